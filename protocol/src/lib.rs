@@ -1,1 +1,19 @@
-//! stub
+//! What the parts of xpm say to each other, as types: ids, units, the control plane's messages
+//! and the NBD wire codec.
+//!
+//! Nothing here does I/O, reads a clock or makes randomness; whoever decodes a message with this
+//! crate holds a valid value afterwards and need not check it again.
+
+#![forbid(unsafe_code)]
+
+pub mod api;
+pub mod id;
+pub mod key;
+pub mod layout;
+pub mod nbd;
+pub mod units;
+
+pub use id::{AllocationId, ApplianceId, ClientId, Epoch, GrantId, HostId, Name, RegionId};
+pub use key::GrantKey;
+pub use layout::Layout;
+pub use units::{ByteSize, Span};

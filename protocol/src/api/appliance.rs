@@ -1,0 +1,203 @@
+//! Messages of the appliance's control interface.
+//!
+//! | method and path | body | answer |
+//! |---|---|---|
+//! | `GET /v1/status` | | [`Status`] |
+//! | `GET /v1/regions` | | list of [`Region`] |
+//! | `POST /v1/regions` | [`Reserve`] | list of [`Region`], in the order of their use |
+//! | `DELETE /v1/regions/{id}` | | nothing; refused while the region belongs to a grant |
+//! | `GET /v1/grants` | | list of [`Grant`] |
+//! | `PUT /v1/grants/{id}` | [`Commit`] | [`Grant`] |
+//! | `DELETE /v1/grants/{id}` | | nothing; revokes, then clears and frees the regions |
+//!
+//! Memory is given in two phases: regions are reserved with a time limit, and stay only if a
+//! grant takes them before it ends. `PUT` and `DELETE` are idempotent.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::units::{ByteSize, Span};
+use crate::{AllocationId, ApplianceId, Epoch, GrantId, GrantKey, HostId, Name, RegionId};
+
+/// Who an appliance is and where it is reached; part of each heartbeat.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Info {
+    /// The appliance's id, kept in its state directory.
+    pub id: ApplianceId,
+    /// Its name, by default the host's.
+    pub name: Name,
+    /// Version of the program.
+    pub version: String,
+    /// Base URL of its control interface.
+    pub control: String,
+    /// Where its regions are reached.
+    pub endpoints: Endpoints,
+    /// What the lent memory lies on.
+    pub medium: Medium,
+    /// Size of the regions that it keeps ready, in bytes.
+    pub region_len: ByteSize,
+}
+
+/// Where the data plane of an appliance is reached.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Endpoints {
+    /// The kernel that the appliance runs on: on the same one, memory can be shared.
+    pub host: HostId,
+    /// NBD over TCP: addresses that clients connect to, in order of preference.
+    pub nbd: Vec<SocketAddr>,
+    /// NBD over a unix socket, for clients of the same host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nbd_unix: Option<PathBuf>,
+    /// Socket that passes the memory of regions to clients of the same host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shm: Option<PathBuf>,
+}
+
+/// What lent memory lies on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Medium {
+    /// Anonymous memory in memfds, of base pages.
+    Memory,
+    /// Huge pages.
+    HugePages,
+    /// A file or a DAX device.
+    File,
+}
+
+/// What an appliance has and does; part of each heartbeat.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// Memory that it lends in all, in bytes.
+    pub capacity: ByteSize,
+    /// Memory of regions in grants, in bytes.
+    pub granted: ByteSize,
+    /// Memory of regions reserved and in no grant yet, in bytes.
+    pub reserved: ByteSize,
+    /// Memory that may still be asked for, in bytes: capacity less granted and reserved, and less
+    /// what deleted regions still hold until they are cleared.
+    pub free: ByteSize,
+    /// Of the free memory, what is cleared, faulted in and locked already, in bytes.
+    pub ready: ByteSize,
+    /// Memory that granted regions really hold, in bytes: what clients trimmed is not in it.
+    pub resident: ByteSize,
+    /// Regions in grants.
+    pub regions: u64,
+    /// Grants.
+    pub grants: u64,
+    /// Connections of the data plane.
+    pub connections: u64,
+    /// Time since the daemon started.
+    pub uptime: Span,
+    /// What passed since the daemon started.
+    pub counters: Counters,
+}
+
+/// Counters of the data plane since the daemon started; bytes where the name says so.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Counters {
+    /// Reads answered.
+    pub reads: u64,
+    /// Bytes read.
+    pub read_bytes: u64,
+    /// Writes answered.
+    pub writes: u64,
+    /// Bytes written.
+    pub write_bytes: u64,
+    /// Trims and zero writes answered.
+    pub trims: u64,
+    /// Requests answered with an error.
+    pub errors: u64,
+    /// Connections that were refused or broke the protocol.
+    pub refused: u64,
+}
+
+/// Asks for regions. They are undone when no grant takes them before `ttl` is over.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Reserve {
+    /// The allocation that the regions are for.
+    pub allocation: AllocationId,
+    /// How many; 1 or more.
+    pub count: u32,
+    /// Size of each, in bytes; a power of two, 16 MiB to 64 GiB.
+    pub region_len: ByteSize,
+    /// How long they stay without a grant.
+    pub ttl: Span,
+}
+
+/// One region.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Region {
+    /// Its id.
+    pub id: RegionId,
+    /// Its size in bytes.
+    pub len: ByteSize,
+    /// What it is used for.
+    pub state: RegionState,
+    /// The allocation that it is reserved or granted for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allocation: Option<AllocationId>,
+    /// The grant that it belongs to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub grant: Option<GrantId>,
+    /// Memory that it really holds, in bytes.
+    pub resident: ByteSize,
+}
+
+/// What a region is used for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RegionState {
+    /// Cleared, faulted in, locked; belongs to nobody.
+    Ready,
+    /// Reserved with a time limit.
+    Reserved,
+    /// In a grant.
+    Granted,
+    /// Deleted, not cleared yet.
+    Clearing,
+}
+
+/// Makes reserved regions a grant. The export's offsets run over the regions in the given order.
+/// The same grant id with the same content again changes nothing; with a higher epoch, key and
+/// epoch are replaced after every connection of the old epoch was closed; with a lower one it is
+/// refused.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Commit {
+    /// The allocation that the grant is part of.
+    pub allocation: AllocationId,
+    /// The allocation's name, for people.
+    pub name: Name,
+    /// The ownership that the grant is for.
+    pub epoch: Epoch,
+    /// The secret that clients show.
+    pub key: GrantKey,
+    /// The regions, in the order of the export's offsets; 1 or more.
+    pub regions: Vec<RegionId>,
+}
+
+/// A grant as the appliance sees it; the key stays secret.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Grant {
+    /// Its id.
+    pub id: GrantId,
+    /// The allocation that it is part of.
+    pub allocation: AllocationId,
+    /// The allocation's name.
+    pub name: Name,
+    /// The ownership that it is for.
+    pub epoch: Epoch,
+    /// Its regions, in the order of the export's offsets.
+    pub regions: Vec<RegionId>,
+    /// Size of the export: the regions together, in bytes.
+    pub len: ByteSize,
+    /// Memory that its regions really hold, in bytes.
+    pub resident: ByteSize,
+    /// Connections that use it now.
+    pub connections: u64,
+}

@@ -1,0 +1,343 @@
+//! Messages of xpm-blk's control socket.
+//!
+//! | method and path | body | answer |
+//! |---|---|---|
+//! | `GET /v1/status` | | [`Status`] |
+//! | `GET /v1/devices` | | list of [`Device`] |
+//! | `POST /v1/devices` | [`AttachDevice`] | [`Device`] |
+//! | `GET /v1/devices/{name}` | | [`Device`] |
+//! | `DELETE /v1/devices/{name}?force=true` | | nothing; refused while it is used, unless forced |
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+
+use crate::units::{ByteSize, Span};
+use crate::{ApplianceId, ClientId, Epoch, Name};
+
+/// Shows an allocation as a device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AttachDevice {
+    /// The allocation.
+    pub name: Name,
+    /// As what.
+    #[serde(rename = "as")]
+    pub form: Form,
+    /// Queues, each with a thread of its own; default: one for each core, at most 4.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queues: Option<u16>,
+    /// Requests in flight on one queue; 1 to 1024, default 128.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub depth: Option<u16>,
+    /// Way to the appliances; default: the best one for each.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub transport: Option<TransportKind>,
+    /// How long I/O is held while an appliance cannot be reached, before it fails; default: the
+    /// daemon's setting.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hold: Option<Hold>,
+    /// Take the allocation from another owner.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// How long I/O is held while an appliance cannot be reached. Written `forever` or as a duration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hold {
+    /// For ever: an error on swap is worse than a wait.
+    Forever,
+    /// This long, then it fails with EIO.
+    For(Span),
+}
+
+/// What an allocation is shown as. Written `ublk`, `nbd`, `nbd-direct`, `nbd-socket=/a/path` or
+/// `nbd-socket=ADDRESS:PORT`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Form {
+    /// A ublk device, served by xpm-blk.
+    Ublk,
+    /// A device of the kernel's nbd driver, served by xpm-blk over socket pairs.
+    Nbd,
+    /// A device of the kernel's nbd driver that talks to the appliance itself.
+    NbdDirect,
+    /// An NBD server at a unix socket path or TCP address.
+    NbdSocket(SocketPlace),
+}
+
+/// Where an NBD socket listens.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum SocketPlace {
+    /// A unix socket.
+    Unix(PathBuf),
+    /// A TCP address.
+    Tcp(std::net::SocketAddr),
+}
+
+/// A text that is no form, hold or transport; the message lists what can be written.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{text}` is not {expected}")]
+pub struct ParseBlkError {
+    text: String,
+    expected: &'static str,
+}
+
+impl ParseBlkError {
+    fn new(text: &str, expected: &'static str) -> ParseBlkError {
+        ParseBlkError { text: text.chars().take(120).collect(), expected }
+    }
+}
+
+impl FromStr for Form {
+    type Err = ParseBlkError;
+
+    fn from_str(text: &str) -> Result<Form, ParseBlkError> {
+        match text {
+            "ublk" => Ok(Form::Ublk),
+            "nbd" => Ok(Form::Nbd),
+            "nbd-direct" => Ok(Form::NbdDirect),
+            _ => text.strip_prefix("nbd-socket=").and_then(SocketPlace::parse).map(Form::NbdSocket).ok_or_else(
+                || ParseBlkError::new(text, "a device form: ublk, nbd, nbd-direct, nbd-socket=/ABSOLUTE/PATH or nbd-socket=ADDRESS:PORT"),
+            ),
+        }
+    }
+}
+
+impl SocketPlace {
+    fn parse(text: &str) -> Option<SocketPlace> {
+        match text.starts_with('/') {
+            true => Some(SocketPlace::Unix(text.into())),
+            false => text.parse().ok().map(SocketPlace::Tcp),
+        }
+    }
+}
+
+impl fmt::Display for SocketPlace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            SocketPlace::Unix(path) => path.display().fmt(f),
+            SocketPlace::Tcp(address) => address.fmt(f),
+        }
+    }
+}
+
+impl fmt::Display for Form {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Form::Ublk => f.write_str("ublk"),
+            Form::Nbd => f.write_str("nbd"),
+            Form::NbdDirect => f.write_str("nbd-direct"),
+            Form::NbdSocket(place) => write!(f, "nbd-socket={place}"),
+        }
+    }
+}
+
+impl FromStr for Hold {
+    type Err = ParseBlkError;
+
+    fn from_str(text: &str) -> Result<Hold, ParseBlkError> {
+        match text {
+            "forever" => Ok(Hold::Forever),
+            _ => text
+                .parse()
+                .map(Hold::For)
+                .map_err(|_| ParseBlkError::new(text, "`forever` or a duration like 30s or 5m")),
+        }
+    }
+}
+
+impl fmt::Display for Hold {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Hold::Forever => f.write_str("forever"),
+            Hold::For(span) => span.fmt(f),
+        }
+    }
+}
+
+macro_rules! serde_as_text {
+    ($($name:ident),+) => {$(
+        impl Serialize for $name {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.collect_str(self)
+            }
+        }
+
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<$name, D::Error> {
+                String::deserialize(deserializer)?.parse().map_err(de::Error::custom)
+            }
+        }
+    )+};
+}
+
+serde_as_text!(Form, Hold, TransportKind);
+
+impl FromStr for TransportKind {
+    type Err = ParseBlkError;
+
+    fn from_str(text: &str) -> Result<TransportKind, ParseBlkError> {
+        match text {
+            "shm" => Ok(TransportKind::Shm),
+            "nbd-unix" => Ok(TransportKind::NbdUnix),
+            "nbd-tcp" => Ok(TransportKind::NbdTcp),
+            _ => Err(ParseBlkError::new(text, "a transport: shm, nbd-unix or nbd-tcp")),
+        }
+    }
+}
+
+impl fmt::Display for TransportKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            TransportKind::Shm => "shm",
+            TransportKind::NbdUnix => "nbd-unix",
+            TransportKind::NbdTcp => "nbd-tcp",
+        })
+    }
+}
+
+/// A transport of the data plane.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum TransportKind {
+    /// Shared memory, on one host.
+    Shm,
+    /// NBD over a unix socket, on one host.
+    NbdUnix,
+    /// NBD over TCP.
+    NbdTcp,
+}
+
+/// A device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Device {
+    /// The allocation that it shows.
+    pub name: Name,
+    /// As what.
+    #[serde(rename = "as")]
+    pub form: Form,
+    /// Its node (`/dev/ublkb0`) or its socket.
+    pub path: String,
+    /// Its size in bytes.
+    pub size: ByteSize,
+    /// The allocation's epoch that it uses.
+    pub epoch: Epoch,
+    /// Queues.
+    pub queues: u16,
+    /// Requests in flight on one queue at most.
+    pub depth: u16,
+    /// Whether I/O passes.
+    pub state: DeviceState,
+    /// The appliances behind it.
+    pub links: Vec<LinkStatus>,
+    /// Who holds it now: `swap`, `mounted at /mnt`, `held by dm-0`, `2 NBD clients`.
+    pub users: Vec<String>,
+    /// What passed since it was attached.
+    pub counters: super::appliance::Counters,
+    /// Requests in flight now.
+    pub in_flight: u64,
+    /// Time since it was attached.
+    pub age: Span,
+}
+
+/// Whether I/O passes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DeviceState {
+    /// It does.
+    Live,
+    /// An appliance is out of reach: I/O to it is held.
+    Holding,
+    /// Memory is gone: I/O to it fails.
+    Lost,
+}
+
+/// The way to one appliance.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LinkStatus {
+    /// The appliance.
+    pub appliance: ApplianceId,
+    /// Its name.
+    pub appliance_name: Name,
+    /// The transport in use, or tried.
+    pub transport: TransportKind,
+    /// Whether I/O passes.
+    pub state: LinkState,
+    /// Time in this state.
+    pub since: Span,
+    /// Times that it was connected again.
+    pub reconnects: u64,
+    /// Why it is not up, or why no better transport is used.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+}
+
+/// Whether I/O passes to one appliance.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LinkState {
+    /// It does.
+    Up,
+    /// It is being connected again; I/O is held.
+    Connecting,
+    /// The appliance no longer knows the grant: its memory is gone, or the ownership passed on.
+    Lost,
+}
+
+/// What xpm-blk is doing.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// Version of the program.
+    pub version: String,
+    /// This client's id.
+    pub client: ClientId,
+    /// Process id of the daemon.
+    pub pid: u32,
+    /// Time since it started.
+    pub uptime: Span,
+    /// The allocator's URL.
+    pub allocator: String,
+    /// Devices.
+    pub devices: u64,
+    /// Whether swap on its devices is safe, item by item.
+    pub safety: Vec<SafetyItem>,
+}
+
+/// One condition of swap safety, as read back from the kernel.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SafetyItem {
+    /// Which one: `mlockall`, `io-flusher`, `oom-score-adj`, `mount-namespace`, `cgroup-swap-max`.
+    pub item: String,
+    /// Whether it holds.
+    pub ok: bool,
+    /// What was read back.
+    pub found: String,
+    /// What to do when it does not hold.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub remedy: Option<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn forms_as_people_write_them() {
+        for text in ["ublk", "nbd", "nbd-direct", "nbd-socket=/run/a.sock", "nbd-socket=127.0.0.1:10809"] {
+            assert_eq!(text.parse::<Form>().unwrap().to_string(), text);
+        }
+        for text in ["", "UBLK", "nbd-socket", "nbd-socket=", "nbd-socket=a.sock", "vhost"] {
+            assert!(text.parse::<Form>().unwrap_err().to_string().contains("nbd-direct"), "{text}");
+        }
+        let json = serde_json::to_string(&Form::NbdDirect).unwrap();
+        assert_eq!(json, "\"nbd-direct\"");
+    }
+
+    #[test]
+    fn holds() {
+        assert_eq!("forever".parse::<Hold>().unwrap(), Hold::Forever);
+        assert_eq!("5m".parse::<Hold>().unwrap().to_string(), "5m");
+        assert!("soon".parse::<Hold>().is_err());
+    }
+}

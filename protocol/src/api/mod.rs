@@ -1,0 +1,62 @@
+//! The control plane's messages: JSON over HTTP under `/v1`, one module per daemon.
+//!
+//! Unknown fields of requests are refused, so that a misspelt option is never ignored; unknown
+//! fields of answers are skipped, so that a newer daemon can say more.
+
+pub mod allocator;
+pub mod appliance;
+pub mod blk;
+
+use serde::{Deserialize, Serialize};
+
+/// The version part of every path.
+pub const VERSION: &str = "v1";
+
+/// What a daemon answers with any status of 400 or above.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ErrorBody {
+    /// What kind of refusal it is, for programs.
+    pub kind: ErrorKind,
+    /// One line: what, where, and what to do instead.
+    pub error: String,
+}
+
+/// Kinds of refusal, each with one HTTP status.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ErrorKind {
+    /// The request is malformed or contradicts itself (400).
+    Invalid,
+    /// No or a wrong token (401).
+    Unauthorized,
+    /// The named thing is not there (404).
+    NotFound,
+    /// A thing of that name is there already, or changed meanwhile (409).
+    Conflict,
+    /// It is in use; the message says by whom and whether force is possible (409).
+    InUse,
+    /// Not enough memory, or too few appliances (507).
+    NoSpace,
+    /// This machine lacks what is needed (501).
+    Unsupported,
+    /// A part that is needed is not reachable now; trying again may help (503).
+    Unavailable,
+    /// A fault of the daemon itself (500).
+    Internal,
+}
+
+impl ErrorKind {
+    /// The HTTP status of this kind.
+    pub const fn status(self) -> u16 {
+        match self {
+            ErrorKind::Invalid => 400,
+            ErrorKind::Unauthorized => 401,
+            ErrorKind::NotFound => 404,
+            ErrorKind::Conflict | ErrorKind::InUse => 409,
+            ErrorKind::NoSpace => 507,
+            ErrorKind::Unsupported => 501,
+            ErrorKind::Unavailable => 503,
+            ErrorKind::Internal => 500,
+        }
+    }
+}

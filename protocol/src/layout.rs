@@ -1,0 +1,92 @@
+//! How the bytes of an allocation lie over its regions.
+
+use serde::{Deserialize, Serialize};
+
+/// Smallest stripe unit, in bytes.
+pub const STRIPE_UNIT_MIN: u64 = 4096;
+/// Stripe unit where nobody asks for another one, in bytes: a swap read-ahead of 32 KiB and
+/// most reads of a file system stay on one appliance, a write of 1 MiB uses up to sixteen.
+pub const STRIPE_UNIT_DEFAULT: u64 = 64 << 10;
+/// Most columns of a striped layout.
+pub const COLUMNS_MAX: u32 = 1024;
+
+/// How bytes of an allocation lie over its ordered regions.
+///
+/// The regions are taken in *rows* of as many regions as the layout has columns; a row holds a
+/// contiguous run of the allocation, so that an allocation grows by adding rows and shrinks by
+/// dropping them. Linear is one column. Within a row of a striped layout, stripe units go
+/// round the columns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Layout {
+    /// One region after the other.
+    Linear,
+    /// Stripe units go round `columns` regions.
+    Striped {
+        /// Regions in a row; 2 to [`COLUMNS_MAX`].
+        columns: u32,
+        /// Bytes that lie together on one region; a power of two, at least [`STRIPE_UNIT_MIN`]
+        /// and at most the region size.
+        unit: u64,
+    },
+}
+
+/// Why a layout cannot be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum LayoutError {
+    /// The number of columns is out of range.
+    #[error("a striped layout has 2 to {COLUMNS_MAX} columns, not {0}")]
+    Columns(u32),
+    /// The stripe unit is no power of two in the range.
+    #[error("a stripe unit is a power of two from {STRIPE_UNIT_MIN} bytes to the region size, not {0}")]
+    Unit(u64),
+}
+
+impl Layout {
+    /// Regions in a row.
+    pub const fn columns(&self) -> u32 {
+        match self {
+            Layout::Linear => 1,
+            Layout::Striped { columns, .. } => *columns,
+        }
+    }
+
+    /// Bytes that lie together on one region of `region_len` bytes.
+    pub const fn unit(&self, region_len: u64) -> u64 {
+        match self {
+            Layout::Linear => region_len,
+            Layout::Striped { unit, .. } => *unit,
+        }
+    }
+
+    /// Checks the ranges that the fields' documentation states.
+    pub fn check(&self, region_len: u64) -> Result<(), LayoutError> {
+        match *self {
+            Layout::Linear => Ok(()),
+            Layout::Striped { columns, .. } if !(2..=COLUMNS_MAX).contains(&columns) => {
+                Err(LayoutError::Columns(columns))
+            }
+            Layout::Striped { unit, .. }
+                if !unit.is_power_of_two() || unit < STRIPE_UNIT_MIN || unit > region_len =>
+            {
+                Err(LayoutError::Unit(unit))
+            }
+            Layout::Striped { .. } => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges() {
+        let striped = |columns, unit| Layout::Striped { columns, unit };
+        assert_eq!(striped(2, 4096).check(1 << 24), Ok(()));
+        assert_eq!(striped(1, 4096).check(1 << 24), Err(LayoutError::Columns(1)));
+        assert_eq!(striped(2, 5000).check(1 << 24), Err(LayoutError::Unit(5000)));
+        assert_eq!(striped(2, 1 << 25).check(1 << 24), Err(LayoutError::Unit(1 << 25)));
+        assert_eq!(Layout::Linear.check(0), Ok(()));
+    }
+}
