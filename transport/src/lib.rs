@@ -1,1 +1,18 @@
-//! stub
+//! The data plane of xpm, both ends: nbd over TCP and unix sockets, and shm.
+//!
+//! * [`link`] is what a client sees of every transport: post, submit, poll, wait.
+//! * [`store`] is what a server of NBD connections is given to serve.
+//! * [`nbd`] and [`shm`] are the transports.
+//!
+//! Control work (handshakes, passing of memory) is done off the data path; what remains on it
+//! runs in one thread for each queue, without locks, allocations or log calls.
+
+pub mod io;
+pub mod link;
+pub mod nbd;
+pub mod shm;
+pub mod store;
+
+pub use io::{Completion, IoBuf, IoError, Kind, Operation};
+pub use link::{Link, LinkDown};
+pub use store::Store;

@@ -1,0 +1,1 @@
+//! The standard NBD protocol as a transport: the server of appliances and of NBD sockets, and the client end.

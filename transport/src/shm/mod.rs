@@ -1,0 +1,1 @@
+//! Shared memory as a transport, for an appliance on the same host.

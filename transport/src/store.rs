@@ -1,0 +1,68 @@
+//! What a server of NBD connections is given to serve: one store for each connection, owned by the
+//! thread that serves it.
+
+use std::os::fd::BorrowedFd;
+
+use crate::io::{Completion, IoBuf, IoError, Operation};
+
+/// The bytes behind one connection.
+///
+/// Requests reach it checked against the export's size and flags. Memory that can be accessed in
+/// place is offered by [`Store::direct`] and then read and written by the server itself, straight
+/// from and to the socket; everything else goes through [`Store::post`].
+pub trait Store: Send {
+    /// The memory at `offset`, as far as it lies in one piece: at least one byte and at most `len`.
+    /// It stays valid until the store is dropped. None: use [`Store::post`] for reads and writes.
+    /// Either all of a store is direct or nothing is.
+    fn direct(&mut self, offset: u64, len: usize) -> Option<IoBuf>;
+
+    /// Takes an operation. Either it is done at once, or its completion comes out of
+    /// [`Store::poll`] later. Never blocks on the network.
+    fn post(&mut self, operation: Operation) -> Posted;
+
+    /// Sends what was posted. Called once for each batch of requests.
+    fn submit(&mut self) {}
+
+    /// Appends the completions that are there. Never blocks.
+    fn poll(&mut self, completions: &mut Vec<Completion>) {
+        let _ = completions;
+    }
+
+    /// A descriptor that is readable when [`Store::poll`] has something to do. The same one for the
+    /// store's whole life; none when every operation is done at once.
+    fn wait_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// How the bytes at `offset` are held: an extent that starts there, of at most `len` bytes.
+    fn extent(&mut self, offset: u64, len: u64) -> Extent {
+        let _ = offset;
+        Extent { len, hole: false }
+    }
+
+    /// Whether the store may still be served. When it turns false (the grant was revoked), the
+    /// connection is closed before its next request is looked at.
+    fn alive(&self) -> bool {
+        true
+    }
+}
+
+/// What became of a posted operation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Posted {
+    /// It is done, this way.
+    Done(Result<(), IoError>),
+    /// Its completion follows.
+    Pending,
+    /// As many operations are in flight as the store takes: post it again after a completion.
+    Full,
+}
+
+/// A run of bytes that are held alike.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// Its length in bytes; at least 1.
+    pub len: u64,
+    /// It holds no memory and reads as zeros.
+    pub hole: bool,
+}
