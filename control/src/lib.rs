@@ -1,1 +1,31 @@
-//! stub
+//! What xpm's daemons and commands share on the control plane: an HTTP/JSON client and server
+//! scaffold, the token, configuration files, logs, random ids, and who this host is.
+//!
+//! Nothing here is on the data path. Everything that touches the network is asynchronous and ends
+//! within a time limit; everything that reads a file blocks and belongs to the start of a program.
+
+#![forbid(unsafe_code)]
+
+pub mod client;
+pub mod config;
+pub mod host;
+pub mod listen;
+pub mod log;
+pub mod random;
+pub mod server;
+pub mod shutdown;
+pub mod token;
+
+/// An error and its causes as one line: `cannot reach http://a:1: connection refused`.
+pub fn error_line(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut line = error.to_string();
+    let mut next = error.source();
+    while let Some(source) = next {
+        let text = source.to_string();
+        if !line.contains(&text) {
+            line = format!("{line}: {text}");
+        }
+        next = source.source();
+    }
+    line.replace(['\n', '\r'], " ")
+}

@@ -1,0 +1,238 @@
+//! The scaffold of a daemon's control interface: routes of the daemon inside, and around them the
+//! token, limits on size, time and connections, and errors in the one form of the protocol.
+//!
+//! A client that sends too slowly, too much or nothing at all costs one connection for a limited
+//! time and harms no other. When a client goes away, the future of its handler is dropped: a
+//! handler that must finish hands its work to a task.
+
+mod extract;
+
+use std::convert::Infallible;
+use std::future::Future;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::{DefaultBodyLimit, Request, State};
+use axum::http::header::{AUTHORIZATION, WWW_AUTHENTICATE};
+use axum::http::{HeaderValue, StatusCode};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpStream, UnixStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::task::JoinSet;
+use xpm_protocol::api::{ErrorBody, ErrorKind};
+
+pub use axum::Router;
+pub use axum::routing;
+pub use extract::{Force, Json, Path};
+
+use crate::listen::Listener;
+use crate::token::Token;
+
+/// Pause after an accept that failed.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
+
+/// What one client may take.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Time until the head of a request is complete, also on an idle connection.
+    pub head: Duration,
+    /// Time until the body of a request is complete.
+    pub body: Duration,
+    /// Time until a request is answered, the body included.
+    pub request: Duration,
+    /// Largest body, in bytes.
+    pub body_len_max: usize,
+    /// Most connections at once; further ones wait.
+    pub connections_max: usize,
+    /// Time that running requests have to finish when the daemon ends.
+    pub drain: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits {
+            head: Duration::from_secs(15),
+            body: Duration::from_secs(15),
+            request: Duration::from_secs(60),
+            body_len_max: 1 << 20,
+            connections_max: 512,
+            drain: Duration::from_secs(5),
+        }
+    }
+}
+
+/// A control interface that can be served.
+#[derive(Debug, Clone)]
+pub struct Server {
+    routes: Router,
+    limits: Limits,
+}
+
+impl Server {
+    /// Puts the scaffold around the daemon's routes. With a token, each request must show it.
+    pub fn new(routes: Router, token: Option<Token>, limits: Limits) -> Server {
+        let routes = routes
+            .fallback(unknown_path)
+            .method_not_allowed_fallback(wrong_method)
+            .layer(DefaultBodyLimit::max(limits.body_len_max))
+            .layer(axum::Extension(limits))
+            .layer(middleware::from_fn_with_state(limits, limit_time));
+        let routes = match token {
+            Some(token) => routes.layer(middleware::from_fn_with_state(Arc::new(token), authorize)),
+            None => routes,
+        };
+        Server { routes, limits }
+    }
+
+    /// Serves until `shutdown` resolves and the requests running then are answered, or their time
+    /// for that is over. Cancelling it (dropping the future) closes all connections.
+    pub async fn serve(self, listener: Listener, shutdown: impl Future<Output = ()>) {
+        let (stop, stopping) = watch::channel(false);
+        let mut connections = JoinSet::new();
+        let permits = Arc::new(Semaphore::new(self.limits.connections_max));
+        let mut shutdown = pin!(shutdown);
+        loop {
+            tokio::select! {
+                () = &mut shutdown => break,
+                (stream, permit) = accept(&listener, &permits) => {
+                    connections.spawn(self.clone().connection(stream, stopping.clone(), permit));
+                }
+                Some(_) = connections.join_next() => {}
+            }
+        }
+        drop(listener);
+        // Nobody receives where no connection is open.
+        let _ = stop.send(true);
+        let drained = async { while connections.join_next().await.is_some() {} };
+        if tokio::time::timeout(self.limits.drain, drained).await.is_err() {
+            tracing::warn!("ended with control requests unanswered");
+        }
+    }
+
+    async fn connection(
+        self,
+        stream: Stream,
+        stopping: watch::Receiver<bool>,
+        _permit: OwnedSemaphorePermit,
+    ) {
+        let ended = match stream {
+            Stream::Tcp(stream) => self.converse(stream, stopping).await,
+            Stream::Unix(stream) => self.converse(stream, stopping).await,
+        };
+        if let Err(error) = ended {
+            tracing::debug!("a control connection ended: {error}");
+        }
+    }
+
+    async fn converse<S>(self, stream: S, mut stopping: watch::Receiver<bool>) -> hyper::Result<()>
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let connection = http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(self.limits.head)
+            .serve_connection(TokioIo::new(stream), TowerToHyperService::new(self.routes));
+        let mut connection = pin!(connection);
+        let stop = async { drop(stopping.wait_for(|stop| *stop).await) };
+        tokio::select! {
+            ended = connection.as_mut() => return ended,
+            () = stop => {}
+        }
+        connection.as_mut().graceful_shutdown();
+        connection.await
+    }
+}
+
+enum Stream {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+/// Accepts the next connection once there is room for one more.
+async fn accept(listener: &Listener, permits: &Arc<Semaphore>) -> (Stream, OwnedSemaphorePermit) {
+    let permit = permits.clone().acquire_owned().await.expect("the semaphore is never closed");
+    loop {
+        let accepted = match listener {
+            Listener::Tcp(listener) => listener.accept().await.map(|(stream, _)| Stream::Tcp(stream)),
+            Listener::Unix(listener) => listener.accept().await.map(|(stream, _)| Stream::Unix(stream)),
+        };
+        match accepted {
+            Ok(stream) => {
+                if let Stream::Tcp(stream) = &stream {
+                    // Without it an answer is only late.
+                    let _ = stream.set_nodelay(true);
+                }
+                return (stream, permit);
+            }
+            Err(error) => {
+                // Out of descriptors, for example: other connections end, and then it goes on.
+                tracing::warn!("cannot accept a control connection: {error}");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+async fn unknown_path(request: Request) -> ApiError {
+    ApiError(
+        ErrorKind::NotFound,
+        format!("{} is no path of this daemon; its paths begin with /v1", request.uri().path()),
+    )
+}
+
+/// Answers 405 with kind `invalid`: the protocol has no kind of its own for it.
+async fn wrong_method(request: Request) -> Response {
+    let line = format!("{} has no {}", request.uri().path(), request.method());
+    let body = ErrorBody { kind: ErrorKind::Invalid, error: line };
+    (StatusCode::METHOD_NOT_ALLOWED, axum::Json(body)).into_response()
+}
+
+async fn limit_time(
+    State(limits): State<Limits>,
+    request: Request,
+    next: Next,
+) -> Result<Response, Infallible> {
+    Ok(match tokio::time::timeout(limits.request, next.run(request)).await {
+        Ok(response) => response,
+        Err(_) => {
+            let line = "the request took too long and was given up; look whether it was carried out before trying again";
+            ApiError(ErrorKind::Unavailable, line.to_owned()).into_response()
+        }
+    })
+}
+
+async fn authorize(State(token): State<Arc<Token>>, request: Request, next: Next) -> Response {
+    let shown = request.headers().get(AUTHORIZATION).map(HeaderValue::as_bytes);
+    match shown.and_then(|value| value.strip_prefix(b"Bearer ")) {
+        Some(shown) if token.matches(shown) => next.run(request).await,
+        Some(_) => unauthorized("the token is wrong: use the token file of this daemon"),
+        None => unauthorized("this daemon wants a token: use its token file"),
+    }
+}
+
+fn unauthorized(line: &str) -> Response {
+    let mut response = ApiError(ErrorKind::Unauthorized, line.to_owned()).into_response();
+    response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+    response
+}
+
+/// A refusal: its kind, and one line of what, where, and what to do instead.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ApiError(pub ErrorKind, pub String);
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let ApiError(kind, error) = self;
+        if kind == ErrorKind::Internal {
+            tracing::error!("{error}");
+        }
+        let status = StatusCode::from_u16(kind.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        (status, axum::Json(ErrorBody { kind, error })).into_response()
+    }
+}
