@@ -215,11 +215,14 @@ impl Client {
             self.collect(response).await
         };
         let mut answer = pin!(answer);
-        // The connection moves the bytes. Where the daemon closes it first, what has arrived by
-        // then still makes the answer.
+        // The connection moves the bytes. Where it ends first, what has arrived by then still
+        // makes the answer; if it does not, the connection knows better than the request why.
         tokio::select! {
             result = &mut answer => result,
-            _ = connection => answer.await,
+            ended = connection => match (answer.await, ended) {
+                (Err(_), Err(cause)) => Err(self.broken(cause)),
+                (result, _) => result,
+            },
         }
     }
 
