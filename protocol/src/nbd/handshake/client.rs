@@ -1,0 +1,319 @@
+//! The client's side of the handshake.
+
+use super::*;
+use crate::nbd::export::{BlockSizes, ExportInfo, TransmissionFlags};
+
+/// Longest data of an option's reply that is taken, in bytes.
+const REPLY_LEN_MAX: u32 = 64 << 10;
+/// Replies to one option; a server that sends more is not believed.
+const REPLIES_MAX: u32 = 64;
+
+/// What to ask a server for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Wishes {
+    /// The export's name.
+    pub export: String,
+    /// Structured replies, if the server has them.
+    pub structured: bool,
+    /// The context `base:allocation`, if the server has it; needs `structured`.
+    pub base_allocation: bool,
+}
+
+/// What was agreed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Agreed {
+    /// The export.
+    pub info: ExportInfo,
+    /// Replies may be structured.
+    pub structured: bool,
+    /// The id of the context `base:allocation`.
+    pub base_allocation: Option<u32>,
+    /// Bytes behind the handshake; none, from a server that follows the protocol.
+    pub leftover: Vec<u8>,
+}
+
+/// Why a handshake failed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum HandshakeError {
+    /// The server does not have the export, or hides it.
+    #[error("the server has no such export")]
+    UnknownExport,
+    /// The server does not give it to this client.
+    #[error("the server refuses by policy: {0}")]
+    Policy(String),
+    /// The server wants TLS.
+    #[error("the server wants TLS, which xpm's NBD client does not speak")]
+    TlsRequired,
+    /// Something else answers there.
+    #[error("this is no NBD server of the newstyle protocol")]
+    NotNbd,
+    /// The server refused in another way.
+    #[error("the server refused the export: {0}")]
+    Refused(String),
+    /// The server does not follow the protocol.
+    #[error("the server broke the protocol: {0}")]
+    Protocol(&'static str),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Waiting {
+    Greeting,
+    Structured,
+    Context,
+    Go,
+    /// For the answer to the old form, which has no header.
+    ByName,
+}
+
+/// A handshake in progress.
+#[derive(Debug)]
+pub struct ClientHandshake {
+    wishes: Wishes,
+    waiting: Waiting,
+    input: Vec<u8>,
+    output: Vec<u8>,
+    no_zeroes: bool,
+    structured: bool,
+    base_allocation: Option<u32>,
+    export: Option<(u64, TransmissionFlags)>,
+    block: BlockSizes,
+    replies: u32,
+}
+
+impl ClientHandshake {
+    /// A new handshake; the server speaks first.
+    pub fn new(wishes: Wishes) -> ClientHandshake {
+        ClientHandshake {
+            wishes,
+            waiting: Waiting::Greeting,
+            input: Vec::new(),
+            output: Vec::new(),
+            no_zeroes: false,
+            structured: false,
+            base_allocation: None,
+            export: None,
+            block: BlockSizes::DEFAULT,
+            replies: 0,
+        }
+    }
+
+    /// Bytes that the server sent.
+    pub fn receive(&mut self, bytes: &[u8]) {
+        self.input.extend_from_slice(bytes);
+    }
+
+    /// Bytes for the server, to be sent before more are waited for.
+    pub fn take_output(&mut self) -> Vec<u8> {
+        std::mem::take(&mut self.output)
+    }
+
+    /// Goes on; none when more bytes are needed.
+    ///
+    /// # Errors
+    /// When there will be no agreement; the connection has to be closed.
+    pub fn step(&mut self) -> Result<Option<Agreed>, HandshakeError> {
+        loop {
+            let went_on = match self.waiting {
+                Waiting::Greeting => self.greeting()?,
+                Waiting::ByName => return self.by_name(),
+                Waiting::Structured | Waiting::Context | Waiting::Go => match self.option_reply()? {
+                    Progress::Input => false,
+                    Progress::More => true,
+                    Progress::Done(agreed) => return Ok(Some(*agreed)),
+                },
+            };
+            if !went_on {
+                return Ok(None);
+            }
+        }
+    }
+
+    fn greeting(&mut self) -> Result<bool, HandshakeError> {
+        let mut reader = Reader(&self.input);
+        if self.input.len() >= 8 && self.input[..8] != NBD_MAGIC.to_be_bytes() {
+            return Err(HandshakeError::NotNbd);
+        }
+        let (Some(_), Some(magic), Some(flags)) = (reader.u64(), reader.u64(), reader.u16()) else {
+            return Ok(false);
+        };
+        if magic != OPTION_MAGIC {
+            return Err(HandshakeError::NotNbd);
+        }
+        self.input.drain(..18);
+        self.no_zeroes = flags & FLAG_NO_ZEROES != 0;
+        let flags = u32::from(flags & (FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES));
+        self.output.extend(flags.to_be_bytes());
+        if flags & u32::from(FLAG_FIXED_NEWSTYLE) == 0 {
+            self.ask_by_name();
+        } else if self.wishes.structured {
+            self.ask(OPT_STRUCTURED_REPLY, &[]);
+            self.waiting = Waiting::Structured;
+        } else {
+            self.ask_to_go();
+        }
+        Ok(true)
+    }
+
+    fn ask(&mut self, option: u32, data: &[u8]) {
+        self.replies = 0;
+        self.output.extend(OPTION_MAGIC.to_be_bytes());
+        self.output.extend(option.to_be_bytes());
+        self.output.extend((data.len() as u32).to_be_bytes());
+        self.output.extend_from_slice(data);
+    }
+
+    fn ask_by_name(&mut self) {
+        let name = self.wishes.export.clone().into_bytes();
+        self.ask(OPT_EXPORT_NAME, &name);
+        self.waiting = Waiting::ByName;
+    }
+
+    fn ask_to_go(&mut self) {
+        let mut data = self.export_string();
+        data.extend(1_u16.to_be_bytes());
+        data.extend(INFO_BLOCK_SIZE.to_be_bytes());
+        self.ask(OPT_GO, &data);
+        self.waiting = Waiting::Go;
+    }
+
+    fn ask_for_context(&mut self) {
+        let mut data = self.export_string();
+        data.extend(1_u32.to_be_bytes());
+        data.extend((BASE_ALLOCATION.len() as u32).to_be_bytes());
+        data.extend(BASE_ALLOCATION.as_bytes());
+        self.ask(OPT_SET_META_CONTEXT, &data);
+        self.waiting = Waiting::Context;
+    }
+
+    fn export_string(&self) -> Vec<u8> {
+        let mut data = (self.wishes.export.len() as u32).to_be_bytes().to_vec();
+        data.extend(self.wishes.export.as_bytes());
+        data
+    }
+
+    fn option_reply(&mut self) -> Result<Progress, HandshakeError> {
+        let mut reader = Reader(&self.input);
+        let (Some(magic), Some(option), Some(kind), Some(len)) =
+            (reader.u64(), reader.u32(), reader.u32(), reader.u32())
+        else {
+            return Ok(Progress::Input);
+        };
+        if magic != OPTION_REPLY_MAGIC {
+            return Err(HandshakeError::Protocol("an option's reply without its magic number"));
+        }
+        if len > REPLY_LEN_MAX {
+            return Err(HandshakeError::Protocol("an option's reply of unreasonable length"));
+        }
+        let Some(data) = reader.take(len as usize).map(<[u8]>::to_vec) else { return Ok(Progress::Input) };
+        self.input.drain(..20 + len as usize);
+        self.replies += 1;
+        if option != self.option() || self.replies > REPLIES_MAX {
+            return Err(HandshakeError::Protocol("a reply to no option of ours"));
+        }
+        self.take_reply(kind, &data)
+    }
+
+    const fn option(&self) -> u32 {
+        match self.waiting {
+            Waiting::Structured => OPT_STRUCTURED_REPLY,
+            Waiting::Context => OPT_SET_META_CONTEXT,
+            _ => OPT_GO,
+        }
+    }
+
+    fn take_reply(&mut self, kind: u32, data: &[u8]) -> Result<Progress, HandshakeError> {
+        match (self.waiting, kind) {
+            (Waiting::Structured, REP_ACK) => {
+                self.structured = true;
+                if self.wishes.base_allocation { self.ask_for_context() } else { self.ask_to_go() }
+            }
+            // Whatever the reason, it goes without.
+            (Waiting::Structured | Waiting::Context, kind) if kind & REP_ERR != 0 => self.ask_to_go(),
+            (Waiting::Context, REP_ACK) => self.ask_to_go(),
+            (Waiting::Context, REP_META_CONTEXT) => {
+                let mut reader = Reader(data);
+                if let Some(id) = reader.u32()
+                    && reader.0 == BASE_ALLOCATION.as_bytes()
+                {
+                    self.base_allocation = Some(id);
+                }
+            }
+            (Waiting::Go, REP_INFO) => self.take_info(data)?,
+            (Waiting::Go, REP_ACK) => {
+                let (size, flags) =
+                    self.export.ok_or(HandshakeError::Protocol("an export without its size"))?;
+                return Ok(Progress::Done(Box::new(self.agreed(size, flags))));
+            }
+            (Waiting::Go, REP_ERR_UNSUP) => self.ask_by_name(),
+            (Waiting::Go, kind) if kind & REP_ERR != 0 => return Err(refusal(kind, data)),
+            _ => return Err(HandshakeError::Protocol("a reply of a kind that does not belong here")),
+        }
+        Ok(Progress::More)
+    }
+
+    fn take_info(&mut self, data: &[u8]) -> Result<(), HandshakeError> {
+        let mut reader = Reader(data);
+        match reader.u16() {
+            Some(INFO_EXPORT) => {
+                let (Some(size), Some(flags), true) = (reader.u64(), reader.u16(), reader.is_empty()) else {
+                    return Err(HandshakeError::Protocol("malformed information on the export"));
+                };
+                self.export = Some((size, TransmissionFlags::from_bits(flags)));
+            }
+            Some(INFO_BLOCK_SIZE) => {
+                let (Some(min), Some(preferred), Some(max), true) =
+                    (reader.u32(), reader.u32(), reader.u32(), reader.is_empty())
+                else {
+                    return Err(HandshakeError::Protocol("malformed block sizes"));
+                };
+                let valid = min.is_power_of_two()
+                    && min <= 64 << 10
+                    && preferred >= min
+                    && max >= preferred.min(4096);
+                if !valid {
+                    return Err(HandshakeError::Protocol("block sizes that cannot be"));
+                }
+                self.block = BlockSizes { min, preferred, max: max - max % min };
+            }
+            Some(_) => {}
+            None => return Err(HandshakeError::Protocol("information without a type")),
+        }
+        Ok(())
+    }
+
+    fn by_name(&mut self) -> Result<Option<Agreed>, HandshakeError> {
+        let len = 10 + if self.no_zeroes { 0 } else { EXPORT_NAME_ZEROES };
+        let mut reader = Reader(&self.input);
+        let (Some(size), Some(flags)) = (reader.u64(), reader.u16()) else { return Ok(None) };
+        if self.input.len() < len {
+            return Ok(None);
+        }
+        self.input.drain(..len);
+        Ok(Some(self.agreed(size, TransmissionFlags::from_bits(flags))))
+    }
+
+    fn agreed(&mut self, size: u64, flags: TransmissionFlags) -> Agreed {
+        Agreed {
+            info: ExportInfo { size, flags, block: self.block, description: None },
+            structured: self.structured,
+            base_allocation: self.base_allocation,
+            leftover: std::mem::take(&mut self.input),
+        }
+    }
+}
+
+enum Progress {
+    Input,
+    More,
+    Done(Box<Agreed>),
+}
+
+fn refusal(kind: u32, data: &[u8]) -> HandshakeError {
+    let text: String = String::from_utf8_lossy(data).chars().filter(|c| !c.is_control()).take(200).collect();
+    match kind {
+        REP_ERR_UNKNOWN => HandshakeError::UnknownExport,
+        REP_ERR_POLICY => HandshakeError::Policy(text),
+        REP_ERR_TLS_REQUIRED => HandshakeError::TlsRequired,
+        _ => HandshakeError::Refused(text),
+    }
+}

@@ -1,0 +1,382 @@
+//! The server's side of the handshake.
+
+use super::*;
+use crate::nbd::export::{ExportInfo, TransmissionFlags};
+
+/// Longest data of an option that is looked at, in bytes: two strings and some numbers fit.
+const OPTION_LEN_MAX: u32 = 16 << 10;
+/// Longest data of an option that is read over, in bytes; beyond it the connection is closed.
+const OPTION_SKIP_MAX: u32 = 1 << 20;
+/// Options of one handshake; a client needs fewer than ten.
+const OPTIONS_MAX: u32 = 64;
+/// Context ids are the server's choice.
+const BASE_ALLOCATION_ID: u32 = 1;
+
+/// What the handshake needs next.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Step {
+    /// More bytes of the client, by [`ServerHandshake::receive`].
+    Input,
+    /// The export of this name, by [`ServerHandshake::found`].
+    Open(String),
+    /// The names of all exports, by [`ServerHandshake::listed`].
+    List,
+    /// Nothing: the handshake is over, the output has to be sent and requests follow.
+    Ready(Negotiated),
+    /// Nothing: the output has to be sent and the connection closed.
+    Close(CloseReason),
+}
+
+/// What was agreed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Negotiated {
+    /// The export.
+    pub info: ExportInfo,
+    /// Replies are structured.
+    pub structured: bool,
+    /// The id of the context `base:allocation`, if the client chose it.
+    pub base_allocation: Option<u32>,
+    /// Bytes behind the handshake: the first requests.
+    pub leftover: Vec<u8>,
+}
+
+/// Why a handshake ends without an export.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
+pub enum CloseReason {
+    /// The client said so.
+    #[error("the client ended the handshake")]
+    Aborted,
+    /// It named an export that is not there, in the form that has no other answer.
+    #[error("the client named an unknown export")]
+    UnknownExport,
+    /// It does not follow the protocol.
+    #[error("the client broke the protocol: {0}")]
+    Protocol(&'static str),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Waiting {
+    /// For the client's flags.
+    Flags,
+    /// For an option.
+    Option,
+    /// For an option's data to pass by.
+    Skip { option: u32, left: u32 },
+    /// For the caller.
+    Export(Asked),
+    /// For the caller.
+    Names,
+    /// For nothing.
+    Over,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Asked {
+    ByName,
+    Info { go: bool, name: bool, description: bool },
+}
+
+/// A handshake in progress. Bounded: no input makes it hold more than one option.
+#[derive(Debug)]
+pub struct ServerHandshake {
+    waiting: Waiting,
+    input: Vec<u8>,
+    output: Vec<u8>,
+    options: u32,
+    no_zeroes: bool,
+    structured: bool,
+    /// The export that contexts were set for.
+    context_export: Option<String>,
+    asked_name: String,
+}
+
+impl Default for ServerHandshake {
+    fn default() -> ServerHandshake {
+        ServerHandshake::new()
+    }
+}
+
+impl ServerHandshake {
+    /// A new handshake; the greeting is in its output.
+    pub fn new() -> ServerHandshake {
+        let mut output = Vec::with_capacity(64);
+        output.extend(NBD_MAGIC.to_be_bytes());
+        output.extend(OPTION_MAGIC.to_be_bytes());
+        output.extend((FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES).to_be_bytes());
+        ServerHandshake {
+            waiting: Waiting::Flags,
+            input: Vec::new(),
+            output,
+            options: 0,
+            no_zeroes: false,
+            structured: false,
+            context_export: None,
+            asked_name: String::new(),
+        }
+    }
+
+    /// Bytes that the client sent.
+    pub fn receive(&mut self, bytes: &[u8]) {
+        self.input.extend_from_slice(bytes);
+    }
+
+    /// Bytes for the client, to be sent before the next step is asked for.
+    pub fn take_output(&mut self) -> Vec<u8> {
+        std::mem::take(&mut self.output)
+    }
+
+    /// Goes on until something is needed.
+    pub fn step(&mut self) -> Step {
+        loop {
+            let step = match self.waiting {
+                Waiting::Flags => self.flags(),
+                Waiting::Option => self.option(),
+                Waiting::Skip { option, left } => self.skip(option, left),
+                Waiting::Export(_) => Some(Step::Open(self.asked_name.clone())),
+                Waiting::Names => Some(Step::List),
+                Waiting::Over => Some(Step::Close(CloseReason::Aborted)),
+            };
+            if let Some(step) = step {
+                return step;
+            }
+        }
+    }
+
+    /// Answers [`Step::Open`]. None: there is no such export.
+    pub fn found(&mut self, info: Option<&ExportInfo>) -> Option<Step> {
+        let Waiting::Export(asked) = self.waiting else { return None };
+        self.waiting = Waiting::Option;
+        match (asked, info) {
+            (Asked::ByName, None) => return Some(self.close(CloseReason::UnknownExport)),
+            (Asked::ByName, Some(info)) => {
+                self.output.extend(info.size.to_be_bytes());
+                self.output.extend(info.flags.bits().to_be_bytes());
+                let zeroes = if self.no_zeroes { 0 } else { EXPORT_NAME_ZEROES };
+                self.output.extend(std::iter::repeat_n(0, zeroes));
+                return Some(self.ready(info));
+            }
+            (Asked::Info { go, .. }, None) => {
+                let option = if go { OPT_GO } else { OPT_INFO };
+                self.refuse(option, REP_ERR_UNKNOWN, "there is no such export");
+            }
+            (Asked::Info { go, name, description }, Some(info)) => {
+                self.describe(if go { OPT_GO } else { OPT_INFO }, info, name, description);
+                if go {
+                    return Some(self.ready(info));
+                }
+            }
+        }
+        None
+    }
+
+    /// Answers [`Step::List`]. None: the client is told that policy forbids it.
+    pub fn listed(&mut self, names: Option<&[String]>) {
+        if self.waiting != Waiting::Names {
+            return;
+        }
+        self.waiting = Waiting::Option;
+        let Some(names) = names else {
+            return self.refuse(OPT_LIST, REP_ERR_POLICY, "names of exports are not listed here");
+        };
+        for name in names {
+            let mut data = (name.len() as u32).to_be_bytes().to_vec();
+            data.extend(name.as_bytes());
+            self.reply(OPT_LIST, REP_SERVER, &data);
+        }
+        self.reply(OPT_LIST, REP_ACK, &[]);
+    }
+
+    fn flags(&mut self) -> Option<Step> {
+        let Some(flags) = self.input.first_chunk().map(|flags| u32::from_be_bytes(*flags)) else {
+            return Some(Step::Input);
+        };
+        self.input.drain(..4);
+        if flags & !u32::from(FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES) != 0 {
+            return Some(self.close(CloseReason::Protocol("unknown client flags")));
+        }
+        self.no_zeroes = flags & u32::from(FLAG_NO_ZEROES) != 0;
+        self.waiting = Waiting::Option;
+        None
+    }
+
+    fn option(&mut self) -> Option<Step> {
+        let mut reader = Reader(&self.input);
+        let (Some(magic), Some(option), Some(len)) = (reader.u64(), reader.u32(), reader.u32()) else {
+            return Some(Step::Input);
+        };
+        if magic != OPTION_MAGIC {
+            return Some(self.close(CloseReason::Protocol("an option without its magic number")));
+        }
+        if len > OPTION_SKIP_MAX {
+            return Some(self.close(CloseReason::Protocol("an option of unreasonable length")));
+        }
+        if self.options == OPTIONS_MAX {
+            return Some(self.close(CloseReason::Protocol("too many options")));
+        }
+        if len > OPTION_LEN_MAX {
+            self.options += 1;
+            self.input.drain(..16);
+            self.waiting = Waiting::Skip { option, left: len };
+            return None;
+        }
+        let Some(data) = reader.take(len as usize).map(<[u8]>::to_vec) else { return Some(Step::Input) };
+        self.options += 1;
+        self.input.drain(..16 + len as usize);
+        self.answer(option, &data)
+    }
+
+    fn skip(&mut self, option: u32, left: u32) -> Option<Step> {
+        let passed = self.input.len().min(left as usize);
+        self.input.drain(..passed);
+        let left = left - passed as u32;
+        self.waiting = Waiting::Skip { option, left };
+        if left > 0 {
+            return Some(Step::Input);
+        }
+        if option == OPT_EXPORT_NAME {
+            return Some(self.close(CloseReason::Protocol("a name of unreasonable length")));
+        }
+        self.waiting = Waiting::Option;
+        self.refuse(option, REP_ERR_TOO_BIG, "the option is too long");
+        None
+    }
+
+    fn answer(&mut self, option: u32, data: &[u8]) -> Option<Step> {
+        match option {
+            OPT_EXPORT_NAME => match std::str::from_utf8(data) {
+                Ok(name) if name.len() <= STRING_MAX => self.ask(name.to_owned(), Asked::ByName),
+                _ => return Some(self.close(CloseReason::UnknownExport)),
+            },
+            OPT_ABORT => {
+                self.reply(option, REP_ACK, &[]);
+                return Some(self.close(CloseReason::Aborted));
+            }
+            OPT_LIST if data.is_empty() => self.waiting = Waiting::Names,
+            OPT_LIST => self.refuse(option, REP_ERR_INVALID, "a list takes no data"),
+            OPT_STRUCTURED_REPLY if data.is_empty() => {
+                self.structured = true;
+                self.reply(option, REP_ACK, &[]);
+            }
+            OPT_STRUCTURED_REPLY => self.refuse(option, REP_ERR_INVALID, "structured replies take no data"),
+            OPT_INFO | OPT_GO => match parse_info(data) {
+                Some((name, asks)) => {
+                    let asked = Asked::Info {
+                        go: option == OPT_GO,
+                        name: asks.contains(&INFO_NAME),
+                        description: asks.contains(&INFO_DESCRIPTION),
+                    };
+                    self.ask(name, asked);
+                }
+                None => self.refuse(option, REP_ERR_INVALID, "the request for information is malformed"),
+            },
+            OPT_LIST_META_CONTEXT | OPT_SET_META_CONTEXT => self.contexts(option, data),
+            _ => self.refuse(option, REP_ERR_UNSUP, "this option is not supported"),
+        }
+        None
+    }
+
+    fn ask(&mut self, name: String, asked: Asked) {
+        self.asked_name = name;
+        self.waiting = Waiting::Export(asked);
+    }
+
+    fn contexts(&mut self, option: u32, data: &[u8]) {
+        let set = option == OPT_SET_META_CONTEXT;
+        if set {
+            self.context_export = None;
+        }
+        if !self.structured {
+            return self.refuse(option, REP_ERR_INVALID, "structured replies have to be negotiated first");
+        }
+        let Some((export, queries)) = parse_contexts(data) else {
+            return self.refuse(option, REP_ERR_INVALID, "the queries for contexts are malformed");
+        };
+        let matches = |query: &&str| *query == BASE_ALLOCATION || (!set && *query == "base:");
+        if queries.iter().any(|query| matches(&query.as_str())) || (!set && queries.is_empty()) {
+            let id = if set { BASE_ALLOCATION_ID } else { 0 };
+            let mut found = id.to_be_bytes().to_vec();
+            found.extend(BASE_ALLOCATION.as_bytes());
+            self.reply(option, REP_META_CONTEXT, &found);
+            if set {
+                self.context_export = Some(export);
+            }
+        }
+        self.reply(option, REP_ACK, &[]);
+    }
+
+    fn describe(&mut self, option: u32, info: &ExportInfo, name: bool, description: bool) {
+        let mut export = INFO_EXPORT.to_be_bytes().to_vec();
+        export.extend(info.size.to_be_bytes());
+        export.extend(self.flags_for(info).bits().to_be_bytes());
+        self.reply(option, REP_INFO, &export);
+        let mut block = INFO_BLOCK_SIZE.to_be_bytes().to_vec();
+        for size in [info.block.min, info.block.preferred, info.block.max] {
+            block.extend(size.to_be_bytes());
+        }
+        self.reply(option, REP_INFO, &block);
+        if name {
+            let mut data = INFO_NAME.to_be_bytes().to_vec();
+            data.extend(self.asked_name.as_bytes());
+            self.reply(option, REP_INFO, &data);
+        }
+        if let (true, Some(text)) = (description, &info.description) {
+            let mut data = INFO_DESCRIPTION.to_be_bytes().to_vec();
+            data.extend(text.as_bytes());
+            self.reply(option, REP_INFO, &data);
+        }
+        self.reply(option, REP_ACK, &[]);
+    }
+
+    /// DF may be announced only together with structured replies.
+    fn flags_for(&self, info: &ExportInfo) -> TransmissionFlags {
+        if self.structured { info.flags.with(TransmissionFlags::SEND_DF) } else { info.flags }
+    }
+
+    fn ready(&mut self, info: &ExportInfo) -> Step {
+        self.waiting = Waiting::Over;
+        let context = self.context_export.take().is_some_and(|export| export == self.asked_name);
+        Step::Ready(Negotiated {
+            info: ExportInfo { flags: self.flags_for(info), ..info.clone() },
+            structured: self.structured,
+            base_allocation: context.then_some(BASE_ALLOCATION_ID),
+            leftover: std::mem::take(&mut self.input),
+        })
+    }
+
+    fn close(&mut self, reason: CloseReason) -> Step {
+        self.waiting = Waiting::Over;
+        self.input = Vec::new();
+        Step::Close(reason)
+    }
+
+    fn refuse(&mut self, option: u32, error: u32, text: &str) {
+        self.reply(option, error, text.as_bytes());
+    }
+
+    fn reply(&mut self, option: u32, kind: u32, data: &[u8]) {
+        self.output.extend(OPTION_REPLY_MAGIC.to_be_bytes());
+        self.output.extend(option.to_be_bytes());
+        self.output.extend(kind.to_be_bytes());
+        self.output.extend((data.len() as u32).to_be_bytes());
+        self.output.extend_from_slice(data);
+    }
+}
+
+fn parse_info(data: &[u8]) -> Option<(String, Vec<u16>)> {
+    let mut reader = Reader(data);
+    let name = reader.string()?.to_owned();
+    let count = reader.u16()?;
+    let asks = (0..count).map(|_| reader.u16()).collect::<Option<Vec<u16>>>()?;
+    reader.is_empty().then_some((name, asks))
+}
+
+fn parse_contexts(data: &[u8]) -> Option<(String, Vec<String>)> {
+    let mut reader = Reader(data);
+    let export = reader.string()?.to_owned();
+    let count = reader.u32()?;
+    let mut queries = Vec::new();
+    for _ in 0..count {
+        queries.push(reader.string()?.to_owned());
+    }
+    reader.is_empty().then_some((export, queries))
+}

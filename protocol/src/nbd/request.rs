@@ -1,0 +1,224 @@
+//! Requests of the transmission phase.
+
+use super::errno::Errno;
+use super::export::{ExportInfo, TransmissionFlags};
+
+/// Bytes of a request's header.
+pub const REQUEST_LEN: usize = 28;
+const REQUEST_MAGIC: u32 = 0x2560_9513;
+
+/// Command flags (`NBD_CMD_FLAG_*`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct CommandFlags(u16);
+
+impl CommandFlags {
+    /// None.
+    pub const NONE: CommandFlags = CommandFlags(0);
+    /// Not answered before it is on stable storage.
+    pub const FUA: CommandFlags = CommandFlags(1 << 0);
+    /// Zeros without giving memory back.
+    pub const NO_HOLE: CommandFlags = CommandFlags(1 << 1);
+    /// Data of a read in one chunk.
+    pub const DF: CommandFlags = CommandFlags(1 << 2);
+    /// One extent only.
+    pub const REQ_ONE: CommandFlags = CommandFlags(1 << 3);
+    /// Zeros only if that is faster than a write.
+    pub const FAST_ZERO: CommandFlags = CommandFlags(1 << 4);
+
+    /// The flags of these bits, known or not.
+    #[inline]
+    pub const fn from_bits(bits: u16) -> CommandFlags {
+        CommandFlags(bits)
+    }
+
+    /// As bits on the wire.
+    #[inline]
+    pub const fn bits(self) -> u16 {
+        self.0
+    }
+
+    /// Whether all of `other` are set.
+    #[inline]
+    pub const fn contains(self, other: CommandFlags) -> bool {
+        self.0 & other.0 == other.0
+    }
+
+    /// Whether there are flags beside `allowed`.
+    #[inline]
+    const fn exceeds(self, allowed: u16) -> bool {
+        self.0 & !allowed != 0
+    }
+
+    /// With those of `other` as well.
+    #[must_use]
+    pub const fn with(self, other: CommandFlags) -> CommandFlags {
+        CommandFlags(self.0 | other.0)
+    }
+}
+
+/// What a request asks for (`NBD_CMD_*`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Command {
+    /// Bytes of the export.
+    Read,
+    /// Bytes to the export; they follow the header.
+    Write,
+    /// The end of the connection; never answered.
+    Disconnect,
+    /// Answered writes become stable.
+    Flush,
+    /// Bytes that nobody needs any more.
+    Trim,
+    /// Bytes that will be needed soon.
+    Cache,
+    /// Zeros to the export.
+    WriteZeroes,
+    /// How bytes are held.
+    BlockStatus,
+    /// A command that the specification does not have, or that is not for servers of today.
+    Other(u16),
+}
+
+impl Command {
+    #[inline]
+    const fn from_wire(number: u16) -> Command {
+        match number {
+            0 => Command::Read,
+            1 => Command::Write,
+            2 => Command::Disconnect,
+            3 => Command::Flush,
+            4 => Command::Trim,
+            5 => Command::Cache,
+            6 => Command::WriteZeroes,
+            7 => Command::BlockStatus,
+            other => Command::Other(other),
+        }
+    }
+
+    #[inline]
+    const fn to_wire(self) -> u16 {
+        match self {
+            Command::Read => 0,
+            Command::Write => 1,
+            Command::Disconnect => 2,
+            Command::Flush => 3,
+            Command::Trim => 4,
+            Command::Cache => 5,
+            Command::WriteZeroes => 6,
+            Command::BlockStatus => 7,
+            Command::Other(number) => number,
+        }
+    }
+}
+
+/// A request's header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Request {
+    /// How.
+    pub flags: CommandFlags,
+    /// What.
+    pub command: Command,
+    /// The client's mark, repeated in the reply.
+    pub cookie: u64,
+    /// First byte.
+    pub offset: u64,
+    /// Bytes.
+    pub length: u32,
+}
+
+/// The header does not start as a request: whatever follows cannot be understood.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("not a request: its magic number is wrong")]
+pub struct BadRequestMagic;
+
+impl Request {
+    /// Reads a header.
+    ///
+    /// # Errors
+    /// [`BadRequestMagic`]: the connection has to be closed.
+    #[inline]
+    pub fn decode(bytes: &[u8; REQUEST_LEN]) -> Result<Request, BadRequestMagic> {
+        let [m0, m1, m2, m3, f0, f1, c0, c1, rest @ ..] = bytes;
+        if u32::from_be_bytes([*m0, *m1, *m2, *m3]) != REQUEST_MAGIC {
+            return Err(BadRequestMagic);
+        }
+        let [k0, k1, k2, k3, k4, k5, k6, k7, o0, o1, o2, o3, o4, o5, o6, o7, l0, l1, l2, l3] = rest;
+        Ok(Request {
+            flags: CommandFlags(u16::from_be_bytes([*f0, *f1])),
+            command: Command::from_wire(u16::from_be_bytes([*c0, *c1])),
+            cookie: u64::from_be_bytes([*k0, *k1, *k2, *k3, *k4, *k5, *k6, *k7]),
+            offset: u64::from_be_bytes([*o0, *o1, *o2, *o3, *o4, *o5, *o6, *o7]),
+            length: u32::from_be_bytes([*l0, *l1, *l2, *l3]),
+        })
+    }
+
+    /// Writes a header.
+    #[inline]
+    pub fn encode(&self, bytes: &mut [u8; REQUEST_LEN]) {
+        bytes[..4].copy_from_slice(&REQUEST_MAGIC.to_be_bytes());
+        bytes[4..6].copy_from_slice(&self.flags.0.to_be_bytes());
+        bytes[6..8].copy_from_slice(&self.command.to_wire().to_be_bytes());
+        bytes[8..16].copy_from_slice(&self.cookie.to_be_bytes());
+        bytes[16..24].copy_from_slice(&self.offset.to_be_bytes());
+        bytes[24..].copy_from_slice(&self.length.to_be_bytes());
+    }
+
+    /// Whether a server may do what is asked, on this export and with what was negotiated
+    /// (structured replies; the context `base:allocation`).
+    ///
+    /// # Errors
+    /// What the client has to be answered.
+    #[inline]
+    pub fn check(&self, export: &ExportInfo, structured: bool, base_allocation: bool) -> Result<(), Errno> {
+        use TransmissionFlags as Has;
+        let fua = if export.flags.contains(Has::SEND_FUA) { CommandFlags::FUA.0 } else { 0 };
+        let (offered, allowed) = match self.command {
+            Command::Read if structured => (true, fua | CommandFlags::DF.0),
+            Command::Read | Command::Disconnect => (true, fua),
+            Command::Write => (true, fua),
+            Command::Flush => (export.flags.contains(Has::SEND_FLUSH), fua),
+            Command::Trim => (export.flags.contains(Has::SEND_TRIM), fua),
+            Command::Cache => (export.flags.contains(Has::SEND_CACHE), fua),
+            Command::WriteZeroes => {
+                let fast = export.flags.contains(Has::SEND_FAST_ZERO);
+                let fast = if fast { CommandFlags::FAST_ZERO.0 } else { 0 };
+                (export.flags.contains(Has::SEND_WRITE_ZEROES), fua | CommandFlags::NO_HOLE.0 | fast)
+            }
+            Command::BlockStatus => (base_allocation, fua | CommandFlags::REQ_ONE.0),
+            Command::Other(_) => (false, 0),
+        };
+        if !offered || self.flags.exceeds(allowed) {
+            return Err(Errno::Invalid);
+        }
+        match self.command {
+            Command::Disconnect => Ok(()),
+            Command::Flush => self.check_flush(),
+            _ => self.check_range(export),
+        }
+    }
+
+    const fn check_flush(&self) -> Result<(), Errno> {
+        if self.offset == 0 && self.length == 0 { Ok(()) } else { Err(Errno::Invalid) }
+    }
+
+    fn check_range(&self, export: &ExportInfo) -> Result<(), Errno> {
+        let changes = matches!(self.command, Command::Write | Command::WriteZeroes | Command::Trim);
+        if changes && export.flags.contains(TransmissionFlags::READ_ONLY) {
+            return Err(Errno::Permission);
+        }
+        if matches!(self.command, Command::Read | Command::Write) && self.length > export.block.max {
+            return Err(Errno::Invalid);
+        }
+        let min = u64::from(export.block.min.max(1));
+        let aligned = self.offset.is_multiple_of(min) && u64::from(self.length).is_multiple_of(min);
+        if self.length == 0 || !aligned {
+            return Err(Errno::Invalid);
+        }
+        let inside = self.offset.checked_add(u64::from(self.length)).is_some_and(|end| end <= export.size);
+        match self.command {
+            _ if inside => Ok(()),
+            Command::Write | Command::WriteZeroes => Err(Errno::NoSpace),
+            _ => Err(Errno::Invalid),
+        }
+    }
+}
