@@ -1,2 +1,58 @@
-//! stub
-fn main() {}
+//! `xpm`: the operator's command. It speaks to the allocator and to this host's xpm-blk over
+//! their control interfaces and never touches the data path.
+
+mod age;
+mod alloc;
+mod appliance;
+mod blk;
+mod cli;
+mod connect;
+mod doctor;
+mod output;
+mod shell;
+mod status;
+mod table;
+
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use clap::Parser as _;
+
+use crate::cli::{Cli, Command};
+use crate::connect::Daemons;
+use crate::output::Output;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(cli) {
+        Ok(code) => code,
+        Err(error) if output::is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xpm: {}", output::one_line(&format!("{error:#}")));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<ExitCode> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the runtime for control connections")?;
+    runtime.block_on(dispatch(cli))
+}
+
+async fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
+    let output = Output::new(cli.global.json);
+    let daemons = Daemons::new(&cli.global);
+    match cli.command {
+        Command::Appliance(command) => appliance::run(command, &daemons, output).await?,
+        Command::Alloc(command) => alloc::run(command, &daemons, output).await?,
+        Command::Blk(command) => blk::run(command, &daemons, output).await?,
+        Command::Status => return status::run(&daemons, output).await,
+        Command::Doctor => return doctor::run(&daemons, output).await,
+        Command::Completions { shell } => shell::completions(shell)?,
+        Command::Man { directory } => shell::man_pages(&directory, output)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,214 @@
+//! `xpm alloc`: named amounts of external memory.
+
+use std::collections::BTreeMap;
+
+use anyhow::Context as _;
+use serde::Serialize;
+use xpm_protocol::api::allocator::{Allocation, AllocationState, Create, Owner};
+use xpm_protocol::{ByteSize, Layout, Name};
+
+use crate::age;
+use crate::cli::{AllocCommand, CreateArgs};
+use crate::connect::{Daemon, Daemons};
+use crate::output::{self, Output};
+use crate::table::{Table, fields};
+
+pub(crate) async fn run(command: AllocCommand, daemons: &Daemons, output: Output) -> anyhow::Result<()> {
+    let allocator = daemons.allocator()?;
+    match command {
+        AllocCommand::Create(args) => {
+            let name = args.name.clone();
+            let allocation: Allocation = allocator
+                .post("/v1/allocations", &request(args))
+                .await
+                .with_context(|| format!("cannot make the allocation `{name}`"))?;
+            output.print(&allocation, created)
+        }
+        AllocCommand::List => output.print(&allocator.allocations().await?, |all| list(all)),
+        AllocCommand::Show { name } => {
+            let allocation: Allocation = allocator.get(&format!("/v1/allocations/{name}")).await?;
+            output.print(&allocation, show)
+        }
+        AllocCommand::Delete { name, force } => {
+            if force {
+                warn_of_live_device(daemons, &name).await;
+            }
+            delete(&allocator, &name, force).await?;
+            output.print(&Deleted { deleted: name }, |_| String::new())
+        }
+    }
+}
+
+/// What `delete --json` prints.
+#[derive(Debug, Serialize)]
+struct Deleted {
+    deleted: Name,
+}
+
+fn request(args: CreateArgs) -> Create {
+    Create {
+        name: args.name,
+        size: args.size,
+        stripe: args.stripe,
+        stripe_unit: args.stripe_unit,
+        region_len: args.region_size,
+    }
+}
+
+async fn delete(allocator: &Daemon, name: &Name, force: bool) -> anyhow::Result<()> {
+    let query = if force { "?force=true" } else { "" };
+    allocator
+        .delete(&format!("/v1/allocations/{name}{query}"))
+        .await
+        .with_context(|| format!("cannot delete the allocation `{name}`"))
+}
+
+/// A forced deletion takes the memory from under a device. Where that is one of this host, the
+/// person who typed it is told which; a host without xpm-blk has none.
+async fn warn_of_live_device(daemons: &Daemons, name: &Name) {
+    let Ok(blk) = daemons.blk() else { return };
+    let Ok(devices) = blk.devices().await else { return };
+    if let Some(device) = devices.iter().find(|device| device.name == *name) {
+        let users = if device.users.is_empty() {
+            "not in use".to_owned()
+        } else {
+            format!("in use: {}", device.users.join(", "))
+        };
+        output::warn(&format!(
+            "{} of this host shows `{name}` ({users}): all its I/O fails from now on; remove it with \
+             `xpm blk detach --force {name}`",
+            device.path
+        ));
+    }
+}
+
+fn created(allocation: &Allocation) -> String {
+    format!(
+        "{}: {} in {} of {}, {}, on {}\n",
+        allocation.name,
+        allocation.size,
+        count(allocation.regions.len(), "region"),
+        allocation.region_len,
+        layout(&allocation.layout),
+        places(allocation).keys().cloned().collect::<Vec<_>>().join(", ")
+    )
+}
+
+fn count(number: usize, thing: &str) -> String {
+    format!("{number} {thing}{}", if number == 1 { "" } else { "s" })
+}
+
+/// The table of all allocations.
+pub(crate) fn list(allocations: &[Allocation]) -> String {
+    if allocations.is_empty() {
+        return "No allocations: make one with `xpm alloc create NAME --size SIZE`.\n".to_owned();
+    }
+    let mut table = Table::new(&[
+        "NAME",
+        ">SIZE",
+        "STATE",
+        "LAYOUT",
+        ">REGIONS",
+        ">APPLIANCES",
+        "OWNER",
+        ">EPOCH",
+        "CREATED",
+    ]);
+    for allocation in allocations {
+        table.row([
+            allocation.name.to_string(),
+            allocation.size.to_string(),
+            state(allocation.state).to_owned(),
+            layout(&allocation.layout),
+            allocation.regions.len().to_string(),
+            places(allocation).len().to_string(),
+            allocation.owner.as_ref().map(owner).unwrap_or_default(),
+            allocation.epoch.to_string(),
+            age::since(allocation.created),
+        ]);
+    }
+    table.render()
+}
+
+fn state(state: AllocationState) -> &'static str {
+    match state {
+        AllocationState::Creating => "creating",
+        AllocationState::Ready => "ready",
+        AllocationState::Deleting => "deleting",
+    }
+}
+
+fn layout(layout: &Layout) -> String {
+    match layout {
+        Layout::Linear => "linear".to_owned(),
+        Layout::Striped { columns, unit } => format!("striped over {columns} by {}", ByteSize(*unit)),
+    }
+}
+
+fn owner(owner: &Owner) -> String {
+    format!("{} ({})", owner.host_name, owner.purpose)
+}
+
+/// Regions by appliance name, in the order of the names; indices into the allocation's order.
+fn places(allocation: &Allocation) -> BTreeMap<String, Vec<usize>> {
+    let mut places: BTreeMap<String, Vec<usize>> = BTreeMap::new();
+    for (index, place) in allocation.regions.iter().enumerate() {
+        places.entry(place.appliance_name.to_string()).or_default().push(index);
+    }
+    places
+}
+
+fn show(allocation: &Allocation) -> String {
+    let owned = match &allocation.owner {
+        Some(by) => format!("{}, client {}, since {}", owner(by), by.client, age::since(by.since)),
+        None => "nobody".to_owned(),
+    };
+    let mut text = fields(&[
+        ("name", allocation.name.to_string()),
+        ("id", allocation.id.to_string()),
+        ("size", allocation.size.to_string()),
+        ("state", state(allocation.state).to_owned()),
+        ("layout", layout(&allocation.layout)),
+        ("regions", format!("{} of {}", allocation.regions.len(), allocation.region_len)),
+        ("owner", owned),
+        ("epoch", allocation.epoch.to_string()),
+        ("created", age::since(allocation.created)),
+    ]);
+    let mut table = Table::new(&["APPLIANCE", ">REGIONS", ">MEMORY", "WHICH"]);
+    for (appliance, regions) in places(allocation) {
+        let memory = allocation.region_len.0.saturating_mul(regions.len() as u64);
+        table.row([appliance, regions.len().to_string(), ByteSize(memory).to_string(), ranges(&regions)]);
+    }
+    text.push('\n');
+    text.push_str(&table.render());
+    text
+}
+
+/// Ascending numbers as ranges: `0, 3-5`.
+fn ranges(numbers: &[usize]) -> String {
+    let mut runs: Vec<(usize, usize)> = Vec::new();
+    for &number in numbers {
+        match runs.last_mut() {
+            Some((_, last)) if *last + 1 == number => *last = number,
+            _ => runs.push((number, number)),
+        }
+    }
+    let run = |(first, last): &(usize, usize)| match first == last {
+        true => first.to_string(),
+        false => format!("{first}-{last}"),
+    };
+    runs.iter().map(run).collect::<Vec<_>>().join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn region_numbers_as_ranges() {
+        assert_eq!(ranges(&[0, 3, 4, 5, 9]), "0, 3-5, 9");
+        assert_eq!(ranges(&[]), "");
+        assert_eq!(count(1, "region"), "1 region");
+        assert_eq!(count(2, "region"), "2 regions");
+    }
+}

@@ -1,0 +1,158 @@
+//! `xpm appliance`: the machines that lend memory.
+
+use anyhow::bail;
+use serde::Serialize;
+use xpm_protocol::api::allocator::{Allocation, Appliance, ApplianceState};
+use xpm_protocol::api::appliance::Medium;
+
+use crate::age;
+use crate::cli::ApplianceCommand;
+use crate::connect::Daemons;
+use crate::output::Output;
+use crate::table::{Table, fields};
+
+pub(crate) async fn run(command: ApplianceCommand, daemons: &Daemons, output: Output) -> anyhow::Result<()> {
+    let allocator = daemons.allocator()?;
+    let appliances = allocator.appliances().await?;
+    match command {
+        ApplianceCommand::List => output.print(&appliances, |all| list(all)),
+        ApplianceCommand::Show { name } => {
+            let appliance = find(&appliances, &name)?;
+            let allocations = allocator.allocations().await?;
+            output.print(appliance, |appliance| show(appliance, &allocations))
+        }
+        ApplianceCommand::Forget { name } => {
+            let appliance = find(&appliances, &name)?;
+            allocator.delete(&format!("/v1/appliances/{}", appliance.info.id)).await?;
+            output.print(&Forgotten { forgotten: appliance.info.name.to_string() }, |_| String::new())
+        }
+    }
+}
+
+/// What `forget --json` prints.
+#[derive(Debug, Serialize)]
+struct Forgotten {
+    forgotten: String,
+}
+
+/// The appliance of that name or id. Names come from hosts, so that two may be the same.
+fn find<'a>(appliances: &'a [Appliance], text: &str) -> anyhow::Result<&'a Appliance> {
+    let matches: Vec<&Appliance> = appliances
+        .iter()
+        .filter(|appliance| appliance.info.name.as_str() == text || appliance.info.id.to_string() == text)
+        .collect();
+    match matches[..] {
+        [one] => Ok(one),
+        [] => bail!("the allocator knows no appliance `{text}`; see `xpm appliance list`"),
+        _ => {
+            let ids: Vec<String> = matches.iter().map(|appliance| appliance.info.id.to_string()).collect();
+            bail!("{} appliances are named `{text}`; name one by its id: {}", ids.len(), ids.join(", "))
+        }
+    }
+}
+
+/// The table of all appliances.
+pub(crate) fn list(appliances: &[Appliance]) -> String {
+    if appliances.is_empty() {
+        return "No appliance has registered: start xpm-appliance on a machine with memory to spare.\n"
+            .to_owned();
+    }
+    let mut table = Table::new(&[
+        "NAME",
+        "STATE",
+        ">MEMORY",
+        ">FREE",
+        ">GRANTED",
+        ">RESIDENT",
+        ">REGIONS",
+        ">CLIENTS",
+        "ADDRESS",
+    ]);
+    for appliance in appliances {
+        let status = &appliance.status;
+        table.row([
+            appliance.info.name.to_string(),
+            state(appliance),
+            status.capacity.to_string(),
+            status.free.to_string(),
+            status.granted.to_string(),
+            status.resident.to_string(),
+            appliance.regions.to_string(),
+            status.connections.to_string(),
+            address(appliance),
+        ]);
+    }
+    table.render()
+}
+
+fn state(appliance: &Appliance) -> String {
+    match (appliance.state, appliance.silent) {
+        (ApplianceState::Up, _) => "up".to_owned(),
+        (ApplianceState::Silent, Some(silent)) => format!("silent {}", age::short(silent.0)),
+        (ApplianceState::Silent, None) => "silent".to_owned(),
+    }
+}
+
+fn address(appliance: &Appliance) -> String {
+    let endpoints = &appliance.info.endpoints;
+    let unix = || endpoints.nbd_unix.as_ref().map(|path| path.display().to_string());
+    endpoints.nbd.first().map(ToString::to_string).or_else(unix).unwrap_or_default()
+}
+
+fn show(appliance: &Appliance, allocations: &[Allocation]) -> String {
+    let (info, status) = (&appliance.info, &appliance.status);
+    let counters = &status.counters;
+    let addresses: Vec<String> = info.endpoints.nbd.iter().map(ToString::to_string).collect();
+    let path = |path: &Option<std::path::PathBuf>| match path {
+        Some(path) => path.display().to_string(),
+        None => "none".to_owned(),
+    };
+    let mut text = fields(&[
+        ("name", info.name.to_string()),
+        ("id", info.id.to_string()),
+        ("state", state(appliance)),
+        ("version", info.version.clone()),
+        ("up for", age::short(status.uptime.0)),
+        ("control", info.control.clone()),
+        ("nbd over tcp", addresses.join(", ")),
+        ("nbd over unix", path(&info.endpoints.nbd_unix)),
+        ("shared memory", path(&info.endpoints.shm)),
+        ("lends", format!("{} of {}", status.capacity, medium(info.medium))),
+        ("free", format!("{}, of which {} is ready to use", status.free, status.ready)),
+        ("granted", format!("{} in {} regions", status.granted, status.regions)),
+        ("reserved", status.reserved.to_string()),
+        ("resident", status.resident.to_string()),
+        ("connections", status.connections.to_string()),
+        ("read", format!("{} in {} requests", xpm_protocol::ByteSize(counters.read_bytes), counters.reads)),
+        (
+            "written",
+            format!("{} in {} requests", xpm_protocol::ByteSize(counters.write_bytes), counters.writes),
+        ),
+        ("trimmed", format!("{} requests", counters.trims)),
+        ("errors", format!("{} requests failed, {} connections refused", counters.errors, counters.refused)),
+    ]);
+    text.push_str(&used_by(appliance, allocations));
+    text
+}
+
+fn medium(medium: Medium) -> &'static str {
+    match medium {
+        Medium::Memory => "memory",
+        Medium::HugePages => "huge pages",
+        Medium::File => "a file or DAX device",
+    }
+}
+
+fn used_by(appliance: &Appliance, allocations: &[Allocation]) -> String {
+    let mut table = Table::new(&["ALLOCATION", ">REGIONS HERE", "OWNER"]);
+    let mut any = false;
+    for allocation in allocations {
+        let here = allocation.regions.iter().filter(|place| place.appliance == appliance.info.id).count();
+        if here > 0 {
+            any = true;
+            let owner = allocation.owner.as_ref().map(|owner| owner.host_name.clone()).unwrap_or_default();
+            table.row([allocation.name.to_string(), here.to_string(), owner]);
+        }
+    }
+    if any { format!("\n{}", table.render()) } else { String::new() }
+}

@@ -1,0 +1,169 @@
+//! `xpm blk`: allocations as devices of this host.
+
+use anyhow::Context as _;
+use serde::Serialize;
+use xpm_protocol::api::blk::{AttachDevice, Device, DeviceState, Form, LinkState, LinkStatus, SocketPlace};
+use xpm_protocol::{ByteSize, Name};
+
+use crate::age;
+use crate::cli::{AttachArgs, BlkCommand};
+use crate::connect::Daemons;
+use crate::output::Output;
+use crate::table::{Table, fields};
+
+pub(crate) async fn run(command: BlkCommand, daemons: &Daemons, output: Output) -> anyhow::Result<()> {
+    let blk = daemons.blk()?;
+    match command {
+        BlkCommand::Attach(args) => {
+            let request = request(args);
+            let device: Device = blk
+                .post("/v1/devices", &request)
+                .await
+                .with_context(|| format!("cannot attach `{}` as {}", request.name, request.form))?;
+            output.print(&device, |device| device.path.clone())?;
+            output.hint(&next_steps(&device));
+            Ok(())
+        }
+        BlkCommand::List => output.print(&blk.devices().await?, |all| list(all)),
+        BlkCommand::Show { name } => {
+            let device: Device = blk.get(&format!("/v1/devices/{name}")).await?;
+            output.print(&device, show)
+        }
+        BlkCommand::Detach { name, force } => {
+            let query = if force { "?force=true" } else { "" };
+            blk.delete(&format!("/v1/devices/{name}{query}"))
+                .await
+                .with_context(|| format!("cannot detach `{name}`"))?;
+            output.print(&Detached { detached: name }, |_| String::new())
+        }
+    }
+}
+
+/// What `detach --json` prints.
+#[derive(Debug, Serialize)]
+struct Detached {
+    detached: Name,
+}
+
+fn request(args: AttachArgs) -> AttachDevice {
+    AttachDevice {
+        name: args.name,
+        form: args.form,
+        queues: args.queues,
+        depth: args.depth,
+        transport: args.transport,
+        hold: args.hold,
+        force: args.force,
+    }
+}
+
+/// What a person does next with a new device.
+fn next_steps(device: &Device) -> String {
+    let Device { name, path, .. } = device;
+    let use_it = match &device.form {
+        Form::Ublk | Form::Nbd | Form::NbdDirect => format!(
+            "swap:         mkswap {path} && swapon --discard {path}\n\
+             file system:  mkfs.ext4 {path} && mount -o discard {path} /mnt\n"
+        ),
+        Form::NbdSocket(SocketPlace::Unix(socket)) => {
+            format!("look at it:   nbdinfo 'nbd+unix:///?socket={}'\n", socket.display())
+        }
+        Form::NbdSocket(SocketPlace::Tcp(address)) => format!("look at it:   nbdinfo nbd://{address}\n"),
+    };
+    format!("{use_it}remove it:    xpm blk detach {name}")
+}
+
+/// The table of all devices.
+pub(crate) fn list(devices: &[Device]) -> String {
+    if devices.is_empty() {
+        return "No devices on this host: make one with `xpm blk attach NAME --as FORM`.\n".to_owned();
+    }
+    let mut table =
+        Table::new(&["NAME", "AS", "PATH", ">SIZE", "STATE", ">READ", ">WRITTEN", ">IN FLIGHT", "USED BY"]);
+    for device in devices {
+        table.row([
+            device.name.to_string(),
+            form(&device.form).to_owned(),
+            device.path.clone(),
+            device.size.to_string(),
+            state(device.state).to_owned(),
+            ByteSize(device.counters.read_bytes).to_string(),
+            ByteSize(device.counters.write_bytes).to_string(),
+            device.in_flight.to_string(),
+            device.users.join(", "),
+        ]);
+    }
+    table.render()
+}
+
+fn form(form: &Form) -> &'static str {
+    match form {
+        Form::Ublk => "ublk",
+        Form::Nbd => "nbd",
+        Form::NbdDirect => "nbd-direct",
+        Form::NbdSocket(_) => "nbd-socket",
+    }
+}
+
+fn state(state: DeviceState) -> &'static str {
+    match state {
+        DeviceState::Live => "live",
+        DeviceState::Holding => "holding",
+        DeviceState::Lost => "lost",
+    }
+}
+
+fn show(device: &Device) -> String {
+    let counters = &device.counters;
+    let users = if device.users.is_empty() { "nobody".to_owned() } else { device.users.join(", ") };
+    let mut text = fields(&[
+        ("name", device.name.to_string()),
+        ("as", device.form.to_string()),
+        ("path", device.path.clone()),
+        ("size", device.size.to_string()),
+        ("state", explained_state(device.state).to_owned()),
+        ("used by", users),
+        ("epoch", device.epoch.to_string()),
+        ("queues", format!("{}, {} requests deep", device.queues, device.depth)),
+        ("in flight", device.in_flight.to_string()),
+        ("read", format!("{} in {} requests", ByteSize(counters.read_bytes), counters.reads)),
+        ("written", format!("{} in {} requests", ByteSize(counters.write_bytes), counters.writes)),
+        ("trimmed", format!("{} requests", counters.trims)),
+        ("errors", counters.errors.to_string()),
+        ("attached", format!("{} ago", age::short(device.age.0))),
+    ]);
+    text.push('\n');
+    text.push_str(&links(&device.links));
+    text
+}
+
+fn explained_state(state: DeviceState) -> &'static str {
+    match state {
+        DeviceState::Live => "live",
+        DeviceState::Holding => "holding: an appliance is out of reach, I/O to it waits",
+        DeviceState::Lost => "lost: memory is gone, I/O to it fails",
+    }
+}
+
+fn links(links: &[LinkStatus]) -> String {
+    let mut table = Table::new(&["APPLIANCE", "TRANSPORT", "LINK", "FOR", ">RECONNECTS", "REASON"]);
+    for link in links {
+        table.row([
+            link.appliance_name.to_string(),
+            link.transport.to_string(),
+            link_state(link.state).to_owned(),
+            age::short(link.since.0),
+            link.reconnects.to_string(),
+            link.reason.clone().unwrap_or_default(),
+        ]);
+    }
+    table.render()
+}
+
+fn link_state(state: LinkState) -> &'static str {
+    match state {
+        LinkState::Up => "up",
+        LinkState::Connecting => "connecting",
+        LinkState::Lost => "lost",
+    }
+}

@@ -1,0 +1,70 @@
+//! `xpm alloc`.
+
+use clap::{Args, Subcommand};
+use xpm_protocol::{ByteSize, Name};
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum AllocCommand {
+    /// Makes an allocation: takes memory of appliances under a name.
+    #[command(after_help = "\
+Examples:
+  1 GiB on the appliance with the most free memory:
+    xpm alloc create scratch --size 1GiB
+  16 GiB striped over four appliances, for bandwidth:
+    xpm alloc create swap0 --size 16GiB --stripe 4")]
+    Create(CreateArgs),
+    /// Lists all allocations.
+    List,
+    /// Shows one allocation: its layout, owner, epoch and regions by appliance.
+    #[command(after_help = "Example:\n  xpm alloc show swap0")]
+    Show {
+        /// Its name.
+        name: Name,
+    },
+    /// Deletes an allocation; its memory is cleared and lent again.
+    ///
+    /// Refused while a client uses it, unless forced: then all I/O of that client fails. For swap
+    /// that means killed programs, so run `swapoff` and `xpm blk detach` first.
+    #[command(after_help = "Example:\n  xpm alloc delete swap0")]
+    Delete {
+        /// Its name.
+        name: Name,
+        /// Deletes it even while a client uses it.
+        #[arg(long)]
+        force: bool,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CreateArgs {
+    /// Its name: 1 to 64 of A-Z a-z 0-9 . _ -, not starting with a dot or a dash.
+    pub(crate) name: Name,
+    /// Its size, like 64MiB, 1.5GiB or 2T; rounded up to whole pages.
+    #[arg(long, value_parser = positive_size)]
+    pub(crate) size: ByteSize,
+    /// Stripes over this many regions, each on an appliance of its own while there are enough.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub(crate) stripe: Option<u32>,
+    /// Bytes that lie together on one region of a stripe; a power of two from 4KiB. [default: 64KiB]
+    #[arg(long, value_name = "SIZE", requires = "stripe", value_parser = positive_size)]
+    pub(crate) stripe_unit: Option<ByteSize>,
+    /// Size of a region: a power of two from 16MiB to 64GiB. [default: the allocator's choice]
+    #[arg(long, value_name = "SIZE", value_parser = region_size)]
+    pub(crate) region_size: Option<ByteSize>,
+}
+
+fn positive_size(text: &str) -> Result<ByteSize, String> {
+    match text.parse::<ByteSize>() {
+        Ok(ByteSize(0)) => Err("the size cannot be 0".to_owned()),
+        Ok(size) => Ok(size),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+fn region_size(text: &str) -> Result<ByteSize, String> {
+    let size = positive_size(text)?;
+    match xpm_protocol::units::is_region_len(size.0) {
+        true => Ok(size),
+        false => Err("a region is a power of two from 16MiB to 64GiB".to_owned()),
+    }
+}

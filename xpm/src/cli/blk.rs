@@ -1,0 +1,71 @@
+//! `xpm blk`.
+
+use clap::{Args, Subcommand};
+use xpm_protocol::Name;
+use xpm_protocol::api::blk::{Form, Hold, TransportKind};
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum BlkCommand {
+    /// Shows an allocation as a device of this host, and prints the device's path.
+    ///
+    /// Forms: `ublk` is the fastest kernel device (Linux 6.0 or later); `nbd` uses the kernel's nbd
+    /// driver; `nbd-direct` lets the kernel talk to the appliance itself, for an allocation
+    /// that lies on one appliance and is not striped; `nbd-socket=PATH` or `nbd-socket=ADDRESS:PORT`
+    /// is an NBD server for any NBD client and needs no kernel support.
+    #[command(after_help = "\
+Examples:
+  Swap:
+    dev=$(xpm blk attach swap0 --as ublk)
+    mkswap $dev && swapon --discard $dev
+  A file system that gives deleted files' memory back:
+    dev=$(xpm blk attach data --as nbd)
+    mkfs.ext4 $dev && mount -o discard $dev /mnt
+  For any NBD client:
+    xpm blk attach data --as nbd-socket=/run/xpm/data.sock")]
+    Attach(AttachArgs),
+    /// Lists the devices of this host.
+    List,
+    /// Shows one device: its state, who uses it, and the way to each appliance.
+    #[command(after_help = "Example:\n  xpm blk show swap0")]
+    Show {
+        /// The name of the allocation that it shows.
+        name: Name,
+    },
+    /// Removes a device. The allocation and its data stay.
+    ///
+    /// Refused while the device is swap, mounted or held, unless forced: then all I/O to it fails.
+    /// Run `swapoff` or `umount` first.
+    #[command(after_help = "Example:\n  swapoff /dev/ublkb0 && xpm blk detach swap0")]
+    Detach {
+        /// The name of the allocation that it shows.
+        name: Name,
+        /// Removes it even while it is used.
+        #[arg(long)]
+        force: bool,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct AttachArgs {
+    /// The name of the allocation.
+    pub(crate) name: Name,
+    /// What to show it as: ublk, nbd, nbd-direct, nbd-socket=/PATH or nbd-socket=ADDRESS:PORT.
+    #[arg(long = "as", value_name = "FORM")]
+    pub(crate) form: Form,
+    /// Queues, each with a thread of its own. [default: one for each core, at most 4]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub(crate) queues: Option<u16>,
+    /// Requests in flight on one queue, 1 to 1024. [default: 128]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(crate) depth: Option<u16>,
+    /// Way to the appliances: shm, nbd-unix or nbd-tcp. [default: the best for each]
+    #[arg(long, value_name = "KIND")]
+    pub(crate) transport: Option<TransportKind>,
+    /// How long I/O waits for an appliance that cannot be reached: `forever` or like 5m. [default:
+    /// the setting of xpm-blk]
+    #[arg(long, value_name = "LIMIT")]
+    pub(crate) hold: Option<Hold>,
+    /// Takes the allocation from another owner, whose I/O fails from then on.
+    #[arg(long)]
+    pub(crate) force: bool,
+}

@@ -1,0 +1,127 @@
+//! What can be typed: commands, options, their help.
+
+mod alloc;
+mod appliance;
+mod blk;
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+pub(crate) use alloc::{AllocCommand, CreateArgs};
+pub(crate) use appliance::ApplianceCommand;
+pub(crate) use blk::{AttachArgs, BlkCommand};
+
+const EXAMPLES: &str = "\
+Examples:
+  See the whole system on one screen:
+    xpm status
+  Find out what this machine can do, and what is missing:
+    xpm doctor
+  Take 16 GiB from the pool, striped over four appliances, and use it as swap:
+    xpm alloc create swap0 --size 16GiB --stripe 4
+    dev=$(xpm blk attach swap0 --as ublk)
+    mkswap $dev && swapon --discard $dev
+  Give it back:
+    swapoff $dev && xpm blk detach swap0 && xpm alloc delete swap0
+
+Exit status: 0 on success, 1 on failure with one line on standard error, 2 for wrong usage.";
+
+/// Lends and borrows memory between machines.
+///
+/// Memory of other machines (appliances) becomes block devices of this one, for swap and file
+/// systems. This command asks the allocator for memory and this host's xpm-blk for devices.
+#[derive(Debug, Parser)]
+#[command(name = "xpm", version, after_long_help = EXAMPLES, subcommand_required = true)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) global: Global,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// Options that every command takes.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Options of every command")]
+pub(crate) struct Global {
+    /// Prints one JSON value instead of text for people, with sizes in bytes.
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// The allocator's URL.
+    #[arg(
+        long,
+        global = true,
+        value_name = "URL",
+        env = "XPM_ALLOCATOR",
+        default_value = "http://127.0.0.1:7700"
+    )]
+    pub(crate) allocator: String,
+    /// The control socket of this host's xpm-blk.
+    #[arg(long, global = true, value_name = "SOCKET", env = "XPM_BLK", default_value = "/run/xpm/blk.sock")]
+    pub(crate) blk: PathBuf,
+    /// A file of mode 0600 with the token that the allocator asks for.
+    #[arg(long, global = true, value_name = "FILE", env = "XPM_TOKEN_FILE")]
+    pub(crate) token_file: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Shows and forgets the machines that lend memory.
+    #[command(subcommand)]
+    Appliance(ApplianceCommand),
+    /// Makes, shows and deletes allocations of external memory.
+    #[command(subcommand)]
+    Alloc(AllocCommand),
+    /// Shows allocations as block devices of this host.
+    #[command(subcommand)]
+    Blk(BlkCommand),
+    /// Shows the whole system on one screen, anything wrong first.
+    ///
+    /// The exit status is 1 when the allocator does not answer. A host without xpm-blk is fine: it
+    /// just has no devices.
+    Status,
+    /// Checks what this machine is fit for and whether its devices are safe.
+    ///
+    /// Each line is `ok`, `warn`, `missing` or `unsafe`, with the command that mends it. The exit
+    /// status is 1 only when a device that is in use is unsafe.
+    Doctor,
+    /// Prints the completions of a shell.
+    #[command(after_help = "Example:\n  xpm completions bash > /usr/share/bash-completion/completions/xpm")]
+    Completions {
+        /// The shell to complete for.
+        shell: clap_complete::Shell,
+    },
+    /// Writes the manual pages of all commands into a directory.
+    #[command(after_help = "Example:\n  xpm man /usr/local/share/man/man1")]
+    Man {
+        /// The directory; it is made when it is not there.
+        #[arg(value_name = "DIR")]
+        directory: PathBuf,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_and_option_has_help_in_sentences() {
+        fn walk(command: &clap::Command) {
+            let about = command.get_about().map(ToString::to_string).unwrap_or_default();
+            assert!(!about.is_empty(), "`{}` has no help", command.get_name());
+            for arg in command.get_arguments() {
+                let help = arg.get_help().map(ToString::to_string).unwrap_or_default();
+                assert!(!help.is_empty(), "`{}` of `{}` has no help", arg.get_id(), command.get_name());
+            }
+            command.get_subcommands().for_each(walk);
+        }
+        walk(&Cli::command());
+    }
+}

@@ -1,0 +1,234 @@
+//! The daemons that this command speaks to, and what a person should do when one does not answer.
+
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use xpm_control::client::{Client, ClientError};
+use xpm_control::token::Token;
+use xpm_protocol::api::{ErrorKind, allocator, blk};
+
+use crate::cli::Global;
+
+/// Where the daemons are.
+#[derive(Debug, Clone)]
+pub(crate) struct Daemons {
+    allocator: String,
+    blk: PathBuf,
+    token_file: Option<PathBuf>,
+}
+
+impl Daemons {
+    pub(crate) fn new(global: &Global) -> Daemons {
+        Daemons {
+            allocator: global.allocator.clone(),
+            blk: global.blk.clone(),
+            token_file: global.token_file.clone(),
+        }
+    }
+
+    /// The allocator. Nothing is sent yet.
+    pub(crate) fn allocator(&self) -> Result<Daemon, Failure> {
+        let who = Who::Allocator(self.allocator.clone());
+        let token = match &self.token_file {
+            None => None,
+            Some(path) => Some(Token::load(path).map_err(|error| Failure::other(chain(&error)))?),
+        };
+        Daemon::new(&self.allocator, token, who)
+    }
+
+    /// The xpm-blk of this host. Nothing is sent yet.
+    pub(crate) fn blk(&self) -> Result<Daemon, Failure> {
+        let path = std::path::absolute(&self.blk).unwrap_or_else(|_| self.blk.clone());
+        Daemon::new(&format!("unix:{}", path.display()), None, Who::Blk(self.blk.clone()))
+    }
+}
+
+/// The control interface of one daemon.
+#[derive(Clone)]
+pub(crate) struct Daemon {
+    client: Client,
+    who: Who,
+}
+
+/// How long an order may take: a large allocation waits for memory to be cleared.
+const ORDER_LIMIT: Duration = Duration::from_secs(120);
+
+impl Daemon {
+    fn new(base: &str, token: Option<Token>, who: Who) -> Result<Daemon, Failure> {
+        match Client::new(base, token) {
+            Ok(client) => Ok(Daemon { client, who }),
+            Err(error) => Err(Failure::other(format!("{error}; {}", who.how_to_name()))),
+        }
+    }
+
+    pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
+        self.client.get(path).await.map_err(|error| self.failure(&error))
+    }
+
+    pub(crate) async fn post<B: Serialize, T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &B,
+    ) -> Result<T, Failure> {
+        let order = self.client.clone().with_limit(ORDER_LIMIT);
+        order.post(path, body).await.map_err(|error| self.order_failure(&error))
+    }
+
+    pub(crate) async fn delete(&self, path: &str) -> Result<(), Failure> {
+        let order = self.client.clone().with_limit(ORDER_LIMIT);
+        order.delete(path).await.map_err(|error| self.order_failure(&error))
+    }
+
+    fn failure(&self, error: &ClientError) -> Failure {
+        let who = &self.who;
+        match error {
+            ClientError::Refused(body) if body.kind == ErrorKind::Unauthorized => Failure::other(format!(
+                "{who} refused the token: {}; name the file with its token by --token-file or XPM_TOKEN_FILE",
+                body.error
+            )),
+            ClientError::Refused(body) => Failure::other(body.error.clone()),
+            ClientError::Unreachable { source, .. } => Failure {
+                not_there: who.is_not_there(source),
+                line: format!("cannot reach {who}: {source}; {}", who.how_to_start()),
+            },
+            ClientError::TimedOut => Failure::other(format!(
+                "{who} did not answer in time: it hangs, or a firewall is in between; look at its log"
+            )),
+            ClientError::Lost { source, .. } => Failure::other(format!(
+                "{who} closed the connection before its answer came ({}); look at its log",
+                chain(source)
+            )),
+            ClientError::NotXpm(what) => Failure::other(format!(
+                "{who} does not answer as this version of xpm ({}) expects: {what}; check the address, and run the same \
+                 version on both sides",
+                env!("CARGO_PKG_VERSION")
+            )),
+        }
+    }
+
+    /// After some failures it is not known whether an order was carried out; the person is told.
+    fn order_failure(&self, error: &ClientError) -> Failure {
+        let failure = self.failure(error);
+        match error {
+            ClientError::TimedOut | ClientError::Lost { .. } => Failure::other(format!(
+                "{failure}, and see with `{}` whether the order was carried out",
+                self.who.how_to_look()
+            )),
+            _ => failure,
+        }
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Who {
+    Allocator(String),
+    Blk(PathBuf),
+}
+
+impl Who {
+    fn how_to_start(&self) -> &'static str {
+        match self {
+            Who::Allocator(_) => "start xpm-allocator, or name another with --allocator or XPM_ALLOCATOR",
+            Who::Blk(_) => {
+                "start it (`systemctl start xpm-blk`), or name its control socket with --blk or XPM_BLK; its socket is for \
+                 root only"
+            }
+        }
+    }
+
+    fn how_to_name(&self) -> &'static str {
+        match self {
+            Who::Allocator(_) => "it came from --allocator or XPM_ALLOCATOR",
+            Who::Blk(_) => "it came from --blk or XPM_BLK",
+        }
+    }
+
+    fn how_to_look(&self) -> &'static str {
+        match self {
+            Who::Allocator(_) => "xpm alloc list",
+            Who::Blk(_) => "xpm blk list",
+        }
+    }
+
+    /// Whether the error says that this host has no such daemon, rather than a broken one.
+    fn is_not_there(&self, error: &io::Error) -> bool {
+        matches!(self, Who::Blk(_))
+            && matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
+    }
+}
+
+impl fmt::Display for Who {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Who::Allocator(url) => write!(f, "the allocator at {url}"),
+            Who::Blk(socket) => write!(f, "xpm-blk at {}", socket.display()),
+        }
+    }
+}
+
+/// Why a daemon gave no answer that can be used, in one line with what to do.
+#[derive(Debug, Clone)]
+pub(crate) struct Failure {
+    line: String,
+    not_there: bool,
+}
+
+impl Failure {
+    fn other(line: String) -> Failure {
+        Failure { line, not_there: false }
+    }
+
+    /// Whether the daemon simply does not run on this host, which is no fault by itself.
+    pub(crate) fn is_not_there(&self) -> bool {
+        self.not_there
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.line)
+    }
+}
+
+impl std::error::Error for Failure {}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut line = error.to_string();
+    let mut next = error.source();
+    while let Some(source) = next {
+        let text = source.to_string();
+        if !line.contains(&text) {
+            line.push_str(": ");
+            line.push_str(&text);
+        }
+        next = source.source();
+    }
+    line
+}
+
+/// Requests of the allocator and xpm-blk by what they ask for, so that paths stand in one place.
+impl Daemon {
+    pub(crate) async fn allocator_status(&self) -> Result<allocator::Status, Failure> {
+        self.get("/v1/status").await
+    }
+
+    pub(crate) async fn appliances(&self) -> Result<Vec<allocator::Appliance>, Failure> {
+        self.get("/v1/appliances").await
+    }
+
+    pub(crate) async fn allocations(&self) -> Result<Vec<allocator::Allocation>, Failure> {
+        self.get("/v1/allocations").await
+    }
+
+    pub(crate) async fn blk_status(&self) -> Result<blk::Status, Failure> {
+        self.get("/v1/status").await
+    }
+
+    pub(crate) async fn devices(&self) -> Result<Vec<blk::Device>, Failure> {
+        self.get("/v1/devices").await
+    }
+}

@@ -1,0 +1,286 @@
+//! Whether the devices that this host has are safe.
+
+use xpm_protocol::api::blk::{Device, DeviceState, Form, Status};
+
+use super::machine::{BlockSettings, Machine};
+use super::parse::Swap;
+use super::{Check, Verdict};
+use crate::connect::{Daemons, Failure};
+use crate::{age, status};
+
+const DAEMON: &str = "xpm-blk";
+
+/// What xpm-blk and the kernel say of this host's devices.
+pub(super) struct Host {
+    /// xpm-blk's own account; none when it does not run here.
+    blk: Result<Option<(Status, Vec<Device>)>, String>,
+    /// Settings of the kernel devices among them, by path.
+    settings: Vec<(String, BlockSettings)>,
+    swaps: Vec<Swap>,
+}
+
+impl Host {
+    /// Asks xpm-blk and reads the settings of its devices.
+    pub(super) async fn read(daemons: &Daemons, machine: &Machine) -> Host {
+        let blk = match ask(daemons).await {
+            Ok(answer) => Ok(Some(answer)),
+            Err(failure) if failure.is_not_there() => Ok(None),
+            Err(failure) => Err(failure.to_string()),
+        };
+        let devices = blk.iter().flatten().flat_map(|(_, devices)| devices);
+        let settings = devices
+            .filter_map(|device| Some((device.path.clone(), BlockSettings::read(&device.path)?)))
+            .collect();
+        Host { blk, settings, swaps: machine.swaps.clone() }
+    }
+
+    fn is_swap(&self, device: &Device) -> bool {
+        status::is_swap(device) || self.swaps.iter().any(|swap| swap.path == device.path)
+    }
+
+    fn settings(&self, device: &Device) -> Option<&BlockSettings> {
+        self.settings.iter().find(|(path, _)| *path == device.path).map(|(_, settings)| settings)
+    }
+}
+
+async fn ask(daemons: &Daemons) -> Result<(Status, Vec<Device>), Failure> {
+    let blk = daemons.blk()?;
+    Ok((blk.blk_status().await?, blk.devices().await?))
+}
+
+/// Every check of xpm-blk and its devices.
+pub(super) fn checks(host: &Host) -> Vec<Check> {
+    match &host.blk {
+        Ok(Some((status, devices))) => {
+            let mut checks = daemon(host, status, devices);
+            checks.extend(devices.iter().flat_map(|device| of_device(host, device)));
+            checks
+        }
+        Ok(None) => {
+            orphans(host, Check::ok(DAEMON, "daemon", "does not run on this host, which then has no devices"))
+        }
+        Err(failure) => orphans(host, Check::warn(DAEMON, "daemon", failure.clone())),
+    }
+}
+
+/// Without xpm-blk's account, a swap that looks like one of its devices is named.
+fn orphans(host: &Host, daemon: Check) -> Vec<Check> {
+    let like_ours = |swap: &&Swap| swap.path.starts_with("/dev/ublkb") || swap.path.starts_with("/dev/nbd");
+    let orphan = |swap: &Swap| {
+        Check::warn(
+            DAEMON,
+            &swap.path,
+            "is swap, and xpm-blk does not answer: if it served that device, swapped memory waits",
+        )
+        .mend(format!(
+            "systemctl start xpm-blk; if the device is not xpm's, nothing; else swapoff {}",
+            swap.path
+        ))
+    };
+    std::iter::once(daemon).chain(host.swaps.iter().filter(like_ours).map(orphan)).collect()
+}
+
+fn daemon(host: &Host, status: &Status, devices: &[Device]) -> Vec<Check> {
+    let running =
+        format!("version {}, process {}, up for {}", status.version, status.pid, age::short(status.uptime.0));
+    let verdict = unsafe_item_verdict(host, devices);
+    let items = status.safety.iter().map(|item| match item.ok {
+        true => Check::ok(DAEMON, &item.item, item.found.clone()),
+        false => Check {
+            remedy: item.remedy.clone(),
+            ..Check::new(DAEMON, &item.item, verdict, item.found.clone())
+        },
+    });
+    std::iter::once(Check::ok(DAEMON, "daemon", running)).chain(items).collect()
+}
+
+/// A safety item that does not hold is a danger once swap goes through the process: nbd-direct
+/// leaves it out, and a file system survives a daemon that waits for memory.
+fn unsafe_item_verdict(host: &Host, devices: &[Device]) -> Verdict {
+    let through_daemon = |device: &Device| host.is_swap(device) && device.form != Form::NbdDirect;
+    if devices.iter().any(through_daemon) { Verdict::Unsafe } else { Verdict::Warn }
+}
+
+fn of_device(host: &Host, device: &Device) -> Vec<Check> {
+    let group = format!("Device {} ({} as {})", device.path, device.name, device.form);
+    let mut checks = vec![state(&group, host, device), users(&group, host, device)];
+    if let Some(settings) = host.settings(device) {
+        checks.push(scheduler(&group, device, settings));
+        checks.push(rotational(&group, device, settings));
+        checks.push(discard(&group, host, device, settings));
+    }
+    checks
+}
+
+fn state(group: &str, host: &Host, device: &Device) -> Check {
+    let in_use = !device.users.is_empty() || host.is_swap(device);
+    match device.state {
+        DeviceState::Live => Check::ok(group, "state", "live"),
+        DeviceState::Holding => {
+            Check::warn(group, "state", "holding: I/O to an appliance that is out of reach waits")
+                .mend(format!("see `xpm blk show {}`; bring the appliance back", device.name))
+        }
+        DeviceState::Lost => {
+            let verdict = if in_use { Verdict::Unsafe } else { Verdict::Warn };
+            let mend = format!("stop what uses it, then xpm blk detach --force {}", device.name);
+            Check::new(group, "state", verdict, "lost: an appliance gave up its memory, I/O to it fails")
+                .mend(mend)
+        }
+    }
+}
+
+fn users(group: &str, host: &Host, device: &Device) -> Check {
+    let swapped = host.swaps.iter().find(|swap| swap.path == device.path);
+    let found = match swapped {
+        Some(swap) => {
+            format!(
+                "swap, {} of {} used",
+                xpm_protocol::ByteSize(swap.used),
+                xpm_protocol::ByteSize(swap.size)
+            )
+        }
+        None if device.users.is_empty() => "nobody".to_owned(),
+        None => device.users.join(", "),
+    };
+    Check::ok(group, "used by", found)
+}
+
+fn scheduler(group: &str, device: &Device, settings: &BlockSettings) -> Check {
+    match settings.scheduler.as_deref() {
+        Some("none") => Check::ok(group, "scheduler", "none"),
+        other => Check::warn(group, "scheduler", other.unwrap_or("not readable").to_owned())
+            .mend(format!("echo none > /sys/block/{}/queue/scheduler", base(&device.path))),
+    }
+}
+
+fn rotational(group: &str, device: &Device, settings: &BlockSettings) -> Check {
+    match settings.rotational {
+        Some(0) => Check::ok(group, "rotational", "0"),
+        _ => Check::warn(group, "rotational", "the kernel takes it for a turning disk")
+            .mend(format!("echo 0 > /sys/block/{}/queue/rotational", base(&device.path))),
+    }
+}
+
+/// `/proc/swaps` does not show whether a swap was turned on with discard; but then the kernel
+/// discards the whole device at once, which counts in its statistics.
+fn discard(group: &str, host: &Host, device: &Device, settings: &BlockSettings) -> Check {
+    let path = &device.path;
+    match (settings.discard_max, settings.discards) {
+        (Some(0) | None, _) => Check::warn(
+            group,
+            "discard",
+            "the device does not take discards: memory is never given back while it is attached",
+        ),
+        (Some(_), Some(0)) if host.is_swap(device) => Check::warn(
+            group,
+            "discard",
+            "none was seen: swapped-out memory that is free again is not given back",
+        )
+        .mend(format!("swapoff {path} && swapon --discard {path}")),
+        (Some(_), Some(seen)) => Check::ok(group, "discard", format!("on, {seen} seen")),
+        (Some(_), None) => Check::ok(group, "discard", "on"),
+    }
+}
+
+fn base(path: &str) -> &str {
+    path.rsplit('/').next().unwrap_or(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn device(form: &str, state: &str, users: &[&str]) -> Device {
+        serde_json::from_value(json!({
+            "name": "swap0", "as": form, "path": "/dev/ublkb0", "size": 1 << 30, "epoch": 1, "queues": 1, "depth": 128,
+            "state": state, "links": [], "users": users, "counters": {}, "in_flight": 0, "age": "1s"
+        }))
+        .unwrap()
+    }
+
+    fn host(device: Device, safe: bool, settings: BlockSettings) -> Host {
+        let status = serde_json::from_value(json!({
+            "version": "0", "client": "0".repeat(32), "pid": 1, "uptime": "1s", "allocator": "", "devices": 1,
+            "safety": [{"item": "mlockall", "ok": safe, "found": "not locked", "remedy": "run as root"}]
+        }))
+        .unwrap();
+        Host {
+            settings: vec![(device.path.clone(), settings)],
+            blk: Ok(Some((status, vec![device]))),
+            swaps: vec![],
+        }
+    }
+
+    fn good() -> BlockSettings {
+        BlockSettings {
+            scheduler: Some("none".into()),
+            rotational: Some(0),
+            discard_max: Some(4096),
+            discards: Some(1),
+        }
+    }
+
+    fn verdict(host: &Host, item: &str) -> Verdict {
+        checks(host).into_iter().find(|check| check.item == item).unwrap().verdict
+    }
+
+    #[test]
+    fn an_item_that_does_not_hold_is_unsafe_only_under_swap_through_the_daemon() {
+        for (form, users, expected) in [
+            ("ublk", &["swap"][..], Verdict::Unsafe),
+            ("nbd", &["swap"][..], Verdict::Unsafe),
+            ("nbd-direct", &["swap"][..], Verdict::Warn),
+            ("ublk", &["mounted at /mnt"][..], Verdict::Warn),
+            ("ublk", &[][..], Verdict::Warn),
+        ] {
+            let host = host(device(form, "live", users), false, good());
+            assert_eq!(verdict(&host, "mlockall"), expected, "{form} {users:?}");
+        }
+        assert_eq!(verdict(&host(device("ublk", "live", &["swap"]), true, good()), "mlockall"), Verdict::Ok);
+    }
+
+    #[test]
+    fn lost_memory_is_unsafe_while_somebody_uses_it() {
+        let settings = good;
+        assert_eq!(
+            verdict(&host(device("ublk", "lost", &["mounted at /a"]), true, settings()), "state"),
+            Verdict::Unsafe
+        );
+        assert_eq!(verdict(&host(device("ublk", "lost", &[]), true, settings()), "state"), Verdict::Warn);
+        assert_eq!(
+            verdict(&host(device("ublk", "holding", &["swap"]), true, settings()), "state"),
+            Verdict::Warn
+        );
+    }
+
+    #[test]
+    fn settings_of_a_swap_device() {
+        let bad = BlockSettings {
+            scheduler: Some("mq-deadline".into()),
+            rotational: Some(1),
+            discard_max: Some(4096),
+            discards: Some(0),
+        };
+        let host = host(device("ublk", "live", &["swap"]), true, bad);
+        for item in ["scheduler", "rotational", "discard"] {
+            let check = checks(&host).into_iter().find(|check| check.item == item).unwrap();
+            assert_eq!(check.verdict, Verdict::Warn, "{item}");
+            assert!(check.remedy.unwrap().contains("ublkb0"), "{item}");
+        }
+    }
+
+    #[test]
+    fn a_swap_whose_daemon_is_gone_is_named() {
+        let swaps = vec![
+            Swap { path: "/dev/ublkb0".into(), size: 4096, used: 0 },
+            Swap { path: "/dev/sda2".into(), size: 4096, used: 0 },
+        ];
+        let named = |blk| checks(&Host { blk, settings: vec![], swaps: swaps.clone() });
+        for checks in [named(Ok(None)), named(Err("cannot reach xpm-blk".into()))] {
+            assert_eq!(checks.len(), 2);
+            assert_eq!((checks[1].item.as_str(), checks[1].verdict), ("/dev/ublkb0", Verdict::Warn));
+        }
+    }
+}

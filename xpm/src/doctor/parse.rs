@@ -1,0 +1,185 @@
+//! What the kernel's text files say. Whatever a file holds, the answer is a value or none.
+
+/// Major and minor version of a kernel release such as `6.12.48+deb12-amd64`.
+pub(super) fn kernel_version(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
+/// Whether `/proc/modules`, `modules.dep` or `modules.builtin` names this module.
+pub(super) fn lists_module(text: &str, module: &str) -> bool {
+    text.lines().filter_map(|line| line.split([' ', ':']).next()).any(|path| module_name(path) == module)
+}
+
+/// `kernel/drivers/block/ublk_drv.ko.xz` is the module `ublk_drv`.
+fn module_name(path: &str) -> String {
+    let file = path.rsplit('/').next().unwrap_or(path);
+    file.split(".ko").next().unwrap_or(file).replace('-', "_")
+}
+
+/// A number of `/proc/meminfo`: bytes where the line ends in kB, else the bare count.
+pub(super) fn meminfo(text: &str, key: &str) -> Option<u64> {
+    let value = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))?;
+    let mut words = value.split_whitespace();
+    let number: u64 = words.next()?.parse().ok()?;
+    match words.next() {
+        Some("kB") => number.checked_mul(1024),
+        Some(_) => None,
+        None => Some(number),
+    }
+}
+
+/// A limit on a resource.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Limit {
+    Unlimited,
+    Bytes(u64),
+}
+
+/// The soft limit of this name in `/proc/PID/limits`.
+pub(super) fn limit(text: &str, name: &str) -> Option<Limit> {
+    let values = text.lines().find_map(|line| line.strip_prefix(name))?;
+    match values.split_whitespace().next()? {
+        "unlimited" => Some(Limit::Unlimited),
+        bytes => bytes.parse().ok().map(Limit::Bytes),
+    }
+}
+
+/// The effective capabilities in `/proc/PID/status`, one bit each.
+pub(super) fn capabilities(status: &str) -> Option<u64> {
+    let value = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
+    u64::from_str_radix(value.trim(), 16).ok()
+}
+
+/// One line of `/proc/swaps`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Swap {
+    pub(super) path: String,
+    pub(super) size: u64,
+    pub(super) used: u64,
+}
+
+/// The active swaps by `/proc/swaps`; sizes in bytes. Lines that are none are skipped.
+pub(super) fn swaps(text: &str) -> Vec<Swap> {
+    text.lines().skip(1).filter_map(swap).collect()
+}
+
+fn swap(line: &str) -> Option<Swap> {
+    let mut words = line.split_whitespace();
+    let path = unescape(words.next()?);
+    let _kind = words.next()?;
+    let mut bytes = || words.next()?.parse::<u64>().ok()?.checked_mul(1024);
+    Some(Swap { path, size: bytes()?, used: bytes()? })
+}
+
+/// Octal escapes, as the kernel writes blanks in paths: `\040`.
+fn unescape(text: &str) -> String {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((&first, tail)) = rest.split_first() {
+        let octal = match (first, tail) {
+            (b'\\', [a @ b'0'..=b'3', b @ b'0'..=b'7', c @ b'0'..=b'7', ..]) => {
+                Some((a - b'0') << 6 | (b - b'0') << 3 | (c - b'0'))
+            }
+            _ => None,
+        };
+        bytes.push(octal.unwrap_or(first));
+        rest = if octal.is_some() { &tail[3..] } else { tail };
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+/// The active scheduler in `queue/scheduler`: `none` of `[none] mq-deadline`.
+pub(super) fn scheduler(text: &str) -> Option<&str> {
+    let text = text.trim();
+    match text.split_once('[') {
+        Some((_, rest)) => rest.split_once(']').map(|(name, _)| name),
+        // A device without a choice writes the bare name.
+        None if !text.is_empty() && !text.contains(char::is_whitespace) => Some(text),
+        None => None,
+    }
+}
+
+/// Completed discards in a block device's `stat`.
+pub(super) fn discards(stat: &str) -> Option<u64> {
+    stat.split_whitespace().nth(11)?.parse().ok()
+}
+
+/// The distribution's `ID` in `/etc/os-release`.
+pub(super) fn distribution(os_release: &str) -> Option<&str> {
+    os_release.lines().find_map(|line| line.strip_prefix("ID=")).map(|id| id.trim().trim_matches(['"', '\'']))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernel_versions() {
+        assert_eq!(kernel_version("6.12.48+deb12-amd64"), Some((6, 12)));
+        assert_eq!(kernel_version("7.0-rc1"), Some((7, 0)));
+        for bad in ["", "6", "six.twelve", "6.", ".6", "99999999999.1"] {
+            assert_eq!(kernel_version(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn modules_of_the_three_lists() {
+        assert!(lists_module("nbd 65536 0 - Live 0x0\nublk_drv 49152 0 - Live 0x0\n", "ublk_drv"));
+        assert!(lists_module("kernel/drivers/block/ublk_drv.ko.xz: kernel/a.ko\n", "ublk_drv"));
+        assert!(lists_module("kernel/drivers/block/null-blk.ko\n", "null_blk"));
+        assert!(!lists_module("kernel/b.ko: kernel/drivers/block/nbd.ko\n", "nbd"), "only a dependency");
+        assert!(!lists_module("nbdx 1 0\n\n \n:\n", "nbd"));
+    }
+
+    #[test]
+    fn memory_and_limits() {
+        let text = "MemTotal:       24576000 kB\nHugePages_Total:       8\nHugepagesize:       2048 kB\nBad: x kB\nOdd: 3 MB\n";
+        assert_eq!(meminfo(text, "MemTotal"), Some(24_576_000 * 1024));
+        assert_eq!(meminfo(text, "HugePages_Total"), Some(8));
+        for missing in ["Mem", "Bad", "Odd", "Nothing"] {
+            assert_eq!(meminfo(text, missing), None, "{missing}");
+        }
+        assert_eq!(meminfo("A: 18446744073709551615 kB", "A"), None);
+        let limits =
+            "Limit  Soft  Hard\nMax locked memory         8388608              8388608              bytes\n";
+        assert_eq!(limit(limits, "Max locked memory"), Some(Limit::Bytes(8 << 20)));
+        assert_eq!(
+            limit("Max locked memory  unlimited unlimited bytes", "Max locked memory"),
+            Some(Limit::Unlimited)
+        );
+        assert_eq!(limit("Max locked memory", "Max locked memory"), None);
+        assert_eq!(limit("", "Max locked memory"), None);
+    }
+
+    #[test]
+    fn capability_sets() {
+        assert_eq!(capabilities("Name:\tx\nCapEff:\t000001ffffffffff\n"), Some(0x1ff_ffff_ffff));
+        assert_eq!(capabilities("CapEff:\tzz\n"), None);
+        assert_eq!(capabilities("CapPrm:\t00\n"), None);
+    }
+
+    #[test]
+    fn swap_lists() {
+        let text = "Filename\tType\tSize\tUsed\tPriority\n/dev/ublkb0 partition 1048572 512 -2\n/a\\040b\\134 file 8 0 1\n\
+                    short line\n/dev/x partition many 0 1\n/y partition 99999999999999999999 0 1\n";
+        let swaps = swaps(text);
+        assert_eq!(swaps.len(), 2);
+        assert_eq!(swaps[0], Swap { path: "/dev/ublkb0".into(), size: 1_048_572 * 1024, used: 512 * 1024 });
+        assert_eq!(swaps[1].path, "/a b\\");
+        assert_eq!(unescape("\\999\\04"), "\\999\\04");
+    }
+
+    #[test]
+    fn block_settings() {
+        assert_eq!(scheduler("mq-deadline [none]\n"), Some("none"));
+        assert_eq!(scheduler("none\n"), Some("none"));
+        for bad in ["", "[none", "a b"] {
+            assert_eq!(scheduler(bad), None, "{bad}");
+        }
+        assert_eq!(discards("1 2 3 4 5 6 7 8 9 10 11 12 13"), Some(12));
+        assert_eq!(discards("1 2 3"), None);
+        assert_eq!(distribution("NAME=x\nID=\"debian\"\n"), Some("debian"));
+        assert_eq!(distribution("ID_LIKE=debian\n"), None);
+    }
+}

@@ -1,0 +1,6 @@
+//! The real binary, run against scripted daemons.
+
+mod commands;
+mod failures;
+mod fixtures;
+mod support;
