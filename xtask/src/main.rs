@@ -1,2 +1,49 @@
-//! stub
-fn main() {}
+//! `cargo xtask`: what a developer of xpm runs besides cargo itself.
+
+mod lab;
+mod setup;
+mod test;
+mod util;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+/// Tests and lab of xpm.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Install the Debian packages that the other commands need; only those that are missing.
+    Setup,
+    /// Run scenarios in a QEMU guest with a stock Debian kernel, real devices and real daemons.
+    Lab(lab::Args),
+    /// Build everything, run all tests, then the lab.
+    Test(test::Args),
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse().command) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// Runs one command; false when something that was tested failed.
+fn run(command: Command) -> Result<bool> {
+    match command {
+        Command::Setup => setup::run(setup::ALL).map(|()| true),
+        Command::Lab(args) => lab::main(&args),
+        Command::Test(args) => test::main(&args),
+    }
+}

@@ -1,0 +1,172 @@
+//! `memhog MB [--seed N] [--passes N]`: uses memory, and checks that it keeps what was written.
+//!
+//! Each page gets a pattern of its own that no compression makes smaller and that depends on the
+//! page's number and the seed, so that a lost, stale or exchanged page is found. Then all pages
+//! are verified in random order, as often as asked. Ends with status 1 when a page was bad.
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+
+const PAGE_BYTES: usize = 4096;
+const PAGE_WORDS: usize = PAGE_BYTES / size_of::<u64>();
+
+/// Bad pages that are shown one by one.
+const SHOWN_MAX: usize = 10;
+
+/// What the command line asks for.
+#[derive(Debug, PartialEq, Eq)]
+struct Options {
+    pages: usize,
+    seed: u64,
+    passes: u32,
+}
+
+fn main() -> ExitCode {
+    match Options::parse(std::env::args().skip(1)).map(|options| run(&options)) {
+        Ok(0) => ExitCode::SUCCESS,
+        Ok(bad) => {
+            println!("memhog: {bad} bad pages");
+            ExitCode::FAILURE
+        }
+        Err(error) => {
+            eprintln!("memhog: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+impl Options {
+    fn parse(mut words: impl Iterator<Item = String>) -> Result<Options> {
+        let megabytes: usize = number(words.next(), "how many MB")?;
+        let pages = megabytes.checked_mul((1 << 20) / PAGE_BYTES).context("so much memory does not exist")?;
+        let mut options = Options { pages, seed: 1, passes: 1 };
+        while let Some(word) = words.next() {
+            match word.as_str() {
+                "--seed" => options.seed = number(words.next(), "--seed")?,
+                "--passes" => options.passes = number(words.next(), "--passes")?,
+                _ => bail!("unknown option {word}; usage: memhog MB [--seed N] [--passes N]"),
+            }
+        }
+        Ok(options)
+    }
+}
+
+fn number<T: std::str::FromStr>(word: Option<String>, what: &str) -> Result<T> {
+    let word = word.with_context(|| format!("{what}: a number is missing"))?;
+    word.parse().ok().with_context(|| format!("{what}: {word} is not a number"))
+}
+
+/// Fills and verifies; gives the number of bad pages found in all passes.
+fn run(options: &Options) -> usize {
+    let start = Instant::now();
+    let mut memory: Vec<u64> = Vec::with_capacity(options.pages * PAGE_WORDS);
+    for page in 0..options.pages {
+        memory.extend(pattern(options.seed, page));
+    }
+    println!("memhog: {} pages filled in {:.1} s", options.pages, start.elapsed().as_secs_f64());
+    (1..=options.passes).map(|pass| verify(options, &memory, pass)).sum()
+}
+
+/// Verifies all pages once, in an order that differs from pass to pass; gives how many are bad.
+fn verify(options: &Options, memory: &[u64], pass: u32) -> usize {
+    let start = Instant::now();
+    let mut bad = 0;
+    for page in shuffled(options.pages, options.seed ^ (u64::from(pass) << 32)) {
+        let words = &memory[page * PAGE_WORDS..][..PAGE_WORDS];
+        if let Some(at) = words.iter().zip(pattern(options.seed, page)).position(|(is, should)| *is != should)
+        {
+            bad += 1;
+            if bad <= SHOWN_MAX {
+                println!(
+                    "memhog: page {page} is bad from byte {}: {:#018x}",
+                    at * size_of::<u64>(),
+                    words[at]
+                );
+            }
+        }
+    }
+    let good = options.pages - bad;
+    println!("memhog: pass {pass}: {good} pages good, {bad} bad, {:.1} s", start.elapsed().as_secs_f64());
+    bad
+}
+
+/// The words of a page.
+fn pattern(seed: u64, page: usize) -> impl Iterator<Item = u64> {
+    let mut random = Random::new(mix(seed) ^ mix(page as u64 + 1));
+    (0..PAGE_WORDS).map(move |_| random.next())
+}
+
+/// All numbers below `count` in random order (Fisher-Yates).
+fn shuffled(count: usize, seed: u64) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..count).collect();
+    let mut random = Random::new(mix(seed));
+    for last in (1..count).rev() {
+        let other = random.next() % (last as u64 + 1);
+        order.swap(last, usize::try_from(other).unwrap_or(last));
+    }
+    order
+}
+
+/// Spreads close numbers far apart (the finalizer of splitmix64).
+fn mix(number: u64) -> u64 {
+    let number = (number ^ (number >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let number = (number ^ (number >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    number ^ (number >> 31)
+}
+
+/// The generator xorshift64.
+struct Random(u64);
+
+impl Random {
+    /// A generator; its state must not be zero.
+    fn new(seed: u64) -> Random {
+        Random(seed.max(1))
+    }
+
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(line: &str) -> Result<Options> {
+        Options::parse(line.split_whitespace().map(str::to_owned))
+    }
+
+    #[test]
+    fn command_lines() {
+        assert_eq!(options("2 --passes 3").unwrap(), Options { pages: 512, seed: 1, passes: 3 });
+        for wrong in ["", "x", "2 --seed", "2 --sed 1", "18446744073709551615"] {
+            assert!(options(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_changed_or_exchanged_page_is_found() {
+        let options = options("1").unwrap();
+        let mut memory: Vec<u64> = (0..options.pages).flat_map(|page| pattern(options.seed, page)).collect();
+        assert_eq!(verify(&options, &memory, 1), 0);
+        memory[5 * PAGE_WORDS + 511] ^= 1;
+        assert_eq!(verify(&options, &memory, 1), 1);
+        memory[5 * PAGE_WORDS + 511] ^= 1;
+        let (first, second) = memory.split_at_mut(PAGE_WORDS);
+        first.swap_with_slice(&mut second[..PAGE_WORDS]);
+        assert_eq!(verify(&options, &memory, 2), 2);
+    }
+
+    #[test]
+    fn the_order_has_each_page_once() {
+        let mut order = shuffled(1000, 7);
+        assert_ne!(order, (0..1000).collect::<Vec<_>>());
+        order.sort_unstable();
+        assert_eq!(order, (0..1000).collect::<Vec<_>>());
+    }
+}

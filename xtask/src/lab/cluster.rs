@@ -1,0 +1,181 @@
+//! The daemons outside of the guest: one allocator, some appliances, and a web server for the
+//! lab's own check. Their memory is the host's, which is the point of the lab: the guest can run
+//! out of memory and they do not notice.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+use super::netns::{HOST, Netns};
+use crate::util;
+
+const ALLOCATOR_PORT: u16 = 7700;
+/// Control port of the first appliance; each one takes two ports.
+const APPLIANCE_PORT: u16 = 7710;
+/// Port of the web server that answers the check of the network.
+pub(crate) const ECHO_PORT: u16 = 7780;
+/// How long appliances may take to be ready, much of it for clearing their memory.
+const READY_TIME_MAX: Duration = Duration::from_secs(60);
+/// How long a daemon may take to stop when it is asked to.
+const STOP_TIME_MAX: Duration = Duration::from_secs(10);
+
+/// The running daemons. They are stopped when this is dropped.
+pub(crate) struct Cluster<'a> {
+    netns: &'a Netns,
+    programs: PathBuf,
+    dir: PathBuf,
+    daemons: Vec<Daemon>,
+}
+
+struct Daemon {
+    name: String,
+    child: Child,
+    log: PathBuf,
+}
+
+impl<'a> Cluster<'a> {
+    /// Starts the daemons, with an appliance for each of the given sizes of memory, and waits
+    /// until the allocator hears all of them. Without appliances there is no allocator either.
+    /// Logs and data go to `dir`.
+    pub(crate) fn start(
+        netns: &'a Netns,
+        programs: &Path,
+        dir: &Path,
+        appliances: &[&str],
+    ) -> Result<Cluster<'a>> {
+        let mut cluster =
+            Cluster { netns, programs: programs.to_path_buf(), dir: dir.to_path_buf(), daemons: Vec::new() };
+        cluster.start_echo()?;
+        if !appliances.is_empty() {
+            cluster.start_allocator()?;
+            for (index, memory) in (0..).zip(appliances) {
+                cluster.start_appliance(index, memory)?;
+            }
+            cluster.wait_ready(appliances.len())?;
+        }
+        Ok(cluster)
+    }
+
+    /// Where the allocator is, for host and guest alike.
+    pub(crate) fn allocator_url() -> String {
+        format!("http://{HOST}:{ALLOCATOR_PORT}")
+    }
+
+    /// Runs the operator's command on the host and reads the JSON that it prints.
+    pub(crate) fn xpm(&self, words: &[&str]) -> Result<Value> {
+        let mut command = self.command("xpm");
+        command.env("XPM_ALLOCATOR", Cluster::allocator_url()).args(words).arg("--json");
+        serde_json::from_str(&util::output(&mut command)?).context("xpm printed no JSON")
+    }
+
+    /// An error when a daemon has ended.
+    pub(crate) fn check_alive(&mut self) -> Result<()> {
+        for daemon in &mut self.daemons {
+            if let Some(status) = daemon.child.try_wait()? {
+                bail!("{} ended ({status}); its log ends with:\n{}", daemon.name, tail(&daemon.log, 20));
+            }
+        }
+        Ok(())
+    }
+
+    fn start_echo(&mut self) -> Result<()> {
+        let root = self.dir.join("www");
+        fs::create_dir_all(&root)?;
+        fs::write(root.join("index.html"), "hello from the host\n")?;
+        let mut command = self.netns.command("busybox");
+        command.args(["httpd", "-f", "-p", &format!("{HOST}:{ECHO_PORT}"), "-h"]).arg(root);
+        self.start_daemon("httpd", command)
+    }
+
+    fn start_allocator(&mut self) -> Result<()> {
+        let mut command = self.command("xpm-allocator");
+        command.args(["--insecure", "--listen", &format!("{HOST}:{ALLOCATOR_PORT}"), "--data"]);
+        command.arg(self.dir.join("allocator"));
+        self.start_daemon("allocator", command)
+    }
+
+    fn start_appliance(&mut self, index: u16, memory: &str) -> Result<()> {
+        let name = format!("appliance-{}", index + 1);
+        let port = APPLIANCE_PORT + 2 * index;
+        let mut command = self.command("xpm-appliance");
+        command.args(["--insecure", "--name", &name, "--memory", memory]);
+        command.args(["--listen", &format!("{HOST}:{port}"), "--nbd", &format!("{HOST}:{}", port + 1)]);
+        command.args(["--allocator", &Cluster::allocator_url(), "--state"]).arg(self.dir.join(&name));
+        self.start_daemon(&name, command)
+    }
+
+    /// A command of this project, in the lab's network.
+    fn command(&self, program: &str) -> Command {
+        self.netns.command(&self.programs.join(program).to_string_lossy())
+    }
+
+    fn start_daemon(&mut self, name: &str, mut command: Command) -> Result<()> {
+        let log = self.dir.join(format!("{name}.log"));
+        let file = File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
+        command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
+        let child = command.spawn().with_context(|| format!("cannot start {name}"))?;
+        self.daemons.push(Daemon { name: name.to_owned(), child, log });
+        Ok(())
+    }
+
+    fn wait_ready(&mut self, appliances: usize) -> Result<()> {
+        let deadline = Instant::now() + READY_TIME_MAX;
+        loop {
+            self.check_alive()?;
+            let up = self.xpm(&["appliance", "list"]).map(|list| count_up(&list));
+            match up {
+                Ok(count) if count == appliances => return Ok(()),
+                _ if Instant::now() < deadline => thread::sleep(Duration::from_millis(100)),
+                Ok(count) => bail!("{count} of {appliances} appliances are up after {READY_TIME_MAX:?}"),
+                Err(error) => return Err(error.context("the allocator does not answer")),
+            }
+        }
+    }
+}
+
+/// Appliances that are up in the answer of `xpm appliance list --json`.
+fn count_up(list: &Value) -> usize {
+    let appliances = list.as_array().map(Vec::as_slice).unwrap_or_default();
+    appliances.iter().filter(|appliance| appliance["state"] == "up").count()
+}
+
+impl Drop for Cluster<'_> {
+    fn drop(&mut self) {
+        for daemon in self.daemons.iter_mut().rev() {
+            daemon.stop();
+        }
+    }
+}
+
+impl Daemon {
+    /// Asks the daemon to stop, and kills it when it does not. Failures mean that it is gone.
+    fn stop(&mut self) {
+        let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
+        if let (Ok(None), Some(pid)) = (self.child.try_wait(), pid) {
+            let _ = kill_process(pid, Signal::TERM);
+        }
+        let deadline = Instant::now() + STOP_TIME_MAX;
+        while matches!(self.child.try_wait(), Ok(None)) {
+            if Instant::now() > deadline {
+                eprintln!("lab: {} did not stop within {STOP_TIME_MAX:?} and is killed", self.name);
+                let _ = self.child.kill();
+                let _ = self.child.wait();
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+/// The last lines of a text file; empty when it cannot be read.
+pub(crate) fn tail(file: &Path, lines: usize) -> String {
+    let bytes = fs::read(file).unwrap_or_default();
+    let text = String::from_utf8_lossy(&bytes);
+    let all: Vec<&str> = text.lines().collect();
+    all[all.len().saturating_sub(lines)..].join("\n")
+}

@@ -1,0 +1,168 @@
+//! QEMU's command line, and whether KVM can be used.
+
+use std::ffi::OsString;
+use std::fs::{self, OpenOptions};
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use super::kernel::Kernel;
+use super::netns::Netns;
+
+/// How long a guest under KVM may take to reach its first process.
+const PROBE_TIME_MAX: Duration = Duration::from_secs(20);
+/// A task that waits this long for a device is taken for a deadlock. Emulation on a busy machine
+/// is slow; the kernel's own default is 120.
+const HUNG_TASK_SECONDS: u32 = 90;
+
+/// What runs the guest's instructions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Accelerator {
+    /// The processor.
+    Kvm,
+    /// QEMU's translator, some ten times slower.
+    Tcg,
+}
+
+impl Accelerator {
+    fn name(self) -> &'static str {
+        match self {
+            Accelerator::Kvm => "kvm",
+            Accelerator::Tcg => "tcg",
+        }
+    }
+
+    fn words(self) -> [&'static str; 4] {
+        match self {
+            Accelerator::Kvm => ["-accel", "kvm", "-cpu", "host"],
+            // Five-level page tables would only make each emulated page walk longer.
+            Accelerator::Tcg => ["-accel", "tcg,thread=multi", "-cpu", "max,la57=off"],
+        }
+    }
+}
+
+/// A guest to be started.
+pub(crate) struct Guest<'a> {
+    /// Its kernel.
+    pub(crate) kernel: &'a Kernel,
+    /// Its initramfs.
+    pub(crate) initramfs: &'a Path,
+    /// Its memory in MiB.
+    pub(crate) memory_mib: u32,
+    /// What runs it.
+    pub(crate) accelerator: Accelerator,
+    /// Where the kernel's messages go.
+    pub(crate) console: PathBuf,
+}
+
+impl Guest<'_> {
+    /// QEMU's command line; `command` is QEMU itself. The guest's second serial line is standard
+    /// input and output.
+    fn command(&self, mut command: Command, kernel_words: &str) -> Command {
+        command.args(["-nodefaults", "-display", "none", "-no-reboot", "-smp", "2"]);
+        command.args(self.accelerator.words()).arg("-m").arg(format!("{}M", self.memory_mib));
+        command.arg("-kernel").arg(self.kernel.image()).arg("-initrd").arg(self.initramfs);
+        command.arg("-append").arg(format!(
+            "console=ttyS0 loglevel=6 panic=-1 oops=panic sysctl.kernel.hung_task_panic=1 \
+             sysctl.kernel.hung_task_timeout_secs={HUNG_TASK_SECONDS} {kernel_words}"
+        ));
+        command.arg("-serial").arg(joined("file:", &self.console));
+        command.args(["-chardev", "stdio,id=out,signal=off", "-serial", "chardev:out"]);
+        command
+    }
+
+    /// The command line of a guest that runs `runner` on the host's root, exchanges files with the
+    /// host in `share`, and has a user-mode network.
+    pub(crate) fn on_host_root(&self, netns: &Netns, runner: &Path, share: &Path) -> Command {
+        let modules = self.kernel.modules();
+        let words = format!("lab.modules={} lab.runner={}", modules.display(), runner.display());
+        let mut command = self.command(netns.command("qemu-system-x86_64"), &words);
+        let local = "security_model=none,multidevs=remap,path=";
+        command.arg("-fsdev").arg(joined(
+            "local,id=root,readonly=on,security_model=none,multidevs=remap,path=",
+            Path::new("/"),
+        ));
+        command.args(["-device", "virtio-9p-pci,fsdev=root,mount_tag=hostroot"]);
+        command.arg("-fsdev").arg(joined(&format!("local,id=share,{local}"), share));
+        command.args(["-device", "virtio-9p-pci,fsdev=share,mount_tag=labshare"]);
+        command.args(["-netdev", "user,id=net,ipv6=off", "-device", "virtio-net-pci,netdev=net,romfile="]);
+        command
+    }
+
+    /// Whether the guest reaches its first process in time.
+    fn comes_alive(&self, netns: &Netns) -> Result<bool> {
+        let mut command = self.command(netns.command("qemu-system-x86_64"), "lab.probe");
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+        let mut child = command.spawn().context("cannot start QEMU")?;
+        let stdout = child.stdout.take().context("QEMU has no output")?;
+        let lines = read_lines(stdout);
+        let alive = loop {
+            match lines.recv_timeout(PROBE_TIME_MAX) {
+                Ok(line) if line.contains("@lab alive") => break true,
+                Ok(_) => {}
+                Err(_) => break false,
+            }
+        };
+        // It may have ended on its own.
+        let _ = child.kill();
+        child.wait()?;
+        Ok(alive)
+    }
+}
+
+/// The lines of a stream, read by a thread of their own until it ends; without line ends.
+pub(crate) fn read_lines(stream: impl Read + Send + 'static) -> mpsc::Receiver<String> {
+    let (sender, receiver) = mpsc::channel();
+    thread::spawn(move || {
+        let mut reader = BufReader::new(stream);
+        let mut line = Vec::new();
+        while reader.read_until(b'\n', &mut line).is_ok_and(|len| len > 0) {
+            let text = String::from_utf8_lossy(&line).trim_end().to_owned();
+            if sender.send(text).is_err() {
+                return;
+            }
+            line.clear();
+        }
+    });
+    receiver
+}
+
+/// Chooses KVM when it works, which only a try can tell: some hosts have a `/dev/kvm` that boots
+/// no stock kernel. The answer is kept in the cache for as long as the host's kernel is the same.
+pub(crate) fn choose(kernel: &Kernel, initramfs: &Path, netns: &Netns, cache: &Path) -> Result<Accelerator> {
+    if OpenOptions::new().read(true).write(true).open("/dev/kvm").is_err() {
+        return Ok(Accelerator::Tcg);
+    }
+    let host = rustix::system::uname().release().to_string_lossy().into_owned();
+    let kept = cache.join("accelerator");
+    for accelerator in [Accelerator::Kvm, Accelerator::Tcg] {
+        if fs::read_to_string(&kept).is_ok_and(|text| text == format!("{} {host}", accelerator.name())) {
+            return Ok(accelerator);
+        }
+    }
+    let probe = Guest {
+        kernel,
+        initramfs,
+        memory_mib: 512,
+        accelerator: Accelerator::Kvm,
+        console: cache.join("probe.log"),
+    };
+    let accelerator = match probe.comes_alive(netns)? {
+        true => Accelerator::Kvm,
+        false => Accelerator::Tcg,
+    };
+    fs::write(kept, format!("{} {host}", accelerator.name()))?;
+    Ok(accelerator)
+}
+
+/// An option of QEMU that ends in a path; a comma in it is written twice.
+fn joined(option: &str, path: &Path) -> OsString {
+    let mut word = OsString::from(option);
+    word.push(path.to_string_lossy().replace(',', ",,"));
+    word
+}

@@ -1,0 +1,251 @@
+//! One boot of a guest, and the scenarios that run in it.
+
+use std::collections::VecDeque;
+use std::fmt::Write as _;
+use std::fs;
+use std::path::Path;
+use std::process::{Child, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+use super::cluster::{self, Cluster};
+use super::netns::{HOST, Netns};
+use super::qemu::{self, Guest};
+use super::scenario::Scenario;
+use crate::util;
+
+/// How long a guest may take to begin its first scenario.
+const BOOT_TIME_MAX: Duration = Duration::from_secs(120);
+/// How long a guest may take from the end of a scenario to the next one, or to be off.
+const PAUSE_TIME_MAX: Duration = Duration::from_secs(30);
+/// Lines of the kernel's console that a failure shows.
+const CONSOLE_LINES: usize = 25;
+
+/// How one scenario went.
+#[derive(Debug)]
+pub(crate) struct Report {
+    /// The scenario.
+    pub(crate) name: &'static str,
+    /// How long it took, without the boot.
+    pub(crate) time: Duration,
+    /// Why it failed, if it did.
+    pub(crate) failure: Option<String>,
+    /// What followed `BENCH ` in lines that it printed.
+    pub(crate) tagged: Vec<String>,
+}
+
+impl Report {
+    /// Whether the scenario passed.
+    pub(crate) fn passed(&self) -> bool {
+        self.failure.is_none()
+    }
+}
+
+/// What a boot needs besides the guest.
+pub(crate) struct Place<'a> {
+    /// The network.
+    pub(crate) netns: &'a Netns,
+    /// Directory for logs, and in `share` for files that guest and host exchange.
+    pub(crate) dir: &'a Path,
+    /// Directory of the programs under test.
+    pub(crate) programs: &'a Path,
+    /// Replaces each scenario's own limit.
+    pub(crate) time_max: Option<Duration>,
+}
+
+/// Boots a guest and runs scenarios in it, one after the other, until one fails. Gives a report
+/// for each that was begun, and at least one.
+pub(crate) fn boot(
+    place: &Place<'_>,
+    guest: &Guest<'_>,
+    scenarios: &[&'static Scenario],
+) -> Result<Vec<Report>> {
+    let mut cluster = Cluster::start(place.netns, place.programs, place.dir, scenarios[0].appliances)?;
+    let mut command = prepare(place, guest, scenarios, false)?;
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut qemu = command.spawn().context("cannot start QEMU")?;
+    let lines = qemu::read_lines(qemu.stdout.take().context("QEMU has no output")?);
+    let complaints = qemu::read_lines(qemu.stderr.take().context("QEMU has no error output")?);
+    let mut watch = Watch::new(place, scenarios);
+    let ending = watch.follow(&lines);
+    stop(&mut qemu, &ending)?;
+    let mut reports = watch.finish(&ending, &guest.console, &complaints);
+    for report in reports.iter_mut().filter(|report| report.passed()) {
+        let scenario = scenarios.iter().find(|scenario| scenario.name == report.name);
+        let checked = scenario.map_or(Ok(()), |scenario| (scenario.check)(&mut cluster));
+        report.failure = checked.err().map(|error| format!("{error:#}"));
+    }
+    Ok(reports)
+}
+
+/// Boots a guest on the terminal, which has a shell there when the scenarios are done.
+pub(crate) fn shell(place: &Place<'_>, guest: &Guest<'_>, scenarios: &[&'static Scenario]) -> Result<()> {
+    let appliances = scenarios.first().map_or(&[][..], |scenario| scenario.appliances);
+    let _cluster = Cluster::start(place.netns, place.programs, place.dir, appliances)?;
+    util::run(&mut prepare(place, guest, scenarios, true)?)
+}
+
+/// Writes what the guest's runner reads, and makes QEMU's command line.
+fn prepare(
+    place: &Place<'_>,
+    guest: &Guest<'_>,
+    scenarios: &[&'static Scenario],
+    with_shell: bool,
+) -> Result<std::process::Command> {
+    let share = place.dir.join("share");
+    fs::create_dir_all(&share)?;
+    let scripts = util::repository().join("tests/lab");
+    let mut list = String::new();
+    for scenario in scenarios {
+        writeln!(list, "{} {} {}", scenario.name, scenario.script, scenario.args.join(" "))?;
+    }
+    fs::write(share.join("scenarios"), list)?;
+    let shell = if with_shell { "1" } else { "" };
+    let env = format!(
+        "LAB_BIN='{}'\nLAB_SCRIPTS='{}'\nLAB_HOST={HOST}\nLAB_ECHO_PORT={}\nXPM_ALLOCATOR={}\nLAB_SHELL={shell}\n",
+        place.programs.display(),
+        scripts.display(),
+        cluster::ECHO_PORT,
+        Cluster::allocator_url(),
+    );
+    fs::write(share.join("env"), env)?;
+    Ok(guest.on_host_root(place.netns, &scripts.join("run"), &share))
+}
+
+/// Why the guest is no longer followed.
+#[derive(Debug, PartialEq, Eq)]
+enum Ending {
+    /// It is off.
+    Off,
+    /// Its time was up.
+    TimeUp,
+}
+
+/// Waits for QEMU to end; ends it when it is not known to be ending.
+fn stop(qemu: &mut Child, ending: &Ending) -> Result<()> {
+    if *ending == Ending::TimeUp {
+        qemu.kill()?;
+    }
+    qemu.wait()?;
+    Ok(())
+}
+
+/// Follows what the guest prints.
+struct Watch<'a> {
+    waiting: VecDeque<&'static Scenario>,
+    running: Option<Running>,
+    reports: Vec<Report>,
+    deadline: Instant,
+    booted: Instant,
+    place: &'a Place<'a>,
+}
+
+struct Running {
+    scenario: &'static Scenario,
+    since: Instant,
+    tagged: Vec<String>,
+}
+
+impl<'a> Watch<'a> {
+    fn new(place: &'a Place<'a>, scenarios: &[&'static Scenario]) -> Watch<'a> {
+        let now = Instant::now();
+        Watch {
+            waiting: scenarios.iter().copied().collect(),
+            running: None,
+            reports: Vec::new(),
+            deadline: now + BOOT_TIME_MAX,
+            booted: now,
+            place,
+        }
+    }
+
+    /// Takes lines until the guest is off or its time is up.
+    fn follow(&mut self, lines: &Receiver<String>) -> Ending {
+        loop {
+            match lines.recv_timeout(self.deadline.saturating_duration_since(Instant::now())) {
+                Ok(line) => self.take(&line),
+                Err(RecvTimeoutError::Disconnected) => return Ending::Off,
+                Err(RecvTimeoutError::Timeout) => return Ending::TimeUp,
+            }
+        }
+    }
+
+    /// Takes one line: a marker of the runner (`@lab begin NAME`, `@lab end NAME STATUS`), or
+    /// output of the scenario.
+    fn take(&mut self, line: &str) {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        match words[..] {
+            [] => {}
+            ["@lab", "begin", name] => self.begin(name),
+            ["@lab", "end", _, status] => self.end(status),
+            _ => self.show(line),
+        }
+    }
+
+    fn begin(&mut self, name: &str) {
+        let Some(scenario) = self.waiting.front().copied().filter(|next| next.name == name) else { return };
+        self.waiting.pop_front();
+        let now = Instant::now();
+        if self.reports.is_empty() {
+            println!("lab: booted in {}", util::human_time(now - self.booted));
+        }
+        println!("[{name}] begins: {}", scenario.about);
+        self.deadline = now + self.place.time_max.unwrap_or(Duration::from_secs(scenario.seconds_max));
+        self.running = Some(Running { scenario, since: now, tagged: Vec::new() });
+    }
+
+    fn end(&mut self, status: &str) {
+        let failure = (status != "0").then(|| format!("ended with status {status}"));
+        self.report(failure);
+        self.deadline = Instant::now() + PAUSE_TIME_MAX;
+    }
+
+    fn show(&mut self, line: &str) {
+        let name = self.running.as_ref().map_or("guest", |running| running.scenario.name);
+        println!("[{name}] {line}");
+        if let (Some(running), Some(tagged)) = (&mut self.running, line.strip_prefix("BENCH ")) {
+            running.tagged.push(tagged.to_owned());
+        }
+    }
+
+    /// Closes the running scenario, or, when none is, the next one that should have begun.
+    fn report(&mut self, failure: Option<String>) {
+        let report = match self.running.take() {
+            Some(running) => Report {
+                name: running.scenario.name,
+                time: running.since.elapsed(),
+                failure,
+                tagged: running.tagged,
+            },
+            None => match self.waiting.pop_front() {
+                Some(next) => {
+                    Report { name: next.name, time: self.booted.elapsed(), failure, tagged: Vec::new() }
+                }
+                None => return,
+            },
+        };
+        self.reports.push(report);
+    }
+
+    /// The reports, with one for what the guest's end interrupted.
+    fn finish(mut self, ending: &Ending, console: &Path, complaints: &Receiver<String>) -> Vec<Report> {
+        let nothing_failed = self.reports.iter().all(Report::passed);
+        let interrupted = self.running.is_some() || (nothing_failed && !self.waiting.is_empty());
+        if interrupted {
+            let what = match (ending, &self.running) {
+                (Ending::TimeUp, Some(_)) => "took too long",
+                (Ending::Off, Some(_)) => "the guest went off in it",
+                (_, None) => "the guest did not get to it",
+            };
+            let complaints: Vec<String> = complaints.try_iter().collect();
+            let text = cluster::tail(console, CONSOLE_LINES);
+            self.report(Some(format!(
+                "{what}; the guest's console ends with:\n{text}\n{}",
+                complaints.join("\n")
+            )));
+        }
+        self.reports
+    }
+}

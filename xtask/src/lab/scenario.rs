@@ -1,0 +1,155 @@
+//! The scenarios: what each needs, runs and checks.
+
+use anyhow::{Result, ensure};
+
+use super::cluster::Cluster;
+
+/// One thing that the lab tests. To add one, write a script in `tests/lab` and a line in [`ALL`].
+#[derive(Debug)]
+pub(crate) struct Scenario {
+    /// Its name on the command line.
+    pub(crate) name: &'static str,
+    /// What it shows, in one line.
+    pub(crate) about: &'static str,
+    /// Scenarios of one group need the same guest and the same appliances, and run one after the
+    /// other in one boot. After a failure the rest of the group gets a fresh one.
+    pub(crate) group: &'static str,
+    /// Memory of the guest in MiB.
+    pub(crate) memory_mib: u32,
+    /// Memory that each appliance lends; none: no allocator and no appliance.
+    pub(crate) appliances: &'static [&'static str],
+    /// The script in `tests/lab` that the guest runs.
+    pub(crate) script: &'static str,
+    /// The script's arguments.
+    pub(crate) args: &'static [&'static str],
+    /// How long it may take, in seconds.
+    pub(crate) seconds_max: u64,
+    /// Whether it measures rather than tests; such a one runs only when it is named.
+    pub(crate) bench: bool,
+    /// What must be so on the host when the guest is done.
+    pub(crate) check: fn(&mut Cluster<'_>) -> Result<()>,
+}
+
+/// What most scenarios have in common.
+const BASE: Scenario = Scenario {
+    name: "",
+    about: "",
+    group: "",
+    memory_mib: 512,
+    appliances: &["2GiB", "2GiB"],
+    script: "",
+    args: &[],
+    seconds_max: 300,
+    bench: false,
+    check: nothing_left,
+};
+
+/// All scenarios, in the order in which they run.
+pub(crate) const ALL: &[Scenario] = &[
+    Scenario {
+        name: "smoke",
+        about: "the lab itself: modules, devices, the host's root, the network",
+        group: "smoke",
+        appliances: &[],
+        script: "smoke.sh",
+        seconds_max: 60,
+        check: daemons_live,
+        ..BASE
+    },
+    Scenario {
+        name: "swap-ublk",
+        about: "700 MB of patterned memory in a guest of 512 MB, swap on ublk",
+        group: "swap",
+        script: "swap.sh",
+        args: &["ublk"],
+        ..BASE
+    },
+    Scenario {
+        name: "swap-nbd",
+        about: "the same, on the kernel's nbd served by xpm-blk",
+        group: "swap",
+        script: "swap.sh",
+        args: &["nbd"],
+        ..BASE
+    },
+    Scenario {
+        name: "swap-nbd-direct",
+        about: "the same, on the kernel's nbd connected to the appliance itself",
+        group: "swap",
+        script: "swap.sh",
+        args: &["nbd-direct"],
+        ..BASE
+    },
+    Scenario {
+        name: "fs",
+        about: "ext4 and xfs on devices: verified load, trim gives memory back, checks are clean",
+        group: "fs",
+        script: "fs.sh",
+        ..BASE
+    },
+    Scenario {
+        name: "tmpfs",
+        about: "a tmpfs larger than memory, whose pages go to swap",
+        group: "swap",
+        script: "tmpfs.sh",
+        ..BASE
+    },
+];
+
+/// The scenario of a name.
+pub(crate) fn find(name: &str) -> Option<&'static Scenario> {
+    ALL.iter().find(|scenario| scenario.name == name)
+}
+
+/// No daemon has ended.
+fn daemons_live(cluster: &mut Cluster<'_>) -> Result<()> {
+    cluster.check_alive()
+}
+
+/// No daemon has ended, the guest's allocations are gone, and the appliances have all memory back
+/// and answered no request with an error.
+fn nothing_left(cluster: &mut Cluster<'_>) -> Result<()> {
+    cluster.check_alive()?;
+    let allocations = cluster.xpm(&["alloc", "list"])?;
+    ensure!(allocations.as_array().is_some_and(Vec::is_empty), "allocations are left: {allocations}");
+    let appliances = cluster.xpm(&["appliance", "list"])?;
+    for appliance in appliances.as_array().map(Vec::as_slice).unwrap_or_default() {
+        let status = &appliance["status"];
+        ensure!(
+            status["granted"] == 0,
+            "{} still has regions in grants: {status}",
+            appliance["info"]["name"]
+        );
+        ensure!(status["counters"]["errors"] == 0, "{} answered errors: {status}", appliance["info"]["name"]);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+    use crate::util;
+
+    #[test]
+    fn names_are_unique_and_scripts_exist() {
+        let names: HashSet<_> = ALL.iter().map(|scenario| scenario.name).collect();
+        assert_eq!(names.len(), ALL.len());
+        for scenario in ALL {
+            let script = util::repository().join("tests/lab").join(scenario.script);
+            assert!(script.is_file(), "{}", script.display());
+            assert!(!scenario.name.contains(char::is_whitespace));
+        }
+    }
+
+    #[test]
+    fn a_group_shares_what_a_boot_has() {
+        for scenario in ALL {
+            for other in ALL.iter().filter(|other| other.group == scenario.group) {
+                assert_eq!(scenario.memory_mib, other.memory_mib, "{}", other.name);
+                assert_eq!(scenario.appliances, other.appliances, "{}", other.name);
+            }
+        }
+    }
+}

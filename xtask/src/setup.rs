@@ -1,0 +1,92 @@
+//! The Debian packages that demo, tests, lab and benchmarks need, and their installation.
+
+use anyhow::{Result, bail};
+
+use crate::util;
+
+/// A Debian package that some command of xtask needs.
+pub(crate) struct Package {
+    /// Its name.
+    name: &'static str,
+    /// A program of it; the package counts as installed when this is found.
+    probe: &'static str,
+    /// What it is needed for.
+    purpose: &'static str,
+}
+
+const fn package(name: &'static str, probe: &'static str, purpose: &'static str) -> Package {
+    Package { name, probe, purpose }
+}
+
+/// All packages, each once.
+pub(crate) const ALL: &[Package] = &[
+    package("qemu-system-x86", "qemu-system-x86_64", "lab: the guest"),
+    package("busybox-static", "busybox", "lab: first process of the guest"),
+    package("kmod", "depmod", "lab: order of the guest's kernel modules"),
+    package("xz-utils", "xz", "lab: unpacks the guest's kernel modules"),
+    package("iproute2", "ip", "lab, tests: network namespaces"),
+    package("util-linux", "nsenter", "lab, tests: namespaces, swap"),
+    package("python3", "python3", "lab, tests: reads JSON"),
+    package("e2fsprogs", "mkfs.ext4", "lab, demo: file systems on devices"),
+    package("xfsprogs", "mkfs.xfs", "lab, demo: file systems on devices"),
+    package("fio", "fio", "lab, tests, bench: verified load"),
+    package("nbd-client", "nbd-client", "bench: the kernel's NBD client set up by others"),
+    package("nbdkit", "nbdkit", "tests, bench: an NBD server to compare with"),
+    package("libnbd-bin", "nbdinfo", "demo, tests: an NBD client of another project"),
+    package("python3-libnbd", "nbdsh", "tests: an NBD client that can misbehave"),
+    package("qemu-utils", "qemu-img", "demo, tests, bench: an NBD client and server of another project"),
+];
+
+/// Installs those of the packages that are missing.
+///
+/// # Errors
+/// When something is missing and this is not root on a Debian system; the text says what to
+/// install.
+pub(crate) fn run(packages: &[Package]) -> Result<()> {
+    let missing: Vec<&Package> =
+        packages.iter().filter(|package| util::find_program(package.probe).is_none()).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    for package in &missing {
+        println!("setup: {} is missing ({})", package.name, package.purpose);
+    }
+    let names: Vec<&str> = missing.iter().map(|package| package.name).collect();
+    if !rustix::process::geteuid().is_root() || util::find_program("apt-get").is_none() {
+        bail!("install these packages first: apt-get install {}", names.join(" "));
+    }
+    install(&names)
+}
+
+/// Installs packages with apt-get; reads the package lists anew when the old ones do not do.
+fn install(names: &[&str]) -> Result<()> {
+    if apt_install(names).is_err() {
+        util::run(util::command("apt-get").args(["update", "-qq"]))?;
+        apt_install(names)?;
+    }
+    Ok(())
+}
+
+fn apt_install(names: &[&str]) -> Result<()> {
+    let mut apt = util::command("apt-get");
+    apt.env("DEBIAN_FRONTEND", "noninteractive");
+    util::run(apt.args(["install", "-y", "-qq", "--no-install-recommends"]).args(names))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn each_package_once() {
+        let names: HashSet<_> = ALL.iter().map(|package| package.name).collect();
+        assert_eq!(names.len(), ALL.len());
+    }
+
+    #[test]
+    fn what_is_there_is_not_installed() {
+        run(&[package("no-such-package", "sh", "test")]).unwrap();
+    }
+}
