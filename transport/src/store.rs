@@ -11,9 +11,12 @@ use crate::io::{Completion, IoBuf, IoError, Operation};
 /// place is offered by [`Store::direct`] and then read and written by the server itself, straight
 /// from and to the socket; everything else goes through [`Store::post`].
 pub trait Store: Send {
+    /// Whether reads and writes that begin now may use [`Store::direct`]. May change at any time.
+    fn is_direct(&self) -> bool;
+
     /// The memory at `offset`, as far as it lies in one piece: at least one byte and at most `len`.
-    /// It stays valid until the store is dropped. None: use [`Store::post`] for reads and writes.
-    /// Either all of a store is direct or nothing is.
+    /// It stays valid until the store is dropped, and once [`Store::is_direct`] was true, it is
+    /// given for any offset for the store's whole life: what has begun so can be finished.
     fn direct(&mut self, offset: u64, len: usize) -> Option<IoBuf>;
 
     /// Takes an operation. Either it is done at once, or its completion comes out of

@@ -1,0 +1,95 @@
+//! The payload of a write on its way into the store's memory, into buffers, or nowhere.
+
+use xpm_protocol::nbd::Errno;
+
+use super::deferred::Buffer;
+use super::input::Input;
+use super::socket::Pieces;
+use crate::store::Store;
+
+/// A payload of which `remaining` bytes have not come yet; the next one belongs to `offset`.
+pub(super) struct Incoming {
+    pub(super) cookie: u64,
+    pub(super) length: u32,
+    pub(super) offset: u64,
+    pub(super) remaining: u32,
+    pub(super) target: Target,
+}
+
+/// Where the payload goes.
+pub(super) enum Target {
+    /// Straight into the store's memory.
+    Direct,
+    /// Into buffers, one after the other, for this request.
+    Parts { request: u32, filling: Option<Filling> },
+    /// Nowhere: the request is refused with this.
+    Nowhere(Errno),
+}
+
+/// A buffer that is being filled.
+pub(super) struct Filling {
+    pub(super) buffer: Buffer,
+    pub(super) filled: usize,
+}
+
+/// The store stopped to be direct in the middle of a request.
+pub(super) struct NotDirect;
+
+impl Incoming {
+    /// Adds the memory that the next bytes belong into. Bytes of it: what comes beyond them is the
+    /// next request, or has to be looked at by [`Incoming::copy`].
+    pub(super) fn pieces(&self, store: &mut dyn Store, pieces: &mut Pieces<'_>) -> usize {
+        match &self.target {
+            Target::Direct => {
+                let (mut offset, mut left) = (self.offset, self.remaining as usize);
+                while left > 0 && !pieces.is_nearly_full() {
+                    let Some(memory) = store.direct(offset, left) else { break };
+                    pieces.push(memory);
+                    offset += memory.len() as u64;
+                    left -= memory.len();
+                }
+            }
+            Target::Parts { filling: Some(Filling { buffer: (_, buf), filled }), .. } => {
+                pieces.push(buf.part(*filled, buf.len() - filled));
+            }
+            Target::Parts { filling: None, .. } | Target::Nowhere(_) => {}
+        }
+        pieces.bytes()
+    }
+
+    /// `count` bytes were received into what [`Incoming::pieces`] gave, or copied there.
+    pub(super) fn advance(&mut self, count: usize) {
+        debug_assert!(count <= self.remaining as usize, "no more than the payload");
+        self.offset += count as u64;
+        self.remaining -= count as u32;
+        if let Target::Parts { filling: Some(filling), .. } = &mut self.target {
+            filling.filled += count;
+        }
+    }
+
+    /// Moves payload bytes that are in the receive buffer already to where they belong.
+    pub(super) fn copy(&mut self, input: &mut Input, store: &mut dyn Store) -> Result<(), NotDirect> {
+        while self.remaining > 0 && input.len() > 0 {
+            let there = input.len().min(self.remaining as usize);
+            let count = match &self.target {
+                Target::Nowhere(_) => input.take(there).len(),
+                Target::Direct => {
+                    let memory = store.direct(self.offset, there).ok_or(NotDirect)?;
+                    memory.copy_from_slice(input.take(memory.len()));
+                    memory.len()
+                }
+                Target::Parts { filling: Some(Filling { buffer: (_, buf), filled }), .. } => {
+                    let count = there.min(buf.len() - filled);
+                    buf.part(*filled, count).copy_from_slice(input.take(count));
+                    if count == 0 {
+                        return Ok(());
+                    }
+                    count
+                }
+                Target::Parts { filling: None, .. } => return Ok(()),
+            };
+            self.advance(count);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,211 @@
+//! Accepting and negotiating, on the control plane.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::net::sockopt;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::JoinHandle;
+use xpm_protocol::nbd::handshake::server::{ServerHandshake, Step};
+
+use super::{Exports, Negotiated, Opened, Server};
+
+/// Bytes read at once during a handshake.
+const READ_LEN: usize = 4096;
+/// How long accepting pauses after an error such as «too many open files».
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// After this long without an answer to what was sent, a TCP peer counts as gone.
+const TCP_USER_TIMEOUT_MS: u32 = 30_000;
+
+/// A listening socket. Accepting ends when this is dropped; connections go on.
+#[derive(Debug)]
+pub struct Listener {
+    task: JoinHandle<()>,
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// A stream that can be negotiated on and then handed to a loop.
+trait Stream: AsyncRead + AsyncWrite + Unpin + Send + Sized + 'static {
+    fn tune(&self) -> io::Result<()>;
+    fn into_fd(self) -> io::Result<OwnedFd>;
+}
+
+impl Stream for TcpStream {
+    /// No delay of small replies; a peer that vanished is noticed.
+    fn tune(&self) -> io::Result<()> {
+        self.set_nodelay(true)?;
+        sockopt::set_socket_keepalive(self.as_fd(), true)?;
+        sockopt::set_tcp_user_timeout(self.as_fd(), TCP_USER_TIMEOUT_MS)?;
+        Ok(())
+    }
+
+    fn into_fd(self) -> io::Result<OwnedFd> {
+        Ok(self.into_std()?.into())
+    }
+}
+
+impl Stream for UnixStream {
+    fn tune(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn into_fd(self) -> io::Result<OwnedFd> {
+        Ok(self.into_std()?.into())
+    }
+}
+
+impl Server {
+    /// Accepts clients of a TCP socket, on the tokio runtime that this is called in.
+    ///
+    /// # Errors
+    /// When the socket cannot be watched.
+    pub fn listen_tcp(
+        &self,
+        listener: std::net::TcpListener,
+        exports: Arc<dyn Exports>,
+    ) -> io::Result<Listener> {
+        listener.set_nonblocking(true)?;
+        let listener = TcpListener::from_std(listener)?;
+        let server = self.clone();
+        let task = tokio::spawn(async move {
+            let limit = server.limit();
+            loop {
+                let accepted = listener.accept().await.map(|(stream, _)| stream);
+                server.accepted(accepted, &exports, &limit).await;
+            }
+        });
+        Ok(Listener { task })
+    }
+
+    /// Accepts clients of a unix socket, on the tokio runtime that this is called in.
+    ///
+    /// # Errors
+    /// When the socket cannot be watched.
+    pub fn listen_unix(
+        &self,
+        listener: std::os::unix::net::UnixListener,
+        exports: Arc<dyn Exports>,
+    ) -> io::Result<Listener> {
+        listener.set_nonblocking(true)?;
+        let listener = UnixListener::from_std(listener)?;
+        let server = self.clone();
+        let task = tokio::spawn(async move {
+            let limit = server.limit();
+            loop {
+                let accepted = listener.accept().await.map(|(stream, _)| stream);
+                server.accepted(accepted, &exports, &limit).await;
+            }
+        });
+        Ok(Listener { task })
+    }
+
+    fn limit(&self) -> Arc<Semaphore> {
+        Arc::new(Semaphore::new(self.inner.options.connections_max))
+    }
+
+    async fn accepted<S: Stream>(
+        &self,
+        accepted: io::Result<S>,
+        exports: &Arc<dyn Exports>,
+        limit: &Arc<Semaphore>,
+    ) {
+        match accepted {
+            Ok(stream) => {
+                let full = self.connections(None) >= self.inner.options.connections_max;
+                // Dropping the stream closes it.
+                let Ok(permit) = limit.clone().try_acquire_owned() else { return };
+                if !full {
+                    tokio::spawn(handshake(self.clone(), stream, exports.clone(), permit));
+                }
+            }
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a connection");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+/// One handshake, limited in time. The permit counts handshakes, not connections.
+async fn handshake<S: Stream>(
+    server: Server,
+    mut stream: S,
+    exports: Arc<dyn Exports>,
+    _permit: OwnedSemaphorePermit,
+) {
+    let limit = server.inner.options.handshake;
+    match tokio::time::timeout(limit, negotiate(&server, &mut stream, &exports)).await {
+        Ok(Ok(Some((opened, negotiated)))) => {
+            let served = stream
+                .tune()
+                .and_then(|()| stream.into_fd())
+                .and_then(|fd| server.take(fd, opened, negotiated));
+            if let Err(error) = served {
+                tracing::warn!(%error, "cannot serve a connection");
+            }
+        }
+        Ok(Ok(None)) => {}
+        Ok(Err(error)) => tracing::debug!(%error, "a handshake broke"),
+        Err(_) => tracing::debug!("a handshake took too long"),
+    }
+}
+
+/// Until there is an export, or none and the connection is to be closed.
+async fn negotiate<S: Stream>(
+    server: &Server,
+    stream: &mut S,
+    exports: &Arc<dyn Exports>,
+) -> io::Result<Option<(Opened, Negotiated)>> {
+    let mut handshake = ServerHandshake::new();
+    let mut opened: Option<Opened> = None;
+    let mut buffer = vec![0; READ_LEN];
+    let mut next: Option<Step> = None;
+    loop {
+        let step = next.take().unwrap_or_else(|| handshake.step());
+        stream.write_all(&handshake.take_output()).await?;
+        match step {
+            Step::Input => match stream.read(&mut buffer).await? {
+                0 => return Ok(None),
+                count => handshake.receive(&buffer[..count]),
+            },
+            Step::Open(name) => {
+                opened = open(server.clone(), exports.clone(), name).await;
+                next = handshake.found(opened.as_ref().map(|opened| &opened.info));
+            }
+            Step::List => handshake.listed(exports.list().as_deref()),
+            Step::Ready(negotiated) => {
+                let Some(mut opened) = opened else { return Ok(None) };
+                opened.info = negotiated.info;
+                let agreed = Negotiated {
+                    structured: negotiated.structured,
+                    base_allocation: negotiated.base_allocation,
+                    leftover: negotiated.leftover,
+                };
+                return Ok(Some((opened, agreed)));
+            }
+            Step::Close(_) => {
+                stream.shutdown().await?;
+                return Ok(None);
+            }
+        }
+    }
+}
+
+/// Opens an export, and shuts out the connection that this one replaces before it is answered.
+async fn open(server: Server, exports: Arc<dyn Exports>, name: String) -> Option<Opened> {
+    let opening = tokio::task::spawn_blocking(move || {
+        let opened = exports.open(&name)?;
+        server.shut_out(opened.group, opened.session).ok()?;
+        Some(opened)
+    });
+    opening.await.ok().flatten()
+}

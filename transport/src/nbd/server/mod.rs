@@ -1,0 +1,195 @@
+//! A server of the NBD protocol: of an appliance's grants, and of volumes for any NBD client.
+//!
+//! A connection is accepted and negotiated on the control plane (tokio, with limits on time and
+//! number), then handed once to a loop thread, which serves it to its end: no request changes
+//! threads. There is one loop for each core.
+
+mod buffers;
+mod connection;
+mod counters;
+mod deferred;
+mod event_loop;
+mod incoming;
+mod input;
+mod listen;
+mod output;
+mod registry;
+mod reply;
+mod slots;
+mod socket;
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use xpm_protocol::api::appliance::Counters;
+use xpm_protocol::nbd::{ExportInfo, SessionTag};
+
+use self::connection::{Connection, Ready};
+use self::counters::LoopCounters;
+use self::event_loop::{EventLoop, Letter, Mailbox};
+pub use self::listen::Listener;
+use self::registry::Registry;
+use crate::store::Store;
+
+/// How a server runs.
+#[derive(Debug, Clone)]
+pub struct ServerOptions {
+    /// Name of its threads, at most 12 bytes, for people who look at them.
+    pub name: &'static str,
+    /// Loop threads; at least 1.
+    pub loops: usize,
+    /// Longest busy poll after work, before a loop sleeps. Zero: sleep at once.
+    pub spin: Duration,
+    /// Longest time that a handshake may take.
+    pub handshake: Duration,
+    /// Connections and handshakes at once; one more is closed as soon as it is accepted.
+    pub connections_max: usize,
+    /// Bytes of buffers for each connection whose store is not direct, locked if the process locks
+    /// its memory; 0 when all stores are direct. Half of it bounds the longest part of a request.
+    pub buffers_len: usize,
+}
+
+impl Default for ServerOptions {
+    fn default() -> ServerOptions {
+        ServerOptions {
+            name: "nbd",
+            loops: std::thread::available_parallelism().map_or(1, usize::from),
+            spin: Duration::from_micros(50),
+            handshake: Duration::from_secs(10),
+            connections_max: 4096,
+            buffers_len: 0,
+        }
+    }
+}
+
+/// What clients may ask for, on the control plane.
+pub trait Exports: Send + Sync + 'static {
+    /// Opens the export of this name for one connection; none if there is no such export. May take
+    /// a moment, but must not wait for the network.
+    fn open(&self, name: &str) -> Option<Opened>;
+
+    /// The names for a client that asks for a list; none to refuse it.
+    fn list(&self) -> Option<Vec<String>> {
+        None
+    }
+}
+
+/// An export opened for one connection.
+pub struct Opened {
+    /// What the client is told of it.
+    pub info: ExportInfo,
+    /// Its bytes.
+    pub store: Box<dyn Store>,
+    /// What [`Server::close_group`] closes together: a grant, or a device.
+    pub group: u128,
+    /// Whose connection it is, if the client said so: a newer generation shuts out the older.
+    pub session: Option<SessionTag>,
+}
+
+struct Inner {
+    options: ServerOptions,
+    mailboxes: Vec<Arc<Mailbox>>,
+    counters: Vec<Arc<LoopCounters>>,
+    registry: Arc<Registry>,
+}
+
+/// A running server. Clones are the same server; its threads end with the last of them, and its
+/// connections with them.
+#[derive(Clone)]
+pub struct Server {
+    inner: Arc<Inner>,
+}
+
+impl Server {
+    /// Starts the loop threads.
+    ///
+    /// # Errors
+    /// When the kernel gives no descriptor or thread.
+    pub fn start(options: ServerOptions) -> io::Result<Server> {
+        let loops = options.loops.max(1);
+        let registry = Arc::new(Registry::new(loops));
+        let mut inner =
+            Inner { options, mailboxes: Vec::new(), counters: Vec::new(), registry: registry.clone() };
+        for number in 0..loops {
+            let mailbox = Arc::new(Mailbox::new()?);
+            let counters = Arc::new(LoopCounters::default());
+            let event_loop =
+                EventLoop::new(mailbox.clone(), registry.clone(), counters.clone(), inner.options.spin)?;
+            std::thread::Builder::new()
+                .name(format!("{}-{number}", inner.options.name))
+                .spawn(move || event_loop.run())?;
+            inner.mailboxes.push(mailbox);
+            inner.counters.push(counters);
+        }
+        Ok(Server { inner: Arc::new(inner) })
+    }
+
+    /// Serves a stream that is in the transmission phase already, without structured replies: the
+    /// other end of a socket pair that the kernel's nbd driver was given.
+    ///
+    /// # Errors
+    /// When there is no memory for its buffers, or the descriptor is not a stream socket.
+    pub fn adopt(&self, stream: OwnedFd, opened: Opened) -> io::Result<()> {
+        self.take(stream, opened, Negotiated::default())
+    }
+
+    /// Closes all connections of the group; blocks until no loop thread touches their stores any
+    /// more, which is as long as a loop's turn takes. To keep new ones out, let [`Store::alive`]
+    /// of the group's stores turn false before.
+    pub fn close_group(&self, group: u128) {
+        self.inner.registry.close_group(group, &self.inner.mailboxes);
+    }
+
+    /// Connections now, of one group or of all.
+    pub fn connections(&self, group: Option<u128>) -> usize {
+        self.inner.registry.count(group)
+    }
+
+    /// What passed since the start.
+    pub fn counters(&self) -> Counters {
+        let mut sum = Counters::default();
+        self.inner.counters.iter().for_each(|counters| counters.add_to(&mut sum));
+        sum
+    }
+
+    /// Shuts out what the session tag replaces. Blocks like [`Server::close_group`].
+    fn shut_out(&self, group: u128, session: Option<SessionTag>) -> Result<(), registry::Outdated> {
+        match session {
+            Some(tag) => self.inner.registry.shut_out(group, tag, &self.inner.mailboxes),
+            None => Ok(()),
+        }
+    }
+
+    fn take(&self, stream: OwnedFd, opened: Opened, negotiated: Negotiated) -> io::Result<()> {
+        fcntl_setfl(&stream, fcntl_getfl(&stream)? | OFlags::NONBLOCK)?;
+        let connection = Connection::new(Ready {
+            stream,
+            store: opened.store,
+            info: opened.info,
+            structured: negotiated.structured,
+            base_allocation: negotiated.base_allocation,
+            leftover: negotiated.leftover,
+            buffers_len: self.inner.options.buffers_len,
+        })?;
+        let (id, home) = self.inner.registry.register(opened.group, opened.session);
+        self.inner.mailboxes[home].send(Letter::Adopt(id, Box::new(connection)));
+        Ok(())
+    }
+}
+
+/// What a handshake agreed on beside the export.
+#[derive(Default)]
+struct Negotiated {
+    structured: bool,
+    base_allocation: Option<u32>,
+    leftover: Vec<u8>,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.mailboxes.iter().for_each(|mailbox| mailbox.send(Letter::Stop));
+    }
+}

@@ -1,0 +1,165 @@
+//! What a connection has still to send: reply headers, runs of external memory, and buffers, in
+//! order. Memory of a direct store is looked up only when it is sent, so that a reply of any
+//! length takes two places here.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::BorrowedFd;
+
+use super::buffers::{Buffers, Run};
+use super::socket::{self, Pieces};
+use crate::io::IoBuf;
+use crate::store::Store;
+
+/// Room for one reply header, with the extents of a block status reply behind it.
+pub(super) const HEAD_LEN: usize = 128;
+/// Pieces that may wait, two for a reply at most. A client that asks on without reading is not
+/// listened to beyond it.
+const PIECES_MAX: usize = 512;
+
+#[derive(Debug, Clone, Copy)]
+enum Piece {
+    Head { slot: u32, len: u32 },
+    Direct { offset: u64, len: usize },
+    Buffer { run: Run, buf: IoBuf },
+}
+
+impl Piece {
+    const fn len(&self) -> usize {
+        match self {
+            Piece::Head { len, .. } => *len as usize,
+            Piece::Direct { len, .. } => *len,
+            Piece::Buffer { buf, .. } => buf.len(),
+        }
+    }
+}
+
+/// The queue of one connection.
+pub(super) struct Output {
+    heads: Box<[[u8; HEAD_LEN]]>,
+    head_next: usize,
+    pieces: VecDeque<Piece>,
+    /// Bytes of the first piece that are sent already.
+    sent: usize,
+}
+
+/// How far [`Output::flush`] came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Flushed {
+    /// Everything is sent.
+    All,
+    /// The socket takes no more now.
+    Blocked,
+}
+
+impl Output {
+    pub(super) fn new() -> Output {
+        Output {
+            heads: vec![[0; HEAD_LEN]; PIECES_MAX].into_boxed_slice(),
+            head_next: 0,
+            pieces: VecDeque::with_capacity(PIECES_MAX),
+            sent: 0,
+        }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.pieces.is_empty()
+    }
+
+    /// Whether replies to all that may be in flight still find room beside `in_flight` others.
+    pub(super) fn has_room(&self, in_flight: usize) -> bool {
+        self.pieces.len() + 2 * (in_flight + 1) <= PIECES_MAX
+    }
+
+    /// Queues the first `len` bytes that `write` put into the header.
+    pub(super) fn head(&mut self, write: impl FnOnce(&mut [u8; HEAD_LEN]) -> usize) {
+        let slot = self.head_next % PIECES_MAX;
+        let len = write(&mut self.heads[slot]);
+        debug_assert!(len > 0 && len <= HEAD_LEN, "a header has bytes, and room");
+        self.head_next = slot + 1;
+        self.pieces.push_back(Piece::Head { slot: slot as u32, len: len as u32 });
+    }
+
+    pub(super) fn direct(&mut self, offset: u64, len: usize) {
+        self.pieces.push_back(Piece::Direct { offset, len });
+    }
+
+    pub(super) fn buffer(&mut self, run: Run, buf: IoBuf) {
+        self.pieces.push_back(Piece::Buffer { run, buf });
+    }
+
+    /// Sends what the socket takes and frees the buffers that are through.
+    pub(super) fn flush(
+        &mut self,
+        socket: BorrowedFd<'_>,
+        store: &mut dyn Store,
+        buffers: Option<&mut Buffers>,
+    ) -> io::Result<Flushed> {
+        let mut buffers = buffers;
+        while !self.pieces.is_empty() {
+            let pieces = self.gather(store)?;
+            let wanted = pieces.bytes();
+            let sent = match socket::send(socket, pieces) {
+                Ok(sent) => sent,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Flushed::Blocked),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(error),
+            };
+            self.advance(sent, buffers.as_deref_mut());
+            if sent < wanted {
+                return Ok(Flushed::Blocked);
+            }
+        }
+        Ok(Flushed::All)
+    }
+
+    fn gather(&self, store: &mut dyn Store) -> io::Result<Pieces<'_>> {
+        let mut gathered = Pieces::new();
+        let mut skip = self.sent;
+        for piece in &self.pieces {
+            if gathered.is_full() {
+                break;
+            }
+            match *piece {
+                Piece::Head { slot, len } => {
+                    gathered.push_ref(&self.heads[slot as usize][skip..len as usize]);
+                }
+                Piece::Direct { offset, len } => {
+                    gather_direct(&mut gathered, store, offset + skip as u64, len - skip)?;
+                }
+                Piece::Buffer { buf, .. } => gathered.push(buf.part(skip, buf.len() - skip)),
+            }
+            skip = 0;
+        }
+        Ok(gathered)
+    }
+
+    fn advance(&mut self, sent: usize, mut buffers: Option<&mut Buffers>) {
+        self.sent += sent;
+        while let Some(first) = self.pieces.front()
+            && self.sent >= first.len()
+        {
+            self.sent -= first.len();
+            if let (Some(Piece::Buffer { run, .. }), Some(buffers)) =
+                (self.pieces.pop_front(), buffers.as_deref_mut())
+            {
+                buffers.free(run);
+            }
+        }
+    }
+}
+
+fn gather_direct(
+    gathered: &mut Pieces<'_>,
+    store: &mut dyn Store,
+    mut offset: u64,
+    mut len: usize,
+) -> io::Result<()> {
+    while len > 0 && !gathered.is_full() {
+        let memory = store.direct(offset, len).ok_or(io::ErrorKind::ConnectionAborted)?;
+        gathered.push(memory);
+        offset += memory.len() as u64;
+        len -= memory.len();
+    }
+    Ok(())
+}

@@ -1,0 +1,88 @@
+//! Scatter and gather on a stream socket, over memory that is known by address.
+
+#![allow(unsafe_code)]
+
+use std::io;
+use std::marker::PhantomData;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use crate::io::IoBuf;
+
+/// Pieces in one call. More bring nothing: the socket buffer is full before.
+const PIECES_MAX: usize = 64;
+
+/// The pieces of memory of one call, in order.
+pub(super) struct Pieces<'a> {
+    list: [libc::iovec; PIECES_MAX],
+    count: usize,
+    bytes: usize,
+    borrowed: PhantomData<&'a mut [u8]>,
+}
+
+impl<'a> Pieces<'a> {
+    pub(super) fn new() -> Pieces<'a> {
+        let none = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
+        Pieces { list: [none; PIECES_MAX], count: 0, bytes: 0, borrowed: PhantomData }
+    }
+
+    pub(super) const fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    pub(super) const fn is_full(&self) -> bool {
+        self.count == PIECES_MAX
+    }
+
+    /// Whether only one more piece finds room: the one of the receive buffer.
+    pub(super) const fn is_nearly_full(&self) -> bool {
+        self.count + 1 >= PIECES_MAX
+    }
+
+    pub(super) fn push(&mut self, piece: IoBuf) {
+        self.push_raw(piece.as_ptr(), piece.len());
+    }
+
+    pub(super) fn push_mut(&mut self, piece: &'a mut [u8]) {
+        self.push_raw(piece.as_mut_ptr(), piece.len());
+    }
+
+    /// For [`send`] only: the bytes are not written to.
+    pub(super) fn push_ref(&mut self, piece: &'a [u8]) {
+        self.push_raw(piece.as_ptr().cast_mut(), piece.len());
+    }
+
+    /// Empty pieces, and those beyond [`PIECES_MAX`], are left out.
+    fn push_raw(&mut self, address: *mut u8, len: usize) {
+        if len > 0 && !self.is_full() {
+            self.list[self.count] = libc::iovec { iov_base: address.cast(), iov_len: len };
+            self.count += 1;
+            self.bytes += len;
+        }
+    }
+
+    fn message(&mut self) -> libc::msghdr {
+        // SAFETY: `msghdr` is a plain C struct for which all zeros is a valid, empty value.
+        let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+        message.msg_iov = self.list.as_mut_ptr();
+        message.msg_iovlen = self.count as _;
+        message
+    }
+}
+
+/// Receives into the pieces what is there; never blocks. 0 is the end of the stream.
+pub(super) fn receive(socket: BorrowedFd<'_>, mut pieces: Pieces<'_>) -> io::Result<usize> {
+    let mut message = pieces.message();
+    // SAFETY: the message points to `count` iovecs, each of memory that is writable for its length:
+    // borrowed for as long as `pieces` lives, or mapped by the contract of `IoBuf::new`.
+    let received = unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, libc::MSG_DONTWAIT) };
+    usize::try_from(received).map_err(|_| io::Error::last_os_error())
+}
+
+/// Sends of the pieces what the socket takes; never blocks, never raises SIGPIPE.
+pub(super) fn send(socket: BorrowedFd<'_>, mut pieces: Pieces<'_>) -> io::Result<usize> {
+    let message = pieces.message();
+    // SAFETY: as in `receive`; sendmsg(2) only reads the memory.
+    let sent =
+        unsafe { libc::sendmsg(socket.as_raw_fd(), &message, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) };
+    usize::try_from(sent).map_err(|_| io::Error::last_os_error())
+}
