@@ -18,6 +18,8 @@ pub struct IoBuf {
 // SAFETY: an `IoBuf` is an address and a length. That the memory behind it may be used from the
 // thread that the operation goes to is part of the contract of `IoBuf::new`.
 unsafe impl Send for IoBuf {}
+// SAFETY: as for `Send`; all of its methods take it by value, so sharing it is copying it.
+unsafe impl Sync for IoBuf {}
 
 impl IoBuf {
     /// A buffer of `len` bytes at `address`.

@@ -45,21 +45,18 @@ pub enum Mode {
 pub struct MemoryStore {
     memory: Memory,
     mode: Mode,
+    /// Every second MiB says that it is a hole.
+    holes: bool,
     alive: Arc<AtomicBool>,
     pending: VecDeque<Completion>,
     wake: rustix::fd::OwnedFd,
 }
 
 impl MemoryStore {
-    pub fn new(memory: Memory, mode: Mode, alive: Arc<AtomicBool>) -> MemoryStore {
+    pub fn new(memory: Memory, mode: Mode, holes: bool, alive: Arc<AtomicBool>) -> MemoryStore {
         let flags = rustix::event::EventfdFlags::NONBLOCK;
-        MemoryStore {
-            memory,
-            mode,
-            alive,
-            pending: VecDeque::new(),
-            wake: rustix::event::eventfd(0, flags).unwrap(),
-        }
+        let wake = rustix::event::eventfd(0, flags).unwrap();
+        MemoryStore { memory, mode, holes, alive, pending: VecDeque::new(), wake }
     }
 
     fn carry_out(&self, operation: &Operation) -> Result<(), IoError> {
@@ -117,9 +114,8 @@ impl Store for MemoryStore {
     }
 
     fn extent(&mut self, offset: u64, len: u64) -> Extent {
-        // Every second MiB is a hole.
         const MIB: u64 = 1 << 20;
-        Extent { len: len.min(MIB - offset % MIB), hole: offset / MIB % 2 == 1 }
+        Extent { len: len.min(MIB - offset % MIB), hole: self.holes && offset / MIB % 2 == 1 }
     }
 
     fn alive(&self) -> bool {
@@ -127,7 +123,7 @@ impl Store for MemoryStore {
     }
 }
 
-/// Exports `direct`, `deferred`, and the name of a grant with session tags.
+/// Exports `direct`, `deferred`, `holes`, and the name of a grant with session tags.
 pub struct MemoryExports {
     pub memory: Memory,
     pub size: u64,
@@ -137,7 +133,7 @@ pub struct MemoryExports {
 impl Exports for MemoryExports {
     fn open(&self, name: &str) -> Option<Opened> {
         let (mode, session) = match name {
-            "direct" | "" => (Mode::Direct, None),
+            "direct" | "holes" | "" => (Mode::Direct, None),
             "deferred" => (Mode::Deferred { capacity: 5 }, None),
             name => (Mode::Direct, name.parse::<ExportName>().ok()?.session),
         };
@@ -153,7 +149,7 @@ impl Exports for MemoryExports {
         ];
         let flags = flags.into_iter().fold(TransmissionFlags::default(), TransmissionFlags::with);
         let info = ExportInfo { size: self.size, flags, block: BlockSizes::DEFAULT, description: None };
-        let store = MemoryStore::new(self.memory, mode, self.alive.clone());
+        let store = MemoryStore::new(self.memory, mode, name == "holes", self.alive.clone());
         Some(Opened { info, store: Box::new(store), group: 1, session })
     }
 
