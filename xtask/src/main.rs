@@ -1,5 +1,6 @@
 //! `cargo xtask`: what a developer of xpm runs besides cargo itself.
 
+mod demo;
 mod lab;
 mod setup;
 mod test;
@@ -22,6 +23,8 @@ struct Cli {
 enum Command {
     /// Install the Debian packages that the other commands need; only those that are missing.
     Setup,
+    /// Show the whole of xpm at work on this machine, with checks: about a minute after the build.
+    Demo(demo::Args),
     /// Run scenarios in a QEMU guest with a stock Debian kernel, real devices and real daemons.
     Lab(lab::Args),
     /// Build everything, run all tests, then the lab.
@@ -43,6 +46,7 @@ fn main() -> ExitCode {
 fn run(command: Command) -> Result<bool> {
     match command {
         Command::Setup => setup::run(setup::ALL).map(|()| true),
+        Command::Demo(args) => demo::main(&args),
         Command::Lab(args) => lab::main(&args),
         Command::Test(args) => test::main(&args),
     }

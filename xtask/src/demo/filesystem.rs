@@ -1,0 +1,66 @@
+//! A file system on a kernel device.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context as _, Result};
+
+use super::site::{Site, Undo};
+use super::{Device, MIB};
+use crate::util;
+
+/// Files that are written and read back.
+const FILES: u32 = 3;
+
+/// ext4 with files, checked by their checksums, from the device rather than the page cache.
+pub(super) fn workload(site: &Site, device: &Device) -> Result<()> {
+    let why = "The device is a disk to the kernel. With `-o discard`, the memory of deleted files goes back to the \
+               appliances.";
+    site.account.step("Put a file system on it", why);
+    let mount = site.dir().join("mnt");
+    fs::create_dir(&mount)?;
+    site.run(util::command("mkfs.ext4").args(["-q", &device.path]))?;
+    site.run(util::command("mount").args(["-o", "discard", &device.path]).arg(&mount))?;
+    site.done(Undo::Unmount(mount.clone()));
+    write_and_verify(site, &mount)?;
+    delete_and_trim(site, &mount)?;
+    site.run(util::command("umount").arg(&mount))?;
+    site.undone(&Undo::Unmount(mount));
+    site.run(util::command("e2fsck").args(["-f", "-n", &device.path]))?;
+    site.account.check(true, "e2fsck finds the file system clean")
+}
+
+fn write_and_verify(site: &Site, mount: &Path) -> Result<()> {
+    let mib = (site.size / MIB / 8).clamp(8, 64);
+    let names: Vec<String> =
+        (1..=FILES).map(|number| mount.join(format!("file{number}")).display().to_string()).collect();
+    for name in &names {
+        let mut dd = util::command("dd");
+        dd.args(["if=/dev/urandom", &format!("of={name}"), "bs=1M", &format!("count={mib}"), "status=none"]);
+        site.run(dd.arg("conv=fsync"))?;
+    }
+    let sums = site.run(util::command("sha256sum").args(&names))?;
+    let list = site.dir().join("sums");
+    fs::write(&list, sums)?;
+    site.account.typed("echo 3 > /proc/sys/vm/drop_caches");
+    fs::write("/proc/sys/vm/drop_caches", "3").context("cannot drop the page cache")?;
+    let same = site.same(util::command("sha256sum").arg("--check").arg("--quiet").arg(&list))?;
+    site.account.check(same, &format!("{FILES} files of {mib} MiB are the same, read from the device"))
+}
+
+fn delete_and_trim(site: &Site, mount: &Path) -> Result<()> {
+    site.wait_until("the appliances never said that they hold the files", || {
+        Ok(site.resident()? > site.size / 64)
+    })?;
+    let before = site.resident()?;
+    let files = (1..=FILES).map(|number| mount.join(format!("file{number}")));
+    site.run(util::command("rm").args(files))?;
+    site.run(util::command("fstrim").arg("-v").arg(mount))?;
+    site.wait_until("the files' memory did not become free", || Ok(site.resident()? < before / 2))?;
+    let after = site.resident()?;
+    site.account.output(&site.xpm(&["appliance", "list"])?);
+    site.account.check(
+        after < before,
+        &format!("the appliances hold {} MiB instead of {} MiB", after / MIB, before / MIB),
+    )
+}

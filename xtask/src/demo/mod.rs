@@ -1,0 +1,245 @@
+//! `cargo xtask demo`: the whole of xpm on this machine, with real daemons and a real workload.
+
+mod account;
+mod child;
+mod filesystem;
+mod fio;
+mod interrupt;
+mod load;
+mod site;
+mod socket;
+mod swap;
+
+use std::fs;
+use std::str::FromStr;
+
+use anyhow::{Context as _, Result, bail};
+
+use self::fio::Target;
+use self::interrupt::Interrupt;
+use self::site::{APPLIANCES, NAME, Site, Undo};
+use crate::util;
+
+const MIB: u64 = 1 << 20;
+/// Smallest allocation that the demo can show striping with.
+const SIZE_MIN_MIB: u64 = 64;
+
+/// Options of the demo.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Size of the allocation in MiB.
+    #[arg(long, value_name = "MIB", default_value_t = 1024, value_parser = clap::value_parser!(u64).range(SIZE_MIN_MIB..=1 << 20))]
+    size: u64,
+    /// The form of the device: ublk, nbd or nbd-socket. [default: the best that this kernel has]
+    #[arg(long = "as", value_name = "FORM")]
+    form: Option<Form>,
+    /// Leaves out the build; the release programs are there.
+    #[arg(long)]
+    no_build: bool,
+}
+
+/// What the demo attaches the allocation as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Form {
+    Ublk,
+    Nbd,
+    NbdSocket,
+}
+
+impl FromStr for Form {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Form, String> {
+        match text {
+            "ublk" => Ok(Form::Ublk),
+            "nbd" => Ok(Form::Nbd),
+            "nbd-socket" => Ok(Form::NbdSocket),
+            _ => Err(format!("`{text}` is no form: ublk, nbd or nbd-socket")),
+        }
+    }
+}
+
+/// The attached device.
+struct Device {
+    form: Form,
+    /// Node or socket.
+    path: String,
+}
+
+/// Runs the demo; false when a check failed or somebody interrupted it.
+pub(crate) fn main(args: &Args) -> Result<bool> {
+    let interrupt = Interrupt::catch()?;
+    let site = Site::new(interrupt.clone(), args.size * MIB)?;
+    println!("xpm demo: {APPLIANCES} appliances lend memory, and this machine uses it as one block device.");
+    let result = tell(&site, args);
+    let checks = site.account.checks();
+    if result.is_err() && !interrupt.is_set() {
+        site.keep_logs();
+    }
+    drop(site);
+    match result {
+        Ok(()) => println!("\ndemo: all {checks} checks passed"),
+        Err(_) if interrupt.is_set() => eprintln!("\ndemo: interrupted; everything is cleaned up"),
+        Err(ref error) => eprintln!("\ndemo: {error:#}"),
+    }
+    Ok(result.is_ok())
+}
+
+fn tell(site: &Site, args: &Args) -> Result<()> {
+    has_room(site)?;
+    if !args.no_build {
+        site.build()?;
+    }
+    site.account.step(
+        "Start an allocator, three appliances and xpm-blk",
+        "Each would run on a machine of its own: appliances lend memory, the allocator decides who gets which, xpm-blk \
+         turns it into block devices.",
+    );
+    site.start()?;
+    site.account.output(&site.xpm(&["appliance", "list"])?);
+    site.account.check(true, "three appliances registered with the allocator")?;
+    allocate(site)?;
+    let device = attach(site, args.form)?;
+    use_it(site, &device)?;
+    take_down(site, &device)
+}
+
+/// The appliances' memory and the programs' have to fit into this machine.
+fn has_room(site: &Site) -> Result<()> {
+    let meminfo = fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
+    let available = available(&meminfo).context("/proc/meminfo does not say what is available")?;
+    let needed = site.size * 2 + 256 * MIB;
+    if available < needed {
+        bail!(
+            "the demo needs {} MiB of free memory and this machine has {} MiB; try a smaller --size MIB",
+            needed / MIB,
+            available / MIB
+        );
+    }
+    Ok(())
+}
+
+fn available(meminfo: &str) -> Option<u64> {
+    let value = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    value.split_whitespace().next()?.parse::<u64>().ok()?.checked_mul(1024)
+}
+
+fn allocate(site: &Site) -> Result<()> {
+    site.account.step(
+        "Allocate memory under a name",
+        "Striped: neighbouring 64 KiB lie on different appliances, so that large requests use all of them.",
+    );
+    let stripe = APPLIANCES.to_string();
+    let said = site.xpm(&["alloc", "create", NAME, "--size", &size_word(site.size), "--stripe", &stripe])?;
+    site.account.output(&said);
+    let regions = site.ask(&["alloc", "show", NAME])?["regions"].take();
+    let mut places: Vec<&str> =
+        regions.as_array().into_iter().flatten().filter_map(|one| one["appliance"].as_str()).collect();
+    places.sort_unstable();
+    places.dedup();
+    site.account.check(places.len() == usize::from(APPLIANCES), "its regions lie on all three appliances")
+}
+
+fn attach(site: &Site, wanted: Option<Form>) -> Result<Device> {
+    site.account.step("Attach it as a block device", "");
+    let form = match wanted {
+        Some(form) => form,
+        None => best_form(site)?,
+    };
+    let place = match form {
+        Form::Ublk => "ublk".to_owned(),
+        Form::Nbd => "nbd".to_owned(),
+        Form::NbdSocket => format!("nbd-socket={}", site.dir().join("demo.sock").display()),
+    };
+    let path = site.xpm(&["blk", "attach", NAME, "--as", &place])?.trim().to_owned();
+    site.done(Undo::Detach);
+    site.account.output(&path);
+    site.account.output(&site.xpm(&["blk", "show", NAME])?);
+    let device = Device { form, path };
+    let live = site.ask(&["blk", "show", NAME])?["state"] == "live";
+    site.account.check(live, &format!("{} is live", device.path))?;
+    Ok(device)
+}
+
+/// The fastest form that this kernel has, by `xpm doctor`'s account.
+fn best_form(site: &Site) -> Result<Form> {
+    if rustix::process::geteuid().is_root() {
+        // Where a driver is only installed, it is loaded, as an operator would.
+        for module in ["ublk_drv", "nbd"] {
+            let _ = site.runner.clean_up(util::command("modprobe").args(["-q", module]));
+        }
+    }
+    site.account.typed("xpm doctor");
+    let finished = site.xpm_quietly(&["doctor", "--json"])?;
+    let report: serde_json::Value =
+        serde_json::from_str(&finished.out).context("xpm doctor printed no JSON")?;
+    let checks = report["checks"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let found = |item: &str| checks.iter().find(|check| check["item"] == item);
+    let usable = |item: &str| found(item).is_some_and(|check| check["verdict"] == "ok");
+    let form = match rustix::process::geteuid().is_root() {
+        true if usable("ublk") => Form::Ublk,
+        true if usable("nbd") => Form::Nbd,
+        _ => Form::NbdSocket,
+    };
+    for item in ["ublk", "nbd"] {
+        let said = found(item).and_then(|check| check["found"].as_str()).unwrap_or("no answer");
+        site.account.note(&format!("{item}: {said}"));
+    }
+    if form == Form::NbdSocket {
+        site.account.note("so the device is an NBD socket, for NBD clients; swap and file systems need one of those two, and root");
+    }
+    Ok(form)
+}
+
+fn use_it(site: &Site, device: &Device) -> Result<()> {
+    if device.form == Form::NbdSocket {
+        return socket::workload(site, &format!("nbd+unix:///?socket={}", device.path));
+    }
+    let target = Target::File(device.path.clone());
+    load::survive_the_allocator(site, &target)?;
+    load::figures(site, &target)?;
+    load::give_back(site, &target)?;
+    filesystem::workload(site, device)?;
+    swap::workload(site, device)
+}
+
+fn take_down(site: &Site, device: &Device) -> Result<()> {
+    site.account.step("Detach and delete", "The memory is cleared before it is lent again.");
+    site.xpm(&["blk", "detach", NAME])?;
+    site.undone(&Undo::Detach);
+    let gone = device.form != Form::NbdSocket || !std::path::Path::new(&device.path).exists();
+    site.account.check(gone, "the device is gone")?;
+    site.xpm(&["alloc", "delete", NAME])?;
+    site.wait_until("the appliances kept the memory", || Ok(site.granted()? == 0))?;
+    site.account.output(&site.xpm(&["appliance", "list"])?);
+    site.account.check(true, "all memory is free again")
+}
+
+/// A size as people write it.
+fn size_word(bytes: u64) -> String {
+    match bytes {
+        bytes if bytes.is_multiple_of(1 << 30) => format!("{}GiB", bytes >> 30),
+        bytes => format!("{}MiB", bytes / MIB),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words() {
+        assert_eq!(size_word(1 << 30), "1GiB");
+        assert_eq!(size_word(96 * MIB), "96MiB");
+        assert_eq!("nbd".parse::<Form>(), Ok(Form::Nbd));
+        assert!("nbd-direct".parse::<Form>().is_err());
+    }
+
+    #[test]
+    fn available_memory() {
+        assert_eq!(available("MemTotal: 9 kB\nMemAvailable:   4 kB\n"), Some(4096));
+        for bad in ["", "MemAvailable:", "MemAvailable: x kB", "MemAvailable: 18446744073709551615 kB"] {
+            assert_eq!(available(bad), None, "{bad}");
+        }
+    }
+}

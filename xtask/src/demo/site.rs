@@ -1,0 +1,340 @@
+//! The demo's little installation on this machine: daemons, their files, and what has to be undone.
+
+use std::cell::RefCell;
+use std::fs;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use super::account::Account;
+use super::child::{Daemon, Finished, Runner};
+use super::interrupt::Interrupt;
+use crate::util;
+
+/// Appliances of the demo.
+pub(super) const APPLIANCES: u16 = 3;
+/// The allocation's name.
+pub(super) const NAME: &str = "demo";
+/// Longest run of an ordinary command.
+const LIMIT: Duration = Duration::from_secs(60);
+/// Longest wait for a daemon to be ready.
+const READY_LIMIT: Duration = Duration::from_secs(30);
+const MIB: u64 = 1 << 20;
+
+/// Something that was done to this machine. It is undone in the reverse order, whatever happens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Undo {
+    SwapOff(String),
+    Unmount(PathBuf),
+    Detach,
+    Cgroup(PathBuf),
+}
+
+/// The installation. Dropping it undoes everything: swap, mounts, the device, the daemons, the
+/// files.
+#[derive(Debug)]
+pub(super) struct Site {
+    pub(super) account: Account,
+    pub(super) runner: Runner,
+    pub(super) size: u64,
+    undo: RefCell<Vec<Undo>>,
+    daemons: RefCell<Vec<Daemon>>,
+    programs: PathBuf,
+    allocator: String,
+    dir: TempDir,
+}
+
+impl Site {
+    /// An installation whose allocation has `size` bytes. Nothing runs yet.
+    pub(super) fn new(interrupt: Interrupt, size: u64) -> Result<Site> {
+        let dir =
+            tempfile::Builder::new().prefix("xpm-demo-").tempdir().context("cannot make a directory")?;
+        Ok(Site {
+            account: Account::new(),
+            runner: Runner::new(interrupt, dir.path()),
+            size,
+            undo: RefCell::default(),
+            daemons: RefCell::default(),
+            programs: util::target_dir()?.join("release"),
+            allocator: format!("127.0.0.1:{}", free_port()?),
+            dir,
+        })
+    }
+
+    pub(super) fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Builds the release programs.
+    pub(super) fn build(&self) -> Result<()> {
+        self.account.step("Build the programs", "");
+        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+        let mut build = Command::new(cargo);
+        build.current_dir(util::repository()).args(["build", "--release", "--quiet"]);
+        build.args([
+            "-p",
+            "xpm-allocator",
+            "-p",
+            "xpm-appliance",
+            "-p",
+            "xpm-blk",
+            "-p",
+            "xpm",
+            "-p",
+            "xpm-tests",
+            "--bins",
+        ]);
+        self.account.command(&build);
+        self.runner.output(&mut build, Duration::from_secs(1800)).map(|_| ())
+    }
+
+    /// Starts the allocator, the appliances and xpm-blk, and waits until all know each other.
+    pub(super) fn start(&self) -> Result<()> {
+        self.account.name(&self.dir().display().to_string(), "$DEMO");
+        self.account.typed(&format!(
+            "export DEMO={} XPM_ALLOCATOR=http://{}",
+            self.dir().display(),
+            self.allocator
+        ));
+        self.account.typed(&format!("export XPM_BLK={}", self.blk_socket().display()));
+        self.start_allocator()?;
+        for number in 1..=APPLIANCES {
+            let name = format!("appliance-{number}");
+            self.start_daemon(&name, &mut self.appliance_command(&name)?)?;
+        }
+        self.start_blk()?;
+        self.wait_until("the appliances did not register", || {
+            let up = |list: &Value| {
+                list.as_array().into_iter().flatten().filter(|one| one["state"] == "up").count()
+            };
+            Ok(self.ask(&["appliance", "list"]).is_ok_and(|list| up(&list) == usize::from(APPLIANCES)))
+        })?;
+        self.wait_until("xpm-blk did not answer", || Ok(self.ask(&["blk", "list"]).is_ok()))
+    }
+
+    /// Starts the allocator, for the first time or again.
+    pub(super) fn start_allocator(&self) -> Result<()> {
+        let mut allocator = self.program("xpm-allocator");
+        allocator.args(["--listen", &self.allocator, "--data"]).arg(self.dir().join("allocator"));
+        self.start_daemon("allocator", &mut allocator)?;
+        self.wait_until("the allocator did not answer", || Ok(self.ask(&["alloc", "list"]).is_ok()))
+    }
+
+    /// Kills the allocator as a crash would.
+    pub(super) fn kill_allocator(&self) -> Result<()> {
+        let mut daemons = self.daemons.borrow_mut();
+        let index =
+            daemons.iter().position(|daemon| daemon.name() == "allocator").context("no allocator runs")?;
+        daemons.remove(index).kill()
+    }
+
+    fn appliance_command(&self, name: &str) -> Result<Command> {
+        // Together they lend half as much again as the allocation takes.
+        let region = region_len(self.size);
+        let memory = (self.size * 3 / 2).div_ceil(u64::from(APPLIANCES)).next_multiple_of(region);
+        let mut appliance = self.program("xpm-appliance");
+        appliance.args(["--name", name, "--memory", &format!("{}MiB", memory / MIB)]);
+        appliance.args(["--region-size", &format!("{}MiB", region / MIB), "--no-lock"]);
+        appliance.args(["--listen", &format!("127.0.0.1:{}", free_port()?)]);
+        appliance.args(["--nbd", &format!("127.0.0.1:{}", free_port()?)]);
+        appliance.arg("--unix").arg(self.dir().join(format!("{name}.sock")));
+        appliance.arg("--shm").arg(self.dir().join(format!("{name}-shm.sock")));
+        appliance.arg("--state").arg(self.dir().join(name));
+        appliance.args(["--allocator", &format!("http://{}", self.allocator)]);
+        Ok(appliance)
+    }
+
+    fn start_blk(&self) -> Result<()> {
+        let config = self.dir().join("blk.toml");
+        let text = format!(
+            "allocator = \"http://{}\"\ncontrol = \"{}\"\nstate = \"{}\"\n",
+            self.allocator,
+            self.blk_socket().display(),
+            self.dir().join("blk").display()
+        );
+        fs::write(&config, text)?;
+        let mut blk = self.program("xpm-blk");
+        blk.arg("--config").arg(config);
+        self.start_daemon("xpm-blk", &mut blk)
+    }
+
+    fn start_daemon(&self, name: &str, command: &mut Command) -> Result<()> {
+        self.account.command(command);
+        let daemon = Daemon::start(name, command, self.dir())?;
+        self.daemons.borrow_mut().push(daemon);
+        Ok(())
+    }
+
+    /// A program of this project.
+    pub(super) fn program(&self, name: &str) -> Command {
+        Command::new(self.programs.join(name))
+    }
+
+    fn blk_socket(&self) -> PathBuf {
+        self.dir().join("blk.sock")
+    }
+
+    fn xpm_command(&self, words: &[&str]) -> Command {
+        let mut xpm = self.program("xpm");
+        xpm.env("XPM_ALLOCATOR", format!("http://{}", self.allocator)).env("XPM_BLK", self.blk_socket());
+        xpm.args(words);
+        xpm
+    }
+
+    /// Runs the operator's command for all to see; what it printed.
+    pub(super) fn xpm(&self, words: &[&str]) -> Result<String> {
+        self.run(&mut self.xpm_command(words))
+    }
+
+    /// Runs the operator's command for all to see, whatever its end.
+    pub(super) fn xpm_finish(&self, words: &[&str]) -> Result<Finished> {
+        let mut command = self.xpm_command(words);
+        self.account.command(&command);
+        self.runner.finish(&mut command, LIMIT)
+    }
+
+    /// Runs the operator's command without showing it, whatever its end.
+    pub(super) fn xpm_quietly(&self, words: &[&str]) -> Result<Finished> {
+        self.runner.finish(&mut self.xpm_command(words), LIMIT)
+    }
+
+    /// The JSON answer of the operator's command, without showing it.
+    pub(super) fn ask(&self, words: &[&str]) -> Result<Value> {
+        let output = self.runner.output(self.xpm_command(words).arg("--json"), LIMIT)?;
+        serde_json::from_str(&output).context("xpm printed no JSON")
+    }
+
+    /// Runs a command for all to see; what it printed.
+    pub(super) fn run(&self, command: &mut Command) -> Result<String> {
+        self.account.command(command);
+        self.runner.output(command, LIMIT)
+    }
+
+    /// Runs a command that compares, for all to see: whether it found no difference. An error when
+    /// it could not compare.
+    pub(super) fn same(&self, command: &mut Command) -> Result<bool> {
+        self.account.command(command);
+        let finished = self.runner.finish(command, LIMIT)?;
+        match finished.status.code() {
+            Some(0) => Ok(true),
+            Some(1) => Ok(false),
+            _ => bail!("the comparison failed ({}): {}", finished.status, finished.err.trim()),
+        }
+    }
+
+    /// Memory that belongs to allocations, in bytes, as the appliances last said.
+    pub(super) fn granted(&self) -> Result<u64> {
+        self.sum("granted")
+    }
+
+    /// Memory that the appliances really hold for allocations, in bytes, as they last said.
+    pub(super) fn resident(&self) -> Result<u64> {
+        self.sum("resident")
+    }
+
+    fn sum(&self, field: &str) -> Result<u64> {
+        let list = self.ask(&["appliance", "list"])?;
+        let each = list.as_array().into_iter().flatten();
+        Ok(each.filter_map(|appliance| appliance["status"][field].as_u64()).sum())
+    }
+
+    /// Waits until it is so; an error when it is not in half a minute, or a daemon ended.
+    pub(super) fn wait_until(&self, otherwise: &str, mut so: impl FnMut() -> Result<bool>) -> Result<()> {
+        let start = Instant::now();
+        loop {
+            self.daemons.borrow_mut().iter_mut().try_for_each(Daemon::check_alive)?;
+            if so()? {
+                return Ok(());
+            }
+            if start.elapsed() > READY_LIMIT {
+                bail!("{otherwise} within {} s", READY_LIMIT.as_secs());
+            }
+            self.runner.pause(Duration::from_millis(50))?;
+        }
+    }
+
+    /// Remembers what has to be undone.
+    pub(super) fn done(&self, undo: Undo) {
+        self.undo.borrow_mut().push(undo);
+    }
+
+    /// Forgets what has been undone.
+    pub(super) fn undone(&self, undo: &Undo) {
+        self.undo.borrow_mut().retain(|one| one != undo);
+    }
+
+    /// Keeps the daemons' logs for whoever looks for the cause, and shows where.
+    pub(super) fn keep_logs(&self) {
+        let kept = std::env::temp_dir().join(format!("xpm-demo-logs-{}", std::process::id()));
+        let copied = fs::create_dir_all(&kept).and_then(|()| copy_logs(self.dir(), &kept));
+        match copied {
+            Ok(()) => eprintln!("demo: the daemons' logs are in {}", kept.display()),
+            Err(error) => eprintln!("demo: the daemons' logs could not be kept: {error}"),
+        }
+    }
+
+    fn undo_all(&self) {
+        while let Some(undo) = self.undo.borrow_mut().pop() {
+            if let Err(error) = self.undo_one(&undo) {
+                eprintln!("demo: cleaning up: {error:#}");
+            }
+        }
+    }
+
+    fn undo_one(&self, undo: &Undo) -> Result<()> {
+        match undo {
+            Undo::SwapOff(device) => self.runner.clean_up(util::command("swapoff").arg(device)),
+            Undo::Unmount(directory) => self.runner.clean_up(util::command("umount").arg(directory)),
+            Undo::Detach => self.runner.clean_up(&mut self.xpm_command(&["blk", "detach", NAME, "--force"])),
+            Undo::Cgroup(directory) => Ok(fs::remove_dir(directory)?),
+        }
+    }
+}
+
+impl Drop for Site {
+    fn drop(&mut self) {
+        self.undo_all();
+        // The last one started ends first; the allocator, which all others speak to, at the end.
+        while let Some(daemon) = self.daemons.borrow_mut().pop() {
+            drop(daemon);
+        }
+    }
+}
+
+/// A region size that gives each appliance a few regions.
+fn region_len(size: u64) -> u64 {
+    (size / 16).next_power_of_two().clamp(16 * MIB, 256 * MIB)
+}
+
+fn free_port() -> Result<u16> {
+    Ok(TcpListener::bind("127.0.0.1:0").context("cannot find a free port")?.local_addr()?.port())
+}
+
+fn copy_logs(from: &Path, to: &Path) -> std::io::Result<()> {
+    for entry in fs::read_dir(from)? {
+        let path = entry?.path();
+        if let (Some("log"), Some(name)) = (path.extension().and_then(|e| e.to_str()), path.file_name()) {
+            fs::copy(&path, to.join(name))?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn regions_are_allowed_sizes() {
+        for (size, region) in
+            [(1 << 30, 64 * MIB), (64 * MIB, 16 * MIB), (1 << 40, 256 * MIB), (3 << 28, 64 * MIB)]
+        {
+            assert_eq!(region_len(size), region, "{size}");
+        }
+    }
+}
