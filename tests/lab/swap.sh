@@ -1,3 +1,51 @@
 # swap.sh FORM: swap on a device of that form, under a program that needs more memory than the
 # guest has.
 . "$LAB_SCRIPTS/lib.sh"
+
+form=$1
+name=swap-$form
+MIB=$((1 << 20))
+
+# Each safety item holds, and the device is set up for swap.
+doctor_is_content() {
+    xpm doctor
+    xpm doctor --json | python3 -c '
+import json, sys
+report = json.load(sys.stdin)
+found = {check["item"]: check["verdict"] for check in report["checks"]}
+wanted = ["mlockall", "io-flusher", "oom-score-adj", "mount-namespace", "cgroup-swap-max"]
+wanted += ["scheduler", "rotational", "discard", "state", "used by"]
+bad = [item for item in wanted if found.get(item) != "ok"]
+sys.exit(f"not ok: {bad}" if bad or not report["safe"] else 0)' || fail "xpm doctor is not content"
+}
+
+# How much was swapped out since the guest began, in MiB.
+swapped_out() {
+    echo $(($(awk '/^pswpout/ {print $2}' /proc/vmstat) * $(getconf PAGESIZE) / MIB))
+}
+
+dmesg_start
+start_blk
+swap_on "$form" 1GiB
+note "swap on $device"
+wait_for 20 resident_at_most $((64 * MIB))
+doctor_is_content
+refused swap xpm blk detach "$name"
+refused 'use|attach|own' xpm alloc delete "$name"
+grep -q "^$device " /proc/swaps || fail "a refused detach took the swap away"
+
+# The kernel alone talks to the appliance: the daemon may as well stand still.
+[ "$form" != nbd-direct ] || kill -STOP "$blk_pid"
+before=$(swapped_out)
+memhog 700 --seed "$RANDOM" --passes 1 --run 16
+swapped=$(($(swapped_out) - before))
+[ "$form" != nbd-direct ] || kill -CONT "$blk_pid"
+note "$swapped MiB were swapped out"
+[ $swapped -ge 200 ] || fail "that is too little for a test"
+
+note "the program's swap is given back"
+wait_for 30 resident_at_most $((128 * MIB))
+swap_off "$form"
+[ ! -b "$device" ] || [ "$(blockdev --getsize64 "$device")" -eq 0 ] || fail "$device is still there"
+dmesg_clean
+note "done"

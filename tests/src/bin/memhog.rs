@@ -1,9 +1,11 @@
-//! `memhog MB [--seed N] [--passes N]`: uses memory, and checks that it keeps what was written.
+//! `memhog MB [--seed N] [--passes N] [--run PAGES]`: uses memory, and checks that it keeps what was written.
 //!
 //! Each page gets a pattern of its own that no compression makes smaller and that depends on the
 //! page's number and the seed, so that a lost, stale or exchanged page is found. Then all pages
-//! are verified in random order, as often as asked. Ends with status 1 when a page was bad.
+//! are verified in random order, as often as asked, one by one or in runs of some pages (the order
+//! of the runs is random then). Ends with status 1 when a page was bad.
 
+use std::num::NonZeroUsize;
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -21,6 +23,7 @@ struct Options {
     pages: usize,
     seed: u64,
     passes: u32,
+    run_pages: NonZeroUsize,
 }
 
 fn main() -> ExitCode {
@@ -41,12 +44,13 @@ impl Options {
     fn parse(mut words: impl Iterator<Item = String>) -> Result<Options> {
         let megabytes: usize = number(words.next(), "how many MB")?;
         let pages = megabytes.checked_mul((1 << 20) / PAGE_BYTES).context("so much memory does not exist")?;
-        let mut options = Options { pages, seed: 1, passes: 1 };
+        let mut options = Options { pages, seed: 1, passes: 1, run_pages: NonZeroUsize::MIN };
         while let Some(word) = words.next() {
             match word.as_str() {
                 "--seed" => options.seed = number(words.next(), "--seed")?,
                 "--passes" => options.passes = number(words.next(), "--passes")?,
-                _ => bail!("unknown option {word}; usage: memhog MB [--seed N] [--passes N]"),
+                "--run" => options.run_pages = number(words.next(), "--run")?,
+                _ => bail!("unknown option {word}; usage: memhog MB [--seed N] [--passes N] [--run PAGES]"),
             }
         }
         Ok(options)
@@ -73,7 +77,7 @@ fn run(options: &Options) -> usize {
 fn verify(options: &Options, memory: &[u64], pass: u32) -> usize {
     let start = Instant::now();
     let mut bad = 0;
-    for page in shuffled(options.pages, options.seed ^ (u64::from(pass) << 32)) {
+    for page in order(options, pass) {
         let words = &memory[page * PAGE_WORDS..][..PAGE_WORDS];
         if let Some(at) = words.iter().zip(pattern(options.seed, page)).position(|(is, should)| *is != should)
         {
@@ -90,6 +94,14 @@ fn verify(options: &Options, memory: &[u64], pass: u32) -> usize {
     let good = options.pages - bad;
     println!("memhog: pass {pass}: {good} pages good, {bad} bad, {:.1} s", start.elapsed().as_secs_f64());
     bad
+}
+
+/// The numbers of all pages in the order of a pass.
+fn order(options: &Options, pass: u32) -> impl Iterator<Item = usize> {
+    let Options { pages, seed, run_pages, .. } = *options;
+    let runs = shuffled(pages.div_ceil(run_pages.get()), seed ^ (u64::from(pass) << 32));
+    let pages_of = move |run: usize| run * run_pages.get()..((run + 1) * run_pages.get()).min(pages);
+    runs.into_iter().flat_map(pages_of)
 }
 
 /// The words of a page.
@@ -143,8 +155,9 @@ mod tests {
 
     #[test]
     fn command_lines() {
-        assert_eq!(options("2 --passes 3").unwrap(), Options { pages: 512, seed: 1, passes: 3 });
-        for wrong in ["", "x", "2 --seed", "2 --sed 1", "18446744073709551615"] {
+        let parsed = options("2 --passes 3").unwrap();
+        assert_eq!(parsed, Options { pages: 512, seed: 1, passes: 3, run_pages: NonZeroUsize::MIN });
+        for wrong in ["", "x", "2 --seed", "2 --sed 1", "2 --run 0", "18446744073709551615"] {
             assert!(options(wrong).is_err(), "{wrong}");
         }
     }
@@ -164,9 +177,13 @@ mod tests {
 
     #[test]
     fn the_order_has_each_page_once() {
-        let mut order = shuffled(1000, 7);
-        assert_ne!(order, (0..1000).collect::<Vec<_>>());
-        order.sort_unstable();
-        assert_eq!(order, (0..1000).collect::<Vec<_>>());
+        for line in ["4", "4 --run 7", "4 --run 5000"] {
+            let options = options(line).unwrap();
+            let mut pages: Vec<usize> = order(&options, 1).collect();
+            let sorted: Vec<usize> = (0..options.pages).collect();
+            assert_eq!(pages == sorted, line.ends_with("5000"), "{line}");
+            pages.sort_unstable();
+            assert_eq!(pages, sorted, "{line}");
+        }
     }
 }

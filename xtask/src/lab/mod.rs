@@ -88,6 +88,9 @@ pub(crate) fn run_all(args: &Args) -> Result<Vec<Report>> {
 /// Prints how the scenarios went, and last the line `N passed, N failed`; true when none failed.
 pub(crate) fn summarize(reports: &[Report]) -> bool {
     println!();
+    for line in reports.iter().flat_map(|report| &report.tagged) {
+        println!("{line}");
+    }
     for report in reports {
         let verdict = if report.passed() { "passed" } else { "FAILED" };
         let first_line = report.failure.as_deref().and_then(|text| text.lines().next()).unwrap_or_default();
@@ -124,7 +127,7 @@ impl Lab {
     fn prepare(args: &Args, scenarios: &[&Scenario]) -> Result<Lab> {
         setup::run(setup::ALL)?;
         let target = util::target_dir()?;
-        if scenarios.iter().any(|scenario| !scenario.appliances.is_empty()) {
+        if scenarios.iter().any(|scenario| scenario.needs_programs()) {
             build(&target, args.release)?;
         }
         let cache = target.join("lab");

@@ -204,9 +204,9 @@ impl<'a> Watch<'a> {
 
     fn show(&mut self, line: &str) {
         let name = self.running.as_ref().map_or("guest", |running| running.scenario.name);
-        println!("[{name}] {line}");
-        if let (Some(running), Some(tagged)) = (&mut self.running, line.strip_prefix("BENCH ")) {
-            running.tagged.push(tagged.to_owned());
+        match (&mut self.running, line.strip_prefix("BENCH ")) {
+            (Some(running), Some(tagged)) => running.tagged.push(tagged.to_owned()),
+            _ => println!("[{name}] {line}"),
         }
     }
 

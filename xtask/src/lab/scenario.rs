@@ -30,6 +30,13 @@ pub(crate) struct Scenario {
     pub(crate) check: fn(&mut Cluster<'_>) -> Result<()>,
 }
 
+impl Scenario {
+    /// Whether it runs programs of this project.
+    pub(crate) fn needs_programs(&self) -> bool {
+        self.bench || !self.appliances.is_empty()
+    }
+}
+
 /// What most scenarios have in common.
 const BASE: Scenario = Scenario {
     name: "",
@@ -92,6 +99,18 @@ pub(crate) const ALL: &[Scenario] = &[
         about: "a tmpfs larger than memory, whose pages go to swap",
         group: "swap",
         script: "tmpfs.sh",
+        ..BASE
+    },
+    Scenario {
+        name: "lab-blk",
+        about: "ublk and nbd-direct against nbd-client with nbdkit, and nvme-tcp",
+        group: "lab-blk",
+        memory_mib: 4096,
+        appliances: &[],
+        script: "bench-blk.sh",
+        seconds_max: 600,
+        bench: true,
+        check: daemons_live,
         ..BASE
     },
 ];
