@@ -31,7 +31,8 @@ impl Account {
     /// A new step: what happens next and why.
     pub(super) fn step(&self, title: &str, why: &str) {
         println!("\n[{:>5}] {title}", human_time(self.start.elapsed()));
-        for line in wrap(why) {
+        let words: Vec<String> = why.split_whitespace().map(str::to_owned).collect();
+        for line in lines(&words, WIDTH) {
             println!("        {line}");
         }
     }
@@ -43,16 +44,18 @@ impl Account {
 
     /// A line of shell that stands for what is about to happen.
     pub(super) fn typed(&self, line: &str) {
-        let names = self.names.borrow();
-        let short = names.iter().fold(line.to_owned(), |line, (value, name)| line.replace(value, name));
-        println!("    $ {short}");
+        println!("    $ {}", lines(&with_values(&self.short(line)), WIDTH).join(" \\\n        "));
     }
 
     /// Output of a command.
     pub(super) fn output(&self, text: &str) {
-        for line in text.lines() {
+        for line in self.short(text).lines() {
             println!("      {line}");
         }
+    }
+
+    fn short(&self, text: &str) -> String {
+        self.names.borrow().iter().fold(text.to_owned(), |text, (value, name)| text.replace(value, name))
     }
 
     /// A fact worth knowing that is no check.
@@ -67,7 +70,7 @@ impl Account {
             bail!("a check failed: {what}");
         }
         self.checks.set(self.checks.get() + 1);
-        println!("    ok  {what}");
+        println!("    ok  {}", self.short(what));
         Ok(())
     }
 
@@ -84,26 +87,44 @@ fn typed(command: &Command) -> String {
     words.map(|word| quoted(&word.to_string_lossy())).collect::<Vec<_>>().join(" ")
 }
 
+/// Double quotes, in which the shell still puts the value of `$DEMO` in.
 fn quoted(word: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=,+%@".contains(c);
-    match !word.is_empty() && word.chars().all(plain) {
-        true => word.to_owned(),
-        false => format!("'{}'", word.replace('\'', r"'\''")),
+    if !word.is_empty() && word.chars().all(plain) {
+        return word.to_owned();
     }
+    let escaped = word.chars().flat_map(|c| "\"\\$`".contains(c).then_some('\\').into_iter().chain([c]));
+    format!("\"{}\"", escaped.collect::<String>())
+}
+
+/// The words of a command line, an option together with its value.
+fn with_values(line: &str) -> Vec<String> {
+    let mut words: Vec<String> = Vec::new();
+    for word in line.split(' ') {
+        match words.last_mut() {
+            Some(last) if last.starts_with("--") && !last.contains(' ') && !word.starts_with('-') => {
+                last.push(' ');
+                last.push_str(word);
+            }
+            _ => words.push(word.to_owned()),
+        }
+    }
+    words
 }
 
 /// Columns of the running text.
-const WIDTH: usize = 88;
+const WIDTH: usize = 92;
 
-fn wrap(text: &str) -> Vec<String> {
+/// Puts words into lines of at most `width` columns, or of one word.
+fn lines(words: &[String], width: usize) -> Vec<String> {
     let mut lines: Vec<String> = Vec::new();
-    for word in text.split_whitespace() {
+    for word in words {
         match lines.last_mut() {
-            Some(line) if line.len() + 1 + word.len() <= WIDTH => {
+            Some(line) if line.len() + 1 + word.len() <= width => {
                 line.push(' ');
                 line.push_str(word);
             }
-            _ => lines.push(word.to_owned()),
+            _ => lines.push(word.clone()),
         }
     }
     lines
@@ -116,16 +137,16 @@ mod tests {
     #[test]
     fn commands_can_be_typed_as_they_are_shown() {
         let mut command = Command::new("/usr/bin/nbdinfo");
-        command.args(["--size", "nbd+unix:///?socket=/a", "it's", ""]);
-        assert_eq!(typed(&command), r"nbdinfo --size 'nbd+unix:///?socket=/a' 'it'\''s' ''");
+        command.args(["--size", "nbd+unix:///?socket=/a", "it's \"$x\"", ""]);
+        assert_eq!(typed(&command), r#"nbdinfo --size "nbd+unix:///?socket=/a" "it's \"\$x\"" """#);
     }
 
     #[test]
     fn text_is_wrapped_at_words() {
-        let text = "word ".repeat(40);
-        let lines = wrap(&text);
-        assert!(lines.len() > 1 && lines.iter().all(|line| line.len() <= WIDTH));
-        assert_eq!(lines.join(" "), text.trim_end());
+        let words: Vec<String> = ["one", "two", "three", "a-long-word"].map(str::to_owned).into();
+        assert_eq!(lines(&words, 8), ["one two", "three", "a-long-word"]);
+        assert!(lines(&[], 8).is_empty());
+        assert_eq!(with_values("a --b c d --e -f"), ["a", "--b c", "d", "--e", "-f"]);
     }
 
     #[test]

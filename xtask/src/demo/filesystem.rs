@@ -20,8 +20,8 @@ pub(super) fn workload(site: &Site, device: &Device) -> Result<()> {
     let mount = site.dir().join("mnt");
     fs::create_dir(&mount)?;
     site.run(util::command("mkfs.ext4").args(["-q", &device.path]))?;
-    site.run(util::command("mount").args(["-o", "discard", &device.path]).arg(&mount))?;
     site.done(Undo::Unmount(mount.clone()));
+    site.run(util::command("mount").args(["-o", "discard", &device.path]).arg(&mount))?;
     write_and_verify(site, &mount)?;
     delete_and_trim(site, &mount)?;
     site.run(util::command("umount").arg(&mount))?;

@@ -109,8 +109,8 @@ fn run(site: &Site, target: &Target, size: u64, words: &[&str], shown: bool) -> 
 /// The first job of fio's JSON, which warnings may stand before.
 fn report(output: &str) -> Result<Value> {
     let json = output.find('{').map_or("", |start| &output[start..]);
-    let mut report: Value = serde_json::from_str(json).context("fio's report cannot be read")?;
-    let job = report["jobs"][0].take();
+    let report: Value = serde_json::from_str(json).context("fio's report cannot be read")?;
+    let job = report["jobs"][0].clone();
     match job["error"].as_i64() {
         Some(0) => Ok(job),
         error => bail!("fio reports error {error:?}"),

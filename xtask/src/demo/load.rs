@@ -16,7 +16,6 @@ pub(super) fn survive_the_allocator(site: &Site, target: &Target) -> Result<()> 
     let why = "Nothing on the way of a read or write asks the allocator: with it dead, I/O goes on. Restarted, it knows \
                everything again.";
     site.account.step("Kill the allocator and write with checksums meanwhile", why);
-    site.account.typed("kill -9 $(pidof xpm-allocator)");
     site.kill_allocator()?;
     fio::verify(site, target, span(site))?;
     site.start_allocator()?;

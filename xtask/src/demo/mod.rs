@@ -132,9 +132,13 @@ fn allocate(site: &Site) -> Result<()> {
     let stripe = APPLIANCES.to_string();
     let said = site.xpm(&["alloc", "create", NAME, "--size", &size_word(site.size), "--stripe", &stripe])?;
     site.account.output(&said);
-    let regions = site.ask(&["alloc", "show", NAME])?["regions"].take();
-    let mut places: Vec<&str> =
-        regions.as_array().into_iter().flatten().filter_map(|one| one["appliance"].as_str()).collect();
+    let allocation = site.ask(&["alloc", "show", NAME])?;
+    let mut places: Vec<&str> = allocation["regions"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(|one| one["appliance"].as_str())
+        .collect();
     places.sort_unstable();
     places.dedup();
     site.account.check(places.len() == usize::from(APPLIANCES), "its regions lie on all three appliances")
@@ -151,8 +155,8 @@ fn attach(site: &Site, wanted: Option<Form>) -> Result<Device> {
         Form::Nbd => "nbd".to_owned(),
         Form::NbdSocket => format!("nbd-socket={}", site.dir().join("demo.sock").display()),
     };
-    let path = site.xpm(&["blk", "attach", NAME, "--as", &place])?.trim().to_owned();
     site.done(Undo::Detach);
+    let path = site.xpm(&["blk", "attach", NAME, "--as", &place])?.trim().to_owned();
     site.account.output(&path);
     site.account.output(&site.xpm(&["blk", "show", NAME])?);
     let device = Device { form, path };

@@ -95,12 +95,9 @@ impl Site {
 
     /// Starts the allocator, the appliances and xpm-blk, and waits until all know each other.
     pub(super) fn start(&self) -> Result<()> {
-        self.account.name(&self.dir().display().to_string(), "$DEMO");
-        self.account.typed(&format!(
-            "export DEMO={} XPM_ALLOCATOR=http://{}",
-            self.dir().display(),
-            self.allocator
-        ));
+        let dir = self.dir().display().to_string();
+        self.account.typed(&format!("export DEMO={dir} XPM_ALLOCATOR=http://{}", self.allocator));
+        self.account.name(&dir, "$DEMO");
         self.account.typed(&format!("export XPM_BLK={}", self.blk_socket().display()));
         self.start_allocator()?;
         for number in 1..=APPLIANCES {
@@ -130,7 +127,9 @@ impl Site {
         let mut daemons = self.daemons.borrow_mut();
         let index =
             daemons.iter().position(|daemon| daemon.name() == "allocator").context("no allocator runs")?;
-        daemons.remove(index).kill()
+        let mut allocator = daemons.remove(index);
+        self.account.typed(&format!("kill -9 {}", allocator.pid()));
+        allocator.kill()
     }
 
     fn appliance_command(&self, name: &str) -> Result<Command> {
@@ -270,6 +269,9 @@ impl Site {
 
     /// Keeps the daemons' logs for whoever looks for the cause, and shows where.
     pub(super) fn keep_logs(&self) {
+        if self.daemons.borrow().is_empty() {
+            return;
+        }
         let kept = std::env::temp_dir().join(format!("xpm-demo-logs-{}", std::process::id()));
         let copied = fs::create_dir_all(&kept).and_then(|()| copy_logs(self.dir(), &kept));
         match copied {
@@ -286,14 +288,28 @@ impl Site {
         }
     }
 
+    /// Undoes one thing, if it was done: an interruption may have come before.
     fn undo_one(&self, undo: &Undo) -> Result<()> {
         match undo {
-            Undo::SwapOff(device) => self.runner.clean_up(util::command("swapoff").arg(device)),
-            Undo::Unmount(directory) => self.runner.clean_up(util::command("umount").arg(directory)),
-            Undo::Detach => self.runner.clean_up(&mut self.xpm_command(&["blk", "detach", NAME, "--force"])),
-            Undo::Cgroup(directory) => Ok(fs::remove_dir(directory)?),
+            Undo::SwapOff(device) if is_listed("/proc/swaps", 0, device) => {
+                self.runner.clean_up(util::command("swapoff").arg(device))
+            }
+            Undo::Unmount(directory) if is_listed("/proc/self/mounts", 1, &directory.to_string_lossy()) => {
+                self.runner.clean_up(util::command("umount").arg(directory))
+            }
+            Undo::Detach if self.runner.clean_up(&mut self.xpm_command(&["blk", "show", NAME])).is_ok() => {
+                self.runner.clean_up(&mut self.xpm_command(&["blk", "detach", NAME, "--force"]))
+            }
+            Undo::Cgroup(directory) if directory.exists() => Ok(fs::remove_dir(directory)?),
+            Undo::SwapOff(_) | Undo::Unmount(_) | Undo::Detach | Undo::Cgroup(_) => Ok(()),
         }
     }
+}
+
+/// Whether a line of that file has the word in this column.
+fn is_listed(file: &str, column: usize, word: &str) -> bool {
+    let text = fs::read_to_string(file).unwrap_or_default();
+    text.lines().any(|line| line.split_whitespace().nth(column) == Some(word))
 }
 
 impl Drop for Site {

@@ -29,8 +29,8 @@ pub(super) fn workload(site: &Site, device: &Device) -> Result<()> {
     };
     site.run(util::command("mkswap").arg(&device.path))?;
     // Ahead of any other swap of this machine.
-    site.run(util::command("swapon").args(["--discard", "--priority", "32767", &device.path]))?;
     site.done(Undo::SwapOff(device.path.clone()));
+    site.run(util::command("swapon").args(["--discard", "--priority", "32767", &device.path]))?;
     refuses_to_go(site)?;
     hog(site, &group)?;
     site.run(util::command("swapoff").arg(&device.path))?;
@@ -108,8 +108,8 @@ fn memory_group(site: &Site) -> Result<Option<PathBuf>> {
     site.account.typed(&format!("mkdir {}", group.display()));
     fs::write(root.join("cgroup.subtree_control"), "+memory")
         .context("cannot turn the memory controller on")?;
-    fs::create_dir(&group).with_context(|| format!("cannot make {}", group.display()))?;
     site.done(Undo::Cgroup(group.clone()));
+    fs::create_dir(&group).with_context(|| format!("cannot make {}", group.display()))?;
     site.account.typed(&format!("echo 64M > {}/memory.max", group.display()));
     fs::write(group.join("memory.max"), LOCAL.to_string()).context("cannot limit the memory of a cgroup")?;
     Ok(Some(group))
