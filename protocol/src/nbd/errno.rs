@@ -2,24 +2,32 @@
 
 /// An error as the protocol numbers it ("Error values" of the specification). The numbers are
 /// Linux', on every system.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
 #[repr(u32)]
 pub enum Errno {
     /// `NBD_EPERM`: the export is read-only.
+    #[error("EPERM: the export is read-only")]
     Permission = 1,
     /// `NBD_EIO`: the bytes could not be read or written.
+    #[error("EIO: the bytes could not be read or written")]
     Io = 5,
     /// `NBD_ENOMEM`: the server has no memory for the request.
+    #[error("ENOMEM: the server has no memory for the request")]
     NoMemory = 12,
     /// `NBD_EINVAL`: the request is malformed, or outside of the export.
+    #[error("EINVAL: the request is malformed, or outside of the export")]
     Invalid = 22,
     /// `NBD_ENOSPC`: no space left, or a write beyond the end.
+    #[error("ENOSPC: no space left, or a write beyond the end")]
     NoSpace = 28,
     /// `NBD_EOVERFLOW`: the request or its answer is too long.
+    #[error("EOVERFLOW: the request or its answer is too long")]
     Overflow = 75,
     /// `NBD_ENOTSUP`: the request cannot be done in the way that was asked for.
+    #[error("ENOTSUP: the request cannot be done in the way that was asked for")]
     NotSupported = 95,
     /// `NBD_ESHUTDOWN`: the server is going down.
+    #[error("ESHUTDOWN: the server is going down")]
     Shutdown = 108,
 }
 

@@ -55,9 +55,28 @@ impl TransmissionFlags {
     pub const fn with(self, other: TransmissionFlags) -> TransmissionFlags {
         TransmissionFlags(self.0 | other.0)
     }
+
+    /// Without those of `other`.
+    #[must_use]
+    pub const fn without(self, other: TransmissionFlags) -> TransmissionFlags {
+        TransmissionFlags(self.0 & !other.0)
+    }
+
+    /// Without those that mean nothing or must not be set: DF where replies are simple, fast zeroes
+    /// where there are none ("Transmission flags").
+    #[must_use]
+    pub(super) const fn coherent(self, structured: bool) -> TransmissionFlags {
+        let flags = if structured { self } else { self.without(TransmissionFlags::SEND_DF) };
+        if flags.contains(TransmissionFlags::SEND_WRITE_ZEROES) {
+            flags
+        } else {
+            flags.without(TransmissionFlags::SEND_FAST_ZERO)
+        }
+    }
 }
 
-/// Block sizes of an export, in bytes.
+/// Block sizes of an export, in bytes. A server whose sizes are not the default ones checks requests
+/// against them, whether or not the client asked for them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BlockSizes {
     /// Offsets and lengths are multiples of it; a power of two, at most 64 KiB.
@@ -71,6 +90,18 @@ pub struct BlockSizes {
 impl BlockSizes {
     /// What holds where nothing was said.
     pub const DEFAULT: BlockSizes = BlockSizes { min: 1, preferred: 4096, max: PAYLOAD_MAX };
+
+    /// What a server announced, with `max` rounded down to a multiple of `min`; none when it is
+    /// against "Block size constraints".
+    pub(super) fn announced(min: u32, preferred: u32, max: u32) -> Option<BlockSizes> {
+        let valid = min.is_power_of_two()
+            && min <= 64 << 10
+            && preferred.is_power_of_two()
+            && preferred >= min.max(512)
+            && (max.is_multiple_of(min) || max == u32::MAX)
+            && max >= min;
+        valid.then_some(BlockSizes { min, preferred, max: max - max % min })
+    }
 }
 
 /// An export: its size and what can be done with it.

@@ -1,24 +1,15 @@
 //! Replies of the transmission phase, simple and structured.
 
+use super::constants::*;
 use super::errno::Errno;
 
 /// Bytes of a simple reply, without the data that follows that of a read.
 pub const SIMPLE_REPLY_LEN: usize = 16;
 /// Bytes of a structured reply chunk's header.
 pub const CHUNK_HEADER_LEN: usize = 20;
-/// Bytes of one extent in a block status chunk.
-pub const EXTENT_LEN: usize = 8;
-
-const SIMPLE_MAGIC: u32 = 0x6744_6698;
-const CHUNK_MAGIC: u32 = 0x668e_33ef;
 
 /// Flag of a chunk: no other follows for its request.
-pub const CHUNK_DONE: u16 = 1;
-
-/// State of an extent in `base:allocation`: it holds nothing.
-pub const STATE_HOLE: u32 = 1;
-/// State of an extent in `base:allocation`: it reads as zeros.
-pub const STATE_ZERO: u32 = 2;
+pub const CHUNK_DONE: u16 = REPLY_FLAG_DONE;
 
 /// A simple reply; the data of a successful read follows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,7 +24,7 @@ impl SimpleReply {
     /// Writes it.
     #[inline]
     pub fn encode(&self, bytes: &mut [u8; SIMPLE_REPLY_LEN]) {
-        bytes[..4].copy_from_slice(&SIMPLE_MAGIC.to_be_bytes());
+        bytes[..4].copy_from_slice(&SIMPLE_REPLY_MAGIC.to_be_bytes());
         bytes[4..8].copy_from_slice(&self.error.map_or(0, Errno::to_wire).to_be_bytes());
         bytes[8..].copy_from_slice(&self.cookie.to_be_bytes());
     }
@@ -59,33 +50,35 @@ pub enum ChunkType {
 }
 
 impl ChunkType {
+    #[inline]
     const fn from_wire(number: u16) -> ChunkType {
         match number {
-            0 => ChunkType::None,
-            1 => ChunkType::OffsetData,
-            2 => ChunkType::OffsetHole,
-            5 => ChunkType::BlockStatus,
-            0x8001 => ChunkType::Error,
-            0x8002 => ChunkType::ErrorOffset,
+            REPLY_TYPE_NONE => ChunkType::None,
+            REPLY_TYPE_OFFSET_DATA => ChunkType::OffsetData,
+            REPLY_TYPE_OFFSET_HOLE => ChunkType::OffsetHole,
+            REPLY_TYPE_BLOCK_STATUS => ChunkType::BlockStatus,
+            REPLY_TYPE_ERROR => ChunkType::Error,
+            REPLY_TYPE_ERROR_OFFSET => ChunkType::ErrorOffset,
             other => ChunkType::Other(other),
         }
     }
 
+    #[inline]
     const fn to_wire(self) -> u16 {
         match self {
-            ChunkType::None => 0,
-            ChunkType::OffsetData => 1,
-            ChunkType::OffsetHole => 2,
-            ChunkType::BlockStatus => 5,
-            ChunkType::Error => 0x8001,
-            ChunkType::ErrorOffset => 0x8002,
+            ChunkType::None => REPLY_TYPE_NONE,
+            ChunkType::OffsetData => REPLY_TYPE_OFFSET_DATA,
+            ChunkType::OffsetHole => REPLY_TYPE_OFFSET_HOLE,
+            ChunkType::BlockStatus => REPLY_TYPE_BLOCK_STATUS,
+            ChunkType::Error => REPLY_TYPE_ERROR,
+            ChunkType::ErrorOffset => REPLY_TYPE_ERROR_OFFSET,
             ChunkType::Other(number) => number,
         }
     }
 
     /// Whether it says that the request failed.
     pub const fn is_error(self) -> bool {
-        self.to_wire() & 0x8000 != 0
+        self.to_wire() & REPLY_TYPE_ERR != 0
     }
 }
 
@@ -106,7 +99,7 @@ impl ChunkHeader {
     /// Writes it.
     #[inline]
     pub fn encode(&self, bytes: &mut [u8; CHUNK_HEADER_LEN]) {
-        bytes[..4].copy_from_slice(&CHUNK_MAGIC.to_be_bytes());
+        bytes[..4].copy_from_slice(&STRUCTURED_REPLY_MAGIC.to_be_bytes());
         bytes[4..6].copy_from_slice(&u16::from(self.done).to_be_bytes());
         bytes[6..8].copy_from_slice(&self.kind.to_wire().to_be_bytes());
         bytes[8..16].copy_from_slice(&self.cookie.to_be_bytes());
@@ -140,9 +133,34 @@ impl ReplyHeader {
             return Ok(None);
         };
         match magic {
-            SIMPLE_MAGIC => Ok(bytes.first_chunk().map(|bytes| (decode_simple(bytes), SIMPLE_REPLY_LEN))),
-            CHUNK_MAGIC => Ok(bytes.first_chunk().map(|bytes| (decode_chunk(bytes), CHUNK_HEADER_LEN))),
+            SIMPLE_REPLY_MAGIC => {
+                Ok(bytes.first_chunk().map(|bytes| (decode_simple(bytes), SIMPLE_REPLY_LEN)))
+            }
+            STRUCTURED_REPLY_MAGIC => {
+                Ok(bytes.first_chunk().map(|bytes| (decode_chunk(bytes), CHUNK_HEADER_LEN)))
+            }
             _ => Err(BadReplyMagic),
+        }
+    }
+
+    /// The mark of the request that is answered.
+    #[inline]
+    pub const fn cookie(&self) -> u64 {
+        match self {
+            ReplyHeader::Simple(reply) => reply.cookie,
+            ReplyHeader::Chunk(header) => header.cookie,
+        }
+    }
+
+    /// Bytes that follow the header, where `read_len` is the length of the read that is answered, and
+    /// 0 for any other command. A simple reply does not say it; [`ChunkHeader::body`] says of a chunk
+    /// what they are.
+    #[inline]
+    pub const fn payload_len(&self, read_len: u32) -> u32 {
+        match self {
+            ReplyHeader::Simple(SimpleReply { error: None, .. }) => read_len,
+            ReplyHeader::Simple(_) => 0,
+            ReplyHeader::Chunk(header) => header.length,
         }
     }
 }

@@ -1,11 +1,11 @@
 //! Requests of the transmission phase.
 
+use super::constants::*;
 use super::errno::Errno;
 use super::export::{ExportInfo, TransmissionFlags};
 
 /// Bytes of a request's header.
 pub const REQUEST_LEN: usize = 28;
-const REQUEST_MAGIC: u32 = 0x2560_9513;
 
 /// Command flags (`NBD_CMD_FLAG_*`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -83,14 +83,14 @@ impl Command {
     #[inline]
     const fn from_wire(number: u16) -> Command {
         match number {
-            0 => Command::Read,
-            1 => Command::Write,
-            2 => Command::Disconnect,
-            3 => Command::Flush,
-            4 => Command::Trim,
-            5 => Command::Cache,
-            6 => Command::WriteZeroes,
-            7 => Command::BlockStatus,
+            CMD_READ => Command::Read,
+            CMD_WRITE => Command::Write,
+            CMD_DISC => Command::Disconnect,
+            CMD_FLUSH => Command::Flush,
+            CMD_TRIM => Command::Trim,
+            CMD_CACHE => Command::Cache,
+            CMD_WRITE_ZEROES => Command::WriteZeroes,
+            CMD_BLOCK_STATUS => Command::BlockStatus,
             other => Command::Other(other),
         }
     }
@@ -98,14 +98,14 @@ impl Command {
     #[inline]
     const fn to_wire(self) -> u16 {
         match self {
-            Command::Read => 0,
-            Command::Write => 1,
-            Command::Disconnect => 2,
-            Command::Flush => 3,
-            Command::Trim => 4,
-            Command::Cache => 5,
-            Command::WriteZeroes => 6,
-            Command::BlockStatus => 7,
+            Command::Read => CMD_READ,
+            Command::Write => CMD_WRITE,
+            Command::Disconnect => CMD_DISC,
+            Command::Flush => CMD_FLUSH,
+            Command::Trim => CMD_TRIM,
+            Command::Cache => CMD_CACHE,
+            Command::WriteZeroes => CMD_WRITE_ZEROES,
+            Command::BlockStatus => CMD_BLOCK_STATUS,
             Command::Other(number) => number,
         }
     }
@@ -173,9 +173,10 @@ impl Request {
         use TransmissionFlags as Has;
         let fua = if export.flags.contains(Has::SEND_FUA) { CommandFlags::FUA.0 } else { 0 };
         let (offered, allowed) = match self.command {
+            // It has no answer, so there is nobody to tell that it is malformed.
+            Command::Disconnect => return Ok(()),
             Command::Read if structured => (true, fua | CommandFlags::DF.0),
-            Command::Read | Command::Disconnect => (true, fua),
-            Command::Write => (true, fua),
+            Command::Read | Command::Write => (true, fua),
             Command::Flush => (export.flags.contains(Has::SEND_FLUSH), fua),
             Command::Trim => (export.flags.contains(Has::SEND_TRIM), fua),
             Command::Cache => (export.flags.contains(Has::SEND_CACHE), fua),
@@ -191,9 +192,17 @@ impl Request {
             return Err(Errno::Invalid);
         }
         match self.command {
-            Command::Disconnect => Ok(()),
             Command::Flush => self.check_flush(),
             _ => self.check_range(export),
+        }
+    }
+
+    /// Whether bytes of a reply, as its chunks give them, lie within what was asked for.
+    #[inline]
+    pub const fn covers(&self, offset: u64, length: u32) -> bool {
+        match offset.checked_sub(self.offset) {
+            Some(ahead) => ahead <= self.length as u64 && length as u64 <= self.length as u64 - ahead,
+            None => false,
         }
     }
 

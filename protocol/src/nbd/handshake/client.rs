@@ -1,22 +1,37 @@
 //! The client's side of the handshake.
 
-use super::*;
+use std::fmt;
+
+use super::message::{Reader, is_string, put_option, put_string};
+use crate::nbd::constants::*;
 use crate::nbd::export::{BlockSizes, ExportInfo, TransmissionFlags};
 
 /// Longest data of an option's reply that is taken, in bytes.
 const REPLY_LEN_MAX: u32 = 64 << 10;
+/// Longest text of a server that is repeated in an error, in characters.
+const SHOWN_MAX: usize = 200;
 /// Replies to one option; a server that sends more is not believed.
 const REPLIES_MAX: u32 = 64;
 
 /// What to ask a server for.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Wishes {
-    /// The export's name.
+    /// The export's name; at most 4096 bytes, without NUL.
     pub export: String,
     /// Structured replies, if the server has them.
     pub structured: bool,
     /// The context `base:allocation`, if the server has it; needs `structured`.
     pub base_allocation: bool,
+}
+
+impl fmt::Debug for Wishes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Wishes { export: _, structured, base_allocation } = self;
+        f.debug_struct("Wishes")
+            .field("structured", structured)
+            .field("base_allocation", base_allocation)
+            .finish_non_exhaustive()
+    }
 }
 
 /// What was agreed.
@@ -47,6 +62,15 @@ pub enum HandshakeError {
     /// Something else answers there.
     #[error("this is no NBD server of the newstyle protocol")]
     NotNbd,
+    /// The server is going down.
+    #[error("the server is going down")]
+    ShuttingDown,
+    /// The protocol has no such names.
+    #[error("the export's name is too long for the protocol, or contains a NUL")]
+    BadName,
+    /// The server closed the connection.
+    #[error("the server closed the connection during the handshake")]
+    Closed,
     /// The server refused in another way.
     #[error("the server refused the export: {0}")]
     Refused(String),
@@ -66,7 +90,6 @@ enum Waiting {
 }
 
 /// A handshake in progress.
-#[derive(Debug)]
 pub struct ClientHandshake {
     wishes: Wishes,
     waiting: Waiting,
@@ -78,6 +101,12 @@ pub struct ClientHandshake {
     export: Option<(u64, TransmissionFlags)>,
     block: BlockSizes,
     replies: u32,
+}
+
+impl fmt::Debug for ClientHandshake {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ClientHandshake").field("waiting", &self.waiting).finish_non_exhaustive()
+    }
 }
 
 impl ClientHandshake {
@@ -110,7 +139,9 @@ impl ClientHandshake {
     /// Goes on; none when more bytes are needed.
     ///
     /// # Errors
-    /// When there will be no agreement; the connection has to be closed.
+    /// When there will be no agreement; the connection has to be closed. Where the server refused, the
+    /// output holds the farewell (`OPT_ABORT`) that a polite client sends before, without waiting for
+    /// an answer.
     pub fn step(&mut self) -> Result<Option<Agreed>, HandshakeError> {
         loop {
             let went_on = match self.waiting {
@@ -128,9 +159,21 @@ impl ClientHandshake {
         }
     }
 
+    /// What it means that the server closed the connection while more bytes were waited for.
+    pub fn closed(&self) -> HandshakeError {
+        match self.waiting {
+            Waiting::ByName => HandshakeError::UnknownExport,
+            _ => HandshakeError::Closed,
+        }
+    }
+
     fn greeting(&mut self) -> Result<bool, HandshakeError> {
+        if !is_string(&self.wishes.export) {
+            return Err(HandshakeError::BadName);
+        }
         let mut reader = Reader(&self.input);
-        if self.input.len() >= 8 && self.input[..8] != NBD_MAGIC.to_be_bytes() {
+        // Some other service may say less than a greeting's length and then wait.
+        if self.input.iter().zip(NBD_MAGIC.to_be_bytes()).any(|(got, wanted)| *got != wanted) {
             return Err(HandshakeError::NotNbd);
         }
         let (Some(_), Some(magic), Some(flags)) = (reader.u64(), reader.u64(), reader.u16()) else {
@@ -156,10 +199,7 @@ impl ClientHandshake {
 
     fn ask(&mut self, option: u32, data: &[u8]) {
         self.replies = 0;
-        self.output.extend(OPTION_MAGIC.to_be_bytes());
-        self.output.extend(option.to_be_bytes());
-        self.output.extend((data.len() as u32).to_be_bytes());
-        self.output.extend_from_slice(data);
+        put_option(&mut self.output, option, data);
     }
 
     fn ask_by_name(&mut self) {
@@ -179,15 +219,14 @@ impl ClientHandshake {
     fn ask_for_context(&mut self) {
         let mut data = self.export_string();
         data.extend(1_u32.to_be_bytes());
-        data.extend((BASE_ALLOCATION.len() as u32).to_be_bytes());
-        data.extend(BASE_ALLOCATION.as_bytes());
+        put_string(&mut data, BASE_ALLOCATION);
         self.ask(OPT_SET_META_CONTEXT, &data);
         self.waiting = Waiting::Context;
     }
 
     fn export_string(&self) -> Vec<u8> {
-        let mut data = (self.wishes.export.len() as u32).to_be_bytes().to_vec();
-        data.extend(self.wishes.export.as_bytes());
+        let mut data = Vec::new();
+        put_string(&mut data, &self.wishes.export);
         data
     }
 
@@ -227,8 +266,15 @@ impl ClientHandshake {
                 self.structured = true;
                 if self.wishes.base_allocation { self.ask_for_context() } else { self.ask_to_go() }
             }
-            // Whatever the reason, it goes without.
-            (Waiting::Structured | Waiting::Context, kind) if kind & REP_ERR != 0 => self.ask_to_go(),
+            (_, REP_ERR_SHUTDOWN) => {
+                self.ask(OPT_ABORT, &[]);
+                return Err(HandshakeError::ShuttingDown);
+            }
+            // Whatever the reason, it goes without, and without contexts that came ahead of an error.
+            (Waiting::Structured | Waiting::Context, kind) if kind & REP_ERR != 0 => {
+                self.base_allocation = None;
+                self.ask_to_go();
+            }
             (Waiting::Context, REP_ACK) => self.ask_to_go(),
             (Waiting::Context, REP_META_CONTEXT) => {
                 let mut reader = Reader(data);
@@ -242,10 +288,16 @@ impl ClientHandshake {
             (Waiting::Go, REP_ACK) => {
                 let (size, flags) =
                     self.export.ok_or(HandshakeError::Protocol("an export without its size"))?;
+                if u64::from(self.block.max) < size.min(u64::from(self.block.preferred)) {
+                    return Err(HandshakeError::Protocol("block sizes that cannot be"));
+                }
                 return Ok(Progress::Done(Box::new(self.agreed(size, flags))));
             }
             (Waiting::Go, REP_ERR_UNSUP) => self.ask_by_name(),
-            (Waiting::Go, kind) if kind & REP_ERR != 0 => return Err(refusal(kind, data)),
+            (Waiting::Go, kind) if kind & REP_ERR != 0 => {
+                self.ask(OPT_ABORT, &[]);
+                return Err(self.refusal(kind, data));
+            }
             _ => return Err(HandshakeError::Protocol("a reply of a kind that does not belong here")),
         }
         Ok(Progress::More)
@@ -266,14 +318,8 @@ impl ClientHandshake {
                 else {
                     return Err(HandshakeError::Protocol("malformed block sizes"));
                 };
-                let valid = min.is_power_of_two()
-                    && min <= 64 << 10
-                    && preferred >= min
-                    && max >= preferred.min(4096);
-                if !valid {
-                    return Err(HandshakeError::Protocol("block sizes that cannot be"));
-                }
-                self.block = BlockSizes { min, preferred, max: max - max % min };
+                self.block = BlockSizes::announced(min, preferred, max)
+                    .ok_or(HandshakeError::Protocol("block sizes that cannot be"))?;
             }
             Some(_) => {}
             None => return Err(HandshakeError::Protocol("information without a type")),
@@ -293,6 +339,7 @@ impl ClientHandshake {
     }
 
     fn agreed(&mut self, size: u64, flags: TransmissionFlags) -> Agreed {
+        let flags = flags.coherent(self.structured);
         Agreed {
             info: ExportInfo { size, flags, block: self.block, description: None },
             structured: self.structured,
@@ -300,20 +347,30 @@ impl ClientHandshake {
             leftover: std::mem::take(&mut self.input),
         }
     }
+
+    fn refusal(&self, kind: u32, data: &[u8]) -> HandshakeError {
+        let text = self.shown(data);
+        match kind {
+            REP_ERR_UNKNOWN => HandshakeError::UnknownExport,
+            REP_ERR_POLICY => HandshakeError::Policy(text),
+            REP_ERR_TLS_REQD => HandshakeError::TlsRequired,
+            _ => HandshakeError::Refused(text),
+        }
+    }
+
+    /// A server's text as it may be shown. Servers like to repeat the name, which may be a secret.
+    fn shown(&self, text: &[u8]) -> String {
+        let text = String::from_utf8_lossy(text);
+        let text = match self.wishes.export.as_str() {
+            "" => text.into_owned(),
+            name => text.replace(name, "(the name)"),
+        };
+        text.chars().filter(|c| !c.is_control()).take(SHOWN_MAX).collect()
+    }
 }
 
 enum Progress {
     Input,
     More,
     Done(Box<Agreed>),
-}
-
-fn refusal(kind: u32, data: &[u8]) -> HandshakeError {
-    let text: String = String::from_utf8_lossy(data).chars().filter(|c| !c.is_control()).take(200).collect();
-    match kind {
-        REP_ERR_UNKNOWN => HandshakeError::UnknownExport,
-        REP_ERR_POLICY => HandshakeError::Policy(text),
-        REP_ERR_TLS_REQUIRED => HandshakeError::TlsRequired,
-        _ => HandshakeError::Refused(text),
-    }
 }

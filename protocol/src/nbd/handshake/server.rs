@@ -1,6 +1,9 @@
 //! The server's side of the handshake.
 
-use super::*;
+use std::fmt;
+
+use super::message::{Reader, is_string, parse_contexts, parse_info, put_reply, put_string, string};
+use crate::nbd::constants::*;
 use crate::nbd::export::{ExportInfo, TransmissionFlags};
 
 /// Longest data of an option that is looked at, in bytes: two strings and some numbers fit.
@@ -13,7 +16,7 @@ const OPTIONS_MAX: u32 = 64;
 const BASE_ALLOCATION_ID: u32 = 1;
 
 /// What the handshake needs next.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub enum Step {
     /// More bytes of the client, by [`ServerHandshake::receive`].
     Input,
@@ -25,6 +28,18 @@ pub enum Step {
     Ready(Negotiated),
     /// Nothing: the output has to be sent and the connection closed.
     Close(CloseReason),
+}
+
+impl fmt::Debug for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Step::Input => f.write_str("Input"),
+            Step::Open(_) => f.write_str("Open(a name)"),
+            Step::List => f.write_str("List"),
+            Step::Ready(negotiated) => f.debug_tuple("Ready").field(negotiated).finish(),
+            Step::Close(reason) => f.debug_tuple("Close").field(reason).finish(),
+        }
+    }
 }
 
 /// What was agreed.
@@ -76,8 +91,8 @@ enum Asked {
     Info { go: bool, name: bool, description: bool },
 }
 
-/// A handshake in progress. Bounded: no input makes it hold more than one option.
-#[derive(Debug)]
+/// A handshake in progress. Bounded: beside what was received and not looked at yet, it holds no more
+/// than one option.
 pub struct ServerHandshake {
     waiting: Waiting,
     input: Vec<u8>,
@@ -88,6 +103,12 @@ pub struct ServerHandshake {
     /// The export that contexts were set for.
     context_export: Option<String>,
     asked_name: String,
+}
+
+impl fmt::Debug for ServerHandshake {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ServerHandshake").field("waiting", &self.waiting).finish_non_exhaustive()
+    }
 }
 
 impl Default for ServerHandshake {
@@ -142,6 +163,12 @@ impl ServerHandshake {
         }
     }
 
+    /// Whether the export of [`Step::Open`] is to be entered as well, rather than described only
+    /// (`OPT_INFO`). One that is only described may be asked for again, and need not be opened.
+    pub fn enters(&self) -> bool {
+        matches!(self.waiting, Waiting::Export(Asked::ByName | Asked::Info { go: true, .. }))
+    }
+
     /// Answers [`Step::Open`]. None: there is no such export.
     pub fn found(&mut self, info: Option<&ExportInfo>) -> Option<Step> {
         let Waiting::Export(asked) = self.waiting else { return None };
@@ -150,7 +177,7 @@ impl ServerHandshake {
             (Asked::ByName, None) => return Some(self.close(CloseReason::UnknownExport)),
             (Asked::ByName, Some(info)) => {
                 self.output.extend(info.size.to_be_bytes());
-                self.output.extend(info.flags.bits().to_be_bytes());
+                self.output.extend(self.flags_for(info).bits().to_be_bytes());
                 let zeroes = if self.no_zeroes { 0 } else { EXPORT_NAME_ZEROES };
                 self.output.extend(std::iter::repeat_n(0, zeroes));
                 return Some(self.ready(info));
@@ -179,8 +206,8 @@ impl ServerHandshake {
             return self.refuse(OPT_LIST, REP_ERR_POLICY, "names of exports are not listed here");
         };
         for name in names {
-            let mut data = (name.len() as u32).to_be_bytes().to_vec();
-            data.extend(name.as_bytes());
+            let mut data = Vec::new();
+            put_string(&mut data, name);
             self.reply(OPT_LIST, REP_SERVER, &data);
         }
         self.reply(OPT_LIST, REP_ACK, &[]);
@@ -233,19 +260,26 @@ impl ServerHandshake {
         if left > 0 {
             return Some(Step::Input);
         }
-        if option == OPT_EXPORT_NAME {
-            return Some(self.close(CloseReason::Protocol("a name of unreasonable length")));
-        }
         self.waiting = Waiting::Option;
+        match option {
+            OPT_EXPORT_NAME => {
+                return Some(self.close(CloseReason::Protocol("a name of unreasonable length")));
+            }
+            // Its data does not matter.
+            OPT_ABORT => return self.answer(option, &[]),
+            // One that fails replaces what was set before, too.
+            OPT_SET_META_CONTEXT => self.context_export = None,
+            _ => {}
+        }
         self.refuse(option, REP_ERR_TOO_BIG, "the option is too long");
         None
     }
 
     fn answer(&mut self, option: u32, data: &[u8]) -> Option<Step> {
         match option {
-            OPT_EXPORT_NAME => match std::str::from_utf8(data) {
-                Ok(name) if name.len() <= STRING_MAX => self.ask(name.to_owned(), Asked::ByName),
-                _ => return Some(self.close(CloseReason::UnknownExport)),
+            OPT_EXPORT_NAME => match string(data) {
+                Some(name) => self.ask(name.to_owned(), Asked::ByName),
+                None => return Some(self.close(CloseReason::UnknownExport)),
             },
             OPT_ABORT => {
                 self.reply(option, REP_ACK, &[]);
@@ -292,7 +326,7 @@ impl ServerHandshake {
             return self.refuse(option, REP_ERR_INVALID, "the queries for contexts are malformed");
         };
         let matches = |query: &&str| *query == BASE_ALLOCATION || (!set && *query == "base:");
-        if queries.iter().any(|query| matches(&query.as_str())) || (!set && queries.is_empty()) {
+        if queries.iter().any(matches) || (!set && queries.is_empty()) {
             let id = if set { BASE_ALLOCATION_ID } else { 0 };
             let mut found = id.to_be_bytes().to_vec();
             found.extend(BASE_ALLOCATION.as_bytes());
@@ -319,7 +353,9 @@ impl ServerHandshake {
             data.extend(self.asked_name.as_bytes());
             self.reply(option, REP_INFO, &data);
         }
-        if let (true, Some(text)) = (description, &info.description) {
+        if let (true, Some(text)) = (description, &info.description)
+            && is_string(text)
+        {
             let mut data = INFO_DESCRIPTION.to_be_bytes().to_vec();
             data.extend(text.as_bytes());
             self.reply(option, REP_INFO, &data);
@@ -327,9 +363,12 @@ impl ServerHandshake {
         self.reply(option, REP_ACK, &[]);
     }
 
-    /// DF may be announced only together with structured replies.
+    /// DF is announced together with structured replies, and only then.
     fn flags_for(&self, info: &ExportInfo) -> TransmissionFlags {
-        if self.structured { info.flags.with(TransmissionFlags::SEND_DF) } else { info.flags }
+        info.flags
+            .with(TransmissionFlags::HAS_FLAGS)
+            .with(TransmissionFlags::SEND_DF)
+            .coherent(self.structured)
     }
 
     fn ready(&mut self, info: &ExportInfo) -> Step {
@@ -354,29 +393,6 @@ impl ServerHandshake {
     }
 
     fn reply(&mut self, option: u32, kind: u32, data: &[u8]) {
-        self.output.extend(OPTION_REPLY_MAGIC.to_be_bytes());
-        self.output.extend(option.to_be_bytes());
-        self.output.extend(kind.to_be_bytes());
-        self.output.extend((data.len() as u32).to_be_bytes());
-        self.output.extend_from_slice(data);
+        put_reply(&mut self.output, option, kind, data);
     }
-}
-
-fn parse_info(data: &[u8]) -> Option<(String, Vec<u16>)> {
-    let mut reader = Reader(data);
-    let name = reader.string()?.to_owned();
-    let count = reader.u16()?;
-    let asks = (0..count).map(|_| reader.u16()).collect::<Option<Vec<u16>>>()?;
-    reader.is_empty().then_some((name, asks))
-}
-
-fn parse_contexts(data: &[u8]) -> Option<(String, Vec<String>)> {
-    let mut reader = Reader(data);
-    let export = reader.string()?.to_owned();
-    let count = reader.u32()?;
-    let mut queries = Vec::new();
-    for _ in 0..count {
-        queries.push(reader.string()?.to_owned());
-    }
-    reader.is_empty().then_some((export, queries))
 }
