@@ -90,16 +90,17 @@ fn tell(site: &Site, args: &Args) -> Result<()> {
     if !args.no_build {
         site.build()?;
     }
+    let form = choose(site, args.form)?;
     site.account.step(
         "Start an allocator, three appliances and xpm-blk",
         "Each would run on a machine of its own: appliances lend memory, the allocator decides who gets which, xpm-blk \
          turns it into block devices.",
     );
-    site.start()?;
+    site.start(form != Form::NbdSocket)?;
     site.account.output(&site.xpm(&["appliance", "list"])?);
     site.account.check(true, "three appliances registered with the allocator")?;
     allocate(site)?;
-    let device = attach(site, args.form)?;
+    let device = attach(site, form)?;
     use_it(site, &device)?;
     take_down(site, &device)
 }
@@ -144,12 +145,8 @@ fn allocate(site: &Site) -> Result<()> {
     site.account.check(places.len() == usize::from(APPLIANCES), "its regions lie on all three appliances")
 }
 
-fn attach(site: &Site, wanted: Option<Form>) -> Result<Device> {
+fn attach(site: &Site, form: Form) -> Result<Device> {
     site.account.step("Attach it as a block device", "");
-    let form = match wanted {
-        Some(form) => form,
-        None => best_form(site)?,
-    };
     let place = match form {
         Form::Ublk => "ublk".to_owned(),
         Form::Nbd => "nbd".to_owned(),
@@ -165,33 +162,38 @@ fn attach(site: &Site, wanted: Option<Form>) -> Result<Device> {
     Ok(device)
 }
 
-/// The fastest form that this kernel has, by `xpm doctor`'s account.
-fn best_form(site: &Site) -> Result<Form> {
-    if rustix::process::geteuid().is_root() {
+/// The form that was asked for, or the fastest that this kernel has by `xpm doctor`'s account.
+fn choose(site: &Site, wanted: Option<Form>) -> Result<Form> {
+    if let Some(form) = wanted {
+        return Ok(form);
+    }
+    site.account.step("See what this machine is fit for", "");
+    let root = rustix::process::geteuid().is_root();
+    if root {
         // Where a driver is only installed, it is loaded, as an operator would.
         for module in ["ublk_drv", "nbd"] {
             let _ = site.runner.clean_up(util::command("modprobe").args(["-q", module]));
         }
     }
-    site.account.typed("xpm doctor");
-    let finished = site.xpm_quietly(&["doctor", "--json"])?;
+    let finished = site.xpm_finish(&["doctor", "--json"])?;
     let report: serde_json::Value =
         serde_json::from_str(&finished.out).context("xpm doctor printed no JSON")?;
     let checks = report["checks"].as_array().map(Vec::as_slice).unwrap_or_default();
     let found = |item: &str| checks.iter().find(|check| check["item"] == item);
-    let usable = |item: &str| found(item).is_some_and(|check| check["verdict"] == "ok");
-    let form = match rustix::process::geteuid().is_root() {
-        true if usable("ublk") => Form::Ublk,
-        true if usable("nbd") => Form::Nbd,
-        _ => Form::NbdSocket,
-    };
     for item in ["ublk", "nbd"] {
         let said = found(item).and_then(|check| check["found"].as_str()).unwrap_or("no answer");
         site.account.note(&format!("{item}: {said}"));
     }
-    if form == Form::NbdSocket {
-        site.account.note("so the device is an NBD socket, for NBD clients; swap and file systems need one of those two, and root");
-    }
+    let usable = |item: &str| root && found(item).is_some_and(|check| check["verdict"] == "ok");
+    let (form, why) = match (usable("ublk"), usable("nbd")) {
+        (true, _) => (Form::Ublk, "so the device is a ublk device, with a file system and swap on it"),
+        (false, true) => {
+            (Form::Nbd, "so the device is one of the kernel's nbd driver, with a file system and swap on it")
+        }
+        (false, false) if root => (Form::NbdSocket, "so the device is an NBD socket, for NBD clients"),
+        (false, false) => (Form::NbdSocket, "without root the device is an NBD socket, for NBD clients"),
+    };
+    site.account.note(why);
     Ok(form)
 }
 

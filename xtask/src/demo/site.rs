@@ -94,7 +94,7 @@ impl Site {
     }
 
     /// Starts the allocator, the appliances and xpm-blk, and waits until all know each other.
-    pub(super) fn start(&self) -> Result<()> {
+    pub(super) fn start(&self, kernel_device: bool) -> Result<()> {
         let dir = self.dir().display().to_string();
         self.account.typed(&format!("export DEMO={dir} XPM_ALLOCATOR=http://{}", self.allocator));
         self.account.name(&dir, "$DEMO");
@@ -104,7 +104,7 @@ impl Site {
             let name = format!("appliance-{number}");
             self.start_daemon(&name, &mut self.appliance_command(&name)?)?;
         }
-        self.start_blk()?;
+        self.start_blk(kernel_device)?;
         self.wait_until("the appliances did not register", || {
             let up = |list: &Value| {
                 list.as_array().into_iter().flatten().filter(|one| one["state"] == "up").count()
@@ -148,17 +148,15 @@ impl Site {
         Ok(appliance)
     }
 
-    fn start_blk(&self) -> Result<()> {
-        let config = self.dir().join("blk.toml");
-        let text = format!(
-            "allocator = \"http://{}\"\ncontrol = \"{}\"\nstate = \"{}\"\n",
-            self.allocator,
-            self.blk_socket().display(),
-            self.dir().join("blk").display()
-        );
-        fs::write(&config, text)?;
+    fn start_blk(&self, kernel_device: bool) -> Result<()> {
         let mut blk = self.program("xpm-blk");
-        blk.arg("--config").arg(config);
+        blk.arg("--control").arg(self.blk_socket()).arg("--state").arg(self.dir().join("blk"));
+        blk.args(["--allocator", &format!("http://{}", self.allocator)]);
+        if kernel_device {
+            // In containers not every safety item can hold. The demo's swap serves one program in a
+            // cgroup of its own, so that the machine is never short of memory itself.
+            blk.arg("--allow-unsafe-swap");
+        }
         self.start_daemon("xpm-blk", &mut blk)
     }
 
@@ -195,11 +193,6 @@ impl Site {
         let mut command = self.xpm_command(words);
         self.account.command(&command);
         self.runner.finish(&mut command, LIMIT)
-    }
-
-    /// Runs the operator's command without showing it, whatever its end.
-    pub(super) fn xpm_quietly(&self, words: &[&str]) -> Result<Finished> {
-        self.runner.finish(&mut self.xpm_command(words), LIMIT)
     }
 
     /// The JSON answer of the operator's command, without showing it.
