@@ -52,8 +52,8 @@ pub(crate) struct AttachArgs {
     /// What to show it as: ublk, nbd, nbd-direct, nbd-socket=/PATH or nbd-socket=ADDRESS:PORT.
     #[arg(long = "as", value_name = "FORM")]
     pub(crate) form: Form,
-    /// Queues, each with a thread of its own. [default: one for each core, at most 4]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    /// Queues, each with a thread of its own, 1 to 64. [default: for ublk one for each core, at most 4; else 1]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     pub(crate) queues: Option<u16>,
     /// Requests in flight on one queue, 1 to 1024. [default: 128]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
