@@ -93,7 +93,8 @@ pub(super) fn figures(site: &Site, target: &Target, size: u64) -> Result<()> {
 
 fn run(site: &Site, target: &Target, size: u64, words: &[&str], shown: bool) -> Result<Value> {
     let mut fio = util::command("fio");
-    fio.arg("--name=demo");
+    // fio leaves files of its own where it runs.
+    fio.current_dir(site.dir()).arg("--name=demo");
     match target {
         Target::Nbd(uri) => fio.arg("--ioengine=nbd").arg(format!("--uri={uri}")),
         Target::File(path) => fio.args(["--ioengine=libaio", "--direct=1"]).arg(format!("--filename={path}")),

@@ -117,7 +117,9 @@ impl Site {
     /// Starts the allocator, for the first time or again.
     pub(super) fn start_allocator(&self) -> Result<()> {
         let mut allocator = self.program("xpm-allocator");
-        allocator.args(["--listen", &self.allocator, "--data"]).arg(self.dir().join("allocator"));
+        // Appliances report often here, so that nobody has to wait for what they say.
+        allocator.args(["--listen", &self.allocator, "--heartbeat", "250ms"]);
+        allocator.arg("--data").arg(self.dir().join("allocator"));
         self.start_daemon("allocator", &mut allocator)?;
         self.wait_until("the allocator did not answer", || Ok(self.ask(&["alloc", "list"]).is_ok()))
     }
@@ -141,9 +143,8 @@ impl Site {
         appliance.args(["--region-size", &format!("{}MiB", region / MIB), "--no-lock"]);
         appliance.args(["--listen", &format!("127.0.0.1:{}", free_port()?)]);
         appliance.args(["--nbd", &format!("127.0.0.1:{}", free_port()?)]);
-        appliance.arg("--unix").arg(self.dir().join(format!("{name}.sock")));
-        appliance.arg("--shm").arg(self.dir().join(format!("{name}-shm.sock")));
-        appliance.arg("--state").arg(self.dir().join(name));
+        let own = self.dir().join(name);
+        appliance.arg("--run-dir").arg(&own).arg("--state").arg(&own);
         appliance.args(["--allocator", &format!("http://{}", self.allocator)]);
         Ok(appliance)
     }
