@@ -1,2 +1,31 @@
-//! stub
-fn main() {}
+//! `xpm-allocator`: the daemon.
+
+#![forbid(unsafe_code)]
+
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use clap::Parser as _;
+use xpm_allocator::config::Options;
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    xpm_control::log::init();
+    match run(options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xpm-allocator: {}", format!("{error:#}").replace('\n', " "));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(options: Options) -> anyhow::Result<()> {
+    let config = options.resolve()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?;
+    runtime.block_on(xpm_allocator::run(config))
+}

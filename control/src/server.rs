@@ -28,6 +28,7 @@ use tokio::task::JoinSet;
 use xpm_protocol::api::{ErrorBody, ErrorKind};
 
 pub use axum::Router;
+pub use axum::response::NoContent;
 pub use axum::routing;
 pub use extract::{Force, Json, Path};
 

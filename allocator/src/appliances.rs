@@ -1,0 +1,105 @@
+//! Calls to appliances over their control interface, each with a time limit.
+
+use std::time::Duration;
+
+use xpm_control::client::{Client, ClientError};
+use xpm_control::error_line;
+use xpm_control::token::Token;
+use xpm_protocol::api::ErrorKind;
+use xpm_protocol::api::appliance::{Commit, Grant, Region, RegionState, Reserve};
+use xpm_protocol::{AllocationId, GrantId};
+
+use crate::service::{Answer, Call, CallError, Target};
+
+/// Time limit of a request that needs little work.
+const LIMIT: Duration = Duration::from_secs(3);
+/// What a reservation may take longer for each GiB: regions that were not ready are made then.
+const LIMIT_PER_GIB: Duration = Duration::from_millis(250);
+/// Most that a reservation may take; less than the shortest time to live of one.
+const LIMIT_MAX: Duration = Duration::from_secs(20);
+/// Rounds of a purge: one gives everything back, the second sees that nothing is left. More are
+/// needed only while something is still on its way.
+const PURGE_ROUNDS_MAX: usize = 4;
+
+/// Calls any appliance. Cheap to clone.
+#[derive(Debug, Clone)]
+pub(crate) struct Appliances {
+    token: Option<Token>,
+}
+
+impl Appliances {
+    pub(crate) fn new(token: Option<Token>) -> Appliances {
+        Appliances { token }
+    }
+
+    /// Carries out one call.
+    pub(crate) async fn call(&self, target: &Target, call: Call) -> Result<Answer, CallError> {
+        let client = Client::new(&target.control, self.token.clone())
+            .map_err(|error| CallError::Failed(error.to_string()))?;
+        let client = client.with_limit(LIMIT);
+        match call {
+            Call::Status => Ok(Answer::Status(Box::new(client.get("/v1/status").await.map_err(failed)?))),
+            Call::Reserve(reserve) => reserve_regions(client, &reserve).await,
+            Call::Commit(id, commit) => commit_grant(&client, id, &commit).await,
+            Call::Revoke(id) => revoke(&client, id).await.map(|()| Answer::Done),
+            Call::Purge(allocation, grant) => purge(&client, allocation, grant).await,
+        }
+    }
+}
+
+async fn reserve_regions(client: Client, reserve: &Reserve) -> Result<Answer, CallError> {
+    let bytes = u64::from(reserve.count).saturating_mul(reserve.region_len.0);
+    let gib = u32::try_from(bytes >> 30).unwrap_or(u32::MAX);
+    let limit = LIMIT_PER_GIB.saturating_mul(gib).saturating_add(LIMIT).min(LIMIT_MAX);
+    let regions = client.with_limit(limit).post("/v1/regions", reserve).await.map_err(failed)?;
+    Ok(Answer::Regions(regions))
+}
+
+async fn commit_grant(client: &Client, id: GrantId, commit: &Commit) -> Result<Answer, CallError> {
+    let grant: Grant = client.put(&format!("/v1/grants/{id}"), commit).await.map_err(failed)?;
+    match grant.epoch == commit.epoch && grant.regions == commit.regions {
+        true => Ok(Answer::Done),
+        false => {
+            Err(CallError::Failed("it made another grant than the one that it was asked for".to_owned()))
+        }
+    }
+}
+
+async fn revoke(client: &Client, id: GrantId) -> Result<(), CallError> {
+    gone(client.delete(&format!("/v1/grants/{id}")).await)
+}
+
+async fn purge(client: &Client, allocation: AllocationId, grant: GrantId) -> Result<Answer, CallError> {
+    for _ in 0..PURGE_ROUNDS_MAX {
+        revoke(client, grant).await?;
+        let mut regions: Vec<Region> = client.get("/v1/regions").await.map_err(failed)?;
+        regions
+            .retain(|region| region.allocation == Some(allocation) && region.state != RegionState::Clearing);
+        if regions.is_empty() {
+            return Ok(Answer::Done);
+        }
+        for region in regions.iter().filter(|region| region.state == RegionState::Reserved) {
+            gone(client.delete(&format!("/v1/regions/{}", region.id)).await)?;
+        }
+    }
+    Err(CallError::Failed("it still has regions of the allocation".to_owned()))
+}
+
+/// What is not there any more need not be deleted.
+fn gone(result: Result<(), ClientError>) -> Result<(), CallError> {
+    match result.map_err(failed) {
+        Err(CallError::Refused(ErrorKind::NotFound, _)) => Ok(()),
+        other => other,
+    }
+}
+
+fn failed(error: ClientError) -> CallError {
+    match error {
+        // Given up or broken inside the appliance: whether it was carried out is open.
+        ClientError::Refused(body) if matches!(body.kind, ErrorKind::Internal | ErrorKind::Unavailable) => {
+            CallError::Failed(body.error)
+        }
+        ClientError::Refused(body) => CallError::Refused(body.kind, body.error),
+        other => CallError::Failed(error_line(&other)),
+    }
+}

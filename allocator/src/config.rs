@@ -1,0 +1,164 @@
+//! Options of the command line and of the configuration file.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use clap::Parser;
+use serde::Deserialize;
+use xpm_control::listen::Place;
+use xpm_control::token::Token;
+use xpm_protocol::Span;
+
+use crate::service::Settings;
+
+/// The allocator of xpm: knows the memory appliances, decides which of them serve an allocation,
+/// and remembers.
+#[derive(Debug, Parser)]
+#[command(name = "xpm-allocator", version, max_term_width = 100)]
+pub struct Options {
+    /// Where to listen: ADDRESS:PORT or unix:/PATH [default: 127.0.0.1:7700]
+    #[arg(long, value_name = "PLACE")]
+    listen: Option<Place>,
+    /// Directory of the metadata [default: /var/lib/xpm-allocator]
+    #[arg(long, value_name = "DIRECTORY")]
+    data: Option<PathBuf>,
+    /// File with the token that every request must show, and that appliances are shown
+    #[arg(long, value_name = "FILE")]
+    token_file: Option<PathBuf>,
+    /// Listen for other machines without a token: anybody who reaches the port gives orders
+    #[arg(long)]
+    insecure: bool,
+    /// Time between heartbeats of an appliance; three without one and it counts as silent
+    /// [default: 5s]
+    #[arg(long, value_name = "DURATION")]
+    heartbeat: Option<Span>,
+    /// How long appliances keep what is reserved while an allocation is made [default: 60s]
+    #[arg(long, value_name = "DURATION")]
+    reserve_ttl: Option<Span>,
+    /// Configuration file (TOML); options of the command line win over it
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+/// The configuration file: the same options, each with the name of its flag.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct FileOptions {
+    listen: Option<Place>,
+    data: Option<PathBuf>,
+    token_file: Option<PathBuf>,
+    insecure: Option<bool>,
+    heartbeat: Option<Span>,
+    reserve_ttl: Option<Span>,
+}
+
+/// What the allocator runs with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// Where it listens.
+    pub listen: Place,
+    /// Directory of the metadata.
+    pub data: PathBuf,
+    /// File with the token.
+    pub token_file: Option<PathBuf>,
+    /// Whether other machines may be served without a token.
+    pub insecure: bool,
+    /// Time between heartbeats; 100 ms to 1 h.
+    pub heartbeat: Duration,
+    /// How long reservations are kept; 30 s to 1 h, so that no appliance undoes a reservation
+    /// while the allocator may still commit it.
+    pub reserve_ttl: Duration,
+}
+
+impl Options {
+    /// Reads the configuration file, if one is named, and puts both together.
+    pub fn resolve(self) -> anyhow::Result<Config> {
+        let file = match &self.config {
+            Some(path) => xpm_control::config::load::<FileOptions>(path)?,
+            None => FileOptions::default(),
+        };
+        let config = Config {
+            listen: self.listen.or(file.listen).unwrap_or_else(|| Place::Tcp(([127, 0, 0, 1], 7700).into())),
+            data: self.data.or(file.data).unwrap_or_else(|| "/var/lib/xpm-allocator".into()),
+            token_file: self.token_file.or(file.token_file),
+            insecure: self.insecure || file.insecure.unwrap_or(false),
+            heartbeat: self.heartbeat.or(file.heartbeat).map_or(Duration::from_secs(5), |span| span.0),
+            reserve_ttl: self.reserve_ttl.or(file.reserve_ttl).map_or(Duration::from_secs(60), |span| span.0),
+        };
+        check_range("heartbeat", config.heartbeat, Duration::from_millis(100))?;
+        check_range("reserve-ttl", config.reserve_ttl, Duration::from_secs(30))?;
+        Ok(config)
+    }
+}
+
+fn check_range(name: &str, value: Duration, least: Duration) -> anyhow::Result<()> {
+    let most = Duration::from_secs(3600);
+    if !(least..=most).contains(&value) {
+        bail!("{name} is {} to {}, not {}", Span(least), Span(most), Span(value));
+    }
+    Ok(())
+}
+
+impl Config {
+    /// Reads the token file, if one is named.
+    pub fn token(&self) -> anyhow::Result<Option<Token>> {
+        self.token_file.as_deref().map(Token::load).transpose().context("no usable token")
+    }
+
+    /// What the service has to know.
+    pub fn settings(&self) -> Settings {
+        Settings { interval: self.heartbeat, reserve_ttl: self.reserve_ttl }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn resolve(arguments: &[&str]) -> anyhow::Result<Config> {
+        Options::try_parse_from([&["xpm-allocator"], arguments].concat())?.resolve()
+    }
+
+    fn with_file(text: &str, arguments: &[&str]) -> anyhow::Result<Config> {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("allocator.toml");
+        std::fs::write(&path, text).unwrap();
+        resolve(&[&["--config", path.to_str().unwrap()], arguments].concat())
+    }
+
+    #[test]
+    fn defaults() {
+        let config = resolve(&[]).unwrap();
+        assert_eq!(config.listen.to_string(), "127.0.0.1:7700");
+        assert_eq!(config.data.to_str(), Some("/var/lib/xpm-allocator"));
+        assert_eq!((config.heartbeat.as_secs(), config.reserve_ttl.as_secs()), (5, 60));
+        assert!(!config.insecure);
+    }
+
+    #[test]
+    fn the_command_line_wins_over_the_file() {
+        let text = "listen = '0.0.0.0:1'\ninsecure = true\nheartbeat = '1s'\nreserve-ttl = '2m'\n";
+        let config = with_file(text, &["--heartbeat", "2s"]).unwrap();
+        assert_eq!(config.listen.to_string(), "0.0.0.0:1");
+        assert!(config.insecure);
+        assert_eq!((config.heartbeat.as_secs(), config.reserve_ttl.as_secs()), (2, 120));
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        for (text, part) in [
+            ("listn = 'a'", "listn"),
+            ("heartbeat = 5", ":1:"),
+            ("heartbeat = '1ms'", "100ms"),
+            ("reserve-ttl = '1s'", "30s"),
+        ] {
+            let line = format!("{:#}", with_file(text, &[]).unwrap_err());
+            assert!(line.contains(part), "{line}");
+        }
+        assert!(resolve(&["--listen", "nowhere"]).unwrap_err().to_string().contains("ADDRESS:PORT"));
+        assert!(
+            format!("{:#}", resolve(&["--config", "/nonexistent"]).unwrap_err()).contains("/nonexistent")
+        );
+    }
+}

@@ -1,0 +1,170 @@
+//! The task that owns the service: it feeds events in and carries effects out.
+//!
+//! The task itself waits for nothing but the next event: stores go to the writer's thread, calls
+//! to tasks of their own. When the store fails, what is on disk is unknown, so the daemon ends
+//! and the next start reads the truth; the data path does not need it meanwhile.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant, SystemTime};
+
+use anyhow::Context as _;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
+use tokio::time::{MissedTickBehavior, interval};
+use xpm_control::server::ApiError;
+use xpm_control::token::Token;
+use xpm_protocol::api::ErrorKind;
+
+use crate::appliances::Appliances;
+use crate::service::{Effect, Event, Moment, Outcome, ReplyTo, Request, Service, Settings};
+use crate::store::{MetadataStore, StoreError, Writer};
+
+/// How often the service looks at the time.
+const TICK: Duration = Duration::from_millis(500);
+/// Most requests that wait to be looked at; each takes microseconds.
+const REQUESTS_MAX: usize = 1024;
+
+type Question = (Request, oneshot::Sender<Result<Outcome, ApiError>>);
+
+/// Asks the service. Cheap to clone.
+#[derive(Debug, Clone)]
+pub(crate) struct Handle {
+    requests: mpsc::Sender<Question>,
+}
+
+impl Handle {
+    /// Asks and waits for the answer. What was asked goes on when the caller stops waiting.
+    pub(crate) async fn ask(&self, request: Request) -> Result<Outcome, ApiError> {
+        let (answer, answered) = oneshot::channel();
+        let ending =
+            || ApiError(ErrorKind::Unavailable, "the allocator is ending; try again soon".to_owned());
+        self.requests.send((request, answer)).await.map_err(|_| ending())?;
+        answered.await.map_err(|_| ending())?
+    }
+}
+
+/// The running task.
+#[derive(Debug)]
+pub(crate) struct Driver {
+    task: JoinHandle<anyhow::Error>,
+}
+
+impl Driver {
+    /// Resolves only when the service cannot go on, with the reason.
+    pub(crate) async fn failed(self) -> anyhow::Error {
+        match self.task.await {
+            Ok(error) => error,
+            Err(error) => anyhow::Error::new(error).context("the service broke down"),
+        }
+    }
+}
+
+/// Loads what is remembered and starts the task. Blocks while it loads.
+pub(crate) fn start(
+    settings: Settings,
+    token: Option<Token>,
+    mut store: impl MetadataStore,
+) -> anyhow::Result<(Handle, Driver)> {
+    let loaded = store.load()?;
+    let mut service = Service::new(settings, Box::new(xpm_control::random::bytes));
+    let started = Instant::now();
+    let effects = service.restore(moment(started), loaded);
+    let (requests, questions) = mpsc::channel(REQUESTS_MAX);
+    let (results, events) = unbounded_channel();
+    let writer = Writer::start(store).context("cannot start the thread of the metadata")?;
+    let running = Running {
+        service,
+        started,
+        writer,
+        appliances: Appliances::new(token),
+        waiting: HashMap::new(),
+        replies: 0,
+        results,
+    };
+    let task = tokio::spawn(running.run(effects, questions, events));
+    Ok((Handle { requests }, Driver { task }))
+}
+
+/// What comes back from outside: any number, but each was asked for by the service.
+enum Back {
+    Event(Event),
+    StoreFailed(StoreError),
+}
+
+struct Running {
+    service: Service,
+    started: Instant,
+    writer: Writer,
+    appliances: Appliances,
+    waiting: HashMap<ReplyTo, oneshot::Sender<Result<Outcome, ApiError>>>,
+    replies: u64,
+    results: UnboundedSender<Back>,
+}
+
+impl Running {
+    async fn run(
+        mut self,
+        first: Vec<Effect>,
+        mut questions: mpsc::Receiver<Question>,
+        mut events: UnboundedReceiver<Back>,
+    ) -> anyhow::Error {
+        self.carry_out(first);
+        let mut ticks = interval(TICK);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            let event = tokio::select! {
+                _ = ticks.tick() => Event::Tick,
+                Some(back) = events.recv() => match back {
+                    Back::Event(event) => event,
+                    Back::StoreFailed(error) => return error.into(),
+                },
+                Some((request, answer)) = questions.recv() => Event::Request(self.remember(answer), request),
+            };
+            let effects = self.service.handle(moment(self.started), event);
+            self.carry_out(effects);
+        }
+    }
+
+    fn remember(&mut self, answer: oneshot::Sender<Result<Outcome, ApiError>>) -> ReplyTo {
+        self.replies += 1;
+        let reply = ReplyTo(self.replies);
+        self.waiting.insert(reply, answer);
+        reply
+    }
+
+    fn carry_out(&mut self, effects: Vec<Effect>) {
+        for effect in effects {
+            match effect {
+                Effect::Reply(reply, result) => {
+                    if let Some(answer) = self.waiting.remove(&reply) {
+                        // Whoever asked may have stopped waiting.
+                        let _ = answer.send(result);
+                    }
+                }
+                Effect::Store(ticket, batch) => {
+                    let results = self.results.clone();
+                    let done = move |result: Result<(), StoreError>| {
+                        let back =
+                            result.map_or_else(Back::StoreFailed, |()| Back::Event(Event::Stored(ticket)));
+                        // The daemon may be ending.
+                        let _ = results.send(back);
+                    };
+                    self.writer.write(batch, Box::new(done));
+                }
+                Effect::Call(ticket, target, call) => {
+                    let (appliances, results) = (self.appliances.clone(), self.results.clone());
+                    tokio::spawn(async move {
+                        let result = appliances.call(&target, call).await;
+                        let _ = results.send(Back::Event(Event::Called(ticket, result)));
+                    });
+                }
+            }
+        }
+    }
+}
+
+fn moment(started: Instant) -> Moment {
+    let unix = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    Moment { at: started.elapsed(), unix }
+}

@@ -1,0 +1,86 @@
+//! The HTTP routes, as in the table of `xpm_protocol::api::allocator`.
+
+use xpm_control::client::Client;
+use xpm_control::server::routing::{delete, get, put};
+use xpm_control::server::{ApiError, Force, Json, Limits, NoContent, Path, Router, Server};
+use xpm_control::token::Token;
+use xpm_protocol::api::ErrorKind;
+use xpm_protocol::api::allocator::{Attach, Create, Heartbeat};
+use xpm_protocol::{ApplianceId, ClientId, Name};
+
+use crate::driver::Handle;
+use crate::service::{Outcome, Request};
+
+type Answered = Result<Json<Outcome>, ApiError>;
+type Done = Result<NoContent, ApiError>;
+
+/// The control interface, ready to be served.
+pub(crate) fn scaffold(handle: Handle, token: Option<Token>) -> Server {
+    Server::new(routes(handle), token, Limits::default())
+}
+
+fn routes(handle: Handle) -> Router {
+    let ask = move |request| {
+        let handle = handle.clone();
+        async move { handle.ask(request).await }
+    };
+    let [status, appliances, heard, forget] = std::array::from_fn(|_| ask.clone());
+    let [create, list, show, remove, attach, detach] = std::array::from_fn(|_| ask.clone());
+    Router::new()
+        .route("/v1/status", get(async move || answer(status(Request::Status).await)))
+        .route("/v1/appliances", get(async move || answer(appliances(Request::Appliances).await)))
+        .route(
+            "/v1/appliances/{id}",
+            put(async move |Path(id): Path<ApplianceId>, Json(beat): Json<Heartbeat>| {
+                answer(heard(checked(id, beat)?).await)
+            })
+            .delete(async move |Path(id): Path<ApplianceId>| {
+                done(forget(Request::ForgetAppliance(id)).await)
+            }),
+        )
+        .route(
+            "/v1/allocations",
+            get(async move || answer(list(Request::Allocations).await))
+                .post(async move |Json(body): Json<Create>| answer(create(Request::Create(body)).await)),
+        )
+        .route(
+            "/v1/allocations/{name}",
+            get(async move |Path(name): Path<Name>| answer(show(Request::Allocation(name)).await)).delete(
+                async move |Path(name): Path<Name>, Force(force): Force| {
+                    done(remove(Request::Delete { name, force }).await)
+                },
+            ),
+        )
+        .route(
+            "/v1/allocations/{name}/owner",
+            put(async move |Path(name): Path<Name>, Json(body): Json<Attach>| {
+                answer(attach(Request::Attach { name, attach: body }).await)
+            }),
+        )
+        .route(
+            "/v1/allocations/{name}/owner/{client}",
+            delete(async move |Path((name, client)): Path<(Name, ClientId)>| {
+                done(detach(Request::Detach { name, client }).await)
+            }),
+        )
+}
+
+/// A heartbeat as a request, if it fits its path and can be answered to.
+fn checked(id: ApplianceId, heartbeat: Heartbeat) -> Result<Request, ApiError> {
+    let invalid = |line: String| Err(ApiError(ErrorKind::Invalid, line));
+    if id != heartbeat.info.id {
+        return invalid(format!("the heartbeat of {} came for {id}", heartbeat.info.id));
+    }
+    if let Err(error) = Client::new(&heartbeat.info.control, None) {
+        return invalid(format!("the appliance cannot be called: {error}"));
+    }
+    Ok(Request::Heartbeat(Box::new(heartbeat)))
+}
+
+fn answer(result: Result<Outcome, ApiError>) -> Answered {
+    result.map(Json)
+}
+
+fn done(result: Result<Outcome, ApiError>) -> Done {
+    result.map(|_| NoContent)
+}

@@ -1,0 +1,468 @@
+//! The allocator's decisions: one owner of all state, events in, effects out.
+//!
+//! [`Service::handle`] takes an event and returns what is to be done outside: answers to give,
+//! changes to make durable, calls to appliances. It does no I/O, reads no clock and waits for
+//! nothing; the results of its effects come back as events. Each store or call that it asks for
+//! is answered by exactly one event, also when it failed. So every interleaving, time-out and
+//! crash can be played in a test, and nothing here ever waits for a network while holding state.
+//!
+//! The life of an allocation: `Creating` is recorded, regions are reserved, grants committed,
+//! `Ready` recorded ([`commit`]); each change of owner after the first raises the epoch
+//! ([`owner`]); `Deleting` or `Undoing` is recorded, grants are revoked, the record is removed
+//! ([`purge`]). What a restart finds half done is settled in [`reconcile`].
+
+mod check;
+mod commit;
+mod owner;
+mod purge;
+mod reconcile;
+mod view;
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::io;
+use std::time::Duration;
+
+use serde::Serialize;
+use xpm_control::server::ApiError;
+use xpm_protocol::api::ErrorKind;
+use xpm_protocol::api::allocator::{self as api, Attach, Create, Heartbeat, HeartbeatAnswer};
+use xpm_protocol::api::appliance as appliance_api;
+use xpm_protocol::{AllocationId, ApplianceId, ClientId, GrantId, GrantKey, Name, Span};
+
+use crate::inventory::Inventory;
+use crate::store::{AllocationRecord, ApplianceRecord, Batch, Change};
+
+/// Most requests that wait for one allocation while something is done to it.
+const QUEUE_MAX: usize = 32;
+/// Longest text of an owner that is for people only, in bytes.
+const TEXT_LEN_MAX: usize = 256;
+
+/// What the operator decides.
+#[derive(Debug, Clone, Copy)]
+pub struct Settings {
+    /// Time between heartbeats of an appliance.
+    pub interval: Duration,
+    /// How long appliances keep a reservation without a grant.
+    pub reserve_ttl: Duration,
+}
+
+/// When an event happens.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Moment {
+    /// Time since the service started, from a clock that never goes back.
+    pub at: Duration,
+    /// Seconds since 1970.
+    pub unix: u64,
+}
+
+/// Names the one who waits for an answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ReplyTo(pub u64);
+
+/// Names a store or a call whose result is awaited.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Ticket(u64);
+
+/// What happens to the service.
+#[derive(Debug)]
+pub enum Event {
+    /// Somebody asks.
+    Request(ReplyTo, Request),
+    /// The batch of this ticket is durable.
+    Stored(Ticket),
+    /// The call of this ticket ended.
+    Called(Ticket, Result<Answer, CallError>),
+    /// Time passed; to come about once a second.
+    Tick,
+}
+
+/// What can be asked, as in the table of `xpm_protocol::api::allocator`.
+#[derive(Debug, Clone)]
+#[allow(missing_docs)]
+pub enum Request {
+    Status,
+    Heartbeat(Box<Heartbeat>),
+    Appliances,
+    ForgetAppliance(ApplianceId),
+    Create(Create),
+    Allocations,
+    Allocation(Name),
+    Delete { name: Name, force: bool },
+    Attach { name: Name, attach: Attach },
+    Detach { name: Name, client: ClientId },
+}
+
+/// What is answered; as JSON just the content.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+#[allow(missing_docs)]
+pub enum Outcome {
+    Done,
+    Status(api::Status),
+    Heartbeat(HeartbeatAnswer),
+    Appliances(Vec<api::Appliance>),
+    Allocation(Box<api::Allocation>),
+    Allocations(Vec<api::Allocation>),
+    Map(Box<api::Map>),
+}
+
+/// What the service wants done.
+#[derive(Debug)]
+pub enum Effect {
+    /// Give this answer.
+    Reply(ReplyTo, Result<Outcome, ApiError>),
+    /// Make the batch durable, after all batches before it; then [`Event::Stored`].
+    Store(Ticket, Batch),
+    /// Call an appliance within a time limit; then [`Event::Called`].
+    Call(Ticket, Target, Call),
+}
+
+/// Which appliance to call.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Target {
+    /// The appliance.
+    pub appliance: ApplianceId,
+    /// Base URL of its control interface.
+    pub control: String,
+}
+
+/// A call to an appliance.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Call {
+    /// Ask what it has.
+    Status,
+    /// Reserve regions.
+    Reserve(appliance_api::Reserve),
+    /// Make reserved regions a grant, or raise the epoch of one.
+    Commit(GrantId, appliance_api::Commit),
+    /// Revoke the grant; the appliance need not have it.
+    Revoke(GrantId),
+    /// Revoke the grant and release every region that the appliance has for the allocation, until
+    /// it lists none: nothing that is still on its way can make a grant of them afterwards.
+    Purge(AllocationId, GrantId),
+}
+
+/// How an appliance answered a call.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Answer {
+    /// Done.
+    Done,
+    /// What it has.
+    Status(Box<appliance_api::Status>),
+    /// The regions that it reserved.
+    Regions(Vec<appliance_api::Region>),
+}
+
+/// Why a call brought no answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum CallError {
+    /// The appliance refused it and changed nothing.
+    Refused(ErrorKind, String),
+    /// Unreachable, too late or broken off: whether it was carried out may be unknown.
+    Failed(String),
+}
+
+/// Makes 32 random bytes fit for a key.
+pub type Dice = Box<dyn FnMut() -> io::Result<[u8; 32]> + Send>;
+
+/// The owner of the allocator's state.
+pub struct Service {
+    settings: Settings,
+    dice: Dice,
+    inventory: Inventory,
+    allocations: BTreeMap<AllocationId, Entry>,
+    /// The allocations that hold their names.
+    names: HashMap<Name, AllocationId>,
+    /// Creations that look at the appliances once more before they give up.
+    refreshes: HashMap<u64, commit::Refresh>,
+    awaited: HashMap<Ticket, Awaited>,
+    effects: Vec<Effect>,
+    now: Moment,
+    /// Count of events and tickets: one number line, so that "later" is "larger".
+    count: u64,
+}
+
+/// An allocation, and what is being done to it.
+struct Entry {
+    record: AllocationRecord,
+    work: Work,
+    /// Requests that wait for the work to end.
+    queue: VecDeque<(ReplyTo, Request)>,
+}
+
+/// At most one thing is done to an allocation at a time.
+enum Work {
+    Idle,
+    Storing,
+    Creating(commit::Creation),
+    Raising(owner::Raise),
+    Purging(purge::Purge),
+}
+
+/// What goes on when a store or a call has ended.
+enum Awaited {
+    /// The record is durable and takes effect.
+    Record(Box<AllocationRecord>, AfterStore),
+    RecordGone(AllocationId),
+    Appliance(Option<ReplyTo>, Outcome),
+    Reserved(AllocationId, usize),
+    Committed(AllocationId, usize),
+    Raised(AllocationId, usize),
+    Purged(AllocationId, usize),
+    Sampled {
+        refresh: u64,
+        appliance: ApplianceId,
+        asked: u64,
+    },
+}
+
+enum AfterStore {
+    Reserve,
+    Ready,
+    Undo(purge::Then),
+    Delete(ReplyTo),
+    Raise(owner::Raise),
+    Owned(ReplyTo),
+    Disowned(ReplyTo),
+}
+
+impl Service {
+    /// A service that remembers nothing yet; see [`Service::restore`].
+    pub fn new(settings: Settings, dice: Dice) -> Service {
+        Service {
+            settings,
+            dice,
+            inventory: Inventory::new(settings.interval),
+            allocations: BTreeMap::new(),
+            names: HashMap::new(),
+            refreshes: HashMap::new(),
+            awaited: HashMap::new(),
+            effects: Vec::new(),
+            now: Moment::default(),
+            count: 0,
+        }
+    }
+
+    /// Handles one event and returns what is to be done, in this order.
+    pub fn handle(&mut self, now: Moment, event: Event) -> Vec<Effect> {
+        self.now = now;
+        self.count += 1;
+        match event {
+            Event::Request(reply, request) => self.request(reply, request),
+            Event::Stored(ticket) => self.stored(ticket),
+            Event::Called(ticket, result) => self.called(ticket, result),
+            Event::Tick => {}
+        }
+        self.start_due_purges();
+        debug_assert_eq!(self.check(), Ok(()));
+        std::mem::take(&mut self.effects)
+    }
+
+    fn request(&mut self, reply: ReplyTo, request: Request) {
+        let answer = match request {
+            Request::Status => Ok(Outcome::Status(self.status())),
+            Request::Appliances => Ok(Outcome::Appliances(self.list_appliances())),
+            Request::Allocations => Ok(Outcome::Allocations(self.list_allocations())),
+            Request::Allocation(name) => self.show(&name).map(|shown| Outcome::Allocation(Box::new(shown))),
+            Request::Heartbeat(heartbeat) => return self.heartbeat(reply, *heartbeat),
+            Request::ForgetAppliance(id) => return self.forget_appliance(reply, id),
+            Request::Create(create) => return self.create(reply, create),
+            Request::Delete { ref name, .. }
+            | Request::Attach { ref name, .. }
+            | Request::Detach { ref name, .. } => {
+                let name = name.clone();
+                return self.change(reply, &name, request);
+            }
+        };
+        self.reply(reply, answer);
+    }
+
+    /// Changes an allocation, or waits until what is being done to it has ended.
+    fn change(&mut self, reply: ReplyTo, name: &Name, request: Request) {
+        let Some(&id) = self.names.get(name) else { return self.change_unnamed(reply, name, &request) };
+        let Some(entry) = self.allocations.get_mut(&id) else { return };
+        match entry.work {
+            Work::Idle => {}
+            Work::Creating(_) => {
+                return self.refuse(
+                    reply,
+                    ErrorKind::Conflict,
+                    format!("`{name}` is still being made; try again soon"),
+                );
+            }
+            _ if entry.queue.len() < QUEUE_MAX => return entry.queue.push_back((reply, request)),
+            _ => {
+                let line = format!("too many requests wait for `{name}`; try again soon");
+                return self.refuse(reply, ErrorKind::Unavailable, line);
+            }
+        }
+        match request {
+            Request::Delete { force, .. } => self.delete(reply, id, force),
+            Request::Attach { attach, .. } => self.attach(reply, id, attach),
+            Request::Detach { client, .. } => self.detach(reply, id, client),
+            _ => unreachable!("only requests that change an allocation come here"),
+        }
+    }
+
+    /// A deletion that was begun already is no error: the one who repeats it gets what they want.
+    fn change_unnamed(&mut self, reply: ReplyTo, name: &Name, request: &Request) {
+        let deleting = self
+            .allocations
+            .values()
+            .any(|entry| entry.record.name == *name && purge::is_deleting(&entry.record));
+        match request {
+            Request::Delete { .. } if deleting => self.reply(reply, Ok(Outcome::Done)),
+            _ => self.reply(reply, Err(view::unknown(name))),
+        }
+    }
+
+    fn heartbeat(&mut self, reply: ReplyTo, heartbeat: Heartbeat) {
+        let id = heartbeat.info.id;
+        let record = ApplianceRecord { info: heartbeat.info.clone(), status: heartbeat.status.clone() };
+        let heard = self.inventory.hear(self.now.at, self.count, heartbeat);
+        if heard.back {
+            tracing::info!("appliance {} ({id}) is up at {}", record.info.name, record.info.control);
+            self.hasten_purges(id);
+        }
+        let outcome = Outcome::Heartbeat(HeartbeatAnswer { interval: Span(self.settings.interval) });
+        match heard.changed {
+            true => {
+                let change = Change::Appliance(Box::new(record));
+                self.store(vec![change], Awaited::Appliance(Some(reply), outcome));
+            }
+            false => self.reply(reply, Ok(outcome)),
+        }
+    }
+
+    fn forget_appliance(&mut self, reply: ReplyTo, id: ApplianceId) {
+        if self.inventory.info(id).is_none() {
+            return self.refuse(reply, ErrorKind::NotFound, format!("no appliance has the id {id}"));
+        }
+        if let Some(line) = self.reason_to_keep(id) {
+            return self.refuse(reply, ErrorKind::InUse, line);
+        }
+        tracing::info!("appliance {} ({id}) is forgotten", self.inventory.name(id));
+        self.inventory.remove(id);
+        self.hasten_purges(id);
+        self.store(vec![Change::ApplianceGone(id)], Awaited::Appliance(Some(reply), Outcome::Done));
+    }
+
+    fn stored(&mut self, ticket: Ticket) {
+        match self.awaited.remove(&ticket) {
+            Some(Awaited::Record(record, after)) => self.record_stored(*record, after),
+            Some(Awaited::RecordGone(id)) => drop(self.allocations.remove(&id)),
+            Some(Awaited::Appliance(reply, outcome)) => {
+                if let Some(reply) = reply {
+                    self.reply(reply, Ok(outcome));
+                }
+            }
+            _ => unreachable!("a store is answered once, as a store"),
+        }
+    }
+
+    fn record_stored(&mut self, record: AllocationRecord, after: AfterStore) {
+        let id = record.id;
+        self.entry(id).record = record;
+        match after {
+            AfterStore::Reserve => self.reserve(id),
+            AfterStore::Ready => self.created(id),
+            AfterStore::Undo(then) => self.purge(id, then),
+            AfterStore::Delete(reply) => self.purge(id, purge::Then::Answer(reply, Ok(Outcome::Done))),
+            AfterStore::Raise(raise) => self.raise(id, raise),
+            AfterStore::Owned(reply) => self.owned(reply, id),
+            AfterStore::Disowned(reply) => {
+                self.reply(reply, Ok(Outcome::Done));
+                self.finish_work(id);
+            }
+        }
+    }
+
+    fn called(&mut self, ticket: Ticket, result: Result<Answer, CallError>) {
+        match self.awaited.remove(&ticket) {
+            Some(Awaited::Reserved(id, grant)) => self.reserved(id, grant, result),
+            Some(Awaited::Committed(id, grant)) => self.committed(id, grant, result),
+            Some(Awaited::Raised(id, grant)) => self.raised(id, grant, result),
+            Some(Awaited::Purged(id, grant)) => self.purged(id, grant, result),
+            Some(Awaited::Sampled { refresh, appliance, asked }) => {
+                self.sampled(refresh, appliance, asked, result);
+            }
+            _ => unreachable!("a call is answered once, as a call"),
+        }
+    }
+
+    /// The work is done; what waited for its end is looked at anew.
+    fn finish_work(&mut self, id: AllocationId) {
+        self.entry(id).work = Work::Idle;
+        self.release_queue(id);
+    }
+
+    fn release_queue(&mut self, id: AllocationId) {
+        for (reply, request) in std::mem::take(&mut self.entry(id).queue) {
+            self.request(reply, request);
+        }
+    }
+
+    fn entry(&mut self, id: AllocationId) -> &mut Entry {
+        self.allocations.get_mut(&id).expect("an allocation stays while something is done to it")
+    }
+
+    fn reply(&mut self, reply: ReplyTo, result: Result<Outcome, ApiError>) {
+        self.effects.push(Effect::Reply(reply, result));
+    }
+
+    fn refuse(&mut self, reply: ReplyTo, kind: ErrorKind, line: String) {
+        self.reply(reply, Err(ApiError(kind, line)));
+    }
+
+    fn store(&mut self, batch: Batch, awaited: Awaited) {
+        let ticket = self.ticket(awaited);
+        self.effects.push(Effect::Store(ticket, batch));
+    }
+
+    /// Stores the record, which takes effect once it is durable.
+    fn store_record(&mut self, record: AllocationRecord, after: AfterStore) {
+        let change = Change::Allocation(Box::new(record.clone()));
+        self.store(vec![change], Awaited::Record(Box::new(record), after));
+    }
+
+    fn call(&mut self, appliance: ApplianceId, control: String, call: Call, awaited: Awaited) {
+        let ticket = self.ticket(awaited);
+        self.effects.push(Effect::Call(ticket, Target { appliance, control }, call));
+    }
+
+    /// Where the appliance is called. Appliances with regions are never forgotten, and a URL that
+    /// does not work makes the call fail, which is handled.
+    fn control_of(&self, appliance: ApplianceId) -> String {
+        self.inventory.info(appliance).map(|info| info.control.clone()).unwrap_or_default()
+    }
+
+    fn ticket(&mut self, awaited: Awaited) -> Ticket {
+        self.count += 1;
+        let ticket = Ticket(self.count);
+        self.awaited.insert(ticket, awaited);
+        ticket
+    }
+
+    fn random_id(&mut self) -> Result<u128, ApiError> {
+        let bytes = self.random()?;
+        let mut half = [0; 16];
+        half.copy_from_slice(&bytes[..16]);
+        Ok(u128::from_ne_bytes(half))
+    }
+
+    fn random_key(&mut self) -> Result<GrantKey, ApiError> {
+        self.random().map(GrantKey::from_bytes)
+    }
+
+    fn random(&mut self) -> Result<[u8; 32], ApiError> {
+        (self.dice)().map_err(|error| ApiError(ErrorKind::Internal, error.to_string()))
+    }
+}
+
+impl std::fmt::Display for CallError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            CallError::Refused(_, line) | CallError::Failed(line) => f.write_str(line),
+        }
+    }
+}

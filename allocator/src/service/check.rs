@@ -1,0 +1,75 @@
+//! What holds after each event; checked in builds with debug assertions, so in every test.
+
+use std::collections::HashSet;
+
+use super::{Entry, Service, Work};
+use crate::store::record::Phase;
+
+impl Service {
+    pub(super) fn check(&self) -> Result<(), String> {
+        self.check_names()?;
+        self.check_works()?;
+        self.check_regions()
+    }
+
+    /// A name belongs to one allocation, and every one that is whole or being made has its own.
+    fn check_names(&self) -> Result<(), String> {
+        for (name, id) in &self.names {
+            match self.allocations.get(id) {
+                Some(entry) if entry.record.name == *name => {}
+                _ => {
+                    return Err(format!("`{name}` belongs to {id}, which is not there or named differently"));
+                }
+            }
+        }
+        for (id, Entry { record, .. }) in &self.allocations {
+            if record.holds_name() && self.names.get(&record.name) != Some(id) {
+                return Err(format!("{id} has lost its name {}", record.name));
+            }
+        }
+        Ok(())
+    }
+
+    /// What is done to an allocation fits how far it is, and nothing waits for nothing.
+    fn check_works(&self) -> Result<(), String> {
+        for (id, Entry { record, work, queue }) in &self.allocations {
+            let fits = match (record.phase, work) {
+                (Phase::Creating, work) => matches!(work, Work::Creating(_)),
+                (Phase::Ready, work) => !matches!(work, Work::Creating(_) | Work::Purging(_)),
+                (Phase::Deleting | Phase::Undoing, work) => matches!(work, Work::Purging(_)),
+            };
+            if !fits {
+                return Err(format!("{id} is {:?} while something else is done to it", record.phase));
+            }
+            if matches!(work, Work::Idle) && !queue.is_empty() {
+                return Err(format!("requests wait for {id}, which is idle"));
+            }
+        }
+        Ok(())
+    }
+
+    /// A whole allocation holds its size in whole rows, and no region is in two allocations.
+    fn check_regions(&self) -> Result<(), String> {
+        let mut seen = HashSet::new();
+        for (id, Entry { record, .. }) in
+            self.allocations.iter().filter(|(_, entry)| entry.record.phase == Phase::Ready)
+        {
+            let columns = record.layout.columns() as usize;
+            let room = record.slots.len() as u64 * record.region_len;
+            if record.slots.len() % columns != 0 || room < record.size {
+                return Err(format!("{id} has {} regions for {} bytes", record.slots.len(), record.size));
+            }
+            if record.grants.iter().any(|grant| grant.regions.len() != grant.count as usize) {
+                return Err(format!("{id} has a grant without its regions"));
+            }
+            let mut regions = record
+                .grants
+                .iter()
+                .flat_map(|grant| grant.regions.iter().map(|one| (grant.appliance, *one)));
+            if let Some((_, region)) = regions.find(|region| !seen.insert(*region)) {
+                return Err(format!("region {region} of {id} is in another allocation too"));
+            }
+        }
+        Ok(())
+    }
+}

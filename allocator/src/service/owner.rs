@@ -1,0 +1,205 @@
+//! Who uses an allocation.
+//!
+//! The first owner gets the keys that the grants were made with. Every later change of owner
+//! raises the epoch, with new keys, at every appliance before the new owner gets the map: a late
+//! write of the one before cannot land. The next epoch and its keys are durable before the first
+//! appliance hears of them and stay the same until all have them, so that a change which broke off
+//! (an appliance away, the allocator killed) is simply repeated, whoever asks next.
+
+use xpm_control::server::ApiError;
+use xpm_protocol::api::ErrorKind;
+use xpm_protocol::api::allocator::{Attach, Grant, Map, Owner};
+use xpm_protocol::api::appliance::Commit;
+use xpm_protocol::{AllocationId, ByteSize, ClientId};
+
+use super::{
+    AfterStore, Answer, Awaited, Call, CallError, Entry, Outcome, ReplyTo, Service, TEXT_LEN_MAX, Work,
+};
+use crate::store::record::{AllocationRecord, NextEpoch};
+
+/// A change of owner that the appliances are told about.
+#[derive(Debug)]
+pub(super) struct Raise {
+    reply: ReplyTo,
+    owner: Owner,
+    open: usize,
+    failures: Vec<String>,
+}
+
+impl Service {
+    pub(super) fn attach(&mut self, reply: ReplyTo, id: AllocationId, attach: Attach) {
+        let unix = self.now.unix;
+        let record = &self.entry(id).record;
+        if let Err(error) = check(record, &attach) {
+            return self.reply(reply, Err(error));
+        }
+        let same = record.owner.as_ref().filter(|owner| owner.client == attach.client);
+        let since = same.map(|owner| owner.since).unwrap_or(unix);
+        let owner =
+            Owner { client: attach.client, host_name: attach.host_name, purpose: attach.purpose, since };
+        let record = &self.entry(id).record;
+        let settled = record.next.is_none();
+        if settled && record.owner.as_ref() == Some(&owner) {
+            self.owned(reply, id);
+        } else if settled
+            && (!record.revealed || record.owner.as_ref().is_some_and(|of| of.client == owner.client))
+        {
+            self.record_owner(reply, id, owner);
+        } else {
+            self.begin_raise(reply, id, owner);
+        }
+    }
+
+    fn record_owner(&mut self, reply: ReplyTo, id: AllocationId, owner: Owner) {
+        let mut record = self.entry(id).record.clone();
+        record.owner = Some(owner);
+        record.revealed = true;
+        self.entry(id).work = Work::Storing;
+        self.store_record(record, AfterStore::Owned(reply));
+    }
+
+    /// Records the next epoch, unless one is recorded already whose keys nobody was given.
+    fn begin_raise(&mut self, reply: ReplyTo, id: AllocationId, owner: Owner) {
+        let mut record = self.entry(id).record.clone();
+        let raise = Raise { reply, owner, open: 0, failures: Vec::new() };
+        if record.next.is_some() {
+            return self.raise(id, raise);
+        }
+        let keys = record.grants.iter().map(|_| self.random_key()).collect();
+        match keys {
+            Ok(keys) => record.next = Some(NextEpoch { epoch: record.epoch.next(), keys }),
+            Err(error) => return self.reply(reply, Err(error)),
+        }
+        self.entry(id).work = Work::Storing;
+        self.store_record(record, AfterStore::Raise(raise));
+    }
+
+    pub(super) fn raise(&mut self, id: AllocationId, mut raise: Raise) {
+        let calls = raise_calls(&self.entry(id).record);
+        raise.open = calls.len();
+        self.entry(id).work = Work::Raising(raise);
+        for (index, (appliance, call)) in calls.into_iter().enumerate() {
+            let control = self.control_of(appliance);
+            self.call(appliance, control, call, Awaited::Raised(id, index));
+        }
+    }
+
+    pub(super) fn raised(&mut self, id: AllocationId, grant: usize, result: Result<Answer, CallError>) {
+        let appliance = self.entry(id).record.grants[grant].appliance;
+        let name = self.inventory.name(appliance);
+        let Entry { record, work: Work::Raising(raise), .. } = self.entry(id) else { return };
+        raise.open -= 1;
+        if let Err(error) = result {
+            raise.failures.push(format!("appliance {name}: {error}"));
+        }
+        if raise.open > 0 {
+            return;
+        }
+        let (reply, owner) = (raise.reply, raise.owner.clone());
+        if raise.failures.is_empty() {
+            let record = raised_record(record.clone(), owner);
+            self.entry(id).work = Work::Storing;
+            return self.store_record(record, AfterStore::Owned(reply));
+        }
+        let line = format!(
+            "the owner of `{}` cannot be changed until every appliance of it agrees: {}; bring it back and try again, or delete \
+             the allocation",
+            record.name,
+            raise.failures.join("; ")
+        );
+        self.refuse(reply, ErrorKind::Unavailable, line);
+        self.finish_work(id);
+    }
+
+    pub(super) fn owned(&mut self, reply: ReplyTo, id: AllocationId) {
+        let map = self.map(id);
+        self.reply(reply, map.map(|map| Outcome::Map(Box::new(map))));
+        self.finish_work(id);
+    }
+
+    /// Ends an ownership. Who is not the owner, or not any more, has what they want already.
+    pub(super) fn detach(&mut self, reply: ReplyTo, id: AllocationId, client: ClientId) {
+        let mut record = self.entry(id).record.clone();
+        if record.owner.as_ref().is_none_or(|owner| owner.client != client) {
+            return self.reply(reply, Ok(Outcome::Done));
+        }
+        record.owner = None;
+        self.entry(id).work = Work::Storing;
+        self.store_record(record, AfterStore::Disowned(reply));
+    }
+
+    fn map(&mut self, id: AllocationId) -> Result<Map, ApiError> {
+        let record = self.entry(id).record.clone();
+        let mut grants = Vec::with_capacity(record.grants.len());
+        for grant in &record.grants {
+            let info = self.inventory.info(grant.appliance).ok_or_else(|| {
+                ApiError(
+                    ErrorKind::Internal,
+                    format!("appliance {} of `{}` is unknown", grant.appliance, record.name),
+                )
+            })?;
+            grants.push(Grant {
+                id: grant.id,
+                appliance: grant.appliance,
+                appliance_name: info.name.clone(),
+                endpoints: info.endpoints.clone(),
+                key: grant.key.clone(),
+                regions: grant.count,
+            });
+        }
+        Ok(Map {
+            name: record.name,
+            id,
+            epoch: record.epoch,
+            size: ByteSize(record.size),
+            layout: record.layout,
+            region_len: ByteSize(record.region_len),
+            grants,
+            regions: record.slots,
+        })
+    }
+}
+
+fn check(record: &AllocationRecord, attach: &Attach) -> Result<(), ApiError> {
+    if attach.host_name.len() > TEXT_LEN_MAX || attach.purpose.len() > TEXT_LEN_MAX {
+        let line = format!("a host name and a purpose are at most {TEXT_LEN_MAX} bytes long");
+        return Err(ApiError(ErrorKind::Invalid, line));
+    }
+    match &record.owner {
+        Some(owner) if owner.client != attach.client && !attach.force => {
+            let line = format!(
+                "`{}` is in use by {} as {} (client {}): detach it there first, or take it with force, which cuts that client off",
+                record.name, owner.host_name, owner.purpose, owner.client
+            );
+            Err(ApiError(ErrorKind::InUse, line))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn raise_calls(record: &AllocationRecord) -> Vec<(xpm_protocol::ApplianceId, Call)> {
+    let next = record.next.as_ref().expect("an epoch is recorded before it is raised");
+    let call = |(grant, key): (&crate::store::record::GrantRecord, &xpm_protocol::GrantKey)| {
+        let commit = Commit {
+            allocation: record.id,
+            name: record.name.clone(),
+            epoch: next.epoch,
+            key: key.clone(),
+            regions: grant.regions.clone(),
+        };
+        (grant.appliance, Call::Commit(grant.id, commit))
+    };
+    record.grants.iter().zip(&next.keys).map(call).collect()
+}
+
+fn raised_record(mut record: AllocationRecord, owner: Owner) -> AllocationRecord {
+    if let Some(next) = record.next.take() {
+        record.epoch = next.epoch;
+        for (grant, key) in record.grants.iter_mut().zip(next.keys) {
+            grant.key = key;
+        }
+    }
+    record.owner = Some(owner);
+    record.revealed = true;
+    record
+}

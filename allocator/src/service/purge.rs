@@ -1,0 +1,191 @@
+//! Giving memory back: the end of a deletion, and the undoing of what was not finished.
+//!
+//! `Deleting` or `Undoing` is durable before the first call, and the record goes only when every
+//! appliance has confirmed. One that does not answer is called again, first after a second, later
+//! less often, and at once when it is heard again. The user waits for the first round only. An
+//! appliance that the operator made the allocator forget needs no call: its memory is gone.
+
+use std::time::Duration;
+
+use xpm_control::server::ApiError;
+use xpm_protocol::api::ErrorKind;
+use xpm_protocol::{AllocationId, ApplianceId};
+
+use super::commit::Wish;
+use super::{AfterStore, Answer, Awaited, Call, CallError, Outcome, ReplyTo, Service, Work};
+use crate::store::Change;
+use crate::store::record::{AllocationRecord, Phase};
+
+/// Pause before the second call to an appliance that did not answer; it doubles each time.
+const PAUSE_MIN: Duration = Duration::from_secs(1);
+/// Longest pause.
+const PAUSE_MAX: Duration = Duration::from_secs(60);
+
+/// What follows the first round.
+#[derive(Debug)]
+pub(super) enum Then {
+    /// Nobody waits.
+    Nothing,
+    /// Give this answer.
+    Answer(ReplyTo, Result<Outcome, ApiError>),
+    /// Try the allocation again; the error says why the first attempt failed.
+    TryAgain(Box<Wish>, ApiError),
+}
+
+/// How far the giving back is.
+#[derive(Debug)]
+pub(super) struct Purge {
+    then: Then,
+    /// By grant.
+    grants: Vec<State>,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum State {
+    Open { failures: u32 },
+    Done,
+    Again { at: Duration, failures: u32 },
+}
+
+/// Whether the allocation is gone for its user.
+pub(super) fn is_deleting(record: &AllocationRecord) -> bool {
+    record.phase == Phase::Deleting
+}
+
+impl Service {
+    pub(super) fn delete(&mut self, reply: ReplyTo, id: AllocationId, force: bool) {
+        let record = &self.entry(id).record;
+        if let Some(owner) = record.owner.as_ref().filter(|_| !force) {
+            let line = format!(
+                "`{}` is in use by {} as {} (client {}): detach it there first, or delete it with force, which destroys what is \
+                 in it",
+                record.name, owner.host_name, owner.purpose, owner.client
+            );
+            return self.refuse(reply, ErrorKind::InUse, line);
+        }
+        let mut record = record.clone();
+        record.phase = Phase::Deleting;
+        record.owner = None;
+        self.entry(id).work = Work::Storing;
+        self.store_record(record, AfterStore::Delete(reply));
+    }
+
+    /// Begins to give everything back. The name is free from now on, unless it is needed again.
+    pub(super) fn purge(&mut self, id: AllocationId, then: Then) {
+        let record = &self.entry(id).record;
+        let (name, grants) = (record.name.clone(), record.grants.len());
+        tracing::info!("allocation {name} ({id}) is given back");
+        if !matches!(then, Then::TryAgain(..)) {
+            self.free_name(id);
+        }
+        self.entry(id).work =
+            Work::Purging(Purge { then, grants: vec![State::Open { failures: 0 }; grants] });
+        (0..grants).for_each(|grant| self.purge_grant(id, grant));
+        self.purge_progressed(id);
+        // What waited for the allocation now finds it gone.
+        if self.allocations.contains_key(&id) {
+            self.release_queue(id);
+        }
+    }
+
+    fn free_name(&mut self, id: AllocationId) {
+        let name = self.entry(id).record.name.clone();
+        if self.names.get(&name) == Some(&id) {
+            self.names.remove(&name);
+        }
+    }
+
+    fn purge_grant(&mut self, id: AllocationId, grant: usize) {
+        let record = &self.entry(id).record;
+        let (appliance, grant_id) = (record.grants[grant].appliance, record.grants[grant].id);
+        let call = match record.phase {
+            Phase::Undoing => Call::Purge(id, grant_id),
+            _ => Call::Revoke(grant_id),
+        };
+        match self.inventory.info(appliance).map(|info| info.control.clone()) {
+            Some(control) => self.call(appliance, control, call, Awaited::Purged(id, grant)),
+            None => *self.purge_state(id, grant) = State::Done,
+        }
+    }
+
+    pub(super) fn purged(&mut self, id: AllocationId, grant: usize, result: Result<Answer, CallError>) {
+        let (now, appliance) = (self.now.at, self.entry(id).record.grants[grant].appliance);
+        let State::Open { failures } = *self.purge_state(id, grant) else { return };
+        let gone = self.inventory.info(appliance).is_none();
+        *self.purge_state(id, grant) = match result {
+            Err(error) if !gone => {
+                let name = self.inventory.name(appliance);
+                tracing::warn!("appliance {name} has not given back allocation {id} yet: {error}");
+                let pause = PAUSE_MIN.saturating_mul(1 << failures.min(10)).min(PAUSE_MAX);
+                State::Again { at: now + pause, failures: failures + 1 }
+            }
+            _ => {
+                self.inventory.forget(id, appliance);
+                State::Done
+            }
+        };
+        self.purge_progressed(id);
+    }
+
+    fn purge_progressed(&mut self, id: AllocationId) {
+        let Work::Purging(purge) = &mut self.entry(id).work else { return };
+        let first_round = purge.grants.iter().any(|state| matches!(state, State::Open { failures: 0 }));
+        let all = purge.grants.iter().all(|state| matches!(state, State::Done));
+        if first_round {
+            return;
+        }
+        let then = std::mem::replace(&mut purge.then, Then::Nothing);
+        self.free_name(id);
+        match then {
+            Then::Nothing => {}
+            Then::Answer(reply, result) => self.reply(reply, result),
+            Then::TryAgain(wish, first) => self.try_again(*wish, &first),
+        }
+        if all {
+            self.store(vec![Change::AllocationGone(id)], Awaited::RecordGone(id));
+        }
+    }
+
+    fn purge_state(&mut self, id: AllocationId, grant: usize) -> &mut State {
+        match &mut self.entry(id).work {
+            Work::Purging(purge) => &mut purge.grants[grant],
+            _ => unreachable!("nothing interrupts a purge"),
+        }
+    }
+
+    /// Calls again where the pause is over.
+    pub(super) fn start_due_purges(&mut self) {
+        let now = self.now.at;
+        for (id, grant, failures) in self.purges_waiting(|at, _| at <= now) {
+            *self.purge_state(id, grant) = State::Open { failures };
+            self.purge_grant(id, grant);
+            self.purge_progressed(id);
+        }
+    }
+
+    /// The appliance is there again, or gone for good: no pause is needed.
+    pub(super) fn hasten_purges(&mut self, appliance: ApplianceId) {
+        let now = self.now.at;
+        for (id, grant, failures) in self.purges_waiting(|_, of| of == appliance) {
+            *self.purge_state(id, grant) = State::Again { at: now, failures };
+        }
+    }
+
+    fn purges_waiting(
+        &self,
+        wanted: impl Fn(Duration, ApplianceId) -> bool,
+    ) -> Vec<(AllocationId, usize, u32)> {
+        let mut found = Vec::new();
+        for (id, entry) in &self.allocations {
+            let Work::Purging(purge) = &entry.work else { continue };
+            for (index, (state, grant)) in purge.grants.iter().zip(&entry.record.grants).enumerate() {
+                if let State::Again { at, failures } = *state
+                    && wanted(at, grant.appliance)
+                {
+                    found.push((*id, index, failures));
+                }
+            }
+        }
+        found
+    }
+}

@@ -1,0 +1,46 @@
+//! What a start finds half done.
+//!
+//! - `Creating`: nobody was told that it is there, so it is undone.
+//! - `Deleting`, `Undoing`: going on where it was.
+//! - `Ready` with a next epoch: it stays; the next attach finishes the change of owner.
+//!
+//! Reservations need no care: an appliance drops them by itself when their time is over.
+
+use std::collections::VecDeque;
+
+use super::purge::Then;
+use super::{Effect, Entry, Moment, Service, Work};
+use crate::store::Loaded;
+use crate::store::record::{AllocationRecord, Phase};
+
+impl Service {
+    /// Takes what was remembered; to be called once, before any event.
+    pub fn restore(&mut self, now: Moment, loaded: Loaded) -> Vec<Effect> {
+        self.now = now;
+        for appliance in loaded.appliances {
+            self.inventory.restore(appliance);
+        }
+        for record in loaded.allocations {
+            self.restore_allocation(record);
+        }
+        debug_assert_eq!(self.check(), Ok(()));
+        std::mem::take(&mut self.effects)
+    }
+
+    fn restore_allocation(&mut self, mut record: AllocationRecord) {
+        let id = record.id;
+        if record.phase == Phase::Creating {
+            // The stored record may say `Creating` until it goes: each start would undo it again.
+            tracing::info!("allocation {} ({id}) was not finished: it is undone", record.name);
+            record.phase = Phase::Undoing;
+        }
+        let ready = record.phase == Phase::Ready;
+        if ready {
+            self.names.insert(record.name.clone(), id);
+        }
+        self.allocations.insert(id, Entry { record, work: Work::Idle, queue: VecDeque::new() });
+        if !ready {
+            self.purge(id, Then::Nothing);
+        }
+    }
+}

@@ -1,0 +1,113 @@
+//! What is shown of the state.
+
+use std::collections::HashMap;
+
+use xpm_control::server::ApiError;
+use xpm_protocol::api::ErrorKind;
+use xpm_protocol::api::allocator::{
+    Allocation, AllocationState, Appliance, ApplianceState, RegionPlace, Status,
+};
+use xpm_protocol::{AllocationId, ApplianceId, ByteSize, Name, RegionId, Span};
+
+use super::{Entry, Service, Work};
+use crate::inventory::whole_millis;
+use crate::store::record::{AllocationRecord, Phase};
+
+/// The refusal of a name that nothing has.
+pub(super) fn unknown(name: &Name) -> ApiError {
+    ApiError(
+        ErrorKind::NotFound,
+        format!("no allocation is named `{name}`: `xpm alloc list` shows those that are"),
+    )
+}
+
+impl Service {
+    pub(super) fn status(&self) -> Status {
+        let appliances = self.list_appliances();
+        let up: Vec<&Appliance> = appliances.iter().filter(|one| one.state == ApplianceState::Up).collect();
+        let free =
+            self.inventory.snapshot(self.now.at, &[]).iter().filter(|one| one.up).map(|one| one.free).sum();
+        Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            uptime: Span(whole_millis(self.now.at)),
+            appliances_up: up.len() as u64,
+            appliances_silent: (appliances.len() - up.len()) as u64,
+            allocations: self.allocations.len() as u64,
+            capacity: ByteSize(up.iter().map(|one| one.status.capacity.0).sum()),
+            free: ByteSize(free),
+        }
+    }
+
+    pub(super) fn list_appliances(&self) -> Vec<Appliance> {
+        let mut regions: HashMap<ApplianceId, u64> = HashMap::new();
+        for grant in self.allocations.values().flat_map(|entry| &entry.record.grants) {
+            *regions.entry(grant.appliance).or_default() += u64::from(grant.count);
+        }
+        self.inventory.list(self.now.at, &regions)
+    }
+
+    pub(super) fn list_allocations(&self) -> Vec<Allocation> {
+        let mut list: Vec<Allocation> = self.allocations.keys().map(|&id| self.view(id)).collect();
+        list.sort_by(|a, b| (&a.name, a.created, a.id).cmp(&(&b.name, b.created, b.id)));
+        list
+    }
+
+    /// The allocation that has the name, or else one that had it and is not gone yet.
+    pub(super) fn show(&self, name: &Name) -> Result<Allocation, ApiError> {
+        let gone = || {
+            self.allocations.values().find(|entry| entry.record.name == *name).map(|entry| entry.record.id)
+        };
+        let id = self.names.get(name).copied().or_else(gone).ok_or_else(|| unknown(name))?;
+        Ok(self.view(id))
+    }
+
+    pub(super) fn view(&self, id: AllocationId) -> Allocation {
+        let Entry { record, work, .. } = &self.allocations[&id];
+        let state = match (record.phase, work) {
+            (Phase::Creating, _) => AllocationState::Creating,
+            (Phase::Deleting | Phase::Undoing, _) | (_, Work::Purging(_)) => AllocationState::Deleting,
+            (Phase::Ready, _) => AllocationState::Ready,
+        };
+        Allocation {
+            name: record.name.clone(),
+            id,
+            size: ByteSize(record.size),
+            layout: record.layout,
+            region_len: ByteSize(record.region_len),
+            epoch: record.epoch,
+            state,
+            owner: record.owner.clone(),
+            regions: self.places(record),
+            created: record.created,
+        }
+    }
+
+    fn places(&self, record: &AllocationRecord) -> Vec<RegionPlace> {
+        let place = |slot: &xpm_protocol::api::allocator::RegionSlot| {
+            let grant = &record.grants[slot.grant as usize];
+            let region: RegionId = *grant.regions.get(slot.slot as usize)?;
+            let appliance_name = match self.inventory.info(grant.appliance) {
+                Some(info) => info.name.clone(),
+                // An id is always a name as well.
+                None => grant.appliance.to_string().parse().ok()?,
+            };
+            Some(RegionPlace { region, appliance: grant.appliance, appliance_name })
+        };
+        record.slots.iter().filter_map(place).collect()
+    }
+
+    /// Why an appliance cannot be forgotten: an allocation has memory on it, or it is up and still
+    /// has something to give back.
+    pub(super) fn reason_to_keep(&self, id: ApplianceId) -> Option<String> {
+        let up = self.inventory.state(id, self.now.at) == Some(ApplianceState::Up);
+        let on_it = |entry: &&Entry| entry.record.grant_on(id).is_some() && (entry.record.holds_name() || up);
+        let record = &self.allocations.values().find(on_it)?.record;
+        let name = self.inventory.name(id);
+        Some(match record.holds_name() {
+            true => {
+                format!("appliance {name} has regions of allocation `{}`: delete that one first", record.name)
+            }
+            false => format!("appliance {name} is giving back `{}`: try again soon", record.name),
+        })
+    }
+}
