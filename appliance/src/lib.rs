@@ -1,1 +1,20 @@
-//! stub
+//! The memory appliance: lends this machine's memory.
+//!
+//! * [`arena`] is the memory: where regions come from, and how they are cleared.
+//! * [`ledger`] keeps the books, [`regions`] puts memory and threads behind them.
+//! * [`serve`] gives grants to clients.
+//! * [`control`] takes orders over HTTP, [`register`] tells the allocator.
+//! * [`config`] and [`daemon`] are the program.
+
+pub mod arena;
+pub mod config;
+pub mod control;
+pub mod daemon;
+pub mod host;
+mod lease;
+pub mod ledger;
+pub mod regions;
+pub mod register;
+pub mod serve;
+pub mod state;
+mod sweeper;

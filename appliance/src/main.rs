@@ -1,2 +1,19 @@
-//! stub
-fn main() {}
+//! The program `xpm-appliance`.
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+use xpm_appliance::config::Cli;
+use xpm_appliance::daemon;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    xpm_control::log::init();
+    match cli.settle().and_then(daemon::run) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xpm-appliance: {}", xpm_control::error_line(error.as_ref()));
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,260 @@
+//! The memory that is lent: where regions come from, and how they are made ready.
+//!
+//! A region is *made* (a descriptor and a mapping, all zeros), then *faulted in* (each page is
+//! there and locked, so that no I/O ever waits for the host's memory management), and when it is
+//! deleted *cleared*, after which it may be lent again.
+
+mod carve;
+mod file;
+mod memory;
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::Instant;
+
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use rustix::io::Errno;
+use xpm_protocol::api::appliance::Medium;
+use xpm_protocol::units::ByteSize;
+
+use self::file::BackingFile;
+pub use self::memory::Memory;
+use self::memory::{Place, Way};
+use crate::host::MemInfo;
+
+/// What is left of the host's available memory, in bytes, however much is asked for: below it, the
+/// kernel would rather kill processes than let the region be filled.
+const HOST_MARGIN: u64 = 64 << 20;
+
+/// What lent memory lies on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Backing {
+    /// A sealed memfd of base pages for each region.
+    Memfd,
+    /// A sealed memfd of huge pages for each region.
+    HugeMemfd,
+    /// One file or DAX device, carved into regions.
+    File(PathBuf),
+}
+
+/// Why there is no memory for a region, or none at all.
+#[derive(Debug, thiserror::Error)]
+pub enum ArenaError {
+    /// The kernel refused a step.
+    #[error("cannot {step} for {len} of memory", len = ByteSize(*.len))]
+    Kernel {
+        /// What was tried.
+        step: &'static str,
+        /// How much it was for, in bytes.
+        len: u64,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The host has too little memory left.
+    #[error(
+        "this host has only {} of memory available, and {} is asked for: free some, or lower --memory",
+        ByteSize(*.available), ByteSize(*.asked)
+    )]
+    Host {
+        /// What the host has, in bytes.
+        available: u64,
+        /// What is asked for, in bytes.
+        asked: u64,
+    },
+    /// The host has too few free huge pages.
+    #[error(
+        "this host has {} of free huge pages, and {} is asked for: raise vm.nr_hugepages to {pages} or more, or leave \
+         out --huge", ByteSize(*.free), ByteSize(*.asked)
+    )]
+    HugePages {
+        /// Free huge pages, in bytes.
+        free: u64,
+        /// What is asked for, in bytes.
+        asked: u64,
+        /// Huge pages that would do.
+        pages: u64,
+    },
+    /// The backing file cannot be used.
+    #[error("cannot use {path} as backing: {reason}")]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, and what to do instead.
+        reason: String,
+    },
+    /// The backing file has no run of free bytes that is long enough.
+    #[error(
+        "no {} of the backing file are free in one piece; use regions of one size, or smaller ones",
+        ByteSize(*.0)
+    )]
+    Fragmented(u64),
+}
+
+enum Kind {
+    Memfd,
+    Huge,
+    File(Arc<BackingFile>),
+}
+
+/// Makes the memory of regions. It does not count what it has made: the ledger of regions does.
+pub struct Arena {
+    kind: Kind,
+    lock: AtomicBool,
+}
+
+impl Arena {
+    /// Looks whether `capacity` bytes can be had, and opens the backing file if there is one.
+    /// Without `lock`, regions are faulted in but may be swapped out by the host.
+    ///
+    /// # Errors
+    /// When this host cannot give that much.
+    pub fn new(backing: &Backing, capacity: u64, lock: bool) -> Result<Arena, ArenaError> {
+        let kind = match backing {
+            Backing::Memfd => {
+                check_host(capacity, 0)?;
+                Kind::Memfd
+            }
+            Backing::HugeMemfd => {
+                check_huge(capacity)?;
+                Kind::Huge
+            }
+            Backing::File(path) => Kind::File(Arc::new(BackingFile::open(path, capacity)?)),
+        };
+        Ok(Arena { kind, lock: AtomicBool::new(lock) })
+    }
+
+    /// What the memory lies on, for the allocator.
+    pub fn medium(&self) -> Medium {
+        match self.kind {
+            Kind::Memfd => Medium::Memory,
+            Kind::Huge => Medium::HugePages,
+            Kind::File(_) => Medium::File,
+        }
+    }
+
+    /// Whether a region's descriptor may be passed to another process. The descriptor of a backing
+    /// file would give it the regions of all others too.
+    pub fn is_shareable(&self) -> bool {
+        !matches!(self.kind, Kind::File(_))
+    }
+
+    /// Makes a region of `len` bytes, all zeros, not faulted in yet.
+    ///
+    /// # Errors
+    /// When the host has no memory, address space or descriptor left for it.
+    pub fn make(&self, len: u64) -> Result<Memory, ArenaError> {
+        match &self.kind {
+            Kind::Memfd => {
+                check_host(len, HOST_MARGIN)?;
+                make_memfd(len, MemfdFlags::empty(), Way::Punch)
+            }
+            Kind::Huge => make_memfd(len, MemfdFlags::HUGETLB, Way::Overwrite).map_err(|error| {
+                // The mapping reserves its huge pages; ENOMEM says that too few are left.
+                check_huge(len).err().unwrap_or(error)
+            }),
+            Kind::File(file) => {
+                let (start, kept) = file.take(len)?;
+                let memory = Memory::map(file.fd(), Place { start, len }, Way::File, Some(kept))
+                    .map_err(|error| kernel("map a part of the backing file", len, error))?;
+                memory.clear();
+                Ok(memory)
+            }
+        }
+    }
+
+    /// Moves a region's content to new memory, a piece at a time, so that hardly more memory is held
+    /// meanwhile; the old one is all zeros afterwards. Blocks for about a second for each GiB.
+    ///
+    /// # Errors
+    /// When there is no new memory; then nothing was moved.
+    pub fn relocate(&self, old: &Memory) -> Result<Memory, ArenaError> {
+        let new = match self.kind {
+            // It takes what the old one gives, so it is not asked whether the host has as much again.
+            Kind::Memfd => make_memfd(old.len(), MemfdFlags::empty(), Way::Punch)?,
+            Kind::Huge | Kind::File(_) => self.make(old.len())?,
+        };
+        old.move_to(&new);
+        Ok(new)
+    }
+
+    /// Faults the region in and locks it, in steps, until it is done (true) or `until` has passed
+    /// (false; the next call goes on). Its content does not change. Blocks for about a second for
+    /// each GiB.
+    ///
+    /// # Errors
+    /// When the host has no memory left for it.
+    pub fn fault_in(&self, memory: &Memory, until: Option<Instant>) -> Result<bool, ArenaError> {
+        let done = memory
+            .fault_in(until)
+            .map_err(|error| kernel("fault in the pages of a region", memory.len(), error))?;
+        if done && self.lock.load(Relaxed) {
+            self.lock(memory);
+        }
+        Ok(done)
+    }
+
+    /// Warns once if the kernel does not allow it: memory that is swapped out is slow, not lost.
+    fn lock(&self, memory: &Memory) {
+        match memory.lock() {
+            Ok(()) => {}
+            Err(error) if self.lock.swap(false, Relaxed) => tracing::warn!(
+                "lent memory is NOT LOCKED ({error}): this host may swap it out, and then its users wait for this \
+                 host's disk; raise the limit (LimitMEMLOCK=infinity, ulimit -l unlimited), or accept it with --no-lock"
+            ),
+            Err(_) => {}
+        }
+    }
+}
+
+fn make_memfd(len: u64, kind: MemfdFlags, way: Way) -> Result<Memory, ArenaError> {
+    let fd = open_memfd(kind).map_err(|error| kernel("make a memfd", len, error))?;
+    ftruncate(&fd, len).map_err(|error| kernel("set the size of a memfd", len, error))?;
+    // Sealed, so that no process that it is passed to can make this one fault (SIGBUS) by
+    // truncating it.
+    fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
+        .map_err(|error| kernel("seal a memfd", len, error))?;
+    Memory::map(Arc::new(fd), Place { start: 0, len }, way, None)
+        .map_err(|error| kernel("map a memfd", len, error))
+}
+
+fn open_memfd(kind: MemfdFlags) -> Result<std::os::fd::OwnedFd, Errno> {
+    /// `MFD_NOEXEC_SEAL` of linux/memfd.h: nobody can run its content as a program.
+    const NOEXEC_SEAL: MemfdFlags = MemfdFlags::from_bits_retain(8);
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | kind;
+    match memfd_create("xpm-region", flags | NOEXEC_SEAL) {
+        // Before Linux 6.3 the flag is not known.
+        Err(Errno::INVAL) => memfd_create("xpm-region", flags),
+        result => result,
+    }
+}
+
+fn kernel(step: &'static str, len: u64, error: Errno) -> ArenaError {
+    ArenaError::Kernel { step, len, source: error.into() }
+}
+
+/// Filling memory that the host does not have ends with the kernel killing processes, not with an
+/// error; so it is looked up before.
+fn check_host(asked: u64, margin: u64) -> Result<(), ArenaError> {
+    match MemInfo::read() {
+        Ok(info) if info.available < asked.saturating_add(margin) => {
+            Err(ArenaError::Host { available: info.available, asked })
+        }
+        // Without /proc nothing is known, and the kernel decides.
+        _ => Ok(()),
+    }
+}
+
+fn check_huge(asked: u64) -> Result<(), ArenaError> {
+    match MemInfo::read() {
+        Ok(info) if info.huge_free < asked => {
+            let missing = (asked - info.huge_free).div_ceil(info.huge_len.max(1));
+            Err(ArenaError::HugePages { free: info.huge_free, asked, pages: info.huge_total + missing })
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests;

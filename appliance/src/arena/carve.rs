@@ -1,0 +1,77 @@
+//! Which bytes of one long run belong to whom.
+
+use std::collections::BTreeMap;
+
+/// The free parts of a run of bytes. First fit: regions of one size, the usual case, never
+/// fragment it.
+#[derive(Debug)]
+pub(super) struct Carver {
+    /// Start to length. No two touch.
+    free: BTreeMap<u64, u64>,
+}
+
+impl Carver {
+    /// `len` bytes from 0, all free.
+    pub(super) fn new(len: u64) -> Carver {
+        Carver { free: BTreeMap::from([(0, len)]) }
+    }
+
+    /// Takes `len` bytes in one piece; their start, or none if no piece is long enough.
+    pub(super) fn take(&mut self, len: u64) -> Option<u64> {
+        let (&start, &found) = self.free.iter().find(|&(_, &found)| found >= len)?;
+        self.free.remove(&start);
+        if found > len {
+            self.free.insert(start + len, found - len);
+        }
+        Some(start)
+    }
+
+    /// Gives back what [`Carver::take`] gave.
+    pub(super) fn give(&mut self, start: u64, len: u64) {
+        let (mut start, mut len) = (start, len);
+        if let Some(after) = self.free.remove(&(start + len)) {
+            len += after;
+        }
+        if let Some((&before, &before_len)) = self.free.range(..start).next_back()
+            && before + before_len == start
+        {
+            self.free.remove(&before);
+            start = before;
+            len += before_len;
+        }
+        self.free.insert(start, len);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// Against a bitmap: pieces never overlap, lie inside, and all comes back whole.
+        #[test]
+        fn pieces_never_overlap(steps in prop::collection::vec((any::<bool>(), 1_u64..20, any::<prop::sample::Index>()), 1..200)) {
+            const LEN: usize = 64;
+            let (mut carver, mut map, mut held) = (Carver::new(LEN as u64), [false; LEN], Vec::new());
+            for (give, len, which) in steps {
+                if give && !held.is_empty() {
+                    let (start, len): (u64, u64) = held.swap_remove(which.index(held.len()));
+                    map[start as usize..(start + len) as usize].fill(false);
+                    carver.give(start, len);
+                } else if let Some(start) = carver.take(len) {
+                    let part = &mut map[start as usize..(start + len) as usize];
+                    prop_assert!(!part.contains(&true));
+                    part.fill(true);
+                    held.push((start, len));
+                } else {
+                    let longest = map.split(|used| *used).map(<[bool]>::len).max().unwrap_or(0);
+                    prop_assert!((longest as u64) < len, "refused though there was room");
+                }
+            }
+            held.into_iter().for_each(|(start, len)| carver.give(start, len));
+            prop_assert_eq!(carver.take(LEN as u64), Some(0));
+        }
+    }
+}

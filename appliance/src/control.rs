@@ -1,0 +1,123 @@
+//! The control interface: orders about regions and grants, and the status.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use axum::extract::State;
+use axum::http::StatusCode;
+use xpm_control::server::routing::{delete, get, put};
+use xpm_control::server::{ApiError, Json, Path, Router};
+use xpm_protocol::api::ErrorKind;
+use xpm_protocol::api::appliance::{Commit, Counters, Grant, Region, Reserve, Status};
+use xpm_protocol::units::{ByteSize, Span};
+use xpm_protocol::{GrantId, RegionId};
+
+use crate::regions::{Table, TableError};
+
+/// What the data plane counts.
+pub trait Traffic: Send + Sync {
+    /// Connections now.
+    fn connections(&self) -> usize;
+
+    /// What passed since the start.
+    fn counters(&self) -> Counters;
+}
+
+/// What orders are about.
+pub struct Appliance {
+    table: Table,
+    traffic: Box<dyn Traffic>,
+    started: Instant,
+}
+
+impl Appliance {
+    /// The appliance of this table and data plane, started now.
+    pub fn new(table: Table, traffic: Box<dyn Traffic>) -> Appliance {
+        Appliance { table, traffic, started: Instant::now() }
+    }
+
+    /// The table of regions and grants.
+    pub fn table(&self) -> &Table {
+        &self.table
+    }
+
+    /// What it has and does.
+    pub fn status(&self) -> Status {
+        let summary = self.table.summary();
+        Status {
+            capacity: ByteSize(summary.capacity),
+            granted: ByteSize(summary.totals.granted),
+            reserved: ByteSize(summary.totals.reserved),
+            free: ByteSize(summary.free),
+            ready: ByteSize(summary.totals.ready),
+            resident: ByteSize(summary.resident),
+            regions: summary.regions as u64,
+            grants: summary.grants as u64,
+            connections: self.traffic.connections() as u64,
+            uptime: Span(self.started.elapsed()),
+            counters: self.traffic.counters(),
+        }
+    }
+}
+
+type Shared = State<Arc<Appliance>>;
+
+/// The routes of [`xpm_protocol::api::appliance`].
+pub fn routes(appliance: Arc<Appliance>) -> Router {
+    Router::new()
+        .route("/v1/status", get(status))
+        .route("/v1/regions", get(regions).post(reserve))
+        .route("/v1/regions/{id}", delete(delete_region))
+        .route("/v1/grants", get(grants))
+        .route("/v1/grants/{id}", put(commit).delete(delete_grant))
+        .with_state(appliance)
+}
+
+async fn status(State(appliance): Shared) -> Result<Json<Status>, ApiError> {
+    let status = tokio::task::spawn_blocking(move || appliance.status()).await.map_err(broken)?;
+    Ok(Json(status))
+}
+
+async fn regions(appliance: Shared) -> Result<Json<Vec<Region>>, ApiError> {
+    on_table(appliance, |table| Ok(table.regions())).await.map(Json)
+}
+
+async fn reserve(appliance: Shared, Json(order): Json<Reserve>) -> Result<Json<Vec<Region>>, ApiError> {
+    on_table(appliance, move |table| table.reserve(&order)).await.map(Json)
+}
+
+async fn delete_region(appliance: Shared, Path(id): Path<RegionId>) -> Result<StatusCode, ApiError> {
+    on_table(appliance, move |table| table.delete_region(id)).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn grants(appliance: Shared) -> Result<Json<Vec<Grant>>, ApiError> {
+    on_table(appliance, |table| Ok(table.grants())).await.map(Json)
+}
+
+async fn commit(
+    appliance: Shared,
+    Path(id): Path<GrantId>,
+    Json(order): Json<Commit>,
+) -> Result<Json<Grant>, ApiError> {
+    on_table(appliance, move |table| table.commit(id, &order)).await.map(Json)
+}
+
+async fn delete_grant(appliance: Shared, Path(id): Path<GrantId>) -> Result<StatusCode, ApiError> {
+    on_table(appliance, move |table| table.delete_grant(id)).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Carries an order out on a thread that may block, and to its end even if who gave it goes away.
+async fn on_table<T: Send + 'static>(
+    State(appliance): Shared,
+    order: impl FnOnce(&Table) -> Result<T, TableError> + Send + 'static,
+) -> Result<T, ApiError> {
+    let result = tokio::task::spawn_blocking(move || order(appliance.table())).await.map_err(broken)?;
+    result.map_err(|error| ApiError(error.kind(), xpm_control::error_line(&error)))
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "used where an error is mapped")]
+fn broken(error: tokio::task::JoinError) -> ApiError {
+    ApiError(ErrorKind::Internal, format!("the order ended unexpectedly: {error}"))
+}

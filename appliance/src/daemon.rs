@@ -1,0 +1,216 @@
+//! The program's life: everything is opened before anything is served, so that what is wrong is
+//! said at the start.
+
+use std::net::SocketAddr;
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use xpm_control::client::Client;
+use xpm_control::listen::{Listener, Place};
+use xpm_control::server::{Limits, Server as ControlServer};
+use xpm_control::shutdown::Shutdown;
+use xpm_control::token::Token;
+use xpm_protocol::api::appliance::Counters;
+use xpm_protocol::units::ByteSize;
+use xpm_transport::nbd::server::{Server, ServerOptions};
+
+use crate::arena::Arena;
+use crate::config::Config;
+use crate::control::{self, Appliance, Traffic};
+use crate::host;
+use crate::regions::{Fence, Table};
+use crate::register::{self, Identity};
+use crate::serve::GrantExports;
+use crate::state::StateDir;
+
+/// Runs the daemon until SIGTERM or SIGINT.
+///
+/// # Errors
+/// When it cannot start.
+pub fn run(config: Config) -> anyhow::Result<()> {
+    host::avoid_oom_killer();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        // Control only: the data plane has threads of its own.
+        .worker_threads(2)
+        .thread_name("control")
+        .enable_all()
+        .build()
+        .context("cannot start the threads of the control interface")?;
+    runtime.block_on(serve(config))
+}
+
+async fn serve(config: Config) -> anyhow::Result<()> {
+    let mut shutdown = Shutdown::catch().context("cannot catch signals")?;
+    let token = config.token_file.as_deref().map(Token::load).transpose()?;
+    let state = StateDir::open(&config.state)?;
+    let control = config.listen.bind().context("control interface")?;
+    let data = DataPlane::bind(&config)?;
+
+    let arena = Arena::new(&config.backing, config.capacity, config.lock)?;
+    let identity = identity(&config, &state, &arena, &control, &data)?;
+    let table =
+        Table::start(arena, config.capacity, config.stock).context("cannot start the memory's threads")?;
+    let client = allocator(&config, token.clone())?;
+    let serving = data.serve(&config, &table)?;
+    let appliance = Arc::new(Appliance::new(table, Box::new(serving.nbd.clone())));
+    announce(&config, &identity);
+
+    let heartbeat = client.map(|client| tokio::spawn(register::run(client, identity, appliance.clone())));
+    let routes = control::routes(appliance.clone());
+    let server = ControlServer::new(routes, token, Limits::default());
+    server
+        .serve(control, async {
+            let signal = shutdown.signalled().await;
+            tracing::info!("{signal}: ending");
+        })
+        .await;
+    if let Some(task) = heartbeat {
+        task.abort();
+    }
+    warn_of_loss(&appliance);
+    drop(serving);
+    remove_sockets(&config);
+    Ok(())
+}
+
+/// Sockets that listen, before anything is served.
+struct DataPlane {
+    tcp: std::net::TcpListener,
+    address: SocketAddr,
+    unix: std::os::unix::net::UnixListener,
+}
+
+/// What serves; ends when dropped.
+struct Serving {
+    nbd: NbdPlane,
+    _listeners: Vec<xpm_transport::nbd::server::Listener>,
+}
+
+impl DataPlane {
+    fn bind(config: &Config) -> anyhow::Result<DataPlane> {
+        let tcp = match Place::Tcp(config.nbd).bind().context("NBD")? {
+            Listener::Tcp(listener) => listener.into_std().context("NBD")?,
+            Listener::Unix(_) => unreachable!("a TCP place gives a TCP listener"),
+        };
+        let address = tcp.local_addr().context("NBD")?;
+        Ok(DataPlane { tcp, address, unix: bind_unix(&config.unix)? })
+    }
+
+    fn serve(self, config: &Config, table: &Table) -> anyhow::Result<Serving> {
+        let options = ServerOptions {
+            name: "nbd",
+            loops: config.threads,
+            spin: config.spin,
+            ..ServerOptions::default()
+        };
+        let server = Server::start(options).context("cannot start the threads of the data plane")?;
+        let nbd = NbdPlane(server.clone());
+        table.add_fence(Arc::new(nbd.clone()));
+        let exports =
+            Arc::new(GrantExports::new(table.clone()).context("cannot start the threads of the data plane")?);
+        let listeners = vec![
+            server.listen_tcp(self.tcp, exports.clone()).context("cannot serve NBD over TCP")?,
+            server.listen_unix(self.unix, exports).context("cannot serve NBD at the unix socket")?,
+        ];
+        Ok(Serving { nbd, _listeners: listeners })
+    }
+}
+
+fn bind_unix(path: &Path) -> anyhow::Result<std::os::unix::net::UnixListener> {
+    if let Some(directory) = path.parent() {
+        std::fs::DirBuilder::new().recursive(true).mode(0o755).create(directory).with_context(|| {
+            format!(
+                "cannot make the directory {} for sockets; choose one with --run-dir",
+                directory.display()
+            )
+        })?;
+    }
+    match Place::Unix(path.to_owned()).bind()? {
+        Listener::Unix(listener) => listener.into_std().context("cannot listen at a unix socket"),
+        Listener::Tcp(_) => unreachable!("a unix place gives a unix listener"),
+    }
+}
+
+fn identity(
+    config: &Config,
+    state: &StateDir,
+    arena: &Arena,
+    control: &Listener,
+    data: &DataPlane,
+) -> anyhow::Result<Identity> {
+    Ok(Identity {
+        id: state.id,
+        name: config.name.clone(),
+        host: xpm_control::host::host_id().context("cannot tell which kernel this is")?,
+        medium: arena.medium(),
+        region_len: config.stock.region_len,
+        control: control.address().map_or_else(|| config.listen.clone(), Place::Tcp),
+        nbd: data.address,
+        nbd_unix: config.unix.clone(),
+        shm: None,
+        advertise: config.advertise.clone(),
+    })
+}
+
+fn allocator(config: &Config, token: Option<Token>) -> anyhow::Result<Option<Client>> {
+    let client = config.allocator.as_deref().map(|url| Client::new(url, token)).transpose();
+    client.context("--allocator")
+}
+
+fn announce(config: &Config, identity: &Identity) {
+    tracing::info!(
+        "appliance {} ({}) lends {}: control at {}, NBD at {} and {}",
+        identity.name,
+        identity.id,
+        ByteSize(config.capacity),
+        identity.control,
+        identity.nbd,
+        identity.nbd_unix.display()
+    );
+    if config.allocator.is_none() {
+        tracing::warn!("no allocator will know this appliance: give --allocator URL");
+    }
+}
+
+fn warn_of_loss(appliance: &Appliance) {
+    let granted = appliance.status().granted;
+    if granted.0 > 0 {
+        tracing::warn!("{granted} of lent memory is lost with this process");
+    }
+}
+
+/// They would only have to be recognised as stale later.
+fn remove_sockets(config: &Config) {
+    for path in [&config.unix, &config.shm] {
+        let _ = std::fs::remove_file(path);
+    }
+    if let Place::Unix(path) = &config.listen {
+        let _ = std::fs::remove_file(path);
+    }
+}
+
+/// The NBD server, as the control plane uses it.
+#[derive(Clone)]
+struct NbdPlane(Server);
+
+impl Fence for NbdPlane {
+    fn close_group(&self, group: u128) {
+        self.0.close_group(group);
+    }
+
+    fn connections(&self, group: u128) -> usize {
+        self.0.connections(Some(group))
+    }
+}
+
+impl Traffic for NbdPlane {
+    fn connections(&self) -> usize {
+        self.0.connections(None)
+    }
+
+    fn counters(&self) -> Counters {
+        self.0.counters()
+    }
+}

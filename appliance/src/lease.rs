@@ -1,0 +1,97 @@
+//! A grant's memory, as those who serve it hold it.
+
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+
+use xpm_protocol::GrantId;
+use xpm_transport::IoBuf;
+use xpm_transport::store::Extent;
+
+use crate::arena::Memory;
+
+/// The memory of one grant during one epoch. When it is revoked, its connections are closed by the
+/// server, and work in the background ends by itself: then nothing writes to the memory through this
+/// lease any more.
+pub struct Lease {
+    grant: GrantId,
+    regions: Vec<Arc<Memory>>,
+    /// Base-2 logarithm of the regions' length.
+    shift: u32,
+    revoked: AtomicBool,
+    /// Read-locked by work in the background, for short steps.
+    gate: RwLock<()>,
+}
+
+impl Lease {
+    /// A lease of these regions (at least one, all of the same length) in this order.
+    pub fn new(grant: GrantId, regions: Vec<Arc<Memory>>) -> Lease {
+        let shift = regions[0].len().trailing_zeros();
+        debug_assert!(regions.iter().all(|region| region.len() == 1 << shift), "regions of one length");
+        Lease { grant, regions, shift, revoked: AtomicBool::new(false), gate: RwLock::new(()) }
+    }
+
+    /// The grant.
+    pub fn grant(&self) -> GrantId {
+        self.grant
+    }
+
+    /// The regions, in order.
+    pub fn regions(&self) -> &[Arc<Memory>] {
+        &self.regions
+    }
+
+    /// Length of the export in bytes.
+    pub fn len(&self) -> u64 {
+        (self.regions.len() as u64) << self.shift
+    }
+
+    /// Whether it still holds.
+    pub fn is_alive(&self) -> bool {
+        !self.revoked.load(SeqCst)
+    }
+
+    /// Ends it, and waits for the end of the steps that are being done in the background.
+    pub fn revoke(&self) {
+        self.revoked.store(true, SeqCst);
+        drop(self.gate.write().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// Begins a step of work in the background; none when it is revoked. The step ends when the
+    /// guard is dropped, which should be soon.
+    pub fn begin_step(&self) -> Option<RwLockReadGuard<'_, ()>> {
+        let step = self.gate.read().unwrap_or_else(PoisonError::into_inner);
+        // A revocation that this does not see waits for the guard.
+        self.is_alive().then_some(step)
+    }
+
+    /// The memory at `offset` of the export, as far as it lies in one piece and at most `len` bytes.
+    pub fn at(&self, offset: u64, len: usize) -> Option<IoBuf> {
+        let region = self.regions.get((offset >> self.shift) as usize)?;
+        Some(region.at(self.within(offset), len))
+    }
+
+    /// How the bytes at `offset` are held; the answer ends with the region.
+    pub fn extent(&self, offset: u64, len: u64) -> Extent {
+        match self.regions.get((offset >> self.shift) as usize) {
+            Some(region) => region.extent(self.within(offset), len),
+            None => Extent { len, hole: false },
+        }
+    }
+
+    /// Gives `each` the parts of a range, one region at a time: the region, the offset in it, and
+    /// the length.
+    pub fn for_each_part(&self, offset: u64, len: u64, mut each: impl FnMut(&Memory, u64, u64)) {
+        let (mut offset, end) = (offset, offset.saturating_add(len).min(self.len()));
+        while offset < end {
+            let Some(region) = self.regions.get((offset >> self.shift) as usize) else { return };
+            let within = self.within(offset);
+            let part = (region.len() - within).min(end - offset);
+            each(region, within, part);
+            offset += part;
+        }
+    }
+
+    fn within(&self, offset: u64) -> u64 {
+        offset & ((1 << self.shift) - 1)
+    }
+}

@@ -1,0 +1,198 @@
+//! Grants: which client may use which regions, by which key.
+
+use subtle::ConstantTimeEq as _;
+use xpm_protocol::api::appliance::Commit;
+use xpm_protocol::{AllocationId, Epoch, GrantId, GrantKey, Name, RegionId};
+
+use super::{Ledger, Refusal, State};
+
+/// A grant.
+#[derive(Debug, Clone)]
+pub struct Grant {
+    /// The allocation that it is part of.
+    pub allocation: AllocationId,
+    /// The allocation's name.
+    pub name: Name,
+    /// The ownership that it is for.
+    pub epoch: Epoch,
+    /// The secret that clients show.
+    pub key: GrantKey,
+    /// Its regions, in the order of the export's offsets; all of one length.
+    pub regions: Vec<RegionId>,
+    /// Its clients are being shut out: nobody is let in.
+    pub closing: bool,
+}
+
+/// What a commit means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Change {
+    /// The grant is new, and is made now.
+    Made,
+    /// The same content was committed before.
+    Nothing,
+    /// The epoch is higher: the grant is closing, and after its clients were shut out,
+    /// [`Ledger::renew`] ends that.
+    Renew,
+}
+
+impl<M: Clone> Ledger<M> {
+    /// A grant.
+    pub fn grant(&self, id: GrantId) -> Option<&Grant> {
+        self.grants.get(&id)
+    }
+
+    /// All grants.
+    pub fn grants(&self) -> impl Iterator<Item = (GrantId, &Grant)> {
+        self.grants.iter().map(|(id, grant)| (*id, grant))
+    }
+
+    /// The grant that has this key and lets clients in.
+    ///
+    /// Each grant's key is compared in full and in constant time, and none ends the search early:
+    /// how long it takes says nothing of any key. There are few grants, and this is asked once a
+    /// connection.
+    pub fn find(&self, key: &GrantKey) -> Option<GrantId> {
+        let mut found = None;
+        for (id, grant) in &self.grants {
+            if bool::from(grant.key.as_bytes().ct_eq(key.as_bytes())) && !grant.closing {
+                found = Some(*id);
+            }
+        }
+        found
+    }
+
+    /// Makes reserved regions a grant, or looks what a repeated or newer commit means. The grant
+    /// must not be closing.
+    ///
+    /// # Errors
+    /// When it contradicts itself or what is there.
+    pub fn commit(&mut self, id: GrantId, commit: &Commit) -> Result<Change, Refusal> {
+        match self.grants.get(&id) {
+            None => self.make_grant(id, commit).map(|()| Change::Made),
+            Some(grant) => {
+                let change = compare(id, grant, commit)?;
+                if change == Change::Renew {
+                    self.check_key(id, commit)?;
+                    self.set_closing(id, true);
+                }
+                Ok(change)
+            }
+        }
+    }
+
+    /// Ends what a commit with a higher epoch began: its epoch, key and name hold from now on.
+    pub fn renew(&mut self, id: GrantId, commit: &Commit) {
+        if let Some(grant) = self.grants.get_mut(&id) {
+            grant.epoch = commit.epoch;
+            grant.key = commit.key.clone();
+            grant.name = commit.name.clone();
+            grant.closing = false;
+        }
+    }
+
+    /// Nobody is let in with the grant, or again.
+    pub fn set_closing(&mut self, id: GrantId, closing: bool) {
+        if let Some(grant) = self.grants.get_mut(&id) {
+            grant.closing = closing;
+        }
+    }
+
+    /// Removes a grant, whose regions are to be cleared. Its clients were shut out before.
+    pub fn delete_grant(&mut self, id: GrantId) {
+        if let Some(grant) = self.grants.remove(&id) {
+            grant.regions.iter().for_each(|region| self.set_state(*region, State::Clearing));
+        }
+    }
+
+    /// Puts other memory behind a region of a grant.
+    pub fn replace_memory(&mut self, id: RegionId, memory: M) {
+        if let Some(region) = self.regions.get_mut(&id) {
+            region.memory = Some(memory);
+        }
+    }
+
+    fn make_grant(&mut self, id: GrantId, commit: &Commit) -> Result<(), Refusal> {
+        self.check_regions(commit)?;
+        self.check_key(id, commit)?;
+        for region in &commit.regions {
+            self.set_state(*region, State::Granted { allocation: commit.allocation, grant: id });
+        }
+        let grant = Grant {
+            allocation: commit.allocation,
+            name: commit.name.clone(),
+            epoch: commit.epoch,
+            key: commit.key.clone(),
+            regions: commit.regions.clone(),
+            closing: false,
+        };
+        self.grants.insert(id, grant);
+        Ok(())
+    }
+
+    fn check_regions(&self, commit: &Commit) -> Result<(), Refusal> {
+        let mut sorted = commit.regions.clone();
+        sorted.sort_unstable();
+        sorted.dedup();
+        if commit.regions.is_empty() || sorted.len() != commit.regions.len() {
+            return Err(Refusal::Invalid("a grant has one region or more, each of them once".into()));
+        }
+        let mut lens = Vec::with_capacity(commit.regions.len());
+        for id in &commit.regions {
+            let region = self.regions.get(id).ok_or(Refusal::UnknownRegion(*id))?;
+            match region.state {
+                State::Reserved { allocation, .. } if allocation == commit.allocation => {
+                    lens.push(region.len)
+                }
+                State::Reserved { allocation, .. } => {
+                    return Err(Refusal::Conflict(format!(
+                        "region {id} is reserved for allocation {allocation}"
+                    )));
+                }
+                State::Granted { grant, .. } => return Err(Refusal::InGrant { region: *id, grant }),
+                State::Ready | State::Clearing => return Err(Refusal::UnknownRegion(*id)),
+            }
+        }
+        if lens.iter().any(|len| *len != lens[0]) {
+            return Err(Refusal::Invalid("the regions of a grant are all of one size".into()));
+        }
+        Ok(())
+    }
+
+    /// A key that two grants had would lead to either.
+    fn check_key(&self, id: GrantId, commit: &Commit) -> Result<(), Refusal> {
+        let same = |grant: &Grant| bool::from(grant.key.as_bytes().ct_eq(commit.key.as_bytes()));
+        match self.grants.iter().any(|(other, grant)| *other != id && same(grant)) {
+            true => {
+                Err(Refusal::Conflict("another grant has this key: make a random one for each grant".into()))
+            }
+            false => Ok(()),
+        }
+    }
+}
+
+fn compare(id: GrantId, grant: &Grant, commit: &Commit) -> Result<Change, Refusal> {
+    if grant.allocation != commit.allocation || grant.regions != commit.regions {
+        return Err(Refusal::Conflict(format!(
+            "grant {id} is of allocation {} with other regions: use another grant id",
+            grant.allocation
+        )));
+    }
+    if commit.epoch < grant.epoch {
+        return Err(Refusal::Conflict(format!(
+            "epoch {} is over: grant {id} is at epoch {}",
+            commit.epoch, grant.epoch
+        )));
+    }
+    let same_key = bool::from(grant.key.as_bytes().ct_eq(commit.key.as_bytes()));
+    match commit.epoch > grant.epoch {
+        true if same_key => Err(Refusal::Conflict(
+            "a higher epoch needs another key, or the old owner would be let in".into(),
+        )),
+        true => Ok(Change::Renew),
+        false if same_key && grant.name == commit.name => Ok(Change::Nothing),
+        false => Err(Refusal::Conflict(format!(
+            "grant {id} has another key or name at epoch {}: raise the epoch",
+            grant.epoch
+        ))),
+    }
+}

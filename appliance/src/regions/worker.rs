@@ -1,0 +1,147 @@
+//! The threads that work ahead of need: they clear what was deleted, and keep the stock.
+
+use std::io;
+use std::sync::{Arc, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use xpm_protocol::RegionId;
+
+use super::{Shared, State};
+use crate::arena::Memory;
+
+/// Longest sleep: after it, a thread looks whether the table is still used.
+const SLEEP_MAX: Duration = Duration::from_secs(1);
+/// How long to wait after the host had no memory for the stock.
+const STOCK_PAUSE: Duration = Duration::from_secs(10);
+/// How long to wait for a connection's last hold on a region that is to be cleared.
+const CLEAR_PAUSE: Duration = Duration::from_millis(20);
+
+enum Job {
+    Clear(RegionId, Arc<Memory>),
+    Drop(RegionId, Arc<Memory>),
+    FaultIn(Arc<Memory>),
+    Stock(u64),
+}
+
+/// Starts a thread that ends when the table is gone.
+pub(super) fn spawn(number: usize, shared: Weak<Shared>) -> io::Result<()> {
+    std::thread::Builder::new()
+        .name(format!("arena-{number}"))
+        .spawn(move || {
+            while let Some(shared) = shared.upgrade() {
+                if let Some(job) = shared.next_job() {
+                    shared.work(job);
+                }
+            }
+        })
+        .map(|_| ())
+}
+
+impl Shared {
+    /// Something to do, or none after a sleep.
+    fn next_job(&self) -> Option<Job> {
+        let mut state = self.lock();
+        let now = Instant::now();
+        if state.ledger.expire(now) {
+            self.changed.notify_all();
+        }
+        let job = state.job(now);
+        if job.is_none() {
+            let expiry = state.ledger.next_expiry();
+            let wake = [expiry, state.stock_again, state.clear_again].into_iter().flatten().min();
+            let sleep = wake.map_or(SLEEP_MAX, |wake| wake.saturating_duration_since(now).min(SLEEP_MAX));
+            drop(self.changed.wait_timeout(state, sleep).unwrap_or_else(PoisonError::into_inner));
+        }
+        job
+    }
+
+    fn work(&self, job: Job) {
+        match job {
+            Job::Clear(id, memory) => self.clear(id, memory),
+            Job::Drop(id, memory) => {
+                drop(memory);
+                self.lock().ledger.dropped(id);
+            }
+            Job::FaultIn(memory) => {
+                if let Err(error) = self.arena.fault_in(&memory, None) {
+                    tracing::error!(
+                        "a region is lent but not wholly in memory: {}",
+                        xpm_control::error_line(&error)
+                    );
+                }
+            }
+            Job::Stock(len) => self.stock(len),
+        }
+        self.changed.notify_all();
+    }
+
+    /// Zeros for everyone who still has it mapped; then it is lent again only if no other process
+    /// ever had it, and once no connection holds it any more.
+    fn clear(&self, id: RegionId, memory: Arc<Memory>) {
+        let memory = match Arc::try_unwrap(memory) {
+            Ok(memory) => memory,
+            Err(memory) => {
+                let mut state = self.lock();
+                state.ledger.not_yet(id, memory);
+                state.clear_again = Some(Instant::now() + CLEAR_PAUSE);
+                return;
+            }
+        };
+        memory.clear();
+        let wanted = !memory.is_shared() && self.lock().ledger.wants(memory.len());
+        if wanted && self.fault_in_for_stock(&memory) {
+            self.lock().ledger.cleared(id, Arc::new(memory));
+        } else {
+            drop(memory);
+            self.lock().ledger.dropped(id);
+        }
+    }
+
+    fn stock(&self, len: u64) {
+        let made = match self.arena.make(len) {
+            Ok(memory) => self.fault_in_for_stock(&memory).then(|| Arc::new(memory)),
+            Err(error) => {
+                self.pause_stock(&error);
+                None
+            }
+        };
+        self.lock().ledger.stocked(made);
+    }
+
+    fn fault_in_for_stock(&self, memory: &Memory) -> bool {
+        match self.arena.fault_in(memory, None) {
+            Ok(done) => done,
+            Err(error) => {
+                self.pause_stock(&error);
+                false
+            }
+        }
+    }
+
+    fn pause_stock(&self, error: &crate::arena::ArenaError) {
+        tracing::warn!("cannot make memory ready ahead of need: {}", xpm_control::error_line(error));
+        self.lock().stock_again = Some(Instant::now() + STOCK_PAUSE);
+    }
+}
+
+impl State {
+    fn job(&mut self, now: Instant) -> Option<Job> {
+        if self.clear_again.is_none_or(|again| again <= now) {
+            self.clear_again = None;
+            if let Some((id, memory)) = self.ledger.take_clearing() {
+                return Some(Job::Clear(id, memory));
+            }
+        }
+        if let Some(memory) = self.to_fault.pop_front() {
+            return Some(Job::FaultIn(memory));
+        }
+        if let Some((id, memory)) = self.ledger.take_surplus() {
+            return Some(Job::Drop(id, memory));
+        }
+        if self.stock_again.is_none_or(|again| again <= now) {
+            self.stock_again = None;
+            return self.ledger.start_stocking().map(Job::Stock);
+        }
+        None
+    }
+}

@@ -1,0 +1,238 @@
+//! Tells the allocator that this appliance is there, and what it has.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::UdpSocket;
+use xpm_control::client::{Client, ClientError};
+use xpm_control::listen::Place;
+use xpm_protocol::api::allocator::{Heartbeat, HeartbeatAnswer};
+use xpm_protocol::api::appliance::{Endpoints, Info, Medium};
+use xpm_protocol::units::ByteSize;
+use xpm_protocol::{ApplianceId, HostId, Name};
+
+use crate::control::Appliance;
+
+/// Time between heartbeats where the allocator says nothing else.
+const INTERVAL_DEFAULT: Duration = Duration::from_secs(5);
+/// Shortest and longest time between heartbeats, whatever the allocator says.
+const INTERVAL_RANGE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(300));
+/// Longest time between two tries to reach an allocator that does not answer.
+const BACKOFF_MAX: Duration = Duration::from_secs(30);
+/// From how much the time between tries grows.
+const BACKOFF_MIN: Duration = Duration::from_millis(250);
+/// Changes that come this close together are told together.
+const GATHER: Duration = Duration::from_millis(20);
+
+/// What does not change while the daemon runs.
+#[derive(Debug, Clone)]
+pub struct Identity {
+    /// The appliance's id.
+    pub id: ApplianceId,
+    /// Its name.
+    pub name: Name,
+    /// The running kernel.
+    pub host: HostId,
+    /// What its memory lies on.
+    pub medium: Medium,
+    /// Size of the regions that it keeps ready, in bytes.
+    pub region_len: u64,
+    /// Where the control interface listens.
+    pub control: Place,
+    /// Where NBD is served.
+    pub nbd: SocketAddr,
+    /// Unix socket of NBD.
+    pub nbd_unix: PathBuf,
+    /// Socket that passes memory, if there is one.
+    pub shm: Option<PathBuf>,
+    /// Name or address that others reach this host by.
+    pub advertise: Option<String>,
+}
+
+/// Sends heartbeats until cancelled (the future is dropped).
+pub async fn run(client: Client, identity: Identity, appliance: Arc<Appliance>) {
+    let mut link = LinkState::default();
+    loop {
+        let beat = beat(&client, &identity, &appliance).await;
+        let pause = link.after(&client, beat);
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            () = appliance.table().news(), if link.failures == 0 => tokio::time::sleep(GATHER).await,
+        }
+    }
+}
+
+async fn beat(client: &Client, identity: &Identity, appliance: &Arc<Appliance>) -> Result<Duration, String> {
+    let info = identity.info(client).await?;
+    let appliance = appliance.clone();
+    let status = tokio::task::spawn_blocking(move || appliance.status()).await.map_err(|e| e.to_string())?;
+    let path = format!("/v1/appliances/{}", info.id);
+    let answer: Result<HeartbeatAnswer, ClientError> = client.put(&path, &Heartbeat { info, status }).await;
+    match answer {
+        Ok(HeartbeatAnswer { interval }) if interval.0.is_zero() => Ok(INTERVAL_DEFAULT),
+        Ok(HeartbeatAnswer { interval }) => Ok(interval.0.clamp(INTERVAL_RANGE.0, INTERVAL_RANGE.1)),
+        Err(error) => Err(xpm_control::error_line(&error)),
+    }
+}
+
+/// Whether the allocator is heard; logs when that changes.
+#[derive(Debug, Default)]
+struct LinkState {
+    /// In a row.
+    failures: u32,
+    registered: bool,
+}
+
+impl LinkState {
+    /// How long to wait after a heartbeat that went so.
+    fn after(&mut self, client: &Client, beat: Result<Duration, String>) -> Duration {
+        match beat {
+            Ok(interval) => {
+                match (self.registered, self.failures) {
+                    (false, _) => tracing::info!("registered with the allocator at {}", client.base()),
+                    (true, 0) => {}
+                    (true, _) => tracing::info!("the allocator at {} is back", client.base()),
+                }
+                *self = LinkState { failures: 0, registered: true };
+                interval
+            }
+            Err(error) => {
+                if self.failures == 0 {
+                    tracing::warn!(
+                        "the allocator does not hear this appliance ({error}); trying on, serving on"
+                    );
+                }
+                self.failures = self.failures.saturating_add(1);
+                backoff(self.failures, random_share())
+            }
+        }
+    }
+}
+
+/// How long to wait after this many failures in a row: any time up to a limit that doubles, so that
+/// many appliances do not come back to an allocator all at once. `share` is from 0 to 1.
+fn backoff(failures: u32, share: f64) -> Duration {
+    let limit = BACKOFF_MIN.saturating_mul(1 << failures.min(16)).min(BACKOFF_MAX);
+    // Not quite zero, so that nothing spins.
+    limit.mul_f64(share.clamp(0.0, 1.0)).max(BACKOFF_MIN / 10)
+}
+
+fn random_share() -> f64 {
+    // Without random numbers the wait is as long as it can be.
+    xpm_control::random::bytes::<4>()
+        .map_or(1.0, |bytes| f64::from(u32::from_ne_bytes(bytes)) / f64::from(u32::MAX))
+}
+
+impl Identity {
+    /// What others are told. Looked up anew each time, for addresses change.
+    async fn info(&self, client: &Client) -> Result<Info, String> {
+        let addresses = self.addresses(client).await?;
+        let first = addresses.first().copied().ok_or("this host has no address to be reached by")?;
+        let control = match &self.control {
+            Place::Tcp(address) => {
+                let host = self.advertise.clone().filter(|_| address.ip().is_unspecified());
+                let ip = if address.ip().is_unspecified() { first } else { address.ip() };
+                format!("http://{}", host_port(host, ip, address.port()))
+            }
+            Place::Unix(path) => format!("unix:{}", path.display()),
+        };
+        Ok(Info {
+            id: self.id,
+            name: self.name.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            control,
+            endpoints: Endpoints {
+                host: self.host,
+                nbd: addresses.into_iter().map(|ip| SocketAddr::new(ip, self.nbd.port())).collect(),
+                nbd_unix: Some(self.nbd_unix.clone()),
+                shm: self.shm.clone(),
+            },
+            medium: self.medium,
+            region_len: ByteSize(self.region_len),
+        })
+    }
+
+    /// The addresses of the NBD port, in order of preference.
+    async fn addresses(&self, client: &Client) -> Result<Vec<IpAddr>, String> {
+        if let Some(host) = &self.advertise {
+            let found = tokio::net::lookup_host((host.as_str(), self.nbd.port())).await;
+            let found =
+                found.map_err(|error| format!("cannot find the address of --advertise {host}: {error}"))?;
+            return Ok(found.map(|address| address.ip()).collect());
+        }
+        match self.nbd.ip() {
+            ip if ip.is_unspecified() => Ok(vec![towards(client.base()).await?]),
+            ip => Ok(vec![ip]),
+        }
+    }
+}
+
+fn host_port(host: Option<String>, ip: IpAddr, port: u16) -> String {
+    match host {
+        // An address of version 6 stands in brackets.
+        Some(host) => match host.parse::<IpAddr>() {
+            Ok(ip) => SocketAddr::new(ip, port).to_string(),
+            Err(_) => format!("{host}:{port}"),
+        },
+        None => SocketAddr::new(ip, port).to_string(),
+    }
+}
+
+/// The address that this host has towards another. Sends nothing: a connected UDP socket only has
+/// its route looked up.
+async fn towards(base: &str) -> Result<IpAddr, String> {
+    let Some(authority) = base.strip_prefix("http://") else { return Ok(Ipv4Addr::LOCALHOST.into()) };
+    let authority = authority.split('/').next().unwrap_or_default();
+    let has_port = authority.rsplit(':').next().is_some_and(|port| port.parse::<u16>().is_ok());
+    let target = if has_port { authority.to_owned() } else { format!("{authority}:80") };
+    let failed = |error: std::io::Error| format!("cannot tell this host's address towards {base}: {error}");
+    let peers: Vec<SocketAddr> = tokio::net::lookup_host(target).await.map_err(failed)?.collect();
+    let mut last = std::io::Error::from(std::io::ErrorKind::AddrNotAvailable);
+    for peer in peers {
+        let any: IpAddr =
+            if peer.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+        match route(any, peer).await {
+            Ok(ip) => return Ok(ip),
+            Err(error) => last = error,
+        }
+    }
+    Err(failed(last))
+}
+
+async fn route(any: IpAddr, peer: SocketAddr) -> std::io::Result<IpAddr> {
+    let socket = UdpSocket::bind((any, 0)).await?;
+    socket.connect(peer).await?;
+    Ok(socket.local_addr()?.ip())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn backoff_grows_to_its_limit_and_spreads() {
+        assert_eq!(backoff(1, 1.0), Duration::from_millis(500));
+        assert_eq!(backoff(3, 1.0), Duration::from_secs(2));
+        assert_eq!(backoff(50, 1.0), BACKOFF_MAX);
+        assert_eq!(backoff(50, 0.5), BACKOFF_MAX / 2);
+        assert!(backoff(50, 0.0) > Duration::ZERO);
+        assert!((0.0..=1.0).contains(&random_share()));
+    }
+
+    #[tokio::test]
+    async fn the_address_towards_loopback_is_loopback() {
+        for base in ["http://127.0.0.1:7700", "http://127.0.0.1", "unix:/run/a.sock"] {
+            assert!(towards(base).await.unwrap().is_loopback(), "{base}");
+        }
+    }
+
+    #[test]
+    fn addresses_in_urls() {
+        let ip = IpAddr::from([10, 0, 0, 1]);
+        assert_eq!(host_port(None, ip, 1), "10.0.0.1:1");
+        assert_eq!(host_port(Some("fe80::1".into()), ip, 1), "[fe80::1]:1");
+        assert_eq!(host_port(Some("box".into()), ip, 1), "box:1");
+    }
+}

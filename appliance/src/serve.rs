@@ -1,0 +1,121 @@
+//! Grants as exports of the NBD server.
+
+use std::io;
+use std::os::fd::{AsFd as _, BorrowedFd};
+use std::sync::Arc;
+
+use xpm_protocol::nbd::{BlockSizes, ExportInfo, ExportName, TransmissionFlags};
+use xpm_transport::nbd::server::{Exports, Opened};
+use xpm_transport::store::{Extent, Posted};
+use xpm_transport::{Completion, IoBuf, IoError, Kind, Operation, Store};
+
+use crate::lease::Lease;
+use crate::regions::Table;
+use crate::sweeper::{Done, INLINE_LEN_MAX, Job, Sweeper, sweep};
+
+/// What every export can do. All connections see the same memory, so a client may use several.
+const FLAGS: TransmissionFlags = TransmissionFlags::HAS_FLAGS
+    .with(TransmissionFlags::SEND_FLUSH)
+    .with(TransmissionFlags::SEND_FUA)
+    .with(TransmissionFlags::SEND_TRIM)
+    .with(TransmissionFlags::SEND_WRITE_ZEROES)
+    .with(TransmissionFlags::SEND_FAST_ZERO)
+    .with(TransmissionFlags::SEND_CACHE)
+    .with(TransmissionFlags::CAN_MULTI_CONN);
+
+/// The grants of a table as exports. Their names are secret, so they are not listed.
+pub struct GrantExports {
+    table: Table,
+    sweeper: Sweeper,
+}
+
+impl GrantExports {
+    /// The grants of this table.
+    ///
+    /// # Errors
+    /// When the kernel gives no thread for long operations.
+    pub fn new(table: Table) -> io::Result<GrantExports> {
+        Ok(GrantExports { table, sweeper: Sweeper::start()? })
+    }
+}
+
+impl Exports for GrantExports {
+    /// A name that is no name, a key that is unknown and a grant that is closing are all the same:
+    /// no export.
+    fn open(&self, name: &str) -> Option<Opened> {
+        let name: ExportName = name.parse().ok()?;
+        let lease = self.table.open(&name.key)?;
+        let info =
+            ExportInfo { size: lease.len(), flags: FLAGS, block: BlockSizes::DEFAULT, description: None };
+        let done = Done::new().map_err(|error| tracing::warn!("cannot open an export: {error}")).ok()?;
+        Some(Opened {
+            info,
+            group: lease.grant().as_u128(),
+            session: name.session,
+            store: Box::new(GrantStore { lease, done: Arc::new(done), sweeper: self.sweeper.clone() }),
+        })
+    }
+}
+
+/// A grant's memory, for one connection.
+struct GrantStore {
+    lease: Arc<Lease>,
+    done: Arc<Done>,
+    sweeper: Sweeper,
+}
+
+impl GrantStore {
+    fn sweep(&mut self, operation: Operation) -> Posted {
+        let Operation { kind, offset, len, token, .. } = operation;
+        let job = Job { lease: self.lease.clone(), kind, offset, len, token, done: self.done.clone() };
+        if len <= INLINE_LEN_MAX {
+            return Posted::Done(sweep(&job));
+        }
+        match self.sweeper.post(job) {
+            Ok(()) => Posted::Pending,
+            Err(job) => Posted::Done(sweep(&job)),
+        }
+    }
+}
+
+impl Drop for GrantStore {
+    fn drop(&mut self) {
+        self.done.cancel();
+    }
+}
+
+impl Store for GrantStore {
+    fn is_direct(&self) -> bool {
+        true
+    }
+
+    fn direct(&mut self, offset: u64, len: usize) -> Option<IoBuf> {
+        self.lease.at(offset, len)
+    }
+
+    fn post(&mut self, operation: Operation) -> Posted {
+        match operation.kind {
+            Kind::Trim | Kind::Zero => self.sweep(operation),
+            // What was written is where it is meant to be: in memory.
+            Kind::Flush => Posted::Done(Ok(())),
+            // The server reads and writes by itself.
+            Kind::Read | Kind::Write => Posted::Done(Err(IoError::Unsupported)),
+        }
+    }
+
+    fn poll(&mut self, completions: &mut Vec<Completion>) {
+        self.done.take(completions);
+    }
+
+    fn wait_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.done.event().as_fd())
+    }
+
+    fn extent(&mut self, offset: u64, len: u64) -> Extent {
+        self.lease.extent(offset, len)
+    }
+
+    fn alive(&self) -> bool {
+        self.lease.is_alive()
+    }
+}

@@ -1,0 +1,160 @@
+//! The state directory: the appliance's id, which outlives the process.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+use xpm_protocol::ApplianceId;
+
+/// Version of the state's form.
+const VERSION: u32 = 1;
+const FILE: &str = "appliance.json";
+
+/// Why the state directory cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// It cannot be read or written.
+    #[error("cannot {step} the state directory {path}; choose another one with --state DIR")]
+    Io {
+        /// What was tried.
+        step: &'static str,
+        /// The directory.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// Another process uses it.
+    #[error(
+        "the state directory {0} is in use by another appliance: stop that one, or give each its own --state DIR"
+    )]
+    InUse(PathBuf),
+    /// It was written by a newer program.
+    #[error(
+        "the state directory {path} has version {found}, and this program knows {VERSION}: use the newer program, or \
+         another --state DIR"
+    )]
+    Newer {
+        /// The directory.
+        path: PathBuf,
+        /// Its version.
+        found: u32,
+    },
+    /// Its content cannot be understood.
+    #[error("{path} is damaged ({reason}): restore it, or remove it, and the appliance becomes a new one")]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+}
+
+/// The state directory, held by this process alone as long as this lives.
+#[derive(Debug)]
+pub struct StateDir {
+    /// The appliance's id.
+    pub id: ApplianceId,
+    _lock: File,
+}
+
+#[derive(Deserialize)]
+struct Versioned {
+    version: u32,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Content {
+    version: u32,
+    id: ApplianceId,
+}
+
+impl StateDir {
+    /// Opens the directory, and makes it and the id at first. Blocks.
+    ///
+    /// # Errors
+    /// When it is in use, of a newer version, damaged, or cannot be accessed.
+    pub fn open(path: &Path) -> Result<StateDir, StateError> {
+        let failed = |step| move |source| StateError::Io { step, path: path.to_owned(), source };
+        DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(failed("make"))?;
+        let lock = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .mode(0o600)
+            .open(path.join("lock"))
+            .map_err(failed("lock"))?;
+        flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|error| match error {
+            Errno::WOULDBLOCK => StateError::InUse(path.to_owned()),
+            error => failed("lock")(error.into()),
+        })?;
+        let id = match fs::read(path.join(FILE)) {
+            Ok(bytes) => parse(path, &bytes)?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let id = xpm_control::random::u128().map(ApplianceId::from_u128).map_err(failed("make"))?;
+                write(path, id).map_err(failed("write"))?;
+                id
+            }
+            Err(error) => return Err(failed("read")(error)),
+        };
+        Ok(StateDir { id, _lock: lock })
+    }
+}
+
+/// The version is looked at first: the rest of a newer state may look different.
+fn parse(path: &Path, bytes: &[u8]) -> Result<ApplianceId, StateError> {
+    let damaged =
+        |error: serde_json::Error| StateError::Damaged { path: path.join(FILE), reason: error.to_string() };
+    let Versioned { version: found } = serde_json::from_slice(bytes).map_err(damaged)?;
+    if found > VERSION {
+        return Err(StateError::Newer { path: path.to_owned(), found });
+    }
+    serde_json::from_slice::<Content>(bytes).map(|content| content.id).map_err(damaged)
+}
+
+/// Whole or not at all, also when the power fails.
+fn write(path: &Path, id: ApplianceId) -> io::Result<()> {
+    let text = serde_json::to_string(&Content { version: VERSION, id })?;
+    let new = path.join("appliance.json.new");
+    let mut file = File::create(&new)?;
+    file.write_all(text.as_bytes())?;
+    file.sync_all()?;
+    fs::rename(&new, path.join(FILE))?;
+    File::open(path)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_id_stays() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a/b");
+        let first = StateDir::open(&path).unwrap();
+        assert!(matches!(StateDir::open(&path), Err(StateError::InUse(_))));
+        let id = first.id;
+        drop(first);
+        assert_eq!(StateDir::open(&path).unwrap().id, id);
+    }
+
+    #[test]
+    fn what_is_not_understood_is_left_alone() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join(FILE);
+        for (content, word) in [
+            ("{\"version\":2,\"key\":\"new\"}", "version 2"),
+            ("", "damaged"),
+            ("{\"version\":1}", "damaged"),
+            ("{\"version\":1,\"id\":\"x\"}", "damaged"),
+        ] {
+            fs::write(&file, content).unwrap();
+            let line = StateDir::open(directory.path()).unwrap_err().to_string();
+            assert!(line.contains(word), "{content}: {line}");
+            assert_eq!(fs::read_to_string(&file).unwrap(), content);
+        }
+    }
+}
