@@ -1,1 +1,24 @@
-//! stub
+//! xpm-blk: shows allocations of external memory as block devices.
+//!
+//! * [`config`] and [`lifecycle`]: from the command line to a running daemon and its end.
+//! * [`safety`]: what makes the process fit to serve swap.
+//! * [`daemon`] and [`control`]: which allocations are shown, and how that is changed.
+//! * [`frontend`]: the forms in which they are shown.
+//!
+//! The data path of a request: `frontend/ublk/queue.rs` (or the NBD server of `xpm_transport`) to a
+//! channel of `xpm_client`, and back by the same objects. The control plane never is on it.
+
+pub mod config;
+pub mod control;
+pub mod daemon;
+pub mod error;
+pub mod frontend;
+pub mod lifecycle;
+pub mod safety;
+pub mod spin;
+
+mod export;
+mod records;
+mod show;
+mod sysfs;
+mod usage;

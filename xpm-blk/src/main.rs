@@ -1,2 +1,72 @@
-//! stub
-fn main() {}
+//! The daemon that shows allocations of external memory as block devices.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::Parser;
+use xpm_blk::config::{Config, PATH_DEFAULT};
+use xpm_blk::lifecycle;
+
+/// Shows allocations of external memory as block devices of this host: ublk, the kernel's nbd, or
+/// NBD sockets. `xpm blk attach` tells it what to show.
+#[derive(Debug, Parser)]
+#[command(name = "xpm-blk", version)]
+struct Args {
+    /// Configuration file [default: /etc/xpm/blk.toml, if there is one]
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// The control socket, in place of the configuration's
+    #[arg(long, value_name = "PATH")]
+    control: Option<PathBuf>,
+    /// Base URL of the allocator, in place of the configuration's
+    #[arg(long, value_name = "URL")]
+    allocator: Option<String>,
+    /// Directory of what is kept across restarts, in place of the configuration's
+    #[arg(long, value_name = "DIRECTORY")]
+    state: Option<PathBuf>,
+    /// File of mode 0600 with the token that the allocator wants
+    #[arg(long, value_name = "FILE")]
+    token_file: Option<PathBuf>,
+    /// Shows devices that can carry swap although this process is not safe for it
+    #[arg(long)]
+    allow_unsafe_swap: bool,
+    /// Only checks the configuration
+    #[arg(long)]
+    check: bool,
+}
+
+fn main() -> ExitCode {
+    xpm_control::log::init();
+    match run(Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xpm-blk: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: Args) -> anyhow::Result<()> {
+    let checked = args.check;
+    let config = configure(args)?;
+    config.check().map_err(anyhow::Error::msg).context("configuration")?;
+    if checked {
+        println!("the configuration is good");
+        return Ok(());
+    }
+    Ok(lifecycle::run(config)?)
+}
+
+fn configure(args: Args) -> anyhow::Result<Config> {
+    let mut config = match &args.config {
+        Some(path) => Config::load(path)?,
+        None => Config::load_default().with_context(|| format!("read {PATH_DEFAULT}"))?,
+    };
+    config.control = args.control.unwrap_or(config.control);
+    config.allocator = args.allocator.unwrap_or(config.allocator);
+    config.state = args.state.unwrap_or(config.state);
+    config.token_file = args.token_file.or(config.token_file);
+    config.allow_unsafe_swap |= args.allow_unsafe_swap;
+    Ok(config)
+}

@@ -1,0 +1,271 @@
+//! The configuration of xpm-blk: a TOML file, and the command line over it. `docs/config.md`
+//! describes every key.
+
+use std::path::{Path, PathBuf};
+use std::thread::available_parallelism;
+use std::time::Duration;
+
+use serde::Deserialize;
+use xpm_control::config::ConfigError;
+use xpm_protocol::api::blk::{AttachDevice, Form, Hold};
+use xpm_protocol::units::{ByteSize, Span};
+
+use crate::frontend::Shape;
+
+/// Where the configuration is looked for when nobody says otherwise; it may be missing.
+pub const PATH_DEFAULT: &str = "/etc/xpm/blk.toml";
+
+/// Fewest and most requests in flight on one queue.
+const DEPTHS: std::ops::RangeInclusive<u16> = 1..=1024;
+/// Fewest and most queues of one device.
+const QUEUES: std::ops::RangeInclusive<u16> = 1..=64;
+
+/// The configuration, with every default filled in.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Base URL of the allocator.
+    pub allocator: String,
+    /// The control socket.
+    pub control: PathBuf,
+    /// Directory of what is kept across restarts: this client's id, and the maps of what is shown.
+    pub state: PathBuf,
+    /// File with the allocator's token, of mode 0600.
+    pub token_file: Option<PathBuf>,
+    /// How long I/O is held while an appliance cannot be reached.
+    pub hold: Hold,
+    /// Queues of a ublk device; by default one for each core, at most 4.
+    pub queues: Option<u16>,
+    /// Requests in flight on one queue; 1 to 1024.
+    pub depth: u16,
+    /// Memory for the buffers of one queue, which is locked.
+    pub buffer: ByteSize,
+    /// Longest busy wait of a queue's thread after work; 0s: none.
+    pub spin: Span,
+    /// Threads that serve the forms `nbd` and `nbd-socket`; by default one for each core, at most 4.
+    pub threads: Option<u16>,
+    /// How long the appliances may take to be connected when a device is attached.
+    pub connect_limit: Span,
+    /// How long the process waits for the users of its devices after the first SIGTERM, before a
+    /// second one makes it end in spite of them.
+    pub stop_limit: Span,
+    /// Show devices that can carry swap although the process is not safe for it.
+    pub allow_unsafe_swap: bool,
+    /// Devices that are attached at start.
+    pub device: Vec<AttachDevice>,
+}
+
+impl Default for Config {
+    fn default() -> Config {
+        Config {
+            allocator: "http://127.0.0.1:7700".to_owned(),
+            control: "/run/xpm/blk.sock".into(),
+            state: "/var/lib/xpm/blk".into(),
+            token_file: None,
+            hold: Hold::Forever,
+            queues: None,
+            depth: 128,
+            buffer: ByteSize(16 << 20),
+            spin: Span(Duration::from_micros(50)),
+            threads: None,
+            connect_limit: Span(Duration::from_secs(10)),
+            stop_limit: Span(Duration::from_secs(30)),
+            allow_unsafe_swap: false,
+            device: Vec::new(),
+        }
+    }
+}
+
+impl Config {
+    /// Reads a file. Blocks.
+    ///
+    /// # Errors
+    /// With the file and the line, and what could be there instead.
+    pub fn load(path: &Path) -> Result<Config, ConfigError> {
+        xpm_control::config::load(path)
+    }
+
+    /// Reads the file at [`PATH_DEFAULT`] if there is one. Blocks.
+    ///
+    /// # Errors
+    /// Like [`Config::load`], but not when the file is missing.
+    pub fn load_default() -> Result<Config, ConfigError> {
+        let path = Path::new(PATH_DEFAULT);
+        match Config::load(path) {
+            Err(ConfigError::Unreadable { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
+                Ok(Config::default())
+            }
+            result => result,
+        }
+    }
+
+    /// Checks what the file's syntax does not.
+    ///
+    /// # Errors
+    /// One line: the key, its value, and what can be there.
+    pub fn check(&self) -> Result<(), String> {
+        if let Some(name) = self.first_named_twice() {
+            return Err(format!("`device`: {name} is listed twice; list each allocation once"));
+        }
+        self.queues.map_or(Ok(()), |queues| check_queues("queues", queues))?;
+        self.threads.map_or(Ok(()), |threads| check_queues("threads", threads))?;
+        check_depth("depth", self.depth)?;
+        if !(1 << 20..=1 << 30).contains(&self.buffer.0) {
+            return Err(format!("`buffer` is {}; it can be 1MiB to 1GiB", self.buffer));
+        }
+        if self.spin.0 > Duration::from_millis(10) {
+            return Err(format!("`spin` is {}; it can be 0s to 10ms", self.spin));
+        }
+        for (key, path) in [("control", &self.control), ("state", &self.state)] {
+            if !path.is_absolute() {
+                return Err(format!("`{key}` is {}; give an absolute path", path.display()));
+            }
+        }
+        self.device.iter().try_for_each(|device| {
+            check_device(device).map_err(|error| format!("device {}: {error}", device.name))
+        })
+    }
+
+    fn first_named_twice(&self) -> Option<&str> {
+        let names: Vec<&str> = self.device.iter().map(|device| device.name.as_str()).collect();
+        (1..names.len()).find(|&place| names[..place].contains(&names[place])).map(|place| names[place])
+    }
+
+    /// The shape of a device that is asked for.
+    pub fn shape(&self, device: &AttachDevice, number: Option<u32>) -> Shape {
+        let queues = match device.form {
+            Form::Ublk => self.queues.unwrap_or_else(|| cores().min(4)),
+            // See the reasons at `frontend::kernel_nbd`.
+            Form::Nbd | Form::NbdDirect | Form::NbdSocket(_) => 1,
+        };
+        Shape {
+            queues: device.queues.unwrap_or(queues),
+            depth: device.depth.unwrap_or(self.depth),
+            spin: self.spin(),
+            buffer_len: self.buffer.0,
+            number,
+        }
+    }
+
+    /// Longest busy wait of a thread: none on a machine with one core, where it would only keep the
+    /// others from running.
+    pub fn spin(&self) -> Duration {
+        if cores() == 1 { Duration::ZERO } else { self.spin.0 }
+    }
+
+    /// Threads that serve NBD sockets.
+    pub fn threads(&self) -> u16 {
+        self.threads.unwrap_or_else(|| cores().min(4))
+    }
+}
+
+/// Checks what a request for a device can say beyond its types.
+///
+/// # Errors
+/// One line: the field, its value, and what can be there.
+pub fn check_device(device: &AttachDevice) -> Result<(), String> {
+    device.queues.map_or(Ok(()), |queues| check_queues("queues", queues))?;
+    device.depth.map_or(Ok(()), |depth| check_depth("depth", depth))
+}
+
+fn check_queues(key: &str, queues: u16) -> Result<(), String> {
+    match QUEUES.contains(&queues) {
+        true => Ok(()),
+        false => Err(format!("`{key}` is {queues}; it can be {} to {}", QUEUES.start(), QUEUES.end())),
+    }
+}
+
+fn check_depth(key: &str, depth: u16) -> Result<(), String> {
+    match DEPTHS.contains(&depth) {
+        true => Ok(()),
+        false => Err(format!("`{key}` is {depth}; it can be {} to {}", DEPTHS.start(), DEPTHS.end())),
+    }
+}
+
+fn cores() -> u16 {
+    available_parallelism().map_or(1, |cores| cores.get().try_into().unwrap_or(u16::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, ConfigError> {
+        xpm_control::config::parse(Path::new("blk.toml"), text)
+    }
+
+    #[test]
+    fn every_key() {
+        let config = parse(
+            r#"
+            allocator = "http://10.0.0.1:7700"
+            control = "/run/a.sock"
+            state = "/var/a"
+            token_file = "/etc/xpm/token"
+            hold = "5m"
+            queues = 2
+            depth = 64
+            buffer = "8MiB"
+            spin = "20us"
+            threads = 1
+            connect_limit = "3s"
+            stop_limit = "1m"
+            allow_unsafe_swap = true
+            [[device]]
+            name = "pool"
+            as = "ublk"
+            depth = 32
+            [[device]]
+            name = "share"
+            as = "nbd-socket=127.0.0.1:10809"
+            hold = "forever"
+            transport = "nbd-tcp"
+            "#,
+        )
+        .unwrap();
+        config.check().unwrap();
+        assert_eq!(config.device.len(), 2);
+        let shape = config.shape(&config.device[0], Some(3));
+        assert_eq!((shape.queues, shape.depth, shape.buffer_len, shape.number), (2, 32, 8 << 20, Some(3)));
+        assert_eq!(config.shape(&config.device[1], None).depth, 64);
+    }
+
+    #[test]
+    fn nothing_said_is_a_configuration() {
+        let config = parse("").unwrap();
+        assert_eq!(config, Config::default());
+        config.check().unwrap();
+    }
+
+    #[test]
+    fn errors_name_the_place_and_the_way_out() {
+        let error = xpm_control::error_line(&parse("depth = 1\nqueus = 2\n").unwrap_err());
+        assert!(
+            error.contains("blk.toml:2") && error.contains("queus") && error.contains("queues"),
+            "{error}"
+        );
+        let error = xpm_control::error_line(&parse("hold = \"soon\"").unwrap_err());
+        assert!(error.contains("blk.toml:1") && error.contains("forever"), "{error}");
+        for (text, parts) in [
+            ("depth = 0", ["`depth`", "1 to 1024"]),
+            ("queues = 65", ["`queues`", "1 to 64"]),
+            ("buffer = 5", ["`buffer`", "1MiB to 1GiB"]),
+            ("spin = \"1s\"", ["`spin`", "10ms"]),
+            ("state = \"here\"", ["`state`", "absolute"]),
+            ("[[device]]\nname = \"a\"\nas = \"ublk\"\ndepth = 5000", ["device a", "1 to 1024"]),
+            ("[[device]]\nname=\"a\"\nas=\"ublk\"\n[[device]]\nname=\"a\"\nas=\"nbd\"", ["a", "twice"]),
+        ] {
+            let error = parse(text).unwrap().check().unwrap_err();
+            assert!(parts.iter().all(|part| error.contains(part)), "{error}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_answered(text in ".{0,200}") {
+            let _ = parse(&text).map(|config| config.check());
+        }
+    }
+}

@@ -1,0 +1,45 @@
+//! What the daemon asks of the allocator: to own an allocation, and to own it no more.
+
+use xpm_control::client::ClientError;
+use xpm_control::error_line;
+use xpm_protocol::Name;
+use xpm_protocol::api::ErrorKind;
+use xpm_protocol::api::allocator::{Attach, Map};
+use xpm_protocol::api::blk::AttachDevice;
+
+use super::Daemon;
+use crate::error::DeviceError;
+
+impl Daemon {
+    pub(super) async fn own(&self, request: &AttachDevice) -> Result<Map, DeviceError> {
+        let attach = Attach {
+            client: self.client,
+            host: self.host,
+            host_name: self.host_name.clone(),
+            purpose: request.form.to_string(),
+            force: request.force,
+        };
+        let path = format!("/v1/allocations/{}/owner", request.name);
+        self.allocator.put(&path, &attach).await.map_err(|error| refused(&error))
+    }
+
+    /// Gives an allocation back. What cannot be reached is logged only: the allocation stays ours
+    /// there, which harms nobody, and can be taken with force.
+    pub(super) async fn disown(&self, name: &Name) {
+        let path = format!("/v1/allocations/{name}/owner/{}", self.client);
+        if let Err(error) = self.allocator.delete(&path).await {
+            tracing::warn!("allocation {name} could not be given back: {}", error_line(&error));
+        }
+    }
+}
+
+fn refused(error: &ClientError) -> DeviceError {
+    let kind = match error {
+        ClientError::Refused(body) => body.kind,
+        ClientError::Unreachable { .. } | ClientError::Lost { .. } | ClientError::TimedOut => {
+            ErrorKind::Unavailable
+        }
+        ClientError::NotXpm(_) => ErrorKind::Internal,
+    };
+    DeviceError::new(kind, format!("allocator: {}", error_line(error)))
+}

@@ -1,0 +1,102 @@
+//! Attaching: own the allocation, remember it, show it; and undo what was done when a step fails.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use xpm_protocol::Name;
+use xpm_protocol::api::ErrorKind;
+use xpm_protocol::api::blk::{AttachDevice, Device};
+
+use super::{Attached, Daemon, Slot, blocking};
+use crate::config::check_device;
+use crate::error::{DeviceError, Step};
+use crate::records::Record;
+use crate::show::{Readiness, show};
+
+impl Daemon {
+    /// Shows an allocation. Runs to its end even if nobody waits for it any more.
+    ///
+    /// # Errors
+    /// What is wrong with the request, the allocator's refusal, or what this machine lacks.
+    pub async fn attach(self: &Arc<Daemon>, request: AttachDevice) -> Result<Device, DeviceError> {
+        check_device(&request).map_err(|error| DeviceError::new(ErrorKind::Invalid, error))?;
+        self.check_safety(&request.form)?;
+        self.reserve(&request.name)?;
+        let daemon = Arc::clone(self);
+        let task = tokio::spawn(async move {
+            let name = request.name.clone();
+            let result = daemon.attach_reserved(request).await;
+            if result.is_err() {
+                daemon.set(&name, None);
+            }
+            result
+        });
+        match task.await {
+            Ok(result) => result,
+            Err(error) => Err(DeviceError::new(ErrorKind::Internal, format!("attaching failed: {error}"))),
+        }
+    }
+
+    fn reserve(&self, name: &Name) -> Result<(), DeviceError> {
+        let mut slots = self.slots();
+        let what = match slots.get(name) {
+            None => {
+                slots.insert(name.clone(), Slot::Busy("being attached"));
+                return Ok(());
+            }
+            Some(Slot::Busy(doing)) => format!("allocation {name} is {doing} just now"),
+            Some(Slot::Waiting(_)) => format!("allocation {name} waits to be shown again; detach it first"),
+            Some(Slot::Shown(attached)) => format!(
+                "allocation {name} is shown already, as {} at {}; detach it first",
+                attached.record.request.form,
+                attached.shown.path()
+            ),
+        };
+        Err(DeviceError::new(ErrorKind::Conflict, what))
+    }
+
+    async fn attach_reserved(self: &Arc<Daemon>, request: AttachDevice) -> Result<Device, DeviceError> {
+        let map = self.own(&request).await?;
+        let session = xpm_control::random::u128().at("make a session number")?;
+        let name = request.name.clone();
+        let record = Record::new(request, map, session);
+        match self.show(record, Readiness::Required).await {
+            Ok(attached) => Ok(self.view_of(&attached)),
+            Err(error) => {
+                self.disown(&name).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Shows what a record says and fills its slot. The record is kept before anything is shown, so
+    /// that nothing is ever shown that a restart would not find.
+    pub(super) async fn show(
+        self: &Arc<Daemon>,
+        record: Record,
+        readiness: Readiness,
+    ) -> Result<Arc<Attached>, DeviceError> {
+        let daemon = Arc::clone(self);
+        let attached = blocking(move || daemon.show_and_keep(record, readiness)).await?;
+        self.set(&attached.record.request.name, Some(Slot::Shown(Arc::clone(&attached))));
+        Ok(attached)
+    }
+
+    fn show_and_keep(&self, mut record: Record, readiness: Readiness) -> Result<Arc<Attached>, DeviceError> {
+        self.records.save(&record)?;
+        let shown = match show(&record, &self.config, &self.server, readiness) {
+            Ok(shown) => shown,
+            Err(error) => {
+                // A device that was there before is tried again; a new one never was.
+                if readiness == Readiness::Required {
+                    self.records.remove(&record.request.name)?;
+                }
+                return Err(error);
+            }
+        };
+        record.number = shown.number();
+        self.records.save(&record)?;
+        tracing::info!("allocation {} is shown at {}", record.request.name, shown.path());
+        Ok(Arc::new(Attached { record, shown, since: Instant::now() }))
+    }
+}

@@ -1,0 +1,141 @@
+//! Detaching: refused while somebody uses the device, unless forced.
+
+use std::sync::Arc;
+
+use xpm_protocol::Name;
+use xpm_protocol::api::ErrorKind;
+use xpm_protocol::api::blk::{DeviceState, Form};
+
+use super::{Attached, Daemon, Slot, blocking};
+use crate::error::DeviceError;
+use crate::usage;
+
+impl Daemon {
+    /// Takes a device away and gives its allocation back. Runs to its end even if nobody waits for
+    /// it any more.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InUse`] with the users, unless `force` is set.
+    pub async fn detach(self: &Arc<Daemon>, name: Name, force: bool) -> Result<(), DeviceError> {
+        let daemon = Arc::clone(self);
+        let task = tokio::spawn(async move { daemon.detach_now(&name, force).await });
+        match task.await {
+            Ok(result) => result,
+            Err(error) => Err(DeviceError::new(ErrorKind::Internal, format!("detaching failed: {error}"))),
+        }
+    }
+
+    async fn detach_now(self: &Arc<Daemon>, name: &Name, force: bool) -> Result<(), DeviceError> {
+        let before = self.begin_detach(name)?;
+        if let Slot::Shown(attached) = &before {
+            let attached = Arc::clone(attached);
+            if let Err(error) = blocking(move || take_away(&attached, force)).await {
+                self.set(name, Some(before));
+                return Err(error);
+            }
+        }
+        drop(before);
+        let (daemon, record) = (Arc::clone(self), name.clone());
+        let removed = blocking(move || daemon.records.remove(&record)).await;
+        self.disown(name).await;
+        self.set(name, None);
+        tracing::info!("allocation {name} is no longer shown");
+        removed
+    }
+
+    /// Marks the slot and returns what it was.
+    fn begin_detach(&self, name: &Name) -> Result<Slot, DeviceError> {
+        let mut slots = self.slots();
+        match slots.get(name) {
+            None => Err(unknown(name)),
+            Some(Slot::Busy(doing)) => {
+                Err(DeviceError::new(ErrorKind::Conflict, format!("allocation {name} is {doing} just now")))
+            }
+            Some(Slot::Shown(_) | Slot::Waiting(_)) => {
+                let before = slots.insert(name.clone(), Slot::Busy("being detached"));
+                before.ok_or_else(|| unknown(name))
+            }
+        }
+    }
+
+    /// Devices that somebody uses and that need this process, with their users; at the end of the
+    /// process.
+    pub(crate) fn in_use(&self) -> Vec<String> {
+        let slots: Vec<Slot> = self.slots().values().cloned().collect();
+        let needed = slots.iter().filter_map(|slot| match slot {
+            Slot::Shown(attached) if !attached.shown.outlives_process() => attached.shown.disk(),
+            _ => None,
+        });
+        needed
+            .map(|disk| (disk, usage::users(disk)))
+            .filter(|(_, users)| !users.is_empty())
+            .map(|(disk, users)| format!("/dev/{disk}: {}", users.join(", ")))
+            .collect()
+    }
+
+    /// Takes every device away at the end of the process, and keeps their records, so that the next
+    /// one shows them again. What outlives the process is left alone while it is used.
+    pub(crate) fn take_all_away(&self) {
+        let slots = std::mem::take(&mut *self.slots());
+        for (name, slot) in slots {
+            let Slot::Shown(attached) = slot else { continue };
+            let used = attached.shown.disk().is_some_and(|disk| !usage::users(disk).is_empty());
+            if attached.shown.outlives_process() && used {
+                tracing::info!("{} is in use and goes on without this process", attached.shown.path());
+                continue;
+            }
+            if let Err(error) = attached.shown.hide(true) {
+                tracing::warn!("allocation {name}: {error}");
+            }
+        }
+    }
+}
+
+pub(super) fn unknown(name: &Name) -> DeviceError {
+    DeviceError::new(
+        ErrorKind::NotFound,
+        format!("allocation {name} is not shown here; `xpm blk list` lists what is"),
+    )
+}
+
+fn take_away(attached: &Attached, force: bool) -> Result<(), DeviceError> {
+    let users = users_of(attached, true);
+    if !force && !users.is_empty() {
+        return Err(refusal(attached, &users));
+    }
+    let stuck = attached.shown.health().state != DeviceState::Live;
+    attached.shown.hide(force && stuck)
+}
+
+fn refusal(attached: &Attached, users: &[String]) -> DeviceError {
+    let path = attached.shown.path();
+    let way_out = match attached.record.request.form {
+        Form::NbdSocket(_) => "disconnect them".to_owned(),
+        _ if users.iter().any(|user| user == "swap") => format!("run `swapoff {path}`"),
+        _ if users.iter().any(|user| user.starts_with("mounted")) => format!("run `umount {path}`"),
+        _ => "stop them".to_owned(),
+    };
+    let what = format!(
+        "{path} (allocation {}) is in use: {}; {way_out} first, or use --force and lose what is not written back",
+        attached.record.request.name,
+        users.join(", ")
+    );
+    DeviceError::new(ErrorKind::InUse, what)
+}
+
+/// Who uses a device now. `thorough` also looks for those who opened it for themselves alone, which
+/// can wait for the device's I/O.
+pub(super) fn users_of(attached: &Attached, thorough: bool) -> Vec<String> {
+    let Some(disk) = attached.shown.disk() else {
+        return match attached.shown.clients() {
+            0 => Vec::new(),
+            1 => vec!["1 NBD client".to_owned()],
+            count => vec![format!("{count} NBD clients")],
+        };
+    };
+    let mut users = usage::users(disk);
+    if thorough && users.is_empty() && usage::is_claimed(disk) {
+        users.push("opened exclusively by another program".to_owned());
+    }
+    users
+}

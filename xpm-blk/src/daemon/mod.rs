@@ -1,0 +1,146 @@
+//! The daemon's devices: one owner of which allocations are shown, and of every change to that.
+//!
+//! Each allocation has a slot from the moment that somebody asks for it until it is gone. What
+//! takes time happens with the slot marked, outside of the lock, on threads that may block.
+
+mod allocator;
+mod attach;
+mod detach;
+mod restore;
+mod view;
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use xpm_control::client::Client;
+use xpm_protocol::api::ErrorKind;
+use xpm_protocol::api::blk::{Form, Status};
+use xpm_protocol::units::Span;
+use xpm_protocol::{ClientId, HostId, Name};
+use xpm_transport::nbd::server::Server;
+
+use crate::config::Config;
+use crate::error::DeviceError;
+use crate::frontend::{self, Shown};
+use crate::records::{Record, Records};
+use crate::safety;
+
+/// The running daemon.
+pub struct Daemon {
+    config: Config,
+    client: ClientId,
+    host: HostId,
+    host_name: String,
+    allocator: Client,
+    records: Records,
+    server: Server,
+    slots: Mutex<BTreeMap<Name, Slot>>,
+    started: Instant,
+}
+
+/// What a daemon is made of.
+pub(crate) struct Parts {
+    pub(crate) config: Config,
+    pub(crate) client: ClientId,
+    pub(crate) host: HostId,
+    pub(crate) host_name: String,
+    pub(crate) allocator: Client,
+    pub(crate) records: Records,
+    pub(crate) server: Server,
+}
+
+#[derive(Clone)]
+enum Slot {
+    /// Somebody works on it; what they do.
+    Busy(&'static str),
+    /// It was shown before the restart and is not yet again, for this reason.
+    Waiting(Arc<Waiting>),
+    /// It is shown.
+    Shown(Arc<Attached>),
+}
+
+struct Waiting {
+    record: Record,
+    reason: String,
+    since: Instant,
+}
+
+/// A shown allocation.
+struct Attached {
+    record: Record,
+    shown: Box<dyn Shown>,
+    since: Instant,
+}
+
+impl Daemon {
+    pub(crate) fn new(parts: Parts) -> Daemon {
+        let Parts { config, client, host, host_name, allocator, records, server } = parts;
+        Daemon {
+            config,
+            client,
+            host,
+            host_name,
+            allocator,
+            records,
+            server,
+            slots: Mutex::new(BTreeMap::new()),
+            started: Instant::now(),
+        }
+    }
+
+    /// What the daemon is doing.
+    pub fn status(&self) -> Status {
+        Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            client: self.client,
+            pid: std::process::id(),
+            uptime: whole_seconds(self.started),
+            allocator: self.allocator.base().to_owned(),
+            devices: self.slots().len() as u64,
+            safety: safety::items(),
+        }
+    }
+
+    fn slots(&self) -> MutexGuard<'_, BTreeMap<Name, Slot>> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set(&self, name: &Name, slot: Option<Slot>) {
+        match slot {
+            Some(slot) => drop(self.slots().insert(name.clone(), slot)),
+            None => drop(self.slots().remove(name)),
+        }
+    }
+
+    /// Refuses a device that can carry swap while this process is not safe for it.
+    fn check_safety(&self, form: &Form) -> Result<(), DeviceError> {
+        if !frontend::can_carry_swap(form) || self.config.allow_unsafe_swap {
+            return Ok(());
+        }
+        match safety::missing(&safety::items()) {
+            None => Ok(()),
+            Some(missing) => Err(DeviceError::new(
+                ErrorKind::Unsupported,
+                format!(
+                    "{form} can carry swap, and this process is not safe for that: {missing}. Mend it and start xpm-blk \
+                     again, show it as nbd-socket, or accept it with `allow_unsafe_swap = true`"
+                ),
+            )),
+        }
+    }
+}
+
+/// Runs what may block, on a thread for that.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, DeviceError> + Send + 'static,
+) -> Result<T, DeviceError> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => Err(DeviceError::new(ErrorKind::Internal, format!("a control task failed: {error}"))),
+    }
+}
+
+fn whole_seconds(since: Instant) -> Span {
+    Span(std::time::Duration::from_secs(since.elapsed().as_secs()))
+}

@@ -1,0 +1,85 @@
+//! What the control interface shows of devices.
+
+use std::sync::Arc;
+
+use xpm_protocol::Name;
+use xpm_protocol::api::appliance::Counters;
+use xpm_protocol::api::blk::{Device, DeviceState, LinkState, LinkStatus, TransportKind};
+
+use super::detach::{unknown, users_of};
+use super::{Attached, Daemon, Slot, Waiting, whole_seconds};
+use crate::error::DeviceError;
+use crate::records::Record;
+
+impl Daemon {
+    /// Every device, by name.
+    pub fn devices(&self) -> Vec<Device> {
+        let slots: Vec<Slot> = self.slots().values().cloned().collect();
+        slots.iter().filter_map(|slot| self.view(slot)).collect()
+    }
+
+    /// One device.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`](xpm_protocol::api::ErrorKind).
+    pub fn device(&self, name: &Name) -> Result<Device, DeviceError> {
+        let slot = self.slots().get(name).cloned();
+        slot.and_then(|slot| self.view(&slot)).ok_or_else(|| unknown(name))
+    }
+
+    fn view(&self, slot: &Slot) -> Option<Device> {
+        match slot {
+            Slot::Busy(_) => None,
+            Slot::Waiting(waiting) => Some(self.view_of_waiting(waiting)),
+            Slot::Shown(attached) => Some(self.view_of(attached)),
+        }
+    }
+
+    pub(super) fn view_of(&self, attached: &Arc<Attached>) -> Device {
+        let health = attached.shown.health();
+        Device {
+            path: attached.shown.path(),
+            state: health.state,
+            links: health.links,
+            users: users_of(attached, false),
+            counters: health.counters,
+            in_flight: health.in_flight,
+            age: whole_seconds(attached.since),
+            ..self.outline(&attached.record)
+        }
+    }
+
+    /// A device that is not shown again yet has no path, and the reason stands at its links.
+    fn view_of_waiting(&self, waiting: &Waiting) -> Device {
+        let since = whole_seconds(waiting.since);
+        let links = waiting.record.map.grants.iter().map(|grant| LinkStatus {
+            appliance: grant.appliance,
+            appliance_name: grant.appliance_name.clone(),
+            transport: waiting.record.request.transport.unwrap_or(TransportKind::NbdTcp),
+            state: LinkState::Connecting,
+            since,
+            reconnects: 0,
+            reason: Some(waiting.reason.clone()),
+        });
+        Device { links: links.collect(), age: since, ..self.outline(&waiting.record) }
+    }
+
+    fn outline(&self, record: &Record) -> Device {
+        let shape = self.config.shape(&record.request, None);
+        Device {
+            name: record.request.name.clone(),
+            form: record.request.form.clone(),
+            path: "-".to_owned(),
+            size: record.map.size,
+            epoch: record.map.epoch,
+            queues: shape.queues,
+            depth: shape.depth,
+            state: DeviceState::Holding,
+            links: Vec::new(),
+            users: Vec::new(),
+            counters: Counters::default(),
+            in_flight: 0,
+            age: xpm_protocol::Span::default(),
+        }
+    }
+}

@@ -1,0 +1,346 @@
+//! Form `nbd-direct`: the kernel gets connections that lead to the appliance itself. No process of
+//! this machine is on the way of an I/O; this one only replaces connections that died.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::sockopt::{Timeout, set_socket_timeout, socket_timeout};
+use xpm_protocol::api::ErrorKind;
+use xpm_protocol::api::allocator::{Grant, Map, RegionSlot};
+use xpm_protocol::api::appliance::Counters;
+use xpm_protocol::api::blk::{DeviceState, LinkState, LinkStatus, TransportKind};
+use xpm_protocol::layout::Layout;
+use xpm_protocol::nbd::{ExportName, SessionTag, TransmissionFlags};
+use xpm_protocol::units::Span;
+use xpm_transport::nbd::client::{ConnectError, Connected, Target, connect};
+
+use super::source::Source;
+use crate::error::{DeviceError, Step};
+use crate::frontend::Health;
+use crate::sysfs::Statistics;
+
+/// Longest time for one connection and its handshake.
+const CONNECT_LIMIT: Duration = Duration::from_secs(5);
+
+/// Leads to the one appliance of an allocation.
+pub(super) struct Direct {
+    grant: Grant,
+    targets: Vec<(TransportKind, Target)>,
+    session: u128,
+    generation: AtomicU32,
+    flags: TransmissionFlags,
+    sockets: Mutex<Vec<Option<OwnedFd>>>,
+    link: Mutex<Link>,
+    reconnects: AtomicU64,
+}
+
+struct Link {
+    state: LinkState,
+    since: Instant,
+    transport: TransportKind,
+    reason: Option<String>,
+}
+
+impl Direct {
+    /// Limit of one request: what was sent on a connection that died is sent again on its
+    /// replacement when this is over. Longer than TCP takes to give up on a silent peer (see
+    /// `xpm_transport::nbd::client`), so that nothing is left in the old connection's queue then.
+    pub(super) const TIMEOUT: Duration = Duration::from_secs(15);
+
+    /// `session` names the connections of this device for as long as the device lives, across
+    /// restarts of this process.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] when the allocation is not linear on one appliance.
+    pub(super) fn new(
+        map: &Map,
+        session: u128,
+        queues: u16,
+        transport: Option<TransportKind>,
+    ) -> Result<Direct, DeviceError> {
+        let grant = the_only_grant(map)?.clone();
+        let targets = targets(&grant, transport)?;
+        Ok(Direct {
+            flags: TransmissionFlags::HAS_FLAGS,
+            link: Mutex::new(Link {
+                state: LinkState::Connecting,
+                since: Instant::now(),
+                transport: targets[0].0,
+                reason: None,
+            }),
+            grant,
+            targets,
+            session,
+            generation: AtomicU32::new(first_generation()),
+            sockets: Mutex::new((0..queues).map(|_| None).collect()),
+            reconnects: AtomicU64::new(0),
+        })
+    }
+
+    /// Asks the appliance what its export can do, and whether it holds `size` bytes.
+    pub(super) fn probe(&mut self, size: u64) -> Result<(), DeviceError> {
+        let queues = self.sockets().len();
+        let Connected { info, .. } = self.connect(0)?;
+        let at = || format!("the export of {} on appliance {}", self.grant.id, self.grant.appliance_name);
+        if info.size < size {
+            let what = format!("{} has {} bytes, the allocation {size}", at(), info.size);
+            return Err(DeviceError::new(ErrorKind::Internal, what));
+        }
+        if queues > 1 && !info.flags.contains(TransmissionFlags::CAN_MULTI_CONN) {
+            let what = format!("{} allows one connection only: ask for 1 queue, not {queues}", at());
+            return Err(DeviceError::new(ErrorKind::Invalid, what));
+        }
+        self.flags = info.flags;
+        Ok(())
+    }
+
+    fn connect(&self, queue: u16) -> Result<Connected, DeviceError> {
+        let mut last = None;
+        for (transport, target) in &self.targets {
+            let generation = self.generation.fetch_add(1, Ordering::Relaxed);
+            let session = Some(SessionTag { id: self.session, queue, generation });
+            let name = ExportName { key: self.grant.key.clone(), session };
+            match connect(target, &name, CONNECT_LIMIT) {
+                Ok(connected) if connected.leftover.is_empty() => {
+                    self.note(LinkState::Up, *transport, None);
+                    return Ok(connected);
+                }
+                Ok(_) => last = Some(self.refused(*transport, "it sent a reply that was not asked for")),
+                Err(ConnectError::UnknownExport) => {
+                    let reason =
+                        "it does not know the grant: its memory is gone, or the allocation was taken over";
+                    self.note(LinkState::Lost, *transport, Some(reason.to_owned()));
+                    return Err(self.error(ErrorKind::NotFound, reason));
+                }
+                Err(error) => last = Some(self.refused(*transport, &error.to_string())),
+            }
+        }
+        Err(last.unwrap_or_else(|| self.error(ErrorKind::Internal, "it has no address")))
+    }
+
+    fn refused(&self, transport: TransportKind, reason: &str) -> DeviceError {
+        self.note(LinkState::Connecting, transport, Some(reason.to_owned()));
+        self.error(ErrorKind::Unavailable, reason)
+    }
+
+    fn error(&self, kind: ErrorKind, reason: &str) -> DeviceError {
+        DeviceError::new(kind, format!("connect to appliance {}: {reason}", self.grant.appliance_name))
+    }
+
+    fn note(&self, state: LinkState, transport: TransportKind, reason: Option<String>) {
+        let mut link = self.link.lock().unwrap_or_else(PoisonError::into_inner);
+        if link.state != state {
+            link.since = Instant::now();
+        }
+        *link = Link { state, since: link.since, transport, reason };
+    }
+
+    fn sockets(&self) -> MutexGuard<'_, Vec<Option<OwnedFd>>> {
+        self.sockets.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Source for Direct {
+    fn server_flags(&self) -> u16 {
+        self.flags.bits()
+    }
+
+    fn socket(&self, queue: u16) -> Result<OwnedFd, DeviceError> {
+        let replaced = self.sockets()[usize::from(queue)].take().is_some();
+        let Connected { stream, .. } = self.connect(queue)?;
+        // The driver sets its own time limit on each socket that it takes: that is how `dead`
+        // knows a socket that it dropped.
+        set_socket_timeout(&stream, Timeout::Send, None).at("prepare a socket for the kernel")?;
+        set_socket_timeout(&stream, Timeout::Recv, None).at("prepare a socket for the kernel")?;
+        // What the kernel's receiver waits for is not in the file's flags; a blocking file is what
+        // every other client hands over.
+        rustix::io::ioctl_fionbio(&stream, false).at("prepare a socket for the kernel")?;
+        self.sockets()[usize::from(queue)] = Some(stream.try_clone().at("duplicate a socket")?);
+        if replaced {
+            self.reconnects.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(stream)
+    }
+
+    fn dead(&self) -> Vec<u16> {
+        let sockets = self.sockets();
+        let dead = sockets.iter().enumerate().filter(|(_, socket)| !socket.as_ref().is_some_and(is_served));
+        dead.map(|(queue, _)| queue as u16).collect()
+    }
+
+    fn health(&self, disk: &str) -> Health {
+        let dead = !self.dead().is_empty();
+        let link = self.link.lock().unwrap_or_else(PoisonError::into_inner);
+        let (state, link_state) = match link.state {
+            LinkState::Lost => (DeviceState::Lost, LinkState::Lost),
+            LinkState::Up if !dead => (DeviceState::Live, LinkState::Up),
+            LinkState::Up | LinkState::Connecting => (DeviceState::Holding, LinkState::Connecting),
+        };
+        let statistics = Statistics::of(disk);
+        Health {
+            state,
+            links: vec![LinkStatus {
+                appliance: self.grant.appliance,
+                appliance_name: self.grant.appliance_name.clone(),
+                transport: link.transport,
+                state: link_state,
+                since: Span(Duration::from_secs(link.since.elapsed().as_secs())),
+                reconnects: self.reconnects.load(Ordering::Relaxed),
+                reason: link.reason.clone(),
+            }],
+            counters: counters(statistics),
+            in_flight: statistics.in_flight,
+        }
+    }
+
+    fn close(&self) {
+        self.sockets().iter_mut().for_each(|socket| *socket = None);
+    }
+}
+
+/// Whether the kernel took a socket and its connection still stands.
+fn is_served(socket: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(socket, PollFlags::RDHUP)];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    let hung_up = poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0);
+    !hung_up && socket_timeout(socket.as_fd(), Timeout::Send).is_ok_and(|limit| limit.is_some())
+}
+
+fn counters(statistics: Statistics) -> Counters {
+    Counters {
+        reads: statistics.reads,
+        read_bytes: statistics.read_sectors * 512,
+        writes: statistics.writes,
+        write_bytes: statistics.write_sectors * 512,
+        trims: statistics.discards,
+        ..Counters::default()
+    }
+}
+
+/// Seconds since 1970: higher than any generation that an earlier process of this device used.
+fn first_generation() -> u32 {
+    let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |age| age.as_secs());
+    seconds as u32
+}
+
+/// The export of one grant is the whole allocation only when it is linear on one appliance, with
+/// its regions in the order of the grant.
+fn the_only_grant(map: &Map) -> Result<&Grant, DeviceError> {
+    let refuse = |why: String| {
+        let what = format!(
+            "allocation {} cannot be shown as nbd-direct: {why}; show it as ublk or nbd, or make it without --stripe \
+             and small enough for one appliance",
+            map.name
+        );
+        Err(DeviceError::new(ErrorKind::Invalid, what))
+    };
+    let in_order = |(place, slot): (usize, &RegionSlot)| slot.grant == 0 && slot.slot as usize == place;
+    match (map.layout, map.grants.as_slice()) {
+        (Layout::Striped { columns, .. }, _) => refuse(format!("it is striped over {columns} regions")),
+        (Layout::Linear, [grant]) if map.regions.iter().enumerate().all(in_order) => Ok(grant),
+        (Layout::Linear, [_]) => refuse("its regions are not in the order of the grant".to_owned()),
+        (Layout::Linear, grants) => refuse(format!("it lies on {} appliances", grants.len())),
+    }
+}
+
+fn targets(
+    grant: &Grant,
+    transport: Option<TransportKind>,
+) -> Result<Vec<(TransportKind, Target)>, DeviceError> {
+    let tcp = || grant.endpoints.nbd.iter().map(|&address| (TransportKind::NbdTcp, Target::Tcp(address)));
+    let unix =
+        || grant.endpoints.nbd_unix.iter().map(|path| (TransportKind::NbdUnix, Target::Unix(path.clone())));
+    let targets: Vec<_> = match transport {
+        None => tcp().chain(unix().filter(|_| on_this_host(grant))).collect(),
+        Some(TransportKind::NbdTcp) => tcp().collect(),
+        Some(TransportKind::NbdUnix) => unix().collect(),
+        Some(TransportKind::Shm) => {
+            let what = "nbd-direct cannot use shm: the kernel's driver speaks to sockets only; leave the transport out";
+            return Err(DeviceError::new(ErrorKind::Invalid, what));
+        }
+    };
+    if targets.is_empty() {
+        let what = format!("appliance {} has no NBD address for nbd-direct", grant.appliance_name);
+        return Err(DeviceError::new(ErrorKind::Invalid, what));
+    }
+    Ok(targets)
+}
+
+fn on_this_host(grant: &Grant) -> bool {
+    xpm_control::host::host_id().is_ok_and(|id| id == grant.endpoints.host)
+}
+
+#[cfg(test)]
+mod tests {
+    use xpm_protocol::api::appliance::Endpoints;
+    use xpm_protocol::units::ByteSize;
+    use xpm_protocol::{AllocationId, ApplianceId, Epoch, GrantId, GrantKey, HostId};
+
+    use super::*;
+
+    fn map(layout: Layout, grants: u32, regions: &[(u32, u32)]) -> Map {
+        let grant = Grant {
+            id: GrantId::from_u128(1),
+            appliance: ApplianceId::from_u128(2),
+            appliance_name: "a1".parse().unwrap(),
+            endpoints: Endpoints {
+                host: HostId::from_u128(3),
+                nbd: vec!["127.0.0.1:1".parse().unwrap()],
+                nbd_unix: Some("/nowhere".into()),
+                shm: None,
+            },
+            key: GrantKey::from_bytes([4; 32]),
+            regions: regions.len() as u32,
+        };
+        Map {
+            name: "pool".parse().unwrap(),
+            id: AllocationId::from_u128(5),
+            epoch: Epoch(1),
+            size: ByteSize(1 << 24),
+            layout,
+            region_len: ByteSize(1 << 24),
+            grants: vec![grant; grants as usize],
+            regions: regions.iter().map(|&(grant, slot)| RegionSlot { grant, slot }).collect(),
+        }
+    }
+
+    #[test]
+    fn only_a_linear_allocation_on_one_appliance_can_be_direct() {
+        assert!(the_only_grant(&map(Layout::Linear, 1, &[(0, 0), (0, 1)])).is_ok());
+        let refused = [
+            (map(Layout::Linear, 1, &[(0, 1), (0, 0)]), "order"),
+            (map(Layout::Linear, 2, &[(0, 0), (1, 0)]), "2 appliances"),
+            (map(Layout::Striped { columns: 2, unit: 4096 }, 1, &[(0, 0), (0, 1)]), "striped"),
+        ];
+        for (map, reason) in refused {
+            let error = the_only_grant(&map).unwrap_err().to_string();
+            assert!(error.contains(reason) && error.contains("ublk"), "{error}");
+        }
+    }
+
+    #[test]
+    fn targets_by_transport() {
+        let map = map(Layout::Linear, 1, &[(0, 0)]);
+        let kinds = |transport| {
+            let targets = targets(&map.grants[0], transport).unwrap();
+            targets.into_iter().map(|(kind, _)| kind).collect::<Vec<_>>()
+        };
+        assert_eq!(kinds(None), [TransportKind::NbdTcp], "the appliance is on another host");
+        assert_eq!(kinds(Some(TransportKind::NbdUnix)), [TransportKind::NbdUnix]);
+        assert!(targets(&map.grants[0], Some(TransportKind::Shm)).is_err());
+    }
+
+    #[test]
+    fn a_socket_that_the_kernel_has_not_taken_is_not_served() {
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        assert!(!is_served(&ours.try_clone().unwrap().into()));
+        theirs.set_write_timeout(Some(Duration::from_secs(15))).unwrap();
+        let theirs = OwnedFd::from(theirs);
+        assert!(is_served(&theirs), "with the driver's limit set and the other end open");
+        drop(ours);
+        assert!(!is_served(&theirs), "and not once that is closed");
+    }
+}

@@ -1,0 +1,72 @@
+//! Form `nbd`: the kernel gets one end of a socket pair, this process serves the other.
+
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use xpm_client::Volume;
+use xpm_transport::nbd::server::{Opened, Server};
+
+use super::source::Source;
+use crate::error::{DeviceError, Step};
+use crate::export;
+use crate::frontend::Health;
+
+/// Serves a volume to the kernel.
+pub(super) struct Local {
+    server: Server,
+    volume: Volume,
+    /// Names the device's connections at the server.
+    group: u128,
+    queues: u16,
+}
+
+impl Local {
+    /// No limit of one request: with one socket, the kernel then only looks every 30 s whether the
+    /// request's socket was replaced, and never kills a connection because I/O is held.
+    pub(super) const TIMEOUT_OF_ONE: Option<Duration> = None;
+
+    /// With several sockets the kernel moves a request that took too long to another one, while
+    /// the first may still carry it out: so late that only a dead process is meant.
+    pub(super) const TIMEOUT_OF_SEVERAL: Option<Duration> = Some(Duration::from_secs(24 * 3600));
+
+    pub(super) fn new(server: Server, volume: Volume, group: u128, queues: u16) -> Local {
+        Local { server, volume, group, queues }
+    }
+}
+
+impl Source for Local {
+    fn server_flags(&self) -> u16 {
+        export::kernel_flags().bits()
+    }
+
+    fn socket(&self, queue: u16) -> Result<OwnedFd, DeviceError> {
+        let step = || format!("serve queue {queue} of a kernel nbd device");
+        let (kernel, ours) =
+            socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).at(step())?;
+        let channel = self.volume.channel().at(step())?;
+        let opened = Opened {
+            info: export::info(&self.volume),
+            store: Box::new(channel),
+            group: self.group,
+            session: None,
+        };
+        self.server.adopt(ours, opened).at(step())?;
+        Ok(kernel)
+    }
+
+    /// The server sees the end of each socket that the kernel let go of, also of one that it never
+    /// took; which queue it was for makes no difference here.
+    fn dead(&self) -> Vec<u16> {
+        let alive = self.server.connections(Some(self.group)).try_into().unwrap_or(u16::MAX);
+        (alive..self.queues).collect()
+    }
+
+    fn health(&self, _disk: &str) -> Health {
+        Health::of(&self.volume)
+    }
+
+    fn close(&self) {
+        self.server.close_group(self.group);
+    }
+}

@@ -1,0 +1,229 @@
+//! Devices of the kernel's own nbd driver, made by netlink.
+//!
+//! Both forms are the same to the kernel and differ in where its sockets lead: to this process
+//! (`nbd`) or to the appliance itself (`nbd-direct`). The driver gives its sockets memory reserves
+//! (SOCK_MEMALLOC), which no user process can give to its own: swap over `nbd-direct` needs
+//! no memory of any process to be written.
+//!
+//! The number of sockets is the number of hardware queues. One is the default: a request then never
+//! changes to another socket while the first may still carry it out.
+
+mod direct;
+mod local;
+mod netlink;
+mod source;
+mod watcher;
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use xpm_client::Volume;
+use xpm_protocol::api::allocator::Map;
+use xpm_protocol::api::blk::{Hold, TransportKind};
+use xpm_transport::nbd::server::Server;
+
+use self::direct::Direct;
+use self::local::Local;
+use self::netlink::{Connect, NbdControl};
+use self::source::Source;
+use self::watcher::Watcher;
+use super::{Health, Shape, Shown};
+use crate::error::{DeviceError, Step};
+use crate::sysfs;
+
+/// Whole pages: what is trimmed can then be given back.
+const BLOCK_LEN: u64 = 4096;
+
+/// How long requests wait for a new connection when they are never to fail: ten years.
+const FOREVER: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+
+/// A device of the kernel's nbd driver.
+pub struct NbdDevice {
+    wiring: Wiring,
+    disk: String,
+    source: Arc<dyn Source>,
+    watcher: Mutex<Option<Watcher>>,
+    outlives_process: bool,
+}
+
+/// How a device hangs together with the driver.
+#[derive(Debug, Clone)]
+struct Wiring {
+    index: u32,
+    /// `xpm-ALLOCATION-EPOCH`: what the driver wants to see again before it takes new sockets.
+    identifier: String,
+    timeout: Option<Duration>,
+    dead_timeout: Duration,
+}
+
+impl Wiring {
+    fn reconfigure(&self, control: &mut NbdControl, sockets: &[BorrowedFd<'_>]) -> Result<(), DeviceError> {
+        let timeouts = (self.timeout, self.dead_timeout);
+        control
+            .reconfigure(self.index, &self.identifier, timeouts, sockets)
+            .at(format!("give /dev/nbd{} new connections", self.index))
+    }
+}
+
+/// What both forms need to know of an allocation.
+#[derive(Debug, Clone, Copy)]
+pub struct Shared<'a> {
+    /// Where the allocation lies.
+    pub map: &'a Map,
+    /// How long I/O waits while the other end cannot be reached.
+    pub hold: Hold,
+}
+
+impl NbdDevice {
+    /// Form `nbd`: `server` serves `volume` to the kernel; `group` names the device's connections
+    /// at the server. A device of this allocation that another process left is taken over with
+    /// the requests that wait in it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] where the driver is not loaded.
+    pub fn show(
+        shared: Shared<'_>,
+        volume: Volume,
+        server: Server,
+        group: u128,
+        shape: &Shape,
+    ) -> Result<NbdDevice, DeviceError> {
+        NbdControl::open()?;
+        let timeout = if shape.queues == 1 { Local::TIMEOUT_OF_ONE } else { Local::TIMEOUT_OF_SEVERAL };
+        let source = Arc::new(Local::new(server, volume, group, shape.queues));
+        NbdDevice::start(shared, timeout, source, shape, false)
+    }
+
+    /// Form `nbd-direct`: the sockets lead to the allocation's one appliance. `session` is a random
+    /// number that the device keeps across restarts of this process.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] when the allocation is not linear on one appliance,
+    /// [`ErrorKind::Unavailable`] when that cannot be reached.
+    pub fn show_direct(
+        shared: Shared<'_>,
+        session: u128,
+        transport: Option<TransportKind>,
+        shape: &Shape,
+    ) -> Result<NbdDevice, DeviceError> {
+        let mut direct = Direct::new(shared.map, session, shape.queues, transport)?;
+        NbdControl::open()?;
+        direct.probe(shared.map.size.0)?;
+        NbdDevice::start(shared, Some(Direct::TIMEOUT), Arc::new(direct), shape, true)
+    }
+
+    fn start(
+        shared: Shared<'_>,
+        timeout: Option<Duration>,
+        source: Arc<dyn Source>,
+        shape: &Shape,
+        outlives_process: bool,
+    ) -> Result<NbdDevice, DeviceError> {
+        let mut wiring = Wiring {
+            index: 0,
+            identifier: format!("xpm-{}-{}", shared.map.id, shared.map.epoch),
+            timeout,
+            dead_timeout: dead_timeout(shared.hold),
+        };
+        let made = connect(&mut wiring, shared.map.size.0, &*source, shape);
+        if made.is_err() {
+            source.close();
+        }
+        made?;
+        let disk = format!("nbd{}", wiring.index);
+        sysfs::tune(&disk);
+        let watcher = Watcher::start(wiring.clone(), Arc::clone(&source))?;
+        Ok(NbdDevice { wiring, disk, source, watcher: Mutex::new(Some(watcher)), outlives_process })
+    }
+}
+
+fn dead_timeout(hold: Hold) -> Duration {
+    match hold {
+        Hold::Forever => FOREVER,
+        // The driver counts in seconds, and takes 0 for "do not wait".
+        Hold::For(span) => Duration::from_secs(span.0.as_secs().max(1)),
+    }
+}
+
+/// Takes over the device that already shows this allocation, or makes one.
+fn connect(wiring: &mut Wiring, size: u64, source: &dyn Source, shape: &Shape) -> Result<(), DeviceError> {
+    let mut control = NbdControl::open()?;
+    let left = device_of(&wiring.identifier);
+    let sockets: Vec<OwnedFd> =
+        (0..shape.queues).map(|queue| source.socket(queue)).collect::<Result<_, _>>()?;
+    let sockets: Vec<BorrowedFd<'_>> = sockets.iter().map(AsFd::as_fd).collect();
+    if let Some(index) = left {
+        tracing::info!("taking over /dev/nbd{index}, which an earlier xpm-blk left");
+        wiring.index = index;
+        return wiring.reconfigure(&mut control, &sockets);
+    }
+    let mut request = Connect {
+        index: shape.number.filter(|&index| matches!(control.connected(index), Ok(Some(false)))),
+        size,
+        block_len: BLOCK_LEN,
+        timeout: wiring.timeout,
+        dead_timeout: wiring.dead_timeout,
+        server_flags: source.server_flags(),
+        identifier: &wiring.identifier,
+    };
+    let index = control.connect(&request, &sockets).or_else(|error| match request.index.take() {
+        // Somebody was faster with the number that the device had before.
+        Some(_) => control.connect(&request, &sockets),
+        None => Err(error),
+    });
+    wiring.index = index.at("make a device of the kernel's nbd driver")?;
+    Ok(())
+}
+
+/// The connected nbd device with this identifier.
+fn device_of(identifier: &str) -> Option<u32> {
+    let disks = std::fs::read_dir("/sys/block").ok()?.flatten();
+    let mut names = disks.filter_map(|disk| disk.file_name().into_string().ok());
+    names.find_map(|disk| {
+        let index = disk.strip_prefix("nbd")?.parse().ok()?;
+        (sysfs::text(&disk, "backend")? == identifier && sysfs::text(&disk, "pid").is_some()).then_some(index)
+    })
+}
+
+impl Shown for NbdDevice {
+    fn path(&self) -> String {
+        format!("/dev/{}", self.disk)
+    }
+
+    fn disk(&self) -> Option<&str> {
+        Some(&self.disk)
+    }
+
+    fn number(&self) -> Option<u32> {
+        Some(self.wiring.index)
+    }
+
+    fn health(&self) -> Health {
+        self.source.health(&self.disk)
+    }
+
+    fn outlives_process(&self) -> bool {
+        self.outlives_process
+    }
+
+    fn hide(&self, _give_up: bool) -> Result<(), DeviceError> {
+        let watcher = self.watcher.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(watcher) = watcher {
+            watcher.stop();
+        }
+        let index = self.wiring.index;
+        NbdControl::open()?.disconnect(index).at(format!("disconnect /dev/nbd{index}"))?;
+        self.source.close();
+        Ok(())
+    }
+}
+
+impl Drop for NbdDevice {
+    fn drop(&mut self) {
+        let watcher = self.watcher.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(watcher) = watcher {
+            watcher.stop();
+        }
+    }
+}

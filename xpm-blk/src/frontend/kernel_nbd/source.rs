@@ -1,0 +1,31 @@
+//! Where the sockets of a kernel nbd device lead.
+
+use std::os::fd::OwnedFd;
+
+use crate::error::DeviceError;
+use crate::frontend::Health;
+
+/// Supplies the kernel with connected sockets, at first and in place of dead ones.
+///
+/// Called from control threads and from the device's watcher, never from two at once for one
+/// queue.
+pub(super) trait Source: Send + Sync {
+    /// Transmission flags that hold for every socket.
+    fn server_flags(&self) -> u16;
+
+    /// A connected socket for this queue, in the transmission phase. What the queue's last socket
+    /// left behind is shut out before.
+    ///
+    /// # Errors
+    /// Why there is none now; trying again may help.
+    fn socket(&self, queue: u16) -> Result<OwnedFd, DeviceError>;
+
+    /// Queues whose last socket is dead or was not taken by the kernel.
+    fn dead(&self) -> Vec<u16>;
+
+    /// How I/O of the device named `disk` is going.
+    fn health(&self, disk: &str) -> Health;
+
+    /// Ends what serves the sockets; called after the kernel let go of them.
+    fn close(&self);
+}

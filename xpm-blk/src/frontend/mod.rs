@@ -1,0 +1,92 @@
+//! The forms in which an allocation is shown: each front end turns a [`Volume`] (or, for
+//! `nbd-direct`, the map itself) into something with a path, and takes it away again.
+
+pub mod kernel_nbd;
+pub mod nbd_socket;
+pub mod ublk;
+
+use std::time::Duration;
+
+use xpm_client::Volume;
+use xpm_protocol::api::appliance::Counters;
+use xpm_protocol::api::blk::{DeviceState, Form, LinkStatus};
+
+use crate::error::DeviceError;
+
+/// How a device is made, with every default resolved.
+#[derive(Debug, Clone)]
+pub struct Shape {
+    /// Queues; at least 1.
+    pub queues: u16,
+    /// Requests in flight on one queue; at least 1.
+    pub depth: u16,
+    /// Longest busy wait of a thread.
+    pub spin: Duration,
+    /// Memory for the buffers of one queue, in bytes.
+    pub buffer_len: u64,
+    /// The number that the device had before (`N` of `/dev/ublkbN` or `/dev/nbdN`), to be had
+    /// again if it can.
+    pub number: Option<u32>,
+}
+
+/// An allocation that is shown. Dropping it without [`Shown::hide`] leaves what the kernel has.
+pub trait Shown: Send + Sync {
+    /// The device node, or the socket.
+    fn path(&self) -> String;
+
+    /// The kernel's name of the block device (`ublkb0`); none for a socket.
+    fn disk(&self) -> Option<&str>;
+
+    /// Number to ask for when the device is made again.
+    fn number(&self) -> Option<u32>;
+
+    /// How I/O is going.
+    fn health(&self) -> Health;
+
+    /// Clients that are connected, for forms that clients connect to.
+    fn clients(&self) -> usize {
+        0
+    }
+
+    /// Whether the device goes on to serve I/O when this process ends.
+    fn outlives_process(&self) -> bool {
+        false
+    }
+
+    /// Takes the device away and waits until nothing uses its volume any more. Waits for I/O in
+    /// flight, unless `give_up` is set: then that I/O fails.
+    ///
+    /// # Errors
+    /// When the kernel refuses; the device is then still there.
+    fn hide(&self, give_up: bool) -> Result<(), DeviceError>;
+}
+
+/// How I/O of a device is going.
+#[derive(Debug, Clone)]
+pub struct Health {
+    /// Whether I/O passes.
+    pub state: DeviceState,
+    /// The appliances behind the device.
+    pub links: Vec<LinkStatus>,
+    /// What passed since it was attached.
+    pub counters: Counters,
+    /// Requests in flight.
+    pub in_flight: u64,
+}
+
+impl Health {
+    pub(crate) fn of(volume: &Volume) -> Health {
+        let status = volume.status();
+        Health {
+            state: status.state,
+            links: status.links,
+            counters: status.counters,
+            in_flight: status.in_flight,
+        }
+    }
+}
+
+/// Whether a form's device can be used for swap, and so needs a process that is safe for it.
+pub const fn can_carry_swap(form: &Form) -> bool {
+    !matches!(form, Form::NbdSocket(_))
+}

@@ -1,0 +1,307 @@
+//! ublk: a block device of the kernel that this process serves, over the bare interface of
+//! `linux/ublk_cmd.h`.
+//!
+//! Requests come with their data in a buffer of ours for each tag: the kernel copies between it
+//! and the pages of the request, and the transport sends from and receives into it. That is one
+//! copy more than `UBLK_F_USER_COPY` needs towards shared memory, and one system call per request
+//! fewer; at the 4 KiB and 32 KiB of swap the call costs more than the copy.
+
+mod control;
+mod memory;
+mod queue;
+mod request;
+mod ring;
+mod uapi;
+
+use std::fs::OpenOptions;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::mpsc::sync_channel;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, eventfd};
+use xpm_client::Volume;
+
+use self::control::Control;
+use self::queue::QueueParts;
+use self::uapi::{DeviceInfo, Params};
+use super::{Health, Shape, Shown};
+use crate::error::{DeviceError, Step};
+use crate::spin::Spin;
+use crate::{lifecycle, sysfs};
+
+/// Kept by the kernel in each of our devices, so that they are known as ours later: `xpm-blk1`.
+const MARK: u64 = u64::from_be_bytes(*b"xpm-blk1");
+
+/// Logical blocks are of 512 bytes, as what is copied to the device may be made for them; physical
+/// ones of 4096, so that file systems and swap align to pages.
+const LOGICAL_BLOCK_SHIFT: u8 = 9;
+const PHYSICAL_BLOCK_SHIFT: u8 = 12;
+
+/// The block layer's own limit of one request is 4 GiB less a sector; whole pages of that.
+const DISCARD_SECTORS_MAX: u32 = (u32::MAX >> 9) & !7;
+
+/// Longest read or write of one request, in bytes: the buffers of a queue's tags together take
+/// `buffer_len`, each at least 64 KiB (32 KiB is what swap reads) and at most 1 MiB.
+fn io_len_max(buffer_len: u64, depth: u16) -> u32 {
+    let each = (buffer_len / u64::from(depth)).clamp(64 << 10, 1 << 20);
+    1 << each.ilog2()
+}
+
+/// A ublk device that this process serves.
+pub struct UblkDevice {
+    number: u32,
+    disk: String,
+    volume: Volume,
+    give_up: Arc<OwnedFd>,
+    /// The device file and the queues' threads; none once it is hidden.
+    running: Mutex<Option<Running>>,
+}
+
+struct Running {
+    device: Arc<OwnedFd>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl UblkDevice {
+    /// Makes a device for a volume and starts it. Blocks until the device can be used, which for a
+    /// kernel that looks for partitions means until its first reads have ended.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`](xpm_protocol::api::ErrorKind) where there is no ublk.
+    pub fn show(volume: Volume, shape: &Shape) -> Result<UblkDevice, DeviceError> {
+        let mut control = Control::open()?;
+        control.features()?;
+        let info = add(&mut control, shape)?;
+        let made = UblkDevice::make(&mut control, volume, shape, info);
+        if made.is_err() {
+            let _ = control.delete(info.device);
+        }
+        made
+    }
+
+    fn make(
+        control: &mut Control,
+        volume: Volume,
+        shape: &Shape,
+        info: DeviceInfo,
+    ) -> Result<UblkDevice, DeviceError> {
+        control.set_params(
+            info.device,
+            Params {
+                sectors: volume.size() >> 9,
+                sectors_max: info.io_len_max >> 9,
+                discard_sectors_max: DISCARD_SECTORS_MAX,
+                logical_block_shift: LOGICAL_BLOCK_SHIFT,
+                physical_block_shift: PHYSICAL_BLOCK_SHIFT,
+            },
+        )?;
+        let give_up = Arc::new(eventfd(0, EventfdFlags::CLOEXEC).at("make an eventfd")?);
+        let running = start_queues(&volume, shape, info, &give_up)?;
+        let device = UblkDevice {
+            number: info.device,
+            disk: format!("ublkb{}", info.device),
+            volume,
+            give_up,
+            running: Mutex::new(Some(running)),
+        };
+        if let Err(error) = control.start(info.device) {
+            let _ = control.stop(info.device);
+            device.join();
+            return Err(error);
+        }
+        sysfs::tune(&device.disk);
+        Ok(device)
+    }
+
+    fn join(&self) {
+        let running = self.running.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(Running { device, threads }) = running else { return };
+        for thread in threads {
+            // A panic of a queue has ended the process already.
+            let _ = thread.join();
+        }
+        drop(device);
+    }
+}
+
+fn add(control: &mut Control, shape: &Shape) -> Result<DeviceInfo, DeviceError> {
+    let info = DeviceInfo {
+        queues: shape.queues,
+        depth: shape.depth,
+        state: uapi::STATE_DEAD,
+        io_len_max: io_len_max(shape.buffer_len, shape.depth),
+        device: shape.number.unwrap_or(u32::MAX),
+        pid: -1,
+        flags: uapi::F_CMD_IOCTL_ENCODE,
+        mark: MARK,
+    };
+    match control.add(info) {
+        Err(_) if shape.number.is_some() => control.add(DeviceInfo { device: u32::MAX, ..info }),
+        result => result,
+    }
+}
+
+fn start_queues(
+    volume: &Volume,
+    shape: &Shape,
+    info: DeviceInfo,
+    give_up: &Arc<OwnedFd>,
+) -> Result<Running, DeviceError> {
+    let device = Arc::new(open_device(info.device)?);
+    let (ready, answers) = sync_channel(usize::from(info.queues));
+    let mut threads = Vec::with_capacity(usize::from(info.queues));
+    let mut outcome = Ok(());
+    for id in 0..info.queues {
+        let step = || format!("start queue {id} of ublk device {}", info.device);
+        let spawned = volume.channel().and_then(|channel| {
+            let parts = QueueParts {
+                id,
+                depth: info.depth,
+                size: volume.size(),
+                io_len_max: info.io_len_max,
+                device: Arc::clone(&device),
+                give_up: Arc::clone(give_up),
+                channel,
+                spin: Spin::new(shape.spin),
+            };
+            let ready = ready.clone();
+            thread::Builder::new()
+                .name(format!("xpm-ublk{}q{id}", info.device))
+                .stack_size(lifecycle::STACK_LEN)
+                .spawn(move || queue::run(parts, &ready))
+        });
+        match spawned {
+            Ok(thread) => threads.push(thread),
+            Err(error) => {
+                outcome = Err(error.at(step()));
+                break;
+            }
+        }
+    }
+    drop(ready);
+    for _ in 0..threads.len() {
+        let answer = answers.recv().unwrap_or_else(|_| Err(io::ErrorKind::BrokenPipe.into()));
+        outcome = outcome.and(answer.at(format!("start the queues of ublk device {}", info.device)));
+    }
+    let running = Running { device, threads };
+    match outcome {
+        Ok(()) => Ok(running),
+        Err(error) => {
+            end_queues(info.device, running);
+            Err(error)
+        }
+    }
+}
+
+/// Ends the queues of a device that was never started.
+fn end_queues(device: u32, running: Running) {
+    match Control::open().and_then(|mut control| control.stop(device)) {
+        Ok(()) => running.threads.into_iter().for_each(|thread| drop(thread.join())),
+        Err(error) => tracing::warn!(%error, device, "cannot stop a half-made ublk device"),
+    }
+}
+
+/// Opens `/dev/ublkcN`, which the kernel makes with the device; where udev makes the nodes, it may
+/// take a moment.
+fn open_device(number: u32) -> Result<OwnedFd, DeviceError> {
+    let path = format!("/dev/ublkc{number}");
+    let limit = Instant::now() + Duration::from_secs(3);
+    loop {
+        match OpenOptions::new().read(true).write(true).open(&path) {
+            Ok(file) => return Ok(file.into()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound && Instant::now() < limit => {
+                thread::sleep(Duration::from_millis(5));
+            }
+            Err(error) => return Err(error.at(format!("open {path}"))),
+        }
+    }
+}
+
+impl Shown for UblkDevice {
+    fn path(&self) -> String {
+        format!("/dev/{}", self.disk)
+    }
+
+    fn disk(&self) -> Option<&str> {
+        Some(&self.disk)
+    }
+
+    fn number(&self) -> Option<u32> {
+        Some(self.number)
+    }
+
+    fn health(&self) -> Health {
+        Health::of(&self.volume)
+    }
+
+    fn hide(&self, give_up: bool) -> Result<(), DeviceError> {
+        let mut control = Control::open()?;
+        if give_up {
+            rustix::io::write(&*self.give_up, &1_u64.to_ne_bytes()).at("wake the queues")?;
+        }
+        control.stop(self.number)?;
+        self.join();
+        control.delete(self.number)
+    }
+}
+
+/// Deletes devices that an xpm-blk left behind when it died: the kernel has taken their disks away
+/// already. Returns what it did, a line for each.
+pub fn remove_orphans() -> Vec<String> {
+    let Ok(mut control) = Control::open() else { return Vec::new() };
+    let orphans = device_numbers().into_iter().filter_map(|number| match control.info(number) {
+        Ok(Some(info)) if info.mark == MARK && !is_served(&info) => Some(info),
+        _ => None,
+    });
+    let orphans: Vec<DeviceInfo> = orphans.collect();
+    orphans
+        .into_iter()
+        .map(|info| {
+            let number = info.device;
+            if info.state != uapi::STATE_DEAD {
+                return format!("ublk device {number} has no server and is not dead yet: left alone");
+            }
+            match control.delete(number) {
+                Ok(()) => format!("ublk device {number} had lost its server: deleted"),
+                Err(error) => format!("ublk device {number} has lost its server: {error}"),
+            }
+        })
+        .collect()
+}
+
+fn is_served(info: &DeviceInfo) -> bool {
+    u32::try_from(info.pid)
+        .is_ok_and(|pid| pid != 0 && std::path::Path::new(&format!("/proc/{pid}")).exists())
+}
+
+fn device_numbers() -> Vec<u32> {
+    let Ok(entries) = std::fs::read_dir("/dev") else { return Vec::new() };
+    let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
+    names.filter_map(|name| name.strip_prefix("ublkc")?.parse().ok()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_of_a_queue_stay_within_its_memory() {
+        assert_eq!(io_len_max(16 << 20, 128), 128 << 10);
+        assert_eq!(io_len_max(16 << 20, 16), 1 << 20);
+        assert_eq!(io_len_max(16 << 20, 1), 1 << 20, "never longer than 1 MiB");
+        assert_eq!(io_len_max(1 << 20, 1024), 64 << 10, "never shorter than a swap read");
+        assert_eq!(io_len_max(24 << 20, 128), 128 << 10, "a power of two");
+    }
+
+    #[test]
+    fn without_ublk_the_error_says_what_to_load() {
+        if std::path::Path::new(uapi::CONTROL_PATH).exists() {
+            return;
+        }
+        let error = Control::open().err().expect("there is no control device");
+        assert!(error.to_string().contains("modprobe ublk_drv"), "{error}");
+    }
+}

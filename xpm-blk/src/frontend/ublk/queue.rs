@@ -1,0 +1,256 @@
+//! One queue of a ublk device: a thread that owns its ring, its buffers and its channel.
+//!
+//! Each tag is, at any time, *fetched* (the kernel has our fetch and will complete it with the
+//! next request), *busy* (the request is with the channel) or *ended* (the device stops). The
+//! thread ends when every tag has. It never takes a lock, allocates or logs on the way of a
+//! request, and waits at one place only: in the ring, for the kernel and the channel alike.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::mpsc::SyncSender;
+
+use xpm_client::Channel;
+use xpm_transport::io::{Completion, IoError, Kind, Operation};
+
+use super::memory::{Buffers, Descriptors};
+use super::request::Request;
+use super::ring::{Event, Ring};
+use super::uapi;
+use crate::spin::Spin;
+
+/// What a queue is made of.
+pub(super) struct QueueParts {
+    pub(super) id: u16,
+    pub(super) depth: u16,
+    /// Size of the device in bytes.
+    pub(super) size: u64,
+    /// Length of a tag's buffer in bytes.
+    pub(super) io_len_max: u32,
+    /// The device file.
+    pub(super) device: Arc<OwnedFd>,
+    /// Readable once every request is to fail: the device goes although I/O is held.
+    pub(super) give_up: Arc<OwnedFd>,
+    pub(super) channel: Channel,
+    pub(super) spin: Spin,
+}
+
+/// Runs a queue until its device is stopped. Sends its readiness, or why it could not be made,
+/// after its first fetches are with the kernel.
+///
+/// A failure after that, or a panic, ends the whole process: a process that lives on with a dead
+/// queue would leave every task that uses the device in an endless wait.
+pub(super) fn run(parts: QueueParts, ready: &SyncSender<io::Result<()>>) {
+    let abort = AbortOnDrop;
+    let id = parts.id;
+    let started = Queue::new(parts).and_then(|mut queue| {
+        queue.fetch_all()?;
+        Ok(queue)
+    });
+    match started {
+        Err(error) => drop(ready.send(Err(error))),
+        Ok(mut queue) => {
+            let _ = ready.send(Ok(()));
+            if let Err(error) = queue.serve() {
+                tracing::error!(queue = id, %error, "ublk queue failed");
+                return;
+            }
+        }
+    }
+    std::mem::forget(abort);
+}
+
+struct AbortOnDrop;
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        std::process::abort();
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Tag {
+    Fetched,
+    Busy(Request),
+    Ended,
+}
+
+struct Queue {
+    id: u16,
+    size: u64,
+    io_len_max: u64,
+    // Before the buffers: dropping it ends the use of them.
+    channel: Option<Channel>,
+    ring: Ring,
+    descriptors: Descriptors,
+    buffers: Buffers,
+    tags: Vec<Tag>,
+    ended: usize,
+    /// Busy tags that the channel had no room for.
+    waiting: VecDeque<u16>,
+    completions: Vec<Completion>,
+    give_up: Arc<OwnedFd>,
+    spin: Spin,
+}
+
+impl Queue {
+    fn new(parts: QueueParts) -> io::Result<Queue> {
+        let QueueParts { id, depth, size, io_len_max, device, give_up, channel, spin } = parts;
+        let count = usize::from(depth);
+        Ok(Queue {
+            id,
+            size,
+            io_len_max: u64::from(io_len_max),
+            descriptors: Descriptors::map(device.as_fd(), id, depth)?,
+            buffers: Buffers::new(depth, io_len_max as usize)?,
+            ring: Ring::new(device, depth)?,
+            channel: Some(channel),
+            tags: vec![Tag::Fetched; count],
+            ended: 0,
+            waiting: VecDeque::with_capacity(count),
+            completions: Vec::with_capacity(count),
+            give_up,
+            spin,
+        })
+    }
+
+    fn fetch_all(&mut self) -> io::Result<()> {
+        for tag in 0..self.tags.len() as u16 {
+            self.ring.push_io(uapi::FETCH_REQ, self.io_command(tag, 0))?;
+        }
+        self.ring.watch_give_up(self.give_up.as_fd())?;
+        self.ring.submit()
+    }
+
+    fn serve(&mut self) -> io::Result<()> {
+        loop {
+            let events = self.take_events()?;
+            let ends = self.take_completions()?;
+            if self.ended == self.tags.len() {
+                return Ok(());
+            }
+            if events || ends {
+                self.ring.submit()?;
+                self.spin.reset();
+            } else if self.spin.goes_on() {
+                self.ring.submit()?;
+            } else {
+                self.wait()?;
+            }
+        }
+    }
+
+    fn wait(&mut self) -> io::Result<()> {
+        if let Some(channel) = &self.channel {
+            self.ring.watch_channel(channel.wait_fd())?;
+        }
+        self.ring.wait()
+    }
+
+    /// Takes what the ring has; true when there was anything.
+    fn take_events(&mut self) -> io::Result<bool> {
+        let mut any = false;
+        while let Some(event) = self.ring.next() {
+            any = true;
+            match event {
+                Event::Request(tag) => self.begin(tag)?,
+                Event::Ended(tag) => self.end(tag),
+                Event::Channel => {}
+                Event::GiveUp => self.give_up()?,
+                Event::Failed(error) => return Err(error),
+            }
+        }
+        Ok(any)
+    }
+
+    fn begin(&mut self, tag: u16) -> io::Result<()> {
+        match Request::decode(self.descriptors.get(tag), self.size, self.io_len_max) {
+            Ok(request) => {
+                self.tags[usize::from(tag)] = Tag::Busy(request);
+                if self.waiting.is_empty() {
+                    self.post(tag)
+                } else {
+                    self.waiting.push_back(tag);
+                    Ok(())
+                }
+            }
+            Err(error) => self.commit(tag, -error.errno()),
+        }
+    }
+
+    fn post(&mut self, tag: u16) -> io::Result<()> {
+        let Tag::Busy(request) = self.tags[usize::from(tag)] else { return Ok(()) };
+        let Some(channel) = &mut self.channel else {
+            return self.commit(tag, request.answer(Err(IoError::Unreachable)));
+        };
+        let operation = Operation {
+            kind: request.kind,
+            offset: request.offset,
+            len: if request.kind == Kind::Flush { 0 } else { request.len },
+            buf: request.buffer(self.buffers.of(tag)),
+            token: u64::from(tag),
+        };
+        if channel.post(operation).is_err() {
+            self.waiting.push_back(tag);
+        }
+        Ok(())
+    }
+
+    fn end(&mut self, tag: u16) {
+        let state = &mut self.tags[usize::from(tag)];
+        if *state != Tag::Ended {
+            *state = Tag::Ended;
+            self.ended += 1;
+        }
+    }
+
+    /// Takes what the channel has done; true when there was anything.
+    fn take_completions(&mut self) -> io::Result<bool> {
+        let Some(channel) = &mut self.channel else { return Ok(false) };
+        channel.submit();
+        channel.poll(&mut self.completions);
+        let any = !self.completions.is_empty();
+        while let Some(completion) = self.completions.pop() {
+            let tag = completion.token as u16;
+            if let Some(&Tag::Busy(request)) = self.tags.get(usize::from(tag)) {
+                self.commit(tag, request.answer(completion.result))?;
+            }
+        }
+        if any {
+            self.post_waiting()?;
+        }
+        Ok(any)
+    }
+
+    fn post_waiting(&mut self) -> io::Result<()> {
+        for _ in 0..self.waiting.len() {
+            if let Some(tag) = self.waiting.pop_front() {
+                self.post(tag)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn commit(&mut self, tag: u16, result: i32) -> io::Result<()> {
+        self.tags[usize::from(tag)] = Tag::Fetched;
+        self.ring.push_io(uapi::COMMIT_AND_FETCH_REQ, self.io_command(tag, result))
+    }
+
+    fn io_command(&self, tag: u16, result: i32) -> uapi::IoCommand {
+        uapi::IoCommand { queue: self.id, tag, result, address: self.buffers.address(tag) }
+    }
+
+    /// Drops the channel, so that nothing uses a buffer any more, and fails what is in flight and
+    /// all that still comes.
+    fn give_up(&mut self) -> io::Result<()> {
+        self.channel = None;
+        self.waiting.clear();
+        for tag in 0..self.tags.len() as u16 {
+            if let Tag::Busy(request) = self.tags[usize::from(tag)] {
+                self.commit(tag, request.answer(Err(IoError::Unreachable)))?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,72 @@
+//! Locked memory: the process never waits for a page of its own.
+
+#![allow(unsafe_code)]
+
+use std::fs;
+use std::hint::black_box;
+
+use rustix::mm::{MlockAllFlags, mlockall};
+use xpm_protocol::api::blk::SafetyItem;
+
+/// Heap that is there, locked and faulted in, from the start.
+const HEAP_LEN: usize = 8 << 20;
+/// Stack of the first thread that is faulted in.
+const STACK_LEN: usize = 128 << 10;
+
+/// Has the allocator keep what it got: memory that was given back would have to be had again,
+/// at a time when there may be none.
+pub(super) fn prepare_heap() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: mallopt(3) only sets parameters of the allocator; no other thread runs yet.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 2);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
+        libc::mallopt(libc::M_TOP_PAD, HEAP_LEN as libc::c_int);
+    }
+}
+
+pub(super) fn lock() {
+    if let Err(error) = mlockall(MlockAllFlags::CURRENT | MlockAllFlags::FUTURE) {
+        tracing::warn!("mlockall: {error}");
+    }
+    // The allocator asks the kernel for HEAP_LEN more than this takes, locks it thereby, and keeps
+    // it for later.
+    drop(black_box(vec![1_u8; 64 << 10]));
+}
+
+/// Touches the stack as deep as control work may go.
+pub(super) fn fault_in_stack() {
+    black_box([1_u8; STACK_LEN]);
+}
+
+pub(super) fn locked() -> SafetyItem {
+    let read = fs::read_to_string("/proc/self/status").map_err(|error| error.to_string());
+    let found = read.map(|status| {
+        let locked = field_kib(&status, "VmLck:");
+        let anonymous = field_kib(&status, "RssAnon:");
+        // Memory of other processes that is only mapped here (shm) is not locked, and need not be.
+        (locked > 0 && locked >= anonymous, format!("{locked} KiB locked, {anonymous} KiB anonymous"))
+    });
+    super::item(
+        "mlockall",
+        found,
+        "run as root, or give CAP_IPC_LOCK or an unlimited RLIMIT_MEMLOCK (LimitMEMLOCK=infinity)",
+    )
+}
+
+fn field_kib(status: &str, name: &str) -> u64 {
+    let value = status.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default();
+    value.trim().trim_end_matches(" kB").parse().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_of_the_status_file() {
+        let status = "Name:\txpm-blk\nVmLck:\t   16384 kB\nVmRSS:\t    9000 kB\n";
+        assert_eq!(field_kib(status, "VmLck:"), 16_384);
+        assert_eq!(field_kib(status, "VmSwap:"), 0);
+    }
+}

@@ -1,0 +1,73 @@
+//! What makes this process safe to serve swap: set up once, before any thread starts, in an order
+//! that matters, and read back from the kernel whenever somebody asks.
+//!
+//! The memory of the process is locked first, so that nothing it does from then on can need the
+//! device that it serves. Then its allocations are kept from waiting for I/O, the kernel from
+//! choosing it as a victim, its mounts from those of others, and its pages from swap.
+
+mod cgroup;
+mod memory;
+mod namespace;
+mod process;
+
+use xpm_protocol::api::blk::SafetyItem;
+
+/// Sets every item up, as far as the kernel lets it. Must be called while the process has a single
+/// thread: flags of a process here are those of its first thread, which later ones inherit.
+pub fn set_up() {
+    memory::prepare_heap();
+    memory::lock();
+    process::set_io_flusher();
+    process::set_oom_score();
+    namespace::leave();
+    cgroup::enter();
+    memory::fault_in_stack();
+}
+
+/// Every item as the kernel has it now.
+pub fn items() -> Vec<SafetyItem> {
+    vec![memory::locked(), process::io_flusher(), process::oom_score(), namespace::own(), cgroup::swap_max()]
+}
+
+/// The items that do not hold, as one line for an error; none when all hold.
+pub fn missing(items: &[SafetyItem]) -> Option<String> {
+    let missing: Vec<String> = items
+        .iter()
+        .filter(|item| !item.ok)
+        .map(|item| {
+            let remedy = item.remedy.as_deref().unwrap_or("see the log");
+            format!("{} ({}; {remedy})", item.item, item.found)
+        })
+        .collect();
+    (!missing.is_empty()).then(|| missing.join(", "))
+}
+
+/// An item that was read back as `found`, or could not be read.
+fn item(name: &str, found: Result<(bool, String), String>, remedy: &str) -> SafetyItem {
+    let (ok, found) = found.unwrap_or_else(|error| (false, error));
+    SafetyItem { item: name.to_owned(), ok, found, remedy: (!ok).then(|| remedy.to_owned()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_item_is_read_and_those_that_do_not_hold_have_a_remedy() {
+        let items = items();
+        let names: Vec<&str> = items.iter().map(|item| item.item.as_str()).collect();
+        assert_eq!(names, ["mlockall", "io-flusher", "oom-score-adj", "mount-namespace", "cgroup-swap-max"]);
+        for item in items {
+            assert_eq!(item.ok, item.remedy.is_none(), "{item:?}");
+            assert!(!item.found.is_empty(), "{item:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_missing_in_one_line() {
+        let good = item("a", Ok((true, "fine".to_owned())), "-");
+        let bad = item("b", Err("not there".to_owned()), "do this");
+        assert_eq!(missing(std::slice::from_ref(&good)), None);
+        assert_eq!(missing(&[good, bad]).unwrap(), "b (not there; do this)");
+    }
+}

@@ -1,0 +1,78 @@
+//! Shows what a record says, by the front end of its form.
+
+use std::time::Duration;
+
+use xpm_client::{Volume, VolumeOptions};
+use xpm_protocol::api::ErrorKind;
+use xpm_protocol::api::blk::{Form, Hold};
+use xpm_transport::nbd::server::Server;
+
+use crate::config::Config;
+use crate::error::{DeviceError, Step};
+use crate::frontend::kernel_nbd::{NbdDevice, Shared};
+use crate::frontend::nbd_socket::NbdSocket;
+use crate::frontend::ublk::UblkDevice;
+use crate::frontend::{Shape, Shown};
+use crate::records::Record;
+
+/// When the appliances have to be there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Readiness {
+    /// Before the device is shown: somebody waits for an answer.
+    Required,
+    /// Later will do: the device was there before, and its I/O is held meanwhile.
+    Later,
+}
+
+/// Shows the allocation of a record. Blocks; must be called within a tokio runtime.
+pub(crate) fn show(
+    record: &Record,
+    config: &Config,
+    server: &Server,
+    readiness: Readiness,
+) -> Result<Box<dyn Shown>, DeviceError> {
+    let request = &record.request;
+    let shape = config.shape(request, record.number);
+    let hold = request.hold.unwrap_or(config.hold);
+    let shared = Shared { map: &record.map, hold };
+    let group = record.map.id.as_u128();
+    let volume = || open(record, config, hold, &shape, readiness);
+    Ok(match &request.form {
+        Form::Ublk => Box::new(UblkDevice::show(volume()?, &shape)?),
+        Form::Nbd => Box::new(NbdDevice::show(shared, volume()?, server.clone(), group, &shape)?),
+        Form::NbdDirect => {
+            Box::new(NbdDevice::show_direct(shared, record.session, request.transport, &shape)?)
+        }
+        Form::NbdSocket(place) => {
+            Box::new(NbdSocket::show(request.name.as_str(), place, volume()?, server.clone(), group)?)
+        }
+    })
+}
+
+fn open(
+    record: &Record,
+    config: &Config,
+    hold: Hold,
+    shape: &Shape,
+    readiness: Readiness,
+) -> Result<Volume, DeviceError> {
+    let limit: Duration = config.connect_limit.0;
+    let options = VolumeOptions {
+        hold,
+        transport: record.request.transport,
+        connect_limit: limit,
+        depth: usize::from(shape.depth),
+        // A new one for each life of this process: its first connections shut nobody out.
+        session: xpm_control::random::u128().at("make a session number")?,
+        spin: shape.spin,
+    };
+    let name = &record.request.name;
+    let volume = Volume::open(&record.map, options)
+        .map_err(|error| DeviceError::new(ErrorKind::Internal, format!("open allocation {name}: {error}")))?;
+    if readiness == Readiness::Required {
+        volume.wait_ready(limit).map_err(|error| {
+            DeviceError::new(ErrorKind::Unavailable, format!("allocation {name}: {error}"))
+        })?;
+    }
+    Ok(volume)
+}

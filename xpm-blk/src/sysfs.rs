@@ -1,0 +1,93 @@
+//! What the kernel shows of block devices under `/sys/block`.
+
+use std::fs;
+use std::path::PathBuf;
+
+/// Longest request that is worth building, in KiB; what swap writes at most.
+const REQUEST_KIB: u64 = 1024;
+
+/// Sets a new disk up as memory wants it: no scheduler (there is no head to move), not rotational,
+/// no entropy from it, requests of up to 1 MiB. What cannot be set is logged: the disk works
+/// without it.
+pub(crate) fn tune(disk: &str) {
+    let longest = number(disk, "queue/max_hw_sectors_kb").unwrap_or(REQUEST_KIB).min(REQUEST_KIB);
+    let longest = longest.to_string();
+    let settings = [
+        ("scheduler", "none"),
+        ("rotational", "0"),
+        ("add_random", "0"),
+        ("max_sectors_kb", longest.as_str()),
+    ];
+    for (setting, value) in settings {
+        let path = path(disk, "queue").join(setting);
+        if let Err(error) = fs::write(&path, value) {
+            tracing::warn!("cannot set {} to {value}: {error}", path.display());
+        }
+    }
+}
+
+/// A file of a disk under `/sys/block`.
+pub(crate) fn path(disk: &str, file: &str) -> PathBuf {
+    PathBuf::from("/sys/block").join(disk).join(file)
+}
+
+/// The text of a file of a disk, without blanks around it.
+pub(crate) fn text(disk: &str, file: &str) -> Option<String> {
+    fs::read_to_string(path(disk, file)).ok().map(|text| text.trim().to_owned())
+}
+
+/// The number in a file of a disk.
+pub(crate) fn number(disk: &str, file: &str) -> Option<u64> {
+    text(disk, file)?.parse().ok()
+}
+
+/// What passed through a disk, as the kernel counts it (`Documentation/block/stat.rst`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Statistics {
+    pub(crate) reads: u64,
+    pub(crate) read_sectors: u64,
+    pub(crate) writes: u64,
+    pub(crate) write_sectors: u64,
+    pub(crate) in_flight: u64,
+    pub(crate) discards: u64,
+}
+
+impl Statistics {
+    pub(crate) fn of(disk: &str) -> Statistics {
+        text(disk, "stat").and_then(|text| Statistics::parse(&text)).unwrap_or_default()
+    }
+
+    fn parse(text: &str) -> Option<Statistics> {
+        let fields: Vec<u64> = text.split_ascii_whitespace().map_while(|field| field.parse().ok()).collect();
+        Some(Statistics {
+            reads: *fields.first()?,
+            read_sectors: *fields.get(2)?,
+            writes: *fields.get(4)?,
+            write_sectors: *fields.get(6)?,
+            in_flight: *fields.get(8)?,
+            // Since Linux 4.18.
+            discards: fields.get(11).copied().unwrap_or_default(),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn statistics_of_the_documentation() {
+        let text = "  11 22 33 44 55 66 77 88 99 110 121 132 143 154 165 176 187\n";
+        let expected = Statistics {
+            reads: 11,
+            read_sectors: 33,
+            writes: 55,
+            write_sectors: 77,
+            in_flight: 99,
+            discards: 132,
+        };
+        assert_eq!(Statistics::parse(text), Some(expected));
+        assert_eq!(Statistics::parse("1 2 3"), None);
+        assert_eq!(Statistics::parse(""), None);
+    }
+}

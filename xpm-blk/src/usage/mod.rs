@@ -1,0 +1,146 @@
+//! Who uses a block device now: swap, file systems, other devices, programs.
+
+mod mounts;
+mod swaps;
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::Path;
+
+use rustix::fs::{major, minor};
+
+use crate::sysfs;
+
+/// Number of a block device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct DeviceNumber {
+    pub(crate) major: u32,
+    pub(crate) minor: u32,
+}
+
+/// Who uses the disk or one of its partitions, each as `swap`, `mounted at /mnt`, `held by dm-0`.
+/// Does no I/O on the disk, and so never blocks on it.
+pub(crate) fn users(disk: &str) -> Vec<String> {
+    let parts = parts(disk);
+    let numbers: Vec<DeviceNumber> = parts.iter().filter_map(|part| number_of(part)).collect();
+    let mut users = Vec::new();
+    if swap_numbers().iter().any(|number| numbers.contains(number)) {
+        users.push("swap".to_owned());
+    }
+    let mounts = mounts::of(&mount_table(), &numbers);
+    users.extend(mounts.into_iter().map(|place| format!("mounted at {place}")));
+    users.extend(parts.iter().flat_map(|part| holders(part)).map(|holder| format!("held by {holder}")));
+    users
+}
+
+/// Whether somebody has the disk open for himself alone, as mounts of any mount namespace, swap
+/// and other devices do. Opens the disk, and so can wait for its I/O.
+pub(crate) fn is_claimed(disk: &str) -> bool {
+    let opened =
+        fs::OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(Path::new("/dev").join(disk));
+    matches!(opened, Err(error) if error.kind() == io::ErrorKind::ResourceBusy)
+}
+
+/// The directories of a disk and its partitions under `/sys/block`.
+fn parts(disk: &str) -> Vec<String> {
+    let mut parts = vec![disk.to_owned()];
+    if let Ok(entries) = fs::read_dir(sysfs::path(disk, "")) {
+        let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
+        parts.extend(names.filter(|name| name.starts_with(disk)).map(|name| format!("{disk}/{name}")));
+    }
+    parts
+}
+
+fn number_of(part: &str) -> Option<DeviceNumber> {
+    parse_number(&sysfs::text(part, "dev")?)
+}
+
+fn holders(part: &str) -> Vec<String> {
+    let Ok(entries) = fs::read_dir(sysfs::path(part, "holders")) else { return Vec::new() };
+    entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect()
+}
+
+fn swap_numbers() -> Vec<DeviceNumber> {
+    let table = fs::read_to_string("/proc/swaps").unwrap_or_default();
+    swaps::paths(&table).filter_map(|path| block_number(Path::new(&path))).collect()
+}
+
+fn block_number(path: &Path) -> Option<DeviceNumber> {
+    let found = fs::metadata(path).ok()?;
+    found
+        .file_type()
+        .is_block_device()
+        .then(|| DeviceNumber { major: major(found.rdev()), minor: minor(found.rdev()) })
+}
+
+/// The mounts of the host, not those of this process: it has a mount namespace of its own.
+fn mount_table() -> String {
+    fs::read_to_string("/proc/1/mountinfo")
+        .or_else(|_| fs::read_to_string("/proc/self/mountinfo"))
+        .unwrap_or_default()
+}
+
+fn parse_number(text: &str) -> Option<DeviceNumber> {
+    let (major, minor) = text.split_once(':')?;
+    Some(DeviceNumber { major: major.parse().ok()?, minor: minor.parse().ok()? })
+}
+
+/// Undoes the octal escapes (`\040` for a blank) that the kernel writes into paths.
+fn unescape(text: &str) -> String {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((&byte, tail)) = rest.split_first() {
+        match (byte, octal(tail)) {
+            (b'\\', Some(value)) => {
+                bytes.push(value);
+                rest = &tail[3..];
+            }
+            _ => {
+                bytes.push(byte);
+                rest = tail;
+            }
+        }
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+fn octal(bytes: &[u8]) -> Option<u8> {
+    let digits = std::str::from_utf8(bytes.get(..3)?).ok()?;
+    u8::from_str_radix(digits, 8).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn numbers() {
+        assert_eq!(parse_number("259:3"), Some(DeviceNumber { major: 259, minor: 3 }));
+        for text in ["", "259", ":", "a:b", "1:-1"] {
+            assert_eq!(parse_number(text), None);
+        }
+    }
+
+    #[test]
+    fn escapes() {
+        assert_eq!(unescape(r"/mnt/a\040b\134c"), r"/mnt/a b\c");
+        assert_eq!(unescape(r"\04"), r"\04");
+        assert_eq!(unescape(r"\999"), r"\999");
+    }
+
+    #[test]
+    fn a_disk_that_is_not_there_has_no_users() {
+        assert!(users("no-such-disk").is_empty());
+        assert!(!is_claimed("no-such-disk"));
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_unescaped(text in ".{0,60}") {
+            prop_assert!(unescape(&text).len() <= text.len() * 3);
+        }
+    }
+}

@@ -1,0 +1,46 @@
+//! `/proc/PID/mountinfo` (proc_pid_mountinfo(5)).
+
+use super::{DeviceNumber, parse_number, unescape};
+
+/// Where file systems on one of these devices are mounted.
+///
+/// By the device number of the file system; btrfs shows a number of its own there, so the mount
+/// source's path is not looked at either: such a device is found by its exclusive opener.
+pub(super) fn of(table: &str, numbers: &[DeviceNumber]) -> Vec<String> {
+    table
+        .lines()
+        .filter_map(|line| {
+            let mut fields = line.split_ascii_whitespace().skip(2);
+            let number = parse_number(fields.next()?)?;
+            let place = fields.nth(1)?;
+            numbers.contains(&number).then(|| unescape(place))
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const TABLE: &str = "22 1 259:1 / / rw,relatime shared:1 - ext4 /dev/vda1 rw\n\
+                         90 22 259:3 / /mnt/x\\040y rw shared:50 - xfs /dev/ublkb0 rw\n\
+                         91 22 0:5 / /proc rw - proc proc rw\n";
+
+    #[test]
+    fn by_device_number() {
+        let number = |minor| DeviceNumber { major: 259, minor };
+        assert_eq!(of(TABLE, &[number(3)]), ["/mnt/x y"]);
+        assert_eq!(of(TABLE, &[number(1), number(3)]), ["/", "/mnt/x y"]);
+        assert!(of(TABLE, &[number(4)]).is_empty());
+        assert!(of(TABLE, &[]).is_empty());
+    }
+
+    proptest! {
+        #[test]
+        fn any_table_is_read(table in "[0-9: /a\\\\\n-]{0,200}") {
+            let _ = of(&table, &[DeviceNumber { major: 0, minor: 0 }]);
+        }
+    }
+}
