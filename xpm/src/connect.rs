@@ -69,6 +69,17 @@ impl Daemon {
         self.client.get(path).await.map_err(|error| self.failure(&error))
     }
 
+    /// Gets what every daemon of this kind has: who says that it is not there is of another kind.
+    async fn get_own<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
+        self.client.get(path).await.map_err(|error| match &error {
+            ClientError::Refused(body) if body.kind == ErrorKind::NotFound => Failure::other(format!(
+                "{} is another program, or of another version: {}; check the address",
+                self.who, body.error
+            )),
+            _ => self.failure(&error),
+        })
+    }
+
     pub(crate) async fn post<B: Serialize, T: DeserializeOwned>(
         &self,
         path: &str,
@@ -213,22 +224,22 @@ fn chain(error: &dyn std::error::Error) -> String {
 /// Requests of the allocator and xpm-blk by what they ask for, so that paths stand in one place.
 impl Daemon {
     pub(crate) async fn allocator_status(&self) -> Result<allocator::Status, Failure> {
-        self.get("/v1/status").await
+        self.get_own("/v1/status").await
     }
 
     pub(crate) async fn appliances(&self) -> Result<Vec<allocator::Appliance>, Failure> {
-        self.get("/v1/appliances").await
+        self.get_own("/v1/appliances").await
     }
 
     pub(crate) async fn allocations(&self) -> Result<Vec<allocator::Allocation>, Failure> {
-        self.get("/v1/allocations").await
+        self.get_own("/v1/allocations").await
     }
 
     pub(crate) async fn blk_status(&self) -> Result<blk::Status, Failure> {
-        self.get("/v1/status").await
+        self.get_own("/v1/status").await
     }
 
     pub(crate) async fn devices(&self) -> Result<Vec<blk::Device>, Failure> {
-        self.get("/v1/devices").await
+        self.get_own("/v1/devices").await
     }
 }

@@ -63,6 +63,7 @@ fn something_else_answers_or_another_version() {
         (404, "{\"message\": \"no route\"}"),
         (500, "panic\r\nat\nline 3"),
         (302, ""),
+        (404, "{\"kind\": \"not-found\", \"error\": \"/v1/allocations is no path of this daemon\"}"),
     ] {
         let script = Script::new().on_raw("GET /v1/allocations", status, body);
         Host::with_allocator(&script).xpm(&["alloc", "list"]).fails_with(&["the allocator at", "version"]);
