@@ -7,10 +7,12 @@
 //! Control work (handshakes, passing of memory) is done off the data path; what remains on it
 //! runs in one thread for each queue, without locks, allocations or log calls.
 
+pub mod connect;
 pub mod io;
 pub mod link;
 pub mod nbd;
 pub mod shm;
+pub mod slots;
 pub mod store;
 
 pub use io::{Completion, IoBuf, IoError, Kind, Operation};

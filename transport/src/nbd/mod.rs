@@ -1,4 +1,5 @@
 //! The standard NBD protocol as a transport: the server of appliances and of NBD sockets, and the
 //! client end.
 
+pub mod client;
 pub mod server;

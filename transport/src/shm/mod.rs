@@ -1,1 +1,38 @@
 //! Shared memory as a transport, for an appliance on the same host.
+//!
+//! The appliance passes the memory of a grant's regions to the client as sealed memfds over a unix
+//! socket; from then on the client loads and stores, and no message is sent for any operation.
+//!
+//! **The connection is the grant.** It stays open and silent. When the appliance closes it, the
+//! grant was revoked or the appliance died; the client lets go of the memory and connects again to
+//! learn which. When the client closes it, it has let go of the memory.
+//!
+//! **What sharing cannot do.** Memory that was passed cannot be taken back from a process that keeps
+//! its mapping: [`server::ShmServer::close_group`] says whether all clients let go. Memory of which
+//! that is not known must never be lent to another account; the appliance drops such a memfd and
+//! takes new memory.
+//!
+//! ## Messages
+//! All numbers are big-endian.
+//!
+//! | from | bytes | what |
+//! |---|---|---|
+//! | client | 8 | `"xpm-shm\0"` |
+//! | | 4 | version: 1 |
+//! | | 4 | 0 |
+//! | | 32 | the grant's key |
+//! | server | 8 | `"xpm-shm\0"` |
+//! | | 4 | status: 0 granted, 1 no such grant, 2 no such version |
+//! | | 4 | number of regions; 0 unless granted |
+//! | | 8 | their length together, in bytes; 0 unless granted |
+//! | server, for each region in order | 8 | its length in bytes |
+//!
+//! The memfd of each region is passed with the lengths by `SCM_RIGHTS`, for up to 64 regions in one
+//! message. After that neither side sends anything.
+
+pub mod client;
+pub mod server;
+
+mod link;
+mod mapping;
+mod wire;

@@ -5,12 +5,12 @@ use std::io;
 use xpm_protocol::nbd::{Command, Request};
 
 use super::buffers::{Buffers, Run};
-use super::slots::Slots;
 use crate::io::{Completion, IoBuf, IoError, Kind, Operation};
+use crate::slots::Slots;
 use crate::store::{Posted, Store};
 
 /// Operations of one connection in flight at its store.
-pub(super) const OPERATIONS_MAX: u32 = 128;
+const OPERATIONS_MAX: usize = 128;
 /// Longest part of a request, in bytes.
 const PART_LEN_MAX: usize = 1 << 20;
 
@@ -73,7 +73,7 @@ impl Deferred {
             buffers: (buffers_len > 0).then(|| Buffers::new(buffers_len)).transpose()?,
             requests: Slots::new(OPERATIONS_MAX),
             operations: Slots::new(OPERATIONS_MAX),
-            completions: Vec::with_capacity(OPERATIONS_MAX as usize),
+            completions: Vec::with_capacity(OPERATIONS_MAX),
             refused: None,
             posted: false,
         })

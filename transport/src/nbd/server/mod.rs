@@ -15,8 +15,7 @@ mod listen;
 mod output;
 mod registry;
 mod reply;
-mod slots;
-mod socket;
+pub(crate) mod socket;
 
 use std::io;
 use std::os::fd::OwnedFd;

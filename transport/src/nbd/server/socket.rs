@@ -12,7 +12,7 @@ use crate::io::IoBuf;
 const PIECES_MAX: usize = 64;
 
 /// The pieces of memory of one call, in order.
-pub(super) struct Pieces<'a> {
+pub(crate) struct Pieces<'a> {
     list: [libc::iovec; PIECES_MAX],
     count: usize,
     bytes: usize,
@@ -20,34 +20,34 @@ pub(super) struct Pieces<'a> {
 }
 
 impl<'a> Pieces<'a> {
-    pub(super) fn new() -> Pieces<'a> {
+    pub(crate) fn new() -> Pieces<'a> {
         let none = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
         Pieces { list: [none; PIECES_MAX], count: 0, bytes: 0, borrowed: PhantomData }
     }
 
-    pub(super) const fn bytes(&self) -> usize {
+    pub(crate) const fn bytes(&self) -> usize {
         self.bytes
     }
 
-    pub(super) const fn is_full(&self) -> bool {
+    pub(crate) const fn is_full(&self) -> bool {
         self.count == PIECES_MAX
     }
 
     /// Whether only one more piece finds room: the one of the receive buffer.
-    pub(super) const fn is_nearly_full(&self) -> bool {
+    pub(crate) const fn is_nearly_full(&self) -> bool {
         self.count + 1 >= PIECES_MAX
     }
 
-    pub(super) fn push(&mut self, piece: IoBuf) {
+    pub(crate) fn push(&mut self, piece: IoBuf) {
         self.push_raw(piece.as_ptr(), piece.len());
     }
 
-    pub(super) fn push_mut(&mut self, piece: &'a mut [u8]) {
+    pub(crate) fn push_mut(&mut self, piece: &'a mut [u8]) {
         self.push_raw(piece.as_mut_ptr(), piece.len());
     }
 
     /// For [`send`] only: the bytes are not written to.
-    pub(super) fn push_ref(&mut self, piece: &'a [u8]) {
+    pub(crate) fn push_ref(&mut self, piece: &'a [u8]) {
         self.push_raw(piece.as_ptr().cast_mut(), piece.len());
     }
 
@@ -70,7 +70,7 @@ impl<'a> Pieces<'a> {
 }
 
 /// Receives into the pieces what is there; never blocks. 0 is the end of the stream.
-pub(super) fn receive(socket: BorrowedFd<'_>, mut pieces: Pieces<'_>) -> io::Result<usize> {
+pub(crate) fn receive(socket: BorrowedFd<'_>, mut pieces: Pieces<'_>) -> io::Result<usize> {
     let mut message = pieces.message();
     // SAFETY: the message points to `count` iovecs, each of memory that is writable for its length:
     // borrowed for as long as `pieces` lives, or mapped by the contract of `IoBuf::new`.
@@ -79,7 +79,7 @@ pub(super) fn receive(socket: BorrowedFd<'_>, mut pieces: Pieces<'_>) -> io::Res
 }
 
 /// Sends of the pieces what the socket takes; never blocks, never raises SIGPIPE.
-pub(super) fn send(socket: BorrowedFd<'_>, mut pieces: Pieces<'_>) -> io::Result<usize> {
+pub(crate) fn send(socket: BorrowedFd<'_>, mut pieces: Pieces<'_>) -> io::Result<usize> {
     let message = pieces.message();
     // SAFETY: as in `receive`; sendmsg(2) only reads the memory.
     let sent =

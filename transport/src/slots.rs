@@ -1,37 +1,50 @@
 //! A table of fixed size, whose places are numbers that travel as tokens.
 
 /// Values by place; as many as the table was made for.
-pub(super) struct Slots<T> {
+pub struct Slots<T> {
     values: Box<[Option<T>]>,
     free: Vec<u32>,
 }
 
 impl<T> Slots<T> {
-    pub(super) fn new(count: u32) -> Slots<T> {
-        Slots { values: (0..count).map(|_| None).collect(), free: (0..count).rev().collect() }
+    /// A table of `count` places, at most 2^32.
+    pub fn new(count: usize) -> Slots<T> {
+        let places = u32::try_from(count).unwrap_or(u32::MAX);
+        Slots { values: (0..places).map(|_| None).collect(), free: (0..places).rev().collect() }
     }
 
-    pub(super) fn is_full(&self) -> bool {
+    /// Whether no place is free.
+    pub fn is_full(&self) -> bool {
         self.free.is_empty()
     }
 
-    pub(super) fn used(&self) -> usize {
+    /// Places that have a value.
+    pub fn used(&self) -> usize {
         self.values.len() - self.free.len()
     }
 
+    /// Puts a value into a free place, and says which.
+    ///
     /// # Panics
     /// When the table is full, which the caller looks at before.
-    pub(super) fn insert(&mut self, value: T) -> u32 {
+    pub fn insert(&mut self, value: T) -> u32 {
         let place = self.free.pop().expect("the caller saw a free place");
         self.values[place as usize] = Some(value);
         place
     }
 
-    pub(super) fn get_mut(&mut self, place: u32) -> Option<&mut T> {
+    /// The value at a place; none if the place is free or there is no such place.
+    pub fn get_mut(&mut self, place: u32) -> Option<&mut T> {
         self.values.get_mut(place as usize)?.as_mut()
     }
 
-    pub(super) fn remove(&mut self, place: u32) -> Option<T> {
+    /// All values with their places.
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = (u32, &mut T)> {
+        (0..).zip(&mut self.values).filter_map(|(place, value)| Some((place, value.as_mut()?)))
+    }
+
+    /// Takes the value from a place, which is free then.
+    pub fn remove(&mut self, place: u32) -> Option<T> {
         let value = self.values.get_mut(place as usize)?.take()?;
         self.free.push(place);
         Some(value)

@@ -1,0 +1,381 @@
+//! Slabs: pieces of regions that the client carves out on its own, with no message to anyone.
+//!
+//! A buddy system over each region: a slab is a power of two of pages, up to the whole region, and lies
+//! at a multiple of its length. Other lengths are rounded up, by less than twice; in return a slab is
+//! found, split and joined in a number of steps that depends on the region's size only, and a region
+//! whose slabs are all freed is whole again.
+//!
+//! Free blocks of each order are in doubly linked lists, whose links are in flat arrays beside the
+//! memory, never in it: it is on another machine. Source of the method: Knuth, The Art of Computer
+//! Programming, volume 1, section 2.5, algorithms R and S.
+
+use xpm_protocol::units::{PAGE_LEN, is_region_len};
+
+/// No block.
+const NONE: u32 = u32::MAX;
+/// Orders of a region of 64 GiB: 2^0 to 2^24 pages.
+const ORDERS: usize = 25;
+
+/// A slab: `len` bytes at `offset` of a region.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Slab {
+    /// Number of the region, as [`SlabAllocator::add_region`] gave it.
+    pub region: u32,
+    /// First byte within the region; a multiple of `len`.
+    pub offset: u64,
+    /// Length in bytes; a power of two, at least 4096.
+    pub len: u64,
+}
+
+/// Why a slab cannot be had or freed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
+pub enum SlabError {
+    /// No free run of this length is left.
+    #[error("no free run of {0} bytes is left in the regions")]
+    NoSpace(u64),
+    /// No slab can have this length: it is 0, or longer than any region.
+    #[error("no slab can be {0} bytes long")]
+    Length(u64),
+    /// The slab is not one that was allocated and not freed since.
+    #[error("this is no allocated slab: it was freed already, or never allocated")]
+    NotAllocated,
+    /// A region's length is no power of two from 16 MiB to 64 GiB.
+    #[error("a region cannot be {0} bytes long")]
+    RegionLength(u64),
+    /// The region is not there.
+    #[error("there is no region {0}")]
+    NoRegion(u32),
+    /// The region has slabs.
+    #[error("region {0} still has slabs")]
+    RegionInUse(u32),
+}
+
+/// What a page is the first of, one byte for each page: the order in the low bits.
+const FREE: u8 = 0x40;
+const USED: u8 = 0x80;
+const ORDER: u8 = 0x1f;
+
+struct Region {
+    /// Order of the whole region.
+    order: u8,
+    /// For each page: whether a block starts there, of which order, free or used.
+    heads: Box<[u8]>,
+    /// For each page at which a free block starts: the next and the previous free block of its order.
+    links: Box<[(u32, u32)]>,
+    /// First free block of each order.
+    free: [u32; ORDERS],
+    /// Bit n: there is a free block of order n.
+    orders: u32,
+    free_pages: u64,
+}
+
+/// Carves slabs out of regions. One thread's own; put a lock around it to share it.
+#[derive(Default)]
+pub struct SlabAllocator {
+    regions: Vec<Option<Region>>,
+    /// Where the last slab was found: tried first.
+    last: usize,
+}
+
+impl SlabAllocator {
+    /// An allocator without regions.
+    pub fn new() -> SlabAllocator {
+        SlabAllocator::default()
+    }
+
+    /// Adds a region of `len` bytes and returns its number. Takes 9 bytes for each page of it.
+    ///
+    /// # Errors
+    /// [`SlabError::RegionLength`].
+    pub fn add_region(&mut self, len: u64) -> Result<u32, SlabError> {
+        if !is_region_len(len) {
+            return Err(SlabError::RegionLength(len));
+        }
+        let number = self.regions.iter().position(Option::is_none).unwrap_or(self.regions.len());
+        if number == self.regions.len() {
+            self.regions.push(None);
+        }
+        self.regions[number] = Some(Region::new(len));
+        Ok(number as u32)
+    }
+
+    /// Takes a region away.
+    ///
+    /// # Errors
+    /// [`SlabError::RegionInUse`] while it has slabs, [`SlabError::NoRegion`].
+    pub fn remove_region(&mut self, number: u32) -> Result<(), SlabError> {
+        let place = self.regions.get_mut(number as usize).ok_or(SlabError::NoRegion(number))?;
+        let region = place.as_ref().ok_or(SlabError::NoRegion(number))?;
+        if region.free_pages != region.pages() {
+            return Err(SlabError::RegionInUse(number));
+        }
+        *place = None;
+        Ok(())
+    }
+
+    /// Carves out a slab of at least `len` bytes. No message to anyone; nothing is said about what the
+    /// memory holds.
+    ///
+    /// # Errors
+    /// [`SlabError::NoSpace`], [`SlabError::Length`].
+    pub fn allocate(&mut self, len: u64) -> Result<Slab, SlabError> {
+        let order = order_of(len).ok_or(SlabError::Length(len))?;
+        let count = self.regions.len();
+        for number in (self.last..count).chain(0..self.last.min(count)) {
+            let Some(region) = &mut self.regions[number] else { continue };
+            if let Some(page) = region.take(order) {
+                self.last = number;
+                let (offset, len) = (u64::from(page) * PAGE_LEN, PAGE_LEN << order);
+                return Ok(Slab { region: number as u32, offset, len });
+            }
+        }
+        Err(SlabError::NoSpace(len))
+    }
+
+    /// Gives a slab back.
+    ///
+    /// # Errors
+    /// [`SlabError::NotAllocated`] for anything that is not a slab in use, a second time included.
+    pub fn free(&mut self, slab: Slab) -> Result<(), SlabError> {
+        let region = self.regions.get_mut(slab.region as usize).and_then(Option::as_mut);
+        let region = region.ok_or(SlabError::NotAllocated)?;
+        let order = order_of(slab.len).ok_or(SlabError::NotAllocated)?;
+        let page = slab.offset / PAGE_LEN;
+        let exact = slab.len == PAGE_LEN << order && slab.offset.is_multiple_of(PAGE_LEN);
+        if !exact || page >= region.pages() || region.heads[page as usize] != USED | order {
+            return Err(SlabError::NotAllocated);
+        }
+        region.give(page as u32, order);
+        Ok(())
+    }
+
+    /// Bytes that are in no slab.
+    pub fn free_bytes(&self) -> u64 {
+        self.regions.iter().flatten().map(|region| region.free_pages * PAGE_LEN).sum()
+    }
+
+    /// Length in bytes of the longest slab that could be had now; 0 for none.
+    pub fn longest_free(&self) -> u64 {
+        let orders = self.regions.iter().flatten().fold(0, |orders, region| orders | region.orders);
+        orders.checked_ilog2().map_or(0, |order| PAGE_LEN << order)
+    }
+}
+
+/// The order of the smallest block that holds `len` bytes.
+fn order_of(len: u64) -> Option<u8> {
+    let pages = len.div_ceil(PAGE_LEN).checked_next_power_of_two()?;
+    let order = pages.trailing_zeros();
+    (len > 0 && (order as usize) < ORDERS).then_some(order as u8)
+}
+
+impl Region {
+    fn new(len: u64) -> Region {
+        let pages = len / PAGE_LEN;
+        let mut region = Region {
+            order: pages.trailing_zeros() as u8,
+            heads: vec![0; pages as usize].into_boxed_slice(),
+            links: vec![(NONE, NONE); pages as usize].into_boxed_slice(),
+            free: [NONE; ORDERS],
+            orders: 0,
+            free_pages: pages,
+        };
+        region.push(0, region.order);
+        region
+    }
+
+    const fn pages(&self) -> u64 {
+        1 << self.order
+    }
+
+    /// A block of exactly this order, split off the smallest that is free.
+    fn take(&mut self, order: u8) -> Option<u32> {
+        let fitting = self.orders & (u32::MAX << order);
+        if fitting == 0 {
+            return None;
+        }
+        let mut found = fitting.trailing_zeros() as u8;
+        let page = self.free[found as usize];
+        self.unlink(page, found);
+        while found > order {
+            found -= 1;
+            // The upper half stays free.
+            self.push(page + (1 << found), found);
+        }
+        self.heads[page as usize] = USED | order;
+        self.free_pages -= 1 << order;
+        Some(page)
+    }
+
+    /// Frees a block, and joins it with its buddy for as long as that is free too.
+    fn give(&mut self, mut page: u32, mut order: u8) {
+        self.free_pages += 1 << order;
+        self.heads[page as usize] = 0;
+        while order < self.order {
+            let buddy = page ^ (1 << order);
+            if self.heads[buddy as usize] != FREE | order {
+                break;
+            }
+            self.unlink(buddy, order);
+            page &= !(1 << order);
+            order += 1;
+        }
+        self.push(page, order);
+    }
+
+    fn push(&mut self, page: u32, order: u8) {
+        let next = self.free[order as usize];
+        self.heads[page as usize] = FREE | order;
+        self.links[page as usize] = (next, NONE);
+        if next != NONE {
+            self.links[next as usize].1 = page;
+        }
+        self.free[order as usize] = page;
+        self.orders |= 1 << order;
+    }
+
+    fn unlink(&mut self, page: u32, order: u8) {
+        let (next, previous) = self.links[page as usize];
+        debug_assert_eq!(self.heads[page as usize] & ORDER, order, "the block is of this order");
+        self.heads[page as usize] = 0;
+        if next != NONE {
+            self.links[next as usize].1 = previous;
+        }
+        if previous != NONE {
+            self.links[previous as usize].0 = next;
+        } else {
+            self.free[order as usize] = next;
+            if next == NONE {
+                self.orders &= !(1 << order);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const REGION: u64 = 16 << 20;
+
+    /// The slabs in use, by place: slow and obvious.
+    #[derive(Default)]
+    struct Model {
+        slabs: BTreeMap<(u32, u64), u64>,
+    }
+
+    impl Model {
+        fn add(&mut self, slab: Slab, asked: u64) {
+            assert!(slab.len >= asked && slab.len < 2 * asked.max(PAGE_LEN / 2 + 1));
+            assert_eq!(slab.offset % slab.len, 0);
+            assert!(slab.offset + slab.len <= REGION);
+            let place = (slab.region, slab.offset);
+            if let Some((&(region, offset), &len)) = self.slabs.range(..place).next_back() {
+                assert!(region < slab.region || offset + len <= slab.offset, "overlaps the one before");
+            }
+            if let Some((&(region, offset), _)) = self.slabs.range(place..).next() {
+                assert!(region > slab.region || offset >= slab.offset + slab.len, "overlaps the one behind");
+            }
+            self.slabs.insert(place, slab.len);
+        }
+
+        fn used(&self) -> u64 {
+            self.slabs.values().sum()
+        }
+
+        /// Whether a block of this length is free somewhere, aligned to its length.
+        fn has_room(&self, regions: u32, len: u64) -> bool {
+            (0..regions).any(|region| {
+                (0..REGION / len).any(|block| {
+                    let (start, end) = (block * len, (block + 1) * len);
+                    let before = self.slabs.range(..(region, end)).next_back();
+                    before.is_none_or(|(&(at, offset), &len)| at != region || offset + len <= start)
+                })
+            })
+        }
+    }
+
+    #[derive(Debug, Clone)]
+    enum Step {
+        Allocate(u64),
+        Free(usize),
+        FreeTwice(usize),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            3 => (0..13_u32, 0..4096_u64).prop_map(|(order, less)| Step::Allocate((PAGE_LEN << order) - less)),
+            2 => any::<usize>().prop_map(Step::Free),
+            1 => any::<usize>().prop_map(Step::FreeTwice),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn agrees_with_a_model(steps in prop::collection::vec(step(), 1..300)) {
+            let mut allocator = SlabAllocator::new();
+            let mut model = Model::default();
+            let regions = 2;
+            (0..regions).for_each(|number| assert_eq!(allocator.add_region(REGION), Ok(number)));
+            for step in steps {
+                match step {
+                    Step::Allocate(len) => match allocator.allocate(len) {
+                        Ok(slab) => model.add(slab, len),
+                        Err(error) => {
+                            prop_assert_eq!(error, SlabError::NoSpace(len));
+                            let rounded = len.div_ceil(PAGE_LEN).next_power_of_two() * PAGE_LEN;
+                            prop_assert!(!model.has_room(regions, rounded));
+                        }
+                    },
+                    Step::Free(pick) | Step::FreeTwice(pick) if !model.slabs.is_empty() => {
+                        let (&(region, offset), &len) =
+                            model.slabs.iter().nth(pick % model.slabs.len()).unwrap();
+                        let slab = Slab { region, offset, len };
+                        prop_assert_eq!(allocator.free(Slab { len: len * 2, ..slab }), Err(SlabError::NotAllocated));
+                        prop_assert_eq!(allocator.free(slab), Ok(()));
+                        model.slabs.remove(&(region, offset));
+                        if matches!(step, Step::FreeTwice(_)) {
+                            prop_assert_eq!(allocator.free(slab), Err(SlabError::NotAllocated));
+                        }
+                    }
+                    Step::Free(_) | Step::FreeTwice(_) => {}
+                }
+                prop_assert_eq!(allocator.free_bytes(), u64::from(regions) * REGION - model.used());
+            }
+            for ((region, offset), len) in model.slabs {
+                prop_assert_eq!(allocator.free(Slab { region, offset, len }), Ok(()));
+            }
+            prop_assert_eq!(allocator.longest_free(), REGION, "everything is joined again");
+            prop_assert_eq!(allocator.remove_region(0), Ok(()));
+        }
+    }
+
+    #[test]
+    fn what_cannot_be() {
+        let mut allocator = SlabAllocator::new();
+        assert_eq!(allocator.allocate(4096), Err(SlabError::NoSpace(4096)));
+        assert_eq!(allocator.add_region(3 << 20), Err(SlabError::RegionLength(3 << 20)));
+        let region = allocator.add_region(REGION).unwrap();
+        for len in [0, u64::MAX, 1 << 40] {
+            assert_eq!(allocator.allocate(len), Err(SlabError::Length(len)));
+        }
+        assert_eq!(allocator.allocate(REGION + 1), Err(SlabError::NoSpace(REGION + 1)));
+        let slab = allocator.allocate(1).unwrap();
+        assert_eq!(allocator.remove_region(region), Err(SlabError::RegionInUse(region)));
+        for wrong in [
+            Slab { region: 7, ..slab },
+            Slab { offset: slab.offset + 4096, ..slab },
+            Slab { offset: slab.offset + 1, ..slab },
+            Slab { offset: u64::MAX, ..slab },
+            Slab { len: 0, ..slab },
+            Slab { len: u64::MAX, ..slab },
+        ] {
+            assert_eq!(allocator.free(wrong), Err(SlabError::NotAllocated), "{wrong:?}");
+        }
+        assert_eq!(allocator.free(slab), Ok(()));
+        assert_eq!(allocator.remove_region(9), Err(SlabError::NoRegion(9)));
+    }
+}

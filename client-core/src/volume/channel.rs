@@ -1,0 +1,519 @@
+//! One queue's way into a volume: cuts operations into legs, keeps them until they have ended, and
+//! posts them again when a link is replaced.
+//!
+//! **Exactly once.** A request leaves its table with its one completion; it stays until each of its
+//! legs has ended, and a leg leaves its table when its link completes it, or when it is given up
+//! because its grant is lost or was out of reach for too long.
+//!
+//! **Order.** Legs are numbered as they are cut. When a link goes down, those in flight on it go back
+//! in front of those held, in the order of their numbers, and nothing newer is posted on the next link
+//! before them. So a write that is repeated never lands behind one that was posted after it had been
+//! answered; what the old connection may still have in its socket is shut out by the appliance.
+
+use std::collections::VecDeque;
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use rustix::event::Timespec;
+use rustix::event::epoll::{self, EventData, EventFlags};
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, timerfd_create, timerfd_settime,
+};
+use xpm_transport::io::{Completion, IoBuf, IoError, Kind, Operation};
+use xpm_transport::link::{Full, Link, LinkDown};
+use xpm_transport::slots::Slots;
+use xpm_transport::store::{Posted, Store};
+
+use super::plan::{Leg, Legs, Plan};
+use super::port::{Bell, Delivery, Port};
+use super::{Shared, Tally};
+
+/// Legs in flight or held for each request that may be in flight.
+const LEGS_PER_REQUEST: usize = 4;
+/// Events of links looked at in one poll; more come with the next.
+const EVENTS_MAX: usize = 32;
+/// Marks of the descriptors in the epoll set that are no link's.
+const BELL: u64 = u64::MAX;
+const TIMER: u64 = u64::MAX - 1;
+
+struct Request {
+    token: u64,
+    kind: Kind,
+    len: u64,
+    buf: Option<IoBuf>,
+    legs: Legs,
+    /// Legs that were cut and have not ended.
+    open: u32,
+    /// No leg is left to be cut.
+    cut: bool,
+    result: Result<(), IoError>,
+}
+
+#[derive(Clone, Copy)]
+struct LegState {
+    request: u32,
+    number: u64,
+    grant: u32,
+    operation: Operation,
+    posted: bool,
+}
+
+/// The way to one grant.
+struct Way {
+    port: Arc<Port>,
+    link: Option<Box<dyn Link>>,
+    /// The last link, when it gave memory in place: what began on it can be finished.
+    last_direct: Option<Box<dyn Link>>,
+    /// Legs that wait for a link, oldest first.
+    held: VecDeque<u32>,
+    in_flight: usize,
+    lost: bool,
+    down_since: Instant,
+    submit: bool,
+}
+
+/// One queue's way into a volume. Owned by one thread; see the module's documentation.
+pub struct Channel {
+    plan: Arc<Plan>,
+    shared: Arc<Shared>,
+    ways: Box<[Way]>,
+    bell: Arc<Bell>,
+    epoll: OwnedFd,
+    timer: OwnedFd,
+    timer_set: bool,
+    requests: Slots<Request>,
+    legs: Slots<LegState>,
+    /// Requests with legs left to be cut, oldest first.
+    cutting: VecDeque<u32>,
+    ended: VecDeque<Completion>,
+    /// What is in flight or ended and not fetched never exceeds it, so `ended` never grows.
+    ended_max: usize,
+    link_completions: Vec<Completion>,
+    number: u64,
+    hold: Option<Duration>,
+    tally: Arc<Tally>,
+}
+
+impl Channel {
+    /// A channel whose links the connectors deliver to these ports.
+    pub(super) fn new(
+        plan: Arc<Plan>,
+        shared: Arc<Shared>,
+        (ports, bell): (Vec<Arc<Port>>, Arc<Bell>),
+        (depth, hold): (usize, Option<Duration>),
+    ) -> io::Result<Channel> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let timer =
+            timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK)?;
+        epoll::add(&epoll, bell.fd(), EventData::new_u64(BELL), EventFlags::IN)?;
+        epoll::add(&epoll, &timer, EventData::new_u64(TIMER), EventFlags::IN)?;
+        let legs = depth * LEGS_PER_REQUEST + ports.len();
+        let way = |port| Way {
+            port,
+            link: None,
+            last_direct: None,
+            held: VecDeque::with_capacity(legs),
+            in_flight: 0,
+            lost: false,
+            down_since: Instant::now(),
+            submit: false,
+        };
+        let ways: Box<[Way]> = ports.into_iter().map(way).collect();
+        let tally = Arc::new(Tally::default());
+        shared.add_tally(&tally);
+        let mut channel = Channel {
+            plan,
+            shared,
+            bell,
+            epoll,
+            timer,
+            timer_set: false,
+            requests: Slots::new(depth),
+            legs: Slots::new(legs),
+            cutting: VecDeque::with_capacity(depth),
+            ended: VecDeque::with_capacity(2 * depth),
+            ended_max: 2 * depth,
+            link_completions: Vec::with_capacity(legs),
+            number: 0,
+            hold,
+            ways,
+            tally,
+        };
+        channel.set_timer();
+        Ok(channel)
+    }
+
+    /// Takes an operation on the volume. It ends by a completion out of [`Channel::poll`], also when
+    /// it lies outside of the volume. Never blocks.
+    ///
+    /// # Errors
+    /// [`Full`] when as many are in flight as the channel was made for; it was not taken.
+    pub fn post(&mut self, operation: Operation) -> Result<(), Full> {
+        if self.requests.is_full() || self.requests.used() + self.ended.len() >= self.ended_max {
+            return Err(Full);
+        }
+        if let Err(error) = check(&self.plan, &operation) {
+            self.ended.push_back(Completion { token: operation.token, result: Err(error) });
+            return Ok(());
+        }
+        let request = self.requests.insert(Request {
+            token: operation.token,
+            kind: operation.kind,
+            len: operation.len,
+            buf: operation.buf,
+            legs: self.plan.legs(operation.kind, operation.offset, operation.len),
+            open: 0,
+            cut: false,
+            result: Ok(()),
+        });
+        self.tally.in_flight.fetch_add(1, Ordering::Relaxed);
+        self.cutting.push_back(request);
+        self.cut();
+        Ok(())
+    }
+
+    /// Sends what was posted. Completions may be there right after; [`Channel::poll`] gives them.
+    pub fn submit(&mut self) {
+        for way in &mut self.ways {
+            if std::mem::take(&mut way.submit)
+                && let Some(link) = &mut way.link
+            {
+                link.submit();
+            }
+        }
+    }
+
+    /// Appends completions. Never blocks.
+    pub fn poll(&mut self, completions: &mut Vec<Completion>) {
+        if self.bell.take() {
+            self.take_deliveries();
+        }
+        self.poll_links();
+        if self.timer_set {
+            self.give_up_late();
+        }
+        self.cut();
+        self.submit();
+        completions.extend(self.ended.drain(..));
+    }
+
+    /// Readable when [`Channel::poll`] has something to do.
+    pub fn wait_fd(&self) -> BorrowedFd<'_> {
+        self.epoll.as_fd()
+    }
+
+    /// Operations in flight.
+    pub fn in_flight(&self) -> usize {
+        self.requests.used()
+    }
+
+    /// As if the link to this grant had gone down.
+    #[cfg(test)]
+    pub(super) fn ways_down(&mut self, grant: usize) {
+        self.disconnect(grant);
+    }
+
+    /// Cuts legs of the oldest requests for as long as there is room for them.
+    fn cut(&mut self) {
+        while let Some(&request) = self.cutting.front() {
+            while !self.legs.is_full() {
+                let Some(pending) = self.requests.get_mut(request) else { break };
+                let Some(leg) = pending.legs.next(&self.plan) else {
+                    pending.cut = true;
+                    break;
+                };
+                pending.open += 1;
+                let operation = leg_operation(pending, &leg);
+                self.number += 1;
+                let state =
+                    LegState { request, number: self.number, grant: leg.grant, operation, posted: false };
+                let id = self.legs.insert(state);
+                self.start(id);
+            }
+            match self.requests.get_mut(request) {
+                Some(pending) if !pending.cut => return,
+                _ => {
+                    self.cutting.pop_front();
+                    self.end_if_over(request);
+                }
+            }
+        }
+    }
+
+    /// Posts a new leg, or holds it, or gives it up.
+    fn start(&mut self, id: u32) {
+        let Some(leg) = self.legs.get_mut(id) else { return };
+        let way = &mut self.ways[leg.grant as usize];
+        if way.lost {
+            return self.end_leg(id, Err(IoError::Lost));
+        }
+        if !way.held.is_empty() || !way.post(leg, id) {
+            way.held.push_back(id);
+        }
+    }
+
+    fn end_leg(&mut self, id: u32, result: Result<(), IoError>) {
+        let Some(leg) = self.legs.remove(id) else { return };
+        if leg.posted {
+            self.ways[leg.grant as usize].in_flight -= 1;
+        }
+        if let Some(request) = self.requests.get_mut(leg.request) {
+            request.open -= 1;
+            request.result = request.result.and(result);
+            self.end_if_over(leg.request);
+        }
+    }
+
+    fn end_if_over(&mut self, id: u32) {
+        if self.requests.get_mut(id).is_some_and(|request| request.cut && request.open == 0)
+            && let Some(request) = self.requests.remove(id)
+        {
+            self.tally.ended(request.kind, request.len, request.result);
+            self.ended.push_back(Completion { token: request.token, result: request.result });
+        }
+    }
+
+    fn take_deliveries(&mut self) {
+        for grant in 0..self.ways.len() {
+            match self.ways[grant].port.take() {
+                Some(Delivery::Link(link)) => self.connect(grant, link),
+                Some(Delivery::Lost) => self.lose(grant),
+                None => {}
+            }
+        }
+        self.set_timer();
+    }
+
+    fn connect(&mut self, grant: usize, link: Box<dyn Link>) {
+        if self.ways[grant].link.is_some() {
+            self.disconnect(grant);
+        }
+        let watched = link.wait_fd().map_or(Ok(()), |fd| {
+            epoll::add(&self.epoll, fd, EventData::new_u64(grant as u64), EventFlags::IN)
+        });
+        let way = &mut self.ways[grant];
+        way.lost = false;
+        way.link = Some(link);
+        match watched {
+            Ok(()) => {
+                way.last_direct = None;
+                self.post_held(grant);
+            }
+            Err(_) => self.disconnect(grant),
+        }
+    }
+
+    /// Posts held legs, oldest first, for as long as the link takes them.
+    fn post_held(&mut self, grant: usize) {
+        let way = &mut self.ways[grant];
+        while let Some(&id) = way.held.front() {
+            let Some(leg) = self.legs.get_mut(id) else {
+                way.held.pop_front();
+                continue;
+            };
+            if !way.post(leg, id) {
+                return;
+            }
+            way.held.pop_front();
+        }
+    }
+
+    /// The link is gone: what was in flight on it is held again, and another one is asked for.
+    fn disconnect(&mut self, grant: usize) {
+        let way = &mut self.ways[grant];
+        let Some(link) = way.link.take() else { return };
+        if link.direct(0, 1).is_some() {
+            // It stays mapped, but no event of it counts any more.
+            if let Some(fd) = link.wait_fd() {
+                let _ = epoll::delete(&self.epoll, fd);
+            }
+            way.last_direct = Some(link);
+        }
+        way.in_flight = 0;
+        way.down_since = Instant::now();
+        for (id, leg) in self.legs.iter_mut() {
+            if leg.grant as usize == grant && std::mem::take(&mut leg.posted) {
+                way.held.push_back(id);
+            }
+        }
+        let legs = &mut self.legs;
+        way.held.make_contiguous().sort_unstable_by_key(|id| legs.get_mut(*id).map_or(0, |leg| leg.number));
+        way.port.want();
+        self.shared.wake(grant);
+        self.set_timer();
+    }
+
+    fn lose(&mut self, grant: usize) {
+        self.disconnect(grant);
+        self.ways[grant].lost = true;
+        self.give_up(grant, IoError::Lost);
+    }
+
+    fn give_up(&mut self, grant: usize, error: IoError) {
+        while let Some(id) = self.ways[grant].held.pop_front() {
+            self.end_leg(id, Err(error));
+        }
+    }
+
+    /// Polls the links that have something. With a single one, asking it is cheaper than asking
+    /// epoll about it.
+    fn poll_links(&mut self) {
+        if let [way] = &*self.ways {
+            if way.link.is_some() {
+                self.poll_link(0);
+            }
+            return;
+        }
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let mut room = [MaybeUninit::uninit(); EVENTS_MAX];
+        let Ok((events, _)) = epoll::wait(&self.epoll, &mut room, Some(&now)) else { return };
+        for event in events {
+            let grant = event.data.u64() as usize;
+            if grant < self.ways.len() {
+                self.poll_link(grant);
+            }
+        }
+        // Links without a descriptor have ended all they were given.
+        for grant in 0..self.ways.len() {
+            let way = &self.ways[grant];
+            let instant = way.link.as_ref().is_some_and(|link| link.direct(0, 1).is_some());
+            if instant && way.in_flight > 0 {
+                self.poll_link(grant);
+            }
+        }
+    }
+
+    fn poll_link(&mut self, grant: usize) {
+        let Some(link) = &mut self.ways[grant].link else { return };
+        let mut completions = std::mem::take(&mut self.link_completions);
+        let polled = link.poll(&mut completions);
+        for Completion { token, result } in completions.drain(..) {
+            self.end_leg(token as u32, result);
+        }
+        self.link_completions = completions;
+        match polled {
+            Ok(()) => self.post_held(grant),
+            Err(LinkDown::Broken | LinkDown::Protocol | LinkDown::Revoked) => self.disconnect(grant),
+        }
+    }
+
+    /// Gives up what was held for longer than the operator allows.
+    fn give_up_late(&mut self) {
+        let Some(hold) = self.hold else { return };
+        let _ = rustix::io::read(&self.timer, &mut [0_u8; 8]);
+        for grant in 0..self.ways.len() {
+            let way = &self.ways[grant];
+            if way.link.is_none() && way.down_since.elapsed() >= hold {
+                self.give_up(grant, IoError::Unreachable);
+            }
+        }
+    }
+
+    /// Lets the timer tick while a way is down and I/O is not held for ever.
+    fn set_timer(&mut self) {
+        let wanted = self.hold.is_some() && self.ways.iter().any(|way| way.link.is_none() && !way.lost);
+        if wanted == self.timer_set {
+            return;
+        }
+        let hold = self.hold.unwrap_or_default();
+        let tick = (hold / 8).clamp(Duration::from_millis(5), Duration::from_millis(500));
+        let tick = if wanted { tick } else { Duration::ZERO };
+        let tick = Timespec { tv_sec: 0, tv_nsec: tick.subsec_nanos().into() };
+        let spec = Itimerspec { it_interval: tick, it_value: tick };
+        // The arguments are valid, so this cannot fail.
+        self.timer_set = timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &spec).is_ok() && wanted;
+    }
+}
+
+impl Way {
+    /// Posts a leg; false when there is no link or no room on it.
+    fn post(&mut self, leg: &mut LegState, id: u32) -> bool {
+        let Some(link) = &mut self.link else { return false };
+        if link.post(Operation { token: u64::from(id), ..leg.operation }).is_err() {
+            return false;
+        }
+        leg.posted = true;
+        self.in_flight += 1;
+        self.submit = true;
+        true
+    }
+}
+
+fn check(plan: &Plan, operation: &Operation) -> Result<(), IoError> {
+    let buffer_fits = match (operation.kind, operation.buf) {
+        (Kind::Read | Kind::Write, Some(buf)) => buf.len() as u64 == operation.len,
+        (Kind::Trim | Kind::Zero, None) => true,
+        // A flush has nothing to do: a write that ended is in the appliance's memory.
+        (Kind::Flush, None) => return Ok(()),
+        _ => false,
+    };
+    let fits = operation.len > 0 && plan.contains(operation.offset, operation.len);
+    if buffer_fits && fits { Ok(()) } else { Err(IoError::Invalid) }
+}
+
+fn leg_operation(request: &Request, leg: &Leg) -> Operation {
+    let buf = request.buf.map(|buf| buf.part(leg.start as usize, leg.len as usize));
+    Operation { kind: request.kind, offset: leg.offset, len: leg.len, buf, token: 0 }
+}
+
+impl Drop for Channel {
+    fn drop(&mut self) {
+        for (grant, way) in self.ways.iter().enumerate() {
+            way.port.close();
+            self.shared.wake(grant);
+        }
+        self.shared.remove_tally(&self.tally);
+    }
+}
+
+impl Store for Channel {
+    fn is_direct(&self) -> bool {
+        self.ways.iter().all(|way| way.link.as_ref().is_some_and(|link| link.direct(0, 1).is_some()))
+    }
+
+    fn direct(&mut self, offset: u64, len: usize) -> Option<IoBuf> {
+        let leg = self.plan.first_leg(offset, len as u64);
+        let way = &self.ways[leg.grant as usize];
+        let link = way.link.as_ref().or(way.last_direct.as_ref())?;
+        direct::buffer(&**link, leg.offset, leg.len as usize)
+    }
+
+    fn post(&mut self, operation: Operation) -> Posted {
+        match Channel::post(self, operation) {
+            Ok(()) => Posted::Pending,
+            Err(Full) => Posted::Full,
+        }
+    }
+
+    fn submit(&mut self) {
+        Channel::submit(self);
+    }
+
+    fn poll(&mut self, completions: &mut Vec<Completion>) {
+        Channel::poll(self, completions);
+    }
+
+    fn wait_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(Channel::wait_fd(self))
+    }
+}
+
+mod direct {
+    #![allow(unsafe_code)]
+
+    use xpm_transport::io::IoBuf;
+    use xpm_transport::link::Link;
+
+    /// The link's memory as a buffer.
+    pub(super) fn buffer(link: &dyn Link, offset: u64, len: usize) -> Option<IoBuf> {
+        let address = link.direct(offset, len)?;
+        // SAFETY: the link says that `len` bytes at `address` are its memory for as long as it lives;
+        // the channel keeps it, or one of the same grant, until the channel is dropped, and the
+        // caller of `Store::direct` uses the buffer at once and not after.
+        Some(unsafe { IoBuf::new(address, len) })
+    }
+}

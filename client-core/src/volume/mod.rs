@@ -1,0 +1,279 @@
+//! A volume: an allocation in use at this client.
+
+mod channel;
+mod connector;
+mod plan;
+mod port;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use xpm_protocol::HostId;
+use xpm_protocol::api::allocator::Map;
+use xpm_protocol::api::appliance::Counters;
+use xpm_protocol::api::blk::{DeviceState, Hold, LinkState, LinkStatus, TransportKind};
+use xpm_transport::io::{IoError, Kind};
+
+pub use self::channel::Channel;
+use self::connector::{Connector, LinkOptions};
+pub use self::plan::{Leg, Legs, MapError, Plan};
+use self::port::{Bell, Port};
+
+/// How a volume is used.
+#[derive(Debug, Clone)]
+pub struct VolumeOptions {
+    /// How long I/O is held while an appliance cannot be reached.
+    pub hold: Hold,
+    /// The only transport to use; none: the best for each appliance.
+    pub transport: Option<TransportKind>,
+    /// Longest time that one attempt to connect may take.
+    pub connect_limit: Duration,
+    /// Operations in flight on one channel.
+    pub depth: usize,
+    /// Random number of this use of the allocation: appliances tell its connections from those of
+    /// an earlier one by it.
+    pub session: u128,
+    /// The kernel that this process runs on; none if unknown.
+    pub host: Option<HostId>,
+}
+
+/// Why a volume cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The map cannot be.
+    #[error("the map of allocation `{name}` cannot be used: {source}")]
+    Map {
+        /// The allocation.
+        name: String,
+        /// What is wrong.
+        source: MapError,
+    },
+    /// No thread could be started.
+    #[error("cannot start a thread that connects to an appliance: {0}")]
+    Thread(io::Error),
+    /// An appliance could not be reached in time.
+    #[error("appliance `{appliance}` is not connected after {limit:?}: {reason}")]
+    NotReady {
+        /// The appliance.
+        appliance: String,
+        /// How long it was waited for.
+        limit: Duration,
+        /// What the last attempt said.
+        reason: String,
+    },
+}
+
+/// What a volume is doing.
+#[derive(Debug, Clone)]
+pub struct VolumeStatus {
+    /// Whether I/O passes.
+    pub state: DeviceState,
+    /// The ways to its appliances, in the order of the map's grants.
+    pub links: Vec<LinkStatus>,
+    /// What passed since it was opened.
+    pub counters: Counters,
+    /// Operations in flight.
+    pub in_flight: u64,
+}
+
+/// An allocation in use. Clones are the same volume; its connections end with the last of them and
+/// of its channels.
+#[derive(Clone)]
+pub struct Volume {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    plan: Arc<Plan>,
+    shared: Arc<Shared>,
+    options: VolumeOptions,
+    queues: AtomicU16,
+}
+
+/// What channels use of the volume.
+struct Shared {
+    connectors: Vec<Arc<Connector>>,
+    tallies: Mutex<Tallies>,
+}
+
+/// Counters of the channels that are open, and the sum of those that are closed.
+#[derive(Default)]
+struct Tallies {
+    open: Vec<Arc<Tally>>,
+    closed: Counters,
+}
+
+/// Counters of one channel, written by its thread.
+#[derive(Default)]
+struct Tally {
+    reads: AtomicU64,
+    read_bytes: AtomicU64,
+    writes: AtomicU64,
+    write_bytes: AtomicU64,
+    trims: AtomicU64,
+    errors: AtomicU64,
+    in_flight: AtomicU64,
+}
+
+impl Volume {
+    /// Checks the map and begins to connect; does not wait for that. I/O on channels is held until
+    /// the appliances that it concerns are connected.
+    ///
+    /// # Errors
+    /// [`OpenError::Map`], or [`OpenError::Thread`] when the system has no more threads.
+    pub fn open(map: &Map, options: VolumeOptions) -> Result<Volume, OpenError> {
+        let plan = Plan::new(map).map_err(|source| OpenError::Map { name: map.name.to_string(), source })?;
+        let links = LinkOptions {
+            host: options.host,
+            transport: options.transport,
+            limit: options.connect_limit,
+            // One of a channel's operations can have many legs on one link.
+            depth: options.depth * 2,
+            session: options.session,
+        };
+        let mut shared = Shared { connectors: Vec::new(), tallies: Mutex::default() };
+        for grant in &map.grants {
+            // A failure drops `shared`, which stops those that run.
+            shared
+                .connectors
+                .push(Connector::start(grant.clone(), links.clone()).map_err(OpenError::Thread)?);
+        }
+        let inner =
+            Inner { plan: Arc::new(plan), shared: Arc::new(shared), options, queues: AtomicU16::new(0) };
+        Ok(Volume { inner: Arc::new(inner) })
+    }
+
+    /// Size in bytes.
+    pub fn size(&self) -> u64 {
+        self.inner.plan.size()
+    }
+
+    /// A channel for one more queue.
+    ///
+    /// # Errors
+    /// When the kernel gives no descriptor.
+    pub fn channel(&self) -> io::Result<Channel> {
+        let inner = &*self.inner;
+        let queue = inner.queues.fetch_add(1, Ordering::Relaxed);
+        let bell = Arc::new(Bell::new()?);
+        let connectors = &inner.shared.connectors;
+        let ports: Vec<_> = connectors.iter().map(|_| Arc::new(Port::new(queue, bell.clone()))).collect();
+        let hold = match inner.options.hold {
+            Hold::Forever => None,
+            Hold::For(span) => Some(span.0),
+        };
+        let channel = Channel::new(
+            inner.plan.clone(),
+            inner.shared.clone(),
+            (ports.clone(), bell),
+            (inner.options.depth, hold),
+        )?;
+        for (connector, port) in connectors.iter().zip(ports) {
+            connector.add(port);
+        }
+        Ok(channel)
+    }
+
+    /// Waits until every appliance is connected once, by a channel of its own which it then drops.
+    ///
+    /// # Errors
+    /// [`OpenError::NotReady`] when an appliance is not connected in time, or does not know the grant.
+    pub fn wait_ready(&self, limit: Duration) -> Result<(), OpenError> {
+        let start = Instant::now();
+        let _channel = self.channel().map_err(OpenError::Thread)?;
+        loop {
+            let status = self.status();
+            let Some(missing) = status.links.iter().find(|link| link.state != LinkState::Up) else {
+                return Ok(());
+            };
+            if missing.state == LinkState::Lost || start.elapsed() >= limit {
+                return Err(OpenError::NotReady {
+                    appliance: missing.appliance_name.to_string(),
+                    limit,
+                    reason: missing.reason.clone().unwrap_or_else(|| "no answer".to_owned()),
+                });
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// What the volume is doing. Takes locks that no I/O waits for.
+    pub fn status(&self) -> VolumeStatus {
+        let links: Vec<LinkStatus> =
+            self.inner.shared.connectors.iter().map(|connector| connector.status()).collect();
+        let state = match links.iter().map(|link| link.state).max() {
+            Some(LinkState::Lost) => DeviceState::Lost,
+            Some(LinkState::Connecting) => DeviceState::Holding,
+            Some(LinkState::Up) | None => DeviceState::Live,
+        };
+        let (counters, in_flight) = self.inner.shared.sum();
+        VolumeStatus { state, links, counters, in_flight }
+    }
+}
+
+impl Shared {
+    fn wake(&self, grant: usize) {
+        self.connectors[grant].wake();
+    }
+
+    fn tallies(&self) -> std::sync::MutexGuard<'_, Tallies> {
+        self.tallies.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn add_tally(&self, tally: &Arc<Tally>) {
+        self.tallies().open.push(tally.clone());
+    }
+
+    fn remove_tally(&self, tally: &Arc<Tally>) {
+        let mut tallies = self.tallies();
+        tallies.open.retain(|open| !Arc::ptr_eq(open, tally));
+        tally.add_to(&mut tallies.closed);
+    }
+
+    fn sum(&self) -> (Counters, u64) {
+        let tallies = self.tallies();
+        let mut counters = tallies.closed;
+        tallies.open.iter().for_each(|tally| tally.add_to(&mut counters));
+        (counters, tallies.open.iter().map(|tally| tally.in_flight.load(Ordering::Relaxed)).sum())
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        self.connectors.iter().for_each(|connector| connector.stop());
+    }
+}
+
+impl Tally {
+    fn ended(&self, kind: Kind, len: u64, result: Result<(), IoError>) {
+        self.in_flight.fetch_sub(1, Ordering::Relaxed);
+        let add =
+            |counter: &AtomicU64, by| counter.store(counter.load(Ordering::Relaxed) + by, Ordering::Relaxed);
+        match (kind, result) {
+            (_, Err(_)) => add(&self.errors, 1),
+            (Kind::Read, Ok(())) => {
+                add(&self.reads, 1);
+                add(&self.read_bytes, len);
+            }
+            (Kind::Write, Ok(())) => {
+                add(&self.writes, 1);
+                add(&self.write_bytes, len);
+            }
+            (Kind::Trim | Kind::Zero, Ok(())) => add(&self.trims, 1),
+            (Kind::Flush, Ok(())) => {}
+        }
+    }
+
+    fn add_to(&self, sum: &mut Counters) {
+        sum.reads += self.reads.load(Ordering::Relaxed);
+        sum.read_bytes += self.read_bytes.load(Ordering::Relaxed);
+        sum.writes += self.writes.load(Ordering::Relaxed);
+        sum.write_bytes += self.write_bytes.load(Ordering::Relaxed);
+        sum.trims += self.trims.load(Ordering::Relaxed);
+        sum.errors += self.errors.load(Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,201 @@
+//! Where the bytes of an allocation lie: from an operation on the volume to operations on grants.
+//!
+//! Pure, and without allocation. Reads and writes become one leg for each stripe unit that they touch.
+//! Trims and zeros become one leg for each region, however many units lie in it: what a run of the
+//! volume has of one region is a run of that region.
+
+use std::collections::HashSet;
+
+use xpm_protocol::api::allocator::{Map, RegionSlot};
+use xpm_protocol::layout::LayoutError;
+use xpm_protocol::units::is_region_len;
+use xpm_transport::io::Kind;
+
+/// What is wrong with a map.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum MapError {
+    /// The region size is no power of two in its range.
+    #[error("its region size, {0} bytes, is not a power of two from 16 MiB to 64 GiB")]
+    RegionLen(u64),
+    /// The layout cannot be.
+    #[error("{0}")]
+    Layout(#[from] LayoutError),
+    /// The size is nothing, or more than the regions hold.
+    #[error("its size of {size} bytes does not fit its {regions} regions")]
+    Size {
+        /// The size in bytes.
+        size: u64,
+        /// How many regions there are.
+        regions: usize,
+    },
+    /// The regions do not make whole rows.
+    #[error("its {regions} regions do not make whole rows of {columns}")]
+    Rows {
+        /// How many regions there are.
+        regions: usize,
+        /// How many there are in a row.
+        columns: u32,
+    },
+    /// A region is not in any grant.
+    #[error("its region {0} is in no grant")]
+    Slot(usize),
+    /// Two regions are the same.
+    #[error("its region {0} is there twice")]
+    Twice(usize),
+}
+
+/// A part of an operation that concerns one grant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Leg {
+    /// Which grant.
+    pub grant: u32,
+    /// First byte in the grant's export.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+    /// First byte in the operation's buffer; means nothing for legs of trims and zeros.
+    pub start: u64,
+}
+
+/// The geometry of one allocation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan {
+    size: u64,
+    columns: u64,
+    unit: u64,
+    region_len: u64,
+    slots: Box<[RegionSlot]>,
+}
+
+impl Plan {
+    /// The geometry that a map describes. A map comes from the network: everything is checked here,
+    /// and nothing after.
+    ///
+    /// # Errors
+    /// [`MapError`] says what cannot be.
+    pub fn new(map: &Map) -> Result<Plan, MapError> {
+        let region_len = map.region_len.0;
+        if !is_region_len(region_len) {
+            return Err(MapError::RegionLen(region_len));
+        }
+        map.layout.check(region_len)?;
+        let (columns, regions) = (map.layout.columns(), map.regions.len());
+        if !regions.is_multiple_of(columns as usize) {
+            return Err(MapError::Rows { regions, columns });
+        }
+        let fits = (regions as u64).checked_mul(region_len).is_some_and(|held| map.size.0 <= held);
+        if map.size.0 == 0 || !fits {
+            return Err(MapError::Size { size: map.size.0, regions });
+        }
+        check_slots(map)?;
+        Ok(Plan {
+            size: map.size.0,
+            columns: u64::from(columns),
+            unit: map.layout.unit(region_len),
+            region_len,
+            slots: map.regions.clone().into_boxed_slice(),
+        })
+    }
+
+    /// Size of the volume in bytes.
+    pub const fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Whether `len` bytes at `offset` are within the volume.
+    pub fn contains(&self, offset: u64, len: u64) -> bool {
+        offset.checked_add(len).is_some_and(|end| end <= self.size)
+    }
+
+    /// The first leg of a read or write of `len` bytes, at least one, at `offset`.
+    pub fn first_leg(&self, offset: u64, len: u64) -> Leg {
+        let row_len = self.columns * self.region_len;
+        let (row, in_row) = (offset / row_len, offset % row_len);
+        let (stripe, in_unit) = (in_row / self.unit, in_row % self.unit);
+        let (turn, column) = (stripe / self.columns, stripe % self.columns);
+        self.leg(row * self.columns + column, turn * self.unit + in_unit, len.min(self.unit - in_unit))
+    }
+
+    /// The leg of a trim or zero of `len` bytes at `offset` on the region of this index; none if it
+    /// has no part in it.
+    fn region_leg(&self, region: u64, offset: u64, len: u64) -> Option<Leg> {
+        let row_start = region / self.columns * self.columns * self.region_len;
+        let row_len = self.columns * self.region_len;
+        let within = |position: u64| position.saturating_sub(row_start).min(row_len);
+        let first = self.bytes_before(region % self.columns, within(offset));
+        let end = self.bytes_before(region % self.columns, within(offset + len));
+        (end > first).then(|| self.leg(region, first, end - first))
+    }
+
+    /// Bytes of a row's first `position` that lie in this column.
+    fn bytes_before(&self, column: u64, position: u64) -> u64 {
+        let turn_len = self.columns * self.unit;
+        let rest = position % turn_len;
+        position / turn_len * self.unit + rest.saturating_sub(column * self.unit).min(self.unit)
+    }
+
+    fn leg(&self, region: u64, in_region: u64, len: u64) -> Leg {
+        let RegionSlot { grant, slot } = self.slots[region as usize];
+        Leg { grant, offset: u64::from(slot) * self.region_len + in_region, len, start: 0 }
+    }
+
+    /// A cursor over the legs of an operation, which lies within the volume.
+    pub fn legs(&self, kind: Kind, offset: u64, len: u64) -> Legs {
+        let next = match kind {
+            Kind::Read | Kind::Write => 0,
+            Kind::Trim | Kind::Zero => offset / (self.columns * self.region_len) * self.columns,
+            Kind::Flush => u64::MAX,
+        };
+        Legs { kind, offset, len, next }
+    }
+}
+
+/// A cursor over the legs of one operation: a value, so that an operation can wait in the middle.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Legs {
+    kind: Kind,
+    offset: u64,
+    len: u64,
+    /// Bytes done (read, write) or next region (trim, zero).
+    next: u64,
+}
+
+impl Legs {
+    /// The next leg; none when there are no more.
+    pub fn next(&mut self, plan: &Plan) -> Option<Leg> {
+        match self.kind {
+            Kind::Read | Kind::Write => {
+                if self.next == self.len {
+                    return None;
+                }
+                let leg = plan.first_leg(self.offset + self.next, self.len - self.next);
+                self.next += leg.len;
+                Some(Leg { start: self.next - leg.len, ..leg })
+            }
+            Kind::Trim | Kind::Zero => {
+                let end = (self.offset + self.len).div_ceil(plan.columns * plan.region_len) * plan.columns;
+                while self.next < end {
+                    self.next += 1;
+                    if let Some(leg) = plan.region_leg(self.next - 1, self.offset, self.len) {
+                        return Some(leg);
+                    }
+                }
+                None
+            }
+            Kind::Flush => None,
+        }
+    }
+}
+
+fn check_slots(map: &Map) -> Result<(), MapError> {
+    let mut seen = HashSet::with_capacity(map.regions.len());
+    for (index, slot) in map.regions.iter().enumerate() {
+        if map.grants.get(slot.grant as usize).is_none_or(|grant| slot.slot >= grant.regions) {
+            return Err(MapError::Slot(index));
+        }
+        if !seen.insert((slot.grant, slot.slot)) {
+            return Err(MapError::Twice(index));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,160 @@
+//! Reaching the other end, within a limit of time: what the transports' clients have in common.
+//!
+//! Everything here blocks, and belongs on a thread that may wait; no data path uses it.
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::{Errno, ioctl_fionbio};
+use rustix::net::{
+    AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, recv, send, socket_with,
+    sockopt,
+};
+
+/// How long to wait before a unix socket whose queue of connections is full is tried again.
+const BACKLOG_PAUSE: Duration = Duration::from_millis(2);
+
+/// Why there is no connection, and so what to do next.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// Nothing accepts connections there, or the connection broke: try again later.
+    #[error("cannot reach it: {0}")]
+    Unreachable(#[source] io::Error),
+    /// It did not answer in time: try again later.
+    #[error("it did not answer within the time limit")]
+    TimedOut,
+    /// It has no export of this name: it restarted without the memory, or the grant was revoked.
+    #[error("it has no such export")]
+    UnknownExport,
+    /// It knows the export and does not give it to this client.
+    #[error("it refuses the export: {0}")]
+    Refused(String),
+    /// It asks for something that this client does not speak.
+    #[error("it asks for what this client cannot do: {0}")]
+    Unsupported(String),
+    /// It does not follow the protocol; something else may listen there.
+    #[error("it does not follow the protocol: {0}")]
+    Protocol(String),
+    /// The memory that it lends cannot be mapped into this process.
+    #[error("cannot map its memory: {0}")]
+    Memory(#[source] io::Error),
+}
+
+/// When a connection attempt has to be over.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Deadline(Instant);
+
+impl Deadline {
+    pub(crate) fn after(limit: Duration) -> Deadline {
+        Deadline(Instant::now() + limit)
+    }
+
+    fn rest(self) -> Result<Duration, ConnectError> {
+        let rest = self.0.saturating_duration_since(Instant::now());
+        if rest.is_zero() { Err(ConnectError::TimedOut) } else { Ok(rest) }
+    }
+}
+
+/// A blocking TCP stream to `address`.
+pub(crate) fn dial_tcp(address: SocketAddr, deadline: Deadline) -> Result<OwnedFd, ConnectError> {
+    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let socket = nonblocking_socket(family)?;
+    match rustix::net::connect(&socket, &address) {
+        Ok(()) => {}
+        Err(Errno::INPROGRESS | Errno::INTR) => {
+            wait(socket.as_fd(), PollFlags::OUT, deadline)?;
+            sockopt::socket_error(&socket).and_then(|outcome| outcome).map_err(unreachable)?;
+        }
+        Err(errno) => return Err(unreachable(errno)),
+    }
+    ioctl_fionbio(&socket, false).map_err(unreachable)?;
+    Ok(socket)
+}
+
+/// A blocking unix stream to the socket at `path`.
+pub(crate) fn dial_unix(path: &Path, deadline: Deadline) -> Result<OwnedFd, ConnectError> {
+    let address = SocketAddrUnix::new(path).map_err(unreachable)?;
+    let socket = nonblocking_socket(AddressFamily::UNIX)?;
+    // A unix socket connects at once or, when the listener's queue is full, not at all (connect(2)).
+    while let Err(errno) = rustix::net::connect(&socket, &address) {
+        match errno {
+            Errno::AGAIN => std::thread::sleep(BACKLOG_PAUSE.min(deadline.rest()?)),
+            Errno::INTR => {}
+            errno => return Err(unreachable(errno)),
+        }
+        deadline.rest()?;
+    }
+    ioctl_fionbio(&socket, false).map_err(unreachable)?;
+    Ok(socket)
+}
+
+fn nonblocking_socket(family: AddressFamily) -> Result<OwnedFd, ConnectError> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    socket_with(family, SocketType::STREAM, flags, None).map_err(unreachable)
+}
+
+/// Sends all of `bytes`.
+pub(crate) fn send_all(
+    socket: BorrowedFd<'_>,
+    mut bytes: &[u8],
+    deadline: Deadline,
+) -> Result<(), ConnectError> {
+    while !bytes.is_empty() {
+        match send(socket, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+            Ok(sent) => bytes = &bytes[sent..],
+            Err(Errno::AGAIN) => wait(socket, PollFlags::OUT, deadline)?,
+            Err(Errno::INTR) => {}
+            Err(errno) => return Err(unreachable(errno)),
+        }
+        deadline.rest()?;
+    }
+    Ok(())
+}
+
+/// Receives at least one byte.
+pub(crate) fn receive_some(
+    socket: BorrowedFd<'_>,
+    buffer: &mut [u8],
+    deadline: Deadline,
+) -> Result<usize, ConnectError> {
+    loop {
+        deadline.rest()?;
+        match recv(socket, &mut *buffer, RecvFlags::DONTWAIT) {
+            Ok((0, _)) => return Err(closed()),
+            Ok((received, _)) => return Ok(received),
+            Err(Errno::AGAIN) => wait(socket, PollFlags::IN, deadline)?,
+            Err(Errno::INTR) => {}
+            Err(errno) => return Err(unreachable(errno)),
+        }
+    }
+}
+
+/// Waits until the socket is ready for one of `events`, or broken.
+pub(crate) fn wait(
+    socket: BorrowedFd<'_>,
+    events: PollFlags,
+    deadline: Deadline,
+) -> Result<(), ConnectError> {
+    loop {
+        let rest = deadline.rest()?;
+        let timeout = Timespec::try_from(rest).map_err(|_| ConnectError::TimedOut)?;
+        match poll(&mut [PollFd::from_borrowed_fd(socket, events)], Some(&timeout)) {
+            Ok(0) | Err(Errno::INTR) => {}
+            Ok(_) => return Ok(()),
+            Err(errno) => return Err(unreachable(errno)),
+        }
+    }
+}
+
+/// The other end closed the connection when an answer was due.
+pub(crate) fn closed() -> ConnectError {
+    ConnectError::Unreachable(io::Error::new(io::ErrorKind::UnexpectedEof, "it closed the connection"))
+}
+
+pub(crate) fn unreachable(errno: Errno) -> ConnectError {
+    ConnectError::Unreachable(errno.into())
+}

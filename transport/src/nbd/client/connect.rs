@@ -1,0 +1,104 @@
+//! Negotiating a connection to one export.
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use rustix::net::sockopt;
+use xpm_protocol::nbd::handshake::client::{Agreed, ClientHandshake, HandshakeError, Wishes};
+use xpm_protocol::nbd::{ExportInfo, ExportName};
+
+use crate::connect::{ConnectError, Deadline, dial_tcp, dial_unix, receive_some, send_all, unreachable};
+
+/// Bytes read at once during the handshake.
+const READ_LEN: usize = 4096;
+/// A TCP connection on which nothing was acknowledged for this long counts as dead
+/// (`TCP_USER_TIMEOUT` of tcp(7)): far above any pause of a living network, far below the hours of
+/// the system's default.
+const TCP_USER_TIMEOUT: Duration = Duration::from_secs(10);
+/// An idle connection is probed after this long, so that a dead peer is found without I/O too.
+const TCP_KEEPALIVE_IDLE: Duration = Duration::from_secs(5);
+/// Time between probes.
+const TCP_KEEPALIVE_INTERVAL: Duration = Duration::from_secs(2);
+
+/// Where an NBD server listens.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Target {
+    /// By TCP.
+    Tcp(SocketAddr),
+    /// On this host, by a unix socket.
+    Unix(PathBuf),
+}
+
+/// A connection in the transmission phase, with simple replies, and no request in flight.
+#[derive(Debug)]
+pub struct Connected {
+    /// The connection: blocking, closed on exec.
+    pub stream: OwnedFd,
+    /// What the server says of the export.
+    pub info: ExportInfo,
+}
+
+/// Connects and negotiates. Blocks, and ends within `limit`, however slowly the server answers.
+///
+/// A TCP connection has `TCP_NODELAY`, and a peer that is gone is noticed within ten seconds
+/// (`TCP_USER_TIMEOUT`, keepalive). Structured replies are not asked for: the kernel's nbd driver
+/// does not understand them, and for whole blocks of memory they only cost bytes.
+///
+/// # Errors
+/// See [`ConnectError`]; the connection is closed.
+pub fn connect(target: &Target, name: &ExportName, limit: Duration) -> Result<Connected, ConnectError> {
+    let deadline = Deadline::after(limit);
+    let stream = match target {
+        Target::Tcp(address) => {
+            let stream = dial_tcp(*address, deadline)?;
+            tune_tcp(stream.as_fd()).map_err(unreachable)?;
+            stream
+        }
+        Target::Unix(path) => dial_unix(path, deadline)?,
+    };
+    let agreed = negotiate(stream.as_fd(), name, deadline)?;
+    if !agreed.leftover.is_empty() {
+        return Err(ConnectError::Protocol("it sent a reply before it had a request".into()));
+    }
+    Ok(Connected { stream, info: agreed.info })
+}
+
+fn tune_tcp(stream: BorrowedFd<'_>) -> rustix::io::Result<()> {
+    let user_timeout = u32::try_from(TCP_USER_TIMEOUT.as_millis()).unwrap_or(u32::MAX);
+    sockopt::set_tcp_nodelay(stream, true)?;
+    sockopt::set_socket_keepalive(stream, true)?;
+    sockopt::set_tcp_keepidle(stream, TCP_KEEPALIVE_IDLE)?;
+    sockopt::set_tcp_keepintvl(stream, TCP_KEEPALIVE_INTERVAL)?;
+    sockopt::set_tcp_user_timeout(stream, user_timeout)
+}
+
+fn negotiate(stream: BorrowedFd<'_>, name: &ExportName, deadline: Deadline) -> Result<Agreed, ConnectError> {
+    let wishes = Wishes { export: name.to_string(), structured: false, base_allocation: false };
+    let mut handshake = ClientHandshake::new(wishes);
+    let mut buffer = [0; READ_LEN];
+    loop {
+        let agreed = handshake.step().map_err(refusal)?;
+        send_all(stream, &handshake.take_output(), deadline)?;
+        if let Some(agreed) = agreed {
+            return Ok(agreed);
+        }
+        let received = receive_some(stream, &mut buffer, deadline)?;
+        handshake.receive(&buffer[..received]);
+    }
+}
+
+fn refusal(error: HandshakeError) -> ConnectError {
+    match error {
+        HandshakeError::UnknownExport => ConnectError::UnknownExport,
+        HandshakeError::Policy(text) | HandshakeError::Refused(text) => ConnectError::Refused(text),
+        HandshakeError::TlsRequired => ConnectError::Unsupported("TLS".into()),
+        HandshakeError::BadName => ConnectError::Refused(error.to_string()),
+        HandshakeError::ShuttingDown | HandshakeError::Closed => {
+            ConnectError::Unreachable(io::Error::new(io::ErrorKind::ConnectionAborted, error))
+        }
+        HandshakeError::NotNbd | HandshakeError::Protocol(_) => ConnectError::Protocol(error.to_string()),
+    }
+}

@@ -1,0 +1,142 @@
+//! Replies on their way in.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+
+use xpm_protocol::nbd::{ReplyHeader, SIMPLE_REPLY_LEN, SimpleReply};
+
+use super::parts::Parts;
+use crate::io::{Completion, IoBuf, IoError};
+use crate::link::LinkDown;
+use crate::nbd::server::socket::{Pieces, receive};
+
+/// Bytes of the receive buffer: the replies of a deep queue of small reads come in one call.
+const INPUT_LEN: usize = 64 << 10;
+
+/// Data of a read that is being received.
+#[derive(Debug, Clone, Copy)]
+struct Payload {
+    part: u32,
+    /// Where the rest of it goes.
+    rest: IoBuf,
+}
+
+/// What was received and not understood yet: bytes `start..end` of the buffer, which belong to
+/// `payload` first, if there is one.
+#[derive(Debug)]
+pub(super) struct Input {
+    buffer: Box<[u8]>,
+    start: usize,
+    end: usize,
+    payload: Option<Payload>,
+}
+
+impl Input {
+    pub(super) fn new() -> Input {
+        Input { buffer: vec![0; INPUT_LEN].into_boxed_slice(), start: 0, end: 0, payload: None }
+    }
+
+    /// Receives what is there, and appends the operations that it ends to `ended`.
+    pub(super) fn receive(
+        &mut self,
+        socket: BorrowedFd<'_>,
+        parts: &mut Parts,
+        ended: &mut Vec<Completion>,
+    ) -> Result<(), LinkDown> {
+        loop {
+            let (wanted, received) = match self.fill(socket, parts.expects_bulk()) {
+                Ok((_, 0)) => return Err(LinkDown::Broken),
+                Ok(counts) => counts,
+                Err(error) => match error.kind() {
+                    io::ErrorKind::WouldBlock => return Ok(()),
+                    io::ErrorKind::Interrupted => continue,
+                    _ => return Err(LinkDown::Broken),
+                },
+            };
+            self.digest(parts, ended)?;
+            // Less than there was room for: that was all.
+            if received < wanted {
+                return Ok(());
+            }
+        }
+    }
+
+    /// One call: the rest of the payload straight to where it goes, and what follows it into the
+    /// buffer. Returns the bytes asked for and received.
+    fn fill(&mut self, socket: BorrowedFd<'_>, bulk: bool) -> io::Result<(usize, usize)> {
+        // A long payload must not come through the buffer, so no more than the header before it is
+        // received with that; its length is known then.
+        let room = if bulk { SIMPLE_REPLY_LEN } else { self.buffer.len() };
+        let mut pieces = Pieces::new();
+        if let Some(payload) = &self.payload {
+            pieces.push(payload.rest);
+        }
+        pieces.push_mut(&mut self.buffer[self.end..room]);
+        let wanted = pieces.bytes();
+        let received = receive(socket, pieces)?;
+        let mut behind = received;
+        if let Some(payload) = &mut self.payload {
+            let direct = received.min(payload.rest.len());
+            payload.rest = payload.rest.part(direct, payload.rest.len() - direct);
+            behind -= direct;
+        }
+        self.end += behind;
+        Ok((wanted, received))
+    }
+
+    /// Understands what was received, until a part of a header is left, or nothing.
+    fn digest(&mut self, parts: &mut Parts, ended: &mut Vec<Completion>) -> Result<(), LinkDown> {
+        loop {
+            if let Some(payload) = self.payload {
+                match self.copy(payload.rest) {
+                    rest if rest.is_empty() => {
+                        self.payload = None;
+                        ended.extend(parts.done(payload.part));
+                    }
+                    rest => {
+                        self.payload = Some(Payload { rest, ..payload });
+                        break;
+                    }
+                }
+            }
+            match ReplyHeader::decode(&self.buffer[self.start..self.end]) {
+                // Whatever is longer than a simple reply is none.
+                Ok(None) if self.end - self.start >= SIMPLE_REPLY_LEN => return Err(LinkDown::Protocol),
+                Ok(None) => break,
+                Ok(Some((ReplyHeader::Simple(reply), len))) => {
+                    self.start += len;
+                    self.reply(reply, parts, ended).map_err(|_| LinkDown::Protocol)?;
+                }
+                Ok(Some((ReplyHeader::Chunk(_), _))) | Err(_) => return Err(LinkDown::Protocol),
+            }
+        }
+        self.buffer.copy_within(self.start..self.end, 0);
+        (self.start, self.end) = (0, self.end - self.start);
+        Ok(())
+    }
+
+    fn reply(
+        &mut self,
+        reply: SimpleReply,
+        parts: &mut Parts,
+        ended: &mut Vec<Completion>,
+    ) -> Result<(), super::parts::Unasked> {
+        if let Some(errno) = reply.error {
+            ended.extend(parts.refused(reply.cookie, IoError::from_nbd(errno))?);
+            return Ok(());
+        }
+        match parts.data_of(reply.cookie)? {
+            (part, Some(rest)) => self.payload = Some(Payload { part, rest }),
+            (part, None) => ended.extend(parts.done(part)),
+        }
+        Ok(())
+    }
+
+    /// Copies as much of a payload as is in the buffer; what is left of it is returned.
+    fn copy(&mut self, target: IoBuf) -> IoBuf {
+        let count = target.len().min(self.end - self.start);
+        target.part(0, count).copy_from_slice(&self.buffer[self.start..self.start + count]);
+        self.start += count;
+        target.part(count, target.len() - count)
+    }
+}

@@ -1,0 +1,15 @@
+//! The client's end of the NBD transport.
+//!
+//! [`connect()`] negotiates one connection to one export, blocking and limited in time. What it
+//! returns either becomes an [`NbdLink`], or its stream is given to the kernel's nbd driver.
+
+mod connect;
+mod input;
+mod link;
+mod output;
+mod parts;
+mod plan;
+
+pub use self::connect::{Connected, Target, connect};
+pub use self::link::NbdLink;
+pub use crate::connect::ConnectError;

@@ -1,0 +1,108 @@
+//! Requests on their way out.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::BorrowedFd;
+
+use xpm_protocol::nbd::REQUEST_LEN;
+
+use super::parts::Parts;
+use crate::io::{Completion, IoBuf};
+use crate::nbd::server::socket::{Pieces, send};
+
+/// The parts to be sent, in order. A payload goes to the socket straight from the operation's
+/// buffer.
+#[derive(Debug)]
+pub(super) struct Output {
+    queue: VecDeque<u32>,
+    /// Bytes of the first that were sent.
+    sent: usize,
+}
+
+/// Whether the socket took everything.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Flow {
+    Free,
+    Blocked,
+}
+
+impl Output {
+    pub(super) fn new(depth: u32) -> Output {
+        Output { queue: VecDeque::with_capacity(depth as usize), sent: 0 }
+    }
+
+    /// Whether no request is half sent.
+    pub(super) fn is_between_requests(&self) -> bool {
+        self.queue.is_empty()
+    }
+
+    /// Sends what the socket takes; what ends by that is appended to `ended`.
+    pub(super) fn send(
+        &mut self,
+        socket: BorrowedFd<'_>,
+        parts: &mut Parts,
+        ended: &mut Vec<Completion>,
+    ) -> io::Result<Flow> {
+        loop {
+            while let Some(number) = parts.next() {
+                self.queue.push_back(number);
+            }
+            if self.queue.is_empty() {
+                return Ok(Flow::Free);
+            }
+            let pieces = self.pieces(parts);
+            let wanted = pieces.bytes();
+            match send(socket, pieces) {
+                Ok(sent) => {
+                    self.advance(sent, parts, ended);
+                    if sent < wanted {
+                        return Ok(Flow::Blocked);
+                    }
+                }
+                Err(error) if is_passing(&error) => return Ok(Flow::Blocked),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn pieces<'a>(&self, parts: &'a Parts) -> Pieces<'a> {
+        let mut pieces = Pieces::new();
+        let mut skip = self.sent;
+        for number in &self.queue {
+            if pieces.is_nearly_full() {
+                break;
+            }
+            let (header, payload) = parts.to_send(*number);
+            let from = skip.min(REQUEST_LEN);
+            pieces.push_ref(&header[from..]);
+            skip -= from;
+            if let Some(payload) = payload {
+                pieces.push(payload.part(skip, payload.len() - skip));
+            }
+            skip = 0;
+        }
+        pieces
+    }
+
+    fn advance(&mut self, mut sent: usize, parts: &mut Parts, ended: &mut Vec<Completion>) {
+        while let Some(number) = self.queue.front().copied() {
+            let (header, payload) = parts.to_send(number);
+            let rest = header.len() + payload.map_or(0, IoBuf::len) - self.sent;
+            if sent < rest {
+                self.sent += sent;
+                return;
+            }
+            sent -= rest;
+            self.sent = 0;
+            self.queue.pop_front();
+            ended.extend(parts.sent(number));
+        }
+    }
+}
+
+/// Whether the socket takes more later. No memory for the moment is no reason to give the
+/// connection up: under memory pressure, what it carries is needed to relieve it.
+fn is_passing(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM))
+}

@@ -1,0 +1,189 @@
+//! The client's end: asking for the memory of a grant, and using it.
+
+use std::io::IoSliceMut;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::cmsg_space;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg};
+use xpm_protocol::GrantKey;
+
+pub use super::link::ShmLink;
+use super::mapping::{AppendError, Mapping};
+use super::wire::{ANSWER_LEN, Answer, BATCH_MAX, Hello, LENGTH_LEN};
+pub use crate::connect::ConnectError;
+use crate::connect::{Deadline, closed, dial_unix, receive_some, send_all, unreachable, wait};
+use crate::io::IoBuf;
+
+/// The memory of a grant, mapped. It is unmapped, and the appliance told so, when the last owner
+/// drops it.
+#[derive(Debug)]
+pub struct ShmGrant {
+    // Before the connection, so that the memory is let go of before the appliance hears of it.
+    mapping: Mapping,
+    connection: OwnedFd,
+}
+
+/// Asks the appliance at the unix socket `path` for the memory of a grant and maps it, without
+/// touching it. Blocks, and ends within `limit`.
+///
+/// A process that locks its memory (mlockall(2) with `MCL_FUTURE`) needs the right to lock as much
+/// as the grant has, though none of it gets locked.
+///
+/// # Errors
+/// See [`ConnectError`]. Memory that could be cut off under the client's feet (no memfd, not sealed
+/// against shrinking, shorter than was said) is refused as [`ConnectError::Protocol`].
+pub fn connect(path: &Path, key: &GrantKey, limit: Duration) -> Result<Arc<ShmGrant>, ConnectError> {
+    let deadline = Deadline::after(limit);
+    let connection = dial_unix(path, deadline)?;
+    send_all(connection.as_fd(), &Hello { key: key.clone() }.encode(), deadline)?;
+    let answer = receive_answer(connection.as_fd(), deadline)?;
+    let (regions, len) = match answer {
+        Answer::Granted { regions, len } => (regions as usize, len),
+        Answer::Unknown => return Err(ConnectError::UnknownExport),
+        Answer::Version => {
+            return Err(ConnectError::Unsupported("another version of the shm protocol".into()));
+        }
+    };
+    let mapping = receive_regions(connection.as_fd(), regions, len, deadline)?;
+    Ok(Arc::new(ShmGrant { mapping, connection }))
+}
+
+fn receive_answer(connection: BorrowedFd<'_>, deadline: Deadline) -> Result<Answer, ConnectError> {
+    let mut bytes = [0; ANSWER_LEN];
+    let mut filled = 0;
+    while filled < ANSWER_LEN {
+        filled += receive_some(connection, &mut bytes[filled..], deadline)?;
+    }
+    Answer::decode(&bytes).map_err(|bad| broken(bad.0))
+}
+
+fn receive_regions(
+    connection: BorrowedFd<'_>,
+    regions: usize,
+    len: u64,
+    deadline: Deadline,
+) -> Result<Mapping, ConnectError> {
+    let mut mapping = Mapping::reserve(len).map_err(ConnectError::Memory)?;
+    let mut batch = Batch::default();
+    let mut left = regions;
+    while left > 0 {
+        batch.receive(connection, left, deadline)?;
+        // Descriptors are closed as soon as they are mapped, so that a grant of thousands of
+        // regions does not need as many.
+        for (memory, len) in batch.complete() {
+            mapping.append(memory.as_fd(), len).map_err(append_error)?;
+            left -= 1;
+        }
+    }
+    if mapping.len() != len || !batch.is_empty() {
+        return Err(broken("regions shorter than their grant"));
+    }
+    Ok(mapping)
+}
+
+/// Lengths and descriptors that were received and not mapped yet.
+#[derive(Default)]
+struct Batch {
+    lengths: Vec<u8>,
+    memory: Vec<OwnedFd>,
+}
+
+impl Batch {
+    /// Receives something of the next regions, of which `left` are to come or in the batch.
+    fn receive(
+        &mut self,
+        connection: BorrowedFd<'_>,
+        left: usize,
+        deadline: Deadline,
+    ) -> Result<(), ConnectError> {
+        let mut bytes = [0; BATCH_MAX * LENGTH_LEN];
+        let room = bytes.len().min(left * LENGTH_LEN - self.lengths.len());
+        let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(BATCH_MAX))];
+        let mut passed = RecvAncillaryBuffer::new(&mut space);
+        wait(connection, PollFlags::IN, deadline)?;
+        let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+        let received = recvmsg(connection, &mut [IoSliceMut::new(&mut bytes[..room])], &mut passed, flags);
+        let received = match received {
+            Ok(received) => received,
+            Err(Errno::AGAIN | Errno::INTR) => return Ok(()),
+            Err(errno) => return Err(unreachable(errno)),
+        };
+        for message in passed.drain() {
+            if let RecvAncillaryMessage::ScmRights(descriptors) = message {
+                self.memory.extend(descriptors);
+            }
+        }
+        if received.flags.contains(ReturnFlags::CTRUNC) || self.memory.len() > left.min(2 * BATCH_MAX) {
+            return Err(broken("more descriptors than regions"));
+        }
+        if received.bytes == 0 {
+            return Err(closed());
+        }
+        self.lengths.extend_from_slice(&bytes[..received.bytes]);
+        Ok(())
+    }
+
+    /// Takes the regions of which both parts are there.
+    fn complete(&mut self) -> Vec<(OwnedFd, u64)> {
+        let count = self.memory.len().min(self.lengths.len() / LENGTH_LEN);
+        let lengths: Vec<u8> = self.lengths.drain(..count * LENGTH_LEN).collect();
+        let lengths = lengths.as_chunks::<LENGTH_LEN>().0.iter().map(|length| u64::from_be_bytes(*length));
+        self.memory.drain(..count).zip(lengths).collect()
+    }
+
+    fn is_empty(&self) -> bool {
+        self.memory.is_empty() && self.lengths.is_empty()
+    }
+}
+
+fn append_error(error: AppendError) -> ConnectError {
+    match error {
+        AppendError::Bad(what) => broken(what),
+        AppendError::System(error) => ConnectError::Memory(error),
+    }
+}
+
+fn broken(what: &str) -> ConnectError {
+    ConnectError::Protocol(what.into())
+}
+
+impl ShmGrant {
+    /// Bytes of the grant's export: its regions in order.
+    pub const fn size(&self) -> u64 {
+        self.mapping.len()
+    }
+
+    /// The address of `len` bytes at `offset`, valid for as long as the grant lives; none when they
+    /// are not all within the export. The regions follow each other without gaps.
+    pub fn direct(&self, offset: u64, len: usize) -> Option<NonNull<u8>> {
+        NonNull::new(self.part(offset, len as u64)?.as_ptr())
+    }
+
+    /// Whether the appliance closed the connection. One system call.
+    pub fn is_revoked(&self) -> bool {
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let watched = PollFd::from_borrowed_fd(self.connection.as_fd(), PollFlags::IN | PollFlags::RDHUP);
+        // The appliance has nothing to say, so whatever there is, is the end.
+        matches!(poll(&mut [watched], Some(&now)), Ok(1..))
+    }
+
+    /// Readable when the grant was revoked.
+    pub fn wait_fd(&self) -> BorrowedFd<'_> {
+        self.connection.as_fd()
+    }
+
+    pub(super) fn part(&self, offset: u64, len: u64) -> Option<IoBuf> {
+        self.mapping.part(offset, len)
+    }
+
+    pub(super) fn trim(&self, part: IoBuf) {
+        self.mapping.trim(part);
+    }
+}

@@ -1,0 +1,181 @@
+//! The memory of a grant's regions as one run of addresses.
+
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::ptr::NonNull;
+
+use rustix::fs::{SealFlags, fcntl_get_seals, fstat, fstatfs};
+use rustix::mm::{
+    Advice, MapFlags, MprotectFlags, ProtFlags, madvise, mmap, mmap_anonymous, mprotect, munlock, munmap,
+};
+
+use crate::io::IoBuf;
+
+/// The run starts at a multiple of the largest page there is, so that memory of any page size can
+/// be mapped into it.
+const ALIGNMENT: usize = 1 << 30;
+/// Type of a hugetlbfs file system (statfs(2)).
+const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
+
+/// Mapped memory, exclusively of sealed memfds: it stays accessible for as long as this lives.
+#[derive(Debug)]
+pub(super) struct Mapping {
+    /// What was reserved: the run and what was needed to align it.
+    reserved: (NonNull<u8>, usize),
+    start: NonNull<u8>,
+    len: usize,
+    /// Bytes from `start` that are mapped.
+    mapped: usize,
+    /// Whether some of it is hugetlb memory.
+    huge: bool,
+    page: usize,
+}
+
+// SAFETY: the addresses are valid in all threads, and what is behind them is accessed through
+// `IoBuf` only, never by reference. Changes of the mapping itself need `&mut`.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Reserves addresses for `len` bytes; nothing is accessible yet.
+    pub(super) fn reserve(len: u64) -> io::Result<Mapping> {
+        let len = usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory)?;
+        let whole = len.checked_add(ALIGNMENT).ok_or(io::ErrorKind::OutOfMemory)?;
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        // SAFETY: a new anonymous mapping, at addresses that the kernel chooses, harms no other.
+        let address = unsafe { mmap_anonymous(std::ptr::null_mut(), whole, ProtFlags::empty(), flags) }?;
+        let address = NonNull::new(address.cast::<u8>()).ok_or(io::ErrorKind::OutOfMemory)?;
+        // SAFETY: the alignment needs at most `ALIGNMENT` bytes, by which more were reserved.
+        let start = unsafe { address.add(address.as_ptr().align_offset(ALIGNMENT)) };
+        let page = rustix::param::page_size();
+        let mapping = Mapping { reserved: (address, whole), start, len, mapped: 0, huge: false, page };
+        mapping.unlock(mapping.reserved)?;
+        Ok(mapping)
+    }
+
+    /// Maps the next region of `len` bytes behind those before it.
+    ///
+    /// The file must be a memfd that cannot shrink and has this length: an access behind the end of
+    /// a file is a signal that kills (SIGBUS).
+    pub(super) fn append(&mut self, memory: BorrowedFd<'_>, len: u64) -> Result<(), AppendError> {
+        let page = check(memory, len)?;
+        let len = usize::try_from(len).map_err(|_| AppendError::Bad("a region of unreasonable length"))?;
+        if len > self.len - self.mapped {
+            return Err(AppendError::Bad("regions longer than their grant"));
+        }
+        if !self.mapped.is_multiple_of(page) {
+            return Err(AppendError::Bad("a region that is not aligned to its pages"));
+        }
+        // SAFETY: `mapped` is at most `len`, so it stays in what was reserved.
+        let target = unsafe { self.start.add(self.mapped) };
+        let flags = MapFlags::SHARED | MapFlags::FIXED;
+        // SAFETY: replaces a part of the reservation that nothing was mapped to and no address was
+        // given out for.
+        unsafe { mmap(target.as_ptr().cast(), len, ProtFlags::empty(), flags, memory, 0) }
+            .map_err(AppendError::system)?;
+        // A process that locks its memory would fault all of a mapping in at once, if it could be
+        // accessed from the start.
+        self.unlock((target, len)).map_err(AppendError::System)?;
+        let access = MprotectFlags::READ | MprotectFlags::WRITE;
+        // SAFETY: only widens access to the memory that was mapped just now.
+        unsafe { mprotect(target.as_ptr().cast(), len, access) }.map_err(AppendError::system)?;
+        // SAFETY: changes nothing but what a core dump holds: not the memory of another machine part.
+        unsafe { madvise(target.as_ptr().cast(), len, Advice::LinuxDontDump) }
+            .map_err(AppendError::system)?;
+        self.huge |= page > self.page;
+        self.mapped += len;
+        Ok(())
+    }
+
+    fn unlock(&self, (address, len): (NonNull<u8>, usize)) -> io::Result<()> {
+        // SAFETY: lets pages of our own mapping be paged; their content stays.
+        Ok(unsafe { munlock(address.as_ptr().cast(), len) }?)
+    }
+
+    /// Bytes that are mapped.
+    pub(super) const fn len(&self) -> u64 {
+        self.mapped as u64
+    }
+
+    /// `len` bytes at `offset`; none when they are not all mapped.
+    pub(super) fn part(&self, offset: u64, len: u64) -> Option<IoBuf> {
+        let end = offset.checked_add(len)?;
+        if end > self.mapped as u64 {
+            return None;
+        }
+        // SAFETY: within what is mapped, readable and writable, for as long as `self` lives, which
+        // whoever gets it keeps. No reference to it is ever made.
+        Some(unsafe { IoBuf::new(self.start.add(offset as usize), len as usize) })
+    }
+
+    /// Gives memory back: the bytes read as zeros afterwards. Pages that the part covers only in
+    /// part are kept, and those of hugetlb memory: a huge page that was given back may be gone when
+    /// it is needed again, and that is a SIGBUS.
+    pub(super) fn trim(&self, part: IoBuf) {
+        let address = part.as_ptr() as usize;
+        let head = (address.next_multiple_of(self.page) - address).min(part.len());
+        let pages = (part.len() - head) & !(self.page - 1);
+        if self.huge || pages == 0 || self.remove(part.part(head, pages)).is_err() {
+            return part.zero();
+        }
+        part.part(0, head).zero();
+        part.part(head + pages, part.len() - head - pages).zero();
+    }
+
+    fn remove(&self, part: IoBuf) -> io::Result<()> {
+        // SAFETY: MADV_REMOVE is fallocate(2) with PUNCH_HOLE and KEEP_SIZE on the memfds behind
+        // the range, which is within the mapping; the bytes become zeros, as a write would do it.
+        Ok(unsafe { madvise(part.as_ptr().cast(), part.len(), Advice::LinuxRemove) }?)
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        let (address, len) = self.reserved;
+        // SAFETY: the reservation is ours, and whoever was given an address in it borrowed `self`
+        // or keeps it alive. It fails only for addresses that mmap cannot have returned.
+        let _ = unsafe { munmap(address.as_ptr().cast(), len) };
+    }
+}
+
+/// Why memory was not mapped.
+#[derive(Debug)]
+pub(super) enum AppendError {
+    /// It is not what an appliance passes.
+    Bad(&'static str),
+    /// The kernel refused.
+    System(io::Error),
+}
+
+impl AppendError {
+    fn system(errno: rustix::io::Errno) -> AppendError {
+        AppendError::System(errno.into())
+    }
+}
+
+/// Whether the descriptor is memory that can be accessed without fear; returns its page size.
+fn check(memory: BorrowedFd<'_>, len: u64) -> Result<usize, AppendError> {
+    let Ok(seals) = fcntl_get_seals(memory) else {
+        return Err(AppendError::Bad("a region that is no memfd"));
+    };
+    if !seals.contains(SealFlags::SHRINK) {
+        return Err(AppendError::Bad("a memfd that can shrink"));
+    }
+    let size = fstat(memory).map_err(AppendError::system)?.st_size;
+    if len == 0 || u64::try_from(size) != Ok(len) {
+        return Err(AppendError::Bad("a memfd of another length than was said"));
+    }
+    let file_system = fstatfs(memory).map_err(AppendError::system)?;
+    let page = if file_system.f_type as u64 == HUGETLBFS_MAGIC {
+        file_system.f_bsize as usize
+    } else {
+        rustix::param::page_size()
+    };
+    if !page.is_power_of_two() || page > ALIGNMENT || !len.is_multiple_of(page as u64) {
+        return Err(AppendError::Bad("a memfd that is not made of whole pages"));
+    }
+    Ok(page)
+}

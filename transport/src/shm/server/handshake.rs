@@ -1,0 +1,117 @@
+//! One client's handshake.
+
+use std::io::{self, IoSlice};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::cmsg_space;
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use tokio::io::Interest;
+use tokio::net::UnixStream;
+use xpm_protocol::GrantKey;
+
+use super::registry::Registered;
+use super::{Inner, ShmExport};
+use crate::shm::wire::{Answer, BATCH_MAX, BadHello, HELLO_LEN, Hello, LENGTH_LEN};
+
+/// How long to wait when as many descriptors are on their way as the process may have.
+const PASS_PAUSE: Duration = Duration::from_millis(5);
+
+/// Until the memory was passed, or none and the connection is to be closed.
+pub(super) async fn handshake(
+    inner: &Arc<Inner>,
+    stream: &Arc<UnixStream>,
+) -> io::Result<Option<Registered>> {
+    let mut hello = [0; HELLO_LEN];
+    read_all(stream, &mut hello).await?;
+    let hello = match Hello::decode(&hello) {
+        Ok(hello) => hello,
+        Err(BadHello::Version) => return refuse(stream, Answer::Version).await,
+        Err(BadHello::Magic) => return Ok(None),
+    };
+    let Some(export) = open(inner, &hello.key).await else { return refuse(stream, Answer::Unknown).await };
+    let registered = Registered::new(inner.clone(), export.group, stream.clone());
+    // If the grant was revoked meanwhile, this is seen here, or close_group sees the connection.
+    match open(inner, &hello.key).await {
+        Some(again) if again.group == export.group => {}
+        _ => return refuse(stream, Answer::Unknown).await,
+    }
+    pass(stream, &export).await?;
+    Ok(Some(registered))
+}
+
+async fn open(inner: &Arc<Inner>, key: &GrantKey) -> Option<ShmExport> {
+    let (inner, key) = (inner.clone(), key.clone());
+    tokio::task::spawn_blocking(move || inner.exports.open(&key)).await.ok().flatten()
+}
+
+async fn refuse(stream: &UnixStream, answer: Answer) -> io::Result<Option<Registered>> {
+    write_all(stream, &answer.encode()).await?;
+    Ok(None)
+}
+
+async fn pass(stream: &UnixStream, export: &ShmExport) -> io::Result<()> {
+    let len = export.regions.iter().try_fold(0_u64, |sum, (_, len)| sum.checked_add(*len));
+    let regions = u32::try_from(export.regions.len()).ok();
+    let (Some(len), Some(regions)) = (len, regions) else { return Err(io::ErrorKind::InvalidInput.into()) };
+    write_all(stream, &Answer::Granted { regions, len }.encode()).await?;
+    for batch in export.regions.chunks(BATCH_MAX) {
+        pass_batch(stream, batch).await?;
+    }
+    Ok(())
+}
+
+async fn pass_batch(stream: &UnixStream, batch: &[(Arc<OwnedFd>, u64)]) -> io::Result<()> {
+    let mut lengths = Vec::with_capacity(batch.len() * LENGTH_LEN);
+    batch.iter().for_each(|(_, len)| lengths.extend(len.to_be_bytes()));
+    let sent = loop {
+        match stream.async_io(Interest::WRITABLE, || send_batch(stream.as_fd(), &lengths, batch)).await {
+            Ok(sent) => break sent,
+            Err(error) if error.raw_os_error() == Some(libc::ETOOMANYREFS) => {
+                tokio::time::sleep(PASS_PAUSE).await;
+            }
+            Err(error) => return Err(error),
+        }
+    };
+    // The descriptors went with the first byte.
+    write_all(stream, &lengths[sent..]).await
+}
+
+fn send_batch(stream: BorrowedFd<'_>, lengths: &[u8], batch: &[(Arc<OwnedFd>, u64)]) -> io::Result<usize> {
+    let descriptors: Vec<BorrowedFd<'_>> = batch.iter().map(|(memory, _)| memory.as_fd()).collect();
+    let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(BATCH_MAX))];
+    let mut passed = SendAncillaryBuffer::new(&mut space);
+    if !passed.push(SendAncillaryMessage::ScmRights(&descriptors)) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+    Ok(sendmsg(stream, &[IoSlice::new(lengths)], &mut passed, flags)?)
+}
+
+async fn read_all(stream: &UnixStream, buffer: &mut [u8]) -> io::Result<()> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        stream.readable().await?;
+        match stream.try_read(&mut buffer[filled..]) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(received) => filled += received,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+async fn write_all(stream: &UnixStream, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        stream.writable().await?;
+        match stream.try_write(bytes) {
+            Ok(sent) => bytes = &bytes[sent..],
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,100 @@
+//! Which clients have which memory.
+
+use std::collections::HashMap;
+use std::os::fd::AsFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{Shutdown, shutdown};
+use tokio::net::UnixStream;
+
+use super::Inner;
+
+#[derive(Default)]
+struct State {
+    last: u64,
+    connections: HashMap<u64, (u128, Arc<UnixStream>)>,
+}
+
+/// The connections whose memory was passed, or is about to be.
+#[derive(Default)]
+pub(super) struct Registry {
+    state: Mutex<State>,
+}
+
+impl Registry {
+    /// The state is whole whenever the lock is free, so a panic elsewhere does not spoil it.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn count(&self, group: Option<u128>) -> usize {
+        let state = self.lock();
+        state.connections.values().filter(|(of, _)| group.is_none_or(|group| *of == group)).count()
+    }
+
+    /// Asks the clients of a group to leave, and returns how many have not within `limit`.
+    pub(super) fn close_group(&self, group: u128, limit: Duration) -> usize {
+        let mut there = self.streams(group);
+        // Half closed: the client sees the end, and we still see it leave.
+        there.iter().for_each(|stream| close(stream, Shutdown::Write));
+        let deadline = Instant::now() + limit;
+        while !there.is_empty() && Instant::now() < deadline {
+            wait_for_one(&there, deadline);
+            there.retain(|stream| !has_left(stream));
+        }
+        there.iter().for_each(|stream| close(stream, Shutdown::Both));
+        there.len()
+    }
+
+    fn streams(&self, group: u128) -> Vec<Arc<UnixStream>> {
+        let state = self.lock();
+        state.connections.values().filter(|(of, _)| *of == group).map(|(_, stream)| stream.clone()).collect()
+    }
+}
+
+fn close(stream: &UnixStream, how: Shutdown) {
+    // Fails only when the other end is gone already.
+    let _ = shutdown(stream, how);
+}
+
+/// Waits until one of the clients closed its end, or the time is up.
+fn wait_for_one(streams: &[Arc<UnixStream>], deadline: Instant) {
+    let rest = deadline.saturating_duration_since(Instant::now());
+    let Ok(timeout) = Timespec::try_from(rest) else { return };
+    // A closed end is reported in any case.
+    let mut watched: Vec<PollFd<'_>> =
+        streams.iter().map(|stream| PollFd::from_borrowed_fd(stream.as_fd(), PollFlags::empty())).collect();
+    // An error is an interruption; the caller looks at each and at the time.
+    let _ = poll(&mut watched, Some(&timeout));
+}
+
+fn has_left(stream: &UnixStream) -> bool {
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut watched = [PollFd::from_borrowed_fd(stream.as_fd(), PollFlags::empty())];
+    poll(&mut watched, Some(&now)).is_ok() && watched[0].revents().contains(PollFlags::HUP)
+}
+
+/// A connection's place in the registry, for as long as it lives.
+pub(super) struct Registered {
+    inner: Arc<Inner>,
+    number: u64,
+}
+
+impl Registered {
+    pub(super) fn new(inner: Arc<Inner>, group: u128, stream: Arc<UnixStream>) -> Registered {
+        let mut state = inner.registry.lock();
+        state.last += 1;
+        let number = state.last;
+        state.connections.insert(number, (group, stream));
+        drop(state);
+        Registered { inner, number }
+    }
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        self.inner.registry.lock().connections.remove(&self.number);
+    }
+}

@@ -1,0 +1,155 @@
+//! The messages of the handshake; the module's documentation above has the table.
+
+use xpm_protocol::GrantKey;
+
+const MAGIC: [u8; 8] = *b"xpm-shm\0";
+const VERSION: u32 = 1;
+
+/// Bytes of a [`Hello`].
+pub(super) const HELLO_LEN: usize = 48;
+/// Bytes of an [`Answer`].
+pub(super) const ANSWER_LEN: usize = 24;
+/// Bytes of a region's length.
+pub(super) const LENGTH_LEN: usize = 8;
+/// Regions in one message; the kernel passes at most 253 descriptors at once (`SCM_MAX_FD`).
+pub(super) const BATCH_MAX: usize = 64;
+/// Most regions of a grant.
+pub(super) const REGIONS_MAX: u32 = 1 << 16;
+/// Longest grant, in bytes: half of what the address space of a process has room for.
+pub(super) const GRANT_LEN_MAX: u64 = 1 << 46;
+
+/// What a client says.
+#[derive(Debug)]
+pub(super) struct Hello {
+    pub(super) key: GrantKey,
+}
+
+/// Bytes that are no hello.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum BadHello {
+    /// Not of this protocol: no answer would be understood.
+    Magic,
+    /// Of another version of it.
+    Version,
+}
+
+impl Hello {
+    pub(super) fn encode(&self) -> [u8; HELLO_LEN] {
+        let mut bytes = [0; HELLO_LEN];
+        bytes[..8].copy_from_slice(&MAGIC);
+        bytes[8..12].copy_from_slice(&VERSION.to_be_bytes());
+        bytes[16..].copy_from_slice(self.key.as_bytes());
+        bytes
+    }
+
+    pub(super) fn decode(bytes: &[u8; HELLO_LEN]) -> Result<Hello, BadHello> {
+        let [magic @ .., _, _, _, _, _, _, _, _] = bytes.first_chunk::<16>().ok_or(BadHello::Magic)?;
+        let version = bytes[8..16].first_chunk().map_or(0, |version| u64::from_be_bytes(*version));
+        if *magic != MAGIC {
+            return Err(BadHello::Magic);
+        }
+        if version != u64::from(VERSION) << 32 {
+            return Err(BadHello::Version);
+        }
+        let key = bytes.last_chunk().ok_or(BadHello::Magic)?;
+        Ok(Hello { key: GrantKey::from_bytes(*key) })
+    }
+}
+
+/// What the server answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Answer {
+    /// The memory follows.
+    Granted { regions: u32, len: u64 },
+    /// There is no grant with this key.
+    Unknown,
+    /// It does not speak the client's version.
+    Version,
+}
+
+/// Bytes that are no answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct BadAnswer(pub(super) &'static str);
+
+impl Answer {
+    pub(super) fn encode(&self) -> [u8; ANSWER_LEN] {
+        let (status, regions, len) = match *self {
+            Answer::Granted { regions, len } => (0_u32, regions, len),
+            Answer::Unknown => (1, 0, 0),
+            Answer::Version => (2, 0, 0),
+        };
+        let mut bytes = [0; ANSWER_LEN];
+        bytes[..8].copy_from_slice(&MAGIC);
+        bytes[8..12].copy_from_slice(&status.to_be_bytes());
+        bytes[12..16].copy_from_slice(&regions.to_be_bytes());
+        bytes[16..].copy_from_slice(&len.to_be_bytes());
+        bytes
+    }
+
+    pub(super) fn decode(bytes: &[u8; ANSWER_LEN]) -> Result<Answer, BadAnswer> {
+        if bytes[..8] != MAGIC {
+            return Err(BadAnswer("this is no shm socket of an appliance"));
+        }
+        let [_, _, _, _, _, _, _, _, s0, s1, s2, s3, r0, r1, r2, r3, len @ ..] = bytes;
+        let regions = u32::from_be_bytes([*r0, *r1, *r2, *r3]);
+        let len = u64::from_be_bytes(*len);
+        match u32::from_be_bytes([*s0, *s1, *s2, *s3]) {
+            0 if regions == 0 || regions > REGIONS_MAX => Err(BadAnswer("an unreasonable number of regions")),
+            0 if len == 0 || len > GRANT_LEN_MAX => Err(BadAnswer("a grant of unreasonable length")),
+            0 => Ok(Answer::Granted { regions, len }),
+            1 => Ok(Answer::Unknown),
+            2 => Ok(Answer::Version),
+            _ => Err(BadAnswer("an unknown status")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn golden_hello() {
+        let hello = Hello { key: GrantKey::from_bytes(std::array::from_fn(|i| i as u8)) };
+        let mut golden = b"xpm-shm\0\0\0\0\x01\0\0\0\0".to_vec();
+        golden.extend(0..32);
+        assert_eq!(hello.encode().as_slice(), golden);
+        assert_eq!(Hello::decode(&hello.encode()).unwrap().key, hello.key);
+    }
+
+    #[test]
+    fn golden_answer() {
+        let granted = Answer::Granted { regions: 3, len: 0x0123_4567_89ab };
+        assert_eq!(&granted.encode(), b"xpm-shm\0\0\0\0\0\0\0\0\x03\0\0\x01\x23\x45\x67\x89\xab");
+        assert_eq!(&Answer::Unknown.encode(), b"xpm-shm\0\0\0\0\x01\0\0\0\0\0\0\0\0\0\0\0\0");
+        assert_eq!(&Answer::Version.encode(), b"xpm-shm\0\0\0\0\x02\0\0\0\0\0\0\0\0\0\0\0\0");
+        for answer in [granted, Answer::Unknown, Answer::Version] {
+            assert_eq!(Answer::decode(&answer.encode()), Ok(answer));
+        }
+    }
+
+    #[test]
+    fn what_is_no_message_is_refused() {
+        let hello = Hello { key: GrantKey::from_bytes([1; 32]) }.encode();
+        let change = |at: usize| {
+            let mut bytes = hello;
+            bytes[at] ^= 1;
+            Hello::decode(&bytes).map(|_| ())
+        };
+        assert_eq!(change(0), Err(BadHello::Magic));
+        assert_eq!(change(11), Err(BadHello::Version));
+        assert_eq!(change(15), Err(BadHello::Version), "a field of a later version");
+        for bad in [
+            Answer::Granted { regions: 0, len: 1 },
+            Answer::Granted { regions: 1, len: 0 },
+            Answer::Granted { regions: REGIONS_MAX + 1, len: 1 },
+            Answer::Granted { regions: 1, len: u64::MAX },
+        ] {
+            assert!(Answer::decode(&bad.encode()).is_err());
+        }
+        assert!(Answer::decode(&[0; ANSWER_LEN]).is_err());
+        let mut status = Answer::Unknown.encode();
+        status[11] = 9;
+        assert!(Answer::decode(&status).is_err());
+    }
+}
