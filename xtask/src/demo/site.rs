@@ -111,6 +111,9 @@ impl Site {
             };
             Ok(self.ask(&["appliance", "list"]).is_ok_and(|list| up(&list) == usize::from(APPLIANCES)))
         })?;
+        self.wait_until("the appliances did not clear memory for the allocation", || {
+            Ok(self.sum("ready").is_ok_and(|ready| ready >= self.size))
+        })?;
         self.wait_until("xpm-blk did not answer", || Ok(self.ask(&["blk", "list"]).is_ok()))
     }
 
