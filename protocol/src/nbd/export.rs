@@ -100,7 +100,8 @@ impl BlockSizes {
             && preferred >= min.max(512)
             && (max.is_multiple_of(min) || max == u32::MAX)
             && max >= min;
-        valid.then_some(BlockSizes { min, preferred, max: max - max % min })
+        // Only now, for `min` may be 0.
+        valid.then(|| BlockSizes { min, preferred, max: max - max % min })
     }
 }
 

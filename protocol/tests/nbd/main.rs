@@ -1,0 +1,10 @@
+//! The NBD codec against the specification: golden bytes, tables of cases, and properties.
+
+#![allow(missing_docs)]
+
+mod client;
+mod pair;
+mod reply;
+mod request;
+mod server;
+mod wire;
