@@ -64,7 +64,7 @@ fn open(
         depth: usize::from(shape.depth),
         // A new one for each life of this process: its first connections shut nobody out.
         session: xpm_control::random::u128().at("make a session number")?,
-        spin: shape.spin,
+        host: xpm_control::host::host_id().ok(),
     };
     let name = &record.request.name;
     let volume = Volume::open(&record.map, options)

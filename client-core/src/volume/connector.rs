@@ -227,7 +227,7 @@ impl Work {
     }
 
     fn shm(&mut self) -> Result<Made, ConnectError> {
-        let grant = match self.shm.upgrade().filter(|grant| grant.is_open()) {
+        let grant = match self.shm.upgrade().filter(|grant| !grant.is_revoked()) {
             Some(grant) => grant,
             None => {
                 let path = needed(self.connector.grant.endpoints.shm.as_deref(), "shared memory")?;

@@ -104,11 +104,10 @@ impl Direct {
             let session = Some(SessionTag { id: self.session, queue, generation });
             let name = ExportName { key: self.grant.key.clone(), session };
             match connect(target, &name, CONNECT_LIMIT) {
-                Ok(connected) if connected.leftover.is_empty() => {
+                Ok(connected) => {
                     self.note(LinkState::Up, *transport, None);
                     return Ok(connected);
                 }
-                Ok(_) => last = Some(self.refused(*transport, "it sent a reply that was not asked for")),
                 Err(ConnectError::UnknownExport) => {
                     let reason =
                         "it does not know the grant: its memory is gone, or the allocation was taken over";
