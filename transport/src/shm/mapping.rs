@@ -50,7 +50,7 @@ impl Mapping {
         let address = NonNull::new(address.cast::<u8>()).ok_or(io::ErrorKind::OutOfMemory)?;
         // SAFETY: the alignment needs at most `ALIGNMENT` bytes, by which more were reserved.
         let start = unsafe { address.add(address.as_ptr().align_offset(ALIGNMENT)) };
-        let page = rustix::param::page_size();
+        let page = page_size();
         let mapping = Mapping { reserved: (address, whole), start, len, mapped: 0, huge: false, page };
         mapping.unlock(mapping.reserved)?;
         Ok(mapping)
@@ -156,6 +156,12 @@ impl AppendError {
     }
 }
 
+fn page_size() -> usize {
+    // SAFETY: reads a constant of the system.
+    let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    usize::try_from(size).expect("a system has a page size")
+}
+
 /// Whether the descriptor is memory that can be accessed without fear; returns its page size.
 fn check(memory: BorrowedFd<'_>, len: u64) -> Result<usize, AppendError> {
     let Ok(seals) = fcntl_get_seals(memory) else {
@@ -169,11 +175,8 @@ fn check(memory: BorrowedFd<'_>, len: u64) -> Result<usize, AppendError> {
         return Err(AppendError::Bad("a memfd of another length than was said"));
     }
     let file_system = fstatfs(memory).map_err(AppendError::system)?;
-    let page = if file_system.f_type as u64 == HUGETLBFS_MAGIC {
-        file_system.f_bsize as usize
-    } else {
-        rustix::param::page_size()
-    };
+    let page =
+        if file_system.f_type as u64 == HUGETLBFS_MAGIC { file_system.f_bsize as usize } else { page_size() };
     if !page.is_power_of_two() || page > ALIGNMENT || !len.is_multiple_of(page as u64) {
         return Err(AppendError::Bad("a memfd that is not made of whole pages"));
     }
