@@ -6,6 +6,7 @@
 pub(crate) mod memory;
 pub(crate) mod model;
 pub(crate) mod peers;
+pub(crate) mod scripted;
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
