@@ -16,6 +16,8 @@ mod commit;
 mod owner;
 mod purge;
 mod reconcile;
+#[cfg(test)]
+mod simulation;
 mod view;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};

@@ -82,10 +82,7 @@ impl Service {
             Work::Purging(Purge { then, grants: vec![State::Open { failures: 0 }; grants] });
         (0..grants).for_each(|grant| self.purge_grant(id, grant));
         self.purge_progressed(id);
-        // What waited for the allocation now finds it gone.
-        if self.allocations.contains_key(&id) {
-            self.release_queue(id);
-        }
+        self.release_queue(id);
     }
 
     fn free_name(&mut self, id: AllocationId) {
@@ -141,6 +138,8 @@ impl Service {
             Then::Answer(reply, result) => self.reply(reply, result),
             Then::TryAgain(wish, first) => self.try_again(*wish, &first),
         }
+        // What waited for the allocation finds the second attempt, or nothing.
+        self.release_queue(id);
         if all {
             self.store(vec![Change::AllocationGone(id)], Awaited::RecordGone(id));
         }
