@@ -155,11 +155,11 @@ fn attach(site: &Site, form: Form) -> Result<Device> {
     site.done(Undo::Detach);
     let path = site.xpm(&["blk", "attach", NAME, "--as", &place])?.trim().to_owned();
     site.account.output(&path);
+    let live = || Ok(site.ask(&["blk", "show", NAME])?["state"] == "live");
+    site.wait_until("the device did not become live", live)?;
     site.account.output(&site.xpm(&["blk", "show", NAME])?);
-    let device = Device { form, path };
-    let live = site.ask(&["blk", "show", NAME])?["state"] == "live";
-    site.account.check(live, &format!("{} is live", device.path))?;
-    Ok(device)
+    site.account.check(true, &format!("{path} is live"))?;
+    Ok(Device { form, path })
 }
 
 /// The form that was asked for, or the fastest that this kernel has by `xpm doctor`'s account.

@@ -138,12 +138,8 @@ impl Site {
     }
 
     fn appliance_command(&self, name: &str) -> Result<Command> {
-        // Together they lend half as much again as the allocation takes.
-        let region = region_len(self.size);
-        let memory = (self.size * 3 / 2).div_ceil(u64::from(APPLIANCES)).next_multiple_of(region);
         let mut appliance = self.program("xpm-appliance");
-        appliance.args(["--name", name, "--memory", &format!("{}MiB", memory / MIB)]);
-        appliance.args(["--region-size", &format!("{}MiB", region / MIB), "--no-lock"]);
+        appliance.args(["--name", name, "--memory", &format!("{}MiB", lent(self.size) / MIB), "--no-lock"]);
         appliance.args(["--listen", &format!("127.0.0.1:{}", free_port()?)]);
         appliance.args(["--nbd", &format!("127.0.0.1:{}", free_port()?)]);
         let own = self.dir().join(name);
@@ -319,9 +315,10 @@ impl Drop for Site {
     }
 }
 
-/// A region size that gives each appliance a few regions.
-fn region_len(size: u64) -> u64 {
-    (size / 16).next_power_of_two().clamp(16 * MIB, 256 * MIB)
+/// What each appliance lends: together half as much again as the allocation takes, so that its last
+/// row of regions has room.
+fn lent(size: u64) -> u64 {
+    (size * 3 / 2).div_ceil(u64::from(APPLIANCES)).next_multiple_of(64 * MIB)
 }
 
 fn free_port() -> Result<u16> {
@@ -343,11 +340,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn regions_are_allowed_sizes() {
-        for (size, region) in
-            [(1 << 30, 64 * MIB), (64 * MIB, 16 * MIB), (1 << 40, 256 * MIB), (3 << 28, 64 * MIB)]
-        {
-            assert_eq!(region_len(size), region, "{size}");
+    fn the_appliances_have_room() {
+        for size in [64 * MIB, 100 * MIB, 1 << 30, 1 << 40] {
+            assert!(lent(size) * u64::from(APPLIANCES) >= size * 3 / 2, "{size}");
         }
+        assert_eq!(lent(1 << 30), 512 * MIB);
     }
 }
