@@ -217,8 +217,8 @@ proptest! {
         let request = if plausible {
             Request {
                 flags: CommandFlags::NONE,
-                offset: request.offset % (size + 4096) >> min_shift << min_shift,
-                length: request.length % (1 << 18) >> min_shift << min_shift,
+                offset: ((request.offset % (size + 4096)) >> min_shift) << min_shift,
+                length: ((request.length % (1 << 18)) >> min_shift) << min_shift,
                 ..request
             }
         } else {
