@@ -43,6 +43,8 @@ struct State {
     stopped: bool,
     transport: Option<TransportKind>,
     reason: Option<String>,
+    /// How the last attempt ended, and when; counts while no channel is open.
+    last: Option<(LinkState, Instant)>,
 }
 
 /// What the connector's thread shares with channels and with those who ask for its status.
@@ -91,14 +93,17 @@ impl Connector {
     pub(super) fn status(&self) -> LinkStatus {
         let state = self.lock();
         let live = || state.ports.iter().filter(|port| !port.is_closed());
-        let worst = live().max_by_key(|port| (port.state(), std::cmp::Reverse(port.since())));
-        let state_now = worst.map_or(LinkState::Connecting, |port| port.state());
+        let worst = live()
+            .map(|port| (port.state(), port.since()))
+            .max_by_key(|(state, since)| (*state, std::cmp::Reverse(*since)))
+            .or(state.last);
+        let (link_state, since) = worst.unwrap_or((LinkState::Connecting, Instant::now()));
         LinkStatus {
             appliance: self.grant.appliance,
             appliance_name: self.grant.appliance_name.clone(),
             transport: state.transport.unwrap_or_else(|| self.first_choice()),
-            state: state_now,
-            since: Span(worst.map_or(Duration::ZERO, |port| whole_millis(port.since().elapsed()))),
+            state: link_state,
+            since: Span(whole_millis(since.elapsed())),
             reconnects: live().map(|port| port.links().saturating_sub(1)).sum(),
             reason: state.reason.clone(),
         }
@@ -139,7 +144,7 @@ impl Work {
             match self.connect(&port) {
                 Ok((link, transport, reason)) => {
                     self.pause = PAUSE_MIN;
-                    self.set(Some(transport), reason);
+                    self.set(LinkState::Up, Some(transport), reason);
                     port.deliver(Delivery::Link(link));
                 }
                 Err(error) => self.failed(&port, &error),
@@ -163,8 +168,11 @@ impl Work {
         }
     }
 
-    fn set(&self, transport: Option<TransportKind>, reason: Option<String>) {
+    fn set(&self, link: LinkState, transport: Option<TransportKind>, reason: Option<String>) {
         let mut state = self.connector.lock();
+        if state.last.is_none_or(|(last, _)| last != link) {
+            state.last = Some((link, Instant::now()));
+        }
         state.transport = transport.or(state.transport);
         state.reason = reason;
     }
@@ -180,7 +188,7 @@ impl Work {
         if self.connector.lock().reason.as_ref() != Some(&reason) {
             tracing::warn!(appliance = %name, %reason, "no way to the appliance");
         }
-        self.set(None, Some(reason));
+        self.set(if lost { LinkState::Lost } else { LinkState::Connecting }, None, Some(reason));
         if lost {
             port.deliver(Delivery::Lost);
         }
