@@ -142,7 +142,7 @@ fn refusals_are_told_apart_and_said_goodbye_to() {
         let mut client = ClientHandshake::new(wishes(false));
         assert_eq!(hear(&mut client, &[hex(GREETING)]), Ok(None));
         client.take_output();
-        let refusal = reply(OPT_GO, kind, b"not disk\n for you");
+        let refusal = reply(OPT_GO, kind, b"not di\x0esk\n for you");
         assert_eq!(hear(&mut client, &[refusal]), Err(expected));
         assert_eq!(client.take_output(), option(OPT_ABORT, b""));
     }

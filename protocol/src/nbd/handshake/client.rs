@@ -360,13 +360,17 @@ impl ClientHandshake {
 
     /// A server's text as it may be shown. Servers like to repeat the name, which may be a secret.
     fn shown(&self, text: &[u8]) -> String {
-        let text = String::from_utf8_lossy(text);
-        let text = match self.wishes.export.as_str() {
-            "" => text.into_owned(),
-            name => text.replace(name, "(the name)"),
+        let text = printable(&String::from_utf8_lossy(text));
+        let text = match printable(&self.wishes.export) {
+            name if name.is_empty() => text,
+            name => text.replace(&name, "(the name)"),
         };
-        text.chars().filter(|c| !c.is_control()).take(SHOWN_MAX).collect()
+        text.chars().take(SHOWN_MAX).collect()
     }
+}
+
+fn printable(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control()).collect()
 }
 
 enum Progress {
