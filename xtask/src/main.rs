@@ -1,5 +1,6 @@
 //! `cargo xtask`: what a developer of xpm runs besides cargo itself.
 
+mod bench;
 mod demo;
 mod lab;
 mod setup;
@@ -11,7 +12,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
-/// Tests and lab of xpm.
+/// Demo, tests, lab and benchmarks of xpm.
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask", version)]
 struct Cli {
@@ -29,6 +30,8 @@ enum Command {
     Lab(lab::Args),
     /// Build everything, run all tests, then the lab.
     Test(test::Args),
+    /// Measure xpm and its peers in the same run, and print ratios.
+    Bench(bench::Args),
 }
 
 fn main() -> ExitCode {
@@ -49,5 +52,6 @@ fn run(command: Command) -> Result<bool> {
         Command::Demo(args) => demo::main(&args),
         Command::Lab(args) => lab::main(&args),
         Command::Test(args) => test::main(&args),
+        Command::Bench(args) => bench::main(&args),
     }
 }

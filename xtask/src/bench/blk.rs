@@ -51,7 +51,8 @@ fn shm(bench: &Bench<'_>, report: &mut Report) -> Result<()> {
     let (_blk, control) = bench.blk(&url)?;
     let xpm = bench.attach(&control, &url, "shm", "shm")?;
     let nbdkit = bench.nbdkit_memory(Way::Unix)?;
-    Contest { name: "blk -> shm", xpm: &xpm, peers: &[&nbdkit], latency_goal: 1.0, iops_goal: 1.3 }.run(report)
+    Contest { name: "blk -> shm", xpm: &xpm, peers: &[&nbdkit], latency_goal: 1.0, iops_goal: 1.3 }
+        .run(report)
 }
 
 /// (3) xpm-blk's socket on an appliance over TCP, against a proxy of the same kind.
@@ -62,7 +63,8 @@ fn proxy(bench: &Bench<'_>, report: &mut Report) -> Result<()> {
     let xpm = bench.attach(&control, &url, "proxied", "nbd-tcp")?;
     let memory = bench.nbdkit_memory(Way::Tcp)?;
     let nbdkit = bench.nbdkit_proxy(Way::Unix, &memory.uri)?;
-    Contest { name: "blk -> tcp", xpm: &xpm, peers: &[&nbdkit], latency_goal: 1.5, iops_goal: 1.5 }.run(report)
+    Contest { name: "blk -> tcp", xpm: &xpm, peers: &[&nbdkit], latency_goal: 1.5, iops_goal: 1.5 }
+        .run(report)
 }
 
 impl Contest<'_> {

@@ -52,13 +52,7 @@ impl Metric {
     }
 }
 
-const fn load(
-    name: &'static str,
-    rw: &'static str,
-    block: &'static str,
-    depth: u32,
-    metric: Metric,
-) -> Load {
+const fn load(name: &'static str, rw: &'static str, block: &'static str, depth: u32, metric: Metric) -> Load {
     Load { name, rw, block, depth, metric }
 }
 
@@ -98,5 +92,7 @@ pub(crate) fn run(uri: &str, load: Load, size: &str, seconds: u32) -> Result<f64
         Metric::Iops => job["iops"].as_f64(),
         Metric::Throughput => job["bw_bytes"].as_f64().map(|bytes| bytes / f64::from(1 << 20)),
     };
-    value.filter(|value| *value > 0.0).with_context(|| format!("fio's report on {uri} has no {direction} figures"))
+    value
+        .filter(|value| *value > 0.0)
+        .with_context(|| format!("fio's report on {uri} has no {direction} figures"))
 }

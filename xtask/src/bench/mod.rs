@@ -2,31 +2,66 @@
 
 mod blk;
 mod fio;
+mod lab_blk;
 mod report;
 mod servers;
 mod slab;
 
-use std::path::Path;
+use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 
 use self::report::Report;
+use crate::{setup, util};
 
 /// The benchmarks by name.
-pub(crate) const NAMES: [&str; 2] = ["blk", "slab"];
+const NAMES: [&str; 3] = ["blk", "slab", "lab-blk"];
 
-/// Runs the named benchmarks, or all that run on the host, with release binaries in `bin`.
-pub(crate) fn run(names: &[String], bin: &Path, json: bool) -> Result<()> {
-    if let Some(unknown) = names.iter().find(|name| !NAMES.contains(&name.as_str())) {
+/// Options of `cargo xtask bench`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Benchmarks to run: blk, slab, lab-blk; all when none is named.
+    names: Vec<String>,
+    /// One JSON object a line instead of a table.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Builds with optimization and runs the named benchmarks. A goal that is missed is shown and is no
+/// failure: a timing depends on the machine.
+pub(crate) fn main(args: &Args) -> Result<bool> {
+    if let Some(unknown) = args.names.iter().find(|name| !NAMES.contains(&name.as_str())) {
         bail!("there is no benchmark `{unknown}`; there are: {}", NAMES.join(", "));
     }
-    let mut report = Report::new(json);
-    for name in NAMES.iter().filter(|name| names.is_empty() || names.iter().any(|asked| asked == *name)) {
+    setup::run(setup::ALL)?;
+    let programs = build()?;
+    let mut report = Report::new(args.json);
+    let asked = |name: &&&str| args.names.is_empty() || args.names.iter().any(|asked| asked == **name);
+    for name in NAMES.iter().filter(asked) {
         match *name {
-            "blk" => blk::run(bin, &mut report)?,
-            _ => slab::run(bin, &mut report)?,
+            "blk" => blk::run(&programs, &mut report)?,
+            "slab" => slab::run(&programs, &mut report)?,
+            _ => lab_blk::run(&mut report)?,
         }
     }
     report.end();
-    Ok(())
+    Ok(true)
+}
+
+/// Builds the programs; the directory that they are in.
+fn build() -> Result<PathBuf> {
+    let mut cargo = util::command("cargo");
+    cargo.current_dir(util::repository()).args(["build", "--release", "--workspace", "--bins"]);
+    util::run(&mut cargo)?;
+    let mut cargo = util::command("cargo");
+    cargo.current_dir(util::repository()).args([
+        "build",
+        "--release",
+        "-p",
+        "xpm-client",
+        "--example",
+        "slab_bench",
+    ]);
+    util::run(&mut cargo)?;
+    Ok(util::target_dir()?.join("release"))
 }

@@ -282,7 +282,8 @@ fn unix_uri(export: &str, socket: &Path) -> String {
 }
 
 fn nbdinfo(uri: &str) -> bool {
-    let status = Command::new("nbdinfo").args(["--size", uri]).stdout(Stdio::null()).stderr(Stdio::null()).status();
+    let status =
+        Command::new("nbdinfo").args(["--size", uri]).stdout(Stdio::null()).stderr(Stdio::null()).status();
     status.is_ok_and(|status| status.success())
 }
 
@@ -291,7 +292,9 @@ fn retry(mut action: impl FnMut() -> Result<()>) -> Result<()> {
     let start = Instant::now();
     loop {
         match action() {
-            Err(_) if start.elapsed() < Duration::from_secs(5) => std::thread::sleep(Duration::from_millis(100)),
+            Err(_) if start.elapsed() < Duration::from_secs(5) => {
+                std::thread::sleep(Duration::from_millis(100));
+            }
             result => return result,
         }
     }

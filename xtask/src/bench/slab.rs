@@ -19,7 +19,8 @@ pub(crate) fn run(bin: &Path, report: &mut Report) -> Result<()> {
         bail!("slab_bench failed: {}", String::from_utf8_lossy(&output.stderr).trim());
     }
     for line in String::from_utf8_lossy(&output.stdout).lines() {
-        let case: Value = serde_json::from_str(line).with_context(|| format!("slab_bench printed `{line}`"))?;
+        let case: Value =
+            serde_json::from_str(line).with_context(|| format!("slab_bench printed `{line}`"))?;
         let nanoseconds = case["ns_p50"].as_f64().with_context(|| format!("no ns_p50 in `{line}`"))?;
         report.row(&Row {
             bench: "slab",

@@ -22,16 +22,21 @@ pub(super) fn workload(site: &Site, device: &Device) -> Result<()> {
     site.run(util::command("mkfs.ext4").args(["-q", &device.path]))?;
     site.done(Undo::Unmount(mount.clone()));
     site.run(util::command("mount").args(["-o", "discard", &device.path]).arg(&mount))?;
-    write_and_verify(site, &mount)?;
-    delete_and_trim(site, &mount)?;
+    let each = (site.size / 8).clamp(8 * MIB, 64 * MIB);
+    let empty = site.resident()?;
+    write_and_verify(site, &mount, each)?;
+    let written = each * u64::from(FILES);
+    let full = || Ok(site.resident()? >= empty + written / 2);
+    site.wait_until("the appliances never said that they hold the files", full)?;
+    delete_and_trim(site, &mount, written)?;
     site.run(util::command("umount").arg(&mount))?;
     site.undone(&Undo::Unmount(mount));
     site.run(util::command("e2fsck").args(["-f", "-n", &device.path]))?;
     site.account.check(true, "e2fsck finds the file system clean")
 }
 
-fn write_and_verify(site: &Site, mount: &Path) -> Result<()> {
-    let mib = (site.size / MIB / 8).clamp(8, 64);
+fn write_and_verify(site: &Site, mount: &Path, each: u64) -> Result<()> {
+    let mib = each / MIB;
     let names: Vec<String> =
         (1..=FILES).map(|number| mount.join(format!("file{number}")).display().to_string()).collect();
     for name in &names {
@@ -48,19 +53,15 @@ fn write_and_verify(site: &Site, mount: &Path) -> Result<()> {
     site.account.check(same, &format!("{FILES} files of {mib} MiB are the same, read from the device"))
 }
 
-fn delete_and_trim(site: &Site, mount: &Path) -> Result<()> {
-    site.wait_until("the appliances never said that they hold the files", || {
-        Ok(site.resident()? > site.size / 64)
-    })?;
+fn delete_and_trim(site: &Site, mount: &Path, written: u64) -> Result<()> {
     let before = site.resident()?;
     let files = (1..=FILES).map(|number| mount.join(format!("file{number}")));
     site.run(util::command("rm").args(files))?;
     site.run(util::command("fstrim").arg("-v").arg(mount))?;
-    site.wait_until("the files' memory did not become free", || Ok(site.resident()? < before / 2))?;
+    let free = || Ok(site.resident()? + written / 2 <= before);
+    site.wait_until("the files' memory did not become free", free)?;
     let after = site.resident()?;
     site.account.output(&site.xpm(&["appliance", "list"])?);
-    site.account.check(
-        after < before,
-        &format!("the appliances hold {} MiB instead of {} MiB", after / MIB, before / MIB),
-    )
+    let what = format!("the appliances hold {} MiB instead of {} MiB", after / MIB, before / MIB);
+    site.account.check(after < before, &what)
 }

@@ -216,7 +216,7 @@ fn take_down(site: &Site, device: &Device) -> Result<()> {
     let gone = device.form != Form::NbdSocket || !std::path::Path::new(&device.path).exists();
     site.account.check(gone, "the device is gone")?;
     site.xpm(&["alloc", "delete", NAME])?;
-    site.wait_until("the appliances kept the memory", || Ok(site.granted()? == 0))?;
+    site.wait_until("the appliances kept the memory", || site.all_free())?;
     site.account.output(&site.xpm(&["appliance", "list"])?);
     site.account.check(true, "all memory is free again")
 }

@@ -229,6 +229,11 @@ impl Site {
         self.sum("resident")
     }
 
+    /// Whether everything may be lent again.
+    pub(super) fn all_free(&self) -> Result<bool> {
+        Ok(self.sum("free")? == self.sum("capacity")?)
+    }
+
     fn sum(&self, field: &str) -> Result<u64> {
         let list = self.ask(&["appliance", "list"])?;
         let each = list.as_array().into_iter().flatten();

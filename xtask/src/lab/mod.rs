@@ -51,6 +51,13 @@ pub(crate) struct Args {
     release: bool,
 }
 
+impl Args {
+    /// One scenario with optimized programs.
+    pub(crate) fn release(scenario: &str) -> Args {
+        Args { scenarios: vec![scenario.to_owned()], release: true, ..Args::default() }
+    }
+}
+
 /// Does what the command line asks for; false when a scenario failed.
 pub(crate) fn main(args: &Args) -> Result<bool> {
     if args.list {
