@@ -162,6 +162,7 @@ impl Inventory {
             up: self.state_of(entry, now) == ApplianceState::Up,
             failed: failed.contains(id),
             free: entry.status.free.0.saturating_sub(promised.get(id).copied().unwrap_or(0)),
+            clearing: clearing(&entry.status),
         };
         self.appliances.iter().map(candidate).collect()
     }
@@ -177,6 +178,12 @@ impl Inventory {
         };
         self.appliances.iter().map(shown).collect()
     }
+}
+
+/// What is neither used nor free.
+fn clearing(status: &Status) -> u64 {
+    let used = [status.granted, status.reserved, status.free];
+    used.iter().fold(status.capacity.0, |rest, part| rest.saturating_sub(part.0))
 }
 
 /// Cuts what nobody wants to read.

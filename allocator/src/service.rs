@@ -177,6 +177,8 @@ pub struct Service {
     names: HashMap<Name, AllocationId>,
     /// Creations that look at the appliances once more before they give up.
     refreshes: HashMap<u64, commit::Refresh>,
+    /// Creations that wait for memory that is being cleared.
+    parked: Vec<commit::Wish>,
     awaited: HashMap<Ticket, Awaited>,
     effects: Vec<Effect>,
     now: Moment,
@@ -212,9 +214,8 @@ enum Awaited {
     Raised(AllocationId, usize),
     Purged(AllocationId, usize),
     Sampled {
-        refresh: u64,
-        appliance: ApplianceId,
         asked: u64,
+        appliance: ApplianceId,
     },
 }
 
@@ -238,6 +239,7 @@ impl Service {
             allocations: BTreeMap::new(),
             names: HashMap::new(),
             refreshes: HashMap::new(),
+            parked: Vec::new(),
             awaited: HashMap::new(),
             effects: Vec::new(),
             now: Moment::default(),
@@ -253,7 +255,7 @@ impl Service {
             Event::Request(reply, request) => self.request(reply, request),
             Event::Stored(ticket) => self.stored(ticket),
             Event::Called(ticket, result) => self.called(ticket, result),
-            Event::Tick => {}
+            Event::Tick => self.unpark(),
         }
         self.start_due_purges();
         debug_assert_eq!(self.check(), Ok(()));
@@ -385,9 +387,7 @@ impl Service {
             Some(Awaited::Committed(id, grant)) => self.committed(id, grant, result),
             Some(Awaited::Raised(id, grant)) => self.raised(id, grant, result),
             Some(Awaited::Purged(id, grant)) => self.purged(id, grant, result),
-            Some(Awaited::Sampled { refresh, appliance, asked }) => {
-                self.sampled(refresh, appliance, asked, result);
-            }
+            Some(Awaited::Sampled { asked, appliance }) => self.sampled(asked, appliance, result),
             _ => unreachable!("a call is answered once, as a call"),
         }
     }

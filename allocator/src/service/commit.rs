@@ -10,6 +10,8 @@
 //! given back; then the whole is tried once more, as a new allocation of the same name, without
 //! the appliances that failed.
 
+use std::time::Duration;
+
 use xpm_control::server::ApiError;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{Create, RegionSlot};
@@ -21,10 +23,14 @@ use xpm_protocol::{AllocationId, ApplianceId, ByteSize, Epoch, GrantId, Layout, 
 use super::purge::Then;
 use super::{AfterStore, Answer, Awaited, Call, CallError, Entry, Outcome, ReplyTo, Service, Work};
 use crate::store::record::{AllocationRecord, GrantRecord, Phase};
-use crate::strategy::{self, Demand, NoPlace, Placement};
+use crate::strategy::{self, Candidate, Demand, NoPlace, Placement};
 
 /// How often an allocation is tried.
 const ATTEMPTS_MAX: u8 = 2;
+
+/// How long a request waits for memory that is being cleared; with two attempts it is still
+/// answered before a client with the usual time limit gives up.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// A request on its way to an allocation.
 #[derive(Debug, Clone)]
@@ -38,6 +44,8 @@ pub(super) struct Wish {
     failed: Vec<ApplianceId>,
     /// Whether the appliances were asked what they have because there seemed to be no room.
     refreshed: bool,
+    /// When it no longer waits for memory that is being cleared.
+    patience: Option<Duration>,
 }
 
 /// An allocation that is being made.
@@ -66,11 +74,21 @@ impl Service {
             Err(line) => return self.refuse(reply, ErrorKind::Invalid, line),
         };
         let failed = Vec::new();
-        self.place(Wish { reply, create, demand, layout, attempt: 1, failed, refreshed: false });
+        self.place(Wish {
+            reply,
+            create,
+            demand,
+            layout,
+            attempt: 1,
+            failed,
+            refreshed: false,
+            patience: None,
+        });
     }
 
-    /// Finds a place and begins; where there seems to be no room, the appliances are asked first
-    /// what they have, for memory given back a moment ago is in no heartbeat yet.
+    /// Finds a place and begins. Where there seems to be no room, the appliances are asked first
+    /// what they have, for memory given back a moment ago is in no heartbeat yet; and where what
+    /// they are clearing would do, that is waited for.
     fn place(&mut self, mut wish: Wish) {
         if let Err(error) = self.check_name(&wish) {
             return self.reply(wish.reply, Err(error));
@@ -79,13 +97,32 @@ impl Service {
         let snapshot = self.inventory.snapshot(self.now.at, &wish.failed);
         match strategy::place(&snapshot, &wish.demand) {
             Ok(placement) => self.begin(wish, &placement),
-            Err(NoPlace::NoSpace { .. }) if !wish.refreshed && !self.inventory.up(self.now.at).is_empty() => {
+            Err(NoPlace::NoSpace { .. }) if !wish.refreshed && snapshot.iter().any(|one| one.up) => {
                 self.refresh(wish);
             }
-            Err(NoPlace::TooManyRegions) => {
-                self.refuse(wish.reply, ErrorKind::Invalid, NoPlace::TooManyRegions.to_string());
+            Err(NoPlace::NoSpace { .. }) if self.may_wait(&mut wish, snapshot) => self.parked.push(wish),
+            Err(error @ NoPlace::NoSpace { .. }) => {
+                self.refuse(wish.reply, ErrorKind::NoSpace, error.to_string());
             }
-            Err(error) => self.refuse(wish.reply, ErrorKind::NoSpace, error.to_string()),
+            Err(error @ NoPlace::TooManyRegions) => {
+                self.refuse(wish.reply, ErrorKind::Invalid, error.to_string());
+            }
+        }
+    }
+
+    /// Whether there is room once everything that is being cleared is free, and time to wait.
+    fn may_wait(&self, wish: &mut Wish, mut snapshot: Vec<Candidate>) -> bool {
+        let until = *wish.patience.get_or_insert(self.now.at + PATIENCE);
+        for candidate in &mut snapshot {
+            candidate.free = candidate.free.saturating_add(candidate.clearing);
+        }
+        self.now.at < until && strategy::place(&snapshot, &wish.demand).is_ok()
+    }
+
+    /// Looks again for those that wait.
+    pub(super) fn unpark(&mut self) {
+        for wish in std::mem::take(&mut self.parked) {
+            self.refresh(wish);
         }
     }
 
@@ -105,29 +142,27 @@ impl Service {
     fn refresh(&mut self, mut wish: Wish) {
         wish.refreshed = true;
         let up = self.inventory.up(self.now.at);
-        let (refresh, asked) = (self.count, self.count);
-        self.refreshes.insert(refresh, Refresh { wish, open: up.len() });
+        if up.is_empty() {
+            return self.place(wish);
+        }
+        self.count += 1;
+        let asked = self.count;
+        self.refreshes.insert(asked, Refresh { wish, open: up.len() });
         for appliance in up {
             let control = self.control_of(appliance);
-            self.call(appliance, control, Call::Status, Awaited::Sampled { refresh, appliance, asked });
+            self.call(appliance, control, Call::Status, Awaited::Sampled { asked, appliance });
         }
     }
 
-    pub(super) fn sampled(
-        &mut self,
-        refresh: u64,
-        appliance: ApplianceId,
-        asked: u64,
-        result: Result<Answer, CallError>,
-    ) {
+    pub(super) fn sampled(&mut self, asked: u64, appliance: ApplianceId, result: Result<Answer, CallError>) {
         if let Ok(Answer::Status(status)) = result {
             self.inventory.sample(appliance, asked, *status);
         }
-        let waiting =
-            self.refreshes.get_mut(&refresh).expect("a refresh stays until all its calls are answered");
-        waiting.open -= 1;
-        if waiting.open == 0
-            && let Some(done) = self.refreshes.remove(&refresh)
+        let refresh =
+            self.refreshes.get_mut(&asked).expect("a refresh stays until all its calls are answered");
+        refresh.open -= 1;
+        if refresh.open == 0
+            && let Some(done) = self.refreshes.remove(&asked)
         {
             self.place(done.wish);
         }

@@ -35,6 +35,8 @@ struct Appliance {
     regions: BTreeMap<RegionId, Held>,
     grants: BTreeMap<GrantId, Granted>,
     next_region: u128,
+    /// Bytes that were given back and are not cleared yet.
+    clearing: u64,
     refusals: u32,
     away: bool,
 }
@@ -61,6 +63,7 @@ impl Appliance {
             regions: BTreeMap::new(),
             grants: BTreeMap::new(),
             next_region: number << 64,
+            clearing: 0,
             refusals: 0,
             away: false,
         }
@@ -70,11 +73,12 @@ impl Appliance {
         let mut status = self.record.status.clone();
         status.capacity = ByteSize(self.capacity);
         status.free = ByteSize(self.free());
+        status.granted = ByteSize(self.capacity - self.free() - self.clearing);
         Heartbeat { info: self.record.info.clone(), status }
     }
 
     fn free(&self) -> u64 {
-        self.capacity - self.regions.values().map(|region| region.len).sum::<u64>()
+        self.capacity - self.clearing - self.regions.values().map(|region| region.len).sum::<u64>()
     }
 
     fn expire(&mut self, now: Duration) {
@@ -160,6 +164,8 @@ impl Appliance {
 enum Fate {
     Works,
     NeverArrives,
+    /// It is given up, and arrives afterwards.
+    ArrivesLate,
     AnswerIsLost,
     Refused,
 }
@@ -169,6 +175,8 @@ struct World {
     durable: MemoryStore,
     now: Duration,
     appliances: BTreeMap<ApplianceId, Appliance>,
+    /// Calls that were given up and are still on their way.
+    late: Vec<(ApplianceId, Call)>,
     /// What the service wants done and is not done yet.
     pending: VecDeque<Effect>,
     asked: u64,
@@ -183,6 +191,7 @@ impl World {
             durable: MemoryStore::default(),
             now: Duration::ZERO,
             appliances: BTreeMap::new(),
+            late: Vec::new(),
             pending: VecDeque::new(),
             asked: 0,
             open: BTreeSet::new(),
@@ -245,6 +254,14 @@ impl World {
         }
     }
 
+    /// One of the calls that were given up arrives after all.
+    fn arrive(&mut self, choice: usize) {
+        if !self.late.is_empty() {
+            let (id, call) = self.late.swap_remove(choice % self.late.len());
+            let _ = self.call(id, &call, Fate::Works);
+        }
+    }
+
     fn take(&mut self, choice: usize) -> Option<Effect> {
         let index = choice % self.pending.len().max(1);
         let index = match self.pending.get(index)? {
@@ -262,6 +279,10 @@ impl World {
         match fate {
             _ if appliance.away => failed(),
             Fate::NeverArrives => failed(),
+            Fate::ArrivesLate => {
+                self.late.push((id, call.clone()));
+                failed()
+            }
             Fate::Refused => Err(CallError::Refused(ErrorKind::NoSpace, "a whim".into())),
             Fate::AnswerIsLost => {
                 let _ = appliance.carry_out(self.now, call);
@@ -295,7 +316,7 @@ impl World {
             if let Effect::Call(_, target, call) = effect
                 && arriving
             {
-                let _ = self.call(target.appliance, &call, Fate::Works);
+                self.late.push((target.appliance, call));
             }
         }
     }
@@ -310,6 +331,9 @@ impl World {
     fn mend(&mut self) {
         self.appliances.values_mut().for_each(|one| one.away = false);
         self.finish();
+        while !self.late.is_empty() {
+            self.arrive(0);
+        }
         for _ in 0..4 {
             self.pass(TTL);
             self.finish();
@@ -498,6 +522,36 @@ fn memory_given_back_is_there_at_once() {
 }
 
 #[test]
+fn memory_that_is_being_cleared_is_waited_for() {
+    let mut world = World::new(&[64 * MIB; 1]);
+    let id = ApplianceId::from_u128(1);
+    world.appliances.get_mut(&id).unwrap().clearing = 48 * MIB;
+    world.pass(INTERVAL);
+    world.finish();
+    let reply = world.ask(create("a", 64, None));
+    world.finish();
+    assert!(world.open.contains(&reply), "it waits");
+    world.appliances.get_mut(&id).unwrap().clearing = 0;
+    world.now += Duration::from_secs(1);
+    world.event(Event::Tick);
+    world.finish();
+    assert!(world.answers.remove(&reply).unwrap().is_ok());
+    world.answer(delete("a", false)).unwrap();
+
+    world.appliances.get_mut(&id).unwrap().clearing = 48 * MIB;
+    let too_much = world.answer(create("b", 65, None));
+    assert_eq!(kind(too_much), ErrorKind::NoSpace, "it would not help to wait");
+    let reply = world.ask(create("b", 64, None));
+    for _ in 0..20 {
+        world.now += Duration::from_secs(1);
+        world.event(Event::Tick);
+        world.finish();
+    }
+    assert_eq!(kind(world.answers.remove(&reply).unwrap()), ErrorKind::NoSpace, "it does not wait for ever");
+    world.check();
+}
+
+#[test]
 fn a_deletion_outlives_appliance_and_allocator() {
     let mut world = World::new(&[64 * MIB; 2]);
     world.answer(create("a", 64, Some(2))).unwrap();
@@ -560,6 +614,7 @@ enum Move {
     Delete(u8, bool),
     Steps(Vec<(usize, u8)>),
     Pass(u64),
+    Arrive(usize),
     Away(u8, bool),
     Crash(bool),
 }
@@ -572,6 +627,7 @@ fn moves() -> impl Strategy<Value = Move> {
         2 => (0..4_u8, any::<bool>()).prop_map(|(name, force)| Move::Delete(name, force)),
         8 => prop::collection::vec((any::<usize>(), any::<u8>()), 1..20).prop_map(Move::Steps),
         2 => (0..90_u64).prop_map(Move::Pass),
+        3 => any::<usize>().prop_map(Move::Arrive),
         1 => (0..3_u8, any::<bool>()).prop_map(|(one, away)| Move::Away(one, away)),
         1 => any::<bool>().prop_map(Move::Crash),
     ]
@@ -586,9 +642,10 @@ impl World {
             Move::Detach(of, client) => drop(self.ask(detach(&name(of), client.into()))),
             Move::Delete(of, force) => drop(self.ask(delete(&name(of), force))),
             Move::Steps(steps) => {
-                steps.into_iter().for_each(|(choice, fate)| self.step(choice, fate_of(fate)))
+                steps.into_iter().for_each(|(choice, fate)| self.step(choice, fate_of(fate)));
             }
             Move::Pass(seconds) => self.pass(Duration::from_secs(seconds)),
+            Move::Arrive(choice) => self.arrive(choice),
             Move::Crash(arriving) => self.crash(arriving),
             Move::Away(one, away) => {
                 if let Some(one) = self.appliances.values_mut().nth(one.into()) {
@@ -604,6 +661,7 @@ fn fate_of(number: u8) -> Fate {
         0 => Fate::NeverArrives,
         1 => Fate::AnswerIsLost,
         2 => Fate::Refused,
+        3 => Fate::ArrivesLate,
         _ => Fate::Works,
     }
 }

@@ -30,6 +30,8 @@ pub struct Candidate {
     pub failed: bool,
     /// Memory that may still be asked for, promises deducted, in bytes.
     pub free: u64,
+    /// Memory that it is clearing and that will be free soon, in bytes.
+    pub clearing: u64,
 }
 
 /// What is asked for; checked before: `size` is whole pages and `columns` and `unit` fit.
@@ -103,7 +105,11 @@ impl fmt::Display for NoPlace {
             NoPlace::NoSpace { size, free, usable, rejections } => {
                 let size = ByteSize(*size);
                 let free = ByteSize(*free);
-                write!(f, "{size} do not fit: {usable} appliances can serve and have {free} free")?;
+                match usable {
+                    0 => write!(f, "{size} do not fit: no appliance can serve")?,
+                    1 => write!(f, "{size} do not fit: 1 appliance can serve and has {free} free")?,
+                    many => write!(f, "{size} do not fit: {many} appliances can serve and have {free} free")?,
+                }
                 for rejection in rejections.iter().take(REJECTIONS_SHOWN) {
                     write!(f, "; {rejection}")?;
                 }

@@ -9,7 +9,7 @@ const MIB: u64 = 1 << 20;
 
 fn candidate(number: u128, free: u64) -> Candidate {
     let name = format!("a{number}").parse().unwrap();
-    Candidate { id: ApplianceId::from_u128(number), name, up: true, failed: false, free }
+    Candidate { id: ApplianceId::from_u128(number), name, up: true, failed: false, free, clearing: 0 }
 }
 
 fn demand(size: u64, columns: u32) -> Demand {
@@ -65,8 +65,14 @@ fn the_reasons_are_said() {
     snapshot[1].up = false;
     snapshot[2].failed = true;
     let line = place(&snapshot, &demand(256 * MIB, 1)).unwrap_err().to_string();
-    for part in ["256MiB do not fit", "1 appliances", "64MiB free", "a1 has 0B", "a2 is silent", "a3 refused"]
-    {
+    for part in [
+        "256MiB do not fit",
+        "1 appliance can serve",
+        "64MiB free",
+        "a1 has 0B",
+        "a2 is silent",
+        "a3 refused",
+    ] {
         assert!(line.contains(part), "{part}: {line}");
     }
 }
