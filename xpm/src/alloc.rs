@@ -122,7 +122,7 @@ pub(crate) fn list(allocations: &[Allocation]) -> String {
             layout(&allocation.layout),
             allocation.regions.len().to_string(),
             places(allocation).len().to_string(),
-            allocation.owner.as_ref().map(owner).unwrap_or_default(),
+            allocation.owner.as_ref().map(short_owner).unwrap_or_default(),
             allocation.epoch.to_string(),
             age::since(allocation.created),
         ]);
@@ -147,6 +147,12 @@ fn layout(layout: &Layout) -> String {
 
 fn owner(owner: &Owner) -> String {
     format!("{} ({})", owner.host_name, owner.purpose)
+}
+
+/// The same without the place of a socket, which would make a table wide.
+fn short_owner(owner: &Owner) -> String {
+    let purpose = owner.purpose.split('=').next().unwrap_or_default();
+    format!("{} ({purpose})", owner.host_name)
 }
 
 /// Regions by appliance name, in the order of the names; indices into the allocation's order.

@@ -51,7 +51,7 @@ fn find<'a>(appliances: &'a [Appliance], text: &str) -> anyhow::Result<&'a Appli
     }
 }
 
-/// The table of all appliances.
+/// The table of all appliances, by name.
 pub(crate) fn list(appliances: &[Appliance]) -> String {
     if appliances.is_empty() {
         return "No appliance has registered: start xpm-appliance on a machine with memory to spare.\n"
@@ -68,7 +68,9 @@ pub(crate) fn list(appliances: &[Appliance]) -> String {
         ">CLIENTS",
         "ADDRESS",
     ]);
-    for appliance in appliances {
+    let mut sorted: Vec<&Appliance> = appliances.iter().collect();
+    sorted.sort_by_key(|appliance| &appliance.info.name);
+    for appliance in sorted {
         let status = &appliance.status;
         table.row([
             appliance.info.name.to_string(),
