@@ -29,6 +29,8 @@ pub(crate) const STACK_LEN: usize = 256 << 10;
 const CONTROL_STACK_LEN: usize = 1 << 20;
 /// Threads for control work that blocks: one device whose start waits must not stop the others.
 const BLOCKING_THREADS_MAX: usize = 32;
+/// How long a device may take to be opened before it counts as one that holds its I/O.
+const OPEN_LIMIT: Duration = Duration::from_secs(5);
 /// How often the users of devices are looked at while the process waits for them to end.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
@@ -115,8 +117,7 @@ async fn end(daemon: &Arc<Daemon>, shutdown: &mut Shutdown, limit: Duration) {
     let told = Instant::now();
     let mut said = Vec::new();
     loop {
-        let daemon = Arc::clone(daemon);
-        let in_use = tokio::task::spawn_blocking(move || daemon.in_use()).await.unwrap_or_default();
+        let in_use = in_use(daemon).await;
         if in_use.is_empty() {
             return;
         }
@@ -135,5 +136,14 @@ async fn end(daemon: &Arc<Daemon>, shutdown: &mut Shutdown, limit: Duration) {
             },
             () = tokio::time::sleep(LOOK_EVERY) => {}
         }
+    }
+}
+
+async fn in_use(daemon: &Arc<Daemon>) -> Vec<String> {
+    let daemon = Arc::clone(daemon);
+    let look = tokio::task::spawn_blocking(move || daemon.in_use());
+    match tokio::time::timeout(OPEN_LIMIT, look).await {
+        Ok(Ok(in_use)) => in_use,
+        Ok(Err(_)) | Err(_) => vec!["a device does not answer, so its users are not known".to_owned()],
     }
 }

@@ -59,17 +59,18 @@ impl Daemon {
     }
 
     /// Devices that somebody uses and that need this process, with their users; at the end of the
-    /// process.
+    /// process. Can wait for the devices' I/O.
     pub(crate) fn in_use(&self) -> Vec<String> {
         let slots: Vec<Slot> = self.slots().values().cloned().collect();
         let needed = slots.iter().filter_map(|slot| match slot {
-            Slot::Shown(attached) if !attached.shown.outlives_process() => attached.shown.disk(),
+            Slot::Shown(attached) if !attached.shown.outlives_process() => Some(attached),
             _ => None,
         });
         needed
-            .map(|disk| (disk, usage::users(disk)))
+            .filter(|attached| attached.shown.disk().is_some())
+            .map(|attached| (attached.shown.path(), users_of(attached, true)))
             .filter(|(_, users)| !users.is_empty())
-            .map(|(disk, users)| format!("/dev/{disk}: {}", users.join(", ")))
+            .map(|(path, users)| format!("{path}: {}", users.join(", ")))
             .collect()
     }
 
@@ -79,8 +80,7 @@ impl Daemon {
         let slots = std::mem::take(&mut *self.slots());
         for (name, slot) in slots {
             let Slot::Shown(attached) = slot else { continue };
-            let used = attached.shown.disk().is_some_and(|disk| !usage::users(disk).is_empty());
-            if attached.shown.outlives_process() && used {
+            if attached.shown.outlives_process() && !users_of(&attached, true).is_empty() {
                 tracing::info!("{} is in use and goes on without this process", attached.shown.path());
                 continue;
             }

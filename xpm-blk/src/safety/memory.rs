@@ -19,7 +19,7 @@ pub(super) fn prepare_heap() {
     #[cfg(target_env = "gnu")]
     // SAFETY: mallopt(3) only sets parameters of the allocator; no other thread runs yet.
     unsafe {
-        libc::mallopt(libc::M_ARENA_MAX, 2);
+        libc::mallopt(libc::M_ARENA_MAX, 1);
         libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
         libc::mallopt(libc::M_TOP_PAD, HEAP_LEN as libc::c_int);
     }

@@ -25,7 +25,7 @@ pub(crate) fn users(disk: &str) -> Vec<String> {
     let parts = parts(disk);
     let numbers: Vec<DeviceNumber> = parts.iter().filter_map(|part| number_of(part)).collect();
     let mut users = Vec::new();
-    if swap_numbers().iter().any(|number| numbers.contains(number)) {
+    if swaps::paths(&swap_table()).any(|path| is_one_of(Path::new(&path), &parts, &numbers)) {
         users.push("swap".to_owned());
     }
     let mounts = mounts::of(&mount_table(), &numbers);
@@ -61,9 +61,16 @@ fn holders(part: &str) -> Vec<String> {
     entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect()
 }
 
-fn swap_numbers() -> Vec<DeviceNumber> {
-    let table = fs::read_to_string("/proc/swaps").unwrap_or_default();
-    swaps::paths(&table).filter_map(|path| block_number(Path::new(&path))).collect()
+fn swap_table() -> String {
+    fs::read_to_string("/proc/swaps").unwrap_or_default()
+}
+
+/// Whether a path of the swap table means one of the parts of a disk: by its device number, or, as
+/// the path may be one of another mount namespace or root, by the kernel's name at its end.
+fn is_one_of(path: &Path, parts: &[String], numbers: &[DeviceNumber]) -> bool {
+    let name = path.file_name().and_then(|name| name.to_str());
+    let named = parts.iter().any(|part| part.rsplit('/').next() == name);
+    named || block_number(path).is_some_and(|number| numbers.contains(&number))
 }
 
 fn block_number(path: &Path) -> Option<DeviceNumber> {
@@ -129,6 +136,17 @@ mod tests {
         assert_eq!(unescape(r"/mnt/a\040b\134c"), r"/mnt/a b\c");
         assert_eq!(unescape(r"\04"), r"\04");
         assert_eq!(unescape(r"\999"), r"\999");
+    }
+
+    #[test]
+    fn swap_on_a_disk_is_known_by_name_where_the_path_leads_nowhere() {
+        let parts = ["ublkb0".to_owned(), "ublkb0/ublkb0p1".to_owned()];
+        for path in ["/dev/ublkb0", "/elsewhere/dev/ublkb0", "/dev/ublkb0p1"] {
+            assert!(is_one_of(Path::new(path), &parts, &[]), "{path}");
+        }
+        for path in ["/dev/ublkb01", "/dev/ublkb0/x", "/"] {
+            assert!(!is_one_of(Path::new(path), &parts, &[]), "{path}");
+        }
     }
 
     #[test]
