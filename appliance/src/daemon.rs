@@ -3,6 +3,7 @@
 
 use std::net::SocketAddr;
 use std::os::unix::fs::DirBuilderExt as _;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -14,7 +15,8 @@ use xpm_control::shutdown::Shutdown;
 use xpm_control::token::Token;
 use xpm_protocol::api::appliance::Counters;
 use xpm_protocol::units::ByteSize;
-use xpm_transport::nbd::server::{Server, ServerOptions};
+use xpm_transport::nbd::server::{Listener as NbdListener, Server, ServerOptions};
+use xpm_transport::shm::server::{Listener as ShmListener, ShmServer};
 
 use crate::arena::Arena;
 use crate::config::Config;
@@ -23,6 +25,7 @@ use crate::host;
 use crate::regions::{Fence, Table};
 use crate::register::{self, Identity};
 use crate::serve::GrantExports;
+use crate::share::SharedGrants;
 use crate::state::StateDir;
 
 /// Runs the daemon until SIGTERM or SIGINT.
@@ -54,7 +57,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         Table::start(arena, config.capacity, config.stock).context("cannot start the memory's threads")?;
     let client = allocator(&config, token.clone())?;
     let serving = data.serve(&config, &table)?;
-    let appliance = Arc::new(Appliance::new(table, Box::new(serving.nbd.clone())));
+    let appliance = Arc::new(Appliance::new(table, Box::new(serving.plane.clone())));
     announce(&config, &identity);
 
     let heartbeat = client.map(|client| tokio::spawn(register::run(client, identity, appliance.clone())));
@@ -79,13 +82,15 @@ async fn serve(config: Config) -> anyhow::Result<()> {
 struct DataPlane {
     tcp: std::net::TcpListener,
     address: SocketAddr,
-    unix: std::os::unix::net::UnixListener,
+    unix: UnixListener,
+    shm: UnixListener,
 }
 
 /// What serves; ends when dropped.
 struct Serving {
-    nbd: NbdPlane,
-    _listeners: Vec<xpm_transport::nbd::server::Listener>,
+    plane: Plane,
+    _nbd: [NbdListener; 2],
+    _shm: Option<ShmListener>,
 }
 
 impl DataPlane {
@@ -95,7 +100,7 @@ impl DataPlane {
             Listener::Unix(_) => unreachable!("a TCP place gives a TCP listener"),
         };
         let address = tcp.local_addr().context("NBD")?;
-        Ok(DataPlane { tcp, address, unix: bind_unix(&config.unix)? })
+        Ok(DataPlane { tcp, address, unix: bind_unix(&config.unix)?, shm: bind_unix(&config.shm)? })
     }
 
     fn serve(self, config: &Config, table: &Table) -> anyhow::Result<Serving> {
@@ -106,19 +111,24 @@ impl DataPlane {
             ..ServerOptions::default()
         };
         let server = Server::start(options).context("cannot start the threads of the data plane")?;
-        let nbd = NbdPlane(server.clone());
-        table.add_fence(Arc::new(nbd.clone()));
+        let plane = Plane { nbd: server.clone(), shm: ShmServer::new(Arc::new(SharedGrants(table.clone()))) };
+        table.add_fence(Arc::new(plane.clone()));
         let exports =
-            Arc::new(GrantExports::new(table.clone()).context("cannot start the threads of the data plane")?);
-        let listeners = vec![
+            GrantExports::new(table.clone()).context("cannot start the threads of the data plane")?;
+        let exports = Arc::new(exports);
+        let listeners = [
             server.listen_tcp(self.tcp, exports.clone()).context("cannot serve NBD over TCP")?,
             server.listen_unix(self.unix, exports).context("cannot serve NBD at the unix socket")?,
         ];
-        Ok(Serving { nbd, _listeners: listeners })
+        let shm = match table.arena().is_shareable() {
+            true => Some(plane.shm.listen(self.shm).context("cannot pass memory at the unix socket")?),
+            false => None,
+        };
+        Ok(Serving { plane, _nbd: listeners, _shm: shm })
     }
 }
 
-fn bind_unix(path: &Path) -> anyhow::Result<std::os::unix::net::UnixListener> {
+fn bind_unix(path: &Path) -> anyhow::Result<UnixListener> {
     if let Some(directory) = path.parent() {
         std::fs::DirBuilder::new().recursive(true).mode(0o755).create(directory).with_context(|| {
             format!(
@@ -149,7 +159,7 @@ fn identity(
         control: control.address().map_or_else(|| config.listen.clone(), Place::Tcp),
         nbd: data.address,
         nbd_unix: config.unix.clone(),
-        shm: None,
+        shm: arena.is_shareable().then(|| config.shm.clone()),
         advertise: config.advertise.clone(),
     })
 }
@@ -191,26 +201,30 @@ fn remove_sockets(config: &Config) {
     }
 }
 
-/// The NBD server, as the control plane uses it.
+/// The servers, as the control plane uses them.
 #[derive(Clone)]
-struct NbdPlane(Server);
+struct Plane {
+    nbd: Server,
+    shm: ShmServer,
+}
 
-impl Fence for NbdPlane {
-    fn close_group(&self, group: u128) {
-        self.0.close_group(group);
+impl Fence for Plane {
+    fn close_group(&self, group: u128) -> usize {
+        self.nbd.close_group(group);
+        self.shm.close_group(group)
     }
 
     fn connections(&self, group: u128) -> usize {
-        self.0.connections(Some(group))
+        self.nbd.connections(Some(group)) + self.shm.connections(Some(group))
     }
 }
 
-impl Traffic for NbdPlane {
+impl Traffic for Plane {
     fn connections(&self) -> usize {
-        self.0.connections(None)
+        self.nbd.connections(None) + self.shm.connections(None)
     }
 
     fn counters(&self) -> Counters {
-        self.0.counters()
+        self.nbd.counters()
     }
 }

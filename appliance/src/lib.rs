@@ -2,7 +2,7 @@
 //!
 //! * [`arena`] is the memory: where regions come from, and how they are cleared.
 //! * [`ledger`] keeps the books, [`regions`] puts memory and threads behind them.
-//! * [`serve`] gives grants to clients.
+//! * [`serve`] gives grants to clients by NBD, [`share`] as shared memory.
 //! * [`control`] takes orders over HTTP, [`register`] tells the allocator.
 //! * [`config`] and [`daemon`] are the program.
 
@@ -16,5 +16,6 @@ pub mod ledger;
 pub mod regions;
 pub mod register;
 pub mod serve;
+pub mod share;
 pub mod state;
 mod sweeper;

@@ -32,8 +32,9 @@ const WORKERS_MAX: usize = 4;
 
 /// Shuts the clients of a grant out.
 pub trait Fence: Send + Sync {
-    /// Closes the connections of the group; returns when they touch nothing any more.
-    fn close_group(&self, group: u128);
+    /// Closes the connections of the group; returns when they touch nothing any more, or with the
+    /// number of clients of which that is not known.
+    fn close_group(&self, group: u128) -> usize;
 
     /// Connections of the group.
     fn connections(&self, group: u128) -> usize;
@@ -253,6 +254,7 @@ impl Table {
         let lease = state.leases.remove(&id);
         drop(state);
         if let Some(lease) = lease {
+            // Who still has it mapped sees zeros soon, and what was shared is never lent again.
             self.shared.shut_out(&lease);
         }
         self.shared.lock().ledger.delete_grant(id);
@@ -431,21 +433,26 @@ impl Shared {
         fences.iter().map(|fence| fence.connections(id.as_u128()) as u64).sum()
     }
 
-    /// Ends a lease and shuts its clients out.
-    fn shut_out(&self, lease: &Lease) {
+    /// Ends a lease and shuts its clients out. How many may still have its memory mapped.
+    fn shut_out(&self, lease: &Lease) -> usize {
         lease.revoke();
         let fences = self.fences.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        fences.iter().for_each(|fence| fence.close_group(lease.grant().as_u128()));
+        fences.iter().map(|fence| fence.close_group(lease.grant().as_u128())).sum()
     }
 
-    /// Ends a lease, shuts its clients out, and moves what another process may still have mapped to
-    /// where that process cannot reach it: it cannot be made to unmap it, and its late writes must
-    /// not land.
+    /// Ends a lease, shuts its clients out, and if one did not let go, moves the memory to where it
+    /// cannot reach it: a process cannot be made to unmap, and its late writes must not land.
     fn move_away(&self, lease: &Lease) -> Moved {
-        self.shut_out(lease);
+        let remaining = self.shut_out(lease);
+        if remaining > 0 {
+            tracing::warn!(
+                "grant {}: {remaining} processes of the old owner keep its memory mapped; moving it away from them",
+                lease.grant()
+            );
+        }
         let mut moved = Moved::default();
         for memory in lease.regions() {
-            let place = match memory.is_shared() && moved.error.is_none() {
+            let place = match remaining > 0 && memory.is_shared() && moved.error.is_none() {
                 true => self.arena.relocate(memory).map(Arc::new),
                 false => Ok(memory.clone()),
             };

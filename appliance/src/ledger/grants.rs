@@ -141,7 +141,7 @@ impl<M: Clone> Ledger<M> {
             let region = self.regions.get(id).ok_or(Refusal::UnknownRegion(*id))?;
             match region.state {
                 State::Reserved { allocation, .. } if allocation == commit.allocation => {
-                    lens.push(region.len)
+                    lens.push(region.len);
                 }
                 State::Reserved { allocation, .. } => {
                     return Err(Refusal::Conflict(format!(
