@@ -76,6 +76,18 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_text_is_golden() {
+        let name = ExportName {
+            key: GrantKey::from_bytes([0xa5; 32]),
+            session: Some(SessionTag { id: 0xbeef, queue: 3, generation: 17 }),
+        };
+        let golden = format!("{}.{}beef.3.17", "a5".repeat(32), "0".repeat(28));
+        assert_eq!(name.to_string(), golden);
+        let odd = format!("{}.{}BEEF.03.017", "A5".repeat(32), "0".repeat(28));
+        assert_eq!(odd.parse(), Ok(name));
+    }
+
+    #[test]
     fn round_trip_and_refusal() {
         let key = GrantKey::from_bytes([7; 32]);
         let plain = ExportName { key: key.clone(), session: None };

@@ -153,6 +153,9 @@ fn errors_are_golden() {
     assert_eq!(error.encode(&mut bytes[..len - 1]), None);
     let long = "a".repeat(4097);
     assert_eq!(ErrorChunk { message: &long, ..error }.encode(&mut [0; 8192]), None);
+    let mut long = hex("00000005 1001");
+    long.extend([b'a'; 4097]);
+    assert!(ErrorChunk::decode(ChunkType::Error, &long).is_err(), "longer than any string");
     let odd = hex("00000000 0001 ff");
     let odd = ErrorChunk::decode(ChunkType::Error, &odd).unwrap();
     assert_eq!(odd, ErrorChunk { error: Errno::Invalid, message: "", offset: None });
