@@ -23,8 +23,8 @@ const COUNT_MAX: u32 = 4096;
 /// Longest time that a reservation lives.
 const TTL_MAX: Duration = Duration::from_secs(3600);
 /// How long an order waits until what it asked for is faulted in; the rest follows while it is in
-/// use already. Shorter than the time after which those who order give up.
-const FAULT_LIMIT: Duration = Duration::from_secs(4);
+/// use already. Shorter than the 3 s after which the allocator asks another appliance.
+const FAULT_LIMIT: Duration = Duration::from_secs(2);
 /// How long an order waits for another one that changes the same thing.
 const TURN_LIMIT: Duration = Duration::from_secs(30);
 /// Threads that make, fault in and clear regions, at most: more of them only wait for memory.

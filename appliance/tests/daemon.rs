@@ -1,0 +1,249 @@
+//! The program itself: its control interface, and its exports under NBD clients of other projects.
+
+mod harness;
+
+use std::process::Command;
+
+use harness::{Daemon, LEN, MIB, key, run};
+use serde_json::{Value, json};
+use xpm_protocol::api::ErrorKind;
+
+#[test]
+fn orders_that_are_wrong_get_one_clear_answer() {
+    let daemon = Daemon::start(&["--memory", "64MiB"]);
+    for (method, path, body, kind, word) in [
+        ("POST", "/v1/regions", "{", ErrorKind::Invalid, "EOF"),
+        ("POST", "/v1/regions", "{\"count\":1}", ErrorKind::Invalid, "missing field"),
+        ("PUT", "/v1/grants/7", "{}", ErrorKind::Invalid, "grant id"),
+        ("DELETE", "/v1/regions/xyz", "", ErrorKind::Invalid, "region id"),
+        ("GET", "/v1/nothing", "", ErrorKind::NotFound, "/v1/nothing"),
+        ("POST", "/v1/status", "", ErrorKind::Invalid, "POST"),
+    ] {
+        let (status, answer) = daemon.raw(method, path, body);
+        assert!(status >= 400, "{path}: {status} {answer}");
+        assert_eq!(answer["kind"], json!(kind), "{path}: {answer}");
+        assert!(answer["error"].as_str().unwrap().contains(word), "{path}: {answer}");
+    }
+    let unknown = daemon.raw("POST", "/v1/regions", &json!({ "surprise": 1 }).to_string());
+    assert!(unknown.1["error"].as_str().unwrap().contains("surprise"), "{unknown:?}");
+    assert_eq!(daemon.get("/v1/status")["capacity"], 64 * MIB, "alive");
+}
+
+#[test]
+fn what_is_not_there_and_what_is_too_much() {
+    let daemon = Daemon::start(&["--memory", "64MiB"]);
+    let unknown = format!("{:032x}", 99);
+    let commit = daemon.commit_body(1, 1, std::slice::from_ref(&unknown));
+    let (status, answer) = daemon.raw("PUT", &format!("/v1/grants/{:032x}", 1), &commit.to_string());
+    assert_eq!((status, &answer["kind"]), (404, &json!("not-found")), "{answer}");
+    // What is not there counts as deleted.
+    assert_eq!(daemon.raw("DELETE", &format!("/v1/regions/{unknown}"), "").0, 204);
+    assert_eq!(daemon.raw("DELETE", &format!("/v1/grants/{unknown}"), "").0, 204);
+    let (status, answer) = daemon.raw("POST", "/v1/regions", &daemon.reserve_body(5, LEN).to_string());
+    assert_eq!((status, &answer["kind"]), (507, &json!("no-space")), "{answer}");
+    let ids = daemon.grant(1, 1, 2);
+    let (status, answer) = daemon.raw("DELETE", &format!("/v1/regions/{}", ids[0]), "");
+    assert_eq!((status, &answer["kind"]), (409, &json!("in-use")), "{answer}");
+    assert_eq!(daemon.get("/v1/grants")[0]["len"], 2 * LEN);
+}
+
+#[test]
+fn a_token_is_wanted_where_one_is_set() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("token");
+    let token = "0123456789abcdef0123456789abcdef";
+    std::fs::write(&file, token).unwrap();
+    run("chmod", &["600", file.to_str().unwrap()]);
+    let arguments = ["--memory", "64MiB", "--token-file", file.to_str().unwrap()];
+    let mut daemon = Daemon::start_with_token(&arguments, token);
+    for wrong in ["", "0123456789abcdef0123456789abcdeF", "x"] {
+        daemon.token = wrong.to_owned();
+        let (status, answer) = daemon.raw("GET", "/v1/status", "");
+        assert_eq!((status, &answer["kind"]), (401, &json!("unauthorized")), "{wrong}: {answer}");
+        assert_eq!(daemon.raw("POST", "/v1/regions", &daemon.reserve_body(1, LEN).to_string()).0, 401);
+    }
+}
+
+#[test]
+fn nbd_clients_of_other_projects_use_a_grant_by_its_key() {
+    let daemon = Daemon::start(&["--memory", "128MiB"]);
+    daemon.grant(1, 1, 2);
+    for uri in [daemon.tcp_uri(&key(1)), daemon.unix_uri(&key(1))] {
+        assert_eq!(run("nbdinfo", &["--size", &uri]).trim(), (2 * LEN).to_string());
+        let info: Value = serde_json::from_str(&run("nbdinfo", &["--json", &uri])).unwrap();
+        let export = &info["exports"][0];
+        for can in ["trim", "zero", "fast_zero", "flush", "fua", "cache", "multi_conn"] {
+            let key = format!("can_{can}");
+            assert_eq!(export[&key], true, "{key}: {export}");
+        }
+        assert_eq!(export["block_size_minimum"], 1, "{export}");
+        assert_eq!(export["block_size_maximum"], 32 << 20, "{export}");
+        // Across the border of the two regions, and by parts of pages.
+        let script = [
+            "write -P 5 15M 2M",
+            "read -P 5 15M 2M",
+            "write -P 6 4095 3",
+            "read -P 6 4095 3",
+            "discard 0 32M",
+            "read -P 0 0 32M",
+        ];
+        let commands: Vec<&str> = script.iter().flat_map(|line| ["-c", line]).collect();
+        let said = run("qemu-io", &[&["-f", "raw"], commands.as_slice(), &[&uri]].concat());
+        assert!(!said.contains("verification failed"), "{said}");
+    }
+}
+
+#[test]
+fn a_copy_comes_back_as_it_went() {
+    let daemon = Daemon::start(&["--memory", "64MiB"]);
+    daemon.grant(1, 1, 2);
+    let directory = tempfile::tempdir().unwrap();
+    let (there, back) = (directory.path().join("there"), directory.path().join("back"));
+    let content: Vec<u8> =
+        (0..2 * LEN).map(|index| (index.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    std::fs::write(&there, &content).unwrap();
+    run("nbdcopy", &[there.to_str().unwrap(), &daemon.tcp_uri(&key(1))]);
+    run("nbdcopy", &[&daemon.unix_uri(&key(1)), back.to_str().unwrap()]);
+    assert!(std::fs::read(&back).unwrap() == content);
+    let counters = &daemon.get("/v1/status")["counters"];
+    assert_eq!(counters["write_bytes"], 2 * LEN, "{counters}");
+}
+
+#[test]
+fn a_wrong_key_is_refused_like_an_unknown_export() {
+    let daemon = Daemon::start(&["--memory", "64MiB"]);
+    daemon.grant(1, 1, 1);
+    let refused = |name: &str| {
+        let output = Command::new("nbdinfo").arg(daemon.tcp_uri(name)).output().unwrap();
+        assert!(!output.status.success(), "{name} was let in");
+        String::from_utf8_lossy(&output.stderr).replace(name, "NAME")
+    };
+    let wrong = refused(&key(2));
+    assert_eq!(wrong, refused("no-such-export"));
+    assert_eq!(wrong, refused(&key(1)[..63]));
+    assert!(wrong.contains("No such file or directory"), "{wrong}");
+    let list = Command::new("nbdinfo").args(["--list", &daemon.tcp_uri("")]).output().unwrap();
+    let said = String::from_utf8_lossy(&list.stdout).into_owned() + &String::from_utf8_lossy(&list.stderr);
+    assert!(!list.status.success() && !said.contains(&key(1)), "keys are not listed: {said}");
+}
+
+#[test]
+fn a_deleted_region_is_cleared_before_it_is_lent_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = format!("file:{}", directory.path().join("memory").display());
+    for backing in ["memfd", &file] {
+        let daemon = Daemon::start(&["--memory", "32MiB", "--backing", backing]);
+        daemon.grant(1, 1, 2);
+        let uri = daemon.tcp_uri(&key(1));
+        run("qemu-io", &["-f", "raw", "-c", "write -P 0x5a 0 32M", &uri]);
+        assert_eq!(daemon.raw("DELETE", &format!("/v1/grants/{:032x}", 1), "").0, 204);
+        let gone = Command::new("nbdinfo").args(["--size", &uri]).output().unwrap();
+        assert!(!gone.status.success(), "{backing}: a deleted grant still works");
+        daemon.wait("all memory free", |status| status["free"] == 32 * MIB);
+        daemon.grant(2, 2, 2);
+        let said = run("qemu-io", &["-f", "raw", "-r", "-c", "read -P 0 0 32M", &daemon.unix_uri(&key(2))]);
+        assert!(!said.contains("verification failed"), "{backing}: {said}");
+    }
+}
+
+#[test]
+fn trim_lowers_what_is_resident() {
+    let daemon = Daemon::start(&["--memory", "64MiB"]);
+    daemon.grant(1, 1, 4);
+    assert_eq!(daemon.get("/v1/status")["resident"], 64 * MIB);
+    let uri = daemon.tcp_uri(&key(1));
+    run("qemu-io", &["-f", "raw", "-d", "unmap", "-c", "discard 1M 1M", "-c", "discard 16M 40M", &uri]);
+    assert_eq!(daemon.get("/v1/status")["resident"], 23 * MIB);
+    let map = run("nbdinfo", &["--map", "--json", &uri]);
+    let map: Value = serde_json::from_str(&map).unwrap();
+    let holes = map.as_array().unwrap().iter().filter(|extent| extent["type"] == 3);
+    assert_eq!(holes.map(|extent| extent["length"].as_u64().unwrap()).sum::<u64>(), 41 * MIB, "{map}");
+    run("qemu-io", &["-f", "raw", "-c", "write -P 1 16M 4M", &uri]);
+    assert_eq!(daemon.get("/v1/status")["resident"], 27 * MIB);
+}
+
+#[test]
+fn a_raised_epoch_cuts_the_old_client_off() {
+    let daemon = Daemon::start(&["--memory", "64MiB"]);
+    let ids = daemon.grant(1, 1, 1);
+    let mut old = harness::Shell::open(&daemon.tcp_uri(&key(1)));
+    old.say("h.pwrite(b'a' * 4096, 0)", "");
+    let (status, answer) =
+        daemon.raw("PUT", &format!("/v1/grants/{:032x}", 1), &daemon.commit_body(2, 2, &ids).to_string());
+    assert_eq!((status, &answer["epoch"]), (200, &json!(2)), "{answer}");
+    old.say("h.pwrite(b'b' * 4096, 0)", "nbd.Error");
+    let refused = Command::new("nbdinfo").args(["--size", &daemon.tcp_uri(&key(1))]).output().unwrap();
+    assert!(!refused.status.success(), "the old key still works");
+    let said = run("qemu-io", &["-f", "raw", "-c", "read -P 0x61 0 4096", &daemon.tcp_uri(&key(2))]);
+    assert!(!said.contains("verification failed"), "{said}");
+    let (status, answer) =
+        daemon.raw("PUT", &format!("/v1/grants/{:032x}", 1), &daemon.commit_body(1, 1, &ids).to_string());
+    assert_eq!((status, &answer["kind"]), (409, &json!("conflict")), "{answer}");
+}
+
+#[test]
+fn a_client_on_the_same_host_has_the_memory_itself() {
+    let daemon = Daemon::start(&["--memory", "32MiB"]);
+    daemon.grant(1, 1, 2);
+    let mut shared = harness::Shared::open(&daemon, &key(1)).unwrap();
+    shared.write(LEN + 5, b"page");
+    let uri = daemon.tcp_uri(&key(1));
+    let said = run("qemu-io", &["-f", "raw", "-r", "-c", &format!("read -v {} 4", LEN + 5), &uri]);
+    assert!(said.contains("70 61 67 65"), "NBD sees what was stored: {said}");
+    assert_eq!(daemon.get("/v1/grants")[0]["connections"], 1);
+    assert!(harness::Shared::open(&daemon, &key(2)).is_err(), "a wrong key was let in");
+
+    assert_eq!(daemon.raw("DELETE", &format!("/v1/grants/{:032x}", 1), "").0, 204);
+    shared.wait_down();
+    assert!(harness::Shared::open(&daemon, &key(1)).is_err(), "a deleted grant still works");
+    drop(shared);
+    daemon.wait("all memory ready again", |status| status["ready"] == 32 * MIB);
+    daemon.grant(2, 2, 2);
+    let said = run("qemu-io", &["-f", "raw", "-r", "-c", "read -P 0 0 32M", &daemon.tcp_uri(&key(2))]);
+    assert!(!said.contains("verification failed"), "{said}");
+}
+
+#[test]
+fn a_start_that_cannot_be_says_why_in_one_line() {
+    let daemon = Daemon::start(&["--memory", "16MiB"]);
+    let nbd = daemon.nbd.to_string();
+    let shared_state = daemon.directory.path().join("state");
+    let sockets = daemon.directory.path().join("run");
+    let newer = tempfile::tempdir().unwrap();
+    std::fs::write(newer.path().join("appliance.json"), "{\"version\":9}").unwrap();
+    for (arguments, word) in [
+        (vec!["--memory", "0"], "at least 16MiB"),
+        (vec!["--memory", "16MiB", "--nbd", &nbd], nbd.as_str()),
+        (vec!["--memory", "16MiB", "--state", shared_state.to_str().unwrap()], "in use by another appliance"),
+        (vec!["--memory", "16MiB", "--state", newer.path().to_str().unwrap()], "version 9"),
+        (vec!["--memory", "16MiB", "--run-dir", sockets.to_str().unwrap()], "nbd.sock"),
+        (vec!["--memory", "16MiB", "--token-file", "/nonexistent"], "/nonexistent"),
+        (vec!["--memory", "4000TiB"], "lower --memory"),
+        (vec!["--memory", "16MiB", "--allocator", "ftp://x"], "ftp://x"),
+        (vec!["--memory", "16MiB", "--listen", "0.0.0.0:0"], "--token-file"),
+    ] {
+        let line = harness::complaint(&arguments);
+        assert!(line.contains(word), "{arguments:?}: {line}");
+    }
+    assert_eq!(daemon.get("/v1/status")["grants"], 0, "the first one is not harmed");
+}
+
+#[test]
+fn heartbeats_survive_an_absent_allocator() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    drop(listener);
+    let url = format!("http://{address}");
+    let daemon = Daemon::start(&["--memory", "32MiB", "--allocator", &url, "--name", "box"]);
+    daemon.wait_log("does not hear this appliance");
+    let listener = std::net::TcpListener::bind(address).unwrap();
+    let first = harness::heartbeat(&listener, "60s");
+    daemon.wait_log("registered with the allocator");
+    assert_eq!(first["info"]["name"], "box");
+    assert_eq!(first["info"]["control"], format!("http://{}", daemon.control));
+    assert_eq!(first["info"]["endpoints"]["nbd"][0], daemon.nbd.to_string());
+    assert_eq!(first["status"]["capacity"], 32 * MIB);
+    // The next one is a minute away, unless a grant changes.
+    daemon.grant(1, 1, 1);
+    assert_eq!(harness::heartbeat(&listener, "60s")["status"]["grants"], 1);
+}
