@@ -103,7 +103,7 @@ fn model() {
     let grant = appliance.connect().unwrap();
     assert_eq!(grant.size(), 16 * MIB);
     for (depth, hole, seed) in [(1, 4096, 1), (32, 1, 2), (32, 100, 3)] {
-        let shape = Shape { size: 16 * MIB, depth, len_max: 6 * MIB, hole, operations: 1000, seed };
+        let shape = Shape { size: 16 * MIB, depth, len_max: 2 * MIB, hole, operations: 400, seed };
         check(&mut ShmLink::new(grant.clone(), depth), shape);
     }
     // A second client sees the same bytes.

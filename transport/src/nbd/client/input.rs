@@ -3,14 +3,15 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 
-use xpm_protocol::nbd::{ReplyHeader, SIMPLE_REPLY_LEN, SimpleReply};
+use xpm_protocol::nbd::{ReplyHeader, SimpleReply};
 
 use super::parts::Parts;
 use crate::io::{Completion, IoBuf, IoError};
 use crate::link::LinkDown;
 use crate::nbd::server::socket::{Pieces, receive};
 
-/// Bytes of the receive buffer: the replies of a deep queue of small reads come in one call.
+/// Bytes of the receive buffer: the replies of a deep queue of small reads come in one call. Of a
+/// long read at most this much is copied; the rest goes where it belongs directly.
 const INPUT_LEN: usize = 64 << 10;
 
 /// Data of a read that is being received.
@@ -44,7 +45,7 @@ impl Input {
         ended: &mut Vec<Completion>,
     ) -> Result<(), LinkDown> {
         loop {
-            let (wanted, received) = match self.fill(socket, parts.expects_bulk()) {
+            let (wanted, received) = match self.fill(socket) {
                 Ok((_, 0)) => return Err(LinkDown::Broken),
                 Ok(counts) => counts,
                 Err(error) => match error.kind() {
@@ -63,15 +64,12 @@ impl Input {
 
     /// One call: the rest of the payload straight to where it goes, and what follows it into the
     /// buffer. Returns the bytes asked for and received.
-    fn fill(&mut self, socket: BorrowedFd<'_>, bulk: bool) -> io::Result<(usize, usize)> {
-        // A long payload must not come through the buffer, so no more than the header before it is
-        // received with that; its length is known then.
-        let room = if bulk { SIMPLE_REPLY_LEN } else { self.buffer.len() };
+    fn fill(&mut self, socket: BorrowedFd<'_>) -> io::Result<(usize, usize)> {
         let mut pieces = Pieces::new();
         if let Some(payload) = &self.payload {
             pieces.push(payload.rest);
         }
-        pieces.push_mut(&mut self.buffer[self.end..room]);
+        pieces.push_mut(&mut self.buffer[self.end..]);
         let wanted = pieces.bytes();
         let received = receive(socket, pieces)?;
         let mut behind = received;
@@ -100,8 +98,6 @@ impl Input {
                 }
             }
             match ReplyHeader::decode(&self.buffer[self.start..self.end]) {
-                // Whatever is longer than a simple reply is none.
-                Ok(None) if self.end - self.start >= SIMPLE_REPLY_LEN => return Err(LinkDown::Protocol),
                 Ok(None) => break,
                 Ok(Some((ReplyHeader::Simple(reply), len))) => {
                     self.start += len;

@@ -13,9 +13,6 @@ use super::plan::Plan;
 use crate::io::{Completion, IoBuf, IoError, Kind, Operation};
 use crate::slots::Slots;
 
-/// A read of at least this many bytes is received without a copy.
-pub(super) const BULK_MIN: usize = 16 << 10;
-
 /// What goes with a request's header.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Data {
@@ -63,8 +60,6 @@ pub(super) struct Parts {
     parts_free: Vec<u32>,
     /// Operations that want more parts.
     waiting: VecDeque<u32>,
-    /// Reads of at least [`BULK_MIN`] bytes in flight.
-    bulk: u32,
 }
 
 impl Parts {
@@ -83,18 +78,12 @@ impl Parts {
             parts: (0..depth).map(part).collect(),
             parts_free: (0..depth).rev().collect(),
             waiting: VecDeque::with_capacity(depth as usize),
-            bulk: 0,
         }
     }
 
     /// Operations in flight.
     pub(super) fn in_flight(&self) -> usize {
         self.owners.used()
-    }
-
-    /// Whether long reads are in flight.
-    pub(super) const fn expects_bulk(&self) -> bool {
-        self.bulk > 0
     }
 
     /// Takes an operation.
@@ -117,7 +106,6 @@ impl Parts {
         (part.busy, part.sent, part.refused, part.operation) = (true, false, None, slot);
         let cookie = u64::from(part.generation) << 32 | u64::from(number);
         part.data = owner.cut(cookie, &mut part.header);
-        self.bulk += u32::from(part.data.is_bulk());
         if owner.complete {
             self.waiting.pop_front();
         }
@@ -184,7 +172,6 @@ impl Parts {
     fn end(&mut self, number: u32, error: Option<IoError>) -> Option<Completion> {
         let part = &mut self.parts[number as usize];
         part.busy = false;
-        self.bulk -= u32::from(part.data.is_bulk());
         let slot = part.operation;
         self.parts_free.push(number);
         let owner = self.owners.get_mut(slot).expect("a part's operation is in flight");
@@ -230,12 +217,6 @@ impl Owner {
             (Kind::Write, Some(buf)) => Data::Send(buf),
             _ => Data::None,
         }
-    }
-}
-
-impl Data {
-    const fn is_bulk(&self) -> bool {
-        matches!(self, Data::Receive(buf) if buf.len() >= BULK_MIN)
     }
 }
 
