@@ -23,7 +23,7 @@ start_xpm() {
     xpm-allocator --listen 127.0.0.1:7700 --data /tmp/allocator >/run/lab/allocator.log 2>&1 &
     wait_port 7700
     xpm-appliance --memory 1GiB --name local --state /tmp/appliance --listen 127.0.0.1:7710 --nbd 127.0.0.1:7711 \
-        --shm /run/xpm-shm.sock --allocator $XPM_ALLOCATOR >/run/lab/appliance.log 2>&1 &
+        --run-dir /run/xpm-appliance --allocator $XPM_ALLOCATOR >/run/lab/appliance.log 2>&1 &
     wait_for 60 bash -c 'xpm appliance list --json | grep -q "\"up\""'
     start_blk
     modprobe ublk_drv

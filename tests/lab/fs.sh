@@ -2,7 +2,7 @@
 . "$LAB_SCRIPTS/lib.sh"
 
 MIB=$((1 << 20))
-FILE_MIB=128
+FILE_MIB=64
 
 # load VERIFY-OPTION...: one file, written in random order and pieces and verified by fio.
 load() {
@@ -23,7 +23,7 @@ check_fs() {
 use_fs() {
     modprobe "$1"
     case $1 in
-    ext4) mkfs.ext4 -q -E nodiscard,lazy_itable_init=0,lazy_journal_init=0 "$device" ;;
+    ext4) mkfs.ext4 -q -F -E nodiscard,lazy_itable_init=0,lazy_journal_init=0 "$device" ;;
     xfs) mkfs.xfs -q -f -K "$device" ;;
     esac
     mount "$device" /mnt/fs

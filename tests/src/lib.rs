@@ -1,1 +1,312 @@
-//! stub
+//! Real daemons for end-to-end tests: started on free ports in a directory of their own, ended with
+//! the value that holds them.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// Longest wait for anything that has to happen.
+pub const LIMIT: Duration = Duration::from_secs(30);
+
+/// Directory of the programs: that of the tests' own build.
+///
+/// # Panics
+/// When the test program does not lie in a target directory.
+pub fn programs() -> PathBuf {
+    let me = std::env::current_exe().expect("a process knows its program");
+    me.ancestors().nth(2).expect("target/PROFILE/deps/TEST").to_owned()
+}
+
+/// Whether a program of the system is there; says so when not.
+pub fn have(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&path).any(|dir| dir.join(program).is_file());
+    if !found {
+        eprintln!("skipped: {program} is not installed");
+    }
+    found
+}
+
+/// A port that nobody listened on a moment ago.
+///
+/// # Panics
+/// When there is none.
+pub fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a free port").port()
+}
+
+/// Waits until something holds.
+///
+/// # Panics
+/// When it does not within [`LIMIT`].
+pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !condition() {
+        assert!(start.elapsed() < LIMIT, "{what}: not after {LIMIT:?}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// A daemon; killed when dropped.
+pub struct Daemon {
+    name: String,
+    child: Child,
+    log: PathBuf,
+}
+
+impl Daemon {
+    /// Starts a program of this project with its output in `NAME.log` of the directory.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    pub fn start(dir: &Path, name: &str, program: &str, arguments: &[String]) -> Daemon {
+        let log = dir.join(format!("{name}.log"));
+        let file = File::options().create(true).append(true).open(&log).expect("the log can be written");
+        let child = Command::new(programs().join(program))
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(file.try_clone().expect("a second descriptor"))
+            .stderr(file)
+            .spawn()
+            .unwrap_or_else(|error| panic!("cannot start {program}: {error}"));
+        Daemon { name: name.to_owned(), child, log }
+    }
+
+    /// What it printed.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Whether it runs.
+    pub fn is_alive(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: rustix::process::Signal) {
+        if let Some(pid) = rustix::process::Pid::from_raw(self.child.id().cast_signed()) {
+            let _ = rustix::process::kill_process(pid, signal);
+        }
+    }
+
+    /// Kills it as `kill -9` does, and waits until it is gone.
+    pub fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    fn wait_ready(&mut self, mut ready: impl FnMut() -> bool) {
+        let start = Instant::now();
+        while !ready() {
+            let ended = self.child.try_wait().ok().flatten();
+            assert!(ended.is_none(), "{} ended at its start: {ended:?}\n{}", self.name, self.log());
+            assert!(start.elapsed() < LIMIT, "{} is not ready\n{}", self.name, self.log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        self.kill();
+        if std::thread::panicking() {
+            eprintln!("--- {} said:\n{}", self.name, self.log());
+        }
+    }
+}
+
+/// An allocator, appliances and xpm-blk.
+pub struct Cluster {
+    // Ended in this order.
+    /// The client's daemon.
+    pub blk: Daemon,
+    /// The appliances.
+    pub appliances: Vec<Daemon>,
+    /// The allocator.
+    pub allocator: Daemon,
+    allocator_port: u16,
+    appliance_arguments: Vec<Vec<String>>,
+    dir: TempDir,
+}
+
+impl Cluster {
+    /// Starts an allocator, so many appliances that lend 512 MiB each, and xpm-blk.
+    ///
+    /// # Panics
+    /// When one of them does not come up.
+    pub fn start(appliances: usize) -> Cluster {
+        let dir = tempfile::tempdir().expect("a directory");
+        let port = free_port();
+        let allocator = start_allocator(dir.path(), port);
+        let arguments: Vec<_> =
+            (0..appliances).map(|index| appliance_arguments(dir.path(), index, port)).collect();
+        let daemons =
+            (0..).zip(&arguments).map(|(index, arguments)| start_appliance(dir.path(), index, arguments));
+        let appliances = daemons.collect();
+        let blk = start_blk(dir.path(), port);
+        let cluster =
+            Cluster { blk, appliances, allocator, allocator_port: port, appliance_arguments: arguments, dir };
+        cluster.wait_up();
+        cluster
+    }
+
+    fn wait_up(&self) {
+        wait_until("all appliances are up", || {
+            let list = self.json(&["appliance", "list"]);
+            let up = |appliance: &&Value| appliance["state"] == "up";
+            list.as_array().is_some_and(|list| list.iter().filter(up).count() == self.appliances.len())
+        });
+    }
+
+    /// The directory of everything.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Kills the allocator and starts it again on what it kept.
+    pub fn restart_allocator(&mut self) {
+        self.allocator.kill();
+        self.allocator = start_allocator(self.dir.path(), self.allocator_port);
+    }
+
+    /// Kills an appliance and starts it again, without its memory.
+    pub fn restart_appliance(&mut self, index: usize) {
+        self.appliances[index].kill();
+        self.appliances[index] = start_appliance(self.dir.path(), index, &self.appliance_arguments[index]);
+    }
+
+    /// Kills xpm-blk and starts it again.
+    pub fn restart_blk(&mut self) {
+        self.blk.kill();
+        self.blk = start_blk(self.dir.path(), self.allocator_port);
+    }
+
+    /// Runs the operator's command.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    pub fn xpm(&self, arguments: &[&str]) -> Output {
+        Command::new(programs().join("xpm"))
+            .env("XPM_ALLOCATOR", format!("http://127.0.0.1:{}", self.allocator_port))
+            .env("XPM_BLK", self.dir.path().join("blk.sock"))
+            .args(arguments)
+            .stdin(Stdio::null())
+            .output()
+            .expect("xpm can be started")
+    }
+
+    /// Runs the operator's command, which has to go well; what it printed.
+    ///
+    /// # Panics
+    /// When it fails.
+    pub fn ok(&self, arguments: &[&str]) -> String {
+        let output = self.xpm(arguments);
+        assert!(output.status.success(), "xpm {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8_lossy(&output.stdout).trim().to_owned()
+    }
+
+    /// Runs the operator's command with `--json`.
+    ///
+    /// # Panics
+    /// When it fails or prints something else.
+    pub fn json(&self, arguments: &[&str]) -> Value {
+        let text = self.ok(&[arguments, &["--json"]].concat());
+        serde_json::from_str(&text).unwrap_or_else(|error| panic!("xpm {arguments:?}: {error}: {text}"))
+    }
+
+    /// Runs the operator's command, which has to fail: with one line, or as a usage error. What it
+    /// said.
+    ///
+    /// # Panics
+    /// When it does not fail so.
+    pub fn refused(&self, arguments: &[&str]) -> String {
+        let output = self.xpm(arguments);
+        let line = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+        assert!(!output.status.success(), "xpm {arguments:?} went well");
+        let usage = output.status.code() == Some(2);
+        assert!(usage || line.lines().count() == 1, "xpm {arguments:?} is refused in one line: {line}");
+        assert!(!line.contains("panicked"), "{line}");
+        line
+    }
+
+    /// Makes an allocation and shows it at an NBD socket over this transport; the URI.
+    pub fn attach(&self, name: &str, size: &str, options: &[&str], transport: &str) -> String {
+        self.ok(&[&["alloc", "create", name, "--size", size], options].concat());
+        let socket = self.dir.path().join(format!("{name}.sock"));
+        let form = format!("nbd-socket={}", socket.display());
+        self.ok(&["blk", "attach", name, "--as", &form, "--transport", transport]);
+        format!("nbd+unix:///{name}?socket={}", socket.display())
+    }
+}
+
+fn start_allocator(dir: &Path, port: u16) -> Daemon {
+    let arguments = [
+        "--listen".to_owned(),
+        format!("127.0.0.1:{port}"),
+        "--data".to_owned(),
+        dir.join("allocator").display().to_string(),
+        "--heartbeat".to_owned(),
+        "300ms".to_owned(),
+    ];
+    let mut daemon = Daemon::start(dir, "allocator", "xpm-allocator", &arguments);
+    daemon.wait_ready(|| http_get(port, "/v1/status"));
+    daemon
+}
+
+fn appliance_arguments(dir: &Path, index: usize, allocator: u16) -> Vec<String> {
+    let under = |name: &str| dir.join(format!("appliance{index}-{name}")).display().to_string();
+    let flags = [
+        ("--memory", "512MiB".to_owned()),
+        ("--region-size", "16MiB".to_owned()),
+        ("--ready", "32MiB".to_owned()),
+        ("--name", format!("a{index}")),
+        ("--listen", format!("127.0.0.1:{}", free_port())),
+        ("--nbd", format!("127.0.0.1:{}", free_port())),
+        ("--run-dir", under("run")),
+        ("--state", under("state")),
+        ("--allocator", format!("http://127.0.0.1:{allocator}")),
+    ];
+    let words = flags.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]);
+    words.chain(["--no-lock".to_owned()]).collect()
+}
+
+fn start_appliance(dir: &Path, index: usize, arguments: &[String]) -> Daemon {
+    let port = arguments.iter().skip_while(|word| *word != "--listen").nth(1);
+    let port = port.and_then(|address| address.rsplit_once(':')?.1.parse().ok()).expect("its own arguments");
+    let mut daemon = Daemon::start(dir, &format!("appliance{index}"), "xpm-appliance", arguments);
+    daemon.wait_ready(|| http_get(port, "/v1/status"));
+    daemon
+}
+
+fn start_blk(dir: &Path, allocator: u16) -> Daemon {
+    let (config, control) = (dir.join("blk.toml"), dir.join("blk.sock"));
+    let text = format!(
+        "allocator = \"http://127.0.0.1:{allocator}\"\ncontrol = \"{}\"\nstate = \"{}\"\nallow_unsafe_swap = true\n",
+        control.display(),
+        dir.join("blk").display()
+    );
+    std::fs::write(&config, text).expect("the configuration can be written");
+    let mut daemon =
+        Daemon::start(dir, "blk", "xpm-blk", &["--config".to_owned(), config.display().to_string()]);
+    daemon.wait_ready(|| std::os::unix::net::UnixStream::connect(&control).is_ok());
+    daemon
+}
+
+/// Whether a daemon of this machine answers with 200.
+fn http_get(port: u16, path: &str) -> bool {
+    let ask = || -> std::io::Result<String> {
+        let mut stream = TcpStream::connect(("127.0.0.1", port))?;
+        stream.set_read_timeout(Some(LIMIT))?;
+        write!(stream, "GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        Ok(answer)
+    };
+    ask().is_ok_and(|answer| answer.split(' ').nth(1) == Some("200"))
+}

@@ -92,6 +92,9 @@ struct Inner {
     shared: Arc<Shared>,
     options: VolumeOptions,
     queues: AtomicU16,
+    /// A channel without I/O, from the start until there is another one: it connects, so that it is
+    /// known whether the appliances can be reached before somebody has to wait for them.
+    probe: Mutex<Option<Channel>>,
 }
 
 /// What channels use of the volume.
@@ -142,8 +145,15 @@ impl Volume {
                 .connectors
                 .push(Connector::start(grant.clone(), links.clone()).map_err(OpenError::Thread)?);
         }
-        let inner =
-            Inner { plan: Arc::new(plan), shared: Arc::new(shared), options, queues: AtomicU16::new(0) };
+        let inner = Inner {
+            plan: Arc::new(plan),
+            shared: Arc::new(shared),
+            options,
+            queues: AtomicU16::new(0),
+            probe: Mutex::default(),
+        };
+        let probe = inner.channel().map_err(OpenError::Thread)?;
+        *inner.probe() = Some(probe);
         Ok(Volume { inner: Arc::new(inner) })
     }
 
@@ -157,24 +167,8 @@ impl Volume {
     /// # Errors
     /// When the kernel gives no descriptor.
     pub fn channel(&self) -> io::Result<Channel> {
-        let inner = &*self.inner;
-        let queue = inner.queues.fetch_add(1, Ordering::Relaxed);
-        let bell = Arc::new(Bell::new()?);
-        let connectors = &inner.shared.connectors;
-        let ports: Vec<_> = connectors.iter().map(|_| Arc::new(Port::new(queue, bell.clone()))).collect();
-        let hold = match inner.options.hold {
-            Hold::Forever => None,
-            Hold::For(span) => Some(span.0),
-        };
-        let channel = Channel::new(
-            inner.plan.clone(),
-            inner.shared.clone(),
-            (ports.clone(), bell),
-            (inner.options.depth, hold),
-        )?;
-        for (connector, port) in connectors.iter().zip(ports) {
-            connector.add(port);
-        }
+        let channel = self.inner.channel()?;
+        *self.inner.probe() = None;
         Ok(channel)
     }
 
@@ -203,6 +197,10 @@ impl Volume {
 
     /// What the volume is doing. Takes locks that no I/O waits for.
     pub fn status(&self) -> VolumeStatus {
+        if let Some(probe) = &mut *self.inner.probe() {
+            // It posts nothing, so this gives nothing; it notices links that came or went.
+            probe.poll(&mut Vec::new());
+        }
         let links: Vec<LinkStatus> =
             self.inner.shared.connectors.iter().map(|connector| connector.status()).collect();
         let state = match links.iter().map(|link| link.state).max() {
@@ -212,6 +210,33 @@ impl Volume {
         };
         let (counters, in_flight) = self.inner.shared.sum();
         VolumeStatus { state, links, counters, in_flight }
+    }
+}
+
+impl Inner {
+    fn probe(&self) -> std::sync::MutexGuard<'_, Option<Channel>> {
+        self.probe.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn channel(&self) -> io::Result<Channel> {
+        let queue = self.queues.fetch_add(1, Ordering::Relaxed);
+        let bell = Arc::new(Bell::new()?);
+        let connectors = &self.shared.connectors;
+        let ports: Vec<_> = connectors.iter().map(|_| Arc::new(Port::new(queue, bell.clone()))).collect();
+        let hold = match self.options.hold {
+            Hold::Forever => None,
+            Hold::For(span) => Some(span.0),
+        };
+        let channel = Channel::new(
+            self.plan.clone(),
+            self.shared.clone(),
+            (ports.clone(), bell),
+            (self.options.depth, hold),
+        )?;
+        for (connector, port) in connectors.iter().zip(ports) {
+            connector.add(port);
+        }
+        Ok(channel)
     }
 }
 
