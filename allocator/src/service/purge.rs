@@ -11,7 +11,7 @@ use xpm_control::server::ApiError;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::{AllocationId, ApplianceId};
 
-use super::commit::Wish;
+use super::wish::Wish;
 use super::{AfterStore, Answer, Awaited, Call, CallError, Outcome, ReplyTo, Service, Work};
 use crate::store::Change;
 use crate::store::record::{AllocationRecord, Phase};
@@ -28,8 +28,8 @@ pub(super) enum Then {
     Nothing,
     /// Give this answer.
     Answer(ReplyTo, Result<Outcome, ApiError>),
-    /// Try the allocation again; the error says why the first attempt failed.
-    TryAgain(Box<Wish>, ApiError),
+    /// Try the allocation again.
+    TryAgain(Box<Wish>),
 }
 
 /// How far the giving back is.
@@ -136,7 +136,7 @@ impl Service {
         match then {
             Then::Nothing => {}
             Then::Answer(reply, result) => self.reply(reply, result),
-            Then::TryAgain(wish, first) => self.try_again(*wish, &first),
+            Then::TryAgain(wish) => self.place(*wish),
         }
         // What waited for the allocation finds the second attempt, or nothing.
         self.release_queue(id);

@@ -1,0 +1,137 @@
+//! What goes into the service and what comes out of it.
+
+use std::fmt;
+use std::time::Duration;
+
+use serde::Serialize;
+use xpm_control::server::ApiError;
+use xpm_protocol::api::ErrorKind;
+use xpm_protocol::api::allocator::{self as api, Attach, Create, Heartbeat, HeartbeatAnswer};
+use xpm_protocol::api::appliance as appliance_api;
+use xpm_protocol::{AllocationId, ApplianceId, ClientId, GrantId, Name};
+
+use crate::store::Batch;
+
+/// When an event happens.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Moment {
+    /// Time since the service started, from a clock that never goes back.
+    pub at: Duration,
+    /// Seconds since 1970.
+    pub unix: u64,
+}
+
+/// Names the one who waits for an answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ReplyTo(pub u64);
+
+/// Names a store or a call whose result is awaited.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Ticket(pub(super) u64);
+
+/// What happens to the service.
+#[derive(Debug)]
+pub enum Event {
+    /// Somebody asks.
+    Request(ReplyTo, Request),
+    /// The batch of this ticket is durable.
+    Stored(Ticket),
+    /// The call of this ticket ended.
+    Called(Ticket, Result<Answer, CallError>),
+    /// Time passed; to come about once a second.
+    Tick,
+}
+
+/// What can be asked, as in the table of `xpm_protocol::api::allocator`.
+#[derive(Debug, Clone)]
+#[allow(missing_docs)]
+pub enum Request {
+    Status,
+    Heartbeat(Box<Heartbeat>),
+    Appliances,
+    ForgetAppliance(ApplianceId),
+    Create(Create),
+    Allocations,
+    Allocation(Name),
+    Delete { name: Name, force: bool },
+    Attach { name: Name, attach: Attach },
+    Detach { name: Name, client: ClientId },
+}
+
+/// What is answered; as JSON just the content.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+#[allow(missing_docs)]
+pub enum Outcome {
+    Done,
+    Status(api::Status),
+    Heartbeat(HeartbeatAnswer),
+    Appliances(Vec<api::Appliance>),
+    Allocation(Box<api::Allocation>),
+    Allocations(Vec<api::Allocation>),
+    Map(Box<api::Map>),
+}
+
+/// What the service wants done.
+#[derive(Debug)]
+pub enum Effect {
+    /// Give this answer.
+    Reply(ReplyTo, Result<Outcome, ApiError>),
+    /// Make the batch durable, after all batches before it; then [`Event::Stored`].
+    Store(Ticket, Batch),
+    /// Call an appliance within a time limit; then [`Event::Called`].
+    Call(Ticket, Target, Call),
+}
+
+/// Which appliance to call.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Target {
+    /// The appliance.
+    pub appliance: ApplianceId,
+    /// Base URL of its control interface.
+    pub control: String,
+}
+
+/// A call to an appliance.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Call {
+    /// Ask what it has.
+    Status,
+    /// Reserve regions.
+    Reserve(appliance_api::Reserve),
+    /// Make reserved regions a grant, or raise the epoch of one.
+    Commit(GrantId, appliance_api::Commit),
+    /// Revoke the grant; the appliance need not have it.
+    Revoke(GrantId),
+    /// Revoke the grant and release every region that the appliance has for the allocation, until
+    /// it lists none: nothing that is still on its way can make a grant of them afterwards.
+    Purge(AllocationId, GrantId),
+}
+
+/// How an appliance answered a call.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Answer {
+    /// Done.
+    Done,
+    /// What it has.
+    Status(Box<appliance_api::Status>),
+    /// The regions that it reserved.
+    Regions(Vec<appliance_api::Region>),
+}
+
+/// Why a call brought no answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum CallError {
+    /// The appliance refused it and changed nothing.
+    Refused(ErrorKind, String),
+    /// Unreachable, too late or broken off: whether it was carried out may be unknown.
+    Failed(String),
+}
+
+impl fmt::Display for CallError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            CallError::Refused(_, line) | CallError::Failed(line) => f.write_str(line),
+        }
+    }
+}

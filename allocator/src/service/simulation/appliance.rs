@@ -1,0 +1,144 @@
+//! An appliance with real bookkeeping and no memory.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use xpm_protocol::api::ErrorKind;
+use xpm_protocol::api::allocator::Heartbeat;
+use xpm_protocol::api::appliance::{Commit, Region, RegionState, Reserve};
+use xpm_protocol::{AllocationId, ByteSize, Epoch, GrantId, GrantKey, RegionId};
+
+use super::super::{Answer, Call, CallError};
+use crate::store::ApplianceRecord;
+use crate::testing::appliance;
+
+/// An appliance as its interface describes it.
+pub(super) struct Appliance {
+    pub(super) record: ApplianceRecord,
+    pub(super) capacity: u64,
+    pub(super) regions: BTreeMap<RegionId, Held>,
+    pub(super) grants: BTreeMap<GrantId, Granted>,
+    next_region: u128,
+    /// Bytes that were given back and are not cleared yet.
+    pub(super) clearing: u64,
+    pub(super) refusals: u32,
+    pub(super) away: bool,
+}
+
+pub(super) struct Held {
+    pub(super) allocation: AllocationId,
+    pub(super) len: u64,
+    pub(super) until: Duration,
+    pub(super) grant: Option<GrantId>,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Granted {
+    pub(super) epoch: Epoch,
+    pub(super) key: GrantKey,
+    pub(super) regions: Vec<RegionId>,
+}
+
+impl Appliance {
+    pub(super) fn new(number: u128, capacity: u64) -> Appliance {
+        Appliance {
+            record: appliance(number),
+            capacity,
+            regions: BTreeMap::new(),
+            grants: BTreeMap::new(),
+            next_region: number << 64,
+            clearing: 0,
+            refusals: 0,
+            away: false,
+        }
+    }
+
+    pub(super) fn heartbeat(&self) -> Heartbeat {
+        let mut status = self.record.status.clone();
+        status.capacity = ByteSize(self.capacity);
+        status.free = ByteSize(self.free());
+        status.granted = ByteSize(self.capacity - self.free() - self.clearing);
+        Heartbeat { info: self.record.info.clone(), status }
+    }
+
+    fn free(&self) -> u64 {
+        self.capacity - self.clearing - self.regions.values().map(|region| region.len).sum::<u64>()
+    }
+
+    pub(super) fn expire(&mut self, now: Duration) {
+        self.regions.retain(|_, region| region.grant.is_some() || region.until > now);
+    }
+
+    pub(super) fn carry_out(&mut self, now: Duration, call: &Call) -> Result<Answer, CallError> {
+        self.expire(now);
+        match call {
+            Call::Status => Ok(Answer::Status(Box::new(self.heartbeat().status))),
+            Call::Reserve(reserve) => self.reserve(now, reserve),
+            Call::Commit(id, commit) => self.commit(*id, commit),
+            Call::Revoke(id) => {
+                self.revoke(*id);
+                Ok(Answer::Done)
+            }
+            Call::Purge(allocation, id) => {
+                self.revoke(*id);
+                self.regions.retain(|_, region| region.allocation != *allocation);
+                Ok(Answer::Done)
+            }
+        }
+    }
+
+    fn reserve(&mut self, now: Duration, reserve: &Reserve) -> Result<Answer, CallError> {
+        let len = reserve.region_len.0;
+        if u64::from(reserve.count) * len > self.free() {
+            self.refusals += 1;
+            return Err(CallError::Refused(ErrorKind::NoSpace, "no room".into()));
+        }
+        let made = |_| {
+            self.next_region += 1;
+            let id = RegionId::from_u128(self.next_region);
+            let held = Held { allocation: reserve.allocation, len, until: now + reserve.ttl.0, grant: None };
+            self.regions.insert(id, held);
+            Region {
+                id,
+                len: ByteSize(len),
+                state: RegionState::Reserved,
+                allocation: None,
+                grant: None,
+                resident: ByteSize(0),
+            }
+        };
+        Ok(Answer::Regions((0..reserve.count).map(made).collect()))
+    }
+
+    fn commit(&mut self, id: GrantId, commit: &Commit) -> Result<Answer, CallError> {
+        let refused = |line: &str| Err(CallError::Refused(ErrorKind::Conflict, line.into()));
+        let wanted =
+            Granted { epoch: commit.epoch, key: commit.key.clone(), regions: commit.regions.clone() };
+        if let Some(grant) = self.grants.get_mut(&id) {
+            if commit.epoch < grant.epoch || commit.regions != grant.regions {
+                return refused("an older epoch, or other regions");
+            }
+            assert!(commit.epoch > grant.epoch || *grant == wanted, "one epoch has one key");
+            *grant = wanted;
+            return Ok(Answer::Done);
+        }
+        let free = |region: &RegionId| {
+            self.regions
+                .get(region)
+                .is_some_and(|held| held.grant.is_none() && held.allocation == commit.allocation)
+        };
+        if !commit.regions.iter().all(free) {
+            return refused("the reservation is over");
+        }
+        for region in &commit.regions {
+            self.regions.get_mut(region).unwrap().grant = Some(id);
+        }
+        self.grants.insert(id, wanted);
+        Ok(Answer::Done)
+    }
+
+    fn revoke(&mut self, id: GrantId) {
+        self.grants.remove(&id);
+        self.regions.retain(|_, region| region.grant != Some(id));
+    }
+}

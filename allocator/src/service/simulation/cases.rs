@@ -1,0 +1,203 @@
+//! One story each.
+
+use std::time::Duration;
+
+use xpm_control::server::ApiError;
+use xpm_protocol::api::ErrorKind;
+use xpm_protocol::api::allocator::Map;
+use xpm_protocol::{ApplianceId, Epoch};
+
+use super::super::{Effect, Event, Outcome, ReplyTo, Request};
+use super::world::{Fate, World};
+use super::{INTERVAL, MIB, attach, create, delete, detach};
+use crate::store::MetadataStore as _;
+use crate::store::record::Phase;
+
+fn kind(result: Result<Outcome, ApiError>) -> ErrorKind {
+    result.unwrap_err().0
+}
+
+fn map(result: Result<Outcome, ApiError>) -> Map {
+    match result.unwrap() {
+        Outcome::Map(map) => *map,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn made_attached_and_deleted() {
+    let mut world = World::new(&[128 * MIB; 3]);
+    world.answer(create("a", 96, Some(3))).unwrap();
+    assert_eq!(kind(world.answer(create("a", 16, None))), ErrorKind::Conflict);
+    let first = map(world.answer(attach("a", 1, false)));
+    assert_eq!((first.epoch, first.grants.len(), first.regions.len()), (Epoch::FIRST, 3, 6));
+    assert_eq!(map(world.answer(attach("a", 1, false))), first, "the same client gets the same map");
+    assert_eq!(kind(world.answer(delete("a", false))), ErrorKind::InUse);
+    world.answer(detach("a", 1)).unwrap();
+    world.answer(delete("a", false)).unwrap();
+    assert_eq!(kind(world.answer(attach("a", 1, false))), ErrorKind::NotFound);
+    world.answer(create("a", 384, Some(3))).unwrap();
+    world.check();
+}
+
+#[test]
+fn a_new_owner_cuts_the_old_one_off() {
+    let mut world = World::new(&[64 * MIB; 2]);
+    world.answer(create("a", 64, Some(2))).unwrap();
+    let first = map(world.answer(attach("a", 1, false)));
+    assert_eq!(kind(world.answer(attach("a", 2, false))), ErrorKind::InUse);
+    let second = map(world.answer(attach("a", 2, true)));
+    assert_eq!(second.epoch, first.epoch.next());
+    assert!(first.grants.iter().zip(&second.grants).all(|(old, new)| old.key != new.key && old.id == new.id));
+    world.answer(detach("a", 1)).unwrap();
+    assert_eq!(
+        kind(world.answer(attach("a", 1, false))),
+        ErrorKind::InUse,
+        "a late detach of the old one changes nothing"
+    );
+    world.answer(detach("a", 2)).unwrap();
+    let third = map(world.answer(attach("a", 1, false)));
+    assert_eq!(third.epoch, second.epoch.next(), "keys once known are never valid for another");
+    world.check();
+}
+
+#[test]
+fn a_change_of_owner_waits_for_every_appliance() {
+    let mut world = World::new(&[64 * MIB; 2]);
+    world.answer(create("a", 32, Some(2))).unwrap();
+    let first = map(world.answer(attach("a", 1, false)));
+    world.appliances.values_mut().next().unwrap().away = true;
+    assert_eq!(kind(world.answer(attach("a", 2, true))), ErrorKind::Unavailable);
+    world.crash(false);
+    world.mend();
+    let again = map(world.answer(attach("a", 1, false)));
+    assert_eq!(
+        again.epoch,
+        first.epoch.next(),
+        "the owner stays, with the epoch that some appliances have already"
+    );
+    assert_eq!(kind(world.answer(attach("a", 2, false))), ErrorKind::InUse);
+    world.check();
+}
+
+#[test]
+fn another_appliance_is_tried_once() {
+    let mut world = World::new(&[256 * MIB, 128 * MIB]);
+    let reply = world.ask(create("a", 16, None));
+    while !matches!(world.pending.front(), Some(Effect::Call(..))) {
+        world.step(0, Fate::Works);
+    }
+    world.step(0, Fate::Refused);
+    world.finish();
+    assert!(world.answers.remove(&reply).unwrap().is_ok());
+    let second = &world.appliances[&ApplianceId::from_u128(2)];
+    assert_eq!(second.grants.len(), 1);
+    world.mend();
+    world.check();
+}
+
+#[test]
+fn two_at_once_do_not_book_the_same_memory() {
+    let mut world = World::new(&[64 * MIB; 4]);
+    let replies: Vec<ReplyTo> = (0..6).map(|n| world.ask(create(&format!("a{n}"), 48, Some(3)))).collect();
+    world.finish();
+    let made = replies.iter().filter(|reply| world.answers[reply].is_ok()).count();
+    assert_eq!(made, 5, "sixteen regions, three each");
+    assert!(world.appliances.values().all(|one| one.refusals == 0), "no appliance had to refuse");
+    world.check();
+}
+
+#[test]
+fn memory_given_back_is_there_at_once() {
+    let mut world = World::new(&[64 * MIB; 1]);
+    for _ in 0..10 {
+        world.answer(create("a", 64, None)).unwrap();
+        world.answer(delete("a", false)).unwrap();
+    }
+    assert!(world.answers.is_empty() || world.open.is_empty());
+    world.check();
+}
+
+#[test]
+fn memory_that_is_being_cleared_is_waited_for() {
+    let mut world = World::new(&[64 * MIB; 1]);
+    let id = ApplianceId::from_u128(1);
+    world.appliances.get_mut(&id).unwrap().clearing = 48 * MIB;
+    world.pass(INTERVAL);
+    world.finish();
+    let reply = world.ask(create("a", 64, None));
+    world.finish();
+    assert!(world.open.contains(&reply), "it waits");
+    world.appliances.get_mut(&id).unwrap().clearing = 0;
+    world.now += Duration::from_secs(1);
+    world.event(Event::Tick);
+    world.finish();
+    assert!(world.answers.remove(&reply).unwrap().is_ok());
+    world.answer(delete("a", false)).unwrap();
+
+    world.appliances.get_mut(&id).unwrap().clearing = 48 * MIB;
+    let too_much = world.answer(create("b", 65, None));
+    assert_eq!(kind(too_much), ErrorKind::NoSpace, "it would not help to wait");
+    let reply = world.ask(create("b", 64, None));
+    for _ in 0..20 {
+        world.now += Duration::from_secs(1);
+        world.event(Event::Tick);
+        world.finish();
+    }
+    assert_eq!(kind(world.answers.remove(&reply).unwrap()), ErrorKind::NoSpace, "it does not wait for ever");
+    world.check();
+}
+
+#[test]
+fn a_deletion_outlives_appliance_and_allocator() {
+    let mut world = World::new(&[64 * MIB; 2]);
+    world.answer(create("a", 64, Some(2))).unwrap();
+    world.appliances.get_mut(&ApplianceId::from_u128(1)).unwrap().away = true;
+    world.answer(delete("a", false)).unwrap();
+    assert_eq!(world.durable.load().unwrap().allocations[0].phase, Phase::Deleting);
+    world.answer(delete("a", false)).unwrap();
+    world.crash(false);
+    world.finish();
+    world.mend();
+    assert!(world.durable.load().unwrap().allocations.is_empty());
+    world.check();
+}
+
+#[test]
+fn an_appliance_is_forgotten_when_nothing_needs_it() {
+    let mut world = World::new(&[64 * MIB]);
+    let id = ApplianceId::from_u128(1);
+    world.answer(create("a", 16, None)).unwrap();
+    assert_eq!(kind(world.answer(Request::ForgetAppliance(id))), ErrorKind::InUse);
+    world.appliances.get_mut(&id).unwrap().away = true;
+    world.answer(delete("a", false)).unwrap();
+    assert_eq!(
+        kind(world.answer(Request::ForgetAppliance(id))),
+        ErrorKind::InUse,
+        "it is up and may confirm yet"
+    );
+    world.pass(INTERVAL * 4);
+    world.finish();
+    world.answer(Request::ForgetAppliance(id)).unwrap();
+    world.pass(Duration::from_secs(1));
+    world.finish();
+    assert!(world.durable.load().unwrap().allocations.is_empty(), "its memory went with it");
+    assert_eq!(kind(world.answer(Request::ForgetAppliance(id))), ErrorKind::NotFound);
+}
+
+#[test]
+fn requests_for_one_allocation_wait_for_each_other() {
+    let mut world = World::new(&[64 * MIB]);
+    world.answer(create("a", 16, None)).unwrap();
+    let first = world.ask(attach("a", 1, false));
+    let second = world.ask(attach("a", 2, false));
+    let third = world.ask(delete("a", true));
+    let fourth = world.ask(attach("a", 3, false));
+    world.finish();
+    assert!(world.answers[&first].is_ok());
+    assert_eq!(kind(world.answers[&second].clone()), ErrorKind::InUse);
+    assert!(world.answers[&third].is_ok());
+    assert_eq!(kind(world.answers[&fourth].clone()), ErrorKind::NotFound);
+    world.mend();
+    world.check();
+}

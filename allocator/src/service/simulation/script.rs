@@ -1,0 +1,80 @@
+//! Whatever happens.
+
+use std::time::Duration;
+
+use proptest::prelude::*;
+
+use super::world::{Fate, World};
+use super::{MIB, attach, create, delete, detach};
+
+#[derive(Debug, Clone)]
+enum Move {
+    Create(u8, u64, u32),
+    Attach(u8, u8, bool),
+    Detach(u8, u8),
+    Delete(u8, bool),
+    Steps(Vec<(usize, u8)>),
+    Pass(u64),
+    Arrive(usize),
+    Away(u8, bool),
+    Crash(bool),
+}
+
+fn moves() -> impl Strategy<Value = Move> {
+    prop_oneof![
+        4 => (0..4_u8, 1..200_u64, 1..4_u32).prop_map(|(name, mib, stripe)| Move::Create(name, mib, stripe)),
+        3 => (0..4_u8, 0..3_u8, any::<bool>()).prop_map(|(name, client, force)| Move::Attach(name, client, force)),
+        1 => (0..4_u8, 0..3_u8).prop_map(|(name, client)| Move::Detach(name, client)),
+        2 => (0..4_u8, any::<bool>()).prop_map(|(name, force)| Move::Delete(name, force)),
+        8 => prop::collection::vec((any::<usize>(), any::<u8>()), 1..20).prop_map(Move::Steps),
+        2 => (0..90_u64).prop_map(Move::Pass),
+        3 => any::<usize>().prop_map(Move::Arrive),
+        1 => (0..3_u8, any::<bool>()).prop_map(|(one, away)| Move::Away(one, away)),
+        1 => any::<bool>().prop_map(Move::Crash),
+    ]
+}
+
+impl World {
+    fn make(&mut self, made: Move) {
+        let name = |name: u8| format!("v{name}");
+        match made {
+            Move::Create(of, mib, stripe) => drop(self.ask(create(&name(of), mib, Some(stripe)))),
+            Move::Attach(of, client, force) => drop(self.ask(attach(&name(of), client.into(), force))),
+            Move::Detach(of, client) => drop(self.ask(detach(&name(of), client.into()))),
+            Move::Delete(of, force) => drop(self.ask(delete(&name(of), force))),
+            Move::Steps(steps) => {
+                steps.into_iter().for_each(|(choice, fate)| self.step(choice, fate_of(fate)));
+            }
+            Move::Pass(seconds) => self.pass(Duration::from_secs(seconds)),
+            Move::Arrive(choice) => self.arrive(choice),
+            Move::Crash(arriving) => self.crash(arriving),
+            Move::Away(one, away) => {
+                if let Some(one) = self.appliances.values_mut().nth(one.into()) {
+                    one.away = away;
+                }
+            }
+        }
+    }
+}
+
+fn fate_of(number: u8) -> Fate {
+    match number % 16 {
+        0 => Fate::NeverArrives,
+        1 => Fate::AnswerIsLost,
+        2 => Fate::Refused,
+        3 => Fate::ArrivesLate,
+        _ => Fate::Works,
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    #[test]
+    fn whole_or_undone_whatever_happens(script in prop::collection::vec(moves(), 1..60)) {
+        let mut world = World::new(&[160 * MIB, 96 * MIB, 224 * MIB]);
+        script.into_iter().for_each(|made| world.make(made));
+        world.mend();
+        world.check();
+    }
+}

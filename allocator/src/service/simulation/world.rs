@@ -1,0 +1,245 @@
+//! Everything around the service.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
+
+use xpm_control::server::ApiError;
+use xpm_protocol::ApplianceId;
+use xpm_protocol::api::ErrorKind;
+use xpm_protocol::api::allocator::Heartbeat;
+
+use super::super::{
+    Answer, Call, CallError, Effect, Event, Moment, Outcome, ReplyTo, Request, Service, Settings,
+};
+use super::appliance::Appliance;
+use super::{INTERVAL, TTL};
+use crate::store::MetadataStore as _;
+use crate::store::memory::MemoryStore;
+use crate::store::record::Phase;
+
+/// What becomes of a call.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Fate {
+    Works,
+    NeverArrives,
+    /// It is given up, and arrives afterwards.
+    ArrivesLate,
+    AnswerIsLost,
+    Refused,
+}
+
+pub(super) struct World {
+    service: Service,
+    pub(super) durable: MemoryStore,
+    pub(super) now: Duration,
+    pub(super) appliances: BTreeMap<ApplianceId, Appliance>,
+    /// Calls that were given up and are still on their way.
+    late: Vec<(ApplianceId, Call)>,
+    /// What the service wants done and is not done yet.
+    pub(super) pending: VecDeque<Effect>,
+    asked: u64,
+    pub(super) open: BTreeSet<ReplyTo>,
+    pub(super) answers: BTreeMap<ReplyTo, Result<Outcome, ApiError>>,
+}
+
+impl World {
+    pub(super) fn new(capacities: &[u64]) -> World {
+        let mut world = World {
+            service: new_service(0),
+            durable: MemoryStore::default(),
+            now: Duration::ZERO,
+            appliances: BTreeMap::new(),
+            late: Vec::new(),
+            pending: VecDeque::new(),
+            asked: 0,
+            open: BTreeSet::new(),
+            answers: BTreeMap::new(),
+        };
+        for (index, capacity) in capacities.iter().enumerate() {
+            let one = Appliance::new(index as u128 + 1, *capacity);
+            world.appliances.insert(one.record.info.id, one);
+        }
+        world.beat();
+        world.finish();
+        world
+    }
+
+    pub(super) fn event(&mut self, event: Event) {
+        let now = Moment { at: self.now, unix: self.now.as_secs() };
+        let effects = self.service.handle(now, event);
+        self.pending.extend(effects);
+    }
+
+    pub(super) fn ask(&mut self, request: Request) -> ReplyTo {
+        self.asked += 1;
+        let reply = ReplyTo(self.asked);
+        self.open.insert(reply);
+        self.event(Event::Request(reply, request));
+        reply
+    }
+
+    /// Every appliance that is there sends its heartbeat.
+    fn beat(&mut self) {
+        let now = self.now;
+        let here = self.appliances.values_mut().filter(|one| !one.away);
+        let beats: Vec<Heartbeat> = here
+            .map(|one| {
+                one.expire(now);
+                one.heartbeat()
+            })
+            .collect();
+        for heartbeat in beats {
+            self.ask(Request::Heartbeat(Box::new(heartbeat)));
+        }
+    }
+
+    /// Does one thing that is pending: stores in order, calls in any order.
+    pub(super) fn step(&mut self, choice: usize, fate: Fate) {
+        let Some(effect) = self.take(choice) else { return };
+        match effect {
+            Effect::Reply(reply, result) => {
+                assert!(self.open.remove(&reply), "{reply:?} was answered already");
+                self.answers.insert(reply, result);
+            }
+            Effect::Store(ticket, batch) => {
+                self.durable.commit(&[batch]).unwrap();
+                self.event(Event::Stored(ticket));
+            }
+            Effect::Call(ticket, target, call) => {
+                let result = self.call(target.appliance, &call, fate);
+                self.event(Event::Called(ticket, result));
+            }
+        }
+    }
+
+    /// One of the calls that were given up arrives after all.
+    pub(super) fn arrive(&mut self, choice: usize) {
+        if !self.late.is_empty() {
+            let (id, call) = self.late.swap_remove(choice % self.late.len());
+            let _ = self.call(id, &call, Fate::Works);
+        }
+    }
+
+    fn take(&mut self, choice: usize) -> Option<Effect> {
+        let index = choice % self.pending.len().max(1);
+        let index = match self.pending.get(index)? {
+            Effect::Store(..) => {
+                self.pending.iter().position(|effect| matches!(effect, Effect::Store(..)))?
+            }
+            _ => index,
+        };
+        self.pending.remove(index)
+    }
+
+    fn call(&mut self, id: ApplianceId, call: &Call, fate: Fate) -> Result<Answer, CallError> {
+        let failed = || Err(CallError::Failed("no answer".into()));
+        let appliance = self.appliances.get_mut(&id).unwrap();
+        match fate {
+            _ if appliance.away => failed(),
+            Fate::NeverArrives => failed(),
+            Fate::ArrivesLate => {
+                self.late.push((id, call.clone()));
+                failed()
+            }
+            Fate::Refused => Err(CallError::Refused(ErrorKind::NoSpace, "a whim".into())),
+            Fate::AnswerIsLost => {
+                let _ = appliance.carry_out(self.now, call);
+                failed()
+            }
+            Fate::Works => appliance.carry_out(self.now, call),
+        }
+    }
+
+    pub(super) fn finish(&mut self) {
+        for _ in 0..100_000 {
+            if self.pending.is_empty() {
+                return;
+            }
+            self.step(0, Fate::Works);
+        }
+        panic!("it never comes to rest");
+    }
+
+    /// The allocator is killed: what was not durable is gone, calls on their way may still arrive.
+    pub(super) fn crash(&mut self, arriving: bool) {
+        let late: Vec<Effect> = self.pending.drain(..).collect();
+        self.open.clear();
+        self.service = new_service(self.asked);
+        self.now += Duration::from_secs(1);
+        let now = Moment { at: self.now, unix: self.now.as_secs() };
+        let loaded = self.durable.load().unwrap();
+        let effects = self.service.restore(now, loaded);
+        self.pending.extend(effects);
+        for effect in late {
+            if let Effect::Call(_, target, call) = effect
+                && arriving
+            {
+                self.late.push((target.appliance, call));
+            }
+        }
+    }
+
+    pub(super) fn pass(&mut self, time: Duration) {
+        self.now += time;
+        self.beat();
+        self.event(Event::Tick);
+    }
+
+    /// Everything is there again, and enough time passes for every undo.
+    pub(super) fn mend(&mut self) {
+        self.appliances.values_mut().for_each(|one| one.away = false);
+        self.finish();
+        while !self.late.is_empty() {
+            self.arrive(0);
+        }
+        for _ in 0..4 {
+            self.pass(TTL);
+            self.finish();
+        }
+    }
+
+    pub(super) fn check(&mut self) {
+        assert!(self.open.is_empty(), "without an answer: {:?}", self.open);
+        let loaded = self.durable.load().unwrap();
+        let mut granted = 0;
+        for record in &loaded.allocations {
+            assert_eq!(record.phase, Phase::Ready, "{}", record.name);
+            for (index, grant) in record.grants.iter().enumerate() {
+                let held = &self.appliances[&grant.appliance].grants[&grant.id];
+                assert_eq!(held.regions, grant.regions);
+                let now = (record.epoch, &grant.key);
+                let next = record.next.as_ref().map(|next| (next.epoch, &next.keys[index]));
+                assert!(
+                    now == (held.epoch, &held.key) || next == Some((held.epoch, &held.key)),
+                    "{}",
+                    record.name
+                );
+                granted += 1;
+            }
+        }
+        let grants: usize = self.appliances.values().map(|one| one.grants.len()).sum();
+        assert_eq!(grants, granted, "a grant that no record has");
+        for one in self.appliances.values() {
+            assert!(one.regions.values().all(|region| region.grant.is_some()), "a reservation stayed");
+        }
+    }
+
+    pub(super) fn answer(&mut self, request: Request) -> Result<Outcome, ApiError> {
+        let reply = self.ask(request);
+        self.finish();
+        self.answers.remove(&reply).unwrap()
+    }
+}
+
+/// Random numbers that differ from those of the service before a crash.
+fn new_service(life: u64) -> Service {
+    let mut count = 0_u64;
+    let dice = move || {
+        count += 1;
+        let mut bytes = [0; 32];
+        bytes[..8].copy_from_slice(&count.to_le_bytes());
+        bytes[8..16].copy_from_slice(&(life + 1).to_le_bytes());
+        Ok(bytes)
+    };
+    Service::new(Settings { interval: INTERVAL, reserve_ttl: TTL }, Box::new(dice))
+}
