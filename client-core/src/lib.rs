@@ -2,10 +2,8 @@
 //!
 //! * [`volume`]: an allocation in use. A [`Volume`] is shared, and gives one [`Channel`] for each queue.
 //! * [`slab`]: pieces of regions, carved out with no message to anyone.
-//! * [`store`]: an allocation's map on disk, with which devices come back while the allocator is away.
 
 pub mod slab;
-pub mod store;
 pub mod volume;
 
 pub use volume::{Channel, OpenError, Volume, VolumeOptions, VolumeStatus};

@@ -178,7 +178,8 @@ async fn negotiate<S: Stream>(
                 count => handshake.receive(&buffer[..count]),
             },
             Step::Open(name) => {
-                opened = open(server.clone(), exports.clone(), name).await;
+                let enters = handshake.enters();
+                opened = open(server.clone(), exports.clone(), name, enters).await;
                 next = handshake.found(opened.as_ref().map(|opened| &opened.info));
             }
             Step::List => handshake.listed(exports.list().as_deref()),
@@ -200,11 +201,14 @@ async fn negotiate<S: Stream>(
     }
 }
 
-/// Opens an export, and shuts out the connection that this one replaces before it is answered.
-async fn open(server: Server, exports: Arc<dyn Exports>, name: String) -> Option<Opened> {
+/// Opens an export. When it is entered rather than asked about, the connection that this one
+/// replaces is shut out before it is answered.
+async fn open(server: Server, exports: Arc<dyn Exports>, name: String, enters: bool) -> Option<Opened> {
     let opening = tokio::task::spawn_blocking(move || {
         let opened = exports.open(&name)?;
-        server.shut_out(opened.group, opened.session).ok()?;
+        if enters {
+            server.shut_out(opened.group, opened.session).ok()?;
+        }
         Some(opened)
     });
     opening.await.ok().flatten()
