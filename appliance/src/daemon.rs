@@ -33,6 +33,7 @@ use crate::state::StateDir;
 /// # Errors
 /// When it cannot start.
 pub fn run(config: Config) -> anyhow::Result<()> {
+    host::raise_limits();
     host::avoid_oom_killer();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         // Control only: the data plane has threads of its own.
@@ -179,8 +180,14 @@ fn announce(config: &Config, identity: &Identity) {
         identity.nbd,
         identity.nbd_unix.display()
     );
-    if config.allocator.is_none() {
-        tracing::warn!("no allocator will know this appliance: give --allocator URL");
+    match &config.allocator {
+        None => tracing::warn!("no allocator will know this appliance: give --allocator URL"),
+        Some(url) if identity.is_local_only(url) => tracing::warn!(
+            "the allocator at {url} tells clients to reach this appliance at {}, which only this machine can: give \
+             --nbd ADDRESS:PORT with an address of the network",
+            identity.nbd
+        ),
+        Some(_) => {}
     }
 }
 

@@ -3,6 +3,8 @@
 use std::fs;
 use std::io;
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
 /// The memory of this host, in bytes where the name does not say otherwise.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct MemInfo {
@@ -52,6 +54,16 @@ pub fn avoid_oom_killer() {
             "cannot protect this process from the OOM killer ({error}): its clients lose their memory if it is killed; \
              give it CAP_SYS_RESOURCE, or OOMScoreAdjust=-1000 in its unit"
         );
+    }
+}
+
+/// Raises what this process may use to what it is allowed to: a descriptor for each region and two
+/// for each connection, and locked memory. Where the soft limits are as high already, nothing changes.
+pub fn raise_limits() {
+    for resource in [Resource::Nofile, Resource::Memlock] {
+        let limit = getrlimit(resource);
+        // What cannot be raised is noticed, and said, when it is used up.
+        let _ = setrlimit(resource, Rlimit { current: limit.maximum, ..limit });
     }
 }
 

@@ -8,6 +8,7 @@
 mod grants;
 
 use std::collections::BTreeMap;
+use std::ops::Bound;
 use std::time::{Duration, Instant};
 
 use xpm_protocol::api::appliance::RegionState;
@@ -155,6 +156,8 @@ pub struct Ledger<M> {
     grants: BTreeMap<GrantId, Grant>,
     totals: Totals,
     ids: Ids,
+    /// The region that was given out last to be cleared.
+    last_clearing: RegionId,
 }
 
 /// Region ids: each differs from all others of this life, and, as it starts at a random number,
@@ -184,6 +187,7 @@ impl<M: Clone> Ledger<M> {
             grants: BTreeMap::new(),
             totals: Totals::default(),
             ids: Ids { start: random, count: 0 },
+            last_clearing: RegionId::from_u128(0),
         }
     }
 
@@ -330,10 +334,18 @@ impl<M: Clone> Ledger<M> {
     }
 
     /// A region to be cleared, with its memory, which is the caller's until it says
-    /// [`Ledger::cleared`], [`Ledger::dropped`] or [`Ledger::not_yet`].
+    /// [`Ledger::cleared`], [`Ledger::dropped`] or [`Ledger::not_yet`]. They take turns, so that one
+    /// that cannot be cleared yet holds no other up.
     pub fn take_clearing(&mut self) -> Option<(RegionId, M)> {
-        let clearing = self.regions.iter_mut().filter(|(_, region)| region.state == State::Clearing);
-        clearing.into_iter().find_map(|(id, region)| Some((*id, region.memory.take()?)))
+        let waiting = |(_, region): &(&RegionId, &Region<M>)| {
+            region.state == State::Clearing && region.memory.is_some()
+        };
+        let after = (Bound::Excluded(self.last_clearing), Bound::Unbounded);
+        let next = self.regions.range(after).find(waiting).or_else(|| self.regions.iter().find(waiting));
+        let id = *next?.0;
+        self.last_clearing = id;
+        let memory = self.regions.get_mut(&id)?.memory.take()?;
+        Some((id, memory))
     }
 
     /// A region that is ready and not wanted so, as [`Ledger::take_clearing`] gives one.

@@ -1,11 +1,14 @@
 //! The table of regions and grants: the ledger, the memory behind it, and the clients that are shut
 //! out before a grant changes. Only the control plane and new connections come here.
 
+mod fence;
+mod shared;
+mod state;
 mod worker;
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
@@ -14,6 +17,10 @@ use xpm_protocol::api::appliance::{self as api, Commit, RegionState, Reserve};
 use xpm_protocol::units::{ByteSize, is_region_len};
 use xpm_protocol::{GrantId, GrantKey, RegionId};
 
+pub use self::fence::Fence;
+use self::fence::Moved;
+use self::shared::{Shared, TURN_LIMIT};
+use self::state::State;
 use crate::arena::{Arena, ArenaError, Memory};
 use crate::lease::Lease;
 use crate::ledger::{Change, Ledger, NoPlan, Refusal, Stock, Totals};
@@ -22,23 +29,8 @@ use crate::ledger::{Change, Ledger, NoPlan, Refusal, Stock, Totals};
 const COUNT_MAX: u32 = 4096;
 /// Longest time that a reservation lives.
 const TTL_MAX: Duration = Duration::from_secs(3600);
-/// How long an order waits until what it asked for is faulted in; the rest follows while it is in
-/// use already. Shorter than the 3 s after which the allocator asks another appliance.
-const FAULT_LIMIT: Duration = Duration::from_secs(2);
-/// How long an order waits for another one that changes the same thing.
-const TURN_LIMIT: Duration = Duration::from_secs(30);
 /// Threads that make, fault in and clear regions, at most: more of them only wait for memory.
 const WORKERS_MAX: usize = 4;
-
-/// Shuts the clients of a grant out.
-pub trait Fence: Send + Sync {
-    /// Closes the connections of the group; returns when they touch nothing any more, or with the
-    /// number of clients of which that is not known.
-    fn close_group(&self, group: u128) -> usize;
-
-    /// Connections of the group.
-    fn connections(&self, group: u128) -> usize;
-}
 
 /// Why an order is refused.
 #[derive(Debug, thiserror::Error)]
@@ -72,28 +64,6 @@ impl TableError {
 #[derive(Clone)]
 pub struct Table {
     shared: Arc<Shared>,
-}
-
-struct Shared {
-    state: Mutex<State>,
-    /// Something changed that someone may wait for, or there is something to do.
-    changed: Condvar,
-    arena: Arena,
-    fences: Mutex<Vec<Arc<dyn Fence>>>,
-    /// For the heartbeat.
-    news: Notify,
-    workers: usize,
-}
-
-struct State {
-    ledger: Ledger<Arc<Memory>>,
-    leases: HashMap<GrantId, Arc<Lease>>,
-    /// Lent, but not wholly faulted in.
-    to_fault: VecDeque<Arc<Memory>>,
-    /// After a failure, no stocking until then.
-    stock_again: Option<Instant>,
-    /// After a region could not be cleared because someone still held it.
-    clear_again: Option<Instant>,
 }
 
 impl Table {
@@ -211,7 +181,10 @@ impl Table {
                 drop(state);
                 let moved = lease.map_or_else(Moved::default, |lease| self.shared.move_away(&lease));
                 state = self.shared.lock();
-                state.renew(id, commit, moved)?;
+                let renewed = state.renew(id, commit, moved);
+                // Also when it failed: others may take their turn.
+                self.shared.changed.notify_all();
+                renewed?;
             }
         }
         drop(state);
@@ -301,14 +274,6 @@ impl Table {
     }
 }
 
-/// The memory of a lease whose clients were shut out, in order, and why not all of it could be moved
-/// that had to be.
-#[derive(Default)]
-struct Moved {
-    memories: Vec<Arc<Memory>>,
-    error: Option<ArenaError>,
-}
-
 /// A region's descriptor and length in bytes.
 pub type SharedRegion = (Arc<std::os::fd::OwnedFd>, u64);
 
@@ -341,154 +306,6 @@ fn check_order(order: &Reserve) -> Result<(), Refusal> {
         return invalid("a reservation lives for more than nothing and at most 1h");
     }
     Ok(())
-}
-
-impl State {
-    fn region(&self, id: RegionId) -> Option<api::Region> {
-        use crate::ledger::State::{Clearing, Granted, Ready, Reserved};
-        let region = self.ledger.region(id)?;
-        let (allocation, grant) = match region.state {
-            Ready | Clearing => (None, None),
-            Reserved { allocation, .. } => (Some(allocation), None),
-            Granted { allocation, grant } => (Some(allocation), Some(grant)),
-        };
-        Some(api::Region {
-            id,
-            len: ByteSize(region.len),
-            state: region.state.name(),
-            allocation,
-            grant,
-            // A region without memory at hand is being cleared right now.
-            resident: ByteSize(region.memory.as_ref().map_or(region.len, |memory| memory.resident())),
-        })
-    }
-
-    /// Ends a change of epoch. Where memory could not be moved away from a process that has it
-    /// mapped, the grant stays closed to everyone until the order is repeated with success.
-    fn renew(&mut self, id: GrantId, commit: &Commit, moved: Moved) -> Result<(), ArenaError> {
-        let regions = self.ledger.grant(id).map(|grant| grant.regions.clone()).unwrap_or_default();
-        for (region, memory) in regions.into_iter().zip(moved.memories) {
-            self.to_fault.push_back(memory.clone());
-            self.ledger.replace_memory(region, memory);
-        }
-        self.add_lease(id);
-        match moved.error {
-            None => {
-                self.ledger.renew(id, commit);
-                Ok(())
-            }
-            Some(error) => {
-                self.leases.values().filter(|lease| lease.grant() == id).for_each(|lease| lease.revoke());
-                self.ledger.set_closing(id, false);
-                Err(error)
-            }
-        }
-    }
-
-    fn add_lease(&mut self, id: GrantId) {
-        let Some(grant) = self.ledger.grant(id) else { return };
-        let memories: Vec<Arc<Memory>> =
-            grant.regions.iter().filter_map(|region| self.ledger.region(*region)?.memory.clone()).collect();
-        self.leases.insert(id, Arc::new(Lease::new(id, memories)));
-    }
-}
-
-impl Shared {
-    /// The state is whole whenever the lock is free, so a panic elsewhere does not spoil it.
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Waits until something changes, and not beyond `limit`.
-    fn wait<'a>(
-        &self,
-        state: MutexGuard<'a, State>,
-        limit: Instant,
-    ) -> Result<MutexGuard<'a, State>, TableError> {
-        let left = limit.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(TableError::Busy);
-        }
-        Ok(self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0)
-    }
-
-    /// The state, when no other order is changing the grant.
-    fn turn(&self, id: GrantId) -> Result<MutexGuard<'_, State>, TableError> {
-        let limit = Instant::now() + TURN_LIMIT;
-        let mut state = self.lock();
-        while state.ledger.grant(id).is_some_and(|grant| grant.closing) {
-            state = self.wait(state, limit)?;
-        }
-        Ok(state)
-    }
-
-    /// Grants changed: wakes who waits for that.
-    fn tell(&self) {
-        self.changed.notify_all();
-        self.news.notify_one();
-    }
-
-    fn connections(&self, id: GrantId) -> u64 {
-        let fences = self.fences.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        fences.iter().map(|fence| fence.connections(id.as_u128()) as u64).sum()
-    }
-
-    /// Ends a lease and shuts its clients out. How many may still have its memory mapped.
-    fn shut_out(&self, lease: &Lease) -> usize {
-        lease.revoke();
-        let fences = self.fences.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        fences.iter().map(|fence| fence.close_group(lease.grant().as_u128())).sum()
-    }
-
-    /// Ends a lease, shuts its clients out, and if one did not let go, moves the memory to where it
-    /// cannot reach it: a process cannot be made to unmap, and its late writes must not land.
-    fn move_away(&self, lease: &Lease) -> Moved {
-        let remaining = self.shut_out(lease);
-        if remaining > 0 {
-            tracing::warn!(
-                "grant {}: {remaining} processes of the old owner keep its memory mapped; moving it away from them",
-                lease.grant()
-            );
-        }
-        let mut moved = Moved::default();
-        for memory in lease.regions() {
-            let place = match remaining > 0 && memory.is_shared() && moved.error.is_none() {
-                true => self.arena.relocate(memory).map(Arc::new),
-                false => Ok(memory.clone()),
-            };
-            moved.memories.push(place.unwrap_or_else(|error| {
-                moved.error = Some(error);
-                memory.clone()
-            }));
-        }
-        moved
-    }
-
-    /// Makes regions and faults them in for as long as an order may take.
-    fn make(&self, count: usize, len: u64) -> Result<Vec<Arc<Memory>>, ArenaError> {
-        let until = Instant::now() + FAULT_LIMIT;
-        let made = (0..count).map(|_| self.arena.make(len).map(Arc::new)).collect::<Result<Vec<_>, _>>()?;
-        if made.is_empty() {
-            return Ok(made);
-        }
-        let share = made.len().div_ceil(self.workers);
-        std::thread::scope(|scope| {
-            let threads: Vec<_> = made
-                .chunks(share)
-                .map(|part| {
-                    scope.spawn(move || {
-                        part.iter()
-                            .try_for_each(|memory| self.arena.fault_in(memory, Some(until)).map(|_| ()))
-                    })
-                })
-                .collect();
-            threads.into_iter().try_for_each(|thread| match thread.join() {
-                Ok(result) => result,
-                Err(panic) => std::panic::resume_unwind(panic),
-            })
-        })?;
-        Ok(made)
-    }
 }
 
 #[cfg(test)]

@@ -126,13 +126,24 @@ fn random_share() -> f64 {
 }
 
 impl Identity {
+    /// Whether the allocator at this URL is on another machine, which cannot reach what is told to
+    /// it. A name counts as another machine's.
+    pub fn is_local_only(&self, allocator: &str) -> bool {
+        let Some(authority) = allocator.strip_prefix("http://") else { return false };
+        let local = authority.starts_with("127.")
+            || authority.starts_with("localhost")
+            || authority.starts_with("[::1]");
+        !local && self.advertise.is_none() && self.nbd.ip().to_canonical().is_loopback()
+    }
+
     /// What others are told. Looked up anew each time, for addresses change.
     async fn info(&self, client: &Client) -> Result<Info, String> {
         let addresses = self.addresses(client).await?;
         let first = addresses.first().copied().ok_or("this host has no address to be reached by")?;
         let control = match &self.control {
             Place::Tcp(address) => {
-                let host = self.advertise.clone().filter(|_| address.ip().is_unspecified());
+                // A control interface for this machine alone is not reached by any other name.
+                let host = self.advertise.clone().filter(|_| !address.ip().to_canonical().is_loopback());
                 let ip = if address.ip().is_unspecified() { first } else { address.ip() };
                 format!("http://{}", host_port(host, ip, address.port()))
             }

@@ -263,3 +263,20 @@ impl Drop for Memory {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::arena::{Arena, Backing};
+
+    #[test]
+    fn touching_faults_in_and_changes_nothing() {
+        let memory = Arena::new(&Backing::Memfd, 16 << 20, false).unwrap().make(16 << 20).unwrap();
+        memory.at(8192, 4).copy_from_slice(b"page");
+        touch(memory.at(0, 1 << 20));
+        assert_eq!(memory.resident(), 1 << 20);
+        let mut found = [0; 4];
+        rustix::io::pread(&*memory.share(), &mut found, 8192).unwrap();
+        assert_eq!(&found, b"page");
+    }
+}

@@ -15,7 +15,8 @@ fn arenas() -> Vec<(&'static str, Arena, Option<tempfile::TempDir>)> {
         ("memfd", Arena::new(&Backing::Memfd, 2 * LEN, true).unwrap(), None),
         ("file", Arena::new(&file, 2 * LEN, true).unwrap(), Some(directory)),
     ];
-    match Arena::new(&Backing::HugeMemfd, 2 * LEN, true) {
+    // Tests run side by side, so there have to be enough for all of them.
+    match Arena::new(&Backing::HugeMemfd, 16 * LEN, true) {
         Ok(arena) => arenas.push(("huge", arena, None)),
         Err(error) => println!("huge pages are left out: {error}"),
     }

@@ -325,3 +325,22 @@ fn ready_regions_make_room_for_other_sizes() {
     ledger.abandon(plan);
     assert_eq!((ledger.free(), ledger.totals().used()), (4 * UNIT, 2 * UNIT));
 }
+
+#[test]
+fn a_region_that_cannot_be_cleared_yet_holds_no_other_up() {
+    let (mut ledger, ids, _) = with_reserved(3);
+    let grant = GrantId::from_u128(1);
+    ledger.commit(grant, &commit_of(AllocationId::from_u128(1), 1, 1, ids.clone())).unwrap();
+    ledger.delete_grant(grant);
+    let mut given: Vec<_> = std::iter::from_fn(|| {
+        let (id, memory) = ledger.take_clearing()?;
+        ledger.not_yet(id, memory);
+        Some(id)
+    })
+    .take(3)
+    .collect();
+    given.sort_unstable();
+    let mut all = ids;
+    all.sort_unstable();
+    assert_eq!(given, all);
+}

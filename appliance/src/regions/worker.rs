@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use xpm_protocol::RegionId;
 
-use super::{Shared, State};
+use super::shared::Shared;
+use super::state::State;
 use crate::arena::Memory;
 
 /// Longest sleep: after it, a thread looks whether the table is still used.

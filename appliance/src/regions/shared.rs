@@ -1,0 +1,91 @@
+//! What a table's clones and threads share, and how they take turns.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::Notify;
+use xpm_protocol::GrantId;
+
+use super::TableError;
+use super::fence::Fence;
+use super::state::State;
+use crate::arena::{Arena, ArenaError, Memory};
+
+/// How long an order waits until what it asked for is faulted in; the rest follows while it is in
+/// use already. Shorter than the 3 s after which the allocator asks another appliance.
+const FAULT_LIMIT: Duration = Duration::from_secs(2);
+/// How long an order waits for another one that changes the same thing.
+pub(super) const TURN_LIMIT: Duration = Duration::from_secs(30);
+
+pub(super) struct Shared {
+    pub(super) state: Mutex<State>,
+    /// Something changed that someone may wait for, or there is something to do.
+    pub(super) changed: Condvar,
+    pub(super) arena: Arena,
+    pub(super) fences: Mutex<Vec<Arc<dyn Fence>>>,
+    /// For the heartbeat.
+    pub(super) news: Notify,
+    pub(super) workers: usize,
+}
+
+impl Shared {
+    /// The state is whole whenever the lock is free, so a panic elsewhere does not spoil it.
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until something changes, and not beyond `limit`.
+    pub(super) fn wait<'a>(
+        &self,
+        state: MutexGuard<'a, State>,
+        limit: Instant,
+    ) -> Result<MutexGuard<'a, State>, TableError> {
+        let left = limit.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(TableError::Busy);
+        }
+        Ok(self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0)
+    }
+
+    /// The state, when no other order is changing the grant.
+    pub(super) fn turn(&self, id: GrantId) -> Result<MutexGuard<'_, State>, TableError> {
+        let limit = Instant::now() + TURN_LIMIT;
+        let mut state = self.lock();
+        while state.ledger.grant(id).is_some_and(|grant| grant.closing) {
+            state = self.wait(state, limit)?;
+        }
+        Ok(state)
+    }
+
+    /// Grants changed: wakes who waits for that.
+    pub(super) fn tell(&self) {
+        self.changed.notify_all();
+        self.news.notify_one();
+    }
+
+    /// Makes regions and faults them in for as long as an order may take.
+    pub(super) fn make(&self, count: usize, len: u64) -> Result<Vec<Arc<Memory>>, ArenaError> {
+        let until = Instant::now() + FAULT_LIMIT;
+        let made = (0..count).map(|_| self.arena.make(len).map(Arc::new)).collect::<Result<Vec<_>, _>>()?;
+        if made.is_empty() {
+            return Ok(made);
+        }
+        let share = made.len().div_ceil(self.workers);
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = made
+                .chunks(share)
+                .map(|part| {
+                    scope.spawn(move || {
+                        part.iter()
+                            .try_for_each(|memory| self.arena.fault_in(memory, Some(until)).map(|_| ()))
+                    })
+                })
+                .collect();
+            threads.into_iter().try_for_each(|thread| match thread.join() {
+                Ok(result) => result,
+                Err(panic) => std::panic::resume_unwind(panic),
+            })
+        })?;
+        Ok(made)
+    }
+}

@@ -1,0 +1,75 @@
+//! What the table's lock protects.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::Instant;
+
+use xpm_protocol::api::appliance::{self as api, Commit};
+use xpm_protocol::units::ByteSize;
+use xpm_protocol::{GrantId, RegionId};
+
+use super::fence::Moved;
+use crate::arena::{ArenaError, Memory};
+use crate::lease::Lease;
+use crate::ledger::Ledger;
+
+pub(super) struct State {
+    pub(super) ledger: Ledger<Arc<Memory>>,
+    pub(super) leases: HashMap<GrantId, Arc<Lease>>,
+    /// Lent, but not wholly faulted in.
+    pub(super) to_fault: VecDeque<Arc<Memory>>,
+    /// After a failure, no stocking until then.
+    pub(super) stock_again: Option<Instant>,
+    /// After a region could not be cleared because someone still held it.
+    pub(super) clear_again: Option<Instant>,
+}
+
+impl State {
+    pub(super) fn region(&self, id: RegionId) -> Option<api::Region> {
+        use crate::ledger::State::{Clearing, Granted, Ready, Reserved};
+        let region = self.ledger.region(id)?;
+        let (allocation, grant) = match region.state {
+            Ready | Clearing => (None, None),
+            Reserved { allocation, .. } => (Some(allocation), None),
+            Granted { allocation, grant } => (Some(allocation), Some(grant)),
+        };
+        Some(api::Region {
+            id,
+            len: ByteSize(region.len),
+            state: region.state.name(),
+            allocation,
+            grant,
+            // A region without memory at hand is being cleared right now.
+            resident: ByteSize(region.memory.as_ref().map_or(region.len, |memory| memory.resident())),
+        })
+    }
+
+    /// Ends a change of epoch. Where memory could not be moved away from a process that has it
+    /// mapped, the grant stays closed to everyone until the order is repeated with success.
+    pub(super) fn renew(&mut self, id: GrantId, commit: &Commit, moved: Moved) -> Result<(), ArenaError> {
+        let regions = self.ledger.grant(id).map(|grant| grant.regions.clone()).unwrap_or_default();
+        for (region, memory) in regions.into_iter().zip(moved.memories) {
+            self.to_fault.push_back(memory.clone());
+            self.ledger.replace_memory(region, memory);
+        }
+        self.add_lease(id);
+        match moved.error {
+            None => {
+                self.ledger.renew(id, commit);
+                Ok(())
+            }
+            Some(error) => {
+                self.leases.values().filter(|lease| lease.grant() == id).for_each(|lease| lease.revoke());
+                self.ledger.set_closing(id, false);
+                Err(error)
+            }
+        }
+    }
+
+    pub(super) fn add_lease(&mut self, id: GrantId) {
+        let Some(grant) = self.ledger.grant(id) else { return };
+        let memories: Vec<Arc<Memory>> =
+            grant.regions.iter().filter_map(|region| self.ledger.region(*region)?.memory.clone()).collect();
+        self.leases.insert(id, Arc::new(Lease::new(id, memories)));
+    }
+}
