@@ -36,6 +36,8 @@ struct Entry {
     heard_event: u64,
     /// `status` was sampled after this event.
     sampled_after: u64,
+    /// Whether the log says that it is up.
+    told_up: bool,
 }
 
 #[derive(Debug)]
@@ -63,8 +65,8 @@ impl Inventory {
     /// Adds an appliance as it is remembered; it is silent until it is heard.
     pub fn restore(&mut self, record: ApplianceRecord) {
         let ApplianceRecord { info, status } = record;
-        self.appliances
-            .insert(info.id, Entry { info, status, heard: None, heard_event: 0, sampled_after: 0 });
+        let entry = Entry { info, status, heard: None, heard_event: 0, sampled_after: 0, told_up: false };
+        self.appliances.insert(entry.info.id, entry);
     }
 
     /// Takes a heartbeat.
@@ -76,8 +78,9 @@ impl Inventory {
             before.is_none_or(|entry| entry.info != info || entry.status.capacity != status.capacity);
         let back = self.state(id, now) != Some(ApplianceState::Up);
         let sampled_after = before.map_or(0, |entry| entry.heard_event);
-        self.appliances
-            .insert(id, Entry { info, status, heard: Some(now), heard_event: event, sampled_after });
+        let (heard, heard_event) = (Some(now), event);
+        let entry = Entry { info, status, heard, heard_event, sampled_after, told_up: true };
+        self.appliances.insert(id, entry);
         self.drop_seen(id);
         Heard { changed, back }
     }
@@ -142,6 +145,18 @@ impl Inventory {
     /// Its name, or its id where it is unknown.
     pub fn name(&self, id: ApplianceId) -> String {
         self.info(id).map_or_else(|| id.to_string(), |info| info.name.to_string())
+    }
+
+    /// The appliances that have fallen silent since this was asked last.
+    pub fn fallen_silent(&mut self, now: Duration) -> Vec<ApplianceId> {
+        let up = self.up(now);
+        let told =
+            self.appliances.iter_mut().filter(|(id, entry)| entry.told_up && up.binary_search(id).is_err());
+        told.map(|(id, entry)| {
+            entry.told_up = false;
+            *id
+        })
+        .collect()
     }
 
     /// The appliances that are up.
@@ -224,7 +239,10 @@ mod tests {
         assert_eq!(heard, Heard { changed: false, back: true });
         assert_eq!(inventory.state(id, TICK * 3), Some(ApplianceState::Up));
         assert_eq!(inventory.state(id, TICK * 3 + Duration::from_millis(1)), Some(ApplianceState::Silent));
+        assert!(inventory.fallen_silent(TICK * 3).is_empty());
         assert!(inventory.up(TICK * 4).is_empty());
+        assert_eq!(inventory.fallen_silent(TICK * 4), [id]);
+        assert!(inventory.fallen_silent(TICK * 5).is_empty(), "it is said once");
     }
 
     #[test]

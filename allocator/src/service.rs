@@ -7,9 +7,9 @@
 //! crash can be played in a test, and nothing here ever waits for a network while holding state.
 //!
 //! The life of an allocation: `Creating` is recorded, regions are reserved, grants committed,
-//! `Ready` recorded ([`commit`]); each change of owner after the first raises the epoch
-//! ([`owner`]); `Deleting` or `Undoing` is recorded, grants are revoked, the record is removed
-//! ([`purge`]). What a restart finds half done is settled in [`reconcile`].
+//! `Ready` recorded (`commit.rs`); each change of owner after the first raises the epoch
+//! (`owner.rs`); `Deleting` or `Undoing` is recorded, grants are revoked, the record is removed
+//! (`purge.rs`). What a restart finds half done is settled in `reconcile.rs`.
 
 mod check;
 mod commit;
@@ -143,11 +143,21 @@ impl Service {
             Event::Request(reply, request) => self.request(reply, request),
             Event::Stored(ticket) => self.stored(ticket),
             Event::Called(ticket, result) => self.called(ticket, result),
-            Event::Tick => self.unpark(),
+            Event::Tick => self.tick(),
         }
         self.start_due_purges();
         debug_assert_eq!(self.check(), Ok(()));
         std::mem::take(&mut self.effects)
+    }
+
+    fn tick(&mut self) {
+        for id in self.inventory.fallen_silent(self.now.at) {
+            let name = self.inventory.name(id);
+            tracing::warn!(
+                "appliance {name} ({id}) is silent: it serves no new allocation until it is heard again"
+            );
+        }
+        self.unpark();
     }
 
     fn request(&mut self, reply: ReplyTo, request: Request) {
