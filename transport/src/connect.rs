@@ -115,7 +115,7 @@ pub(crate) fn send_all(
     Ok(())
 }
 
-/// Receives at least one byte.
+/// Receives at least one byte; 0 at the end of the stream.
 pub(crate) fn receive_some(
     socket: BorrowedFd<'_>,
     buffer: &mut [u8],
@@ -124,7 +124,6 @@ pub(crate) fn receive_some(
     loop {
         deadline.rest()?;
         match recv(socket, &mut *buffer, RecvFlags::DONTWAIT) {
-            Ok((0, _)) => return Err(closed()),
             Ok((received, _)) => return Ok(received),
             Err(Errno::AGAIN) => wait(socket, PollFlags::IN, deadline)?,
             Err(Errno::INTR) => {}

@@ -241,6 +241,11 @@ fn bad_handshakes() {
     assert!(matches!(error, ConnectError::Protocol(_)), "{error}");
     let error = connect_to(|end| end.send(b"NBDMAG"));
     assert!(matches!(error, ConnectError::Unreachable(_)), "{error}");
+    let error = connect_to(|end| {
+        end.send(b"NBDMAGICIHAVEOPT\0\0");
+        end.receive(4 + 16 + 64);
+    });
+    assert!(matches!(error, ConnectError::UnknownExport), "how servers without GO refuse: {error}");
     let answer = |kind: u32, data: &'static [u8]| {
         connect_to(move |end| {
             end.send(b"NBDMAGICIHAVEOPT\0\x03");

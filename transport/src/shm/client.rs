@@ -59,7 +59,10 @@ fn receive_answer(connection: BorrowedFd<'_>, deadline: Deadline) -> Result<Answ
     let mut bytes = [0; ANSWER_LEN];
     let mut filled = 0;
     while filled < ANSWER_LEN {
-        filled += receive_some(connection, &mut bytes[filled..], deadline)?;
+        match receive_some(connection, &mut bytes[filled..], deadline)? {
+            0 => return Err(closed()),
+            received => filled += received,
+        }
     }
     Answer::decode(&bytes).map_err(|bad| broken(bad.0))
 }

@@ -85,8 +85,10 @@ fn negotiate(stream: BorrowedFd<'_>, name: &ExportName, deadline: Deadline) -> R
         if let Some(agreed) = agreed {
             return Ok(agreed);
         }
-        let received = receive_some(stream, &mut buffer, deadline)?;
-        handshake.receive(&buffer[..received]);
+        match receive_some(stream, &mut buffer, deadline)? {
+            0 => return Err(refusal(handshake.closed())),
+            received => handshake.receive(&buffer[..received]),
+        }
     }
 }
 
