@@ -106,14 +106,15 @@ impl Inventory {
         self.promises.insert((allocation, id), Promise { bytes, settled: None });
     }
 
-    /// From this event on the appliance counts the promised memory itself.
+    /// From this event on the appliance counts the promised memory itself, as taken or, where it
+    /// was given back, as what it is then.
     pub fn settle(&mut self, allocation: AllocationId, id: ApplianceId, event: u64) {
         if let Some(promise) = self.promises.get_mut(&(allocation, id)) {
             promise.settled = Some(event);
         }
     }
 
-    /// The promise is off: the memory is not taken, or given back.
+    /// The promise is off: the memory was never taken.
     pub fn forget(&mut self, allocation: AllocationId, id: ApplianceId) {
         self.promises.remove(&(allocation, id));
     }

@@ -4,6 +4,7 @@
 //! connection had been closed meanwhile. Cancelling a request (dropping its future) closes the
 //! connection; whether the daemon carried it out is then unknown, as after a time-out.
 
+use std::error::Error as _;
 use std::io;
 use std::path::PathBuf;
 use std::pin::pin;
@@ -251,7 +252,7 @@ impl Client {
     }
 
     fn broken(&self, error: hyper::Error) -> ClientError {
-        match error.is_parse() {
+        match is_foreign(&error) {
             true => self.not_xpm("it does not speak HTTP"),
             false => ClientError::Lost { url: self.place.base.clone(), source: error },
         }
@@ -260,6 +261,22 @@ impl Client {
     fn not_xpm(&self, what: &str) -> ClientError {
         ClientError::NotXpm(format!("{}: {what}", self.place.base))
     }
+}
+
+/// Whether the peer broke the rules of HTTP, rather than the connection. A peer that speaks first
+/// is found out before or after the request was taken, and hyper tells that in different ways.
+fn is_foreign(error: &hyper::Error) -> bool {
+    let source = error.source();
+    if let Some(cause) = source.and_then(|source| source.downcast_ref::<hyper::Error>()) {
+        return is_foreign(cause);
+    }
+    let by_connection = source.and_then(|source| source.downcast_ref::<io::Error>()).is_some()
+        || error.is_closed()
+        || error.is_incomplete_message()
+        || error.is_canceled()
+        || error.is_body_write_aborted()
+        || error.is_timeout();
+    error.is_parse() || !by_connection
 }
 
 fn parse_base(base: &str) -> Result<Way, &'static str> {

@@ -7,7 +7,7 @@ pub fn u128() -> io::Result<u128> {
     Ok(u128::from_ne_bytes(bytes()?))
 }
 
-/// `N` random bytes, for a key. Blocks as [`u128`] does.
+/// `N` random bytes, for a key. Blocks as [`u128()`] does.
 pub fn bytes<const N: usize>() -> io::Result<[u8; N]> {
     let mut bytes = [0; N];
     getrandom::fill(&mut bytes)

@@ -106,7 +106,8 @@ impl Service {
     }
 
     pub(super) fn purged(&mut self, id: AllocationId, grant: usize, result: Result<Answer, CallError>) {
-        let (now, appliance) = (self.now.at, self.entry(id).record.grants[grant].appliance);
+        let (now, event) = (self.now.at, self.count);
+        let appliance = self.entry(id).record.grants[grant].appliance;
         let State::Open { failures } = *self.purge_state(id, grant) else { return };
         let gone = self.inventory.info(appliance).is_none();
         *self.purge_state(id, grant) = match result {
@@ -117,7 +118,9 @@ impl Service {
                 State::Again { at: now + pause, failures: failures + 1 }
             }
             _ => {
-                self.inventory.forget(id, appliance);
+                // It is free only once it is cleared: until then the last heartbeat, which may be
+                // older than the allocation, says too much.
+                self.inventory.settle(id, appliance, event);
                 State::Done
             }
         };

@@ -21,6 +21,8 @@ pub(super) struct Appliance {
     next_region: u128,
     /// Bytes that were given back and are not cleared yet.
     pub(super) clearing: u64,
+    /// Whether what is given back stays to be cleared.
+    pub(super) slow: bool,
     pub(super) refusals: u32,
     pub(super) away: bool,
 }
@@ -48,6 +50,7 @@ impl Appliance {
             grants: BTreeMap::new(),
             next_region: number << 64,
             clearing: 0,
+            slow: false,
             refusals: 0,
             away: false,
         }
@@ -139,6 +142,10 @@ impl Appliance {
 
     fn revoke(&mut self, id: GrantId) {
         self.grants.remove(&id);
-        self.regions.retain(|_, region| region.grant != Some(id));
+        let freed: Vec<Held> =
+            self.regions.extract_if(.., |_, region| region.grant == Some(id)).map(|(_, held)| held).collect();
+        if self.slow {
+            self.clearing += freed.iter().map(|region| region.len).sum::<u64>();
+        }
     }
 }

@@ -149,6 +149,25 @@ fn memory_that_is_being_cleared_is_waited_for() {
 }
 
 #[test]
+fn memory_given_back_is_not_free_before_it_is_cleared() {
+    let mut world = World::new(&[64 * MIB; 1]);
+    let id = ApplianceId::from_u128(1);
+    world.appliances.get_mut(&id).unwrap().slow = true;
+    world.answer(create("a", 64, None)).unwrap();
+    world.answer(delete("a", false)).unwrap();
+    let reply = world.ask(create("a", 64, None));
+    world.finish();
+    assert!(world.open.contains(&reply), "it waits");
+    let appliance = world.appliances.get_mut(&id).unwrap();
+    assert_eq!(appliance.refusals, 0, "the allocator knew");
+    appliance.clearing = 0;
+    world.event(Event::Tick);
+    world.finish();
+    assert!(world.answers.remove(&reply).unwrap().is_ok());
+    world.check();
+}
+
+#[test]
 fn a_deletion_outlives_appliance_and_allocator() {
     let mut world = World::new(&[64 * MIB; 2]);
     world.answer(create("a", 64, Some(2))).unwrap();
