@@ -219,6 +219,8 @@ async fn a_connection_that_breaks() {
     let url = format!("http://{}", listener.local_addr().unwrap());
     tokio::spawn(async move {
         let (mut stream, _) = listener.accept().await.unwrap();
+        let mut request = [0; 1024];
+        assert!(stream.read(&mut request).await.unwrap() > 0);
         stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{").await.unwrap();
     });
     let error = Client::new(&url, None).unwrap().get::<Note>("/v1/status").await.unwrap_err();
