@@ -11,6 +11,7 @@ mod socket;
 mod swap;
 
 use std::fs;
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use anyhow::{Context as _, Result, bail};
@@ -33,9 +34,9 @@ pub(crate) struct Args {
     /// The form of the device: ublk, nbd or nbd-socket. [default: the best that this kernel has]
     #[arg(long = "as", value_name = "FORM")]
     form: Option<Form>,
-    /// Leaves out the build; the release programs are there.
-    #[arg(long)]
-    no_build: bool,
+    /// Uses the programs of this directory and builds none.
+    #[arg(long, value_name = "DIR")]
+    programs: Option<PathBuf>,
 }
 
 /// What the demo attaches the allocation as.
@@ -69,7 +70,7 @@ struct Device {
 /// Runs the demo; false when a check failed or somebody interrupted it.
 pub(crate) fn main(args: &Args) -> Result<bool> {
     let interrupt = Interrupt::catch()?;
-    let site = Site::new(interrupt.clone(), args.size * MIB)?;
+    let site = Site::new(interrupt.clone(), args.size * MIB, args.programs.clone())?;
     println!("xpm demo: {APPLIANCES} appliances lend memory, and this machine uses it as one block device.");
     let result = tell(&site, args);
     let checks = site.account.checks();
@@ -87,7 +88,7 @@ pub(crate) fn main(args: &Args) -> Result<bool> {
 
 fn tell(site: &Site, args: &Args) -> Result<()> {
     has_room(site)?;
-    if !args.no_build {
+    if args.programs.is_none() {
         site.build()?;
     }
     let form = choose(site, args.form)?;
@@ -164,17 +165,17 @@ fn attach(site: &Site, form: Form) -> Result<Device> {
 
 /// The form that was asked for, or the fastest that this kernel has by `xpm doctor`'s account.
 fn choose(site: &Site, wanted: Option<Form>) -> Result<Form> {
-    if let Some(form) = wanted {
-        return Ok(form);
-    }
-    site.account.step("See what this machine is fit for", "");
     let root = rustix::process::geteuid().is_root();
-    if root {
+    if root && wanted != Some(Form::NbdSocket) {
         // Where a driver is only installed, it is loaded, as an operator would.
         for module in ["ublk_drv", "nbd"] {
             let _ = site.runner.clean_up(util::command("modprobe").args(["-q", module]));
         }
     }
+    if let Some(form) = wanted {
+        return Ok(form);
+    }
+    site.account.step("See what this machine is fit for", "");
     let finished = site.xpm_finish(&["doctor", "--json"])?;
     let report: serde_json::Value =
         serde_json::from_str(&finished.out).context("xpm doctor printed no JSON")?;

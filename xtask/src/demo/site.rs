@@ -50,8 +50,13 @@ pub(super) struct Site {
 }
 
 impl Site {
-    /// An installation whose allocation has `size` bytes. Nothing runs yet.
-    pub(super) fn new(interrupt: Interrupt, size: u64) -> Result<Site> {
+    /// An installation whose allocation has `size` bytes, of the programs in that directory or those
+    /// that [`Site::build`] builds. Nothing runs yet.
+    pub(super) fn new(interrupt: Interrupt, size: u64, programs: Option<PathBuf>) -> Result<Site> {
+        let programs = match programs {
+            Some(directory) => std::path::absolute(directory)?,
+            None => util::target_dir()?.join("release"),
+        };
         let dir =
             tempfile::Builder::new().prefix("xpm-demo-").tempdir().context("cannot make a directory")?;
         Ok(Site {
@@ -60,7 +65,7 @@ impl Site {
             size,
             undo: RefCell::default(),
             daemons: RefCell::default(),
-            programs: util::target_dir()?.join("release"),
+            programs,
             allocator: format!("127.0.0.1:{}", free_port()?),
             dir,
         })
