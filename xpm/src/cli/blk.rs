@@ -8,7 +8,7 @@ use xpm_protocol::api::blk::{Form, Hold, TransportKind};
 pub(crate) enum BlkCommand {
     /// Shows an allocation as a device of this host, and prints the device's path.
     ///
-    /// Forms: `ublk` is the fastest kernel device (Linux 6.0 or later); `nbd` uses the kernel's nbd
+    /// Forms: `ublk` is the fastest kernel device (Linux 6.5 or later); `nbd` uses the kernel's nbd
     /// driver; `nbd-direct` lets the kernel talk to the appliance itself, for an allocation
     /// that lies on one appliance and is not striped; `nbd-socket=PATH` or `nbd-socket=ADDRESS:PORT`
     /// is an NBD server for any NBD client and needs no kernel support.

@@ -15,8 +15,8 @@ const CAP_IPC_LOCK: u32 = 14;
 const CAP_SYS_ADMIN: u32 = 21;
 const CAP_SYS_RESOURCE: u32 = 24;
 
-/// First kernel with ublk.
-const UBLK_SINCE: (u32, u32) = (6, 0);
+/// First kernel with all of ublk that xpm-blk needs (UBLK_U_CMD_GET_FEATURES).
+const UBLK_SINCE: (u32, u32) = (6, 5);
 /// What ublk learned later that matters here, by the first kernel that has it.
 const UBLK_FEATURES: [((u32, u32), &str); 4] = [
     ((6, 1), "user recovery"),
@@ -100,8 +100,8 @@ fn ublk(machine: &Machine) -> Check {
     let Some(version) = kernel_version(&machine.release) else {
         return Check::warn(DEVICES, "ublk", "the kernel's version is not understood");
     };
-    if version < UBLK_SINCE && machine.ublk.module == Module::Absent {
-        return Check::missing(DEVICES, "ublk", "needs Linux 6.0").mend(newer_kernel(machine));
+    if version < UBLK_SINCE {
+        return Check::missing(DEVICES, "ublk", "needs Linux 6.5").mend(newer_kernel(machine));
     }
     if matches!(machine.io_uring_disabled, Some(2..)) {
         return Check::missing(DEVICES, "ublk", "needs io_uring, which is forbidden")
@@ -372,7 +372,7 @@ mod tests {
     }
 
     #[test]
-    fn ublk_needs_io_uring_and_a_kernel_of_6_0() {
+    fn ublk_needs_io_uring_and_a_kernel_of_6_5() {
         let forbidden = Machine { io_uring_disabled: Some(2), ..machine() };
         assert_eq!(of(&checks(&forbidden), "ublk").verdict, Verdict::Missing);
         let old = Machine {
@@ -381,7 +381,7 @@ mod tests {
             io_uring_disabled: None,
             ..machine()
         };
-        assert_eq!(of(&checks(&old), "ublk").found, "needs Linux 6.0");
+        assert_eq!(of(&checks(&old), "ublk").found, "needs Linux 6.5");
         assert_eq!(of(&checks(&old), "io_uring").verdict, Verdict::Ok);
     }
 
