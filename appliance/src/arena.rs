@@ -11,7 +11,7 @@ mod memory;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::Instant;
 
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
@@ -102,6 +102,8 @@ enum Kind {
 pub struct Arena {
     kind: Kind,
     lock: AtomicBool,
+    /// What is made and not faulted in yet, in bytes: the host still counts it as available.
+    promised: Arc<AtomicU64>,
 }
 
 impl Arena {
@@ -113,7 +115,7 @@ impl Arena {
     pub fn new(backing: &Backing, capacity: u64, lock: bool) -> Result<Arena, ArenaError> {
         let kind = match backing {
             Backing::Memfd => {
-                check_host(capacity, 0)?;
+                check_host(capacity, 0, 0)?;
                 Kind::Memfd
             }
             Backing::HugeMemfd => {
@@ -122,7 +124,7 @@ impl Arena {
             }
             Backing::File(path) => Kind::File(Arc::new(BackingFile::open(path, capacity)?)),
         };
-        Ok(Arena { kind, lock: AtomicBool::new(lock) })
+        Ok(Arena { kind, lock: AtomicBool::new(lock), promised: Arc::default() })
     }
 
     /// What the memory lies on, for the allocator.
@@ -140,24 +142,31 @@ impl Arena {
         !matches!(self.kind, Kind::File(_))
     }
 
-    /// Makes a region of `len` bytes, all zeros, not faulted in yet.
+    /// Makes a region of `len` bytes, all zeros, not faulted in yet. `leaving` bytes of other regions
+    /// are just being given back to the host.
     ///
     /// # Errors
     /// When the host has no memory, address space or descriptor left for it.
-    pub fn make(&self, len: u64) -> Result<Memory, ArenaError> {
+    pub fn make(&self, len: u64, leaving: u64) -> Result<Memory, ArenaError> {
         match &self.kind {
             Kind::Memfd => {
-                check_host(len, HOST_MARGIN)?;
-                make_memfd(len, MemfdFlags::empty(), Way::Punch)
+                check_host(len + self.promised.load(Relaxed), HOST_MARGIN, leaving)?;
+                self.make_memfd(len, MemfdFlags::empty(), Way::Punch)
             }
-            Kind::Huge => make_memfd(len, MemfdFlags::HUGETLB, Way::Overwrite).map_err(|error| {
+            Kind::Huge => self.make_memfd(len, MemfdFlags::HUGETLB, Way::Overwrite).map_err(|error| {
                 // The mapping reserves its huge pages; ENOMEM says that too few are left.
                 check_huge(len).err().unwrap_or(error)
             }),
             Kind::File(file) => {
                 let (start, kept) = file.take(len)?;
-                let memory = Memory::map(file.fd(), Place { start, len }, Way::File, Some(kept))
-                    .map_err(|error| kernel("map a part of the backing file", len, error))?;
+                let memory = Memory::map(
+                    file.fd(),
+                    Place { start, len },
+                    Way::File,
+                    self.promised.clone(),
+                    Some(kept),
+                )
+                .map_err(|error| kernel("map a part of the backing file", len, error))?;
                 memory.clear();
                 Ok(memory)
             }
@@ -172,8 +181,8 @@ impl Arena {
     pub fn relocate(&self, old: &Memory) -> Result<Memory, ArenaError> {
         let new = match self.kind {
             // It takes what the old one gives, so it is not asked whether the host has as much again.
-            Kind::Memfd => make_memfd(old.len(), MemfdFlags::empty(), Way::Punch)?,
-            Kind::Huge | Kind::File(_) => self.make(old.len())?,
+            Kind::Memfd => self.make_memfd(old.len(), MemfdFlags::empty(), Way::Punch)?,
+            Kind::Huge | Kind::File(_) => self.make(old.len(), 0)?,
         };
         old.move_to(&new);
         Ok(new)
@@ -206,17 +215,17 @@ impl Arena {
             Err(_) => {}
         }
     }
-}
 
-fn make_memfd(len: u64, kind: MemfdFlags, way: Way) -> Result<Memory, ArenaError> {
-    let fd = open_memfd(kind).map_err(|error| kernel("make a memfd", len, error))?;
-    ftruncate(&fd, len).map_err(|error| kernel("set the size of a memfd", len, error))?;
-    // Sealed, so that no process that it is passed to can make this one fault (SIGBUS) by
-    // truncating it.
-    fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
-        .map_err(|error| kernel("seal a memfd", len, error))?;
-    Memory::map(Arc::new(fd), Place { start: 0, len }, way, None)
-        .map_err(|error| kernel("map a memfd", len, error))
+    fn make_memfd(&self, len: u64, kind: MemfdFlags, way: Way) -> Result<Memory, ArenaError> {
+        let fd = open_memfd(kind).map_err(|error| kernel("make a memfd", len, error))?;
+        ftruncate(&fd, len).map_err(|error| kernel("set the size of a memfd", len, error))?;
+        // Sealed, so that no process that it is passed to can make this one fault (SIGBUS) by
+        // truncating it.
+        fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
+            .map_err(|error| kernel("seal a memfd", len, error))?;
+        Memory::map(Arc::new(fd), Place { start: 0, len }, way, self.promised.clone(), None)
+            .map_err(|error| kernel("map a memfd", len, error))
+    }
 }
 
 fn open_memfd(kind: MemfdFlags) -> Result<std::os::fd::OwnedFd, Errno> {
@@ -236,9 +245,9 @@ fn kernel(step: &'static str, len: u64, error: Errno) -> ArenaError {
 
 /// Filling memory that the host does not have ends with the kernel killing processes, not with an
 /// error; so it is looked up before.
-fn check_host(asked: u64, margin: u64) -> Result<(), ArenaError> {
+fn check_host(asked: u64, margin: u64, leaving: u64) -> Result<(), ArenaError> {
     match MemInfo::read() {
-        Ok(info) if info.available < asked.saturating_add(margin) => {
+        Ok(info) if info.available.saturating_add(leaving) < asked.saturating_add(margin) => {
             Err(ArenaError::Host { available: info.available, asked })
         }
         // Without /proc nothing is known, and the kernel decides.

@@ -83,7 +83,33 @@ async fn regions(appliance: Shared) -> Result<Json<Vec<Region>>, ApiError> {
 }
 
 async fn reserve(appliance: Shared, Json(order): Json<Reserve>) -> Result<Json<Vec<Region>>, ApiError> {
-    on_table(appliance, move |table| table.reserve(&order)).await.map(Json)
+    let reservation = on_table(appliance, move |table| {
+        let regions = table.reserve(&order)?;
+        Ok(Reservation { table: table.clone(), regions })
+    });
+    Ok(Json(reservation.await?.hand_over()))
+}
+
+/// Regions that nobody was told of yet: when who ordered them goes away before, they are free again
+/// at once, and not only when their time is over.
+struct Reservation {
+    table: Table,
+    regions: Vec<Region>,
+}
+
+impl Reservation {
+    fn hand_over(mut self) -> Vec<Region> {
+        std::mem::take(&mut self.regions)
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        for region in &self.regions {
+            // It is not in a grant: nobody knows its id.
+            let _ = self.table.delete_region(region.id);
+        }
+    }
 }
 
 async fn delete_region(appliance: Shared, Path(id): Path<RegionId>) -> Result<StatusCode, ApiError> {
@@ -120,4 +146,31 @@ async fn on_table<T: Send + 'static>(
 #[expect(clippy::needless_pass_by_value, reason = "used where an error is mapped")]
 fn broken(error: tokio::task::JoinError) -> ApiError {
     ApiError(ErrorKind::Internal, format!("the order ended unexpectedly: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use xpm_protocol::AllocationId;
+
+    use super::*;
+    use crate::arena::{Arena, Backing};
+    use crate::ledger::Stock;
+
+    #[test]
+    fn a_reservation_that_nobody_hears_of_is_undone() {
+        const LEN: u64 = 16 << 20;
+        let arena = Arena::new(&Backing::Memfd, 2 * LEN, true).unwrap();
+        let table = Table::start(arena, 2 * LEN, Stock { region_len: LEN, target: 0 }).unwrap();
+        let order = Reserve {
+            allocation: AllocationId::from_u128(1),
+            count: 1,
+            region_len: ByteSize(LEN),
+            ttl: Span(std::time::Duration::from_secs(60)),
+        };
+        let reserve = || Reservation { table: table.clone(), regions: table.reserve(&order).unwrap() };
+        let kept = reserve().hand_over();
+        assert_eq!((kept.len(), table.summary().totals.reserved), (1, LEN));
+        drop(reserve());
+        assert_eq!(table.summary().totals.reserved, LEN);
+    }
 }

@@ -1,7 +1,8 @@
 //! Which region is used for what: pure bookkeeping, told the time and told what was made.
 //!
 //! Invariants, kept by each operation:
-//! * the lengths of all regions, and of those being made, are together no more than the capacity;
+//! * the lengths of all regions, and of those being made, are together no more than the capacity,
+//!   and what leaves to make room for others does so before they can be granted;
 //! * a region in a grant is in exactly one, and a grant's regions are all there;
 //! * a region that was in a grant comes back only by [`Ledger::cleared`], under a new id.
 
@@ -133,9 +134,9 @@ pub struct Plan<M> {
     ready: Vec<RegionId>,
     /// How many have to be made.
     pub make: usize,
-    /// Ready regions of other sizes that make room. Dropping them gives the memory back, which has
-    /// to happen before anything is made.
-    pub dropped: Vec<M>,
+    /// Ready regions of other sizes that make room, with their lengths. To be dropped; each one that
+    /// is, is told by [`Ledger::left`].
+    pub leaving: Vec<(M, u64)>,
 }
 
 /// A reservation cannot be planned now.
@@ -155,6 +156,8 @@ pub struct Ledger<M> {
     regions: BTreeMap<RegionId, Region<M>>,
     grants: BTreeMap<GrantId, Grant>,
     totals: Totals,
+    /// Dropped to make room for others, and not gone yet, in bytes.
+    leaving: u64,
     ids: Ids,
     /// The region that was given out last to be cleared.
     last_clearing: RegionId,
@@ -186,6 +189,7 @@ impl<M: Clone> Ledger<M> {
             regions: BTreeMap::new(),
             grants: BTreeMap::new(),
             totals: Totals::default(),
+            leaving: 0,
             ids: Ids { start: random, count: 0 },
             last_clearing: RegionId::from_u128(0),
         }
@@ -242,17 +246,17 @@ impl<M: Clone> Ledger<M> {
         let ready: Vec<RegionId> =
             self.regions().filter(|(_, region)| fits(region)).map(|(id, _)| id).take(count).collect();
         let make = count - ready.len();
-        let dropped = self.make_room(make as u64 * region_len, region_len)?;
+        let leaving = self.make_room(make as u64 * region_len, region_len)?;
         for id in &ready {
             // Without an end until the whole reservation is there.
             self.set_state(*id, State::Reserved { allocation, until: far_future() });
         }
         self.totals.reserved += make as u64 * region_len;
-        Ok(Plan { allocation, region_len, ready, make, dropped })
+        Ok(Plan { allocation, region_len, ready, make, leaving })
     }
 
     /// Takes ready regions of other lengths out until `needed` bytes of the capacity are unused.
-    fn make_room(&mut self, needed: u64, region_len: u64) -> Result<Vec<M>, NoPlan> {
+    fn make_room(&mut self, needed: u64, region_len: u64) -> Result<Vec<(M, u64)>, NoPlan> {
         let unused = self.capacity - self.totals.used();
         let (mut room, mut victims) = (unused, Vec::new());
         for (id, region) in &self.regions {
@@ -267,7 +271,22 @@ impl<M: Clone> Ledger<M> {
         if room < needed {
             return Err(NoPlan::Wait);
         }
-        Ok(victims.into_iter().filter_map(|id| self.remove(id).and_then(|region| region.memory)).collect())
+        let removed = victims.into_iter().filter_map(|id| self.remove(id));
+        let leaving: Vec<(M, u64)> =
+            removed.filter_map(|region| Some((region.memory?, region.len))).collect();
+        self.leaving += leaving.iter().map(|(_, len)| len).sum::<u64>();
+        Ok(leaving)
+    }
+
+    /// What leaves to make room, in bytes. While it is not 0, nothing is granted, and what was made
+    /// in its place is not faulted in.
+    pub fn leaving(&self) -> u64 {
+        self.leaving
+    }
+
+    /// Memory of this length that made room is gone.
+    pub fn left(&mut self, len: u64) {
+        self.leaving -= len;
     }
 
     /// Ends a reservation well: what had to be made is there. The regions, in order.

@@ -23,7 +23,7 @@ use self::shared::{Shared, TURN_LIMIT};
 use self::state::State;
 use crate::arena::{Arena, ArenaError, Memory};
 use crate::lease::Lease;
-use crate::ledger::{Change, Ledger, NoPlan, Refusal, Stock, Totals};
+use crate::ledger::{Change, Ledger, NoPlan, Plan, Refusal, Stock, Totals};
 
 /// Most regions that one order asks for.
 const COUNT_MAX: u32 = 4096;
@@ -76,6 +76,7 @@ impl Table {
         let state = State {
             ledger: Ledger::new(capacity, stock, xpm_control::random::u128()?),
             leases: HashMap::new(),
+            leaving: VecDeque::new(),
             to_fault: VecDeque::new(),
             stock_again: None,
             clear_again: None,
@@ -117,9 +118,8 @@ impl Table {
     pub fn reserve(&self, order: &Reserve) -> Result<Vec<api::Region>, TableError> {
         let len = order.region_len.0;
         check_order(order)?;
-        let mut plan = self.plan(order)?;
-        drop(std::mem::take(&mut plan.dropped));
-        let made = match self.shared.make(plan.make, len) {
+        let (plan, leaving) = self.plan(order)?;
+        let made = match self.shared.make(plan.make, len, leaving) {
             Ok(made) => made,
             Err(error) => {
                 self.shared.lock().ledger.abandon(plan);
@@ -128,7 +128,7 @@ impl Table {
             }
         };
         let mut state = self.shared.lock();
-        state.to_fault.extend(made.iter().cloned());
+        state.to_fault.extend(made.iter().map(Arc::downgrade));
         let ids = state.ledger.reserved(plan, made, Instant::now() + order.ttl.0);
         let regions = ids.iter().filter_map(|id| state.region(*id)).collect();
         drop(state);
@@ -136,13 +136,18 @@ impl Table {
         Ok(regions)
     }
 
-    fn plan(&self, order: &Reserve) -> Result<crate::ledger::Plan<Arc<Memory>>, TableError> {
+    /// How the order is met, and how many bytes are on their way out.
+    fn plan(&self, order: &Reserve) -> Result<(Plan<Arc<Memory>>, u64), TableError> {
         let limit = Instant::now() + TURN_LIMIT;
         let mut state = self.shared.lock();
         loop {
             state.ledger.expire(Instant::now());
             match state.ledger.plan(order.allocation, order.count as usize, order.region_len.0) {
-                Ok(plan) => return Ok(plan),
+                Ok(mut plan) => {
+                    state.leaving.extend(plan.leaving.drain(..));
+                    self.shared.changed.notify_all();
+                    return Ok((plan, state.ledger.leaving()));
+                }
                 Err(NoPlan::Refused(refusal)) => return Err(refusal.into()),
                 Err(NoPlan::Wait) => state = self.shared.wait(state, limit)?,
             }

@@ -17,8 +17,8 @@ use xpm_transport::store::Extent;
 
 use super::file::Kept;
 
-/// How much is faulted in at a time, in bytes: some 30 ms of work.
-const STEP_LEN: u64 = 32 << 20;
+/// How much is faulted in at a time, in bytes: some milliseconds of work.
+const STEP_LEN: u64 = 8 << 20;
 
 /// How much is moved at a time, in bytes.
 const MOVE_LEN: u64 = 4 << 20;
@@ -51,6 +51,8 @@ pub struct Memory {
     way: Way,
     /// Bytes from the start that are faulted in.
     faulted: AtomicU64,
+    /// Of all regions of the arena, what is not faulted in yet, in bytes.
+    promised: Arc<AtomicU64>,
     /// Its descriptor was given to another process.
     shared: AtomicBool,
     /// Its part of a backing file.
@@ -64,19 +66,27 @@ unsafe impl Send for Memory {}
 unsafe impl Sync for Memory {}
 
 impl Memory {
-    pub(super) fn map(fd: Arc<OwnedFd>, place: Place, way: Way, kept: Option<Kept>) -> Result<Memory, Errno> {
+    pub(super) fn map(
+        fd: Arc<OwnedFd>,
+        place: Place,
+        way: Way,
+        promised: Arc<AtomicU64>,
+        kept: Option<Kept>,
+    ) -> Result<Memory, Errno> {
         let len = usize::try_from(place.len).map_err(|_| Errno::NOMEM)?;
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a new mapping at an address of the kernel's choice touches no memory in use.
         let base =
             unsafe { mmap(std::ptr::null_mut(), len, protection, MapFlags::SHARED, &*fd, place.start) }?;
         let base = NonNull::new(base.cast()).ok_or(Errno::NOMEM)?;
+        promised.fetch_add(place.len, Relaxed);
         Ok(Memory {
             base,
             place,
             fd,
             way,
             faulted: AtomicU64::new(0),
+            promised,
             shared: AtomicBool::new(false),
             _kept: kept,
         })
@@ -145,7 +155,7 @@ impl Memory {
     /// faulted in again.
     pub fn clear(&self) {
         if self.way != Way::Overwrite {
-            self.faulted.store(0, Relaxed);
+            self.set_faulted(0);
         }
         self.trim(0, self.len());
     }
@@ -163,7 +173,7 @@ impl Memory {
             }
             offset += extent.len;
         }
-        target.faulted.store(target.len(), Relaxed);
+        target.set_faulted(target.len());
     }
 
     /// Whether the range now is zeros without its memory.
@@ -213,8 +223,14 @@ impl Memory {
             }
             let len = STEP_LEN.min(self.len() - done);
             self.populate(done, len)?;
-            self.faulted.store(done + len, Relaxed);
+            self.set_faulted(done + len);
         }
+    }
+
+    fn set_faulted(&self, now: u64) {
+        let before = self.faulted.swap(now, Relaxed);
+        // Modulo 2^64, so that it grows when less is faulted in than before.
+        self.promised.fetch_sub(now.wrapping_sub(before), Relaxed);
     }
 
     fn populate(&self, offset: u64, len: u64) -> Result<(), Errno> {
@@ -256,6 +272,7 @@ fn touch(buffer: IoBuf) {
 
 impl Drop for Memory {
     fn drop(&mut self) {
+        self.set_faulted(self.len());
         // SAFETY: the mapping was made with this address and length, and whoever uses its memory
         // keeps this object alive.
         if let Err(error) = unsafe { munmap(self.base.as_ptr().cast(), self.place.len as usize) } {
@@ -271,7 +288,7 @@ mod tests {
 
     #[test]
     fn touching_faults_in_and_changes_nothing() {
-        let memory = Arena::new(&Backing::Memfd, 16 << 20, false).unwrap().make(16 << 20).unwrap();
+        let memory = Arena::new(&Backing::Memfd, 16 << 20, false).unwrap().make(16 << 20, 0).unwrap();
         memory.at(8192, 4).copy_from_slice(b"page");
         touch(memory.at(0, 1 << 20));
         assert_eq!(memory.resident(), 1 << 20);

@@ -46,7 +46,7 @@ fn is_zero(memory: &Memory) -> bool {
 #[test]
 fn made_and_cleared_regions_are_zeros() {
     for (name, arena, _directory) in arenas() {
-        let memory = arena.make(LEN).unwrap();
+        let memory = arena.make(LEN, 0).unwrap();
         assert!(arena.fault_in(&memory, None).unwrap(), "{name}");
         assert!(is_zero(&memory), "{name}");
         for offset in (0..LEN).step_by(MIB as usize) {
@@ -64,12 +64,12 @@ fn a_part_of_a_file_that_is_lent_again_is_zeros() {
     let path = directory.path().join("memory");
     std::fs::write(&path, vec![9; LEN as usize]).unwrap();
     let arena = Arena::new(&Backing::File(path.clone()), LEN, false).unwrap();
-    let memory = arena.make(LEN).unwrap();
+    let memory = arena.make(LEN, 0).unwrap();
     assert!(is_zero(&memory), "what the file held before is not lent");
     write(&memory, 5, b"secret");
-    assert!(matches!(arena.make(LEN), Err(ArenaError::Fragmented(_))));
+    assert!(matches!(arena.make(LEN, 0), Err(ArenaError::Fragmented(_))));
     drop(memory);
-    assert!(is_zero(&arena.make(LEN).unwrap()));
+    assert!(is_zero(&arena.make(LEN, 0).unwrap()));
     let second = Arena::new(&Backing::File(path), LEN, false).err().unwrap().to_string();
     assert!(second.contains("another process uses it"), "{second}");
 }
@@ -77,7 +77,7 @@ fn a_part_of_a_file_that_is_lent_again_is_zeros() {
 #[test]
 fn faulting_in_does_not_change_the_content_and_goes_on_where_it_was() {
     let arena = Arena::new(&Backing::Memfd, 64 * MIB, true).unwrap();
-    let memory = arena.make(64 * MIB).unwrap();
+    let memory = arena.make(64 * MIB, 0).unwrap();
     write(&memory, 40 * MIB, b"content");
     assert!(!arena.fault_in(&memory, Some(Instant::now())).unwrap());
     assert_eq!(memory.resident(), 4096);
@@ -89,7 +89,7 @@ fn faulting_in_does_not_change_the_content_and_goes_on_where_it_was() {
 #[test]
 fn trim_gives_memory_back_and_shows_holes() {
     let arena = Arena::new(&Backing::Memfd, LEN, true).unwrap();
-    let memory = arena.make(LEN).unwrap();
+    let memory = arena.make(LEN, 0).unwrap();
     arena.fault_in(&memory, None).unwrap();
     assert_eq!(memory.resident(), LEN);
     memory.trim(4 * MIB, 8 * MIB);
@@ -106,7 +106,7 @@ fn trim_gives_memory_back_and_shows_holes() {
 #[test]
 fn relocated_memory_is_out_of_reach_of_the_old_mapping() {
     for (name, arena, _directory) in arenas() {
-        let old = arena.make(LEN).unwrap();
+        let old = arena.make(LEN, 0).unwrap();
         write(&old, 3 * MIB, b"page");
         let new = arena.relocate(&old).unwrap();
         assert!(is_zero(&old), "{name}");
@@ -119,9 +119,27 @@ fn relocated_memory_is_out_of_reach_of_the_old_mapping() {
 }
 
 #[test]
+fn what_is_promised_and_not_there_yet_is_counted() {
+    let arena = Arena::new(&Backing::Memfd, 2 * LEN, true).unwrap();
+    let promised = || arena.promised.load(Relaxed);
+    let (first, second) = (arena.make(LEN, 0).unwrap(), arena.make(LEN, 0).unwrap());
+    assert_eq!(promised(), 2 * LEN);
+    arena.fault_in(&first, None).unwrap();
+    assert_eq!(promised(), LEN);
+    first.clear();
+    assert_eq!(promised(), 2 * LEN);
+    drop(first);
+    let moved = arena.relocate(&second).unwrap();
+    drop(second);
+    assert_eq!(promised(), 0, "what holds nothing needs nothing");
+    drop(moved);
+    assert_eq!(promised(), 0);
+}
+
+#[test]
 fn a_passed_descriptor_cannot_be_truncated() {
     let arena = Arena::new(&Backing::Memfd, LEN, true).unwrap();
-    let memory = arena.make(LEN).unwrap();
+    let memory = arena.make(LEN, 0).unwrap();
     assert!(!memory.is_shared());
     let fd = memory.share();
     assert!(memory.is_shared());
@@ -140,7 +158,7 @@ fn too_much_is_refused_with_a_remedy() {
     assert!(line(Backing::File(directory.path().join("x"))).contains("cannot use"));
     assert!(line(Backing::File(directory.path().into())).contains("cannot use"));
     assert!(line(Backing::File("/dev/null".into())).contains("no DAX device"));
-    assert!(Arena::new(&Backing::Memfd, LEN, true).unwrap().make(1 << 62).is_err());
+    assert!(Arena::new(&Backing::Memfd, LEN, true).unwrap().make(1 << 62, 0).is_err());
 }
 
 proptest! {
@@ -152,7 +170,7 @@ proptest! {
         ranges in prop::collection::vec((any::<bool>(), 0_u64..40_000, 0_u64..20_000), 1..12),
     ) {
         for (name, arena, _directory) in arenas() {
-            let memory = arena.make(LEN).unwrap();
+            let memory = arena.make(LEN, 0).unwrap();
             let mut model = vec![3_u8; 64 << 10];
             write(&memory, 0, &model);
             for (trim, offset, len) in &ranges {

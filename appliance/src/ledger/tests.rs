@@ -104,7 +104,11 @@ impl World {
                 match self.ledger.plan(AllocationId::from_u128(allocation.into()), count, len) {
                     Ok(mut plan) => {
                         assert!(count as u64 * len <= free, "more than is free was given");
-                        plan.dropped.clear();
+                        for (memory, len) in plan.leaving.drain(..) {
+                            drop(memory);
+                            self.ledger.left(len);
+                        }
+                        assert_eq!(self.ledger.leaving(), 0);
                         self.plans.push((plan, ttl));
                     }
                     Err(NoPlan::Wait) => assert!(self.stocking > 0, "waits for nothing"),
@@ -320,7 +324,7 @@ fn ready_regions_make_room_for_other_sizes() {
     }
     assert_eq!(ledger.totals().ready, 4 * UNIT);
     let plan = ledger.plan(AllocationId::from_u128(1), 1, 2 * UNIT).unwrap();
-    assert_eq!((plan.dropped.len(), plan.make), (2, 1));
+    assert_eq!((plan.leaving.len(), ledger.leaving(), plan.make), (2, 2 * UNIT, 1));
     assert_eq!(ledger.totals().ready, 2 * UNIT);
     ledger.abandon(plan);
     assert_eq!((ledger.free(), ledger.totals().used()), (4 * UNIT, 2 * UNIT));

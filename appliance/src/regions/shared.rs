@@ -12,8 +12,9 @@ use super::state::State;
 use crate::arena::{Arena, ArenaError, Memory};
 
 /// How long an order waits until what it asked for is faulted in; the rest follows while it is in
-/// use already. Shorter than the 3 s after which the allocator asks another appliance.
-const FAULT_LIMIT: Duration = Duration::from_secs(2);
+/// use already. On a busy host faulting in takes a second for each few hundred MiB, and who orders
+/// gives up after some seconds.
+const FAULT_LIMIT: Duration = Duration::from_millis(300);
 /// How long an order waits for another one that changes the same thing.
 pub(super) const TURN_LIMIT: Duration = Duration::from_secs(30);
 
@@ -47,11 +48,12 @@ impl Shared {
         Ok(self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0)
     }
 
-    /// The state, when no other order is changing the grant.
+    /// The state, when no other order is changing the grant and all memory that may be in use is
+    /// within the capacity.
     pub(super) fn turn(&self, id: GrantId) -> Result<MutexGuard<'_, State>, TableError> {
         let limit = Instant::now() + TURN_LIMIT;
         let mut state = self.lock();
-        while state.ledger.grant(id).is_some_and(|grant| grant.closing) {
+        while state.ledger.leaving() > 0 || state.ledger.grant(id).is_some_and(|grant| grant.closing) {
             state = self.wait(state, limit)?;
         }
         Ok(state)
@@ -63,11 +65,13 @@ impl Shared {
         self.news.notify_one();
     }
 
-    /// Makes regions and faults them in for as long as an order may take.
-    pub(super) fn make(&self, count: usize, len: u64) -> Result<Vec<Arc<Memory>>, ArenaError> {
+    /// Makes regions, and faults them in for as long as an order may take; not while `leaving` bytes
+    /// of others are on their way out to make room for them.
+    pub(super) fn make(&self, count: usize, len: u64, leaving: u64) -> Result<Vec<Arc<Memory>>, ArenaError> {
         let until = Instant::now() + FAULT_LIMIT;
-        let made = (0..count).map(|_| self.arena.make(len).map(Arc::new)).collect::<Result<Vec<_>, _>>()?;
-        if made.is_empty() {
+        let made = (0..count).map(|_| self.arena.make(len, leaving).map(Arc::new));
+        let made = made.collect::<Result<Vec<_>, _>>()?;
+        if made.is_empty() || leaving > 0 {
             return Ok(made);
         }
         let share = made.len().div_ceil(self.workers);

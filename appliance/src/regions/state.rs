@@ -1,7 +1,7 @@
 //! What the table's lock protects.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Instant;
 
 use xpm_protocol::api::appliance::{self as api, Commit};
@@ -16,8 +16,10 @@ use crate::ledger::Ledger;
 pub(super) struct State {
     pub(super) ledger: Ledger<Arc<Memory>>,
     pub(super) leases: HashMap<GrantId, Arc<Lease>>,
-    /// Lent, but not wholly faulted in.
-    pub(super) to_fault: VecDeque<Arc<Memory>>,
+    /// To be dropped, with their lengths, to make room for others.
+    pub(super) leaving: VecDeque<(Arc<Memory>, u64)>,
+    /// Lent, but not wholly faulted in. Weak, so that they hold nothing up that is to be cleared.
+    pub(super) to_fault: VecDeque<Weak<Memory>>,
     /// After a failure, no stocking until then.
     pub(super) stock_again: Option<Instant>,
     /// After a region could not be cleared because someone still held it.
@@ -49,7 +51,7 @@ impl State {
     pub(super) fn renew(&mut self, id: GrantId, commit: &Commit, moved: Moved) -> Result<(), ArenaError> {
         let regions = self.ledger.grant(id).map(|grant| grant.regions.clone()).unwrap_or_default();
         for (region, memory) in regions.into_iter().zip(moved.memories) {
-            self.to_fault.push_back(memory.clone());
+            self.to_fault.push_back(Arc::downgrade(&memory));
             self.ledger.replace_memory(region, memory);
         }
         self.add_lease(id);

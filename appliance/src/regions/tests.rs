@@ -213,3 +213,15 @@ fn a_file_is_not_shared() {
     assert!(open(&table, 1).is_some());
     assert!(table.open_shared(&GrantKey::from_bytes([1; 32])).is_none());
 }
+
+#[test]
+fn regions_of_another_size_take_the_place_of_ready_ones() {
+    let (table, _) = table_of(&Backing::Memfd, 8);
+    eventually("eight ready regions", || all_ready(&table));
+    let regions = table.reserve(&order(2, 4 * LEN, Duration::from_secs(60))).unwrap();
+    let ids: Vec<_> = regions.iter().map(|region| region.id).collect();
+    table.commit(GRANT, &commit(1, 1, ids)).unwrap();
+    assert_eq!(table.shared.lock().ledger.leaving(), 0, "granted before the old ones were gone");
+    assert_eq!(table.summary().totals.used(), 8 * LEN);
+    eventually("all faulted in", || table.summary().resident == 8 * LEN);
+}

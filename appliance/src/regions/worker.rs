@@ -16,8 +16,11 @@ const SLEEP_MAX: Duration = Duration::from_secs(1);
 const STOCK_PAUSE: Duration = Duration::from_secs(10);
 /// How long to wait for a connection's last hold on a region that is to be cleared.
 const CLEAR_PAUSE: Duration = Duration::from_millis(20);
+/// How long a thread works on one lent region before it looks for more urgent work.
+const FAULT_STEP: Duration = Duration::from_millis(50);
 
 enum Job {
+    Leave(Arc<Memory>, u64),
     Clear(RegionId, Arc<Memory>),
     Drop(RegionId, Arc<Memory>),
     FaultIn(Arc<Memory>),
@@ -58,22 +61,52 @@ impl Shared {
 
     fn work(&self, job: Job) {
         match job {
+            Job::Leave(memory, len) => self.leave(memory, len),
             Job::Clear(id, memory) => self.clear(id, memory),
-            Job::Drop(id, memory) => {
-                drop(memory);
-                self.lock().ledger.dropped(id);
-            }
-            Job::FaultIn(memory) => {
-                if let Err(error) = self.arena.fault_in(&memory, None) {
-                    tracing::error!(
-                        "a region is lent but not wholly in memory: {}",
-                        xpm_control::error_line(&error)
-                    );
+            Job::Drop(id, memory) => match Arc::try_unwrap(memory) {
+                Ok(memory) => {
+                    drop(memory);
+                    self.lock().ledger.dropped(id);
                 }
-            }
+                Err(memory) => self.later(id, memory),
+            },
+            Job::FaultIn(memory) => self.fault_in(&memory),
             Job::Stock(len) => self.stock(len),
         }
         self.changed.notify_all();
+    }
+
+    /// It counts as gone when nobody holds it any more, be it a thread that is faulting it in.
+    fn leave(&self, memory: Arc<Memory>, len: u64) {
+        match Arc::try_unwrap(memory) {
+            Ok(memory) => {
+                drop(memory);
+                self.lock().ledger.left(len);
+            }
+            Err(memory) => {
+                std::thread::sleep(CLEAR_PAUSE / 10);
+                self.lock().leaving.push_back((memory, len));
+            }
+        }
+    }
+
+    fn fault_in(&self, memory: &Arc<Memory>) {
+        match self.arena.fault_in(memory, Some(Instant::now() + FAULT_STEP)) {
+            Ok(true) => {}
+            Ok(false) => self.lock().to_fault.push_back(Arc::downgrade(memory)),
+            Err(error) => {
+                tracing::error!(
+                    "a region is lent but not wholly in memory: {}",
+                    xpm_control::error_line(&error)
+                );
+            }
+        }
+    }
+
+    fn later(&self, id: RegionId, memory: Arc<Memory>) {
+        let mut state = self.lock();
+        state.ledger.not_yet(id, memory);
+        state.clear_again = Some(Instant::now() + CLEAR_PAUSE);
     }
 
     /// Zeros for everyone who still has it mapped; then it is lent again only if no other process
@@ -81,12 +114,7 @@ impl Shared {
     fn clear(&self, id: RegionId, memory: Arc<Memory>) {
         let memory = match Arc::try_unwrap(memory) {
             Ok(memory) => memory,
-            Err(memory) => {
-                let mut state = self.lock();
-                state.ledger.not_yet(id, memory);
-                state.clear_again = Some(Instant::now() + CLEAR_PAUSE);
-                return;
-            }
+            Err(memory) => return self.later(id, memory),
         };
         memory.clear();
         let wanted = !memory.is_shared() && self.lock().ledger.wants(memory.len());
@@ -99,7 +127,7 @@ impl Shared {
     }
 
     fn stock(&self, len: u64) {
-        let made = match self.arena.make(len) {
+        let made = match self.arena.make(len, 0) {
             Ok(memory) => self.fault_in_for_stock(&memory).then(|| Arc::new(memory)),
             Err(error) => {
                 self.pause_stock(&error);
@@ -126,14 +154,28 @@ impl Shared {
 }
 
 impl State {
+    fn next_to_fault(&mut self) -> Option<Arc<Memory>> {
+        while let Some(memory) = self.to_fault.pop_front() {
+            if let Some(memory) = memory.upgrade() {
+                return Some(memory);
+            }
+        }
+        None
+    }
+
     fn job(&mut self, now: Instant) -> Option<Job> {
+        if let Some((memory, len)) = self.leaving.pop_front() {
+            return Some(Job::Leave(memory, len));
+        }
         if self.clear_again.is_none_or(|again| again <= now) {
             self.clear_again = None;
             if let Some((id, memory)) = self.ledger.take_clearing() {
                 return Some(Job::Clear(id, memory));
             }
         }
-        if let Some(memory) = self.to_fault.pop_front() {
+        if self.ledger.leaving() == 0
+            && let Some(memory) = self.next_to_fault()
+        {
             return Some(Job::FaultIn(memory));
         }
         if let Some((id, memory)) = self.ledger.take_surplus() {

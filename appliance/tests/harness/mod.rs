@@ -141,6 +141,15 @@ impl Daemon {
 
     /// One request; its status and what was answered.
     pub(crate) fn raw(&self, method: &str, path: &str, body: &str) -> (u16, Value) {
+        let mut stream = self.send(method, path, body);
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+        (status, serde_json::from_str(body).unwrap_or(Value::Null))
+    }
+
+    fn send(&self, method: &str, path: &str, body: &str) -> TcpStream {
         let headers = match self.token.as_str() {
             "" => String::new(),
             token => format!("authorization: Bearer {token}\r\n"),
@@ -154,11 +163,7 @@ impl Daemon {
             body.len()
         )
         .unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).unwrap();
-        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
-        let status = head.split(' ').nth(1).unwrap().parse().unwrap();
-        (status, serde_json::from_str(body).unwrap_or(Value::Null))
+        stream
     }
 
     pub(crate) fn reserve_body(&self, count: u32, region_len: u64) -> Value {
