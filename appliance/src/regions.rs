@@ -76,6 +76,7 @@ impl Table {
         let state = State {
             ledger: Ledger::new(capacity, stock, xpm_control::random::u128()?),
             leases: HashMap::new(),
+            orders_waiting: 0,
             leaving: VecDeque::new(),
             to_fault: VecDeque::new(),
             stock_again: None,
@@ -149,7 +150,14 @@ impl Table {
                     return Ok((plan, state.ledger.leaving()));
                 }
                 Err(NoPlan::Refused(refusal)) => return Err(refusal.into()),
-                Err(NoPlan::Wait) => state = self.shared.wait(state, limit)?,
+                Err(NoPlan::Wait) => {
+                    if Instant::now() >= limit {
+                        return Err(TableError::Busy);
+                    }
+                    state.orders_waiting += 1;
+                    state = self.shared.sleep(state, TURN_LIMIT);
+                    state.orders_waiting -= 1;
+                }
             }
         }
     }

@@ -45,7 +45,12 @@ impl Shared {
         if left.is_zero() {
             return Err(TableError::Busy);
         }
-        Ok(self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0)
+        Ok(self.sleep(state, left))
+    }
+
+    /// Waits until something changes, and not longer than `limit`.
+    pub(super) fn sleep<'a>(&self, state: MutexGuard<'a, State>, limit: Duration) -> MutexGuard<'a, State> {
+        self.changed.wait_timeout(state, limit).unwrap_or_else(PoisonError::into_inner).0
     }
 
     /// The state, when no other order is changing the grant and all memory that may be in use is

@@ -16,6 +16,8 @@ use crate::ledger::Ledger;
 pub(super) struct State {
     pub(super) ledger: Ledger<Arc<Memory>>,
     pub(super) leases: HashMap<GrantId, Arc<Lease>>,
+    /// Orders that wait for memory which is being made for the stock.
+    pub(super) orders_waiting: usize,
     /// To be dropped, with their lengths, to make room for others.
     pub(super) leaving: VecDeque<(Arc<Memory>, u64)>,
     /// Lent, but not wholly faulted in. Weak, so that they hold nothing up that is to be cleared.

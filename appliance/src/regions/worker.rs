@@ -118,17 +118,21 @@ impl Shared {
         };
         memory.clear();
         let wanted = !memory.is_shared() && self.lock().ledger.wants(memory.len());
-        if wanted && self.fault_in_for_stock(&memory) {
-            self.lock().ledger.cleared(id, Arc::new(memory));
-        } else {
+        if !wanted {
             drop(memory);
-            self.lock().ledger.dropped(id);
+            return self.lock().ledger.dropped(id);
+        }
+        let memory = self.fault_in_for_stock(memory);
+        let mut state = self.lock();
+        match memory {
+            Some(memory) => state.ledger.cleared(id, memory),
+            None => state.ledger.dropped(id),
         }
     }
 
     fn stock(&self, len: u64) {
         let made = match self.arena.make(len, 0) {
-            Ok(memory) => self.fault_in_for_stock(&memory).then(|| Arc::new(memory)),
+            Ok(memory) => self.fault_in_for_stock(memory),
             Err(error) => {
                 self.pause_stock(&error);
                 None
@@ -137,12 +141,24 @@ impl Shared {
         self.lock().ledger.stocked(made);
     }
 
-    fn fault_in_for_stock(&self, memory: &Memory) -> bool {
-        match self.arena.fault_in(memory, None) {
-            Ok(done) => done,
-            Err(error) => {
-                self.pause_stock(&error);
-                false
+    /// The region, faulted in; or, when an order waits for memory, as it is: the rest is done when
+    /// that is served. None when the host has no memory for it.
+    fn fault_in_for_stock(&self, memory: Memory) -> Option<Arc<Memory>> {
+        loop {
+            match self.arena.fault_in(&memory, Some(Instant::now() + FAULT_STEP)) {
+                Ok(true) => return Some(Arc::new(memory)),
+                Ok(false) => {
+                    let mut state = self.lock();
+                    if state.orders_waiting > 0 {
+                        let memory = Arc::new(memory);
+                        state.to_fault.push_back(Arc::downgrade(&memory));
+                        return Some(memory);
+                    }
+                }
+                Err(error) => {
+                    self.pause_stock(&error);
+                    return None;
+                }
             }
         }
     }
