@@ -49,7 +49,7 @@ const LOADS: [Load; 4] = [
 ];
 
 /// Longest run of fio.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(180);
 
 /// Writes blocks that carry checksums all over `size`, reads them back and compares.
 pub(super) fn verify(site: &Site, target: &Target, size: u64) -> Result<()> {

@@ -21,9 +21,9 @@ pub(super) const APPLIANCES: u16 = 3;
 /// The allocation's name.
 pub(super) const NAME: &str = "demo";
 /// Longest run of an ordinary command.
-const LIMIT: Duration = Duration::from_secs(60);
-/// Longest wait for a daemon to be ready.
-const READY_LIMIT: Duration = Duration::from_secs(30);
+const LIMIT: Duration = Duration::from_secs(120);
+/// Longest wait for something to become so; long, for the sake of emulated and busy machines.
+const READY_LIMIT: Duration = Duration::from_secs(120);
 const MIB: u64 = 1 << 20;
 
 /// Something that was done to this machine. It is undone in the reverse order, whatever happens.
@@ -245,7 +245,7 @@ impl Site {
         Ok(each.filter_map(|appliance| appliance["status"][field].as_u64()).sum())
     }
 
-    /// Waits until it is so; an error when it is not in half a minute, or a daemon ended.
+    /// Waits until it is so; an error when it is not in time, or a daemon ended.
     pub(super) fn wait_until(&self, otherwise: &str, mut so: impl FnMut() -> Result<bool>) -> Result<()> {
         let start = Instant::now();
         loop {
