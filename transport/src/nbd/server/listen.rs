@@ -12,7 +12,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinHandle;
 use xpm_protocol::nbd::handshake::server::{ServerHandshake, Step};
 
-use super::{Exports, Negotiated, Opened, Server};
+use super::{Exports, Negotiated, Opened, Place, Server};
 
 /// Bytes read at once during a handshake.
 const READ_LEN: usize = 4096;
@@ -144,11 +144,9 @@ async fn handshake<S: Stream>(
 ) {
     let limit = server.inner.options.handshake;
     match tokio::time::timeout(limit, negotiate(&server, &mut stream, &exports)).await {
-        Ok(Ok(Some((opened, negotiated)))) => {
-            let served = stream
-                .tune()
-                .and_then(|()| stream.into_fd())
-                .and_then(|fd| server.take(fd, opened, negotiated));
+        Ok(Ok(Some((opened, place, negotiated)))) => {
+            let stream = stream.tune().and_then(|()| stream.into_fd());
+            let served = stream.and_then(|fd| server.take(fd, opened, place, negotiated));
             if let Err(error) = served {
                 tracing::warn!(%error, "cannot serve a connection");
             }
@@ -164,9 +162,9 @@ async fn negotiate<S: Stream>(
     server: &Server,
     stream: &mut S,
     exports: &Arc<dyn Exports>,
-) -> io::Result<Option<(Opened, Negotiated)>> {
+) -> io::Result<Option<(Opened, Place, Negotiated)>> {
     let mut handshake = ServerHandshake::new();
-    let mut opened: Option<Opened> = None;
+    let mut opened: Option<(Opened, Option<Place>)> = None;
     let mut buffer = vec![0; READ_LEN];
     let mut next: Option<Step> = None;
     loop {
@@ -180,18 +178,18 @@ async fn negotiate<S: Stream>(
             Step::Open(name) => {
                 let enters = handshake.enters();
                 opened = open(server.clone(), exports.clone(), name, enters).await;
-                next = handshake.found(opened.as_ref().map(|opened| &opened.info));
+                next = handshake.found(opened.as_ref().map(|(opened, _)| &opened.info));
             }
             Step::List => handshake.listed(exports.list().as_deref()),
             Step::Ready(negotiated) => {
-                let Some(mut opened) = opened else { return Ok(None) };
+                let Some((mut opened, Some(place))) = opened else { return Ok(None) };
                 opened.info = negotiated.info;
                 let agreed = Negotiated {
                     structured: negotiated.structured,
                     base_allocation: negotiated.base_allocation,
                     leftover: negotiated.leftover,
                 };
-                return Ok(Some((opened, agreed)));
+                return Ok(Some((opened, place, agreed)));
             }
             Step::Close(_) => {
                 stream.shutdown().await?;
@@ -201,15 +199,21 @@ async fn negotiate<S: Stream>(
     }
 }
 
-/// Opens an export. When it is entered rather than asked about, the connection that this one
-/// replaces is shut out before it is answered.
-async fn open(server: Server, exports: Arc<dyn Exports>, name: String, enters: bool) -> Option<Opened> {
+/// Opens an export. When it is entered rather than asked about, the connection gets its place, and
+/// the one that it replaces is shut out, before it is answered.
+async fn open(
+    server: Server,
+    exports: Arc<dyn Exports>,
+    name: String,
+    enters: bool,
+) -> Option<(Opened, Option<Place>)> {
     let opening = tokio::task::spawn_blocking(move || {
         let opened = exports.open(&name)?;
-        if enters {
-            server.shut_out(opened.group, opened.session).ok()?;
-        }
-        Some(opened)
+        let place = match enters {
+            true => Some(server.register(opened.group, opened.session).ok()?),
+            false => None,
+        };
+        Some((opened, place))
     });
     opening.await.ok().flatten()
 }

@@ -30,7 +30,7 @@ use self::connection::{Connection, Ready};
 use self::counters::LoopCounters;
 use self::event_loop::{EventLoop, Letter, Mailbox};
 pub use self::listen::Listener;
-use self::registry::Registry;
+use self::registry::{ConnectionId, Registry};
 use crate::store::Store;
 
 /// How a server runs.
@@ -132,7 +132,9 @@ impl Server {
     /// # Errors
     /// When there is no memory for its buffers, or the descriptor is not a stream socket.
     pub fn adopt(&self, stream: OwnedFd, opened: Opened) -> io::Result<()> {
-        self.take(stream, opened, Negotiated::default())
+        let outdated = |_| io::Error::other("a newer connection of the same session is there");
+        let place = self.register(opened.group, opened.session).map_err(outdated)?;
+        self.take(stream, opened, place, Negotiated::default())
     }
 
     /// Closes all connections of the group; blocks until no loop thread touches their stores any
@@ -154,15 +156,21 @@ impl Server {
         sum
     }
 
-    /// Shuts out what the session tag replaces. Blocks like [`Server::close_group`].
-    fn shut_out(&self, group: u128, session: Option<SessionTag>) -> Result<(), registry::Outdated> {
-        match session {
-            Some(tag) => self.inner.registry.shut_out(group, tag, &self.inner.mailboxes),
-            None => Ok(()),
-        }
+    /// Registers a connection, and shuts out the one that it replaces. Blocks like
+    /// [`Server::close_group`].
+    fn register(&self, group: u128, session: Option<SessionTag>) -> Result<Place, registry::Outdated> {
+        let id = self.inner.registry.register(group, session, &self.inner.mailboxes)?;
+        Ok(Place { server: self.clone(), id, settled: false })
     }
 
-    fn take(&self, stream: OwnedFd, opened: Opened, negotiated: Negotiated) -> io::Result<()> {
+    /// Hands a connection to its loop. One that was closed during its handshake is dropped.
+    fn take(
+        &self,
+        stream: OwnedFd,
+        opened: Opened,
+        mut place: Place,
+        negotiated: Negotiated,
+    ) -> io::Result<()> {
         fcntl_setfl(&stream, fcntl_getfl(&stream)? | OFlags::NONBLOCK)?;
         let connection = Connection::new(Ready {
             stream,
@@ -173,9 +181,26 @@ impl Server {
             leftover: negotiated.leftover,
             buffers_len: self.inner.options.buffers_len,
         })?;
-        let (id, home) = self.inner.registry.register(opened.group, opened.session);
-        self.inner.mailboxes[home].send(Letter::Adopt(id, Box::new(connection)));
+        if let Some(home) = self.inner.registry.settle(place.id) {
+            place.settled = true;
+            self.inner.mailboxes[home].send(Letter::Adopt(place.id, Box::new(connection)));
+        }
         Ok(())
+    }
+}
+
+/// A registered connection that has no loop yet; given up when dropped.
+struct Place {
+    server: Server,
+    id: ConnectionId,
+    settled: bool,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if !self.settled {
+            self.server.inner.registry.gone(self.id);
+        }
     }
 }
 

@@ -2,7 +2,7 @@
 //! before its new one is let in.
 
 use std::collections::HashMap;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use xpm_protocol::nbd::SessionTag;
 
@@ -15,8 +15,8 @@ pub(super) struct ConnectionId(u64);
 struct Entry {
     group: u128,
     session: Option<SessionTag>,
-    /// Which loop serves it.
-    home: usize,
+    /// Which loop serves it; none while its handshake is going on.
+    home: Option<usize>,
 }
 
 #[derive(Default)]
@@ -48,22 +48,49 @@ impl Registry {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Registers a connection and chooses the loop with the fewest.
-    pub(super) fn register(&self, group: u128, session: Option<SessionTag>) -> (ConnectionId, usize) {
+    /// Registers a connection whose handshake is going on. Before it is answered, older connections
+    /// of the same session and queue are closed, and waited for until they are gone: a request that
+    /// one of them still had in its socket cannot land behind those of the new one.
+    pub(super) fn register(
+        &self,
+        group: u128,
+        session: Option<SessionTag>,
+        mailboxes: &[Arc<Mailbox>],
+    ) -> Result<ConnectionId, Outdated> {
         let mut state = self.lock();
-        let home = (0..state.load.len()).min_by_key(|home| state.load[*home]).unwrap_or(0);
-        state.load[home] += 1;
+        let same = |entry: &Entry, tag: SessionTag| {
+            entry.group == group && entry.session.is_some_and(|s| s.id == tag.id && s.queue == tag.queue)
+        };
+        if let Some(tag) = session {
+            let newer = |entry: &Entry| entry.session.is_some_and(|s| s.generation >= tag.generation);
+            if state.entries.values().any(|entry| same(entry, tag) && newer(entry)) {
+                return Err(Outdated);
+            }
+        }
         state.last += 1;
-        let id = ConnectionId(state.last);
-        state.entries.insert(id, Entry { group, session, home });
-        (id, home)
+        let own = ConnectionId(state.last);
+        state.entries.insert(own, Entry { group, session, home: None });
+        if let Some(tag) = session {
+            self.close(state, mailboxes, |id, entry| id != own && same(entry, tag));
+        }
+        Ok(own)
     }
 
-    /// The loop dropped it: nothing touches its store any more.
+    /// The handshake is over: the loop with the fewest connections gets it. None when it was closed
+    /// meanwhile.
+    pub(super) fn settle(&self, id: ConnectionId) -> Option<usize> {
+        let mut state = self.lock();
+        let home = (0..state.load.len()).min_by_key(|home| state.load[*home])?;
+        state.entries.get_mut(&id)?.home = Some(home);
+        state.load[home] += 1;
+        Some(home)
+    }
+
+    /// It was dropped, by its loop or before it had one: nothing touches its store any more.
     pub(super) fn gone(&self, id: ConnectionId) {
         let mut state = self.lock();
-        if let Some(entry) = state.entries.remove(&id) {
-            state.load[entry.home] -= 1;
+        if let Some(home) = state.entries.remove(&id).and_then(|entry| entry.home) {
+            state.load[home] -= 1;
         }
         drop(state);
         self.left.notify_all();
@@ -78,36 +105,25 @@ impl Registry {
     }
 
     /// Closes the connections of a group and waits until nothing touches their stores.
-    pub(super) fn close_group(&self, group: u128, mailboxes: &[std::sync::Arc<Mailbox>]) {
-        self.close(mailboxes, |entry| entry.group == group);
+    pub(super) fn close_group(&self, group: u128, mailboxes: &[Arc<Mailbox>]) {
+        self.close(self.lock(), mailboxes, |_, entry| entry.group == group);
     }
 
-    /// Closes older connections of the same session and queue, and waits until they are gone: a
-    /// request that one of them still had in its socket cannot land behind those of the new one.
-    pub(super) fn shut_out(
+    /// Closes connections. Those without a loop have not touched their store, and will not: they are
+    /// forgotten, and so refused when their handshake is over.
+    fn close(
         &self,
-        group: u128,
-        tag: SessionTag,
-        mailboxes: &[std::sync::Arc<Mailbox>],
-    ) -> Result<(), Outdated> {
-        let same = move |entry: &Entry| {
-            entry.group == group && entry.session.is_some_and(|s| s.id == tag.id && s.queue == tag.queue)
-        };
-        let newer =
-            |entry: &Entry| same(entry) && entry.session.is_some_and(|s| s.generation >= tag.generation);
-        if self.lock().entries.values().any(newer) {
-            return Err(Outdated);
-        }
-        self.close(mailboxes, same);
-        Ok(())
-    }
-
-    fn close(&self, mailboxes: &[std::sync::Arc<Mailbox>], which: impl Fn(&Entry) -> bool) {
-        let mut state = self.lock();
+        mut state: MutexGuard<'_, State>,
+        mailboxes: &[Arc<Mailbox>],
+        which: impl Fn(ConnectionId, &Entry) -> bool,
+    ) {
+        state.entries.retain(|id, entry| entry.home.is_some() || !which(*id, entry));
         let mut waiting: Vec<ConnectionId> = Vec::new();
-        for (id, entry) in state.entries.iter().filter(|(_, entry)| which(entry)) {
-            mailboxes[entry.home].send(Letter::Close(*id));
-            waiting.push(*id);
+        for (id, entry) in &state.entries {
+            if let Some(home) = entry.home.filter(|_| which(*id, entry)) {
+                mailboxes[home].send(Letter::Close(*id));
+                waiting.push(*id);
+            }
         }
         while waiting.iter().any(|id| state.entries.contains_key(id)) {
             state = self.left.wait(state).unwrap_or_else(PoisonError::into_inner);
