@@ -287,7 +287,7 @@ fn start_appliance(dir: &Path, index: usize, arguments: &[String]) -> Daemon {
 fn start_blk(dir: &Path, allocator: u16) -> Daemon {
     let (config, control) = (dir.join("blk.toml"), dir.join("blk.sock"));
     let text = format!(
-        "allocator = \"http://127.0.0.1:{allocator}\"\ncontrol = \"{}\"\nstate = \"{}\"\nallow_unsafe_swap = true\n",
+        "allocator = \"http://127.0.0.1:{allocator}\"\ncontrol = \"{}\"\nstate = \"{}\"\nallow-unsafe-swap = true\n",
         control.display(),
         dir.join("blk").display()
     );

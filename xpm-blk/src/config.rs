@@ -22,7 +22,7 @@ const QUEUES: std::ops::RangeInclusive<u16> = 1..=64;
 
 /// The configuration, with every default filled in.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct Config {
     /// Base URL of the allocator.
     pub allocator: String,
@@ -203,16 +203,16 @@ mod tests {
             allocator = "http://10.0.0.1:7700"
             control = "/run/a.sock"
             state = "/var/a"
-            token_file = "/etc/xpm/token"
+            token-file = "/etc/xpm/token"
             hold = "5m"
             queues = 2
             depth = 64
             buffer = "8MiB"
             spin = "20us"
             threads = 1
-            connect_limit = "3s"
-            stop_limit = "1m"
-            allow_unsafe_swap = true
+            connect-limit = "3s"
+            stop-limit = "1m"
+            allow-unsafe-swap = true
             [[device]]
             name = "pool"
             as = "ublk"

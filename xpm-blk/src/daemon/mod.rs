@@ -124,7 +124,7 @@ impl Daemon {
                 ErrorKind::Unsupported,
                 format!(
                     "{form} can carry swap, and this process is not safe for that: {missing}. Mend it and start xpm-blk \
-                     again, show it as nbd-socket, or accept it with `allow_unsafe_swap = true`"
+                     again, show it as nbd-socket, or accept it with `allow-unsafe-swap = true`"
                 ),
             )),
         }
