@@ -95,7 +95,9 @@ impl<'a> Cluster<'a> {
 
     fn start_allocator(&mut self) -> Result<()> {
         let mut command = self.command("xpm-allocator");
-        command.args(["--insecure", "--listen", &format!("{HOST}:{ALLOCATOR_PORT}"), "--data"]);
+        command.args(["--insecure", "--listen", &format!("{HOST}:{ALLOCATOR_PORT}")]);
+        // Quick, so that a scenario need not wait long to see memory given back.
+        command.args(["--heartbeat", "1s", "--data"]);
         command.arg(self.dir.join("allocator"));
         self.start_daemon("allocator", command)
     }
@@ -107,6 +109,7 @@ impl<'a> Cluster<'a> {
         command.args(["--insecure", "--name", &name, "--memory", memory]);
         command.args(["--listen", &format!("{HOST}:{port}"), "--nbd", &format!("{HOST}:{}", port + 1)]);
         command.args(["--allocator", &Cluster::allocator_url(), "--state"]).arg(self.dir.join(&name));
+        command.arg("--run-dir").arg(self.dir.join(&name));
         self.start_daemon(&name, command)
     }
 

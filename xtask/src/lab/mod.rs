@@ -217,6 +217,7 @@ impl Lab {
             memory_mib: self.memory_mib.unwrap_or(asked),
             accelerator: self.accelerator,
             console: dir.join("console.log"),
+            monitor: dir.join("monitor"),
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::fs::{self, OpenOptions};
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
@@ -10,6 +10,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use rustix::fs::{CWD, FileType, Mode, mknodat};
 
 use super::kernel::Kernel;
 use super::netns::Netns;
@@ -19,6 +20,9 @@ const PROBE_TIME_MAX: Duration = Duration::from_secs(20);
 /// A task that waits this long for a device is taken for a deadlock. Emulation on a busy machine
 /// is slow; the kernel's own default is 120.
 const HUNG_TASK_SECONDS: u32 = 90;
+
+/// Time for the kernel to answer a key.
+const KEY_TIME: Duration = Duration::from_secs(4);
 
 /// What runs the guest's instructions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,6 +62,8 @@ pub(crate) struct Guest<'a> {
     pub(crate) accelerator: Accelerator,
     /// Where the kernel's messages go.
     pub(crate) console: PathBuf,
+    /// The pipes of QEMU's monitor: this path with `.in` and `.out` added.
+    pub(crate) monitor: PathBuf,
 }
 
 impl Guest<'_> {
@@ -68,7 +74,7 @@ impl Guest<'_> {
         command.args(self.accelerator.words()).arg("-m").arg(format!("{}M", self.memory_mib));
         command.arg("-kernel").arg(self.kernel.image()).arg("-initrd").arg(self.initramfs);
         command.arg("-append").arg(format!(
-            "console=ttyS0 loglevel=6 panic=-1 oops=panic sysctl.kernel.hung_task_panic=1 \
+            "console=ttyS0 loglevel=6 sysctl.kernel.sysrq=1 panic=-1 oops=panic sysctl.kernel.hung_task_panic=1 \
              sysctl.kernel.hung_task_timeout_secs={HUNG_TASK_SECONDS} {kernel_words}"
         ));
         command.arg("-serial").arg(joined("file:", &self.console));
@@ -76,9 +82,32 @@ impl Guest<'_> {
         command
     }
 
+    /// Makes the monitor's pipes, and the part of the command line that names them.
+    fn add_monitor(&self, command: &mut Command) -> Result<()> {
+        for end in ["in", "out"] {
+            let pipe = self.monitor.with_extension(end);
+            mknodat(CWD, &pipe, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0)
+                .with_context(|| format!("cannot make {}", pipe.display()))?;
+        }
+        command.arg("-chardev").arg(joined("pipe,id=monitor,path=", &self.monitor));
+        command.args(["-mon", "chardev=monitor,mode=readline"]);
+        Ok(())
+    }
+
+    /// Makes the kernel write where all tasks stand, and the state of its memory, to
+    /// the console: what a deadlock leaves to look at. Returns when it had time for that.
+    pub(crate) fn show_tasks(&self) -> Result<()> {
+        let mut monitor = OpenOptions::new().write(true).open(self.monitor.with_extension("in"))?;
+        for key in ["alt-sysrq-9", "alt-sysrq-t", "alt-sysrq-w", "alt-sysrq-m"] {
+            writeln!(monitor, "sendkey {key}")?;
+            thread::sleep(KEY_TIME);
+        }
+        Ok(())
+    }
+
     /// The command line of a guest that runs `runner` on the host's root, exchanges files with the
     /// host in `share`, and has a user-mode network.
-    pub(crate) fn on_host_root(&self, netns: &Netns, runner: &Path, share: &Path) -> Command {
+    pub(crate) fn on_host_root(&self, netns: &Netns, runner: &Path, share: &Path) -> Result<Command> {
         let modules = self.kernel.modules();
         let words = format!("lab.modules={} lab.runner={}", modules.display(), runner.display());
         let mut command = self.command(netns.command("qemu-system-x86_64"), &words);
@@ -91,7 +120,8 @@ impl Guest<'_> {
         command.arg("-fsdev").arg(joined(&format!("local,id=share,{local}"), share));
         command.args(["-device", "virtio-9p-pci,fsdev=share,mount_tag=labshare"]);
         command.args(["-netdev", "user,id=net,ipv6=off", "-device", "virtio-net-pci,netdev=net,romfile="]);
-        command
+        self.add_monitor(&mut command)?;
+        Ok(command)
     }
 
     /// Whether the guest reaches its first process in time.
@@ -151,6 +181,7 @@ pub(crate) fn choose(kernel: &Kernel, initramfs: &Path, netns: &Netns, cache: &P
         memory_mib: 512,
         accelerator: Accelerator::Kvm,
         console: cache.join("probe.log"),
+        monitor: cache.join("probe"),
     };
     let accelerator = match probe.comes_alive(netns)? {
         true => Accelerator::Kvm,

@@ -70,7 +70,7 @@ pub(crate) fn boot(
     let complaints = qemu::read_lines(qemu.stderr.take().context("QEMU has no error output")?);
     let mut watch = Watch::new(place, scenarios);
     let ending = watch.follow(&lines);
-    stop(&mut qemu, &ending)?;
+    stop(&mut qemu, guest, &ending)?;
     let mut reports = watch.finish(&ending, &guest.console, &complaints);
     for report in reports.iter_mut().filter(|report| report.passed()) {
         let scenario = scenarios.iter().find(|scenario| scenario.name == report.name);
@@ -111,7 +111,7 @@ fn prepare(
         Cluster::allocator_url(),
     );
     fs::write(share.join("env"), env)?;
-    Ok(guest.on_host_root(place.netns, &scripts.join("run"), &share))
+    guest.on_host_root(place.netns, &scripts.join("run"), &share)
 }
 
 /// Why the guest is no longer followed.
@@ -124,8 +124,9 @@ enum Ending {
 }
 
 /// Waits for QEMU to end; ends it when it is not known to be ending.
-fn stop(qemu: &mut Child, ending: &Ending) -> Result<()> {
+fn stop(qemu: &mut Child, guest: &Guest<'_>, ending: &Ending) -> Result<()> {
     if *ending == Ending::TimeUp {
+        guest.show_tasks()?;
         qemu.kill()?;
     }
     qemu.wait()?;
