@@ -36,7 +36,8 @@ impl Spin {
         let now = Instant::now();
         let since = *self.since.get_or_insert(now);
         if now.duration_since(since) < self.now {
-            std::hint::spin_loop();
+            // Who else wants this core gets it: the other end may run on it.
+            std::thread::yield_now();
             return true;
         }
         self.since = None;
