@@ -177,7 +177,9 @@ fn discard(group: &str, host: &Host, device: &Device, settings: &BlockSettings) 
             "none was seen: swapped-out memory that is free again is not given back",
         )
         .mend(format!("swapoff {path} && swapon --discard {path}")),
-        (Some(_), Some(seen)) => Check::ok(group, "discard", format!("on, {seen} seen")),
+        (Some(_), Some(seen)) => {
+            Check::ok(group, "discard", format!("on, {seen} seen since it was attached"))
+        }
         (Some(_), None) => Check::ok(group, "discard", "on"),
     }
 }
