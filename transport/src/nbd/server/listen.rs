@@ -63,6 +63,29 @@ impl Stream for UnixStream {
     }
 }
 
+/// A socket that such streams come out of.
+trait Accept: Send + Sync + 'static {
+    type Stream: Stream;
+
+    fn next(&self) -> impl Future<Output = io::Result<Self::Stream>> + Send;
+}
+
+impl Accept for TcpListener {
+    type Stream = TcpStream;
+
+    async fn next(&self) -> io::Result<TcpStream> {
+        Ok(self.accept().await?.0)
+    }
+}
+
+impl Accept for UnixListener {
+    type Stream = UnixStream;
+
+    async fn next(&self) -> io::Result<UnixStream> {
+        Ok(self.accept().await?.0)
+    }
+}
+
 impl Server {
     /// Accepts clients of a TCP socket, on the tokio runtime that this is called in.
     ///
@@ -74,16 +97,7 @@ impl Server {
         exports: Arc<dyn Exports>,
     ) -> io::Result<Listener> {
         listener.set_nonblocking(true)?;
-        let listener = TcpListener::from_std(listener)?;
-        let server = self.clone();
-        let task = tokio::spawn(async move {
-            let limit = server.limit();
-            loop {
-                let accepted = listener.accept().await.map(|(stream, _)| stream);
-                server.accepted(accepted, &exports, &limit).await;
-            }
-        });
-        Ok(Listener { task })
+        Ok(self.listen(TcpListener::from_std(listener)?, exports))
     }
 
     /// Accepts clients of a unix socket, on the tokio runtime that this is called in.
@@ -96,16 +110,18 @@ impl Server {
         exports: Arc<dyn Exports>,
     ) -> io::Result<Listener> {
         listener.set_nonblocking(true)?;
-        let listener = UnixListener::from_std(listener)?;
+        Ok(self.listen(UnixListener::from_std(listener)?, exports))
+    }
+
+    fn listen(&self, listener: impl Accept, exports: Arc<dyn Exports>) -> Listener {
         let server = self.clone();
         let task = tokio::spawn(async move {
             let limit = server.limit();
             loop {
-                let accepted = listener.accept().await.map(|(stream, _)| stream);
-                server.accepted(accepted, &exports, &limit).await;
+                server.accepted(listener.next().await, &exports, &limit).await;
             }
         });
-        Ok(Listener { task })
+        Listener { task }
     }
 
     fn limit(&self) -> Arc<Semaphore> {
