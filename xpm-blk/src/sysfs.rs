@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::PathBuf;
 
+use xpm_protocol::api::appliance::Counters;
+
 /// Longest request that is worth building, in KiB; what swap writes at most.
 const REQUEST_KIB: u64 = 1024;
 
@@ -57,6 +59,30 @@ impl Statistics {
         text(disk, "stat").and_then(|text| Statistics::parse(&text)).unwrap_or_default()
     }
 
+    /// What passed since `before`; what is in flight is in flight.
+    pub(crate) fn since(self, before: Statistics) -> Statistics {
+        Statistics {
+            reads: self.reads.saturating_sub(before.reads),
+            read_sectors: self.read_sectors.saturating_sub(before.read_sectors),
+            writes: self.writes.saturating_sub(before.writes),
+            write_sectors: self.write_sectors.saturating_sub(before.write_sectors),
+            in_flight: self.in_flight,
+            discards: self.discards.saturating_sub(before.discards),
+        }
+    }
+
+    /// As the control interface counts.
+    pub(crate) fn counters(self) -> Counters {
+        Counters {
+            reads: self.reads,
+            read_bytes: self.read_sectors * 512,
+            writes: self.writes,
+            write_bytes: self.write_sectors * 512,
+            trims: self.discards,
+            ..Counters::default()
+        }
+    }
+
     fn parse(text: &str) -> Option<Statistics> {
         let fields: Vec<u64> = text.split_ascii_whitespace().map_while(|field| field.parse().ok()).collect();
         Some(Statistics {
@@ -87,6 +113,9 @@ mod tests {
             discards: 132,
         };
         assert_eq!(Statistics::parse(text), Some(expected));
+        assert_eq!(expected.since(Statistics { reads: 1, in_flight: 50, ..Statistics::default() }).reads, 10);
+        assert_eq!(expected.since(expected), Statistics { in_flight: 99, ..Statistics::default() });
+        assert_eq!(expected.counters().write_bytes, 77 * 512);
         assert_eq!(Statistics::parse("1 2 3"), None);
         assert_eq!(Statistics::parse(""), None);
     }

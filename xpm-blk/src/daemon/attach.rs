@@ -7,9 +7,10 @@ use xpm_protocol::Name;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::blk::{AttachDevice, Device};
 
-use super::{Attached, Daemon, Slot, blocking};
+use super::{Attached, Busy, Daemon, Slot, blocking};
 use crate::config::check_device;
 use crate::error::{DeviceError, Step};
+use crate::frontend::check_support;
 use crate::records::Record;
 use crate::show::{Readiness, show};
 
@@ -41,10 +42,10 @@ impl Daemon {
         let mut slots = self.slots();
         let what = match slots.get(name) {
             None => {
-                slots.insert(name.clone(), Slot::Busy("being attached"));
+                slots.insert(name.clone(), Slot::Busy(Busy { doing: "being attached", before: None }));
                 return Ok(());
             }
-            Some(Slot::Busy(doing)) => format!("allocation {name} is {doing} just now"),
+            Some(Slot::Busy(busy)) => format!("allocation {name} is {} just now", busy.doing),
             Some(Slot::Waiting(_)) => format!("allocation {name} waits to be shown again; detach it first"),
             Some(Slot::Shown(attached)) => format!(
                 "allocation {name} is shown already, as {} at {}; detach it first",
@@ -56,6 +57,8 @@ impl Daemon {
     }
 
     async fn attach_reserved(self: &Arc<Daemon>, request: AttachDevice) -> Result<Device, DeviceError> {
+        let form = request.form.clone();
+        blocking(move || check_support(&form)).await?;
         let map = self.own(&request).await?;
         let session = xpm_control::random::u128().at("make a session number")?;
         let name = request.name.clone();

@@ -1,14 +1,20 @@
 //! Detaching: refused while somebody uses the device, unless forced.
 
 use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use xpm_protocol::Name;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::blk::{DeviceState, Form};
 
-use super::{Attached, Daemon, Slot, blocking};
+use super::{Attached, Busy, Daemon, Slot, blocking};
 use crate::error::DeviceError;
 use crate::usage;
+
+/// Requests that take longer than this count as users.
+const MOMENT: Duration = Duration::from_secs(1);
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
 impl Daemon {
     /// Takes a device away and gives its allocation back. Runs to its end even if nobody waits for
@@ -48,12 +54,17 @@ impl Daemon {
         let mut slots = self.slots();
         match slots.get(name) {
             None => Err(unknown(name)),
-            Some(Slot::Busy(doing)) => {
-                Err(DeviceError::new(ErrorKind::Conflict, format!("allocation {name} is {doing} just now")))
+            Some(Slot::Busy(busy)) => {
+                let what = format!("allocation {name} is {} just now", busy.doing);
+                Err(DeviceError::new(ErrorKind::Conflict, what))
             }
             Some(Slot::Shown(_) | Slot::Waiting(_)) => {
-                let before = slots.insert(name.clone(), Slot::Busy("being detached"));
-                before.ok_or_else(|| unknown(name))
+                let before = slots.remove(name).ok_or_else(|| unknown(name))?;
+                slots.insert(
+                    name.clone(),
+                    Slot::Busy(Busy { doing: "being detached", before: before.record() }),
+                );
+                Ok(before)
             }
         }
     }
@@ -84,7 +95,8 @@ impl Daemon {
                 tracing::info!("{} is in use and goes on without this process", attached.shown.path());
                 continue;
             }
-            if let Err(error) = attached.shown.hide(true) {
+            let stuck = in_flight_still(&attached) > 0;
+            if let Err(error) = attached.shown.hide(stuck) {
                 tracing::warn!("allocation {name}: {error}");
             }
         }
@@ -99,12 +111,29 @@ pub(super) fn unknown(name: &Name) -> DeviceError {
 }
 
 fn take_away(attached: &Attached, force: bool) -> Result<(), DeviceError> {
-    let users = users_of(attached, true);
+    let mut users = users_of(attached, !force);
+    let in_flight = in_flight_still(attached);
+    if in_flight > 0 {
+        users.push(format!("{in_flight} requests in flight"));
+    }
     if !force && !users.is_empty() {
         return Err(refusal(attached, &users));
     }
-    let stuck = attached.shown.health().state != DeviceState::Live;
+    let stuck = in_flight > 0 || attached.shown.health().state != DeviceState::Live;
     attached.shown.hide(force && stuck)
+}
+
+/// Requests that are in flight for longer than a moment: with them the device cannot be taken away
+/// without failing them, because its end waits for theirs.
+fn in_flight_still(attached: &Attached) -> u64 {
+    let limit = Instant::now() + MOMENT;
+    loop {
+        let in_flight = attached.shown.health().in_flight;
+        if in_flight == 0 || Instant::now() >= limit {
+            return in_flight;
+        }
+        thread::sleep(LOOK_AGAIN);
+    }
 }
 
 fn refusal(attached: &Attached, users: &[String]) -> DeviceError {
@@ -113,7 +142,7 @@ fn refusal(attached: &Attached, users: &[String]) -> DeviceError {
         Form::NbdSocket(_) => "disconnect them".to_owned(),
         _ if users.iter().any(|user| user == "swap") => format!("run `swapoff {path}`"),
         _ if users.iter().any(|user| user.starts_with("mounted")) => format!("run `umount {path}`"),
-        _ => "stop them".to_owned(),
+        _ => "wait for them or stop them".to_owned(),
     };
     let what = format!(
         "{path} (allocation {}) is in use: {}; {way_out} first, or use --force and lose what is not written back",

@@ -52,12 +52,30 @@ pub(crate) struct Parts {
 
 #[derive(Clone)]
 enum Slot {
-    /// Somebody works on it; what they do.
-    Busy(&'static str),
+    /// Somebody works on it.
+    Busy(Busy),
     /// It was shown before the restart and is not yet again, for this reason.
     Waiting(Arc<Waiting>),
     /// It is shown.
     Shown(Arc<Attached>),
+}
+
+#[derive(Clone)]
+struct Busy {
+    /// What they do.
+    doing: &'static str,
+    /// What was shown, or is to be shown again.
+    before: Option<Box<Record>>,
+}
+
+impl Slot {
+    fn record(&self) -> Option<Box<Record>> {
+        match self {
+            Slot::Busy(busy) => busy.before.clone(),
+            Slot::Waiting(waiting) => Some(Box::new(waiting.record.clone())),
+            Slot::Shown(attached) => Some(Box::new(attached.record.clone())),
+        }
+    }
 }
 
 struct Waiting {

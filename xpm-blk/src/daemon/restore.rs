@@ -8,7 +8,7 @@ use xpm_protocol::Name;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::blk::AttachDevice;
 
-use super::{Daemon, Slot, Waiting};
+use super::{Busy, Daemon, Slot, Waiting};
 use crate::error::DeviceError;
 use crate::records::Record;
 use crate::show::Readiness;
@@ -67,11 +67,10 @@ impl Daemon {
     /// False when the slot was detached meanwhile.
     fn mark_busy(&self, name: &Name) -> bool {
         let mut slots = self.slots();
-        let waits = matches!(slots.get(name), Some(Slot::Waiting(_)));
-        if waits {
-            slots.insert(name.clone(), Slot::Busy("being shown again"));
-        }
-        waits
+        let Some(Slot::Waiting(waiting)) = slots.get(name) else { return false };
+        let before = Some(Box::new(waiting.record.clone()));
+        slots.insert(name.clone(), Slot::Busy(Busy { doing: "being shown again", before }));
+        true
     }
 
     async fn attach_listed(self: Arc<Daemon>, device: AttachDevice) {

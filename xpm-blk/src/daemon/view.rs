@@ -1,13 +1,14 @@
 //! What the control interface shows of devices.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use xpm_protocol::Name;
 use xpm_protocol::api::appliance::Counters;
 use xpm_protocol::api::blk::{Device, DeviceState, LinkState, LinkStatus, TransportKind};
 
 use super::detach::{unknown, users_of};
-use super::{Attached, Daemon, Slot, Waiting, whole_seconds};
+use super::{Attached, Daemon, Slot, whole_seconds};
 use crate::error::DeviceError;
 use crate::records::Record;
 
@@ -29,8 +30,13 @@ impl Daemon {
 
     fn view(&self, slot: &Slot) -> Option<Device> {
         match slot {
-            Slot::Busy(_) => None,
-            Slot::Waiting(waiting) => Some(self.view_of_waiting(waiting)),
+            Slot::Busy(busy) => {
+                let record = busy.before.as_ref()?;
+                Some(self.view_without_path(record, &format!("it is {}", busy.doing), Instant::now()))
+            }
+            Slot::Waiting(waiting) => {
+                Some(self.view_without_path(&waiting.record, &waiting.reason, waiting.since))
+            }
             Slot::Shown(attached) => Some(self.view_of(attached)),
         }
     }
@@ -49,19 +55,20 @@ impl Daemon {
         }
     }
 
-    /// A device that is not shown again yet has no path, and the reason stands at its links.
-    fn view_of_waiting(&self, waiting: &Waiting) -> Device {
-        let since = whole_seconds(waiting.since);
-        let links = waiting.record.map.grants.iter().map(|grant| LinkStatus {
+    /// A device that is not shown again yet, or no longer, has no path; the reason stands at its
+    /// links.
+    fn view_without_path(&self, record: &Record, reason: &str, since: Instant) -> Device {
+        let since = whole_seconds(since);
+        let links = record.map.grants.iter().map(|grant| LinkStatus {
             appliance: grant.appliance,
             appliance_name: grant.appliance_name.clone(),
-            transport: waiting.record.request.transport.unwrap_or(TransportKind::NbdTcp),
+            transport: record.request.transport.unwrap_or(TransportKind::NbdTcp),
             state: LinkState::Connecting,
             since,
             reconnects: 0,
-            reason: Some(waiting.reason.clone()),
+            reason: Some(reason.to_owned()),
         });
-        Device { links: links.collect(), age: since, ..self.outline(&waiting.record) }
+        Device { links: links.collect(), age: since, ..self.outline(record) }
     }
 
     fn outline(&self, record: &Record) -> Device {

@@ -86,6 +86,18 @@ impl Health {
     }
 }
 
+/// Whether this kernel can have a form's device. Blocks for a moment.
+///
+/// # Errors
+/// [`ErrorKind::Unsupported`](xpm_protocol::api::ErrorKind) with what is missing.
+pub fn check_support(form: &Form) -> Result<(), DeviceError> {
+    match form {
+        Form::Ublk => ublk::check_support(),
+        Form::Nbd | Form::NbdDirect => kernel_nbd::check_support(),
+        Form::NbdSocket(_) => Ok(()),
+    }
+}
+
 /// Whether a form's device can be used for swap, and so needs a process that is safe for it.
 pub const fn can_carry_swap(form: &Form) -> bool {
     !matches!(form, Form::NbdSocket(_))

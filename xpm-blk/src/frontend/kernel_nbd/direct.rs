@@ -10,7 +10,6 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt::{Timeout, set_socket_timeout, socket_timeout};
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{Grant, Map, RegionSlot};
-use xpm_protocol::api::appliance::Counters;
 use xpm_protocol::api::blk::{DeviceState, LinkState, LinkStatus, TransportKind};
 use xpm_protocol::layout::Layout;
 use xpm_protocol::nbd::{ExportName, SessionTag, TransmissionFlags};
@@ -170,7 +169,7 @@ impl Source for Direct {
         dead.map(|(queue, _)| queue as u16).collect()
     }
 
-    fn health(&self, disk: &str) -> Health {
+    fn health(&self, statistics: Statistics) -> Health {
         let dead = !self.dead().is_empty();
         let link = self.link.lock().unwrap_or_else(PoisonError::into_inner);
         let (state, link_state) = match link.state {
@@ -178,7 +177,6 @@ impl Source for Direct {
             LinkState::Up if !dead => (DeviceState::Live, LinkState::Up),
             LinkState::Up | LinkState::Connecting => (DeviceState::Holding, LinkState::Connecting),
         };
-        let statistics = Statistics::of(disk);
         Health {
             state,
             links: vec![LinkStatus {
@@ -190,7 +188,7 @@ impl Source for Direct {
                 reconnects: self.reconnects.load(Ordering::Relaxed),
                 reason: link.reason.clone(),
             }],
-            counters: counters(statistics),
+            counters: statistics.counters(),
             in_flight: statistics.in_flight,
         }
     }
@@ -206,17 +204,6 @@ fn is_served(socket: &OwnedFd) -> bool {
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
     let hung_up = poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0);
     !hung_up && socket_timeout(socket.as_fd(), Timeout::Send).is_ok_and(|limit| limit.is_some())
-}
-
-fn counters(statistics: Statistics) -> Counters {
-    Counters {
-        reads: statistics.reads,
-        read_bytes: statistics.read_sectors * 512,
-        writes: statistics.writes,
-        write_bytes: statistics.write_sectors * 512,
-        trims: statistics.discards,
-        ..Counters::default()
-    }
 }
 
 /// Seconds since 1970: higher than any generation that an earlier process of this device used.

@@ -11,6 +11,7 @@ use super::source::Source;
 use crate::error::{DeviceError, Step};
 use crate::export;
 use crate::frontend::Health;
+use crate::sysfs::Statistics;
 
 /// Serves a volume to the kernel.
 pub(super) struct Local {
@@ -62,8 +63,13 @@ impl Source for Local {
         (alive..self.queues).collect()
     }
 
-    fn health(&self, _disk: &str) -> Health {
-        Health::of(&self.volume)
+    /// The kernel's numbers: the server goes past the volume where it accesses memory in place.
+    fn health(&self, statistics: Statistics) -> Health {
+        Health {
+            counters: statistics.counters(),
+            in_flight: statistics.in_flight,
+            ..Health::of(&self.volume)
+        }
     }
 
     fn close(&self) {

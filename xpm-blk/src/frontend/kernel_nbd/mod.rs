@@ -30,7 +30,7 @@ use self::source::Source;
 use self::watcher::Watcher;
 use super::{Health, Shape, Shown};
 use crate::error::{DeviceError, Step};
-use crate::sysfs;
+use crate::sysfs::{self, Statistics};
 
 /// Whole pages: what is trimmed can then be given back.
 const BLOCK_LEN: u64 = 4096;
@@ -42,6 +42,8 @@ const FOREVER: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 pub struct NbdDevice {
     wiring: Wiring,
     disk: String,
+    /// The driver's devices count on over their uses.
+    before: Statistics,
     source: Arc<dyn Source>,
     watcher: Mutex<Option<Watcher>>,
     outlives_process: bool,
@@ -75,6 +77,14 @@ pub struct Shared<'a> {
     pub hold: Hold,
 }
 
+/// Whether this kernel has its nbd driver loaded.
+///
+/// # Errors
+/// [`ErrorKind::Unsupported`](xpm_protocol::api::ErrorKind) with what is missing.
+pub fn check_support() -> Result<(), DeviceError> {
+    NbdControl::open().map(drop)
+}
+
 impl NbdDevice {
     /// Form `nbd`: `server` serves `volume` to the kernel; `group` names the device's connections
     /// at the server. A device of this allocation that another process left is taken over with
@@ -89,7 +99,6 @@ impl NbdDevice {
         group: u128,
         shape: &Shape,
     ) -> Result<NbdDevice, DeviceError> {
-        NbdControl::open()?;
         let timeout = if shape.queues == 1 { Local::TIMEOUT_OF_ONE } else { Local::TIMEOUT_OF_SEVERAL };
         let source = Arc::new(Local::new(server, volume, group, shape.queues));
         NbdDevice::start(shared, timeout, source, shape, false)
@@ -108,7 +117,6 @@ impl NbdDevice {
         shape: &Shape,
     ) -> Result<NbdDevice, DeviceError> {
         let mut direct = Direct::new(shared.map, session, shape.queues, transport)?;
-        NbdControl::open()?;
         direct.probe(shared.map.size.0)?;
         NbdDevice::start(shared, Some(Direct::TIMEOUT), Arc::new(direct), shape, true)
     }
@@ -132,9 +140,10 @@ impl NbdDevice {
         }
         made?;
         let disk = format!("nbd{}", wiring.index);
+        let before = Statistics::of(&disk);
         sysfs::tune(&disk);
         let watcher = Watcher::start(wiring.clone(), Arc::clone(&source))?;
-        Ok(NbdDevice { wiring, disk, source, watcher: Mutex::new(Some(watcher)), outlives_process })
+        Ok(NbdDevice { wiring, disk, before, source, watcher: Mutex::new(Some(watcher)), outlives_process })
     }
 }
 
@@ -200,7 +209,7 @@ impl Shown for NbdDevice {
     }
 
     fn health(&self) -> Health {
-        self.source.health(&self.disk)
+        self.source.health(Statistics::of(&self.disk).since(self.before))
     }
 
     fn outlives_process(&self) -> bool {

@@ -4,6 +4,7 @@ use std::os::fd::OwnedFd;
 
 use crate::error::DeviceError;
 use crate::frontend::Health;
+use crate::sysfs::Statistics;
 
 /// Supplies the kernel with connected sockets, at first and in place of dead ones.
 ///
@@ -23,8 +24,8 @@ pub(super) trait Source: Send + Sync {
     /// Queues whose last socket is dead or was not taken by the kernel.
     fn dead(&self) -> Vec<u16>;
 
-    /// How I/O of the device named `disk` is going.
-    fn health(&self, disk: &str) -> Health;
+    /// How I/O of the device is going, of which the kernel counted `statistics`.
+    fn health(&self, statistics: Statistics) -> Health;
 
     /// Ends what serves the sockets; called after the kernel let go of them.
     fn close(&self);

@@ -73,7 +73,6 @@ impl UblkDevice {
     /// [`ErrorKind::Unsupported`](xpm_protocol::api::ErrorKind) where there is no ublk.
     pub fn show(volume: Volume, shape: &Shape) -> Result<UblkDevice, DeviceError> {
         let mut control = Control::open()?;
-        control.features()?;
         let info = add(&mut control, shape)?;
         let made = UblkDevice::make(&mut control, volume, shape, info);
         if made.is_err() {
@@ -246,6 +245,14 @@ impl Shown for UblkDevice {
         self.join();
         control.delete(self.number)
     }
+}
+
+/// Whether this kernel has ublk, and lets this process have it.
+///
+/// # Errors
+/// [`ErrorKind::Unsupported`](xpm_protocol::api::ErrorKind) with what is missing.
+pub fn check_support() -> Result<(), DeviceError> {
+    Control::open()?.features().map(drop)
 }
 
 /// Deletes devices that an xpm-blk left behind when it died: the kernel has taken their disks away
