@@ -3,12 +3,14 @@
 //!
 //! The memory of the process is locked first, so that nothing it does from then on can need the
 //! device that it serves. Then its allocations are kept from waiting for I/O, the kernel from
-//! choosing it as a victim, its mounts from those of others, and its pages from swap.
+//! choosing it as a victim, its mounts from those of others, and its pages from swap. Last, it gets
+//! a part of the kernel's reserve of memory.
 
 mod cgroup;
 mod memory;
 mod namespace;
 mod process;
+mod reserve;
 
 use xpm_protocol::api::blk::SafetyItem;
 
@@ -22,11 +24,21 @@ pub fn set_up() {
     namespace::leave();
     cgroup::enter();
     memory::fault_in_stack();
+    reserve::raise();
+    reserve::set_real_time();
 }
 
 /// Every item as the kernel has it now.
 pub fn items() -> Vec<SafetyItem> {
-    vec![memory::locked(), process::io_flusher(), process::oom_score(), namespace::own(), cgroup::swap_max()]
+    vec![
+        memory::locked(),
+        process::io_flusher(),
+        process::oom_score(),
+        namespace::own(),
+        cgroup::swap_max(),
+        reserve::kept_free(),
+        reserve::real_time(),
+    ]
 }
 
 /// The items that do not hold, as one line for an error; none when all hold.
@@ -56,7 +68,11 @@ mod tests {
     fn every_item_is_read_and_those_that_do_not_hold_have_a_remedy() {
         let items = items();
         let names: Vec<&str> = items.iter().map(|item| item.item.as_str()).collect();
-        assert_eq!(names, ["mlockall", "io-flusher", "oom-score-adj", "mount-namespace", "cgroup-swap-max"]);
+        assert_eq!(
+            names[..5],
+            ["mlockall", "io-flusher", "oom-score-adj", "mount-namespace", "cgroup-swap-max"]
+        );
+        assert_eq!(names[5..], ["memory-reserve", "real-time"]);
         for item in items {
             assert_eq!(item.ok, item.remedy.is_none(), "{item:?}");
             assert!(!item.found.is_empty(), "{item:?}");

@@ -1,0 +1,105 @@
+//! Memory that is left for this process when there is none.
+//!
+//! Sending a page that is swapped out takes memory for the socket's buffers. When the machine has
+//! none, an ordinary thread that asks for some waits for the kernel to swap pages out, which is
+//! what this process should be doing: nothing moves any more. A real-time thread may use half of
+//! the kernel's reserve (`gfp_to_alloc_flags` and `__zone_watermark_ok` in the kernel's
+//! mm/page_alloc.c), so the threads of this process are real-time, at the lowest priority, and the
+//! reserve is made large enough for full socket buffers of the connections to some appliances.
+
+#![allow(unsafe_code)]
+
+use std::fs;
+use std::io;
+
+use xpm_protocol::api::blk::SafetyItem;
+
+/// The reserve in KiB; see proc_sys_vm(5).
+const RESERVE_FILE: &str = "/proc/sys/vm/min_free_kbytes";
+/// The reserve that is wanted, in KiB: twice 32 MiB, which is eight send buffers of the 4 MiB that
+/// tcp(7) names as the usual maximum.
+const RESERVE_KIB: u64 = 64 << 10;
+/// No more than this part of the machine's memory is made reserve.
+const RESERVE_PART: u64 = 10;
+
+/// Makes the calling thread, and those that it starts from now on, real-time ones.
+pub(super) fn set_real_time() {
+    let priority = libc::sched_param { sched_priority: 1 };
+    // SAFETY: the structure lives through the call; 0 means the calling thread.
+    if unsafe { libc::sched_setscheduler(0, libc::SCHED_RR, &raw const priority) } != 0 {
+        tracing::warn!("SCHED_RR: {}", io::Error::last_os_error());
+    }
+}
+
+/// The policy of the calling thread.
+pub(super) fn real_time() -> SafetyItem {
+    // SAFETY: takes a number only; 0 means the calling thread.
+    let found = match unsafe { libc::sched_getscheduler(0) } {
+        ..0 => Err(io::Error::last_os_error().to_string()),
+        policy => Ok((matches!(policy, libc::SCHED_RR | libc::SCHED_FIFO), name(policy))),
+    };
+    super::item(
+        "real-time",
+        found,
+        "run as root, give CAP_SYS_NICE, or set CPUSchedulingPolicy=rr in the unit",
+    )
+}
+
+fn name(policy: libc::c_int) -> String {
+    match policy {
+        libc::SCHED_OTHER => "other".to_owned(),
+        libc::SCHED_FIFO => "fifo".to_owned(),
+        libc::SCHED_RR => "rr".to_owned(),
+        policy => policy.to_string(),
+    }
+}
+
+/// Raises the kernel's reserve to what is wanted; never lowers it.
+pub(super) fn raise() {
+    let Ok((found, wanted)) = read() else { return };
+    if found >= wanted {
+        return;
+    }
+    match fs::write(RESERVE_FILE, wanted.to_string()) {
+        Ok(()) => tracing::info!("{RESERVE_FILE} raised from {found} to {wanted}"),
+        Err(error) => tracing::warn!("{RESERVE_FILE}: {error}"),
+    }
+}
+
+pub(super) fn kept_free() -> SafetyItem {
+    let found =
+        read().map(|(found, wanted)| (found >= wanted, format!("{found} KiB of {wanted} KiB wanted")));
+    super::item("memory-reserve", found, "run as root, or raise the setting vm.min_free_kbytes")
+}
+
+/// The reserve as it is and as it is wanted, in KiB.
+fn read() -> Result<(u64, u64), String> {
+    let reserve = fs::read_to_string(RESERVE_FILE).map_err(|error| format!("{RESERVE_FILE}: {error}"))?;
+    let found = reserve.trim().parse().map_err(|_| format!("{RESERVE_FILE} is not a number"))?;
+    let memory = fs::read_to_string("/proc/meminfo").map_err(|error| format!("/proc/meminfo: {error}"))?;
+    let total = total_kib(&memory).ok_or("/proc/meminfo has no MemTotal")?;
+    Ok((found, wanted_kib(total)))
+}
+
+/// The machine's memory by `/proc/meminfo`, in KiB.
+fn total_kib(meminfo: &str) -> Option<u64> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+    line.split_whitespace().next()?.parse().ok()
+}
+
+fn wanted_kib(total_kib: u64) -> u64 {
+    RESERVE_KIB.min(total_kib / RESERVE_PART)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_reserve_fits_the_machine() {
+        assert_eq!(total_kib("MemTotal:         475188 kB\nMemFree: 1 kB\n"), Some(475_188));
+        assert_eq!(total_kib("MemFree: 1 kB\n"), None);
+        assert_eq!(wanted_kib(475_188), 47_518);
+        assert_eq!(wanted_kib(64 << 20), RESERVE_KIB);
+    }
+}
