@@ -76,7 +76,7 @@ attach() {
     nbd*) modprobe nbd ;;
     esac
     xpm alloc create "$name" --size "$size" "$@" >/dev/null
-    device=$(xpm blk attach "$name" --as "$form")
+    device=$(xpm blk attach "$name" --as "$form" 2>/run/lab/attach.err) || fail "$(cat /run/lab/attach.err)"
     [ -b "$device" ] || fail "attach printed no block device: $device"
     local bytes
     bytes=$(blockdev --getsize64 "$device")

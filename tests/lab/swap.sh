@@ -13,7 +13,7 @@ doctor_is_content() {
 import json, sys
 report = json.load(sys.stdin)
 found = {check["item"]: check["verdict"] for check in report["checks"]}
-wanted = ["mlockall", "io-flusher", "oom-score-adj", "mount-namespace", "cgroup-swap-max"]
+wanted = ["mlockall", "io-flusher", "oom-score-adj", "mount-namespace", "cgroup-swap-max", "memory-reserve", "real-time"]
 wanted += ["scheduler", "rotational", "discard", "state", "used by"]
 bad = [item for item in wanted if found.get(item) != "ok"]
 sys.exit(f"not ok: {bad}" if bad or not report["safe"] else 0)' || fail "xpm doctor is not content"

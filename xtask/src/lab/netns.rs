@@ -2,9 +2,11 @@
 //!
 //! Daemons and QEMU live in a network namespace with nothing but a loopback device, so ports are
 //! fixed, runs do not meet, and nothing is reachable from outside. The loopback device has an
-//! address ([`HOST`]) that means the same to the guest, through QEMU's user network, as to the
-//! daemons: `127.0.0.1` could not do that.
+//! address ([`HOST`]) that means the same to the guest as to the daemons: `127.0.0.1` could not do
+//! that. The guest is connected by a tap device, or by QEMU's user network, some times slower, on
+//! hosts without `/dev/net/tun`; its own address and its gateway are the same with both.
 
+use std::fs::OpenOptions;
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -15,6 +17,11 @@ use crate::util;
 
 /// The host's address in the lab, from the block for documentation of RFC 5737.
 pub(crate) const HOST: &str = "192.0.2.1";
+
+/// The tap device of the guest.
+const TAP: &str = "tap0";
+/// Address and network of the guest's gateway; those of QEMU's user network.
+const GATEWAY: &str = "10.0.2.2/24";
 
 /// A network namespace; it lives as long as this value.
 pub(crate) struct Netns {
@@ -29,10 +36,13 @@ impl Netns {
     pub(crate) fn new() -> Result<Netns> {
         let in_userns = !rustix::process::geteuid().is_root();
         let ip = util::find_program("ip").context("`ip` is missing; install iproute2")?;
-        let script = format!(
-            "{0} link set lo up && {0} addr add {HOST}/32 dev lo && echo ready && exec cat",
-            ip.display()
-        );
+        let ip = ip.display();
+        let mut script = format!("{ip} link set lo up && {ip} addr add {HOST}/32 dev lo");
+        if has_tap() {
+            script += &format!(" && {ip} tuntap add {TAP} mode tap && {ip} addr add {GATEWAY} dev {TAP}");
+            script += &format!(" && {ip} link set {TAP} up");
+        }
+        script += " && echo ready && exec cat";
         let mut unshare = util::command("unshare");
         unshare.arg("--net");
         if in_userns {
@@ -55,6 +65,14 @@ impl Netns {
         Ok(())
     }
 
+    /// QEMU's option for the guest's network, with the id `net`.
+    pub(crate) fn qemu_network(&self) -> String {
+        match has_tap() {
+            true => format!("tap,id=net,ifname={TAP},script=no,downscript=no"),
+            false => "user,id=net,ipv6=off".to_owned(),
+        }
+    }
+
     /// A command that runs in the namespace, and is killed when xtask dies.
     pub(crate) fn command(&self, program: &str) -> Command {
         let mut command = util::command("nsenter");
@@ -66,6 +84,11 @@ impl Netns {
         command.args(["setpriv", "--pdeathsig", "KILL"]).arg(file);
         command
     }
+}
+
+/// Whether the host has tap devices.
+fn has_tap() -> bool {
+    OpenOptions::new().read(true).write(true).open("/dev/net/tun").is_ok()
 }
 
 impl Drop for Netns {

@@ -119,7 +119,7 @@ impl Guest<'_> {
         command.args(["-device", "virtio-9p-pci,fsdev=root,mount_tag=hostroot"]);
         command.arg("-fsdev").arg(joined(&format!("local,id=share,{local}"), share));
         command.args(["-device", "virtio-9p-pci,fsdev=share,mount_tag=labshare"]);
-        command.args(["-netdev", "user,id=net,ipv6=off", "-device", "virtio-net-pci,netdev=net,romfile="]);
+        command.args(["-netdev", &netns.qemu_network(), "-device", "virtio-net-pci,netdev=net,romfile="]);
         self.add_monitor(&mut command)?;
         Ok(command)
     }

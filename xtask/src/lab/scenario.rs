@@ -46,7 +46,7 @@ const BASE: Scenario = Scenario {
     appliances: &["2GiB", "2GiB"],
     script: "",
     args: &[],
-    seconds_max: 300,
+    seconds_max: 420,
     bench: false,
     check: nothing_left,
 };
