@@ -307,7 +307,8 @@ pub struct Status {
 /// One condition of swap safety, as read back from the kernel.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SafetyItem {
-    /// Which one: `mlockall`, `io-flusher`, `oom-score-adj`, `mount-namespace`, `cgroup-swap-max`.
+    /// Which one: `mlockall`, `io-flusher`, `oom-score-adj`, `mount-namespace`, `cgroup-swap-max`,
+    /// `memory-reserve`, `real-time`.
     pub item: String,
     /// Whether it holds.
     pub ok: bool,
