@@ -26,7 +26,10 @@ swapped_out() {
 
 dmesg_start
 start_blk
-swap_on "$form" 1GiB
+# nbd-direct is for memory that lies on one appliance, so for one region.
+set --
+[ "$form" != nbd-direct ] || set -- --region-size 1GiB
+swap_on "$form" 1GiB "$@"
 note "swap on $device"
 wait_for 20 resident_at_most $((64 * MIB))
 doctor_is_content
