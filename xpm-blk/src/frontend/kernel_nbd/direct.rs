@@ -33,7 +33,8 @@ pub(super) struct Direct {
     flags: TransmissionFlags,
     sockets: Mutex<Vec<Option<OwnedFd>>>,
     link: Mutex<Link>,
-    reconnects: AtomicU64,
+    /// Sockets given to the kernel since the start.
+    given: AtomicU64,
 }
 
 struct Link {
@@ -75,7 +76,7 @@ impl Direct {
             session,
             generation: AtomicU32::new(first_generation()),
             sockets: Mutex::new((0..queues).map(|_| None).collect()),
-            reconnects: AtomicU64::new(0),
+            given: AtomicU64::new(0),
         })
     }
 
@@ -147,7 +148,7 @@ impl Source for Direct {
     }
 
     fn socket(&self, queue: u16) -> Result<OwnedFd, DeviceError> {
-        let replaced = self.sockets()[usize::from(queue)].take().is_some();
+        self.sockets()[usize::from(queue)] = None;
         let Connected { stream, .. } = self.connect(queue)?;
         // The driver sets its own time limit on each socket that it takes: that is how `dead`
         // knows a socket that it dropped.
@@ -157,9 +158,7 @@ impl Source for Direct {
         // every other client hands over.
         rustix::io::ioctl_fionbio(&stream, false).at("prepare a socket for the kernel")?;
         self.sockets()[usize::from(queue)] = Some(stream.try_clone().at("duplicate a socket")?);
-        if replaced {
-            self.reconnects.fetch_add(1, Ordering::Relaxed);
-        }
+        self.given.fetch_add(1, Ordering::Relaxed);
         Ok(stream)
     }
 
@@ -171,6 +170,7 @@ impl Source for Direct {
 
     fn health(&self, statistics: Statistics) -> Health {
         let dead = !self.dead().is_empty();
+        let queues = self.sockets().len() as u64;
         let link = self.link.lock().unwrap_or_else(PoisonError::into_inner);
         let (state, link_state) = match link.state {
             LinkState::Lost => (DeviceState::Lost, LinkState::Lost),
@@ -185,7 +185,7 @@ impl Source for Direct {
                 transport: link.transport,
                 state: link_state,
                 since: Span(Duration::from_secs(link.since.elapsed().as_secs())),
-                reconnects: self.reconnects.load(Ordering::Relaxed),
+                reconnects: self.given.load(Ordering::Relaxed).saturating_sub(queues),
                 reason: link.reason.clone(),
             }],
             counters: statistics.counters(),
