@@ -26,7 +26,8 @@ pub struct AttachDevice {
     /// As what.
     #[serde(rename = "as")]
     pub form: Form,
-    /// Queues, each with a thread of its own; default: one for each core, at most 4.
+    /// Queues; default: one for each core, at most 4, for ublk, and one for the kernel's nbd, so that
+    /// no request moves to another socket while the first may still carry it out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub queues: Option<u16>,
     /// Requests in flight on one queue; 1 to 1024, default 128.
