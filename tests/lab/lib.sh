@@ -89,8 +89,10 @@ detach() {
     xpm alloc delete "$1"
 }
 
-# swap_on FORM SIZE: an allocation swap-FORM as swap with discard; $device is its path then.
+# swap_on FORM SIZE [OPTION...]: an allocation swap-FORM as swap with discard; $device is its path
+# then. Pages are read in runs of 32: in an emulated guest each request takes milliseconds.
 swap_on() {
+    sysctl -qw vm.page-cluster=5
     attach "swap-$1" "$2" "$1" "${@:3}"
     mkswap "$device" >/dev/null
     swapon --discard "$device"

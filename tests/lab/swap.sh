@@ -40,7 +40,7 @@ grep -q "^$device " /proc/swaps || fail "a refused detach took the swap away"
 # The kernel alone talks to the appliance: the daemon may as well stand still.
 [ "$form" != nbd-direct ] || kill -STOP "$blk_pid"
 before=$(swapped_out)
-memhog 700 --seed "$RANDOM" --passes 1 --run 16
+memhog 700 --seed "$RANDOM" --passes 1 --run 64
 swapped=$(($(swapped_out) - before))
 [ "$form" != nbd-direct ] || kill -CONT "$blk_pid"
 note "$swapped MiB were swapped out"
