@@ -91,7 +91,7 @@ impl NbdDevice {
     /// the requests that wait in it.
     ///
     /// # Errors
-    /// [`ErrorKind::Unsupported`] where the driver is not loaded.
+    /// `ErrorKind::Unsupported` where the driver is not loaded.
     pub fn show(
         shared: Shared<'_>,
         volume: Volume,
@@ -108,8 +108,8 @@ impl NbdDevice {
     /// number that the device keeps across restarts of this process.
     ///
     /// # Errors
-    /// [`ErrorKind::Invalid`] when the allocation is not linear on one appliance,
-    /// [`ErrorKind::Unavailable`] when that cannot be reached.
+    /// `ErrorKind::Invalid` when the allocation is not linear on one appliance,
+    /// `ErrorKind::Unavailable` when that cannot be reached.
     pub fn show_direct(
         shared: Shared<'_>,
         session: u128,
