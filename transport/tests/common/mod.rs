@@ -28,6 +28,13 @@ impl Memory {
         Memory { base: unsafe { IoBuf::new(base, len) } }
     }
 
+    /// Copies what is there into `bytes`.
+    pub fn read(&self, offset: u64, bytes: &mut [u8]) {
+        // SAFETY: `bytes` is borrowed for the time of the copy and used by nobody else.
+        let target = unsafe { IoBuf::new(NonNull::new(bytes.as_mut_ptr()).unwrap(), bytes.len()) };
+        self.part(offset, bytes.len()).copy_to(target);
+    }
+
     pub fn part(&self, offset: u64, len: usize) -> IoBuf {
         self.base.part(offset as usize, len)
     }
