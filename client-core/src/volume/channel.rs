@@ -201,7 +201,7 @@ impl Channel {
         completions.extend(self.ended.drain(..));
     }
 
-    /// Readable when [`Channel::poll`] has something to do.
+    /// Readable when [`Channel::poll`] has something to do. To be watched by level, not by edge.
     pub fn wait_fd(&self) -> BorrowedFd<'_> {
         self.epoll.as_fd()
     }

@@ -18,6 +18,12 @@ pub(super) enum Delivery {
 }
 
 /// A channel's bell: rings when a delivery is there.
+///
+/// The flag is up whenever the descriptor stays readable: it is raised after the write and lowered
+/// before the read. The other way round, a ring between the two leaves the descriptor readable with
+/// nothing to take, and a thread that waits for it never sleeps again. What remains possible is a flag
+/// that is up for a ring already heard, which costs one look at the ports, and a wake-up just before
+/// the flag is up, which repeats until it is: whoever waits must watch the level, not the edge.
 pub(super) struct Bell {
     fd: OwnedFd,
     rung: AtomicBool,
@@ -35,9 +41,9 @@ impl Bell {
     }
 
     fn ring(&self) {
-        self.rung.store(true, Ordering::Release);
         // Only an overflow after 2^64 - 2 rings could fail.
         let _ = rustix::io::write(&self.fd, &1_u64.to_ne_bytes());
+        self.rung.store(true, Ordering::Release);
     }
 
     /// Whether it rang since the last time this was asked. One load when it did not.
@@ -45,8 +51,10 @@ impl Bell {
         if !self.rung.load(Ordering::Acquire) {
             return false;
         }
+        // One thread only lowers it, so it is still up.
+        self.rung.swap(false, Ordering::AcqRel);
         let _ = rustix::io::read(&self.fd, &mut [0_u8; 8]);
-        self.rung.swap(false, Ordering::AcqRel)
+        true
     }
 }
 
@@ -152,5 +160,46 @@ const fn encode(state: LinkState) -> u8 {
         LinkState::Up => 0,
         LinkState::Connecting => 1,
         LinkState::Lost => 2,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::io::Errno;
+
+    use super::*;
+
+    #[test]
+    fn a_bell_that_was_taken_is_silent() {
+        const ROUNDS: u64 = 20_000;
+        let bell = Bell::new().unwrap();
+        let (asked, rung) = (AtomicU64::new(0), AtomicU64::new(0));
+        let wait_for = |counter: &AtomicU64, value| {
+            while counter.load(Ordering::Acquire) < value {
+                std::thread::yield_now();
+            }
+        };
+        // Checked after the thread has ended: a failure within the scope would wait for it for ever.
+        let mut stuck = 0;
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for round in 1..=ROUNDS {
+                    wait_for(&asked, round);
+                    bell.ring();
+                    rung.store(round, Ordering::Release);
+                }
+            });
+            for round in 1..=ROUNDS {
+                asked.store(round, Ordering::Release);
+                while !bell.take() {
+                    std::thread::yield_now();
+                }
+                wait_for(&rung, round);
+                // Once more at most, then there is nothing to wake up for.
+                bell.take();
+                stuck += u64::from(rustix::io::read(&bell.fd, &mut [0_u8; 8]) != Err(Errno::AGAIN));
+            }
+        });
+        assert_eq!(stuck, 0, "the descriptor stayed readable with nothing to take");
     }
 }
