@@ -113,6 +113,7 @@ fn a_client_that_is_killed_harms_no_other() {
         let mut victim = Command::new("fio")
             .current_dir(cluster.dir())
             .args([
+                "--thread",
                 "--name=r",
                 "--ioengine=nbd",
                 "--rw=read",
