@@ -8,7 +8,7 @@ use xpm_protocol::nbd::{ReplyHeader, SimpleReply};
 use super::parts::Parts;
 use crate::io::{Completion, IoBuf, IoError};
 use crate::link::LinkDown;
-use crate::nbd::server::socket::{Pieces, receive};
+use crate::nbd::socket::{Pieces, receive};
 
 /// Bytes of the receive buffer: the replies of a deep queue of small reads come in one call. Of a
 /// long read at most this much is copied; the rest goes where it belongs directly.

@@ -13,7 +13,7 @@ use super::parts::Parts;
 use super::plan::Limits;
 use crate::io::{Completion, Operation};
 use crate::link::{Full, Link, LinkDown};
-use crate::nbd::server::socket::{Pieces, send};
+use crate::nbd::socket::{Pieces, send};
 
 /// Most operations in flight.
 const DEPTH_MAX: usize = 1 << 16;

@@ -8,7 +8,7 @@ use xpm_protocol::nbd::REQUEST_LEN;
 
 use super::parts::Parts;
 use crate::io::{Completion, IoBuf};
-use crate::nbd::server::socket::{Pieces, send};
+use crate::nbd::socket::{Pieces, send};
 
 /// The parts to be sent, in order. A payload goes to the socket straight from the operation's
 /// buffer.

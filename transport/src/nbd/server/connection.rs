@@ -17,8 +17,8 @@ use super::incoming::{Filling, Incoming, Target};
 use super::input::Input;
 use super::output::{Flushed, Output};
 use super::reply;
-use super::socket::{self, Pieces};
 use crate::io::Kind;
+use crate::nbd::socket::{self, Pieces};
 use crate::store::Store;
 
 /// Receives in one turn, so that a busy connection does not keep others of its loop waiting.

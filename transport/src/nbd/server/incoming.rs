@@ -4,7 +4,7 @@ use xpm_protocol::nbd::Errno;
 
 use super::deferred::Buffer;
 use super::input::Input;
-use super::socket::Pieces;
+use crate::nbd::socket::Pieces;
 use crate::store::Store;
 
 /// A payload of which `remaining` bytes have not come yet; the next one belongs to `offset`.

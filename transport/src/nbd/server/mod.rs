@@ -15,7 +15,6 @@ mod listen;
 mod output;
 mod registry;
 mod reply;
-pub(crate) mod socket;
 
 use std::io;
 use std::os::fd::OwnedFd;

@@ -7,8 +7,8 @@ use std::io;
 use std::os::fd::BorrowedFd;
 
 use super::buffers::{Buffers, Run};
-use super::socket::{self, Pieces};
 use crate::io::IoBuf;
+use crate::nbd::socket::{self, Pieces};
 use crate::store::Store;
 
 /// Room for one reply header, with the extents of a block status reply behind it.
