@@ -35,7 +35,13 @@ pub(crate) fn allocation(number: u128, name: &str) -> AllocationRecord {
 
 /// An appliance that has nothing.
 pub(crate) fn appliance(number: u128) -> ApplianceRecord {
-    let endpoints = Endpoints { host: HostId::from_u128(1), nbd: Vec::new(), nbd_unix: None, shm: None };
+    let endpoints = Endpoints {
+        host: HostId::from_u128(1),
+        nbd: Vec::new(),
+        rdma: Vec::new(),
+        nbd_unix: None,
+        shm: None,
+    };
     let info = Info {
         id: ApplianceId::from_u128(number),
         name: format!("a{number}").parse().expect("tests use valid names"),

@@ -82,6 +82,13 @@ pub struct Settings {
     #[arg(long, value_name = "ADDRESS:PORT")]
     nbd: Option<SocketAddr>,
 
+    /// Serves regions by RDMA: `auto` (the default) at port 10810 of every address behind which there is
+    /// an RDMA device, or at this address, or `off`. A region is reached only with the key of its grant.
+    /// The data is not encrypted.
+    #[arg(long, value_name = "auto|off|ADDRESS:PORT", value_parser = parse_rdma)]
+    #[serde(deserialize_with = "deserialize_rdma")]
+    rdma: Option<Rdma>,
+
     /// Serves regions by NBD at this unix socket. [default: nbd.sock in --run-dir]
     #[arg(long, value_name = "PATH")]
     unix: Option<PathBuf>,
@@ -142,6 +149,17 @@ pub struct Settings {
     insecure: bool,
 }
 
+/// Where RDMA is served.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rdma {
+    /// Wherever this host has it.
+    Auto,
+    /// Nowhere.
+    Off,
+    /// Here, and it is an error when that cannot be.
+    At(SocketAddr),
+}
+
 /// Everything settled and checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
@@ -157,6 +175,8 @@ pub struct Config {
     pub listen: Place,
     /// NBD over TCP.
     pub nbd: SocketAddr,
+    /// RDMA.
+    pub rdma: Rdma,
     /// NBD over a unix socket.
     pub unix: PathBuf,
     /// Socket that passes memory.
@@ -203,6 +223,7 @@ impl Settings {
             no_lock: self.no_lock || file.no_lock,
             listen: self.listen.or(file.listen),
             nbd: self.nbd.or(file.nbd),
+            rdma: self.rdma.or(file.rdma),
             unix: self.unix.or(file.unix),
             shm: self.shm.or(file.shm),
             run_dir: self.run_dir.or(file.run_dir),
@@ -241,6 +262,7 @@ impl Settings {
             stock: stock(capacity, region_len, self.ready)?,
             listen,
             nbd: self.nbd.unwrap_or((Ipv4Addr::LOCALHOST, NBD_PORT).into()),
+            rdma: self.rdma.unwrap_or(Rdma::Auto),
             unix: absolute(&self.unix.unwrap_or_else(|| run_dir.join("nbd.sock")))?,
             shm: absolute(&self.shm.unwrap_or_else(|| run_dir.join("shm.sock")))?,
             state: self.state.unwrap_or_else(|| STATE_DIR.into()),
@@ -325,6 +347,18 @@ fn parse_backing(text: &str) -> Result<Backing, String> {
 
 fn deserialize_backing<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Backing>, D::Error> {
     parse_backing(&String::deserialize(deserializer)?).map(Some).map_err(serde::de::Error::custom)
+}
+
+fn parse_rdma(text: &str) -> Result<Rdma, String> {
+    match text {
+        "auto" => Ok(Rdma::Auto),
+        "off" => Ok(Rdma::Off),
+        _ => text.parse().map(Rdma::At).map_err(|_| "write auto, off or ADDRESS:PORT".into()),
+    }
+}
+
+fn deserialize_rdma<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Rdma>, D::Error> {
+    parse_rdma(&String::deserialize(deserializer)?).map(Some).map_err(serde::de::Error::custom)
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! The program's life: everything is opened before anything is served, so that what is wrong is
 //! said at the start.
 
-use std::net::SocketAddr;
+use std::net::{Ipv6Addr, SocketAddr};
 use std::os::unix::fs::DirBuilderExt as _;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
@@ -16,17 +16,22 @@ use xpm_control::token::Token;
 use xpm_protocol::api::appliance::Counters;
 use xpm_protocol::units::ByteSize;
 use xpm_transport::nbd::server::{Listener as NbdListener, Server, ServerOptions};
+use xpm_transport::rdma::server::RdmaServer;
 use xpm_transport::shm::server::{Listener as ShmListener, ShmServer};
 
 use crate::arena::Arena;
-use crate::config::Config;
+use crate::config::{Config, Rdma};
 use crate::control::{self, Appliance, Traffic};
 use crate::host;
+use crate::rdma::{RdmaFence, RdmaGrants};
 use crate::regions::{Fence, Table};
 use crate::register::{self, Identity};
 use crate::serve::GrantExports;
 use crate::share::SharedGrants;
 use crate::state::StateDir;
+
+/// Port of RDMA where nobody asks for another one; the one after NBD's.
+const RDMA_PORT: u16 = 10810;
 
 /// Runs the daemon until SIGTERM or SIGINT.
 ///
@@ -53,11 +58,12 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let data = DataPlane::bind(&config)?;
 
     let arena = Arena::new(&config.backing, config.capacity, config.lock)?;
-    let identity = identity(&config, &state, &arena, &control, &data)?;
+    let mut identity = identity(&config, &state, &arena, &control, &data)?;
     let table =
         Table::start(arena, config.capacity, config.stock).context("cannot start the memory's threads")?;
     let client = allocator(&config, token.clone())?;
     let serving = data.serve(&config, &table)?;
+    identity.rdma = serving.plane.rdma.as_ref().map(|rdma| rdma.addresses()).unwrap_or_default();
     let appliance = Arc::new(Appliance::new(table, Box::new(serving.plane.clone())));
     announce(&config, &identity);
 
@@ -112,10 +118,15 @@ impl DataPlane {
             ..ServerOptions::default()
         };
         let server = Server::start(options).context("cannot start the threads of the data plane")?;
-        let plane = Plane { nbd: server.clone(), shm: ShmServer::new(Arc::new(SharedGrants(table.clone()))) };
+        let rdma = serve_rdma(config.rdma, table)?;
+        if let Some(rdma) = &rdma {
+            table.add_fence(Arc::new(RdmaFence(rdma.clone())));
+        }
+        let shm = ShmServer::new(Arc::new(SharedGrants(table.clone())));
+        let plane = Plane { nbd: server.clone(), shm, rdma: rdma.clone() };
         table.add_fence(Arc::new(plane.clone()));
         let exports =
-            GrantExports::new(table.clone()).context("cannot start the threads of the data plane")?;
+            GrantExports::new(table.clone(), rdma).context("cannot start the threads of the data plane")?;
         let exports = Arc::new(exports);
         let listeners = [
             server.listen_tcp(self.tcp, exports.clone()).context("cannot serve NBD over TCP")?,
@@ -126,6 +137,31 @@ impl DataPlane {
             false => None,
         };
         Ok(Serving { plane, _nbd: listeners, _shm: shm })
+    }
+}
+
+/// Listens for clients by RDMA, where it is wanted and can be had.
+fn serve_rdma(wanted: Rdma, table: &Table) -> anyhow::Result<Option<Arc<RdmaServer>>> {
+    let (address, needed) = match wanted {
+        Rdma::Off => return Ok(None),
+        Rdma::Auto => (SocketAddr::from((Ipv6Addr::UNSPECIFIED, RDMA_PORT)), false),
+        Rdma::At(address) => (address, true),
+    };
+    match RdmaServer::start(address, Arc::new(RdmaGrants(table.clone()))) {
+        Ok(server) => {
+            let addresses: Vec<String> = server.addresses().iter().map(ToString::to_string).collect();
+            tracing::info!("RDMA at {} (on {})", addresses.join(", "), server.devices().join(", "));
+            Ok(Some(Arc::new(server)))
+        }
+        Err(why) if needed => {
+            anyhow::bail!(
+                "--rdma {address}: {why}; `--rdma off` does without, `xpm doctor` says what there is"
+            )
+        }
+        Err(why) => {
+            tracing::info!("serving without RDMA: {why}");
+            Ok(None)
+        }
     }
 }
 
@@ -159,6 +195,7 @@ fn identity(
         region_len: config.stock.region_len,
         control: control.address().map_or_else(|| config.listen.clone(), Place::Tcp),
         nbd: data.address,
+        rdma: Vec::new(),
         nbd_unix: config.unix.clone(),
         shm: arena.is_shareable().then(|| config.shm.clone()),
         advertise: config.advertise.clone(),
@@ -213,6 +250,7 @@ fn remove_sockets(config: &Config) {
 struct Plane {
     nbd: Server,
     shm: ShmServer,
+    rdma: Option<Arc<RdmaServer>>,
 }
 
 impl Fence for Plane {
@@ -228,7 +266,8 @@ impl Fence for Plane {
 
 impl Traffic for Plane {
     fn connections(&self) -> usize {
-        self.nbd.connections(None) + self.shm.connections(None)
+        let rdma = self.rdma.as_ref().map_or(0, |rdma| rdma.connections(None));
+        self.nbd.connections(None) + self.shm.connections(None) + rdma
     }
 
     fn counters(&self) -> Counters {

@@ -2,7 +2,7 @@
 //!
 //! * [`arena`] is the memory: where regions come from, and how they are cleared.
 //! * [`ledger`] keeps the books, [`regions`] puts memory and threads behind them.
-//! * [`serve`] gives grants to clients by NBD, [`share`] as shared memory.
+//! * [`serve`] gives grants to clients by NBD, [`share`] as shared memory, [`rdma`] by RDMA.
 //! * [`control`] takes orders over HTTP, [`register`] tells the allocator.
 //! * [`config`] and [`daemon`] are the program.
 
@@ -13,6 +13,7 @@ pub mod daemon;
 pub mod host;
 mod lease;
 pub mod ledger;
+pub mod rdma;
 pub mod regions;
 pub mod register;
 pub mod serve;

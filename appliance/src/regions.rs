@@ -186,7 +186,8 @@ impl Table {
     pub fn commit(&self, id: GrantId, commit: &Commit) -> Result<api::Grant, TableError> {
         let mut state = self.shared.turn(id)?;
         state.ledger.expire(Instant::now());
-        match state.ledger.commit(id, commit)? {
+        let change = state.ledger.commit(id, commit)?;
+        match change {
             Change::Nothing => {}
             Change::Made => state.add_lease(id),
             Change::Renew => {
@@ -201,6 +202,9 @@ impl Table {
             }
         }
         drop(state);
+        if !matches!(change, Change::Nothing) {
+            self.shared.opened(id);
+        }
         self.shared.tell();
         self.grant(id).ok_or(TableError::Busy)
     }
@@ -263,6 +267,8 @@ impl Table {
         let state = self.shared.lock();
         let id = state.ledger.find(key)?;
         let lease = state.leases.get(&id).filter(|lease| lease.is_alive())?;
+        // A process that has it mapped can exchange its pages, which a device would not see.
+        self.shared.sharing(id);
         // Under the lock: once the grant is closing, it is known which of its regions are shared.
         Some((id, lease.regions().iter().map(|memory| (memory.share(), memory.len())).collect()))
     }

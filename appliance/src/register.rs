@@ -43,6 +43,8 @@ pub struct Identity {
     pub control: Place,
     /// Where NBD is served.
     pub nbd: SocketAddr,
+    /// Where RDMA is served, if it is.
+    pub rdma: Vec<SocketAddr>,
     /// Unix socket of NBD.
     pub nbd_unix: PathBuf,
     /// Socket that passes memory, if there is one.
@@ -157,6 +159,7 @@ impl Identity {
             endpoints: Endpoints {
                 host: self.host,
                 nbd: addresses.into_iter().map(|ip| SocketAddr::new(ip, self.nbd.port())).collect(),
+                rdma: self.rdma.clone(),
                 nbd_unix: Some(self.nbd_unix.clone()),
                 shm: self.shm.clone(),
             },

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use xpm_protocol::nbd::{BlockSizes, ExportInfo, ExportName, TransmissionFlags};
 use xpm_transport::nbd::server::{Exports, Opened};
+use xpm_transport::rdma::server::RdmaServer;
 use xpm_transport::store::{Extent, Posted};
 use xpm_transport::{Completion, IoBuf, IoError, Kind, Operation, Store};
 
@@ -27,15 +28,16 @@ const FLAGS: TransmissionFlags = TransmissionFlags::HAS_FLAGS
 pub struct GrantExports {
     table: Table,
     sweeper: Sweeper,
+    rdma: Option<Arc<RdmaServer>>,
 }
 
 impl GrantExports {
-    /// The grants of this table.
+    /// The grants of this table, which are also served by RDMA if that is given.
     ///
     /// # Errors
     /// When the kernel gives no thread for long operations.
-    pub fn new(table: Table) -> io::Result<GrantExports> {
-        Ok(GrantExports { table, sweeper: Sweeper::start()? })
+    pub fn new(table: Table, rdma: Option<Arc<RdmaServer>>) -> io::Result<GrantExports> {
+        Ok(GrantExports { table, sweeper: Sweeper::start()?, rdma })
     }
 }
 
@@ -45,6 +47,10 @@ impl Exports for GrantExports {
     fn open(&self, name: &str) -> Option<Opened> {
         let name: ExportName = name.parse().ok()?;
         let lease = self.table.open(&name.key)?;
+        if let (Some(rdma), Some(session)) = (&self.rdma, name.session) {
+            // What the queue posted before must not land after this.
+            rdma.shut_out(lease.grant().as_u128(), session);
+        }
         let info =
             ExportInfo { size: lease.len(), flags: FLAGS, block: BlockSizes::DEFAULT, description: None };
         let done = Done::new().map_err(|error| tracing::warn!("cannot open an export: {error}")).ok()?;

@@ -53,7 +53,7 @@ impl Deadline {
         Deadline(Instant::now() + limit)
     }
 
-    fn rest(self) -> Result<Duration, ConnectError> {
+    pub(crate) fn rest(self) -> Result<Duration, ConnectError> {
         let rest = self.0.saturating_duration_since(Instant::now());
         if rest.is_zero() { Err(ConnectError::TimedOut) } else { Ok(rest) }
     }

@@ -83,6 +83,17 @@ impl IoBuf {
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.as_ptr(), self.len) }
     }
 
+    /// Copies the buffer's bytes to `target`, which must be of the same length.
+    ///
+    /// # Panics
+    /// When the lengths differ.
+    pub fn copy_to_slice(self, target: &mut [u8]) {
+        assert_eq!(self.len, target.len(), "copy between buffers of different lengths");
+        // SAFETY: the source is mapped and readable for its length by the contract of `IoBuf::new`; a
+        // live `&mut [u8]` cannot be the same memory by that contract too.
+        unsafe { std::ptr::copy_nonoverlapping(self.as_ptr(), target.as_mut_ptr(), self.len) }
+    }
+
     /// Sets every byte to zero.
     pub fn zero(self) {
         // SAFETY: mapped and writable for its length by the contract of `IoBuf::new`.

@@ -1,8 +1,8 @@
-//! The data plane of xpm, both ends: nbd over TCP and unix sockets, and shm.
+//! The data plane of xpm, both ends: nbd over TCP and unix sockets, shm, and rdma.
 //!
 //! * [`link`] is what a client sees of every transport: post, submit, poll, wait.
 //! * [`store`] is what a server of NBD connections is given to serve.
-//! * [`nbd`] and [`shm`] are the transports.
+//! * [`nbd`], [`shm`] and [`rdma`] are the transports.
 //!
 //! Control work (handshakes, passing of memory) is done off the data path; what remains on it
 //! runs in one thread for each queue, without locks, allocations or log calls.
@@ -11,6 +11,7 @@ pub mod connect;
 pub mod io;
 pub mod link;
 pub mod nbd;
+pub mod rdma;
 pub mod shm;
 pub mod slots;
 pub mod store;

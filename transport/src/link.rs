@@ -18,7 +18,7 @@
 use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
 
-use crate::io::{Completion, Operation};
+use crate::io::{Completion, IoBuf, Operation};
 
 /// The client's end of a transport to one grant. See the module's documentation for its contract.
 pub trait Link: Send {
@@ -42,6 +42,25 @@ pub trait Link: Send {
     /// A descriptor that is readable (as epoll(7) sees it) when [`Link::poll`] has something to do;
     /// none when every operation has ended when [`Link::submit`] returns.
     fn wait_fd(&self) -> Option<BorrowedFd<'_>>;
+
+    /// Whether completions are there to be polled without [`Link::wait_fd`] telling of them, until
+    /// [`Link::arm`] is called: asking to be told costs something, so it is left to who is about to
+    /// wait.
+    fn is_quiet(&self) -> bool {
+        false
+    }
+
+    /// Makes [`Link::wait_fd`] tell of the next completion. True when there is something to poll
+    /// already. Never blocks.
+    fn arm(&mut self) -> bool {
+        false
+    }
+
+    /// Offers memory that many operations will use, for the link to register. It has to stay mapped
+    /// until the link is dropped. May block; not for the path of an operation.
+    fn register(&mut self, buffer: IoBuf) {
+        let _ = buffer;
+    }
 
     /// The address of `len` bytes of external memory at `offset`, for a transport that accesses it
     /// by loads and stores. Valid while the link lives. None: use operations.

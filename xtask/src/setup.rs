@@ -20,6 +20,8 @@ const fn package(name: &'static str, probe: &'static str, purpose: &'static str)
 
 /// All packages, each once.
 pub(crate) const ALL: &[Package] = &[
+    package("clang", "clang", "build: reads the headers of the RDMA libraries' binding"),
+    package("cmake", "cmake", "build: of the RDMA libraries' binding"),
     package("qemu-system-x86", "qemu-system-x86_64", "lab: the guest"),
     package("busybox-static", "busybox", "lab: first process of the guest"),
     package("kmod", "depmod", "lab: order of the guest's kernel modules"),
@@ -34,6 +36,7 @@ pub(crate) const ALL: &[Package] = &[
     package("nbdkit", "nbdkit", "tests, bench: an NBD server to compare with"),
     package("libnbd-bin", "nbdinfo", "demo, tests: an NBD client of another project"),
     package("python3-libnbd", "nbdsh", "tests: an NBD client that can misbehave"),
+    package("perftest", "ib_read_lat", "lab, bench: RDMA by others; brings the libraries, Soft-RoCE's too"),
     package("qemu-utils", "qemu-img", "demo, tests, bench: an NBD client and server of another project"),
 ];
 

@@ -5,7 +5,7 @@
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 use std::time::Instant;
 
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, fstat, seek};
@@ -55,6 +55,8 @@ pub struct Memory {
     promised: Arc<AtomicU64>,
     /// Its descriptor was given to another process.
     shared: AtomicBool,
+    /// Devices that have its pages registered: as long as there are any, no page may be exchanged.
+    pins: AtomicU32,
     /// Its part of a backing file.
     _kept: Option<Kept>,
 }
@@ -88,6 +90,7 @@ impl Memory {
             faulted: AtomicU64::new(0),
             promised,
             shared: AtomicBool::new(false),
+            pins: AtomicU32::new(0),
             _kept: kept,
         })
     }
@@ -120,6 +123,17 @@ impl Memory {
         self.shared.load(SeqCst)
     }
 
+    /// From now until [`Memory::unpin`], its pages stay what they are, also when they are trimmed: a
+    /// device goes on with those that it was told.
+    pub fn pin(&self) {
+        self.pins.fetch_add(1, SeqCst);
+    }
+
+    /// Undoes one [`Memory::pin`].
+    pub fn unpin(&self) {
+        self.pins.fetch_sub(1, SeqCst);
+    }
+
     /// Memory that it really holds, in bytes: the pages of a memfd that are there, else all.
     pub fn resident(&self) -> u64 {
         match self.way {
@@ -130,7 +144,8 @@ impl Memory {
         }
     }
 
-    /// Makes the range read as zeros and gives its memory back where the backing can.
+    /// Makes the range read as zeros and gives its memory back where the backing can and no device has
+    /// it registered.
     pub fn trim(&self, offset: u64, len: u64) {
         let end = offset + len;
         let (inner, inner_end) = (offset.next_multiple_of(PAGE_LEN), end - end % PAGE_LEN);
@@ -178,6 +193,9 @@ impl Memory {
 
     /// Whether the range now is zeros without its memory.
     fn give_back(&self, offset: u64, len: u64) -> bool {
+        if self.pins.load(SeqCst) > 0 {
+            return false;
+        }
         let start = self.place.start + offset;
         let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         match self.way {
@@ -285,6 +303,21 @@ impl Drop for Memory {
 mod tests {
     use super::*;
     use crate::arena::{Arena, Backing};
+
+    #[test]
+    fn pinned_memory_is_zeroed_and_kept() {
+        let memory = Arena::new(&Backing::Memfd, 16 << 20, false).unwrap().make(16 << 20, 0).unwrap();
+        memory.at(0, 4).copy_from_slice(b"page");
+        memory.pin();
+        memory.trim(0, 4096);
+        assert_eq!(memory.resident(), 4096, "a device would go on with a page that nobody else sees");
+        let mut found = [1; 4];
+        memory.at(0, 4).copy_to_slice(&mut found);
+        assert_eq!(found, [0; 4]);
+        memory.unpin();
+        memory.trim(0, 4096);
+        assert_eq!(memory.resident(), 0);
+    }
 
     #[test]
     fn touching_faults_in_and_changes_nothing() {

@@ -40,6 +40,7 @@ fn complaints_say_what_to_do() {
         ("--memory 1GiB --spin 1s", "at most 10ms"),
         ("--memory 1GiB --listen 0.0.0.0:1", "--token-file"),
         ("--memory 1GiB --backing disk", "memfd or file:PATH"),
+        ("--memory 1GiB --rdma yes", "auto, off or ADDRESS:PORT"),
         ("--memory 1GiB --backing file:", "path of a file"),
         ("--memory 1GiB --backing file:/x --huge", "choose one"),
         ("--memory 1GiB --name a/b", "a name"),
@@ -48,6 +49,15 @@ fn complaints_say_what_to_do() {
         let line = complaint(arguments);
         assert!(line.contains(words), "{arguments}: {line}");
     }
+}
+
+#[test]
+fn rdma_is_served_where_it_can_be_unless_said_otherwise() {
+    let of = |words: &str| cli(&format!("--memory 1GiB --name a {words}")).unwrap().rdma;
+    assert_eq!(of(""), Rdma::Auto);
+    assert_eq!(of("--rdma off"), Rdma::Off);
+    assert_eq!(of("--rdma 192.0.2.1:5"), Rdma::At("192.0.2.1:5".parse().unwrap()));
+    assert_eq!(file("rdma = 'off'").unwrap().rdma, Some(Rdma::Off));
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, PoisonError};
 
-use xpm_protocol::GrantId;
+use xpm_protocol::{Epoch, GrantId};
 
 use super::shared::Shared;
 use crate::arena::{ArenaError, Memory};
@@ -16,6 +16,16 @@ pub trait Fence: Send + Sync {
 
     /// Connections of the group.
     fn connections(&self, group: u128) -> usize;
+
+    /// A grant lets clients in from now on, in this epoch.
+    fn opened(&self, lease: &Arc<Lease>, epoch: Epoch) {
+        let _ = (lease, epoch);
+    }
+
+    /// The memory of the group is about to be given to a process of this host.
+    fn sharing(&self, group: u128) {
+        let _ = group;
+    }
 }
 
 /// The memory of a lease whose clients were shut out, in order, and why not all of it could be moved
@@ -27,16 +37,31 @@ pub(super) struct Moved {
 }
 
 impl Shared {
+    fn fences(&self) -> Vec<Arc<dyn Fence>> {
+        self.fences.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Tells the fences that a grant lets clients in.
+    pub(super) fn opened(&self, id: GrantId) {
+        let state = self.lock();
+        let lease = state.leases.get(&id).filter(|lease| lease.is_alive()).cloned();
+        let Some((lease, grant)) = lease.zip(state.ledger.grant(id)) else { return };
+        // Under the lock: a change of the grant comes before all of this or after.
+        self.fences().iter().for_each(|fence| fence.opened(&lease, grant.epoch));
+    }
+
+    pub(super) fn sharing(&self, id: GrantId) {
+        self.fences().iter().for_each(|fence| fence.sharing(id.as_u128()));
+    }
+
     pub(super) fn connections(&self, id: GrantId) -> u64 {
-        let fences = self.fences.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        fences.iter().map(|fence| fence.connections(id.as_u128()) as u64).sum()
+        self.fences().iter().map(|fence| fence.connections(id.as_u128()) as u64).sum()
     }
 
     /// Ends a lease and shuts its clients out. How many may still have its memory mapped.
     pub(super) fn shut_out(&self, lease: &Lease) -> usize {
         lease.revoke();
-        let fences = self.fences.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        fences.iter().map(|fence| fence.close_group(lease.grant().as_u128())).sum()
+        self.fences().iter().map(|fence| fence.close_group(lease.grant().as_u128())).sum()
     }
 
     /// Ends a lease, shuts its clients out, and if one did not let go, moves the memory to where it

@@ -27,7 +27,13 @@ pub(super) fn map(layout: Layout, rows: u32, grants: u32, size: u64) -> Map {
         id: GrantId::from_u128(index.into()),
         appliance: ApplianceId::from_u128(index.into()),
         appliance_name: format!("a{index}").parse().unwrap(),
-        endpoints: Endpoints { host: HostId::from_u128(0), nbd: Vec::new(), nbd_unix: None, shm: None },
+        endpoints: Endpoints {
+            host: HostId::from_u128(0),
+            nbd: Vec::new(),
+            rdma: Vec::new(),
+            nbd_unix: None,
+            shm: None,
+        },
         key: GrantKey::from_bytes([1; 32]),
         regions: (0..regions).filter(|region| region % grants == index).count() as u32,
     };

@@ -47,6 +47,9 @@ pub struct Endpoints {
     pub host: HostId,
     /// NBD over TCP: addresses that clients connect to, in order of preference.
     pub nbd: Vec<SocketAddr>,
+    /// RDMA: addresses for the RDMA connection manager, in order of preference; none: no RDMA there.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub rdma: Vec<SocketAddr>,
     /// NBD over a unix socket, for clients of the same host.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub nbd_unix: Option<PathBuf>,

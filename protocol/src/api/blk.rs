@@ -182,9 +182,10 @@ impl FromStr for TransportKind {
     fn from_str(text: &str) -> Result<TransportKind, ParseBlkError> {
         match text {
             "shm" => Ok(TransportKind::Shm),
+            "rdma" => Ok(TransportKind::Rdma),
             "nbd-unix" => Ok(TransportKind::NbdUnix),
             "nbd-tcp" => Ok(TransportKind::NbdTcp),
-            _ => Err(ParseBlkError::new(text, "a transport: shm, nbd-unix or nbd-tcp")),
+            _ => Err(ParseBlkError::new(text, "a transport: shm, rdma, nbd-unix or nbd-tcp")),
         }
     }
 }
@@ -193,6 +194,7 @@ impl fmt::Display for TransportKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
             TransportKind::Shm => "shm",
+            TransportKind::Rdma => "rdma",
             TransportKind::NbdUnix => "nbd-unix",
             TransportKind::NbdTcp => "nbd-tcp",
         })
@@ -204,6 +206,8 @@ impl fmt::Display for TransportKind {
 pub enum TransportKind {
     /// Shared memory, on one host.
     Shm,
+    /// RDMA: no processor of the appliance touches a page.
+    Rdma,
     /// NBD over a unix socket, on one host.
     NbdUnix,
     /// NBD over TCP.

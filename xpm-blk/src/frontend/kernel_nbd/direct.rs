@@ -275,6 +275,7 @@ mod tests {
             endpoints: Endpoints {
                 host: HostId::from_u128(3),
                 nbd: vec!["127.0.0.1:1".parse().unwrap()],
+                rdma: Vec::new(),
                 nbd_unix: Some("/nowhere".into()),
                 shm: None,
             },

@@ -1,0 +1,93 @@
+//! The buffers of a queue, registered once for all of its links over one device.
+
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use super::cm::Id;
+use super::verbs::{Access, Device, Domain, Registration};
+use crate::io::IoBuf;
+
+/// Registered buffers of one link.
+pub(super) struct Buffers {
+    registered: Vec<Arc<Registration>>,
+    local: Arc<LocalDevice>,
+}
+
+/// How a device reaches a buffer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Local {
+    /// Its bytes go with the request.
+    Inline,
+    /// It is registered with this key.
+    Registered(u32),
+    /// Not at all.
+    Foreign,
+}
+
+impl Buffers {
+    pub(super) const fn new(local: Arc<LocalDevice>) -> Buffers {
+        Buffers { registered: Vec::new(), local }
+    }
+
+    pub(super) fn find(&self, buffer: IoBuf) -> Local {
+        let key = self.registered.iter().find_map(|registered| registered.local_key(buffer));
+        key.map_or(Local::Foreign, Local::Registered)
+    }
+
+    /// Registers a buffer, unless another link did. One that cannot be registered is copied.
+    pub(super) fn register(&mut self, buffer: IoBuf) {
+        match self.local.register(buffer) {
+            Ok(registered) => self.registered.push(registered),
+            Err(error) => tracing::warn!(
+                "{} KiB of buffers cannot be registered for RDMA ({error}) and are copied; see `ulimit -l`",
+                buffer.len() >> 10
+            ),
+        }
+    }
+}
+
+/// A device as this process uses it as a client: one protection domain for all of its links.
+pub(super) struct LocalDevice {
+    domain: Arc<Domain>,
+    registered: Mutex<Vec<(IoBuf, Weak<Registration>)>>,
+}
+
+/// The devices in use.
+static DEVICES: Mutex<Vec<Weak<LocalDevice>>> = Mutex::new(Vec::new());
+
+impl LocalDevice {
+    /// The device that an identifier is bound to. `keeper` makes another identifier that is bound to
+    /// the same.
+    pub(super) fn of(
+        id: &Id,
+        keeper: impl FnOnce() -> std::io::Result<Id>,
+    ) -> std::io::Result<Arc<LocalDevice>> {
+        let mut devices = DEVICES.lock().unwrap_or_else(PoisonError::into_inner);
+        devices.retain(|device| device.strong_count() > 0);
+        if let Some(known) =
+            devices.iter().filter_map(Weak::upgrade).find(|known| known.domain.device().is_of(id))
+        {
+            return Ok(known);
+        }
+        let device =
+            Device::of(keeper()?).ok_or_else(|| std::io::Error::other("the address is on no RDMA device"))?;
+        let local = Arc::new(LocalDevice { domain: Domain::new(device)?, registered: Mutex::default() });
+        devices.push(Arc::downgrade(&local));
+        Ok(local)
+    }
+
+    pub(super) const fn domain(&self) -> &Arc<Domain> {
+        &self.domain
+    }
+
+    fn register(&self, buffer: IoBuf) -> std::io::Result<Arc<Registration>> {
+        let mut registered = self.registered.lock().unwrap_or_else(PoisonError::into_inner);
+        registered.retain(|(_, registration)| registration.strong_count() > 0);
+        let known = registered.iter().find(|(known, _)| *known == buffer);
+        if let Some(known) = known.and_then(|(_, registration)| registration.upgrade()) {
+            return Ok(known);
+        }
+        let made = Arc::new(Registration::new(&self.domain, buffer, Access::Local)?);
+        registered.push((buffer, Arc::downgrade(&made)));
+        Ok(made)
+    }
+}

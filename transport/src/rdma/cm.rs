@@ -1,0 +1,501 @@
+//! librdmacm (rdma_cm(7)): addresses, listeners and connections.
+
+#![allow(unsafe_code)]
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsFd, BorrowedFd, RawFd};
+use std::ptr::{NonNull, null_mut};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rdma_mummy_sys as sys;
+
+use super::verbs::{CompletionQueue, Domain, check, complain, pointer, set_nonblocking};
+
+/// `RDMA_OPTION_ID` of rdma/rdma_cma.h, and two options of it.
+const OPTION_ID: i32 = 0;
+const OPTION_ID_REUSEADDR: i32 = 1;
+const OPTION_ID_ACK_TIMEOUT: i32 = 3;
+/// `RDMA_MAX_RESP_RES` and `RDMA_MAX_INIT_DEPTH`: as many reads at once as the devices can.
+const READS_MAX: u8 = 0xff;
+/// Times that a request is sent again before the connection is given up, the most there is.
+const RETRIES: u8 = 7;
+/// Time without an acknowledgement before a request is sent again: 4.096 us times two to this power,
+/// 0.27 s (IBTA 1, 9.9.1.4.1.1). With the retries, a silent appliance is noticed within seconds.
+const ACK_TIMEOUT: u8 = 16;
+
+/// Where the events of identifiers come out.
+pub(super) struct Channel {
+    raw: NonNull<sys::rdma_event_channel>,
+}
+
+// SAFETY: librdmacm's calls are thread-safe, and events are taken by a read(2).
+unsafe impl Send for Channel {}
+// SAFETY: as above.
+unsafe impl Sync for Channel {}
+
+/// What happened to an identifier.
+pub(super) struct Event {
+    /// What.
+    pub(super) kind: Kind,
+    /// Says of which identifier.
+    pub(super) id: Tag,
+    /// 0, an error number, or a reason of a rejection.
+    pub(super) status: i32,
+    /// What the other end said, perhaps padded.
+    pub(super) said: Vec<u8>,
+    /// The new identifier of a request for a connection.
+    pub(super) request: Option<Id>,
+}
+
+/// The kinds of events that mean something here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// The address was found, and with it the device.
+    AddressResolved,
+    /// The way was found.
+    RouteResolved,
+    /// Someone asks for a connection.
+    Request,
+    /// The connection is there.
+    Established,
+    /// The other end rejected it.
+    Rejected,
+    /// An attempt failed: no such address, no way, nobody answers.
+    Failed,
+    /// The connection is gone.
+    Disconnected,
+    /// The device is gone.
+    DeviceRemoved,
+    /// Nothing that has to be done anything about.
+    Other,
+}
+
+impl Kind {
+    fn of(event: sys::rdma_cm_event_type::Type) -> Kind {
+        use sys::rdma_cm_event_type as from;
+        match event {
+            from::RDMA_CM_EVENT_ADDR_RESOLVED => Kind::AddressResolved,
+            from::RDMA_CM_EVENT_ROUTE_RESOLVED => Kind::RouteResolved,
+            from::RDMA_CM_EVENT_CONNECT_REQUEST => Kind::Request,
+            from::RDMA_CM_EVENT_ESTABLISHED => Kind::Established,
+            from::RDMA_CM_EVENT_REJECTED => Kind::Rejected,
+            from::RDMA_CM_EVENT_ADDR_ERROR
+            | from::RDMA_CM_EVENT_ROUTE_ERROR
+            | from::RDMA_CM_EVENT_CONNECT_ERROR
+            | from::RDMA_CM_EVENT_UNREACHABLE => Kind::Failed,
+            from::RDMA_CM_EVENT_DISCONNECTED | from::RDMA_CM_EVENT_TIMEWAIT_EXIT => Kind::Disconnected,
+            from::RDMA_CM_EVENT_DEVICE_REMOVAL => Kind::DeviceRemoved,
+            _ => Kind::Other,
+        }
+    }
+}
+
+/// Names an identifier in events; good as long as the identifier lives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Tag(usize);
+
+impl Channel {
+    pub(super) fn new() -> io::Result<Arc<Channel>> {
+        // SAFETY: the call has no conditions.
+        let raw = pointer(unsafe { sys::rdma_create_event_channel() })?;
+        let channel = Arc::new(Channel { raw });
+        set_nonblocking(channel.as_fd())?;
+        Ok(channel)
+    }
+
+    /// The next event; none when there is none now.
+    pub(super) fn next(self: &Arc<Channel>) -> io::Result<Option<Event>> {
+        let mut raw = null_mut();
+        // SAFETY: the channel is alive, and the result is written to a variable that lives.
+        match check(unsafe { sys::rdma_get_cm_event(self.raw.as_ptr(), &raw mut raw) }) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+            Err(error) => return Err(error),
+        }
+        let raw = pointer(raw)?;
+        // SAFETY: the event is valid until it is acknowledged. Its parameters are those of a
+        // connection, as every identifier here is of RDMA_PS_TCP, and its private data are as many
+        // bytes as it says.
+        let event = unsafe {
+            let event = &*raw.as_ptr();
+            let (data, len) = (event.param.conn.private_data, event.param.conn.private_data_len);
+            let said = match data.is_null() {
+                true => Vec::new(),
+                false => std::slice::from_raw_parts(data.cast::<u8>(), usize::from(len)).to_vec(),
+            };
+            let kind = Kind::of(event.event);
+            let request = match kind {
+                Kind::Request => Some(Id::owned(pointer(event.id)?, self.clone())),
+                _ => None,
+            };
+            Event { kind, id: Tag(event.id.addr()), status: event.status, said, request }
+        };
+        // SAFETY: the event was taken above, once, and nothing refers to it any more.
+        complain("an event", unsafe { sys::rdma_ack_cm_event(raw.as_ptr()) });
+        Ok(Some(event))
+    }
+}
+
+impl AsFd for Channel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the channel, and so its descriptor, is open as long as this lives.
+        unsafe { BorrowedFd::borrow_raw((*self.raw.as_ptr()).fd as RawFd) }
+    }
+}
+
+impl Drop for Channel {
+    fn drop(&mut self) {
+        // SAFETY: every identifier holds the channel, so none is left, and all events that were taken
+        // are acknowledged.
+        unsafe { sys::rdma_destroy_event_channel(self.raw.as_ptr()) }
+    }
+}
+
+/// An identifier: an address, a listener, or a connection with its queue pair.
+pub(super) struct Id {
+    raw: NonNull<sys::rdma_cm_id>,
+    has_queue_pair: bool,
+    /// What the queue pair uses; dropped after it.
+    used: Option<Arc<Domain>>,
+    _channel: Arc<Channel>,
+}
+
+// SAFETY: librdmacm's calls are thread-safe, and those that change the identifier take it
+// exclusively.
+unsafe impl Send for Id {}
+// SAFETY: as above.
+unsafe impl Sync for Id {}
+
+/// The size of a queue pair.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Size {
+    /// Work requests in flight.
+    pub(super) requests: u32,
+    /// Bytes of a request that may be copied into it, as asked for; the device may give more or
+    /// refuse.
+    pub(super) inline: u32,
+}
+
+impl Id {
+    pub(super) fn new(channel: &Arc<Channel>) -> io::Result<Id> {
+        let mut raw = null_mut();
+        // SAFETY: the channel is alive, and the result is written to a variable that lives.
+        check(unsafe {
+            sys::rdma_create_id(
+                channel.raw.as_ptr(),
+                &raw mut raw,
+                null_mut(),
+                sys::rdma_port_space::RDMA_PS_TCP,
+            )
+        })?;
+        Ok(Id::owned(pointer(raw)?, channel.clone()))
+    }
+
+    fn owned(raw: NonNull<sys::rdma_cm_id>, channel: Arc<Channel>) -> Id {
+        Id { raw, has_queue_pair: false, used: None, _channel: channel }
+    }
+
+    /// Names it in events.
+    pub(super) fn tag(&self) -> Tag {
+        Tag(self.raw.as_ptr().addr())
+    }
+
+    /// The device's context, once it is bound to one.
+    pub(super) fn context(&self) -> Option<NonNull<sys::ibv_context>> {
+        // SAFETY: the identifier is alive.
+        NonNull::new(unsafe { (*self.raw.as_ptr()).verbs })
+    }
+
+    /// Binds it to a local address, and to a device if there is one behind that.
+    pub(super) fn bind(&self, address: SocketAddr) -> io::Result<()> {
+        let yes = 1_i32;
+        // SAFETY: the identifier is alive, and the option's value is read during the call only. A
+        // refusal leaves the default.
+        unsafe {
+            sys::rdma_set_option(
+                self.raw.as_ptr(),
+                OPTION_ID,
+                OPTION_ID_REUSEADDR,
+                (&raw const yes).cast_mut().cast(),
+                size_of::<i32>(),
+            );
+        }
+        let mut address = RawAddress::from(address);
+        // SAFETY: the identifier is alive, and the address, which is of a known family, is read during
+        // the call only.
+        check(unsafe { sys::rdma_bind_addr(self.raw.as_ptr(), address.as_mut_ptr()) })
+    }
+
+    /// Listens for requests, of which `backlog` may wait.
+    pub(super) fn listen(&self, backlog: i32) -> io::Result<()> {
+        // SAFETY: the identifier is alive.
+        check(unsafe { sys::rdma_listen(self.raw.as_ptr(), backlog) })
+    }
+
+    /// Its own address.
+    pub(super) fn local_address(&self) -> Option<SocketAddr> {
+        // SAFETY: the identifier is alive; the address is storage for any family.
+        let address = unsafe { (*self.raw.as_ptr()).route.addr.src_addr_union.src_storage };
+        RawAddress { storage: address }.into()
+    }
+
+    /// Begins to look for the device that leads to an address.
+    pub(super) fn resolve_address(&self, target: SocketAddr, limit: Duration) -> io::Result<()> {
+        let mut target = RawAddress::from(target);
+        // SAFETY: the identifier is alive, and the address is read during the call only.
+        check(unsafe {
+            sys::rdma_resolve_addr(self.raw.as_ptr(), null_mut(), target.as_mut_ptr(), millis(limit))
+        })
+    }
+
+    /// Begins to look for the way.
+    pub(super) fn resolve_route(&self, limit: Duration) -> io::Result<()> {
+        // SAFETY: the identifier is alive.
+        check(unsafe { sys::rdma_resolve_route(self.raw.as_ptr(), millis(limit)) })
+    }
+
+    /// Makes the queue pair, in a domain of the identifier's device. `completions` has to live as
+    /// long as the queue pair. Gives the bytes that may be inline.
+    pub(super) fn make_queue_pair(
+        &mut self,
+        domain: &Arc<Domain>,
+        completions: &CompletionQueue,
+        size: Size,
+    ) -> io::Result<u32> {
+        // SAFETY: the structure is numbers and pointers, for which zeros are values.
+        let mut wanted: sys::ibv_qp_init_attr = unsafe { std::mem::zeroed() };
+        wanted.send_cq = completions.raw();
+        wanted.recv_cq = completions.raw();
+        wanted.qp_type = sys::ibv_qp_type::IBV_QPT_RC;
+        wanted.cap.max_send_wr = size.requests;
+        wanted.cap.max_send_sge = 1;
+        wanted.cap.max_recv_wr = 1;
+        wanted.cap.max_recv_sge = 1;
+        wanted.cap.max_inline_data = size.inline;
+        // SAFETY: the identifier, the domain and the completion queue are alive, and `wanted` is used
+        // during the call only.
+        check(unsafe { sys::rdma_create_qp(self.raw.as_ptr(), domain.raw(), &raw mut wanted) })?;
+        self.has_queue_pair = true;
+        self.used = Some(domain.clone());
+        Ok(wanted.cap.max_inline_data)
+    }
+
+    /// The queue pair.
+    pub(super) fn queue_pair(&self) -> Option<NonNull<sys::ibv_qp>> {
+        // SAFETY: the identifier is alive.
+        NonNull::new(unsafe { (*self.raw.as_ptr()).qp }).filter(|_| self.has_queue_pair)
+    }
+
+    /// Destroys the queue pair. When this returns, the device touches no buffer for it any more.
+    pub(super) fn destroy_queue_pair(&mut self) {
+        if std::mem::take(&mut self.has_queue_pair) {
+            // SAFETY: the identifier is alive and has a queue pair.
+            unsafe { sys::rdma_destroy_qp(self.raw.as_ptr()) }
+        }
+        self.used = None;
+    }
+
+    /// Asks the other end for the connection.
+    pub(super) fn connect(&self, say: &[u8]) -> io::Result<()> {
+        let timeout = ACK_TIMEOUT;
+        // SAFETY: the identifier is alive, and the option's value is read during the call only. An
+        // older kernel refuses it, and keeps its longer time.
+        unsafe {
+            sys::rdma_set_option(
+                self.raw.as_ptr(),
+                OPTION_ID,
+                OPTION_ID_ACK_TIMEOUT,
+                (&raw const timeout).cast_mut().cast(),
+                size_of::<u8>(),
+            );
+        }
+        let mut parameters = parameters(say);
+        // SAFETY: the identifier is alive, and the parameters and what they point to are read during
+        // the call only.
+        check(unsafe { sys::rdma_connect(self.raw.as_ptr(), &raw mut parameters) })
+    }
+
+    /// Accepts a request.
+    pub(super) fn accept(&self, say: &[u8]) -> io::Result<()> {
+        let mut parameters = parameters(say);
+        // SAFETY: as for `connect`.
+        check(unsafe { sys::rdma_accept(self.raw.as_ptr(), &raw mut parameters) })
+    }
+
+    /// Rejects a request.
+    pub(super) fn reject(&self, say: &[u8]) -> io::Result<()> {
+        let len = u8::try_from(say.len()).unwrap_or(u8::MAX);
+        // SAFETY: the identifier is alive, and so many bytes are read during the call only.
+        check(unsafe { sys::rdma_reject(self.raw.as_ptr(), say.as_ptr().cast(), len) })
+    }
+}
+
+impl Drop for Id {
+    fn drop(&mut self) {
+        self.destroy_queue_pair();
+        // SAFETY: the identifier is alive, has no queue pair, and each of its events that was taken is
+        // acknowledged.
+        complain("an identifier", unsafe { sys::rdma_destroy_id(self.raw.as_ptr()) });
+    }
+}
+
+fn parameters(say: &[u8]) -> sys::rdma_conn_param {
+    // SAFETY: the structure is numbers and a pointer, for which zeros are values.
+    let mut parameters: sys::rdma_conn_param = unsafe { std::mem::zeroed() };
+    parameters.private_data = say.as_ptr().cast();
+    parameters.private_data_len = u8::try_from(say.len()).unwrap_or(u8::MAX);
+    parameters.responder_resources = READS_MAX;
+    parameters.initiator_depth = READS_MAX;
+    parameters.flow_control = 1;
+    parameters.retry_count = RETRIES;
+    parameters.rnr_retry_count = RETRIES;
+    parameters
+}
+
+fn millis(limit: Duration) -> i32 {
+    i32::try_from(limit.as_millis()).unwrap_or(i32::MAX).max(1)
+}
+
+/// An address as the libraries take it.
+struct RawAddress {
+    storage: libc::sockaddr_storage,
+}
+
+impl RawAddress {
+    fn as_mut_ptr(&mut self) -> *mut libc::sockaddr {
+        (&raw mut self.storage).cast()
+    }
+}
+
+impl From<SocketAddr> for RawAddress {
+    fn from(address: SocketAddr) -> RawAddress {
+        // SAFETY: the structure is plain numbers, for which zeros are values.
+        let mut storage: libc::sockaddr_storage = unsafe { std::mem::zeroed() };
+        match address {
+            SocketAddr::V4(address) => {
+                let raw = libc::sockaddr_in {
+                    sin_family: libc::AF_INET as libc::sa_family_t,
+                    sin_port: address.port().to_be(),
+                    sin_addr: libc::in_addr { s_addr: u32::from_ne_bytes(address.ip().octets()) },
+                    sin_zero: [0; 8],
+                };
+                // SAFETY: the storage is large enough and aligned for every kind of address.
+                unsafe { (&raw mut storage).cast::<libc::sockaddr_in>().write(raw) }
+            }
+            SocketAddr::V6(address) => {
+                let raw = libc::sockaddr_in6 {
+                    sin6_family: libc::AF_INET6 as libc::sa_family_t,
+                    sin6_port: address.port().to_be(),
+                    sin6_flowinfo: address.flowinfo(),
+                    sin6_addr: libc::in6_addr { s6_addr: address.ip().octets() },
+                    sin6_scope_id: address.scope_id(),
+                };
+                // SAFETY: as above.
+                unsafe { (&raw mut storage).cast::<libc::sockaddr_in6>().write(raw) }
+            }
+        }
+        RawAddress { storage }
+    }
+}
+
+impl From<RawAddress> for Option<SocketAddr> {
+    fn from(raw: RawAddress) -> Option<SocketAddr> {
+        let start = &raw const raw.storage;
+        match i32::from(raw.storage.ss_family) {
+            libc::AF_INET => {
+                // SAFETY: the family says that it is such an address, for which the storage is large
+                // enough and aligned.
+                let address = unsafe { start.cast::<libc::sockaddr_in>().read() };
+                let ip = Ipv4Addr::from(address.sin_addr.s_addr.to_ne_bytes());
+                Some(SocketAddr::new(IpAddr::V4(ip), u16::from_be(address.sin_port)))
+            }
+            libc::AF_INET6 => {
+                // SAFETY: as above.
+                let address = unsafe { start.cast::<libc::sockaddr_in6>().read() };
+                let ip = Ipv6Addr::from(address.sin6_addr.s6_addr);
+                Some(SocketAddr::new(IpAddr::V6(ip), u16::from_be(address.sin6_port)))
+            }
+            _ => None,
+        }
+    }
+}
+
+/// The addresses of this host's network interfaces, without those of loopback and of one link only.
+pub(super) fn host_addresses() -> io::Result<Vec<IpAddr>> {
+    let mut first = null_mut();
+    // SAFETY: the list is written to a variable that lives, and freed below.
+    check(unsafe { libc::getifaddrs(&raw mut first) })?;
+    let mut found = Vec::new();
+    let mut next: *const libc::ifaddrs = first;
+    while !next.is_null() {
+        // SAFETY: the entry belongs to the list, which is not freed yet.
+        let entry = unsafe { &*next };
+        if !entry.ifa_addr.is_null() {
+            // SAFETY: an address of the list has the length of its family.
+            found.extend(unsafe { ip_of(entry.ifa_addr) });
+        }
+        next = entry.ifa_next;
+    }
+    // SAFETY: the list is freed once, and nothing refers to it any more.
+    unsafe { libc::freeifaddrs(first) };
+    found.retain(|ip| match ip {
+        IpAddr::V4(ip) => !ip.is_loopback() && !ip.is_link_local(),
+        IpAddr::V6(ip) => !ip.is_loopback() && !ip.is_unicast_link_local(),
+    });
+    Ok(found)
+}
+
+/// The IP address of a socket address; none for other families.
+///
+/// # Safety
+/// It must point to an address with the length of its family.
+unsafe fn ip_of(address: *const libc::sockaddr) -> Option<IpAddr> {
+    // SAFETY: every address begins with its family.
+    match i32::from(unsafe { (*address).sa_family }) {
+        libc::AF_INET => {
+            // SAFETY: the family says so, and the caller that the length is right.
+            let address = unsafe { address.cast::<libc::sockaddr_in>().read_unaligned() };
+            Some(IpAddr::V4(Ipv4Addr::from(address.sin_addr.s_addr.to_ne_bytes())))
+        }
+        libc::AF_INET6 => {
+            // SAFETY: as above.
+            let address = unsafe { address.cast::<libc::sockaddr_in6>().read_unaligned() };
+            Some(IpAddr::V6(Ipv6Addr::from(address.sin6_addr.s6_addr)))
+        }
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_survive_the_libraries_form() {
+        for text in ["192.0.2.7:10810", "[2001:db8::7]:10810", "[fe80::1%3]:9"] {
+            let address: SocketAddr = text.parse().unwrap();
+            let back: Option<SocketAddr> = RawAddress::from(address).into();
+            assert_eq!(back.map(|back| (back.ip(), back.port())), Some((address.ip(), address.port())));
+        }
+        let nothing = RawAddress::from("0.0.0.0:0".parse::<SocketAddr>().unwrap());
+        let mut other = nothing;
+        other.storage.ss_family = libc::AF_UNIX as libc::sa_family_t;
+        assert_eq!(Option::<SocketAddr>::from(other), None);
+    }
+
+    #[test]
+    fn a_host_has_addresses_or_none_and_no_loopback() {
+        let addresses = host_addresses().unwrap();
+        assert!(addresses.iter().all(|ip| !ip.is_loopback()));
+    }
+
+    /// On a host without RDMA, all that is asked for is answered with an error, not with an end.
+    #[test]
+    fn without_rdma_there_is_an_error() {
+        if let Err(error) = Channel::new() {
+            assert!(error.raw_os_error().is_some(), "{error}");
+        }
+    }
+}

@@ -1,0 +1,131 @@
+//! What went wrong, and so what to do next.
+
+use std::io;
+
+use super::wire::Refusal;
+use crate::connect::ConnectError;
+use crate::link::LinkDown;
+
+/// Statuses of `enum ibv_wc_status` (ibv_poll_cq(3)) that mean something here.
+mod status {
+    pub(super) const LOC_LEN_ERR: u32 = 1;
+    pub(super) const LOC_QP_OP_ERR: u32 = 2;
+    pub(super) const LOC_PROT_ERR: u32 = 4;
+    pub(super) const BAD_RESP_ERR: u32 = 7;
+    pub(super) const LOC_ACCESS_ERR: u32 = 8;
+    pub(super) const REM_INV_REQ_ERR: u32 = 9;
+    pub(super) const REM_ACCESS_ERR: u32 = 10;
+    pub(super) const REM_OP_ERR: u32 = 11;
+}
+
+/// The state of a link whose work request failed.
+///
+/// A refused access means that the key is good no more: the grant was revoked. What was never
+/// answered (retries exceeded), and what was flushed with the queue, is a broken connection. What only
+/// a wrong message can cause is a broken protocol.
+pub(super) const fn of_status(status: u32) -> LinkDown {
+    match status {
+        status::REM_ACCESS_ERR | status::REM_INV_REQ_ERR | status::REM_OP_ERR => LinkDown::Revoked,
+        status::LOC_LEN_ERR
+        | status::LOC_QP_OP_ERR
+        | status::LOC_PROT_ERR
+        | status::LOC_ACCESS_ERR
+        | status::BAD_RESP_ERR => LinkDown::Protocol,
+        _ => LinkDown::Broken,
+    }
+}
+
+/// Why an appliance rejected a connection. `said` is the private data of the rejection.
+pub(super) fn of_rejection(reason: i32, said: &[u8]) -> ConnectError {
+    match Refusal::decode(said) {
+        Some(Refusal::Unknown) => ConnectError::UnknownExport,
+        Some(Refusal::NotReady) => ConnectError::Unreachable(io::Error::new(
+            io::ErrorKind::WouldBlock,
+            "the appliance is still registering the memory",
+        )),
+        Some(Refusal::Shared) => {
+            ConnectError::Refused("a process on the appliance's host has the memory mapped".to_owned())
+        }
+        Some(Refusal::Failed) => {
+            ConnectError::Refused("the appliance cannot register the memory with its device".to_owned())
+        }
+        Some(Refusal::Version) => {
+            ConnectError::Unsupported("another version of xpm's RDMA protocol".to_owned())
+        }
+        Some(Refusal::Busy) => ConnectError::Refused("the appliance has too many connections".to_owned()),
+        None => ConnectError::Unreachable(io::Error::other(format!(
+            "the connection was rejected for reason {reason}: nothing listens there, or not this protocol"
+        ))),
+    }
+}
+
+/// Why there is no RDMA on this host, in words that say what to do.
+pub(super) fn no_rdma(error: &io::Error) -> ConnectError {
+    ConnectError::Unsupported(explain(error))
+}
+
+/// The same as text.
+pub(super) fn explain(error: &io::Error) -> String {
+    match error.raw_os_error() {
+        Some(libc::EOPNOTSUPP) => {
+            "no RDMA: the libraries are missing (apt-get install librdmacm1 ibverbs-providers)".to_owned()
+        }
+        Some(libc::ENOSYS | libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
+            "no RDMA: the kernel's part is missing (modprobe rdma_ucm)".to_owned()
+        }
+        Some(libc::EACCES | libc::EPERM) => {
+            "no RDMA: /dev/infiniband/rdma_cm cannot be opened for want of rights".to_owned()
+        }
+        _ => format!("no RDMA: {error}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// By the numbers of infiniband/verbs.h, so that a slip in the table is seen.
+    #[test]
+    fn each_status_has_its_state() {
+        use rdma_mummy_sys::ibv_wc_status as wc;
+        let cases = [
+            (wc::IBV_WC_REM_ACCESS_ERR, LinkDown::Revoked),
+            (wc::IBV_WC_REM_INV_REQ_ERR, LinkDown::Revoked),
+            (wc::IBV_WC_REM_OP_ERR, LinkDown::Revoked),
+            (wc::IBV_WC_RETRY_EXC_ERR, LinkDown::Broken),
+            (wc::IBV_WC_RNR_RETRY_EXC_ERR, LinkDown::Broken),
+            (wc::IBV_WC_WR_FLUSH_ERR, LinkDown::Broken),
+            (wc::IBV_WC_FATAL_ERR, LinkDown::Broken),
+            (wc::IBV_WC_REM_ABORT_ERR, LinkDown::Broken),
+            (wc::IBV_WC_LOC_LEN_ERR, LinkDown::Protocol),
+            (wc::IBV_WC_LOC_QP_OP_ERR, LinkDown::Protocol),
+            (wc::IBV_WC_LOC_PROT_ERR, LinkDown::Protocol),
+            (wc::IBV_WC_LOC_ACCESS_ERR, LinkDown::Protocol),
+            (wc::IBV_WC_BAD_RESP_ERR, LinkDown::Protocol),
+        ];
+        for (status, state) in cases {
+            assert_eq!(of_status(status), state, "{status}");
+        }
+        assert_eq!(of_status(12345), LinkDown::Broken);
+    }
+
+    #[test]
+    fn rejections_say_what_to_do_next() {
+        let of = |refusal: Refusal| of_rejection(28, &refusal.encode());
+        assert!(matches!(of(Refusal::Unknown), ConnectError::UnknownExport));
+        assert!(
+            matches!(of(Refusal::NotReady), ConnectError::Unreachable(error) if error.kind() == io::ErrorKind::WouldBlock)
+        );
+        assert!(matches!(of(Refusal::Shared), ConnectError::Refused(_)));
+        assert!(matches!(of(Refusal::Version), ConnectError::Unsupported(_)));
+        assert!(matches!(of_rejection(8, &[]), ConnectError::Unreachable(_)));
+    }
+
+    #[test]
+    fn what_is_missing_is_said_with_its_remedy() {
+        let text = |number| explain(&io::Error::from_raw_os_error(number));
+        assert!(text(libc::EOPNOTSUPP).contains("librdmacm1"));
+        assert!(text(libc::ENOSYS).contains("modprobe"));
+        assert!(text(libc::EACCES).contains("rights"));
+    }
+}

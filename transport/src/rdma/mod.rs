@@ -1,0 +1,27 @@
+//! RDMA: one-sided access to the memory of an appliance, by verbs and the RDMA connection manager of
+//! rdma-core, which are loaded at run time.
+//!
+//! A client connects one reliable queue pair for each of its queues to each grant. After that, it reads and
+//! writes with RDMA READ and WRITE only, and no processor of the appliance takes part. The appliance
+//! registers the regions of a grant in a protection domain of the grant's own, so its keys are
+//! worthless on the connections of any other; revoking a grant deregisters first and then destroys the
+//! queue pairs.
+//!
+//! Trimming, zeroing and the news that an appliance ended go over an NBD connection that each link has
+//! beside its queue pair.
+//!
+//! * [`client::connect`] gives a [`client::RdmaLink`].
+//! * [`server::RdmaServer`] is the appliance's end.
+//! * [`wire`] is what the two tell each other.
+
+mod bounce;
+mod buffers;
+pub mod client;
+mod cm;
+mod errors;
+pub mod inventory;
+mod link;
+mod pages;
+pub mod server;
+mod verbs;
+pub mod wire;

@@ -1,0 +1,272 @@
+//! The appliance's end: listens for clients, registers the memory of grants, and revokes it.
+//!
+//! Nothing here is on the path of an access: that is between the client and the device. Two threads
+//! do the work: one answers the connection manager, one registers memory.
+//!
+//! **Fencing.** [`RdmaServer::close_group`] deregisters the grant's memory first, so that no access which
+//! begins after that lands, and then destroys its queue pairs; when it returns, nothing of the grant
+//! is reachable any more. [`RdmaServer::shut_out`] destroys the queue pairs of a queue's earlier connections.
+
+mod admit;
+mod grant;
+mod state;
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use xpm_protocol::nbd::SessionTag;
+use xpm_protocol::{Epoch, GrantKey};
+
+pub use self::grant::Lent;
+use self::grant::{DeviceGrant, Job};
+use self::state::{Phase, State};
+use super::cm::{Channel, Event, Id, Kind, host_addresses};
+use super::errors;
+use super::verbs::{CompletionQueue, Device};
+use super::wire::short_session;
+
+/// Requests for connections that may wait.
+const BACKLOG: i32 = 128;
+
+/// What clients may connect to.
+pub trait Grants: Send + Sync {
+    /// The group of the grant with this key, if it lets clients in.
+    fn find(&self, key: &GrantKey) -> Option<u128>;
+}
+
+/// Serves grants by RDMA. Its threads, and all that is registered, end when it is dropped.
+pub struct RdmaServer {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+struct Shared {
+    // First, for what it holds uses what follows.
+    state: Mutex<State>,
+    listeners: Vec<Listener>,
+    ports: Vec<Port>,
+    events: Arc<Channel>,
+    grants: Arc<dyn Grants>,
+    jobs: Sender<Job>,
+    /// Readable when the threads have to end.
+    stop: OwnedFd,
+}
+
+struct Listener {
+    id: Id,
+    address: SocketAddr,
+}
+
+/// A device that something listens on.
+struct Port {
+    /// Of all queue pairs; nothing ever ends in it, for they only answer.
+    completions: Mutex<CompletionQueue>,
+    device: Arc<Device>,
+}
+
+impl RdmaServer {
+    /// Listens at an address, or, where its IP address is unspecified (`0.0.0.0`), at every
+    /// address of this host behind which there is an RDMA device.
+    ///
+    /// # Errors
+    /// Why there is no RDMA, in words that say what to do.
+    pub fn start(address: SocketAddr, grants: Arc<dyn Grants>) -> Result<RdmaServer, String> {
+        RdmaServer::listen(address, grants).map_err(|error| errors::explain(&error))
+    }
+
+    fn listen(address: SocketAddr, grants: Arc<dyn Grants>) -> io::Result<RdmaServer> {
+        let events = Channel::new()?;
+        let (mut listeners, mut ports) = (Vec::new(), Vec::<Port>::new());
+        for ip in candidates(address.ip())? {
+            match Listener::new(&events, SocketAddr::new(ip, address.port())) {
+                Ok(listener) => {
+                    if !ports.iter().any(|port| port.device.is_of(&listener.id)) {
+                        ports.push(Port::new(listener.address)?);
+                    }
+                    listeners.push(listener);
+                }
+                Err(error) if address.ip() != ip || error.raw_os_error() == Some(libc::ENODEV) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        if listeners.is_empty() {
+            return Err(io::Error::other("no address of this host is on an RDMA device"));
+        }
+        let (jobs, work) = channel();
+        let stop = eventfd(0, EventfdFlags::CLOEXEC)?;
+        let state = Mutex::new(State::default());
+        let shared = Arc::new(Shared { state, listeners, ports, events, grants, jobs, stop });
+        let mut server = RdmaServer { shared, threads: Vec::new() };
+        server.spawn("xpm-rdma-cm", Shared::answer)?;
+        server.spawn("xpm-rdma-reg", move |shared| shared.register_all(&work))?;
+        Ok(server)
+    }
+
+    fn spawn(&mut self, name: &str, run: impl FnOnce(&Shared) + Send + 'static) -> io::Result<()> {
+        let shared = self.shared.clone();
+        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || run(&shared))?;
+        self.threads.push(thread);
+        Ok(())
+    }
+
+    /// Where it listens.
+    pub fn addresses(&self) -> Vec<SocketAddr> {
+        self.shared.listeners.iter().map(|listener| listener.address).collect()
+    }
+
+    /// The names of the devices that it listens on.
+    pub fn devices(&self) -> Vec<String> {
+        self.shared.ports.iter().map(|port| port.device.name()).collect()
+    }
+
+    /// Begins to register the memory of a grant, its regions in order and of one length; clients are
+    /// let in when that is done. A grant that is open already is closed first.
+    pub fn open_group(&self, group: u128, epoch: Epoch, regions: Vec<Arc<dyn Lent>>) {
+        self.close_group(group);
+        let ticket = self.shared.lock().begin(group, epoch);
+        // Nobody hears it only when the thread has ended with the server.
+        let _ = self.shared.jobs.send(Job::Register { group, ticket, regions });
+    }
+
+    /// Revokes a grant. When this returns, no access of its clients lands any more. Blocks for up to some
+    /// milliseconds for each region.
+    pub fn close_group(&self, group: u128) {
+        self.shared.lock().close(group);
+    }
+
+    /// The same, for memory that is about to be shared with a process of this host: clients are told so.
+    pub fn withdraw(&self, group: u128) {
+        self.shared.lock().withdraw(group);
+    }
+
+    /// Destroys the connections of a session's queue that are older than this one.
+    pub fn shut_out(&self, group: u128, session: SessionTag) {
+        let SessionTag { id, queue, generation } = session;
+        self.shared.lock().shut_out(group, short_session(id), queue, generation);
+    }
+
+    /// Connections of a group, or of all.
+    pub fn connections(&self, group: Option<u128>) -> usize {
+        self.shared.lock().connections(group)
+    }
+
+    /// Whether clients of the group are let in. None: not registered, and not being registered.
+    pub fn is_ready(&self, group: u128) -> Option<bool> {
+        self.shared.lock().phase(group).map(|phase| matches!(phase, Phase::Ready(_)))
+    }
+}
+
+impl Drop for RdmaServer {
+    fn drop(&mut self) {
+        let _ = rustix::io::write(&self.shared.stop, &1_u64.to_ne_bytes());
+        let _ = self.shared.jobs.send(Job::Stop);
+        for thread in self.threads.drain(..) {
+            // A panic of it was reported when it happened.
+            let _ = thread.join();
+        }
+        self.shared.lock().close_all();
+    }
+}
+
+/// The addresses to try.
+fn candidates(ip: IpAddr) -> io::Result<Vec<IpAddr>> {
+    if !ip.is_unspecified() {
+        return Ok(vec![ip]);
+    }
+    let mut all = host_addresses()?;
+    all.retain(|found| ip.is_ipv6() || found.is_ipv4());
+    Ok(all)
+}
+
+impl Listener {
+    fn new(events: &Arc<Channel>, address: SocketAddr) -> io::Result<Listener> {
+        let id = Id::new(events)?;
+        id.bind(address)?;
+        if id.context().is_none() {
+            return Err(io::Error::from_raw_os_error(libc::ENODEV));
+        }
+        id.listen(BACKLOG)?;
+        let address = id.local_address().unwrap_or(address);
+        Ok(Listener { id, address })
+    }
+}
+
+impl Port {
+    fn new(mut address: SocketAddr) -> io::Result<Port> {
+        address.set_port(0);
+        let keeper = Id::new(&Channel::new()?)?;
+        keeper.bind(address)?;
+        let device = Device::of(keeper).ok_or_else(|| io::Error::from_raw_os_error(libc::ENODEV))?;
+        let completions = Mutex::new(CompletionQueue::new(device.clone(), 1)?);
+        Ok(Port { completions, device })
+    }
+}
+
+impl Shared {
+    /// The state is whole whenever the lock is free, so a panic elsewhere does not spoil it.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Answers the connection manager until the server ends.
+    fn answer(&self) {
+        loop {
+            let mut watched = [
+                PollFd::from_borrowed_fd(self.events.as_fd(), PollFlags::IN),
+                PollFd::from_borrowed_fd(self.stop.as_fd(), PollFlags::IN),
+            ];
+            let polled = poll(&mut watched, None);
+            if polled.is_ok() && !watched[1].revents().is_empty() {
+                return;
+            }
+            loop {
+                match self.events.next() {
+                    Ok(Some(event)) => self.take(event),
+                    Ok(None) => break,
+                    Err(error) => {
+                        tracing::error!("no more clients are let in by RDMA: {error}");
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    fn take(&self, event: Event) {
+        match (event.kind, event.request) {
+            (Kind::Request, Some(id)) => self.decide(id, &event.said),
+            (Kind::Disconnected | Kind::Failed | Kind::Rejected, _) => self.lock().disconnected(event.id),
+            (Kind::DeviceRemoved, _) => {
+                tracing::warn!("an RDMA device is gone: its clients have to use TCP");
+                self.lock().disconnected(event.id);
+            }
+            _ => {}
+        }
+    }
+
+    /// Registers what it is asked to, until the server ends.
+    fn register_all(&self, work: &Receiver<Job>) {
+        while let Ok(Job::Register { group, ticket, regions }) = work.recv() {
+            let wanted = || self.lock().is_wanted(group, ticket);
+            let made: io::Result<Vec<DeviceGrant>> =
+                self.ports.iter().map(|port| DeviceGrant::register(&port.device, &regions, wanted)).collect();
+            let phase = match made {
+                Ok(made) => Phase::Ready(made),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => {
+                    tracing::warn!(
+                        "memory cannot be registered for RDMA ({error}), its clients have to use TCP; see \
+                         `ulimit -l` (LimitMEMLOCK)"
+                    );
+                    Phase::Failed
+                }
+            };
+            self.lock().finish(group, ticket, phase);
+        }
+    }
+}

@@ -1,0 +1,169 @@
+//! Which grants are registered, and who is connected to them.
+
+use std::collections::HashMap;
+
+use xpm_protocol::Epoch;
+
+use super::super::cm::{Id, Tag};
+use super::grant::DeviceGrant;
+
+#[derive(Default)]
+pub(super) struct State {
+    connections: HashMap<Tag, Connection>,
+    grants: HashMap<u128, Grant>,
+    tickets: u64,
+}
+
+struct Grant {
+    epoch: Epoch,
+    ticket: u64,
+    phase: Phase,
+}
+
+/// How far a grant is.
+pub(super) enum Phase {
+    /// Its memory is being registered.
+    Registering,
+    /// Clients are let in, over any of these devices.
+    Ready(Vec<DeviceGrant>),
+    /// Its memory could not be registered.
+    Failed,
+    /// It is used as shared memory.
+    Withdrawn,
+}
+
+/// A client's connection, with its queue pair.
+pub(super) struct Connection {
+    pub(super) id: Id,
+    pub(super) group: u128,
+    pub(super) session: u64,
+    pub(super) queue: u16,
+    pub(super) generation: u32,
+}
+
+impl State {
+    /// Begins a grant; gives the ticket that its registration has to show.
+    pub(super) fn begin(&mut self, group: u128, epoch: Epoch) -> u64 {
+        self.tickets += 1;
+        let ticket = self.tickets;
+        self.grants.insert(group, Grant { epoch, ticket, phase: Phase::Registering });
+        ticket
+    }
+
+    /// Whether a registration still matters.
+    pub(super) fn is_wanted(&self, group: u128, ticket: u64) -> bool {
+        self.grants
+            .get(&group)
+            .is_some_and(|grant| grant.ticket == ticket && matches!(grant.phase, Phase::Registering))
+    }
+
+    /// Ends a registration; what is not wanted any more is dropped.
+    pub(super) fn finish(&mut self, group: u128, ticket: u64, phase: Phase) {
+        if self.is_wanted(group, ticket)
+            && let Some(grant) = self.grants.get_mut(&group)
+        {
+            grant.phase = phase;
+        }
+    }
+
+    pub(super) fn phase(&self, group: u128) -> Option<&Phase> {
+        self.grants.get(&group).map(|grant| &grant.phase)
+    }
+
+    /// The grant's phase, if it is of this epoch.
+    pub(super) fn phase_in(&self, group: u128, epoch: Epoch) -> Option<&Phase> {
+        self.grants.get(&group).filter(|grant| grant.epoch == epoch).map(|grant| &grant.phase)
+    }
+
+    pub(super) fn close(&mut self, group: u128) {
+        // Deregistered first, so that a client that goes on is refused rather than answered.
+        drop(self.grants.remove(&group));
+        self.connections.retain(|_, connection| connection.group != group);
+    }
+
+    pub(super) fn withdraw(&mut self, group: u128) {
+        if let Some(grant) = self.grants.get_mut(&group) {
+            grant.phase = Phase::Withdrawn;
+        }
+        self.connections.retain(|_, connection| connection.group != group);
+    }
+
+    pub(super) fn close_all(&mut self) {
+        self.grants.clear();
+        self.connections.clear();
+    }
+
+    /// Whether there is a connection of the same queue that is newer than this one, or the same.
+    pub(super) fn is_stale(&self, group: u128, session: u64, queue: u16, generation: u32) -> bool {
+        self.connections
+            .values()
+            .any(|known| known.is_of(group, session, queue) && !is_newer(generation, known.generation))
+    }
+
+    pub(super) fn shut_out(&mut self, group: u128, session: u64, queue: u16, generation: u32) {
+        self.connections.retain(|_, known| {
+            !(known.is_of(group, session, queue) && is_newer(generation, known.generation))
+        });
+    }
+
+    pub(super) fn add(&mut self, connection: Connection) {
+        self.connections.insert(connection.id.tag(), connection);
+    }
+
+    pub(super) fn disconnected(&mut self, id: Tag) {
+        self.connections.remove(&id);
+    }
+
+    pub(super) fn connections(&self, group: Option<u128>) -> usize {
+        match group {
+            None => self.connections.len(),
+            Some(group) => self.connections.values().filter(|connection| connection.group == group).count(),
+        }
+    }
+}
+
+impl Connection {
+    fn is_of(&self, group: u128, session: u64, queue: u16) -> bool {
+        (self.group, self.session, self.queue) == (group, session, queue)
+    }
+}
+
+/// Whether generation `new` comes after `old`; they count modulo 2^32.
+const fn is_newer(new: u32, old: u32) -> bool {
+    new.wrapping_sub(old).cast_signed() > 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn generations_go_round() {
+        assert!(is_newer(2, 1) && !is_newer(1, 2) && !is_newer(1, 1));
+        assert!(is_newer(0, u32::MAX) && !is_newer(u32::MAX, 0));
+    }
+
+    #[test]
+    fn a_late_registration_of_a_closed_grant_is_dropped() {
+        let mut state = State::default();
+        let first = state.begin(1, Epoch(1));
+        assert!(state.is_wanted(1, first));
+        state.close(1);
+        assert!(!state.is_wanted(1, first));
+        let second = state.begin(1, Epoch(2));
+        state.finish(1, first, Phase::Ready(Vec::new()));
+        assert!(matches!(state.phase(1), Some(Phase::Registering)), "the old epoch's registration counted");
+        state.finish(1, second, Phase::Ready(Vec::new()));
+        assert!(matches!(state.phase_in(1, Epoch(2)), Some(Phase::Ready(_))));
+        assert!(state.phase_in(1, Epoch(1)).is_none(), "an older epoch is let in");
+    }
+
+    #[test]
+    fn memory_that_was_withdrawn_stays_so() {
+        let mut state = State::default();
+        let ticket = state.begin(1, Epoch(1));
+        state.withdraw(1);
+        state.finish(1, ticket, Phase::Ready(Vec::new()));
+        assert!(matches!(state.phase(1), Some(Phase::Withdrawn)));
+    }
+}

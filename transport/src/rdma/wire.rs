@@ -1,0 +1,300 @@
+//! What the two ends tell each other: private data of the connection manager, and the table of a
+//! grant's regions. All numbers are big-endian.
+//!
+//! A client's request ([`Hello`]) fills the 56 bytes that the connection manager leaves of an
+//! InfiniBand CM REQ (IBTA 1, annex A11, IP addressing). The appliance answers with a [`Welcome`],
+//! which says where the table lies, or rejects with a [`Refusal`].
+
+use xpm_protocol::nbd::SessionTag;
+use xpm_protocol::{Epoch, GrantKey};
+
+/// Version of this protocol.
+const VERSION: u8 = 1;
+/// Marks a message as one of this protocol.
+const MAGIC: u8 = 0x58;
+
+/// Length of an encoded [`Hello`].
+pub const HELLO_LEN: usize = 56;
+/// Length of an encoded [`Welcome`].
+pub const WELCOME_LEN: usize = 24;
+/// Length of an encoded [`Refusal`].
+pub const REFUSAL_LEN: usize = 3;
+/// Length of an encoded [`Entry`] of the table.
+pub const ENTRY_LEN: usize = 16;
+/// Most regions of one grant: more than any appliance gives.
+pub const REGIONS_MAX: u32 = 1 << 16;
+
+/// A client asks for a grant.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Hello {
+    /// The grant's key.
+    pub key: GrantKey,
+    /// The ownership that the client holds it by.
+    pub epoch: Epoch,
+    /// The low half of the session's id.
+    pub session: u64,
+    /// The session's queue.
+    pub queue: u16,
+    /// Shuts out earlier connections of the same session and queue.
+    pub generation: u32,
+}
+
+impl Hello {
+    /// The request for a grant by a session.
+    pub fn new(key: GrantKey, epoch: Epoch, session: SessionTag) -> Hello {
+        Hello {
+            key,
+            epoch,
+            session: short_session(session.id),
+            queue: session.queue,
+            generation: session.generation,
+        }
+    }
+
+    /// The message.
+    pub fn encode(&self) -> [u8; HELLO_LEN] {
+        let mut bytes = [0; HELLO_LEN];
+        bytes[0] = MAGIC;
+        bytes[1] = VERSION;
+        bytes[2..34].copy_from_slice(self.key.as_bytes());
+        bytes[34..42].copy_from_slice(&self.epoch.0.to_be_bytes());
+        bytes[42..50].copy_from_slice(&self.session.to_be_bytes());
+        bytes[50..52].copy_from_slice(&self.queue.to_be_bytes());
+        bytes[52..56].copy_from_slice(&self.generation.to_be_bytes());
+        bytes
+    }
+
+    /// Reads a message, of which transports may have padded the end.
+    ///
+    /// # Errors
+    /// What to reject the client with.
+    pub fn decode(bytes: &[u8]) -> Result<Hello, Refusal> {
+        let bytes: &[u8; HELLO_LEN] = bytes.first_chunk().ok_or(Refusal::Version)?;
+        if bytes[0] != MAGIC || bytes[1] != VERSION {
+            return Err(Refusal::Version);
+        }
+        Ok(Hello {
+            key: GrantKey::from_bytes(part(&bytes[2..])),
+            epoch: Epoch(u64::from_be_bytes(part(&bytes[34..]))),
+            session: u64::from_be_bytes(part(&bytes[42..])),
+            queue: u16::from_be_bytes(part(&bytes[50..])),
+            generation: u32::from_be_bytes(part(&bytes[52..])),
+        })
+    }
+}
+
+/// As much of a session's id as there is room for.
+pub const fn short_session(id: u128) -> u64 {
+    id as u64
+}
+
+/// The first `N` bytes, which the caller knows to be there.
+fn part<const N: usize>(bytes: &[u8]) -> [u8; N] {
+    *bytes.first_chunk().expect("the length was looked at before")
+}
+
+/// Where the client finds the table of the grant's regions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Welcome {
+    /// Address of the table.
+    pub table: u64,
+    /// Key of the table's memory.
+    pub rkey: u32,
+    /// Entries of the table.
+    pub regions: u32,
+    /// Base-2 logarithm of the length of a region in bytes.
+    pub region_shift: u8,
+}
+
+impl Welcome {
+    /// The message.
+    pub fn encode(&self) -> [u8; WELCOME_LEN] {
+        let mut bytes = [0; WELCOME_LEN];
+        bytes[0] = MAGIC;
+        bytes[1] = VERSION;
+        bytes[2] = self.region_shift;
+        bytes[4..8].copy_from_slice(&self.regions.to_be_bytes());
+        bytes[8..16].copy_from_slice(&self.table.to_be_bytes());
+        bytes[16..20].copy_from_slice(&self.rkey.to_be_bytes());
+        bytes
+    }
+
+    /// Reads a message, of which transports may have padded the end. None: it is not one, or it
+    /// says what cannot be.
+    pub fn decode(bytes: &[u8]) -> Option<Welcome> {
+        let bytes: &[u8; WELCOME_LEN] = bytes.first_chunk()?;
+        if bytes[0] != MAGIC || bytes[1] != VERSION {
+            return None;
+        }
+        let welcome = Welcome {
+            region_shift: bytes[2],
+            regions: u32::from_be_bytes(part(&bytes[4..])),
+            table: u64::from_be_bytes(part(&bytes[8..])),
+            rkey: u32::from_be_bytes(part(&bytes[16..])),
+        };
+        let possible =
+            (12..=40).contains(&welcome.region_shift) && (1..=REGIONS_MAX).contains(&welcome.regions);
+        possible.then_some(welcome)
+    }
+}
+
+/// Why a client is rejected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Refusal {
+    /// No grant has this key in this epoch.
+    Unknown,
+    /// The regions are being registered: ask again soon.
+    NotReady,
+    /// The memory is shared with a process on the appliance's host, which does not go together.
+    Shared,
+    /// The regions cannot be registered with this device.
+    Failed,
+    /// Another version of this protocol.
+    Version,
+    /// Too many connections.
+    Busy,
+}
+
+impl Refusal {
+    /// The message.
+    pub const fn encode(self) -> [u8; REFUSAL_LEN] {
+        let reason = match self {
+            Refusal::Unknown => 1,
+            Refusal::NotReady => 2,
+            Refusal::Shared => 3,
+            Refusal::Failed => 4,
+            Refusal::Version => 5,
+            Refusal::Busy => 6,
+        };
+        [MAGIC, VERSION, reason]
+    }
+
+    /// Reads a message, of which transports may have padded the end. None: nothing of this
+    /// protocol, so the rejection is not the appliance's.
+    pub fn decode(bytes: &[u8]) -> Option<Refusal> {
+        match bytes {
+            [MAGIC, VERSION, reason, ..] => match reason {
+                1 => Some(Refusal::Unknown),
+                2 => Some(Refusal::NotReady),
+                3 => Some(Refusal::Shared),
+                4 => Some(Refusal::Failed),
+                5 => Some(Refusal::Version),
+                6 => Some(Refusal::Busy),
+                _ => None,
+            },
+            [MAGIC, _, ..] => Some(Refusal::Version),
+            _ => None,
+        }
+    }
+}
+
+/// One region in the table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Entry {
+    /// Its address at the appliance.
+    pub address: u64,
+    /// Its key, good on connections of its grant only.
+    pub rkey: u32,
+}
+
+impl Entry {
+    /// The entry as it lies in the table.
+    pub fn encode(&self) -> [u8; ENTRY_LEN] {
+        let mut bytes = [0; ENTRY_LEN];
+        bytes[..8].copy_from_slice(&self.address.to_be_bytes());
+        bytes[8..12].copy_from_slice(&self.rkey.to_be_bytes());
+        bytes
+    }
+
+    /// Reads an entry.
+    pub fn decode(bytes: &[u8; ENTRY_LEN]) -> Entry {
+        Entry { address: u64::from_be_bytes(part(bytes)), rkey: u32::from_be_bytes(part(&bytes[8..])) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn what_was_said_is_heard(
+            key: [u8; 32], epoch: u64, id: u128, queue: u16, generation: u32, padding in 0_usize..200,
+        ) {
+            let session = SessionTag { id, queue, generation };
+            let hello = Hello::new(GrantKey::from_bytes(key), Epoch(epoch), session);
+            let mut bytes = hello.encode().to_vec();
+            bytes.resize(HELLO_LEN + padding, 0);
+            prop_assert_eq!(Hello::decode(&bytes), Ok(hello));
+        }
+
+        #[test]
+        fn any_bytes_are_read_or_refused(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let _ = (Hello::decode(&bytes), Refusal::decode(&bytes));
+            if let Some(welcome) = Welcome::decode(&bytes) {
+                prop_assert!((1..=REGIONS_MAX).contains(&welcome.regions));
+                prop_assert!(u64::from(welcome.regions).checked_shl(u32::from(welcome.region_shift)).is_some());
+            }
+        }
+
+        #[test]
+        fn tables_keep_their_entries(address: u64, rkey: u32) {
+            let entry = Entry { address, rkey };
+            prop_assert_eq!(Entry::decode(&entry.encode()), entry);
+        }
+    }
+
+    /// The bytes are a protocol between versions of the program.
+    #[test]
+    fn the_layout_of_messages_stays() {
+        let session =
+            SessionTag { id: 0x1122_3344_5566_7788_99aa_bbcc_ddee_ff00, queue: 0x0102, generation: 3 };
+        let bytes = Hello::new(GrantKey::from_bytes([7; 32]), Epoch(9), session).encode();
+        assert_eq!(bytes[..2], [0x58, 1]);
+        assert_eq!(bytes[2..34], [7; 32]);
+        assert_eq!(bytes[34..42], [0, 0, 0, 0, 0, 0, 0, 9]);
+        assert_eq!(bytes[42..], [0x99, 0xaa, 0xbb, 0xcc, 0xdd, 0xee, 0xff, 0, 1, 2, 0, 0, 0, 3]);
+
+        let welcome =
+            Welcome { table: 0x0102_0304_0506_0708, rkey: 0x0a0b_0c0d, regions: 5, region_shift: 28 };
+        let bytes = welcome.encode();
+        assert_eq!(bytes[..8], [0x58, 1, 28, 0, 0, 0, 0, 5]);
+        assert_eq!(bytes[8..20], [1, 2, 3, 4, 5, 6, 7, 8, 0x0a, 0x0b, 0x0c, 0x0d]);
+        assert_eq!(Welcome::decode(&bytes), Some(welcome));
+        assert_eq!(Refusal::NotReady.encode(), [0x58, 1, 2]);
+    }
+
+    #[test]
+    fn what_cannot_be_is_not_read() {
+        let good = Welcome { table: 0, rkey: 0, regions: 1, region_shift: 24 };
+        for bad in [
+            Welcome { regions: 0, ..good },
+            Welcome { regions: REGIONS_MAX + 1, ..good },
+            Welcome { region_shift: 63, ..good },
+            Welcome { region_shift: 0, ..good },
+        ] {
+            assert_eq!(Welcome::decode(&bad.encode()), None, "{bad:?}");
+        }
+        assert_eq!(Hello::decode(&[0; HELLO_LEN]), Err(Refusal::Version));
+        assert_eq!(Hello::decode(&[MAGIC, VERSION]), Err(Refusal::Version));
+    }
+
+    #[test]
+    fn refusals_are_understood() {
+        for refusal in [
+            Refusal::Unknown,
+            Refusal::NotReady,
+            Refusal::Shared,
+            Refusal::Failed,
+            Refusal::Version,
+            Refusal::Busy,
+        ] {
+            assert_eq!(Refusal::decode(&refusal.encode()), Some(refusal));
+        }
+        assert_eq!(Refusal::decode(&[MAGIC, 9, 1]), Some(Refusal::Version));
+        assert_eq!(Refusal::decode(&[]), None);
+        assert_eq!(Refusal::decode(&[0, 0, 0]), None);
+    }
+}
