@@ -11,7 +11,7 @@ const DEVICES: &str = "Devices that it can have";
 const SWAP: &str = "Serving swap safely";
 const LENDING: &str = "Lending memory";
 
-const CAP_IPC_LOCK: u32 = 14;
+pub(super) const CAP_IPC_LOCK: u32 = 14;
 const CAP_SYS_ADMIN: u32 = 21;
 const CAP_SYS_RESOURCE: u32 = 24;
 
@@ -150,7 +150,8 @@ fn driver(machine: &Machine, item: &str, module: &str, node: &str, driver: Drive
     }
 }
 
-fn install_module(machine: &Machine, module: &str) -> String {
+/// How to get a module that is not installed.
+pub(super) fn install_module(machine: &Machine, module: &str) -> String {
     match machine.distribution.as_str() {
         "debian" => {
             format!("apt-get install linux-image-{}, reboot, modprobe {module}", machine.architecture)

@@ -16,6 +16,8 @@ pub(super) struct Machine {
     pub(super) loadable_modules: bool,
     pub(super) ublk: Driver,
     pub(super) nbd: Driver,
+    pub(super) ib_uverbs: Module,
+    pub(super) rdma_ucm: Module,
     /// `kernel.io_uring_disabled`: 0, 1 or 2.
     pub(super) io_uring_disabled: Option<u64>,
     pub(super) memlock: Option<Limit>,
@@ -74,6 +76,8 @@ impl Machine {
             loadable_modules: Path::new("/proc/modules").exists(),
             ublk: Driver { module: modules.state("ublk_drv"), node: Path::new("/dev/ublk-control").exists() },
             nbd: Driver { module: modules.state("nbd"), node: Path::new("/dev/nbd0").exists() },
+            ib_uverbs: modules.state("ib_uverbs"),
+            rdma_ucm: modules.state("rdma_ucm"),
             io_uring_disabled: number(Path::new("/proc/sys/kernel/io_uring_disabled")),
             memlock: parse::limit(&text(Path::new("/proc/self/limits")), "Max locked memory"),
             capabilities: parse::capabilities(&text(Path::new("/proc/self/status"))),

@@ -1,17 +1,19 @@
 //! `xpm doctor`: what this machine is fit for, and whether its devices are safe.
 //!
-//! [`machine`] reads, [`parse`] understands what was read, [`fitness`] and [`devices`] judge it;
-//! the last three are pure.
+//! [`machine`] reads, [`parse`] understands what was read, [`fitness`], [`rdma`] and [`devices`] judge
+//! it; the last four are pure.
 
 mod devices;
 mod fitness;
 mod machine;
 mod parse;
+mod rdma;
 
 use std::fmt;
 use std::process::ExitCode;
 
 use serde::Serialize;
+use xpm_transport::rdma::inventory::Inventory;
 
 use crate::connect::Daemons;
 use crate::output::{Output, one_line};
@@ -19,6 +21,7 @@ use crate::output::{Output, one_line};
 pub(crate) async fn run(daemons: &Daemons, output: Output) -> anyhow::Result<ExitCode> {
     let machine = machine::Machine::read();
     let mut checks = fitness::checks(&machine);
+    checks.extend(rdma::checks(&Inventory::read(), &machine));
     let host = devices::Host::read(daemons, &machine).await;
     checks.extend(devices::checks(&host));
     let report = Report { safe: checks.iter().all(|check| check.verdict != Verdict::Unsafe), checks };
