@@ -20,10 +20,10 @@ wait_port() {
 start_xpm() {
     XPM_ALLOCATOR=http://127.0.0.1:7700
     export XPM_ALLOCATOR
-    xpm-allocator --listen 127.0.0.1:7700 --data /tmp/allocator >/run/lab/allocator.log 2>&1 &
+    start_daemon allocator xpm-allocator --listen 127.0.0.1:7700 --data /tmp/allocator
     wait_port 7700
-    xpm-appliance --memory 1GiB --name local --state /tmp/appliance --listen 127.0.0.1:7710 --nbd 127.0.0.1:7711 \
-        --run-dir /run/xpm-appliance --allocator $XPM_ALLOCATOR >/run/lab/appliance.log 2>&1 &
+    start_daemon appliance xpm-appliance --memory 1GiB --name local --state /tmp/appliance --listen 127.0.0.1:7710 \
+        --nbd 127.0.0.1:7711 --run-dir /run/xpm-appliance --allocator $XPM_ALLOCATOR
     wait_for 60 bash -c 'xpm appliance list --json | grep -q "\"up\""'
     start_blk
     modprobe ublk_drv
@@ -40,7 +40,7 @@ xpm_device() {
 }
 
 start_nbdkit() {
-    nbdkit -f -i 127.0.0.1 -p 10900 memory ${SIZE_MIB}M >/run/lab/nbdkit.log 2>&1 &
+    start_daemon nbdkit nbdkit -f -i 127.0.0.1 -p 10900 memory ${SIZE_MIB}M
     wait_port 10900
     nbd-client -C 2 127.0.0.1 10900 /dev/nbd15 >/dev/null
     echo none >/sys/block/nbd15/queue/scheduler

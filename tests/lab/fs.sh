@@ -4,21 +4,6 @@
 MIB=$((1 << 20))
 FILE_MIB=64
 
-# load VERIFY-OPTION...: one file, written in random order and pieces and verified by fio.
-load() {
-    fio --name=load --filename=/mnt/fs/load --size=${FILE_MIB}M --rw=randwrite --bsrange=4k-64k --direct=1 \
-        --ioengine=libaio --iodepth=16 --verify=crc32c --verify_fatal=1 --randseed=7 --allow_mounted_write=1 \
-        --output-format=terse --terse-version=3 "$@" >/run/lab/fio.out 2>&1 || fail "fio: $(tail -n 5 /run/lab/fio.out)"
-}
-
-# check_fs TYPE: the file system's own check finds nothing to mend.
-check_fs() {
-    case $1 in
-    ext4) e2fsck -f -n "$device" >/run/lab/check.out 2>&1 ;;
-    xfs) xfs_repair -n "$device" >/run/lab/check.out 2>&1 ;;
-    esac || fail "the check of $1 found: $(tail -n 20 /run/lab/check.out)"
-}
-
 # use_fs TYPE: makes a file system on $device, uses and checks it.
 use_fs() {
     modprobe "$1"
@@ -29,14 +14,14 @@ use_fs() {
     mount "$device" /mnt/fs
     refused mount xpm blk detach "$name"
     fstrim /mnt/fs
-    load --do_verify=1
+    load /mnt/fs/load $FILE_MIB --do_verify=1
     note "$1: $FILE_MIB MiB written and verified"
 
     # Once more through a new mount: nothing of it comes from memory.
     umount /mnt/fs
-    check_fs "$1"
+    check_fs "$1" "$device"
     mount "$device" /mnt/fs
-    load --verify_only=1
+    load /mnt/fs/load $FILE_MIB --verify_only=1
     wait_for 20 resident_at_least $((FILE_MIB * MIB))
     local held
     held=$(resident)
@@ -46,7 +31,7 @@ use_fs() {
     wait_for 20 resident_at_most $((held - (FILE_MIB - 8) * MIB))
     note "$1: $((held / MIB)) MiB held at the appliances, $(($(resident) / MIB)) after fstrim"
     umount /mnt/fs
-    check_fs "$1"
+    check_fs "$1" "$device"
 }
 
 # on FORM TYPE...: these file systems one after the other on a device of that form.

@@ -2,7 +2,7 @@
 set -euo pipefail
 
 fail() {
-    echo "FAIL: $*"
+    echo "FAIL: $*" >&2
     exit 1
 }
 
@@ -31,43 +31,72 @@ wait_for() {
     done
 }
 
-# Starts xpm-blk as its service unit does, in a cgroup that is not swapped, and stops it when the
-# scenario ends, however it ends.
-start_blk() {
-    local group=/sys/fs/cgroup/xpm-blk
-    mkdir -p /run/xpm /var/lib/xpm-blk $group
+# Daemons of the scenario, the last one first: "PID LOG".
+daemons=()
+
+# start_daemon NAME COMMAND...: runs it until the scenario ends, however it ends; $pid is its process.
+start_daemon() {
+    local log=/run/lab/$LAB_NAME-$1.log
+    shift
+    "$@" >>"$log" 2>&1 &
+    pid=$!
+    daemons=("$pid $log" "${daemons[@]}")
+}
+
+# After a failure the daemons are left as they are, for the guest ends or has a shell then.
+stop_daemons() {
+    local status=$? daemon
+    trap - EXIT
+    if [ $status -ne 0 ]; then
+        for daemon in "${daemons[@]}"; do
+            echo "--- the end of ${daemon#* }:"
+            tail -n 40 "${daemon#* }"
+        done
+        echo "--- swaps:"
+        cat /proc/swaps
+        exit $status
+    fi
+    for daemon in "${daemons[@]}"; do
+        kill "${daemon%% *}" 2>/dev/null || true
+        wait "${daemon%% *}" 2>/dev/null || true
+    done
+}
+trap stop_daemons EXIT
+
+# make_group NAME [FILE=VALUE...]: a cgroup, $group then, whose memory is accounted for, with these settings.
+make_group() {
+    local setting
+    group=/sys/fs/cgroup/$1
+    mkdir -p "$group"
     echo +memory >/sys/fs/cgroup/cgroup.subtree_control
-    echo 0 >$group/memory.swap.max
+    for setting in "${@:2}"; do
+        echo "${setting#*=}" >"$group/${setting%%=*}"
+    done
+}
+
+# in_group GROUP COMMAND...: becomes the command, in that cgroup.
+in_group() {
+    echo "$BASHPID" >"$1/cgroup.procs"
+    shift
+    exec "$@"
+}
+
+# Starts xpm-blk as its service unit does, in a cgroup that is not swapped.
+start_blk() {
+    make_group xpm-blk memory.swap.max=0
+    mkdir -p /run/xpm /var/lib/xpm-blk
     cat >/run/xpm/blk.toml <<TOML
 allocator = "$XPM_ALLOCATOR"
 control = "/run/xpm/blk.sock"
 state = "/var/lib/xpm-blk"
 TOML
-    (
-        echo "$BASHPID" >$group/cgroup.procs
-        exec xpm-blk --config /run/xpm/blk.toml
-    ) >"/run/lab/$LAB_NAME.log" 2>&1 &
-    blk_pid=$!
-    trap stop_blk EXIT
+    start_daemon blk in_group "$group" xpm-blk --config /run/xpm/blk.toml
+    blk_pid=$pid
     wait_for 30 xpm blk list
 }
 
-stop_blk() {
-    local status=$?
-    trap - EXIT
-    if [ $status -ne 0 ]; then
-        echo "--- the end of xpm-blk's log:"
-        tail -n 40 "/run/lab/$LAB_NAME.log"
-        echo "--- swaps:"
-        cat /proc/swaps
-    fi
-    kill "$blk_pid" 2>/dev/null || true
-    wait "$blk_pid" 2>/dev/null || true
-    exit $status
-}
-
 # attach NAME SIZE FORM [OPTION...]: makes an allocation, with further options of
-# `xpm alloc create`, and shows it; $device is its path then.
+# `xpm alloc create`, and shows it, over $transport where that is set; $device is its path then.
 attach() {
     local name=$1 size=$2 form=$3
     shift 3
@@ -76,7 +105,8 @@ attach() {
     nbd*) modprobe nbd ;;
     esac
     xpm alloc create "$name" --size "$size" "$@" >/dev/null
-    device=$(xpm blk attach "$name" --as "$form" 2>/run/lab/attach.err) || fail "$(cat /run/lab/attach.err)"
+    device=$(xpm blk attach "$name" --as "$form" ${transport:+--transport "$transport"} 2>/run/lab/attach.err) ||
+        fail "$(cat /run/lab/attach.err)"
     [ -b "$device" ] || fail "attach printed no block device: $device"
     local bytes
     bytes=$(blockdev --getsize64 "$device")
@@ -105,6 +135,23 @@ swap_off() {
         exec swapoff "$device"
     )
     detach "swap-$1"
+}
+
+# load FILE MIB FIO-OPTION...: a file or device, written in random order and pieces and verified by fio.
+load() {
+    local file=$1 mib=$2
+    shift 2
+    fio --name=load --filename="$file" --size="${mib}M" --rw=randwrite --bsrange=4k-64k --direct=1 \
+        --ioengine=libaio --iodepth=16 --verify=crc32c --verify_fatal=1 --randseed=7 --allow_mounted_write=1 \
+        --output-format=terse --terse-version=3 "$@" >/run/lab/fio.out 2>&1 || fail "fio: $(tail -n 5 /run/lab/fio.out)"
+}
+
+# check_fs TYPE DEVICE: the file system's own check finds nothing to mend.
+check_fs() {
+    case $1 in
+    ext4) e2fsck -f -n "$2" >/run/lab/check.out 2>&1 ;;
+    xfs) xfs_repair -n "$2" >/run/lab/check.out 2>&1 ;;
+    esac || fail "the check of $1 found: $(tail -n 20 /run/lab/check.out)"
 }
 
 # What the kernel says from here on is looked at by dmesg_clean.

@@ -2,7 +2,9 @@
 
 mod blk;
 mod fio;
+mod guest;
 mod lab_blk;
+mod rdma;
 mod report;
 mod servers;
 mod slab;
@@ -15,12 +17,12 @@ use self::report::Report;
 use crate::{setup, util};
 
 /// The benchmarks by name.
-const NAMES: [&str; 3] = ["blk", "slab", "lab-blk"];
+const NAMES: [&str; 4] = ["blk", "slab", "lab-blk", "rdma"];
 
 /// Options of `cargo xtask bench`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Benchmarks to run: blk, slab, lab-blk; all when none is named.
+    /// Benchmarks to run: blk, slab, lab-blk, rdma; all when none is named.
     names: Vec<String>,
     /// One JSON object a line instead of a table.
     #[arg(long)]
@@ -41,7 +43,8 @@ pub(crate) fn main(args: &Args) -> Result<bool> {
         match *name {
             "blk" => blk::run(&programs, &mut report)?,
             "slab" => slab::run(&programs, &mut report)?,
-            _ => lab_blk::run(&mut report)?,
+            "lab-blk" => lab_blk::run(&mut report)?,
+            _ => rdma::run(&mut report)?,
         }
     }
     report.end();

@@ -21,7 +21,7 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::{setup, util};
 use kernel::Kernel;
 use netns::Netns;
-use qemu::{Accelerator, Guest};
+use qemu::{Accelerator, Guest, Threads};
 use run::Place;
 pub(crate) use run::Report;
 use scenario::Scenario;
@@ -134,7 +134,7 @@ impl Lab {
     fn prepare(args: &Args, scenarios: &[&Scenario]) -> Result<Lab> {
         setup::run(setup::ALL)?;
         let target = util::target_dir()?;
-        if scenarios.iter().any(|scenario| scenario.needs_programs()) {
+        if scenarios.iter().any(|scenario| scenario.needs_programs) {
             build(&target, args.release)?;
         }
         let cache = target.join("lab");
@@ -211,11 +211,13 @@ impl Lab {
 
     fn guest<'a>(&'a self, dir: &Path, scenarios: &[&'static Scenario]) -> Guest<'a> {
         let asked = scenarios.first().map_or(512, |scenario| scenario.memory_mib);
+        let measures = scenarios.iter().any(|scenario| scenario.bench);
         Guest {
             kernel: &self.kernel,
             initramfs: &self.initramfs,
             memory_mib: self.memory_mib.unwrap_or(asked),
             accelerator: self.accelerator,
+            threads: if measures { Threads::Each } else { Threads::One },
             console: dir.join("console.log"),
             monitor: dir.join("monitor"),
         }

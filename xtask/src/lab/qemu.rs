@@ -41,16 +41,27 @@ impl Accelerator {
         }
     }
 
-    fn words(self) -> [&'static str; 4] {
-        match self {
-            Accelerator::Kvm => ["-accel", "kvm", "-cpu", "host"],
-            // Both processors on one thread: with a thread each, QEMU before 8.1 can run a translation of code that the
-            // kernel is just patching (a static key), and the guest ends with "int3: 0000" once in hundreds of boots
-            // (https://bugzilla.redhat.com/show_bug.cgi?id=2216496).
+    /// Part of the command line; `threads` says what emulated processors run on.
+    fn words(self, threads: Threads) -> [&'static str; 4] {
+        match (self, threads) {
+            (Accelerator::Kvm, _) => ["-accel", "kvm", "-cpu", "host"],
             // Five-level page tables would only make each emulated page walk longer.
-            Accelerator::Tcg => ["-accel", "tcg,thread=single", "-cpu", "max,la57=off"],
+            (Accelerator::Tcg, Threads::One) => ["-accel", "tcg,thread=single", "-cpu", "max,la57=off"],
+            (Accelerator::Tcg, Threads::Each) => ["-accel", "tcg,thread=multi", "-cpu", "max,la57=off"],
         }
     }
+}
+
+/// What the processors of an emulated guest run on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Threads {
+    /// All on one thread of the host, in turns of up to 100 ms. Safe: with a thread each, QEMU before 8.1 can run a
+    /// translation of code that the kernel is just patching (a static key), and the guest ends with "int3: 0000" once
+    /// in hundreds of boots (<https://bugzilla.redhat.com/show_bug.cgi?id=2216496>).
+    One,
+    /// Each on its own. For measurements: a program that spins until another processor has done something would
+    /// measure the length of the turns instead.
+    Each,
 }
 
 /// A guest to be started.
@@ -63,6 +74,8 @@ pub(crate) struct Guest<'a> {
     pub(crate) memory_mib: u32,
     /// What runs it.
     pub(crate) accelerator: Accelerator,
+    /// What its processors run on.
+    pub(crate) threads: Threads,
     /// Where the kernel's messages go.
     pub(crate) console: PathBuf,
     /// The pipes of QEMU's monitor: this path with `.in` and `.out` added.
@@ -74,7 +87,7 @@ impl Guest<'_> {
     /// input and output.
     fn command(&self, mut command: Command, kernel_words: &str) -> Command {
         command.args(["-nodefaults", "-display", "none", "-no-reboot", "-smp", "2"]);
-        command.args(self.accelerator.words()).arg("-m").arg(format!("{}M", self.memory_mib));
+        command.args(self.accelerator.words(self.threads)).arg("-m").arg(format!("{}M", self.memory_mib));
         command.arg("-kernel").arg(self.kernel.image()).arg("-initrd").arg(self.initramfs);
         command.arg("-append").arg(format!(
             "console=ttyS0 loglevel=6 sysctl.kernel.sysrq=1 panic=-1 oops=panic sysctl.kernel.hung_task_panic=1 \
@@ -183,6 +196,7 @@ pub(crate) fn choose(kernel: &Kernel, initramfs: &Path, netns: &Netns, cache: &P
         initramfs,
         memory_mib: 512,
         accelerator: Accelerator::Kvm,
+        threads: Threads::One,
         console: cache.join("probe.log"),
         monitor: cache.join("probe"),
     };

@@ -26,15 +26,10 @@ pub(crate) struct Scenario {
     pub(crate) seconds_max: u64,
     /// Whether it measures rather than tests; such a one runs only when it is named.
     pub(crate) bench: bool,
+    /// Whether it runs programs of this project.
+    pub(crate) needs_programs: bool,
     /// What must be so on the host when the guest is done.
     pub(crate) check: fn(&mut Cluster<'_>) -> Result<()>,
-}
-
-impl Scenario {
-    /// Whether it runs programs of this project.
-    pub(crate) fn needs_programs(&self) -> bool {
-        self.bench || !self.appliances.is_empty()
-    }
 }
 
 /// What most scenarios have in common.
@@ -48,7 +43,18 @@ const BASE: Scenario = Scenario {
     args: &[],
     seconds_max: 420,
     bench: false,
+    needs_programs: true,
     check: nothing_left,
+};
+
+/// What the scenarios with RDMA have in common: both ends are in the guest.
+const RDMA: Scenario = Scenario {
+    group: "rdma",
+    memory_mib: 2560,
+    appliances: &[],
+    seconds_max: 180,
+    check: daemons_live,
+    ..BASE
 };
 
 /// All scenarios, in the order in which they run.
@@ -60,6 +66,7 @@ pub(crate) const ALL: &[Scenario] = &[
         appliances: &[],
         script: "smoke.sh",
         seconds_max: 60,
+        needs_programs: false,
         check: daemons_live,
         ..BASE
     },
@@ -100,6 +107,47 @@ pub(crate) const ALL: &[Scenario] = &[
         group: "swap",
         script: "tmpfs.sh",
         ..BASE
+    },
+    Scenario {
+        name: "rdma-smoke",
+        about: "RDMA without xpm: Soft-RoCE, verbs and the connection manager",
+        script: "rdma-smoke.sh",
+        needs_programs: false,
+        ..RDMA
+    },
+    Scenario {
+        name: "rdma-swap",
+        about: "swap, with and without discard, and ext4 over RDMA; appliances answer nothing",
+        script: "rdma-swap.sh",
+        ..RDMA
+    },
+    Scenario {
+        name: "rdma-stopped-appliance",
+        about: "appliances that stand still for 10 s, while verified I/O goes on",
+        script: "rdma-stopped-appliance.sh",
+        ..RDMA
+    },
+    Scenario {
+        name: "rdma-fence",
+        about: "old owners, and keys of other grants, reach not one byte",
+        script: "rdma-fence.sh",
+        ..RDMA
+    },
+    Scenario {
+        name: "rdma-kill",
+        about: "an appliance killed under load: noticed in time, its memory lost and never zeros",
+        script: "rdma-kill.sh",
+        ..RDMA
+    },
+    Scenario {
+        name: "rdma",
+        about: "latency, rate and attaching over RDMA against perftest's programs",
+        group: "rdma-bench",
+        memory_mib: 4096,
+        script: "bench-rdma.sh",
+        seconds_max: 600,
+        bench: true,
+        ..RDMA
     },
     Scenario {
         name: "lab-blk",

@@ -1,0 +1,96 @@
+# What the RDMA scenarios share. Soft-RoCE gives the guest's network device verbs; the allocator and
+# the appliances run in the guest too, for both ends need such a device.
+. "$LAB_SCRIPTS/lib.sh"
+
+ADDRESS=10.0.2.15
+export XPM_ALLOCATOR=http://$ADDRESS:7700
+# On one host shared memory would be chosen.
+transport=rdma
+declare -A appliance_pid
+
+start_rxe() {
+    local module
+    # Without a crc32 the link is refused, and no reason given.
+    for module in crc32_generic crc32_pclmul rdma_rxe rdma_ucm ib_uverbs; do
+        modprobe $module || fail "module $module does not load"
+    done
+    [ -e /sys/class/infiniband/rxe0 ] || rdma link add rxe0 type rxe netdev eth0
+    wait_for 10 grep ACTIVE /sys/class/infiniband/rxe0/ports/1/state
+}
+
+# perftest PROGRAM OPTION...: one of perftest's programs between two processes of the guest, 4 KiB at a time;
+# prints its line of results.
+perftest() {
+    local words=("$@" -d rxe0 -x 1 -s 4096 -F) server
+    stdbuf -oL "${words[@]}" >/run/lab/server.out 2>&1 &
+    server=$!
+    wait_for 20 grep Waiting /run/lab/server.out
+    "${words[@]}" $ADDRESS >/run/lab/client.out 2>&1 || fail "$*: $(tail -n 20 /run/lab/client.out)"
+    wait $server || fail "the server of $*: $(tail -n 20 /run/lab/server.out)"
+    grep '^ *4096 ' /run/lab/client.out || fail "$* printed no result: $(cat /run/lab/client.out)"
+}
+
+# start_appliance NAME MEMORY: NAME is a digit behind a letter; state and ports are its own.
+start_appliance() {
+    local port=77${1:1} dir=/run/$LAB_NAME/$1
+    start_daemon "$1" xpm-appliance --insecure --name "$1" --memory "$2" --allocator $XPM_ALLOCATOR \
+        --listen $ADDRESS:"$port"0 --nbd $ADDRESS:"$port"1 --rdma $ADDRESS:"$port"2 --state "$dir" --run-dir "$dir"
+    appliance_pid[$1]=$pid
+}
+
+# start_pool MEMORY NAME...: Soft-RoCE, an allocator, appliances that lend so much each, and xpm-blk.
+start_pool() {
+    local memory=$1 name
+    shift
+    start_rxe
+    start_daemon allocator xpm-allocator --insecure --listen $ADDRESS:7700 --heartbeat 1s --data "/run/$LAB_NAME/allocator"
+    wait_for 20 xpm appliance list
+    for name in "$@"; do
+        start_appliance "$name" "$memory"
+    done
+    wait_for 60 appliances_up $#
+    start_blk
+    note "appliances: $*"
+}
+
+# appliances_up COUNT: whether so many are heard.
+appliances_up() {
+    xpm appliance list
+    [ "$(xpm appliance list --json | grep -o '"state": *"up"' | wc -l)" -eq "$1" ]
+}
+
+# counted NAME: the sum of a counter over all appliances, as of their last heartbeats.
+counted() {
+    xpm appliance list --json | python3 -c '
+import json, sys
+print(sum(appliance["status"]["counters"][sys.argv[1]] for appliance in json.load(sys.stdin)))' "$1"
+}
+
+# shown NAME EXPRESSION: prints Python's expression on the device that `xpm blk show` shows, or its links.
+shown() {
+    xpm blk show "$1" --json | python3 -c '
+import json, sys
+device = json.load(sys.stdin)
+links = device["links"]
+eval(f"print({sys.argv[1]})")' "$2"
+}
+
+# all_rdma NAME COUNT: the device has so many links, all of them up and RDMA.
+all_rdma() {
+    local found
+    found=$(shown "$1" 'len(links), *{link["transport"] + " " + link["state"] for link in links}')
+    [ "$found" = "$2 rdma up" ] || fail "the links of $1 are: $found"
+}
+
+# Nothing is allocated any more, and no appliance answered a request with an error.
+nothing_left() {
+    [ "$(xpm alloc list --json | tr -d ' \n')" = "[]" ] || fail "allocations are left: $(xpm alloc list)"
+    wait_for 20 granted_none
+    [ "$(counted errors)" -eq 0 ] || fail "appliances answered errors: $(xpm appliance list --json)"
+}
+
+granted_none() {
+    xpm appliance list --json | python3 -c '
+import json, sys
+sys.exit("regions are granted" if any(appliance["status"]["granted"] for appliance in json.load(sys.stdin)) else 0)'
+}

@@ -1,0 +1,39 @@
+# The appliances stand still for ten seconds, and reads and writes go on in each of them.
+. "$LAB_SCRIPTS/rdma-lib.sh"
+
+# Requests that the device has completed.
+completed() {
+    awk '{print $1 + $5}' "/sys/block/${device#/dev/}/stat"
+}
+
+dmesg_start
+start_pool 384MiB a1 a2
+attach load 256MiB ublk --stripe 2
+all_rdma load 2
+fio --name=load --filename="$device" --rw=randwrite --bs=16k --iodepth=8 --size=64M --direct=1 --ioengine=libaio \
+    --verify=crc32c --verify_fatal=1 --verify_backlog=64 --time_based --runtime=20 \
+    --output-format=terse --terse-version=3 >/run/lab/fio.out 2>&1 &
+fio_pid=$!
+sleep 5
+kill -STOP "${appliance_pid[@]}"
+note "the appliances are stopped"
+passed=()
+last=$(completed)
+for _ in {1..10}; do
+    sleep 1
+    now=$(completed)
+    passed+=($((now - last)))
+    last=$now
+done
+kill -CONT "${appliance_pid[@]}"
+note "requests in each second: ${passed[*]}"
+for requests in "${passed[@]}"; do
+    [ "$requests" -gt 0 ] || fail "there was a second without one"
+done
+wait $fio_pid || fail "fio: $(tail -n 5 /run/lab/fio.out)"
+all_rdma load 2
+[ "$(shown load 'device["counters"]["errors"]')" -eq 0 ] || fail "requests failed"
+note "all that was written is verified"
+detach load
+nothing_left
+dmesg_clean

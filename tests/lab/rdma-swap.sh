@@ -1,0 +1,54 @@
+# Swap and a file system on ublk over RDMA: what is read and written passes by no appliance.
+. "$LAB_SCRIPTS/rdma-lib.sh"
+
+# swap_round NAME SWAPON-OPTION...: a program that needs twice the memory that it may have.
+swap_round() {
+    local name=$1 before
+    shift
+    before=$(shown "$name" 'device["counters"]["read_bytes"]')
+    swapon "$@" "$device"
+    (in_group "$group" memhog 256 --seed "$RANDOM" --passes 1 --run 64)
+    swapoff "$device"
+    local read=$((($(shown "$name" 'device["counters"]["read_bytes"]') - before) / 1048576))
+    note "swap${*:+ $*}: $read MiB were read back"
+    [ $read -ge 100 ] || fail "that is too little for a test"
+    all_rdma "$name" 2
+}
+
+# The appliances' own count of what they answered.
+answered() {
+    # The next heartbeat tells it.
+    sleep 2
+    echo $(($(counted reads) + $(counted writes)))
+}
+
+dmesg_start
+start_pool 512MiB a1 a2
+attach swap 384MiB ublk --stripe 2
+all_rdma swap 2
+before=$(answered)
+sysctl -qw vm.page-cluster=5
+mkswap "$device" >/dev/null
+make_group limited memory.max=128M
+swap_round swap
+swap_round swap --discard
+[ "$(answered)" -eq "$before" ] || fail "the appliances answered reads or writes: $(xpm appliance list --json)"
+detach swap
+
+attach fs 256MiB ublk --stripe 2
+mkdir -p /mnt/fs
+modprobe ext4
+mkfs.ext4 -q -F -E lazy_itable_init=0,lazy_journal_init=0 "$device"
+mount "$device" /mnt/fs
+load /mnt/fs/load 64 --do_verify=1
+umount /mnt/fs
+check_fs ext4 "$device"
+mount "$device" /mnt/fs
+load /mnt/fs/load 64 --verify_only=1
+umount /mnt/fs
+note "ext4: 64 MiB written and verified, and once more through a new mount"
+all_rdma fs 2
+[ "$(answered)" -eq "$before" ] || fail "the appliances answered reads or writes: $(xpm appliance list --json)"
+detach fs
+nothing_left
+dmesg_clean
