@@ -78,8 +78,18 @@ pub(crate) fn list(devices: &[Device]) -> String {
     if devices.is_empty() {
         return "No devices on this host: make one with `xpm blk attach NAME --as FORM`.\n".to_owned();
     }
-    let mut table =
-        Table::new(&["NAME", "AS", "PATH", ">SIZE", "STATE", ">READ", ">WRITTEN", ">IN FLIGHT", "USED BY"]);
+    let mut table = Table::new(&[
+        "NAME",
+        "AS",
+        "PATH",
+        ">SIZE",
+        "STATE",
+        "TRANSPORT",
+        ">READ",
+        ">WRITTEN",
+        ">IN FLIGHT",
+        "USED BY",
+    ]);
     for device in devices {
         table.row([
             device.name.to_string(),
@@ -87,6 +97,7 @@ pub(crate) fn list(devices: &[Device]) -> String {
             device.path.clone(),
             device.size.to_string(),
             state(device.state).to_owned(),
+            transports(device),
             ByteSize(device.counters.read_bytes).to_string(),
             ByteSize(device.counters.write_bytes).to_string(),
             device.in_flight.to_string(),
@@ -94,6 +105,14 @@ pub(crate) fn list(devices: &[Device]) -> String {
         ]);
     }
     table.render()
+}
+
+/// The transports of its links, each once.
+fn transports(device: &Device) -> String {
+    let mut names: Vec<String> = device.links.iter().map(|link| link.transport.to_string()).collect();
+    names.sort();
+    names.dedup();
+    names.join(", ")
 }
 
 fn form(form: &Form) -> &'static str {

@@ -86,6 +86,7 @@ impl Overview {
             Err(failure) => overview.problems.push(failure.to_string()),
         }
         overview.problems.extend(overview.devices.iter().filter_map(device_problem));
+        overview.problems.extend(overview.devices.iter().flat_map(worse_ways));
         overview.problems.extend(overview.safety_problems());
         overview.problems.extend(overview.appliances.iter().filter_map(appliance_problem));
         overview.problems.extend(overview.allocations.iter().filter_map(allocation_problem));
@@ -146,6 +147,23 @@ fn device_problem(device: &Device) -> Option<String> {
         })
         .collect();
     Some(format!("device {} ({}) {what} ({})", device.path, device.name, reasons.join("; ")))
+}
+
+/// The links of a device that work, but not over the best transport.
+fn worse_ways(device: &Device) -> Vec<String> {
+    let up = device.links.iter().filter(|link| link.state == blk::LinkState::Up);
+    up.filter_map(|link| Some((link, link.reason.as_ref()?)))
+        .map(|(link, reason)| {
+            format!(
+                "device {} ({}) reaches {} by {} for {}: {reason}",
+                device.path,
+                device.name,
+                link.appliance_name,
+                link.transport,
+                age::short(link.since.0)
+            )
+        })
+        .collect()
 }
 
 fn appliance_problem(appliance: &Appliance) -> Option<String> {

@@ -58,7 +58,7 @@ pub(crate) struct AttachArgs {
     /// Requests in flight on one queue, 1 to 1024. [default: 128]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub(crate) depth: Option<u16>,
-    /// Way to the appliances: shm, nbd-unix or nbd-tcp. [default: the best for each]
+    /// Way to the appliances: shm, rdma, nbd-unix or nbd-tcp. [default: the best for each]
     #[arg(long, value_name = "KIND")]
     pub(crate) transport: Option<TransportKind>,
     /// How long I/O waits for an appliance that cannot be reached: `forever` or like 5m. [default:

@@ -1,6 +1,6 @@
 //! Whether the devices that this host has are safe.
 
-use xpm_protocol::api::blk::{Device, DeviceState, Form, Status};
+use xpm_protocol::api::blk::{Device, DeviceState, Form, LinkState, Status};
 
 use super::machine::{BlockSettings, Machine};
 use super::parse::Swap;
@@ -103,7 +103,8 @@ fn unsafe_item_verdict(host: &Host, devices: &[Device]) -> Verdict {
 
 fn of_device(host: &Host, device: &Device) -> Vec<Check> {
     let group = format!("Device {} ({} as {})", device.path, device.name, device.form);
-    let mut checks = vec![state(&group, host, device), users(&group, host, device)];
+    let mut checks =
+        vec![state(&group, host, device), transport(&group, device), users(&group, host, device)];
     if let Some(settings) = host.settings(device) {
         checks.push(scheduler(&group, device, settings));
         checks.push(rotational(&group, device, settings));
@@ -126,6 +127,24 @@ fn state(group: &str, host: &Host, device: &Device) -> Check {
             Check::new(group, "state", verdict, "lost: an appliance gave up its memory, I/O to it fails")
                 .mend(mend)
         }
+    }
+}
+
+/// By which transport each appliance is reached, and why not by a better one.
+fn transport(group: &str, device: &Device) -> Check {
+    let item = "transport";
+    let up = || device.links.iter().filter(|link| link.state == LinkState::Up);
+    let ways: Vec<String> = up()
+        .map(|link| {
+            let why = link.reason.as_ref().map_or_else(String::new, |reason| format!(" ({reason})"));
+            format!("{} by {}{why}", link.appliance_name, link.transport)
+        })
+        .collect();
+    match up().any(|link| link.reason.is_some()) {
+        true => Check::warn(group, item, ways.join(", "))
+            .mend("mend what it says; a better one is tried again by itself, after a minute at the latest"),
+        false if ways.is_empty() => Check::ok(group, item, "no appliance is connected"),
+        false => Check::ok(group, item, ways.join(", ")),
     }
 }
 

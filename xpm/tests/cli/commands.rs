@@ -166,6 +166,26 @@ fn status_names_what_is_wrong_first() {
 }
 
 #[test]
+fn a_link_that_is_not_by_the_best_transport_is_named() {
+    let mut slow = device("data", "ublk", "live", &[]);
+    slow["links"][0]["reason"] = json!("no rdma to the appliance: no RDMA device of this host leads there");
+    let blk =
+        Script::new().on("GET /v1/status", 200, &blk_status(true)).on("GET /v1/devices", 200, &json!([slow]));
+    let host = Host::new().with_blk(&blk);
+    let text = host.xpm(&["status"]).out;
+    assert!(
+        text.contains("WRONG  device /dev/ublkb0 (data) reaches a by nbd-tcp for 10s: no rdma"),
+        "{text}"
+    );
+    let report = host.xpm(&["doctor", "--json"]);
+    assert_eq!(report.code, 0, "it works: {}", report.out);
+    let checks = report.json()["checks"].as_array().unwrap().clone();
+    let check = checks.iter().find(|check| check["item"] == "transport").unwrap();
+    assert_eq!(check["verdict"], "warn");
+    assert!(check["found"].as_str().unwrap().contains("a by nbd-tcp"), "{check}");
+}
+
+#[test]
 fn status_shows_devices_when_the_allocator_is_gone() {
     let blk = Script::new().on("GET /v1/status", 200, &blk_status(true)).on(
         "GET /v1/devices",

@@ -98,7 +98,7 @@ fn wrong_usage_ends_with_2_and_says_what_would_be_right() {
         (&["blk", "attach", "a", "--as", "ublk", "--queues", "0"], "--queues"),
         (&["blk", "attach", "a", "--as", "ublk", "--depth", "1025"], "--depth"),
         (&["blk", "attach", "a", "--as", "ublk", "--hold", "soon"], "forever"),
-        (&["blk", "attach", "a", "--as", "ublk", "--transport", "rdma"], "nbd-tcp"),
+        (&["blk", "attach", "a", "--as", "ublk", "--transport", "smoke"], "rdma"),
         (&["completions", "klingon"], "bash"),
     ] {
         let run = host.xpm(args);
