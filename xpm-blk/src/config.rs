@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 use xpm_control::config::ConfigError;
-use xpm_protocol::api::blk::{AttachDevice, Form, Hold};
+use xpm_protocol::api::blk::{AttachDevice, Form, Hold, TransportKind};
 use xpm_protocol::units::{ByteSize, Span};
 
 use crate::frontend::Shape;
@@ -44,6 +44,8 @@ pub struct Config {
     pub spin: Span,
     /// Threads that serve the forms `nbd` and `nbd-socket`; by default one for each core, at most 4.
     pub threads: Option<u16>,
+    /// Transports that are not used unless a device asks for one of them.
+    pub forbid_transports: Vec<TransportKind>,
     /// How long the appliances may take to be connected when a device is attached.
     pub connect_limit: Span,
     /// How long the process waits for the users of its devices after the first SIGTERM, before a
@@ -68,6 +70,7 @@ impl Default for Config {
             buffer: ByteSize(16 << 20),
             spin: Span(Duration::from_micros(50)),
             threads: None,
+            forbid_transports: Vec::new(),
             connect_limit: Span(Duration::from_secs(10)),
             stop_limit: Span(Duration::from_secs(30)),
             allow_unsafe_swap: false,
@@ -210,6 +213,7 @@ mod tests {
             buffer = "8MiB"
             spin = "20us"
             threads = 1
+            forbid-transports = ["rdma"]
             connect-limit = "3s"
             stop-limit = "1m"
             allow-unsafe-swap = true
@@ -227,6 +231,7 @@ mod tests {
         .unwrap();
         config.check().unwrap();
         assert_eq!(config.device.len(), 2);
+        assert_eq!(config.forbid_transports, [TransportKind::Rdma]);
         let shape = config.shape(&config.device[0], Some(3));
         assert_eq!((shape.queues, shape.depth, shape.buffer_len, shape.number), (2, 32, 8 << 20, Some(3)));
         assert_eq!(config.shape(&config.device[1], None).depth, 64);

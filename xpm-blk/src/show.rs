@@ -60,6 +60,7 @@ fn open(
     let options = VolumeOptions {
         hold,
         transport: record.request.transport,
+        forbidden: config.forbid_transports.clone(),
         connect_limit: limit,
         depth: usize::from(shape.depth),
         // A new one for each life of this process: its first connections shut nobody out.

@@ -34,6 +34,8 @@ use super::{Shared, Tally};
 
 /// Legs in flight or held for each request that may be in flight.
 const LEGS_PER_REQUEST: usize = 4;
+/// Polls after which epoll is asked about links that do not need it for their completions.
+const ASK_EVERY: u32 = 64;
 /// Events of links looked at in one poll; more come with the next.
 const EVENTS_MAX: usize = 32;
 /// Marks of the descriptors in the epoll set that are no link's.
@@ -93,6 +95,12 @@ pub struct Channel {
     /// What is in flight or ended and not fetched never exceeds it, so `ended` never grows.
     ended_max: usize,
     link_completions: Vec<Completion>,
+    /// Offered to each link for registration.
+    buffers: Vec<IoBuf>,
+    /// Whether links tell of their completions, since the last poll.
+    armed: bool,
+    /// Polls since epoll was asked.
+    polls: u32,
     number: u64,
     hold: Option<Duration>,
     tally: Arc<Tally>,
@@ -138,6 +146,9 @@ impl Channel {
             ended: VecDeque::with_capacity(2 * depth),
             ended_max: 2 * depth,
             link_completions: Vec::with_capacity(legs),
+            buffers: Vec::new(),
+            armed: false,
+            polls: 0,
             number: 0,
             hold,
             ways,
@@ -201,7 +212,30 @@ impl Channel {
         completions.extend(self.ended.drain(..));
     }
 
-    /// Readable when [`Channel::poll`] has something to do. To be watched by level, not by edge.
+    /// Offers memory that many operations will use, so that transports need not copy. It has to stay
+    /// mapped until the channel is dropped. Blocks for as long as it takes to register it; where that
+    /// cannot be, it is copied.
+    pub fn register(&mut self, buffer: IoBuf) {
+        self.ways.iter_mut().filter_map(|way| way.link.as_mut()).for_each(|link| link.register(buffer));
+        self.buffers.push(buffer);
+    }
+
+    /// To be called before waiting for [`Channel::wait_fd`]: makes it tell of all that ends from now on,
+    /// and of what has ended already. Until the next poll; who polls again and again need not call it.
+    pub fn arm(&mut self) {
+        self.armed = true;
+        let early = self
+            .ways
+            .iter_mut()
+            .filter_map(|way| way.link.as_mut())
+            .fold(false, |any, link| link.arm() | any);
+        if early {
+            self.bell.ring();
+        }
+    }
+
+    /// Readable, after [`Channel::arm`], when [`Channel::poll`] has something to do. To be watched by
+    /// level, not by edge.
     pub fn wait_fd(&self) -> BorrowedFd<'_> {
         self.epoll.as_fd()
     }
@@ -288,10 +322,11 @@ impl Channel {
         self.set_timer();
     }
 
-    fn connect(&mut self, grant: usize, link: Box<dyn Link>) {
+    fn connect(&mut self, grant: usize, mut link: Box<dyn Link>) {
         if self.ways[grant].link.is_some() {
             self.disconnect(grant);
         }
+        self.buffers.iter().for_each(|buffer| link.register(*buffer));
         let watched = link.wait_fd().map_or(Ok(()), |fd| {
             epoll::add(&self.epoll, fd, EventData::new_u64(grant as u64), EventFlags::IN)
         });
@@ -362,26 +397,39 @@ impl Channel {
     /// Polls the links that have something. With a single one, asking it is cheaper than asking
     /// epoll about it.
     fn poll_links(&mut self) {
+        let armed = std::mem::take(&mut self.armed);
         if let [way] = &*self.ways {
             if way.link.is_some() {
                 self.poll_link(0);
             }
             return;
         }
+        // Links that end all at once have nothing to tell, and quiet ones tell only those who wait.
+        let mut silent = true;
+        for grant in 0..self.ways.len() {
+            let way = &self.ways[grant];
+            let Some(link) = &way.link else { continue };
+            if !link.is_quiet() && link.direct(0, 1).is_none() {
+                silent = false;
+            } else if way.in_flight > 0 {
+                self.poll_link(grant);
+            }
+        }
+        self.polls += 1;
+        if !silent || armed || self.polls >= ASK_EVERY {
+            self.polls = 0;
+            self.poll_told();
+        }
+    }
+
+    /// Polls the links that epoll tells of.
+    fn poll_told(&mut self) {
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
         let mut room = [MaybeUninit::uninit(); EVENTS_MAX];
         let Ok((events, _)) = epoll::wait(&self.epoll, &mut room, Some(&now)) else { return };
         for event in events {
             let grant = event.data.u64() as usize;
             if grant < self.ways.len() {
-                self.poll_link(grant);
-            }
-        }
-        // Links without a descriptor have ended all they were given.
-        for grant in 0..self.ways.len() {
-            let way = &self.ways[grant];
-            let instant = way.link.as_ref().is_some_and(|link| link.direct(0, 1).is_some());
-            if instant && way.in_flight > 0 {
                 self.poll_link(grant);
             }
         }
@@ -491,10 +539,13 @@ impl Store for Channel {
 
     fn submit(&mut self) {
         Channel::submit(self);
+        // The server's loop waits, or asks its epoll, which is the same here.
+        Channel::arm(self);
     }
 
     fn poll(&mut self, completions: &mut Vec<Completion>) {
         Channel::poll(self, completions);
+        Channel::arm(self);
     }
 
     fn wait_fd(&self) -> Option<BorrowedFd<'_>> {

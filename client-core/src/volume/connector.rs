@@ -2,17 +2,19 @@
 //! Control plane: it may block, allocate and log.
 
 use std::io;
+use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use xpm_protocol::HostId;
 use xpm_protocol::api::allocator::Grant;
 use xpm_protocol::api::blk::{LinkState, LinkStatus, TransportKind};
 use xpm_protocol::nbd::{ExportName, SessionTag};
 use xpm_protocol::units::Span;
+use xpm_protocol::{Epoch, HostId};
 use xpm_transport::link::Link;
 use xpm_transport::nbd::client::{ConnectError, NbdLink, Target};
+use xpm_transport::rdma::client::{self as rdma, RdmaLink};
 use xpm_transport::shm::client::{ShmGrant, ShmLink};
 
 use super::port::{Delivery, Port};
@@ -25,12 +27,25 @@ const PAUSE_MAX: Duration = Duration::from_secs(2);
 /// its memory back after a restart. Trying again is safe: an appliance that lost the memory lost the
 /// key with it, so one that knows the key has the data.
 const PAUSE_LOST: Duration = Duration::from_secs(3);
+/// Shortest and longest time between two tries of a better transport than the one in use.
+const BETTER_AFTER: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(60));
+/// How long to wait for an appliance that is still registering the memory; the next transport is used
+/// meanwhile.
+const REGISTERING_MAX: Duration = Duration::from_secs(2);
+/// Time between two questions whether it is done.
+const REGISTERING_PAUSE: Duration = Duration::from_millis(20);
+/// The queue of connections that only find out whether there is a way.
+const PROBE_QUEUE: u16 = u16::MAX;
 
 /// How links are made.
 #[derive(Debug, Clone)]
 pub(super) struct LinkOptions {
     pub(super) host: Option<HostId>,
+    pub(super) epoch: Epoch,
+    /// The only one to use.
     pub(super) transport: Option<TransportKind>,
+    /// Those not to use where nothing is said.
+    pub(super) forbidden: Vec<TransportKind>,
     pub(super) limit: Duration,
     pub(super) depth: usize,
     pub(super) session: u128,
@@ -110,7 +125,23 @@ impl Connector {
     }
 
     fn first_choice(&self) -> TransportKind {
-        self.options.transport.unwrap_or(TransportKind::NbdTcp)
+        self.choices().first().copied().unwrap_or(TransportKind::NbdTcp)
+    }
+
+    /// The transports to try, best first.
+    fn choices(&self) -> Vec<TransportKind> {
+        if let Some(only) = self.options.transport {
+            return vec![only];
+        }
+        let local = self.is_local();
+        let all = [TransportKind::Shm, TransportKind::Rdma, TransportKind::NbdUnix, TransportKind::NbdTcp];
+        let can_be = |kind: &TransportKind| match kind {
+            TransportKind::Shm | TransportKind::NbdUnix => local,
+            TransportKind::Rdma => !self.grant.endpoints.rdma.is_empty(),
+            TransportKind::NbdTcp => true,
+        };
+        let allowed = |kind: &TransportKind| !self.options.forbidden.contains(kind);
+        all.into_iter().filter(can_be).filter(allowed).collect()
     }
 
     /// Whether the appliance runs on this kernel.
@@ -130,41 +161,109 @@ struct Work {
     shm: Weak<ShmGrant>,
     generation: u32,
     pause: Duration,
+    /// When a better transport than the one in use is tried again, and the pause after that.
+    better: Option<(Instant, Duration)>,
     random: u64,
+}
+
+/// What the thread has to do next.
+enum Next {
+    /// This port wants a link.
+    Connect(Arc<Port>),
+    /// A better transport is due to be tried.
+    Better,
+    /// The volume is closed.
+    Stop,
 }
 
 impl Work {
     fn new(connector: Arc<Connector>) -> Work {
         let random = Arc::as_ptr(&connector) as u64 ^ u64::from(std::process::id());
-        Work { connector, shm: Weak::new(), generation: 0, pause: PAUSE_MIN, random }
+        Work { connector, shm: Weak::new(), generation: 0, pause: PAUSE_MIN, better: None, random }
     }
 
     fn run(mut self) {
-        while let Some(port) = self.next_port() {
-            match self.connect(&port) {
-                Ok((link, transport, reason)) => {
-                    self.pause = PAUSE_MIN;
-                    self.set(LinkState::Up, Some(transport), reason);
-                    port.deliver(Delivery::Link(link));
-                }
-                Err(error) => self.failed(&port, &error),
+        loop {
+            match self.next() {
+                Next::Connect(port) => self.serve(&port),
+                Next::Better => self.improve(),
+                Next::Stop => return,
             }
         }
     }
 
-    /// Waits for a port that wants a link; none when the volume is closed.
-    fn next_port(&self) -> Option<Arc<Port>> {
+    fn serve(&mut self, port: &Port) {
+        match self.connect(port.queue) {
+            Ok(made) => self.deliver(port, made),
+            Err(error) => self.failed(port, &error),
+        }
+    }
+
+    fn deliver(&mut self, port: &Port, made: Made) {
+        let Made { link, transport, reason } = made;
+        self.pause = PAUSE_MIN;
+        self.better = match (&reason, self.better) {
+            (None, _) => None,
+            (Some(_), None) => Some((Instant::now() + BETTER_AFTER.0, BETTER_AFTER.0)),
+            (Some(_), due) => due,
+        };
+        self.tell_change(transport, reason.as_deref());
+        self.set(LinkState::Up, Some(transport), reason);
+        port.deliver(Delivery::Link(link));
+    }
+
+    /// Says which transport is used, when it is not the one of before.
+    fn tell_change(&self, transport: TransportKind, reason: Option<&str>) {
+        let name = &self.connector.grant.appliance_name;
+        let before = self.connector.lock().transport;
+        match reason {
+            _ if before == Some(transport) => {}
+            Some(reason) => {
+                tracing::warn!(appliance = %name, %transport, %reason, "not by the best transport");
+            }
+            None => tracing::info!(appliance = %name, %transport, "connected"),
+        }
+    }
+
+    /// Waits for something to do.
+    fn next(&self) -> Next {
         let mut state = self.connector.lock();
         loop {
             if state.stopped {
-                return None;
+                return Next::Stop;
             }
             state.ports.retain(|port| !port.is_closed());
             if let Some(port) = state.ports.iter().find(|port| port.is_wanted()) {
-                return Some(port.clone());
+                return Next::Connect(port.clone());
             }
             state.woken = false;
-            state = self.connector.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
+            let Some((due, _)) = self.better.filter(|_| !state.ports.is_empty()) else {
+                state = self.connector.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            };
+            let left = due.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Next::Better;
+            }
+            state = self.connector.wake.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Moves all queues to a better transport, if there is a way by now. It is found out by a connection
+    /// that no queue uses, so that those in use are not disturbed in vain.
+    fn improve(&mut self) {
+        let pause = self.better.map_or(BETTER_AFTER.0, |(_, pause)| (pause * 2).min(BETTER_AFTER.1));
+        self.better = Some((Instant::now() + pause, pause));
+        let best = self.connector.first_choice();
+        if self.by(best, PROBE_QUEUE).is_err() {
+            return;
+        }
+        let ports = self.connector.lock().ports.clone();
+        for port in ports.iter().filter(|port| !port.is_closed()) {
+            match self.by(best, port.queue) {
+                Ok(link) => self.deliver(port, Made { link, transport: best, reason: None }),
+                Err(_) => return,
+            }
         }
     }
 
@@ -216,25 +315,33 @@ impl Work {
     }
 
     /// The best link that can be had, and why it is not a better one.
-    fn connect(&mut self, port: &Port) -> Result<Made, ConnectError> {
-        let connector = self.connector.clone();
-        let local = connector.is_local();
-        match connector.options.transport {
-            Some(TransportKind::Shm) => self.shm(),
-            Some(TransportKind::NbdUnix) => self.unix(port),
-            Some(TransportKind::NbdTcp) => self.tcp(port),
-            None if local => match self.shm() {
-                Err(ConnectError::UnknownExport) => Err(ConnectError::UnknownExport),
-                Err(better) => self.unix(port).or_else(|_| self.tcp(port)).map(|(link, kind, _)| {
-                    (link, kind, Some(format!("no shared memory with the appliance: {better}")))
-                }),
-                made => made,
-            },
-            None => self.tcp(port),
+    fn connect(&mut self, queue: u16) -> Result<Made, ConnectError> {
+        let mut reason = None;
+        let mut failure = ConnectError::Unreachable(io::Error::other("every transport to it is forbidden"));
+        for transport in self.connector.choices() {
+            match self.by(transport, queue) {
+                Ok(link) => return Ok(Made { link, transport, reason }),
+                Err(ConnectError::UnknownExport) => return Err(ConnectError::UnknownExport),
+                Err(error) => {
+                    reason = reason.or_else(|| Some(format!("no {transport} to the appliance: {error}")));
+                    failure = error;
+                }
+            }
+        }
+        Err(failure)
+    }
+
+    /// A link by this transport.
+    fn by(&mut self, transport: TransportKind, queue: u16) -> Result<Box<dyn Link>, ConnectError> {
+        match transport {
+            TransportKind::Shm => self.shm(),
+            TransportKind::Rdma => self.rdma(queue),
+            TransportKind::NbdUnix => self.unix(queue),
+            TransportKind::NbdTcp => Ok(Box::new(self.tcp(queue)?)),
         }
     }
 
-    fn shm(&mut self) -> Result<Made, ConnectError> {
+    fn shm(&mut self) -> Result<Box<dyn Link>, ConnectError> {
         let grant = match self.shm.upgrade().filter(|grant| !grant.is_revoked()) {
             Some(grant) => grant,
             None => {
@@ -247,40 +354,84 @@ impl Work {
             }
         };
         self.shm = Arc::downgrade(&grant);
-        let link = ShmLink::new(grant, self.connector.options.depth);
-        Ok((Box::new(link), TransportKind::Shm, None))
+        Ok(Box::new(ShmLink::new(grant, self.connector.options.depth)))
     }
 
-    fn unix(&mut self, port: &Port) -> Result<Made, ConnectError> {
-        let path = needed(self.connector.grant.endpoints.nbd_unix.as_deref(), "a unix socket")?;
-        let link = self.nbd(&Target::Unix(path.to_owned()), port)?;
-        Ok((link, TransportKind::NbdUnix, None))
-    }
-
-    fn tcp(&mut self, port: &Port) -> Result<Made, ConnectError> {
-        let mut failure = ConnectError::Unreachable(io::Error::other("the appliance says no TCP address"));
-        for address in self.connector.grant.endpoints.nbd.clone() {
-            match self.nbd(&Target::Tcp(address), port) {
-                Ok(link) => return Ok((link, TransportKind::NbdTcp, None)),
+    fn rdma(&mut self, queue: u16) -> Result<Box<dyn Link>, ConnectError> {
+        rdma::check_support().map_err(ConnectError::Unsupported)?;
+        let mut failure = ConnectError::Unreachable(io::Error::other("the appliance offers no RDMA"));
+        for address in self.connector.grant.endpoints.rdma.clone() {
+            match self.rdma_at(address, queue) {
+                Ok(link) => return Ok(Box::new(link)),
+                Err(ConnectError::UnknownExport) => return Err(ConnectError::UnknownExport),
                 Err(error) => failure = error,
             }
         }
         Err(failure)
     }
 
-    fn nbd(&mut self, target: &Target, port: &Port) -> Result<Box<dyn Link>, ConnectError> {
+    fn rdma_at(&mut self, address: SocketAddr, queue: u16) -> Result<RdmaLink, ConnectError> {
+        let start = Instant::now();
+        loop {
+            // First: it shuts out what the queue's earlier connections left behind.
+            let beside = self.tcp(queue)?;
+            let options = &self.connector.options;
+            let target = rdma::Target {
+                address,
+                key: &self.connector.grant.key,
+                epoch: options.epoch,
+                session: self.session(queue),
+                limit: options.limit,
+                depth: options.depth,
+            };
+            match rdma::connect(&target, beside) {
+                Err(ConnectError::Unreachable(error))
+                    if error.kind() == io::ErrorKind::WouldBlock && start.elapsed() < REGISTERING_MAX =>
+                {
+                    std::thread::sleep(REGISTERING_PAUSE);
+                }
+                result => return result,
+            }
+        }
+    }
+
+    fn unix(&mut self, queue: u16) -> Result<Box<dyn Link>, ConnectError> {
+        let path = needed(self.connector.grant.endpoints.nbd_unix.as_deref(), "a unix socket")?;
+        Ok(Box::new(self.nbd(&Target::Unix(path.to_owned()), queue)?))
+    }
+
+    fn tcp(&mut self, queue: u16) -> Result<NbdLink, ConnectError> {
+        let mut failure = ConnectError::Unreachable(io::Error::other("the appliance says no TCP address"));
+        for address in self.connector.grant.endpoints.nbd.clone() {
+            match self.nbd(&Target::Tcp(address), queue) {
+                Ok(link) => return Ok(link),
+                Err(error) => failure = error,
+            }
+        }
+        Err(failure)
+    }
+
+    fn nbd(&mut self, target: &Target, queue: u16) -> Result<NbdLink, ConnectError> {
         // Each connection is newer than all before it, so the appliance shuts those of this queue out.
         self.generation = self.generation.wrapping_add(1);
         let options = &self.connector.options;
-        let session = SessionTag { id: options.session, queue: port.queue, generation: self.generation };
-        let name = ExportName { key: self.connector.grant.key.clone(), session: Some(session) };
+        let name = ExportName { key: self.connector.grant.key.clone(), session: Some(self.session(queue)) };
         let connected = xpm_transport::nbd::client::connect(target, &name, options.limit)?;
-        let link = NbdLink::new(connected, options.depth).map_err(ConnectError::Unreachable)?;
-        Ok(Box::new(link))
+        NbdLink::new(connected, options.depth).map_err(ConnectError::Unreachable)
+    }
+
+    /// The session of a queue, with the generation of its newest connection.
+    fn session(&self, queue: u16) -> SessionTag {
+        SessionTag { id: self.connector.options.session, queue, generation: self.generation }
     }
 }
 
-type Made = (Box<dyn Link>, TransportKind, Option<String>);
+/// A link, by which transport it is, and why it is not a better one.
+struct Made {
+    link: Box<dyn Link>,
+    transport: TransportKind,
+    reason: Option<String>,
+}
 
 fn needed<'a>(path: Option<&'a Path>, what: &str) -> Result<&'a Path, ConnectError> {
     path.ok_or_else(|| ConnectError::Unreachable(io::Error::other(format!("the appliance offers no {what}"))))

@@ -30,6 +30,8 @@ pub struct VolumeOptions {
     pub hold: Hold,
     /// The only transport to use; none: the best for each appliance.
     pub transport: Option<TransportKind>,
+    /// Transports that are not used unless by `transport`.
+    pub forbidden: Vec<TransportKind>,
     /// Longest time that one attempt to connect may take.
     pub connect_limit: Duration,
     /// Operations in flight on one channel.
@@ -132,7 +134,9 @@ impl Volume {
         let plan = Plan::new(map).map_err(|source| OpenError::Map { name: map.name.to_string(), source })?;
         let links = LinkOptions {
             host: options.host,
+            epoch: map.epoch,
             transport: options.transport,
+            forbidden: options.forbidden.clone(),
             limit: options.connect_limit,
             // One of a channel's operations can have many legs on one link.
             depth: options.depth * 2,

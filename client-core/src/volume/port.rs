@@ -40,7 +40,7 @@ impl Bell {
         &self.fd
     }
 
-    fn ring(&self) {
+    pub(super) fn ring(&self) {
         // Only an overflow after 2^64 - 2 rings could fail.
         let _ = rustix::io::write(&self.fd, &1_u64.to_ne_bytes());
         self.rung.store(true, Ordering::Release);

@@ -135,7 +135,15 @@ struct Bed {
 impl Bed {
     fn new(map: &Map, depth: usize, hold: Option<Duration>) -> Bed {
         let plan = Arc::new(Plan::new(map).unwrap());
-        let options = LinkOptions { host: None, transport: None, limit: Duration::ZERO, depth, session: 0 };
+        let options = LinkOptions {
+            host: None,
+            epoch: Epoch(1),
+            transport: None,
+            forbidden: Vec::new(),
+            limit: Duration::ZERO,
+            depth,
+            session: 0,
+        };
         let idle = |grant: &Grant| Arc::new(Connector::idle(grant.clone(), options.clone()));
         let connectors = map.grants.iter().map(idle).collect();
         let shared = Arc::new(Shared { connectors, tallies: Mutex::default() });

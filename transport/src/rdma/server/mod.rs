@@ -3,9 +3,10 @@
 //! Nothing here is on the path of an access: that is between the client and the device. Two threads
 //! do the work: one answers the connection manager, one registers memory.
 //!
-//! **Fencing.** [`RdmaServer::close_group`] deregisters the grant's memory first, so that no access which
-//! begins after that lands, and then destroys its queue pairs; when it returns, nothing of the grant
-//! is reachable any more. [`RdmaServer::shut_out`] destroys the queue pairs of a queue's earlier connections.
+//! **Fencing.** [`RdmaServer::close_group`] deregisters the grant's memory: when it returns, nothing of the
+//! grant is reachable any more. Its queue pairs, which lead nowhere then, are destroyed a little later, so that a
+//! client which goes on learns by a refused access what happened. [`RdmaServer::shut_out`] destroys the queue
+//! pairs of a queue's earlier connections at once, for the memory stays registered.
 
 mod admit;
 mod grant;
@@ -14,11 +15,12 @@ mod state;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd as _, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use xpm_protocol::nbd::SessionTag;
 use xpm_protocol::{Epoch, GrantKey};
 
@@ -53,8 +55,9 @@ struct Shared {
     events: Arc<Channel>,
     grants: Arc<dyn Grants>,
     jobs: Sender<Job>,
-    /// Readable when the threads have to end.
-    stop: OwnedFd,
+    /// Readable when the thread that answers has something to look at.
+    bell: OwnedFd,
+    stopped: AtomicBool,
 }
 
 struct Listener {
@@ -98,9 +101,18 @@ impl RdmaServer {
             return Err(io::Error::other("no address of this host is on an RDMA device"));
         }
         let (jobs, work) = channel();
-        let stop = eventfd(0, EventfdFlags::CLOEXEC)?;
+        let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let state = Mutex::new(State::default());
-        let shared = Arc::new(Shared { state, listeners, ports, events, grants, jobs, stop });
+        let shared = Arc::new(Shared {
+            state,
+            listeners,
+            ports,
+            events,
+            grants,
+            jobs,
+            bell,
+            stopped: AtomicBool::new(false),
+        });
         let mut server = RdmaServer { shared, threads: Vec::new() };
         server.spawn("xpm-rdma-cm", Shared::answer)?;
         server.spawn("xpm-rdma-reg", move |shared| shared.register_all(&work))?;
@@ -137,11 +149,13 @@ impl RdmaServer {
     /// milliseconds for each region.
     pub fn close_group(&self, group: u128) {
         self.shared.lock().close(group);
+        self.shared.ring();
     }
 
     /// The same, for memory that is about to be shared with a process of this host: clients are told so.
     pub fn withdraw(&self, group: u128) {
         self.shared.lock().withdraw(group);
+        self.shared.ring();
     }
 
     /// Destroys the connections of a session's queue that are older than this one.
@@ -163,7 +177,8 @@ impl RdmaServer {
 
 impl Drop for RdmaServer {
     fn drop(&mut self) {
-        let _ = rustix::io::write(&self.shared.stop, &1_u64.to_ne_bytes());
+        self.shared.stopped.store(true, Ordering::SeqCst);
+        self.shared.ring();
         let _ = self.shared.jobs.send(Job::Stop);
         for thread in self.threads.drain(..) {
             // A panic of it was reported when it happened.
@@ -213,15 +228,24 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn ring(&self) {
+        // It cannot be full: it is read whenever it is not empty.
+        let _ = rustix::io::write(&self.bell, &1_u64.to_ne_bytes());
+    }
+
     /// Answers the connection manager until the server ends.
     fn answer(&self) {
         loop {
+            let tidied = self.lock().tidy();
             let mut watched = [
                 PollFd::from_borrowed_fd(self.events.as_fd(), PollFlags::IN),
-                PollFd::from_borrowed_fd(self.stop.as_fd(), PollFlags::IN),
+                PollFd::from_borrowed_fd(self.bell.as_fd(), PollFlags::IN),
             ];
-            let polled = poll(&mut watched, None);
-            if polled.is_ok() && !watched[1].revents().is_empty() {
+            let limit = tidied.and_then(|limit| Timespec::try_from(limit).ok());
+            // A failure is an interruption, after which looking once more does no harm.
+            let _ = poll(&mut watched, limit.as_ref());
+            let _ = rustix::io::read(&self.bell, &mut [0; 8]);
+            if self.stopped.load(Ordering::SeqCst) {
                 return;
             }
             loop {

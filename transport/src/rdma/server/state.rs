@@ -1,15 +1,22 @@
 //! Which grants are registered, and who is connected to them.
 
 use std::collections::HashMap;
+use std::time::{Duration, Instant};
 
 use xpm_protocol::Epoch;
 
 use super::super::cm::{Id, Tag};
 use super::grant::DeviceGrant;
 
+/// How long the connections of a revoked grant are kept.
+const REFUSING: Duration = Duration::from_secs(2);
+
 #[derive(Default)]
 pub(super) struct State {
     connections: HashMap<Tag, Connection>,
+    /// Connections whose keys are good no more, and until when they are kept: a client that goes on is told
+    /// by a refused access what happened, not by silence.
+    refusing: Vec<(Instant, Connection)>,
     grants: HashMap<u128, Grant>,
     tickets: u64,
 }
@@ -76,21 +83,35 @@ impl State {
     }
 
     pub(super) fn close(&mut self, group: u128) {
-        // Deregistered first, so that a client that goes on is refused rather than answered.
+        // Deregistered now: no access that begins after this lands.
         drop(self.grants.remove(&group));
-        self.connections.retain(|_, connection| connection.group != group);
+        self.refuse(group);
     }
 
     pub(super) fn withdraw(&mut self, group: u128) {
         if let Some(grant) = self.grants.get_mut(&group) {
             grant.phase = Phase::Withdrawn;
         }
-        self.connections.retain(|_, connection| connection.group != group);
+        self.refuse(group);
+    }
+
+    fn refuse(&mut self, group: u128) {
+        let until = Instant::now() + REFUSING;
+        let closed = self.connections.extract_if(|_, connection| connection.group == group);
+        self.refusing.extend(closed.map(|(_, connection)| (until, connection)));
+    }
+
+    /// Destroys the connections that have refused for long enough. Gives the time to the next.
+    pub(super) fn tidy(&mut self) -> Option<Duration> {
+        let now = Instant::now();
+        self.refusing.retain(|(until, _)| *until > now);
+        self.refusing.iter().map(|(until, _)| *until - now).min()
     }
 
     pub(super) fn close_all(&mut self) {
         self.grants.clear();
         self.connections.clear();
+        self.refusing.clear();
     }
 
     /// Whether there is a connection of the same queue that is newer than this one, or the same.
@@ -112,6 +133,7 @@ impl State {
 
     pub(super) fn disconnected(&mut self, id: Tag) {
         self.connections.remove(&id);
+        self.refusing.retain(|(_, connection)| connection.id.tag() != id);
     }
 
     pub(super) fn connections(&self, group: Option<u128>) -> usize {

@@ -243,8 +243,10 @@ fn targets(
         None => tcp().chain(unix().filter(|_| on_this_host(grant))).collect(),
         Some(TransportKind::NbdTcp) => tcp().collect(),
         Some(TransportKind::NbdUnix) => unix().collect(),
-        Some(TransportKind::Shm) => {
-            let what = "nbd-direct cannot use shm: the kernel's driver speaks to sockets only; leave the transport out";
+        Some(kind @ (TransportKind::Shm | TransportKind::Rdma)) => {
+            let what = format!(
+                "nbd-direct cannot use {kind}: the kernel's driver speaks to sockets only; leave the transport out"
+            );
             return Err(DeviceError::new(ErrorKind::Invalid, what));
         }
     };

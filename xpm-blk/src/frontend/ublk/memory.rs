@@ -101,6 +101,13 @@ impl Buffers {
         unsafe { IoBuf::new(self.mapping.address.add(start), self.each_len) }
     }
 
+    /// All of them, to be registered with transports.
+    pub(super) const fn all(&self) -> IoBuf {
+        // SAFETY: the mapping is readable and writable and lives until after the channel that it is
+        // registered with, as for `Buffers::of`.
+        unsafe { IoBuf::new(self.mapping.address, self.mapping.len) }
+    }
+
     /// The address of a tag's buffer, as the kernel takes it.
     pub(super) fn address(&self, tag: u16) -> u64 {
         self.of(tag).as_ptr().addr() as u64

@@ -96,14 +96,16 @@ struct Queue {
 
 impl Queue {
     fn new(parts: QueueParts) -> io::Result<Queue> {
-        let QueueParts { id, depth, size, io_len_max, device, give_up, channel, spin } = parts;
+        let QueueParts { id, depth, size, io_len_max, device, give_up, mut channel, spin } = parts;
         let count = usize::from(depth);
+        let buffers = Buffers::new(depth, io_len_max as usize)?;
+        channel.register(buffers.all());
         Ok(Queue {
             id,
             size,
             io_len_max: u64::from(io_len_max),
             descriptors: Descriptors::map(device.as_fd(), id, depth)?,
-            buffers: Buffers::new(depth, io_len_max as usize)?,
+            buffers,
             ring: Ring::new(device, depth)?,
             channel: Some(channel),
             tags: vec![Tag::Fetched; count],
@@ -142,7 +144,8 @@ impl Queue {
     }
 
     fn wait(&mut self) -> io::Result<()> {
-        if let Some(channel) = &self.channel {
+        if let Some(channel) = &mut self.channel {
+            channel.arm();
             self.ring.watch_channel(channel.wait_fd())?;
         }
         self.ring.wait()
