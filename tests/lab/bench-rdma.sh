@@ -45,6 +45,7 @@ PYTHON
 }
 
 start_pool 1280MiB a1
+xpm alloc create big --size 1GiB
 for ((round = 1; round <= ROUNDS; round++)); do
     for load in read-spin read-event write-spin write-event read-qd16 attach-1g; do
         by_perftest $load >>/tmp/results
