@@ -18,6 +18,7 @@ pub(super) struct Machine {
     pub(super) nbd: Driver,
     pub(super) ib_uverbs: Module,
     pub(super) rdma_ucm: Module,
+    pub(super) rdma_rxe: Module,
     /// `kernel.io_uring_disabled`: 0, 1 or 2.
     pub(super) io_uring_disabled: Option<u64>,
     pub(super) memlock: Option<Limit>,
@@ -78,6 +79,7 @@ impl Machine {
             nbd: Driver { module: modules.state("nbd"), node: Path::new("/dev/nbd0").exists() },
             ib_uverbs: modules.state("ib_uverbs"),
             rdma_ucm: modules.state("rdma_ucm"),
+            rdma_rxe: modules.state("rdma_rxe"),
             io_uring_disabled: number(Path::new("/proc/sys/kernel/io_uring_disabled")),
             memlock: parse::limit(&text(Path::new("/proc/self/limits")), "Max locked memory"),
             capabilities: parse::capabilities(&text(Path::new("/proc/self/status"))),

@@ -41,6 +41,9 @@ fn none(inventory: &Inventory, machine: &Machine) -> Check {
     if !inventory.libraries.verbs || !inventory.libraries.manager {
         steps.push(install_libraries(machine));
     }
+    if machine.rdma_rxe == Module::Absent {
+        steps.push(load_module(machine, "rdma_rxe", machine.rdma_rxe));
+    }
     if inventory.manager.access == Access::Missing {
         steps.push("modprobe rdma_ucm".to_owned());
     }
@@ -283,6 +286,7 @@ mod tests {
             capabilities: Some(u64::MAX),
             ib_uverbs: Module::Running,
             rdma_ucm: Module::Running,
+            rdma_rxe: Module::Installed,
             ..Machine::default()
         }
     }
@@ -373,6 +377,14 @@ mod tests {
         {
             assert!(remedy.contains(step), "{remedy}");
         }
+        let bare = Machine { rdma_rxe: Module::Absent, ..machine() };
+        assert_mended(
+            &none,
+            &bare,
+            "devices",
+            Verdict::Ok,
+            "apt-get install linux-image-amd64, reboot, modprobe rdma_rxe",
+        );
     }
 
     /// The item, what it lacks, and a part of the remedy.

@@ -109,21 +109,23 @@ fn port(device: &Path, name: &str, iwarp: bool) -> Option<Port> {
 
 /// The addresses in use: the others are zero, or their attributes cannot be read.
 fn gids(port: &Path, link_layer: Option<LinkLayer>, iwarp: bool) -> Vec<Gid> {
-    let mut gids: Vec<Gid> = names(&port.join("gids"))
-        .iter()
-        .filter_map(|name| {
-            let gid: Ipv6Addr = line(&port.join("gids").join(name))?.parse().ok()?;
-            let kind = match (link_layer, iwarp) {
-                (_, true) => GidKind::Iwarp,
-                (Some(LinkLayer::InfiniBand), _) => GidKind::InfiniBand,
-                _ => roce(&line(&port.join("gid_attrs/types").join(name))?)?,
-            };
-            let net_device = line(&port.join("gid_attrs/ndevs").join(name));
-            (!is_unset(gid)).then_some(Gid { index: name.parse().ok()?, gid, kind, net_device })
-        })
-        .collect();
+    let mut gids: Vec<Gid> =
+        names(&port.join("gids")).iter().filter_map(|name| gid(port, name, link_layer, iwarp)).collect();
     gids.sort_by_key(|gid| gid.index);
     gids
+}
+
+fn gid(port: &Path, name: &str, link_layer: Option<LinkLayer>, iwarp: bool) -> Option<Gid> {
+    let index = name.parse().ok()?;
+    // Of a table of a thousand, few are set.
+    let gid = line(&port.join("gids").join(name))?.parse().ok().filter(|gid| !is_unset(*gid))?;
+    let kind = match (link_layer, iwarp) {
+        (_, true) => GidKind::Iwarp,
+        (Some(LinkLayer::InfiniBand), _) => GidKind::InfiniBand,
+        _ => roce(&line(&port.join("gid_attrs/types").join(name))?)?,
+    };
+    let net_device = line(&port.join("gid_attrs/ndevs").join(name));
+    Some(Gid { index, gid, kind, net_device })
 }
 
 /// An InfiniBand port shows its subnet's prefix before it has a number of its own.
