@@ -18,10 +18,14 @@ const fn package(name: &'static str, probe: &'static str, purpose: &'static str)
     Package { name, probe, purpose }
 }
 
-/// All packages, each once.
-pub(crate) const ALL: &[Package] = &[
+/// What building the programs needs besides Rust; no RDMA package is among it.
+const BUILD: [Package; 2] = [
     package("clang", "clang", "build: reads the headers of the RDMA libraries' binding"),
     package("cmake", "cmake", "build: of the RDMA libraries' binding"),
+];
+
+/// All others, each once.
+pub(crate) const ALL: &[Package] = &[
     package("qemu-system-x86", "qemu-system-x86_64", "lab: the guest"),
     package("busybox-static", "busybox", "lab: first process of the guest"),
     package("kmod", "depmod", "lab: order of the guest's kernel modules"),
@@ -40,14 +44,14 @@ pub(crate) const ALL: &[Package] = &[
     package("qemu-utils", "qemu-img", "demo, tests, bench: an NBD client and server of another project"),
 ];
 
-/// Installs those of the packages that are missing.
+/// Installs what is missing of these packages and of those that building needs.
 ///
 /// # Errors
 /// When something is missing and this is not root on a Debian system; the text says what to
 /// install.
 pub(crate) fn run(packages: &[Package]) -> Result<()> {
     let missing: Vec<&Package> =
-        packages.iter().filter(|package| util::find_program(package.probe).is_none()).collect();
+        BUILD.iter().chain(packages).filter(|package| util::find_program(package.probe).is_none()).collect();
     if missing.is_empty() {
         return Ok(());
     }
@@ -84,8 +88,8 @@ mod tests {
 
     #[test]
     fn each_package_once() {
-        let names: HashSet<_> = ALL.iter().map(|package| package.name).collect();
-        assert_eq!(names.len(), ALL.len());
+        let names: HashSet<_> = BUILD.iter().chain(ALL).map(|package| package.name).collect();
+        assert_eq!(names.len(), BUILD.len() + ALL.len());
     }
 
     #[test]

@@ -14,7 +14,7 @@ use tempfile::TempDir;
 use super::account::Account;
 use super::child::{Daemon, Finished, Runner};
 use super::interrupt::Interrupt;
-use crate::util;
+use crate::{setup, util};
 
 /// Appliances of the demo.
 pub(super) const APPLIANCES: u16 = 3;
@@ -78,6 +78,7 @@ impl Site {
     /// Builds the release programs.
     pub(super) fn build(&self) -> Result<()> {
         self.account.step("Build the programs", "");
+        setup::run(&[])?;
         let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
         let mut build = Command::new(cargo);
         build.current_dir(util::repository()).args(["build", "--release", "--quiet"]);
