@@ -12,7 +12,13 @@ is_lost() {
     [ "$(shown "$1" 'device["state"]')" = lost ]
 }
 
-start_pool 384MiB a1 a2
+# What was in flight does not stay so.
+load_ended() {
+    xpm blk show old --json
+    ! kill -0 $fio_pid
+}
+
+start_pool 256MiB a1 a2
 attach old 64MiB ublk --region-size 64MiB
 all_rdma old 1
 victim=$(shown old 'links[0]["appliance_name"]')
@@ -27,10 +33,11 @@ wait_for 15 no_link_up old
 note "the client knows it: $(shown old 'links[0]["reason"]')"
 kill -0 $fio_pid || fail "I/O was not held: $(tail -n 5 /run/lab/fio.out)"
 
-wait "${appliance_pid[$victim]}" || true
-start_appliance "$victim" 384MiB
+wait "${appliance_pid[$victim]}" 2>/dev/null || true
+start_appliance "$victim" 256MiB
 wait_for 30 is_lost old
 note "$victim is back, and the device is lost"
+wait_for 20 load_ended
 ! wait $fio_pid || fail "fio saw no error"
 for at in 0 7 8191 16383; do
     refused 'Input/output error' dd if="$device" of=/dev/null bs=4k count=1 skip=$at iflag=direct

@@ -7,8 +7,8 @@ completed() {
 }
 
 dmesg_start
-start_pool 384MiB a1 a2
-attach load 256MiB ublk --stripe 2
+start_pool 256MiB a1 a2
+attach load 128MiB ublk --stripe 2
 all_rdma load 2
 fio --name=load --filename="$device" --rw=randwrite --bs=16k --iodepth=8 --size=64M --direct=1 --ioengine=libaio \
     --verify=crc32c --verify_fatal=1 --verify_backlog=64 --time_based --runtime=20 \

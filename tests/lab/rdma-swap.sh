@@ -23,8 +23,8 @@ answered() {
 }
 
 dmesg_start
-start_pool 512MiB a1 a2
-attach swap 384MiB ublk --stripe 2
+start_pool 384MiB a1 a2
+attach swap 320MiB ublk --stripe 2
 all_rdma swap 2
 before=$(answered)
 sysctl -qw vm.page-cluster=5
@@ -35,7 +35,7 @@ swap_round swap --discard
 [ "$(answered)" -eq "$before" ] || fail "the appliances answered reads or writes: $(xpm appliance list --json)"
 detach swap
 
-attach fs 256MiB ublk --stripe 2
+attach fs 128MiB ublk --stripe 2
 mkdir -p /mnt/fs
 modprobe ext4
 mkfs.ext4 -q -F -E lazy_itable_init=0,lazy_journal_init=0 "$device"
