@@ -1,5 +1,7 @@
 //! `xpm appliance`: the machines that lend memory.
 
+use std::net::SocketAddr;
+
 use anyhow::bail;
 use serde::Serialize;
 use xpm_protocol::api::allocator::{Allocation, Appliance, ApplianceState};
@@ -104,7 +106,10 @@ fn address(appliance: &Appliance) -> String {
 fn show(appliance: &Appliance, allocations: &[Allocation]) -> String {
     let (info, status) = (&appliance.info, &appliance.status);
     let counters = &status.counters;
-    let addresses: Vec<String> = info.endpoints.nbd.iter().map(ToString::to_string).collect();
+    let addresses = |all: &[SocketAddr]| match all {
+        [] => "none".to_owned(),
+        _ => all.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "),
+    };
     let path = |path: &Option<std::path::PathBuf>| match path {
         Some(path) => path.display().to_string(),
         None => "none".to_owned(),
@@ -116,7 +121,8 @@ fn show(appliance: &Appliance, allocations: &[Allocation]) -> String {
         ("version", info.version.clone()),
         ("up for", age::short(status.uptime.0)),
         ("control", info.control.clone()),
-        ("nbd over tcp", addresses.join(", ")),
+        ("nbd over tcp", addresses(&info.endpoints.nbd)),
+        ("rdma", addresses(&info.endpoints.rdma)),
         ("nbd over unix", path(&info.endpoints.nbd_unix)),
         ("shared memory", path(&info.endpoints.shm)),
         ("lends", format!("{} of {}", status.capacity, medium(info.medium))),

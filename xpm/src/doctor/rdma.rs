@@ -155,6 +155,8 @@ fn of_device(device: &Device, machine: &Machine) -> Check {
             Check::missing(RDMA, name, format!("libibverbs has no provider for it ({driver})"))
                 .mend(install_libraries(machine))
         }
+        Err(NoLimits::Leaving) => Check::missing(RDMA, name, Obstacle::Leaving(name.clone()).to_string())
+            .mend("if that takes long: stop the processes that use it"),
         Err(NoLimits::Failed(errno)) => {
             let found = format!("cannot be used: {errno} ({driver})");
             Check::missing(RDMA, name, found).mend("dmesg may say why; run `sudo xpm doctor` to see all")

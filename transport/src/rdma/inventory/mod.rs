@@ -118,6 +118,8 @@ pub enum NoLimits {
     Unasked,
     /// The library has no provider for this device's driver.
     NoProvider,
+    /// The kernel has the device and offers no verbs of it: it is being removed.
+    Leaving,
     /// The device could not be opened or did not answer.
     Failed(Errno),
 }
@@ -212,6 +214,8 @@ pub enum Obstacle {
     Node(Node),
     /// The library has no provider for this device.
     NoProvider(String),
+    /// The kernel offers no verbs of this device: it is being removed.
+    Leaving(String),
     /// This device cannot be opened or does not answer.
     NotOpened(String, Errno),
     /// Devices are there, but no port of them is active.
@@ -238,6 +242,7 @@ impl Inventory {
         for device in &mut self.devices {
             let listed = listed.iter().find(|listed| listed.name == device.name);
             match listed.map(|listed| &listed.answer) {
+                None if device.node.is_none() => device.limits = Err(NoLimits::Leaving),
                 None => device.limits = Err(NoLimits::NoProvider),
                 Some(Err(errno)) => device.limits = Err(NoLimits::Failed(*errno)),
                 Some(Ok(answer)) => device.learn(answer),
@@ -284,6 +289,7 @@ impl Inventory {
             let node_is_usable = device.node.as_ref().is_some_and(|node| node.access == Access::Usable);
             match device.limits {
                 Err(NoLimits::NoProvider) => found.push(Obstacle::NoProvider(device.name.clone())),
+                Err(NoLimits::Leaving) => found.push(Obstacle::Leaving(device.name.clone())),
                 Err(NoLimits::Failed(errno)) if node_is_usable => {
                     found.push(Obstacle::NotOpened(device.name.clone(), errno));
                 }
@@ -397,6 +403,11 @@ mod tests {
         unknown.merge(&[]);
         assert_eq!(unknown.obstacles(), [Obstacle::NoProvider("mlx5_0".into())]);
         assert!(!unknown.is_usable());
+
+        let mut leaving = machine();
+        leaving.devices[0].node = None;
+        leaving.merge(&[]);
+        assert_eq!(leaving.obstacles(), [Obstacle::Leaving("mlx5_0".into())]);
 
         let mut refused = machine();
         refused.merge(&[listed("mlx5_0", Err(Errno::NOMEM))]);

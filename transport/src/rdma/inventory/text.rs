@@ -67,6 +67,7 @@ impl fmt::Display for Obstacle {
                 Access::Failed(errno) => write!(f, "{} cannot be opened: {errno}", path.display()),
             },
             Obstacle::NoProvider(device) => write!(f, "libibverbs has no provider for {device}"),
+            Obstacle::Leaving(device) => write!(f, "{device} is being removed"),
             Obstacle::NotOpened(device, errno) => write!(f, "{device} cannot be used: {errno}"),
             Obstacle::NoActivePort => f.write_str("no port is active"),
         }
