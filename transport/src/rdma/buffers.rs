@@ -12,25 +12,14 @@ pub(super) struct Buffers {
     local: Arc<LocalDevice>,
 }
 
-/// How a device reaches a buffer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Local {
-    /// Its bytes go with the request.
-    Inline,
-    /// It is registered with this key.
-    Registered(u32),
-    /// Not at all.
-    Foreign,
-}
-
 impl Buffers {
     pub(super) const fn new(local: Arc<LocalDevice>) -> Buffers {
         Buffers { registered: Vec::new(), local }
     }
 
-    pub(super) fn find(&self, buffer: IoBuf) -> Local {
-        let key = self.registered.iter().find_map(|registered| registered.local_key(buffer));
-        key.map_or(Local::Foreign, Local::Registered)
+    /// The key of a buffer that lies within a registered one.
+    pub(super) fn key(&self, buffer: IoBuf) -> Option<u32> {
+        self.registered.iter().find_map(|registered| registered.local_key(buffer))
     }
 
     /// Registers a buffer, unless another link did. One that cannot be registered is copied.

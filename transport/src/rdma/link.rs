@@ -1,6 +1,5 @@
 //! A connection as a [`Link`].
 
-use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -8,22 +7,16 @@ use std::sync::Arc;
 use rustix::event::epoll::{self, EventData, EventFlags};
 
 use super::bounce::Bounce;
-use super::buffers::{Buffers, Local};
+use super::buffers::Buffers;
 use super::cm::{Channel, Id, Kind as CmKind};
-use super::verbs::{Batch, CompletionQueue, Ended, Request};
-use super::wire::Entry;
-use crate::io::{Completion, IoBuf, IoError, Kind, Operation};
+use super::engine::{Engine, QueueSize, Reach, Table};
+use super::verbs::{Batch, CompletionQueue, Ended};
+use crate::io::{Completion, IoBuf, Kind, Operation};
 use crate::link::{Full, Link, LinkDown};
 use crate::nbd::client::NbdLink;
-use crate::slots::Slots;
 
-/// A request of so many in a row is signalled, for the queue to drain while a long operation runs.
-const SIGNAL_EVERY: u32 = 16;
 /// A busy link looks this often, in polls, for news beside its completions; an idle one each time.
 const LOOK_EVERY: u32 = 256;
-/// Longest access of one request, in bytes; devices take 1 GiB or more.
-const REQUEST_LEN_MAX: u64 = 16 << 20;
-
 /// A [`Link`] over one reliable connection. Nothing is allocated after it was made, but for the
 /// registration of a device's buffers.
 ///
@@ -39,35 +32,15 @@ pub struct RdmaLink {
     events: Arc<Channel>,
     beside: NbdLink,
     watch: OwnedFd,
-    table: Table,
-    buffers: Buffers,
-    bounce: Bounce,
-    operations: Slots<Progress>,
-    /// Operations with parts left to be posted, oldest first.
-    cutting: VecDeque<u32>,
-    /// Parts in flight, in the order of their numbers, which is that in which they end.
-    parts: VecDeque<Part>,
-    /// Number of the first of them.
-    first: u64,
+    engine: Engine,
+    local: Local,
     batch: Batch,
-    unsignalled: u32,
-    size: QueueSize,
+    depth: usize,
     ended: Vec<Completion>,
     beside_in_flight: usize,
     armed: bool,
     polls: u32,
     down: Option<LinkDown>,
-}
-
-/// What a connection's queue pair takes.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct QueueSize {
-    /// Operations in flight.
-    pub(super) depth: usize,
-    /// Work requests in flight.
-    pub(super) requests: usize,
-    /// Bytes that a request may carry itself.
-    pub(super) inline: usize,
 }
 
 /// What a connection is made of.
@@ -77,51 +50,28 @@ pub(super) struct Connection {
     pub(super) events: Arc<Channel>,
 }
 
-/// Where the bytes of the export lie at the appliance.
-#[derive(Debug, Clone)]
-pub struct Table {
-    entries: Box<[Entry]>,
-    shift: u32,
+/// How the link's device reaches memory of this process.
+struct Local {
+    buffers: Buffers,
+    bounce: Bounce,
 }
 
-impl Table {
-    /// A table of regions of two to the power of `shift` bytes.
-    pub(super) fn new(entries: Box<[Entry]>, shift: u32) -> Table {
-        Table { entries, shift }
+impl Reach for Local {
+    fn key(&self, buffer: IoBuf) -> Option<u32> {
+        self.buffers.key(buffer)
     }
 
-    /// Length of the export in bytes.
-    pub const fn len(&self) -> u64 {
-        (self.entries.len() as u64) << self.shift
+    fn take(&mut self, len: usize) -> Option<(u32, IoBuf, u32)> {
+        self.bounce.take(len)
     }
 
-    /// Whether it has no bytes.
-    pub const fn is_empty(&self) -> bool {
-        self.entries.is_empty()
+    fn piece(&self, place: u32, len: usize) -> IoBuf {
+        self.bounce.piece(place, len)
     }
 
-    /// Address and key of the byte at `offset`, and how many follow in the same region.
-    fn at(&self, offset: u64) -> Option<(u64, u32, u64)> {
-        let entry = self.entries.get((offset >> self.shift) as usize)?;
-        let within = offset & ((1 << self.shift) - 1);
-        // An appliance can say any address; it means something at its end only.
-        Some((entry.address.wrapping_add(within), entry.rkey, (1 << self.shift) - within))
+    fn give_back(&mut self, place: u32) {
+        self.bounce.give_back(place);
     }
-}
-
-struct Progress {
-    operation: Operation,
-    /// Bytes that parts were cut for.
-    cut: u64,
-    /// Parts in flight.
-    open: u32,
-}
-
-/// One work request.
-struct Part {
-    operation: u32,
-    /// Place in the bounce buffer, and what to do with it in the end.
-    bounce: Option<(u32, IoBuf)>,
 }
 
 impl RdmaLink {
@@ -146,16 +96,10 @@ impl RdmaLink {
             events,
             beside,
             watch,
-            table,
-            buffers,
-            bounce,
-            operations: Slots::new(size.depth),
-            cutting: VecDeque::with_capacity(size.depth),
-            parts: VecDeque::with_capacity(size.requests),
-            first: 0,
+            engine: Engine::new(table, size),
+            local: Local { buffers, bounce },
             batch: Batch::new(size.requests),
-            unsignalled: 0,
-            size,
+            depth: size.depth,
             ended: Vec::with_capacity(size.depth),
             beside_in_flight: 0,
             armed: false,
@@ -166,85 +110,24 @@ impl RdmaLink {
 
     /// Where the grant's bytes lie at the appliance.
     pub const fn table(&self) -> &Table {
-        &self.table
+        self.engine.table()
     }
 
     /// Uses another table from now on. The appliance's end has to refuse what is not of the grant:
     /// this is for tests of that.
     pub fn replace_table(&mut self, table: Table) {
-        self.table = table;
+        self.engine.replace_table(table);
     }
 
     fn in_flight(&self) -> usize {
-        self.operations.used() + self.ended.len() + self.beside_in_flight
+        self.engine.in_flight() + self.ended.len() + self.beside_in_flight
     }
 
-    fn check(&self, operation: &Operation) -> Result<(), IoError> {
-        let inside = operation.offset.checked_add(operation.len).is_some_and(|end| end <= self.table.len());
-        let has_buffer = match operation.kind {
-            Kind::Read | Kind::Write => operation.buf.is_some_and(|buf| buf.len() as u64 == operation.len),
-            Kind::Trim | Kind::Zero | Kind::Flush => true,
-        };
-        (inside && has_buffer).then_some(()).ok_or(IoError::Invalid)
-    }
-
-    fn end(&mut self, token: u64, result: Result<(), IoError>) {
-        self.ended.push(Completion { token, result });
-    }
-
-    /// Cuts parts of the oldest operations for as long as there is room for them.
+    /// Makes work requests for as long as there is room for them.
     fn cut(&mut self) {
-        while let Some(&id) = self.cutting.front() {
-            if !self.cut_one(id) {
-                return;
-            }
-            self.cutting.pop_front();
-        }
-    }
-
-    /// Cuts the rest of an operation; false when there is no room for all of it now.
-    fn cut_one(&mut self, id: u32) -> bool {
-        let Some(Progress { operation, cut, open }) = self.operations.get_mut(id) else { return true };
-        let Some(buf) = operation.buf else { return true };
-        let is_read = operation.kind == Kind::Read;
-        while *cut < operation.len {
-            let Some((address, remote_key, rest)) = self.table.at(operation.offset + *cut) else {
-                return true;
-            };
-            if self.parts.len() >= self.size.requests {
-                return false;
-            }
-            let wanted = (operation.len - *cut).min(rest).min(REQUEST_LEN_MAX) as usize;
-            let whole = buf.part(*cut as usize, wanted);
-            let local = match !is_read && wanted <= self.size.inline {
-                true => Local::Inline,
-                false => self.buffers.find(whole),
-            };
-            let (buffer, local_key, bounce) = match local {
-                Local::Inline => (whole, None, None),
-                Local::Registered(key) => (whole, Some(key), None),
-                Local::Foreign => {
-                    let Some((place, piece, key)) = self.bounce.take(wanted) else { return false };
-                    let own = whole.part(0, piece.len());
-                    if !is_read {
-                        own.copy_to(piece);
-                    }
-                    (piece, Some(key), Some((place, own)))
-                }
-            };
-            *cut += buffer.len() as u64;
-            *open += 1;
-            self.unsignalled += 1;
-            let signalled = *cut == operation.len || self.unsignalled == SIGNAL_EVERY;
-            if signalled {
-                self.unsignalled = 0;
-            }
-            let number = self.first + self.parts.len() as u64;
-            self.parts.push_back(Part { operation: id, bounce });
-            let request = Request { id: number, is_read, buffer, local_key, address, remote_key, signalled };
+        while let Some(request) = self.engine.next(&mut self.local) {
             self.batch.push(&request);
         }
-        true
     }
 
     fn flush(&mut self) {
@@ -269,7 +152,7 @@ impl RdmaLink {
             status => failed = failed.or(Some(status)),
         });
         if let Some(last) = last {
-            self.end_parts(last);
+            self.engine.end(last, &mut self.local, &mut self.ended);
         }
         match (polled, failed) {
             (Err(_), _) => self.go_down(LinkDown::Broken),
@@ -278,31 +161,10 @@ impl RdmaLink {
         }
     }
 
-    /// Ends the parts up to the one of this number: they end in the order of posting.
-    fn end_parts(&mut self, last: u64) {
-        while self.first <= last {
-            let Some(part) = self.parts.pop_front() else { return };
-            self.first += 1;
-            let Some(progress) = self.operations.get_mut(part.operation) else { continue };
-            if let Some((place, own)) = part.bounce {
-                if progress.operation.kind == Kind::Read {
-                    self.bounce.piece(place, own.len()).copy_to(own);
-                }
-                self.bounce.give_back(place);
-            }
-            progress.open -= 1;
-            if progress.open == 0 && progress.cut == progress.operation.len {
-                let token = progress.operation.token;
-                self.operations.remove(part.operation);
-                self.end(token, Ok(()));
-            }
-        }
-    }
-
     /// Looks for what happens seldom: news of the connection and of the one beside.
     fn look(&mut self) {
         self.polls += 1;
-        let due = self.polls >= LOOK_EVERY || self.parts.is_empty() || self.beside_in_flight > 0;
+        let due = self.polls >= LOOK_EVERY || self.engine.is_idle() || self.beside_in_flight > 0;
         if !due && !self.armed {
             return;
         }
@@ -338,27 +200,27 @@ impl RdmaLink {
 
 impl Link for RdmaLink {
     fn post(&mut self, operation: Operation) -> Result<(), Full> {
-        if self.in_flight() >= self.size.depth {
+        if self.in_flight() >= self.depth {
             return Err(Full);
         }
         if self.down.is_some() {
             return Ok(());
         }
-        match (self.check(&operation), operation.kind) {
-            (Err(error), _) => self.end(operation.token, Err(error)),
-            (Ok(()), Kind::Flush) => self.end(operation.token, Ok(())),
-            (Ok(()), _) if operation.len == 0 => self.end(operation.token, Ok(())),
-            (Ok(()), Kind::Trim | Kind::Zero) => {
+        let taken = match operation.kind {
+            Kind::Read | Kind::Write => self.engine.add(operation).map(|()| self.cut()),
+            Kind::Flush => {
+                // What ended is in the appliance's memory.
+                self.ended.push(Completion { token: operation.token, result: Ok(()) });
+                Ok(())
+            }
+            Kind::Trim | Kind::Zero => {
                 self.beside.post(operation)?;
                 self.beside_in_flight += 1;
+                Ok(())
             }
-            (Ok(()), Kind::Read | Kind::Write) => {
-                let id = self.operations.insert(Progress { operation, cut: 0, open: 0 });
-                self.cutting.push_back(id);
-                if self.cutting.len() == 1 {
-                    self.cut();
-                }
-            }
+        };
+        if let Err(error) = taken {
+            self.ended.push(Completion { token: operation.token, result: Err(error) });
         }
         Ok(())
     }
@@ -411,6 +273,6 @@ impl Link for RdmaLink {
     }
 
     fn register(&mut self, buffer: IoBuf) {
-        self.buffers.register(buffer);
+        self.local.buffers.register(buffer);
     }
 }

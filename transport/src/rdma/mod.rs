@@ -18,6 +18,7 @@ mod bounce;
 mod buffers;
 pub mod client;
 mod cm;
+mod engine;
 mod errors;
 pub mod inventory;
 mod link;
