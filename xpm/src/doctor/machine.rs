@@ -19,6 +19,7 @@ pub(super) struct Machine {
     pub(super) ib_uverbs: Module,
     pub(super) rdma_ucm: Module,
     pub(super) rdma_rxe: Module,
+    pub(super) crc32_generic: Module,
     /// `kernel.io_uring_disabled`: 0, 1 or 2.
     pub(super) io_uring_disabled: Option<u64>,
     pub(super) memlock: Option<Limit>,
@@ -80,6 +81,7 @@ impl Machine {
             ib_uverbs: modules.state("ib_uverbs"),
             rdma_ucm: modules.state("rdma_ucm"),
             rdma_rxe: modules.state("rdma_rxe"),
+            crc32_generic: modules.state("crc32_generic"),
             io_uring_disabled: number(Path::new("/proc/sys/kernel/io_uring_disabled")),
             memlock: parse::limit(&text(Path::new("/proc/self/limits")), "Max locked memory"),
             capabilities: parse::capabilities(&text(Path::new("/proc/self/status"))),

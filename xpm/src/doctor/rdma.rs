@@ -41,6 +41,10 @@ fn none(inventory: &Inventory, machine: &Machine) -> Check {
     if !inventory.libraries.verbs || !inventory.libraries.manager {
         steps.push(install_libraries(machine));
     }
+    if machine.crc32_generic == Module::Installed {
+        // Without it, the kernel refuses Soft-RoCE with ENOENT and gives no reason.
+        steps.push("modprobe crc32_generic".to_owned());
+    }
     if machine.rdma_rxe == Module::Absent {
         steps.push(load_module(machine, "rdma_rxe", machine.rdma_rxe));
     }
@@ -289,6 +293,7 @@ mod tests {
             ib_uverbs: Module::Running,
             rdma_ucm: Module::Running,
             rdma_rxe: Module::Installed,
+            crc32_generic: Module::Installed,
             ..Machine::default()
         }
     }
@@ -374,9 +379,11 @@ mod tests {
         assert_eq!(check.verdict, Verdict::Ok);
         assert!(check.found.starts_with("no RDMA: this machine has no RDMA device"), "{}", check.found);
         let remedy = check.remedy.as_deref().unwrap();
-        for step in
-            ["apt-get install ibverbs-providers librdmacm1", "modprobe rdma_ucm", "rdma link add rxe0"]
-        {
+        for step in [
+            "apt-get install ibverbs-providers librdmacm1",
+            "modprobe crc32_generic; modprobe rdma_ucm",
+            "rdma link add rxe0",
+        ] {
             assert!(remedy.contains(step), "{remedy}");
         }
         let bare = Machine { rdma_rxe: Module::Absent, ..machine() };
