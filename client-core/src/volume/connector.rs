@@ -192,7 +192,7 @@ impl Work {
         }
     }
 
-    fn serve(&mut self, port: &Port) {
+    fn serve(&mut self, port: &Arc<Port>) {
         match self.connect(port.queue) {
             Ok(made) => self.deliver(port, made),
             Err(error) => self.failed(port, &error),
@@ -276,7 +276,7 @@ impl Work {
         state.reason = reason;
     }
 
-    fn failed(&mut self, port: &Port, error: &ConnectError) {
+    fn failed(&mut self, port: &Arc<Port>, error: &ConnectError) {
         let lost = matches!(error, ConnectError::UnknownExport);
         let name = &self.connector.grant.appliance_name;
         let reason = match lost {
@@ -288,12 +288,23 @@ impl Work {
             tracing::warn!(appliance = %name, %reason, "no way to the appliance");
         }
         self.set(if lost { LinkState::Lost } else { LinkState::Connecting }, None, Some(reason));
-        if lost {
-            port.deliver(Delivery::Lost);
+        for waiting in self.put_last(port) {
+            // It is the grant that is unknown, not the queue.
+            if lost && waiting.is_wanted() {
+                waiting.deliver(Delivery::Lost);
+            }
         }
         let longest = if lost { PAUSE_LOST } else { self.pause };
         self.pause = (self.pause * 2).min(PAUSE_MAX);
         self.sleep(longest);
+    }
+
+    /// Others have their turn before this port has it again. Gives all ports.
+    fn put_last(&self, port: &Arc<Port>) -> Vec<Arc<Port>> {
+        let mut state = self.connector.lock();
+        state.ports.retain(|other| !Arc::ptr_eq(other, port));
+        state.ports.push(port.clone());
+        state.ports.clone()
     }
 
     /// Sleeps for half of `longest` to all of it, so that clients of a dead appliance do not come
@@ -435,4 +446,164 @@ struct Made {
 
 fn needed<'a>(path: Option<&'a Path>, what: &str) -> Result<&'a Path, ConnectError> {
     path.ok_or_else(|| ConnectError::Unreachable(io::Error::other(format!("the appliance offers no {what}"))))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use xpm_protocol::api::appliance::Endpoints;
+    use xpm_protocol::nbd::{BlockSizes, ExportInfo, TransmissionFlags};
+    use xpm_protocol::{ApplianceId, GrantId, GrantKey};
+    use xpm_transport::io::{IoBuf, Operation};
+    use xpm_transport::nbd::server::{Exports, Listener, Opened, Server, ServerOptions};
+    use xpm_transport::store::{Posted, Store};
+
+    use super::super::port::Bell;
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_secs(10);
+
+    /// An appliance of one export without memory, or of none.
+    struct Appliance(bool);
+
+    struct Nothing;
+
+    impl Store for Nothing {
+        fn is_direct(&self) -> bool {
+            false
+        }
+
+        fn direct(&mut self, _: u64, _: usize) -> Option<IoBuf> {
+            None
+        }
+
+        fn post(&mut self, _: Operation) -> Posted {
+            Posted::Done(Ok(()))
+        }
+    }
+
+    impl Exports for Appliance {
+        fn open(&self, name: &str) -> Option<Opened> {
+            let name: ExportName = name.parse().ok().filter(|_| self.0)?;
+            let flags = TransmissionFlags::HAS_FLAGS;
+            let info = ExportInfo { size: 1 << 24, flags, block: BlockSizes::DEFAULT, description: None };
+            Some(Opened { info, group: 1, session: name.session, store: Box::new(Nothing) })
+        }
+    }
+
+    struct Bed {
+        connector: Arc<Connector>,
+        ports: Vec<Arc<Port>>,
+        _appliance: (Server, Listener, tokio::runtime::Runtime),
+    }
+
+    impl Bed {
+        /// Some queues that want a link to an appliance, which says that it has RDMA too.
+        fn new(knows_grant: bool, transport: Option<TransportKind>, forbidden: Vec<TransportKind>) -> Bed {
+            let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+            let handshakes = runtime.enter();
+            let server = Server::start(ServerOptions { loops: 1, ..ServerOptions::default() }).unwrap();
+            let socket = TcpListener::bind("127.0.0.1:0").unwrap();
+            let address = socket.local_addr().unwrap();
+            let listener = server.listen_tcp(socket, Arc::new(Appliance(knows_grant))).unwrap();
+            drop(handshakes);
+            let connector =
+                Connector::start(grant(vec![address]), options(None, transport, forbidden)).unwrap();
+            let bell = Arc::new(Bell::new().unwrap());
+            let ports: Vec<_> = (0..3).map(|queue| Arc::new(Port::new(queue, bell.clone()))).collect();
+            ports.iter().for_each(|port| connector.add(port.clone()));
+            Bed { connector, ports, _appliance: (server, listener, runtime) }
+        }
+
+        fn delivered(&self) -> Vec<Delivery> {
+            let start = Instant::now();
+            let one = |port: &Arc<Port>| loop {
+                if let Some(delivery) = port.take() {
+                    return delivery;
+                }
+                assert!(start.elapsed() < LIMIT, "nothing came for queue {}", port.queue);
+                std::thread::sleep(Duration::from_millis(1));
+            };
+            self.ports.iter().map(one).collect()
+        }
+    }
+
+    impl Drop for Bed {
+        fn drop(&mut self) {
+            self.connector.stop();
+        }
+    }
+
+    fn grant(nbd: Vec<SocketAddr>) -> Grant {
+        Grant {
+            id: GrantId::from_u128(1),
+            appliance: ApplianceId::from_u128(1),
+            appliance_name: "a1".parse().unwrap(),
+            endpoints: Endpoints {
+                host: HostId::from_u128(1),
+                nbd,
+                rdma: vec!["192.0.2.1:10810".parse().unwrap()],
+                nbd_unix: None,
+                shm: None,
+            },
+            key: GrantKey::from_bytes([1; 32]),
+            regions: 1,
+        }
+    }
+
+    fn options(
+        host: Option<HostId>,
+        transport: Option<TransportKind>,
+        forbidden: Vec<TransportKind>,
+    ) -> LinkOptions {
+        let limit = Duration::from_secs(2);
+        LinkOptions { host, epoch: Epoch(1), transport, forbidden, limit, depth: 4, session: 1 }
+    }
+
+    #[test]
+    fn the_best_transport_that_can_be_comes_first() {
+        use TransportKind::{NbdTcp, NbdUnix, Rdma, Shm};
+        let choices = |host: u128, only, forbidden: &[TransportKind]| {
+            let options = options(Some(HostId::from_u128(host)), only, forbidden.to_vec());
+            Connector::idle(grant(Vec::new()), options).choices()
+        };
+        assert_eq!(choices(1, None, &[]), [Shm, Rdma, NbdUnix, NbdTcp]);
+        assert_eq!(choices(2, None, &[]), [Rdma, NbdTcp]);
+        assert_eq!(choices(2, None, &[Rdma]), [NbdTcp]);
+        assert_eq!(choices(1, None, &[Shm, NbdUnix]), [Rdma, NbdTcp]);
+        assert_eq!(choices(1, Some(NbdTcp), &[NbdTcp]), [NbdTcp], "what a device asks for wins");
+        let mut without = grant(Vec::new());
+        without.endpoints.rdma.clear();
+        assert_eq!(Connector::idle(without, options(None, None, Vec::new())).choices(), [NbdTcp]);
+    }
+
+    #[test]
+    fn every_queue_hears_that_the_grant_is_lost() {
+        let bed = Bed::new(false, None, vec![TransportKind::Rdma]);
+        assert!(bed.delivered().iter().all(|delivery| matches!(delivery, Delivery::Lost)));
+        assert_eq!(bed.connector.status().state, LinkState::Lost);
+    }
+
+    #[test]
+    fn a_worse_transport_says_why_it_is_used() {
+        let bed = Bed::new(true, None, Vec::new());
+        assert!(bed.delivered().iter().all(|delivery| matches!(delivery, Delivery::Link(_))));
+        let status = bed.connector.status();
+        assert_eq!((status.state, status.transport), (LinkState::Up, TransportKind::NbdTcp));
+        assert!(status.reason.is_some_and(|reason| reason.contains("rdma")));
+    }
+
+    #[test]
+    fn a_transport_that_is_forced_is_not_left() {
+        let bed = Bed::new(true, Some(TransportKind::Rdma), Vec::new());
+        let start = Instant::now();
+        while bed.connector.status().reason.is_none() {
+            assert!(start.elapsed() < LIMIT);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let status = bed.connector.status();
+        assert_eq!((status.state, status.transport), (LinkState::Connecting, TransportKind::Rdma));
+        assert!(bed.ports.iter().all(|port| port.take().is_none()));
+    }
 }

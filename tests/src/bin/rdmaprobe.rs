@@ -5,6 +5,7 @@
 
 #![allow(unsafe_code)]
 
+use std::io::ErrorKind;
 use std::ptr::NonNull;
 use std::time::{Duration, Instant};
 
@@ -18,7 +19,7 @@ use xpm_protocol::api::blk::{Hold, LinkState, TransportKind};
 use xpm_protocol::nbd::{ExportName, SessionTag};
 use xpm_protocol::{ClientId, HostId};
 use xpm_transport::nbd::client::{NbdLink, Target as NbdTarget};
-use xpm_transport::rdma::client::{RdmaLink, Target, connect};
+use xpm_transport::rdma::client::{ConnectError, RdmaLink, Target, connect};
 use xpm_transport::{IoBuf, Kind, Link, LinkDown, Operation};
 
 const LIMIT: Duration = Duration::from_secs(10);
@@ -143,6 +144,10 @@ fn attach(name: &str) -> Result<()> {
         session: u128::from(std::process::id()),
         host: None,
     };
+    // A change of owner has the memory registered anew, which is not what is timed.
+    for (session, grant) in (1..).zip(&map.grants) {
+        link(&map, grant, session)?;
+    }
     let start = Instant::now();
     let volume = Volume::open(&map, options)?;
     while volume.status().links.iter().any(|link| link.state != LinkState::Up) {
@@ -161,26 +166,8 @@ struct Probe {
 }
 
 impl Probe {
-    fn new(map: &Map, grant: &Grant, session: u128) -> Result<Probe> {
-        let address = grant.endpoints.rdma.first().context("the appliance offers no RDMA")?;
-        let nbd = grant.endpoints.nbd.first().context("the appliance offers no NBD")?;
-        let session = SessionTag {
-            id: session << 64 | u128::from(std::process::id()) | session,
-            queue: 0,
-            generation: 1,
-        };
-        let export = ExportName { key: grant.key.clone(), session: Some(session) };
-        let beside = xpm_transport::nbd::client::connect(&NbdTarget::Tcp(*nbd), &export, LIMIT)?;
-        let beside = NbdLink::new(beside, 1)?;
-        let target = Target {
-            address: *address,
-            key: &grant.key,
-            epoch: map.epoch,
-            session,
-            limit: LIMIT,
-            depth: 128,
-        };
-        let mut link = connect(&target, beside)?;
+    fn new(map: &Map, grant: &Grant, session: u64) -> Result<Probe> {
+        let mut link = link(map, grant, session)?;
         let memory = Box::leak(vec![0_u8; AREA].into_boxed_slice());
         let start = NonNull::new(memory.as_mut_ptr()).context("no memory")?;
         // SAFETY: the memory is leaked, so it stays for ever, and no reference to it is kept.
@@ -282,6 +269,36 @@ impl Probe {
         }
         Ok(())
     }
+}
+
+/// A link to a grant, once its memory is registered.
+fn link(map: &Map, grant: &Grant, session: u64) -> Result<RdmaLink> {
+    let address = grant.endpoints.rdma.first().context("the appliance offers no RDMA")?;
+    let nbd = grant.endpoints.nbd.first().context("the appliance offers no NBD")?;
+    let id = u128::from(std::process::id()) << 64 | u128::from(session);
+    let start = Instant::now();
+    for generation in 1.. {
+        let session = SessionTag { id, queue: 0, generation };
+        let export = ExportName { key: grant.key.clone(), session: Some(session) };
+        let beside = xpm_transport::nbd::client::connect(&NbdTarget::Tcp(*nbd), &export, LIMIT)?;
+        let target = Target {
+            address: *address,
+            key: &grant.key,
+            epoch: map.epoch,
+            session,
+            limit: LIMIT,
+            depth: 128,
+        };
+        match connect(&target, NbdLink::new(beside, 1)?) {
+            Err(ConnectError::Unreachable(error))
+                if error.kind() == ErrorKind::WouldBlock && start.elapsed() < 6 * LIMIT =>
+            {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            result => return Ok(result?),
+        }
+    }
+    bail!("never connected")
 }
 
 fn allocator() -> Result<Client> {
