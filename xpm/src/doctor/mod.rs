@@ -21,10 +21,12 @@ use crate::output::{Output, one_line};
 pub(crate) async fn run(daemons: &Daemons, output: Output) -> anyhow::Result<ExitCode> {
     let machine = machine::Machine::read();
     let mut checks = fitness::checks(&machine);
-    checks.extend(rdma::checks(&Inventory::read(), &machine));
+    let inventory = Inventory::read();
+    checks.extend(rdma::checks(&inventory, &machine));
     let host = devices::Host::read(daemons, &machine).await;
     checks.extend(devices::checks(&host));
-    let report = Report { safe: checks.iter().all(|check| check.verdict != Verdict::Unsafe), checks };
+    let safe = checks.iter().all(|check| check.verdict != Verdict::Unsafe);
+    let report = Report { safe, checks, rdma: rdma::Facts::from(&inventory) };
     output.print(&report, Report::text)?;
     Ok(if report.safe { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
@@ -35,6 +37,7 @@ struct Report {
     /// Whether nothing that is in use is unsafe.
     safe: bool,
     checks: Vec<Check>,
+    rdma: rdma::Facts,
 }
 
 /// One line of the report.
