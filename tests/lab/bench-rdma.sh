@@ -29,14 +29,14 @@ by_xpm() {
 }
 
 probe() {
-    rdmaprobe latency big --len 4096 "$@"
+    rdmaprobe latency small --len 4096 "$@"
 }
 
 medians() {
     python3 - <<'PYTHON'
 import statistics
 values = {}
-for line in open("/tmp/results"):
+for line in open("/run/lab/results"):
     name, value = line.split()
     values.setdefault(name, []).append(float(value))
 for name, found in values.items():
@@ -46,10 +46,11 @@ PYTHON
 
 start_pool 1280MiB a1
 xpm alloc create big --size 1GiB
+xpm alloc create small --size 64MiB
 for ((round = 1; round <= ROUNDS; round++)); do
     for load in read-spin read-event write-spin write-event read-qd16 attach-1g; do
-        by_perftest $load >>/tmp/results
-        by_xpm $load >>/tmp/results
+        by_perftest $load >>/run/lab/results
+        by_xpm $load >>/run/lab/results
     done
     note "round $round of $ROUNDS"
 done

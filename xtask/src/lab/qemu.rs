@@ -89,9 +89,11 @@ impl Guest<'_> {
         command.args(["-nodefaults", "-display", "none", "-no-reboot", "-smp", "2"]);
         command.args(self.accelerator.words(self.threads)).arg("-m").arg(format!("{}M", self.memory_mib));
         command.arg("-kernel").arg(self.kernel.image()).arg("-initrd").arg(self.initramfs);
+        // tsc=reliable: on a busy host the kernel else takes the TSC, which is the host's clock, for broken, and asks the
+        // HPET from then on, for which each question leaves the guest.
         command.arg("-append").arg(format!(
-            "console=ttyS0 loglevel=6 sysctl.kernel.sysrq=1 panic=-1 oops=panic sysctl.kernel.hung_task_panic=1 \
-             sysctl.kernel.hung_task_timeout_secs={HUNG_TASK_SECONDS} {kernel_words}"
+            "console=ttyS0 loglevel=6 sysctl.kernel.sysrq=1 panic=-1 oops=panic tsc=reliable \
+             sysctl.kernel.hung_task_panic=1 sysctl.kernel.hung_task_timeout_secs={HUNG_TASK_SECONDS} {kernel_words}"
         ));
         command.arg("-serial").arg(joined("file:", &self.console));
         command.args(["-chardev", "stdio,id=out,signal=off", "-serial", "chardev:out"]);
