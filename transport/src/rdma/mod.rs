@@ -13,6 +13,7 @@
 //! * [`client::connect`] gives a [`client::RdmaLink`].
 //! * [`server::RdmaServer`] is the appliance's end.
 //! * [`wire`] is what the two tell each other.
+//! * [`inventory`] says which devices a machine has, and what they lack.
 
 mod bounce;
 mod buffers;

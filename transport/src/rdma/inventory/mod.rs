@@ -1,6 +1,6 @@
 //! The RDMA devices of this machine as plain data, and what stands in the way of using them.
 //!
-//! [`sysfs`] reads what the kernel says in files, of any tree of files; [`query`] asks the library for
+//! `sysfs` reads what the kernel says in files, of any tree of files; `query` asks the library for
 //! limits, which no file holds. Nothing here changes the machine.
 
 mod query;
