@@ -374,6 +374,9 @@ mod tests {
     }
 
     proptest! {
+        // Each makes a tree of files.
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
         #[test]
         fn any_text_is_read(text in "[0-9a-f:.+ A-Zx\n\\PC]{0,40}") {
             let tree = soft_roce();
