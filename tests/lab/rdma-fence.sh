@@ -2,7 +2,7 @@
 . "$LAB_SCRIPTS/rdma-lib.sh"
 
 dmesg_start
-start_pool 256MiB a1 a2
+start_pool 128MiB a1 a2
 for name in x y; do
     xpm alloc create $name --size 64MiB --stripe 2
 done

@@ -18,11 +18,11 @@ load_ended() {
     ! kill -0 $fio_pid
 }
 
-start_pool 256MiB a1 a2
-attach old 64MiB ublk --region-size 64MiB
+start_pool 128MiB a1 a2
+attach old 16MiB ublk --region-size 16MiB
 all_rdma old 1
 victim=$(shown old 'links[0]["appliance_name"]')
-dd if=/dev/urandom of="$device" bs=1M count=64 oflag=direct status=none
+dd if=/dev/urandom of="$device" bs=1M count=16 oflag=direct status=none
 fio --name=load --filename="$device" --rw=randrw --bs=16k --iodepth=8 --direct=1 --ioengine=libaio \
     --time_based --runtime=120 >/run/lab/fio.out 2>&1 &
 fio_pid=$!
@@ -34,21 +34,21 @@ note "the client knows it: $(shown old 'links[0]["reason"]')"
 kill -0 $fio_pid || fail "I/O was not held: $(tail -n 5 /run/lab/fio.out)"
 
 wait "${appliance_pid[$victim]}" 2>/dev/null || true
-start_appliance "$victim" 256MiB
+start_appliance "$victim" 128MiB
 wait_for 30 is_lost old
 note "$victim is back, and the device is lost"
 wait_for 20 load_ended
 ! wait $fio_pid || fail "fio saw no error"
-for at in 0 7 8191 16383; do
+for at in 0 7 2047 4095; do
     refused 'Input/output error' dd if="$device" of=/dev/null bs=4k count=1 skip=$at iflag=direct
 done
 detach old
 
 wait_for 20 appliances_up 2
-attach new 128MiB ublk --stripe 2
+attach new 64MiB ublk --stripe 2
 all_rdma new 2
 shown new '[link["appliance_name"] for link in links]' | grep "$victim" || fail "$victim lends nothing"
-load "$device" 32 --do_verify=1
+load "$device" 16 --do_verify=1
 note "$victim lends memory again"
 detach new
 nothing_left

@@ -7,14 +7,14 @@ completed() {
 }
 
 dmesg_start
-start_pool 256MiB a1 a2
+start_pool 128MiB a1 a2
 attach load 128MiB ublk --stripe 2
 all_rdma load 2
-fio --name=load --filename="$device" --rw=randwrite --bs=16k --iodepth=8 --size=64M --direct=1 --ioengine=libaio \
-    --verify=crc32c --verify_fatal=1 --verify_backlog=64 --time_based --runtime=20 \
+fio --name=load --filename="$device" --rw=randwrite --bs=16k --iodepth=8 --size=32M --direct=1 --ioengine=libaio \
+    --verify=crc32c --verify_fatal=1 --verify_backlog=64 --time_based --runtime=16 \
     --output-format=terse --terse-version=3 >/run/lab/fio.out 2>&1 &
 fio_pid=$!
-sleep 5
+sleep 3
 kill -STOP "${appliance_pid[@]}"
 note "the appliances are stopped"
 passed=()

@@ -1,17 +1,17 @@
 # Swap and a file system on ublk over RDMA: what is read and written passes by no appliance.
 . "$LAB_SCRIPTS/rdma-lib.sh"
 
-# swap_round NAME SWAPON-OPTION...: a program that needs twice the memory that it may have.
+# swap_round NAME MB SWAPON-OPTION...: a program that needs so much and may have 128 MiB.
 swap_round() {
-    local name=$1 before
-    shift
+    local name=$1 mb=$2 before
+    shift 2
     before=$(shown "$name" 'device["counters"]["read_bytes"]')
     swapon "$@" "$device"
-    (in_group "$group" memhog 256 --seed "$RANDOM" --passes 1 --run 64)
+    (in_group "$group" memhog "$mb" --seed "$RANDOM" --passes 1 --run 64)
     swapoff "$device"
     local read=$((($(shown "$name" 'device["counters"]["read_bytes"]') - before) / 1048576))
     note "swap${*:+ $*}: $read MiB were read back"
-    [ $read -ge 100 ] || fail "that is too little for a test"
+    [ $read -ge 64 ] || fail "that is too little for a test"
     all_rdma "$name" 2
 }
 
@@ -23,15 +23,15 @@ answered() {
 }
 
 dmesg_start
-start_pool 384MiB a1 a2
+start_pool 256MiB a1 a2
 attach swap 320MiB ublk --stripe 2
 all_rdma swap 2
 before=$(answered)
 sysctl -qw vm.page-cluster=5
 mkswap "$device" >/dev/null
 make_group limited memory.max=128M
-swap_round swap
-swap_round swap --discard
+swap_round swap 256
+swap_round swap 192 --discard
 [ "$(answered)" -eq "$before" ] || fail "the appliances answered reads or writes: $(xpm appliance list --json)"
 detach swap
 
@@ -40,13 +40,13 @@ mkdir -p /mnt/fs
 modprobe ext4
 mkfs.ext4 -q -F -E lazy_itable_init=0,lazy_journal_init=0 "$device"
 mount "$device" /mnt/fs
-load /mnt/fs/load 64 --do_verify=1
+load /mnt/fs/load 32 --do_verify=1
 umount /mnt/fs
 check_fs ext4 "$device"
 mount "$device" /mnt/fs
-load /mnt/fs/load 64 --verify_only=1
+load /mnt/fs/load 32 --verify_only=1
 umount /mnt/fs
-note "ext4: 64 MiB written and verified, and once more through a new mount"
+note "ext4: 32 MiB written and verified, and once more through a new mount"
 all_rdma fs 2
 [ "$(answered)" -eq "$before" ] || fail "the appliances answered reads or writes: $(xpm appliance list --json)"
 detach fs
