@@ -164,8 +164,9 @@ impl RdmaLink {
     /// Looks for what happens seldom: news of the connection and of the one beside.
     fn look(&mut self) {
         self.polls += 1;
-        let due = self.polls >= LOOK_EVERY || self.engine.is_idle() || self.beside_in_flight > 0;
-        if !due && !self.armed {
+        let due =
+            self.polls >= LOOK_EVERY || self.armed || self.engine.is_idle() || self.beside_in_flight > 0;
+        if !due {
             return;
         }
         self.polls = 0;
@@ -239,7 +240,8 @@ impl Link for RdmaLink {
             }
             self.reap();
         }
-        if self.down.is_none() {
+        // Not when an access has just ended: looking costs as much as an access.
+        if self.down.is_none() && (self.ended.is_empty() || self.beside_in_flight > 0) {
             self.look();
         }
         if self.down.is_none() {
