@@ -2,7 +2,9 @@
 
 use anyhow::Context as _;
 use serde::Serialize;
-use xpm_protocol::api::blk::{AttachDevice, Device, DeviceState, Form, LinkState, LinkStatus, SocketPlace};
+use xpm_protocol::api::blk::{
+    AttachDevice, Device, DeviceState, Form, LinkState, LinkStatus, SocketPlace, TransportKind,
+};
 use xpm_protocol::{ByteSize, Name};
 
 use crate::age;
@@ -115,6 +117,14 @@ fn transports(device: &Device) -> String {
     names.join(", ")
 }
 
+/// Why a link that is up is not by the best transport, where that can be mended: not on a machine without
+/// an RDMA device, which lacks RDMA by nature.
+pub(crate) fn worse_way(link: &LinkStatus, rdma_here: bool) -> Option<&str> {
+    let reason = link.reason.as_deref().filter(|_| link.state == LinkState::Up)?;
+    let by_nature = !rdma_here && reason.starts_with(&format!("no {} ", TransportKind::Rdma));
+    (!by_nature).then_some(reason)
+}
+
 fn form(form: &Form) -> &'static str {
     match form {
         Form::Ublk => "ublk",
@@ -184,5 +194,28 @@ fn link_state(state: LinkState) -> &'static str {
         LinkState::Up => "up",
         LinkState::Connecting => "connecting",
         LinkState::Lost => "lost",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn what_a_machine_lacks_by_nature_is_nothing_to_mend() {
+        let link = |state: &str, reason: &str| -> LinkStatus {
+            serde_json::from_value(json!({
+                "appliance": "0".repeat(32), "appliance_name": "a", "transport": "nbd-tcp", "state": state,
+                "since": "1s", "reconnects": 0, "reason": reason
+            }))
+            .unwrap()
+        };
+        let no_rdma = link("up", "no rdma to the appliance: no RDMA");
+        assert_eq!(worse_way(&no_rdma, false), None);
+        assert!(worse_way(&no_rdma, true).is_some());
+        assert!(worse_way(&link("up", "no shm to the appliance: refused"), false).is_some());
+        assert_eq!(worse_way(&link("connecting", "no rdma to it"), true), None, "that is another problem");
     }
 }

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use serde::Serialize;
 use xpm_protocol::api::allocator::{self, Allocation, AllocationState, Appliance, ApplianceState};
 use xpm_protocol::api::blk::{self, Device, DeviceState};
+use xpm_transport::rdma::inventory::any_device;
 
 use crate::connect::{Daemons, Failure};
 use crate::output::{Output, one_line};
@@ -86,7 +87,8 @@ impl Overview {
             Err(failure) => overview.problems.push(failure.to_string()),
         }
         overview.problems.extend(overview.devices.iter().filter_map(device_problem));
-        overview.problems.extend(overview.devices.iter().flat_map(worse_ways));
+        let rdma_here = any_device();
+        overview.problems.extend(overview.devices.iter().flat_map(|device| worse_ways(device, rdma_here)));
         overview.problems.extend(overview.safety_problems());
         overview.problems.extend(overview.appliances.iter().filter_map(appliance_problem));
         overview.problems.extend(overview.allocations.iter().filter_map(allocation_problem));
@@ -150,20 +152,19 @@ fn device_problem(device: &Device) -> Option<String> {
 }
 
 /// The links of a device that work, but not over the best transport.
-fn worse_ways(device: &Device) -> Vec<String> {
-    let up = device.links.iter().filter(|link| link.state == blk::LinkState::Up);
-    up.filter_map(|link| Some((link, link.reason.as_ref()?)))
-        .map(|(link, reason)| {
-            format!(
-                "device {} ({}) reaches {} by {} for {}: {reason}",
-                device.path,
-                device.name,
-                link.appliance_name,
-                link.transport,
-                age::short(link.since.0)
-            )
-        })
-        .collect()
+fn worse_ways(device: &Device, rdma_here: bool) -> Vec<String> {
+    let ways = device.links.iter().filter_map(|link| Some((link, crate::blk::worse_way(link, rdma_here)?)));
+    ways.map(|(link, reason)| {
+        format!(
+            "device {} ({}) reaches {} by {} for {}: {reason}",
+            device.path,
+            device.name,
+            link.appliance_name,
+            link.transport,
+            age::short(link.since.0)
+        )
+    })
+    .collect()
 }
 
 fn appliance_problem(appliance: &Appliance) -> Option<String> {

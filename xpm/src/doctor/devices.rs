@@ -6,7 +6,7 @@ use super::machine::{BlockSettings, Machine};
 use super::parse::Swap;
 use super::{Check, Verdict};
 use crate::connect::{Daemons, Failure};
-use crate::{age, status};
+use crate::{age, blk, status};
 
 const DAEMON: &str = "xpm-blk";
 
@@ -17,11 +17,13 @@ pub(super) struct Host {
     /// Settings of the kernel devices among them, by path.
     settings: Vec<(String, BlockSettings)>,
     swaps: Vec<Swap>,
+    /// Whether this machine has an RDMA device.
+    rdma_here: bool,
 }
 
 impl Host {
     /// Asks xpm-blk and reads the settings of its devices.
-    pub(super) async fn read(daemons: &Daemons, machine: &Machine) -> Host {
+    pub(super) async fn read(daemons: &Daemons, machine: &Machine, rdma_here: bool) -> Host {
         let blk = match ask(daemons).await {
             Ok(answer) => Ok(Some(answer)),
             Err(failure) if failure.is_not_there() => Ok(None),
@@ -31,7 +33,7 @@ impl Host {
         let settings = devices
             .filter_map(|device| Some((device.path.clone(), BlockSettings::read(&device.path)?)))
             .collect();
-        Host { blk, settings, swaps: machine.swaps.clone() }
+        Host { blk, settings, swaps: machine.swaps.clone(), rdma_here }
     }
 
     fn is_swap(&self, device: &Device) -> bool {
@@ -104,7 +106,7 @@ fn unsafe_item_verdict(host: &Host, devices: &[Device]) -> Verdict {
 fn of_device(host: &Host, device: &Device) -> Vec<Check> {
     let group = format!("Device {} ({} as {})", device.path, device.name, device.form);
     let mut checks =
-        vec![state(&group, host, device), transport(&group, device), users(&group, host, device)];
+        vec![state(&group, host, device), transport(&group, host, device), users(&group, host, device)];
     if let Some(settings) = host.settings(device) {
         checks.push(scheduler(&group, device, settings));
         checks.push(rotational(&group, device, settings));
@@ -131,7 +133,7 @@ fn state(group: &str, host: &Host, device: &Device) -> Check {
 }
 
 /// By which transport each appliance is reached, and why not by a better one.
-fn transport(group: &str, device: &Device) -> Check {
+fn transport(group: &str, host: &Host, device: &Device) -> Check {
     let item = "transport";
     let up = || device.links.iter().filter(|link| link.state == LinkState::Up);
     let ways: Vec<String> = up()
@@ -140,7 +142,7 @@ fn transport(group: &str, device: &Device) -> Check {
             format!("{} by {}{why}", link.appliance_name, link.transport)
         })
         .collect();
-    match up().any(|link| link.reason.is_some()) {
+    match up().any(|link| blk::worse_way(link, host.rdma_here).is_some()) {
         true => Check::warn(group, item, ways.join(", "))
             .mend("mend what it says; a better one is tried again by itself, after a minute at the latest"),
         false if ways.is_empty() => Check::ok(group, item, "no appliance is connected"),
@@ -231,6 +233,7 @@ mod tests {
             settings: vec![(device.path.clone(), settings)],
             blk: Ok(Some((status, vec![device]))),
             swaps: vec![],
+            rdma_here: true,
         }
     }
 
@@ -298,7 +301,7 @@ mod tests {
             Swap { path: "/dev/ublkb0".into(), size: 4096, used: 0 },
             Swap { path: "/dev/sda2".into(), size: 4096, used: 0 },
         ];
-        let named = |blk| checks(&Host { blk, settings: vec![], swaps: swaps.clone() });
+        let named = |blk| checks(&Host { blk, settings: vec![], swaps: swaps.clone(), rdma_here: true });
         for checks in [named(Ok(None)), named(Err("cannot reach xpm-blk".into()))] {
             assert_eq!(checks.len(), 2);
             assert_eq!((checks[1].item.as_str(), checks[1].verdict), ("/dev/ublkb0", Verdict::Warn));

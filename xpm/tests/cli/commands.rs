@@ -168,15 +168,12 @@ fn status_names_what_is_wrong_first() {
 #[test]
 fn a_link_that_is_not_by_the_best_transport_is_named() {
     let mut slow = device("data", "ublk", "live", &[]);
-    slow["links"][0]["reason"] = json!("no rdma to the appliance: no RDMA device of this host leads there");
+    slow["links"][0]["reason"] = json!("no shm to the appliance: it did not answer within the time limit");
     let blk =
         Script::new().on("GET /v1/status", 200, &blk_status(true)).on("GET /v1/devices", 200, &json!([slow]));
     let host = Host::new().with_blk(&blk);
     let text = host.xpm(&["status"]).out;
-    assert!(
-        text.contains("WRONG  device /dev/ublkb0 (data) reaches a by nbd-tcp for 10s: no rdma"),
-        "{text}"
-    );
+    assert!(text.contains("WRONG  device /dev/ublkb0 (data) reaches a by nbd-tcp for 10s: no shm"), "{text}");
     let report = host.xpm(&["doctor", "--json"]);
     assert_eq!(report.code, 0, "it works: {}", report.out);
     let checks = report.json()["checks"].as_array().unwrap().clone();

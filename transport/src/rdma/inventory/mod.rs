@@ -222,6 +222,12 @@ pub enum Obstacle {
     NoActivePort,
 }
 
+/// Whether the kernel has an RDMA device; whether it can be used is another question. Reads one
+/// directory.
+pub fn any_device() -> bool {
+    sysfs::any_device(Path::new("/"))
+}
+
 impl Inventory {
     /// Reads this machine's. Opens each device and its connection manager and closes them again, which takes
     /// some milliseconds; not for the data path.

@@ -34,6 +34,10 @@ pub(super) fn read(root: &Path) -> Inventory {
     }
 }
 
+pub(super) fn any_device(root: &Path) -> bool {
+    fs::read_dir(root.join("sys/class/infiniband")).is_ok_and(|mut devices| devices.next().is_some())
+}
+
 /// The device files, by the device that each is for.
 fn nodes(root: &Path) -> Vec<(String, Node)> {
     let class = root.join("sys/class/infiniband_verbs");
@@ -279,6 +283,7 @@ mod tests {
         let found = tree.read();
         assert_eq!(found.kernel, Kernel { core: true, verbs: true, failed: None });
         assert_eq!(found.manager.access, Access::Usable);
+        assert!(any_device(tree.0.path()));
         let [device] = &found.devices[..] else { panic!("{found:?}") };
         assert_eq!((device.driver.as_deref(), device.software), (Some("rxe"), true));
         assert_eq!(device.node_guid, Some(Guid(0x5054_00ff_fe12_3456)));
@@ -343,6 +348,7 @@ mod tests {
         let tree = Tree::new();
         fs::create_dir_all(tree.0.path().join("sys/class/infiniband")).unwrap();
         assert_eq!(tree.read().kernel, Kernel { core: true, verbs: false, failed: None });
+        assert!(!any_device(tree.0.path()));
     }
 
     #[test]
