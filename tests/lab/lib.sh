@@ -81,6 +81,7 @@ in_group() {
     exec "$@"
 }
 
+# $blk_settings are further lines of its configuration.
 # Starts xpm-blk as its service unit does, in a cgroup that is not swapped.
 start_blk() {
     make_group xpm-blk memory.swap.max=0
@@ -89,6 +90,7 @@ start_blk() {
 allocator = "$XPM_ALLOCATOR"
 control = "/run/xpm/blk.sock"
 state = "/var/lib/xpm-blk"
+${blk_settings:-}
 TOML
     start_daemon blk in_group "$group" xpm-blk --config /run/xpm/blk.toml
     blk_pid=$pid

@@ -7,8 +7,8 @@ use super::pages::Pages;
 use super::verbs::{Access, Domain, Registration};
 use crate::io::IoBuf;
 
-/// Length of a place, in bytes: what swap reads at once.
-const PLACE_LEN: usize = 32 << 10;
+/// Length of a place, in bytes. Each queue has all of them for each appliance, in locked memory.
+const PLACE_LEN: usize = 16 << 10;
 /// Places of one link.
 const PLACES: usize = 64;
 

@@ -134,6 +134,12 @@ pub(crate) const ALL: &[Scenario] = &[
         ..RDMA
     },
     Scenario {
+        name: "rdma-fallback",
+        about: "no RDMA at first: TCP, and why; then all queues move to RDMA under a verified load",
+        script: "rdma-fallback.sh",
+        ..RDMA
+    },
+    Scenario {
         name: "rdma-kill",
         about: "an appliance killed under load: noticed in time, its memory lost and never zeros",
         script: "rdma-kill.sh",
