@@ -6,7 +6,7 @@
 # Both take turns, and each number is the median of the rounds.
 . "$LAB_SCRIPTS/rdma-lib.sh"
 
-ROUNDS=${1:-3}
+ROUNDS=${1:-5}
 COUNT=${2:-2000}
 
 # by_perftest LOAD: "WHO.LOAD.METRIC VALUE", for loads that it has; the typical latency is the median, the rate is in millions.

@@ -81,8 +81,8 @@ in_group() {
     exec "$@"
 }
 
-# $blk_settings are further lines of its configuration.
-# Starts xpm-blk as its service unit does, in a cgroup that is not swapped.
+# Starts xpm-blk as its service unit does, in a cgroup that is not swapped. $blk_settings are further lines of its
+# configuration.
 start_blk() {
     make_group xpm-blk memory.swap.max=0
     mkdir -p /run/xpm /var/lib/xpm-blk

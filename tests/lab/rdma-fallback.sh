@@ -30,7 +30,7 @@ sleep 2
 mv $manager.away $manager
 wait_for 20 by rdma
 kill -0 $fio_pid || fail "the load ended early: $(tail -n 5 /run/lab/fio.out)"
-[ "$(shown moved 'links[0]["reason"]')" = None ] || fail "a reason is left over"
+[ "$(shown moved 'links[0].get("reason")')" = None ] || fail "a reason is left over"
 note "under load all links moved to RDMA"
 wait $fio_pid || fail "fio: $(tail -n 5 /run/lab/fio.out)"
 [ "$(shown moved 'device["counters"]["errors"]')" -eq 0 ] || fail "requests failed"

@@ -36,6 +36,9 @@ pub enum ConnectError {
     /// It asks for something that this client does not speak.
     #[error("it asks for what this client cannot do: {0}")]
     Unsupported(String),
+    /// This host lacks what it takes; the text says what.
+    #[error("{0}")]
+    Unavailable(String),
     /// It does not follow the protocol; something else may listen there.
     #[error("it does not follow the protocol: {0}")]
     Protocol(String),

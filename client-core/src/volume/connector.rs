@@ -369,7 +369,7 @@ impl Work {
     }
 
     fn rdma(&mut self, queue: u16) -> Result<Box<dyn Link>, ConnectError> {
-        rdma::check_support().map_err(ConnectError::Unsupported)?;
+        rdma::check_support().map_err(ConnectError::Unavailable)?;
         let mut failure = ConnectError::Unreachable(io::Error::other("the appliance offers no RDMA"));
         for address in self.connector.grant.endpoints.rdma.clone() {
             match self.rdma_at(address, queue) {

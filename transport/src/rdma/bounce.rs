@@ -8,9 +8,9 @@ use super::verbs::{Access, Domain, Registration};
 use crate::io::IoBuf;
 
 /// Length of a place, in bytes. Each queue has all of them for each appliance, in locked memory.
-const PLACE_LEN: usize = 16 << 10;
+const PLACE_LEN: usize = 8 << 10;
 /// Places of one link.
-const PLACES: usize = 64;
+const PLACES: usize = 32;
 
 /// Places to copy through.
 pub(super) struct Bounce {

@@ -53,7 +53,7 @@ pub struct Target<'a> {
 /// session and queue.
 ///
 /// # Errors
-/// See [`ConnectError`]. [`ConnectError::Unsupported`]: this host has no RDMA, or no RDMA device
+/// See [`ConnectError`]. [`ConnectError::Unavailable`]: this host has no RDMA, or no RDMA device
 /// leads there.
 pub fn connect(target: &Target<'_>, beside: NbdLink) -> Result<RdmaLink, ConnectError> {
     let deadline = Deadline::after(target.limit);
@@ -111,7 +111,7 @@ fn resolve(
 }
 
 fn no_way(error: &std::io::Error) -> ConnectError {
-    ConnectError::Unsupported(format!("no RDMA device of this host leads there ({error})"))
+    ConnectError::Unavailable(format!("no RDMA device of this host leads there ({error})"))
 }
 
 /// Another identifier on the device of one.
@@ -211,7 +211,7 @@ fn wait_for_one(completions: &mut CompletionQueue, deadline: Deadline) -> Result
 }
 
 fn resources(what: &str, error: &std::io::Error) -> ConnectError {
-    ConnectError::Unsupported(format!(
+    ConnectError::Unavailable(format!(
         "the RDMA device gives no {what}: {error}; see `ulimit -l` (LimitMEMLOCK) and `xpm doctor`",
         what = what.trim_start_matches("a ")
     ))

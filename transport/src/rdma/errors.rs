@@ -61,7 +61,7 @@ pub(super) fn of_rejection(reason: i32, said: &[u8]) -> ConnectError {
 
 /// Why there is no RDMA on this host, in words that say what to do.
 pub(super) fn no_rdma(error: &io::Error) -> ConnectError {
-    ConnectError::Unsupported(explain(error))
+    ConnectError::Unavailable(explain(error))
 }
 
 /// The same as text.
