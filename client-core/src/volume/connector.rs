@@ -32,6 +32,8 @@ const BETTER_AFTER: (Duration, Duration) = (Duration::from_secs(5), Duration::fr
 /// How long to wait for an appliance that is still registering the memory; the next transport is used
 /// meanwhile.
 const REGISTERING_MAX: Duration = Duration::from_secs(2);
+/// Longest time that one attempt by RDMA may take: there is another way to go.
+const RDMA_LIMIT: Duration = Duration::from_secs(2);
 /// Time between two questions whether it is done.
 const REGISTERING_PAUSE: Duration = Duration::from_millis(20);
 /// The queue of connections that only find out whether there is a way.
@@ -161,9 +163,17 @@ struct Work {
     shm: Weak<ShmGrant>,
     generation: u32,
     pause: Duration,
-    /// When a better transport than the one in use is tried again, and the pause after that.
-    better: Option<(Instant, Duration)>,
+    /// That the best transport cannot be had.
+    worse: Option<Worse>,
     random: u64,
+}
+
+/// Why the best transport is not used, and when it is tried again; until then no queue tries it, for that may
+/// take its whole limit of time.
+struct Worse {
+    reason: String,
+    due: Instant,
+    pause: Duration,
 }
 
 /// What the thread has to do next.
@@ -179,7 +189,7 @@ enum Next {
 impl Work {
     fn new(connector: Arc<Connector>) -> Work {
         let random = Arc::as_ptr(&connector) as u64 ^ u64::from(std::process::id());
-        Work { connector, shm: Weak::new(), generation: 0, pause: PAUSE_MIN, better: None, random }
+        Work { connector, shm: Weak::new(), generation: 0, pause: PAUSE_MIN, worse: None, random }
     }
 
     fn run(mut self) {
@@ -202,11 +212,6 @@ impl Work {
     fn deliver(&mut self, port: &Port, made: Made) {
         let Made { link, transport, reason } = made;
         self.pause = PAUSE_MIN;
-        self.better = match (&reason, self.better) {
-            (None, _) => None,
-            (Some(_), None) => Some((Instant::now() + BETTER_AFTER.0, BETTER_AFTER.0)),
-            (Some(_), due) => due,
-        };
         self.tell_change(transport, reason.as_deref());
         self.set(LinkState::Up, Some(transport), reason);
         port.deliver(Delivery::Link(link));
@@ -237,7 +242,8 @@ impl Work {
                 return Next::Connect(port.clone());
             }
             state.woken = false;
-            let Some((due, _)) = self.better.filter(|_| !state.ports.is_empty()) else {
+            let due = self.worse.as_ref().map(|worse| worse.due);
+            let Some(due) = due.filter(|_| !state.ports.is_empty()) else {
                 state = self.connector.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
                 continue;
             };
@@ -252,8 +258,10 @@ impl Work {
     /// Moves all queues to a better transport, if there is a way by now. It is found out by a connection
     /// that no queue uses, so that those in use are not disturbed in vain.
     fn improve(&mut self) {
-        let pause = self.better.map_or(BETTER_AFTER.0, |(_, pause)| (pause * 2).min(BETTER_AFTER.1));
-        self.better = Some((Instant::now() + pause, pause));
+        if let Some(worse) = &mut self.worse {
+            worse.pause = (worse.pause * 2).min(BETTER_AFTER.1);
+            worse.due = Instant::now() + worse.pause;
+        }
         let best = self.connector.first_choice();
         if self.by(best, PROBE_QUEUE).is_err() {
             return;
@@ -262,9 +270,11 @@ impl Work {
         for port in ports.iter().filter(|port| !port.is_closed()) {
             match self.by(best, port.queue) {
                 Ok(link) => self.deliver(port, Made { link, transport: best, reason: None }),
+                // It and those after it are tried again when that is due.
                 Err(_) => return,
             }
         }
+        self.worse = None;
     }
 
     fn set(&self, link: LinkState, transport: Option<TransportKind>, reason: Option<String>) {
@@ -327,18 +337,31 @@ impl Work {
 
     /// The best link that can be had, and why it is not a better one.
     fn connect(&mut self, queue: u16) -> Result<Made, ConnectError> {
-        let mut reason = None;
         let mut failure = ConnectError::Unreachable(io::Error::other("every transport to it is forbidden"));
-        for transport in self.connector.choices() {
+        let choices = self.connector.choices();
+        let only = choices.len() == 1;
+        for (place, transport) in choices.into_iter().enumerate() {
+            if place == 0 && self.worse.as_ref().is_some_and(|worse| Instant::now() < worse.due) {
+                continue;
+            }
             match self.by(transport, queue) {
-                Ok(link) => return Ok(Made { link, transport, reason }),
+                Ok(link) => {
+                    let reason = self.worse.as_ref().filter(|_| place > 0).map(|worse| worse.reason.clone());
+                    return Ok(Made { link, transport, reason });
+                }
                 Err(ConnectError::UnknownExport) => return Err(ConnectError::UnknownExport),
                 Err(error) => {
-                    reason = reason.or_else(|| Some(format!("no {transport} to the appliance: {error}")));
+                    if place == 0 && !only {
+                        let reason = format!("no {transport} to the appliance: {error}");
+                        let pause = BETTER_AFTER.0;
+                        self.worse = Some(Worse { reason, due: Instant::now() + pause, pause });
+                    }
                     failure = error;
                 }
             }
         }
+        // When there is a way again, the best comes first again.
+        self.worse = None;
         Err(failure)
     }
 
@@ -392,7 +415,7 @@ impl Work {
                 key: &self.connector.grant.key,
                 epoch: options.epoch,
                 session: self.session(queue),
-                limit: options.limit,
+                limit: options.limit.min(RDMA_LIMIT),
                 depth: options.depth,
             };
             match rdma::connect(&target, beside) {
