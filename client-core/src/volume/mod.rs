@@ -203,6 +203,7 @@ impl Volume {
     pub fn status(&self) -> VolumeStatus {
         if let Some(probe) = &mut *self.inner.probe() {
             // It posts nothing, so this gives nothing; it notices links that came or went.
+            probe.arm();
             probe.poll(&mut Vec::new());
         }
         let links: Vec<LinkStatus> =
