@@ -23,7 +23,7 @@ reason=$(shown moved 'links[0]["reason"]')
 note "without the connection manager: $reason"
 grep -q rdma <<<"$reason" || fail "that does not say why RDMA is not used"
 fio --name=load --filename="$device" --rw=randwrite --bs=16k --iodepth=8 --size=32M --direct=1 --ioengine=libaio \
-    --verify=crc32c --verify_fatal=1 --verify_backlog=64 --time_based --runtime=25 \
+    --verify=crc32c --verify_fatal=1 --verify_backlog=64 --time_based --runtime=18 \
     --output-format=terse --terse-version=3 >/run/lab/fio.out 2>&1 &
 fio_pid=$!
 sleep 2

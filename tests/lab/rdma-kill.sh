@@ -27,13 +27,14 @@ fio --name=load --filename="$device" --rw=randrw --bs=16k --iodepth=8 --direct=1
     --time_based --runtime=120 >/run/lab/fio.out 2>&1 &
 fio_pid=$!
 sleep 3
+# Else the shell would tell of it.
+disown "${appliance_pid[$victim]}"
 kill -KILL "${appliance_pid[$victim]}"
 note "$victim is killed"
 wait_for 15 no_link_up old
 note "the client knows it: $(shown old 'links[0]["reason"]')"
 kill -0 $fio_pid || fail "I/O was not held: $(tail -n 5 /run/lab/fio.out)"
 
-wait "${appliance_pid[$victim]}" 2>/dev/null || true
 start_appliance "$victim" 128MiB
 wait_for 30 is_lost old
 note "$victim is back, and the device is lost"

@@ -14,6 +14,8 @@ start_rxe() {
     for module in crc32_generic crc32_pclmul rdma_rxe rdma_ucm ib_uverbs; do
         modprobe $module || fail "module $module does not load"
     done
+    # Room for 4 KiB in a packet, as RoCE usually has.
+    busybox ip link set eth0 mtu 9000
     [ -e /sys/class/infiniband/rxe0 ] || rdma link add rxe0 type rxe netdev eth0
     wait_for 10 grep ACTIVE /sys/class/infiniband/rxe0/ports/1/state
 }
@@ -22,12 +24,16 @@ start_rxe() {
 # prints its line of results.
 perftest() {
     local words=("$@" -d rxe0 -x 1 -s 4096 -F) server
-    stdbuf -oL "${words[@]}" >/run/lab/server.out 2>&1 &
+    "${words[@]}" >/run/lab/server.out 2>&1 &
     server=$!
-    wait_for 20 grep Waiting /run/lab/server.out
-    "${words[@]}" $ADDRESS >/run/lab/client.out 2>&1 || fail "$*: $(tail -n 20 /run/lab/client.out)"
+    # It says that it waits for a client before it does.
+    wait_for 20 ask_server "${words[@]}"
     wait $server || fail "the server of $*: $(tail -n 20 /run/lab/server.out)"
     grep '^ *4096 ' /run/lab/client.out || fail "$* printed no result: $(cat /run/lab/client.out)"
+}
+
+ask_server() {
+    "$@" $ADDRESS >/run/lab/client.out 2>&1 || { tail -n 20 /run/lab/client.out && return 1; }
 }
 
 # start_appliance NAME MEMORY: NAME is a digit behind a letter; state and ports are its own.

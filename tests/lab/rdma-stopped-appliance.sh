@@ -3,7 +3,9 @@
 
 # Requests that the device has completed.
 completed() {
-    awk '{print $1 + $5}' "/sys/block/${device#/dev/}/stat"
+    local reads writes
+    read -r reads _ _ _ writes _ <"/sys/block/${device#/dev/}/stat"
+    echo $((reads + writes))
 }
 
 dmesg_start
@@ -11,7 +13,7 @@ start_pool 128MiB a1 a2
 attach load 128MiB ublk --stripe 2
 all_rdma load 2
 fio --name=load --filename="$device" --rw=randwrite --bs=16k --iodepth=8 --size=32M --direct=1 --ioengine=libaio \
-    --verify=crc32c --verify_fatal=1 --verify_backlog=64 --time_based --runtime=16 \
+    --verify=crc32c --verify_fatal=1 --verify_backlog=64 --time_based --runtime=20 \
     --output-format=terse --terse-version=3 >/run/lab/fio.out 2>&1 &
 fio_pid=$!
 sleep 3
@@ -32,7 +34,8 @@ for requests in "${passed[@]}"; do
 done
 wait $fio_pid || fail "fio: $(tail -n 5 /run/lab/fio.out)"
 all_rdma load 2
-[ "$(shown load 'device["counters"]["errors"]')" -eq 0 ] || fail "requests failed"
+[ "$(shown load 'device["counters"]["errors"], *{link["reconnects"] for link in links}')" = "0 0" ] ||
+    fail "requests failed, or links were made again: $(xpm blk show load)"
 note "all that was written is verified"
 detach load
 nothing_left
