@@ -4,10 +4,11 @@ mod support;
 
 use std::os::fd::AsFd;
 
+use support::LIMIT;
 use support::memory::Memory;
 use support::model::{Shape, check};
-use support::peers::Peer;
-use xpm_transport::nbd::client::NbdLink;
+use support::peers::{Peer, name};
+use xpm_transport::nbd::client::{ConnectError, NbdLink, connect_to};
 use xpm_transport::{Completion, IoError, Kind, Link, Operation};
 
 const SIZE: u64 = 16 << 20;
@@ -43,6 +44,21 @@ fn qemu_over_unix() {
 fn qemu_over_tcp() {
     let Some(peer) = Peer::qemu(true, SIZE) else { return };
     check(&mut link(&peer, 16), shape(16, 5));
+}
+
+#[test]
+fn an_export_is_found_by_any_name_that_it_has() {
+    let Some(peer) = Peer::qemu(false, SIZE) else { return };
+    let found = connect_to(&peer.target, &name().to_string(), LIMIT).unwrap();
+    assert_eq!(found.info.size, SIZE);
+    for other in ["", "a name of its own"] {
+        let end = connect_to(&peer.target, other, LIMIT);
+        assert!(matches!(end, Err(ConnectError::UnknownExport)), "`{other}`: {end:?}");
+    }
+    let end = connect_to(&peer.target, "\0", LIMIT);
+    assert!(matches!(end, Err(ConnectError::Refused(_))), "{end:?}");
+    let Some(peer) = Peer::nbdkit(false, SIZE, &[], &[]) else { return };
+    assert_eq!(connect_to(&peer.target, "", LIMIT).unwrap().info.size, SIZE);
 }
 
 #[test]

@@ -50,6 +50,15 @@ pub struct Connected {
 /// # Errors
 /// See [`ConnectError`]; the connection is closed.
 pub fn connect(target: &Target, name: &ExportName, limit: Duration) -> Result<Connected, ConnectError> {
+    connect_to(target, &name.to_string(), limit)
+}
+
+/// As [`connect()`], to an export of any name, which need not be an appliance's: at most 4096 bytes
+/// without NUL, empty for the server's default export.
+///
+/// # Errors
+/// See [`ConnectError`]; [`ConnectError::Refused`] for a name that the protocol does not have.
+pub fn connect_to(target: &Target, export: &str, limit: Duration) -> Result<Connected, ConnectError> {
     let deadline = Deadline::after(limit);
     let stream = match target {
         Target::Tcp(address) => {
@@ -59,7 +68,7 @@ pub fn connect(target: &Target, name: &ExportName, limit: Duration) -> Result<Co
         }
         Target::Unix(path) => dial_unix(path, deadline)?,
     };
-    let agreed = negotiate(stream.as_fd(), name, deadline)?;
+    let agreed = negotiate(stream.as_fd(), export, deadline)?;
     if !agreed.leftover.is_empty() {
         return Err(ConnectError::Protocol("it sent a reply before it had a request".into()));
     }
@@ -75,8 +84,8 @@ fn tune_tcp(stream: BorrowedFd<'_>) -> rustix::io::Result<()> {
     sockopt::set_tcp_user_timeout(stream, user_timeout)
 }
 
-fn negotiate(stream: BorrowedFd<'_>, name: &ExportName, deadline: Deadline) -> Result<Agreed, ConnectError> {
-    let wishes = Wishes { export: name.to_string(), structured: false, base_allocation: false };
+fn negotiate(stream: BorrowedFd<'_>, export: &str, deadline: Deadline) -> Result<Agreed, ConnectError> {
+    let wishes = Wishes { export: export.to_owned(), structured: false, base_allocation: false };
     let mut handshake = ClientHandshake::new(wishes);
     let mut buffer = [0; READ_LEN];
     loop {

@@ -1,7 +1,8 @@
 //! The client's end of the NBD transport.
 //!
-//! [`connect()`] negotiates one connection to one export, blocking and limited in time. What it
-//! returns either becomes an [`NbdLink`], or its stream is given to the kernel's nbd driver.
+//! [`connect()`] negotiates one connection to one grant's export, [`connect_to()`] to that of any
+//! server, blocking and limited in time. What they return either becomes an [`NbdLink`], or its stream
+//! is given to the kernel's nbd driver.
 
 mod connect;
 mod input;
@@ -10,6 +11,6 @@ mod output;
 mod parts;
 mod plan;
 
-pub use self::connect::{Connected, Target, connect};
+pub use self::connect::{Connected, Target, connect, connect_to};
 pub use self::link::NbdLink;
 pub use crate::connect::ConnectError;
