@@ -1,9 +1,14 @@
 //! Bench `blk`: xpm's NBD servers against those that people would use else, on this host.
+//!
+//! fio is the client of all loads. With many requests in flight it can need more of the processor
+//! than a server does, and then all servers look alike; those loads are run with a second client,
+//! `nbdload`, too. Each row says whose it is, and a note how much of the processor the client took.
 
 use anyhow::Result;
 use tempfile::TempDir;
 
-use super::fio::{self, LOADS, Load, Metric};
+use super::client::{Client, Sample};
+use super::load::{LOADS, Load, Metric};
 use super::report::{Report, Row, median};
 use super::servers::{Bench, Server, Way};
 
@@ -15,6 +20,8 @@ const SIZE: (&str, u64) = ("512M", 512 << 20);
 
 /// Who is measured, against whom, and how much better it has to be.
 struct Contest<'a> {
+    /// Where xpm's programs are.
+    bin: &'a std::path::Path,
     name: &'a str,
     xpm: &'a str,
     peers: &'a [&'a Server],
@@ -38,8 +45,14 @@ fn appliance(bench: &Bench<'_>, report: &mut Report) -> Result<()> {
         let xpm = appliance.grant(number, SIZE.1, way)?;
         let (nbdkit, qemu) = (bench.nbdkit_memory(way)?, bench.qemu_nbd(way)?);
         let name = format!("appliance {}", way.name());
-        let contest =
-            Contest { name: &name, xpm: &xpm, peers: &[&nbdkit, &qemu], latency_goal: 1.0, iops_goal: 1.3 };
+        let contest = Contest {
+            bin: bench.bin,
+            name: &name,
+            xpm: &xpm,
+            peers: &[&nbdkit, &qemu],
+            latency_goal: 1.0,
+            iops_goal: 1.3,
+        };
         contest.run(report)?;
     }
     Ok(())
@@ -52,8 +65,15 @@ fn shm(bench: &Bench<'_>, report: &mut Report) -> Result<()> {
     let (_blk, control) = bench.blk(&url)?;
     let xpm = bench.attach(&control, &url, "shm", "shm")?;
     let nbdkit = bench.nbdkit_memory(Way::Unix)?;
-    Contest { name: "blk -> shm", xpm: &xpm, peers: &[&nbdkit], latency_goal: 1.0, iops_goal: 1.3 }
-        .run(report)
+    let contest = Contest {
+        bin: bench.bin,
+        name: "blk -> shm",
+        xpm: &xpm,
+        peers: &[&nbdkit],
+        latency_goal: 1.0,
+        iops_goal: 1.3,
+    };
+    contest.run(report)
 }
 
 /// (3) xpm-blk's socket on an appliance over TCP, against a proxy of the same kind.
@@ -64,8 +84,15 @@ fn proxy(bench: &Bench<'_>, report: &mut Report) -> Result<()> {
     let xpm = bench.attach(&control, &url, "proxied", "nbd-tcp")?;
     let memory = bench.nbdkit_memory(Way::Tcp)?;
     let nbdkit = bench.nbdkit_proxy(Way::Unix, &memory.uri)?;
-    Contest { name: "blk -> tcp", xpm: &xpm, peers: &[&nbdkit], latency_goal: 1.5, iops_goal: 1.5 }
-        .run(report)
+    let contest = Contest {
+        bin: bench.bin,
+        name: "blk -> tcp",
+        xpm: &xpm,
+        peers: &[&nbdkit],
+        latency_goal: 1.5,
+        iops_goal: 1.5,
+    };
+    contest.run(report)
 }
 
 impl Contest<'_> {
@@ -80,35 +107,64 @@ impl Contest<'_> {
     /// Runs the load on all in turn, so that what disturbs the machine disturbs all of them, and
     /// compares within each turn.
     fn load(&self, load: Load, report: &mut Report) -> Result<()> {
-        let mut ours = Vec::new();
-        let mut theirs = vec![Vec::new(); self.peers.len()];
+        let clients = Client::of(load);
+        let mut turns = vec![Vec::new(); clients.len()];
         for _ in 0..ROUNDS {
-            ours.push(fio::run(self.xpm, load, SIZE.0, SECONDS)?);
-            for (peer, values) in self.peers.iter().zip(&mut theirs) {
-                values.push(fio::run(&peer.uri, load, SIZE.0, SECONDS)?);
+            for (client, turns) in clients.iter().zip(&mut turns) {
+                turns.push(self.turn(*client, load)?);
             }
         }
+        for (client, turns) in clients.iter().zip(&turns) {
+            self.compare(*client, load, turns, report);
+        }
+        Ok(())
+    }
+
+    /// One client on xpm, then on each peer.
+    fn turn(&self, client: Client, load: Load) -> Result<Vec<Sample>> {
+        let run = |uri: &str| client.run(self.bin, uri, load, SIZE.0, SECONDS);
+        let uris = std::iter::once(self.xpm).chain(self.peers.iter().map(|peer| peer.uri.as_str()));
+        uris.map(run).collect()
+    }
+
+    /// A row for each peer, and what the client itself took of the processor.
+    fn compare(&self, client: Client, load: Load, turns: &[Vec<Sample>], report: &mut Report) {
+        let case = match Client::of(load) {
+            [_] => format!("{} {}", self.name, load.name),
+            _ => format!("{} {} ({})", self.name, load.name, client.name()),
+        };
         let goal = match load.metric {
             Metric::Latency => Some(self.latency_goal),
             Metric::Iops => Some(self.iops_goal),
             Metric::Throughput => None,
         };
-        for (peer, values) in self.peers.iter().zip(&theirs) {
-            let pairs = ours.iter().zip(values).map(|(ours, theirs)| load.metric.ratio(*ours, *theirs));
-            let ratio = median(&pairs.collect::<Vec<_>>());
+        let figure = |of: &dyn Fn(&[Sample]) -> f64| {
+            median(&turns.iter().map(|samples| of(samples)).collect::<Vec<_>>())
+        };
+        let cost = |server: usize| {
+            let micros = figure(&|samples| samples[server].cost.micros);
+            let percent = figure(&|samples| samples[server].cost.percent);
+            format!("{micros:.1} us an operation and {percent:.0} % of a core")
+        };
+        let mut costs = format!("{case}: the client itself took {} on xpm", cost(0));
+        for (server, peer) in (1..).zip(self.peers) {
+            let ratio = figure(&|samples| load.metric.ratio(samples[0].value, samples[server].value));
+            costs += &format!(", {} on {}", cost(server), peer.name);
             report.row(&Row {
                 bench: "blk",
-                case: format!("{} {}", self.name, load.name),
+                case: case.clone(),
                 metric: load.metric.name(),
                 unit: load.metric.unit(),
-                xpm: median(&ours),
+                xpm: figure(&|samples| samples[0].value),
                 peer: Some(peer.name.to_owned()),
-                peer_value: Some(median(values)),
+                peer_value: Some(figure(&|samples| samples[server].value)),
                 ratio: Some(ratio),
                 goal,
                 ok: goal.map(|goal| ratio >= goal),
             });
         }
-        Ok(())
+        if load.metric == Metric::Iops {
+            report.note(&costs);
+        }
     }
 }

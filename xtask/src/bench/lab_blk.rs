@@ -2,8 +2,8 @@
 
 use anyhow::Result;
 
-use super::fio::Metric;
 use super::guest::Figures;
+use super::load::Metric;
 use super::report::{Report, Row};
 
 /// xpm's devices, and those of others; the first peer is the one to be level with.

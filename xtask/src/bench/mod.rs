@@ -1,9 +1,12 @@
 //! `cargo xtask bench`: xpm and its peers, in the same run, as ratios.
 
 mod blk;
+mod client;
 mod fio;
 mod guest;
 mod lab_blk;
+mod load;
+mod nbdload;
 mod rdma;
 mod report;
 mod servers;

@@ -2,8 +2,8 @@
 
 use anyhow::Result;
 
-use super::fio::Metric;
 use super::guest::Figures;
+use super::load::Metric;
 use super::report::{Report, Row};
 
 /// The least ratio of latencies: xpm's median is at most 1.15 times the peer's.

@@ -47,13 +47,13 @@ impl Report {
         }
         if !std::mem::replace(&mut self.any, true) {
             println!(
-                "{:<34} {:<10} {:>12} {:>12}  {:<26} {:>7} {:>6}",
+                "{:<40} {:<10} {:>12} {:>12}  {:<26} {:>7} {:>6}",
                 "case", "metric", "xpm", "peer", "", "ratio", "goal"
             );
         }
         let number = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.2}"));
         println!(
-            "{:<34} {:<10} {:>12} {:>12}  {:<26} {:>7} {:>6} {}",
+            "{:<40} {:<10} {:>12} {:>12}  {:<26} {:>7} {:>6} {}",
             row.case,
             row.metric,
             amount(row.xpm, row.unit),
