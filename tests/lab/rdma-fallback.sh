@@ -1,7 +1,7 @@
 # Where RDMA cannot be had, TCP is used and said to be; when RDMA is back, the load moves over to it.
 . "$LAB_SCRIPTS/rdma-lib.sh"
 
-manager=/dev/infiniband/rdma_cm
+devices=/dev/infiniband
 
 # by TRANSPORT: whether all links of the device are up by it.
 by() {
@@ -16,18 +16,18 @@ dmesg_start
 transport=
 blk_settings='forbid-transports = ["shm", "nbd-unix"]'
 start_pool 128MiB a1 a2
-mv $manager $manager.away
+mv $devices $devices.away
 attach moved 128MiB ublk --stripe 2
 by nbd-tcp || fail "the links are not by TCP"
 reason=$(shown moved 'links[0]["reason"]')
-note "without the connection manager: $reason"
+note "without RDMA: $reason"
 grep -q rdma <<<"$reason" || fail "that does not say why RDMA is not used"
 fio --name=load --filename="$device" --rw=randwrite --bs=16k --iodepth=8 --size=32M --direct=1 --ioengine=libaio \
     --verify=crc32c --verify_fatal=1 --verify_backlog=64 --time_based --runtime=18 \
     --output-format=terse --terse-version=3 >/run/lab/fio.out 2>&1 &
 fio_pid=$!
 sleep 2
-mv $manager.away $manager
+mv $devices.away $devices
 wait_for 20 by rdma
 kill -0 $fio_pid || fail "the load ended early: $(tail -n 5 /run/lab/fio.out)"
 [ "$(shown moved 'links[0].get("reason")')" = None ] || fail "a reason is left over"

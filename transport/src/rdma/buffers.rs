@@ -1,8 +1,10 @@
 //! The buffers of a queue, registered once for all of its links over one device.
 
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use super::cm::Id;
+use super::plain::Port;
 use super::verbs::{Access, Device, Domain, Registration};
 use crate::io::IoBuf;
 
@@ -62,6 +64,22 @@ impl LocalDevice {
         let local = Arc::new(LocalDevice { domain: Domain::new(device)?, registered: Mutex::default() });
         devices.push(Arc::downgrade(&local));
         Ok(local)
+    }
+
+    /// The device and port of an address of this host, without the connection manager.
+    pub(super) fn at(ip: IpAddr) -> std::io::Result<(Arc<LocalDevice>, Port)> {
+        let mut devices = DEVICES.lock().unwrap_or_else(PoisonError::into_inner);
+        let own = devices.iter().filter_map(Weak::upgrade).filter(|known| known.domain.device().is_own());
+        for known in own {
+            if let Some((_, port)) = Port::find(std::slice::from_ref(known.domain.device()), ip) {
+                return Ok((known, port));
+            }
+        }
+        let (device, port) = Port::find(&Device::all()?, ip)
+            .ok_or_else(|| std::io::Error::other("no RDMA device of this host has that address"))?;
+        let local = Arc::new(LocalDevice { domain: Domain::new(device)?, registered: Mutex::default() });
+        devices.push(Arc::downgrade(&local));
+        Ok((local, port))
     }
 
     pub(super) const fn domain(&self) -> &Arc<Domain> {

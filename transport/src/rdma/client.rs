@@ -14,14 +14,16 @@ use super::buffers::{Buffers, LocalDevice};
 use super::cm::{Channel, Event, Id, Kind, Size};
 use super::engine::QueueSize;
 pub use super::engine::Table;
-use super::errors;
 use super::link::Connection;
 pub use super::link::RdmaLink;
 use super::pages::Pages;
-use super::verbs::{Access, Batch, CompletionQueue, Registration, Request};
+use super::pair::Pair;
+use super::plain::Pair as Plain;
+use super::verbs::{Access, Batch, CompletionQueue, Device, Registration, Request};
 use super::wire::{ENTRY_LEN, Entry, Hello, Welcome};
+use super::{errors, exchange};
 pub use crate::connect::ConnectError;
-use crate::connect::{Deadline, wait};
+use crate::connect::{Deadline, dial_tcp, wait};
 use crate::nbd::client::NbdLink;
 
 /// Bytes that a request is asked to be able to carry itself.
@@ -57,36 +59,99 @@ pub struct Target<'a> {
 /// leads there.
 pub fn connect(target: &Target<'_>, beside: NbdLink) -> Result<RdmaLink, ConnectError> {
     let deadline = Deadline::after(target.limit);
+    let mut made = managed(target, deadline).or_else(|error| match error {
+        // The connection manager is missing here or there.
+        ConnectError::Unavailable(_) | ConnectError::Unreachable(_) if !is_registering(&error) => {
+            plain(target, deadline).map_err(|other| if is_final(&other) { other } else { error })
+        }
+        error => Err(error),
+    })?;
+    let table = read_table(&mut made.connection, made.local.domain(), &made.welcome, deadline)?;
+    if table.len() != beside.info().size {
+        return Err(broken("a table that is not of the export"));
+    }
+    let bounce = Bounce::new(made.local.domain()).map_err(|error| resources("a buffer", &error))?;
+    let size = QueueSize {
+        depth: target.depth.max(1),
+        requests: made.size.requests as usize,
+        inline: made.size.inline as usize,
+    };
+    RdmaLink::new(made.connection, beside, table, (Buffers::new(made.local), bounce), size)
+        .map_err(ConnectError::Unreachable)
+}
+
+/// A connection, and what came with it.
+struct Made {
+    connection: Connection,
+    welcome: Welcome,
+    local: Arc<LocalDevice>,
+    /// As large as the device made it.
+    size: Size,
+}
+
+/// The appliance answered, but not yes yet.
+fn is_registering(error: &ConnectError) -> bool {
+    matches!(error, ConnectError::Unreachable(error) if error.kind() == std::io::ErrorKind::WouldBlock)
+}
+
+/// The appliance answered.
+fn is_final(error: &ConnectError) -> bool {
+    is_registering(error)
+        || matches!(
+            error,
+            ConnectError::UnknownExport | ConnectError::Refused(_) | ConnectError::Unsupported(_)
+        )
+}
+
+/// By the connection manager.
+fn managed(target: &Target<'_>, deadline: Deadline) -> Result<Made, ConnectError> {
     let events = Channel::new().map_err(|error| errors::no_rdma(&error))?;
     let mut id = Id::new(&events).map_err(|error| errors::no_rdma(&error))?;
     resolve(&id, &events, target.address, deadline)?;
     let local = LocalDevice::of(&id, || keeper(&id)).map_err(|error| errors::no_rdma(&error))?;
-    let device = local.domain().device();
-
-    let limits = device.limits().map_err(ConnectError::Unreachable)?;
-    let requests = (target.depth + REQUESTS_MORE).min(limits.work_requests as usize);
-    let depth = u32::try_from(requests).unwrap_or(u32::MAX).min(limits.completions);
-    let completions = CompletionQueue::new(device.clone(), depth)
-        .map_err(|error| resources("a completion queue", &error))?;
-    let size = Size { requests: depth, inline: INLINE_WANTED };
+    let (completions, size) = queue(&local, target.depth)?;
     let inline = id
         .make_queue_pair(local.domain(), &completions, size)
         .or_else(|_| id.make_queue_pair(local.domain(), &completions, Size { inline: 0, ..size }))
         .map_err(|error| resources("a queue pair", &error))?;
-    let mut connection = Connection { id, completions, events };
+    let connection = Connection { pair: Pair::Managed { id, events }, completions };
+    let Pair::Managed { id, events } = &connection.pair else { unreachable!("made so above") };
 
     let hello = Hello::new(target.key.clone(), target.epoch, target.session);
-    connection.id.connect(&hello.encode()).map_err(ConnectError::Unreachable)?;
-    let said = expect(&connection.events, Kind::Established, deadline)?.said;
+    id.connect(&hello.encode()).map_err(ConnectError::Unreachable)?;
+    let said = expect(events, Kind::Established, deadline)?.said;
     let welcome = Welcome::decode(&said).ok_or_else(|| broken("an answer that is none"))?;
-    let table = read_table(&mut connection, local.domain(), &welcome, deadline)?;
-    if table.len() != beside.info().size {
-        return Err(broken("a table that is not of the export"));
-    }
-    let bounce = Bounce::new(local.domain()).map_err(|error| resources("a buffer", &error))?;
-    let size = QueueSize { depth: target.depth.max(1), requests: depth as usize, inline: inline as usize };
-    RdmaLink::new(connection, beside, table, (Buffers::new(local), bounce), size)
-        .map_err(ConnectError::Unreachable)
+    Ok(Made { connection, welcome, local, size: Size { inline, ..size } })
+}
+
+/// By messages over TCP, to the same address.
+fn plain(target: &Target<'_>, deadline: Deadline) -> Result<Made, ConnectError> {
+    let control = dial_tcp(target.address, deadline)?;
+    let own = exchange::own_address(&control).map_err(ConnectError::Unreachable)?;
+    let (local, port) = LocalDevice::at(own.ip()).map_err(|error| errors::no_rdma(&error))?;
+    let (completions, size) = queue(&local, target.depth)?;
+    let (pair, inline) = Plain::new(local.domain(), &completions, size)
+        .or_else(|_| Plain::new(local.domain(), &completions, Size { inline: 0, ..size }))
+        .map_err(|error| resources("a queue pair", &error))?;
+    let connection = Connection { pair: Pair::Plain { pair: Some(pair), control }, completions };
+    let Pair::Plain { pair: Some(pair), control } = &connection.pair else { unreachable!("made so above") };
+
+    let packet = exchange::first_packet().map_err(ConnectError::Unreachable)?;
+    let hello = Hello::new(target.key.clone(), target.epoch, target.session);
+    let (welcome, other) = exchange::ask(control.as_fd(), &hello, &pair.end(&port, packet), deadline)?;
+    pair.connect(local.domain().device(), &port, packet, &other).map_err(ConnectError::Unreachable)?;
+    Ok(Made { connection, welcome, local, size: Size { inline, ..size } })
+}
+
+/// A completion queue for so many operations, and the size of its queue pair.
+fn queue(local: &LocalDevice, depth: usize) -> Result<(CompletionQueue, Size), ConnectError> {
+    let device = local.domain().device();
+    let limits = device.limits().map_err(ConnectError::Unreachable)?;
+    let requests = (depth + REQUESTS_MORE).min(limits.work_requests as usize);
+    let requests = u32::try_from(requests).unwrap_or(u32::MAX).min(limits.completions);
+    let completions = CompletionQueue::new(device.clone(), requests)
+        .map_err(|error| resources("a completion queue", &error))?;
+    Ok((completions, Size { requests, inline: INLINE_WANTED }))
 }
 
 /// Whether this host has RDMA at all; if not, why, in words that say what to do.
@@ -94,7 +159,11 @@ pub fn connect(target: &Target<'_>, beside: NbdLink) -> Result<RdmaLink, Connect
 /// # Errors
 /// The reason.
 pub fn check_support() -> Result<(), String> {
-    Channel::new().and_then(|events| Id::new(&events).map(drop)).map_err(|error| errors::explain(&error))
+    let managed = Channel::new().and_then(|events| Id::new(&events).map(drop));
+    managed.or_else(|error| match Device::all() {
+        Ok(devices) if !devices.is_empty() => Ok(()),
+        _ => Err(errors::explain(&error)),
+    })
 }
 
 fn resolve(
@@ -175,7 +244,7 @@ fn read_table(
     };
     let mut batch = Batch::new(1);
     batch.push(&request);
-    let queue_pair = connection.id.queue_pair().ok_or_else(crate::connect::closed)?;
+    let queue_pair = connection.pair.raw().ok_or_else(crate::connect::closed)?;
     let outcome =
         batch.post(queue_pair).map_err(ConnectError::Unreachable).and_then(|()| {
             match wait_for_one(&mut connection.completions, deadline)? {
@@ -187,7 +256,7 @@ fn read_table(
         });
     if let Err(error) = outcome {
         // After this, the device does not write to the pages any more.
-        connection.id.destroy_queue_pair();
+        connection.pair.destroy();
         return Err(error);
     }
     let mut bytes = vec![0; len];

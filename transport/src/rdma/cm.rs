@@ -20,10 +20,10 @@ const OPTION_ID_ACK_TIMEOUT: i32 = 3;
 /// `RDMA_MAX_RESP_RES` and `RDMA_MAX_INIT_DEPTH`: as many reads at once as the devices can.
 const READS_MAX: u8 = 0xff;
 /// Times that a request is sent again before the connection is given up, the most there is.
-const RETRIES: u8 = 7;
+pub(super) const RETRIES: u8 = 7;
 /// Time without an acknowledgement before a request is sent again: 4.096 us times two to this power,
 /// 0.27 s (IBTA 1, 9.9.1.4.1.1). With the retries, a silent appliance is noticed within seconds.
-const ACK_TIMEOUT: u8 = 16;
+pub(super) const ACK_TIMEOUT: u8 = 16;
 
 /// Where the events of identifiers come out.
 pub(super) struct Channel {

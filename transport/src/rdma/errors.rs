@@ -38,24 +38,29 @@ pub(super) const fn of_status(status: u32) -> LinkDown {
 /// Why an appliance rejected a connection. `said` is the private data of the rejection.
 pub(super) fn of_rejection(reason: i32, said: &[u8]) -> ConnectError {
     match Refusal::decode(said) {
-        Some(Refusal::Unknown) => ConnectError::UnknownExport,
-        Some(Refusal::NotReady) => ConnectError::Unreachable(io::Error::new(
-            io::ErrorKind::WouldBlock,
-            "the appliance is still registering the memory",
-        )),
-        Some(Refusal::Shared) => {
-            ConnectError::Refused("a process on the appliance's host has the memory mapped".to_owned())
-        }
-        Some(Refusal::Failed) => {
-            ConnectError::Refused("the appliance cannot register the memory with its device".to_owned())
-        }
-        Some(Refusal::Version) => {
-            ConnectError::Unsupported("another version of xpm's RDMA protocol".to_owned())
-        }
-        Some(Refusal::Busy) => ConnectError::Refused("the appliance has too many connections".to_owned()),
+        Some(refusal) => of_refusal(refusal),
         None => ConnectError::Unreachable(io::Error::other(format!(
             "the connection was rejected for reason {reason}: nothing listens there, or not this protocol"
         ))),
+    }
+}
+
+/// The same for what the appliance said.
+pub(super) fn of_refusal(refusal: Refusal) -> ConnectError {
+    match refusal {
+        Refusal::Unknown => ConnectError::UnknownExport,
+        Refusal::NotReady => ConnectError::Unreachable(io::Error::new(
+            io::ErrorKind::WouldBlock,
+            "the appliance is still registering the memory",
+        )),
+        Refusal::Shared => {
+            ConnectError::Refused("a process on the appliance's host has the memory mapped".to_owned())
+        }
+        Refusal::Failed => {
+            ConnectError::Refused("the appliance cannot register the memory with its device".to_owned())
+        }
+        Refusal::Version => ConnectError::Unsupported("another version of xpm's RDMA protocol".to_owned()),
+        Refusal::Busy => ConnectError::Refused("the appliance has too many connections".to_owned()),
     }
 }
 

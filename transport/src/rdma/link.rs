@@ -2,14 +2,13 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
 
 use rustix::event::epoll::{self, EventData, EventFlags};
 
 use super::bounce::Bounce;
 use super::buffers::Buffers;
-use super::cm::{Channel, Id, Kind as CmKind};
 use super::engine::{Engine, QueueSize, Reach, Table};
+use super::pair::Pair;
 use super::verbs::{Batch, CompletionQueue, Ended};
 use crate::io::{Completion, IoBuf, Kind, Operation};
 use crate::link::{Full, Link, LinkDown};
@@ -17,6 +16,7 @@ use crate::nbd::client::NbdLink;
 
 /// A busy link looks this often, in polls, for news beside its completions; an idle one each time.
 const LOOK_EVERY: u32 = 256;
+
 /// A [`Link`] over one reliable connection. Nothing is allocated after it was made, but for the
 /// registration of a device's buffers.
 ///
@@ -27,9 +27,8 @@ const LOOK_EVERY: u32 = 256;
 /// * Completions are told by the wait descriptor only after [`Link::arm`].
 pub struct RdmaLink {
     // First, so that nothing uses what follows.
-    id: Id,
+    pair: Pair,
     completions: CompletionQueue,
-    events: Arc<Channel>,
     beside: NbdLink,
     watch: OwnedFd,
     engine: Engine,
@@ -45,9 +44,9 @@ pub struct RdmaLink {
 
 /// What a connection is made of.
 pub(super) struct Connection {
-    pub(super) id: Id,
+    // First, so that nothing uses what follows.
+    pub(super) pair: Pair,
     pub(super) completions: CompletionQueue,
-    pub(super) events: Arc<Channel>,
 }
 
 /// How the link's device reaches memory of this process.
@@ -82,18 +81,18 @@ impl RdmaLink {
         (buffers, bounce): (Buffers, Bounce),
         size: QueueSize,
     ) -> io::Result<RdmaLink> {
-        let Connection { id, completions, events } = connection;
+        // In this order, in which they are dropped backwards should something fail.
+        let Connection { completions, pair } = connection;
         let watch = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let data = EventData::new_u64(0);
         epoll::add(&watch, completions.as_fd(), data, EventFlags::IN)?;
-        epoll::add(&watch, events.as_fd(), data, EventFlags::IN)?;
+        epoll::add(&watch, pair.news(), data, EventFlags::IN)?;
         if let Some(fd) = beside.wait_fd() {
             epoll::add(&watch, fd, data, EventFlags::IN)?;
         }
         Ok(RdmaLink {
-            id,
+            pair,
             completions,
-            events,
             beside,
             watch,
             engine: Engine::new(table, size),
@@ -134,7 +133,7 @@ impl RdmaLink {
         if self.batch.is_empty() || self.down.is_some() {
             return;
         }
-        let posted = match self.id.queue_pair() {
+        let posted = match self.pair.raw() {
             Some(queue_pair) => self.batch.post(queue_pair),
             None => Err(io::ErrorKind::NotConnected.into()),
         };
@@ -176,17 +175,8 @@ impl RdmaLink {
         if let Err(down) = polled {
             return self.go_down(down);
         }
-        loop {
-            match self.events.next() {
-                Ok(None) => return,
-                Ok(Some(event)) => match event.kind {
-                    CmKind::Disconnected | CmKind::DeviceRemoved | CmKind::Failed | CmKind::Rejected => {
-                        return self.go_down(LinkDown::Broken);
-                    }
-                    _ => {}
-                },
-                Err(_) => return self.go_down(LinkDown::Broken),
-            }
+        if self.pair.is_over() {
+            self.go_down(LinkDown::Broken);
         }
     }
 
@@ -194,7 +184,7 @@ impl RdmaLink {
         if self.down.is_none() {
             self.down = Some(why);
             // After this, the device touches no buffer any more.
-            self.id.destroy_queue_pair();
+            self.pair.destroy();
         }
     }
 }

@@ -43,11 +43,18 @@ impl Access {
     }
 }
 
-/// An open device. It stays open because an identifier of the connection manager that is bound to
-/// it is kept.
+/// An open device.
 pub(super) struct Device {
     context: NonNull<sys::ibv_context>,
-    _keeper: Id,
+    keeper: Keeper,
+}
+
+/// Why a device stays open.
+enum Keeper {
+    /// An identifier of the connection manager is bound to it, whose the context is.
+    Manager(#[expect(dead_code, reason = "only held")] Id),
+    /// It was opened here.
+    Own,
 }
 
 // SAFETY: verbs may be called from any thread (verbs(7) objects are thread-safe); the keeper is
@@ -63,13 +70,43 @@ pub(super) struct Limits {
     pub(super) work_requests: u32,
     /// Most entries of one completion queue.
     pub(super) completions: u32,
+    /// Most reads at once that a queue pair answers.
+    pub(super) reads_answered: u8,
+    /// Most reads at once that a queue pair asks for.
+    pub(super) reads_asked: u8,
 }
 
 impl Device {
     /// The device that an identifier is bound to; the identifier is kept. None when it is bound to
     /// none.
     pub(super) fn of(keeper: Id) -> Option<Arc<Device>> {
-        Some(Arc::new(Device { context: keeper.context()?, _keeper: keeper }))
+        Some(Arc::new(Device { context: keeper.context()?, keeper: Keeper::Manager(keeper) }))
+    }
+
+    /// All devices of this host that can be opened, without the connection manager.
+    pub(super) fn all() -> io::Result<Vec<Arc<Device>>> {
+        let mut count = 0;
+        // SAFETY: `count` is a place for one number.
+        let list = pointer(unsafe { sys::ibv_get_device_list(&raw mut count) })?;
+        let count = usize::try_from(count).unwrap_or(0);
+        let open = |place| {
+            // SAFETY: the list has `count` devices and is not freed yet.
+            let context = NonNull::new(unsafe { sys::ibv_open_device(*list.as_ptr().add(place)) })?;
+            Some(Arc::new(Device { context, keeper: Keeper::Own }))
+        };
+        let devices = (0..count).filter_map(open).collect();
+        // SAFETY: the list is freed once; open devices do not need it.
+        unsafe { sys::ibv_free_device_list(list.as_ptr()) };
+        Ok(devices)
+    }
+
+    /// Whether it was opened here.
+    pub(super) const fn is_own(&self) -> bool {
+        matches!(self.keeper, Keeper::Own)
+    }
+
+    pub(super) const fn raw(&self) -> *mut sys::ibv_context {
+        self.context.as_ptr()
     }
 
     /// Whether the identifier is bound to this device.
@@ -91,7 +128,21 @@ impl Device {
         let mut found: sys::ibv_device_attr = unsafe { std::mem::zeroed() };
         // SAFETY: the context is open, and `found` is written only during the call.
         check(unsafe { sys::ibv_query_device(self.context.as_ptr(), &raw mut found) })?;
-        Ok(Limits { work_requests: found.max_qp_wr.max(1) as u32, completions: found.max_cqe.max(1) as u32 })
+        Ok(Limits {
+            work_requests: found.max_qp_wr.max(1) as u32,
+            completions: found.max_cqe.max(1) as u32,
+            reads_answered: u8::try_from(found.max_qp_rd_atom).unwrap_or(u8::MAX),
+            reads_asked: u8::try_from(found.max_qp_init_rd_atom).unwrap_or(u8::MAX),
+        })
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        if self.is_own() {
+            // SAFETY: it was opened here, and everything of it holds it, so nothing is left.
+            complain("a device", unsafe { sys::ibv_close_device(self.context.as_ptr()) });
+        }
     }
 }
 

@@ -188,6 +188,85 @@ impl Refusal {
     }
 }
 
+/// Length of an encoded [`End`].
+pub const END_LEN: usize = 32;
+/// Length of what a client says over TCP: [`Hello`], then [`End`].
+pub const ASK_LEN: usize = HELLO_LEN + END_LEN;
+/// Length of the answer over TCP: see [`encode_answer`].
+pub const ANSWER_LEN: usize = 1 + WELCOME_LEN + END_LEN;
+
+/// One end of a reliable connection that no connection manager makes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct End {
+    /// Number of the queue pair, 24 bits.
+    pub number: u32,
+    /// Number of its first packet, 24 bits.
+    pub packet: u32,
+    /// Local identifier of the port; 0 on Ethernet.
+    pub lid: u16,
+    /// Active MTU of the port, as `enum ibv_mtu` counts: 1 to 5 for 256 to 4096 bytes.
+    pub mtu: u8,
+    /// Whether the port is one of RoCE.
+    pub ethernet: bool,
+    /// Global identifier of the port.
+    pub gid: [u8; 16],
+}
+
+impl End {
+    /// The message.
+    pub fn encode(&self) -> [u8; END_LEN] {
+        let mut bytes = [0; END_LEN];
+        bytes[..4].copy_from_slice(&self.number.to_be_bytes());
+        bytes[4..8].copy_from_slice(&self.packet.to_be_bytes());
+        bytes[8..10].copy_from_slice(&self.lid.to_be_bytes());
+        bytes[10] = self.mtu;
+        bytes[11] = u8::from(self.ethernet);
+        bytes[12..28].copy_from_slice(&self.gid);
+        bytes
+    }
+
+    /// Reads a message. None: it says what cannot be.
+    pub fn decode(bytes: &[u8; END_LEN]) -> Option<End> {
+        let end = End {
+            number: u32::from_be_bytes(part(bytes)),
+            packet: u32::from_be_bytes(part(&bytes[4..])),
+            lid: u16::from_be_bytes(part(&bytes[8..])),
+            mtu: bytes[10],
+            ethernet: bytes[11] != 0,
+            gid: part(&bytes[12..]),
+        };
+        let numbers = end.number < 1 << 24 && end.packet < 1 << 24;
+        (numbers && (1..=5).contains(&end.mtu)).then_some(end)
+    }
+}
+
+/// What an appliance answers over TCP: 1, welcome and end; or 0, refusal, and zeros.
+pub fn encode_answer(answer: Result<(Welcome, End), Refusal>) -> [u8; ANSWER_LEN] {
+    let mut bytes = [0; ANSWER_LEN];
+    match answer {
+        Ok((welcome, end)) => {
+            bytes[0] = 1;
+            bytes[1..1 + WELCOME_LEN].copy_from_slice(&welcome.encode());
+            bytes[1 + WELCOME_LEN..].copy_from_slice(&end.encode());
+        }
+        Err(refusal) => bytes[1..1 + REFUSAL_LEN].copy_from_slice(&refusal.encode()),
+    }
+    bytes
+}
+
+/// Reads the answer. None: it is none.
+pub fn decode_answer(bytes: &[u8; ANSWER_LEN]) -> Option<Result<(Welcome, End), Refusal>> {
+    match bytes[0] {
+        1 => {
+            let welcome = Welcome::decode(&bytes[1..])?;
+            let end = End::decode(bytes[1 + WELCOME_LEN..].first_chunk()?)?;
+            Some(Ok((welcome, end)))
+        }
+        0 => Refusal::decode(&bytes[1..]).map(Err),
+        _ => None,
+    }
+}
+
 /// One region in the table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Entry {
@@ -237,6 +316,22 @@ mod tests {
                 prop_assert!((1..=REGIONS_MAX).contains(&welcome.regions));
                 prop_assert!(u64::from(welcome.regions).checked_shl(u32::from(welcome.region_shift)).is_some());
             }
+        }
+
+        #[test]
+        fn answers_over_tcp_are_read_or_refused(
+            bytes in proptest::array::uniform32(any::<u8>()), gid: [u8; 16], numbers in (0_u32..1 << 24, 0_u32..1 << 24),
+            lid: u16, mtu in 1_u8..=5, ethernet: bool,
+        ) {
+            let _ = End::decode(&bytes);
+            let end = End { number: numbers.0, packet: numbers.1, lid, mtu, ethernet, gid };
+            prop_assert_eq!(End::decode(&end.encode()), Some(end));
+            let welcome = Welcome { table: 1, rkey: 2, regions: 3, region_shift: 28 };
+            prop_assert_eq!(decode_answer(&encode_answer(Ok((welcome, end)))), Some(Ok((welcome, end))));
+            prop_assert_eq!(decode_answer(&encode_answer(Err(Refusal::Busy))), Some(Err(Refusal::Busy)));
+            let mut rubbish = [0xff; ANSWER_LEN];
+            rubbish[..END_LEN].copy_from_slice(&bytes);
+            let _ = decode_answer(&rubbish);
         }
 
         #[test]

@@ -140,6 +140,12 @@ pub(crate) const ALL: &[Scenario] = &[
         ..RDMA
     },
     Scenario {
+        name: "rdma-exchange",
+        about: "no connection manager at the client, at both ends, at the appliances: connected over TCP",
+        script: "rdma-exchange.sh",
+        ..RDMA
+    },
+    Scenario {
         name: "rdma-kill",
         about: "an appliance killed under load: noticed in time, its memory lost and never zeros",
         script: "rdma-kill.sh",
@@ -162,7 +168,7 @@ pub(crate) const ALL: &[Scenario] = &[
         memory_mib: 4096,
         appliances: &[],
         script: "bench-blk.sh",
-        seconds_max: 600,
+        seconds_max: 1200,
         bench: true,
         check: daemons_live,
         ..BASE

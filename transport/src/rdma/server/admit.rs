@@ -1,14 +1,22 @@
 //! Who is let in.
 
+use std::io;
+use std::net::TcpStream;
 use std::sync::PoisonError;
 
 use super::super::cm::{Id, Size};
-use super::super::wire::{Hello, Refusal};
+use super::super::exchange::first_packet;
+use super::super::plain::{Pair, Port as PlainPort};
+use super::super::verbs::{CompletionQueue, Device};
+use super::super::wire::{End, Hello, Refusal, Welcome};
 use super::Shared;
-use super::state::{Connection, Phase};
+use super::grant::DeviceGrant;
+use super::state::{Connection, Ending, Held, Key, Phase, State};
 
 /// Most connections: each costs the device a queue pair.
 const CONNECTIONS_MAX: usize = 1 << 14;
+/// The size of a queue pair that only answers.
+const ANSWERING: Size = Size { requests: 1, inline: 0 };
 
 impl Shared {
     /// Lets a client in or rejects it. `said` comes from anyone.
@@ -28,52 +36,99 @@ impl Shared {
         let group = self.grants.find(&hello.key).ok_or(Refusal::Unknown)?;
         // Held to the end: a revocation comes before all of this or after.
         let mut state = self.lock();
-        let ready = match state.phase_in(group, hello.epoch) {
-            // The grant is known, so it is only a moment until its registration begins.
-            None if state.phase(group).is_none() => return Err(Refusal::NotReady),
-            None => return Err(Refusal::Unknown),
-            Some(Phase::Registering) => return Err(Refusal::NotReady),
-            Some(Phase::Failed) => return Err(Refusal::Failed),
-            Some(Phase::Withdrawn) => return Err(Refusal::Shared),
-            Some(Phase::Ready(ready)) => ready,
-        };
+        check(&state, group, &hello)?;
         let mut own = id.take().ok_or(Refusal::Failed)?;
-        let prepared =
-            ready.iter().find(|grant| grant.device().is_of(&own)).ok_or(Refusal::Failed).and_then(|grant| {
-                self.make_queue_pair(&mut own, grant.domain())?;
-                Ok(grant.welcome())
-            });
-        let stale = state.is_stale(group, hello.session, hello.queue, hello.generation)
-            || state.connections(None) >= CONNECTIONS_MAX;
-        let welcome = match prepared {
-            Ok(welcome) if !stale => welcome,
-            refused => {
-                own.destroy_queue_pair();
+        let grant = ready(&state, group, |device| device.is_of(&own));
+        let made = grant.and_then(|grant| {
+            self.with_completions(grant.device(), |completions| {
+                own.make_queue_pair(grant.domain(), completions, ANSWERING).map(drop)
+            })?;
+            Ok(grant.welcome())
+        });
+        let welcome = match made {
+            Ok(welcome) => welcome,
+            Err(refusal) => {
                 *id = Some(own);
-                return Err(refused.err().unwrap_or(Refusal::Busy));
+                return Err(refusal);
             }
         };
         // What the queue's earlier connections left behind must not land any more.
         state.shut_out(group, hello.session, hello.queue, hello.generation);
-        if own.accept(&welcome.encode()).is_err() {
-            return Ok(());
+        if own.accept(&welcome.encode()).is_ok() {
+            state.add(connection(Held::Managed(own), group, &hello));
         }
-        let Hello { session, queue, generation, .. } = hello;
-        state.add(Connection { id: own, group, session, queue, generation });
         Ok(())
     }
 
-    fn make_queue_pair(
+    /// Lets a client in that came over TCP. The caller sends the answer, and says when the client leaves.
+    pub(super) fn admit_plain(
         &self,
-        id: &mut Id,
-        domain: &std::sync::Arc<super::super::verbs::Domain>,
-    ) -> Result<(), Refusal> {
-        let port = self.ports.iter().find(|port| port.device.is_of(id)).ok_or(Refusal::Failed)?;
+        hello: &Hello,
+        other: &End,
+        stream: &TcpStream,
+    ) -> Result<(Key, Welcome, End), Refusal> {
+        let group = self.grants.find(&hello.key).ok_or(Refusal::Unknown)?;
+        let devices: Vec<_> = self.ports.iter().map(|port| port.device.clone()).collect();
+        let ip = stream.local_addr().map_err(|_| Refusal::Failed)?.ip();
+        let (device, port) = PlainPort::find(&devices, ip).ok_or(Refusal::Failed)?;
+        let control = stream.try_clone().map_err(|_| Refusal::Failed)?;
+        // Held to the end: a revocation comes before all of this or after.
+        let mut state = self.lock();
+        check(&state, group, hello)?;
+        let grant = ready(&state, group, |known| std::ptr::eq(known, &raw const *device))?;
+        let (pair, end) = self.with_completions(&device, |completions| {
+            let (pair, _) = Pair::new(grant.domain(), completions, ANSWERING)?;
+            let packet = first_packet()?;
+            pair.connect(&device, &port, packet, other)?;
+            let end = pair.end(&port, packet);
+            Ok((pair, end))
+        })?;
+        let welcome = grant.welcome();
+        // What the queue's earlier connections left behind must not land any more.
+        state.shut_out(group, hello.session, hello.queue, hello.generation);
+        let key = state.add(connection(Held::Plain(pair, Ending(control.into())), group, hello));
+        Ok((key, welcome, end))
+    }
+
+    fn with_completions<T>(
+        &self,
+        device: &Device,
+        make: impl FnOnce(&CompletionQueue) -> io::Result<T>,
+    ) -> Result<T, Refusal> {
+        let port =
+            self.ports.iter().find(|port| std::ptr::eq(&*port.device, device)).ok_or(Refusal::Failed)?;
         let completions = port.completions.lock().unwrap_or_else(PoisonError::into_inner);
-        let made = id.make_queue_pair(domain, &completions, Size { requests: 1, inline: 0 });
-        made.map(drop).map_err(|error| {
+        make(&completions).map_err(|error| {
             tracing::warn!("a client cannot be let in by RDMA: {error}");
             Refusal::Failed
         })
     }
+}
+
+/// Whether a client may come in.
+fn check(state: &State, group: u128, hello: &Hello) -> Result<(), Refusal> {
+    match state.phase_in(group, hello.epoch) {
+        // The grant is known, so it is only a moment until its registration begins.
+        None if state.phase(group).is_none() => Err(Refusal::NotReady),
+        None => Err(Refusal::Unknown),
+        Some(Phase::Registering) => Err(Refusal::NotReady),
+        Some(Phase::Failed) => Err(Refusal::Failed),
+        Some(Phase::Withdrawn) => Err(Refusal::Shared),
+        Some(Phase::Ready(_)) => {
+            let stale = state.is_stale(group, hello.session, hello.queue, hello.generation);
+            let full = state.connections(None) >= CONNECTIONS_MAX;
+            if stale || full { Err(Refusal::Busy) } else { Ok(()) }
+        }
+    }
+}
+
+/// What is registered of a group with a device.
+fn ready(state: &State, group: u128, is_device: impl Fn(&Device) -> bool) -> Result<&DeviceGrant, Refusal> {
+    let Some(Phase::Ready(grants)) = state.phase(group) else { return Err(Refusal::NotReady) };
+    grants.iter().find(|grant| is_device(grant.device())).ok_or(Refusal::Failed)
+}
+
+fn connection(held: Held, group: u128, hello: &Hello) -> Connection {
+    let Hello { session, queue, generation, .. } = *hello;
+    Connection { held, group, session, queue, generation }
 }

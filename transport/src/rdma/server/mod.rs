@@ -9,11 +9,12 @@
 //! pairs of a queue's earlier connections at once, for the memory stays registered.
 
 mod admit;
+mod doorman;
 mod grant;
 mod state;
 
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -24,11 +25,13 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use xpm_protocol::nbd::SessionTag;
 use xpm_protocol::{Epoch, GrantKey};
 
+use self::doorman::Doorman;
 pub use self::grant::Lent;
 use self::grant::{DeviceGrant, Job};
-use self::state::{Phase, State};
+use self::state::{Key, Phase, State};
 use super::cm::{Channel, Event, Id, Kind, host_addresses};
 use super::errors;
+use super::plain::Port as PlainPort;
 use super::verbs::{CompletionQueue, Device};
 use super::wire::short_session;
 
@@ -44,15 +47,19 @@ pub trait Grants: Send + Sync {
 /// Serves grants by RDMA. Its threads, and all that is registered, end when it is dropped.
 pub struct RdmaServer {
     shared: Arc<Shared>,
+    addresses: Vec<SocketAddr>,
+    /// Readable when the doorman has to end.
+    over: Arc<OwnedFd>,
     threads: Vec<JoinHandle<()>>,
 }
 
 struct Shared {
     // First, for what it holds uses what follows.
     state: Mutex<State>,
-    listeners: Vec<Listener>,
+    _listeners: Vec<Listener>,
     ports: Vec<Port>,
-    events: Arc<Channel>,
+    /// None: there is no connection manager.
+    events: Option<Arc<Channel>>,
     grants: Arc<dyn Grants>,
     jobs: Sender<Job>,
     /// Readable when the thread that answers has something to look at.
@@ -61,6 +68,7 @@ struct Shared {
 }
 
 struct Listener {
+    /// Listens as long as it lives.
     id: Id,
     address: SocketAddr,
 }
@@ -83,39 +91,24 @@ impl RdmaServer {
     }
 
     fn listen(address: SocketAddr, grants: Arc<dyn Grants>) -> io::Result<RdmaServer> {
-        let events = Channel::new()?;
-        let (mut listeners, mut ports) = (Vec::new(), Vec::<Port>::new());
-        for ip in candidates(address.ip())? {
-            match Listener::new(&events, SocketAddr::new(ip, address.port())) {
-                Ok(listener) => {
-                    if !ports.iter().any(|port| port.device.is_of(&listener.id)) {
-                        ports.push(Port::new(listener.address)?);
-                    }
-                    listeners.push(listener);
-                }
-                Err(error) if address.ip() != ip || error.raw_os_error() == Some(libc::ENODEV) => {}
-                Err(error) => return Err(error),
-            }
-        }
-        if listeners.is_empty() {
-            return Err(io::Error::other("no address of this host is on an RDMA device"));
-        }
+        let door = match Door::managed(address) {
+            Ok(door) => door,
+            // Without the connection manager, clients are let in over TCP alone.
+            Err(error) => Door::plain(address).ok().filter(|door| !door.addresses.is_empty()).ok_or(error)?,
+        };
+        let (door, doors) = door.open()?;
         let (jobs, work) = channel();
         let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let over = Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?);
         let state = Mutex::new(State::default());
-        let shared = Arc::new(Shared {
-            state,
-            listeners,
-            ports,
-            events,
-            grants,
-            jobs,
-            bell,
-            stopped: AtomicBool::new(false),
-        });
-        let mut server = RdmaServer { shared, threads: Vec::new() };
+        let Door { addresses, listeners, ports, events } = door;
+        let stopped = AtomicBool::new(false);
+        let shared =
+            Arc::new(Shared { state, _listeners: listeners, ports, events, grants, jobs, bell, stopped });
+        let mut server = RdmaServer { shared, addresses, over: over.clone(), threads: Vec::new() };
         server.spawn("xpm-rdma-cm", Shared::answer)?;
         server.spawn("xpm-rdma-reg", move |shared| shared.register_all(&work))?;
+        server.spawn("xpm-rdma-tcp", move |shared| Doorman::new(doors, over).run(shared))?;
         Ok(server)
     }
 
@@ -128,7 +121,7 @@ impl RdmaServer {
 
     /// Where it listens.
     pub fn addresses(&self) -> Vec<SocketAddr> {
-        self.shared.listeners.iter().map(|listener| listener.address).collect()
+        self.addresses.clone()
     }
 
     /// The names of the devices that it listens on.
@@ -179,12 +172,73 @@ impl Drop for RdmaServer {
     fn drop(&mut self) {
         self.shared.stopped.store(true, Ordering::SeqCst);
         self.shared.ring();
+        let _ = rustix::io::write(&self.over, &1_u64.to_ne_bytes());
         let _ = self.shared.jobs.send(Job::Stop);
         for thread in self.threads.drain(..) {
             // A panic of it was reported when it happened.
             let _ = thread.join();
         }
         self.shared.lock().close_all();
+    }
+}
+
+/// Where clients come in.
+struct Door {
+    addresses: Vec<SocketAddr>,
+    listeners: Vec<Listener>,
+    ports: Vec<Port>,
+    events: Option<Arc<Channel>>,
+}
+
+impl Door {
+    /// By the connection manager.
+    fn managed(address: SocketAddr) -> io::Result<Door> {
+        let events = Channel::new()?;
+        let (mut listeners, mut ports) = (Vec::new(), Vec::<Port>::new());
+        for ip in candidates(address.ip())? {
+            match Listener::new(&events, SocketAddr::new(ip, address.port())) {
+                Ok(listener) => {
+                    if !ports.iter().any(|port| port.device.is_of(&listener.id)) {
+                        ports.push(Port::new(listener.address)?);
+                    }
+                    listeners.push(listener);
+                }
+                Err(error) if error.raw_os_error() == Some(libc::ENODEV) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        if listeners.is_empty() {
+            return Err(io::Error::other("no address of this host is on an RDMA device"));
+        }
+        let addresses = listeners.iter().map(|listener| listener.address).collect();
+        Ok(Door { addresses, listeners, ports, events: Some(events) })
+    }
+
+    /// Over TCP alone.
+    fn plain(address: SocketAddr) -> io::Result<Door> {
+        let devices = Device::all()?;
+        let mut ips = candidates(address.ip())?;
+        ips.retain(|ip| PlainPort::find(&devices, *ip).is_some());
+        let addresses = ips.into_iter().map(|ip| SocketAddr::new(ip, address.port())).collect();
+        let ports = devices.into_iter().map(Port::of).collect::<io::Result<_>>()?;
+        Ok(Door { addresses, listeners: Vec::new(), ports, events: None })
+    }
+
+    /// Listens over TCP too, at the same addresses. Where that cannot be, the connection manager has to do.
+    fn open(mut self) -> io::Result<(Door, Vec<TcpListener>)> {
+        let mut opened = Vec::new();
+        for address in &self.addresses {
+            let listener = TcpListener::bind(address);
+            match listener.and_then(|listener| listener.set_nonblocking(true).map(|()| listener)) {
+                Ok(listener) => opened.push(listener),
+                Err(error) if self.events.is_none() => return Err(error),
+                Err(error) => tracing::warn!("RDMA at {address} needs the connection manager: TCP: {error}"),
+            }
+        }
+        if self.events.is_none() {
+            self.addresses = opened.iter().map(TcpListener::local_addr).collect::<io::Result<_>>()?;
+        }
+        Ok((self, opened))
     }
 }
 
@@ -216,7 +270,10 @@ impl Port {
         address.set_port(0);
         let keeper = Id::new(&Channel::new()?)?;
         keeper.bind(address)?;
-        let device = Device::of(keeper).ok_or_else(|| io::Error::from_raw_os_error(libc::ENODEV))?;
+        Port::of(Device::of(keeper).ok_or_else(|| io::Error::from_raw_os_error(libc::ENODEV))?)
+    }
+
+    fn of(device: Arc<Device>) -> io::Result<Port> {
         let completions = Mutex::new(CompletionQueue::new(device.clone(), 1)?);
         Ok(Port { completions, device })
     }
@@ -233,41 +290,44 @@ impl Shared {
         let _ = rustix::io::write(&self.bell, &1_u64.to_ne_bytes());
     }
 
-    /// Answers the connection manager until the server ends.
+    /// Answers the connection manager until the server ends, and tidies up.
     fn answer(&self) {
         loop {
             let tidied = self.lock().tidy();
-            let mut watched = [
-                PollFd::from_borrowed_fd(self.events.as_fd(), PollFlags::IN),
-                PollFd::from_borrowed_fd(self.bell.as_fd(), PollFlags::IN),
-            ];
             let limit = tidied.and_then(|limit| Timespec::try_from(limit).ok());
+            let mut watched = vec![PollFd::from_borrowed_fd(self.bell.as_fd(), PollFlags::IN)];
+            watched.extend(
+                self.events.iter().map(|events| PollFd::from_borrowed_fd(events.as_fd(), PollFlags::IN)),
+            );
             // A failure is an interruption, after which looking once more does no harm.
             let _ = poll(&mut watched, limit.as_ref());
             let _ = rustix::io::read(&self.bell, &mut [0; 8]);
             if self.stopped.load(Ordering::SeqCst) {
                 return;
             }
-            loop {
-                match self.events.next() {
-                    Ok(Some(event)) => self.take(event),
-                    Ok(None) => break,
-                    Err(error) => {
-                        tracing::error!("no more clients are let in by RDMA: {error}");
-                        return;
-                    }
-                }
+            if let Err(error) = self.events.as_ref().map_or(Ok(()), |events| self.take_all(events)) {
+                tracing::error!("no more clients are let in by the RDMA connection manager: {error}");
+                return;
             }
         }
+    }
+
+    fn take_all(&self, events: &Arc<Channel>) -> io::Result<()> {
+        while let Some(event) = events.next()? {
+            self.take(event);
+        }
+        Ok(())
     }
 
     fn take(&self, event: Event) {
         match (event.kind, event.request) {
             (Kind::Request, Some(id)) => self.decide(id, &event.said),
-            (Kind::Disconnected | Kind::Failed | Kind::Rejected, _) => self.lock().disconnected(event.id),
+            (Kind::Disconnected | Kind::Failed | Kind::Rejected, _) => {
+                self.lock().left(Key::Managed(event.id));
+            }
             (Kind::DeviceRemoved, _) => {
                 tracing::warn!("an RDMA device is gone: its clients have to use TCP");
-                self.lock().disconnected(event.id);
+                self.lock().left(Key::Managed(event.id));
             }
             _ => {}
         }

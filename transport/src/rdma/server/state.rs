@@ -1,11 +1,14 @@
 //! Which grants are registered, and who is connected to them.
 
 use std::collections::HashMap;
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
+use rustix::net::{Shutdown, shutdown};
 use xpm_protocol::Epoch;
 
 use super::super::cm::{Id, Tag};
+use super::super::plain::Pair;
 use super::grant::DeviceGrant;
 
 /// How long the connections of a revoked grant are kept.
@@ -13,10 +16,11 @@ const REFUSING: Duration = Duration::from_secs(2);
 
 #[derive(Default)]
 pub(super) struct State {
-    connections: HashMap<Tag, Connection>,
+    connections: HashMap<Key, Connection>,
+    plain: u64,
     /// Connections whose keys are good no more, and until when they are kept: a client that goes on is told
     /// by a refused access what happened, not by silence.
-    refusing: Vec<(Instant, Connection)>,
+    refusing: Vec<(Instant, Key, Connection)>,
     grants: HashMap<u128, Grant>,
     tickets: u64,
 }
@@ -39,9 +43,32 @@ pub(super) enum Phase {
     Withdrawn,
 }
 
-/// A client's connection, with its queue pair.
+/// Names a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Key {
+    Managed(Tag),
+    Plain(u64),
+}
+
+/// A connection's queue pair, and what it lasts as long as.
+pub(super) enum Held {
+    Managed(Id),
+    Plain(#[expect(dead_code, reason = "only held")] Pair, #[expect(dead_code, reason = "only held")] Ending),
+}
+
+/// A TCP connection whose other end learns that this one is dropped, also while another thread waits on it.
+pub(super) struct Ending(pub(super) OwnedFd);
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        // It may be over already.
+        let _ = shutdown(&self.0, Shutdown::Both);
+    }
+}
+
+/// A client's connection.
 pub(super) struct Connection {
-    pub(super) id: Id,
+    pub(super) held: Held,
     pub(super) group: u128,
     pub(super) session: u64,
     pub(super) queue: u16,
@@ -98,14 +125,14 @@ impl State {
     fn refuse(&mut self, group: u128) {
         let until = Instant::now() + REFUSING;
         let closed = self.connections.extract_if(|_, connection| connection.group == group);
-        self.refusing.extend(closed.map(|(_, connection)| (until, connection)));
+        self.refusing.extend(closed.map(|(key, connection)| (until, key, connection)));
     }
 
     /// Destroys the connections that have refused for long enough. Gives the time to the next.
     pub(super) fn tidy(&mut self) -> Option<Duration> {
         let now = Instant::now();
-        self.refusing.retain(|(until, _)| *until > now);
-        self.refusing.iter().map(|(until, _)| *until - now).min()
+        self.refusing.retain(|(until, ..)| *until > now);
+        self.refusing.iter().map(|(until, ..)| *until - now).min()
     }
 
     pub(super) fn close_all(&mut self) {
@@ -127,13 +154,22 @@ impl State {
         });
     }
 
-    pub(super) fn add(&mut self, connection: Connection) {
-        self.connections.insert(connection.id.tag(), connection);
+    pub(super) fn add(&mut self, connection: Connection) -> Key {
+        let key = match &connection.held {
+            Held::Managed(id) => Key::Managed(id.tag()),
+            Held::Plain(..) => {
+                self.plain += 1;
+                Key::Plain(self.plain)
+            }
+        };
+        self.connections.insert(key, connection);
+        key
     }
 
-    pub(super) fn disconnected(&mut self, id: Tag) {
-        self.connections.remove(&id);
-        self.refusing.retain(|(_, connection)| connection.id.tag() != id);
+    /// The client of a connection has gone.
+    pub(super) fn left(&mut self, key: Key) {
+        self.connections.remove(&key);
+        self.refusing.retain(|(_, known, _)| *known != key);
     }
 
     pub(super) fn connections(&self, group: Option<u128>) -> usize {

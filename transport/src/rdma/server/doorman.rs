@@ -1,0 +1,131 @@
+//! The thread that lets clients in over TCP, where the connection manager cannot be used.
+//!
+//! It talks to anyone, so a client has little time, there are few that have not said what they want, and none
+//! holds another up.
+
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags, recv, send};
+
+use super::super::exchange::read_ask;
+use super::super::wire::{ASK_LEN, encode_answer};
+use super::Shared;
+use super::state::Key;
+
+/// How long a client may take to say what it wants.
+const ASKING_MAX: Duration = Duration::from_secs(2);
+/// Clients that have not said it yet, at most.
+const PENDING_MAX: usize = 64;
+
+pub(super) struct Doorman {
+    listeners: Vec<TcpListener>,
+    pending: Vec<Pending>,
+    /// Connections that were let in, to hear their end.
+    inside: Vec<(Key, OwnedFd)>,
+    /// Readable when the thread has to end.
+    over: Arc<OwnedFd>,
+}
+
+struct Pending {
+    stream: TcpStream,
+    asked: Vec<u8>,
+    until: Instant,
+}
+
+impl Doorman {
+    pub(super) fn new(listeners: Vec<TcpListener>, over: Arc<OwnedFd>) -> Doorman {
+        Doorman { listeners, pending: Vec::new(), inside: Vec::new(), over }
+    }
+
+    /// Works until the server ends.
+    pub(super) fn run(mut self, shared: &Shared) {
+        while let Some(ready) = self.wait() {
+            let (listeners, rest) = ready.split_at(self.listeners.len());
+            let (pending, inside) = rest.split_at(self.pending.len());
+            let mut heard = inside.iter();
+            self.inside.retain(|(key, _)| {
+                let is_over = heard.next().is_some_and(|heard| *heard);
+                if is_over {
+                    shared.lock().left(*key);
+                }
+                !is_over
+            });
+            self.hear(pending, shared);
+            for (place, ready) in listeners.iter().enumerate() {
+                if *ready {
+                    self.greet(place);
+                }
+            }
+        }
+    }
+
+    /// Waits; gives which of listeners, pending and inside are ready, in this order. None: it is over.
+    fn wait(&self) -> Option<Vec<bool>> {
+        let now = Instant::now();
+        let next = self.pending.iter().map(|pending| pending.until.saturating_duration_since(now)).min();
+        let limit = next.and_then(|limit| Timespec::try_from(limit).ok());
+        let streams = self.listeners.iter().map(AsFd::as_fd);
+        let streams = streams.chain(self.pending.iter().map(|pending| pending.stream.as_fd()));
+        let streams = streams.chain(self.inside.iter().map(|(_, stream)| stream.as_fd()));
+        let mut watched: Vec<PollFd<'_>> =
+            streams.map(|stream| PollFd::from_borrowed_fd(stream, PollFlags::IN)).collect();
+        watched.push(PollFd::from_borrowed_fd(self.over.as_fd(), PollFlags::IN));
+        // A failure is an interruption, after which nothing is ready.
+        let _ = poll(&mut watched, limit.as_ref());
+        let over = watched.pop().is_none_or(|over| !over.revents().is_empty());
+        (!over).then(|| watched.iter().map(|stream| !stream.revents().is_empty()).collect())
+    }
+
+    fn greet(&mut self, listener: usize) {
+        let Ok((stream, _)) = self.listeners[listener].accept() else { return };
+        if self.pending.len() < PENDING_MAX && stream.set_nodelay(true).is_ok() {
+            let until = Instant::now() + ASKING_MAX;
+            self.pending.push(Pending { stream, asked: Vec::with_capacity(ASK_LEN), until });
+        }
+    }
+
+    fn hear(&mut self, ready: &[bool], shared: &Shared) {
+        let now = Instant::now();
+        for (pending, ready) in std::mem::take(&mut self.pending).into_iter().zip(ready) {
+            let waits = pending.until > now;
+            match (*ready, waits) {
+                (true, _) => self.listen_to(pending, shared),
+                (false, true) => self.pending.push(pending),
+                (false, false) => {}
+            }
+        }
+    }
+
+    fn listen_to(&mut self, mut pending: Pending, shared: &Shared) {
+        let mut room = [0; ASK_LEN];
+        let wanted = ASK_LEN - pending.asked.len();
+        match recv(&pending.stream, &mut room[..wanted], RecvFlags::DONTWAIT) {
+            Ok((0, _)) => return,
+            Ok((received, _)) => pending.asked.extend_from_slice(&room[..received]),
+            Err(Errno::AGAIN | Errno::INTR) => {}
+            Err(_) => return,
+        }
+        let Ok(asked) = <[u8; ASK_LEN]>::try_from(pending.asked.as_slice()) else {
+            return self.pending.push(pending);
+        };
+        self.answer(pending.stream, &asked, shared);
+    }
+
+    fn answer(&mut self, stream: TcpStream, asked: &[u8; ASK_LEN], shared: &Shared) {
+        let admitted = read_ask(asked).and_then(|(hello, end)| shared.admit_plain(&hello, &end, &stream));
+        let answer = admitted.as_ref().map(|(_, welcome, end)| (*welcome, *end)).map_err(|refusal| *refusal);
+        // Shorter than any socket buffer, so it goes at once or not at all.
+        let sent = send(&stream, &encode_answer(answer), SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
+        if let Ok((key, _, _)) = admitted {
+            match sent {
+                Ok(_) => self.inside.push((key, stream.into())),
+                Err(_) => shared.lock().left(key),
+            }
+        }
+    }
+}
