@@ -19,6 +19,8 @@ use super::state::Key;
 
 /// How long a client may take to say what it wants.
 const ASKING_MAX: Duration = Duration::from_secs(2);
+/// Pause after a client could not be accepted.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
 /// Clients that have not said it yet, at most.
 const PENDING_MAX: usize = 64;
 
@@ -82,7 +84,10 @@ impl Doorman {
     }
 
     fn greet(&mut self, listener: usize) {
-        let Ok((stream, _)) = self.listeners[listener].accept() else { return };
+        let Ok((stream, _)) = self.listeners[listener].accept() else {
+            // Mostly for want of descriptors, which does not pass by asking again at once.
+            return std::thread::sleep(ACCEPT_PAUSE);
+        };
         if self.pending.len() < PENDING_MAX && stream.set_nodelay(true).is_ok() {
             let until = Instant::now() + ASKING_MAX;
             self.pending.push(Pending { stream, asked: Vec::with_capacity(ASK_LEN), until });

@@ -1,7 +1,7 @@
 //! The appliance's end: listens for clients, registers the memory of grants, and revokes it.
 //!
-//! Nothing here is on the path of an access: that is between the client and the device. Two threads
-//! do the work: one answers the connection manager, one registers memory.
+//! Nothing here is on the path of an access: that is between the client and the device. Three threads
+//! do the work: one answers the connection manager, one lets clients in over TCP, one registers memory.
 //!
 //! **Fencing.** [`RdmaServer::close_group`] deregisters the grant's memory: when it returns, nothing of the
 //! grant is reachable any more. Its queue pairs, which lead nowhere then, are destroyed a little later, so that a
