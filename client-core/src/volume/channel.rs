@@ -76,6 +76,8 @@ struct Way {
     lost: bool,
     down_since: Instant,
     submit: bool,
+    /// Something ended before the link was armed.
+    early: bool,
 }
 
 /// One queue's way into a volume. Owned by one thread; see the module's documentation.
@@ -129,6 +131,7 @@ impl Channel {
             lost: false,
             down_since: Instant::now(),
             submit: false,
+            early: false,
         };
         let ways: Box<[Way]> = ports.into_iter().map(way).collect();
         let tally = Arc::new(Tally::default());
@@ -224,12 +227,10 @@ impl Channel {
     /// and of what has ended already. Until the next poll; who polls again and again need not call it.
     pub fn arm(&mut self) {
         self.armed = true;
-        let early = self
-            .ways
-            .iter_mut()
-            .filter_map(|way| way.link.as_mut())
-            .fold(false, |any, link| link.arm() | any);
-        if early {
+        for way in &mut self.ways {
+            way.early |= way.link.as_mut().is_some_and(|link| link.arm());
+        }
+        if self.ways.iter().any(|way| way.early) {
             self.bell.ring();
         }
     }
@@ -323,9 +324,8 @@ impl Channel {
     }
 
     fn connect(&mut self, grant: usize, mut link: Box<dyn Link>) {
-        if self.ways[grant].link.is_some() {
-            self.disconnect(grant);
-        }
+        // One that comes while there is another takes its place; nobody is asked for a third.
+        self.drop_link(grant);
         self.buffers.iter().for_each(|buffer| link.register(*buffer));
         let watched = link.wait_fd().map_or(Ok(()), |fd| {
             epoll::add(&self.epoll, fd, EventData::new_u64(grant as u64), EventFlags::IN)
@@ -336,6 +336,7 @@ impl Channel {
         match watched {
             Ok(()) => {
                 way.last_direct = None;
+                way.port.satisfied();
                 self.post_held(grant);
             }
             Err(_) => self.disconnect(grant),
@@ -357,10 +358,19 @@ impl Channel {
         }
     }
 
-    /// The link is gone: what was in flight on it is held again, and another one is asked for.
+    /// The link is gone, and another one is asked for.
     fn disconnect(&mut self, grant: usize) {
+        if self.drop_link(grant) {
+            self.ways[grant].port.want();
+            self.shared.wake(grant);
+            self.set_timer();
+        }
+    }
+
+    /// Lets go of the link, if there is one: what was in flight on it is held again.
+    fn drop_link(&mut self, grant: usize) -> bool {
         let way = &mut self.ways[grant];
-        let Some(link) = way.link.take() else { return };
+        let Some(link) = way.link.take() else { return false };
         if link.direct(0, 1).is_some() {
             // It stays mapped, but no event of it counts any more.
             if let Some(fd) = link.wait_fd() {
@@ -377,9 +387,7 @@ impl Channel {
         }
         let legs = &mut self.legs;
         way.held.make_contiguous().sort_unstable_by_key(|id| legs.get_mut(*id).map_or(0, |leg| leg.number));
-        way.port.want();
-        self.shared.wake(grant);
-        self.set_timer();
+        true
     }
 
     fn lose(&mut self, grant: usize) {
@@ -398,7 +406,8 @@ impl Channel {
     /// epoll about it.
     fn poll_links(&mut self) {
         let armed = std::mem::take(&mut self.armed);
-        if let [way] = &*self.ways {
+        if let [way] = &mut *self.ways {
+            way.early = false;
             if way.link.is_some() {
                 self.poll_link(0);
             }
@@ -407,11 +416,12 @@ impl Channel {
         // Links that end all at once have nothing to tell, and quiet ones tell only those who wait.
         let mut silent = true;
         for grant in 0..self.ways.len() {
-            let way = &self.ways[grant];
+            let way = &mut self.ways[grant];
+            let early = std::mem::take(&mut way.early);
             let Some(link) = &way.link else { continue };
             if !link.is_quiet() && link.direct(0, 1).is_none() {
                 silent = false;
-            } else if way.in_flight > 0 {
+            } else if early || way.in_flight > 0 {
                 self.poll_link(grant);
             }
         }

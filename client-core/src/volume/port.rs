@@ -96,6 +96,11 @@ impl Port {
         self.wanted.store(true, Ordering::Release);
     }
 
+    /// The channel's side: it has a link. It may have asked for one after this one was on its way.
+    pub(super) fn satisfied(&self) {
+        self.wanted.store(false, Ordering::Release);
+    }
+
     /// The channel's side: what was delivered.
     pub(super) fn take(&self) -> Option<Delivery> {
         // The connector holds the lock for the time of an assignment only.

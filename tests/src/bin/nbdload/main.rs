@@ -25,7 +25,7 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 /// Loads an NBD server and prints what it achieved, as one JSON object.
 #[derive(Parser)]
 struct Args {
-    /// nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH
+    /// `nbd://HOST[:PORT]/EXPORT` or `nbd+unix:///EXPORT?socket=PATH`
     uri: String,
     /// What to do; writes change the export.
     #[arg(long, value_enum, default_value_t = Direction::Read)]
