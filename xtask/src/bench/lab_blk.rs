@@ -7,7 +7,7 @@ use super::load::Metric;
 use super::report::{Report, Row};
 
 /// xpm's devices, and those of others; the first peer is the one to be level with.
-const OURS: [&str; 2] = ["ublk-tcp", "nbd-direct"];
+const OURS: [&str; 3] = ["ublk-shm", "ublk-tcp", "nbd-direct"];
 const PEERS: [(&str, Option<f64>); 2] = [("nbd-nbdkit", Some(1.0)), ("nvme-tcp", None)];
 /// Loads of the scenario's script, and which of its figures counts.
 const LOADS: [(&str, &str, Metric); 6] = [
