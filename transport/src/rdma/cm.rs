@@ -178,6 +178,23 @@ pub(super) struct Size {
     pub(super) inline: u32,
 }
 
+impl Size {
+    /// A reliable connection of this size, which ends its requests in this queue.
+    pub(super) fn attributes(self, completions: &CompletionQueue) -> sys::ibv_qp_init_attr {
+        // SAFETY: the structure is numbers and pointers, for which zeros are values.
+        let mut wanted: sys::ibv_qp_init_attr = unsafe { std::mem::zeroed() };
+        wanted.send_cq = completions.raw();
+        wanted.recv_cq = completions.raw();
+        wanted.qp_type = sys::ibv_qp_type::IBV_QPT_RC;
+        wanted.cap.max_send_wr = self.requests;
+        wanted.cap.max_send_sge = 1;
+        wanted.cap.max_recv_wr = 1;
+        wanted.cap.max_recv_sge = 1;
+        wanted.cap.max_inline_data = self.inline;
+        wanted
+    }
+}
+
 impl Id {
     pub(super) fn new(channel: &Arc<Channel>) -> io::Result<Id> {
         let mut raw = null_mut();
@@ -264,16 +281,7 @@ impl Id {
         completions: &CompletionQueue,
         size: Size,
     ) -> io::Result<u32> {
-        // SAFETY: the structure is numbers and pointers, for which zeros are values.
-        let mut wanted: sys::ibv_qp_init_attr = unsafe { std::mem::zeroed() };
-        wanted.send_cq = completions.raw();
-        wanted.recv_cq = completions.raw();
-        wanted.qp_type = sys::ibv_qp_type::IBV_QPT_RC;
-        wanted.cap.max_send_wr = size.requests;
-        wanted.cap.max_send_sge = 1;
-        wanted.cap.max_recv_wr = 1;
-        wanted.cap.max_recv_sge = 1;
-        wanted.cap.max_inline_data = size.inline;
+        let mut wanted = size.attributes(completions);
         // SAFETY: the identifier, the domain and the completion queue are alive, and `wanted` is used
         // during the call only.
         check(unsafe { sys::rdma_create_qp(self.raw.as_ptr(), domain.raw(), &raw mut wanted) })?;

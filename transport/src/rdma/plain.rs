@@ -115,16 +115,7 @@ impl Pair {
         completions: &CompletionQueue,
         size: Size,
     ) -> io::Result<(Pair, u32)> {
-        // SAFETY: the structure is numbers and pointers, for which zeros are values.
-        let mut wanted: sys::ibv_qp_init_attr = unsafe { std::mem::zeroed() };
-        wanted.send_cq = completions.raw();
-        wanted.recv_cq = completions.raw();
-        wanted.qp_type = sys::ibv_qp_type::IBV_QPT_RC;
-        wanted.cap.max_send_wr = size.requests;
-        wanted.cap.max_send_sge = 1;
-        wanted.cap.max_recv_wr = 1;
-        wanted.cap.max_recv_sge = 1;
-        wanted.cap.max_inline_data = size.inline;
+        let mut wanted = size.attributes(completions);
         // SAFETY: the domain and the completion queue are alive, and `wanted` is used during the call only.
         let raw = pointer(unsafe { sys::ibv_create_qp(domain.raw(), &raw mut wanted) })?;
         Ok((Pair { raw, _domain: domain.clone() }, wanted.cap.max_inline_data))
