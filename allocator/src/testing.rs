@@ -50,6 +50,8 @@ pub(crate) fn appliance(number: u128) -> ApplianceRecord {
         endpoints,
         medium: Medium::Memory,
         region_len: ByteSize(REGION_LEN_DEFAULT),
+        labels: Default::default(),
+        link_speed: None,
     };
     ApplianceRecord { info, status: Status::default() }
 }

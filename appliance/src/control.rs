@@ -55,6 +55,7 @@ impl Appliance {
             grants: summary.grants as u64,
             connections: self.traffic.connections() as u64,
             uptime: Span(self.started.elapsed()),
+            traffic: None,
             counters: self.traffic.counters(),
         }
     }

@@ -165,6 +165,8 @@ impl Identity {
             },
             medium: self.medium,
             region_len: ByteSize(self.region_len),
+            labels: Default::default(),
+            link_speed: None,
         })
     }
 

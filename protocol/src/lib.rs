@@ -11,9 +11,13 @@ pub mod id;
 pub mod key;
 pub mod layout;
 pub mod nbd;
+pub mod policy;
+mod schema;
+pub mod speed;
 pub mod units;
 
 pub use id::{AllocationId, ApplianceId, ClientId, Epoch, GrantId, HostId, Name, RegionId};
 pub use key::GrantKey;
 pub use layout::Layout;
+pub use speed::{LinkSpeed, Percent};
 pub use units::{ByteSize, Span};

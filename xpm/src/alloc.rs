@@ -47,11 +47,10 @@ struct Deleted {
 
 fn request(args: CreateArgs) -> Create {
     Create {
-        name: args.name,
-        size: args.size,
         stripe: args.stripe,
         stripe_unit: args.stripe_unit,
         region_len: args.region_size,
+        ..Create::new(args.name, args.size)
     }
 }
 
@@ -132,6 +131,8 @@ pub(crate) fn list(allocations: &[Allocation]) -> String {
 
 fn state(state: AllocationState) -> &'static str {
     match state {
+        AllocationState::Waiting => "waiting",
+        AllocationState::Refused => "refused",
         AllocationState::Creating => "creating",
         AllocationState::Ready => "ready",
         AllocationState::Deleting => "deleting",

@@ -185,7 +185,7 @@ fn appliance_problem(appliance: &Appliance) -> Option<String> {
 
 fn allocation_problem(allocation: &Allocation) -> Option<String> {
     match allocation.state {
-        AllocationState::Ready => None,
+        AllocationState::Ready | AllocationState::Waiting | AllocationState::Refused => None,
         AllocationState::Creating => Some(format!("allocation {} is not complete yet", allocation.name)),
         AllocationState::Deleting => {
             Some(format!("allocation {} is not deleted yet: an appliance has not confirmed", allocation.name))

@@ -24,13 +24,8 @@ const INTERVAL: Duration = Duration::from_secs(5);
 
 fn create(name: &str, mib: u64, stripe: Option<u32>) -> Request {
     let region_len = Some(ByteSize(16 * MIB));
-    Request::Create(Create {
-        name: name.parse().unwrap(),
-        size: ByteSize(mib * MIB),
-        stripe,
-        stripe_unit: None,
-        region_len,
-    })
+    let asked = Create::new(name.parse().unwrap(), ByteSize(mib * MIB));
+    Request::Create(Create { stripe, region_len, ..asked })
 }
 
 fn attach(name: &str, client: u128, force: bool) -> Request {

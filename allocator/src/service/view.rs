@@ -79,6 +79,17 @@ impl Service {
             owner: record.owner.clone(),
             regions: self.places(record),
             created: record.created,
+            taken: ByteSize(record.slots.len() as u64 * record.region_len),
+            account: None,
+            client: None,
+            strategy: None,
+            labels: Default::default(),
+            reclaimable: false,
+            link_speed: None,
+            lease: None,
+            ending: None,
+            waiting: None,
+            warnings: Vec::new(),
         }
     }
 

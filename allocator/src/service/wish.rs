@@ -180,13 +180,7 @@ mod tests {
     use super::*;
 
     fn create(size: u64) -> Create {
-        Create {
-            name: "a".parse().unwrap(),
-            size: ByteSize(size),
-            stripe: None,
-            stripe_unit: None,
-            region_len: None,
-        }
+        Create::new("a".parse().unwrap(), ByteSize(size))
     }
 
     #[test]

@@ -17,7 +17,7 @@ const MIB: u64 = 1 << 20;
 
 fn create(name: &str, mib: u64, stripe: Option<u32>) -> Create {
     let region_len = Some(ByteSize(16 * MIB));
-    Create { name: name.parse().unwrap(), size: ByteSize(mib * MIB), stripe, stripe_unit: None, region_len }
+    Create { stripe, region_len, ..Create::new(name.parse().unwrap(), ByteSize(mib * MIB)) }
 }
 
 fn attach(client: u128, force: bool) -> Attach {

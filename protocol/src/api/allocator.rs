@@ -12,11 +12,25 @@
 //! | `DELETE /v1/allocations/{name}?force=true` | | nothing; refused while attached, unless forced |
 //! | `PUT /v1/allocations/{name}/owner` | [`Attach`] | [`Map`] |
 //! | `DELETE /v1/allocations/{name}/owner/{client}` | | nothing |
+//! | `POST /v1/allocations/{name}/renewal` | [`Renew`] | [`Allocation`] |
+//! | `GET /v1/allocations/{name}/decisions` | | list of [`Decision`](super::decision::Decision), the newest first |
+//! | `POST /v1/decisions` | [`Create`] | [`Decision`](super::decision::Decision): a dry run, nothing is made |
+//! | `GET /v1/usage` | | list of [`Usage`] |
+//! | `PUT /v1/clients/{name}` | [`ClientFacts`] | nothing |
+//! | `GET /v1/clients` | | list of [`Client`] |
+//! | `GET /v1/events?after=N` | | list of [`Event`], those with a larger number; waits up to 20 s for one |
+//! | `GET /v1/policy` | | [`Policy`](super::policy::Policy) |
+//! | `POST /v1/policy` | [`Apply`](super::policy::Apply) | [`Applied`](super::policy::Applied) |
+//! | `DELETE /v1/policy/{kind}/{name}?version=N` | | nothing; refused while it is in use or, with a version, when it has another |
+
+use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
 use super::appliance::{self, Endpoints};
 use crate::layout::Layout;
+use crate::policy::{Access, DocumentName, Labels};
+use crate::speed::LinkSpeed;
 use crate::units::{ByteSize, Span};
 use crate::{AllocationId, ApplianceId, ClientId, Epoch, GrantId, GrantKey, HostId, Name, RegionId};
 
@@ -79,6 +93,51 @@ pub struct Create {
     /// Size of a region in bytes; by default the allocator chooses.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub region_len: Option<ByteSize>,
+    /// Who it is charged to; the client's account where it is not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub account: Option<Name>,
+    /// The client that is going to use it: where it is counts for locality and link speed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub client: Option<Name>,
+    /// The strategy; by default the account's, or else the one named `default`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub strategy: Option<Name>,
+    /// For conditions of rules.
+    #[serde(default, skip_serializing_if = "Labels::is_empty")]
+    pub labels: Labels,
+    /// How it is going to be used.
+    #[serde(default)]
+    pub access: Access,
+    /// It may be reclaimed, with notice, for requests of a higher priority.
+    #[serde(default)]
+    pub reclaimable: bool,
+    /// A shorter lease than the strategy's or the account's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lease: Option<Span>,
+    /// Where it cannot be made now, it waits this long for its turn.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wait: Option<Span>,
+}
+
+impl Create {
+    /// Asks for `size` bytes and leaves everything else open.
+    pub fn new(name: Name, size: ByteSize) -> Create {
+        Create {
+            name,
+            size,
+            stripe: None,
+            stripe_unit: None,
+            region_len: None,
+            account: None,
+            client: None,
+            strategy: None,
+            labels: Labels::new(),
+            access: Access::default(),
+            reclaimable: false,
+            lease: None,
+            wait: None,
+        }
+    }
 }
 
 /// An allocation, without its secrets.
@@ -105,12 +164,168 @@ pub struct Allocation {
     pub regions: Vec<RegionPlace>,
     /// When it was made, seconds since 1970.
     pub created: u64,
+    /// Memory that it takes, in bytes: whole rows of whole regions.
+    #[serde(default)]
+    pub taken: ByteSize,
+    /// Who it is charged to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub account: Option<Name>,
+    /// The client that it was made for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub client: Option<Name>,
+    /// The strategy by which it was made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub strategy: Option<Name>,
+    /// Its labels.
+    #[serde(default, skip_serializing_if = "Labels::is_empty")]
+    pub labels: Labels,
+    /// Whether it may be reclaimed, with notice, for requests of a higher priority.
+    #[serde(default)]
+    pub reclaimable: bool,
+    /// Link speed that is promised to it on each of its appliances.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub link_speed: Option<LinkSpeed>,
+    /// How long it may be used.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lease: Option<Lease>,
+    /// That it is going to end, and why.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ending: Option<Ending>,
+    /// Its place among the requests that wait, or why it was refused after waiting.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub waiting: Option<Waiting>,
+    /// What the one who asked for it should know, right after it was made.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
+}
+
+/// How long an allocation may be used. Moments are seconds since 1970.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lease {
+    /// When it ends unless it is renewed: from then on nobody can attach it.
+    pub ends: u64,
+    /// When the memory is freed; whoever uses it then is cut off.
+    pub frees: u64,
+    /// Whether it can be renewed.
+    pub renewable: bool,
+}
+
+/// That an allocation is going to end. Moments are seconds since 1970.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ending {
+    /// Why.
+    pub reason: EndReason,
+    /// Since when it is announced.
+    pub since: u64,
+    /// When the memory is freed; whoever uses it then is cut off.
+    pub frees: u64,
+    /// In one line, with what can be done.
+    pub text: String,
+}
+
+/// Why an allocation is going to end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum EndReason {
+    /// Its lease is going to end, or has ended.
+    Lease,
+    /// The hours of its account are going to end, or have ended.
+    Hours,
+    /// A request of a higher priority needs its memory.
+    Reclaim,
+}
+
+/// A request that waits, or has waited.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Waiting {
+    /// How many are served first; none once it was refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub before: Option<u64>,
+    /// Priority of its account.
+    pub priority: u16,
+    /// Since when, seconds since 1970.
+    pub since: u64,
+    /// Until when at most, seconds since 1970.
+    pub until: u64,
+    /// Why it cannot be made now, in one line.
+    pub why: String,
+}
+
+/// Asks for a longer lease.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Renew {
+    /// For this long from now; for the terms' whole duration where it is not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub duration: Option<Span>,
+}
+
+/// What an account, a client or a strategy has.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Usage {
+    /// Whose.
+    #[serde(flatten)]
+    pub of: DocumentName,
+    /// Memory that its allocations take, in bytes.
+    pub used: ByteSize,
+    /// Its allocations.
+    pub allocations: u64,
+    /// Beyond it, with a warning.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub soft_limit: Option<ByteSize>,
+    /// Beyond it, refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hard_limit: Option<ByteSize>,
+}
+
+/// What a client found out about itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ClientFacts {
+    /// The kernel that it runs on.
+    pub host: HostId,
+    /// Speed of its link, if it is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub link_speed: Option<LinkSpeed>,
+    /// Round-trip times to appliances, as measured, in nanoseconds.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub round_trips: BTreeMap<ApplianceId, u64>,
+}
+
+/// A client as the allocator knows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Client {
+    /// Its name.
+    pub name: Name,
+    /// What it said last.
+    pub facts: ClientFacts,
+    /// When, seconds since 1970.
+    pub heard: u64,
+}
+
+/// Something that happened.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Event {
+    /// Its number; events of one allocator are numbered in order from 1 and begin anew when it restarts.
+    pub number: u64,
+    /// When, seconds since 1970.
+    pub at: u64,
+    /// What kind: `lease-warning`, `lease-ended`, `reclaim-notice`, `freed`, ...
+    pub kind: String,
+    /// The name of what it happened to.
+    pub subject: Name,
+    /// In one line.
+    pub text: String,
 }
 
 /// Whether an allocation can be used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum AllocationState {
+    /// Asked for, and not made yet: it waits for its turn.
+    Waiting,
+    /// Asked for, and refused after it had waited.
+    Refused,
     /// Being made: reserved, not yet committed everywhere.
     Creating,
     /// Whole.

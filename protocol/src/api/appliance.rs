@@ -16,8 +16,11 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::policy::Labels;
+use crate::speed::LinkSpeed;
 use crate::units::{ByteSize, Span};
 use crate::{AllocationId, ApplianceId, Epoch, GrantId, GrantKey, HostId, Name, RegionId};
 
@@ -38,6 +41,12 @@ pub struct Info {
     pub medium: Medium,
     /// Size of the regions that it keeps ready, in bytes.
     pub region_len: ByteSize,
+    /// What its operator calls it and where it is; see [`crate::policy::Labels`].
+    #[serde(default, skip_serializing_if = "Labels::is_empty")]
+    pub labels: Labels,
+    /// Speed of the link behind its first address, if it is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub link_speed: Option<LinkSpeed>,
 }
 
 /// Where the data plane of an appliance is reached.
@@ -59,7 +68,7 @@ pub struct Endpoints {
 }
 
 /// What lent memory lies on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Medium {
     /// Anonymous memory in memfds, of base pages.
@@ -94,6 +103,9 @@ pub struct Status {
     pub connections: u64,
     /// Time since the daemon started.
     pub uptime: Span,
+    /// Traffic on its link lately, the busier direction, if it is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub traffic: Option<LinkSpeed>,
     /// What passed since the daemon started.
     pub counters: Counters,
 }

@@ -6,6 +6,8 @@
 pub mod allocator;
 pub mod appliance;
 pub mod blk;
+pub mod decision;
+pub mod policy;
 
 use serde::{Deserialize, Serialize};
 

@@ -1,0 +1,117 @@
+//! What operators decide beforehand: strategies, accounts, and profiles of clients and appliances.
+//!
+//! They are *documents*: written in TOML or JSON, applied to the allocator, versioned there, read
+//! back and edited. A file holds any number of them ([`Documents`]). The types here say which keys
+//! there are and what single values may be; what documents mean together (names that exist,
+//! contradictions, time zones) the allocator checks when they are applied.
+
+mod account;
+mod appliance;
+mod client;
+mod condition;
+mod hours;
+mod strategy;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::str::FromStr;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::Name;
+
+pub use account::{Account, AtClose, GRACE_DEFAULT_SECS, LeaseTerms, PRIORITY_DEFAULT, PRIORITY_MAX};
+pub use appliance::{Amount, ApplianceProfile, LEVELS, Level};
+pub use client::ClientProfile;
+pub use condition::{Access, Condition};
+pub use hours::{Day, TimeOfDay, Window};
+pub use strategy::{
+    LayoutRule, LimitRule, LinkDemand, Locality, Preference, Rule, Selector, Strategy, WEIGHT_MAX, Weights,
+};
+
+/// Labels: what an operator calls properties of a thing. `site`, `row`, `rack` and `host` say where
+/// it is.
+pub type Labels = BTreeMap<Name, Name>;
+
+/// The documents of a file, or all that the allocator has.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Documents {
+    /// How requests are answered.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub strategy: Vec<Strategy>,
+    /// Who memory is charged to.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub account: Vec<Account>,
+    /// Machines that use external memory.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub client: Vec<ClientProfile>,
+    /// Machines that lend it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub appliance: Vec<ApplianceProfile>,
+}
+
+/// Kinds of documents.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kind {
+    /// [`Strategy`].
+    Strategy,
+    /// [`Account`].
+    Account,
+    /// [`ClientProfile`].
+    Client,
+    /// [`ApplianceProfile`].
+    Appliance,
+}
+
+impl Kind {
+    /// All kinds, in the order in which they are listed.
+    pub const ALL: [Kind; 4] = [Kind::Strategy, Kind::Account, Kind::Client, Kind::Appliance];
+
+    /// Its name in files, paths and commands.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Kind::Strategy => "strategy",
+            Kind::Account => "account",
+            Kind::Client => "client",
+            Kind::Appliance => "appliance",
+        }
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+/// A text that is no kind of document.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` is no kind of document: there are strategy, account, client and appliance")]
+pub struct ParseKindError(String);
+
+impl FromStr for Kind {
+    type Err = ParseKindError;
+
+    fn from_str(text: &str) -> Result<Kind, ParseKindError> {
+        let known = Kind::ALL.into_iter().find(|kind| kind.as_str() == text);
+        known.ok_or_else(|| ParseKindError(text.chars().take(80).collect()))
+    }
+}
+
+/// Names a document.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct DocumentName {
+    /// Its kind.
+    pub kind: Kind,
+    /// Its name; one of its kind has it.
+    pub name: Name,
+}
+
+impl fmt::Display for DocumentName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} `{}`", self.kind, self.name)
+    }
+}
