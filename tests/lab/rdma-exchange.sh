@@ -30,8 +30,8 @@ for name in a1 a2; do
     kill "${appliance_pid[$name]}"
     wait "${appliance_pid[$name]}" || true
     start_appliance $name 192MiB
+    wait_for 30 registered $name 2
 done
-wait_for 30 appliances_up 2
 used both "nobody has one"
 mv $manager.away $manager
 used appliance "the appliances have none"

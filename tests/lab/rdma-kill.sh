@@ -45,7 +45,7 @@ for at in 0 7 2047 4095; do
 done
 detach old
 
-wait_for 20 appliances_up 2
+wait_for 20 registered "$victim" 2
 attach new 64MiB ublk --stripe 2
 all_rdma new 2
 shown new '[link["appliance_name"] for link in links]' | grep "$victim" || fail "$victim lends nothing"

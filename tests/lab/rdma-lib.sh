@@ -65,6 +65,12 @@ appliances_up() {
     [ "$(xpm appliance list --json | grep -o '"state": *"up"' | wc -l)" -eq "$1" ]
 }
 
+# registered NAME TIMES: whether the allocator has answered each life of the appliance. One that was killed
+# a moment ago still counts as up.
+registered() {
+    [ "$(grep -c 'registered with the allocator' "/run/lab/$LAB_NAME-$1.log")" -eq "$2" ]
+}
+
 # counted NAME: the sum of a counter over all appliances, as of their last heartbeats.
 counted() {
     xpm appliance list --json | python3 -c '
