@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, bail, ensure};
 use clap::Parser;
 use serde::Deserialize;
 use xpm_control::listen::Place;
@@ -11,6 +11,12 @@ use xpm_control::token::Token;
 use xpm_protocol::Span;
 
 use crate::service::Settings;
+
+const DAY: Duration = Duration::from_secs(24 * 3600);
+/// Grace of an allocation that gives way, where nobody says another.
+const RECLAIM_GRACE: Duration = Duration::from_secs(300);
+/// How long decisions are kept, where nobody says otherwise.
+const KEEP_DECISIONS: Duration = Duration::from_secs(400 * 24 * 3600);
 
 /// The allocator of xpm: knows the memory appliances, decides which of them serve an allocation,
 /// and remembers.
@@ -36,6 +42,13 @@ pub struct Options {
     /// How long appliances keep what is reserved while an allocation is made [default: 60s]
     #[arg(long, value_name = "DURATION")]
     reserve_ttl: Option<Span>,
+    /// How long an allocation that gives way to a request of a higher priority has until its memory
+    /// is freed [default: 5m]
+    #[arg(long, value_name = "DURATION")]
+    reclaim_grace: Option<Span>,
+    /// How long decisions are kept for `xpm alloc explain` [default: 400days]
+    #[arg(long, value_name = "DURATION")]
+    keep_decisions: Option<Span>,
     /// Configuration file (TOML); options of the command line win over it
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
@@ -51,6 +64,8 @@ struct FileOptions {
     insecure: Option<bool>,
     heartbeat: Option<Span>,
     reserve_ttl: Option<Span>,
+    reclaim_grace: Option<Span>,
+    keep_decisions: Option<Span>,
 }
 
 /// What the allocator runs with.
@@ -69,6 +84,10 @@ pub struct Config {
     /// How long reservations are kept; 30 s to 1 h, so that no appliance undoes a reservation
     /// while the allocator may still commit it.
     pub reserve_ttl: Duration,
+    /// How long an allocation that gives way has until its memory is freed.
+    pub reclaim_grace: Duration,
+    /// How long decisions are kept; at least a day.
+    pub keep_decisions: Duration,
 }
 
 impl Options {
@@ -85,7 +104,14 @@ impl Options {
             insecure: self.insecure || file.insecure.unwrap_or(false),
             heartbeat: self.heartbeat.or(file.heartbeat).map_or(Duration::from_secs(5), |span| span.0),
             reserve_ttl: self.reserve_ttl.or(file.reserve_ttl).map_or(Duration::from_secs(60), |span| span.0),
+            reclaim_grace: self.reclaim_grace.or(file.reclaim_grace).map_or(RECLAIM_GRACE, |span| span.0),
+            keep_decisions: self.keep_decisions.or(file.keep_decisions).map_or(KEEP_DECISIONS, |span| span.0),
         };
+        ensure!(
+            config.keep_decisions >= DAY,
+            "keep-decisions is at least 1day, not {}",
+            Span(config.keep_decisions)
+        );
         check_range("heartbeat", config.heartbeat, Duration::from_millis(100))?;
         check_range("reserve-ttl", config.reserve_ttl, Duration::from_secs(30))?;
         Ok(config)
@@ -108,7 +134,12 @@ impl Config {
 
     /// What the service has to know.
     pub fn settings(&self) -> Settings {
-        Settings { interval: self.heartbeat, reserve_ttl: self.reserve_ttl }
+        Settings {
+            interval: self.heartbeat,
+            reserve_ttl: self.reserve_ttl,
+            reclaim_grace: self.reclaim_grace,
+            keep_decisions: self.keep_decisions,
+        }
     }
 }
 

@@ -5,6 +5,7 @@
 //! and the next start reads the truth; the data path does not need it meanwhile.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Context as _;
@@ -14,16 +15,21 @@ use tokio::task::JoinHandle;
 use tokio::time::{MissedTickBehavior, interval};
 use xpm_control::server::ApiError;
 use xpm_control::token::Token;
+use xpm_protocol::Name;
 use xpm_protocol::api::ErrorKind;
+use xpm_protocol::api::decision::Decision;
 
 use crate::appliances::Appliances;
 use crate::service::{Effect, Event, Moment, Outcome, ReplyTo, Request, Service, Settings};
-use crate::store::{MetadataStore, StoreError, Writer};
+use crate::store::{Decisions, MetadataStore, StoreError, Writer};
 
 /// How often the service looks at the time.
 const TICK: Duration = Duration::from_millis(500);
 /// Most requests that wait to be looked at; each takes microseconds.
 const REQUESTS_MAX: usize = 1024;
+
+/// Most decisions about one name that are shown.
+const DECISIONS_MAX: usize = 100;
 
 type Question = (Request, oneshot::Sender<Result<Outcome, ApiError>>);
 
@@ -31,6 +37,7 @@ type Question = (Request, oneshot::Sender<Result<Outcome, ApiError>>);
 #[derive(Debug, Clone)]
 pub(crate) struct Handle {
     requests: mpsc::Sender<Question>,
+    decisions: Arc<dyn Decisions>,
 }
 
 impl Handle {
@@ -41,6 +48,15 @@ impl Handle {
             || ApiError(ErrorKind::Unavailable, "the allocator is ending; try again soon".to_owned());
         self.requests.send((request, answer)).await.map_err(|_| ending())?;
         answered.await.map_err(|_| ending())?
+    }
+
+    /// The newest decisions about a name, the newest first.
+    pub(crate) async fn decisions(&self, name: Name) -> Result<Vec<Decision>, ApiError> {
+        let decisions = self.decisions.clone();
+        let read = tokio::task::spawn_blocking(move || decisions.about(&name, DECISIONS_MAX)).await;
+        let failed = |line: String| ApiError(ErrorKind::Internal, line);
+        read.map_err(|error| failed(error.to_string()))?
+            .map_err(|error| failed(xpm_control::error_line(&error)))
     }
 }
 
@@ -72,6 +88,7 @@ pub(crate) fn start(
     let effects = service.restore(moment(started), loaded);
     let (requests, questions) = mpsc::channel(REQUESTS_MAX);
     let (results, events) = unbounded_channel();
+    let decisions = Arc::from(store.decisions());
     let writer = Writer::start(store).context("cannot start the thread of the metadata")?;
     let running = Running {
         service,
@@ -83,7 +100,7 @@ pub(crate) fn start(
         results,
     };
     let task = tokio::spawn(running.run(effects, questions, events));
-    Ok((Handle { requests }, Driver { task }))
+    Ok((Handle { requests, decisions }, Driver { task }))
 }
 
 /// What comes back from outside: any number, but each was asked for by the service.

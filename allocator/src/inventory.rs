@@ -5,16 +5,19 @@
 //! that was certainly taken later. Heartbeats of one appliance follow each other, so a heartbeat
 //! was sampled after the one before it was answered; an answer to our own question was sampled
 //! after the question was asked. Time here is the count of the service's events.
+//!
+//! What decisions see of all this is kept in a [`Pool`], changed with each piece of news.
 
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 use xpm_protocol::api::allocator::{Appliance, ApplianceState, Heartbeat};
 use xpm_protocol::api::appliance::{Info, Status};
-use xpm_protocol::{AllocationId, ApplianceId, Span};
+use xpm_protocol::policy::{ApplianceProfile, RAMP_UP_DEFAULT_SECS};
+use xpm_protocol::{AllocationId, ApplianceId, LinkSpeed, Name, Span};
 
 use crate::store::ApplianceRecord;
-use crate::strategy::Candidate;
+use crate::strategy::{Candidate, Pool};
 
 /// Heartbeat intervals without a heartbeat after which an appliance counts as silent.
 const INTERVALS_MAX: u32 = 3;
@@ -24,20 +27,30 @@ const INTERVALS_MAX: u32 = 3;
 pub struct Inventory {
     interval: Duration,
     appliances: BTreeMap<ApplianceId, Entry>,
-    promises: HashMap<(AllocationId, ApplianceId), Promise>,
+    pool: Pool,
 }
 
 #[derive(Debug)]
 struct Entry {
     info: Info,
     status: Status,
+    /// When it registered first, seconds since 1970.
+    since: u64,
     heard: Option<Duration>,
     /// Event of the last heartbeat.
     heard_event: u64,
     /// `status` was sampled after this event.
     sampled_after: u64,
+    /// It has changed at this event in a way that `status` does not show.
+    doubtful: Option<u64>,
     /// Whether the log says that it is up.
     told_up: bool,
+    promises: HashMap<AllocationId, Promise>,
+    /// What allocations were promised of its link, in bits a second.
+    link_promised: u64,
+    /// Errors lately: half of them are forgotten with each heartbeat.
+    errors: u64,
+    profile: Option<ApplianceProfile>,
 }
 
 #[derive(Debug)]
@@ -59,29 +72,37 @@ pub struct Heard {
 impl Inventory {
     /// No appliances. `interval` is the time between heartbeats.
     pub fn new(interval: Duration) -> Inventory {
-        Inventory { interval, appliances: BTreeMap::new(), promises: HashMap::new() }
+        Inventory { interval, appliances: BTreeMap::new(), pool: Pool::default() }
     }
 
     /// Adds an appliance as it is remembered; it is silent until it is heard.
     pub fn restore(&mut self, record: ApplianceRecord) {
-        let ApplianceRecord { info, status } = record;
-        let entry = Entry { info, status, heard: None, heard_event: 0, sampled_after: 0, told_up: false };
-        self.appliances.insert(entry.info.id, entry);
+        let ApplianceRecord { info, status, since } = record;
+        let id = info.id;
+        self.appliances.insert(id, Entry::new(info, status, since));
+        self.refill(id);
     }
 
-    /// Takes a heartbeat.
-    pub fn hear(&mut self, now: Duration, event: u64, heartbeat: Heartbeat) -> Heard {
+    /// Takes a heartbeat. `unix` are seconds since 1970.
+    pub fn hear(&mut self, now: Duration, unix: u64, event: u64, heartbeat: Heartbeat) -> Heard {
         let Heartbeat { info, status } = heartbeat;
         let id = info.id;
-        let before = self.appliances.get(&id);
-        let changed =
-            before.is_none_or(|entry| entry.info != info || entry.status.capacity != status.capacity);
         let back = self.state(id, now) != Some(ApplianceState::Up);
-        let sampled_after = before.map_or(0, |entry| entry.heard_event);
-        let (heard, heard_event) = (Some(now), event);
-        let entry = Entry { info, status, heard, heard_event, sampled_after, told_up: true };
-        self.appliances.insert(id, entry);
-        self.drop_seen(id);
+        let known = self.appliances.contains_key(&id);
+        let entry =
+            self.appliances.entry(id).or_insert_with(|| Entry::new(info.clone(), Status::default(), unix));
+        let changed = !known || entry.info != info || entry.status.capacity != status.capacity;
+        let renamed = entry.info.name != info.name;
+        entry.errors = (entry.errors / 2)
+            .saturating_add(status.counters.errors.saturating_sub(entry.status.counters.errors));
+        entry.sampled_after = if known { entry.heard_event } else { 0 };
+        (entry.info, entry.status) = (info, status);
+        (entry.heard, entry.heard_event, entry.told_up) = (Some(now), event, true);
+        if renamed {
+            entry.profile = None;
+        }
+        entry.drop_seen();
+        self.refill(id);
         Heard { changed, back }
     }
 
@@ -92,38 +113,88 @@ impl Inventory {
         };
         entry.status = status;
         entry.sampled_after = asked;
-        self.drop_seen(id);
+        entry.drop_seen();
+        self.refill(id);
     }
 
     /// Removes an appliance.
     pub fn remove(&mut self, id: ApplianceId) {
         self.appliances.remove(&id);
-        self.promises.retain(|(_, appliance), _| *appliance != id);
+        self.pool.remove(id);
+    }
+
+    /// Gives each appliance the profile of its name.
+    pub fn profile<'a>(&mut self, profile: impl Fn(&Name) -> Option<&'a ApplianceProfile>) {
+        let ids: Vec<ApplianceId> = self.appliances.keys().copied().collect();
+        for id in ids {
+            self.profile_one(id, &profile);
+        }
+    }
+
+    /// Gives one appliance the profile of its name.
+    pub fn profile_one<'a>(
+        &mut self,
+        id: ApplianceId,
+        profile: impl Fn(&Name) -> Option<&'a ApplianceProfile>,
+    ) {
+        if let Some(entry) = self.appliances.get_mut(&id) {
+            entry.profile = profile(&entry.info.name).cloned();
+            self.refill(id);
+        }
     }
 
     /// Promises memory of an appliance to an allocation.
     pub fn promise(&mut self, allocation: AllocationId, id: ApplianceId, bytes: u64) {
-        self.promises.insert((allocation, id), Promise { bytes, settled: None });
+        self.change(id, |entry| {
+            entry.promises.insert(allocation, Promise { bytes, settled: None });
+        });
     }
 
     /// From this event on the appliance counts the promised memory itself, as taken or, where it
     /// was given back, as what it is then.
     pub fn settle(&mut self, allocation: AllocationId, id: ApplianceId, event: u64) {
-        if let Some(promise) = self.promises.get_mut(&(allocation, id)) {
-            promise.settled = Some(event);
-        }
+        self.change(id, |entry| {
+            entry.doubtful = Some(event);
+            if let Some(promise) = entry.promises.get_mut(&allocation) {
+                promise.settled = Some(event);
+            }
+        });
     }
 
     /// The promise is off: the memory was never taken.
     pub fn forget(&mut self, allocation: AllocationId, id: ApplianceId) {
-        self.promises.remove(&(allocation, id));
+        self.change(id, |entry| {
+            entry.promises.remove(&allocation);
+        });
     }
 
-    fn drop_seen(&mut self, id: ApplianceId) {
-        let sampled_after = self.appliances.get(&id).map_or(0, |entry| entry.sampled_after);
-        self.promises.retain(|(_, appliance), promise| {
-            *appliance != id || promise.settled.is_none_or(|settled| settled > sampled_after)
+    /// Promises speed of the link of an appliance, in bits a second, or gives it back.
+    pub fn promise_link(&mut self, id: ApplianceId, more: LinkSpeed, back: bool) {
+        self.change(id, |entry| {
+            entry.link_promised = match back {
+                true => entry.link_promised.saturating_sub(more.0),
+                false => entry.link_promised.saturating_add(more.0),
+            };
         });
+    }
+
+    /// The appliance did not do what it was asked to.
+    pub fn blame(&mut self, id: ApplianceId) {
+        self.change(id, |entry| entry.errors = entry.errors.saturating_add(1));
+    }
+
+    fn change(&mut self, id: ApplianceId, change: impl FnOnce(&mut Entry)) {
+        if let Some(entry) = self.appliances.get_mut(&id) {
+            change(entry);
+            let (free, promised, health) = (entry.free(), LinkSpeed(entry.link_promised), entry.health());
+            self.pool.update(id, |one| (one.free, one.link_promised, one.health) = (free, promised, health));
+        }
+    }
+
+    fn refill(&mut self, id: ApplianceId) {
+        if let Some(entry) = self.appliances.get(&id) {
+            self.pool.put(entry.candidate(self.interval * INTERVALS_MAX));
+        }
     }
 
     /// Whether the appliance is heard; none when it is unknown.
@@ -143,6 +214,15 @@ impl Inventory {
         self.appliances.get(&id).map(|entry| &entry.info)
     }
 
+    /// What is remembered of it.
+    pub fn record(&self, id: ApplianceId) -> Option<ApplianceRecord> {
+        self.appliances.get(&id).map(|entry| ApplianceRecord {
+            info: entry.info.clone(),
+            status: entry.status.clone(),
+            since: entry.since,
+        })
+    }
+
     /// Its name, or its id where it is unknown.
     pub fn name(&self, id: ApplianceId) -> String {
         self.info(id).map_or_else(|| id.to_string(), |info| info.name.to_string())
@@ -150,9 +230,9 @@ impl Inventory {
 
     /// The appliances that have fallen silent since this was asked last.
     pub fn fallen_silent(&mut self, now: Duration) -> Vec<ApplianceId> {
-        let up = self.up(now);
-        let told =
-            self.appliances.iter_mut().filter(|(id, entry)| entry.told_up && up.binary_search(id).is_err());
+        let limit = self.interval * INTERVALS_MAX;
+        let silent = |entry: &Entry| entry.heard.is_none_or(|heard| now.saturating_sub(heard) > limit);
+        let told = self.appliances.iter_mut().filter(|(_, entry)| entry.told_up && silent(entry));
         told.map(|(id, entry)| {
             entry.told_up = false;
             *id
@@ -160,27 +240,31 @@ impl Inventory {
         .collect()
     }
 
-    /// The appliances that are up.
-    pub fn up(&self, now: Duration) -> Vec<ApplianceId> {
-        let up = self.appliances.iter().filter(|(_, entry)| self.state_of(entry, now) == ApplianceState::Up);
-        up.map(|(id, _)| *id).collect()
+    /// The appliances that are up and may have more than they said: something was given back there,
+    /// or is being cleared, or a promise may be counted twice.
+    pub fn doubtful(&self, now: Duration) -> Vec<ApplianceId> {
+        let doubtful = |entry: &Entry| {
+            entry.doubtful.is_some() || !entry.promises.is_empty() || clearing(&entry.status) > 0
+        };
+        let found = self
+            .appliances
+            .iter()
+            .filter(|(_, entry)| doubtful(entry) && self.state_of(entry, now) == ApplianceState::Up);
+        found.map(|(id, _)| *id).collect()
     }
 
-    /// The appliances as a decision sees them; those in `failed` did not serve this request.
-    pub fn snapshot(&self, now: Duration, failed: &[ApplianceId]) -> Vec<Candidate> {
-        let mut promised: HashMap<ApplianceId, u64> = HashMap::new();
-        for ((_, id), promise) in &self.promises {
-            *promised.entry(*id).or_default() += promise.bytes;
-        }
-        let candidate = |(id, entry): (&ApplianceId, &Entry)| Candidate {
-            id: *id,
-            name: entry.info.name.clone(),
-            up: self.state_of(entry, now) == ApplianceState::Up,
-            failed: failed.contains(id),
-            free: entry.status.free.0.saturating_sub(promised.get(id).copied().unwrap_or(0)),
-            clearing: clearing(&entry.status),
-        };
-        self.appliances.iter().map(candidate).collect()
+    /// How much of the memory of the appliances that are up is in use, in percent.
+    pub fn used_percent(&self, now: Duration) -> u8 {
+        let up = self.pool.iter().filter(|one| one.up_until >= now);
+        let (capacity, free) = up.fold((0_u128, 0_u128), |(capacity, free), one| {
+            (capacity + u128::from(one.capacity), free + u128::from(one.free.min(one.capacity)))
+        });
+        ((capacity - free) * 100).checked_div(capacity).map_or(0, |percent| percent as u8)
+    }
+
+    /// The appliances as decisions see them.
+    pub fn pool(&self) -> &Pool {
+        &self.pool
     }
 
     /// The appliances as they are shown; `regions` counts those of the record.
@@ -193,6 +277,91 @@ impl Inventory {
             regions: regions.get(id).copied().unwrap_or(0),
         };
         self.appliances.iter().map(shown).collect()
+    }
+}
+
+impl Entry {
+    fn new(info: Info, status: Status, since: u64) -> Entry {
+        Entry {
+            info,
+            status,
+            since,
+            heard: None,
+            heard_event: 0,
+            sampled_after: 0,
+            doubtful: None,
+            told_up: false,
+            promises: HashMap::new(),
+            link_promised: 0,
+            errors: 0,
+            profile: None,
+        }
+    }
+
+    fn drop_seen(&mut self) {
+        let sampled_after = self.sampled_after;
+        self.promises.retain(|_, promise| promise.settled.is_none_or(|settled| settled > sampled_after));
+        self.doubtful = self.doubtful.filter(|&event| event > sampled_after);
+    }
+
+    /// What may be used of it at all, in bytes.
+    fn usable(&self) -> u64 {
+        let capacity = self.status.capacity.0;
+        let Some(profile) = &self.profile else { return capacity };
+        let capacity = profile.capacity.map_or(capacity, |most| most.0.min(capacity));
+        capacity.saturating_sub(profile.head_room.map_or(0, |room| room.of(capacity)))
+    }
+
+    /// What may still be asked for: what it said, less what must stay free, less promises.
+    fn free(&self) -> u64 {
+        let kept = self.status.capacity.0.saturating_sub(self.usable());
+        let promised = self.promises.values().map(|promise| promise.bytes).fold(0, u64::saturating_add);
+        self.status.free.0.saturating_sub(kept).saturating_sub(promised)
+    }
+
+    fn health(&self) -> u16 {
+        (1000 / self.errors.saturating_add(1)) as u16
+    }
+
+    fn link_speed(&self) -> Option<LinkSpeed> {
+        self.profile.as_ref().and_then(|profile| profile.link_speed).or(self.info.link_speed)
+    }
+
+    /// How idle its link is, in thousandths; wholly, where that is unknown.
+    fn idle(&self) -> u16 {
+        match (self.status.traffic, self.link_speed()) {
+            (Some(traffic), Some(speed)) if speed.0 > 0 => {
+                1000 - (u128::from(traffic.0) * 1000 / u128::from(speed.0)).min(1000) as u16
+            }
+            _ => 1000,
+        }
+    }
+
+    fn candidate(&self, patience: Duration) -> Candidate {
+        let profile = self.profile.as_ref();
+        let mut labels = self.info.labels.clone();
+        labels.extend(profile.iter().flat_map(|profile| profile.labels.clone()));
+        let ramp_up = profile.and_then(|profile| profile.ramp_up);
+        Candidate {
+            id: self.info.id,
+            name: self.info.name.clone(),
+            up_until: self
+                .heard
+                .map_or(Duration::ZERO, |heard| (heard + patience).max(Duration::from_nanos(1))),
+            free: self.free(),
+            capacity: self.usable(),
+            clearing: clearing(&self.status),
+            drain: profile.is_some_and(|profile| profile.drain),
+            labels,
+            medium: self.info.medium,
+            rdma: !self.info.endpoints.rdma.is_empty(),
+            link_speed: self.link_speed(),
+            link_promised: LinkSpeed(self.link_promised),
+            idle: self.idle(),
+            health: self.health(),
+            since: self.since,
+            ramp_up: ramp_up.map_or(RAMP_UP_DEFAULT_SECS, |span| span.0.as_secs()),
+        }
     }
 }
 
@@ -217,13 +386,13 @@ mod tests {
     const TICK: Duration = Duration::from_secs(5);
 
     fn heartbeat(free: u64) -> Heartbeat {
-        let ApplianceRecord { info, mut status } = appliance(1);
+        let ApplianceRecord { info, mut status, .. } = appliance(1);
         status.free = ByteSize(free);
         Heartbeat { info, status }
     }
 
-    fn free(inventory: &Inventory, now: Duration) -> u64 {
-        inventory.snapshot(now, &[])[0].free
+    fn free(inventory: &Inventory) -> u64 {
+        inventory.pool().iter().next().unwrap().free
     }
 
     #[test]
@@ -234,6 +403,7 @@ mod tests {
         assert_eq!(inventory.state(id, Duration::ZERO), Some(ApplianceState::Silent));
         let heard = inventory.hear(
             Duration::ZERO,
+            0,
             1,
             Heartbeat { info: appliance(1).info, status: appliance(1).status },
         );
@@ -241,7 +411,7 @@ mod tests {
         assert_eq!(inventory.state(id, TICK * 3), Some(ApplianceState::Up));
         assert_eq!(inventory.state(id, TICK * 3 + Duration::from_millis(1)), Some(ApplianceState::Silent));
         assert!(inventory.fallen_silent(TICK * 3).is_empty());
-        assert!(inventory.up(TICK * 4).is_empty());
+        assert!(inventory.doubtful(TICK * 4).is_empty());
         assert_eq!(inventory.fallen_silent(TICK * 4), [id]);
         assert!(inventory.fallen_silent(TICK * 5).is_empty(), "it is said once");
     }
@@ -250,27 +420,27 @@ mod tests {
     fn a_promise_counts_until_a_later_sample() {
         let mut inventory = Inventory::new(TICK);
         let (allocation, id) = (AllocationId::from_u128(1), appliance(1).info.id);
-        inventory.hear(Duration::ZERO, 1, heartbeat(100));
+        inventory.hear(Duration::ZERO, 0, 1, heartbeat(100));
         inventory.promise(allocation, id, 60);
-        assert_eq!(free(&inventory, Duration::ZERO), 40);
-        inventory.hear(TICK, 2, heartbeat(100));
+        assert_eq!(free(&inventory), 40);
+        inventory.hear(TICK, 0, 2, heartbeat(100));
         inventory.settle(allocation, id, 3);
-        inventory.hear(TICK * 2, 4, heartbeat(100));
-        assert_eq!(free(&inventory, TICK * 2), 40, "it may have been sampled before");
-        inventory.hear(TICK * 3, 5, heartbeat(40));
-        assert_eq!(free(&inventory, TICK * 3), 40, "it was sampled after the last one was answered");
+        inventory.hear(TICK * 2, 0, 4, heartbeat(100));
+        assert_eq!(free(&inventory), 40, "it may have been sampled before");
+        inventory.hear(TICK * 3, 0, 5, heartbeat(40));
+        assert_eq!(free(&inventory), 40, "it was sampled after the last one was answered");
     }
 
     #[test]
     fn an_answer_to_a_question_is_a_later_sample() {
         let mut inventory = Inventory::new(TICK);
         let (allocation, id) = (AllocationId::from_u128(1), appliance(1).info.id);
-        inventory.hear(Duration::ZERO, 1, heartbeat(100));
+        inventory.hear(Duration::ZERO, 0, 1, heartbeat(100));
         inventory.promise(allocation, id, 60);
         inventory.settle(allocation, id, 2);
         inventory.sample(id, 3, heartbeat(40).status);
-        assert_eq!(free(&inventory, Duration::ZERO), 40);
+        assert_eq!(free(&inventory), 40);
         inventory.sample(id, 2, heartbeat(100).status);
-        assert_eq!(free(&inventory, Duration::ZERO), 40, "an older answer changes nothing");
+        assert_eq!(free(&inventory), 40, "an older answer changes nothing");
     }
 }

@@ -11,12 +11,14 @@ mod appliances;
 pub mod config;
 mod driver;
 pub mod inventory;
+pub mod policy;
 mod server;
 pub mod service;
 pub mod store;
 pub mod strategy;
 #[cfg(test)]
 mod testing;
+pub mod usage;
 
 use anyhow::Context as _;
 use xpm_control::shutdown::Shutdown;

@@ -1,11 +1,14 @@
 //! The HTTP routes, as in the table of `xpm_protocol::api::allocator`.
 
+use serde::Deserialize;
 use xpm_control::client::Client;
-use xpm_control::server::routing::{delete, get, put};
-use xpm_control::server::{ApiError, Force, Json, Limits, NoContent, Path, Router, Server};
+use xpm_control::server::routing::{delete, get, post, put};
+use xpm_control::server::{ApiError, Force, Json, Limits, NoContent, Path, Query, Router, Server};
 use xpm_control::token::Token;
 use xpm_protocol::api::ErrorKind;
-use xpm_protocol::api::allocator::{Attach, Create, Heartbeat};
+use xpm_protocol::api::allocator::{Attach, ClientFacts, Create, Heartbeat, Renew};
+use xpm_protocol::api::policy::Apply;
+use xpm_protocol::policy::{DocumentName, Kind};
 use xpm_protocol::{ApplianceId, ClientId, Name};
 
 use crate::driver::Handle;
@@ -14,9 +17,29 @@ use crate::service::{Outcome, Request};
 type Answered = Result<Json<Outcome>, ApiError>;
 type Done = Result<NoContent, ApiError>;
 
+/// Largest body, in bytes: a set of documents.
+const BODY_LEN_MAX: usize = 4 << 20;
+
+/// Query of a removal.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Version {
+    version: Option<u64>,
+}
+
+/// Query for events.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct After {
+    #[serde(default)]
+    after: u64,
+}
+
 /// The control interface, ready to be served.
 pub(crate) fn scaffold(handle: Handle, token: Option<Token>) -> Server {
-    Server::new(routes(handle), token, Limits::default())
+    let limits = Limits { body_len_max: BODY_LEN_MAX, ..Limits::default() };
+    let routes = routes(handle.clone()).merge(document_routes(handle.clone())).merge(more_routes(handle));
+    Server::new(routes, token, limits)
 }
 
 fn routes(handle: Handle) -> Router {
@@ -61,6 +84,68 @@ fn routes(handle: Handle) -> Router {
             "/v1/allocations/{name}/owner/{client}",
             delete(async move |Path((name, client)): Path<(Name, ClientId)>| {
                 done(detach(Request::Detach { name, client }).await)
+            }),
+        )
+}
+
+fn document_routes(handle: Handle) -> Router {
+    let ask = move |request| {
+        let handle = handle.clone();
+        async move { handle.ask(request).await }
+    };
+    let [policy, apply, remove, usage] = std::array::from_fn(|_| ask.clone());
+    Router::new()
+        .route(
+            "/v1/policy",
+            get(async move || answer(policy(Request::Policy).await))
+                .post(async move |Json(body): Json<Apply>| answer(apply(Request::Apply(body)).await)),
+        )
+        .route(
+            "/v1/policy/{kind}/{name}",
+            delete(
+                async move |Path((kind, name)): Path<(Kind, Name)>,
+                            Query(Version { version }): Query<Version>| {
+                    let name = DocumentName { kind, name };
+                    done(remove(Request::RemoveDocument { name, version }).await)
+                },
+            ),
+        )
+        .route("/v1/usage", get(async move || answer(usage(Request::Usage).await)))
+}
+
+fn more_routes(handle: Handle) -> Router {
+    let reader = handle.clone();
+    let ask = move |request| {
+        let handle = handle.clone();
+        async move { handle.ask(request).await }
+    };
+    let [decide, renew, hear, clients, events] = std::array::from_fn(|_| ask.clone());
+    Router::new()
+        .route(
+            "/v1/decisions",
+            post(async move |Json(body): Json<Create>| answer(decide(Request::Decide(body)).await)),
+        )
+        .route(
+            "/v1/allocations/{name}/decisions",
+            get(async move |Path(name): Path<Name>| reader.decisions(name).await.map(Json)),
+        )
+        .route(
+            "/v1/allocations/{name}/renewal",
+            post(async move |Path(name): Path<Name>, Json(body): Json<Renew>| {
+                answer(renew(Request::Renew { name, renew: body }).await)
+            }),
+        )
+        .route("/v1/clients", get(async move || answer(clients(Request::Clients).await)))
+        .route(
+            "/v1/clients/{name}",
+            put(async move |Path(name): Path<Name>, Json(facts): Json<ClientFacts>| {
+                done(hear(Request::HearClient { name, facts }).await)
+            }),
+        )
+        .route(
+            "/v1/events",
+            get(async move |Query(After { after }): Query<After>| {
+                answer(events(Request::Events(after)).await)
             }),
         )
 }

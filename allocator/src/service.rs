@@ -10,9 +10,18 @@
 //! `Ready` recorded (`commit.rs`); each change of owner after the first raises the epoch
 //! (`owner.rs`); `Deleting` or `Undoing` is recorded, grants are revoked, the record is removed
 //! (`purge.rs`). What a restart finds half done is settled in `reconcile.rs`.
+//!
+//! A request is first looked at under the documents (`asking.rs`), then against the appliances
+//! (`wish.rs`); what came of it is recorded (`audit.rs`). It may wait for its turn (`waiting.rs`),
+//! and an allocation may end by itself (`lease.rs`).
 
+mod asking;
+mod audit;
 mod check;
 mod commit;
+mod documents;
+mod events;
+mod lease;
 mod message;
 mod owner;
 mod purge;
@@ -20,19 +29,22 @@ mod reconcile;
 #[cfg(test)]
 mod simulation;
 mod view;
+mod waiting;
 mod wish;
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::io;
 use std::time::Duration;
 
 use xpm_control::server::ApiError;
 use xpm_protocol::api::ErrorKind;
-use xpm_protocol::api::allocator::{Heartbeat, HeartbeatAnswer};
+use xpm_protocol::api::allocator::{Client, Heartbeat, HeartbeatAnswer};
 use xpm_protocol::{AllocationId, ApplianceId, GrantKey, Name, Span};
 
 use crate::inventory::Inventory;
-use crate::store::{AllocationRecord, ApplianceRecord, Batch, Change};
+use crate::policy::Policy;
+use crate::store::{AllocationRecord, Batch, Change};
+use crate::usage::Usage;
 
 pub use message::{
     Answer, Call, CallError, Effect, Event, Moment, Outcome, ReplyTo, Request, Target, Ticket,
@@ -50,6 +62,10 @@ pub struct Settings {
     pub interval: Duration,
     /// How long appliances keep a reservation without a grant.
     pub reserve_ttl: Duration,
+    /// How long an allocation that gives way has until its memory is freed.
+    pub reclaim_grace: Duration,
+    /// How long decisions are kept.
+    pub keep_decisions: Duration,
 }
 
 /// Makes 32 random bytes fit for a key.
@@ -67,11 +83,26 @@ pub struct Service {
     refreshes: HashMap<u64, wish::Refresh>,
     /// Creations that wait for memory that is being cleared.
     parked: Vec<wish::Wish>,
+    /// Requests that wait for their turn, in the order in which they are served.
+    queue: Vec<waiting::Waiter>,
+    policy: Policy,
+    usage: Usage,
+    /// What clients found out about themselves.
+    clients: HashMap<Name, HeardClient>,
+    /// The next steps of allocations that end.
+    timers: BTreeSet<(u64, AllocationId)>,
+    /// Allocations that are being given back.
+    purging: BTreeSet<AllocationId>,
+    events: events::Events,
+    /// When old decisions were forgotten last.
+    pruned: u64,
+    /// What an account without memory has on appliances.
+    nothing: HashMap<ApplianceId, u64>,
     awaited: HashMap<Ticket, Awaited>,
     effects: Vec<Effect>,
     now: Moment,
     /// Count of events and tickets: one number line, so that "later" is "larger".
-    count: u64,
+    clock: u64,
 }
 
 /// An allocation, and what is being done to it.
@@ -80,6 +111,18 @@ struct Entry {
     work: Work,
     /// Requests that wait for the work to end.
     queue: VecDeque<(ReplyTo, Request)>,
+    /// When its next step towards its end is.
+    timer: Option<u64>,
+    /// The last step that was told.
+    told: lease::Told,
+    /// It is counted in the usage.
+    counted: bool,
+}
+
+/// A client, with its round-trip times ready for decisions.
+struct HeardClient {
+    client: Client,
+    round_trips: HashMap<ApplianceId, u64>,
 }
 
 /// At most one thing is done to an allocation at a time.
@@ -96,7 +139,9 @@ enum Awaited {
     /// The record is durable and takes effect.
     Record(Box<AllocationRecord>, AfterStore),
     RecordGone(AllocationId),
-    Appliance(Option<ReplyTo>, Outcome),
+    /// Give this answer.
+    Answer(ReplyTo, Outcome),
+    Nothing,
     Reserved(AllocationId, usize),
     Committed(AllocationId, usize),
     Raised(AllocationId, usize),
@@ -115,6 +160,9 @@ enum AfterStore {
     Raise(owner::Raise),
     Owned(ReplyTo),
     Disowned(ReplyTo),
+    Renewed(ReplyTo),
+    /// Nobody waits for it.
+    Settled,
 }
 
 impl Service {
@@ -128,17 +176,26 @@ impl Service {
             names: HashMap::new(),
             refreshes: HashMap::new(),
             parked: Vec::new(),
+            queue: Vec::new(),
+            policy: Policy::default(),
+            usage: Usage::default(),
+            clients: HashMap::new(),
+            timers: BTreeSet::new(),
+            purging: BTreeSet::new(),
+            events: events::Events::default(),
+            pruned: 0,
+            nothing: HashMap::new(),
             awaited: HashMap::new(),
             effects: Vec::new(),
             now: Moment::default(),
-            count: 0,
+            clock: 0,
         }
     }
 
     /// Handles one event and returns what is to be done, in this order.
     pub fn handle(&mut self, now: Moment, event: Event) -> Vec<Effect> {
         self.now = now;
-        self.count += 1;
+        self.clock += 1;
         match event {
             Event::Request(reply, request) => self.request(reply, request),
             Event::Stored(ticket) => self.stored(ticket),
@@ -158,6 +215,10 @@ impl Service {
             );
         }
         self.unpark();
+        self.run_timers();
+        self.serve_queue();
+        self.end_event_waits();
+        self.prune_decisions();
     }
 
     fn request(&mut self, reply: ReplyTo, request: Request) {
@@ -169,9 +230,19 @@ impl Service {
             Request::Heartbeat(heartbeat) => return self.heartbeat(reply, *heartbeat),
             Request::ForgetAppliance(id) => return self.forget_appliance(reply, id),
             Request::Create(create) => return self.create(reply, create),
+            Request::Decide(create) => return self.dry_run(reply, create),
+            Request::Usage => Ok(Outcome::Usage(self.list_usage())),
+            Request::HearClient { name, facts } => return self.hear_client(reply, name, facts),
+            Request::Clients => Ok(Outcome::Clients(self.list_clients())),
+            Request::Events(after) => return self.ask_events(reply, after),
+            Request::Policy => Ok(Outcome::Policy(self.shown_policy())),
+            Request::Apply(apply) => return self.apply(reply, &apply),
+            Request::RemoveDocument { name, version } => return self.remove_document(reply, &name, version),
+            Request::Delete { ref name, .. } if self.cancel_waiting(name) => Ok(Outcome::Done),
             Request::Delete { ref name, .. }
             | Request::Attach { ref name, .. }
-            | Request::Detach { ref name, .. } => {
+            | Request::Detach { ref name, .. }
+            | Request::Renew { ref name, .. } => {
                 let name = name.clone();
                 return self.change(reply, &name, request);
             }
@@ -202,6 +273,7 @@ impl Service {
             Request::Delete { force, .. } => self.delete(reply, id, force),
             Request::Attach { attach, .. } => self.attach(reply, id, attach),
             Request::Detach { client, .. } => self.detach(reply, id, client),
+            Request::Renew { renew, .. } => self.renew(reply, id, renew),
             _ => unreachable!("only requests that change an allocation come here"),
         }
     }
@@ -220,19 +292,22 @@ impl Service {
 
     fn heartbeat(&mut self, reply: ReplyTo, heartbeat: Heartbeat) {
         let id = heartbeat.info.id;
-        let record = ApplianceRecord { info: heartbeat.info.clone(), status: heartbeat.status.clone() };
-        let heard = self.inventory.hear(self.now.at, self.count, heartbeat);
+        let control = heartbeat.info.control.clone();
+        let heard = self.inventory.hear(self.now.at, self.now.unix, self.clock, heartbeat);
+        if heard.changed {
+            let policy = &self.policy;
+            self.inventory.profile_one(id, |name| policy.appliance(name));
+        }
         if heard.back {
-            tracing::info!("appliance {} ({id}) is up at {}", record.info.name, record.info.control);
+            tracing::info!("appliance {} ({id}) is up at {control}", self.inventory.name(id));
             self.hasten_purges(id);
         }
         let outcome = Outcome::Heartbeat(HeartbeatAnswer { interval: Span(self.settings.interval) });
-        match heard.changed {
-            true => {
-                let change = Change::Appliance(Box::new(record));
-                self.store(vec![change], Awaited::Appliance(Some(reply), outcome));
+        match self.inventory.record(id).filter(|_| heard.changed) {
+            Some(record) => {
+                self.store(vec![Change::Appliance(Box::new(record))], Awaited::Answer(reply, outcome));
             }
-            false => self.reply(reply, Ok(outcome)),
+            None => self.reply(reply, Ok(outcome)),
         }
     }
 
@@ -246,25 +321,25 @@ impl Service {
         tracing::info!("appliance {} ({id}) is forgotten", self.inventory.name(id));
         self.inventory.remove(id);
         self.hasten_purges(id);
-        self.store(vec![Change::ApplianceGone(id)], Awaited::Appliance(Some(reply), Outcome::Done));
+        self.store(vec![Change::ApplianceGone(id)], Awaited::Answer(reply, Outcome::Done));
     }
 
     fn stored(&mut self, ticket: Ticket) {
         match self.awaited.remove(&ticket) {
             Some(Awaited::Record(record, after)) => self.record_stored(*record, after),
-            Some(Awaited::RecordGone(id)) => drop(self.allocations.remove(&id)),
-            Some(Awaited::Appliance(reply, outcome)) => {
-                if let Some(reply) = reply {
-                    self.reply(reply, Ok(outcome));
-                }
-            }
+            Some(Awaited::RecordGone(id)) => self.record_gone(id),
+            Some(Awaited::Answer(reply, outcome)) => self.reply(reply, Ok(outcome)),
+            Some(Awaited::Nothing) => {}
             _ => unreachable!("a store is answered once, as a store"),
         }
     }
 
     fn record_stored(&mut self, record: AllocationRecord, after: AfterStore) {
         let id = record.id;
+        let link = record.terms.link_speed == self.entry(id).record.terms.link_speed;
+        debug_assert!(link, "what is promised of links does not change");
         self.entry(id).record = record;
+        self.set_timer(id);
         match after {
             AfterStore::Reserve => self.reserve(id),
             AfterStore::Ready => self.created(id),
@@ -276,6 +351,8 @@ impl Service {
                 self.reply(reply, Ok(Outcome::Done));
                 self.finish_work(id);
             }
+            AfterStore::Renewed(reply) => self.was_renewed(reply, id),
+            AfterStore::Settled => self.finish_work(id),
         }
     }
 
@@ -300,6 +377,45 @@ impl Service {
         for (reply, request) in std::mem::take(&mut self.entry(id).queue) {
             self.request(reply, request);
         }
+    }
+
+    /// A record begins to hold its name: it counts for limits and links from now on.
+    fn insert(&mut self, record: AllocationRecord, work: Work) {
+        let id = record.id;
+        let counted = record.holds_name();
+        if counted {
+            self.count(&record, false);
+            self.names.insert(record.name.clone(), id);
+        }
+        let entry =
+            Entry { record, work, queue: VecDeque::new(), timer: None, told: lease::Told::Nothing, counted };
+        self.allocations.insert(id, entry);
+        self.set_timer(id);
+    }
+
+    /// It counts no longer.
+    fn uncount(&mut self, id: AllocationId) {
+        if std::mem::take(&mut self.entry(id).counted) {
+            let record = self.entry(id).record.clone();
+            self.count(&record, true);
+        }
+    }
+
+    fn count(&mut self, record: &AllocationRecord, back: bool) {
+        match back {
+            false => self.usage.add(record),
+            true => self.usage.remove(record),
+        }
+        if let Some(speed) = record.terms.link_speed {
+            for grant in &record.grants {
+                self.inventory.promise_link(grant.appliance, speed, back);
+            }
+        }
+    }
+
+    fn record_gone(&mut self, id: AllocationId) {
+        self.purging.remove(&id);
+        self.allocations.remove(&id);
     }
 
     fn entry(&mut self, id: AllocationId) -> &mut Entry {
@@ -337,8 +453,8 @@ impl Service {
     }
 
     fn ticket(&mut self, awaited: Awaited) -> Ticket {
-        self.count += 1;
-        let ticket = Ticket(self.count);
+        self.clock += 1;
+        let ticket = Ticket(self.clock);
         self.awaited.insert(ticket, awaited);
         ticket
     }

@@ -30,6 +30,9 @@ pub(crate) fn allocation(number: u128, name: &str) -> AllocationRecord {
         next: None,
         grants: vec![grant],
         slots: vec![RegionSlot { grant: 0, slot: 0 }],
+        terms: Default::default(),
+        idle_since: 1,
+        reclaim: None,
     }
 }
 
@@ -53,5 +56,5 @@ pub(crate) fn appliance(number: u128) -> ApplianceRecord {
         labels: Default::default(),
         link_speed: None,
     };
-    ApplianceRecord { info, status: Status::default() }
+    ApplianceRecord { info, status: Status::default(), since: 0 }
 }

@@ -30,7 +30,7 @@ use xpm_protocol::api::{ErrorBody, ErrorKind};
 pub use axum::Router;
 pub use axum::response::NoContent;
 pub use axum::routing;
-pub use extract::{Force, Json, Path};
+pub use extract::{Force, Json, Path, Query};
 
 use crate::listen::Listener;
 use crate::token::Token;

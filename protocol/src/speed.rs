@@ -60,7 +60,7 @@ fn parse_speed(text: &str) -> Option<LinkSpeed> {
 /// Exact: the largest unit in which it has at most one decimal place.
 impl fmt::Display for LinkSpeed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let exact = |zeros: u32| self.0 >= 10_u64.pow(zeros) && self.0 % 10_u64.pow(zeros - 1) == 0;
+        let exact = |zeros: u32| self.0 >= 10_u64.pow(zeros) && self.0.is_multiple_of(10_u64.pow(zeros - 1));
         let text = match UNITS.into_iter().find(|&(_, zeros)| exact(zeros)) {
             None => format!("{}bps", self.0),
             Some((letter, zeros)) => {

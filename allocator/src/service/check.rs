@@ -1,15 +1,41 @@
 //! What holds after each event; checked in builds with debug assertions, so in every test.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
+
+use xpm_protocol::ApplianceId;
 
 use super::{Entry, Service, Work};
 use crate::store::record::Phase;
+use crate::strategy::Candidate;
+use crate::usage::Usage;
 
 impl Service {
     pub(super) fn check(&self) -> Result<(), String> {
         self.check_names()?;
         self.check_works()?;
-        self.check_regions()
+        self.check_regions()?;
+        self.check_usage()
+    }
+
+    /// What is counted is what the records say, links included.
+    fn check_usage(&self) -> Result<(), String> {
+        let mut usage = Usage::default();
+        let mut links: HashMap<ApplianceId, u64> = HashMap::new();
+        for Entry { record, counted, .. } in self.allocations.values() {
+            if record.holds_name() != *counted {
+                return Err(format!("{} is counted: {counted}", record.id));
+            }
+            if *counted {
+                usage.add(record);
+                let speed = record.terms.link_speed.map_or(0, |speed| speed.0);
+                record.grants.iter().for_each(|grant| *links.entry(grant.appliance).or_default() += speed);
+            }
+        }
+        let promised = |one: &Candidate| one.link_promised.0 == links.get(&one.id).copied().unwrap_or(0);
+        match usage == self.usage && self.inventory.pool().iter().all(promised) {
+            true => Ok(()),
+            false => Err(format!("{:?} is counted, and the records say {usage:?}", self.usage)),
+        }
     }
 
     /// A name belongs to one allocation, and every one that is whole or being made has its own.
@@ -32,7 +58,7 @@ impl Service {
 
     /// What is done to an allocation fits how far it is, and nothing waits for nothing.
     fn check_works(&self) -> Result<(), String> {
-        for (id, Entry { record, work, queue }) in &self.allocations {
+        for (id, Entry { record, work, queue, .. }) in &self.allocations {
             let fits = match (record.phase, work) {
                 (Phase::Creating, work) => matches!(work, Work::Creating(_)),
                 (Phase::Ready, work) => !matches!(work, Work::Creating(_) | Work::Purging(_)),

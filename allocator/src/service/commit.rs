@@ -10,15 +10,19 @@
 //! given back; then the whole is tried once more, as a new allocation of the same name, without
 //! the appliances that failed.
 
+use std::collections::HashMap;
+
 use xpm_control::server::ApiError;
 use xpm_protocol::api::ErrorKind;
-use xpm_protocol::api::allocator::RegionSlot;
+use xpm_protocol::api::allocator::{Allocation, RegionSlot};
 use xpm_protocol::api::appliance::{self as appliance_api, Region};
 use xpm_protocol::{AllocationId, ApplianceId, ByteSize, Epoch, GrantId, RegionId, Span};
 
+use super::asking::Asked;
 use super::purge::Then;
-use super::wish::Wish;
-use super::{AfterStore, Answer, Awaited, Call, CallError, Entry, Outcome, Service, Work};
+use super::wish::{Looked, Wish};
+use super::{AfterStore, Answer, Awaited, Call, CallError, Entry, Outcome, Service, Work, audit};
+use crate::store::Change;
 use crate::store::record::{AllocationRecord, GrantRecord, Phase};
 use crate::strategy::Placement;
 
@@ -35,52 +39,57 @@ pub(super) struct Creation {
     failures: Vec<(usize, CallError)>,
     /// Regions that were reserved, by grant.
     regions: Vec<Vec<RegionId>>,
+    /// What the one who asked is told.
+    warnings: Vec<String>,
 }
 
 impl Service {
-    pub(super) fn begin(&mut self, wish: Wish, placement: &Placement) {
-        let record = match self.intent(&wish, placement) {
+    pub(super) fn begin(&mut self, wish: Wish, looked: Looked, placement: &Placement) {
+        let Looked { asked, mut decision, .. } = looked;
+        let record = match self.intent(&wish, &asked, placement) {
             Ok(record) => record,
-            Err(error) => return self.reply(wish.reply, Err(error)),
+            Err(error) => return self.reject(&wish, error),
         };
         for grant in &record.grants {
             self.inventory.promise(record.id, grant.appliance, record.bytes_of(grant));
         }
-        let creation =
-            Creation { wish, open: 0, failures: Vec::new(), regions: vec![Vec::new(); record.grants.len()] };
-        let entry =
-            Entry { record: record.clone(), work: Work::Creating(creation), queue: Default::default() };
-        self.names.insert(record.name.clone(), record.id);
-        self.allocations.insert(record.id, entry);
-        self.store_record(record, AfterStore::Reserve);
+        decision.allocation = Some(record.id);
+        let warnings = decision.warnings.clone();
+        let regions = vec![Vec::new(); record.grants.len()];
+        let creation = Creation { wish, open: 0, failures: Vec::new(), regions, warnings };
+        self.insert(record.clone(), Work::Creating(creation));
+        let decision = self.decision_change(decision);
+        let intent = Change::Allocation(Box::new(record.clone()));
+        self.store(vec![intent, decision], Awaited::Record(Box::new(record), AfterStore::Reserve));
     }
 
-    fn intent(&mut self, wish: &Wish, placement: &Placement) -> Result<AllocationRecord, ApiError> {
+    fn intent(
+        &mut self,
+        wish: &Wish,
+        asked: &Asked,
+        placement: &Placement,
+    ) -> Result<AllocationRecord, ApiError> {
         let mut grants: Vec<GrantRecord> = Vec::new();
+        let mut index_of: HashMap<ApplianceId, usize> = HashMap::new();
         let mut slots = Vec::with_capacity(placement.regions.len());
         for &appliance in &placement.regions {
-            let index = match grants.iter().position(|grant| grant.appliance == appliance) {
-                Some(index) => index,
-                None => {
-                    let id = GrantId::from_u128(self.random_id()?);
-                    grants.push(GrantRecord {
-                        id,
-                        appliance,
-                        key: self.random_key()?,
-                        count: 0,
-                        regions: Vec::new(),
-                    });
-                    grants.len() - 1
-                }
-            };
+            let index = *index_of.entry(appliance).or_insert(grants.len());
+            if index == grants.len() {
+                let (id, key) = (GrantId::from_u128(self.random_id()?), self.random_key()?);
+                grants.push(GrantRecord { id, appliance, key, count: 0, regions: Vec::new() });
+            }
             slots.push(RegionSlot { grant: index as u32, slot: grants[index].count });
             grants[index].count += 1;
         }
+        let taken = placement.regions.len() as u64 * placement.region_len;
+        let over_soft = asked.limits.iter().any(|check| audit::is_over_soft(check, taken));
+        let mut terms = asked.terms.clone();
+        terms.reclaimable |= over_soft;
         Ok(AllocationRecord {
             id: AllocationId::from_u128(self.random_id()?),
             name: wish.create.name.clone(),
-            size: wish.demand.size,
-            layout: wish.layout,
+            size: asked.demand.size,
+            layout: asked.layout,
             region_len: placement.region_len,
             created: self.now.unix,
             phase: Phase::Creating,
@@ -90,6 +99,9 @@ impl Service {
             next: None,
             grants,
             slots,
+            terms,
+            idle_since: self.now.unix,
+            reclaim: None,
         })
     }
 
@@ -112,13 +124,14 @@ impl Service {
         match result.and_then(|answer| checked_regions(answer, count, record.region_len)) {
             Ok(regions) => {
                 self.creation(id).regions[grant] = regions;
-                let event = self.count;
+                let event = self.clock;
                 self.inventory.settle(id, appliance, event);
             }
             Err(error) => {
                 if matches!(error, CallError::Refused(..)) {
                     self.inventory.forget(id, appliance);
                 }
+                self.inventory.blame(appliance);
                 self.creation(id).failures.push((grant, error));
             }
         }
@@ -174,11 +187,20 @@ impl Service {
     }
 
     pub(super) fn created(&mut self, id: AllocationId) {
-        let reply = self.creation(id).wish.reply;
+        let (reply, warnings) = (self.creation(id).wish.reply, self.creation(id).warnings.clone());
         let record = &self.entry(id).record;
-        tracing::info!("allocation {} ({id}) of {} is ready", record.name, ByteSize(record.size));
-        let shown = self.view(id);
-        self.reply(reply, Ok(Outcome::Allocation(Box::new(shown))));
+        let name = record.name.clone();
+        tracing::info!("allocation {name} ({id}) of {} is ready", ByteSize(record.size));
+        match reply {
+            Some(reply) => {
+                let shown = Allocation { warnings, ..self.view(id) };
+                self.reply(reply, Ok(Outcome::Allocation(Box::new(shown))));
+            }
+            None => {
+                self.leaves_queue(&name);
+                self.tell("served", &name, format!("`{name}` is made after waiting"));
+            }
+        }
         self.finish_work(id);
     }
 
@@ -201,7 +223,13 @@ impl Service {
                 wish.earlier = Some(error.1);
                 Then::TryAgain(Box::new(wish))
             }
-            false => Then::Answer(wish.reply, Err(error)),
+            false => match wish.reply {
+                Some(reply) => Then::Answer(reply, Err(error)),
+                None => {
+                    self.back_to_queue(&record.name, error.1);
+                    Then::Nothing
+                }
+            },
         };
         self.store_record(record, AfterStore::Undo(then));
     }

@@ -6,8 +6,13 @@ use std::time::Duration;
 use serde::Serialize;
 use xpm_control::server::ApiError;
 use xpm_protocol::api::ErrorKind;
-use xpm_protocol::api::allocator::{self as api, Attach, Create, Heartbeat, HeartbeatAnswer};
+use xpm_protocol::api::allocator::{
+    self as api, Attach, ClientFacts, Create, Heartbeat, HeartbeatAnswer, Renew,
+};
 use xpm_protocol::api::appliance as appliance_api;
+use xpm_protocol::api::decision::Decision;
+use xpm_protocol::api::policy::{Applied, Apply, Policy};
+use xpm_protocol::policy::DocumentName;
 use xpm_protocol::{AllocationId, ApplianceId, ClientId, GrantId, Name};
 
 use crate::store::Batch;
@@ -51,11 +56,40 @@ pub enum Request {
     Appliances,
     ForgetAppliance(ApplianceId),
     Create(Create),
+    /// What would become of it.
+    Decide(Create),
     Allocations,
     Allocation(Name),
-    Delete { name: Name, force: bool },
-    Attach { name: Name, attach: Attach },
-    Detach { name: Name, client: ClientId },
+    Delete {
+        name: Name,
+        force: bool,
+    },
+    Attach {
+        name: Name,
+        attach: Attach,
+    },
+    Detach {
+        name: Name,
+        client: ClientId,
+    },
+    Renew {
+        name: Name,
+        renew: Renew,
+    },
+    Usage,
+    HearClient {
+        name: Name,
+        facts: ClientFacts,
+    },
+    Clients,
+    /// Events after this number.
+    Events(u64),
+    Policy,
+    Apply(Apply),
+    RemoveDocument {
+        name: DocumentName,
+        version: Option<u64>,
+    },
 }
 
 /// What is answered; as JSON just the content.
@@ -70,6 +104,12 @@ pub enum Outcome {
     Allocation(Box<api::Allocation>),
     Allocations(Vec<api::Allocation>),
     Map(Box<api::Map>),
+    Decision(Box<Decision>),
+    Usage(Vec<api::Usage>),
+    Clients(Vec<api::Client>),
+    Events(Vec<api::Event>),
+    Policy(Policy),
+    Applied(Applied),
 }
 
 /// What the service wants done.

@@ -33,6 +33,11 @@ impl Service {
         if let Err(error) = check(record, &attach) {
             return self.reply(reply, Err(error));
         }
+        let record = record.clone();
+        if let Some(line) = self.attach_denied(&record, &attach) {
+            return self.refuse(reply, ErrorKind::Denied, line);
+        }
+        let record = &self.entry(id).record;
         let same = record.owner.as_ref().filter(|owner| owner.client == attach.client);
         let since = same.map(|owner| owner.since).unwrap_or(unix);
         let owner =
@@ -124,6 +129,7 @@ impl Service {
             return self.reply(reply, Ok(Outcome::Done));
         }
         record.owner = None;
+        record.idle_since = self.now.unix;
         self.entry(id).work = Work::Storing;
         self.store_record(record, AfterStore::Disowned(reply));
     }

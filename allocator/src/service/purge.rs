@@ -78,6 +78,8 @@ impl Service {
         if !matches!(then, Then::TryAgain(..)) {
             self.free_name(id);
         }
+        self.uncount(id);
+        self.purging.insert(id);
         self.entry(id).work =
             Work::Purging(Purge { then, grants: vec![State::Open { failures: 0 }; grants] });
         (0..grants).for_each(|grant| self.purge_grant(id, grant));
@@ -106,7 +108,7 @@ impl Service {
     }
 
     pub(super) fn purged(&mut self, id: AllocationId, grant: usize, result: Result<Answer, CallError>) {
-        let (now, event) = (self.now.at, self.count);
+        let (now, event) = (self.now.at, self.clock);
         let appliance = self.entry(id).record.grants[grant].appliance;
         let State::Open { failures } = *self.purge_state(id, grant) else { return };
         let gone = self.inventory.info(appliance).is_none();
@@ -178,7 +180,8 @@ impl Service {
         wanted: impl Fn(Duration, ApplianceId) -> bool,
     ) -> Vec<(AllocationId, usize, u32)> {
         let mut found = Vec::new();
-        for (id, entry) in &self.allocations {
+        for id in &self.purging {
+            let Some(entry) = self.allocations.get(id) else { continue };
             let Work::Purging(purge) = &entry.work else { continue };
             for (index, (state, grant)) in purge.grants.iter().zip(&entry.record.grants).enumerate() {
                 if let State::Again { at, failures } = *state

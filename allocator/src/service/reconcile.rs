@@ -6,10 +6,9 @@
 //!
 //! Reservations need no care: an appliance drops them by itself when their time is over.
 
-use std::collections::VecDeque;
-
 use super::purge::Then;
-use super::{Effect, Entry, Moment, Service, Work};
+use super::{Effect, Moment, Service, Work};
+use crate::policy::Policy;
 use crate::store::Loaded;
 use crate::store::record::{AllocationRecord, Phase};
 
@@ -20,6 +19,9 @@ impl Service {
         for appliance in loaded.appliances {
             self.inventory.restore(appliance);
         }
+        self.policy = Policy::load(loaded.revision, loaded.documents);
+        let policy = &self.policy;
+        self.inventory.profile(|name| policy.appliance(name));
         for record in loaded.allocations {
             self.restore_allocation(record);
         }
@@ -35,10 +37,7 @@ impl Service {
             record.phase = Phase::Undoing;
         }
         let ready = record.phase == Phase::Ready;
-        if ready {
-            self.names.insert(record.name.clone(), id);
-        }
-        self.allocations.insert(id, Entry { record, work: Work::Idle, queue: VecDeque::new() });
+        self.insert(record, Work::Idle);
         if !ready {
             self.purge(id, Then::Nothing);
         }

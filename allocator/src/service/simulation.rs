@@ -16,11 +16,18 @@ use std::time::Duration;
 use xpm_protocol::api::allocator::{Attach, Create};
 use xpm_protocol::{ByteSize, ClientId, HostId};
 
-use super::Request;
+use super::{Request, Settings};
 
 const MIB: u64 = 1 << 20;
 const TTL: Duration = Duration::from_secs(60);
 const INTERVAL: Duration = Duration::from_secs(5);
+
+const SETTINGS: Settings = Settings {
+    interval: INTERVAL,
+    reserve_ttl: TTL,
+    reclaim_grace: Duration::from_secs(120),
+    keep_decisions: Duration::from_secs(86_400),
+};
 
 fn create(name: &str, mib: u64, stripe: Option<u32>) -> Request {
     let region_len = Some(ByteSize(16 * MIB));

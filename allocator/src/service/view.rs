@@ -5,11 +5,11 @@ use std::collections::HashMap;
 use xpm_control::server::ApiError;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{
-    Allocation, AllocationState, Appliance, ApplianceState, RegionPlace, Status,
+    Allocation, AllocationState, Appliance, ApplianceState, Lease, RegionPlace, Status,
 };
 use xpm_protocol::{AllocationId, ApplianceId, ByteSize, Name, RegionId, Span};
 
-use super::{Entry, Service, Work};
+use super::{Entry, Service, Work, lease};
 use crate::inventory::whole_millis;
 use crate::store::record::{AllocationRecord, Phase};
 
@@ -25,8 +25,8 @@ impl Service {
     pub(super) fn status(&self) -> Status {
         let appliances = self.list_appliances();
         let up: Vec<&Appliance> = appliances.iter().filter(|one| one.state == ApplianceState::Up).collect();
-        let free =
-            self.inventory.snapshot(self.now.at, &[]).iter().filter(|one| one.up).map(|one| one.free).sum();
+        let pool = self.inventory.pool();
+        let free = pool.iter().filter(|one| one.up_until >= self.now.at).map(|one| one.free).sum();
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             uptime: Span(whole_millis(self.now.at)),
@@ -48,6 +48,7 @@ impl Service {
 
     pub(super) fn list_allocations(&self) -> Vec<Allocation> {
         let mut list: Vec<Allocation> = self.allocations.keys().map(|&id| self.view(id)).collect();
+        list.extend(self.list_waiting());
         list.sort_by(|a, b| (&a.name, a.created, a.id).cmp(&(&b.name, b.created, b.id)));
         list
     }
@@ -57,8 +58,11 @@ impl Service {
         let gone = || {
             self.allocations.values().find(|entry| entry.record.name == *name).map(|entry| entry.record.id)
         };
-        let id = self.names.get(name).copied().or_else(gone).ok_or_else(|| unknown(name))?;
-        Ok(self.view(id))
+        if let Some(&id) = self.names.get(name) {
+            return Ok(self.view(id));
+        }
+        let waiting = self.show_waiting(name);
+        waiting.or_else(|| gone().map(|id| self.view(id))).ok_or_else(|| unknown(name))
     }
 
     pub(super) fn view(&self, id: AllocationId) -> Allocation {
@@ -79,15 +83,19 @@ impl Service {
             owner: record.owner.clone(),
             regions: self.places(record),
             created: record.created,
-            taken: ByteSize(record.slots.len() as u64 * record.region_len),
-            account: None,
-            client: None,
-            strategy: None,
-            labels: Default::default(),
-            reclaimable: false,
-            link_speed: None,
-            lease: None,
-            ending: None,
+            taken: ByteSize(record.taken()),
+            account: record.terms.account.clone(),
+            client: record.terms.client.clone(),
+            strategy: record.terms.strategies.first().cloned(),
+            labels: record.terms.labels.clone(),
+            reclaimable: record.terms.reclaimable,
+            link_speed: record.terms.link_speed,
+            lease: record.terms.lease.map(|lease| Lease {
+                ends: lease.ends,
+                frees: lease.frees(),
+                renewable: lease.renewable,
+            }),
+            ending: lease::ending(record, self.now.unix),
             waiting: None,
             warnings: Vec::new(),
         }

@@ -1,16 +1,18 @@
 //! From a request to a place for it.
 
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use xpm_control::server::ApiError;
+use xpm_protocol::ApplianceId;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::Create;
-use xpm_protocol::layout::{COLUMNS_MAX, STRIPE_UNIT_DEFAULT};
-use xpm_protocol::units::{PAGE_LEN, REGION_LEN_MAX, is_region_len};
-use xpm_protocol::{ApplianceId, Layout};
+use xpm_protocol::api::decision::Decision;
 
-use super::{Answer, Awaited, Call, CallError, ReplyTo, Service};
-use crate::strategy::{self, Candidate, Demand, NoPlace};
+use super::asking::{self, Asked, Refusal, World};
+use super::audit;
+use super::{Answer, Awaited, Call, CallError, Outcome, ReplyTo, Service};
+use crate::strategy::{self, Decided, NoPlace, Snapshot, remedy};
 
 /// How long a request waits for memory that is being cleared; with two attempts it is still
 /// answered before a client with the usual time limit gives up.
@@ -19,10 +21,9 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// A request on its way to an allocation.
 #[derive(Debug, Clone)]
 pub(super) struct Wish {
-    pub(super) reply: ReplyTo,
+    /// Who is to be answered; nobody once the request has its place in the queue.
+    pub(super) reply: Option<ReplyTo>,
     pub(super) create: Create,
-    pub(super) demand: Demand,
-    pub(super) layout: Layout,
     pub(super) attempt: u8,
     /// Appliances that failed an earlier attempt.
     pub(super) failed: Vec<ApplianceId>,
@@ -41,23 +42,43 @@ pub(super) struct Refresh {
     open: usize,
 }
 
-impl Service {
-    pub(super) fn create(&mut self, reply: ReplyTo, create: Create) {
-        let (demand, layout) = match demand_of(&create) {
-            Ok(valid) => valid,
-            Err(line) => return self.refuse(reply, ErrorKind::Invalid, line),
-        };
-        self.place(Wish {
+/// What one look at a request came to.
+pub(super) struct Looked {
+    pub(super) asked: Asked,
+    /// None where the documents refuse it whatever appliances there are.
+    pub(super) decided: Option<Decided>,
+    pub(super) refusal: Option<Refusal>,
+    pub(super) decision: Decision,
+}
+
+impl Wish {
+    pub(super) fn new(reply: Option<ReplyTo>, create: Create) -> Wish {
+        Wish {
             reply,
             create,
-            demand,
-            layout,
             attempt: 1,
             failed: Vec::new(),
             earlier: None,
             refreshed: false,
             patience: None,
-        });
+        }
+    }
+}
+
+impl Service {
+    pub(super) fn create(&mut self, reply: ReplyTo, create: Create) {
+        self.forget_refused(&create.name);
+        self.place(Wish::new(Some(reply), create));
+    }
+
+    /// Answers what would become of a request, and does nothing.
+    pub(super) fn dry_run(&mut self, reply: ReplyTo, create: Create) {
+        let wish = Wish::new(None, create);
+        let answer = match self.look(&wish, true) {
+            Ok(looked) => Ok(Outcome::Decision(Box::new(looked.decision))),
+            Err(line) => Err(ApiError(ErrorKind::Invalid, line)),
+        };
+        self.reply(reply, answer);
     }
 
     /// Finds a place and begins. Where there seems to be no room, the appliances are asked first
@@ -65,36 +86,139 @@ impl Service {
     /// they are clearing would do, that is waited for.
     pub(super) fn place(&mut self, mut wish: Wish) {
         if let Err(error) = self.check_name(&wish) {
-            return self.reply(wish.reply, Err(error));
+            return self.reject(&wish, error);
         }
-        wish.demand.seed = self.count;
-        let snapshot = self.inventory.snapshot(self.now.at, &wish.failed);
-        match strategy::place(&snapshot, &wish.demand) {
-            Ok(placement) => self.begin(wish, &placement),
-            Err(NoPlace::NoSpace { .. }) if !wish.refreshed && snapshot.iter().any(|one| one.up) => {
+        let looked = match self.look(&wish, false) {
+            Ok(looked) => looked,
+            Err(line) => return self.reject(&wish, ApiError(ErrorKind::Invalid, line)),
+        };
+        let no_space = matches!(
+            looked.decided.as_ref().map(|decided| &decided.placement),
+            Some(Err(NoPlace::NoSpace { .. }))
+        );
+        match (&looked.decided, &looked.refusal) {
+            (Some(Decided { placement: Ok(placement), .. }), None) => {
+                let placement = placement.clone();
+                self.begin(wish, looked, &placement);
+            }
+            _ if no_space && !wish.refreshed && !self.inventory.doubtful(self.now.at).is_empty() => {
                 self.refresh(wish);
             }
-            Err(NoPlace::NoSpace { .. }) if self.may_wait(&mut wish, snapshot) => self.parked.push(wish),
-            Err(error @ NoPlace::NoSpace { .. }) => {
-                let line = match wish.earlier {
-                    Some(earlier) => format!("{earlier}; without those that failed, {error}"),
-                    None => error.to_string(),
-                };
-                self.refuse(wish.reply, ErrorKind::NoSpace, line);
-            }
-            Err(error @ NoPlace::TooManyRegions) => {
-                self.refuse(wish.reply, ErrorKind::Invalid, error.to_string());
-            }
+            _ if no_space && self.may_wait(&mut wish, &looked) => self.parked.push(wish),
+            _ => self.not_placed(wish, looked),
+        }
+    }
+
+    /// Looks at a request as things are now.
+    pub(super) fn look(&mut self, wish: &Wish, all: bool) -> Result<Looked, String> {
+        let mut asked = asking::ask(&self.world(), &wish.create)?;
+        asked.demand.seed = self.clock;
+        let held = self.held_for_others(&wish.create.name, asked.priority);
+        let empty = HashMap::new();
+        let snapshot = self.snapshot(&asked, &wish.create, &wish.failed, &held, &empty);
+        let mut refusal = asked.refusal.clone();
+        let decided = refusal.is_none().then(|| strategy::decide(&snapshot, &asked.demand));
+        if let Some(Err(no_place)) = decided.as_ref().map(|decided| &decided.placement) {
+            refusal = Some(refused(no_place, &asked, &snapshot));
+        }
+        let decision = audit::decision(
+            &snapshot,
+            &asked,
+            &wish.create,
+            decided.as_ref(),
+            refusal.as_ref(),
+            all,
+            self.policy.revision(),
+        );
+        Ok(Looked { asked, decided, refusal, decision })
+    }
+
+    pub(super) fn world(&self) -> World<'_> {
+        World {
+            policy: &self.policy,
+            usage: &self.usage,
+            pool: self.inventory.pool(),
+            clients: &self.clients,
+            unix: self.now.unix,
+            pool_used: self.inventory.used_percent(self.now.at),
+        }
+    }
+
+    pub(super) fn snapshot<'a>(
+        &'a self,
+        asked: &Asked,
+        create: &Create,
+        failed: &'a [ApplianceId],
+        held: &'a HashSet<ApplianceId>,
+        given_back: &'a HashMap<ApplianceId, u64>,
+    ) -> Snapshot<'a> {
+        let account = asked.terms.account.as_ref();
+        let client = create.client.as_ref().and_then(|name| self.clients.get(name));
+        Snapshot {
+            pool: self.inventory.pool(),
+            now: self.now.at,
+            unix: self.now.unix,
+            failed,
+            held,
+            of_account: account.and_then(|name| self.usage.on_appliances(name)).unwrap_or(&self.nothing),
+            round_trips: client.map_or(&self.nothing, |client| &client.round_trips),
+            with_clearing: false,
+            given_back,
         }
     }
 
     /// Whether there is room once everything that is being cleared is free, and time to wait.
-    fn may_wait(&self, wish: &mut Wish, mut snapshot: Vec<Candidate>) -> bool {
+    fn may_wait(&self, wish: &mut Wish, looked: &Looked) -> bool {
         let until = *wish.patience.get_or_insert(self.now.at + PATIENCE);
-        for candidate in &mut snapshot {
-            candidate.free = candidate.free.saturating_add(candidate.clearing);
+        if self.now.at >= until {
+            return false;
         }
-        self.now.at < until && strategy::place(&snapshot, &wish.demand).is_ok()
+        let held = self.held_for_others(&wish.create.name, looked.asked.priority);
+        let empty = HashMap::new();
+        let snapshot = self.snapshot(&looked.asked, &wish.create, &wish.failed, &held, &empty);
+        let cleared = Snapshot { with_clearing: true, ..snapshot };
+        strategy::decide(&cleared, &looked.asked.demand).placement.is_ok()
+    }
+
+    /// It waits for its turn, if it wants to and that can help; else it is refused.
+    fn not_placed(&mut self, wish: Wish, looked: Looked) {
+        let Some(refusal) = looked.refusal.clone() else { return };
+        if self.is_queued(&wish.create.name) {
+            return self.still_waits(&wish.create.name, &looked, refusal.line());
+        }
+        self.record_decision(looked.decision.clone());
+        if wish.create.wait.is_some() && refusal.kind != ErrorKind::Invalid && self.could_ever(&wish, &looked)
+        {
+            return self.enqueue(wish, &looked, refusal.line());
+        }
+        let line = match &wish.earlier {
+            Some(earlier) => format!("{earlier}; without those that failed, {}", refusal.line()),
+            None => refusal.line(),
+        };
+        self.reject(&wish, ApiError(refusal.kind, line));
+    }
+
+    /// Whether it would be served if all memory of the pool were free. What documents refuse, time
+    /// or other allocations may change.
+    fn could_ever(&self, wish: &Wish, looked: &Looked) -> bool {
+        if looked.decided.is_none()
+            || !matches!(&looked.refusal, Some(refusal) if refusal.kind == ErrorKind::NoSpace)
+        {
+            return true;
+        }
+        let nobody = HashSet::new();
+        let all: HashMap<ApplianceId, u64> =
+            self.inventory.pool().iter().map(|one| (one.id, one.capacity)).collect();
+        let snapshot = self.snapshot(&looked.asked, &wish.create, &[], &nobody, &all);
+        remedy::with_given_back(&snapshot, &looked.asked.demand, &all)
+    }
+
+    /// Answers that it is not made.
+    pub(super) fn reject(&mut self, wish: &Wish, error: ApiError) {
+        match wish.reply {
+            Some(reply) => self.reply(reply, Err(error)),
+            None => self.refuse_waiting(&wish.create.name, &error.1),
+        }
     }
 
     /// Looks again for those that wait.
@@ -106,11 +230,13 @@ impl Service {
 
     fn check_name(&self, wish: &Wish) -> Result<(), ApiError> {
         let name = &wish.create.name;
-        match self.names.contains_key(name) {
+        let waiting = wish.reply.is_some() && self.is_queued(name);
+        match self.names.contains_key(name) || waiting {
             false => Ok(()),
             true => {
+                let there = if waiting { "waits for its turn" } else { "is there" };
                 let line = format!(
-                    "an allocation named `{name}` is there already: choose another name, or delete that one"
+                    "an allocation named `{name}` {there} already: choose another name, or delete that one"
                 );
                 Err(ApiError(ErrorKind::Conflict, line))
             }
@@ -119,14 +245,14 @@ impl Service {
 
     fn refresh(&mut self, mut wish: Wish) {
         wish.refreshed = true;
-        let up = self.inventory.up(self.now.at);
-        if up.is_empty() {
+        let doubtful = self.inventory.doubtful(self.now.at);
+        if doubtful.is_empty() {
             return self.place(wish);
         }
-        self.count += 1;
-        let asked = self.count;
-        self.refreshes.insert(asked, Refresh { wish, open: up.len() });
-        for appliance in up {
+        self.clock += 1;
+        let asked = self.clock;
+        self.refreshes.insert(asked, Refresh { wish, open: doubtful.len() });
+        for appliance in doubtful {
             let control = self.control_of(appliance);
             self.call(appliance, control, Call::Status, Awaited::Sampled { asked, appliance });
         }
@@ -147,62 +273,20 @@ impl Service {
     }
 }
 
-/// Checks a request and says what it means.
-fn demand_of(create: &Create) -> Result<(Demand, Layout), String> {
-    let size = create.size.0.checked_next_multiple_of(PAGE_LEN).filter(|&size| size > 0);
-    let size =
-        size.ok_or("a size is 1 byte to 16 EiB less a page: say how much memory is wanted, such as 1GiB")?;
-    let region_len = create.region_len.map(|len| len.0);
-    if let Some(len) = region_len.filter(|&len| !is_region_len(len)) {
-        return Err(format!("a region is a power of two of 16MiB to 64GiB long, not {len} bytes"));
-    }
-    let columns = create.stripe.unwrap_or(1);
-    if !(1..=COLUMNS_MAX).contains(&columns) {
-        return Err(format!("a stripe goes over 1 to {COLUMNS_MAX} regions, not {columns}"));
-    }
-    let unit = create.stripe_unit.map_or(STRIPE_UNIT_DEFAULT, |unit| unit.0);
-    let layout = match columns {
-        1 if create.stripe_unit.is_some() => {
-            return Err("a stripe unit means nothing without a stripe over 2 regions or more".to_owned());
-        }
-        1 => Layout::Linear,
-        _ => Layout::Striped { columns, unit },
+/// Why there is no place, and what would help.
+fn refused(no_place: &NoPlace, asked: &Asked, snapshot: &Snapshot<'_>) -> Refusal {
+    let kind = match no_place {
+        NoPlace::TooManyRegions => ErrorKind::Invalid,
+        NoPlace::Limit { .. } => ErrorKind::Denied,
+        NoPlace::NoSpace { .. } => ErrorKind::NoSpace,
     };
-    layout.check(region_len.unwrap_or(REGION_LEN_MAX)).map_err(|error| error.to_string())?;
-    let unit = if columns == 1 { 0 } else { unit };
-    Ok((Demand { size, columns, unit, region_len, seed: 0 }, layout))
-}
-
-#[cfg(test)]
-mod tests {
-    use xpm_protocol::ByteSize;
-
-    use super::*;
-
-    fn create(size: u64) -> Create {
-        Create::new("a".parse().unwrap(), ByteSize(size))
-    }
-
-    #[test]
-    fn what_is_asked_for_is_checked() {
-        assert_eq!(demand_of(&create(1)).unwrap().0.size, PAGE_LEN);
-        let odd = |change: fn(&mut Create)| {
-            let mut create = create(1 << 30);
-            change(&mut create);
-            demand_of(&create).unwrap_err()
-        };
-        assert!(demand_of(&create(0)).unwrap_err().contains("1GiB"));
-        assert!(demand_of(&create(u64::MAX)).is_err());
-        assert!(odd(|create| create.stripe = Some(0)).contains("not 0"));
-        assert!(odd(|create| create.stripe = Some(1025)).contains("1024"));
-        assert!(odd(|create| create.stripe_unit = Some(ByteSize(65536))).contains("without a stripe"));
-        assert!(odd(|create| create.region_len = Some(ByteSize(1 << 20))).contains("16MiB"));
-        assert!(odd(|create| create.region_len = Some(ByteSize(3 << 24))).contains("power of two"));
-        let unit_too_long = |create: &mut Create| {
-            create.stripe = Some(2);
-            create.stripe_unit = Some(ByteSize(1 << 25));
-            create.region_len = Some(ByteSize(1 << 24));
-        };
-        assert!(odd(unit_too_long).contains("stripe unit"));
-    }
+    let (why, remedies) = match no_place {
+        NoPlace::TooManyRegions => (no_place.to_string(), Vec::new()),
+        NoPlace::Limit { takes, left } => audit::over_limit(asked, *takes, *left),
+        NoPlace::NoSpace { .. } => {
+            let failed = audit::rejected_line(snapshot, asked);
+            (format!("{no_place}{failed}"), remedy::remedies(snapshot, &asked.demand))
+        }
+    };
+    Refusal { kind, why, remedies }
 }

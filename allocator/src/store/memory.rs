@@ -1,43 +1,96 @@
 //! A store that forgets everything when it is dropped, for tests of the service.
 
 use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use xpm_protocol::{AllocationId, ApplianceId};
+use xpm_protocol::api::decision::Decision;
+use xpm_protocol::policy::{Content, DocumentName};
+use xpm_protocol::{AllocationId, ApplianceId, Name};
 
-use super::{AllocationRecord, ApplianceRecord, Batch, Change, Loaded, MetadataStore, StoreError};
+use super::{
+    AllocationRecord, ApplianceRecord, Batch, Change, Decisions, Loaded, MetadataStore, PolicyChange,
+    StoreError,
+};
 
 /// Metadata in memory.
 #[derive(Debug, Clone, Default)]
 pub struct MemoryStore {
     allocations: BTreeMap<AllocationId, AllocationRecord>,
     appliances: BTreeMap<ApplianceId, ApplianceRecord>,
+    documents: BTreeMap<DocumentName, Content>,
+    revision: u64,
+    decisions: MemoryDecisions,
 }
+
+#[derive(Debug, Clone, Default)]
+struct MemoryDecisions(Arc<Mutex<BTreeMap<(Name, u64), Decision>>>);
 
 impl MetadataStore for MemoryStore {
     fn load(&mut self) -> Result<Loaded, StoreError> {
         Ok(Loaded {
             allocations: self.allocations.values().cloned().collect(),
             appliances: self.appliances.values().cloned().collect(),
+            documents: self.documents.values().cloned().collect(),
+            revision: self.revision,
         })
     }
 
     fn commit(&mut self, batches: &[Batch]) -> Result<(), StoreError> {
         for change in batches.iter().flatten() {
-            match change {
-                Change::Allocation(record) => {
-                    self.allocations.insert(record.id, record.as_ref().clone());
-                }
-                Change::AllocationGone(id) => {
-                    self.allocations.remove(id);
-                }
-                Change::Appliance(record) => {
-                    self.appliances.insert(record.info.id, record.as_ref().clone());
-                }
-                Change::ApplianceGone(id) => {
-                    self.appliances.remove(id);
-                }
-            }
+            self.apply(change);
         }
         Ok(())
+    }
+
+    fn decisions(&self) -> Box<dyn Decisions> {
+        Box::new(self.decisions.clone())
+    }
+}
+
+impl MemoryStore {
+    fn apply(&mut self, change: &Change) {
+        match change {
+            Change::Allocation(record) => {
+                self.allocations.insert(record.id, record.as_ref().clone());
+            }
+            Change::AllocationGone(id) => {
+                self.allocations.remove(id);
+            }
+            Change::Appliance(record) => {
+                self.appliances.insert(record.info.id, record.as_ref().clone());
+            }
+            Change::ApplianceGone(id) => {
+                self.appliances.remove(id);
+            }
+            Change::Policy(change) => self.apply_policy(change),
+            Change::Decision(number, decision) => self.decisions.with(|all| {
+                all.insert((decision.name.clone(), *number), decision.as_ref().clone());
+            }),
+            Change::DecisionsBefore(unix) => self.decisions.with(|all| all.retain(|_, one| one.at >= *unix)),
+        }
+    }
+
+    fn apply_policy(&mut self, change: &PolicyChange) {
+        self.revision = change.revision;
+        for content in change.changed.clone().into_contents() {
+            self.documents.insert(content.document_name(), content);
+        }
+        for name in &change.gone {
+            self.documents.remove(name);
+        }
+    }
+}
+
+impl MemoryDecisions {
+    fn with<T>(&self, work: impl FnOnce(&mut BTreeMap<(Name, u64), Decision>) -> T) -> T {
+        // A panic of another test thread does not make the map wrong.
+        work(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl Decisions for MemoryDecisions {
+    fn about(&self, name: &Name, most: usize) -> Result<Vec<Decision>, StoreError> {
+        let range = (name.clone(), 0)..=(name.clone(), u64::MAX);
+        Ok(self.with(|all| all.range(range).rev().take(most).map(|(_, one)| one.clone()).collect()))
     }
 }

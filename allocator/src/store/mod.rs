@@ -8,9 +8,12 @@ pub mod record;
 pub mod redb;
 mod writer;
 
+use std::fmt;
 use std::path::PathBuf;
 
-use xpm_protocol::{AllocationId, ApplianceId};
+use xpm_protocol::api::decision::Decision;
+use xpm_protocol::policy::{DocumentName, Documents};
+use xpm_protocol::{AllocationId, ApplianceId, Name};
 
 pub use record::{AllocationRecord, ApplianceRecord};
 pub use writer::Writer;
@@ -18,7 +21,9 @@ pub use writer::Writer;
 /// Version of the stored form. A store of a newer one is refused.
 ///
 /// - 1: tables `meta`, `allocations`, `appliances`; values in JSON.
-pub const SCHEMA: u64 = 1;
+/// - 2: tables `documents` and `decisions`; allocations have terms. A store of schema 1 is read as
+///   one without documents and decisions, and its allocations as without terms.
+pub const SCHEMA: u64 = 2;
 
 /// One change of what is remembered.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,6 +36,23 @@ pub enum Change {
     Appliance(Box<ApplianceRecord>),
     /// The appliance is gone.
     ApplianceGone(ApplianceId),
+    /// Documents changed, and with them the revision.
+    Policy(Box<PolicyChange>),
+    /// A decision was made. The number orders the decisions about one name.
+    Decision(u64, Box<Decision>),
+    /// Decisions that were made before this moment, seconds since 1970, are forgotten.
+    DecisionsBefore(u64),
+}
+
+/// A change of documents.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PolicyChange {
+    /// The revision afterwards.
+    pub revision: u64,
+    /// Documents that are new or different, each with its version.
+    pub changed: Documents,
+    /// Documents that are gone.
+    pub gone: Vec<DocumentName>,
 }
 
 /// Changes that become durable together or not at all.
@@ -43,6 +65,10 @@ pub struct Loaded {
     pub allocations: Vec<AllocationRecord>,
     /// Every appliance.
     pub appliances: Vec<ApplianceRecord>,
+    /// Every document.
+    pub documents: Documents,
+    /// The revision of the documents.
+    pub revision: u64,
 }
 
 /// Keeps metadata. Its methods block.
@@ -53,6 +79,15 @@ pub trait MetadataStore: Send + 'static {
     /// Makes the batches durable, in order, all together. After an error it is unknown whether
     /// they are, and the store must not be written again before it is opened anew.
     fn commit(&mut self, batches: &[Batch]) -> Result<(), StoreError>;
+
+    /// What reads decisions while another thread writes.
+    fn decisions(&self) -> Box<dyn Decisions>;
+}
+
+/// Reads recorded decisions. Its methods block.
+pub trait Decisions: fmt::Debug + Send + Sync {
+    /// The decisions about a name, the newest first, at most so many.
+    fn about(&self, name: &Name, most: usize) -> Result<Vec<Decision>, StoreError>;
 }
 
 /// Why metadata cannot be read or written.

@@ -1,9 +1,10 @@
 //! The stored values. They change only together with [`super::SCHEMA`].
 
 use serde::{Deserialize, Serialize};
-use xpm_protocol::api::allocator::{Owner, RegionSlot};
+use xpm_protocol::api::allocator::{EndReason, Owner, RegionSlot};
 use xpm_protocol::api::appliance;
-use xpm_protocol::{AllocationId, ApplianceId, Epoch, GrantId, GrantKey, Layout, Name, RegionId};
+use xpm_protocol::policy::Labels;
+use xpm_protocol::{AllocationId, ApplianceId, Epoch, GrantId, GrantKey, Layout, LinkSpeed, Name, RegionId};
 
 /// An allocation. `Debug` shows no keys.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,6 +36,79 @@ pub struct AllocationRecord {
     pub grants: Vec<GrantRecord>,
     /// The regions in order, as places in the grants.
     pub slots: Vec<RegionSlot>,
+    /// On what terms it was made.
+    #[serde(default)]
+    pub terms: Terms,
+    /// Since when nobody uses it, seconds since 1970; of no meaning while it has an owner.
+    #[serde(default)]
+    pub idle_since: u64,
+    /// That it gives way to a request of a higher priority.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reclaim: Option<Reclaim>,
+}
+
+/// On what terms an allocation was made. They stay when documents change.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Terms {
+    /// Who it is charged to.
+    pub account: Option<Name>,
+    /// The client that it was made for.
+    pub client: Option<Name>,
+    /// The strategies whose rules made it, the first one first; it counts for the limits of each.
+    pub strategies: Vec<Name>,
+    /// Its labels.
+    pub labels: Labels,
+    /// Whether it may be reclaimed.
+    pub reclaimable: bool,
+    /// What is promised to it of the link of each of its appliances.
+    pub link_speed: Option<LinkSpeed>,
+    /// How long it may be used.
+    pub lease: Option<LeaseRecord>,
+}
+
+/// How long an allocation may be used. Moments are seconds since 1970, times are in seconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LeaseRecord {
+    /// What ends: the lease, or the hours of the account.
+    pub reason: EndReason,
+    /// When it ends.
+    pub ends: u64,
+    /// How long before it is announced.
+    pub warning: u64,
+    /// How long after it the memory is freed.
+    pub grace: u64,
+    /// What a renewal gives.
+    pub duration: u64,
+    /// It never ends later than this.
+    pub total_ends: Option<u64>,
+    /// Whether it can be renewed.
+    pub renewable: bool,
+}
+
+impl LeaseRecord {
+    /// When the memory is freed.
+    pub fn frees(&self) -> u64 {
+        self.ends.saturating_add(self.grace)
+    }
+
+    /// From when the end is announced.
+    pub fn warns(&self) -> u64 {
+        self.ends.saturating_sub(self.warning)
+    }
+}
+
+/// That an allocation gives way. Moments are seconds since 1970.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Reclaim {
+    /// The request that needs the memory.
+    pub for_name: Name,
+    /// When it was announced.
+    pub since: u64,
+    /// When the memory is freed.
+    pub frees: u64,
 }
 
 /// How far an allocation is.
@@ -85,12 +159,20 @@ pub struct ApplianceRecord {
     pub info: appliance::Info,
     /// What it had then.
     pub status: appliance::Status,
+    /// When it registered first, seconds since 1970.
+    #[serde(default)]
+    pub since: u64,
 }
 
 impl AllocationRecord {
     /// Bytes that its grant takes on an appliance.
     pub fn bytes_of(&self, grant: &GrantRecord) -> u64 {
         u64::from(grant.count) * self.region_len
+    }
+
+    /// Bytes that it takes in all.
+    pub fn taken(&self) -> u64 {
+        self.slots.len() as u64 * self.region_len
     }
 
     /// Its grant on the appliance.

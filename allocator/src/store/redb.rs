@@ -4,16 +4,20 @@ use std::fs::{DirBuilder, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use redb::backends::FileBackend;
 use redb::{
-    Database, DatabaseError, ReadableDatabase as _, ReadableTable as _, TableDefinition, TableError,
+    Database, DatabaseError, ReadableDatabase as _, ReadableTable as _, Table, TableDefinition, TableError,
     WriteTransaction,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use xpm_protocol::Name;
+use xpm_protocol::api::decision::Decision;
+use xpm_protocol::policy::Documents;
 
-use super::{Batch, Change, Loaded, MetadataStore, SCHEMA, StoreError};
+use super::{Batch, Change, Decisions, Loaded, MetadataStore, PolicyChange, SCHEMA, StoreError};
 
 /// Name of the file in the data directory.
 pub const FILE_NAME: &str = "allocator.redb";
@@ -21,13 +25,26 @@ pub const FILE_NAME: &str = "allocator.redb";
 const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
 const ALLOCATIONS: TableDefinition<'_, u128, &[u8]> = TableDefinition::new("allocations");
 const APPLIANCES: TableDefinition<'_, u128, &[u8]> = TableDefinition::new("appliances");
+/// By kind and name.
+const DOCUMENTS: TableDefinition<'_, (&str, &str), &[u8]> = TableDefinition::new("documents");
+/// By name and number.
+const DECISIONS: TableDefinition<'_, (&str, u64), &[u8]> = TableDefinition::new("decisions");
 /// Key in `META` of the version of the stored form.
 const SCHEMA_KEY: &str = "schema";
+/// Key in `META` of the revision of the documents.
+const REVISION_KEY: &str = "revision";
 
 /// Metadata in a redb file, which it holds locked.
 #[derive(Debug)]
 pub struct RedbStore {
-    database: Database,
+    database: Arc<Database>,
+    path: PathBuf,
+}
+
+/// Reads decisions beside the one who writes.
+#[derive(Debug)]
+struct RedbDecisions {
+    database: Arc<Database>,
     path: PathBuf,
 }
 
@@ -49,7 +66,7 @@ impl RedbStore {
                 StoreError::Database { doing: "open", path: path.clone(), source: Box::new(other.into()) }
             }
         })?;
-        let store = RedbStore { database, path };
+        let store = RedbStore { database: Arc::new(database), path };
         store.settle_schema()?;
         Ok(store)
     }
@@ -60,8 +77,9 @@ impl RedbStore {
             Some(found) if found > SCHEMA => {
                 Err(StoreError::Newer { path: self.path.clone(), found, known: SCHEMA })
             }
-            Some(_) => Ok(()),
-            None => self.write(create_tables),
+            Some(SCHEMA) => Ok(()),
+            // New tables are all that older schemas lack.
+            Some(_) | None => self.write(create_tables),
         }
     }
 
@@ -102,52 +120,138 @@ impl RedbStore {
                 .collect()
         };
         let values = values().map_err(|error| self.failed("read", error))?;
-        values.iter().map(|(key, value)| self.decode(*key, value)).collect()
+        values.iter().map(|(key, value)| decode(&self.path, &format!("{key:032x}"), value)).collect()
     }
 
-    fn decode<T: DeserializeOwned>(&self, key: u128, value: &[u8]) -> Result<T, StoreError> {
-        serde_json::from_slice(value).map_err(|error| StoreError::Damaged {
-            path: self.path.clone(),
-            what: format!("the value of {key:032x} cannot be read: {error}"),
-        })
+    fn read_policy(&self) -> Result<(u64, Documents), StoreError> {
+        let read = || -> Result<(u64, Vec<Vec<u8>>), redb::Error> {
+            let transaction = self.database.begin_read()?;
+            let revision = transaction.open_table(META)?.get(REVISION_KEY)?.map_or(0, |value| value.value());
+            let table = transaction.open_table(DOCUMENTS)?;
+            let values: Result<_, redb::Error> =
+                table.iter()?.map(|entry| Ok(entry?.1.value().to_vec())).collect();
+            Ok((revision, values?))
+        };
+        let (revision, values) = read().map_err(|error| self.failed("read", error))?;
+        let mut documents = Documents::default();
+        for value in &values {
+            documents.extend(decode::<Documents>(&self.path, "document", value)?.into_contents());
+        }
+        Ok((revision, documents))
     }
 
     fn failed(&self, doing: &'static str, error: redb::Error) -> StoreError {
-        StoreError::Database { doing, path: self.path.clone(), source: Box::new(error) }
+        failed(&self.path, doing, error)
     }
+}
+
+fn failed(path: &Path, doing: &'static str, error: redb::Error) -> StoreError {
+    StoreError::Database { doing, path: path.to_owned(), source: Box::new(error) }
+}
+
+fn decode<T: DeserializeOwned>(path: &Path, what: &str, value: &[u8]) -> Result<T, StoreError> {
+    serde_json::from_slice(value).map_err(|error| StoreError::Damaged {
+        path: path.to_owned(),
+        what: format!("the value of {what} cannot be read: {error}"),
+    })
 }
 
 impl MetadataStore for RedbStore {
     fn load(&mut self) -> Result<Loaded, StoreError> {
-        Ok(Loaded { allocations: self.read(ALLOCATIONS)?, appliances: self.read(APPLIANCES)? })
+        let (revision, documents) = self.read_policy()?;
+        Ok(Loaded {
+            allocations: self.read(ALLOCATIONS)?,
+            appliances: self.read(APPLIANCES)?,
+            documents,
+            revision,
+        })
     }
 
     fn commit(&mut self, batches: &[Batch]) -> Result<(), StoreError> {
-        self.write(|transaction| batches.iter().flatten().try_for_each(|change| apply(transaction, change)))
+        self.write(|transaction| {
+            let mut tables = Tables::open(transaction)?;
+            batches.iter().flatten().try_for_each(|change| tables.apply(change))
+        })
+    }
+
+    fn decisions(&self) -> Box<dyn Decisions> {
+        Box::new(RedbDecisions { database: self.database.clone(), path: self.path.clone() })
+    }
+}
+
+impl Decisions for RedbDecisions {
+    fn about(&self, name: &Name, most: usize) -> Result<Vec<Decision>, StoreError> {
+        let read = || -> Result<Vec<Vec<u8>>, redb::Error> {
+            let table = self.database.begin_read()?.open_table(DECISIONS)?;
+            let found = table.range((name.as_str(), 0)..=(name.as_str(), u64::MAX))?.rev().take(most);
+            found.map(|entry| Ok(entry?.1.value().to_vec())).collect()
+        };
+        let values = read().map_err(|error| failed(&self.path, "read", error))?;
+        values.iter().map(|value| decode(&self.path, &format!("decision about {name}"), value)).collect()
     }
 }
 
 fn create_tables(transaction: &WriteTransaction) -> Result<(), redb::Error> {
     transaction.open_table(META)?.insert(SCHEMA_KEY, SCHEMA)?;
-    transaction.open_table(ALLOCATIONS)?;
-    transaction.open_table(APPLIANCES)?;
-    Ok(())
+    Tables::open(transaction).map(drop)
 }
 
-fn apply(transaction: &WriteTransaction, change: &Change) -> Result<(), redb::Error> {
-    let mut allocations = transaction.open_table(ALLOCATIONS)?;
-    let mut appliances = transaction.open_table(APPLIANCES)?;
-    match change {
-        Change::Allocation(record) => {
-            allocations.insert(record.id.as_u128(), encode(record)?.as_slice())?;
-        }
-        Change::AllocationGone(id) => drop(allocations.remove(id.as_u128())?),
-        Change::Appliance(record) => {
-            appliances.insert(record.info.id.as_u128(), encode(record)?.as_slice())?;
-        }
-        Change::ApplianceGone(id) => drop(appliances.remove(id.as_u128())?),
+/// The tables of one transaction.
+struct Tables<'t> {
+    meta: Table<'t, &'static str, u64>,
+    allocations: Table<'t, u128, &'static [u8]>,
+    appliances: Table<'t, u128, &'static [u8]>,
+    documents: Table<'t, (&'static str, &'static str), &'static [u8]>,
+    decisions: Table<'t, (&'static str, u64), &'static [u8]>,
+}
+
+impl<'t> Tables<'t> {
+    fn open(transaction: &'t WriteTransaction) -> Result<Tables<'t>, redb::Error> {
+        Ok(Tables {
+            meta: transaction.open_table(META)?,
+            allocations: transaction.open_table(ALLOCATIONS)?,
+            appliances: transaction.open_table(APPLIANCES)?,
+            documents: transaction.open_table(DOCUMENTS)?,
+            decisions: transaction.open_table(DECISIONS)?,
+        })
     }
-    Ok(())
+
+    fn apply(&mut self, change: &Change) -> Result<(), redb::Error> {
+        match change {
+            Change::Allocation(record) => {
+                self.allocations.insert(record.id.as_u128(), encode(record)?.as_slice())?;
+            }
+            Change::AllocationGone(id) => drop(self.allocations.remove(id.as_u128())?),
+            Change::Appliance(record) => {
+                self.appliances.insert(record.info.id.as_u128(), encode(record)?.as_slice())?;
+            }
+            Change::ApplianceGone(id) => drop(self.appliances.remove(id.as_u128())?),
+            Change::Policy(change) => self.apply_policy(change)?,
+            Change::Decision(number, decision) => {
+                self.decisions.insert((decision.name.as_str(), *number), encode(decision)?.as_slice())?;
+            }
+            Change::DecisionsBefore(unix) => self.decisions.retain(|_, value| is_since(value, *unix))?,
+        }
+        Ok(())
+    }
+
+    fn apply_policy(&mut self, change: &PolicyChange) -> Result<(), redb::Error> {
+        self.meta.insert(REVISION_KEY, change.revision)?;
+        for content in change.changed.clone().into_contents() {
+            let name = content.document_name();
+            let value = encode(&Documents::from_iter([content]))?;
+            self.documents.insert((name.kind.as_str(), name.name.as_str()), value.as_slice())?;
+        }
+        for name in &change.gone {
+            self.documents.remove((name.kind.as_str(), name.name.as_str()))?;
+        }
+        Ok(())
+    }
+}
+
+/// Whether a stored decision was made at this moment or later; one that cannot be read goes.
+fn is_since(value: &[u8], unix: u64) -> bool {
+    serde_json::from_slice::<Decision>(value).is_ok_and(|decision| decision.at >= unix)
 }
 
 fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>, redb::Error> {
@@ -179,7 +283,7 @@ mod tests {
         let mut store = RedbStore::open(&data).unwrap();
         assert_eq!(
             store.load().unwrap(),
-            Loaded { allocations: vec![second], appliances: vec![appliance(9)] }
+            Loaded { allocations: vec![second], appliances: vec![appliance(9)], ..Loaded::default() }
         );
         store.commit(&[vec![Change::ApplianceGone(appliance(9).info.id)]]).unwrap();
         assert!(store.load().unwrap().appliances.is_empty());

@@ -72,7 +72,7 @@ fn run(mut store: impl MetadataStore, waiting: &Receiver<(Batch, Done)>) {
 mod tests {
     use std::sync::mpsc;
 
-    use super::super::Loaded;
+    use super::super::{Decisions, Loaded};
     use super::*;
     use crate::store::Change;
     use crate::testing::allocation;
@@ -86,6 +86,10 @@ mod tests {
     impl MetadataStore for Gated {
         fn load(&mut self) -> Result<Loaded, StoreError> {
             Ok(Loaded::default())
+        }
+
+        fn decisions(&self) -> Box<dyn Decisions> {
+            panic!("no test of the writer reads decisions")
         }
 
         fn commit(&mut self, batches: &[Batch]) -> Result<(), StoreError> {

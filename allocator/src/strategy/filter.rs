@@ -1,71 +1,199 @@
 //! Which appliances can serve at all.
 
-use std::fmt;
+use std::collections::HashSet;
 
-use xpm_protocol::{ByteSize, Name};
+use xpm_protocol::api::decision::Rejection;
+use xpm_protocol::{ByteSize, LinkSpeed};
 
-use super::Candidate;
+use super::pool::Chosen;
+use super::{Demand, Room, Seen, Snapshot};
 
-/// Why an appliance cannot serve.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Rejection {
-    /// Its name.
-    pub name: Name,
-    /// Why.
-    pub reason: Reason,
-}
-
-/// Reasons against an appliance, the first that holds.
+/// Why an appliance cannot serve, the first that holds; or that it can.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Reason {
-    /// It is not heard.
+#[allow(missing_docs)]
+pub enum Code {
+    Usable,
     Silent,
-    /// It refused this request, or did not answer.
+    Drained,
     Failed,
-    /// It has no room for one region.
-    Full {
-        /// Memory that it has, in bytes.
-        free: u64,
-        /// Length of a region in bytes.
-        region_len: u64,
-    },
+    Held,
+    /// Index into [`super::Needs::require`].
+    NotRequired(u16),
+    /// Index into [`super::Needs::forbid`].
+    Forbidden(u16),
+    TooFar,
+    TooSlow,
+    LinkTooSlow,
+    LinkPromised,
+    ShareUsed,
+    Full,
 }
 
-/// The appliances that have room for one region of `region_len` bytes at least, and why the
-/// others cannot serve.
-pub fn filter(snapshot: &[Candidate], region_len: u64) -> (Vec<&Candidate>, Vec<Rejection>) {
-    let mut usable = Vec::new();
-    let mut rejections = Vec::new();
-    for candidate in snapshot {
-        match reason_against(candidate, region_len) {
-            None => usable.push(candidate),
-            Some(reason) => rejections.push(Rejection { name: candidate.name.clone(), reason }),
+/// The conditions of one decision, made ready for walking the pool.
+#[derive(Debug)]
+pub(super) struct Filter<'a> {
+    snapshot: &'a Snapshot<'a>,
+    demand: &'a Demand,
+    /// Places in the pool.
+    failed: HashSet<usize>,
+    held: HashSet<usize>,
+    require: Vec<Chosen<'a>>,
+    forbid: Vec<Chosen<'a>>,
+    link: u64,
+    link_share: u64,
+}
+
+impl<'a> Filter<'a> {
+    pub(super) fn new(snapshot: &'a Snapshot<'a>, demand: &'a Demand) -> Filter<'a> {
+        let (pool, needs) = (snapshot.pool, &demand.needs);
+        Filter {
+            snapshot,
+            demand,
+            failed: snapshot.failed.iter().filter_map(|&id| pool.at(id)).collect(),
+            held: snapshot.held.iter().filter_map(|&id| pool.at(id)).collect(),
+            require: needs.require.iter().map(|(_, selector)| pool.choose(selector)).collect(),
+            forbid: needs.forbid.iter().map(|(_, selector)| pool.choose(selector)).collect(),
+            link: needs.link_speed.map_or(0, |speed| speed.0),
+            link_share: needs.link_share(demand.columns).map_or(0, |speed| speed.0),
         }
     }
-    (usable, rejections)
-}
 
-fn reason_against(candidate: &Candidate, region_len: u64) -> Option<Reason> {
-    if !candidate.up {
-        Some(Reason::Silent)
-    } else if candidate.failed {
-        Some(Reason::Failed)
-    } else if candidate.free < region_len {
-        Some(Reason::Full { free: candidate.free, region_len })
-    } else {
-        None
+    /// Everything except room, which depends on the length of regions.
+    pub(super) fn look(&self) -> Vec<Seen> {
+        (0..self.snapshot.pool.len()).map(|at| Seen { code: self.code(at), score: 0 }).collect()
     }
-}
 
-impl fmt::Display for Rejection {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let name = &self.name;
-        match self.reason {
-            Reason::Silent => write!(f, "{name} is silent"),
-            Reason::Failed => write!(f, "{name} refused or did not answer"),
-            Reason::Full { free, region_len } => {
-                write!(f, "{name} has {} free, a region takes {}", ByteSize(free), ByteSize(region_len))
+    fn code(&self, at: usize) -> Code {
+        let hot = &self.snapshot.pool.hot[at];
+        let needs = &self.demand.needs;
+        if hot.up_until < self.snapshot.now || hot.up_until.is_zero() {
+            return Code::Silent;
+        }
+        if hot.drain {
+            return Code::Drained;
+        }
+        if !self.failed.is_empty() && self.failed.contains(&at) {
+            return Code::Failed;
+        }
+        if let Some(code) = self.selected(at) {
+            return code;
+        }
+        if needs.within.is_some_and(|within| {
+            self.snapshot.pool.common(at, needs.position).is_none_or(|common| common > within)
+        }) {
+            return Code::TooFar;
+        }
+        if needs.round_trip_max.is_some_and(|most| self.round_trip(at).is_none_or(|time| time > most)) {
+            return Code::TooSlow;
+        }
+        if self.link > 0 && hot.link < self.link {
+            return Code::LinkTooSlow;
+        }
+        if self.link > 0 && hot.link_left < self.link_share {
+            return Code::LinkPromised;
+        }
+        if !self.held.is_empty() && self.held.contains(&at) {
+            return Code::Held;
+        }
+        Code::Usable
+    }
+
+    fn selected(&self, at: usize) -> Option<Code> {
+        let pool = self.snapshot.pool;
+        let missed = self.require.iter().position(|chosen| !pool.fits(at, chosen));
+        if let Some(rule) = missed {
+            return Some(Code::NotRequired(rule as u16));
+        }
+        let hit = self.forbid.iter().position(|chosen| pool.fits(at, chosen));
+        hit.map(|rule| Code::Forbidden(rule as u16))
+    }
+
+    fn round_trip(&self, at: usize) -> Option<u64> {
+        let id = self.snapshot.pool.cold[at].candidate.id;
+        self.snapshot.round_trips.get(&id).copied()
+    }
+
+    /// The appliances that have room for a region of this length, with how many; the others are
+    /// marked.
+    pub(super) fn rooms(&self, seen: &mut [Seen], region_len: u64) -> Vec<Room> {
+        let shift = region_len.trailing_zeros();
+        let plain = self.demand.needs.share.is_none()
+            && !self.snapshot.with_clearing
+            && self.snapshot.given_back.is_empty();
+        let mut rooms = Vec::with_capacity(seen.len());
+        for (at, seen) in seen.iter_mut().enumerate() {
+            if !matches!(seen.code, Code::Usable | Code::Full | Code::ShareUsed) {
+                continue;
+            }
+            let free = self.snapshot.pool.hot[at].free;
+            let (free, full) = if plain { (free, Code::Full) } else { self.may_take(at) };
+            let regions = free >> shift;
+            seen.code = if regions > 0 { Code::Usable } else { full };
+            if regions > 0 {
+                rooms.push(Room { at: at as u32, regions });
             }
         }
+        rooms
+    }
+
+    /// What may be taken of an appliance in all, and what to say where that is too little.
+    fn may_take(&self, at: usize) -> (u64, Code) {
+        let free = self.free(at);
+        match self.share_left(at) {
+            Some(left) if left < free => (left, Code::ShareUsed),
+            _ => (free, Code::Full),
+        }
+    }
+
+    fn free(&self, at: usize) -> u64 {
+        let one = &self.snapshot.pool.cold[at].candidate;
+        let mut free = self.snapshot.pool.hot[at].free;
+        if self.snapshot.with_clearing {
+            free = free.saturating_add(one.clearing);
+        }
+        let back = self.snapshot.given_back.get(&one.id).copied().unwrap_or(0);
+        free.saturating_add(back).min(one.capacity.max(free))
+    }
+
+    fn share_left(&self, at: usize) -> Option<u64> {
+        let one = &self.snapshot.pool.cold[at].candidate;
+        let share = self.demand.needs.share?.of(one.capacity);
+        let used = self.snapshot.of_account.get(&one.id).copied().unwrap_or(0);
+        Some(share.saturating_sub(used))
+    }
+
+    /// The reason in full.
+    pub(super) fn rejection(&self, at: usize, code: Code, region_len: u64) -> Option<Rejection> {
+        let needs = &self.demand.needs;
+        let one = &self.snapshot.pool.cold[at].candidate;
+        let rule = |rules: &[(String, xpm_protocol::policy::Selector)], index: u16| {
+            rules.get(usize::from(index)).map(|(rule, _)| rule.clone()).unwrap_or_default()
+        };
+        Some(match code {
+            Code::Usable => return None,
+            Code::Silent => Rejection::Silent,
+            Code::Drained => Rejection::Drained,
+            Code::Failed => Rejection::Failed,
+            Code::Held => Rejection::Held,
+            Code::NotRequired(index) => Rejection::NotRequired { rule: rule(&needs.require, index) },
+            Code::Forbidden(index) => Rejection::Forbidden { rule: rule(&needs.forbid, index) },
+            Code::TooFar => Rejection::TooFar {
+                common: self.snapshot.pool.common(at, needs.position),
+                within: needs.within?,
+            },
+            Code::TooSlow => {
+                Rejection::TooSlow { round_trip: self.round_trip(at), most: needs.round_trip_max? }
+            }
+            Code::LinkTooSlow => Rejection::LinkTooSlow { has: one.link_speed, asked: needs.link_speed? },
+            Code::LinkPromised => Rejection::LinkPromised {
+                left: LinkSpeed(self.snapshot.pool.hot[at].link_left),
+                asked: LinkSpeed(self.link_share),
+            },
+            Code::ShareUsed => Rejection::ShareUsed {
+                used: ByteSize(self.snapshot.of_account.get(&one.id).copied().unwrap_or(0)),
+                most: ByteSize(needs.share?.of(one.capacity)),
+            },
+            Code::Full => Rejection::Full { free: ByteSize(self.free(at)), region: ByteSize(region_len) },
+        })
     }
 }

@@ -1,41 +1,58 @@
 //! Which appliances get the regions of an allocation: pure functions over a snapshot.
 //!
-//! *Filter* drops the appliances that cannot serve at all, *score* says how much one is wanted,
-//! and *spread* deals the regions out by score. The same snapshot and seed give the same
-//! placement, so that every decision can be repeated and explained.
+//! [`merge`] puts the rules that apply to a request together into [`Needs`]. Then *filter* drops
+//! the appliances that cannot serve at all, *score* says how much one is wanted, and *spread* deals
+//! the regions out by score. The same snapshot and seed give the same placement, so that every
+//! decision can be repeated, tried out ([`decide`] without carrying it out) and explained
+//! ([`trace`], [`remedy`]).
 
 mod filter;
+mod merge;
+mod pool;
+pub mod remedy;
 mod score;
 pub mod size;
 mod spread;
+pub mod trace;
 
+use std::collections::{HashMap, HashSet};
 use std::fmt;
+use std::time::Duration;
 
-use xpm_protocol::{ApplianceId, ByteSize, Name};
+use xpm_protocol::policy::{Level, Preference, Selector, Weights};
+use xpm_protocol::{ApplianceId, ByteSize, LinkSpeed, Percent};
 
-pub use filter::{Rejection, filter};
-pub use score::{Score, score};
-pub use spread::spread;
+pub use merge::{Merged, merge};
+pub use pool::{Candidate, Pool, Position};
 
-/// An appliance at the moment of the decision.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Candidate {
-    /// The appliance.
-    pub id: ApplianceId,
-    /// Its name, for explanations.
-    pub name: Name,
-    /// Whether it is heard.
-    pub up: bool,
-    /// Whether it refused or did not answer this very request before.
-    pub failed: bool,
-    /// Memory that may still be asked for, promises deducted, in bytes.
-    pub free: u64,
-    /// Memory that it is clearing and that will be free soon, in bytes.
-    pub clearing: u64,
+pub use filter::Code;
+use filter::Filter;
+
+/// What a decision is made from, besides what is asked for.
+#[derive(Debug, Clone, Copy)]
+pub struct Snapshot<'a> {
+    /// The appliances.
+    pub pool: &'a Pool,
+    /// Now, by the service's clock.
+    pub now: Duration,
+    /// Now, seconds since 1970.
+    pub unix: u64,
+    /// Appliances that refused or did not answer this very request before.
+    pub failed: &'a [ApplianceId],
+    /// Appliances whose memory is meant for a request that comes first.
+    pub held: &'a HashSet<ApplianceId>,
+    /// What the account has on each appliance already, in bytes.
+    pub of_account: &'a HashMap<ApplianceId, u64>,
+    /// Round-trip times from the client, in nanoseconds.
+    pub round_trips: &'a HashMap<ApplianceId, u64>,
+    /// Memory that is being cleared counts as free.
+    pub with_clearing: bool,
+    /// Memory that is going to be given back counts as free, in bytes by appliance.
+    pub given_back: &'a HashMap<ApplianceId, u64>,
 }
 
 /// What is asked for; checked before: `size` is whole pages and `columns` and `unit` fit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Demand {
     /// Size of the allocation in bytes, at least one page.
     pub size: u64,
@@ -47,6 +64,41 @@ pub struct Demand {
     pub region_len: Option<u64>,
     /// Decides between appliances of equal score.
     pub seed: u64,
+    /// What rules and profiles ask for.
+    pub needs: Needs,
+}
+
+/// What rules and profiles ask for.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Needs {
+    /// Appliances must fit each of these; with the rule that says so.
+    pub require: Vec<(String, Selector)>,
+    /// Appliances may fit none of these; with the rule that says so.
+    pub forbid: Vec<(String, Selector)>,
+    /// Appliances that fit these are wanted more; with the rule that says so.
+    pub prefer: Vec<(String, Preference)>,
+    /// The speed that a link must have, and have free for the columns that it serves.
+    pub link_speed: Option<LinkSpeed>,
+    /// Appliances must be this near.
+    pub within: Option<Level>,
+    /// Appliances must answer within this, in nanoseconds.
+    pub round_trip_max: Option<u64>,
+    /// The account's share of an appliance.
+    pub share: Option<Percent>,
+    /// What counts how much.
+    pub weights: Weights,
+    /// Where the client is.
+    pub position: Position,
+    /// At most so many bytes may be taken, whole regions counted.
+    pub taken_max: Option<u64>,
+}
+
+impl Needs {
+    /// What of the link of each appliance is promised to an allocation, if anything: its columns
+    /// work at the same time and share the speed.
+    pub fn link_share(&self, columns: u32) -> Option<LinkSpeed> {
+        self.link_speed.map(|speed| LinkSpeed(speed.0.div_ceil(u64::from(columns.max(1)))))
+    }
 }
 
 /// Where the regions go: whole rows, in the order of the allocation's regions.
@@ -63,6 +115,13 @@ pub struct Placement {
 pub enum NoPlace {
     /// It would take more regions than an allocation may have.
     TooManyRegions,
+    /// It would take more than a limit leaves.
+    Limit {
+        /// What it would take at least, in bytes.
+        takes: u64,
+        /// What may be taken, in bytes.
+        left: u64,
+    },
     /// The appliances do not have the memory.
     NoSpace {
         /// Size of the allocation in bytes.
@@ -71,26 +130,64 @@ pub enum NoPlace {
         free: u64,
         /// How many of them there are.
         usable: usize,
-        /// Why the others cannot.
-        rejections: Vec<Rejection>,
     },
+}
+
+/// A decision about a snapshot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Decided {
+    /// What was found about each appliance, in the order of the pool.
+    pub seen: Vec<Seen>,
+    /// Length of a region for which that is, in bytes.
+    pub region_len: u64,
+    /// Where the regions go.
+    pub placement: Result<Placement, NoPlace>,
+}
+
+/// What was found about an appliance.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Seen {
+    /// Whether it can serve.
+    pub code: Code,
+    /// How much it is wanted; 0 where it cannot serve.
+    pub score: u32,
 }
 
 /// Finds a place for every region. Where the request leaves the length of regions open, smaller
 /// ones are tried down to the smallest: they fit into what is left here and there.
-pub fn place(snapshot: &[Candidate], demand: &Demand) -> Result<Placement, NoPlace> {
-    let lengths = size::lengths(demand).ok_or(NoPlace::TooManyRegions)?;
-    for &region_len in &lengths {
-        let usable = filter(snapshot, region_len).0;
-        let rows = size::rows(demand.size, demand.columns, region_len);
-        if let Some(regions) = spread(&usable, rows, demand.columns, region_len, demand.seed) {
-            return Ok(Placement { region_len, regions });
+pub fn decide(snapshot: &Snapshot<'_>, demand: &Demand) -> Decided {
+    let filter = Filter::new(snapshot, demand);
+    let mut seen = filter.look();
+    let Some(lengths) = size::lengths(demand) else {
+        return Decided { seen, region_len: 0, placement: Err(NoPlace::TooManyRegions) };
+    };
+    let left = demand.needs.taken_max.unwrap_or(u64::MAX);
+    let taken = |len: u64| size::taken(demand, len);
+    let smallest = lengths.last().copied().unwrap_or_default();
+    if lengths.iter().all(|&len| taken(len) > left) {
+        let takes = lengths.iter().map(|&len| taken(len)).min().unwrap_or_default();
+        return Decided { seen, region_len: smallest, placement: Err(NoPlace::Limit { takes, left }) };
+    }
+    for &region_len in lengths.iter().filter(|&&len| taken(len) <= left) {
+        let rooms = filter.rooms(&mut seen, region_len);
+        if let Some(regions) = spread::spread(snapshot, demand, &mut seen, &rooms, region_len) {
+            return Decided { seen, region_len, placement: Ok(Placement { region_len, regions }) };
         }
     }
-    let smallest = lengths.last().copied().unwrap_or_default();
-    let (usable, rejections) = filter(snapshot, smallest);
-    let free = usable.iter().map(|candidate| candidate.free / smallest.max(1) * smallest).sum();
-    Err(NoPlace::NoSpace { size: demand.size, free, usable: usable.len(), rejections })
+    let rooms = filter.rooms(&mut seen, smallest);
+    score::fill(snapshot, demand, &mut seen, &rooms);
+    let free = rooms.iter().map(|room| room.regions.saturating_mul(smallest)).fold(0, u64::saturating_add);
+    let no_place = NoPlace::NoSpace { size: demand.size, free, usable: rooms.len() };
+    Decided { seen, region_len: smallest, placement: Err(no_place) }
+}
+
+/// An appliance that can serve.
+#[derive(Debug, Clone, Copy)]
+struct Room {
+    /// Its place in the pool.
+    at: u32,
+    /// How many regions it has room for; at least one.
+    regions: u64,
 }
 
 impl fmt::Display for NoPlace {
@@ -102,28 +199,25 @@ impl fmt::Display for NoPlace {
                  less",
                 size::REGIONS_MAX
             ),
-            NoPlace::NoSpace { size, free, usable, rejections } => {
-                let size = ByteSize(*size);
-                let free = ByteSize(*free);
+            NoPlace::Limit { takes, left } => {
+                write!(
+                    f,
+                    "it takes {} in whole regions, and a limit leaves {}",
+                    ByteSize(*takes),
+                    ByteSize(*left)
+                )
+            }
+            NoPlace::NoSpace { size, free, usable } => {
+                let (size, free) = (ByteSize(*size), ByteSize(*free));
                 match usable {
-                    0 => write!(f, "{size} do not fit: no appliance can serve")?,
-                    1 => write!(f, "{size} do not fit: 1 appliance can serve and has {free} free")?,
-                    many => write!(f, "{size} do not fit: {many} appliances can serve and have {free} free")?,
+                    0 => write!(f, "{size} do not fit: no appliance can serve"),
+                    1 => write!(f, "{size} do not fit: 1 appliance can serve and has {free} free"),
+                    many => write!(f, "{size} do not fit: {many} appliances can serve and have {free} free"),
                 }
-                for rejection in rejections.iter().take(REJECTIONS_SHOWN) {
-                    write!(f, "; {rejection}")?;
-                }
-                if let more @ 1.. = rejections.len().saturating_sub(REJECTIONS_SHOWN) {
-                    write!(f, "; and {more} more cannot serve")?;
-                }
-                f.write_str("; ask for less, delete an allocation, or start another appliance")
             }
         }
     }
 }
-
-/// How many rejected appliances an error names.
-const REJECTIONS_SHOWN: usize = 8;
 
 #[cfg(test)]
 mod tests;

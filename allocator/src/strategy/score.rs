@@ -1,12 +1,122 @@
 //! How much an appliance is wanted.
+//!
+//! A score is the sum of parts: each is a share in thousandths times a weight. What newcomers get
+//! of their score grows from a tenth to all of it, so that an empty one does not draw every
+//! allocation to itself before it has shown that it works.
 
-use super::Candidate;
+use xpm_protocol::api::decision::ScorePart;
+use xpm_protocol::policy::Level;
 
-/// A larger score is wanted more.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Score(u64);
+use super::pool::{Chosen, Hot};
+use super::{Demand, Room, Seen, Snapshot};
 
-/// Most free memory first. `taken` are the bytes that this decision has given it already.
-pub fn score(candidate: &Candidate, taken: u64) -> Score {
-    Score(candidate.free.saturating_sub(taken))
+/// What a newcomer gets of its score at first, in thousandths.
+const RAMP_START: u64 = 100;
+
+/// The weights of one decision, made ready for walking the pool.
+#[derive(Debug)]
+pub(super) struct Scorer<'a> {
+    snapshot: &'a Snapshot<'a>,
+    demand: &'a Demand,
+    /// Thousandths a byte of free memory.
+    per_free: f64,
+    prefer: Vec<Chosen<'a>>,
+    /// Shortest round trip of all that can serve, where round trips count.
+    shortest: Option<u64>,
+}
+
+impl<'a> Scorer<'a> {
+    pub(super) fn new(snapshot: &'a Snapshot<'a>, demand: &'a Demand, rooms: &[Room]) -> Scorer<'a> {
+        let most = rooms.iter().map(|room| snapshot.pool.hot[room.at as usize].free).max().unwrap_or(0);
+        let prefer = demand.needs.prefer.iter().map(|(_, one)| snapshot.pool.choose(&one.select)).collect();
+        let shortest = match snapshot.round_trips.is_empty() {
+            true => None,
+            false => rooms.iter().filter_map(|room| round_trip(snapshot, room.at as usize)).min(),
+        };
+        Scorer { snapshot, demand, per_free: 1000.0 / most.max(1) as f64, prefer, shortest }
+    }
+
+    /// The score once `taken` bytes of it are given away by this decision.
+    pub(super) fn score(&self, at: usize, taken: u64) -> u32 {
+        let hot = &self.snapshot.pool.hot[at];
+        let weights = &self.demand.needs.weights;
+        let mut sum = u64::from(self.free(hot, taken)) * u64::from(weights.free)
+            + u64::from(hot.idle) * u64::from(weights.load)
+            + u64::from(hot.health) * u64::from(weights.health)
+            + u64::from(self.near(at)) * u64::from(weights.near);
+        for (chosen, (_, preference)) in self.prefer.iter().zip(&self.demand.needs.prefer) {
+            if self.snapshot.pool.fits(at, chosen) {
+                sum += 1000 * u64::from(preference.weight);
+            }
+        }
+        (sum * self.ramp(hot) / 1000).try_into().unwrap_or(u32::MAX)
+    }
+
+    fn free(&self, hot: &Hot, taken: u64) -> u16 {
+        ((hot.free.saturating_sub(taken) as f64 * self.per_free) as u16).min(1000)
+    }
+
+    /// By round-trip time where the client measured it, else by labels.
+    fn near(&self, at: usize) -> u16 {
+        if let Some(shortest) = self.shortest {
+            let time = round_trip(self.snapshot, at);
+            return time.map_or(0, |time| (shortest.max(1) * 1000 / time.max(1)).min(1000) as u16);
+        }
+        match self.snapshot.pool.common(at, self.demand.needs.position) {
+            None => 0,
+            Some(Level::Site) => 250,
+            Some(Level::Row) => 500,
+            Some(Level::Rack) => 750,
+            Some(Level::Host) => 1000,
+        }
+    }
+
+    fn ramp(&self, hot: &Hot) -> u64 {
+        let unix = self.snapshot.unix;
+        if unix >= hot.ramp_to {
+            return 1000;
+        }
+        let (age, whole) = (unix.saturating_sub(hot.ramp_from), (hot.ramp_to - hot.ramp_from).max(1));
+        RAMP_START + (1000 - RAMP_START) * age / whole
+    }
+
+    /// Where the score comes from.
+    pub(super) fn parts(&self, at: usize) -> Vec<ScorePart> {
+        let hot = &self.snapshot.pool.hot[at];
+        let weights = &self.demand.needs.weights;
+        let part = |of: &str, share: u16, weight: u16| ScorePart { of: of.to_owned(), share, weight };
+        let mut parts = vec![
+            part("free", self.free(hot, 0), weights.free),
+            part("load", hot.idle, weights.load),
+            part("health", hot.health, weights.health),
+            part("near", self.near(at), weights.near),
+        ];
+        for (chosen, (rule, preference)) in self.prefer.iter().zip(&self.demand.needs.prefer) {
+            let share = if self.snapshot.pool.fits(at, chosen) { 1000 } else { 0 };
+            parts.push(part(rule, share, preference.weight));
+        }
+        if let ramp @ ..1000 = self.ramp(hot) {
+            parts.push(part("newcomer: of all this", ramp as u16, 0));
+        }
+        parts
+    }
+}
+
+fn round_trip(snapshot: &Snapshot<'_>, at: usize) -> Option<u64> {
+    snapshot.round_trips.get(&snapshot.pool.cold[at].candidate.id).copied()
+}
+
+/// Fills in the scores of those that can serve.
+pub(super) fn fill<'a>(
+    snapshot: &'a Snapshot<'a>,
+    demand: &'a Demand,
+    seen: &mut [Seen],
+    rooms: &[Room],
+) -> Scorer<'a> {
+    let scorer = Scorer::new(snapshot, demand, rooms);
+    for room in rooms {
+        let at = room.at as usize;
+        seen[at].score = scorer.score(at, 0);
+    }
+    scorer
 }

@@ -54,6 +54,11 @@ fn regions(demand: &Demand, len: u64) -> u64 {
     rows(demand.size, demand.columns, len).saturating_mul(u64::from(demand.columns))
 }
 
+/// What the allocation takes in regions of this length, in bytes.
+pub fn taken(demand: &Demand, len: u64) -> u64 {
+    regions(demand, len).saturating_mul(len)
+}
+
 fn waste(demand: &Demand, len: u64) -> u64 {
-    regions(demand, len).saturating_mul(len).saturating_sub(demand.size)
+    taken(demand, len).saturating_sub(demand.size)
 }

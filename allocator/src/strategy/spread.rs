@@ -1,71 +1,109 @@
 //! How regions are dealt out among the appliances that can serve.
 
 use std::cmp::Reverse;
+use std::collections::BinaryHeap;
 
 use xpm_protocol::ApplianceId;
 
-use super::Candidate;
-use super::score::score;
+use super::score::{self, Scorer};
+use super::{Demand, Room, Seen, Snapshot, size};
 
-/// Deals `rows * columns` regions of `region_len` bytes out, or none where they do not fit.
+/// Deals the regions out, or none where they do not fit.
 ///
 /// Each region goes to the appliance that, in this order, has the fewest regions of the same row,
-/// has the fewest regions of the allocation, scores highest, and wins the draw by `seed`. So no
+/// has the fewest regions of the allocation, scores highest, and wins the draw by the seed. So no
 /// appliance is used twice before all that have room are used once, and the columns of a row,
 /// which work at the same time, lie on as many appliances as there are.
-pub fn spread(
-    usable: &[&Candidate],
-    rows: u64,
-    columns: u32,
+pub(super) fn spread(
+    snapshot: &Snapshot<'_>,
+    demand: &Demand,
+    seen: &mut [Seen],
+    rooms: &[Room],
     region_len: u64,
-    seed: u64,
 ) -> Option<Vec<ApplianceId>> {
-    let room: u64 = usable.iter().map(|candidate| candidate.free / region_len).sum();
-    let wanted = rows.checked_mul(u64::from(columns))?;
+    let rows = size::rows(demand.size, demand.columns, region_len);
+    let wanted = rows.checked_mul(u64::from(demand.columns))?;
+    let room = rooms.iter().fold(0_u64, |sum, room| sum.saturating_add(room.regions));
     if wanted > room {
         return None;
     }
-    let mut seats: Vec<Seat<'_>> = usable.iter().map(|candidate| Seat::new(candidate, seed)).collect();
-    let mut regions = Vec::new();
+    let scorer = score::fill(snapshot, demand, seen, rooms);
+    let mut table =
+        Table { scorer, snapshot, demand, region_len, heap: first(snapshot, demand, seen, rooms, wanted) };
+    let mut regions = Vec::with_capacity(wanted as usize);
     for _ in 0..rows {
-        seats.iter_mut().for_each(|seat| seat.in_row = 0);
-        for _ in 0..columns {
-            let next = seats.iter_mut().filter(|seat| seat.has_room(region_len));
-            let seat = next.min_by_key(|seat| seat.rank(region_len))?;
-            seat.in_row += 1;
-            seat.regions += 1;
-            regions.push(seat.candidate.id);
-        }
+        table.row(&mut regions)?;
     }
     Some(regions)
 }
 
-struct Seat<'a> {
-    candidate: &'a Candidate,
-    regions: u64,
-    in_row: u32,
-    draw: u64,
+/// Who may get the next region; the greatest does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Seat {
+    regions: Reverse<u64>,
+    score: u32,
+    draw: Reverse<u64>,
+    id: Reverse<ApplianceId>,
+    room: u64,
+    at: u32,
 }
 
-impl<'a> Seat<'a> {
-    fn new(candidate: &'a Candidate, seed: u64) -> Seat<'a> {
-        Seat { candidate, regions: 0, in_row: 0, draw: draw(candidate.id, seed) }
+/// All seats, or only the best where each of these gets one region at most.
+fn first(
+    snapshot: &Snapshot<'_>,
+    demand: &Demand,
+    seen: &[Seen],
+    rooms: &[Room],
+    wanted: u64,
+) -> BinaryHeap<Seat> {
+    let mut order: Vec<(u32, u32)> =
+        (0..rooms.len() as u32).map(|index| (seen[rooms[index as usize].at as usize].score, index)).collect();
+    let wanted = usize::try_from(wanted).unwrap_or(usize::MAX);
+    if wanted < order.len() {
+        // The draw is needed only among those that score as much as the last one that is taken.
+        let (_, last, _) = order.select_nth_unstable_by(wanted - 1, |a, b| b.0.cmp(&a.0));
+        let least = last.0;
+        order.retain(|(score, _)| *score >= least);
     }
+    let seat = |&(score, index): &(u32, u32)| {
+        let Room { at, regions: room } = rooms[index as usize];
+        let id = snapshot.pool.cold[at as usize].candidate.id;
+        Seat { regions: Reverse(0), score, draw: Reverse(draw(id, demand.seed)), id: Reverse(id), room, at }
+    };
+    order.iter().map(seat).collect()
+}
 
-    fn has_room(&self, region_len: u64) -> bool {
-        self.candidate.free / region_len > self.regions
-    }
+struct Table<'a> {
+    scorer: Scorer<'a>,
+    snapshot: &'a Snapshot<'a>,
+    demand: &'a Demand,
+    region_len: u64,
+    heap: BinaryHeap<Seat>,
+}
 
-    /// The smallest is next. The id settles equal draws, so that no order of the snapshot matters.
-    fn rank(&self, region_len: u64) -> impl Ord + use<> {
-        let wanted = score(self.candidate, self.regions * region_len);
-        (self.in_row, self.regions, Reverse(wanted), self.draw, self.candidate.id)
+impl Table<'_> {
+    fn row(&mut self, regions: &mut Vec<ApplianceId>) -> Option<()> {
+        let mut used = Vec::with_capacity(self.demand.columns as usize);
+        for _ in 0..self.demand.columns {
+            if self.heap.is_empty() {
+                self.heap.extend(used.drain(..));
+            }
+            let mut seat = self.heap.pop()?;
+            regions.push(self.snapshot.pool.cold[seat.at as usize].candidate.id);
+            seat.regions.0 += 1;
+            if seat.regions.0 < seat.room {
+                seat.score = self.scorer.score(seat.at as usize, seat.regions.0 * self.region_len);
+                used.push(seat);
+            }
+        }
+        self.heap.extend(used);
+        Some(())
     }
 }
 
 /// A number that looks random and is the same for the same id and seed (the finalizer of
 /// splitmix64 over both halves of the id).
-fn draw(id: ApplianceId, seed: u64) -> u64 {
+pub(super) fn draw(id: ApplianceId, seed: u64) -> u64 {
     let number = id.as_u128();
     mix(mix(seed ^ number as u64) ^ (number >> 64) as u64)
 }

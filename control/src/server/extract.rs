@@ -64,6 +64,21 @@ fn refused_path(rejection: &PathRejection) -> ApiError {
     ApiError(ErrorKind::Invalid, rejection.body_text())
 }
 
+/// The query, such as `?after=7`. A misspelt key is refused where the type denies unknown ones.
+#[derive(Debug, Clone, Copy)]
+pub struct Query<T>(pub T);
+
+impl<T: DeserializeOwned + Send, S: Send + Sync> FromRequestParts<S> for Query<T> {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Query<T>, ApiError> {
+        match axum::extract::Query::from_request_parts(parts, state).await {
+            Ok(axum::extract::Query(value)) => Ok(Query(value)),
+            Err(rejection) => Err(ApiError(ErrorKind::Invalid, rejection.body_text())),
+        }
+    }
+}
+
 /// Whether the query says `force=true`. Any other query is refused, so that a misspelt one is
 /// never ignored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

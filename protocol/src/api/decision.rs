@@ -1,5 +1,7 @@
 //! Why an allocation lies where it lies, or could not be made.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 use super::ErrorKind;
@@ -228,4 +230,44 @@ pub enum DecisionOutcome {
         /// The smallest changes that would make it succeed, each by itself; the smallest first.
         remedies: Vec<String>,
     },
+}
+
+/// What it says after the name of the appliance.
+impl fmt::Display for Rejection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let micros = |nanos: &u64| nanos.div_ceil(1000);
+        match self {
+            Rejection::Silent => f.write_str("is silent"),
+            Rejection::Drained => f.write_str("is drained"),
+            Rejection::Failed => f.write_str("refused or did not answer"),
+            Rejection::NotRequired { rule } => write!(f, "is not what rule {rule} requires"),
+            Rejection::Forbidden { rule } => write!(f, "is forbidden by rule {rule}"),
+            Rejection::TooFar { common: None, within } => {
+                write!(f, "is too far away: not in the same {within}")
+            }
+            Rejection::TooFar { common: Some(common), within } => {
+                write!(f, "is too far away: in the same {common}, and the same {within} is asked")
+            }
+            Rejection::TooSlow { round_trip: None, most } => {
+                write!(f, "has no measured round trip, and at most {} us is asked", micros(most))
+            }
+            Rejection::TooSlow { round_trip: Some(time), most } => {
+                write!(f, "answers in {} us, and at most {} us is asked", micros(time), micros(most))
+            }
+            Rejection::LinkTooSlow { has: None, asked } => {
+                write!(f, "has a link of unknown speed, and {asked} is asked")
+            }
+            Rejection::LinkTooSlow { has: Some(has), asked } => {
+                write!(f, "has a link of {has}, and {asked} is asked")
+            }
+            Rejection::LinkPromised { left, asked } => {
+                write!(f, "has {left} of its link left, and {asked} is asked")
+            }
+            Rejection::ShareUsed { used, most } => {
+                write!(f, "has given the account {used} of the {most} that it may have of it")
+            }
+            Rejection::Held => f.write_str("is held for a request that comes first"),
+            Rejection::Full { free, region } => write!(f, "has {free} free, a region takes {region}"),
+        }
+    }
 }

@@ -31,6 +31,8 @@ pub enum ErrorKind {
     Invalid,
     /// No or a wrong token (401).
     Unauthorized,
+    /// The operator's documents do not allow it: a limit, hours, a rule (403).
+    Denied,
     /// The named thing is not there (404).
     NotFound,
     /// A thing of that name is there already, or changed meanwhile (409).
@@ -53,6 +55,7 @@ impl ErrorKind {
         match self {
             ErrorKind::Invalid => 400,
             ErrorKind::Unauthorized => 401,
+            ErrorKind::Denied => 403,
             ErrorKind::NotFound => 404,
             ErrorKind::Conflict | ErrorKind::InUse => 409,
             ErrorKind::NoSpace => 507,

@@ -43,6 +43,9 @@ pub struct ApplianceProfile {
     pub ramp_up: Option<Span>,
 }
 
+/// Time in which a newcomer comes to be wanted as much as the others where nobody says another, in seconds.
+pub const RAMP_UP_DEFAULT_SECS: u64 = 600;
+
 /// A number of bytes, or a share of the whole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Amount {

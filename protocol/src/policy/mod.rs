@@ -9,6 +9,7 @@ mod account;
 mod appliance;
 mod client;
 mod condition;
+mod content;
 mod hours;
 mod strategy;
 
@@ -22,9 +23,10 @@ use serde::{Deserialize, Serialize};
 use crate::Name;
 
 pub use account::{Account, AtClose, GRACE_DEFAULT_SECS, LeaseTerms, PRIORITY_DEFAULT, PRIORITY_MAX};
-pub use appliance::{Amount, ApplianceProfile, LEVELS, Level};
+pub use appliance::{Amount, ApplianceProfile, LEVELS, Level, RAMP_UP_DEFAULT_SECS};
 pub use client::ClientProfile;
 pub use condition::{Access, Condition};
+pub use content::Content;
 pub use hours::{Day, TimeOfDay, Window};
 pub use strategy::{
     LayoutRule, LimitRule, LinkDemand, Locality, Preference, Rule, Selector, Strategy, WEIGHT_MAX, Weights,
@@ -78,6 +80,13 @@ impl Kind {
             Kind::Client => "client",
             Kind::Appliance => "appliance",
         }
+    }
+}
+
+impl Documents {
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        *self == Documents::default()
     }
 }
 

@@ -9,10 +9,10 @@ use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::Heartbeat;
 
 use super::super::{
-    Answer, Call, CallError, Effect, Event, Moment, Outcome, ReplyTo, Request, Service, Settings,
+    Answer, Call, CallError, Effect, Event, Moment, Outcome, ReplyTo, Request, Service,
 };
 use super::appliance::Appliance;
-use super::{INTERVAL, TTL};
+use super::{SETTINGS, TTL};
 use crate::store::MetadataStore as _;
 use crate::store::memory::MemoryStore;
 use crate::store::record::Phase;
@@ -241,5 +241,5 @@ fn new_service(life: u64) -> Service {
         bytes[8..16].copy_from_slice(&(life + 1).to_le_bytes());
         Ok(bytes)
     };
-    Service::new(Settings { interval: INTERVAL, reserve_ttl: TTL }, Box::new(dice))
+    Service::new(SETTINGS, Box::new(dice))
 }

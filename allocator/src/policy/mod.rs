@@ -1,0 +1,243 @@
+//! Documents: what operators decide beforehand, as the allocator keeps it.
+//!
+//! A set of files is read (`read.rs`), checked as a whole together with what is there already
+//! (`validate.rs`), and becomes the next [`Policy`] or a list of problems; nothing in between. What
+//! decisions need of it is made ready once (`compiled.rs`, `windows.rs`).
+
+mod compiled;
+mod read;
+mod validate;
+mod windows;
+
+use std::collections::{BTreeMap, HashMap};
+
+use xpm_control::server::ApiError;
+use xpm_protocol::api::ErrorKind;
+use xpm_protocol::api::policy::{ChangeAction, DocumentChange, PolicyFile, Problem};
+use xpm_protocol::policy::{ApplianceProfile, ClientProfile, Content, DocumentName, Documents, Kind};
+use xpm_protocol::{ByteSize, Name};
+
+use crate::usage::Usage;
+
+pub use compiled::{CompiledAccount, CompiledCondition, CompiledRule, CompiledStrategy, Facts, Miss};
+pub use windows::Windows;
+
+use read::Document;
+
+/// All documents. Cheap enough to copy when an operator changes one.
+#[derive(Debug, Clone, Default)]
+pub struct Policy {
+    revision: u64,
+    documents: BTreeMap<DocumentName, Content>,
+    strategies: HashMap<Name, CompiledStrategy>,
+    accounts: HashMap<Name, CompiledAccount>,
+}
+
+/// What applying files comes to.
+#[derive(Debug, Default)]
+pub struct Plan {
+    /// What is wrong. Nothing may be changed unless this is empty.
+    pub problems: Vec<Problem>,
+    /// What is done to each document of the files.
+    pub changes: Vec<DocumentChange>,
+    /// The documents afterwards; none where there are problems.
+    pub next: Option<Policy>,
+    /// The documents that are new or different, with their versions.
+    pub documents: Vec<Content>,
+}
+
+impl Policy {
+    /// The documents of an earlier life, which were valid then.
+    pub fn load(revision: u64, documents: Documents) -> Policy {
+        let documents = documents.into_contents().map(|content| (content.document_name(), content)).collect();
+        Policy { revision, documents, ..Policy::default() }.compiled()
+    }
+
+    fn compiled(mut self) -> Policy {
+        (self.strategies, self.accounts) = (HashMap::new(), HashMap::new());
+        for content in self.documents.values() {
+            match content {
+                Content::Strategy(strategy) => {
+                    self.strategies.insert(strategy.name.clone(), CompiledStrategy::new(strategy));
+                }
+                Content::Account(account) => {
+                    self.accounts.insert(account.name.clone(), CompiledAccount::new(account));
+                }
+                Content::Client(_) | Content::Appliance(_) => {}
+            }
+        }
+        self
+    }
+
+    /// Grows with each change.
+    pub fn revision(&self) -> u64 {
+        self.revision
+    }
+
+    /// All documents, each with its version.
+    pub fn documents(&self) -> Documents {
+        self.documents.values().cloned().collect()
+    }
+
+    /// The strategy of this name.
+    pub fn strategy(&self, name: &Name) -> Option<&CompiledStrategy> {
+        self.strategies.get(name)
+    }
+
+    /// The account of this name.
+    pub fn account(&self, name: &Name) -> Option<&CompiledAccount> {
+        self.accounts.get(name)
+    }
+
+    /// The profile of the client of this name.
+    pub fn client(&self, name: &Name) -> Option<&ClientProfile> {
+        match self.get(Kind::Client, name) {
+            Some(Content::Client(profile)) => Some(profile),
+            _ => None,
+        }
+    }
+
+    /// The profile of the appliance of this name.
+    pub fn appliance(&self, name: &Name) -> Option<&ApplianceProfile> {
+        match self.get(Kind::Appliance, name) {
+            Some(Content::Appliance(profile)) => Some(profile),
+            _ => None,
+        }
+    }
+
+    fn get(&self, kind: Kind, name: &Name) -> Option<&Content> {
+        self.documents.get(&DocumentName { kind, name: name.clone() })
+    }
+
+    /// Soft and hard limit of an account, a client, or a strategy's rules that always apply.
+    pub fn limits(&self, of: &DocumentName) -> (Option<ByteSize>, Option<ByteSize>) {
+        match self.documents.get(of) {
+            Some(Content::Account(account)) => (account.soft_limit, account.hard_limit),
+            Some(Content::Client(client)) => (client.soft_limit, client.hard_limit),
+            Some(Content::Strategy(strategy)) => {
+                let always = strategy.rules.iter().filter(|rule| rule.when.is_always());
+                let limits: Vec<_> = always.filter_map(|rule| rule.limit).collect();
+                let least = |of: fn(&xpm_protocol::policy::LimitRule) -> Option<ByteSize>| {
+                    limits.iter().filter_map(of).min()
+                };
+                (least(|limit| limit.soft), least(|limit| limit.hard))
+            }
+            _ => (None, None),
+        }
+    }
+
+    /// What applying the files would come to.
+    pub fn plan(&self, files: &[PolicyFile], usage: &Usage) -> Plan {
+        let (documents, mut problems) = read::read(files);
+        // What cannot be read may be what others name: only one kind of problem is told at a time.
+        if problems.is_empty() {
+            problems = validate::validate(self, &documents, usage);
+        }
+        if !problems.is_empty() {
+            problems.sort_by(|a, b| (&a.file, a.line, &a.key).cmp(&(&b.file, b.line, &b.key)));
+            return Plan { problems, ..Plan::default() };
+        }
+        self.changed(documents)
+    }
+
+    fn changed(&self, documents: Vec<Document>) -> Plan {
+        let revision = self.revision + 1;
+        let mut plan = Plan::default();
+        let mut next = self.clone();
+        for Document { content, .. } in documents {
+            let name = content.document_name();
+            let before = self.documents.get(&name);
+            let same = before.is_some_and(|before| {
+                before.clone().with_version(None) == content.clone().with_version(None)
+            });
+            let action = match (before, same) {
+                (None, _) => ChangeAction::Created,
+                (Some(_), true) => ChangeAction::Unchanged,
+                (Some(_), false) => ChangeAction::Changed,
+            };
+            let version = before.filter(|_| same).and_then(Content::version).unwrap_or(revision);
+            plan.changes.push(DocumentChange {
+                document: name.clone(),
+                action,
+                version,
+                before: before.map(toml_of).unwrap_or_default(),
+                after: toml_of(&content),
+            });
+            if !same {
+                let content = content.with_version(Some(version));
+                next.documents.insert(name, content.clone());
+                plan.documents.push(content);
+            }
+        }
+        if !plan.documents.is_empty() {
+            next.revision = revision;
+        }
+        plan.next = Some(next.compiled());
+        plan
+    }
+
+    /// The documents without one. `used` says who uses it besides other documents.
+    pub fn remove(
+        &self,
+        name: &DocumentName,
+        version: Option<u64>,
+        used: Option<String>,
+    ) -> Result<Policy, ApiError> {
+        let refuse = |kind, line: String| Err(ApiError(kind, line));
+        let Some(content) = self.documents.get(name) else {
+            return refuse(
+                ErrorKind::NotFound,
+                format!("there is no {name}: `xpm get {}` shows those that are there", name.kind),
+            );
+        };
+        if let Some(asked) = version.filter(|&version| content.version() != Some(version)) {
+            let has = content.version().unwrap_or_default();
+            return refuse(
+                ErrorKind::Conflict,
+                format!("{name} has version {has} now, not {asked}: look at it again"),
+            );
+        }
+        if let Some(by) = self.documents.values().find(|other| names(other, name)) {
+            return refuse(
+                ErrorKind::InUse,
+                format!("{name} is named by {}: change that first", by.document_name()),
+            );
+        }
+        if let Some(used) = used {
+            return refuse(ErrorKind::InUse, format!("{name} is in use: {used}; delete these first"));
+        }
+        let mut next = self.clone();
+        next.documents.remove(name);
+        next.revision += 1;
+        Ok(next.compiled())
+    }
+}
+
+/// Whether a document names another.
+fn names(content: &Content, other: &DocumentName) -> bool {
+    let is = |kind: Kind, name: &Option<Name>| other.kind == kind && name.as_ref() == Some(&other.name);
+    match content {
+        Content::Strategy(strategy) => strategy.rules.iter().any(|rule| {
+            is(Kind::Strategy, &rule.use_strategy)
+                || (other.kind == Kind::Account && names_account(&rule.when, &other.name))
+        }),
+        Content::Account(account) => is(Kind::Strategy, &account.strategy),
+        Content::Client(client) => is(Kind::Account, &client.account),
+        Content::Appliance(_) => false,
+    }
+}
+
+fn names_account(condition: &xpm_protocol::policy::Condition, name: &Name) -> bool {
+    let inner = condition.all.iter().chain(&condition.any).chain(condition.not.as_deref());
+    condition.account.contains(name) || inner.into_iter().any(|one| names_account(one, name))
+}
+
+/// A document as a file that can be applied, without its version.
+fn toml_of(content: &Content) -> String {
+    let documents = Documents::from_iter([content.clone().with_version(None)]);
+    // Documents are made of what TOML can say.
+    toml::to_string_pretty(&documents).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,378 @@
+//! Requests that wait for their turn, and who gives way to them.
+//!
+//! They are served by priority and, within one, in the order in which they came. What is free on
+//! appliances that could serve one of them is not given to those that come after it. When nothing
+//! else helps, allocations that may be reclaimed give way: those that nobody uses first, the
+//! longest idle one at the head; then those in use of a lower priority, the lowest first. They are told, have a time
+//! of grace, and are freed only when that is over; if the request is served or goes meanwhile, they
+//! stay.
+//!
+//! The queue is in memory: after a restart, whoever waits asks again.
+
+use std::collections::{HashMap, HashSet};
+use std::time::Duration;
+
+use xpm_protocol::api::allocator::{Allocation, AllocationState, Create, Waiting};
+use xpm_protocol::policy::{DocumentName, Kind, PRIORITY_DEFAULT};
+use xpm_protocol::{AllocationId, ApplianceId, ByteSize, Epoch, Layout, Name};
+
+use super::wish::{Looked, Wish};
+use super::{AfterStore, Entry, Outcome, Service, Work};
+use crate::store::record::{AllocationRecord, Phase, Reclaim};
+use crate::strategy::{Code, remedy};
+
+/// Longest wait.
+const WAIT_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
+/// Most requests that wait.
+const QUEUE_MAX: usize = 10_000;
+/// How long a refusal after waiting is kept for the one who asked.
+const REFUSAL_KEPT: u64 = 600;
+
+/// A request that waits, or was refused after it had waited.
+#[derive(Debug)]
+pub(super) struct Waiter {
+    id: AllocationId,
+    wish: Wish,
+    priority: u16,
+    layout: Layout,
+    /// Order of arrival.
+    number: u64,
+    since: u64,
+    until: u64,
+    why: String,
+    /// Its place is being made.
+    tried: bool,
+    /// It was refused at this moment.
+    refused: Option<u64>,
+    /// Appliances that could serve it but for room.
+    holds: HashSet<ApplianceId>,
+}
+
+impl Service {
+    pub(super) fn is_queued(&self, name: &Name) -> bool {
+        self.queue.iter().any(|one| one.wish.create.name == *name && one.refused.is_none())
+    }
+
+    pub(super) fn enqueue(&mut self, mut wish: Wish, looked: &Looked, why: String) {
+        let Some(reply) = wish.reply.take() else { return };
+        if self.queue.len() >= QUEUE_MAX {
+            let line = format!("{why}; and {QUEUE_MAX} requests wait already: try again later");
+            return self.refuse(reply, xpm_protocol::api::ErrorKind::Unavailable, line);
+        }
+        let id = match self.random_id() {
+            Ok(id) => AllocationId::from_u128(id),
+            Err(error) => return self.reply(reply, Err(error)),
+        };
+        let wait = wish.create.wait.map_or(Duration::ZERO, |span| span.0.min(WAIT_MAX));
+        let name = wish.create.name.clone();
+        let waiter = Waiter {
+            id,
+            priority: looked.asked.priority,
+            layout: looked.asked.layout,
+            number: self.clock,
+            since: self.now.unix,
+            until: self.now.unix.saturating_add(wait.as_secs()),
+            why,
+            tried: false,
+            refused: None,
+            holds: could_serve(self, looked),
+            wish,
+        };
+        let at = self.queue.partition_point(|one| one.priority >= waiter.priority);
+        self.queue.insert(at, waiter);
+        self.tell("waiting", &name, format!("`{name}` waits for its turn"));
+        let shown = self.queue.iter().find(|one| one.id == id).map(|one| self.view_waiter(one));
+        if let Some(shown) = shown {
+            self.reply(reply, Ok(Outcome::Allocation(Box::new(shown))));
+        }
+    }
+
+    /// It was tried, and there is still no place for it.
+    pub(super) fn still_waits(&mut self, name: &Name, looked: &Looked, why: String) {
+        let holds = could_serve(self, looked);
+        let priority = looked.asked.priority;
+        if let Some(waiter) = self.queue.iter_mut().find(|one| one.wish.create.name == *name) {
+            (waiter.why, waiter.holds, waiter.tried, waiter.priority) = (why, holds, false, priority);
+        }
+        self.queue.sort_by_key(|one| (std::cmp::Reverse(one.priority), one.number));
+        self.reclaim_for(name, looked);
+    }
+
+    /// An appliance failed while its place was made: it waits on.
+    pub(super) fn back_to_queue(&mut self, name: &Name, why: String) {
+        if let Some(waiter) = self.queue.iter_mut().find(|one| one.wish.create.name == *name) {
+            (waiter.why, waiter.tried) = (why, false);
+        }
+    }
+
+    /// Whether a request that waits names a document.
+    pub(super) fn waits_for(&self, document: &DocumentName) -> bool {
+        let names = |create: &Create| match document.kind {
+            Kind::Account => create.account.as_ref() == Some(&document.name),
+            Kind::Client => create.client.as_ref() == Some(&document.name),
+            Kind::Strategy => create.strategy.as_ref() == Some(&document.name),
+            Kind::Appliance => false,
+        };
+        self.queue.iter().any(|one| one.refused.is_none() && names(&one.wish.create))
+    }
+
+    /// It is served, or gone.
+    pub(super) fn leaves_queue(&mut self, name: &Name) {
+        self.queue.retain(|one| one.wish.create.name != *name);
+        self.keep_reclaimed(name);
+    }
+
+    /// It will not be made. Whoever asked finds out why for a while.
+    pub(super) fn refuse_waiting(&mut self, name: &Name, why: &str) {
+        let unix = self.now.unix;
+        if let Some(waiter) = self.queue.iter_mut().find(|one| one.wish.create.name == *name) {
+            (waiter.why, waiter.refused) = (why.to_owned(), Some(unix));
+            waiter.holds.clear();
+            self.tell("refused", name, format!("`{name}` was refused after waiting: {why}"));
+            self.keep_reclaimed(name);
+        }
+    }
+
+    /// A new request of this name makes an old refusal worthless.
+    pub(super) fn forget_refused(&mut self, name: &Name) {
+        self.queue.retain(|one| one.refused.is_none() || one.wish.create.name != *name);
+    }
+
+    /// Takes a request back. Returns whether it was there.
+    pub(super) fn cancel_waiting(&mut self, name: &Name) -> bool {
+        let there = self.queue.iter().any(|one| one.wish.create.name == *name);
+        if there {
+            self.leaves_queue(name);
+        }
+        there
+    }
+
+    /// Tries everybody who waits, in order; and ends the waits that are over.
+    pub(super) fn serve_queue(&mut self) {
+        let unix = self.now.unix;
+        self.queue.retain(|one| one.refused.is_none_or(|at| unix < at.saturating_add(REFUSAL_KEPT)));
+        let over: Vec<(Name, String)> = self
+            .queue
+            .iter()
+            .filter(|one| one.refused.is_none() && !one.tried && one.until <= unix)
+            .map(|one| (one.wish.create.name.clone(), one.why.clone()))
+            .collect();
+        for (name, why) in over {
+            self.refuse_waiting(&name, &format!("the time to wait is over: {why}"));
+        }
+        let ready: Vec<Name> = self
+            .queue
+            .iter()
+            .filter(|one| one.refused.is_none() && !one.tried)
+            .map(|one| one.wish.create.name.clone())
+            .collect();
+        for name in ready {
+            self.try_waiter(&name);
+        }
+    }
+
+    fn try_waiter(&mut self, name: &Name) {
+        let Some(waiter) = self.queue.iter_mut().find(|one| one.wish.create.name == *name) else { return };
+        if waiter.tried || waiter.refused.is_some() {
+            return;
+        }
+        waiter.tried = true;
+        let wish = Wish::new(None, waiter.wish.create.clone());
+        self.place(wish);
+    }
+
+    /// Appliances whose memory is meant for requests that come before this one.
+    pub(super) fn held_for_others(&self, name: &Name, priority: u16) -> HashSet<ApplianceId> {
+        let before = self
+            .queue
+            .iter()
+            .take_while(|one| one.wish.create.name != *name)
+            .filter(|one| one.priority >= priority && one.refused.is_none());
+        before.flat_map(|one| one.holds.iter().copied()).collect()
+    }
+
+    /// Those that wait, in order, and those that were refused.
+    pub(super) fn list_waiting(&self) -> Vec<Allocation> {
+        self.queue.iter().map(|one| self.view_waiter(one)).collect()
+    }
+
+    pub(super) fn show_waiting(&self, name: &Name) -> Option<Allocation> {
+        self.queue.iter().find(|one| one.wish.create.name == *name).map(|one| self.view_waiter(one))
+    }
+
+    fn view_waiter(&self, waiter: &Waiter) -> Allocation {
+        let before =
+            self.queue.iter().take_while(|one| one.id != waiter.id).filter(|one| one.refused.is_none());
+        let before = waiter.refused.is_none().then(|| before.count() as u64);
+        let create = &waiter.wish.create;
+        let state =
+            if waiter.refused.is_some() { AllocationState::Refused } else { AllocationState::Waiting };
+        Allocation {
+            name: create.name.clone(),
+            id: waiter.id,
+            size: create.size,
+            layout: waiter.layout,
+            region_len: ByteSize(0),
+            epoch: Epoch::FIRST,
+            state,
+            owner: None,
+            regions: Vec::new(),
+            created: waiter.since,
+            taken: ByteSize(0),
+            account: create.account.clone(),
+            client: create.client.clone(),
+            strategy: create.strategy.clone(),
+            labels: create.labels.clone(),
+            reclaimable: create.reclaimable,
+            link_speed: None,
+            lease: None,
+            ending: None,
+            waiting: Some(Waiting {
+                before,
+                priority: waiter.priority,
+                since: waiter.since,
+                until: waiter.until,
+                why: waiter.why.clone(),
+            }),
+            warnings: Vec::new(),
+        }
+    }
+
+    /// Finds out who gives way to a request, and tells them.
+    fn reclaim_for(&mut self, name: &Name, looked: &Looked) {
+        let missing_memory = looked.decided.is_some();
+        let asked_already = self.allocations.values().any(|entry| is_reclaimed_for(&entry.record, name));
+        if !missing_memory || asked_already {
+            return;
+        }
+        let Some(create) =
+            self.queue.iter().find(|one| one.wish.create.name == *name).map(|one| one.wish.create.clone())
+        else {
+            return;
+        };
+        let held = self.held_for_others(name, looked.asked.priority);
+        let victims = self.victims(looked.asked.priority);
+        let enough = |service: &Service, some: &[AllocationId]| {
+            let back = service.given_back(some);
+            let snapshot = service.snapshot(&looked.asked, &create, &[], &held, &back);
+            remedy::with_given_back(&snapshot, &looked.asked.demand, &back)
+        };
+        let Some(count) = (1..=victims.len()).find(|&count| enough(self, &victims[..count])) else { return };
+        let mut chosen = victims[..count].to_vec();
+        // Those that came first may not be needed beside the last one.
+        for id in victims[..count - 1].iter().rev() {
+            let without: Vec<AllocationId> = chosen.iter().copied().filter(|one| one != id).collect();
+            if enough(self, &without) {
+                chosen = without;
+            }
+        }
+        for id in chosen {
+            self.announce_reclaim(id, name);
+        }
+    }
+
+    /// Who may have to give way to a request of this priority, the first to go first.
+    fn victims(&self, priority: u16) -> Vec<AllocationId> {
+        let may = |entry: &&Entry| {
+            let record = &entry.record;
+            record.phase == Phase::Ready
+                && matches!(entry.work, Work::Idle)
+                && record.terms.reclaimable
+                && record.reclaim.is_none()
+                && match record.owner {
+                    None => self.priority_of(record) <= priority,
+                    Some(_) => self.priority_of(record) < priority,
+                }
+        };
+        let mut victims: Vec<&AllocationRecord> =
+            self.allocations.values().filter(may).map(|entry| &entry.record).collect();
+        victims.sort_by_key(|record| match record.owner {
+            None => (false, 0, record.idle_since, record.id),
+            Some(_) => (true, self.priority_of(record), u64::MAX - record.created, record.id),
+        });
+        victims.iter().map(|record| record.id).collect()
+    }
+
+    pub(super) fn priority_of(&self, record: &AllocationRecord) -> u16 {
+        let account = record.terms.account.as_ref().and_then(|name| self.policy.account(name));
+        account.map_or(PRIORITY_DEFAULT, |one| one.account.priority)
+    }
+
+    fn given_back(&self, some: &[AllocationId]) -> HashMap<ApplianceId, u64> {
+        let mut back = HashMap::new();
+        for record in some.iter().filter_map(|id| self.allocations.get(id)).map(|entry| &entry.record) {
+            for grant in &record.grants {
+                *back.entry(grant.appliance).or_default() += record.bytes_of(grant);
+            }
+        }
+        back
+    }
+
+    fn announce_reclaim(&mut self, id: AllocationId, name: &Name) {
+        let (since, grace) = (self.now.unix, self.settings.reclaim_grace.as_secs());
+        let mut record = self.entry(id).record.clone();
+        let reclaim = Reclaim { for_name: name.clone(), since, frees: since.saturating_add(grace) };
+        let victim = record.name.clone();
+        self.tell(
+            "reclaim-notice",
+            &victim,
+            format!("`{victim}` gives way to `{name}`, which has a higher priority: its memory is freed in {grace} s"),
+        );
+        record.reclaim = Some(reclaim);
+        self.entry(id).work = Work::Storing;
+        self.store_record(record, AfterStore::Settled);
+    }
+
+    /// The request is served or gone: those that were to give way to it, and are still there, stay.
+    fn keep_reclaimed(&mut self, name: &Name) {
+        let kept: Vec<AllocationId> = self
+            .allocations
+            .iter()
+            .filter(|(_, entry)| is_reclaimed_for(&entry.record, name) && entry.record.phase == Phase::Ready)
+            .map(|(id, _)| *id)
+            .collect();
+        for id in kept {
+            match self.entry(id).work {
+                Work::Idle => self.keep_one(id),
+                // It is looked at again when its time is over.
+                _ => continue,
+            }
+        }
+    }
+
+    fn keep_one(&mut self, id: AllocationId) {
+        let mut record = self.entry(id).record.clone();
+        record.reclaim = None;
+        let name = record.name.clone();
+        self.tell(
+            "reclaim-withdrawn",
+            &name,
+            format!("`{name}` stays: the request that needed its memory is gone or served"),
+        );
+        self.entry(id).work = Work::Storing;
+        self.store_record(record, AfterStore::Settled);
+    }
+
+    /// Whether the request for which an allocation is to give way still waits.
+    pub(super) fn still_needed(&mut self, id: AllocationId) -> bool {
+        let Some(reclaim) = self.entry(id).record.reclaim.clone() else { return true };
+        let needed = self.is_queued(&reclaim.for_name);
+        if !needed {
+            self.keep_one(id);
+        }
+        needed
+    }
+}
+
+fn is_reclaimed_for(record: &AllocationRecord, name: &Name) -> bool {
+    record.reclaim.as_ref().is_some_and(|reclaim| reclaim.for_name == *name)
+}
+
+/// The appliances that could serve a request if they had room.
+fn could_serve(service: &Service, looked: &Looked) -> HashSet<ApplianceId> {
+    let Some(decided) = &looked.decided else { return HashSet::new() };
+    let pool = service.inventory.pool().iter().zip(&decided.seen);
+    pool.filter(|(_, seen)| matches!(seen.code, Code::Usable | Code::Full | Code::ShareUsed | Code::Held))
+        .map(|(one, _)| one.id)
+        .collect()
+}

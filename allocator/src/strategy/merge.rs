@@ -1,0 +1,139 @@
+//! From rules to needs: which rules apply to a request, and what they come to together.
+
+use xpm_protocol::Name;
+use xpm_protocol::api::decision::RuleTrace;
+use xpm_protocol::policy::{LayoutRule, LeaseTerms, LimitRule, LinkDemand, Rule};
+
+use super::Needs;
+use crate::policy::{CompiledRule, CompiledStrategy, Facts, Policy};
+
+/// Most strategies in a chain; longer ones are refused when they are applied.
+const CHAIN_MAX: usize = 16;
+
+/// What the rules that apply come to together.
+#[derive(Debug, Default)]
+pub struct Merged {
+    /// What they ask of appliances.
+    pub needs: Needs,
+    /// The strategies that were gone through, each with its version.
+    pub strategies: Vec<(Name, u64)>,
+    /// The rules that were looked at.
+    pub traces: Vec<RuleTrace>,
+    /// The refusal, with its rule.
+    pub refuse: Option<(String, String)>,
+    /// Limits, with the strategy that they count for.
+    pub limits: Vec<(Name, LimitRule)>,
+    /// The layout of a request that leaves it open.
+    pub layout: LayoutRule,
+    /// The link speed.
+    pub link: Option<LinkDemand>,
+    /// How long the allocation may be used.
+    pub lease: Option<LeaseTerms>,
+    /// Whether it may be reclaimed.
+    pub reclaimable: Option<bool>,
+    weighted: bool,
+    located: bool,
+}
+
+/// Goes through the rules of the strategy, and of those that it leads to.
+pub fn merge(policy: &Policy, strategy: Option<&Name>, facts: &Facts<'_>) -> Merged {
+    let mut merged = Merged::default();
+    let mut next = strategy.and_then(|name| policy.strategy(name));
+    while let Some(strategy) = next.filter(|_| merged.strategies.len() < CHAIN_MAX) {
+        merged.strategies.push((strategy.name.clone(), strategy.version));
+        next = merged.follow(strategy, facts).and_then(|name| policy.strategy(&name));
+    }
+    merged
+}
+
+impl Merged {
+    /// Returns the strategy that comes after this one.
+    fn follow(&mut self, strategy: &CompiledStrategy, facts: &Facts<'_>) -> Option<Name> {
+        for CompiledRule { rule, when } in &strategy.rules {
+            let held = when.evaluate(facts);
+            let why = match &held {
+                Ok(()) => does(rule),
+                Err(miss) => miss.to_string(),
+            };
+            self.traces.push(RuleTrace {
+                strategy: strategy.name.clone(),
+                rule: rule.name.clone(),
+                applies: held.is_ok(),
+                why,
+            });
+            if held.is_ok() {
+                self.take(&strategy.name, rule);
+                if rule.last || rule.use_strategy.is_some() || self.refuse.is_some() {
+                    return rule.use_strategy.clone();
+                }
+            }
+        }
+        None
+    }
+
+    fn take(&mut self, strategy: &Name, rule: &Rule) {
+        let named = || format!("{strategy}/{}", rule.name);
+        if let Some(text) = &rule.refuse {
+            self.refuse = Some((named(), text.clone()));
+        }
+        let needs = &mut self.needs;
+        needs.require.extend(rule.require.iter().map(|selector| (named(), selector.clone())));
+        needs.forbid.extend(rule.forbid.iter().map(|selector| (named(), selector.clone())));
+        needs.prefer.extend(rule.prefer.iter().map(|preference| (named(), preference.clone())));
+        if let Some(limit) = rule.limit {
+            self.limits.push((strategy.clone(), limit));
+            let shares = [needs.share, limit.appliance_share];
+            needs.share = shares.into_iter().flatten().min();
+        }
+        self.settle(rule);
+    }
+
+    /// What can be only once comes from the first rule that says it.
+    fn settle(&mut self, rule: &Rule) {
+        let layout = rule.layout.unwrap_or_default();
+        if self.layout.stripe.is_none() && layout.stripe.is_some() {
+            (self.layout.stripe, self.layout.stripe_unit) = (layout.stripe, layout.stripe_unit);
+        }
+        self.layout.region_size = self.layout.region_size.or(layout.region_size);
+        self.link = self.link.or(rule.link_speed);
+        self.lease = self.lease.or(rule.lease);
+        self.reclaimable = self.reclaimable.or(rule.reclaimable);
+        if let (Some(locality), false) = (rule.locality, self.located) {
+            self.located = true;
+            self.needs.within = locality.within;
+            self.needs.round_trip_max = locality.round_trip_max.map(|span| span.0.as_nanos() as u64);
+        }
+        if let (Some(weights), false) = (rule.weights, self.weighted) {
+            self.weighted = true;
+            self.needs.weights = weights;
+        }
+    }
+}
+
+/// What a rule does, in a few words.
+fn does(rule: &Rule) -> String {
+    let mut parts: Vec<&str> = Vec::new();
+    let mut part = |there: bool, what: &'static str| {
+        if there {
+            parts.push(what);
+        }
+    };
+    part(rule.refuse.is_some(), "refuses");
+    part(rule.require.is_some(), "requires");
+    part(!rule.forbid.is_empty(), "forbids");
+    part(!rule.prefer.is_empty(), "prefers");
+    part(rule.limit.is_some(), "limits");
+    part(rule.layout.is_some(), "sets the layout");
+    part(rule.link_speed.is_some(), "asks for a link speed");
+    part(rule.locality.is_some(), "asks for nearness");
+    part(rule.weights.is_some(), "sets weights");
+    part(rule.lease.is_some(), "sets a lease");
+    part(rule.reclaimable.is_some(), "says whether it is reclaimable");
+    part(rule.last, "ends the rules");
+    let mut text = parts.join(", ");
+    if let Some(next) = &rule.use_strategy {
+        let join = if text.is_empty() { "" } else { ", " };
+        text.push_str(&format!("{join}goes on with {next}"));
+    }
+    text
+}

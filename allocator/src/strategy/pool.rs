@@ -1,0 +1,222 @@
+//! The appliances as decisions see them.
+//!
+//! What every decision looks at lies close together ([`Hot`]), so that a pool of ten thousand
+//! appliances is walked in some ten microseconds; labels are numbers here. The owner of the
+//! inventory keeps a pool current; to a decision it is a snapshot that it only reads.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use xpm_protocol::api::appliance::Medium;
+use xpm_protocol::policy::{LEVELS, Labels, Level, Selector};
+use xpm_protocol::{ApplianceId, LinkSpeed, Name};
+
+/// An appliance, as its owner describes it to the pool.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Candidate {
+    /// The appliance.
+    pub id: ApplianceId,
+    /// Its name.
+    pub name: Name,
+    /// Until when it counts as heard, by the service's clock.
+    pub up_until: Duration,
+    /// Memory that may still be asked for, in bytes: promises and head-room are deducted.
+    pub free: u64,
+    /// Memory that may be used of it at all, in bytes.
+    pub capacity: u64,
+    /// Memory that it is clearing and that will be free soon, in bytes.
+    pub clearing: u64,
+    /// Whether the operator empties it.
+    pub drain: bool,
+    /// Its labels, the operator's and its own.
+    pub labels: Labels,
+    /// What its memory lies on.
+    pub medium: Medium,
+    /// Whether RDMA reaches it.
+    pub rdma: bool,
+    /// Speed of its link, if it is known.
+    pub link_speed: Option<LinkSpeed>,
+    /// What of it is promised.
+    pub link_promised: LinkSpeed,
+    /// How idle its link is, in thousandths.
+    pub idle: u16,
+    /// How free of errors it is lately, in thousandths.
+    pub health: u16,
+    /// When it registered first, seconds since 1970.
+    pub since: u64,
+    /// How long it is a newcomer after that, in seconds.
+    pub ramp_up: u64,
+}
+
+/// What each decision reads of each appliance.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Hot {
+    pub(super) up_until: Duration,
+    pub(super) free: u64,
+    pub(super) link_left: u64,
+    /// 0: unknown.
+    pub(super) link: u64,
+    pub(super) ramp_from: u64,
+    pub(super) ramp_to: u64,
+    pub(super) idle: u16,
+    pub(super) health: u16,
+    pub(super) drain: bool,
+}
+
+/// The rest.
+#[derive(Debug)]
+pub(super) struct Cold {
+    pub(super) candidate: Candidate,
+    /// Its labels as numbers.
+    labels: Box<[u32]>,
+    /// Its values of the levels, from near to far; 0: none.
+    place: [u32; 4],
+}
+
+/// All appliances.
+#[derive(Debug, Default)]
+pub struct Pool {
+    pub(super) hot: Vec<Hot>,
+    pub(super) cold: Vec<Cold>,
+    index: HashMap<ApplianceId, usize>,
+    numbers: HashMap<(Name, Name), u32>,
+}
+
+/// Where a client is: its values of the levels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Position([u32; 4]);
+
+/// A selector with its labels as numbers.
+#[derive(Debug, Clone)]
+pub(super) struct Chosen<'a> {
+    selector: &'a Selector,
+    /// None: a label that no appliance has.
+    labels: Option<Vec<u32>>,
+}
+
+impl Pool {
+    /// Adds or replaces an appliance.
+    pub fn put(&mut self, candidate: Candidate) {
+        let hot = Hot::of(&candidate);
+        let labels = candidate.labels.iter().map(|(key, value)| self.number(key, value)).collect();
+        let place = LEVELS.map(|level| {
+            let found = candidate.labels.iter().find(|(key, _)| key.as_str() == level.as_str());
+            found.map_or(0, |(key, value)| self.numbers[&(key.clone(), value.clone())])
+        });
+        let id = candidate.id;
+        let cold = Cold { candidate, labels, place };
+        match self.index.get(&id) {
+            Some(&at) => (self.hot[at], self.cold[at]) = (hot, cold),
+            None => {
+                self.index.insert(id, self.hot.len());
+                self.hot.push(hot);
+                self.cold.push(cold);
+            }
+        }
+    }
+
+    /// Changes what the closure changes of an appliance, which may not be its labels.
+    pub fn update(&mut self, id: ApplianceId, change: impl FnOnce(&mut Candidate)) {
+        if let Some(&at) = self.index.get(&id) {
+            change(&mut self.cold[at].candidate);
+            self.hot[at] = Hot::of(&self.cold[at].candidate);
+        }
+    }
+
+    /// Removes an appliance.
+    pub fn remove(&mut self, id: ApplianceId) {
+        let Some(at) = self.index.remove(&id) else { return };
+        self.hot.swap_remove(at);
+        self.cold.swap_remove(at);
+        if let Some(moved) = self.cold.get(at) {
+            self.index.insert(moved.candidate.id, at);
+        }
+    }
+
+    /// The appliances in no certain order.
+    pub fn iter(&self) -> impl Iterator<Item = &Candidate> {
+        self.cold.iter().map(|cold| &cold.candidate)
+    }
+
+    /// The appliance with this id.
+    pub fn get(&self, id: ApplianceId) -> Option<&Candidate> {
+        self.index.get(&id).map(|&at| &self.cold[at].candidate)
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.hot.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.hot.is_empty()
+    }
+
+    pub(super) fn at(&self, id: ApplianceId) -> Option<usize> {
+        self.index.get(&id).copied()
+    }
+
+    /// Where something with these labels is.
+    pub fn position(&self, labels: &Labels) -> Position {
+        Position(LEVELS.map(|level| {
+            let found = labels.iter().find(|(key, _)| key.as_str() == level.as_str());
+            let number = found.and_then(|(key, value)| self.numbers.get(&(key.clone(), value.clone())));
+            number.copied().unwrap_or(0)
+        }))
+    }
+
+    /// What the appliance has in common with a position.
+    pub(super) fn common(&self, at: usize, position: Position) -> Option<Level> {
+        let place = self.cold[at].place;
+        let mut common = None;
+        // From far to near, until they differ.
+        for (index, level) in LEVELS.into_iter().enumerate().rev() {
+            match (place[index], position.0[index]) {
+                (0, _) | (_, 0) => {}
+                (a, b) if a == b => common = Some(level),
+                _ => break,
+            }
+        }
+        common
+    }
+
+    pub(super) fn choose<'a>(&self, selector: &'a Selector) -> Chosen<'a> {
+        let number = |(key, value): (&Name, &Name)| self.numbers.get(&(key.clone(), value.clone())).copied();
+        Chosen { selector, labels: selector.labels.iter().map(number).collect() }
+    }
+
+    pub(super) fn fits(&self, at: usize, chosen: &Chosen<'_>) -> bool {
+        let (cold, selector) = (&self.cold[at], chosen.selector);
+        let Some(labels) = &chosen.labels else { return false };
+        let one = &cold.candidate;
+        labels.iter().all(|label| cold.labels.contains(label))
+            && (selector.medium.is_empty() || selector.medium.contains(&one.medium))
+            && selector.link_speed_min.is_none_or(|least| one.link_speed.is_some_and(|speed| speed >= least))
+            && selector.rdma.is_none_or(|rdma| rdma == one.rdma)
+            && (selector.appliances.is_empty() || selector.appliances.contains(&one.name))
+    }
+
+    /// Numbers of labels are never given back: there are as many as operators think of.
+    fn number(&mut self, key: &Name, value: &Name) -> u32 {
+        let next = self.numbers.len() as u32 + 1;
+        *self.numbers.entry((key.clone(), value.clone())).or_insert(next)
+    }
+}
+
+impl Hot {
+    fn of(candidate: &Candidate) -> Hot {
+        let link = candidate.link_speed.map_or(0, |speed| speed.0);
+        Hot {
+            up_until: candidate.up_until,
+            free: candidate.free,
+            link_left: link.saturating_sub(candidate.link_promised.0),
+            link,
+            ramp_from: candidate.since,
+            ramp_to: candidate.since.saturating_add(candidate.ramp_up),
+            idle: candidate.idle,
+            health: candidate.health,
+            drain: candidate.drain,
+        }
+    }
+}

@@ -1,0 +1,169 @@
+//! What would have to change for a refused request to succeed.
+//!
+//! Each remedy is tried out on the snapshot before it is named: it would succeed by itself. The
+//! list begins with what costs least: to wait, to ask for a little less, to loosen one demand, to
+//! ask for much less, to bring more memory.
+
+use std::collections::HashMap;
+
+use xpm_protocol::policy::LEVELS;
+use xpm_protocol::units::REGION_LEN_MIN;
+use xpm_protocol::{ByteSize, LinkSpeed, Span};
+
+use super::filter::Filter;
+use super::{Code, Demand, Needs, Placement, Snapshot, decide, size};
+
+/// The remedies, the smallest change first. Looks at the snapshot some dozen times.
+pub fn remedies(snapshot: &Snapshot<'_>, demand: &Demand) -> Vec<String> {
+    let mut found = Vec::new();
+    found.extend(waiting(snapshot, demand));
+    let less = less(snapshot, demand);
+    let little = less.is_some_and(|size| size >= demand.size / 10 * 9);
+    let ask = less.map(|size| format!("ask for at most {}", ByteSize(size)));
+    if little {
+        found.extend(ask.clone());
+    }
+    found.extend(loosened(snapshot, demand));
+    if !little {
+        found.extend(ask);
+    }
+    found.extend(memory(snapshot, demand));
+    found
+}
+
+fn works(snapshot: &Snapshot<'_>, demand: &Demand) -> Option<Placement> {
+    decide(snapshot, demand).placement.ok()
+}
+
+fn waiting(snapshot: &Snapshot<'_>, demand: &Demand) -> Option<String> {
+    let cleared = Snapshot { with_clearing: true, ..*snapshot };
+    if works(&cleared, demand).is_some() {
+        return Some("wait until memory that was given back is cleared (`--wait 1m`)".to_owned());
+    }
+    let nothing = Default::default();
+    let free = Snapshot { held: &nothing, ..*snapshot };
+    let works = !snapshot.held.is_empty() && works(&free, demand).is_some();
+    works.then(|| {
+        "wait for your turn (`--wait`): requests of the same or a higher priority come first".to_owned()
+    })
+}
+
+/// The largest size that fits, in whole smallest regions. What fits is found by halving: more never
+/// fits where less does not.
+fn less(snapshot: &Snapshot<'_>, demand: &Demand) -> Option<u64> {
+    let unit = demand.region_len.unwrap_or(REGION_LEN_MIN.max(demand.unit)) * u64::from(demand.columns);
+    let fits = |units: u64| works(snapshot, &Demand { size: units * unit, ..demand.clone() }).is_some();
+    let (mut low, mut high) = (0, demand.size.div_ceil(unit));
+    while high - low > 1 {
+        let middle = low + (high - low) / 2;
+        match fits(middle) {
+            true => low = middle,
+            false => high = middle,
+        }
+    }
+    let size = (low * unit).min(demand.size);
+    (low > 0 && size < demand.size).then_some(size)
+}
+
+/// Demands that are in the way by themselves.
+fn loosened(snapshot: &Snapshot<'_>, demand: &Demand) -> Vec<String> {
+    let with = |change: &dyn Fn(&mut Needs)| {
+        let mut demand = demand.clone();
+        change(&mut demand.needs);
+        works(snapshot, &demand)
+    };
+    let needs = &demand.needs;
+    let mut found = Vec::new();
+    if let Some(within) = needs.within {
+        let wider = LEVELS.into_iter().filter(|&level| level > within);
+        let enough =
+            wider.map(Some).chain([None]).find(|&level| with(&|needs| needs.within = level).is_some());
+        found.extend(enough.map(|level| match level {
+            Some(level) => format!("allow appliances within the same {level} (now: {within})"),
+            None => format!("allow appliances anywhere (now: within the same {within})"),
+        }));
+    }
+    if needs.round_trip_max.is_some()
+        && let Some(placement) = with(&|needs| needs.round_trip_max = None)
+    {
+        found.push(slower(snapshot, &placement));
+    }
+    if let Some(asked) = needs.link_speed {
+        let slower = speeds(snapshot, asked)
+            .into_iter()
+            .find(|&speed| with(&|needs| needs.link_speed = Some(speed)).is_some());
+        found.extend(slower.map(|speed| format!("ask for a link speed of {speed} (now: {asked})")));
+        if slower.is_none() && with(&|needs| needs.link_speed = None).is_some() {
+            found.push(format!("ask for no link speed (now: {asked})"));
+        }
+    }
+    for (index, (rule, _)) in needs.require.iter().enumerate() {
+        if with(&|needs| drop(needs.require.remove(index))).is_some() {
+            found.push(format!("drop what rule {rule} requires"));
+        }
+    }
+    for (index, (rule, _)) in needs.forbid.iter().enumerate() {
+        if with(&|needs| drop(needs.forbid.remove(index))).is_some() {
+            found.push(format!("drop what rule {rule} forbids"));
+        }
+    }
+    if let Some(share) = needs.share
+        && with(&|needs| needs.share = None).is_some()
+    {
+        found.push(format!("allow the account more than {share} of an appliance"));
+    }
+    found
+}
+
+/// Slower speeds that links have or have left, the fastest first.
+fn speeds(snapshot: &Snapshot<'_>, below: LinkSpeed) -> Vec<LinkSpeed> {
+    let both = snapshot.pool.hot.iter().flat_map(|hot| [hot.link, hot.link_left]);
+    let mut speeds: Vec<LinkSpeed> =
+        both.filter(|&speed| speed > 0 && speed < below.0).map(LinkSpeed).collect();
+    speeds.sort_unstable_by(|a, b| b.cmp(a));
+    speeds.dedup();
+    speeds.truncate(16);
+    speeds
+}
+
+fn slower(snapshot: &Snapshot<'_>, placement: &Placement) -> String {
+    let times: Option<Vec<u64>> =
+        placement.regions.iter().map(|id| snapshot.round_trips.get(id).copied()).collect();
+    match times.and_then(|times| times.into_iter().max()) {
+        Some(longest) => {
+            let longest = Span(std::time::Duration::from_micros(longest.div_ceil(1000)));
+            format!("allow a round-trip time of {longest}")
+        }
+        None => "measure the round-trip times (`xpm client report`), or ask for none".to_owned(),
+    }
+}
+
+/// How much more memory an appliance that can serve would have to have; the draw falls on none.
+fn memory(snapshot: &Snapshot<'_>, demand: &Demand) -> Option<String> {
+    let filter = Filter::new(snapshot, demand);
+    let mut seen = filter.look();
+    let smallest = size::lengths(demand)?.last().copied()?;
+    if size::taken(demand, smallest) > demand.needs.taken_max.unwrap_or(u64::MAX) {
+        return None;
+    }
+    let rooms = filter.rooms(&mut seen, smallest);
+    let had: u64 =
+        rooms.iter().map(|room| room.regions.saturating_mul(smallest)).fold(0, u64::saturating_add);
+    let missing = size::taken(demand, smallest).saturating_sub(had);
+    let could = seen.iter().any(|seen| matches!(seen.code, Code::Usable | Code::Full));
+    let who = if could {
+        "delete allocations, or start another appliance"
+    } else {
+        "start an appliance that fits what is asked"
+    };
+    (missing > 0).then(|| format!("bring {} more memory: {who}", ByteSize(missing)))
+}
+
+/// What would be free if memory of these appliances were given back.
+pub fn with_given_back(
+    snapshot: &Snapshot<'_>,
+    demand: &Demand,
+    back: &HashMap<xpm_protocol::ApplianceId, u64>,
+) -> bool {
+    works(&Snapshot { given_back: back, ..*snapshot }, demand).is_some()
+}
