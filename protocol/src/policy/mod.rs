@@ -54,6 +54,13 @@ pub struct Documents {
     pub appliance: Vec<ApplianceProfile>,
 }
 
+/// JSON Schema of a file of documents.
+pub fn schema() -> String {
+    let schema = schemars::schema_for!(Documents);
+    // A schema is made of what JSON can say.
+    serde_json::to_string_pretty(&schema).unwrap_or_default()
+}
+
 /// Kinds of documents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

@@ -8,9 +8,7 @@ use xpm_protocol::ApplianceId;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::Heartbeat;
 
-use super::super::{
-    Answer, Call, CallError, Effect, Event, Moment, Outcome, ReplyTo, Request, Service,
-};
+use super::super::{Answer, Call, CallError, Effect, Event, Moment, Outcome, ReplyTo, Request, Service};
 use super::appliance::Appliance;
 use super::{SETTINGS, TTL};
 use crate::store::MetadataStore as _;
