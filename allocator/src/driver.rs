@@ -83,7 +83,7 @@ pub(crate) fn start(
     mut store: impl MetadataStore,
 ) -> anyhow::Result<(Handle, Driver)> {
     let loaded = store.load()?;
-    let mut service = Service::new(settings, Box::new(xpm_control::random::bytes));
+    let mut service = Service::new(settings, Box::new(xpm_control::random::fill));
     let started = Instant::now();
     let effects = service.restore(moment(started), loaded);
     let (requests, questions) = mpsc::channel(REQUESTS_MAX);

@@ -14,7 +14,7 @@ use std::time::Duration;
 use xpm_protocol::api::allocator::{Appliance, ApplianceState, Heartbeat};
 use xpm_protocol::api::appliance::{Info, Status};
 use xpm_protocol::policy::{ApplianceProfile, RAMP_UP_DEFAULT_SECS};
-use xpm_protocol::{AllocationId, ApplianceId, LinkSpeed, Name, Span};
+use xpm_protocol::{AllocationId, ApplianceId, LinkSpeed, Name, Percent, Span};
 
 use crate::store::ApplianceRecord;
 use crate::strategy::{Candidate, Pool};
@@ -102,7 +102,10 @@ impl Inventory {
             entry.profile = None;
         }
         entry.drop_seen();
-        self.refill(id);
+        match changed {
+            true => self.refill(id),
+            false => self.change(id, |_| {}),
+        }
         Heard { changed, back }
     }
 
@@ -114,7 +117,7 @@ impl Inventory {
         entry.status = status;
         entry.sampled_after = asked;
         entry.drop_seen();
-        self.refill(id);
+        self.change(id, |_| {});
     }
 
     /// Removes an appliance.
@@ -183,11 +186,13 @@ impl Inventory {
         self.change(id, |entry| entry.errors = entry.errors.saturating_add(1));
     }
 
+    /// Changes what an appliance has, not what it is, and brings the pool up to date.
     fn change(&mut self, id: ApplianceId, change: impl FnOnce(&mut Entry)) {
+        let patience = self.interval * INTERVALS_MAX;
         if let Some(entry) = self.appliances.get_mut(&id) {
             change(entry);
-            let (free, promised, health) = (entry.free(), LinkSpeed(entry.link_promised), entry.health());
-            self.pool.update(id, |one| (one.free, one.link_promised, one.health) = (free, promised, health));
+            let entry = &*entry;
+            self.pool.update(id, |one| entry.tell(one, patience));
         }
     }
 
@@ -253,13 +258,14 @@ impl Inventory {
         found.map(|(id, _)| *id).collect()
     }
 
-    /// How much of the memory of the appliances that are up is in use, in percent.
-    pub fn used_percent(&self, now: Duration) -> u8 {
+    /// How much of the memory of the appliances that are up is in use.
+    pub fn used(&self, now: Duration) -> Percent {
         let up = self.pool.iter().filter(|one| one.up_until >= now);
         let (capacity, free) = up.fold((0_u128, 0_u128), |(capacity, free), one| {
             (capacity + u128::from(one.capacity), free + u128::from(one.free.min(one.capacity)))
         });
-        ((capacity - free) * 100).checked_div(capacity).map_or(0, |percent| percent as u8)
+        let percent = ((capacity - free) * 100).checked_div(capacity).unwrap_or(0);
+        Percent::new(percent as u8).unwrap_or_default()
     }
 
     /// The appliances as decisions see them.
@@ -337,6 +343,21 @@ impl Entry {
         }
     }
 
+    /// What changes from one heartbeat to the next.
+    fn tell(&self, one: &mut Candidate, patience: Duration) {
+        one.up_until = self.up_until(patience);
+        one.free = self.free();
+        one.clearing = clearing(&self.status);
+        one.link_promised = LinkSpeed(self.link_promised);
+        one.idle = self.idle();
+        one.health = self.health();
+    }
+
+    /// Never heard is zero; everything else is not.
+    fn up_until(&self, patience: Duration) -> Duration {
+        self.heard.map_or(Duration::ZERO, |heard| (heard + patience).max(Duration::from_millis(1)))
+    }
+
     fn candidate(&self, patience: Duration) -> Candidate {
         let profile = self.profile.as_ref();
         let mut labels = self.info.labels.clone();
@@ -345,9 +366,7 @@ impl Entry {
         Candidate {
             id: self.info.id,
             name: self.info.name.clone(),
-            up_until: self
-                .heard
-                .map_or(Duration::ZERO, |heard| (heard + patience).max(Duration::from_nanos(1))),
+            up_until: self.up_until(patience),
             free: self.free(),
             capacity: self.usable(),
             clearing: clearing(&self.status),

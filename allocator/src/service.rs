@@ -68,8 +68,8 @@ pub struct Settings {
     pub keep_decisions: Duration,
 }
 
-/// Makes 32 random bytes fit for a key.
-pub type Dice = Box<dyn FnMut() -> io::Result<[u8; 32]> + Send>;
+/// Fills with random bytes fit for keys.
+pub type Dice = Box<dyn FnMut(&mut [u8]) -> io::Result<()> + Send>;
 
 /// The owner of the allocator's state.
 pub struct Service {
@@ -460,17 +460,20 @@ impl Service {
     }
 
     fn random_id(&mut self) -> Result<u128, ApiError> {
-        let bytes = self.random()?;
-        let mut half = [0; 16];
-        half.copy_from_slice(&bytes[..16]);
-        Ok(u128::from_ne_bytes(half))
+        self.random().map(u128::from_ne_bytes)
     }
 
     fn random_key(&mut self) -> Result<GrantKey, ApiError> {
         self.random().map(GrantKey::from_bytes)
     }
 
-    fn random(&mut self) -> Result<[u8; 32], ApiError> {
-        (self.dice)().map_err(|error| ApiError(ErrorKind::Internal, error.to_string()))
+    fn random<const N: usize>(&mut self) -> Result<[u8; N], ApiError> {
+        let mut bytes = [0; N];
+        self.fill_random(&mut bytes)?;
+        Ok(bytes)
+    }
+
+    fn fill_random(&mut self, bytes: &mut [u8]) -> Result<(), ApiError> {
+        (self.dice)(bytes).map_err(|error| ApiError(ErrorKind::Internal, error.to_string()))
     }
 }

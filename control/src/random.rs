@@ -10,9 +10,14 @@ pub fn u128() -> io::Result<u128> {
 /// `N` random bytes, for a key. Blocks as [`u128()`] does.
 pub fn bytes<const N: usize>() -> io::Result<[u8; N]> {
     let mut bytes = [0; N];
-    getrandom::fill(&mut bytes)
-        .map_err(|error| io::Error::other(format!("the kernel gives no random numbers: {error}")))?;
+    fill(&mut bytes)?;
     Ok(bytes)
+}
+
+/// Fills with random bytes. Blocks as [`u128()`] does.
+pub fn fill(bytes: &mut [u8]) -> io::Result<()> {
+    getrandom::fill(bytes)
+        .map_err(|error| io::Error::other(format!("the kernel gives no random numbers: {error}")))
 }
 
 #[cfg(test)]

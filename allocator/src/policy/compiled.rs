@@ -49,7 +49,8 @@ pub struct CompiledCondition {
 }
 
 /// What conditions are about.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
+#[allow(missing_debug_implementations)]
 pub struct Facts<'a> {
     /// Now, seconds since 1970.
     pub unix: i64,
@@ -67,8 +68,8 @@ pub struct Facts<'a> {
     pub size: u64,
     /// How it is going to be used.
     pub access: Access,
-    /// How much of the pool is in use.
-    pub pool_used: Percent,
+    /// How much of the pool is in use; found out only where a condition asks.
+    pub pool_used: &'a dyn Fn() -> Percent,
     /// What the account has, in bytes.
     pub account_used: u64,
 }
@@ -157,11 +158,11 @@ impl CompiledCondition {
             "it is used in another way",
         );
         check(
-            condition.pool_used_min.is_none_or(|least| facts.pool_used >= least),
+            condition.pool_used_min.is_none_or(|least| (facts.pool_used)() >= least),
             "less of the pool is in use",
         );
         check(
-            condition.pool_used_max.is_none_or(|most| facts.pool_used <= most),
+            condition.pool_used_max.is_none_or(|most| (facts.pool_used)() <= most),
             "more of the pool is in use",
         );
         check(condition.account_used_min.is_none_or(|least| used >= least), "the account has less");

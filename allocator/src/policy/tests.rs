@@ -390,7 +390,7 @@ when = { account = ["batch"], labels = { job = "x" }, size-min = "1GiB", access 
         labels: &job,
         size: 1 << 30,
         access: Access::Block,
-        pool_used: Percent::new(50).unwrap(),
+        pool_used: &|| Percent::new(50).unwrap(),
         account_used: 0,
     };
     assert_eq!(when.evaluate(&good), Ok(()));
@@ -401,7 +401,7 @@ when = { account = ["batch"], labels = { job = "x" }, size-min = "1GiB", access 
         (Facts { labels: &none, ..good.clone() }, "the request has other labels"),
         (Facts { size: 1, ..good.clone() }, "less is asked for"),
         (Facts { access: Access::Mapping, ..good.clone() }, "another way"),
-        (Facts { pool_used: Percent::new(51).unwrap(), ..good.clone() }, "more of the pool"),
+        (Facts { pool_used: &|| Percent::new(51).unwrap(), ..good.clone() }, "more of the pool"),
         (Facts { account_used: u64::MAX, ..good.clone() }, "the account has more"),
         (Facts { size: 3 << 30, ..good.clone() }, "none of several"),
         (Facts { client_labels: &bad, ..good.clone() }, "what must not be"),

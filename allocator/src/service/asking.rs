@@ -29,8 +29,8 @@ pub(super) struct World<'a> {
     pub(super) pool: &'a Pool,
     pub(super) clients: &'a HashMap<Name, HeardClient>,
     pub(super) unix: u64,
-    /// Memory of the appliances that is in use, in percent.
-    pub(super) pool_used: u8,
+    /// Memory of the appliances that is in use.
+    pub(super) pool_used: &'a dyn Fn() -> Percent,
 }
 
 /// What a request comes to.
@@ -92,7 +92,7 @@ pub(super) fn ask(world: &World<'_>, create: &Create) -> Result<Asked, String> {
         labels: &create.labels,
         size: create.size.0,
         access: create.access,
-        pool_used: Percent::new(world.pool_used).unwrap_or_default(),
+        pool_used: world.pool_used,
         account_used: account.map_or(0, |one| world.usage.of(Kind::Account, &one.name).bytes),
     };
     let mut merged = merge(world.policy, who.strategy.as_ref(), &facts);

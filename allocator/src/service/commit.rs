@@ -16,7 +16,7 @@ use xpm_control::server::ApiError;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{Allocation, RegionSlot};
 use xpm_protocol::api::appliance::{self as appliance_api, Region};
-use xpm_protocol::{AllocationId, ApplianceId, ByteSize, Epoch, GrantId, RegionId, Span};
+use xpm_protocol::{AllocationId, ApplianceId, ByteSize, Epoch, GrantId, GrantKey, RegionId, Span};
 
 use super::asking::Asked;
 use super::purge::Then;
@@ -75,12 +75,13 @@ impl Service {
         for &appliance in &placement.regions {
             let index = *index_of.entry(appliance).or_insert(grants.len());
             if index == grants.len() {
-                let (id, key) = (GrantId::from_u128(self.random_id()?), self.random_key()?);
+                let (id, key) = (GrantId::from_u128(0), GrantKey::from_bytes([0; 32]));
                 grants.push(GrantRecord { id, appliance, key, count: 0, regions: Vec::new() });
             }
             slots.push(RegionSlot { grant: index as u32, slot: grants[index].count });
             grants[index].count += 1;
         }
+        self.name_grants(&mut grants)?;
         let taken = placement.regions.len() as u64 * placement.region_len;
         let over_soft = asked.limits.iter().any(|check| audit::is_over_soft(check, taken));
         let mut terms = asked.terms.clone();
@@ -103,6 +104,19 @@ impl Service {
             idle_since: self.now.unix,
             reclaim: None,
         })
+    }
+
+    /// Gives each grant its id and key. The random numbers for all come in one piece.
+    fn name_grants(&mut self, grants: &mut [GrantRecord]) -> Result<(), ApiError> {
+        let mut random = vec![[0_u8; 48]; grants.len()];
+        self.fill_random(random.as_flattened_mut())?;
+        for (grant, random) in grants.iter_mut().zip(random) {
+            let (mut id, mut key) = ([0; 16], [0; 32]);
+            id.copy_from_slice(&random[..16]);
+            key.copy_from_slice(&random[16..]);
+            (grant.id, grant.key) = (GrantId::from_u128(u128::from_ne_bytes(id)), GrantKey::from_bytes(key));
+        }
+        Ok(())
     }
 
     pub(super) fn reserve(&mut self, id: AllocationId) {

@@ -4,10 +4,10 @@ use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use xpm_control::server::ApiError;
-use xpm_protocol::ApplianceId;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::Create;
 use xpm_protocol::api::decision::Decision;
+use xpm_protocol::{ApplianceId, Percent};
 
 use super::asking::{self, Asked, Refusal, World};
 use super::audit;
@@ -111,7 +111,8 @@ impl Service {
 
     /// Looks at a request as things are now.
     pub(super) fn look(&mut self, wish: &Wish, all: bool) -> Result<Looked, String> {
-        let mut asked = asking::ask(&self.world(), &wish.create)?;
+        let pool_used = || self.inventory.used(self.now.at);
+        let mut asked = asking::ask(&self.world(&pool_used), &wish.create)?;
         asked.demand.seed = self.clock;
         let held = self.held_for_others(&wish.create.name, asked.priority);
         let empty = HashMap::new();
@@ -133,14 +134,14 @@ impl Service {
         Ok(Looked { asked, decided, refusal, decision })
     }
 
-    pub(super) fn world(&self) -> World<'_> {
+    fn world<'a>(&'a self, pool_used: &'a dyn Fn() -> Percent) -> World<'a> {
         World {
             policy: &self.policy,
             usage: &self.usage,
             pool: self.inventory.pool(),
             clients: &self.clients,
             unix: self.now.unix,
-            pool_used: self.inventory.used_percent(self.now.at),
+            pool_used,
         }
     }
 

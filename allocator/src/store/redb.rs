@@ -29,6 +29,9 @@ const APPLIANCES: TableDefinition<'_, u128, &[u8]> = TableDefinition::new("appli
 const DOCUMENTS: TableDefinition<'_, (&str, &str), &[u8]> = TableDefinition::new("documents");
 /// By name and number.
 const DECISIONS: TableDefinition<'_, (&str, u64), &[u8]> = TableDefinition::new("decisions");
+/// Memory for the database's pages, in bytes. Everything is read once, at the start, and what is written is
+/// small.
+const CACHE_LEN: usize = 32 << 20;
 /// Key in `META` of the version of the stored form.
 const SCHEMA_KEY: &str = "schema";
 /// Key in `META` of the revision of the documents.
@@ -58,8 +61,8 @@ impl RedbStore {
         let file =
             OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&path);
         let file = file.map_err(unusable)?;
-        let opened =
-            FileBackend::new(file).and_then(|backend| Database::builder().create_with_backend(backend));
+        let opened = FileBackend::new(file)
+            .and_then(|backend| Database::builder().set_cache_size(CACHE_LEN).create_with_backend(backend));
         let database = opened.map_err(|error| match error {
             DatabaseError::DatabaseAlreadyOpen => StoreError::Locked { path: path.clone() },
             other => {
@@ -109,18 +112,20 @@ impl RedbStore {
         &self,
         table: TableDefinition<'static, u128, &'static [u8]>,
     ) -> Result<Vec<T>, StoreError> {
-        let values = || -> Result<Vec<(u128, Vec<u8>)>, redb::Error> {
+        let mut values = Vec::new();
+        let mut read = || -> Result<Result<(), StoreError>, redb::Error> {
             let transaction = self.database.begin_read()?;
-            let table = transaction.open_table(table)?;
-            table
-                .iter()?
-                .map(|entry| {
-                    entry.map(|(key, value)| (key.value(), value.value().to_vec())).map_err(Into::into)
-                })
-                .collect()
+            for entry in transaction.open_table(table)?.iter()? {
+                let (key, value) = entry?;
+                match decode(&self.path, &format!("{:032x}", key.value()), value.value()) {
+                    Ok(value) => values.push(value),
+                    Err(damaged) => return Ok(Err(damaged)),
+                }
+            }
+            Ok(Ok(()))
         };
-        let values = values().map_err(|error| self.failed("read", error))?;
-        values.iter().map(|(key, value)| decode(&self.path, &format!("{key:032x}"), value)).collect()
+        read().map_err(|error| self.failed("read", error))??;
+        Ok(values)
     }
 
     fn read_policy(&self) -> Result<(u64, Documents), StoreError> {

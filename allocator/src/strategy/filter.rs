@@ -1,11 +1,13 @@
 //! Which appliances can serve at all.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 
 use xpm_protocol::api::decision::Rejection;
+use xpm_protocol::policy::Selector;
 use xpm_protocol::{ByteSize, LinkSpeed};
 
-use super::pool::Chosen;
+use super::pool::{Fixed, Hot};
 use super::{Demand, Room, Seen, Snapshot};
 
 /// Why an appliance cannot serve, the first that holds; or that it can.
@@ -37,75 +39,63 @@ pub(super) struct Filter<'a> {
     /// Places in the pool.
     failed: HashSet<usize>,
     held: HashSet<usize>,
-    require: Vec<Chosen<'a>>,
-    forbid: Vec<Chosen<'a>>,
-    link: u64,
+    /// What is known of each appliance by what it is.
+    fixed: Arc<[Code]>,
+    /// The clock, in milliseconds.
+    now: u64,
     link_share: u64,
 }
 
 impl<'a> Filter<'a> {
     pub(super) fn new(snapshot: &'a Snapshot<'a>, demand: &'a Demand) -> Filter<'a> {
         let (pool, needs) = (snapshot.pool, &demand.needs);
+        let selectors =
+            |all: &[(String, Selector)]| all.iter().map(|(_, selector)| selector.clone()).collect();
+        let fixed = Fixed {
+            require: selectors(&needs.require),
+            forbid: selectors(&needs.forbid),
+            link_speed: needs.link_speed,
+            within: needs.within.map(|within| (within, needs.position)),
+        };
         Filter {
             snapshot,
             demand,
             failed: snapshot.failed.iter().filter_map(|&id| pool.at(id)).collect(),
             held: snapshot.held.iter().filter_map(|&id| pool.at(id)).collect(),
-            require: needs.require.iter().map(|(_, selector)| pool.choose(selector)).collect(),
-            forbid: needs.forbid.iter().map(|(_, selector)| pool.choose(selector)).collect(),
-            link: needs.link_speed.map_or(0, |speed| speed.0),
+            fixed: pool.known(&fixed),
+            now: snapshot.now.as_millis() as u64,
             link_share: needs.link_share(demand.columns).map_or(0, |speed| speed.0),
         }
     }
 
     /// Everything except room, which depends on the length of regions.
     pub(super) fn look(&self) -> Vec<Seen> {
-        (0..self.snapshot.pool.len()).map(|at| Seen { code: self.code(at), score: 0 }).collect()
+        let hot = self.snapshot.pool.hot.iter().zip(self.fixed.iter()).enumerate();
+        hot.map(|(at, (hot, fixed))| Seen { code: self.code(at, hot, *fixed), score: 0 }).collect()
     }
 
-    fn code(&self, at: usize) -> Code {
-        let hot = &self.snapshot.pool.hot[at];
-        let needs = &self.demand.needs;
-        if hot.up_until < self.snapshot.now || hot.up_until.is_zero() {
+    fn code(&self, at: usize, hot: &Hot, fixed: Code) -> Code {
+        if hot.up_until < self.now || hot.up_until == 0 {
             return Code::Silent;
         }
-        if hot.drain {
-            return Code::Drained;
+        if fixed != Code::Usable {
+            return fixed;
         }
         if !self.failed.is_empty() && self.failed.contains(&at) {
             return Code::Failed;
         }
-        if let Some(code) = self.selected(at) {
-            return code;
-        }
-        if needs.within.is_some_and(|within| {
-            self.snapshot.pool.common(at, needs.position).is_none_or(|common| common > within)
-        }) {
-            return Code::TooFar;
-        }
-        if needs.round_trip_max.is_some_and(|most| self.round_trip(at).is_none_or(|time| time > most)) {
-            return Code::TooSlow;
-        }
-        if self.link > 0 && hot.link < self.link {
-            return Code::LinkTooSlow;
-        }
-        if self.link > 0 && hot.link_left < self.link_share {
+        if hot.link_left < self.link_share {
             return Code::LinkPromised;
+        }
+        if let Some(most) = self.demand.needs.round_trip_max
+            && self.round_trip(at).is_none_or(|time| time > most)
+        {
+            return Code::TooSlow;
         }
         if !self.held.is_empty() && self.held.contains(&at) {
             return Code::Held;
         }
         Code::Usable
-    }
-
-    fn selected(&self, at: usize) -> Option<Code> {
-        let pool = self.snapshot.pool;
-        let missed = self.require.iter().position(|chosen| !pool.fits(at, chosen));
-        if let Some(rule) = missed {
-            return Some(Code::NotRequired(rule as u16));
-        }
-        let hit = self.forbid.iter().position(|chosen| pool.fits(at, chosen));
-        hit.map(|rule| Code::Forbidden(rule as u16))
     }
 
     fn round_trip(&self, at: usize) -> Option<u64> {
@@ -130,7 +120,7 @@ impl<'a> Filter<'a> {
             let regions = free >> shift;
             seen.code = if regions > 0 { Code::Usable } else { full };
             if regions > 0 {
-                rooms.push(Room { at: at as u32, regions });
+                rooms.push(Room { at: at as u32, regions: u32::try_from(regions).unwrap_or(u32::MAX) });
             }
         }
         rooms
@@ -166,7 +156,7 @@ impl<'a> Filter<'a> {
     pub(super) fn rejection(&self, at: usize, code: Code, region_len: u64) -> Option<Rejection> {
         let needs = &self.demand.needs;
         let one = &self.snapshot.pool.cold[at].candidate;
-        let rule = |rules: &[(String, xpm_protocol::policy::Selector)], index: u16| {
+        let rule = |rules: &[(String, Selector)], index: u16| {
             rules.get(usize::from(index)).map(|(rule, _)| rule.clone()).unwrap_or_default()
         };
         Some(match code {

@@ -140,6 +140,8 @@ pub struct Decided {
     pub seen: Vec<Seen>,
     /// Length of a region for which that is, in bytes.
     pub region_len: u64,
+    /// What the appliance that can serve and has most has free, in bytes: scores are relative to it.
+    pub most_free: u64,
     /// Where the regions go.
     pub placement: Result<Placement, NoPlace>,
 }
@@ -158,27 +160,28 @@ pub struct Seen {
 pub fn decide(snapshot: &Snapshot<'_>, demand: &Demand) -> Decided {
     let filter = Filter::new(snapshot, demand);
     let mut seen = filter.look();
-    let Some(lengths) = size::lengths(demand) else {
-        return Decided { seen, region_len: 0, placement: Err(NoPlace::TooManyRegions) };
-    };
+    let refused =
+        |seen, region_len, no_place| Decided { seen, region_len, most_free: 0, placement: Err(no_place) };
+    let Some(lengths) = size::lengths(demand) else { return refused(seen, 0, NoPlace::TooManyRegions) };
     let left = demand.needs.taken_max.unwrap_or(u64::MAX);
     let taken = |len: u64| size::taken(demand, len);
     let smallest = lengths.last().copied().unwrap_or_default();
     if lengths.iter().all(|&len| taken(len) > left) {
         let takes = lengths.iter().map(|&len| taken(len)).min().unwrap_or_default();
-        return Decided { seen, region_len: smallest, placement: Err(NoPlace::Limit { takes, left }) };
+        return refused(seen, smallest, NoPlace::Limit { takes, left });
     }
     for &region_len in lengths.iter().filter(|&&len| taken(len) <= left) {
         let rooms = filter.rooms(&mut seen, region_len);
-        if let Some(regions) = spread::spread(snapshot, demand, &mut seen, &rooms, region_len) {
-            return Decided { seen, region_len, placement: Ok(Placement { region_len, regions }) };
+        if let Some((regions, most_free)) = spread::spread(snapshot, demand, &mut seen, &rooms, region_len) {
+            return Decided { seen, region_len, most_free, placement: Ok(Placement { region_len, regions }) };
         }
     }
     let rooms = filter.rooms(&mut seen, smallest);
-    score::fill(snapshot, demand, &mut seen, &rooms);
-    let free = rooms.iter().map(|room| room.regions.saturating_mul(smallest)).fold(0, u64::saturating_add);
+    let most_free = score::fill(snapshot, demand, &mut seen, &rooms).most_free();
+    let had = rooms.iter().map(|room| u64::from(room.regions).saturating_mul(smallest));
+    let free = had.fold(0, u64::saturating_add);
     let no_place = NoPlace::NoSpace { size: demand.size, free, usable: rooms.len() };
-    Decided { seen, region_len: smallest, placement: Err(no_place) }
+    Decided { most_free, ..refused(seen, smallest, no_place) }
 }
 
 /// An appliance that can serve.
@@ -187,7 +190,7 @@ struct Room {
     /// Its place in the pool.
     at: u32,
     /// How many regions it has room for; at least one.
-    regions: u64,
+    regions: u32,
 }
 
 impl fmt::Display for NoPlace {

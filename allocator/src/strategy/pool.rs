@@ -4,12 +4,16 @@
 //! appliances is walked in some ten microseconds; labels are numbers here. The owner of the
 //! inventory keeps a pool current; to a decision it is a snapshot that it only reads.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use xpm_protocol::api::appliance::Medium;
 use xpm_protocol::policy::{LEVELS, Labels, Level, Selector};
 use xpm_protocol::{ApplianceId, LinkSpeed, Name};
+
+use super::Code;
 
 /// An appliance, as its owner describes it to the pool.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,19 +52,17 @@ pub struct Candidate {
     pub ramp_up: u64,
 }
 
-/// What each decision reads of each appliance.
+/// What each decision reads of each appliance: half a cache line.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Hot {
-    pub(super) up_until: Duration,
+    /// In milliseconds; 0: never heard.
+    pub(super) up_until: u64,
     pub(super) free: u64,
     pub(super) link_left: u64,
-    /// 0: unknown.
-    pub(super) link: u64,
-    pub(super) ramp_from: u64,
-    pub(super) ramp_to: u64,
+    /// When it is no newcomer any more, seconds since 1970.
+    pub(super) ramp_to: u32,
     pub(super) idle: u16,
     pub(super) health: u16,
-    pub(super) drain: bool,
 }
 
 /// The rest.
@@ -80,10 +82,25 @@ pub struct Pool {
     pub(super) cold: Vec<Cold>,
     index: HashMap<ApplianceId, usize>,
     numbers: HashMap<(Name, Name), u32>,
+    /// What was found out about appliances that does not change from one decision to the next.
+    /// Everything that changes it clears this.
+    known: RefCell<HashMap<Fixed, Arc<[Code]>>>,
 }
 
+/// Demands that are met or not by what an appliance is, whatever it has at the moment.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) struct Fixed {
+    pub(super) require: Vec<Selector>,
+    pub(super) forbid: Vec<Selector>,
+    pub(super) link_speed: Option<LinkSpeed>,
+    pub(super) within: Option<(Level, Position)>,
+}
+
+/// Most demands whose findings are kept.
+const KNOWN_MAX: usize = 64;
+
 /// Where a client is: its values of the levels.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct Position([u32; 4]);
 
 /// A selector with its labels as numbers.
@@ -97,6 +114,7 @@ pub(super) struct Chosen<'a> {
 impl Pool {
     /// Adds or replaces an appliance.
     pub fn put(&mut self, candidate: Candidate) {
+        self.known.get_mut().clear();
         let hot = Hot::of(&candidate);
         let labels = candidate.labels.iter().map(|(key, value)| self.number(key, value)).collect();
         let place = LEVELS.map(|level| {
@@ -115,7 +133,8 @@ impl Pool {
         }
     }
 
-    /// Changes what the closure changes of an appliance, which may not be its labels.
+    /// Changes what the closure changes of an appliance: only what it has, not what it is (its name,
+    /// labels, medium, link speed, and whether it is drained or reached by RDMA).
     pub fn update(&mut self, id: ApplianceId, change: impl FnOnce(&mut Candidate)) {
         if let Some(&at) = self.index.get(&id) {
             change(&mut self.cold[at].candidate);
@@ -126,6 +145,7 @@ impl Pool {
     /// Removes an appliance.
     pub fn remove(&mut self, id: ApplianceId) {
         let Some(at) = self.index.remove(&id) else { return };
+        self.known.get_mut().clear();
         self.hot.swap_remove(at);
         self.cold.swap_remove(at);
         if let Some(moved) = self.cold.get(at) {
@@ -155,6 +175,44 @@ impl Pool {
 
     pub(super) fn at(&self, id: ApplianceId) -> Option<usize> {
         self.index.get(&id).copied()
+    }
+
+    /// What is known of all appliances about fixed demands, found out at the first time.
+    pub(super) fn known(&self, fixed: &Fixed) -> Arc<[Code]> {
+        let mut known = self.known.borrow_mut();
+        if let Some(codes) = known.get(fixed) {
+            return codes.clone();
+        }
+        let codes: Arc<[Code]> = self.judge(fixed);
+        if known.len() >= KNOWN_MAX {
+            known.clear();
+        }
+        known.insert(fixed.clone(), codes.clone());
+        codes
+    }
+
+    fn judge(&self, fixed: &Fixed) -> Arc<[Code]> {
+        let require: Vec<Chosen<'_>> = fixed.require.iter().map(|one| self.choose(one)).collect();
+        let forbid: Vec<Chosen<'_>> = fixed.forbid.iter().map(|one| self.choose(one)).collect();
+        let code = |at: usize| {
+            let one = &self.cold[at].candidate;
+            if one.drain {
+                return Code::Drained;
+            }
+            if let Some(rule) = require.iter().position(|chosen| !self.fits(at, chosen)) {
+                return Code::NotRequired(rule as u16);
+            }
+            if let Some(rule) = forbid.iter().position(|chosen| self.fits(at, chosen)) {
+                return Code::Forbidden(rule as u16);
+            }
+            let near = |(within, position)| self.common(at, position).is_some_and(|common| common <= within);
+            if !fixed.within.is_none_or(near) {
+                return Code::TooFar;
+            }
+            let fast = |asked| one.link_speed.is_some_and(|has| has >= asked);
+            if fixed.link_speed.is_none_or(fast) { Code::Usable } else { Code::LinkTooSlow }
+        };
+        (0..self.len()).map(code).collect()
     }
 
     /// Where something with these labels is.
@@ -207,16 +265,22 @@ impl Pool {
 impl Hot {
     fn of(candidate: &Candidate) -> Hot {
         let link = candidate.link_speed.map_or(0, |speed| speed.0);
+        let ramp_to = candidate.since.saturating_add(candidate.ramp_up);
         Hot {
-            up_until: candidate.up_until,
+            up_until: millis(candidate.up_until),
             free: candidate.free,
             link_left: link.saturating_sub(candidate.link_promised.0),
-            link,
-            ramp_from: candidate.since,
-            ramp_to: candidate.since.saturating_add(candidate.ramp_up),
+            ramp_to: u32::try_from(ramp_to).unwrap_or(u32::MAX),
             idle: candidate.idle,
             health: candidate.health,
-            drain: candidate.drain,
         }
+    }
+}
+
+/// A moment in milliseconds. Only what is never heard is 0.
+fn millis(at: Duration) -> u64 {
+    match at.is_zero() {
+        true => 0,
+        false => (at.as_millis() as u64).max(1),
     }
 }

@@ -11,7 +11,7 @@ use xpm_protocol::units::REGION_LEN_MIN;
 use xpm_protocol::{ByteSize, LinkSpeed, Span};
 
 use super::filter::Filter;
-use super::{Code, Demand, Needs, Placement, Snapshot, decide, size};
+use super::{Candidate, Code, Demand, Needs, Placement, Snapshot, decide, size};
 
 /// The remedies, the smallest change first. Looks at the snapshot some dozen times.
 pub fn remedies(snapshot: &Snapshot<'_>, demand: &Demand) -> Vec<String> {
@@ -117,7 +117,9 @@ fn loosened(snapshot: &Snapshot<'_>, demand: &Demand) -> Vec<String> {
 
 /// Slower speeds that links have or have left, the fastest first.
 fn speeds(snapshot: &Snapshot<'_>, below: LinkSpeed) -> Vec<LinkSpeed> {
-    let both = snapshot.pool.hot.iter().flat_map(|hot| [hot.link, hot.link_left]);
+    let link = |one: &Candidate| one.link_speed.map_or(0, |speed| speed.0);
+    let both =
+        snapshot.pool.iter().flat_map(|one| [link(one), link(one).saturating_sub(one.link_promised.0)]);
     let mut speeds: Vec<LinkSpeed> =
         both.filter(|&speed| speed > 0 && speed < below.0).map(LinkSpeed).collect();
     speeds.sort_unstable_by(|a, b| b.cmp(a));
@@ -147,8 +149,10 @@ fn memory(snapshot: &Snapshot<'_>, demand: &Demand) -> Option<String> {
         return None;
     }
     let rooms = filter.rooms(&mut seen, smallest);
-    let had: u64 =
-        rooms.iter().map(|room| room.regions.saturating_mul(smallest)).fold(0, u64::saturating_add);
+    let had: u64 = rooms
+        .iter()
+        .map(|room| u64::from(room.regions).saturating_mul(smallest))
+        .fold(0, u64::saturating_add);
     let missing = size::taken(demand, smallest).saturating_sub(had);
     let could = seen.iter().any(|seen| matches!(seen.code, Code::Usable | Code::Full));
     let who = if could {

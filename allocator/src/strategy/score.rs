@@ -4,10 +4,12 @@
 //! of their score grows from a tenth to all of it, so that an empty one does not draw every
 //! allocation to itself before it has shown that it works.
 
+use std::borrow::Cow;
+
 use xpm_protocol::api::decision::ScorePart;
 use xpm_protocol::policy::Level;
 
-use super::pool::{Chosen, Hot};
+use super::pool::{Chosen, Hot, Position};
 use super::{Demand, Room, Seen, Snapshot};
 
 /// What a newcomer gets of its score at first, in thousandths.
@@ -18,22 +20,34 @@ const RAMP_START: u64 = 100;
 pub(super) struct Scorer<'a> {
     snapshot: &'a Snapshot<'a>,
     demand: &'a Demand,
+    most_free: u64,
     /// Thousandths a byte of free memory.
     per_free: f64,
     prefer: Vec<Chosen<'a>>,
-    /// Shortest round trip of all that can serve, where round trips count.
+    /// Shortest round trip that was measured.
     shortest: Option<u64>,
+    /// It is not known where the client is.
+    nowhere: bool,
 }
 
 impl<'a> Scorer<'a> {
     pub(super) fn new(snapshot: &'a Snapshot<'a>, demand: &'a Demand, rooms: &[Room]) -> Scorer<'a> {
         let most = rooms.iter().map(|room| snapshot.pool.hot[room.at as usize].free).max().unwrap_or(0);
+        Scorer::with_most(snapshot, demand, most)
+    }
+
+    /// `most_free` is what the one that can serve and has most has, in bytes.
+    pub(super) fn with_most(snapshot: &'a Snapshot<'a>, demand: &'a Demand, most_free: u64) -> Scorer<'a> {
         let prefer = demand.needs.prefer.iter().map(|(_, one)| snapshot.pool.choose(&one.select)).collect();
-        let shortest = match snapshot.round_trips.is_empty() {
-            true => None,
-            false => rooms.iter().filter_map(|room| round_trip(snapshot, room.at as usize)).min(),
-        };
-        Scorer { snapshot, demand, per_free: 1000.0 / most.max(1) as f64, prefer, shortest }
+        let shortest = snapshot.round_trips.values().copied().min();
+        let nowhere = demand.needs.position == Position::default();
+        let per_free = 1000.0 / most_free.max(1) as f64;
+        Scorer { snapshot, demand, most_free, per_free, prefer, shortest, nowhere }
+    }
+
+    /// What the one that has most has free, in bytes.
+    pub(super) fn most_free(&self) -> u64 {
+        self.most_free
     }
 
     /// The score once `taken` bytes of it are given away by this decision.
@@ -49,7 +63,10 @@ impl<'a> Scorer<'a> {
                 sum += 1000 * u64::from(preference.weight);
             }
         }
-        (sum * self.ramp(hot) / 1000).try_into().unwrap_or(u32::MAX)
+        if self.snapshot.unix < u64::from(hot.ramp_to) {
+            sum = sum * self.ramp(at) / 1000;
+        }
+        sum.try_into().unwrap_or(u32::MAX)
     }
 
     fn free(&self, hot: &Hot, taken: u64) -> u16 {
@@ -62,6 +79,9 @@ impl<'a> Scorer<'a> {
             let time = round_trip(self.snapshot, at);
             return time.map_or(0, |time| (shortest.max(1) * 1000 / time.max(1)).min(1000) as u16);
         }
+        if self.nowhere {
+            return 0;
+        }
         match self.snapshot.pool.common(at, self.demand.needs.position) {
             None => 0,
             Some(Level::Site) => 250,
@@ -71,32 +91,32 @@ impl<'a> Scorer<'a> {
         }
     }
 
-    fn ramp(&self, hot: &Hot) -> u64 {
-        let unix = self.snapshot.unix;
-        if unix >= hot.ramp_to {
-            return 1000;
+    fn ramp(&self, at: usize) -> u64 {
+        let one = &self.snapshot.pool.cold[at].candidate;
+        let age = self.snapshot.unix.saturating_sub(one.since);
+        match age < one.ramp_up {
+            true => RAMP_START + (1000 - RAMP_START) * age / one.ramp_up.max(1),
+            false => 1000,
         }
-        let (age, whole) = (unix.saturating_sub(hot.ramp_from), (hot.ramp_to - hot.ramp_from).max(1));
-        RAMP_START + (1000 - RAMP_START) * age / whole
     }
 
     /// Where the score comes from.
     pub(super) fn parts(&self, at: usize) -> Vec<ScorePart> {
         let hot = &self.snapshot.pool.hot[at];
         let weights = &self.demand.needs.weights;
-        let part = |of: &str, share: u16, weight: u16| ScorePart { of: of.to_owned(), share, weight };
+        let part = |of: Cow<'static, str>, share: u16, weight: u16| ScorePart { of, share, weight };
         let mut parts = vec![
-            part("free", self.free(hot, 0), weights.free),
-            part("load", hot.idle, weights.load),
-            part("health", hot.health, weights.health),
-            part("near", self.near(at), weights.near),
+            part("free".into(), self.free(hot, 0), weights.free),
+            part("load".into(), hot.idle, weights.load),
+            part("health".into(), hot.health, weights.health),
+            part("near".into(), self.near(at), weights.near),
         ];
         for (chosen, (rule, preference)) in self.prefer.iter().zip(&self.demand.needs.prefer) {
             let share = if self.snapshot.pool.fits(at, chosen) { 1000 } else { 0 };
-            parts.push(part(rule, share, preference.weight));
+            parts.push(part(rule.clone().into(), share, preference.weight));
         }
-        if let ramp @ ..1000 = self.ramp(hot) {
-            parts.push(part("newcomer: of all this", ramp as u16, 0));
+        if let ramp @ ..1000 = self.ramp(at) {
+            parts.push(part("newcomer: of all this".into(), ramp as u16, 0));
         }
         parts
     }

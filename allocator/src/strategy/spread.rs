@@ -8,7 +8,8 @@ use xpm_protocol::ApplianceId;
 use super::score::{self, Scorer};
 use super::{Demand, Room, Seen, Snapshot, size};
 
-/// Deals the regions out, or none where they do not fit.
+/// Deals the regions out, or none where they do not fit. Also returns what scores are relative to:
+/// the most that an appliance has free, in bytes.
 ///
 /// Each region goes to the appliance that, in this order, has the fewest regions of the same row,
 /// has the fewest regions of the allocation, scores highest, and wins the draw by the seed. So no
@@ -20,10 +21,10 @@ pub(super) fn spread(
     seen: &mut [Seen],
     rooms: &[Room],
     region_len: u64,
-) -> Option<Vec<ApplianceId>> {
+) -> Option<(Vec<ApplianceId>, u64)> {
     let rows = size::rows(demand.size, demand.columns, region_len);
     let wanted = rows.checked_mul(u64::from(demand.columns))?;
-    let room = rooms.iter().fold(0_u64, |sum, room| sum.saturating_add(room.regions));
+    let room = rooms.iter().fold(0_u64, |sum, room| sum + u64::from(room.regions));
     if wanted > room {
         return None;
     }
@@ -34,7 +35,7 @@ pub(super) fn spread(
     for _ in 0..rows {
         table.row(&mut regions)?;
     }
-    Some(regions)
+    Some((regions, table.scorer.most_free()))
 }
 
 /// Who may get the next region; the greatest does.
@@ -56,21 +57,30 @@ fn first(
     rooms: &[Room],
     wanted: u64,
 ) -> BinaryHeap<Seat> {
-    let mut order: Vec<(u32, u32)> =
-        (0..rooms.len() as u32).map(|index| (seen[rooms[index as usize].at as usize].score, index)).collect();
-    let wanted = usize::try_from(wanted).unwrap_or(usize::MAX);
-    if wanted < order.len() {
-        // The draw is needed only among those that score as much as the last one that is taken.
-        let (_, last, _) = order.select_nth_unstable_by(wanted - 1, |a, b| b.0.cmp(&a.0));
-        let least = last.0;
-        order.retain(|(score, _)| *score >= least);
-    }
-    let seat = |&(score, index): &(u32, u32)| {
-        let Room { at, regions: room } = rooms[index as usize];
-        let id = snapshot.pool.cold[at as usize].candidate.id;
+    let seat = |room: &Room, score: u32| {
+        let id = snapshot.pool.cold[room.at as usize].candidate.id;
+        let (at, room) = (room.at, u64::from(room.regions));
         Seat { regions: Reverse(0), score, draw: Reverse(draw(id, demand.seed)), id: Reverse(id), room, at }
     };
-    order.iter().map(seat).collect()
+    let wanted = usize::try_from(wanted).unwrap_or(usize::MAX);
+    let scored = rooms.iter().map(|room| (room, seen[room.at as usize].score));
+    if wanted >= rooms.len() {
+        return scored.map(|(room, score)| seat(room, score)).collect();
+    }
+    // The least of the best so far is at the head; most appliances are worse than that at a glance.
+    let mut best: BinaryHeap<Reverse<Seat>> = BinaryHeap::with_capacity(wanted + 1);
+    let mut least = 0;
+    for (room, score) in scored {
+        if best.len() == wanted && score < least {
+            continue;
+        }
+        best.push(Reverse(seat(room, score)));
+        if best.len() > wanted {
+            best.pop();
+        }
+        least = best.peek().map_or(0, |Reverse(seat)| seat.score);
+    }
+    best.into_iter().map(|Reverse(seat)| seat).collect()
 }
 
 struct Table<'a> {

@@ -153,7 +153,7 @@ fn every_reason_is_said() {
     let candidates = [
         Candidate { up_until: Duration::ZERO, ..candidate(1, big) },
         Candidate { drain: true, ..candidate(2, big) },
-        candidate(3, big),
+        Candidate { link_speed: Some(LinkSpeed(10 * GBPS)), ..on(3, "site=s rack=r") },
         on(4, "disk=slow site=s"),
         on(5, "room=wet site=s"),
         on(6, "site=other"),
@@ -340,7 +340,7 @@ fn slow_spread(candidates: &[Candidate], demand: &Demand, region_len: u64) -> Op
         let mut in_row: HashMap<u32, u64> = HashMap::new();
         for _ in 0..demand.columns {
             let has = |map: &HashMap<u32, u64>, at: u32| map.get(&at).copied().unwrap_or(0);
-            let free = rooms.iter().filter(|room| room.regions > has(&taken, room.at));
+            let free = rooms.iter().filter(|room| u64::from(room.regions) > has(&taken, room.at));
             let next = free.min_by_key(|room| {
                 let id = stage.pool.cold[room.at as usize].candidate.id;
                 let got = has(&taken, room.at);

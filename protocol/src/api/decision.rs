@@ -1,5 +1,6 @@
 //! Why an allocation lies where it lies, or could not be made.
 
+use std::borrow::Cow;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
@@ -192,7 +193,7 @@ pub enum Rejection {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ScorePart {
     /// What it is for: `free`, `load`, `health`, `near`, or the preference's rule.
-    pub of: String,
+    pub of: Cow<'static, str>,
     /// How much was got, in thousandths of the weight.
     pub share: u16,
     /// The weight.

@@ -87,7 +87,7 @@ fn is_false(value: &bool) -> bool {
 }
 
 /// Which appliances: those that fit everything that is said.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct Selector {
     /// It is one of these.

@@ -232,12 +232,13 @@ impl World {
 /// Random numbers that differ from those of the service before a crash.
 fn new_service(life: u64) -> Service {
     let mut count = 0_u64;
-    let dice = move || {
-        count += 1;
-        let mut bytes = [0; 32];
-        bytes[..8].copy_from_slice(&count.to_le_bytes());
-        bytes[8..16].copy_from_slice(&(life + 1).to_le_bytes());
-        Ok(bytes)
+    let dice = move |bytes: &mut [u8]| {
+        for part in bytes.chunks_mut(16) {
+            count += 1;
+            let number = u128::from(count) << 64 | u128::from(life + 1);
+            part.copy_from_slice(&number.to_le_bytes()[..part.len()]);
+        }
+        Ok(())
     };
     Service::new(SETTINGS, Box::new(dice))
 }
