@@ -360,7 +360,7 @@ fn chains_end() {
         (0..count).map(strategy).collect::<String>() + &format!("[[strategy]]\nname='s{count}'\n")
     };
     assert!(problems(&Policy::default(), toml(&chain(8))).is_empty());
-    assert!(problems(&Policy::default(), toml(&chain(9)))[0].contains("more than 8 strategies"));
+    assert!(problems(&Policy::default(), toml(&chain(9)))[0].contains("9 times by this: at most 8"));
 }
 
 #[test]
