@@ -33,6 +33,9 @@ struct Version {
 struct After {
     #[serde(default)]
     after: u64,
+    /// Whether to wait for an event where there is none yet.
+    #[serde(default)]
+    wait: bool,
 }
 
 /// The control interface, ready to be served.
@@ -139,13 +142,13 @@ fn more_routes(handle: Handle) -> Router {
         .route(
             "/v1/clients/{name}",
             put(async move |Path(name): Path<Name>, Json(facts): Json<ClientFacts>| {
-                done(hear(Request::HearClient { name, facts }).await)
+                answer(hear(Request::HearClient { name, facts }).await)
             }),
         )
         .route(
             "/v1/events",
-            get(async move |Query(After { after }): Query<After>| {
-                answer(events(Request::Events(after)).await)
+            get(async move |Query(After { after, wait }): Query<After>| {
+                answer(events(Request::Events { after, wait }).await)
             }),
         )
 }

@@ -234,7 +234,7 @@ impl Service {
             Request::Usage => Ok(Outcome::Usage(self.list_usage())),
             Request::HearClient { name, facts } => return self.hear_client(reply, name, facts),
             Request::Clients => Ok(Outcome::Clients(self.list_clients())),
-            Request::Events(after) => return self.ask_events(reply, after),
+            Request::Events { after, wait } => return self.ask_events(reply, after, wait),
             Request::Policy => Ok(Outcome::Policy(self.shown_policy())),
             Request::Apply(apply) => return self.apply(reply, &apply),
             Request::RemoveDocument { name, version } => return self.remove_document(reply, &name, version),

@@ -8,8 +8,9 @@ use anyhow::{Context as _, bail, ensure};
 use clap::{Args, Parser};
 use serde::{Deserialize, Deserializer};
 use xpm_control::listen::Place;
-use xpm_protocol::Name;
+use xpm_protocol::policy::{Label, Labels};
 use xpm_protocol::units::{ByteSize, REGION_LEN_DEFAULT, REGION_LEN_MIN, Span, is_region_len};
+use xpm_protocol::{LinkSpeed, Name};
 
 use crate::arena::Backing;
 use crate::ledger::Stock;
@@ -119,6 +120,15 @@ pub struct Settings {
     #[arg(long, value_name = "NAME")]
     name: Option<Name>,
 
+    /// Says something about this machine that strategies can ask for, such as rack=r1; can be given
+    /// several times. `site`, `row`, `rack` and `host` say where it is.
+    #[arg(long, value_name = "KEY=VALUE")]
+    label: Vec<Label>,
+
+    /// Takes the link to have this speed, for example 25Gbps. By default it is asked of the kernel.
+    #[arg(long, value_name = "SPEED")]
+    link_speed: Option<LinkSpeed>,
+
     /// Keeps regions of this size ready, a power of two from 16MiB to 64GiB. Other sizes are made
     /// when they are asked for. [default: 256MiB, or less where --memory is less than four of them]
     #[arg(long, value_name = "SIZE")]
@@ -189,6 +199,10 @@ pub struct Config {
     pub advertise: Option<String>,
     /// The appliance's name.
     pub name: Name,
+    /// What its operator calls it and where it is.
+    pub labels: Labels,
+    /// Speed of its link, where the operator says it.
+    pub link_speed: Option<LinkSpeed>,
     /// Loop threads.
     pub threads: usize,
     /// Longest busy poll.
@@ -231,6 +245,8 @@ impl Settings {
             allocator: self.allocator.or(file.allocator),
             advertise: self.advertise.or(file.advertise),
             name: self.name.or(file.name),
+            label: if self.label.is_empty() { file.label } else { self.label },
+            link_speed: self.link_speed.or(file.link_speed),
             region_size: self.region_size.or(file.region_size),
             ready: self.ready.or(file.ready),
             threads: self.threads.or(file.threads),
@@ -269,6 +285,8 @@ impl Settings {
             allocator: self.allocator,
             advertise: self.advertise,
             name: self.name.map_or_else(host_name, Ok)?,
+            labels: self.label.into_iter().collect(),
+            link_speed: self.link_speed,
             threads,
             spin,
             token_file: self.token_file,

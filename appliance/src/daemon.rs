@@ -199,6 +199,8 @@ fn identity(
         nbd_unix: config.unix.clone(),
         shm: arena.is_shareable().then(|| config.shm.clone()),
         advertise: config.advertise.clone(),
+        labels: config.labels.clone(),
+        link_speed: config.link_speed,
     })
 }
 

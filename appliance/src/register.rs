@@ -3,15 +3,17 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::net::UdpSocket;
 use xpm_control::client::{Client, ClientError};
+use xpm_control::link;
 use xpm_control::listen::Place;
 use xpm_protocol::api::allocator::{Heartbeat, HeartbeatAnswer};
-use xpm_protocol::api::appliance::{Endpoints, Info, Medium};
+use xpm_protocol::api::appliance::{Endpoints, Info, Medium, Status};
+use xpm_protocol::policy::Labels;
 use xpm_protocol::units::ByteSize;
-use xpm_protocol::{ApplianceId, HostId, Name};
+use xpm_protocol::{ApplianceId, HostId, LinkSpeed, Name};
 
 use crate::control::Appliance;
 
@@ -51,13 +53,18 @@ pub struct Identity {
     pub shm: Option<PathBuf>,
     /// Name or address that others reach this host by.
     pub advertise: Option<String>,
+    /// What its operator calls it and where it is.
+    pub labels: Labels,
+    /// Speed of its link, where the operator says it.
+    pub link_speed: Option<LinkSpeed>,
 }
 
 /// Sends heartbeats until cancelled (the future is dropped).
 pub async fn run(client: Client, identity: Identity, appliance: Arc<Appliance>) {
     let mut link = LinkState::default();
+    let mut meter = Meter::default();
     loop {
-        let beat = beat(&client, &identity, &appliance).await;
+        let beat = beat(&client, &identity, &appliance, &mut meter).await;
         let pause = link.after(&client, beat);
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
@@ -66,16 +73,42 @@ pub async fn run(client: Client, identity: Identity, appliance: Arc<Appliance>) 
     }
 }
 
-async fn beat(client: &Client, identity: &Identity, appliance: &Arc<Appliance>) -> Result<Duration, String> {
+async fn beat(
+    client: &Client,
+    identity: &Identity,
+    appliance: &Arc<Appliance>,
+    meter: &mut Meter,
+) -> Result<Duration, String> {
     let info = identity.info(client).await?;
     let appliance = appliance.clone();
     let status = tokio::task::spawn_blocking(move || appliance.status()).await.map_err(|e| e.to_string())?;
+    let first = info.endpoints.nbd.first().map(|address| address.ip());
+    let status = Status { traffic: first.and_then(|address| meter.traffic(address)), ..status };
     let path = format!("/v1/appliances/{}", info.id);
     let answer: Result<HeartbeatAnswer, ClientError> = client.put(&path, &Heartbeat { info, status }).await;
     match answer {
         Ok(HeartbeatAnswer { interval }) if interval.0.is_zero() => Ok(INTERVAL_DEFAULT),
         Ok(HeartbeatAnswer { interval }) => Ok(interval.0.clamp(INTERVAL_RANGE.0, INTERVAL_RANGE.1)),
         Err(error) => Err(xpm_control::error_line(&error)),
+    }
+}
+
+/// Measures the traffic of a link between heartbeats.
+#[derive(Debug, Default)]
+struct Meter {
+    last: Option<(String, Instant, (u64, u64))>,
+}
+
+impl Meter {
+    /// Traffic since the last call, the busier direction; none at first, or where the link has none.
+    fn traffic(&mut self, address: IpAddr) -> Option<LinkSpeed> {
+        let name = link::link_of(address)?;
+        let (now, bytes) = (Instant::now(), link::bytes(&name)?);
+        let before = self.last.replace((name.clone(), now, bytes));
+        let (_, then, (received, sent)) = before.filter(|(link, ..)| *link == name)?;
+        let busier = bytes.0.saturating_sub(received).max(bytes.1.saturating_sub(sent));
+        let seconds = now.saturating_duration_since(then).as_secs_f64().max(0.001);
+        Some(LinkSpeed((busier as f64 * 8.0 / seconds) as u64))
     }
 }
 
@@ -165,8 +198,8 @@ impl Identity {
             },
             medium: self.medium,
             region_len: ByteSize(self.region_len),
-            labels: Default::default(),
-            link_speed: None,
+            labels: self.labels.clone(),
+            link_speed: self.link_speed.or_else(|| link::speed_of(first)),
         })
     }
 

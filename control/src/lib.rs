@@ -8,7 +8,9 @@
 
 pub mod client;
 pub mod config;
+pub mod facts;
 pub mod host;
+pub mod link;
 pub mod listen;
 pub mod log;
 pub mod random;

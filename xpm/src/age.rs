@@ -24,6 +24,15 @@ pub(crate) fn since(unix_seconds: u64) -> String {
     }
 }
 
+/// How long until a time, given in seconds since 1970; one that is over counts as now.
+pub(crate) fn until(unix_seconds: u64) -> String {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    match unix_seconds.saturating_sub(now.as_secs()) {
+        0 => "now".to_owned(),
+        seconds => format!("in {}", short(Duration::from_secs(seconds))),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -37,5 +46,7 @@ mod tests {
         }
         assert_eq!(short(Duration::from_millis(250)), "250ms");
         assert_eq!(since(u64::MAX), "now");
+        assert_eq!(until(0), "now");
+        assert!(until(u64::MAX).starts_with("in "));
     }
 }

@@ -2,27 +2,36 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 use serde::Serialize;
-use xpm_protocol::api::allocator::{Allocation, AllocationState, Create, Owner};
+use xpm_protocol::api::allocator::{Allocation, AllocationState, Create, Owner, Renew};
+use xpm_protocol::api::decision::Decision;
 use xpm_protocol::{ByteSize, Layout, Name};
 
-use crate::age;
 use crate::cli::{AllocCommand, CreateArgs};
 use crate::connect::{Daemon, Daemons};
 use crate::output::{self, Output};
 use crate::table::{Table, fields};
+use crate::{age, explain, policy, waiting};
 
 pub(crate) async fn run(command: AllocCommand, daemons: &Daemons, output: Output) -> anyhow::Result<()> {
     let allocator = daemons.allocator()?;
     match command {
-        AllocCommand::Create(args) => {
-            let name = args.name.clone();
-            let allocation: Allocation = allocator
-                .post("/v1/allocations", &request(args))
-                .await
-                .with_context(|| format!("cannot make the allocation `{name}`"))?;
-            output.print(&allocation, created)
+        AllocCommand::Create(args) => create(args, &allocator, output).await,
+        AllocCommand::Explain { name, all } => {
+            let decisions = decisions(&allocator, &name).await?;
+            let wanted: Vec<Decision> =
+                decisions.into_iter().take(if all { usize::MAX } else { 1 }).collect();
+            ensure!(
+                !wanted.is_empty(),
+                "nothing was decided about `{name}`: `xpm alloc list` shows what there is"
+            );
+            output.print(&wanted, |all| all.iter().map(explain::decision).collect::<Vec<_>>().join("\n"))
+        }
+        AllocCommand::Renew { name, duration } => {
+            let path = format!("/v1/allocations/{name}/renewal");
+            let allocation: Allocation = allocator.post(&path, &Renew { duration }).await?;
+            output.print(&allocation, |renewed| format!("{name}: {}\n", lease(renewed)))
         }
         AllocCommand::List => output.print(&allocator.allocations().await?, |all| list(all)),
         AllocCommand::Show { name } => {
@@ -45,12 +54,53 @@ struct Deleted {
     deleted: Name,
 }
 
+async fn create(args: CreateArgs, allocator: &Daemon, output: Output) -> anyhow::Result<()> {
+    let (dry_run, explained) = (args.dry_run, args.explain);
+    let create = request(args);
+    if dry_run {
+        let decision: Decision = allocator.post("/v1/decisions", &create).await?;
+        return output.print(&decision, if explained { explain::decision } else { explain::outcome });
+    }
+    let name = create.name.clone();
+    let made = waiting::create(allocator, create, output).await;
+    if explained {
+        // What was asked for comes first; without it there is just no explanation.
+        for decision in decisions(allocator, &name).await.unwrap_or_default().iter().take(1) {
+            eprint!("{}", explain::decision(decision));
+        }
+    }
+    let allocation = made.with_context(|| format!("cannot make the allocation `{name}`"))?;
+    policy::warn_all(&allocation.warnings);
+    output.print(&allocation, created)
+}
+
+async fn decisions(allocator: &Daemon, name: &Name) -> anyhow::Result<Vec<Decision>> {
+    Ok(allocator.get(&format!("/v1/allocations/{name}/decisions")).await?)
+}
+
 fn request(args: CreateArgs) -> Create {
     Create {
         stripe: args.stripe,
         stripe_unit: args.stripe_unit,
         region_len: args.region_size,
+        account: args.account,
+        client: args.client,
+        strategy: args.strategy,
+        labels: args.labels.into_iter().collect(),
+        access: args.access,
+        reclaimable: args.reclaimable,
+        lease: args.lease,
+        wait: args.wait,
         ..Create::new(args.name, args.size)
+    }
+}
+
+/// The end of an allocation's lease, for people.
+fn lease(allocation: &Allocation) -> String {
+    match (&allocation.ending, &allocation.lease) {
+        (Some(ending), _) => ending.text.clone(),
+        (None, Some(lease)) => format!("lease ends {}", age::until(lease.ends)),
+        (None, None) => String::new(),
     }
 }
 
@@ -109,9 +159,11 @@ pub(crate) fn list(allocations: &[Allocation]) -> String {
         "LAYOUT",
         ">REGIONS",
         ">APPLIANCES",
+        "ACCOUNT",
         "OWNER",
         ">EPOCH",
         "CREATED",
+        "ENDS",
     ]);
     for allocation in allocations {
         table.row([
@@ -121,9 +173,11 @@ pub(crate) fn list(allocations: &[Allocation]) -> String {
             layout(&allocation.layout),
             allocation.regions.len().to_string(),
             places(allocation).len().to_string(),
+            allocation.account.as_ref().map(ToString::to_string).unwrap_or_default(),
             allocation.owner.as_ref().map(short_owner).unwrap_or_default(),
             allocation.epoch.to_string(),
             age::since(allocation.created),
+            allocation.lease.map(|lease| age::until(lease.ends)).unwrap_or_default(),
         ]);
     }
     table.render()
@@ -180,7 +234,21 @@ fn show(allocation: &Allocation) -> String {
         ("owner", owned),
         ("epoch", allocation.epoch.to_string()),
         ("created", age::since(allocation.created)),
+        ("takes", allocation.taken.to_string()),
+        ("account", named(&allocation.account)),
+        ("client", named(&allocation.client)),
+        ("strategy", named(&allocation.strategy)),
+        (
+            "link speed",
+            allocation.link_speed.map_or_else(|| "none promised".to_owned(), |speed| speed.to_string()),
+        ),
+        ("reclaimable", if allocation.reclaimable { "yes" } else { "no" }.to_owned()),
+        ("ends", ends(allocation)),
     ]);
+    if let Some(waiting) = &allocation.waiting {
+        text.push_str(&fields(&[("waits", waiting.why.clone())]));
+        return text;
+    }
     let mut table = Table::new(&["APPLIANCE", ">REGIONS", ">MEMORY", "WHICH"]);
     for (appliance, regions) in places(allocation) {
         let memory = allocation.region_len.0.saturating_mul(regions.len() as u64);
@@ -189,6 +257,18 @@ fn show(allocation: &Allocation) -> String {
     text.push('\n');
     text.push_str(&table.render());
     text
+}
+
+fn named(name: &Option<Name>) -> String {
+    name.as_ref().map_or_else(|| "none".to_owned(), ToString::to_string)
+}
+
+/// When it ends by itself.
+fn ends(allocation: &Allocation) -> String {
+    match lease(allocation) {
+        text if text.is_empty() => "never".to_owned(),
+        text => text,
+    }
 }
 
 /// Ascending numbers as ranges: `0, 3-5`.

@@ -121,6 +121,11 @@ fn show(appliance: &Appliance, allocations: &[Allocation]) -> String {
         ("version", info.version.clone()),
         ("up for", age::short(status.uptime.0)),
         ("control", info.control.clone()),
+        (
+            "labels",
+            info.labels.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(" "),
+        ),
+        ("link", info.link_speed.map_or_else(|| "of unknown speed".to_owned(), |speed| speed.to_string())),
         ("nbd over tcp", addresses(&info.endpoints.nbd)),
         ("rdma", addresses(&info.endpoints.rdma)),
         ("nbd over unix", path(&info.endpoints.nbd_unix)),

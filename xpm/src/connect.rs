@@ -40,6 +40,10 @@ impl Daemons {
         Daemon::new(&self.allocator, token, who)
     }
 
+    pub(crate) fn allocator_url(&self) -> &str {
+        &self.allocator
+    }
+
     /// The xpm-blk of this host. Nothing is sent yet.
     pub(crate) fn blk(&self) -> Result<Daemon, Failure> {
         let path = std::path::absolute(&self.blk).unwrap_or_else(|_| self.blk.clone());
@@ -56,6 +60,9 @@ pub(crate) struct Daemon {
 
 /// How long an order may take: a large allocation waits for memory to be cleared.
 const ORDER_LIMIT: Duration = Duration::from_secs(120);
+
+/// How long an answer may take that waits for something to happen.
+const LATER_LIMIT: Duration = Duration::from_secs(30);
 
 impl Daemon {
     fn new(base: &str, token: Option<Token>, who: Who) -> Result<Daemon, Failure> {
@@ -89,6 +96,20 @@ impl Daemon {
         order.post(path, body).await.map_err(|error| self.order_failure(&error))
     }
 
+    pub(crate) async fn put<B: Serialize, T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &B,
+    ) -> Result<T, Failure> {
+        self.client.put(path, body).await.map_err(|error| self.failure(&error))
+    }
+
+    /// Asks for something that is not there yet, and waits until it is, or for half a minute.
+    pub(crate) async fn get_later<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
+        let patient = self.client.clone().with_limit(LATER_LIMIT);
+        patient.get(path).await.map_err(|error| self.failure(&error))
+    }
+
     pub(crate) async fn delete(&self, path: &str) -> Result<(), Failure> {
         let order = self.client.clone().with_limit(ORDER_LIMIT);
         order.delete(path).await.map_err(|error| self.order_failure(&error))
@@ -101,8 +122,12 @@ impl Daemon {
                 "{who} refused the token: {}; name the file with its token by --token-file or XPM_TOKEN_FILE",
                 body.error
             )),
-            ClientError::Refused(body) => Failure::other(body.error.clone()),
+            ClientError::Refused(body) => {
+                Failure { kind: Some(body.kind), ..Failure::other(body.error.clone()) }
+            }
             ClientError::Unreachable { source, .. } => Failure {
+                kind: None,
+                unreachable: true,
                 not_there: who.is_not_there(source),
                 line: format!("cannot reach {who}: {source}; {}", who.how_to_start()),
             },
@@ -186,11 +211,23 @@ impl fmt::Display for Who {
 pub(crate) struct Failure {
     line: String,
     not_there: bool,
+    kind: Option<ErrorKind>,
+    unreachable: bool,
 }
 
 impl Failure {
     fn other(line: String) -> Failure {
-        Failure { line, not_there: false }
+        Failure { line, not_there: false, kind: None, unreachable: false }
+    }
+
+    /// Whether the daemon answered with a refusal of this kind.
+    pub(crate) fn is(&self, kind: ErrorKind) -> bool {
+        self.kind == Some(kind)
+    }
+
+    /// Whether the daemon could not be reached at all.
+    pub(crate) fn is_unreachable(&self) -> bool {
+        self.unreachable
     }
 
     /// Whether the daemon simply does not run on this host, which is no fault by itself.

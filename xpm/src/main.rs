@@ -6,12 +6,18 @@ mod alloc;
 mod appliance;
 mod blk;
 mod cli;
+mod client;
 mod connect;
 mod doctor;
+mod events;
+mod explain;
 mod output;
+mod policy;
 mod shell;
 mod status;
 mod table;
+mod usage;
+mod waiting;
 
 use std::process::ExitCode;
 
@@ -49,6 +55,14 @@ async fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Appliance(command) => appliance::run(command, &daemons, output).await?,
         Command::Alloc(command) => alloc::run(command, &daemons, output).await?,
         Command::Blk(command) => blk::run(command, &daemons, output).await?,
+        Command::Apply(args) => return policy::apply(&args, &daemons, output).await,
+        Command::Get(args) => policy::get(&args, &daemons, output).await?,
+        Command::Edit(args) => return policy::edit(&args, &daemons, output).await,
+        Command::Delete(args) => policy::delete(&args, &daemons, output).await?,
+        Command::Schema => output::print(&(xpm_protocol::policy::schema() + "\n"))?,
+        Command::Usage => usage::run(&daemons, output).await?,
+        Command::Events { follow, after } => events::run(follow, after, &daemons, output).await?,
+        Command::Client(command) => client::run(command, &daemons, output).await?,
         Command::Status => return status::run(&daemons, output).await,
         Command::Doctor => return doctor::run(&daemons, output).await,
         Command::Completions { shell } => shell::completions(shell)?,

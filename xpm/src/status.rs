@@ -185,7 +185,12 @@ fn appliance_problem(appliance: &Appliance) -> Option<String> {
 
 fn allocation_problem(allocation: &Allocation) -> Option<String> {
     match allocation.state {
-        AllocationState::Ready | AllocationState::Waiting | AllocationState::Refused => None,
+        AllocationState::Ready => allocation.ending.as_ref().map(|ending| ending.text.clone()),
+        AllocationState::Waiting => {
+            let before = allocation.waiting.as_ref().and_then(|one| one.before).unwrap_or(0);
+            Some(format!("`{}` waits for memory, {before} requests before it", allocation.name))
+        }
+        AllocationState::Refused => None,
         AllocationState::Creating => Some(format!("allocation {} is not complete yet", allocation.name)),
         AllocationState::Deleting => {
             Some(format!("allocation {} is not deleted yet: an appliance has not confirmed", allocation.name))

@@ -3,6 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use xpm_protocol::ApplianceId;
+use xpm_protocol::policy::Kind;
 
 use super::{Entry, Service, Work};
 use crate::store::record::Phase;
@@ -29,6 +30,13 @@ impl Service {
                 usage.add(record);
                 let speed = record.terms.link_speed.map_or(0, |speed| speed.0);
                 record.grants.iter().for_each(|grant| *links.entry(grant.appliance).or_default() += speed);
+            }
+        }
+        for (name, count) in self.usage.all() {
+            let (_, hard) = self.policy.limits(name);
+            let conditional = name.kind == Kind::Strategy;
+            if !conditional && hard.is_some_and(|hard| count.bytes > hard.0) {
+                return Err(format!("{name} has {} bytes, and may have {hard:?}", count.bytes));
             }
         }
         let promised = |one: &Candidate| one.link_promised.0 == links.get(&one.id).copied().unwrap_or(0);

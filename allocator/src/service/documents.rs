@@ -96,8 +96,8 @@ impl Service {
         }
         let round_trips = facts.round_trips.iter().map(|(id, time)| (*id, *time)).collect();
         let client = Client { name: name.clone(), facts, heard: self.now.unix };
-        self.clients.insert(name, super::HeardClient { client, round_trips });
-        self.reply(reply, Ok(Outcome::Done));
+        self.clients.insert(name, super::HeardClient { client: client.clone(), round_trips });
+        self.reply(reply, Ok(Outcome::Client(client)));
     }
 
     pub(super) fn list_clients(&self) -> Vec<Client> {

@@ -42,12 +42,12 @@ impl Service {
         }
     }
 
-    /// Answers with the events after this number, now or when there is one. A number larger than
+    /// Answers with the events after this number, now or, if that is wanted, when there is one. A number larger than
     /// all is of an earlier life: it is answered with everything.
-    pub(super) fn ask_events(&mut self, reply: ReplyTo, after: u64) {
+    pub(super) fn ask_events(&mut self, reply: ReplyTo, after: u64, wait: bool) {
         let after = if after > self.events.count { 0 } else { after };
         let events = self.events_after(after);
-        match events.is_empty() {
+        match events.is_empty() && wait {
             true => {
                 let until = self.now.unix + WAIT;
                 self.events.waiting.push((reply, after, until));

@@ -82,8 +82,11 @@ pub enum Request {
         facts: ClientFacts,
     },
     Clients,
-    /// Events after this number.
-    Events(u64),
+    /// Events after this number, and whether to wait for one.
+    Events {
+        after: u64,
+        wait: bool,
+    },
     Policy,
     Apply(Apply),
     RemoveDocument {
@@ -106,6 +109,7 @@ pub enum Outcome {
     Map(Box<api::Map>),
     Decision(Box<Decision>),
     Usage(Vec<api::Usage>),
+    Client(api::Client),
     Clients(Vec<api::Client>),
     Events(Vec<api::Event>),
     Policy(Policy),

@@ -8,6 +8,7 @@
 
 mod appliance;
 mod cases;
+mod policies;
 mod script;
 mod world;
 

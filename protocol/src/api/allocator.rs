@@ -16,9 +16,9 @@
 //! | `GET /v1/allocations/{name}/decisions` | | list of [`Decision`](super::decision::Decision), the newest first |
 //! | `POST /v1/decisions` | [`Create`] | [`Decision`](super::decision::Decision): a dry run, nothing is made |
 //! | `GET /v1/usage` | | list of [`Usage`] |
-//! | `PUT /v1/clients/{name}` | [`ClientFacts`] | nothing |
+//! | `PUT /v1/clients/{name}` | [`ClientFacts`] | [`Client`] |
 //! | `GET /v1/clients` | | list of [`Client`] |
-//! | `GET /v1/events?after=N` | | list of [`Event`], those with a larger number; waits up to 20 s for one |
+//! | `GET /v1/events?after=N&wait=true` | | list of [`Event`], those with a larger number; with `wait`, up to 20 s until there is one |
 //! | `GET /v1/policy` | | [`Policy`](super::policy::Policy) |
 //! | `POST /v1/policy` | [`Apply`](super::policy::Apply) | [`Applied`](super::policy::Applied) |
 //! | `DELETE /v1/policy/{kind}/{name}?version=N` | | nothing; refused while it is in use or, with a version, when it has another |

@@ -18,7 +18,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, de};
 
 use crate::Name;
 
@@ -35,6 +35,37 @@ pub use strategy::{
 /// Labels: what an operator calls properties of a thing. `site`, `row`, `rack` and `host` say where
 /// it is.
 pub type Labels = BTreeMap<Name, Name>;
+
+/// One label, written `KEY=VALUE`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Label {
+    /// What it is about.
+    pub key: Name,
+    /// What it is.
+    pub value: Name,
+}
+
+impl FromStr for Label {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Label, String> {
+        let (key, value) = text.split_once('=').ok_or("a label is KEY=VALUE, like rack=r1")?;
+        let name = |text: &str| text.parse::<Name>().map_err(|error| error.to_string());
+        Ok(Label { key: name(key)?, value: name(value)? })
+    }
+}
+
+impl<'de> Deserialize<'de> for Label {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Label, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(de::Error::custom)
+    }
+}
+
+impl FromIterator<Label> for Labels {
+    fn from_iter<T: IntoIterator<Item = Label>>(labels: T) -> Labels {
+        labels.into_iter().map(|label| (label.key, label.value)).collect()
+    }
+}
 
 /// The documents of a file, or all that the allocator has.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

@@ -1,7 +1,8 @@
 //! `xpm alloc`.
 
 use clap::{Args, Subcommand};
-use xpm_protocol::{ByteSize, Name};
+use xpm_protocol::policy::{Access, Label};
+use xpm_protocol::{ByteSize, Name, Span};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum AllocCommand {
@@ -11,7 +12,11 @@ Examples:
   1 GiB on the appliance with the most free memory:
     xpm alloc create scratch --size 1GiB
   16 GiB striped over four appliances, for bandwidth:
-    xpm alloc create swap0 --size 16GiB --stripe 4")]
+    xpm alloc create swap0 --size 16GiB --stripe 4
+  Find out where it would lie, and why:
+    xpm alloc create swap0 --size 16GiB --account batch --dry-run --explain
+  Wait for up to ten minutes until there is room:
+    xpm alloc create big --size 1TiB --account batch --wait 10m")]
     Create(CreateArgs),
     /// Lists all allocations.
     List,
@@ -20,6 +25,27 @@ Examples:
     Show {
         /// Its name.
         name: Name,
+    },
+    /// Says why an allocation lies where it lies, or why it was refused.
+    ///
+    /// Decisions are kept for a long time (xpm-allocator --keep-decisions), also when the allocation is
+    /// gone.
+    #[command(after_help = "Example:\n  xpm alloc explain swap0")]
+    Explain {
+        /// Its name.
+        name: Name,
+        /// All decisions about the name, not only the newest.
+        #[arg(long)]
+        all: bool,
+    },
+    /// Renews the lease of an allocation.
+    #[command(after_help = "Example:\n  xpm alloc renew swap0 --for 2h")]
+    Renew {
+        /// Its name.
+        name: Name,
+        /// For this long from now. [default: as long as its lease was]
+        #[arg(long = "for", value_name = "DURATION")]
+        duration: Option<Span>,
     },
     /// Deletes an allocation; its memory is cleared and lent again.
     ///
@@ -51,6 +77,45 @@ pub(crate) struct CreateArgs {
     /// Size of a region: a power of two from 16MiB to 64GiB. [default: the allocator's choice]
     #[arg(long, value_name = "SIZE", value_parser = region_size)]
     pub(crate) region_size: Option<ByteSize>,
+    /// The account that it is charged to. [default: that of the client, if it has one]
+    #[arg(long)]
+    pub(crate) account: Option<Name>,
+    /// The client that is going to use it: where that is counts for distance and link speed.
+    #[arg(long)]
+    pub(crate) client: Option<Name>,
+    /// The strategy. [default: that of the account, or the one named `default`]
+    #[arg(long)]
+    pub(crate) strategy: Option<Name>,
+    /// A label, for rules of strategies; can be given several times.
+    #[arg(long = "label", value_name = "KEY=VALUE")]
+    pub(crate) labels: Vec<Label>,
+    /// How it is going to be used: block, mapping or machine.
+    #[arg(long, default_value = "block", value_parser = access)]
+    pub(crate) access: Access,
+    /// It may be reclaimed, with notice, for requests of a higher priority.
+    #[arg(long)]
+    pub(crate) reclaimable: bool,
+    /// A lease of this length, where strategy and account allow so much.
+    #[arg(long, value_name = "DURATION")]
+    pub(crate) lease: Option<Span>,
+    /// Waits this long for its turn where it cannot be made now.
+    #[arg(long, value_name = "DURATION", conflicts_with = "dry_run")]
+    pub(crate) wait: Option<Span>,
+    /// Makes nothing and says what would become of it.
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Says why: each rule, limit and appliance.
+    #[arg(long)]
+    pub(crate) explain: bool,
+}
+
+fn access(text: &str) -> Result<Access, String> {
+    match text {
+        "block" => Ok(Access::Block),
+        "mapping" => Ok(Access::Mapping),
+        "machine" => Ok(Access::Machine),
+        _ => Err("it is block, mapping or machine".to_owned()),
+    }
 }
 
 fn positive_size(text: &str) -> Result<ByteSize, String> {

@@ -3,6 +3,8 @@
 mod alloc;
 mod appliance;
 mod blk;
+mod client;
+mod policy;
 
 use std::path::PathBuf;
 
@@ -11,6 +13,8 @@ use clap::{Args, Parser, Subcommand};
 pub(crate) use alloc::{AllocCommand, CreateArgs};
 pub(crate) use appliance::ApplianceCommand;
 pub(crate) use blk::{AttachArgs, BlkCommand};
+pub(crate) use client::ClientCommand;
+pub(crate) use policy::{ApplyArgs, DeleteArgs, EditArgs, GetArgs};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -72,6 +76,43 @@ pub(crate) enum Command {
     /// Makes, shows and deletes allocations of external memory.
     #[command(subcommand)]
     Alloc(AllocCommand),
+    /// Applies documents: strategies, accounts, profiles of clients and appliances.
+    ///
+    /// All documents of all files are checked before anything changes, and then all are applied or
+    /// none. docs/strategies.md has every key; `xpm schema` prints their JSON Schema.
+    #[command(after_help = "\
+Examples:
+  See what would change, then change it:
+    xpm apply --dry-run pool.toml
+    xpm apply pool.toml
+  Copy one document to another allocator:
+    xpm get strategy default | xpm --allocator http://10.0.0.9:7700 apply -")]
+    Apply(ApplyArgs),
+    /// Prints documents as a file that can be applied again.
+    #[command(after_help = "Examples:\n  xpm get accounts\n  xpm get strategy default > default.toml")]
+    Get(GetArgs),
+    /// Opens a document in an editor ($VISUAL, $EDITOR or vi) and applies what comes out of it.
+    #[command(after_help = "Example:\n  xpm edit account batch")]
+    Edit(EditArgs),
+    /// Deletes a document. Refused while another document names it or allocations count for it.
+    #[command(after_help = "Example:\n  xpm delete strategy old")]
+    Delete(DeleteArgs),
+    /// Prints the JSON Schema of documents, for editors and checkers.
+    Schema,
+    /// Shows what accounts, clients and strategies have, and their limits.
+    Usage,
+    /// Prints what happened: leases that end, allocations that give way, requests that are served.
+    Events {
+        /// Goes on with what happens from now on.
+        #[arg(long, short)]
+        follow: bool,
+        /// Only events with a larger number.
+        #[arg(long, value_name = "N", default_value_t = 0)]
+        after: u64,
+    },
+    /// Shows clients, and tells the allocator about this one.
+    #[command(subcommand)]
+    Client(ClientCommand),
     /// Shows allocations as block devices of this host.
     #[command(subcommand)]
     Blk(BlkCommand),

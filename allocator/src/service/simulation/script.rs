@@ -3,13 +3,18 @@
 use std::time::Duration;
 
 use proptest::prelude::*;
+use xpm_protocol::Span;
+use xpm_protocol::api::allocator::{Create, Renew};
 
+use super::super::{Event, Request};
 use super::world::{Fate, World};
 use super::{MIB, attach, create, delete, detach};
 
 #[derive(Debug, Clone)]
 enum Move {
-    Create(u8, u64, u32),
+    Create(u8, u64, u32, u8, bool),
+    Renew(u8),
+    Tick(u64),
     Attach(u8, u8, bool),
     Detach(u8, u8),
     Delete(u8, bool),
@@ -22,7 +27,10 @@ enum Move {
 
 fn moves() -> impl Strategy<Value = Move> {
     prop_oneof![
-        4 => (0..4_u8, 1..200_u64, 1..4_u32).prop_map(|(name, mib, stripe)| Move::Create(name, mib, stripe)),
+        4 => (0..4_u8, 1..200_u64, 1..4_u32, 0..4_u8, any::<bool>())
+            .prop_map(|(name, mib, stripe, account, wait)| Move::Create(name, mib, stripe, account, wait)),
+        1 => (0..4_u8).prop_map(Move::Renew),
+        3 => (0..200_u64).prop_map(Move::Tick),
         3 => (0..4_u8, 0..3_u8, any::<bool>()).prop_map(|(name, client, force)| Move::Attach(name, client, force)),
         1 => (0..4_u8, 0..3_u8).prop_map(|(name, client)| Move::Detach(name, client)),
         2 => (0..4_u8, any::<bool>()).prop_map(|(name, force)| Move::Delete(name, force)),
@@ -38,7 +46,21 @@ impl World {
     fn make(&mut self, made: Move) {
         let name = |name: u8| format!("v{name}");
         match made {
-            Move::Create(of, mib, stripe) => drop(self.ask(create(&name(of), mib, Some(stripe)))),
+            Move::Create(of, mib, stripe, account, wait) => {
+                let Request::Create(plain) = create(&name(of), mib, Some(stripe)) else { return };
+                let account =
+                    ["low", "high", "leased"].get(usize::from(account)).map(|name| name.parse().unwrap());
+                let wait = wait.then_some(Span(Duration::from_secs(300)));
+                self.ask(Request::Create(Create { account, wait, ..plain }));
+            }
+            Move::Renew(of) => {
+                let name = name(of).parse().unwrap();
+                self.ask(Request::Renew { name, renew: Renew::default() });
+            }
+            Move::Tick(seconds) => {
+                self.now += Duration::from_secs(seconds);
+                self.event(Event::Tick);
+            }
             Move::Attach(of, client, force) => drop(self.ask(attach(&name(of), client.into(), force))),
             Move::Detach(of, client) => drop(self.ask(detach(&name(of), client.into()))),
             Move::Delete(of, force) => drop(self.ask(delete(&name(of), force))),
@@ -67,12 +89,38 @@ fn fate_of(number: u8) -> Fate {
     }
 }
 
+const DOCUMENTS: &str = "
+[[account]]
+name = 'low'
+priority = 10
+reclaimable = true
+hard-limit = '128MiB'
+soft-limit = '64MiB'
+link-speed = '1Gbps'
+[[account]]
+name = 'high'
+priority = 500
+hard-limit = '256MiB'
+[[account]]
+name = 'leased'
+lease = { duration = '100s', warning = '20s', grace = '30s' }
+[[appliance]]
+name = 'a1'
+link-speed = '3Gbps'
+[[appliance]]
+name = 'a2'
+link-speed = '1Gbps'
+[[appliance]]
+name = 'a3'
+head-room = '20%'
+";
+
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(400))]
+    #![proptest_config(ProptestConfig::with_cases(1000))]
 
     #[test]
     fn whole_or_undone_whatever_happens(script in prop::collection::vec(moves(), 1..60)) {
-        let mut world = World::new(&[160 * MIB, 96 * MIB, 224 * MIB]);
+        let mut world = super::policies::world(&[160 * MIB, 96 * MIB, 224 * MIB], DOCUMENTS);
         script.into_iter().for_each(|made| world.make(made));
         world.mend();
         world.check();
