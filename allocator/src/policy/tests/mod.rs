@@ -242,6 +242,31 @@ fn pairs(text: &str) -> xpm_protocol::policy::Labels {
     [(key.parse().unwrap(), value.parse().unwrap())].into()
 }
 
+/// The example that people copy from.
+#[test]
+fn the_example_of_the_manual_can_be_applied() {
+    let manual = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/strategies.md");
+    let manual = std::fs::read_to_string(manual).unwrap();
+    let example = manual.split("```toml\n").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
+    assert!(applied(example).strategy(&"default".parse().unwrap()).is_some());
+}
+
+/// Every key is in the manual.
+#[test]
+fn the_manual_has_every_key() {
+    let manual = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/strategies.md");
+    let manual = std::fs::read_to_string(manual).unwrap();
+    let schema: serde_json::Value = serde_json::from_str(&xpm_protocol::policy::schema()).unwrap();
+    let types = schema["$defs"].as_object().unwrap().values().filter_map(|one| one["properties"].as_object());
+    let keys: std::collections::BTreeSet<&String> = types.flat_map(|keys| keys.keys()).collect();
+    assert!(keys.len() > 50, "{keys:?}");
+    let told = |key: &str| {
+        [format!("`{key}`"), format!("`{key}."), format!(".{key}`")].iter().any(|form| manual.contains(form))
+    };
+    let missing: Vec<_> = keys.into_iter().filter(|key| !told(key)).collect();
+    assert!(missing.is_empty(), "not in docs/strategies.md: {missing:?}");
+}
+
 /// The published schema is that of the types. `UPDATE_SCHEMA=1` writes it anew.
 #[test]
 fn the_published_schema_is_current() {

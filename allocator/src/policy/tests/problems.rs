@@ -195,7 +195,7 @@ fn check(policy: &Policy, text: &str, line: u64, key: &str, part: &str) {
 /// The line of a key in JSON as it is printed: what is there is marked, and the mark looked for.
 fn line_in_json(value: &serde_json::Value, key: &str) -> u64 {
     let mut marked = value.clone();
-    let pointer = format!("/{}", key.replace('.', "/").replace('[', "/").replace(']', ""));
+    let pointer = format!("/{}", key.replace(['.', '['], "/").replace(']', ""));
     *marked.pointer_mut(&pointer).unwrap() = "@@".into();
     let text = serde_json::to_string_pretty(&marked).unwrap();
     text.lines().position(|line| line.contains("@@")).unwrap() as u64 + 1
