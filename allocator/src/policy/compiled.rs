@@ -41,6 +41,7 @@ pub struct CompiledAccount {
 /// A condition, with its times in their time zone.
 #[derive(Debug, Clone)]
 pub struct CompiledCondition {
+    /// Without the conditions in it, and with its names in order.
     condition: Condition,
     time: Option<Windows>,
     all: Vec<CompiledCondition>,
@@ -128,7 +129,7 @@ impl CompiledCondition {
             all: each(&condition.all),
             any: each(&condition.any),
             not: condition.not.as_deref().map(|one| Box::new(CompiledCondition::new(one))),
-            condition: condition.clone(),
+            condition: own_part(condition),
         }
     }
 
@@ -142,7 +143,7 @@ impl CompiledCondition {
             }
         };
         let one_of = |names: &[Name], name: Option<&Name>| {
-            names.is_empty() || name.is_some_and(|name| names.contains(name))
+            names.is_empty() || name.is_some_and(|name| names.binary_search(name).is_ok())
         };
         let size = ByteSize(facts.size);
         let used = ByteSize(facts.account_used);
@@ -188,6 +189,34 @@ impl CompiledCondition {
             Some(one) if one.evaluate(facts).is_ok() => Err(Miss("what must not be is so")),
             _ => Ok(()),
         }
+    }
+}
+
+/// What a condition says itself.
+fn own_part(condition: &Condition) -> Condition {
+    let sorted = |names: &[Name]| {
+        let mut names = names.to_vec();
+        names.sort_unstable();
+        names
+    };
+    Condition {
+        account: sorted(&condition.account),
+        client: sorted(&condition.client),
+        labels: condition.labels.clone(),
+        account_labels: condition.account_labels.clone(),
+        client_labels: condition.client_labels.clone(),
+        size_min: condition.size_min,
+        size_max: condition.size_max,
+        access: condition.access.clone(),
+        pool_used_min: condition.pool_used_min,
+        pool_used_max: condition.pool_used_max,
+        account_used_min: condition.account_used_min,
+        account_used_max: condition.account_used_max,
+        time: Vec::new(),
+        time_zone: None,
+        all: Vec::new(),
+        any: Vec::new(),
+        not: None,
     }
 }
 

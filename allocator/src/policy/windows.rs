@@ -5,8 +5,9 @@ use jiff::tz::TimeZone;
 use jiff::{Timestamp, ToSpan as _};
 use xpm_protocol::policy::{Day, Window};
 
-/// Days that are looked ahead: windows repeat each week.
-const AHEAD: i32 = 9;
+/// Days that are looked ahead: windows repeat each week, but one (or the time between two) may be
+/// left out where clocks are put forward; then it is a week later.
+const AHEAD: [i32; 2] = [9, 16];
 /// Changes of a zone's clock that are looked at ahead; there are two a year.
 const TRANSITIONS: usize = 4;
 
@@ -37,12 +38,17 @@ impl Windows {
 
     /// The first moment after this one that is in no window; none where one is always open.
     pub fn next_close(&self, unix: i64) -> Option<i64> {
-        self.changes(unix).into_iter().find(|&moment| !self.contains(moment))
+        self.next(unix, false)
     }
 
     /// The first moment after this one that is in a window; none where none ever opens.
     pub fn next_open(&self, unix: i64) -> Option<i64> {
-        self.changes(unix).into_iter().find(|&moment| self.contains(moment))
+        self.next(unix, true)
+    }
+
+    fn next(&self, unix: i64, open: bool) -> Option<i64> {
+        let find = |moments: Vec<i64>| moments.into_iter().find(|&moment| self.contains(moment) == open);
+        AHEAD.into_iter().find_map(|days| find(self.changes(unix, days)))
     }
 
     /// A moment, as the clock of the zone shows it.
@@ -55,12 +61,12 @@ impl Windows {
         Timestamp::from_second(unix).ok().map(|moment| self.zone.to_datetime(moment))
     }
 
-    /// The moments after this one at which a window may begin or end, in order: those at which the
+    /// The moments of so many days after this one at which a window may begin or end, in order: those at which the
     /// clock shows its edges, and those at which the clock itself is changed.
-    fn changes(&self, unix: i64) -> Vec<i64> {
+    fn changes(&self, unix: i64, days: i32) -> Vec<i64> {
         let Some(now) = self.wall(unix) else { return Vec::new() };
         let mut moments: Vec<i64> = Vec::new();
-        for ahead in -1..=AHEAD {
+        for ahead in -1..=days {
             let Ok(day) = now.date().checked_add(ahead.days()) else { continue };
             for window in &self.windows {
                 for minute in [window.from.minutes(), window.to.minutes()] {
@@ -72,7 +78,9 @@ impl Windows {
             let changes = self.zone.following(moment).take(TRANSITIONS);
             moments.extend(changes.map(|change| change.timestamp().as_second()));
         }
-        moments.retain(|&moment| moment > unix);
+        // Clocks may be changed months ahead: not all edges until then are among these.
+        let end = unix.saturating_add(i64::from(days) * 86_400);
+        moments.retain(|&moment| moment > unix && moment <= end);
         moments.sort_unstable();
         moments.dedup();
         moments
@@ -170,6 +178,22 @@ mod tests {
             None,
             "it ends when it begins again"
         );
+    }
+
+    #[test]
+    fn what_is_left_out_comes_a_week_later() {
+        let week = 7 * 24 * HOUR;
+        let night = berlin(&[(&[Day::Sun], "02:15", "02:45")]);
+        let before = SPRING - week + 3 * HOUR;
+        // Clocks are put forward in between.
+        let after = SPRING + week - HOUR;
+        assert_eq!(night.next_open(before), Some(after + 2 * HOUR + 900));
+        let all_but_night = berlin(&[
+            (&[Day::Mon, Day::Tue, Day::Wed, Day::Thu, Day::Fri, Day::Sat], "00:00", "24:00"),
+            (&[Day::Sun], "00:00", "02:00"),
+            (&[Day::Sun], "03:00", "24:00"),
+        ]);
+        assert_eq!(all_but_night.next_close(before), Some(after + 2 * HOUR));
     }
 
     #[test]

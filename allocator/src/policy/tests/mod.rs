@@ -4,6 +4,10 @@ use xpm_protocol::api::policy::PolicyFormat;
 
 use super::*;
 
+mod limits;
+mod problems;
+mod round_trip;
+
 fn file(format: PolicyFormat, text: &str) -> PolicyFile {
     PolicyFile { name: "pool".to_owned(), format, text: text.to_owned() }
 }
@@ -157,145 +161,6 @@ fn removing() {
     assert_eq!(anew.changes[0].version, 3, "a version is never used twice");
 }
 
-/// Each problem with its line and key, in both forms.
-#[test]
-fn problems_have_line_and_key() {
-    let policy = applied(POOL);
-    for (text, line, key, part) in [
-        ("[[account]]\nname = 'a'\nprioritty = 1\n", 3, "account[0].prioritty", "unknown field"),
-        ("[[account]]\npriority = 1\n", 1, "account[0]", "missing field `name`"),
-        ("[[account]]\nname = 'a'\nhard-limit = '1X'\n", 3, "account[0].hard-limit", "its unit is unknown"),
-        ("[[acount]]\nname = 'a'\n", 1, "acount", "strategy, account, client and appliance"),
-        ("account = 1\n", 1, "account", "[[account]]"),
-        ("[[account]\n", 1, "", "not TOML"),
-        ("[[account]]\nname = 'a'\npriority = 1001\n", 3, "account[0].priority", "0 to 1000"),
-        (
-            "[[account]]\nname = 'a'\nsoft-limit = '2GiB'\nhard-limit = '1GiB'\n",
-            3,
-            "account[0].soft-limit",
-            "above the hard limit",
-        ),
-        ("[[account]]\nname = 'a'\nstrategy = 'none'\n", 3, "account[0].strategy", "no strategy `none`"),
-        ("[[account]]\nname = 'a'\nhours = [{ from = '8:00' }]\n", 3, "account[0].hours[0].from", "08:30"),
-        (
-            "[[account]]\nname = 'a'\ntime-zone = 'Mars/Base'\nhours = [{}]\n",
-            3,
-            "account[0].time-zone",
-            "Europe/Berlin",
-        ),
-        ("[[account]]\nname = 'a'\ntime-zone = 'UTC'\n", 3, "account[0].time-zone", "without `hours`"),
-        (
-            "[[account]]\nname = 'a'\nlease = { duration = '0s' }\n",
-            3,
-            "account[0].lease.duration",
-            "a second",
-        ),
-        (
-            "[[account]]\nname = 'a'\n[account.lease]\nduration = '1h'\nwarning = '2h'\n",
-            5,
-            "account[0].lease.warning",
-            "before it begins",
-        ),
-        (
-            "[[account]]\nname = 'a'\nlease = { duration = '1h', total-max = '1m' }\n",
-            3,
-            "account[0].lease.total-max",
-            "shorter",
-        ),
-        ("[[client]]\nname = 'c'\naccount = 'none'\n", 3, "client[0].account", "no account `none`"),
-        ("[[account]]\nname = 'a'\n[[account]]\nname = 'a'\n", 4, "account[1].name", "there twice"),
-        ("[[appliance]]\nname = 'a'\nlink-speed = '0bps'\n", 3, "appliance[0].link-speed", "some speed"),
-        ("[[appliance]]\nname = 'a'\nhead-room = '200%'\n", 3, "appliance[0].head-room", "25%"),
-    ] {
-        check(&policy, text, line, key, part);
-    }
-}
-
-#[test]
-fn problems_of_strategies() {
-    let policy = applied(POOL);
-    let two = "[[strategy]]\nname = 's'\n[[strategy.rule]]\nname = 'a'\n";
-    for (rule, line, key, part) in [
-        ("", 3, "rule[0]", "does nothing"),
-        (
-            "last = true\n[[strategy.rule]]\nname = 'b'\nreclaimable = true\n",
-            6,
-            "rule[1]",
-            "never reached: rule `a`",
-        ),
-        (
-            "last = true\nwhen = { size-min = '1' }\n[[strategy.rule]]\nname = 'a'\nlast = true\n",
-            8,
-            "rule[1].name",
-            "two rules",
-        ),
-        ("refuse = ' '\n", 5, "rule[0].refuse", "say why"),
-        ("use = 'none'\n", 5, "rule[0].use", "no strategy `none`"),
-        ("use = 's'\n", 5, "rule[0].use", "circle"),
-        ("use = 'other'\nlast = true\n", 6, "rule[0].last", "goes on elsewhere"),
-        ("require = {}\n", 5, "rule[0].require", "nothing about appliances"),
-        ("forbid = [{}]\n", 5, "rule[0].forbid[0]", "use `refuse`"),
-        ("prefer = [{ weight = 5 }]\n", 5, "rule[0].prefer[0]", "say which"),
-        ("prefer = [{ weight = 0, select = { rdma = true } }]\n", 5, "rule[0].prefer[0].weight", "1 to 1000"),
-        ("layout = { stripe-unit = '64KiB' }\n", 5, "rule[0].layout.stripe-unit", "without a stripe"),
-        ("layout = { stripe = 2, stripe-unit = '5000' }\n", 5, "rule[0].layout.stripe-unit", "power of two"),
-        ("layout = { stripe = 0 }\n", 5, "rule[0].layout.stripe", "1 to 1024"),
-        ("layout = { region-size = '1MiB' }\n", 5, "rule[0].layout.region-size", "16MiB"),
-        ("locality = {}\n", 5, "rule[0].locality", "how near"),
-        ("weights = { free = 1001 }\n", 5, "rule[0].weights.free", "0 to 1000"),
-        ("limit = {}\n", 5, "rule[0].limit", "limits nothing"),
-        ("limit = { soft = '2GiB', hard = '1GiB' }\n", 5, "rule[0].limit.soft", "above the hard limit"),
-        ("link-speed = 'fast'\n", 5, "rule[0].link-speed", "or `client`"),
-        (
-            "last = true\nwhen = { size-min = '2', size-max = '1' }\n",
-            6,
-            "rule[0].when.size-min",
-            "never hold",
-        ),
-        (
-            "last = true\nwhen = { pool-used-min = '90%', pool-used-max = '10%' }\n",
-            6,
-            "rule[0].when.pool-used-min",
-            "never hold",
-        ),
-        ("last = true\nwhen = { not = {} }\n", 6, "rule[0].when.not", "never hold"),
-        ("last = true\nwhen = { account = ['none'] }\n", 6, "rule[0].when.account[0]", "no account"),
-        (
-            "last = true\nwhen = { any = [{ time = [{}], time-zone = 'X' }] }\n",
-            6,
-            "rule[0].when.any[0].time-zone",
-            "unknown",
-        ),
-        (
-            "require = { labels = { rack = 'a' } }\n[[strategy.rule]]\nname = 'b'\nrequire = { labels = { rack = 'b' } }\n",
-            8,
-            "rule[1].require",
-            "rule `a` requires",
-        ),
-        (
-            "require = { appliances = ['x'] }\nforbid = [{ appliances = ['x', 'y'] }]\n",
-            6,
-            "rule[0].forbid[0]",
-            "forbids all that rule `a` requires",
-        ),
-    ] {
-        check(&policy, &format!("{two}{rule}"), line, &format!("strategy[0].{key}"), part);
-    }
-}
-
-fn check(policy: &Policy, text: &str, line: u64, key: &str, part: &str) {
-    let found = problems(policy, toml(text));
-    let wanted = |one: &String| one.starts_with(&format!("{line} {key}: ")) && one.contains(part);
-    assert!(found.iter().any(wanted), "{text}\nwanted {line} {key}: ..{part}.., found {found:#?}");
-    let Ok(value) = ::toml::from_str::<serde_json::Value>(text) else { return };
-    let found = problems(policy, json(&serde_json::to_string_pretty(&value).unwrap()));
-    let wanted = |one: &String| {
-        one.split_once(' ')
-            .is_some_and(|(_, rest)| rest.starts_with(&format!("{key}: ")) && rest.contains(part))
-    };
-    assert!(found.iter().any(wanted), "as JSON: {text}\nwanted {key}: ..{part}.., found {found:#?}");
-}
-
 #[test]
 fn lines_of_json() {
     let text = "{\n  \"account\": [\n    {\"name\": \"a\",\n     \"lease\": {\n       \"duration\": \"1h\",\n       \"warning\": \"2h\"}}\n  ]\n}";
@@ -321,46 +186,6 @@ fn all_files_are_looked_at() {
     ];
     let plan = Policy::default().plan(&files, &Usage::default());
     assert!(plan.problems.len() == 3 && plan.next.is_none() && plan.changes.is_empty());
-}
-
-#[test]
-fn bombs_are_refused_quickly() {
-    let deep = |open: &str, times: usize| open.repeat(times);
-    for text in [
-        deep("[", 1 << 20),
-        format!("a = {}", deep("[", 1 << 19)),
-        format!("[[strategy]]\nname='s'\n[[strategy.rule]]\nname='a'\nwhen={}", deep("{not=", 200_000)),
-        format!("{}=1", deep("a.", 400_000)),
-        format!("[{}a]", deep("a.", 400_000)),
-        format!("[[{}a]]", deep("\"a\".", 200_000)),
-        format!("x = {{ {}=1 }}", deep("a.", 300_000)),
-        deep("[[account]]\nname='a'\n", 40_000),
-        "x".repeat((1 << 20) + 1),
-    ] {
-        assert!(!problems(&Policy::default(), toml(&text)).is_empty());
-    }
-    for text in
-        [deep("[", 1 << 20), deep("{\"a\":", 200_000), format!("{{\"account\":{}", deep("[", 1 << 19))]
-    {
-        assert!(!problems(&Policy::default(), json(&text)).is_empty());
-    }
-    let nine = "[[strategy]]\nname='s'\n[[strategy.rule]]\nname='a'\nlast=true\nwhen=".to_owned()
-        + &"{not=".repeat(9)
-        + "{size-min=1}"
-        + &"}".repeat(9);
-    assert!(problems(&Policy::default(), toml(&nine))[0].contains("more than 8 deep"));
-}
-
-#[test]
-fn chains_end() {
-    let strategy = |number: u32| {
-        format!("[[strategy]]\nname='s{number}'\n[[strategy.rule]]\nname='a'\nuse='s{}'\n", number + 1)
-    };
-    let chain = |count: u32| {
-        (0..count).map(strategy).collect::<String>() + &format!("[[strategy]]\nname='s{count}'\n")
-    };
-    assert!(problems(&Policy::default(), toml(&chain(8))).is_empty());
-    assert!(problems(&Policy::default(), toml(&chain(9)))[0].contains("more than 8 strategies"));
 }
 
 #[test]
@@ -415,6 +240,31 @@ when = { account = ["batch"], labels = { job = "x" }, size-min = "1GiB", access 
 fn pairs(text: &str) -> xpm_protocol::policy::Labels {
     let (key, value) = text.split_once('=').unwrap();
     [(key.parse().unwrap(), value.parse().unwrap())].into()
+}
+
+/// The example that people copy from.
+#[test]
+fn the_example_of_the_manual_can_be_applied() {
+    let manual = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/strategies.md");
+    let manual = std::fs::read_to_string(manual).unwrap();
+    let example = manual.split("```toml\n").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
+    assert!(applied(example).strategy(&"default".parse().unwrap()).is_some());
+}
+
+/// Every key is in the manual.
+#[test]
+fn the_manual_has_every_key() {
+    let manual = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/strategies.md");
+    let manual = std::fs::read_to_string(manual).unwrap();
+    let schema: serde_json::Value = serde_json::from_str(&xpm_protocol::policy::schema()).unwrap();
+    let types = schema["$defs"].as_object().unwrap().values().filter_map(|one| one["properties"].as_object());
+    let keys: std::collections::BTreeSet<&String> = types.flat_map(|keys| keys.keys()).collect();
+    assert!(keys.len() > 50, "{keys:?}");
+    let told = |key: &str| {
+        [format!("`{key}`"), format!("`{key}."), format!(".{key}`")].iter().any(|form| manual.contains(form))
+    };
+    let missing: Vec<_> = keys.into_iter().filter(|key| !told(key)).collect();
+    assert!(missing.is_empty(), "not in docs/strategies.md: {missing:?}");
 }
 
 /// The published schema is that of the types. `UPDATE_SCHEMA=1` writes it anew.

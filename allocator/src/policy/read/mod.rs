@@ -1,0 +1,206 @@
+//! Files of documents, as values with the lines that they come from.
+//!
+//! TOML and JSON become the same tree of values, and a tree of lines beside it; what is found out
+//! about a value later is told by its key, and the line is looked up then.
+
+mod depth;
+mod json;
+mod lines;
+mod toml;
+
+use std::sync::Arc;
+
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use xpm_protocol::api::policy::{PolicyFile, PolicyFormat, Problem};
+use xpm_protocol::policy::{Content, Kind};
+
+use lines::Lines;
+
+/// Most files at once.
+const FILES_MAX: usize = 64;
+/// Most bytes of all files together, with their names.
+const BYTES_MAX: usize = 1 << 20;
+/// Most values in all files together. Fewer than as many bytes can hold, for a value in memory is
+/// much larger than the shortest one that can be written.
+const VALUES_MAX: usize = 100_000;
+/// Most problems that are told at once.
+pub(super) const PROBLEMS_MAX: usize = 100;
+/// Most characters of a file's name, a key or a text in a problem.
+const SHOWN_MAX: usize = 400;
+
+/// A document of a file.
+#[derive(Debug, Clone)]
+pub(super) struct Document {
+    pub(super) content: Content,
+    origin: Origin,
+}
+
+/// Where a document comes from.
+#[derive(Debug, Clone)]
+struct Origin {
+    file: Arc<str>,
+    /// Its key in the file, such as `account[1]`.
+    key: String,
+    lines: Arc<Lines>,
+}
+
+impl Document {
+    /// A problem with a key of the document, such as `rule[0].when`.
+    pub(super) fn problem(&self, key: &str, text: &str) -> Problem {
+        self.origin.problem(key, text)
+    }
+}
+
+impl Origin {
+    fn problem(&self, key: &str, text: &str) -> Problem {
+        let whole = if key.is_empty() { self.key.clone() } else { format!("{}.{key}", self.key) };
+        problem(&self.file, self.lines.of(key), &whole, text)
+    }
+}
+
+/// Reads all files. Where there are problems, the documents are not all.
+pub(super) fn read(files: &[PolicyFile]) -> (Vec<Document>, Vec<Problem>) {
+    let bytes: usize = files.iter().map(|file| file.name.len() + file.text.len()).sum();
+    if files.len() > FILES_MAX || bytes > BYTES_MAX {
+        let name = files.first().map_or("", |file| &file.name);
+        let text = format!(
+            "at most {FILES_MAX} files and {BYTES_MAX} bytes can be applied at once: apply them in parts"
+        );
+        return (Vec::new(), vec![problem(name, 0, "", &text)]);
+    }
+    let mut found = Found::default();
+    for file in files {
+        found.read(file);
+    }
+    found.problems.truncate(PROBLEMS_MAX);
+    (found.documents, found.problems)
+}
+
+fn problem(file: &str, line: u64, key: &str, text: &str) -> Problem {
+    Problem { file: shown(file), line, key: shown(key), text: shown(text) }
+}
+
+/// As one line that is not too long.
+fn shown(text: &str) -> String {
+    let mut line = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    if let Some((end, _)) = line.char_indices().nth(SHOWN_MAX) {
+        line.truncate(end);
+        line.push_str("...");
+    }
+    line
+}
+
+type Parsed = Result<(Value, Lines), (u64, String)>;
+
+#[derive(Default)]
+struct Found {
+    documents: Vec<Document>,
+    problems: Vec<Problem>,
+    values: usize,
+}
+
+impl Found {
+    fn read(&mut self, file: &PolicyFile) {
+        let parsed = match file.format {
+            PolicyFormat::Toml => toml::parse(&file.text),
+            PolicyFormat::Json => json::parse(&file.text),
+        };
+        match parsed {
+            Ok((Value::Object(kinds), lines)) => {
+                self.values += kinds.values().map(count).sum::<usize>();
+                if self.values > VALUES_MAX {
+                    let text =
+                        format!("at most {VALUES_MAX} values can be applied at once: apply them in parts");
+                    return self.problems.push(problem(&file.name, 0, "", &text));
+                }
+                self.read_kinds(&file.name, kinds, lines);
+            }
+            Ok((_, lines)) => {
+                let text =
+                    "a file of documents is a table with the keys strategy, account, client and appliance";
+                self.problems.push(problem(&file.name, lines.line, "", text));
+            }
+            Err((line, text)) => self.problems.push(problem(&file.name, line, "", &text)),
+        }
+    }
+
+    fn read_kinds(&mut self, file: &str, kinds: serde_json::Map<String, Value>, mut lines: Lines) {
+        let name: Arc<str> = file.into();
+        for (key, value) in kinds {
+            let at = lines.table.remove(&key).unwrap_or_default();
+            match (key.parse::<Kind>(), value) {
+                (Ok(kind), Value::Array(list)) => self.read_list(&name, kind, list, at),
+                (Ok(kind), _) => {
+                    let text = format!(
+                        "{kind} is a list of documents: write [[{kind}]] in TOML, or \"{kind}\": [...] in JSON"
+                    );
+                    self.problems.push(problem(file, at.line, &key, &text));
+                }
+                (Err(error), _) => self.problems.push(problem(file, at.line, &key, &error.to_string())),
+            }
+        }
+    }
+
+    fn read_list(&mut self, file: &Arc<str>, kind: Kind, list: Vec<Value>, lines: Lines) {
+        for (index, (value, lines)) in list.into_iter().zip(lines.list).enumerate() {
+            let key = format!("{kind}[{index}]");
+            let origin = Origin { file: file.clone(), key, lines: Arc::new(lines) };
+            match document(kind, value) {
+                Ok(content) => self.documents.push(Document { content, origin }),
+                Err((key, text)) => self.problems.push(origin.problem(&key, &text)),
+            }
+        }
+    }
+}
+
+/// The document, or the key of what is wrong with it and why.
+fn document(kind: Kind, value: Value) -> Result<Content, (String, String)> {
+    if depth_of(&value) > depth::DEPTH_MAX {
+        return Err((String::new(), too_deep_text()));
+    }
+    match kind {
+        Kind::Strategy => typed(value).map(Content::Strategy),
+        Kind::Account => typed(value).map(Content::Account),
+        Kind::Client => typed(value).map(Content::Client),
+        Kind::Appliance => typed(value).map(Content::Appliance),
+    }
+}
+
+/// How deep values lie in this one, itself included.
+fn depth_of(value: &Value) -> usize {
+    1 + match value {
+        Value::Array(list) => list.iter().map(depth_of).max().unwrap_or(0),
+        Value::Object(table) => table.values().map(depth_of).max().unwrap_or(0),
+        _ => 0,
+    }
+}
+
+fn too_deep_text() -> String {
+    format!("values lie more than {} deep in each other: no document needs that", depth::DEPTH_MAX)
+}
+
+fn count(value: &Value) -> usize {
+    match value {
+        Value::Array(list) => 1 + list.iter().map(count).sum::<usize>(),
+        Value::Object(table) => 1 + table.values().map(count).sum::<usize>(),
+        _ => 1,
+    }
+}
+
+fn typed<T: DeserializeOwned>(value: Value) -> Result<T, (String, String)> {
+    if value.is_array() {
+        // It would be taken as a list of the values of all keys.
+        return Err((String::new(), "a document is a table of keys, not a list".to_owned()));
+    }
+    serde_path_to_error::deserialize(value).map_err(|error| {
+        let key = error.path().to_string();
+        let key = if key == "." { String::new() } else { key };
+        (key, error.into_inner().to_string())
+    })
+}
+
+fn listed(both: Vec<(Value, Lines)>, line: u64) -> (Value, Lines) {
+    let (values, list): (Vec<Value>, Vec<Lines>) = both.into_iter().unzip();
+    (Value::Array(values), Lines { list, ..Lines::at(line) })
+}
