@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use xpm_protocol::api::decision::Rejection;
 use xpm_protocol::policy::Selector;
-use xpm_protocol::{ByteSize, LinkSpeed};
+use xpm_protocol::{ApplianceId, ByteSize, LinkSpeed};
 
 use super::pool::{Fixed, Hot};
 use super::{Demand, Room, Seen, Snapshot};
@@ -107,32 +107,26 @@ impl<'a> Filter<'a> {
     /// marked.
     pub(super) fn rooms(&self, seen: &mut [Seen], region_len: u64) -> Vec<Room> {
         let shift = region_len.trailing_zeros();
-        let plain = self.demand.needs.share.is_none()
-            && !self.snapshot.with_clearing
-            && self.snapshot.given_back.is_empty();
+        let plain = !self.snapshot.with_clearing && self.snapshot.given_back.is_empty();
+        let mut shares = Shares::new(self.snapshot, self.demand);
         let mut rooms = Vec::with_capacity(seen.len());
-        for (at, seen) in seen.iter_mut().enumerate() {
+        for (at, (seen, hot)) in seen.iter_mut().zip(&self.snapshot.pool.hot).enumerate() {
             if !matches!(seen.code, Code::Usable | Code::Full | Code::ShareUsed) {
                 continue;
             }
-            let free = self.snapshot.pool.hot[at].free;
-            let (free, full) = if plain { (free, Code::Full) } else { self.may_take(at) };
-            let regions = free >> shift;
-            seen.code = if regions > 0 { Code::Usable } else { full };
+            let free = if plain { hot.free } else { self.free(at) };
+            let left = shares.left(at);
+            let regions = free.min(left) >> shift;
+            seen.code = match regions {
+                0 if left < free => Code::ShareUsed,
+                0 => Code::Full,
+                _ => Code::Usable,
+            };
             if regions > 0 {
                 rooms.push(Room { at: at as u32, regions: u32::try_from(regions).unwrap_or(u32::MAX) });
             }
         }
         rooms
-    }
-
-    /// What may be taken of an appliance in all, and what to say where that is too little.
-    fn may_take(&self, at: usize) -> (u64, Code) {
-        let free = self.free(at);
-        match self.share_left(at) {
-            Some(left) if left < free => (left, Code::ShareUsed),
-            _ => (free, Code::Full),
-        }
     }
 
     fn free(&self, at: usize) -> u64 {
@@ -143,13 +137,6 @@ impl<'a> Filter<'a> {
         }
         let back = self.snapshot.given_back.get(&one.id).copied().unwrap_or(0);
         free.saturating_add(back).min(one.capacity.max(free))
-    }
-
-    fn share_left(&self, at: usize) -> Option<u64> {
-        let one = &self.snapshot.pool.cold[at].candidate;
-        let share = self.demand.needs.share?.of(one.capacity);
-        let used = self.snapshot.of_account.get(&one.id).copied().unwrap_or(0);
-        Some(share.saturating_sub(used))
     }
 
     /// The reason in full.
@@ -185,5 +172,35 @@ impl<'a> Filter<'a> {
             },
             Code::Full => Rejection::Full { free: ByteSize(self.free(at)), region: ByteSize(region_len) },
         })
+    }
+}
+
+/// What the account may still have of each appliance, looked up in the order of the pool.
+#[derive(Debug)]
+struct Shares {
+    shares: Option<Arc<[u64]>>,
+    /// What the account has, by place in the pool; the last is the next one that is asked for.
+    used: Vec<(usize, u64)>,
+}
+
+impl Shares {
+    fn new(snapshot: &Snapshot<'_>, demand: &Demand) -> Shares {
+        let Some(share) = demand.needs.share else { return Shares { shares: None, used: Vec::new() } };
+        let place = |(id, used): (&ApplianceId, &u64)| Some((snapshot.pool.at(*id)?, *used));
+        let mut used: Vec<(usize, u64)> = snapshot.of_account.iter().filter_map(place).collect();
+        used.sort_unstable_by(|a, b| b.cmp(a));
+        Shares { shares: Some(snapshot.pool.shares(share)), used }
+    }
+
+    /// The places must ascend.
+    fn left(&mut self, at: usize) -> u64 {
+        let Some(shares) = &self.shares else { return u64::MAX };
+        while self.used.last().is_some_and(|(place, _)| *place < at) {
+            self.used.pop();
+        }
+        match self.used.last() {
+            Some((place, used)) if *place == at => shares[at].saturating_sub(*used),
+            _ => shares[at],
+        }
     }
 }

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use xpm_protocol::api::appliance::Medium;
 use xpm_protocol::policy::{LEVELS, Labels, Level, Selector};
-use xpm_protocol::{ApplianceId, LinkSpeed, Name};
+use xpm_protocol::{ApplianceId, LinkSpeed, Name, Percent};
 
 use super::Code;
 
@@ -79,12 +79,15 @@ pub(super) struct Cold {
 #[derive(Debug, Default)]
 pub struct Pool {
     pub(super) hot: Vec<Hot>,
+    pub(super) ids: Vec<ApplianceId>,
     pub(super) cold: Vec<Cold>,
     index: HashMap<ApplianceId, usize>,
     numbers: HashMap<(Name, Name), u32>,
     /// What was found out about appliances that does not change from one decision to the next.
     /// Everything that changes it clears this.
     known: RefCell<HashMap<Fixed, Arc<[Code]>>>,
+    /// Shares of the memory of each, in bytes.
+    shares: RefCell<HashMap<Percent, Arc<[u64]>>>,
 }
 
 /// Demands that are met or not by what an appliance is, whatever it has at the moment.
@@ -114,7 +117,7 @@ pub(super) struct Chosen<'a> {
 impl Pool {
     /// Adds or replaces an appliance.
     pub fn put(&mut self, candidate: Candidate) {
-        self.known.get_mut().clear();
+        self.forget();
         let hot = Hot::of(&candidate);
         let labels = candidate.labels.iter().map(|(key, value)| self.number(key, value)).collect();
         let place = LEVELS.map(|level| {
@@ -128,13 +131,14 @@ impl Pool {
             None => {
                 self.index.insert(id, self.hot.len());
                 self.hot.push(hot);
+                self.ids.push(id);
                 self.cold.push(cold);
             }
         }
     }
 
     /// Changes what the closure changes of an appliance: only what it has, not what it is (its name,
-    /// labels, medium, link speed, and whether it is drained or reached by RDMA).
+    /// labels, medium, capacity, link speed, and whether it is drained or reached by RDMA).
     pub fn update(&mut self, id: ApplianceId, change: impl FnOnce(&mut Candidate)) {
         if let Some(&at) = self.index.get(&id) {
             change(&mut self.cold[at].candidate);
@@ -145,8 +149,9 @@ impl Pool {
     /// Removes an appliance.
     pub fn remove(&mut self, id: ApplianceId) {
         let Some(at) = self.index.remove(&id) else { return };
-        self.known.get_mut().clear();
+        self.forget();
         self.hot.swap_remove(at);
+        self.ids.swap_remove(at);
         self.cold.swap_remove(at);
         if let Some(moved) = self.cold.get(at) {
             self.index.insert(moved.candidate.id, at);
@@ -175,6 +180,18 @@ impl Pool {
 
     pub(super) fn at(&self, id: ApplianceId) -> Option<usize> {
         self.index.get(&id).copied()
+    }
+
+    fn forget(&mut self) {
+        self.known.get_mut().clear();
+        self.shares.get_mut().clear();
+    }
+
+    /// This share of the memory of each appliance, in bytes.
+    pub(super) fn shares(&self, share: Percent) -> Arc<[u64]> {
+        let of = |cold: &Cold| share.of(cold.candidate.capacity);
+        let mut shares = self.shares.borrow_mut();
+        shares.entry(share).or_insert_with(|| self.cold.iter().map(of).collect()).clone()
     }
 
     /// What is known of all appliances about fixed demands, found out at the first time.

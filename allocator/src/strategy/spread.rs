@@ -58,7 +58,7 @@ fn first(
     wanted: u64,
 ) -> BinaryHeap<Seat> {
     let seat = |room: &Room, score: u32| {
-        let id = snapshot.pool.cold[room.at as usize].candidate.id;
+        let id = snapshot.pool.ids[room.at as usize];
         let (at, room) = (room.at, u64::from(room.regions));
         Seat { regions: Reverse(0), score, draw: Reverse(draw(id, demand.seed)), id: Reverse(id), room, at }
     };
@@ -69,16 +69,19 @@ fn first(
     }
     // The least of the best so far is at the head; most appliances are worse than that at a glance.
     let mut best: BinaryHeap<Reverse<Seat>> = BinaryHeap::with_capacity(wanted + 1);
-    let mut least = 0;
     for (room, score) in scored {
-        if best.len() == wanted && score < least {
+        let least = best.peek().filter(|_| best.len() == wanted);
+        if least.is_some_and(|Reverse(least)| score < least.score) {
             continue;
         }
-        best.push(Reverse(seat(room, score)));
+        let seat = seat(room, score);
+        if least.is_some_and(|Reverse(least)| seat < *least) {
+            continue;
+        }
+        best.push(Reverse(seat));
         if best.len() > wanted {
             best.pop();
         }
-        least = best.peek().map_or(0, |Reverse(seat)| seat.score);
     }
     best.into_iter().map(|Reverse(seat)| seat).collect()
 }
@@ -99,7 +102,7 @@ impl Table<'_> {
                 self.heap.extend(used.drain(..));
             }
             let mut seat = self.heap.pop()?;
-            regions.push(self.snapshot.pool.cold[seat.at as usize].candidate.id);
+            regions.push(self.snapshot.pool.ids[seat.at as usize]);
             seat.regions.0 += 1;
             if seat.regions.0 < seat.room {
                 seat.score = self.scorer.score(seat.at as usize, seat.regions.0 * self.region_len);
