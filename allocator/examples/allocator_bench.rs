@@ -45,6 +45,8 @@ fn measure(appliances: u64) -> Result<(), Failed> {
     let mut pool = Pool::start(appliances, RedbStore::open(directory.path())?)?;
     pool.apply();
     pool.beat_all();
+    // Nobody is a newcomer any more.
+    pool.unix += 3600;
     let allocations = appliances * FILL / REGIONS;
     let filled = pool.make(allocations)?;
     let rate = pool.make(if appliances < 1000 { 2000 } else { 10_000 })?;
@@ -56,7 +58,7 @@ fn measure(appliances: u64) -> Result<(), Failed> {
     let mut store = RedbStore::open(directory.path())?;
     let loaded = store.load()?;
     let mut service = new_service();
-    service.restore(moment(), loaded);
+    service.restore(Moment { at: Duration::from_secs(1), unix: UNIX }, loaded);
     let restart = restart.elapsed();
     times.sort_unstable();
     let at = |share: usize| times[times.len() * share / 1000].as_nanos() as f64 / 1000.0;
@@ -90,6 +92,7 @@ struct Pool {
     regions: u128,
     replies: u64,
     names: u64,
+    unix: u64,
 }
 
 impl Pool {
@@ -110,6 +113,7 @@ impl Pool {
             regions: 0,
             replies: 0,
             names: 0,
+            unix: UNIX,
         })
     }
 
@@ -142,6 +146,10 @@ impl Pool {
         }
     }
 
+    fn moment(&self) -> Moment {
+        Moment { at: Duration::from_secs(1), unix: self.unix }
+    }
+
     /// Asks and carries everything out that follows.
     fn ask(&mut self, request: Request) -> Vec<Outcome> {
         let effects = self.event(request);
@@ -150,7 +158,7 @@ impl Pool {
         while open > 0 {
             let Ok(ticket) = self.stored.recv() else { break };
             open -= 1;
-            let effects = self.service.handle(moment(), Event::Stored(ticket));
+            let effects = self.service.handle(self.moment(), Event::Stored(ticket));
             open += self.carry_out(effects, &mut answers);
         }
         answers
@@ -158,7 +166,7 @@ impl Pool {
 
     fn event(&mut self, request: Request) -> Vec<Effect> {
         self.replies += 1;
-        self.service.handle(moment(), Event::Request(ReplyTo(self.replies), request))
+        self.service.handle(self.moment(), Event::Request(ReplyTo(self.replies), request))
     }
 
     /// Stores are handed over, calls answered at once. Returns how many stores are on their way.
@@ -169,7 +177,7 @@ impl Pool {
             for effect in std::mem::take(&mut queue) {
                 match effect {
                     Effect::Reply(_, result) => {
-                        answers.push(result.unwrap_or_else(|error| panic!("{}", error.1)))
+                        answers.push(result.unwrap_or_else(|error| panic!("{}", error.1)));
                     }
                     Effect::Store(ticket, batch) => {
                         let done = self.done.clone();
@@ -184,7 +192,7 @@ impl Pool {
                     }
                     Effect::Call(ticket, target, call) => {
                         let answer = self.answer(target.appliance, call);
-                        queue.extend(self.service.handle(moment(), Event::Called(ticket, Ok(answer))));
+                        queue.extend(self.service.handle(self.moment(), Event::Called(ticket, Ok(answer))));
                     }
                 }
             }
@@ -243,13 +251,13 @@ impl Pool {
             }
             let ticket = self.stored.recv()?;
             open -= 1;
-            let effects = self.service.handle(moment(), Event::Stored(ticket));
+            let effects = self.service.handle(self.moment(), Event::Stored(ticket));
             open += self.carry_out(effects, &mut answers);
         }
         while open > 0 {
             let ticket = self.stored.recv()?;
             open -= 1;
-            let effects = self.service.handle(moment(), Event::Stored(ticket));
+            let effects = self.service.handle(self.moment(), Event::Stored(ticket));
             open += self.carry_out(effects, &mut answers);
         }
         Ok(count as f64 / began.elapsed().as_secs_f64())
@@ -273,13 +281,13 @@ impl Pool {
             self.replies += 1;
             let event = Event::Request(ReplyTo(self.replies), Request::Create(create));
             let began = Instant::now();
-            let effects = self.service.handle(moment(), event);
+            let effects = self.service.handle(self.moment(), event);
             times.push(began.elapsed());
             let mut answers = Vec::new();
             let mut open = self.carry_out(effects, &mut answers);
             while open > 0 {
                 let ticket = self.stored.recv()?;
-                let effects = self.service.handle(moment(), Event::Stored(ticket));
+                let effects = self.service.handle(self.moment(), Event::Stored(ticket));
                 open = open - 1 + self.carry_out(effects, &mut answers);
             }
         }
@@ -344,7 +352,7 @@ fn appliance(number: u64) -> Heartbeat {
         label("site", "s1".to_owned()),
         label("row", format!("w{}", number % 20)),
         label("rack", format!("r{}", number % 200)),
-        label("tier", if number % 10 == 0 { "disk".to_owned() } else { "ram".to_owned() }),
+        label("tier", if number.is_multiple_of(10) { "disk".to_owned() } else { "ram".to_owned() }),
     ];
     let endpoints = Endpoints {
         host: HostId::from_u128(1),
@@ -380,10 +388,6 @@ fn new_service() -> Service {
         keep_decisions: Duration::from_secs(86_400),
     };
     Service::new(settings, Box::new(xpm_control::random::fill))
-}
-
-fn moment() -> Moment {
-    Moment { at: Duration::from_secs(1), unix: UNIX }
 }
 
 fn resident_bytes() -> Result<u64, Failed> {

@@ -129,7 +129,7 @@ struct HeardClient {
 enum Work {
     Idle,
     Storing,
-    Creating(commit::Creation),
+    Creating(Box<commit::Creation>),
     Raising(owner::Raise),
     Purging(purge::Purge),
 }

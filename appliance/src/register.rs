@@ -82,7 +82,7 @@ async fn beat(
     let info = identity.info(client).await?;
     let appliance = appliance.clone();
     let status = tokio::task::spawn_blocking(move || appliance.status()).await.map_err(|e| e.to_string())?;
-    let first = info.endpoints.nbd.first().map(|address| address.ip());
+    let first = info.endpoints.nbd.first().map(SocketAddr::ip);
     let status = Status { traffic: first.and_then(|address| meter.traffic(address)), ..status };
     let path = format!("/v1/appliances/{}", info.id);
     let answer: Result<HeartbeatAnswer, ClientError> = client.put(&path, &Heartbeat { info, status }).await;

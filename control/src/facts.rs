@@ -42,7 +42,7 @@ pub async fn find(allocator: &str, appliances: &[Appliance]) -> io::Result<Clien
         }
     }
     let own = own_address(allocator, appliances).await;
-    facts.link_speed = own.and_then(|address| link::speed_of(address));
+    facts.link_speed = own.and_then(link::speed_of);
     Ok(facts)
 }
 

@@ -57,7 +57,7 @@ impl Service {
         let warnings = decision.warnings.clone();
         let regions = vec![Vec::new(); record.grants.len()];
         let creation = Creation { wish, open: 0, failures: Vec::new(), regions, warnings };
-        self.insert(record.clone(), Work::Creating(creation));
+        self.insert(record.clone(), Work::Creating(Box::new(creation)));
         let decision = self.decision_change(decision);
         let intent = Change::Allocation(Box::new(record.clone()));
         self.store(vec![intent, decision], Awaited::Record(Box::new(record), AfterStore::Reserve));

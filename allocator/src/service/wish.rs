@@ -105,7 +105,7 @@ impl Service {
                 self.refresh(wish);
             }
             _ if no_space && self.may_wait(&mut wish, &looked) => self.parked.push(wish),
-            _ => self.not_placed(wish, looked),
+            _ => self.not_placed(wish, &looked),
         }
     }
 
@@ -182,15 +182,15 @@ impl Service {
     }
 
     /// It waits for its turn, if it wants to and that can help; else it is refused.
-    fn not_placed(&mut self, wish: Wish, looked: Looked) {
+    fn not_placed(&mut self, wish: Wish, looked: &Looked) {
         let Some(refusal) = looked.refusal.clone() else { return };
         if self.is_queued(&wish.create.name) {
-            return self.still_waits(&wish.create.name, &looked, refusal.line());
+            return self.still_waits(&wish.create.name, looked, refusal.line());
         }
         self.record_decision(looked.decision.clone());
-        if wish.create.wait.is_some() && refusal.kind != ErrorKind::Invalid && self.could_ever(&wish, &looked)
+        if wish.create.wait.is_some() && refusal.kind != ErrorKind::Invalid && self.could_ever(&wish, looked)
         {
-            return self.enqueue(wish, &looked, refusal.line());
+            return self.enqueue(wish, looked, refusal.line());
         }
         let line = match &wish.earlier {
             Some(earlier) => format!("{earlier}; without those that failed, {}", refusal.line()),

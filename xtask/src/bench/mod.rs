@@ -1,5 +1,6 @@
 //! `cargo xtask bench`: xpm and its peers, in the same run, as ratios.
 
+mod allocator;
 mod blk;
 mod client;
 mod fio;
@@ -20,12 +21,12 @@ use self::report::Report;
 use crate::{setup, util};
 
 /// The benchmarks by name.
-const NAMES: [&str; 4] = ["blk", "slab", "lab-blk", "rdma"];
+const NAMES: [&str; 5] = ["blk", "slab", "allocator", "lab-blk", "rdma"];
 
 /// Options of `cargo xtask bench`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Benchmarks to run: blk, slab, lab-blk, rdma; all when none is named.
+    /// Benchmarks to run: blk, slab, allocator, lab-blk, rdma; all when none is named.
     names: Vec<String>,
     /// One JSON object a line instead of a table.
     #[arg(long)]
@@ -46,6 +47,7 @@ pub(crate) fn main(args: &Args) -> Result<bool> {
         match *name {
             "blk" => blk::run(&programs, &mut report)?,
             "slab" => slab::run(&programs, &mut report)?,
+            "allocator" => allocator::run(&programs, &mut report)?,
             "lab-blk" => lab_blk::run(&mut report)?,
             _ => rdma::run(&mut report)?,
         }
@@ -59,15 +61,17 @@ fn build() -> Result<PathBuf> {
     let mut cargo = util::command("cargo");
     cargo.current_dir(util::repository()).args(["build", "--release", "--workspace", "--bins"]);
     util::run(&mut cargo)?;
-    let mut cargo = util::command("cargo");
-    cargo.current_dir(util::repository()).args([
-        "build",
-        "--release",
-        "-p",
-        "xpm-client",
-        "--example",
-        "slab_bench",
-    ]);
-    util::run(&mut cargo)?;
+    for (package, example) in [("xpm-client", "slab_bench"), ("xpm-allocator", "allocator_bench")] {
+        let mut cargo = util::command("cargo");
+        cargo.current_dir(util::repository()).args([
+            "build",
+            "--release",
+            "-p",
+            package,
+            "--example",
+            example,
+        ]);
+        util::run(&mut cargo)?;
+    }
     Ok(util::target_dir()?.join("release"))
 }

@@ -85,7 +85,7 @@ fn pass(world: &mut World, seconds: u64) {
         world.now += Duration::from_secs(1);
         world.event(Event::Tick);
         world.finish();
-        if world.now.as_secs() % 5 == 0 {
+        if world.now.as_secs().is_multiple_of(5) {
             world.pass(Duration::ZERO);
             world.finish();
         }
