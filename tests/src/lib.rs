@@ -1,6 +1,8 @@
 //! Real daemons for end-to-end tests: started on free ports in a directory of their own, ended with
 //! the value that holds them.
 
+mod clock;
+
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -66,9 +68,21 @@ impl Daemon {
     /// # Panics
     /// When it cannot be started.
     pub fn start(dir: &Path, name: &str, program: &str, arguments: &[String]) -> Daemon {
+        Daemon::start_with(dir, name, program, arguments, &[])
+    }
+
+    /// The same with more in its environment.
+    fn start_with(
+        dir: &Path,
+        name: &str,
+        program: &str,
+        arguments: &[String],
+        environment: &[(String, String)],
+    ) -> Daemon {
         let log = dir.join(format!("{name}.log"));
         let file = File::options().create(true).append(true).open(&log).expect("the log can be written");
         let child = Command::new(programs().join(program))
+            .envs(environment.iter().cloned())
             .args(arguments)
             .stdin(Stdio::null())
             .stdout(file.try_clone().expect("a second descriptor"))
@@ -131,6 +145,7 @@ pub struct Cluster {
     /// The allocator.
     pub allocator: Daemon,
     allocator_port: u16,
+    allocator_environment: Vec<(String, String)>,
     appliance_arguments: Vec<Vec<String>>,
     dir: TempDir,
 }
@@ -141,22 +156,46 @@ impl Cluster {
     /// # Panics
     /// When one of them does not come up.
     pub fn start(appliances: usize) -> Cluster {
+        Cluster::start_pool(&vec![Vec::new(); appliances], false)
+    }
+
+    /// Starts an allocator, an appliance with each of these options, and xpm-blk. With `clock`, the
+    /// allocator sees the time that [`Cluster::set_clock`] sets.
+    ///
+    /// # Panics
+    /// When one of them does not come up.
+    pub fn start_pool(appliances: &[Vec<&str>], clock: bool) -> Cluster {
         let dir = tempfile::tempdir().expect("a directory");
         let port = free_port();
-        let allocator = start_allocator(dir.path(), port);
-        let arguments: Vec<_> =
-            (0..appliances).map(|index| appliance_arguments(dir.path(), index, port)).collect();
+        let environment = if clock { clock::environment(dir.path()) } else { Vec::new() };
+        let allocator = start_allocator(dir.path(), port, &environment);
+        let arguments = |(index, more): (usize, &Vec<&str>)| {
+            let more = more.iter().map(|word| (*word).to_owned());
+            appliance_arguments(dir.path(), index, port).into_iter().chain(more).collect()
+        };
+        let arguments: Vec<Vec<String>> = appliances.iter().enumerate().map(arguments).collect();
         let daemons =
             (0..).zip(&arguments).map(|(index, arguments)| start_appliance(dir.path(), index, arguments));
         let appliances = daemons.collect();
         let blk = start_blk(dir.path(), port);
-        let cluster =
-            Cluster { blk, appliances, allocator, allocator_port: port, appliance_arguments: arguments, dir };
+        let cluster = Cluster {
+            blk,
+            appliances,
+            allocator,
+            allocator_port: port,
+            allocator_environment: environment,
+            appliance_arguments: arguments,
+            dir,
+        };
         cluster.wait_up();
         cluster
     }
 
-    fn wait_up(&self) {
+    /// Waits until the allocator has heard every appliance.
+    ///
+    /// # Panics
+    /// When one is not heard in time.
+    pub fn wait_up(&self) {
         wait_until("all appliances are up", || {
             let list = self.json(&["appliance", "list"]);
             let up = |appliance: &&Value| appliance["state"] == "up";
@@ -172,7 +211,15 @@ impl Cluster {
     /// Kills the allocator and starts it again on what it kept.
     pub fn restart_allocator(&mut self) {
         self.allocator.kill();
-        self.allocator = start_allocator(self.dir.path(), self.allocator_port);
+        self.allocator = start_allocator(self.dir.path(), self.allocator_port, &self.allocator_environment);
+    }
+
+    /// Sets the allocator's clock, in seconds since 1970; it goes on from there.
+    ///
+    /// # Panics
+    /// When the cluster was started without one.
+    pub fn set_clock(&self, unix: u64) {
+        clock::set(self.dir.path(), unix);
     }
 
     /// Kills an appliance and starts it again, without its memory.
@@ -187,13 +234,18 @@ impl Cluster {
         self.blk = start_blk(self.dir.path(), self.allocator_port);
     }
 
+    /// The URL of the allocator.
+    pub fn allocator_url(&self) -> String {
+        format!("http://127.0.0.1:{}", self.allocator_port)
+    }
+
     /// Runs the operator's command.
     ///
     /// # Panics
     /// When it cannot be started.
     pub fn xpm(&self, arguments: &[&str]) -> Output {
         Command::new(programs().join("xpm"))
-            .env("XPM_ALLOCATOR", format!("http://127.0.0.1:{}", self.allocator_port))
+            .env("XPM_ALLOCATOR", self.allocator_url())
             .env("XPM_BLK", self.dir.path().join("blk.sock"))
             .args(arguments)
             .stdin(Stdio::null())
@@ -245,7 +297,7 @@ impl Cluster {
     }
 }
 
-fn start_allocator(dir: &Path, port: u16) -> Daemon {
+fn start_allocator(dir: &Path, port: u16, environment: &[(String, String)]) -> Daemon {
     let arguments = [
         "--listen".to_owned(),
         format!("127.0.0.1:{port}"),
@@ -253,8 +305,10 @@ fn start_allocator(dir: &Path, port: u16) -> Daemon {
         dir.join("allocator").display().to_string(),
         "--heartbeat".to_owned(),
         "300ms".to_owned(),
+        "--reclaim-grace".to_owned(),
+        "2s".to_owned(),
     ];
-    let mut daemon = Daemon::start(dir, "allocator", "xpm-allocator", &arguments);
+    let mut daemon = Daemon::start_with(dir, "allocator", "xpm-allocator", &arguments, environment);
     daemon.wait_ready(|| http_get(port, "/v1/status"));
     daemon
 }

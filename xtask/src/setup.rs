@@ -36,6 +36,7 @@ pub(crate) const ALL: &[Package] = &[
     package("e2fsprogs", "mkfs.ext4", "lab, demo: file systems on devices"),
     package("xfsprogs", "mkfs.xfs", "lab, demo: file systems on devices"),
     package("fio", "fio", "lab, tests, bench: verified load"),
+    package("faketime", "faketime", "tests: a clock that can be set, for hours and leases"),
     package("nbd-client", "nbd-client", "bench: the kernel's NBD client set up by others"),
     package("nbdkit", "nbdkit", "tests, bench: an NBD server to compare with"),
     package("libnbd-bin", "nbdinfo", "demo, tests: an NBD client of another project"),
