@@ -96,7 +96,7 @@ fn document_routes(handle: Handle) -> Router {
         let handle = handle.clone();
         async move { handle.ask(request).await }
     };
-    let [policy, apply, remove, usage] = std::array::from_fn(|_| ask.clone());
+    let [policy, apply, remove, usage, metrics] = std::array::from_fn(|_| ask.clone());
     Router::new()
         .route(
             "/v1/policy",
@@ -114,6 +114,13 @@ fn document_routes(handle: Handle) -> Router {
             ),
         )
         .route("/v1/usage", get(async move || answer(usage(Request::Usage).await)))
+        .route(
+            "/v1/metrics",
+            get(async move || match metrics(Request::Metrics).await? {
+                Outcome::Metrics(text) => Ok(text),
+                _ => Err(ApiError(ErrorKind::Internal, "something else was answered".to_owned())),
+            }),
+        )
 }
 
 fn more_routes(handle: Handle) -> Router {

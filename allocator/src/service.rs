@@ -23,6 +23,7 @@ mod documents;
 mod events;
 mod lease;
 mod message;
+mod metrics;
 mod owner;
 mod purge;
 mod reconcile;
@@ -235,6 +236,7 @@ impl Service {
             Request::HearClient { name, facts } => return self.hear_client(reply, name, facts),
             Request::Clients => Ok(Outcome::Clients(self.list_clients())),
             Request::Events { after, wait } => return self.ask_events(reply, after, wait),
+            Request::Metrics => Ok(Outcome::Metrics(self.metrics())),
             Request::Policy => Ok(Outcome::Policy(self.shown_policy())),
             Request::Apply(apply) => return self.apply(reply, &apply),
             Request::RemoveDocument { name, version } => return self.remove_document(reply, &name, version),

@@ -239,6 +239,14 @@ impl Cluster {
         format!("http://127.0.0.1:{}", self.allocator_port)
     }
 
+    /// What the allocator answers to a request for this path.
+    ///
+    /// # Panics
+    /// When it does not answer.
+    pub fn get(&self, path: &str) -> String {
+        http_answer(self.allocator_port, path).expect("the allocator answers")
+    }
+
     /// Runs the operator's command.
     ///
     /// # Panics
@@ -354,13 +362,14 @@ fn start_blk(dir: &Path, allocator: u16) -> Daemon {
 
 /// Whether a daemon of this machine answers with 200.
 fn http_get(port: u16, path: &str) -> bool {
-    let ask = || -> std::io::Result<String> {
-        let mut stream = TcpStream::connect(("127.0.0.1", port))?;
-        stream.set_read_timeout(Some(LIMIT))?;
-        write!(stream, "GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n")?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer)?;
-        Ok(answer)
-    };
-    ask().is_ok_and(|answer| answer.split(' ').nth(1) == Some("200"))
+    http_answer(port, path).is_ok_and(|answer| answer.split(' ').nth(1) == Some("200"))
+}
+
+fn http_answer(port: u16, path: &str) -> std::io::Result<String> {
+    let mut stream = TcpStream::connect(("127.0.0.1", port))?;
+    stream.set_read_timeout(Some(LIMIT))?;
+    write!(stream, "GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n")?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    Ok(answer)
 }

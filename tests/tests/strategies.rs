@@ -248,6 +248,10 @@ fn claim_6_leases_end_in_steps_that_are_seen() {
     cluster.set_clock(begin + 7 * 3600 + 60);
     wait_until("it is announced", || events(&cluster).contains(&"lease-warning x".to_owned()));
     assert!(cluster.ok(&["status"]).contains("`xpm alloc renew x` renews it"));
+    wait_until("the client knows", || cluster.json(&["blk", "show", "x"])["ending"].is_string());
+    let metrics = cluster.get("/v1/metrics");
+    assert!(metrics.contains("xpm_allocation_frees_timestamp_seconds{name=\"x\"}"), "{metrics}");
+    assert!(metrics.contains("xpm_used_bytes{kind=\"account\",name=\"a\"} 33554432"), "{metrics}");
     cluster.ok(&["alloc", "renew", "x"]);
     assert!(ends().abs_diff(begin + 12 * 3600) < 60, "no longer than 12 hours in all");
     cluster.restart_allocator();

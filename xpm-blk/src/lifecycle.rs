@@ -17,7 +17,7 @@ use xpm_transport::nbd::server::{Server, ServerOptions};
 
 use crate::config::Config;
 use crate::control;
-use crate::daemon::{Daemon, Parts};
+use crate::daemon::{Daemon, Parts, lookout};
 use crate::error::{DeviceError, Step};
 use crate::frontend::ublk;
 use crate::records::Records;
@@ -65,9 +65,11 @@ async fn serve(config: Config) -> Result<(), DeviceError> {
     let daemon = Arc::new(Daemon::new(parts(config)?));
     ublk::remove_orphans().iter().for_each(|line| tracing::warn!("{line}"));
     daemon.restore()?;
+    let lookout = tokio::spawn(lookout::run(Arc::clone(&daemon)));
     let server = ControlServer::new(control::routes(Arc::clone(&daemon)), None, Limits::default());
     tracing::info!("xpm-blk {} is ready", env!("CARGO_PKG_VERSION"));
     server.serve(listener, end(&daemon, &mut shutdown, stop_limit)).await;
+    lookout.abort();
     let work = tokio::task::spawn_blocking(move || daemon.take_all_away());
     if work.await.is_err() {
         tracing::error!("some devices could not be taken away");

@@ -151,6 +151,7 @@ fn show(device: &Device) -> String {
         ("path", device.path.clone()),
         ("size", device.size.to_string()),
         ("state", explained_state(device.state).to_owned()),
+        ("ends", device.ending.clone().unwrap_or_else(|| "not announced".to_owned())),
         ("used by", users),
         ("epoch", device.epoch.to_string()),
         ("queues", format!("{}, {} requests deep", device.queues, device.depth)),

@@ -87,6 +87,7 @@ pub enum Request {
         after: u64,
         wait: bool,
     },
+    Metrics,
     Policy,
     Apply(Apply),
     RemoveDocument {
@@ -112,6 +113,7 @@ pub enum Outcome {
     Client(api::Client),
     Clients(Vec<api::Client>),
     Events(Vec<api::Event>),
+    Metrics(String),
     Policy(Policy),
     Applied(Applied),
 }

@@ -191,6 +191,10 @@ impl Service {
         before.flat_map(|one| one.holds.iter().copied()).collect()
     }
 
+    pub(super) fn waiting_count(&self) -> u64 {
+        self.queue.iter().filter(|one| one.refused.is_none()).count() as u64
+    }
+
     /// Those that wait, in order, and those that were refused.
     pub(super) fn list_waiting(&self) -> Vec<Allocation> {
         self.queue.iter().map(|one| self.view_waiter(one)).collect()

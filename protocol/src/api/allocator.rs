@@ -15,6 +15,7 @@
 //! | `POST /v1/allocations/{name}/renewal` | [`Renew`] | [`Allocation`] |
 //! | `GET /v1/allocations/{name}/decisions` | | list of [`Decision`](super::decision::Decision), the newest first |
 //! | `POST /v1/decisions` | [`Create`] | [`Decision`](super::decision::Decision): a dry run, nothing is made |
+//! | `GET /v1/metrics` | | text for Prometheus |
 //! | `GET /v1/usage` | | list of [`Usage`] |
 //! | `PUT /v1/clients/{name}` | [`ClientFacts`] | [`Client`] |
 //! | `GET /v1/clients` | | list of [`Client`] |

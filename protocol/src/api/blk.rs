@@ -244,6 +244,9 @@ pub struct Device {
     pub in_flight: u64,
     /// Time since it was attached.
     pub age: Span,
+    /// That its allocation is going to end, as the allocator said last, with what can be done.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ending: Option<String>,
 }
 
 /// Whether I/O passes.

@@ -6,6 +6,7 @@
 mod allocator;
 mod attach;
 mod detach;
+pub(crate) mod lookout;
 mod restore;
 mod view;
 
@@ -15,6 +16,7 @@ use std::time::Instant;
 
 use xpm_control::client::Client;
 use xpm_protocol::api::ErrorKind;
+use xpm_protocol::api::allocator::Ending;
 use xpm_protocol::api::blk::{Form, Status};
 use xpm_protocol::units::Span;
 use xpm_protocol::{ClientId, HostId, Name};
@@ -36,6 +38,8 @@ pub struct Daemon {
     records: Records,
     server: Server,
     slots: Mutex<BTreeMap<Name, Slot>>,
+    /// Allocations that are going to end.
+    endings: Mutex<BTreeMap<Name, Ending>>,
     started: Instant,
 }
 
@@ -103,6 +107,7 @@ impl Daemon {
             records,
             server,
             slots: Mutex::new(BTreeMap::new()),
+            endings: Mutex::new(BTreeMap::new()),
             started: Instant::now(),
         }
     }
@@ -124,10 +129,17 @@ impl Daemon {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn endings(&self) -> MutexGuard<'_, BTreeMap<Name, Ending>> {
+        self.endings.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn set(&self, name: &Name, slot: Option<Slot>) {
         match slot {
             Some(slot) => drop(self.slots().insert(name.clone(), slot)),
-            None => drop(self.slots().remove(name)),
+            None => {
+                self.slots().remove(name);
+                self.endings().remove(name);
+            }
         }
     }
 

@@ -87,6 +87,7 @@ impl Daemon {
             counters: Counters::default(),
             in_flight: 0,
             age: xpm_protocol::Span::default(),
+            ending: self.endings().get(&record.request.name).map(|ending| ending.text.clone()),
         }
     }
 }

@@ -1,0 +1,71 @@
+//! What the daemon hears of the allocator by asking: that an allocation is going to end. And what it
+//! tells: how this host is linked to the appliances. Both are off the data path, and an allocator
+//! that does not answer changes nothing.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use xpm_control::facts;
+use xpm_protocol::Name;
+use xpm_protocol::api::allocator::{Allocation, Appliance, Client, Ending};
+
+use super::Daemon;
+
+/// How often allocations are asked after.
+const ASK_EVERY: Duration = Duration::from_secs(10);
+/// How often this host tells what it found out about itself.
+const TELL_EVERY: Duration = Duration::from_secs(300);
+
+/// Asks and tells until it is dropped.
+pub(crate) async fn run(daemon: Arc<Daemon>) {
+    let mut told: Option<Instant> = None;
+    loop {
+        daemon.look_for_ends().await;
+        if told.is_none_or(|told| told.elapsed() >= TELL_EVERY) && daemon.tell_facts().await {
+            told = Some(Instant::now());
+        }
+        tokio::time::sleep(ASK_EVERY).await;
+    }
+}
+
+impl Daemon {
+    async fn look_for_ends(&self) {
+        let names: Vec<Name> = self.slots().keys().cloned().collect();
+        for name in names {
+            let asked: Result<Allocation, _> = self.allocator.get(&format!("/v1/allocations/{name}")).await;
+            if let Ok(allocation) = asked {
+                self.hear_end(name, allocation.ending);
+            }
+        }
+    }
+
+    /// Logs an end that is announced, once, and keeps it for those who look.
+    fn hear_end(&self, name: Name, ending: Option<Ending>) {
+        let mut endings = self.endings();
+        let known = endings.get(&name).map(|ending| (ending.reason, ending.frees));
+        match ending {
+            Some(ending) => {
+                if known != Some((ending.reason, ending.frees)) {
+                    tracing::warn!("{}", ending.text);
+                }
+                endings.insert(name, ending);
+            }
+            None => {
+                if known.is_some() {
+                    tracing::info!("allocation {name} does not end after all");
+                }
+                endings.remove(&name);
+            }
+        }
+    }
+
+    /// Whether the allocator took it. A host whose name is no name for a client tells nothing.
+    async fn tell_facts(&self) -> bool {
+        let Ok(name) = facts::client_name() else { return true };
+        let appliances: Result<Vec<Appliance>, _> = self.allocator.get("/v1/appliances").await;
+        let Ok(appliances) = appliances else { return false };
+        let Ok(facts) = facts::find(self.allocator.base(), &appliances).await else { return false };
+        let taken: Result<Client, _> = self.allocator.put(&format!("/v1/clients/{name}"), &facts).await;
+        taken.is_ok()
+    }
+}
