@@ -8,7 +8,7 @@ use xpm_control::token::Token;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{Attach, ClientFacts, Create, Heartbeat, Renew};
 use xpm_protocol::api::policy::Apply;
-use xpm_protocol::policy::{DocumentName, Kind};
+use xpm_protocol::policy::{DocumentName, Kind, LABELS_MAX};
 use xpm_protocol::{ApplianceId, ClientId, Name};
 
 use crate::driver::Handle;
@@ -165,6 +165,9 @@ fn checked(id: ApplianceId, heartbeat: Heartbeat) -> Result<Request, ApiError> {
     let invalid = |line: String| Err(ApiError(ErrorKind::Invalid, line));
     if id != heartbeat.info.id {
         return invalid(format!("the heartbeat of {} came for {id}", heartbeat.info.id));
+    }
+    if heartbeat.info.labels.len() > LABELS_MAX {
+        return invalid(format!("an appliance has at most {LABELS_MAX} labels"));
     }
     if let Err(error) = Client::new(&heartbeat.info.control, None) {
         return invalid(format!("the appliance cannot be called: {error}"));

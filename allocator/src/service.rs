@@ -86,6 +86,8 @@ pub struct Service {
     parked: Vec<wish::Wish>,
     /// Requests that wait for their turn, in the order in which they are served.
     queue: Vec<waiting::Waiter>,
+    /// Whose turn it is behind the head of the queue.
+    queue_turn: usize,
     policy: Policy,
     usage: Usage,
     /// What clients found out about themselves.
@@ -178,6 +180,7 @@ impl Service {
             refreshes: HashMap::new(),
             parked: Vec::new(),
             queue: Vec::new(),
+            queue_turn: 0,
             policy: Policy::default(),
             usage: Usage::default(),
             clients: HashMap::new(),

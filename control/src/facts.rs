@@ -15,6 +15,8 @@ use crate::{host, link};
 const TRIES: usize = 3;
 /// Longest try; one that takes longer is no round trip that anybody wants.
 const TRY_LIMIT: Duration = Duration::from_millis(500);
+/// Most appliances that are tried: in a larger pool, labels say what is near.
+const TARGETS_MAX: usize = 512;
 /// Most appliances that are tried at the same time.
 const AT_ONCE: usize = 32;
 
@@ -27,7 +29,8 @@ pub fn client_name() -> io::Result<Name> {
 /// to the appliances that are up, by TCP connections. Takes up to some seconds.
 pub async fn find(allocator: &str, appliances: &[Appliance]) -> io::Result<ClientFacts> {
     let up = appliances.iter().filter(|one| one.state == ApplianceState::Up);
-    let mut targets = up.filter_map(|one| Some((one.info.id, *one.info.endpoints.nbd.first()?)));
+    let mut targets =
+        up.take(TARGETS_MAX).filter_map(|one| Some((one.info.id, *one.info.endpoints.nbd.first()?)));
     let mut running: JoinSet<Option<(ApplianceId, u64)>> = JoinSet::new();
     let mut facts = ClientFacts { host: host::host_id()?, link_speed: None, round_trips: Default::default() };
     loop {

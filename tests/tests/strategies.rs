@@ -278,7 +278,7 @@ fn claim_6_leases_end_in_steps_that_are_seen() {
 fn claim_7_limits_hold_when_many_ask_and_the_allocator_dies() {
     let mut cluster = Cluster::start(2);
     apply(&cluster, "[[account]]\nname='a'\nhard-limit='128MiB'\nsoft-limit='64MiB'\n");
-    for round in 0..3 {
+    for round in 0..8 {
         let ask = |number: usize| {
             Command::new(programs().join("xpm"))
                 .env("XPM_ALLOCATOR", cluster.allocator_url())
@@ -289,7 +289,7 @@ fn claim_7_limits_hold_when_many_ask_and_the_allocator_dies() {
                 .unwrap()
         };
         let mut asking: Vec<_> = (0..12).map(ask).collect();
-        std::thread::sleep(std::time::Duration::from_millis(15 * round));
+        std::thread::sleep(std::time::Duration::from_millis(9 * round));
         cluster.restart_allocator();
         for one in &mut asking {
             one.wait().unwrap();

@@ -8,7 +8,8 @@ use xpm_protocol::api::allocator::{Create, EndReason};
 use xpm_protocol::api::decision::{DocumentVersion, LimitCheck, RuleTrace};
 use xpm_protocol::layout::{COLUMNS_MAX, STRIPE_UNIT_DEFAULT};
 use xpm_protocol::policy::{
-    Account, AtClose, ClientProfile, DocumentName, Kind, Labels, LeaseTerms, LinkDemand, PRIORITY_DEFAULT,
+    Account, AtClose, ClientProfile, DocumentName, Kind, LABELS_MAX, Labels, LeaseTerms, LinkDemand,
+    PRIORITY_DEFAULT,
 };
 use xpm_protocol::units::{PAGE_LEN, REGION_LEN_MAX, is_region_len};
 use xpm_protocol::{ByteSize, Layout, LinkSpeed, Name, Percent};
@@ -80,6 +81,9 @@ struct Who<'a> {
 
 /// Looks at a request. Fails where it is wrong in itself.
 pub(super) fn ask(world: &World<'_>, create: &Create) -> Result<Asked, String> {
+    if create.labels.len() > LABELS_MAX {
+        return Err(format!("a request has at most {LABELS_MAX} labels"));
+    }
     let who = who(world, create)?;
     let none = Labels::new();
     let account = who.account.map(|one| one.account.as_ref());

@@ -14,7 +14,7 @@ use crate::policy::{Plan, Policy};
 use crate::store::{Change, PolicyChange};
 
 /// Most clients whose facts are kept.
-const CLIENTS_MAX: usize = 100_000;
+const CLIENTS_MAX: usize = 10_000;
 
 impl Service {
     pub(super) fn apply(&mut self, reply: ReplyTo, apply: &Apply) {
@@ -94,6 +94,8 @@ impl Service {
             let line = format!("{CLIENTS_MAX} clients are known already");
             return self.refuse(reply, ErrorKind::Unavailable, line);
         }
+        let mut facts = facts;
+        facts.round_trips.retain(|id, _| self.inventory.info(*id).is_some());
         let round_trips = facts.round_trips.iter().map(|(id, time)| (*id, *time)).collect();
         let client = Client { name: name.clone(), facts, heard: self.now.unix };
         self.clients.insert(name, super::HeardClient { client: client.clone(), round_trips });

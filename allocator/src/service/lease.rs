@@ -109,7 +109,6 @@ impl Service {
         let name = record.name.clone();
         let left = lease.ends.saturating_sub(unix);
         record.terms.lease = Some(lease);
-        self.entry(id).told = Told::Nothing;
         self.tell("renewed", &name, format!("`{name}` is renewed for {left} s"));
         self.entry(id).work = Work::Storing;
         self.store_record(record, AfterStore::Renewed(reply));
@@ -149,6 +148,9 @@ impl Service {
     }
 
     pub(super) fn was_renewed(&mut self, reply: ReplyTo, id: AllocationId) {
+        // A step of the old lease may have been told while the new one was stored.
+        self.entry(id).told = Told::Nothing;
+        self.set_timer(id);
         let shown = self.view(id);
         self.reply(reply, Ok(Outcome::Allocation(Box::new(shown))));
         self.finish_work(id);

@@ -25,6 +25,9 @@ use crate::strategy::{Code, remedy};
 const WAIT_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
 /// Most requests that wait.
 const QUEUE_MAX: usize = 10_000;
+/// How many requests are tried at each look, from the head of the queue and from the rest of it.
+const TRIES_HEAD: usize = 16;
+const TRIES_OTHERS: usize = 16;
 /// How long a refusal after waiting is kept for the one who asked.
 const REFUSAL_KEPT: u64 = 600;
 
@@ -138,9 +141,10 @@ impl Service {
         self.queue.retain(|one| one.refused.is_none() || one.wish.create.name != *name);
     }
 
-    /// Takes a request back. Returns whether it was there.
+    /// Takes a request back. Returns whether it waited: one whose place is being made does not.
     pub(super) fn cancel_waiting(&mut self, name: &Name) -> bool {
-        let there = self.queue.iter().any(|one| one.wish.create.name == *name);
+        let being_made = self.names.contains_key(name);
+        let there = !being_made && self.queue.iter().any(|one| one.wish.create.name == *name);
         if there {
             self.leaves_queue(name);
         }
@@ -166,8 +170,14 @@ impl Service {
             .filter(|one| one.refused.is_none() && !one.tried)
             .map(|one| one.wish.create.name.clone())
             .collect();
-        for name in ready {
-            self.try_waiter(&name);
+        // The first ones each time, and of the others some at a time, in turn.
+        let head = ready.len().min(TRIES_HEAD);
+        let others = &ready[head..];
+        let turn = if others.is_empty() { 0 } else { self.queue_turn % others.len() };
+        self.queue_turn = turn + TRIES_OTHERS;
+        let some = others.iter().cycle().skip(turn).take(TRIES_OTHERS.min(others.len()));
+        for name in ready[..head].iter().chain(some) {
+            self.try_waiter(name);
         }
     }
 
@@ -244,9 +254,8 @@ impl Service {
 
     /// Finds out who gives way to a request, and tells them.
     fn reclaim_for(&mut self, name: &Name, looked: &Looked) {
-        let missing_memory = looked.decided.is_some();
-        let asked_already = self.allocations.values().any(|entry| is_reclaimed_for(&entry.record, name));
-        if !missing_memory || asked_already {
+        let asked_already = || self.allocations.values().any(|entry| is_reclaimed_for(&entry.record, name));
+        if !looked.lacks_room() || asked_already() {
             return;
         }
         let Some(create) =
@@ -372,9 +381,12 @@ fn is_reclaimed_for(record: &AllocationRecord, name: &Name) -> bool {
     record.reclaim.as_ref().is_some_and(|reclaim| reclaim.for_name == *name)
 }
 
-/// The appliances that could serve a request if they had room.
+/// The appliances that could serve a request if they had room; none where it is not room that it
+/// lacks.
 fn could_serve(service: &Service, looked: &Looked) -> HashSet<ApplianceId> {
-    let Some(decided) = &looked.decided else { return HashSet::new() };
+    let Some(decided) = looked.decided.as_ref().filter(|_| looked.lacks_room()) else {
+        return HashSet::new();
+    };
     let pool = service.inventory.pool().iter().zip(&decided.seen);
     pool.filter(|(_, seen)| matches!(seen.code, Code::Usable | Code::Full | Code::ShareUsed | Code::Held))
         .map(|(one, _)| one.id)

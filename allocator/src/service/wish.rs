@@ -51,6 +51,14 @@ pub(super) struct Looked {
     pub(super) decision: Decision,
 }
 
+impl Looked {
+    /// Whether nothing but room is missing.
+    pub(super) fn lacks_room(&self) -> bool {
+        let placement = self.decided.as_ref().map(|decided| &decided.placement);
+        matches!(placement, Some(Err(NoPlace::NoSpace { .. })))
+    }
+}
+
 impl Wish {
     pub(super) fn new(reply: Option<ReplyTo>, create: Create) -> Wish {
         Wish {
@@ -92,10 +100,7 @@ impl Service {
             Ok(looked) => looked,
             Err(line) => return self.reject(&wish, ApiError(ErrorKind::Invalid, line)),
         };
-        let no_space = matches!(
-            looked.decided.as_ref().map(|decided| &decided.placement),
-            Some(Err(NoPlace::NoSpace { .. }))
-        );
+        let no_space = looked.lacks_room();
         match (&looked.decided, &looked.refusal) {
             (Some(Decided { placement: Ok(placement), .. }), None) => {
                 let placement = placement.clone();

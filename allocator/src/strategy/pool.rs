@@ -76,13 +76,15 @@ pub(super) struct Cold {
 }
 
 /// All appliances.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Pool {
     pub(super) hot: Vec<Hot>,
     pub(super) ids: Vec<ApplianceId>,
     pub(super) cold: Vec<Cold>,
     index: HashMap<ApplianceId, usize>,
     numbers: HashMap<(Name, Name), u32>,
+    /// With more labels than this, those that are not used any more are looked for.
+    numbers_max: usize,
     /// What was found out about appliances that does not change from one decision to the next.
     /// Everything that changes it clears this.
     known: RefCell<HashMap<Fixed, Arc<[Code]>>>,
@@ -99,6 +101,8 @@ pub(super) struct Fixed {
     pub(super) within: Option<(Level, Position)>,
 }
 
+/// Labels that are kept at least, used or not.
+const NUMBERS_MIN: usize = 10_000;
 /// Most demands whose findings are kept.
 const KNOWN_MAX: usize = 64;
 
@@ -114,10 +118,28 @@ pub(super) struct Chosen<'a> {
     labels: Option<Vec<u32>>,
 }
 
+impl Default for Pool {
+    fn default() -> Pool {
+        Pool {
+            hot: Vec::new(),
+            ids: Vec::new(),
+            cold: Vec::new(),
+            index: HashMap::new(),
+            numbers: HashMap::new(),
+            numbers_max: NUMBERS_MIN,
+            known: RefCell::default(),
+            shares: RefCell::default(),
+        }
+    }
+}
+
 impl Pool {
     /// Adds or replaces an appliance.
     pub fn put(&mut self, candidate: Candidate) {
         self.forget();
+        if self.numbers.len() > self.numbers_max {
+            self.renumber();
+        }
         let hot = Hot::of(&candidate);
         let labels = candidate.labels.iter().map(|(key, value)| self.number(key, value)).collect();
         let place = LEVELS.map(|level| {
@@ -272,7 +294,16 @@ impl Pool {
             && (selector.appliances.is_empty() || selector.appliances.contains(&one.name))
     }
 
-    /// Numbers of labels are never given back: there are as many as operators think of.
+    /// Gives all labels new numbers: those that nobody has any more are forgotten.
+    fn renumber(&mut self) {
+        self.numbers.clear();
+        self.numbers_max = usize::MAX;
+        for candidate in self.iter().cloned().collect::<Vec<_>>() {
+            self.put(candidate);
+        }
+        self.numbers_max = (2 * self.numbers.len()).max(NUMBERS_MIN);
+    }
+
     fn number(&mut self, key: &Name, value: &Name) -> u32 {
         let next = self.numbers.len() as u32 + 1;
         *self.numbers.entry((key.clone(), value.clone())).or_insert(next)

@@ -562,3 +562,32 @@ fn an_owner_that_leaves_makes_it_idle() {
     assert!(show(&mut world, "b").unwrap().ending.is_some(), "it is idle for longer");
     assert!(show(&mut world, "a").unwrap().ending.is_none());
 }
+
+#[test]
+fn who_waits_for_a_limit_holds_nothing() {
+    let mut world = world(&[1024 * MIB], TWO);
+    make(&mut world, asked("a", 128, "low")).unwrap();
+    make(&mut world, waiting("over", 64, "low")).unwrap();
+    pass(&mut world, 3);
+    assert_eq!(state(&mut world, "over"), Some(AllocationState::Waiting));
+    make(&mut world, Create { account: None, ..asked("other", 512, "") }).unwrap();
+    world.answer(delete("a", false)).unwrap();
+    pass(&mut world, 5);
+    assert_eq!(state(&mut world, "over"), Some(AllocationState::Ready));
+    world.check();
+}
+
+#[test]
+fn a_long_queue_is_served_in_turn() {
+    let mut world = world(&[128 * MIB; 2], TWO);
+    make(&mut world, asked("full", 256, "")).unwrap();
+    for number in 0..60 {
+        make(&mut world, waiting(&format!("w{number}"), 16, "")).unwrap();
+    }
+    world.answer(delete("full", false)).unwrap();
+    pass(&mut world, 30);
+    let ready =
+        (0..60).filter(|number| state(&mut world, &format!("w{number}")) == Some(AllocationState::Ready));
+    assert_eq!(ready.collect::<Vec<_>>(), (0..16).collect::<Vec<_>>(), "those that came first");
+    world.check();
+}
