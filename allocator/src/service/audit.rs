@@ -25,7 +25,8 @@ pub(super) fn decision(
     all: bool,
     revision: u64,
 ) -> Decision {
-    let appliances = decided.map(|decided| trace::appliances(snapshot, &asked.demand, decided, all));
+    let traced = decided.map(|decided| trace::appliances(snapshot, &asked.demand, decided, all));
+    let (appliances, rejected) = traced.unwrap_or_default();
     Decision {
         at: snapshot.unix,
         name: create.name.clone(),
@@ -40,8 +41,8 @@ pub(super) fn decision(
         demands: demand_lines(&asked.demand.needs),
         limits: asked.limits.clone(),
         appliances_total: snapshot.pool.len() as u64,
-        appliances: appliances.unwrap_or_default(),
-        rejected: decided.map(trace::rejected).unwrap_or_default(),
+        appliances,
+        rejected,
         outcome: outcome(decided, refusal),
         warnings: decided.map(|decided| warnings(asked, decided)).unwrap_or_default(),
     }
@@ -178,13 +179,13 @@ pub(super) fn over_limit(asked: &Asked, takes: u64, left: u64) -> (String, Vec<S
 /// The appliances that cannot serve, for a refusal.
 pub(super) fn rejected_line(snapshot: &Snapshot<'_>, asked: &Asked) -> String {
     let decided = strategy::decide(snapshot, &asked.demand);
-    let traces = trace::appliances(snapshot, &asked.demand, &decided, false);
+    let (traces, counts) = trace::appliances(snapshot, &asked.demand, &decided, false);
     let rejected = traces.iter().filter_map(|one| match &one.verdict {
         Verdict::Rejected(rejection) => Some(format!("; {} {rejection}", one.name)),
         Verdict::Scored { .. } => None,
     });
     let mut line: String = rejected.take(REJECTED_SHOWN).collect();
-    let all: u64 = trace::rejected(&decided).iter().map(|count| count.appliances).sum();
+    let all: u64 = counts.iter().map(|count| count.appliances).sum();
     if let more @ 1.. = all.saturating_sub(REJECTED_SHOWN as u64) {
         line.push_str(&format!("; and {more} more cannot serve"));
     }

@@ -68,10 +68,29 @@ impl<'a> Filter<'a> {
         }
     }
 
-    /// Everything except room, which depends on the length of regions.
-    pub(super) fn look(&self) -> Vec<Seen> {
+    /// Looks at all appliances: which can serve a region of this length.
+    pub(super) fn look(&self, region_len: u64) -> (Vec<Seen>, Rooms) {
+        let mut rooms = Rooms::new(self, region_len);
         let hot = self.snapshot.pool.hot.iter().zip(self.fixed.iter()).enumerate();
-        hot.map(|(at, (hot, fixed))| Seen { code: self.code(at, hot, *fixed), score: 0 }).collect()
+        let seen = hot.map(|(at, (hot, fixed))| {
+            let code = match self.code(at, hot, *fixed) {
+                Code::Usable => rooms.look(self, at, hot),
+                code => code,
+            };
+            Seen { code, score: 0 }
+        });
+        (seen.collect(), rooms)
+    }
+
+    /// Looks again, at those that can serve but for room, with another length.
+    pub(super) fn look_again(&self, seen: &mut [Seen], region_len: u64) -> Rooms {
+        let mut rooms = Rooms::new(self, region_len);
+        for (at, (seen, hot)) in seen.iter_mut().zip(&self.snapshot.pool.hot).enumerate() {
+            if matches!(seen.code, Code::Usable | Code::Full | Code::ShareUsed) {
+                seen.code = rooms.look(self, at, hot);
+            }
+        }
+        rooms
     }
 
     fn code(&self, at: usize, hot: &Hot, fixed: Code) -> Code {
@@ -101,32 +120,6 @@ impl<'a> Filter<'a> {
     fn round_trip(&self, at: usize) -> Option<u64> {
         let id = self.snapshot.pool.cold[at].candidate.id;
         self.snapshot.round_trips.get(&id).copied()
-    }
-
-    /// The appliances that have room for a region of this length, with how many; the others are
-    /// marked.
-    pub(super) fn rooms(&self, seen: &mut [Seen], region_len: u64) -> Vec<Room> {
-        let shift = region_len.trailing_zeros();
-        let plain = !self.snapshot.with_clearing && self.snapshot.given_back.is_empty();
-        let mut shares = Shares::new(self.snapshot, self.demand);
-        let mut rooms = Vec::with_capacity(seen.len());
-        for (at, (seen, hot)) in seen.iter_mut().zip(&self.snapshot.pool.hot).enumerate() {
-            if !matches!(seen.code, Code::Usable | Code::Full | Code::ShareUsed) {
-                continue;
-            }
-            let free = if plain { hot.free } else { self.free(at) };
-            let left = shares.left(at);
-            let regions = free.min(left) >> shift;
-            seen.code = match regions {
-                0 if left < free => Code::ShareUsed,
-                0 => Code::Full,
-                _ => Code::Usable,
-            };
-            if regions > 0 {
-                rooms.push(Room { at: at as u32, regions: u32::try_from(regions).unwrap_or(u32::MAX) });
-            }
-        }
-        rooms
     }
 
     fn free(&self, at: usize) -> u64 {
@@ -172,6 +165,48 @@ impl<'a> Filter<'a> {
             },
             Code::Full => Rejection::Full { free: ByteSize(self.free(at)), region: ByteSize(region_len) },
         })
+    }
+}
+
+/// The appliances that can serve, looked at in the order of the pool.
+#[derive(Debug)]
+pub(super) struct Rooms {
+    /// Each with how many regions it has room for.
+    pub(super) list: Vec<Room>,
+    /// All these regions together.
+    pub(super) regions: u64,
+    /// What the one that has most has free, in bytes.
+    pub(super) most_free: u64,
+    shift: u32,
+    /// What is free is what the appliances say.
+    plain: bool,
+    shares: Shares,
+}
+
+impl Rooms {
+    fn new(filter: &Filter<'_>, region_len: u64) -> Rooms {
+        let snapshot = filter.snapshot;
+        Rooms {
+            list: Vec::with_capacity(snapshot.pool.len()),
+            regions: 0,
+            most_free: 0,
+            shift: region_len.trailing_zeros(),
+            plain: !snapshot.with_clearing && snapshot.given_back.is_empty(),
+            shares: Shares::new(snapshot, filter.demand),
+        }
+    }
+
+    fn look(&mut self, filter: &Filter<'_>, at: usize, hot: &Hot) -> Code {
+        let free = if self.plain { hot.free } else { filter.free(at) };
+        let left = self.shares.left(at);
+        let regions = free.min(left) >> self.shift;
+        if regions == 0 {
+            return if left < free { Code::ShareUsed } else { Code::Full };
+        }
+        self.list.push(Room { at: at as u32, regions: u32::try_from(regions).unwrap_or(u32::MAX) });
+        self.regions = self.regions.saturating_add(regions);
+        self.most_free = self.most_free.max(hot.free);
+        Code::Usable
     }
 }
 

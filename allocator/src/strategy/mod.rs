@@ -159,29 +159,35 @@ pub struct Seen {
 /// ones are tried down to the smallest: they fit into what is left here and there.
 pub fn decide(snapshot: &Snapshot<'_>, demand: &Demand) -> Decided {
     let filter = Filter::new(snapshot, demand);
-    let mut seen = filter.look();
-    let refused =
-        |seen, region_len, no_place| Decided { seen, region_len, most_free: 0, placement: Err(no_place) };
-    let Some(lengths) = size::lengths(demand) else { return refused(seen, 0, NoPlace::TooManyRegions) };
+    let lengths = size::lengths(demand).unwrap_or_default();
     let left = demand.needs.taken_max.unwrap_or(u64::MAX);
-    let taken = |len: u64| size::taken(demand, len);
-    let smallest = lengths.last().copied().unwrap_or_default();
-    if lengths.iter().all(|&len| taken(len) > left) {
-        let takes = lengths.iter().map(|&len| taken(len)).min().unwrap_or_default();
-        return refused(seen, smallest, NoPlace::Limit { takes, left });
-    }
-    for &region_len in lengths.iter().filter(|&&len| taken(len) <= left) {
-        let rooms = filter.rooms(&mut seen, region_len);
-        if let Some((regions, most_free)) = spread::spread(snapshot, demand, &mut seen, &rooms, region_len) {
-            return Decided { seen, region_len, most_free, placement: Ok(Placement { region_len, regions }) };
+    let allowed: Vec<u64> = lengths.iter().copied().filter(|&len| size::taken(demand, len) <= left).collect();
+    let first = allowed.first().or(lengths.last()).copied().unwrap_or(1);
+    let (mut seen, mut rooms) = filter.look(first);
+    let mut region_len = first;
+    for &len in &allowed {
+        if len != region_len {
+            (rooms, region_len) = (filter.look_again(&mut seen, len), len);
+        }
+        if let Some(regions) = spread::spread(snapshot, demand, &mut seen, &rooms, region_len) {
+            let placement = Ok(Placement { region_len, regions });
+            return Decided { seen, region_len, most_free: rooms.most_free, placement };
         }
     }
-    let rooms = filter.rooms(&mut seen, smallest);
-    let most_free = score::fill(snapshot, demand, &mut seen, &rooms).most_free();
-    let had = rooms.iter().map(|room| u64::from(room.regions).saturating_mul(smallest));
-    let free = had.fold(0, u64::saturating_add);
-    let no_place = NoPlace::NoSpace { size: demand.size, free, usable: rooms.len() };
-    Decided { most_free, ..refused(seen, smallest, no_place) }
+    score::fill(snapshot, demand, &mut seen, &rooms);
+    let no_place = match (lengths.is_empty(), allowed.is_empty()) {
+        (true, _) => NoPlace::TooManyRegions,
+        (_, true) => {
+            let takes = lengths.iter().map(|&len| size::taken(demand, len)).min().unwrap_or_default();
+            NoPlace::Limit { takes, left }
+        }
+        _ => NoPlace::NoSpace {
+            size: demand.size,
+            free: rooms.regions.saturating_mul(region_len),
+            usable: rooms.list.len(),
+        },
+    };
+    Decided { seen, region_len, most_free: rooms.most_free, placement: Err(no_place) }
 }
 
 /// An appliance that can serve.

@@ -143,16 +143,12 @@ fn slower(snapshot: &Snapshot<'_>, placement: &Placement) -> String {
 /// How much more memory an appliance that can serve would have to have; the draw falls on none.
 fn memory(snapshot: &Snapshot<'_>, demand: &Demand) -> Option<String> {
     let filter = Filter::new(snapshot, demand);
-    let mut seen = filter.look();
     let smallest = size::lengths(demand)?.last().copied()?;
     if size::taken(demand, smallest) > demand.needs.taken_max.unwrap_or(u64::MAX) {
         return None;
     }
-    let rooms = filter.rooms(&mut seen, smallest);
-    let had: u64 = rooms
-        .iter()
-        .map(|room| u64::from(room.regions).saturating_mul(smallest))
-        .fold(0, u64::saturating_add);
+    let (seen, rooms) = filter.look(smallest);
+    let had = rooms.regions.saturating_mul(smallest);
     let missing = size::taken(demand, smallest).saturating_sub(had);
     let could = seen.iter().any(|seen| matches!(seen.code, Code::Usable | Code::Full));
     let who = if could {

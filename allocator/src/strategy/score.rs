@@ -9,8 +9,9 @@ use std::borrow::Cow;
 use xpm_protocol::api::decision::ScorePart;
 use xpm_protocol::policy::Level;
 
+use super::filter::Rooms;
 use super::pool::{Chosen, Hot, Position};
-use super::{Demand, Room, Seen, Snapshot};
+use super::{Demand, Seen, Snapshot};
 
 /// What a newcomer gets of its score at first, in thousandths.
 const RAMP_START: u64 = 100;
@@ -20,7 +21,6 @@ const RAMP_START: u64 = 100;
 pub(super) struct Scorer<'a> {
     snapshot: &'a Snapshot<'a>,
     demand: &'a Demand,
-    most_free: u64,
     /// Thousandths a byte of free memory.
     per_free: f64,
     prefer: Vec<Chosen<'a>>,
@@ -31,23 +31,13 @@ pub(super) struct Scorer<'a> {
 }
 
 impl<'a> Scorer<'a> {
-    pub(super) fn new(snapshot: &'a Snapshot<'a>, demand: &'a Demand, rooms: &[Room]) -> Scorer<'a> {
-        let most = rooms.iter().map(|room| snapshot.pool.hot[room.at as usize].free).max().unwrap_or(0);
-        Scorer::with_most(snapshot, demand, most)
-    }
-
     /// `most_free` is what the one that can serve and has most has, in bytes.
-    pub(super) fn with_most(snapshot: &'a Snapshot<'a>, demand: &'a Demand, most_free: u64) -> Scorer<'a> {
+    pub(super) fn new(snapshot: &'a Snapshot<'a>, demand: &'a Demand, most_free: u64) -> Scorer<'a> {
         let prefer = demand.needs.prefer.iter().map(|(_, one)| snapshot.pool.choose(&one.select)).collect();
         let shortest = snapshot.round_trips.values().copied().min();
         let nowhere = demand.needs.position == Position::default();
         let per_free = 1000.0 / most_free.max(1) as f64;
-        Scorer { snapshot, demand, most_free, per_free, prefer, shortest, nowhere }
-    }
-
-    /// What the one that has most has free, in bytes.
-    pub(super) fn most_free(&self) -> u64 {
-        self.most_free
+        Scorer { snapshot, demand, per_free, prefer, shortest, nowhere }
     }
 
     /// The score once `taken` bytes of it are given away by this decision.
@@ -127,16 +117,10 @@ fn round_trip(snapshot: &Snapshot<'_>, at: usize) -> Option<u64> {
 }
 
 /// Fills in the scores of those that can serve.
-pub(super) fn fill<'a>(
-    snapshot: &'a Snapshot<'a>,
-    demand: &'a Demand,
-    seen: &mut [Seen],
-    rooms: &[Room],
-) -> Scorer<'a> {
-    let scorer = Scorer::new(snapshot, demand, rooms);
-    for room in rooms {
+pub(super) fn fill(snapshot: &Snapshot<'_>, demand: &Demand, seen: &mut [Seen], rooms: &Rooms) {
+    let scorer = Scorer::new(snapshot, demand, rooms.most_free);
+    for room in &rooms.list {
         let at = room.at as usize;
         seen[at].score = scorer.score(at, 0);
     }
-    scorer
 }

@@ -5,11 +5,11 @@ use std::collections::BinaryHeap;
 
 use xpm_protocol::ApplianceId;
 
-use super::score::{self, Scorer};
+use super::filter::Rooms;
+use super::score::Scorer;
 use super::{Demand, Room, Seen, Snapshot, size};
 
-/// Deals the regions out, or none where they do not fit. Also returns what scores are relative to:
-/// the most that an appliance has free, in bytes.
+/// Deals the regions out, or none where they do not fit.
 ///
 /// Each region goes to the appliance that, in this order, has the fewest regions of the same row,
 /// has the fewest regions of the allocation, scores highest, and wins the draw by the seed. So no
@@ -19,23 +19,22 @@ pub(super) fn spread(
     snapshot: &Snapshot<'_>,
     demand: &Demand,
     seen: &mut [Seen],
-    rooms: &[Room],
+    rooms: &Rooms,
     region_len: u64,
-) -> Option<(Vec<ApplianceId>, u64)> {
+) -> Option<Vec<ApplianceId>> {
     let rows = size::rows(demand.size, demand.columns, region_len);
     let wanted = rows.checked_mul(u64::from(demand.columns))?;
-    let room = rooms.iter().fold(0_u64, |sum, room| sum + u64::from(room.regions));
-    if wanted > room {
+    if wanted > rooms.regions {
         return None;
     }
-    let scorer = score::fill(snapshot, demand, seen, rooms);
-    let mut table =
-        Table { scorer, snapshot, demand, region_len, heap: first(snapshot, demand, seen, rooms, wanted) };
+    let scorer = Scorer::new(snapshot, demand, rooms.most_free);
+    let heap = first(&scorer, snapshot, demand, seen, rooms, wanted);
+    let mut table = Table { scorer, snapshot, demand, region_len, heap };
     let mut regions = Vec::with_capacity(wanted as usize);
     for _ in 0..rows {
         table.row(&mut regions)?;
     }
-    Some((regions, table.scorer.most_free()))
+    Some(regions)
 }
 
 /// Who may get the next region; the greatest does.
@@ -49,38 +48,37 @@ struct Seat {
     at: u32,
 }
 
-/// All seats, or only the best where each of these gets one region at most.
+/// All seats, or only the best where each of these gets one region at most. Fills in the scores.
 fn first(
+    scorer: &Scorer<'_>,
     snapshot: &Snapshot<'_>,
     demand: &Demand,
-    seen: &[Seen],
-    rooms: &[Room],
+    seen: &mut [Seen],
+    rooms: &Rooms,
     wanted: u64,
 ) -> BinaryHeap<Seat> {
+    let mut scored = rooms.list.iter().map(|room| {
+        let at = room.at as usize;
+        seen[at].score = scorer.score(at, 0);
+        (room, seen[at].score)
+    });
     let seat = |room: &Room, score: u32| {
         let id = snapshot.pool.ids[room.at as usize];
         let (at, room) = (room.at, u64::from(room.regions));
         Seat { regions: Reverse(0), score, draw: Reverse(draw(id, demand.seed)), id: Reverse(id), room, at }
     };
     let wanted = usize::try_from(wanted).unwrap_or(usize::MAX);
-    let scored = rooms.iter().map(|room| (room, seen[room.at as usize].score));
-    if wanted >= rooms.len() {
-        return scored.map(|(room, score)| seat(room, score)).collect();
-    }
     // The least of the best so far is at the head; most appliances are worse than that at a glance.
-    let mut best: BinaryHeap<Reverse<Seat>> = BinaryHeap::with_capacity(wanted + 1);
+    let mut best: BinaryHeap<Reverse<Seat>> =
+        scored.by_ref().take(wanted).map(|(room, score)| Reverse(seat(room, score))).collect();
     for (room, score) in scored {
-        let least = best.peek().filter(|_| best.len() == wanted);
-        if least.is_some_and(|Reverse(least)| score < least.score) {
+        let Some(mut least) = best.peek_mut() else { break };
+        if score < least.0.score {
             continue;
         }
         let seat = seat(room, score);
-        if least.is_some_and(|Reverse(least)| seat < *least) {
-            continue;
-        }
-        best.push(Reverse(seat));
-        if best.len() > wanted {
-            best.pop();
+        if seat > least.0 {
+            least.0 = seat;
         }
     }
     best.into_iter().map(|Reverse(seat)| seat).collect()

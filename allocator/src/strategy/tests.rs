@@ -89,7 +89,7 @@ fn labels(text: &str) -> Labels {
 
 fn traces(stage: &Stage, demand: &Demand) -> Vec<ApplianceTrace> {
     let decided = decide(&stage.snapshot(), demand);
-    trace::appliances(&stage.snapshot(), demand, &decided, true)
+    trace::appliances(&stage.snapshot(), demand, &decided, true).0
 }
 
 /// Why each appliance cannot serve, by name.
@@ -317,12 +317,11 @@ fn large_pools_are_cut_short_in_records() {
     let stage = Stage::new(&candidates);
     let demand = demand(1 << 30, 1);
     let decided = decide(&stage.snapshot(), &demand);
-    let short = trace::appliances(&stage.snapshot(), &demand, &decided, false);
+    let (short, rejected) = trace::appliances(&stage.snapshot(), &demand, &decided, false);
     assert!(short.len() < 20, "{}", short.len());
     let serving =
         short.iter().filter(|one| matches!(one.verdict, Verdict::Scored { regions: 1.., .. })).count();
     assert_eq!(serving, 4);
-    let rejected = trace::rejected(&decided);
     assert_eq!((rejected[0].reason.as_str(), rejected[0].appliances), ("drained", 400));
 }
 
@@ -331,16 +330,15 @@ fn slow_spread(candidates: &[Candidate], demand: &Demand, region_len: u64) -> Op
     let stage = Stage::new(candidates);
     let snapshot = stage.snapshot();
     let filter = Filter::new(&snapshot, demand);
-    let mut seen = filter.look();
-    let rooms = filter.rooms(&mut seen, region_len);
-    let scorer = score::Scorer::new(&snapshot, demand, &rooms);
+    let (_, rooms) = filter.look(region_len);
+    let scorer = score::Scorer::new(&snapshot, demand, rooms.most_free);
     let mut taken: HashMap<u32, u64> = HashMap::new();
     let mut regions = Vec::new();
     for _ in 0..size::rows(demand.size, demand.columns, region_len) {
         let mut in_row: HashMap<u32, u64> = HashMap::new();
         for _ in 0..demand.columns {
             let has = |map: &HashMap<u32, u64>, at: u32| map.get(&at).copied().unwrap_or(0);
-            let free = rooms.iter().filter(|room| u64::from(room.regions) > has(&taken, room.at));
+            let free = rooms.list.iter().filter(|room| u64::from(room.regions) > has(&taken, room.at));
             let next = free.min_by_key(|room| {
                 let id = stage.pool.cold[room.at as usize].candidate.id;
                 let got = has(&taken, room.at);
@@ -473,7 +471,7 @@ proptest! {
         let stage = Stage::new(&snapshot);
         let decided = decide(&stage.snapshot(), &demand);
         let counts = decided.placement.as_ref().map(count).unwrap_or_default();
-        let traces = trace::appliances(&stage.snapshot(), &demand, &decided, true);
+        let (traces, _) = trace::appliances(&stage.snapshot(), &demand, &decided, true);
         prop_assert_eq!(traces.len(), snapshot.len());
         for one in traces {
             let candidate = snapshot.iter().find(|candidate| candidate.id == one.id).unwrap();

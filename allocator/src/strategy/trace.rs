@@ -12,36 +12,40 @@ use super::{Decided, Demand, Snapshot};
 /// How many of the appliances that can serve and got nothing a record keeps.
 const RUNNERS_UP: usize = 5;
 /// How many examples of each reason a record keeps.
-const EXAMPLES: usize = 3;
+const EXAMPLES: u64 = 3;
 /// Appliances of which a record keeps all.
 const ALL_UP_TO: usize = 32;
 
 /// The appliances of a decision: those that serve, then the others by score, then those that
-/// cannot. Without `all`, only some of the latter two in a large pool.
+/// cannot, which are also counted by reason, the most frequent first. Without `all`, only some of
+/// those that do not serve are named in a large pool.
 pub fn appliances(
     snapshot: &Snapshot<'_>,
     demand: &Demand,
     decided: &Decided,
     all: bool,
-) -> Vec<ApplianceTrace> {
+) -> (Vec<ApplianceTrace>, Vec<RejectedCount>) {
     let all = all || decided.seen.len() <= ALL_UP_TO;
     let got = regions_of(snapshot, decided);
-    let mut usable: Vec<usize> = got.keys().copied().collect();
-    let runners_up = if all { usize::MAX } else { RUNNERS_UP };
-    usable.extend(others(decided, &got, runners_up));
+    let walked = Walked::new(decided, &got, all);
+    let mut usable: Vec<usize> = got.keys().chain(&walked.others).copied().collect();
     usable.sort_by_cached_key(|&at| {
         let name = snapshot.pool.cold[at].candidate.name.clone();
         (!got.contains_key(&at), Reverse(decided.seen[at].score), name)
     });
-    let scorer = Scorer::with_most(snapshot, demand, decided.most_free);
+    let scorer = Scorer::new(snapshot, demand, decided.most_free);
     let scored = usable.iter().map(|&at| {
         let regions = got.get(&at).copied().unwrap_or(0);
         let score = u64::from(decided.seen[at].score) / 1000;
         trace(snapshot, at, Verdict::Scored { score, parts: scorer.parts(at), regions })
     });
     let mut traces: Vec<ApplianceTrace> = scored.collect();
-    traces.extend(rejections(snapshot, demand, decided, all));
-    traces
+    let filter = Filter::new(snapshot, demand);
+    traces.extend(walked.rejected.iter().filter_map(|&at| {
+        let rejection = filter.rejection(at, decided.seen[at].code, decided.region_len)?;
+        Some(trace(snapshot, at, Verdict::Rejected(rejection)))
+    }));
+    (traces, walked.rejected_counts())
 }
 
 fn trace(snapshot: &Snapshot<'_>, at: usize, verdict: Verdict) -> ApplianceTrace {
@@ -49,39 +53,54 @@ fn trace(snapshot: &Snapshot<'_>, at: usize, verdict: Verdict) -> ApplianceTrace
     ApplianceTrace { id: one.id, name: one.name.clone(), verdict }
 }
 
-/// The best of those that can serve and got nothing.
-fn others(decided: &Decided, got: &BTreeMap<usize, u64>, most: usize) -> Vec<usize> {
-    let mut best: BinaryHeap<Reverse<(u32, Reverse<usize>)>> = BinaryHeap::new();
-    let mut least = 0;
-    for (at, seen) in decided.seen.iter().enumerate() {
-        let worse = best.len() >= most && seen.score <= least;
-        if worse || seen.code != Code::Usable || got.contains_key(&at) {
-            continue;
-        }
-        best.push(Reverse((seen.score, Reverse(at))));
-        if best.len() > most {
-            best.pop();
-        }
-        least = best.peek().map_or(0, |Reverse((score, _))| *score);
-    }
-    best.into_iter().map(|Reverse((_, Reverse(at)))| at).collect()
+/// What one walk over all that was seen finds.
+struct Walked {
+    /// The best of those that can serve and got nothing.
+    others: Vec<usize>,
+    /// Those that cannot serve, or examples of each reason.
+    rejected: Vec<usize>,
+    /// By [`Code::index`].
+    counts: [u64; REASONS.len()],
 }
 
-fn rejections(snapshot: &Snapshot<'_>, demand: &Demand, decided: &Decided, all: bool) -> Vec<ApplianceTrace> {
-    let filter = Filter::new(snapshot, demand);
-    let mut shown = [0_usize; REASONS.len()];
-    let mut traces = Vec::new();
-    for (at, seen) in decided.seen.iter().enumerate().filter(|(_, seen)| seen.code != Code::Usable) {
-        let shown = &mut shown[seen.code.index()];
-        *shown += 1;
-        if !all && *shown > EXAMPLES {
-            continue;
+impl Walked {
+    fn new(decided: &Decided, got: &BTreeMap<usize, u64>, all: bool) -> Walked {
+        let most = if all { usize::MAX } else { RUNNERS_UP };
+        let examples = if all { u64::MAX } else { EXAMPLES };
+        let mut best: BinaryHeap<Reverse<(u32, Reverse<usize>)>> = BinaryHeap::new();
+        let mut least = 0;
+        let mut walked = Walked { others: Vec::new(), rejected: Vec::new(), counts: [0; REASONS.len()] };
+        for (at, seen) in decided.seen.iter().enumerate() {
+            let count = &mut walked.counts[seen.code.index()];
+            *count += 1;
+            if seen.code != Code::Usable {
+                if *count <= examples {
+                    walked.rejected.push(at);
+                }
+                continue;
+            }
+            if (best.len() >= most && seen.score <= least) || got.contains_key(&at) {
+                continue;
+            }
+            best.push(Reverse((seen.score, Reverse(at))));
+            if best.len() > most {
+                best.pop();
+            }
+            least = best.peek().map_or(0, |Reverse((score, _))| *score);
         }
-        if let Some(rejection) = filter.rejection(at, seen.code, decided.region_len) {
-            traces.push(trace(snapshot, at, Verdict::Rejected(rejection)));
-        }
+        walked.others = best.into_iter().map(|Reverse((_, Reverse(at)))| at).collect();
+        walked
     }
-    traces
+
+    /// How many appliances were rejected for which reason, the most frequent first.
+    fn rejected_counts(&self) -> Vec<RejectedCount> {
+        let rejected = REASONS.iter().zip(self.counts).skip(1).filter(|(_, appliances)| *appliances > 0);
+        let count =
+            |(reason, appliances): (&&str, u64)| RejectedCount { reason: (*reason).to_owned(), appliances };
+        let mut counts: Vec<RejectedCount> = rejected.map(count).collect();
+        counts.sort_by_key(|count| Reverse(count.appliances));
+        counts
+    }
 }
 
 /// What each appliance gets, by its place in the pool.
@@ -92,18 +111,6 @@ fn regions_of(snapshot: &Snapshot<'_>, decided: &Decided) -> BTreeMap<usize, u64
         *got.entry(at).or_default() += 1;
     }
     got
-}
-
-/// How many appliances were rejected for which reason, the most frequent first.
-pub fn rejected(decided: &Decided) -> Vec<RejectedCount> {
-    let mut counts = [0_u64; REASONS.len()];
-    decided.seen.iter().for_each(|seen| counts[seen.code.index()] += 1);
-    let rejected = REASONS.iter().zip(counts).skip(1).filter(|(_, appliances)| *appliances > 0);
-    let count =
-        |(reason, appliances): (&&str, u64)| RejectedCount { reason: (*reason).to_owned(), appliances };
-    let mut counts: Vec<RejectedCount> = rejected.map(count).collect();
-    counts.sort_by_key(|count| Reverse(count.appliances));
-    counts
 }
 
 /// By [`Code::index`].
