@@ -12,7 +12,7 @@ use crate::cli::{AllocCommand, CreateArgs};
 use crate::connect::{Daemon, Daemons};
 use crate::output::{self, Output};
 use crate::table::{Table, fields};
-use crate::{age, explain, policy, waiting};
+use crate::{age, explain, waiting};
 
 pub(crate) async fn run(command: AllocCommand, daemons: &Daemons, output: Output) -> anyhow::Result<()> {
     let allocator = daemons.allocator()?;
@@ -70,7 +70,7 @@ async fn create(args: CreateArgs, allocator: &Daemon, output: Output) -> anyhow:
         }
     }
     let allocation = made.with_context(|| format!("cannot make the allocation `{name}`"))?;
-    policy::warn_all(&allocation.warnings);
+    allocation.warnings.iter().for_each(|warning| output::warn(warning));
     output.print(&allocation, created)
 }
 

@@ -14,7 +14,7 @@ use xpm_protocol::policy::{Content, DocumentName, Documents};
 
 use crate::cli::{ApplyArgs, DeleteArgs, EditArgs, GetArgs};
 use crate::connect::{Daemon, Daemons};
-use crate::output::{self, Output, one_line};
+use crate::output::{Output, one_line};
 
 pub(crate) async fn apply(args: &ApplyArgs, daemons: &Daemons, output: Output) -> anyhow::Result<ExitCode> {
     let files = args.files.iter().map(|path| read(path)).collect::<anyhow::Result<Vec<_>>>()?;
@@ -176,11 +176,6 @@ pub(crate) async fn delete(args: &DeleteArgs, daemons: &Daemons, output: Output)
     daemons.allocator()?.delete(&format!("/v1/policy/{}/{}{query}", args.kind, args.name)).await?;
     let deleted = DocumentName { kind: args.kind, name: args.name.clone() };
     output.print(&Deleted { deleted }, |_| String::new())
-}
-
-/// Warnings of an allocation that was just made.
-pub(crate) fn warn_all(warnings: &[String]) {
-    warnings.iter().for_each(|warning| output::warn(warning));
 }
 
 #[cfg(test)]

@@ -268,6 +268,7 @@ mod tests {
     use std::os::unix::fs::PermissionsExt as _;
 
     use super::*;
+    use crate::store::AllocationRecord;
     use crate::testing::{allocation, appliance};
 
     #[test]
@@ -316,6 +317,35 @@ mod tests {
             let error = RedbStore::open(directory.path()).unwrap_err();
             assert!(matches!(error, StoreError::Newer { found, .. } if found == SCHEMA + 1), "{error}");
         }
+    }
+
+    /// An allocation as schema 1 has it.
+    const FIRST_ALLOCATION: &str = r#"{"id":"00000000000000000000000000000001","name":"a","size":268435456,
+        "layout":{"kind":"linear"},"region_len":268435456,"created":1,"phase":"ready","epoch":1,"owner":null,
+        "revealed":false,"next":null,"grants":[{"id":"00000000000000000000000000000001",
+        "appliance":"00000000000000000000000000000001",
+        "key":"0707070707070707070707070707070707070707070707070707070707070707","count":1,
+        "regions":["00000000000000000000000000000001"]}],"slots":[{"grant":0,"slot":0}]}"#;
+
+    #[test]
+    fn a_store_of_schema_1_is_taken_over() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join(FILE_NAME);
+        let database = Database::create(&path).unwrap();
+        let transaction = database.begin_write().unwrap();
+        transaction.open_table(META).unwrap().insert(SCHEMA_KEY, 1).unwrap();
+        let mut table = transaction.open_table(ALLOCATIONS).unwrap();
+        table.insert(1, FIRST_ALLOCATION.as_bytes()).unwrap();
+        drop(table);
+        transaction.open_table(APPLIANCES).unwrap();
+        transaction.commit().unwrap();
+        drop(database);
+        let mut store = RedbStore::open(directory.path()).unwrap();
+        let loaded = store.load().unwrap();
+        let known = AllocationRecord { idle_since: 0, ..allocation(1, "a") };
+        assert_eq!((loaded.allocations, loaded.revision), (vec![known], 0));
+        assert_eq!(store.schema().unwrap(), Some(SCHEMA));
+        assert_eq!(store.decisions().about(&"a".parse().unwrap(), 1).unwrap(), []);
     }
 
     #[test]
