@@ -107,10 +107,10 @@ pub struct Create {
     #[serde(default, skip_serializing_if = "Labels::is_empty")]
     pub labels: Labels,
     /// How it is going to be used.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Access::is_block")]
     pub access: Access,
     /// It may be reclaimed, with notice, for requests of a higher priority.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub reclaimable: bool,
     /// A shorter lease than the strategy's or the account's.
     #[serde(default, skip_serializing_if = "Option::is_none")]

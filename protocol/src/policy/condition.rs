@@ -85,3 +85,10 @@ pub enum Access {
     /// As memory of a virtual machine.
     Machine,
 }
+
+impl Access {
+    /// Whether it is the usual way.
+    pub fn is_block(&self) -> bool {
+        *self == Access::Block
+    }
+}

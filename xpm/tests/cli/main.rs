@@ -3,4 +3,5 @@
 mod commands;
 mod failures;
 mod fixtures;
+mod policy;
 mod support;

@@ -178,4 +178,14 @@ impl Run {
             assert!(self.err.contains(word), "`{word}` is not in: {}", self.err);
         }
     }
+
+    /// It failed, with these lines in this order.
+    #[track_caller]
+    pub(crate) fn fails_with_lines(self, lines: &[&str]) {
+        assert_eq!(self.code, 1, "stdout: {}\nstderr: {}", self.out, self.err);
+        let said: Vec<&str> = self.err.lines().collect();
+        let same =
+            said.len() == lines.len() && said.iter().zip(lines).all(|(said, line)| said.contains(line));
+        assert!(same, "{}", self.err);
+    }
 }
