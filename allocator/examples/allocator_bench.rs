@@ -50,7 +50,8 @@ fn measure(appliances: u64) -> Result<(), Failed> {
     let allocations = appliances * FILL / REGIONS;
     let filled = pool.make(allocations)?;
     let rate = pool.make(if appliances < 1000 { 2000 } else { 10_000 })?;
-    let mut times = pool.decide()?;
+    let mut times = pool.decide();
+    let mut intents = pool.begin()?;
     let full = pool.explain_all();
     let resident = resident_bytes()?;
     drop(pool);
@@ -61,7 +62,9 @@ fn measure(appliances: u64) -> Result<(), Failed> {
     service.restore(Moment { at: Duration::from_secs(1), unix: UNIX }, loaded);
     let restart = restart.elapsed();
     times.sort_unstable();
+    intents.sort_unstable();
     let at = |share: usize| times[times.len() * share / 1000].as_nanos() as f64 / 1000.0;
+    let intent = intents[intents.len() / 2].as_nanos() as f64 / 1000.0;
     let regions = allocations * REGIONS;
     let of = format!("{appliances} appliances, {regions} regions");
     let print = |metric: &str, unit: &str, value: f64| {
@@ -72,6 +75,7 @@ fn measure(appliances: u64) -> Result<(), Failed> {
     };
     print("decision p50", "us", at(500));
     print("decision p99", "us", at(990));
+    print("with intent", "us", intent);
     print("all explained", "us", full.as_nanos() as f64 / 1000.0);
     print("filled at", "/s", filled);
     print("durable", "/s", rate);
@@ -273,8 +277,24 @@ impl Pool {
         }
     }
 
-    /// The time from a request to its recorded decision, with the explanation that is kept.
-    fn decide(&mut self) -> Result<Vec<Duration>, Failed> {
+    /// The time of a decision with its explanation, as it would be recorded; nothing is made.
+    fn decide(&mut self) -> Vec<Duration> {
+        let mut times = Vec::with_capacity(DECISIONS);
+        for _ in 0..DECISIONS {
+            let create = self.create();
+            self.replies += 1;
+            let event = Event::Request(ReplyTo(self.replies), Request::Decide { create, all: false });
+            let moment = self.moment();
+            let began = Instant::now();
+            let effects = self.service.handle(moment, event);
+            times.push(began.elapsed());
+            assert_eq!(effects.len(), 1);
+        }
+        times
+    }
+
+    /// The time from a request to its intent, with decision and explanation, ready to be made durable.
+    fn begin(&mut self) -> Result<Vec<Duration>, Failed> {
         let mut times = Vec::with_capacity(DECISIONS);
         for _ in 0..DECISIONS {
             let create = self.create();
@@ -298,7 +318,7 @@ impl Pool {
     fn explain_all(&mut self) -> Duration {
         let create = self.create();
         let began = Instant::now();
-        let effects = self.event(Request::Decide(create));
+        let effects = self.event(Request::Decide { create, all: true });
         assert_eq!(effects.len(), 1);
         began.elapsed()
     }

@@ -27,6 +27,15 @@ struct Version {
     version: Option<u64>,
 }
 
+/// Query for a decision.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct All {
+    /// Whether to name every appliance.
+    #[serde(default)]
+    all: bool,
+}
+
 /// Query for events.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -133,7 +142,9 @@ fn more_routes(handle: Handle) -> Router {
     Router::new()
         .route(
             "/v1/decisions",
-            post(async move |Json(body): Json<Create>| answer(decide(Request::Decide(body)).await)),
+            post(async move |Query(All { all }): Query<All>, Json(create): Json<Create>| {
+                answer(decide(Request::Decide { create, all }).await)
+            }),
         )
         .route(
             "/v1/allocations/{name}/decisions",

@@ -234,7 +234,7 @@ impl Service {
             Request::Heartbeat(heartbeat) => return self.heartbeat(reply, *heartbeat),
             Request::ForgetAppliance(id) => return self.forget_appliance(reply, id),
             Request::Create(create) => return self.create(reply, create),
-            Request::Decide(create) => return self.dry_run(reply, create),
+            Request::Decide { create, all } => return self.dry_run(reply, create, all),
             Request::Usage => Ok(Outcome::Usage(self.list_usage())),
             Request::HearClient { name, facts } => return self.hear_client(reply, name, facts),
             Request::Clients => Ok(Outcome::Clients(self.list_clients())),

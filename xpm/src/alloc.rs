@@ -58,7 +58,8 @@ async fn create(args: CreateArgs, allocator: &Daemon, output: Output) -> anyhow:
     let (dry_run, explained) = (args.dry_run, args.explain);
     let create = request(args);
     if dry_run {
-        let decision: Decision = allocator.post("/v1/decisions", &create).await?;
+        let query = if explained { "?all=true" } else { "" };
+        let decision: Decision = allocator.post(&format!("/v1/decisions{query}"), &create).await?;
         return output.print(&decision, if explained { explain::decision } else { explain::outcome });
     }
     let name = create.name.clone();

@@ -56,8 +56,11 @@ pub enum Request {
     Appliances,
     ForgetAppliance(ApplianceId),
     Create(Create),
-    /// What would become of it.
-    Decide(Create),
+    /// What would become of it; with `all`, every appliance is named.
+    Decide {
+        create: Create,
+        all: bool,
+    },
     Allocations,
     Allocation(Name),
     Delete {

@@ -80,9 +80,9 @@ impl Service {
     }
 
     /// Answers what would become of a request, and does nothing.
-    pub(super) fn dry_run(&mut self, reply: ReplyTo, create: Create) {
+    pub(super) fn dry_run(&mut self, reply: ReplyTo, create: Create, all: bool) {
         let wish = Wish::new(None, create);
-        let answer = match self.look(&wish, true) {
+        let answer = match self.look(&wish, all) {
             Ok(looked) => Ok(Outcome::Decision(Box::new(looked.decision))),
             Err(line) => Err(ApiError(ErrorKind::Invalid, line)),
         };

@@ -14,7 +14,7 @@
 //! | `DELETE /v1/allocations/{name}/owner/{client}` | | nothing |
 //! | `POST /v1/allocations/{name}/renewal` | [`Renew`] | [`Allocation`] |
 //! | `GET /v1/allocations/{name}/decisions` | | list of [`Decision`](super::decision::Decision), the newest first |
-//! | `POST /v1/decisions` | [`Create`] | [`Decision`](super::decision::Decision): a dry run, nothing is made |
+//! | `POST /v1/decisions?all=true` | [`Create`] | [`Decision`](super::decision::Decision): a dry run, nothing is made; with `all` every appliance is named |
 //! | `GET /v1/metrics` | | text for Prometheus |
 //! | `GET /v1/usage` | | list of [`Usage`] |
 //! | `PUT /v1/clients/{name}` | [`ClientFacts`] | [`Client`] |

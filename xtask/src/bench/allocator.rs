@@ -50,6 +50,14 @@ fn measured(row: &Value) -> Option<Row> {
     })
 }
 
-const METRICS: [&str; 7] =
-    ["decision p50", "decision p99", "all explained", "filled at", "durable", "memory", "restart"];
+const METRICS: [&str; 8] = [
+    "decision p50",
+    "decision p99",
+    "with intent",
+    "all explained",
+    "filled at",
+    "durable",
+    "memory",
+    "restart",
+];
 const UNITS: [&str; 4] = ["us", "/s", "MiB", "ms"];

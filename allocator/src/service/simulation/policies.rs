@@ -64,7 +64,7 @@ fn state(world: &mut World, of: &str) -> Option<AllocationState> {
 }
 
 fn dry_run(world: &mut World, create: Create) -> Decision {
-    match world.answer(Request::Decide(create)).unwrap() {
+    match world.answer(Request::Decide { create, all: true }).unwrap() {
         Outcome::Decision(decision) => *decision,
         other => panic!("{other:?}"),
     }
