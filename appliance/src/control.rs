@@ -5,13 +5,14 @@ use std::time::Instant;
 
 use axum::extract::State;
 use axum::http::StatusCode;
-use xpm_control::server::routing::{delete, get, put};
+use xpm_control::server::routing::{delete, get, post, put};
 use xpm_control::server::{ApiError, Json, Path, Router};
 use xpm_protocol::api::ErrorKind;
-use xpm_protocol::api::appliance::{Commit, Counters, Grant, Region, Reserve, Status};
+use xpm_protocol::api::appliance::{Commit, Copy, Counters, Digest, Grant, Range, Region, Reserve, Status};
 use xpm_protocol::units::{ByteSize, Span};
 use xpm_protocol::{GrantId, RegionId};
 
+use crate::copier::{self, Copier, CopyError};
 use crate::regions::{Table, TableError};
 
 /// What the data plane counts.
@@ -27,13 +28,17 @@ pub trait Traffic: Send + Sync {
 pub struct Appliance {
     table: Table,
     traffic: Box<dyn Traffic>,
+    copier: Copier,
     started: Instant,
 }
 
 impl Appliance {
     /// The appliance of this table and data plane, started now.
-    pub fn new(table: Table, traffic: Box<dyn Traffic>) -> Appliance {
-        Appliance { table, traffic, started: Instant::now() }
+    ///
+    /// # Errors
+    /// When the kernel gives no random number.
+    pub fn new(table: Table, traffic: Box<dyn Traffic>) -> std::io::Result<Appliance> {
+        Ok(Appliance { table, traffic, copier: Copier::new()?, started: Instant::now() })
     }
 
     /// The table of regions and grants.
@@ -71,6 +76,8 @@ pub fn routes(appliance: Arc<Appliance>) -> Router {
         .route("/v1/regions/{id}", delete(delete_region))
         .route("/v1/grants", get(grants))
         .route("/v1/grants/{id}", put(commit).delete(delete_grant))
+        .route("/v1/grants/{id}/copies", post(copy))
+        .route("/v1/grants/{id}/digests", post(digest))
         .with_state(appliance)
 }
 
@@ -133,6 +140,40 @@ async fn commit(
 async fn delete_grant(appliance: Shared, Path(id): Path<GrantId>) -> Result<StatusCode, ApiError> {
     on_table(appliance, move |table| table.delete_grant(id)).await?;
     Ok(StatusCode::NO_CONTENT)
+}
+
+async fn copy(
+    State(appliance): Shared,
+    Path(id): Path<GrantId>,
+    Json(order): Json<Copy>,
+) -> Result<Json<Digest>, ApiError> {
+    let copy = move || {
+        let lease = copier::lease_of(&appliance.table, id)?;
+        appliance.copier.copy(&lease, &order)
+    };
+    tokio::task::spawn_blocking(copy).await.map_err(broken)?.map(Json).map_err(not_copied)
+}
+
+async fn digest(
+    State(appliance): Shared,
+    Path(id): Path<GrantId>,
+    Json(range): Json<Range>,
+) -> Result<Json<Digest>, ApiError> {
+    let digest = move || {
+        let lease = copier::lease_of(&appliance.table, id)?;
+        copier::digest(&lease, range)
+    };
+    tokio::task::spawn_blocking(digest).await.map_err(broken)?.map(Json).map_err(not_copied)
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "used where an error is mapped")]
+fn not_copied(error: CopyError) -> ApiError {
+    let kind = match error {
+        CopyError::Invalid(_) => ErrorKind::Invalid,
+        CopyError::Revoked => ErrorKind::Conflict,
+        CopyError::Connect(_) | CopyError::Target(_) => ErrorKind::Unavailable,
+    };
+    ApiError(kind, error.to_string())
 }
 
 /// Carries an order out on a thread that may block, and to its end even if who gave it goes away.

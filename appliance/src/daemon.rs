@@ -64,7 +64,8 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let client = allocator(&config, token.clone())?;
     let serving = data.serve(&config, &table)?;
     identity.rdma = serving.plane.rdma.as_ref().map(|rdma| rdma.addresses()).unwrap_or_default();
-    let appliance = Arc::new(Appliance::new(table, Box::new(serving.plane.clone())));
+    let appliance = Appliance::new(table, Box::new(serving.plane.clone())).context("cannot start to copy")?;
+    let appliance = Arc::new(appliance);
     announce(&config, &identity);
 
     let heartbeat = client.map(|client| tokio::spawn(register::run(client, identity, appliance.clone())));

@@ -3,7 +3,8 @@
 //! Invariants, kept by each operation:
 //! * the lengths of all regions, and of those being made, are together no more than the capacity,
 //!   and what leaves to make room for others does so before they can be granted;
-//! * a region in a grant is in exactly one, and a grant's regions are all there;
+//! * a region in a grant is in one, or also in the one that takes it over, and a grant's regions are
+//!   all there;
 //! * a region that was in a grant comes back only by [`Ledger::cleared`], under a new id.
 
 mod grants;

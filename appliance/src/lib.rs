@@ -9,6 +9,7 @@
 pub mod arena;
 pub mod config;
 pub mod control;
+pub mod copier;
 pub mod daemon;
 pub mod host;
 mod lease;

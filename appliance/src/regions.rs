@@ -252,6 +252,12 @@ impl Table {
         Ok(())
     }
 
+    /// The lease of a grant, if it lets clients in.
+    pub fn lease(&self, id: GrantId) -> Option<Arc<Lease>> {
+        let state = self.shared.lock();
+        state.leases.get(&id).filter(|lease| lease.is_alive()).cloned()
+    }
+
     /// The lease of the grant with this key, if it lets clients in.
     pub fn open(&self, key: &GrantKey) -> Option<Arc<Lease>> {
         let state = self.shared.lock();

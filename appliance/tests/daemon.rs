@@ -252,3 +252,74 @@ fn heartbeats_survive_an_absent_allocator() {
     daemon.grant(1, 1, 1);
     assert_eq!(harness::heartbeat(&listener, "60s")["status"]["grants"], 1);
 }
+
+#[test]
+fn a_grant_is_copied_to_another_appliance() {
+    let (from, to) = (Daemon::start(&["--memory", "32MiB"]), Daemon::start(&["--memory", "32MiB"]));
+    from.grant(1, 1, 2);
+    to.grant(2, 2, 2);
+    let write = "write -P 7 16M 8M";
+    run("qemu-io", &["-f", "raw", "-c", write, "-c", "write -P 9 30M 4k", &from.tcp_uri(&key(1))]);
+    let copy = |offset: u64, len: u64, to_key: u64| {
+        let order = json!({
+            "range": { "offset": offset, "len": len }, "nbd": [to.nbd.to_string()], "key": key(to_key), "to": offset
+        });
+        from.raw("POST", &format!("/v1/grants/{:032x}/copies", 1), &order.to_string())
+    };
+    let (status, copied) = copy(16 * MIB, 16 * MIB, 2);
+    assert_eq!((status, &copied["data"]), (200, &json!(8 * MIB + 4096)), "{copied}");
+    assert_eq!(copied["last"], 30 * MIB, "{copied}");
+    let digest = |daemon: &Daemon, grant: u32, offset: u64| {
+        let range = json!({ "offset": offset, "len": 16 * MIB }).to_string();
+        daemon.raw("POST", &format!("/v1/grants/{grant:032x}/digests"), &range).1["xxh3"].clone()
+    };
+    assert_eq!(digest(&to, 2, 16 * MIB), copied["xxh3"]);
+    assert_eq!(digest(&from, 1, 16 * MIB), copied["xxh3"]);
+    assert_ne!(digest(&from, 1, 0), copied["xxh3"], "zeros are something else");
+    let said = run(
+        "qemu-io",
+        &["-f", "raw", "-r", "-c", "read -P 7 16M 8M", "-c", "read -P 9 30M 4k", &to.tcp_uri(&key(2))],
+    );
+    assert!(!said.contains("verification failed"), "{said}");
+
+    let refused = |(status, answer): (u16, Value), word: &str| {
+        assert!(status >= 400 && answer["error"].as_str().unwrap().contains(word), "{status} {answer}");
+    };
+    refused(copy(0, LEN, 3), "no such export");
+    refused(copy(0, 33 * MIB, 2), "within the");
+    refused(copy(u64::MAX, 2, 2), "within the");
+    assert_eq!(to.raw("DELETE", &format!("/v1/grants/{:032x}", 2), "").0, 204);
+    refused(copy(16 * MIB, LEN, 2), "no such export");
+}
+
+#[test]
+fn a_grant_takes_regions_over_from_another() {
+    let daemon = Daemon::start(&["--memory", "64MiB"]);
+    let ids = daemon.grant(1, 1, 3);
+    run("qemu-io", &["-f", "raw", "-c", "write -P 7 0 48M", &daemon.tcp_uri(&key(1))]);
+    let take = |grant: u32, key_number: u64, regions: &[String], from: u32| {
+        let mut body = daemon.commit_body(1, key_number, regions);
+        body["from"] = json!(format!("{from:032x}"));
+        daemon.raw("PUT", &format!("/v1/grants/{grant:032x}"), &body.to_string())
+    };
+    let kept = [ids[2].clone(), ids[0].clone()];
+    assert_eq!(take(2, 2, &kept, 9).1["kind"], "in-use", "only from the one that has them");
+    assert_eq!(take(2, 2, &kept, 1).0, 200);
+    assert_eq!(take(2, 2, &kept, 1).0, 200, "and again");
+    assert_eq!(daemon.get("/v1/status")["granted"], 48 * MIB, "they count once");
+    for (uri, at) in
+        [(daemon.tcp_uri(&key(1)), "read -P 7 0 48M"), (daemon.tcp_uri(&key(2)), "read -P 7 0 32M")]
+    {
+        let said = run("qemu-io", &["-f", "raw", "-r", "-c", at, &uri]);
+        assert!(!said.contains("verification failed"), "{said}");
+    }
+    // The one that took over goes again: nothing happened.
+    assert_eq!(daemon.raw("DELETE", &format!("/v1/grants/{:032x}", 2), "").0, 204);
+    assert_eq!(take(3, 3, &kept, 1).0, 200);
+    assert_eq!(daemon.raw("DELETE", &format!("/v1/grants/{:032x}", 1), "").0, 204);
+    daemon.wait("the region that nobody took is free", |status| status["free"] == 32 * MIB);
+    let said = run("qemu-io", &["-f", "raw", "-r", "-c", "read -P 7 0 32M", &daemon.tcp_uri(&key(3))]);
+    assert!(!said.contains("verification failed"), "{said}");
+    assert_eq!(daemon.raw("DELETE", &format!("/v1/grants/{:032x}", 3), "").0, 204);
+    daemon.wait("all memory ready again", |status| status["ready"] == 64 * MIB);
+}

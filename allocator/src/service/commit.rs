@@ -168,6 +168,7 @@ impl Service {
                 epoch: record.epoch,
                 key,
                 regions: regions.clone(),
+                from: None,
             };
             (grant.appliance, Call::Commit(grant.id, commit))
         };

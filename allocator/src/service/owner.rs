@@ -192,6 +192,7 @@ fn raise_calls(record: &AllocationRecord) -> Vec<(xpm_protocol::ApplianceId, Cal
             epoch: next.epoch,
             key: key.clone(),
             regions: grant.regions.clone(),
+            from: None,
         };
         (grant.appliance, Call::Commit(grant.id, commit))
     };

@@ -97,10 +97,21 @@ impl<M: Clone> Ledger<M> {
         }
     }
 
-    /// Removes a grant, whose regions are to be cleared. Its clients were shut out before.
+    /// Removes a grant, whose regions are to be cleared unless another one has them too. Its clients
+    /// were shut out before.
     pub fn delete_grant(&mut self, id: GrantId) {
-        if let Some(grant) = self.grants.remove(&id) {
-            grant.regions.iter().for_each(|region| self.set_state(*region, State::Clearing));
+        let Some(grant) = self.grants.remove(&id) else { return };
+        for region in grant.regions {
+            match self.regions.get(&region).map(|region| region.state) {
+                Some(State::Granted { grant, .. }) if grant == id => {}
+                // It was taken over.
+                _ => continue,
+            }
+            let state = match self.grants.iter().find(|(_, grant)| grant.regions.contains(&region)) {
+                Some((other, grant)) => State::Granted { allocation: grant.allocation, grant: *other },
+                None => State::Clearing,
+            };
+            self.set_state(region, state);
         }
     }
 
@@ -147,6 +158,11 @@ impl<M: Clone> Ledger<M> {
                     return Err(Refusal::Conflict(format!(
                         "region {id} is reserved for allocation {allocation}"
                     )));
+                }
+                State::Granted { grant, allocation }
+                    if commit.from == Some(grant) && allocation == commit.allocation =>
+                {
+                    lens.push(region.len);
                 }
                 State::Granted { grant, .. } => return Err(Refusal::InGrant { region: *id, grant }),
                 State::Ready | State::Clearing => return Err(Refusal::UnknownRegion(*id)),

@@ -46,6 +46,7 @@ fn commit(epoch: u64, key: u8, regions: Vec<RegionId>) -> Commit {
         epoch: Epoch(epoch),
         key: GrantKey::from_bytes([key; 32]),
         regions,
+        from: None,
     }
 }
 

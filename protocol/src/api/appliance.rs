@@ -9,6 +9,8 @@
 //! | `GET /v1/grants` | | list of [`Grant`] |
 //! | `PUT /v1/grants/{id}` | [`Commit`] | [`Grant`] |
 //! | `DELETE /v1/grants/{id}` | | nothing; revokes, then clears and frees the regions |
+//! | `POST /v1/grants/{id}/copies` | [`Copy`] | [`Digest`] of what was copied |
+//! | `POST /v1/grants/{id}/digests` | [`Range`] | [`Digest`] |
 //!
 //! Memory is given in two phases: regions are reserved with a time limit, and stay only if a
 //! grant takes them before it ends. `PUT` and `DELETE` are idempotent.
@@ -194,6 +196,50 @@ pub struct Commit {
     pub key: GrantKey,
     /// The regions, in the order of the export's offsets; 1 or more.
     pub regions: Vec<RegionId>,
+    /// A grant of the same allocation whose regions it may take over. What it takes is in both until
+    /// one of them is deleted, and stays as it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<GrantId>,
+}
+
+/// A run of bytes of a grant's export.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Range {
+    /// First byte.
+    pub offset: u64,
+    /// Bytes; 1 or more.
+    pub len: u64,
+}
+
+/// Asks an appliance to write what a run of a grant holds into a grant of another appliance. What is
+/// all zeros is not written: the target has to read as zeros there.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Copy {
+    /// What to copy; within one region, and at most [`COPY_LEN_MAX`].
+    pub range: Range,
+    /// Where the target's appliance is reached by NBD, in order of preference.
+    pub nbd: Vec<SocketAddr>,
+    /// The target's key.
+    pub key: GrantKey,
+    /// First byte in the target's export.
+    pub to: u64,
+}
+
+/// Most bytes that one [`Copy`] or [`Range`] is about.
+pub const COPY_LEN_MAX: u64 = 64 << 20;
+
+/// What a run of bytes holds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Digest {
+    /// XXH3, 128 bits, of its bytes, in hexadecimal digits.
+    pub xxh3: String,
+    /// Pages of 4096 bytes in it that are not all zeros, in bytes.
+    pub data: ByteSize,
+    /// First byte of the last such page, from the start of the export.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last: Option<u64>,
 }
 
 /// A grant as the appliance sees it; the key stays secret.

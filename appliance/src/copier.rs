@@ -1,0 +1,291 @@
+//! Copying what a grant holds into a grant of another appliance, and saying what a run of bytes holds.
+//! The data goes from here to there by NBD, and through no client.
+//!
+//! An order is about some MiB, which its giver keeps unchanged meanwhile. Connections are kept for the
+//! next order for a moment. Everything here blocks, on threads for it.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::AsFd as _;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use xpm_protocol::api::appliance::{COPY_LEN_MAX, Copy, Digest, Range};
+use xpm_protocol::nbd::{ExportName, SessionTag};
+use xpm_protocol::units::{ByteSize, PAGE_LEN};
+use xpm_protocol::{GrantId, GrantKey};
+use xpm_transport::link::Link as _;
+use xpm_transport::nbd::client::{ConnectError, NbdLink, Target, connect};
+use xpm_transport::{IoBuf, Kind, Operation};
+use xxhash_rust::xxh3::Xxh3;
+
+use crate::lease::Lease;
+
+/// Bytes of one write.
+const WRITE_LEN: u64 = 512 << 10;
+/// Bytes that are looked at in one piece.
+const LOOK_LEN: usize = 64 << 10;
+/// Writes in flight.
+const DEPTH: usize = 16;
+/// Longest time that connecting may take, and that nothing is answered.
+const LIMIT: Duration = Duration::from_secs(5);
+/// How long a connection is kept for the next order.
+const KEEP: Duration = Duration::from_secs(10);
+
+/// Why an order was not carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum CopyError {
+    /// It asks for what cannot be.
+    #[error("{0}")]
+    Invalid(String),
+    /// The grant was revoked meanwhile.
+    #[error("the grant was revoked meanwhile")]
+    Revoked,
+    /// The target cannot be reached.
+    #[error("cannot connect to the appliance that is copied to: {0}")]
+    Connect(#[from] ConnectError),
+    /// The connection to the target broke, or it refused a write.
+    #[error("the appliance that is copied to did not take it: {0}")]
+    Target(String),
+}
+
+/// Carries copies out.
+pub struct Copier {
+    /// Connections that no order uses, by the target's key.
+    idle: Mutex<HashMap<GrantKey, (NbdLink, Instant)>>,
+    session: u128,
+    generations: std::sync::atomic::AtomicU32,
+}
+
+impl Copier {
+    /// One without connections.
+    ///
+    /// # Errors
+    /// When the kernel gives no random number.
+    pub fn new() -> io::Result<Copier> {
+        Ok(Copier {
+            idle: Mutex::default(),
+            session: xpm_control::random::u128()?,
+            generations: std::sync::atomic::AtomicU32::new(0),
+        })
+    }
+
+    /// Writes what the range holds into the target, and says what that was. Blocks until the target has
+    /// answered all of it.
+    ///
+    /// # Errors
+    /// See [`CopyError`]; some of the range may have been written.
+    pub fn copy(&self, lease: &Lease, order: &Copy) -> Result<Digest, CopyError> {
+        check(lease, order.range)?;
+        // One that was kept may have died since.
+        let kept = self.kept(&order.key).map(|link| self.copy_by(link, lease, order));
+        match kept {
+            Some(Ok(digest)) => Ok(digest),
+            Some(Err(CopyError::Target(_))) | None => self.copy_by(self.connect(order)?, lease, order),
+            Some(Err(error)) => Err(error),
+        }
+    }
+
+    fn copy_by(&self, mut link: NbdLink, lease: &Lease, order: &Copy) -> Result<Digest, CopyError> {
+        let mut digest = Digesting::default();
+        let mut writes = Writes { link: &mut link, open: 0, told: Instant::now() };
+        let (mut offset, end) = (order.range.offset, order.range.offset + order.range.len);
+        while offset < end {
+            let len = WRITE_LEN.min(end - offset);
+            if digest.look(lease, offset, len)? {
+                writes.write(lease, offset, len, order.to + (offset - order.range.offset))?;
+            }
+            offset += len;
+        }
+        writes.end()?;
+        self.keep(&order.key, link);
+        Ok(digest.end())
+    }
+
+    fn kept(&self, key: &GrantKey) -> Option<NbdLink> {
+        self.idle().remove(key).filter(|(_, since)| since.elapsed() < KEEP).map(|(link, _)| link)
+    }
+
+    fn connect(&self, order: &Copy) -> Result<NbdLink, CopyError> {
+        let generation = self.generations.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let session = Some(SessionTag { id: self.session, queue: u16::MAX, generation });
+        let name = ExportName { key: order.key.clone(), session };
+        let mut failure = ConnectError::Unavailable("it has no address for NBD".to_owned());
+        for address in &order.nbd {
+            let made = connect(&Target::Tcp(*address), &name, LIMIT)
+                .and_then(|made| NbdLink::new(made, DEPTH).map_err(ConnectError::Unreachable));
+            match made {
+                Ok(link) => return Ok(link),
+                Err(error) => failure = error,
+            }
+        }
+        Err(failure.into())
+    }
+
+    fn keep(&self, key: &GrantKey, link: NbdLink) {
+        let mut idle = self.idle();
+        idle.retain(|_, (_, since)| since.elapsed() < KEEP);
+        idle.insert(key.clone(), (link, Instant::now()));
+    }
+
+    fn idle(&self) -> std::sync::MutexGuard<'_, HashMap<GrantKey, (NbdLink, Instant)>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Says what a run of a grant holds. Blocks for as long as it takes to look at it.
+///
+/// # Errors
+/// When the range cannot be, or the grant is revoked meanwhile.
+pub fn digest(lease: &Lease, range: Range) -> Result<Digest, CopyError> {
+    check(lease, range)?;
+    let mut digest = Digesting::default();
+    digest.look(lease, range.offset, range.len)?;
+    Ok(digest.end())
+}
+
+fn check(lease: &Lease, range: Range) -> Result<(), CopyError> {
+    let end = range.offset.checked_add(range.len).filter(|end| *end <= lease.len());
+    if range.len == 0 || range.len > COPY_LEN_MAX || end.is_none() {
+        let line = format!(
+            "a range is 1 to {COPY_LEN_MAX} bytes within the {} bytes of grant {}",
+            lease.len(),
+            lease.grant()
+        );
+        return Err(CopyError::Invalid(line));
+    }
+    Ok(())
+}
+
+/// What was looked at so far.
+#[derive(Default)]
+struct Digesting {
+    hash: Xxh3,
+    data: u64,
+    last: Option<u64>,
+}
+
+impl Digesting {
+    /// Looks at a run of bytes. Whether any of them is not zero.
+    fn look(&mut self, lease: &Lease, offset: u64, len: u64) -> Result<bool, CopyError> {
+        let before = self.data;
+        let (mut offset, end) = (offset, offset + len);
+        let mut local = vec![0; LOOK_LEN];
+        while offset < end {
+            let _step = lease.begin_step().ok_or(CopyError::Revoked)?;
+            let extent = lease.extent(offset, end - offset);
+            let len = (extent.len.min(end - offset) as usize).min(LOOK_LEN - offset as usize % LOOK_LEN);
+            let bytes = &mut local[..len];
+            match extent.hole {
+                // Looking at it would fill it with memory.
+                true => bytes.fill(0),
+                false => read(lease, offset, bytes)?,
+            }
+            self.hash.update(bytes);
+            if !extent.hole {
+                self.count(offset, bytes);
+            }
+            offset += len as u64;
+        }
+        Ok(self.data > before)
+    }
+
+    fn count(&mut self, mut offset: u64, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            let page = bytes.len().min((PAGE_LEN - offset % PAGE_LEN) as usize);
+            let (first, rest) = bytes.split_at(page);
+            if first.iter().any(|byte| *byte != 0) {
+                self.data += page as u64;
+                self.last = Some(offset - offset % PAGE_LEN);
+            }
+            (offset, bytes) = (offset + page as u64, rest);
+        }
+    }
+
+    fn end(self) -> Digest {
+        Digest { xxh3: format!("{:032x}", self.hash.digest128()), data: ByteSize(self.data), last: self.last }
+    }
+}
+
+fn read(lease: &Lease, offset: u64, mut bytes: &mut [u8]) -> Result<(), CopyError> {
+    let mut offset = offset;
+    while !bytes.is_empty() {
+        let memory = lease.at(offset, bytes.len()).ok_or(CopyError::Revoked)?;
+        let (part, rest) = bytes.split_at_mut(memory.len());
+        memory.copy_to_slice(part);
+        (offset, bytes) = (offset + part.len() as u64, rest);
+    }
+    Ok(())
+}
+
+/// Writes in flight to the target.
+struct Writes<'a> {
+    link: &'a mut NbdLink,
+    open: usize,
+    /// When something was answered last.
+    told: Instant,
+}
+
+impl Writes<'_> {
+    fn write(&mut self, lease: &Lease, offset: u64, len: u64, to: u64) -> Result<(), CopyError> {
+        let (mut offset, mut to, end) = (offset, to, offset + len);
+        while offset < end {
+            let buf = lease.at(offset, (end - offset) as usize).ok_or(CopyError::Revoked)?;
+            self.post(to, buf)?;
+            (offset, to) = (offset + buf.len() as u64, to + buf.len() as u64);
+        }
+        self.link.submit();
+        self.turn(Duration::ZERO)
+    }
+
+    fn post(&mut self, to: u64, buf: IoBuf) -> Result<(), CopyError> {
+        while self.open >= DEPTH {
+            self.turn(LIMIT)?;
+        }
+        let operation =
+            Operation { kind: Kind::Write, offset: to, len: buf.len() as u64, buf: Some(buf), token: 0 };
+        self.link.post(operation).map_err(|error| CopyError::Target(error.to_string()))?;
+        self.open += 1;
+        Ok(())
+    }
+
+    /// Takes answers, and waits for one if there is none.
+    fn turn(&mut self, patience: Duration) -> Result<(), CopyError> {
+        let target = |line: String| CopyError::Target(line);
+        let mut completions = Vec::with_capacity(DEPTH);
+        self.link.poll(&mut completions).map_err(|error| target(error.to_string()))?;
+        for completion in &completions {
+            completion.result.map_err(|error| target(error.to_string()))?;
+        }
+        self.open -= completions.len();
+        if !completions.is_empty() || self.open == 0 {
+            self.told = Instant::now();
+            return Ok(());
+        }
+        if patience.is_zero() {
+            return Ok(());
+        }
+        if self.told.elapsed() >= LIMIT {
+            return Err(target(format!("no answer for {LIMIT:?}")));
+        }
+        if let Some(fd) = self.link.wait_fd() {
+            let wait = Timespec { tv_sec: 1, tv_nsec: 0 };
+            let _ = poll(&mut [PollFd::from_borrowed_fd(fd.as_fd(), PollFlags::IN)], Some(&wait));
+        }
+        Ok(())
+    }
+
+    fn end(&mut self) -> Result<(), CopyError> {
+        self.link.submit();
+        while self.open > 0 {
+            self.turn(LIMIT)?;
+        }
+        Ok(())
+    }
+}
+
+/// Finds the lease that an order is about.
+pub(crate) fn lease_of(table: &crate::regions::Table, id: GrantId) -> Result<Arc<Lease>, CopyError> {
+    table.lease(id).ok_or_else(|| CopyError::Invalid(format!("there is no grant {id} here")))
+}
