@@ -6,4 +6,4 @@
 pub mod slab;
 pub mod volume;
 
-pub use volume::{Channel, OpenError, Volume, VolumeOptions, VolumeStatus};
+pub use volume::{Change, ChangeError, Channel, OpenError, Run, Volume, VolumeOptions, VolumeStatus};

@@ -18,6 +18,11 @@ impl<T> Slots<T> {
         self.free.is_empty()
     }
 
+    /// Places without a value.
+    pub fn free(&self) -> usize {
+        self.free.len()
+    }
+
     /// Places that have a value.
     pub fn used(&self) -> usize {
         self.values.len() - self.free.len()

@@ -19,6 +19,11 @@ pub trait Store: Send {
     /// given for any offset for the store's whole life: what has begun so can be finished.
     fn direct(&mut self, offset: u64, len: usize) -> Option<IoBuf>;
 
+    /// Whether something that began in place, by [`Store::direct`], is unfinished. Told when that changes.
+    fn in_place(&mut self, unfinished: bool) {
+        let _ = unfinished;
+    }
+
     /// Takes an operation. Either it is done at once, or its completion comes out of
     /// [`Store::poll`] later. Never blocks on the network.
     fn post(&mut self, operation: Operation) -> Posted;

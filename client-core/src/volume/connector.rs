@@ -107,6 +107,16 @@ impl Connector {
         self.wake.notify_all();
     }
 
+    pub(super) fn grant(&self) -> &Grant {
+        &self.grant
+    }
+
+    /// Whether every queue that there is has its link.
+    pub(super) fn is_up(&self) -> bool {
+        let state = self.lock();
+        state.ports.iter().all(|port| port.is_closed() || port.state() == LinkState::Up)
+    }
+
     pub(super) fn status(&self) -> LinkStatus {
         let state = self.lock();
         let live = || state.ports.iter().filter(|port| !port.is_closed());

@@ -1,7 +1,11 @@
-//! A volume: an allocation in use at this client.
+//! A volume: an allocation in use at this client. What it looks like can change while it is used; see
+//! [`Volume::change`].
 
+mod change;
 mod channel;
 mod connector;
+mod moves;
+mod orders;
 mod plan;
 mod port;
 #[cfg(test)]
@@ -18,8 +22,11 @@ use xpm_protocol::api::appliance::Counters;
 use xpm_protocol::api::blk::{DeviceState, Hold, LinkState, LinkStatus, TransportKind};
 use xpm_transport::io::{IoError, Kind};
 
+pub use self::change::{Change, ChangeError, Run};
 pub use self::channel::Channel;
 use self::connector::{Connector, LinkOptions};
+use self::moves::Progress;
+use self::orders::Mailbox;
 pub use self::plan::{Leg, Legs, MapError, Plan};
 use self::port::{Bell, Port};
 
@@ -90,9 +97,9 @@ pub struct Volume {
 }
 
 struct Inner {
-    plan: Arc<Plan>,
     shared: Arc<Shared>,
     options: VolumeOptions,
+    links: LinkOptions,
     queues: AtomicU16,
     /// A channel without I/O, from the start until there is another one: it connects, so that it is
     /// known whether the appliances can be reached before somebody has to wait for them.
@@ -101,8 +108,30 @@ struct Inner {
 
 /// What channels use of the volume.
 struct Shared {
-    connectors: Vec<Arc<Connector>>,
+    live: Mutex<Live>,
     tallies: Mutex<Tallies>,
+}
+
+/// What holds now, and what is being changed of it.
+struct Live {
+    plan: Arc<Plan>,
+    /// By the numbers that the plan uses for grants; none where one ended.
+    ways: Vec<Option<Arc<Connector>>>,
+    members: Vec<Member>,
+    change: Option<Underway>,
+}
+
+/// A channel, as far as changes concern it.
+struct Member {
+    queue: u16,
+    mailbox: Arc<Mailbox>,
+}
+
+/// What a channel that is made during a change has to know.
+#[derive(Clone, Default)]
+struct Underway {
+    progress: Option<Progress>,
+    firm: bool,
 }
 
 /// Counters of the channels that are open, and the sum of those that are closed.
@@ -142,28 +171,22 @@ impl Volume {
             depth: options.depth * 2,
             session: options.session,
         };
-        let mut shared = Shared { connectors: Vec::new(), tallies: Mutex::default() };
+        let live = Live { plan: Arc::new(plan), ways: Vec::new(), members: Vec::new(), change: None };
+        let shared = Arc::new(Shared { live: Mutex::new(live), tallies: Mutex::default() });
         for grant in &map.grants {
             // A failure drops `shared`, which stops those that run.
-            shared
-                .connectors
-                .push(Connector::start(grant.clone(), links.clone()).map_err(OpenError::Thread)?);
+            let connector = Connector::start(grant.clone(), links.clone()).map_err(OpenError::Thread)?;
+            shared.live().ways.push(Some(connector));
         }
-        let inner = Inner {
-            plan: Arc::new(plan),
-            shared: Arc::new(shared),
-            options,
-            queues: AtomicU16::new(0),
-            probe: Mutex::default(),
-        };
+        let inner = Inner { shared, options, links, queues: AtomicU16::new(0), probe: Mutex::default() };
         let probe = inner.channel().map_err(OpenError::Thread)?;
         *inner.probe() = Some(probe);
         Ok(Volume { inner: Arc::new(inner) })
     }
 
-    /// Size in bytes.
+    /// Size in bytes; a change can make it another.
     pub fn size(&self) -> u64 {
-        self.inner.plan.size()
+        self.inner.shared.live().plan.size()
     }
 
     /// A channel for one more queue.
@@ -206,8 +229,9 @@ impl Volume {
             probe.arm();
             probe.poll(&mut Vec::new());
         }
-        let links: Vec<LinkStatus> =
-            self.inner.shared.connectors.iter().map(|connector| connector.status()).collect();
+        let connectors: Vec<Arc<Connector>> =
+            self.inner.shared.live().ways.iter().flatten().cloned().collect();
+        let links: Vec<LinkStatus> = connectors.iter().map(|connector| connector.status()).collect();
         let state = match links.iter().map(|link| link.state).max() {
             Some(LinkState::Lost) => DeviceState::Lost,
             Some(LinkState::Connecting) => DeviceState::Holding,
@@ -225,29 +249,43 @@ impl Inner {
 
     fn channel(&self) -> io::Result<Channel> {
         let queue = self.queues.fetch_add(1, Ordering::Relaxed);
-        let bell = Arc::new(Bell::new()?);
-        let connectors = &self.shared.connectors;
-        let ports: Vec<_> = connectors.iter().map(|_| Arc::new(Port::new(queue, bell.clone()))).collect();
+        let mailbox = Arc::new(Mailbox::new(Arc::new(Bell::new()?)));
         let hold = match self.options.hold {
             Hold::Forever => None,
             Hold::For(span) => Some(span.0),
         };
-        let channel = Channel::new(
-            self.plan.clone(),
+        // Under the lock: it takes part in a change from its next step on, and knows the steps before.
+        let mut live = self.shared.live();
+        let port = |connector: &Option<Arc<Connector>>| {
+            (Arc::new(Port::new(queue, mailbox.bell().clone())), connector.clone())
+        };
+        let ports: Vec<_> = live.ways.iter().map(port).collect();
+        let mut channel = Channel::new(
+            live.plan.clone(),
             self.shared.clone(),
-            (ports.clone(), bell),
+            ports.clone(),
+            mailbox.clone(),
             (self.options.depth, hold),
         )?;
-        for (connector, port) in connectors.iter().zip(ports) {
-            connector.add(port);
+        if let Some(Underway { progress, firm }) = live.change.clone() {
+            channel.join(progress, firm);
+        }
+        live.members.retain(|member| !member.mailbox.is_closed());
+        live.members.push(Member { queue, mailbox });
+        drop(live);
+        for (port, connector) in ports {
+            if let Some(connector) = connector {
+                connector.add(port);
+            }
         }
         Ok(channel)
     }
 }
 
 impl Shared {
-    fn wake(&self, grant: usize) {
-        self.connectors[grant].wake();
+    /// Only assignments happen under the lock.
+    fn live(&self) -> std::sync::MutexGuard<'_, Live> {
+        self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn tallies(&self) -> std::sync::MutexGuard<'_, Tallies> {
@@ -274,7 +312,7 @@ impl Shared {
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        self.connectors.iter().for_each(|connector| connector.stop());
+        self.live().ways.iter().flatten().for_each(|connector| connector.stop());
     }
 }
 

@@ -47,6 +47,8 @@ pub enum MapError {
 /// A part of an operation that concerns one grant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Leg {
+    /// Which region, by its place in the allocation.
+    pub region: u32,
     /// Which grant.
     pub grant: u32,
     /// First byte in the grant's export.
@@ -136,7 +138,31 @@ impl Plan {
 
     fn leg(&self, region: u64, in_region: u64, len: u64) -> Leg {
         let RegionSlot { grant, slot } = self.slots[region as usize];
-        Leg { grant, offset: u64::from(slot) * self.region_len + in_region, len, start: 0 }
+        let offset = u64::from(slot) * self.region_len + in_region;
+        Leg { region: region as u32, grant, offset, len, start: 0 }
+    }
+
+    /// The same geometry, with other numbers of grants: `numbers` has one for each grant of the map.
+    pub(super) fn renumbered(mut self, numbers: &[u32]) -> Plan {
+        for slot in &mut self.slots {
+            slot.grant = numbers[slot.grant as usize];
+        }
+        self
+    }
+
+    /// Whether bytes lie over regions in the same way.
+    pub(super) fn has_layout_of(&self, other: &Plan) -> bool {
+        (self.columns, self.unit, self.region_len) == (other.columns, other.unit, other.region_len)
+    }
+
+    /// Length of each region in bytes.
+    pub(super) const fn region_len(&self) -> u64 {
+        self.region_len
+    }
+
+    /// Where each region lies, in the allocation's order.
+    pub(super) fn slots(&self) -> &[RegionSlot] {
+        &self.slots
     }
 
     /// A cursor over the legs of an operation, which lies within the volume.

@@ -16,6 +16,8 @@ use xpm_transport::io::{Completion, IoBuf, IoError, Kind, Operation};
 use xpm_transport::link::{Full, Link, LinkDown};
 
 use super::connector::{Connector, LinkOptions};
+use super::moves::{Move, Moves};
+use super::orders::{NewWay, Order};
 use super::port::{Bell, Delivery, Port};
 use super::*;
 
@@ -129,6 +131,8 @@ impl Link for FaultyLink {
 struct Bed {
     channel: Channel,
     ports: Vec<Arc<Port>>,
+    mailbox: Arc<Mailbox>,
+    options: LinkOptions,
     exports: Vec<Export>,
 }
 
@@ -145,14 +149,16 @@ impl Bed {
             session: 0,
         };
         let idle = |grant: &Grant| Arc::new(Connector::idle(grant.clone(), options.clone()));
-        let connectors = map.grants.iter().map(idle).collect();
-        let shared = Arc::new(Shared { connectors, tallies: Mutex::default() });
-        let bell = Arc::new(Bell::new().unwrap());
-        let ports: Vec<_> = map.grants.iter().map(|_| Arc::new(Port::new(0, bell.clone()))).collect();
-        let channel = Channel::new(plan, shared, (ports.clone(), bell), (depth, hold)).unwrap();
+        let live = Live { plan: plan.clone(), ways: Vec::new(), members: Vec::new(), change: None };
+        let shared = Arc::new(Shared { live: Mutex::new(live), tallies: Mutex::default() });
+        let mailbox = Arc::new(Mailbox::new(Arc::new(Bell::new().unwrap())));
+        let port = |grant| (Arc::new(Port::new(0, mailbox.bell().clone())), Some(idle(grant)));
+        let ports: Vec<_> = map.grants.iter().map(port).collect();
+        let channel = Channel::new(plan, shared, ports.clone(), mailbox.clone(), (depth, hold)).unwrap();
+        let ports = ports.into_iter().map(|(port, _)| port).collect();
         let export =
             |grant: &Grant| Arc::new(Mutex::new(vec![0; (u64::from(grant.regions) * REGION) as usize]));
-        Bed { channel, ports, exports: map.grants.iter().map(export).collect() }
+        Bed { channel, ports, mailbox, options, exports: map.grants.iter().map(export).collect() }
     }
 
     /// Gives each port that wants one a link that lasts for so many polls.
@@ -378,4 +384,158 @@ fn maps_that_cannot_be() {
     assert!(matches!(check(&|map| map.regions[3] = map.regions[1]), MapError::Twice(3)));
     let unit = |map: &mut Map| map.layout = Layout::Striped { columns: 2, unit: 3 };
     assert!(matches!(check(&unit), MapError::Layout(_)));
+}
+
+/// A move of one region that the test carries out: the places of it before and after.
+struct Mover {
+    moves: Arc<Moves>,
+    progress: Progress,
+    told: u64,
+    step: MoverStep,
+}
+
+#[derive(Debug, PartialEq)]
+enum MoverStep {
+    Begin,
+    Locked,
+    Unlocked,
+    Firm,
+    Switched,
+    Over,
+}
+
+const RUN: u64 = 4 << 20;
+
+impl Mover {
+    /// Adds a grant with one region to the bed, to which region 1 of the allocation is to move.
+    fn begin(bed: &mut Bed, map: &Map) -> (Mover, Arc<Plan>) {
+        let mut next = map.clone();
+        let number = next.grants.len() as u32;
+        let mut grant = next.grants[0].clone();
+        (grant.id, grant.regions) = (GrantId::from_u128(99), 1);
+        let connector = Arc::new(Connector::idle(grant.clone(), bed.options.clone()));
+        next.grants.push(grant);
+        let to = RegionSlot { grant: number, slot: 0 };
+        let one = Move { region: 1, from: std::mem::replace(&mut next.regions[1], to), to };
+        let port = Arc::new(Port::new(0, bed.mailbox.bell().clone()));
+        bed.ports.push(port.clone());
+        bed.exports.push(Arc::new(Mutex::new(vec![0; REGION as usize])));
+        let moves = Arc::new(Moves::new(next.regions.len(), vec![one]));
+        let told = bed.mailbox.tell(Order::Begin(vec![NewWay { number, port, connector }]));
+        let progress = Progress::new(moves.clone());
+        (Mover { moves, progress, told, step: MoverStep::Begin }, Arc::new(Plan::new(&next).unwrap()))
+    }
+
+    /// The next step, when the last one is carried out.
+    fn turn(&mut self, bed: &Bed, plan: &Arc<Plan>, abort_at: u64) {
+        if !bed.mailbox.wait(self.told, std::time::Instant::now()) {
+            return;
+        }
+        let (order, step) = match self.step {
+            MoverStep::Locked => {
+                self.copy(bed);
+                self.progress.done = self.progress.locked;
+                (Order::Progress(self.progress.clone()), MoverStep::Unlocked)
+            }
+            MoverStep::Begin | MoverStep::Unlocked if self.progress.done == abort_at => {
+                (Order::Abort, MoverStep::Over)
+            }
+            MoverStep::Unlocked if self.progress.done == REGION => {
+                (self.progress.number, self.progress.done, self.progress.locked) = (1, 0, 0);
+                (Order::Progress(self.progress.clone()), MoverStep::Firm)
+            }
+            MoverStep::Begin | MoverStep::Unlocked => {
+                self.progress.locked = self.progress.done + RUN;
+                (Order::Progress(self.progress.clone()), MoverStep::Locked)
+            }
+            MoverStep::Firm => (Order::Firm, MoverStep::Switched),
+            MoverStep::Switched => {
+                assert!(!self.moves.have_failed());
+                (Order::Switch(plan.clone()), MoverStep::Over)
+            }
+            MoverStep::Over => return,
+        };
+        self.told = bed.mailbox.tell(order);
+        self.step = step;
+    }
+
+    fn copy(&self, bed: &Bed) {
+        let one = self.moves.all()[0];
+        let from = bed.exports[one.from.grant as usize].lock().unwrap();
+        let mut to = bed.exports[one.to.grant as usize].lock().unwrap();
+        let (start, len) = (self.progress.done as usize, RUN as usize);
+        let at = one.from.slot as usize * REGION as usize + start;
+        to[start..start + len].copy_from_slice(&from[at..at + len]);
+    }
+
+    fn is_over(&self, bed: &Bed) -> bool {
+        self.step == MoverStep::Over && bed.mailbox.wait(self.told, std::time::Instant::now())
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(20))]
+
+    /// Writes to different places at once, while a region moves, or begins to and is left: what is read
+    /// is what was written, and after a move the old place is not used any more.
+    #[test]
+    fn a_region_moves_under_writes_on_failing_links(
+        polls in 1..40_u32,
+        depth in 2..9_usize,
+        abort_at in prop_oneof![Just(u64::MAX), Just(0), Just(RUN), Just(3 * RUN)],
+        pieces in prop::collection::vec((0..4_u64, piece(REGION)), 8..60),
+    ) {
+        let size = 3 * REGION;
+        let map = map(Layout::Linear, 3, 2, size);
+        let mut bed = Bed::new(&map, depth, None);
+        let mut model = vec![0_u8; size as usize];
+        let (mut mover, plan) = Mover::begin(&mut bed, &map);
+        // Four lanes of half a region around the one that moves; one operation in each at a time.
+        let lane = |number: u64, piece: &Piece| {
+            let start = REGION / 2 + number * (REGION / 2);
+            let offset = piece.offset % (REGION / 2);
+            (start + offset, piece.len.min(REGION / 2 - offset))
+        };
+        let mut todo: Vec<_> = pieces.iter().enumerate().rev().collect();
+        let mut buffers: Vec<Vec<u8>> =
+            pieces.iter().enumerate().map(|(number, (_, piece))| vec![number as u8 + 1; piece.len as usize]).collect();
+        let mut busy = [false; 4];
+        let mut completions = Vec::new();
+        for round in 0.. {
+            prop_assert!(round < 400_000, "it never ends: {:?}", mover.step);
+            if let Some(&(number, (at, piece))) = todo.last() && !busy[*at as usize] {
+                let (offset, len) = lane(*at, piece);
+                let value = if piece.kind == Kind::Write { number as u8 + 1 } else { 0 };
+                let bytes = &mut buffers[number][..len as usize];
+                let buf = if piece.kind == Kind::Write { buffer(bytes) } else { None };
+                let operation = Operation { kind: piece.kind, offset, len, buf, token: *at };
+                if bed.channel.post(operation).is_ok() {
+                    model[offset as usize..(offset + len) as usize].fill(value);
+                    busy[*at as usize] = true;
+                    todo.pop();
+                }
+            }
+            bed.channel.submit();
+            bed.channel.poll(&mut completions);
+            for completion in completions.drain(..) {
+                prop_assert_eq!(completion.result, Ok(()));
+                busy[completion.token as usize] = false;
+            }
+            bed.connect(polls, depth * 2);
+            mover.turn(&bed, &plan, abort_at);
+            if todo.is_empty() && busy == [false; 4] && mover.is_over(&bed) {
+                break;
+            }
+        }
+        if abort_at == u64::MAX {
+            // Nobody reads from the old place any more.
+            bed.exports[1].lock().unwrap()[..REGION as usize].fill(0xee);
+        }
+        let mut bytes = vec![0; size as usize];
+        let read = Operation { kind: Kind::Read, offset: 0, len: size, buf: buffer(&mut bytes), token: 0 };
+        let results = bed.run(&[read], |bed| bed.connect(polls, depth));
+        prop_assert_eq!(&results[..], &[Ok(())]);
+        let wrong = (0..size as usize).find(|&at| bytes[at] != model[at]);
+        prop_assert_eq!(wrong, None);
+    }
 }

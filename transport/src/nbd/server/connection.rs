@@ -91,6 +91,8 @@ pub(super) struct Connection {
     output: Output,
     leaving: bool,
     blocked: bool,
+    /// What the store was told last of what is done in place.
+    in_place: bool,
     stall: Stall,
 }
 
@@ -109,6 +111,7 @@ impl Connection {
             output: Output::new(),
             leaving: false,
             blocked: false,
+            in_place: false,
             stall: Stall::Input,
         })
     }
@@ -140,6 +143,7 @@ impl Connection {
         let mut drained = false;
         for round in 0.. {
             self.stall = self.process(counters)?;
+            self.tell_in_place();
             let collected = self.deferred.submit(&mut *self.store) && self.collect(counters)?;
             self.flush()?;
             let go_on = match self.stall {
@@ -156,8 +160,19 @@ impl Connection {
                 break;
             }
         }
+        self.tell_in_place();
         let over = self.leaving && self.output.is_empty() && self.deferred.in_flight() == 0;
         if over { Err(Closed::Left) } else { Ok(()) }
+    }
+
+    fn tell_in_place(&mut self) {
+        let receiving =
+            self.incoming.as_ref().is_some_and(|incoming| matches!(incoming.target, Target::Direct));
+        let unfinished = receiving || self.output.has_direct();
+        if unfinished != self.in_place {
+            self.in_place = unfinished;
+            self.store.in_place(unfinished);
+        }
     }
 
     fn flush(&mut self) -> Result<(), Closed> {

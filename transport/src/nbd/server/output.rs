@@ -41,6 +41,8 @@ pub(super) struct Output {
     pieces: VecDeque<Piece>,
     /// Bytes of the first piece that are sent already.
     sent: usize,
+    /// Pieces that are memory of the store.
+    directs: usize,
 }
 
 /// How far [`Output::flush`] came.
@@ -59,6 +61,7 @@ impl Output {
             head_next: 0,
             pieces: VecDeque::with_capacity(PIECES_MAX),
             sent: 0,
+            directs: 0,
         }
     }
 
@@ -80,7 +83,13 @@ impl Output {
         self.pieces.push_back(Piece::Head { slot: slot as u32, len: len as u32 });
     }
 
+    /// Whether memory of the store waits to be sent.
+    pub(super) fn has_direct(&self) -> bool {
+        self.directs > 0
+    }
+
     pub(super) fn direct(&mut self, offset: u64, len: usize) {
+        self.directs += 1;
         self.pieces.push_back(Piece::Direct { offset, len });
     }
 
@@ -140,10 +149,10 @@ impl Output {
             && self.sent >= first.len()
         {
             self.sent -= first.len();
-            if let (Some(Piece::Buffer { run, .. }), Some(buffers)) =
-                (self.pieces.pop_front(), buffers.as_deref_mut())
-            {
-                buffers.free(run);
+            match (self.pieces.pop_front(), buffers.as_deref_mut()) {
+                (Some(Piece::Buffer { run, .. }), Some(buffers)) => buffers.free(run),
+                (Some(Piece::Direct { .. }), _) => self.directs -= 1,
+                _ => {}
             }
         }
     }

@@ -9,6 +9,12 @@
 //! in front of those held, in the order of their numbers, and nothing newer is posted on the next link
 //! before them. So a write that is repeated never lands behind one that was posted after it had been
 //! answered; what the old connection may still have in its socket is shut out by the appliance.
+//!
+//! **Changes.** While regions move, a leg that changes something may have a twin, which does the same at
+//! the new place; see `moves.rs` for which, and `change.rs` for how a channel follows a change.
+
+mod change;
+mod store;
 
 use std::collections::VecDeque;
 use std::io;
@@ -26,10 +32,13 @@ use rustix::time::{
 use xpm_transport::io::{Completion, IoBuf, IoError, Kind, Operation};
 use xpm_transport::link::{Full, Link, LinkDown};
 use xpm_transport::slots::Slots;
-use xpm_transport::store::{Posted, Store};
 
+use self::change::Following;
+use super::connector::Connector;
+use super::moves::Fate;
+use super::orders::Mailbox;
 use super::plan::{Leg, Legs, Plan};
-use super::port::{Bell, Delivery, Port};
+use super::port::{Delivery, Port};
 use super::{Shared, Tally};
 
 /// Legs in flight or held for each request that may be in flight.
@@ -59,14 +68,34 @@ struct Request {
 struct LegState {
     request: u32,
     number: u64,
+    /// The region, by its place in the allocation.
+    region: u32,
     grant: u32,
     operation: Operation,
     posted: bool,
+    /// It waits for the end of a lock.
+    parked: bool,
+    part: Part,
+}
+
+/// What a leg does of what has to be done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Part {
+    /// All.
+    Whole,
+    /// The old place; this leg does the new one.
+    Old(u32),
+    /// The new place.
+    New,
 }
 
 /// The way to one grant.
 struct Way {
     port: Arc<Port>,
+    /// Makes its links; none where no region is left behind it.
+    connector: Option<Arc<Connector>>,
+    /// No region of the plan lies behind it: it ends when what is in flight has ended.
+    retired: bool,
     link: Option<Box<dyn Link>>,
     /// The last link, when it gave memory in place: what began on it can be finished.
     last_direct: Option<Box<dyn Link>>,
@@ -84,8 +113,11 @@ struct Way {
 pub struct Channel {
     plan: Arc<Plan>,
     shared: Arc<Shared>,
-    ways: Box<[Way]>,
-    bell: Arc<Bell>,
+    ways: Vec<Way>,
+    /// The one way with regions, if there is only one.
+    only: Option<usize>,
+    mailbox: Arc<Mailbox>,
+    following: Following,
     epoll: OwnedFd,
     timer: OwnedFd,
     timer_set: bool,
@@ -113,33 +145,26 @@ impl Channel {
     pub(super) fn new(
         plan: Arc<Plan>,
         shared: Arc<Shared>,
-        (ports, bell): (Vec<Arc<Port>>, Arc<Bell>),
+        ports: Vec<(Arc<Port>, Option<Arc<Connector>>)>,
+        mailbox: Arc<Mailbox>,
         (depth, hold): (usize, Option<Duration>),
     ) -> io::Result<Channel> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let timer =
             timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK)?;
-        epoll::add(&epoll, bell.fd(), EventData::new_u64(BELL), EventFlags::IN)?;
+        epoll::add(&epoll, mailbox.bell().fd(), EventData::new_u64(BELL), EventFlags::IN)?;
         epoll::add(&epoll, &timer, EventData::new_u64(TIMER), EventFlags::IN)?;
-        let legs = depth * LEGS_PER_REQUEST + ports.len();
-        let way = |port| Way {
-            port,
-            link: None,
-            last_direct: None,
-            held: VecDeque::with_capacity(legs),
-            in_flight: 0,
-            lost: false,
-            down_since: Instant::now(),
-            submit: false,
-            early: false,
-        };
-        let ways: Box<[Way]> = ports.into_iter().map(way).collect();
+        let legs = depth * LEGS_PER_REQUEST + ports.len() + 1;
+        let ways: Vec<Way> =
+            ports.into_iter().map(|(port, connector)| Way::new(port, connector, legs)).collect();
         let tally = Arc::new(Tally::default());
         shared.add_tally(&tally);
         let mut channel = Channel {
             plan,
             shared,
-            bell,
+            only: None,
+            mailbox,
+            following: Following::new(legs),
             epoll,
             timer,
             timer_set: false,
@@ -157,6 +182,7 @@ impl Channel {
             ways,
             tally,
         };
+        channel.find_only();
         channel.set_timer();
         Ok(channel)
     }
@@ -203,10 +229,14 @@ impl Channel {
 
     /// Appends completions. Never blocks.
     pub fn poll(&mut self, completions: &mut Vec<Completion>) {
-        if self.bell.take() {
+        if self.mailbox.bell().take() {
             self.take_deliveries();
+            self.take_orders();
         }
         self.poll_links();
+        if self.following.is_waiting() {
+            self.take_orders();
+        }
         if self.timer_set {
             self.give_up_late();
         }
@@ -231,7 +261,7 @@ impl Channel {
             way.early |= way.link.as_mut().is_some_and(|link| link.arm());
         }
         if self.ways.iter().any(|way| way.early) {
-            self.bell.ring();
+            self.mailbox.bell().ring();
         }
     }
 
@@ -239,6 +269,11 @@ impl Channel {
     /// level, not by edge.
     pub fn wait_fd(&self) -> BorrowedFd<'_> {
         self.epoll.as_fd()
+    }
+
+    /// What a channel has to know that is made during a change.
+    pub(super) fn join(&mut self, progress: Option<super::moves::Progress>, firm: bool) {
+        self.following.join(progress, firm);
     }
 
     /// Operations in flight.
@@ -255,19 +290,19 @@ impl Channel {
     /// Cuts legs of the oldest requests for as long as there is room for them.
     fn cut(&mut self) {
         while let Some(&request) = self.cutting.front() {
-            while !self.legs.is_full() {
+            // A leg may have a twin.
+            while self.legs.free() >= 2 {
                 let Some(pending) = self.requests.get_mut(request) else { break };
                 let Some(leg) = pending.legs.next(&self.plan) else {
                     pending.cut = true;
                     break;
                 };
-                pending.open += 1;
-                let operation = leg_operation(pending, &leg);
-                self.number += 1;
-                let state =
-                    LegState { request, number: self.number, grant: leg.grant, operation, posted: false };
-                let id = self.legs.insert(state);
-                self.start(id);
+                let fate = self.following.fate(pending.kind, &leg, self.plan.region_len());
+                let id = self.add_leg(request, &leg, Part::Whole);
+                match fate {
+                    Fate::Old => self.start(id),
+                    fate => self.add_twin(id, &leg, fate),
+                }
             }
             match self.requests.get_mut(request) {
                 Some(pending) if !pending.cut => return,
@@ -277,6 +312,24 @@ impl Channel {
                 }
             }
         }
+    }
+
+    fn add_leg(&mut self, request: u32, leg: &Leg, part: Part) -> u32 {
+        self.number += 1;
+        let pending = self.requests.get_mut(request).expect("a leg is cut of a request that is there");
+        pending.open += 1;
+        let operation = leg_operation(pending, leg);
+        let (number, region, grant) = (self.number, leg.region, leg.grant);
+        self.legs.insert(LegState {
+            request,
+            number,
+            region,
+            grant,
+            operation,
+            posted: false,
+            parked: false,
+            part,
+        })
     }
 
     /// Posts a new leg, or holds it, or gives it up.
@@ -296,6 +349,7 @@ impl Channel {
         if leg.posted {
             self.ways[leg.grant as usize].in_flight -= 1;
         }
+        let result = self.following.counts(leg.part, result);
         if let Some(request) = self.requests.get_mut(leg.request) {
             request.open -= 1;
             request.result = request.result.and(result);
@@ -361,8 +415,11 @@ impl Channel {
     /// The link is gone, and another one is asked for.
     fn disconnect(&mut self, grant: usize) {
         if self.drop_link(grant) {
-            self.ways[grant].port.want();
-            self.shared.wake(grant);
+            let way = &self.ways[grant];
+            way.port.want();
+            if let Some(connector) = &way.connector {
+                connector.wake();
+            }
             self.set_timer();
         }
     }
@@ -397,6 +454,9 @@ impl Channel {
     }
 
     fn give_up(&mut self, grant: usize, error: IoError) {
+        if self.ways[grant].retired {
+            self.turn_to_new();
+        }
         while let Some(id) = self.ways[grant].held.pop_front() {
             self.end_leg(id, Err(error));
         }
@@ -406,10 +466,11 @@ impl Channel {
     /// epoll about it.
     fn poll_links(&mut self) {
         let armed = std::mem::take(&mut self.armed);
-        if let [way] = &mut *self.ways {
+        if let Some(only) = self.only {
+            let way = &mut self.ways[only];
             way.early = false;
             if way.link.is_some() {
-                self.poll_link(0);
+                self.poll_link(only);
             }
             return;
         }
@@ -473,7 +534,8 @@ impl Channel {
 
     /// Lets the timer tick while a way is down and I/O is not held for ever.
     fn set_timer(&mut self) {
-        let wanted = self.hold.is_some() && self.ways.iter().any(|way| way.link.is_none() && !way.lost);
+        let down = |way: &Way| way.connector.is_some() && way.link.is_none() && !way.lost;
+        let wanted = self.hold.is_some() && self.ways.iter().any(down);
         if wanted == self.timer_set {
             return;
         }
@@ -488,6 +550,31 @@ impl Channel {
 }
 
 impl Way {
+    /// A way without a link; its tables hold so many legs.
+    fn new(port: Arc<Port>, connector: Option<Arc<Connector>>, legs: usize) -> Way {
+        Way {
+            port,
+            connector,
+            retired: false,
+            link: None,
+            last_direct: None,
+            held: VecDeque::with_capacity(legs),
+            in_flight: 0,
+            lost: false,
+            down_since: Instant::now(),
+            submit: false,
+            early: false,
+        }
+    }
+
+    /// Nobody is asked for a link any more.
+    fn close(&self) {
+        self.port.close();
+        if let Some(connector) = &self.connector {
+            connector.wake();
+        }
+    }
+
     /// Posts a leg; false when there is no link or no room on it.
     fn post(&mut self, leg: &mut LegState, id: u32) -> bool {
         let Some(link) = &mut self.link else { return false };
@@ -520,61 +607,10 @@ fn leg_operation(request: &Request, leg: &Leg) -> Operation {
 
 impl Drop for Channel {
     fn drop(&mut self) {
-        for (grant, way) in self.ways.iter().enumerate() {
-            way.port.close();
-            self.shared.wake(grant);
+        for way in &self.ways {
+            way.close();
         }
+        self.mailbox.close();
         self.shared.remove_tally(&self.tally);
-    }
-}
-
-impl Store for Channel {
-    fn is_direct(&self) -> bool {
-        self.ways.iter().all(|way| way.link.as_ref().is_some_and(|link| link.direct(0, 1).is_some()))
-    }
-
-    fn direct(&mut self, offset: u64, len: usize) -> Option<IoBuf> {
-        let leg = self.plan.first_leg(offset, len as u64);
-        let way = &self.ways[leg.grant as usize];
-        let link = way.link.as_ref().or(way.last_direct.as_ref())?;
-        direct::buffer(&**link, leg.offset, leg.len as usize)
-    }
-
-    fn post(&mut self, operation: Operation) -> Posted {
-        match Channel::post(self, operation) {
-            Ok(()) => Posted::Pending,
-            Err(Full) => Posted::Full,
-        }
-    }
-
-    fn submit(&mut self) {
-        Channel::submit(self);
-        // The server's loop waits, or asks its epoll, which is the same here.
-        Channel::arm(self);
-    }
-
-    fn poll(&mut self, completions: &mut Vec<Completion>) {
-        Channel::poll(self, completions);
-        Channel::arm(self);
-    }
-
-    fn wait_fd(&self) -> Option<BorrowedFd<'_>> {
-        Some(Channel::wait_fd(self))
-    }
-}
-
-mod direct {
-    #![allow(unsafe_code)]
-
-    use xpm_transport::io::IoBuf;
-    use xpm_transport::link::Link;
-
-    /// The link's memory as a buffer.
-    pub(super) fn buffer(link: &dyn Link, offset: u64, len: usize) -> Option<IoBuf> {
-        let address = link.direct(offset, len)?;
-        // SAFETY: the link says that `len` bytes at `address` are its memory for as long as it lives;
-        // the channel keeps it, or one of the same grant, until the channel is dropped, and the
-        // caller of `Store::direct` uses the buffer at once and not after.
-        Some(unsafe { IoBuf::new(address, len) })
     }
 }

@@ -1,0 +1,385 @@
+//! Changing a volume while it is used: it grows, shrinks, or some of its regions move.
+//!
+//! Who carries a change out goes step by step, and the channels follow:
+//!
+//! 1. [`Volume::change`]: the channels get their ways to grants that are new.
+//! 2. [`Change::copy`]: regions that move are copied, run by run. Writes to the run that is being
+//!    copied wait, writes to what is copied go to both places.
+//! 3. [`Change::firm`]: all is copied; from now on a write ends only when it is at both places. Now the
+//!    change may be recorded as done.
+//! 4. [`Change::switch`]: reads go to the new places, and nothing goes to the old ones.
+//!
+//! Until the last step it can be dropped, and all is as before. No step holds I/O up, but for the writes
+//! to one run.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use xpm_protocol::GrantId;
+use xpm_protocol::api::allocator::{Map, RegionSlot};
+
+use super::connector::Connector;
+use super::moves::{Move, Moves, Progress};
+use super::orders::{Mailbox, NewWay, Order};
+use super::plan::{MapError, Plan};
+use super::port::Port;
+use super::{Live, Underway, Volume};
+
+/// How long the channels have for one step.
+const STEP_LIMIT: Duration = Duration::from_secs(10);
+const LOOK_AGAIN: Duration = Duration::from_millis(1);
+
+/// Why a change cannot be carried out. The volume is as it was, unless it says something else.
+#[derive(Debug, thiserror::Error)]
+pub enum ChangeError {
+    /// The new map cannot be.
+    #[error("the map to change to cannot be used: {0}")]
+    Map(#[from] MapError),
+    /// The new map has another layout, or moves more than it says.
+    #[error("the map to change to does not follow from the present one: {0}")]
+    Unfit(String),
+    /// No thread could be started.
+    #[error("cannot start a thread that connects to an appliance: {0}")]
+    Thread(std::io::Error),
+    /// A new appliance cannot be reached.
+    #[error("appliance `{appliance}` is not connected: {reason}")]
+    NotReady {
+        /// The appliance.
+        appliance: String,
+        /// What the last attempt said.
+        reason: String,
+    },
+    /// I/O did not come to the point where the change could go on.
+    #[error(
+        "I/O on the volume did not let it go on for {0:?}: an appliance may be out of reach, or a client of a socket slow"
+    )]
+    Stuck(Duration),
+    /// A run could not be copied.
+    #[error("{0}")]
+    Copy(String),
+    /// A write to a new place failed.
+    #[error("a write to the new place failed")]
+    NewPlace,
+}
+
+/// A run of a region that is to be copied, on its old and new place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Run {
+    /// The region, by its place in the allocation.
+    pub region: u32,
+    /// Grant that it lies in, and first byte in its export.
+    pub from: (GrantId, u64),
+    /// Grant that it goes to, and first byte in its export.
+    pub to: (GrantId, u64),
+    /// Bytes.
+    pub len: u64,
+}
+
+/// A change that is being carried out. Dropping it before [`Change::switch`] undoes it.
+pub struct Change {
+    volume: Volume,
+    plan: Arc<Plan>,
+    moves: Arc<Moves>,
+    /// Numbers of the ways that are new.
+    added: Vec<u32>,
+    /// By number of a way.
+    grants: Vec<Option<GrantId>>,
+    switched: bool,
+}
+
+impl std::fmt::Debug for Change {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Change").field("moves", &self.moves.all()).finish_non_exhaustive()
+    }
+}
+
+impl Volume {
+    /// Begins a change to `next`, a map of the same allocation: `moved` are the regions that lie at
+    /// another place there and have to be copied. Waits until new appliances are connected, for at most
+    /// `limit`, and until another change has ended.
+    ///
+    /// # Errors
+    /// See [`ChangeError`].
+    pub fn change(&self, next: &Map, moved: &[u32], limit: Duration) -> Result<Change, ChangeError> {
+        let until = Instant::now() + limit;
+        let plan = Plan::new(next)?;
+        *self.inner.probe() = None;
+        let (change, mailboxes) = self.begin(next, plan, moved)?;
+        wait_all(&mailboxes)?;
+        change.wait_links(until)?;
+        let progress = Progress::new(change.moves.clone());
+        change.tell(|| Order::Progress(progress.clone()))?;
+        Ok(change)
+    }
+
+    /// Adds what is new, and tells the channels.
+    fn begin(&self, next: &Map, plan: Plan, moved: &[u32]) -> Result<(Change, Vec<Told>), ChangeError> {
+        let shared = &self.inner.shared;
+        let mut live = shared.live();
+        if live.change.is_some() {
+            return Err(ChangeError::Unfit("another change is being carried out".to_owned()));
+        }
+        let (numbers, new) = number_ways(&live, next);
+        let plan = Arc::new(plan.renumbered(&numbers));
+        let moves = Arc::new(moves(&live.plan, &plan, moved)?);
+        let links = super::LinkOptions { epoch: next.epoch, ..self.inner.links.clone() };
+        let connectors = start_all(next, &new, &links)?;
+        let mut added = Vec::with_capacity(new.len());
+        for (&(number, _), connector) in new.iter().zip(connectors) {
+            match live.ways.get_mut(number as usize) {
+                Some(place) => *place = Some(connector),
+                None => live.ways.push(Some(connector)),
+            }
+            added.push(number);
+        }
+        live.change = Some(Underway::default());
+        let grants = live.ways.iter().map(|way| Some(way.as_ref()?.grant().id)).collect();
+        let told = live.tell_begin(&added);
+        drop(live);
+        let change = Change { volume: self.clone(), plan, moves, added, grants, switched: false };
+        Ok((change, told))
+    }
+}
+
+type Told = (Arc<Mailbox>, u64);
+
+impl Live {
+    fn tell_begin(&mut self, added: &[u32]) -> Vec<Told> {
+        self.members.retain(|member| !member.mailbox.is_closed());
+        let mut told = Vec::with_capacity(self.members.len());
+        for member in &self.members {
+            let new = |&number: &u32| {
+                let connector = self.ways[number as usize].clone()?;
+                let port = Arc::new(Port::new(member.queue, member.mailbox.bell().clone()));
+                Some(NewWay { number, port, connector })
+            };
+            let ways: Vec<NewWay> = added.iter().filter_map(new).collect();
+            let ports: Vec<_> = ways.iter().map(|way| (way.connector.clone(), way.port.clone())).collect();
+            let number = member.mailbox.tell(Order::Begin(ways));
+            ports.into_iter().for_each(|(connector, port)| connector.add(port));
+            told.push((member.mailbox.clone(), number));
+        }
+        told
+    }
+
+    fn tell(&mut self, order: impl Fn() -> Order) -> Vec<Told> {
+        self.members.retain(|member| !member.mailbox.is_closed());
+        self.members.iter().map(|member| (member.mailbox.clone(), member.mailbox.tell(order()))).collect()
+    }
+}
+
+impl Change {
+    /// The regions that move, by their places in the allocation.
+    pub fn moved(&self) -> impl Iterator<Item = u32> + '_ {
+        self.moves.all().iter().map(|one| one.region)
+    }
+
+    /// Copies every region that moves, in runs of at most `run_len` bytes. `copy` is called for each
+    /// run, blocks until it is copied, and says why it could not be; while it does, writes to that run
+    /// wait. `between` is called after each run, with the bytes that are copied and those to copy in all;
+    /// it may sleep, and says why the change is off.
+    ///
+    /// # Errors
+    /// What `copy` or `between` said, or that I/O did not let it go on.
+    pub fn copy(
+        &self,
+        run_len: u64,
+        mut copy: impl FnMut(&Run) -> Result<(), String>,
+        mut between: impl FnMut(u64, u64) -> Result<(), String>,
+    ) -> Result<(), ChangeError> {
+        let region_len = self.plan.region_len();
+        let all = self.moves.all().len() as u64 * region_len;
+        let mut copied = 0;
+        let mut progress = Progress::new(self.moves.clone());
+        for (number, one) in (0..).zip(self.moves.all()) {
+            (progress.number, progress.done, progress.locked) = (number, 0, 0);
+            while progress.done < region_len {
+                let len = run_len.min(region_len - progress.done);
+                progress.locked = progress.done + len;
+                self.progress(&progress)?;
+                copy(&self.run(one, progress.done, len)).map_err(ChangeError::Copy)?;
+                progress.done = progress.locked;
+                copied += len;
+                self.progress(&progress)?;
+                if self.moves.have_failed() {
+                    return Err(ChangeError::NewPlace);
+                }
+                between(copied, all).map_err(ChangeError::Copy)?;
+            }
+        }
+        (progress.number, progress.done, progress.locked) = (self.moves.all().len() as u32, 0, 0);
+        self.progress(&progress)
+    }
+
+    fn run(&self, one: &Move, start: u64, len: u64) -> Run {
+        let place = |slot: RegionSlot| {
+            let grant = self.grants[slot.grant as usize].unwrap_or(GrantId::from_u128(0));
+            (grant, u64::from(slot.slot) * self.plan.region_len() + start)
+        };
+        Run { region: one.region, from: place(one.from), to: place(one.to), len }
+    }
+
+    fn progress(&self, progress: &Progress) -> Result<(), ChangeError> {
+        self.live().change = Some(Underway { progress: Some(progress.clone()), firm: false });
+        self.tell(|| Order::Progress(progress.clone()))
+    }
+
+    /// All is copied: from now on a write ends only when it is at both places.
+    ///
+    /// # Errors
+    /// When some write is not: the change has to be given up.
+    pub fn firm(&self) -> Result<(), ChangeError> {
+        if let Some(change) = &mut self.live().change {
+            change.firm = true;
+        }
+        self.tell(|| Order::Firm)?;
+        match self.moves.have_failed() {
+            true => Err(ChangeError::NewPlace),
+            false => Ok(()),
+        }
+    }
+
+    /// Ends the change: the new places hold. Waits until nothing is in flight at the old ones.
+    ///
+    /// # Errors
+    /// [`ChangeError::Stuck`] when that takes too long; the new places hold all the same.
+    pub fn switch(mut self) -> Result<(), ChangeError> {
+        self.switched = true;
+        let plan = self.plan.clone();
+        self.live().plan = plan.clone();
+        let told = self.tell(|| Order::Switch(plan.clone()));
+        let used = |number: usize| self.plan.slots().iter().any(|slot| slot.grant as usize == number);
+        let mut live = self.live();
+        for (number, way) in live.ways.iter_mut().enumerate() {
+            if !used(number)
+                && let Some(connector) = way.take()
+            {
+                connector.stop();
+            }
+        }
+        live.change = None;
+        drop(live);
+        self.watch_again();
+        told
+    }
+
+    /// Waits until every channel has its new links.
+    fn wait_links(&self, until: Instant) -> Result<(), ChangeError> {
+        let connectors: Vec<Arc<Connector>> =
+            self.added.iter().filter_map(|&number| self.live().ways[number as usize].clone()).collect();
+        while let Some(missing) = connectors.iter().find(|connector| !connector.is_up()) {
+            if Instant::now() >= until {
+                let status = missing.status();
+                return Err(ChangeError::NotReady {
+                    appliance: status.appliance_name.to_string(),
+                    reason: status.reason.unwrap_or_else(|| "no answer".to_owned()),
+                });
+            }
+            std::thread::sleep(LOOK_AGAIN);
+        }
+        Ok(())
+    }
+
+    fn live(&self) -> std::sync::MutexGuard<'_, Live> {
+        self.volume.inner.shared.live()
+    }
+
+    fn tell(&self, order: impl Fn() -> Order) -> Result<(), ChangeError> {
+        let told = self.live().tell(order);
+        wait_all(&told)
+    }
+
+    /// Where no queue is there, a probe tells whether the appliances can be reached.
+    fn watch_again(&self) {
+        let inner = &self.volume.inner;
+        if inner.shared.live().members.iter().all(|member| member.mailbox.is_closed()) {
+            *inner.probe() = inner.channel().ok();
+        }
+    }
+}
+
+impl Drop for Change {
+    fn drop(&mut self) {
+        if self.switched {
+            return;
+        }
+        let mut live = self.live();
+        live.change = None;
+        let told = live.tell(|| Order::Abort);
+        for &number in &self.added {
+            if let Some(connector) = live.ways[number as usize].take() {
+                connector.stop();
+            }
+        }
+        drop(live);
+        // They carry it out sooner or later; nothing is left to be done here.
+        let _ = wait_all(&told);
+        self.watch_again();
+    }
+}
+
+fn wait_all(told: &[Told]) -> Result<(), ChangeError> {
+    let until = Instant::now() + STEP_LIMIT;
+    match told.iter().all(|(mailbox, number)| mailbox.wait(*number, until)) {
+        true => Ok(()),
+        false => Err(ChangeError::Stuck(STEP_LIMIT)),
+    }
+}
+
+/// Connectors to the new grants, all or none.
+fn start_all(
+    next: &Map,
+    new: &[(u32, usize)],
+    links: &super::LinkOptions,
+) -> Result<Vec<Arc<Connector>>, ChangeError> {
+    let mut connectors: Vec<Arc<Connector>> = Vec::with_capacity(new.len());
+    for (_, grant) in new {
+        match Connector::start(next.grants[*grant].clone(), links.clone()) {
+            Ok(connector) => connectors.push(connector),
+            Err(error) => {
+                connectors.iter().for_each(|connector| connector.stop());
+                return Err(ChangeError::Thread(error));
+            }
+        }
+    }
+    Ok(connectors)
+}
+
+/// Numbers of the ways to a map's grants, in their order, and of those which are new the number and the
+/// place in the map. Numbers that nobody has any more are used again.
+fn number_ways(live: &Live, next: &Map) -> (Vec<u32>, Vec<(u32, usize)>) {
+    let mut free = live.ways.iter().enumerate().filter(|(_, way)| way.is_none()).map(|(number, _)| number);
+    let mut end = live.ways.len();
+    let mut new = Vec::new();
+    let mut number = |(place, id): (usize, GrantId)| {
+        let known = |way: &Option<Arc<Connector>>| way.as_ref().is_some_and(|way| way.grant().id == id);
+        if let Some(number) = live.ways.iter().position(known) {
+            return number as u32;
+        }
+        let number = free.next().unwrap_or_else(|| {
+            end += 1;
+            end - 1
+        });
+        new.push((number as u32, place));
+        number as u32
+    };
+    let numbers = next.grants.iter().map(|grant| grant.id).enumerate().map(&mut number).collect();
+    (numbers, new)
+}
+
+/// The moves that lead from one plan to another.
+fn moves(now: &Plan, next: &Plan, moved: &[u32]) -> Result<Moves, ChangeError> {
+    if !now.has_layout_of(next) {
+        return Err(ChangeError::Unfit("another layout or region size".to_owned()));
+    }
+    let one = |&region: &u32| {
+        let at = |plan: &Plan| plan.slots().get(region as usize).copied();
+        let (from, to) = at(now)
+            .zip(at(next))
+            .filter(|(from, to)| from != to)
+            .ok_or_else(|| ChangeError::Unfit(format!("region {region} is said to move, and does not")))?;
+        Ok(Move { region, from, to })
+    };
+    let moves = moved.iter().map(one).collect::<Result<Vec<_>, ChangeError>>()?;
+    Ok(Moves::new(now.slots().len().max(next.slots().len()), moves))
+}
