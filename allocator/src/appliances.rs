@@ -17,6 +17,8 @@ const LIMIT: Duration = Duration::from_secs(3);
 const LIMIT_PER_GIB: Duration = Duration::from_millis(250);
 /// Most that a reservation may take; less than the shortest time to live of one.
 const LIMIT_MAX: Duration = Duration::from_secs(20);
+/// Longest time for copying one run.
+const LIMIT_COPY: Duration = Duration::from_secs(60);
 /// Rounds of a purge: one gives everything back, the second sees that nothing is left. More are
 /// needed only while something is still on its way.
 const PURGE_ROUNDS_MAX: usize = 4;
@@ -43,6 +45,8 @@ impl Appliances {
             Call::Commit(id, commit) => commit_grant(&client, id, &commit).await,
             Call::Revoke(id) => revoke(&client, id).await.map(|()| Answer::Done),
             Call::Purge(allocation, grant) => purge(&client, allocation, grant).await,
+            Call::Copy(id, order) => digest(&client, &format!("/v1/grants/{id}/copies"), &order).await,
+            Call::Digest(id, range) => digest(&client, &format!("/v1/grants/{id}/digests"), &range).await,
         }
     }
 }
@@ -63,6 +67,10 @@ async fn commit_grant(client: &Client, id: GrantId, commit: &Commit) -> Result<A
             Err(CallError::Failed("it made another grant than the one that it was asked for".to_owned()))
         }
     }
+}
+
+async fn digest(client: &Client, path: &str, order: &impl serde::Serialize) -> Result<Answer, CallError> {
+    client.clone().with_limit(LIMIT_COPY).post(path, order).await.map(Answer::Digest).map_err(failed)
 }
 
 async fn revoke(client: &Client, id: GrantId) -> Result<(), CallError> {

@@ -17,6 +17,7 @@ use xpm_protocol::policy::{ApplianceProfile, RAMP_UP_DEFAULT_SECS};
 use xpm_protocol::{AllocationId, ApplianceId, LinkSpeed, Name, Percent, Span};
 
 use crate::store::ApplianceRecord;
+use crate::store::record::DrainRecord;
 use crate::strategy::{Candidate, Pool};
 
 /// Heartbeat intervals without a heartbeat after which an appliance counts as silent.
@@ -50,6 +51,8 @@ struct Entry {
     link_promised: u64,
     /// Errors lately: half of them are forgotten with each heartbeat.
     errors: u64,
+    /// That it is being emptied.
+    drain: Option<DrainRecord>,
     profile: Option<ApplianceProfile>,
 }
 
@@ -77,9 +80,9 @@ impl Inventory {
 
     /// Adds an appliance as it is remembered; it is silent until it is heard.
     pub fn restore(&mut self, record: ApplianceRecord) {
-        let ApplianceRecord { info, status, since } = record;
+        let ApplianceRecord { info, status, since, drain } = record;
         let id = info.id;
-        self.appliances.insert(id, Entry::new(info, status, since));
+        self.appliances.insert(id, Entry { drain, ..Entry::new(info, status, since) });
         self.refill(id);
     }
 
@@ -149,7 +152,9 @@ impl Inventory {
     /// Promises memory of an appliance to an allocation.
     pub fn promise(&mut self, allocation: AllocationId, id: ApplianceId, bytes: u64) {
         self.change(id, |entry| {
-            entry.promises.insert(allocation, Promise { bytes, settled: None });
+            let promise = entry.promises.entry(allocation).or_insert(Promise { bytes: 0, settled: None });
+            promise.bytes = promise.bytes.saturating_add(bytes);
+            promise.settled = None;
         });
     }
 
@@ -225,7 +230,26 @@ impl Inventory {
             info: entry.info.clone(),
             status: entry.status.clone(),
             since: entry.since,
+            drain: entry.drain,
         })
+    }
+
+    /// That it is being emptied.
+    pub fn draining(&self, id: ApplianceId) -> Option<DrainRecord> {
+        self.appliances.get(&id).and_then(|entry| entry.drain)
+    }
+
+    /// From now on it is, or is no longer, being emptied: it gets nothing new meanwhile.
+    pub fn set_draining(&mut self, id: ApplianceId, drain: Option<DrainRecord>) {
+        if let Some(entry) = self.appliances.get_mut(&id) {
+            entry.drain = drain;
+            self.refill(id);
+        }
+    }
+
+    /// The appliances that are being emptied.
+    pub fn all_draining(&self) -> Vec<(ApplianceId, DrainRecord)> {
+        self.appliances.iter().filter_map(|(id, entry)| Some((*id, entry.drain?))).collect()
     }
 
     /// Its name, or its id where it is unknown.
@@ -281,6 +305,7 @@ impl Inventory {
             state: self.state_of(entry, now),
             silent: entry.heard.map(|heard| Span(whole_millis(now.saturating_sub(heard)))),
             regions: regions.get(id).copied().unwrap_or(0),
+            drain: None,
         };
         self.appliances.iter().map(shown).collect()
     }
@@ -300,6 +325,7 @@ impl Entry {
             promises: HashMap::new(),
             link_promised: 0,
             errors: 0,
+            drain: None,
             profile: None,
         }
     }
@@ -370,7 +396,7 @@ impl Entry {
             free: self.free(),
             capacity: self.usable(),
             clearing: clearing(&self.status),
-            drain: profile.is_some_and(|profile| profile.drain),
+            drain: self.drain.is_some() || profile.is_some_and(|profile| profile.drain),
             labels,
             medium: self.info.medium,
             rdma: !self.info.endpoints.rdma.is_empty(),

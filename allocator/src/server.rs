@@ -6,7 +6,9 @@ use xpm_control::server::routing::{delete, get, post, put};
 use xpm_control::server::{ApiError, Force, Json, Limits, NoContent, Path, Query, Router, Server};
 use xpm_control::token::Token;
 use xpm_protocol::api::ErrorKind;
-use xpm_protocol::api::allocator::{Attach, ClientFacts, Create, Heartbeat, Renew};
+use xpm_protocol::api::allocator::{
+    Attach, ClientFacts, Create, Drain, Heartbeat, Pause, Rebalance, Renew, Report, Resize, Transfer,
+};
 use xpm_protocol::api::policy::Apply;
 use xpm_protocol::policy::{DocumentName, Kind, LABELS_MAX};
 use xpm_protocol::{ApplianceId, ClientId, Name};
@@ -50,7 +52,10 @@ struct After {
 /// The control interface, ready to be served.
 pub(crate) fn scaffold(handle: Handle, token: Option<Token>) -> Server {
     let limits = Limits { body_len_max: BODY_LEN_MAX, ..Limits::default() };
-    let routes = routes(handle.clone()).merge(document_routes(handle.clone())).merge(more_routes(handle));
+    let routes = routes(handle.clone())
+        .merge(document_routes(handle.clone()))
+        .merge(more_routes(handle.clone()))
+        .merge(life_routes(handle));
     Server::new(routes, token, limits)
 }
 
@@ -129,6 +134,56 @@ fn document_routes(handle: Handle) -> Router {
                 Outcome::Metrics(text) => Ok(text),
                 _ => Err(ApiError(ErrorKind::Internal, "something else was answered".to_owned())),
             }),
+        )
+}
+
+/// What happens to allocations and appliances later in their lives.
+fn life_routes(handle: Handle) -> Router {
+    let ask = move |request| {
+        let handle = handle.clone();
+        async move { handle.ask(request).await }
+    };
+    let [resize, transfer, orders, report, drain, end_drain] = std::array::from_fn(|_| ask.clone());
+    let [rebalance, rebalancing, pause, end_rebalance] = std::array::from_fn(|_| ask.clone());
+    Router::new()
+        .route(
+            "/v1/allocations/{name}/size",
+            put(async move |Path(name): Path<Name>, Json(resize_to): Json<Resize>| {
+                answer(resize(Request::Resize { name, resize: resize_to }).await)
+            }),
+        )
+        .route(
+            "/v1/allocations/{name}/transfer",
+            post(async move |Path(name): Path<Name>, Json(order): Json<Transfer>| {
+                answer(transfer(Request::Transfer { name, transfer: order }).await)
+            }),
+        )
+        .route(
+            "/v1/allocations/{name}/orders/{client}",
+            get(async move |Path((name, client)): Path<(Name, ClientId)>| {
+                answer(orders(Request::Orders { name, client }).await)
+            })
+            .post(
+                async move |Path((name, client)): Path<(Name, ClientId)>, Json(said): Json<Report>| {
+                    answer(report(Request::Report { name, client, report: said }).await)
+                },
+            ),
+        )
+        .route(
+            "/v1/appliances/{id}/drain",
+            post(async move |Path(id): Path<ApplianceId>, Json(order): Json<Drain>| {
+                answer(drain(Request::Drain { id, drain: order }).await)
+            })
+            .delete(async move |Path(id): Path<ApplianceId>| done(end_drain(Request::EndDrain(id)).await)),
+        )
+        .route(
+            "/v1/rebalance",
+            post(async move |Json(order): Json<Rebalance>| {
+                answer(rebalance(Request::Rebalance(order)).await)
+            })
+            .get(async move || answer(rebalancing(Request::Rebalancing).await))
+            .put(async move |Json(order): Json<Pause>| answer(pause(Request::PauseRebalance(order)).await))
+            .delete(async move || done(end_rebalance(Request::EndRebalance).await)),
         )
 }
 

@@ -17,15 +17,19 @@
 
 mod asking;
 mod audit;
+mod change;
 mod check;
 mod commit;
 mod documents;
+mod drain;
 mod events;
 mod lease;
 mod message;
 mod metrics;
+mod orders;
 mod owner;
 mod purge;
+mod rebalance;
 mod reconcile;
 #[cfg(test)]
 mod simulation;
@@ -97,6 +101,9 @@ pub struct Service {
     /// Allocations that are being given back.
     purging: BTreeSet<AllocationId>,
     events: events::Events,
+    /// Appliances that are being emptied.
+    drains: BTreeMap<ApplianceId, drain::Draining>,
+    balancing: rebalance::Balancing,
     /// When old decisions were forgotten last.
     pruned: u64,
     /// What an account without memory has on appliances.
@@ -120,6 +127,10 @@ struct Entry {
     told: lease::Told,
     /// It is counted in the usage.
     counted: bool,
+    /// What is known of its change, or was of the last one, beyond the record.
+    side: change::Side,
+    /// That it is to go to another client.
+    hand_over: Option<orders::HandingOver>,
 }
 
 /// A client, with its round-trip times ready for decisions.
@@ -135,6 +146,8 @@ enum Work {
     Creating(Box<commit::Creation>),
     Raising(owner::Raise),
     Purging(purge::Purge),
+    Changing(change::Making),
+    Copying(change::Copying),
 }
 
 /// What goes on when a store or a call has ended.
@@ -149,6 +162,9 @@ enum Awaited {
     Committed(AllocationId, usize),
     Raised(AllocationId, usize),
     Purged(AllocationId, usize),
+    ChangeReserved(AllocationId, usize),
+    ChangeCommitted(AllocationId, usize),
+    ChangeCopied(AllocationId),
     Sampled {
         asked: u64,
         appliance: ApplianceId,
@@ -162,8 +178,13 @@ enum AfterStore {
     Delete(ReplyTo),
     Raise(owner::Raise),
     Owned(ReplyTo),
+    HandedOver(ReplyTo),
     Disowned(ReplyTo),
     Renewed(ReplyTo),
+    ChangePlanned,
+    ChangeOpen,
+    ChangeSwitched(Option<ReplyTo>),
+    ChangeOver(change::Over, Option<Box<AllocationRecord>>),
     /// Nobody waits for it.
     Settled,
 }
@@ -187,6 +208,8 @@ impl Service {
             timers: BTreeSet::new(),
             purging: BTreeSet::new(),
             events: events::Events::default(),
+            drains: BTreeMap::new(),
+            balancing: rebalance::Balancing::default(),
             pruned: 0,
             nothing: HashMap::new(),
             awaited: HashMap::new(),
@@ -221,6 +244,9 @@ impl Service {
         self.unpark();
         self.run_timers();
         self.serve_queue();
+        self.run_hand_overs();
+        self.run_drains();
+        self.run_rebalance();
         self.end_event_waits();
         self.prune_decisions();
     }
@@ -242,12 +268,22 @@ impl Service {
             Request::Metrics => Ok(Outcome::Metrics(self.metrics())),
             Request::Policy => Ok(Outcome::Policy(self.shown_policy())),
             Request::Apply(apply) => return self.apply(reply, &apply),
+            Request::Orders { name, client } => return self.ask_orders(reply, &name, client),
+            Request::Drain { id, drain } => return self.drain(reply, id, drain),
+            Request::EndDrain(id) => return self.end_drain(reply, id),
+            Request::Rebalance(rebalance) => return self.rebalance(reply, rebalance),
+            Request::Rebalancing => Ok(Outcome::Rebalance(self.rebalancing())),
+            Request::PauseRebalance(pause) => Ok(Outcome::Rebalance(self.pause_rebalance(pause.paused))),
+            Request::EndRebalance => return self.end_rebalance(reply),
             Request::RemoveDocument { name, version } => return self.remove_document(reply, &name, version),
             Request::Delete { ref name, .. } if self.cancel_waiting(name) => Ok(Outcome::Done),
             Request::Delete { ref name, .. }
             | Request::Attach { ref name, .. }
             | Request::Detach { ref name, .. }
-            | Request::Renew { ref name, .. } => {
+            | Request::Renew { ref name, .. }
+            | Request::Resize { ref name, .. }
+            | Request::Transfer { ref name, .. }
+            | Request::Report { ref name, .. } => {
                 let name = name.clone();
                 return self.change(reply, &name, request);
             }
@@ -261,6 +297,11 @@ impl Service {
         let Some(entry) = self.allocations.get_mut(&id) else { return };
         match entry.work {
             Work::Idle => {}
+            // Its owner is not kept waiting for what only it can end.
+            Work::Copying(_) if matches!(request, Request::Attach { .. } | Request::Transfer { .. }) => {
+                entry.queue.push_back((reply, request));
+                return self.stop_copying(id);
+            }
             Work::Creating(_) => {
                 return self.refuse(
                     reply,
@@ -274,7 +315,14 @@ impl Service {
                 return self.refuse(reply, ErrorKind::Unavailable, line);
             }
         }
+        if self.is_in_the_way(id, &request) {
+            self.entry(id).queue.push_back((reply, request));
+            return self.settle_change(id);
+        }
         match request {
+            Request::Resize { resize, .. } => self.resize(reply, id, resize),
+            Request::Transfer { transfer, .. } => self.transfer(reply, id, &transfer),
+            Request::Report { client, report, .. } => self.report(reply, id, client, report),
             Request::Delete { force, .. } => self.delete(reply, id, force),
             Request::Attach { attach, .. } => self.attach(reply, id, attach),
             Request::Detach { client, .. } => self.detach(reply, id, client),
@@ -343,7 +391,7 @@ impl Service {
         let id = record.id;
         let link = record.terms.link_speed == self.entry(id).record.terms.link_speed;
         debug_assert!(link, "what is promised of links does not change");
-        self.entry(id).record = record;
+        self.replace(id, record);
         self.set_timer(id);
         match after {
             AfterStore::Reserve => self.reserve(id),
@@ -352,11 +400,16 @@ impl Service {
             AfterStore::Delete(reply) => self.purge(id, purge::Then::Answer(reply, Ok(Outcome::Done))),
             AfterStore::Raise(raise) => self.raise(id, raise),
             AfterStore::Owned(reply) => self.owned(reply, id),
+            AfterStore::HandedOver(reply) => self.handed_over_to(reply, id),
             AfterStore::Disowned(reply) => {
                 self.reply(reply, Ok(Outcome::Done));
                 self.finish_work(id);
             }
             AfterStore::Renewed(reply) => self.was_renewed(reply, id),
+            AfterStore::ChangePlanned => self.make_change(id),
+            AfterStore::ChangeOpen => self.change_is_open(id),
+            AfterStore::ChangeSwitched(reply) => self.change_is_switched(id, reply),
+            AfterStore::ChangeOver(over, rest) => self.change_is_over(id, over, rest),
             AfterStore::Settled => self.finish_work(id),
         }
     }
@@ -367,6 +420,9 @@ impl Service {
             Some(Awaited::Committed(id, grant)) => self.committed(id, grant, result),
             Some(Awaited::Raised(id, grant)) => self.raised(id, grant, result),
             Some(Awaited::Purged(id, grant)) => self.purged(id, grant, result),
+            Some(Awaited::ChangeReserved(id, grant)) => self.change_reserved(id, grant, result),
+            Some(Awaited::ChangeCommitted(id, grant)) => self.change_committed(id, grant, result),
+            Some(Awaited::ChangeCopied(id)) => self.change_copied(id, result),
             Some(Awaited::Sampled { asked, appliance }) => self.sampled(asked, appliance, result),
             _ => unreachable!("a call is answered once, as a call"),
         }
@@ -392,10 +448,29 @@ impl Service {
             self.count(&record, false);
             self.names.insert(record.name.clone(), id);
         }
-        let entry =
-            Entry { record, work, queue: VecDeque::new(), timer: None, told: lease::Told::Nothing, counted };
+        let entry = Entry {
+            record,
+            work,
+            queue: VecDeque::new(),
+            timer: None,
+            told: lease::Told::Nothing,
+            counted,
+            side: change::Side::default(),
+            hand_over: None,
+        };
         self.allocations.insert(id, entry);
         self.set_timer(id);
+    }
+
+    /// Another record of the allocation takes effect.
+    fn replace(&mut self, id: AllocationId, record: AllocationRecord) {
+        let entry = self.entry(id);
+        let old = std::mem::replace(&mut entry.record, record);
+        if entry.counted && (old.change.is_some() || entry.record.change.is_some()) {
+            let new = entry.record.clone();
+            self.count(&old, true);
+            self.count(&new, false);
+        }
     }
 
     /// It counts no longer.
@@ -412,8 +487,8 @@ impl Service {
             true => self.usage.remove(record),
         }
         if let Some(speed) = record.terms.link_speed {
-            for grant in &record.grants {
-                self.inventory.promise_link(grant.appliance, speed, back);
+            for appliance in record.appliances() {
+                self.inventory.promise_link(appliance, speed, back);
             }
         }
     }

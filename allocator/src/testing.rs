@@ -15,6 +15,7 @@ pub(crate) fn allocation(number: u128, name: &str) -> AllocationRecord {
         key: GrantKey::from_bytes([7; 32]),
         count: 1,
         regions: vec![RegionId::from_u128(number)],
+        from: None,
     };
     AllocationRecord {
         id: AllocationId::from_u128(number),
@@ -33,6 +34,8 @@ pub(crate) fn allocation(number: u128, name: &str) -> AllocationRecord {
         terms: Default::default(),
         idle_since: 1,
         reclaim: None,
+        version: 0,
+        change: None,
     }
 }
 
@@ -56,5 +59,5 @@ pub(crate) fn appliance(number: u128) -> ApplianceRecord {
         labels: Default::default(),
         link_speed: None,
     };
-    ApplianceRecord { info, status: Status::default(), since: 0 }
+    ApplianceRecord { info, status: Status::default(), since: 0, drain: None }
 }

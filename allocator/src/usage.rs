@@ -35,7 +35,7 @@ impl Usage {
         }
         if let Some(account) = &record.terms.account {
             let on = self.on_appliances.entry(account.clone()).or_default();
-            for grant in &record.grants {
+            for grant in record.memory_grants() {
                 *on.entry(grant.appliance).or_default() += record.bytes_of(grant);
             }
         }
@@ -54,7 +54,7 @@ impl Usage {
         if let Some(account) = &record.terms.account
             && let Some(on) = self.on_appliances.get_mut(account)
         {
-            for grant in &record.grants {
+            for grant in record.memory_grants() {
                 *on.entry(grant.appliance).or_default() -= record.bytes_of(grant);
             }
             on.retain(|_, bytes| *bytes > 0);

@@ -5,6 +5,7 @@
 //!   and what leaves to make room for others does so before they can be granted;
 //! * a region in a grant is in one, or also in the one that takes it over, and a grant's regions are
 //!   all there;
+//! * a grant that was deleted is not made again: an order to make it may have been on its way;
 //! * a region that was in a grant comes back only by [`Ledger::cleared`], under a new id.
 
 mod grants;
@@ -156,6 +157,7 @@ pub struct Ledger<M> {
     stock: Stock,
     regions: BTreeMap<RegionId, Region<M>>,
     grants: BTreeMap<GrantId, Grant>,
+    gone: grants::Gone,
     totals: Totals,
     /// Dropped to make room for others, and not gone yet, in bytes.
     leaving: u64,
@@ -189,6 +191,7 @@ impl<M: Clone> Ledger<M> {
             stock,
             regions: BTreeMap::new(),
             grants: BTreeMap::new(),
+            gone: grants::Gone::default(),
             totals: Totals::default(),
             leaving: 0,
             ids: Ids { start: random, count: 0 },

@@ -32,7 +32,12 @@ pub async fn find(allocator: &str, appliances: &[Appliance]) -> io::Result<Clien
     let mut targets =
         up.take(TARGETS_MAX).filter_map(|one| Some((one.info.id, *one.info.endpoints.nbd.first()?)));
     let mut running: JoinSet<Option<(ApplianceId, u64)>> = JoinSet::new();
-    let mut facts = ClientFacts { host: host::host_id()?, link_speed: None, round_trips: Default::default() };
+    let mut facts = ClientFacts {
+        host: host::host_id()?,
+        client: None,
+        link_speed: None,
+        round_trips: Default::default(),
+    };
     loop {
         while running.len() < AT_ONCE
             && let Some((id, address)) = targets.next()

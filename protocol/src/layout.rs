@@ -59,6 +59,18 @@ impl Layout {
         }
     }
 
+    /// Bytes of the allocation's first `position` that lie in this region, by its place in the allocation.
+    pub const fn bytes_before(&self, region_len: u64, region: u32, position: u64) -> u64 {
+        let (columns, unit) = (self.columns() as u64, self.unit(region_len));
+        let (row, column) = (region as u64 / columns, region as u64 % columns);
+        let row_len = columns * region_len;
+        let in_row = position.saturating_sub(row * row_len);
+        let in_row = if in_row < row_len { in_row } else { row_len };
+        let turn_len = columns * unit;
+        let rest = (in_row % turn_len).saturating_sub(column * unit);
+        in_row / turn_len * unit + if rest < unit { rest } else { unit }
+    }
+
     /// Checks the ranges that the fields' documentation states.
     pub fn check(&self, region_len: u64) -> Result<(), LayoutError> {
         match *self {
@@ -88,5 +100,17 @@ mod tests {
         assert_eq!(striped(2, 5000).check(1 << 24), Err(LayoutError::Unit(5000)));
         assert_eq!(striped(2, 1 << 25).check(1 << 24), Err(LayoutError::Unit(1 << 25)));
         assert_eq!(Layout::Linear.check(0), Ok(()));
+    }
+
+    #[test]
+    fn what_lies_before_a_position() {
+        const LEN: u64 = 1 << 24;
+        let linear = |region, position| Layout::Linear.bytes_before(LEN, region, position);
+        assert_eq!((linear(0, LEN + 5), linear(1, LEN + 5), linear(2, LEN + 5)), (LEN, 5, 0));
+        let striped = Layout::Striped { columns: 2, unit: 4096 };
+        let before = |position| [0, 1, 2, 3].map(|region| striped.bytes_before(LEN, region, position));
+        assert_eq!(before(3 * 4096 + 7), [8192, 4096 + 7, 0, 0]);
+        assert_eq!(before(2 * LEN + 5000), [LEN, LEN, 4096, 904]);
+        assert_eq!(before(4 * LEN), [LEN; 4]);
     }
 }

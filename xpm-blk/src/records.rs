@@ -195,6 +195,7 @@ mod tests {
             name: name.parse().unwrap(),
             id: AllocationId::from_u128(1),
             epoch: Epoch(2),
+            version: 0,
             size: ByteSize(4096),
             layout: Layout::Linear,
             region_len: ByteSize(1 << 24),

@@ -29,7 +29,7 @@ impl Service {
             if *counted {
                 usage.add(record);
                 let speed = record.terms.link_speed.map_or(0, |speed| speed.0);
-                record.grants.iter().for_each(|grant| *links.entry(grant.appliance).or_default() += speed);
+                record.appliances().into_iter().for_each(|one| *links.entry(one).or_default() += speed);
             }
         }
         for (name, count) in self.usage.all() {

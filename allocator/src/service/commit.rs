@@ -76,7 +76,7 @@ impl Service {
             let index = *index_of.entry(appliance).or_insert(grants.len());
             if index == grants.len() {
                 let (id, key) = (GrantId::from_u128(0), GrantKey::from_bytes([0; 32]));
-                grants.push(GrantRecord { id, appliance, key, count: 0, regions: Vec::new() });
+                grants.push(GrantRecord { id, appliance, key, count: 0, regions: Vec::new(), from: None });
             }
             slots.push(RegionSlot { grant: index as u32, slot: grants[index].count });
             grants[index].count += 1;
@@ -103,11 +103,13 @@ impl Service {
             terms,
             idle_since: self.now.unix,
             reclaim: None,
+            version: 0,
+            change: None,
         })
     }
 
     /// Gives each grant its id and key. The random numbers for all come in one piece.
-    fn name_grants(&mut self, grants: &mut [GrantRecord]) -> Result<(), ApiError> {
+    pub(super) fn name_grants(&mut self, grants: &mut [GrantRecord]) -> Result<(), ApiError> {
         let mut random = vec![[0_u8; 48]; grants.len()];
         self.fill_random(random.as_flattened_mut())?;
         for (grant, random) in grants.iter_mut().zip(random) {
@@ -278,7 +280,11 @@ impl Service {
 }
 
 /// The regions of an answer, if they are what was asked for.
-fn checked_regions(answer: Answer, count: u32, region_len: u64) -> Result<Vec<RegionId>, CallError> {
+pub(super) fn checked_regions(
+    answer: Answer,
+    count: u32,
+    region_len: u64,
+) -> Result<Vec<RegionId>, CallError> {
     let Answer::Regions(regions) = answer else {
         return Err(CallError::Failed("it answered something else".to_owned()));
     };

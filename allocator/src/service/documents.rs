@@ -95,6 +95,8 @@ impl Service {
             return self.refuse(reply, ErrorKind::Unavailable, line);
         }
         let mut facts = facts;
+        // Who only measures says no id.
+        facts.client = facts.client.or(self.clients.get(&name).and_then(|known| known.client.facts.client));
         facts.round_trips.retain(|id, _| self.inventory.info(*id).is_some());
         let round_trips = facts.round_trips.iter().map(|(id, time)| (*id, *time)).collect();
         let client = Client { name: name.clone(), facts, heard: self.now.unix };

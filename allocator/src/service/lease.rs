@@ -85,8 +85,7 @@ impl Service {
         let name = self.entry(id).record.name.clone();
         self.tell("freed", &name, format!("`{name}` is freed: its time is over"));
         let mut record = self.entry(id).record.clone();
-        record.phase = Phase::Deleting;
-        record.owner = None;
+        record.end();
         self.entry(id).work = Work::Storing;
         self.store_record(record, AfterStore::Undo(purge::Then::Nothing));
     }

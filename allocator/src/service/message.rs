@@ -79,6 +79,34 @@ pub enum Request {
         name: Name,
         renew: Renew,
     },
+    Resize {
+        name: Name,
+        resize: api::Resize,
+    },
+    Transfer {
+        name: Name,
+        transfer: api::Transfer,
+    },
+    /// What the owner is to do.
+    Orders {
+        name: Name,
+        client: ClientId,
+    },
+    /// What the owner says to it.
+    Report {
+        name: Name,
+        client: ClientId,
+        report: api::Report,
+    },
+    Drain {
+        id: ApplianceId,
+        drain: api::Drain,
+    },
+    EndDrain(ApplianceId),
+    Rebalance(api::Rebalance),
+    Rebalancing,
+    PauseRebalance(api::Pause),
+    EndRebalance,
     Usage,
     HearClient {
         name: Name,
@@ -119,6 +147,9 @@ pub enum Outcome {
     Metrics(String),
     Policy(Policy),
     Applied(Applied),
+    Orders(Box<api::Orders>),
+    Appliance(Box<api::Appliance>),
+    Rebalance(api::RebalancePlan),
 }
 
 /// What the service wants done.
@@ -155,6 +186,10 @@ pub enum Call {
     /// Revoke the grant and release every region that the appliance has for the allocation, until
     /// it lists none: nothing that is still on its way can make a grant of them afterwards.
     Purge(AllocationId, GrantId),
+    /// Copy a run of the grant to another appliance.
+    Copy(GrantId, appliance_api::Copy),
+    /// Say what a run of the grant holds.
+    Digest(GrantId, appliance_api::Range),
 }
 
 /// How an appliance answered a call.
@@ -166,6 +201,8 @@ pub enum Answer {
     Status(Box<appliance_api::Status>),
     /// The regions that it reserved.
     Regions(Vec<appliance_api::Region>),
+    /// What a run holds.
+    Digest(appliance_api::Digest),
 }
 
 /// Why a call brought no answer.

@@ -22,6 +22,8 @@ use crate::store::record::{AllocationRecord, NextEpoch};
 pub(super) struct Raise {
     reply: ReplyTo,
     owner: Owner,
+    /// Somebody else than the new owner asked for it.
+    handed_over: bool,
     open: usize,
     failures: Vec<String>,
 }
@@ -51,7 +53,7 @@ impl Service {
         {
             self.record_owner(reply, id, owner);
         } else {
-            self.begin_raise(reply, id, owner);
+            self.begin_raise(reply, id, owner, false);
         }
     }
 
@@ -64,9 +66,9 @@ impl Service {
     }
 
     /// Records the next epoch, unless one is recorded already whose keys nobody was given.
-    fn begin_raise(&mut self, reply: ReplyTo, id: AllocationId, owner: Owner) {
+    pub(super) fn begin_raise(&mut self, reply: ReplyTo, id: AllocationId, owner: Owner, handed_over: bool) {
         let mut record = self.entry(id).record.clone();
-        let raise = Raise { reply, owner, open: 0, failures: Vec::new() };
+        let raise = Raise { reply, owner, handed_over, open: 0, failures: Vec::new() };
         if record.next.is_some() {
             return self.raise(id, raise);
         }
@@ -100,11 +102,12 @@ impl Service {
         if raise.open > 0 {
             return;
         }
-        let (reply, owner) = (raise.reply, raise.owner.clone());
+        let (reply, owner, handed_over) = (raise.reply, raise.owner.clone(), raise.handed_over);
         if raise.failures.is_empty() {
             let record = raised_record(record.clone(), owner);
             self.entry(id).work = Work::Storing;
-            return self.store_record(record, AfterStore::Owned(reply));
+            let after = if handed_over { AfterStore::HandedOver(reply) } else { AfterStore::Owned(reply) };
+            return self.store_record(record, after);
         }
         let line = format!(
             "the owner of `{}` cannot be changed until every appliance of it agrees: {}; bring it back and try again, or delete \
@@ -113,6 +116,16 @@ impl Service {
             raise.failures.join("; ")
         );
         self.refuse(reply, ErrorKind::Unavailable, line);
+        self.finish_work(id);
+    }
+
+    pub(super) fn handed_over_to(&mut self, reply: ReplyTo, id: AllocationId) {
+        let record = &self.entry(id).record;
+        let name = record.name.clone();
+        let to = record.owner.as_ref().map(|owner| owner.host_name.clone()).unwrap_or_default();
+        self.tell("handed-over", &name, format!("`{name}` belongs to {to} now"));
+        let shown = self.view(id);
+        self.reply(reply, Ok(Outcome::Allocation(Box::new(shown))));
         self.finish_work(id);
     }
 
@@ -136,6 +149,11 @@ impl Service {
 
     fn map(&mut self, id: AllocationId) -> Result<Map, ApiError> {
         let record = self.entry(id).record.clone();
+        self.map_of(record)
+    }
+
+    /// Where an allocation lies, with everything that its owner needs.
+    pub(super) fn map_of(&self, record: AllocationRecord) -> Result<Map, ApiError> {
         let mut grants = Vec::with_capacity(record.grants.len());
         for grant in &record.grants {
             let info = self.inventory.info(grant.appliance).ok_or_else(|| {
@@ -155,8 +173,9 @@ impl Service {
         }
         Ok(Map {
             name: record.name,
-            id,
+            id: record.id,
             epoch: record.epoch,
+            version: record.version,
             size: ByteSize(record.size),
             layout: record.layout,
             region_len: ByteSize(record.region_len),

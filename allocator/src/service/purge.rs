@@ -64,8 +64,7 @@ impl Service {
             return self.refuse(reply, ErrorKind::InUse, line);
         }
         let mut record = record.clone();
-        record.phase = Phase::Deleting;
-        record.owner = None;
+        record.end();
         self.entry(id).work = Work::Storing;
         self.store_record(record, AfterStore::Delete(reply));
     }
@@ -79,6 +78,7 @@ impl Service {
             self.free_name(id);
         }
         self.uncount(id);
+        self.drop_hand_over(id);
         self.purging.insert(id);
         self.entry(id).work =
             Work::Purging(Purge { then, grants: vec![State::Open { failures: 0 }; grants] });

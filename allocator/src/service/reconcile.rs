@@ -3,6 +3,8 @@
 //! - `Creating`: nobody was told that it is there, so it is undone.
 //! - `Deleting`, `Undoing`: going on where it was.
 //! - `Ready` with a next epoch: it stays; the next attach finishes the change of owner.
+//! - `Ready` with a change that is `Preparing`: the change is given up. With one that is `Open` or `Switched`:
+//!   the owner goes on with it, or, where there is none, it is carried out or ended.
 //!
 //! Reservations need no care: an appliance drops them by itself when their time is over.
 
@@ -10,7 +12,7 @@ use super::purge::Then;
 use super::{Effect, Moment, Service, Work};
 use crate::policy::Policy;
 use crate::store::Loaded;
-use crate::store::record::{AllocationRecord, Phase};
+use crate::store::record::{AllocationRecord, Phase, Stage};
 
 impl Service {
     /// Takes what was remembered; to be called once, before any event.
@@ -37,9 +39,14 @@ impl Service {
             record.phase = Phase::Undoing;
         }
         let ready = record.phase == Phase::Ready;
+        let (stage, owned) = (record.change.as_ref().map(|change| change.stage), record.owner.is_some());
         self.insert(record, Work::Idle);
-        if !ready {
-            self.purge(id, Then::Nothing);
+        match stage {
+            _ if !ready => self.purge(id, Then::Nothing),
+            Some(Stage::Preparing) => self.settle_change(id),
+            Some(Stage::Open) if !owned => self.change_is_open(id),
+            Some(Stage::Switched) if !owned => self.settle_change(id),
+            _ => {}
         }
     }
 }

@@ -40,10 +40,14 @@ impl Service {
 
     pub(super) fn list_appliances(&self) -> Vec<Appliance> {
         let mut regions: HashMap<ApplianceId, u64> = HashMap::new();
-        for grant in self.allocations.values().flat_map(|entry| &entry.record.grants) {
+        for grant in self.allocations.values().flat_map(|entry| entry.record.memory_grants()) {
             *regions.entry(grant.appliance).or_default() += u64::from(grant.count);
         }
-        self.inventory.list(self.now.at, &regions)
+        let mut list = self.inventory.list(self.now.at, &regions);
+        for appliance in &mut list {
+            appliance.drain = self.drain_state(appliance.info.id);
+        }
+        list
     }
 
     pub(super) fn list_allocations(&self) -> Vec<Allocation> {
@@ -97,6 +101,8 @@ impl Service {
             }),
             ending: lease::ending(record, self.now.unix),
             waiting: None,
+            change: self.view_change(id),
+            refused: self.allocations[&id].side.refused.clone(),
             warnings: Vec::new(),
         }
     }

@@ -248,6 +248,8 @@ impl Service {
                 until: waiter.until,
                 why: waiter.why.clone(),
             }),
+            change: None,
+            refused: None,
             warnings: Vec::new(),
         }
     }
@@ -314,7 +316,7 @@ impl Service {
     fn given_back(&self, some: &[AllocationId]) -> HashMap<ApplianceId, u64> {
         let mut back = HashMap::new();
         for record in some.iter().filter_map(|id| self.allocations.get(id)).map(|entry| &entry.record) {
-            for grant in &record.grants {
+            for grant in record.memory_grants() {
                 *back.entry(grant.appliance).or_default() += record.bytes_of(grant);
             }
         }

@@ -116,8 +116,25 @@ impl Service {
 
     /// Looks at a request as things are now.
     pub(super) fn look(&mut self, wish: &Wish, all: bool) -> Result<Looked, String> {
+        let asked = self.ask(wish)?;
+        Ok(self.look_for(wish, asked, all))
+    }
+
+    /// The same for memory that is charged already: what documents say of limits and times does not count.
+    pub(super) fn look_uncharged(&mut self, wish: &Wish) -> Result<Looked, String> {
+        let mut asked = self.ask(wish)?;
+        asked.refusal = None;
+        asked.limits.clear();
+        asked.demand.needs.taken_max = None;
+        Ok(self.look_for(wish, asked, false))
+    }
+
+    fn ask(&self, wish: &Wish) -> Result<Asked, String> {
         let pool_used = || self.inventory.used(self.now.at);
-        let mut asked = asking::ask(&self.world(&pool_used), &wish.create)?;
+        asking::ask(&self.world(&pool_used), &wish.create)
+    }
+
+    fn look_for(&mut self, wish: &Wish, mut asked: Asked, all: bool) -> Looked {
         asked.demand.seed = self.clock;
         let held = self.held_for_others(&wish.create.name, asked.priority);
         let empty = HashMap::new();
@@ -136,7 +153,7 @@ impl Service {
             all,
             self.policy.revision(),
         );
-        Ok(Looked { asked, decided, refusal, decision })
+        Looked { asked, decided, refusal, decision }
     }
 
     fn world<'a>(&'a self, pool_used: &'a dyn Fn() -> Percent) -> World<'a> {

@@ -1,7 +1,9 @@
 //! The stored values. They change only together with [`super::SCHEMA`].
 
+use std::collections::BTreeSet;
+
 use serde::{Deserialize, Serialize};
-use xpm_protocol::api::allocator::{EndReason, Owner, RegionSlot};
+use xpm_protocol::api::allocator::{ChangeKind, EndReason, Owner, RegionSlot};
 use xpm_protocol::api::appliance;
 use xpm_protocol::policy::Labels;
 use xpm_protocol::{AllocationId, ApplianceId, Epoch, GrantId, GrantKey, Layout, LinkSpeed, Name, RegionId};
@@ -45,6 +47,49 @@ pub struct AllocationRecord {
     /// That it gives way to a request of a higher priority.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reclaim: Option<Reclaim>,
+    /// How often where it lies was changed.
+    #[serde(default)]
+    pub version: u64,
+    /// A change of where it lies that is not over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub change: Option<Box<ChangeRecord>>,
+}
+
+/// A change of where an allocation lies, which is not over. It has two sides: what the record says otherwise
+/// holds, and this is the other side: what is to come, and from [`Stage::Switched`] on what was before.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ChangeRecord {
+    /// The version of the map after it.
+    pub number: u64,
+    /// What it is for.
+    pub kind: ChangeKind,
+    /// How far it is.
+    pub stage: Stage,
+    /// Since when, seconds since 1970.
+    pub since: u64,
+    /// Size of the other side in bytes.
+    pub size: u64,
+    /// Grants of the other side. A grant may be on both.
+    pub grants: Vec<GrantRecord>,
+    /// Regions of the other side, in order.
+    pub slots: Vec<RegionSlot>,
+    /// Regions that are copied, by their places.
+    pub moved: Vec<u32>,
+    /// Most bytes a second to copy with.
+    pub rate: Option<u64>,
+}
+
+/// How far a change is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Stage {
+    /// New grants are being made. Not to be found after a start: it is given up then.
+    Preparing,
+    /// All grants are there; who owns the allocation carries the change out.
+    Open,
+    /// It holds; the owner may use the old side a moment longer.
+    Switched,
 }
 
 /// On what terms an allocation was made. They stay when documents change.
@@ -140,6 +185,9 @@ pub struct GrantRecord {
     pub count: u32,
     /// The regions in the order of the export's offsets; empty before all are reserved.
     pub regions: Vec<RegionId>,
+    /// The grant whose regions it takes over, while a change is not over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<GrantId>,
 }
 
 /// An ownership that is being established at the appliances. Its keys are unknown to clients.
@@ -162,6 +210,21 @@ pub struct ApplianceRecord {
     /// When it registered first, seconds since 1970.
     #[serde(default)]
     pub since: u64,
+    /// That it is being emptied.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drain: Option<DrainRecord>,
+}
+
+/// That an appliance is being emptied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DrainRecord {
+    /// Since when, seconds since 1970.
+    pub since: u64,
+    /// Most bytes a second that one allocation's data is copied with.
+    pub rate: Option<u64>,
+    /// Nothing new is begun.
+    pub paused: bool,
 }
 
 impl AllocationRecord {
@@ -170,14 +233,52 @@ impl AllocationRecord {
         u64::from(grant.count) * self.region_len
     }
 
-    /// Bytes that it takes in all.
+    /// Bytes that it takes in all; while it grows or shrinks, of the larger side.
     pub fn taken(&self) -> u64 {
+        let other = self.change.as_ref().map_or(0, |change| change.slots.len());
+        self.slots.len().max(other) as u64 * self.region_len
+    }
+
+    /// The places of its regions on an appliance.
+    pub fn regions_on(&self, appliance: ApplianceId) -> Vec<usize> {
+        let on = |slot: &RegionSlot| self.grants[slot.grant as usize].appliance == appliance;
+        self.slots.iter().enumerate().filter(|(_, slot)| on(slot)).map(|(region, _)| region).collect()
+    }
+
+    /// Bytes that its regions hold.
+    pub fn room(&self) -> u64 {
         self.slots.len() as u64 * self.region_len
     }
 
-    /// Its grant on the appliance.
+    /// Every grant that appliances may have of it.
+    pub fn known_grants(&self) -> impl Iterator<Item = &GrantRecord> + Clone {
+        let other = self.change.iter().flat_map(|change| &change.grants);
+        let new = other.filter(|grant| self.grants.iter().all(|known| known.id != grant.id));
+        self.grants.iter().chain(new)
+    }
+
+    /// Every grant with memory of its own: without those that take regions over from one that is there.
+    pub fn memory_grants(&self) -> impl Iterator<Item = &GrantRecord> + Clone {
+        self.known_grants()
+            .filter(|grant| grant.from.is_none_or(|from| self.known_grants().all(|other| other.id != from)))
+    }
+
+    /// The appliances that may have something of it.
+    pub fn appliances(&self) -> BTreeSet<ApplianceId> {
+        self.known_grants().map(|grant| grant.appliance).collect()
+    }
+
+    /// It is to end: nobody owns it, and all that appliances may have of it is in its grants.
+    pub fn end(&mut self) {
+        self.phase = Phase::Deleting;
+        self.owner = None;
+        self.grants = self.known_grants().cloned().collect();
+        self.change = None;
+    }
+
+    /// A grant of it on the appliance.
     pub fn grant_on(&self, appliance: ApplianceId) -> Option<&GrantRecord> {
-        self.grants.iter().find(|grant| grant.appliance == appliance)
+        self.known_grants().find(|grant| grant.appliance == appliance)
     }
 
     /// Whether its name is taken by it: nobody else may have it.

@@ -1,5 +1,7 @@
 //! Grants: which client may use which regions, by which key.
 
+use std::collections::{HashSet, VecDeque};
+
 use subtle::ConstantTimeEq as _;
 use xpm_protocol::api::appliance::Commit;
 use xpm_protocol::{AllocationId, Epoch, GrantId, GrantKey, Name, RegionId};
@@ -21,6 +23,30 @@ pub struct Grant {
     pub regions: Vec<RegionId>,
     /// Its clients are being shut out: nobody is let in.
     pub closing: bool,
+}
+
+/// Grants that were deleted lately, or were to be before they were made.
+#[derive(Debug, Default)]
+pub(super) struct Gone {
+    known: HashSet<GrantId>,
+    /// The oldest first.
+    order: VecDeque<GrantId>,
+}
+
+impl Gone {
+    /// How many are remembered: more than orders can be on their way.
+    const MAX: usize = 1 << 14;
+
+    fn add(&mut self, id: GrantId) {
+        if self.known.insert(id) {
+            self.order.push_back(id);
+        }
+        if self.order.len() > Gone::MAX
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.known.remove(&oldest);
+        }
+    }
 }
 
 /// What a commit means.
@@ -68,6 +94,9 @@ impl<M: Clone> Ledger<M> {
     /// When it contradicts itself or what is there.
     pub fn commit(&mut self, id: GrantId, commit: &Commit) -> Result<Change, Refusal> {
         match self.grants.get(&id) {
+            None if self.gone.known.contains(&id) => Err(Refusal::Conflict(format!(
+                "grant {id} was deleted: a grant is not made twice, use another id"
+            ))),
             None => self.make_grant(id, commit).map(|()| Change::Made),
             Some(grant) => {
                 let change = compare(id, grant, commit)?;
@@ -100,6 +129,7 @@ impl<M: Clone> Ledger<M> {
     /// Removes a grant, whose regions are to be cleared unless another one has them too. Its clients
     /// were shut out before.
     pub fn delete_grant(&mut self, id: GrantId) {
+        self.gone.add(id);
         let Some(grant) = self.grants.remove(&id) else { return };
         for region in grant.regions {
             match self.regions.get(&region).map(|region| region.state) {

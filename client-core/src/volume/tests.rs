@@ -43,6 +43,7 @@ pub(super) fn map(layout: Layout, rows: u32, grants: u32, size: u64) -> Map {
         name: "test".parse().unwrap(),
         id: AllocationId::from_u128(1),
         epoch: Epoch::FIRST,
+        version: 0,
         size: ByteSize(size),
         layout,
         region_len: ByteSize(REGION),

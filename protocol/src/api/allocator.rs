@@ -13,6 +13,16 @@
 //! | `PUT /v1/allocations/{name}/owner` | [`Attach`] | [`Map`] |
 //! | `DELETE /v1/allocations/{name}/owner/{client}` | | nothing |
 //! | `POST /v1/allocations/{name}/renewal` | [`Renew`] | [`Allocation`] |
+//! | `PUT /v1/allocations/{name}/size` | [`Resize`] | [`Allocation`] |
+//! | `POST /v1/allocations/{name}/transfer` | [`Transfer`] | [`Allocation`] |
+//! | `GET /v1/allocations/{name}/orders/{client}` | | [`Orders`]: what the owner is to do |
+//! | `POST /v1/allocations/{name}/orders/{client}` | [`Report`] | [`Orders`] |
+//! | `POST /v1/appliances/{id}/drain` | [`Drain`] | [`Appliance`] |
+//! | `DELETE /v1/appliances/{id}/drain` | | nothing; what has moved stays where it is |
+//! | `POST /v1/rebalance` | [`Rebalance`] | [`RebalancePlan`]; nothing is done on a dry run |
+//! | `GET /v1/rebalance` | | [`RebalancePlan`] |
+//! | `PUT /v1/rebalance` | [`Pause`] | [`RebalancePlan`] |
+//! | `DELETE /v1/rebalance` | | nothing; the region that is on its way stays where it is |
 //! | `GET /v1/allocations/{name}/decisions` | | list of [`Decision`](super::decision::Decision), the newest first |
 //! | `POST /v1/decisions?all=true` | [`Create`] | [`Decision`](super::decision::Decision): a dry run, nothing is made; with `all` every appliance is named |
 //! | `GET /v1/metrics` | | text for Prometheus |
@@ -65,6 +75,197 @@ pub struct Appliance {
     pub silent: Option<Span>,
     /// Regions of allocations on it, by the allocator's record.
     pub regions: u64,
+    /// That it is being emptied.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drain: Option<DrainState>,
+}
+
+/// How far the emptying of an appliance is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DrainState {
+    /// Since when, seconds since 1970.
+    pub since: u64,
+    /// Most bytes a second that one allocation's data is copied with; none: as fast as it goes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate: Option<ByteSize>,
+    /// Nothing new is begun.
+    pub paused: bool,
+    /// Memory of allocations on it that is still to move, in bytes.
+    pub left: ByteSize,
+    /// How long the rest takes at the speed of late, if that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub eta: Option<Span>,
+    /// Why it does not go on, if it does not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stuck: Option<String>,
+}
+
+/// Empties an appliance: its regions move to others, while they are used. Again with other settings: they hold
+/// from the next allocation on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Drain {
+    /// Most bytes a second that one allocation's data is copied with; 64 KiB or more.
+    pub rate: Option<ByteSize>,
+    /// Begin nothing new until this is said again without.
+    pub paused: bool,
+}
+
+/// Moves regions from full appliances to empty ones.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Rebalance {
+    /// Only say what would be moved.
+    pub dry_run: bool,
+    /// Most bytes a second that data is copied with; 64 KiB or more.
+    pub rate: Option<ByteSize>,
+}
+
+/// Holds a rebalancing up, or lets it go on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Pause {
+    /// Begin nothing new.
+    pub paused: bool,
+}
+
+/// What a rebalancing moves. It lives as long as the allocator's process: what is on its way is finished after
+/// a restart, and nothing new is begun.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RebalancePlan {
+    /// What is to be moved still, in this order.
+    pub moves: Vec<PlannedMove>,
+    /// Bytes that were moved already.
+    pub moved: ByteSize,
+    /// Nothing new is begun.
+    pub paused: bool,
+    /// How long the rest takes at the speed of late, if that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub eta: Option<Span>,
+}
+
+/// Regions of one allocation that move from one appliance to another.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlannedMove {
+    /// The allocation.
+    pub allocation: Name,
+    /// From where.
+    pub from: Name,
+    /// To where.
+    pub to: Name,
+    /// Bytes.
+    pub bytes: ByteSize,
+}
+
+/// Asks for another size of an allocation, in use or not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Resize {
+    /// The new size in bytes; rounded up to whole pages of 4096.
+    pub size: ByteSize,
+}
+
+/// Hands an allocation over to another client; its data stays where it is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Transfer {
+    /// The new owner: a client's id, or the name under which it told of itself.
+    pub to: String,
+    /// How long the present owner has to write back what it holds and to agree; default 30 s.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deadline: Option<Span>,
+    /// Do not ask the present owner, and do not mind what it says: it is dead, or is to be cut off.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// What the owner of an allocation is to do.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Orders {
+    /// Where the allocation lies is to change.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub change: Option<MapChange>,
+    /// The allocation goes to another client.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hand_over: Option<HandOver>,
+}
+
+/// A change of where an allocation lies, which its owner carries out.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MapChange {
+    /// Counts the changes of the allocation; the version of the map after it.
+    pub number: u64,
+    /// What it is for.
+    pub kind: ChangeKind,
+    /// The map after it.
+    pub next: Map,
+    /// Regions that have to be copied to where they lie in the new map, by their places in the allocation.
+    pub moved: Vec<u32>,
+    /// Control interfaces of the appliances that the copied regions are on, by grants of both maps.
+    pub control: BTreeMap<GrantId, String>,
+    /// Most bytes a second to copy with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate: Option<ByteSize>,
+    /// It is recorded as done: the new map holds, and the owner has to confirm that it uses nothing else.
+    pub switched: bool,
+}
+
+/// What a change is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ChangeKind {
+    /// The allocation becomes larger.
+    Grow,
+    /// It becomes smaller.
+    Shrink,
+    /// Regions move to other appliances.
+    Move,
+}
+
+/// That an allocation goes to another client.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HandOver {
+    /// The new owner.
+    pub to: ClientId,
+    /// When the present owner is cut off whatever it does, seconds since 1970.
+    pub until: u64,
+}
+
+/// What the owner of an allocation says to its orders.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Report {
+    /// So many bytes of those that are to be copied are.
+    Copied {
+        /// The change.
+        number: u64,
+        /// Bytes so far.
+        bytes: u64,
+    },
+    /// All is copied and written to both places: the new map may hold.
+    Ready {
+        /// The change.
+        number: u64,
+    },
+    /// Nothing uses the old map any more.
+    Done {
+        /// The change.
+        number: u64,
+    },
+    /// The change cannot be carried out here.
+    Refused {
+        /// The change.
+        number: u64,
+        /// Why, in one line, with what to do.
+        why: String,
+    },
+    /// Everything is written back, and nothing uses the allocation any more.
+    HandedOver,
+    /// The allocation is in use and cannot be handed over.
+    Kept {
+        /// Why, in one line, with what to do.
+        why: String,
+    },
 }
 
 /// Whether an appliance is heard.
@@ -195,9 +396,32 @@ pub struct Allocation {
     /// Its place among the requests that wait, or why it was refused after waiting.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub waiting: Option<Waiting>,
+    /// That it is being changed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub change: Option<ChangeState>,
+    /// Why the last change or hand-over of it was not carried out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refused: Option<String>,
     /// What the one who asked for it should know, right after it was made.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
+}
+
+/// How far a change of an allocation is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChangeState {
+    /// What it is for.
+    pub kind: ChangeKind,
+    /// Since when, seconds since 1970.
+    pub since: u64,
+    /// The size after it, in bytes.
+    pub size: ByteSize,
+    /// Bytes that have to be copied.
+    pub bytes: ByteSize,
+    /// Bytes that are.
+    pub copied: ByteSize,
+    /// Where it is, in one line.
+    pub text: String,
 }
 
 /// How long an allocation may be used. Moments are seconds since 1970.
@@ -285,6 +509,9 @@ pub struct Usage {
 pub struct ClientFacts {
     /// The kernel that it runs on.
     pub host: HostId,
+    /// Its id, if it can own allocations.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub client: Option<ClientId>,
     /// Speed of its link, if it is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub link_speed: Option<LinkSpeed>,
@@ -387,13 +614,16 @@ pub struct Map {
     pub id: AllocationId,
     /// Its epoch.
     pub epoch: Epoch,
+    /// How often where it lies was changed.
+    #[serde(default)]
+    pub version: u64,
     /// Its size in bytes.
     pub size: ByteSize,
     /// How its bytes lie over its regions.
     pub layout: Layout,
     /// Size of each region in bytes.
     pub region_len: ByteSize,
-    /// One grant for each appliance that has regions of it.
+    /// One grant or more for each appliance that has regions of it.
     pub grants: Vec<Grant>,
     /// The regions in order: whole rows of the layout.
     pub regions: Vec<RegionSlot>,

@@ -1,11 +1,11 @@
 //! An appliance with real bookkeeping and no memory.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::Heartbeat;
-use xpm_protocol::api::appliance::{Commit, Region, RegionState, Reserve};
+use xpm_protocol::api::appliance::{Commit, Digest, Region, RegionState, Reserve};
 use xpm_protocol::{AllocationId, ByteSize, Epoch, GrantId, GrantKey, RegionId};
 
 use super::super::{Answer, Call, CallError};
@@ -18,6 +18,7 @@ pub(super) struct Appliance {
     pub(super) capacity: u64,
     pub(super) regions: BTreeMap<RegionId, Held>,
     pub(super) grants: BTreeMap<GrantId, Granted>,
+    gone: BTreeSet<GrantId>,
     next_region: u128,
     /// Bytes that were given back and are not cleared yet.
     pub(super) clearing: u64,
@@ -48,6 +49,7 @@ impl Appliance {
             capacity,
             regions: BTreeMap::new(),
             grants: BTreeMap::new(),
+            gone: BTreeSet::new(),
             next_region: number << 64,
             clearing: 0,
             slow: false,
@@ -87,6 +89,17 @@ impl Appliance {
                 self.regions.retain(|_, region| region.allocation != *allocation);
                 Ok(Answer::Done)
             }
+            Call::Copy(id, copy) => self.look_at(*id, copy.range.offset + copy.range.len),
+            Call::Digest(id, range) => self.look_at(*id, range.offset + range.len),
+        }
+    }
+
+    /// All that it holds is zeros.
+    fn look_at(&self, id: GrantId, end: u64) -> Result<Answer, CallError> {
+        let len = |grant: &Granted| grant.regions.iter().map(|region| self.regions[region].len).sum::<u64>();
+        match self.grants.get(&id).is_some_and(|grant| end <= len(grant)) {
+            true => Ok(Answer::Digest(Digest { xxh3: "0".into(), data: ByteSize(0), last: None })),
+            false => Err(CallError::Refused(ErrorKind::Invalid, "no such grant, or not so long".into())),
         }
     }
 
@@ -125,10 +138,13 @@ impl Appliance {
             *grant = wanted;
             return Ok(Answer::Done);
         }
+        if self.gone.contains(&id) {
+            return refused("it was revoked");
+        }
         let free = |region: &RegionId| {
-            self.regions
-                .get(region)
-                .is_some_and(|held| held.grant.is_none() && held.allocation == commit.allocation)
+            self.regions.get(region).is_some_and(|held| {
+                (held.grant.is_none() || held.grant == commit.from) && held.allocation == commit.allocation
+            })
         };
         if !commit.regions.iter().all(free) {
             return refused("the reservation is over");
@@ -141,7 +157,12 @@ impl Appliance {
     }
 
     fn revoke(&mut self, id: GrantId) {
+        self.gone.insert(id);
         self.grants.remove(&id);
+        for (region, held) in self.regions.iter_mut().filter(|(_, held)| held.grant == Some(id)) {
+            let heir = self.grants.iter().find(|(_, grant)| grant.regions.contains(region));
+            held.grant = heir.map(|(id, _)| *id).or(held.grant);
+        }
         let freed: Vec<Held> =
             self.regions.extract_if(.., |_, region| region.grant == Some(id)).map(|(_, held)| held).collect();
         if self.slow {

@@ -414,7 +414,8 @@ locality = { round-trip-max = '100us' }
     assert!(made.regions.iter().all(|one| one.appliance == ApplianceId::from_u128(2)));
     assert!(make(&mut world, of("y", "quick")).unwrap_err().1.contains("no measured round trip"));
     let times = [(ApplianceId::from_u128(1), 90_000), (ApplianceId::from_u128(2), 200_000)];
-    let facts = ClientFacts { host: HostId::from_u128(1), link_speed: None, round_trips: times.into() };
+    let facts =
+        ClientFacts { host: HostId::from_u128(1), client: None, link_speed: None, round_trips: times.into() };
     world.answer(Request::HearClient { name: name("c"), facts }).unwrap();
     let made = make(&mut world, of("y", "quick")).unwrap();
     assert!(made.regions.iter().all(|one| one.appliance == ApplianceId::from_u128(1)));

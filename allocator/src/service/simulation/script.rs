@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use proptest::prelude::*;
-use xpm_protocol::Span;
-use xpm_protocol::api::allocator::{Create, Renew};
+use xpm_protocol::api::allocator::{Create, Drain, Rebalance, Renew, Report, Resize, Transfer};
+use xpm_protocol::{ByteSize, ClientId, Span};
 
 use super::super::{Event, Request};
 use super::world::{Fate, World};
@@ -23,6 +23,12 @@ enum Move {
     Arrive(usize),
     Away(u8, bool),
     Crash(bool),
+    Resize(u8, u64),
+    Transfer(u8, u8, bool),
+    /// An owner says something; what it says may be out of place.
+    Report(u8, u8, u64, u8),
+    Drain(u8, bool),
+    Rebalance,
 }
 
 fn moves() -> impl Strategy<Value = Move> {
@@ -39,6 +45,12 @@ fn moves() -> impl Strategy<Value = Move> {
         3 => any::<usize>().prop_map(Move::Arrive),
         1 => (0..3_u8, any::<bool>()).prop_map(|(one, away)| Move::Away(one, away)),
         1 => any::<bool>().prop_map(Move::Crash),
+        3 => (0..4_u8, 1..200_u64).prop_map(|(name, mib)| Move::Resize(name, mib)),
+        1 => (0..4_u8, 0..3_u8, any::<bool>()).prop_map(|(name, to, force)| Move::Transfer(name, to, force)),
+        4 => (0..4_u8, 0..3_u8, 1..4_u64, 0..9_u8)
+            .prop_map(|(name, client, number, what)| Move::Report(name, client, number, what)),
+        1 => (0..3_u8, any::<bool>()).prop_map(|(one, begins)| Move::Drain(one, begins)),
+        1 => Just(Move::Rebalance),
     ]
 }
 
@@ -67,6 +79,31 @@ impl World {
             Move::Steps(steps) => {
                 steps.into_iter().for_each(|(choice, fate)| self.step(choice, fate_of(fate)));
             }
+            Move::Resize(of, mib) => {
+                let (name, size) = (name(of).parse().unwrap(), ByteSize(mib * MIB));
+                self.ask(Request::Resize { name, resize: Resize { size } });
+            }
+            Move::Transfer(of, to, force) => {
+                let to = ClientId::from_u128(to.into()).to_string();
+                let deadline = Some(Span(Duration::from_secs(20)));
+                let name = name(of).parse().unwrap();
+                self.ask(Request::Transfer { name, transfer: Transfer { to, deadline, force } });
+            }
+            Move::Report(of, client, number, what) => {
+                let (name, client) = (name(of).parse().unwrap(), ClientId::from_u128(client.into()));
+                self.ask(match report(number, what) {
+                    Some(report) => Request::Report { name, client, report },
+                    None => Request::Orders { name, client },
+                });
+            }
+            Move::Drain(one, begins) => {
+                let Some(id) = self.appliances.keys().nth(one.into()).copied() else { return };
+                self.ask(match begins {
+                    true => Request::Drain { id, drain: Drain::default() },
+                    false => Request::EndDrain(id),
+                });
+            }
+            Move::Rebalance => drop(self.ask(Request::Rebalance(Rebalance::default()))),
             Move::Pass(seconds) => self.pass(Duration::from_secs(seconds)),
             Move::Arrive(choice) => self.arrive(choice),
             Move::Crash(arriving) => self.crash(arriving),
@@ -77,6 +114,19 @@ impl World {
             }
         }
     }
+}
+
+fn report(number: u64, what: u8) -> Option<Report> {
+    let why = "it is in use".to_owned();
+    Some(match what {
+        0 => Report::Copied { number, bytes: number << 20 },
+        1 | 2 => Report::Ready { number },
+        3 | 4 => Report::Done { number },
+        5 => Report::Refused { number, why },
+        6 => Report::HandedOver,
+        7 => Report::Kept { why },
+        _ => return None,
+    })
 }
 
 fn fate_of(number: u8) -> Fate {

@@ -288,6 +288,7 @@ mod tests {
             name: "pool".parse().unwrap(),
             id: AllocationId::from_u128(5),
             epoch: Epoch(1),
+            version: 0,
             size: ByteSize(1 << 24),
             layout,
             region_len: ByteSize(1 << 24),

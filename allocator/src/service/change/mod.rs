@@ -1,0 +1,233 @@
+//! Changing where an allocation lies while it is in use: growing, shrinking, moving.
+//!
+//! A change has two sides (`ChangeRecord`): the record holds, until it says otherwise, and the other side
+//! is made beside it.
+//!
+//! 1. The change is recorded as `Preparing`. Grants that only the new side has are made: of new
+//!    regions, or of regions that they take over from a grant that loses some (`make.rs`).
+//! 2. `Open` is recorded: everything is there. The owner copies what moves, writes to both places, and
+//!    says `Ready` (`orders.rs`). Where nobody owns the allocation, the allocator has the appliances
+//!    copy (`carry.rs`).
+//! 3. `Switched` is recorded: the sides change places, in one step. Up to here the old side is whole, and
+//!    from here on the new one, whoever dies when: the owner writes to both until it has heard of this.
+//! 4. The owner says `Done`. The change is taken from the record, and in the same step what only the old side had
+//!    becomes a record of its own that is being given back, as after a deletion (`settle.rs`).
+//!
+//! Given up before `Switched`, it is the new side that is given back. No key of a grant that stays
+//! changes: who owns the allocation does not.
+
+mod build;
+mod carry;
+mod make;
+mod settle;
+
+use xpm_control::server::ApiError;
+use xpm_protocol::api::ErrorKind;
+use xpm_protocol::api::allocator::{Allocation, ChangeKind, ChangeState, Create, Resize};
+use xpm_protocol::units::PAGE_LEN;
+use xpm_protocol::{AllocationId, ApplianceId, ByteSize};
+
+pub(super) use self::build::Place;
+pub(super) use self::carry::Copying;
+pub(super) use self::make::Making;
+pub(super) use self::settle::Over;
+use super::wish::Wish;
+use super::{AfterStore, Outcome, ReplyTo, Request, Service, Work};
+use crate::store::record::{AllocationRecord, Stage};
+use crate::strategy::{self, Decided};
+
+/// What is known of a change beyond its record. It is lost with the process, and nothing depends on it.
+#[derive(Debug, Default)]
+pub(super) struct Side {
+    /// Bytes that are copied.
+    pub(super) copied: u64,
+    /// Who asked for it, until it is answered.
+    pub(super) reply: Option<ReplyTo>,
+    /// Why the last one was not carried out.
+    pub(super) refused: Option<String>,
+    /// When it was refused, by the service's clock.
+    pub(super) refused_at: Option<std::time::Duration>,
+}
+
+impl Service {
+    /// Makes an allocation larger or smaller.
+    pub(super) fn resize(&mut self, reply: ReplyTo, id: AllocationId, resize: Resize) {
+        match self.plan_resize(id, resize.size.0) {
+            Ok(None) => {
+                let shown = self.view(id);
+                self.reply(reply, Ok(Outcome::Allocation(Box::new(shown))));
+            }
+            Ok(Some((kind, size, places))) => {
+                if let Err(error) = self.begin_change(id, kind, size, &places, None, Some(reply)) {
+                    self.reply(reply, Err(error));
+                }
+            }
+            Err(error) => self.reply(reply, Err(error)),
+        }
+    }
+
+    /// What another size means: nothing, or a kind of change, the size, and where each region lies then.
+    fn plan_resize(
+        &mut self,
+        id: AllocationId,
+        asked: u64,
+    ) -> Result<Option<(ChangeKind, u64, Vec<Place>)>, ApiError> {
+        self.may_change(id)?;
+        let record = self.entry(id).record.clone();
+        let size = asked.checked_next_multiple_of(PAGE_LEN).filter(|size| *size > 0);
+        let size = size.ok_or_else(|| {
+            ApiError(
+                ErrorKind::Invalid,
+                "a size is 1 byte or more: say how much memory is wanted, such as 1GiB".to_owned(),
+            )
+        })?;
+        let row = u64::from(record.layout.columns()) * record.region_len;
+        let rows = size.div_ceil(row);
+        let regions =
+            usize::try_from(rows).ok().and_then(|rows| rows.checked_mul(record.layout.columns() as usize));
+        let regions = regions.ok_or_else(|| {
+            ApiError(ErrorKind::Invalid, format!("{size} bytes are more than any pool has"))
+        })?;
+        if size == record.size {
+            return Ok(None);
+        }
+        if size < record.size {
+            return Ok(Some((ChangeKind::Shrink, size, vec![Place::Stay; regions])));
+        }
+        let mut places = vec![Place::Stay; record.slots.len()];
+        if regions > places.len() {
+            let more = (regions - places.len()) as u64 * record.region_len;
+            let found = self.find_places(&record, more, &[], true)?;
+            places.extend(found.into_iter().map(Place::Go));
+        }
+        Ok(Some((ChangeKind::Grow, size, places)))
+    }
+
+    /// Moves the regions at these places of an allocation away from `from`: to `to`, or to where the documents
+    /// have them.
+    pub(super) fn begin_move(
+        &mut self,
+        id: AllocationId,
+        regions: &[usize],
+        (from, to): (ApplianceId, Option<ApplianceId>),
+        rate: Option<u64>,
+    ) -> Result<(), ApiError> {
+        self.may_change(id)?;
+        let record = self.entry(id).record.clone();
+        let others: Vec<ApplianceId> = match to {
+            Some(to) => self.inventory.pool().iter().map(|one| one.id).filter(|one| *one != to).collect(),
+            None => vec![from],
+        };
+        let bytes = regions.len() as u64 * record.region_len;
+        let found = self.find_places(&record, bytes, &others, false)?;
+        let mut places = vec![Place::Stay; record.slots.len()];
+        for (region, appliance) in regions.iter().zip(found) {
+            places[*region] = Place::Go(appliance);
+        }
+        self.begin_change(id, ChangeKind::Move, record.size, &places, rate, None)
+    }
+
+    /// Where more regions of an allocation go by the documents as they are now.
+    fn find_places(
+        &mut self,
+        record: &AllocationRecord,
+        bytes: u64,
+        without: &[ApplianceId],
+        charged: bool,
+    ) -> Result<Vec<ApplianceId>, ApiError> {
+        let terms = &record.terms;
+        let create = Create {
+            account: terms.account.clone(),
+            client: terms.client.clone(),
+            strategy: terms.strategies.first().cloned(),
+            labels: terms.labels.clone(),
+            region_len: Some(ByteSize(record.region_len)),
+            stripe: Some(record.layout.columns()),
+            stripe_unit: (record.layout.columns() > 1)
+                .then(|| ByteSize(record.layout.unit(record.region_len))),
+            ..Create::new(record.name.clone(), ByteSize(bytes))
+        };
+        let mut wish = Wish::new(None, create);
+        wish.failed = without.to_vec();
+        let looked = match charged {
+            true => self.look(&wish, false),
+            false => self.look_uncharged(&wish),
+        };
+        let looked = looked.map_err(|line| ApiError(ErrorKind::Invalid, line))?;
+        self.record_decision(looked.decision);
+        match (looked.refusal, looked.decided) {
+            (None, Some(Decided { placement: Ok(strategy::Placement { regions, .. }), .. })) => Ok(regions),
+            (Some(refusal), _) => Err(ApiError(refusal.kind, refusal.line())),
+            _ => Err(ApiError(ErrorKind::NoSpace, "no appliance can take it".to_owned())),
+        }
+    }
+
+    /// Whether a change may begin now.
+    fn may_change(&mut self, id: AllocationId) -> Result<(), ApiError> {
+        let entry = self.entry(id);
+        let name = entry.record.name.clone();
+        let line = if entry.record.change.is_some() || !matches!(entry.work, Work::Idle) {
+            format!(
+                "`{name}` is being changed already; `xpm alloc show {name}` says how far that is, wait for its end"
+            )
+        } else if entry.hand_over.is_some() || entry.record.next.is_some() {
+            format!("`{name}` is going to another client; try again when it has arrived")
+        } else {
+            return Ok(());
+        };
+        Err(ApiError(ErrorKind::Conflict, line))
+    }
+
+    /// Whether a request cannot be carried out while the allocation is being changed, because it changes who
+    /// owns it. The change is brought to an end first.
+    pub(super) fn is_in_the_way(&mut self, id: AllocationId, request: &Request) -> bool {
+        let record = &self.entry(id).record;
+        let owner = record.owner.as_ref().map(|owner| owner.client);
+        record.change.is_some()
+            && match request {
+                Request::Attach { attach, .. } => owner != Some(attach.client),
+                Request::Detach { client, .. } => owner == Some(*client),
+                Request::Transfer { .. } => true,
+                _ => false,
+            }
+    }
+
+    /// How far a change is, for those who look.
+    pub(super) fn view_change(&self, id: AllocationId) -> Option<ChangeState> {
+        let entry = &self.allocations[&id];
+        let change = entry.record.change.as_ref()?;
+        let owner = entry.record.owner.as_ref();
+        let text = match (change.stage, owner) {
+            (Stage::Preparing, _) => "appliances make memory ready".to_owned(),
+            (Stage::Open, Some(owner)) => format!("{} carries it out", owner.host_name),
+            (Stage::Open, None) => "appliances copy".to_owned(),
+            (Stage::Switched, Some(owner)) => {
+                format!("it holds; {} lets go of what was before", owner.host_name)
+            }
+            (Stage::Switched, None) => "it holds; what was before is given back".to_owned(),
+        };
+        let switched = change.stage == Stage::Switched;
+        Some(ChangeState {
+            kind: change.kind,
+            since: change.since,
+            size: ByteSize(if switched { entry.record.size } else { change.size }),
+            bytes: ByteSize(change.moved.len() as u64 * entry.record.region_len),
+            copied: ByteSize(entry.side.copied),
+            text,
+        })
+    }
+
+    /// Answers who asked for a change that it is under way or over.
+    fn answer_change(&mut self, id: AllocationId) {
+        if let Some(reply) = self.entry(id).side.reply.take() {
+            let shown: Allocation = self.view(id);
+            self.reply(reply, Ok(Outcome::Allocation(Box::new(shown))));
+        }
+    }
+
+    /// Stores the record with a change in it; it counts from now on.
+    fn store_change(&mut self, id: AllocationId, record: AllocationRecord, after: AfterStore) {
+        self.entry(id).work = Work::Storing;
+        self.store_record(record, after);
+    }
+}

@@ -1,0 +1,141 @@
+//! The turning point of a change, and its end.
+
+use xpm_protocol::api::allocator::ChangeKind;
+use xpm_protocol::{AllocationId, ByteSize, Epoch};
+
+use super::super::purge::Then;
+use super::super::{AfterStore, Awaited, ReplyTo, Service, Work};
+use crate::store::Change;
+use crate::store::record::{AllocationRecord, Phase, Stage};
+
+/// How a change ended.
+#[derive(Debug)]
+pub(in super::super) enum Over {
+    /// It holds.
+    Done(Option<ReplyTo>),
+    /// All is as before, for this reason.
+    Refused(String),
+}
+
+impl Service {
+    /// Everything is there: who owns the allocation carries the change out, or the appliances do.
+    pub(in super::super) fn change_is_open(&mut self, id: AllocationId) {
+        let (record, change) = self.record_and_change(id);
+        let what = describe(change.kind);
+        self.tell("change-open", &record.name, format!("`{}` can {what}", record.name));
+        self.answer_change(id);
+        if record.owner.is_some() {
+            return self.finish_work(id);
+        }
+        self.carry_out(id);
+    }
+
+    /// From now on the other side holds. Once this is durable it does so whatever happens.
+    pub(in super::super) fn switch_change(&mut self, id: AllocationId, reply: Option<ReplyTo>) {
+        let (mut record, mut change) = self.record_and_change(id);
+        change.stage = Stage::Switched;
+        record.version = change.number;
+        std::mem::swap(&mut record.size, &mut change.size);
+        std::mem::swap(&mut record.grants, &mut change.grants);
+        std::mem::swap(&mut record.slots, &mut change.slots);
+        record.change = Some(Box::new(change));
+        self.store_change(id, record, AfterStore::ChangeSwitched(reply));
+    }
+
+    pub(in super::super) fn change_is_switched(&mut self, id: AllocationId, reply: Option<ReplyTo>) {
+        if self.entry(id).record.owner.is_none() {
+            return self.end_change(id, Over::Done(reply));
+        }
+        if let Some(reply) = reply {
+            self.answer_orders(reply, id);
+        }
+        self.finish_work(id);
+    }
+
+    /// Ends a change as its stage allows: one that holds, by giving the old side back; any other, by giving
+    /// the new one back. Who wanted to change the owner meanwhile waits for this.
+    pub(in super::super) fn settle_change(&mut self, id: AllocationId) {
+        let (record, change) = self.record_and_change(id);
+        let over = match change.stage {
+            Stage::Switched => Over::Done(None),
+            _ => Over::Refused(format!("`{}` is as it was: its owner changed meanwhile", record.name)),
+        };
+        self.end_change(id, over);
+    }
+
+    /// Takes the change from the record. In the same step what only its other side had becomes a record of its own,
+    /// of what is to be given back.
+    pub(in super::super) fn end_change(&mut self, id: AllocationId, over: Over) {
+        let (mut record, change) = self.record_and_change(id);
+        let mut rest = AllocationRecord {
+            grants: change.grants,
+            slots: Vec::new(),
+            phase: Phase::Deleting,
+            owner: None,
+            next: None,
+            change: None,
+            reclaim: None,
+            epoch: Epoch::FIRST,
+            ..record.clone()
+        };
+        rest.grants.retain(|grant| record.grants.iter().all(|kept| kept.id != grant.id));
+        let event = self.clock;
+        rest.grants.iter().for_each(|grant| self.inventory.settle(id, grant.appliance, event));
+        record.change = None;
+        record.grants.iter_mut().for_each(|grant| grant.from = None);
+        let mut batch = vec![Change::Allocation(Box::new(record.clone()))];
+        if !rest.grants.is_empty() {
+            // Whoever reads the store finds both or neither.
+            match self.random_id() {
+                Ok(random) => rest.id = AllocationId::from_u128(random),
+                Err(error) => {
+                    tracing::error!("a change of `{}` cannot end: {}", record.name, error.1);
+                    return self.finish_work(id);
+                }
+            }
+            batch.push(Change::Allocation(Box::new(rest.clone())));
+        }
+        self.entry(id).work = Work::Storing;
+        let rest = Some(Box::new(rest)).filter(|rest| !rest.grants.is_empty());
+        self.store(batch, Awaited::Record(Box::new(record), AfterStore::ChangeOver(over, rest)));
+    }
+
+    pub(in super::super) fn change_is_over(
+        &mut self,
+        id: AllocationId,
+        over: Over,
+        rest: Option<Box<AllocationRecord>>,
+    ) {
+        if let Some(rest) = rest {
+            let rest_id = rest.id;
+            self.insert(*rest, Work::Idle);
+            self.purge(rest_id, Then::Nothing);
+        }
+        let record = &self.entry(id).record;
+        let (name, size) = (record.name.clone(), ByteSize(record.size));
+        match over {
+            Over::Done(reply) => {
+                self.tell("changed", &name, format!("`{name}` is changed: it has {size}"));
+                if let Some(reply) = reply {
+                    self.answer_orders(reply, id);
+                }
+            }
+            Over::Refused(why) => {
+                self.tell("change-refused", &name, why.clone());
+                let now = self.now.at;
+                let side = &mut self.entry(id).side;
+                (side.refused, side.refused_at) = (Some(why), Some(now));
+            }
+        }
+        self.answer_change(id);
+        self.finish_work(id);
+    }
+}
+
+const fn describe(kind: ChangeKind) -> &'static str {
+    match kind {
+        ChangeKind::Grow => "grow",
+        ChangeKind::Shrink => "shrink",
+        ChangeKind::Move => "move",
+    }
+}

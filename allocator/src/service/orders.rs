@@ -1,0 +1,238 @@
+//! What the owner of an allocation is to do, and what it says to that.
+//!
+//! The owner asks: the allocator calls no client. An owner that is not heard is never waited for by I/O,
+//! and everything here can be repeated.
+
+use std::time::Duration;
+
+use xpm_control::server::ApiError;
+use xpm_protocol::api::ErrorKind;
+use xpm_protocol::api::allocator::{HandOver, MapChange, Orders, Owner, Report, Transfer};
+use xpm_protocol::{AllocationId, ByteSize, ClientId, Name};
+
+use super::change::Over;
+use super::{Outcome, ReplyTo, Service, Work, view};
+use crate::store::record::{AllocationRecord, Stage};
+
+/// How long the present owner has, where nobody says it.
+const DEADLINE: Duration = Duration::from_secs(30);
+/// Longest time that it can be given.
+const DEADLINE_MAX: Duration = Duration::from_secs(3600);
+
+/// That an allocation is to go to another client, and that its owner is asked.
+#[derive(Debug)]
+pub(super) struct HandingOver {
+    reply: ReplyTo,
+    to: Owner,
+    /// When the owner is cut off, by the service's clock and in seconds since 1970.
+    until: (Duration, u64),
+    /// It has asked for its orders since.
+    heard: bool,
+}
+
+impl Service {
+    /// Answers what the owner is to do.
+    pub(super) fn ask_orders(&mut self, reply: ReplyTo, name: &Name, client: ClientId) {
+        let Some(&id) = self.names.get(name) else { return self.reply(reply, Err(view::unknown(name))) };
+        if let Err(error) = self.check_owner(id, client) {
+            return self.reply(reply, Err(error));
+        }
+        if let Some(hand_over) = &mut self.entry(id).hand_over {
+            hand_over.heard = true;
+        }
+        self.answer_orders(reply, id);
+    }
+
+    fn check_owner(&mut self, id: AllocationId, client: ClientId) -> Result<(), ApiError> {
+        let record = &self.entry(id).record;
+        match &record.owner {
+            Some(owner) if owner.client == client => Ok(()),
+            _ => Err(ApiError(
+                ErrorKind::Conflict,
+                format!("client {client} does not own `{}`; attach it first", record.name),
+            )),
+        }
+    }
+
+    pub(super) fn answer_orders(&mut self, reply: ReplyTo, id: AllocationId) {
+        let orders = self.orders(id);
+        self.reply(reply, orders.map(|orders| Outcome::Orders(Box::new(orders))));
+    }
+
+    fn orders(&mut self, id: AllocationId) -> Result<Orders, ApiError> {
+        let entry = self.entry(id);
+        let hand_over = entry.hand_over.as_ref();
+        let hand_over = hand_over.map(|one| HandOver { to: one.to.client, until: one.until.1 });
+        let record = entry.record.clone();
+        let idle = matches!(entry.work, Work::Idle);
+        let change = match &record.change {
+            Some(change) if idle && change.stage != Stage::Preparing => Some(self.map_change(&record)?),
+            _ => None,
+        };
+        Ok(Orders { change, hand_over })
+    }
+
+    fn map_change(&self, record: &AllocationRecord) -> Result<MapChange, ApiError> {
+        let change = record.change.as_deref().expect("asked for where there is one");
+        let switched = change.stage == Stage::Switched;
+        let mut next = record.clone();
+        if !switched {
+            (next.size, next.version) = (change.size, change.number);
+            (next.grants, next.slots) = (change.grants.clone(), change.slots.clone());
+        }
+        let control = record
+            .known_grants()
+            .filter_map(|grant| Some((grant.id, self.inventory.info(grant.appliance)?.control.clone())));
+        Ok(MapChange {
+            number: change.number,
+            kind: change.kind,
+            moved: change.moved.clone(),
+            control: control.collect(),
+            rate: change.rate.map(ByteSize),
+            switched,
+            next: self.map_of(next)?,
+        })
+    }
+
+    /// What the owner says.
+    pub(super) fn report(&mut self, reply: ReplyTo, id: AllocationId, client: ClientId, report: Report) {
+        if let Err(error) = self.check_owner(id, client) {
+            return self.reply(reply, Err(error));
+        }
+        match report {
+            Report::HandedOver => self.handed_over(reply, id),
+            Report::Kept { why } => self.kept(reply, id, &why),
+            Report::Copied { number, .. }
+            | Report::Ready { number }
+            | Report::Done { number }
+            | Report::Refused { number, .. } => self.change_report(reply, id, number, report),
+        }
+    }
+
+    fn change_report(&mut self, reply: ReplyTo, id: AllocationId, number: u64, report: Report) {
+        let entry = self.entry(id);
+        let name = entry.record.name.clone();
+        let stage =
+            entry.record.change.as_ref().filter(|change| change.number == number).map(|change| change.stage);
+        match (stage, report) {
+            (Some(_), Report::Copied { bytes, .. }) => {
+                entry.side.copied = bytes;
+                self.answer_orders(reply, id);
+            }
+            (Some(Stage::Open), Report::Ready { .. }) => self.switch_change(id, Some(reply)),
+            (Some(Stage::Switched), Report::Ready { .. }) => self.answer_orders(reply, id),
+            (Some(Stage::Switched), Report::Done { .. }) => self.end_change(id, Over::Done(Some(reply))),
+            (Some(Stage::Open), Report::Refused { why, .. }) => {
+                let why: String = why.chars().filter(|one| !one.is_control()).take(500).collect();
+                self.end_change(id, Over::Refused(format!("`{name}` is as it was: {why}")));
+                self.reply(reply, Ok(Outcome::Orders(Box::new(Orders { change: None, hand_over: None }))));
+            }
+            // Over already; or a stage that the owner cannot have seen.
+            _ => self.answer_orders(reply, id),
+        }
+    }
+
+    /// Hands an allocation over. The present owner is asked first, unless it is not to be.
+    pub(super) fn transfer(&mut self, reply: ReplyTo, id: AllocationId, transfer: &Transfer) {
+        let to = match self.new_owner(&transfer.to) {
+            Ok(to) => to,
+            Err(error) => return self.reply(reply, Err(error)),
+        };
+        let entry = self.entry(id);
+        let name = entry.record.name.clone();
+        let line = match &entry.record.owner {
+            Some(owner) if owner.client == to.client => format!("`{name}` is {}'s already", owner.host_name),
+            _ if entry.hand_over.is_some() => format!("`{name}` is going to another client already"),
+            _ => String::new(),
+        };
+        if !line.is_empty() {
+            return self.refuse(reply, ErrorKind::Conflict, line);
+        }
+        if entry.record.owner.is_none() || transfer.force {
+            return self.begin_raise(reply, id, to, true);
+        }
+        let deadline = transfer.deadline.map_or(DEADLINE, |span| span.0.min(DEADLINE_MAX));
+        let until = (self.now.at + deadline, self.now.unix + deadline.as_secs());
+        self.entry(id).hand_over = Some(HandingOver { reply, to, until, heard: false });
+        self.tell("hand-over", &name, format!("`{name}` is to go to {}", transfer.to));
+    }
+
+    fn new_owner(&self, text: &str) -> Result<Owner, ApiError> {
+        let named = text
+            .parse::<Name>()
+            .ok()
+            .and_then(|name| Some((name.to_string(), self.clients.get(&name)?.client.facts.client?)));
+        let (host_name, client) = match (named, text.parse::<ClientId>()) {
+            (Some(named), _) => named,
+            (None, Ok(client)) => (format!("client {client}"), client),
+            (None, Err(_)) => {
+                let line = format!(
+                    "no client `{text}` has told of itself: `xpm client list` shows those that have, and `xpm blk status` on \
+                     it shows its id"
+                );
+                return Err(ApiError(ErrorKind::NotFound, line));
+            }
+        };
+        Ok(Owner { client, host_name, purpose: "handed over".to_owned(), since: self.now.unix })
+    }
+
+    /// The owner has let go.
+    fn handed_over(&mut self, reply: ReplyTo, id: AllocationId) {
+        let orders = Orders { change: None, hand_over: None };
+        self.reply(reply, Ok(Outcome::Orders(Box::new(orders))));
+        if let Some(HandingOver { reply, to, .. }) = self.entry(id).hand_over.take() {
+            self.begin_raise(reply, id, to, true);
+        }
+    }
+
+    fn kept(&mut self, reply: ReplyTo, id: AllocationId, why: &str) {
+        let name = self.entry(id).record.name.clone();
+        let why: String = why.chars().filter(|one| !one.is_control()).take(500).collect();
+        if let Some(HandingOver { reply, .. }) = self.entry(id).hand_over.take() {
+            self.refuse(reply, ErrorKind::InUse, format!("`{name}` stays where it is: {why}"));
+        }
+        self.answer_orders(reply, id);
+    }
+
+    /// Ends what the owner was asked for and has not done in time: one that was heard is cut off, for it
+    /// knows; one that was not may be dead, or out of reach and writing.
+    pub(super) fn run_hand_overs(&mut self) {
+        let now = self.now.at;
+        let late = |entry: &super::Entry| entry.hand_over.as_ref().is_some_and(|one| one.until.0 <= now);
+        let ids: Vec<AllocationId> =
+            self.allocations.iter().filter(|(_, entry)| late(entry)).map(|(id, _)| *id).collect();
+        for id in ids {
+            if !matches!(self.entry(id).work, Work::Idle) {
+                continue;
+            }
+            let Some(HandingOver { reply, to, heard, .. }) = self.entry(id).hand_over.take() else {
+                continue;
+            };
+            let name = self.entry(id).record.name.clone();
+            if heard {
+                self.tell(
+                    "cut-off",
+                    &name,
+                    format!("`{name}`: its owner did not let go in time and is cut off"),
+                );
+                self.begin_raise(reply, id, to, true);
+            } else {
+                let line = format!(
+                    "the owner of `{name}` was not heard; if it is dead, or is to be cut off, say so with --force"
+                );
+                self.refuse(reply, ErrorKind::Unavailable, line);
+            }
+        }
+    }
+
+    /// Nobody waits any more for an allocation that ends.
+    pub(super) fn drop_hand_over(&mut self, id: AllocationId) {
+        if let Some(HandingOver { reply, .. }) = self.entry(id).hand_over.take() {
+            let line = "its owner changed meanwhile; look at it, and try again".to_owned();
+            self.refuse(reply, ErrorKind::Conflict, line);
+        }
+        if let Some(reply) = self.entry(id).side.reply.take() {
+            self.refuse(reply, ErrorKind::Conflict, "the allocation is given back".to_owned());
+        }
+    }
+}
