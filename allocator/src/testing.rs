@@ -35,6 +35,7 @@ pub(crate) fn allocation(number: u128, name: &str) -> AllocationRecord {
         idle_since: 1,
         reclaim: None,
         version: 0,
+        changes: 0,
         change: None,
     }
 }

@@ -104,6 +104,7 @@ impl Service {
             idle_since: self.now.unix,
             reclaim: None,
             version: 0,
+            changes: 0,
             change: None,
         })
     }

@@ -64,12 +64,11 @@ impl Service {
         let hand_over = entry.hand_over.as_ref();
         let hand_over = hand_over.map(|one| HandOver { to: one.to.client, until: one.until.1 });
         let record = entry.record.clone();
-        let idle = matches!(entry.work, Work::Idle);
         let change = match &record.change {
-            Some(change) if idle && change.stage != Stage::Preparing => Some(self.map_change(&record)?),
+            Some(change) if change.stage != Stage::Preparing => Some(self.map_change(&record)?),
             _ => None,
         };
-        Ok(Orders { change, hand_over })
+        Ok(Orders { version: record.version, change, hand_over })
     }
 
     fn map_change(&self, record: &AllocationRecord) -> Result<MapChange, ApiError> {
@@ -124,12 +123,19 @@ impl Service {
             (Some(Stage::Switched), Report::Done { .. }) => self.end_change(id, Over::Done(Some(reply))),
             (Some(Stage::Open), Report::Refused { why, .. }) => {
                 let why: String = why.chars().filter(|one| !one.is_control()).take(500).collect();
+                self.answer_nothing(reply, id);
                 self.end_change(id, Over::Refused(format!("`{name}` is as it was: {why}")));
-                self.reply(reply, Ok(Outcome::Orders(Box::new(Orders { change: None, hand_over: None }))));
             }
             // Over already; or a stage that the owner cannot have seen.
             _ => self.answer_orders(reply, id),
         }
+    }
+
+    /// The owner has nothing to do any more.
+    fn answer_nothing(&mut self, reply: ReplyTo, id: AllocationId) {
+        let version = self.entry(id).record.version;
+        let orders = Orders { version, change: None, hand_over: None };
+        self.reply(reply, Ok(Outcome::Orders(Box::new(orders))));
     }
 
     /// Hands an allocation over. The present owner is asked first, unless it is not to be.
@@ -142,6 +148,11 @@ impl Service {
         let name = entry.record.name.clone();
         let line = match &entry.record.owner {
             Some(owner) if owner.client == to.client => format!("`{name}` is {}'s already", owner.host_name),
+            Some(_) if entry.record.change.is_some() => {
+                format!(
+                    "`{name}` is being changed; `xpm alloc show {name}` says how far that is, wait for its end"
+                )
+            }
             _ if entry.hand_over.is_some() => format!("`{name}` is going to another client already"),
             _ => String::new(),
         };
@@ -178,8 +189,7 @@ impl Service {
 
     /// The owner has let go.
     fn handed_over(&mut self, reply: ReplyTo, id: AllocationId) {
-        let orders = Orders { change: None, hand_over: None };
-        self.reply(reply, Ok(Outcome::Orders(Box::new(orders))));
+        self.answer_nothing(reply, id);
         if let Some(HandingOver { reply, to, .. }) = self.entry(id).hand_over.take() {
             self.begin_raise(reply, id, to, true);
         }

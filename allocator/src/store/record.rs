@@ -47,9 +47,12 @@ pub struct AllocationRecord {
     /// That it gives way to a request of a higher priority.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reclaim: Option<Reclaim>,
-    /// How often where it lies was changed.
+    /// Number of the change that led to where it lies; 0: it lies where it was made.
     #[serde(default)]
     pub version: u64,
+    /// Changes that were begun, given up ones included.
+    #[serde(default)]
+    pub changes: u64,
     /// A change of where it lies that is not over.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub change: Option<Box<ChangeRecord>>,

@@ -182,6 +182,9 @@ pub struct Transfer {
 /// What the owner of an allocation is to do.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Orders {
+    /// Version of the map that holds. An owner that has an older one, and no change to carry out, has to attach
+    /// again to get it.
+    pub version: u64,
     /// Where the allocation lies is to change.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub change: Option<MapChange>,
@@ -614,7 +617,7 @@ pub struct Map {
     pub id: AllocationId,
     /// Its epoch.
     pub epoch: Epoch,
-    /// How often where it lies was changed.
+    /// Number of the change that led to where it lies.
     #[serde(default)]
     pub version: u64,
     /// Its size in bytes.

@@ -35,8 +35,10 @@ impl Service {
         for grant in built.grants[built.kept..].iter().filter(|grant| grant.from.is_none()) {
             self.inventory.promise(id, grant.appliance, record.bytes_of(grant));
         }
+        let number = record.changes + 1;
+        record.changes = number;
         record.change = Some(Box::new(ChangeRecord {
-            number: record.version + 1,
+            number,
             kind,
             stage: Stage::Preparing,
             since: self.now.unix,

@@ -185,9 +185,12 @@ impl Service {
         let owner = record.owner.as_ref().map(|owner| owner.client);
         record.change.is_some()
             && match request {
-                Request::Attach { attach, .. } => owner != Some(attach.client),
+                Request::Attach { attach, .. } => {
+                    owner != Some(attach.client) && (attach.force || owner.is_none())
+                }
                 Request::Detach { client, .. } => owner == Some(*client),
-                Request::Transfer { .. } => true,
+                // One that is asked to let go carries its change out first.
+                Request::Transfer { transfer, .. } => transfer.force || owner.is_none(),
                 _ => false,
             }
     }

@@ -46,10 +46,12 @@ impl Service {
         if self.entry(id).record.owner.is_none() {
             return self.end_change(id, Over::Done(reply));
         }
+        // Before anything else is done to it: the owner has to hear that its change holds.
+        self.entry(id).work = Work::Idle;
         if let Some(reply) = reply {
             self.answer_orders(reply, id);
         }
-        self.finish_work(id);
+        self.release_queue(id);
     }
 
     /// Ends a change as its stage allows: one that holds, by giving the old side back; any other, by giving

@@ -4,9 +4,10 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use xpm_control::server::ApiError;
-use xpm_protocol::ApplianceId;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::Heartbeat;
+use xpm_protocol::api::appliance::{Copy, Digest};
+use xpm_protocol::{ApplianceId, ByteSize, GrantId};
 
 use super::super::{Answer, Call, CallError, Effect, Event, Moment, Outcome, ReplyTo, Request, Service};
 use super::appliance::Appliance;
@@ -131,6 +132,12 @@ impl World {
 
     fn call(&mut self, id: ApplianceId, call: &Call, fate: Fate) -> Result<Answer, CallError> {
         let failed = || Err(CallError::Failed("no answer".into()));
+        if let (Call::Copy(grant, copy), Fate::Works) = (call, fate) {
+            return self.copy(id, *grant, copy);
+        }
+        if matches!(call, Call::Copy(..)) {
+            return failed();
+        }
         let appliance = self.appliances.get_mut(&id).unwrap();
         match fate {
             _ if appliance.away => failed(),
@@ -146,6 +153,22 @@ impl World {
             }
             Fate::Works => appliance.carry_out(self.now, call),
         }
+    }
+
+    /// One appliance writes what it has to another.
+    fn copy(&mut self, from: ApplianceId, grant: GrantId, copy: &Copy) -> Result<Answer, CallError> {
+        let refused = |line: &str| CallError::Refused(ErrorKind::Unavailable, line.into());
+        let source = &self.appliances[&from];
+        let region = source.region_at(grant, copy.range.offset).filter(|_| !source.away);
+        let content = source.regions[&region.ok_or_else(|| refused("no such grant"))?].content;
+        let has_key = |one: &&mut Appliance| one.grants.values().any(|grant| grant.key == copy.key);
+        let target = self.appliances.values_mut().find(has_key).filter(|one| !one.away);
+        let target = target.ok_or_else(|| refused("no such export"))?;
+        let (id, _) = target.grants.iter().find(|(_, grant)| grant.key == copy.key).unwrap();
+        let region = target.region_at(*id, copy.to).unwrap();
+        target.regions.get_mut(&region).unwrap().content = content;
+        let data = ByteSize(if content == 0 { 0 } else { 4096 });
+        Ok(Answer::Digest(Digest { xxh3: content.to_string(), data, last: None }))
     }
 
     pub(super) fn finish(&mut self) {
