@@ -33,6 +33,8 @@ enum Move {
     Restart(u8),
     Write(u8, u8, bool),
     Steps(Vec<(usize, u8)>),
+    /// All that is pending is done, and goes well.
+    Finish,
     Tick(u64),
     Pass(u64),
     Arrive(usize),
@@ -47,12 +49,13 @@ fn moves() -> impl Strategy<Value = Move> {
         1 => Just(Move::Rebalance),
         1 => (0..2_u8, any::<bool>()).prop_map(|(to, force)| Move::Transfer(to, force)),
         2 => (0..2_u8, any::<bool>()).prop_map(|(client, force)| Move::Attach(client, force)),
-        1 => (0..2_u8).prop_map(Move::Detach),
-        16 => (0..2_u8).prop_map(Move::Owner),
+        1 => (1..2_u8).prop_map(Move::Detach),
+        24 => prop::bool::weighted(0.25).prop_map(|client| Move::Owner(client.into())),
         1 => (0..2_u8).prop_map(Move::Restart),
-        8 => (0..2_u8, 0..8_u8, prop::bool::weighted(0.4))
+        10 => (0..2_u8, 0..8_u8, prop::bool::weighted(0.4))
             .prop_map(|(client, region, zeros)| Move::Write(client, region, zeros)),
-        16 => prop::collection::vec((any::<usize>(), any::<u8>()), 4..24).prop_map(Move::Steps),
+        8 => prop::collection::vec((any::<usize>(), any::<u8>()), 1..24).prop_map(Move::Steps),
+        12 => Just(Move::Finish),
         2 => (0..40_u64).prop_map(Move::Tick),
         1 => (0..90_u64).prop_map(Move::Pass),
         1 => any::<usize>().prop_map(Move::Arrive),
@@ -150,6 +153,7 @@ impl Life {
                     self.world.step(choice, fate);
                 }
             }
+            Move::Finish => self.world.finish(),
             Move::Tick(seconds) => {
                 self.world.now += Duration::from_secs(seconds);
                 self.world.event(Event::Tick);
@@ -177,7 +181,10 @@ impl Life {
     /// An answer that is there, or the next thing to say.
     fn owner(&mut self, client: usize) {
         if self.owners[client].asked.is_some() {
-            return self.hear(client);
+            self.hear(client);
+        }
+        if self.owners[client].asked.is_some() {
+            return;
         }
         let id = ClientId::from_u128(client as u128);
         let said = |report| Request::Report { name: name(), client: id, report };
@@ -287,11 +294,12 @@ impl Life {
     fn write(&mut self, client: usize, region: u32, zeros: bool) {
         let owner = &self.owners[client];
         let Some(map) = &owner.map else { return };
+        let region = region % map.regions.len() as u32;
         let mut maps = vec![map];
         let mirrored = owner.change.as_ref().filter(|change| owner.mirrored && !change.switched);
         let shrinks = mirrored.is_some_and(|change| region as usize >= change.next.regions.len());
         maps.extend(mirrored.map(|change| &change.next));
-        if region as usize >= map.regions.len() || shrinks {
+        if shrinks {
             return;
         }
         let places: Option<Vec<_>> =
