@@ -66,10 +66,12 @@ async fn serve(config: Config) -> Result<(), DeviceError> {
     ublk::remove_orphans().iter().for_each(|line| tracing::warn!("{line}"));
     daemon.restore()?;
     let lookout = tokio::spawn(lookout::run(Arc::clone(&daemon)));
+    let follower = tokio::spawn(lookout::follow(Arc::clone(&daemon)));
     let server = ControlServer::new(control::routes(Arc::clone(&daemon)), None, Limits::default());
     tracing::info!("xpm-blk {} is ready", env!("CARGO_PKG_VERSION"));
     server.serve(listener, end(&daemon, &mut shutdown, stop_limit)).await;
     lookout.abort();
+    follower.abort();
     let work = tokio::task::spawn_blocking(move || daemon.take_all_away());
     if work.await.is_err() {
         tracing::error!("some devices could not be taken away");
@@ -90,7 +92,8 @@ fn parts(config: Config) -> Result<Parts, DeviceError> {
     let invalid = |line: String| DeviceError::new(ErrorKind::Invalid, line);
     let token = config.token_file.as_deref().map(Token::load).transpose();
     let token = token.map_err(|error| invalid(error_line(&error)))?;
-    let allocator = Client::new(&config.allocator, token).map_err(|error| invalid(error_line(&error)))?;
+    let allocator =
+        Client::new(&config.allocator, token.clone()).map_err(|error| invalid(error_line(&error)))?;
     let records = Records::open(&config.state)?;
     let client = records.client_id(random::u128().at("make a client id")?)?;
     let server = Server::start(ServerOptions {
@@ -106,6 +109,7 @@ fn parts(config: Config) -> Result<Parts, DeviceError> {
         host: host::host_id().at("find out which kernel this is")?,
         host_name: host::host_name().at("find out the host's name")?,
         allocator,
+        token,
         records,
         server,
         config,

@@ -14,19 +14,19 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use xpm_protocol::api::ErrorKind;
-use xpm_protocol::api::allocator::Map;
+use xpm_protocol::api::allocator::{Map, MapChange};
 use xpm_protocol::api::blk::AttachDevice;
 use xpm_protocol::{ClientId, Name};
 
 use crate::error::{DeviceError, Step};
 
-/// Version 1: the first.
-const VERSION: u32 = 1;
+/// Version 1: the first. 2: with a change that is being carried out.
+const VERSION: u32 = 2;
 
 /// An allocation that is shown, with all that is needed to show it again.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Record {
-    version: u32,
+    pub(crate) version: u32,
     /// What was asked for.
     pub(crate) request: AttachDevice,
     /// Where the allocation lies.
@@ -35,11 +35,14 @@ pub(crate) struct Record {
     pub(crate) session: u128,
     /// Number of the kernel's device, to be had again.
     pub(crate) number: Option<u32>,
+    /// A change of the map of which it is not known whether it holds: all is copied, and writes go to both places.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) change: Option<Box<MapChange>>,
 }
 
 impl Record {
     pub(crate) fn new(request: AttachDevice, map: Map, session: u128) -> Record {
-        Record { version: VERSION, request, map, session, number: None }
+        Record { version: VERSION, request, map, session, number: None, change: None }
     }
 }
 
@@ -133,7 +136,8 @@ impl Records {
     /// Keeps a record. Blocks until it is on disk.
     pub(crate) fn save(&self, record: &Record) -> Result<(), DeviceError> {
         let path = self.path(&record.request.name);
-        let text = serde_json::to_vec_pretty(record).map_err(io::Error::from).at("write a record")?;
+        let record = Record { version: VERSION, ..record.clone() };
+        let text = serde_json::to_vec_pretty(&record).map_err(io::Error::from).at("write a record")?;
         self.write(&path, &text)
     }
 
@@ -243,7 +247,7 @@ mod tests {
         fs::write(&broken, "{").unwrap();
         assert_eq!(records.load().unwrap(), []);
         assert_eq!(fs::read(&broken).unwrap(), b"{");
-        fs::write(&broken, "{\"version\":2,\"anything\":{}}").unwrap();
+        fs::write(&broken, "{\"version\":9,\"anything\":{}}").unwrap();
         assert!(records.load().unwrap_err().to_string().contains("newer"));
     }
 

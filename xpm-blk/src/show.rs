@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
-use xpm_client::{Volume, VolumeOptions};
+use xpm_client::{Change, Volume, VolumeOptions};
 use xpm_protocol::api::ErrorKind;
+use xpm_protocol::api::allocator::MapChange;
 use xpm_protocol::api::blk::{Form, Hold};
 use xpm_transport::nbd::server::Server;
 
@@ -24,29 +25,43 @@ pub(crate) enum Readiness {
     Later,
 }
 
-/// Shows the allocation of a record. Blocks; must be called within a tokio runtime.
+/// What is shown, and the change that goes on with it.
+pub(crate) type ShownWith = (Box<dyn Shown>, Option<Change>);
+
+/// Shows the allocation of a record. Where a change of it was firm, writes go to both places from the first one
+/// on. Blocks; must be called within a tokio runtime.
 pub(crate) fn show(
     record: &Record,
     config: &Config,
     server: &Server,
     readiness: Readiness,
-) -> Result<Box<dyn Shown>, DeviceError> {
+) -> Result<ShownWith, DeviceError> {
     let request = &record.request;
     let shape = config.shape(request, record.number);
     let hold = request.hold.unwrap_or(config.hold);
     let shared = Shared { map: &record.map, hold };
     let group = record.map.id.as_u128();
-    let volume = || open(record, config, hold, &shape, readiness);
-    Ok(match &request.form {
-        Form::Ublk => Box::new(UblkDevice::show(volume()?, &shape)?),
-        Form::Nbd => Box::new(NbdDevice::show(shared, volume()?, server.clone(), group, &shape)?),
-        Form::NbdDirect => {
-            Box::new(NbdDevice::show_direct(shared, record.session, request.transport, &shape)?)
+    if request.form == Form::NbdDirect {
+        let shown = NbdDevice::show_direct(shared, record.session, request.transport, &shape)?;
+        return Ok((Box::new(shown), None));
+    }
+    let volume = open(record, config, hold, &shape, readiness)?;
+    let resume = |change: &MapChange| {
+        volume.resume(&change.next, &change.moved).map_err(|error| {
+            DeviceError::new(ErrorKind::Internal, format!("go on with a change of {}: {error}", request.name))
+        })
+    };
+    let change = record.change.as_deref().map(resume).transpose()?;
+    let shown: Box<dyn Shown> = match &request.form {
+        Form::Ublk => Box::new(UblkDevice::show(volume, &shape)?),
+        Form::Nbd | Form::NbdDirect => {
+            Box::new(NbdDevice::show(shared, volume, server.clone(), group, &shape)?)
         }
         Form::NbdSocket(place) => {
-            Box::new(NbdSocket::show(request.name.as_str(), place, volume()?, server.clone(), group)?)
+            Box::new(NbdSocket::show(request.name.as_str(), place, volume, server.clone(), group)?)
         }
-    })
+    };
+    Ok((shown, change))
 }
 
 fn open(

@@ -103,7 +103,7 @@ impl Service {
             Report::Kept { why } => self.kept(reply, id, &why),
             Report::Copied { number, .. }
             | Report::Ready { number }
-            | Report::Done { number }
+            | Report::Done { number, .. }
             | Report::Refused { number, .. } => self.change_report(reply, id, number, report),
         }
     }
@@ -120,9 +120,12 @@ impl Service {
             }
             (Some(Stage::Open), Report::Ready { .. }) => self.switch_change(id, Some(reply)),
             (Some(Stage::Switched), Report::Ready { .. }) => self.answer_orders(reply, id),
-            (Some(Stage::Switched), Report::Done { .. }) => self.end_change(id, Over::Done(Some(reply))),
+            (Some(Stage::Switched), Report::Done { how, .. }) => {
+                entry.side.followed = how.as_deref().map(one_line);
+                self.end_change(id, Over::Done(Some(reply)));
+            }
             (Some(Stage::Open), Report::Refused { why, .. }) => {
-                let why: String = why.chars().filter(|one| !one.is_control()).take(500).collect();
+                let why = one_line(&why);
                 self.answer_nothing(reply, id);
                 self.end_change(id, Over::Refused(format!("`{name}` is as it was: {why}")));
             }
@@ -190,6 +193,11 @@ impl Service {
     /// The owner has let go.
     fn handed_over(&mut self, reply: ReplyTo, id: AllocationId) {
         self.answer_nothing(reply, id);
+        self.let_go(id);
+    }
+
+    /// The one who is to have it gets it.
+    pub(super) fn let_go(&mut self, id: AllocationId) {
         if let Some(HandingOver { reply, to, .. }) = self.entry(id).hand_over.take() {
             self.begin_raise(reply, id, to, true);
         }
@@ -197,7 +205,7 @@ impl Service {
 
     fn kept(&mut self, reply: ReplyTo, id: AllocationId, why: &str) {
         let name = self.entry(id).record.name.clone();
-        let why: String = why.chars().filter(|one| !one.is_control()).take(500).collect();
+        let why = one_line(why);
         if let Some(HandingOver { reply, .. }) = self.entry(id).hand_over.take() {
             self.refuse(reply, ErrorKind::InUse, format!("`{name}` stays where it is: {why}"));
         }
@@ -245,4 +253,9 @@ impl Service {
             self.refuse(reply, ErrorKind::Conflict, "the allocation is given back".to_owned());
         }
     }
+}
+
+/// What a client says, fit to be shown.
+fn one_line(text: &str) -> String {
+    text.chars().filter(|one| !one.is_control()).take(500).collect()
 }

@@ -141,6 +141,11 @@ impl Service {
         if record.owner.as_ref().is_none_or(|owner| owner.client != client) {
             return self.reply(reply, Ok(Outcome::Done));
         }
+        if self.entry(id).hand_over.is_some() {
+            // To let go is what it was asked for.
+            self.reply(reply, Ok(Outcome::Done));
+            return self.let_go(id);
+        }
         record.owner = None;
         record.idle_since = self.now.unix;
         self.entry(id).work = Work::Storing;

@@ -102,6 +102,7 @@ impl Service {
             ending: lease::ending(record, self.now.unix),
             waiting: None,
             change: self.view_change(id),
+            followed: self.allocations[&id].side.followed.clone(),
             refused: self.allocations[&id].side.refused.clone(),
             warnings: Vec::new(),
         }

@@ -112,6 +112,19 @@ impl Volume {
         Ok(change)
     }
 
+    /// Goes on with a change that was firm when the volume was closed: to be called before there are channels.
+    /// Writes go to both places from the first one on.
+    ///
+    /// # Errors
+    /// See [`ChangeError`].
+    pub fn resume(&self, next: &Map, moved: &[u32]) -> Result<Change, ChangeError> {
+        *self.inner.probe() = None;
+        let (change, _) = self.begin(next, Plan::new(next)?, moved)?;
+        let progress = Progress { number: moved.len() as u32, ..Progress::new(change.moves.clone()) };
+        change.live().change = Some(Underway { progress: Some(progress), firm: Some(change.plan.size()) });
+        Ok(change)
+    }
+
     /// Adds what is new, and tells the channels.
     fn begin(&self, next: &Map, plan: Plan, moved: &[u32]) -> Result<(Change, Vec<Told>), ChangeError> {
         let shared = &self.inner.shared;
@@ -220,19 +233,20 @@ impl Change {
     }
 
     fn progress(&self, progress: &Progress) -> Result<(), ChangeError> {
-        self.live().change = Some(Underway { progress: Some(progress.clone()), firm: false });
+        self.live().change = Some(Underway { progress: Some(progress.clone()), firm: None });
         self.tell(|| Order::Progress(progress.clone()))
     }
 
-    /// All is copied: from now on a write ends only when it is at both places.
+    /// All is copied: from now on a write ends only when it is at both places, and nothing goes beyond the new
+    /// size.
     ///
     /// # Errors
     /// When some write is not: the change has to be given up.
     pub fn firm(&self) -> Result<(), ChangeError> {
         if let Some(change) = &mut self.live().change {
-            change.firm = true;
+            change.firm = Some(self.plan.size());
         }
-        self.tell(|| Order::Firm)?;
+        self.tell(|| Order::Firm(self.plan.size()))?;
         match self.moves.have_failed() {
             true => Err(ChangeError::NewPlace),
             false => Ok(()),

@@ -131,7 +131,8 @@ struct Member {
 #[derive(Clone, Default)]
 struct Underway {
     progress: Option<Progress>,
-    firm: bool,
+    /// Nothing goes beyond this offset any more, and a write counts only when it is at both places.
+    firm: Option<u64>,
 }
 
 /// Counters of the channels that are open, and the sum of those that are closed.
@@ -267,8 +268,8 @@ impl Inner {
             mailbox.clone(),
             (self.options.depth, hold),
         )?;
-        if let Some(Underway { progress, firm }) = live.change.clone() {
-            channel.join(progress, firm);
+        if let Some(underway) = live.change.clone() {
+            channel.join(underway);
         }
         live.members.retain(|member| !member.mailbox.is_closed());
         live.members.push(Member { queue, mailbox });

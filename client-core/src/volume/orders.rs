@@ -26,8 +26,9 @@ pub(super) enum Order {
     Begin(Vec<NewWay>),
     /// The change is so far; carried out when no write to the locked run is in flight.
     Progress(Progress),
-    /// From now on a write counts only when it is at both places.
-    Firm,
+    /// From now on a write counts only when it is at both places, and nothing goes beyond so many bytes; carried
+    /// out when nothing is in flight there.
+    Firm(u64),
     /// This is the plan now; carried out when nothing is in flight at ways without regions, which end.
     Switch(Arc<Plan>),
     /// The change is off: all is as before it.

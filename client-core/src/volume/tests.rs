@@ -449,7 +449,7 @@ impl Mover {
                 self.progress.locked = self.progress.done + RUN;
                 (Order::Progress(self.progress.clone()), MoverStep::Locked)
             }
-            MoverStep::Firm => (Order::Firm, MoverStep::Switched),
+            MoverStep::Firm => (Order::Firm(u64::MAX), MoverStep::Switched),
             MoverStep::Switched => {
                 assert!(!self.moves.have_failed());
                 (Order::Switch(plan.clone()), MoverStep::Over)

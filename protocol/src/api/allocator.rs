@@ -254,6 +254,9 @@ pub enum Report {
     Done {
         /// The change.
         number: u64,
+        /// What became of the device, in one line, where there is something to say.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        how: Option<String>,
     },
     /// The change cannot be carried out here.
     Refused {
@@ -402,7 +405,10 @@ pub struct Allocation {
     /// That it is being changed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub change: Option<ChangeState>,
-    /// Why the last change or hand-over of it was not carried out.
+    /// What the owner says of the last change that it carried out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub followed: Option<String>,
+    /// Why the last change was not carried out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refused: Option<String>,
     /// What the one who asked for it should know, right after it was made.

@@ -1,6 +1,6 @@
 //! Attaching: own the allocation, remember it, show it; and undo what was done when a step fails.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use xpm_protocol::Name;
@@ -49,7 +49,7 @@ impl Daemon {
             Some(Slot::Waiting(_)) => format!("allocation {name} waits to be shown again; detach it first"),
             Some(Slot::Shown(attached)) => format!(
                 "allocation {name} is shown already, as {} at {}; detach it first",
-                attached.record.request.form,
+                attached.record().request.form,
                 attached.shown.path()
             ),
         };
@@ -81,13 +81,14 @@ impl Daemon {
     ) -> Result<Arc<Attached>, DeviceError> {
         let daemon = Arc::clone(self);
         let attached = blocking(move || daemon.show_and_keep(record, readiness)).await?;
-        self.set(&attached.record.request.name, Some(Slot::Shown(Arc::clone(&attached))));
+        let name = attached.record().request.name;
+        self.set(&name, Some(Slot::Shown(Arc::clone(&attached))));
         Ok(attached)
     }
 
     fn show_and_keep(&self, mut record: Record, readiness: Readiness) -> Result<Arc<Attached>, DeviceError> {
         self.records.save(&record)?;
-        let shown = match show(&record, &self.config, &self.server, readiness) {
+        let (shown, change) = match show(&record, &self.config, &self.server, readiness) {
             Ok(shown) => shown,
             Err(error) => {
                 // A device that was there before is tried again; a new one never was.
@@ -100,6 +101,11 @@ impl Daemon {
         record.number = shown.number();
         self.records.save(&record)?;
         tracing::info!("allocation {} is shown at {}", record.request.name, shown.path());
-        Ok(Arc::new(Attached { record, shown, since: Instant::now() }))
+        Ok(Arc::new(Attached {
+            record: Mutex::new(record),
+            shown,
+            change: Mutex::new(change),
+            since: Instant::now(),
+        }))
     }
 }

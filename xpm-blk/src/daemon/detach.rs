@@ -138,7 +138,8 @@ fn in_flight_still(attached: &Attached) -> u64 {
 
 fn refusal(attached: &Attached, users: &[String]) -> DeviceError {
     let path = attached.shown.path();
-    let way_out = match attached.record.request.form {
+    let request = attached.record().request;
+    let way_out = match request.form {
         Form::NbdSocket(_) => "disconnect them".to_owned(),
         _ if users.iter().any(|user| user == "swap") => format!("run `swapoff {path}`"),
         _ if users.iter().any(|user| user.starts_with("mounted")) => format!("run `umount {path}`"),
@@ -146,7 +147,7 @@ fn refusal(attached: &Attached, users: &[String]) -> DeviceError {
     };
     let what = format!(
         "{path} (allocation {}) is in use: {}; {way_out} first, or use --force and lose what is not written back",
-        attached.record.request.name,
+        request.name,
         users.join(", ")
     );
     DeviceError::new(ErrorKind::InUse, what)

@@ -7,12 +7,15 @@ use std::time::{Duration, Instant};
 
 use xpm_control::facts;
 use xpm_protocol::Name;
-use xpm_protocol::api::allocator::{Allocation, Appliance, Client, Ending};
+use xpm_protocol::api::allocator::{Allocation, Appliance, Client, Ending, Event};
 
 use super::Daemon;
 
 /// How often allocations are asked after.
 const ASK_EVERY: Duration = Duration::from_secs(10);
+/// Longest answer to a question for events, and the pause after a failure.
+const LISTEN_LIMIT: Duration = Duration::from_secs(40);
+const LISTEN_AGAIN: Duration = Duration::from_secs(1);
 /// How often this host tells what it found out about itself.
 const TELL_EVERY: Duration = Duration::from_secs(300);
 
@@ -21,6 +24,7 @@ pub(crate) async fn run(daemon: Arc<Daemon>) {
     let mut told: Option<Instant> = None;
     loop {
         daemon.look_for_ends().await;
+        daemon.look_for_orders();
         if told.is_none_or(|told| told.elapsed() >= TELL_EVERY) && daemon.tell_facts().await {
             told = Some(Instant::now());
         }
@@ -28,7 +32,40 @@ pub(crate) async fn run(daemon: Arc<Daemon>) {
     }
 }
 
+/// Listens to what happens, until it is dropped, so that orders are heard at once.
+pub(crate) async fn follow(daemon: Arc<Daemon>) {
+    let patient = daemon.allocator.clone().with_limit(LISTEN_LIMIT);
+    let mut after = None;
+    loop {
+        let path = match after {
+            Some(number) => format!("/v1/events?after={number}&wait=true"),
+            // What happened before is in the orders that are asked for anyway.
+            None => "/v1/events".to_owned(),
+        };
+        match patient.get::<Vec<Event>>(&path).await {
+            Ok(events) => {
+                for event in events.iter().filter(|_| after.is_some()) {
+                    if matches!(event.kind.as_str(), "change-open" | "hand-over") {
+                        daemon.obey(&event.subject);
+                    }
+                }
+                after = Some(events.last().map_or(after.unwrap_or(0), |event| event.number));
+            }
+            Err(_) => {
+                after = None;
+                tokio::time::sleep(LISTEN_AGAIN).await;
+            }
+        }
+    }
+}
+
 impl Daemon {
+    /// Asks for the orders of every device.
+    fn look_for_orders(self: &Arc<Daemon>) {
+        let names: Vec<Name> = self.slots().keys().cloned().collect();
+        names.iter().for_each(|name| self.obey(name));
+    }
+
     async fn look_for_ends(&self) {
         let names: Vec<Name> = self.slots().keys().cloned().collect();
         for name in names {
@@ -64,7 +101,8 @@ impl Daemon {
         let Ok(name) = facts::client_name() else { return true };
         let appliances: Result<Vec<Appliance>, _> = self.allocator.get("/v1/appliances").await;
         let Ok(appliances) = appliances else { return false };
-        let Ok(facts) = facts::find(self.allocator.base(), &appliances).await else { return false };
+        let Ok(mut facts) = facts::find(self.allocator.base(), &appliances).await else { return false };
+        facts.client = Some(self.client);
         let taken: Result<Client, _> = self.allocator.put(&format!("/v1/clients/{name}"), &facts).await;
         taken.is_ok()
     }

@@ -7,14 +7,18 @@ mod allocator;
 mod attach;
 mod detach;
 pub(crate) mod lookout;
+mod mover;
+mod orders;
 mod restore;
 mod view;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use xpm_client::Change;
 use xpm_control::client::Client;
+use xpm_control::token::Token;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::Ending;
 use xpm_protocol::api::blk::{Form, Status};
@@ -35,11 +39,15 @@ pub struct Daemon {
     host: HostId,
     host_name: String,
     allocator: Client,
+    /// Shown to appliances.
+    token: Option<Token>,
     records: Records,
     server: Server,
     slots: Mutex<BTreeMap<Name, Slot>>,
     /// Allocations that are going to end.
     endings: Mutex<BTreeMap<Name, Ending>>,
+    /// Allocations whose orders are being carried out.
+    obeying: Mutex<BTreeSet<Name>>,
     started: Instant,
 }
 
@@ -50,6 +58,7 @@ pub(crate) struct Parts {
     pub(crate) host: HostId,
     pub(crate) host_name: String,
     pub(crate) allocator: Client,
+    pub(crate) token: Option<Token>,
     pub(crate) records: Records,
     pub(crate) server: Server,
 }
@@ -77,7 +86,7 @@ impl Slot {
         match self {
             Slot::Busy(busy) => busy.before.clone(),
             Slot::Waiting(waiting) => Some(Box::new(waiting.record.clone())),
-            Slot::Shown(attached) => Some(Box::new(attached.record.clone())),
+            Slot::Shown(attached) => Some(Box::new(attached.record())),
         }
     }
 }
@@ -90,24 +99,46 @@ struct Waiting {
 
 /// A shown allocation.
 struct Attached {
-    record: Record,
+    /// As it is on disk.
+    record: Mutex<Record>,
     shown: Box<dyn Shown>,
+    /// A change that is firm: writes go to both places until it is known which holds.
+    change: Mutex<Option<Change>>,
     since: Instant,
+}
+
+impl Attached {
+    fn record(&self) -> Record {
+        self.record.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Keeps another record, on disk first.
+    fn keep(&self, records: &Records, record: Record) -> Result<(), DeviceError> {
+        records.save(&record)?;
+        *self.record.lock().unwrap_or_else(PoisonError::into_inner) = record;
+        Ok(())
+    }
+
+    fn change(&self) -> MutexGuard<'_, Option<Change>> {
+        self.change.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Daemon {
     pub(crate) fn new(parts: Parts) -> Daemon {
-        let Parts { config, client, host, host_name, allocator, records, server } = parts;
+        let Parts { config, client, host, host_name, allocator, token, records, server } = parts;
         Daemon {
             config,
             client,
             host,
             host_name,
             allocator,
+            token,
             records,
             server,
             slots: Mutex::new(BTreeMap::new()),
             endings: Mutex::new(BTreeMap::new()),
+            obeying: Mutex::default(),
             started: Instant::now(),
         }
     }

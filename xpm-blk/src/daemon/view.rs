@@ -51,7 +51,7 @@ impl Daemon {
             counters: health.counters,
             in_flight: health.in_flight,
             age: whole_seconds(attached.since),
-            ..self.outline(&attached.record)
+            ..self.outline(&attached.record())
         }
     }
 

@@ -53,6 +53,26 @@ pub trait Shown: Send + Sync {
         false
     }
 
+    /// The volume behind it; none where the kernel or a client goes to the appliance itself.
+    fn volume(&self) -> Option<&Volume> {
+        None
+    }
+
+    /// The allocation has this size now: makes the device follow. In one line, what became of it where it
+    /// cannot, or not wholly. Blocks.
+    ///
+    /// # Errors
+    /// When the kernel refuses; the device has its old size.
+    fn resize(&self, size: u64) -> Result<Option<String>, DeviceError> {
+        let _ = size;
+        Ok(None)
+    }
+
+    /// Whether the device can become smaller while it is there.
+    fn can_shrink(&self) -> bool {
+        true
+    }
+
     /// Takes the device away and waits until nothing uses its volume any more. Waits for I/O in
     /// flight, unless `give_up` is set: then that I/O fails.
     ///

@@ -49,7 +49,7 @@ impl Service {
             rate,
         }));
         let entry = self.entry(id);
-        (entry.side.copied, entry.side.refused, entry.side.reply) = (0, None, reply);
+        entry.side = super::Side { reply, ..super::Side::default() };
         // It counts for limits from now on, not only when it is durable.
         self.replace(id, record.clone());
         self.entry(id).work = Work::Storing;

@@ -45,6 +45,8 @@ pub(super) struct Side {
     pub(super) reply: Option<ReplyTo>,
     /// Why the last one was not carried out.
     pub(super) refused: Option<String>,
+    /// What the owner said of the last one.
+    pub(super) followed: Option<String>,
     /// When it was refused, by the service's clock.
     pub(super) refused_at: Option<std::time::Duration>,
 }

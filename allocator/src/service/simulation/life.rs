@@ -190,7 +190,7 @@ impl Life {
         let said = |report| Request::Report { name: name(), client: id, report };
         let owner = &self.owners[client];
         let request = match &owner.change {
-            Some(change) if change.switched => said(Report::Done { number: change.number }),
+            Some(change) if change.switched => said(Report::Done { number: change.number, how: None }),
             Some(change) if owner.mirrored => said(Report::Ready { number: change.number }),
             Some(change) => {
                 let change = change.clone();

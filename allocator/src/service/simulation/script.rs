@@ -121,7 +121,7 @@ fn report(number: u64, what: u8) -> Option<Report> {
     Some(match what {
         0 => Report::Copied { number, bytes: number << 20 },
         1 | 2 => Report::Ready { number },
-        3 | 4 => Report::Done { number },
+        3 | 4 => Report::Done { number, how: None },
         5 => Report::Refused { number, why },
         6 => Report::HandedOver,
         7 => Report::Kept { why },

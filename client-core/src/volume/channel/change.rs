@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use xpm_transport::io::{IoError, Kind};
 
+use super::super::Underway;
 use super::super::moves::{Fate, Progress};
 use super::super::orders::{NewWay, Order};
 use super::super::plan::{Leg, Plan};
@@ -20,6 +21,8 @@ pub(super) struct Following {
     progress: Option<Progress>,
     /// A write counts only when it is at both places.
     firm: bool,
+    /// Nothing goes beyond this offset.
+    limit: u64,
     /// The new plan holds: what the old places say counts no more.
     switched: bool,
     /// Legs that wait for the end of a lock, oldest first; of twins, the one to the old place.
@@ -34,6 +37,8 @@ enum Waiting {
     InPlace,
     /// No write to the locked run is in flight.
     Lock,
+    /// Nothing is in flight beyond so many bytes.
+    Beyond(u64),
     /// Nothing is in flight at ways without regions.
     Retired,
 }
@@ -45,6 +50,7 @@ impl Following {
             in_place: false,
             progress: None,
             firm: false,
+            limit: u64::MAX,
             switched: false,
             parked: VecDeque::with_capacity(legs),
             waiting: None,
@@ -52,8 +58,15 @@ impl Following {
     }
 
     /// What a channel has to know that is made during a change.
-    pub(super) fn join(&mut self, progress: Option<Progress>, firm: bool) {
-        (self.changing, self.progress, self.firm) = (true, progress, firm);
+    pub(super) fn join(&mut self, underway: Underway) {
+        let Underway { progress, firm } = underway;
+        (self.changing, self.progress, self.firm) = (true, progress, firm.is_some());
+        self.limit = firm.unwrap_or(u64::MAX);
+    }
+
+    /// Whether a request may go so far.
+    pub(super) fn allows(&self, offset: u64, len: u64) -> bool {
+        offset.saturating_add(len) <= self.limit
     }
 
     pub(super) fn is_changing(&self) -> bool {
@@ -121,9 +134,10 @@ impl Channel {
                 self.following.progress = Some(progress);
                 Some(Waiting::Lock)
             }
-            Order::Firm => {
+            Order::Firm(limit) => {
                 self.following.firm = true;
-                None
+                self.following.limit = limit;
+                Some(Waiting::Beyond(limit))
             }
             Order::Switch(plan) => {
                 self.switch(plan);
@@ -140,6 +154,7 @@ impl Channel {
         match waiting {
             Waiting::InPlace => !self.following.in_place,
             Waiting::Lock => !self.writes_to_lock(),
+            Waiting::Beyond(limit) => !self.requests.iter_mut().any(|(_, request)| request.end > limit),
             Waiting::Retired => {
                 self.turn_to_new();
                 !self.has_legs_at_retired()
@@ -327,6 +342,7 @@ impl Channel {
     fn end_change(&mut self) {
         self.following.changing = false;
         self.following.firm = false;
+        self.following.limit = u64::MAX;
         self.following.switched = false;
         self.following.progress = None;
         self.find_only();

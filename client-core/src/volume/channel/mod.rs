@@ -55,6 +55,8 @@ struct Request {
     token: u64,
     kind: Kind,
     len: u64,
+    /// First byte behind it.
+    end: u64,
     buf: Option<IoBuf>,
     legs: Legs,
     /// Legs that were cut and have not ended.
@@ -196,7 +198,11 @@ impl Channel {
         if self.requests.is_full() || self.requests.used() + self.ended.len() >= self.ended_max {
             return Err(Full);
         }
-        if let Err(error) = check(&self.plan, &operation) {
+        let checked = match self.following.allows(operation.offset, operation.len) {
+            true => check(&self.plan, &operation),
+            false => Err(IoError::Invalid),
+        };
+        if let Err(error) = checked {
             self.ended.push_back(Completion { token: operation.token, result: Err(error) });
             return Ok(());
         }
@@ -204,6 +210,7 @@ impl Channel {
             token: operation.token,
             kind: operation.kind,
             len: operation.len,
+            end: operation.offset.saturating_add(operation.len),
             buf: operation.buf,
             legs: self.plan.legs(operation.kind, operation.offset, operation.len),
             open: 0,
@@ -272,8 +279,8 @@ impl Channel {
     }
 
     /// What a channel has to know that is made during a change.
-    pub(super) fn join(&mut self, progress: Option<super::moves::Progress>, firm: bool) {
-        self.following.join(progress, firm);
+    pub(super) fn join(&mut self, underway: super::Underway) {
+        self.following.join(underway);
     }
 
     /// Operations in flight.

@@ -143,6 +143,10 @@ impl Direct {
 }
 
 impl Source for Direct {
+    fn volume(&self) -> Option<&xpm_client::Volume> {
+        None
+    }
+
     fn server_flags(&self) -> u16 {
         self.flags.bits()
     }

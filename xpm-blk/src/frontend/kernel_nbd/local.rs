@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use xpm_client::Volume;
+use xpm_protocol::nbd::ExportInfo;
 use xpm_transport::nbd::server::{Opened, Server};
 
 use super::source::Source;
@@ -47,7 +48,8 @@ impl Source for Local {
             socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).at(step())?;
         let channel = self.volume.channel().at(step())?;
         let opened = Opened {
-            info: export::info(&self.volume),
+            // The kernel knows the size by netlink, also when it changes; the channel checks what it asks for.
+            info: ExportInfo { size: i64::MAX as u64, ..export::info(&self.volume) },
             store: Box::new(channel),
             group: self.group,
             session: None,
@@ -70,6 +72,10 @@ impl Source for Local {
             in_flight: statistics.in_flight,
             ..Health::of(&self.volume)
         }
+    }
+
+    fn volume(&self) -> Option<&Volume> {
+        Some(&self.volume)
     }
 
     fn close(&self) {

@@ -212,6 +212,19 @@ impl Shown for NbdDevice {
         self.source.health(Statistics::of(&self.disk).since(self.before))
     }
 
+    fn volume(&self) -> Option<&Volume> {
+        self.source.volume()
+    }
+
+    /// The driver holds requests while it changes the size. What answers those that are in flight are other
+    /// threads of this process, which is locked in memory.
+    fn resize(&self, size: u64) -> Result<Option<String>, DeviceError> {
+        let Wiring { index, identifier, .. } = &self.wiring;
+        let size = size / BLOCK_LEN * BLOCK_LEN;
+        NbdControl::open()?.resize(*index, identifier, size).at(format!("resize /dev/nbd{index}"))?;
+        Ok(None)
+    }
+
     fn outlives_process(&self) -> bool {
         self.outlives_process
     }

@@ -2,6 +2,8 @@
 
 use std::os::fd::OwnedFd;
 
+use xpm_client::Volume;
+
 use crate::error::DeviceError;
 use crate::frontend::Health;
 use crate::sysfs::Statistics;
@@ -26,6 +28,9 @@ pub(super) trait Source: Send + Sync {
 
     /// How I/O of the device is going, of which the kernel counted `statistics`.
     fn health(&self, statistics: Statistics) -> Health;
+
+    /// The volume that is served; none where the sockets lead to the appliance.
+    fn volume(&self) -> Option<&Volume>;
 
     /// Ends what serves the sockets; called after the kernel let go of them.
     fn close(&self);

@@ -122,6 +122,15 @@ impl Shown for NbdSocket {
         Health::of(&self.volume)
     }
 
+    fn volume(&self) -> Option<&Volume> {
+        Some(&self.volume)
+    }
+
+    fn resize(&self, _size: u64) -> Result<Option<String>, DeviceError> {
+        let clients = self.clients();
+        Ok((clients > 0).then(|| format!("{clients} NBD clients see the new size when they connect again")))
+    }
+
     fn clients(&self) -> usize {
         self.server.connections(Some(self.group))
     }

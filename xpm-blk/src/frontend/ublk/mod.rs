@@ -54,6 +54,8 @@ fn io_len_max(buffer_len: u64, depth: u16) -> u32 {
 pub struct UblkDevice {
     number: u32,
     disk: String,
+    /// What it shows, in bytes: what the volume had when it was made.
+    size: u64,
     volume: Volume,
     give_up: Arc<OwnedFd>,
     /// The device file and the queues' threads; none once it is hidden.
@@ -102,6 +104,7 @@ impl UblkDevice {
         let device = UblkDevice {
             number: info.device,
             disk: format!("ublkb{}", info.device),
+            size: volume.size(),
             volume,
             give_up,
             running: Mutex::new(Some(running)),
@@ -234,6 +237,25 @@ impl Shown for UblkDevice {
 
     fn health(&self) -> Health {
         Health::of(&self.volume)
+    }
+
+    fn volume(&self) -> Option<&Volume> {
+        Some(&self.volume)
+    }
+
+    fn resize(&self, size: u64) -> Result<Option<String>, DeviceError> {
+        let shown = xpm_protocol::ByteSize(self.size);
+        Ok((size > self.size).then(|| {
+            format!(
+                "/dev/{} goes on to show {shown}: this kernel cannot resize ublk devices; detach and attach it again when nobody \
+                 uses it",
+                self.disk
+            )
+        }))
+    }
+
+    fn can_shrink(&self) -> bool {
+        false
     }
 
     fn hide(&self, give_up: bool) -> Result<(), DeviceError> {

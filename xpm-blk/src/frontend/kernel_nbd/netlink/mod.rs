@@ -130,6 +130,15 @@ impl NbdControl {
         self.ask(with_sockets(request, sockets), |_| ())
     }
 
+    /// Changes the size of a device, in bytes; whole blocks.
+    pub(super) fn resize(&mut self, index: u32, identifier: &str, size: u64) -> io::Result<()> {
+        let request = Request::new(self.family, self.next(), COMMAND_RECONFIGURE, FAMILY_VERSION)
+            .u32(INDEX, index)
+            .u64(SIZE_BYTES, size)
+            .text(BACKEND_IDENTIFIER, identifier);
+        self.ask(request, |_| ())
+    }
+
     /// Takes a device down; its requests in flight fail.
     pub(super) fn disconnect(&mut self, index: u32) -> io::Result<()> {
         let request =

@@ -1,0 +1,153 @@
+//! What a change asks of the appliances: to copy runs of regions to each other, and to say what a run holds.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use tokio::runtime::Handle;
+use xpm_client::{Change, ChangeError, Run};
+use xpm_control::client::Client;
+use xpm_control::error_line;
+use xpm_protocol::api::ErrorKind;
+use xpm_protocol::api::allocator::{Grant, Map, MapChange, Report};
+use xpm_protocol::api::appliance::{COPY_LEN_MAX, Copy, Digest, Range};
+use xpm_protocol::{ByteSize, GrantId};
+
+use super::Daemon;
+use crate::error::DeviceError;
+
+/// Bytes that are copied, and locked, at once.
+const RUN_LEN: u64 = 8 << 20;
+/// Least of it, where copying is throttled.
+const RUN_LEN_MIN: u64 = 256 << 10;
+/// Longest time that one run may take: writes to it wait.
+const RUN_LIMIT: Duration = Duration::from_secs(10);
+/// How often the allocator is told how far it is.
+const TELL_EVERY: Duration = Duration::from_secs(1);
+
+/// Speaks to the appliances of a change. Blocks; to be used on a thread that may, within a tokio runtime.
+pub(super) struct Mover<'a> {
+    daemon: &'a Daemon,
+    change: &'a MapChange,
+    grants: BTreeMap<GrantId, &'a Grant>,
+    clients: RefCell<BTreeMap<GrantId, Client>>,
+}
+
+impl<'a> Mover<'a> {
+    pub(super) fn new(daemon: &'a Daemon, change: &'a MapChange) -> Mover<'a> {
+        let grants = change.next.grants.iter().map(|grant| (grant.id, grant)).collect();
+        Mover { daemon, change, grants, clients: RefCell::default() }
+    }
+
+    /// Copies everything that moves, no faster than the change says.
+    pub(super) fn copy(&self, change: &Change) -> Result<(), ChangeError> {
+        let began = Instant::now();
+        let rate = self.change.rate.map(|rate| rate.0.max(1));
+        // Short runs at a low rate: a run that is being copied is not written to.
+        let run_len =
+            rate.map_or(RUN_LEN, |rate| (rate / 16).next_power_of_two().clamp(RUN_LEN_MIN, RUN_LEN));
+        let mut told = began;
+        change.copy(
+            run_len,
+            |run| self.copy_run(run),
+            |copied, _| {
+                if told.elapsed() >= TELL_EVERY {
+                    told = Instant::now();
+                    self.tell(copied)?;
+                }
+                if let Some(rate) = rate {
+                    let due = Duration::from_secs_f64(copied as f64 / rate as f64);
+                    std::thread::sleep(due.saturating_sub(began.elapsed()));
+                }
+                Ok(())
+            },
+        )
+    }
+
+    /// Tells how far it is. Where the allocator answers that there is no such change any more, it is off; where
+    /// it does not answer, nothing stops.
+    fn tell(&self, bytes: u64) -> Result<(), String> {
+        let report = Report::Copied { number: self.change.number, bytes };
+        let said = Handle::current().block_on(self.daemon.say(&self.change.next.name, &report));
+        match said {
+            Ok(orders) if orders.change.as_ref().is_none_or(|change| change.number != self.change.number) => {
+                Err("the allocator gave the change up".to_owned())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn copy_run(&self, run: &Run) -> Result<(), String> {
+        let target = self.grants.get(&run.to.0).ok_or("the new map lacks a grant of its own")?;
+        let order = Copy {
+            range: Range { offset: run.from.1, len: run.len },
+            nbd: target.endpoints.nbd.clone(),
+            key: target.key.clone(),
+            to: run.to.1,
+        };
+        let sent: Digest = self.order(run.from.0, "copies", &order)?;
+        let arrived: Digest = self.order(run.to.0, "digests", &Range { offset: run.to.1, len: run.len })?;
+        match sent.xxh3 == arrived.xxh3 {
+            true => Ok(()),
+            false => Err(format!(
+                "what appliance `{}` has after copying is not what was sent: look at its memory",
+                target.appliance_name
+            )),
+        }
+    }
+
+    /// Whether all that lies beyond `size` is zeros; else what is in the way.
+    pub(super) fn check_tail(&self, map: &Map, size: u64) -> Result<(), DeviceError> {
+        let region_len = map.region_len.0;
+        for (region, slot) in (0..).zip(&map.regions) {
+            let mut start = map.layout.bytes_before(region_len, region, size);
+            while start < region_len {
+                let len = COPY_LEN_MAX.min(region_len - start);
+                let grant = map.grants[slot.grant as usize].id;
+                let range = Range { offset: u64::from(slot.slot) * region_len + start, len };
+                let digest: Digest = self.order(grant, "digests", &range).map_err(|error| {
+                    DeviceError::new(
+                        ErrorKind::Unavailable,
+                        format!("cannot see what is beyond the new size: {error}"),
+                    )
+                })?;
+                if digest.data.0 > 0 {
+                    return Err(in_the_way(map, region, digest.data));
+                }
+                start += len;
+            }
+        }
+        Ok(())
+    }
+
+    fn order<T: serde::de::DeserializeOwned>(
+        &self,
+        grant: GrantId,
+        what: &str,
+        order: &impl serde::Serialize,
+    ) -> Result<T, String> {
+        let client = self.client(grant)?;
+        let path = format!("/v1/grants/{grant}/{what}");
+        Handle::current().block_on(client.post(&path, order)).map_err(|error| error_line(&error))
+    }
+
+    fn client(&self, grant: GrantId) -> Result<Client, String> {
+        if let Some(client) = self.clients.borrow().get(&grant) {
+            return Ok(client.clone());
+        }
+        let url = self.change.control.get(&grant).ok_or("the allocator did not say where an appliance is")?;
+        let client = Client::new(url, self.daemon.token.clone()).map_err(|error| error.to_string())?;
+        let client = client.with_limit(RUN_LIMIT);
+        self.clients.borrow_mut().insert(grant, client.clone());
+        Ok(client)
+    }
+}
+
+fn in_the_way(map: &Map, region: u32, data: ByteSize) -> DeviceError {
+    let line = format!(
+        "{data} are in use beyond the new size, in region {region} of `{}`: trim them (fstrim, blkdiscard, or shrink the file \
+         system first), or choose a larger size",
+        map.name
+    );
+    DeviceError::new(ErrorKind::InUse, line)
+}

@@ -1,0 +1,268 @@
+//! Carrying out what the allocator orders of an owner: to let an allocation go, and to follow a change of
+//! where it lies. I/O goes on meanwhile, and waits for no answer of the allocator.
+//!
+//! Of a change that is firm it is written down before the allocator is told so: from then on only the allocator
+//! knows whether the old or the new map holds, and after a restart writes go to both places until it
+//! has answered.
+
+use std::fs::File;
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+
+use xpm_client::{Change, ChangeError};
+use xpm_control::client::ClientError;
+use xpm_control::error_line;
+use xpm_protocol::Name;
+use xpm_protocol::api::ErrorKind;
+use xpm_protocol::api::allocator::{ChangeKind, HandOver, MapChange, Orders, Report};
+
+use super::mover::Mover;
+use super::{Attached, Daemon, Slot, blocking};
+use crate::error::{DeviceError, Step};
+use crate::records::Record;
+
+/// How long the new appliances have to be connected.
+const CONNECT_LIMIT: Duration = Duration::from_secs(20);
+/// First and longest pause before the allocator is asked again.
+const PAUSE: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
+
+impl Daemon {
+    /// Asks for the orders of a device and carries them out, on a task of their own. Nothing happens while that is
+    /// being done already.
+    pub(super) fn obey(self: &Arc<Daemon>, name: &Name) {
+        if !matches!(self.slots().get(name), Some(Slot::Shown(_)))
+            || !self.obeying.lock().unwrap_or_else(PoisonError::into_inner).insert(name.clone())
+        {
+            return;
+        }
+        let (daemon, name) = (Arc::clone(self), name.clone());
+        tokio::spawn(async move {
+            let done = tokio::spawn(Arc::clone(&daemon).obey_now(name.clone())).await;
+            daemon.obeying.lock().unwrap_or_else(PoisonError::into_inner).remove(&name);
+            if let Err(error) = done {
+                tracing::error!("the orders for allocation {name} were not carried out: {error}");
+            }
+        });
+    }
+
+    async fn obey_now(self: Arc<Daemon>, name: Name) {
+        let Some(Slot::Shown(attached)) = self.slots().get(&name).cloned() else { return };
+        if attached.change().is_some() {
+            return self.finish_firm(&attached).await;
+        }
+        let Ok(orders) = self.ask_orders(&name).await else { return };
+        if let Some(hand_over) = &orders.hand_over {
+            return self.hand_over(&attached, hand_over).await;
+        }
+        match orders.change {
+            Some(change) => self.carry_out(&attached, change).await,
+            None if orders.version != attached.record().map.version => self.catch_up(&attached).await,
+            None => {}
+        }
+    }
+
+    async fn ask_orders(&self, name: &Name) -> Result<Orders, ClientError> {
+        self.allocator.get(&format!("/v1/allocations/{name}/orders/{}", self.client)).await
+    }
+
+    pub(super) async fn say(&self, name: &Name, report: &Report) -> Result<Orders, ClientError> {
+        self.allocator.post(&format!("/v1/allocations/{name}/orders/{}", self.client), report).await
+    }
+
+    /// Says something that the allocator has to hear.
+    async fn say_until_heard(&self, name: &Name, report: &Report) -> Option<Orders> {
+        let mut pause = PAUSE.0;
+        loop {
+            match self.say(name, report).await {
+                Ok(orders) => return Some(orders),
+                // It answers, and not this: the allocation is not ours any more.
+                Err(ClientError::Refused(body)) => {
+                    tracing::warn!("allocation {name}: {}", body.error);
+                    return None;
+                }
+                Err(error) => tracing::debug!("allocation {name}: {}", error_line(&error)),
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(PAUSE.1);
+        }
+    }
+
+    /// Carries a change out up to where it is firm, and then to its end.
+    async fn carry_out(self: &Arc<Daemon>, attached: &Arc<Attached>, change: MapChange) {
+        let name = attached.record().request.name;
+        let number = change.number;
+        if change.switched {
+            // It was carried out by an earlier life, which had written so much down.
+            return self.catch_up(attached).await;
+        }
+        tracing::info!("allocation {name} is changed: {:?} to {}", change.kind, change.next.size);
+        let (daemon, attached_too) = (Arc::clone(self), Arc::clone(attached));
+        let firm = blocking(move || {
+            let mover = Mover::new(&daemon, &change);
+            make_firm(&daemon, &attached_too, &change, &mover)
+        });
+        match firm.await {
+            Ok(()) => self.finish_firm(attached).await,
+            Err(error) => {
+                tracing::warn!("allocation {name} is not changed: {error}");
+                let why = error.to_string();
+                let _ = self.say_until_heard(&name, &Report::Refused { number, why }).await;
+            }
+        }
+    }
+
+    /// Asks whether a firm change holds, and ends it so or so.
+    async fn finish_firm(self: &Arc<Daemon>, attached: &Arc<Attached>) {
+        let record = attached.record();
+        let Some(change) = record.change.clone() else { return };
+        let (name, number) = (record.request.name.clone(), change.number);
+        let orders = self.say_until_heard(&name, &Report::Ready { number }).await;
+        let holds = orders.as_ref().is_some_and(|orders| orders.version == change.next.version);
+        let attached_too = Arc::clone(attached);
+        let daemon = Arc::clone(self);
+        let ended = blocking(move || match holds {
+            true => switch(&daemon, &attached_too, &change),
+            false => give_up(&daemon, &attached_too, &change),
+        });
+        match ended.await {
+            Ok(how) if holds => {
+                let _ = self.say_until_heard(&name, &Report::Done { number, how }).await;
+                tracing::info!("allocation {name} is changed");
+            }
+            Ok(_) => tracing::warn!("allocation {name} is as it was: the allocator gave the change up"),
+            Err(error) => tracing::error!("allocation {name}: {error}"),
+        }
+    }
+
+    /// The map that holds is another than ours, with nothing to copy.
+    async fn catch_up(self: &Arc<Daemon>, attached: &Arc<Attached>) {
+        let record = attached.record();
+        let name = record.request.name.clone();
+        let Ok(map) = self.own(&record.request).await else { return };
+        let (daemon, attached_too) = (Arc::clone(self), Arc::clone(attached));
+        let number = map.version;
+        let turned = blocking(move || {
+            let Some(volume) = attached_too.shown.volume() else { return Ok(None) };
+            if map.version != record.map.version {
+                let change = volume.change(&map, &[], CONNECT_LIMIT).map_err(refused)?;
+                attached_too.keep(&daemon.records, Record { map, ..record })?;
+                change.switch().map_err(refused)?;
+            }
+            attached_too.shown.resize(volume.size())
+        });
+        match turned.await {
+            Ok(how) => drop(self.say(&name, &Report::Done { number, how }).await),
+            Err(error) => tracing::error!("allocation {name} cannot turn to its new map: {error}"),
+        }
+    }
+
+    /// Lets an allocation go to another client: writes back what the kernel holds, takes the device away, and says
+    /// so. Refused while somebody uses the device.
+    async fn hand_over(self: &Arc<Daemon>, attached: &Arc<Attached>, hand_over: &HandOver) {
+        let name = attached.record().request.name;
+        tracing::info!("allocation {name} is to go to client {}", hand_over.to);
+        if let Some(disk) = attached.shown.disk().map(|disk| format!("/dev/{disk}")) {
+            // Also where it fails: what is refused then is refused by the detaching.
+            let _ =
+                blocking(move || File::open(&disk).and_then(|disk| disk.sync_all()).at("write back")).await;
+        }
+        // Detached by its owner it goes to the one who is to have it.
+        if let Err(error) = self.detach(name.clone(), false).await {
+            let why = error.to_string();
+            tracing::warn!("allocation {name} is kept: {why}");
+            let _ = self.say(&name, &Report::Kept { why }).await;
+        }
+    }
+}
+
+/// Copies what moves, and writes down that the change is firm.
+fn make_firm(
+    daemon: &Daemon,
+    attached: &Attached,
+    change: &MapChange,
+    mover: &Mover<'_>,
+) -> Result<(), DeviceError> {
+    let record = attached.record();
+    let Some(volume) = attached.shown.volume() else {
+        let form = &record.request.form;
+        return Err(DeviceError::unsupported(
+            format!("a device of form {form} leads to its appliance without xpm-blk and cannot follow"),
+            "detach it, or attach it in another form",
+        ));
+    };
+    if change.kind == ChangeKind::Shrink {
+        check_shrink(attached)?;
+        mover.check_tail(&record.map, change.next.size.0)?;
+    }
+    let under_way = volume.change(&change.next, &change.moved, CONNECT_LIMIT).map_err(refused)?;
+    mover.copy(&under_way).map_err(refused)?;
+    if change.kind == ChangeKind::Shrink {
+        attached.shown.resize(change.next.size.0)?;
+    }
+    let firm = under_way.firm().map_err(refused).and_then(|()| match change.kind {
+        ChangeKind::Shrink => mover.check_tail(&record.map, change.next.size.0),
+        _ => Ok(()),
+    });
+    let firm = firm.and_then(|()| {
+        let record = Record { change: Some(Box::new(change.clone())), ..record.clone() };
+        attached.keep(&daemon.records, record)
+    });
+    if let Err(error) = firm {
+        if change.kind == ChangeKind::Shrink {
+            attached.shown.resize(record.map.size.0)?;
+        }
+        return Err(error);
+    }
+    *attached.change() = Some(under_way);
+    Ok(())
+}
+
+/// A device that is used as swap has its size in its header, and a ublk device keeps the one that it was made with.
+fn check_shrink(attached: &Attached) -> Result<(), DeviceError> {
+    let users = super::detach::users_of(attached, false);
+    if users.iter().any(|user| user == "swap") {
+        let path = attached.shown.path();
+        let line =
+            format!("{path} is in use as swap, whose size is in its header: run `swapoff {path}` first");
+        return Err(DeviceError::new(ErrorKind::InUse, line));
+    }
+    match attached.shown.can_shrink() {
+        true => Ok(()),
+        false => Err(DeviceError::unsupported(
+            "a device of this kind cannot become smaller on this kernel",
+            "detach it first",
+        )),
+    }
+}
+
+/// The change holds: turns to the new map. What became of the device, where there is something to say.
+fn switch(daemon: &Daemon, attached: &Attached, change: &MapChange) -> Result<Option<String>, DeviceError> {
+    let record = attached.record();
+    let new = Record { map: change.next.clone(), change: None, ..record };
+    attached.keep(&daemon.records, new)?;
+    let under_way: Option<Change> = attached.change().take();
+    if let Some(under_way) = under_way {
+        under_way.switch().map_err(refused)?;
+    }
+    match change.kind {
+        ChangeKind::Grow => attached.shown.resize(change.next.size.0),
+        ChangeKind::Shrink | ChangeKind::Move => Ok(None),
+    }
+}
+
+/// The change does not hold: all is as before.
+fn give_up(daemon: &Daemon, attached: &Attached, change: &MapChange) -> Result<Option<String>, DeviceError> {
+    drop(attached.change().take());
+    let record = Record { change: None, ..attached.record() };
+    let size = record.map.size.0;
+    attached.keep(&daemon.records, record)?;
+    if change.kind == ChangeKind::Shrink {
+        attached.shown.resize(size)?;
+    }
+    Ok(None)
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "used where an error is mapped")]
+pub(super) fn refused(error: ChangeError) -> DeviceError {
+    DeviceError::new(ErrorKind::Unavailable, error.to_string())
+}
