@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context as _, ensure};
 use serde::Serialize;
-use xpm_protocol::api::allocator::{Allocation, AllocationState, Create, Owner, Renew};
+use xpm_protocol::api::allocator::{Allocation, AllocationState, Create, Owner, Renew, Transfer};
 use xpm_protocol::api::decision::Decision;
 use xpm_protocol::{ByteSize, Layout, Name};
 
@@ -12,7 +12,7 @@ use crate::cli::{AllocCommand, CreateArgs};
 use crate::connect::{Daemon, Daemons};
 use crate::output::{self, Output};
 use crate::table::{Table, fields};
-use crate::{age, explain, waiting};
+use crate::{age, explain, life, waiting};
 
 pub(crate) async fn run(command: AllocCommand, daemons: &Daemons, output: Output) -> anyhow::Result<()> {
     let allocator = daemons.allocator()?;
@@ -37,6 +37,16 @@ pub(crate) async fn run(command: AllocCommand, daemons: &Daemons, output: Output
         AllocCommand::Show { name } => {
             let allocation: Allocation = allocator.get(&format!("/v1/allocations/{name}")).await?;
             output.print(&allocation, show)
+        }
+        AllocCommand::Resize { name, size, no_wait } => {
+            let allocation = life::resize(&name, size, no_wait, &allocator, output).await?;
+            output.print(&allocation, created)
+        }
+        AllocCommand::Transfer { name, to, deadline, force } => {
+            let allocation = life::transfer(&name, Transfer { to, deadline, force }, &allocator).await?;
+            output.print(&allocation, |given| {
+                format!("{name}: {}\n", given.owner.as_ref().map(owner).unwrap_or_default())
+            })
         }
         AllocCommand::Delete { name, force } => {
             if force {
@@ -246,6 +256,12 @@ fn show(allocation: &Allocation) -> String {
         ("reclaimable", if allocation.reclaimable { "yes" } else { "no" }.to_owned()),
         ("ends", ends(allocation)),
     ]);
+    if let Some(change) = &allocation.change {
+        text.push_str(&fields(&[("changes", life::change_line(change))]));
+    }
+    if let Some(refused) = &allocation.refused {
+        text.push_str(&fields(&[("last change", refused.clone())]));
+    }
     if let Some(waiting) = &allocation.waiting {
         text.push_str(&fields(&[("waits", waiting.why.clone())]));
         return text;

@@ -10,6 +10,7 @@ use xpm_protocol::api::appliance::Medium;
 use crate::age;
 use crate::cli::ApplianceCommand;
 use crate::connect::Daemons;
+use crate::life;
 use crate::output::Output;
 use crate::table::{Table, fields};
 
@@ -22,6 +23,12 @@ pub(crate) async fn run(command: ApplianceCommand, daemons: &Daemons, output: Ou
             let appliance = find(&appliances, &name)?;
             let allocations = allocator.allocations().await?;
             output.print(appliance, |appliance| show(appliance, &allocations))
+        }
+        ApplianceCommand::Drain(args) => {
+            life::drain(&args, find(&appliances, &args.name)?, &allocator, output).await
+        }
+        ApplianceCommand::Undrain { name } => {
+            life::undrain(find(&appliances, &name)?, &allocator, output).await
         }
         ApplianceCommand::Forget { name } => {
             let appliance = find(&appliances, &name)?;
@@ -91,6 +98,7 @@ pub(crate) fn list(appliances: &[Appliance]) -> String {
 
 fn state(appliance: &Appliance) -> String {
     match (appliance.state, appliance.silent) {
+        (ApplianceState::Up, _) if appliance.drain.is_some() => "draining".to_owned(),
         (ApplianceState::Up, _) => "up".to_owned(),
         (ApplianceState::Silent, Some(silent)) => format!("silent {}", age::short(silent.0)),
         (ApplianceState::Silent, None) => "silent".to_owned(),
@@ -144,6 +152,9 @@ fn show(appliance: &Appliance, allocations: &[Allocation]) -> String {
         ("trimmed", format!("{} requests", counters.trims)),
         ("errors", format!("{} requests failed, {} connections refused", counters.errors, counters.refused)),
     ]);
+    if let Some(drain) = &appliance.drain {
+        text.push_str(&fields(&[("drains", life::drain_line(drain))]));
+    }
     text.push_str(&used_by(appliance, allocations));
     text
 }

@@ -101,13 +101,29 @@ impl Daemon {
         path: &str,
         body: &B,
     ) -> Result<T, Failure> {
-        self.client.put(path, body).await.map_err(|error| self.failure(&error))
+        let order = self.client.clone().with_limit(ORDER_LIMIT);
+        order.put(path, body).await.map_err(|error| self.order_failure(&error))
     }
 
     /// Asks for something that is not there yet, and waits until it is, or for half a minute.
     pub(crate) async fn get_later<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
         let patient = self.client.clone().with_limit(LATER_LIMIT);
         patient.get(path).await.map_err(|error| self.failure(&error))
+    }
+
+    /// For orders that take as long as somebody else needs.
+    pub(crate) async fn post_later<B: Serialize, T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &B,
+        limit: Duration,
+    ) -> Result<T, Failure> {
+        self.client
+            .clone()
+            .with_limit(limit)
+            .post(path, body)
+            .await
+            .map_err(|error| self.order_failure(&error))
     }
 
     pub(crate) async fn delete(&self, path: &str) -> Result<(), Failure> {

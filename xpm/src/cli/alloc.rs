@@ -47,6 +47,43 @@ Examples:
         #[arg(long = "for", value_name = "DURATION")]
         duration: Option<Span>,
     },
+    /// Makes an allocation larger or smaller, in use or not.
+    ///
+    /// It grows by regions where its strategy puts them. It becomes smaller only when nothing is stored beyond
+    /// the new size: trim that first. A device follows: the kernel's nbd at once, NBD clients when they
+    /// connect again; a ublk device shows its new size when it is attached again.
+    #[command(after_help = "Examples:\n  xpm alloc resize data 64GiB\n  xpm alloc resize data 16GiB")]
+    Resize {
+        /// Its name.
+        name: Name,
+        /// Its new size, like 64MiB, 1.5GiB or 2T; rounded up to whole pages.
+        #[arg(value_parser = positive_size)]
+        size: ByteSize,
+        /// Returns when the change has begun.
+        #[arg(long)]
+        no_wait: bool,
+    },
+    /// Hands an allocation over to another client; its data stays where it is.
+    ///
+    /// The present owner is asked to write back and let go. One that is in use stays, and one that does not
+    /// answer is not cut off, unless forced: then whatever it still writes lands nowhere.
+    #[command(after_help = "Examples:
+  xpm alloc transfer data --to host2
+  The owner is dead:
+    xpm alloc transfer data --to host2 --force")]
+    Transfer {
+        /// Its name.
+        name: Name,
+        /// The new owner: the name or the id of a client (`xpm client list`).
+        #[arg(long, value_name = "CLIENT")]
+        to: String,
+        /// How long the present owner has to write back what it holds. [default: 30s]
+        #[arg(long, value_name = "DURATION", conflicts_with = "force")]
+        deadline: Option<Span>,
+        /// Cuts the present owner off without asking it.
+        #[arg(long)]
+        force: bool,
+    },
     /// Deletes an allocation; its memory is cleared and lent again.
     ///
     /// Refused while a client uses it, unless forced: then all I/O of that client fails. For swap

@@ -1,6 +1,7 @@
 //! `xpm appliance`.
 
-use clap::Subcommand;
+use clap::{Args, Subcommand};
+use xpm_protocol::ByteSize;
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum ApplianceCommand {
@@ -15,6 +16,21 @@ pub(crate) enum ApplianceCommand {
         /// Its name or its id.
         name: String,
     },
+    /// Empties an appliance, for maintenance: its regions move to others while they are used.
+    ///
+    /// It gets no new regions from now on, until `xpm appliance undrain`. Without --no-wait it returns when
+    /// the appliance is empty; interrupted, it goes on all the same.
+    #[command(after_help = "Examples:
+  xpm appliance drain rack1-a
+  Slowly, so that others notice nothing:
+    xpm appliance drain rack1-a --rate 100MiB")]
+    Drain(DrainArgs),
+    /// Ends the emptying of an appliance: it is used for new allocations again.
+    #[command(after_help = "Example:\n  xpm appliance undrain rack1-a")]
+    Undrain {
+        /// Its name or its id.
+        name: String,
+    },
     /// Makes the allocator forget an appliance that will not come back.
     ///
     /// Refused while it holds regions of an allocation. An appliance that still runs registers
@@ -24,4 +40,49 @@ pub(crate) enum ApplianceCommand {
         /// Its name or its id.
         name: String,
     },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DrainArgs {
+    /// Its name or its id.
+    pub(crate) name: String,
+    /// Copies each allocation no faster than this many bytes a second.
+    #[arg(long, value_name = "SIZE", value_parser = rate)]
+    pub(crate) rate: Option<ByteSize>,
+    /// Begins nothing new until it is drained again without.
+    #[arg(long)]
+    pub(crate) pause: bool,
+    /// Returns at once.
+    #[arg(long)]
+    pub(crate) no_wait: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RebalanceArgs {
+    /// Only says what would be moved.
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Copies no faster than this many bytes a second.
+    #[arg(long, value_name = "SIZE", value_parser = rate)]
+    pub(crate) rate: Option<ByteSize>,
+    /// Shows how far it is.
+    #[arg(long, group = "order", conflicts_with_all = ["dry_run", "rate"])]
+    pub(crate) status: bool,
+    /// Begins no new move until it is resumed.
+    #[arg(long, group = "order", conflicts_with_all = ["dry_run", "rate"])]
+    pub(crate) pause: bool,
+    /// Goes on with what was paused.
+    #[arg(long, group = "order", conflicts_with_all = ["dry_run", "rate"])]
+    pub(crate) resume: bool,
+    /// Leaves what is not moved yet where it is.
+    #[arg(long, group = "order", conflicts_with_all = ["dry_run", "rate"])]
+    pub(crate) abort: bool,
+}
+
+fn rate(text: &str) -> Result<ByteSize, String> {
+    match text.parse::<ByteSize>() {
+        Ok(rate) if rate.0 >= 64 << 10 => Ok(rate),
+        Ok(_) => Err("a rate is 64KiB a second or more".to_owned()),
+        Err(error) => Err(error.to_string()),
+    }
 }

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 pub(crate) use alloc::{AllocCommand, CreateArgs};
-pub(crate) use appliance::ApplianceCommand;
+pub(crate) use appliance::{ApplianceCommand, DrainArgs, RebalanceArgs};
 pub(crate) use blk::{AttachArgs, BlkCommand};
 pub(crate) use client::ClientCommand;
 pub(crate) use policy::{ApplyArgs, DeleteArgs, EditArgs, GetArgs};
@@ -110,6 +110,14 @@ Examples:
         #[arg(long, value_name = "N", default_value_t = 0)]
         after: u64,
     },
+    /// Moves regions from full appliances to empty ones, while they are used.
+    ///
+    /// The plan is made once. Of what is on its way each region is moved wholly or not at all.
+    #[command(after_help = "Examples:
+  xpm rebalance --dry-run
+  xpm rebalance --rate 100MiB
+  xpm rebalance --status")]
+    Rebalance(RebalanceArgs),
     /// Shows clients, and tells the allocator about this one.
     #[command(subcommand)]
     Client(ClientCommand),
