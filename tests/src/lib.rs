@@ -177,7 +177,7 @@ impl Cluster {
         let daemons =
             (0..).zip(&arguments).map(|(index, arguments)| start_appliance(dir.path(), index, arguments));
         let appliances = daemons.collect();
-        let blk = start_blk(dir.path(), port);
+        let blk = start_blk(dir.path(), "blk", port);
         let cluster = Cluster {
             blk,
             appliances,
@@ -231,7 +231,23 @@ impl Cluster {
     /// Kills xpm-blk and starts it again.
     pub fn restart_blk(&mut self) {
         self.blk.kill();
-        self.blk = start_blk(self.dir.path(), self.allocator_port);
+        self.blk = start_blk(self.dir.path(), "blk", self.allocator_port);
+    }
+
+    /// Starts xpm-blk of another client.
+    pub fn second_client(&self) -> Daemon {
+        start_blk(self.dir.path(), "blk2", self.allocator_port)
+    }
+
+    /// Runs the operator's command at the host of the second client.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    pub fn xpm_of_second(&self, arguments: &[&str]) -> Output {
+        self.command(arguments)
+            .env("XPM_BLK", self.dir.path().join("blk2.sock"))
+            .output()
+            .expect("xpm can be started")
     }
 
     /// The URL of the allocator.
@@ -252,13 +268,18 @@ impl Cluster {
     /// # Panics
     /// When it cannot be started.
     pub fn xpm(&self, arguments: &[&str]) -> Output {
-        Command::new(programs().join("xpm"))
+        self.command(arguments).output().expect("xpm can be started")
+    }
+
+    /// The operator's command, to be run.
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(programs().join("xpm"));
+        command
             .env("XPM_ALLOCATOR", self.allocator_url())
             .env("XPM_BLK", self.dir.path().join("blk.sock"))
             .args(arguments)
-            .stdin(Stdio::null())
-            .output()
-            .expect("xpm can be started")
+            .stdin(Stdio::null());
+        command
     }
 
     /// Runs the operator's command, which has to go well; what it printed.
@@ -346,16 +367,16 @@ fn start_appliance(dir: &Path, index: usize, arguments: &[String]) -> Daemon {
     daemon
 }
 
-fn start_blk(dir: &Path, allocator: u16) -> Daemon {
-    let (config, control) = (dir.join("blk.toml"), dir.join("blk.sock"));
+fn start_blk(dir: &Path, name: &str, allocator: u16) -> Daemon {
+    let (config, control) = (dir.join(format!("{name}.toml")), dir.join(format!("{name}.sock")));
     let text = format!(
         "allocator = \"http://127.0.0.1:{allocator}\"\ncontrol = \"{}\"\nstate = \"{}\"\nallow-unsafe-swap = true\n",
         control.display(),
-        dir.join("blk").display()
+        dir.join(name).display()
     );
     std::fs::write(&config, text).expect("the configuration can be written");
     let mut daemon =
-        Daemon::start(dir, "blk", "xpm-blk", &["--config".to_owned(), config.display().to_string()]);
+        Daemon::start(dir, name, "xpm-blk", &["--config".to_owned(), config.display().to_string()]);
     daemon.wait_ready(|| std::os::unix::net::UnixStream::connect(&control).is_ok());
     daemon
 }

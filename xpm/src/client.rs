@@ -42,13 +42,14 @@ fn table(clients: &[Client]) -> String {
     if clients.is_empty() {
         return "No client has told of itself: run `xpm client report` on one.\n".to_owned();
     }
-    let mut table = Table::new(&["NAME", ">LINK", ">APPLIANCES", ">SHORTEST", ">LONGEST", "HEARD"]);
+    let mut table = Table::new(&["NAME", "ID", ">LINK", ">APPLIANCES", ">SHORTEST", ">LONGEST", "HEARD"]);
     let micros =
         |nanos: Option<&u64>| nanos.map(|nanos| format!("{}us", nanos.div_ceil(1000))).unwrap_or_default();
     for client in clients {
         let times = &client.facts.round_trips;
         table.row([
             client.name.to_string(),
+            client.facts.client.map(|id| id.to_string()).unwrap_or_default(),
             client.facts.link_speed.map(|speed| speed.to_string()).unwrap_or_default(),
             times.len().to_string(),
             micros(times.values().min()),

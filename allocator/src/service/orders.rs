@@ -181,8 +181,8 @@ impl Service {
             (None, Ok(client)) => (format!("client {client}"), client),
             (None, Err(_)) => {
                 let line = format!(
-                    "no client `{text}` has told of itself: `xpm client list` shows those that have, and `xpm blk status` on \
-                     it shows its id"
+                    "no client `{text}` has told of itself: `xpm client list` shows those that have; else give its id, which \
+                     `xpm status --json` on it shows as blk.client"
                 );
                 return Err(ApiError(ErrorKind::NotFound, line));
             }

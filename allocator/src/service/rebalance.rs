@@ -108,8 +108,15 @@ impl Service {
     /// that brings them closer together.
     fn plan_rebalance(&self) -> VecDeque<Move> {
         let up = |one: &&crate::strategy::Candidate| one.up_until >= self.now.at && !one.drain;
+        // By the records, which are newer than what appliances said last.
+        let mut used: BTreeMap<ApplianceId, u64> = BTreeMap::new();
+        for record in self.allocations.values().map(|entry| &entry.record) {
+            for grant in record.memory_grants() {
+                *used.entry(grant.appliance).or_default() += record.bytes_of(grant);
+            }
+        }
         let load = |one: &crate::strategy::Candidate| Load {
-            used: one.capacity.saturating_sub(one.free),
+            used: used.get(&one.id).copied().unwrap_or(0),
             capacity: one.capacity,
         };
         let mut loads: BTreeMap<ApplianceId, Load> =

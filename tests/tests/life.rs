@@ -1,0 +1,273 @@
+//! The life of an allocation in use: it is resized, its appliances are emptied, it goes to another client.
+//! Programs write and verify meanwhile.
+
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use xpm_tests::{Cluster, have, wait_until};
+
+/// fio that writes at random places and verifies, for so many seconds.
+fn fio(uri: &str, size: &str, seconds: u32) -> Child {
+    Command::new("fio")
+        .args([
+            "--name=v",
+            "--ioengine=nbd",
+            "--rw=randrw",
+            "--bs=4k-64k",
+            "--bsrange=4k-64k",
+            "--iodepth=16",
+        ])
+        .args([&format!("--uri={uri}"), &format!("--size={size}"), &format!("--runtime={seconds}")])
+        .args([
+            "--time_based",
+            "--verify=crc32c",
+            "--verify_fatal=1",
+            "--verify_backlog=512",
+            "--output-format=json",
+        ])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("fio can be started")
+}
+
+fn fine(fio: Child) -> Value {
+    let output = fio.wait_with_output().expect("fio ends");
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "fio: {errors}\n{said}");
+    let start = said.find('{').expect("fio prints JSON");
+    let report: Value = serde_json::from_str(&said[start..]).expect("fio prints JSON");
+    assert_eq!(report["jobs"][0]["error"], 0, "{report}");
+    assert!(report["jobs"][0]["read"]["total_ios"].as_u64() > Some(100), "it verified something");
+    report
+}
+
+fn qemu_io(uri: &str, commands: &[&str]) -> (bool, String) {
+    let mut qemu_io = Command::new("qemu-io");
+    qemu_io.args(["-f", "raw"]);
+    commands.iter().for_each(|command| drop(qemu_io.args(["-c", command])));
+    let output = qemu_io.arg(uri).output().expect("qemu-io can be started");
+    let said =
+        String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    (output.status.success() && !said.contains("verification failed"), said)
+}
+
+/// Names of the appliances that an allocation lies on.
+fn places(cluster: &Cluster, name: &str) -> Vec<String> {
+    let shown = cluster.json(&["alloc", "show", name]);
+    let regions = shown["regions"].as_array().expect("it has regions");
+    let mut names: Vec<String> =
+        regions.iter().map(|one| one["appliance_name"].as_str().unwrap_or_default().to_owned()).collect();
+    names.sort();
+    names.dedup();
+    names
+}
+
+fn drained_under_verify(transport: &str) {
+    let cluster = Cluster::start(3);
+    let uri = cluster.attach("v", "128MiB", &["--stripe", "2"], transport);
+    let before = places(&cluster, "v");
+    let load = fio(&uri, "128M", 12);
+    std::thread::sleep(Duration::from_secs(2));
+    let said = cluster.ok(&["appliance", "drain", &before[0]]);
+    assert!(said.contains("is empty"), "{said}");
+    let after = places(&cluster, "v");
+    assert!(!after.contains(&before[0]), "{before:?} {after:?}");
+    let granted = || cluster.json(&["appliance", "show", &before[0]])["status"]["granted"].clone();
+    wait_until("its memory is free", || granted() == 0);
+    assert!(cluster.ok(&["appliance", "list"]).contains("draining"));
+    cluster.ok(&["appliance", "undrain", &before[0]]);
+    fine(load);
+    let device = cluster.json(&["blk", "list"])[0].clone();
+    assert_eq!((&device["state"], &device["counters"]["errors"]), (&"live".into(), &0.into()), "{device}");
+    let links = device["links"].as_array().expect("links").len();
+    assert_eq!(links, after.len(), "the old way is gone: {device}");
+    // What the old life wrote down is enough for the next one.
+    let mut cluster = cluster;
+    let marked = ["write -P 7 5M 20M", "write -P 9 100M 64k"];
+    let (wrote, said) = qemu_io(&uri, &marked);
+    assert!(wrote, "{said}");
+    cluster.restart_blk();
+    wait_until("it is shown again", || qemu_io(&uri, &["read -P 7 5M 20M", "read -P 9 100M 64k"]).0);
+}
+
+#[test]
+fn an_appliance_is_emptied_under_verify_over_tcp() {
+    if have("fio") && have("qemu-io") {
+        drained_under_verify("nbd-tcp");
+    }
+}
+
+#[test]
+fn an_appliance_is_emptied_under_verify_over_shared_memory() {
+    if have("fio") && have("qemu-io") {
+        drained_under_verify("shm");
+    }
+}
+
+#[test]
+fn an_allocation_grows_and_shrinks_under_verify() {
+    if !have("fio") || !have("qemu-io") {
+        return;
+    }
+    let cluster = Cluster::start(3);
+    let uri = cluster.attach("v", "64MiB", &["--stripe", "2"], "nbd-tcp");
+    let load = fio(&uri, "64M", 10);
+    std::thread::sleep(Duration::from_secs(1));
+    let grown = cluster.json(&["alloc", "resize", "v", "256MiB"]);
+    assert_eq!((&grown["size"], &grown["change"]), (&(256 << 20).into(), &Value::Null), "{grown}");
+    assert!(grown["followed"].as_str().unwrap_or_default().contains("connect again"), "{grown}");
+    assert_eq!(grown["taken"], 256 << 20);
+    let (wrote, said) = qemu_io(&uri, &["write -P 5 200M 1M"]);
+    assert!(wrote, "the new size is there: {said}");
+    let refused = cluster.refused(&["alloc", "resize", "v", "64MiB"]);
+    assert!(refused.contains("are in use beyond the new size"), "{refused}");
+    assert_eq!(cluster.json(&["alloc", "show", "v"])["size"], 256 << 20, "nothing has changed");
+    assert!(qemu_io(&uri, &["read -P 5 200M 1M", "discard 200M 1M", "write -z 200M 1M"]).0);
+    let shrunk = cluster.json(&["alloc", "resize", "v", "64MiB"]);
+    assert_eq!((&shrunk["size"], &shrunk["taken"]), (&(64 << 20).into(), &(64 << 20).into()), "{shrunk}");
+    assert!(!qemu_io(&uri, &["read 200M 1M"]).0, "what was beyond is gone");
+    fine(load);
+    // And up again: what is new is zeros.
+    cluster.ok(&["alloc", "resize", "v", "128MiB"]);
+    let (zeros, said) = qemu_io(&uri, &["read -P 0 64M 64M"]);
+    assert!(zeros, "{said}");
+}
+
+#[test]
+fn what_nobody_uses_is_resized_and_moved_by_the_appliances() {
+    if !have("qemu-io") {
+        return;
+    }
+    let cluster = Cluster::start(3);
+    let uri = cluster.attach("v", "64MiB", &[], "nbd-tcp");
+    assert!(qemu_io(&uri, &["write -P 3 1M 30M"]).0);
+    cluster.ok(&["blk", "detach", "v"]);
+    let before = places(&cluster, "v");
+    for appliance in &before {
+        cluster.ok(&["appliance", "drain", appliance]);
+        assert!(!places(&cluster, "v").contains(appliance));
+        cluster.ok(&["appliance", "undrain", appliance]);
+    }
+    let refused = cluster.refused(&["alloc", "resize", "v", "16MiB"]);
+    assert!(refused.contains("beyond the new size"), "{refused}");
+    cluster.ok(&["alloc", "resize", "v", "32MiB"]);
+    cluster.ok(&["alloc", "resize", "v", "100MiB"]);
+    let socket = cluster.dir().join("again.sock");
+    cluster.ok(&["blk", "attach", "v", "--as", &format!("nbd-socket={}", socket.display())]);
+    let uri = format!("nbd+unix:///v?socket={}", socket.display());
+    let (same, said) = qemu_io(&uri, &["read -P 3 1M 30M", "read -P 0 0 1M", "read -P 0 31M 69M"]);
+    assert!(same, "{said}");
+}
+
+#[test]
+fn the_pool_is_rebalanced_when_an_appliance_comes() {
+    if !have("fio") {
+        return;
+    }
+    let cluster = Cluster::start(3);
+    cluster.ok(&["appliance", "drain", "a2", "--no-wait"]);
+    let uri = cluster.attach("v", "384MiB", &["--region-size", "16MiB"], "nbd-tcp");
+    assert_eq!(places(&cluster, "v"), ["a0", "a1"]);
+    let plan = cluster.ok(&["rebalance", "--dry-run"]);
+    assert!(plan.contains("Nothing"), "a2 is not to be used: {plan}");
+    cluster.ok(&["appliance", "undrain", "a2"]);
+    let load = fio(&uri, "384M", 12);
+    let plan = cluster.json(&["rebalance", "--dry-run"]);
+    let bytes: u64 =
+        plan["moves"].as_array().expect("moves").iter().filter_map(|one| one["bytes"].as_u64()).sum();
+    assert_eq!(bytes, 128 << 20, "a third moves: {plan}");
+    cluster.ok(&["rebalance", "--rate", "256MiB"]);
+    let on_a2 = || {
+        let shown = cluster.json(&["alloc", "show", "v"]);
+        let regions = shown["regions"].as_array().expect("regions").iter();
+        regions.filter(|one| one["appliance_name"] == "a2").count()
+    };
+    wait_until("a third is on the new one", || on_a2() == 8);
+    fine(load);
+    assert!(cluster.ok(&["rebalance", "--status"]).contains("Nothing"));
+    let seen = cluster.ok(&["events"]);
+    assert!(seen.contains("changed"), "{seen}");
+}
+
+/// A client that writes the same byte all over, again and again, whatever becomes of it.
+fn writer(uri: &str) -> Child {
+    const WRITE: &str = "import nbd, sys, time\nend = time.time() + 20\nwhile time.time() < end:\n  try:\n    h = nbd.NBD()\n    \
+                         h.connect_uri(sys.argv[1])\n    while time.time() < end:\n      for at in range(0, 64 << 20, 1 << 16):\n        \
+                         h.pwrite(b'\\x11' * 65536, at)\n  except Exception:\n    time.sleep(0.01)\n";
+    Command::new("/usr/bin/python3")
+        .args(["-c", WRITE, uri])
+        .stdin(Stdio::null())
+        .spawn()
+        .expect("python3 starts")
+}
+
+#[test]
+fn a_client_that_is_cut_off_writes_nothing_more() {
+    if !have("qemu-io") {
+        return;
+    }
+    let cluster = Cluster::start(2);
+    let uri = cluster.attach("v", "64MiB", &["--stripe", "2"], "nbd-tcp");
+    let _second = cluster.second_client();
+    let id = {
+        let output = cluster.xpm_of_second(&["status", "--json"]);
+        let status: Value = serde_json::from_slice(&output.stdout).expect("a status");
+        status["blk"]["client"].as_str().expect("a client id").to_owned()
+    };
+    let mut old = writer(&uri);
+    std::thread::sleep(Duration::from_secs(1));
+    // The owner is alive and its device is used: it stays.
+    let kept = cluster.refused(&["alloc", "transfer", "v", "--to", &id, "--deadline", "5s"]);
+    assert!(kept.contains("stays where it is") && kept.contains("NBD client"), "{kept}");
+    // Cut off from the allocator, it cannot be told; it goes on to write.
+    cluster.ok(&["alloc", "transfer", "v", "--to", &id, "--force"]);
+    let socket = cluster.dir().join("second.sock");
+    let form = format!("nbd-socket={}", socket.display());
+    let attached = cluster.xpm_of_second(&["blk", "attach", "v", "--as", &form]);
+    assert!(attached.status.success(), "{}", String::from_utf8_lossy(&attached.stderr));
+    let uri = format!("nbd+unix:///v?socket={}", socket.display());
+    let (wrote, said) = qemu_io(&uri, &["write -P 0x22 0 64M"]);
+    assert!(wrote, "{said}");
+    for _ in 0..20 {
+        let (same, said) = qemu_io(&uri, &["read -P 0x22 0 64M"]);
+        assert!(same, "something of the old owner landed: {said}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert!(old.try_wait().expect("it is ours").is_none(), "the old owner still tries");
+    let _ = old.kill();
+    let _ = old.wait();
+    assert_eq!(cluster.json(&["blk", "list"])[0]["state"], "lost");
+}
+
+#[test]
+fn an_allocation_goes_to_another_client_with_its_data() {
+    if !have("qemu-io") {
+        return;
+    }
+    let cluster = Cluster::start(2);
+    let uri = cluster.attach("v", "64MiB", &[], "nbd-tcp");
+    assert!(qemu_io(&uri, &["write -P 0x33 0 64M"]).0);
+    let _second = cluster.second_client();
+    let output = cluster.xpm_of_second(&["status", "--json"]);
+    let status: Value = serde_json::from_slice(&output.stdout).expect("a status");
+    let id = status["blk"]["client"].as_str().expect("a client id");
+    let began = Instant::now();
+    cluster.ok(&["alloc", "transfer", "v", "--to", id]);
+    assert!(began.elapsed() < Duration::from_secs(5), "the owner heard of it at once");
+    assert!(cluster.json(&["blk", "list"]).as_array().is_some_and(Vec::is_empty), "it has let go");
+    let stolen = cluster.refused(&["blk", "attach", "v", "--as", "nbd-socket=/tmp/xpm-never.sock"]);
+    assert!(stolen.contains("in use by"), "it is the other one's: {stolen}");
+    let socket = cluster.dir().join("second.sock");
+    let form = format!("nbd-socket={}", socket.display());
+    let attached = cluster.xpm_of_second(&["blk", "attach", "v", "--as", &form]);
+    assert!(attached.status.success(), "{}", String::from_utf8_lossy(&attached.stderr));
+    let (same, said) =
+        qemu_io(&format!("nbd+unix:///v?socket={}", socket.display()), &["read -P 0x33 0 64M"]);
+    assert!(same, "{said}");
+    let unknown = cluster.refused(&["alloc", "transfer", "v", "--to", "nobody"]);
+    assert!(unknown.contains("xpm client list"), "{unknown}");
+}
