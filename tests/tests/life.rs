@@ -271,3 +271,78 @@ fn an_allocation_goes_to_another_client_with_its_data() {
     let unknown = cluster.refused(&["alloc", "transfer", "v", "--to", "nobody"]);
     assert!(unknown.contains("xpm client list"), "{unknown}");
 }
+
+/// Memory in grants at all appliances, and memory that allocations take, in bytes.
+fn granted_and_taken(cluster: &Cluster) -> (u64, u64) {
+    let sum = |list: &Value, value: &dyn Fn(&Value) -> Option<u64>| -> u64 {
+        list.as_array().expect("a list").iter().filter_map(value).sum()
+    };
+    let granted = sum(&cluster.json(&["appliance", "list"]), &|one| one["status"]["granted"].as_u64());
+    let taken = sum(&cluster.json(&["alloc", "list"]), &|one| one["taken"].as_u64());
+    (granted, taken)
+}
+
+/// The allocator is killed at random moments of every operation, while programs write and verify. No I/O
+/// notices, and in the end each appliance has what the allocations have.
+#[test]
+fn an_allocator_that_is_killed_in_the_middle_loses_nothing() {
+    if !have("fio") {
+        return;
+    }
+    const KILLS: usize = 200;
+    let mut cluster = Cluster::start(3);
+    let uri = cluster.attach("v", "64MiB", &["--region-size", "16MiB"], "nbd-tcp");
+    cluster.ok(&["alloc", "create", "t", "--size", "32MiB", "--region-size", "16MiB"]);
+    let load = fio(&uri, "32M", 3600);
+    let ids = ["1".repeat(32), "2".repeat(32)];
+    let mut random = u64::from(std::process::id()) | 1;
+    for kill in 0..KILLS {
+        // xorshift: any spread will do.
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        let appliance = format!("a{}", random % 3);
+        let sizes = ["128MiB", "64MiB", "96MiB"];
+        let operation: Vec<&str> = match (random >> 8) % 6 {
+            0 => vec!["alloc", "resize", "v", sizes[(random >> 16) as usize % 3]],
+            1 => vec!["alloc", "resize", "t", sizes[(random >> 16) as usize % 3]],
+            2 => vec!["appliance", "drain", &appliance, "--no-wait"],
+            3 => vec!["appliance", "undrain", &appliance],
+            4 => vec!["alloc", "transfer", "t", "--to", &ids[(random >> 16) as usize % 2], "--force"],
+            _ => vec!["rebalance"],
+        };
+        let mut command = cluster.command(&operation);
+        let mut running =
+            command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("xpm can be started");
+        std::thread::sleep(Duration::from_micros((random >> 24) % 60_000));
+        cluster.restart_allocator();
+        let _ = running.wait();
+        if kill % 20 == 19 {
+            wait_until("no I/O notices", || cluster.json(&["blk", "list"])[0]["state"] == "live");
+        }
+    }
+    (0..3).for_each(|one| drop(cluster.ok(&["appliance", "undrain", &format!("a{one}")])));
+    let changing = || {
+        let all = cluster.json(&["alloc", "list"]);
+        all.as_array().expect("a list").iter().any(|one| one["change"].is_object() || one["state"] != "ready")
+    };
+    wait_until("every change ends", || !changing());
+    wait_until("appliances have what allocations have", || {
+        let (granted, taken) = granted_and_taken(&cluster);
+        granted == taken
+    });
+    assert_eq!(cluster.json(&["blk", "list"])[0]["counters"]["errors"], 0);
+    // fio is told to end, and reports what it verified.
+    let pid = rustix::process::Pid::from_raw(load.id().cast_signed()).expect("it runs");
+    rustix::process::kill_process(pid, rustix::process::Signal::INT).expect("it is ours");
+    let output = load.wait_with_output().expect("fio ends");
+    let said =
+        String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    assert!(!said.contains("verify:") && !said.contains("error="), "{said}");
+    let start = said.find('{').expect("fio prints JSON");
+    let report: Value =
+        serde_json::from_str(said[start..].split("\nfio: ").next().unwrap_or_default().trim())
+            .unwrap_or_default();
+    assert_eq!(report["jobs"][0]["error"].as_u64().unwrap_or(0), 0, "{said}");
+    assert!(report["jobs"][0]["read"]["total_ios"].as_u64() > Some(100), "{said}");
+}

@@ -109,6 +109,20 @@ pub(crate) const ALL: &[Scenario] = &[
         ..BASE
     },
     Scenario {
+        name: "drain-swap",
+        about: "appliances that hold active swap are emptied, under a program that verifies its pages",
+        group: "swap",
+        script: "drain-swap.sh",
+        ..BASE
+    },
+    Scenario {
+        name: "resize",
+        about: "ext4 on the kernel's nbd grows and shrinks with its allocation, mounted and under load",
+        group: "fs",
+        script: "resize.sh",
+        ..BASE
+    },
+    Scenario {
         name: "rdma-smoke",
         about: "RDMA without xpm: Soft-RoCE, verbs and the connection manager",
         script: "rdma-smoke.sh",

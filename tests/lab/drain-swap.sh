@@ -1,0 +1,39 @@
+# The appliance that holds active swap is emptied, and then the next one, under a program that needs more
+# memory than the guest has and verifies every page.
+. "$LAB_SCRIPTS/lib.sh"
+
+# Names of the appliances that an allocation lies on.
+places() {
+    xpm alloc show "$1" --json | python3 -c '
+import json, sys
+print(*sorted({one["appliance_name"] for one in json.load(sys.stdin)["regions"]}))'
+}
+
+dmesg_start
+start_blk
+swap_on ublk 1GiB
+note "swap on $device, on $(places swap-ublk)"
+memhog 700 --seed "$RANDOM" --passes 4 --run 64 >/run/lab/hog.out 2>&1 &
+hog=$!
+sleep 8
+for round in 1 2; do
+    # The first of those that hold it; the second round empties the one that took it.
+    from=$(places swap-ublk | cut -d' ' -f1)
+    kill -0 $hog || fail "the program ended before the move: $(cat /run/lab/hog.out)"
+    xpm appliance drain "$from"
+    note "round $round: $from is empty; swap is on $(places swap-ublk)"
+    [[ " $(places swap-ublk) " != *" $from "* ]] || fail "$from still has swap"
+    grep -q "^$device " /proc/swaps || fail "the swap is gone"
+    xpm appliance undrain "$from"
+done
+kill -0 $hog || fail "the program ended before the moves: $(cat /run/lab/hog.out)"
+wait $hog || fail "memhog: $(cat /run/lab/hog.out)"
+tail -n 2 /run/lab/hog.out
+xpm blk show swap-ublk --json | python3 -c '
+import json, sys
+device = json.load(sys.stdin)
+sys.exit(f"errors: {device}" if device["counters"]["errors"] or device["state"] != "live" else 0)' ||
+    fail "I/O failed"
+swap_off ublk
+dmesg_clean
+note "done"
