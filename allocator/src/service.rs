@@ -237,9 +237,10 @@ impl Service {
     fn tick(&mut self) {
         for id in self.inventory.fallen_silent(self.now.at) {
             let name = self.inventory.name(id);
-            tracing::warn!(
+            let line = format!(
                 "appliance {name} ({id}) is silent: it serves no new allocation until it is heard again"
             );
+            self.tell_of_appliance("appliance-silent", id, true, line);
         }
         self.unpark();
         self.run_timers();
@@ -352,7 +353,8 @@ impl Service {
             self.inventory.profile_one(id, |name| policy.appliance(name));
         }
         if heard.back {
-            tracing::info!("appliance {} ({id}) is up at {control}", self.inventory.name(id));
+            let line = format!("appliance {} ({id}) is up at {control}", self.inventory.name(id));
+            self.tell_of_appliance("appliance-up", id, false, line);
             self.hasten_purges(id);
         }
         let outcome = Outcome::Heartbeat(HeartbeatAnswer { interval: Span(self.settings.interval) });
@@ -371,7 +373,8 @@ impl Service {
         if let Some(line) = self.reason_to_keep(id) {
             return self.refuse(reply, ErrorKind::InUse, line);
         }
-        tracing::info!("appliance {} ({id}) is forgotten", self.inventory.name(id));
+        let line = format!("appliance {} ({id}) is forgotten", self.inventory.name(id));
+        self.tell_of_appliance("appliance-forgotten", id, false, line);
         self.inventory.remove(id);
         self.hasten_purges(id);
         self.store(vec![Change::ApplianceGone(id)], Awaited::Answer(reply, Outcome::Done));
@@ -402,6 +405,8 @@ impl Service {
             AfterStore::Owned(reply) => self.owned(reply, id),
             AfterStore::HandedOver(reply) => self.handed_over_to(reply, id),
             AfterStore::Disowned(reply) => {
+                let name = self.entry(id).record.name.clone();
+                self.tell("detached", &name, format!("`{name}` is used by nobody"));
                 self.reply(reply, Ok(Outcome::Done));
                 self.finish_work(id);
             }

@@ -208,7 +208,8 @@ impl Service {
         let (reply, warnings) = (self.creation(id).wish.reply, self.creation(id).warnings.clone());
         let record = &self.entry(id).record;
         let name = record.name.clone();
-        tracing::info!("allocation {name} ({id}) of {} is ready", ByteSize(record.size));
+        let line = format!("allocation {name} ({id}) of {} is ready", ByteSize(record.size));
+        self.tell("created", &name, line);
         match reply {
             Some(reply) => {
                 let shown = Allocation { warnings, ..self.view(id) };

@@ -2,8 +2,8 @@
 
 use std::collections::VecDeque;
 
-use xpm_protocol::Name;
 use xpm_protocol::api::allocator::Event;
+use xpm_protocol::{ApplianceId, Name};
 
 use super::{Outcome, ReplyTo, Service};
 
@@ -24,6 +24,23 @@ impl Service {
     /// Logs something that happened to what has this name, and keeps it for those who ask.
     pub(super) fn tell(&mut self, kind: &str, subject: &Name, text: String) {
         tracing::info!("{kind}: {text}");
+        self.keep_event(kind, subject, text);
+    }
+
+    /// The same for an appliance; what is bad is a warning in the log.
+    pub(super) fn tell_of_appliance(&mut self, kind: &str, id: ApplianceId, bad: bool, text: String) {
+        match bad {
+            true => tracing::warn!("{kind}: {text}"),
+            false => tracing::info!("{kind}: {text}"),
+        }
+        let name = self.inventory.info(id).map(|info| info.name.clone());
+        // An id is always a name as well.
+        if let Some(name) = name.or_else(|| id.to_string().parse().ok()) {
+            self.keep_event(kind, &name, text);
+        }
+    }
+
+    fn keep_event(&mut self, kind: &str, subject: &Name, text: String) {
         self.events.count += 1;
         if self.events.kept.len() >= EVENTS_MAX {
             self.events.kept.pop_front();

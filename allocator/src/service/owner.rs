@@ -130,6 +130,12 @@ impl Service {
     }
 
     pub(super) fn owned(&mut self, reply: ReplyTo, id: AllocationId) {
+        let record = &self.entry(id).record;
+        let (name, owner) = (record.name.clone(), record.owner.clone());
+        if let Some(owner) = owner.filter(|owner| owner.since == self.now.unix) {
+            let line = format!("`{name}` is used by {} as {}", owner.host_name, owner.purpose);
+            self.tell("attached", &name, line);
+        }
         let map = self.map(id);
         self.reply(reply, map.map(|map| Outcome::Map(Box::new(map))));
         self.finish_work(id);

@@ -73,7 +73,11 @@ impl Service {
     pub(super) fn purge(&mut self, id: AllocationId, then: Then) {
         let record = &self.entry(id).record;
         let (name, grants) = (record.name.clone(), record.grants.len());
-        tracing::info!("allocation {name} ({id}) is given back");
+        let line = format!("allocation {name} ({id}) is given back");
+        match self.names.get(&name) == Some(&id) && self.entry(id).record.phase == Phase::Deleting {
+            true => self.tell("deleted", &name, line),
+            false => tracing::info!("{line}"),
+        }
         if !matches!(then, Then::TryAgain(..)) {
             self.free_name(id);
         }

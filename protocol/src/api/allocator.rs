@@ -547,7 +547,8 @@ pub struct Event {
     pub number: u64,
     /// When, seconds since 1970.
     pub at: u64,
-    /// What kind: `lease-warning`, `lease-ended`, `reclaim-notice`, `freed`, ...
+    /// What kind: `created`, `attached`, `change-open`, `changed`, `handed-over`, `lease-warning`, `freed`,
+    /// `appliance-silent`, ...; docs/operations.md lists them.
     pub kind: String,
     /// The name of what it happened to.
     pub subject: Name,

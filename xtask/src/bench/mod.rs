@@ -6,6 +6,7 @@ mod client;
 mod fio;
 mod guest;
 mod lab_blk;
+mod life;
 mod load;
 mod nbdload;
 mod rdma;
@@ -21,12 +22,12 @@ use self::report::Report;
 use crate::{setup, util};
 
 /// The benchmarks by name.
-const NAMES: [&str; 5] = ["blk", "slab", "allocator", "lab-blk", "rdma"];
+const NAMES: [&str; 6] = ["blk", "slab", "allocator", "life", "lab-blk", "rdma"];
 
 /// Options of `cargo xtask bench`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Benchmarks to run: blk, slab, allocator, lab-blk, rdma; all when none is named.
+    /// Benchmarks to run: blk, slab, allocator, life, lab-blk, rdma; all when none is named.
     names: Vec<String>,
     /// One JSON object a line instead of a table.
     #[arg(long)]
@@ -48,6 +49,7 @@ pub(crate) fn main(args: &Args) -> Result<bool> {
             "blk" => blk::run(&programs, &mut report)?,
             "slab" => slab::run(&programs, &mut report)?,
             "allocator" => allocator::run(&programs, &mut report)?,
+            "life" => life::run(&programs, &mut report)?,
             "lab-blk" => lab_blk::run(&mut report)?,
             _ => rdma::run(&mut report)?,
         }

@@ -288,7 +288,7 @@ fn nbdinfo(uri: &str) -> bool {
 }
 
 /// Until it goes well: an appliance registers a moment after it started.
-fn retry(mut action: impl FnMut() -> Result<()>) -> Result<()> {
+pub(crate) fn retry(mut action: impl FnMut() -> Result<()>) -> Result<()> {
     let start = Instant::now();
     loop {
         match action() {
@@ -301,7 +301,7 @@ fn retry(mut action: impl FnMut() -> Result<()>) -> Result<()> {
 }
 
 /// One request to a daemon on this machine; an error for any status but 2xx.
-fn http(method: &str, port: u16, path: &str, body: Option<&Value>) -> Result<Value> {
+pub(crate) fn http(method: &str, port: u16, path: &str, body: Option<&Value>) -> Result<Value> {
     let mut stream = TcpStream::connect(("127.0.0.1", port))?;
     stream.set_read_timeout(Some(START_LIMIT))?;
     let body = body.map_or_else(String::new, Value::to_string);
