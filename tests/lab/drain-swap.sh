@@ -11,9 +11,9 @@ print(*sorted({one["appliance_name"] for one in json.load(sys.stdin)["regions"]}
 
 dmesg_start
 start_blk
-swap_on ublk 1GiB
+swap_on ublk 640MiB
 note "swap on $device, on $(places swap-ublk)"
-memhog 700 --seed "$RANDOM" --passes 4 --run 64 >/run/lab/hog.out 2>&1 &
+memhog 560 --seed "$RANDOM" --passes 3 --run 64 >/run/lab/hog.out 2>&1 &
 hog=$!
 sleep 8
 for round in 1 2; do

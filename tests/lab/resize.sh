@@ -10,6 +10,7 @@ MIB=$((1 << 20))
 dmesg_start
 start_blk
 attach live 256MiB nbd
+modprobe ext4
 mkfs.ext4 -q -E nodiscard "$device"
 mkdir -p /mnt/live
 mount "$device" /mnt/live

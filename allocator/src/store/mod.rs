@@ -23,7 +23,9 @@ pub use writer::Writer;
 /// - 1: tables `meta`, `allocations`, `appliances`; values in JSON.
 /// - 2: tables `documents` and `decisions`; allocations have terms. A store of schema 1 is read as
 ///   one without documents and decisions, and its allocations as without terms.
-pub const SCHEMA: u64 = 2;
+/// - 3: allocations have a map version, changes and a change, grants the one that they take over from,
+///   appliances a drain. A store of schema 2 is read as one without any of these.
+pub const SCHEMA: u64 = 3;
 
 /// One change of what is remembered.
 #[derive(Debug, Clone, PartialEq, Eq)]
