@@ -15,6 +15,12 @@ use xpm_control::token::Token;
 use xpm_control::urls::Urls;
 use xpm_protocol::api::ErrorKind;
 
+const SECRET: &str = "a-secret-for-these-tests";
+
+fn token_of(text: &str) -> Token {
+    Token::new(text).unwrap()
+}
+
 /// A daemon with an office; it ends when this is dropped.
 struct Running {
     address: SocketAddr,
@@ -28,7 +34,7 @@ impl Running {
         let address = listener.address().unwrap();
         let (stop, stopped) = oneshot::channel::<()>();
         let office = Office::new();
-        let server = Server::with_office(&office, token.and_then(Token::new), Limits::default());
+        let server = Server::with_office(&office, token.map(token_of), Limits::default());
         tokio::spawn(server.serve(listener, async { drop(stopped.await) }));
         Running { address, office, _stop: stop }
     }
@@ -52,7 +58,7 @@ impl Running {
 
 fn client(urls: &[String]) -> Client {
     let urls: Urls = urls.join(",").parse().unwrap();
-    Client::one_of(&urls, Token::new("secret")).unwrap()
+    Client::one_of(&urls, Some(token_of(SECRET))).unwrap()
 }
 
 fn refusal<T: std::fmt::Debug>(result: Result<T, ClientError>) -> (ErrorKind, String) {
@@ -99,7 +105,7 @@ async fn where_nobody_leads_the_refusal_says_so() {
 #[tokio::test]
 async fn the_token_goes_to_known_daemons_only() {
     let stranger = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let follower = Running::start(Some("secret"));
+    let follower = Running::start(Some(SECRET));
     follower.office.set(Duty::Follow(Some(format!("http://{}", stranger.local_addr().unwrap()))));
     let (kind, line) = refusal(client(&[follower.url()]).get::<u16>("/v1/who").await);
     assert!(
@@ -112,7 +118,7 @@ async fn the_token_goes_to_known_daemons_only() {
 
 #[tokio::test]
 async fn a_follower_wants_the_token_too() {
-    let follower = Running::start(Some("another"));
+    let follower = Running::start(Some("another-secret-of-others"));
     follower.office.set(Duty::Follow(Some("http://127.0.0.1:1".to_owned())));
     let (kind, line) = refusal(client(&[follower.url()]).get::<u16>("/v1/who").await);
     assert_eq!(kind, ErrorKind::Unauthorized, "{line}");

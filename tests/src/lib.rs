@@ -2,6 +2,7 @@
 //! the value that holds them.
 
 mod clock;
+pub mod etcd;
 
 use std::fs::File;
 use std::io::{Read, Write};
