@@ -15,7 +15,7 @@ use std::error::Error as _;
 use std::io;
 use std::pin::pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::{Bytes, Incoming};
@@ -38,6 +38,8 @@ pub const LIMIT_DEFAULT: Duration = Duration::from_secs(10);
 /// Largest answer that is read, in bytes.
 pub const ANSWER_LEN_MAX: usize = 64 << 20;
 
+/// Pause before all daemons are asked again.
+const PAUSE: Duration = Duration::from_millis(200);
 /// How long a connection may take where another daemon can be asked instead.
 const CONNECT_LIMIT: Duration = Duration::from_secs(2);
 
@@ -47,6 +49,7 @@ pub struct Client {
     places: Arc<Places>,
     token: Option<Token>,
     limit: Duration,
+    patience: Duration,
 }
 
 /// Why a request brought no answer that can be used. Only after [`ClientError::Refused`] and
@@ -94,13 +97,21 @@ impl Client {
 
     fn of(places: Vec<Place>, token: Option<Token>) -> Client {
         let places = Places::new(places).expect("there is at least one URL");
-        Client { places: Arc::new(places), token, limit: LIMIT_DEFAULT }
+        Client { places: Arc::new(places), token, limit: LIMIT_DEFAULT, patience: Duration::ZERO }
     }
 
     /// The same with another time limit for each request, from connecting to the whole answer.
     #[must_use]
     pub fn with_limit(mut self, limit: Duration) -> Client {
         self.limit = limit;
+        self
+    }
+
+    /// The same, but where it knows several daemons and none of them leads, a request waits so long
+    /// for one that does, within its time limit.
+    #[must_use]
+    pub fn with_patience(mut self, patience: Duration) -> Client {
+        self.patience = patience;
         self
     }
 
@@ -156,7 +167,7 @@ impl Client {
         body: Option<Vec<u8>>,
     ) -> Result<T, ClientError> {
         let order = Order { method, path, body: body.map(Bytes::from) };
-        let (place, answer) = tokio::time::timeout(self.limit, self.ask(&order))
+        let (place, answer) = tokio::time::timeout(self.limit, self.ask_patiently(&order))
             .await
             .unwrap_or(Err(ClientError::TimedOut))
             .inspect_err(|error| {
@@ -166,6 +177,21 @@ impl Client {
                 }
             })?;
         decode(place, &answer)
+    }
+
+    async fn ask_patiently(&self, order: &Order<'_>) -> Result<(&Place, Answer), ClientError> {
+        let begun = Instant::now();
+        loop {
+            let result = self.ask(order).await;
+            let nobody_leads = match &result {
+                Err(ClientError::Refused(_) | ClientError::Unreachable { .. }) => self.has_several(),
+                _ => false,
+            };
+            if !nobody_leads || begun.elapsed() + PAUSE > self.patience {
+                return result;
+            }
+            tokio::time::sleep(PAUSE).await;
+        }
     }
 
     /// Asks one after the other until one takes the request.

@@ -103,6 +103,18 @@ async fn where_nobody_leads_the_refusal_says_so() {
 }
 
 #[tokio::test]
+async fn with_patience_a_request_waits_for_a_leader() {
+    let (first, second) = (Running::start(None), Running::start(None));
+    let client = client(&[first.url(), second.url()]).with_patience(Duration::from_secs(5));
+    let lead = async {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        second.lead();
+    };
+    let (answer, ()) = tokio::join!(client.get::<u16>("/v1/who"), lead);
+    assert_eq!(answer.unwrap(), second.address.port());
+}
+
+#[tokio::test]
 async fn the_token_goes_to_known_daemons_only() {
     let stranger = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let follower = Running::start(Some(SECRET));

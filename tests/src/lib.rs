@@ -3,6 +3,7 @@
 
 mod clock;
 pub mod etcd;
+pub mod several;
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -172,13 +173,13 @@ impl Cluster {
         let allocator = start_allocator(dir.path(), port, &environment);
         let arguments = |(index, more): (usize, &Vec<&str>)| {
             let more = more.iter().map(|word| (*word).to_owned());
-            appliance_arguments(dir.path(), index, port).into_iter().chain(more).collect()
+            appliance_arguments(dir.path(), index, &url_of(port)).into_iter().chain(more).collect()
         };
         let arguments: Vec<Vec<String>> = appliances.iter().enumerate().map(arguments).collect();
         let daemons =
             (0..).zip(&arguments).map(|(index, arguments)| start_appliance(dir.path(), index, arguments));
         let appliances = daemons.collect();
-        let blk = start_blk(dir.path(), port);
+        let blk = start_blk(dir.path(), &url_of(port));
         let cluster = Cluster {
             blk,
             appliances,
@@ -232,12 +233,12 @@ impl Cluster {
     /// Kills xpm-blk and starts it again.
     pub fn restart_blk(&mut self) {
         self.blk.kill();
-        self.blk = start_blk(self.dir.path(), self.allocator_port);
+        self.blk = start_blk(self.dir.path(), &self.allocator_url());
     }
 
     /// The URL of the allocator.
     pub fn allocator_url(&self) -> String {
-        format!("http://127.0.0.1:{}", self.allocator_port)
+        url_of(self.allocator_port)
     }
 
     /// What the allocator answers to a request for this path.
@@ -322,7 +323,11 @@ fn start_allocator(dir: &Path, port: u16, environment: &[(String, String)]) -> D
     daemon
 }
 
-fn appliance_arguments(dir: &Path, index: usize, allocator: u16) -> Vec<String> {
+fn url_of(port: u16) -> String {
+    format!("http://127.0.0.1:{port}")
+}
+
+fn appliance_arguments(dir: &Path, index: usize, allocator: &str) -> Vec<String> {
     let under = |name: &str| dir.join(format!("appliance{index}-{name}")).display().to_string();
     let flags = [
         ("--memory", "512MiB".to_owned()),
@@ -333,7 +338,7 @@ fn appliance_arguments(dir: &Path, index: usize, allocator: u16) -> Vec<String> 
         ("--nbd", format!("127.0.0.1:{}", free_port())),
         ("--run-dir", under("run")),
         ("--state", under("state")),
-        ("--allocator", format!("http://127.0.0.1:{allocator}")),
+        ("--allocator", allocator.to_owned()),
     ];
     let words = flags.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]);
     words.chain(["--no-lock".to_owned()]).collect()
@@ -347,10 +352,10 @@ fn start_appliance(dir: &Path, index: usize, arguments: &[String]) -> Daemon {
     daemon
 }
 
-fn start_blk(dir: &Path, allocator: u16) -> Daemon {
+fn start_blk(dir: &Path, allocator: &str) -> Daemon {
     let (config, control) = (dir.join("blk.toml"), dir.join("blk.sock"));
     let text = format!(
-        "allocator = \"http://127.0.0.1:{allocator}\"\ncontrol = \"{}\"\nstate = \"{}\"\nallow-unsafe-swap = true\n",
+        "allocator = \"{allocator}\"\ncontrol = \"{}\"\nstate = \"{}\"\nallow-unsafe-swap = true\n",
         control.display(),
         dir.join("blk").display()
     );

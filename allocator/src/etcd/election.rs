@@ -24,7 +24,7 @@ const MARGIN: Duration = Duration::from_millis(500);
 /// How often the lease is renewed.
 const RENEW_EVERY: Duration = Duration::from_millis(600);
 /// How often those who follow look for the leader.
-const LOOK_EVERY: Duration = Duration::from_millis(250);
+const LOOK_EVERY: Duration = Duration::from_millis(200);
 /// How long a request of the election may take.
 const LIMIT: Duration = Duration::from_secs(2);
 /// How long etcd may be silent before a leader gives up.
