@@ -64,10 +64,12 @@ impl Candidate {
     async fn follow(&self) -> Term {
         let mut known = None;
         let tell = |seen| {
+            // What etcd's trouble is may differ with each try.
+            let kind = std::mem::discriminant(&seen);
             let (line, leader) = self.describe(seen);
-            if known.as_ref() != Some(&line) {
+            if known.as_ref() != Some(&(kind, leader.clone())) {
                 tracing::info!("{line}");
-                known = Some(line);
+                known = Some((kind, leader.clone()));
             }
             self.office.set(Duty::Follow(leader));
         };

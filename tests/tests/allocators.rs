@@ -5,6 +5,7 @@
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
@@ -22,6 +23,28 @@ fn create_again(several: &Several, name: &str) -> Duration {
             || several.names().contains(&name.to_owned())
     });
     begun.elapsed()
+}
+
+/// Kills the leader in the middle of orders, which are not repeated; those that were acknowledged.
+fn kill_while_orders_come(several: &mut Several, leader: usize) -> Vec<String> {
+    let (urls, programs) = (several.url(leader), xpm_tests::programs());
+    let order = move |name: &String| {
+        let mut xpm = Command::new(programs.join("xpm"));
+        xpm.args(["--allocator", &urls, "alloc", "create", name, "--size", "16MiB"]);
+        xpm.stderr(Stdio::null()).stdout(Stdio::null()).status().is_ok_and(|status| status.success())
+    };
+    let acknowledged = Arc::new(Mutex::new(Vec::new()));
+    let told = Arc::clone(&acknowledged);
+    let orders = std::thread::spawn(move || {
+        let names = (0..30).map(|number| format!("n{number}"));
+        names.take_while(order).for_each(|name| told.lock().unwrap().push(name));
+    });
+    wait_until("orders come", || acknowledged.lock().unwrap().len() >= 3);
+    several.allocators[leader].kill();
+    orders.join().unwrap();
+    let acknowledged = acknowledged.lock().unwrap().clone();
+    assert!(acknowledged.len() < 30, "it was killed in the middle");
+    acknowledged
 }
 
 fn verified_load(several: &Several, uri: &str, seconds: u32) -> Child {
@@ -46,10 +69,16 @@ fn the_next_leader_serves_what_was_acknowledged_and_no_io_notices() {
     let mut load = verified_load(&several, &format!("nbd+unix:///busy?socket={}", socket.display()), 8);
     several.ok(&["alloc", "create", "before", "--size", "16MiB"]);
     let first = several.leader();
-    several.allocators[first].kill();
+    let acknowledged = kill_while_orders_come(&mut several, first);
     let back = create_again(&several, "after");
     assert!(back < BACK_WITHIN, "{back:?}");
-    assert_eq!(several.names(), ["after", "before", "busy"]);
+    let names = several.names();
+    for name in acknowledged.iter().chain(["after", "before", "busy"].map(str::to_owned).iter()) {
+        assert!(names.contains(name), "{name} was acknowledged: {names:?}");
+    }
+    for name in names.iter().filter(|name| name.starts_with('n')) {
+        several.ok(&["alloc", "delete", name]);
+    }
     let status = several.ok(&["status"]);
     for part in
         [format!("{} leads", several.url(1 - first)), format!("{} does not answer", several.url(first))]
