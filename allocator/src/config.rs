@@ -6,13 +6,19 @@ use std::time::Duration;
 use anyhow::{Context as _, bail, ensure};
 use clap::Parser;
 use serde::Deserialize;
+use xpm_control::client::Client;
 use xpm_control::listen::Place;
 use xpm_control::token::Token;
 use xpm_protocol::Span;
 
+use crate::etcd::Address;
 use crate::service::Settings;
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
+/// Time between heartbeats.
+const HEARTBEAT: Duration = Duration::from_secs(5);
+/// The same where there are several allocators, so that a new leader soon knows the appliances.
+const HEARTBEAT_OF_SEVERAL: Duration = Duration::from_secs(1);
 /// Grace of an allocation that gives way, where nobody says another.
 const RECLAIM_GRACE: Duration = Duration::from_secs(300);
 /// How long decisions are kept, where nobody says otherwise.
@@ -27,8 +33,16 @@ pub struct Options {
     #[arg(long, value_name = "PLACE")]
     listen: Option<Place>,
     /// Directory of the metadata [default: /var/lib/xpm-allocator]
-    #[arg(long, value_name = "DIRECTORY")]
+    #[arg(long, value_name = "DIRECTORY", conflicts_with = "store")]
     data: Option<PathBuf>,
+    /// Keeps the metadata in etcd instead, where several allocators share it and one of them leads:
+    /// etcd://HOST:PORT[,HOST:PORT...][/PREFIX]
+    #[arg(long, value_name = "ETCD")]
+    store: Option<Address>,
+    /// With --store: the URL that clients and appliances reach this allocator by
+    /// [default: http:// and where it listens]
+    #[arg(long, value_name = "URL")]
+    advertise: Option<String>,
     /// File with the token that every request must show, and that appliances are shown
     #[arg(long, value_name = "FILE")]
     token_file: Option<PathBuf>,
@@ -36,7 +50,7 @@ pub struct Options {
     #[arg(long)]
     insecure: bool,
     /// Time between heartbeats of an appliance; three without one and it counts as silent
-    /// [default: 5s]
+    /// [default: 5s, with --store 1s]
     #[arg(long, value_name = "DURATION")]
     heartbeat: Option<Span>,
     /// How long appliances keep what is reserved while an allocation is made [default: 60s]
@@ -60,6 +74,8 @@ pub struct Options {
 struct FileOptions {
     listen: Option<Place>,
     data: Option<PathBuf>,
+    store: Option<Address>,
+    advertise: Option<String>,
     token_file: Option<PathBuf>,
     insecure: Option<bool>,
     heartbeat: Option<Span>,
@@ -73,8 +89,8 @@ struct FileOptions {
 pub struct Config {
     /// Where it listens.
     pub listen: Place,
-    /// Directory of the metadata.
-    pub data: PathBuf,
+    /// Where the metadata is.
+    pub storage: Storage,
     /// File with the token.
     pub token_file: Option<PathBuf>,
     /// Whether other machines may be served without a token.
@@ -90,6 +106,20 @@ pub struct Config {
     pub keep_decisions: Duration,
 }
 
+/// Where the metadata is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Storage {
+    /// In a file of this directory.
+    Data(PathBuf),
+    /// In etcd, shared by several allocators.
+    Etcd {
+        /// Where etcd is.
+        address: Address,
+        /// URL that others reach this allocator by, where it is not where it listens.
+        advertise: Option<String>,
+    },
+}
+
 impl Options {
     /// Reads the configuration file, if one is named, and puts both together.
     pub fn resolve(self) -> anyhow::Result<Config> {
@@ -97,12 +127,21 @@ impl Options {
             Some(path) => xpm_control::config::load::<FileOptions>(path)?,
             None => FileOptions::default(),
         };
+        // On the command line, either of both wins over either of both in the file.
+        let (data, store) = match (self.data, self.store) {
+            (None, None) => (file.data, file.store),
+            said => said,
+        };
+        let listen = self.listen.or(file.listen).unwrap_or_else(|| Place::Tcp(([127, 0, 0, 1], 7700).into()));
+        let advertise = self.advertise.or(file.advertise);
+        let storage = storage(data, store, advertise.as_deref(), &listen)?;
+        let heartbeat = if matches!(storage, Storage::Data(_)) { HEARTBEAT } else { HEARTBEAT_OF_SEVERAL };
         let config = Config {
-            listen: self.listen.or(file.listen).unwrap_or_else(|| Place::Tcp(([127, 0, 0, 1], 7700).into())),
-            data: self.data.or(file.data).unwrap_or_else(|| "/var/lib/xpm-allocator".into()),
+            listen,
+            storage,
             token_file: self.token_file.or(file.token_file),
             insecure: self.insecure || file.insecure.unwrap_or(false),
-            heartbeat: self.heartbeat.or(file.heartbeat).map_or(Duration::from_secs(5), |span| span.0),
+            heartbeat: self.heartbeat.or(file.heartbeat).map_or(heartbeat, |span| span.0),
             reserve_ttl: self.reserve_ttl.or(file.reserve_ttl).map_or(Duration::from_secs(60), |span| span.0),
             reclaim_grace: self.reclaim_grace.or(file.reclaim_grace).map_or(RECLAIM_GRACE, |span| span.0),
             keep_decisions: self.keep_decisions.or(file.keep_decisions).map_or(KEEP_DECISIONS, |span| span.0),
@@ -116,6 +155,27 @@ impl Options {
         check_range("reserve-ttl", config.reserve_ttl, Duration::from_secs(30))?;
         Ok(config)
     }
+}
+
+fn storage(
+    data: Option<PathBuf>,
+    store: Option<Address>,
+    advertise: Option<&str>,
+    listen: &Place,
+) -> anyhow::Result<Storage> {
+    let Some(address) = store else {
+        ensure!(advertise.is_none(), "--advertise is for several allocators: give --store, too, or neither");
+        return Ok(Storage::Data(data.unwrap_or_else(|| "/var/lib/xpm-allocator".into())));
+    };
+    ensure!(data.is_none(), "the metadata is either in a directory or in etcd: give --data or --store");
+    let client = advertise.map(|url| Client::new(url, None)).transpose().context("--advertise")?;
+    let advertise = client.map(|client| client.base().to_owned());
+    let anywhere = matches!(listen, Place::Tcp(address) if address.ip().is_unspecified());
+    ensure!(
+        advertise.is_some() || !anywhere,
+        "others cannot reach this allocator at {listen}: give --advertise http://HOST:PORT with its address"
+    );
+    Ok(Storage::Etcd { address, advertise })
 }
 
 fn check_range(name: &str, value: Duration, least: Duration) -> anyhow::Result<()> {
@@ -162,7 +222,7 @@ mod tests {
     fn defaults() {
         let config = resolve(&[]).unwrap();
         assert_eq!(config.listen.to_string(), "127.0.0.1:7700");
-        assert_eq!(config.data.to_str(), Some("/var/lib/xpm-allocator"));
+        assert_eq!(config.storage, Storage::Data("/var/lib/xpm-allocator".into()));
         assert_eq!((config.heartbeat.as_secs(), config.reserve_ttl.as_secs()), (5, 60));
         assert!(!config.insecure);
     }
@@ -174,6 +234,29 @@ mod tests {
         assert_eq!(config.listen.to_string(), "0.0.0.0:1");
         assert!(config.insecure);
         assert_eq!((config.heartbeat.as_secs(), config.reserve_ttl.as_secs()), (2, 120));
+    }
+
+    #[test]
+    fn etcd_instead_of_a_directory() {
+        let config = resolve(&["--store", "etcd://a:1,b:2"]).unwrap();
+        let address: Address = "etcd://a:1,b:2/xpm".parse().unwrap();
+        assert_eq!(config.storage, Storage::Etcd { address, advertise: None });
+        assert_eq!(config.heartbeat.as_secs(), 1);
+        let config =
+            with_file("data = '/x'\n", &["--store", "etcd://a:1", "--advertise", "http://c:1/"]).unwrap();
+        assert!(matches!(config.storage, Storage::Etcd { advertise: Some(url), .. } if url == "http://c:1"));
+        let config = with_file("store = 'etcd://a:1'\n", &["--data", "/x"]).unwrap();
+        assert_eq!(config.storage, Storage::Data("/x".into()));
+        for (text, arguments, part) in [
+            ("store = 'etcd://a:1'\nlisten = '0.0.0.0:1'", &[][..], "--advertise"),
+            ("store = 'etcd://a:1'\ndata = '/x'", &[], "--data or --store"),
+            ("store = 'a:1'", &[], "etcd://HOST:PORT"),
+            ("advertise = 'http://a:1'", &[], "--store"),
+            ("store = 'etcd://a:1'\nadvertise = 'a:1'", &[], "http://HOST:PORT"),
+        ] {
+            let line = format!("{:#}", with_file(text, arguments).unwrap_err());
+            assert!(line.contains(part), "{line}");
+        }
     }
 
     #[test]

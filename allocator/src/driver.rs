@@ -10,7 +10,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Context as _;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{MissedTickBehavior, interval};
 use xpm_control::server::ApiError;
@@ -60,16 +60,22 @@ impl Handle {
     }
 }
 
-/// The running task.
+/// The running task; it ends when this is dropped, and calls that are on their way with it.
 #[derive(Debug)]
 pub(crate) struct Driver {
     task: JoinHandle<anyhow::Error>,
 }
 
+impl Drop for Driver {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
 impl Driver {
     /// Resolves only when the service cannot go on, with the reason.
-    pub(crate) async fn failed(self) -> anyhow::Error {
-        match self.task.await {
+    pub(crate) async fn failed(mut self) -> anyhow::Error {
+        match (&mut self.task).await {
             Ok(error) => error,
             Err(error) => anyhow::Error::new(error).context("the service broke down"),
         }
@@ -98,6 +104,7 @@ pub(crate) fn start(
         waiting: HashMap::new(),
         replies: 0,
         results,
+        alive: watch::Sender::new(()),
     };
     let task = tokio::spawn(running.run(effects, questions, events));
     Ok((Handle { requests, decisions }, Driver { task }))
@@ -117,6 +124,8 @@ struct Running {
     waiting: HashMap<ReplyTo, oneshot::Sender<Result<Outcome, ApiError>>>,
     replies: u64,
     results: UnboundedSender<Back>,
+    /// Calls end when this is dropped.
+    alive: watch::Sender<()>,
 }
 
 impl Running {
@@ -171,9 +180,14 @@ impl Running {
                 }
                 Effect::Call(ticket, target, call) => {
                     let (appliances, results) = (self.appliances.clone(), self.results.clone());
+                    let mut alive = self.alive.subscribe();
                     tokio::spawn(async move {
-                        let result = appliances.call(&target, call).await;
-                        let _ = results.send(Back::Event(Event::Called(ticket, result)));
+                        tokio::select! {
+                            result = appliances.call(&target, call) => {
+                                let _ = results.send(Back::Event(Event::Called(ticket, result)));
+                            }
+                            _ = alive.changed() => {}
+                        }
                     });
                 }
             }

@@ -3,14 +3,17 @@
 //!
 //! A request walks `server` (HTTP) -> `driver` (the one task that owns the service) ->
 //! [`service`] (decisions, no I/O) -> [`strategy`] (pure) and back out as effects, which the
-//! driver carries out: [`store`] makes changes durable, `appliances` calls the appliances.
+//! driver carries out: [`store`] makes changes durable, `appliances` calls the appliances. Where there are
+//! several allocators, `leadership` starts and drops all of that, as [`etcd`] elects this one or another.
 
 #![forbid(unsafe_code)]
 
 mod appliances;
 pub mod config;
 mod driver;
+pub mod etcd;
 pub mod inventory;
+mod leadership;
 pub mod policy;
 mod server;
 pub mod service;
@@ -20,32 +23,73 @@ pub mod strategy;
 mod testing;
 pub mod usage;
 
-use anyhow::Context as _;
-use xpm_control::shutdown::Shutdown;
+use std::sync::Arc;
 
-use crate::config::Config;
+use anyhow::Context as _;
+use xpm_control::listen::Listener;
+use xpm_control::server::Office;
+use xpm_control::shutdown::Shutdown;
+use xpm_control::token::Token;
+
+use crate::config::{Config, Storage};
+use crate::etcd::{Address, Election, Etcd};
+use crate::leadership::Candidate;
 
 /// Runs the allocator until a signal ends it.
 pub async fn run(config: Config) -> anyhow::Result<()> {
-    let mut shutdown = Shutdown::catch().context("cannot catch signals")?;
+    let shutdown = Shutdown::catch().context("cannot catch signals")?;
     let token = config.token()?;
     config.listen.check_exposure(token.is_some(), config.insecure)?;
-    let store = store::redb::RedbStore::open(&config.data)?;
-    let listener = config.listen.bind()?;
-    let place = listener.address().map_or_else(|| config.listen.to_string(), |address| address.to_string());
-    let (handle, driver) = driver::start(config.settings(), token.clone(), store)?;
-    tracing::info!(
-        "xpm-allocator {} listens at {place}, data in {}",
-        env!("CARGO_PKG_VERSION"),
-        config.data.display()
-    );
-    let stop = async {
-        let signal = shutdown.signalled().await;
-        tracing::info!("{signal}: ending");
-    };
-    let serve = server::scaffold(handle, token).serve(listener, stop);
-    tokio::select! {
-        () = serve => Ok(()),
-        error = driver.failed() => Err(error),
+    match &config.storage {
+        Storage::Data(directory) => {
+            let store = store::redb::RedbStore::open(directory)?;
+            let listener = config.listen.bind()?;
+            let (handle, driver) = driver::start(config.settings(), token.clone(), store)?;
+            announce(&config, &listener, &format!("data in {}", directory.display()));
+            tokio::select! {
+                () = server::scaffold(handle, token).serve(listener, told_to_end(shutdown)) => Ok(()),
+                error = driver.failed() => Err(error),
+            }
+        }
+        Storage::Etcd { address, advertise } => {
+            run_as_one_of_several(&config, address, advertise.as_deref(), token, shutdown).await
+        }
     }
+}
+
+async fn run_as_one_of_several(
+    config: &Config,
+    address: &Address,
+    advertise: Option<&str>,
+    token: Option<Token>,
+    shutdown: Shutdown,
+) -> anyhow::Result<()> {
+    let listener = config.listen.bind()?;
+    let url = match (advertise, listener.address()) {
+        (Some(url), _) => url.to_owned(),
+        (None, Some(address)) => format!("http://{address}"),
+        (None, None) => config.listen.to_string(),
+    };
+    let election = Arc::new(Election::new(Etcd::new(address.clone()).await?, url.clone()));
+    let office = Office::new();
+    let server = server::with_office(&office, token.clone());
+    let candidate =
+        Candidate { settings: config.settings(), token, office, election: Arc::clone(&election), url };
+    announce(config, &listener, &format!("metadata in {address}"));
+    let ended = tokio::select! {
+        () = server.serve(listener, told_to_end(shutdown)) => Ok(()),
+        error = candidate.run() => Err(error),
+    };
+    election.resign().await;
+    ended
+}
+
+fn announce(config: &Config, listener: &Listener, metadata: &str) {
+    let place = listener.address().map_or_else(|| config.listen.to_string(), |address| address.to_string());
+    tracing::info!("xpm-allocator {} listens at {place}, {metadata}", env!("CARGO_PKG_VERSION"));
+}
+
+async fn told_to_end(mut shutdown: Shutdown) {
+    let signal = shutdown.signalled().await;
+    tracing::info!("{signal}: ending");
 }

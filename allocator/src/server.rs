@@ -3,7 +3,7 @@
 use serde::Deserialize;
 use xpm_control::client::Client;
 use xpm_control::server::routing::{delete, get, post, put};
-use xpm_control::server::{ApiError, Force, Json, Limits, NoContent, Path, Query, Router, Server};
+use xpm_control::server::{ApiError, Force, Json, Limits, NoContent, Office, Path, Query, Router, Server};
 use xpm_control::token::Token;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{
@@ -51,12 +51,24 @@ struct After {
 
 /// The control interface, ready to be served.
 pub(crate) fn scaffold(handle: Handle, token: Option<Token>) -> Server {
-    let limits = Limits { body_len_max: BODY_LEN_MAX, ..Limits::default() };
-    let routes = routes(handle.clone())
+    Server::new(all_routes(handle), token, limits())
+}
+
+/// The control interface of one of several allocators.
+pub(crate) fn with_office(office: &Office, token: Option<Token>) -> Server {
+    Server::with_office(office, token, limits())
+}
+
+fn limits() -> Limits {
+    Limits { body_len_max: BODY_LEN_MAX, ..Limits::default() }
+}
+
+/// Everything that can be asked of a service.
+pub(crate) fn all_routes(handle: Handle) -> Router {
+    routes(handle.clone())
         .merge(document_routes(handle.clone()))
         .merge(more_routes(handle.clone()))
-        .merge(life_routes(handle));
-    Server::new(routes, token, limits)
+        .merge(life_routes(handle))
 }
 
 fn routes(handle: Handle) -> Router {

@@ -8,6 +8,7 @@ use anyhow::{Context as _, bail, ensure};
 use clap::{Args, Parser};
 use serde::{Deserialize, Deserializer};
 use xpm_control::listen::Place;
+use xpm_control::urls::Urls;
 use xpm_protocol::policy::{Label, Labels};
 use xpm_protocol::units::{ByteSize, REGION_LEN_DEFAULT, REGION_LEN_MIN, Span, is_region_len};
 use xpm_protocol::{LinkSpeed, Name};
@@ -107,9 +108,10 @@ pub struct Settings {
     #[arg(long, value_name = "DIR")]
     state: Option<PathBuf>,
 
-    /// Registers with the allocator at this URL, for example http://10.0.0.1:7700.
-    #[arg(long, value_name = "URL")]
-    allocator: Option<String>,
+    /// Registers with the allocator at this URL, for example http://10.0.0.1:7700. Where there are
+    /// several allocators of which one leads: with all of them, with commas in between.
+    #[arg(long, value_name = "URL[,URL...]")]
+    allocator: Option<Urls>,
 
     /// Tells clients and the allocator to reach this machine by this name or address. By default it
     /// is the address that this machine has towards the allocator.
@@ -193,8 +195,8 @@ pub struct Config {
     pub shm: PathBuf,
     /// Where the id is kept.
     pub state: PathBuf,
-    /// Base URL of the allocator.
-    pub allocator: Option<String>,
+    /// Base URLs of the allocators.
+    pub allocator: Option<Urls>,
     /// Name or address to be reached by.
     pub advertise: Option<String>,
     /// The appliance's name.

@@ -206,7 +206,7 @@ fn identity(
 }
 
 fn allocator(config: &Config, token: Option<Token>) -> anyhow::Result<Option<Client>> {
-    let client = config.allocator.as_deref().map(|url| Client::new(url, token)).transpose();
+    let client = config.allocator.as_ref().map(|urls| Client::one_of(urls, token)).transpose();
     client.context("--allocator")
 }
 
@@ -222,8 +222,8 @@ fn announce(config: &Config, identity: &Identity) {
     );
     match &config.allocator {
         None => tracing::warn!("no allocator will know this appliance: give --allocator URL"),
-        Some(url) if identity.is_local_only(url) => tracing::warn!(
-            "the allocator at {url} tells clients to reach this appliance at {}, which only this machine can: give \
+        Some(urls) if urls.iter().any(|url| identity.is_local_only(url)) => tracing::warn!(
+            "the allocator at {urls} tells clients to reach this appliance at {}, which only this machine can: give \
              --nbd ADDRESS:PORT with an address of the network",
             identity.nbd
         ),

@@ -23,6 +23,10 @@ const INTERVAL_DEFAULT: Duration = Duration::from_secs(5);
 const INTERVAL_RANGE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(300));
 /// Longest time between two tries to reach an allocator that does not answer.
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
+/// The same where there are several allocators: soon one of them leads again.
+const BACKOFF_MAX_OF_SEVERAL: Duration = Duration::from_millis(500);
+/// How long a heartbeat may take where another allocator may lead by now.
+const LIMIT_OF_SEVERAL: Duration = Duration::from_secs(3);
 /// From how much the time between tries grows.
 const BACKOFF_MIN: Duration = Duration::from_millis(250);
 /// Changes that come this close together are told together.
@@ -61,6 +65,7 @@ pub struct Identity {
 
 /// Sends heartbeats until cancelled (the future is dropped).
 pub async fn run(client: Client, identity: Identity, appliance: Arc<Appliance>) {
+    let client = if client.has_several() { client.with_limit(LIMIT_OF_SEVERAL) } else { client };
     let mut link = LinkState::default();
     let mut meter = Meter::default();
     loop {
@@ -140,16 +145,18 @@ impl LinkState {
                     );
                 }
                 self.failures = self.failures.saturating_add(1);
-                backoff(self.failures, random_share())
+                let most = if client.has_several() { BACKOFF_MAX_OF_SEVERAL } else { BACKOFF_MAX };
+                backoff(self.failures, most, random_share())
             }
         }
     }
 }
 
-/// How long to wait after this many failures in a row: any time up to a limit that doubles, so that
-/// many appliances do not come back to an allocator all at once. `share` is from 0 to 1.
-fn backoff(failures: u32, share: f64) -> Duration {
-    let limit = BACKOFF_MIN.saturating_mul(1 << failures.min(16)).min(BACKOFF_MAX);
+/// How long to wait after this many failures in a row: any time up to a limit that doubles up to
+/// `most`, so that many appliances do not come back to an allocator all at once. `share` is from 0 to
+/// 1.
+fn backoff(failures: u32, most: Duration, share: f64) -> Duration {
+    let limit = BACKOFF_MIN.saturating_mul(1 << failures.min(16)).min(most);
     // Not quite zero, so that nothing spins.
     limit.mul_f64(share.clamp(0.0, 1.0)).max(BACKOFF_MIN / 10)
 }
@@ -262,11 +269,13 @@ mod tests {
 
     #[test]
     fn backoff_grows_to_its_limit_and_spreads() {
-        assert_eq!(backoff(1, 1.0), Duration::from_millis(500));
-        assert_eq!(backoff(3, 1.0), Duration::from_secs(2));
-        assert_eq!(backoff(50, 1.0), BACKOFF_MAX);
-        assert_eq!(backoff(50, 0.5), BACKOFF_MAX / 2);
-        assert!(backoff(50, 0.0) > Duration::ZERO);
+        let one = |failures, share| backoff(failures, BACKOFF_MAX, share);
+        assert_eq!(one(1, 1.0), Duration::from_millis(500));
+        assert_eq!(one(3, 1.0), Duration::from_secs(2));
+        assert_eq!(one(50, 1.0), BACKOFF_MAX);
+        assert_eq!(one(50, 0.5), BACKOFF_MAX / 2);
+        assert!(one(50, 0.0) > Duration::ZERO);
+        assert_eq!(backoff(50, BACKOFF_MAX_OF_SEVERAL, 1.0), BACKOFF_MAX_OF_SEVERAL);
         assert!((0.0..=1.0).contains(&random_share()));
     }
 

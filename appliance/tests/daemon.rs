@@ -216,6 +216,8 @@ fn a_start_that_cannot_be_says_why_in_one_line() {
     let sockets = daemon.directory.path().join("run");
     let newer = tempfile::tempdir().unwrap();
     std::fs::write(newer.path().join("appliance.json"), "{\"version\":9}").unwrap();
+    let file = newer.path().join("appliance.toml");
+    std::fs::write(&file, "allocator = ['http://a:1', 'ftp://x']\n").unwrap();
     for (arguments, word) in [
         (vec!["--memory", "0"], "at least 16MiB"),
         (vec!["--memory", "16MiB", "--nbd", &nbd], nbd.as_str()),
@@ -224,7 +226,7 @@ fn a_start_that_cannot_be_says_why_in_one_line() {
         (vec!["--memory", "16MiB", "--run-dir", sockets.to_str().unwrap()], "nbd.sock"),
         (vec!["--memory", "16MiB", "--token-file", "/nonexistent"], "/nonexistent"),
         (vec!["--memory", "4000TiB"], "lower --memory"),
-        (vec!["--memory", "16MiB", "--allocator", "ftp://x"], "ftp://x"),
+        (vec!["--memory", "16MiB", "--config", file.to_str().unwrap()], "ftp://x"),
         (vec!["--memory", "16MiB", "--listen", "0.0.0.0:0"], "--token-file"),
     ] {
         let line = harness::complaint(&arguments);

@@ -17,6 +17,7 @@ pub mod random;
 pub mod server;
 pub mod shutdown;
 pub mod token;
+pub mod urls;
 
 /// An error and its causes as one line: `cannot reach http://a:1: connection refused`.
 pub fn error_line(error: &(dyn std::error::Error + 'static)) -> String {

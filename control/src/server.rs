@@ -6,6 +6,7 @@
 //! handler that must finish hands its work to a task.
 
 mod extract;
+mod office;
 
 use std::convert::Infallible;
 use std::future::Future;
@@ -31,6 +32,7 @@ pub use axum::Router;
 pub use axum::response::NoContent;
 pub use axum::routing;
 pub use extract::{Force, Json, Path, Query};
+pub use office::{Duty, Office};
 
 use crate::listen::Listener;
 use crate::token::Token;
@@ -78,9 +80,16 @@ pub struct Server {
 impl Server {
     /// Puts the scaffold around the daemon's routes. With a token, each request must show it.
     pub fn new(routes: Router, token: Option<Token>, limits: Limits) -> Server {
+        Server::around(complete(routes), token, limits)
+    }
+
+    /// The same for a daemon that leads at times: requests are answered as its office says.
+    pub fn with_office(office: &Office, token: Option<Token>, limits: Limits) -> Server {
+        Server::around(office.routes(), token, limits)
+    }
+
+    fn around(routes: Router, token: Option<Token>, limits: Limits) -> Server {
         let routes = routes
-            .fallback(unknown_path)
-            .method_not_allowed_fallback(wrong_method)
             .layer(DefaultBodyLimit::max(limits.body_len_max))
             .layer(axum::Extension(limits))
             .layer(middleware::from_fn_with_state(limits, limit_time));
@@ -178,6 +187,11 @@ async fn accept(listener: &Listener, permits: &Arc<Semaphore>) -> (Stream, Owned
             }
         }
     }
+}
+
+/// Routes that answer every path and every method.
+fn complete(routes: Router) -> Router {
+    routes.fallback(unknown_path).method_not_allowed_fallback(wrong_method)
 }
 
 async fn unknown_path(request: Request) -> ApiError {

@@ -2,6 +2,8 @@
 //! the value that holds them.
 
 mod clock;
+pub mod etcd;
+pub mod several;
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -171,13 +173,13 @@ impl Cluster {
         let allocator = start_allocator(dir.path(), port, &environment);
         let arguments = |(index, more): (usize, &Vec<&str>)| {
             let more = more.iter().map(|word| (*word).to_owned());
-            appliance_arguments(dir.path(), index, port).into_iter().chain(more).collect()
+            appliance_arguments(dir.path(), index, &url_of(port)).into_iter().chain(more).collect()
         };
         let arguments: Vec<Vec<String>> = appliances.iter().enumerate().map(arguments).collect();
         let daemons =
             (0..).zip(&arguments).map(|(index, arguments)| start_appliance(dir.path(), index, arguments));
         let appliances = daemons.collect();
-        let blk = start_blk(dir.path(), "blk", port);
+        let blk = start_blk(dir.path(), "blk", &url_of(port));
         let cluster = Cluster {
             blk,
             appliances,
@@ -231,12 +233,12 @@ impl Cluster {
     /// Kills xpm-blk and starts it again.
     pub fn restart_blk(&mut self) {
         self.blk.kill();
-        self.blk = start_blk(self.dir.path(), "blk", self.allocator_port);
+        self.blk = start_blk(self.dir.path(), "blk", &self.allocator_url());
     }
 
     /// Starts xpm-blk of another client.
     pub fn second_client(&self) -> Daemon {
-        start_blk(self.dir.path(), "blk2", self.allocator_port)
+        start_blk(self.dir.path(), "blk2", &self.allocator_url())
     }
 
     /// Runs the operator's command at the host of the second client.
@@ -252,7 +254,7 @@ impl Cluster {
 
     /// The URL of the allocator.
     pub fn allocator_url(&self) -> String {
-        format!("http://127.0.0.1:{}", self.allocator_port)
+        url_of(self.allocator_port)
     }
 
     /// What the allocator answers to a request for this path.
@@ -342,7 +344,11 @@ fn start_allocator(dir: &Path, port: u16, environment: &[(String, String)]) -> D
     daemon
 }
 
-fn appliance_arguments(dir: &Path, index: usize, allocator: u16) -> Vec<String> {
+fn url_of(port: u16) -> String {
+    format!("http://127.0.0.1:{port}")
+}
+
+fn appliance_arguments(dir: &Path, index: usize, allocator: &str) -> Vec<String> {
     let under = |name: &str| dir.join(format!("appliance{index}-{name}")).display().to_string();
     let flags = [
         ("--memory", "512MiB".to_owned()),
@@ -353,7 +359,7 @@ fn appliance_arguments(dir: &Path, index: usize, allocator: u16) -> Vec<String> 
         ("--nbd", format!("127.0.0.1:{}", free_port())),
         ("--run-dir", under("run")),
         ("--state", under("state")),
-        ("--allocator", format!("http://127.0.0.1:{allocator}")),
+        ("--allocator", allocator.to_owned()),
     ];
     let words = flags.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]);
     words.chain(["--no-lock".to_owned()]).collect()
@@ -367,10 +373,10 @@ fn start_appliance(dir: &Path, index: usize, arguments: &[String]) -> Daemon {
     daemon
 }
 
-fn start_blk(dir: &Path, name: &str, allocator: u16) -> Daemon {
+fn start_blk(dir: &Path, name: &str, allocator: &str) -> Daemon {
     let (config, control) = (dir.join(format!("{name}.toml")), dir.join(format!("{name}.sock")));
     let text = format!(
-        "allocator = \"http://127.0.0.1:{allocator}\"\ncontrol = \"{}\"\nstate = \"{}\"\nallow-unsafe-swap = true\n",
+        "allocator = \"{allocator}\"\ncontrol = \"{}\"\nstate = \"{}\"\nallow-unsafe-swap = true\n",
         control.display(),
         dir.join(name).display()
     );

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 use xpm_control::config::ConfigError;
+use xpm_control::urls::Urls;
 use xpm_protocol::api::blk::{AttachDevice, Form, Hold, TransportKind};
 use xpm_protocol::units::{ByteSize, Span};
 
@@ -24,8 +25,8 @@ const QUEUES: std::ops::RangeInclusive<u16> = 1..=64;
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct Config {
-    /// Base URL of the allocator.
-    pub allocator: String,
+    /// Base URLs of the allocators.
+    pub allocator: Urls,
     /// The control socket.
     pub control: PathBuf,
     /// Directory of what is kept across restarts: this client's id, and the maps of what is shown.
@@ -60,7 +61,7 @@ pub struct Config {
 impl Default for Config {
     fn default() -> Config {
         Config {
-            allocator: "http://127.0.0.1:7700".to_owned(),
+            allocator: "http://127.0.0.1:7700".parse().expect("it is a URL"),
             control: "/run/xpm/blk.sock".into(),
             state: "/var/lib/xpm/blk".into(),
             token_file: None,

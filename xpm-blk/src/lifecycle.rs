@@ -31,6 +31,8 @@ const CONTROL_STACK_LEN: usize = 1 << 20;
 const BLOCKING_THREADS_MAX: usize = 32;
 /// How long a device may take to be opened before it counts as one that holds its I/O.
 const OPEN_LIMIT: Duration = Duration::from_secs(5);
+/// How long a request waits where there are several allocators and none leads.
+const LEADER_LIMIT: Duration = Duration::from_secs(8);
 /// How often the users of devices are looked at while the process waits for them to end.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
@@ -93,7 +95,7 @@ fn parts(config: Config) -> Result<Parts, DeviceError> {
     let token = config.token_file.as_deref().map(Token::load).transpose();
     let token = token.map_err(|error| invalid(error_line(&error)))?;
     let allocator =
-        Client::new(&config.allocator, token.clone()).map_err(|error| invalid(error_line(&error)))?;
+        Client::one_of(&config.allocator, token.clone()).map_err(|error| invalid(error_line(&error)))?;
     let records = Records::open(&config.state)?;
     let client = records.client_id(random::u128().at("make a client id")?)?;
     let server = Server::start(ServerOptions {
@@ -108,7 +110,7 @@ fn parts(config: Config) -> Result<Parts, DeviceError> {
         client,
         host: host::host_id().at("find out which kernel this is")?,
         host_name: host::host_name().at("find out the host's name")?,
-        allocator,
+        allocator: allocator.with_patience(LEADER_LIMIT),
         token,
         records,
         server,

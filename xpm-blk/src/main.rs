@@ -7,6 +7,7 @@ use anyhow::Context;
 use clap::Parser;
 use xpm_blk::config::{Config, PATH_DEFAULT};
 use xpm_blk::lifecycle;
+use xpm_control::urls::Urls;
 
 /// Shows allocations of external memory as block devices of this host: ublk, the kernel's nbd, or
 /// NBD sockets. `xpm blk attach` tells it what to show.
@@ -19,9 +20,10 @@ struct Args {
     /// The control socket, in place of the configuration's
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
-    /// Base URL of the allocator, in place of the configuration's
-    #[arg(long, value_name = "URL")]
-    allocator: Option<String>,
+    /// Base URL of the allocator, in place of the configuration's; of several, all with commas in
+    /// between
+    #[arg(long, value_name = "URL[,URL...]")]
+    allocator: Option<Urls>,
     /// Directory of what is kept across restarts, in place of the configuration's
     #[arg(long, value_name = "DIRECTORY")]
     state: Option<PathBuf>,

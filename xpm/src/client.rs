@@ -29,7 +29,8 @@ async fn report(name: Option<Name>, daemons: &Daemons, output: Output) -> anyhow
             facts::client_name().context("this host's name is no name for a client: give one with --name")?
         }
     };
-    let facts = facts::find(daemons.allocator_url(), &allocator.appliances().await?).await?;
+    let appliances = allocator.appliances().await?;
+    let facts = facts::find(allocator.url(), &appliances).await?;
     let reported: Client = allocator.put(&format!("/v1/clients/{name}"), &facts).await?;
     output.print(&reported, |Client { name, facts, .. }| {
         let speed =

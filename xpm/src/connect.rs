@@ -9,6 +9,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use xpm_control::client::{Client, ClientError};
 use xpm_control::token::Token;
+use xpm_control::urls::{ParseUrlsError, Urls};
 use xpm_protocol::api::{ErrorKind, allocator, blk};
 
 use crate::cli::Global;
@@ -32,22 +33,28 @@ impl Daemons {
 
     /// The allocator. Nothing is sent yet.
     pub(crate) fn allocator(&self) -> Result<Daemon, Failure> {
-        let who = Who::Allocator(self.allocator.clone());
+        self.allocator_at(&self.allocator)
+    }
+
+    /// Each allocator by itself. Nothing is sent yet.
+    pub(crate) fn each_allocator(&self) -> Result<Vec<Daemon>, Failure> {
+        self.allocator.split(',').map(|url| self.allocator_at(url.trim())).collect()
+    }
+
+    fn allocator_at(&self, urls: &str) -> Result<Daemon, Failure> {
         let token = match &self.token_file {
             None => None,
             Some(path) => Some(Token::load(path).map_err(|error| Failure::other(chain(&error)))?),
         };
-        Daemon::new(&self.allocator, token, who)
-    }
-
-    pub(crate) fn allocator_url(&self) -> &str {
-        &self.allocator
+        let client = urls.parse().and_then(|urls: Urls| Ok(Client::one_of(&urls, token)?));
+        Daemon::new(client.map(|client| client.with_patience(LEADER_LIMIT)), Who::Allocator(urls.to_owned()))
     }
 
     /// The xpm-blk of this host. Nothing is sent yet.
     pub(crate) fn blk(&self) -> Result<Daemon, Failure> {
         let path = std::path::absolute(&self.blk).unwrap_or_else(|_| self.blk.clone());
-        Daemon::new(&format!("unix:{}", path.display()), None, Who::Blk(self.blk.clone()))
+        let client = Client::new(&format!("unix:{}", path.display()), None);
+        Daemon::new(client.map_err(Into::into), Who::Blk(self.blk.clone()))
     }
 }
 
@@ -61,15 +68,23 @@ pub(crate) struct Daemon {
 /// How long an order may take: a large allocation waits for memory to be cleared.
 const ORDER_LIMIT: Duration = Duration::from_secs(120);
 
+/// How long an order waits where there are several allocators and none leads.
+const LEADER_LIMIT: Duration = Duration::from_secs(6);
+
 /// How long an answer may take that waits for something to happen.
 const LATER_LIMIT: Duration = Duration::from_secs(30);
 
 impl Daemon {
-    fn new(base: &str, token: Option<Token>, who: Who) -> Result<Daemon, Failure> {
-        match Client::new(base, token) {
+    fn new(client: Result<Client, ParseUrlsError>, who: Who) -> Result<Daemon, Failure> {
+        match client {
             Ok(client) => Ok(Daemon { client, who }),
             Err(error) => Err(Failure::other(format!("{error}; {}", who.how_to_name()))),
         }
+    }
+
+    /// URL of the daemon that answered last, or is asked next.
+    pub(crate) fn url(&self) -> &str {
+        self.client.base()
     }
 
     pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
@@ -241,9 +256,9 @@ impl Failure {
         self.kind == Some(kind)
     }
 
-    /// Whether the daemon could not be reached at all.
-    pub(crate) fn is_unreachable(&self) -> bool {
-        self.unreachable
+    /// Whether no daemon took the order: none could be reached at all, or none leads.
+    pub(crate) fn has_no_leader(&self) -> bool {
+        self.unreachable || self.is(ErrorKind::NotLeader)
     }
 
     /// Whether the daemon simply does not run on this host, which is no fault by itself.

@@ -1,5 +1,7 @@
 //! `xpm status`: the whole system on one screen, anything wrong first.
 
+mod allocators;
+
 use std::process::ExitCode;
 
 use serde::Serialize;
@@ -7,6 +9,7 @@ use xpm_protocol::api::allocator::{self, Allocation, AllocationState, Appliance,
 use xpm_protocol::api::blk::{self, Device, DeviceState};
 use xpm_transport::rdma::inventory::any_device;
 
+use self::allocators::Allocator;
 use crate::connect::{Daemons, Failure};
 use crate::output::{Output, one_line};
 use crate::{age, alloc, appliance};
@@ -14,7 +17,7 @@ use crate::{age, alloc, appliance};
 pub(crate) async fn run(daemons: &Daemons, output: Output) -> anyhow::Result<ExitCode> {
     let (pool, host) = tokio::join!(read_pool(daemons), read_host(daemons));
     let code = if pool.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
-    let overview = Overview::new(pool, host);
+    let overview = Overview::new(pool, host).with_allocators(allocators::read(daemons).await);
     output.print(&overview, Overview::text)?;
     Ok(code)
 }
@@ -50,6 +53,9 @@ async fn read_host(daemons: &Daemons) -> Result<Host, Failure> {
 struct Overview {
     problems: Vec<String>,
     allocator: Option<allocator::Status>,
+    /// What each of them does, where several are known.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    allocators: Vec<Allocator>,
     appliances: Vec<Appliance>,
     allocations: Vec<Allocation>,
     blk: Option<blk::Status>,
@@ -64,6 +70,7 @@ impl Overview {
         let mut overview = Overview {
             problems: Vec::new(),
             allocator: None,
+            allocators: Vec::new(),
             appliances: Vec::new(),
             allocations: Vec::new(),
             blk: None,
@@ -95,6 +102,12 @@ impl Overview {
         overview
     }
 
+    fn with_allocators(mut self, allocators: Vec<Allocator>) -> Overview {
+        self.problems.extend(allocators.iter().filter_map(Allocator::problem));
+        self.allocators = allocators;
+        self
+    }
+
     /// Safety items matter only while something of this host swaps to a device.
     fn safety_problems(&self) -> Vec<String> {
         let swaps = self.devices.iter().any(is_swap);
@@ -110,7 +123,7 @@ impl Overview {
             self.problems.iter().map(|line| format!("WRONG  {}\n", one_line(line))).collect();
         let mut blocks = vec![problems];
         if let Some(status) = &self.allocator {
-            blocks.push(pool_line(status));
+            blocks.push(pool_line(status) + &allocators::line(&self.allocators));
             blocks.push(appliance::list(&self.appliances));
             blocks.push(alloc::list(&self.allocations));
         }

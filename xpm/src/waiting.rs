@@ -53,9 +53,7 @@ pub(crate) async fn create(allocator: &Daemon, create: Create, output: Output) -
                 }
             }
             // It may be starting again.
-            Err(error) if error.is_unreachable() && until.is_some_and(|until| Instant::now() < until) => {
-                asked
-            }
+            Err(error) if error.has_no_leader() && until.is_some_and(|until| Instant::now() < until) => asked,
             Err(error) => return Err(error.into()),
         };
     }

@@ -8,7 +8,8 @@ use crate::util;
 pub(crate) struct Package {
     /// Its name.
     name: &'static str,
-    /// A program of it; the package counts as installed when this is found.
+    /// A program of it, or the path of another file; the package counts as installed when this is
+    /// found.
     probe: &'static str,
     /// What it is needed for.
     purpose: &'static str,
@@ -19,9 +20,11 @@ const fn package(name: &'static str, probe: &'static str, purpose: &'static str)
 }
 
 /// What building the programs needs besides Rust; no RDMA package is among it.
-const BUILD: [Package; 2] = [
+const BUILD: [Package; 4] = [
     package("clang", "clang", "build: reads the headers of the RDMA libraries' binding"),
     package("cmake", "cmake", "build: of the RDMA libraries' binding"),
+    package("protobuf-compiler", "protoc", "build: of etcd's client"),
+    package("libprotobuf-dev", "/usr/include/google/protobuf/descriptor.proto", "build: of etcd's client"),
 ];
 
 /// All others, each once.
@@ -35,6 +38,7 @@ pub(crate) const ALL: &[Package] = &[
     package("python3", "python3", "lab, tests: reads JSON"),
     package("e2fsprogs", "mkfs.ext4", "lab, demo: file systems on devices"),
     package("xfsprogs", "mkfs.xfs", "lab, demo: file systems on devices"),
+    package("etcd-server", "etcd", "tests: metadata that several allocators share"),
     package("fio", "fio", "lab, tests, bench: verified load"),
     package("faketime", "faketime", "tests: a clock that can be set, for hours and leases"),
     package("nbd-client", "nbd-client", "bench: the kernel's NBD client set up by others"),

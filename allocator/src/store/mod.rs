@@ -3,9 +3,12 @@
 //! The service decides on changes; a store makes whole batches of them durable. `docs/metadata.md`
 //! describes the stored form.
 
+pub mod etcd;
 pub mod memory;
 pub mod record;
 pub mod redb;
+#[cfg(test)]
+mod suite;
 mod writer;
 
 use std::fmt;
@@ -40,7 +43,8 @@ pub enum Change {
     ApplianceGone(ApplianceId),
     /// Documents changed, and with them the revision.
     Policy(Box<PolicyChange>),
-    /// A decision was made. The number orders the decisions about one name.
+    /// A decision was made. The number orders the decisions about one name: the moment in seconds
+    /// since 1970 times 2^20, and a count.
     Decision(u64, Box<Decision>),
     /// Decisions that were made before this moment, seconds since 1970, are forgotten.
     DecisionsBefore(u64),
@@ -133,6 +137,20 @@ pub enum StoreError {
         path: PathBuf,
         /// Why.
         source: Box<::redb::Error>,
+    },
+    /// etcd does not do what it is asked.
+    #[error("cannot {doing} the metadata")]
+    Etcd {
+        /// What was tried: `read`, `write`.
+        doing: &'static str,
+        /// Why.
+        source: Box<crate::etcd::EtcdError>,
+    },
+    /// Another allocator leads. Nothing was written.
+    #[error("another allocator leads now, by {store}: this one writes no more")]
+    Deposed {
+        /// The address of etcd.
+        store: String,
     },
     /// A value is not what this program writes.
     #[error("{path} is damaged: {what}; restore it from a copy")]

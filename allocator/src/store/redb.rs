@@ -268,31 +268,16 @@ mod tests {
     use std::os::unix::fs::PermissionsExt as _;
 
     use super::*;
-    use crate::store::AllocationRecord;
-    use crate::testing::{allocation, appliance};
+    use crate::store::{AllocationRecord, suite};
+    use crate::testing::allocation;
 
     #[test]
     fn what_is_committed_is_there_after_reopening() {
         let directory = tempfile::tempdir().unwrap();
         let data = directory.path().join("new/data");
-        let (first, second) = (allocation(1, "a"), allocation(2, "b"));
-        let mut store = RedbStore::open(&data).unwrap();
-        assert_eq!(store.load().unwrap(), Loaded::default());
-        let batches = [
-            vec![Change::Allocation(Box::new(first.clone())), Change::Appliance(Box::new(appliance(9)))],
-            vec![Change::Allocation(Box::new(second.clone())), Change::AllocationGone(first.id)],
-        ];
-        store.commit(&batches).unwrap();
-        drop(store);
+        suite::what_is_committed_is_there_after_reopening(|| RedbStore::open(&data).unwrap());
         let mode = std::fs::metadata(data.join(FILE_NAME)).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
-        let mut store = RedbStore::open(&data).unwrap();
-        assert_eq!(
-            store.load().unwrap(),
-            Loaded { allocations: vec![second], appliances: vec![appliance(9)], ..Loaded::default() }
-        );
-        store.commit(&[vec![Change::ApplianceGone(appliance(9).info.id)]]).unwrap();
-        assert!(store.load().unwrap().appliances.is_empty());
     }
 
     #[test]

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 /// The version part of every path.
 pub const VERSION: &str = "v1";
 
-/// What a daemon answers with any status of 400 or above.
+/// What a daemon answers with any status of 300 or above.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ErrorBody {
     /// What kind of refusal it is, for programs.
@@ -23,7 +23,7 @@ pub struct ErrorBody {
     pub error: String,
 }
 
-/// Kinds of refusal, each with one HTTP status.
+/// Kinds of refusal, each with its HTTP status.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ErrorKind {
@@ -45,6 +45,9 @@ pub enum ErrorKind {
     Unsupported,
     /// A part that is needed is not reachable now; trying again may help (503).
     Unavailable,
+    /// This allocator does not lead: ask the one that does, which the header `Location` names with
+    /// status 307, or the next one of those that are known (503).
+    NotLeader,
     /// A fault of the daemon itself (500).
     Internal,
 }
@@ -60,7 +63,7 @@ impl ErrorKind {
             ErrorKind::Conflict | ErrorKind::InUse => 409,
             ErrorKind::NoSpace => 507,
             ErrorKind::Unsupported => 501,
-            ErrorKind::Unavailable => 503,
+            ErrorKind::Unavailable | ErrorKind::NotLeader => 503,
             ErrorKind::Internal => 500,
         }
     }

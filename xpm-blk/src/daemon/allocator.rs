@@ -35,6 +35,7 @@ impl Daemon {
 
 fn refused(error: &ClientError) -> DeviceError {
     let kind = match error {
+        ClientError::Refused(body) if body.kind == ErrorKind::NotLeader => ErrorKind::Unavailable,
         ClientError::Refused(body) => body.kind,
         ClientError::Unreachable { .. } | ClientError::Lost { .. } | ClientError::TimedOut => {
             ErrorKind::Unavailable

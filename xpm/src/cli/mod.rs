@@ -51,11 +51,11 @@ pub(crate) struct Global {
     /// Prints one JSON value instead of text for people, with sizes in bytes.
     #[arg(long, global = true)]
     pub(crate) json: bool,
-    /// The allocator's URL.
+    /// The allocator's URL; of several allocators, all with commas in between.
     #[arg(
         long,
         global = true,
-        value_name = "URL",
+        value_name = "URL[,URL...]",
         env = "XPM_ALLOCATOR",
         default_value = "http://127.0.0.1:7700"
     )]

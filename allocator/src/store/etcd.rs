@@ -1,0 +1,282 @@
+//! Metadata in etcd, written by the one of several allocators that leads.
+//!
+//! Each transaction compares two keys: that of the leader, which must have been created at the
+//! revision that this term began with, and a sequence, which must have the value that the last
+//! transaction gave it. So the write of a deposed leader fails, whenever it arrives, and so does one
+//! that was sent twice because the first answer did not come.
+
+mod entries;
+mod journal;
+#[cfg(test)]
+mod tests;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use etcd_client::{
+    Client, Compare, CompareOp, GetOptions, GetResponse, KeyValue, SortOrder, SortTarget, Txn, TxnOp,
+    TxnOpResponse, TxnResponse,
+};
+use serde::de::DeserializeOwned;
+use tokio::runtime::Handle;
+use xpm_protocol::Name;
+use xpm_protocol::api::decision::Decision;
+use xpm_protocol::policy::Documents;
+
+use self::entries::{
+    ALLOCATIONS, APPLIANCES, DECISIONS, DOCUMENTS, Entries, REVISION_KEY, SCHEMA_KEY, SEQUENCE_KEY,
+    decisions_about, is_since,
+};
+use super::{Batch, Change, Decisions, Loaded, MetadataStore, SCHEMA, StoreError};
+use crate::etcd::{Etcd, EtcdError, LEADER_KEY};
+
+/// How long a read or a write may take, all tries together.
+const LIMIT: Duration = Duration::from_secs(8);
+/// Keys that are read at once.
+const PAGE: i64 = 256;
+/// Largest answer that is read, in bytes.
+const ANSWER_LEN_MAX: usize = 1 << 30;
+
+/// Metadata in etcd, as long as a term lasts. Its methods must not be called by a thread that runs
+/// asynchronous tasks.
+#[derive(Debug)]
+pub struct EtcdStore {
+    etcd: Etcd,
+    runtime: Handle,
+    /// The revision that the leader's key was created at.
+    term: i64,
+    /// The value of the sequence's key; none before the first write of all.
+    sequence: Option<String>,
+    /// Writes of this term.
+    writes: u64,
+}
+
+/// Reads decisions beside the one who writes.
+#[derive(Debug)]
+struct EtcdDecisions {
+    etcd: Etcd,
+    runtime: Handle,
+}
+
+impl EtcdStore {
+    /// Opens the store for the term that began at this revision. Finishes what the last leader left
+    /// half done.
+    pub fn open(etcd: Etcd, term: i64, runtime: &Handle) -> Result<EtcdStore, StoreError> {
+        let mut store = EtcdStore { etcd, runtime: runtime.clone(), term, sequence: None, writes: 0 };
+        runtime.block_on(async {
+            store.sequence = text_at(&store.etcd, SEQUENCE_KEY).await?;
+            store.settle_schema().await?;
+            store.finish_journal().await
+        })?;
+        Ok(store)
+    }
+
+    /// Refuses a newer schema before anything is written.
+    async fn settle_schema(&mut self) -> Result<(), StoreError> {
+        let found = text_at(&self.etcd, SCHEMA_KEY).await?;
+        match found.map(|text| decode::<u64>(&self.etcd, SCHEMA_KEY, text.as_bytes())).transpose()? {
+            Some(found) if found > SCHEMA => {
+                Err(StoreError::Newer { path: place(&self.etcd), found, known: SCHEMA })
+            }
+            Some(SCHEMA) => Ok(()),
+            Some(_) | None => {
+                self.write(Entries::from([(SCHEMA_KEY.to_owned(), Some(SCHEMA.to_string()))])).await
+            }
+        }
+    }
+
+    /// Writes entries that fit in one transaction.
+    async fn write(&mut self, entries: Entries) -> Result<(), StoreError> {
+        if entries.is_empty() {
+            return Ok(());
+        }
+        let next = format!("{}-{}", self.term, self.writes + 1);
+        let transaction = self.transaction(entries, &next);
+        let asked =
+            self.etcd.ask(LIMIT, async |mut member: Client| member.txn(transaction.clone()).await).await;
+        let answer = asked.map_err(|source| StoreError::Etcd { doing: "write", source: Box::new(source) })?;
+        if !answer.succeeded() && !self.was_written(&answer, &next) {
+            return Err(StoreError::Deposed { store: self.etcd.store() });
+        }
+        self.sequence = Some(next);
+        self.writes += 1;
+        Ok(())
+    }
+
+    fn transaction(&self, entries: Entries, next: &str) -> Txn {
+        let (leader, sequence) = (self.etcd.key(LEADER_KEY), self.etcd.key(SEQUENCE_KEY));
+        let in_order = match &self.sequence {
+            Some(last) => Compare::value(sequence.as_str(), CompareOp::Equal, last.as_str()),
+            None => Compare::version(sequence.as_str(), CompareOp::Equal, 0),
+        };
+        let mut operations = vec![TxnOp::put(sequence.as_str(), next, None)];
+        operations.extend(entries.into_all().into_iter().map(|(key, value)| match value {
+            Some(value) => TxnOp::put(self.etcd.key(&key), value, None),
+            None => TxnOp::delete(self.etcd.key(&key), None),
+        }));
+        Txn::new()
+            .when([Compare::create_revision(leader.as_str(), CompareOp::Equal, self.term), in_order])
+            .and_then(operations)
+            .or_else([TxnOp::get(leader, None), TxnOp::get(sequence, None)])
+    }
+
+    /// Whether an earlier try of the same transaction was carried out.
+    fn was_written(&self, answer: &TxnResponse, next: &str) -> bool {
+        let responses = answer.op_responses();
+        let [TxnOpResponse::Get(leader), TxnOpResponse::Get(sequence)] = responses.as_slice() else {
+            return false;
+        };
+        let leads = leader.kvs().first().is_some_and(|entry| entry.create_revision() == self.term);
+        leads && sequence.kvs().first().is_some_and(|entry| entry.value() == next.as_bytes())
+    }
+
+    async fn write_batches(&mut self, batches: &[Batch]) -> Result<(), StoreError> {
+        let mut gathered = Entries::default();
+        for batch in batches {
+            if let Some(entries) = gathered.join(self.entries(batch)?) {
+                self.write(std::mem::replace(&mut gathered, entries)).await?;
+            }
+            if !gathered.fit() {
+                self.write_by_journal(std::mem::take(&mut gathered)).await?;
+            }
+            for change in batch {
+                if let Change::DecisionsBefore(unix) = change {
+                    self.write(std::mem::take(&mut gathered)).await?;
+                    self.forget_decisions(*unix).await?;
+                }
+            }
+        }
+        self.write(gathered).await
+    }
+
+    fn entries(&self, batch: &Batch) -> Result<Entries, StoreError> {
+        let mut entries = Entries::default();
+        batch.iter().try_for_each(|change| entries.add(change)).map_err(|error| StoreError::Damaged {
+            path: place(&self.etcd),
+            what: format!("a value has no form in JSON: {error}"),
+        })?;
+        Ok(entries)
+    }
+
+    /// Removes old decisions. It need not be atomic: nothing else depends on them.
+    async fn forget_decisions(&mut self, unix: u64) -> Result<(), StoreError> {
+        let keys = keys_below(&self.etcd, DECISIONS).await?;
+        let old = keys.into_iter().filter(|key| !is_since(key, unix));
+        for part in Entries::from(old.map(|key| (key, None))).into_parts() {
+            self.write(part).await?;
+        }
+        Ok(())
+    }
+
+    async fn read_all(&self) -> Result<Loaded, StoreError> {
+        let mut documents = Documents::default();
+        for document in read_below::<Documents>(&self.etcd, DOCUMENTS).await? {
+            documents.extend(document.into_contents());
+        }
+        let revision = text_at(&self.etcd, REVISION_KEY).await?;
+        let revision = revision.map(|text| decode(&self.etcd, REVISION_KEY, text.as_bytes())).transpose()?;
+        Ok(Loaded {
+            allocations: read_below(&self.etcd, ALLOCATIONS).await?,
+            appliances: read_below(&self.etcd, APPLIANCES).await?,
+            documents,
+            revision: revision.unwrap_or(0),
+        })
+    }
+}
+
+impl MetadataStore for EtcdStore {
+    fn load(&mut self) -> Result<Loaded, StoreError> {
+        self.runtime.block_on(self.read_all())
+    }
+
+    fn commit(&mut self, batches: &[Batch]) -> Result<(), StoreError> {
+        let runtime = self.runtime.clone();
+        runtime.block_on(self.write_batches(batches))
+    }
+
+    fn decisions(&self) -> Box<dyn Decisions> {
+        Box::new(EtcdDecisions { etcd: self.etcd.clone(), runtime: self.runtime.clone() })
+    }
+}
+
+impl Decisions for EtcdDecisions {
+    fn about(&self, name: &Name, most: usize) -> Result<Vec<Decision>, StoreError> {
+        let key = self.etcd.key(&decisions_about(name));
+        let options = GetOptions::new()
+            .with_prefix()
+            .with_limit(i64::try_from(most).unwrap_or(i64::MAX))
+            .with_sort(SortTarget::Key, SortOrder::Descend);
+        let found = self.runtime.block_on(get(&self.etcd, &key, options))?;
+        found.kvs().iter().map(|entry| decode_entry(&self.etcd, entry)).collect()
+    }
+}
+
+async fn get(etcd: &Etcd, key: &str, options: GetOptions) -> Result<GetResponse, StoreError> {
+    let asked = etcd.ask(LIMIT, async |member: Client| {
+        member.kv_client().max_decoding_message_size(ANSWER_LEN_MAX).get(key, Some(options.clone())).await
+    });
+    asked.await.map_err(|source: EtcdError| StoreError::Etcd { doing: "read", source: Box::new(source) })
+}
+
+async fn text_at(etcd: &Etcd, name: &str) -> Result<Option<String>, StoreError> {
+    let found = get(etcd, &etcd.key(name), GetOptions::new()).await?;
+    Ok(found.kvs().first().map(|entry| String::from_utf8_lossy(entry.value()).into_owned()))
+}
+
+/// Every entry whose key begins so, a page at a time. Nobody but this leader writes meanwhile.
+async fn entries_below(etcd: &Etcd, name: &str, options: GetOptions) -> Result<Vec<KeyValue>, StoreError> {
+    let mut from = etcd.key(name).into_bytes();
+    let end = after(&from);
+    let mut all = Vec::new();
+    loop {
+        let page = options.clone().with_range(end.clone()).with_limit(PAGE);
+        let key = String::from_utf8_lossy(&from).into_owned();
+        let mut found = get(etcd, &key, page).await?;
+        let entries = found.take_kvs();
+        if let Some(last) = entries.last() {
+            from = [last.key(), b"\0"].concat();
+        }
+        let is_last = entries.len() < PAGE as usize;
+        all.extend(entries);
+        if is_last {
+            return Ok(all);
+        }
+    }
+}
+
+/// The first key that does not begin so, for what ends with a slash.
+fn after(prefix: &[u8]) -> Vec<u8> {
+    let mut end = prefix.to_vec();
+    if let Some(last) = end.last_mut() {
+        *last += 1;
+    }
+    end
+}
+
+/// The keys below a name, without the prefix of all.
+async fn keys_below(etcd: &Etcd, name: &str) -> Result<Vec<String>, StoreError> {
+    let entries = entries_below(etcd, name, GetOptions::new().with_keys_only()).await?;
+    let prefix = etcd.key("");
+    let key = |entry: &KeyValue| Some(entry.key_str().ok()?.strip_prefix(&prefix)?.to_owned());
+    Ok(entries.iter().filter_map(key).collect())
+}
+
+async fn read_below<T: DeserializeOwned>(etcd: &Etcd, name: &str) -> Result<Vec<T>, StoreError> {
+    let entries = entries_below(etcd, name, GetOptions::new()).await?;
+    entries.iter().map(|entry| decode_entry(etcd, entry)).collect()
+}
+
+fn decode_entry<T: DeserializeOwned>(etcd: &Etcd, entry: &KeyValue) -> Result<T, StoreError> {
+    decode(etcd, &String::from_utf8_lossy(entry.key()), entry.value())
+}
+
+fn decode<T: DeserializeOwned>(etcd: &Etcd, what: &str, value: &[u8]) -> Result<T, StoreError> {
+    serde_json::from_slice(value).map_err(|error| StoreError::Damaged {
+        path: place(etcd),
+        what: format!("the value of {what} cannot be read: {error}"),
+    })
+}
+
+fn place(etcd: &Etcd) -> PathBuf {
+    etcd.store().into()
+}
