@@ -406,6 +406,8 @@ fn new_service() -> Service {
         reserve_ttl: Duration::from_secs(60),
         reclaim_grace: Duration::from_secs(300),
         keep_decisions: Duration::from_secs(86_400),
+        reconcile: Duration::from_secs(60),
+        garbage_grace: Duration::from_secs(3600),
     };
     Service::new(settings, Box::new(xpm_control::random::fill))
 }

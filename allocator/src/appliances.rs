@@ -41,6 +41,7 @@ impl Appliances {
         let client = client.with_limit(LIMIT);
         match call {
             Call::Status => Ok(Answer::Status(Box::new(client.get("/v1/status").await.map_err(failed)?))),
+            Call::Grants => Ok(Answer::Grants(client.get("/v1/grants").await.map_err(failed)?)),
             Call::Reserve(reserve) => reserve_regions(client, &reserve).await,
             Call::Commit(id, commit) => commit_grant(&client, id, &commit).await,
             Call::Revoke(id) => revoke(&client, id).await.map(|()| Answer::Done),

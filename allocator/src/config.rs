@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
-use clap::Parser;
+use clap::{Parser, Subcommand};
 use serde::Deserialize;
 use xpm_control::client::Client;
 use xpm_control::listen::Place;
@@ -21,6 +21,10 @@ const HEARTBEAT: Duration = Duration::from_secs(5);
 const HEARTBEAT_OF_SEVERAL: Duration = Duration::from_secs(1);
 /// Grace of an allocation that gives way, where nobody says another.
 const RECLAIM_GRACE: Duration = Duration::from_secs(300);
+/// Time between two looks at what an appliance has, where nobody says another.
+const RECONCILE: Duration = Duration::from_secs(60);
+/// How long garbage is left alone, where nobody says otherwise.
+const GARBAGE_GRACE: Duration = Duration::from_secs(3600);
 /// How long decisions are kept, where nobody says otherwise.
 const KEEP_DECISIONS: Duration = Duration::from_secs(400 * 24 * 3600);
 
@@ -63,9 +67,41 @@ pub struct Options {
     /// How long decisions are kept for `xpm alloc explain` [default: 400days]
     #[arg(long, value_name = "DURATION")]
     keep_decisions: Option<Span>,
+    /// Time between two looks at what each appliance has [default: 60s]
+    #[arg(long, value_name = "DURATION")]
+    reconcile: Option<Span>,
+    /// How long memory that an appliance has granted and no record knows is left alone before it is freed
+    /// [default: 1h]
+    #[arg(long, value_name = "DURATION")]
+    garbage_grace: Option<Span>,
     /// Configuration file (TOML); options of the command line win over it
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+    #[command(subcommand)]
+    task: Option<Task>,
+}
+
+/// What is done instead of serving.
+#[derive(Debug, Clone, PartialEq, Eq, Subcommand)]
+pub enum Task {
+    /// Puts a backup (`xpm backup`) into an empty data directory, and ends
+    Restore {
+        /// The backup
+        file: PathBuf,
+    },
+    /// Makes the metadata anew out of what appliances and clients know, in an empty data directory, and ends
+    ///
+    /// Nothing in use is disturbed. Appliances tell what each grant is part of; the state directories of
+    /// xpm-blk (or copies of them) tell the keys of what is in use. Where keys are missing, they are made anew when
+    /// an allocation is attached next.
+    Recover {
+        /// Control interface of an appliance; can be given several times
+        #[arg(long = "from-network", value_name = "URL", required = true, num_args = 1..)]
+        appliances: Vec<String>,
+        /// State directory of an xpm-blk, such as /var/lib/xpm-blk; can be given several times
+        #[arg(long, value_name = "DIRECTORY")]
+        client_state: Vec<PathBuf>,
+    },
 }
 
 /// The configuration file: the same options, each with the name of its flag.
@@ -82,6 +118,8 @@ struct FileOptions {
     reserve_ttl: Option<Span>,
     reclaim_grace: Option<Span>,
     keep_decisions: Option<Span>,
+    reconcile: Option<Span>,
+    garbage_grace: Option<Span>,
 }
 
 /// What the allocator runs with.
@@ -104,6 +142,12 @@ pub struct Config {
     pub reclaim_grace: Duration,
     /// How long decisions are kept; at least a day.
     pub keep_decisions: Duration,
+    /// Time between two looks at what an appliance has; 1 s to 1 h.
+    pub reconcile: Duration,
+    /// How long memory that no record knows is left alone.
+    pub garbage_grace: Duration,
+    /// What is done instead of serving.
+    pub task: Option<Task>,
 }
 
 /// Where the metadata is.
@@ -145,12 +189,16 @@ impl Options {
             reserve_ttl: self.reserve_ttl.or(file.reserve_ttl).map_or(Duration::from_secs(60), |span| span.0),
             reclaim_grace: self.reclaim_grace.or(file.reclaim_grace).map_or(RECLAIM_GRACE, |span| span.0),
             keep_decisions: self.keep_decisions.or(file.keep_decisions).map_or(KEEP_DECISIONS, |span| span.0),
+            reconcile: self.reconcile.or(file.reconcile).map_or(RECONCILE, |span| span.0),
+            garbage_grace: self.garbage_grace.or(file.garbage_grace).map_or(GARBAGE_GRACE, |span| span.0),
+            task: self.task,
         };
         ensure!(
             config.keep_decisions >= DAY,
             "keep-decisions is at least 1day, not {}",
             Span(config.keep_decisions)
         );
+        check_range("reconcile", config.reconcile, Duration::from_secs(1))?;
         check_range("heartbeat", config.heartbeat, Duration::from_millis(100))?;
         check_range("reserve-ttl", config.reserve_ttl, Duration::from_secs(30))?;
         Ok(config)
@@ -199,6 +247,8 @@ impl Config {
             reserve_ttl: self.reserve_ttl,
             reclaim_grace: self.reclaim_grace,
             keep_decisions: self.keep_decisions,
+            reconcile: self.reconcile,
+            garbage_grace: self.garbage_grace,
         }
     }
 }

@@ -234,6 +234,11 @@ impl Inventory {
         })
     }
 
+    /// What is remembered of all.
+    pub fn records(&self) -> Vec<ApplianceRecord> {
+        self.appliances.keys().filter_map(|id| self.record(*id)).collect()
+    }
+
     /// That it is being emptied.
     pub fn draining(&self, id: ApplianceId) -> Option<DrainRecord> {
         self.appliances.get(&id).and_then(|entry| entry.drain)

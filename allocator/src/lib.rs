@@ -15,6 +15,7 @@ pub mod etcd;
 pub mod inventory;
 mod leadership;
 pub mod policy;
+pub mod recover;
 mod server;
 pub mod service;
 pub mod store;
@@ -24,6 +25,7 @@ mod testing;
 pub mod usage;
 
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use anyhow::Context as _;
 use xpm_control::listen::Listener;
@@ -31,12 +33,17 @@ use xpm_control::server::Office;
 use xpm_control::shutdown::Shutdown;
 use xpm_control::token::Token;
 
-use crate::config::{Config, Storage};
+use crate::config::{Config, Storage, Task};
 use crate::etcd::{Address, Election, Etcd};
 use crate::leadership::Candidate;
+use crate::recover::Sources;
+use crate::store::backup::Backup;
 
-/// Runs the allocator until a signal ends it.
+/// Runs the allocator until a signal ends it, or does the task that it is started for.
 pub async fn run(config: Config) -> anyhow::Result<()> {
+    if let Some(task) = &config.task {
+        return carry_out(task, &config).await;
+    }
     let shutdown = Shutdown::catch().context("cannot catch signals")?;
     let token = config.token()?;
     config.listen.check_exposure(token.is_some(), config.insecure)?;
@@ -92,4 +99,31 @@ fn announce(config: &Config, listener: &Listener, metadata: &str) {
 async fn told_to_end(mut shutdown: Shutdown) {
     let signal = shutdown.signalled().await;
     tracing::info!("{signal}: ending");
+}
+
+/// Fills an empty data directory.
+async fn carry_out(task: &Task, config: &Config) -> anyhow::Result<()> {
+    let Storage::Data(directory) = &config.storage else {
+        anyhow::bail!("this fills a data directory: give --data; for etcd there is `etcdctl snapshot`");
+    };
+    let mut store = store::redb::RedbStore::open(directory)?;
+    let backup = match task {
+        Task::Restore { file } => Backup::read(file)?,
+        Task::Recover { appliances, client_state } => {
+            let sources = Sources {
+                appliances: appliances.clone(),
+                client_state: client_state.clone(),
+                token: config.token()?,
+            };
+            let unix =
+                SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
+            let recovered = recover::recover(&sources, unix).await?;
+            recovered.lines.iter().for_each(|line| println!("{line}"));
+            recovered.backup
+        }
+    };
+    let allocations = backup.allocations.len();
+    backup.restore(&mut store)?;
+    println!("{allocations} allocations are in {}", directory.display());
+    Ok(())
 }

@@ -157,7 +157,10 @@ fn life_routes(handle: Handle) -> Router {
     };
     let [resize, transfer, orders, report, drain, end_drain] = std::array::from_fn(|_| ask.clone());
     let [rebalance, rebalancing, pause, end_rebalance] = std::array::from_fn(|_| ask.clone());
+    let [garbage, backup] = std::array::from_fn(|_| ask.clone());
     Router::new()
+        .route("/v1/backup", get(async move || answer(backup(Request::Backup).await)))
+        .route("/v1/garbage", get(async move || answer(garbage(Request::Garbage).await)))
         .route(
             "/v1/allocations/{name}/size",
             put(async move |Path(name): Path<Name>, Json(resize_to): Json<Resize>| {

@@ -23,6 +23,7 @@ mod commit;
 mod documents;
 mod drain;
 mod events;
+mod garbage;
 mod lease;
 mod message;
 mod metrics;
@@ -71,6 +72,10 @@ pub struct Settings {
     pub reclaim_grace: Duration,
     /// How long decisions are kept.
     pub keep_decisions: Duration,
+    /// Time between two looks at what an appliance has.
+    pub reconcile: Duration,
+    /// How long memory that no record knows is left alone.
+    pub garbage_grace: Duration,
 }
 
 /// Fills with random bytes fit for keys.
@@ -104,6 +109,7 @@ pub struct Service {
     /// Appliances that are being emptied.
     drains: BTreeMap<ApplianceId, drain::Draining>,
     balancing: rebalance::Balancing,
+    found: garbage::Found,
     /// When old decisions were forgotten last.
     pruned: u64,
     /// What an account without memory has on appliances.
@@ -131,6 +137,8 @@ struct Entry {
     side: change::Side,
     /// That it is to go to another client.
     hand_over: Option<orders::HandingOver>,
+    /// What appliances do not have any more.
+    lost: garbage::Lost,
 }
 
 /// A client, with its round-trip times ready for decisions.
@@ -165,6 +173,9 @@ enum Awaited {
     ChangeReserved(AllocationId, usize),
     ChangeCommitted(AllocationId, usize),
     ChangeCopied(AllocationId),
+    GrantsListed(ApplianceId),
+    /// Nobody waits for it.
+    Ignored,
     Sampled {
         asked: u64,
         appliance: ApplianceId,
@@ -210,6 +221,7 @@ impl Service {
             events: events::Events::default(),
             drains: BTreeMap::new(),
             balancing: rebalance::Balancing::default(),
+            found: garbage::Found::default(),
             pruned: 0,
             nothing: HashMap::new(),
             awaited: HashMap::new(),
@@ -248,6 +260,7 @@ impl Service {
         self.run_hand_overs();
         self.run_drains();
         self.run_rebalance();
+        self.look_for_garbage();
         self.end_event_waits();
         self.prune_decisions();
     }
@@ -273,6 +286,8 @@ impl Service {
             Request::Drain { id, drain } => return self.drain(reply, id, drain),
             Request::EndDrain(id) => return self.end_drain(reply, id),
             Request::Rebalance(rebalance) => return self.rebalance(reply, rebalance),
+            Request::Backup => Ok(Outcome::Backup(Box::new(self.backup()))),
+            Request::Garbage => Ok(Outcome::Garbage(self.list_garbage())),
             Request::Rebalancing => Ok(Outcome::Rebalance(self.rebalancing())),
             Request::PauseRebalance(pause) => Ok(Outcome::Rebalance(self.pause_rebalance(pause.paused))),
             Request::EndRebalance => return self.end_rebalance(reply),
@@ -356,6 +371,7 @@ impl Service {
             let line = format!("appliance {} ({id}) is up at {control}", self.inventory.name(id));
             self.tell_of_appliance("appliance-up", id, false, line);
             self.hasten_purges(id);
+            self.look_soon(id);
         }
         let outcome = Outcome::Heartbeat(HeartbeatAnswer { interval: Span(self.settings.interval) });
         match self.inventory.record(id).filter(|_| heard.changed) {
@@ -428,6 +444,8 @@ impl Service {
             Some(Awaited::ChangeReserved(id, grant)) => self.change_reserved(id, grant, result),
             Some(Awaited::ChangeCommitted(id, grant)) => self.change_committed(id, grant, result),
             Some(Awaited::ChangeCopied(id)) => self.change_copied(id, result),
+            Some(Awaited::GrantsListed(id)) => self.grants_listed(id, result),
+            Some(Awaited::Ignored) => {}
             Some(Awaited::Sampled { asked, appliance }) => self.sampled(asked, appliance, result),
             _ => unreachable!("a call is answered once, as a call"),
         }
@@ -462,6 +480,7 @@ impl Service {
             counted,
             side: change::Side::default(),
             hand_over: None,
+            lost: garbage::Lost::default(),
         };
         self.allocations.insert(id, entry);
         self.set_timer(id);

@@ -230,6 +230,7 @@ impl Table {
             len: ByteSize(regions.iter().map(|region| region.len.0).sum()),
             resident: ByteSize(regions.iter().map(|region| region.resident.0).sum()),
             connections,
+            descriptor: grant.descriptor.clone(),
         })
     }
 

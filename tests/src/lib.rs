@@ -210,6 +210,24 @@ impl Cluster {
         self.dir.path()
     }
 
+    /// Kills the allocator and throws its metadata away; a task of it, such as `restore`, then has to go well and
+    /// make them anew, and it is started again. What the task said.
+    ///
+    /// # Panics
+    /// When the task fails, or the allocator does not come up.
+    pub fn replace_metadata(&mut self, task: &[&str]) -> String {
+        self.allocator.kill();
+        let data = self.dir.path().join("allocator");
+        std::fs::remove_dir_all(&data).expect("the metadata can be removed");
+        let mut command = Command::new(programs().join("xpm-allocator"));
+        let output = command.arg("--data").arg(&data).args(task).output().expect("it can be started");
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(output.status.success(), "{task:?}: {said}{}", String::from_utf8_lossy(&output.stderr));
+        self.restart_allocator();
+        self.wait_up();
+        said
+    }
+
     /// Kills the allocator and starts it again on what it kept.
     pub fn restart_allocator(&mut self) {
         self.allocator.kill();
@@ -338,6 +356,10 @@ fn start_allocator(dir: &Path, port: u16, environment: &[(String, String)]) -> D
         "300ms".to_owned(),
         "--reclaim-grace".to_owned(),
         "2s".to_owned(),
+        "--reconcile".to_owned(),
+        "1s".to_owned(),
+        "--garbage-grace".to_owned(),
+        "4s".to_owned(),
     ];
     let mut daemon = Daemon::start_with(dir, "allocator", "xpm-allocator", &arguments, environment);
     daemon.wait_ready(|| http_get(port, "/v1/status"));

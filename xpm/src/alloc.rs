@@ -180,7 +180,7 @@ pub(crate) fn list(allocations: &[Allocation]) -> String {
         table.row([
             allocation.name.to_string(),
             allocation.size.to_string(),
-            state(allocation.state).to_owned(),
+            state_of(allocation),
             layout(&allocation.layout),
             allocation.regions.len().to_string(),
             places(allocation).len().to_string(),
@@ -192,6 +192,16 @@ pub(crate) fn list(allocations: &[Allocation]) -> String {
         ]);
     }
     table.render()
+}
+
+/// Whether it can be used, and what of it is lost.
+fn state_of(allocation: &Allocation) -> String {
+    let places = places(allocation).len();
+    match allocation.lost.len() {
+        0 => state(allocation.state).to_owned(),
+        lost if lost >= places => "lost".to_owned(),
+        _ => format!("lost on {}", allocation.lost.join(", ")),
+    }
 }
 
 fn state(state: AllocationState) -> &'static str {
@@ -239,7 +249,7 @@ fn show(allocation: &Allocation) -> String {
         ("name", allocation.name.to_string()),
         ("id", allocation.id.to_string()),
         ("size", allocation.size.to_string()),
-        ("state", state(allocation.state).to_owned()),
+        ("state", state_of(allocation)),
         ("layout", layout(&allocation.layout)),
         ("regions", format!("{} of {}", allocation.regions.len(), allocation.region_len)),
         ("owner", owned),

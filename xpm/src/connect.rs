@@ -36,16 +36,28 @@ impl Daemons {
         self.allocator_at(&self.allocator)
     }
 
+    /// An appliance, by the URL that the allocator says. Nothing is sent yet.
+    pub(crate) fn appliance(&self, url: &str) -> Result<Daemon, Failure> {
+        let client = self
+            .token()
+            .and_then(|token| Client::new(url, token).map_err(|error| Failure::other(error.to_string())))?;
+        Daemon::new(Ok(client), Who::Appliance(url.to_owned()))
+    }
+
+    fn token(&self) -> Result<Option<Token>, Failure> {
+        match &self.token_file {
+            None => Ok(None),
+            Some(path) => Token::load(path).map(Some).map_err(|error| Failure::other(chain(&error))),
+        }
+    }
+
     /// Each allocator by itself. Nothing is sent yet.
     pub(crate) fn each_allocator(&self) -> Result<Vec<Daemon>, Failure> {
         self.allocator.split(',').map(|url| self.allocator_at(url.trim())).collect()
     }
 
     fn allocator_at(&self, urls: &str) -> Result<Daemon, Failure> {
-        let token = match &self.token_file {
-            None => None,
-            Some(path) => Some(Token::load(path).map_err(|error| Failure::other(chain(&error)))?),
-        };
+        let token = self.token()?;
         let client = urls.parse().and_then(|urls: Urls| Ok(Client::one_of(&urls, token)?));
         Daemon::new(client.map(|client| client.with_patience(LEADER_LIMIT)), Who::Allocator(urls.to_owned()))
     }
@@ -192,6 +204,7 @@ impl Daemon {
 
 #[derive(Debug, Clone)]
 enum Who {
+    Appliance(String),
     Allocator(String),
     Blk(PathBuf),
 }
@@ -199,6 +212,7 @@ enum Who {
 impl Who {
     fn how_to_start(&self) -> &'static str {
         match self {
+            Who::Appliance(_) => "start xpm-appliance there",
             Who::Allocator(_) => "start xpm-allocator, or name another with --allocator or XPM_ALLOCATOR",
             Who::Blk(_) => {
                 "start it (`systemctl start xpm-blk`), or name its control socket with --blk or XPM_BLK; its socket is for \
@@ -209,6 +223,7 @@ impl Who {
 
     fn how_to_name(&self) -> &'static str {
         match self {
+            Who::Appliance(_) => "the allocator says so",
             Who::Allocator(_) => "it came from --allocator or XPM_ALLOCATOR",
             Who::Blk(_) => "it came from --blk or XPM_BLK",
         }
@@ -216,6 +231,7 @@ impl Who {
 
     fn how_to_look(&self) -> &'static str {
         match self {
+            Who::Appliance(_) => "xpm appliance list",
             Who::Allocator(_) => "xpm alloc list",
             Who::Blk(_) => "xpm blk list",
         }
@@ -231,6 +247,7 @@ impl Who {
 impl fmt::Display for Who {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Who::Appliance(url) => write!(f, "the appliance at {url}"),
             Who::Allocator(url) => write!(f, "the allocator at {url}"),
             Who::Blk(socket) => write!(f, "xpm-blk at {}", socket.display()),
         }

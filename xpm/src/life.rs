@@ -1,6 +1,9 @@
 //! What happens to allocations and appliances while they are in use: resizing, handing over, emptying,
 //! rebalancing. All of it goes on when this command ends; the commands wait to tell how it ends.
 
+use std::io::Write as _;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
@@ -187,4 +190,21 @@ impl Hints {
             self.output.hint(&line());
         }
     }
+}
+
+/// What `backup --json` prints.
+#[derive(Debug, Serialize)]
+struct BackedUp {
+    file: PathBuf,
+}
+
+/// Writes the allocator's metadata into a new file.
+pub(crate) async fn backup(file: &Path, daemons: &Daemons, output: Output) -> anyhow::Result<()> {
+    let what = || format!("cannot write {}", file.display());
+    let backup: serde_json::Value = daemons.allocator()?.get_later("/v1/backup").await?;
+    let mut open = std::fs::OpenOptions::new();
+    let mut new = open.write(true).create_new(true).mode(0o600).open(file).with_context(what)?;
+    new.write_all(&serde_json::to_vec_pretty(&backup)?).with_context(what)?;
+    new.sync_all().with_context(what)?;
+    output.print(&BackedUp { file: file.to_owned() }, |_| String::new())
 }

@@ -11,6 +11,7 @@ mod connect;
 mod doctor;
 mod events;
 mod explain;
+mod fsck;
 mod life;
 mod output;
 mod policy;
@@ -63,6 +64,8 @@ async fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Schema => output::print(&(xpm_protocol::policy::schema() + "\n"))?,
         Command::Usage => usage::run(&daemons, output).await?,
         Command::Events { follow, after } => events::run(follow, after, &daemons, output).await?,
+        Command::Backup { file } => life::backup(&file, &daemons, output).await?,
+        Command::Fsck => return fsck::run(&daemons, output).await,
         Command::Rebalance(args) => life::rebalance(&args, &daemons, output).await?,
         Command::Client(command) => client::run(command, &daemons, output).await?,
         Command::Status => return status::run(&daemons, output).await,

@@ -163,6 +163,11 @@ impl Service {
     fn commit(&mut self, id: AllocationId) {
         let Entry { record, work: Work::Creating(creation), .. } = self.entry(id) else { return };
         creation.open = record.grants.len();
+        let mut whole = AllocationRecord { phase: Phase::Ready, ..record.clone() };
+        for (grant, regions) in whole.grants.iter_mut().zip(&creation.regions) {
+            grant.regions = regions.clone();
+        }
+        let descriptor = whole.descriptor();
         let commit = |(grant, regions): (&GrantRecord, &Vec<RegionId>)| {
             let (name, key) = (record.name.clone(), grant.key.clone());
             let commit = appliance_api::Commit {
@@ -172,6 +177,7 @@ impl Service {
                 key,
                 regions: regions.clone(),
                 from: None,
+                descriptor: descriptor.clone(),
             };
             (grant.appliance, Call::Commit(grant.id, commit))
         };

@@ -16,6 +16,7 @@ use xpm_protocol::policy::DocumentName;
 use xpm_protocol::{AllocationId, ApplianceId, ClientId, GrantId, Name};
 
 use crate::store::Batch;
+use crate::store::backup::Backup;
 
 /// When an event happens.
 #[derive(Debug, Clone, Copy, Default)]
@@ -105,6 +106,8 @@ pub enum Request {
     EndDrain(ApplianceId),
     Rebalance(api::Rebalance),
     Rebalancing,
+    Garbage,
+    Backup,
     PauseRebalance(api::Pause),
     EndRebalance,
     Usage,
@@ -150,6 +153,8 @@ pub enum Outcome {
     Orders(Box<api::Orders>),
     Appliance(Box<api::Appliance>),
     Rebalance(api::RebalancePlan),
+    Garbage(Vec<api::Garbage>),
+    Backup(Box<Backup>),
 }
 
 /// What the service wants done.
@@ -177,6 +182,8 @@ pub struct Target {
 pub enum Call {
     /// Ask what it has.
     Status,
+    /// Ask which grants it has.
+    Grants,
     /// Reserve regions.
     Reserve(appliance_api::Reserve),
     /// Make reserved regions a grant, or raise the epoch of one.
@@ -201,6 +208,8 @@ pub enum Answer {
     Status(Box<appliance_api::Status>),
     /// The regions that it reserved.
     Regions(Vec<appliance_api::Region>),
+    /// Its grants.
+    Grants(Vec<appliance_api::Grant>),
     /// What a run holds.
     Digest(appliance_api::Digest),
 }

@@ -82,7 +82,7 @@ impl Service {
     }
 
     pub(super) fn raise(&mut self, id: AllocationId, mut raise: Raise) {
-        let calls = raise_calls(&self.entry(id).record);
+        let calls = raise_calls(&self.entry(id).record, &raise.owner);
         raise.open = calls.len();
         self.entry(id).work = Work::Raising(raise);
         for (index, (appliance, call)) in calls.into_iter().enumerate() {
@@ -213,7 +213,8 @@ fn check(record: &AllocationRecord, attach: &Attach) -> Result<(), ApiError> {
     }
 }
 
-fn raise_calls(record: &AllocationRecord) -> Vec<(xpm_protocol::ApplianceId, Call)> {
+fn raise_calls(record: &AllocationRecord, owner: &Owner) -> Vec<(xpm_protocol::ApplianceId, Call)> {
+    let descriptor = raised_record(record.clone(), owner.clone()).descriptor();
     let next = record.next.as_ref().expect("an epoch is recorded before it is raised");
     let call = |(grant, key): (&crate::store::record::GrantRecord, &xpm_protocol::GrantKey)| {
         let commit = Commit {
@@ -223,6 +224,7 @@ fn raise_calls(record: &AllocationRecord) -> Vec<(xpm_protocol::ApplianceId, Cal
             key: key.clone(),
             regions: grant.regions.clone(),
             from: None,
+            descriptor: descriptor.clone(),
         };
         (grant.appliance, Call::Commit(grant.id, commit))
     };

@@ -29,6 +29,8 @@ const SETTINGS: Settings = Settings {
     reserve_ttl: TTL,
     reclaim_grace: Duration::from_secs(120),
     keep_decisions: Duration::from_secs(86_400),
+    reconcile: Duration::from_secs(30),
+    garbage_grace: Duration::from_secs(600),
 };
 
 fn create(name: &str, mib: u64, stripe: Option<u32>) -> Request {

@@ -11,6 +11,8 @@ use xpm_protocol::{AllocationId, ApplianceId, ByteSize, Name, RegionId, Span};
 
 use super::{Entry, Service, Work, lease};
 use crate::inventory::whole_millis;
+use crate::store::Loaded;
+use crate::store::backup::Backup;
 use crate::store::record::{AllocationRecord, Phase};
 
 /// The refusal of a name that nothing has.
@@ -36,6 +38,17 @@ impl Service {
             capacity: ByteSize(up.iter().map(|one| one.status.capacity.0).sum()),
             free: ByteSize(free),
         }
+    }
+
+    /// Everything that is remembered, but for decisions; with keys.
+    pub(super) fn backup(&self) -> Backup {
+        let loaded = Loaded {
+            allocations: self.allocations.values().map(|entry| entry.record.clone()).collect(),
+            appliances: self.inventory.records(),
+            documents: self.policy.documents(),
+            revision: self.policy.revision(),
+        };
+        Backup::new(self.now.unix, loaded)
     }
 
     pub(super) fn list_appliances(&self) -> Vec<Appliance> {
@@ -102,6 +115,7 @@ impl Service {
             ending: lease::ending(record, self.now.unix),
             waiting: None,
             change: self.view_change(id),
+            lost: self.allocations[&id].lost.on.iter().map(|one| self.inventory.name(*one)).collect(),
             followed: self.allocations[&id].side.followed.clone(),
             refused: self.allocations[&id].side.refused.clone(),
             warnings: Vec::new(),

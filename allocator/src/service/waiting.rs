@@ -249,6 +249,7 @@ impl Service {
                 why: waiter.why.clone(),
             }),
             change: None,
+            lost: Vec::new(),
             followed: None,
             refused: None,
             warnings: Vec::new(),

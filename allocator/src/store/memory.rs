@@ -48,6 +48,15 @@ impl MetadataStore for MemoryStore {
 }
 
 impl MemoryStore {
+    /// One that has this.
+    #[cfg(test)]
+    pub(crate) fn of(loaded: Loaded) -> MemoryStore {
+        let mut store = MemoryStore::default();
+        let backup = super::backup::Backup::new(0, loaded);
+        backup.restore(&mut store).expect("it is empty");
+        store
+    }
+
     fn apply(&mut self, change: &Change) {
         match change {
             Change::Allocation(record) => {

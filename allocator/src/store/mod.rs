@@ -3,6 +3,7 @@
 //! The service decides on changes; a store makes whole batches of them durable. `docs/metadata.md`
 //! describes the stored form.
 
+pub mod backup;
 pub mod etcd;
 pub mod memory;
 pub mod record;

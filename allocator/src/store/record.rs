@@ -271,6 +271,21 @@ impl AllocationRecord {
         self.known_grants().map(|grant| grant.appliance).collect()
     }
 
+    /// What appliances keep of it for an allocator that lost its metadata: everything but keys. None where that is too
+    /// long.
+    pub fn descriptor(&self) -> Option<String> {
+        let hide = |grants: &mut Vec<GrantRecord>| {
+            grants.iter_mut().for_each(|grant| grant.key = GrantKey::from_bytes([0; 32]));
+        };
+        let mut record = AllocationRecord { next: None, reclaim: None, ..self.clone() };
+        hide(&mut record.grants);
+        if let Some(change) = &mut record.change {
+            hide(&mut change.grants);
+        }
+        let text = serde_json::to_string(&record).ok()?;
+        (text.len() <= appliance::DESCRIPTOR_LEN_MAX).then_some(text)
+    }
+
     /// It is to end: nobody owns it, and all that appliances may have of it is in its grants.
     pub fn end(&mut self) {
         self.phase = Phase::Deleting;

@@ -3,7 +3,7 @@
 use std::collections::{HashSet, VecDeque};
 
 use subtle::ConstantTimeEq as _;
-use xpm_protocol::api::appliance::Commit;
+use xpm_protocol::api::appliance::{Commit, DESCRIPTOR_LEN_MAX};
 use xpm_protocol::{AllocationId, Epoch, GrantId, GrantKey, Name, RegionId};
 
 use super::{Ledger, Refusal, State};
@@ -21,6 +21,8 @@ pub struct Grant {
     pub key: GrantKey,
     /// Its regions, in the order of the export's offsets; all of one length.
     pub regions: Vec<RegionId>,
+    /// What it is part of, as the allocator said.
+    pub descriptor: Option<String>,
     /// Its clients are being shut out: nobody is let in.
     pub closing: bool,
 }
@@ -93,13 +95,19 @@ impl<M: Clone> Ledger<M> {
     /// # Errors
     /// When it contradicts itself or what is there.
     pub fn commit(&mut self, id: GrantId, commit: &Commit) -> Result<Change, Refusal> {
-        match self.grants.get(&id) {
+        if commit.descriptor.as_ref().is_some_and(|text| text.len() > DESCRIPTOR_LEN_MAX) {
+            return Err(Refusal::Invalid(format!("a descriptor is at most {DESCRIPTOR_LEN_MAX} bytes long")));
+        }
+        match self.grants.get_mut(&id) {
             None if self.gone.known.contains(&id) => Err(Refusal::Conflict(format!(
                 "grant {id} was deleted: a grant is not made twice, use another id"
             ))),
             None => self.make_grant(id, commit).map(|()| Change::Made),
             Some(grant) => {
                 let change = compare(id, grant, commit)?;
+                if change == Change::Nothing && commit.descriptor.is_some() {
+                    grant.descriptor = commit.descriptor.clone();
+                }
                 if change == Change::Renew {
                     self.check_key(id, commit)?;
                     self.set_closing(id, true);
@@ -115,6 +123,7 @@ impl<M: Clone> Ledger<M> {
             grant.epoch = commit.epoch;
             grant.key = commit.key.clone();
             grant.name = commit.name.clone();
+            grant.descriptor = commit.descriptor.clone().or(grant.descriptor.take());
             grant.closing = false;
         }
     }
@@ -164,6 +173,7 @@ impl<M: Clone> Ledger<M> {
             epoch: commit.epoch,
             key: commit.key.clone(),
             regions: commit.regions.clone(),
+            descriptor: commit.descriptor.clone(),
             closing: false,
         };
         self.grants.insert(id, grant);

@@ -39,6 +39,7 @@ fn commit_of(allocation: AllocationId, epoch: u64, key_number: u64, regions: Vec
         key: key(key_number),
         regions,
         from: None,
+        descriptor: None,
     }
 }
 

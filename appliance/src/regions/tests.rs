@@ -47,6 +47,7 @@ fn commit(epoch: u64, key: u8, regions: Vec<RegionId>) -> Commit {
         key: GrantKey::from_bytes([key; 32]),
         regions,
         from: None,
+        descriptor: None,
     }
 }
 
@@ -186,8 +187,14 @@ fn what_was_shared_is_cleared_and_never_lent_again() {
     rustix::io::pread(&*shared[0].0, &mut found, 0).unwrap();
     assert_eq!(found, [0; 6], "who still has it sees zeros");
     rustix::io::pwrite(&*shared[0].0, b"poison", 0).unwrap();
-    granted(&table, 1);
-    let (_, next) = table.open_shared(&GrantKey::from_bytes([1; 32])).unwrap();
+    let next = table.reserve(&order(1, LEN, Duration::from_secs(60))).unwrap();
+    assert_eq!(
+        table.commit(GRANT, &commit(2, 2, vec![next[0].id])).unwrap_err().kind(),
+        ErrorKind::Conflict,
+        "a grant that was deleted is not made again"
+    );
+    table.commit(GrantId::from_u128(2), &commit(1, 2, vec![next[0].id])).unwrap();
+    let (_, next) = table.open_shared(&GrantKey::from_bytes([2; 32])).unwrap();
     rustix::io::pread(&*next[0].0, &mut found, 0).unwrap();
     assert_eq!(found, [0; 6]);
 }

@@ -26,6 +26,8 @@
 //! | `GET /v1/allocations/{name}/decisions` | | list of [`Decision`](super::decision::Decision), the newest first |
 //! | `POST /v1/decisions?all=true` | [`Create`] | [`Decision`](super::decision::Decision): a dry run, nothing is made; with `all` every appliance is named |
 //! | `GET /v1/metrics` | | text for Prometheus |
+//! | `GET /v1/backup` | | all metadata but decisions, with the keys of all grants, as `xpm-allocator restore` takes it |
+//! | `GET /v1/garbage` | | list of [`Garbage`] |
 //! | `GET /v1/usage` | | list of [`Usage`] |
 //! | `PUT /v1/clients/{name}` | [`ClientFacts`] | [`Client`] |
 //! | `GET /v1/clients` | | list of [`Client`] |
@@ -408,6 +410,9 @@ pub struct Allocation {
     /// What the owner says of the last change that it carried out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub followed: Option<String>,
+    /// Names of the appliances that have lost what it had there.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub lost: Vec<String>,
     /// Why the last change was not carried out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refused: Option<String>,
@@ -492,6 +497,25 @@ pub struct Renew {
     /// For this long from now; for the terms' whole duration where it is not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub duration: Option<Span>,
+}
+
+/// Memory that an appliance has granted and that no record of the allocator knows.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Garbage {
+    /// The appliance.
+    pub appliance: ApplianceId,
+    /// Its name.
+    pub appliance_name: String,
+    /// The grant.
+    pub grant: GrantId,
+    /// The name of the allocation that it was of.
+    pub name: Name,
+    /// Its memory in bytes.
+    pub bytes: ByteSize,
+    /// Since when it is known, seconds since 1970.
+    pub since: u64,
+    /// When it is freed unless its record is found, seconds since 1970.
+    pub frees: u64,
 }
 
 /// What an account, a client or a strategy has.

@@ -200,7 +200,14 @@ pub struct Commit {
     /// one of them is deleted, and stays as it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub from: Option<GrantId>,
+    /// What the grant is part of, for an allocator that lost its metadata: at most [`DESCRIPTOR_LEN_MAX`] bytes that
+    /// only allocators read. A repeated order replaces it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub descriptor: Option<String>,
 }
+
+/// Longest descriptor, in bytes.
+pub const DESCRIPTOR_LEN_MAX: usize = 256 << 10;
 
 /// A run of bytes of a grant's export.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -261,4 +268,7 @@ pub struct Grant {
     pub resident: ByteSize,
     /// Connections that use it now.
     pub connections: u64,
+    /// What it is part of, as the allocator said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub descriptor: Option<String>,
 }

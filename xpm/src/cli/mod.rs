@@ -118,6 +118,20 @@ Examples:
   xpm rebalance --rate 100MiB
   xpm rebalance --status")]
     Rebalance(RebalanceArgs),
+    /// Writes what the allocator remembers, but for its decisions, into a new file.
+    ///
+    /// The file has mode 0600, for it holds the keys of all grants. `xpm-allocator restore` reads it.
+    #[command(after_help = "Example:\n  xpm backup /var/backups/xpm-$(date +%F).json")]
+    Backup {
+        /// The file; it must not be there yet.
+        file: PathBuf,
+    },
+    /// Checks that what the allocator has recorded and what the appliances have agree.
+    ///
+    /// Nothing is stopped or changed. The exit status is 1 when something is wrong: memory that is lost, in two
+    /// allocations, in another ownership than recorded, or known to no record.
+    #[command(after_help = "Example:\n  xpm fsck")]
+    Fsck,
     /// Shows clients, and tells the allocator about this one.
     #[command(subcommand)]
     Client(ClientCommand),

@@ -74,6 +74,12 @@ impl Service {
             return self.open_change(id);
         }
         self.making(id).open = new.len();
+        let mut whole = change.clone();
+        whole.stage = Stage::Open;
+        for (grant, regions) in whole.grants.iter_mut().zip(&self.making(id).regions) {
+            grant.regions = regions.clone();
+        }
+        let descriptor = AllocationRecord { change: Some(Box::new(whole)), ..record.clone() }.descriptor();
         for grant in new {
             let GrantRecord { id: grant_id, appliance, key, from, .. } = &change.grants[grant];
             let commit = Commit {
@@ -83,6 +89,7 @@ impl Service {
                 key: key.clone(),
                 regions: self.making(id).regions[grant].clone(),
                 from: *from,
+                descriptor: descriptor.clone(),
             };
             let control = self.control_of(*appliance);
             let call = Call::Commit(*grant_id, commit);

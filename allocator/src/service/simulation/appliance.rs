@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::Heartbeat;
-use xpm_protocol::api::appliance::{Commit, Digest, Region, RegionState, Reserve};
+use xpm_protocol::api::appliance::{self, Commit, Digest, Region, RegionState, Reserve};
 use xpm_protocol::{AllocationId, ByteSize, Epoch, GrantId, GrantKey, RegionId};
 
 use super::super::{Answer, Call, CallError};
 use crate::store::ApplianceRecord;
-use crate::testing::appliance;
+use crate::testing::appliance as an_appliance;
 
 /// An appliance as its interface describes it.
 pub(super) struct Appliance {
@@ -47,7 +47,7 @@ pub(super) struct Granted {
 impl Appliance {
     pub(super) fn new(number: u128, capacity: u64) -> Appliance {
         Appliance {
-            record: appliance(number),
+            record: an_appliance(number),
             capacity,
             regions: BTreeMap::new(),
             grants: BTreeMap::new(),
@@ -80,6 +80,7 @@ impl Appliance {
         self.expire(now);
         match call {
             Call::Status => Ok(Answer::Status(Box::new(self.heartbeat().status))),
+            Call::Grants => Ok(Answer::Grants(self.list())),
             Call::Reserve(reserve) => self.reserve(now, reserve),
             Call::Commit(id, commit) => self.commit(*id, commit),
             Call::Revoke(id) => {
@@ -94,6 +95,21 @@ impl Appliance {
             Call::Copy(..) => unreachable!("the world copies"),
             Call::Digest(id, range) => self.digest(*id, range.offset),
         }
+    }
+
+    fn list(&self) -> Vec<appliance::Grant> {
+        let shown = |(id, grant): (&GrantId, &Granted)| appliance::Grant {
+            id: *id,
+            allocation: self.regions[&grant.regions[0]].allocation,
+            name: "a".parse().unwrap(),
+            epoch: grant.epoch,
+            regions: grant.regions.clone(),
+            len: ByteSize(grant.regions.iter().map(|region| self.regions[region].len).sum()),
+            resident: ByteSize(0),
+            connections: 0,
+            descriptor: None,
+        };
+        self.grants.iter().map(shown).collect()
     }
 
     fn digest(&self, id: GrantId, offset: u64) -> Result<Answer, CallError> {

@@ -220,3 +220,64 @@ fn requests_for_one_allocation_wait_for_each_other() {
     world.mend();
     world.check();
 }
+
+#[test]
+fn what_no_record_knows_is_freed_after_its_grace() {
+    let mut world = World::new(&[64 * MIB; 2]);
+    world.answer(create("a", 64, Some(2))).unwrap();
+    world.answer(create("kept", 32, None)).unwrap();
+    // The metadata are of before.
+    let mut loaded = world.durable.load().unwrap();
+    loaded.allocations.retain(|record| record.name.as_str() == "kept");
+    world.durable = crate::store::memory::MemoryStore::of(loaded);
+    world.crash(false);
+    let garbage = |world: &mut World| match world.answer(Request::Garbage).unwrap() {
+        Outcome::Garbage(found) => found,
+        other => panic!("{other:?}"),
+    };
+    for _ in 0..2 {
+        assert_eq!(garbage(&mut world), [], "seen once is not seen");
+        world.pass(Duration::from_secs(31));
+        world.finish();
+    }
+    world.pass(Duration::from_secs(31));
+    world.finish();
+    let found = garbage(&mut world);
+    assert_eq!(found.iter().map(|one| one.bytes.0).sum::<u64>(), 64 * MIB, "{found:?}");
+    for _ in 0..8 {
+        world.pass(Duration::from_secs(60));
+        world.finish();
+        assert_eq!(garbage(&mut world).len(), found.len(), "it has its time of grace");
+    }
+    for _ in 0..3 {
+        world.pass(Duration::from_secs(60));
+        world.finish();
+    }
+    assert_eq!(garbage(&mut world), []);
+    world.check();
+}
+
+#[test]
+fn what_an_appliance_lost_is_told() {
+    let mut world = World::new(&[64 * MIB; 2]);
+    world.answer(create("a", 64, Some(2))).unwrap();
+    let lost = |world: &mut World| match world.answer(Request::Allocations).unwrap() {
+        Outcome::Allocations(all) => all[0].lost.clone(),
+        other => panic!("{other:?}"),
+    };
+    let one = world.appliances.values_mut().next().unwrap();
+    let kept = (std::mem::take(&mut one.grants), std::mem::take(&mut one.regions));
+    for _ in 0..4 {
+        world.pass(Duration::from_secs(31));
+        world.finish();
+    }
+    assert_eq!(lost(&mut world), ["a1"]);
+    let one = world.appliances.values_mut().next().unwrap();
+    (one.grants, one.regions) = kept;
+    for _ in 0..2 {
+        world.pass(Duration::from_secs(31));
+        world.finish();
+    }
+    assert!(lost(&mut world).is_empty(), "it was found again");
+    world.check();
+}

@@ -1,0 +1,177 @@
+//! What appliances have and no record knows, and what records have and appliances do not.
+//!
+//! Every appliance is asked for its grants from time to time, and when it is heard again. A grant is durable
+//! before an appliance hears of it and stays so until it has confirmed that it is gone, so one that no
+//! record has is garbage: of an allocator whose metadata were lost or are older than it. It may be in use, and its
+//! record may be found again; so it is told, and freed only when it was seen for a time of grace.
+//! A grant that an appliance does not have any more is lost with its memory.
+//!
+//! An answer may be older than what it is compared with, so what was seen once counts for nothing.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use xpm_protocol::api::allocator::Garbage;
+use xpm_protocol::api::appliance;
+use xpm_protocol::{AllocationId, ApplianceId, ByteSize, GrantId, Name};
+
+use super::{Answer, Awaited, Call, CallError, Service, Work};
+use crate::store::record::Phase;
+
+/// What was found at appliances.
+#[derive(Debug, Default)]
+pub(super) struct Found {
+    garbage: BTreeMap<(ApplianceId, GrantId), Unknown>,
+    /// Appliances that were asked and have not answered, and when each is asked again.
+    asked: BTreeSet<ApplianceId>,
+    next: BTreeMap<ApplianceId, u64>,
+}
+
+#[derive(Debug)]
+struct Unknown {
+    name: Name,
+    bytes: u64,
+    /// Seconds since 1970.
+    since: u64,
+    times: u32,
+}
+
+/// What an allocation lacks.
+#[derive(Debug, Default)]
+pub(super) struct Lost {
+    /// Seen once.
+    suspected: BTreeSet<ApplianceId>,
+    pub(super) on: BTreeSet<ApplianceId>,
+}
+
+impl Service {
+    /// Asks those whose time it is.
+    pub(super) fn look_for_garbage(&mut self) {
+        let unix = self.now.unix;
+        let every = self.settings.reconcile.as_secs().max(1);
+        let up: Vec<ApplianceId> = self
+            .inventory
+            .pool()
+            .iter()
+            .filter(|one| one.up_until >= self.now.at)
+            .map(|one| one.id)
+            .collect();
+        for id in up {
+            let next = self.found.next.entry(id).or_insert(unix);
+            if *next > unix || !self.found.asked.insert(id) {
+                continue;
+            }
+            *next = unix.saturating_add(every);
+            let control = self.control_of(id);
+            self.call(id, control, Call::Grants, Awaited::GrantsListed(id));
+        }
+    }
+
+    /// It was away: what it has may be other than before.
+    pub(super) fn look_soon(&mut self, id: ApplianceId) {
+        self.found.next.remove(&id);
+    }
+
+    pub(super) fn grants_listed(&mut self, id: ApplianceId, result: Result<Answer, CallError>) {
+        self.found.asked.remove(&id);
+        // One that does not answer is silent soon, which is told.
+        let Ok(Answer::Grants(grants)) = result else { return };
+        self.find_garbage(id, &grants);
+        self.find_lost(id, &grants);
+    }
+
+    fn find_garbage(&mut self, id: ApplianceId, grants: &[appliance::Grant]) {
+        let known: BTreeSet<GrantId> = self.known_on(id).map(|(_, grant)| grant).collect();
+        let unknown = |grant: &&appliance::Grant| !known.contains(&grant.id);
+        let there: BTreeSet<GrantId> = grants.iter().filter(unknown).map(|grant| grant.id).collect();
+        self.found.garbage.retain(|(on, grant), _| *on != id || there.contains(grant));
+        let unix = self.now.unix;
+        for grant in grants.iter().filter(|grant| there.contains(&grant.id)) {
+            let new = Unknown { name: grant.name.clone(), bytes: grant.len.0, since: unix, times: 0 };
+            let garbage = self.found.garbage.entry((id, grant.id)).or_insert(new);
+            garbage.times += 1;
+            let (times, since) = (garbage.times, garbage.since);
+            let grace = self.settings.garbage_grace.as_secs();
+            if times == 2 {
+                let line = format!(
+                    "appliance {} has {} of `{}` that no record knows; it is freed in {grace} s, unless its record is found",
+                    self.inventory.name(id),
+                    grant.len,
+                    grant.name
+                );
+                self.tell_of_appliance("garbage-found", id, true, line);
+            }
+            if times >= 2 && since.saturating_add(grace) <= unix {
+                self.free_garbage(id, grant);
+            }
+        }
+    }
+
+    fn free_garbage(&mut self, id: ApplianceId, grant: &appliance::Grant) {
+        let appliance = self.inventory.name(id);
+        let line = format!(
+            "{} of `{}` on appliance {appliance} are freed: no record knows them",
+            grant.len, grant.name
+        );
+        self.tell_of_appliance("garbage-freed", id, false, line);
+        self.found.garbage.remove(&(id, grant.id));
+        let control = self.control_of(id);
+        self.call(id, control, Call::Revoke(grant.id), Awaited::Ignored);
+    }
+
+    /// Allocations that lack their grant on an appliance.
+    fn find_lost(&mut self, id: ApplianceId, grants: &[appliance::Grant]) {
+        let there: BTreeSet<GrantId> = grants.iter().map(|grant| grant.id).collect();
+        let settled: Vec<(AllocationId, bool)> = self
+            .allocations
+            .iter()
+            .filter(|(_, entry)| entry.record.phase == Phase::Ready && matches!(entry.work, Work::Idle))
+            .filter(|(_, entry)| entry.record.grants.iter().any(|grant| grant.appliance == id))
+            .map(|(of, entry)| {
+                let mut on_it = entry.record.grants.iter().filter(|grant| grant.appliance == id);
+                (*of, on_it.all(|grant| there.contains(&grant.id)))
+            })
+            .collect();
+        for (of, whole) in settled {
+            let lost = &mut self.entry(of).lost;
+            if whole {
+                lost.suspected.remove(&id);
+                lost.on.remove(&id);
+                continue;
+            }
+            if lost.suspected.insert(id) || !lost.on.insert(id) {
+                continue;
+            }
+            let name = self.entry(of).record.name.clone();
+            let line = format!(
+                "`{name}` has lost what it had on appliance {}: that does not have it any more",
+                self.inventory.name(id)
+            );
+            tracing::warn!("{line}");
+            self.tell("lost", &name, line);
+        }
+    }
+
+    fn known_on(&self, id: ApplianceId) -> impl Iterator<Item = (AllocationId, GrantId)> + '_ {
+        let records = self.allocations.values().map(|entry| &entry.record);
+        records.flat_map(move |record| {
+            let on_it = record.known_grants().filter(move |grant| grant.appliance == id);
+            on_it.map(|grant| (record.id, grant.id))
+        })
+    }
+
+    /// What was found and is not freed yet.
+    pub(super) fn list_garbage(&self) -> Vec<Garbage> {
+        let grace = self.settings.garbage_grace.as_secs();
+        let sure = self.found.garbage.iter().filter(|(_, garbage)| garbage.times >= 2);
+        let shown = sure.map(|((appliance, grant), garbage)| Garbage {
+            appliance: *appliance,
+            appliance_name: self.inventory.name(*appliance),
+            grant: *grant,
+            name: garbage.name.clone(),
+            bytes: ByteSize(garbage.bytes),
+            since: garbage.since,
+            frees: garbage.since.saturating_add(grace),
+        });
+        shown.collect()
+    }
+}
