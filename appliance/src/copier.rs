@@ -88,7 +88,7 @@ impl Copier {
     }
 
     fn copy_by(&self, mut link: NbdLink, lease: &Lease, order: &Copy) -> Result<Digest, CopyError> {
-        let mut digest = Digesting::default();
+        let mut digest = Digesting::new(order.range);
         let mut writes = Writes { link: &mut link, open: 0, told: Instant::now() };
         let (mut offset, end) = (order.range.offset, order.range.offset + order.range.len);
         while offset < end {
@@ -140,7 +140,7 @@ impl Copier {
 /// When the range cannot be, or the grant is revoked meanwhile.
 pub fn digest(lease: &Lease, range: Range) -> Result<Digest, CopyError> {
     check(lease, range)?;
-    let mut digest = Digesting::default();
+    let mut digest = Digesting::new(range);
     digest.look(lease, range.offset, range.len)?;
     Ok(digest.end())
 }
@@ -159,35 +159,56 @@ fn check(lease: &Lease, range: Range) -> Result<(), CopyError> {
 }
 
 /// What was looked at so far.
-#[derive(Default)]
 struct Digesting {
     hash: Xxh3,
     data: u64,
     last: Option<u64>,
+    /// End of all that is looked at.
+    end: u64,
+    /// Up to where it is known whether there is memory, and whether there is. To find that out, the kernel looks at every
+    /// page of the region behind the place that is asked for.
+    known: (u64, bool),
+    local: Vec<u8>,
 }
 
 impl Digesting {
+    fn new(range: Range) -> Digesting {
+        Digesting {
+            hash: Xxh3::new(),
+            data: 0,
+            last: None,
+            end: range.offset + range.len,
+            known: (range.offset, false),
+            local: vec![0; LOOK_LEN],
+        }
+    }
+
     /// Looks at a run of bytes. Whether any of them is not zero.
     fn look(&mut self, lease: &Lease, offset: u64, len: u64) -> Result<bool, CopyError> {
         let before = self.data;
         let (mut offset, end) = (offset, offset + len);
-        let mut local = vec![0; LOOK_LEN];
+        let mut local = std::mem::take(&mut self.local);
         while offset < end {
             let _step = lease.begin_step().ok_or(CopyError::Revoked)?;
-            let extent = lease.extent(offset, end - offset);
-            let len = (extent.len.min(end - offset) as usize).min(LOOK_LEN - offset as usize % LOOK_LEN);
-            let bytes = &mut local[..len];
-            match extent.hole {
+            if offset >= self.known.0 {
+                let extent = lease.extent(offset, self.end - offset);
+                self.known = (offset + extent.len, extent.hole);
+            }
+            let (known, hole) = self.known;
+            let len = (known.min(end) - offset) as usize;
+            let bytes = &mut local[..len.min(LOOK_LEN - offset as usize % LOOK_LEN)];
+            match hole {
                 // Looking at it would fill it with memory.
                 true => bytes.fill(0),
                 false => read(lease, offset, bytes)?,
             }
             self.hash.update(bytes);
-            if !extent.hole {
+            if !hole {
                 self.count(offset, bytes);
             }
-            offset += len as u64;
+            offset += bytes.len() as u64;
         }
+        self.local = local;
         Ok(self.data > before)
     }
 

@@ -24,6 +24,7 @@ fn fio(uri: &str, size: &str, seconds: u32) -> Child {
             "--verify=crc32c",
             "--verify_fatal=1",
             "--verify_backlog=512",
+            "--verify_state_save=0",
             "--output-format=json",
         ])
         .stdin(Stdio::null())
@@ -332,6 +333,7 @@ fn an_allocator_that_is_killed_in_the_middle_loses_nothing() {
         let (granted, taken) = granted_and_taken(&cluster);
         granted == taken
     });
+    wait_until("records and appliances agree", || cluster.xpm(&["fsck"]).status.success());
     assert_eq!(cluster.json(&["blk", "list"])[0]["counters"]["errors"], 0);
     // fio is told to end, and reports what it verified.
     let pid = rustix::process::Pid::from_raw(load.id().cast_signed()).expect("it runs");
