@@ -349,3 +349,72 @@ fn an_allocator_that_is_killed_in_the_middle_loses_nothing() {
     assert_eq!(report["jobs"][0]["error"].as_u64().unwrap_or(0), 0, "{said}");
     assert!(report["jobs"][0]["read"]["total_ios"].as_u64() > Some(100), "{said}");
 }
+
+/// The client's daemon is killed at random moments of moves; whatever it had got to, nothing that was written
+/// is lost, and the moves end.
+#[test]
+fn a_client_that_is_killed_in_the_middle_of_moves_loses_nothing() {
+    if !have("qemu-io") {
+        return;
+    }
+    const KILLS: u64 = 24;
+    let mut cluster = Cluster::start(3);
+    let uri = cluster.attach("v", "96MiB", &["--region-size", "16MiB", "--stripe", "2"], "nbd-tcp");
+    let mut random = u64::from(std::process::id()) | 1;
+    let pattern = |number: u64| format!("{} {}M 8M", number % 250 + 1, number % 12 * 8);
+    for kill in 0..KILLS {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        let appliance = format!("a{}", kill % 3);
+        cluster.ok(&["appliance", "drain", &appliance, "--no-wait"]);
+        std::thread::sleep(Duration::from_micros(random % 1_200_000));
+        cluster.restart_blk();
+        wait_until("it is shown again", || qemu_io(&uri, &["read 0 4k"]).0);
+        let (wrote, said) = qemu_io(&uri, &[&format!("write -P {}", pattern(kill))]);
+        assert!(wrote, "{said}");
+        for earlier in kill.saturating_sub(11)..=kill {
+            let (same, said) = qemu_io(&uri, &[&format!("read -P {}", pattern(earlier))]);
+            assert!(same, "after kill {kill}, what was written after kill {earlier}: {said}");
+        }
+        cluster.ok(&["appliance", "undrain", &appliance]);
+    }
+    wait_until("every change ends", || cluster.json(&["alloc", "show", "v"])["change"].is_null());
+    for earlier in KILLS - 12..KILLS {
+        assert!(qemu_io(&uri, &[&format!("read -P {}", pattern(earlier))]).0, "{earlier}");
+    }
+    wait_until("records and appliances agree", || cluster.xpm(&["fsck"]).status.success());
+    let moved = cluster.ok(&["events"]);
+    assert!(moved.matches(" changed ").count() > 3, "something moved: {moved}");
+}
+
+/// All is copied when the allocator is dead, and the client's daemon dies too: its next life writes to both
+/// places until the allocator is back and says which holds.
+#[test]
+fn a_move_that_nobody_could_end_is_ended_later() {
+    if !have("qemu-io") {
+        return;
+    }
+    let mut cluster = Cluster::start(3);
+    let uri = cluster.attach("v", "96MiB", &["--region-size", "16MiB", "--stripe", "2"], "nbd-tcp");
+    assert!(qemu_io(&uri, &["write -P 1 0 96M"]).0);
+    let from = places(&cluster, "v")[0].clone();
+    cluster.ok(&["appliance", "drain", &from, "--no-wait", "--rate", "16MiB"]);
+    std::thread::sleep(Duration::from_millis(500));
+    cluster.allocator.kill();
+    let record = cluster.dir().join("blk/devices/v.json");
+    let kept = || std::fs::read_to_string(&record).unwrap_or_default();
+    wait_until("the change is firm and written down", || kept().contains("\"change\""));
+    cluster.restart_blk();
+    wait_until("it is shown again", || qemu_io(&uri, &["read -P 1 0 96M"]).0);
+    assert!(qemu_io(&uri, &["write -P 2 0 48M", "discard 80M 16M"]).0);
+    assert!(kept().contains("\"change\""), "nobody has said which holds");
+    cluster.restart_allocator();
+    cluster.wait_up();
+    wait_until("it is moved", || !places(&cluster, "v").contains(&from));
+    wait_until("the change ends", || cluster.json(&["alloc", "show", "v"])["change"].is_null());
+    wait_until("it is forgotten", || !kept().contains("\"change\""));
+    let (same, said) = qemu_io(&uri, &["read -P 2 0 48M", "read -P 1 48M 32M", "read -P 0 80M 16M"]);
+    assert!(same, "{said}");
+    wait_until("records and appliances agree", || cluster.xpm(&["fsck"]).status.success());
+}

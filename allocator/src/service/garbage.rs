@@ -3,7 +3,7 @@
 //! Every appliance is asked for its grants from time to time, and when it is heard again. A grant is durable
 //! before an appliance hears of it and stays so until it has confirmed that it is gone, so one that no
 //! record has is garbage: of an allocator whose metadata were lost or are older than it. It may be in use, and its
-//! record may be found again; so it is told, and freed only when it was seen for a time of grace.
+//! record may be found again; so it is told, and freed only when it was seen, and used by nobody, for a time of grace.
 //! A grant that an appliance does not have any more is lost with its memory.
 //!
 //! An answer may be older than what it is compared with, so what was seen once counts for nothing.
@@ -30,7 +30,7 @@ pub(super) struct Found {
 struct Unknown {
     name: Name,
     bytes: u64,
-    /// Seconds since 1970.
+    /// Since when it is known and used by nobody, seconds since 1970.
     since: u64,
     times: u32,
 }
@@ -89,6 +89,10 @@ impl Service {
             let new = Unknown { name: grant.name.clone(), bytes: grant.len.0, since: unix, times: 0 };
             let garbage = self.found.garbage.entry((id, grant.id)).or_insert(new);
             garbage.times += 1;
+            if grant.connections > 0 {
+                // Somebody uses it: its time begins when nobody does.
+                garbage.since = unix;
+            }
             let (times, since) = (garbage.times, garbage.since);
             let grace = self.settings.garbage_grace.as_secs();
             if times == 2 {
@@ -100,7 +104,7 @@ impl Service {
                 );
                 self.tell_of_appliance("garbage-found", id, true, line);
             }
-            if times >= 2 && since.saturating_add(grace) <= unix {
+            if times >= 2 && grant.connections == 0 && since.saturating_add(grace) <= unix {
                 self.free_garbage(id, grant);
             }
         }

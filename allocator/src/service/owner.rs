@@ -67,6 +67,9 @@ impl Service {
 
     /// Records the next epoch, unless one is recorded already whose keys nobody was given.
     pub(super) fn begin_raise(&mut self, reply: ReplyTo, id: AllocationId, owner: Owner, handed_over: bool) {
+        if !handed_over {
+            self.drop_hand_over(id);
+        }
         let mut record = self.entry(id).record.clone();
         let raise = Raise { reply, owner, handed_over, open: 0, failures: Vec::new() };
         if record.next.is_some() {
