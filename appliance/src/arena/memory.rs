@@ -213,7 +213,8 @@ impl Memory {
     pub fn extent(&self, offset: u64, len: u64) -> Extent {
         let len = len.min(self.len() - offset);
         let data = Extent { len, hole: false };
-        if self.way == Way::Overwrite {
+        // Where every page is there, the kernel need not look for one that is not.
+        if self.way == Way::Overwrite || (self.way == Way::Punch && self.resident() == self.len()) {
             return data;
         }
         let start = self.place.start + offset;
