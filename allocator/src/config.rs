@@ -9,7 +9,7 @@ use serde::Deserialize;
 use xpm_control::client::Client;
 use xpm_control::listen::Place;
 use xpm_control::token::Token;
-use xpm_protocol::Span;
+use xpm_protocol::{Name, Span};
 
 use crate::etcd::Address;
 use crate::service::Settings;
@@ -74,6 +74,10 @@ pub struct Options {
     /// [default: 1h]
     #[arg(long, value_name = "DURATION")]
     garbage_grace: Option<Span>,
+    /// Announces this allocator on its network to appliances of this group that look for one
+    /// (`xpm-appliance --discover`), by multicast DNS
+    #[arg(long, value_name = "GROUP", num_args = 0..=1, require_equals = true, default_missing_value = "default")]
+    announce: Option<Name>,
     /// Configuration file (TOML); options of the command line win over it
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
@@ -120,6 +124,7 @@ struct FileOptions {
     keep_decisions: Option<Span>,
     reconcile: Option<Span>,
     garbage_grace: Option<Span>,
+    announce: Option<Name>,
 }
 
 /// What the allocator runs with.
@@ -146,6 +151,8 @@ pub struct Config {
     pub reconcile: Duration,
     /// How long memory that no record knows is left alone.
     pub garbage_grace: Duration,
+    /// Group of appliances that it announces itself to.
+    pub announce: Option<Name>,
     /// What is done instead of serving.
     pub task: Option<Task>,
 }
@@ -191,6 +198,7 @@ impl Options {
             keep_decisions: self.keep_decisions.or(file.keep_decisions).map_or(KEEP_DECISIONS, |span| span.0),
             reconcile: self.reconcile.or(file.reconcile).map_or(RECONCILE, |span| span.0),
             garbage_grace: self.garbage_grace.or(file.garbage_grace).map_or(GARBAGE_GRACE, |span| span.0),
+            announce: self.announce.or(file.announce),
             task: self.task,
         };
         ensure!(

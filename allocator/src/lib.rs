@@ -28,7 +28,9 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use anyhow::Context as _;
-use xpm_control::listen::Listener;
+use xpm_control::discover::{self, Announcement};
+use xpm_control::listen::{Listener, Place};
+use xpm_control::random;
 use xpm_control::server::Office;
 use xpm_control::shutdown::Shutdown;
 use xpm_control::token::Token;
@@ -53,6 +55,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             let listener = config.listen.bind()?;
             let (handle, driver) = driver::start(config.settings(), token.clone(), store)?;
             announce(&config, &listener, &format!("data in {}", directory.display()));
+            let _announcement = announced(&config, &own_url(&config, None, &listener))?;
             tokio::select! {
                 () = server::scaffold(handle, token).serve(listener, told_to_end(shutdown)) => Ok(()),
                 error = driver.failed() => Err(error),
@@ -72,11 +75,8 @@ async fn run_as_one_of_several(
     shutdown: Shutdown,
 ) -> anyhow::Result<()> {
     let listener = config.listen.bind()?;
-    let url = match (advertise, listener.address()) {
-        (Some(url), _) => url.to_owned(),
-        (None, Some(address)) => format!("http://{address}"),
-        (None, None) => config.listen.to_string(),
-    };
+    let url = own_url(config, advertise, &listener);
+    let _announcement = announced(config, &url)?;
     let election = Arc::new(Election::new(Etcd::new(address.clone()).await?, url.clone()));
     let office = Office::new();
     let server = server::with_office(&office, token.clone());
@@ -89,6 +89,29 @@ async fn run_as_one_of_several(
     };
     election.resign().await;
     ended
+}
+
+/// The URL that others reach this allocator by.
+fn own_url(config: &Config, advertise: Option<&str>, listener: &Listener) -> String {
+    match (advertise, listener.address()) {
+        (Some(url), _) => url.to_owned(),
+        (None, Some(address)) => format!("http://{address}"),
+        (None, None) => config.listen.to_string(),
+    }
+}
+
+/// Announces the URL to those who look for it, where that is wanted.
+fn announced(config: &Config, url: &str) -> anyhow::Result<Option<Announcement>> {
+    let Some(group) = &config.announce else { return Ok(None) };
+    let Place::Tcp(address) = &config.listen else {
+        anyhow::bail!("--announce is for an allocator that others can reach: give --listen ADDRESS:PORT");
+    };
+    anyhow::ensure!(
+        !url.contains("//0.0.0.0") && !url.contains("//[::]"),
+        "others cannot be told to reach this allocator at {url}: give --listen with one of this machine's addresses"
+    );
+    let announcement = discover::announce(url, address.port(), group, random::u128()?);
+    announcement.map(Some).context("--announce")
 }
 
 fn announce(config: &Config, listener: &Listener, metadata: &str) {

@@ -112,6 +112,10 @@ pub struct Settings {
     /// several allocators of which one leads: with all of them, with commas in between.
     #[arg(long, value_name = "URL[,URL...]")]
     allocator: Option<Urls>,
+    /// Looks for allocators on this network that announce themselves (`xpm-allocator --announce`), of this group,
+    /// and registers with them. A token is shown to whoever answers: for networks that you trust.
+    #[arg(long, value_name = "GROUP", num_args = 0..=1, require_equals = true, default_missing_value = "default", conflicts_with = "allocator")]
+    discover: Option<Name>,
 
     /// Tells clients and the allocator to reach this machine by this name or address. By default it
     /// is the address that this machine has towards the allocator.
@@ -197,6 +201,8 @@ pub struct Config {
     pub state: PathBuf,
     /// Base URLs of the allocators.
     pub allocator: Option<Urls>,
+    /// Group of the allocators that are looked for on the network.
+    pub discover: Option<Name>,
     /// Name or address to be reached by.
     pub advertise: Option<String>,
     /// The appliance's name.
@@ -244,6 +250,7 @@ impl Settings {
             shm: self.shm.or(file.shm),
             run_dir: self.run_dir.or(file.run_dir),
             state: self.state.or(file.state),
+            discover: if self.allocator.is_some() { None } else { self.discover.or(file.discover) },
             allocator: self.allocator.or(file.allocator),
             advertise: self.advertise.or(file.advertise),
             name: self.name.or(file.name),
@@ -285,6 +292,7 @@ impl Settings {
             shm: absolute(&self.shm.unwrap_or_else(|| run_dir.join("shm.sock")))?,
             state: self.state.unwrap_or_else(|| STATE_DIR.into()),
             allocator: self.allocator,
+            discover: self.discover,
             advertise: self.advertise,
             name: self.name.map_or_else(host_name, Ok)?,
             labels: self.label.into_iter().collect(),

@@ -68,7 +68,13 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let appliance = Arc::new(appliance);
     announce(&config, &identity);
 
-    let heartbeat = client.map(|client| tokio::spawn(register::run(client, identity, appliance.clone())));
+    let heartbeat = match (client, config.discover.clone()) {
+        (Some(client), _) => Some(tokio::spawn(register::run(client, identity, appliance.clone()))),
+        (None, Some(group)) => {
+            Some(tokio::spawn(register::look_for(group, token.clone(), identity, appliance.clone())))
+        }
+        (None, None) => None,
+    };
     let routes = control::routes(appliance.clone());
     let server = ControlServer::new(routes, token, Limits::default());
     server
@@ -221,7 +227,8 @@ fn announce(config: &Config, identity: &Identity) {
         identity.nbd_unix.display()
     );
     match &config.allocator {
-        None => tracing::warn!("no allocator will know this appliance: give --allocator URL"),
+        None if config.discover.is_some() => {}
+        None => tracing::warn!("no allocator will know this appliance: give --allocator URL, or --discover"),
         Some(urls) if urls.iter().any(|url| identity.is_local_only(url)) => tracing::warn!(
             "the allocator at {urls} tells clients to reach this appliance at {}, which only this machine can: give \
              --nbd ADDRESS:PORT with an address of the network",

@@ -7,8 +7,10 @@ use std::time::{Duration, Instant};
 
 use tokio::net::UdpSocket;
 use xpm_control::client::{Client, ClientError};
+use xpm_control::discover;
 use xpm_control::link;
 use xpm_control::listen::Place;
+use xpm_control::token::Token;
 use xpm_protocol::api::allocator::{Heartbeat, HeartbeatAnswer};
 use xpm_protocol::api::appliance::{Endpoints, Info, Medium, Status};
 use xpm_protocol::policy::Labels;
@@ -29,6 +31,9 @@ const BACKOFF_MAX_OF_SEVERAL: Duration = Duration::from_millis(500);
 const LIMIT_OF_SEVERAL: Duration = Duration::from_secs(3);
 /// From how much the time between tries grows.
 const BACKOFF_MIN: Duration = Duration::from_millis(250);
+/// How long an answer is waited for when an allocator is looked for, and the pause after that.
+const DISCOVER_LIMIT: Duration = Duration::from_secs(10);
+const DISCOVER_AGAIN: Duration = Duration::from_secs(1);
 /// Changes that come this close together are told together.
 const GATHER: Duration = Duration::from_millis(20);
 
@@ -75,6 +80,28 @@ pub async fn run(client: Client, identity: Identity, appliance: Arc<Appliance>) 
             () = tokio::time::sleep(pause) => {}
             () = appliance.table().news(), if link.failures == 0 => tokio::time::sleep(GATHER).await,
         }
+    }
+}
+
+/// Looks for allocators on the network until there are some, and registers with them; until cancelled.
+pub async fn look_for(group: Name, token: Option<Token>, identity: Identity, appliance: Arc<Appliance>) {
+    let mut said = false;
+    loop {
+        let line = match discover::find(&group, DISCOVER_LIMIT).await {
+            Ok(Some(urls)) => match Client::one_of(&urls, token.clone()) {
+                Ok(client) => {
+                    tracing::info!("found the allocator at {urls}");
+                    return run(client, identity, appliance).await;
+                }
+                Err(error) => error.to_string(),
+            },
+            Ok(None) => format!("no allocator of group `{group}` answers on this network"),
+            Err(error) => error.to_string(),
+        };
+        if !std::mem::replace(&mut said, true) {
+            tracing::warn!("{line}; looking on");
+        }
+        tokio::time::sleep(DISCOVER_AGAIN).await;
     }
 }
 

@@ -8,6 +8,7 @@
 
 pub mod client;
 pub mod config;
+pub mod discover;
 pub mod facts;
 pub mod host;
 pub mod link;

@@ -9,7 +9,7 @@
 //! | `GET /v1/grants` | | list of [`Grant`] |
 //! | `PUT /v1/grants/{id}` | [`Commit`] | [`Grant`] |
 //! | `DELETE /v1/grants/{id}` | | nothing; revokes, then clears and frees the regions |
-//! | `POST /v1/grants/{id}/copies` | [`Copy`] | [`Digest`] of what was copied |
+//! | `POST /v1/grants/{id}/copies` | [`struct@Copy`] | [`Digest`] of what was copied |
 //! | `POST /v1/grants/{id}/digests` | [`Range`] | [`Digest`] |
 //!
 //! Memory is given in two phases: regions are reserved with a time limit, and stay only if a
@@ -234,7 +234,7 @@ pub struct Copy {
     pub to: u64,
 }
 
-/// Most bytes that one [`Copy`] or [`Range`] is about.
+/// Most bytes that one [`struct@Copy`] or [`Range`] is about.
 pub const COPY_LEN_MAX: u64 = 64 << 20;
 
 /// What a run of bytes holds.
