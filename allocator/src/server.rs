@@ -22,6 +22,9 @@ type Done = Result<NoContent, ApiError>;
 /// Largest body, in bytes: a set of documents.
 const BODY_LEN_MAX: usize = 4 << 20;
 
+/// Most connections: each client that listens to events has one.
+const CONNECTIONS_MAX: usize = 16_384;
+
 /// Query of a removal.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -60,7 +63,7 @@ pub(crate) fn with_office(office: &Office, token: Option<Token>) -> Server {
 }
 
 fn limits() -> Limits {
-    Limits { body_len_max: BODY_LEN_MAX, ..Limits::default() }
+    Limits { body_len_max: BODY_LEN_MAX, connections_max: CONNECTIONS_MAX, ..Limits::default() }
 }
 
 /// Everything that can be asked of a service.

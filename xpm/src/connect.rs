@@ -278,6 +278,11 @@ impl Failure {
         self.unreachable || self.is(ErrorKind::NotLeader)
     }
 
+    /// Whether it may be otherwise in a moment: the daemon did not answer, ends, or does not lead.
+    pub(crate) fn may_pass(&self) -> bool {
+        self.kind.is_none() || self.is(ErrorKind::NotLeader) || self.is(ErrorKind::Unavailable)
+    }
+
     /// Whether the daemon simply does not run on this host, which is no fault by itself.
     pub(crate) fn is_not_there(&self) -> bool {
         self.not_there

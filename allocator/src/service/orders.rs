@@ -16,8 +16,9 @@ use crate::store::record::{AllocationRecord, Stage};
 
 /// How long the present owner has, where nobody says it.
 const DEADLINE: Duration = Duration::from_secs(30);
-/// Longest time that it can be given.
-const DEADLINE_MAX: Duration = Duration::from_secs(3600);
+/// Longest time that it can be given: who asked waits for it, and the control interface cuts off whoever waits for more
+/// than a minute.
+const DEADLINE_MAX: Duration = Duration::from_secs(50);
 
 /// That an allocation is to go to another client, and that its owner is asked.
 #[derive(Debug)]
@@ -165,7 +166,11 @@ impl Service {
         if entry.record.owner.is_none() || transfer.force {
             return self.begin_raise(reply, id, to, true);
         }
-        let deadline = transfer.deadline.map_or(DEADLINE, |span| span.0.min(DEADLINE_MAX));
+        let deadline = transfer.deadline.map_or(DEADLINE, |span| span.0);
+        if deadline > DEADLINE_MAX {
+            let line = format!("a deadline is at most {}", xpm_protocol::Span(DEADLINE_MAX));
+            return self.refuse(reply, ErrorKind::Invalid, line);
+        }
         let until = (self.now.at + deadline, self.now.unix + deadline.as_secs());
         self.entry(id).hand_over = Some(HandingOver { reply, to, until, heard: false });
         self.tell("hand-over", &name, format!("`{name}` is to go to {}", transfer.to));

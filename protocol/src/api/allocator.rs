@@ -173,7 +173,7 @@ pub struct Resize {
 pub struct Transfer {
     /// The new owner: a client's id, or the name under which it told of itself.
     pub to: String,
-    /// How long the present owner has to write back what it holds and to agree; default 30 s.
+    /// How long the present owner has to write back what it holds and to agree; default 30 s, at most 50 s.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deadline: Option<Span>,
     /// Do not ask the present owner, and do not mind what it says: it is dead, or is to be cut off.

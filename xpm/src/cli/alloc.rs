@@ -77,7 +77,7 @@ Examples:
         /// The new owner: the name or the id of a client (`xpm client list`).
         #[arg(long, value_name = "CLIENT")]
         to: String,
-        /// How long the present owner has to write back what it holds. [default: 30s]
+        /// How long the present owner has to write back what it holds; at most 50s. [default: 30s]
         #[arg(long, value_name = "DURATION", conflicts_with = "force")]
         deadline: Option<Span>,
         /// Cuts the present owner off without asking it.
