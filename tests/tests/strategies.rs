@@ -361,6 +361,12 @@ fn claim_9_near_by_labels_and_by_measured_round_trips() {
     apply(
         &cluster,
         "
+[[appliance]]
+name = 'a0'
+ramp-up = '0s'
+[[appliance]]
+name = 'a1'
+ramp-up = '0s'
 [[client]]
 name = 'c'
 labels = { site = 's', rack = 'r1' }

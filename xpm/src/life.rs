@@ -44,8 +44,18 @@ pub(crate) async fn resize(
     let mut now: Allocation =
         allocator.put(&format!("{path}/size"), &Resize { size }).await.with_context(cannot)?;
     let mut hints = Hints::new(output);
-    while now.change.is_some() && !no_wait {
-        hints.tell(|| now.change.as_ref().map(change_line).unwrap_or_default());
+    let mut moved = (Instant::now(), None);
+    while let Some(change) = now.change.clone().filter(|_| !no_wait) {
+        hints.tell(|| change_line(&change));
+        if moved.1.as_ref() != Some(&change) {
+            moved = (Instant::now(), Some(change));
+        } else if moved.0.elapsed() >= STUCK_AFTER {
+            bail!(
+                "`{name}` stands still on its way {}; it goes on when that is there again, and is given up when another client \
+                 takes `{name}`",
+                change_line(&change)
+            );
+        }
         tokio::time::sleep(PAUSE).await;
         now = allocator.get(&path).await.with_context(cannot)?;
     }
