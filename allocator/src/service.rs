@@ -20,6 +20,7 @@ mod audit;
 mod change;
 mod check;
 mod commit;
+mod describe;
 mod documents;
 mod drain;
 mod events;
@@ -139,6 +140,8 @@ struct Entry {
     hand_over: Option<orders::HandingOver>,
     /// What appliances do not have any more.
     lost: garbage::Lost,
+    /// What its appliances were told last that their grants are part of.
+    described: Option<describe::Fingerprint>,
 }
 
 /// A client, with its round-trip times ready for decisions.
@@ -412,6 +415,7 @@ impl Service {
         debug_assert!(link, "what is promised of links does not change");
         self.replace(id, record);
         self.set_timer(id);
+        self.describe_if_new(id);
         match after {
             AfterStore::Reserve => self.reserve(id),
             AfterStore::Ready => self.created(id),
@@ -481,6 +485,7 @@ impl Service {
             side: change::Side::default(),
             hand_over: None,
             lost: garbage::Lost::default(),
+            described: None,
         };
         self.allocations.insert(id, entry);
         self.set_timer(id);

@@ -19,6 +19,7 @@ use xpm_protocol::api::appliance::{self as appliance_api, Region};
 use xpm_protocol::{AllocationId, ApplianceId, ByteSize, Epoch, GrantId, GrantKey, RegionId, Span};
 
 use super::asking::Asked;
+use super::describe::Fingerprint;
 use super::purge::Then;
 use super::wish::{Looked, Wish};
 use super::{AfterStore, Answer, Awaited, Call, CallError, Entry, Outcome, Service, Work, audit};
@@ -161,13 +162,14 @@ impl Service {
     }
 
     fn commit(&mut self, id: AllocationId) {
-        let Entry { record, work: Work::Creating(creation), .. } = self.entry(id) else { return };
+        let Entry { record, work: Work::Creating(creation), described, .. } = self.entry(id) else { return };
         creation.open = record.grants.len();
         let mut whole = AllocationRecord { phase: Phase::Ready, ..record.clone() };
         for (grant, regions) in whole.grants.iter_mut().zip(&creation.regions) {
             grant.regions = regions.clone();
         }
         let descriptor = whole.descriptor();
+        *described = Some(Fingerprint::of(descriptor.as_deref()));
         let commit = |(grant, regions): (&GrantRecord, &Vec<RegionId>)| {
             let (name, key) = (record.name.clone(), grant.key.clone());
             let commit = appliance_api::Commit {

@@ -77,6 +77,7 @@ impl Service {
         let Ok(Answer::Grants(grants)) = result else { return };
         self.find_garbage(id, &grants);
         self.find_lost(id, &grants);
+        self.repair_descriptors(id, &grants);
     }
 
     fn find_garbage(&mut self, id: ApplianceId, grants: &[appliance::Grant]) {
@@ -125,6 +126,10 @@ impl Service {
     /// Allocations that lack their grant on an appliance.
     fn find_lost(&mut self, id: ApplianceId, grants: &[appliance::Grant]) {
         let there: BTreeSet<GrantId> = grants.iter().map(|grant| grant.id).collect();
+        for entry in self.allocations.values_mut().filter(|entry| !matches!(entry.work, Work::Idle)) {
+            // What was seen before it began to change says nothing of what it will be.
+            entry.lost.suspected.retain(|one| *one != id || entry.lost.on.contains(one));
+        }
         let settled: Vec<(AllocationId, bool)> = self
             .allocations
             .iter()

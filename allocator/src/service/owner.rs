@@ -12,6 +12,7 @@ use xpm_protocol::api::allocator::{Attach, Grant, Map, Owner};
 use xpm_protocol::api::appliance::Commit;
 use xpm_protocol::{AllocationId, ByteSize, ClientId};
 
+use super::describe::Fingerprint;
 use super::{
     AfterStore, Answer, Awaited, Call, CallError, Entry, Outcome, ReplyTo, Service, TEXT_LEN_MAX, Work,
 };
@@ -85,7 +86,9 @@ impl Service {
     }
 
     pub(super) fn raise(&mut self, id: AllocationId, mut raise: Raise) {
-        let calls = raise_calls(&self.entry(id).record, &raise.owner);
+        let descriptor = raised_record(self.entry(id).record.clone(), raise.owner.clone()).descriptor();
+        self.entry(id).described = Some(Fingerprint::of(descriptor.as_deref()));
+        let calls = raise_calls(&self.entry(id).record, descriptor.as_ref());
         raise.open = calls.len();
         self.entry(id).work = Work::Raising(raise);
         for (index, (appliance, call)) in calls.into_iter().enumerate() {
@@ -216,8 +219,10 @@ fn check(record: &AllocationRecord, attach: &Attach) -> Result<(), ApiError> {
     }
 }
 
-fn raise_calls(record: &AllocationRecord, owner: &Owner) -> Vec<(xpm_protocol::ApplianceId, Call)> {
-    let descriptor = raised_record(record.clone(), owner.clone()).descriptor();
+fn raise_calls(
+    record: &AllocationRecord,
+    descriptor: Option<&String>,
+) -> Vec<(xpm_protocol::ApplianceId, Call)> {
     let next = record.next.as_ref().expect("an epoch is recorded before it is raised");
     let call = |(grant, key): (&crate::store::record::GrantRecord, &xpm_protocol::GrantKey)| {
         let commit = Commit {
@@ -227,7 +232,7 @@ fn raise_calls(record: &AllocationRecord, owner: &Owner) -> Vec<(xpm_protocol::A
             key: key.clone(),
             regions: grant.regions.clone(),
             from: None,
-            descriptor: descriptor.clone(),
+            descriptor: descriptor.cloned(),
         };
         (grant.appliance, Call::Commit(grant.id, commit))
     };

@@ -1,11 +1,10 @@
 //! The turning point of a change, and its end.
 
 use xpm_protocol::api::allocator::ChangeKind;
-use xpm_protocol::api::appliance::Commit;
 use xpm_protocol::{AllocationId, ByteSize, Epoch};
 
 use super::super::purge::Then;
-use super::super::{AfterStore, Awaited, Call, ReplyTo, Service, Work};
+use super::super::{AfterStore, Awaited, ReplyTo, Service, Work};
 use crate::store::Change;
 use crate::store::record::{AllocationRecord, Phase, Stage};
 
@@ -66,25 +65,6 @@ impl Service {
         self.end_change(id, over);
     }
 
-    /// Tells the appliances what their grants are part of now. One that does not hear of it knows an older state.
-    fn describe_again(&mut self, id: AllocationId) {
-        let record = self.entry(id).record.clone();
-        let descriptor = record.descriptor();
-        for grant in &record.grants {
-            let commit = Commit {
-                allocation: id,
-                name: record.name.clone(),
-                epoch: record.epoch,
-                key: grant.key.clone(),
-                regions: grant.regions.clone(),
-                from: None,
-                descriptor: descriptor.clone(),
-            };
-            let control = self.control_of(grant.appliance);
-            self.call(grant.appliance, control, Call::Commit(grant.id, commit), Awaited::Ignored);
-        }
-    }
-
     /// Takes the change from the record. In the same step what only its other side had becomes a record of its own,
     /// of what is to be given back.
     pub(in super::super) fn end_change(&mut self, id: AllocationId, over: Over) {
@@ -138,7 +118,6 @@ impl Service {
         match over {
             Over::Done(reply) => {
                 self.tell("changed", &name, format!("`{name}` is changed: it has {size}"));
-                self.describe_again(id);
                 if let Some(reply) = reply {
                     self.answer_orders(reply, id);
                 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::Heartbeat;
 use xpm_protocol::api::appliance::{self, Commit, Digest, Region, RegionState, Reserve};
-use xpm_protocol::{AllocationId, ByteSize, Epoch, GrantId, GrantKey, RegionId};
+use xpm_protocol::{AllocationId, ByteSize, Epoch, GrantId, GrantKey, Name, RegionId};
 
 use super::super::{Answer, Call, CallError};
 use crate::store::ApplianceRecord;
@@ -42,6 +42,8 @@ pub(super) struct Granted {
     pub(super) epoch: Epoch,
     pub(super) key: GrantKey,
     pub(super) regions: Vec<RegionId>,
+    pub(super) name: Name,
+    pub(super) descriptor: Option<String>,
 }
 
 impl Appliance {
@@ -97,17 +99,17 @@ impl Appliance {
         }
     }
 
-    fn list(&self) -> Vec<appliance::Grant> {
+    pub(super) fn list(&self) -> Vec<appliance::Grant> {
         let shown = |(id, grant): (&GrantId, &Granted)| appliance::Grant {
             id: *id,
             allocation: self.regions[&grant.regions[0]].allocation,
-            name: "a".parse().unwrap(),
+            name: grant.name.clone(),
             epoch: grant.epoch,
             regions: grant.regions.clone(),
             len: ByteSize(grant.regions.iter().map(|region| self.regions[region].len).sum()),
             resident: ByteSize(0),
             connections: 0,
-            descriptor: None,
+            descriptor: grant.descriptor.clone(),
         };
         self.grants.iter().map(shown).collect()
     }
@@ -157,13 +159,20 @@ impl Appliance {
 
     fn commit(&mut self, id: GrantId, commit: &Commit) -> Result<Answer, CallError> {
         let refused = |line: &str| Err(CallError::Refused(ErrorKind::Conflict, line.into()));
-        let wanted =
-            Granted { epoch: commit.epoch, key: commit.key.clone(), regions: commit.regions.clone() };
+        let mut wanted = Granted {
+            epoch: commit.epoch,
+            key: commit.key.clone(),
+            regions: commit.regions.clone(),
+            name: commit.name.clone(),
+            descriptor: commit.descriptor.clone(),
+        };
         if let Some(grant) = self.grants.get_mut(&id) {
             if commit.epoch < grant.epoch || commit.regions != grant.regions {
                 return refused("an older epoch, or other regions");
             }
-            assert!(commit.epoch > grant.epoch || *grant == wanted, "one epoch has one key");
+            let same = (&grant.key, &grant.name) == (&wanted.key, &wanted.name);
+            assert!(commit.epoch > grant.epoch || same, "one epoch has one key");
+            wanted.descriptor = wanted.descriptor.or(grant.descriptor.take());
             *grant = wanted;
             return Ok(Answer::Done);
         }

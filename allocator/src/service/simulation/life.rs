@@ -14,6 +14,7 @@ use xpm_protocol::{ByteSize, ClientId, Name, RegionId, Span};
 use super::super::{Event, Outcome, ReplyTo, Request};
 use super::world::{Fate, World};
 use super::{MIB, attach, create, detach};
+use crate::store::AllocationRecord;
 use crate::store::MetadataStore as _;
 use crate::store::record::{Phase, Stage};
 
@@ -40,6 +41,8 @@ enum Move {
     Arrive(usize),
     Away(u8, bool),
     Crash(bool),
+    /// The metadata are gone, and recovered from the network.
+    LoseDisk,
 }
 
 fn moves() -> impl Strategy<Value = Move> {
@@ -61,6 +64,7 @@ fn moves() -> impl Strategy<Value = Move> {
         1 => any::<usize>().prop_map(Move::Arrive),
         1 => (0..3_u8, prop::bool::weighted(0.3)).prop_map(|(one, away)| Move::Away(one, away)),
         1 => any::<bool>().prop_map(Move::Crash),
+        1 => Just(Move::LoseDisk),
     ]
 }
 
@@ -83,6 +87,7 @@ struct Life {
     stamp: u64,
     /// Changes that an owner saw through.
     seen_through: u32,
+    lost_disk: bool,
 }
 
 fn name() -> Name {
@@ -93,8 +98,14 @@ impl Life {
     fn new() -> Life {
         let mut world = World::new(&[160 * MIB, 96 * MIB, 224 * MIB]);
         world.answer(create("v", 48, Some(1))).unwrap();
-        let mut life =
-            Life { world, owners: Default::default(), written: BTreeMap::new(), stamp: 0, seen_through: 0 };
+        let mut life = Life {
+            world,
+            owners: Default::default(),
+            written: BTreeMap::new(),
+            stamp: 0,
+            seen_through: 0,
+            lost_disk: false,
+        };
         life.ask_of(0, attach("v", 0, false));
         life.world.finish();
         life.hear(0);
@@ -165,6 +176,7 @@ impl Life {
                     one.away = away;
                 }
             }
+            Move::LoseDisk => self.lose_disk(),
             Move::Crash(arriving) => {
                 self.world.crash(arriving);
                 // Whoever waited asks again.
@@ -173,7 +185,33 @@ impl Life {
         }
     }
 
-    fn durable(&mut self) -> Option<crate::store::AllocationRecord> {
+    /// What clients know is needed only while something is on its way.
+    fn lose_disk(&mut self) {
+        let record = self.durable().expect("nothing deletes it");
+        let knows = |client: usize| {
+            let map = self.owners[client].map.as_ref()?;
+            Some((ClientId::from_u128(client as u128), map.clone()))
+        };
+        let clients: Vec<(ClientId, Map)> = (0..2).filter_map(knows).collect();
+        let owner = record.owner.as_ref().map(|owner| owner.client);
+        let has = |owner| clients.iter().any(|(id, map)| *id == owner && map.epoch == record.epoch);
+        // What no appliance heard, and no client has, is lost with the disk.
+        if !owner.is_some_and(has) && !self.world.is_told(&record) {
+            return;
+        }
+        self.world.lose_disk(clients);
+        self.owners.iter_mut().for_each(|owner| owner.asked = None);
+        let recovered = self.durable().expect("it is found");
+        let same = |one: &AllocationRecord| (one.id, one.layout, one.region_len, one.terms.clone());
+        assert_eq!(same(&record), same(&recovered));
+        assert!(recovered.epoch >= record.epoch, "no epoch is used a second time");
+        let after = recovered.owner.map(|owner| owner.client);
+        let raised = record.next.is_some();
+        assert!(owner.is_none() || raised || after == owner, "{owner:?} uses it, and {after:?} is to");
+        self.lost_disk = true;
+    }
+
+    fn durable(&mut self) -> Option<AllocationRecord> {
         let loaded = self.world.durable.load().unwrap();
         loaded.allocations.into_iter().find(|record| record.phase == Phase::Ready)
     }
@@ -337,6 +375,10 @@ proptest! {
             life.check();
         }
         life.world.mend();
+        if life.lost_disk {
+            // What was given up and forgotten is garbage.
+            (0..12).for_each(|_| life.world.mend());
+        }
         life.check();
         life.world.check();
         let open = life.durable().and_then(|record| record.change).map(|change| change.stage);

@@ -5,16 +5,19 @@ use std::time::Duration;
 
 use xpm_control::server::ApiError;
 use xpm_protocol::api::ErrorKind;
-use xpm_protocol::api::allocator::Heartbeat;
+use xpm_protocol::api::allocator::{Heartbeat, Map};
 use xpm_protocol::api::appliance::{Copy, Digest};
-use xpm_protocol::{ApplianceId, ByteSize, GrantId};
+use xpm_protocol::{ApplianceId, ByteSize, ClientId, GrantId};
 
+use super::super::describe::is_settled;
 use super::super::{Answer, Call, CallError, Effect, Event, Moment, Outcome, ReplyTo, Request, Service};
 use super::appliance::Appliance;
 use super::{SETTINGS, TTL};
+use crate::recover::Told;
+use crate::store::Loaded;
 use crate::store::MetadataStore as _;
 use crate::store::memory::MemoryStore;
-use crate::store::record::Phase;
+use crate::store::record::{AllocationRecord, GrantRecord, Phase};
 
 /// What becomes of a call.
 #[derive(Debug, Clone, Copy)]
@@ -34,6 +37,8 @@ pub(super) struct World {
     pub(super) appliances: BTreeMap<ApplianceId, Appliance>,
     /// Calls that were given up and are still on their way.
     late: Vec<(ApplianceId, Call)>,
+    /// How often the disk was lost. From then on records may be without the keys of their epoch, until the next one.
+    losses: u8,
     /// What the service wants done and is not done yet.
     pub(super) pending: VecDeque<Effect>,
     asked: u64,
@@ -49,6 +54,7 @@ impl World {
             now: Duration::ZERO,
             appliances: BTreeMap::new(),
             late: Vec::new(),
+            losses: 0,
             pending: VecDeque::new(),
             asked: 0,
             open: BTreeSet::new(),
@@ -200,6 +206,40 @@ impl World {
         }
     }
 
+    /// The allocator and its disk are gone. A new one is recovered from the appliances, all of which are there, and
+    /// from what clients have; that takes longer than any order is on its way.
+    pub(super) fn lose_disk(&mut self, clients: Vec<(ClientId, Map)>) {
+        self.appliances.values_mut().for_each(|one| one.away = false);
+        self.late.clear();
+        self.losses += 1;
+        let mut told = Told::default();
+        for (id, one) in &self.appliances {
+            one.list().into_iter().for_each(|grant| told.take(&id.to_string(), grant));
+        }
+        clients.into_iter().for_each(|(client, map)| told.take_map(Some(client), map));
+        let (losses, mut count) = (self.losses, 0_u8);
+        let mut dice = |bytes: &mut [u8]| {
+            count += 1;
+            bytes.fill(count);
+            bytes[0] = losses;
+            Ok(())
+        };
+        let (allocations, _) = told.put_together(self.now.as_secs(), &mut dice).unwrap();
+        self.durable = MemoryStore::of(Loaded { allocations, ..Loaded::default() });
+        self.crash(false);
+        self.beat();
+        self.finish();
+    }
+
+    /// Whether the appliances of an allocation know what it is.
+    pub(super) fn is_told(&self, record: &AllocationRecord) -> bool {
+        let told = |grant: &GrantRecord| {
+            let held = self.appliances[&grant.appliance].grants.get(&grant.id);
+            held.is_some_and(|held| held.descriptor == record.descriptor())
+        };
+        is_settled(record) && record.grants.iter().all(told)
+    }
+
     pub(super) fn pass(&mut self, time: Duration) {
         self.now += time;
         self.beat();
@@ -228,10 +268,14 @@ impl World {
             for (index, grant) in record.known_grants().enumerate() {
                 let held = &self.appliances[&grant.appliance].grants[&grant.id];
                 assert_eq!(held.regions, grant.regions);
+                let holds = record.grants.iter().any(|one| one.id == grant.id);
+                let told = held.descriptor == record.descriptor();
+                assert!(told || !holds || !is_settled(record), "what grant {} is part of", grant.id);
                 let now = (record.epoch, &grant.key);
                 let next = record.next.as_ref().and_then(|next| Some((next.epoch, next.keys.get(index)?)));
+                let unknown = self.losses > 0 && next.is_some() && held.epoch <= record.epoch;
                 assert!(
-                    now == (held.epoch, &held.key) || next == Some((held.epoch, &held.key)),
+                    unknown || now == (held.epoch, &held.key) || next == Some((held.epoch, &held.key)),
                     "{}",
                     record.name
                 );
