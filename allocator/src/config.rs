@@ -105,6 +105,10 @@ pub enum Task {
         /// State directory of an xpm-blk, such as /var/lib/xpm-blk; can be given several times
         #[arg(long, value_name = "DIRECTORY")]
         client_state: Vec<PathBuf>,
+        /// Goes on where an appliance does not answer. What is on that one alone is not recovered, and is taken for
+        /// garbage when it is back
+        #[arg(long)]
+        partial: bool,
     },
 }
 

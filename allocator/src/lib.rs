@@ -132,10 +132,11 @@ async fn carry_out(task: &Task, config: &Config) -> anyhow::Result<()> {
     let mut store = store::redb::RedbStore::open(directory)?;
     let backup = match task {
         Task::Restore { file } => Backup::read(file)?,
-        Task::Recover { appliances, client_state } => {
+        Task::Recover { appliances, client_state, partial } => {
             let sources = Sources {
                 appliances: appliances.clone(),
                 client_state: client_state.clone(),
+                partial: *partial,
                 token: config.token()?,
             };
             let unix =

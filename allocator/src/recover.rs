@@ -13,7 +13,7 @@ mod tests;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use serde::Deserialize;
 use xpm_control::client::Client;
 use xpm_control::token::Token;
@@ -31,6 +31,8 @@ pub struct Sources {
     pub appliances: Vec<String>,
     /// State directories of xpm-blk, or copies of them.
     pub client_state: Vec<PathBuf>,
+    /// Whether to go on without what some appliance has, because it does not answer.
+    pub partial: bool,
     /// Shown to appliances.
     pub token: Option<Token>,
 }
@@ -63,11 +65,21 @@ struct ClientMap {
 /// Asks every source and puts together what they say.
 ///
 /// # Errors
-/// When a client's directory cannot be read, or no random number can be had.
+/// When an appliance does not answer, unless that is accepted; when a client's directory cannot be read, or no random
+/// number can be had.
 pub async fn recover(sources: &Sources, unix: u64) -> anyhow::Result<Recovered> {
     let mut told = Told::default();
     for url in &sources.appliances {
-        told.ask(url, sources.token.clone()).await;
+        match told.ask(url, sources.token.clone()).await {
+            Err(error) if sources.partial => {
+                told.lines.push(format!("appliance {url} tells nothing: {error}"));
+            }
+            // What is on it alone would be taken for garbage when it is back, and freed.
+            Err(error) => bail!(
+                "appliance {url} tells nothing: {error}; bring it back, or go on with --partial, without what it has"
+            ),
+            Ok(()) => {}
+        }
     }
     for directory in &sources.client_state {
         told.read(directory)?;
@@ -78,19 +90,13 @@ pub async fn recover(sources: &Sources, unix: u64) -> anyhow::Result<Recovered> 
 }
 
 impl Told {
-    async fn ask(&mut self, url: &str, token: Option<Token>) {
-        let client = Client::new(url, token).map_err(|error| error.to_string());
-        let grants: Result<Vec<Grant>, String> = match client {
-            Ok(client) => client.get("/v1/grants").await.map_err(|error| xpm_control::error_line(&error)),
-            Err(error) => Err(error),
-        };
-        match grants {
-            Ok(grants) => {
-                self.lines.push(format!("appliance {url} has {} grants", grants.len()));
-                grants.into_iter().for_each(|grant| self.take(url, grant));
-            }
-            Err(error) => self.lines.push(format!("appliance {url} tells nothing: {error}")),
-        }
+    async fn ask(&mut self, url: &str, token: Option<Token>) -> Result<(), String> {
+        let client = Client::new(url, token).map_err(|error| error.to_string())?;
+        let grants = client.get::<Vec<Grant>>("/v1/grants").await;
+        let grants = grants.map_err(|error| xpm_control::error_line(&error))?;
+        self.lines.push(format!("appliance {url} has {} grants", grants.len()));
+        grants.into_iter().for_each(|grant| self.take(url, grant));
+        Ok(())
     }
 
     /// Takes what the appliance at this URL says of a grant.

@@ -4,6 +4,9 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use serde_json::Value;
+use xpm_control::client::Client;
+use xpm_protocol::api::appliance::{Commit, Grant};
+use xpm_protocol::{Epoch, GrantKey};
 use xpm_tests::{Cluster, have, wait_until};
 
 fn verified_load(uri: &str, seconds: u32) -> Child {
@@ -120,4 +123,84 @@ fn memory_that_an_appliance_lost_is_shown() {
     std::thread::sleep(Duration::from_millis(100));
     cluster.ok(&["alloc", "delete", "half"]);
     wait_until("nothing is wrong", || fsck(&cluster).0);
+}
+
+#[test]
+fn who_uses_it_is_its_owner_after_a_recovery() {
+    if !have("qemu-io") {
+        return;
+    }
+    let mut cluster = Cluster::start(2);
+    let second = cluster.second_client();
+    let uri = cluster.attach("plain", "32MiB", &["--stripe", "2"], "nbd-tcp");
+    assert!(qemu_io(&uri, "write -P 0x21 0 32M"));
+    let before = cluster.json(&["alloc", "show", "plain"]);
+    let controls = controls(&cluster);
+    let state = cluster.dir().join("blk").display().to_string();
+    let socket = format!("nbd-socket={}", cluster.dir().join("second.sock").display());
+    let network: Vec<&str> =
+        ["recover", "--from-network"].into_iter().chain(controls.iter().map(String::as_str)).collect();
+    let with_keys = [network.as_slice(), &["--client-state", &state]].concat();
+    for (task, made_anew) in [(network, true), (with_keys, false)] {
+        // Nothing of it was moved or resized: only its first owner was told.
+        let said = cluster.replace_metadata(&task);
+        assert_eq!(said.contains("its keys are made anew"), made_anew, "{said}");
+        let after = cluster.json(&["alloc", "show", "plain"]);
+        assert_eq!(before["owner"], after["owner"]);
+        let (fine, found) = fsck(&cluster);
+        assert!(fine, "{found}");
+        let taken = cluster.xpm_of_second(&["blk", "attach", "plain", "--as", &socket]);
+        let line = String::from_utf8_lossy(&taken.stderr).into_owned();
+        assert!(!taken.status.success() && line.contains("in use by"), "{line}");
+        assert!(cluster.refused(&["alloc", "delete", "plain"]).contains("in use by"));
+        assert!(qemu_io(&uri, "read -P 0x21 0 32M"), "who uses it notices nothing");
+    }
+    cluster.ok(&["blk", "detach", "plain"]);
+    let taken = cluster.xpm_of_second(&["blk", "attach", "plain", "--as", &socket]);
+    assert!(taken.status.success(), "{}", String::from_utf8_lossy(&taken.stderr));
+    let uri = format!("nbd+unix:///plain?socket={}", cluster.dir().join("second.sock").display());
+    assert!(qemu_io(&uri, "read -P 0x21 0 32M"));
+    drop(second);
+}
+
+/// Raises the epoch of the only grant of the appliance at this URL, which no allocator wanted.
+fn raise_behind_its_back(control: &str) {
+    let client = Client::new(control, None).expect("a URL");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let raised = runtime.block_on(async {
+        let grants: Vec<Grant> = client.get("/v1/grants").await?;
+        let grant = &grants[0];
+        let commit = Commit {
+            allocation: grant.allocation,
+            name: grant.name.clone(),
+            epoch: grant.epoch.next(),
+            key: GrantKey::from_bytes([9; 32]),
+            regions: grant.regions.clone(),
+            from: None,
+            descriptor: None,
+        };
+        client.put::<_, Grant>(&format!("/v1/grants/{}", grant.id), &commit).await
+    });
+    assert_eq!(raised.expect("it is raised").epoch, Epoch(2));
+}
+
+#[test]
+fn fsck_sees_another_epoch_and_what_it_cannot_see() {
+    let cluster = Cluster::start(2);
+    cluster.ok(&["alloc", "create", "split", "--size", "64MiB", "--stripe", "2"]);
+    assert!(fsck(&cluster).0);
+    raise_behind_its_back(&controls(&cluster)[0]);
+    let (fine, found) = fsck(&cluster);
+    assert!(!fine && found.contains("`split` is at epoch 1 by the record, and at epoch 2"), "{found}");
+    cluster.appliances[1].signal(rustix::process::Signal::STOP);
+    wait_until("it is silent", || fsck(&cluster).1.contains("UNCHECKED  appliance a1"));
+    cluster.appliances[1].signal(rustix::process::Signal::CONT);
+    cluster.wait_up();
+    let json = cluster.xpm(&["fsck", "--json"]);
+    let found: Value = serde_json::from_slice(&json.stdout).expect("JSON");
+    assert_eq!(
+        (json.status.code(), found["problems"].as_array().map(Vec::len)),
+        (Some(1), Some(1)),
+        "{found}"
+    );
 }

@@ -4,7 +4,7 @@ use xpm_protocol::api::allocator::{ChangeKind, Map, Owner};
 use xpm_protocol::api::appliance::Grant;
 use xpm_protocol::{ByteSize, ClientId, Epoch, GrantId, GrantKey, RegionId};
 
-use super::Told;
+use super::{Sources, Told, recover};
 use crate::store::record::{AllocationRecord, ChangeRecord, Phase, Stage};
 use crate::testing::allocation;
 
@@ -248,4 +248,43 @@ fn a_change_that_holds_is_not_turned_back_but_for_an_owner_that_has_not_heard_of
 fn a_change_that_was_not_ready_is_given_up() {
     let (_, now, other) = changing(Stage::Preparing);
     assert_eq!(grant_of(&told(vec![now, other], Vec::new())), 1);
+}
+
+#[tokio::test]
+async fn an_appliance_that_does_not_answer_is_left_out_only_where_that_is_said() {
+    let closed = std::net::TcpListener::bind("127.0.0.1:0").and_then(|one| one.local_addr()).unwrap();
+    let mut sources = Sources { appliances: vec![format!("http://{closed}")], ..Sources::default() };
+    let error = recover(&sources, NOW).await.unwrap_err().to_string();
+    assert!(error.contains("tells nothing") && error.contains("--partial"), "{error}");
+    sources.partial = true;
+    let recovered = recover(&sources, NOW).await.unwrap();
+    assert!(recovered.lines[0].contains("tells nothing"), "{:?}", recovered.lines);
+}
+
+#[tokio::test]
+async fn the_state_of_a_client_says_who_it_is() {
+    let record = allocation(1, "a");
+    let directory = tempfile::tempdir().unwrap();
+    let devices = directory.path().join("devices");
+    std::fs::create_dir(&devices).unwrap();
+    let kept = serde_json::json!({ "version": 2, "map": map(&record), "more": 1 });
+    std::fs::write(devices.join("a.json"), kept.to_string()).unwrap();
+    std::fs::write(devices.join("a.new"), "half").unwrap();
+    std::fs::write(devices.join("b.json"), "{").unwrap();
+    let mut told = Told::default();
+    told.read(directory.path()).unwrap();
+    assert!(
+        told.lines.iter().any(|line| line.contains("whose maps these are is unknown")),
+        "{:?}",
+        told.lines
+    );
+    assert_eq!(told.lines.iter().filter(|line| line.contains("no record of a device")).count(), 1);
+    assert_eq!(told.maps[&record.id].client, None);
+    std::fs::write(directory.path().join("client-id"), format!("{CLIENT}\n")).unwrap();
+    let mut told = Told::default();
+    told.read(directory.path()).unwrap();
+    assert_eq!(told.maps[&record.id].client, Some(CLIENT));
+    std::fs::write(directory.path().join("client-id"), "x").unwrap();
+    assert!(format!("{:#}", told.read(directory.path()).unwrap_err()).contains("damaged"));
+    assert!(told.read(&devices).is_err(), "it is no state directory");
 }
