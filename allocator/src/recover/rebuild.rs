@@ -169,14 +169,15 @@ impl Site {
         version: Option<u64>,
     ) -> Option<u64> {
         let all = |grants: &[GrantRecord]| grants.iter().all(|grant| self.there.contains_key(&grant.id));
-        let new = match version {
-            Some(version) => version >= change.number,
-            None => !all(&record.grants) && all(&change.grants),
-        };
+        // A side is given back only when the other one holds, whether its owner has heard of that or not.
+        let (here, there) = (all(&record.grants), all(&change.grants));
         match change.stage {
             Stage::Preparing => None,
-            Stage::Open => new.then_some(change.number),
-            Stage::Switched => version.filter(|version| *version < change.number),
+            Stage::Open => {
+                let turned = version.is_some_and(|version| version >= change.number);
+                (turned || !here && there).then_some(change.number)
+            }
+            Stage::Switched => version.filter(|version| *version < change.number && (there || !here)),
         }
     }
 

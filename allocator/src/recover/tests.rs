@@ -223,6 +223,8 @@ fn of_a_change_the_side_holds_that_the_client_has_or_else_that_is_there() {
     assert_eq!(grant_of(&told(vec![now.clone(), other.clone()], Vec::new())), 1);
     assert_eq!(grant_of(&told(vec![other.clone()], Vec::new())), 2, "what was before is given back already");
     assert_eq!(grant_of(&told(vec![now.clone(), other.clone()], vec![map(&record)])), 1);
+    let unheard = told(vec![other.clone()], vec![map(&record)]);
+    assert_eq!(grant_of(&unheard), 2, "though its owner has not heard of that");
     let newer = Map { version: 1, ..map(&record) };
     assert_eq!(grant_of(&told(vec![now, other], vec![newer])), 2);
 }
@@ -240,6 +242,11 @@ fn a_change_that_holds_is_not_turned_back_but_for_an_owner_that_has_not_heard_of
     let (records, _) = told(both(), vec![old.clone()]);
     assert_eq!(records[0].version, 0, "the owner writes to both places until it hears");
     assert_eq!(records[0].grants[0].id, other.id);
+    assert_eq!(
+        grant_of(&told(vec![now.clone()], vec![old.clone()])),
+        1,
+        "what was before is given back already"
+    );
     let cut_off = Map { epoch: Epoch(0), ..old };
     assert_eq!(grant_of(&told(both(), vec![cut_off])), 1);
 }

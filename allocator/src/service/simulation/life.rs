@@ -312,13 +312,15 @@ impl Life {
         let now = self.owners[client].map.clone().ok_or("no map")?;
         for &region in &change.moved {
             let region = region as usize;
-            let from = self.place(&now, now.regions[region]).ok_or("out of reach")?;
+            // Who was cut off and has not heard of it may have a map of long ago.
+            let from = *now.regions.get(region).ok_or("not in its map")?;
+            let from = self.place(&now, from).ok_or("out of reach")?;
             let to = self.place(&change.next, change.next.regions[region]).ok_or("out of reach")?;
             let content = self.content(from);
             self.set(to, content);
         }
         if change.kind == ChangeKind::Shrink {
-            for slot in &now.regions[change.next.regions.len()..] {
+            for slot in now.regions.get(change.next.regions.len()..).ok_or("not in its map")? {
                 let place = self.place(&now, *slot).ok_or("out of reach")?;
                 if self.content(place) != 0 {
                     return Err("in use".into());
