@@ -66,7 +66,10 @@ impl Service {
         let hand_over = hand_over.map(|one| HandOver { to: one.to.client, until: one.until.1 });
         let record = entry.record.clone();
         let change = match &record.change {
-            Some(change) if change.stage != Stage::Preparing => Some(self.map_change(&record)?),
+            // One that was cut off and owns it again has a map of before, until it attaches.
+            Some(change) if change.stage != Stage::Preparing && record.revealed => {
+                Some(self.map_change(&record)?)
+            }
             _ => None,
         };
         Ok(Orders { version: record.version, change, hand_over })
@@ -112,8 +115,8 @@ impl Service {
     fn change_report(&mut self, reply: ReplyTo, id: AllocationId, number: u64, report: Report) {
         let entry = self.entry(id);
         let name = entry.record.name.clone();
-        let stage =
-            entry.record.change.as_ref().filter(|change| change.number == number).map(|change| change.stage);
+        let change = entry.record.change.as_ref().filter(|_| entry.record.revealed);
+        let stage = change.filter(|change| change.number == number).map(|change| change.stage);
         match (stage, report) {
             (Some(_), Report::Copied { bytes, .. }) => {
                 entry.side.copied = bytes;

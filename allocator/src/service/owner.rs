@@ -86,7 +86,7 @@ impl Service {
     }
 
     pub(super) fn raise(&mut self, id: AllocationId, mut raise: Raise) {
-        let descriptor = raised_record(self.entry(id).record.clone(), raise.owner.clone()).descriptor();
+        let descriptor = raised_record(self.entry(id).record.clone(), &raise).descriptor();
         self.entry(id).described = Some(Fingerprint::of(descriptor.as_deref()));
         let calls = raise_calls(&self.entry(id).record, descriptor.as_ref());
         raise.open = calls.len();
@@ -108,9 +108,9 @@ impl Service {
         if raise.open > 0 {
             return;
         }
-        let (reply, owner, handed_over) = (raise.reply, raise.owner.clone(), raise.handed_over);
+        let (reply, handed_over) = (raise.reply, raise.handed_over);
         if raise.failures.is_empty() {
-            let record = raised_record(record.clone(), owner);
+            let record = raised_record(record.clone(), raise);
             self.entry(id).work = Work::Storing;
             let after = if handed_over { AfterStore::HandedOver(reply) } else { AfterStore::Owned(reply) };
             return self.store_record(record, after);
@@ -239,14 +239,15 @@ fn raise_calls(
     record.grants.iter().zip(&next.keys).map(call).collect()
 }
 
-fn raised_record(mut record: AllocationRecord, owner: Owner) -> AllocationRecord {
+/// Whom it is handed to gets the keys when it attaches, and carries no change out before.
+fn raised_record(mut record: AllocationRecord, raise: &Raise) -> AllocationRecord {
     if let Some(next) = record.next.take() {
         record.epoch = next.epoch;
         for (grant, key) in record.grants.iter_mut().zip(next.keys) {
             grant.key = key;
         }
     }
-    record.owner = Some(owner);
-    record.revealed = true;
+    record.owner = Some(raise.owner.clone());
+    record.revealed = !raise.handed_over;
     record
 }
