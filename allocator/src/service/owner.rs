@@ -47,7 +47,7 @@ impl Service {
             Owner { client: attach.client, host_name: attach.host_name, purpose: attach.purpose, since };
         let record = &self.entry(id).record;
         let settled = record.next.is_none();
-        if settled && record.owner.as_ref() == Some(&owner) {
+        if settled && record.revealed && record.owner.as_ref() == Some(&owner) {
             self.owned(reply, id);
         } else if settled
             && (!record.revealed || record.owner.as_ref().is_some_and(|of| of.client == owner.client))

@@ -194,7 +194,10 @@ impl Life {
         };
         let clients: Vec<(ClientId, Map)> = (0..2).filter_map(knows).collect();
         let owner = record.owner.as_ref().map(|owner| owner.client);
-        let has = |owner| clients.iter().any(|(id, map)| *id == owner && map.epoch == record.epoch);
+        let current = |map: &Map| {
+            map.epoch == record.epoch && (map.version == record.version || record.change.is_some())
+        };
+        let has = |owner| clients.iter().any(|(id, map)| *id == owner && current(map));
         // What no appliance heard, and no client has, is lost with the disk.
         if !owner.is_some_and(has) && !self.world.is_told(&record) {
             return;
@@ -345,10 +348,16 @@ impl Life {
         let places: Option<Vec<_>> =
             maps.iter().map(|map| self.place(map, map.regions[region as usize])).collect();
         let Some(places) = places else { return };
+        let epoch = map.epoch;
         self.stamp += 1;
         let content = if zeros { 0 } else { self.stamp };
         places.into_iter().for_each(|place| self.set(place, content));
-        self.written.insert(region, content);
+        // Who was cut off may still reach what was given up; what that holds is nobody's.
+        let counts =
+            |record: AllocationRecord| record.epoch == epoch || (region as usize) < record.slots.len();
+        if self.durable().is_some_and(counts) {
+            self.written.insert(region, content);
+        }
     }
 
     /// What was written is where the record says.

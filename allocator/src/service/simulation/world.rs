@@ -212,6 +212,8 @@ impl World {
         self.appliances.values_mut().for_each(|one| one.away = false);
         self.late.clear();
         self.losses += 1;
+        // Numbers of changes are told from those of before by the time.
+        self.now += Duration::from_secs(1);
         let mut told = Told::default();
         for (id, one) in &self.appliances {
             one.list().into_iter().for_each(|grant| told.take(&id.to_string(), grant));
