@@ -46,6 +46,7 @@ pub(crate) const ALL: &[Package] = &[
     package("libnbd-bin", "nbdinfo", "demo, tests: an NBD client of another project"),
     package("python3-libnbd", "nbdsh", "tests: an NBD client that can misbehave"),
     package("perftest", "ib_read_lat", "lab, bench: RDMA by others; brings the libraries, Soft-RoCE's too"),
+    package("rdmacm-utils", "rping", "lab: RDMA by its connection manager, by others"),
     package("qemu-utils", "qemu-img", "demo, tests, bench: an NBD client and server of another project"),
 ];
 
