@@ -28,7 +28,8 @@ use self::connector::{Connector, LinkOptions};
 use self::moves::Progress;
 use self::orders::Mailbox;
 pub use self::plan::{Leg, Legs, MapError, Plan};
-use self::port::{Bell, Port};
+pub(crate) use self::port::Bell;
+use self::port::Port;
 
 /// How a volume is used.
 #[derive(Debug, Clone)]

@@ -24,30 +24,37 @@ pub(super) enum Delivery {
 /// nothing to take, and a thread that waits for it never sleeps again. What remains possible is a flag
 /// that is up for a ring already heard, which costs one look at the ports, and a wake-up just before
 /// the flag is up, which repeats until it is: whoever waits must watch the level, not the edge.
-pub(super) struct Bell {
+pub(crate) struct Bell {
     fd: OwnedFd,
     rung: AtomicBool,
 }
 
 impl Bell {
-    pub(super) fn new() -> std::io::Result<Bell> {
+    pub(crate) fn new() -> std::io::Result<Bell> {
         use rustix::event::{EventfdFlags, eventfd};
         let fd = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         Ok(Bell { fd, rung: AtomicBool::new(false) })
     }
 
-    pub(super) const fn fd(&self) -> &OwnedFd {
+    pub(crate) const fn fd(&self) -> &OwnedFd {
         &self.fd
     }
 
-    pub(super) fn ring(&self) {
+    pub(crate) fn ring(&self) {
         // Only an overflow after 2^64 - 2 rings could fail.
         let _ = rustix::io::write(&self.fd, &1_u64.to_ne_bytes());
         self.rung.store(true, Ordering::Release);
     }
 
+    /// Rings unless it did already and was not heard. For those who ring often.
+    pub(crate) fn nudge(&self) {
+        if !self.rung.load(Ordering::Acquire) {
+            self.ring();
+        }
+    }
+
     /// Whether it rang since the last time this was asked. One load when it did not.
-    pub(super) fn take(&self) -> bool {
+    pub(crate) fn take(&self) -> bool {
         if !self.rung.load(Ordering::Acquire) {
             return false;
         }

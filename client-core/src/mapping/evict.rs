@@ -1,0 +1,236 @@
+//! The thread that makes room: takes pages to the shelf, and from there away, what was changed written first.
+
+use std::os::fd::BorrowedFd;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use xpm_transport::io::{Completion, Kind, Operation};
+use xpm_transport::slots::Slots;
+
+use super::budget::Governor;
+use super::pager::{Shared, TICK, count, runs};
+use super::pages::{Claim, DIRTY, MARK, PINNED, QUEUED, Residency, TOUCHED, WRITTEN};
+use super::policy::Policy;
+use super::window::PAGE;
+use crate::volume::Channel;
+
+/// Pages that are looked at in one go.
+const BATCH: usize = 64;
+/// Longest write in pages.
+const WRITE_MAX: u32 = 64;
+/// Writes on their way.
+pub(super) const DEPTH: usize = 16;
+/// How long nothing is written after a write failed.
+const BACK_OFF: Duration = Duration::from_millis(200);
+
+pub(super) struct Evictor {
+    pager: Shared,
+    channel: Channel,
+    policy: Policy,
+    governor: Governor,
+    writes: Slots<(u32, u32)>,
+    ended: Vec<Completion>,
+    failed: Option<Instant>,
+}
+
+impl Evictor {
+    pub(super) fn new(pager: Shared, channel: Channel, governor: Governor) -> Evictor {
+        let ended = Vec::with_capacity(2 * DEPTH);
+        Evictor {
+            pager,
+            channel,
+            policy: Policy::default(),
+            governor,
+            writes: Slots::new(DEPTH),
+            ended,
+            failed: None,
+        }
+    }
+
+    /// Makes room until the pager is stopped.
+    pub(super) fn run(mut self) {
+        let mut ticked = Instant::now();
+        while !self.pager.is_stopped() {
+            self.pager.evictor.take();
+            self.take_arrivals();
+            if ticked.elapsed() >= TICK {
+                ticked = Instant::now();
+                let room = &self.pager.room;
+                if let Some(budget) = self.governor.budget(room.budget(), room.resident()) {
+                    room.set_budget(budget);
+                    self.pager.wake_starving();
+                }
+            }
+            self.end_writes();
+            if self.pager.room.is_short() {
+                if !self.make_room() {
+                    self.sleep(Duration::from_millis(1));
+                }
+            } else {
+                self.sleep(TICK);
+            }
+        }
+        // What is on its way reads the pages.
+        let since = Instant::now();
+        while self.writes.used() > 0 && since.elapsed() < Duration::from_secs(2) {
+            self.end_writes();
+            self.sleep(Duration::from_millis(1));
+        }
+    }
+
+    fn take_arrivals(&mut self) {
+        while let Some(arrival) = self.pager.arrivals.pop() {
+            self.policy.comes(arrival as u32, (arrival >> 32) as u32);
+        }
+    }
+
+    /// Makes room until there is enough. False when nothing can be done just now.
+    fn make_room(&mut self) -> bool {
+        let mut any = false;
+        while !self.pager.room.is_ample() && !self.pager.is_stopped() {
+            self.take_arrivals();
+            let shelved = self.shelve();
+            let dropped = self.empty_shelf();
+            self.end_writes();
+            if !shelved && !dropped {
+                break;
+            }
+            any = true;
+        }
+        any
+    }
+
+    /// Takes pages out of the window. True when there were any.
+    fn shelve(&mut self) -> bool {
+        let budget = self.pager.room.budget();
+        let (mut batch, mut looked) = (Vec::with_capacity(BATCH), 0);
+        while batch.len() < BATCH && looked < 4 * BATCH && !self.policy.is_shelf_full(budget) {
+            let Some(page) = self.policy.next_for_shelf() else { break };
+            looked += 1;
+            let pages = &self.pager.pages;
+            match pages.claim(page, |state| !state.has(PINNED), false) {
+                Claim::Yours(state) => match state.residency() {
+                    Residency::Mapped => batch.push(page),
+                    Residency::Shelved => {
+                        // A mark that nobody has touched yet.
+                        self.pager.release(page, Residency::Shelved, 0, 0);
+                        self.policy.is_shelved(page);
+                    }
+                    // It was given up meanwhile.
+                    _ => self.pager.release(page, Residency::Absent, 0, QUEUED),
+                },
+                Claim::Not(_) | Claim::Busy => self.policy.stays(page),
+            }
+        }
+        batch.sort_unstable();
+        for (first, run) in runs(&batch, u32::MAX) {
+            self.pager.window.hide(first, run);
+        }
+        for page in &batch {
+            self.pager.release(*page, Residency::Shelved, 0, TOUCHED);
+            self.policy.is_shelved(*page);
+        }
+        looked > 0
+    }
+
+    /// Lets go what nobody touched on the shelf. True when there was any.
+    fn empty_shelf(&mut self) -> bool {
+        let may_write = self.failed.is_none_or(|since| since.elapsed() > BACK_OFF);
+        let (mut clean, mut dirty, mut looked) = (Vec::with_capacity(BATCH), Vec::with_capacity(BATCH), 0);
+        let most = BATCH.min(self.policy.shelf_len());
+        while clean.len() + dirty.len() < most && looked < most {
+            let Some(page) = self.policy.next_of_shelf() else { break };
+            looked += 1;
+            let pages = &self.pager.pages;
+            match pages.claim(
+                page,
+                |state| state.residency() != Residency::Mapped && !state.has(PINNED),
+                false,
+            ) {
+                Claim::Yours(state) if state.residency() == Residency::Absent => {
+                    self.pager.release(page, Residency::Absent, 0, QUEUED);
+                }
+                Claim::Yours(state) => match self.pager.is_dirty(page, state) {
+                    true => dirty.push(page),
+                    false => clean.push(page),
+                },
+                Claim::Not(_) | Claim::Busy => self.policy.stays(page),
+            }
+        }
+        let any = !clean.is_empty() || looked > clean.len() + dirty.len();
+        clean.sort_unstable();
+        count(&self.pager.tallies.dropped, clean.len() as u64);
+        for (first, run) in runs(&clean, u32::MAX) {
+            self.let_go(first, run, 0);
+        }
+        dirty.sort_unstable();
+        let mut written = false;
+        for (first, run) in runs(&dirty, WRITE_MAX) {
+            if may_write && !self.writes.is_full() {
+                self.write(first, run);
+                written = true;
+            } else {
+                for page in first..first + run {
+                    self.pager.release(page, Residency::Shelved, 0, 0);
+                    self.policy.is_shelved(page);
+                }
+            }
+        }
+        self.channel.submit();
+        any || written
+    }
+
+    fn write(&mut self, first: u32, run: u32) {
+        let id = self.writes.insert((first, run));
+        let operation = Operation {
+            kind: Kind::Write,
+            offset: u64::from(first) * PAGE as u64,
+            len: u64::from(run) * PAGE as u64,
+            buf: Some(self.pager.window.content(first, run)),
+            token: u64::from(id),
+        };
+        let posted = self.channel.post(operation);
+        debug_assert!(posted.is_ok(), "the channel was made for as many as there are places");
+    }
+
+    fn end_writes(&mut self) {
+        self.channel.poll(&mut self.ended);
+        while let Some(ended) = self.ended.pop() {
+            let Some((first, run)) = self.writes.remove(ended.token as u32) else { continue };
+            match ended.result {
+                Ok(()) => {
+                    count(&self.pager.tallies.written, u64::from(run));
+                    self.let_go(first, run, WRITTEN);
+                }
+                Err(_) => {
+                    count(&self.pager.tallies.errors, 1);
+                    self.failed = Some(Instant::now());
+                    for page in first..first + run {
+                        self.pager.release(page, Residency::Shelved, DIRTY, 0);
+                        self.policy.is_shelved(page);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Pages that are this thread's leave local memory.
+    fn let_go(&mut self, first: u32, run: u32, set: u32) {
+        self.pager.window.drop_pages(first, run);
+        for page in first..first + run {
+            self.pager.pages.set_stamp(page, u64::from(self.policy.goes()));
+            self.pager.release(page, Residency::Absent, set, QUEUED | TOUCHED | DIRTY | MARK);
+        }
+        self.pager.room.give(run as usize);
+        self.pager.wake_starving();
+    }
+
+    fn sleep(&mut self, limit: Duration) {
+        self.channel.arm();
+        let channel: BorrowedFd<'_> = self.channel.wait_fd();
+        let mut fds =
+            [PollFd::new(self.pager.evictor.fd(), PollFlags::IN), PollFd::new(&channel, PollFlags::IN)];
+        let limit = Timespec { tv_sec: 0, tv_nsec: limit.as_nanos().min(999_999_999) as i64 };
+        let _ = poll(&mut fds, Some(&limit));
+    }
+}

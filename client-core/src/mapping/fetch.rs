@@ -1,0 +1,220 @@
+//! Bringing pages from external memory into the window. A fetcher is one thread's at a time.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+
+use xpm_transport::io::{Completion, IoBuf, Kind, Operation};
+use xpm_transport::slots::Slots;
+
+use super::pager::{CHUNK, Local, Shared, Source, count};
+use super::pages::{Claim, POISONED, Residency};
+use super::prefetch::Ahead;
+use super::window::{PAGE, Staging};
+use crate::volume::{Channel, Volume};
+
+/// Pages that are on their way, one behind the other.
+#[derive(Debug, Clone, Copy)]
+struct Run {
+    first: u32,
+    count: u32,
+    write: bool,
+    mark: Option<u32>,
+    prefetch: bool,
+}
+
+/// What became of a fault.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Fate {
+    /// The page is there.
+    Done,
+    /// It is on its way here.
+    Coming,
+    /// Somebody else is about it.
+    Busy,
+    /// There is no room in local memory, or too much is on its way.
+    Later,
+    /// Its content cannot be had.
+    Poisoned,
+}
+
+pub(super) struct Fetcher {
+    pub(super) pager: Shared,
+    channel: Channel,
+    staging: Staging,
+    /// Most pages of a run.
+    run: u32,
+    open: Slots<Run>,
+    ended: Vec<Completion>,
+}
+
+impl Fetcher {
+    /// One that has so many runs of so many pages on their way.
+    pub(super) fn new(pager: Shared, volume: &Volume, depth: usize, run: u32) -> io::Result<Fetcher> {
+        let mut channel = volume.channel()?;
+        let staging = Staging::new(depth * run as usize * PAGE)?;
+        channel.register(staging.all());
+        let ended = Vec::with_capacity(2 * depth);
+        Ok(Fetcher { pager, channel, staging, run, open: Slots::new(depth), ended })
+    }
+
+    /// Begins to end a fault; what should be fetched besides is returned.
+    pub(super) fn fault(&mut self, page: u32, write: bool) -> (Fate, Option<Ahead>) {
+        if self.open.is_full() {
+            return (Fate::Later, None);
+        }
+        match self.pager.fault(page, write) {
+            Local::Done(ahead) => (Fate::Done, ahead),
+            Local::Busy => (Fate::Busy, None),
+            Local::NoRoom => (Fate::Later, None),
+            Local::Poisoned => (Fate::Poisoned, None),
+            Local::Fetch(at) => {
+                self.fetch(Run { first: page, count: 1, write, mark: None, prefetch: false }, at);
+                (Fate::Coming, self.pager.ahead(page))
+            }
+        }
+    }
+
+    /// Fetches what will be needed, as far as there is room.
+    pub(super) fn prefetch(&mut self, ahead: Ahead) {
+        let mark = ahead.mark();
+        let mut page = i64::from(ahead.first);
+        let mut left = ahead.count;
+        while left > 0 && (0..i64::from(self.pager.pages.count())).contains(&page) && !self.open.is_full() {
+            let longest = if ahead.stride == 1 { left.min(self.run) } else { 1 };
+            let Some((run, source)) = self.claim_run(page as u32, longest) else {
+                // It is there, or there is no room for it.
+                if self.pager.room.is_short() {
+                    return;
+                }
+                (page, left) = (page + i64::from(ahead.stride), left - 1);
+                continue;
+            };
+            let first = page as u32;
+            match source {
+                Source::Zeros => self.pager.put_zeros(first, run, false),
+                Source::At(at) => {
+                    let mark = mark.filter(|mark| (first..first + run).contains(mark));
+                    self.fetch(Run { first, count: run, write: false, mark, prefetch: true }, at);
+                    count(&self.pager.tallies.prefetched, u64::from(run));
+                }
+            }
+            (page, left) = (page + i64::from(ahead.stride) * i64::from(run), left - run);
+        }
+    }
+
+    /// Makes absent pages the caller's that lie one behind the other, here and where their content is.
+    fn claim_run(&self, first: u32, longest: u32) -> Option<(u32, Source)> {
+        let pager = &self.pager;
+        let end = pager.pages.count().min(first + longest).min((first / CHUNK + 1) * CHUNK);
+        let mut kind = None;
+        for page in first..end {
+            let taken = pager.room.take_spare().then(|| {
+                let absent = |state: super::pages::State| {
+                    state.residency() == Residency::Absent && !state.has(POISONED)
+                };
+                match pager.pages.claim(page, absent, false) {
+                    Claim::Yours(state) => Some(pager.source(page, state)),
+                    _ => {
+                        pager.room.give(1);
+                        None
+                    }
+                }
+            });
+            let fits = |source: Source| match (kind, source) {
+                (None, _) | (Some(Source::Zeros), Source::Zeros) => true,
+                (Some(Source::At(at)), Source::At(here)) => here == at + (page - first),
+                _ => false,
+            };
+            match taken.flatten() {
+                Some(source) if fits(source) => _ = kind.get_or_insert(source),
+                other => {
+                    if other.is_some() {
+                        pager.release(page, Residency::Absent, 0, 0);
+                        pager.room.give(1);
+                    }
+                    return kind.map(|kind| (page - first, kind));
+                }
+            }
+        }
+        kind.map(|kind| (end - first, kind))
+    }
+
+    /// The caller saw a free place.
+    fn fetch(&mut self, run: Run, at: u32) {
+        let len = run.count as usize * PAGE;
+        let id = self.open.insert(run);
+        let operation = Operation {
+            kind: Kind::Read,
+            offset: u64::from(at) * PAGE as u64,
+            len: len as u64,
+            buf: Some(self.place(id).part(0, len)),
+            token: u64::from(id),
+        };
+        // The channel was made for as many as there are places.
+        let posted = self.channel.post(operation);
+        debug_assert!(posted.is_ok(), "{posted:?}");
+        self.channel.submit();
+    }
+
+    fn place(&self, id: u32) -> IoBuf {
+        let len = self.run as usize * PAGE;
+        self.staging.all().part(id as usize * len, len)
+    }
+
+    /// Puts what has arrived into its place. True when anything has.
+    pub(super) fn poll(&mut self) -> bool {
+        self.channel.poll(&mut self.ended);
+        let any = !self.ended.is_empty();
+        while let Some(ended) = self.ended.pop() {
+            let Some(run) = self.open.remove(ended.token as u32) else { continue };
+            match ended.result {
+                Ok(()) => self.arrived(run, self.place(ended.token as u32)),
+                Err(error) => self.pager.fail(run.first, run.count, error, run.prefetch),
+            }
+        }
+        any
+    }
+
+    fn arrived(&self, run: Run, content: IoBuf) {
+        let pager = &self.pager;
+        count(&pager.tallies.fetched, u64::from(run.count));
+        let mark = run.mark.map_or(run.count, |mark| mark - run.first);
+        self.show(run.first, content.part(0, mark as usize * PAGE));
+        if mark + 1 < run.count {
+            let behind = (mark as usize + 1) * PAGE;
+            self.show(run.first + mark + 1, content.part(behind, run.count as usize * PAGE - behind));
+        }
+        for index in 0..run.count {
+            let page = content.part(index as usize * PAGE, PAGE);
+            pager.put(run.first + index, page, run.write, index == mark);
+        }
+    }
+
+    fn show(&self, first: u32, content: IoBuf) {
+        if content.is_empty() {
+            return;
+        }
+        let pager = &self.pager;
+        if pager.copy(first, content).is_err() {
+            // The file has something there, which can only be what a read ahead of the kernel put: one by one.
+            for index in 0..content.len() / PAGE {
+                let page = first + index as u32;
+                pager.window.keep(page, content.part(index * PAGE, PAGE));
+                let _ = pager.uffd.map(pager.window.address_of(page), PAGE);
+            }
+        }
+    }
+
+    pub(super) fn is_idle(&self) -> bool {
+        self.open.used() == 0
+    }
+
+    /// To be called before waiting for [`Fetcher::wait_fd`].
+    pub(super) fn arm(&mut self) {
+        self.channel.arm();
+    }
+
+    pub(super) fn wait_fd(&self) -> BorrowedFd<'_> {
+        self.channel.wait_fd()
+    }
+}

@@ -1,0 +1,311 @@
+//! Operations on external memory that a call of the program waits for: flush, get and put, and pages that are
+//! brought or sent away on demand.
+
+use std::io;
+
+use rustix::event::{PollFd, PollFlags, poll};
+use xpm_transport::io::{Completion, IoBuf, IoError, Kind, Operation};
+
+use super::pager::{Shared, Source, count, runs};
+use super::pages::{Claim, DIRTY, MARK, PINNED, POISONED, Residency, State, TOUCHED, WRITTEN};
+use super::prefetch::Ahead;
+use super::window::{PAGE, Staging};
+use crate::volume::{Channel, Volume};
+
+/// Pages that are copied and written in one go.
+const RUN: usize = 64;
+/// Operations on their way.
+pub(super) const DEPTH: usize = 4;
+
+/// One call at a time uses it.
+pub(super) struct Io {
+    pager: Shared,
+    channel: Channel,
+    staging: Staging,
+    ended: Vec<Completion>,
+}
+
+impl Io {
+    pub(super) fn new(pager: Shared, volume: &Volume) -> io::Result<Io> {
+        let mut channel = volume.channel()?;
+        let staging = Staging::new(RUN * PAGE)?;
+        channel.register(staging.all());
+        Ok(Io { pager, channel, staging, ended: Vec::with_capacity(2 * DEPTH) })
+    }
+
+    /// One operation, to its end.
+    fn carry_out(&mut self, kind: Kind, offset: u64, len: u64, buf: Option<IoBuf>) -> Result<(), IoError> {
+        let operation = Operation { kind, offset, len, buf, token: 0 };
+        let posted = self.channel.post(operation);
+        debug_assert!(posted.is_ok(), "nothing else is on its way");
+        self.channel.submit();
+        loop {
+            self.channel.poll(&mut self.ended);
+            if let Some(ended) = self.ended.pop() {
+                return ended.result;
+            }
+            self.channel.arm();
+            let fd = self.channel.wait_fd();
+            let _ = poll(&mut [PollFd::new(&fd, PollFlags::IN)], None);
+        }
+    }
+
+    /// Writes what was changed of these pages, and makes it durable as far as the appliances are.
+    pub(super) fn flush(&mut self, first: u32, pages: u32) -> Result<(), IoError> {
+        let pager = self.pager.clone();
+        let mut batch: Vec<(u32, State)> = Vec::with_capacity(RUN);
+        let mut failed = Ok(());
+        for page in first..first + pages {
+            let local = |state: State| matches!(state.residency(), Residency::Mapped | Residency::Shelved);
+            if pager.pages.state(page).residency() != Residency::Absent {
+                let claimed = loop {
+                    match pager.pages.claim(page, local, true) {
+                        Claim::Yours(state) => break Some(state),
+                        Claim::Not(_) => break None,
+                        Claim::Busy => pager.wait_for(page),
+                    }
+                };
+                match claimed {
+                    Some(state) if pager.may_be_dirty(page) => batch.push((page, state)),
+                    Some(state) => pager.release(page, state.residency(), 0, 0),
+                    None => {}
+                }
+            }
+            let apart = batch.last().is_some_and(|(last, _)| *last != page);
+            if batch.len() == RUN || apart {
+                failed = failed.and(self.write_back(&mut batch));
+            }
+        }
+        failed = failed.and(self.write_back(&mut batch));
+        failed.and_then(|()| self.carry_out(Kind::Flush, 0, 0, None))
+    }
+
+    /// Writes pages that are the caller's, one behind the other, and gives them back.
+    fn write_back(&mut self, batch: &mut Vec<(u32, State)>) -> Result<(), IoError> {
+        let Some((first, _)) = batch.first().copied() else { return Ok(()) };
+        let pager = self.pager.clone();
+        // Those that can be seen may change meanwhile: what is written is what the digest is of.
+        let copy = self.staging.all().part(0, batch.len() * PAGE);
+        pager.window.content(first, batch.len() as u32).copy_to(copy);
+        let digests: Vec<u64> =
+            (0..batch.len()).map(|index| pager.digest_of(copy.part(index * PAGE, PAGE))).collect();
+        let changed = |(index, (page, state)): (usize, &(u32, State))| {
+            state.has(DIRTY) || digests[index] != pager.pages.stamp(*page)
+        };
+        let changed: Vec<u32> = batch
+            .iter()
+            .enumerate()
+            .filter(|one| changed((one.0, one.1)))
+            .map(|(_, (page, _))| *page)
+            .collect();
+        let mut result = Ok(());
+        for (start, run) in runs(&changed, RUN as u32) {
+            let buf = copy.part((start - first) as usize * PAGE, run as usize * PAGE);
+            let done =
+                self.carry_out(Kind::Write, u64::from(start) * PAGE as u64, buf.len() as u64, Some(buf));
+            count(&pager.tallies.written, u64::from(run));
+            for page in start..start + run {
+                let index = (page - first) as usize;
+                let (_, state) = batch[index];
+                match done {
+                    Ok(()) => {
+                        pager.pages.set_stamp(page, digests[index]);
+                        pager.release(page, state.residency(), WRITTEN, DIRTY);
+                    }
+                    Err(_) => pager.release(page, state.residency(), DIRTY, 0),
+                }
+            }
+            result = result.and(done);
+        }
+        for (page, state) in batch.drain(..) {
+            if changed.binary_search(&page).is_err() {
+                pager.release(page, state.residency(), 0, 0);
+            }
+        }
+        result
+    }
+
+    /// Asks for pages, without waiting for them.
+    pub(super) fn will_need(&mut self, first: u32, pages: u32) -> Result<(), IoError> {
+        let mut first = first;
+        let end = first + pages;
+        while first < end {
+            let count = (end - first).min(super::prefetch::WINDOW_MAX);
+            // What does not fit is brought when it is touched.
+            if self.pager.asked.push(Ahead { first, count, stride: 1 }).is_err() {
+                break;
+            }
+            first += count;
+        }
+        self.pager.fetchers[0].ring();
+        Ok(())
+    }
+
+    /// Takes pages out of local memory, what was changed written first.
+    pub(super) fn dont_need(&mut self, first: u32, pages: u32) -> Result<(), IoError> {
+        self.flush(first, pages)?;
+        let pager = self.pager.clone();
+        for page in first..first + pages {
+            let idle = |state: State| {
+                matches!(state.residency(), Residency::Mapped | Residency::Shelved) && !state.has(PINNED)
+            };
+            let Claim::Yours(_) = pager.pages.claim(page, idle, false) else { continue };
+            pager.window.hide(page, 1);
+            let state = pager.pages.state(page);
+            // It may have been written to since.
+            if pager.is_dirty(page, state) {
+                pager.release(page, Residency::Shelved, 0, 0);
+                continue;
+            }
+            pager.window.drop_pages(page, 1);
+            pager.pages.set_stamp(page, 0);
+            pager.release(page, Residency::Absent, 0, TOUCHED | DIRTY | MARK);
+            pager.room.give(1);
+        }
+        pager.wake_starving();
+        Ok(())
+    }
+
+    /// Forgets pages of a slab that nobody uses any more.
+    pub(super) fn forget(&mut self, first: u32, pages: u32) {
+        let pager = self.pager.clone();
+        let written = pager.pages.any_written(first..first + pages);
+        for page in first..first + pages {
+            let known = pager.pages.state(page);
+            if known.residency() == Residency::Absent && !known.has(WRITTEN | POISONED) {
+                continue;
+            }
+            let state = pager.claim(page);
+            if state.residency() != Residency::Absent {
+                pager.window.drop_pages(page, 1);
+                pager.room.give(1);
+            } else if state.has(POISONED) {
+                pager.window.hide(page, 1);
+            }
+            pager.pages.set_stamp(page, 0);
+            pager.release(page, Residency::Absent, 0, TOUCHED | DIRTY | MARK | WRITTEN | POISONED | PINNED);
+        }
+        pager.wake_starving();
+        if written {
+            // What cannot be given back now is given back with the allocation.
+            let (offset, len) = (u64::from(first) * PAGE as u64, u64::from(pages) * PAGE as u64);
+            let _ = self.carry_out(Kind::Trim, offset, len, None);
+        }
+    }
+
+    /// Brings pages, and keeps them. They are pinned one by one: each is there when it is.
+    pub(super) fn pin(&mut self, first: u32, pages: u32) -> Result<(), IoError> {
+        let pager = self.pager.clone();
+        for page in first..first + pages {
+            pager.pages.mark(page, PINNED, 0);
+            loop {
+                let state = pager.claim(page);
+                if state.residency() != Residency::Absent {
+                    pager.release(page, state.residency(), 0, 0);
+                    break;
+                }
+                if !pager.room.take() {
+                    pager.release(page, Residency::Absent, 0, 0);
+                    pager.evictor.ring();
+                    pager.room.wait();
+                    continue;
+                }
+                match pager.source(page, state) {
+                    Source::Zeros => pager.put_zeros(page, 1, false),
+                    Source::At(at) => {
+                        let buf = self.staging.all().part(0, PAGE);
+                        let read =
+                            self.carry_out(Kind::Read, u64::from(at) * PAGE as u64, PAGE as u64, Some(buf));
+                        if let Err(error) = read {
+                            pager.release(page, Residency::Absent, 0, 0);
+                            pager.room.give(1);
+                            (first..=page).for_each(|page| _ = pager.pages.mark(page, 0, PINNED));
+                            return Err(error);
+                        }
+                        if pager.copy(page, buf).is_err() {
+                            pager.window.keep(page, buf);
+                            let _ = pager.uffd.map(pager.window.address_of(page), PAGE);
+                        }
+                        pager.put(page, buf, false, false);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies bytes from `offset` of the window.
+    pub(super) fn get(&mut self, offset: usize, buf: &mut [u8]) -> Result<(), IoError> {
+        let mut rest = buf;
+        let mut offset = offset;
+        while !rest.is_empty() {
+            let (page, within) = ((offset / PAGE) as u32, offset % PAGE);
+            let len = rest.len().min(PAGE - within);
+            let (part, behind) = rest.split_at_mut(len);
+            self.with_page(page, |io, state| {
+                match io.content_of(page, state)? {
+                    Some(content) => content.part(within, len).copy_to_slice(part),
+                    None => part.fill(0),
+                }
+                Ok(None)
+            })?;
+            rest = behind;
+            offset += len;
+        }
+        Ok(())
+    }
+
+    /// Copies bytes to `offset` of the window.
+    pub(super) fn put(&mut self, offset: usize, bytes: &[u8]) -> Result<(), IoError> {
+        let mut rest = bytes;
+        let mut offset = offset;
+        while !rest.is_empty() {
+            let (page, within) = ((offset / PAGE) as u32, offset % PAGE);
+            let (part, behind) = rest.split_at(rest.len().min(PAGE - within));
+            self.with_page(page, |io, state| {
+                if state.residency() != Residency::Absent {
+                    io.pager.window.content(page, 1).part(within, part.len()).copy_from_slice(part);
+                    return Ok(None);
+                }
+                let buf = io.staging.all().part(0, PAGE);
+                if part.len() < PAGE && io.content_of(page, state)?.is_none() {
+                    buf.zero();
+                }
+                buf.part(within, part.len()).copy_from_slice(part);
+                io.carry_out(Kind::Write, u64::from(page) * PAGE as u64, PAGE as u64, Some(buf))?;
+                Ok(Some(WRITTEN))
+            })?;
+            rest = behind;
+            offset += part.len();
+        }
+        Ok(())
+    }
+
+    /// The content of a page that is the caller's; none where it is zeros. That of an absent one is in the
+    /// staging memory.
+    fn content_of(&mut self, page: u32, state: State) -> Result<Option<IoBuf>, IoError> {
+        if state.residency() != Residency::Absent {
+            return Ok(Some(self.pager.window.content(page, 1)));
+        }
+        match self.pager.source(page, state) {
+            Source::Zeros => Ok(None),
+            Source::At(at) => {
+                let buf = self.staging.all().part(0, PAGE);
+                self.carry_out(Kind::Read, u64::from(at) * PAGE as u64, PAGE as u64, Some(buf))?;
+                Ok(Some(buf))
+            }
+        }
+    }
+
+    fn with_page(
+        &mut self,
+        page: u32,
+        act: impl FnOnce(&mut Io, State) -> Result<Option<u32>, IoError>,
+    ) -> Result<(), IoError> {
+        let pager = self.pager.clone();
+        let state = pager.claim(page);
+        let done = act(self, state);
+        pager.release(page, state.residency(), done.unwrap_or(None).unwrap_or(0), 0);
+        done.map(|_| ())
+    }
+}

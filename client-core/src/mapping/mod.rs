@@ -1,0 +1,697 @@
+//! Direct mapping: external memory at addresses of this process.
+//!
+//! A [`Space`] shows an allocation as one range of addresses, the *window*. Touching a page brings it
+//! into local memory, of which no more than the [`Budget`] is used; what has not been used for longest leaves
+//! again, and is written to external memory first if it changed. [`Mapping`]s are parts of the window:
+//! slabs that are carved out with no message to anyone ([`Space::carve`]), ranges of the allocation whose content
+//! stays ([`Space::map`]), and private copies of others ([`Space::private_copy`]).
+//!
+//! **Errors.** Calls return them. Where there is only an access, it waits while an appliance is out of reach (for
+//! as long as the volume holds I/O), and is a SIGBUS when the content cannot be had any more: the
+//! memory is lost, or belongs to another client. A program that has a handler of SIGBUS gets it there. In
+//! [`Faults::Handled`] on kernels without UFFDIO_POISON (before Linux 6.6) such an access waits, and
+//! is tried again each second.
+//!
+//! **fork and exec.** A child has nothing at the window's addresses: touching them is a SIGSEGV. Nothing of it
+//! survives an exec.
+//!
+//! **Signals.** [`Faults::Inline`] installs a handler of SIGBUS, which passes on what is not its own. A program that
+//! installs another one afterwards has to do the same.
+//!
+//! **System calls.** In [`Faults::Inline`], and where userfaultfd(2) is allowed for user mode only, a system call that
+//! is given absent pages fails with EFAULT: touch or pin them before.
+
+mod budget;
+mod evict;
+mod fetch;
+mod heap;
+mod inline;
+mod io;
+mod pager;
+mod pages;
+mod policy;
+mod prefetch;
+mod sync;
+mod uffd;
+mod window;
+mod worker;
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::ptr::NonNull;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use xpm_transport::IoError;
+
+pub use self::budget::Budget;
+use self::evict::Evictor;
+use self::fetch::Fetcher;
+pub use self::heap::SpaceAllocator;
+use self::inline::Registered;
+use self::io::Io;
+use self::pager::{CHUNK, Pager, Shared};
+use self::prefetch::{Habit, WINDOW_MAX};
+use self::uffd::{FEATURE_SIGBUS, Reach, Uffd};
+use self::window::{PAGE, Window};
+use crate::slab::{Slab, SlabAllocator, SlabError};
+use crate::volume::Volume;
+
+/// Bytes of 2 MiB: what parts of an allocation with different uses are multiples of.
+pub const CHUNK_LEN: u64 = CHUNK as u64 * PAGE as u64;
+/// Smallest and largest region of the slab allocator.
+const REGION_MIN: u64 = 16 << 20;
+const REGION_MAX: u64 = 64 << 30;
+
+/// Who brings the page when one is touched that is not there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Faults {
+    /// The thread that touched it, in a handler of SIGBUS: the quickest way, with no hand-over between threads. System
+    /// calls that are given absent pages fail with EFAULT.
+    Inline,
+    /// So many threads of the library, at least one. Everything that can touch memory may touch it, system
+    /// calls included.
+    Handled(usize),
+}
+
+impl Faults {
+    const fn has_handlers(self) -> bool {
+        matches!(self, Faults::Handled(_))
+    }
+}
+
+/// How a space is used.
+#[derive(Debug, Clone)]
+pub struct SpaceOptions {
+    /// Local memory that it may use.
+    pub budget: Budget,
+    /// Who brings pages.
+    pub faults: Faults,
+    /// Bytes at the start of the allocation whose content stays, for [`Space::map`]; a multiple of 2 MiB, or all. What
+    /// lies behind is for slabs.
+    pub kept: u64,
+}
+
+/// What a mapping lets the program do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Writing is a SIGSEGV.
+    ReadOnly,
+    /// What is written goes to external memory when it leaves local memory, or with a flush.
+    ReadWrite,
+}
+
+/// How a range will be used; see madvise(2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Advice {
+    /// Nothing is known.
+    Normal,
+    /// From the start to the end: it is fetched far ahead.
+    Sequential,
+    /// Here and there: nothing is fetched ahead.
+    Random,
+    /// Soon: it is brought into local memory as far as there is room, without waiting for it.
+    WillNeed,
+    /// Not soon: it leaves local memory; what was changed is written first. Blocks for that.
+    DontNeed,
+    /// It stays in local memory, which it is brought into before this returns. No more than half of the budget can be
+    /// pinned.
+    Pin,
+    /// It need not stay any more.
+    Unpin,
+}
+
+/// What happened in a space, and what it has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub struct MappingStats {
+    /// Local memory that may be used, in bytes.
+    pub budget: u64,
+    /// Local memory that is used, in bytes.
+    pub resident: u64,
+    /// Pages that were touched and were not in local memory.
+    pub faults: u64,
+    /// Pages fetched from external memory.
+    pub fetched: u64,
+    /// Those of them that were fetched ahead.
+    pub prefetched: u64,
+    /// Pages that were never written, and so filled with zeros.
+    pub zeroed: u64,
+    /// Pages that were touched after they had been taken out of the window, and before they left.
+    pub touched: u64,
+    /// Pages that left local memory unchanged.
+    pub dropped: u64,
+    /// Pages that were written to external memory.
+    pub written: u64,
+    /// Faults that found no room in local memory, and waited.
+    pub waits: u64,
+    /// Operations on external memory that failed.
+    pub errors: u64,
+}
+
+/// Why something cannot be mapped, or a call on a mapping failed.
+#[derive(Debug, thiserror::Error)]
+pub enum MapError {
+    /// An option cannot be.
+    #[error("{0}")]
+    Invalid(String),
+    /// The range is not within the part of the allocation that is mapped by range.
+    #[error(
+        "{start} to {end} is not within what is mapped by range: the allocation has {size} bytes, the first {kept} of them for this; \
+         choose a shorter range, a larger allocation, or more to keep"
+    )]
+    Range {
+        /// First byte.
+        start: u64,
+        /// First byte behind it.
+        end: u64,
+        /// Bytes that are mapped by range.
+        kept: u64,
+        /// Size of the allocation.
+        size: u64,
+    },
+    /// The start or the length is no multiple of the page length.
+    #[error("{0} is no multiple of 4096 bytes")]
+    Unaligned(u64),
+    /// Something else maps a part of it.
+    #[error("{start} to {end} is mapped already: use that mapping, or drop it first")]
+    Mapped {
+        /// First byte of the mapping that is there.
+        start: u64,
+        /// First byte behind it.
+        end: u64,
+    },
+    /// No slab can be had.
+    #[error("{0}; free slabs, or resize the allocation and open it again")]
+    Slab(#[from] SlabError),
+    /// userfaultfd(2) is not allowed, or not there.
+    #[error(
+        "userfaultfd cannot be used: {0}. Give this user access to /dev/userfaultfd (a udev rule, or chmod), or set \
+         vm.unprivileged_userfaultfd to 1, or use faults in line"
+    )]
+    Userfaultfd(std::io::Error),
+    /// The system refused something else.
+    #[error("cannot {what}: {error}")]
+    System {
+        /// What was about to be done.
+        what: &'static str,
+        /// What it said.
+        error: std::io::Error,
+    },
+    /// The operation on external memory failed.
+    #[error("{0}")]
+    Io(#[from] IoError),
+}
+
+fn system(what: &'static str) -> impl FnOnce(std::io::Error) -> MapError {
+    move |error| MapError::System { what, error }
+}
+
+/// An allocation at addresses. Clones are the same; it ends with the last of them and of its mappings, and writes
+/// what was changed of what stays before that.
+#[derive(Clone)]
+pub struct Space {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    pager: Shared,
+    io: Mutex<Io>,
+    carver: Mutex<Carver>,
+    /// Ranges that are mapped by range, in pages: the first, and the first behind it.
+    mapped: Mutex<BTreeMap<u32, u32>>,
+    kept: u64,
+    size: u64,
+    pinned: Mutex<usize>,
+    inline: Option<Registered>,
+    threads: Vec<JoinHandle<()>>,
+    _volume: Volume,
+}
+
+/// Slabs, and where their regions begin in the window.
+struct Carver {
+    slabs: SlabAllocator,
+    bases: Vec<u64>,
+}
+
+impl Space {
+    /// Shows an allocation at addresses. Reserves addresses, and memory for what is known of each page (12 bytes, where
+    /// pages are used); starts threads. Brings no page.
+    ///
+    /// # Errors
+    /// [`MapError::Invalid`] for options that cannot be, [`MapError::Userfaultfd`], or what the system refuses.
+    pub fn open(volume: Volume, options: &SpaceOptions) -> Result<Space, MapError> {
+        let size = volume.size();
+        options.budget.check().map_err(MapError::Invalid)?;
+        check_kept(options.kept, size)?;
+        let handlers = match options.faults {
+            Faults::Handled(0) => {
+                return Err(MapError::Invalid("no threads to bring pages: choose one or more".to_owned()));
+            }
+            Faults::Handled(threads) => threads.min(64),
+            // It fetches ahead.
+            Faults::Inline => 1,
+        };
+        let pages = size / PAGE as u64;
+        if pages == 0 || pages > u64::from(u32::MAX / 2) {
+            return Err(MapError::Invalid(format!(
+                "an allocation of {size} bytes cannot be mapped: choose 4 KiB to 8 TiB"
+            )));
+        }
+        let window = Window::new(pages as usize * PAGE).map_err(system("reserve addresses"))?;
+        let wanted = if options.faults == Faults::Inline { FEATURE_SIGBUS } else { uffd::FEATURE_POISON };
+        let uffd = Uffd::new(wanted).map_err(MapError::Userfaultfd)?;
+        let seed = rand_seed().map_err(system("get a random number"))?;
+        let budget = options.budget.first();
+        let pager = Pager::new(window, uffd, options.faults, budget, handlers, seed)
+            .map_err(system("register the window with userfaultfd"))?;
+        let pager = Arc::new(pager);
+        let kept_pages = (options.kept / PAGE as u64) as u32;
+        let behind = pages as u32 - kept_pages;
+        if behind > 0 {
+            pager.set_fresh(kept_pages, behind);
+        }
+        let threads = start(&pager, &volume, options.budget, handlers)?;
+        let inline = match options.faults {
+            Faults::Handled(_) => Ok(None),
+            Faults::Inline => seats(&pager, &volume).map(Some),
+        };
+        let io = Io::new(pager.clone(), &volume).map_err(system("open a channel"));
+        let (inline, io) = match (inline, io) {
+            (Ok(inline), Ok(io)) => (inline, io),
+            (Err(error), _) | (_, Err(error)) => {
+                end(&pager, threads);
+                return Err(error);
+            }
+        };
+        let inner = Inner {
+            io: Mutex::new(io),
+            carver: Mutex::new(Carver::new(options.kept, size)),
+            mapped: Mutex::default(),
+            kept: options.kept,
+            size,
+            pinned: Mutex::new(0),
+            inline,
+            threads,
+            pager,
+            _volume: volume,
+        };
+        Ok(Space { inner: Arc::new(inner) })
+    }
+
+    /// Carves a slab of at least `len` bytes out of the allocation and shows it. It holds zeros. No message to anyone, and
+    /// no system call. It is given back when the mapping is dropped; what it held is forgotten.
+    ///
+    /// # Errors
+    /// [`MapError::Slab`] when no free run is that long.
+    pub fn carve(&self, len: u64) -> Result<Mapping, MapError> {
+        let (slab, offset) = self.inner.carver().carve(len)?;
+        Ok(self.mapping(offset, slab.len, Kind::Slab(slab)))
+    }
+
+    /// Shows a range of the allocation with what it holds, which stays. `range` is in bytes, of whole pages, within the
+    /// part that is kept.
+    ///
+    /// # Errors
+    /// [`MapError::Range`], [`MapError::Unaligned`], [`MapError::Mapped`], or what the system refuses.
+    pub fn map(&self, range: Range<u64>, access: Access) -> Result<Mapping, MapError> {
+        let (start, end) = (range.start, range.end);
+        if let Some(odd) = [start, end].into_iter().find(|edge| !edge.is_multiple_of(PAGE as u64)) {
+            return Err(MapError::Unaligned(odd));
+        }
+        if start >= end || end > self.inner.kept {
+            let (kept, size) = (self.inner.kept, self.inner.size);
+            return Err(MapError::Range { start, end, kept, size });
+        }
+        let (first, behind) = ((start / PAGE as u64) as u32, (end / PAGE as u64) as u32);
+        let mut mapped = self.inner.mapped();
+        let before = mapped.range(..behind).next_back().filter(|(_, other)| **other > first);
+        if let Some((other, other_behind)) = before {
+            let (start, end) = (u64::from(*other) * PAGE as u64, u64::from(*other_behind) * PAGE as u64);
+            return Err(MapError::Mapped { start, end });
+        }
+        if access == Access::ReadOnly {
+            self.protect(first, behind - first, true).map_err(system("make the range read-only"))?;
+        }
+        mapped.insert(first, behind);
+        drop(mapped);
+        Ok(self.mapping(start, end - start, Kind::Range(access)))
+    }
+
+    /// A slab with what another mapping holds now, page by page as it is used: writes go to the slab only. The other one must
+    /// be flushed, and must not be written to while this one is there, or this one may show either.
+    ///
+    /// # Errors
+    /// [`MapError::Slab`], [`MapError::Io`] when the other one cannot be flushed; [`MapError::Invalid`] when it is
+    /// a private copy itself.
+    pub fn private_copy(&self, of: &Mapping) -> Result<Mapping, MapError> {
+        if !Arc::ptr_eq(&self.inner, &of.space.inner) || matches!(of.kind, Kind::Copy(_)) {
+            return Err(MapError::Invalid(
+                "only a mapping of the same space that is no private copy can be copied".to_owned(),
+            ));
+        }
+        of.flush()?;
+        let (slab, offset) = self.inner.carver().carve(of.len.max(CHUNK_LEN))?;
+        let first = (offset / PAGE as u64) as u32;
+        self.inner.pager.set_lent(first, (slab.len / PAGE as u64) as u32, Some(of.first()));
+        Ok(self.mapping(offset, slab.len, Kind::Copy(slab)))
+    }
+
+    /// Changes how much local memory may be used; takes effect within moments. A [`Budget::Share`] that
+    /// was chosen at the start goes on to follow what is available.
+    ///
+    /// # Errors
+    /// [`MapError::Invalid`] below [`Budget::MIN`], or below twice of what is pinned.
+    pub fn set_budget(&self, bytes: u64) -> Result<(), MapError> {
+        Budget::Fixed(bytes).check().map_err(MapError::Invalid)?;
+        let pinned = self.inner.pinned.lock().unwrap_or_else(PoisonError::into_inner);
+        if (bytes as usize / PAGE) < *pinned * 2 {
+            let least = *pinned * 2 * PAGE;
+            return Err(MapError::Invalid(format!(
+                "what is pinned needs a budget of {least} bytes: unpin some of it"
+            )));
+        }
+        self.inner.pager.room.set_budget(bytes as usize / PAGE);
+        self.inner.pager.evictor.ring();
+        self.inner.pager.wake_starving();
+        Ok(())
+    }
+
+    /// What happened so far, and what is there.
+    pub fn stats(&self) -> MappingStats {
+        self.inner.pager.stats()
+    }
+
+    /// Writes all that was changed to external memory, and waits until it is there.
+    ///
+    /// # Errors
+    /// [`MapError::Io`]; what could not be written is tried again with the next flush.
+    pub fn flush(&self) -> Result<(), MapError> {
+        Ok(self.inner.io().flush(0, self.inner.pager.pages.count())?)
+    }
+
+    /// Bytes of the allocation that are in no slab, and are not kept for ranges.
+    pub fn free_bytes(&self) -> u64 {
+        self.inner.carver().slabs.free_bytes()
+    }
+
+    /// Size of the allocation in bytes, as it was when it was opened.
+    pub fn size(&self) -> u64 {
+        self.inner.size
+    }
+
+    /// Whether system calls may be given absent pages.
+    pub fn serves_system_calls(&self) -> bool {
+        self.inner.inline.is_none() && self.inner.pager.uffd.reach == Reach::Kernel
+    }
+
+    /// An allocator for containers whose memory is external; see [`SpaceAllocator`].
+    pub fn allocator(&self) -> SpaceAllocator {
+        SpaceAllocator::new(self.clone())
+    }
+
+    fn mapping(&self, offset: u64, len: u64, kind: Kind) -> Mapping {
+        Mapping { space: self.clone(), offset, len, kind }
+    }
+
+    fn protect(&self, first: u32, count: u32, read_only: bool) -> std::io::Result<()> {
+        let pager = &self.inner.pager;
+        pager.window.set_writable(first, count, !read_only)?;
+        if first.is_multiple_of(CHUNK) && count.is_multiple_of(CHUNK) {
+            pager.set_read_only(first, count, read_only);
+        }
+        Ok(())
+    }
+}
+
+fn check_kept(kept: u64, size: u64) -> Result<(), MapError> {
+    match kept {
+        _ if kept > size => Err(MapError::Range { start: 0, end: kept, kept: size, size }),
+        _ if kept != size && !kept.is_multiple_of(CHUNK_LEN) => Err(MapError::Invalid(format!(
+            "what is kept must be a multiple of 2 MiB, or all of {size} bytes: {kept} is not"
+        ))),
+        _ => Ok(()),
+    }
+}
+
+fn rand_seed() -> std::io::Result<u64> {
+    let mut bytes = [0; 8];
+    let mut filled = 0;
+    while filled < bytes.len() {
+        let flags = rustix::rand::GetRandomFlags::empty();
+        filled += rustix::rand::getrandom(&mut bytes[filled..], flags)?;
+    }
+    Ok(u64::from_ne_bytes(bytes))
+}
+
+/// Starts the threads; all or none.
+fn start(
+    pager: &Shared,
+    volume: &Volume,
+    budget: Budget,
+    handlers: usize,
+) -> Result<Vec<JoinHandle<()>>, MapError> {
+    let mut threads = Vec::new();
+    let made = (|| {
+        let channel = volume.channel()?;
+        let evictor = Evictor::new(pager.clone(), channel, budget::Governor(budget));
+        threads.push(std::thread::Builder::new().name("xpm-evict".to_owned()).spawn(move || evictor.run())?);
+        for number in 0..handlers {
+            let fetcher = Fetcher::new(pager.clone(), volume, 8, WINDOW_MAX / 4)?;
+            let builder = std::thread::Builder::new().name(format!("xpm-fetch-{number}"));
+            threads.push(builder.spawn(move || worker::run(fetcher, number))?);
+        }
+        Ok(())
+    })();
+    match made {
+        Ok(()) => Ok(threads),
+        Err(error) => {
+            end(pager, threads);
+            Err(MapError::System { what: "start the threads that bring pages", error })
+        }
+    }
+}
+
+fn seats(pager: &Shared, volume: &Volume) -> Result<Registered, MapError> {
+    let count = std::thread::available_parallelism().map_or(4, usize::from).clamp(2, 32);
+    let fetchers: std::io::Result<Vec<Fetcher>> =
+        (0..count).map(|_| Fetcher::new(pager.clone(), volume, 2, 1)).collect();
+    fetchers
+        .and_then(|fetchers| Registered::new(pager.clone(), fetchers))
+        .map_err(system("serve faults in line"))
+}
+
+fn end(pager: &Shared, threads: Vec<JoinHandle<()>>) {
+    pager.stop();
+    for thread in threads {
+        // A panic of it has been told already.
+        let _ = thread.join();
+    }
+}
+
+impl Inner {
+    fn io(&self) -> std::sync::MutexGuard<'_, Io> {
+        self.io.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn carver(&self) -> std::sync::MutexGuard<'_, Carver> {
+        self.carver.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn mapped(&self) -> std::sync::MutexGuard<'_, BTreeMap<u32, u32>> {
+        self.mapped.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        // Mappings that stay were flushed when they were dropped.
+        self.inline = None;
+        end(&self.pager, std::mem::take(&mut self.threads));
+    }
+}
+
+impl Carver {
+    /// Makes regions of what lies behind what is kept, the largest first.
+    fn new(kept: u64, size: u64) -> Carver {
+        let mut carver = Carver { slabs: SlabAllocator::new(), bases: Vec::new() };
+        let mut base = kept;
+        while size - base >= REGION_MIN {
+            let len = (1_u64 << (size - base).ilog2()).min(REGION_MAX);
+            if carver.slabs.add_region(len).is_err() {
+                break;
+            }
+            carver.bases.push(base);
+            base += len;
+        }
+        carver
+    }
+
+    /// A slab, and where it is in the window.
+    fn carve(&mut self, len: u64) -> Result<(Slab, u64), SlabError> {
+        let slab = self.slabs.allocate(len)?;
+        Ok((slab, self.bases[slab.region as usize] + slab.offset))
+    }
+}
+
+/// Bytes at addresses. See [`Space`].
+pub struct Mapping {
+    space: Space,
+    /// First byte in the allocation.
+    offset: u64,
+    len: u64,
+    kind: Kind,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Kind {
+    Slab(Slab),
+    Copy(Slab),
+    Range(Access),
+}
+
+impl Mapping {
+    /// Its first byte, at the start of a page. Valid, for reads and, unless it is read-only, for writes, until the mapping is
+    /// dropped; nothing else in Rust refers to this memory.
+    pub fn as_ptr(&self) -> NonNull<u8> {
+        self.space.inner.pager.window.pointer(self.offset as usize)
+    }
+
+    /// Its length in bytes: of a slab what was asked for, rounded up to a power of two.
+    pub const fn len(&self) -> usize {
+        self.len as usize
+    }
+
+    /// Whether it has no bytes: never.
+    pub const fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The space that it is a part of.
+    pub const fn space(&self) -> &Space {
+        &self.space
+    }
+
+    /// Writes what was changed of it to external memory, and waits until it is there.
+    ///
+    /// # Errors
+    /// [`MapError::Io`]; what could not be written is tried again with the next flush.
+    pub fn flush(&self) -> Result<(), MapError> {
+        Ok(self.space.inner.io().flush(self.first(), self.pages())?)
+    }
+
+    /// Says how bytes of it will be used; whole pages, those at the edges included.
+    ///
+    /// # Errors
+    /// [`MapError::Range`] outside of it, [`MapError::Io`], and [`MapError::Invalid`] where so much cannot be pinned.
+    pub fn advise(&self, range: Range<usize>, advice: Advice) -> Result<(), MapError> {
+        let (first, pages) = self.pages_of(&range)?;
+        let pager = &self.space.inner.pager;
+        match advice {
+            Advice::Normal => pager.set_habit(first, pages, Habit::Normal),
+            Advice::Sequential => pager.set_habit(first, pages, Habit::Sequential),
+            Advice::Random => pager.set_habit(first, pages, Habit::Random),
+            Advice::WillNeed => self.space.inner.io().will_need(first, pages)?,
+            Advice::DontNeed => self.space.inner.io().dont_need(first, pages)?,
+            Advice::Pin => self.pin(first, pages)?,
+            Advice::Unpin => {
+                let unpinned = (first..first + pages)
+                    .filter(|page| pager.pages.mark(*page, 0, pages::PINNED).has(pages::PINNED))
+                    .count();
+                *self.space.inner.pinned() -= unpinned;
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies bytes out of it, without a fault: what is not in local memory is read into `buf`, and takes no
+    /// room. Blocks until they are there.
+    ///
+    /// # Errors
+    /// [`MapError::Range`] outside of it, or [`MapError::Io`].
+    pub fn get(&self, offset: usize, buf: &mut [u8]) -> Result<(), MapError> {
+        self.pages_of(&(offset..offset.saturating_add(buf.len())))?;
+        Ok(self.space.inner.io().get(self.offset as usize + offset, buf)?)
+    }
+
+    /// Copies bytes into it, without a fault: what is not in local memory is written to external memory. Blocks until
+    /// it is there.
+    ///
+    /// # Errors
+    /// [`MapError::Range`] outside of it, [`MapError::Invalid`] when it is read-only, or [`MapError::Io`].
+    pub fn put(&self, offset: usize, bytes: &[u8]) -> Result<(), MapError> {
+        self.pages_of(&(offset..offset.saturating_add(bytes.len())))?;
+        if matches!(self.kind, Kind::Range(Access::ReadOnly)) {
+            return Err(MapError::Invalid("the mapping is read-only: map it for writing, too".to_owned()));
+        }
+        Ok(self.space.inner.io().put(self.offset as usize + offset, bytes)?)
+    }
+
+    fn pin(&self, first: u32, pages: u32) -> Result<(), MapError> {
+        let inner = &self.space.inner;
+        let mut pinned = inner.pinned();
+        let new =
+            (first..first + pages).filter(|page| !inner.pager.pages.state(*page).has(pages::PINNED)).count();
+        let most = inner.pager.room.budget() / 2;
+        if *pinned + new > most {
+            let line = format!(
+                "{new} more pages cannot be pinned: {pinned} are, and {most}, half of the budget, can be; unpin some, or raise the budget"
+            );
+            return Err(MapError::Invalid(line));
+        }
+        inner.io().pin(first, pages)?;
+        *pinned += new;
+        Ok(())
+    }
+
+    fn first(&self) -> u32 {
+        (self.offset / PAGE as u64) as u32
+    }
+
+    fn pages(&self) -> u32 {
+        (self.len / PAGE as u64) as u32
+    }
+
+    fn pages_of(&self, range: &Range<usize>) -> Result<(u32, u32), MapError> {
+        if range.start > range.end || range.end > self.len() {
+            let (start, end) = (range.start as u64, range.end as u64);
+            return Err(MapError::Range { start, end, kept: self.len, size: self.space.inner.size });
+        }
+        let first = self.first() + (range.start / PAGE) as u32;
+        let behind = self.first() + range.end.div_ceil(PAGE) as u32;
+        Ok((first, behind - first))
+    }
+}
+
+impl Inner {
+    fn pinned(&self) -> std::sync::MutexGuard<'_, usize> {
+        self.pinned.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        let inner = &self.space.inner;
+        let (first, pages) = (self.first(), self.pages());
+        let _ = self.advise(0..self.len(), Advice::Unpin);
+        inner.pager.set_habit(first, pages, Habit::Normal);
+        match self.kind {
+            Kind::Range(access) => {
+                // What cannot be written is gone with its appliance; flush tells whoever wants to know.
+                let _ = inner.io().dont_need(first, pages);
+                if access == Access::ReadOnly {
+                    let _ = self.space.protect(first, pages, false);
+                }
+                inner.mapped().remove(&first);
+            }
+            Kind::Slab(slab) | Kind::Copy(slab) => {
+                inner.io().forget(first, pages);
+                if matches!(self.kind, Kind::Copy(_)) {
+                    inner.pager.set_lent(first, pages, None);
+                }
+                let freed = inner.carver().slabs.free(slab);
+                debug_assert!(freed.is_ok(), "{freed:?}");
+            }
+        }
+    }
+}

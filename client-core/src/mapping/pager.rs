@@ -1,0 +1,506 @@
+//! What all threads of a pager share: the window, its pages, how much local memory is left, and what is
+//! known of the ranges that are mapped.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use crossbeam_queue::ArrayQueue;
+use rustix::thread::futex;
+use xpm_transport::{IoBuf, IoError};
+use xxhash_rust::xxh3::xxh3_64_with_seed;
+
+use super::pages::{self, Claim, DIRTY, MARK, POISONED, Pages, QUEUED, Residency, State, TOUCHED, WRITTEN};
+use super::prefetch::{Ahead, Habit, Prefetcher};
+use super::uffd::{Refused, Uffd};
+use super::window::{PAGE, Window};
+use super::{Faults, MappingStats};
+use crate::volume::Bell;
+
+/// Pages of which something is known together: 2 MiB.
+pub(super) const CHUNK: u32 = 512;
+/// Pages that came and that the evictor has not heard of.
+const ARRIVALS: usize = 1 << 14;
+/// Rows of pages that somebody should fetch.
+const ASKED: usize = 64;
+
+/// The chunk belongs to slabs: a page of it that was not written holds zeros.
+const FRESH: u32 = 1 << 0;
+/// It is never written, so never dirty.
+const READ_ONLY: u32 = 1 << 1;
+const SEQUENTIAL: u32 = 1 << 2;
+const RANDOM: u32 = 1 << 3;
+
+/// Where the content of an absent page is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Source {
+    /// Nowhere: it is zeros.
+    Zeros,
+    /// In external memory, at this page.
+    At(u32),
+}
+
+#[derive(Default)]
+struct Chunk {
+    flags: std::sync::atomic::AtomicU32,
+    /// Where the content of what was not written is, as one more than a number of a page; 0 for nowhere else.
+    lent: std::sync::atomic::AtomicU32,
+}
+
+/// What became of a fault without a look at external memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Local {
+    /// The page is there now. What its mark asks for.
+    Done(Option<Ahead>),
+    /// Somebody else is about it, and will wake those who wait.
+    Busy,
+    /// No room is left in local memory.
+    NoRoom,
+    /// Its content cannot be had.
+    Poisoned,
+    /// The page is the caller's now, who is to fetch it from there.
+    Fetch(u32),
+}
+
+pub(super) struct Pager {
+    pub(super) window: Window,
+    pub(super) pages: Pages,
+    pub(super) uffd: Uffd,
+    pub(super) faults: Faults,
+    chunks: Box<[Chunk]>,
+    pub(super) room: Room,
+    /// Pages that came: the number below, and above it when it left before.
+    pub(super) arrivals: ArrayQueue<u64>,
+    pub(super) asked: ArrayQueue<Ahead>,
+    pub(super) evictor: Bell,
+    /// One for each thread that fetches.
+    pub(super) fetchers: Vec<Bell>,
+    prefetcher: Mutex<Prefetcher>,
+    pub(super) tallies: Tallies,
+    stopped: AtomicBool,
+    /// Digests cannot be foreseen by whoever makes the content.
+    seed: u64,
+    zeros: u64,
+}
+
+#[derive(Default)]
+pub(super) struct Tallies {
+    pub(super) faults: AtomicU64,
+    pub(super) fetched: AtomicU64,
+    pub(super) prefetched: AtomicU64,
+    pub(super) zeroed: AtomicU64,
+    pub(super) touched: AtomicU64,
+    pub(super) dropped: AtomicU64,
+    pub(super) written: AtomicU64,
+    pub(super) errors: AtomicU64,
+    pub(super) waits: AtomicU64,
+}
+
+pub(super) fn count(counter: &AtomicU64, by: u64) {
+    counter.fetch_add(by, Ordering::Relaxed);
+}
+
+impl Pager {
+    pub(super) fn new(
+        window: Window,
+        uffd: Uffd,
+        faults: Faults,
+        budget: usize,
+        fetchers: usize,
+        seed: u64,
+    ) -> std::io::Result<Pager> {
+        uffd.register(window.address(), window.len())?;
+        let count = window.len() / PAGE;
+        let chunks = count.div_ceil(CHUNK as usize);
+        Ok(Pager {
+            pages: Pages::new(super::window::zeros32(count), super::window::zeros64(count)),
+            window,
+            uffd,
+            faults,
+            chunks: (0..chunks).map(|_| Chunk::default()).collect(),
+            room: Room::new(budget),
+            arrivals: ArrayQueue::new(ARRIVALS),
+            asked: ArrayQueue::new(ASKED),
+            evictor: Bell::new()?,
+            fetchers: (0..fetchers).map(|_| Bell::new()).collect::<std::io::Result<_>>()?,
+            prefetcher: Mutex::default(),
+            tallies: Tallies::default(),
+            stopped: AtomicBool::new(false),
+            seed,
+            zeros: xxh3_64_with_seed(&[0; PAGE], seed),
+        })
+    }
+
+    pub(super) fn stop(&self) {
+        self.stopped.store(true, Ordering::Release);
+        self.evictor.ring();
+        self.fetchers.iter().for_each(Bell::ring);
+    }
+
+    pub(super) fn is_stopped(&self) -> bool {
+        self.stopped.load(Ordering::Acquire)
+    }
+
+    fn chunk(&self, page: u32) -> &Chunk {
+        &self.chunks[(page / CHUNK) as usize]
+    }
+
+    fn flags(&self, page: u32) -> u32 {
+        self.chunk(page).flags.load(Ordering::Relaxed)
+    }
+
+    fn flag(&self, first: u32, count: u32, set: u32, clear: u32) {
+        for chunk in &self.chunks[(first / CHUNK) as usize..=((first + count - 1) / CHUNK) as usize] {
+            let change = |flags: u32| Some(flags & !clear | set);
+            let _ = chunk.flags.fetch_update(Ordering::Relaxed, Ordering::Relaxed, change);
+        }
+    }
+
+    /// Pages of a slab: what was not written is zeros.
+    pub(super) fn set_fresh(&self, first: u32, count: u32) {
+        self.flag(first, count, FRESH, 0);
+    }
+
+    /// What was not written of whole chunks is at `source`; none: at its own place again.
+    pub(super) fn set_lent(&self, first: u32, count: u32, source: Option<u32>) {
+        for chunk in first / CHUNK..=(first + count - 1) / CHUNK {
+            let at = source.map_or(0, |source| source + (chunk * CHUNK - first) + 1);
+            self.chunks[chunk as usize].lent.store(at, Ordering::Relaxed);
+        }
+    }
+
+    pub(super) fn set_read_only(&self, first: u32, count: u32, read_only: bool) {
+        let (set, clear) = if read_only { (READ_ONLY, 0) } else { (0, READ_ONLY) };
+        self.flag(first, count, set, clear);
+    }
+
+    pub(super) fn set_habit(&self, first: u32, count: u32, habit: Habit) {
+        let set = match habit {
+            Habit::Normal => 0,
+            Habit::Sequential => SEQUENTIAL,
+            Habit::Random => RANDOM,
+        };
+        self.flag(first, count, set, (SEQUENTIAL | RANDOM) & !set);
+    }
+
+    fn habit(&self, page: u32) -> Habit {
+        match self.flags(page) & (SEQUENTIAL | RANDOM) {
+            SEQUENTIAL => Habit::Sequential,
+            RANDOM => Habit::Random,
+            _ => Habit::Normal,
+        }
+    }
+
+    pub(super) fn source(&self, page: u32, state: State) -> Source {
+        let chunk = self.chunk(page);
+        if state.has(WRITTEN) {
+            return Source::At(page);
+        }
+        match chunk.lent.load(Ordering::Relaxed) {
+            0 if chunk.flags.load(Ordering::Relaxed) & FRESH != 0 => Source::Zeros,
+            0 => Source::At(page),
+            lent => Source::At(lent - 1 + page % CHUNK),
+        }
+    }
+
+    /// The digest of a page's content, which nobody changes meanwhile.
+    pub(super) fn digest_of(&self, content: IoBuf) -> u64 {
+        super::window::digest(content, self.seed)
+    }
+
+    /// Whether a page on the shelf, which the caller has to itself, differs from what external memory holds.
+    pub(super) fn is_dirty(&self, page: u32, state: State) -> bool {
+        if self.flags(page) & READ_ONLY != 0 {
+            return false;
+        }
+        state.has(DIRTY) || self.digest_of(self.window.content(page, 1)) != self.pages.stamp(page)
+    }
+
+    /// Whether it can be dirty at all.
+    pub(super) fn may_be_dirty(&self, page: u32) -> bool {
+        self.flags(page) & READ_ONLY == 0
+    }
+
+    /// Ends a fault with what is in local memory, or says what is to be done.
+    pub(super) fn fault(&self, page: u32, write: bool) -> Local {
+        let state = match self.pages.claim(page, |_| true, true) {
+            Claim::Yours(state) => state,
+            Claim::Not(_) | Claim::Busy => return Local::Busy,
+        };
+        match state.residency() {
+            Residency::Absent => self.absent(page, write, state),
+            _ => {
+                let mapped = self.uffd.map(self.window.address_of(page), PAGE);
+                debug_assert!(matches!(mapped, Ok(()) | Err(Refused::Exists)), "{mapped:?}");
+                let shelved = state.residency() == Residency::Shelved;
+                let touched = if shelved { TOUCHED } else { 0 };
+                let dirty = if write && shelved { DIRTY } else { 0 };
+                self.release(page, Residency::Mapped, touched | dirty, MARK);
+                count(&self.tallies.touched, u64::from(shelved));
+                let asks = state.has(MARK).then(|| self.prefetcher.try_lock().ok()?.touched(page));
+                Local::Done(asks.flatten())
+            }
+        }
+    }
+
+    fn absent(&self, page: u32, write: bool, state: State) -> Local {
+        if state.has(POISONED) {
+            self.release(page, Residency::Absent, 0, 0);
+            return Local::Poisoned;
+        }
+        if !self.room.take() {
+            self.release(page, Residency::Absent, 0, 0);
+            self.evictor.nudge();
+            count(&self.tallies.waits, 1);
+            return Local::NoRoom;
+        }
+        if self.room.is_short() {
+            self.evictor.nudge();
+        }
+        count(&self.tallies.faults, 1);
+        match self.source(page, state) {
+            Source::At(at) => Local::Fetch(at),
+            Source::Zeros => {
+                self.put_zeros(page, 1, write);
+                Local::Done(self.ahead(page))
+            }
+        }
+    }
+
+    /// What should be fetched beside a page that was missing.
+    pub(super) fn ahead(&self, page: u32) -> Option<Ahead> {
+        self.prefetcher.try_lock().ok()?.fault(page, self.habit(page))
+    }
+
+    /// Fills pages that the caller has with zeros.
+    pub(super) fn put_zeros(&self, first: u32, run: u32, write: bool) {
+        let address = self.window.address_of(first);
+        if self.uffd.zero(address, run as usize * PAGE).is_err() {
+            for page in first..first + run {
+                self.window.content(page, 1).zero();
+                let _ = self.uffd.map(self.window.address_of(page), PAGE);
+            }
+        }
+        for page in first..first + run {
+            let left = self.pages.stamp(page);
+            self.pages.set_stamp(page, self.zeros);
+            self.came(page, Residency::Mapped, if write { DIRTY } else { 0 }, left);
+        }
+        count(&self.tallies.zeroed, u64::from(run));
+    }
+
+    /// Puts fetched content of a page into its place, which the caller has.
+    pub(super) fn put(&self, page: u32, content: IoBuf, write: bool, mark: bool) {
+        let left = self.pages.stamp(page);
+        if !write && self.flags(page) & READ_ONLY == 0 {
+            self.pages.set_stamp(page, self.digest_of(content));
+        }
+        match mark {
+            true => {
+                self.window.keep(page, content);
+                self.came(page, Residency::Shelved, MARK, left);
+            }
+            false => self.came(page, Residency::Mapped, if write { DIRTY } else { 0 }, left),
+        }
+    }
+
+    fn came(&self, page: u32, residency: Residency, set: u32, left: u64) {
+        let queued = self.pages.mark(page, QUEUED, 0).has(QUEUED);
+        self.release(page, residency, set, TOUCHED | if set & DIRTY == 0 { DIRTY } else { 0 });
+        if queued {
+            return;
+        }
+        let arrival = u64::from(page) | (left & 0xffff_ffff) << 32;
+        while self.arrivals.push(arrival).is_err() {
+            self.evictor.nudge();
+            std::thread::yield_now();
+        }
+        if self.arrivals.len() > ARRIVALS / 2 {
+            self.evictor.nudge();
+        }
+    }
+
+    /// Shows content at absent pages that the caller has.
+    pub(super) fn copy(&self, first: u32, content: IoBuf) -> Result<(), Refused> {
+        self.uffd.copy(self.window.address_of(first), content)
+    }
+
+    /// The content of pages that the caller has cannot be had.
+    pub(super) fn fail(&self, first: u32, run: u32, error: IoError, prefetch: bool) {
+        count(&self.tallies.errors, 1);
+        let _ = error;
+        for page in first..first + run {
+            if !prefetch && self.faults.has_handlers() {
+                let _ = self.uffd.poison(self.window.address_of(page), PAGE);
+            }
+            self.release(page, Residency::Absent, if prefetch { 0 } else { POISONED }, 0);
+        }
+        self.room.give(run as usize);
+        self.wake_starving();
+    }
+
+    /// Gives a page back that the caller has, and wakes who waits for it.
+    pub(super) fn release(&self, page: u32, residency: Residency, set: u32, clear: u32) {
+        if self.pages.release(page, residency, |state| state.without(clear).with(set)) {
+            self.uffd.wake(self.window.address_of(page), PAGE);
+            let _ = futex::wake(self.pages.word(page), futex::Flags::PRIVATE, u32::MAX);
+        }
+    }
+
+    /// Waits for a page that was busy when it was last looked at, for a moment at most.
+    pub(super) fn wait_for(&self, page: u32) {
+        let word = self.pages.word(page);
+        for _ in 0..64 {
+            if self.pages.state(page).residency() != Residency::Busy {
+                return;
+            }
+            std::hint::spin_loop();
+        }
+        let now = word.load(Ordering::Acquire);
+        if self.pages.state(page).residency() == Residency::Busy {
+            let limit = rustix::event::Timespec { tv_sec: 0, tv_nsec: 2_000_000 };
+            let _ = futex::wait(word, futex::Flags::PRIVATE, now, Some(&limit));
+        }
+    }
+
+    /// Makes a page the caller's, however long that takes.
+    pub(super) fn claim(&self, page: u32) -> State {
+        loop {
+            match self.pages.claim(page, |_| true, true) {
+                Claim::Yours(state) => return state,
+                Claim::Not(_) | Claim::Busy => self.wait_for(page),
+            }
+        }
+    }
+
+    /// After room was given back: those who wait for it try again.
+    pub(super) fn wake_starving(&self) {
+        if self.room.freed() {
+            self.fetchers.iter().for_each(Bell::ring);
+        }
+    }
+
+    pub(super) fn stats(&self) -> MappingStats {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let tallies = &self.tallies;
+        MappingStats {
+            budget: (self.room.budget() * PAGE) as u64,
+            resident: (self.room.resident() * PAGE) as u64,
+            faults: get(&tallies.faults),
+            fetched: get(&tallies.fetched),
+            prefetched: get(&tallies.prefetched),
+            zeroed: get(&tallies.zeroed),
+            touched: get(&tallies.touched),
+            dropped: get(&tallies.dropped),
+            written: get(&tallies.written),
+            waits: get(&tallies.waits),
+            errors: get(&tallies.errors),
+        }
+    }
+}
+
+/// How much local memory is used, and how much may be.
+pub(super) struct Room {
+    resident: AtomicUsize,
+    budget: AtomicUsize,
+    /// Somebody found no room.
+    starving: AtomicBool,
+    /// Counts up whenever there is room again.
+    sequence: std::sync::atomic::AtomicU32,
+}
+
+impl Room {
+    fn new(budget: usize) -> Room {
+        Room {
+            resident: AtomicUsize::new(0),
+            budget: AtomicUsize::new(budget),
+            starving: AtomicBool::new(false),
+            sequence: std::sync::atomic::AtomicU32::new(0),
+        }
+    }
+
+    pub(super) fn budget(&self) -> usize {
+        self.budget.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_budget(&self, pages: usize) {
+        self.budget.store(pages, Ordering::Relaxed);
+    }
+
+    pub(super) fn resident(&self) -> usize {
+        self.resident.load(Ordering::Relaxed)
+    }
+
+    /// Room for one page.
+    pub(super) fn take(&self) -> bool {
+        self.take_below(self.budget())
+    }
+
+    /// The same, for what can do without: leaves some.
+    pub(super) fn take_spare(&self) -> bool {
+        let budget = self.budget();
+        self.take_below(budget - low_of(budget) / 2)
+    }
+
+    fn take_below(&self, limit: usize) -> bool {
+        let more = |resident: usize| (resident < limit).then_some(resident + 1);
+        let taken = self.resident.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_ok();
+        if !taken && limit == self.budget() {
+            self.starving.store(true, Ordering::SeqCst);
+        }
+        taken
+    }
+
+    pub(super) fn give(&self, pages: usize) {
+        self.resident.fetch_sub(pages, Ordering::SeqCst);
+    }
+
+    /// Whether the evictor has to make room.
+    pub(super) fn is_short(&self) -> bool {
+        let budget = self.budget();
+        self.resident() + low_of(budget) > budget
+    }
+
+    /// Whether it has made enough.
+    pub(super) fn is_ample(&self) -> bool {
+        let budget = self.budget();
+        self.resident() + 2 * low_of(budget) <= budget
+    }
+
+    /// Tells those who found no room. True when there were any.
+    fn freed(&self) -> bool {
+        let starving = self.starving.swap(false, Ordering::SeqCst);
+        if starving {
+            self.sequence.fetch_add(1, Ordering::Release);
+            let _ = futex::wake(&self.sequence, futex::Flags::PRIVATE, u32::MAX);
+        }
+        starving
+    }
+
+    /// Waits until there may be room again, for a moment at most.
+    pub(super) fn wait(&self) {
+        let now = self.sequence.load(Ordering::Acquire);
+        if self.resident() >= self.budget() {
+            let limit = rustix::event::Timespec { tv_sec: 0, tv_nsec: 1_000_000 };
+            let _ = futex::wait(&self.sequence, futex::Flags::PRIVATE, now, Some(&limit));
+        }
+    }
+}
+
+/// Pages that should be free of so many.
+const fn low_of(budget: usize) -> usize {
+    let part = budget / 32;
+    if part > 1024 {
+        1024
+    } else if part < 4 {
+        4
+    } else {
+        part
+    }
+}
+
+/// How long the evictor sleeps when there is nothing to do.
+pub(super) const TICK: Duration = Duration::from_millis(500);
+
+pub(super) type Shared = Arc<Pager>;
+pub(super) use pages::runs;

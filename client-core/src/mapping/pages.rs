@@ -1,0 +1,188 @@
+//! What is known of each page: one word, and a stamp.
+//!
+//! **Who may change what.** Whoever turns a page's residency to [`Residency::Busy`] has it to itself until it
+//! turns it to something else; only then may its content, its place in the window, and its stamp change.
+//! Who finds a page busy marks it as waited for, and is woken by the one who has it. Nobody has one page and
+//! waits for another.
+
+use std::ops::Range;
+
+use super::sync::{AtomicU32, AtomicU64, Ordering};
+
+/// Where a page's content is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Residency {
+    /// In external memory only, or it was never written.
+    Absent,
+    /// Somebody has it to itself.
+    Busy,
+    /// In local memory, and in the window.
+    Mapped,
+    /// In local memory, and not in the window: touching it tells that it is used.
+    Shelved,
+}
+
+const RESIDENCY: u32 = 0b11;
+/// It has to be written before it may go. Without, its stamp is the digest of what external memory holds.
+pub(super) const DIRTY: u32 = 1 << 2;
+/// Its own place in external memory holds its content, or did once.
+pub(super) const WRITTEN: u32 = 1 << 3;
+/// It was touched while it was on the shelf.
+pub(super) const TOUCHED: u32 = 1 << 4;
+/// Touching it asks for the pages behind it.
+pub(super) const MARK: u32 = 1 << 5;
+/// Somebody waits until it is not busy.
+const WAITED: u32 = 1 << 6;
+/// Its content cannot be had.
+pub(super) const POISONED: u32 = 1 << 7;
+/// It stays in local memory.
+pub(super) const PINNED: u32 = 1 << 8;
+/// It is in a queue of the policy.
+pub(super) const QUEUED: u32 = 1 << 9;
+
+/// The word of a page, as it was when it was looked at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct State(u32);
+
+impl State {
+    pub(super) const fn residency(self) -> Residency {
+        match self.0 & RESIDENCY {
+            0 => Residency::Absent,
+            1 => Residency::Busy,
+            2 => Residency::Mapped,
+            _ => Residency::Shelved,
+        }
+    }
+
+    pub(super) const fn has(self, bit: u32) -> bool {
+        self.0 & bit != 0
+    }
+
+    pub(super) const fn with(self, bit: u32) -> State {
+        State(self.0 | bit)
+    }
+
+    pub(super) const fn without(self, bit: u32) -> State {
+        State(self.0 & !bit)
+    }
+
+    const fn at(self, residency: Residency) -> State {
+        let bits = match residency {
+            Residency::Absent => 0,
+            Residency::Busy => 1,
+            Residency::Mapped => 2,
+            Residency::Shelved => 3,
+        };
+        State(self.0 & !RESIDENCY | bits)
+    }
+}
+
+/// How it went to claim a page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Claim {
+    /// It is the caller's; this is what it was.
+    Yours(State),
+    /// It is not what the caller wanted.
+    Not(State),
+    /// Somebody else has it, and will wake those who wait.
+    Busy,
+}
+
+pub(super) struct Pages {
+    states: Box<[AtomicU32]>,
+    /// Of a page in local memory that is not dirty, the digest of what external memory holds; of an absent
+    /// one, when it left.
+    stamps: Box<[AtomicU64]>,
+}
+
+impl Pages {
+    pub(super) fn new(states: Box<[AtomicU32]>, stamps: Box<[AtomicU64]>) -> Pages {
+        Pages { states, stamps }
+    }
+
+    pub(super) fn count(&self) -> u32 {
+        self.states.len() as u32
+    }
+
+    pub(super) fn state(&self, page: u32) -> State {
+        State(self.states[page as usize].load(Ordering::Acquire))
+    }
+
+    /// Makes a page the caller's, if it is where the caller wants it. `wait`: a busy one is marked as waited for.
+    pub(super) fn claim(&self, page: u32, wanted: impl Fn(State) -> bool, wait: bool) -> Claim {
+        let word = &self.states[page as usize];
+        let mut now = word.load(Ordering::Acquire);
+        loop {
+            let state = State(now);
+            let next = match state.residency() {
+                Residency::Busy if wait => state.with(WAITED),
+                Residency::Busy => return Claim::Busy,
+                _ if wanted(state) => state.at(Residency::Busy),
+                _ => return Claim::Not(state),
+            };
+            match word.compare_exchange_weak(now, next.0, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) if state.residency() == Residency::Busy => return Claim::Busy,
+                Ok(_) => return Claim::Yours(state),
+                Err(other) => now = other,
+            }
+        }
+    }
+
+    /// Gives a page back that the caller has; `change` says how it is left. True when somebody waits for it.
+    #[must_use]
+    pub(super) fn release(&self, page: u32, residency: Residency, change: impl Fn(State) -> State) -> bool {
+        let word = &self.states[page as usize];
+        let mut now = word.load(Ordering::Relaxed);
+        loop {
+            debug_assert_eq!(State(now).residency(), Residency::Busy, "only who has it gives it back");
+            let next = change(State(now)).without(WAITED).at(residency);
+            match word.compare_exchange_weak(now, next.0, Ordering::AcqRel, Ordering::Relaxed) {
+                Ok(_) => return State(now).has(WAITED),
+                Err(other) => now = other,
+            }
+        }
+    }
+
+    /// Sets and clears bits of a page that others may change at the same time.
+    pub(super) fn mark(&self, page: u32, set: u32, clear: u32) -> State {
+        let word = &self.states[page as usize];
+        let mut now = word.load(Ordering::Relaxed);
+        loop {
+            let next = now & !clear | set;
+            match word.compare_exchange_weak(now, next, Ordering::AcqRel, Ordering::Relaxed) {
+                Ok(_) => return State(now),
+                Err(other) => now = other,
+            }
+        }
+    }
+
+    pub(super) fn stamp(&self, page: u32) -> u64 {
+        self.stamps[page as usize].load(Ordering::Relaxed)
+    }
+
+    /// By the one who has the page.
+    pub(super) fn set_stamp(&self, page: u32, stamp: u64) {
+        self.stamps[page as usize].store(stamp, Ordering::Relaxed);
+    }
+
+    /// The word, for those who wait until it changes.
+    pub(super) fn word(&self, page: u32) -> &AtomicU32 {
+        &self.states[page as usize]
+    }
+
+    /// Pages of a range whose content external memory has.
+    pub(super) fn any_written(&self, range: Range<u32>) -> bool {
+        range.into_iter().any(|page| self.state(page).has(WRITTEN))
+    }
+}
+
+/// Pages that lie one behind the other, as pairs of the first one and the count.
+pub(super) fn runs(sorted: &[u32], longest: u32) -> impl Iterator<Item = (u32, u32)> + '_ {
+    let mut rest = sorted;
+    std::iter::from_fn(move || {
+        let first = *rest.first()?;
+        let count = (0..longest).zip(rest).take_while(|(index, page)| **page == first + *index).count();
+        rest = &rest[count..];
+        Some((first, count as u32))
+    })
+}

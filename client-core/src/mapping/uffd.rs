@@ -1,0 +1,283 @@
+//! userfaultfd(2): what this library uses of it, as safe calls on a descriptor.
+//!
+//! Sources: userfaultfd(2), ioctl_userfaultfd(2), include/uapi/linux/userfaultfd.h of Linux 6.12.
+
+#![allow(unsafe_code)]
+
+use std::ffi::c_void;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
+
+use xpm_transport::IoBuf;
+
+/// A fault in the thread that made it is a SIGBUS, and no message.
+pub(super) const FEATURE_SIGBUS: u64 = 1 << 7;
+const FEATURE_MISSING_SHMEM: u64 = 1 << 5;
+const FEATURE_MINOR_SHMEM: u64 = 1 << 10;
+/// [`Uffd::poison`] is there (Linux 6.6).
+pub(super) const FEATURE_POISON: u64 = 1 << 14;
+
+const USER_MODE_ONLY: i32 = 1;
+const API: u64 = 0xaa;
+const MODE_MISSING: u64 = 1;
+const MODE_MINOR: u64 = 4;
+const EVENT_PAGEFAULT: u8 = 0x12;
+const FLAG_WRITE: u64 = 1;
+
+const fn request(direction: u64, size: usize, number: u64) -> u64 {
+    direction << 30 | (size as u64) << 16 | API << 8 | number
+}
+
+const READ_WRITE: u64 = 3;
+const READ: u64 = 2;
+const UFFDIO_API: u64 = request(READ_WRITE, size_of::<ApiArg>(), 0x3f);
+const UFFDIO_REGISTER: u64 = request(READ_WRITE, size_of::<RegisterArg>(), 0);
+const UFFDIO_WAKE: u64 = request(READ, size_of::<Range>(), 2);
+const UFFDIO_COPY: u64 = request(READ_WRITE, size_of::<CopyArg>(), 3);
+const UFFDIO_ZEROPAGE: u64 = request(READ_WRITE, size_of::<RangeArg>(), 4);
+const UFFDIO_CONTINUE: u64 = request(READ_WRITE, size_of::<RangeArg>(), 7);
+const UFFDIO_POISON: u64 = request(READ_WRITE, size_of::<RangeArg>(), 8);
+const USERFAULTFD_IOC_NEW: u64 = API << 8;
+
+#[repr(C)]
+struct ApiArg {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Range {
+    start: u64,
+    len: u64,
+}
+
+#[repr(C)]
+struct RegisterArg {
+    range: Range,
+    mode: u64,
+    ioctls: u64,
+}
+
+#[repr(C)]
+struct CopyArg {
+    to: u64,
+    from: u64,
+    len: u64,
+    mode: u64,
+    copied: i64,
+}
+
+/// Of zeropage, continue and poison.
+#[repr(C)]
+struct RangeArg {
+    range: Range,
+    mode: u64,
+    done: i64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Message {
+    event: u8,
+    reserved: [u8; 7],
+    flags: u64,
+    address: u64,
+    thread: u64,
+}
+
+/// A thread touched what is not there, and waits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Fault {
+    pub(super) address: usize,
+    /// It was about to write.
+    pub(super) write: bool,
+}
+
+/// Where the descriptor came from, and so what it can.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Reach {
+    /// Accesses by the kernel on the program's behalf wait for the page, too.
+    Kernel,
+    /// They fail with EFAULT.
+    UserOnly,
+}
+
+/// What went wrong with one page or run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Refused {
+    /// Something is there already.
+    Exists,
+    /// Nothing is there that could be mapped.
+    Nothing,
+    /// Something else, by errno(3).
+    Other(i32),
+}
+
+/// A descriptor of userfaultfd(2).
+pub(super) struct Uffd {
+    fd: OwnedFd,
+    pub(super) reach: Reach,
+}
+
+impl Uffd {
+    /// Opens one: by the system call, by `/dev/userfaultfd`, or for faults in user mode only, whichever is
+    /// allowed first.
+    pub(super) fn new(wanted: u64) -> io::Result<Uffd> {
+        let (probe, _) = open()?;
+        let known = api(&probe, 0)?;
+        let needed = FEATURE_MISSING_SHMEM | FEATURE_MINOR_SHMEM;
+        if known & needed != needed {
+            return Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "this kernel has no minor faults of shared memory in userfaultfd (Linux 5.14 and later have)",
+            ));
+        }
+        drop(probe);
+        let (fd, reach) = open()?;
+        api(&fd, needed | wanted & known)?;
+        Ok(Uffd { fd, reach })
+    }
+
+    /// From now on, touching what is not there of these pages is a fault for this descriptor.
+    pub(super) fn register(&self, address: usize, len: usize) -> io::Result<()> {
+        let mut arg = RegisterArg { range: range(address, len), mode: MODE_MISSING | MODE_MINOR, ioctls: 0 };
+        // SAFETY: the argument is what UFFDIO_REGISTER takes; the kernel checks the range.
+        match unsafe { self.ioctl(UFFDIO_REGISTER, (&raw mut arg).cast()) } {
+            0 => Ok(()),
+            errno => Err(io::Error::from_raw_os_error(errno)),
+        }
+    }
+
+    /// Fills missing pages from `from`, and wakes who waits for them.
+    pub(super) fn copy(&self, to: usize, from: IoBuf) -> Result<(), Refused> {
+        let (mut to, mut from, mut left) = (to as u64, from.as_ptr() as u64, from.len() as u64);
+        while left > 0 {
+            let mut arg = CopyArg { to, from, len: left, mode: 0, copied: 0 };
+            // SAFETY: the source is mapped by the contract of `IoBuf::new`; the kernel checks the target.
+            let errno = unsafe { self.ioctl(UFFDIO_COPY, (&raw mut arg).cast()) };
+            let done = done(errno, arg.copied)?;
+            (to, from, left) = (to + done, from + done, left.saturating_sub(done));
+        }
+        Ok(())
+    }
+
+    /// Fills missing pages with zeros, and wakes who waits for them.
+    pub(super) fn zero(&self, to: usize, len: usize) -> Result<(), Refused> {
+        self.each(UFFDIO_ZEROPAGE, to, len)
+    }
+
+    /// Maps pages that the file has and the page table has not, and wakes who waits for them.
+    pub(super) fn map(&self, to: usize, len: usize) -> Result<(), Refused> {
+        self.each(UFFDIO_CONTINUE, to, len)
+    }
+
+    /// Makes every access to these pages a SIGBUS, and wakes who waits for them.
+    pub(super) fn poison(&self, to: usize, len: usize) -> Result<(), Refused> {
+        self.each(UFFDIO_POISON, to, len)
+    }
+
+    /// Wakes who waits for these pages: they fault again if they are still not there.
+    pub(super) fn wake(&self, address: usize, len: usize) {
+        let mut arg = range(address, len);
+        // SAFETY: the argument is what UFFDIO_WAKE takes; it changes nothing of the program's memory.
+        unsafe { self.ioctl(UFFDIO_WAKE, (&raw mut arg).cast()) };
+    }
+
+    /// Takes faults that wait; says how many, 0 when there is none. Never blocks.
+    pub(super) fn read(&self, faults: &mut [Fault; 16]) -> usize {
+        let mut messages = [Message { event: 0, reserved: [0; 7], flags: 0, address: 0, thread: 0 }; 16];
+        // SAFETY: the kernel writes whole messages, of any content, into an array of them.
+        let read = unsafe {
+            libc::read(self.fd.as_raw_fd(), messages.as_mut_ptr().cast::<c_void>(), size_of_val(&messages))
+        };
+        let count = usize::try_from(read).unwrap_or(0) / size_of::<Message>();
+        let mut taken = 0;
+        for message in messages[..count].iter().filter(|message| message.event == EVENT_PAGEFAULT) {
+            faults[taken] =
+                Fault { address: message.address as usize, write: message.flags & FLAG_WRITE != 0 };
+            taken += 1;
+        }
+        taken
+    }
+
+    fn each(&self, request: u64, to: usize, len: usize) -> Result<(), Refused> {
+        let (mut to, mut left) = (to as u64, len as u64);
+        while left > 0 {
+            let mut arg = RangeArg { range: Range { start: to, len: left }, mode: 0, done: 0 };
+            // SAFETY: the argument is what these requests take; the kernel checks the range, which only the
+            // window registered.
+            let errno = unsafe { self.ioctl(request, (&raw mut arg).cast()) };
+            let done = done(errno, arg.done)?;
+            (to, left) = (to + done, left.saturating_sub(done));
+        }
+        Ok(())
+    }
+
+    /// # Safety
+    /// `arg` must point to what the request takes.
+    unsafe fn ioctl(&self, request: u64, arg: *mut c_void) -> i32 {
+        // SAFETY: by the caller's word.
+        match unsafe { libc::ioctl(self.fd.as_raw_fd(), request as libc::Ioctl, arg) } {
+            0 => 0,
+            _ => io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO),
+        }
+    }
+}
+
+impl AsFd for Uffd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// How far a request came, and whether to go on: it stops in between when memory maps change (EAGAIN).
+fn done(errno: i32, bytes: i64) -> Result<u64, Refused> {
+    match errno {
+        0 => Ok(bytes as u64),
+        libc::EAGAIN => Ok(u64::try_from(bytes).unwrap_or(0)),
+        libc::EEXIST => Err(Refused::Exists),
+        libc::EFAULT => Err(Refused::Nothing),
+        other => Err(Refused::Other(other)),
+    }
+}
+
+const fn range(address: usize, len: usize) -> Range {
+    Range { start: address as u64, len: len as u64 }
+}
+
+fn open() -> io::Result<(OwnedFd, Reach)> {
+    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
+    let call = |flags: i32| {
+        // SAFETY: it takes flags only, and gives a new descriptor.
+        match unsafe { libc::syscall(libc::SYS_userfaultfd, flags) } {
+            // SAFETY: the descriptor is new, and nobody else's.
+            fd if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) }),
+            _ => Err(io::Error::last_os_error()),
+        }
+    };
+    if let Ok(fd) = call(flags) {
+        return Ok((fd, Reach::Kernel));
+    }
+    if let Ok(device) = std::fs::File::options().read(true).write(true).open("/dev/userfaultfd") {
+        // SAFETY: USERFAULTFD_IOC_NEW takes flags as its argument, and gives a new descriptor.
+        let fd = unsafe {
+            libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW as libc::Ioctl, flags as libc::c_ulong)
+        };
+        if fd >= 0 {
+            // SAFETY: the descriptor is new, and nobody else's.
+            return Ok((unsafe { OwnedFd::from_raw_fd(fd) }, Reach::Kernel));
+        }
+    }
+    call(flags | USER_MODE_ONLY).map(|fd| (fd, Reach::UserOnly))
+}
+
+fn api(fd: &OwnedFd, features: u64) -> io::Result<u64> {
+    let mut arg = ApiArg { api: API, features, ioctls: 0 };
+    // SAFETY: the argument is what UFFDIO_API takes.
+    match unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_API as libc::Ioctl, &raw mut arg) } {
+        0 => Ok(arg.features),
+        _ => Err(io::Error::last_os_error()),
+    }
+}

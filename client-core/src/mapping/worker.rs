@@ -1,0 +1,103 @@
+//! A thread that fetches: what is touched, where faults come as messages, and what will be.
+
+use std::collections::VecDeque;
+use std::os::fd::AsFd as _;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::fetch::{Fate, Fetcher};
+use super::pager::count;
+use super::uffd::Fault;
+
+/// How long it looks for something to do before it sleeps: about what waking it costs.
+const SPIN: Duration = Duration::from_micros(50);
+/// How often those are tried again whose content could not be had, where the kernel cannot poison pages.
+const AGAIN: Duration = Duration::from_secs(1);
+
+/// Serves until the pager is stopped. `number` is that of its bell.
+pub(super) fn run(mut fetcher: Fetcher, number: usize) {
+    let pager = fetcher.pager.clone();
+    let handles = pager.faults.has_handlers();
+    let mut faults = [Fault { address: 0, write: false }; 16];
+    // Each is one thread of the program that waits.
+    let mut later: VecDeque<(u32, bool)> = VecDeque::new();
+    let mut sick: Vec<(u32, bool)> = Vec::new();
+    let (mut busy, mut healed) = (Instant::now(), Instant::now());
+    while !pager.is_stopped() {
+        let mut any = fetcher.poll();
+        if pager.fetchers[number].take() {
+            any = true;
+        }
+        for _ in 0..later.len() {
+            let Some((page, write)) = later.pop_front() else { break };
+            match serve(&mut fetcher, page, write, &mut sick) {
+                Fate::Later => {
+                    later.push_front((page, write));
+                    break;
+                }
+                _ => any = true,
+            }
+        }
+        let read = if handles { pager.uffd.read(&mut faults) } else { 0 };
+        for fault in &faults[..read] {
+            any = true;
+            let Some(page) = pager.window.page_of(fault.address) else { continue };
+            if !later.is_empty() || serve(&mut fetcher, page, fault.write, &mut sick) == Fate::Later {
+                later.push_back((page, fault.write));
+            }
+        }
+        while let Some(ahead) = pager.asked.pop() {
+            any = true;
+            fetcher.prefetch(ahead);
+        }
+        if !sick.is_empty() && healed.elapsed() > AGAIN {
+            healed = Instant::now();
+            later.extend(sick.drain(..));
+        }
+        if any {
+            busy = Instant::now();
+        } else if busy.elapsed() < SPIN {
+            std::thread::yield_now();
+        } else {
+            sleep(&mut fetcher, number, handles, !later.is_empty() || !sick.is_empty());
+        }
+    }
+    // What is on its way has places in the staging memory.
+    while !fetcher.is_idle() && Instant::now() < busy + Duration::from_secs(1) {
+        fetcher.poll();
+        std::thread::yield_now();
+    }
+}
+
+fn serve(fetcher: &mut Fetcher, page: u32, write: bool, sick: &mut Vec<(u32, bool)>) -> Fate {
+    let (fate, ahead) = fetcher.fault(page, write);
+    if let Some(ahead) = ahead {
+        fetcher.prefetch(ahead);
+    }
+    if fate == Fate::Poisoned {
+        let pager = &fetcher.pager;
+        let address = pager.window.address_of(page);
+        count(&pager.tallies.errors, 1);
+        if pager.uffd.poison(address, super::window::PAGE).is_err() {
+            pager.pages.mark(page, 0, super::pages::POISONED);
+            sick.push((page, write));
+        }
+    }
+    fate
+}
+
+fn sleep(fetcher: &mut Fetcher, number: usize, handles: bool, soon: bool) {
+    fetcher.arm();
+    let pager = &fetcher.pager;
+    let bell = PollFd::new(pager.fetchers[number].fd(), PollFlags::IN);
+    let channel = fetcher.wait_fd();
+    let channel = PollFd::new(&channel, PollFlags::IN);
+    let uffd = pager.uffd.as_fd();
+    let mut fds = vec![bell, channel];
+    if handles {
+        fds.push(PollFd::new(&uffd, PollFlags::IN));
+    }
+    let limit = if soon { 5_000_000 } else { 500_000_000 };
+    let _ = poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: limit }));
+}
