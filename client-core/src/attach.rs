@@ -6,10 +6,11 @@ use xpm_control::client::{Client, ClientError};
 use xpm_control::token::Token;
 use xpm_control::urls::Urls;
 use xpm_control::{error_line, host, random};
-use xpm_protocol::api::allocator::{Attach, Map};
+use xpm_protocol::api::allocator::Map;
 use xpm_protocol::api::blk::{Hold, TransportKind};
 use xpm_protocol::{ClientId, Name};
 
+use crate::owner::{Follower, Owner};
 use crate::volume::{OpenError, Volume, VolumeOptions};
 
 /// Which allocation is used, and how.
@@ -73,38 +74,23 @@ pub enum AttachError {
     System(std::io::Error),
 }
 
-/// Ownership of an allocation. It lasts until [`Attachment::detach`], also beyond the end of the process.
+/// Ownership of an allocation. It lasts until [`Attachment::detach`], also beyond the end of the process. While it
+/// is there, and the allocation was opened by it, what the allocator orders is carried out: regions move to other
+/// appliances while they are used.
 pub struct Attachment {
-    client: Client,
-    name: Name,
-    id: ClientId,
+    owner: Owner,
     map: Map,
+    follower: Option<Follower>,
 }
 
 impl Attachment {
     /// Becomes the owner, and connects to the appliances. Blocks until that is done.
     ///
     /// # Errors
-    /// [`AttachError`]; nothing is owned then, unless an appliance could not be reached in time.
+    /// [`AttachError`]; nothing is owned then, unless the allocator could not be told so.
     pub fn attach(options: &AttachOptions) -> Result<(Attachment, Volume), AttachError> {
-        let client = Client::one_of(&options.allocator, options.token.clone())
-            .map_err(|error| AttachError::Url(error.to_string()))?
-            .with_patience(Duration::from_secs(10));
-        let id = match options.client {
-            Some(id) => id,
-            None => ClientId::from_u128(random::u128().map_err(AttachError::System)?),
-        };
-        let attach = Attach {
-            client: id,
-            host: host::host_id().map_err(AttachError::System)?,
-            host_name: host::host_name().map_err(AttachError::System)?,
-            purpose: options.purpose.clone(),
-            force: options.force,
-        };
-        let path = format!("/v1/allocations/{}/owner", options.name);
-        let map: Map = block_on(client.put(&path, &attach))?;
-        let attachment = Attachment { client, name: options.name.clone(), id, map };
-        match open(&attachment.map, options) {
+        let mut attachment = Attachment::own(options)?;
+        match attachment.open(options) {
             Ok(volume) => Ok((attachment, volume)),
             Err(error) => {
                 // It was not used.
@@ -114,45 +100,84 @@ impl Attachment {
         }
     }
 
-    /// Where the allocation lies, with its keys: whoever has it can use the allocation.
+    /// Becomes the owner, and no more: for one who hands the map to a process that is to use it by
+    /// [`Attachment::adopt`].
+    ///
+    /// # Errors
+    /// [`AttachError`]; nothing is owned then.
+    pub fn own(options: &AttachOptions) -> Result<Attachment, AttachError> {
+        let owner = owner(options)?;
+        let map = block_on(owner.own(&options.name, options.purpose.clone(), options.force))?;
+        Ok(Attachment { owner, map, follower: None })
+    }
+
+    /// Uses an allocation that another process has become the owner of, as the client that `options` name: one
+    /// process may do so. Asks no allocator.
+    ///
+    /// # Errors
+    /// [`AttachError`]; it is still owned.
+    pub fn adopt(options: &AttachOptions, map: Map) -> Result<(Attachment, Volume), AttachError> {
+        let mut attachment = Attachment { owner: owner(options)?, map, follower: None };
+        let volume = attachment.open(options)?;
+        Ok((attachment, volume))
+    }
+
+    /// Connects to the appliances, and carries out what the allocator orders from then on.
+    fn open(&mut self, options: &AttachOptions) -> Result<Volume, AttachError> {
+        let volume = Volume::open(
+            &self.map,
+            VolumeOptions {
+                hold: options.hold,
+                transport: options.transport,
+                forbidden: Vec::new(),
+                connect_limit: options.limit,
+                depth: options.depth.max(16),
+                session: random::u128().map_err(AttachError::System)?,
+                host: Some(self.owner.host),
+            },
+        )?;
+        volume.wait_ready(options.limit)?;
+        let (owner, name) = (self.owner.clone(), self.map.name.clone());
+        let follower = Follower::new(owner, name, self.map.version, volume.clone());
+        self.follower = Some(follower.map_err(AttachError::System)?);
+        Ok(volume)
+    }
+
+    /// Where the allocation lay when it was attached, with its keys: whoever has it can use the allocation.
     pub const fn map(&self) -> &Map {
         &self.map
     }
 
     /// Who this is.
     pub const fn client(&self) -> ClientId {
-        self.id
+        self.owner.client
     }
 
     /// Gives the allocation back: to be called when nothing uses it any more. Blocks until the allocator has answered.
     ///
     /// # Errors
     /// [`AttachError::Allocator`]: it stays this program's then.
-    pub fn detach(self) -> Result<(), AttachError> {
-        let path = format!("/v1/allocations/{}/owner/{}", self.name, self.id);
-        block_on(self.client.delete(&path))
+    pub fn detach(mut self) -> Result<(), AttachError> {
+        self.follower = None;
+        block_on(self.owner.disown(&self.map.name))
     }
 }
 
-/// Opens an allocation whose map is known, and waits until its appliances are connected.
-///
-/// # Errors
-/// [`AttachError::Open`], [`AttachError::System`].
-pub fn open(map: &Map, options: &AttachOptions) -> Result<Volume, AttachError> {
-    let volume = Volume::open(
-        map,
-        VolumeOptions {
-            hold: options.hold,
-            transport: options.transport,
-            forbidden: Vec::new(),
-            connect_limit: options.limit,
-            depth: options.depth.max(16),
-            session: random::u128().map_err(AttachError::System)?,
-            host: host::host_id().ok(),
-        },
-    )?;
-    volume.wait_ready(options.limit)?;
-    Ok(volume)
+fn owner(options: &AttachOptions) -> Result<Owner, AttachError> {
+    let allocator = Client::one_of(&options.allocator, options.token.clone())
+        .map_err(|error| AttachError::Url(error.to_string()))?
+        .with_patience(Duration::from_secs(10));
+    let client = match options.client {
+        Some(id) => id,
+        None => ClientId::from_u128(random::u128().map_err(AttachError::System)?),
+    };
+    Ok(Owner {
+        allocator,
+        token: options.token.clone(),
+        client,
+        host: host::host_id().map_err(AttachError::System)?,
+        host_name: host::host_name().map_err(AttachError::System)?,
+    })
 }
 
 /// On a thread of its own: the caller may be within a runtime.

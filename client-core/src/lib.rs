@@ -1,14 +1,16 @@
 //! Client library of xpm: external memory as volumes of blocks, and as slabs carved out of regions.
 //!
 //! * [`Attachment`]: becoming the owner of an allocation.
+//! * [`owner`]: what owners and the allocator say to each other.
 //! * [`volume`]: an allocation in use. A [`Volume`] is shared, and gives one [`Channel`] for each queue.
 //! * [`mapping`]: an allocation at addresses, with local memory as its cache.
 //! * [`slab`]: pieces of regions, carved out with no message to anyone.
 
 mod attach;
 pub mod mapping;
+pub mod owner;
 pub mod slab;
 pub mod volume;
 
-pub use attach::{AttachError, AttachOptions, Attachment, open};
+pub use attach::{AttachError, AttachOptions, Attachment};
 pub use volume::{Change, ChangeError, Channel, OpenError, Run, Volume, VolumeOptions, VolumeStatus};

@@ -2,6 +2,9 @@
 
 #![allow(unsafe_code)]
 
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::process::ExitStatusExt as _;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -44,52 +47,84 @@ impl Dice {
     }
 }
 
-/// Threads write and read at random and in rows, each words of its own in all pages, and compare with what they
-/// know; meanwhile the budget changes, and everything is flushed.
+/// Threads of a test against a shadow.
+const THREADS: usize = 4;
+
+/// The word of a thread: each has its own in every page.
+fn own_word(words: &[AtomicU64], thread: usize, own: usize) -> &AtomicU64 {
+    &words[own * 8 * THREADS + thread * 8 + own % 8]
+}
+
+/// Writes and reads at random and in rows, and compares with what it knows; gives back what that is.
+fn write_and_compare(mappings: &[&[AtomicU64]], thread: usize, stop: &AtomicBool) -> Vec<Vec<u64>> {
+    let mut shadows: Vec<Vec<u64>> =
+        mappings.iter().map(|words| vec![0; words.len() / THREADS / 8]).collect();
+    let mut dice = Dice(thread as u64 + 1);
+    let mut steps = 0_u64;
+    while !stop.load(Ordering::Relaxed) {
+        let which = dice.below(mappings.len());
+        let (words, shadow) = (mappings[which], &mut shadows[which]);
+        let len = if dice.below(16) == 0 { 2000 } else { 1 };
+        let start = dice.below(shadow.len());
+        let write = dice.below(3) == 0;
+        for own in start..(start + len).min(shadow.len()) {
+            let word = own_word(words, thread, own);
+            assert_eq!(word.load(Ordering::Relaxed), shadow[own], "word {own} of {which}");
+            if write {
+                steps += 1;
+                shadow[own] = steps << 8 | thread as u64;
+                word.store(shadow[own], Ordering::Relaxed);
+            }
+        }
+    }
+    shadows
+}
+
+/// Several threads write and compare all the while until `meanwhile` returns; at the end all is compared once more.
+fn against_a_shadow_while(mappings: &[&Mapping], meanwhile: impl FnOnce(&dyn Fn() -> bool)) {
+    /// Stops those who write also when something is not as it should be.
+    struct Stop<'a>(&'a AtomicBool);
+    impl Drop for Stop<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+    let words: Vec<&[AtomicU64]> = mappings.iter().map(|mapping| words(mapping)).collect();
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..THREADS)
+            .map(|thread| {
+                let (words, stop) = (&words, &stop);
+                scope.spawn(move || write_and_compare(words, thread, stop))
+            })
+            .collect();
+        let stopping = Stop(&stop);
+        meanwhile(&|| workers.iter().all(|worker| !worker.is_finished()));
+        drop(stopping);
+        for (thread, worker) in workers.into_iter().enumerate() {
+            let shadows = worker.join().expect("what is there is what was written");
+            for (which, shadow) in shadows.iter().enumerate() {
+                for (own, known) in shadow.iter().enumerate() {
+                    let word = own_word(words[which], thread, own);
+                    assert_eq!(word.load(Ordering::Relaxed), *known, "word {own} of {which}");
+                }
+            }
+        }
+    });
+}
+
+/// Meanwhile the budget changes, and everything is flushed.
 fn against_a_shadow(faults: Faults, transport: TransportKind) {
-    const THREADS: usize = 4;
     let cluster = Cluster::start(2);
     cluster.ok(&["alloc", "create", "v", "--size", "64MiB", "--stripe", "2"]);
     let (attachment, volume) = attached(&cluster, "v", Some(transport));
     let space = Space::open(volume, &options(4 * MIB, faults, 32 * MIB)).expect("a space");
     let kept = space.map(0..32 * MIB, Access::ReadWrite).expect("a range");
     let slab = space.carve(16 * MIB).expect("a slab");
-    let stop = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..THREADS)
-            .map(|thread| {
-                let mappings = [words(&kept), words(&slab)];
-                let stop = &stop;
-                scope.spawn(move || {
-                    let mut shadows: Vec<Vec<u64>> =
-                        mappings.iter().map(|words| vec![0; words.len() / THREADS / 8]).collect();
-                    let mut dice = Dice(thread as u64 + 1);
-                    let mut steps = 0_u64;
-                    while !stop.load(Ordering::Relaxed) {
-                        let which = dice.below(2);
-                        let (words, shadow) = (mappings[which], &mut shadows[which]);
-                        let (start, len) = match dice.below(16) {
-                            0 => (dice.below(shadow.len()), 2000),
-                            _ => (dice.below(shadow.len()), 1),
-                        };
-                        let write = dice.below(3) == 0;
-                        for own in start..(start + len).min(shadow.len()) {
-                            let word = &words[own * 8 * THREADS + thread * 8 + own % 8];
-                            assert_eq!(word.load(Ordering::Relaxed), shadow[own], "word {own} of {which}");
-                            if write {
-                                steps += 1;
-                                shadow[own] = steps << 8 | thread as u64;
-                                word.store(shadow[own], Ordering::Relaxed);
-                            }
-                        }
-                    }
-                    shadows
-                })
-            })
-            .collect();
+    against_a_shadow_while(&[&kept, &slab], |all_go_on| {
         let began = Instant::now();
         let mut dice = Dice(99);
-        while began.elapsed() < Duration::from_secs(6) && workers.iter().all(|worker| !worker.is_finished()) {
+        while began.elapsed() < Duration::from_secs(6) && all_go_on() {
             match dice.below(3) {
                 0 => space.set_budget((1 + dice.below(6) as u64) * MIB).expect("a budget"),
                 1 => space.flush().expect("it can be flushed"),
@@ -100,24 +135,51 @@ fn against_a_shadow(faults: Faults, transport: TransportKind) {
             }
             std::thread::sleep(Duration::from_millis(20));
         }
-        stop.store(true, Ordering::Relaxed);
-        let shadows: Vec<Vec<Vec<u64>>> = workers
-            .into_iter()
-            .map(|worker| worker.join().expect("what is there is what was written"))
-            .collect();
-        for (which, words) in [words(&kept), words(&slab)].into_iter().enumerate() {
-            for (thread, shadow) in shadows.iter().enumerate() {
-                for (own, known) in shadow[which].iter().enumerate() {
-                    let word = &words[own * 8 * THREADS + thread * 8 + own % 8];
-                    assert_eq!(word.load(Ordering::Relaxed), *known, "word {own} of {which}");
-                }
-            }
-        }
     });
     let stats = space.stats();
     assert!(stats.written > 100 && stats.fetched > 100 && stats.errors == 0, "{stats:?}");
     drop((kept, slab, space));
     attachment.detach().expect("it is given back");
+}
+
+/// What the operator orders of an allocation that a program has at addresses: its appliances are emptied one after
+/// the other, it grows, and it stays where it is when somebody else is to have it.
+fn changed_under_a_shadow(faults: Faults) {
+    let cluster = Cluster::start(2);
+    cluster.ok(&["alloc", "create", "v", "--size", "64MiB"]);
+    let (attachment, volume) = attached(&cluster, "v", None);
+    let space = Space::open(volume, &options(4 * MIB, faults, 32 * MIB)).expect("a space");
+    let kept = space.map(0..32 * MIB, Access::ReadWrite).expect("a range");
+    let slab = space.carve(16 * MIB).expect("a slab");
+    let lies_on = || cluster.json(&["alloc", "show", "v"])["regions"][0]["appliance_name"].to_string();
+    against_a_shadow_while(&[&kept, &slab], |all_go_on| {
+        for _ in 0..3 {
+            let before = lies_on();
+            let name = before.trim_matches('"');
+            cluster.ok(&["appliance", "drain", name]);
+            assert_ne!(lies_on(), before);
+            cluster.ok(&["appliance", "undrain", name]);
+            assert!(all_go_on());
+        }
+        let resized = cluster.xpm(&["alloc", "resize", "v", "128MiB"]);
+        let said = String::from_utf8_lossy(&resized.stderr).into_owned();
+        assert!(resized.status.success() && said.contains("opens the allocation again"), "{said}");
+        let said = cluster.refused(&["alloc", "resize", "v", "32MiB"]);
+        assert!(said.contains("end that program first"), "{said}");
+    });
+    assert_eq!(space.stats().errors, 0);
+    drop((kept, slab, space));
+    attachment.detach().expect("it is given back");
+}
+
+#[test]
+fn regions_move_under_a_mapping_in_line() {
+    changed_under_a_shadow(Faults::Inline);
+}
+
+#[test]
+fn regions_move_under_a_mapping_handled() {
+    changed_under_a_shadow(Faults::Handled(1));
 }
 
 #[test]
@@ -291,4 +353,76 @@ fn what_cannot_be() {
     assert!(line.contains("force"), "{line}");
     other.client = Some(attachment.client());
     Attachment::attach(&other).expect("it is its own");
+}
+
+/// What a program sees whose memory is lost: calls fail, and an access is a SIGBUS, which goes to the handler that
+/// was there before.
+fn program_whose_memory_is_lost(url: &str, faults: Faults) {
+    extern "C" fn on_sigbus(_: i32) {
+        // SAFETY: it ends the process, and nothing else.
+        unsafe { libc::_exit(42) };
+    }
+    if faults == Faults::Inline {
+        // SAFETY: the handler does nothing but to end the process.
+        unsafe { libc::signal(libc::SIGBUS, on_sigbus as *const () as usize) };
+    }
+    let mut to_attach = AttachOptions::new(url.parse().expect("a URL"), "v".parse().expect("a name"));
+    // In memory that is shared with it, what a killed appliance had is there until that is noticed.
+    to_attach.transport = Some(TransportKind::NbdTcp);
+    let (_attachment, volume) = Attachment::attach(&to_attach).expect("it can be attached");
+    let space = Space::open(volume, &options(4 * MIB, faults, 16 * MIB)).expect("a space");
+    let range = space.map(0..8 * MIB, Access::ReadWrite).expect("a range");
+    words(&range).iter().for_each(|word| word.store(7, Ordering::Relaxed));
+    range.advise(0..range.len(), Advice::DontNeed).expect("it can be written");
+    println!("ready");
+    std::io::stdin().read_line(&mut String::new()).expect("a line");
+    let refused = range.get(0, &mut [0; 8]).expect_err("it is lost");
+    assert!(matches!(refused, MapError::Io(_)), "{refused}");
+    println!("refused: {refused}");
+    let word = words(&range)[0].load(Ordering::Relaxed);
+    println!("there is {word}");
+}
+
+#[test]
+#[ignore = "is run by other tests, in a process of its own"]
+fn in_a_process_of_its_own() {
+    let Ok(url) = std::env::var("XPM_TEST_ALLOCATOR") else { return };
+    let faults =
+        if std::env::var_os("XPM_TEST_INLINE").is_some() { Faults::Inline } else { Faults::Handled(1) };
+    program_whose_memory_is_lost(&url, faults);
+}
+
+fn loses_its_memory(inline: bool) {
+    let mut cluster = Cluster::start(1);
+    cluster.ok(&["alloc", "create", "v", "--size", "64MiB"]);
+    let mut command = Command::new(std::env::current_exe().expect("this program"));
+    command.args(["--exact", "in_a_process_of_its_own", "--ignored", "--nocapture"]);
+    command.env("XPM_TEST_ALLOCATOR", cluster.allocator_url()).stdin(Stdio::piped()).stdout(Stdio::piped());
+    if inline {
+        command.env("XPM_TEST_INLINE", "1");
+    }
+    let mut program = command.spawn().expect("it can be started");
+    let mut lines = BufReader::new(program.stdout.take().expect("its output")).lines().map_while(Result::ok);
+    lines.find(|line| line.ends_with("ready")).expect("it comes so far");
+    cluster.restart_appliance(0);
+    cluster.wait_up();
+    writeln!(program.stdin.take().expect("its input")).expect("it reads");
+    let rest: Vec<String> = lines.collect();
+    let ended = program.wait().expect("it ends");
+    assert!(rest.iter().any(|line| line.starts_with("refused: ")), "{rest:?}");
+    assert!(!rest.iter().any(|line| line.starts_with("there is")), "never zeros, or anything else: {rest:?}");
+    match inline {
+        true => assert_eq!(ended.code(), Some(42), "the handler that was there before: {rest:?}"),
+        false => assert_eq!(ended.signal(), Some(libc::SIGBUS), "{rest:?}"),
+    }
+}
+
+#[test]
+fn lost_memory_is_an_error_and_a_signal_in_line() {
+    loses_its_memory(true);
+}
+
+#[test]
+fn lost_memory_is_an_error_and_a_signal_handled() {
+    loses_its_memory(false);
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::runtime::{Builder, Runtime};
+use xpm_client::owner::Owner;
 use xpm_control::client::Client;
 use xpm_control::listen::{Listener, Place};
 use xpm_control::server::{Limits, Server as ControlServer};
@@ -106,16 +107,14 @@ fn parts(config: Config) -> Result<Parts, DeviceError> {
         ..ServerOptions::default()
     })
     .at("start the threads for NBD sockets")?;
-    Ok(Parts {
+    let owner = Owner {
         client,
         host: host::host_id().at("find out which kernel this is")?,
         host_name: host::host_name().at("find out the host's name")?,
         allocator: allocator.with_patience(LEADER_LIMIT),
         token,
-        records,
-        server,
-        config,
-    })
+    };
+    Ok(Parts { owner, records, server, config })
 }
 
 /// Resolves when the process may end: told so, and nobody uses a device that it serves; or told so

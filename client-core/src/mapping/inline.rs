@@ -77,6 +77,28 @@ impl Registered {
         drop(unsafe { Box::from_raw(seats) });
         Err(io::Error::other(format!("this process has {WINDOWS} windows with faults in line already")))
     }
+
+    /// Lets the channels of the seats that nobody has do what they were told.
+    pub(super) fn tend(&self) {
+        // SAFETY: made by `new`, and freed when this is dropped.
+        let seats = unsafe { &*self.seats };
+        for seat in &seats.seats {
+            seat.take(|fetcher| _ = fetcher.poll());
+        }
+    }
+}
+
+impl Seat {
+    /// Acts with the fetcher, unless somebody else has it.
+    fn take<T>(&self, act: impl FnOnce(&mut Fetcher) -> T) -> Option<T> {
+        if self.taken.load(Ordering::Relaxed) || self.taken.swap(true, Ordering::Acquire) {
+            return None;
+        }
+        // SAFETY: `taken` was turned to true here, so nobody else uses it.
+        let done = act(unsafe { &mut *self.fetcher.get() });
+        self.taken.store(false, Ordering::Release);
+        Some(done)
+    }
 }
 
 impl Drop for Registered {
@@ -226,16 +248,13 @@ impl Seats {
         }
     }
 
-    fn seated<T>(&self, act: impl FnOnce(&mut Fetcher) -> T) -> T {
+    fn seated<T>(&self, mut act: impl FnMut(&mut Fetcher) -> T) -> T {
         // SAFETY: takes nothing and changes nothing.
         let start = unsafe { libc::sched_getcpu() }.max(0) as usize;
         loop {
             for step in 0..self.seats.len() {
                 let seat = &self.seats[(start + step) % self.seats.len()];
-                if !seat.taken.load(Ordering::Relaxed) && !seat.taken.swap(true, Ordering::Acquire) {
-                    // SAFETY: `taken` was turned to true here, so nobody else uses it.
-                    let done = act(unsafe { &mut *seat.fetcher.get() });
-                    seat.taken.store(false, Ordering::Release);
+                if let Some(done) = seat.take(&mut act) {
                     return done;
                 }
             }

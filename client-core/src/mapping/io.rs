@@ -33,6 +33,11 @@ impl Io {
         Ok(Io { pager, channel, staging, ended: Vec::with_capacity(2 * DEPTH) })
     }
 
+    /// Lets the channel do what it was told.
+    pub(super) fn tend(&mut self) {
+        self.channel.poll(&mut self.ended);
+    }
+
     /// One operation, to its end.
     fn carry_out(&mut self, kind: Kind, offset: u64, len: u64, buf: Option<IoBuf>) -> Result<(), IoError> {
         let operation = Operation { kind, offset, len, buf, token: 0 };

@@ -32,6 +32,7 @@ mod pages;
 mod policy;
 mod prefetch;
 mod sync;
+mod tend;
 mod uffd;
 mod window;
 mod worker;
@@ -52,6 +53,7 @@ use self::inline::Registered;
 use self::io::Io;
 use self::pager::{CHUNK, Pager, Shared};
 use self::prefetch::{Habit, WINDOW_MAX};
+use self::tend::Tender;
 use self::uffd::{FEATURE_SIGBUS, Reach, Uffd};
 use self::window::{PAGE, Window};
 use crate::slab::{Slab, SlabAllocator, SlabError};
@@ -216,14 +218,14 @@ pub struct Space {
 
 struct Inner {
     pager: Shared,
-    io: Mutex<Io>,
+    io: Arc<Mutex<Io>>,
     carver: Mutex<Carver>,
     /// Ranges that are mapped by range, in pages: the first, and the first behind it.
     mapped: Mutex<BTreeMap<u32, u32>>,
     kept: u64,
     size: u64,
     pinned: Mutex<usize>,
-    inline: Option<Registered>,
+    inline: Option<Arc<Registered>>,
     threads: Vec<JoinHandle<()>>,
     _volume: Volume,
 }
@@ -271,21 +273,16 @@ impl Space {
         if behind > 0 {
             pager.set_fresh(kept_pages, behind);
         }
-        let threads = start(&pager, &volume, options.budget, handlers)?;
+        let io = Arc::new(Mutex::new(Io::new(pager.clone(), &volume).map_err(system("open a channel"))?));
         let inline = match options.faults {
-            Faults::Handled(_) => Ok(None),
-            Faults::Inline => seats(&pager, &volume).map(Some),
+            Faults::Handled(_) => None,
+            Faults::Inline => Some(Arc::new(seats(&pager, &volume)?)),
         };
-        let io = Io::new(pager.clone(), &volume).map_err(system("open a channel"));
-        let (inline, io) = match (inline, io) {
-            (Ok(inline), Ok(io)) => (inline, io),
-            (Err(error), _) | (_, Err(error)) => {
-                end(&pager, threads);
-                return Err(error);
-            }
-        };
+        let tender =
+            Tender { pager: pager.clone(), volume: volume.clone(), io: io.clone(), inline: inline.clone() };
+        let threads = start(&pager, &volume, options.budget, handlers, tender)?;
         let inner = Inner {
-            io: Mutex::new(io),
+            io,
             carver: Mutex::new(Carver::new(options.kept, size)),
             mapped: Mutex::default(),
             kept: options.kept,
@@ -450,9 +447,11 @@ fn start(
     volume: &Volume,
     budget: Budget,
     handlers: usize,
+    tender: Tender,
 ) -> Result<Vec<JoinHandle<()>>, MapError> {
     let mut threads = Vec::new();
     let made = (|| {
+        threads.push(std::thread::Builder::new().name("xpm-tend".to_owned()).spawn(move || tender.run())?);
         let channel = volume.channel()?;
         let evictor = Evictor::new(pager.clone(), channel, budget::Governor(budget));
         threads.push(std::thread::Builder::new().name("xpm-evict".to_owned()).spawn(move || evictor.run())?);
@@ -506,7 +505,6 @@ impl Inner {
 impl Drop for Inner {
     fn drop(&mut self) {
         // Mappings that stay were flushed when they were dropped.
-        self.inline = None;
         end(&self.pager, std::mem::take(&mut self.threads));
     }
 }

@@ -191,6 +191,11 @@ impl Volume {
         self.inner.shared.live().plan.size()
     }
 
+    /// Whether a change waits until channels have followed, which a look at them lets them.
+    pub(crate) fn waits_for_channels(&self) -> bool {
+        self.inner.shared.live().members.iter().any(|member| member.mailbox.is_waited_for())
+    }
+
     /// A channel for one more queue.
     ///
     /// # Errors

@@ -72,6 +72,12 @@ impl Mailbox {
         number
     }
 
+    /// Whether it was told something that is not carried out.
+    pub(super) fn is_waited_for(&self) -> bool {
+        let inbox = self.lock();
+        inbox.done < inbox.told && !self.is_closed()
+    }
+
     pub(super) fn is_closed(&self) -> bool {
         self.closed.load(Ordering::Acquire)
     }

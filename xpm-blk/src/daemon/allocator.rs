@@ -4,7 +4,7 @@ use xpm_control::client::ClientError;
 use xpm_control::error_line;
 use xpm_protocol::Name;
 use xpm_protocol::api::ErrorKind;
-use xpm_protocol::api::allocator::{Attach, Map};
+use xpm_protocol::api::allocator::Map;
 use xpm_protocol::api::blk::AttachDevice;
 
 use super::Daemon;
@@ -12,22 +12,14 @@ use crate::error::DeviceError;
 
 impl Daemon {
     pub(super) async fn own(&self, request: &AttachDevice) -> Result<Map, DeviceError> {
-        let attach = Attach {
-            client: self.client,
-            host: self.host,
-            host_name: self.host_name.clone(),
-            purpose: request.form.to_string(),
-            force: request.force,
-        };
-        let path = format!("/v1/allocations/{}/owner", request.name);
-        self.allocator.put(&path, &attach).await.map_err(|error| refused(&error))
+        let owned = self.owner.own(&request.name, request.form.to_string(), request.force).await;
+        owned.map_err(|error| refused(&error))
     }
 
     /// Gives an allocation back. What cannot be reached is logged only: the allocation stays ours
     /// there, which harms nobody, and can be taken with force.
     pub(super) async fn disown(&self, name: &Name) {
-        let path = format!("/v1/allocations/{name}/owner/{}", self.client);
-        if let Err(error) = self.allocator.delete(&path).await {
+        if let Err(error) = self.owner.disown(name).await {
             tracing::warn!("allocation {name} could not be given back: {}", error_line(&error));
         }
     }

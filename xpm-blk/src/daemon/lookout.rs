@@ -7,15 +7,12 @@ use std::time::{Duration, Instant};
 
 use xpm_control::facts;
 use xpm_protocol::Name;
-use xpm_protocol::api::allocator::{Allocation, Appliance, Client, Ending, Event};
+use xpm_protocol::api::allocator::{Allocation, Appliance, Client, Ending};
 
 use super::Daemon;
 
 /// How often allocations are asked after.
 const ASK_EVERY: Duration = Duration::from_secs(10);
-/// Longest answer to a question for events, and the pause after a failure.
-const LISTEN_LIMIT: Duration = Duration::from_secs(40);
-const LISTEN_AGAIN: Duration = Duration::from_secs(1);
 /// How often this host tells what it found out about itself.
 const TELL_EVERY: Duration = Duration::from_secs(300);
 
@@ -34,28 +31,9 @@ pub(crate) async fn run(daemon: Arc<Daemon>) {
 
 /// Listens to what happens, until it is dropped, so that orders are heard at once.
 pub(crate) async fn follow(daemon: Arc<Daemon>) {
-    let patient = daemon.allocator.clone().with_limit(LISTEN_LIMIT);
-    let mut after = None;
+    let mut listener = daemon.owner.listen();
     loop {
-        let path = match after {
-            Some(number) => format!("/v1/events?after={number}&wait=true"),
-            // What happened before is in the orders that are asked for anyway.
-            None => "/v1/events".to_owned(),
-        };
-        match patient.get::<Vec<Event>>(&path).await {
-            Ok(events) => {
-                for event in events.iter().filter(|_| after.is_some()) {
-                    if matches!(event.kind.as_str(), "change-open" | "hand-over") {
-                        daemon.obey(&event.subject);
-                    }
-                }
-                after = Some(events.last().map_or(after.unwrap_or(0), |event| event.number));
-            }
-            Err(_) => {
-                after = None;
-                tokio::time::sleep(LISTEN_AGAIN).await;
-            }
-        }
+        listener.hear().await.iter().for_each(|name| daemon.obey(name));
     }
 }
 
@@ -69,7 +47,8 @@ impl Daemon {
     async fn look_for_ends(&self) {
         let names: Vec<Name> = self.slots().keys().cloned().collect();
         for name in names {
-            let asked: Result<Allocation, _> = self.allocator.get(&format!("/v1/allocations/{name}")).await;
+            let asked: Result<Allocation, _> =
+                self.owner.allocator.get(&format!("/v1/allocations/{name}")).await;
             if let Ok(allocation) = asked {
                 self.hear_end(name, allocation.ending);
             }
@@ -99,11 +78,11 @@ impl Daemon {
     /// Whether the allocator took it. A host whose name is no name for a client tells nothing.
     async fn tell_facts(&self) -> bool {
         let Ok(name) = facts::client_name() else { return true };
-        let appliances: Result<Vec<Appliance>, _> = self.allocator.get("/v1/appliances").await;
+        let appliances: Result<Vec<Appliance>, _> = self.owner.allocator.get("/v1/appliances").await;
         let Ok(appliances) = appliances else { return false };
-        let Ok(mut facts) = facts::find(self.allocator.base(), &appliances).await else { return false };
-        facts.client = Some(self.client);
-        let taken: Result<Client, _> = self.allocator.put(&format!("/v1/clients/{name}"), &facts).await;
+        let Ok(mut facts) = facts::find(self.owner.allocator.base(), &appliances).await else { return false };
+        facts.client = Some(self.owner.client);
+        let taken: Result<Client, _> = self.owner.allocator.put(&format!("/v1/clients/{name}"), &facts).await;
         taken.is_ok()
     }
 }

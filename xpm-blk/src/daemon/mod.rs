@@ -7,7 +7,6 @@ mod allocator;
 mod attach;
 mod detach;
 pub(crate) mod lookout;
-mod mover;
 mod orders;
 mod restore;
 mod view;
@@ -17,13 +16,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use xpm_client::Change;
-use xpm_control::client::Client;
-use xpm_control::token::Token;
+use xpm_client::owner::Owner;
+use xpm_protocol::Name;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::Ending;
 use xpm_protocol::api::blk::{Form, Status};
 use xpm_protocol::units::Span;
-use xpm_protocol::{ClientId, HostId, Name};
 use xpm_transport::nbd::server::Server;
 
 use crate::config::Config;
@@ -35,12 +33,7 @@ use crate::safety;
 /// The running daemon.
 pub struct Daemon {
     config: Config,
-    client: ClientId,
-    host: HostId,
-    host_name: String,
-    allocator: Client,
-    /// Shown to appliances.
-    token: Option<Token>,
+    owner: Owner,
     records: Records,
     server: Server,
     slots: Mutex<BTreeMap<Name, Slot>>,
@@ -54,11 +47,7 @@ pub struct Daemon {
 /// What a daemon is made of.
 pub(crate) struct Parts {
     pub(crate) config: Config,
-    pub(crate) client: ClientId,
-    pub(crate) host: HostId,
-    pub(crate) host_name: String,
-    pub(crate) allocator: Client,
-    pub(crate) token: Option<Token>,
+    pub(crate) owner: Owner,
     pub(crate) records: Records,
     pub(crate) server: Server,
 }
@@ -126,14 +115,10 @@ impl Attached {
 
 impl Daemon {
     pub(crate) fn new(parts: Parts) -> Daemon {
-        let Parts { config, client, host, host_name, allocator, token, records, server } = parts;
+        let Parts { config, owner, records, server } = parts;
         Daemon {
             config,
-            client,
-            host,
-            host_name,
-            allocator,
-            token,
+            owner,
             records,
             server,
             slots: Mutex::new(BTreeMap::new()),
@@ -147,10 +132,10 @@ impl Daemon {
     pub fn status(&self) -> Status {
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            client: self.client,
+            client: self.owner.client,
             pid: std::process::id(),
             uptime: whole_seconds(self.started),
-            allocator: self.allocator.base().to_owned(),
+            allocator: self.owner.allocator.base().to_owned(),
             devices: self.slots().len() as u64,
             safety: safety::items(),
         }

@@ -7,24 +7,16 @@
 
 use std::fs::File;
 use std::sync::{Arc, PoisonError};
-use std::time::Duration;
 
+use xpm_client::owner::{CONNECT_LIMIT, Mover, TailError};
 use xpm_client::{Change, ChangeError};
-use xpm_control::client::ClientError;
-use xpm_control::error_line;
 use xpm_protocol::Name;
 use xpm_protocol::api::ErrorKind;
-use xpm_protocol::api::allocator::{ChangeKind, HandOver, MapChange, Orders, Report};
+use xpm_protocol::api::allocator::{ChangeKind, HandOver, MapChange, Report};
 
-use super::mover::Mover;
 use super::{Attached, Daemon, Slot, blocking};
 use crate::error::{DeviceError, Step};
 use crate::records::Record;
-
-/// How long the new appliances have to be connected.
-const CONNECT_LIMIT: Duration = Duration::from_secs(20);
-/// First and longest pause before the allocator is asked again.
-const PAUSE: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
 
 impl Daemon {
     /// Asks for the orders of a device and carries them out, on a task of their own. Nothing happens while that is
@@ -50,7 +42,7 @@ impl Daemon {
         if attached.change().is_some() {
             return self.finish_firm(&attached).await;
         }
-        let Ok(orders) = self.ask_orders(&name).await else { return };
+        let Ok(orders) = self.owner.orders(&name).await else { return };
         if let Some(hand_over) = &orders.hand_over {
             return self.hand_over(&attached, hand_over).await;
         }
@@ -58,32 +50,6 @@ impl Daemon {
             Some(change) => self.carry_out(&attached, change).await,
             None if orders.version != attached.record().map.version => self.catch_up(&attached).await,
             None => {}
-        }
-    }
-
-    async fn ask_orders(&self, name: &Name) -> Result<Orders, ClientError> {
-        self.allocator.get(&format!("/v1/allocations/{name}/orders/{}", self.client)).await
-    }
-
-    pub(super) async fn say(&self, name: &Name, report: &Report) -> Result<Orders, ClientError> {
-        self.allocator.post(&format!("/v1/allocations/{name}/orders/{}", self.client), report).await
-    }
-
-    /// Says something that the allocator has to hear.
-    async fn say_until_heard(&self, name: &Name, report: &Report) -> Option<Orders> {
-        let mut pause = PAUSE.0;
-        loop {
-            match self.say(name, report).await {
-                Ok(orders) => return Some(orders),
-                // It answers, and not this: the allocation is not ours any more.
-                Err(ClientError::Refused(body)) => {
-                    tracing::warn!("allocation {name}: {}", body.error);
-                    return None;
-                }
-                Err(error) => tracing::debug!("allocation {name}: {}", error_line(&error)),
-            }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(PAUSE.1);
         }
     }
 
@@ -98,7 +64,7 @@ impl Daemon {
         tracing::info!("allocation {name} is changed: {:?} to {}", change.kind, change.next.size);
         let (daemon, attached_too) = (Arc::clone(self), Arc::clone(attached));
         let firm = blocking(move || {
-            let mover = Mover::new(&daemon, &change);
+            let mover = Mover::new(&daemon.owner, &change);
             make_firm(&daemon, &attached_too, &change, &mover)
         });
         match firm.await {
@@ -106,7 +72,7 @@ impl Daemon {
             Err(error) => {
                 tracing::warn!("allocation {name} is not changed: {error}");
                 let why = error.to_string();
-                let _ = self.say_until_heard(&name, &Report::Refused { number, why }).await;
+                let _ = self.owner.say_until_heard(&name, &Report::Refused { number, why }).await;
             }
         }
     }
@@ -116,7 +82,7 @@ impl Daemon {
         let record = attached.record();
         let Some(change) = record.change.clone() else { return };
         let (name, number) = (record.request.name.clone(), change.number);
-        let orders = self.say_until_heard(&name, &Report::Ready { number }).await;
+        let orders = self.owner.say_until_heard(&name, &Report::Ready { number }).await;
         let holds = orders.as_ref().is_some_and(|orders| orders.version == change.next.version);
         let attached_too = Arc::clone(attached);
         let daemon = Arc::clone(self);
@@ -126,7 +92,7 @@ impl Daemon {
         });
         match ended.await {
             Ok(how) if holds => {
-                let _ = self.say_until_heard(&name, &Report::Done { number, how }).await;
+                let _ = self.owner.say_until_heard(&name, &Report::Done { number, how }).await;
                 tracing::info!("allocation {name} is changed");
             }
             Ok(_) => tracing::warn!("allocation {name} is as it was: the allocator gave the change up"),
@@ -151,7 +117,7 @@ impl Daemon {
             attached_too.shown.resize(volume.size())
         });
         match turned.await {
-            Ok(how) => drop(self.say(&name, &Report::Done { number, how }).await),
+            Ok(how) => drop(self.owner.say(&name, &Report::Done { number, how }).await),
             Err(error) => tracing::error!("allocation {name} cannot turn to its new map: {error}"),
         }
     }
@@ -170,7 +136,7 @@ impl Daemon {
         if let Err(error) = self.detach(name.clone(), false).await {
             let why = error.to_string();
             tracing::warn!("allocation {name} is kept: {why}");
-            let _ = self.say(&name, &Report::Kept { why }).await;
+            let _ = self.owner.say(&name, &Report::Kept { why }).await;
         }
     }
 }
@@ -192,7 +158,7 @@ fn make_firm(
     };
     if change.kind == ChangeKind::Shrink {
         check_shrink(attached)?;
-        mover.check_tail(&record.map, change.next.size.0)?;
+        mover.check_tail(&record.map, change.next.size.0).map_err(in_the_way)?;
     }
     let under_way = volume.change(&change.next, &change.moved, CONNECT_LIMIT).map_err(refused)?;
     mover.copy(&under_way).map_err(refused)?;
@@ -200,7 +166,7 @@ fn make_firm(
         attached.shown.resize(change.next.size.0)?;
     }
     let firm = under_way.firm().map_err(refused).and_then(|()| match change.kind {
-        ChangeKind::Shrink => mover.check_tail(&record.map, change.next.size.0),
+        ChangeKind::Shrink => mover.check_tail(&record.map, change.next.size.0).map_err(in_the_way),
         _ => Ok(()),
     });
     let firm = firm.and_then(|()| {
@@ -265,4 +231,13 @@ fn give_up(daemon: &Daemon, attached: &Attached, change: &MapChange) -> Result<O
 #[expect(clippy::needless_pass_by_value, reason = "used where an error is mapped")]
 pub(super) fn refused(error: ChangeError) -> DeviceError {
     DeviceError::new(ErrorKind::Unavailable, error.to_string())
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "used where an error is mapped")]
+fn in_the_way(error: TailError) -> DeviceError {
+    let kind = match error {
+        TailError::InTheWay { .. } => ErrorKind::InUse,
+        TailError::Unseen(_) => ErrorKind::Unavailable,
+    };
+    DeviceError::new(kind, error.to_string())
 }

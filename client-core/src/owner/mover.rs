@@ -2,19 +2,18 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
-use xpm_client::{Change, ChangeError, Run};
 use xpm_control::client::Client;
 use xpm_control::error_line;
-use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{Grant, Map, MapChange, Report};
 use xpm_protocol::api::appliance::{COPY_LEN_MAX, Copy, Digest, Range};
-use xpm_protocol::{ByteSize, GrantId};
+use xpm_protocol::{ByteSize, GrantId, Name};
 
-use super::Daemon;
-use crate::error::DeviceError;
+use super::Owner;
+use crate::volume::{Change, ChangeError, Run};
 
 /// Bytes that are copied, and locked, at once.
 const RUN_LEN: u64 = 8 << 20;
@@ -26,21 +25,53 @@ const RUN_LIMIT: Duration = Duration::from_secs(10);
 const TELL_EVERY: Duration = Duration::from_secs(1);
 
 /// Speaks to the appliances of a change. Blocks; to be used on a thread that may, within a tokio runtime.
-pub(super) struct Mover<'a> {
-    daemon: &'a Daemon,
+pub struct Mover<'a> {
+    owner: &'a Owner,
     change: &'a MapChange,
     grants: BTreeMap<GrantId, &'a Grant>,
     clients: RefCell<BTreeMap<GrantId, Client>>,
+    end: Option<&'a AtomicBool>,
+}
+
+/// Why an allocation cannot become smaller.
+#[derive(Debug, thiserror::Error)]
+pub enum TailError {
+    /// There is data beyond the new size.
+    #[error(
+        "{data} are in use beyond the new size, in region {region} of `{name}`: trim them (fstrim, blkdiscard, or shrink the file \
+         system first), or choose a larger size"
+    )]
+    InTheWay {
+        /// The allocation.
+        name: Name,
+        /// The region, by its place in the allocation.
+        region: u32,
+        /// Bytes of pages that are not zeros.
+        data: ByteSize,
+    },
+    /// An appliance did not tell.
+    #[error("cannot see what is beyond the new size: {0}")]
+    Unseen(String),
 }
 
 impl<'a> Mover<'a> {
-    pub(super) fn new(daemon: &'a Daemon, change: &'a MapChange) -> Mover<'a> {
+    /// One for a change that is ordered.
+    pub fn new(owner: &'a Owner, change: &'a MapChange) -> Mover<'a> {
         let grants = change.next.grants.iter().map(|grant| (grant.id, grant)).collect();
-        Mover { daemon, change, grants, clients: RefCell::default() }
+        Mover { owner, change, grants, clients: RefCell::default(), end: None }
     }
 
-    /// Copies everything that moves, no faster than the change says.
-    pub(super) fn copy(&self, change: &Change) -> Result<(), ChangeError> {
+    /// Copying is off when this becomes true.
+    pub const fn with_end(mut self, end: &'a AtomicBool) -> Mover<'a> {
+        self.end = Some(end);
+        self
+    }
+
+    /// Copies everything that moves, no faster than the change says, and tells the allocator how far it is. Blocks.
+    ///
+    /// # Errors
+    /// As of [`Change::copy`].
+    pub fn copy(&self, change: &Change) -> Result<(), ChangeError> {
         let began = Instant::now();
         let rate = self.change.rate.map(|rate| rate.0.max(1));
         // Short runs at a low rate: a run that is being copied is not written to.
@@ -51,6 +82,9 @@ impl<'a> Mover<'a> {
             run_len,
             |run| self.copy_run(run),
             |copied, _| {
+                if self.end.is_some_and(|end| end.load(Ordering::Acquire)) {
+                    return Err("the program ends".to_owned());
+                }
                 if told.elapsed() >= TELL_EVERY {
                     told = Instant::now();
                     self.tell(copied)?;
@@ -68,7 +102,7 @@ impl<'a> Mover<'a> {
     /// it does not answer, nothing stops.
     fn tell(&self, bytes: u64) -> Result<(), String> {
         let report = Report::Copied { number: self.change.number, bytes };
-        let said = Handle::current().block_on(self.daemon.say(&self.change.next.name, &report));
+        let said = Handle::current().block_on(self.owner.say(&self.change.next.name, &report));
         match said {
             Ok(orders) if orders.change.as_ref().is_none_or(|change| change.number != self.change.number) => {
                 Err("the allocator gave the change up".to_owned())
@@ -96,8 +130,11 @@ impl<'a> Mover<'a> {
         }
     }
 
-    /// Whether all that lies beyond `size` is zeros; else what is in the way.
-    pub(super) fn check_tail(&self, map: &Map, size: u64) -> Result<(), DeviceError> {
+    /// Looks whether all that lies beyond `size` is zeros. Blocks.
+    ///
+    /// # Errors
+    /// [`TailError::InTheWay`] with what is not.
+    pub fn check_tail(&self, map: &Map, size: u64) -> Result<(), TailError> {
         let region_len = map.region_len.0;
         for (region, slot) in (0..).zip(&map.regions) {
             let mut start = map.layout.bytes_before(region_len, region, size);
@@ -105,14 +142,10 @@ impl<'a> Mover<'a> {
                 let len = COPY_LEN_MAX.min(region_len - start);
                 let grant = map.grants[slot.grant as usize].id;
                 let range = Range { offset: u64::from(slot.slot) * region_len + start, len };
-                let digest: Digest = self.order(grant, "digests", &range).map_err(|error| {
-                    DeviceError::new(
-                        ErrorKind::Unavailable,
-                        format!("cannot see what is beyond the new size: {error}"),
-                    )
-                })?;
+                let digest: Digest = self.order(grant, "digests", &range).map_err(TailError::Unseen)?;
                 if digest.data.0 > 0 {
-                    return Err(in_the_way(map, region, digest.data));
+                    let name = map.name.clone();
+                    return Err(TailError::InTheWay { name, region, data: digest.data });
                 }
                 start += len;
             }
@@ -136,18 +169,9 @@ impl<'a> Mover<'a> {
             return Ok(client.clone());
         }
         let url = self.change.control.get(&grant).ok_or("the allocator did not say where an appliance is")?;
-        let client = Client::new(url, self.daemon.token.clone()).map_err(|error| error.to_string())?;
+        let client = Client::new(url, self.owner.token.clone()).map_err(|error| error.to_string())?;
         let client = client.with_limit(RUN_LIMIT);
         self.clients.borrow_mut().insert(grant, client.clone());
         Ok(client)
     }
-}
-
-fn in_the_way(map: &Map, region: u32, data: ByteSize) -> DeviceError {
-    let line = format!(
-        "{data} are in use beyond the new size, in region {region} of `{}`: trim them (fstrim, blkdiscard, or shrink the file \
-         system first), or choose a larger size",
-        map.name
-    );
-    DeviceError::new(ErrorKind::InUse, line)
 }

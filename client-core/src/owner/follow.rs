@@ -1,0 +1,181 @@
+//! A program that uses an allocation itself carries out what the allocator orders: its regions move while it goes on.
+//!
+//! Nothing of a change is written down: who ends with a change firm had written everything to both places, and
+//! writes nothing any more, so whichever map holds then has it all.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use xpm_protocol::Name;
+use xpm_protocol::api::allocator::{ChangeKind, MapChange, Report};
+
+use super::{CONNECT_LIMIT, Mover, Owner};
+use crate::volume::{Change, ChangeError, Volume};
+
+/// How often orders are asked for that were not heard of.
+const ASK_EVERY: Duration = Duration::from_secs(10);
+
+/// A thread that carries orders out, until it is dropped.
+pub(crate) struct Follower {
+    ending: Arc<Ending>,
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Default)]
+struct Ending {
+    ended: AtomicBool,
+    wake: Notify,
+}
+
+impl Follower {
+    /// Follows for a volume whose map has this version.
+    pub(crate) fn new(owner: Owner, name: Name, version: u64, volume: Volume) -> io::Result<Follower> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let ending = Arc::new(Ending::default());
+        let follow = Follow { owner, name, version, volume, ending: ending.clone() };
+        let builder = std::thread::Builder::new().name("xpm-orders".to_owned());
+        let thread = builder.spawn(move || runtime.block_on(follow.run()))?;
+        Ok(Follower { ending, thread: Some(thread) })
+    }
+}
+
+impl Drop for Follower {
+    fn drop(&mut self) {
+        self.ending.ended.store(true, Ordering::Release);
+        self.ending.wake.notify_one();
+        if let Some(thread) = self.thread.take() {
+            // A panic of it has been told already.
+            let _ = thread.join();
+        }
+    }
+}
+
+struct Follow {
+    owner: Owner,
+    name: Name,
+    /// Of the map that is used.
+    version: u64,
+    volume: Volume,
+    ending: Arc<Ending>,
+}
+
+impl Follow {
+    async fn run(mut self) {
+        let ending = self.ending.clone();
+        let mut listener = self.owner.listen();
+        loop {
+            self.obey().await;
+            tokio::select! {
+                () = ending.wake.notified() => return,
+                () = self.hear(&mut listener) => {}
+                () = tokio::time::sleep(ASK_EVERY) => {}
+            }
+        }
+    }
+
+    /// Until there may be orders for this allocation.
+    async fn hear(&self, listener: &mut super::Listener) {
+        while !listener.hear().await.contains(&self.name) {}
+    }
+
+    async fn obey(&mut self) {
+        let Ok(orders) = self.owner.orders(&self.name).await else { return };
+        if orders.hand_over.is_some() {
+            let why = "a program uses it at addresses: end that program, or transfer with --force".to_owned();
+            let _ = self.owner.say(&self.name, &Report::Kept { why }).await;
+        }
+        match orders.change {
+            Some(change) if !change.switched => self.carry_out(change).await,
+            Some(_) => self.catch_up().await,
+            None if orders.version != self.version => self.catch_up().await,
+            None => {}
+        }
+    }
+
+    async fn carry_out(&mut self, change: MapChange) {
+        let number = change.number;
+        let report = match self.make_firm(&change).await {
+            Ok(under_way) => match self.holds(&change).await {
+                Some(true) => self.switch(under_way, &change).await,
+                // Dropped, it is undone.
+                Some(false) => return blocking(move || drop(under_way)).await.unwrap_or(()),
+                // Either map may hold: until the process ends, what is still written goes to both places.
+                None => return std::mem::forget(under_way),
+            },
+            Err(why) => {
+                tracing::warn!("allocation {} is not changed: {why}", self.name);
+                Report::Refused { number, why }
+            }
+        };
+        tokio::select! {
+            _ = self.owner.say_until_heard(&self.name, &report) => {}
+            () = self.ending.wake.notified() => self.ending.wake.notify_one(),
+        }
+    }
+
+    /// Copies what moves; from then on writes go to both places.
+    async fn make_firm(&self, change: &MapChange) -> Result<Change, String> {
+        if change.kind == ChangeKind::Shrink {
+            return Err(
+                "a program uses it at addresses, which cannot go away: end that program first".to_owned()
+            );
+        }
+        let (volume, owner, change) = (self.volume.clone(), self.owner.clone(), change.clone());
+        let ending = self.ending.clone();
+        let firm = blocking(move || {
+            let under_way = volume.change(&change.next, &change.moved, CONNECT_LIMIT)?;
+            Mover::new(&owner, &change).with_end(&ending.ended).copy(&under_way)?;
+            under_way.firm()?;
+            Ok(under_way)
+        });
+        firm.await?.map_err(|error: ChangeError| error.to_string())
+    }
+
+    /// Whether a firm change holds. None: the program ended before the allocator answered.
+    async fn holds(&self, change: &MapChange) -> Option<bool> {
+        let report = Report::Ready { number: change.number };
+        tokio::select! {
+            orders = self.owner.say_until_heard(&self.name, &report) => {
+                Some(orders.is_some_and(|orders| orders.version == change.next.version))
+            }
+            () = self.ending.wake.notified() => {
+                self.ending.wake.notify_one();
+                None
+            }
+        }
+    }
+
+    async fn switch(&mut self, under_way: Change, change: &MapChange) -> Report {
+        self.version = change.next.version;
+        if let Err(error) = blocking(move || under_way.switch()).await.unwrap_or(Ok(())) {
+            tracing::warn!("allocation {}: {error}", self.name);
+        }
+        let grown = change.kind == ChangeKind::Grow;
+        let how = grown.then(|| "the program sees it when it opens the allocation again".to_owned());
+        Report::Done { number: change.number, how }
+    }
+
+    /// The map that holds is another than ours, with nothing to copy.
+    async fn catch_up(&mut self) {
+        let Ok(map) = self.owner.own(&self.name, "a mapping".to_owned(), false).await else { return };
+        let number = map.version;
+        if number != self.version {
+            let volume = self.volume.clone();
+            let turned = blocking(move || volume.change(&map, &[], CONNECT_LIMIT)?.switch());
+            if let Ok(Err(error)) = turned.await {
+                return tracing::error!("allocation {} cannot turn to its new map: {error}", self.name);
+            }
+            self.version = number;
+        }
+        let _ = self.owner.say(&self.name, &Report::Done { number, how: None }).await;
+    }
+}
+
+/// On a thread that may block.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, String> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| format!("a control task failed: {error}"))
+}

@@ -1,0 +1,129 @@
+//! What the owner of allocations and the allocator say to each other. None of it is on the path of an I/O: an
+//! allocator that does not answer changes nothing.
+
+mod follow;
+mod mover;
+
+use std::time::Duration;
+
+use xpm_control::client::{Client, ClientError};
+use xpm_control::error_line;
+use xpm_control::token::Token;
+use xpm_protocol::api::allocator::{Attach, Event, Map, Orders, Report};
+use xpm_protocol::{ClientId, HostId, Name};
+
+pub(crate) use self::follow::Follower;
+pub use self::mover::{Mover, TailError};
+
+/// How long new appliances have to be connected.
+pub const CONNECT_LIMIT: Duration = Duration::from_secs(20);
+/// First and longest pause before the allocator is asked again.
+const PAUSE: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
+/// Longest answer to a question for events, and the pause after a failure.
+const LISTEN_LIMIT: Duration = Duration::from_secs(40);
+const LISTEN_AGAIN: Duration = Duration::from_secs(1);
+
+/// Somebody who owns allocations, or is about to.
+#[derive(Clone)]
+pub struct Owner {
+    /// The allocators, of which one leads.
+    pub allocator: Client,
+    /// The secret of the control plane, which appliances are shown, too.
+    pub token: Option<Token>,
+    /// Who this is.
+    pub client: ClientId,
+    /// The host that it runs on.
+    pub host: HostId,
+    /// That host's name, for people.
+    pub host_name: String,
+}
+
+impl Owner {
+    /// Becomes the owner of an allocation: its map, with the keys. `force` takes it from another owner.
+    ///
+    /// # Errors
+    /// What the allocator said, or that it did not answer.
+    pub async fn own(&self, name: &Name, purpose: String, force: bool) -> Result<Map, ClientError> {
+        let attach = Attach {
+            client: self.client,
+            host: self.host,
+            host_name: self.host_name.clone(),
+            purpose,
+            force,
+        };
+        self.allocator.put(&format!("/v1/allocations/{name}/owner"), &attach).await
+    }
+
+    /// Gives an allocation back, which nothing may use any more.
+    ///
+    /// # Errors
+    /// As of [`Owner::own`]; it stays this owner's then.
+    pub async fn disown(&self, name: &Name) -> Result<(), ClientError> {
+        self.allocator.delete(&format!("/v1/allocations/{name}/owner/{}", self.client)).await
+    }
+
+    /// What the allocator wants done.
+    ///
+    /// # Errors
+    /// As of [`Owner::own`].
+    pub async fn orders(&self, name: &Name) -> Result<Orders, ClientError> {
+        self.allocator.get(&format!("/v1/allocations/{name}/orders/{}", self.client)).await
+    }
+
+    /// Says how that goes.
+    ///
+    /// # Errors
+    /// As of [`Owner::own`].
+    pub async fn say(&self, name: &Name, report: &Report) -> Result<Orders, ClientError> {
+        self.allocator.post(&format!("/v1/allocations/{name}/orders/{}", self.client), report).await
+    }
+
+    /// Says something that the allocator has to hear. None where it answers that the allocation is not this owner's.
+    pub async fn say_until_heard(&self, name: &Name, report: &Report) -> Option<Orders> {
+        let mut pause = PAUSE.0;
+        loop {
+            match self.say(name, report).await {
+                Ok(orders) => return Some(orders),
+                Err(ClientError::Refused(body)) => {
+                    tracing::warn!("allocation {name}: {}", body.error);
+                    return None;
+                }
+                Err(error) => tracing::debug!("allocation {name}: {}", error_line(&error)),
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(PAUSE.1);
+        }
+    }
+
+    /// Listens to what happens.
+    pub fn listen(&self) -> Listener {
+        Listener { allocator: self.allocator.clone().with_limit(LISTEN_LIMIT), after: None }
+    }
+}
+
+/// Hears of orders at once.
+pub struct Listener {
+    allocator: Client,
+    /// Number of the last event heard.
+    after: Option<u64>,
+}
+
+impl Listener {
+    /// Waits until there may be orders, for some allocations, or for half a minute. What happened before the first
+    /// call, and what cannot be heard, is not told: orders are to be asked for now and then.
+    pub async fn hear(&mut self) -> Vec<Name> {
+        let path = match self.after {
+            Some(number) => format!("/v1/events?after={number}&wait=true"),
+            None => "/v1/events".to_owned(),
+        };
+        let Ok(events) = self.allocator.get::<Vec<Event>>(&path).await else {
+            self.after = None;
+            tokio::time::sleep(LISTEN_AGAIN).await;
+            return Vec::new();
+        };
+        let is_new = self.after.is_some();
+        self.after = Some(events.last().map_or(self.after.unwrap_or(0), |event| event.number));
+        let order = |event: &&Event| is_new && matches!(event.kind.as_str(), "change-open" | "hand-over");
+        events.iter().filter(order).map(|event| event.subject.clone()).collect()
+    }
+}
