@@ -1,0 +1,96 @@
+//! How an allocation is opened.
+
+use std::ffi::{CStr, c_char, c_int};
+use std::path::Path;
+
+use xpm_client::AttachOptions;
+use xpm_client::mapping::{Budget, Faults, SpaceOptions};
+use xpm_control::token::Token;
+
+use crate::error::Error;
+
+/// How an allocation is opened. Fill it with zeros first; what stays zero has the value that is said.
+#[repr(C)]
+pub struct xpm_options {
+    /// sizeof(struct xpm_options), so that later versions can have more.
+    pub size: usize,
+    /// URLs of the allocators, with commas between them. NULL: what the environment variable XPM_ALLOCATOR says.
+    pub allocator: *const c_char,
+    /// File with the secret of the control plane. NULL: none.
+    pub token_file: *const c_char,
+    /// Local memory in bytes to be used as cache, at least 256 KiB. 0: 64 MiB.
+    pub budget: u64,
+    /// Bytes at the start of the allocation whose content stays, for xpm_map(), in 2 MiB; UINT64_MAX: all. 0: none.
+    pub kept: u64,
+    /// Threads that bring pages. 0: the thread that touches a page brings it itself, in a handler of SIGBUS: quicker, but
+    /// system calls that are given absent pages fail with EFAULT.
+    pub threads: u32,
+    /// Nonzero: takes the allocation from another owner, who is cut off.
+    pub force: c_int,
+    /// Identity of this client, 32 hexadecimal digits: after a crash it is let in again. NULL: a new one.
+    pub client: *const c_char,
+}
+
+impl xpm_options {
+    fn attach(&self, name: &str) -> Result<AttachOptions, Error> {
+        let allocator = match text(self.allocator)? {
+            Some(urls) => urls.to_owned(),
+            None => std::env::var("XPM_ALLOCATOR").map_err(|_| {
+                Error::invalid("no allocator is named: set `allocator` of the options, or XPM_ALLOCATOR in the environment")
+            })?,
+        };
+        let urls =
+            allocator.parse().map_err(|error| Error::invalid(format!("allocator `{allocator}`: {error}")))?;
+        let name = name.parse().map_err(|error| Error::invalid(format!("allocation `{name}`: {error}")))?;
+        let mut attach = AttachOptions::new(urls, name);
+        if let Some(file) = text(self.token_file)? {
+            attach.token =
+                Some(Token::load(Path::new(file)).map_err(|error| Error::invalid(error.to_string()))?);
+        }
+        if let Some(client) = text(self.client)? {
+            let id = client.parse().map_err(|error| Error::invalid(format!("client `{client}`: {error}")))?;
+            attach.client = Some(id);
+        }
+        attach.force = self.force != 0;
+        Ok(attach)
+    }
+
+    fn space(&self, size: u64) -> SpaceOptions {
+        SpaceOptions {
+            budget: Budget::Fixed(if self.budget == 0 { 64 << 20 } else { self.budget }),
+            faults: match self.threads {
+                0 => Faults::Inline,
+                threads => Faults::Handled(threads as usize),
+            },
+            kept: if self.kept == u64::MAX { size } else { self.kept },
+        }
+    }
+}
+
+/// What the options say of attaching, and, for an allocation of a size, of mapping it.
+pub(crate) fn read(
+    name: *const c_char,
+    options: *const xpm_options,
+) -> Result<(AttachOptions, impl Fn(u64) -> SpaceOptions), Error> {
+    let name = text(name)?.ok_or_else(|| Error::invalid("no allocation is named"))?;
+    // SAFETY: the caller of xpm_open() gives NULL or such a structure.
+    let options = unsafe { options.as_ref() }
+        .ok_or_else(|| Error::invalid("there are no options: give a structure"))?;
+    if options.size != size_of::<xpm_options>() {
+        return Err(Error::invalid(format!(
+            "the options have {} bytes, not {}: set `size` to sizeof(struct xpm_options), and compile with the header of this library",
+            options.size,
+            size_of::<xpm_options>()
+        )));
+    }
+    Ok((options.attach(name)?, |size| options.space(size)))
+}
+
+fn text<'a>(text: *const c_char) -> Result<Option<&'a str>, Error> {
+    if text.is_null() {
+        return Ok(None);
+    }
+    // SAFETY: the caller of xpm_open() gives NULL or strings, which last for that call.
+    let text = unsafe { CStr::from_ptr(text) };
+    text.to_str().map(Some).map_err(|_| Error::invalid("a text of the options is no UTF-8"))
+}
