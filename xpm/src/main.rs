@@ -15,6 +15,7 @@ mod fsck;
 mod life;
 mod output;
 mod policy;
+mod run;
 mod shell;
 mod status;
 mod table;
@@ -67,6 +68,7 @@ async fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Backup { file } => life::backup(&file, &daemons, output).await?,
         Command::Fsck => return fsck::run(&daemons, output).await,
         Command::Rebalance(args) => life::rebalance(&args, &daemons, output).await?,
+        Command::Run(args) => return run::run(&args, &cli.global, &daemons).await,
         Command::Client(command) => client::run(command, &daemons, output).await?,
         Command::Status => return status::run(&daemons, output).await,
         Command::Doctor => return doctor::run(&daemons, output).await,

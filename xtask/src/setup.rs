@@ -45,6 +45,12 @@ pub(crate) const ALL: &[Package] = &[
     package("nbdkit", "nbdkit", "tests, bench: an NBD server to compare with"),
     package("libnbd-bin", "nbdinfo", "demo, tests: an NBD client of another project"),
     package("python3-libnbd", "nbdsh", "tests: an NBD client that can misbehave"),
+    package(
+        "redis-tools",
+        "redis-benchmark",
+        "tests: a program whose memory is external; the server is in it, too",
+    ),
+    package("python3-numpy", "f2py3", "tests: the same"),
     package("perftest", "ib_read_lat", "lab, bench: RDMA by others; brings the libraries, Soft-RoCE's too"),
     package("rdmacm-utils", "rping", "lab: RDMA by its connection manager, by others"),
     package("qemu-utils", "qemu-img", "demo, tests, bench: an NBD client and server of another project"),

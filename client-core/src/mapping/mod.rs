@@ -397,6 +397,12 @@ impl Space {
         self.inner.size
     }
 
+    /// All addresses that its mappings can have.
+    pub fn addresses(&self) -> Range<usize> {
+        let window = &self.inner.pager.window;
+        window.address()..window.address() + window.len()
+    }
+
     /// Whether system calls may be given absent pages.
     pub fn serves_system_calls(&self) -> bool {
         self.inner.inline.is_none() && self.inner.pager.uffd.reach == Reach::Kernel
@@ -598,6 +604,25 @@ impl Mapping {
                     .count();
                 *self.space.inner.pinned() -= unpinned;
             }
+        }
+        Ok(())
+    }
+
+    /// Makes bytes of a slab zeros again, in whole pages: those at the edges are included. Local memory that they had is
+    /// free then, and external memory, too.
+    ///
+    /// # Errors
+    /// [`MapError::Range`] outside of it, [`MapError::Invalid`] where it is no slab.
+    pub fn clear(&self, range: Range<usize>) -> Result<(), MapError> {
+        let (first, pages) = self.pages_of(&range)?;
+        if !matches!(self.kind, Kind::Slab(_)) {
+            return Err(MapError::Invalid(
+                "only a slab can be made zeros: write zeros, or carve another one".to_owned(),
+            ));
+        }
+        self.advise(range, Advice::Unpin)?;
+        if pages > 0 {
+            self.space.inner.io().forget(first, pages);
         }
         Ok(())
     }

@@ -8,6 +8,7 @@ pub mod appliance;
 pub mod blk;
 pub mod decision;
 pub mod policy;
+pub mod run;
 
 use serde::{Deserialize, Serialize};
 

@@ -5,6 +5,7 @@ mod appliance;
 mod blk;
 mod client;
 mod policy;
+mod run;
 
 use std::path::PathBuf;
 
@@ -15,6 +16,7 @@ pub(crate) use appliance::{ApplianceCommand, DrainArgs, RebalanceArgs};
 pub(crate) use blk::{AttachArgs, BlkCommand};
 pub(crate) use client::ClientCommand;
 pub(crate) use policy::{ApplyArgs, DeleteArgs, EditArgs, GetArgs};
+pub(crate) use run::RunArgs;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -132,6 +134,19 @@ Examples:
     /// allocations, in another ownership than recorded, or known to no record.
     #[command(after_help = "Example:\n  xpm fsck")]
     Fsck,
+    /// Runs a program whose large pieces of memory are external.
+    ///
+    /// What PROGRAM asks for in pieces of at least the threshold, by malloc or mmap, is in external memory, of which as much
+    /// is local as was last used. Programs that it starts get none of it, but for those that a shell, env, nice, timeout and the like
+    /// start: of these the first. PROGRAM must be linked dynamically. The exit status is the
+    /// program's; 125 when it gets no external memory, 126 and 127 when it cannot be started.
+    #[command(after_help = "\
+Examples:
+  Sort a file of 30 GB with 4 GiB of local memory:
+    xpm run --size 64GiB --local 4GiB -- sort -S 40G big.txt -o sorted.txt
+  See how much was external:
+    xpm run -v --size 8GiB --local 1GiB -- python3 analysis.py")]
+    Run(RunArgs),
     /// Shows clients, and tells the allocator about this one.
     #[command(subcommand)]
     Client(ClientCommand),

@@ -1,0 +1,195 @@
+//! mmap(2) and its family: large anonymous private mappings are external, and what is done with them is done here.
+//! Everything else goes to the kernel as it is.
+
+use std::ffi::{c_int, c_void};
+use std::ops::Range;
+
+use libc::{off_t, off64_t};
+use xpm_client::mapping::Advice;
+
+use crate::external::{self, External, PAGE};
+
+/// What else may be asked for of a mapping that becomes external.
+const HARMLESS: c_int =
+    libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_POPULATE | libc::MAP_NONBLOCK;
+
+fn failed() -> *mut c_void {
+    libc::MAP_FAILED
+}
+
+fn set_errno(number: c_int) {
+    // SAFETY: errno is this thread's own.
+    unsafe { *libc::__errno_location() = number };
+}
+
+fn range(address: *mut c_void, len: usize) -> Range<usize> {
+    address as usize..(address as usize).saturating_add(len)
+}
+
+fn can_be_external(prot: c_int, flags: c_int) -> bool {
+    let needed = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    prot == libc::PROT_READ | libc::PROT_WRITE && flags & needed == needed && flags & !HARMLESS == 0
+}
+
+/// # Safety
+/// As of mmap(2).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mmap(
+    hint: *mut c_void,
+    len: usize,
+    prot: c_int,
+    flags: c_int,
+    fd: c_int,
+    offset: off_t,
+) -> *mut c_void {
+    if can_be_external(prot, flags)
+        && let Some(address) = external::allocate(len, false)
+    {
+        return address.cast();
+    }
+    // SAFETY: by the caller's word.
+    unsafe { libc::syscall(libc::SYS_mmap, hint, len, prot, flags, fd, offset) as *mut c_void }
+}
+
+/// # Safety
+/// As of mmap(2).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mmap64(
+    hint: *mut c_void,
+    len: usize,
+    prot: c_int,
+    flags: c_int,
+    fd: c_int,
+    offset: off64_t,
+) -> *mut c_void {
+    // SAFETY: by the caller's word; both offsets have 64 bits.
+    unsafe { mmap(hint, len, prot, flags, fd, offset) }
+}
+
+/// # Safety
+/// As of munmap(2).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn munmap(address: *mut c_void, len: usize) -> c_int {
+    if !external::is_external(address as usize) {
+        // SAFETY: by the caller's word.
+        return unsafe { libc::syscall(libc::SYS_munmap, address, len) as c_int };
+    }
+    if len == 0 || !(address as usize).is_multiple_of(PAGE) {
+        set_errno(libc::EINVAL);
+        return -1;
+    }
+    if let Some(external) = external::get() {
+        external.unmap(&range(address, len));
+    }
+    0
+}
+
+/// # Safety
+/// As of mremap(2).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mremap(
+    old: *mut c_void,
+    old_len: usize,
+    len: usize,
+    flags: c_int,
+    to: *mut c_void,
+) -> *mut c_void {
+    if !external::is_external(old as usize) {
+        // SAFETY: by the caller's word; where there is no `to`, the kernel does not look at it.
+        return unsafe { libc::syscall(libc::SYS_mremap, old, old_len, len, flags, to) as *mut c_void };
+    }
+    let known = external::get().map(|external| (external, external.len(old as usize)));
+    match known {
+        // Whole pieces only, and no address of the program's choice.
+        Some((external, whole))
+            if whole == old_len.next_multiple_of(PAGE) && len > 0 && flags & !libc::MREMAP_MAYMOVE == 0 =>
+        {
+            // SAFETY: a piece of this length.
+            unsafe { resize(external, old, whole, len, flags) }
+        }
+        _ => {
+            set_errno(libc::EINVAL);
+            failed()
+        }
+    }
+}
+
+/// # Safety
+/// `old` must be an external piece of `old_len` bytes.
+unsafe fn resize(
+    external: &External,
+    old: *mut c_void,
+    old_len: usize,
+    len: usize,
+    flags: c_int,
+) -> *mut c_void {
+    if len <= external.room(old as usize) {
+        external.set_len(old as usize, len);
+        return old;
+    }
+    let (prot, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    if flags & libc::MREMAP_MAYMOVE == 0 {
+        set_errno(libc::ENOMEM);
+        return failed();
+    }
+    // SAFETY: the new one is another mapping, and longer.
+    unsafe {
+        let new = mmap(std::ptr::null_mut(), len, prot, kind, -1, 0);
+        if new != failed() {
+            new.cast::<u8>().copy_from_nonoverlapping(old.cast(), old_len);
+            external.free(old as usize);
+        }
+        new
+    }
+}
+
+/// # Safety
+/// As of madvise(2).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn madvise(address: *mut c_void, len: usize, advice: c_int) -> c_int {
+    if !external::is_external(address as usize) {
+        // SAFETY: by the caller's word.
+        return unsafe { libc::syscall(libc::SYS_madvise, address, len, advice) as c_int };
+    }
+    if !(address as usize).is_multiple_of(PAGE) {
+        set_errno(libc::EINVAL);
+        return -1;
+    }
+    let Some(external) = external::get() else { return 0 };
+    let range = range(address, len);
+    match advice {
+        libc::MADV_DONTNEED | libc::MADV_FREE if !external.clear(&range) => {
+            set_errno(libc::EAGAIN);
+            return -1;
+        }
+        libc::MADV_DONTNEED | libc::MADV_FREE => {}
+        libc::MADV_NORMAL => external.advise(&range, Advice::Normal),
+        libc::MADV_RANDOM => external.advise(&range, Advice::Random),
+        libc::MADV_SEQUENTIAL => external.advise(&range, Advice::Sequential),
+        libc::MADV_WILLNEED => external.advise(&range, Advice::WillNeed),
+        libc::MADV_COLD | libc::MADV_PAGEOUT => external.advise(&range, Advice::DontNeed),
+        libc::MADV_HUGEPAGE
+        | libc::MADV_NOHUGEPAGE
+        | libc::MADV_DONTDUMP
+        | libc::MADV_DODUMP
+        | libc::MADV_DONTFORK => {}
+        _ => {
+            set_errno(libc::EINVAL);
+            return -1;
+        }
+    }
+    0
+}
+
+/// # Safety
+/// As of mprotect(2).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mprotect(address: *mut c_void, len: usize, prot: c_int) -> c_int {
+    if external::is_external(address as usize)
+        && let Some(external) = external::get()
+    {
+        external.set_protected(&range(address, len));
+    }
+    // SAFETY: by the caller's word.
+    unsafe { libc::syscall(libc::SYS_mprotect, address, len, prot) as c_int }
+}

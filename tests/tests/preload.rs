@@ -1,0 +1,154 @@
+//! `xpm run`: programs that know nothing of external memory, with less local memory than they use.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use xpm_tests::Cluster;
+
+/// Runs a program with 16 MiB of local memory; what it said, and how much of its memory was external at most, in MiB.
+fn run(cluster: &Cluster, size: &str, program: &[&str]) -> (Output, u64) {
+    let mut words = vec!["run", "-v", "--size", size, "--local", "16MiB", "--"];
+    words.extend(program);
+    let output = cluster.command(&words).output().expect("it can be started");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    let external = said.split("up to ").nth(1).and_then(|rest| rest.split(' ').next()?.parse().ok());
+    (output, external.unwrap_or(0))
+}
+
+fn ok(output: &Output) {
+    let said = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{said:?}");
+}
+
+/// Nothing is left of what was run.
+fn nothing_left(cluster: &Cluster) {
+    assert_eq!(cluster.json(&["alloc", "list"]).as_array().map(Vec::len), Some(0));
+}
+
+#[test]
+fn whatever_a_program_does_with_its_memory() {
+    let cluster = Cluster::start(1);
+    let program = cluster.dir().join("pieces");
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("c/pieces.c");
+    let mut cc = Command::new("cc");
+    // Pairs of calls whose results are not looked at must not be left out.
+    cc.args(["-Wall", "-Wextra", "-Werror", "-O1", "-fno-builtin", "-pthread", "-o"])
+        .arg(&program)
+        .arg(source);
+    ok(&cc.output().expect("a C compiler"));
+    ok(&Command::new(&program).output().expect("it runs by itself"));
+    let (output, external) = run(&cluster, "128MiB", &[&program.display().to_string(), "external"]);
+    ok(&output);
+    assert_eq!(output.stdout, b"all is as it should be\n");
+    assert!(external >= 32, "{}", String::from_utf8_lossy(&output.stderr));
+    nothing_left(&cluster);
+}
+
+#[test]
+fn sort_of_a_file_that_is_larger_than_its_local_memory() {
+    let cluster = Cluster::start(1);
+    let (file, sorted) = (cluster.dir().join("numbers"), cluster.dir().join("sorted"));
+    let mut state = 1_u32;
+    let mut numbers: Vec<u32> = (0..1_000_000)
+        .map(|_| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            state
+        })
+        .collect();
+    let lines = |numbers: &[u32]| numbers.iter().map(|number| format!("{number}\n")).collect::<String>();
+    std::fs::write(&file, lines(&numbers)).expect("a file");
+    let (from, to) = (file.display().to_string(), sorted.display().to_string());
+    let (output, external) =
+        run(&cluster, "256MiB", &["sort", "-n", "-S", "64M", "--parallel=2", &from, "-o", &to]);
+    ok(&output);
+    numbers.sort_unstable();
+    assert!(std::fs::read_to_string(&sorted).expect("a file") == lines(&numbers));
+    assert!(external >= 64, "{}", String::from_utf8_lossy(&output.stderr));
+    nothing_left(&cluster);
+}
+
+#[test]
+fn python() {
+    let cluster = Cluster::start(1);
+    let script = "\
+import subprocess
+lists = [list(range(i, i + 200000)) for i in range(4)]
+big = bytearray(40 << 20)
+for i in range(0, len(big), 4096):
+    big[i] = i >> 12 & 255
+assert all(big[i] == i >> 12 & 255 for i in range(0, len(big), 4096))
+assert sum(map(sum, lists)) == sum(sum(range(i, i + 200000)) for i in range(4))
+assert subprocess.run(['true']).returncode == 0
+try:
+    import numpy
+    a = numpy.arange(1500000, dtype=numpy.float64)
+    b = numpy.sqrt(a * a)
+    assert (a == b).all()
+    a = numpy.random.default_rng(1).permutation(a)
+    a.sort()
+    assert (a == b).all()
+except ImportError:
+    pass
+";
+    let (output, external) = run(&cluster, "256MiB", &["/usr/bin/python3", "-c", script]);
+    ok(&output);
+    assert!(external >= 64, "{}", String::from_utf8_lossy(&output.stderr));
+    nothing_left(&cluster);
+}
+
+#[test]
+fn what_ends_it_and_what_is_wrong() {
+    let cluster = Cluster::start(1);
+    let (output, _) = run(&cluster, "32MiB", &["sh", "-c", "exit 7"]);
+    assert_eq!(output.status.code(), Some(7));
+    let (output, _) = run(&cluster, "32MiB", &["sh", "-c", "kill -9 $$"]);
+    assert_eq!(output.status.code(), Some(128 + 9));
+    let (output, _) = run(&cluster, "32MiB", &["no-such-program"]);
+    assert_eq!(output.status.code(), Some(127));
+    nothing_left(&cluster);
+    let said = cluster.refused(&["run", "--size", "32MiB", "--local", "32MiB", "--", "true"]);
+    assert!(said.contains("nothing would be external"), "{said}");
+    let said = cluster.refused(&["run", "--size", "32MiB", "--local", "1KiB", "--", "true"]);
+    assert!(said.contains("too small"), "{said}");
+    let said = cluster.refused(&["run", "--size", "32TiB", "--local", "1MiB", "--", "true"]);
+    assert!(said.contains("no external memory"), "{said}");
+    nothing_left(&cluster);
+}
+
+#[test]
+fn redis() {
+    // The server by its other name, under which it comes without a service of the system.
+    let program = "/usr/bin/redis-check-rdb";
+    assert!(Path::new(program).exists(), "redis-tools is not installed: run `cargo xtask setup`");
+    let cluster = Cluster::start(1);
+    let server = cluster.dir().join("redis-server");
+    std::os::unix::fs::symlink(program, &server).expect("a link");
+    let server = server.display().to_string();
+    let socket = cluster.dir().join("redis.sock").display().to_string();
+    let words = ["run", "-v", "--size", "256MiB", "--local", "16MiB", "--"];
+    let words_of_server =
+        [server.as_str(), "--port", "0", "--unixsocket", &socket, "--save", "", "--appendonly", "no"];
+    let mut command = cluster.command(&[&words[..], &words_of_server[..]].concat());
+    let log = std::fs::File::create(cluster.dir().join("redis.log")).expect("a file");
+    command.stderr(log.try_clone().expect("a descriptor")).stdout(log);
+    let mut redis = command.spawn().expect("it can be started");
+    let ask = |words: &[&str]| {
+        let output = Command::new("redis-cli").args(["-s", &socket]).args(words).output().expect("redis-cli");
+        String::from_utf8_lossy(&output.stdout).trim().to_owned()
+    };
+    xpm_tests::wait_until("redis answers", || ask(&["ping"]) == "PONG");
+    let load =
+        ["-s", &socket, "-t", "set,get", "-d", "1000", "-r", "60000", "-n", "120000", "-P", "16", "-q"];
+    ok(&Command::new("redis-benchmark").args(load).output().expect("redis-benchmark"));
+    ask(&["set", "known", "value"]);
+    assert_eq!(ask(&["get", "known"]), "value");
+    let keys: u64 = ask(&["dbsize"]).parse().expect("a number");
+    assert!(keys > 40_000, "{keys}");
+    ask(&["shutdown", "nosave"]);
+    assert!(redis.wait().expect("it ends").success());
+    let said = std::fs::read_to_string(cluster.dir().join("redis.log")).expect("a file");
+    let external: Option<u64> =
+        said.split("up to ").nth(1).and_then(|rest| rest.split(' ').next()?.parse().ok());
+    assert!(external.is_some_and(|mib| mib >= 32), "{said}");
+    nothing_left(&cluster);
+}
