@@ -151,8 +151,9 @@ impl Follow {
 
     async fn switch(&mut self, under_way: Change, change: &MapChange) -> Report {
         self.version = change.next.version;
-        if let Err(error) = blocking(move || under_way.switch()).await.unwrap_or(Ok(())) {
-            tracing::warn!("allocation {}: {error}", self.name);
+        if let Err(error) = blocking(move || under_way.switch()).await {
+            tracing::error!("allocation {}: {error}", self.name);
+            std::future::pending::<()>().await;
         }
         let grown = change.kind == ChangeKind::Grow;
         let how = grown.then(|| "the program sees it when it opens the allocation again".to_owned());
@@ -165,8 +166,8 @@ impl Follow {
         let number = map.version;
         if number != self.version {
             let volume = self.volume.clone();
-            let turned = blocking(move || volume.change(&map, &[], CONNECT_LIMIT)?.switch());
-            if let Ok(Err(error)) = turned.await {
+            let turned = blocking(move || volume.change(&map, &[], CONNECT_LIMIT).map(Change::switch));
+            if let Err(error) = turned.await.and_then(|turned| turned.map_err(|error| error.to_string())) {
                 return tracing::error!("allocation {} cannot turn to its new map: {error}", self.name);
             }
             self.version = number;

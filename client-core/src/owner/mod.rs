@@ -9,6 +9,7 @@ use std::time::Duration;
 use xpm_control::client::{Client, ClientError};
 use xpm_control::error_line;
 use xpm_control::token::Token;
+use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{Attach, Event, Map, Orders, Report};
 use xpm_protocol::{ClientId, HostId, Name};
 
@@ -84,7 +85,7 @@ impl Owner {
         loop {
             match self.say(name, report).await {
                 Ok(orders) => return Some(orders),
-                Err(ClientError::Refused(body)) => {
+                Err(ClientError::Refused(body)) if is_final(body.kind) => {
                     tracing::warn!("allocation {name}: {}", body.error);
                     return None;
                 }
@@ -99,6 +100,14 @@ impl Owner {
     pub fn listen(&self) -> Listener {
         Listener { allocator: self.allocator.clone().with_limit(LISTEN_LIMIT), after: None }
     }
+}
+
+/// Whether a refusal says what holds, and not only that nobody could say it now.
+const fn is_final(kind: ErrorKind) -> bool {
+    !matches!(
+        kind,
+        ErrorKind::Unavailable | ErrorKind::NotLeader | ErrorKind::Internal | ErrorKind::Unauthorized
+    )
 }
 
 /// Hears of orders at once.

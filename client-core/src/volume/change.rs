@@ -121,7 +121,8 @@ impl Volume {
         *self.inner.probe() = None;
         let (change, _) = self.begin(next, Plan::new(next)?, moved)?;
         let progress = Progress { number: moved.len() as u32, ..Progress::new(change.moves.clone()) };
-        change.live().change = Some(Underway { progress: Some(progress), firm: Some(change.plan.size()) });
+        change.live().change =
+            Some(Underway { progress: Some(progress), firm: Some(change.plan.size()), reads: None });
         Ok(change)
     }
 
@@ -233,7 +234,7 @@ impl Change {
     }
 
     fn progress(&self, progress: &Progress) -> Result<(), ChangeError> {
-        self.live().change = Some(Underway { progress: Some(progress.clone()), firm: None });
+        self.live().change = Some(Underway { progress: Some(progress.clone()), firm: None, reads: None });
         self.tell(|| Order::Progress(progress.clone()))
     }
 
@@ -253,16 +254,33 @@ impl Change {
         }
     }
 
-    /// Ends the change: the new places hold. Waits until nothing is in flight at the old ones.
-    ///
-    /// # Errors
-    /// [`ChangeError::Stuck`] when that takes too long; the new places hold all the same.
-    pub fn switch(mut self) -> Result<(), ChangeError> {
+    /// Ends the change: the new places hold. Blocks until every channel reads there, and then until nothing is in flight at
+    /// the old ones, however long that takes: only then may what lay there be used for something else.
+    pub fn switch(mut self) {
         self.switched = true;
         let plan = self.plan.clone();
-        self.live().plan = plan.clone();
-        let told = self.tell(|| Order::Switch(plan.clone()));
-        let used = |number: usize| self.plan.slots().iter().any(|slot| slot.grant as usize == number);
+        // One channel must not read at the old place what another one has written to the new one only.
+        let mut live = self.live();
+        if let Some(change) = &mut live.change {
+            change.reads = Some(plan.clone());
+        }
+        let told = live.tell(|| Order::Read(plan.clone()));
+        drop(live);
+        wait_long(&told);
+        let mut live = self.live();
+        live.plan = plan.clone();
+        if let Some(change) = &mut live.change {
+            change.reads = None;
+        }
+        let told = live.tell(|| Order::Switch(plan.clone()));
+        drop(live);
+        wait_long(&told);
+        self.end(&plan);
+    }
+
+    /// Stops what leads to places that are not used any more.
+    fn end(&self, plan: &Plan) {
+        let used = |number: usize| plan.slots().iter().any(|slot| slot.grant as usize == number);
         let mut live = self.live();
         for (number, way) in live.ways.iter_mut().enumerate() {
             if !used(number)
@@ -274,7 +292,6 @@ impl Change {
         live.change = None;
         drop(live);
         self.watch_again();
-        told
     }
 
     /// Waits until every channel has its new links.
@@ -337,6 +354,13 @@ fn wait_all(told: &[Told]) -> Result<(), ChangeError> {
     match told.iter().all(|(mailbox, number)| mailbox.wait(*number, until)) {
         true => Ok(()),
         false => Err(ChangeError::Stuck(STEP_LIMIT)),
+    }
+}
+
+/// Waits for as long as it takes; says now and then that it does.
+fn wait_long(told: &[Told]) {
+    while let Err(error) = wait_all(told) {
+        tracing::warn!("a change of a volume waits for its end: {error}");
     }
 }
 

@@ -134,6 +134,8 @@ struct Underway {
     progress: Option<Progress>,
     /// Nothing goes beyond this offset any more, and a write counts only when it is at both places.
     firm: Option<u64>,
+    /// Where to read, while writes go to both places.
+    reads: Option<Arc<Plan>>,
 }
 
 /// Counters of the channels that are open, and the sum of those that are closed.

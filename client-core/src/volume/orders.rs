@@ -29,7 +29,9 @@ pub(super) enum Order {
     /// From now on a write counts only when it is at both places, and nothing goes beyond so many bytes; carried
     /// out when nothing is in flight there.
     Firm(u64),
-    /// This is the plan now; carried out when nothing is in flight at ways without regions, which end.
+    /// Reads go where this plan says, for it has all; writes still go to both places.
+    Read(Arc<Plan>),
+    /// This is the plan now, and all channels read by it; carried out when nothing is in flight at ways without regions, which end.
     Switch(Arc<Plan>),
     /// The change is off: all is as before it.
     Abort,

@@ -112,7 +112,7 @@ impl Daemon {
             if map.version != record.map.version {
                 let change = volume.change(&map, &[], CONNECT_LIMIT).map_err(refused)?;
                 attached_too.keep(&daemon.records, Record { map, ..record })?;
-                change.switch().map_err(refused)?;
+                change.switch();
             }
             attached_too.shown.resize(volume.size())
         });
@@ -208,7 +208,7 @@ fn switch(daemon: &Daemon, attached: &Attached, change: &MapChange) -> Result<Op
     attached.keep(&daemon.records, new)?;
     let under_way: Option<Change> = attached.change().take();
     if let Some(under_way) = under_way {
-        under_way.switch().map_err(refused)?;
+        under_way.switch();
     }
     match change.kind {
         ChangeKind::Grow => attached.shown.resize(change.next.size.0),

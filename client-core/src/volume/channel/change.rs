@@ -25,6 +25,8 @@ pub(super) struct Following {
     limit: u64,
     /// The new plan holds: what the old places say counts no more.
     switched: bool,
+    /// Where to read, while it is another place than the first of those that are written to.
+    pub(super) reads: Option<Arc<Plan>>,
     /// Legs that wait for the end of a lock, oldest first; of twins, the one to the old place.
     parked: VecDeque<u32>,
     waiting: Option<Waiting>,
@@ -52,6 +54,7 @@ impl Following {
             firm: false,
             limit: u64::MAX,
             switched: false,
+            reads: None,
             parked: VecDeque::with_capacity(legs),
             waiting: None,
         }
@@ -59,9 +62,10 @@ impl Following {
 
     /// What a channel has to know that is made during a change.
     pub(super) fn join(&mut self, underway: Underway) {
-        let Underway { progress, firm } = underway;
+        let Underway { progress, firm, reads } = underway;
         (self.changing, self.progress, self.firm) = (true, progress, firm.is_some());
         self.limit = firm.unwrap_or(u64::MAX);
+        self.reads = reads;
     }
 
     /// Whether a request may go so far.
@@ -138,6 +142,10 @@ impl Channel {
                 self.following.firm = true;
                 self.following.limit = limit;
                 Some(Waiting::Beyond(limit))
+            }
+            Order::Read(plan) => {
+                self.following.reads = Some(plan);
+                None
             }
             Order::Switch(plan) => {
                 self.switch(plan);
@@ -253,6 +261,7 @@ impl Channel {
     /// From now on the new plan holds: what was at both places is at the new one.
     fn switch(&mut self, plan: Arc<Plan>) {
         self.plan = plan;
+        self.following.reads = None;
         self.unpark();
         self.following.switched = true;
         let regions = self.plan.slots();
@@ -344,6 +353,7 @@ impl Channel {
         self.following.firm = false;
         self.following.limit = u64::MAX;
         self.following.switched = false;
+        self.following.reads = None;
         self.following.progress = None;
         self.find_only();
         self.set_timer();

@@ -300,7 +300,11 @@ impl Channel {
             // A leg may have a twin.
             while self.legs.free() >= 2 {
                 let Some(pending) = self.requests.get_mut(request) else { break };
-                let Some(leg) = pending.legs.next(&self.plan) else {
+                let plan = match (&self.following.reads, pending.kind) {
+                    (Some(plan), Kind::Read) => plan,
+                    _ => &self.plan,
+                };
+                let Some(leg) = pending.legs.next(plan) else {
                     pending.cut = true;
                     break;
                 };
