@@ -259,6 +259,95 @@ fn private_copies_and_ranges_that_are_only_read() {
     assert!(matches!(read.put(0, &[1]), Err(MapError::Invalid(_))));
 }
 
+/// Pages ahead of a slab that is written to in a row come early, and must not be taken for those of a copy that is made
+/// there.
+#[test]
+fn a_copy_where_pages_came_ahead_of_need() {
+    let cluster = Cluster::start(1);
+    cluster.ok(&["alloc", "create", "v", "--size", "64MiB"]);
+    let (_attachment, volume) = attached(&cluster, "v", None);
+    let space = Space::open(volume, &options(32 * MIB, Faults::Handled(1), 16 * MIB)).expect("a space");
+    let original = space.map(0..3 * MIB, Access::ReadWrite).expect("a range");
+    for (index, word) in words(&original).iter().enumerate() {
+        word.store(index as u64 + 1, Ordering::Relaxed);
+    }
+    let row = space.carve(2 * MIB).expect("a slab");
+    words(&row).iter().step_by(512).for_each(|word| word.store(1, Ordering::Relaxed));
+    std::thread::sleep(Duration::from_millis(100));
+    let copy = space.private_copy(&original).expect("a copy");
+    drop(original);
+    let behind = 3 * MIB as usize / 8;
+    assert!(
+        words(&copy)[..behind]
+            .iter()
+            .enumerate()
+            .all(|(i, word)| word.load(Ordering::Relaxed) == i as u64 + 1)
+    );
+    assert!(words(&copy)[behind..].iter().all(|word| word.load(Ordering::Relaxed) == 0));
+    drop(copy);
+    let next = space.carve(4 * MIB).expect("a slab");
+    assert!(words(&next).iter().all(|word| word.load(Ordering::Relaxed) == 0));
+}
+
+/// What an earlier life left in a slab is nothing, in a copy either.
+#[test]
+fn a_copy_of_a_slab_that_was_somebody_elses() {
+    let cluster = Cluster::start(1);
+    cluster.ok(&["alloc", "create", "v", "--size", "64MiB"]);
+    {
+        let (attachment, volume) = attached(&cluster, "v", None);
+        let space = Space::open(volume, &options(32 * MIB, Faults::Handled(1), 16 * MIB)).expect("a space");
+        let slab = space.carve(2 * MIB).expect("a slab");
+        words(&slab).iter().for_each(|word| word.store(0xdead, Ordering::Relaxed));
+        slab.flush().expect("it can be flushed");
+        // As a crash would.
+        std::mem::forget(slab);
+        attachment.detach().expect("it is given back");
+    }
+    let (_attachment, volume) = attached(&cluster, "v", None);
+    let space = Space::open(volume, &options(32 * MIB, Faults::Handled(1), 16 * MIB)).expect("a space");
+    let slab = space.carve(2 * MIB).expect("a slab");
+    let copy = space.private_copy(&slab).expect("a copy");
+    for words in [words(&slab), words(&copy)] {
+        assert!(words.iter().all(|word| word.load(Ordering::Relaxed) == 0));
+    }
+}
+
+/// Pages that the program has locked by mlock(2) leave the window all the same before they are looked at.
+#[test]
+fn pages_that_are_locked_lose_nothing() {
+    let cluster = Cluster::start(1);
+    cluster.ok(&["alloc", "create", "v", "--size", "64MiB"]);
+    let (_attachment, volume) = attached(&cluster, "v", None);
+    let space = Space::open(volume, &options(MIB, Faults::Handled(1), 32 * MIB)).expect("a space");
+    let range = space.map(0..8 * MIB, Access::ReadWrite).expect("a range");
+    words(&range).iter().step_by(512).for_each(|word| word.store(1, Ordering::Relaxed));
+    // SAFETY: addresses of the mapping.
+    let locked = unsafe { libc::mlock(range.as_ptr().as_ptr().cast(), 16 * PAGE) };
+    assert_eq!(locked, 0, "{}", std::io::Error::last_os_error());
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let writer = scope.spawn(|| {
+            let mut round = 1;
+            while !stop.load(Ordering::Relaxed) {
+                for page in 0..16 {
+                    let before = words(&range)[page * 512].swap(round + 1, Ordering::Relaxed);
+                    assert_eq!(before, round, "page {page}");
+                }
+                round += 1;
+            }
+        });
+        let began = Instant::now();
+        while began.elapsed() < Duration::from_secs(2) && !writer.is_finished() {
+            assert!(
+                words(&range)[64 * 512..].iter().step_by(512).all(|word| word.load(Ordering::Relaxed) == 1)
+            );
+        }
+        stop.store(true, Ordering::Relaxed);
+        writer.join().expect("nothing is lost");
+    });
+}
+
 #[test]
 fn calls_and_accesses_see_the_same() {
     let cluster = Cluster::start(1);
@@ -278,6 +367,9 @@ fn calls_and_accesses_see_the_same() {
     word.store(42, Ordering::Relaxed);
     slab.get(5 * MIB as usize + 160, &mut back[..8]).expect("get");
     assert_eq!(back[..8], 42_u64.to_ne_bytes());
+    // SAFETY: a page of the slab, as bytes that nobody else uses now.
+    let own = unsafe { std::slice::from_raw_parts(slab.as_ptr().as_ptr(), PAGE) };
+    assert!(matches!(slab.put(PAGE, own), Err(MapError::Invalid(_))), "a buffer that is external itself");
     // Pinned pages are there, and stay.
     slab.advise(0..256 * PAGE, Advice::Pin).expect("a quarter can be pinned");
     for word in words(&slab).iter().step_by(512) {

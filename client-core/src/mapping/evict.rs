@@ -57,7 +57,8 @@ impl Evictor {
                 ticked = Instant::now();
                 let room = &self.pager.room;
                 if let Some(budget) = self.governor.budget(room.budget(), room.resident()) {
-                    room.set_budget(budget);
+                    // What is pinned stays, and the rest needs room.
+                    room.set_budget(budget.max(2 * room.pinned()));
                     self.pager.wake_starving();
                 }
             }
@@ -100,10 +101,10 @@ impl Evictor {
         any
     }
 
-    /// Takes pages out of the window. True when there were any.
+    /// Takes pages out of the window. True when it took any.
     fn shelve(&mut self) -> bool {
         let budget = self.pager.room.budget();
-        let (mut batch, mut looked) = (Vec::with_capacity(BATCH), 0);
+        let (mut batch, mut looked, mut any) = (Vec::with_capacity(BATCH), 0, false);
         while batch.len() < BATCH && looked < 4 * BATCH && !self.policy.is_shelf_full(budget) {
             let Some(page) = self.policy.next_for_shelf() else { break };
             looked += 1;
@@ -115,22 +116,35 @@ impl Evictor {
                         // A mark that nobody has touched yet.
                         self.pager.release(page, Residency::Shelved, 0, 0);
                         self.policy.is_shelved(page);
+                        any = true;
                     }
                     // It was given up meanwhile.
-                    _ => self.pager.release(page, Residency::Absent, 0, QUEUED),
+                    _ => {
+                        self.pager.release(page, Residency::Absent, 0, QUEUED);
+                        any = true;
+                    }
                 },
                 Claim::Not(_) | Claim::Busy => self.policy.stays(page),
             }
         }
         batch.sort_unstable();
         for (first, run) in runs(&batch, u32::MAX) {
-            self.pager.window.hide(first, run);
+            let hidden = self.pager.window.hide(first, run);
+            for page in first..first + run {
+                match hidden {
+                    true => {
+                        self.pager.release(page, Residency::Shelved, 0, TOUCHED);
+                        self.policy.is_shelved(page);
+                    }
+                    false => {
+                        self.pager.release(page, Residency::Mapped, 0, 0);
+                        self.policy.stays(page);
+                    }
+                }
+            }
+            any |= hidden;
         }
-        for page in &batch {
-            self.pager.release(*page, Residency::Shelved, 0, TOUCHED);
-            self.policy.is_shelved(*page);
-        }
-        looked > 0
+        any
     }
 
     /// Lets go what nobody touched on the shelf. True when there was any.
@@ -226,6 +240,9 @@ impl Evictor {
     }
 
     fn sleep(&mut self, limit: Duration) {
+        if self.pager.evictor.take() {
+            return;
+        }
         self.channel.arm();
         let channel: BorrowedFd<'_> = self.channel.wait_fd();
         let mut fds =

@@ -9,6 +9,7 @@ use xpm_transport::slots::Slots;
 use super::pager::{CHUNK, Local, Shared, Source, count};
 use super::pages::{Claim, POISONED, Residency};
 use super::prefetch::Ahead;
+use super::uffd::Partly;
 use super::window::{PAGE, Staging};
 use crate::volume::{Channel, Volume};
 
@@ -195,9 +196,10 @@ impl Fetcher {
             return;
         }
         let pager = &self.pager;
-        if pager.copy(first, content).is_err() {
-            // The file has something there, which can only be what a read ahead of the kernel put: one by one.
-            for index in 0..content.len() / PAGE {
+        if let Err(Partly { done, .. }) = pager.copy(first, content) {
+            // The file has something there, which can only be what a read ahead of the kernel put: one by one. What is shown
+            // already may have been written to.
+            for index in done / PAGE..content.len() / PAGE {
                 let page = first + index as u32;
                 pager.window.keep(page, content.part(index * PAGE, PAGE));
                 let _ = pager.uffd.map(pager.window.address_of(page), PAGE);

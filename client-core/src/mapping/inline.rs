@@ -25,6 +25,8 @@ use super::fetch::{Fate, Fetcher};
 use super::pager::Shared;
 use super::pages::Residency;
 
+/// The address is one at which there is nothing; see sigaction(2).
+const BUS_ADRERR: i32 = 2;
 /// Windows of one process.
 const WINDOWS: usize = 64;
 /// How long a thread looks for its page before it sleeps.
@@ -106,7 +108,8 @@ impl Drop for Registered {
         TABLE[self.place].store(std::ptr::null_mut(), Ordering::SeqCst);
         // SAFETY: made by `new`, and freed below.
         let seats = unsafe { &*self.seats };
-        while seats.inside.load(Ordering::SeqCst) > 0 || INSIDE.load(Ordering::SeqCst) > 0 {
+        // In this order: a thread goes from the table to the seats.
+        while INSIDE.load(Ordering::SeqCst) > 0 || seats.inside.load(Ordering::SeqCst) > 0 {
             std::thread::yield_now();
         }
         // SAFETY: it is in no table, and no thread is in it.
@@ -148,7 +151,9 @@ extern "C" fn on_sigbus(signal: i32, info: *mut libc::siginfo_t, context: *mut c
     let (address, errno) = unsafe { ((*info).si_addr() as usize, *libc::__errno_location()) };
     // SAFETY: the kernel gives a ucontext_t of this thread.
     let write = unsafe { is_write(context) };
-    let ended = end_fault(address, write);
+    // Broken memory is no fault that could be ended here.
+    // SAFETY: as above.
+    let ended = unsafe { (*info).si_code } == BUS_ADRERR && end_fault(address, write);
     // SAFETY: as above.
     unsafe { *libc::__errno_location() = errno };
     if !ended {

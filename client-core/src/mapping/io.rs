@@ -71,7 +71,7 @@ impl Io {
                     }
                 };
                 match claimed {
-                    Some(state) if pager.may_be_dirty(page) => batch.push((page, state)),
+                    Some(state) if pager.may_be_dirty(page, state) => batch.push((page, state)),
                     Some(state) => pager.release(page, state.residency(), 0, 0),
                     None => {}
                 }
@@ -154,11 +154,13 @@ impl Io {
             let idle = |state: State| {
                 matches!(state.residency(), Residency::Mapped | Residency::Shelved) && !state.has(PINNED)
             };
-            let Claim::Yours(_) = pager.pages.claim(page, idle, false) else { continue };
-            pager.window.hide(page, 1);
-            let state = pager.pages.state(page);
+            let Claim::Yours(was) = pager.pages.claim(page, idle, false) else { continue };
+            if !pager.window.hide(page, 1) {
+                pager.release(page, was.residency(), 0, 0);
+                continue;
+            }
             // It may have been written to since.
-            if pager.is_dirty(page, state) {
+            if pager.is_dirty(page, was) {
                 pager.release(page, Residency::Shelved, 0, 0);
                 continue;
             }
@@ -185,7 +187,8 @@ impl Io {
                 pager.window.drop_pages(page, 1);
                 pager.room.give(1);
             } else if state.has(POISONED) {
-                pager.window.hide(page, 1);
+                // What is there is a mark that it cannot be had.
+                let _ = pager.window.hide(page, 1);
             }
             pager.pages.set_stamp(page, 0);
             pager.release(page, Residency::Absent, 0, TOUCHED | DIRTY | MARK | WRITTEN | POISONED | PINNED);
@@ -198,15 +201,31 @@ impl Io {
         }
     }
 
+    /// Looks once more, when they are used next, for pages whose content could not be had.
+    pub(super) fn heal(&mut self, first: u32, pages: u32) {
+        for page in first..first + pages {
+            if self.pager.pages.state(page).has(POISONED) {
+                let state = self.pager.claim(page);
+                let _ = self.pager.window.hide(page, 1);
+                self.pager.release(page, state.residency(), 0, POISONED);
+            }
+        }
+    }
+
     /// Brings pages, and keeps them. They are pinned one by one: each is there when it is.
     pub(super) fn pin(&mut self, first: u32, pages: u32) -> Result<(), IoError> {
         let pager = self.pager.clone();
+        let mut marked = Vec::new();
         for page in first..first + pages {
-            pager.pages.mark(page, PINNED, 0);
+            if !pager.pages.mark(page, PINNED, 0).has(PINNED) {
+                marked.push(page);
+            }
             loop {
                 let state = pager.claim(page);
                 if state.residency() != Residency::Absent {
-                    pager.release(page, state.residency(), 0, 0);
+                    // System calls may use it, also where they must not find it missing.
+                    let _ = pager.uffd.map(pager.window.address_of(page), PAGE);
+                    pager.release(page, Residency::Mapped, 0, 0);
                     break;
                 }
                 if !pager.room.take() {
@@ -224,7 +243,7 @@ impl Io {
                         if let Err(error) = read {
                             pager.release(page, Residency::Absent, 0, 0);
                             pager.room.give(1);
-                            (first..=page).for_each(|page| _ = pager.pages.mark(page, 0, PINNED));
+                            marked.iter().for_each(|page| _ = pager.pages.mark(*page, 0, PINNED));
                             return Err(error);
                         }
                         if pager.copy(page, buf).is_err() {

@@ -245,6 +245,12 @@ impl Space {
     pub fn open(volume: Volume, options: &SpaceOptions) -> Result<Space, MapError> {
         let size = volume.size();
         options.budget.check().map_err(MapError::Invalid)?;
+        if volume.depth() < evict::DEPTH {
+            let (depth, least) = (volume.depth(), evict::DEPTH);
+            return Err(MapError::Invalid(format!(
+                "a volume of depth {depth} cannot be mapped: open it with {least} or more"
+            )));
+        }
         check_kept(options.kept, size)?;
         let handlers = match options.faults {
             Faults::Handled(0) => {
@@ -336,22 +342,26 @@ impl Space {
     }
 
     /// A slab with what another mapping holds now, page by page as it is used: writes go to the slab only. The other one must
-    /// be flushed, and must not be written to while this one is there, or this one may show either.
+    /// be flushed, must not be written to while this one is there, or this one may show either, and is not given back before it. Behind
+    /// the length of the other one are zeros.
     ///
     /// # Errors
     /// [`MapError::Slab`], [`MapError::Io`] when the other one cannot be flushed; [`MapError::Invalid`] when it is
     /// a private copy itself.
     pub fn private_copy(&self, of: &Mapping) -> Result<Mapping, MapError> {
-        if !Arc::ptr_eq(&self.inner, &of.space.inner) || matches!(of.kind, Kind::Copy(_)) {
+        if !Arc::ptr_eq(&self.inner, &of.space().inner) || matches!(of.part.kind, Kind::Copy(_)) {
             return Err(MapError::Invalid(
                 "only a mapping of the same space that is no private copy can be copied".to_owned(),
             ));
         }
         of.flush()?;
-        let (slab, offset) = self.inner.carver().carve(of.len.max(CHUNK_LEN))?;
-        let first = (offset / PAGE as u64) as u32;
-        self.inner.pager.set_lent(first, (slab.len / PAGE as u64) as u32, Some(of.first()));
-        Ok(self.mapping(offset, slab.len, Kind::Copy(slab)))
+        let (slab, offset) = self.inner.carver().carve(of.part.len.max(CHUNK_LEN))?;
+        let (first, pages) = ((offset / PAGE as u64) as u32, (slab.len / PAGE as u64) as u32);
+        let source = of.part.first()..of.part.first() + of.part.pages();
+        self.inner.pager.set_lent(first, pages, Some(&source));
+        // Zeros that were brought ahead of need when it was nobody's.
+        self.inner.io().forget(first, pages);
+        Ok(self.copied(offset, slab.len, Kind::Copy(slab), Some(of.part.clone())))
     }
 
     /// Changes how much local memory may be used; takes effect within moments. A [`Budget::Share`] that
@@ -414,14 +424,22 @@ impl Space {
     }
 
     fn mapping(&self, offset: u64, len: u64, kind: Kind) -> Mapping {
-        Mapping { space: self.clone(), offset, len, kind }
+        self.copied(offset, len, kind, None)
+    }
+
+    fn copied(&self, offset: u64, len: u64, kind: Kind, of: Option<Arc<Part>>) -> Mapping {
+        Mapping { part: Arc::new(Part { space: self.clone(), offset, len, kind, _of: of }) }
     }
 
     fn protect(&self, first: u32, count: u32, read_only: bool) -> std::io::Result<()> {
         let pager = &self.inner.pager;
+        let whole = first.is_multiple_of(CHUNK) && count.is_multiple_of(CHUNK);
+        if whole && !read_only {
+            pager.set_read_only(first, count, false);
+        }
         pager.window.set_writable(first, count, !read_only)?;
-        if first.is_multiple_of(CHUNK) && count.is_multiple_of(CHUNK) {
-            pager.set_read_only(first, count, read_only);
+        if whole && read_only {
+            pager.set_read_only(first, count, true);
         }
         Ok(())
     }
@@ -540,11 +558,18 @@ impl Carver {
 
 /// Bytes at addresses. See [`Space`].
 pub struct Mapping {
+    part: Arc<Part>,
+}
+
+/// A part of the window that somebody has. It ends with its mapping and with the copies that are read from it.
+struct Part {
     space: Space,
     /// First byte in the allocation.
     offset: u64,
     len: u64,
     kind: Kind,
+    /// What it is a copy of.
+    _of: Option<Arc<Part>>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -558,22 +583,22 @@ impl Mapping {
     /// Its first byte, at the start of a page. Valid, for reads and, unless it is read-only, for writes, until the mapping is
     /// dropped; nothing else in Rust refers to this memory.
     pub fn as_ptr(&self) -> NonNull<u8> {
-        self.space.inner.pager.window.pointer(self.offset as usize)
+        self.part.space.inner.pager.window.pointer(self.part.offset as usize)
     }
 
     /// Its length in bytes: of a slab what was asked for, rounded up to a power of two.
-    pub const fn len(&self) -> usize {
-        self.len as usize
+    pub fn len(&self) -> usize {
+        self.part.len as usize
     }
 
     /// Whether it has no bytes: never.
-    pub const fn is_empty(&self) -> bool {
-        self.len == 0
+    pub fn is_empty(&self) -> bool {
+        self.part.len == 0
     }
 
     /// The space that it is a part of.
-    pub const fn space(&self) -> &Space {
-        &self.space
+    pub fn space(&self) -> &Space {
+        &self.part.space
     }
 
     /// Writes what was changed of it to external memory, and waits until it is there.
@@ -581,7 +606,7 @@ impl Mapping {
     /// # Errors
     /// [`MapError::Io`]; what could not be written is tried again with the next flush.
     pub fn flush(&self) -> Result<(), MapError> {
-        Ok(self.space.inner.io().flush(self.first(), self.pages())?)
+        Ok(self.part.space.inner.io().flush(self.part.first(), self.part.pages())?)
     }
 
     /// Says how bytes of it will be used; whole pages, those at the edges included.
@@ -590,20 +615,15 @@ impl Mapping {
     /// [`MapError::Range`] outside of it, [`MapError::Io`], and [`MapError::Invalid`] where so much cannot be pinned.
     pub fn advise(&self, range: Range<usize>, advice: Advice) -> Result<(), MapError> {
         let (first, pages) = self.pages_of(&range)?;
-        let pager = &self.space.inner.pager;
+        let pager = &self.part.space.inner.pager;
         match advice {
             Advice::Normal => pager.set_habit(first, pages, Habit::Normal),
             Advice::Sequential => pager.set_habit(first, pages, Habit::Sequential),
             Advice::Random => pager.set_habit(first, pages, Habit::Random),
-            Advice::WillNeed => self.space.inner.io().will_need(first, pages)?,
-            Advice::DontNeed => self.space.inner.io().dont_need(first, pages)?,
+            Advice::WillNeed => self.part.space.inner.io().will_need(first, pages)?,
+            Advice::DontNeed => self.part.space.inner.io().dont_need(first, pages)?,
             Advice::Pin => self.pin(first, pages)?,
-            Advice::Unpin => {
-                let unpinned = (first..first + pages)
-                    .filter(|page| pager.pages.mark(*page, 0, pages::PINNED).has(pages::PINNED))
-                    .count();
-                *self.space.inner.pinned() -= unpinned;
-            }
+            Advice::Unpin => self.part.unpin(first, pages),
         }
         Ok(())
     }
@@ -615,14 +635,14 @@ impl Mapping {
     /// [`MapError::Range`] outside of it, [`MapError::Invalid`] where it is no slab.
     pub fn clear(&self, range: Range<usize>) -> Result<(), MapError> {
         let (first, pages) = self.pages_of(&range)?;
-        if !matches!(self.kind, Kind::Slab(_)) {
+        if !matches!(self.part.kind, Kind::Slab(_)) {
             return Err(MapError::Invalid(
                 "only a slab can be made zeros: write zeros, or carve another one".to_owned(),
             ));
         }
         self.advise(range, Advice::Unpin)?;
         if pages > 0 {
-            self.space.inner.io().forget(first, pages);
+            self.part.space.inner.io().forget(first, pages);
         }
         Ok(())
     }
@@ -634,7 +654,8 @@ impl Mapping {
     /// [`MapError::Range`] outside of it, or [`MapError::Io`].
     pub fn get(&self, offset: usize, buf: &mut [u8]) -> Result<(), MapError> {
         self.pages_of(&(offset..offset.saturating_add(buf.len())))?;
-        Ok(self.space.inner.io().get(self.offset as usize + offset, buf)?)
+        self.check_apart(buf)?;
+        Ok(self.part.space.inner.io().get(self.part.offset as usize + offset, buf)?)
     }
 
     /// Copies bytes into it, without a fault: what is not in local memory is written to external memory. Blocks until
@@ -644,14 +665,15 @@ impl Mapping {
     /// [`MapError::Range`] outside of it, [`MapError::Invalid`] when it is read-only, or [`MapError::Io`].
     pub fn put(&self, offset: usize, bytes: &[u8]) -> Result<(), MapError> {
         self.pages_of(&(offset..offset.saturating_add(bytes.len())))?;
-        if matches!(self.kind, Kind::Range(Access::ReadOnly)) {
+        self.check_apart(bytes)?;
+        if matches!(self.part.kind, Kind::Range(Access::ReadOnly)) {
             return Err(MapError::Invalid("the mapping is read-only: map it for writing, too".to_owned()));
         }
-        Ok(self.space.inner.io().put(self.offset as usize + offset, bytes)?)
+        Ok(self.part.space.inner.io().put(self.part.offset as usize + offset, bytes)?)
     }
 
     fn pin(&self, first: u32, pages: u32) -> Result<(), MapError> {
-        let inner = &self.space.inner;
+        let inner = &self.part.space.inner;
         let mut pinned = inner.pinned();
         let new =
             (first..first + pages).filter(|page| !inner.pager.pages.state(*page).has(pages::PINNED)).count();
@@ -664,24 +686,34 @@ impl Mapping {
         }
         inner.io().pin(first, pages)?;
         *pinned += new;
+        inner.pager.room.set_pinned(*pinned);
         Ok(())
     }
 
-    fn first(&self) -> u32 {
-        (self.offset / PAGE as u64) as u32
-    }
-
-    fn pages(&self) -> u32 {
-        (self.len / PAGE as u64) as u32
+    /// Pages that the call has to itself must not be touched by it.
+    fn check_apart(&self, bytes: &[u8]) -> Result<(), MapError> {
+        let (external, own) = (self.space().addresses(), bytes.as_ptr_range());
+        match (own.start as usize) < external.end && own.end as usize > external.start {
+            true => Err(MapError::Invalid(
+                "the buffer is external memory itself: copy by accesses, or through a buffer that is not"
+                    .to_owned(),
+            )),
+            false => Ok(()),
+        }
     }
 
     fn pages_of(&self, range: &Range<usize>) -> Result<(u32, u32), MapError> {
         if range.start > range.end || range.end > self.len() {
             let (start, end) = (range.start as u64, range.end as u64);
-            return Err(MapError::Range { start, end, kept: self.len, size: self.space.inner.size });
+            return Err(MapError::Range {
+                start,
+                end,
+                kept: self.part.len,
+                size: self.part.space.inner.size,
+            });
         }
-        let first = self.first() + (range.start / PAGE) as u32;
-        let behind = self.first() + range.end.div_ceil(PAGE) as u32;
+        let first = self.part.first() + (range.start / PAGE) as u32;
+        let behind = self.part.first() + range.end.div_ceil(PAGE) as u32;
         Ok((first, behind - first))
     }
 }
@@ -692,26 +724,45 @@ impl Inner {
     }
 }
 
-impl Drop for Mapping {
+impl Part {
+    fn first(&self) -> u32 {
+        (self.offset / PAGE as u64) as u32
+    }
+
+    fn pages(&self) -> u32 {
+        (self.len / PAGE as u64) as u32
+    }
+
+    fn unpin(&self, first: u32, pages: u32) {
+        let pager = &self.space.inner.pager;
+        let mut pinned = self.space.inner.pinned();
+        let was = |page: &u32| pager.pages.mark(*page, 0, pages::PINNED).has(pages::PINNED);
+        *pinned -= (first..first + pages).filter(was).count();
+        pager.room.set_pinned(*pinned);
+    }
+}
+
+impl Drop for Part {
     fn drop(&mut self) {
         let inner = &self.space.inner;
         let (first, pages) = (self.first(), self.pages());
-        let _ = self.advise(0..self.len(), Advice::Unpin);
+        self.unpin(first, pages);
         inner.pager.set_habit(first, pages, Habit::Normal);
         match self.kind {
             Kind::Range(access) => {
                 // What cannot be written is gone with its appliance; flush tells whoever wants to know.
                 let _ = inner.io().dont_need(first, pages);
+                inner.io().heal(first, pages);
                 if access == Access::ReadOnly {
                     let _ = self.space.protect(first, pages, false);
                 }
                 inner.mapped().remove(&first);
             }
             Kind::Slab(slab) | Kind::Copy(slab) => {
-                inner.io().forget(first, pages);
                 if matches!(self.kind, Kind::Copy(_)) {
                     inner.pager.set_lent(first, pages, None);
                 }
+                inner.io().forget(first, pages);
                 let freed = inner.carver().slabs.free(slab);
                 debug_assert!(freed.is_ok(), "{freed:?}");
             }

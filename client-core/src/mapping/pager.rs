@@ -1,7 +1,8 @@
 //! What all threads of a pager share: the window, its pages, how much local memory is left, and what is
 //! known of the ranges that are mapped.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::pages::{self, Claim, DIRTY, MARK, POISONED, Pages, QUEUED, Residency, State, TOUCHED, WRITTEN};
 use super::prefetch::{Ahead, Habit, Prefetcher};
-use super::uffd::{Refused, Uffd};
+use super::uffd::{Partly, Refused, Uffd};
 use super::window::{PAGE, Window};
 use super::{Faults, MappingStats};
 use crate::volume::Bell;
@@ -45,6 +46,8 @@ struct Chunk {
     flags: std::sync::atomic::AtomicU32,
     /// Where the content of what was not written is, as one more than a number of a page; 0 for nowhere else.
     lent: std::sync::atomic::AtomicU32,
+    /// First page behind what is lent: from there on it is zeros.
+    lent_end: std::sync::atomic::AtomicU32,
 }
 
 /// What became of a fault without a look at external memory.
@@ -150,6 +153,9 @@ impl Pager {
     }
 
     fn flag(&self, first: u32, count: u32, set: u32, clear: u32) {
+        if count == 0 {
+            return;
+        }
         for chunk in &self.chunks[(first / CHUNK) as usize..=((first + count - 1) / CHUNK) as usize] {
             let change = |flags: u32| Some(flags & !clear | set);
             let _ = chunk.flags.fetch_update(Ordering::Relaxed, Ordering::Relaxed, change);
@@ -161,12 +167,17 @@ impl Pager {
         self.flag(first, count, FRESH, 0);
     }
 
-    /// What was not written of whole chunks is at `source`; none: at its own place again.
-    pub(super) fn set_lent(&self, first: u32, count: u32, source: Option<u32>) {
+    /// What was not written of whole chunks is where these pages have it, and zeros behind them; none: at its own place
+    /// again. Pages that came before have to be forgotten afterwards.
+    pub(super) fn set_lent(&self, first: u32, count: u32, source: Option<&Range<u32>>) {
         for chunk in first / CHUNK..=(first + count - 1) / CHUNK {
-            let at = source.map_or(0, |source| source + (chunk * CHUNK - first) + 1);
-            self.chunks[chunk as usize].lent.store(at, Ordering::Relaxed);
+            let at = |source: &Range<u32>| source.start + (chunk * CHUNK - first) + 1;
+            let known = &self.chunks[chunk as usize];
+            known.lent_end.store(source.map_or(0, |source| source.end), Ordering::Relaxed);
+            known.lent.store(source.map_or(0, at), Ordering::Release);
         }
+        // Who claims a page looks here after that, and who forgets it at the page: one of them sees the other.
+        fence(Ordering::SeqCst);
     }
 
     pub(super) fn set_read_only(&self, first: u32, count: u32, read_only: bool) {
@@ -192,15 +203,23 @@ impl Pager {
     }
 
     pub(super) fn source(&self, page: u32, state: State) -> Source {
-        let chunk = self.chunk(page);
         if state.has(WRITTEN) {
             return Source::At(page);
         }
-        match chunk.lent.load(Ordering::Relaxed) {
-            0 if chunk.flags.load(Ordering::Relaxed) & FRESH != 0 => Source::Zeros,
+        fence(Ordering::SeqCst);
+        let chunk = self.chunk(page);
+        match chunk.lent.load(Ordering::Acquire) {
+            0 if self.flags(page) & FRESH != 0 => Source::Zeros,
             0 => Source::At(page),
-            lent => Source::At(lent - 1 + page % CHUNK),
+            lent => self.lent_by(lent - 1 + page % CHUNK, chunk.lent_end.load(Ordering::Relaxed)),
         }
+    }
+
+    fn lent_by(&self, page: u32, end: u32) -> Source {
+        if page >= end || !self.pages.state(page).has(WRITTEN) && self.flags(page) & FRESH != 0 {
+            return Source::Zeros;
+        }
+        Source::At(page)
     }
 
     /// The digest of a page's content, which nobody changes meanwhile.
@@ -210,15 +229,15 @@ impl Pager {
 
     /// Whether a page on the shelf, which the caller has to itself, differs from what external memory holds.
     pub(super) fn is_dirty(&self, page: u32, state: State) -> bool {
-        if self.flags(page) & READ_ONLY != 0 {
-            return false;
-        }
-        state.has(DIRTY) || self.digest_of(self.window.content(page, 1)) != self.pages.stamp(page)
+        // What could not be written when it was dropped is still to be, also where it is only read now.
+        state.has(DIRTY)
+            || self.may_be_dirty(page, state)
+                && self.digest_of(self.window.content(page, 1)) != self.pages.stamp(page)
     }
 
     /// Whether it can be dirty at all.
-    pub(super) fn may_be_dirty(&self, page: u32) -> bool {
-        self.flags(page) & READ_ONLY == 0
+    pub(super) fn may_be_dirty(&self, page: u32, state: State) -> bool {
+        state.has(DIRTY) || self.flags(page) & READ_ONLY == 0
     }
 
     /// Ends a fault with what is in local memory, or says what is to be done.
@@ -275,8 +294,8 @@ impl Pager {
     /// Fills pages that the caller has with zeros.
     pub(super) fn put_zeros(&self, first: u32, run: u32, write: bool) {
         let address = self.window.address_of(first);
-        if self.uffd.zero(address, run as usize * PAGE).is_err() {
-            for page in first..first + run {
+        if let Err(Partly { done, .. }) = self.uffd.zero(address, run as usize * PAGE) {
+            for page in first + (done / PAGE) as u32..first + run {
                 self.window.content(page, 1).zero();
                 let _ = self.uffd.map(self.window.address_of(page), PAGE);
             }
@@ -311,7 +330,7 @@ impl Pager {
             return;
         }
         let arrival = u64::from(page) | (left & 0xffff_ffff) << 32;
-        while self.arrivals.push(arrival).is_err() {
+        while self.arrivals.push(arrival).is_err() && !self.is_stopped() {
             self.evictor.nudge();
             std::thread::yield_now();
         }
@@ -321,7 +340,7 @@ impl Pager {
     }
 
     /// Shows content at absent pages that the caller has.
-    pub(super) fn copy(&self, first: u32, content: IoBuf) -> Result<(), Refused> {
+    pub(super) fn copy(&self, first: u32, content: IoBuf) -> Result<(), Partly> {
         self.uffd.copy(self.window.address_of(first), content)
     }
 
@@ -403,6 +422,8 @@ impl Pager {
 pub(super) struct Room {
     resident: AtomicUsize,
     budget: AtomicUsize,
+    /// Pages that stay.
+    pinned: AtomicUsize,
     /// Somebody found no room.
     starving: AtomicBool,
     /// Counts up whenever there is room again.
@@ -414,6 +435,7 @@ impl Room {
         Room {
             resident: AtomicUsize::new(0),
             budget: AtomicUsize::new(budget),
+            pinned: AtomicUsize::new(0),
             starving: AtomicBool::new(false),
             sequence: std::sync::atomic::AtomicU32::new(0),
         }
@@ -421,6 +443,14 @@ impl Room {
 
     pub(super) fn budget(&self) -> usize {
         self.budget.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn pinned(&self) -> usize {
+        self.pinned.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_pinned(&self, pages: usize) {
+        self.pinned.store(pages, Ordering::Relaxed);
     }
 
     pub(super) fn set_budget(&self, pages: usize) {

@@ -115,6 +115,13 @@ pub(super) enum Refused {
     Other(i32),
 }
 
+/// What went wrong in the middle of a run, and how many of its bytes are done: the program may have written to these.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Partly {
+    pub(super) done: usize,
+    pub(super) why: Refused,
+}
+
 /// A descriptor of userfaultfd(2).
 pub(super) struct Uffd {
     fd: OwnedFd,
@@ -151,31 +158,32 @@ impl Uffd {
     }
 
     /// Fills missing pages from `from`, and wakes who waits for them.
-    pub(super) fn copy(&self, to: usize, from: IoBuf) -> Result<(), Refused> {
-        let (mut to, mut from, mut left) = (to as u64, from.as_ptr() as u64, from.len() as u64);
+    pub(super) fn copy(&self, to: usize, from: IoBuf) -> Result<(), Partly> {
+        let all = from.len() as u64;
+        let (mut to, mut from, mut left) = (to as u64, from.as_ptr() as u64, all);
         while left > 0 {
             let mut arg = CopyArg { to, from, len: left, mode: 0, copied: 0 };
             // SAFETY: the source is mapped by the contract of `IoBuf::new`; the kernel checks the target.
             let errno = unsafe { self.ioctl(UFFDIO_COPY, (&raw mut arg).cast()) };
-            let done = done(errno, arg.copied)?;
+            let done = done(errno, arg.copied).map_err(|why| Partly { done: (all - left) as usize, why })?;
             (to, from, left) = (to + done, from + done, left.saturating_sub(done));
         }
         Ok(())
     }
 
     /// Fills missing pages with zeros, and wakes who waits for them.
-    pub(super) fn zero(&self, to: usize, len: usize) -> Result<(), Refused> {
+    pub(super) fn zero(&self, to: usize, len: usize) -> Result<(), Partly> {
         self.each(UFFDIO_ZEROPAGE, to, len)
     }
 
     /// Maps pages that the file has and the page table has not, and wakes who waits for them.
     pub(super) fn map(&self, to: usize, len: usize) -> Result<(), Refused> {
-        self.each(UFFDIO_CONTINUE, to, len)
+        self.each(UFFDIO_CONTINUE, to, len).map_err(|partly| partly.why)
     }
 
     /// Makes every access to these pages a SIGBUS, and wakes who waits for them.
     pub(super) fn poison(&self, to: usize, len: usize) -> Result<(), Refused> {
-        self.each(UFFDIO_POISON, to, len)
+        self.each(UFFDIO_POISON, to, len).map_err(|partly| partly.why)
     }
 
     /// Wakes who waits for these pages: they fault again if they are still not there.
@@ -202,14 +210,14 @@ impl Uffd {
         taken
     }
 
-    fn each(&self, request: u64, to: usize, len: usize) -> Result<(), Refused> {
+    fn each(&self, request: u64, to: usize, len: usize) -> Result<(), Partly> {
         let (mut to, mut left) = (to as u64, len as u64);
         while left > 0 {
             let mut arg = RangeArg { range: Range { start: to, len: left }, mode: 0, done: 0 };
             // SAFETY: the argument is what these requests take; the kernel checks the range, which only the
             // window registered.
             let errno = unsafe { self.ioctl(request, (&raw mut arg).cast()) };
-            let done = done(errno, arg.done)?;
+            let done = done(errno, arg.done).map_err(|why| Partly { done: len - left as usize, why })?;
             (to, left) = (to + done, left.saturating_sub(done));
         }
         Ok(())

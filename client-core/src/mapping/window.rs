@@ -22,6 +22,9 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 /// Length of a page of memory in bytes.
 pub(super) const PAGE: usize = PAGE_LEN as usize;
 
+/// As MADV_DONTNEED, of locked pages as well; see madvise(2).
+const MADV_DONTNEED_LOCKED: i32 = 24;
+
 pub(super) struct Window {
     file: OwnedFd,
     window: NonNull<u8>,
@@ -46,6 +49,9 @@ impl Window {
             let mapped = NonNull::new(address.cast::<u8>()).ok_or(io::ErrorKind::OutOfMemory)?;
             // SAFETY: just mapped. A child would share the file, and fill holes of it with zeros: it gets nothing.
             unsafe { madvise(address, len, Advice::LinuxDontFork) }?;
+            // A huge page would be more than the one that is counted. A kernel without them refuses.
+            // SAFETY: just mapped.
+            let _ = unsafe { madvise(address, len, Advice::LinuxNoHugepage) };
             Ok::<_, io::Error>(mapped)
         };
         let window = map()?;
@@ -93,12 +99,17 @@ impl Window {
         content.copy_to(self.content(page, 1));
     }
 
-    /// Takes pages out of the window. The file keeps them.
-    pub(super) fn hide(&self, first: u32, count: u32) {
+    /// Takes pages out of the window, those that the program has locked, too. The file keeps them. False where the
+    /// kernel does not do it (locked pages before Linux 5.18): some may still be there then.
+    #[must_use]
+    pub(super) fn hide(&self, first: u32, count: u32) -> bool {
         let (start, len) = self.bytes(first, count);
+        // SAFETY: within the mapping.
+        let address = unsafe { self.window.add(start) }.as_ptr().cast();
         // SAFETY: of a shared mapping of a file this takes page table entries only.
-        let hidden = unsafe { madvise(self.window.add(start).as_ptr().cast(), len, Advice::LinuxDontNeed) };
-        debug_assert!(hidden.is_ok(), "{hidden:?}");
+        unsafe { madvise(address, len, Advice::LinuxDontNeed) }.is_ok()
+            // SAFETY: the same.
+            || unsafe { libc::madvise(address, len, MADV_DONTNEED_LOCKED) } == 0
     }
 
     /// Takes pages out of the window and of the file.

@@ -88,8 +88,11 @@ fn serve(fetcher: &mut Fetcher, page: u32, write: bool, sick: &mut Vec<(u32, boo
 }
 
 fn sleep(fetcher: &mut Fetcher, number: usize, handles: bool, soon: bool) {
+    let pager = fetcher.pager.clone();
+    if pager.fetchers[number].take() {
+        return;
+    }
     fetcher.arm();
-    let pager = &fetcher.pager;
     let bell = PollFd::new(pager.fetchers[number].fd(), PollFlags::IN);
     let channel = fetcher.wait_fd();
     let channel = PollFd::new(&channel, PollFlags::IN);

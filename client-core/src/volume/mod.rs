@@ -198,6 +198,11 @@ impl Volume {
         self.inner.shared.live().members.iter().any(|member| member.mailbox.is_waited_for())
     }
 
+    /// Operations that each channel takes at once.
+    pub(crate) fn depth(&self) -> usize {
+        self.inner.options.depth
+    }
+
     /// A channel for one more queue.
     ///
     /// # Errors
