@@ -60,7 +60,8 @@ struct Region {
     order: u8,
     /// For each page: whether a block starts there, of which order, free or used.
     heads: Box<[u8]>,
-    /// For each page at which a free block starts: the next and the previous free block of its order.
+    /// For each page at which a free block starts: the next and the previous free block of its order. Of others it says
+    /// nothing; zeros take memory only when they are changed.
     links: Box<[(u32, u32)]>,
     /// First free block of each order.
     free: [u32; ORDERS],
@@ -174,7 +175,7 @@ impl Region {
         let mut region = Region {
             order: pages.trailing_zeros() as u8,
             heads: vec![0; pages as usize].into_boxed_slice(),
-            links: vec![(NONE, NONE); pages as usize].into_boxed_slice(),
+            links: vec![(0, 0); pages as usize].into_boxed_slice(),
             free: [NONE; ORDERS],
             orders: 0,
             free_pages: pages,

@@ -31,6 +31,7 @@ mod pager;
 mod pages;
 mod policy;
 mod prefetch;
+mod signals;
 mod sync;
 mod tend;
 mod uffd;
@@ -286,7 +287,7 @@ impl Space {
         };
         let tender =
             Tender { pager: pager.clone(), volume: volume.clone(), io: io.clone(), inline: inline.clone() };
-        let threads = start(&pager, &volume, options.budget, handlers, tender)?;
+        let threads = signals::blocked(|| start(&pager, &volume, options.budget, handlers, tender))?;
         let inner = Inner {
             io,
             carver: Mutex::new(Carver::new(options.kept, size)),
