@@ -8,6 +8,7 @@ mod guest;
 mod lab_blk;
 mod life;
 mod load;
+mod map;
 mod nbdload;
 mod rdma;
 mod report;
@@ -22,12 +23,12 @@ use self::report::Report;
 use crate::{setup, util};
 
 /// The benchmarks by name.
-const NAMES: [&str; 6] = ["blk", "slab", "allocator", "life", "lab-blk", "rdma"];
+const NAMES: [&str; 7] = ["blk", "slab", "map", "allocator", "life", "lab-blk", "rdma"];
 
 /// Options of `cargo xtask bench`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Benchmarks to run: blk, slab, allocator, life, lab-blk, rdma; all when none is named.
+    /// Benchmarks to run: blk, slab, map, allocator, life, lab-blk, rdma; all when none is named.
     names: Vec<String>,
     /// One JSON object a line instead of a table.
     #[arg(long)]
@@ -48,6 +49,7 @@ pub(crate) fn main(args: &Args) -> Result<bool> {
         match *name {
             "blk" => blk::run(&programs, &mut report)?,
             "slab" => slab::run(&programs, &mut report)?,
+            "map" => map::run(&programs, &mut report)?,
             "allocator" => allocator::run(&programs, &mut report)?,
             "life" => life::run(&programs, &mut report)?,
             "lab-blk" => lab_blk::run(&mut report)?,
@@ -61,9 +63,11 @@ pub(crate) fn main(args: &Args) -> Result<bool> {
 /// Builds the programs; the directory that they are in.
 fn build() -> Result<PathBuf> {
     let mut cargo = util::command("cargo");
-    cargo.current_dir(util::repository()).args(["build", "--release", "--workspace", "--bins"]);
+    cargo.current_dir(util::repository()).args(["build", "--release", "--workspace", "--bins", "--lib"]);
     util::run(&mut cargo)?;
-    for (package, example) in [("xpm-client", "slab_bench"), ("xpm-allocator", "allocator_bench")] {
+    for (package, example) in
+        [("xpm-client", "slab_bench"), ("xpm-client", "map_bench"), ("xpm-allocator", "allocator_bench")]
+    {
         let mut cargo = util::command("cargo");
         cargo.current_dir(util::repository()).args([
             "build",
