@@ -4,7 +4,7 @@
 //!
 //! Nothing of this library's own may be in external memory, or in memory of an allocator that keeps its tables there: a
 //! thread that brings pages would wait for itself. So its Rust code allocates by glibc's own names
-//! ([`heap::Local`]), which no program replaces, and what the C library allocates for its threads comes from there, too
+//! (`heap::Local`), which no program replaces, and what the C library allocates for its threads comes from there, too
 //! ([`threads`]).
 //!
 //! fork(2): a child has nothing at the addresses of external memory (touching them is a SIGSEGV), and what it asks for is
