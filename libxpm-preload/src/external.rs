@@ -113,8 +113,9 @@ impl External {
         let used = self.used.fetch_add(mapping.len() as u64, Ordering::Relaxed) + mapping.len() as u64;
         self.most.fetch_max(used, Ordering::Relaxed);
         let address = mapping.as_ptr().as_ptr();
-        let piece =
-            Piece { mapping, len: len.next_multiple_of(PAGE), gone: Vec::new(), protected: false, heap };
+        // What malloc_usable_size(3) says may be used.
+        let len = if heap { mapping.len() } else { len.next_multiple_of(PAGE) };
+        let piece = Piece { mapping, len, gone: Vec::new(), protected: false, heap };
         self.pieces().insert(address as usize, piece);
         Some(address)
     }

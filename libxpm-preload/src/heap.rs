@@ -200,7 +200,6 @@ pub unsafe extern "C" fn realloc(old: *mut c_void, len: usize) -> *mut c_void {
     }
     let room = external.room(old as usize);
     if len <= room && len > room / 4 {
-        external.set_len(old as usize, len);
         return old;
     }
     // SAFETY: the new one is another piece; of the old one no more is copied than it has.
@@ -262,7 +261,8 @@ pub unsafe extern "C" fn aligned_alloc(align: usize, len: usize) -> *mut c_void 
 /// As of posix_memalign(3).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn posix_memalign(to: *mut *mut c_void, align: usize, len: usize) -> c_int {
-    match external_for(align, len).filter(|_| align.is_power_of_two()) {
+    // What cannot be is refused by the next one.
+    match align.is_power_of_two().then(|| external_for(align, len)).flatten() {
         Some(new) => {
             // SAFETY: by the caller's word it can be written to.
             unsafe { *to = new };
