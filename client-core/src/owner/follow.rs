@@ -100,7 +100,11 @@ impl Follow {
         let number = change.number;
         let report = match self.make_firm(&change).await {
             Ok(under_way) => match self.holds(&change).await {
-                Some(true) => self.switch(under_way, &change).await,
+                Some(true) => match self.switch(under_way, &change).await {
+                    Some(report) => report,
+                    // What the old map had must not be used for something else.
+                    None => return,
+                },
                 // Dropped, it is undone.
                 Some(false) => return blocking(move || drop(under_way)).await.unwrap_or(()),
                 // Either map may hold: until the process ends, what is still written goes to both places.
@@ -149,15 +153,15 @@ impl Follow {
         }
     }
 
-    async fn switch(&mut self, under_way: Change, change: &MapChange) -> Report {
-        self.version = change.next.version;
+    async fn switch(&mut self, under_way: Change, change: &MapChange) -> Option<Report> {
         if let Err(error) = blocking(move || under_way.switch()).await {
             tracing::error!("allocation {}: {error}", self.name);
-            std::future::pending::<()>().await;
+            return None;
         }
+        self.version = change.next.version;
         let grown = change.kind == ChangeKind::Grow;
         let how = grown.then(|| "the program sees it when it opens the allocation again".to_owned());
-        Report::Done { number: change.number, how }
+        Some(Report::Done { number: change.number, how })
     }
 
     /// The map that holds is another than ours, with nothing to copy.
