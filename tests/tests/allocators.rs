@@ -48,7 +48,13 @@ fn verified_load(several: &Several, uri: &str, seconds: u32) -> Child {
     Command::new("fio")
         .current_dir(several.dir())
         .args(["--name=v", "--ioengine=nbd", "--rw=randwrite", "--bs=16k", "--iodepth=4", "--size=16M"])
-        .args(["--verify=crc32c", "--verify_fatal=1", "--verify_backlog=64", "--time_based"])
+        .args([
+            "--verify=crc32c",
+            "--verify_fatal=1",
+            "--verify_backlog=64",
+            "--verify_state_save=0",
+            "--time_based",
+        ])
         .args([format!("--runtime={seconds}"), format!("--uri={uri}")])
         .stdout(Stdio::null())
         .stderr(Stdio::inherit())

@@ -12,7 +12,13 @@ fn verified_load(cluster: &Cluster, uri: &str, seconds: u32) -> Child {
     Command::new("fio")
         .current_dir(cluster.dir())
         .args(["--name=v", "--ioengine=nbd", "--rw=randwrite", "--bs=16k", "--iodepth=8", "--size=32M"])
-        .args(["--verify=crc32c", "--verify_fatal=1", "--verify_backlog=64", "--time_based"])
+        .args([
+            "--verify=crc32c",
+            "--verify_fatal=1",
+            "--verify_backlog=64",
+            "--verify_state_save=0",
+            "--time_based",
+        ])
         .arg(format!("--runtime={seconds}"))
         .arg(format!("--uri={uri}"))
         .stdout(Stdio::null())

@@ -12,7 +12,13 @@ use xpm_tests::{Cluster, have, wait_until};
 fn verified_load(uri: &str, seconds: u32) -> Child {
     Command::new("fio")
         .args(["--name=v", "--ioengine=nbd", "--rw=randwrite", "--bs=16k", "--iodepth=8", "--size=32M"])
-        .args(["--verify=crc32c", "--verify_fatal=1", "--verify_backlog=64", "--time_based"])
+        .args([
+            "--verify=crc32c",
+            "--verify_fatal=1",
+            "--verify_backlog=64",
+            "--verify_state_save=0",
+            "--time_based",
+        ])
         .args([format!("--runtime={seconds}"), format!("--uri={uri}")])
         .stdin(Stdio::null())
         .stdout(Stdio::null())
