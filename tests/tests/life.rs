@@ -403,7 +403,9 @@ fn a_move_that_nobody_could_end_is_ended_later() {
     assert!(qemu_io(&uri, &["write -P 1 0 96M"]).0);
     let from = places(&cluster, "v")[0].clone();
     cluster.ok(&["appliance", "drain", &from, "--no-wait", "--rate", "16MiB"]);
-    std::thread::sleep(Duration::from_millis(500));
+    wait_until("the owner copies", || {
+        cluster.json(&["alloc", "show", "v"])["change"]["copied"].as_u64().is_some_and(|copied| copied > 0)
+    });
     cluster.allocator.kill();
     let record = cluster.dir().join("blk/devices/v.json");
     let kept = || std::fs::read_to_string(&record).unwrap_or_default();
