@@ -171,7 +171,7 @@ fn not_copied(error: CopyError) -> ApiError {
     let kind = match error {
         CopyError::Invalid(_) => ErrorKind::Invalid,
         CopyError::Revoked => ErrorKind::Conflict,
-        CopyError::Connect(_) | CopyError::Target(_) => ErrorKind::Unavailable,
+        CopyError::Connect(_) | CopyError::Target(_) | CopyError::Memory(_) => ErrorKind::Unavailable,
     };
     ApiError(kind, error.to_string())
 }

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use xpm_protocol::api::appliance::{COPY_LEN_MAX, Copy, Digest, Range};
 use xpm_protocol::nbd::{ExportName, SessionTag};
 use xpm_protocol::units::{ByteSize, PAGE_LEN};
@@ -48,14 +49,39 @@ pub enum CopyError {
     /// The connection to the target broke, or it refused a write.
     #[error("the appliance that is copied to did not take it: {0}")]
     Target(String),
+    /// The kernel does not give the content of the memory.
+    #[error("the memory cannot be read: {0}; look at the host's log")]
+    Memory(Errno),
 }
 
 /// Carries copies out.
 pub struct Copier {
-    /// Connections that no order uses, by the target's key.
-    idle: Mutex<HashMap<GrantKey, (NbdLink, Instant)>>,
+    /// Connections to each target, by its key.
+    targets: Mutex<HashMap<GrantKey, Lanes>>,
     session: u128,
     generations: std::sync::atomic::AtomicU32,
+}
+
+/// Copies into one target at a time. Each has a number, its *lane*: a connection that takes the place of a broken one on
+/// a lane shuts that one out of the target, so that nothing of it arrives late.
+#[derive(Default)]
+struct Lanes {
+    /// Those that have a connection, or an order, by bits.
+    taken: u64,
+    /// Connections that no order uses, by their lanes.
+    idle: Vec<(u16, NbdLink, Instant)>,
+}
+
+impl Lanes {
+    /// Connections that were kept for long enough go.
+    fn prune(&mut self) {
+        let taken = &mut self.taken;
+        self.idle.retain(|(lane, _, since)| {
+            let stays = since.elapsed() < KEEP;
+            *taken &= !(u64::from(!stays) << *lane);
+            stays
+        });
+    }
 }
 
 impl Copier {
@@ -65,7 +91,7 @@ impl Copier {
     /// When the kernel gives no random number.
     pub fn new() -> io::Result<Copier> {
         Ok(Copier {
-            idle: Mutex::default(),
+            targets: Mutex::default(),
             session: xpm_control::random::u128()?,
             generations: std::sync::atomic::AtomicU32::new(0),
         })
@@ -78,38 +104,54 @@ impl Copier {
     /// See [`CopyError`]; some of the range may have been written.
     pub fn copy(&self, lease: &Lease, order: &Copy) -> Result<Digest, CopyError> {
         check(lease, order.range)?;
+        let (lane, kept) = self.take(&order.key)?;
+        let copy = |mut link: NbdLink| copy_by(&mut link, lease, order).map(|digest| (digest, link));
         // One that was kept may have died since.
-        let kept = self.kept(&order.key).map(|link| self.copy_by(link, lease, order));
-        match kept {
-            Some(Ok(digest)) => Ok(digest),
-            Some(Err(CopyError::Target(_))) | None => self.copy_by(self.connect(order)?, lease, order),
-            Some(Err(error)) => Err(error),
+        let copied = match kept.map(copy) {
+            Some(Err(CopyError::Target(_))) | None => self.connect(order, lane).and_then(copy),
+            Some(copied) => copied,
+        };
+        let (copied, link) = match copied {
+            Ok((digest, link)) => (Ok(digest), Some(link)),
+            Err(error) => (Err(error), None),
+        };
+        self.give_back(&order.key, lane, link);
+        copied
+    }
+
+    /// A lane, and its connection if there is one.
+    fn take(&self, key: &GrantKey) -> Result<(u16, Option<NbdLink>), CopyError> {
+        let mut targets = self.targets();
+        let lanes = targets.entry(key.clone()).or_default();
+        lanes.prune();
+        if let Some((lane, link, _)) = lanes.idle.pop() {
+            return Ok((lane, Some(link)));
         }
-    }
-
-    fn copy_by(&self, mut link: NbdLink, lease: &Lease, order: &Copy) -> Result<Digest, CopyError> {
-        let mut digest = Digesting::new(order.range);
-        let mut writes = Writes { link: &mut link, open: 0, told: Instant::now() };
-        let (mut offset, end) = (order.range.offset, order.range.offset + order.range.len);
-        while offset < end {
-            let len = WRITE_LEN.min(end - offset);
-            if digest.look(lease, offset, len)? {
-                writes.write(lease, offset, len, order.to + (offset - order.range.offset))?;
-            }
-            offset += len;
+        let lane = lanes.taken.trailing_ones();
+        if lane == u64::BITS {
+            let line = "too many copies into one grant at a time: wait for those under way";
+            return Err(CopyError::Invalid(line.to_owned()));
         }
-        writes.end()?;
-        self.keep(&order.key, link);
-        Ok(digest.end())
+        lanes.taken |= 1 << lane;
+        Ok((lane as u16, None))
     }
 
-    fn kept(&self, key: &GrantKey) -> Option<NbdLink> {
-        self.idle().remove(key).filter(|(_, since)| since.elapsed() < KEEP).map(|(link, _)| link)
+    fn give_back(&self, key: &GrantKey, lane: u16, link: Option<NbdLink>) {
+        let mut targets = self.targets();
+        let lanes = targets.entry(key.clone()).or_default();
+        match link {
+            Some(link) => lanes.idle.push((lane, link, Instant::now())),
+            None => lanes.taken &= !(1 << lane),
+        }
+        targets.retain(|_, lanes| {
+            lanes.prune();
+            lanes.taken != 0
+        });
     }
 
-    fn connect(&self, order: &Copy) -> Result<NbdLink, CopyError> {
+    fn connect(&self, order: &Copy, lane: u16) -> Result<NbdLink, CopyError> {
         let generation = self.generations.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        let session = Some(SessionTag { id: self.session, queue: u16::MAX, generation });
+        let session = Some(SessionTag { id: self.session, queue: u16::MAX - lane, generation });
         let name = ExportName { key: order.key.clone(), session };
         let mut failure = ConnectError::Unavailable("it has no address for NBD".to_owned());
         for address in &order.nbd {
@@ -123,15 +165,24 @@ impl Copier {
         Err(failure.into())
     }
 
-    fn keep(&self, key: &GrantKey, link: NbdLink) {
-        let mut idle = self.idle();
-        idle.retain(|_, (_, since)| since.elapsed() < KEEP);
-        idle.insert(key.clone(), (link, Instant::now()));
+    fn targets(&self) -> std::sync::MutexGuard<'_, HashMap<GrantKey, Lanes>> {
+        self.targets.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
 
-    fn idle(&self) -> std::sync::MutexGuard<'_, HashMap<GrantKey, (NbdLink, Instant)>> {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+fn copy_by(link: &mut NbdLink, lease: &Lease, order: &Copy) -> Result<Digest, CopyError> {
+    let mut digest = Digesting::new();
+    let mut writes = Writes { link, open: 0, told: Instant::now() };
+    let (mut offset, end) = (order.range.offset, order.range.offset + order.range.len);
+    while offset < end {
+        let len = WRITE_LEN.min(end - offset);
+        if digest.look(lease, offset, len)? {
+            writes.write(lease, offset, len, order.to + (offset - order.range.offset))?;
+        }
+        offset += len;
     }
+    writes.end()?;
+    Ok(digest.end())
 }
 
 /// Says what a run of a grant holds. Blocks for as long as it takes to look at it.
@@ -140,7 +191,7 @@ impl Copier {
 /// When the range cannot be, or the grant is revoked meanwhile.
 pub fn digest(lease: &Lease, range: Range) -> Result<Digest, CopyError> {
     check(lease, range)?;
-    let mut digest = Digesting::new(range);
+    let mut digest = Digesting::new();
     digest.look(lease, range.offset, range.len)?;
     Ok(digest.end())
 }
@@ -163,24 +214,12 @@ struct Digesting {
     hash: Xxh3,
     data: u64,
     last: Option<u64>,
-    /// End of all that is looked at.
-    end: u64,
-    /// Up to where it is known whether there is memory, and whether there is. To find that out, the kernel looks at every
-    /// page of the region behind the place that is asked for.
-    known: (u64, bool),
     local: Vec<u8>,
 }
 
 impl Digesting {
-    fn new(range: Range) -> Digesting {
-        Digesting {
-            hash: Xxh3::new(),
-            data: 0,
-            last: None,
-            end: range.offset + range.len,
-            known: (range.offset, false),
-            local: vec![0; LOOK_LEN],
-        }
+    fn new() -> Digesting {
+        Digesting { hash: Xxh3::new(), data: 0, last: None, local: vec![0; LOOK_LEN] }
     }
 
     /// Looks at a run of bytes. Whether any of them is not zero.
@@ -190,22 +229,12 @@ impl Digesting {
         let mut local = std::mem::take(&mut self.local);
         while offset < end {
             let _step = lease.begin_step().ok_or(CopyError::Revoked)?;
-            if offset >= self.known.0 {
-                let extent = lease.extent(offset, self.end - offset);
-                self.known = (offset + extent.len, extent.hole);
-            }
-            let (known, hole) = self.known;
-            let len = (known.min(end) - offset) as usize;
-            let bytes = &mut local[..len.min(LOOK_LEN - offset as usize % LOOK_LEN)];
-            match hole {
-                // Looking at it would fill it with memory.
-                true => bytes.fill(0),
-                false => read(lease, offset, bytes)?,
-            }
+            // No such piece lies in two regions, whose lengths are powers of two.
+            let within = LOOK_LEN - offset as usize % LOOK_LEN;
+            let bytes = &mut local[..within.min((end - offset) as usize)];
+            lease.read(offset, bytes).map_err(CopyError::Memory)?;
             self.hash.update(bytes);
-            if !hole {
-                self.count(offset, bytes);
-            }
+            self.count(offset, bytes);
             offset += bytes.len() as u64;
         }
         self.local = local;
@@ -216,7 +245,7 @@ impl Digesting {
         while !bytes.is_empty() {
             let page = bytes.len().min((PAGE_LEN - offset % PAGE_LEN) as usize);
             let (first, rest) = bytes.split_at(page);
-            if first.iter().any(|byte| *byte != 0) {
+            if first.iter().fold(0, |all, byte| all | byte) != 0 {
                 self.data += page as u64;
                 self.last = Some(offset - offset % PAGE_LEN);
             }
@@ -227,17 +256,6 @@ impl Digesting {
     fn end(self) -> Digest {
         Digest { xxh3: format!("{:032x}", self.hash.digest128()), data: ByteSize(self.data), last: self.last }
     }
-}
-
-fn read(lease: &Lease, offset: u64, mut bytes: &mut [u8]) -> Result<(), CopyError> {
-    let mut offset = offset;
-    while !bytes.is_empty() {
-        let memory = lease.at(offset, bytes.len()).ok_or(CopyError::Revoked)?;
-        let (part, rest) = bytes.split_at_mut(memory.len());
-        memory.copy_to_slice(part);
-        (offset, bytes) = (offset + part.len() as u64, rest);
-    }
-    Ok(())
 }
 
 /// Writes in flight to the target.

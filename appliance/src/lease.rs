@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
+use rustix::io::Errno;
 use xpm_protocol::GrantId;
 use xpm_transport::IoBuf;
 use xpm_transport::store::Extent;
@@ -68,6 +69,17 @@ impl Lease {
     pub fn at(&self, offset: u64, len: usize) -> Option<IoBuf> {
         let region = self.regions.get((offset >> self.shift) as usize)?;
         Some(region.at(self.within(offset), len))
+    }
+
+    /// Reads from `offset` on, within one region; see [`Memory::read`].
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn read(&self, offset: u64, bytes: &mut [u8]) -> Result<(), Errno> {
+        match self.regions.get((offset >> self.shift) as usize) {
+            Some(region) => region.read(self.within(offset), bytes),
+            None => Err(Errno::INVAL),
+        }
     }
 
     /// How the bytes at `offset` are held; the answer ends with the region.

@@ -14,8 +14,11 @@ use crate::store::record::DrainRecord;
 
 /// Allocations that move at the same time, because of drains and rebalancing.
 pub(super) const MOVES_MAX: usize = 2;
-/// After a move was refused, the next try for the same allocation.
-const AGAIN: Duration = Duration::from_secs(30);
+/// After a move was refused, the next try for the same allocation. Where no place was found for it, the first one
+/// is sooner: what appliances say of their free memory is some moments old.
+pub(super) const AGAIN: Duration = Duration::from_secs(30);
+/// That first one.
+const SOON: Duration = Duration::from_secs(1);
 /// Slowest copying that can be asked for, in bytes a second.
 pub(super) const RATE_MIN: u64 = 64 << 10;
 
@@ -91,14 +94,20 @@ impl Service {
             }
             let record = &self.entry(allocation).record;
             let (name, regions) = (record.name.clone(), record.regions_on(id));
-            let stuck = match self.begin_move(allocation, &regions, (id, None), rate) {
-                Ok(()) => None,
-                Err(error) => Some(format!("`{name}` cannot move: {}", error.1)),
+            let begun = self.begin_move(allocation, &regions, (id, None), rate);
+            let now = self.now.at;
+            let side = &mut self.entry(allocation).side;
+            let stuck = match begun {
+                Ok(()) => {
+                    side.unplaced = 0;
+                    None
+                }
+                Err(error) => {
+                    side.rests_until = Some(now + (SOON * (1 << side.unplaced.min(8))).min(AGAIN));
+                    side.unplaced += 1;
+                    Some(format!("`{name}` cannot move: {}", error.1))
+                }
             };
-            if stuck.is_some() {
-                let now = self.now.at;
-                self.entry(allocation).side.refused_at = Some(now);
-            }
             self.drains.entry(id).or_default().stuck = stuck;
         }
     }
@@ -107,7 +116,7 @@ impl Service {
     /// refused has a rest.
     fn may_move(&self, entry: &super::Entry, appliance: ApplianceId) -> bool {
         let record = &entry.record;
-        let rested = entry.side.refused_at.is_none_or(|at| at + AGAIN <= self.now.at);
+        let rested = entry.side.rests_until.is_none_or(|until| until <= self.now.at);
         record.holds_name()
             && matches!(entry.work, Work::Idle)
             && record.change.is_none()

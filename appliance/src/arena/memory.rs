@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::Re
 use std::time::Instant;
 
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, fstat, seek};
-use rustix::io::Errno;
+use rustix::io::{Errno, pread};
 use rustix::mm::{Advice, MapFlags, MlockFlags, ProtFlags, madvise, mlock_with, mmap, munmap};
 use xpm_protocol::units::PAGE_LEN;
 use xpm_transport::IoBuf;
@@ -109,6 +109,26 @@ impl Memory {
         // SAFETY: `offset + len` is within the mapping, which is readable and writable and lives as
         // long as `self`; no reference to it is ever made.
         unsafe { IoBuf::new(self.base.add(offset as usize), len) }
+    }
+
+    /// Reads from `offset` on into `bytes`, up to the end of the region at most. Other than a look through the
+    /// mapping this takes no memory where nothing was ever written. Blocks while the kernel brings pages in.
+    ///
+    /// # Errors
+    /// What pread(2) says.
+    pub fn read(&self, offset: u64, bytes: &mut [u8]) -> Result<(), Errno> {
+        let len = self.place.len.saturating_sub(offset).min(bytes.len() as u64) as usize;
+        let (mut done, rest) = (0, &mut bytes[..len]);
+        while done < len {
+            match pread(&*self.fd, &mut rest[done..], self.place.start + offset + done as u64) {
+                // A file that was made shorter behind our back.
+                Ok(0) => return Err(Errno::IO),
+                Ok(read) => done += read,
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
     }
 
     /// The region's descriptor, to be passed to another process. From now on the region counts as

@@ -1,8 +1,8 @@
 //! What a change asks of the appliances: to copy runs of regions to each other, and to say what a run holds.
 
-use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
@@ -16,7 +16,11 @@ use super::Owner;
 use crate::volume::{Change, ChangeError, Run};
 
 /// Bytes that are copied, and locked, at once.
-const RUN_LEN: u64 = 8 << 20;
+const RUN_LEN: u64 = 16 << 20;
+/// Bytes of them that are copied, and then compared, by one order.
+const PIECE_LEN: u64 = 4 << 20;
+/// Pieces that are under way at a time: one is compared while another one is copied.
+const LANES: u64 = 2;
 /// Least of it, where copying is throttled.
 const RUN_LEN_MIN: u64 = 256 << 10;
 /// Longest time that one run may take: writes to it wait.
@@ -29,7 +33,7 @@ pub struct Mover<'a> {
     owner: &'a Owner,
     change: &'a MapChange,
     grants: BTreeMap<GrantId, &'a Grant>,
-    clients: RefCell<BTreeMap<GrantId, Client>>,
+    clients: Mutex<BTreeMap<GrantId, Client>>,
     end: Option<&'a AtomicBool>,
 }
 
@@ -58,7 +62,7 @@ impl<'a> Mover<'a> {
     /// One for a change that is ordered.
     pub fn new(owner: &'a Owner, change: &'a MapChange) -> Mover<'a> {
         let grants = change.next.grants.iter().map(|grant| (grant.id, grant)).collect();
-        Mover { owner, change, grants, clients: RefCell::default(), end: None }
+        Mover { owner, change, grants, clients: Mutex::default(), end: None }
     }
 
     /// Copying is off when this becomes true.
@@ -111,16 +115,40 @@ impl<'a> Mover<'a> {
         }
     }
 
+    /// Copies a run, in pieces where it is long.
     fn copy_run(&self, run: &Run) -> Result<(), String> {
+        let lanes = LANES.min(run.len.div_ceil(PIECE_LEN));
+        let (next, runtime) = (AtomicU64::new(0), Handle::current());
+        let lane = || {
+            loop {
+                let start = next.fetch_add(PIECE_LEN, Ordering::Relaxed);
+                if start >= run.len {
+                    return Ok(());
+                }
+                let copied = self.copy_piece(&runtime, run, start, PIECE_LEN.min(run.len - start));
+                // The others end, too.
+                copied.inspect_err(|_| next.store(run.len, Ordering::Relaxed))?;
+            }
+        };
+        std::thread::scope(|scope| {
+            let others: Vec<_> = (1..lanes).map(|_| scope.spawn(lane)).collect();
+            let ended = lane();
+            let panicked = |_| Err("the copying ended by a fault of its own".to_owned());
+            others.into_iter().fold(ended, |ended, other| ended.and(other.join().unwrap_or_else(panicked)))
+        })
+    }
+
+    fn copy_piece(&self, runtime: &Handle, run: &Run, start: u64, len: u64) -> Result<(), String> {
         let target = self.grants.get(&run.to.0).ok_or("the new map lacks a grant of its own")?;
         let order = Copy {
-            range: Range { offset: run.from.1, len: run.len },
+            range: Range { offset: run.from.1 + start, len },
             nbd: target.endpoints.nbd.clone(),
             key: target.key.clone(),
-            to: run.to.1,
+            to: run.to.1 + start,
         };
-        let sent: Digest = self.order(run.from.0, "copies", &order)?;
-        let arrived: Digest = self.order(run.to.0, "digests", &Range { offset: run.to.1, len: run.len })?;
+        let there = Range { offset: run.to.1 + start, len };
+        let sent: Digest = self.order(runtime, run.from.0, "copies", &order)?;
+        let arrived: Digest = self.order(runtime, run.to.0, "digests", &there)?;
         match sent.xxh3 == arrived.xxh3 {
             true => Ok(()),
             false => Err(format!(
@@ -135,14 +163,15 @@ impl<'a> Mover<'a> {
     /// # Errors
     /// [`TailError::InTheWay`] with what is not.
     pub fn check_tail(&self, map: &Map, size: u64) -> Result<(), TailError> {
-        let region_len = map.region_len.0;
+        let (region_len, runtime) = (map.region_len.0, Handle::current());
         for (region, slot) in (0..).zip(&map.regions) {
             let mut start = map.layout.bytes_before(region_len, region, size);
             while start < region_len {
                 let len = COPY_LEN_MAX.min(region_len - start);
                 let grant = map.grants[slot.grant as usize].id;
                 let range = Range { offset: u64::from(slot.slot) * region_len + start, len };
-                let digest: Digest = self.order(grant, "digests", &range).map_err(TailError::Unseen)?;
+                let digest: Digest =
+                    self.order(&runtime, grant, "digests", &range).map_err(TailError::Unseen)?;
                 if digest.data.0 > 0 {
                     let name = map.name.clone();
                     return Err(TailError::InTheWay { name, region, data: digest.data });
@@ -155,23 +184,25 @@ impl<'a> Mover<'a> {
 
     fn order<T: serde::de::DeserializeOwned>(
         &self,
+        runtime: &Handle,
         grant: GrantId,
         what: &str,
         order: &impl serde::Serialize,
     ) -> Result<T, String> {
         let client = self.client(grant)?;
         let path = format!("/v1/grants/{grant}/{what}");
-        Handle::current().block_on(client.post(&path, order)).map_err(|error| error_line(&error))
+        runtime.block_on(client.post(&path, order)).map_err(|error| error_line(&error))
     }
 
     fn client(&self, grant: GrantId) -> Result<Client, String> {
-        if let Some(client) = self.clients.borrow().get(&grant) {
+        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(client) = clients.get(&grant) {
             return Ok(client.clone());
         }
         let url = self.change.control.get(&grant).ok_or("the allocator did not say where an appliance is")?;
         let client = Client::new(url, self.owner.token.clone()).map_err(|error| error.to_string())?;
         let client = client.with_limit(RUN_LIMIT);
-        self.clients.borrow_mut().insert(grant, client.clone());
+        clients.insert(grant, client.clone());
         Ok(client)
     }
 }

@@ -1,7 +1,7 @@
 //! Bench `life`: what moving and handing over cost those who use the memory.
 //!
-//! 1. Copying: an appliance is emptied of an allocation that is full and in use, against the rate of plain NBD
-//!    writes to an appliance in the same run.
+//! 1. Copying: an appliance is emptied of an allocation that is full and in use, into memory that is ready, against the
+//!    rate of plain NBD writes to an appliance in the same run.
 //! 2. Latency of small I/O while an appliance is emptied at a limited rate, against that of the same I/O alone.
 //! 3. Handing an allocation over, with its owner alive: 64 regions, as 64 GiB in regions of 1 GiB have. No data moves, so
 //!    regions of 256 MiB do.
@@ -59,9 +59,12 @@ impl Site<'_> {
         command.args(["--listen", &format!("127.0.0.1:{control}"), "--nbd", &format!("127.0.0.1:{data}")]);
         command.arg("--run-dir").arg(path("run")).arg("--state").arg(path("state"));
         command.args(["--allocator", &self.allocator]);
-        if let Some(file) = backing {
-            command.arg("--backing").arg(format!("file:{}", file.display())).args(["--ready", "0"]);
-        }
+        match backing {
+            Some(file) => {
+                command.arg("--backing").arg(format!("file:{}", file.display())).args(["--ready", "0"])
+            }
+            None => command.args(["--ready", memory]),
+        };
         let mut process = Process::start(&mut command, &path("log"))?;
         process.wait_for("xpm-appliance", || http("GET", control, "/v1/status", None).is_ok())?;
         Ok(process)
@@ -93,6 +96,17 @@ impl Site<'_> {
         Ok(spent)
     }
 
+    /// Waits until an appliance has memory ready for all of it.
+    fn wait_ready(&self, appliance: &str) -> Result<()> {
+        retry(|| {
+            let shown = self.xpm(&["appliance", "show", appliance])?;
+            match shown["status"]["ready"].as_u64() {
+                Some(ready) if ready >= COPY_MIB << 20 => Ok(()),
+                ready => bail!("appliance {appliance} has {ready:?} bytes ready"),
+            }
+        })
+    }
+
     /// All of it comes to the other appliance than this one.
     fn gather(&self, appliance: &str) -> Result<()> {
         self.drain(appliance, &[]).map(drop)
@@ -107,7 +121,8 @@ fn copying(site: &Site<'_>, uri: &str, report: &mut Report) -> Result<()> {
         let raw =
             fio(uri, &["--rw=write", "--bs=512k", "--iodepth=16", &format!("--io_size={COPY_MIB}M")], 60)?;
         let raw = raw["write"]["bw_bytes"].as_f64().context("fio says no rate")? / f64::from(1 << 20);
-        let from = if round % 2 == 0 { "a" } else { "b" };
+        let (from, to) = if round % 2 == 0 { ("a", "b") } else { ("b", "a") };
+        site.wait_ready(to)?;
         rows.push((mib / site.drain(from, &[])?.as_secs_f64(), raw));
     }
     let (copied, raw) = (median(rows.iter().map(|row| row.0)), median(rows.iter().map(|row| row.1)));

@@ -47,8 +47,10 @@ pub(super) struct Side {
     pub(super) refused: Option<String>,
     /// What the owner said of the last one.
     pub(super) followed: Option<String>,
-    /// When it was refused, by the service's clock.
-    pub(super) refused_at: Option<std::time::Duration>,
+    /// Until when no other move is tried of its own accord, by the service's clock.
+    pub(super) rests_until: Option<std::time::Duration>,
+    /// How often in a row no place was found to move to.
+    pub(super) unplaced: u32,
 }
 
 impl Service {

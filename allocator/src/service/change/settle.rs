@@ -3,6 +3,7 @@
 use xpm_protocol::api::allocator::ChangeKind;
 use xpm_protocol::{AllocationId, ByteSize, Epoch};
 
+use super::super::drain::AGAIN;
 use super::super::purge::Then;
 use super::super::{AfterStore, Awaited, ReplyTo, Service, Work};
 use crate::store::Change;
@@ -124,9 +125,9 @@ impl Service {
             }
             Over::Refused(why) => {
                 self.tell("change-refused", &name, why.clone());
-                let now = self.now.at;
+                let rests = self.now.at + AGAIN;
                 let side = &mut self.entry(id).side;
-                (side.refused, side.refused_at) = (Some(why), Some(now));
+                (side.refused, side.rests_until) = (Some(why), Some(rests));
             }
         }
         self.answer_change(id);
