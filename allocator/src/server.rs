@@ -7,7 +7,7 @@ use xpm_control::server::{ApiError, Force, Json, Limits, NoContent, Office, Path
 use xpm_control::token::Token;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{
-    Attach, ClientFacts, Create, Drain, Heartbeat, Pause, Rebalance, Renew, Report, Resize, Transfer,
+    Attach, ClientFacts, Create, Drain, Heartbeat, Pause, Rebalance, Renew, Report, Resize, SlabMap, Transfer,
 };
 use xpm_protocol::api::policy::Apply;
 use xpm_protocol::policy::{DocumentName, Kind, LABELS_MAX};
@@ -160,7 +160,7 @@ fn life_routes(handle: Handle) -> Router {
     };
     let [resize, transfer, orders, report, drain, end_drain] = std::array::from_fn(|_| ask.clone());
     let [rebalance, rebalancing, pause, end_rebalance] = std::array::from_fn(|_| ask.clone());
-    let [garbage, backup] = std::array::from_fn(|_| ask.clone());
+    let [garbage, backup, slabs] = std::array::from_fn(|_| ask.clone());
     Router::new()
         .route("/v1/backup", get(async move || answer(backup(Request::Backup).await)))
         .route("/v1/garbage", get(async move || answer(garbage(Request::Garbage).await)))
@@ -186,6 +186,12 @@ fn life_routes(handle: Handle) -> Router {
                     answer(report(Request::Report { name, client, report: said }).await)
                 },
             ),
+        )
+        .route(
+            "/v1/allocations/{name}/slabs/{client}",
+            put(async move |Path((name, client)): Path<(Name, ClientId)>, Json(map): Json<SlabMap>| {
+                answer(slabs(Request::Slabs { name, client, slabs: map }).await)
+            }),
         )
         .route(
             "/v1/appliances/{id}/drain",

@@ -35,6 +35,7 @@ mod rebalance;
 mod reconcile;
 #[cfg(test)]
 mod simulation;
+mod slabs;
 mod view;
 mod waiting;
 mod wish;
@@ -195,6 +196,7 @@ enum AfterStore {
     HandedOver(ReplyTo),
     Disowned(ReplyTo),
     Renewed(ReplyTo),
+    Slabs(ReplyTo),
     ChangePlanned,
     ChangeOpen,
     ChangeSwitched(Option<ReplyTo>),
@@ -302,6 +304,7 @@ impl Service {
             | Request::Renew { ref name, .. }
             | Request::Resize { ref name, .. }
             | Request::Transfer { ref name, .. }
+            | Request::Slabs { ref name, .. }
             | Request::Report { ref name, .. } => {
                 let name = name.clone();
                 return self.change(reply, &name, request);
@@ -342,6 +345,7 @@ impl Service {
             Request::Resize { resize, .. } => self.resize(reply, id, resize),
             Request::Transfer { transfer, .. } => self.transfer(reply, id, &transfer),
             Request::Report { client, report, .. } => self.report(reply, id, client, report),
+            Request::Slabs { client, slabs, .. } => self.set_slabs(reply, id, client, slabs),
             Request::Delete { force, .. } => self.delete(reply, id, force),
             Request::Attach { attach, .. } => self.attach(reply, id, attach),
             Request::Detach { client, .. } => self.detach(reply, id, client),
@@ -431,6 +435,7 @@ impl Service {
                 self.finish_work(id);
             }
             AfterStore::Renewed(reply) => self.was_renewed(reply, id),
+            AfterStore::Slabs(reply) => self.answer_slabs(reply, id),
             AfterStore::ChangePlanned => self.make_change(id),
             AfterStore::ChangeOpen => self.change_is_open(id),
             AfterStore::ChangeSwitched(reply) => self.change_is_switched(id, reply),

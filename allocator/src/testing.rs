@@ -37,6 +37,7 @@ pub(crate) fn allocation(number: u128, name: &str) -> AllocationRecord {
         version: 0,
         changes: 0,
         change: None,
+        slabs: Default::default(),
     }
 }
 

@@ -148,6 +148,11 @@ impl Attachment {
         &self.map
     }
 
+    /// Who owns it, as the allocator knows it.
+    pub(crate) const fn owner(&self) -> &Owner {
+        &self.owner
+    }
+
     /// Who this is.
     pub const fn client(&self) -> ClientId {
         self.owner.client
@@ -181,7 +186,9 @@ fn owner(options: &AttachOptions) -> Result<Owner, AttachError> {
 }
 
 /// On a thread of its own: the caller may be within a runtime.
-fn block_on<T: Send>(future: impl Future<Output = Result<T, ClientError>> + Send) -> Result<T, AttachError> {
+pub(crate) fn block_on<T: Send>(
+    future: impl Future<Output = Result<T, ClientError>> + Send,
+) -> Result<T, AttachError> {
     std::thread::scope(|scope| {
         let ran = scope.spawn(|| {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();

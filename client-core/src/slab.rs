@@ -133,6 +133,26 @@ impl SlabAllocator {
         Err(SlabError::NoSpace(len))
     }
 
+    /// Carves out the slab of exactly `len` bytes, a power of two, at `offset` of a region, a multiple of `len`: one that
+    /// is known from before.
+    ///
+    /// # Errors
+    /// [`SlabError::NoSpace`] when some of it is in another slab; [`SlabError::Length`], [`SlabError::NoRegion`], and
+    /// [`SlabError::NotAllocated`] where no slab can lie there.
+    pub fn allocate_at(&mut self, region: u32, offset: u64, len: u64) -> Result<Slab, SlabError> {
+        let place = self.regions.get_mut(region as usize).and_then(Option::as_mut);
+        let found = place.ok_or(SlabError::NoRegion(region))?;
+        let order = order_of(len).filter(|order| len == PAGE_LEN << order).ok_or(SlabError::Length(len))?;
+        let end = offset.checked_add(len).filter(|end| *end <= found.pages() * PAGE_LEN);
+        if end.is_none() || !offset.is_multiple_of(len) {
+            return Err(SlabError::NotAllocated);
+        }
+        match found.take_at((offset / PAGE_LEN) as u32, order) {
+            true => Ok(Slab { region, offset, len }),
+            false => Err(SlabError::NoSpace(len)),
+        }
+    }
+
     /// Gives a slab back.
     ///
     /// # Errors
@@ -186,6 +206,24 @@ impl Region {
 
     const fn pages(&self) -> u64 {
         1 << self.order
+    }
+
+    /// The block of this order at this page, split off the free one that it is in. False when there is none.
+    fn take_at(&mut self, page: u32, order: u8) -> bool {
+        let head = |order: u8| page & !((1_u32 << order) - 1);
+        let found = (order..=self.order).find(|found| self.heads[head(*found) as usize] == FREE | *found);
+        let Some(mut found) = found else { return false };
+        self.unlink(head(found), found);
+        while found > order {
+            let whole = head(found);
+            found -= 1;
+            // The half that it is not in stays free.
+            let half = if head(found) == whole { whole + (1 << found) } else { whole };
+            self.push(half, found);
+        }
+        self.heads[page as usize] = USED | order;
+        self.free_pages -= 1 << order;
+        true
     }
 
     /// A block of exactly this order, split off the smallest that is free.
@@ -302,6 +340,7 @@ mod tests {
     #[derive(Debug, Clone)]
     enum Step {
         Allocate(u64),
+        AllocateAt(u32, u64, u32),
         Free(usize),
         FreeTwice(usize),
     }
@@ -309,6 +348,9 @@ mod tests {
     fn step() -> impl Strategy<Value = Step> {
         prop_oneof![
             3 => (0..13_u32, 0..4096_u64).prop_map(|(order, less)| Step::Allocate((PAGE_LEN << order) - less)),
+            1 => (0..2_u32, 0..4096_u64, 0..13_u32).prop_map(|(region, page, order)| {
+                Step::AllocateAt(region, (page & !((1 << order) - 1)) * PAGE_LEN, order)
+            }),
             2 => any::<usize>().prop_map(Step::Free),
             1 => any::<usize>().prop_map(Step::FreeTwice),
         ]
@@ -331,6 +373,22 @@ mod tests {
                             prop_assert!(!model.has_room(regions, rounded));
                         }
                     },
+                    Step::AllocateAt(region, offset, order) => {
+                        let len = PAGE_LEN << order;
+                        let apart = |(place, other): (&(u32, u64), &u64)| {
+                            place.0 != region || place.1 >= offset + len || place.1 + other <= offset
+                        };
+                        match allocator.allocate_at(region, offset, len) {
+                            Ok(slab) => {
+                                prop_assert_eq!(slab, Slab { region, offset, len });
+                                model.add(slab, len);
+                            }
+                            Err(error) => {
+                                prop_assert_eq!(error, SlabError::NoSpace(len));
+                                prop_assert!(!model.slabs.iter().all(apart));
+                            }
+                        }
+                    }
                     Step::Free(pick) | Step::FreeTwice(pick) if !model.slabs.is_empty() => {
                         let (&(region, offset), &len) =
                             model.slabs.iter().nth(pick % model.slabs.len()).unwrap();
@@ -375,6 +433,18 @@ mod tests {
             Slab { len: u64::MAX, ..slab },
         ] {
             assert_eq!(allocator.free(wrong), Err(SlabError::NotAllocated), "{wrong:?}");
+        }
+        for (region, offset, len, error) in [
+            (7, 0, 4096, SlabError::NoRegion(7)),
+            (region, 4096, 8192, SlabError::NotAllocated),
+            (region, REGION, 4096, SlabError::NotAllocated),
+            (region, u64::MAX - 4095, 4096, SlabError::NotAllocated),
+            (region, 0, 5000, SlabError::Length(5000)),
+            (region, 0, 0, SlabError::Length(0)),
+            (region, slab.offset, 4096, SlabError::NoSpace(4096)),
+            (region, 0, REGION, SlabError::NoSpace(REGION)),
+        ] {
+            assert_eq!(allocator.allocate_at(region, offset, len), Err(error), "{region} {offset} {len}");
         }
         assert_eq!(allocator.free(slab), Ok(()));
         assert_eq!(allocator.remove_region(9), Err(SlabError::NoRegion(9)));

@@ -123,6 +123,30 @@ struct xpm_mapping *xpm_map(struct xpm_space *space,
                             uint64_t len,
                             int writable);
 
+// Makes a slab with a name, of at least `len` bytes, rounded up to a power of two and to 2 MiB: zeros. What is written to
+// it stays when the program ends, and belongs to whoever owns the allocation then. Blocks until the allocator has written it
+// down. While another slab has the name, EEXIST.
+//
+// # Safety
+// As of xpm_carve(); `name` is a string.
+struct xpm_mapping *xpm_slab_create(struct xpm_space *space,
+                                    const char *name,
+                                    uint64_t len);
+
+// Shows a slab with a name, with what it holds; writing to it is a SIGSEGV unless `writable`. While there is none, ENOENT.
+//
+// # Safety
+// As of xpm_slab_create().
+struct xpm_mapping *xpm_slab_open(struct xpm_space *space,
+                                  const char *name,
+                                  int writable);
+
+// Removes a slab with a name, which must not be mapped (EBUSY); what it held is forgotten.
+//
+// # Safety
+// As of xpm_slab_create().
+int xpm_slab_remove(struct xpm_space *space, const char *name);
+
 // Changes how many bytes of local memory may be used.
 //
 // # Safety

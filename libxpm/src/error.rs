@@ -5,7 +5,7 @@ use std::ffi::{CString, c_char, c_int};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use xpm_client::AttachError;
-use xpm_client::mapping::MapError;
+use xpm_client::mapping::{MapError, NamedSlabError};
 
 thread_local! {
     static LAST: RefCell<CString> = RefCell::default();
@@ -45,6 +45,21 @@ impl From<MapError> for Error {
             MapError::Userfaultfd(_) => libc::EPERM,
             MapError::System { error, .. } => error.raw_os_error().unwrap_or(libc::EIO),
             MapError::Io(_) => libc::EIO,
+        };
+        Error(number, error.to_string())
+    }
+}
+
+impl From<NamedSlabError> for Error {
+    fn from(error: NamedSlabError) -> Error {
+        let number = match error {
+            NamedSlabError::Allocator(error) => return error.into(),
+            NamedSlabError::Map(error) => return error.into(),
+            NamedSlabError::Exists(_) => libc::EEXIST,
+            NamedSlabError::Missing(_) => libc::ENOENT,
+            NamedSlabError::Mapped(_) => libc::EBUSY,
+            NamedSlabError::Changed(_) => libc::ESTALE,
+            NamedSlabError::Unknown { .. } => libc::EHOSTUNREACH,
         };
         Error(number, error.to_string())
     }

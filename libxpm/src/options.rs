@@ -6,6 +6,7 @@ use std::path::Path;
 use xpm_client::AttachOptions;
 use xpm_client::mapping::{Budget, Faults, SpaceOptions};
 use xpm_control::token::Token;
+use xpm_protocol::Name;
 
 use crate::error::Error;
 
@@ -84,6 +85,12 @@ pub(crate) fn read(
         )));
     }
     Ok((options.attach(name)?, |size| options.space(size)))
+}
+
+/// The name of a slab.
+pub(crate) fn name(name: *const c_char) -> Result<Name, Error> {
+    let name = text(name)?.ok_or_else(|| Error::invalid("no slab is named"))?;
+    name.parse().map_err(|error| Error::invalid(format!("slab {name:?}: {error}")))
 }
 
 fn text<'a>(text: *const c_char) -> Result<Option<&'a str>, Error> {

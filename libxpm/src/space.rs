@@ -4,7 +4,7 @@ use std::ffi::{c_char, c_int};
 use std::sync::Arc;
 
 use xpm_client::Attachment;
-use xpm_client::mapping::{Access, MappingStats, Space};
+use xpm_client::mapping::{Access, MappingStats, NamedSlabs, Space};
 
 use crate::error::{Error, boxed, status};
 use crate::mapping::xpm_mapping;
@@ -16,6 +16,12 @@ pub struct xpm_space {
     attachment: Attachment,
     /// One reference for each mapping, and this one.
     pub(crate) mappings: Arc<()>,
+}
+
+impl xpm_space {
+    fn named(&self) -> Result<NamedSlabs, Error> {
+        Ok(NamedSlabs::open(&self.attachment, &self.space)?)
+    }
 }
 
 /// What happened in a space, and what it has. Counts begin when it is opened.
@@ -132,6 +138,58 @@ pub unsafe extern "C" fn xpm_map(
         let access = if writable == 0 { Access::ReadOnly } else { Access::ReadWrite };
         let mapping = known.space.map(offset..offset.saturating_add(len), access)?;
         Ok(xpm_mapping { mapping, _counted: known.mappings.clone() })
+    })
+}
+
+/// Makes a slab with a name, of at least `len` bytes, rounded up to a power of two and to 2 MiB: zeros. What is written to
+/// it stays when the program ends, and belongs to whoever owns the allocation then. Blocks until the allocator has written it
+/// down. While another slab has the name, EEXIST.
+///
+/// # Safety
+/// As of xpm_carve(); `name` is a string.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xpm_slab_create(
+    space: *mut xpm_space,
+    name: *const c_char,
+    len: u64,
+) -> *mut xpm_mapping {
+    boxed(|| {
+        // SAFETY: by the caller's word.
+        let known = unsafe { known(space) }?;
+        let mapping = known.named()?.create(&options::name(name)?, len)?;
+        Ok(xpm_mapping { mapping, _counted: known.mappings.clone() })
+    })
+}
+
+/// Shows a slab with a name, with what it holds; writing to it is a SIGSEGV unless `writable`. While there is none, ENOENT.
+///
+/// # Safety
+/// As of xpm_slab_create().
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xpm_slab_open(
+    space: *mut xpm_space,
+    name: *const c_char,
+    writable: c_int,
+) -> *mut xpm_mapping {
+    boxed(|| {
+        // SAFETY: by the caller's word.
+        let known = unsafe { known(space) }?;
+        let access = if writable == 0 { Access::ReadOnly } else { Access::ReadWrite };
+        let mapping = known.named()?.get(&options::name(name)?, access)?;
+        Ok(xpm_mapping { mapping, _counted: known.mappings.clone() })
+    })
+}
+
+/// Removes a slab with a name, which must not be mapped (EBUSY); what it held is forgotten.
+///
+/// # Safety
+/// As of xpm_slab_create().
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xpm_slab_remove(space: *mut xpm_space, name: *const c_char) -> c_int {
+    status(|| {
+        // SAFETY: by the caller's word.
+        let known = unsafe { known(space) }?;
+        Ok(known.named()?.remove(&options::name(name)?)?)
     })
 }
 

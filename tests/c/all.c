@@ -105,12 +105,28 @@ int main(int argc, char **argv)
 	CHECK(xpm_set_budget(space, 4 * MIB) == 0 && xpm_set_budget(space, 0) == -EINVAL);
 	CHECK(xpm_stats(space, &statistics) == 0 && statistics.budget == 4 * MIB && statistics.written > 0);
 	CHECK(xpm_stats(space, NULL) == -EINVAL);
+	struct xpm_mapping *named = xpm_slab_create(space, "words", 3 * MIB);
+	CHECK(named && xpm_length(named) == 4 * MIB);
+	CHECK(!xpm_slab_create(space, "words", 1) && errno == EEXIST);
+	CHECK(!xpm_slab_create(space, "no name!", 1) && errno == EINVAL);
+	CHECK(!xpm_slab_create(space, NULL, 1) && errno == EINVAL);
+	CHECK(!xpm_slab_open(space, "other", 0) && errno == ENOENT);
+	CHECK(xpm_slab_remove(space, "words") == -EBUSY);
+	strcpy(xpm_address(named), "stays");
+	xpm_unmap(named);
 	xpm_unmap(slab);
 	xpm_unmap(copy);
 	xpm_unmap(kept);
 	CHECK(xpm_close(space) == 0);
 
 	// What stays is there again.
+	space = xpm_open(argv[1], &options);
+	CHECK(space);
+	named = xpm_slab_open(space, "words", 0);
+	CHECK(named && strcmp(xpm_address(named), "stays") == 0);
+	xpm_unmap(named);
+	CHECK(xpm_slab_remove(space, "words") == 0 && xpm_slab_remove(space, "words") == -ENOENT);
+	CHECK(xpm_close(space) == 0);
 	options.kept = UINT64_MAX;
 	options.threads = 0;
 	space = xpm_open(argv[1], &options);

@@ -205,6 +205,7 @@ mod tests {
             region_len: ByteSize(1 << 24),
             grants: Vec::new(),
             regions: Vec::new(),
+            slabs: Default::default(),
         };
         Record::new(serde_json::from_str(&text).unwrap(), map, u128::MAX)
     }

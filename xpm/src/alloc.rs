@@ -283,6 +283,14 @@ fn show(allocation: &Allocation) -> String {
     }
     text.push('\n');
     text.push_str(&table.render());
+    if !allocation.slabs.slabs.is_empty() {
+        let mut table = Table::new(&["SLAB", ">LENGTH", ">AT"]);
+        for (name, place) in &allocation.slabs.slabs {
+            table.row([name.to_string(), place.len.to_string(), place.offset.to_string()]);
+        }
+        text.push('\n');
+        text.push_str(&table.render());
+    }
     text
 }
 

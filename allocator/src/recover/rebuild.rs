@@ -51,7 +51,7 @@ impl Told {
 
 /// The larger, the newer: a change of owner, then a change of place, then what happens within both. Within one
 /// ownership nobody has it first, then whom it was handed to, then the owner with its keys, then nobody.
-fn age(record: &AllocationRecord) -> (Epoch, u64, u64, bool, u8, u64) {
+fn age(record: &AllocationRecord) -> (Epoch, u64, u64, bool, u8, u64, u64) {
     let owned = match (&record.owner, record.revealed) {
         (None, false) => 0,
         (Some(_), false) => 1,
@@ -59,7 +59,7 @@ fn age(record: &AllocationRecord) -> (Epoch, u64, u64, bool, u8, u64) {
         (None, true) => 3,
     };
     let ends = record.terms.lease.map_or(0, |lease| lease.ends);
-    (record.epoch, record.changes, record.version, record.change.is_none(), owned, ends)
+    (record.epoch, record.changes, record.version, record.change.is_none(), owned, record.slabs.number, ends)
 }
 
 /// What is there, and what was built on it.
@@ -123,6 +123,7 @@ impl Site {
             version: map.version,
             changes: map.version,
             change: None,
+            slabs: map.slabs.clone(),
         })
     }
 

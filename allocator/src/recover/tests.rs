@@ -47,6 +47,7 @@ fn map(record: &AllocationRecord) -> Map {
         region_len: ByteSize(record.region_len),
         grants: grants.collect(),
         regions: record.slots.clone(),
+        slabs: record.slabs.clone(),
     }
 }
 

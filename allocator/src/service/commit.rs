@@ -107,6 +107,7 @@ impl Service {
             version: 0,
             changes: 0,
             change: None,
+            slabs: Default::default(),
         })
     }
 

@@ -99,6 +99,12 @@ pub enum Request {
         client: ClientId,
         report: api::Report,
     },
+    /// Slabs with names that the owner carved or gave up.
+    Slabs {
+        name: Name,
+        client: ClientId,
+        slabs: api::SlabMap,
+    },
     Drain {
         id: ApplianceId,
         drain: api::Drain,
@@ -142,6 +148,7 @@ pub enum Outcome {
     Allocation(Box<api::Allocation>),
     Allocations(Vec<api::Allocation>),
     Map(Box<api::Map>),
+    Slabs(api::SlabMap),
     Decision(Box<Decision>),
     Usage(Vec<api::Usage>),
     Client(api::Client),

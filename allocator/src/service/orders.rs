@@ -44,7 +44,7 @@ impl Service {
         self.answer_orders(reply, id);
     }
 
-    fn check_owner(&mut self, id: AllocationId, client: ClientId) -> Result<(), ApiError> {
+    pub(super) fn check_owner(&mut self, id: AllocationId, client: ClientId) -> Result<(), ApiError> {
         let record = &self.entry(id).record;
         match &record.owner {
             Some(owner) if owner.client == client => Ok(()),

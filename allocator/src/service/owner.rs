@@ -198,6 +198,7 @@ impl Service {
             region_len: ByteSize(record.region_len),
             grants,
             regions: record.slots,
+            slabs: record.slabs,
         })
     }
 }

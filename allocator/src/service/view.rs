@@ -119,6 +119,7 @@ impl Service {
             followed: self.allocations[&id].side.followed.clone(),
             refused: self.allocations[&id].side.refused.clone(),
             warnings: Vec::new(),
+            slabs: record.slabs.clone(),
         }
     }
 

@@ -253,6 +253,7 @@ impl Service {
             followed: None,
             refused: None,
             warnings: Vec::new(),
+            slabs: Default::default(),
         }
     }
 

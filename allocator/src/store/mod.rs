@@ -29,7 +29,8 @@ pub use writer::Writer;
 ///   one without documents and decisions, and its allocations as without terms.
 /// - 3: allocations have a map version, changes and a change, grants the one that they take over from,
 ///   appliances a drain. A store of schema 2 is read as one without any of these.
-pub const SCHEMA: u64 = 3;
+/// - 4: allocations have slabs with names. A store of schema 3 is read as one without any.
+pub const SCHEMA: u64 = 4;
 
 /// One change of what is remembered.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
-use xpm_protocol::api::allocator::{ChangeKind, EndReason, Owner, RegionSlot};
+use xpm_protocol::api::allocator::{ChangeKind, EndReason, Owner, RegionSlot, SlabMap};
 use xpm_protocol::api::appliance;
 use xpm_protocol::policy::Labels;
 use xpm_protocol::{AllocationId, ApplianceId, Epoch, GrantId, GrantKey, Layout, LinkSpeed, Name, RegionId};
@@ -56,6 +56,9 @@ pub struct AllocationRecord {
     /// A change of where it lies that is not over.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub change: Option<Box<ChangeRecord>>,
+    /// Slabs with names.
+    #[serde(default, skip_serializing_if = "SlabMap::is_empty")]
+    pub slabs: SlabMap,
 }
 
 /// A change of where an allocation lies, which is not over. It has two sides: what the record says otherwise

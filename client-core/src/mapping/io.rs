@@ -173,6 +173,12 @@ impl Io {
         Ok(())
     }
 
+    /// Makes pages that nobody has in local memory zeros in external memory.
+    pub(super) fn trim(&mut self, first: u32, pages: u32) -> Result<(), IoError> {
+        let (offset, len) = (u64::from(first) * PAGE as u64, u64::from(pages) * PAGE as u64);
+        self.carry_out(Kind::Trim, offset, len, None)
+    }
+
     /// Forgets pages of a slab that nobody uses any more.
     pub(super) fn forget(&mut self, first: u32, pages: u32) {
         let pager = self.pager.clone();
@@ -196,8 +202,7 @@ impl Io {
         pager.wake_starving();
         if written {
             // What cannot be given back now is given back with the allocation.
-            let (offset, len) = (u64::from(first) * PAGE as u64, u64::from(pages) * PAGE as u64);
-            let _ = self.carry_out(Kind::Trim, offset, len, None);
+            let _ = self.trim(first, pages);
         }
     }
 

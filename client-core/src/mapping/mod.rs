@@ -27,6 +27,7 @@ mod fetch;
 mod heap;
 mod inline;
 mod io;
+mod named;
 mod pager;
 mod pages;
 mod policy;
@@ -52,6 +53,8 @@ use self::fetch::Fetcher;
 pub use self::heap::SpaceAllocator;
 use self::inline::Registered;
 use self::io::Io;
+use self::named::Known;
+pub use self::named::{NamedSlabError, NamedSlabs};
 use self::pager::{CHUNK, Pager, Shared};
 use self::prefetch::{Habit, WINDOW_MAX};
 use self::tend::Tender;
@@ -221,6 +224,8 @@ struct Inner {
     pager: Shared,
     io: Arc<Mutex<Io>>,
     carver: Mutex<Carver>,
+    /// Slabs with names; nothing else is carved where they are.
+    named: Mutex<Known>,
     /// Ranges that are mapped by range, in pages: the first, and the first behind it.
     mapped: Mutex<BTreeMap<u32, u32>>,
     kept: u64,
@@ -253,6 +258,8 @@ impl Space {
             )));
         }
         check_kept(options.kept, size)?;
+        let mut carver = Carver::new(options.kept, size);
+        let named = Known::place(volume.slabs(), &mut carver)?;
         let handlers = match options.faults {
             Faults::Handled(0) => {
                 return Err(MapError::Invalid("no threads to bring pages: choose one or more".to_owned()));
@@ -280,6 +287,7 @@ impl Space {
         if behind > 0 {
             pager.set_fresh(kept_pages, behind);
         }
+        named.parts().for_each(|(first, pages)| pager.set_kept(first, pages));
         let io = Arc::new(Mutex::new(Io::new(pager.clone(), &volume).map_err(system("open a channel"))?));
         let inline = match options.faults {
             Faults::Handled(_) => None,
@@ -290,7 +298,8 @@ impl Space {
         let threads = signals::blocked(|| start(&pager, &volume, options.budget, handlers, tender))?;
         let inner = Inner {
             io,
-            carver: Mutex::new(Carver::new(options.kept, size)),
+            carver: Mutex::new(carver),
+            named: Mutex::new(named),
             mapped: Mutex::default(),
             kept: options.kept,
             size,
@@ -328,6 +337,11 @@ impl Space {
             return Err(MapError::Range { start, end, kept, size });
         }
         let (first, behind) = ((start / PAGE as u64) as u32, (end / PAGE as u64) as u32);
+        self.map_pages(first, behind, access)
+    }
+
+    /// Maps pages with what they hold, which stays.
+    fn map_pages(&self, first: u32, behind: u32, access: Access) -> Result<Mapping, MapError> {
         let mut mapped = self.inner.mapped();
         let before = mapped.range(..behind).next_back().filter(|(_, other)| **other > first);
         if let Some((other, other_behind)) = before {
@@ -339,7 +353,8 @@ impl Space {
         }
         mapped.insert(first, behind);
         drop(mapped);
-        Ok(self.mapping(start, end - start, Kind::Range(access)))
+        let (start, len) = (u64::from(first) * PAGE as u64, u64::from(behind - first) * PAGE as u64);
+        Ok(self.mapping(start, len, Kind::Range(access)))
     }
 
     /// A slab with what another mapping holds now, page by page as it is used: writes go to the slab only. The other one must
@@ -548,6 +563,12 @@ impl Carver {
             base += len;
         }
         carver
+    }
+
+    /// The slab that is at this place of the window.
+    fn carve_at(&mut self, offset: u64, len: u64) -> Result<Slab, SlabError> {
+        let region = self.bases.iter().rposition(|base| *base <= offset).ok_or(SlabError::NotAllocated)?;
+        self.slabs.allocate_at(region as u32, offset - self.bases[region], len)
     }
 
     /// A slab, and where it is in the window.

@@ -167,6 +167,13 @@ impl Pager {
         self.flag(first, count, FRESH, 0);
     }
 
+    /// Pages with content of before in external memory.
+    pub(super) fn set_kept(&self, first: u32, count: u32) {
+        self.flag(first, count, 0, FRESH);
+        // As in `set_lent`.
+        fence(Ordering::SeqCst);
+    }
+
     /// What was not written of whole chunks is where these pages have it, and zeros behind them; none: at its own place
     /// again. Pages that came before have to be forgotten afterwards.
     pub(super) fn set_lent(&self, first: u32, count: u32, source: Option<&Range<u32>>) {

@@ -10,7 +10,7 @@ use xpm_control::client::{Client, ClientError};
 use xpm_control::error_line;
 use xpm_control::token::Token;
 use xpm_protocol::api::ErrorKind;
-use xpm_protocol::api::allocator::{Attach, Event, Map, Orders, Report};
+use xpm_protocol::api::allocator::{Allocation, Attach, Event, Map, Orders, Report, SlabMap};
 use xpm_protocol::{ClientId, HostId, Name};
 
 pub(crate) use self::follow::Follower;
@@ -63,6 +63,22 @@ impl Owner {
         self.allocator.delete(&format!("/v1/allocations/{name}/owner/{}", self.client)).await
     }
 
+    /// Slabs of an allocation that have names.
+    ///
+    /// # Errors
+    /// As of [`Owner::own`].
+    pub async fn slabs(&self, name: &Name) -> Result<SlabMap, ClientError> {
+        Ok(self.allocator.get::<Allocation>(&format!("/v1/allocations/{name}")).await?.slabs)
+    }
+
+    /// Makes this the map of them, if it follows the one that the allocator has.
+    ///
+    /// # Errors
+    /// As of [`Owner::own`]; without an answer it may be the map, or not.
+    pub async fn set_slabs(&self, name: &Name, slabs: &SlabMap) -> Result<SlabMap, ClientError> {
+        self.allocator.put(&format!("/v1/allocations/{name}/slabs/{}", self.client), slabs).await
+    }
+
     /// What the allocator wants done.
     ///
     /// # Errors
@@ -103,7 +119,7 @@ impl Owner {
 }
 
 /// Whether a refusal says what holds, and not only that nobody could say it now.
-const fn is_final(kind: ErrorKind) -> bool {
+pub(crate) const fn is_final(kind: ErrorKind) -> bool {
     !matches!(
         kind,
         ErrorKind::Unavailable | ErrorKind::NotLeader | ErrorKind::Internal | ErrorKind::Unauthorized

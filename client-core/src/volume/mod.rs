@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use xpm_protocol::HostId;
-use xpm_protocol::api::allocator::Map;
+use xpm_protocol::api::allocator::{Map, SlabMap};
 use xpm_protocol::api::appliance::Counters;
 use xpm_protocol::api::blk::{DeviceState, Hold, LinkState, LinkStatus, TransportKind};
 use xpm_transport::io::{IoError, Kind};
@@ -101,6 +101,8 @@ struct Inner {
     shared: Arc<Shared>,
     options: VolumeOptions,
     links: LinkOptions,
+    /// Slabs with names, as they were when it was opened.
+    slabs: SlabMap,
     queues: AtomicU16,
     /// A channel without I/O, from the start until there is another one: it connects, so that it is
     /// known whether the appliances can be reached before somebody has to wait for them.
@@ -182,7 +184,9 @@ impl Volume {
             let connector = Connector::start(grant.clone(), links.clone()).map_err(OpenError::Thread)?;
             shared.live().ways.push(Some(connector));
         }
-        let inner = Inner { shared, options, links, queues: AtomicU16::new(0), probe: Mutex::default() };
+        let slabs = map.slabs.clone();
+        let inner =
+            Inner { shared, options, links, slabs, queues: AtomicU16::new(0), probe: Mutex::default() };
         let probe = inner.channel().map_err(OpenError::Thread)?;
         *inner.probe() = Some(probe);
         Ok(Volume { inner: Arc::new(inner) })
@@ -196,6 +200,11 @@ impl Volume {
     /// Whether a change waits until channels have followed, which a look at them lets them.
     pub(crate) fn waits_for_channels(&self) -> bool {
         self.inner.shared.live().members.iter().any(|member| member.mailbox.is_waited_for())
+    }
+
+    /// Slabs with names, as they were when it was opened.
+    pub(crate) fn slabs(&self) -> &SlabMap {
+        &self.inner.slabs
     }
 
     /// Operations that each channel takes at once.

@@ -51,6 +51,7 @@ pub(super) fn map(layout: Layout, rows: u32, grants: u32, size: u64) -> Map {
         regions: (0..regions)
             .map(|region| RegionSlot { grant: region % grants, slot: region / grants })
             .collect(),
+        slabs: Default::default(),
     }
 }
 

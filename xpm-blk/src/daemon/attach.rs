@@ -60,6 +60,15 @@ impl Daemon {
         let form = request.form.clone();
         blocking(move || check_support(&form)).await?;
         let map = self.own(&request).await?;
+        if let Some(slab) = map.slabs.slabs.keys().next() {
+            let line = format!(
+                "allocation {} has slabs with names, such as `{slab}`, which a device would write over: remove them by the \
+                 program that made them, or use another allocation",
+                request.name
+            );
+            self.disown(&request.name).await;
+            return Err(DeviceError::new(ErrorKind::Conflict, line));
+        }
         let session = xpm_control::random::u128().at("make a session number")?;
         let name = request.name.clone();
         let record = Record::new(request, map, session);

@@ -96,6 +96,7 @@ impl Service {
             return Ok(None);
         }
         if size < record.size {
+            self.check_slabs_within(id, size)?;
             return Ok(Some((ChangeKind::Shrink, size, vec![Place::Stay; regions])));
         }
         let mut places = vec![Place::Stay; record.slots.len()];

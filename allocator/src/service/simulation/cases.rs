@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use xpm_control::server::ApiError;
 use xpm_protocol::api::ErrorKind;
-use xpm_protocol::api::allocator::Map;
-use xpm_protocol::{ApplianceId, Epoch};
+use xpm_protocol::api::allocator::{Map, Resize, SlabMap, SlabPlace};
+use xpm_protocol::{ApplianceId, ByteSize, ClientId, Epoch, Name};
 
 use super::super::{Effect, Event, Outcome, ReplyTo, Request};
 use super::world::{Fate, World};
@@ -58,6 +58,50 @@ fn a_new_owner_cuts_the_old_one_off() {
     world.answer(detach("a", 2)).unwrap();
     let third = map(world.answer(attach("a", 1, false)));
     assert_eq!(third.epoch, second.epoch.next(), "keys once known are never valid for another");
+    world.check();
+}
+
+#[test]
+fn slabs_with_names_are_kept_for_the_next_owner() {
+    let mut world = World::new(&[64 * MIB; 2]);
+    world.answer(create("a", 64, Some(2))).unwrap();
+    let slab = |name: &str, at: u64, len: u64| {
+        (name.parse().unwrap(), SlabPlace { offset: ByteSize(at * MIB), len: ByteSize(len * MIB) })
+    };
+    let set = |client: u128, number: u64, slabs: &[(Name, SlabPlace)]| Request::Slabs {
+        name: "a".parse().unwrap(),
+        client: ClientId::from_u128(client),
+        slabs: SlabMap { number, slabs: slabs.iter().cloned().collect() },
+    };
+    let two = [slab("x", 0, 16), slab("y", 16, 2)];
+    assert_eq!(kind(world.answer(set(1, 1, &two))), ErrorKind::Conflict, "nobody owns it");
+    assert_eq!(map(world.answer(attach("a", 1, false))).slabs, SlabMap::default());
+    world.answer(set(1, 1, &two)).unwrap();
+    world.answer(set(1, 1, &two)).unwrap();
+    assert_eq!(kind(world.answer(set(1, 1, &two[..1]))), ErrorKind::Conflict, "another one has this number");
+    assert_eq!(kind(world.answer(set(1, 3, &two[..1]))), ErrorKind::Conflict, "one is missing in between");
+    for wrong in [
+        vec![slab("x", 0, 16), slab("y", 8, 8)],
+        vec![slab("x", 1, 2)],
+        vec![slab("x", 0, 1)],
+        vec![slab("x", 0, 6)],
+        vec![slab("x", 62, 4)],
+        vec![slab("x", 1 << 43, 2)],
+        (0..257).map(|n| slab(&format!("s{n}"), 0, 2)).collect(),
+    ] {
+        assert_eq!(kind(world.answer(set(1, 2, &wrong))), ErrorKind::Invalid, "{wrong:?}");
+    }
+    let smaller =
+        |to: u64| Request::Resize { name: "a".parse().unwrap(), resize: Resize { size: ByteSize(to * MIB) } };
+    assert_eq!(kind(world.answer(smaller(16))), ErrorKind::Conflict);
+    world.crash(false);
+    world.mend();
+    world.answer(detach("a", 1)).unwrap();
+    let known = map(world.answer(attach("a", 2, false))).slabs;
+    assert_eq!(known, SlabMap { number: 1, slabs: two.iter().cloned().collect() });
+    assert_eq!(kind(world.answer(set(1, 2, &[]))), ErrorKind::Conflict, "it is not the owner any more");
+    world.answer(set(2, 2, &[])).unwrap();
+    assert_eq!(map(world.answer(attach("a", 2, false))).slabs, SlabMap { number: 2, ..SlabMap::default() });
     world.check();
 }
 

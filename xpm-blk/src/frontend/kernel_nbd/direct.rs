@@ -298,6 +298,7 @@ mod tests {
             region_len: ByteSize(1 << 24),
             grants: vec![grant; grants as usize],
             regions: regions.iter().map(|&(grant, slot)| RegionSlot { grant, slot }).collect(),
+            slabs: Default::default(),
         }
     }
 
