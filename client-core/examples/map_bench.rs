@@ -1,5 +1,6 @@
 //! Measures direct mapping beside its floor, for `cargo xtask bench map`: `map_bench floor` measures faults that are
-//! resolved from local memory, `map_bench URL NAME TRANSPORT MODE` everything else. Prints a JSON object a line.
+//! resolved from local memory, `map_bench URL NAME TRANSPORT MODE` everything else. `map_bench kernel PART [FILE]` touches memory that the
+//! kernel takes away and brings back, anonymous or of a file, in a cgroup that lets it have PART percent. Prints a JSON object a line.
 
 #![allow(unsafe_code)]
 
@@ -27,11 +28,12 @@ fn main() -> Outcome<()> {
     let words: Vec<String> = std::env::args().skip(1).collect();
     match words.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["floor"] => floor::run(),
+        ["kernel", part, ref file @ ..] => kernel(part.parse()?, file.first().copied()),
         [url, name, transport, mode] => {
             let faults = if mode == "inline" { Faults::Inline } else { Faults::Handled(1) };
             measure(url, name, transport, faults)
         }
-        _ => Err("usage: map_bench floor | map_bench URL NAME TRANSPORT inline|handled".into()),
+        _ => Err("usage: map_bench floor | map_bench kernel PART [FILE] | map_bench URL NAME TRANSPORT inline|handled".into()),
     }
 }
 
@@ -205,30 +207,62 @@ fn scan(mapping: &Mapping) -> Outcome<()> {
 
 /// With budgets of parts of it: touches in a row, twice, and at random, where a part is used much more than the rest.
 fn pressed(space: &Space, mapping: &Mapping) -> Outcome<()> {
-    let pages = mapping.len() / PAGE;
     for part in [25, 50, 75, 100] {
         mapping.advise(0..mapping.len(), Advice::DontNeed)?;
         space.set_budget(LEN * part / 100 + MIB)?;
-        let began = Instant::now();
-        (0..2 * pages).for_each(|step| touch(mapping, step % pages));
-        say(
-            &format!("scan twice, {part} % local"),
-            "mpages_s",
-            2.0 * pages as f64 / began.elapsed().as_micros() as f64,
-        );
-        let (mut dice, steps) = (Dice(part), 8 * TOUCHES);
-        let began = Instant::now();
-        for _ in 0..steps {
-            let within = if dice.below(10) < 8 { pages / 5 } else { pages };
-            touch(mapping, dice.below(within));
-        }
-        say(
-            &format!("random 80/20, {part} % local"),
-            "mpages_s",
-            steps as f64 / began.elapsed().as_micros() as f64,
-        );
+        touches(part, mapping.len() / PAGE, |page| touch(mapping, page));
     }
     Ok(space.set_budget(2 * LEN)?)
+}
+
+fn touches(part: u64, pages: usize, touch: impl Fn(usize)) {
+    let began = Instant::now();
+    (0..2 * pages).for_each(|step| touch(step % pages));
+    say(
+        &format!("scan twice, {part} % local"),
+        "mpages_s",
+        2.0 * pages as f64 / began.elapsed().as_micros() as f64,
+    );
+    let (mut dice, steps) = (Dice(part), 8 * TOUCHES);
+    let began = Instant::now();
+    for _ in 0..steps {
+        let within = if dice.below(10) < 8 { pages / 5 } else { pages };
+        touch(dice.below(within));
+    }
+    say(
+        &format!("random 80/20, {part} % local"),
+        "mpages_s",
+        steps as f64 / began.elapsed().as_micros() as f64,
+    );
+}
+
+/// The same by the kernel: swap, or the pages of a file. What is in them cannot be compressed.
+fn kernel(part: u64, file: Option<&str>) -> Outcome<()> {
+    let (prot, len) = (libc::PROT_READ | libc::PROT_WRITE, LEN as usize);
+    let file = file.map(|path| std::fs::File::options().read(true).write(true).open(path)).transpose()?;
+    let (flags, fd) = match &file {
+        Some(file) => (libc::MAP_SHARED, std::os::fd::AsRawFd::as_raw_fd(file)),
+        None => (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1),
+    };
+    // SAFETY: a new mapping at an address of the kernel's choice.
+    let address = unsafe { libc::mmap(null_mut(), len, prot, flags, fd, 0) };
+    if address == libc::MAP_FAILED {
+        return Err(std::io::Error::last_os_error().into());
+    }
+    // SAFETY: mapped above until the end of the process, aligned to pages; it is accessed as atomics only.
+    let words = unsafe { std::slice::from_raw_parts(address.cast::<AtomicU64>(), len / 8) };
+    let mut dice = Dice(part);
+    for (at, word) in words.iter().enumerate() {
+        let value = if at % (PAGE / 8) == 0 { at / (PAGE / 8) + 1 } else { dice.below(1 << 31) << 32 | dice.below(1 << 31) << 1 };
+        word.store(value as u64, Ordering::Relaxed);
+    }
+    if let Some(file) = file {
+        file.sync_all()?;
+    }
+    touches(part, len / PAGE, |page| {
+        assert_eq!(words[page * PAGE / 8].load(Ordering::Relaxed), page as u64 + 1, "page {page}");
+    });
+    Ok(())
 }
 
 fn carve(space: &Space) -> Outcome<()> {

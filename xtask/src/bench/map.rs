@@ -2,7 +2,8 @@
 //!
 //! 1. A fault, in line and by a handler, over each transport, against its floor in the same run: a fault of userfaultfd resolved from
 //!    local memory, and a read of 4 KiB by the transport alone.
-//! 2. Touches in a row and at random with budgets of a part of the data.
+//! 2. Touches in a row and at random with budgets of a part of the data, against the kernel's swap to zram and its page cache of a
+//!    file of nbdfuse, each in a memory cgroup that has as much.
 //! 3. Faults a second for several threads.
 //! 4. A scan in a row against what the transport reads in a row.
 //! 5. Carving a slab, to its first byte.
@@ -17,6 +18,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
+use super::kernel_memory::{self, Rates};
 use super::report::{Report, Row, median};
 use super::servers::{Bench, Process, free_port, retry};
 
@@ -33,6 +35,7 @@ pub(crate) fn run(bin: &Path, report: &mut Report) -> Result<()> {
     let _appliance = appliance(&bench, &allocator)?;
     let site = Site { bin, allocator };
     retry(|| site.xpm(&["alloc", "create", "v", "--size", "512MiB"]))?;
+    let kernel = kernel_memory::measure(&bench, report)?;
     for mode in ["inline", "handled"] {
         for transport in TRANSPORTS {
             report.note(&format!("map: faults {mode} over {transport}, {ROUNDS} rounds"));
@@ -41,7 +44,7 @@ pub(crate) fn run(bin: &Path, report: &mut Report) -> Result<()> {
                 gather(&mut figures, &site.measure(&["floor"])?)?;
                 gather(&mut figures, &site.measure(&[&site.allocator, "v", transport, mode])?)?;
             }
-            rows(&Medians(&figures), mode, transport, report)?;
+            rows(&Medians(&figures), mode, transport, &kernel, report)?;
         }
     }
     site.xpm(&["alloc", "delete", "v"])?;
@@ -119,7 +122,13 @@ impl Medians<'_> {
     }
 }
 
-fn rows(medians: &Medians<'_>, mode: &str, transport: &str, report: &mut Report) -> Result<()> {
+fn rows(
+    medians: &Medians<'_>,
+    mode: &str,
+    transport: &str,
+    kernel: &Rates,
+    report: &mut Report,
+) -> Result<()> {
     let case = |what: &str| format!("{mode} {transport}: {what}");
     for metric in ["p50", "p99"] {
         let floor = medians.of(&format!("floor {mode}"), metric)? + medians.of("raw 4 KiB", metric)?;
@@ -144,6 +153,17 @@ fn rows(medians: &Medians<'_>, mode: &str, transport: &str, report: &mut Report)
             let what = format!("{what}, {part} % local");
             let rate = medians.of(&what, "mpages_s")?;
             report.row(&alone(case(&what), ("rate", "Mpages/s"), rate, None));
+            for (peer, rate_of_peer) in kernel.of(&what) {
+                let row = against(
+                    case(&what),
+                    ("rate", "Mpages/s"),
+                    rate,
+                    (peer, rate_of_peer),
+                    rate / rate_of_peer,
+                    0.0,
+                );
+                report.row(&Row { goal: None, ok: None, ..row });
+            }
         }
     }
     let usable = medians.of("carve and first write", "p50")?;
@@ -208,6 +228,34 @@ fn programs(site: &Site<'_>, dir: &Path, report: &mut Report) -> Result<()> {
         };
         report.row(&row);
     }
+    redis(site, dir, report)
+}
+
+/// Values for about 300 MiB are set and got.
+fn redis(site: &Site<'_>, dir: &Path, report: &mut Report) -> Result<()> {
+    report.note("map: redis-server under redis-benchmark, all local and half local");
+    // The server by its other name, under which it comes without a service of the system.
+    let server = dir.join("redis-server");
+    std::os::unix::fs::symlink("/usr/bin/redis-check-rdb", &server)?;
+    let socket = dir.join("redis.sock").display().to_string();
+    let server = server.display().to_string();
+    let words = [&server, "--port", "0", "--unixsocket", &socket, "--save", "", "--appendonly", "no"];
+    let timed = |command: &mut Command, log: &str| -> Result<f64> {
+        let mut process = Process::start(command, &dir.join(log))?;
+        let cli = |words: &[&str]| Command::new("redis-cli").args(["-s", &socket]).args(words).output();
+        process.wait_for("redis-server", || cli(&["ping"]).is_ok_and(|output| output.stdout == b"PONG\n"))?;
+        let load =
+            ["-s", &socket, "-t", "set,get", "-d", "1000", "-r", "250000", "-n", "500000", "-P", "16", "-q"];
+        let time = seconds(Command::new("redis-benchmark").args(load));
+        cli(&["shutdown", "nosave"])?;
+        time
+    };
+    let local = timed(Command::new(words[0]).args(&words[1..]), "redis-local.log")?;
+    let run = ["run", "--size", "2GiB", "--local", "128MiB", "--"];
+    let half = timed(&mut site.command(&[&run[..], &words].concat()), "redis-half.log")?;
+    let row =
+        against("xpm run: redis".to_owned(), ("time", "s"), half, ("all local", local), local / half, 0.0);
+    report.row(&Row { goal: None, ok: None, ..row });
     Ok(())
 }
 

@@ -5,6 +5,7 @@ mod blk;
 mod client;
 mod fio;
 mod guest;
+mod kernel_memory;
 mod lab_blk;
 mod life;
 mod load;
