@@ -253,7 +253,11 @@ fn kernel(part: u64, file: Option<&str>) -> Outcome<()> {
     let words = unsafe { std::slice::from_raw_parts(address.cast::<AtomicU64>(), len / 8) };
     let mut dice = Dice(part);
     for (at, word) in words.iter().enumerate() {
-        let value = if at % (PAGE / 8) == 0 { at / (PAGE / 8) + 1 } else { dice.below(1 << 31) << 32 | dice.below(1 << 31) << 1 };
+        let value = if at % (PAGE / 8) == 0 {
+            at / (PAGE / 8) + 1
+        } else {
+            dice.below(1 << 31) << 32 | dice.below(1 << 31) << 1
+        };
         word.store(value as u64, Ordering::Relaxed);
     }
     if let Some(file) = file {

@@ -190,10 +190,11 @@ pub(crate) fn block_on<T: Send>(
     future: impl Future<Output = Result<T, ClientError>> + Send,
 ) -> Result<T, AttachError> {
     std::thread::scope(|scope| {
-        let ran = scope.spawn(|| {
+        let run = || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
             Ok(runtime.map_err(AttachError::System)?.block_on(future)?)
-        });
+        };
+        let ran = crate::signals::blocked(|| scope.spawn(run));
         ran.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
 }

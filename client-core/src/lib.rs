@@ -9,6 +9,7 @@
 mod attach;
 pub mod mapping;
 pub mod owner;
+mod signals;
 pub mod slab;
 pub mod volume;
 

@@ -637,3 +637,32 @@ fn slabs_with_names_are_in_the_way() {
     attachment.detach().expect("it is given back");
     assert!(cluster.xpm(&["fsck"]).status.success());
 }
+
+/// A handler of the program that touched external memory on a thread of the library would wait for that very thread.
+#[test]
+fn threads_of_the_library_take_no_signals_of_the_program() {
+    let cluster = Cluster::start(1);
+    cluster.ok(&["alloc", "create", "v", "--size", "64MiB"]);
+    let (attachment, volume) = attached(&cluster, "v", None);
+    let space = space_of(volume, Faults::Handled(2));
+    let tasks = || -> Vec<(String, String)> {
+        let entries = std::fs::read_dir("/proc/self/task").expect("threads").flatten();
+        let of = |entry: &std::fs::DirEntry, file: &str| {
+            std::fs::read_to_string(entry.path().join(file)).unwrap_or_default()
+        };
+        entries.map(|entry| (of(&entry, "comm").trim().to_owned(), of(&entry, "status"))).collect()
+    };
+    // A thread names itself.
+    for known in ["xpm-connect", "xpm-orders", "xpm-tend", "xpm-evict", "xpm-fetch-0", "xpm-fetch-1"] {
+        xpm_tests::wait_until(known, || tasks().iter().any(|(name, _)| name == known));
+    }
+    for (name, status) in tasks().iter().filter(|(name, _)| name.starts_with("xpm-")) {
+        let blocked = status.lines().find_map(|line| line.strip_prefix("SigBlk:")).expect("a mask");
+        let blocked = u64::from_str_radix(blocked.trim(), 16).expect("a number");
+        for signal in [libc::SIGUSR1, libc::SIGINT, libc::SIGCHLD, libc::SIGALRM] {
+            assert!(blocked >> (signal - 1) & 1 == 1, "{name} takes signal {signal}");
+        }
+    }
+    drop(space);
+    attachment.detach().expect("it is given back");
+}

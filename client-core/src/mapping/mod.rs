@@ -32,7 +32,6 @@ mod pager;
 mod pages;
 mod policy;
 mod prefetch;
-mod signals;
 mod sync;
 mod tend;
 mod uffd;
@@ -295,7 +294,7 @@ impl Space {
         };
         let tender =
             Tender { pager: pager.clone(), volume: volume.clone(), io: io.clone(), inline: inline.clone() };
-        let threads = signals::blocked(|| start(&pager, &volume, options.budget, handlers, tender))?;
+        let threads = crate::signals::blocked(|| start(&pager, &volume, options.budget, handlers, tender))?;
         let inner = Inner {
             io,
             carver: Mutex::new(carver),

@@ -38,7 +38,7 @@ impl Follower {
         let ending = Arc::new(Ending::default());
         let follow = Follow { owner, name, version, volume, ending: ending.clone() };
         let builder = std::thread::Builder::new().name("xpm-orders".to_owned());
-        let thread = builder.spawn(move || runtime.block_on(follow.run()))?;
+        let thread = crate::signals::blocked(|| builder.spawn(move || runtime.block_on(follow.run())))?;
         Ok(Follower { ending, thread: Some(thread) })
     }
 }

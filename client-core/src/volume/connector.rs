@@ -76,7 +76,8 @@ impl Connector {
     pub(super) fn start(grant: Grant, options: LinkOptions) -> io::Result<Arc<Connector>> {
         let connector = Arc::new(Connector::idle(grant, options));
         let thread = connector.clone();
-        std::thread::Builder::new().name("xpm-connect".to_owned()).spawn(move || Work::new(thread).run())?;
+        let builder = std::thread::Builder::new().name("xpm-connect".to_owned());
+        crate::signals::blocked(|| builder.spawn(move || Work::new(thread).run()))?;
         Ok(connector)
     }
 
