@@ -111,7 +111,7 @@ impl Memory {
         unsafe { IoBuf::new(self.base.add(offset as usize), len) }
     }
 
-    /// Reads from `offset` on into `bytes`, up to the end of the region at most. Other than a look through the
+    /// Reads from `offset` (below the region's length) into `bytes`, up to the end of the region at most. Other than a look through the
     /// mapping this takes no memory where nothing was ever written. Blocks while the kernel brings pages in.
     ///
     /// # Errors
@@ -125,6 +125,11 @@ impl Memory {
                 Ok(0) => return Err(Errno::IO),
                 Ok(read) => done += read,
                 Err(Errno::INTR) => {}
+                // A DAX device can be mapped only; it has no holes either.
+                Err(Errno::INVAL) if done == 0 => {
+                    self.at(offset, len).copy_to_slice(rest);
+                    return Ok(());
+                }
                 Err(error) => return Err(error),
             }
         }

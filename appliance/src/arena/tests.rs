@@ -104,6 +104,32 @@ fn trim_gives_memory_back_and_shows_holes() {
 }
 
 #[test]
+fn reading_takes_no_memory() {
+    for (name, arena, _directory) in arenas() {
+        let memory = arena.make(LEN, 0).unwrap();
+        write(&memory, 3 * MIB - 2, b"data");
+        let held = memory.resident();
+        let mut bytes = vec![1; 2 * MIB as usize];
+        for start in (0..LEN).step_by(bytes.len()) {
+            memory.read(start, &mut bytes).unwrap();
+            if start == 2 * MIB {
+                let at = MIB as usize - 2;
+                assert_eq!(&bytes[at - 1..at + 5], b"\0data\0", "{name}");
+            } else {
+                assert!(bytes.iter().all(|byte| *byte == 0), "{name}");
+            }
+        }
+        assert_eq!(memory.resident(), held, "{name}");
+        bytes.fill(1);
+        memory.read(LEN - 4096, &mut bytes).unwrap();
+        assert!(
+            bytes[..4096].iter().all(|byte| *byte == 0) && bytes[4096..].iter().all(|byte| *byte == 1),
+            "{name}"
+        );
+    }
+}
+
+#[test]
 fn relocated_memory_is_out_of_reach_of_the_old_mapping() {
     for (name, arena, _directory) in arenas() {
         let old = arena.make(LEN, 0).unwrap();
