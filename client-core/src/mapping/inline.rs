@@ -232,10 +232,8 @@ impl Seats {
                 }
                 (fate, ahead)
             });
-            if let Some(ahead) = ahead
-                && self.pager.asked.push(ahead).is_ok()
-            {
-                self.pager.fetchers[0].nudge();
+            if let Some(ahead) = ahead {
+                self.pager.ask(ahead);
             }
             match fate {
                 Fate::Done => return true,

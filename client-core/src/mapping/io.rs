@@ -137,7 +137,7 @@ impl Io {
         while first < end {
             let count = (end - first).min(super::prefetch::WINDOW_MAX);
             // What does not fit is brought when it is touched.
-            if self.pager.asked.push(Ahead { first, count, stride: 1 }).is_err() {
+            if self.pager.asked.push(Ahead { first, count, stride: 1, marked: true }).is_err() {
                 break;
             }
             first += count;

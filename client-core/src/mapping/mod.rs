@@ -79,6 +79,9 @@ pub enum Faults {
     Handled(usize),
 }
 
+/// Threads that fetch ahead where those that fault do not.
+const AHEAD_THREADS: usize = 2;
+
 impl Faults {
     const fn has_handlers(self) -> bool {
         matches!(self, Faults::Handled(_))
@@ -264,8 +267,8 @@ impl Space {
                 return Err(MapError::Invalid("no threads to bring pages: choose one or more".to_owned()));
             }
             Faults::Handled(threads) => threads.min(64),
-            // It fetches ahead.
-            Faults::Inline => 1,
+            // They fetch ahead.
+            Faults::Inline => std::thread::available_parallelism().map_or(1, usize::from).min(AHEAD_THREADS),
         };
         let pages = size / PAGE as u64;
         if pages == 0 || pages > u64::from(u32::MAX / 2) {

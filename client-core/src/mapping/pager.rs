@@ -298,6 +298,16 @@ impl Pager {
         self.prefetcher.try_lock().ok()?.fault(page, self.habit(page))
     }
 
+    /// Has the threads fetch what will be needed. What they cannot take is fetched when it is touched.
+    pub(super) fn ask(&self, ahead: Ahead) {
+        let (first, second) = ahead.halves();
+        for (part, fetcher) in [Some(first), second].into_iter().flatten().zip(self.fetchers.iter().cycle()) {
+            if self.asked.push(part).is_ok() {
+                fetcher.nudge();
+            }
+        }
+    }
+
     /// Fills pages that the caller has with zeros.
     pub(super) fn put_zeros(&self, first: u32, run: u32, write: bool) {
         let address = self.window.address_of(first);

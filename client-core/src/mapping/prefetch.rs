@@ -38,13 +38,26 @@ pub(super) struct Ahead {
     pub(super) first: u32,
     pub(super) count: u32,
     pub(super) stride: i32,
+    /// One page of them asks for more when it is touched.
+    pub(super) marked: bool,
 }
 
 impl Ahead {
     /// The page that, when it is touched, asks for more: in the first half, so that there is time. Only of
     /// pages that lie one behind the other.
     pub(super) fn mark(&self) -> Option<u32> {
-        (self.stride == 1 && self.count >= WINDOW_MIN * 2).then_some(self.first + self.count / 4)
+        (self.marked && self.stride == 1 && self.count >= WINDOW_MIN * 2)
+            .then_some(self.first + self.count / 4)
+    }
+
+    /// In two, where two threads have it sooner than one.
+    pub(super) fn halves(self) -> (Ahead, Option<Ahead>) {
+        if self.count < WINDOW_MAX / 2 || self.stride != 1 {
+            return (self, None);
+        }
+        let half = self.count / 2;
+        let second = Ahead { first: self.first + half, count: self.count - half, marked: false, ..self };
+        (Ahead { count: half, ..self }, Some(second))
     }
 }
 
@@ -124,7 +137,7 @@ impl Prefetcher {
         stream.used = self.clock;
         let first = offset(page, stream.stride, 1);
         stream.next = offset(page, stream.stride, window + 1);
-        Ahead { first, count: window, stride: stream.stride }
+        Ahead { first, count: window, stride: stream.stride, marked: true }
     }
 
     fn begin(&mut self, page: u32, stride: i32, window: u32) -> Option<Ahead> {
@@ -135,7 +148,7 @@ impl Prefetcher {
         }
         let next = offset(page, stride, window + 1);
         self.streams[oldest] = Stream { next, stride, window, confirmed: false, used: self.clock };
-        Some(Ahead { first: offset(page, stride, 1), count: window, stride })
+        Some(Ahead { first: offset(page, stride, 1), count: window, stride, marked: true })
     }
 
     /// The distance at which most of the last faults lie, this one included.

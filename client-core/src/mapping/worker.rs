@@ -47,7 +47,8 @@ pub(super) fn run(mut fetcher: Fetcher, number: usize) {
                 later.push_back((page, fault.write));
             }
         }
-        while let Some(ahead) = pager.asked.pop() {
+        // One at a time: others take the next.
+        if let Some(ahead) = pager.asked.pop() {
             any = true;
             fetcher.prefetch(ahead);
         }
