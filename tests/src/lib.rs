@@ -4,6 +4,7 @@
 mod clock;
 pub mod etcd;
 pub mod several;
+pub mod vhost;
 
 use std::fs::File;
 use std::io::{Read, Write};

@@ -11,7 +11,7 @@ use xpm_control::urls::Urls;
 use xpm_protocol::api::blk::{AttachDevice, Form, Hold, TransportKind};
 use xpm_protocol::units::{ByteSize, Span};
 
-use crate::frontend::Shape;
+use crate::frontend::{Shape, vhost_user};
 
 /// Where the configuration is looked for when nobody says otherwise; it may be missing.
 pub const PATH_DEFAULT: &str = "/etc/xpm/blk.toml";
@@ -141,6 +141,7 @@ impl Config {
             Form::Ublk => self.queues.unwrap_or_else(|| cores().min(4)),
             // See the reasons at `frontend::kernel_nbd`.
             Form::Nbd | Form::NbdDirect | Form::NbdSocket(_) => 1,
+            Form::VhostUser(_) => vhost_user::QUEUES_DEFAULT,
         };
         Shape {
             queues: device.queues.unwrap_or(queues),
