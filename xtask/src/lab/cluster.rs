@@ -31,6 +31,8 @@ pub(crate) struct Cluster<'a> {
     programs: PathBuf,
     dir: PathBuf,
     daemons: Vec<Daemon>,
+    /// Times that xpm-blk was started.
+    blk_lives: u32,
 }
 
 struct Daemon {
@@ -49,8 +51,13 @@ impl<'a> Cluster<'a> {
         dir: &Path,
         appliances: &[&str],
     ) -> Result<Cluster<'a>> {
-        let mut cluster =
-            Cluster { netns, programs: programs.to_path_buf(), dir: dir.to_path_buf(), daemons: Vec::new() };
+        let mut cluster = Cluster {
+            netns,
+            programs: programs.to_path_buf(),
+            dir: dir.to_path_buf(),
+            daemons: Vec::new(),
+            blk_lives: 0,
+        };
         cluster.start_echo()?;
         if !appliances.is_empty() {
             cluster.start_allocator()?;
@@ -70,7 +77,8 @@ impl<'a> Cluster<'a> {
     /// Runs the operator's command on the host and reads the JSON that it prints.
     pub(crate) fn xpm(&self, words: &[&str]) -> Result<Value> {
         let mut command = self.command("xpm");
-        command.env("XPM_ALLOCATOR", Cluster::allocator_url()).args(words).arg("--json");
+        command.env("XPM_ALLOCATOR", Cluster::allocator_url()).env("XPM_BLK", self.dir.join("blk.sock"));
+        command.args(words).arg("--json");
         serde_json::from_str(&util::output(&mut command)?).context("xpm printed no JSON")
     }
 
@@ -80,6 +88,57 @@ impl<'a> Cluster<'a> {
             if let Some(status) = daemon.child.try_wait()? {
                 bail!("{} ended ({status}); its log ends with:\n{}", daemon.name, tail(&daemon.log, 20));
             }
+        }
+        Ok(())
+    }
+
+    /// Starts an xpm-blk that serves the guest's disk, a new allocation.
+    pub(crate) fn serve_disk(&mut self, size: &str) -> Result<()> {
+        let config = format!(
+            "allocator = \"{}\"\ncontrol = {:?}\nstate = {:?}\n",
+            Cluster::allocator_url(),
+            self.dir.join("blk.sock"),
+            self.dir.join("blk")
+        );
+        fs::write(self.dir.join("blk.toml"), config)?;
+        self.start_blk()?;
+        self.xpm(&["alloc", "create", "vm", "--size", size, "--stripe", "2"])?;
+        let form = format!("vhost-user={}", disk_socket(&self.dir).display());
+        self.xpm(&["blk", "attach", "vm", "--as", &form]).map(drop)
+    }
+
+    /// Kills xpm-blk as `kill -9` does, and starts it again.
+    pub(crate) fn kill_blk(&mut self) -> Result<()> {
+        let place = self.daemons.iter().position(|daemon| daemon.name.starts_with("blk-"));
+        let mut blk = self.daemons.remove(place.context("there is no xpm-blk on the host")?);
+        blk.child.kill()?;
+        blk.child.wait()?;
+        self.start_blk()
+    }
+
+    /// How often xpm-blk was started.
+    pub(crate) const fn blk_lives(&self) -> u32 {
+        self.blk_lives
+    }
+
+    /// Takes the guest's disk away, which nobody uses any more.
+    pub(crate) fn end_disk(&self) -> Result<()> {
+        self.xpm(&["blk", "detach", "vm"])?;
+        self.xpm(&["alloc", "delete", "vm"]).map(drop)
+    }
+
+    fn start_blk(&mut self) -> Result<()> {
+        self.blk_lives += 1;
+        let mut command = self.command("xpm-blk");
+        command.arg("--config").arg(self.dir.join("blk.toml"));
+        self.start_daemon(&format!("blk-{}", self.blk_lives), command)?;
+        let deadline = Instant::now() + READY_TIME_MAX;
+        while let Err(error) = self.xpm(&["blk", "list"]) {
+            self.check_alive()?;
+            if Instant::now() > deadline {
+                return Err(error.context("the host's xpm-blk does not answer"));
+            }
+            thread::sleep(Duration::from_millis(20));
         }
         Ok(())
     }
@@ -140,6 +199,11 @@ impl<'a> Cluster<'a> {
             }
         }
     }
+}
+
+/// Where the guest's disk is served.
+pub(crate) fn disk_socket(dir: &Path) -> PathBuf {
+    dir.join("vhost.sock")
 }
 
 /// Appliances that are up in the answer of `xpm appliance list --json`.
