@@ -6,7 +6,7 @@ MIB=$((1 << 20))
 
 # Has the host kill its xpm-blk every few seconds, until stop_killing.
 start_killing() {
-    while sleep 3; do
+    while sleep 2; do
         printf '\n@lab kill-blk\n'
     done &
     killer=$!
@@ -42,7 +42,7 @@ mkfs.ext4 -q -F -E nodiscard,lazy_itable_init=0,lazy_journal_init=0 "$device"
 mount "$device" /mnt/fs
 fstrim /mnt/fs
 start_killing
-load /mnt/fs/load 96 --do_verify=1
+load /mnt/fs/load 96 --do_verify=1 --loops=4
 stop_killing
 note "ext4: 96 MiB written and verified under kill -9"
 umount /mnt/fs

@@ -1,13 +1,16 @@
 //! `--as vhost-user=PATH`: a real xpm-blk with a driver of the test's own at the other end.
 
+use std::io::{Read, Write};
+use std::net::Shutdown;
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use rustix::process::Signal;
 use vhost::VhostBackend;
 use vhost::vhost_user::Frontend;
 use xpm_tests::vhost::{DATA, Guest, blk};
-use xpm_tests::{Cluster, wait_until};
+use xpm_tests::{Cluster, Daemon, wait_until};
 
 /// Makes an allocation and shows it; the socket.
 fn attach(cluster: &Cluster, name: &str, options: &[&str]) -> PathBuf {
@@ -130,7 +133,7 @@ fn requests_in_flight_are_submitted_again_after_kill_9() {
     assert_eq!(guest.run(1, (blk::FLUSH, 0), &[]).1, blk::OK);
     for round in 0..3_u8 {
         // Nobody answers: all that is asked for stays in flight.
-        cluster.appliances.iter().for_each(|appliance| appliance.signal(Signal::STOP));
+        cluster.appliances.iter().for_each(Daemon::freeze);
         for slot in 0..8_u16 {
             let at = DATA + (1 << 20) + u64::from(slot) * 4096;
             guest.write(at, &pattern(round * 16 + slot as u8, 4096));
@@ -200,7 +203,7 @@ fn a_guest_that_is_reset_while_io_is_held_is_not_held_up() {
     guest.connect(&attach(&cluster, "disk", &["--transport", "nbd-tcp"]));
     guest.write(DATA, &pattern(1, 4096));
     assert_eq!(guest.run(0, (blk::WRITE, 0), &[(DATA, 4096, false)]).1, blk::OK);
-    cluster.appliances.iter().for_each(|appliance| appliance.signal(Signal::STOP));
+    cluster.appliances.iter().for_each(Daemon::freeze);
     guest.submit(0, 0, (blk::WRITE, 0), &[(DATA + 4096, 4096, false)]);
     guest.submit(0, 1, (blk::READ, 0), &[(DATA + 8192, 4096, true)]);
     guest.reset();
@@ -238,7 +241,8 @@ fn rubbish_breaks_the_guests_own_ring_and_nothing_else() {
     let mut other = Guest::new(1);
     other.connect(&attach(&cluster, "other", &[]));
     let mut guest = Guest::new(2);
-    guest.connect(&attach(&cluster, "disk", &[]));
+    let disk = attach(&cluster, "disk", &[]);
+    guest.connect(&disk);
     guest.write(DATA, &pattern(5, 4096));
     assert_eq!(guest.run(0, (blk::WRITE, 0), &[(DATA, 4096, false)]).1, blk::OK);
 
@@ -261,7 +265,8 @@ fn rubbish_breaks_the_guests_own_ring_and_nothing_else() {
 
     // What has none breaks the ring. The other queue and the other device go on, and so does it after a reset.
     let table = guest.table(0);
-    let breaks: [(&str, &dyn Fn(&mut Guest)); 6] = [
+    type Rubbish<'a> = &'a dyn Fn(&mut Guest);
+    let breaks: [(&str, Rubbish<'_>); 6] = [
         ("a loop", &|guest| {
             guest.chain(table, 0, &[(DATA, 16, false), (DATA, 16, false)]);
             guest.write(table + 16 + 12, &[1, 0, 0, 0]);
@@ -292,6 +297,22 @@ fn rubbish_breaks_the_guests_own_ring_and_nothing_else() {
         guest.reset();
         assert_eq!(guest.run(0, (blk::READ, 0), &[(DATA + 8192, 4096, true)]), (4097, blk::OK), "{what}");
     }
+
+    // A front end that speaks rubbish is disconnected, and the next one is served.
+    guest.disconnect();
+    for junk in [
+        &[0xff_u8; 4096][..],
+        b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        &[1, 0, 0, 0, 1, 0, 0, 0, 99, 0, 0, 0],
+    ] {
+        let mut socket = UnixStream::connect(&disk).expect("the socket is there");
+        socket.write_all(junk).expect("it takes anything");
+        socket.shutdown(Shutdown::Write).expect("it can be ended");
+        // Reset or ended: it is over.
+        let _ = socket.read_to_end(&mut Vec::new());
+    }
+    guest.connect(&disk);
+    assert_eq!(guest.run(0, (blk::READ, 0), &[(DATA + 8192, 4096, true)]), (4097, blk::OK));
 
     // Random bytes everywhere; only its own device may suffer.
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;

@@ -224,6 +224,9 @@ mod tests {
             as = "ublk"
             depth = 32
             [[device]]
+            name = "vm"
+            as = "vhost-user=/run/xpm/vm.sock"
+            [[device]]
             name = "share"
             as = "nbd-socket=127.0.0.1:10809"
             hold = "forever"
@@ -232,11 +235,11 @@ mod tests {
         )
         .unwrap();
         config.check().unwrap();
-        assert_eq!(config.device.len(), 2);
+        assert_eq!(config.device.len(), 3);
         assert_eq!(config.forbid_transports, [TransportKind::Rdma]);
         let shape = config.shape(&config.device[0], Some(3));
         assert_eq!((shape.queues, shape.depth, shape.buffer_len, shape.number), (2, 32, 8 << 20, Some(3)));
-        assert_eq!(config.shape(&config.device[1], None).depth, 64);
+        assert_eq!(config.shape(&config.device[2], None).depth, 64);
     }
 
     #[test]

@@ -22,6 +22,8 @@ const APPLIANCE_PORT: u16 = 7710;
 pub(crate) const ECHO_PORT: u16 = 7780;
 /// How long appliances may take to be ready, much of it for clearing their memory.
 const READY_TIME_MAX: Duration = Duration::from_secs(60);
+/// How long it is waited for that the guest has a request in flight.
+const IN_FLIGHT_TIME_MAX: Duration = Duration::from_secs(2);
 /// How long a daemon may take to stop when it is asked to.
 const STOP_TIME_MAX: Duration = Duration::from_secs(10);
 
@@ -104,11 +106,41 @@ impl<'a> Cluster<'a> {
         self.start_blk()?;
         self.xpm(&["alloc", "create", "vm", "--size", size, "--stripe", "2"])?;
         let form = format!("vhost-user={}", disk_socket(&self.dir).display());
-        self.xpm(&["blk", "attach", "vm", "--as", &form]).map(drop)
+        // Over TCP, for nothing is ever in flight where memory is shared.
+        self.xpm(&["blk", "attach", "vm", "--as", &form, "--transport", "nbd-tcp"]).map(drop)
     }
 
-    /// Kills xpm-blk as `kill -9` does, and starts it again.
+    /// Kills xpm-blk as `kill -9` does, with requests in flight if the guest has any: the appliances stand still
+    /// meanwhile. Then starts it again.
     pub(crate) fn kill_blk(&mut self) -> Result<()> {
+        self.signal_appliances(Signal::STOP);
+        let deadline = Instant::now() + IN_FLIGHT_TIME_MAX;
+        while Instant::now() < deadline && self.xpm(&["blk", "show", "vm"])?["in_flight"] == 0 {
+            thread::sleep(Duration::from_millis(20));
+        }
+        let killed = self.replace_blk();
+        self.signal_appliances(Signal::CONT);
+        killed
+    }
+
+    fn signal_appliances(&self, signal: Signal) {
+        for daemon in self.daemons.iter().filter(|daemon| daemon.name.starts_with("appliance-")) {
+            // One that has ended is found by `check_alive`.
+            let _ = Pid::from_raw(daemon.child.id().cast_signed()).map(|pid| kill_process(pid, signal));
+        }
+    }
+
+    /// Requests that an xpm-blk submitted again after the death of the one before it.
+    pub(crate) fn submitted_again(&self) -> usize {
+        let log = |life| fs::read_to_string(self.dir.join(format!("blk-{life}.log"))).unwrap_or_default();
+        let count = |line: &str| -> Option<usize> {
+            let (before, _) = line.split_once(" requests of queue")?;
+            before.rsplit(' ').next()?.parse().ok()
+        };
+        (1..=self.blk_lives).map(|life| log(life).lines().filter_map(count).sum::<usize>()).sum()
+    }
+
+    fn replace_blk(&mut self) -> Result<()> {
         let place = self.daemons.iter().position(|daemon| daemon.name.starts_with("blk-"));
         let mut blk = self.daemons.remove(place.context("there is no xpm-blk on the host")?);
         blk.child.kill()?;

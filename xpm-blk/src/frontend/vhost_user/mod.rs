@@ -1,4 +1,4 @@
-//! A vhost-user-blk back-end at a unix socket: the disk of a virtual machine of QEMU, crosvm and others.
+//! A vhost-user-blk back-end at a unix socket: the disk of a virtual machine.
 //!
 //! The front end (the machine's monitor) passes the guest's memory as files. Rings and buffers are used where they
 //! are: what a guest reads or writes is posted to the channel of its queue with guest memory as the buffer, piece
@@ -273,6 +273,16 @@ impl Shown for VhostUserBlk {
     }
 
     fn hide(&self, give_up: bool) -> Result<(), DeviceError> {
+        self.stop(give_up)?;
+        // Gone already is as good.
+        let _ = std::fs::remove_file(&self.path);
+        Ok(())
+    }
+}
+
+impl VhostUserBlk {
+    /// Disconnects the front end, and waits until nothing is served any more.
+    fn stop(&self, give_up: bool) -> Result<(), DeviceError> {
         self.server.end(give_up).at(format!("stop serving {}", self.path.display()))?;
         let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(thread) = thread
@@ -281,8 +291,14 @@ impl Shown for VhostUserBlk {
             let what = format!("the server of {} failed; see the log", self.path.display());
             return Err(DeviceError::new(ErrorKind::Internal, what));
         }
-        // Gone already is as good.
-        let _ = std::fs::remove_file(&self.path);
         Ok(())
+    }
+}
+
+impl Drop for VhostUserBlk {
+    fn drop(&mut self) {
+        if let Err(error) = self.stop(true) {
+            tracing::warn!("{error}");
+        }
     }
 }

@@ -14,6 +14,7 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -63,8 +64,8 @@ pub(super) struct DeviceFacts {
 pub(super) enum Order {
     Call(Option<Arc<OwnedFd>>),
     Error(Option<Arc<OwnedFd>>),
-    /// Guest memory is another one, and the ring lies there.
-    Memory(Arc<GuestMemory>, Parts),
+    /// Guest memory is another one, and the ring lies there. Told when nothing more is taken by the old one.
+    Memory(Arc<GuestMemory>, Parts, SyncSender<()>),
     /// Takes nothing more and ends: when nothing is in flight any more, or after this time.
     Stop(Duration),
 }
@@ -108,6 +109,11 @@ impl Worker {
         self.inbox.told.store(true, Ordering::Release);
         // Only an overflow after 2^64 - 2 orders could fail.
         let _ = rustix::io::write(&self.inbox.event, &1_u64.to_ne_bytes());
+    }
+
+    /// Whether it has not ended.
+    pub(super) fn is_running(&self) -> bool {
+        !self.thread.is_finished()
     }
 
     /// Waits for its end, after [`Order::Stop`]; the next entry to be taken of its ring.
@@ -234,7 +240,8 @@ impl Queue {
             return false;
         }
         let mut any = false;
-        loop {
+        // No more at once than the ring has: a guest that goes on and on must not keep orders waiting.
+        for _ in 0..self.ring.size() {
             let taken = match self.ring.pop() {
                 Ok(None) => return any,
                 Ok(Some(head)) => self.take(head),
@@ -246,6 +253,7 @@ impl Queue {
                 return any;
             }
         }
+        any
     }
 
     fn take(&mut self, head: u16) -> Result<(), Broken> {
@@ -374,9 +382,11 @@ impl Queue {
                     signal(self.call.as_deref());
                 }
                 Some(Order::Error(error)) => self.error = error,
-                Some(Order::Memory(memory, parts)) => {
+                Some(Order::Memory(memory, parts, done)) => {
                     self.replaced.push(std::mem::replace(&mut self.memory, memory));
                     self.ring.replace(parts);
+                    // It has room for this, or nobody waits any more.
+                    let _ = done.try_send(());
                 }
                 Some(Order::Stop(limit)) => self.stop_at = Some(Instant::now() + limit),
             }

@@ -7,6 +7,7 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -23,6 +24,8 @@ use crate::spin::Spin;
 /// How long a queue that is stopped waits for what is in flight. Longer than any I/O takes that is not held; and
 /// the monitor of the guest stands still meanwhile.
 const DRAIN_LIMIT: Duration = Duration::from_secs(5);
+/// How often it is looked whether a queue that does not answer has failed.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// Regions of guest memory, as QEMU has them at most.
 const REGIONS_MAX: usize = 509;
 
@@ -258,16 +261,26 @@ impl Session {
     fn use_memory(&mut self, memory: GuestMemory) -> Result<(), Refused> {
         self.memory = Arc::new(memory);
         let mut outcome = Ok(());
-        for vring in &mut self.vrings {
+        let mut waiting = Vec::new();
+        for (index, vring) in self.vrings.iter_mut().enumerate() {
             let (Some(worker), Some(addresses)) = (&vring.worker, vring.addresses) else { continue };
             match Parts::find(&self.memory, addresses, vring.size) {
-                Ok(parts) => worker.tell(Order::Memory(Arc::clone(&self.memory), parts)),
+                Ok(parts) => {
+                    let (done, told) = sync_channel(1);
+                    worker.tell(Order::Memory(Arc::clone(&self.memory), parts, done));
+                    waiting.push((index, told));
+                }
                 Err(broken) => {
                     worker.tell(Order::Stop(DRAIN_LIMIT));
                     vring.join();
                     outcome = Err(Refused::Ring(broken));
                 }
             }
+        }
+        // The guest may use new memory, or its monitor free the old, as soon as this is answered.
+        for (index, told) in waiting {
+            let runs = || self.vrings[index].worker.as_ref().is_some_and(Worker::is_running);
+            while told.recv_timeout(LOOK_AGAIN).is_err() && runs() {}
         }
         outcome
     }
