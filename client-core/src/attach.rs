@@ -133,6 +133,7 @@ impl Attachment {
                 connect_limit: options.limit,
                 depth: options.depth.max(16),
                 session: random::u128().map_err(AttachError::System)?,
+                generation: 0,
                 host: Some(self.owner.host),
             },
         )?;

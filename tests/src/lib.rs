@@ -4,6 +4,7 @@
 mod clock;
 pub mod etcd;
 pub mod several;
+pub mod vhost;
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -109,6 +110,23 @@ impl Daemon {
         if let Some(pid) = rustix::process::Pid::from_raw(self.child.id().cast_signed()) {
             let _ = rustix::process::kill_process(pid, signal);
         }
+    }
+
+    /// Stops it as SIGSTOP does, and waits until none of its threads runs any more.
+    ///
+    /// # Panics
+    /// When they go on.
+    pub fn freeze(&self) {
+        self.signal(rustix::process::Signal::STOP);
+        let stopped = |task: std::fs::DirEntry| {
+            let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+            // The state follows the name, which is in brackets and may have any character.
+            stat.rsplit_once(')').is_none_or(|(_, rest)| rest.trim_start().starts_with('T'))
+        };
+        let tasks = format!("/proc/{}/task", self.child.id());
+        wait_until("it stands still", || {
+            std::fs::read_dir(&tasks).is_ok_and(|tasks| tasks.flatten().all(stopped))
+        });
     }
 
     /// Kills it as `kill -9` does, and waits until it is gone.

@@ -11,7 +11,7 @@ use xpm_control::urls::Urls;
 use xpm_protocol::api::blk::{AttachDevice, Form, Hold, TransportKind};
 use xpm_protocol::units::{ByteSize, Span};
 
-use crate::frontend::Shape;
+use crate::frontend::{Shape, vhost_user};
 
 /// Where the configuration is looked for when nobody says otherwise; it may be missing.
 pub const PATH_DEFAULT: &str = "/etc/xpm/blk.toml";
@@ -141,6 +141,7 @@ impl Config {
             Form::Ublk => self.queues.unwrap_or_else(|| cores().min(4)),
             // See the reasons at `frontend::kernel_nbd`.
             Form::Nbd | Form::NbdDirect | Form::NbdSocket(_) => 1,
+            Form::VhostUser(_) => vhost_user::QUEUES_DEFAULT,
         };
         Shape {
             queues: device.queues.unwrap_or(queues),
@@ -223,6 +224,9 @@ mod tests {
             as = "ublk"
             depth = 32
             [[device]]
+            name = "vm"
+            as = "vhost-user=/run/xpm/vm.sock"
+            [[device]]
             name = "share"
             as = "nbd-socket=127.0.0.1:10809"
             hold = "forever"
@@ -231,11 +235,11 @@ mod tests {
         )
         .unwrap();
         config.check().unwrap();
-        assert_eq!(config.device.len(), 2);
+        assert_eq!(config.device.len(), 3);
         assert_eq!(config.forbid_transports, [TransportKind::Rdma]);
         let shape = config.shape(&config.device[0], Some(3));
         assert_eq!((shape.queues, shape.depth, shape.buffer_len, shape.number), (2, 32, 8 << 20, Some(3)));
-        assert_eq!(config.shape(&config.device[1], None).depth, 64);
+        assert_eq!(config.shape(&config.device[2], None).depth, 64);
     }
 
     #[test]

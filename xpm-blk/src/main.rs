@@ -9,8 +9,8 @@ use xpm_blk::config::{Config, PATH_DEFAULT};
 use xpm_blk::lifecycle;
 use xpm_control::urls::Urls;
 
-/// Shows allocations of external memory as block devices of this host: ublk, the kernel's nbd, or
-/// NBD sockets. `xpm blk attach` tells it what to show.
+/// Shows allocations of external memory as block devices: ublk, the kernel's nbd, NBD sockets, or
+/// vhost-user-blk disks of virtual machines. `xpm blk attach` tells it what to show.
 #[derive(Debug, Parser)]
 #[command(name = "xpm-blk", version)]
 struct Args {

@@ -1,6 +1,6 @@
 //! Shows what a record says, by the front end of its form.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use xpm_client::{Change, Volume, VolumeOptions};
 use xpm_protocol::api::ErrorKind;
@@ -13,6 +13,7 @@ use crate::error::{DeviceError, Step};
 use crate::frontend::kernel_nbd::{NbdDevice, Shared};
 use crate::frontend::nbd_socket::NbdSocket;
 use crate::frontend::ublk::UblkDevice;
+use crate::frontend::vhost_user::VhostUserBlk;
 use crate::frontend::{Shape, Shown};
 use crate::records::Record;
 
@@ -57,6 +58,7 @@ pub(crate) fn show(
         Form::Nbd | Form::NbdDirect => {
             Box::new(NbdDevice::show(shared, volume, server.clone(), group, &shape)?)
         }
+        Form::VhostUser(path) => Box::new(VhostUserBlk::show(request.name.as_str(), path, volume, &shape)?),
         Form::NbdSocket(place) => {
             Box::new(NbdSocket::show(request.name.as_str(), place, volume, server.clone(), group)?)
         }
@@ -72,14 +74,20 @@ fn open(
     readiness: Readiness,
 ) -> Result<Volume, DeviceError> {
     let limit: Duration = config.connect_limit.0;
+    let (session, generation) = match record.request.form {
+        // What it had sent before it died is submitted again, and must not land behind that.
+        Form::VhostUser(_) => (record.session, seconds_since_1970()),
+        // A new one for each life of this process: its first connections shut nobody out.
+        _ => (xpm_control::random::u128().at("make a session number")?, 0),
+    };
     let options = VolumeOptions {
         hold,
         transport: record.request.transport,
         forbidden: config.forbid_transports.clone(),
         connect_limit: limit,
         depth: usize::from(shape.depth),
-        // A new one for each life of this process: its first connections shut nobody out.
-        session: xpm_control::random::u128().at("make a session number")?,
+        session,
+        generation,
         host: xpm_control::host::host_id().ok(),
     };
     let name = &record.request.name;
@@ -91,4 +99,10 @@ fn open(
         })?;
     }
     Ok(volume)
+}
+
+/// Higher than any generation that an earlier process of this device used.
+fn seconds_since_1970() -> u32 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    since.as_secs() as u32
 }

@@ -71,6 +71,11 @@ fn next_steps(device: &Device) -> String {
             format!("look at it:   nbdinfo 'nbd+unix:///?socket={}'\n", socket.display())
         }
         Form::NbdSocket(SocketPlace::Tcp(address)) => format!("look at it:   nbdinfo nbd://{address}\n"),
+        Form::VhostUser(_) => format!(
+            "QEMU:         -object memory-backend-memfd,id=ram,size=SIZE,share=on -machine memory-backend=ram \\\n\
+             \x20             -chardev socket,id={name},path={path},reconnect=1 \\\n\
+             \x20             -device vhost-user-blk-pci,chardev={name}\n"
+        ),
     };
     format!("{use_it}remove it:    xpm blk detach {name}")
 }
@@ -131,6 +136,7 @@ fn form(form: &Form) -> &'static str {
         Form::Nbd => "nbd",
         Form::NbdDirect => "nbd-direct",
         Form::NbdSocket(_) => "nbd-socket",
+        Form::VhostUser(_) => "vhost-user",
     }
 }
 

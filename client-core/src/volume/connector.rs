@@ -51,6 +51,8 @@ pub(super) struct LinkOptions {
     pub(super) limit: Duration,
     pub(super) depth: usize,
     pub(super) session: u128,
+    /// Connections count from here.
+    pub(super) generation: u32,
 }
 
 #[derive(Default)]
@@ -200,7 +202,8 @@ enum Next {
 impl Work {
     fn new(connector: Arc<Connector>) -> Work {
         let random = Arc::as_ptr(&connector) as u64 ^ u64::from(std::process::id());
-        Work { connector, shm: Weak::new(), generation: 0, pause: PAUSE_MIN, worse: None, random }
+        let generation = connector.options.generation;
+        Work { connector, shm: Weak::new(), generation, pause: PAUSE_MIN, worse: None, random }
     }
 
     fn run(mut self) {
@@ -592,7 +595,16 @@ mod tests {
         forbidden: Vec<TransportKind>,
     ) -> LinkOptions {
         let limit = Duration::from_secs(2);
-        LinkOptions { host, epoch: Epoch(1), transport, forbidden, limit, depth: 4, session: 1 }
+        LinkOptions {
+            host,
+            epoch: Epoch(1),
+            transport,
+            forbidden,
+            limit,
+            depth: 4,
+            session: 1,
+            generation: 0,
+        }
     }
 
     #[test]

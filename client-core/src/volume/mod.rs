@@ -31,6 +31,9 @@ pub use self::plan::{Leg, Legs, MapError, Plan};
 pub(crate) use self::port::Bell;
 use self::port::Port;
 
+/// Numbers of queues from this one on are given by who uses the volume.
+const QUEUES_NUMBERED: u16 = 1 << 15;
+
 /// How a volume is used.
 #[derive(Debug, Clone)]
 pub struct VolumeOptions {
@@ -47,6 +50,9 @@ pub struct VolumeOptions {
     /// Random number of this use of the allocation: appliances tell its connections from those of
     /// an earlier one by it.
     pub session: u128,
+    /// Its first connections are newer than those with a lower number, and of the same session and queue: these
+    /// are shut out. 0 where no earlier use has this session.
+    pub generation: u32,
     /// The kernel that this process runs on; none if unknown.
     pub host: Option<HostId>,
 }
@@ -176,6 +182,7 @@ impl Volume {
             // One of a channel's operations can have many legs on one link.
             depth: options.depth * 2,
             session: options.session,
+            generation: options.generation,
         };
         let live = Live { plan: Arc::new(plan), ways: Vec::new(), members: Vec::new(), change: None };
         let shared = Arc::new(Shared { live: Mutex::new(live), tallies: Mutex::default() });
@@ -218,6 +225,18 @@ impl Volume {
     /// When the kernel gives no descriptor.
     pub fn channel(&self) -> io::Result<Channel> {
         let channel = self.inner.channel()?;
+        *self.inner.probe() = None;
+        Ok(channel)
+    }
+
+    /// A channel for the queue that has this number in every use of the allocation with this session: its
+    /// connections shut out those of the queue's earlier channels, also of a process that died. There must be one
+    /// at a time.
+    ///
+    /// # Errors
+    /// When the kernel gives no descriptor.
+    pub fn channel_of(&self, queue: u16) -> io::Result<Channel> {
+        let channel = self.inner.channel_numbered(QUEUES_NUMBERED | queue)?;
         *self.inner.probe() = None;
         Ok(channel)
     }
@@ -271,7 +290,10 @@ impl Inner {
     }
 
     fn channel(&self) -> io::Result<Channel> {
-        let queue = self.queues.fetch_add(1, Ordering::Relaxed);
+        self.channel_numbered(self.queues.fetch_add(1, Ordering::Relaxed) & !QUEUES_NUMBERED)
+    }
+
+    fn channel_numbered(&self, queue: u16) -> io::Result<Channel> {
         let mailbox = Arc::new(Mailbox::new(Arc::new(Bell::new()?)));
         let hold = match self.options.hold {
             Hold::Forever => None,

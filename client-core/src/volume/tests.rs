@@ -149,6 +149,7 @@ impl Bed {
             limit: Duration::ZERO,
             depth,
             session: 0,
+            generation: 0,
         };
         let idle = |grant: &Grant| Arc::new(Connector::idle(grant.clone(), options.clone()));
         let live = Live { plan: plan.clone(), ways: Vec::new(), members: Vec::new(), change: None };

@@ -27,7 +27,8 @@ pub struct AttachDevice {
     #[serde(rename = "as")]
     pub form: Form,
     /// Queues; default: one for each core, at most 4, for ublk, and one for the kernel's nbd, so that
-    /// no request moves to another socket while the first may still carry it out.
+    /// no request moves to another socket while the first may still carry it out. For vhost-user the most that a
+    /// guest can have; default 16.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub queues: Option<u16>,
     /// Requests in flight on one queue; 1 to 1024, default 128.
@@ -54,8 +55,8 @@ pub enum Hold {
     For(Span),
 }
 
-/// What an allocation is shown as. Written `ublk`, `nbd`, `nbd-direct`, `nbd-socket=/a/path` or
-/// `nbd-socket=ADDRESS:PORT`.
+/// What an allocation is shown as. Written `ublk`, `nbd`, `nbd-direct`, `nbd-socket=/a/path`,
+/// `nbd-socket=ADDRESS:PORT` or `vhost-user=/a/path`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Form {
     /// A ublk device, served by xpm-blk.
@@ -66,6 +67,8 @@ pub enum Form {
     NbdDirect,
     /// An NBD server at a unix socket path or TCP address.
     NbdSocket(SocketPlace),
+    /// A vhost-user-blk back-end at a unix socket path, for virtual machines.
+    VhostUser(PathBuf),
 }
 
 /// Where an NBD socket listens.
@@ -99,9 +102,20 @@ impl FromStr for Form {
             "ublk" => Ok(Form::Ublk),
             "nbd" => Ok(Form::Nbd),
             "nbd-direct" => Ok(Form::NbdDirect),
-            _ => text.strip_prefix("nbd-socket=").and_then(SocketPlace::parse).map(Form::NbdSocket).ok_or_else(
-                || ParseBlkError::new(text, "a device form: ublk, nbd, nbd-direct, nbd-socket=/ABSOLUTE/PATH or nbd-socket=ADDRESS:PORT"),
-            ),
+            _ => Form::parse_socket(text).ok_or_else(|| ParseBlkError::new(text, FORMS)),
+        }
+    }
+}
+
+const FORMS: &str = "a device form: ublk, nbd, nbd-direct, nbd-socket=/ABSOLUTE/PATH, nbd-socket=ADDRESS:PORT or \
+                     vhost-user=/ABSOLUTE/PATH";
+
+impl Form {
+    fn parse_socket(text: &str) -> Option<Form> {
+        match text.split_once('=')? {
+            ("nbd-socket", place) => SocketPlace::parse(place).map(Form::NbdSocket),
+            ("vhost-user", path) => path.starts_with('/').then(|| Form::VhostUser(path.into())),
+            _ => None,
         }
     }
 }
@@ -131,6 +145,7 @@ impl fmt::Display for Form {
             Form::Nbd => f.write_str("nbd"),
             Form::NbdDirect => f.write_str("nbd-direct"),
             Form::NbdSocket(place) => write!(f, "nbd-socket={place}"),
+            Form::VhostUser(path) => write!(f, "vhost-user={}", path.display()),
         }
     }
 }
@@ -333,10 +348,28 @@ mod tests {
 
     #[test]
     fn forms_as_people_write_them() {
-        for text in ["ublk", "nbd", "nbd-direct", "nbd-socket=/run/a.sock", "nbd-socket=127.0.0.1:10809"] {
+        for text in [
+            "ublk",
+            "nbd",
+            "nbd-direct",
+            "nbd-socket=/run/a.sock",
+            "nbd-socket=127.0.0.1:10809",
+            "vhost-user=/run/a.sock",
+        ] {
             assert_eq!(text.parse::<Form>().unwrap().to_string(), text);
         }
-        for text in ["", "UBLK", "nbd-socket", "nbd-socket=", "nbd-socket=a.sock", "vhost"] {
+        for text in [
+            "",
+            "UBLK",
+            "nbd-socket",
+            "nbd-socket=",
+            "nbd-socket=a.sock",
+            "vhost",
+            "vhost-user",
+            "vhost-user=",
+            "vhost-user=a.sock",
+            "vhost-user=127.0.0.1:1",
+        ] {
             assert!(text.parse::<Form>().unwrap_err().to_string().contains("nbd-direct"), "{text}");
         }
         let json = serde_json::to_string(&Form::NbdDirect).unwrap();

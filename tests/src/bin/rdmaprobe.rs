@@ -156,6 +156,7 @@ fn open(map: &Map, session: u128) -> Result<(Volume, Duration)> {
         connect_limit: LIMIT,
         depth: 128,
         session: u128::from(std::process::id()) << 64 | session,
+        generation: 0,
         host: None,
     };
     let start = Instant::now();

@@ -141,6 +141,7 @@ fn refusal(attached: &Attached, users: &[String]) -> DeviceError {
     let request = attached.record().request;
     let way_out = match request.form {
         Form::NbdSocket(_) => "disconnect them".to_owned(),
+        Form::VhostUser(_) => "shut it down, or take the disk out of it".to_owned(),
         _ if users.iter().any(|user| user == "swap") => format!("run `swapoff {path}`"),
         _ if users.iter().any(|user| user.starts_with("mounted")) => format!("run `umount {path}`"),
         _ => "wait for them or stop them".to_owned(),
@@ -157,10 +158,12 @@ fn refusal(attached: &Attached, users: &[String]) -> DeviceError {
 /// can wait for the device's I/O.
 pub(super) fn users_of(attached: &Attached, thorough: bool) -> Vec<String> {
     let Some(disk) = attached.shown.disk() else {
-        return match attached.shown.clients() {
-            0 => Vec::new(),
-            1 => vec!["1 NBD client".to_owned()],
-            count => vec![format!("{count} NBD clients")],
+        let form = attached.record().request.form;
+        return match (form, attached.shown.clients()) {
+            (_, 0) => Vec::new(),
+            (Form::VhostUser(_), _) => vec!["a virtual machine".to_owned()],
+            (_, 1) => vec!["1 NBD client".to_owned()],
+            (_, count) => vec![format!("{count} NBD clients")],
         };
     };
     let mut users = usage::users(disk);

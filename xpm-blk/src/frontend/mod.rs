@@ -4,6 +4,9 @@
 pub mod kernel_nbd;
 pub mod nbd_socket;
 pub mod ublk;
+pub mod vhost_user;
+
+mod socket;
 
 use std::time::Duration;
 
@@ -114,11 +117,12 @@ pub fn check_support(form: &Form) -> Result<(), DeviceError> {
     match form {
         Form::Ublk => ublk::check_support(),
         Form::Nbd | Form::NbdDirect => kernel_nbd::check_support(),
-        Form::NbdSocket(_) => Ok(()),
+        Form::NbdSocket(_) | Form::VhostUser(_) => Ok(()),
     }
 }
 
-/// Whether a form's device can be used for swap, and so needs a process that is safe for it.
+/// Whether a form's device can be swap of this host, and so needs a process that is safe for it. A guest's
+/// swap is no part of what this host needs to go on.
 pub const fn can_carry_swap(form: &Form) -> bool {
-    !matches!(form, Form::NbdSocket(_))
+    !matches!(form, Form::NbdSocket(_) | Form::VhostUser(_))
 }

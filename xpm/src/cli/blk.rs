@@ -11,7 +11,8 @@ pub(crate) enum BlkCommand {
     /// Forms: `ublk` is the fastest kernel device (Linux 6.5 or later); `nbd` uses the kernel's nbd
     /// driver; `nbd-direct` lets the kernel talk to the appliance itself, for an allocation
     /// that lies on one appliance and is not striped; `nbd-socket=PATH` or `nbd-socket=ADDRESS:PORT`
-    /// is an NBD server for any NBD client and needs no kernel support.
+    /// is an NBD server for any NBD client and needs no kernel support; `vhost-user=PATH` is a vhost-user-blk
+    /// back-end for a virtual machine of QEMU.
     #[command(after_help = "\
 Examples:
   Swap:
@@ -21,7 +22,12 @@ Examples:
     dev=$(xpm blk attach data --as nbd)
     mkfs.ext4 $dev && mount -o discard $dev /mnt
   For any NBD client:
-    xpm blk attach data --as nbd-socket=/run/xpm/data.sock")]
+    xpm blk attach data --as nbd-socket=/run/xpm/data.sock
+  The disk of a virtual machine, whose memory has to be shared:
+    xpm blk attach data --as vhost-user=/run/xpm/vm.sock
+    qemu-system-x86_64 -m 4G -object memory-backend-memfd,id=ram,size=4G,share=on \\
+      -machine memory-backend=ram -chardev socket,id=disk,path=/run/xpm/vm.sock,reconnect=1 \\
+      -device vhost-user-blk-pci,chardev=disk ...")]
     Attach(AttachArgs),
     /// Lists the devices of this host.
     List,
@@ -49,10 +55,10 @@ Examples:
 pub(crate) struct AttachArgs {
     /// The name of the allocation.
     pub(crate) name: Name,
-    /// What to show it as: ublk, nbd, nbd-direct, nbd-socket=/PATH or nbd-socket=ADDRESS:PORT.
+    /// What to show it as: ublk, nbd, nbd-direct, nbd-socket=/PATH, nbd-socket=ADDRESS:PORT or vhost-user=/PATH.
     #[arg(long = "as", value_name = "FORM")]
     pub(crate) form: Form,
-    /// Queues, each with a thread of its own, 1 to 64. [default: for ublk one for each core, at most 4; else 1]
+    /// Queues, each with a thread of its own, 1 to 64. For vhost-user the most that a guest can have. [default: for ublk one for each core, at most 4; for vhost-user 16; else 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     pub(crate) queues: Option<u16>,
     /// Requests in flight on one queue, 1 to 1024. [default: 128]

@@ -35,6 +35,7 @@ pub(super) fn checks(machine: &Machine) -> Vec<Check> {
         nbd(machine),
         nbd_direct(machine),
         Check::ok(DEVICES, "nbd-socket", "needs nothing of the kernel"),
+        Check::ok(DEVICES, "vhost-user", "needs nothing of the kernel"),
         privileges(machine),
         memory_lock(machine),
         cgroup(machine),

@@ -95,6 +95,7 @@ fn wrong_usage_ends_with_2_and_says_what_would_be_right() {
         (&["blk", "attach", "a"], "--as"),
         (&["blk", "attach", "a", "--as", "scsi"], "nbd-socket=/ABSOLUTE/PATH"),
         (&["blk", "attach", "a", "--as", "nbd-socket=a.sock"], "ABSOLUTE"),
+        (&["blk", "attach", "a", "--as", "vhost-user=a.sock"], "vhost-user=/ABSOLUTE/PATH"),
         (&["blk", "attach", "a", "--as", "ublk", "--queues", "0"], "--queues"),
         (&["blk", "attach", "a", "--as", "ublk", "--depth", "1025"], "--depth"),
         (&["blk", "attach", "a", "--as", "ublk", "--hold", "soon"], "forever"),

@@ -22,6 +22,8 @@ const APPLIANCE_PORT: u16 = 7710;
 pub(crate) const ECHO_PORT: u16 = 7780;
 /// How long appliances may take to be ready, much of it for clearing their memory.
 const READY_TIME_MAX: Duration = Duration::from_secs(60);
+/// How long it is waited for that the guest has a request in flight.
+const IN_FLIGHT_TIME_MAX: Duration = Duration::from_secs(2);
 /// How long a daemon may take to stop when it is asked to.
 const STOP_TIME_MAX: Duration = Duration::from_secs(10);
 
@@ -31,6 +33,8 @@ pub(crate) struct Cluster<'a> {
     programs: PathBuf,
     dir: PathBuf,
     daemons: Vec<Daemon>,
+    /// Times that xpm-blk was started.
+    blk_lives: u32,
 }
 
 struct Daemon {
@@ -49,8 +53,13 @@ impl<'a> Cluster<'a> {
         dir: &Path,
         appliances: &[&str],
     ) -> Result<Cluster<'a>> {
-        let mut cluster =
-            Cluster { netns, programs: programs.to_path_buf(), dir: dir.to_path_buf(), daemons: Vec::new() };
+        let mut cluster = Cluster {
+            netns,
+            programs: programs.to_path_buf(),
+            dir: dir.to_path_buf(),
+            daemons: Vec::new(),
+            blk_lives: 0,
+        };
         cluster.start_echo()?;
         if !appliances.is_empty() {
             cluster.start_allocator()?;
@@ -70,7 +79,8 @@ impl<'a> Cluster<'a> {
     /// Runs the operator's command on the host and reads the JSON that it prints.
     pub(crate) fn xpm(&self, words: &[&str]) -> Result<Value> {
         let mut command = self.command("xpm");
-        command.env("XPM_ALLOCATOR", Cluster::allocator_url()).args(words).arg("--json");
+        command.env("XPM_ALLOCATOR", Cluster::allocator_url()).env("XPM_BLK", self.dir.join("blk.sock"));
+        command.args(words).arg("--json");
         serde_json::from_str(&util::output(&mut command)?).context("xpm printed no JSON")
     }
 
@@ -80,6 +90,87 @@ impl<'a> Cluster<'a> {
             if let Some(status) = daemon.child.try_wait()? {
                 bail!("{} ended ({status}); its log ends with:\n{}", daemon.name, tail(&daemon.log, 20));
             }
+        }
+        Ok(())
+    }
+
+    /// Starts an xpm-blk that serves the guest's disk, a new allocation.
+    pub(crate) fn serve_disk(&mut self, size: &str) -> Result<()> {
+        let config = format!(
+            "allocator = \"{}\"\ncontrol = {:?}\nstate = {:?}\n",
+            Cluster::allocator_url(),
+            self.dir.join("blk.sock"),
+            self.dir.join("blk")
+        );
+        fs::write(self.dir.join("blk.toml"), config)?;
+        self.start_blk()?;
+        self.xpm(&["alloc", "create", "vm", "--size", size, "--stripe", "2"])?;
+        let form = format!("vhost-user={}", disk_socket(&self.dir).display());
+        // Over TCP, for nothing is ever in flight where memory is shared.
+        self.xpm(&["blk", "attach", "vm", "--as", &form, "--transport", "nbd-tcp"]).map(drop)
+    }
+
+    /// Kills xpm-blk as `kill -9` does, with requests in flight if the guest has any: the appliances stand still
+    /// meanwhile. Then starts it again.
+    pub(crate) fn kill_blk(&mut self) -> Result<()> {
+        self.signal_appliances(Signal::STOP);
+        let deadline = Instant::now() + IN_FLIGHT_TIME_MAX;
+        while Instant::now() < deadline && self.xpm(&["blk", "show", "vm"])?["in_flight"] == 0 {
+            thread::sleep(Duration::from_millis(20));
+        }
+        let killed = self.replace_blk();
+        self.signal_appliances(Signal::CONT);
+        killed
+    }
+
+    fn signal_appliances(&self, signal: Signal) {
+        for daemon in self.daemons.iter().filter(|daemon| daemon.name.starts_with("appliance-")) {
+            // One that has ended is found by `check_alive`.
+            let _ = Pid::from_raw(daemon.child.id().cast_signed()).map(|pid| kill_process(pid, signal));
+        }
+    }
+
+    /// Requests that an xpm-blk submitted again after the death of the one before it.
+    pub(crate) fn submitted_again(&self) -> usize {
+        let log = |life| fs::read_to_string(self.dir.join(format!("blk-{life}.log"))).unwrap_or_default();
+        let count = |line: &str| -> Option<usize> {
+            let (before, _) = line.split_once(" requests of queue")?;
+            before.rsplit(' ').next()?.parse().ok()
+        };
+        (1..=self.blk_lives).map(|life| log(life).lines().filter_map(count).sum::<usize>()).sum()
+    }
+
+    fn replace_blk(&mut self) -> Result<()> {
+        let place = self.daemons.iter().position(|daemon| daemon.name.starts_with("blk-"));
+        let mut blk = self.daemons.remove(place.context("there is no xpm-blk on the host")?);
+        blk.child.kill()?;
+        blk.child.wait()?;
+        self.start_blk()
+    }
+
+    /// How often xpm-blk was started.
+    pub(crate) const fn blk_lives(&self) -> u32 {
+        self.blk_lives
+    }
+
+    /// Takes the guest's disk away, which nobody uses any more.
+    pub(crate) fn end_disk(&self) -> Result<()> {
+        self.xpm(&["blk", "detach", "vm"])?;
+        self.xpm(&["alloc", "delete", "vm"]).map(drop)
+    }
+
+    fn start_blk(&mut self) -> Result<()> {
+        self.blk_lives += 1;
+        let mut command = self.command("xpm-blk");
+        command.arg("--config").arg(self.dir.join("blk.toml"));
+        self.start_daemon(&format!("blk-{}", self.blk_lives), command)?;
+        let deadline = Instant::now() + READY_TIME_MAX;
+        while let Err(error) = self.xpm(&["blk", "list"]) {
+            self.check_alive()?;
+            if Instant::now() > deadline {
+                return Err(error.context("the host's xpm-blk does not answer"));
+            }
+            thread::sleep(Duration::from_millis(20));
         }
         Ok(())
     }
@@ -140,6 +231,11 @@ impl<'a> Cluster<'a> {
             }
         }
     }
+}
+
+/// Where the guest's disk is served.
+pub(crate) fn disk_socket(dir: &Path) -> PathBuf {
+    dir.join("vhost.sock")
 }
 
 /// Appliances that are up in the answer of `xpm appliance list --json`.

@@ -220,6 +220,7 @@ impl Lab {
             threads: if measures { Threads::Each } else { Threads::One },
             console: dir.join("console.log"),
             monitor: dir.join("monitor"),
+            disk: scenarios.first().and_then(|scenario| scenario.vhost).map(|_| cluster::disk_socket(dir)),
         }
     }
 }

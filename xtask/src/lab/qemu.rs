@@ -80,6 +80,8 @@ pub(crate) struct Guest<'a> {
     pub(crate) console: PathBuf,
     /// The pipes of QEMU's monitor: this path with `.in` and `.out` added.
     pub(crate) monitor: PathBuf,
+    /// The socket of its vhost-user-blk disk, if it has one.
+    pub(crate) disk: Option<PathBuf>,
 }
 
 impl Guest<'_> {
@@ -112,6 +114,16 @@ impl Guest<'_> {
         Ok(())
     }
 
+    /// Adds the disk, and memory that its server can map.
+    fn add_disk(&self, command: &mut Command) {
+        let Some(socket) = &self.disk else { return };
+        let memory = format!("memory-backend-memfd,id=ram,size={}M,share=on", self.memory_mib);
+        command.args(["-object", &memory, "-machine", "memory-backend=ram"]);
+        let mut chardev = joined("socket,id=disk,path=", socket);
+        chardev.push(",reconnect=1");
+        command.arg("-chardev").arg(chardev).args(["-device", "vhost-user-blk-pci,chardev=disk"]);
+    }
+
     /// Makes the kernel write where all tasks stand, and the state of its memory, to
     /// the console: what a deadlock leaves to look at. Returns when it had time for that.
     pub(crate) fn show_tasks(&self) -> Result<()> {
@@ -138,6 +150,7 @@ impl Guest<'_> {
         command.arg("-fsdev").arg(joined(&format!("local,id=share,{local}"), share));
         command.args(["-device", "virtio-9p-pci,fsdev=share,mount_tag=labshare"]);
         command.args(["-netdev", &netns.qemu_network(), "-device", "virtio-net-pci,netdev=net,romfile="]);
+        self.add_disk(&mut command);
         self.add_monitor(&mut command)?;
         Ok(command)
     }
@@ -201,6 +214,7 @@ pub(crate) fn choose(kernel: &Kernel, initramfs: &Path, netns: &Netns, cache: &P
         threads: Threads::One,
         console: cache.join("probe.log"),
         monitor: cache.join("probe"),
+        disk: None,
     };
     let accelerator = match probe.comes_alive(netns)? {
         true => Accelerator::Kvm,

@@ -62,14 +62,14 @@ pub(crate) fn boot(
     guest: &Guest<'_>,
     scenarios: &[&'static Scenario],
 ) -> Result<Vec<Report>> {
-    let mut cluster = Cluster::start(place.netns, place.programs, place.dir, scenarios[0].appliances)?;
+    let mut cluster = start_cluster(place, scenarios.first())?;
     let mut command = prepare(place, guest, scenarios, false)?;
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut qemu = command.spawn().context("cannot start QEMU")?;
     let lines = qemu::read_lines(qemu.stdout.take().context("QEMU has no output")?);
     let complaints = qemu::read_lines(qemu.stderr.take().context("QEMU has no error output")?);
     let mut watch = Watch::new(place, scenarios);
-    let ending = watch.follow(&lines);
+    let ending = watch.follow(&lines, &mut cluster);
     stop(&mut qemu, guest, &ending)?;
     let mut reports = watch.finish(&ending, &guest.console, &complaints);
     for report in reports.iter_mut().filter(|report| report.passed()) {
@@ -82,9 +82,18 @@ pub(crate) fn boot(
 
 /// Boots a guest on the terminal, which has a shell there when the scenarios are done.
 pub(crate) fn shell(place: &Place<'_>, guest: &Guest<'_>, scenarios: &[&'static Scenario]) -> Result<()> {
-    let appliances = scenarios.first().map_or(&[][..], |scenario| scenario.appliances);
-    let _cluster = Cluster::start(place.netns, place.programs, place.dir, appliances)?;
+    let _cluster = start_cluster(place, scenarios.first())?;
     util::run(&mut prepare(place, guest, scenarios, true)?)
+}
+
+/// The daemons on the host that a scenario, and its group, want.
+fn start_cluster<'a>(place: &Place<'a>, scenario: Option<&&'static Scenario>) -> Result<Cluster<'a>> {
+    let appliances = scenario.map_or(&[][..], |scenario| scenario.appliances);
+    let mut cluster = Cluster::start(place.netns, place.programs, place.dir, appliances)?;
+    if let Some(size) = scenario.and_then(|scenario| scenario.vhost) {
+        cluster.serve_disk(size)?;
+    }
+    Ok(cluster)
 }
 
 /// Writes what the guest's runner reads, and makes QEMU's command line.
@@ -163,24 +172,28 @@ impl<'a> Watch<'a> {
     }
 
     /// Takes lines until the guest is off or its time is up.
-    fn follow(&mut self, lines: &Receiver<String>) -> Ending {
+    fn follow(&mut self, lines: &Receiver<String>, cluster: &mut Cluster<'_>) -> Ending {
         loop {
             match lines.recv_timeout(self.deadline.saturating_duration_since(Instant::now())) {
-                Ok(line) => self.take(&line),
+                Ok(line) => self.take(&line, cluster),
                 Err(RecvTimeoutError::Disconnected) => return Ending::Off,
                 Err(RecvTimeoutError::Timeout) => return Ending::TimeUp,
             }
         }
     }
 
-    /// Takes one line: a marker of the runner (`@lab begin NAME`, `@lab end NAME STATUS`), or
-    /// output of the scenario.
-    fn take(&mut self, line: &str) {
+    /// Takes one line: a marker of the runner (`@lab begin NAME`, `@lab end NAME STATUS`), a wish of the scenario
+    /// (`@lab kill-blk`), or output of it.
+    fn take(&mut self, line: &str, cluster: &mut Cluster<'_>) {
         let words: Vec<&str> = line.split_whitespace().collect();
         match words[..] {
             [] => {}
             ["@lab", "begin", name] => self.begin(name),
             ["@lab", "end", _, status] => self.end(status),
+            ["@lab", "kill-blk"] => match cluster.kill_blk() {
+                Ok(()) => self.show("the host's xpm-blk was killed, and started again"),
+                Err(error) => self.report(Some(format!("the host's xpm-blk cannot be replaced: {error:#}"))),
+            },
             _ => self.show(line),
         }
     }

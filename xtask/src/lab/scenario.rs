@@ -18,6 +18,9 @@ pub(crate) struct Scenario {
     pub(crate) memory_mib: u32,
     /// Memory that each appliance lends; none: no allocator and no appliance.
     pub(crate) appliances: &'static [&'static str],
+    /// Size of an allocation that the host's xpm-blk serves to the guest as its vhost-user-blk disk `vm`; none: there
+    /// is no xpm-blk on the host.
+    pub(crate) vhost: Option<&'static str>,
     /// The script in `tests/lab` that the guest runs.
     pub(crate) script: &'static str,
     /// The script's arguments.
@@ -39,6 +42,7 @@ const BASE: Scenario = Scenario {
     group: "",
     memory_mib: 512,
     appliances: &["2GiB", "2GiB"],
+    vhost: None,
     script: "",
     args: &[],
     seconds_max: 420,
@@ -123,6 +127,15 @@ pub(crate) const ALL: &[Scenario] = &[
         ..BASE
     },
     Scenario {
+        name: "vhost",
+        about: "a vhost-user-blk disk of QEMU's: ext4 and swap, while its xpm-blk on the host is killed again and again",
+        group: "vhost",
+        vhost: Some("1GiB"),
+        script: "vhost.sh",
+        check: disk_served,
+        ..BASE
+    },
+    Scenario {
         name: "rdma-smoke",
         about: "RDMA without xpm: Soft-RoCE, verbs and the connection manager",
         script: "rdma-smoke.sh",
@@ -199,6 +212,17 @@ fn daemons_live(cluster: &mut Cluster<'_>) -> Result<()> {
     cluster.check_alive()
 }
 
+/// The host's xpm-blk was killed in the middle of requests, the one that is there now served the guest to its end, and nothing is left.
+fn disk_served(cluster: &mut Cluster<'_>) -> Result<()> {
+    let (kills, again) = (cluster.blk_lives() - 1, cluster.submitted_again());
+    println!("[vhost] xpm-blk was killed {kills} times, and {again} requests were submitted again");
+    ensure!(kills >= 3 && again >= 3, "that is too little for a test");
+    let device = cluster.xpm(&["blk", "show", "vm"])?;
+    ensure!(device["counters"]["errors"] == 0, "requests ended with errors: {device}");
+    cluster.end_disk()?;
+    nothing_left(cluster)
+}
+
 /// No daemon has ended, the guest's allocations are gone, and the appliances have all memory back
 /// and answered no request with an error.
 fn nothing_left(cluster: &mut Cluster<'_>) -> Result<()> {
@@ -242,6 +266,7 @@ mod tests {
             for other in ALL.iter().filter(|other| other.group == scenario.group) {
                 assert_eq!(scenario.memory_mib, other.memory_mib, "{}", other.name);
                 assert_eq!(scenario.appliances, other.appliances, "{}", other.name);
+                assert_eq!(scenario.vhost, other.vhost, "{}", other.name);
             }
         }
     }

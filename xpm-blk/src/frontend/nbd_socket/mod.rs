@@ -1,18 +1,13 @@
 //! An NBD server at a unix socket or a TCP address, for any NBD client.
 
-use std::io;
 use std::net::TcpListener;
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use xpm_client::Volume;
-use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::blk::SocketPlace;
 use xpm_transport::nbd::server::{Exports, Listener, Opened, Server};
 
-use super::{Health, Shown};
+use super::{Health, Shown, socket};
 use crate::error::{DeviceError, Step};
 use crate::export;
 
@@ -30,7 +25,7 @@ impl NbdSocket {
     /// within a tokio runtime.
     ///
     /// # Errors
-    /// [`ErrorKind::Conflict`] when somebody else listens there.
+    /// [`ErrorKind::Conflict`](xpm_protocol::api::ErrorKind) when somebody else listens there.
     pub fn show(
         name: &str,
         place: &SocketPlace,
@@ -41,11 +36,11 @@ impl NbdSocket {
         let exports = Arc::new(OneExport { name: name.to_owned(), volume: volume.clone(), group });
         let (place, listener) = match place {
             SocketPlace::Unix(path) => {
-                let listener = bind_unix(path).map_err(|error| in_use(error, place))?;
+                let listener = socket::bind(path).map_err(|error| socket::refused(error, place))?;
                 (place.clone(), server.listen_unix(listener, exports))
             }
             SocketPlace::Tcp(address) => {
-                let listener = TcpListener::bind(address).map_err(|error| in_use(error, place))?;
+                let listener = TcpListener::bind(address).map_err(|error| socket::refused(error, place))?;
                 let bound = listener.local_addr().at(format!("listen at {place}"))?;
                 (SocketPlace::Tcp(bound), server.listen_tcp(listener, exports))
             }
@@ -53,29 +48,6 @@ impl NbdSocket {
         let listener = Mutex::new(Some(listener.at(format!("listen at {place}"))?));
         Ok(NbdSocket { place, server, volume, group, listener })
     }
-}
-
-fn in_use(error: io::Error, place: &SocketPlace) -> DeviceError {
-    match error.kind() {
-        io::ErrorKind::AddrInUse => DeviceError::new(
-            ErrorKind::Conflict,
-            format!("cannot listen at {place}: another process does; choose another place"),
-        ),
-        _ => error.at(format!("listen at {place}")),
-    }
-}
-
-/// Binds a unix socket of mode 0600. A socket that nobody listens at any more is replaced.
-fn bind_unix(path: &Path) -> io::Result<UnixListener> {
-    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
-    if is_socket
-        && matches!(UnixStream::connect(path), Err(error) if error.kind() == io::ErrorKind::ConnectionRefused)
-    {
-        std::fs::remove_file(path)?;
-    }
-    let listener = UnixListener::bind(path)?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
-    Ok(listener)
 }
 
 struct OneExport {
@@ -144,25 +116,5 @@ impl Shown for NbdSocket {
             let _ = std::fs::remove_file(path);
         }
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_dead_socket_is_replaced_and_nothing_else() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("s");
-        let first = bind_unix(&path).unwrap();
-        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
-        assert_eq!(bind_unix(&path).unwrap_err().kind(), io::ErrorKind::AddrInUse);
-        drop(first);
-        bind_unix(&path).unwrap();
-        std::fs::remove_file(&path).unwrap();
-        std::fs::write(&path, "precious").unwrap();
-        assert!(bind_unix(&path).is_err());
-        assert_eq!(std::fs::read(&path).unwrap(), b"precious");
     }
 }

@@ -1,0 +1,93 @@
+//! What the guest's driver is told of the device: features, and the configuration space (virtio 1.2, 5.2.4).
+
+use super::chain::SEGMENTS_MAX;
+use super::request::RANGES_MAX;
+
+/// Logical blocks are of 512 bytes, as what is copied to the device may be made for them; physical ones of
+/// 4096, so that file systems and swap align to pages.
+const BLOCK_LEN: u32 = 512;
+const PHYSICAL_BLOCK_EXPONENT: u8 = 3;
+/// Sectors that a range to be discarded should be aligned to.
+const DISCARD_ALIGNMENT: u32 = 8;
+/// Longest range of a discard: whole pages of what a Linux block layer asks for at most.
+const RANGE_SECTORS_MAX: u32 = (u32::MAX >> 9) & !7;
+
+/// Feature bits.
+pub(super) mod feature {
+    const SEG_MAX: u64 = 1 << 2;
+    const BLK_SIZE: u64 = 1 << 6;
+    const FLUSH: u64 = 1 << 9;
+    const TOPOLOGY: u64 = 1 << 10;
+    const MQ: u64 = 1 << 12;
+    const DISCARD: u64 = 1 << 13;
+    const WRITE_ZEROES: u64 = 1 << 14;
+    /// Descriptors can be tables.
+    pub(in super::super) const INDIRECT_DESC: u64 = 1 << 28;
+    /// Each side says when it wants to be notified.
+    pub(in super::super) const EVENT_IDX: u64 = 1 << 29;
+    /// The front end knows the protocol's own features.
+    pub(in super::super) const PROTOCOL_FEATURES: u64 = 1 << 30;
+    const VERSION_1: u64 = 1 << 32;
+
+    /// Everything that is offered. No write cache can be switched on or off: there is none.
+    pub(in super::super) const ALL: u64 = SEG_MAX
+        | BLK_SIZE
+        | FLUSH
+        | TOPOLOGY
+        | MQ
+        | DISCARD
+        | WRITE_ZEROES
+        | INDIRECT_DESC
+        | EVENT_IDX
+        | PROTOCOL_FEATURES
+        | VERSION_1;
+}
+
+/// Length of the part that has a meaning.
+const LEN: usize = 60;
+
+/// The configuration space of a device of `size` bytes with so many queues.
+fn space(size: u64, queues: u16) -> [u8; LEN] {
+    let mut space = [0; LEN];
+    let mut put = |place: usize, bytes: &[u8]| space[place..place + bytes.len()].copy_from_slice(bytes);
+    put(0, &(size >> 9).to_le_bytes());
+    put(12, &SEGMENTS_MAX.to_le_bytes());
+    put(20, &BLOCK_LEN.to_le_bytes());
+    put(24, &[PHYSICAL_BLOCK_EXPONENT]);
+    put(34, &queues.to_le_bytes());
+    put(36, &RANGE_SECTORS_MAX.to_le_bytes());
+    put(40, &RANGES_MAX.to_le_bytes());
+    put(44, &DISCARD_ALIGNMENT.to_le_bytes());
+    put(48, &RANGE_SECTORS_MAX.to_le_bytes());
+    put(52, &RANGES_MAX.to_le_bytes());
+    // Zeroing may give memory back.
+    put(56, &[1]);
+    space
+}
+
+/// A part of it; what lies behind its end is zero.
+pub(super) fn part(size: u64, queues: u16, offset: u32, len: u32) -> Vec<u8> {
+    let space = space(size, queues);
+    let at =
+        |place: u64| usize::try_from(place).ok().and_then(|place| space.get(place)).copied().unwrap_or(0);
+    (u64::from(offset)..u64::from(offset) + u64::from(len)).map(at).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_are_where_the_standard_has_them() {
+        let space = part(1 << 30, 4, 0, 64);
+        assert_eq!(space.len(), 64);
+        let word = |place: usize| u32::from_le_bytes(space[place..place + 4].try_into().unwrap());
+        assert_eq!((word(0), word(4)), (1 << 21, 0));
+        assert_eq!((word(12), word(20), space[24]), (126, 512, 3));
+        assert_eq!((space[34], space[35]), (4, 0));
+        assert_eq!((word(36), word(40), word(44)), (0x007f_fff8, 32, 8));
+        assert_eq!((word(48), word(52), space[56]), (0x007f_fff8, 32, 1));
+        assert_eq!(part(1 << 30, 4, 34, 1), [4]);
+        assert_eq!(part(1 << 30, 4, u32::MAX, 3), [0, 0, 0]);
+    }
+}

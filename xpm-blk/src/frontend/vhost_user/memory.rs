@@ -1,0 +1,376 @@
+//! The guest's memory in this process.
+//!
+//! The front end passes files that guest memory lies in; their pages are mapped here and are the buffers of
+//! the guest's I/O. Both the guest and its monitor can change them at any time, so they are accessed by
+//! address only: as an [`IoBuf`], or by the atomic and copying accessors of a [`Window`].
+//!
+//! An access behind the end of a file kills the process (SIGBUS). So a file has to be as long as what is said
+//! to be in it. That it stays so is up to the monitor, which can pass memory that cannot shrink (QEMU's
+//! `memory-backend-memfd` does); a guest cannot shrink its memory's file.
+
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
+
+use rustix::fs::{FileType, fstat, fstatfs};
+use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap, mprotect, munlock, munmap};
+use rustix::param::page_size;
+use xpm_transport::io::IoBuf;
+
+/// Type of a hugetlbfs file system (statfs(2)).
+const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
+
+/// A run of guest memory, as a front end describes it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct RegionInfo {
+    /// First address for the guest.
+    pub(super) guest: u64,
+    /// Length in bytes.
+    pub(super) len: u64,
+    /// First address in the front end's process.
+    pub(super) user: u64,
+    /// First byte within the file.
+    pub(super) offset: u64,
+}
+
+/// A mapping, undone when dropped.
+#[derive(Debug)]
+struct Mapping {
+    address: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: a mapping belongs to the process, not to the thread that made it; what is in it is accessed by
+// address only.
+unsafe impl Send for Mapping {}
+// SAFETY: as above; nothing is changed through a shared reference but the memory behind it, by atomic or
+// copying accesses.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Maps a part of a file, neither locked nor faulted in: the memory is somebody else's, and this process
+    /// locks what it maps.
+    fn of(file: &OwnedFd, offset: u64, len: usize) -> io::Result<Mapping> {
+        let flags = MapFlags::SHARED | MapFlags::NORESERVE;
+        // SAFETY: a new mapping at a place that the kernel chooses; it aliases nothing of ours.
+        let address =
+            unsafe { mmap(std::ptr::null_mut(), len, ProtFlags::empty(), flags, file.as_fd(), offset) }?;
+        let address = NonNull::new(address.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
+        let mapping = Mapping { address, len };
+        // Accessible only after it is unlocked: a locked mapping that can be accessed is faulted in as a whole.
+        // SAFETY: the range is the mapping that was just made, and no other.
+        unsafe {
+            munlock(address.as_ptr().cast(), len)?;
+            mprotect(address.as_ptr().cast(), len, MprotectFlags::READ | MprotectFlags::WRITE)?;
+        }
+        Ok(mapping)
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: address and length are those of the mapping that this value owns. An error would mean that
+        // it is not mapped, and leaves nothing to do.
+        let _ = unsafe { munmap(self.address.as_ptr().cast(), self.len) };
+    }
+}
+
+/// A run of guest memory that is mapped.
+#[derive(Debug)]
+pub(super) struct Region {
+    info: RegionInfo,
+    /// Where it starts within the mapping.
+    lead: usize,
+    mapping: Mapping,
+}
+
+impl Region {
+    /// Maps a region.
+    ///
+    /// # Errors
+    /// When it cannot be, or the file is shorter than what is said to be in it.
+    pub(super) fn map(info: RegionInfo, file: &OwnedFd) -> io::Result<Region> {
+        let bad = |what: &str| io::Error::new(io::ErrorKind::InvalidInput, what.to_owned());
+        let end = info.offset.checked_add(info.len).ok_or_else(|| bad("a region beyond all addresses"))?;
+        let wraps = info.guest.checked_add(info.len).is_none() || info.user.checked_add(info.len).is_none();
+        if info.len == 0 || wraps {
+            return Err(bad("a region that is empty or beyond all addresses"));
+        }
+        let found = fstat(file)?;
+        let is_file = FileType::from_raw_mode(found.st_mode) == FileType::RegularFile;
+        if is_file && u64::try_from(found.st_size).is_ok_and(|size| size < end) {
+            return Err(bad("a region beyond the end of its file"));
+        }
+        let system = fstatfs(file)?;
+        let page = match system.f_type as u64 {
+            HUGETLBFS_MAGIC => system.f_bsize as u64,
+            _ => page_size() as u64,
+        };
+        let first = info.offset / page * page;
+        let len = (end - first).next_multiple_of(page);
+        let len = usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory)?;
+        let mapping = Mapping::of(file, first, len)?;
+        Ok(Region { info, lead: (info.offset - first) as usize, mapping })
+    }
+
+    /// What it was described as.
+    pub(super) const fn info(&self) -> RegionInfo {
+        self.info
+    }
+
+    /// `len` bytes from `start` of the region.
+    fn at(&self, start: u64, len: usize) -> NonNull<u8> {
+        let within = start.checked_add(len as u64).is_some_and(|end| end <= self.info.len);
+        assert!(within, "{len} bytes at {start} of a region of {}", self.info.len);
+        // SAFETY: within the region (asserted), which lies within the mapping from `lead` on.
+        unsafe { self.mapping.address.add(self.lead + start as usize) }
+    }
+
+    fn buffer(&self, start: u64, len: usize) -> IoBuf {
+        // SAFETY: the bytes are within the mapping (`at` asserts it), which is readable and writable. Whoever
+        // posts an operation with it keeps the memory until the operation has ended: a queue keeps the
+        // `GuestMemory` that it takes buffers from until its channel has given up all of them. No reference to
+        // guest memory is ever made.
+        unsafe { IoBuf::new(self.at(start, len), len) }
+    }
+}
+
+/// All memory of a guest that the front end shares. Clones of the [`Arc`]s in it keep regions mapped.
+#[derive(Debug, Clone, Default)]
+pub(super) struct GuestMemory {
+    regions: Vec<Arc<Region>>,
+}
+
+impl GuestMemory {
+    /// Memory of these regions.
+    ///
+    /// # Errors
+    /// When two of them have a guest address in common.
+    pub(super) fn new(mut regions: Vec<Arc<Region>>) -> io::Result<GuestMemory> {
+        regions.sort_unstable_by_key(|region| region.info.guest);
+        let overlap = |pair: &[Arc<Region>]| pair[0].info.guest + pair[0].info.len > pair[1].info.guest;
+        match regions.windows(2).any(overlap) {
+            true => Err(io::Error::new(io::ErrorKind::InvalidInput, "regions of guest memory that overlap")),
+            false => Ok(GuestMemory { regions }),
+        }
+    }
+
+    /// Its regions.
+    pub(super) fn regions(&self) -> &[Arc<Region>] {
+        &self.regions
+    }
+
+    fn find(&self, guest: u64) -> Option<&Arc<Region>> {
+        let after = self.regions.partition_point(|region| region.info.guest <= guest);
+        let region = self.regions.get(after.checked_sub(1)?)?;
+        (guest - region.info.guest < region.info.len).then_some(region)
+    }
+
+    /// The longest run of the `len` bytes at a guest address that lies in one piece; none where there is no
+    /// memory. `len` has to be more than 0. The buffer may be used while this memory is kept.
+    pub(super) fn piece(&self, guest: u64, len: u64) -> Option<IoBuf> {
+        let region = self.find(guest)?;
+        let start = guest - region.info.guest;
+        let len = len.min(region.info.len - start);
+        Some(region.buffer(start, usize::try_from(len).ok()?))
+    }
+
+    /// The `len` bytes at a guest address, which have to lie in one piece.
+    pub(super) fn window_of_guest(&self, guest: u64, len: usize) -> Option<Window> {
+        let region = self.find(guest)?;
+        Window::new(region, guest - region.info.guest, len)
+    }
+
+    /// The `len` bytes at an address of the front end's process, which have to lie in one piece.
+    pub(super) fn window_of_user(&self, user: u64, len: usize) -> Option<Window> {
+        let within = |region: &&Arc<Region>| {
+            user.checked_sub(region.info.user).is_some_and(|start| start < region.info.len)
+        };
+        let region = self.regions.iter().find(within)?;
+        Window::new(region, user - region.info.user, len)
+    }
+}
+
+/// A piece of shared memory for structures that another party reads and writes at the same time.
+#[derive(Debug, Clone)]
+pub(super) struct Window {
+    region: Arc<Region>,
+    start: u64,
+    len: usize,
+}
+
+impl Window {
+    /// `len` bytes from `start` of a region; none where it has not so many.
+    pub(super) fn new(region: &Arc<Region>, start: u64, len: usize) -> Option<Window> {
+        let end = start.checked_add(len as u64)?;
+        (end <= region.info.len).then(|| Window { region: Arc::clone(region), start, len })
+    }
+
+    /// Whether its first byte is at a multiple of `alignment`, here.
+    pub(super) fn is_aligned(&self, alignment: usize) -> bool {
+        self.region.at(self.start, self.len).addr().get().is_multiple_of(alignment)
+    }
+
+    fn at(&self, offset: usize, len: usize, alignment: usize) -> NonNull<u8> {
+        let within = offset.checked_add(len).is_some_and(|end| end <= self.len);
+        assert!(within, "{len} bytes at {offset} of a window of {}", self.len);
+        let address = self.region.at(self.start + offset as u64, len);
+        assert!(address.addr().get().is_multiple_of(alignment), "an access that is not aligned");
+        address
+    }
+
+    fn word(&self, offset: usize) -> &AtomicU16 {
+        // SAFETY: two bytes within the mapping, aligned (`at` asserts both), which this window keeps; an atomic
+        // may be changed by others at any time.
+        unsafe { AtomicU16::from_ptr(self.at(offset, 2, 2).as_ptr().cast()) }
+    }
+
+    fn long(&self, offset: usize) -> &AtomicU64 {
+        // SAFETY: as for `word`, eight bytes.
+        unsafe { AtomicU64::from_ptr(self.at(offset, 8, 8).as_ptr().cast()) }
+    }
+
+    /// The little-endian 16-bit word at `offset`, which has to be within it and aligned.
+    pub(super) fn load16(&self, offset: usize, order: Ordering) -> u16 {
+        u16::from_le(self.word(offset).load(order))
+    }
+
+    /// Stores a little-endian 16-bit word.
+    pub(super) fn store16(&self, offset: usize, value: u16, order: Ordering) {
+        self.word(offset).store(value.to_le(), order);
+    }
+
+    /// The 64-bit word of this machine's order at `offset`.
+    pub(super) fn load64(&self, offset: usize) -> u64 {
+        self.long(offset).load(Ordering::Acquire)
+    }
+
+    /// Stores a 64-bit word of this machine's order.
+    pub(super) fn store64(&self, offset: usize, value: u64) {
+        self.long(offset).store(value, Ordering::Release);
+    }
+
+    /// Copies the bytes at `offset`. Each may be changed by others meanwhile.
+    pub(super) fn read(&self, offset: usize, bytes: &mut [u8]) {
+        self.buffer(offset, bytes.len()).copy_to_slice(bytes);
+    }
+
+    /// Writes bytes at `offset`.
+    pub(super) fn write(&self, offset: usize, bytes: &[u8]) {
+        self.buffer(offset, bytes.len()).copy_from_slice(bytes);
+    }
+
+    fn buffer(&self, offset: usize, len: usize) -> IoBuf {
+        let address = self.at(offset, len, 1);
+        // SAFETY: within the mapping (`at` asserts it), which this window keeps for as long as the buffer is
+        // used: it is private to the two methods above.
+        unsafe { IoBuf::new(address, len) }
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+
+    use super::*;
+
+    /// A memfd of so many bytes.
+    pub(in super::super) fn memfd(len: u64) -> OwnedFd {
+        let file = memfd_create("xpm-test", MemfdFlags::CLOEXEC).unwrap();
+        ftruncate(&file, len).unwrap();
+        file
+    }
+
+    /// Guest memory of regions at these guest addresses with these lengths; in the front end each is 1 TiB
+    /// further on.
+    pub(in super::super) fn memory(regions: &[(u64, u64)]) -> GuestMemory {
+        let total = regions.iter().map(|(_, len)| len).sum();
+        let file = memfd(total);
+        let mut offset = 0;
+        let regions = regions.iter().map(|&(guest, len)| {
+            let info = RegionInfo { guest, len, user: guest + (1 << 40), offset };
+            offset += len;
+            Arc::new(Region::map(info, &file).unwrap())
+        });
+        GuestMemory::new(regions.collect()).unwrap()
+    }
+
+    #[test]
+    fn addresses_are_found_and_what_is_not_there_is_not() {
+        let memory = memory(&[(0x10_0000, 0x4000), (0, 0x3000), (0x10_4000, 0x1000)]);
+        assert_eq!(memory.piece(0, 0x1000).unwrap().len(), 0x1000);
+        assert_eq!(memory.piece(0x2fff, 0x1000).unwrap().len(), 1, "up to the end of its region");
+        assert!(memory.piece(0x3000, 1).is_none());
+        assert!(memory.piece(u64::MAX, u64::MAX).is_none());
+        assert_eq!(
+            memory.piece(0x10_3f00, 0x200).unwrap().len(),
+            0x100,
+            "the next region is another mapping"
+        );
+        assert!(memory.window_of_guest(0x10_3f00, 0x200).is_none(), "a window is one piece");
+        assert!(memory.window_of_user((1 << 40) + 0x2ff0, 0x10).is_some());
+        assert!(memory.window_of_user((1 << 40) + 0x2ff0, 0x11).is_none());
+        assert!(memory.window_of_user(0, 1).is_none());
+        memory.piece(0x10_4000, 4).unwrap().copy_from_slice(b"abcd");
+        let mut bytes = [0; 4];
+        memory.window_of_user((1 << 40) + 0x10_4000, 4).unwrap().read(0, &mut bytes);
+        assert_eq!(&bytes, b"abcd");
+    }
+
+    #[test]
+    fn files_that_are_too_short_and_regions_that_overlap_are_refused() {
+        let file = memfd(0x2000);
+        let info = RegionInfo { guest: 0, len: 0x1000, user: 0, offset: 0x1000 };
+        assert!(Region::map(info, &file).is_ok());
+        for info in [
+            RegionInfo { offset: 0x1001, ..info },
+            RegionInfo { len: 0, ..info },
+            RegionInfo { len: u64::MAX, ..info },
+            RegionInfo { guest: u64::MAX, ..info },
+            RegionInfo { user: u64::MAX, ..info },
+        ] {
+            assert!(Region::map(info, &file).is_err(), "{info:?}");
+        }
+        let region = |guest| Arc::new(Region::map(RegionInfo { guest, ..info }, &file).unwrap());
+        assert!(GuestMemory::new(vec![region(0), region(0xfff)]).is_err());
+        assert!(GuestMemory::new(vec![region(0), region(0x1000)]).is_ok());
+    }
+
+    #[test]
+    fn a_region_that_starts_within_a_page_is_where_it_is() {
+        let file = memfd(0x3000);
+        let whole = RegionInfo { guest: 0, len: 0x3000, user: 0, offset: 0 };
+        let whole = GuestMemory::new(vec![Arc::new(Region::map(whole, &file).unwrap())]).unwrap();
+        whole.piece(0x1234, 3).unwrap().copy_from_slice(b"xyz");
+        let part = RegionInfo { guest: 0x9000, len: 0x100, user: 0, offset: 0x1234 };
+        let part = GuestMemory::new(vec![Arc::new(Region::map(part, &file).unwrap())]).unwrap();
+        let mut bytes = [0; 3];
+        part.piece(0x9000, 3).unwrap().copy_to_slice(&mut bytes);
+        assert_eq!(&bytes, b"xyz");
+    }
+
+    #[test]
+    fn words_are_little_endian_and_shared() {
+        let memory = memory(&[(0, 0x1000)]);
+        let window = memory.window_of_guest(0x10, 0x20).unwrap();
+        assert!(window.is_aligned(16));
+        window.store16(2, 0x1234, Ordering::Release);
+        let mut bytes = [0; 2];
+        window.read(2, &mut bytes);
+        assert_eq!(bytes, [0x34, 0x12]);
+        window.write(2, &[0xff, 0x00]);
+        assert_eq!(window.load16(2, Ordering::Acquire), 0xff);
+        window.store64(8, 7);
+        assert_eq!(window.load64(8), 7);
+    }
+
+    #[test]
+    #[should_panic(expected = "of a window of")]
+    fn nothing_beyond_a_window_is_reached() {
+        memory(&[(0, 0x1000)]).window_of_guest(0, 4).unwrap().load16(3, Ordering::Relaxed);
+    }
+}

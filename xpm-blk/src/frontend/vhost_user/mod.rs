@@ -1,0 +1,304 @@
+//! A vhost-user-blk back-end at a unix socket: the disk of a virtual machine.
+//!
+//! The front end (the machine's monitor) passes the guest's memory as files. Rings and buffers are used where they
+//! are: what a guest reads or writes is posted to the channel of its queue with guest memory as the buffer, piece
+//! by piece, and nothing of it is copied here.
+//!
+//! * `message.rs`: the protocol's messages; `session.rs`: what they ask for.
+//! * `memory.rs`: guest memory; `ring.rs`, `chain.rs`, `request.rs`: from a ring to operations, each checking what
+//!   a guest may have written there.
+//! * `inflight.rs`: marks of what is in flight, which outlive this process.
+//! * `queue.rs`: the thread of a queue.
+//!
+//! When this process dies and comes back, the socket does too. The front end connects again (QEMU with
+//! `reconnect=1`), passes the marks, and what is marked is submitted again. What the dead process had sent to an
+//! appliance cannot land behind that: a queue's channel has the same number in each life, and so its new
+//! connections shut the old ones out.
+//!
+//! One front end is served at a time. The crates `vhost` and `vhost-user-backend` are not used here: the latter
+//! has no tracking of requests in flight, and neither can tell a front end that the size has changed.
+
+mod chain;
+mod config;
+mod inflight;
+mod memory;
+mod message;
+mod queue;
+mod request;
+mod ring;
+mod session;
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use xpm_client::Volume;
+use xpm_protocol::api::ErrorKind;
+
+use self::message::ReceiveError;
+use self::queue::DeviceFacts;
+use self::request::ID_LEN;
+use self::session::{Device, Session};
+use super::{Health, Shape, Shown, socket};
+use crate::error::{DeviceError, Step};
+use crate::lifecycle;
+
+/// Most queues of a guest where nothing is said: QEMU gives it one for each of its processors.
+pub const QUEUES_DEFAULT: u16 = 16;
+
+/// A socket at which an allocation is a vhost-user-blk device.
+pub struct VhostUserBlk {
+    path: PathBuf,
+    device: Arc<Device>,
+    server: Arc<Server>,
+    /// None once it is hidden.
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl VhostUserBlk {
+    /// Listens.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Conflict`] when somebody else listens there.
+    pub fn show(name: &str, path: &Path, volume: Volume, shape: &Shape) -> Result<VhostUserBlk, DeviceError> {
+        let listener = socket::bind(path).map_err(|error| socket::refused(error, path.display()))?;
+        let at = || format!("serve {}", path.display());
+        listener.set_nonblocking(true).at(at())?;
+        let facts = DeviceFacts { size: AtomicU64::new(volume.size()), id: id(name) };
+        let device = Arc::new(Device {
+            name: name.to_owned(),
+            volume,
+            facts: Arc::new(facts),
+            queues: shape.queues,
+            spin: shape.spin,
+            listener: Mutex::new(None),
+        });
+        let server = Arc::new(Server {
+            stop: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).at(at())?,
+            ended: AtomicBool::new(false),
+            give_up: AtomicBool::new(false),
+            connected: AtomicUsize::new(0),
+            connection: Mutex::new(None),
+        });
+        let (ours, theirs) = (Arc::clone(&server), Arc::clone(&device));
+        let thread = thread::Builder::new()
+            .name(format!("xpm-vu-{}", name.chars().take(24).collect::<String>()))
+            .stack_size(lifecycle::STACK_LEN)
+            .spawn(move || ours.run(&listener, &theirs))
+            .at(at())?;
+        Ok(VhostUserBlk { path: path.to_owned(), device, server, thread: Mutex::new(Some(thread)) })
+    }
+}
+
+/// The name of an allocation as a guest sees it; the start of a longer one.
+fn id(name: &str) -> [u8; ID_LEN] {
+    let mut id = [0; ID_LEN];
+    let len = name.len().min(ID_LEN);
+    id[..len].copy_from_slice(&name.as_bytes()[..len]);
+    id
+}
+
+/// Serves front ends, one after the other, on a thread of its own. No I/O passes it.
+struct Server {
+    /// Readable when it has to end.
+    stop: OwnedFd,
+    ended: AtomicBool,
+    /// At the end, what is in flight is not waited for.
+    give_up: AtomicBool,
+    connected: AtomicUsize,
+    /// The front end's socket, to be shut down when the thread has to end.
+    connection: Mutex<Option<UnixStream>>,
+}
+
+/// What came first.
+enum Event {
+    Stop,
+    NewFrontEnd,
+    Message,
+}
+
+impl Server {
+    fn run(&self, listener: &UnixListener, device: &Arc<Device>) {
+        while let Event::NewFrontEnd = self.wait(listener, None) {
+            let Ok((socket, _)) = listener.accept() else { continue };
+            if let Err(error) = self.serve(&socket, listener, device) {
+                tracing::warn!(
+                    "allocation {}: {error}; its vhost-user front end is disconnected",
+                    device.name
+                );
+            }
+            *self.connection() = None;
+            self.connected.store(0, Ordering::Relaxed);
+        }
+    }
+
+    fn connection(&self) -> std::sync::MutexGuard<'_, Option<UnixStream>> {
+        self.connection.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Serves a front end until it goes or has to.
+    fn serve(
+        &self,
+        socket: &UnixStream,
+        listener: &UnixListener,
+        device: &Arc<Device>,
+    ) -> Result<(), ReceiveError> {
+        *self.connection() = Some(socket.try_clone()?);
+        self.connected.store(1, Ordering::Relaxed);
+        tracing::info!("allocation {}: a vhost-user front end is connected", device.name);
+        let mut session = Session::new(Arc::clone(device));
+        let outcome = self.exchange(socket, listener, &mut session, device);
+        if self.give_up.load(Ordering::Relaxed) {
+            session.stop_all(Duration::ZERO);
+        }
+        match outcome {
+            Err(ReceiveError::Closed) => {
+                tracing::info!("allocation {}: its vhost-user front end is gone", device.name);
+                Ok(())
+            }
+            // It was shut down from here.
+            Err(_) if self.ended.load(Ordering::Relaxed) => Ok(()),
+            outcome => outcome,
+        }
+    }
+
+    fn exchange(
+        &self,
+        socket: &UnixStream,
+        listener: &UnixListener,
+        session: &mut Session,
+        device: &Device,
+    ) -> Result<(), ReceiveError> {
+        loop {
+            match self.wait(listener, Some(socket)) {
+                Event::Stop => return Ok(()),
+                Event::NewFrontEnd => {
+                    if listener.accept().is_ok() {
+                        tracing::warn!(
+                            "allocation {}: a second vhost-user front end was turned away; one is connected",
+                            device.name
+                        );
+                    }
+                }
+                Event::Message => {
+                    let message = message::receive(socket)?;
+                    let handled = session.handle(message.request);
+                    if let Err(refused) = &handled {
+                        tracing::warn!(
+                            "allocation {}: refused to its vhost-user front end: {refused}",
+                            device.name
+                        );
+                    }
+                    message::answer(socket, &message.answered, handled.as_ref().ok())?;
+                }
+            }
+        }
+    }
+
+    fn wait(&self, listener: &UnixListener, socket: Option<&UnixStream>) -> Event {
+        loop {
+            let mut watched =
+                vec![PollFd::new(&self.stop, PollFlags::IN), PollFd::new(listener, PollFlags::IN)];
+            watched.extend(socket.map(|socket| PollFd::new(socket, PollFlags::IN)));
+            let waited = poll(&mut watched, None);
+            let ready = |place: usize| watched.get(place).is_some_and(|one| !one.revents().is_empty());
+            match waited {
+                Err(rustix::io::Errno::INTR) => {}
+                _ if ready(0) => return Event::Stop,
+                _ if ready(2) => return Event::Message,
+                _ if ready(1) => return Event::NewFrontEnd,
+                // Without memory it cannot wait.
+                _ => thread::sleep(Duration::from_millis(100)),
+            }
+        }
+    }
+
+    /// Has the thread end.
+    fn end(&self, give_up: bool) -> io::Result<()> {
+        self.give_up.store(give_up, Ordering::Relaxed);
+        self.ended.store(true, Ordering::Relaxed);
+        rustix::io::write(self.stop.as_fd(), &1_u64.to_ne_bytes())?;
+        if let Some(socket) = &*self.connection() {
+            // It may be waiting for the rest of a message.
+            let _ = socket.shutdown(std::net::Shutdown::Both);
+        }
+        Ok(())
+    }
+}
+
+impl Shown for VhostUserBlk {
+    fn path(&self) -> String {
+        self.path.display().to_string()
+    }
+
+    fn disk(&self) -> Option<&str> {
+        None
+    }
+
+    fn number(&self) -> Option<u32> {
+        None
+    }
+
+    fn health(&self) -> Health {
+        Health::of(&self.device.volume)
+    }
+
+    fn volume(&self) -> Option<&Volume> {
+        Some(&self.device.volume)
+    }
+
+    fn clients(&self) -> usize {
+        self.server.connected.load(Ordering::Relaxed)
+    }
+
+    fn resize(&self, size: u64) -> Result<Option<String>, DeviceError> {
+        self.device.facts.size.store(size, Ordering::Relaxed);
+        if self.clients() == 0 {
+            return Ok(None);
+        }
+        let told = self.device.listener().as_ref().map(message::tell_config_change);
+        match told {
+            Some(Ok(())) => Ok(None),
+            Some(Err(error)) => {
+                Ok(Some(format!("the virtual machine could not be told of its new size: {error}")))
+            }
+            None => Ok(Some("the virtual machine sees the new size when it is started again".to_owned())),
+        }
+    }
+
+    fn hide(&self, give_up: bool) -> Result<(), DeviceError> {
+        self.stop(give_up)?;
+        // Gone already is as good.
+        let _ = std::fs::remove_file(&self.path);
+        Ok(())
+    }
+}
+
+impl VhostUserBlk {
+    /// Disconnects the front end, and waits until nothing is served any more.
+    fn stop(&self, give_up: bool) -> Result<(), DeviceError> {
+        self.server.end(give_up).at(format!("stop serving {}", self.path.display()))?;
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(thread) = thread
+            && thread.join().is_err()
+        {
+            let what = format!("the server of {} failed; see the log", self.path.display());
+            return Err(DeviceError::new(ErrorKind::Internal, what));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for VhostUserBlk {
+    fn drop(&mut self) {
+        if let Err(error) = self.stop(true) {
+            tracing::warn!("{error}");
+        }
+    }
+}
