@@ -6,7 +6,7 @@
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
@@ -190,6 +190,14 @@ impl Guest {
     /// Cuts the connection.
     pub fn disconnect(&mut self) {
         (self.frontend, self.messages) = (None, None);
+    }
+
+    /// Bytes of guest memory that were ever used, by anybody.
+    ///
+    /// # Panics
+    /// When the system does not tell.
+    pub fn resident(&self) -> u64 {
+        self.memory.metadata().expect("a file").blocks() * 512
     }
 
     /// Reads guest memory.

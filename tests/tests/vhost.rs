@@ -34,6 +34,8 @@ fn a_guest_reads_and_writes_by_several_queues() {
     guest.connect(&socket);
     assert_eq!(guest.size(), 64 << 20);
     assert_eq!(guest.config(34, 2), [16, 0], "queues");
+    // xpm-blk locks its memory; the guest's is not its own, and not faulted in by it.
+    assert!(guest.resident() < 1 << 20, "{} bytes", guest.resident());
 
     // Each queue writes a part, in buffers of odd lengths, by a chain and by a table.
     let len = 256 << 10;
@@ -174,6 +176,11 @@ fn a_front_end_that_goes_and_comes_loses_nothing() {
     assert!(cluster.json(&["blk", "show", "disk"])["users"][0] == "a virtual machine");
     let line = cluster.refused(&["blk", "detach", "disk"]);
     assert!(line.contains("in use: a virtual machine") && line.contains("shut it down"), "{line}");
+    cluster.ok(&["alloc", "create", "more", "--size", "16MiB"]);
+    let form = format!("vhost-user={}", socket.display());
+    let line = cluster.refused(&["blk", "attach", "more", "--as", &form]);
+    assert!(line.contains("another process does"), "{line}");
+    cluster.ok(&["alloc", "delete", "more"]);
     // A second one is turned away, and the first one notices nothing.
     let second = vhost_features(&socket);
     assert!(second.is_err(), "{second:?}");

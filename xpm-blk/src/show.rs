@@ -1,6 +1,6 @@
 //! Shows what a record says, by the front end of its form.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use xpm_client::{Change, Volume, VolumeOptions};
 use xpm_protocol::api::ErrorKind;
@@ -14,7 +14,7 @@ use crate::frontend::kernel_nbd::{NbdDevice, Shared};
 use crate::frontend::nbd_socket::NbdSocket;
 use crate::frontend::ublk::UblkDevice;
 use crate::frontend::vhost_user::VhostUserBlk;
-use crate::frontend::{Shape, Shown};
+use crate::frontend::{Shape, Shown, first_generation};
 use crate::records::Record;
 
 /// When the appliances have to be there.
@@ -76,7 +76,7 @@ fn open(
     let limit: Duration = config.connect_limit.0;
     let (session, generation) = match record.request.form {
         // What it had sent before it died is submitted again, and must not land behind that.
-        Form::VhostUser(_) => (record.session, seconds_since_1970()),
+        Form::VhostUser(_) => (record.session, first_generation()),
         // A new one for each life of this process: its first connections shut nobody out.
         _ => (xpm_control::random::u128().at("make a session number")?, 0),
     };
@@ -99,10 +99,4 @@ fn open(
         })?;
     }
     Ok(volume)
-}
-
-/// Higher than any generation that an earlier process of this device used.
-fn seconds_since_1970() -> u32 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    since.as_secs() as u32
 }

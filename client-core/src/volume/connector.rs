@@ -652,4 +652,65 @@ mod tests {
         assert_eq!((status.state, status.transport), (LinkState::Connecting, TransportKind::Rdma));
         assert!(bed.ports.iter().all(|port| port.take().is_none()));
     }
+
+    /// An appliance that keeps who connected.
+    #[derive(Default)]
+    struct Recorder(Mutex<Vec<SessionTag>>);
+
+    impl Exports for Recorder {
+        fn open(&self, name: &str) -> Option<Opened> {
+            let session = name.parse::<ExportName>().ok()?.session;
+            self.0.lock().unwrap().extend(session);
+            Appliance(true).open(name)
+        }
+    }
+
+    #[test]
+    fn a_queue_that_has_a_number_shuts_out_those_of_earlier_lives() {
+        use super::super::{Volume, VolumeOptions};
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+        let _handshakes = runtime.enter();
+        let server = Server::start(ServerOptions { loops: 1, ..ServerOptions::default() }).unwrap();
+        let socket = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut map = super::super::tests::map(xpm_protocol::Layout::Linear, 1, 1, 1 << 24);
+        map.grants[0].endpoints.nbd = vec![socket.local_addr().unwrap()];
+        let seen = Arc::new(Recorder::default());
+        let _listener = server.listen_tcp(socket, seen.clone()).unwrap();
+        let open = |generation| {
+            let options = VolumeOptions {
+                hold: xpm_protocol::api::blk::Hold::Forever,
+                transport: Some(TransportKind::NbdTcp),
+                forbidden: Vec::new(),
+                connect_limit: LIMIT,
+                depth: 4,
+                session: 7,
+                generation,
+                host: None,
+            };
+            Volume::open(&map, options).unwrap()
+        };
+        let generation = |count: usize| {
+            let start = Instant::now();
+            loop {
+                let seen = seen.0.lock().unwrap();
+                let numbered: Vec<_> = seen.iter().filter(|tag| (tag.id, tag.queue) == (7, 0x8003)).collect();
+                if numbered.len() >= count {
+                    return numbered[count - 1].generation;
+                }
+                assert!(start.elapsed() < LIMIT, "{seen:?}");
+                drop(seen);
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        };
+        let (first, second) = (open(100), open(200));
+        let channel = first.channel_of(3).unwrap();
+        let _other = first.channel().unwrap();
+        let before = generation(1);
+        assert!(before > 100);
+        let _next = second.channel_of(3).unwrap();
+        assert!(generation(2) > 200, "the next life's is newer");
+        drop(channel);
+        let _again = first.channel_of(3).unwrap();
+        assert!(generation(3) > before, "within a life the later one is newer");
+    }
 }

@@ -8,7 +8,7 @@ pub mod vhost_user;
 
 mod socket;
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use xpm_client::Volume;
 use xpm_protocol::api::appliance::Counters;
@@ -125,4 +125,10 @@ pub fn check_support(form: &Form) -> Result<(), DeviceError> {
 /// swap is no part of what this host needs to go on.
 pub const fn can_carry_swap(form: &Form) -> bool {
     !matches!(form, Form::NbdSocket(_) | Form::VhostUser(_))
+}
+
+/// Seconds since 1970: higher than any generation that an earlier process of this device used.
+pub(crate) fn first_generation() -> u32 {
+    let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |age| age.as_secs());
+    seconds as u32
 }

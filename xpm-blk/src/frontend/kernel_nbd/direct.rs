@@ -4,7 +4,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt::{Timeout, set_socket_timeout, socket_timeout};
@@ -18,7 +18,7 @@ use xpm_transport::nbd::client::{ConnectError, Connected, Target, connect};
 
 use super::source::Source;
 use crate::error::{DeviceError, Step};
-use crate::frontend::Health;
+use crate::frontend::{Health, first_generation};
 use crate::sysfs::Statistics;
 
 /// Longest time for one connection and its handshake.
@@ -208,12 +208,6 @@ fn is_served(socket: &OwnedFd) -> bool {
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
     let hung_up = poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0);
     !hung_up && socket_timeout(socket.as_fd(), Timeout::Send).is_ok_and(|limit| limit.is_some())
-}
-
-/// Seconds since 1970: higher than any generation that an earlier process of this device used.
-fn first_generation() -> u32 {
-    let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |age| age.as_secs());
-    seconds as u32
 }
 
 /// The export of one grant is the whole allocation only when it is linear on one appliance, with
