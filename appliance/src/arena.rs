@@ -9,20 +9,27 @@ mod file;
 mod memory;
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::Instant;
 
-use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use rustix::fs::{
+    MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, fstatfs, ftruncate, memfd_create,
+};
 use rustix::io::Errno;
 use xpm_protocol::api::appliance::Medium;
 use xpm_protocol::units::ByteSize;
 
-use self::file::BackingFile;
+pub(crate) use self::file::{BackingFile, Left, Superblock};
 pub use self::memory::Memory;
 use self::memory::{Place, Way};
 use crate::host::MemInfo;
+use crate::keep::{MemfdId, Stored};
+
+/// What the name of a region's memfd begins with; its number follows.
+const NAME: &str = "xpm-region-";
 
 /// What is left of the host's available memory, in bytes, however much is asked for: below it, the
 /// kernel would rather kill processes than let the region be filled.
@@ -113,18 +120,77 @@ impl Arena {
     /// # Errors
     /// When this host cannot give that much.
     pub fn new(backing: &Backing, capacity: u64, lock: bool) -> Result<Arena, ArenaError> {
+        Arena::with_held(backing, capacity, lock, 0)
+    }
+
+    /// The same, where `held` bytes of the capacity are there already: the memory of an earlier life.
+    /// They are used by clients, so it is no error then that the host has not as much more.
+    ///
+    /// # Errors
+    /// When this host cannot give that much.
+    pub fn with_held(backing: &Backing, capacity: u64, lock: bool, held: u64) -> Result<Arena, ArenaError> {
+        let more = capacity.saturating_sub(held);
         let kind = match backing {
             Backing::Memfd => {
-                check_host(capacity, 0, 0)?;
+                unless_held(check_host(more, 0, 0), held)?;
                 Kind::Memfd
             }
             Backing::HugeMemfd => {
-                check_huge(capacity)?;
+                unless_held(check_huge(more), held)?;
                 Kind::Huge
             }
             Backing::File(path) => Kind::File(Arc::new(BackingFile::open(path, capacity)?)),
         };
         Ok(Arena { kind, lock: AtomicBool::new(lock), promised: Arc::default() })
+    }
+
+    /// The backing file, where there is one.
+    pub(crate) fn file(&self) -> Option<&Arc<BackingFile>> {
+        match &self.kind {
+            Kind::File(file) => Some(file),
+            Kind::Memfd | Kind::Huge => None,
+        }
+    }
+
+    /// Takes a region's memfd of an earlier life back.
+    ///
+    /// # Errors
+    /// When it is none of that length, as one line.
+    pub(crate) fn take_back(
+        &self,
+        (id, fd): (MemfdId, OwnedFd),
+        len: u64,
+        shared: bool,
+        stored: Option<Stored>,
+    ) -> Result<Memory, String> {
+        let failed = |error: Errno| format!("a memfd that was kept cannot be used: {error}");
+        let found = fstat(&fd).map_err(failed)?.st_size.cast_unsigned();
+        if found != len {
+            return Err(format!(
+                "a memfd that was kept has {} in place of {}",
+                ByteSize(found),
+                ByteSize(len)
+            ));
+        }
+        let sealed = SealFlags::SHRINK | SealFlags::GROW;
+        if !fcntl_get_seals(&fd).map_err(failed)?.contains(sealed) {
+            return Err("a memfd that was kept is not sealed".to_owned());
+        }
+        let way = if is_huge(&fd).map_err(failed)? { Way::Overwrite } else { Way::Punch };
+        // What is faulted in again is there already, so nothing of the host is promised.
+        let memory = Memory::map(Arc::new(fd), Place { start: 0, len }, way, Arc::default(), None);
+        Ok(memory.map_err(failed)?.taken_back(id, shared, stored))
+    }
+
+    /// Takes a part of the backing file back that a region of an earlier life lies in.
+    ///
+    /// # Errors
+    /// When it cannot be, as one line.
+    pub(crate) fn take_back_part(&self, start: u64, len: u64) -> Result<Memory, String> {
+        let file = self.file().ok_or("it lies in a file, and `--backing` is none")?;
+        let kept = file.take_at(start, len).ok_or("the backing file is too short for it")?;
+        Memory::map(file.fd(), Place { start, len }, Way::File, Arc::default(), Some(kept))
+            .map_err(|error| format!("its part of the backing file cannot be mapped: {error}"))
     }
 
     /// What the memory lies on, for the allocator.
@@ -217,24 +283,50 @@ impl Arena {
     }
 
     fn make_memfd(&self, len: u64, kind: MemfdFlags, way: Way) -> Result<Memory, ArenaError> {
-        let fd = open_memfd(kind).map_err(|error| kernel("make a memfd", len, error))?;
+        let id = xpm_control::random::u128().map(MemfdId);
+        let id = id.map_err(|source| ArenaError::Kernel { step: "get a random number", len, source })?;
+        let name = format!("{NAME}{}", String::from(id));
+        let fd = open_memfd(&name, kind).map_err(|error| kernel("make a memfd", len, error))?;
         ftruncate(&fd, len).map_err(|error| kernel("set the size of a memfd", len, error))?;
         // Sealed, so that no process that it is passed to can make this one fault (SIGBUS) by
         // truncating it.
         fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
             .map_err(|error| kernel("seal a memfd", len, error))?;
-        Memory::map(Arc::new(fd), Place { start: 0, len }, way, self.promised.clone(), None)
-            .map_err(|error| kernel("map a memfd", len, error))
+        let memory = Memory::map(Arc::new(fd), Place { start: 0, len }, way, self.promised.clone(), None);
+        Ok(memory.map_err(|error| kernel("map a memfd", len, error))?.of_memfd(id))
     }
 }
 
-fn open_memfd(kind: MemfdFlags) -> Result<std::os::fd::OwnedFd, Errno> {
+/// The number in the name of a region's memfd; none for any other name, as `/proc/PID/fd` shows it.
+pub(crate) fn memfd_id(name: &str) -> Option<MemfdId> {
+    let number = name.strip_prefix("/memfd:")?.strip_prefix(NAME)?.strip_suffix(" (deleted)")?;
+    MemfdId::try_from(number.to_owned()).ok()
+}
+
+fn is_huge(fd: &OwnedFd) -> Result<bool, Errno> {
+    /// `HUGETLBFS_MAGIC` of linux/magic.h.
+    const HUGETLBFS: u64 = 0x9584_58f6;
+    Ok(fstatfs(fd)?.f_type.cast_unsigned() == HUGETLBFS)
+}
+
+/// With memory of an earlier life, what was found is said and is no error: its users wait for it.
+fn unless_held(found: Result<(), ArenaError>, held: u64) -> Result<(), ArenaError> {
+    match found {
+        Err(error) if held > 0 => {
+            tracing::warn!("{error}; serving what is lent already");
+            Ok(())
+        }
+        result => result,
+    }
+}
+
+pub(crate) fn open_memfd(name: &str, kind: MemfdFlags) -> Result<OwnedFd, Errno> {
     /// `MFD_NOEXEC_SEAL` of linux/memfd.h: nobody can run its content as a program.
     const NOEXEC_SEAL: MemfdFlags = MemfdFlags::from_bits_retain(8);
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | kind;
-    match memfd_create("xpm-region", flags | NOEXEC_SEAL) {
+    match memfd_create(name, flags | NOEXEC_SEAL) {
         // Before Linux 6.3 the flag is not known.
-        Err(Errno::INVAL) => memfd_create("xpm-region", flags),
+        Err(Errno::INVAL) => memfd_create(name, flags),
         result => result,
     }
 }

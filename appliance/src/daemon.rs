@@ -10,6 +10,7 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use xpm_control::client::Client;
 use xpm_control::listen::{Listener, Place};
+use xpm_control::manager::{self, Manager};
 use xpm_control::server::{Limits, Server as ControlServer};
 use xpm_control::shutdown::Shutdown;
 use xpm_control::token::Token;
@@ -23,6 +24,7 @@ use crate::arena::Arena;
 use crate::config::{Config, Rdma};
 use crate::control::{self, Appliance, Traffic};
 use crate::host;
+use crate::keep::{Handed, Keeper};
 use crate::rdma::{RdmaFence, RdmaGrants};
 use crate::regions::{Fence, Table};
 use crate::register::{self, Identity};
@@ -38,6 +40,8 @@ const RDMA_PORT: u16 = 10810;
 /// # Errors
 /// When it cannot start.
 pub fn run(config: Config) -> anyhow::Result<()> {
+    // Before any other descriptor is opened.
+    let handed = Handed::take();
     host::raise_limits();
     host::avoid_oom_killer();
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -47,20 +51,23 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("cannot start the threads of the control interface")?;
-    runtime.block_on(serve(config))
+    runtime.block_on(serve(config, handed))
 }
 
-async fn serve(config: Config) -> anyhow::Result<()> {
+async fn serve(config: Config, handed: Handed) -> anyhow::Result<()> {
     let mut shutdown = Shutdown::catch().context("cannot catch signals")?;
     let token = config.token_file.as_deref().map(Token::load).transpose()?;
     let state = StateDir::open(&config.state)?;
     let control = config.listen.bind().context("control interface")?;
     let data = DataPlane::bind(&config)?;
 
-    let arena = Arena::new(&config.backing, config.capacity, config.lock)?;
+    let manager = Manager::from_environment().map(Arc::new);
+    let arena = Arena::with_held(&config.backing, config.capacity, config.lock, handed.held())?;
+    let (keeper, returned) = Keeper::open(&arena, &config.state, manager.clone(), handed)?;
     let mut identity = identity(&config, &state, &arena, &control, &data)?;
-    let table =
-        Table::start(arena, config.capacity, config.stock).context("cannot start the memory's threads")?;
+    let table = Table::start_with(arena, config.capacity, config.stock, keeper, returned)
+        .context("cannot start the memory's threads")?;
+    tell_returned(&table, config.capacity);
     let client = allocator(&config, token.clone())?;
     let serving = data.serve(&config, &table)?;
     identity.rdma = serving.plane.rdma.as_ref().map(|rdma| rdma.addresses()).unwrap_or_default();
@@ -77,19 +84,61 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     };
     let routes = control::routes(appliance.clone());
     let server = ControlServer::new(routes, token, Limits::default());
-    server
-        .serve(control, async {
-            let signal = shutdown.signalled().await;
-            tracing::info!("{signal}: ending");
-        })
-        .await;
+    if let Some(manager) = &manager {
+        manager.ready(&format!("Lends {} as {}", ByteSize(config.capacity), config.name));
+    }
+    let ended = server.serve(control, async {
+        let signal = shutdown.signalled().await;
+        tracing::info!("{signal}: ending");
+        if let Some(manager) = &manager {
+            manager.stopping();
+        }
+    });
+    tokio::select! {
+        () = ended => {}
+        () = prove_alive(manager.as_deref(), &appliance) => {}
+    }
     if let Some(task) = heartbeat {
         task.abort();
     }
     warn_of_loss(&appliance);
     drop(serving);
+    let table = appliance.table().clone();
+    let work = tokio::task::spawn_blocking(move || table.end());
+    work.await.context("cannot leave the memory for the next start")?;
     remove_sockets(&config);
     Ok(())
+}
+
+/// Tells the service manager that this process lives, as long as an order could be carried out: the table
+/// answers. Never ends.
+async fn prove_alive(manager: Option<&Manager>, appliance: &Arc<Appliance>) {
+    let proof = || {
+        let appliance = appliance.clone();
+        let look = tokio::task::spawn_blocking(move || drop(appliance.status()));
+        async { look.await.is_ok() }
+    };
+    manager::prove_alive(manager, proof).await;
+    std::future::pending().await
+}
+
+/// Says what of an earlier life is there.
+fn tell_returned(table: &Table, capacity: u64) {
+    let summary = table.summary();
+    if summary.grants > 0 {
+        tracing::info!(
+            "{} of lent memory in {} grants is as it was before the restart",
+            ByteSize(summary.totals.granted),
+            summary.grants
+        );
+    }
+    if summary.totals.granted > capacity {
+        tracing::warn!(
+            "{} is lent already, and --memory is {}: nothing more is lent until enough of it is given back",
+            ByteSize(summary.totals.granted),
+            ByteSize(capacity)
+        );
+    }
 }
 
 /// Sockets that listen, before anything is served.
@@ -132,6 +181,7 @@ impl DataPlane {
         let shm = ShmServer::new(Arc::new(SharedGrants(table.clone())));
         let plane = Plane { nbd: server.clone(), shm, rdma: rdma.clone() };
         table.add_fence(Arc::new(plane.clone()));
+        table.open_returned();
         let exports =
             GrantExports::new(table.clone(), rdma).context("cannot start the threads of the data plane")?;
         let exports = Arc::new(exports);
@@ -240,8 +290,15 @@ fn announce(config: &Config, identity: &Identity) {
 
 fn warn_of_loss(appliance: &Appliance) {
     let granted = appliance.status().granted;
-    if granted.0 > 0 {
-        tracing::warn!("{granted} of lent memory is lost with this process");
+    if granted.0 == 0 {
+        return;
+    }
+    match (appliance.table().is_kept(), appliance.table().arena().file()) {
+        (true, Some(file)) => tracing::info!("{granted} of lent memory stays in {}", file.path().display()),
+        (true, None) => tracing::info!(
+            "{granted} of lent memory stays with the service manager: it is lost if this is not started again"
+        ),
+        (false, _) => tracing::warn!("{granted} of lent memory is lost with this process"),
     }
 }
 

@@ -1,8 +1,8 @@
 //! Which region is used for what: pure bookkeeping, told the time and told what was made.
 //!
 //! Invariants, kept by each operation:
-//! * the lengths of all regions, and of those being made, are together no more than the capacity,
-//!   and what leaves to make room for others does so before they can be granted;
+//! * the lengths of all regions, and of those being made, are together no more than the capacity, unless
+//!   an earlier life lent more: then nothing is added until they are; and what leaves to make room for others does so before they can be granted;
 //! * a region in a grant is in one, or also in the one that takes it over, and a grant's regions are
 //!   all there;
 //! * a grant that was deleted is not made again: an order to make it may have been on its way;
@@ -199,9 +199,10 @@ impl<M: Clone> Ledger<M> {
         }
     }
 
-    /// What it lends in all, in bytes.
+    /// What it lends in all, in bytes: what it may, or what it lent already when it was told to lend less.
     pub fn capacity(&self) -> u64 {
-        self.capacity
+        let Totals { granted, reserved, clearing, .. } = self.totals;
+        self.capacity.max(granted + reserved + clearing)
     }
 
     /// What is kept ready.
@@ -217,7 +218,7 @@ impl<M: Clone> Ledger<M> {
     /// What may still be asked for, in bytes.
     pub fn free(&self) -> u64 {
         let Totals { granted, reserved, clearing, .. } = self.totals;
-        self.capacity - granted - reserved - clearing
+        self.capacity.saturating_sub(granted + reserved + clearing)
     }
 
     /// All regions.
@@ -261,7 +262,7 @@ impl<M: Clone> Ledger<M> {
 
     /// Takes ready regions of other lengths out until `needed` bytes of the capacity are unused.
     fn make_room(&mut self, needed: u64, region_len: u64) -> Result<Vec<(M, u64)>, NoPlan> {
-        let unused = self.capacity - self.totals.used();
+        let unused = self.capacity.saturating_sub(self.totals.used());
         let (mut room, mut victims) = (unused, Vec::new());
         for (id, region) in &self.regions {
             if room >= needed {

@@ -2,6 +2,7 @@
 //!
 //! * [`arena`] is the memory: where regions come from, and how they are cleared.
 //! * [`ledger`] keeps the books, [`regions`] puts memory and threads behind them.
+//! * [`keep`] has both outlive the process.
 //! * [`serve`] gives grants to clients by NBD, [`share`] as shared memory, [`rdma`] by RDMA.
 //! * [`control`] takes orders over HTTP, [`register`] tells the allocator.
 //! * [`config`] and [`daemon`] are the program.
@@ -12,6 +13,7 @@ pub mod control;
 pub mod copier;
 pub mod daemon;
 pub mod host;
+pub mod keep;
 mod lease;
 pub mod ledger;
 pub mod rdma;

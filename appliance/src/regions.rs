@@ -22,6 +22,7 @@ use self::fence::Moved;
 use self::shared::{Shared, TURN_LIMIT};
 use self::state::State;
 use crate::arena::{Arena, ArenaError, Memory};
+use crate::keep::{Keeper, Returned};
 use crate::lease::Lease;
 use crate::ledger::{Change, Ledger, NoPlan, Plan, Refusal, Stock, Totals};
 
@@ -72,8 +73,22 @@ impl Table {
     /// # Errors
     /// When the kernel gives no random number or thread.
     pub fn start(arena: Arena, capacity: u64, stock: Stock) -> io::Result<Table> {
+        Table::start_with(arena, capacity, stock, Keeper::none(), Returned::default())
+    }
+
+    /// The same with what an earlier life left, and what is recorded for the next one.
+    ///
+    /// # Errors
+    /// When the kernel gives no random number or thread.
+    pub fn start_with(
+        arena: Arena,
+        capacity: u64,
+        stock: Stock,
+        keeper: Keeper,
+        returned: Returned,
+    ) -> io::Result<Table> {
         let workers = std::thread::available_parallelism().map_or(1, usize::from).min(WORKERS_MAX);
-        let state = State {
+        let mut state = State {
             ledger: Ledger::new(capacity, stock, xpm_control::random::u128()?),
             leases: HashMap::new(),
             orders_waiting: 0,
@@ -82,6 +97,8 @@ impl Table {
             stock_again: None,
             clear_again: None,
         };
+        state.take_back(returned);
+        keeper.begin();
         let shared = Arc::new(Shared {
             state: Mutex::new(state),
             changed: Condvar::new(),
@@ -89,6 +106,7 @@ impl Table {
             fences: Mutex::new(Vec::new()),
             news: Notify::new(),
             workers,
+            keeper,
         });
         for number in 0..workers {
             worker::spawn(number, Arc::downgrade(&shared))?;
@@ -99,6 +117,32 @@ impl Table {
     /// Adds a fence: it is closed before a grant changes.
     pub fn add_fence(&self, fence: Arc<dyn Fence>) {
         self.shared.fences.lock().unwrap_or_else(PoisonError::into_inner).push(fence);
+    }
+
+    /// Tells the fences of the grants that were taken back. After they were added, before clients come.
+    pub fn open_returned(&self) {
+        let ids: Vec<GrantId> = self.shared.lock().ledger.grants().map(|(id, _)| id).collect();
+        ids.into_iter().for_each(|id| self.shared.opened(id));
+    }
+
+    /// Ends well: what is lent stays for the next life, where it can. Clients must not be let in any more;
+    /// those that are there are shut out where that is needed. Blocks.
+    pub fn end(&self) {
+        self.shared.keeper.end();
+        if self.shared.arena.file().is_none() {
+            return;
+        }
+        self.shared.close_connections();
+        match self.shared.keeper.close() {
+            Ok(true) => {}
+            Ok(false) => tracing::warn!("what is lent outlives this process, but no restart of this machine"),
+            Err(error) => tracing::error!("what is lent outlives no restart of this machine: {error}"),
+        }
+    }
+
+    /// Whether what is lent outlives this process, if it is started again.
+    pub fn is_kept(&self) -> bool {
+        self.shared.keeper.keeps()
     }
 
     /// What the memory lies on.
@@ -188,14 +232,23 @@ impl Table {
         state.ledger.expire(Instant::now());
         let change = state.ledger.commit(id, commit)?;
         match change {
-            Change::Nothing => {}
-            Change::Made => state.add_lease(id),
+            Change::Nothing if commit.descriptor.is_none() => {}
+            Change::Nothing => self.shared.record(&state, id),
+            Change::Made => {
+                state.add_lease(id);
+                self.shared.record(&state, id);
+            }
             Change::Renew => {
                 let lease = state.leases.get(&id).cloned();
                 drop(state);
                 let moved = lease.map_or_else(Moved::default, |lease| self.shared.move_away(&lease));
                 state = self.shared.lock();
+                let has_moved = moved.has_moved;
                 let renewed = state.renew(id, commit, moved);
+                match has_moved {
+                    true => self.shared.record_sharing(&state, id),
+                    false => self.shared.record(&state, id),
+                }
                 // Also when it failed: others may take their turn.
                 self.shared.changed.notify_all();
                 renewed?;
@@ -248,7 +301,11 @@ impl Table {
             // Who still has it mapped sees zeros soon, and what was shared is never lent again.
             self.shared.shut_out(&lease);
         }
-        self.shared.lock().ledger.delete_grant(id);
+        let mut state = self.shared.lock();
+        // Before its memory is used for anything else.
+        self.shared.keeper.delete(id);
+        state.ledger.delete_grant(id);
+        drop(state);
         self.shared.tell();
         Ok(())
     }
@@ -277,7 +334,13 @@ impl Table {
         // A process that has it mapped can exchange its pages, which a device would not see.
         self.shared.sharing(id);
         // Under the lock: once the grant is closing, it is known which of its regions are shared.
-        Some((id, lease.regions().iter().map(|memory| (memory.share(), memory.len())).collect()))
+        let is_new = lease.regions().iter().any(|memory| !memory.is_shared());
+        let regions = lease.regions().iter().map(|memory| (memory.share(), memory.len())).collect();
+        if is_new {
+            // Also in the next life.
+            self.shared.record_sharing(&state, id);
+        }
+        Some((id, regions))
     }
 
     /// Sums, for the status: totals, capacity, free memory, resident memory of granted regions, and

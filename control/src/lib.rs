@@ -14,6 +14,7 @@ pub mod host;
 pub mod link;
 pub mod listen;
 pub mod log;
+pub mod manager;
 pub mod random;
 pub mod server;
 pub mod shutdown;

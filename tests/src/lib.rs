@@ -3,6 +3,7 @@
 
 mod clock;
 pub mod etcd;
+pub mod manager;
 pub mod several;
 pub mod vhost;
 
@@ -15,6 +16,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tempfile::TempDir;
+
+use crate::manager::ServiceManager;
 
 /// Longest wait for anything that has to happen.
 pub const LIMIT: Duration = Duration::from_secs(30);
@@ -82,8 +85,7 @@ impl Daemon {
         arguments: &[String],
         environment: &[(String, String)],
     ) -> Daemon {
-        let log = dir.join(format!("{name}.log"));
-        let file = File::options().create(true).append(true).open(&log).expect("the log can be written");
+        let (log, file) = open_log(dir, name);
         let child = Command::new(programs().join(program))
             .envs(environment.iter().cloned())
             .args(arguments)
@@ -92,6 +94,22 @@ impl Daemon {
             .stderr(file)
             .spawn()
             .unwrap_or_else(|error| panic!("cannot start {program}: {error}"));
+        Daemon { name: name.to_owned(), child, log }
+    }
+
+    /// The same as a service manager starts it.
+    fn start_managed(
+        dir: &Path,
+        name: &str,
+        program: &str,
+        arguments: &[String],
+        manager: &ServiceManager,
+    ) -> Daemon {
+        let (log, file) = open_log(dir, name);
+        let child = manager.spawn(&programs().join(program), arguments, |command| {
+            let second = file.try_clone().expect("a second descriptor");
+            command.stdin(Stdio::null()).stdout(second).stderr(file);
+        });
         Daemon { name: name.to_owned(), child, log }
     }
 
@@ -135,6 +153,17 @@ impl Daemon {
         let _ = self.child.wait();
     }
 
+    /// Tells it to end as a service manager does, and waits until it is gone.
+    ///
+    /// # Panics
+    /// When it does not end in time, or not well.
+    pub fn stop(&mut self) {
+        self.signal(rustix::process::Signal::TERM);
+        wait_until("the daemon ends when it is told to", || !self.is_alive());
+        let status = self.child.wait().expect("a child can be waited for");
+        assert!(status.success(), "{} ended with {status}\n{}", self.name, self.log());
+    }
+
     fn wait_ready(&mut self, mut ready: impl FnMut() -> bool) {
         let start = Instant::now();
         while !ready() {
@@ -144,6 +173,12 @@ impl Daemon {
             std::thread::sleep(Duration::from_millis(20));
         }
     }
+}
+
+fn open_log(dir: &Path, name: &str) -> (PathBuf, File) {
+    let log = dir.join(format!("{name}.log"));
+    let file = File::options().create(true).append(true).open(&log).expect("the log can be written");
+    (log, file)
 }
 
 impl Drop for Daemon {
@@ -167,6 +202,8 @@ pub struct Cluster {
     allocator_port: u16,
     allocator_environment: Vec<(String, String)>,
     appliance_arguments: Vec<Vec<String>>,
+    /// Of the appliances; none where nobody manages them.
+    managers: Vec<ServiceManager>,
     dir: TempDir,
 }
 
@@ -185,6 +222,18 @@ impl Cluster {
     /// # Panics
     /// When one of them does not come up.
     pub fn start_pool(appliances: &[Vec<&str>], clock: bool) -> Cluster {
+        Cluster::start_with(appliances, clock, false)
+    }
+
+    /// The same, with a service manager for each appliance, which hands what it kept to the next life.
+    ///
+    /// # Panics
+    /// When one of them does not come up.
+    pub fn start_kept(appliances: &[Vec<&str>]) -> Cluster {
+        Cluster::start_with(appliances, false, true)
+    }
+
+    fn start_with(appliances: &[Vec<&str>], clock: bool, managed: bool) -> Cluster {
         let dir = tempfile::tempdir().expect("a directory");
         let port = free_port();
         let environment = if clock { clock::environment(dir.path()) } else { Vec::new() };
@@ -194,8 +243,11 @@ impl Cluster {
             appliance_arguments(dir.path(), index, &url_of(port)).into_iter().chain(more).collect()
         };
         let arguments: Vec<Vec<String>> = appliances.iter().enumerate().map(arguments).collect();
-        let daemons =
-            (0..).zip(&arguments).map(|(index, arguments)| start_appliance(dir.path(), index, arguments));
+        let manager = |index| ServiceManager::start(dir.path().join(format!("appliance{index}-notify")));
+        let managers: Vec<ServiceManager> = (0..arguments.len()).filter(|_| managed).map(manager).collect();
+        let daemons = (0..)
+            .zip(&arguments)
+            .map(|(index, arguments)| start_appliance(dir.path(), index, arguments, managers.get(index)));
         let appliances = daemons.collect();
         let blk = start_blk(dir.path(), "blk", &url_of(port));
         let cluster = Cluster {
@@ -205,6 +257,7 @@ impl Cluster {
             allocator_port: port,
             allocator_environment: environment,
             appliance_arguments: arguments,
+            managers,
             dir,
         };
         cluster.wait_up();
@@ -260,10 +313,30 @@ impl Cluster {
         clock::set(self.dir.path(), unix);
     }
 
-    /// Kills an appliance and starts it again, without its memory.
+    /// Kills an appliance and starts it again: without its memory, unless a service manager kept it.
     pub fn restart_appliance(&mut self, index: usize) {
         self.appliances[index].kill();
-        self.appliances[index] = start_appliance(self.dir.path(), index, &self.appliance_arguments[index]);
+        self.start_appliance(index);
+    }
+
+    /// Starts an appliance that ended.
+    pub fn start_appliance(&mut self, index: usize) {
+        let arguments = &self.appliance_arguments[index];
+        let manager = self.managers.get(index);
+        self.appliances[index] = start_appliance(self.dir.path(), index, arguments, manager);
+    }
+
+    /// Has an appliance started with other options from now on.
+    pub fn change_appliance(&mut self, index: usize, change: impl FnOnce(&mut Vec<String>)) {
+        change(&mut self.appliance_arguments[index]);
+    }
+
+    /// The service manager of an appliance.
+    ///
+    /// # Panics
+    /// When there is none.
+    pub fn manager(&self, index: usize) -> &ServiceManager {
+        &self.managers[index]
     }
 
     /// Kills xpm-blk and starts it again.
@@ -405,11 +478,23 @@ fn appliance_arguments(dir: &Path, index: usize, allocator: &str) -> Vec<String>
     words.chain(["--no-lock".to_owned()]).collect()
 }
 
-fn start_appliance(dir: &Path, index: usize, arguments: &[String]) -> Daemon {
+fn start_appliance(
+    dir: &Path,
+    index: usize,
+    arguments: &[String],
+    manager: Option<&ServiceManager>,
+) -> Daemon {
     let port = arguments.iter().skip_while(|word| *word != "--listen").nth(1);
     let port = port.and_then(|address| address.rsplit_once(':')?.1.parse().ok()).expect("its own arguments");
-    let mut daemon = Daemon::start(dir, &format!("appliance{index}"), "xpm-appliance", arguments);
-    daemon.wait_ready(|| http_get(port, "/v1/status"));
+    let name = format!("appliance{index}");
+    let Some(manager) = manager else {
+        let mut daemon = Daemon::start(dir, &name, "xpm-appliance", arguments);
+        daemon.wait_ready(|| http_get(port, "/v1/status"));
+        return daemon;
+    };
+    manager.take_said("READY");
+    let mut daemon = Daemon::start_managed(dir, &name, "xpm-appliance", arguments, manager);
+    daemon.wait_ready(|| manager.take_said("READY").is_some());
     daemon
 }
 

@@ -40,8 +40,9 @@ impl Several {
         let allocators: Vec<Daemon> = ports.iter().enumerate().map(start).collect();
         let urls: Vec<String> = ports.iter().map(|&port| url_of(port)).collect();
         let urls = urls.join(",");
-        let appliances = (0..appliances)
-            .map(|index| start_appliance(dir.path(), index, &appliance_arguments(dir.path(), index, &urls)));
+        let appliances = (0..appliances).map(|index| {
+            start_appliance(dir.path(), index, &appliance_arguments(dir.path(), index, &urls), None)
+        });
         let appliances = appliances.collect();
         let blk = start_blk(dir.path(), "blk", &urls);
         let several = Several { blk, appliances, allocators, etcd, ports, dir };

@@ -26,7 +26,24 @@ impl Carver {
         Some(start)
     }
 
-    /// Gives back what [`Carver::take`] gave.
+    /// Takes exactly these bytes; whether they were free.
+    pub(super) fn take_at(&mut self, start: u64, len: u64) -> bool {
+        let Some(end) = start.checked_add(len) else { return false };
+        let Some((&before, &found)) = self.free.range(..=start).next_back() else { return false };
+        if before + found < end {
+            return false;
+        }
+        self.free.remove(&before);
+        if before < start {
+            self.free.insert(before, start - before);
+        }
+        if end < before + found {
+            self.free.insert(end, before + found - end);
+        }
+        true
+    }
+
+    /// Gives back what [`Carver::take`] or [`Carver::take_at`] gave.
     pub(super) fn give(&mut self, start: u64, len: u64) {
         let (mut start, mut len) = (start, len);
         if let Some(after) = self.free.remove(&(start + len)) {
@@ -52,11 +69,20 @@ mod tests {
     proptest! {
         /// Against a bitmap: pieces never overlap, lie inside, and all comes back whole.
         #[test]
-        fn pieces_never_overlap(steps in prop::collection::vec((any::<bool>(), 1_u64..20, any::<prop::sample::Index>()), 1..200)) {
+        fn pieces_never_overlap(steps in prop::collection::vec((0..3_u8, 1_u64..20, any::<prop::sample::Index>()), 1..200)) {
             const LEN: usize = 64;
             let (mut carver, mut map, mut held) = (Carver::new(LEN as u64), [false; LEN], Vec::new());
-            for (give, len, which) in steps {
-                if give && !held.is_empty() {
+            for (step, len, which) in steps {
+                if step == 0 {
+                    let start = which.index(LEN) as u64;
+                    let part = map.get_mut(start as usize..(start + len) as usize);
+                    let free = part.as_ref().is_some_and(|part| !part.contains(&true));
+                    prop_assert_eq!(carver.take_at(start, len), free);
+                    if free {
+                        part.into_iter().for_each(|part| part.fill(true));
+                        held.push((start, len));
+                    }
+                } else if step == 1 && !held.is_empty() {
                     let (start, len): (u64, u64) = held.swap_remove(which.index(held.len()));
                     map[start as usize..(start + len) as usize].fill(false);
                     carver.give(start, len);

@@ -1,20 +1,60 @@
-//! A file or a device that all regions lie in.
+//! A file or a device that all regions lie in, behind a superblock that says whose content it is.
+//!
+//! The superblock, all numbers little-endian:
+//!
+//! | offset | bytes | what |
+//! |---|---|---|
+//! | 0 | 16 | `xpm appliance v1` |
+//! | 16 | 16 | the content's number: random, another one each time that what was there before is given up |
+//! | 32 | 8 | 1: in use; 2: closed, all of it on the disk |
+//! | 40 | 16 | in use: the id of the running kernel; closed: XXH3-64 of the record of grants |
+//! | 56 | 8 | XXH3-64 of the 56 bytes before |
 
 use std::fs::{File, OpenOptions};
+use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use rustix::fs::{FallocateFlags, FlockOperation, SeekFrom, fallocate, flock, ftruncate, major, minor, seek};
+use rustix::fs::{
+    FallocateFlags, FlockOperation, SeekFrom, fallocate, flock, fsync, ftruncate, major, minor, seek,
+};
 use rustix::io::Errno;
 use xpm_protocol::units::ByteSize;
+use xxhash_rust::xxh3::xxh3_64;
 
 use super::ArenaError;
 use super::carve::Carver;
+use super::memory::{Memory, Place, Way};
 
-pub(super) struct BackingFile {
+/// What lies before the regions, in bytes: as much as a DAX device maps at once.
+const HEAD_LEN: u64 = 2 << 20;
+const MAGIC: &[u8; 16] = b"xpm appliance v1";
+const SUPERBLOCK_LEN: usize = 64;
+
+/// Whose content the file has, and whether it is whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Superblock {
+    /// The content's number.
+    pub(crate) content: u128,
+    /// How it was left.
+    pub(crate) left: Left,
+}
+
+/// How content was left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Left {
+    /// In use: it is whole as long as the kernel runs that has this id, and perhaps not after that.
+    Open(u128),
+    /// All of it is on the disk, and this is the digest of the record of grants.
+    Closed(u64),
+}
+
+pub(crate) struct BackingFile {
+    path: PathBuf,
     fd: Arc<OwnedFd>,
+    head: Memory,
     carver: Arc<Mutex<Carver>>,
 }
 
@@ -44,15 +84,61 @@ impl BackingFile {
             }
             error => unfit(format!("cannot lock it: {error}")),
         })?;
-        let len = prepare(&file, capacity).map_err(unfit)?;
-        if len < capacity {
+        let len = prepare(&file, capacity + HEAD_LEN).map_err(unfit)?;
+        if len < capacity + HEAD_LEN {
             return Err(unfit(format!(
-                "it has {}, and --memory is {}: lower --memory",
+                "it has {}, of which {} are xpm's own, and --memory is {}: lower --memory",
                 ByteSize(len),
+                ByteSize(HEAD_LEN),
                 ByteSize(capacity)
             )));
         }
-        Ok(BackingFile { fd: Arc::new(file.into()), carver: Arc::new(Mutex::new(Carver::new(capacity))) })
+        let fd: Arc<OwnedFd> = Arc::new(file.into());
+        let place = Place { start: 0, len: HEAD_LEN };
+        let head = Memory::map(fd.clone(), place, Way::File, Arc::default(), None)
+            .map_err(|error| unfit(format!("cannot map it: {error}")))?;
+        // All of it: what is behind the capacity may hold regions of a life that lent more.
+        let carver = Arc::new(Mutex::new(Carver::new(len - HEAD_LEN)));
+        Ok(BackingFile { path: path.to_owned(), fd, head, carver })
+    }
+
+    /// Where it is.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What it says of itself, if it says anything.
+    pub(crate) fn superblock(&self) -> Option<Superblock> {
+        let mut bytes = [0; SUPERBLOCK_LEN];
+        self.head.at(0, SUPERBLOCK_LEN).copy_to_slice(&mut bytes);
+        Superblock::decode(&bytes)
+    }
+
+    /// Has it say this of itself, on the disk too. Content counts as closed only where the disk can be told to
+    /// take it: whether it was.
+    pub(crate) fn set_superblock(&self, superblock: Superblock) -> io::Result<bool> {
+        let closed = matches!(superblock.left, Left::Closed(_));
+        if closed && !self.sync()? {
+            return Ok(false);
+        }
+        self.head.at(0, SUPERBLOCK_LEN).copy_from_slice(&superblock.encode());
+        self.sync()
+    }
+
+    /// Has the disk take all of it; whether there is a way to have that (a DAX device has none).
+    fn sync(&self) -> io::Result<bool> {
+        match fsync(&*self.fd) {
+            Ok(()) => Ok(true),
+            Err(Errno::INVAL) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Takes these bytes of the file, if they are free.
+    pub(super) fn take_at(&self, start: u64, len: u64) -> Option<Kept> {
+        let start = start.checked_sub(HEAD_LEN)?;
+        let taken = self.carver.lock().unwrap_or_else(PoisonError::into_inner).take_at(start, len);
+        taken.then(|| Kept { carver: self.carver.clone(), start, len })
     }
 
     pub(super) fn fd(&self) -> Arc<OwnedFd> {
@@ -63,7 +149,39 @@ impl BackingFile {
     pub(super) fn take(&self, len: u64) -> Result<(u64, Kept), ArenaError> {
         let mut carver = self.carver.lock().unwrap_or_else(PoisonError::into_inner);
         let start = carver.take(len).ok_or(ArenaError::Fragmented(len))?;
-        Ok((start, Kept { carver: self.carver.clone(), start, len }))
+        Ok((start + HEAD_LEN, Kept { carver: self.carver.clone(), start, len }))
+    }
+}
+
+impl Superblock {
+    fn encode(self) -> [u8; SUPERBLOCK_LEN] {
+        let mut bytes = [0; SUPERBLOCK_LEN];
+        bytes[..16].copy_from_slice(MAGIC);
+        bytes[16..32].copy_from_slice(&self.content.to_le_bytes());
+        let (state, detail) = match self.left {
+            Left::Open(kernel) => (1_u64, kernel),
+            Left::Closed(digest) => (2, u128::from(digest)),
+        };
+        bytes[32..40].copy_from_slice(&state.to_le_bytes());
+        bytes[40..56].copy_from_slice(&detail.to_le_bytes());
+        let digest = xxh3_64(&bytes[..56]);
+        bytes[56..].copy_from_slice(&digest.to_le_bytes());
+        bytes
+    }
+
+    fn decode(bytes: &[u8; SUPERBLOCK_LEN]) -> Option<Superblock> {
+        let number = |from: usize| {
+            let mut number = [0; 16];
+            number.copy_from_slice(&bytes[from..from + 16]);
+            u128::from_le_bytes(number)
+        };
+        let left = match bytes[32] {
+            1 => Left::Open(number(40)),
+            2 => Left::Closed(u64::try_from(number(40)).ok()?),
+            _ => return None,
+        };
+        let found = Superblock { content: number(16), left };
+        (found.encode() == *bytes).then_some(found)
     }
 }
 
@@ -107,4 +225,41 @@ fn dax_len(device: u64) -> Result<u64, String> {
     let text = std::fs::read_to_string(&path)
         .map_err(|_| "it is a character device, but no DAX device".to_owned())?;
     text.trim().parse().map_err(|_| format!("{path} holds no size"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LEN: u64 = 16 << 20;
+
+    #[test]
+    fn the_superblock_stays_and_a_torn_one_is_none() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("memory");
+        for left in [Left::Open(u128::MAX), Left::Closed(u64::MAX)] {
+            let superblock = Superblock { content: 5, left };
+            assert!(BackingFile::open(&path, LEN).unwrap().set_superblock(superblock).unwrap());
+            assert_eq!(BackingFile::open(&path, LEN).unwrap().superblock(), Some(superblock));
+            for at in 0..SUPERBLOCK_LEN {
+                let mut bytes = superblock.encode();
+                bytes[at] ^= 1;
+                assert_eq!(Superblock::decode(&bytes), None, "{at}");
+            }
+        }
+        assert_eq!(Superblock::decode(&[0; SUPERBLOCK_LEN]), None);
+    }
+
+    #[test]
+    fn regions_lie_behind_the_superblock() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = BackingFile::open(&directory.path().join("memory"), 2 * LEN).unwrap();
+        let (start, first) = file.take(LEN).unwrap();
+        assert_eq!(start, HEAD_LEN);
+        assert!(file.take_at(0, LEN).is_none() && file.take_at(start, LEN).is_none());
+        drop(first);
+        let _kept = file.take_at(start, LEN).unwrap();
+        assert_eq!(file.take(LEN).unwrap().0, HEAD_LEN + LEN);
+        assert!(file.take_at(HEAD_LEN + 2 * LEN, LEN).is_none(), "behind the end");
+    }
 }

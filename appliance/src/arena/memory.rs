@@ -2,10 +2,10 @@
 
 #![allow(unsafe_code)]
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::ptr::NonNull;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, fstat, seek};
@@ -16,6 +16,7 @@ use xpm_transport::IoBuf;
 use xpm_transport::store::Extent;
 
 use super::file::Kept;
+use crate::keep::{MemfdId, SavedPlace, Stored, Vault};
 
 /// How much is faulted in at a time, in bytes: some milliseconds of work.
 const STEP_LEN: u64 = 8 << 20;
@@ -57,6 +58,14 @@ pub struct Memory {
     shared: AtomicBool,
     /// Devices that have its pages registered: as long as there are any, no page may be exchanged.
     pins: AtomicU32,
+    /// Processes may have it mapped that connected to an earlier life of this appliance.
+    has_strays: bool,
+    /// It was faulted in by an earlier life, so that what is a hole was trimmed since then.
+    was_faulted: bool,
+    /// The number in the name of its memfd.
+    memfd: Option<MemfdId>,
+    /// Its place in the store of the service manager.
+    stored: OnceLock<Stored>,
     /// Its part of a backing file.
     _kept: Option<Kept>,
 }
@@ -91,8 +100,51 @@ impl Memory {
             promised,
             shared: AtomicBool::new(false),
             pins: AtomicU32::new(0),
+            has_strays: false,
+            was_faulted: false,
+            memfd: None,
+            stored: OnceLock::new(),
             _kept: kept,
         })
+    }
+
+    /// The same, of a memfd with this number in its name.
+    pub(super) fn of_memfd(mut self, id: MemfdId) -> Memory {
+        self.memfd = Some(id);
+        self
+    }
+
+    /// The same, taken back from an earlier life, with its place in the store.
+    pub(super) fn taken_back(mut self, id: MemfdId, shared: bool, stored: Option<Stored>) -> Memory {
+        self.memfd = Some(id);
+        self.was_faulted = self.way == Way::Punch;
+        self.shared = AtomicBool::new(shared);
+        self.has_strays = shared;
+        self.stored = stored.map_or_else(OnceLock::new, OnceLock::from);
+        self
+    }
+
+    /// Where a later life finds it, after it was put where it is kept; none where that cannot be.
+    pub(crate) fn keep(&self, vault: Option<&Arc<Vault>>) -> Option<SavedPlace> {
+        if self.way == Way::File {
+            return Some(SavedPlace::File(self.place.start));
+        }
+        let (id, vault) = (self.memfd?, vault?);
+        if self.stored.get().is_none() {
+            // Under the lock of the table, so that nobody else has it stored meanwhile.
+            let _ = self.stored.set(vault.store(self.fd.as_fd())?);
+        }
+        Some(SavedPlace::Memfd(id))
+    }
+
+    /// The number in the name of its memfd, if it is one.
+    pub(crate) fn memfd(&self) -> Option<MemfdId> {
+        self.memfd
+    }
+
+    /// Whether processes may have it mapped of which no connection tells.
+    pub fn has_strays(&self) -> bool {
+        self.has_strays
     }
 
     /// Length in bytes; never 0.
@@ -266,8 +318,14 @@ impl Memory {
                 return Ok(false);
             }
             let len = STEP_LEN.min(self.len() - done);
-            self.populate(done, len)?;
-            self.set_faulted(done + len);
+            let extent = match self.was_faulted {
+                true => self.extent(done, len),
+                false => Extent { len, hole: false },
+            };
+            if !extent.hole {
+                self.populate(done, extent.len)?;
+            }
+            self.set_faulted(done + extent.len);
         }
     }
 

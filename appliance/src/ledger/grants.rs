@@ -6,7 +6,7 @@ use subtle::ConstantTimeEq as _;
 use xpm_protocol::api::appliance::{Commit, DESCRIPTOR_LEN_MAX};
 use xpm_protocol::{AllocationId, Epoch, GrantId, GrantKey, Name, RegionId};
 
-use super::{Ledger, Refusal, State};
+use super::{Ledger, Refusal, Region, State};
 
 /// A grant.
 #[derive(Debug, Clone)]
@@ -152,6 +152,29 @@ impl<M: Clone> Ledger<M> {
             };
             self.set_state(region, state);
         }
+    }
+
+    /// Takes a grant of an earlier life back, with its regions. Of a region that several have, the last one
+    /// to come back is the one that took it over.
+    pub fn take_back(&mut self, id: GrantId, grant: Grant, memories: Vec<(RegionId, u64, M)>) {
+        let state = State::Granted { allocation: grant.allocation, grant: id };
+        for (region, len, memory) in memories {
+            self.remove(region);
+            self.insert(region, Region { len, memory: Some(memory), state });
+        }
+        self.grants.insert(id, grant);
+    }
+
+    /// Remembers grants that an earlier life deleted.
+    pub fn remember_gone(&mut self, ids: impl IntoIterator<Item = GrantId>) {
+        ids.into_iter().for_each(|id| self.gone.add(id));
+    }
+
+    /// The grants that have any of these regions.
+    pub fn sharing(&self, regions: &[RegionId]) -> Vec<GrantId> {
+        let wanted: HashSet<&RegionId> = regions.iter().collect();
+        let has = |grant: &Grant| grant.regions.iter().any(|region| wanted.contains(region));
+        self.grants().filter(|(_, grant)| has(grant)).map(|(id, _)| id).collect()
     }
 
     /// Puts other memory behind a region of a grant.

@@ -33,6 +33,8 @@ pub trait Fence: Send + Sync {
 #[derive(Default)]
 pub(super) struct Moved {
     pub(super) memories: Vec<Arc<Memory>>,
+    /// Whether any of it was.
+    pub(super) has_moved: bool,
     pub(super) error: Option<ArenaError>,
 }
 
@@ -48,6 +50,17 @@ impl Shared {
         let Some((lease, grant)) = lease.zip(state.ledger.grant(id)) else { return };
         // Under the lock: a change of the grant comes before all of this or after.
         self.fences().iter().for_each(|fence| fence.opened(&lease, grant.epoch));
+    }
+
+    /// Closes all connections of all grants, and returns when there are none. New ones must not come any
+    /// more.
+    pub(super) fn close_connections(&self) {
+        let groups: Vec<GrantId> = self.lock().ledger.grants().map(|(id, _)| id).collect();
+        for id in groups {
+            self.fences().iter().for_each(|fence| {
+                fence.close_group(id.as_u128());
+            });
+        }
     }
 
     pub(super) fn sharing(&self, id: GrantId) {
@@ -74,9 +87,16 @@ impl Shared {
                 lease.grant()
             );
         }
-        let mut moved = Moved::default();
+        // Of processes that came to an earlier life of this appliance, no connection tells.
+        let moves = |memory: &Memory| memory.has_strays() || (remaining > 0 && memory.is_shared());
+        let has_moved = lease.regions().iter().any(|memory| moves(memory));
+        let mut moved = Moved { has_moved, ..Moved::default() };
+        if has_moved {
+            // Half of it is in one place then and half in the other.
+            self.record_moving(&self.lock(), lease.grant());
+        }
         for memory in lease.regions() {
-            let place = match remaining > 0 && memory.is_shared() && moved.error.is_none() {
+            let place = match moves(memory) && moved.error.is_none() {
                 true => self.arena.relocate(memory).map(Arc::new),
                 false => Ok(memory.clone()),
             };

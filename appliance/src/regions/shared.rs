@@ -4,12 +4,13 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
-use xpm_protocol::GrantId;
+use xpm_protocol::{GrantId, RegionId};
 
 use super::TableError;
 use super::fence::Fence;
 use super::state::State;
 use crate::arena::{Arena, ArenaError, Memory};
+use crate::keep::{Condition, Keeper, SavedGrant, SavedRegion};
 
 /// How long an order waits until what it asked for is faulted in; the rest follows while it is in
 /// use already. On a busy host faulting in takes a second for each few hundred MiB, and who orders
@@ -27,6 +28,7 @@ pub(super) struct Shared {
     /// For the heartbeat.
     pub(super) news: Notify,
     pub(super) workers: usize,
+    pub(super) keeper: Keeper,
 }
 
 impl Shared {
@@ -64,6 +66,33 @@ impl Shared {
         Ok(state)
     }
 
+    /// Records a grant for the next life, as it is now. Before anybody is told of it.
+    pub(super) fn record(&self, state: &State, id: GrantId) {
+        let is_open = state.leases.get(&id).is_some_and(|lease| lease.is_alive());
+        self.record_as(state, id, if is_open { Condition::Open } else { Condition::Closed });
+    }
+
+    fn record_as(&self, state: &State, id: GrantId, condition: Condition) {
+        if !self.keeper.keeps() {
+            return;
+        }
+        match saved(state, id, condition, &self.keeper) {
+            Some(grant) => self.keeper.put(grant),
+            // Its memory is in no store, or it is not there.
+            None => self.keeper.delete(id),
+        }
+    }
+
+    /// The same of all grants that have a region of this one: what is true of a region's memory changed.
+    pub(super) fn record_sharing(&self, state: &State, id: GrantId) {
+        sharing(state, id).into_iter().for_each(|id| self.record(state, id));
+    }
+
+    /// Records that the content of a grant's regions is about to be on its way.
+    pub(super) fn record_moving(&self, state: &State, id: GrantId) {
+        sharing(state, id).into_iter().for_each(|id| self.record_as(state, id, Condition::Moving));
+    }
+
     /// Grants changed: wakes who waits for that.
     pub(super) fn tell(&self) {
         self.changed.notify_all();
@@ -97,4 +126,30 @@ impl Shared {
         })?;
         Ok(made)
     }
+}
+
+/// The grants that have a region of this one.
+fn sharing(state: &State, id: GrantId) -> Vec<GrantId> {
+    state.ledger.grant(id).map(|grant| state.ledger.sharing(&grant.regions)).unwrap_or_default()
+}
+
+/// None where some of it is not kept.
+fn saved(state: &State, id: GrantId, condition: Condition, keeper: &Keeper) -> Option<SavedGrant> {
+    let grant = state.ledger.grant(id)?;
+    let one = |id: &RegionId| {
+        let region = state.ledger.region(*id)?;
+        let memory = region.memory.as_ref()?;
+        let place = memory.keep(keeper.vault())?;
+        Some(SavedRegion { id: *id, len: region.len, place, shared: memory.is_shared() })
+    };
+    Some(SavedGrant {
+        id,
+        allocation: grant.allocation,
+        name: grant.name.clone(),
+        epoch: grant.epoch,
+        key: grant.key.clone(),
+        regions: grant.regions.iter().map(one).collect::<Option<_>>()?,
+        descriptor: grant.descriptor.clone(),
+        condition,
+    })
 }

@@ -10,6 +10,7 @@ use xpm_protocol::{GrantId, RegionId};
 
 use super::fence::Moved;
 use crate::arena::{ArenaError, Memory};
+use crate::keep::{Returned, ReturnedGrant};
 use crate::lease::Lease;
 use crate::ledger::Ledger;
 
@@ -46,6 +47,20 @@ impl State {
             // A region without memory at hand is being cleared right now.
             resident: ByteSize(region.memory.as_ref().map_or(region.len, |memory| memory.resident())),
         })
+    }
+
+    /// Puts what an earlier life left into the books.
+    pub(super) fn take_back(&mut self, returned: Returned) {
+        self.ledger.remember_gone(returned.gone);
+        for ReturnedGrant { id, grant, memories, closed } in returned.grants {
+            self.to_fault.extend(memories.iter().map(|(_, memory)| Arc::downgrade(memory)));
+            let memories = memories.into_iter().map(|(region, memory)| (region, memory.len(), memory));
+            self.ledger.take_back(id, grant, memories.collect());
+            self.add_lease(id);
+            if closed {
+                self.leases.get(&id).into_iter().for_each(|lease| lease.revoke());
+            }
+        }
     }
 
     /// Ends a change of epoch. Where memory could not be moved away from a process that has it

@@ -6,6 +6,8 @@ use xpm_protocol::{AllocationId, Epoch};
 
 use super::*;
 use crate::arena::Backing;
+use crate::keep::ReturnedGrant;
+use crate::ledger::Grant;
 
 const LEN: u64 = 16 << 20;
 const GRANT: GrantId = GrantId::from_u128(1);
@@ -232,4 +234,40 @@ fn regions_of_another_size_take_the_place_of_ready_ones() {
     assert_eq!(table.shared.lock().ledger.leaving(), 0, "granted before the old ones were gone");
     assert_eq!(table.summary().totals.used(), 8 * LEN);
     eventually("all faulted in", || table.summary().resident == 8 * LEN);
+}
+
+/// A process that came to an earlier life has the memory mapped, and nobody knows of it any more.
+#[test]
+fn memory_that_was_shared_in_an_earlier_life_is_moved_away() {
+    for (shared, moved) in [(true, true), (false, false)] {
+        let arena = Arena::new(&Backing::Memfd, 2 * LEN, true).unwrap();
+        let before = arena.make(LEN, 0).unwrap();
+        before.at(0, 4).copy_from_slice(b"page");
+        let descriptor = before.share().try_clone().unwrap();
+        let memory = arena.take_back((before.memfd().unwrap(), descriptor), LEN, shared, None).unwrap();
+        let region = RegionId::from_u128(5);
+        let order = commit(1, 1, vec![region]);
+        let grant = Grant {
+            allocation: order.allocation,
+            name: order.name.clone(),
+            epoch: order.epoch,
+            key: order.key.clone(),
+            regions: order.regions,
+            descriptor: None,
+            closing: false,
+        };
+        let memories = vec![(region, Arc::new(memory))];
+        let grants = vec![ReturnedGrant { id: GRANT, grant, memories, closed: false }];
+        let returned = Returned { grants, gone: vec![GrantId::from_u128(9)] };
+        let stock = Stock { region_len: LEN, target: 0 };
+        let table = Table::start_with(arena, 2 * LEN, stock, Keeper::none(), returned).unwrap();
+        assert!(table.open(&order.key).is_some(), "the key is known");
+        assert!(table.commit(GrantId::from_u128(9), &commit(1, 3, vec![region])).is_err(), "it was deleted");
+
+        table.commit(GRANT, &commit(2, 2, vec![region])).unwrap();
+        before.at(0, 4).copy_from_slice(b"late");
+        let mut found = [0; 4];
+        table.lease(GRANT).unwrap().at(0, 4).unwrap().copy_to_slice(&mut found);
+        assert_eq!(&found, if moved { b"page" } else { b"late" });
+    }
 }

@@ -1,0 +1,437 @@
+//! What outlives the process: the memory that is lent, and the grants that say whose it is.
+//!
+//! Memory is known to its clients by the key of a grant, and by nothing else: an appliance that knows the key has the
+//! data. So a grant is taken back only when its record and all of its memory are those of the last moment of the
+//! life before; else neither is, and its clients are told that it is unknown.
+//!
+//! * Memfds and their record, two memfds too, are kept by the service manager ([`vault`]). They come and go
+//!   together: no record outlives its memory.
+//! * A backing file and its record, two files in the state directory, are bound by the content's number in the
+//!   file's superblock. They count while the same kernel runs, since its page cache has all that was written, or
+//!   when the file was closed.
+//!
+//! Each change of a grant is recorded before anybody is told of it, and before the memory is used for
+//! anything else: a life that ends at any moment leaves either what was before the change, or what is after it.
+
+mod handed;
+mod journal;
+mod record;
+mod vault;
+
+use std::collections::HashMap;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rustix::fs::MemfdFlags;
+use xpm_control::manager::Manager;
+use xpm_protocol::units::ByteSize;
+use xpm_protocol::{GrantId, RegionId};
+
+use self::journal::{Content, Journal, JournalError};
+pub(crate) use self::record::{Condition, MemfdId, SavedGrant, SavedPlace, SavedRegion};
+pub(crate) use self::vault::{Stored, Vault};
+use crate::arena::{self, Arena, BackingFile, Left, Memory, Superblock};
+use crate::ledger::Grant;
+
+/// Names of the record's memfds in the store, and the end of those of the memfds themselves.
+const LEDGERS: [&str; 2] = ["ledger-0", "ledger-1"];
+/// What the names of the record's memfds begin with.
+const LEDGER_PREFIX: &str = "/memfd:xpm-";
+/// The content that the record belongs to where it comes and goes with its memory.
+const MEMFDS: u128 = 0;
+/// Names of the record's files.
+const FILES: [&str; 2] = ["grants-0", "grants-1"];
+
+/// Why nothing can be kept, in a way that must not be passed over.
+#[derive(Debug, thiserror::Error)]
+pub enum KeepError {
+    /// No random number.
+    #[error("cannot get a random number")]
+    Random(#[source] io::Error),
+    /// Which kernel runs is not known.
+    #[error("cannot tell which kernel this is, and with it whether the content of a file is whole")]
+    Kernel(#[source] io::Error),
+    /// The file would count as closed while it is in use.
+    #[error("cannot write the superblock of {path}: what is lent would be taken for whole when it is not")]
+    Superblock {
+        /// The backing file.
+        path: std::path::PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+/// Records grants for the next life.
+pub struct Keeper {
+    journal: Mutex<Option<Journal>>,
+    vault: Option<Arc<Vault>>,
+    file: Option<Arc<BackingFile>>,
+}
+
+/// What was taken back of the life before.
+#[derive(Default)]
+pub struct Returned {
+    /// Grants, in the order in which they were made.
+    pub(crate) grants: Vec<ReturnedGrant>,
+    /// Grants that were deleted.
+    pub(crate) gone: Vec<GrantId>,
+}
+
+/// A grant that was taken back.
+pub(crate) struct ReturnedGrant {
+    pub(crate) id: GrantId,
+    pub(crate) grant: Grant,
+    pub(crate) memories: Vec<(RegionId, Arc<Memory>)>,
+    /// Lets nobody in.
+    pub(crate) closed: bool,
+}
+
+/// What the service manager handed over at the start.
+#[derive(Default)]
+pub struct Handed {
+    regions: HashMap<MemfdId, (String, OwnedFd)>,
+    ledgers: [Option<OwnedFd>; 2],
+    /// There are two of one, of which one is outdated.
+    is_ambiguous: bool,
+    /// Of what is nothing of an appliance's, names in the store, and what they are.
+    strangers: Vec<(String, String)>,
+}
+
+impl Handed {
+    /// Takes it: once, before this process opens any descriptor.
+    pub fn take() -> Handed {
+        Handed::sort(handed::take())
+    }
+
+    fn sort(descriptors: Vec<(String, OwnedFd)>) -> Handed {
+        let mut handed = Handed::default();
+        for (name, descriptor) in descriptors {
+            let target = std::fs::read_link(format!("/proc/self/fd/{}", descriptor.as_raw_fd()));
+            let target = target.map_or_else(|error| error.to_string(), |path| path.display().to_string());
+            let ledger = LEDGERS.iter().position(|ledger| {
+                target.strip_prefix(LEDGER_PREFIX).and_then(|rest| rest.strip_suffix(" (deleted)"))
+                    == Some(*ledger)
+                    && name == *ledger
+            });
+            match (arena::memfd_id(&target), ledger) {
+                (Some(id), _) if !handed.regions.contains_key(&id) => {
+                    handed.regions.insert(id, (name, descriptor));
+                }
+                (None, Some(index)) => {
+                    handed.is_ambiguous |= handed.ledgers[index].replace(descriptor).is_some();
+                }
+                _ => handed.strangers.push((name, target)),
+            }
+        }
+        handed
+    }
+
+    /// The memory that it holds already, in bytes.
+    pub fn held(&self) -> u64 {
+        let blocks = |(_, fd): &(String, OwnedFd)| rustix::fs::fstat(fd).map_or(0, |stat| stat.st_blocks);
+        self.regions.values().map(|region| blocks(region).cast_unsigned() * 512).sum()
+    }
+}
+
+impl Keeper {
+    /// Keeps nothing.
+    pub fn none() -> Keeper {
+        Keeper { journal: Mutex::new(None), vault: None, file: None }
+    }
+
+    /// Takes back what an earlier life left, as far as it is whole, and keeps from now on. What is lost
+    /// is said.
+    ///
+    /// # Errors
+    /// When what is kept from now on could be mistaken for something else.
+    pub fn open(
+        arena: &Arena,
+        state: &Path,
+        manager: Option<Arc<Manager>>,
+        handed: Handed,
+    ) -> Result<(Keeper, Returned), KeepError> {
+        let most = std::env::var("FDSTORE").ok().and_then(|most| most.parse::<u32>().ok());
+        let vault = manager.map(|manager| Vault::new(manager, most.map(|most| most.saturating_sub(2))));
+        tell_strangers(&handed.strangers);
+        match (arena.file(), vault) {
+            (Some(file), vault) => {
+                if let Some(vault) = vault {
+                    vault.forget(handed);
+                }
+                of_file(arena, file.clone(), state)
+            }
+            (None, Some(vault)) => Ok(of_memfds(arena, vault, handed)),
+            (None, None) => Ok((Keeper::none(), Returned::default())),
+        }
+    }
+
+    /// Whether anything outlives the process.
+    pub fn keeps(&self) -> bool {
+        self.lock().is_some()
+    }
+
+    /// Where the memfds of regions are kept.
+    pub(crate) fn vault(&self) -> Option<&Arc<Vault>> {
+        self.vault.as_ref()
+    }
+
+    /// From now on memory that is given up is let go, as all is known that is in use.
+    pub fn begin(&self) {
+        if let Some(vault) = &self.vault {
+            vault.let_go(true);
+        }
+    }
+
+    /// The process is ending: memory is no longer let go, whoever drops it.
+    pub fn end(&self) {
+        if let Some(vault) = &self.vault {
+            vault.let_go(false);
+        }
+    }
+
+    /// Marks the backing file as closed, when nobody writes to it any more. Whether a restart of the
+    /// machine keeps what is in it.
+    ///
+    /// # Errors
+    /// When the disk does not take it.
+    pub fn close(&self) -> io::Result<bool> {
+        let journal = self.lock();
+        let Some((journal, file)) = journal.as_ref().zip(self.file.as_ref()) else { return Ok(false) };
+        let left = Left::Closed(journal.seal()?);
+        file.set_superblock(Superblock { content: journal.content(), left })
+    }
+
+    /// A grant is so from now on. Before anybody is told.
+    pub(crate) fn put(&self, grant: SavedGrant) {
+        self.change(|journal| journal.put(grant));
+    }
+
+    /// A grant is not there any more, or is not kept. Before its memory is used for anything else.
+    pub(crate) fn delete(&self, id: GrantId) {
+        self.change(|journal| journal.delete(id));
+    }
+
+    /// A record that lacks a change would have other people's memory served as someone's own, so it is
+    /// given up.
+    fn change(&self, change: impl FnOnce(&mut Journal) -> io::Result<()>) {
+        let mut guard = self.lock();
+        let Some(journal) = guard.as_mut() else { return };
+        if let Err(error) = change(journal) {
+            tracing::error!(
+                "the record of what is lent cannot be written ({error}): what is lent does not outlive this process"
+            );
+            // Each of these alone has it not be believed.
+            let content = !journal.content();
+            let destroyed = journal.destroy();
+            let renamed = self
+                .file
+                .as_ref()
+                .map_or(Ok(true), |file| file.set_superblock(Superblock { content, left: Left::Open(0) }));
+            LEDGERS.iter().for_each(|name| self.vault.iter().for_each(|vault| vault.remove(name)));
+            if let (Err(error), Err(_)) = (destroyed, renamed) {
+                tracing::error!(
+                    "remove {FILES:?} in the state directory before this appliance is started again: {error}"
+                );
+            }
+            *guard = None;
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Journal>> {
+        self.journal.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Vault {
+    /// Lets go all that was handed over.
+    fn forget(&self, handed: Handed) {
+        let held = handed.held();
+        if !handed.regions.is_empty() {
+            tracing::warn!(
+                "{} is lost that this appliance lent as memfds before: `--backing` is a file now",
+                ByteSize(held)
+            );
+        }
+        let Handed { regions, strangers, ledgers, .. } = handed;
+        let regions = regions.into_values().map(|(name, _)| name);
+        regions.chain(strangers.into_iter().map(|(name, _)| name)).for_each(|name| self.remove(&name));
+        for (name, ledger) in LEDGERS.into_iter().zip(ledgers) {
+            ledger.iter().for_each(|_| self.remove(name));
+        }
+    }
+}
+
+fn tell_strangers(strangers: &[(String, String)]) {
+    if let Some((name, target)) = strangers.first() {
+        tracing::warn!(
+            "the service manager handed over {} descriptors that are no memory of an appliance's (`{name}` is {target}): \
+             they are let go",
+            strangers.len()
+        );
+    }
+}
+
+/// Memfds and their record, which come and go together.
+fn of_memfds(arena: &Arena, vault: Arc<Vault>, mut handed: Handed) -> (Keeper, Returned) {
+    let held = handed.held();
+    let mut names: HashMap<MemfdId, String> =
+        handed.regions.iter().map(|(id, (name, _))| (*id, name.clone())).collect();
+    let journal = match std::mem::take(&mut handed.ledgers) {
+        [Some(first), Some(second)] if !handed.is_ambiguous => {
+            Journal::open([first.into(), second.into()], MEMFDS)
+        }
+        [None, None] => Err(JournalError::Missing),
+        _ => Err(JournalError::Damaged(0)),
+    };
+    let (journal, content) = match journal {
+        Ok((journal, content)) => (Some(journal), content),
+        Err(error) => {
+            if !names.is_empty() {
+                tracing::warn!(
+                    "{} is lost that the service manager kept for this appliance: {}",
+                    ByteSize(held),
+                    xpm_control::error_line(&error)
+                );
+            }
+            (None, Content::default())
+        }
+    };
+    let (returned, lost) = take_back(content, |region| match region.place {
+        SavedPlace::File(_) => Err("it lies in a file".to_owned()),
+        SavedPlace::Memfd(id) => {
+            let (name, fd) =
+                handed.regions.remove(&id).ok_or("the service manager did not keep all of its memory")?;
+            arena.take_back((id, fd), region.len, region.shared, vault.taken_back(&name))
+        }
+    });
+    for (_, memory) in returned.grants.iter().flat_map(|grant| &grant.memories) {
+        memory.memfd().and_then(|id| names.remove(&id));
+    }
+    // What is left is in no grant.
+    let strangers = handed.strangers.iter().map(|(name, _)| name);
+    // With the name of the record, the record would be let go too.
+    let strangers = strangers.filter(|name| !LEDGERS.contains(&name.as_str()));
+    names.values().chain(strangers).for_each(|name| vault.remove(name));
+    let journal = journal.map_or_else(|| new_memfds(&vault), Ok);
+    let journal = journal.inspect_err(|error| {
+        tracing::warn!("what is lent does not outlive this process: {}", xpm_control::error_line(error));
+    });
+    let keeper = Keeper { journal: Mutex::new(journal.ok()), vault: Some(vault), file: None };
+    lost.into_iter().for_each(|id| keeper.delete(id));
+    (keeper, returned)
+}
+
+fn new_memfds(vault: &Vault) -> Result<Journal, JournalError> {
+    let make = |name: &str| -> io::Result<File> {
+        let memfd = arena::open_memfd(&format!("xpm-{name}"), MemfdFlags::empty())?;
+        vault.replace(name, &memfd)?;
+        Ok(memfd.into())
+    };
+    let [first, second] = LEDGERS;
+    Journal::create([make(first)?, make(second)?], MEMFDS)
+}
+
+/// A backing file and its record in the state directory.
+fn of_file(arena: &Arena, file: Arc<BackingFile>, state: &Path) -> Result<(Keeper, Returned), KeepError> {
+    let kernel = xpm_control::host::host_id().map_err(KeepError::Kernel)?.as_u128();
+    let found = file.superblock();
+    let opened = found.map(|found| {
+        let (journal, content) = Journal::open(open_files(state)?, found.content)?;
+        match found.left {
+            Left::Open(of) if of != kernel => Err(JournalError::NotClosed),
+            Left::Closed(digest) if journal.digest()? != digest => Err(JournalError::Other),
+            Left::Open(_) | Left::Closed(_) => Ok((journal, content)),
+        }
+    });
+    let opened = opened.and_then(|opened| {
+        let told = |error: &JournalError| {
+            let (path, why) = (file.path().display(), xpm_control::error_line(error));
+            tracing::warn!("what this appliance lent in {path} before is lost: {why}");
+        };
+        opened.inspect_err(told).ok()
+    });
+    let (journal, returned, lost) = match opened {
+        Some((journal, content)) => {
+            let (returned, lost) = take_back(content, |region| match region.place {
+                SavedPlace::File(start) => arena.take_back_part(start, region.len),
+                SavedPlace::Memfd(_) => Err("it lay in no file".to_owned()),
+            });
+            (Some(journal), returned, lost)
+        }
+        None => {
+            let content = xpm_control::random::u128().map_err(KeepError::Random)?;
+            let journal = open_files(state).map_err(JournalError::from);
+            let journal = journal.and_then(|files| Journal::create(files, content)).inspect_err(|error| {
+                tracing::warn!(
+                    "what is lent does not outlive this process: {}",
+                    xpm_control::error_line(error)
+                );
+            });
+            (journal.ok(), Returned::default(), Vec::new())
+        }
+    };
+    // From here on it is in use, and no longer what was closed; without a record, nobody's.
+    let content = journal.as_ref().map_or(0, Journal::content);
+    file.set_superblock(Superblock { content, left: Left::Open(kernel) })
+        .map_err(|source| KeepError::Superblock { path: file.path().to_owned(), source })?;
+    let keeper = Keeper { journal: Mutex::new(journal), vault: None, file: Some(file) };
+    lost.into_iter().for_each(|id| keeper.delete(id));
+    Ok((keeper, returned))
+}
+
+/// They hold keys.
+fn open_files(state: &Path) -> io::Result<[File; 2]> {
+    let open = |name: &str| {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false).mode(0o600).open(state.join(name))
+    };
+    let [first, second] = FILES;
+    Ok([open(first)?, open(second)?])
+}
+
+/// The grants of which all memory is there, and the ids of the others, which are told of as lost.
+fn take_back(
+    content: Content,
+    mut memory_of: impl FnMut(&SavedRegion) -> Result<Memory, String>,
+) -> (Returned, Vec<GrantId>) {
+    let mut known: HashMap<RegionId, Arc<Memory>> = HashMap::new();
+    let (mut grants, mut lost, mut why) = (Vec::new(), Vec::new(), None);
+    for saved in content.grants {
+        let mut one = |region: &SavedRegion| match known.get(&region.id) {
+            Some(memory) => Ok((region.id, memory.clone())),
+            None => {
+                let memory = Arc::new(memory_of(region)?);
+                known.insert(region.id, memory.clone());
+                Ok((region.id, memory))
+            }
+        };
+        let memories: Result<Vec<_>, String> = match saved.condition {
+            Condition::Moving => {
+                Err("it was being moved away from the processes of its old owner".to_owned())
+            }
+            Condition::Open | Condition::Closed => saved.regions.iter().map(&mut one).collect(),
+        };
+        match memories {
+            Ok(memories) => grants.push(returned(saved, memories)),
+            Err(error) => {
+                why.get_or_insert_with(|| format!("that of `{}`: {error}", saved.name));
+                lost.push(saved.id);
+            }
+        }
+    }
+    if let Some(why) = why {
+        tracing::warn!("{} grants of this appliance are lost ({why})", lost.len());
+    }
+    (Returned { grants, gone: content.gone }, lost)
+}
+
+fn returned(saved: SavedGrant, memories: Vec<(RegionId, Arc<Memory>)>) -> ReturnedGrant {
+    let SavedGrant { id, allocation, name, epoch, key, descriptor, condition, .. } = saved;
+    let regions = memories.iter().map(|(id, _)| *id).collect();
+    let grant = Grant { allocation, name, epoch, key, regions, descriptor, closing: false };
+    ReturnedGrant { id, grant, memories, closed: condition == Condition::Closed }
+}
