@@ -65,5 +65,18 @@ swapped=$((($(awk '/^pswpout/ {print $2}' /proc/vmstat) - before) * $(getconf PA
 note "swap: $swapped MiB were swapped out under kill -9"
 [ $swapped -ge 200 ] || fail "that is too little for a test"
 swapoff "$device"
+
+has_mib() {
+    [ "$(blockdev --getsize64 "$device")" -eq $(($1 * MIB)) ]
+}
+
+# The guest is told of a new size, also by an xpm-blk that it was not started with.
+xpm alloc resize vm 1280MiB >/dev/null
+wait_for 20 has_mib 1280
+dd if=/dev/urandom of="$device" bs=1M seek=1270 count=10 oflag=direct status=none
+blkdiscard -f "$device"
+xpm alloc resize vm 768MiB >/dev/null
+wait_for 20 has_mib 768
+note "resized to 1280 and 768 MiB while it was there"
 dmesg_clean
 note "done"

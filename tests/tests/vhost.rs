@@ -10,7 +10,7 @@ use rustix::process::Signal;
 use vhost::VhostBackend;
 use vhost::vhost_user::Frontend;
 use xpm_tests::vhost::{DATA, Guest, blk};
-use xpm_tests::{Cluster, Daemon, wait_until};
+use xpm_tests::{Cluster, Daemon, LIMIT, wait_until};
 
 /// Makes an allocation and shows it; the socket.
 fn attach(cluster: &Cluster, name: &str, options: &[&str]) -> PathBuf {
@@ -318,6 +318,11 @@ fn rubbish_breaks_the_guests_own_ring_and_nothing_else() {
         // Reset or ended: it is over.
         let _ = socket.read_to_end(&mut Vec::new());
     }
+    // So is one that waits for an answer that there cannot be: the state of queue 99.
+    let mut socket = UnixStream::connect(&disk).expect("the socket is there");
+    socket.set_read_timeout(Some(LIMIT)).expect("a limit");
+    socket.write_all(&[11_u32, 1, 8, 99, 0].map(u32::to_ne_bytes).concat()).expect("it takes anything");
+    assert_eq!(socket.read(&mut [0; 16]).ok(), Some(0), "it is disconnected");
     guest.connect(&disk);
     assert_eq!(guest.run(0, (blk::READ, 0), &[(DATA + 8192, 4096, true)]), (4097, blk::OK));
 

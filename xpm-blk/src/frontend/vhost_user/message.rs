@@ -93,6 +93,14 @@ pub(super) struct Answered {
     acknowledge: bool,
 }
 
+impl Answered {
+    /// Whether the front end can be told that its request was refused: it asked how it went, and waits for nothing
+    /// else.
+    pub(super) const fn can_be_refused(&self) -> bool {
+        self.acknowledge && !matches!(self.code, 1 | 11 | 15 | 17 | 24 | 31 | 36)
+    }
+}
+
 /// Why a connection ends.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ReceiveError {
@@ -102,6 +110,9 @@ pub(super) enum ReceiveError {
     /// The socket failed.
     #[error("the front end's socket: {0}")]
     Socket(#[from] io::Error),
+    /// A request was refused, and the protocol has no other way to say so.
+    #[error("refused to its front end: {0}")]
+    Refused(String),
     /// It is not of the protocol.
     #[error("request {code} of the front end is not of the vhost-user protocol as it was agreed on: {what}")]
     Malformed {

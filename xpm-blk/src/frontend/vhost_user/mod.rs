@@ -190,6 +190,9 @@ impl Server {
                     let message = message::receive(socket)?;
                     let handled = session.handle(message.request);
                     if let Err(refused) = &handled {
+                        if !message.answered.can_be_refused() {
+                            return Err(ReceiveError::Refused(refused.to_string()));
+                        }
                         tracing::warn!(
                             "allocation {}: refused to its vhost-user front end: {refused}",
                             device.name

@@ -96,7 +96,6 @@ struct Vring {
 pub(super) struct Session {
     device: Arc<Device>,
     features: u64,
-    protocol: u64,
     memory: Arc<GuestMemory>,
     inflight: Option<Inflight>,
     vrings: Vec<Vring>,
@@ -105,7 +104,7 @@ pub(super) struct Session {
 impl Session {
     pub(super) fn new(device: Arc<Device>) -> Session {
         let vrings = std::iter::repeat_with(Vring::default).take(usize::from(device.queues)).collect();
-        Session { device, features: 0, protocol: 0, memory: Arc::default(), inflight: None, vrings }
+        Session { device, features: 0, memory: Arc::default(), inflight: None, vrings }
     }
 
     /// Carries out a request.
@@ -123,7 +122,7 @@ impl Session {
             Request::RemMemReg(info) => self.remove_memory(info)?,
             Request::GetMaxMemSlots => return Ok(Reply::Number(REGIONS_MAX as u64)),
             Request::GetProtocolFeatures => return Ok(Reply::Number(PROTOCOL_FEATURES)),
-            Request::SetProtocolFeatures(features) => self.set_protocol(features)?,
+            Request::SetProtocolFeatures(features) => check_protocol(features)?,
             Request::GetQueueNum => return Ok(Reply::Number(self.device.queues.into())),
             Request::SetBackendReqFd(socket) => *self.device.listener() = Some(socket.into()),
             Request::GetConfig { offset, len } => {
@@ -197,14 +196,6 @@ impl Session {
             self.stop_all(DRAIN_LIMIT);
             self.features = features;
         }
-        Ok(())
-    }
-
-    fn set_protocol(&mut self, features: u64) -> Result<(), Refused> {
-        if features & !PROTOCOL_FEATURES != 0 {
-            return Err(Refused::Invalid(format!("protocol features {features:#x}, which are not offered")));
-        }
-        self.protocol = features;
         Ok(())
     }
 
@@ -346,6 +337,13 @@ impl Vring {
         if let Some(worker) = self.worker.take() {
             self.base = worker.join();
         }
+    }
+}
+
+fn check_protocol(features: u64) -> Result<(), Refused> {
+    match features & !PROTOCOL_FEATURES {
+        0 => Ok(()),
+        more => Err(Refused::Invalid(format!("protocol features {more:#x}, which are not offered"))),
     }
 }
 
