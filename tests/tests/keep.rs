@@ -327,7 +327,9 @@ fn the_allocator_and_xpm_blk_say_that_they_live() {
     ];
     for (program, arguments) in daemons {
         let manager = ServiceManager::start(directory.path().join(format!("{program}-notify")));
-        let silent = |command: &mut Command| drop(command.stdout(Stdio::null()).stderr(Stdio::null()));
+        let silent = |command: &mut Command| {
+            command.stdout(Stdio::null()).stderr(Stdio::null());
+        };
         let mut child = manager.spawn(&programs().join(program), &arguments, silent);
         wait_until(&format!("{program} is ready"), || manager.take_said("READY").is_some());
         assert!(manager.take_said("STATUS").is_some(), "{program}");
