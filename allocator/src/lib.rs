@@ -30,8 +30,9 @@ use std::time::SystemTime;
 use anyhow::Context as _;
 use xpm_control::discover::{self, Announcement};
 use xpm_control::listen::{Listener, Place};
+use xpm_control::manager::{Manager, prove_alive};
 use xpm_control::random;
-use xpm_control::server::Office;
+use xpm_control::server::{Office, answers};
 use xpm_control::shutdown::Shutdown;
 use xpm_control::token::Token;
 
@@ -41,12 +42,16 @@ use crate::leadership::Candidate;
 use crate::recover::Sources;
 use crate::store::backup::Backup;
 
+/// What is asked of the service to see that it lives.
+const STATUS: &str = "/v1/status";
+
 /// Runs the allocator until a signal ends it, or does the task that it is started for.
 pub async fn run(config: Config) -> anyhow::Result<()> {
     if let Some(task) = &config.task {
         return carry_out(task, &config).await;
     }
     let shutdown = Shutdown::catch().context("cannot catch signals")?;
+    let manager = Manager::from_environment();
     let token = config.token()?;
     config.listen.check_exposure(token.is_some(), config.insecure)?;
     match &config.storage {
@@ -56,13 +61,19 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             let (handle, driver) = driver::start(config.settings(), token.clone(), store)?;
             announce(&config, &listener, &format!("data in {}", directory.display()));
             let _announcement = announced(&config, &own_url(&config, None, &listener))?;
+            ready(manager.as_ref(), "Decides and remembers");
+            let proof = || answers(server::all_routes(handle.clone()), STATUS);
             tokio::select! {
-                () = server::scaffold(handle, token).serve(listener, told_to_end(shutdown)) => Ok(()),
+                () = server::scaffold(handle.clone(), token)
+                    .serve(listener, told_to_end(shutdown, manager.as_ref())) => Ok(()),
                 error = driver.failed() => Err(error),
+                () = prove_alive(manager.as_ref(), proof) => Ok(()),
             }
         }
         Storage::Etcd { address, advertise } => {
-            run_as_one_of_several(&config, address, advertise.as_deref(), token, shutdown).await
+            let told = told_to_end(shutdown, manager.as_ref());
+            run_as_one_of_several(&config, address, advertise.as_deref(), token, (told, manager.as_ref()))
+                .await
         }
     }
 }
@@ -72,7 +83,7 @@ async fn run_as_one_of_several(
     address: &Address,
     advertise: Option<&str>,
     token: Option<Token>,
-    shutdown: Shutdown,
+    (told_to_end, manager): (impl Future<Output = ()>, Option<&Manager>),
 ) -> anyhow::Result<()> {
     let listener = config.listen.bind()?;
     let url = own_url(config, advertise, &listener);
@@ -80,12 +91,15 @@ async fn run_as_one_of_several(
     let election = Arc::new(Election::new(Etcd::new(address.clone()).await?, url.clone()));
     let office = Office::new();
     let server = server::with_office(&office, token.clone());
+    let asked = office.clone();
     let candidate =
         Candidate { settings: config.settings(), token, office, election: Arc::clone(&election), url };
     announce(config, &listener, &format!("metadata in {address}"));
+    ready(manager, "One of several allocators");
     let ended = tokio::select! {
-        () = server.serve(listener, told_to_end(shutdown)) => Ok(()),
+        () = server.serve(listener, told_to_end) => Ok(()),
         error = candidate.run() => Err(error),
+        () = prove_alive(manager, || asked.answers(STATUS)) => Ok(()),
     };
     election.resign().await;
     ended
@@ -119,9 +133,18 @@ fn announce(config: &Config, listener: &Listener, metadata: &str) {
     tracing::info!("xpm-allocator {} listens at {place}, {metadata}", env!("CARGO_PKG_VERSION"));
 }
 
-async fn told_to_end(mut shutdown: Shutdown) {
+async fn told_to_end(mut shutdown: Shutdown, manager: Option<&Manager>) {
     let signal = shutdown.signalled().await;
     tracing::info!("{signal}: ending");
+    if let Some(manager) = manager {
+        manager.stopping();
+    }
+}
+
+fn ready(manager: Option<&Manager>, status: &str) {
+    if let Some(manager) = manager {
+        manager.ready(status);
+    }
 }
 
 /// Fills an empty data directory.

@@ -36,8 +36,9 @@ const READY_MIN: u64 = 1 << 30;
 /// Lends this machine's memory to other machines.
 ///
 /// The memory is given to clients by an allocator, in regions, as exports of the NBD protocol over
-/// TCP and unix sockets, and to clients on this machine also as shared memory. What is lent is gone
-/// when this process ends: stop it only when `xpm appliance list` shows no regions on it.
+/// TCP and unix sockets, and to clients on this machine also as shared memory. What is lent outlives
+/// a restart by systemd, and is gone when the unit is stopped: do that only when `xpm appliance list` shows
+/// no regions on it.
 #[derive(Debug, Clone, Parser)]
 #[command(name = "xpm-appliance", version)]
 pub struct Cli {

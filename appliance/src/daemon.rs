@@ -10,8 +10,8 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use xpm_control::client::Client;
 use xpm_control::listen::{Listener, Place};
-use xpm_control::manager::{self, Manager};
-use xpm_control::server::{Limits, Server as ControlServer};
+use xpm_control::manager::{Manager, prove_alive};
+use xpm_control::server::{Limits, Server as ControlServer, answers};
 use xpm_control::shutdown::Shutdown;
 use xpm_control::token::Token;
 use xpm_protocol::api::appliance::Counters;
@@ -83,7 +83,7 @@ async fn serve(config: Config, handed: Handed) -> anyhow::Result<()> {
         (None, None) => None,
     };
     let routes = control::routes(appliance.clone());
-    let server = ControlServer::new(routes, token, Limits::default());
+    let server = ControlServer::new(routes.clone(), token, Limits::default());
     if let Some(manager) = &manager {
         manager.ready(&format!("Lends {} as {}", ByteSize(config.capacity), config.name));
     }
@@ -96,7 +96,8 @@ async fn serve(config: Config, handed: Handed) -> anyhow::Result<()> {
     });
     tokio::select! {
         () = ended => {}
-        () = prove_alive(manager.as_deref(), &appliance) => {}
+        // The table answers.
+        () = prove_alive(manager.as_deref(), || answers(routes.clone(), "/v1/status")) => {}
     }
     if let Some(task) = heartbeat {
         task.abort();
@@ -108,18 +109,6 @@ async fn serve(config: Config, handed: Handed) -> anyhow::Result<()> {
     work.await.context("cannot leave the memory for the next start")?;
     remove_sockets(&config);
     Ok(())
-}
-
-/// Tells the service manager that this process lives, as long as an order could be carried out: the table
-/// answers. Never ends.
-async fn prove_alive(manager: Option<&Manager>, appliance: &Arc<Appliance>) {
-    let proof = || {
-        let appliance = appliance.clone();
-        let look = tokio::task::spawn_blocking(move || drop(appliance.status()));
-        async { look.await.is_ok() }
-    };
-    manager::prove_alive(manager, proof).await;
-    std::future::pending().await
 }
 
 /// Says what of an earlier life is there.

@@ -147,9 +147,9 @@ fn names(pid: &str, count: &str, names: &str, me: u32) -> Vec<String> {
 }
 
 /// Says that this daemon lives, as often as it has to, each time that `proof` ended well: that should do what
-/// the daemon is there for. Until cancelled (the future is dropped); at once where nobody asks.
+/// the daemon is there for. Never ends; says nothing where nobody asks.
 pub async fn prove_alive<F: Future<Output = bool>>(manager: Option<&Manager>, mut proof: impl FnMut() -> F) {
-    let (Some(manager), Some(interval)) = (manager, watchdog()) else { return };
+    let (Some(manager), Some(interval)) = (manager, watchdog()) else { return std::future::pending().await };
     loop {
         if proof().await {
             manager.alive();

@@ -14,12 +14,14 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::body::Body;
 use axum::extract::{DefaultBodyLimit, Request, State};
 use axum::http::header::{AUTHORIZATION, WWW_AUTHENTICATE};
-use axum::http::{HeaderValue, StatusCode};
+use axum::http::{HeaderValue, StatusCode, Uri};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use hyper::server::conn::http1;
+use hyper::service::Service as _;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -39,6 +41,15 @@ use crate::token::Token;
 
 /// Pause after an accept that failed.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
+
+/// Whether routes answer a request for this path with anything but that they cannot: the proof that who
+/// carries orders out is there. Of no use where a token is asked for; give what is inside.
+pub async fn answers(routes: Router, path: &'static str) -> bool {
+    let mut request = Request::new(Body::empty());
+    *request.uri_mut() = Uri::from_static(path);
+    let answered = TowerToHyperService::new(routes).call(request).await;
+    !answered.unwrap_or_else(|never| match never {}).status().is_server_error()
+}
 
 /// What one client may take.
 #[derive(Debug, Clone, Copy)]

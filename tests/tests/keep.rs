@@ -7,7 +7,8 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use xpm_tests::{Cluster, have, wait_until};
+use xpm_tests::manager::ServiceManager;
+use xpm_tests::{Cluster, have, programs, wait_until};
 
 const SIZE: &str = "64MiB";
 const TRANSPORTS: [&str; 3] = ["nbd-tcp", "nbd-unix", "shm"];
@@ -309,6 +310,36 @@ fn it_says_that_it_lives() {
     std::thread::sleep(Duration::from_millis(500));
     assert_eq!(cluster.manager(0).pings(), before, "who does not live does not say so");
     cluster.appliances[0].signal(rustix::process::Signal::CONT);
+}
+
+#[test]
+fn the_allocator_and_xpm_blk_say_that_they_live() {
+    let directory = tempfile::tempdir().unwrap();
+    let under = |name: &str| directory.path().join(name).display().to_string();
+    let config = directory.path().join("blk.toml");
+    let keys = [("control", under("blk.sock")), ("state", under("blk"))];
+    let text = keys.map(|(key, value)| format!("{key} = \"{value}\"\n")).concat();
+    std::fs::write(&config, text).unwrap();
+    let listen = format!("unix:{}", under("allocator.sock"));
+    let daemons = [
+        ("xpm-allocator", vec!["--listen".to_owned(), listen, "--data".to_owned(), under("allocator")]),
+        ("xpm-blk", vec!["--config".to_owned(), config.display().to_string()]),
+    ];
+    for (program, arguments) in daemons {
+        let manager = ServiceManager::start(directory.path().join(format!("{program}-notify")));
+        let silent = |command: &mut Command| {
+            command.stdout(Stdio::null()).stderr(Stdio::null());
+        };
+        let mut child = manager.spawn(&programs().join(program), &arguments, silent);
+        wait_until(&format!("{program} is ready"), || manager.take_said("READY").is_some());
+        assert!(manager.take_said("STATUS").is_some(), "{program}");
+        wait_until(&format!("{program} lives"), || manager.pings() > 3);
+        assert_eq!(manager.take_said("STOPPING"), None, "{program}");
+        let pid = rustix::process::Pid::from_child(&child);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        assert!(child.wait().unwrap().success(), "{program}");
+        wait_until(&format!("{program} says that it ends"), || manager.take_said("STOPPING").is_some());
+    }
 }
 
 /// A cluster without service managers whose appliance lends a file.

@@ -9,7 +9,8 @@ use tokio::runtime::{Builder, Runtime};
 use xpm_client::owner::Owner;
 use xpm_control::client::Client;
 use xpm_control::listen::{Listener, Place};
-use xpm_control::server::{Limits, Server as ControlServer};
+use xpm_control::manager::{Manager, prove_alive};
+use xpm_control::server::{Limits, Server as ControlServer, answers};
 use xpm_control::shutdown::Shutdown;
 use xpm_control::token::Token;
 use xpm_control::{error_line, host, random};
@@ -63,6 +64,7 @@ fn runtime() -> std::io::Result<Runtime> {
 
 async fn serve(config: Config) -> Result<(), DeviceError> {
     let mut shutdown = Shutdown::catch().at("catch signals")?;
+    let manager = Manager::from_environment();
     let listener = listen(&config.control)?;
     let stop_limit = config.stop_limit.0;
     let daemon = Arc::new(Daemon::new(parts(config)?));
@@ -70,9 +72,16 @@ async fn serve(config: Config) -> Result<(), DeviceError> {
     daemon.restore()?;
     let lookout = tokio::spawn(lookout::run(Arc::clone(&daemon)));
     let follower = tokio::spawn(lookout::follow(Arc::clone(&daemon)));
-    let server = ControlServer::new(control::routes(Arc::clone(&daemon)), None, Limits::default());
+    let routes = control::routes(Arc::clone(&daemon));
+    let server = ControlServer::new(routes.clone(), None, Limits::default());
     tracing::info!("xpm-blk {} is ready", env!("CARGO_PKG_VERSION"));
-    server.serve(listener, end(&daemon, &mut shutdown, stop_limit)).await;
+    if let Some(manager) = &manager {
+        manager.ready("Shows external memory as block devices");
+    }
+    tokio::select! {
+        () = server.serve(listener, end(&daemon, &mut shutdown, stop_limit, manager.as_ref())) => {}
+        () = prove_alive(manager.as_ref(), || answers(routes.clone(), "/v1/status")) => {}
+    }
     lookout.abort();
     follower.abort();
     let work = tokio::task::spawn_blocking(move || daemon.take_all_away());
@@ -119,8 +128,11 @@ fn parts(config: Config) -> Result<Parts, DeviceError> {
 
 /// Resolves when the process may end: told so, and nobody uses a device that it serves; or told so
 /// a second time, `limit` or more after the first.
-async fn end(daemon: &Arc<Daemon>, shutdown: &mut Shutdown, limit: Duration) {
+async fn end(daemon: &Arc<Daemon>, shutdown: &mut Shutdown, limit: Duration, manager: Option<&Manager>) {
     let signal = shutdown.signalled().await;
+    if let Some(manager) = manager {
+        manager.stopping();
+    }
     let told = Instant::now();
     let mut said = Vec::new();
     loop {
@@ -134,6 +146,9 @@ async fn end(daemon: &Arc<Daemon>, shutdown: &mut Shutdown, limit: Duration) {
                  spite of them",
                 in_use.join("; ")
             );
+            if let Some(manager) = manager {
+                manager.status(&format!("Told to end; waits until nobody uses {}", in_use.join("; ")));
+            }
             said = in_use;
         }
         tokio::select! {

@@ -89,7 +89,12 @@ impl Memory {
         // SAFETY: a new mapping at an address of the kernel's choice touches no memory in use.
         let base =
             unsafe { mmap(std::ptr::null_mut(), len, protection, MapFlags::SHARED, &*fd, place.start) }?;
-        let base = NonNull::new(base.cast()).ok_or(Errno::NOMEM)?;
+        let base: NonNull<u8> = NonNull::new(base.cast()).ok_or(Errno::NOMEM)?;
+        // Other people's memory has no business in a core dump, and writing it would hold up the next life.
+        // SAFETY: the range is the mapping, and the advice changes nothing that can be read there.
+        if let Err(error) = unsafe { madvise(base.as_ptr().cast(), len, Advice::LinuxDontDump) } {
+            tracing::debug!(%error, "a region would be part of a core dump");
+        }
         promised.fetch_add(place.len, Relaxed);
         Ok(Memory {
             base,

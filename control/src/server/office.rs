@@ -57,6 +57,14 @@ impl Office {
         *self.0.write().unwrap_or_else(PoisonError::into_inner) = duty;
     }
 
+    /// Whether who leads can be asked for this path ([`super::answers`]); one that follows has nobody to ask.
+    pub async fn answers(&self, path: &'static str) -> bool {
+        match self.duty() {
+            Duty::Lead { routes, holds } if holds() => super::answers(routes, path).await,
+            Duty::Lead { .. } | Duty::Follow(_) => true,
+        }
+    }
+
     fn duty(&self) -> Duty {
         self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
