@@ -24,6 +24,10 @@ pub(crate) const ECHO_PORT: u16 = 7780;
 const READY_TIME_MAX: Duration = Duration::from_secs(60);
 /// How long it is waited for that the guest has a request in flight.
 const IN_FLIGHT_TIME_MAX: Duration = Duration::from_secs(2);
+/// How long QEMU may take to connect to its disk again.
+const FRONT_END_TIME_MAX: Duration = Duration::from_secs(30);
+/// How long they may take to agree on all that there is to agree on.
+const AGREEING_TIME: Duration = Duration::from_secs(1);
 /// How long a daemon may take to stop when it is asked to.
 const STOP_TIME_MAX: Duration = Duration::from_secs(10);
 
@@ -113,6 +117,7 @@ impl<'a> Cluster<'a> {
     /// Kills xpm-blk as `kill -9` does, with requests in flight if the guest has any: the appliances stand still
     /// meanwhile. Then starts it again.
     pub(crate) fn kill_blk(&mut self) -> Result<()> {
+        self.wait_front_end()?;
         self.signal_appliances(Signal::STOP);
         let deadline = Instant::now() + IN_FLIGHT_TIME_MAX;
         while Instant::now() < deadline && self.xpm(&["blk", "show", "vm"])?["in_flight"] == 0 {
@@ -121,6 +126,20 @@ impl<'a> Cluster<'a> {
         let killed = self.replace_blk();
         self.signal_appliances(Signal::CONT);
         killed
+    }
+
+    /// Waits until QEMU has its disk again: QEMU 7.2 connects no more to a back end that dies while they agree.
+    fn wait_front_end(&self) -> Result<()> {
+        let deadline = Instant::now() + FRONT_END_TIME_MAX;
+        while self.xpm(&["blk", "show", "vm"])?["users"] != serde_json::json!(["a virtual machine"]) {
+            if Instant::now() > deadline {
+                bail!("QEMU did not connect to its disk within {FRONT_END_TIME_MAX:?}");
+            }
+            thread::sleep(Duration::from_millis(50));
+        }
+        // There is no sign of the end of that but I/O, which begins before it.
+        thread::sleep(AGREEING_TIME);
+        Ok(())
     }
 
     fn signal_appliances(&self, signal: Signal) {
