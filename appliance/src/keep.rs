@@ -4,7 +4,7 @@
 //! data. So a grant is taken back only when its record and all of its memory are those of the last moment of the
 //! life before; else neither is, and its clients are told that it is unknown.
 //!
-//! * Memfds and their record, two memfds too, are kept by the service manager ([`vault`]). They come and go
+//! * Memfds and their record, two memfds too, are kept by the service manager (`vault`). They come and go
 //!   together: no record outlives its memory.
 //! * A backing file and its record, two files in the state directory, are bound by the content's number in the
 //!   file's superblock. They count while the same kernel runs, since its page cache has all that was written, or
