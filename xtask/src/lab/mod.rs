@@ -5,6 +5,7 @@
 //! appliances run on the host, in a network of their own that the guest reaches.
 
 mod cluster;
+mod daemon;
 mod initramfs;
 mod kernel;
 mod netns;

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use super::cluster::{self, Cluster};
+use super::daemon;
 use super::netns::{HOST, Netns};
 use super::qemu::{self, Guest};
 use super::scenario::Scenario;
@@ -182,8 +183,9 @@ impl<'a> Watch<'a> {
         }
     }
 
-    /// Takes one line: a marker of the runner (`@lab begin NAME`, `@lab end NAME STATUS`), a wish of the scenario
-    /// (`@lab kill-blk`), or output of it.
+    /// Takes one line: a marker of the runner (`@lab begin NAME`, `@lab end NAME STATUS`), a wish of the scenario, or
+    /// output of it. Wishes are `@lab kill-blk` for the host's xpm-blk, and `@lab kill NAME SECONDS` and `@lab restart
+    /// NAME SECONDS` for `allocator` and `appliance-N`: so long they are away. A script has `on_host` for these, in `lib.sh`.
     fn take(&mut self, line: &str, cluster: &mut Cluster<'_>) {
         let words: Vec<&str> = line.split_whitespace().collect();
         match words[..] {
@@ -194,6 +196,12 @@ impl<'a> Watch<'a> {
                 Ok(()) => self.show("the host's xpm-blk was killed, and started again"),
                 Err(error) => self.report(Some(format!("the host's xpm-blk cannot be replaced: {error:#}"))),
             },
+            ["@lab", how @ ("kill" | "restart"), name, seconds] => {
+                match cluster.replace(how, name, seconds) {
+                    Ok(()) => self.show(&format!("{how} {name}: life {} has begun", cluster.lives(name))),
+                    Err(error) => self.report(Some(format!("{how} {name}: {error:#}"))),
+                }
+            }
             _ => self.show(line),
         }
     }
@@ -254,7 +262,7 @@ impl<'a> Watch<'a> {
                 (_, None) => "the guest did not get to it",
             };
             let complaints: Vec<String> = complaints.try_iter().collect();
-            let text = cluster::tail(console, CONSOLE_LINES);
+            let text = daemon::tail(console, CONSOLE_LINES);
             self.report(Some(format!(
                 "{what}; the guest's console ends with:\n{text}\n{}",
                 complaints.join("\n")
