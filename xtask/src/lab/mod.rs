@@ -70,8 +70,12 @@ impl Args {
 pub(crate) fn main(args: &Args) -> Result<bool> {
     if args.list {
         for scenario in scenario::ALL {
-            let kind = if scenario.bench { "bench" } else { "test" };
-            println!("{:<18} {kind:<6} {} MB  {}", scenario.name, scenario.memory_mib, scenario.about);
+            let kind = match (scenario.bench, scenario.long) {
+                (true, _) => "bench",
+                (_, true) => "long",
+                _ => "test",
+            };
+            println!("{:<26} {kind:<6} {} MB  {}", scenario.name, scenario.memory_mib, scenario.about);
         }
         return Ok(true);
     }
@@ -91,7 +95,7 @@ pub(crate) fn run_all(args: &Args) -> Result<Vec<Report>> {
     let names = match args.scenarios.is_empty() {
         true => scenario::ALL
             .iter()
-            .filter(|scenario| !scenario.bench)
+            .filter(|scenario| !scenario.bench && !scenario.long)
             .map(|scenario| scenario.name.to_owned())
             .collect(),
         false => args.scenarios.clone(),
@@ -109,7 +113,7 @@ pub(crate) fn summarize(reports: &[Report]) -> bool {
     for report in reports {
         let verdict = if report.passed() { "passed" } else { "FAILED" };
         let first_line = report.failure.as_deref().and_then(|text| text.lines().next()).unwrap_or_default();
-        println!("lab {:<20} {verdict:<8} {:<10} {first_line}", report.name, util::human_time(report.time));
+        println!("lab {:<26} {verdict:<8} {:<10} {first_line}", report.name, util::human_time(report.time));
     }
     let passed = reports.iter().filter(|report| report.passed()).count();
     println!("{passed} passed, {} failed", reports.len() - passed);

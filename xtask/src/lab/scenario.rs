@@ -29,6 +29,8 @@ pub(crate) struct Scenario {
     pub(crate) seconds_max: u64,
     /// Whether it measures rather than tests; such a one runs only when it is named.
     pub(crate) bench: bool,
+    /// Whether it is the long form of another one; such a one runs only when it is named, too.
+    pub(crate) long: bool,
     /// Whether it runs programs of this project.
     pub(crate) needs_programs: bool,
     /// What must be so on the host when the guest is done.
@@ -47,9 +49,13 @@ const BASE: Scenario = Scenario {
     args: &[],
     seconds_max: 420,
     bench: false,
+    long: false,
     needs_programs: true,
     check: nothing_left,
 };
+
+/// What the scenarios have in common in which daemons on the host are replaced under a guest that is short of memory.
+const RESTART: Scenario = Scenario { group: "restart", memory_mib: 256, ..BASE };
 
 /// What the scenarios with RDMA have in common: both ends are in the guest.
 const RDMA: Scenario = Scenario {
@@ -134,6 +140,38 @@ pub(crate) const ALL: &[Scenario] = &[
         script: "vhost.sh",
         check: disk_served,
         ..BASE
+    },
+    Scenario {
+        name: "appliance-restart",
+        about: "200 MB of swap on ublk, while the appliances that hold it and the allocator are killed and restarted",
+        script: "appliance-restart.sh",
+        args: &["ublk", "1"],
+        ..RESTART
+    },
+    Scenario {
+        name: "appliance-restart-nbd",
+        about: "the same, on the kernel's nbd connected to the appliance itself",
+        script: "appliance-restart.sh",
+        args: &["nbd-direct", "1"],
+        ..RESTART
+    },
+    Scenario {
+        name: "appliance-restart-long",
+        about: "appliance-restart with 40 lives of appliances and 10 of the allocator",
+        script: "appliance-restart.sh",
+        args: &["ublk", "10"],
+        seconds_max: 1800,
+        long: true,
+        ..RESTART
+    },
+    Scenario {
+        name: "appliance-restart-nbd-long",
+        about: "appliance-restart-nbd with 20 lives of the appliance and 10 of the allocator",
+        script: "appliance-restart.sh",
+        args: &["nbd-direct", "10"],
+        seconds_max: 1800,
+        long: true,
+        ..RESTART
     },
     Scenario {
         name: "rdma-smoke",
