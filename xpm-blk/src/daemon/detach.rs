@@ -91,8 +91,10 @@ impl Daemon {
         let slots = std::mem::take(&mut *self.slots());
         for (name, slot) in slots {
             let Slot::Shown(attached) = slot else { continue };
-            if attached.shown.outlives_process() && !users_of(&attached, true).is_empty() {
-                tracing::info!("{} is in use and goes on without this process", attached.shown.path());
+            let (goes_on, waits) = (attached.shown.outlives_process(), attached.shown.waits_for_next_process());
+            if (goes_on || waits) && !users_of(&attached, true).is_empty() {
+                let what = if goes_on { "goes on without this process" } else { "waits for the next process" };
+                tracing::info!("{} is in use and {what}", attached.shown.path());
                 continue;
             }
             let stuck = in_flight_still(&attached) > 0;

@@ -28,6 +28,11 @@ pub fn set_up() {
     reserve::set_real_time();
 }
 
+/// Memory of this process that is locked, in bytes; 0 where the kernel does not say.
+pub(crate) fn locked_bytes() -> u64 {
+    memory::locked_bytes()
+}
+
 /// Every item as the kernel has it now.
 pub fn items() -> Vec<SafetyItem> {
     vec![

@@ -57,6 +57,10 @@ const BASE: Scenario = Scenario {
 /// What the scenarios have in common in which daemons on the host are replaced under a guest that is short of memory.
 const RESTART: Scenario = Scenario { group: "restart", memory_mib: 256, ..BASE };
 
+/// What both lengths of the loop of kills have in common.
+const KILL_LOOP: Scenario =
+    Scenario { group: "kill-loop", memory_mib: 256, script: "kill-loop.sh", seconds_max: 600, ..BASE };
+
 /// What the scenarios with RDMA have in common: both ends are in the guest.
 const RDMA: Scenario = Scenario {
     group: "rdma",
@@ -172,6 +176,28 @@ pub(crate) const ALL: &[Scenario] = &[
         seconds_max: 1800,
         long: true,
         ..RESTART
+    },
+    Scenario {
+        name: "kill-loop",
+        about: "swap on ublk under memory pressure, while xpm-blk and its standby are killed and stopped again and again",
+        args: &["6"],
+        ..KILL_LOOP
+    },
+    Scenario {
+        name: "kill-loop-50",
+        about: "the same, 50 times",
+        args: &["50"],
+        seconds_max: 3600,
+        long: true,
+        ..KILL_LOOP
+    },
+    Scenario {
+        name: "upgrade",
+        about: "xpm-blk restarted and replaced in place, under swap and a mounted file system",
+        group: "upgrade",
+        script: "upgrade.sh",
+        args: &["1"],
+        ..BASE
     },
     Scenario {
         name: "rdma-smoke",
