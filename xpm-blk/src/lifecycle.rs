@@ -15,6 +15,7 @@ use xpm_control::shutdown::Shutdown;
 use xpm_control::token::Token;
 use xpm_control::{error_line, host, random};
 use xpm_protocol::api::ErrorKind;
+use xpm_safety as safety;
 use xpm_transport::nbd::server::{Server, ServerOptions};
 
 use crate::config::Config;
@@ -23,7 +24,6 @@ use crate::daemon::{Daemon, Parts, lookout};
 use crate::error::{DeviceError, Step};
 use crate::frontend::ublk;
 use crate::records::Records;
-use crate::safety;
 
 /// Stack of a thread of the data plane, in bytes; all of it is locked.
 pub(crate) const STACK_LEN: usize = 256 << 10;
@@ -44,7 +44,7 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Why it cannot start, in one line.
 pub fn run(config: Config) -> Result<(), DeviceError> {
     config.check().map_err(|error| DeviceError::new(ErrorKind::Invalid, error))?;
-    safety::set_up();
+    safety::set_up("xpm-blk");
     if let Some(missing) = safety::missing(&safety::items()) {
         tracing::warn!("not safe for swap: {missing}");
     }
