@@ -1,7 +1,7 @@
 //! xpm-blk: shows allocations of external memory as block devices.
 //!
 //! * [`config`] and [`lifecycle`]: from the command line to a running daemon and its end.
-//! * [`safety`]: what makes the process fit to serve swap.
+//! * [`xpm_safety`]: what makes the process fit to serve swap.
 //! * [`standby`]: the second process, which goes on when this one dies.
 //! * [`daemon`] and [`control`]: which allocations are shown, and how that is changed.
 //! * [`frontend`]: the forms in which they are shown.
@@ -15,7 +15,6 @@ pub mod daemon;
 pub mod error;
 pub mod frontend;
 pub mod lifecycle;
-pub mod safety;
 pub mod spin;
 pub mod standby;
 

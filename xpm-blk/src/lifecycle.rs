@@ -16,6 +16,7 @@ use xpm_control::token::Token;
 use xpm_control::{error_line, host, random};
 use xpm_protocol::HostId;
 use xpm_protocol::api::ErrorKind;
+use xpm_safety as safety;
 use xpm_transport::nbd::server::{Server, ServerOptions};
 
 use crate::config::Config;
@@ -24,7 +25,6 @@ use crate::daemon::{self, Daemon, lookout};
 use crate::error::{DeviceError, Step};
 use crate::frontend::ublk;
 use crate::records::{Records, Taken};
-use crate::safety;
 use crate::standby::keeper::{self, Keeper};
 use crate::standby::waiting::{Outcome, Post, nobody};
 
@@ -58,7 +58,7 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 pub fn run(config: Config, stands_by: bool) -> Result<(), DeviceError> {
     config.check().map_err(|error| DeviceError::new(ErrorKind::Invalid, error))?;
     let mut post = stands_by.then(Post::of_parent).transpose()?;
-    safety::set_up();
+    safety::set_up("xpm-blk");
     xpm_control::log::detach().at("start a thread for the log")?;
     if let Some(missing) = safety::missing(&safety::items()) {
         tracing::warn!("not safe for swap: {missing}");

@@ -22,13 +22,13 @@ use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::Ending;
 use xpm_protocol::api::blk::{Form, Status};
 use xpm_protocol::units::Span;
+use xpm_safety as safety;
 use xpm_transport::nbd::server::Server;
 
 use crate::config::Config;
 use crate::error::DeviceError;
 use crate::frontend::{self, Shown};
 use crate::records::{Record, Records};
-use crate::safety;
 use crate::standby::keeper::Keeper;
 
 /// The running daemon.

@@ -23,7 +23,7 @@ use crate::config::Config;
 use crate::error::{DeviceError, Step};
 use crate::frontend::ublk;
 use crate::records::{self, Record};
-use crate::safety;
+use xpm_safety as safety;
 
 /// Pause between two looks for the death of a process that has closed its end.
 const CLOSED_PAUSE: Duration = Duration::from_millis(1);

@@ -292,7 +292,7 @@ impl Drop for Lab {
 fn build(target: &Path, release: bool) -> Result<()> {
     let mut cargo = util::command("cargo");
     cargo.current_dir(util::repository()).arg("build").arg("--quiet").arg("--target-dir").arg(target);
-    for package in ["xpm-allocator", "xpm-appliance", "xpm-blk", "xpm", "xpm-tests"] {
+    for package in ["xpm-allocator", "xpm-appliance", "xpm-blk", "xpm-swapd", "xpm", "xpm-tests"] {
         cargo.args(["--package", package]);
     }
     if release {

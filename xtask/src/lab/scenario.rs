@@ -71,6 +71,10 @@ const RDMA: Scenario = Scenario {
     ..BASE
 };
 
+/// What the scenarios with xpm-swapd have in common: a small guest, and a pool that can be filled.
+const SWAPD: Scenario =
+    Scenario { group: "swapd", memory_mib: 384, appliances: &["1GiB", "1GiB"], script: "swapd.sh", ..BASE };
+
 /// All scenarios, in the order in which they run.
 pub(crate) const ALL: &[Scenario] = &[
     Scenario {
@@ -128,6 +132,19 @@ pub(crate) const ALL: &[Scenario] = &[
         group: "swap",
         script: "drain-swap.sh",
         ..BASE
+    },
+    Scenario {
+        name: "swapd",
+        about: "xpm-swapd follows a program up to three times the memory and down; drained, refused, killed while it grows",
+        ..SWAPD
+    },
+    Scenario {
+        name: "swapd-kills",
+        about: "the same, and xpm-swapd is killed 30 times while it grows",
+        args: &["30"],
+        seconds_max: 1200,
+        bench: true,
+        ..SWAPD
     },
     Scenario {
         name: "resize",
