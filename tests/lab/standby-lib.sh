@@ -2,7 +2,7 @@
 #
 # The loops use nothing but the shell's own words while xpm-blk is dead: another program could not start then.
 
-never=/run/lab/never
+never=/run/never
 [ -p $never ] || mkfifo $never
 
 # Starts what starts xpm-blk whenever the process that it started has ended, and locks this shell's own memory as far as that
@@ -14,10 +14,12 @@ start_managed_blk() {
 allocator = "$XPM_ALLOCATOR"
 control = "/run/xpm/blk.sock"
 state = "/var/lib/xpm-blk"
-depth = 32
-buffer = "4MiB"
-hang-limit = "10s"
-standby-reserve = "${standby_reserve:-24MiB}"
+queues = 2
+depth = 16
+buffer = "1MiB"
+threads = 1
+hang-limit = "15s"
+standby-reserve = "12MiB"
 ${blk_settings:-}
 TOML
     modprobe ublk_drv
@@ -63,6 +65,8 @@ standby_is_ready() {
 # Until the process that the manager started serves, and has a standby.
 wait_standby() {
     wait_for 120 standby_is_ready
+    # wait_for asks in a shell of its own.
+    find_blk
 }
 
 # kill_blk serving|standby SIGNAL

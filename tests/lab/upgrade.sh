@@ -54,6 +54,7 @@ kill -TERM "$serving"
 wait $manager || true
 [ ! -e /proc/"$old" ] || fail "the process that was told to end is still there"
 wait_for 60 find_blk
+find_blk
 [ "$serving" != "$old" ] || fail "nobody else serves"
 load /mnt/fs/load 64 --verify_only=1
 umount /mnt/fs

@@ -41,8 +41,9 @@ const LEADER_LIMIT: Duration = Duration::from_secs(8);
 /// Threads that may block which are there from the start, and how long idle ones stay: for ever.
 const THREADS_READY: usize = 4;
 const KEEP_ALIVE: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
-/// How long what was taken over is served before a standby for this process is started.
-const STANDBY_DELAY: Duration = Duration::from_secs(1);
+/// How long what was taken over is served before a standby for this process is started: a service manager has started one
+/// by then that wants to serve, and is one.
+const STANDBY_DELAY: Duration = Duration::from_secs(5);
 /// How long a process whose state directory is another one's looks for that one, and its pause between two looks.
 const SUCCESSION_LIMIT: Duration = Duration::from_secs(10);
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
@@ -239,6 +240,15 @@ fn daemon_parts(parts: Parts, records: Records, takes_over: bool) -> Result<daem
     let keeper = Keeper::start(settings, Arc::clone(&records))?;
     let owner = Owner { client, host, host_name, allocator, token };
     Ok(daemon::Parts { owner, records, keeper, server, config })
+}
+
+/// Ends the process as it stands, so that another one can go on. Not by `abort`: the kernel would wait until every thread
+/// is there for the core dump, and one that hangs is why this is called.
+pub(crate) fn die() -> ! {
+    xpm_control::log::flush();
+    loop {
+        let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+    }
 }
 
 /// How the process comes to its end.

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::net::sockopt::socket_peercred;
-use rustix::process::geteuid;
+use rustix::process::{PidfdFlags, Signal, geteuid, pidfd_open, pidfd_send_signal};
 use xpm_protocol::api::blk::{Standby, StandbyState};
 use xpm_protocol::units::ByteSize;
 use xpm_protocol::{ClientId, Name};
@@ -128,20 +128,37 @@ struct Peer {
     sender: Sender,
     receiver: Receiver,
     pid: u32,
-    child: Option<Child>,
+    process: Process,
+    /// It has the lock.
+    armed: bool,
     /// Memory that it has locked, once it is ready.
     ready: Option<u64>,
     /// Looks since it was last heard.
     silent: u32,
 }
 
+/// What is known of its process.
+enum Process {
+    Child(Child),
+    /// Somebody else's child, by a pidfd.
+    Other(OwnedFd),
+}
+
 impl Peer {
+    /// No more is said to it. It is dead when this returns if it is a child, or was armed.
     fn end(mut self) {
         self.sender.close();
-        if let Some(child) = &mut self.child {
-            // An error means that it is dead already.
-            let _ = child.kill();
-            let _ = child.wait();
+        // An error means that it is dead already.
+        match &mut self.process {
+            Process::Child(child) => {
+                let _ = child.kill();
+                let _ = child.wait();
+            }
+            Process::Other(process) if self.armed => {
+                let _ = pidfd_send_signal(&*process, Signal::KILL);
+                while let Err(rustix::io::Errno::INTR) = poll(&mut [PollFd::new(process, PollFlags::IN)], None) {}
+            }
+            Process::Other(_) => {}
         }
     }
 }
@@ -229,8 +246,7 @@ impl Work {
                 "thread {thread} has hung for {} s: ending, so that another process can go on",
                 self.settings.silence_max
             );
-            xpm_control::log::flush();
-            std::process::abort();
+            lifecycle::die();
         }
         let silence_max = self.settings.silence_max;
         for who in [Who::Standby, Who::Successor] {
@@ -245,7 +261,8 @@ impl Work {
             }
         }
         self.take_started();
-        let missing = self.standby.is_none() && self.starting.is_none();
+        // One that wants to serve is one more to take memory, and stands by as well.
+        let missing = self.standby.is_none() && self.starting.is_none() && self.successor.is_none();
         if self.settings.standby && missing && Instant::now() >= self.due {
             self.start_standby();
         }
@@ -389,10 +406,23 @@ impl Work {
         peer.sender.send(&hello, None)?;
         records.follow(Box::new(Teller(peer.sender.clone())));
         peer.sender.send(&ToStandby::Told, None)?;
-        match who {
-            Who::Standby => peer.sender.send(&ToStandby::Lock, Some(records.lock())),
-            Who::Successor => Ok(()),
+        let other = match who {
+            Who::Standby => &self.successor,
+            Who::Successor => &self.standby,
+        };
+        if other.as_ref().is_some_and(|other| other.armed) {
+            return Ok(());
         }
+        self.arm(who)
+    }
+
+    /// Has one go on when this process is dead. No other one does.
+    fn arm(&mut self, who: Who) -> io::Result<()> {
+        let records = Arc::clone(&self.records);
+        let Some(peer) = self.peer(who) else { return Ok(()) };
+        // Also where it is not known whether it arrived.
+        peer.armed = true;
+        peer.sender.send(&ToStandby::Lock, Some(records.lock()))
     }
 
     fn accept(&mut self) {
@@ -414,13 +444,14 @@ impl Work {
         if let Some(standby) = self.standby.take() {
             standby.end();
         }
-        let Some(successor) = &self.successor else { return };
-        let pid = successor.pid;
-        if let Err(error) = successor.sender.send(&ToStandby::Lock, Some(records.lock())) {
+        let armed = self.successor.as_ref().is_some_and(|successor| successor.armed);
+        if !armed && let Err(error) = self.arm(Who::Successor) {
             drop(frozen);
             self.lose(Who::Successor, &error.to_string());
             return self.put_off();
         }
+        let Some(successor) = &self.successor else { return };
+        let pid = successor.pid;
         // It goes on when this process is dead, whether or not it hears this.
         let _ = successor.sender.send(&ToStandby::Go { ends: false }, None);
         tracing::info!("process {pid} takes over");
@@ -443,23 +474,31 @@ impl Work {
 }
 
 impl Peer {
-    fn new(socket: UnixStream, pid: u32, child: Option<Child>) -> io::Result<Peer> {
+    fn new(socket: UnixStream, pid: u32, process: Process) -> io::Result<Peer> {
         let (sender, receiver) = link::split(socket)?;
-        Ok(Peer { sender, receiver, pid, child, ready: None, silent: 0 })
+        Ok(Peer { sender, receiver, pid, process, armed: false, ready: None, silent: 0 })
     }
 
-    /// One that connected: of the same user only.
+    /// One that connected: of the same user only. It says something before it is armed, and so is known to live with this
+    /// number when its pidfd is there.
     fn connected(socket: UnixStream) -> io::Result<Peer> {
         let peer = socket_peercred(&socket)?;
         if peer.uid != geteuid() {
             let why = format!("process {} is of another user", peer.pid.as_raw_pid());
             return Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
         }
-        Peer::new(socket, peer.pid.as_raw_pid().cast_unsigned(), None)
+        let process = Process::Other(pidfd_open(peer.pid, PidfdFlags::empty())?);
+        Peer::new(socket, peer.pid.as_raw_pid().cast_unsigned(), process)
     }
 
     fn has_ended(&mut self) -> bool {
-        self.child.as_mut().is_some_and(|child| !matches!(child.try_wait(), Ok(None)))
+        match &mut self.process {
+            Process::Child(child) => !matches!(child.try_wait(), Ok(None)),
+            Process::Other(process) => {
+                let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+                poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&now)).is_ok_and(|ready| ready > 0)
+            }
+        }
     }
 }
 
@@ -474,7 +513,7 @@ fn spawn() -> io::Result<Peer> {
         command.env_remove(variable);
     }
     let child = command.spawn()?;
-    Peer::new(ours, child.id(), Some(child))
+    Peer::new(ours, child.id(), Process::Child(child))
 }
 
 fn listen(state: &Path) -> io::Result<UnixListener> {
@@ -496,10 +535,10 @@ fn end() -> ! {
     xpm_control::log::flush();
     let killer = thread::Builder::new().spawn(|| {
         thread::sleep(END_LIMIT);
-        std::process::abort();
+        lifecycle::die();
     });
     if killer.is_err() {
-        std::process::abort();
+        lifecycle::die();
     }
     std::process::exit(0);
 }

@@ -147,8 +147,7 @@ impl UblkDevice {
         if let Err(error) = control.end_recovery(left.device) {
             // With its queues fetched and no way on, the next process has to do better.
             tracing::error!("{error}; ending, so that another process can take the device over");
-            xpm_control::log::flush();
-            std::process::abort();
+            lifecycle::die();
         }
         tracing::info!("took over ublk device {}, which an earlier xpm-blk left", left.device);
         Ok(device)
@@ -257,8 +256,7 @@ fn start_queues(
     if let Err(error) = hear_all(Ok(())) {
         // Some of its queues are fetched, which only the end of this process undoes.
         tracing::error!("{error}");
-        xpm_control::log::flush();
-        std::process::abort();
+        lifecycle::die();
     }
     Ok(Running { device, threads })
 }

@@ -18,6 +18,7 @@ use super::memory::{Buffers, Descriptors};
 use super::request::Request;
 use super::ring::{Event, Ring};
 use super::uapi;
+use crate::lifecycle;
 use crate::spin::Spin;
 use crate::watch::Pulse;
 
@@ -70,7 +71,7 @@ impl Gate {
 /// A failure after that, or a panic, ends the whole process: a process that lives on with a dead
 /// queue would leave every task that uses the device in an endless wait.
 pub(super) fn run(parts: QueueParts, gate: &Gate, ready: &SyncSender<io::Result<()>>) {
-    let abort = AbortOnDrop;
+    let alive = DieOnDrop;
     let id = parts.id;
     match Queue::new(parts) {
         Err(error) => drop(ready.send(Err(error))),
@@ -87,15 +88,14 @@ pub(super) fn run(parts: QueueParts, gate: &Gate, ready: &SyncSender<io::Result<
             }
         }
     }
-    std::mem::forget(abort);
+    std::mem::forget(alive);
 }
 
-struct AbortOnDrop;
+struct DieOnDrop;
 
-impl Drop for AbortOnDrop {
+impl Drop for DieOnDrop {
     fn drop(&mut self) {
-        xpm_control::log::flush();
-        std::process::abort();
+        lifecycle::die();
     }
 }
 
