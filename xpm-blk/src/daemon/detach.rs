@@ -86,13 +86,18 @@ impl Daemon {
     }
 
     /// Takes every device away at the end of the process, and keeps their records, so that the next
-    /// one shows them again. What outlives the process is left alone while it is used.
+    /// one shows them again. What outlives the process, or waits for the next one, is left alone while it is used.
     pub(crate) fn take_all_away(&self) {
         let slots = std::mem::take(&mut *self.slots());
         for (name, slot) in slots {
             let Slot::Shown(attached) = slot else { continue };
-            if attached.shown.outlives_process() && !users_of(&attached, true).is_empty() {
-                tracing::info!("{} is in use and goes on without this process", attached.shown.path());
+            let stays = attached.shown.outlives_process() || attached.shown.waits_for_next_process();
+            if stays && !users_of(&attached, true).is_empty() {
+                let what = match attached.shown.outlives_process() {
+                    true => "goes on without this process",
+                    false => "waits for the next xpm-blk",
+                };
+                tracing::info!("{} is in use and {what}", attached.shown.path());
                 continue;
             }
             let stuck = in_flight_still(&attached) > 0;

@@ -56,6 +56,11 @@ pub trait Shown: Send + Sync {
         false
     }
 
+    /// Whether the kernel keeps the device, and holds its I/O, until the next process takes it over.
+    fn waits_for_next_process(&self) -> bool {
+        false
+    }
+
     /// The volume behind it; none where the kernel or a client goes to the appliance itself.
     fn volume(&self) -> Option<&Volume> {
         None
