@@ -86,7 +86,7 @@ impl Daemon {
     }
 
     /// Takes every device away at the end of the process, and keeps their records, so that the next
-    /// one shows them again. What outlives the process is left alone while it is used.
+    /// one shows them again. What outlives the process, or waits for the next one, is left alone while it is used.
     pub(crate) fn take_all_away(&self) {
         let slots = std::mem::take(&mut *self.slots());
         for (name, slot) in slots {

@@ -56,7 +56,7 @@ pub trait Shown: Send + Sync {
         false
     }
 
-    /// Whether I/O of the device waits for the next process when this one ends, rather than fail.
+    /// Whether the kernel keeps the device, and holds its I/O, until the next process takes it over.
     fn waits_for_next_process(&self) -> bool {
         false
     }

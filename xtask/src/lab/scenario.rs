@@ -55,7 +55,10 @@ const BASE: Scenario = Scenario {
 };
 
 /// What the scenarios have in common in which daemons on the host are replaced under a guest that is short of memory.
-const RESTART: Scenario = Scenario { group: "restart", memory_mib: 256, ..BASE };
+const RESTART: Scenario = Scenario { group: "restart", memory_mib: 256, seconds_max: 900, ..BASE };
+
+/// What the scenarios have in common in which xpm-blk is replaced too; the memory cgroup of the load is what is short.
+const NBD: Scenario = Scenario { group: "nbd", seconds_max: 900, ..BASE };
 
 /// What both lengths of the loop of kills have in common.
 const KILL_LOOP: Scenario =
@@ -215,6 +218,20 @@ pub(crate) const ALL: &[Scenario] = &[
         script: "upgrade.sh",
         args: &["1"],
         ..BASE
+    },
+    Scenario {
+        name: "nbd-restart",
+        about: "the kernel's nbd on xpm-blk, under load and as swap, while xpm-blk and the appliance are replaced",
+        script: "nbd-restart.sh",
+        args: &["nbd", "1"],
+        ..NBD
+    },
+    Scenario {
+        name: "nbd-direct-restart",
+        about: "the same, on the kernel's nbd connected to the appliance itself",
+        script: "nbd-restart.sh",
+        args: &["nbd-direct", "1"],
+        ..NBD
     },
     Scenario {
         name: "rdma-smoke",
