@@ -65,7 +65,7 @@ impl Daemon {
     async fn leave(self: Arc<Daemon>, record: Record, stop: &AtomicBool) {
         let name = record.name.clone();
         let left = match self.entry(&record) {
-            Some(entry) => self.turn_off(&record, entry.path, stop).await,
+            Some(entry) => self.turn_off(&record, &entry.path, stop).await,
             None => Ok(true),
         };
         let left = match left {
@@ -86,13 +86,13 @@ impl Daemon {
     }
 
     /// Whether it is off; false when it was told to stop.
-    async fn turn_off(&self, record: &Record, path: String, stop: &AtomicBool) -> Result<bool, Error> {
-        let ended = self.turn_off_unless_told(&path, stop).await;
+    async fn turn_off(&self, record: &Record, path: &str, stop: &AtomicBool) -> Result<bool, Error> {
+        let ended = self.turn_off_unless_told(path, stop).await;
         if ended == Ended::Off {
             tracing::info!("{} is off", record.name);
             return Ok(true);
         }
-        let stage = Stage::On { boot: self.boot, path: path.clone() };
+        let stage = Stage::On { boot: self.boot, path: path.to_owned() };
         self.store.change(|state| state.set_stage(&record.name, stage))?;
         match ended {
             Ended::Off => Ok(true),

@@ -77,6 +77,7 @@ impl Daemon {
                 let again = self.now() + pause;
                 self.live().again.insert(name.clone(), again);
             }
+            Err(error) if self.store.get().foreign.contains(&name) => tracing::warn!("{error}"),
             Err(error) => {
                 // Who asks by hand is told, and may ask for less.
                 if origin != Origin::Hand {
@@ -117,7 +118,7 @@ impl Daemon {
             match self.create(&record).await {
                 Ok(()) => return Ok(record),
                 Err(error) if error.kind() == ErrorKind::Conflict => {
-                    self.check_ours(&record, error).await?;
+                    self.check_ours(&record, &error).await?;
                     return Ok(record);
                 }
                 Err(error) => {
@@ -174,7 +175,7 @@ impl Daemon {
 
     /// An allocation of this name is there. It is ours when it has our label; else the name is taken,
     /// and is not tried again.
-    async fn check_ours(&self, record: &Record, refusal: Error) -> Result<(), Error> {
+    async fn check_ours(&self, record: &Record, refusal: &Error) -> Result<(), Error> {
         match self.is_ours(record).await? {
             Some(AllocationState::Ready) => Ok(()),
             Some(state) => Err(Error::new(

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use xpm_protocol::Name;
 use xpm_protocol::api::ErrorKind;
@@ -11,7 +12,11 @@ use xpm_protocol::units::ByteSize;
 use super::Daemon;
 use crate::error::Error;
 use crate::policy::{AREA_LEN_MIN, AREAS_MAX, Cause, Phase, Standing, fits_all};
-use crate::state::{Rest, Stage};
+use crate::state::{Record, Rest, Stage};
+
+/// How long who asks by hand waits while another area is being made.
+const TURN_LIMIT: Duration = Duration::from_secs(30);
+const TURN_PAUSE: Duration = Duration::from_millis(50);
 
 impl Daemon {
     /// Makes an area that stays until it is taken away by hand. Runs to its end even if nobody waits for
@@ -21,21 +26,41 @@ impl Daemon {
     /// When it would be too much, or what the allocator or xpm-blk refuse.
     pub(crate) async fn grow(self: &Arc<Daemon>, asked: Grow) -> Result<Area, Error> {
         let size = asked.size.0.checked_next_multiple_of(AREA_LEN_MIN).unwrap_or(u64::MAX);
-        self.check_grow(size)?;
-        let record = {
-            let mut live = self.live();
-            if live.making.is_some() {
-                return Err(Error::conflict("an area is being made just now: say it again when it is there"));
+        loop {
+            let record = self.wait_turn(size).await?;
+            let name = record.name.clone();
+            tracing::info!("{name} of {} is made: asked for by hand", record.size);
+            let daemon = Arc::clone(self);
+            let made = tokio::spawn(async move { daemon.make(record).await });
+            match made.await.map_err(|error| Error::internal(format!("a task failed: {error}")))? {
+                Ok(made) => return Ok(self.view_of(&made)),
+                // The name was of others, and the next one is tried.
+                Err(_) if self.store.get().foreign.contains(&name) => {}
+                Err(error) => return Err(error),
             }
-            let record = self.intend(size, Origin::Hand)?;
-            live.making = Some(record.name.clone());
-            record
-        };
-        tracing::info!("{} of {} is made: asked for by hand", record.name, record.size);
-        let daemon = Arc::clone(self);
-        let made = tokio::spawn(async move { daemon.make(record).await });
-        let made = made.await.map_err(|error| Error::internal(format!("a task failed: {error}")))??;
-        Ok(self.view_of(&made))
+        }
+    }
+
+    /// Waits while another area is being made, and writes down that this one is next.
+    async fn wait_turn(&self, size: u64) -> Result<Record, Error> {
+        let deadline = Instant::now() + TURN_LIMIT;
+        loop {
+            self.check_grow(size)?;
+            {
+                let mut live = self.live();
+                if live.making.is_none() {
+                    let record = self.intend(size, Origin::Hand)?;
+                    live.making = Some(record.name.clone());
+                    return Ok(record);
+                }
+            }
+            if Instant::now() > deadline {
+                return Err(Error::conflict(
+                    "an area is being made for long: `xpm swap status` shows which, and why",
+                ));
+            }
+            tokio::time::sleep(TURN_PAUSE).await;
+        }
     }
 
     fn check_grow(&self, size: u64) -> Result<(), Error> {

@@ -1,7 +1,7 @@
 //! The decision.
 //!
-//! Growing looks at what is free in the daemon's own areas. Shrinking wants twice as much left free
-//! as growing asks for, and time: so what was just taken away is never what is missing next.
+//! Growing looks at what is free in the daemon's own areas. Shrinking wants a quarter more left free
+//! than growing asks for, and time: so what was just taken away is never what is missing next.
 
 use xpm_protocol::api::swapd::Origin;
 use xpm_protocol::units::ByteSize;
@@ -10,8 +10,8 @@ use super::{
     AREA_LEN_MIN, AREAS_MAX, Action, Area, Cause, Decision, Phase, Reading, Rules, Standing, Wish, fits,
 };
 
-/// How many times more than what growing asks for has to be free after shrinking.
-const EASE: u64 = 2;
+/// This part more than what growing asks for has to be free after shrinking.
+const EASE: u64 = 4;
 
 /// Decides what is to be done now. One thing at a time: an area is made while none is being made, and
 /// taken away while none is.
@@ -201,7 +201,8 @@ fn shrink(rules: &Rules, standing: &Standing, reading: &Reading) -> Verdict {
 fn can_spare(rules: &Rules, standing: &Standing, reading: &Reading, area: &Area) -> bool {
     let size = standing.lasting_size() - area.size;
     let free = standing.free().saturating_sub(area.free());
-    let needed = EASE * rules.free_below.of(size).max(rules.pressure_free_below.of(size) / EASE);
+    let below = rules.free_below.of(size);
+    let needed = (below + below / EASE).max(rules.pressure_free_below.of(size));
     let enough = match size {
         // The last one goes when nothing of it is missed: what growing asks for must be nothing.
         0 => rules.free_below.of(0) == 0,
