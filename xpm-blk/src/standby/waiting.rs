@@ -25,6 +25,8 @@ use crate::frontend::ublk;
 use crate::records::{self, Record};
 use crate::safety;
 
+/// Heap for what is made when this process goes on: volumes, links with their buffers, tasks. In bytes.
+const HEAP_LEN: usize = 8 << 20;
 /// Pause between two looks for the death of a process that has closed its end.
 const CLOSED_PAUSE: Duration = Duration::from_millis(1);
 
@@ -92,6 +94,7 @@ impl Post {
     /// Stands by until that is over, and holds memory meanwhile that is given back to the kernel then, for what it needs
     /// itself to go on. Blocks.
     pub(crate) fn wait(self, config: &Config) -> Outcome {
+        safety::reserve_heap(HEAP_LEN);
         let silence_max = config.silence_max();
         let watch = Watch {
             post: self,
