@@ -74,7 +74,9 @@ impl Post {
                 Err(_) => Ok(None),
                 post => post.map(Some),
             },
-            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
+            Err(error)
+                if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) =>
+            {
                 Ok(None)
             }
             Err(error) => Err(error.at(format!("connect to {}", socket_path(state).display()))),
@@ -152,7 +154,10 @@ impl Watch<'_> {
                 self.tick = Instant::now() + TICK;
                 self.look();
             }
-            if self.told && self.changed && let Err(error) = self.prepare() {
+            if self.told
+                && self.changed
+                && let Err(error) = self.prepare()
+            {
                 return Outcome::End(format!("this process cannot stand by: {error}"));
             }
         }
@@ -251,8 +256,7 @@ impl Watch<'_> {
     fn prepare(&mut self) -> Result<(), DeviceError> {
         self.changed = false;
         let ublk = self.records.values().filter(|record| record.request.form == Form::Ublk);
-        let shapes: Vec<_> =
-            ublk.map(|record| self.config.shape(&record.request, record.number)).collect();
+        let shapes: Vec<_> = ublk.map(|record| self.config.shape(&record.request, record.number)).collect();
         ublk::prepare(&shapes)?;
         let locked = safety::locked_bytes();
         self.post.sender.send(&FromStandby::Ready { locked }, None).at("tell that it is ready")
