@@ -19,7 +19,7 @@ depth = 16
 buffer = "1MiB"
 threads = 1
 hang-limit = "15s"
-standby-reserve = "12MiB"
+standby-reserve = "16MiB"
 ${blk_settings:-}
 TOML
     modprobe ublk_drv

@@ -9,7 +9,8 @@ use serde_json::Value;
 use xpm_tests::vhost::{DATA, Guest, blk};
 use xpm_tests::{Cluster, Daemon, wait_until};
 
-const SETTINGS: &str = "standby = true\nstandby-reserve = \"1MiB\"\nhang-limit = \"4s\"\nbuffer = \"1MiB\"\nthreads = 1\n";
+const SETTINGS: &str =
+    "standby = true\nstandby-reserve = \"1MiB\"\nhang-limit = \"4s\"\nbuffer = \"1MiB\"\nthreads = 1\n";
 
 /// A cluster whose xpm-blk has a standby; every one of its xpm-blk is ended with it.
 struct Site {
@@ -158,7 +159,8 @@ fn a_newer_process_takes_over_from_the_one_that_serves() {
     assert_eq!(guest.run(0, (blk::READ, 0), &[(DATA, 4096, true)]).1, blk::OK);
     assert!(guest.read(DATA, 4096) == [9; 4096]);
     assert_ne!(site.ready().1, standby);
-    let alive: Vec<Pid> = site.processes().into_iter().filter(|pid| !is_gone(pid.as_raw_pid() as u64)).collect();
+    let alive: Vec<Pid> =
+        site.processes().into_iter().filter(|pid| !is_gone(pid.as_raw_pid() as u64)).collect();
     assert_eq!(alive.len(), 2, "one serves and one stands by: {alive:?}");
 }
 

@@ -165,8 +165,15 @@ async fn serve(parts: Parts, origin: Origin) -> Result<(), DeviceError> {
     if takes_over {
         daemon.take_over().await;
     }
-    daemon.restore()?;
-    let listener = listener.map_or_else(|| listen(&control_path), Ok)?;
+    match daemon.restore() {
+        // What is served goes on being served, come what may.
+        Err(error) if takes_over => tracing::error!("{error}"),
+        restored => restored?,
+    }
+    let listener = match listener {
+        Some(listener) => listener,
+        None => listen_in_the_end(&control_path).await,
+    };
     let lookout = tokio::spawn(lookout::run(Arc::clone(&daemon)));
     let follower = tokio::spawn(lookout::follow(Arc::clone(&daemon)));
     let routes = control::routes(Arc::clone(&daemon));
@@ -190,6 +197,20 @@ async fn serve(parts: Parts, origin: Origin) -> Result<(), DeviceError> {
         tracing::error!("some devices could not be taken away");
     }
     Ok(())
+}
+
+/// For a process that others depend on already.
+async fn listen_in_the_end(control: &Path) -> Listener {
+    let mut said = false;
+    loop {
+        match listen(control) {
+            Ok(listener) => return listener,
+            Err(error) if !said => tracing::error!("{error}; trying again"),
+            Err(_) => {}
+        }
+        said = true;
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
 }
 
 fn listen(control: &Path) -> Result<Listener, DeviceError> {

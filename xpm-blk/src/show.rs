@@ -58,9 +58,7 @@ pub(crate) fn show(
     };
     let change = record.change.as_deref().map(resume).transpose()?;
     let shown: Box<dyn Shown> = match &request.form {
-        Form::Ublk => {
-            Box::new(UblkDevice::show(volume, &shape, Mark::new(client, record.session))?)
-        }
+        Form::Ublk => Box::new(UblkDevice::show(volume, &shape, Mark::new(client, record.session))?),
         Form::Nbd | Form::NbdDirect => {
             Box::new(NbdDevice::show(shared, volume, server.clone(), group, &shape)?)
         }

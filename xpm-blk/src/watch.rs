@@ -108,7 +108,8 @@ mod tests {
             let watched = Watched { pulse: Arc::downgrade(&pulse), answers: 0, silent: 0 };
             (pulse, watched)
         };
-        let ((turns, first), (hangs, second), (ended, third)) = (pulse("turns"), pulse("hangs"), pulse("ended"));
+        let ((turns, first), (hangs, second), (ended, third)) =
+            (pulse("turns"), pulse("hangs"), pulse("ended"));
         let mut watchdog = Watchdog { looks_max: 3, watched: vec![first, second, third] };
         drop(ended);
         for look in 1..=3 {

@@ -241,7 +241,9 @@ fn host_line(status: &blk::Status) -> String {
 fn standby(status: &blk::Status) -> String {
     let Some(standby) = &status.standby else { return String::new() };
     match (standby.state, standby.pid) {
-        (StandbyState::Ready, Some(pid)) => format!(", standby ready (process {pid}, {} locked)", standby.locked),
+        (StandbyState::Ready, Some(pid)) => {
+            format!(", standby ready (process {pid}, {} locked)", standby.locked)
+        }
         (StandbyState::Off, _) => ", no standby".to_owned(),
         (StandbyState::Ready | StandbyState::Starting, _) => ", standby not ready".to_owned(),
     }

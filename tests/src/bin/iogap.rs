@@ -42,8 +42,11 @@ fn run(device: &str, file: &Path) -> Result<()> {
     mlockall(MlockAllFlags::CURRENT | MlockAllFlags::FUTURE).context("mlockall")?;
     fs::write("/proc/self/oom_score_adj", "-1000").context("oom_score_adj")?;
     let direct = OFlags::DIRECT.bits().cast_signed();
-    let mut opened: File =
-        OpenOptions::new().read(true).custom_flags(direct).open(device).with_context(|| format!("open {device}"))?;
+    let mut opened: File = OpenOptions::new()
+        .read(true)
+        .custom_flags(direct)
+        .open(device)
+        .with_context(|| format!("open {device}"))?;
     let pages = opened.seek(SeekFrom::End(0))? / PAGE_BYTES as u64;
     let mut page = Page([0; PAGE_BYTES]);
     let mut longest = [Duration::ZERO; SHOWN];
@@ -52,7 +55,9 @@ fn run(device: &str, file: &Path) -> Result<()> {
         // A step that shares no factor with a power of two gets everywhere.
         place = (place + 104_729) % pages;
         let begin = Instant::now();
-        opened.read_exact_at(&mut page.0, place * PAGE_BYTES as u64).with_context(|| format!("page {place}"))?;
+        opened
+            .read_exact_at(&mut page.0, place * PAGE_BYTES as u64)
+            .with_context(|| format!("page {place}"))?;
         reads += 1;
         let took = begin.elapsed();
         if took > longest[SHOWN - 1] {

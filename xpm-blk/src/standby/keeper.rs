@@ -156,7 +156,9 @@ impl Peer {
             }
             Process::Other(process) if self.armed => {
                 let _ = pidfd_send_signal(&*process, Signal::KILL);
-                while let Err(rustix::io::Errno::INTR) = poll(&mut [PollFd::new(process, PollFlags::IN)], None) {}
+                while let Err(rustix::io::Errno::INTR) =
+                    poll(&mut [PollFd::new(process, PollFlags::IN)], None)
+                {}
             }
             Process::Other(_) => {}
         }
@@ -509,7 +511,9 @@ fn spawn() -> io::Result<Peer> {
     let mut command = Command::new("/proc/self/exe");
     command.args(arguments).arg(ARGUMENT).stdin(Stdio::from(OwnedFd::from(theirs)));
     // The service manager listens to its main process, and knows no other.
-    for variable in ["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"] {
+    for variable in
+        ["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"]
+    {
         command.env_remove(variable);
     }
     let child = command.spawn()?;

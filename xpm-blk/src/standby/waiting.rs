@@ -25,6 +25,8 @@ use crate::frontend::ublk;
 use crate::records::{self, Record};
 use xpm_safety as safety;
 
+/// Heap for what is made when this process goes on: volumes, links with their buffers, tasks. In bytes.
+const HEAP_LEN: usize = 8 << 20;
 /// Pause between two looks for the death of a process that has closed its end.
 const CLOSED_PAUSE: Duration = Duration::from_millis(1);
 
@@ -72,7 +74,9 @@ impl Post {
                 Err(_) => Ok(None),
                 post => post.map(Some),
             },
-            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
+            Err(error)
+                if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) =>
+            {
                 Ok(None)
             }
             Err(error) => Err(error.at(format!("connect to {}", socket_path(state).display()))),
@@ -92,6 +96,7 @@ impl Post {
     /// Stands by until that is over, and holds memory meanwhile that is given back to the kernel then, for what it needs
     /// itself to go on. Blocks.
     pub(crate) fn wait(self, config: &Config) -> Outcome {
+        safety::reserve_heap(HEAP_LEN);
         let silence_max = config.silence_max();
         let watch = Watch {
             post: self,
@@ -149,7 +154,10 @@ impl Watch<'_> {
                 self.tick = Instant::now() + TICK;
                 self.look();
             }
-            if self.told && self.changed && let Err(error) = self.prepare() {
+            if self.told
+                && self.changed
+                && let Err(error) = self.prepare()
+            {
                 return Outcome::End(format!("this process cannot stand by: {error}"));
             }
         }
@@ -248,8 +256,7 @@ impl Watch<'_> {
     fn prepare(&mut self) -> Result<(), DeviceError> {
         self.changed = false;
         let ublk = self.records.values().filter(|record| record.request.form == Form::Ublk);
-        let shapes: Vec<_> =
-            ublk.map(|record| self.config.shape(&record.request, record.number)).collect();
+        let shapes: Vec<_> = ublk.map(|record| self.config.shape(&record.request, record.number)).collect();
         ublk::prepare(&shapes)?;
         let locked = safety::locked_bytes();
         self.post.sender.send(&FromStandby::Ready { locked }, None).at("tell that it is ready")

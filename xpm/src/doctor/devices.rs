@@ -105,10 +105,12 @@ fn of_standby(standby: &Standby, host: &Host, devices: &[Device]) -> Check {
         (StandbyState::Ready, Some(pid)) => {
             Check::ok(DAEMON, ITEM, format!("process {pid} is ready, with {} locked", standby.locked))
         }
-        (StandbyState::Ready | StandbyState::Starting, _) if needed => {
-            Check::warn(DAEMON, ITEM, "not ready yet: if the daemon dies now, swap waits for the next one to start")
-                .mend("look again in a moment; if it stays so, see the log of xpm-blk")
-        }
+        (StandbyState::Ready | StandbyState::Starting, _) if needed => Check::warn(
+            DAEMON,
+            ITEM,
+            "not ready yet: if the daemon dies now, swap waits for the next one to start",
+        )
+        .mend("look again in a moment; if it stays so, see the log of xpm-blk"),
         (StandbyState::Ready | StandbyState::Starting, _) => Check::ok(DAEMON, ITEM, "is being started"),
         (StandbyState::Off, _) if needed => {
             Check::warn(DAEMON, ITEM, "none: if the daemon dies, swap waits for the next one to start")

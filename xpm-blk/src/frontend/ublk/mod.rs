@@ -154,12 +154,7 @@ impl UblkDevice {
     }
 
     /// Has the queues of a device served, which the kernel has not started or not gone on with.
-    fn serve(
-        volume: Volume,
-        shape: &Shape,
-        info: DeviceInfo,
-        size: u64,
-    ) -> Result<UblkDevice, DeviceError> {
+    fn serve(volume: Volume, shape: &Shape, info: DeviceInfo, size: u64) -> Result<UblkDevice, DeviceError> {
         let give_up = Arc::new(eventfd(0, EventfdFlags::CLOEXEC).at("make an eventfd")?);
         let running = start_queues(&volume, shape, info, size, &give_up)?;
         Ok(UblkDevice {
@@ -342,7 +337,9 @@ pub fn check_support() -> Result<(), DeviceError> {
 /// Whether devices of this kernel outlive their server.
 pub fn can_recover() -> bool {
     let wanted = uapi::F_USER_RECOVERY | uapi::F_USER_RECOVERY_REISSUE;
-    Control::open().and_then(|mut control| control.features()).is_ok_and(|features| features & wanted == wanted)
+    Control::open()
+        .and_then(|mut control| control.features())
+        .is_ok_and(|features| features & wanted == wanted)
 }
 
 /// The numbers of all ublk devices.

@@ -5,9 +5,9 @@ use std::path::Path;
 use xpm_protocol::ClientId;
 
 use super::control::Control;
+use super::device_numbers;
 use super::mark::{self, Mark};
 use super::uapi::{self, DeviceInfo};
-use super::device_numbers;
 use crate::usage;
 
 /// Deletes devices of this client that have lost their server and are none of `wanted`, if nobody uses them. Returns what

@@ -23,7 +23,8 @@ pub(super) fn find(
     number: Option<u32>,
     mark: Mark,
 ) -> Result<Option<DeviceInfo>, DeviceError> {
-    let mut marked = |number| Ok::<_, DeviceError>(control.info(number)?.filter(|info| info.mark == mark.bits()));
+    let mut marked =
+        |number| Ok::<_, DeviceError>(control.info(number)?.filter(|info| info.mark == mark.bits()));
     let mut found = number.map(&mut marked).transpose()?.flatten();
     if found.is_none() {
         for number in device_numbers() {
