@@ -39,7 +39,7 @@ pub(super) fn run(mut fetcher: Fetcher, number: usize) {
                 _ => any = true,
             }
         }
-        let read = if handles { pager.uffd.read(&mut faults) } else { 0 };
+        let read = if handles { pager.window.uffd.read(&mut faults) } else { 0 };
         for fault in &faults[..read] {
             any = true;
             let Some(page) = pager.window.page_of(fault.address) else { continue };
@@ -80,7 +80,7 @@ fn serve(fetcher: &mut Fetcher, page: u32, write: bool, sick: &mut Vec<(u32, boo
         let pager = &fetcher.pager;
         let address = pager.window.address_of(page);
         count(&pager.tallies.errors, 1);
-        if pager.uffd.poison(address, super::window::PAGE).is_err() {
+        if pager.window.uffd.poison(address, super::window::PAGE).is_err() {
             pager.pages.mark(page, 0, super::pages::POISONED);
             sick.push((page, write));
         }
@@ -97,7 +97,7 @@ fn sleep(fetcher: &mut Fetcher, number: usize, handles: bool, soon: bool) {
     let bell = PollFd::new(pager.fetchers[number].fd(), PollFlags::IN);
     let channel = fetcher.wait_fd();
     let channel = PollFd::new(&channel, PollFlags::IN);
-    let uffd = pager.uffd.as_fd();
+    let uffd = pager.window.uffd.as_fd();
     let mut fds = vec![bell, channel];
     if handles {
         fds.push(PollFd::new(&uffd, PollFlags::IN));

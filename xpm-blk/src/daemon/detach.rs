@@ -91,12 +91,9 @@ impl Daemon {
         let slots = std::mem::take(&mut *self.slots());
         for (name, slot) in slots {
             let Slot::Shown(attached) = slot else { continue };
-            let stays = attached.shown.outlives_process() || attached.shown.waits_for_next_process();
-            if stays && !users_of(&attached, true).is_empty() {
-                let what = match attached.shown.outlives_process() {
-                    true => "goes on without this process",
-                    false => "waits for the next xpm-blk",
-                };
+            let (goes_on, waits) = (attached.shown.outlives_process(), attached.shown.waits_for_next_process());
+            if (goes_on || waits) && !users_of(&attached, true).is_empty() {
+                let what = if goes_on { "goes on without this process" } else { "waits for the next process" };
                 tracing::info!("{} is in use and {what}", attached.shown.path());
                 continue;
             }

@@ -64,6 +64,10 @@ const RESTART: Scenario = Scenario { group: "restart", memory_mib: 256, seconds_
 /// What the scenarios have in common in which xpm-blk is replaced too; the memory cgroup of the load is what is short.
 const NBD: Scenario = Scenario { group: "nbd", seconds_max: 900, ..BASE };
 
+/// What both lengths of the loop of kills have in common.
+const KILL_LOOP: Scenario =
+    Scenario { group: "kill-loop", memory_mib: 256, script: "kill-loop.sh", seconds_max: 600, ..BASE };
+
 /// What the scenarios with RDMA have in common: both ends are in the guest.
 const RDMA: Scenario = Scenario {
     group: "rdma",
@@ -73,6 +77,10 @@ const RDMA: Scenario = Scenario {
     check: daemons_live,
     ..BASE
 };
+
+/// What the scenarios with xpm-swapd have in common: a small guest, and a pool that can be filled.
+const SWAPD: Scenario =
+    Scenario { group: "swapd", memory_mib: 384, appliances: &["1GiB", "1GiB"], script: "swapd.sh", ..BASE };
 
 /// All scenarios, in the order in which they run.
 pub(crate) const ALL: &[Scenario] = &[
@@ -133,6 +141,19 @@ pub(crate) const ALL: &[Scenario] = &[
         ..BASE
     },
     Scenario {
+        name: "swapd",
+        about: "xpm-swapd follows a program up to three times the memory and down; drained, refused, killed while it grows",
+        ..SWAPD
+    },
+    Scenario {
+        name: "swapd-kills",
+        about: "the same, and xpm-swapd is killed 30 times while it grows",
+        args: &["30"],
+        seconds_max: 1200,
+        bench: true,
+        ..SWAPD
+    },
+    Scenario {
         name: "resize",
         about: "ext4 on the kernel's nbd grows and shrinks with its allocation, mounted and under load",
         group: "fs",
@@ -179,6 +200,28 @@ pub(crate) const ALL: &[Scenario] = &[
         seconds_max: 1800,
         long: true,
         ..RESTART
+    },
+    Scenario {
+        name: "kill-loop",
+        about: "swap on ublk under memory pressure, while xpm-blk and its standby are killed and stopped again and again",
+        args: &["6"],
+        ..KILL_LOOP
+    },
+    Scenario {
+        name: "kill-loop-50",
+        about: "the same, 50 times",
+        args: &["50"],
+        seconds_max: 3600,
+        long: true,
+        ..KILL_LOOP
+    },
+    Scenario {
+        name: "upgrade",
+        about: "xpm-blk restarted and replaced in place, under swap and a mounted file system",
+        group: "upgrade",
+        script: "upgrade.sh",
+        args: &["1"],
+        ..BASE
     },
     Scenario {
         name: "nbd-restart",

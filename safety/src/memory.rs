@@ -22,6 +22,8 @@ pub(super) fn prepare_heap() {
         libc::mallopt(libc::M_ARENA_MAX, 1);
         libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
         libc::mallopt(libc::M_TOP_PAD, HEAP_LEN as libc::c_int);
+        // Large pieces as well come from what was kept, rather than from a new mapping each.
+        libc::mallopt(libc::M_MMAP_MAX, 0);
     }
 }
 
@@ -52,6 +54,10 @@ pub(super) fn locked() -> SafetyItem {
         found,
         "run as root, or give CAP_IPC_LOCK or an unlimited RLIMIT_MEMLOCK (LimitMEMLOCK=infinity)",
     )
+}
+
+pub(super) fn locked_bytes() -> u64 {
+    fs::read_to_string("/proc/self/status").map_or(0, |status| field_kib(&status, "VmLck:") << 10)
 }
 
 fn field_kib(status: &str, name: &str) -> u64 {
