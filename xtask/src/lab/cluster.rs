@@ -9,11 +9,12 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use rustix::process::Signal;
 use serde_json::Value;
 
 use super::daemon::Daemon;
+use super::disk::{self, Disk, Storage};
 use super::netns::{HOST, Netns};
 use crate::util;
 
@@ -89,18 +90,60 @@ impl<'a> Cluster<'a> {
 
     /// Starts an xpm-blk that serves the guest's disk, a new allocation.
     pub(crate) fn serve_disk(&mut self, size: &str) -> Result<()> {
-        let config = format!(
-            "allocator = \"{}\"\ncontrol = {:?}\nstate = {:?}\n",
-            Cluster::allocator_url(),
-            self.dir.join("blk.sock"),
-            self.dir.join("blk")
-        );
-        fs::write(self.dir.join("blk.toml"), config)?;
+        self.configure_blk()?;
         self.start_blk()?;
         self.xpm(&["alloc", "create", "vm", "--size", size, "--stripe", "2"])?;
         let form = format!("vhost-user={}", disk_socket(&self.dir).display());
         // Over TCP, for nothing is ever in flight where memory is shared.
         self.xpm(&["blk", "attach", "vm", "--as", &form, "--transport", "nbd-tcp"]).map(drop)
+    }
+
+    /// Starts what serves the guest's further disks.
+    pub(crate) fn serve_disks(&mut self, disks: &[Disk]) -> Result<()> {
+        if disks.iter().any(|disk| matches!(disk, Disk::Xpm(_))) {
+            self.configure_blk()?;
+            self.start_blk()?;
+        }
+        disks.iter().try_for_each(|disk| self.serve(*disk))
+    }
+
+    fn serve(&mut self, disk: Disk) -> Result<()> {
+        let (name, path) = (disk.name(), disk.path(&self.dir));
+        match disk {
+            Disk::Xpm(transport) => {
+                self.xpm(&["alloc", "create", name, "--size", disk::XPM_SIZE])?;
+                let form = format!("vhost-user={}", path.display());
+                self.xpm(&["blk", "attach", name, "--as", &form, "--transport", transport]).map(drop)
+            }
+            Disk::File => util::run(util::command("truncate").args(["--size", disk::SIZE]).arg(path)),
+            Disk::Qsd(storage) => self.serve_by_storage_daemon(storage, &path),
+        }
+    }
+
+    fn serve_by_storage_daemon(&mut self, storage: Storage, socket: &Path) -> Result<()> {
+        let name = Disk::Qsd(storage).name();
+        if let Some(words) = storage.nbdkit_words(&self.dir) {
+            let mut command = self.netns.command("nbdkit");
+            command.args(words);
+            self.start_daemon(&format!("{name}-nbdkit"), command)?;
+            // The storage daemon tries once.
+            thread::sleep(AGREEING_TIME);
+        }
+        if storage == Storage::Memory {
+            util::run(
+                util::command("truncate").args(["--size", disk::SIZE]).arg(disk::memory_file(&self.dir)),
+            )?;
+        }
+        let mut command = self.netns.command("qemu-storage-daemon");
+        storage.add_options(&mut command, &self.dir);
+        self.start_daemon(name, command)?;
+        let deadline = Instant::now() + READY_TIME_MAX;
+        while !socket.exists() {
+            self.check_alive()?;
+            ensure!(Instant::now() < deadline, "{name} does not listen");
+            thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
     }
 
     /// Kills xpm-blk as `kill -9` does, with requests in flight if the guest has any: the appliances stand still
@@ -163,6 +206,16 @@ impl<'a> Cluster<'a> {
     pub(crate) fn end_disk(&self) -> Result<()> {
         self.xpm(&["blk", "detach", "vm"])?;
         self.xpm(&["alloc", "delete", "vm"]).map(drop)
+    }
+
+    fn configure_blk(&self) -> Result<()> {
+        let config = format!(
+            "allocator = \"{}\"\ncontrol = {:?}\nstate = {:?}\n",
+            Cluster::allocator_url(),
+            self.dir.join("blk.sock"),
+            self.dir.join("blk")
+        );
+        fs::write(self.dir.join("blk.toml"), config).context("cannot write xpm-blk's configuration")
     }
 
     fn start_blk(&mut self) -> Result<()> {
@@ -276,5 +329,7 @@ impl Drop for Cluster<'_> {
         for daemon in self.daemons.iter_mut().rev() {
             daemon.stop();
         }
+        // It is there only where the storage daemon served it.
+        let _ = fs::remove_file(disk::memory_file(&self.dir));
     }
 }

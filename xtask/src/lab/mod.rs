@@ -6,6 +6,7 @@
 
 mod cluster;
 mod daemon;
+pub(crate) mod disk;
 mod initramfs;
 mod kernel;
 mod netns;
@@ -277,6 +278,8 @@ impl Lab {
             console: dir.join("console.log"),
             monitor: dir.join("monitor"),
             disk: scenarios.first().and_then(|scenario| scenario.vhost).map(|_| cluster::disk_socket(dir)),
+            disks: scenarios.first().map_or(&[][..], |scenario| scenario.disks),
+            dir: dir.to_owned(),
         }
     }
 }

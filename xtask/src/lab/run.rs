@@ -11,10 +11,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use super::cluster::{self, Cluster};
-use super::daemon;
 use super::netns::{HOST, Netns};
 use super::qemu::{self, Guest};
 use super::scenario::Scenario;
+use super::{daemon, disk};
 use crate::util;
 
 /// How long a guest may take to begin its first scenario: emulated, on a machine that has much else to do, minutes.
@@ -94,6 +94,7 @@ fn start_cluster<'a>(place: &Place<'a>, scenario: Option<&&'static Scenario>) ->
     if let Some(size) = scenario.and_then(|scenario| scenario.vhost) {
         cluster.serve_disk(size)?;
     }
+    cluster.serve_disks(scenario.map_or(&[][..], |scenario| scenario.disks))?;
     Ok(cluster)
 }
 
@@ -114,11 +115,13 @@ fn prepare(
     fs::write(share.join("scenarios"), list)?;
     let shell = if with_shell { "1" } else { "" };
     let env = format!(
-        "LAB_BIN='{}'\nLAB_SCRIPTS='{}'\nLAB_HOST={HOST}\nLAB_ECHO_PORT={}\nXPM_ALLOCATOR={}\nLAB_SHELL={shell}\n",
+        "LAB_BIN='{}'\nLAB_SCRIPTS='{}'\nLAB_HOST={HOST}\nLAB_ECHO_PORT={}\nXPM_ALLOCATOR={}\nLAB_SHELL={shell}\n\
+         LAB_DISKS='{}'\n",
         place.programs.display(),
         scripts.display(),
         cluster::ECHO_PORT,
         Cluster::allocator_url(),
+        disk::list(scenarios.first().map_or(&[][..], |scenario| scenario.disks)),
     );
     fs::write(share.join("env"), env)?;
     guest.on_host_root(place.netns, &scripts.join("run"), &share)

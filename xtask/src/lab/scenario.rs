@@ -3,6 +3,7 @@
 use anyhow::{Result, ensure};
 
 use super::cluster::Cluster;
+use super::disk::{Disk, Storage};
 
 /// One thing that the lab tests. To add one, write a script in `tests/lab` and a line in [`ALL`].
 #[derive(Debug)]
@@ -21,6 +22,8 @@ pub(crate) struct Scenario {
     /// Size of an allocation that the host's xpm-blk serves to the guest as its vhost-user-blk disk `vm`; none: there
     /// is no xpm-blk on the host.
     pub(crate) vhost: Option<&'static str>,
+    /// Further disks of the guest, of different servers on the host, to be compared.
+    pub(crate) disks: &'static [Disk],
     /// The script in `tests/lab` that the guest runs.
     pub(crate) script: &'static str,
     /// The script's arguments.
@@ -45,6 +48,7 @@ const BASE: Scenario = Scenario {
     memory_mib: 512,
     appliances: &["2GiB", "2GiB"],
     vhost: None,
+    disks: &[],
     script: "",
     args: &[],
     seconds_max: 420,
@@ -287,6 +291,39 @@ pub(crate) const ALL: &[Scenario] = &[
         ..RDMA
     },
     Scenario {
+        name: "vhost-disks",
+        about: "vhost-user-blk disks of QEMU's: xpm-blk against QEMU's storage daemon",
+        group: "vhost-disks",
+        memory_mib: 1024,
+        appliances: &["1GiB", "1GiB"],
+        disks: &[
+            Disk::Xpm("nbd-tcp"),
+            Disk::Xpm("shm"),
+            Disk::Qsd(Storage::Null),
+            Disk::Qsd(Storage::Memory),
+            Disk::Qsd(Storage::NbdTcp),
+            Disk::Qsd(Storage::NbdUnix),
+        ],
+        script: "bench-vhost.sh",
+        seconds_max: 1200,
+        bench: true,
+        check: daemons_live,
+        ..BASE
+    },
+    Scenario {
+        name: "swap",
+        about: "a program at half of its memory on swap of every kind: xpm's devices, and what one would use else",
+        group: "swap-bench",
+        memory_mib: 4096,
+        appliances: &["1GiB", "1GiB"],
+        disks: &[Disk::Xpm("nbd-tcp"), Disk::Xpm("shm"), Disk::File],
+        script: "bench-swap.sh",
+        seconds_max: 2400,
+        bench: true,
+        check: daemons_live,
+        ..BASE
+    },
+    Scenario {
         name: "lab-blk",
         about: "ublk and nbd-direct against nbd-client with nbdkit, and nvme-tcp",
         group: "lab-blk",
@@ -365,6 +402,7 @@ mod tests {
                 assert_eq!(scenario.memory_mib, other.memory_mib, "{}", other.name);
                 assert_eq!(scenario.appliances, other.appliances, "{}", other.name);
                 assert_eq!(scenario.vhost, other.vhost, "{}", other.name);
+                assert_eq!(scenario.disks, other.disks, "{}", other.name);
             }
         }
     }
