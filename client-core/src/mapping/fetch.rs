@@ -81,17 +81,22 @@ impl Fetcher {
         }
     }
 
-    /// Fetches what will be needed, as far as there is room.
-    pub(super) fn prefetch(&mut self, ahead: Ahead) {
+    /// Fetches what will be needed, as far as there is room, and not too much is on its way; gives the rest back.
+    pub(super) fn prefetch(&mut self, ahead: Ahead) -> Option<Ahead> {
         let mark = ahead.mark();
         let mut page = i64::from(ahead.first);
         let mut left = ahead.count;
-        while left > 0 && (0..i64::from(self.pager.pages.count())).contains(&page) && !self.open.is_full() {
+        while left > 0 && (0..i64::from(self.pager.pages.count())).contains(&page) {
+            let rest = Ahead { first: page as u32, count: left, marked_at: mark, ..ahead };
+            if self.open.is_full() {
+                return Some(rest);
+            }
             let longest = if ahead.stride == 1 { left.min(self.run) } else { 1 };
             let Some((run, source)) = self.claim_run(page as u32, longest) else {
                 // It is there, or there is no room for it.
                 if self.pager.room.is_short() {
-                    return;
+                    self.pager.evictor.nudge();
+                    return Some(rest);
                 }
                 (page, left) = (page + i64::from(ahead.stride), left - 1);
                 continue;
@@ -107,6 +112,7 @@ impl Fetcher {
             }
             (page, left) = (page + i64::from(ahead.stride) * i64::from(run), left - run);
         }
+        None
     }
 
     /// Makes absent pages the caller's that lie one behind the other, here and where their content is.

@@ -151,7 +151,12 @@ impl Io {
         while first < end {
             let count = (end - first).min(super::prefetch::WINDOW_MAX);
             // What does not fit is brought when it is touched.
-            if self.pager.asked.push(Ahead { first, count, stride: 1, marked: true }).is_err() {
+            if self
+                .pager
+                .asked
+                .push(Ahead { first, count, stride: 1, marked: true, marked_at: None })
+                .is_err()
+            {
                 break;
             }
             first += count;

@@ -55,7 +55,7 @@ use self::io::Io;
 use self::named::Known;
 pub use self::named::{NamedSlabError, NamedSlabs};
 use self::pager::{CHUNK, Pager, Shared};
-use self::prefetch::{Habit, WINDOW_MAX};
+use self::prefetch::Habit;
 use self::tend::Tender;
 use self::uffd::{Backing, FEATURE_SIGBUS, Reach, Uffd};
 use self::window::{BLOCK, PAGE, Window};
@@ -519,7 +519,7 @@ fn start(
         let evictor = Evictor::new(pager.clone(), channel, budget::Governor(budget));
         threads.push(std::thread::Builder::new().name("xpm-evict".to_owned()).spawn(move || evictor.run())?);
         for number in 0..handlers {
-            let fetcher = Fetcher::new(pager.clone(), volume, 8, WINDOW_MAX / 4)?;
+            let fetcher = Fetcher::new(pager.clone(), volume, 8, BLOCK)?;
             let builder = std::thread::Builder::new().name(format!("xpm-fetch-{number}"));
             threads.push(builder.spawn(move || worker::run(fetcher, number))?);
         }

@@ -292,7 +292,9 @@ impl Pager {
 
     /// What should be fetched beside a page that was missing.
     pub(super) fn ahead(&self, page: u32) -> Option<Ahead> {
-        self.prefetcher.try_lock().ok()?.fault(page, self.habit(page))
+        let mut prefetcher = self.prefetcher.try_lock().ok()?;
+        prefetcher.limit(self.room.budget());
+        prefetcher.fault(page, self.habit(page))
     }
 
     /// Has the threads fetch what will be needed. What they cannot take is fetched when it is touched.

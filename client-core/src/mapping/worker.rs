@@ -8,10 +8,13 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::fetch::{Fate, Fetcher};
 use super::pager::count;
+use super::prefetch::Ahead;
 use super::uffd::Fault;
 
 /// How long it looks for something to do before it sleeps: about what waking it costs.
 const SPIN: Duration = Duration::from_micros(50);
+/// How long what is fetched ahead waits for room.
+const REST_MAX: Duration = Duration::from_millis(1);
 /// How often those are tried again whose content could not be had, where the kernel cannot poison pages.
 const AGAIN: Duration = Duration::from_secs(1);
 
@@ -23,6 +26,8 @@ pub(super) fn run(mut fetcher: Fetcher, number: usize) {
     // Each is one thread of the program that waits.
     let mut later: VecDeque<(u32, bool)> = VecDeque::new();
     let mut sick: Vec<(u32, bool)> = Vec::new();
+    // What is to be fetched when there is room, and since when.
+    let mut rest: Option<(Ahead, Instant)> = None;
     let (mut busy, mut healed) = (Instant::now(), Instant::now());
     while !pager.is_stopped() {
         let mut any = fetcher.poll();
@@ -48,9 +53,13 @@ pub(super) fn run(mut fetcher: Fetcher, number: usize) {
             }
         }
         // One at a time: others take the next.
-        if let Some(ahead) = pager.asked.pop() {
-            any = true;
-            fetcher.prefetch(ahead);
+        if let Some((ahead, since)) = rest.take().or_else(|| Some((pager.asked.pop()?, Instant::now()))) {
+            let left = fetcher.prefetch(ahead);
+            any |= left != Some(ahead);
+            // What finds no room for long, or is overtaken by something else, is fetched when it is touched.
+            rest = left
+                .filter(|_| since.elapsed() < REST_MAX && pager.asked.is_empty())
+                .map(|left| (left, since));
         }
         if !sick.is_empty() && healed.elapsed() > AGAIN {
             healed = Instant::now();
@@ -58,7 +67,7 @@ pub(super) fn run(mut fetcher: Fetcher, number: usize) {
         }
         if any {
             busy = Instant::now();
-        } else if busy.elapsed() < SPIN {
+        } else if busy.elapsed() < SPIN || rest.is_some() {
             std::thread::yield_now();
         } else {
             sleep(&mut fetcher, number, handles, !later.is_empty() || !sick.is_empty());
@@ -74,7 +83,8 @@ pub(super) fn run(mut fetcher: Fetcher, number: usize) {
 fn serve(fetcher: &mut Fetcher, page: u32, write: bool, sick: &mut Vec<(u32, bool)>) -> Fate {
     let (fate, ahead) = fetcher.fault(page, write);
     if let Some(ahead) = ahead {
-        fetcher.prefetch(ahead);
+        // What there is no room for just now, another thread may fetch.
+        let _ = fetcher.prefetch(ahead).map(|rest| fetcher.pager.asked.push(rest));
     }
     if fate == Fate::Poisoned {
         let pager = &fetcher.pager;
