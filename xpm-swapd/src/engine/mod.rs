@@ -193,7 +193,7 @@ impl Daemon {
         }
         match decision.wish {
             Wish::None if decision.action == Action::Hold && self.live().making.is_none() => {
-                self.well(make::GROW)
+                self.well(make::GROW);
             }
             Wish::None | Wish::Later => {}
             Wish::Forbidden => self.trouble(MAXIMUM, &decision.reason, None),

@@ -62,8 +62,14 @@ const RDMA: Scenario = Scenario {
 };
 
 /// What the scenarios with xpm-swapd have in common: a small guest, and a pool that can be filled.
-const SWAPD: Scenario =
-    Scenario { group: "swapd", memory_mib: 384, appliances: &["1GiB", "1GiB"], script: "swapd.sh", ..BASE };
+const SWAPD: Scenario = Scenario {
+    group: "swapd",
+    memory_mib: 384,
+    appliances: &["1GiB", "1GiB"],
+    script: "swapd.sh",
+    seconds_max: 600,
+    ..BASE
+};
 
 /// All scenarios, in the order in which they run.
 pub(crate) const ALL: &[Scenario] = &[
