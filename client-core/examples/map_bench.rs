@@ -80,6 +80,7 @@ fn measure(url: &str, name: &str, transport: &str, faults: Faults) -> Outcome<()
     single_faults(&mapping)?;
     threads(&mapping)?;
     scan(&mapping)?;
+    scan_pressed(&space, &mapping)?;
     pressed(&space, &mapping)?;
     carve(&space)?;
     drop((mapping, space));
@@ -202,6 +203,20 @@ fn scan(mapping: &Mapping) -> Outcome<()> {
     let began = Instant::now();
     (0..mapping.len() / PAGE).for_each(|page| touch(mapping, page));
     say("sequential", "mib_s", mapping.len() as f64 / MIB as f64 / began.elapsed().as_secs_f64());
+    Ok(mapping.advise(0..mapping.len(), Advice::Normal)?)
+}
+
+/// In a row, with half of it local, where each page that comes has the memory of one that leaves. Bytes are read once to get there.
+fn scan_pressed(space: &Space, mapping: &Mapping) -> Outcome<()> {
+    mapping.advise(0..mapping.len(), Advice::DontNeed)?;
+    mapping.advise(0..mapping.len(), Advice::Sequential)?;
+    space.set_budget(LEN / 2)?;
+    let pages = mapping.len() / PAGE;
+    (0..pages).for_each(|page| touch(mapping, page));
+    let began = Instant::now();
+    (0..pages).for_each(|page| touch(mapping, page));
+    say("sequential, half local", "mib_s", LEN as f64 / MIB as f64 / began.elapsed().as_secs_f64());
+    space.set_budget(2 * LEN)?;
     Ok(mapping.advise(0..mapping.len(), Advice::Normal)?)
 }
 

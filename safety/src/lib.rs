@@ -32,6 +32,16 @@ pub fn set_up(cgroup: &str) {
     reserve::set_real_time();
 }
 
+/// Has so much heap ready, in bytes, that what a process needs to go on comes from it.
+pub(crate) fn reserve_heap(len: usize) {
+    memory::reserve_heap(len);
+}
+
+/// Memory of this process that is locked, in bytes; 0 where the kernel does not say.
+pub fn locked_bytes() -> u64 {
+    memory::locked_bytes()
+}
+
 /// Like [`set_up`], what a process needs that looks after swap and serves none.
 pub fn set_up_keeper(cgroup: &str) {
     memory::prepare_heap();

@@ -2,6 +2,7 @@
 //!
 //! * [`config`] and [`lifecycle`]: from the command line to a running daemon and its end.
 //! * [`xpm_safety`]: what makes the process fit to serve swap.
+//! * [`standby`]: the second process, which goes on when this one dies.
 //! * [`daemon`] and [`control`]: which allocations are shown, and how that is changed.
 //! * [`frontend`]: the forms in which they are shown.
 //!
@@ -15,9 +16,11 @@ pub mod error;
 pub mod frontend;
 pub mod lifecycle;
 pub mod spin;
+pub mod standby;
 
 mod export;
 mod records;
 mod show;
 mod sysfs;
 mod usage;
+mod watch;

@@ -1,6 +1,7 @@
 //! The thread that makes room: takes pages to the shelf, and from there away, what was changed written first.
 
 use std::os::fd::BorrowedFd;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -14,8 +15,10 @@ use super::policy::Policy;
 use super::window::PAGE;
 use crate::volume::Channel;
 
-/// Pages that are looked at in one go.
-const BATCH: usize = 64;
+/// Most pages that are looked at in one go: moving many costs little more than moving one.
+const BATCH: usize = 256;
+/// What part of the budget that may be: one of so many.
+const BATCH_PART: usize = 16;
 /// Longest write in pages.
 const WRITE_MAX: u32 = 64;
 /// Writes on their way.
@@ -49,12 +52,17 @@ impl Evictor {
 
     /// Makes room until the pager is stopped.
     pub(super) fn run(mut self) {
-        let mut ticked = Instant::now();
+        let (mut ticked, mut fetched) = (Instant::now(), 0);
         while !self.pager.is_stopped() {
             self.pager.evictor.take();
             self.take_arrivals();
             if ticked.elapsed() >= TICK {
                 ticked = Instant::now();
+                let before =
+                    std::mem::replace(&mut fetched, self.pager.tallies.prefetched.load(Ordering::Relaxed));
+                if before == fetched {
+                    self.pager.window.trim();
+                }
                 let room = &self.pager.room;
                 if let Some(budget) = self.governor.budget(room.budget(), room.resident()) {
                     // What is pinned stays, and the rest needs room.
@@ -104,8 +112,9 @@ impl Evictor {
     /// Takes pages out of the window. True when it took any.
     fn shelve(&mut self) -> bool {
         let budget = self.pager.room.budget();
+        let most = BATCH.min(budget / BATCH_PART);
         let (mut batch, mut looked, mut any) = (Vec::with_capacity(BATCH), 0, false);
-        while batch.len() < BATCH && looked < 4 * BATCH && !self.policy.is_shelf_full(budget) {
+        while batch.len() < most && looked < 4 * most && !self.policy.is_shelf_full(budget) {
             let Some(page) = self.policy.next_for_shelf() else { break };
             looked += 1;
             let pages = &self.pager.pages;
@@ -129,20 +138,27 @@ impl Evictor {
         }
         batch.sort_unstable();
         for (first, run) in runs(&batch, u32::MAX) {
-            let hidden = self.pager.window.hide(first, run);
-            for page in first..first + run {
-                match hidden {
-                    true => {
-                        self.pager.release(page, Residency::Shelved, 0, TOUCHED);
-                        self.policy.is_shelved(page);
-                    }
-                    false => {
-                        self.pager.release(page, Residency::Mapped, 0, 0);
-                        self.policy.stays(page);
-                    }
-                }
+            any |= self.hide(first, first + run);
+        }
+        any
+    }
+
+    /// Takes pages that are this thread's out of the window. True when any could be taken.
+    fn hide(&mut self, first: u32, end: u32) -> bool {
+        let (mut at, mut any) = (first, false);
+        while at < end {
+            let hidden = self.pager.window.hide(at, end - at);
+            for page in at..at + hidden {
+                self.pager.release(page, Residency::Shelved, 0, TOUCHED);
+                self.policy.is_shelved(page);
             }
-            any |= hidden;
+            any |= hidden > 0;
+            at += hidden;
+            if at < end {
+                self.pager.release(at, Residency::Mapped, 0, 0);
+                self.policy.stays(at);
+                at += 1;
+            }
         }
         any
     }
@@ -200,7 +216,7 @@ impl Evictor {
             kind: Kind::Write,
             offset: u64::from(first) * PAGE as u64,
             len: u64::from(run) * PAGE as u64,
-            buf: Some(self.pager.window.content(first, run)),
+            buf: Some(self.pager.window.shelved(first, run)),
             token: u64::from(id),
         };
         let posted = self.channel.post(operation);
@@ -230,7 +246,7 @@ impl Evictor {
 
     /// Pages that are this thread's leave local memory.
     fn let_go(&mut self, first: u32, run: u32, set: u32) {
-        self.pager.window.drop_pages(first, run);
+        self.pager.window.recycle(first, run);
         for page in first..first + run {
             self.pager.pages.set_stamp(page, u64::from(self.policy.goes()));
             self.pager.release(page, Residency::Absent, set, QUEUED | TOUCHED | DIRTY | MARK);

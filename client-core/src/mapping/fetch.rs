@@ -9,8 +9,7 @@ use xpm_transport::slots::Slots;
 use super::pager::{CHUNK, Local, Shared, Source, count};
 use super::pages::{Claim, POISONED, Residency};
 use super::prefetch::Ahead;
-use super::uffd::Partly;
-use super::window::{PAGE, Staging};
+use super::window::{BLOCK, Block, PAGE, Staging};
 use crate::volume::{Channel, Volume};
 
 /// Pages that are on their way, one behind the other.
@@ -38,10 +37,15 @@ pub(super) enum Fate {
     Poisoned,
 }
 
+/// Shortest run that is read into a block: moving one page costs as much as copying it.
+const BLOCK_RUN_MIN: u32 = 16;
+
 pub(super) struct Fetcher {
     pub(super) pager: Shared,
     channel: Channel,
     staging: Staging,
+    /// Of runs that are read into blocks, those.
+    blocks: Box<[Option<Block>]>,
     /// Most pages of a run.
     run: u32,
     open: Slots<Run>,
@@ -51,11 +55,13 @@ pub(super) struct Fetcher {
 impl Fetcher {
     /// One that has so many runs of so many pages on their way.
     pub(super) fn new(pager: Shared, volume: &Volume, depth: usize, run: u32) -> io::Result<Fetcher> {
+        debug_assert!(run <= BLOCK, "a run fits into a block");
         let mut channel = volume.channel()?;
         let staging = Staging::new(depth * run as usize * PAGE)?;
         channel.register(staging.all());
         let ended = Vec::with_capacity(2 * depth);
-        Ok(Fetcher { pager, channel, staging, run, open: Slots::new(depth), ended })
+        let blocks = (0..depth).map(|_| None).collect();
+        Ok(Fetcher { pager, channel, staging, blocks, run, open: Slots::new(depth), ended })
     }
 
     /// Begins to end a fault; what should be fetched besides is returned.
@@ -75,17 +81,22 @@ impl Fetcher {
         }
     }
 
-    /// Fetches what will be needed, as far as there is room.
-    pub(super) fn prefetch(&mut self, ahead: Ahead) {
+    /// Fetches what will be needed, as far as there is room, and not too much is on its way; gives the rest back.
+    pub(super) fn prefetch(&mut self, ahead: Ahead) -> Option<Ahead> {
         let mark = ahead.mark();
         let mut page = i64::from(ahead.first);
         let mut left = ahead.count;
-        while left > 0 && (0..i64::from(self.pager.pages.count())).contains(&page) && !self.open.is_full() {
+        while left > 0 && (0..i64::from(self.pager.pages.count())).contains(&page) {
+            let rest = Ahead { first: page as u32, count: left, marked_at: mark, ..ahead };
+            if self.open.is_full() {
+                return Some(rest);
+            }
             let longest = if ahead.stride == 1 { left.min(self.run) } else { 1 };
             let Some((run, source)) = self.claim_run(page as u32, longest) else {
                 // It is there, or there is no room for it.
                 if self.pager.room.is_short() {
-                    return;
+                    self.pager.evictor.nudge();
+                    return Some(rest);
                 }
                 (page, left) = (page + i64::from(ahead.stride), left - 1);
                 continue;
@@ -101,6 +112,7 @@ impl Fetcher {
             }
             (page, left) = (page + i64::from(ahead.stride) * i64::from(run), left - run);
         }
+        None
     }
 
     /// Makes absent pages the caller's that lie one behind the other, here and where their content is.
@@ -144,11 +156,13 @@ impl Fetcher {
     fn fetch(&mut self, run: Run, at: u32) {
         let len = run.count as usize * PAGE;
         let id = self.open.insert(run);
+        let block = (BLOCK_RUN_MIN..=BLOCK).contains(&run.count).then(|| self.pager.window.take_block());
+        self.blocks[id as usize] = block.flatten();
         let operation = Operation {
             kind: Kind::Read,
             offset: u64::from(at) * PAGE as u64,
             len: len as u64,
-            buf: Some(self.place(id).part(0, len)),
+            buf: Some(self.place(id, run.count)),
             token: u64::from(id),
         };
         // The channel was made for as many as there are places.
@@ -157,9 +171,14 @@ impl Fetcher {
         self.channel.submit();
     }
 
-    fn place(&self, id: u32) -> IoBuf {
-        let len = self.run as usize * PAGE;
-        self.staging.all().part(id as usize * len, len)
+    fn place(&self, id: u32, pages: u32) -> IoBuf {
+        match &self.blocks[id as usize] {
+            Some(block) => block.buffer(pages),
+            None => {
+                let start = id as usize * self.run as usize * PAGE;
+                self.staging.all().part(start, pages as usize * PAGE)
+            }
+        }
     }
 
     /// Puts what has arrived into its place. True when anything has.
@@ -167,43 +186,47 @@ impl Fetcher {
         self.channel.poll(&mut self.ended);
         let any = !self.ended.is_empty();
         while let Some(ended) = self.ended.pop() {
-            let Some(run) = self.open.remove(ended.token as u32) else { continue };
+            let id = ended.token as u32;
+            let Some(run) = self.open.remove(id) else { continue };
+            let content = self.place(id, run.count);
+            let block = self.blocks[id as usize].take();
             match ended.result {
-                Ok(()) => self.arrived(run, self.place(ended.token as u32)),
-                Err(error) => self.pager.fail(run.first, run.count, error, run.prefetch),
+                Ok(()) => self.arrived(run, content, block),
+                Err(error) => {
+                    block.into_iter().for_each(|block| self.pager.window.give_block(block));
+                    self.pager.fail(run.first, run.count, error, run.prefetch);
+                }
             }
         }
         any
     }
 
-    fn arrived(&self, run: Run, content: IoBuf) {
+    fn arrived(&self, run: Run, content: IoBuf, block: Option<Block>) {
         let pager = &self.pager;
         count(&pager.tallies.fetched, u64::from(run.count));
-        let mark = run.mark.map_or(run.count, |mark| mark - run.first);
-        self.show(run.first, content.part(0, mark as usize * PAGE));
-        if mark + 1 < run.count {
-            let behind = (mark as usize + 1) * PAGE;
-            self.show(run.first + mark + 1, content.part(behind, run.count as usize * PAGE - behind));
+        let mut left = [0; BLOCK as usize];
+        for index in 0..run.count as usize {
+            let page = content.part(index * PAGE, PAGE);
+            left[index] = pager.comes(run.first + index as u32, page, run.write);
+        }
+        match block {
+            Some(block) => pager.window.fill_from(run.first, run.count, run.mark, block),
+            None => self.show(run, content),
         }
         for index in 0..run.count {
-            let page = content.part(index as usize * PAGE, PAGE);
-            pager.put(run.first + index, page, run.write, index == mark);
+            let page = run.first + index;
+            pager.is_here(page, run.write, run.mark == Some(page), left[index as usize]);
         }
     }
 
-    fn show(&self, first: u32, content: IoBuf) {
-        if content.is_empty() {
-            return;
-        }
-        let pager = &self.pager;
-        if let Err(Partly { done, .. }) = pager.copy(first, content) {
-            // The file has something there, which can only be what a read ahead of the kernel put: one by one. What is shown
-            // already may have been written to.
-            for index in done / PAGE..content.len() / PAGE {
-                let page = first + index as u32;
-                pager.window.keep(page, content.part(index * PAGE, PAGE));
-                let _ = pager.uffd.map(pager.window.address_of(page), PAGE);
-            }
+    fn show(&self, run: Run, content: IoBuf) {
+        let window = &self.pager.window;
+        let mark = run.mark.map_or(run.count, |mark| mark - run.first);
+        window.fill(run.first, content.part(0, mark as usize * PAGE));
+        if mark < run.count {
+            window.keep(run.first + mark, content.part(mark as usize * PAGE, PAGE));
+            let behind = (mark as usize + 1) * PAGE;
+            window.fill(run.first + mark + 1, content.part(behind, content.len() - behind));
         }
     }
 

@@ -9,13 +9,27 @@ use xpm_transport::io::{Completion, IoBuf, IoError, Kind, Operation};
 use super::pager::{Shared, Source, count, runs};
 use super::pages::{Claim, DIRTY, MARK, PINNED, POISONED, Residency, State, TOUCHED, WRITTEN};
 use super::prefetch::Ahead;
-use super::window::{PAGE, Staging};
+use super::window::{PAGE, Staging, Window};
 use crate::volume::{Channel, Volume};
 
 /// Pages that are copied and written in one go.
 const RUN: usize = 64;
 /// Operations on their way.
 pub(super) const DEPTH: usize = 4;
+
+/// Copies what pages hold that are the caller's, one behind the other.
+fn read(window: &Window, pages: &[(u32, State)], to: IoBuf) {
+    let mut at = 0;
+    for run in pages.chunk_by(|(_, one), (_, other)| one.residency() == other.residency()) {
+        let (first, state) = run[0];
+        let part = to.part(at, run.len() * PAGE);
+        match state.residency() {
+            Residency::Mapped => window.read(first, part),
+            _ => window.shelved(first, run.len() as u32).copy_to(part),
+        }
+        at += part.len();
+    }
+}
 
 /// One call at a time uses it.
 pub(super) struct Io {
@@ -91,7 +105,7 @@ impl Io {
         let pager = self.pager.clone();
         // Those that can be seen may change meanwhile: what is written is what the digest is of.
         let copy = self.staging.all().part(0, batch.len() * PAGE);
-        pager.window.content(first, batch.len() as u32).copy_to(copy);
+        read(&pager.window, batch, copy);
         let digests: Vec<u64> =
             (0..batch.len()).map(|index| pager.digest_of(copy.part(index * PAGE, PAGE))).collect();
         let changed = |(index, (page, state)): (usize, &(u32, State))| {
@@ -137,7 +151,12 @@ impl Io {
         while first < end {
             let count = (end - first).min(super::prefetch::WINDOW_MAX);
             // What does not fit is brought when it is touched.
-            if self.pager.asked.push(Ahead { first, count, stride: 1, marked: true }).is_err() {
+            if self
+                .pager
+                .asked
+                .push(Ahead { first, count, stride: 1, marked: true, marked_at: None })
+                .is_err()
+            {
                 break;
             }
             first += count;
@@ -150,27 +169,60 @@ impl Io {
     pub(super) fn dont_need(&mut self, first: u32, pages: u32) -> Result<(), IoError> {
         self.flush(first, pages)?;
         let pager = self.pager.clone();
-        for page in first..first + pages {
-            let idle = |state: State| {
-                matches!(state.residency(), Residency::Mapped | Residency::Shelved) && !state.has(PINNED)
-            };
-            let Claim::Yours(was) = pager.pages.claim(page, idle, false) else { continue };
-            if !pager.window.hide(page, 1) {
-                pager.release(page, was.residency(), 0, 0);
-                continue;
+        let idle = |state: State| {
+            matches!(state.residency(), Residency::Mapped | Residency::Shelved) && !state.has(PINNED)
+        };
+        let mut page = first;
+        while page < first + pages {
+            let end = (page + RUN as u32).min(first + pages);
+            let kind = |page| pager.pages.state(page).residency();
+            let alike = kind(page);
+            let mut run = Vec::with_capacity(RUN);
+            while page < end && kind(page) == alike {
+                match pager.pages.claim(page, |state| idle(state) && state.residency() == alike, false) {
+                    Claim::Yours(state) => run.push(state),
+                    _ if run.is_empty() => {}
+                    _ => break,
+                }
+                page += 1;
+                if run.is_empty() {
+                    break;
+                }
             }
-            // It may have been written to since.
-            if pager.is_dirty(page, was) {
-                pager.release(page, Residency::Shelved, 0, 0);
-                continue;
+            if !run.is_empty() {
+                self.send_away(page - run.len() as u32, &run);
             }
-            pager.window.drop_pages(page, 1);
-            pager.pages.set_stamp(page, 0);
-            pager.release(page, Residency::Absent, 0, TOUCHED | DIRTY | MARK);
-            pager.room.give(1);
         }
         pager.wake_starving();
         Ok(())
+    }
+
+    /// Pages that are the caller's, all in the window or all on the shelf, leave local memory, but for those that were written to.
+    fn send_away(&self, first: u32, states: &[State]) {
+        let pager = &self.pager;
+        let count = states.len() as u32;
+        let hidden = match states[0].residency() {
+            Residency::Mapped => pager.window.hide(first, count),
+            _ => count,
+        };
+        let mut clean = Vec::with_capacity(states.len());
+        for (page, state) in (first..first + count).zip(states) {
+            if page >= first + hidden {
+                pager.release(page, state.residency(), 0, 0);
+            } else if pager.is_dirty(page, *state) {
+                pager.release(page, Residency::Shelved, 0, 0);
+            } else {
+                clean.push(page);
+            }
+        }
+        for (start, run) in runs(&clean, u32::MAX) {
+            pager.window.discard(start, run);
+            for page in start..start + run {
+                pager.pages.set_stamp(page, 0);
+                pager.release(page, Residency::Absent, 0, TOUCHED | DIRTY | MARK);
+            }
+            pager.room.give(run as usize);
+        }
     }
 
     /// Makes pages that nobody has in local memory zeros in external memory.
@@ -183,26 +235,51 @@ impl Io {
     pub(super) fn forget(&mut self, first: u32, pages: u32) {
         let pager = self.pager.clone();
         let written = pager.pages.any_written(first..first + pages);
+        let mut local: Vec<u32> = Vec::with_capacity(RUN);
         for page in first..first + pages {
             let known = pager.pages.state(page);
             if known.residency() == Residency::Absent && !known.has(WRITTEN | POISONED) {
                 continue;
             }
             let state = pager.claim(page);
-            if state.residency() != Residency::Absent {
-                pager.window.drop_pages(page, 1);
-                pager.room.give(1);
-            } else if state.has(POISONED) {
-                // What is there is a mark that it cannot be had.
-                let _ = pager.window.hide(page, 1);
+            if state.residency() == Residency::Absent {
+                if state.has(POISONED) {
+                    pager.window.heal(page);
+                }
+                self.forgotten(page, 1);
+                continue;
             }
-            pager.pages.set_stamp(page, 0);
-            pager.release(page, Residency::Absent, 0, TOUCHED | DIRTY | MARK | WRITTEN | POISONED | PINNED);
+            if local.len() == RUN || local.last().is_some_and(|last| last + 1 != page) {
+                self.discard(&mut local);
+            }
+            local.push(page);
         }
+        self.discard(&mut local);
         pager.wake_starving();
         if written {
             // What cannot be given back now is given back with the allocation.
             let _ = self.trim(first, pages);
+        }
+    }
+
+    /// Pages that are the caller's, one behind the other, are in local memory no more.
+    fn discard(&self, pages: &mut Vec<u32>) {
+        let Some(first) = pages.first().copied() else { return };
+        self.pager.window.discard(first, pages.len() as u32);
+        self.pager.room.give(pages.len());
+        self.forgotten(first, pages.len() as u32);
+        pages.clear();
+    }
+
+    fn forgotten(&self, first: u32, pages: u32) {
+        for page in first..first + pages {
+            self.pager.pages.set_stamp(page, 0);
+            self.pager.release(
+                page,
+                Residency::Absent,
+                0,
+                TOUCHED | DIRTY | MARK | WRITTEN | POISONED | PINNED,
+            );
         }
     }
 
@@ -211,7 +288,7 @@ impl Io {
         for page in first..first + pages {
             if self.pager.pages.state(page).has(POISONED) {
                 let state = self.pager.claim(page);
-                let _ = self.pager.window.hide(page, 1);
+                self.pager.window.heal(page);
                 self.pager.release(page, state.residency(), 0, POISONED);
             }
         }
@@ -229,7 +306,10 @@ impl Io {
                 let state = pager.claim(page);
                 if state.residency() != Residency::Absent {
                     // System calls may use it, also where they must not find it missing.
-                    let _ = pager.uffd.map(pager.window.address_of(page), PAGE);
+                    match state.residency() {
+                        Residency::Shelved => pager.window.show(page, 1),
+                        _ => pager.window.settle(page),
+                    }
                     pager.release(page, Residency::Mapped, 0, 0);
                     break;
                 }
@@ -251,11 +331,9 @@ impl Io {
                             marked.iter().for_each(|page| _ = pager.pages.mark(*page, 0, PINNED));
                             return Err(error);
                         }
-                        if pager.copy(page, buf).is_err() {
-                            pager.window.keep(page, buf);
-                            let _ = pager.uffd.map(pager.window.address_of(page), PAGE);
-                        }
-                        pager.put(page, buf, false, false);
+                        let left = pager.comes(page, buf, false);
+                        pager.window.fill(page, buf);
+                        pager.is_here(page, false, false, left);
                     }
                 }
             }
@@ -293,7 +371,10 @@ impl Io {
             let (part, behind) = rest.split_at(rest.len().min(PAGE - within));
             self.with_page(page, |io, state| {
                 if state.residency() != Residency::Absent {
-                    io.pager.window.content(page, 1).part(within, part.len()).copy_from_slice(part);
+                    match state.residency() {
+                        Residency::Mapped => io.pager.window.write(page, within, part),
+                        _ => io.pager.window.shelved(page, 1).part(within, part.len()).copy_from_slice(part),
+                    }
                     return Ok(None);
                 }
                 let buf = io.staging.all().part(0, PAGE);
@@ -313,8 +394,14 @@ impl Io {
     /// The content of a page that is the caller's; none where it is zeros. That of an absent one is in the
     /// staging memory.
     fn content_of(&mut self, page: u32, state: State) -> Result<Option<IoBuf>, IoError> {
-        if state.residency() != Residency::Absent {
-            return Ok(Some(self.pager.window.content(page, 1)));
+        match state.residency() {
+            Residency::Absent => {}
+            Residency::Mapped => {
+                let buf = self.staging.all().part(0, PAGE);
+                self.pager.window.read(page, buf);
+                return Ok(Some(buf));
+            }
+            _ => return Ok(Some(self.pager.window.shelved(page, 1))),
         }
         match self.pager.source(page, state) {
             Source::Zeros => Ok(None),

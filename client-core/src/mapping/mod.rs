@@ -55,10 +55,10 @@ use self::io::Io;
 use self::named::Known;
 pub use self::named::{NamedSlabError, NamedSlabs};
 use self::pager::{CHUNK, Pager, Shared};
-use self::prefetch::{Habit, WINDOW_MAX};
+use self::prefetch::Habit;
 use self::tend::Tender;
-use self::uffd::{FEATURE_SIGBUS, Reach, Uffd};
-use self::window::{PAGE, Window};
+use self::uffd::{Backing, FEATURE_SIGBUS, Reach, Uffd};
+use self::window::{BLOCK, PAGE, Window};
 use crate::slab::{Slab, SlabAllocator, SlabError};
 use crate::volume::Volume;
 
@@ -78,6 +78,10 @@ pub enum Faults {
     /// calls included.
     Handled(usize),
 }
+
+/// Blocks of pages that have left and are kept for the next ones: one of so many in the budget, and most of them (12 MiB).
+const BLOCKS_PART: usize = 16;
+const BLOCKS_MAX: usize = 48;
 
 /// Threads that fetch ahead where those that fault do not.
 const AHEAD_THREADS: usize = 2;
@@ -276,13 +280,12 @@ impl Space {
                 "an allocation of {size} bytes cannot be mapped: choose 4 KiB to 8 TiB"
             )));
         }
-        let window = Window::new(pages as usize * PAGE).map_err(system("reserve addresses"))?;
         let wanted = if options.faults == Faults::Inline { FEATURE_SIGBUS } else { uffd::FEATURE_POISON };
-        let uffd = Uffd::new(wanted).map_err(MapError::Userfaultfd)?;
-        let seed = rand_seed().map_err(system("get a random number"))?;
         let budget = options.budget.first();
-        let pager = Pager::new(window, uffd, options.faults, budget, handlers, seed)
-            .map_err(system("register the window with userfaultfd"))?;
+        let window = window(pages as usize * PAGE, wanted, budget)?;
+        let seed = rand_seed().map_err(system("get a random number"))?;
+        let pager = Pager::new(window, options.faults, budget, handlers, seed)
+            .map_err(system("make the bells of the threads that bring pages"))?;
         let pager = Arc::new(pager);
         let kept_pages = (options.kept / PAGE as u64) as u32;
         let behind = pages as u32 - kept_pages;
@@ -433,7 +436,7 @@ impl Space {
 
     /// Whether system calls may be given absent pages.
     pub fn serves_system_calls(&self) -> bool {
-        self.inner.inline.is_none() && self.inner.pager.uffd.reach == Reach::Kernel
+        self.inner.inline.is_none() && self.inner.pager.window.uffd.reach == Reach::Kernel
     }
 
     /// An allocator for containers whose memory is external; see [`SpaceAllocator`].
@@ -473,6 +476,24 @@ fn check_kept(kept: u64, size: u64) -> Result<(), MapError> {
     }
 }
 
+/// Chooses what pages are in local memory: those that can be moved, where the kernel does that. `XPM_WINDOW` in the environment, `private` or
+/// `shared`, has the one or the other, for tests and comparisons.
+fn window(len: usize, wanted: u64, budget: usize) -> Result<Window, MapError> {
+    let open = |backing| {
+        let uffd = Uffd::new(wanted, backing).map_err(MapError::Userfaultfd)?;
+        let blocks = (budget / BLOCK as usize / BLOCKS_PART).clamp(4, BLOCKS_MAX);
+        Window::new(len, uffd, backing, blocks)
+            .map_err(system("reserve addresses and register them with userfaultfd"))
+    };
+    match std::env::var("XPM_WINDOW").as_deref() {
+        Ok("private") => open(Backing::Private),
+        Ok("shared") => open(Backing::Shared),
+        Ok(other) => Err(MapError::Invalid(format!("XPM_WINDOW is `{other}`: choose private or shared"))),
+        // Limits of the process, too, can be such that there is the other one only.
+        Err(_) => open(Backing::Private).or_else(|_| open(Backing::Shared)),
+    }
+}
+
 fn rand_seed() -> std::io::Result<u64> {
     let mut bytes = [0; 8];
     let mut filled = 0;
@@ -498,7 +519,7 @@ fn start(
         let evictor = Evictor::new(pager.clone(), channel, budget::Governor(budget));
         threads.push(std::thread::Builder::new().name("xpm-evict".to_owned()).spawn(move || evictor.run())?);
         for number in 0..handlers {
-            let fetcher = Fetcher::new(pager.clone(), volume, 8, WINDOW_MAX / 4)?;
+            let fetcher = Fetcher::new(pager.clone(), volume, 8, BLOCK)?;
             let builder = std::thread::Builder::new().name(format!("xpm-fetch-{number}"));
             threads.push(builder.spawn(move || worker::run(fetcher, number))?);
         }

@@ -13,7 +13,6 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::pages::{self, Claim, DIRTY, MARK, POISONED, Pages, QUEUED, Residency, State, TOUCHED, WRITTEN};
 use super::prefetch::{Ahead, Habit, Prefetcher};
-use super::uffd::{Partly, Refused, Uffd};
 use super::window::{PAGE, Window};
 use super::{Faults, MappingStats};
 use crate::volume::Bell;
@@ -68,7 +67,6 @@ pub(super) enum Local {
 pub(super) struct Pager {
     pub(super) window: Window,
     pub(super) pages: Pages,
-    pub(super) uffd: Uffd,
     pub(super) faults: Faults,
     chunks: Box<[Chunk]>,
     pub(super) room: Room,
@@ -106,19 +104,16 @@ pub(super) fn count(counter: &AtomicU64, by: u64) {
 impl Pager {
     pub(super) fn new(
         window: Window,
-        uffd: Uffd,
         faults: Faults,
         budget: usize,
         fetchers: usize,
         seed: u64,
     ) -> std::io::Result<Pager> {
-        uffd.register(window.address(), window.len())?;
         let count = window.len() / PAGE;
         let chunks = count.div_ceil(CHUNK as usize);
         Ok(Pager {
             pages: Pages::new(super::window::zeros32(count), super::window::zeros64(count)),
             window,
-            uffd,
             faults,
             chunks: (0..chunks).map(|_| Chunk::default()).collect(),
             room: Room::new(budget),
@@ -239,7 +234,7 @@ impl Pager {
         // What could not be written when it was dropped is still to be, also where it is only read now.
         state.has(DIRTY)
             || self.may_be_dirty(page, state)
-                && self.digest_of(self.window.content(page, 1)) != self.pages.stamp(page)
+                && self.digest_of(self.window.shelved(page, 1)) != self.pages.stamp(page)
     }
 
     /// Whether it can be dirty at all.
@@ -256,9 +251,11 @@ impl Pager {
         match state.residency() {
             Residency::Absent => self.absent(page, write, state),
             _ => {
-                let mapped = self.uffd.map(self.window.address_of(page), PAGE);
-                debug_assert!(matches!(mapped, Ok(()) | Err(Refused::Exists)), "{mapped:?}");
                 let shelved = state.residency() == Residency::Shelved;
+                match shelved {
+                    true => self.window.show(page, 1),
+                    false => self.window.settle(page),
+                }
                 let touched = if shelved { TOUCHED } else { 0 };
                 let dirty = if write && shelved { DIRTY } else { 0 };
                 self.release(page, Residency::Mapped, touched | dirty, MARK);
@@ -295,7 +292,9 @@ impl Pager {
 
     /// What should be fetched beside a page that was missing.
     pub(super) fn ahead(&self, page: u32) -> Option<Ahead> {
-        self.prefetcher.try_lock().ok()?.fault(page, self.habit(page))
+        let mut prefetcher = self.prefetcher.try_lock().ok()?;
+        prefetcher.limit(self.room.budget());
+        prefetcher.fault(page, self.habit(page))
     }
 
     /// Has the threads fetch what will be needed. What they cannot take is fetched when it is touched.
@@ -310,13 +309,7 @@ impl Pager {
 
     /// Fills pages that the caller has with zeros.
     pub(super) fn put_zeros(&self, first: u32, run: u32, write: bool) {
-        let address = self.window.address_of(first);
-        if let Err(Partly { done, .. }) = self.uffd.zero(address, run as usize * PAGE) {
-            for page in first + (done / PAGE) as u32..first + run {
-                self.window.content(page, 1).zero();
-                let _ = self.uffd.map(self.window.address_of(page), PAGE);
-            }
-        }
+        self.window.fill_zeros(first, run);
         for page in first..first + run {
             let left = self.pages.stamp(page);
             self.pages.set_stamp(page, self.zeros);
@@ -325,17 +318,19 @@ impl Pager {
         count(&self.tallies.zeroed, u64::from(run));
     }
 
-    /// Puts fetched content of a page into its place, which the caller has.
-    pub(super) fn put(&self, page: u32, content: IoBuf, write: bool, mark: bool) {
+    /// To be called before fetched content of a page is shown, which the caller has. When the page left before.
+    pub(super) fn comes(&self, page: u32, content: IoBuf, write: bool) -> u64 {
         let left = self.pages.stamp(page);
         if !write && self.flags(page) & READ_ONLY == 0 {
             self.pages.set_stamp(page, self.digest_of(content));
         }
+        left
+    }
+
+    /// A page that the caller has is in local memory from now on.
+    pub(super) fn is_here(&self, page: u32, write: bool, mark: bool, left: u64) {
         match mark {
-            true => {
-                self.window.keep(page, content);
-                self.came(page, Residency::Shelved, MARK, left);
-            }
+            true => self.came(page, Residency::Shelved, MARK, left),
             false => self.came(page, Residency::Mapped, if write { DIRTY } else { 0 }, left),
         }
     }
@@ -356,18 +351,13 @@ impl Pager {
         }
     }
 
-    /// Shows content at absent pages that the caller has.
-    pub(super) fn copy(&self, first: u32, content: IoBuf) -> Result<(), Partly> {
-        self.uffd.copy(self.window.address_of(first), content)
-    }
-
     /// The content of pages that the caller has cannot be had.
     pub(super) fn fail(&self, first: u32, run: u32, error: IoError, prefetch: bool) {
         count(&self.tallies.errors, 1);
         let _ = error;
         for page in first..first + run {
             if !prefetch && self.faults.has_handlers() {
-                let _ = self.uffd.poison(self.window.address_of(page), PAGE);
+                let _ = self.window.uffd.poison(self.window.address_of(page), PAGE);
             }
             self.release(page, Residency::Absent, if prefetch { 0 } else { POISONED }, 0);
         }
@@ -378,7 +368,7 @@ impl Pager {
     /// Gives a page back that the caller has, and wakes who waits for it.
     pub(super) fn release(&self, page: u32, residency: Residency, set: u32, clear: u32) {
         if self.pages.release(page, residency, |state| state.without(clear).with(set)) {
-            self.uffd.wake(self.window.address_of(page), PAGE);
+            self.window.uffd.wake(self.window.address_of(page), PAGE);
             let _ = futex::wake(self.pages.word(page), futex::Flags::PRIVATE, u32::MAX);
         }
     }

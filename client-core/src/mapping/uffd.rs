@@ -1,6 +1,7 @@
 //! userfaultfd(2): what this library uses of it, as safe calls on a descriptor.
 //!
-//! Sources: userfaultfd(2), ioctl_userfaultfd(2), include/uapi/linux/userfaultfd.h of Linux 6.12.
+//! Sources: userfaultfd(2), ioctl_userfaultfd(2), include/uapi/linux/userfaultfd.h of Linux 6.12; mm/userfaultfd.c for what
+//! UFFDIO_MOVE refuses.
 
 #![allow(unsafe_code)]
 
@@ -12,14 +13,22 @@ use xpm_transport::IoBuf;
 
 /// A fault in the thread that made it is a SIGBUS, and no message.
 pub(super) const FEATURE_SIGBUS: u64 = 1 << 7;
+/// Write-protected pages of anonymous memory.
+const FEATURE_PROTECT: u64 = 1 << 0;
 const FEATURE_MISSING_SHMEM: u64 = 1 << 5;
 const FEATURE_MINOR_SHMEM: u64 = 1 << 10;
 /// [`Uffd::poison`] is there (Linux 6.6).
 pub(super) const FEATURE_POISON: u64 = 1 << 14;
+/// [`Uffd::move_pages`] is there (Linux 6.8).
+const FEATURE_MOVE: u64 = 1 << 16;
+
+/// How often a move is tried that comes no further, since somebody else has the page for a moment.
+const MOVES_MAX: u32 = 1000;
 
 const USER_MODE_ONLY: i32 = 1;
 const API: u64 = 0xaa;
 const MODE_MISSING: u64 = 1;
+const MODE_PROTECT: u64 = 2;
 const MODE_MINOR: u64 = 4;
 const EVENT_PAGEFAULT: u8 = 0x12;
 const FLAG_WRITE: u64 = 1;
@@ -35,6 +44,8 @@ const UFFDIO_REGISTER: u64 = request(READ_WRITE, size_of::<RegisterArg>(), 0);
 const UFFDIO_WAKE: u64 = request(READ, size_of::<Range>(), 2);
 const UFFDIO_COPY: u64 = request(READ_WRITE, size_of::<CopyArg>(), 3);
 const UFFDIO_ZEROPAGE: u64 = request(READ_WRITE, size_of::<RangeArg>(), 4);
+const UFFDIO_MOVE: u64 = request(READ_WRITE, size_of::<CopyArg>(), 5);
+const UFFDIO_WRITEPROTECT: u64 = request(READ_WRITE, size_of::<ProtectArg>(), 6);
 const UFFDIO_CONTINUE: u64 = request(READ_WRITE, size_of::<RangeArg>(), 7);
 const UFFDIO_POISON: u64 = request(READ_WRITE, size_of::<RangeArg>(), 8);
 const USERFAULTFD_IOC_NEW: u64 = API << 8;
@@ -60,6 +71,13 @@ struct RegisterArg {
     ioctls: u64,
 }
 
+#[repr(C)]
+struct ProtectArg {
+    range: Range,
+    mode: u64,
+}
+
+/// Of copy and move.
 #[repr(C)]
 struct CopyArg {
     to: u64,
@@ -104,6 +122,24 @@ pub(super) enum Reach {
     UserOnly,
 }
 
+/// What memory the descriptor is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Backing {
+    /// Shared memory that is mapped twice.
+    Shared,
+    /// Private anonymous memory, whose pages are moved.
+    Private,
+}
+
+impl Backing {
+    const fn features(self) -> u64 {
+        match self {
+            Backing::Shared => FEATURE_MISSING_SHMEM | FEATURE_MINOR_SHMEM,
+            Backing::Private => FEATURE_PROTECT | FEATURE_MOVE,
+        }
+    }
+}
+
 /// What went wrong with one page or run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Refused {
@@ -131,14 +167,21 @@ pub(super) struct Uffd {
 impl Uffd {
     /// Opens one: by the system call, by `/dev/userfaultfd`, or for faults in user mode only, whichever is
     /// allowed first.
-    pub(super) fn new(wanted: u64) -> io::Result<Uffd> {
+    pub(super) fn new(wanted: u64, backing: Backing) -> io::Result<Uffd> {
         let (probe, _) = open()?;
         let known = api(&probe, 0)?;
-        let needed = FEATURE_MISSING_SHMEM | FEATURE_MINOR_SHMEM;
+        let needed = backing.features();
         if known & needed != needed {
             return Err(io::Error::new(
                 io::ErrorKind::Unsupported,
-                "this kernel has no minor faults of shared memory in userfaultfd (Linux 5.14 and later have)",
+                match backing {
+                    Backing::Shared => {
+                        "this kernel has no minor faults of shared memory in userfaultfd (Linux 5.14 and later have)"
+                    }
+                    Backing::Private => {
+                        "this kernel does not move pages in userfaultfd (Linux 6.8 and later do)"
+                    }
+                },
             ));
         }
         drop(probe);
@@ -147,13 +190,58 @@ impl Uffd {
         Ok(Uffd { fd, reach })
     }
 
-    /// From now on, touching what is not there of these pages is a fault for this descriptor.
-    pub(super) fn register(&self, address: usize, len: usize) -> io::Result<()> {
-        let mut arg = RegisterArg { range: range(address, len), mode: MODE_MISSING | MODE_MINOR, ioctls: 0 };
+    /// From now on, touching what is not there of these pages of shared memory is a fault for this descriptor.
+    pub(super) fn register_shared(&self, address: usize, len: usize) -> io::Result<()> {
+        self.register(address, len, MODE_MISSING | MODE_MINOR)
+    }
+
+    /// The same of anonymous memory, to which and from which pages are moved, and which can be protected.
+    pub(super) fn register_private(&self, address: usize, len: usize) -> io::Result<()> {
+        self.register(address, len, MODE_MISSING | MODE_PROTECT)
+    }
+
+    fn register(&self, address: usize, len: usize, mode: u64) -> io::Result<()> {
+        let mut arg = RegisterArg { range: range(address, len), mode, ioctls: 0 };
         // SAFETY: the argument is what UFFDIO_REGISTER takes; the kernel checks the range.
         match unsafe { self.ioctl(UFFDIO_REGISTER, (&raw mut arg).cast()) } {
             0 => Ok(()),
             errno => Err(io::Error::from_raw_os_error(errno)),
+        }
+    }
+
+    /// Moves pages from one registered range to missing pages of another, and wakes who waits for these. Nobody can have
+    /// written to a page that is moved without the write being moved with it.
+    pub(super) fn move_pages(&self, to: usize, from: usize, len: usize) -> Result<(), Partly> {
+        let (mut at, mut idle) = (0, 0);
+        while at < len {
+            let (to, from) = ((to + at) as u64, (from + at) as u64);
+            let mut arg = CopyArg { to, from, len: (len - at) as u64, mode: 0, copied: 0 };
+            // SAFETY: the argument is what UFFDIO_MOVE takes. Only the window, its shelf and its blocks are registered, about whose
+            // content Rust knows nothing, and the kernel refuses others.
+            let errno = unsafe { self.ioctl(UFFDIO_MOVE, (&raw mut arg).cast()) };
+            let moved = done(errno, arg.copied).map_err(|why| Partly { done: at, why })? as usize;
+            at += moved;
+            idle = if moved == 0 { idle + 1 } else { 0 };
+            if idle > MOVES_MAX {
+                return Err(Partly { done: at, why: Refused::Other(libc::EAGAIN) });
+            }
+            if idle > 0 {
+                std::thread::yield_now();
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes writing to these pages a fault for this descriptor, or lets it be again, and wakes who waits for them.
+    pub(super) fn protect(&self, address: usize, len: usize, protect: bool) -> Result<(), Refused> {
+        loop {
+            let mut arg = ProtectArg { range: range(address, len), mode: u64::from(protect) };
+            // SAFETY: the argument is what UFFDIO_WRITEPROTECT takes; the kernel checks the range.
+            match unsafe { self.ioctl(UFFDIO_WRITEPROTECT, (&raw mut arg).cast()) } {
+                0 => return Ok(()),
+                libc::EAGAIN => std::thread::yield_now(),
+                errno => return Err(Refused::Other(errno)),
+            }
         }
     }
 

@@ -8,10 +8,13 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::fetch::{Fate, Fetcher};
 use super::pager::count;
+use super::prefetch::Ahead;
 use super::uffd::Fault;
 
 /// How long it looks for something to do before it sleeps: about what waking it costs.
 const SPIN: Duration = Duration::from_micros(50);
+/// How long what is fetched ahead waits for room.
+const REST_MAX: Duration = Duration::from_millis(1);
 /// How often those are tried again whose content could not be had, where the kernel cannot poison pages.
 const AGAIN: Duration = Duration::from_secs(1);
 
@@ -23,6 +26,8 @@ pub(super) fn run(mut fetcher: Fetcher, number: usize) {
     // Each is one thread of the program that waits.
     let mut later: VecDeque<(u32, bool)> = VecDeque::new();
     let mut sick: Vec<(u32, bool)> = Vec::new();
+    // What is to be fetched when there is room, and since when.
+    let mut rest: Option<(Ahead, Instant)> = None;
     let (mut busy, mut healed) = (Instant::now(), Instant::now());
     while !pager.is_stopped() {
         let mut any = fetcher.poll();
@@ -39,7 +44,7 @@ pub(super) fn run(mut fetcher: Fetcher, number: usize) {
                 _ => any = true,
             }
         }
-        let read = if handles { pager.uffd.read(&mut faults) } else { 0 };
+        let read = if handles { pager.window.uffd.read(&mut faults) } else { 0 };
         for fault in &faults[..read] {
             any = true;
             let Some(page) = pager.window.page_of(fault.address) else { continue };
@@ -48,9 +53,13 @@ pub(super) fn run(mut fetcher: Fetcher, number: usize) {
             }
         }
         // One at a time: others take the next.
-        if let Some(ahead) = pager.asked.pop() {
-            any = true;
-            fetcher.prefetch(ahead);
+        if let Some((ahead, since)) = rest.take().or_else(|| Some((pager.asked.pop()?, Instant::now()))) {
+            let left = fetcher.prefetch(ahead);
+            any |= left != Some(ahead);
+            // What finds no room for long, or is overtaken by something else, is fetched when it is touched.
+            rest = left
+                .filter(|_| since.elapsed() < REST_MAX && pager.asked.is_empty())
+                .map(|left| (left, since));
         }
         if !sick.is_empty() && healed.elapsed() > AGAIN {
             healed = Instant::now();
@@ -58,7 +67,7 @@ pub(super) fn run(mut fetcher: Fetcher, number: usize) {
         }
         if any {
             busy = Instant::now();
-        } else if busy.elapsed() < SPIN {
+        } else if busy.elapsed() < SPIN || rest.is_some() {
             std::thread::yield_now();
         } else {
             sleep(&mut fetcher, number, handles, !later.is_empty() || !sick.is_empty());
@@ -74,13 +83,14 @@ pub(super) fn run(mut fetcher: Fetcher, number: usize) {
 fn serve(fetcher: &mut Fetcher, page: u32, write: bool, sick: &mut Vec<(u32, bool)>) -> Fate {
     let (fate, ahead) = fetcher.fault(page, write);
     if let Some(ahead) = ahead {
-        fetcher.prefetch(ahead);
+        // What there is no room for just now, another thread may fetch.
+        let _ = fetcher.prefetch(ahead).map(|rest| fetcher.pager.asked.push(rest));
     }
     if fate == Fate::Poisoned {
         let pager = &fetcher.pager;
         let address = pager.window.address_of(page);
         count(&pager.tallies.errors, 1);
-        if pager.uffd.poison(address, super::window::PAGE).is_err() {
+        if pager.window.uffd.poison(address, super::window::PAGE).is_err() {
             pager.pages.mark(page, 0, super::pages::POISONED);
             sick.push((page, write));
         }
@@ -97,7 +107,7 @@ fn sleep(fetcher: &mut Fetcher, number: usize, handles: bool, soon: bool) {
     let bell = PollFd::new(pager.fetchers[number].fd(), PollFlags::IN);
     let channel = fetcher.wait_fd();
     let channel = PollFd::new(&channel, PollFlags::IN);
-    let uffd = pager.uffd.as_fd();
+    let uffd = pager.window.uffd.as_fd();
     let mut fds = vec![bell, channel];
     if handles {
         fds.push(PollFd::new(&uffd, PollFlags::IN));

@@ -142,8 +142,13 @@ fn rows(
             0.8,
         ));
     }
-    let (scan, raw) = (medians.of("sequential", "mib_s")?, medians.of("raw sequential", "mib_s")?);
-    report.row(&against(case("scan"), ("rate", "MiB/s"), scan, ("transport", raw), scan / raw, 0.7));
+    let raw = medians.of("raw sequential", "mib_s")?;
+    for (what, measured) in
+        [("scan, into new memory", "sequential"), ("scan, half local", "sequential, half local")]
+    {
+        let scan = medians.of(measured, "mib_s")?;
+        report.row(&against(case(what), ("rate", "MiB/s"), scan, ("transport", raw), scan / raw, 0.7));
+    }
     for threads in [1, 2, 4, 8] {
         let rate = medians.of(&format!("{threads} threads"), "faults_s")?;
         report.row(&alone(case(&format!("faults, {threads} threads")), ("rate", "/s"), rate, None));
