@@ -37,7 +37,7 @@ async fn shrink(State(daemon): State<Arc<Daemon>>, Json(asked): Json<Shrink>) ->
 }
 
 async fn drain(State(daemon): State<Arc<Daemon>>, Json(asked): Json<Drain>) -> Answer<Vec<Name>> {
-    answer(daemon.drain(asked))
+    answer(daemon.drain(&asked))
 }
 
 async fn stop(State(daemon): State<Arc<Daemon>>) -> Answer<()> {

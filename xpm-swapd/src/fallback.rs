@@ -49,7 +49,7 @@ pub(crate) fn keep(
     match (header::look(path).at(format!("read {shown}"))?, made) {
         (Content::Ours(_) | Content::Swap, _) => {}
         (Content::Blank, Some(id)) => {
-            header::write(path, &id.0).at(format!("write the swap header of {shown}"))?
+            header::write(path, &id.0).at(format!("write the swap header of {shown}"))?;
         }
         (Content::Blank, None) => {
             return Err(Error::conflict(format!("{shown} is no swap: say `mkswap {shown}`, it is yours")));

@@ -17,7 +17,7 @@ use super::{Daemon, Seen};
 use crate::error::{Error, Step as _};
 use crate::os::header::{self, Content};
 use crate::os::{area, table};
-use crate::policy::AREA_LEN_MIN;
+use crate::policy::{AREA_LEN_MIN, step_after};
 use crate::state::{AreaId, Record, Stage};
 
 /// The label by which an allocation of this daemon is known.
@@ -103,7 +103,12 @@ impl Daemon {
         let device = path.clone();
         blocking(move || turn_on(Path::new(&device), id, priority, discard)).await?;
         let stage = Stage::On { boot: self.boot, path };
-        self.store.change(|state| state.set_stage(&record.name, stage.clone()))?;
+        self.store.change(|state| {
+            if record.origin == Origin::Step && record.stage == Stage::Making {
+                state.next_step = ByteSize(step_after(&self.rules, record.size.0));
+            }
+            state.set_stage(&record.name, stage.clone());
+        })?;
         Ok(Record { stage, ..record })
     }
 

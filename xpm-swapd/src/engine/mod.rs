@@ -1,12 +1,12 @@
 //! The daemon: one loop that looks, decides and begins what was decided; what takes time runs beside
 //! it, one area being made and one being taken away at most.
 //!
-//! * [`look`]: what there is, from the kernel, xpm-blk and the allocator.
-//! * [`make`]: an area, from a name to swap that is on.
-//! * [`leave`]: an area, from swap that is on to nothing.
-//! * [`orders`]: what is asked for by hand.
-//! * [`view`]: what the control interface shows.
-//! * [`housekeeping`]: settings, control groups, the last resort.
+//! * `look`: what there is, from the kernel, xpm-blk and the allocator.
+//! * `make`: an area, from a name to swap that is on.
+//! * `leave`: an area, from swap that is on to nothing.
+//! * `orders`: what is asked for by hand.
+//! * `view`: what the control interface shows.
+//! * `housekeeping`: settings, control groups, the last resort.
 
 mod housekeeping;
 mod leave;
@@ -180,7 +180,13 @@ impl Daemon {
         self.remember(&decision, standing.calm_since);
         self.tell_wish(&decision);
         if standing.next_step != state.next_step.0 {
-            self.store.change(|state| state.next_step.0 = standing.next_step)?;
+            let (before, next) = (state.next_step, standing.next_step);
+            // Unless a step came to an end meanwhile.
+            self.store.change(|state| {
+                if state.next_step == before {
+                    state.next_step.0 = next;
+                }
+            })?;
         }
         self.act(decision)
     }
@@ -193,7 +199,7 @@ impl Daemon {
         }
         match decision.wish {
             Wish::None if decision.action == Action::Hold && self.live().making.is_none() => {
-                self.well(make::GROW)
+                self.well(make::GROW);
             }
             Wish::None | Wish::Later => {}
             Wish::Forbidden => self.trouble(MAXIMUM, &decision.reason, None),

@@ -125,7 +125,7 @@ impl Daemon {
     ///
     /// # Errors
     /// When one is not there, or what they hold fits nowhere.
-    pub(crate) fn drain(self: &Arc<Daemon>, asked: Drain) -> Result<Vec<Name>, Error> {
+    pub(crate) fn drain(self: &Arc<Daemon>, asked: &Drain) -> Result<Vec<Name>, Error> {
         let state = self.store.get();
         let standing = self.standing(&state);
         let all = || standing.areas.iter().filter(|area| area.phase == Phase::On);

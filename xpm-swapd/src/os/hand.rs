@@ -3,7 +3,9 @@
 //! swapoff reads everything back, and takes as long as that takes; a thread of the daemon in it could
 //! not be told to stop. So a child does it, which is forked ahead of need and waits on a socket:
 //!
-//! * a signal makes it give up, and the area stays as it was;
+//! * a signal makes it give up, and the area stays as it was. The kernel looks for signals between two
+//!   processes whose pages it reads back (`try_to_unuse` in mm/swapfile.c), so with one large process it may
+//!   have come to its end before;
 //! * it ends with the daemon, and swapoff with it;
 //! * it has the daemon's OOM score and cgroup. The kernel still may choose it when memory runs out (it
 //!   prefers a process in swapoff, `oom_task_origin` in mm/oom_kill.c), which again leaves the area as

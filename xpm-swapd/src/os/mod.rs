@@ -3,7 +3,7 @@
 //! * [`table`]: `/proc/swaps` and `/proc/meminfo`, read.
 //! * [`pressure`]: `/proc/pressure/memory`, waited for.
 //! * [`header`]: the header of a swap area, and what else may be on a device.
-//! * [`area`]: swapon(2).
+//! * `area`: swapon(2).
 //! * [`hand`]: the process that does swapoff(2).
 
 pub mod area;

@@ -54,16 +54,17 @@ pub fn observe(rules: &Rules, standing: &mut Standing, reading: &Reading, action
     if wanted || *action != Action::Hold || standing.making || standing.leaving().is_some() {
         standing.calm_since = reading.now;
     }
-    match action {
-        Action::Make { size, origin: Origin::Step } => {
-            standing.next_step = (size * 2).clamp(rules.step, rules.step_max);
-        }
-        Action::Drain { cause: Cause::Calm, .. } => standing.next_step = rules.step,
-        Action::Make { .. } | Action::Drain { .. } | Action::Stay { .. } | Action::Hold => {}
+    if matches!(action, Action::Drain { cause: Cause::Calm, .. }) {
+        standing.next_step = rules.step;
     }
     if reading.now.saturating_sub(standing.calm_since) >= rules.shrink_after {
         standing.next_step = rules.step;
     }
+}
+
+/// The step after one of this size, in bytes: it counts when that one is on, not when it was refused.
+pub fn step_after(rules: &Rules, size: u64) -> u64 {
+    size.saturating_mul(2).clamp(rules.step, rules.step_max)
 }
 
 enum Verdict {
@@ -124,7 +125,17 @@ fn grow(rules: &Rules, standing: &Standing, reading: &Reading) -> Verdict {
         );
     }
     let step = standing.next_step.clamp(rules.step, rules.step_max);
-    make(rules, standing, reading, step, Origin::Step, reason)
+    match make(rules, standing, reading, step, Origin::Step, reason) {
+        // There is still some: that pressure asks for more than the operator allows is told by the decision alone.
+        Verdict::Not(Wish::Forbidden, reason) if !runs_low(rules, standing) => {
+            Verdict::Not(Wish::None, reason)
+        }
+        verdict => verdict,
+    }
+}
+
+fn runs_low(rules: &Rules, standing: &Standing) -> bool {
+    standing.free() < rules.free_below.of(standing.lasting_size())
 }
 
 /// Why more is wanted, if it is.

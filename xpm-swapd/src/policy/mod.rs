@@ -16,7 +16,7 @@ use xpm_protocol::policy::Amount;
 use xpm_protocol::units::{ByteSize, REGION_LEN_MIN};
 use xpm_protocol::{Name, api::swapd::Origin};
 
-pub use decide::{decide, observe};
+pub use decide::{decide, observe, step_after};
 
 /// Smallest area that is made, in bytes: the smallest region.
 pub const AREA_LEN_MIN: u64 = REGION_LEN_MIN;

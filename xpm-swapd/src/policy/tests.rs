@@ -82,6 +82,12 @@ fn steps_double_up_to_the_largest_and_the_maximum() {
         let decision = decide(&rules(), &standing, &at(1));
         let Action::Make { size, .. } = decision.action else { break };
         observe(&rules(), &mut standing, &at(1), &decision.action);
+        assert_eq!(
+            decide(&rules(), &standing, &at(1)),
+            decision,
+            "a step that was refused is not larger next"
+        );
+        standing.next_step = step_after(&rules(), size);
         sizes.push(size / MIB);
         standing.areas.push(area(number, size / MIB, size / MIB, Origin::Step));
     }
@@ -90,6 +96,15 @@ fn steps_double_up_to_the_largest_and_the_maximum() {
     assert_eq!(decision.action, Action::Hold);
     assert_eq!(decision.wish, Wish::Forbidden);
     assert!(decision.reason.contains("maximum of 1GiB"), "{}", decision.reason);
+}
+
+#[test]
+fn a_maximum_is_a_trouble_when_swap_runs_low_and_not_for_pressure_alone() {
+    let pressed = Reading { pressed: true, ..at(1) };
+    for (used, wish) in [(600, Wish::None), (900, Wish::Forbidden)] {
+        let full = standing(vec![area(1, 1024, used, Origin::Base)]);
+        assert_eq!(decide(&rules(), &full, &pressed).wish, wish, "{used}");
+    }
 }
 
 #[test]
@@ -251,8 +266,11 @@ impl Machine {
     fn finish(&mut self) {
         let Some((_, action)) = self.job.take_if(|(due, _)| *due <= self.now) else { return };
         match action {
-            Action::Make { .. } => {
+            Action::Make { size, origin } => {
                 self.standing.making = false;
+                if origin == Origin::Step {
+                    self.standing.next_step = step_after(&self.rules, size);
+                }
                 self.standing.areas.iter_mut().for_each(|area| {
                     if area.phase == Phase::NotOn {
                         area.phase = Phase::On;
