@@ -97,6 +97,22 @@ TOML
     wait_for 30 xpm blk list
 }
 
+# on_host kill|restart NAME [SECONDS]: has the host's daemon NAME (allocator, appliance-1, appliance-2) killed as by
+# kill -9, or ended in order, and started again after so many seconds (0); what the appliance holds is kept for it, as
+# systemd does. Waits until the next life is ready. Different daemons may be replaced by several processes at once.
+on_host() {
+    local lives=/run/lab/lives/$2 before
+    read -r before <"$lives"
+    printf '\n@lab %s %s %s\n' "$1" "$2" "${3:-0}"
+    wait_for 120 lives_more "$lives" "$before"
+}
+
+lives_more() {
+    local now
+    read -r now <"$1"
+    [ "$now" -gt "$2" ]
+}
+
 # attach NAME SIZE FORM [OPTION...]: makes an allocation, with further options of
 # `xpm alloc create`, and shows it, over $transport where that is set; $device is its path then.
 attach() {

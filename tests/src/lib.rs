@@ -118,6 +118,11 @@ impl Daemon {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }
 
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Whether it runs.
     pub fn is_alive(&mut self) -> bool {
         matches!(self.child.try_wait(), Ok(None))
@@ -249,7 +254,7 @@ impl Cluster {
             .zip(&arguments)
             .map(|(index, arguments)| start_appliance(dir.path(), index, arguments, managers.get(index)));
         let appliances = daemons.collect();
-        let blk = start_blk(dir.path(), "blk", &url_of(port));
+        let blk = start_blk(dir.path(), "blk", &url_of(port), "");
         let cluster = Cluster {
             blk,
             appliances,
@@ -341,13 +346,24 @@ impl Cluster {
 
     /// Kills xpm-blk and starts it again.
     pub fn restart_blk(&mut self) {
+        self.restart_blk_with("");
+    }
+
+    /// The same with more lines in its configuration.
+    pub fn restart_blk_with(&mut self, settings: &str) {
         self.blk.kill();
-        self.blk = start_blk(self.dir.path(), "blk", &self.allocator_url());
+        self.blk = start_blk(self.dir.path(), "blk", &self.allocator_url(), settings);
+    }
+
+    /// Starts one more xpm-blk with the configuration of the one that serves; where that is not waited for.
+    pub fn another_blk(&self) -> Daemon {
+        let config = self.dir.path().join("blk.toml").display().to_string();
+        Daemon::start(self.dir.path(), "blk", "xpm-blk", &["--config".to_owned(), config])
     }
 
     /// Starts xpm-blk of another client.
     pub fn second_client(&self) -> Daemon {
-        start_blk(self.dir.path(), "blk2", &self.allocator_url())
+        start_blk(self.dir.path(), "blk2", &self.allocator_url(), "")
     }
 
     /// Runs the operator's command at the host of the second client.
@@ -498,10 +514,10 @@ fn start_appliance(
     daemon
 }
 
-fn start_blk(dir: &Path, name: &str, allocator: &str) -> Daemon {
+fn start_blk(dir: &Path, name: &str, allocator: &str, settings: &str) -> Daemon {
     let (config, control) = (dir.join(format!("{name}.toml")), dir.join(format!("{name}.sock")));
     let text = format!(
-        "allocator = \"{allocator}\"\ncontrol = \"{}\"\nstate = \"{}\"\nallow-unsafe-swap = true\n",
+        "allocator = \"{allocator}\"\ncontrol = \"{}\"\nstate = \"{}\"\nallow-unsafe-swap = true\n{settings}\n",
         control.display(),
         dir.join(name).display()
     );

@@ -44,7 +44,7 @@ impl Several {
             start_appliance(dir.path(), index, &appliance_arguments(dir.path(), index, &urls), None)
         });
         let appliances = appliances.collect();
-        let blk = start_blk(dir.path(), "blk", &urls);
+        let blk = start_blk(dir.path(), "blk", &urls, "");
         let several = Several { blk, appliances, allocators, etcd, ports, dir };
         several.wait_up();
         several

@@ -21,6 +21,9 @@ const DEPTHS: std::ops::RangeInclusive<u16> = 1..=1024;
 /// Fewest and most queues of one device.
 const QUEUES: std::ops::RangeInclusive<u16> = 1..=64;
 
+/// Shortest and longest `hang-limit`, in seconds.
+const HANG_LIMITS: std::ops::RangeInclusive<u64> = 3..=3600;
+
 /// The configuration, with every default filled in.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
@@ -52,6 +55,14 @@ pub struct Config {
     /// How long the process waits for the users of its devices after the first SIGTERM, before a
     /// second one makes it end in spite of them.
     pub stop_limit: Span,
+    /// Keep a second process ready that goes on when this one dies; by default where the kernel's ublk devices can outlive
+    /// their server.
+    pub standby: Option<bool>,
+    /// Memory that a standby holds to give it back to the kernel when it has to go on.
+    pub standby_reserve: ByteSize,
+    /// How long a thread of the data plane, the process that serves or the one that stands by may be silent before it is
+    /// killed, and another one goes on; in whole seconds.
+    pub hang_limit: Span,
     /// Show devices that can carry swap although the process is not safe for it.
     pub allow_unsafe_swap: bool,
     /// Devices that are attached at start.
@@ -74,6 +85,9 @@ impl Default for Config {
             forbid_transports: Vec::new(),
             connect_limit: Span(Duration::from_secs(10)),
             stop_limit: Span(Duration::from_secs(30)),
+            standby: None,
+            standby_reserve: ByteSize(32 << 20),
+            hang_limit: Span(Duration::from_secs(20)),
             allow_unsafe_swap: false,
             device: Vec::new(),
         }
@@ -120,6 +134,12 @@ impl Config {
         if self.spin.0 > Duration::from_millis(10) {
             return Err(format!("`spin` is {}; it can be 0s to 10ms", self.spin));
         }
+        if !HANG_LIMITS.contains(&self.hang_limit.0.as_secs()) {
+            return Err(format!("`hang-limit` is {}; it can be 3s to 1h", self.hang_limit));
+        }
+        if self.standby_reserve.0 > 4 << 30 {
+            return Err(format!("`standby-reserve` is {}; it can be 0B to 4GiB", self.standby_reserve));
+        }
         for (key, path) in [("control", &self.control), ("state", &self.state)] {
             if !path.is_absolute() {
                 return Err(format!("`{key}` is {}; give an absolute path", path.display()));
@@ -156,6 +176,11 @@ impl Config {
     /// others from running.
     pub fn spin(&self) -> Duration {
         if cores() == 1 { Duration::ZERO } else { self.spin.0 }
+    }
+
+    /// Looks, one in each second, without a sign of life after which somebody hangs.
+    pub(crate) fn silence_max(&self) -> u32 {
+        self.hang_limit.0.as_secs() as u32
     }
 
     /// Threads that serve NBD sockets.
@@ -218,6 +243,9 @@ mod tests {
             forbid-transports = ["rdma"]
             connect-limit = "3s"
             stop-limit = "1m"
+            standby = true
+            standby-reserve = "16MiB"
+            hang-limit = "10s"
             allow-unsafe-swap = true
             [[device]]
             name = "pool"
@@ -264,6 +292,8 @@ mod tests {
             ("buffer = 5", ["`buffer`", "1MiB to 1GiB"]),
             ("spin = \"1s\"", ["`spin`", "10ms"]),
             ("state = \"here\"", ["`state`", "absolute"]),
+            ("hang-limit = \"2s\"", ["`hang-limit`", "3s to 1h"]),
+            ("standby-reserve = \"5GiB\"", ["`standby-reserve`", "4GiB"]),
             ("[[device]]\nname = \"a\"\nas = \"ublk\"\ndepth = 5000", ["device a", "1 to 1024"]),
             ("[[device]]\nname=\"a\"\nas=\"ublk\"\n[[device]]\nname=\"a\"\nas=\"nbd\"", ["a", "twice"]),
         ] {

@@ -1,7 +1,8 @@
 //! xpm-blk: shows allocations of external memory as block devices.
 //!
 //! * [`config`] and [`lifecycle`]: from the command line to a running daemon and its end.
-//! * [`safety`]: what makes the process fit to serve swap.
+//! * [`xpm_safety`]: what makes the process fit to serve swap.
+//! * [`standby`]: the second process, which goes on when this one dies.
 //! * [`daemon`] and [`control`]: which allocations are shown, and how that is changed.
 //! * [`frontend`]: the forms in which they are shown.
 //!
@@ -14,11 +15,12 @@ pub mod daemon;
 pub mod error;
 pub mod frontend;
 pub mod lifecycle;
-pub mod safety;
 pub mod spin;
+pub mod standby;
 
 mod export;
 mod records;
 mod show;
 mod sysfs;
 mod usage;
+mod watch;

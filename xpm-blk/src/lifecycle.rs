@@ -14,16 +14,19 @@ use xpm_control::server::{Limits, Server as ControlServer, answers};
 use xpm_control::shutdown::Shutdown;
 use xpm_control::token::Token;
 use xpm_control::{error_line, host, random};
+use xpm_protocol::HostId;
 use xpm_protocol::api::ErrorKind;
+use xpm_safety as safety;
 use xpm_transport::nbd::server::{Server, ServerOptions};
 
 use crate::config::Config;
 use crate::control;
-use crate::daemon::{Daemon, Parts, lookout};
+use crate::daemon::{self, Daemon, lookout};
 use crate::error::{DeviceError, Step};
 use crate::frontend::ublk;
-use crate::records::Records;
-use crate::safety;
+use crate::records::{Records, Taken};
+use crate::standby::keeper::{self, Keeper};
+use crate::standby::waiting::{Outcome, Post, nobody};
 
 /// Stack of a thread of the data plane, in bytes; all of it is locked.
 pub(crate) const STACK_LEN: usize = 256 << 10;
@@ -35,41 +38,142 @@ const BLOCKING_THREADS_MAX: usize = 32;
 const OPEN_LIMIT: Duration = Duration::from_secs(5);
 /// How long a request waits where there are several allocators and none leads.
 const LEADER_LIMIT: Duration = Duration::from_secs(8);
+/// Threads that may block which are there from the start, and how long idle ones stay: for ever.
+const THREADS_READY: usize = 4;
+const KEEP_ALIVE: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+/// How long what was taken over is served before a standby for this process is started: a service manager has started one
+/// by then that wants to serve, and is one.
+const STANDBY_DELAY: Duration = Duration::from_secs(5);
+/// How long a process whose state directory is another one's looks for that one, and its pause between two looks.
+const SUCCESSION_LIMIT: Duration = Duration::from_secs(10);
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// How often the users of devices are looked at while the process waits for them to end.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
-/// Runs the daemon until it is told to end. Must be called while the process has one thread.
+/// Runs the daemon until it is told to end: at once, or, with `stands_by`, as the standby of the process at standard
+/// input. Where another process serves with the same state, this one becomes its successor. Must be called while the
+/// process has one thread.
 ///
 /// # Errors
-/// Why it cannot start, in one line.
-pub fn run(config: Config) -> Result<(), DeviceError> {
+/// Why it cannot start, or is not wanted, in one line.
+pub fn run(config: Config, stands_by: bool) -> Result<(), DeviceError> {
     config.check().map_err(|error| DeviceError::new(ErrorKind::Invalid, error))?;
-    safety::set_up();
+    let mut post = stands_by.then(Post::of_parent).transpose()?;
+    safety::set_up("xpm-blk");
+    xpm_control::log::detach().at("start a thread for the log")?;
     if let Some(missing) = safety::missing(&safety::items()) {
         tracing::warn!("not safe for swap: {missing}");
     }
     let runtime = runtime().at("start the control plane")?;
-    runtime.block_on(serve(config))
+    let ended = serve_or_wait(&runtime, &config, &mut post);
+    xpm_control::log::flush();
+    ended
+}
+
+fn serve_or_wait(runtime: &Runtime, config: &Config, post: &mut Option<Post>) -> Result<(), DeviceError> {
+    let parts = runtime.block_on(async { parts(config) })?;
+    runtime.block_on(warm_up());
+    let started = Instant::now();
+    loop {
+        let waits = match post.take() {
+            Some(post) => post,
+            None => match Records::open(&config.state)? {
+                Taken::Mine(records) => return runtime.block_on(serve(parts, Origin::new(records))),
+                Taken::Others => match Post::of_successor(&config.state)? {
+                    Some(post) => post,
+                    None if started.elapsed() > SUCCESSION_LIMIT => return Err(nobody(&config.state)),
+                    None => {
+                        std::thread::sleep(LOOK_AGAIN);
+                        continue;
+                    }
+                },
+            },
+        };
+        match waits.wait(config) {
+            Outcome::GoOn(left) => {
+                let records = Records::inherit(&config.state, left.lock, left.client, left.records);
+                let origin = Origin { records, takes_over: true, ends: left.ends };
+                return runtime.block_on(serve(parts, origin));
+            }
+            Outcome::LookAgain => std::thread::sleep(LOOK_AGAIN),
+            Outcome::End(why) => return Err(DeviceError::new(ErrorKind::Conflict, why)),
+        }
+    }
+}
+
+/// Where a process begins.
+struct Origin {
+    records: Records,
+    /// Its devices have users who wait.
+    takes_over: bool,
+    /// It was told to end before it began.
+    ends: bool,
+}
+
+impl Origin {
+    const fn new(records: Records) -> Origin {
+        Origin { records, takes_over: false, ends: false }
+    }
+}
+
+/// What a process has before it has the state directory.
+struct Parts {
+    config: Config,
+    allocator: Client,
+    token: Option<Token>,
+    server: Server,
+    host: HostId,
+    host_name: String,
+    /// Whether this process is to have a standby.
+    standby: bool,
 }
 
 fn runtime() -> std::io::Result<Runtime> {
     Builder::new_multi_thread()
         .worker_threads(2)
         .max_blocking_threads(BLOCKING_THREADS_MAX)
+        .thread_keep_alive(KEEP_ALIVE)
         .thread_stack_size(CONTROL_STACK_LEN)
         .thread_name("xpm-control")
         .enable_all()
         .build()
 }
 
-async fn serve(config: Config) -> Result<(), DeviceError> {
+/// Has the threads started that may block.
+async fn warm_up() {
+    let all_there = Arc::new(std::sync::Barrier::new(THREADS_READY));
+    let threads: Vec<_> = (0..THREADS_READY)
+        .map(|_| {
+            let all_there = Arc::clone(&all_there);
+            tokio::task::spawn_blocking(move || drop(all_there.wait()))
+        })
+        .collect();
+    for thread in threads {
+        let _ = thread.await;
+    }
+}
+
+async fn serve(parts: Parts, origin: Origin) -> Result<(), DeviceError> {
     let mut shutdown = Shutdown::catch().at("catch signals")?;
     let manager = Manager::from_environment();
-    let listener = listen(&config.control)?;
-    let stop_limit = config.stop_limit.0;
-    let daemon = Arc::new(Daemon::new(parts(config)?));
-    ublk::remove_orphans().iter().for_each(|line| tracing::warn!("{line}"));
-    daemon.restore()?;
+    let (control_path, stop_limit) = (parts.config.control.clone(), parts.config.stop_limit.0);
+    let Origin { records, takes_over, ends } = origin;
+    // What is taken over comes before the socket, which is a file; a process that begins looks first whether it may
+    // have that.
+    let listener = (!takes_over).then(|| listen(&control_path)).transpose()?;
+    let daemon = Arc::new(Daemon::new(daemon_parts(parts, records, takes_over)?));
+    if takes_over {
+        daemon.take_over().await;
+    }
+    match daemon.restore() {
+        // What is served goes on being served, come what may.
+        Err(error) if takes_over => tracing::error!("{error}"),
+        restored => restored?,
+    }
+    let listener = match listener {
+        Some(listener) => listener,
+        None => listen_in_the_end(&control_path).await,
+    };
     let lookout = tokio::spawn(lookout::run(Arc::clone(&daemon)));
     let follower = tokio::spawn(lookout::follow(Arc::clone(&daemon)));
     let routes = control::routes(Arc::clone(&daemon));
@@ -78,17 +182,35 @@ async fn serve(config: Config) -> Result<(), DeviceError> {
     if let Some(manager) = &manager {
         manager.ready("Shows external memory as block devices");
     }
+    let ending = Ending { daemon: &daemon, limit: stop_limit, manager: manager.as_ref() };
     tokio::select! {
-        () = server.serve(listener, end(&daemon, &mut shutdown, stop_limit, manager.as_ref())) => {}
+        () = server.serve(listener, ending.wait(&mut shutdown, ends)) => {}
         () = prove_alive(manager.as_ref(), || answers(routes.clone(), "/v1/status")) => {}
     }
     lookout.abort();
     follower.abort();
-    let work = tokio::task::spawn_blocking(move || daemon.take_all_away());
+    let work = tokio::task::spawn_blocking(move || {
+        daemon.keeper().stop();
+        daemon.take_all_away();
+    });
     if work.await.is_err() {
         tracing::error!("some devices could not be taken away");
     }
     Ok(())
+}
+
+/// For a process that others depend on already.
+async fn listen_in_the_end(control: &Path) -> Listener {
+    let mut said = false;
+    loop {
+        match listen(control) {
+            Ok(listener) => return listener,
+            Err(error) if !said => tracing::error!("{error}; trying again"),
+            Err(_) => {}
+        }
+        said = true;
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
 }
 
 fn listen(control: &Path) -> Result<Listener, DeviceError> {
@@ -100,14 +222,12 @@ fn listen(control: &Path) -> Result<Listener, DeviceError> {
         .map_err(|error| DeviceError::new(ErrorKind::Conflict, error_line(&error)))
 }
 
-fn parts(config: Config) -> Result<Parts, DeviceError> {
+fn parts(config: &Config) -> Result<Parts, DeviceError> {
     let invalid = |line: String| DeviceError::new(ErrorKind::Invalid, line);
     let token = config.token_file.as_deref().map(Token::load).transpose();
     let token = token.map_err(|error| invalid(error_line(&error)))?;
     let allocator =
         Client::one_of(&config.allocator, token.clone()).map_err(|error| invalid(error_line(&error)))?;
-    let records = Records::open(&config.state)?;
-    let client = records.client_id(random::u128().at("make a client id")?)?;
     let server = Server::start(ServerOptions {
         name: "xpm-nbd",
         loops: usize::from(config.threads()),
@@ -116,47 +236,92 @@ fn parts(config: Config) -> Result<Parts, DeviceError> {
         ..ServerOptions::default()
     })
     .at("start the threads for NBD sockets")?;
-    let owner = Owner {
-        client,
-        host: host::host_id().at("find out which kernel this is")?,
-        host_name: host::host_name().at("find out the host's name")?,
+    Ok(Parts {
+        config: config.clone(),
         allocator: allocator.with_patience(LEADER_LIMIT),
         token,
-    };
-    Ok(Parts { owner, records, server, config })
+        server,
+        host: host::host_id().at("find out which kernel this is")?,
+        host_name: host::host_name().at("find out the host's name")?,
+        standby: config.standby.unwrap_or_else(ublk::can_recover),
+    })
 }
 
-/// Resolves when the process may end: told so, and nobody uses a device that it serves; or told so
-/// a second time, `limit` or more after the first.
-async fn end(daemon: &Arc<Daemon>, shutdown: &mut Shutdown, limit: Duration, manager: Option<&Manager>) {
-    let signal = shutdown.signalled().await;
-    if let Some(manager) = manager {
-        manager.stopping();
-    }
-    let told = Instant::now();
-    let mut said = Vec::new();
+fn daemon_parts(parts: Parts, records: Records, takes_over: bool) -> Result<daemon::Parts, DeviceError> {
+    let Parts { config, allocator, token, server, host, host_name, standby } = parts;
+    let client = records.client_id(random::u128().at("make a client id")?)?;
+    let records = Arc::new(records);
+    let settings = keeper::Settings {
+        standby,
+        silence_max: config.silence_max(),
+        state: config.state.clone(),
+        client,
+        delay: if takes_over { STANDBY_DELAY } else { Duration::ZERO },
+    };
+    let keeper = Keeper::start(settings, Arc::clone(&records))?;
+    let owner = Owner { client, host, host_name, allocator, token };
+    Ok(daemon::Parts { owner, records, keeper, server, config })
+}
+
+/// Ends the process as it stands, so that another one can go on. Not by `abort`: the kernel would wait until every thread
+/// is there for the core dump, and one that hangs is why this is called.
+pub(crate) fn die() -> ! {
+    xpm_control::log::flush();
     loop {
-        let in_use = in_use(daemon).await;
-        if in_use.is_empty() {
-            return;
+        let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+    }
+}
+
+/// How the process comes to its end.
+struct Ending<'a> {
+    daemon: &'a Arc<Daemon>,
+    /// How long after the first signal a second one counts.
+    limit: Duration,
+    manager: Option<&'a Manager>,
+}
+
+impl Ending<'_> {
+    /// Resolves when the process may end: told so, and nobody uses a device that it serves; or told so
+    /// a second time, the limit or more after the first. While devices are in use, and a standby is ready, that one goes
+    /// on with them, and the process ends by itself; one that was `told` by its predecessor leaves it to nobody.
+    async fn wait(self, shutdown: &mut Shutdown, told: bool) {
+        let signal = if told { "its predecessor was told to end" } else { shutdown.signalled().await };
+        if let Some(manager) = self.manager {
+            manager.stopping();
         }
-        if in_use != said {
-            tracing::warn!(
-                "{signal}: not ending while devices are in use ({}); free them, or signal again after {limit:?} to end in \
-                 spite of them",
-                in_use.join("; ")
-            );
-            if let Some(manager) = manager {
-                manager.status(&format!("Told to end; waits until nobody uses {}", in_use.join("; ")));
-            }
-            said = in_use;
-        }
-        tokio::select! {
-            _ = shutdown.signalled() => if told.elapsed() >= limit {
-                tracing::error!("{signal} again: ending although devices are in use");
+        let since = Instant::now();
+        let mut said = Vec::new();
+        loop {
+            let in_use = in_use(self.daemon).await;
+            if in_use.is_empty() {
                 return;
-            },
-            () = tokio::time::sleep(LOOK_EVERY) => {}
+            }
+            if !told {
+                self.daemon.keeper().leave();
+            }
+            if in_use != said {
+                self.say(signal, &in_use);
+                said = in_use;
+            }
+            tokio::select! {
+                _ = shutdown.signalled() => if since.elapsed() >= self.limit {
+                    tracing::error!("signalled again: ending although devices are in use");
+                    return;
+                },
+                () = tokio::time::sleep(LOOK_EVERY) => {}
+            }
+        }
+    }
+
+    fn say(&self, signal: &str, in_use: &[String]) {
+        tracing::warn!(
+            "{signal}: not ending while devices are in use ({}) and no standby goes on with them; free them, or signal again \
+             after {:?} to end in spite of them",
+            in_use.join("; "),
+            self.limit
+        );
+        if let Some(manager) = self.manager {
+            manager.status(&format!("Told to end; waits until nobody uses {}", in_use.join("; ")));
         }
     }
 }

@@ -36,6 +36,9 @@ struct Args {
     /// Only checks the configuration
     #[arg(long)]
     check: bool,
+    /// Goes on when the process at standard input dies; for xpm-blk itself
+    #[arg(long, hide = true)]
+    stand_by: bool,
 }
 
 fn main() -> ExitCode {
@@ -50,14 +53,14 @@ fn main() -> ExitCode {
 }
 
 fn run(args: Args) -> anyhow::Result<()> {
-    let checked = args.check;
+    let (checked, stands_by) = (args.check, args.stand_by);
     let config = configure(args)?;
     config.check().map_err(anyhow::Error::msg).context("configuration")?;
     if checked {
         println!("the configuration is good");
         return Ok(());
     }
-    Ok(lifecycle::run(config)?)
+    Ok(lifecycle::run(config, stands_by)?)
 }
 
 fn configure(args: Args) -> anyhow::Result<Config> {

@@ -6,10 +6,13 @@
 //!
 //! A file is written beside its place, synced and renamed over it, so that it is whole at any time.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
@@ -19,9 +22,17 @@ use xpm_protocol::api::blk::AttachDevice;
 use xpm_protocol::{ClientId, Name};
 
 use crate::error::{DeviceError, Step};
+use crate::frontend::first_generation;
 
-/// Version 1: the first. 2: with a change that is being carried out.
-const VERSION: u32 = 2;
+/// Version 1: the first. 2: with a change that is being carried out. 3: with a generation, and ublk devices that outlive
+/// their server.
+pub(crate) const VERSION: u32 = 3;
+
+/// Numbers of connections between the first ones of two lives of a device. A life uses as many beyond the seconds that
+/// it lasts only if an appliance that can be reached sends it away again and again.
+const LIFE_GENERATIONS: u32 = 1 << 12;
+/// The same, where lives may have begun that were not written down.
+const LIVES_GENERATIONS: u32 = 1 << 16;
 
 /// An allocation that is shown, with all that is needed to show it again.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,6 +44,9 @@ pub(crate) struct Record {
     pub(crate) map: Map,
     /// Number of the device's connections, for forms whose connections outlive the process.
     pub(crate) session: u128,
+    /// Number of the first of the connections of this life of the device: higher than all of those before.
+    #[serde(default)]
+    pub(crate) generation: u32,
     /// Number of the kernel's device, to be had again.
     pub(crate) number: Option<u32>,
     /// A change of the map of which it is not known whether it holds: all is copied, and writes go to both places.
@@ -42,8 +56,27 @@ pub(crate) struct Record {
 
 impl Record {
     pub(crate) fn new(request: AttachDevice, map: Map, session: u128) -> Record {
-        Record { version: VERSION, request, map, session, number: None, change: None }
+        let generation = first_generation();
+        Record { version: VERSION, request, map, session, generation, number: None, change: None }
     }
+
+    /// Another process shows it from here on. `told` is how it knows of the life before.
+    pub(crate) fn begin_life(&mut self, told: Told) {
+        let past = match told {
+            Told::ByItself => LIFE_GENERATIONS,
+            Told::ByDisk => LIVES_GENERATIONS,
+        };
+        self.generation = first_generation().max(self.generation.saturating_add(past));
+    }
+}
+
+/// Who told a process what the one before it did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Told {
+    /// That process.
+    ByItself,
+    /// What is on disk, where the last lives may not be.
+    ByDisk,
 }
 
 #[derive(Deserialize)]
@@ -51,19 +84,40 @@ struct AnyRecord {
     version: u32,
 }
 
-/// The state directory, held by this process alone.
-#[derive(Debug)]
+/// The state directory, held by this process alone; or by it and the one standby that goes on when it dies.
 pub(crate) struct Records {
     directory: PathBuf,
-    _lock: File,
+    lock: File,
+    client: OnceLock<ClientId>,
+    kept: Mutex<Kept>,
+}
+
+/// What is on disk, and who follows it.
+#[derive(Default)]
+struct Kept {
+    records: BTreeMap<Name, Record>,
+    followers: Vec<Box<dyn Follower>>,
+}
+
+/// Hears of every change before whoever makes it goes on.
+pub(crate) trait Follower: Send {
+    /// A record is kept from now on as it is here. False when the follower is gone.
+    fn kept(&mut self, record: &Record) -> bool;
+    /// A record is no longer kept.
+    fn removed(&mut self, name: &Name) -> bool;
+}
+
+/// Whose the state directory is.
+pub(crate) enum Taken {
+    /// This process's.
+    Mine(Records),
+    /// Another one's.
+    Others,
 }
 
 impl Records {
     /// Opens the directory, which is made with mode 0700 if it is not there. Blocks.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Conflict`] when another process uses it.
-    pub(crate) fn open(directory: &Path) -> Result<Records, DeviceError> {
+    pub(crate) fn open(directory: &Path) -> Result<Taken, DeviceError> {
         let at = || format!("open the state directory {}", directory.display());
         fs::DirBuilder::new().recursive(true).mode(0o700).create(directory.join("devices")).at(at())?;
         let lock = OpenOptions::new()
@@ -74,20 +128,62 @@ impl Records {
             .open(directory.join("lock"))
             .at(at())?;
         match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(Records { directory: directory.to_owned(), _lock: lock }),
-            Err(rustix::io::Errno::WOULDBLOCK) => {
-                let what = format!(
-                    "the state directory {} is in use by another xpm-blk: give each its own `state`",
-                    directory.display()
-                );
-                Err(DeviceError::new(ErrorKind::Conflict, what))
-            }
+            Ok(()) => Ok(Taken::Mine(Records {
+                directory: directory.to_owned(),
+                lock,
+                client: OnceLock::new(),
+                kept: Mutex::default(),
+            })),
+            Err(rustix::io::Errno::WOULDBLOCK) => Ok(Taken::Others),
             Err(error) => Err(io::Error::from(error).at(at())),
         }
     }
 
-    /// This client's id; made from `random` the first time. Blocks.
+    /// The directory as a process left it that has died, with the lock that it gave to this one. Reads nothing.
+    pub(crate) fn inherit(
+        directory: &Path,
+        lock: OwnedFd,
+        client: ClientId,
+        records: BTreeMap<Name, Record>,
+    ) -> Records {
+        let kept = Mutex::new(Kept { records, followers: Vec::new() });
+        Records { directory: directory.to_owned(), lock: lock.into(), client: OnceLock::from(client), kept }
+    }
+
+    /// The lock of the directory: who has it, or has been given it by one who had it, may go on when that one is dead.
+    pub(crate) fn lock(&self) -> BorrowedFd<'_> {
+        self.lock.as_fd()
+    }
+
+    /// Tells a follower of all records, and of each change from now on.
+    pub(crate) fn follow(&self, mut follower: Box<dyn Follower>) {
+        let mut kept = self.kept();
+        if kept.records.values().all(|record| follower.kept(record)) {
+            kept.followers.push(follower);
+        }
+    }
+
+    /// While what it returns lives, no change is written or told to anybody: whoever makes one waits.
+    pub(crate) fn freeze(&self) -> impl Sized + '_ {
+        self.kept()
+    }
+
+    fn kept(&self) -> MutexGuard<'_, Kept> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// This client's id; made from `random` the first time. Blocks, unless it is known.
     pub(crate) fn client_id(&self, random: u128) -> Result<ClientId, DeviceError> {
+        match self.client.get() {
+            Some(client) => Ok(*client),
+            None => {
+                let client = self.read_client_id(random)?;
+                Ok(*self.client.get_or_init(|| client))
+            }
+        }
+    }
+
+    fn read_client_id(&self, random: u128) -> Result<ClientId, DeviceError> {
         let path = self.directory.join("client-id");
         let at = || format!("read {}", path.display());
         match fs::read_to_string(&path) {
@@ -104,11 +200,26 @@ impl Records {
         }
     }
 
-    /// Every record. A file that is none is left where it is, and logged. Blocks.
+    /// Every record: as it was given to this process, or else as it is on disk. A file that is none is left where it
+    /// is, and logged. Blocks.
     ///
     /// # Errors
     /// When a record is of a newer version of xpm-blk.
     pub(crate) fn load(&self) -> Result<Vec<Record>, DeviceError> {
+        let records = self.read()?;
+        let mut kept = self.kept();
+        for record in &records {
+            kept.records.entry(record.request.name.clone()).or_insert_with(|| record.clone());
+        }
+        Ok(records)
+    }
+
+    /// What this process was given.
+    pub(crate) fn inherited(&self) -> Vec<Record> {
+        self.kept().records.values().cloned().collect()
+    }
+
+    fn read(&self) -> Result<Vec<Record>, DeviceError> {
         let directory = self.directory.join("devices");
         let entries = fs::read_dir(&directory).at(format!("read {}", directory.display()))?;
         let paths = entries.flatten().map(|entry| entry.path());
@@ -133,23 +244,31 @@ impl Records {
         Ok(records)
     }
 
-    /// Keeps a record. Blocks until it is on disk.
+    /// Keeps a record. Blocks until it is on disk, and until whoever follows has been told.
     pub(crate) fn save(&self, record: &Record) -> Result<(), DeviceError> {
-        let path = self.path(&record.request.name);
+        let name = &record.request.name;
         let record = Record { version: VERSION, ..record.clone() };
         let text = serde_json::to_vec_pretty(&record).map_err(io::Error::from).at("write a record")?;
-        self.write(&path, &text)
+        let mut kept = self.kept();
+        self.write(&self.path(name), &text)?;
+        kept.followers.retain_mut(|follower| follower.kept(&record));
+        kept.records.insert(name.clone(), record);
+        Ok(())
     }
 
     /// Forgets a record. Blocks.
     pub(crate) fn remove(&self, name: &Name) -> Result<(), DeviceError> {
         let path = self.path(name);
+        let mut kept = self.kept();
         match fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(error.at(format!("remove {}", path.display())))
+                return Err(error.at(format!("remove {}", path.display())));
             }
-            _ => Ok(()),
+            _ => {}
         }
+        kept.records.remove(name);
+        kept.followers.retain_mut(|follower| follower.removed(name));
+        Ok(())
     }
 
     fn path(&self, name: &Name) -> PathBuf {
@@ -170,12 +289,15 @@ impl Records {
     }
 }
 
-enum Unreadable {
+/// Why a text is no record for this program.
+#[derive(Debug)]
+pub(crate) enum Unreadable {
     Newer(u32),
     Malformed(serde_json::Error),
 }
 
-fn parse(text: &str) -> Result<Record, Unreadable> {
+/// A record of this version, or of an older one.
+pub(crate) fn parse(text: &str) -> Result<Record, Unreadable> {
     let AnyRecord { version } = serde_json::from_str(text).map_err(Unreadable::Malformed)?;
     if version > VERSION {
         return Err(Unreadable::Newer(version));
@@ -192,6 +314,13 @@ mod tests {
     use xpm_protocol::{AllocationId, Epoch, Layout};
 
     use super::*;
+
+    fn open(directory: &Path) -> Records {
+        match Records::open(directory).unwrap() {
+            Taken::Mine(records) => records,
+            Taken::Others => panic!("it is another one's"),
+        }
+    }
 
     fn record(name: &str) -> Record {
         let text = format!("{{\"name\":\"{name}\",\"as\":\"ublk\"}}");
@@ -213,7 +342,7 @@ mod tests {
     #[test]
     fn what_is_kept_comes_back_and_is_secret() {
         let directory = tempfile::tempdir().unwrap();
-        let records = Records::open(directory.path()).unwrap();
+        let records = open(directory.path());
         records.save(&record("a")).unwrap();
         records.save(&Record { number: Some(3), ..record("a") }).unwrap();
         records.save(&record("b")).unwrap();
@@ -227,7 +356,7 @@ mod tests {
     #[test]
     fn the_client_keeps_its_id() {
         let directory = tempfile::tempdir().unwrap();
-        let records = Records::open(directory.path()).unwrap();
+        let records = open(directory.path());
         assert_eq!(records.client_id(7).unwrap(), ClientId::from_u128(7));
         assert_eq!(records.client_id(8).unwrap(), ClientId::from_u128(7));
     }
@@ -235,15 +364,59 @@ mod tests {
     #[test]
     fn two_processes_do_not_share_a_directory() {
         let directory = tempfile::tempdir().unwrap();
-        let _first = Records::open(directory.path()).unwrap();
-        let error = Records::open(directory.path()).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Conflict);
+        let first = open(directory.path());
+        assert!(matches!(Records::open(directory.path()).unwrap(), Taken::Others));
+        // The one that it was given to holds it as well.
+        let given = first.lock().try_clone_to_owned().unwrap();
+        drop(first);
+        assert!(matches!(Records::open(directory.path()).unwrap(), Taken::Others));
+        drop(Records::inherit(directory.path(), given, ClientId::from_u128(1), BTreeMap::new()));
+        open(directory.path());
+    }
+
+    #[test]
+    fn lives_are_in_order_however_fast_they_follow() {
+        let mut record = record("a");
+        let mut last = record.generation;
+        for told in [Told::ByItself, Told::ByItself, Told::ByDisk] {
+            record.begin_life(told);
+            assert!(record.generation >= last + LIFE_GENERATIONS);
+            last = record.generation;
+        }
+        let old = Record { generation: 0, ..record };
+        let mut text = serde_json::to_value(&old).unwrap();
+        text.as_object_mut().unwrap().remove("generation");
+        assert_eq!(parse(&text.to_string()).unwrap(), old, "of a version that had none");
+    }
+
+    #[test]
+    fn a_follower_hears_everything_until_it_is_gone() {
+        struct Heard(std::sync::mpsc::Sender<String>);
+        impl Follower for Heard {
+            fn kept(&mut self, record: &Record) -> bool {
+                self.0.send(record.request.name.to_string()).is_ok()
+            }
+            fn removed(&mut self, name: &Name) -> bool {
+                self.0.send(format!("-{name}")).is_ok()
+            }
+        }
+        let directory = tempfile::tempdir().unwrap();
+        let records = open(directory.path());
+        records.save(&record("a")).unwrap();
+        let (sender, heard) = std::sync::mpsc::channel();
+        records.follow(Box::new(Heard(sender)));
+        records.save(&record("b")).unwrap();
+        records.remove(&"a".parse().unwrap()).unwrap();
+        assert_eq!(heard.try_iter().collect::<Vec<_>>(), ["a", "b", "-a"]);
+        drop(heard);
+        records.save(&record("c")).unwrap();
+        assert!(records.kept().followers.is_empty());
     }
 
     #[test]
     fn a_newer_format_is_refused_and_a_broken_file_left_alone() {
         let directory = tempfile::tempdir().unwrap();
-        let records = Records::open(directory.path()).unwrap();
+        let records = open(directory.path());
         let broken = directory.path().join("devices/broken.json");
         fs::write(&broken, "{").unwrap();
         assert_eq!(records.load().unwrap(), []);

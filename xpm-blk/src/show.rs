@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use xpm_client::{Change, Volume, VolumeOptions};
+use xpm_protocol::ClientId;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::MapChange;
 use xpm_protocol::api::blk::{Form, Hold};
@@ -12,14 +13,16 @@ use crate::config::Config;
 use crate::error::{DeviceError, Step};
 use crate::frontend::kernel_nbd::{NbdDevice, Shared};
 use crate::frontend::nbd_socket::NbdSocket;
-use crate::frontend::ublk::UblkDevice;
+use crate::frontend::ublk::{Mark, UblkDevice};
 use crate::frontend::vhost_user::VhostUserBlk;
-use crate::frontend::{Shape, Shown, first_generation};
+use crate::frontend::{Shape, Shown};
 use crate::records::Record;
 
 /// When the appliances have to be there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Readiness {
+    /// Later will do, and nothing may be waited for that is not the device itself: its users have no memory left perhaps.
+    TakenOver,
     /// Before the device is shown: somebody waits for an answer.
     Required,
     /// Later will do: the device was there before, and its I/O is held meanwhile.
@@ -34,6 +37,7 @@ pub(crate) type ShownWith = (Box<dyn Shown>, Option<Change>);
 pub(crate) fn show(
     record: &Record,
     config: &Config,
+    client: ClientId,
     server: &Server,
     readiness: Readiness,
 ) -> Result<ShownWith, DeviceError> {
@@ -54,7 +58,7 @@ pub(crate) fn show(
     };
     let change = record.change.as_deref().map(resume).transpose()?;
     let shown: Box<dyn Shown> = match &request.form {
-        Form::Ublk => Box::new(UblkDevice::show(volume, &shape)?),
+        Form::Ublk => Box::new(UblkDevice::show(volume, &shape, Mark::new(client, record.session))?),
         Form::Nbd | Form::NbdDirect => {
             Box::new(NbdDevice::show(shared, volume, server.clone(), group, &shape)?)
         }
@@ -76,7 +80,7 @@ fn open(
     let limit: Duration = config.connect_limit.0;
     let (session, generation) = match record.request.form {
         // What it had sent before it died is submitted again, and must not land behind that.
-        Form::VhostUser(_) => (record.session, first_generation()),
+        Form::VhostUser(_) | Form::Ublk => (record.session, record.generation),
         // A new one for each life of this process: its first connections shut nobody out.
         _ => (xpm_control::random::u128().at("make a session number")?, 0),
     };

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use xpm_protocol::api::appliance::Counters;
 
@@ -21,10 +22,19 @@ pub(crate) fn tune(disk: &str) {
         ("max_sectors_kb", longest.as_str()),
     ];
     for (setting, value) in settings {
-        let path = path(disk, "queue").join(setting);
-        if let Err(error) = fs::write(&path, value) {
-            tracing::warn!("cannot set {} to {value}: {error}", path.display());
-        }
+        set(disk, setting, value);
+    }
+}
+
+/// Sets how often the driver looks after a request that is not answered. Those that are on the way keep what they had.
+pub(crate) fn set_look_interval(disk: &str, interval: Duration) {
+    set(disk, "io_timeout", &interval.as_millis().to_string());
+}
+
+fn set(disk: &str, setting: &str, value: &str) {
+    let path = path(disk, "queue").join(setting);
+    if let Err(error) = fs::write(&path, value) {
+        tracing::warn!("cannot set {} to {value}: {error}", path.display());
     }
 }
 

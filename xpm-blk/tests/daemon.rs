@@ -140,7 +140,8 @@ async fn a_kernel_without_the_drivers_is_told_apart() {
 fn a_signal_ends_it_and_its_socket_and_directory_serve_the_next() {
     let blk = Blk::start();
     let status = |process: &mut Command| process.status().unwrap();
-    let second = status(command(blk.directory.path()).stderr(Stdio::null()));
+    let state = blk.directory.path().join("another-state");
+    let second = status(command(blk.directory.path()).arg("--state").arg(state).stderr(Stdio::null()));
     assert!(!second.success(), "two daemons at one socket");
     blk.signal(Signal::TERM);
     assert!(blk.wait().success());

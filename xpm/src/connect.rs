@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Serialize;
@@ -68,6 +68,13 @@ impl Daemons {
         let client = Client::new(&format!("unix:{}", path.display()), None);
         Daemon::new(client.map_err(Into::into), Who::Blk(self.blk.clone()))
     }
+}
+
+/// The xpm-swapd of this host. Nothing is sent yet.
+pub(crate) fn swapd(socket: &Path) -> Result<Daemon, Failure> {
+    let path = std::path::absolute(socket).unwrap_or_else(|_| socket.to_owned());
+    let client = Client::new(&format!("unix:{}", path.display()), None);
+    Daemon::new(client.map_err(Into::into), Who::Swapd(socket.to_owned()))
 }
 
 /// The control interface of one daemon.
@@ -207,6 +214,7 @@ enum Who {
     Appliance(String),
     Allocator(String),
     Blk(PathBuf),
+    Swapd(PathBuf),
 }
 
 impl Who {
@@ -214,6 +222,10 @@ impl Who {
         match self {
             Who::Appliance(_) => "start xpm-appliance there",
             Who::Allocator(_) => "start xpm-allocator, or name another with --allocator or XPM_ALLOCATOR",
+            Who::Swapd(_) => {
+                "start it (`systemctl start xpm-swapd`), or name its control socket with --swapd or XPM_SWAPD; its socket \
+                 is for root only"
+            }
             Who::Blk(_) => {
                 "start it (`systemctl start xpm-blk`), or name its control socket with --blk or XPM_BLK; its socket is for \
                  root only"
@@ -226,6 +238,7 @@ impl Who {
             Who::Appliance(_) => "the allocator says so",
             Who::Allocator(_) => "it came from --allocator or XPM_ALLOCATOR",
             Who::Blk(_) => "it came from --blk or XPM_BLK",
+            Who::Swapd(_) => "it came from --swapd or XPM_SWAPD",
         }
     }
 
@@ -234,6 +247,7 @@ impl Who {
             Who::Appliance(_) => "xpm appliance list",
             Who::Allocator(_) => "xpm alloc list",
             Who::Blk(_) => "xpm blk list",
+            Who::Swapd(_) => "xpm swap status",
         }
     }
 
@@ -250,6 +264,7 @@ impl fmt::Display for Who {
             Who::Appliance(url) => write!(f, "the appliance at {url}"),
             Who::Allocator(url) => write!(f, "the allocator at {url}"),
             Who::Blk(socket) => write!(f, "xpm-blk at {}", socket.display()),
+            Who::Swapd(socket) => write!(f, "xpm-swapd at {}", socket.display()),
         }
     }
 }

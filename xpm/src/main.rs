@@ -18,6 +18,7 @@ mod policy;
 mod run;
 mod shell;
 mod status;
+mod swap;
 mod table;
 mod usage;
 mod waiting;
@@ -58,6 +59,7 @@ async fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Appliance(command) => appliance::run(command, &daemons, output).await?,
         Command::Alloc(command) => alloc::run(command, &daemons, output).await?,
         Command::Blk(command) => blk::run(command, &daemons, output).await?,
+        Command::Swap(args) => return swap::run(args, output).await,
         Command::Apply(args) => return policy::apply(&args, &daemons, output).await,
         Command::Get(args) => policy::get(&args, &daemons, output).await?,
         Command::Edit(args) => return policy::edit(&args, &daemons, output).await,

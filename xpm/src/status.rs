@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use serde::Serialize;
 use xpm_protocol::api::allocator::{self, Allocation, AllocationState, Appliance, ApplianceState};
-use xpm_protocol::api::blk::{self, Device, DeviceState};
+use xpm_protocol::api::blk::{self, Device, DeviceState, StandbyState};
 use xpm_transport::rdma::inventory::any_device;
 
 use self::allocators::Allocator;
@@ -231,8 +231,20 @@ fn pool_line(status: &allocator::Status) -> String {
 
 fn host_line(status: &blk::Status) -> String {
     format!(
-        "Devices of this host: xpm-blk {}, up for {}",
+        "Devices of this host: xpm-blk {}, up for {}{}",
         one_line(&status.version),
-        age::short(status.uptime.0)
+        age::short(status.uptime.0),
+        standby(status)
     )
+}
+
+fn standby(status: &blk::Status) -> String {
+    let Some(standby) = &status.standby else { return String::new() };
+    match (standby.state, standby.pid) {
+        (StandbyState::Ready, Some(pid)) => {
+            format!(", standby ready (process {pid}, {} locked)", standby.locked)
+        }
+        (StandbyState::Off, _) => ", no standby".to_owned(),
+        (StandbyState::Ready | StandbyState::Starting, _) => ", standby not ready".to_owned(),
+    }
 }

@@ -30,6 +30,7 @@ const BUILD: [Package; 4] = [
 /// All others, each once.
 pub(crate) const ALL: &[Package] = &[
     package("qemu-system-x86", "qemu-system-x86_64", "lab: the guest"),
+    package("qemu-system-common", "qemu-storage-daemon", "bench: vhost-user-blk by others"),
     package("busybox-static", "busybox", "lab: first process of the guest"),
     package("kmod", "depmod", "lab: order of the guest's kernel modules"),
     package("xz-utils", "xz", "lab: unpacks the guest's kernel modules"),

@@ -36,6 +36,8 @@ const REGISTERING_MAX: Duration = Duration::from_secs(2);
 const RDMA_LIMIT: Duration = Duration::from_secs(2);
 /// Time between two questions whether it is done.
 const REGISTERING_PAUSE: Duration = Duration::from_millis(20);
+/// Stack of the thread, in bytes; a process that serves swap has all of it locked.
+const STACK_LEN: usize = 512 << 10;
 /// The queue of connections that only find out whether there is a way.
 const PROBE_QUEUE: u16 = u16::MAX;
 
@@ -78,7 +80,7 @@ impl Connector {
     pub(super) fn start(grant: Grant, options: LinkOptions) -> io::Result<Arc<Connector>> {
         let connector = Arc::new(Connector::idle(grant, options));
         let thread = connector.clone();
-        let builder = std::thread::Builder::new().name("xpm-connect".to_owned());
+        let builder = std::thread::Builder::new().name("xpm-connect".to_owned()).stack_size(STACK_LEN);
         crate::signals::blocked(|| builder.spawn(move || Work::new(thread).run()))?;
         Ok(connector)
     }

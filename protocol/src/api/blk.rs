@@ -325,6 +325,33 @@ pub struct Status {
     pub devices: u64,
     /// Whether swap on its devices is safe, item by item.
     pub safety: Vec<SafetyItem>,
+    /// The process that goes on when this one dies; none of a daemon that has no such thing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub standby: Option<Standby>,
+}
+
+/// A process that goes on when the one that serves dies.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Standby {
+    /// Whether there is one.
+    pub state: StandbyState,
+    /// Its process id, once it runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pid: Option<u32>,
+    /// Memory that it has locked.
+    pub locked: ByteSize,
+}
+
+/// Whether a standby can go on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum StandbyState {
+    /// None is wanted.
+    Off,
+    /// Not yet, or not any more: one is being started.
+    Starting,
+    /// At once.
+    Ready,
 }
 
 /// One condition of swap safety, as read back from the kernel.

@@ -9,6 +9,7 @@ pub mod blk;
 pub mod decision;
 pub mod policy;
 pub mod run;
+pub mod swapd;
 
 use serde::{Deserialize, Serialize};
 

@@ -1,11 +1,12 @@
-//! `memhog MB [--seed N] [--passes N] [--run PAGES]`: uses memory, and checks that it keeps what was written.
+//! `memhog MB [--seed N] [--passes N] [--until FILE] [--run PAGES]`: uses memory, and checks that it keeps what was written.
 //!
 //! Each page gets a pattern of its own that no compression makes smaller and that depends on the
 //! page's number and the seed, so that a lost, stale or exchanged page is found. Then all pages
-//! are verified in random order, as often as asked, one by one or in runs of some pages (the order
+//! are verified in random order, as often as asked and until a file is there, one by one or in runs of some pages (the order
 //! of the runs is random then). Ends with status 1 when a page was bad.
 
 use std::num::NonZeroUsize;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -23,6 +24,7 @@ struct Options {
     pages: usize,
     seed: u64,
     passes: u32,
+    until: Option<PathBuf>,
     run_pages: NonZeroUsize,
 }
 
@@ -44,13 +46,16 @@ impl Options {
     fn parse(mut words: impl Iterator<Item = String>) -> Result<Options> {
         let megabytes: usize = number(words.next(), "how many MB")?;
         let pages = megabytes.checked_mul((1 << 20) / PAGE_BYTES).context("so much memory does not exist")?;
-        let mut options = Options { pages, seed: 1, passes: 1, run_pages: NonZeroUsize::MIN };
+        let mut options = Options { pages, seed: 1, passes: 1, until: None, run_pages: NonZeroUsize::MIN };
         while let Some(word) = words.next() {
             match word.as_str() {
                 "--seed" => options.seed = number(words.next(), "--seed")?,
                 "--passes" => options.passes = number(words.next(), "--passes")?,
+                "--until" => options.until = Some(words.next().context("--until: a file is missing")?.into()),
                 "--run" => options.run_pages = number(words.next(), "--run")?,
-                _ => bail!("unknown option {word}; usage: memhog MB [--seed N] [--passes N] [--run PAGES]"),
+                _ => bail!(
+                    "unknown option {word}; usage: memhog MB [--seed N] [--passes N] [--until FILE] [--run PAGES]"
+                ),
             }
         }
         Ok(options)
@@ -70,7 +75,8 @@ fn run(options: &Options) -> usize {
         memory.extend(pattern(options.seed, page));
     }
     println!("memhog: {} pages filled in {:.1} s", options.pages, start.elapsed().as_secs_f64());
-    (1..=options.passes).map(|pass| verify(options, &memory, pass)).sum()
+    let is_asked = |pass| pass <= options.passes || options.until.as_ref().is_some_and(|file| !file.exists());
+    (1..).take_while(|pass| is_asked(*pass)).map(|pass| verify(options, &memory, pass)).sum()
 }
 
 /// Verifies all pages once, in an order that differs from pass to pass; gives how many are bad.
@@ -156,7 +162,10 @@ mod tests {
     #[test]
     fn command_lines() {
         let parsed = options("2 --passes 3").unwrap();
-        assert_eq!(parsed, Options { pages: 512, seed: 1, passes: 3, run_pages: NonZeroUsize::MIN });
+        assert_eq!(
+            parsed,
+            Options { pages: 512, seed: 1, passes: 3, until: None, run_pages: NonZeroUsize::MIN }
+        );
         for wrong in ["", "x", "2 --seed", "2 --sed 1", "2 --run 0", "18446744073709551615"] {
             assert!(options(wrong).is_err(), "{wrong}");
         }

@@ -96,8 +96,12 @@ impl Daemon {
     }
 
     fn show_and_keep(&self, mut record: Record, readiness: Readiness) -> Result<Arc<Attached>, DeviceError> {
-        self.records.save(&record)?;
-        let (shown, change) = match show(&record, &self.config, &self.server, readiness) {
+        // What was taken over is written down when its users have it again: a file may need their memory.
+        let first = readiness != Readiness::TakenOver;
+        if first {
+            self.records.save(&record)?;
+        }
+        let (shown, change) = match show(&record, &self.config, self.owner.client, &self.server, readiness) {
             Ok(shown) => shown,
             Err(error) => {
                 // A device that was there before is tried again; a new one never was.
@@ -108,11 +112,14 @@ impl Daemon {
             }
         };
         record.number = shown.number();
-        self.records.save(&record)?;
+        if first {
+            self.records.save(&record)?;
+        }
         tracing::info!("allocation {} is shown at {}", record.request.name, shown.path());
         Ok(Arc::new(Attached {
             record: Mutex::new(record),
             shown,
+            keeping: Mutex::default(),
             change: Mutex::new(change),
             since: Instant::now(),
         }))

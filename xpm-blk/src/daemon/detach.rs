@@ -77,22 +77,34 @@ impl Daemon {
             Slot::Shown(attached) if !attached.shown.outlives_process() => Some(attached),
             _ => None,
         });
-        needed
+        let shown = needed
             .filter(|attached| attached.shown.disk().is_some())
-            .map(|attached| (attached.shown.path(), users_of(attached, true)))
+            .map(|attached| (attached.shown.path(), users_of(attached, true)));
+        // The users of a device that is not served again yet wait for just that.
+        let waiting = slots.iter().filter(|slot| !matches!(slot, Slot::Shown(_))).filter_map(|slot| {
+            let record = slot.record().filter(|record| record.request.form == Form::Ublk)?;
+            let disk = format!("ublkb{}", record.number?);
+            Some((format!("/dev/{disk}"), usage::users(&disk)))
+        });
+        shown
+            .chain(waiting)
             .filter(|(_, users)| !users.is_empty())
             .map(|(path, users)| format!("{path}: {}", users.join(", ")))
             .collect()
     }
 
     /// Takes every device away at the end of the process, and keeps their records, so that the next
-    /// one shows them again. What outlives the process is left alone while it is used.
+    /// one shows them again. What outlives the process, or waits for the next one, is left alone while it is used.
     pub(crate) fn take_all_away(&self) {
         let slots = std::mem::take(&mut *self.slots());
         for (name, slot) in slots {
             let Slot::Shown(attached) = slot else { continue };
-            if attached.shown.outlives_process() && !users_of(&attached, true).is_empty() {
-                tracing::info!("{} is in use and goes on without this process", attached.shown.path());
+            let (goes_on, waits) =
+                (attached.shown.outlives_process(), attached.shown.waits_for_next_process());
+            if (goes_on || waits) && !users_of(&attached, true).is_empty() {
+                let what =
+                    if goes_on { "goes on without this process" } else { "waits for the next process" };
+                tracing::info!("{} is in use and {what}", attached.shown.path());
                 continue;
             }
             let stuck = in_flight_still(&attached) > 0;

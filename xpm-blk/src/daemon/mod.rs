@@ -22,19 +22,21 @@ use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::Ending;
 use xpm_protocol::api::blk::{Form, Status};
 use xpm_protocol::units::Span;
+use xpm_safety as safety;
 use xpm_transport::nbd::server::Server;
 
 use crate::config::Config;
 use crate::error::DeviceError;
 use crate::frontend::{self, Shown};
 use crate::records::{Record, Records};
-use crate::safety;
+use crate::standby::keeper::Keeper;
 
 /// The running daemon.
 pub struct Daemon {
     config: Config,
     owner: Owner,
-    records: Records,
+    records: Arc<Records>,
+    keeper: Keeper,
     server: Server,
     slots: Mutex<BTreeMap<Name, Slot>>,
     /// Allocations that are going to end.
@@ -48,7 +50,8 @@ pub struct Daemon {
 pub(crate) struct Parts {
     pub(crate) config: Config,
     pub(crate) owner: Owner,
-    pub(crate) records: Records,
+    pub(crate) records: Arc<Records>,
+    pub(crate) keeper: Keeper,
     pub(crate) server: Server,
 }
 
@@ -91,6 +94,8 @@ struct Attached {
     /// As it is on disk.
     record: Mutex<Record>,
     shown: Box<dyn Shown>,
+    /// Held while a record is written, so that the last one that is kept is the one on disk.
+    keeping: Mutex<()>,
     /// A change that is firm: writes go to both places until it is known which holds.
     change: Mutex<Option<Change>>,
     since: Instant,
@@ -103,9 +108,16 @@ impl Attached {
 
     /// Keeps another record, on disk first.
     fn keep(&self, records: &Records, record: Record) -> Result<(), DeviceError> {
+        let _keeping = self.keeping.lock().unwrap_or_else(PoisonError::into_inner);
         records.save(&record)?;
         *self.record.lock().unwrap_or_else(PoisonError::into_inner) = record;
         Ok(())
+    }
+
+    /// Writes the record down once more.
+    fn write_down(&self, records: &Records) -> Result<(), DeviceError> {
+        let _keeping = self.keeping.lock().unwrap_or_else(PoisonError::into_inner);
+        records.save(&self.record())
     }
 
     fn change(&self) -> MutexGuard<'_, Option<Change>> {
@@ -115,11 +127,12 @@ impl Attached {
 
 impl Daemon {
     pub(crate) fn new(parts: Parts) -> Daemon {
-        let Parts { config, owner, records, server } = parts;
+        let Parts { config, owner, records, keeper, server } = parts;
         Daemon {
             config,
             owner,
             records,
+            keeper,
             server,
             slots: Mutex::new(BTreeMap::new()),
             endings: Mutex::new(BTreeMap::new()),
@@ -138,7 +151,13 @@ impl Daemon {
             allocator: self.owner.allocator.base().to_owned(),
             devices: self.slots().len() as u64,
             safety: safety::items(),
+            standby: Some(self.keeper.status()),
         }
+    }
+
+    /// Who goes on when this process ends.
+    pub(crate) const fn keeper(&self) -> &Keeper {
+        &self.keeper
     }
 
     fn slots(&self) -> MutexGuard<'_, BTreeMap<Name, Slot>> {

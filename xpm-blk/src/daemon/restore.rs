@@ -4,15 +4,19 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use tokio::sync::mpsc;
 use xpm_protocol::Name;
 use xpm_protocol::api::ErrorKind;
-use xpm_protocol::api::blk::AttachDevice;
+use xpm_protocol::api::blk::{AttachDevice, Form};
 
-use super::{Busy, Daemon, Slot, Waiting};
+use super::{Busy, Daemon, Slot, Waiting, blocking};
 use crate::error::DeviceError;
-use crate::records::Record;
+use crate::frontend::ublk::{self, Mark};
+use crate::records::{Record, Told};
 use crate::show::Readiness;
 
+/// How long the first devices that are taken over are waited for before others follow.
+const FIRST_LIMIT: Duration = Duration::from_secs(5);
 const PAUSE_FIRST: Duration = Duration::from_millis(200);
 const PAUSE_LONGEST: Duration = Duration::from_secs(15);
 
@@ -24,12 +28,20 @@ impl Daemon {
     /// When the records cannot be used.
     pub(crate) fn restore(self: &Arc<Daemon>) -> Result<(), DeviceError> {
         let records = self.records.load()?;
+        let wanted: Vec<Mark> =
+            records.iter().map(|record| Mark::new(self.owner.client, record.session)).collect();
+        for line in ublk::remove_orphans(self.owner.client, &wanted) {
+            tracing::warn!("{line}");
+        }
         let listed = self.config.device.iter();
         let new = listed.filter(|device| records.iter().all(|record| record.request.name != device.name));
-        let new: Vec<AttachDevice> = new.cloned().collect();
-        for record in records {
-            self.wait(&record, "it is being shown".to_owned(), Instant::now());
-            tokio::spawn(Arc::clone(self).show_again(record));
+        let new: Vec<AttachDevice> = new.filter(|device| self.is_new(&device.name)).cloned().collect();
+        for mut record in records {
+            if self.is_new(&record.request.name) {
+                record.begin_life(Told::ByDisk);
+                self.wait(&record, "it is being shown".to_owned(), Instant::now());
+                tokio::spawn(Arc::clone(self).show_again(record, Readiness::Later));
+            }
         }
         for device in new {
             tokio::spawn(Arc::clone(self).attach_listed(device));
@@ -37,12 +49,53 @@ impl Daemon {
         Ok(())
     }
 
+    fn is_new(&self, name: &Name) -> bool {
+        !self.slots().contains_key(name)
+    }
+
+    /// Goes on with everything that a dead process showed, those devices first that this host may need to go on itself.
+    /// Reads and writes no file before those are there, or do not come. After that, [`Daemon::restore`] finds what there is
+    /// besides.
+    pub(crate) async fn take_over(self: &Arc<Daemon>) {
+        let (first, later): (Vec<Record>, Vec<Record>) =
+            self.records.inherited().into_iter().partition(|record| record.request.form == Form::Ublk);
+        let (done, mut all_done) = mpsc::channel::<()>(1);
+        for (record, done) in first.into_iter().map(|record| (record, Some(done.clone()))) {
+            self.go_on_with(record, done);
+        }
+        drop(done);
+        let _ = tokio::time::timeout(FIRST_LIMIT, all_done.recv()).await;
+        later.into_iter().for_each(|record| self.go_on_with(record, None));
+    }
+
+    fn go_on_with(self: &Arc<Daemon>, mut record: Record, done: Option<mpsc::Sender<()>>) {
+        record.begin_life(Told::ByItself);
+        self.wait(&record, "it is being taken over".to_owned(), Instant::now());
+        let daemon = Arc::clone(self);
+        tokio::spawn(async move {
+            let name = record.request.name.clone();
+            daemon.clone().show_again(record, Readiness::TakenOver).await;
+            drop(done);
+            daemon.write_down(&name).await;
+        });
+    }
+
+    /// Keeps the record of a device that was taken over.
+    async fn write_down(self: &Arc<Daemon>, name: &Name) {
+        let Some(Slot::Shown(attached)) = self.slots().get(name).cloned() else { return };
+        let daemon = Arc::clone(self);
+        let written = blocking(move || attached.write_down(&daemon.records)).await;
+        if let Err(error) = written {
+            tracing::warn!("allocation {name}: {error}");
+        }
+    }
+
     fn wait(&self, record: &Record, reason: String, since: Instant) {
         let waiting = Waiting { record: record.clone(), reason, since };
         self.set(&record.request.name, Some(Slot::Waiting(Arc::new(waiting))));
     }
 
-    async fn show_again(self: Arc<Daemon>, record: Record) {
+    async fn show_again(self: Arc<Daemon>, record: Record, readiness: Readiness) {
         let name = record.request.name.clone();
         let since = Instant::now();
         let mut pause = PAUSE_FIRST;
@@ -50,8 +103,12 @@ impl Daemon {
             if !self.mark_busy(&name) {
                 return;
             }
-            let shown = match self.check_safety(&record.request.form) {
-                Ok(()) => self.show(record.clone(), Readiness::Later).await.map(drop),
+            let safe = match readiness {
+                Readiness::TakenOver => Ok(()),
+                _ => self.check_safety(&record.request.form),
+            };
+            let shown = match safe {
+                Ok(()) => self.show(record.clone(), readiness).await.map(drop),
                 Err(error) => Err(error),
             };
             let Err(error) = shown else { return };

@@ -56,6 +56,11 @@ pub trait Shown: Send + Sync {
         false
     }
 
+    /// Whether the kernel keeps the device, and holds its I/O, until the next process takes it over.
+    fn waits_for_next_process(&self) -> bool {
+        false
+    }
+
     /// The volume behind it; none where the kernel or a client goes to the appliance itself.
     fn volume(&self) -> Option<&Volume> {
         None
@@ -127,7 +132,8 @@ pub const fn can_carry_swap(form: &Form) -> bool {
     !matches!(form, Form::NbdSocket(_) | Form::VhostUser(_))
 }
 
-/// Seconds since 1970: higher than any generation that an earlier process of this device used.
+/// Seconds since 1970: higher than any generation that an earlier process of this device used, unless two of them began
+/// within a moment, or the clock was set back; [`crate::records::Record::begin_life`] sees to that.
 pub(crate) fn first_generation() -> u32 {
     let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |age| age.as_secs());
     seconds as u32

@@ -155,7 +155,7 @@ fn access(text: &str) -> Result<Access, String> {
     }
 }
 
-fn positive_size(text: &str) -> Result<ByteSize, String> {
+pub(super) fn positive_size(text: &str) -> Result<ByteSize, String> {
     match text.parse::<ByteSize>() {
         Ok(ByteSize(0)) => Err("the size cannot be 0".to_owned()),
         Ok(size) => Ok(size),

@@ -6,6 +6,7 @@ mod blk;
 mod client;
 mod policy;
 mod run;
+mod swap;
 
 use std::path::PathBuf;
 
@@ -17,6 +18,7 @@ pub(crate) use blk::{AttachArgs, BlkCommand};
 pub(crate) use client::ClientCommand;
 pub(crate) use policy::{ApplyArgs, DeleteArgs, EditArgs, GetArgs};
 pub(crate) use run::RunArgs;
+pub(crate) use swap::{DrainAreasArgs, SwapArgs, SwapCommand};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -153,6 +155,8 @@ Examples:
     /// Shows allocations as block devices of this host.
     #[command(subcommand)]
     Blk(BlkCommand),
+    /// Shows and changes the swap that xpm-swapd looks after on this host.
+    Swap(SwapArgs),
     /// Shows the whole system on one screen, anything wrong first.
     ///
     /// The exit status is 1 when the allocator does not answer. A host without xpm-blk is fine: it

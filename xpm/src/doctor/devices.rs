@@ -1,6 +1,6 @@
 //! Whether the devices that this host has are safe.
 
-use xpm_protocol::api::blk::{Device, DeviceState, Form, LinkState, Status};
+use xpm_protocol::api::blk::{Device, DeviceState, Form, LinkState, Standby, StandbyState, Status};
 
 use super::machine::{BlockSettings, Machine};
 use super::parse::Swap;
@@ -93,7 +93,31 @@ fn daemon(host: &Host, status: &Status, devices: &[Device]) -> Vec<Check> {
             ..Check::new(DAEMON, &item.item, verdict, item.found.clone())
         },
     });
-    std::iter::once(Check::ok(DAEMON, "daemon", running)).chain(items).collect()
+    let standby = status.standby.as_ref().map(|standby| of_standby(standby, host, devices));
+    std::iter::once(Check::ok(DAEMON, "daemon", running)).chain(items).chain(standby).collect()
+}
+
+/// While there is none, ublk devices wait for the next process when the daemon dies, which may find no memory to start.
+fn of_standby(standby: &Standby, host: &Host, devices: &[Device]) -> Check {
+    const ITEM: &str = "standby";
+    let needed = devices.iter().any(|device| host.is_swap(device) && device.form == Form::Ublk);
+    match (standby.state, standby.pid) {
+        (StandbyState::Ready, Some(pid)) => {
+            Check::ok(DAEMON, ITEM, format!("process {pid} is ready, with {} locked", standby.locked))
+        }
+        (StandbyState::Ready | StandbyState::Starting, _) if needed => Check::warn(
+            DAEMON,
+            ITEM,
+            "not ready yet: if the daemon dies now, swap waits for the next one to start",
+        )
+        .mend("look again in a moment; if it stays so, see the log of xpm-blk"),
+        (StandbyState::Ready | StandbyState::Starting, _) => Check::ok(DAEMON, ITEM, "is being started"),
+        (StandbyState::Off, _) if needed => {
+            Check::warn(DAEMON, ITEM, "none: if the daemon dies, swap waits for the next one to start")
+                .mend("set `standby = true` in /etc/xpm/blk.toml and start xpm-blk anew")
+        }
+        (StandbyState::Off, _) => Check::ok(DAEMON, ITEM, "none, and nothing here needs one"),
+    }
 }
 
 /// A safety item that does not hold is a danger once swap goes through the process: nbd-direct
@@ -248,6 +272,23 @@ mod tests {
 
     fn verdict(host: &Host, item: &str) -> Verdict {
         checks(host).into_iter().find(|check| check.item == item).unwrap().verdict
+    }
+
+    #[test]
+    fn a_standby_is_missed_where_swap_needs_one() {
+        let with = |form: &str, standby| {
+            let mut host = host(device(form, "live", &["swap"]), true, good());
+            if let Ok(Some((status, _))) = &mut host.blk {
+                status.standby = serde_json::from_value(standby).unwrap();
+            }
+            verdict(&host, "standby")
+        };
+        let (off, starting) =
+            (json!({"state": "off", "locked": 0}), json!({"state": "starting", "pid": 7, "locked": 0}));
+        assert_eq!(with("ublk", off.clone()), Verdict::Warn);
+        assert_eq!(with("ublk", starting), Verdict::Warn);
+        assert_eq!(with("nbd-direct", off), Verdict::Ok);
+        assert_eq!(with("ublk", json!({"state": "ready", "pid": 7, "locked": 4096})), Verdict::Ok);
     }
 
     #[test]

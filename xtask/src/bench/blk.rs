@@ -136,7 +136,7 @@ impl Contest<'_> {
         let goal = match load.metric {
             Metric::Latency => Some(self.latency_goal),
             Metric::Iops => Some(self.iops_goal),
-            Metric::Throughput => None,
+            Metric::Throughput | Metric::RunTime => None,
         };
         let figure = |of: &dyn Fn(&[Sample]) -> f64| {
             median(&turns.iter().map(|samples| of(samples)).collect::<Vec<_>>())

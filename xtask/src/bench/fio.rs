@@ -34,6 +34,7 @@ fn sample(job: &Value, load: Load) -> Option<Sample> {
         Metric::Latency => part["clat_ns"]["percentile"]["50.000000"].as_f64().map(|ns| ns / 1000.0),
         Metric::Iops => part["iops"].as_f64(),
         Metric::Throughput => part["bw_bytes"].as_f64().map(|bytes| bytes / f64::from(1 << 20)),
+        Metric::RunTime => None,
     };
     // Both are percent of the job's run time, as getrusage(2) has them.
     let percent = job["usr_cpu"].as_f64()? + job["sys_cpu"].as_f64()?;

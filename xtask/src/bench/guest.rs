@@ -4,7 +4,8 @@ use std::collections::HashMap;
 
 use anyhow::{Context, Result, bail};
 
-use super::report::Report;
+use super::load::Metric;
+use super::report::{Report, Row};
 use crate::lab;
 
 /// The figures by name.
@@ -36,6 +37,45 @@ impl Figures {
         let pairs =
             lines.iter().map(|line| pair(line).with_context(|| format!("`{line}` is no measurement")));
         Ok(Figures(pairs.collect::<Result<_>>()?))
+    }
+}
+
+/// A figure of one of xpm's devices against that of another device, of the same boot.
+pub(crate) struct Comparison {
+    pub(crate) bench: &'static str,
+    pub(crate) device: &'static str,
+    pub(crate) peer: &'static str,
+    /// As the row has it.
+    pub(crate) load: &'static str,
+    /// What follows the device's name in that of the figure.
+    pub(crate) figure: String,
+    pub(crate) metric: Metric,
+    /// The least ratio.
+    pub(crate) goal: Option<f64>,
+}
+
+impl Comparison {
+    /// Adds a row of it.
+    ///
+    /// # Errors
+    /// When the guest did not measure one of the two.
+    pub(crate) fn report(&self, figures: &Figures, report: &mut Report) -> Result<()> {
+        let value = |name: &str| figures.get(&format!("{name}.{}", self.figure));
+        let (ours, theirs) = (value(self.device)?, value(self.peer)?);
+        let ratio = self.metric.ratio(ours, theirs);
+        report.row(&Row {
+            bench: self.bench,
+            case: format!("{} {}", self.device, self.load).trim_end().to_owned(),
+            metric: self.metric.name(),
+            unit: self.metric.unit(),
+            xpm: ours,
+            peer: Some(self.peer.to_owned()),
+            peer_value: Some(theirs),
+            ratio: Some(ratio),
+            goal: self.goal,
+            ok: self.goal.map(|goal| ratio >= goal),
+        });
+        Ok(())
     }
 }
 

@@ -2,9 +2,9 @@
 
 use anyhow::Result;
 
-use super::guest::Figures;
+use super::guest::{Comparison, Figures};
 use super::load::Metric;
-use super::report::{Report, Row};
+use super::report::Report;
 
 /// xpm's devices, and those of others; the first peer is the one to be level with.
 const OURS: [&str; 3] = ["ublk-shm", "ublk-tcp", "nbd-direct"];
@@ -25,34 +25,11 @@ pub(crate) fn run(report: &mut Report) -> Result<()> {
     for device in OURS {
         for (load, figure, metric) in LOADS {
             for (peer, goal) in PEERS {
-                compare(report, &figures, (device, peer), (load, figure, metric), goal)?;
+                let figure = format!("{load}.{figure}");
+                let comparison = Comparison { bench: "lab-blk", device, peer, load, figure, metric, goal };
+                comparison.report(&figures, report)?;
             }
         }
     }
-    Ok(())
-}
-
-fn compare(
-    report: &mut Report,
-    figures: &Figures,
-    (device, peer): (&str, &str),
-    (load, figure, metric): (&str, &str, Metric),
-    goal: Option<f64>,
-) -> Result<()> {
-    let value = |name: &str| figures.get(&format!("{name}.{load}.{figure}"));
-    let (ours, theirs) = (value(device)?, value(peer)?);
-    let ratio = metric.ratio(ours, theirs);
-    report.row(&Row {
-        bench: "lab-blk",
-        case: format!("{device} {load}"),
-        metric: metric.name(),
-        unit: metric.unit(),
-        xpm: ours,
-        peer: Some(peer.to_owned()),
-        peer_value: Some(theirs),
-        ratio: Some(ratio),
-        goal,
-        ok: goal.map(|goal| ratio >= goal),
-    });
     Ok(())
 }

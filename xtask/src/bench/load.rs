@@ -22,6 +22,8 @@ pub(crate) enum Metric {
     Iops,
     /// Bytes per second.
     Throughput,
+    /// How long a program takes; smaller is better.
+    RunTime,
 }
 
 impl Metric {
@@ -30,6 +32,7 @@ impl Metric {
             Metric::Latency => "p50",
             Metric::Iops => "iops",
             Metric::Throughput => "rate",
+            Metric::RunTime => "run time",
         }
     }
 
@@ -38,13 +41,14 @@ impl Metric {
             Metric::Latency => "us",
             Metric::Iops => "/s",
             Metric::Throughput => "MiB/s",
+            Metric::RunTime => "s",
         }
     }
 
     /// Larger than 1 when `ours` is better.
     pub(crate) fn ratio(self, ours: f64, theirs: f64) -> f64 {
         match self {
-            Metric::Latency => theirs / ours,
+            Metric::Latency | Metric::RunTime => theirs / ours,
             Metric::Iops | Metric::Throughput => ours / theirs,
         }
     }

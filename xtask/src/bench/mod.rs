@@ -15,6 +15,8 @@ mod rdma;
 mod report;
 mod servers;
 mod slab;
+mod swap;
+mod vhost;
 
 use std::path::PathBuf;
 
@@ -24,12 +26,12 @@ use self::report::Report;
 use crate::{setup, util};
 
 /// The benchmarks by name.
-const NAMES: [&str; 7] = ["blk", "slab", "map", "allocator", "life", "lab-blk", "rdma"];
+const NAMES: [&str; 9] = ["blk", "slab", "map", "allocator", "life", "lab-blk", "rdma", "vhost", "swap"];
 
 /// Options of `cargo xtask bench`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Benchmarks to run: blk, slab, map, allocator, life, lab-blk, rdma; all when none is named.
+    /// Benchmarks to run: blk, slab, map, allocator, life, lab-blk, rdma, vhost, swap; all when none is named.
     names: Vec<String>,
     /// One JSON object a line instead of a table.
     #[arg(long)]
@@ -54,7 +56,9 @@ pub(crate) fn main(args: &Args) -> Result<bool> {
             "allocator" => allocator::run(&programs, &mut report)?,
             "life" => life::run(&programs, &mut report)?,
             "lab-blk" => lab_blk::run(&mut report)?,
-            _ => rdma::run(&mut report)?,
+            "rdma" => rdma::run(&mut report)?,
+            "vhost" => vhost::run(&mut report)?,
+            _ => swap::run(&mut report)?,
         }
     }
     report.end();

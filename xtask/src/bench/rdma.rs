@@ -39,7 +39,7 @@ fn compare(
 ) -> Result<()> {
     let (figure, goal) = match metric {
         Metric::Latency => ("p50_us", Some(LATENCY_GOAL)),
-        Metric::Iops | Metric::Throughput => ("iops", None),
+        _ => ("iops", None),
     };
     let ours = figures.get(&format!("xpm.{load}.{figure}"))?;
     let theirs = peer.map(|_| figures.get(&format!("perftest.{load}.{figure}"))).transpose()?;

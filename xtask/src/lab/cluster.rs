@@ -2,16 +2,19 @@
 //! lab's own check. Their memory is the host's, which is the point of the lab: the guest can run
 //! out of memory and they do not notice.
 
-use std::fs::{self, File};
+use std::ffi::OsString;
+use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
-use rustix::process::{Pid, Signal, kill_process};
+use anyhow::{Context, Result, bail, ensure};
+use rustix::process::Signal;
 use serde_json::Value;
 
+use super::daemon::Daemon;
+use super::disk::{self, Disk, Storage};
 use super::netns::{HOST, Netns};
 use crate::util;
 
@@ -28,8 +31,6 @@ const IN_FLIGHT_TIME_MAX: Duration = Duration::from_secs(2);
 const FRONT_END_TIME_MAX: Duration = Duration::from_secs(30);
 /// How long they may take to agree on all that there is to agree on.
 const AGREEING_TIME: Duration = Duration::from_secs(1);
-/// How long a daemon may take to stop when it is asked to.
-const STOP_TIME_MAX: Duration = Duration::from_secs(10);
 
 /// The running daemons. They are stopped when this is dropped.
 pub(crate) struct Cluster<'a> {
@@ -39,12 +40,6 @@ pub(crate) struct Cluster<'a> {
     daemons: Vec<Daemon>,
     /// Times that xpm-blk was started.
     blk_lives: u32,
-}
-
-struct Daemon {
-    name: String,
-    child: Child,
-    log: PathBuf,
 }
 
 impl<'a> Cluster<'a> {
@@ -90,28 +85,65 @@ impl<'a> Cluster<'a> {
 
     /// An error when a daemon has ended.
     pub(crate) fn check_alive(&mut self) -> Result<()> {
-        for daemon in &mut self.daemons {
-            if let Some(status) = daemon.child.try_wait()? {
-                bail!("{} ended ({status}); its log ends with:\n{}", daemon.name, tail(&daemon.log, 20));
-            }
-        }
-        Ok(())
+        self.daemons.iter_mut().try_for_each(Daemon::check_alive)
     }
 
     /// Starts an xpm-blk that serves the guest's disk, a new allocation.
     pub(crate) fn serve_disk(&mut self, size: &str) -> Result<()> {
-        let config = format!(
-            "allocator = \"{}\"\ncontrol = {:?}\nstate = {:?}\n",
-            Cluster::allocator_url(),
-            self.dir.join("blk.sock"),
-            self.dir.join("blk")
-        );
-        fs::write(self.dir.join("blk.toml"), config)?;
+        self.configure_blk()?;
         self.start_blk()?;
         self.xpm(&["alloc", "create", "vm", "--size", size, "--stripe", "2"])?;
         let form = format!("vhost-user={}", disk_socket(&self.dir).display());
         // Over TCP, for nothing is ever in flight where memory is shared.
         self.xpm(&["blk", "attach", "vm", "--as", &form, "--transport", "nbd-tcp"]).map(drop)
+    }
+
+    /// Starts what serves the guest's further disks.
+    pub(crate) fn serve_disks(&mut self, disks: &[Disk]) -> Result<()> {
+        if disks.iter().any(|disk| matches!(disk, Disk::Xpm(_))) {
+            self.configure_blk()?;
+            self.start_blk()?;
+        }
+        disks.iter().try_for_each(|disk| self.serve(*disk))
+    }
+
+    fn serve(&mut self, disk: Disk) -> Result<()> {
+        let (name, path) = (disk.name(), disk.path(&self.dir));
+        match disk {
+            Disk::Xpm(transport) => {
+                self.xpm(&["alloc", "create", name, "--size", disk::XPM_SIZE])?;
+                let form = format!("vhost-user={}", path.display());
+                self.xpm(&["blk", "attach", name, "--as", &form, "--transport", transport]).map(drop)
+            }
+            Disk::File => util::run(util::command("truncate").args(["--size", disk::SIZE]).arg(path)),
+            Disk::Qsd(storage) => self.serve_by_storage_daemon(storage, &path),
+        }
+    }
+
+    fn serve_by_storage_daemon(&mut self, storage: Storage, socket: &Path) -> Result<()> {
+        let name = Disk::Qsd(storage).name();
+        if let Some(words) = storage.nbdkit_words(&self.dir) {
+            let mut command = self.netns.command("nbdkit");
+            command.args(words);
+            self.start_daemon(&format!("{name}-nbdkit"), command)?;
+            // The storage daemon tries once.
+            thread::sleep(AGREEING_TIME);
+        }
+        if storage == Storage::Memory {
+            util::run(
+                util::command("truncate").args(["--size", disk::SIZE]).arg(disk::memory_file(&self.dir)),
+            )?;
+        }
+        let mut command = self.netns.command("qemu-storage-daemon");
+        storage.add_options(&mut command, &self.dir);
+        self.start_daemon(name, command)?;
+        let deadline = Instant::now() + READY_TIME_MAX;
+        while !socket.exists() {
+            self.check_alive()?;
+            ensure!(Instant::now() < deadline, "{name} does not listen");
+            thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
     }
 
     /// Kills xpm-blk as `kill -9` does, with requests in flight if the guest has any: the appliances stand still
@@ -144,8 +176,7 @@ impl<'a> Cluster<'a> {
 
     fn signal_appliances(&self, signal: Signal) {
         for daemon in self.daemons.iter().filter(|daemon| daemon.name.starts_with("appliance-")) {
-            // One that has ended is found by `check_alive`.
-            let _ = Pid::from_raw(daemon.child.id().cast_signed()).map(|pid| kill_process(pid, signal));
+            daemon.signal(signal);
         }
     }
 
@@ -162,8 +193,7 @@ impl<'a> Cluster<'a> {
     fn replace_blk(&mut self) -> Result<()> {
         let place = self.daemons.iter().position(|daemon| daemon.name.starts_with("blk-"));
         let mut blk = self.daemons.remove(place.context("there is no xpm-blk on the host")?);
-        blk.child.kill()?;
-        blk.child.wait()?;
+        blk.kill()?;
         self.start_blk()
     }
 
@@ -176,6 +206,16 @@ impl<'a> Cluster<'a> {
     pub(crate) fn end_disk(&self) -> Result<()> {
         self.xpm(&["blk", "detach", "vm"])?;
         self.xpm(&["alloc", "delete", "vm"]).map(drop)
+    }
+
+    fn configure_blk(&self) -> Result<()> {
+        let config = format!(
+            "allocator = \"{}\"\ncontrol = {:?}\nstate = {:?}\n",
+            Cluster::allocator_url(),
+            self.dir.join("blk.sock"),
+            self.dir.join("blk")
+        );
+        fs::write(self.dir.join("blk.toml"), config).context("cannot write xpm-blk's configuration")
     }
 
     fn start_blk(&mut self) -> Result<()> {
@@ -204,23 +244,24 @@ impl<'a> Cluster<'a> {
     }
 
     fn start_allocator(&mut self) -> Result<()> {
-        let mut command = self.command("xpm-allocator");
-        command.args(["--insecure", "--listen", &format!("{HOST}:{ALLOCATOR_PORT}")]);
-        // Quick, so that a scenario need not wait long to see memory given back.
-        command.args(["--heartbeat", "1s", "--data"]);
-        command.arg(self.dir.join("allocator"));
-        self.start_daemon("allocator", command)
+        // A quick heartbeat, so that a scenario need not wait long to see memory given back.
+        let listen = format!("{HOST}:{ALLOCATOR_PORT}");
+        let words = ["--insecure", "--listen", &listen, "--heartbeat", "1s", "--data"];
+        let data = self.dir.join("allocator");
+        let arguments: Vec<OsString> = words.map(OsString::from).into_iter().chain([data.into()]).collect();
+        self.start_service("allocator", "xpm-allocator", &arguments)
     }
 
     fn start_appliance(&mut self, index: u16, memory: &str) -> Result<()> {
         let name = format!("appliance-{}", index + 1);
         let port = APPLIANCE_PORT + 2 * index;
-        let mut command = self.command("xpm-appliance");
-        command.args(["--insecure", "--name", &name, "--memory", memory]);
-        command.args(["--listen", &format!("{HOST}:{port}"), "--nbd", &format!("{HOST}:{}", port + 1)]);
-        command.args(["--allocator", &Cluster::allocator_url(), "--state"]).arg(self.dir.join(&name));
-        command.arg("--run-dir").arg(self.dir.join(&name));
-        self.start_daemon(&name, command)
+        let (listen, nbd) = (format!("{HOST}:{port}"), format!("{HOST}:{}", port + 1));
+        let (allocator, dir) =
+            (Cluster::allocator_url(), self.dir.join(&name).to_string_lossy().into_owned());
+        let words = ["--insecure", "--name", &name, "--memory", memory, "--listen", &listen, "--nbd", &nbd];
+        let more = ["--allocator", &allocator, "--state", &dir, "--run-dir", &dir];
+        let arguments: Vec<OsString> = words.into_iter().chain(more).map(OsString::from).collect();
+        self.start_service(&name, "xpm-appliance", &arguments)
     }
 
     /// A command of this project, in the lab's network.
@@ -228,13 +269,33 @@ impl<'a> Cluster<'a> {
         self.netns.command(&self.programs.join(program).to_string_lossy())
     }
 
-    fn start_daemon(&mut self, name: &str, mut command: Command) -> Result<()> {
-        let log = self.dir.join(format!("{name}.log"));
-        let file = File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
-        command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
-        let child = command.spawn().with_context(|| format!("cannot start {name}"))?;
-        self.daemons.push(Daemon { name: name.to_owned(), child, log });
+    fn start_daemon(&mut self, name: &str, command: Command) -> Result<()> {
+        self.daemons.push(Daemon::start(&self.dir, name, command)?);
         Ok(())
+    }
+
+    /// Starts a daemon of this project that scenarios may have killed and restarted.
+    fn start_service(&mut self, name: &str, program: &str, arguments: &[OsString]) -> Result<()> {
+        let lives = self.dir.join("share/lives");
+        fs::create_dir_all(&lives)?;
+        let mut command = self.command("supervise");
+        command.arg(self.dir.join(format!("{name}.notify"))).arg(self.programs.join(program)).args(arguments);
+        self.daemons.push(Daemon::start_service(&self.dir, &lives, name, command)?);
+        Ok(())
+    }
+
+    /// Has the daemon of this name, `allocator` or `appliance-N`, end and start again: killed as by `kill -9`, or in order
+    /// (`restart`), with so many seconds between.
+    pub(crate) fn replace(&mut self, how: &str, name: &str, seconds: &str) -> Result<()> {
+        let daemon = self.daemons.iter_mut().find(|daemon| daemon.name == name);
+        daemon
+            .with_context(|| format!("there is no {name} on the host"))?
+            .replace(&format!("{how} {seconds}"))
+    }
+
+    /// How often the daemon of this name was started.
+    pub(crate) fn lives(&self, name: &str) -> u32 {
+        self.daemons.iter().find(|daemon| daemon.name == name).map_or(0, Daemon::lives)
     }
 
     fn wait_ready(&mut self, appliances: usize) -> Result<()> {
@@ -268,32 +329,7 @@ impl Drop for Cluster<'_> {
         for daemon in self.daemons.iter_mut().rev() {
             daemon.stop();
         }
+        // It is there only where the storage daemon served it.
+        let _ = fs::remove_file(disk::memory_file(&self.dir));
     }
-}
-
-impl Daemon {
-    /// Asks the daemon to stop, and kills it when it does not. Failures mean that it is gone.
-    fn stop(&mut self) {
-        let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
-        if let (Ok(None), Some(pid)) = (self.child.try_wait(), pid) {
-            let _ = kill_process(pid, Signal::TERM);
-        }
-        let deadline = Instant::now() + STOP_TIME_MAX;
-        while matches!(self.child.try_wait(), Ok(None)) {
-            if Instant::now() > deadline {
-                eprintln!("lab: {} did not stop within {STOP_TIME_MAX:?} and is killed", self.name);
-                let _ = self.child.kill();
-                let _ = self.child.wait();
-            }
-            thread::sleep(Duration::from_millis(20));
-        }
-    }
-}
-
-/// The last lines of a text file; empty when it cannot be read.
-pub(crate) fn tail(file: &Path, lines: usize) -> String {
-    let bytes = fs::read(file).unwrap_or_default();
-    let text = String::from_utf8_lossy(&bytes);
-    let all: Vec<&str> = text.lines().collect();
-    all[all.len().saturating_sub(lines)..].join("\n")
 }

@@ -5,6 +5,8 @@
 //! appliances run on the host, in a network of their own that the guest reaches.
 
 mod cluster;
+mod daemon;
+pub(crate) mod disk;
 mod initramfs;
 mod kernel;
 mod netns;
@@ -12,8 +14,12 @@ mod qemu;
 mod run;
 mod scenario;
 
+use std::collections::VecDeque;
 use std::fs;
+use std::num::NonZero;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::thread::{self, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -25,6 +31,9 @@ use qemu::{Accelerator, Guest, Threads};
 use run::Place;
 pub(crate) use run::Report;
 use scenario::Scenario;
+
+/// Boots that go on at the same time, at most: each has daemons with gigabytes of memory.
+const BOOTS_MAX: usize = 2;
 
 /// Options of `cargo xtask lab`.
 #[derive(Debug, Default, clap::Args)]
@@ -62,8 +71,12 @@ impl Args {
 pub(crate) fn main(args: &Args) -> Result<bool> {
     if args.list {
         for scenario in scenario::ALL {
-            let kind = if scenario.bench { "bench" } else { "test" };
-            println!("{:<18} {kind:<6} {} MB  {}", scenario.name, scenario.memory_mib, scenario.about);
+            let kind = match (scenario.bench, scenario.long) {
+                (true, _) => "bench",
+                (_, true) => "long",
+                _ => "test",
+            };
+            println!("{:<26} {kind:<6} {} MB  {}", scenario.name, scenario.memory_mib, scenario.about);
         }
         return Ok(true);
     }
@@ -83,13 +96,13 @@ pub(crate) fn run_all(args: &Args) -> Result<Vec<Report>> {
     let names = match args.scenarios.is_empty() {
         true => scenario::ALL
             .iter()
-            .filter(|scenario| !scenario.bench)
+            .filter(|scenario| !scenario.bench && !scenario.long)
             .map(|scenario| scenario.name.to_owned())
             .collect(),
         false => args.scenarios.clone(),
     };
     let scenarios = chosen(&names)?;
-    Lab::prepare(args, &scenarios)?.run(scenarios)
+    Lab::prepare(args, &scenarios)?.run(&scenarios)
 }
 
 /// Prints how the scenarios went, and last the line `N passed, N failed`; true when none failed.
@@ -101,7 +114,7 @@ pub(crate) fn summarize(reports: &[Report]) -> bool {
     for report in reports {
         let verdict = if report.passed() { "passed" } else { "FAILED" };
         let first_line = report.failure.as_deref().and_then(|text| text.lines().next()).unwrap_or_default();
-        println!("lab {:<20} {verdict:<8} {:<10} {first_line}", report.name, util::human_time(report.time));
+        println!("lab {:<26} {verdict:<8} {:<10} {first_line}", report.name, util::human_time(report.time));
     }
     let passed = reports.iter().filter(|report| report.passed()).count();
     println!("{passed} passed, {} failed", reports.len() - passed);
@@ -116,13 +129,41 @@ fn chosen(names: &[String]) -> Result<Vec<&'static Scenario>> {
     names.iter().map(find).collect()
 }
 
+/// Scenarios that share a boot.
+type Group = Vec<&'static Scenario>;
+
+/// The groups of scenarios, in the order of their first ones.
+fn groups(scenarios: &[&'static Scenario]) -> VecDeque<Group> {
+    let mut groups: VecDeque<Group> = VecDeque::new();
+    for &scenario in scenarios {
+        match groups.iter_mut().find(|group| group[0].group == scenario.group) {
+            Some(group) => group.push(scenario),
+            None => groups.push_back(vec![scenario]),
+        }
+    }
+    groups
+}
+
+/// A test's guest keeps one processor of the host busy and its daemons part of another; where something is measured,
+/// nothing runs beside it.
+fn boots_at_once(scenarios: &[&Scenario]) -> usize {
+    let measures = scenarios.iter().any(|scenario| scenario.bench);
+    let processors = thread::available_parallelism().map_or(1, NonZero::get);
+    if measures { 1 } else { processors.clamp(1, BOOTS_MAX) }
+}
+
+fn join(boots: ScopedJoinHandle<'_, Result<Vec<Report>>>) -> Result<Vec<Report>> {
+    boots.join().unwrap_or_else(|_| bail!("a thread of the lab panicked"))
+}
+
 /// What all boots of a run share.
 struct Lab {
     programs: PathBuf,
     runs: PathBuf,
     kernel: Kernel,
     initramfs: PathBuf,
-    netns: Netns,
+    /// A network for each boot that goes on at the same time.
+    networks: Vec<Netns>,
     accelerator: Accelerator,
     memory_mib: Option<u32>,
     time_max: Option<Duration>,
@@ -143,15 +184,15 @@ impl Lab {
         let kernel = Kernel::get(&cache)?;
         let initramfs = cache.join(format!("initramfs-{}", std::process::id()));
         initramfs::build(&kernel, &initramfs)?;
-        let netns = Netns::new()?;
-        let accelerator = qemu::choose(&kernel, &initramfs, &netns, &cache)?;
+        let networks = (0..boots_at_once(scenarios)).map(|_| Netns::new()).collect::<Result<Vec<_>>>()?;
+        let accelerator = qemu::choose(&kernel, &initramfs, &networks[0], &cache)?;
         println!("lab: kernel {} under {accelerator:?}", kernel.release());
         Ok(Lab {
             programs: target.join(if args.release { "release" } else { "debug" }),
             runs,
             kernel,
             initramfs,
-            netns,
+            networks,
             accelerator,
             memory_mib: args.memory,
             time_max: args.timeout.map(Duration::from_secs),
@@ -159,28 +200,44 @@ impl Lab {
         })
     }
 
-    /// Runs scenarios, those of a group in one boot for as long as they pass.
-    fn run(&self, scenarios: Vec<&'static Scenario>) -> Result<Vec<Report>> {
+    /// Runs scenarios, those of a group in one boot for as long as they pass, and as many boots at once as there are
+    /// networks. Gives the reports in the scenarios' order.
+    fn run(&self, scenarios: &[&'static Scenario]) -> Result<Vec<Report>> {
         let start = Instant::now();
-        let mut reports = Vec::new();
-        let mut waiting = scenarios;
-        while let Some(first) = waiting.first().copied() {
-            let group: Vec<_> =
-                waiting.iter().copied().filter(|scenario| scenario.group == first.group).collect();
-            let new = self.boot(&group)?;
-            ensure!(!new.is_empty(), "the guest ran no scenario");
-            waiting.retain(|scenario| new.iter().all(|report| report.name != scenario.name));
-            reports.extend(new);
-        }
+        let groups = Mutex::new(groups(scenarios));
+        let reports = thread::scope(|scope| {
+            let boots = self.networks.iter().map(|network| scope.spawn(|| self.run_groups(&groups, network)));
+            let boots: Vec<_> = boots.collect();
+            boots.into_iter().map(join).collect::<Result<Vec<_>>>()
+        })?;
         println!("lab: all in {}", util::human_time(start.elapsed()));
+        let mut reports: Vec<Report> = reports.into_iter().flatten().collect();
+        let place = |report: &Report| scenarios.iter().position(|scenario| scenario.name == report.name);
+        reports.sort_by_key(place);
+        Ok(reports)
+    }
+
+    /// Runs groups until none waits.
+    fn run_groups(&self, groups: &Mutex<VecDeque<Group>>, network: &Netns) -> Result<Vec<Report>> {
+        let mut reports = Vec::new();
+        let next = || groups.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+        while let Some(mut waiting) = next() {
+            while !waiting.is_empty() {
+                let new = self.boot(&waiting, network)?;
+                ensure!(!new.is_empty(), "the guest ran no scenario");
+                waiting.retain(|scenario| new.iter().all(|report| report.name != scenario.name));
+                reports.extend(new);
+            }
+        }
         Ok(reports)
     }
 
     /// One boot. Its logs are kept when something failed.
-    fn boot(&self, scenarios: &[&'static Scenario]) -> Result<Vec<Report>> {
+    fn boot(&self, scenarios: &[&'static Scenario], network: &Netns) -> Result<Vec<Report>> {
         let prefix = format!("{}-", scenarios[0].group);
         let dir = tempfile::Builder::new().prefix(&prefix).tempdir_in(&self.runs)?;
-        let reports = run::boot(&self.place(dir.path()), &self.guest(dir.path(), scenarios), scenarios);
+        let reports =
+            run::boot(&self.place(dir.path(), network), &self.guest(dir.path(), scenarios), scenarios);
         let failed = reports.as_ref().map_or(true, |reports| !reports.iter().all(Report::passed));
         if failed || self.keep {
             println!("lab: logs are in {}", dir.keep().display());
@@ -202,11 +259,11 @@ impl Lab {
             bail!("--shell is for one guest; {} and {} need different ones", first.name, other.name);
         }
         let dir = tempfile::Builder::new().prefix("shell-").tempdir_in(&self.runs)?;
-        run::shell(&self.place(dir.path()), &self.guest(dir.path(), scenarios), scenarios)
+        run::shell(&self.place(dir.path(), &self.networks[0]), &self.guest(dir.path(), scenarios), scenarios)
     }
 
-    fn place<'a>(&'a self, dir: &'a Path) -> Place<'a> {
-        Place { netns: &self.netns, dir, programs: &self.programs, time_max: self.time_max }
+    fn place<'a>(&'a self, dir: &'a Path, network: &'a Netns) -> Place<'a> {
+        Place { netns: network, dir, programs: &self.programs, time_max: self.time_max }
     }
 
     fn guest<'a>(&'a self, dir: &Path, scenarios: &[&'static Scenario]) -> Guest<'a> {
@@ -221,6 +278,8 @@ impl Lab {
             console: dir.join("console.log"),
             monitor: dir.join("monitor"),
             disk: scenarios.first().and_then(|scenario| scenario.vhost).map(|_| cluster::disk_socket(dir)),
+            disks: scenarios.first().map_or(&[][..], |scenario| scenario.disks),
+            dir: dir.to_owned(),
         }
     }
 }
@@ -236,7 +295,7 @@ impl Drop for Lab {
 fn build(target: &Path, release: bool) -> Result<()> {
     let mut cargo = util::command("cargo");
     cargo.current_dir(util::repository()).arg("build").arg("--quiet").arg("--target-dir").arg(target);
-    for package in ["xpm-allocator", "xpm-appliance", "xpm-blk", "xpm", "xpm-tests"] {
+    for package in ["xpm-allocator", "xpm-appliance", "xpm-blk", "xpm-swapd", "xpm", "xpm-tests"] {
         cargo.args(["--package", package]);
     }
     if release {

@@ -12,6 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 
+use super::disk::Disk;
 use super::kernel::Kernel;
 use super::netns::Netns;
 
@@ -82,6 +83,10 @@ pub(crate) struct Guest<'a> {
     pub(crate) monitor: PathBuf,
     /// The socket of its vhost-user-blk disk, if it has one.
     pub(crate) disk: Option<PathBuf>,
+    /// Its disks that are compared.
+    pub(crate) disks: &'static [Disk],
+    /// Where those have their sockets and files.
+    pub(crate) dir: PathBuf,
 }
 
 impl Guest<'_> {
@@ -114,11 +119,16 @@ impl Guest<'_> {
         Ok(())
     }
 
-    /// Adds the disk, and memory that its server can map.
-    fn add_disk(&self, command: &mut Command) {
+    /// Adds the disks, and memory that their servers can map.
+    fn add_disks(&self, command: &mut Command) {
+        if self.disk.is_some() || !self.disks.is_empty() {
+            let memory = format!("memory-backend-memfd,id=ram,size={}M,share=on", self.memory_mib);
+            command.args(["-object", &memory, "-machine", "memory-backend=ram"]);
+        }
+        for (index, disk) in self.disks.iter().enumerate() {
+            command.args(disk.qemu_words(index, &self.dir));
+        }
         let Some(socket) = &self.disk else { return };
-        let memory = format!("memory-backend-memfd,id=ram,size={}M,share=on", self.memory_mib);
-        command.args(["-object", &memory, "-machine", "memory-backend=ram"]);
         let mut chardev = joined("socket,id=disk,path=", socket);
         chardev.push(",reconnect=1");
         command.arg("-chardev").arg(chardev).args(["-device", "vhost-user-blk-pci,chardev=disk"]);
@@ -150,7 +160,7 @@ impl Guest<'_> {
         command.arg("-fsdev").arg(joined(&format!("local,id=share,{local}"), share));
         command.args(["-device", "virtio-9p-pci,fsdev=share,mount_tag=labshare"]);
         command.args(["-netdev", &netns.qemu_network(), "-device", "virtio-net-pci,netdev=net,romfile="]);
-        self.add_disk(&mut command);
+        self.add_disks(&mut command);
         self.add_monitor(&mut command)?;
         Ok(command)
     }
@@ -215,6 +225,8 @@ pub(crate) fn choose(kernel: &Kernel, initramfs: &Path, netns: &Netns, cache: &P
         console: cache.join("probe.log"),
         monitor: cache.join("probe"),
         disk: None,
+        disks: &[],
+        dir: cache.to_owned(),
     };
     let accelerator = match probe.comes_alive(netns)? {
         true => Accelerator::Kvm,

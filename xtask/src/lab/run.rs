@@ -14,10 +14,11 @@ use super::cluster::{self, Cluster};
 use super::netns::{HOST, Netns};
 use super::qemu::{self, Guest};
 use super::scenario::Scenario;
+use super::{daemon, disk};
 use crate::util;
 
-/// How long a guest may take to begin its first scenario.
-const BOOT_TIME_MAX: Duration = Duration::from_secs(120);
+/// How long a guest may take to begin its first scenario: emulated, on a machine that has much else to do, minutes.
+const BOOT_TIME_MAX: Duration = Duration::from_secs(300);
 /// How long a guest may take from the end of a scenario to the next one, or to be off.
 const PAUSE_TIME_MAX: Duration = Duration::from_secs(30);
 /// Lines of the kernel's console that a failure shows.
@@ -93,6 +94,7 @@ fn start_cluster<'a>(place: &Place<'a>, scenario: Option<&&'static Scenario>) ->
     if let Some(size) = scenario.and_then(|scenario| scenario.vhost) {
         cluster.serve_disk(size)?;
     }
+    cluster.serve_disks(scenario.map_or(&[][..], |scenario| scenario.disks))?;
     Ok(cluster)
 }
 
@@ -113,11 +115,13 @@ fn prepare(
     fs::write(share.join("scenarios"), list)?;
     let shell = if with_shell { "1" } else { "" };
     let env = format!(
-        "LAB_BIN='{}'\nLAB_SCRIPTS='{}'\nLAB_HOST={HOST}\nLAB_ECHO_PORT={}\nXPM_ALLOCATOR={}\nLAB_SHELL={shell}\n",
+        "LAB_BIN='{}'\nLAB_SCRIPTS='{}'\nLAB_HOST={HOST}\nLAB_ECHO_PORT={}\nXPM_ALLOCATOR={}\nLAB_SHELL={shell}\n\
+         LAB_DISKS='{}'\n",
         place.programs.display(),
         scripts.display(),
         cluster::ECHO_PORT,
         Cluster::allocator_url(),
+        disk::list(scenarios.first().map_or(&[][..], |scenario| scenario.disks)),
     );
     fs::write(share.join("env"), env)?;
     guest.on_host_root(place.netns, &scripts.join("run"), &share)
@@ -182,8 +186,9 @@ impl<'a> Watch<'a> {
         }
     }
 
-    /// Takes one line: a marker of the runner (`@lab begin NAME`, `@lab end NAME STATUS`), a wish of the scenario
-    /// (`@lab kill-blk`), or output of it.
+    /// Takes one line: a marker of the runner (`@lab begin NAME`, `@lab end NAME STATUS`), a wish of the scenario, or
+    /// output of it. Wishes are `@lab kill-blk` for the host's xpm-blk, and `@lab kill NAME SECONDS` and `@lab restart
+    /// NAME SECONDS` for `allocator` and `appliance-N`: so long they are away. A script has `on_host` for these, in `lib.sh`.
     fn take(&mut self, line: &str, cluster: &mut Cluster<'_>) {
         let words: Vec<&str> = line.split_whitespace().collect();
         match words[..] {
@@ -194,6 +199,12 @@ impl<'a> Watch<'a> {
                 Ok(()) => self.show("the host's xpm-blk was killed, and started again"),
                 Err(error) => self.report(Some(format!("the host's xpm-blk cannot be replaced: {error:#}"))),
             },
+            ["@lab", how @ ("kill" | "restart"), name, seconds] => {
+                match cluster.replace(how, name, seconds) {
+                    Ok(()) => self.show(&format!("{how} {name}: life {} has begun", cluster.lives(name))),
+                    Err(error) => self.report(Some(format!("{how} {name}: {error:#}"))),
+                }
+            }
             _ => self.show(line),
         }
     }
@@ -254,7 +265,7 @@ impl<'a> Watch<'a> {
                 (_, None) => "the guest did not get to it",
             };
             let complaints: Vec<String> = complaints.try_iter().collect();
-            let text = cluster::tail(console, CONSOLE_LINES);
+            let text = daemon::tail(console, CONSOLE_LINES);
             self.report(Some(format!(
                 "{what}; the guest's console ends with:\n{text}\n{}",
                 complaints.join("\n")

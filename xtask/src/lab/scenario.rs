@@ -3,6 +3,7 @@
 use anyhow::{Result, ensure};
 
 use super::cluster::Cluster;
+use super::disk::{Disk, Storage};
 
 /// One thing that the lab tests. To add one, write a script in `tests/lab` and a line in [`ALL`].
 #[derive(Debug)]
@@ -21,6 +22,8 @@ pub(crate) struct Scenario {
     /// Size of an allocation that the host's xpm-blk serves to the guest as its vhost-user-blk disk `vm`; none: there
     /// is no xpm-blk on the host.
     pub(crate) vhost: Option<&'static str>,
+    /// Further disks of the guest, of different servers on the host, to be compared.
+    pub(crate) disks: &'static [Disk],
     /// The script in `tests/lab` that the guest runs.
     pub(crate) script: &'static str,
     /// The script's arguments.
@@ -29,6 +32,8 @@ pub(crate) struct Scenario {
     pub(crate) seconds_max: u64,
     /// Whether it measures rather than tests; such a one runs only when it is named.
     pub(crate) bench: bool,
+    /// Whether it is the long form of another one; such a one runs only when it is named, too.
+    pub(crate) long: bool,
     /// Whether it runs programs of this project.
     pub(crate) needs_programs: bool,
     /// What must be so on the host when the guest is done.
@@ -43,13 +48,25 @@ const BASE: Scenario = Scenario {
     memory_mib: 512,
     appliances: &["2GiB", "2GiB"],
     vhost: None,
+    disks: &[],
     script: "",
     args: &[],
     seconds_max: 420,
     bench: false,
+    long: false,
     needs_programs: true,
     check: nothing_left,
 };
+
+/// What the scenarios have in common in which daemons on the host are replaced under a guest that is short of memory.
+const RESTART: Scenario = Scenario { group: "restart", memory_mib: 256, seconds_max: 900, ..BASE };
+
+/// What the scenarios have in common in which xpm-blk is replaced too; the memory cgroup of the load is what is short.
+const NBD: Scenario = Scenario { group: "nbd", seconds_max: 900, ..BASE };
+
+/// What both lengths of the loop of kills have in common.
+const KILL_LOOP: Scenario =
+    Scenario { group: "kill-loop", memory_mib: 256, script: "kill-loop.sh", seconds_max: 600, ..BASE };
 
 /// What the scenarios with RDMA have in common: both ends are in the guest.
 const RDMA: Scenario = Scenario {
@@ -60,6 +77,10 @@ const RDMA: Scenario = Scenario {
     check: daemons_live,
     ..BASE
 };
+
+/// What the scenarios with xpm-swapd have in common: a small guest, and a pool that can be filled.
+const SWAPD: Scenario =
+    Scenario { group: "swapd", memory_mib: 384, appliances: &["1GiB", "1GiB"], script: "swapd.sh", ..BASE };
 
 /// All scenarios, in the order in which they run.
 pub(crate) const ALL: &[Scenario] = &[
@@ -120,6 +141,19 @@ pub(crate) const ALL: &[Scenario] = &[
         ..BASE
     },
     Scenario {
+        name: "swapd",
+        about: "xpm-swapd follows a program up to three times the memory and down; drained, refused, killed while it grows",
+        ..SWAPD
+    },
+    Scenario {
+        name: "swapd-kills",
+        about: "the same, and xpm-swapd is killed 30 times while it grows",
+        args: &["30"],
+        seconds_max: 1200,
+        bench: true,
+        ..SWAPD
+    },
+    Scenario {
         name: "resize",
         about: "ext4 on the kernel's nbd grows and shrinks with its allocation, mounted and under load",
         group: "fs",
@@ -134,6 +168,74 @@ pub(crate) const ALL: &[Scenario] = &[
         script: "vhost.sh",
         check: disk_served,
         ..BASE
+    },
+    Scenario {
+        name: "appliance-restart",
+        about: "200 MB of swap on ublk, while the appliances that hold it and the allocator are killed and restarted",
+        script: "appliance-restart.sh",
+        args: &["ublk", "1"],
+        ..RESTART
+    },
+    Scenario {
+        name: "appliance-restart-nbd",
+        about: "the same, on the kernel's nbd connected to the appliance itself",
+        script: "appliance-restart.sh",
+        args: &["nbd-direct", "1"],
+        ..RESTART
+    },
+    Scenario {
+        name: "appliance-restart-long",
+        about: "appliance-restart with 40 lives of appliances and 10 of the allocator",
+        script: "appliance-restart.sh",
+        args: &["ublk", "10"],
+        seconds_max: 1800,
+        long: true,
+        ..RESTART
+    },
+    Scenario {
+        name: "appliance-restart-nbd-long",
+        about: "appliance-restart-nbd with 20 lives of the appliance and 10 of the allocator",
+        script: "appliance-restart.sh",
+        args: &["nbd-direct", "10"],
+        seconds_max: 1800,
+        long: true,
+        ..RESTART
+    },
+    Scenario {
+        name: "kill-loop",
+        about: "swap on ublk under memory pressure, while xpm-blk and its standby are killed and stopped again and again",
+        args: &["6"],
+        ..KILL_LOOP
+    },
+    Scenario {
+        name: "kill-loop-50",
+        about: "the same, 50 times",
+        args: &["50"],
+        seconds_max: 3600,
+        long: true,
+        ..KILL_LOOP
+    },
+    Scenario {
+        name: "upgrade",
+        about: "xpm-blk restarted and replaced in place, under swap and a mounted file system",
+        group: "upgrade",
+        script: "upgrade.sh",
+        args: &["1"],
+        ..BASE
+    },
+    Scenario {
+        name: "nbd-restart",
+        about: "the kernel's nbd on xpm-blk, under load and as swap, while xpm-blk and the appliance are replaced",
+        script: "nbd-restart.sh",
+        args: &["nbd", "1"],
+        ..NBD
+    },
+    Scenario {
+        name: "nbd-direct-restart",
+        about: "the same, on the kernel's nbd connected to the appliance itself",
+        script: "nbd-restart.sh",
+        args: &["nbd-direct", "1"],
+        ..NBD
     },
     Scenario {
         name: "rdma-smoke",
@@ -187,6 +289,39 @@ pub(crate) const ALL: &[Scenario] = &[
         seconds_max: 600,
         bench: true,
         ..RDMA
+    },
+    Scenario {
+        name: "vhost-disks",
+        about: "vhost-user-blk disks of QEMU's: xpm-blk against QEMU's storage daemon",
+        group: "vhost-disks",
+        memory_mib: 1024,
+        appliances: &["1GiB", "1GiB"],
+        disks: &[
+            Disk::Xpm("nbd-tcp"),
+            Disk::Xpm("shm"),
+            Disk::Qsd(Storage::Null),
+            Disk::Qsd(Storage::Memory),
+            Disk::Qsd(Storage::NbdTcp),
+            Disk::Qsd(Storage::NbdUnix),
+        ],
+        script: "bench-vhost.sh",
+        seconds_max: 1200,
+        bench: true,
+        check: daemons_live,
+        ..BASE
+    },
+    Scenario {
+        name: "swap",
+        about: "a program at half of its memory on swap of every kind: xpm's devices, and what one would use else",
+        group: "swap-bench",
+        memory_mib: 4096,
+        appliances: &["1GiB", "1GiB"],
+        disks: &[Disk::Xpm("nbd-tcp"), Disk::Xpm("shm"), Disk::File],
+        script: "bench-swap.sh",
+        seconds_max: 2400,
+        bench: true,
+        check: daemons_live,
+        ..BASE
     },
     Scenario {
         name: "lab-blk",
@@ -267,6 +402,7 @@ mod tests {
                 assert_eq!(scenario.memory_mib, other.memory_mib, "{}", other.name);
                 assert_eq!(scenario.appliances, other.appliances, "{}", other.name);
                 assert_eq!(scenario.vhost, other.vhost, "{}", other.name);
+                assert_eq!(scenario.disks, other.disks, "{}", other.name);
             }
         }
     }

@@ -45,10 +45,16 @@ struct Link {
 }
 
 impl Direct {
-    /// Limit of one request: what was sent on a connection that died is sent again on its
-    /// replacement when this is over. Longer than TCP takes to give up on a silent peer (see
-    /// `xpm_transport::nbd::client`), so that nothing is left in the old connection's queue then.
-    pub(super) const TIMEOUT: Duration = Duration::from_secs(15);
+    /// Limit of one request: what was sent on a connection that died is sent again on another when this is over,
+    /// so this is the pause when an appliance is restarted.
+    ///
+    /// One connection's requests are sent again on its replacement only, before which the appliance shut the old one
+    /// out. With several, they are sent again on the next one that lives, which shuts nothing out: then the
+    /// limit is longer than TCP takes to give up on a silent peer (see `xpm_transport::nbd::client`), so that nothing is
+    /// left in the old connection's queue.
+    pub(super) const fn timeout(queues: u16) -> Duration {
+        Duration::from_secs(if queues == 1 { 5 } else { 15 })
+    }
 
     /// `session` names the connections of this device for as long as the device lives, across
     /// restarts of this process.

@@ -24,9 +24,13 @@ pub(super) struct Local {
 }
 
 impl Local {
-    /// No limit of one request: with one socket, the kernel then only looks every 30 s whether the
+    /// No limit of one request: with one socket, the kernel then only looks every [`Local::LOOK_EVERY`] whether the
     /// request's socket was replaced, and never kills a connection because I/O is held.
     pub(super) const TIMEOUT_OF_ONE: Option<Duration> = None;
+
+    /// How often the kernel looks whether a request's socket was replaced: the pause when this process was. The kernel
+    /// logs a line each time for a request that waits.
+    pub(super) const LOOK_EVERY: Duration = Duration::from_secs(5);
 
     /// With several sockets the kernel moves a request that took too long to another one, while
     /// the first may still carry it out: so late that only a dead process is meant.

@@ -118,7 +118,7 @@ impl NbdDevice {
     ) -> Result<NbdDevice, DeviceError> {
         let mut direct = Direct::new(shared.map, session, shape.queues, transport)?;
         direct.probe(shared.map.size.0)?;
-        NbdDevice::start(shared, Some(Direct::TIMEOUT), Arc::new(direct), shape, true)
+        NbdDevice::start(shared, Some(Direct::timeout(shape.queues)), Arc::new(direct), shape, true)
     }
 
     fn start(
@@ -142,6 +142,9 @@ impl NbdDevice {
         let disk = format!("nbd{}", wiring.index);
         let before = Statistics::of(&disk);
         sysfs::tune(&disk);
+        if wiring.timeout.is_none() {
+            sysfs::set_look_interval(&disk, Local::LOOK_EVERY);
+        }
         let watcher = Watcher::start(wiring.clone(), Arc::clone(&source))?;
         Ok(NbdDevice { wiring, disk, before, source, watcher: Mutex::new(Some(watcher)), outlives_process })
     }
@@ -227,6 +230,10 @@ impl Shown for NbdDevice {
 
     fn outlives_process(&self) -> bool {
         self.outlives_process
+    }
+
+    fn waits_for_next_process(&self) -> bool {
+        true
     }
 
     fn hide(&self, _give_up: bool) -> Result<(), DeviceError> {

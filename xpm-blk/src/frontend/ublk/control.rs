@@ -6,6 +6,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::{Mutex, PoisonError};
 
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
@@ -21,12 +22,32 @@ pub(super) struct Control {
 const MODPROBE: &str = "load the kernel's module with `modprobe ublk_drv` (Linux 6.5 or newer, CONFIG_BLK_DEV_UBLK), \
                         or show the allocation as nbd or nbd-socket";
 
+/// One that is open already, for a process that takes devices over.
+static SET_ASIDE: Mutex<Option<Control>> = Mutex::new(None);
+
+/// Has the control device open ahead of need.
+///
+/// # Errors
+/// As for [`Control::open`].
+pub(super) fn set_aside() -> Result<(), DeviceError> {
+    let mut ready = SET_ASIDE.lock().unwrap_or_else(PoisonError::into_inner);
+    if ready.is_none() {
+        *ready = Some(Control::open_new()?);
+    }
+    Ok(())
+}
+
 impl Control {
-    /// Opens the control device.
+    /// The control device, opened now or ahead.
     ///
     /// # Errors
     /// [`DeviceError::Unsupported`] where the kernel has no ublk or no io_uring for this process.
     pub(super) fn open() -> Result<Control, DeviceError> {
+        let ready = SET_ASIDE.lock().unwrap_or_else(PoisonError::into_inner).take();
+        ready.map_or_else(Control::open_new, Ok)
+    }
+
+    fn open_new() -> Result<Control, DeviceError> {
         let file =
             OpenOptions::new().read(true).write(true).open(uapi::CONTROL_PATH).map_err(
                 |error| match error.kind() {
@@ -86,6 +107,31 @@ impl Control {
     pub(super) fn start(&mut self, device: u32) -> Result<(), DeviceError> {
         let pid = u64::from(std::process::id());
         self.command(uapi::START_DEV, device, &mut [], pid).at(format!("start ublk device {device}"))
+    }
+
+    /// The size of a device, in sectors of 512 bytes.
+    pub(super) fn sectors(&mut self, device: u32) -> Result<u64, DeviceError> {
+        let mut bytes = Params::empty();
+        self.command(uapi::GET_PARAMS, device, &mut bytes, 0)
+            .at(format!("ask for the parameters of ublk device {device}"))?;
+        Ok(Params::sectors(&bytes))
+    }
+
+    /// Begins to give a device another server.
+    ///
+    /// # Errors
+    /// `EBUSY` while the server before is not wholly gone, `EINVAL` where this was begun before and no queue has been
+    /// fetched since.
+    pub(super) fn start_recovery(&mut self, device: u32) -> io::Result<()> {
+        self.command(uapi::START_USER_RECOVERY, device, &mut [], 0)
+    }
+
+    /// Ends it: requests come from here on, those of the server before among them. Waits until every tag of every
+    /// queue was fetched.
+    pub(super) fn end_recovery(&mut self, device: u32) -> Result<(), DeviceError> {
+        let pid = u64::from(std::process::id());
+        self.command(uapi::END_USER_RECOVERY, device, &mut [], pid)
+            .at(format!("go on with ublk device {device}"))
     }
 
     /// Stops a device: removes the disk, waits for its I/O, and ends every fetch.

@@ -5,6 +5,7 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
+use std::sync::{Mutex, PoisonError};
 
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 use xpm_transport::io::IoBuf;
@@ -75,16 +76,49 @@ pub(super) struct Buffers {
     each_len: usize,
 }
 
-impl Buffers {
-    /// Buffers of `each_len` bytes for `depth` tags.
-    pub(super) fn new(depth: u16, each_len: usize) -> io::Result<Buffers> {
-        let len = usize::from(depth) * each_len;
+/// Memory of queues that are to come: a process that takes devices over may find none.
+static SET_ASIDE: Mutex<Vec<Mapping>> = Mutex::new(Vec::new());
+
+/// Has memory for buffers of these lengths ready, in bytes, and no more than that.
+///
+/// # Errors
+/// When there is none; some of it may be there.
+pub(super) fn set_aside(mut lens: Vec<usize>) -> io::Result<()> {
+    let mut ready = SET_ASIDE.lock().unwrap_or_else(PoisonError::into_inner);
+    ready.retain(|mapping| {
+        let wanted = lens.iter().position(|&len| len == mapping.len);
+        wanted.map(|place| lens.swap_remove(place)).is_some()
+    });
+    for len in lens {
+        ready.push(Mapping::anonymous(len)?);
+    }
+    Ok(())
+}
+
+fn take_aside(len: usize) -> Option<Mapping> {
+    let mut ready = SET_ASIDE.lock().unwrap_or_else(PoisonError::into_inner);
+    let place = ready.iter().position(|mapping| mapping.len == len)?;
+    Some(ready.swap_remove(place))
+}
+
+impl Mapping {
+    /// New memory, faulted in.
+    fn anonymous(len: usize) -> io::Result<Mapping> {
         let flags = MapFlags::PRIVATE | MapFlags::POPULATE;
         // SAFETY: a new anonymous mapping at a place that the kernel chooses.
         let address =
             unsafe { mmap_anonymous(std::ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, flags) }?;
         let address = NonNull::new(address.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
-        Ok(Buffers { mapping: Mapping { address, len }, each_len })
+        Ok(Mapping { address, len })
+    }
+}
+
+impl Buffers {
+    /// Buffers of `each_len` bytes for `depth` tags, of memory that was set aside where that fits.
+    pub(super) fn new(depth: u16, each_len: usize) -> io::Result<Buffers> {
+        let len = usize::from(depth) * each_len;
+        let mapping = take_aside(len).map_or_else(|| Mapping::anonymous(len), Ok)?;
+        Ok(Buffers { mapping, each_len })
     }
 
     /// The buffer of a tag. It may be used in operations while this value lives, which the queue
@@ -127,6 +161,22 @@ mod tests {
             assert_eq!(address - buffers.address(0), u64::from(tag) * 8192);
             buffers.of(tag).copy_from_slice(&[tag as u8; 8192]);
         }
+    }
+
+    #[test]
+    fn memory_that_was_set_aside_is_used_once() {
+        set_aside(vec![5 << 12, 5 << 12]).unwrap();
+        set_aside(vec![6 << 12, 5 << 12]).unwrap();
+        let place = || {
+            let ready = SET_ASIDE.lock().unwrap();
+            ready.iter().find(|mapping| mapping.len == 5 << 12).map(|mapping| mapping.address)
+        };
+        let ready = place().unwrap();
+        let buffers = Buffers::new(5, 4096).unwrap();
+        assert_eq!(buffers.mapping.address, ready);
+        assert_eq!(place(), None);
+        set_aside(Vec::new()).unwrap();
+        assert!(take_aside(6 << 12).is_none());
     }
 
     #[test]

@@ -5,10 +5,18 @@
 //! and the pages of the request, and the transport sends from and receives into it. That is one
 //! copy more than `UBLK_F_USER_COPY` needs towards shared memory, and one system call per request
 //! fewer; at the 4 KiB and 32 KiB of swap the call costs more than the copy.
+//!
+//! Where the kernel can have it so, a device outlives its server (`UBLK_F_USER_RECOVERY`): I/O waits for the next one, which
+//! is also asked what the dead one had in flight (`_REISSUE`). `recovery.rs` is how a device gets another server,
+//! `orphans.rs` what becomes of those that nobody wants. That the dead server's late writes do not land behind the
+//! new one's is seen to by the channels: a queue's have the same number and session in each life, and a higher generation.
 
 mod control;
+mod mark;
 mod memory;
+mod orphans;
 mod queue;
+mod recovery;
 mod request;
 mod ring;
 mod uapi;
@@ -23,17 +31,19 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
 use xpm_client::Volume;
+use xpm_protocol::api::ErrorKind;
 
 use self::control::Control;
-use self::queue::QueueParts;
+pub use self::mark::Mark;
+pub use self::orphans::remove as remove_orphans;
+use self::queue::{Gate, QueueParts};
+pub(crate) use self::recovery::prepare;
 use self::uapi::{DeviceInfo, Params};
 use super::{Health, Shape, Shown};
 use crate::error::{DeviceError, Step};
 use crate::spin::Spin;
+use crate::watch::Pulse;
 use crate::{lifecycle, sysfs};
-
-/// Kept by the kernel in each of our devices, so that they are known as ours later: `xpm-blk1`.
-const MARK: u64 = u64::from_be_bytes(*b"xpm-blk1");
 
 /// Logical blocks are of 512 bytes, as what is copied to the device may be made for them; physical
 /// ones of 4096, so that file systems and swap align to pages.
@@ -56,6 +66,8 @@ pub struct UblkDevice {
     disk: String,
     /// What it shows, in bytes: what the volume had when it was made.
     size: u64,
+    /// It outlives its server.
+    recoverable: bool,
     volume: Volume,
     give_up: Arc<OwnedFd>,
     /// The device file and the queues' threads; none once it is hidden.
@@ -68,14 +80,18 @@ struct Running {
 }
 
 impl UblkDevice {
-    /// Makes a device for a volume and starts it. Blocks until the device can be used, which for a
-    /// kernel that looks for partitions means until its first reads have ended.
+    /// Shows a volume: by the device with this mark that a dead process left, or by a new one. Blocks until the device
+    /// can be used, which for a kernel that looks for partitions means until its first reads have ended, and for a device
+    /// that was left until its server is wholly gone.
     ///
     /// # Errors
     /// [`ErrorKind::Unsupported`](xpm_protocol::api::ErrorKind) where there is no ublk.
-    pub fn show(volume: Volume, shape: &Shape) -> Result<UblkDevice, DeviceError> {
+    pub fn show(volume: Volume, shape: &Shape, mark: Mark) -> Result<UblkDevice, DeviceError> {
         let mut control = Control::open()?;
-        let info = add(&mut control, shape)?;
+        if let Some(left) = recovery::find(&mut control, shape.number, mark)? {
+            return UblkDevice::recover(&mut control, volume, shape, left);
+        }
+        let info = add(&mut control, shape, mark)?;
         let made = UblkDevice::make(&mut control, volume, shape, info);
         if made.is_err() {
             let _ = control.delete(info.device);
@@ -89,26 +105,18 @@ impl UblkDevice {
         shape: &Shape,
         info: DeviceInfo,
     ) -> Result<UblkDevice, DeviceError> {
+        let size = volume.size();
         control.set_params(
             info.device,
             Params {
-                sectors: volume.size() >> 9,
+                sectors: size >> 9,
                 sectors_max: info.io_len_max >> 9,
                 discard_sectors_max: DISCARD_SECTORS_MAX,
                 logical_block_shift: LOGICAL_BLOCK_SHIFT,
                 physical_block_shift: PHYSICAL_BLOCK_SHIFT,
             },
         )?;
-        let give_up = Arc::new(eventfd(0, EventfdFlags::CLOEXEC).at("make an eventfd")?);
-        let running = start_queues(&volume, shape, info, &give_up)?;
-        let device = UblkDevice {
-            number: info.device,
-            disk: format!("ublkb{}", info.device),
-            size: volume.size(),
-            volume,
-            give_up,
-            running: Mutex::new(Some(running)),
-        };
+        let device = UblkDevice::serve(volume, shape, info, size)?;
         if let Err(error) = control.start(info.device) {
             let _ = control.stop(info.device);
             device.join();
@@ -116,6 +124,48 @@ impl UblkDevice {
         }
         sysfs::tune(&device.disk);
         Ok(device)
+    }
+
+    /// Takes over a device whose server died.
+    fn recover(
+        control: &mut Control,
+        volume: Volume,
+        shape: &Shape,
+        left: DeviceInfo,
+    ) -> Result<UblkDevice, DeviceError> {
+        let size = control.sectors(left.device)? << 9;
+        if size > volume.size() {
+            let what = format!(
+                "ublk device {} has {size} bytes, and its allocation only {}: it cannot be served",
+                left.device,
+                volume.size()
+            );
+            return Err(DeviceError::new(ErrorKind::Internal, what));
+        }
+        recovery::start(control, left.device)?;
+        let device = UblkDevice::serve(volume, shape, left, size)?;
+        if let Err(error) = control.end_recovery(left.device) {
+            // With its queues fetched and no way on, the next process has to do better.
+            tracing::error!("{error}; ending, so that another process can take the device over");
+            lifecycle::die();
+        }
+        tracing::info!("took over ublk device {}, which an earlier xpm-blk left", left.device);
+        Ok(device)
+    }
+
+    /// Has the queues of a device served, which the kernel has not started or not gone on with.
+    fn serve(volume: Volume, shape: &Shape, info: DeviceInfo, size: u64) -> Result<UblkDevice, DeviceError> {
+        let give_up = Arc::new(eventfd(0, EventfdFlags::CLOEXEC).at("make an eventfd")?);
+        let running = start_queues(&volume, shape, info, size, &give_up)?;
+        Ok(UblkDevice {
+            number: info.device,
+            disk: format!("ublkb{}", info.device),
+            size,
+            recoverable: info.flags & uapi::F_USER_RECOVERY_REISSUE != 0,
+            volume,
+            give_up,
+            running: Mutex::new(Some(running)),
+        })
     }
 
     fn join(&self) {
@@ -129,7 +179,8 @@ impl UblkDevice {
     }
 }
 
-fn add(control: &mut Control, shape: &Shape) -> Result<DeviceInfo, DeviceError> {
+fn add(control: &mut Control, shape: &Shape, mark: Mark) -> Result<DeviceInfo, DeviceError> {
+    let recovery = (uapi::F_USER_RECOVERY | uapi::F_USER_RECOVERY_REISSUE) & control.features()?;
     let info = DeviceInfo {
         queues: shape.queues,
         depth: shape.depth,
@@ -137,8 +188,8 @@ fn add(control: &mut Control, shape: &Shape) -> Result<DeviceInfo, DeviceError> 
         io_len_max: io_len_max(shape.buffer_len, shape.depth),
         device: shape.number.unwrap_or(u32::MAX),
         pid: -1,
-        flags: uapi::F_CMD_IOCTL_ENCODE,
-        mark: MARK,
+        flags: uapi::F_CMD_IOCTL_ENCODE | recovery,
+        mark: mark.bits(),
     };
     match control.add(info) {
         Err(_) if shape.number.is_some() => control.add(DeviceInfo { device: u32::MAX, ..info }),
@@ -150,60 +201,59 @@ fn start_queues(
     volume: &Volume,
     shape: &Shape,
     info: DeviceInfo,
+    size: u64,
     give_up: &Arc<OwnedFd>,
 ) -> Result<Running, DeviceError> {
     let device = Arc::new(open_device(info.device)?);
-    let (ready, answers) = sync_channel(usize::from(info.queues));
+    let gate = Arc::new(Gate::default());
+    let (ready, answers) = sync_channel(2 * usize::from(info.queues));
     let mut threads = Vec::with_capacity(usize::from(info.queues));
     let mut outcome = Ok(());
     for id in 0..info.queues {
-        let step = || format!("start queue {id} of ublk device {}", info.device);
-        let spawned = volume.channel().and_then(|channel| {
+        let name = format!("xpm-ublk{}q{id}", info.device);
+        let spawned = Pulse::new(name.clone()).and_then(|pulse| {
             let parts = QueueParts {
                 id,
                 depth: info.depth,
-                size: volume.size(),
+                size,
                 io_len_max: info.io_len_max,
                 device: Arc::clone(&device),
                 give_up: Arc::clone(give_up),
-                channel,
+                channel: volume.channel_of(id)?,
                 spin: Spin::new(shape.spin),
+                pulse,
             };
-            let ready = ready.clone();
-            thread::Builder::new()
-                .name(format!("xpm-ublk{}q{id}", info.device))
-                .stack_size(lifecycle::STACK_LEN)
-                .spawn(move || queue::run(parts, &ready))
+            let (gate, ready) = (Arc::clone(&gate), ready.clone());
+            let builder = thread::Builder::new().name(name).stack_size(lifecycle::STACK_LEN);
+            builder.spawn(move || queue::run(parts, &gate, &ready))
         });
         match spawned {
             Ok(thread) => threads.push(thread),
             Err(error) => {
-                outcome = Err(error.at(step()));
+                outcome = Err(error.at(format!("start queue {id} of ublk device {}", info.device)));
                 break;
             }
         }
     }
     drop(ready);
-    for _ in 0..threads.len() {
-        let answer = answers.recv().unwrap_or_else(|_| Err(io::ErrorKind::BrokenPipe.into()));
-        outcome = outcome.and(answer.at(format!("start the queues of ublk device {}", info.device)));
+    let hear_all = |outcome: Result<(), DeviceError>| {
+        (0..threads.len()).fold(outcome, |outcome, _| {
+            let answer = answers.recv().unwrap_or_else(|_| Err(io::ErrorKind::BrokenPipe.into()));
+            outcome.and(answer.at(format!("start the queues of ublk device {}", info.device)))
+        })
+    };
+    let outcome = hear_all(outcome);
+    gate.decide(outcome.is_ok());
+    if let Err(error) = outcome {
+        threads.into_iter().for_each(|thread| drop(thread.join()));
+        return Err(error);
     }
-    let running = Running { device, threads };
-    match outcome {
-        Ok(()) => Ok(running),
-        Err(error) => {
-            end_queues(info.device, running);
-            Err(error)
-        }
+    if let Err(error) = hear_all(Ok(())) {
+        // Some of its queues are fetched, which only the end of this process undoes.
+        tracing::error!("{error}");
+        lifecycle::die();
     }
-}
-
-/// Ends the queues of a device that was never started.
-fn end_queues(device: u32, running: Running) {
-    match Control::open().and_then(|mut control| control.stop(device)) {
-        Ok(()) => running.threads.into_iter().for_each(|thread| drop(thread.join())),
-        Err(error) => tracing::warn!(%error, device, "cannot stop a half-made ublk device"),
-    }
+    Ok(Running { device, threads })
 }
 
 /// Opens `/dev/ublkcN`, which the kernel makes with the device; where udev makes the nodes, it may
@@ -214,7 +264,10 @@ fn open_device(number: u32) -> Result<OwnedFd, DeviceError> {
     loop {
         match OpenOptions::new().read(true).write(true).open(&path) {
             Ok(file) => return Ok(file.into()),
-            Err(error) if error.kind() == io::ErrorKind::NotFound && Instant::now() < limit => {
+            Err(error)
+                if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ResourceBusy)
+                    && Instant::now() < limit =>
+            {
                 thread::sleep(Duration::from_millis(5));
             }
             Err(error) => return Err(error.at(format!("open {path}"))),
@@ -258,6 +311,10 @@ impl Shown for UblkDevice {
         false
     }
 
+    fn waits_for_next_process(&self) -> bool {
+        self.recoverable
+    }
+
     fn hide(&self, give_up: bool) -> Result<(), DeviceError> {
         let mut control = Control::open()?;
         if give_up {
@@ -277,35 +334,15 @@ pub fn check_support() -> Result<(), DeviceError> {
     Control::open()?.features().map(drop)
 }
 
-/// Deletes devices that an xpm-blk left behind when it died: the kernel has taken their disks away
-/// already. Returns what it did, a line for each.
-pub fn remove_orphans() -> Vec<String> {
-    let Ok(mut control) = Control::open() else { return Vec::new() };
-    let orphans = device_numbers().into_iter().filter_map(|number| match control.info(number) {
-        Ok(Some(info)) if info.mark == MARK && !is_served(&info) => Some(info),
-        _ => None,
-    });
-    let orphans: Vec<DeviceInfo> = orphans.collect();
-    orphans
-        .into_iter()
-        .map(|info| {
-            let number = info.device;
-            if info.state != uapi::STATE_DEAD {
-                return format!("ublk device {number} has no server and is not dead yet: left alone");
-            }
-            match control.delete(number) {
-                Ok(()) => format!("ublk device {number} had lost its server: deleted"),
-                Err(error) => format!("ublk device {number} has lost its server: {error}"),
-            }
-        })
-        .collect()
+/// Whether devices of this kernel outlive their server.
+pub fn can_recover() -> bool {
+    let wanted = uapi::F_USER_RECOVERY | uapi::F_USER_RECOVERY_REISSUE;
+    Control::open()
+        .and_then(|mut control| control.features())
+        .is_ok_and(|features| features & wanted == wanted)
 }
 
-fn is_served(info: &DeviceInfo) -> bool {
-    u32::try_from(info.pid)
-        .is_ok_and(|pid| pid != 0 && std::path::Path::new(&format!("/proc/{pid}")).exists())
-}
-
+/// The numbers of all ublk devices.
 fn device_numbers() -> Vec<u32> {
     let Ok(entries) = std::fs::read_dir("/dev") else { return Vec::new() };
     let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());

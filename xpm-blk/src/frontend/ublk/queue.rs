@@ -8,8 +8,8 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use xpm_client::Channel;
 use xpm_transport::io::{Completion, IoError, Kind, Operation};
@@ -18,7 +18,9 @@ use super::memory::{Buffers, Descriptors};
 use super::request::Request;
 use super::ring::{Event, Ring};
 use super::uapi;
+use crate::lifecycle;
 use crate::spin::Spin;
+use crate::watch::Pulse;
 
 /// What a queue is made of.
 pub(super) struct QueueParts {
@@ -34,38 +36,66 @@ pub(super) struct QueueParts {
     pub(super) give_up: Arc<OwnedFd>,
     pub(super) channel: Channel,
     pub(super) spin: Spin,
+    pub(super) pulse: Arc<Pulse>,
 }
 
-/// Runs a queue until its device is stopped. Sends its readiness, or why it could not be made,
-/// after its first fetches are with the kernel.
-///
-/// A failure after that, or a panic, ends the whole process: a process that lives on with a dead
-/// queue would leave every task that uses the device in an endless wait.
-pub(super) fn run(parts: QueueParts, ready: &SyncSender<io::Result<()>>) {
-    let abort = AbortOnDrop;
-    let id = parts.id;
-    let started = Queue::new(parts).and_then(|mut queue| {
-        queue.fetch_all()?;
-        Ok(queue)
-    });
-    match started {
-        Err(error) => drop(ready.send(Err(error))),
-        Ok(mut queue) => {
-            let _ = ready.send(Ok(()));
-            if let Err(error) = queue.serve() {
-                tracing::error!(queue = id, %error, "ublk queue failed");
-                return;
+/// Has all queues of a device fetch at the same time, or none. While a device gets another server, the kernel must not
+/// see that server die with some of its queues fetched and others not: Linux 6.12 then follows a null pointer.
+#[derive(Debug, Default)]
+pub(super) struct Gate {
+    open: Mutex<Option<bool>>,
+    decided: Condvar,
+}
+
+impl Gate {
+    /// Lets all go on, or end.
+    pub(super) fn decide(&self, open: bool) {
+        *self.open.lock().unwrap_or_else(PoisonError::into_inner) = Some(open);
+        self.decided.notify_all();
+    }
+
+    fn wait(&self) -> bool {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            match *open {
+                Some(open) => return open,
+                None => open = self.decided.wait(open).unwrap_or_else(PoisonError::into_inner),
             }
         }
     }
-    std::mem::forget(abort);
 }
 
-struct AbortOnDrop;
+/// Runs a queue until its device is stopped. Sends twice how it goes: when it is made, and, after the gate, when its
+/// first fetches are with the kernel.
+///
+/// A failure after that, or a panic, ends the whole process: a process that lives on with a dead
+/// queue would leave every task that uses the device in an endless wait.
+pub(super) fn run(parts: QueueParts, gate: &Gate, ready: &SyncSender<io::Result<()>>) {
+    let alive = DieOnDrop;
+    let id = parts.id;
+    match Queue::new(parts) {
+        Err(error) => drop(ready.send(Err(error))),
+        Ok(mut queue) => {
+            let _ = ready.send(Ok(()));
+            if gate.wait() {
+                let fetched = queue.fetch_all();
+                let go_on = fetched.is_ok();
+                let _ = ready.send(fetched);
+                if go_on && let Err(error) = queue.serve() {
+                    tracing::error!(queue = id, %error, "ublk queue failed");
+                    return;
+                }
+            }
+        }
+    }
+    std::mem::forget(alive);
+}
 
-impl Drop for AbortOnDrop {
+struct DieOnDrop;
+
+impl Drop for DieOnDrop {
     fn drop(&mut self) {
-        std::process::abort();
+        lifecycle::die();
     }
 }
 
@@ -92,11 +122,12 @@ struct Queue {
     completions: Vec<Completion>,
     give_up: Arc<OwnedFd>,
     spin: Spin,
+    pulse: Arc<Pulse>,
 }
 
 impl Queue {
     fn new(parts: QueueParts) -> io::Result<Queue> {
-        let QueueParts { id, depth, size, io_len_max, device, give_up, mut channel, spin } = parts;
+        let QueueParts { id, depth, size, io_len_max, device, give_up, mut channel, spin, pulse } = parts;
         let count = usize::from(depth);
         let buffers = Buffers::new(depth, io_len_max as usize)?;
         channel.register(buffers.all());
@@ -114,6 +145,7 @@ impl Queue {
             completions: Vec::with_capacity(count),
             give_up,
             spin,
+            pulse,
         })
     }
 
@@ -122,6 +154,7 @@ impl Queue {
             self.ring.push_io(uapi::FETCH_REQ, self.io_command(tag, 0))?;
         }
         self.ring.watch_give_up(self.give_up.as_fd())?;
+        self.ring.watch_pokes(self.pulse.poked())?;
         self.ring.submit()
     }
 
@@ -161,6 +194,10 @@ impl Queue {
                 Event::Ended(tag) => self.end(tag),
                 Event::Channel => {}
                 Event::GiveUp => self.give_up()?,
+                Event::Poked => {
+                    self.pulse.answer();
+                    self.ring.watch_pokes(self.pulse.poked())?;
+                }
                 Event::Failed(error) => return Err(error),
             }
         }

@@ -21,12 +21,15 @@ pub(super) enum Event {
     Channel,
     /// Everything is to fail.
     GiveUp,
+    /// Somebody wants to see that the thread turns.
+    Poked,
     /// The kernel refused a command, which none of ours should be.
     Failed(io::Error),
 }
 
 const CHANNEL: u64 = 1 << 32;
 const GIVE_UP: u64 = 2 << 32;
+const POKED: u64 = 3 << 32;
 
 /// The ring.
 pub(super) struct Ring {
@@ -39,8 +42,8 @@ pub(super) struct Ring {
 impl Ring {
     /// A ring for `depth` tags of an open device file, used by the calling thread only.
     pub(super) fn new(device: Arc<OwnedFd>, depth: u16) -> io::Result<Ring> {
-        // Every tag has at most one command, and there are two waits.
-        let entries = (u32::from(depth) + 2).next_power_of_two();
+        // Every tag has at most one command, and there are three waits.
+        let entries = (u32::from(depth) + 3).next_power_of_two();
         let ring = IoUring::builder()
             .setup_single_issuer()
             .setup_coop_taskrun()
@@ -61,6 +64,11 @@ impl Ring {
     /// Has [`Event::GiveUp`] come once `fd` is readable. `fd` must stay open while the ring lives.
     pub(super) fn watch_give_up(&mut self, fd: BorrowedFd<'_>) -> io::Result<()> {
         self.push(&poll_entry(fd, GIVE_UP))
+    }
+
+    /// Has [`Event::Poked`] come once `fd` is readable. `fd` must stay open while the ring lives.
+    pub(super) fn watch_pokes(&mut self, fd: BorrowedFd<'_>) -> io::Result<()> {
+        self.push(&poll_entry(fd, POKED))
     }
 
     /// Has [`Event::Channel`] come once `fd` is readable. A wait that is still there is kept: one
@@ -105,6 +113,7 @@ impl Ring {
                 Event::Channel
             }
             GIVE_UP => Event::GiveUp,
+            POKED => Event::Poked,
             tag => match result {
                 0 => Event::Request(tag as u16),
                 RES_ABORT => Event::Ended(tag as u16),

@@ -28,6 +28,12 @@ pub(super) const START_DEV: u32 = ioctl(READ_WRITE, 0x06, CONTROL_LEN);
 pub(super) const STOP_DEV: u32 = ioctl(READ_WRITE, 0x07, CONTROL_LEN);
 /// `UBLK_U_CMD_SET_PARAMS`
 pub(super) const SET_PARAMS: u32 = ioctl(READ_WRITE, 0x08, CONTROL_LEN);
+/// `UBLK_U_CMD_GET_PARAMS`
+pub(super) const GET_PARAMS: u32 = ioctl(READ, 0x09, CONTROL_LEN);
+/// `UBLK_U_CMD_START_USER_RECOVERY`
+pub(super) const START_USER_RECOVERY: u32 = ioctl(READ_WRITE, 0x10, CONTROL_LEN);
+/// `UBLK_U_CMD_END_USER_RECOVERY`
+pub(super) const END_USER_RECOVERY: u32 = ioctl(READ_WRITE, 0x11, CONTROL_LEN);
 /// `UBLK_U_CMD_GET_FEATURES`, since Linux 6.5
 pub(super) const GET_FEATURES: u32 = ioctl(READ, 0x13, CONTROL_LEN);
 /// `UBLK_U_IO_FETCH_REQ`
@@ -38,11 +44,17 @@ pub(super) const COMMIT_AND_FETCH_REQ: u32 = ioctl(READ_WRITE, 0x21, IO_LEN);
 /// `UBLK_IO_RES_ABORT`: what a fetch ends with when the device stops.
 pub(super) const RES_ABORT: i32 = -libc::ENODEV;
 
+/// `UBLK_F_USER_RECOVERY`: the device outlives its server.
+pub(super) const F_USER_RECOVERY: u64 = 1 << 3;
+/// `UBLK_F_USER_RECOVERY_REISSUE`: what its server had in flight is asked of the next one.
+pub(super) const F_USER_RECOVERY_REISSUE: u64 = 1 << 4;
 /// `UBLK_F_CMD_IOCTL_ENCODE`
 pub(super) const F_CMD_IOCTL_ENCODE: u64 = 1 << 6;
 
 /// `UBLK_S_DEV_DEAD`
 pub(super) const STATE_DEAD: u16 = 0;
+/// `UBLK_S_DEV_QUIESCED`: its server is gone, and it waits for another one.
+pub(super) const STATE_QUIESCED: u16 = 2;
 
 /// `UBLK_MAX_QUEUE_DEPTH`: the place of a queue's descriptors in the device file is made for it.
 const QUEUE_DEPTH_MAX: u64 = 4096;
@@ -186,6 +198,18 @@ impl Params {
         bytes[56..58].copy_from_slice(&1_u16.to_ne_bytes());
         bytes
     }
+
+    /// The length of the buffer as `GET_PARAMS` takes it, which is also the whole of what is asked for.
+    pub(super) fn empty() -> [u8; Params::LEN] {
+        let mut bytes = [0; Params::LEN];
+        bytes[0..4].copy_from_slice(&(Params::LEN as u32).to_ne_bytes());
+        bytes
+    }
+
+    /// The size of the device, in sectors of 512 bytes.
+    pub(super) fn sectors(bytes: &[u8; Params::LEN]) -> u64 {
+        u64::from_ne_bytes(part(bytes, 24))
+    }
 }
 
 fn part<const N: usize>(bytes: &[u8], start: usize) -> [u8; N] {
@@ -207,6 +231,9 @@ mod tests {
         assert_eq!(ADD_DEV, 0xc020_7504);
         assert_eq!(GET_FEATURES, 0x8020_7513);
         assert_eq!(GET_DEV_INFO, 0x8020_7502);
+        assert_eq!(GET_PARAMS, 0x8020_7509);
+        assert_eq!(START_USER_RECOVERY, 0xc020_7510);
+        assert_eq!(END_USER_RECOVERY, 0xc020_7511);
         assert_eq!(FETCH_REQ, 0xc010_7520);
         assert_eq!(COMMIT_AND_FETCH_REQ, 0xc010_7521);
     }
@@ -257,5 +284,7 @@ mod tests {
         (golden[16], golden[24]) = (0x20, 0x10);
         (golden[45], golden[48], golden[52], golden[56]) = (0x10, 0x30, 0x30, 1);
         assert_eq!(bytes, golden);
+        assert_eq!(Params::sectors(&bytes), 0x10);
+        assert_eq!(Params::empty()[..4], golden[..4]);
     }
 }

@@ -114,7 +114,7 @@ impl NbdControl {
     }
 
     /// Gives a device sockets in place of dead ones. Those that it has no place for are dropped by
-    /// the kernel without a word.
+    /// the kernel without a word. Without a limit of one request (`timeouts.0`) that of the device stays.
     pub(super) fn reconfigure(
         &mut self,
         index: u32,
@@ -122,11 +122,13 @@ impl NbdControl {
         timeouts: (Option<Duration>, Duration),
         sockets: &[BorrowedFd<'_>],
     ) -> io::Result<()> {
-        let request = Request::new(self.family, self.next(), COMMAND_RECONFIGURE, FAMILY_VERSION)
+        let mut request = Request::new(self.family, self.next(), COMMAND_RECONFIGURE, FAMILY_VERSION)
             .u32(INDEX, index)
-            .u64(TIMEOUT, timeouts.0.map_or(0, |limit| limit.as_secs()))
             .u64(DEAD_CONN_TIMEOUT, timeouts.1.as_secs())
             .text(BACKEND_IDENTIFIER, identifier);
+        if let Some(limit) = timeouts.0 {
+            request = request.u64(TIMEOUT, limit.as_secs());
+        }
         self.ask(with_sockets(request, sockets), |_| ())
     }
 

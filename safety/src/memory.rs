@@ -10,6 +10,8 @@ use xpm_protocol::api::blk::SafetyItem;
 
 /// Heap that is there, locked and faulted in, from the start.
 const HEAP_LEN: usize = 8 << 20;
+/// What the heap grows by once a standby has its own.
+const GROWTH_LEN: usize = 256 << 10;
 /// Stack of the first thread that is faulted in.
 const STACK_LEN: usize = 128 << 10;
 
@@ -22,6 +24,8 @@ pub(super) fn prepare_heap() {
         libc::mallopt(libc::M_ARENA_MAX, 1);
         libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
         libc::mallopt(libc::M_TOP_PAD, HEAP_LEN as libc::c_int);
+        // Large pieces as well come from what was kept, rather than from a new mapping each.
+        libc::mallopt(libc::M_MMAP_MAX, 0);
     }
 }
 
@@ -32,6 +36,17 @@ pub(super) fn lock() {
     // The allocator asks the kernel for HEAP_LEN more than this takes, locks it thereby, and keeps
     // it for later.
     drop(black_box(vec![1_u8; 64 << 10]));
+}
+
+/// Has so much free heap that is locked and faulted in, in bytes, and from then on lets the heap grow by little at a time: who
+/// goes on when memory has run out must not ask for megabytes to have a few bytes.
+pub(super) fn reserve_heap(len: usize) {
+    drop(black_box(vec![1_u8; len]));
+    #[cfg(target_env = "gnu")]
+    // SAFETY: mallopt(3) only sets a parameter of the allocator, and takes its lock.
+    unsafe {
+        libc::mallopt(libc::M_TOP_PAD, GROWTH_LEN as libc::c_int);
+    }
 }
 
 /// Touches the stack as deep as control work may go.
@@ -52,6 +67,10 @@ pub(super) fn locked() -> SafetyItem {
         found,
         "run as root, or give CAP_IPC_LOCK or an unlimited RLIMIT_MEMLOCK (LimitMEMLOCK=infinity)",
     )
+}
+
+pub(super) fn locked_bytes() -> u64 {
+    fs::read_to_string("/proc/self/status").map_or(0, |status| field_kib(&status, "VmLck:") << 10)
 }
 
 fn field_kib(status: &str, name: &str) -> u64 {

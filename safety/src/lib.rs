@@ -5,6 +5,9 @@
 //! device that it serves. Then its allocations are kept from waiting for I/O, the kernel from
 //! choosing it as a victim, its mounts from those of others, and its pages from swap. Last, it gets
 //! a part of the kernel's reserve of memory.
+//!
+//! A process that looks after swap without serving it needs less: it stays among the others' mounts,
+//! and takes nothing of the reserve from those who serve.
 
 mod cgroup;
 mod memory;
@@ -15,17 +18,43 @@ mod reserve;
 use xpm_protocol::api::blk::SafetyItem;
 
 /// Sets every item up, as far as the kernel lets it. Must be called while the process has a single
-/// thread: flags of a process here are those of its first thread, which later ones inherit.
-pub fn set_up() {
+/// thread: flags of a process here are those of its first thread, which later ones inherit. Where the process has no
+/// cgroup of its own it gets one of this name.
+pub fn set_up(cgroup: &str) {
     memory::prepare_heap();
     memory::lock();
     process::set_io_flusher();
     process::set_oom_score();
     namespace::leave();
-    cgroup::enter();
+    cgroup::enter(cgroup);
     memory::fault_in_stack();
     reserve::raise();
     reserve::set_real_time();
+}
+
+/// Has so much heap ready, in bytes, that what a process needs to go on comes from it.
+pub(crate) fn reserve_heap(len: usize) {
+    memory::reserve_heap(len);
+}
+
+/// Memory of this process that is locked, in bytes; 0 where the kernel does not say.
+pub fn locked_bytes() -> u64 {
+    memory::locked_bytes()
+}
+
+/// Like [`set_up`], what a process needs that looks after swap and serves none.
+pub fn set_up_keeper(cgroup: &str) {
+    memory::prepare_heap();
+    memory::lock();
+    process::set_io_flusher();
+    process::set_oom_score();
+    cgroup::enter(cgroup);
+    memory::fault_in_stack();
+}
+
+/// Every item of [`set_up_keeper`] as the kernel has it now.
+pub fn keeper_items() -> Vec<SafetyItem> {
+    vec![memory::locked(), process::io_flusher(), process::oom_score(), cgroup::swap_max()]
 }
 
 /// Every item as the kernel has it now.

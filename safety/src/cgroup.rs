@@ -8,24 +8,24 @@ use std::path::{Path, PathBuf};
 use xpm_protocol::api::blk::SafetyItem;
 
 const ROOT: &str = "/sys/fs/cgroup";
-const NAME: &str = "xpm-blk";
 const LIMIT: &str = "memory.swap.max";
 
-/// Sets the limit on the process's own cgroup if it has one to itself (as under a service
-/// manager), else on a new one below the root.
-pub(super) fn enter() {
-    if let Err(error) = try_enter() {
+/// Stays in the process's own cgroup if that has the limit, as that of a standby has, or if the process has it to itself (as
+/// under a service manager) and can set it; else goes to a new one of this name below the root.
+pub(super) fn enter(name: &str) {
+    if let Err(error) = try_enter(name) {
         tracing::warn!("cgroup without swap: {error}");
     }
 }
 
-fn try_enter() -> Result<(), String> {
+fn try_enter(name: &str) -> Result<(), String> {
     let own = own_cgroup()?;
-    if own != Path::new(ROOT) && is_alone(&own) && set(&own).is_ok() {
+    let is_set = || fs::read_to_string(own.join(LIMIT)).is_ok_and(|limit| limit.trim() == "0");
+    if own != Path::new(ROOT) && (is_set() || is_alone(&own) && set(&own).is_ok()) {
         return Ok(());
     }
     let root = Path::new(ROOT);
-    let new = root.join(NAME);
+    let new = root.join(name);
     enable_memory(root)?;
     fs::create_dir(&new)
         .or_else(|error| if error.kind() == io::ErrorKind::AlreadyExists { Ok(()) } else { Err(error) })

@@ -1,0 +1,80 @@
+# xpm-blk is restarted in place, under swap and a mounted file system: told to end and started anew by its manager, and by a
+# new process that takes over from the one that serves. Nothing may fail, and no byte be wrong.
+. "$LAB_SCRIPTS/lib.sh"
+. "$LAB_SCRIPTS/standby-lib.sh"
+
+rounds=$1
+
+dmesg_start
+start_managed_blk
+wait_standby
+modprobe ext4
+attach fs 512MiB ublk --stripe 2
+fs=$device
+mkfs.ext4 -q -F -E nodiscard,lazy_itable_init=0,lazy_journal_init=0 "$fs"
+mkdir -p /mnt/fs
+mount "$fs" /mnt/fs
+
+# Without pressure: what a restart costs those who read.
+watch_gaps "$fs"
+for ((round = 1; round <= 2; round++)); do
+    restart_blk
+done
+end_gaps
+note "$(cat /run/lab/gaps.log), over 2 restarts without load"
+
+swap_on ublk 1GiB
+swap=$device
+before=$(awk '/^pswpout/ {print $2}' /proc/vmstat)
+watch_gaps "$swap"
+start_hogs 420
+load /mnt/fs/load 64 --do_verify=1 --loops=3 &
+fio=$!
+wait_for 60 has_swapped 30
+for ((round = 1; round <= rounds; round++)); do
+    restart_blk
+    replace_blk
+done
+wait $fio || fail "fio: $(tail -n 5 /run/lab/fio.out)"
+end_hogs
+end_gaps
+note "$(cat /run/lab/gaps.log), over $rounds restarts and replacements under load"
+umount /mnt/fs
+check_fs ext4 "$fs"
+mount "$fs" /mnt/fs
+load /mnt/fs/load 64 --verify_only=1
+no_errors fs
+no_errors swap-ublk
+note "ext4 and swap: verified"
+
+# Told to end with nobody who starts it again: the standby goes on until nothing is in use.
+rm /run/lab/managed
+old=$serving
+kill -TERM "$serving"
+wait $manager || true
+[ ! -e /proc/"$old" ] || fail "the process that was told to end is still there"
+wait_for 60 find_blk
+find_blk
+[ "$serving" != "$old" ] || fail "nobody else serves"
+load /mnt/fs/load 64 --verify_only=1
+umount /mnt/fs
+[ -e /proc/"$serving" ] || fail "it ended although swap was in use"
+(
+    echo -1000 >/proc/self/oom_score_adj
+    exec swapoff "$swap"
+)
+is_gone() { [ ! -e /proc/"$serving" ]; }
+wait_for 60 is_gone
+wait_for 10 no_blk_left
+note "told to end: the standby served on until nothing was in use, and ended"
+
+# The records bring the devices back, and nothing else is there.
+: >/run/lab/managed
+manage_blk &
+manager=$!
+wait_standby
+detach fs
+detach swap-ublk
+stop_managed_blk
+dmesg_clean
+note "done"

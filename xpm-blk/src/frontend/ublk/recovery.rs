@@ -1,0 +1,92 @@
+//! A device gets another server.
+
+use std::io;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::control::{self, Control};
+use super::mark::Mark;
+use super::uapi::{self, DeviceInfo};
+use super::{device_numbers, io_len_max, memory};
+use crate::error::{DeviceError, Step};
+use crate::frontend::Shape;
+
+/// How long a server that has died may take to be wholly gone, before the caller is told and tries again.
+const GONE_LIMIT: Duration = Duration::from_secs(60);
+/// First and longest pause between two looks whether it is.
+const PAUSES: (Duration, Duration) = (Duration::from_micros(200), Duration::from_millis(20));
+
+/// The device with this mark, looked for at `number` first. One that the kernel has given up is deleted and counts as
+/// none.
+pub(super) fn find(
+    control: &mut Control,
+    number: Option<u32>,
+    mark: Mark,
+) -> Result<Option<DeviceInfo>, DeviceError> {
+    let mut marked =
+        |number| Ok::<_, DeviceError>(control.info(number)?.filter(|info| info.mark == mark.bits()));
+    let mut found = number.map(&mut marked).transpose()?.flatten();
+    if found.is_none() {
+        for number in device_numbers() {
+            found = found.or(marked(number)?);
+        }
+    }
+    match found {
+        Some(info) if info.state == uapi::STATE_DEAD || info.flags & uapi::F_USER_RECOVERY == 0 => {
+            control.delete(info.device)?;
+            Ok(None)
+        }
+        found => Ok(found),
+    }
+}
+
+/// Has the kernel forget the server of a device, as soon as that is wholly gone.
+pub(super) fn start(control: &mut Control, device: u32) -> Result<(), DeviceError> {
+    let since = Instant::now();
+    let mut pause = PAUSES.0;
+    loop {
+        let error = match control.start_recovery(device) {
+            Ok(()) => return Ok(()),
+            Err(error) => error,
+        };
+        match error.raw_os_error() {
+            Some(libc::EBUSY) if since.elapsed() < GONE_LIMIT => {}
+            // It was begun by a process that died before it had fetched anything.
+            Some(libc::EINVAL) if is_quiesced(control, device)? => return Ok(()),
+            Some(libc::EBUSY) => {
+                let error = io::Error::from(io::ErrorKind::TimedOut);
+                return Err(error.at(format!("take over ublk device {device}, whose server is still there")));
+            }
+            _ => return Err(error.at(format!("take over ublk device {device}"))),
+        }
+        thread::sleep(pause);
+        pause = (pause * 2).min(PAUSES.1);
+    }
+}
+
+fn is_quiesced(control: &mut Control, device: u32) -> Result<bool, DeviceError> {
+    Ok(control.info(device)?.is_some_and(|info| info.state == uapi::STATE_QUIESCED))
+}
+
+/// Has what taking over devices of these shapes takes ready: the control device, and memory for the buffers of their
+/// queues. Blocks.
+///
+/// # Errors
+/// When there is no ublk, or no memory.
+pub(crate) fn prepare(shapes: &[Shape]) -> Result<(), DeviceError> {
+    if shapes.is_empty() {
+        return memory::set_aside(Vec::new()).at("give memory for buffers back");
+    }
+    let mut control = Control::open()?;
+    let mut lens = Vec::new();
+    for shape in shapes {
+        let info = shape.number.map(|number| control.info(number)).transpose()?.flatten();
+        let (queues, depth, each_len) = info
+            .map_or((shape.queues, shape.depth, io_len_max(shape.buffer_len, shape.depth)), |info| {
+                (info.queues, info.depth, info.io_len_max)
+            });
+        lens.extend((0..queues).map(|_| usize::from(depth) * each_len as usize));
+    }
+    control::set_aside()?;
+    memory::set_aside(lens).at("set memory for buffers aside")
+}

@@ -1,0 +1,548 @@
+//! The side of the process that serves: it keeps a standby, tells it everything, and hands over to it or to a newer
+//! process when that is wanted. The same thread looks whether the data plane turns.
+//!
+//! Of all others at most one is *armed*: it has the lock of the state directory, and goes on when this process is dead.
+//! Before another one is armed, the first is dead. So there are never two that go on.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::net::sockopt::socket_peercred;
+use rustix::process::{PidfdFlags, Signal, geteuid, pidfd_open, pidfd_send_signal};
+use xpm_protocol::api::blk::{Standby, StandbyState};
+use xpm_protocol::units::ByteSize;
+use xpm_protocol::{ClientId, Name};
+
+use super::link::{self, FromStandby, Receiver, Sender, ToStandby};
+use super::{ARGUMENT, TICK, socket_path};
+use crate::error::{DeviceError, Step};
+use crate::lifecycle;
+use crate::records::{self, Follower, Record, Records};
+use crate::watch::Watchdog;
+
+/// Pause before a standby that ended is replaced; it doubles up to the second.
+const PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+/// How long the end of this process may take once another one goes on.
+const END_LIMIT: Duration = Duration::from_secs(3);
+
+/// What it is asked to do, and what it tells.
+pub(crate) struct Keeper {
+    shared: Arc<Shared>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+struct Shared {
+    wake: OwnedFd,
+    /// To hand over to the standby, which then ends when nothing is in use.
+    leave: AtomicBool,
+    stop: AtomicBool,
+    status: Mutex<Standby>,
+}
+
+/// How it is done.
+pub(crate) struct Settings {
+    /// Whether a standby of its own is kept.
+    pub(crate) standby: bool,
+    /// Seconds of silence after which somebody hangs.
+    pub(crate) silence_max: u32,
+    pub(crate) state: PathBuf,
+    pub(crate) client: ClientId,
+    /// How long the first standby is waited with: what was taken over has to be served first.
+    pub(crate) delay: Duration,
+}
+
+impl Keeper {
+    /// Starts the thread.
+    pub(crate) fn start(settings: Settings, records: Arc<Records>) -> Result<Keeper, DeviceError> {
+        let at = || "start what keeps a standby";
+        let state = if settings.standby { StandbyState::Starting } else { StandbyState::Off };
+        let shared = Arc::new(Shared {
+            wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).at(at())?,
+            leave: AtomicBool::new(false),
+            stop: AtomicBool::new(false),
+            status: Mutex::new(Standby { state, pid: None, locked: ByteSize(0) }),
+        });
+        let work = Work {
+            watchdog: Watchdog::new(settings.silence_max),
+            records,
+            shared: Arc::clone(&shared),
+            listener: None,
+            standby: None,
+            successor: None,
+            due: Instant::now() + settings.delay,
+            settings,
+            starting: None,
+            pause: PAUSES.0,
+        };
+        let thread = thread::Builder::new()
+            .name("xpm-watch".to_owned())
+            .stack_size(lifecycle::STACK_LEN)
+            .spawn(move || work.run())
+            .at(at())?;
+        Ok(Keeper { shared, thread: Mutex::new(Some(thread)) })
+    }
+
+    /// Whether there is a standby, as people and programs are told.
+    pub(crate) fn status(&self) -> Standby {
+        self.shared.status().clone()
+    }
+
+    /// Ends this process if a standby can go on at once; it ends when nothing is in use any more. Returns at once.
+    pub(crate) fn leave(&self) {
+        self.shared.leave.store(true, Ordering::Relaxed);
+        self.shared.wake();
+    }
+
+    /// Ends the standby, and waits for that: nobody goes on.
+    pub(crate) fn stop(&self) {
+        self.shared.stop.store(true, Ordering::Relaxed);
+        self.shared.wake();
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(thread) = thread {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Shared {
+    fn wake(&self) {
+        // A counter that is full wakes as well.
+        let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
+    }
+
+    fn status(&self) -> std::sync::MutexGuard<'_, Standby> {
+        self.status.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Somebody who stands by.
+struct Peer {
+    sender: Sender,
+    receiver: Receiver,
+    pid: u32,
+    process: Process,
+    /// It has the lock.
+    armed: bool,
+    /// Memory that it has locked, once it is ready.
+    ready: Option<u64>,
+    /// Looks since it was last heard.
+    silent: u32,
+}
+
+/// What is known of its process.
+enum Process {
+    Child(Child),
+    /// Somebody else's child, by a pidfd.
+    Other(OwnedFd),
+}
+
+impl Peer {
+    /// No more is said to it. It is dead when this returns if it is a child, or was armed.
+    fn end(mut self) {
+        self.sender.close();
+        // An error means that it is dead already.
+        match &mut self.process {
+            Process::Child(child) => {
+                let _ = child.kill();
+                let _ = child.wait();
+            }
+            Process::Other(process) if self.armed => {
+                let _ = pidfd_send_signal(&*process, Signal::KILL);
+                while let Err(rustix::io::Errno::INTR) =
+                    poll(&mut [PollFd::new(process, PollFlags::IN)], None)
+                {}
+            }
+            Process::Other(_) => {}
+        }
+    }
+}
+
+/// Tells one who stands by.
+struct Teller(Sender);
+
+impl Follower for Teller {
+    fn kept(&mut self, record: &Record) -> bool {
+        serde_json::to_string(record).is_ok_and(|text| self.say(&ToStandby::Record(text)))
+    }
+
+    fn removed(&mut self, name: &Name) -> bool {
+        self.say(&ToStandby::Removed(name.clone()))
+    }
+}
+
+impl Teller {
+    /// One that did not hear something is none any more.
+    fn say(&self, message: &ToStandby) -> bool {
+        let said = self.0.send(message, None).is_ok();
+        if !said {
+            self.0.close();
+        }
+        said
+    }
+}
+
+/// Who has something to say.
+#[derive(Clone, Copy)]
+enum Who {
+    Standby,
+    Successor,
+}
+
+struct Work {
+    settings: Settings,
+    records: Arc<Records>,
+    shared: Arc<Shared>,
+    watchdog: Watchdog,
+    /// Where newer processes come to.
+    listener: Option<UnixListener>,
+    /// The armed one.
+    standby: Option<Peer>,
+    /// A newer process, which is not armed before it takes over.
+    successor: Option<Peer>,
+    /// One that is being started, which takes memory, and so perhaps long.
+    starting: Option<JoinHandle<io::Result<Peer>>>,
+    /// When a standby is started, where there is none.
+    due: Instant,
+    pause: Duration,
+}
+
+impl Work {
+    fn run(mut self) {
+        self.listener = match listen(&self.settings.state) {
+            Ok(listener) => Some(listener),
+            Err(error) => {
+                tracing::warn!("no newer xpm-blk can take over from this one: {error}");
+                None
+            }
+        };
+        let mut tick = Instant::now() + TICK;
+        while !self.shared.stop.load(Ordering::Relaxed) {
+            if Instant::now() >= tick {
+                tick = Instant::now() + TICK;
+                self.tick();
+            }
+            if self.shared.leave.load(Ordering::Relaxed) {
+                self.leave();
+            }
+            self.wait(tick);
+        }
+        if let Some(listener) = self.listener.take() {
+            drop(listener);
+            let _ = std::fs::remove_file(socket_path(&self.settings.state));
+        }
+        self.end_started();
+        self.standby.take().into_iter().chain(self.successor.take()).for_each(Peer::end);
+    }
+
+    fn tick(&mut self) {
+        if let Some(thread) = self.watchdog.look() {
+            tracing::error!(
+                "thread {thread} has hung for {} s: ending, so that another process can go on",
+                self.settings.silence_max
+            );
+            lifecycle::die();
+        }
+        let silence_max = self.settings.silence_max;
+        for who in [Who::Standby, Who::Successor] {
+            let Some(peer) = self.peer(who) else { continue };
+            peer.silent += 1;
+            if peer.silent > silence_max {
+                self.lose(who, "it hangs");
+            } else if peer.has_ended() {
+                self.lose(who, "it ended");
+            } else if peer.sender.send(&ToStandby::Beat, None).is_err() {
+                self.lose(who, "it does not listen");
+            }
+        }
+        self.take_started();
+        // One that wants to serve is one more to take memory, and stands by as well.
+        let missing = self.standby.is_none() && self.starting.is_none() && self.successor.is_none();
+        if self.settings.standby && missing && Instant::now() >= self.due {
+            self.start_standby();
+        }
+    }
+
+    fn peer(&mut self, who: Who) -> &mut Option<Peer> {
+        match who {
+            Who::Standby => &mut self.standby,
+            Who::Successor => &mut self.successor,
+        }
+    }
+
+    fn start_standby(&mut self) {
+        let thread = thread::Builder::new().name("xpm-standby".to_owned()).stack_size(lifecycle::STACK_LEN);
+        match thread.spawn(spawn) {
+            Ok(thread) => self.starting = Some(thread),
+            Err(error) => {
+                tracing::warn!("cannot start a standby: {error}");
+                self.put_off();
+            }
+        }
+    }
+
+    fn take_started(&mut self) {
+        let Some(thread) = self.starting.take_if(|thread| thread.is_finished()) else { return };
+        match thread.join() {
+            Ok(Ok(peer)) => {
+                *self.shared.status() =
+                    Standby { state: StandbyState::Starting, pid: Some(peer.pid), locked: ByteSize(0) };
+                self.standby = Some(peer);
+            }
+            Ok(Err(error)) => {
+                tracing::warn!("cannot start a standby: {error}");
+                self.put_off();
+            }
+            Err(_) => self.put_off(),
+        }
+    }
+
+    /// One that is being started, and is not wanted any more, is ended before anything else happens.
+    fn end_started(&mut self) {
+        if let Some(Ok(Ok(peer))) = self.starting.take().map(JoinHandle::join) {
+            peer.end();
+        }
+    }
+
+    fn put_off(&mut self) {
+        self.due = Instant::now() + self.pause;
+        self.pause = (self.pause * 2).min(PAUSES.1);
+        *self.shared.status() = Standby { state: StandbyState::Starting, pid: None, locked: ByteSize(0) };
+    }
+
+    /// One is no more. A standby is dead when this returns, and can be replaced.
+    fn lose(&mut self, who: Who, why: &str) {
+        let Some(peer) = self.peer(who).take() else { return };
+        let pid = peer.pid;
+        peer.end();
+        match who {
+            Who::Standby => {
+                tracing::warn!("the standby, process {pid}, is lost: {why}");
+                self.put_off();
+            }
+            Who::Successor => tracing::warn!("process {pid} does not take over: {why}"),
+        }
+    }
+
+    /// Waits until somebody has something to say, or for that time.
+    fn wait(&mut self, until: Instant) {
+        let left = until.saturating_duration_since(Instant::now());
+        let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+        let mut watched = vec![PollFd::new(&self.shared.wake, PollFlags::IN)];
+        let peers = [&self.standby, &self.successor];
+        let sockets = peers.map(|peer| peer.as_ref().map(|peer| peer.receiver.socket()));
+        watched.extend(sockets.iter().flatten().map(|socket| PollFd::new(socket, PollFlags::IN)));
+        watched.extend(self.listener.iter().map(|listener| PollFd::new(listener, PollFlags::IN)));
+        if !poll(&mut watched, Some(&timeout)).is_ok_and(|ready| ready > 0) {
+            return;
+        }
+        let mut ready = watched.iter().map(|one| !one.revents().is_empty());
+        let woken = ready.next() == Some(true);
+        let heard = sockets.map(|socket| socket.is_some() && ready.next() == Some(true));
+        let called = self.listener.is_some() && ready.next() == Some(true);
+        if woken {
+            let _ = rustix::io::read(&self.shared.wake, &mut [0_u8; 8]);
+        }
+        for (heard, who) in heard.into_iter().zip([Who::Standby, Who::Successor]) {
+            if heard {
+                self.hear(who);
+            }
+        }
+        if called {
+            self.accept();
+        }
+    }
+
+    fn hear(&mut self, who: Who) {
+        let Some(peer) = self.peer(who) else { return };
+        peer.silent = 0;
+        match peer.receiver.receive::<FromStandby>() {
+            Ok((FromStandby::Beat, _)) => {}
+            Ok((FromStandby::Hello { records, .. }, _)) if records < records::VERSION => {
+                let why = format!(
+                    "it is older than the one that serves (version {records} of the records, and version {} is in use)",
+                    records::VERSION
+                );
+                let _ = peer.sender.send(&ToStandby::Refused(why.clone()), None);
+                self.lose(who, &why);
+            }
+            Ok((FromStandby::Hello { .. }, _)) => {
+                if let Err(error) = self.tell(who) {
+                    self.lose(who, &error.to_string());
+                }
+            }
+            Ok((FromStandby::Ready { locked }, _)) => {
+                let first = peer.ready.replace(locked).is_none();
+                let pid = peer.pid;
+                match who {
+                    Who::Successor => self.hand_over(),
+                    Who::Standby => self.note_ready(pid, locked, first),
+                }
+            }
+            Err(error) => self.lose(who, &error.to_string()),
+        }
+    }
+
+    fn note_ready(&mut self, pid: u32, locked: u64, first: bool) {
+        self.pause = PAUSES.0;
+        let locked = ByteSize(locked);
+        if first {
+            tracing::info!("a standby is ready: process {pid}, with {locked} locked");
+        }
+        *self.shared.status() = Standby { state: StandbyState::Ready, pid: Some(pid), locked };
+    }
+
+    /// Tells one that stands by all that there is, and a standby that it goes on when this process is dead.
+    fn tell(&mut self, who: Who) -> io::Result<()> {
+        let records = Arc::clone(&self.records);
+        let (pid, client) = (std::process::id(), self.settings.client);
+        let Some(peer) = self.peer(who) else { return Ok(()) };
+        let hello = ToStandby::Hello { pid, records: records::VERSION, client };
+        peer.sender.send(&hello, None)?;
+        records.follow(Box::new(Teller(peer.sender.clone())));
+        peer.sender.send(&ToStandby::Told, None)?;
+        let other = match who {
+            Who::Standby => &self.successor,
+            Who::Successor => &self.standby,
+        };
+        if other.as_ref().is_some_and(|other| other.armed) {
+            return Ok(());
+        }
+        self.arm(who)
+    }
+
+    /// Has one go on when this process is dead. No other one does.
+    fn arm(&mut self, who: Who) -> io::Result<()> {
+        let records = Arc::clone(&self.records);
+        let Some(peer) = self.peer(who) else { return Ok(()) };
+        // Also where it is not known whether it arrived.
+        peer.armed = true;
+        peer.sender.send(&ToStandby::Lock, Some(records.lock()))
+    }
+
+    fn accept(&mut self) {
+        let Some(Ok((socket, _))) = self.listener.as_ref().map(UnixListener::accept) else { return };
+        match Peer::connected(socket) {
+            Ok(peer) if self.successor.is_none() => self.successor = Some(peer),
+            Ok(peer) => {
+                let why = "another process is about to take over".to_owned();
+                let _ = peer.sender.send(&ToStandby::Refused(why), None);
+            }
+            Err(error) => tracing::warn!("a process that wanted to take over was turned away: {error}"),
+        }
+    }
+
+    /// Arms the successor, in place of the standby, and ends.
+    fn hand_over(&mut self) {
+        let records = Arc::clone(&self.records);
+        let frozen = records.freeze();
+        if let Some(standby) = self.standby.take() {
+            standby.end();
+        }
+        let armed = self.successor.as_ref().is_some_and(|successor| successor.armed);
+        if !armed && let Err(error) = self.arm(Who::Successor) {
+            drop(frozen);
+            self.lose(Who::Successor, &error.to_string());
+            return self.put_off();
+        }
+        let Some(successor) = &self.successor else { return };
+        let pid = successor.pid;
+        // It goes on when this process is dead, whether or not it hears this.
+        let _ = successor.sender.send(&ToStandby::Go { ends: false }, None);
+        tracing::info!("process {pid} takes over");
+        end();
+    }
+
+    /// Has the standby go on, if it can.
+    fn leave(&mut self) {
+        let records = Arc::clone(&self.records);
+        let Some(standby) = self.standby.as_ref().filter(|standby| standby.ready.is_some()) else { return };
+        let frozen = records.freeze();
+        let pid = standby.pid;
+        if let Err(error) = standby.sender.send(&ToStandby::Go { ends: true }, None) {
+            drop(frozen);
+            return self.lose(Who::Standby, &error.to_string());
+        }
+        tracing::info!("process {pid} goes on until nobody uses a device any more");
+        end();
+    }
+}
+
+impl Peer {
+    fn new(socket: UnixStream, pid: u32, process: Process) -> io::Result<Peer> {
+        let (sender, receiver) = link::split(socket)?;
+        Ok(Peer { sender, receiver, pid, process, armed: false, ready: None, silent: 0 })
+    }
+
+    /// One that connected: of the same user only. It says something before it is armed, and so is known to live with this
+    /// number when its pidfd is there.
+    fn connected(socket: UnixStream) -> io::Result<Peer> {
+        let peer = socket_peercred(&socket)?;
+        if peer.uid != geteuid() {
+            let why = format!("process {} is of another user", peer.pid.as_raw_pid());
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
+        }
+        let process = Process::Other(pidfd_open(peer.pid, PidfdFlags::empty())?);
+        Peer::new(socket, peer.pid.as_raw_pid().cast_unsigned(), process)
+    }
+
+    fn has_ended(&mut self) -> bool {
+        match &mut self.process {
+            Process::Child(child) => !matches!(child.try_wait(), Ok(None)),
+            Process::Other(process) => {
+                let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+                poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&now)).is_ok_and(|ready| ready > 0)
+            }
+        }
+    }
+}
+
+/// Starts another process of this program, also where that file has been replaced since.
+fn spawn() -> io::Result<Peer> {
+    let (ours, theirs) = UnixStream::pair()?;
+    let arguments = std::env::args_os().skip(1).filter(|argument| argument != ARGUMENT);
+    let mut command = Command::new("/proc/self/exe");
+    command.args(arguments).arg(ARGUMENT).stdin(Stdio::from(OwnedFd::from(theirs)));
+    // The service manager listens to its main process, and knows no other.
+    for variable in
+        ["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"]
+    {
+        command.env_remove(variable);
+    }
+    let child = command.spawn()?;
+    Peer::new(ours, child.id(), Process::Child(child))
+}
+
+fn listen(state: &Path) -> io::Result<UnixListener> {
+    use std::os::unix::fs::PermissionsExt;
+
+    let path = socket_path(state);
+    // Who has the lock of the directory is the only one to listen there.
+    match std::fs::remove_file(&path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let listener = UnixListener::bind(&path)?;
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
+/// Ends this process, for another one goes on as soon as it is dead.
+fn end() -> ! {
+    xpm_control::log::flush();
+    let killer = thread::Builder::new().spawn(|| {
+        thread::sleep(END_LIMIT);
+        lifecycle::die();
+    });
+    if killer.is_err() {
+        lifecycle::die();
+    }
+    std::process::exit(0);
+}

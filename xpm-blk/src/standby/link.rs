@@ -1,0 +1,187 @@
+//! What a serving process and one that stands by say to each other, over a unix socket: messages as JSON, each after its
+//! length, and with one of them the lock of the state directory.
+
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use rustix::cmsg_space;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, recvmsg, sendmsg,
+};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use xpm_protocol::{ClientId, Name};
+
+/// How long the other end may take to hear a message, or to say the rest of one.
+const LIMIT: Duration = Duration::from_secs(5);
+/// Longest message, in bytes: the map of 16384 regions is a few megabytes.
+const LEN_MAX: usize = 64 << 20;
+
+/// What the one who serves says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) enum ToStandby {
+    /// The first word: who serves, the version of its records, and who it is to the allocator.
+    Hello { pid: u32, records: u32, client: ClientId },
+    /// A record, as it is on disk from now on.
+    Record(String),
+    /// One that is no longer there.
+    Removed(Name),
+    /// All that there is has been told.
+    Told,
+    /// With the lock: it goes on when the one who serves is dead.
+    Lock,
+    /// The one who serves is about to end, so that it goes on: until nothing is in use, where `ends` is set.
+    Go { ends: bool },
+    /// The one who serves lives.
+    Beat,
+    /// It is not to stand by, for this reason.
+    Refused(String),
+}
+
+/// What one that stands by says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) enum FromStandby {
+    /// The first word: who it is, whether it wants to serve as soon as it can, and the newest records that it reads.
+    Hello { pid: u32, successor: bool, records: u32 },
+    /// It can go on from now on, with this memory locked, in bytes. One that wants to serve asks for it thereby.
+    Ready { locked: u64 },
+    /// It lives.
+    Beat,
+}
+
+/// The sending half, shared by those who have something to say.
+#[derive(Debug, Clone)]
+pub(super) struct Sender(Arc<Mutex<UnixStream>>);
+
+/// The receiving half.
+#[derive(Debug)]
+pub(super) struct Receiver(UnixStream);
+
+/// Both halves of a socket.
+pub(super) fn split(socket: UnixStream) -> io::Result<(Sender, Receiver)> {
+    socket.set_write_timeout(Some(LIMIT))?;
+    socket.set_read_timeout(Some(LIMIT))?;
+    let receiver = Receiver(socket.try_clone()?);
+    Ok((Sender(Arc::new(Mutex::new(socket))), receiver))
+}
+
+impl Sender {
+    /// Says something, with a descriptor if one is given. Blocks until there is room for it, but not for long; after an
+    /// error nothing more can be said.
+    pub(super) fn send(&self, message: &impl Serialize, passed: Option<BorrowedFd<'_>>) -> io::Result<()> {
+        let text = serde_json::to_vec(message)?;
+        let len = u32::try_from(text.len()).map_err(|_| io::ErrorKind::InvalidInput)?.to_le_bytes();
+        let mut socket = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(1))];
+        let mut rights = SendAncillaryBuffer::new(&mut space);
+        let passed = passed.as_slice();
+        if !passed.is_empty() && !rights.push(SendAncillaryMessage::ScmRights(passed)) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let sent = loop {
+            match sendmsg(&*socket, &[IoSlice::new(&len)], &mut rights, SendFlags::NOSIGNAL) {
+                Err(rustix::io::Errno::INTR) => {}
+                result => break result?,
+            }
+        };
+        socket.write_all(&len[sent..])?;
+        socket.write_all(&text)
+    }
+
+    /// Nothing more is said, by nobody.
+    pub(super) fn close(&self) {
+        let socket = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let _ = socket.shutdown(std::net::Shutdown::Both);
+    }
+}
+
+impl Receiver {
+    /// The socket, to be waited for.
+    pub(super) const fn socket(&self) -> &UnixStream {
+        &self.0
+    }
+
+    /// The next message, and what was passed with it. `UnexpectedEof` when the other end is gone.
+    pub(super) fn receive<T: DeserializeOwned>(&mut self) -> io::Result<(T, Option<OwnedFd>)> {
+        let mut len = [0; 4];
+        let (mut read, mut passed) = (0, None);
+        while read < len.len() {
+            let (count, descriptor) = self.receive_some(&mut len[read..])?;
+            if count == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            read += count;
+            passed = descriptor.or(passed);
+        }
+        let len = u32::from_le_bytes(len) as usize;
+        if len > LEN_MAX {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        let mut text = vec![0; len];
+        self.0.read_exact(&mut text)?;
+        Ok((serde_json::from_slice(&text)?, passed))
+    }
+
+    fn receive_some(&self, bytes: &mut [u8]) -> io::Result<(usize, Option<OwnedFd>)> {
+        let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(1))];
+        let mut rights = RecvAncillaryBuffer::new(&mut space);
+        let received = loop {
+            let mut parts = [IoSliceMut::new(bytes)];
+            match recvmsg(&self.0, &mut parts, &mut rights, RecvFlags::CMSG_CLOEXEC) {
+                Err(rustix::io::Errno::INTR) => {}
+                result => break result?,
+            }
+        };
+        let passed = rights.drain().find_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
+            _ => None,
+        });
+        Ok((received.bytes, passed))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use super::*;
+
+    #[test]
+    fn messages_arrive_in_order_and_the_lock_with_its_own() {
+        let (here, there) = UnixStream::pair().unwrap();
+        let (sender, _) = split(here).unwrap();
+        let (_, mut receiver) = split(there).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        let long = "x".repeat(100_000);
+        let said = [ToStandby::Record(long), ToStandby::Lock, ToStandby::Go { ends: true }];
+        let saying = said.clone();
+        let speaker = std::thread::spawn(move || {
+            for message in &saying {
+                let lock = (*message == ToStandby::Lock).then(|| file.as_fd());
+                sender.send(message, lock).unwrap();
+            }
+        });
+        for message in said {
+            let (heard, passed) = receiver.receive::<ToStandby>().unwrap();
+            assert_eq!(passed.is_some(), heard == ToStandby::Lock);
+            assert_eq!(heard, message);
+        }
+        speaker.join().unwrap();
+        assert_eq!(receiver.receive::<ToStandby>().unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    fn rubbish_is_refused() {
+        for bytes in [&[255; 8][..], &[2, 0, 0, 0, b'{', b'x']] {
+            let (mut here, there) = UnixStream::pair().unwrap();
+            let (_, mut receiver) = split(there).unwrap();
+            here.write_all(bytes).unwrap();
+            assert!(receiver.receive::<FromStandby>().is_err());
+        }
+    }
+}

@@ -1,0 +1,311 @@
+//! The side of the process that stands by.
+
+#![allow(unsafe_code)]
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+use rustix::net::sockopt::socket_peercred;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use xpm_protocol::api::ErrorKind;
+use xpm_protocol::api::blk::Form;
+use xpm_protocol::{ClientId, Name};
+
+use super::link::{self, FromStandby, Receiver, Sender, ToStandby};
+use super::{TICK, socket_path};
+use crate::config::Config;
+use crate::error::{DeviceError, Step};
+use crate::frontend::ublk;
+use crate::records::{self, Record};
+use xpm_safety as safety;
+
+/// Heap for what is made when this process goes on: volumes, links with their buffers, tasks. In bytes.
+const HEAP_LEN: usize = 8 << 20;
+/// Pause between two looks for the death of a process that has closed its end.
+const CLOSED_PAUSE: Duration = Duration::from_millis(1);
+
+/// The way to the process that serves.
+pub(crate) struct Post {
+    sender: Sender,
+    receiver: Receiver,
+    serving: OwnedFd,
+    serving_pid: Pid,
+    successor: bool,
+}
+
+/// What became of the wait.
+pub(crate) enum Outcome {
+    /// The one that served is dead, and this process goes on.
+    GoOn(Inheritance),
+    /// It is gone, but perhaps another one goes on: to be looked at anew.
+    LookAgain,
+    /// This process is not wanted.
+    End(String),
+}
+
+/// What a dead process left to this one.
+pub(crate) struct Inheritance {
+    /// The lock of the state directory.
+    pub(crate) lock: OwnedFd,
+    pub(crate) client: ClientId,
+    pub(crate) records: BTreeMap<Name, Record>,
+    /// The one before was told to end: this one ends when nothing is in use.
+    pub(crate) ends: bool,
+}
+
+impl Post {
+    /// That of a standby, whose parent is at the other end of its standard input.
+    pub(crate) fn of_parent() -> Result<Post, DeviceError> {
+        let socket = io::stdin().as_fd().try_clone_to_owned().at("take over standard input")?;
+        Post::new(socket.into(), false)
+    }
+
+    /// That of a process which found the state directory in use: none when nobody listens there.
+    pub(crate) fn of_successor(state: &Path) -> Result<Option<Post>, DeviceError> {
+        match UnixStream::connect(socket_path(state)) {
+            Ok(socket) => match Post::new(socket, true) {
+                // It has died since.
+                Err(_) => Ok(None),
+                post => post.map(Some),
+            },
+            Err(error)
+                if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) =>
+            {
+                Ok(None)
+            }
+            Err(error) => Err(error.at(format!("connect to {}", socket_path(state).display()))),
+        }
+    }
+
+    fn new(socket: UnixStream, successor: bool) -> Result<Post, DeviceError> {
+        let at = || "find the process that serves";
+        let serving_pid = socket_peercred(&socket).at(at())?.pid;
+        let serving = pidfd_open(serving_pid, PidfdFlags::empty()).at(at())?;
+        let (sender, receiver) = link::split(socket).at(at())?;
+        let hello = FromStandby::Hello { pid: std::process::id(), successor, records: records::VERSION };
+        sender.send(&hello, None).at(at())?;
+        Ok(Post { sender, receiver, serving, serving_pid, successor })
+    }
+
+    /// Stands by until that is over, and holds memory meanwhile that is given back to the kernel then, for what it needs
+    /// itself to go on. Blocks.
+    pub(crate) fn wait(self, config: &Config) -> Outcome {
+        safety::reserve_heap(HEAP_LEN);
+        let silence_max = config.silence_max();
+        let watch = Watch {
+            post: self,
+            config,
+            client: None,
+            records: BTreeMap::new(),
+            lock: None,
+            ends: false,
+            told: false,
+            changed: false,
+            silent: 0,
+            silence_max,
+            tick: Instant::now() + TICK,
+        };
+        match Ballast::new(config.standby_reserve.0 as usize) {
+            Ok(ballast) => {
+                let outcome = watch.run();
+                drop(ballast);
+                outcome
+            }
+            Err(error) => Outcome::End(format!("no memory for a standby: {error}")),
+        }
+    }
+}
+
+struct Watch<'a> {
+    post: Post,
+    config: &'a Config,
+    client: Option<ClientId>,
+    records: BTreeMap<Name, Record>,
+    lock: Option<OwnedFd>,
+    ends: bool,
+    /// All records that there were have been told.
+    told: bool,
+    /// What is set aside may no longer fit.
+    changed: bool,
+    /// Looks since the one that serves was last heard.
+    silent: u32,
+    silence_max: u32,
+    tick: Instant,
+}
+
+impl Watch<'_> {
+    fn run(mut self) -> Outcome {
+        loop {
+            let (dead, heard) = self.sleep();
+            // What it said before it died counts, the lock first of all.
+            if heard && let Some(outcome) = self.hear_all(dead) {
+                return outcome;
+            }
+            if dead {
+                return self.go_on();
+            }
+            if Instant::now() >= self.tick {
+                self.tick = Instant::now() + TICK;
+                self.look();
+            }
+            if self.told
+                && self.changed
+                && let Err(error) = self.prepare()
+            {
+                return Outcome::End(format!("this process cannot stand by: {error}"));
+            }
+        }
+    }
+
+    /// Waits; whether the one that serves is dead, and whether it has said something.
+    fn sleep(&self) -> (bool, bool) {
+        let left = self.tick.saturating_duration_since(Instant::now());
+        let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+        let mut watched = [
+            PollFd::new(&self.post.serving, PollFlags::IN),
+            PollFd::new(self.post.receiver.socket(), PollFlags::IN),
+        ];
+        if !poll(&mut watched, Some(&timeout)).is_ok_and(|ready| ready > 0) {
+            return (false, false);
+        }
+        (!watched[0].revents().is_empty(), !watched[1].revents().is_empty())
+    }
+
+    /// Hears what there is; all of it when nothing more can come.
+    fn hear_all(&mut self, dead: bool) -> Option<Outcome> {
+        loop {
+            match self.hear() {
+                Ok(None) => {}
+                Ok(Some(outcome)) => return Some(outcome),
+                Err(_) if dead => return None,
+                // The other end is closed. An armed one waits for the death that is behind it, for it is killed itself when
+                // it is not wanted; a successor comes again.
+                Err(_) if self.lock.is_none() && self.post.successor => return Some(Outcome::LookAgain),
+                Err(_) => {
+                    std::thread::sleep(CLOSED_PAUSE);
+                    return None;
+                }
+            }
+            if !dead {
+                return None;
+            }
+        }
+    }
+
+    fn hear(&mut self) -> io::Result<Option<Outcome>> {
+        let (message, passed) = self.post.receiver.receive::<ToStandby>()?;
+        self.silent = 0;
+        match message {
+            ToStandby::Hello { pid, .. } if pid != self.post.serving_pid.as_raw_pid().cast_unsigned() => {
+                // The process that was there is not the one that answers.
+                return Ok(Some(Outcome::LookAgain));
+            }
+            ToStandby::Hello { records, .. } if records > records::VERSION => {
+                return Ok(Some(Outcome::End(format!(
+                    "the xpm-blk that serves is newer (version {records} of the records, this one knows {}): use that one",
+                    records::VERSION
+                ))));
+            }
+            ToStandby::Record(text) => match records::parse(&text) {
+                Ok(record) => {
+                    self.records.insert(record.request.name.clone(), record);
+                    self.changed = true;
+                }
+                Err(_) => return Ok(Some(Outcome::End("a record cannot be read".to_owned()))),
+            },
+            ToStandby::Removed(name) => {
+                self.records.remove(&name);
+                self.changed = true;
+            }
+            ToStandby::Told => (self.told, self.changed) = (true, true),
+            ToStandby::Lock => self.lock = passed,
+            ToStandby::Go { ends } => self.ends = ends,
+            ToStandby::Refused(why) => return Ok(Some(Outcome::End(why))),
+            ToStandby::Hello { client, .. } => self.client = Some(client),
+            ToStandby::Beat => {}
+        }
+        Ok(None)
+    }
+
+    /// Says that this process lives, and sees whether the other one does.
+    fn look(&mut self) {
+        // One that cannot be told is found by its silence.
+        let _ = self.post.sender.send(&FromStandby::Beat, None);
+        self.silent += 1;
+        // A successor leaves it to the standby, if there is one.
+        let silence_max = if self.lock.is_some() { self.silence_max } else { self.silence_max * 2 };
+        if self.silent > silence_max && (self.lock.is_some() || self.post.successor) {
+            tracing::error!(
+                "the xpm-blk that serves, process {}, has hung for {} s: it is killed",
+                self.post.serving_pid.as_raw_pid(),
+                self.silent
+            );
+            // One that is dead already is what is wanted.
+            let _ = pidfd_send_signal(&self.post.serving, Signal::KILL);
+            self.silent = 0;
+        }
+    }
+
+    /// Has ready what the devices take.
+    fn prepare(&mut self) -> Result<(), DeviceError> {
+        self.changed = false;
+        let ublk = self.records.values().filter(|record| record.request.form == Form::Ublk);
+        let shapes: Vec<_> = ublk.map(|record| self.config.shape(&record.request, record.number)).collect();
+        ublk::prepare(&shapes)?;
+        let locked = safety::locked_bytes();
+        self.post.sender.send(&FromStandby::Ready { locked }, None).at("tell that it is ready")
+    }
+
+    fn go_on(self) -> Outcome {
+        match (self.lock, self.client) {
+            (Some(lock), Some(client)) => {
+                Outcome::GoOn(Inheritance { lock, client, records: self.records, ends: self.ends })
+            }
+            _ if self.post.successor => Outcome::LookAgain,
+            _ => Outcome::End("the process that serves died before this one could stand by".to_owned()),
+        }
+    }
+}
+
+/// Memory that is held to be given back.
+struct Ballast {
+    address: *mut std::ffi::c_void,
+    len: usize,
+}
+
+impl Ballast {
+    fn new(len: usize) -> io::Result<Ballast> {
+        if len == 0 {
+            return Ok(Ballast { address: std::ptr::null_mut(), len });
+        }
+        let flags = MapFlags::PRIVATE | MapFlags::POPULATE;
+        // SAFETY: a new anonymous mapping at a place that the kernel chooses; nothing refers to it.
+        let address =
+            unsafe { mmap_anonymous(std::ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, flags) }?;
+        Ok(Ballast { address, len })
+    }
+}
+
+impl Drop for Ballast {
+    fn drop(&mut self) {
+        if self.len > 0 {
+            // SAFETY: address and length are those of the mapping that this value owns, and nothing refers to it.
+            let _ = unsafe { munmap(self.address, self.len) };
+        }
+    }
+}
+
+/// Nobody to take over from, although somebody has the state directory.
+pub(crate) fn nobody(state: &Path) -> DeviceError {
+    let what = format!(
+        "the state directory {} is in use by another xpm-blk, which cannot hand over: give each its own `state`",
+        state.display()
+    );
+    DeviceError::new(ErrorKind::Conflict, what)
+}

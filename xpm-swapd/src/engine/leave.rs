@@ -1,0 +1,171 @@
+//! Taking an area away: swapoff, device, allocation, record. Each step looks first whether it is done.
+//! Until swapoff has ended it can be stopped, and the area stays as it was.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use xpm_protocol::Name;
+use xpm_protocol::api::ErrorKind;
+
+use super::{Daemon, Job};
+use crate::error::Error;
+use crate::os::hand::Ended;
+use crate::policy::Cause;
+use crate::state::{Record, Stage};
+
+/// How often the one who does swapoff is told to stop, until it does.
+const STOP_EVERY: Duration = Duration::from_millis(100);
+/// How often a device is tried to be removed that somebody just looks at, as udev does.
+const DETACH_TRIES: u32 = 10;
+const DETACH_PAUSE: Duration = Duration::from_millis(300);
+/// How long an order may take.
+const ORDER_LIMIT: Duration = Duration::from_secs(60);
+
+/// What the log and the status call taking away.
+pub(super) const DRAIN: &str = "drain";
+
+impl Daemon {
+    /// Begins to take an area away, beside the loop.
+    pub(super) fn begin_leave(self: &Arc<Daemon>, name: &Name, cause: Cause, why: &str) -> Result<(), Error> {
+        let calm = cause == Cause::Calm;
+        let state = self.store.get();
+        let Some(record) = state.area(name) else { return Ok(()) };
+        let entry = self.entry(record);
+        let path = entry.as_ref().map(|entry| entry.path.clone());
+        let stage = Stage::Leaving { calm, path };
+        self.store.change(|state| state.set_stage(name, stage.clone()))?;
+        let record = Record { stage, ..record.clone() };
+        let job = Job {
+            name: name.clone(),
+            why: why.to_owned(),
+            from: entry.map_or(0, |entry| entry.used),
+            since: Instant::now(),
+            stop: Arc::new(AtomicBool::new(false)),
+        };
+        let stop = Arc::clone(&job.stop);
+        self.live().leaving = Some(job);
+        let daemon = Arc::clone(self);
+        tokio::spawn(async move { daemon.leave(record, &stop).await });
+        Ok(())
+    }
+
+    /// Goes on with what an earlier life, or an earlier try, began. An area that was only not needed stays.
+    pub(super) fn go_on_leaving(self: &Arc<Daemon>, record: &Record) -> Result<(), Error> {
+        match (&record.stage, self.entry(record)) {
+            (Stage::Leaving { calm: true, .. }, Some(entry)) => {
+                let stage = Stage::On { boot: self.boot, path: entry.path };
+                self.store.change(|state| state.set_stage(&record.name, stage))
+            }
+            _ => self.begin_leave(&record.name, Cause::Hand, "it was begun before"),
+        }
+    }
+
+    async fn leave(self: Arc<Daemon>, record: Record, stop: &AtomicBool) {
+        let name = record.name.clone();
+        let left = match self.entry(&record) {
+            Some(entry) => self.turn_off(&record, &entry.path, stop).await,
+            None => Ok(true),
+        };
+        let left = match left {
+            Ok(true) => self.give_back(&record).await,
+            Ok(false) => Ok(()),
+            Err(error) => Err(error),
+        };
+        match left {
+            Ok(()) => self.well(DRAIN),
+            Err(error) => {
+                let pause = self.pause_of(DRAIN);
+                self.trouble(DRAIN, &format!("{name}: {error}"), Some(pause));
+                self.live().drain_not_before = self.now() + pause;
+            }
+        }
+        self.live().leaving = None;
+        self.wake();
+    }
+
+    /// Whether it is off; false when it was told to stop.
+    async fn turn_off(&self, record: &Record, path: &str, stop: &AtomicBool) -> Result<bool, Error> {
+        let ended = self.turn_off_unless_told(path, stop).await;
+        if ended == Ended::Off {
+            tracing::info!("{} is off", record.name);
+            return Ok(true);
+        }
+        let stage = Stage::On { boot: self.boot, path: path.to_owned() };
+        self.store.change(|state| state.set_stage(&record.name, stage))?;
+        match ended {
+            Ended::Off => Ok(true),
+            Ended::Stopped => {
+                tracing::info!("{} stays", record.name);
+                Ok(false)
+            }
+            Ended::Killed => Err(Error::new(
+                ErrorKind::NoSpace,
+                format!("swapoff of {path} was ended by the kernel for want of memory; it is on as before"),
+            )),
+            Ended::Refused(number) => {
+                let why = std::io::Error::from_raw_os_error(number);
+                Err(Error::internal(format!("swapoff of {path}: {why}; it is on as before")))
+            }
+        }
+    }
+
+    async fn turn_off_unless_told(&self, path: &str, stop: &AtomicBool) -> Ended {
+        let mut off = std::pin::pin!(self.hand.turn_off(PathBuf::from(path)));
+        loop {
+            tokio::select! {
+                ended = &mut off => return ended,
+                () = tokio::time::sleep(STOP_EVERY) => if stop.load(Ordering::Relaxed) {
+                    self.hand.stop();
+                },
+            }
+        }
+    }
+
+    /// Removes the device, the allocation and the record of an area that is off.
+    async fn give_back(&self, record: &Record) -> Result<(), Error> {
+        let name = &record.name;
+        self.detach(name).await?;
+        match self.is_ours(record).await {
+            Ok(Some(_)) => {
+                let client = self.allocator.clone().with_limit(ORDER_LIMIT);
+                let deleted = client.delete(&format!("/v1/allocations/{name}")).await;
+                not_there_is_fine(deleted.map_err(|error| Error::of("allocator", &error)))?;
+            }
+            // Of somebody else by now.
+            Ok(None) => {}
+            Err(error) => not_there_is_fine(Err(error))?,
+        }
+        self.store.change(|state| state.areas.retain(|area| area.name != *name))?;
+        self.live().seen.remove(name);
+        self.well(&format!("end of {name}"));
+        self.well(&format!("device of {name}"));
+        self.well(&format!("area {name}"));
+        tracing::info!("{name} is given back");
+        Ok(())
+    }
+
+    async fn detach(&self, name: &Name) -> Result<(), Error> {
+        let client = self.blk.clone().with_limit(ORDER_LIMIT);
+        let mut tries = 0;
+        loop {
+            let detached = client.delete(&format!("/v1/devices/{name}")).await;
+            let detached = not_there_is_fine(detached.map_err(|error| Error::of("xpm-blk", &error)));
+            match detached {
+                Err(error) if error.kind() == ErrorKind::InUse && tries < DETACH_TRIES => {
+                    tries += 1;
+                    tokio::time::sleep(DETACH_PAUSE).await;
+                }
+                detached => return detached,
+            }
+        }
+    }
+}
+
+fn not_there_is_fine(done: Result<(), Error>) -> Result<(), Error> {
+    match done {
+        Err(error) if Daemon::is_not_there(&error) => Ok(()),
+        done => done,
+    }
+}

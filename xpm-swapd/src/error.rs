@@ -1,0 +1,98 @@
+//! Why something did not go: what, where, and what to do instead.
+
+use std::fmt;
+use std::io;
+
+use xpm_control::client::ClientError;
+use xpm_control::error_line;
+use xpm_protocol::api::ErrorKind;
+
+/// An error as one line for people and a kind for programs.
+#[derive(Debug, Clone)]
+pub struct Error {
+    kind: ErrorKind,
+    line: String,
+    nothing_done: bool,
+}
+
+impl Error {
+    /// An error of this kind.
+    pub fn new(kind: ErrorKind, line: impl Into<String>) -> Error {
+        Error { kind, line: line.into(), nothing_done: false }
+    }
+
+    pub(crate) fn conflict(line: impl Into<String>) -> Error {
+        Error::new(ErrorKind::Conflict, line)
+    }
+
+    pub(crate) fn internal(line: impl Into<String>) -> Error {
+        Error::new(ErrorKind::Internal, line)
+    }
+
+    /// What kind of error it is.
+    pub const fn kind(&self) -> ErrorKind {
+        self.kind
+    }
+
+    /// Whether less would perhaps be given.
+    pub(crate) fn is_refusal(&self) -> bool {
+        matches!(self.kind, ErrorKind::NoSpace | ErrorKind::Denied)
+    }
+
+    /// Whether it is certain that what was asked for was not begun.
+    pub(crate) const fn nothing_done(&self) -> bool {
+        self.nothing_done
+    }
+
+    /// What a daemon answered, or why it did not.
+    pub(crate) fn of(who: &str, error: &ClientError) -> Error {
+        let kind = match error {
+            ClientError::Refused(body) if body.kind == ErrorKind::NotLeader => ErrorKind::Unavailable,
+            ClientError::Refused(body) => body.kind,
+            ClientError::Unreachable { .. } | ClientError::Lost { .. } | ClientError::TimedOut => {
+                ErrorKind::Unavailable
+            }
+            ClientError::NotXpm(_) => ErrorKind::Internal,
+        };
+        let nothing_done = matches!(error, ClientError::Refused(_) | ClientError::Unreachable { .. });
+        Error { nothing_done, ..Error::new(kind, format!("{who}: {}", error_line(error))) }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.line)
+    }
+}
+
+impl std::error::Error for Error {}
+
+/// Says at what step an error of the system came up.
+pub(crate) trait Step {
+    /// What it becomes.
+    type Output;
+
+    /// `what` names the operation and its object, like `open /dev/ublkb0`.
+    fn at(self, what: impl fmt::Display) -> Self::Output;
+}
+
+impl Step for io::Error {
+    type Output = Error;
+
+    fn at(self, what: impl fmt::Display) -> Error {
+        let kind = match self.kind() {
+            io::ErrorKind::PermissionDenied => ErrorKind::Unsupported,
+            io::ErrorKind::OutOfMemory | io::ErrorKind::StorageFull => ErrorKind::Unavailable,
+            _ => ErrorKind::Internal,
+        };
+        Error::new(kind, format!("{what}: {self}"))
+    }
+}
+
+impl<T> Step for io::Result<T> {
+    type Output = Result<T, Error>;
+
+    fn at(self, what: impl fmt::Display) -> Result<T, Error> {
+        self.map_err(|error| error.at(what))
+    }
+}

@@ -1,0 +1,79 @@
+//! The daemon that looks after a machine's swap on external memory.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::Parser;
+use xpm_control::urls::Urls;
+use xpm_protocol::ByteSize;
+use xpm_swapd::config::{Config, PATH_DEFAULT};
+use xpm_swapd::lifecycle;
+
+/// Keeps the right amount of swap on external memory. `xpm swap status` shows what it does.
+#[derive(Debug, Parser)]
+#[command(name = "xpm-swapd", version)]
+struct Args {
+    /// Configuration file
+    #[arg(long, value_name = "FILE", default_value = PATH_DEFAULT)]
+    config: PathBuf,
+    /// The control socket, in place of the configuration's
+    #[arg(long, value_name = "PATH")]
+    control: Option<PathBuf>,
+    /// The control socket of xpm-blk, in place of the configuration's
+    #[arg(long, value_name = "PATH")]
+    blk: Option<PathBuf>,
+    /// Base URL of the allocator, in place of the configuration's; of several, all with commas in
+    /// between
+    #[arg(long, value_name = "URL[,URL...]")]
+    allocator: Option<Urls>,
+    /// Directory of what is kept across restarts, in place of the configuration's
+    #[arg(long, value_name = "DIRECTORY")]
+    state: Option<PathBuf>,
+    /// File of mode 0600 with the token that the allocator wants
+    #[arg(long, value_name = "FILE")]
+    token_file: Option<PathBuf>,
+    /// Swap that is there at once, in place of the configuration's
+    #[arg(long, value_name = "SIZE")]
+    base: Option<ByteSize>,
+    /// Never more swap than this, in place of the configuration's
+    #[arg(long, value_name = "SIZE")]
+    maximum: Option<ByteSize>,
+    /// Only checks the configuration
+    #[arg(long)]
+    check: bool,
+}
+
+fn main() -> ExitCode {
+    xpm_control::log::init();
+    match run(Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xpm-swapd: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: Args) -> anyhow::Result<()> {
+    let checked = args.check;
+    let config = configure(args)?;
+    config.check().map_err(anyhow::Error::msg).context("configuration")?;
+    if checked {
+        println!("the configuration is good");
+        return Ok(());
+    }
+    Ok(lifecycle::run(config)?)
+}
+
+fn configure(args: Args) -> anyhow::Result<Config> {
+    let mut config = Config::load(&args.config)?;
+    config.control = args.control.unwrap_or(config.control);
+    config.blk = args.blk.unwrap_or(config.blk);
+    config.allocator = args.allocator.unwrap_or(config.allocator);
+    config.state = args.state.unwrap_or(config.state);
+    config.token_file = args.token_file.or(config.token_file);
+    config.base = args.base.unwrap_or(config.base);
+    config.maximum = args.maximum.unwrap_or(config.maximum);
+    Ok(config)
+}

@@ -1,0 +1,241 @@
+//! The process that does swapoff(2).
+//!
+//! swapoff reads everything back, and takes as long as that takes; a thread of the daemon in it could
+//! not be told to stop. So a child does it, which is forked ahead of need and waits on a socket:
+//!
+//! * a signal makes it give up, and the area stays as it was;
+//! * it ends with the daemon, and swapoff with it;
+//! * it has the daemon's OOM score and cgroup. The kernel still may choose it when memory runs out (it
+//!   prefers a process in swapoff, `oom_task_origin` in mm/oom_kill.c), which again leaves the area as
+//!   it was; the daemon then forks the next one.
+//!
+//! It may wait for I/O as ordinary processes do, for it is not on the way of any page.
+
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread;
+
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair};
+use tokio::sync::oneshot;
+
+/// Longest path.
+const PATH_LEN_MAX: usize = 4096;
+/// Stack of the thread that speaks to the child; all of it is locked.
+const STACK_LEN: usize = 128 << 10;
+/// `PR_SET_IO_FLUSHER` of prctl(2).
+const PR_SET_IO_FLUSHER: libc::c_int = 57;
+
+/// Does swapoff. One order at a time; further ones wait.
+#[derive(Debug, Clone)]
+pub struct Hand {
+    orders: Sender<Order>,
+    child: Arc<AtomicI32>,
+}
+
+/// How a swapoff ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// It is off.
+    Off,
+    /// It was told to stop, and is on as before.
+    Stopped,
+    /// The kernel ended it for want of memory, and it is on as before.
+    Killed,
+    /// The kernel refused it, with this number of an error.
+    Refused(i32),
+}
+
+struct Order {
+    path: PathBuf,
+    answer: oneshot::Sender<Ended>,
+}
+
+impl Hand {
+    /// Forks the first child.
+    ///
+    /// # Errors
+    /// When there can be no child or no thread for it.
+    pub fn start() -> io::Result<Hand> {
+        let (orders, waiting) = channel();
+        let child = Arc::new(AtomicI32::new(0));
+        let shared = Arc::clone(&child);
+        let (told, hears) = channel();
+        // A child ends with the thread that forked it (PR_SET_PDEATHSIG), so that is one that stays.
+        thread::Builder::new().name("xpm-swapoff".to_owned()).stack_size(STACK_LEN).spawn(move || {
+            let first = Child::fork();
+            let _ = told.send(first.as_ref().map(|_| ()).map_err(|error| io::Error::from(error.kind())));
+            if let Ok(first) = first {
+                serve(first, &waiting, &shared);
+            }
+        })?;
+        hears.recv().map_err(io::Error::other)??;
+        Ok(Hand { orders, child })
+    }
+
+    /// Turns an area off. It is on as before unless this says [`Ended::Off`].
+    pub async fn turn_off(&self, path: PathBuf) -> Ended {
+        let (answer, hears) = oneshot::channel();
+        match self.orders.send(Order { path, answer }) {
+            Ok(()) => hears.await.unwrap_or(Ended::Killed),
+            Err(_) => Ended::Killed,
+        }
+    }
+
+    /// Has the swapoff that runs give up. It may come before the child is in it: to be said again until
+    /// that ended.
+    pub fn stop(&self) {
+        let pid = self.child.load(Ordering::Acquire);
+        if pid > 0 {
+            // SAFETY: takes numbers only. The child is not waited for before its number is taken away.
+            unsafe { libc::kill(pid, libc::SIGUSR1) };
+        }
+    }
+}
+
+fn serve(first: Child, orders: &Receiver<Order>, shared: &AtomicI32) {
+    let mut child = first;
+    shared.store(child.pid, Ordering::Release);
+    while let Ok(order) = orders.recv() {
+        let ended = child.turn_off(&order.path);
+        if ended == Ended::Killed {
+            shared.store(0, Ordering::Release);
+            drop(child);
+            match Child::fork() {
+                Ok(next) => child = next,
+                Err(error) => {
+                    tracing::error!("there is no process for swapoff any more ({error}): restart xpm-swapd");
+                    return;
+                }
+            }
+            shared.store(child.pid, Ordering::Release);
+        }
+        let _ = order.answer.send(ended);
+    }
+}
+
+struct Child {
+    pid: libc::pid_t,
+    socket: OwnedFd,
+}
+
+impl Child {
+    fn fork() -> io::Result<Child> {
+        let (socket, theirs) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+        // SAFETY: getpid has no conditions.
+        let parent = unsafe { libc::getpid() };
+        // SAFETY: other threads of this process may hold any lock, so until it ends the child does
+        // nothing but system calls on its own stack.
+        match unsafe { libc::fork() } {
+            -1 => Err(io::Error::last_os_error()),
+            0 => be_the_child(theirs.as_raw_fd(), parent),
+            pid => Ok(Child { pid, socket }),
+        }
+    }
+
+    fn turn_off(&self, path: &std::path::Path) -> Ended {
+        use std::os::unix::ffi::OsStrExt as _;
+        let mut answer = [0; 4];
+        let sent = send(&self.socket, path.as_os_str().as_bytes(), SendFlags::NOSIGNAL);
+        if sent.is_err() {
+            return Ended::Killed;
+        }
+        loop {
+            match recv(&self.socket, &mut answer, RecvFlags::empty()) {
+                Ok((_, 4)) => break,
+                Err(rustix::io::Errno::INTR) => {}
+                Ok(_) | Err(_) => return Ended::Killed,
+            }
+        }
+        match i32::from_ne_bytes(answer) {
+            0 => Ended::Off,
+            libc::EINTR => Ended::Stopped,
+            number => Ended::Refused(number),
+        }
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        // SAFETY: takes numbers only; the child is ours and was not waited for.
+        unsafe {
+            libc::kill(self.pid, libc::SIGKILL);
+            libc::waitpid(self.pid, std::ptr::null_mut(), 0);
+        }
+    }
+}
+
+extern "C" fn nothing(_: libc::c_int) {}
+
+/// What the child does until it ends: system calls alone.
+fn be_the_child(socket: RawFd, parent: libc::pid_t) -> ! {
+    let mut path = [0_u8; PATH_LEN_MAX + 1];
+    // SAFETY: system calls with numbers, and with pointers into this function's own frame, which are
+    // long enough for the lengths given; `nothing` is a function that may be a handler. Descriptor 3
+    // belongs to nobody else in this process, for it has a single thread that uses no other.
+    unsafe {
+        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+        if libc::getppid() != parent {
+            libc::_exit(0);
+        }
+        for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
+            libc::signal(signal, libc::SIG_DFL);
+        }
+        // Without SA_RESTART, so that it ends what waits.
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = nothing as *const () as usize;
+        libc::sigaction(libc::SIGUSR1, &raw const action, std::ptr::null_mut());
+        libc::prctl(PR_SET_IO_FLUSHER, 0, 0, 0, 0);
+        libc::dup2(socket, 3);
+        libc::close_range(4, libc::c_uint::MAX, 0);
+        loop {
+            let len = libc::recv(3, path.as_mut_ptr().cast(), PATH_LEN_MAX, 0);
+            if len < 0 && *libc::__errno_location() == libc::EINTR {
+                continue;
+            }
+            if len <= 0 {
+                libc::_exit(0);
+            }
+            path[len as usize] = 0;
+            let number = match libc::swapoff(path.as_ptr().cast()) {
+                0 => 0,
+                _ => *libc::__errno_location(),
+            };
+            let answer = number.to_ne_bytes();
+            if libc::send(3, answer.as_ptr().cast(), answer.len(), libc::MSG_NOSIGNAL) < 0 {
+                libc::_exit(0);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_swap_is_refused_and_a_child_that_dies_is_replaced() {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let hand = Hand::start().unwrap();
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let off = || runtime.block_on(hand.turn_off(file.path().to_owned()));
+        let refused = off();
+        assert!(matches!(refused, Ended::Refused(libc::EINVAL | libc::EPERM)), "{refused:?}");
+        // Told to stop while there is nothing to stop, it goes on.
+        hand.stop();
+        assert_eq!(off(), refused);
+        let pid = hand.child.load(Ordering::Acquire);
+        // SAFETY: takes numbers only; the child is the hand's.
+        unsafe { libc::kill(pid, libc::SIGKILL) };
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        assert_eq!(off(), Ended::Killed);
+        assert_ne!(hand.child.load(Ordering::Acquire), pid);
+        assert_eq!(off(), refused);
+    }
+}

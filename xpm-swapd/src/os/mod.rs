@@ -1,0 +1,13 @@
+//! The edge to the kernel: what it says of memory and swap, and what it is told.
+//!
+//! * [`table`]: `/proc/swaps` and `/proc/meminfo`, read.
+//! * [`pressure`]: `/proc/pressure/memory`, waited for.
+//! * [`header`]: the header of a swap area, and what else may be on a device.
+//! * [`area`]: swapon(2).
+//! * [`hand`]: the process that does swapoff(2).
+
+pub mod area;
+pub mod hand;
+pub mod header;
+pub mod pressure;
+pub mod table;
