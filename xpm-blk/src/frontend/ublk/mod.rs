@@ -41,6 +41,7 @@ pub(crate) use self::recovery::prepare;
 use self::uapi::{DeviceInfo, Params};
 use super::{Health, Shape, Shown};
 use crate::error::{DeviceError, Step};
+use crate::links::Label;
 use crate::spin::Spin;
 use crate::watch::Pulse;
 use crate::{lifecycle, sysfs};
@@ -69,6 +70,7 @@ pub struct UblkDevice {
     /// It outlives its server.
     recoverable: bool,
     volume: Volume,
+    label: Label,
     give_up: Arc<OwnedFd>,
     /// The device file and the queues' threads; none once it is hidden.
     running: Mutex<Option<Running>>,
@@ -117,12 +119,15 @@ impl UblkDevice {
             },
         )?;
         let device = UblkDevice::serve(volume, shape, info, size)?;
+        device.label.announce();
         if let Err(error) = control.start(info.device) {
             let _ = control.stop(info.device);
             device.join();
+            device.label.remove(&device.disk);
             return Err(error);
         }
         sysfs::tune(&device.disk);
+        device.label.link(&device.disk);
         Ok(device)
     }
 
@@ -154,17 +159,14 @@ impl UblkDevice {
     }
 
     /// Has the queues of a device served, which the kernel has not started or not gone on with.
-    fn serve(
-        volume: Volume,
-        shape: &Shape,
-        info: DeviceInfo,
-        size: u64,
-    ) -> Result<UblkDevice, DeviceError> {
+    fn serve(volume: Volume, shape: &Shape, info: DeviceInfo, size: u64) -> Result<UblkDevice, DeviceError> {
         let give_up = Arc::new(eventfd(0, EventfdFlags::CLOEXEC).at("make an eventfd")?);
         let running = start_queues(&volume, shape, info, size, &give_up)?;
+        let disk = format!("ublkb{}", info.device);
         Ok(UblkDevice {
             number: info.device,
-            disk: format!("ublkb{}", info.device),
+            label: Label::new(&disk, &shape.name),
+            disk,
             size,
             recoverable: info.flags & uapi::F_USER_RECOVERY_REISSUE != 0,
             volume,
@@ -327,6 +329,7 @@ impl Shown for UblkDevice {
         }
         control.stop(self.number)?;
         self.join();
+        self.label.remove(&self.disk);
         control.delete(self.number)
     }
 }
@@ -342,7 +345,9 @@ pub fn check_support() -> Result<(), DeviceError> {
 /// Whether devices of this kernel outlive their server.
 pub fn can_recover() -> bool {
     let wanted = uapi::F_USER_RECOVERY | uapi::F_USER_RECOVERY_REISSUE;
-    Control::open().and_then(|mut control| control.features()).is_ok_and(|features| features & wanted == wanted)
+    Control::open()
+        .and_then(|mut control| control.features())
+        .is_ok_and(|features| features & wanted == wanted)
 }
 
 /// The numbers of all ublk devices.
