@@ -21,6 +21,8 @@ pub(crate) struct Scenario {
     /// Size of an allocation that the host's xpm-blk serves to the guest as its vhost-user-blk disk `vm`; none: there
     /// is no xpm-blk on the host.
     pub(crate) vhost: Option<&'static str>,
+    /// Whether the guest's first process is systemd, its files are on a disk, and it may restart (`tests/lab/systemd`).
+    pub(crate) systemd: bool,
     /// The script in `tests/lab` that the guest runs.
     pub(crate) script: &'static str,
     /// The script's arguments.
@@ -45,6 +47,7 @@ const BASE: Scenario = Scenario {
     memory_mib: 512,
     appliances: &["2GiB", "2GiB"],
     vhost: None,
+    systemd: false,
     script: "",
     args: &[],
     seconds_max: 420,
@@ -73,6 +76,9 @@ const RDMA: Scenario = Scenario {
     check: daemons_live,
     ..BASE
 };
+
+/// What the scenarios with systemd have in common.
+const BOOT: Scenario = Scenario { group: "boot", systemd: true, seconds_max: 900, ..BASE };
 
 /// What the scenarios with xpm-swapd have in common: a small guest, and a pool that can be filled.
 const SWAPD: Scenario =
@@ -164,6 +170,29 @@ pub(crate) const ALL: &[Scenario] = &[
         script: "vhost.sh",
         check: disk_served,
         ..BASE
+    },
+    Scenario {
+        name: "boot",
+        about: "systemd: devices, swap and mounts by units, restart of the machine and of daemons, nothing lost",
+        script: "boot.sh",
+        args: &["1"],
+        ..BOOT
+    },
+    Scenario {
+        name: "packages",
+        about: "the Debian packages: installed, used, upgraded under a mounted file system, removed without a trace",
+        script: "packages.sh",
+        ..BOOT
+    },
+    Scenario {
+        name: "boot-10",
+        about: "the same, with ten restarts of the machine under memory pressure",
+        group: "boot-10",
+        script: "boot.sh",
+        args: &["10"],
+        seconds_max: 1800,
+        long: true,
+        ..BOOT
     },
     Scenario {
         name: "appliance-restart",
@@ -365,6 +394,7 @@ mod tests {
                 assert_eq!(scenario.memory_mib, other.memory_mib, "{}", other.name);
                 assert_eq!(scenario.appliances, other.appliances, "{}", other.name);
                 assert_eq!(scenario.vhost, other.vhost, "{}", other.name);
+                assert_eq!(scenario.systemd, other.systemd, "{}", other.name);
             }
         }
     }
