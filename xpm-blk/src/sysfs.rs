@@ -46,6 +46,14 @@ fn set(disk: &str, setting: &str, value: &str) {
     }
 }
 
+/// Has udev look at a disk whose node stays while it becomes another one, as those of the nbd driver do.
+pub(crate) fn tell_change(disk: &str) {
+    let path = path(disk, "uevent");
+    if let Err(error) = fs::write(&path, "change") {
+        tracing::warn!("cannot write to {}: {error}", path.display());
+    }
+}
+
 /// A file of a disk under `/sys/block`.
 pub(crate) fn path(disk: &str, file: &str) -> PathBuf {
     PathBuf::from("/sys/block").join(disk).join(file)
