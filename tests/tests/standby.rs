@@ -77,7 +77,9 @@ impl Drop for Site {
         // One that is killed may be followed by its standby.
         for _ in 0..100 {
             let left = self.processes();
-            left.iter().for_each(|pid| drop(kill_process(*pid, Signal::KILL)));
+            for pid in &left {
+                let _ = kill_process(*pid, Signal::KILL);
+            }
             self.cluster.blk.is_alive();
             if left.is_empty() {
                 return;

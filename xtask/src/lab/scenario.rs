@@ -241,6 +241,8 @@ pub(crate) const ALL: &[Scenario] = &[
         name: "kill-loop",
         about: "swap on ublk under memory pressure, while xpm-blk and its standby are killed and stopped again and again",
         args: &["6"],
+        // Not in the default set before it passes: with 256 MB the guest runs out of memory after a takeover.
+        bench: true,
         ..KILL_LOOP
     },
     Scenario {
@@ -257,6 +259,8 @@ pub(crate) const ALL: &[Scenario] = &[
         group: "upgrade",
         script: "upgrade.sh",
         args: &["1"],
+        // Not in the default set before it was seen to pass to its end.
+        bench: true,
         ..BASE
     },
     Scenario {
