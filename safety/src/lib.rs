@@ -33,7 +33,7 @@ pub fn set_up(cgroup: &str) {
 }
 
 /// Has so much heap ready, in bytes, that what a process needs to go on comes from it.
-pub(crate) fn reserve_heap(len: usize) {
+pub fn reserve_heap(len: usize) {
     memory::reserve_heap(len);
 }
 
