@@ -13,7 +13,6 @@
 //! Each change of a grant is recorded before anybody is told of it, and before the memory is used for
 //! anything else: a life that ends at any moment leaves either what was before the change, or what is after it.
 
-mod handed;
 mod journal;
 mod record;
 mod vault;
@@ -27,6 +26,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::MemfdFlags;
+use xpm_control::handed;
 use xpm_control::manager::Manager;
 use xpm_protocol::units::ByteSize;
 use xpm_protocol::{GrantId, RegionId};

@@ -2,11 +2,14 @@
 
 use std::process::ExitCode;
 
-use clap::Parser as _;
+use clap::{CommandFactory as _, Parser as _};
 use xpm_appliance::config::Cli;
 use xpm_appliance::daemon;
 
 fn main() -> ExitCode {
+    if let Some(printed) = xpm_control::man::print_if_asked(Cli::command) {
+        return if printed { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    }
     let cli = Cli::parse();
     xpm_control::log::init();
     match cli.settle().and_then(daemon::run) {

@@ -2,18 +2,20 @@
 //! scaffold, the token, configuration files, logs, random ids, and who this host is.
 //!
 //! Nothing here is on the data path. Everything that touches the network is asynchronous and ends
-//! within a time limit; everything that reads a file blocks and belongs to the start of a program.
+//! within a time limit; everything that reads a file blocks and belongs to the start of a program. Unsafe code is in [`handed`] alone.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 pub mod client;
 pub mod config;
 pub mod discover;
 pub mod facts;
+pub mod handed;
 pub mod host;
 pub mod link;
 pub mod listen;
 pub mod log;
+pub mod man;
 pub mod manager;
 pub mod random;
 pub mod server;

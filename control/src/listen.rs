@@ -12,6 +12,8 @@ use std::str::FromStr;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use tokio::net::{TcpListener, UnixListener};
 
+use crate::handed;
+
 /// A place to listen at. Written `ADDRESS:PORT`, `unix:/a/path` or `/a/path`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Place {
@@ -61,8 +63,8 @@ impl Place {
         }
     }
 
-    /// Starts to listen. A unix socket that nobody listens at any more is replaced. Must be called
-    /// within a tokio runtime.
+    /// Starts to listen; where the service manager listens there for this process, by its socket. A unix socket that nobody
+    /// listens at any more is replaced. Must be called within a tokio runtime.
     pub fn bind(&self) -> Result<Listener, ListenError> {
         match self {
             Place::Tcp(address) => bind_tcp(*address).map(Listener::Tcp),
@@ -76,6 +78,9 @@ impl Place {
 }
 
 fn bind_tcp(address: SocketAddr) -> io::Result<TcpListener> {
+    if let Some(listener) = handed::tcp(address) {
+        return TcpListener::from_std(listener?);
+    }
     // The standard library sets SO_REUSEADDR, so that a restart does not wait for old connections.
     let listener = std::net::TcpListener::bind(address)?;
     listener.set_nonblocking(true)?;
@@ -83,6 +88,9 @@ fn bind_tcp(address: SocketAddr) -> io::Result<TcpListener> {
 }
 
 fn bind_unix(path: &Path) -> io::Result<UnixListener> {
+    if let Some(listener) = handed::unix(path) {
+        return UnixListener::from_std(listener?);
+    }
     remove_stale(path)?;
     let listener = UnixListener::bind(path)?;
     std::fs::set_permissions(path, Permissions::from_mode(0o600))?;

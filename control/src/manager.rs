@@ -128,7 +128,7 @@ fn interval(limit_us: u64) -> Option<Duration> {
 
 /// The names of the descriptors that the service manager handed over, the first of which is number 3
 /// (`LISTEN_FDS`). Empty when they are meant for another process.
-pub fn handed() -> Vec<String> {
+pub(crate) fn handed() -> Vec<String> {
     let value = |name| std::env::var(name).unwrap_or_default();
     names(&value("LISTEN_PID"), &value("LISTEN_FDS"), &value("LISTEN_FDNAMES"), std::process::id())
 }

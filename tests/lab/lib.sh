@@ -172,14 +172,16 @@ check_fs() {
     esac || fail "the check of $1 found: $(tail -n 20 /run/lab/check.out)"
 }
 
+# What the kernel says when something is wrong.
+dmesg_bad='I/O error|blocked for more than|Read-error|Write-error|BUG:|WARNING:|Oops|rcu.*stall|EXT4-fs (error|warning)|XFS.*(orruption|shut ?down)|Out of memory|oom-kill'
+
 # What the kernel says from here on is looked at by dmesg_clean.
 dmesg_start() {
     dmesg_lines=$(dmesg | wc -l)
 }
 
 dmesg_clean() {
-    local bad='I/O error|blocked for more than|Read-error|Write-error|BUG:|WARNING:|Oops|rcu.*stall|EXT4-fs (error|warning)|XFS.*(orruption|shut ?down)|Out of memory|oom-kill'
-    if dmesg | tail -n +$((dmesg_lines + 1)) | grep -E "$bad"; then
+    if dmesg | tail -n +$((dmesg_lines + 1)) | grep -E "$dmesg_bad"; then
         fail "the kernel complained, see above"
     fi
 }

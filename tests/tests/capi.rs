@@ -16,7 +16,9 @@ fn compile(dir: &Path, name: &str, file: &Path) -> PathBuf {
     let mut cc = Command::new("cc");
     cc.args(["-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror", "-O1", "-o"]).arg(&program).arg(file);
     cc.arg("-I").arg(source("libxpm/include")).arg("-L").arg(&library).arg("-lxpm");
-    cc.arg(format!("-Wl,-rpath,{}", library.display()));
+    // The library's own name has the number of its ABI, as it is installed.
+    let _ = std::os::unix::fs::symlink(library.join("libxpm.so"), dir.join("libxpm.so.0"));
+    cc.arg(format!("-Wl,-rpath,{}", dir.display()));
     let output = cc.output().expect("a C compiler");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     program

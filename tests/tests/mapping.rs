@@ -144,6 +144,25 @@ fn against_a_shadow(faults: Faults, transport: TransportKind) {
     attachment.detach().expect("it is given back");
 }
 
+/// Where the kernel moves pages, the other tests see that; here are some of them with shared memory behind the window, as before
+/// Linux 6.8. Each is a process of its own, for the environment says so.
+#[test]
+fn the_same_with_shared_memory_behind_the_window() {
+    for name in [
+        "what_is_there_is_what_was_written_in_line_over_shared_memory",
+        "what_is_there_is_what_was_written_handled_over_tcp",
+        "pages_that_are_locked_lose_nothing",
+        "what_stays_and_what_does_not",
+        "calls_and_accesses_see_the_same",
+    ] {
+        let me = std::env::current_exe().expect("this program");
+        let output = Command::new(me).args([name, "--exact"]).env("XPM_WINDOW", "shared").output();
+        let output = output.expect("this program runs");
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(output.status.success() && said.contains("1 passed"), "{name}: {said}");
+    }
+}
+
 /// What the operator orders of an allocation that a program has at addresses: its appliances are emptied one after
 /// the other, it grows, and it stays where it is when somebody else is to have it.
 fn changed_under_a_shadow(faults: Faults) {

@@ -169,6 +169,7 @@ impl Config {
             spin: self.spin(),
             buffer_len: self.buffer.0,
             number,
+            name: device.name.clone(),
         }
     }
 

@@ -19,6 +19,7 @@ pub mod spin;
 pub mod standby;
 
 mod export;
+mod links;
 mod records;
 mod show;
 mod sysfs;

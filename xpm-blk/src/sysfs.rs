@@ -9,9 +9,13 @@ use xpm_protocol::api::appliance::Counters;
 /// Longest request that is worth building, in KiB; what swap writes at most.
 const REQUEST_KIB: u64 = 1024;
 
+/// The latency that writes are throttled for (`Documentation/ABI/stable/sysfs-block`); not on every kernel.
+const THROTTLE: &str = "wbt_lat_usec";
+
 /// Sets a new disk up as memory wants it: no scheduler (there is no head to move), not rotational,
-/// no entropy from it, requests of up to 1 MiB. What cannot be set is logged: the disk works
-/// without it.
+/// no entropy from it, requests of up to 1 MiB. And writes are not throttled for the sake of reads: after a pause, as when
+/// another process takes a device over, the kernel would let through one at a time for long. What cannot be set is
+/// logged: the disk works without it.
 pub(crate) fn tune(disk: &str) {
     let longest = number(disk, "queue/max_hw_sectors_kb").unwrap_or(REQUEST_KIB).min(REQUEST_KIB);
     let longest = longest.to_string();
@@ -20,6 +24,7 @@ pub(crate) fn tune(disk: &str) {
         ("rotational", "0"),
         ("add_random", "0"),
         ("max_sectors_kb", longest.as_str()),
+        (THROTTLE, "0"),
     ];
     for (setting, value) in settings {
         set(disk, setting, value);
@@ -33,8 +38,19 @@ pub(crate) fn set_look_interval(disk: &str, interval: Duration) {
 
 fn set(disk: &str, setting: &str, value: &str) {
     let path = path(disk, "queue").join(setting);
+    if setting == THROTTLE && !path.exists() {
+        return;
+    }
     if let Err(error) = fs::write(&path, value) {
         tracing::warn!("cannot set {} to {value}: {error}", path.display());
+    }
+}
+
+/// Has udev look at a disk whose node stays while it becomes another one, as those of the nbd driver do.
+pub(crate) fn tell_change(disk: &str) {
+    let path = path(disk, "uevent");
+    if let Err(error) = fs::write(&path, "change") {
+        tracing::warn!("cannot write to {}: {error}", path.display());
     }
 }
 

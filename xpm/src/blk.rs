@@ -7,21 +7,22 @@ use xpm_protocol::api::blk::{
 };
 use xpm_protocol::{ByteSize, Name};
 
-use crate::age;
 use crate::cli::{AttachArgs, BlkCommand};
 use crate::connect::Daemons;
 use crate::output::Output;
 use crate::table::{Table, fields};
+use crate::{age, attach};
 
 pub(crate) async fn run(command: BlkCommand, daemons: &Daemons, output: Output) -> anyhow::Result<()> {
     let blk = daemons.blk()?;
     match command {
         BlkCommand::Attach(args) => {
+            let (ensure, wait) = (args.ensure, args.wait);
             let request = request(args);
-            let device: Device = blk
-                .post("/v1/devices", &request)
-                .await
-                .with_context(|| format!("cannot attach `{}` as {}", request.name, request.form))?;
+            let device = match ensure {
+                false => attach::once(&blk, &request).await?,
+                true => attach::ensure(&blk, &request, wait.unwrap_or_default().0).await?,
+            };
             output.print(&device, |device| device.path.clone())?;
             output.hint(&next_steps(&device));
             Ok(())

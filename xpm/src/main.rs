@@ -4,6 +4,7 @@
 mod age;
 mod alloc;
 mod appliance;
+mod attach;
 mod blk;
 mod cli;
 mod client;

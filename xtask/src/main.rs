@@ -3,6 +3,7 @@
 mod bench;
 mod demo;
 mod lab;
+mod package;
 mod setup;
 mod test;
 mod util;
@@ -30,6 +31,8 @@ enum Command {
     Lab(lab::Args),
     /// Build everything, run all tests, then the lab.
     Test(test::Args),
+    /// Make Debian packages of everything.
+    Package(package::Args),
     /// Measure xpm and its peers in the same run, and print ratios.
     Bench(bench::Args),
 }
@@ -52,6 +55,7 @@ fn run(command: Command) -> Result<bool> {
         Command::Demo(args) => demo::main(&args),
         Command::Lab(args) => lab::main(&args),
         Command::Test(args) => test::main(&args),
+        Command::Package(args) => package::main(&args),
         Command::Bench(args) => bench::main(&args),
     }
 }

@@ -205,9 +205,9 @@ impl Fetcher {
         let pager = &self.pager;
         count(&pager.tallies.fetched, u64::from(run.count));
         let mut left = [0; BLOCK as usize];
-        for index in 0..run.count as usize {
+        for (index, left) in left.iter_mut().enumerate().take(run.count as usize) {
             let page = content.part(index * PAGE, PAGE);
-            left[index] = pager.comes(run.first + index as u32, page, run.write);
+            *left = pager.comes(run.first + index as u32, page, run.write);
         }
         match block {
             Some(block) => pager.window.fill_from(run.first, run.count, run.mark, block),

@@ -11,6 +11,7 @@ mod socket;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use xpm_client::Volume;
+use xpm_protocol::Name;
 use xpm_protocol::api::appliance::Counters;
 use xpm_protocol::api::blk::{DeviceState, Form, LinkStatus};
 
@@ -30,6 +31,8 @@ pub struct Shape {
     /// The number that the device had before (`N` of `/dev/ublkbN` or `/dev/nbdN`), to be had
     /// again if it can.
     pub number: Option<u32>,
+    /// The allocation's name, for links to the device.
+    pub name: Name,
 }
 
 /// An allocation that is shown. Dropping it without [`Shown::hide`] leaves what the kernel has.

@@ -1,8 +1,8 @@
 //! `xpm blk`.
 
 use clap::{Args, Subcommand};
-use xpm_protocol::Name;
 use xpm_protocol::api::blk::{Form, Hold, TransportKind};
+use xpm_protocol::{Name, Span};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum BlkCommand {
@@ -74,4 +74,10 @@ pub(crate) struct AttachArgs {
     /// Takes the allocation from another owner, whose I/O fails from then on.
     #[arg(long)]
     pub(crate) force: bool,
+    /// Succeeds as well when it is shown in this form already, and waits while it is being shown. For services.
+    #[arg(long)]
+    pub(crate) ensure: bool,
+    /// With --ensure: how long it is tried again while xpm-blk, the allocator or an appliance cannot be reached. [default: 0s]
+    #[arg(long, value_name = "TIME", requires = "ensure")]
+    pub(crate) wait: Option<Span>,
 }

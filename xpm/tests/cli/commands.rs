@@ -227,3 +227,34 @@ fn doctor_fails_only_for_what_is_in_use() {
     let fitness = Host::new().xpm(&["doctor"]).ok();
     assert!(fitness.contains("nbd-socket") && fitness.contains("vhost-user"));
 }
+
+#[test]
+fn ensure_is_content_with_a_device_of_that_form_only() {
+    let blk = Script::new().on("GET /v1/devices/data", 200, &device("data", "ublk", "live", &[]));
+    let host = Host::new().with_blk(&blk);
+    assert_eq!(host.xpm(&["blk", "attach", "data", "--as", "ublk", "--ensure"]).ok(), "/dev/ublkb0\n");
+    host.xpm(&["blk", "attach", "data", "--as", "nbd", "--ensure"]).fails_with(&[
+        "cannot attach `data` as nbd",
+        "shown as ublk",
+        "xpm blk detach data",
+    ]);
+    assert!(blk.seen().iter().all(|request| request.line.starts_with("GET ")), "nothing was asked for");
+}
+
+#[test]
+fn ensure_tries_again_what_may_pass_and_nothing_else() {
+    let ensure = |kind, status| {
+        let answer = refused(kind, "for a reason");
+        let blk = Script::new().on("POST /v1/devices", status, &answer);
+        let words = ["blk", "attach", "data", "--as", "ublk", "--ensure", "--wait", "1s"];
+        let run = Host::new().with_blk(&blk).xpm(&words);
+        let tries = blk.seen().iter().filter(|request| request.line == "POST /v1/devices").count();
+        (run, tries)
+    };
+    let (run, tries) = ensure("unavailable", 503);
+    assert!(run.code == 1 && run.err.contains("for a reason; trying again for 1s"), "{}", run.err);
+    assert_eq!(tries, 2);
+    let (run, tries) = ensure("not-found", 404);
+    run.fails_with(&["cannot attach `data` as ublk", "for a reason"]);
+    assert_eq!(tries, 1);
+}

@@ -11,6 +11,8 @@ use crate::util;
 
 /// What must be in the kernel before the host's root can be mounted.
 const MODULES: [&str; 3] = ["9p", "9pnet_virtio", "overlay"];
+/// What a guest that keeps its files on a disk needs besides.
+const DISK_MODULES: [&str; 3] = ["virtio_blk", "crc32c_generic", "ext4"];
 
 const DIRECTORY: u32 = 0o040_755;
 const EXECUTABLE: u32 = 0o100_755;
@@ -56,17 +58,23 @@ fn needs_interpreter(program: &[u8]) -> bool {
     (0..count).any(|index| number(start.saturating_add(index * entry_len), 4) == Some(PT_INTERP))
 }
 
-/// Adds the modules, decompressed, and the file `modules/order` that lists them.
+/// Adds the modules, decompressed, and the files `modules/order` and `modules/order-disk` that list them.
 fn add_modules(archive: &mut Archive, kernel: &Kernel) -> Result<()> {
-    let mut order = String::new();
-    for path in kernel.module_order(&MODULES)? {
-        let name = path.rsplit('/').next().unwrap_or(&path).trim_end_matches(".xz").to_owned();
-        let module = read_module(&kernel.modules().join(kernel.release()).join(&path))?;
-        archive.add(&format!("modules/{name}"), EXECUTABLE, (0, 0), &module)?;
-        order.push_str(&name);
-        order.push('\n');
+    let first = kernel.module_order(&MODULES)?;
+    let mut disk = kernel.module_order(&DISK_MODULES)?;
+    disk.retain(|path| !first.contains(path));
+    for (list, paths) in [("order", first), ("order-disk", disk)] {
+        let mut order = String::new();
+        for path in paths {
+            let name = path.rsplit('/').next().unwrap_or(&path).trim_end_matches(".xz").to_owned();
+            let module = read_module(&kernel.modules().join(kernel.release()).join(&path))?;
+            archive.add(&format!("modules/{name}"), EXECUTABLE, (0, 0), &module)?;
+            order.push_str(&name);
+            order.push('\n');
+        }
+        archive.add(&format!("modules/{list}"), EXECUTABLE, (0, 0), order.as_bytes())?;
     }
-    archive.add("modules/order", EXECUTABLE, (0, 0), order.as_bytes())
+    Ok(())
 }
 
 fn read_module(file: &Path) -> Result<Vec<u8>> {

@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::{setup, util};
+use crate::{package, setup, util};
 use kernel::Kernel;
 use netns::Netns;
 use qemu::{Accelerator, Guest, Threads};
@@ -236,6 +236,9 @@ impl Lab {
     fn boot(&self, scenarios: &[&'static Scenario], network: &Netns) -> Result<Vec<Report>> {
         let prefix = format!("{}-", scenarios[0].group);
         let dir = tempfile::Builder::new().prefix(&prefix).tempdir_in(&self.runs)?;
+        if scenarios.iter().any(|scenario| scenario.systemd) {
+            self.make_packages(dir.path(), scenarios)?;
+        }
         let reports =
             run::boot(&self.place(dir.path(), network), &self.guest(dir.path(), scenarios), scenarios);
         let failed = reports.as_ref().map_or(true, |reports| !reports.iter().all(Report::passed));
@@ -251,6 +254,18 @@ impl Lab {
         Ok(reports)
     }
 
+    /// The Debian packages where the guest finds them; where they are what is tested, as Debian wants them, and in a second
+    /// version.
+    fn make_packages(&self, dir: &Path, scenarios: &[&'static Scenario]) -> Result<()> {
+        let tested = scenarios.iter().any(|scenario| scenario.script == "packages.sh");
+        for version in if tested { &["1", "2"][..] } else { &["1"] } {
+            let output = dir.join("share/debs").join(version);
+            let packages = package::make(&self.programs, &format!("+lab{version}"), &output, false)?;
+            ensure!(!tested || package::lintian(&packages)?, "lintian has found errors");
+        }
+        Ok(())
+    }
+
     /// A boot on the terminal.
     fn shell(&self, scenarios: &[&'static Scenario]) -> Result<()> {
         if let [first, rest @ ..] = scenarios
@@ -259,6 +274,9 @@ impl Lab {
             bail!("--shell is for one guest; {} and {} need different ones", first.name, other.name);
         }
         let dir = tempfile::Builder::new().prefix("shell-").tempdir_in(&self.runs)?;
+        if scenarios.iter().any(|scenario| scenario.systemd) {
+            self.make_packages(dir.path(), scenarios)?;
+        }
         run::shell(&self.place(dir.path(), &self.networks[0]), &self.guest(dir.path(), scenarios), scenarios)
     }
 
@@ -280,6 +298,10 @@ impl Lab {
             disk: scenarios.first().and_then(|scenario| scenario.vhost).map(|_| cluster::disk_socket(dir)),
             disks: scenarios.first().map_or(&[][..], |scenario| scenario.disks),
             dir: dir.to_owned(),
+            systemd: scenarios
+                .first()
+                .is_some_and(|scenario| scenario.systemd)
+                .then(|| dir.join("files.img")),
         }
     }
 }
@@ -295,7 +317,7 @@ impl Drop for Lab {
 fn build(target: &Path, release: bool) -> Result<()> {
     let mut cargo = util::command("cargo");
     cargo.current_dir(util::repository()).arg("build").arg("--quiet").arg("--target-dir").arg(target);
-    for package in ["xpm-allocator", "xpm-appliance", "xpm-blk", "xpm-swapd", "xpm", "xpm-tests"] {
+    for package in package::crates().into_iter().chain(["xpm-tests"]) {
         cargo.args(["--package", package]);
     }
     if release {

@@ -1,7 +1,7 @@
 //! QEMU's command line, and whether KVM can be used.
 
 use std::ffi::OsString;
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -15,6 +15,7 @@ use rustix::fs::{CWD, FileType, Mode, mknodat};
 use super::disk::Disk;
 use super::kernel::Kernel;
 use super::netns::Netns;
+use crate::util;
 
 /// How long a guest under KVM may take to reach its first process.
 const PROBE_TIME_MAX: Duration = Duration::from_secs(20);
@@ -22,6 +23,8 @@ const PROBE_TIME_MAX: Duration = Duration::from_secs(20);
 /// is slow; the kernel's own default is 120.
 const HUNG_TASK_SECONDS: u32 = 90;
 
+/// Room for the files that a guest with systemd writes.
+const ROOT_DISK_LEN: u64 = 2 << 30;
 /// Time for the kernel to answer a key.
 const KEY_TIME: Duration = Duration::from_secs(4);
 
@@ -87,13 +90,19 @@ pub(crate) struct Guest<'a> {
     pub(crate) disks: &'static [Disk],
     /// Where those have their sockets and files.
     pub(crate) dir: PathBuf,
+    /// The image of the disk where it keeps its files, if its first process is systemd; it can restart then. Else they
+    /// are in its memory, and it ends.
+    pub(crate) systemd: Option<PathBuf>,
 }
 
 impl Guest<'_> {
     /// QEMU's command line; `command` is QEMU itself. The guest's second serial line is standard
     /// input and output.
     fn command(&self, mut command: Command, kernel_words: &str) -> Command {
-        command.args(["-nodefaults", "-display", "none", "-no-reboot", "-smp", "2"]);
+        command.args(["-nodefaults", "-display", "none", "-smp", "2"]);
+        if self.systemd.is_none() {
+            command.arg("-no-reboot");
+        }
         command.args(self.accelerator.words(self.threads)).arg("-m").arg(format!("{}M", self.memory_mib));
         command.arg("-kernel").arg(self.kernel.image()).arg("-initrd").arg(self.initramfs);
         // tsc=reliable: on a busy host the kernel else takes the TSC, which is the host's clock, for broken, and asks the
@@ -134,6 +143,16 @@ impl Guest<'_> {
         command.arg("-chardev").arg(chardev).args(["-device", "vhost-user-blk-pci,chardev=disk"]);
     }
 
+    /// Makes and adds the disk of the files of a guest with systemd.
+    fn add_root_disk(&self, command: &mut Command) -> Result<()> {
+        let Some(image) = &self.systemd else { return Ok(()) };
+        File::create(image).and_then(|file| file.set_len(ROOT_DISK_LEN)).context("cannot make a disk")?;
+        util::output(util::command("mkfs.ext4").args(["-q", "-F"]).arg(image))?;
+        command.arg("-drive").arg(joined("if=none,id=files,format=raw,cache=unsafe,file=", image));
+        command.args(["-device", "virtio-blk-pci,drive=files"]);
+        Ok(())
+    }
+
     /// Makes the kernel write where all tasks stand, and the state of its memory, to
     /// the console: what a deadlock leaves to look at. Returns when it had time for that.
     pub(crate) fn show_tasks(&self) -> Result<()> {
@@ -149,7 +168,10 @@ impl Guest<'_> {
     /// host in `share`, and has a user-mode network.
     pub(crate) fn on_host_root(&self, netns: &Netns, runner: &Path, share: &Path) -> Result<Command> {
         let modules = self.kernel.modules();
-        let words = format!("lab.modules={} lab.runner={}", modules.display(), runner.display());
+        let mut words = format!("lab.modules={} lab.runner={}", modules.display(), runner.display());
+        if self.systemd.is_some() {
+            words += " lab.systemd";
+        }
         let mut command = self.command(netns.command("qemu-system-x86_64"), &words);
         let local = "security_model=none,multidevs=remap,path=";
         command.arg("-fsdev").arg(joined(
@@ -161,6 +183,7 @@ impl Guest<'_> {
         command.args(["-device", "virtio-9p-pci,fsdev=share,mount_tag=labshare"]);
         command.args(["-netdev", &netns.qemu_network(), "-device", "virtio-net-pci,netdev=net,romfile="]);
         self.add_disks(&mut command);
+        self.add_root_disk(&mut command)?;
         self.add_monitor(&mut command)?;
         Ok(command)
     }
@@ -227,6 +250,7 @@ pub(crate) fn choose(kernel: &Kernel, initramfs: &Path, netns: &Netns, cache: &P
         disk: None,
         disks: &[],
         dir: cache.to_owned(),
+        systemd: None,
     };
     let accelerator = match probe.comes_alive(netns)? {
         true => Accelerator::Kvm,

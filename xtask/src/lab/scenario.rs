@@ -24,6 +24,8 @@ pub(crate) struct Scenario {
     pub(crate) vhost: Option<&'static str>,
     /// Further disks of the guest, of different servers on the host, to be compared.
     pub(crate) disks: &'static [Disk],
+    /// Whether the guest's first process is systemd, its files are on a disk, and it may restart (`tests/lab/systemd`).
+    pub(crate) systemd: bool,
     /// The script in `tests/lab` that the guest runs.
     pub(crate) script: &'static str,
     /// The script's arguments.
@@ -49,6 +51,7 @@ const BASE: Scenario = Scenario {
     appliances: &["2GiB", "2GiB"],
     vhost: None,
     disks: &[],
+    systemd: false,
     script: "",
     args: &[],
     seconds_max: 420,
@@ -86,9 +89,12 @@ const SWAPD: Scenario = Scenario {
     appliances: &["1GiB", "1GiB"],
     script: "swapd.sh",
     seconds_max: 900,
-    bench: true,
+    long: true,
     ..BASE
 };
+
+/// What the scenarios with systemd have in common.
+const BOOT: Scenario = Scenario { group: "boot", systemd: true, seconds_max: 900, ..BASE };
 
 /// All scenarios, in the order in which they run.
 pub(crate) const ALL: &[Scenario] = &[
@@ -175,6 +181,29 @@ pub(crate) const ALL: &[Scenario] = &[
         script: "vhost.sh",
         check: disk_served,
         ..BASE
+    },
+    Scenario {
+        name: "boot",
+        about: "systemd: devices, swap and mounts by units, restart of the machine and of daemons, nothing lost",
+        script: "boot.sh",
+        args: &["1"],
+        ..BOOT
+    },
+    Scenario {
+        name: "packages",
+        about: "the Debian packages: installed, used, upgraded under a mounted file system, removed without a trace",
+        script: "packages.sh",
+        ..BOOT
+    },
+    Scenario {
+        name: "boot-10",
+        about: "the same, with ten restarts of the machine under memory pressure",
+        group: "boot-10",
+        script: "boot.sh",
+        args: &["10"],
+        seconds_max: 1800,
+        long: true,
+        ..BOOT
     },
     Scenario {
         name: "appliance-restart",
@@ -410,6 +439,7 @@ mod tests {
                 assert_eq!(scenario.appliances, other.appliances, "{}", other.name);
                 assert_eq!(scenario.vhost, other.vhost, "{}", other.name);
                 assert_eq!(scenario.disks, other.disks, "{}", other.name);
+                assert_eq!(scenario.systemd, other.systemd, "{}", other.name);
             }
         }
     }

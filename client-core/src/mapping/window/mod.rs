@@ -48,7 +48,7 @@ pub(super) struct Window {
 
 enum Memory {
     Shared(OwnedFd),
-    Private(Private),
+    Private(Box<Private>),
 }
 
 // SAFETY: the addresses stay mapped until it is dropped; what is done with them is by system calls and by `IoBuf`s.
@@ -72,7 +72,8 @@ impl Window {
         let shelf = map(len, file.as_ref()).inspect_err(|_| unmap(window, len))?;
         let memory = match file {
             Some(file) => uffd.register_shared(window.as_ptr() as usize, len).map(|()| Memory::Shared(file)),
-            None => Private::new(&uffd, [window, shelf], len, blocks).map(Memory::Private),
+            None => Private::new(&uffd, [window, shelf], len, blocks)
+                .map(|private| Memory::Private(Box::new(private))),
         };
         match memory {
             Ok(memory) => Ok(Window { uffd, window, shelf, len, memory }),
@@ -249,7 +250,7 @@ impl Window {
     pub(super) fn recycle(&self, first: u32, count: u32) {
         match &self.memory {
             Memory::Private(private) => {
-                private.recycle(&self.uffd, self.shelf_of(first), count as usize * PAGE)
+                private.recycle(&self.uffd, self.shelf_of(first), count as usize * PAGE);
             }
             Memory::Shared(_) => self.punch(first, count),
         }

@@ -30,6 +30,7 @@ use self::source::Source;
 use self::watcher::Watcher;
 use super::{Health, Shape, Shown};
 use crate::error::{DeviceError, Step};
+use crate::links::Label;
 use crate::sysfs::{self, Statistics};
 
 /// Whole pages: what is trimmed can then be given back.
@@ -42,6 +43,7 @@ const FOREVER: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 pub struct NbdDevice {
     wiring: Wiring,
     disk: String,
+    label: Label,
     /// The driver's devices count on over their uses.
     before: Statistics,
     source: Arc<dyn Source>,
@@ -134,19 +136,39 @@ impl NbdDevice {
             timeout,
             dead_timeout: dead_timeout(shared.hold),
         };
+        let label = Label::new(&wiring.identifier, &shape.name);
+        let is_new = device_of(&wiring.identifier).is_none();
+        if is_new {
+            label.announce();
+        }
         let made = connect(&mut wiring, shared.map.size.0, &*source, shape);
         if made.is_err() {
             source.close();
+            if is_new {
+                label.remove("");
+            }
         }
         made?;
         let disk = format!("nbd{}", wiring.index);
         let before = Statistics::of(&disk);
         sysfs::tune(&disk);
+        if is_new {
+            sysfs::tell_change(&disk);
+            label.link(&disk);
+        }
         if wiring.timeout.is_none() {
             sysfs::set_look_interval(&disk, Local::LOOK_EVERY);
         }
         let watcher = Watcher::start(wiring.clone(), Arc::clone(&source))?;
-        Ok(NbdDevice { wiring, disk, before, source, watcher: Mutex::new(Some(watcher)), outlives_process })
+        Ok(NbdDevice {
+            wiring,
+            disk,
+            label,
+            before,
+            source,
+            watcher: Mutex::new(Some(watcher)),
+            outlives_process,
+        })
     }
 }
 
@@ -244,6 +266,8 @@ impl Shown for NbdDevice {
         let index = self.wiring.index;
         NbdControl::open()?.disconnect(index).at(format!("disconnect /dev/nbd{index}"))?;
         self.source.close();
+        self.label.remove(&self.disk);
+        sysfs::tell_change(&self.disk);
         Ok(())
     }
 }

@@ -41,6 +41,7 @@ pub(crate) use self::recovery::prepare;
 use self::uapi::{DeviceInfo, Params};
 use super::{Health, Shape, Shown};
 use crate::error::{DeviceError, Step};
+use crate::links::Label;
 use crate::spin::Spin;
 use crate::watch::Pulse;
 use crate::{lifecycle, sysfs};
@@ -69,6 +70,7 @@ pub struct UblkDevice {
     /// It outlives its server.
     recoverable: bool,
     volume: Volume,
+    label: Label,
     give_up: Arc<OwnedFd>,
     /// The device file and the queues' threads; none once it is hidden.
     running: Mutex<Option<Running>>,
@@ -117,12 +119,15 @@ impl UblkDevice {
             },
         )?;
         let device = UblkDevice::serve(volume, shape, info, size)?;
+        device.label.announce();
         if let Err(error) = control.start(info.device) {
             let _ = control.stop(info.device);
             device.join();
+            device.label.remove(&device.disk);
             return Err(error);
         }
         sysfs::tune(&device.disk);
+        device.label.link(&device.disk);
         Ok(device)
     }
 
@@ -157,9 +162,11 @@ impl UblkDevice {
     fn serve(volume: Volume, shape: &Shape, info: DeviceInfo, size: u64) -> Result<UblkDevice, DeviceError> {
         let give_up = Arc::new(eventfd(0, EventfdFlags::CLOEXEC).at("make an eventfd")?);
         let running = start_queues(&volume, shape, info, size, &give_up)?;
+        let disk = format!("ublkb{}", info.device);
         Ok(UblkDevice {
             number: info.device,
-            disk: format!("ublkb{}", info.device),
+            label: Label::new(&disk, &shape.name),
+            disk,
             size,
             recoverable: info.flags & uapi::F_USER_RECOVERY_REISSUE != 0,
             volume,
@@ -322,6 +329,7 @@ impl Shown for UblkDevice {
         }
         control.stop(self.number)?;
         self.join();
+        self.label.remove(&self.disk);
         control.delete(self.number)
     }
 }
