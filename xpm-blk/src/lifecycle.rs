@@ -56,13 +56,13 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 ///
 /// # Errors
 /// Why it cannot start, or is not wanted, in one line.
-pub fn run(config: Config, stands_by: bool) -> Result<(), DeviceError> {
+pub fn run(config: &Config, stands_by: bool) -> Result<(), DeviceError> {
     config.check().map_err(|error| DeviceError::new(ErrorKind::Invalid, error))?;
     let mut post = stands_by.then(Post::of_parent).transpose()?;
     safety::set_up("xpm-blk");
     xpm_control::log::detach().at("start a thread for the log")?;
     let runtime = runtime().at("start the control plane")?;
-    let ended = serve_or_wait(&runtime, &config, &mut post);
+    let ended = serve_or_wait(&runtime, config, &mut post);
     xpm_control::log::flush();
     ended
 }
@@ -145,7 +145,9 @@ async fn warm_up() {
     let threads: Vec<_> = (0..THREADS_READY)
         .map(|_| {
             let all_there = Arc::clone(&all_there);
-            tokio::task::spawn_blocking(move || drop(all_there.wait()))
+            tokio::task::spawn_blocking(move || {
+                let _ = all_there.wait();
+            })
         })
         .collect();
     for thread in threads {
