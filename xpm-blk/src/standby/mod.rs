@@ -3,7 +3,7 @@
 //! When the process that serves swap dies, the machine may have no memory to start another one: what that needs is
 //! swapped out to the device that has no server. So the serving process keeps a *standby*: a second process of the same
 //! program, with its memory locked, its threads started, and all records told. It waits for the death of the first one, and
-//! goes on with its devices without reading a file. [`keeper`] is the serving side, [`waiting`] the other one, [`link`] what
+//! goes on with its devices without reading a file. `keeper.rs` is the serving side, `waiting.rs` the other one, `link.rs` what
 //! they say.
 //!
 //! A newer process that finds the state directory in use asks the one that serves to be its *successor*: the same, but it
