@@ -94,7 +94,8 @@ const SWAPD: Scenario = Scenario {
 };
 
 /// What the scenarios with systemd have in common. They run only when they are named: none has passed from beginning to end yet.
-const BOOT: Scenario = Scenario { group: "boot", systemd: true, seconds_max: 900, long: true, ..BASE };
+const BOOT: Scenario =
+    Scenario { group: "boot", memory_mib: 768, systemd: true, seconds_max: 900, long: true, ..BASE };
 
 /// All scenarios, in the order in which they run.
 pub(crate) const ALL: &[Scenario] = &[
