@@ -3,8 +3,9 @@
 //!
 //! The memory of the process is locked first, so that nothing it does from then on can need the
 //! device that it serves. Then its allocations are kept from waiting for I/O, the kernel from
-//! choosing it as a victim, its mounts from those of others, and its pages from swap. Last, it gets
-//! a part of the kernel's reserve of memory.
+//! choosing it as a victim, its mounts from those of others, and its pages from swap. Last, when it has all memory
+//! that it needs to begin, it gets a part of the kernel's reserve: what it took before would be missing to the one that
+//! serves now.
 //!
 //! A process that looks after swap without serving it needs less: it stays among the others' mounts,
 //! and takes nothing of the reserve from those who serve.
@@ -29,6 +30,11 @@ pub fn set_up(cgroup: &str) {
     cgroup::enter(cgroup);
     memory::fault_in_stack();
     reserve::raise();
+}
+
+/// Gives the threads that there are, and those that they start, a part of the kernel's reserve of memory. To be called when
+/// everything is there that can be there before it is needed.
+pub fn use_reserve() {
     reserve::set_real_time();
 }
 

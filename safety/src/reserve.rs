@@ -22,13 +22,39 @@ const RESERVE_KIB: u64 = 64 << 10;
 /// No more than this part of the machine's memory is made reserve.
 const RESERVE_PART: u64 = 10;
 
-/// Makes the calling thread, and those that it starts from now on, real-time ones.
+/// Makes every thread of the process, and those that they start from now on, real-time ones.
 pub(super) fn set_real_time() {
-    let priority = libc::sched_param { sched_priority: 1 };
-    // SAFETY: the structure lives through the call; 0 means the calling thread.
-    if unsafe { libc::sched_setscheduler(0, libc::SCHED_RR, &raw const priority) } != 0 {
-        tracing::warn!("SCHED_RR: {}", io::Error::last_os_error());
+    // Until no thread is found that is not one: another thread may have started it meanwhile.
+    while let Some(changed) = set_all() {
+        if !changed {
+            return;
+        }
     }
+}
+
+/// Whether there was a thread to change; none when that cannot be done.
+fn set_all() -> Option<bool> {
+    let mut changed = false;
+    for entry in fs::read_dir("/proc/self/task").ok()?.flatten() {
+        let Some(thread) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        // SAFETY: takes a number only.
+        if matches!(unsafe { libc::sched_getscheduler(thread) }, libc::SCHED_RR | libc::SCHED_FIFO) {
+            continue;
+        }
+        let priority = libc::sched_param { sched_priority: 1 };
+        // SAFETY: the structure lives through the call.
+        if unsafe { libc::sched_setscheduler(thread, libc::SCHED_RR, &raw const priority) } == 0 {
+            changed = true;
+            continue;
+        }
+        let error = io::Error::last_os_error();
+        // One that has ended needs nothing.
+        if error.raw_os_error() != Some(libc::ESRCH) {
+            tracing::warn!("SCHED_RR: {error}");
+            return None;
+        }
+    }
+    Some(changed)
 }
 
 /// The policy of the calling thread.

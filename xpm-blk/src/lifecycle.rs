@@ -56,16 +56,13 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 ///
 /// # Errors
 /// Why it cannot start, or is not wanted, in one line.
-pub fn run(config: Config, stands_by: bool) -> Result<(), DeviceError> {
+pub fn run(config: &Config, stands_by: bool) -> Result<(), DeviceError> {
     config.check().map_err(|error| DeviceError::new(ErrorKind::Invalid, error))?;
     let mut post = stands_by.then(Post::of_parent).transpose()?;
     safety::set_up("xpm-blk");
     xpm_control::log::detach().at("start a thread for the log")?;
-    if let Some(missing) = safety::missing(&safety::items()) {
-        tracing::warn!("not safe for swap: {missing}");
-    }
     let runtime = runtime().at("start the control plane")?;
-    let ended = serve_or_wait(&runtime, &config, &mut post);
+    let ended = serve_or_wait(&runtime, config, &mut post);
     xpm_control::log::flush();
     ended
 }
@@ -78,7 +75,10 @@ fn serve_or_wait(runtime: &Runtime, config: &Config, post: &mut Option<Post>) ->
         let waits = match post.take() {
             Some(post) => post,
             None => match Records::open(&config.state)? {
-                Taken::Mine(records) => return runtime.block_on(serve(parts, Origin::new(records))),
+                Taken::Mine(records) => {
+                    safety::use_reserve();
+                    return runtime.block_on(serve(parts, Origin::new(records)));
+                }
                 Taken::Others => match Post::of_successor(&config.state)? {
                     Some(post) => post,
                     None if started.elapsed() > SUCCESSION_LIMIT => return Err(nobody(&config.state)),
@@ -145,7 +145,9 @@ async fn warm_up() {
     let threads: Vec<_> = (0..THREADS_READY)
         .map(|_| {
             let all_there = Arc::clone(&all_there);
-            tokio::task::spawn_blocking(move || drop(all_there.wait()))
+            tokio::task::spawn_blocking(move || {
+                let _ = all_there.wait();
+            })
         })
         .collect();
     for thread in threads {
@@ -158,6 +160,9 @@ async fn serve(parts: Parts, origin: Origin) -> Result<(), DeviceError> {
     let manager = Manager::from_environment();
     let (control_path, stop_limit) = (parts.config.control.clone(), parts.config.stop_limit.0);
     let Origin { records, takes_over, ends } = origin;
+    if !takes_over && let Some(missing) = safety::missing(&safety::items()) {
+        tracing::warn!("not safe for swap: {missing}");
+    }
     // What is taken over comes before the socket, which is a file; a process that begins looks first whether it may
     // have that.
     let listener = (!takes_over).then(|| listen(&control_path)).transpose()?;

@@ -63,7 +63,7 @@ fn run(args: Args) -> anyhow::Result<()> {
         println!("the configuration is good");
         return Ok(());
     }
-    Ok(lifecycle::run(config, stands_by)?)
+    Ok(lifecycle::run(&config, stands_by)?)
 }
 
 fn configure(args: Args) -> anyhow::Result<Config> {

@@ -10,8 +10,9 @@ use xpm_protocol::api::appliance::Counters;
 const REQUEST_KIB: u64 = 1024;
 
 /// Sets a new disk up as memory wants it: no scheduler (there is no head to move), not rotational,
-/// no entropy from it, requests of up to 1 MiB. What cannot be set is logged: the disk works
-/// without it.
+/// no entropy from it, requests of up to 1 MiB. And writes are not held back for the sake of reads, where the kernel does
+/// that (`Documentation/ABI/stable/sysfs-block`, `wbt_lat_usec`): after a pause, as when another process takes a device
+/// over, it would let through few at a time. What cannot be set is logged: the disk works without it.
 pub(crate) fn tune(disk: &str) {
     let longest = number(disk, "queue/max_hw_sectors_kb").unwrap_or(REQUEST_KIB).min(REQUEST_KIB);
     let longest = longest.to_string();
@@ -23,6 +24,9 @@ pub(crate) fn tune(disk: &str) {
     ];
     for (setting, value) in settings {
         set(disk, setting, value);
+    }
+    if path(disk, "queue/wbt_lat_usec").exists() {
+        set(disk, "wbt_lat_usec", "0");
     }
 }
 

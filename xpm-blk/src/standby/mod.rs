@@ -17,6 +17,7 @@
 pub(crate) mod keeper;
 pub(crate) mod waiting;
 
+mod ballast;
 mod link;
 
 use std::path::{Path, PathBuf};

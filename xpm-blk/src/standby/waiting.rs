@@ -1,7 +1,5 @@
 //! The side of the process that stands by.
 
-#![allow(unsafe_code)]
-
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -10,13 +8,13 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 use rustix::net::sockopt::socket_peercred;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::blk::Form;
 use xpm_protocol::{ClientId, Name};
 
+use super::ballast::Ballast;
 use super::link::{self, FromStandby, Receiver, Sender, ToStandby};
 use super::{TICK, socket_path};
 use crate::config::Config;
@@ -93,8 +91,8 @@ impl Post {
         Ok(Post { sender, receiver, serving, serving_pid, successor })
     }
 
-    /// Stands by until that is over, and holds memory meanwhile that is given back to the kernel then, for what it needs
-    /// itself to go on. Blocks.
+    /// Stands by until that is over, and holds memory meanwhile that is given back to the kernel from then on, for what it
+    /// needs itself to go on. Blocks.
     pub(crate) fn wait(self, config: &Config) -> Outcome {
         safety::reserve_heap(HEAP_LEN);
         let silence_max = config.silence_max();
@@ -114,7 +112,10 @@ impl Post {
         match Ballast::new(config.standby_reserve.0 as usize) {
             Ok(ballast) => {
                 let outcome = watch.run();
-                drop(ballast);
+                match outcome {
+                    Outcome::GoOn(_) => ballast.give_back_slowly(),
+                    Outcome::LookAgain | Outcome::End(_) => drop(ballast),
+                }
                 outcome
             }
             Err(error) => Outcome::End(format!("no memory for a standby: {error}")),
@@ -258,6 +259,7 @@ impl Watch<'_> {
         let ublk = self.records.values().filter(|record| record.request.form == Form::Ublk);
         let shapes: Vec<_> = ublk.map(|record| self.config.shape(&record.request, record.number)).collect();
         ublk::prepare(&shapes)?;
+        safety::use_reserve();
         let locked = safety::locked_bytes();
         self.post.sender.send(&FromStandby::Ready { locked }, None).at("tell that it is ready")
     }
@@ -269,34 +271,6 @@ impl Watch<'_> {
             }
             _ if self.post.successor => Outcome::LookAgain,
             _ => Outcome::End("the process that serves died before this one could stand by".to_owned()),
-        }
-    }
-}
-
-/// Memory that is held to be given back.
-struct Ballast {
-    address: *mut std::ffi::c_void,
-    len: usize,
-}
-
-impl Ballast {
-    fn new(len: usize) -> io::Result<Ballast> {
-        if len == 0 {
-            return Ok(Ballast { address: std::ptr::null_mut(), len });
-        }
-        let flags = MapFlags::PRIVATE | MapFlags::POPULATE;
-        // SAFETY: a new anonymous mapping at a place that the kernel chooses; nothing refers to it.
-        let address =
-            unsafe { mmap_anonymous(std::ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, flags) }?;
-        Ok(Ballast { address, len })
-    }
-}
-
-impl Drop for Ballast {
-    fn drop(&mut self) {
-        if self.len > 0 {
-            // SAFETY: address and length are those of the mapping that this value owns, and nothing refers to it.
-            let _ = unsafe { munmap(self.address, self.len) };
         }
     }
 }

@@ -54,7 +54,7 @@ const BASE: Scenario = Scenario {
     systemd: false,
     script: "",
     args: &[],
-    seconds_max: 420,
+    seconds_max: 900,
     bench: false,
     long: false,
     needs_programs: true,
@@ -76,7 +76,7 @@ const RDMA: Scenario = Scenario {
     group: "rdma",
     memory_mib: 2560,
     appliances: &[],
-    seconds_max: 180,
+    seconds_max: 400,
     check: daemons_live,
     ..BASE
 };
