@@ -54,7 +54,7 @@ check_device() {
 }
 
 check_up() {
-    wait_for 60 systemctl is-active -q xpm-blk xpm-blk@swap0 xpm-blk@data dev-xpm-swap0.swap mnt-data.mount
+    wait_for 120 all_active xpm-blk xpm-blk@swap0 xpm-blk@data dev-xpm-swap0.swap mnt-data.mount
     check_device swap0
     check_device data
     grep -q "^$(readlink -f /dev/xpm/swap0) " /proc/swaps || fail "swap is not on: $(cat /proc/swaps)"
@@ -62,11 +62,12 @@ check_up() {
     systemctl start xpm-blk@swap0 || fail "starting a device that is there is refused"
 }
 
-# A program that needs more memory than the machine has, and goes on to verify its pages.
+# A program that needs more memory than there is, and goes on to verify its pages.
 pressure() {
-    local before
+    local before mib
     before=$(awk '/^pswpout/ {print $2}' /proc/vmstat)
-    systemd-run -q --unit=hog -p OOMScoreAdjust=900 "$LAB_BIN/memhog" 450 --seed "$RANDOM" --passes 100000 --run 64
+    mib=$(awk '/^MemAvailable/ {print int($2 / 1024) + 160}' /proc/meminfo)
+    systemd-run -q --unit=hog -p OOMScoreAdjust=900 "$LAB_BIN/memhog" "$mib" --seed "$RANDOM" --passes 100000 --run 64
     wait_for 240 swapped_out_since "$before" 80
     systemctl is-active -q hog || fail "the program ended: $(journalctl -u hog -n 5 --no-pager)"
 }
@@ -115,7 +116,7 @@ systemctl restart xpm-blk
 [ "$(systemctl show -P MainPID xpm-blk)" -ne "$before" ] || fail "xpm-blk was not restarted"
 sha256sum </mnt/data/kept | cmp - /run/lab/kept.sum || fail "the restart of xpm-blk lost data"
 wait_for 30 xpm blk list
-systemctl is-active -q hog xpm-blk@swap0 dev-xpm-swap0.swap || fail "the restart of xpm-blk took its users along"
+all_active hog xpm-blk@swap0 xpm-blk@data dev-xpm-swap0.swap mnt-data.mount || fail "the restart of xpm-blk took its users along"
 note "xpm-blk restarted under live swap"
 dmesg_clean
 [ "$stage" -eq "$restarts" ] || restart_machine boot "$stage"

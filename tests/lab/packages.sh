@@ -31,7 +31,7 @@ traces | sort >/run/lab/traces.before
 
 install_packages 1
 note "installed"
-systemctl is-active -q xpm-allocator xpm-blk || fail "services do not run: $(systemctl status xpm-allocator xpm-blk --no-pager)"
+all_active xpm-allocator xpm-blk || fail "services do not run: $(systemctl status xpm-allocator xpm-blk --no-pager)"
 [ "$(systemctl is-failed xpm-appliance)" = inactive ] || fail "xpm-appliance, which nobody told how much to lend: $(systemctl status xpm-appliance --no-pager)"
 man -w xpm.1 xpm-blk.8 xpm-appliance.8 xpm-allocator.8 xpm.3 >/dev/null 2>&1 || ! command -v man >/dev/null || fail "manual pages are missing"
 bash -n /usr/share/bash-completion/completions/xpm || fail "the completions are no script"

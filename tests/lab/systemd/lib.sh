@@ -25,3 +25,14 @@ restart_machine() {
 install_packages() {
     dpkg -i /run/lab/debs/"$1"/*.deb >/run/lab/dpkg.out 2>&1 || fail "installing: $(cat /run/lab/dpkg.out)"
 }
+
+# all_active UNIT...: whether each of them is; `systemctl is-active` is content with one.
+all_active() {
+    local unit
+    for unit in "$@"; do
+        systemctl is-active -q "$unit" || {
+            echo "$unit is $(systemctl is-active "$unit")"
+            return 1
+        }
+    done
+}
