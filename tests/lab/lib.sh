@@ -82,7 +82,7 @@ in_group() {
 }
 
 # Starts xpm-blk as its service unit does, in a cgroup that is not swapped. $blk_settings are further lines of its
-# configuration.
+# configuration. An appliance in an emulated guest takes seconds to register memory.
 start_blk() {
     make_group xpm-blk memory.swap.max=0
     mkdir -p /run/xpm /var/lib/xpm-blk
@@ -90,6 +90,7 @@ start_blk() {
 allocator = "$XPM_ALLOCATOR"
 control = "/run/xpm/blk.sock"
 state = "/var/lib/xpm-blk"
+connect-limit = "60s"
 ${blk_settings:-}
 TOML
     start_daemon blk in_group "$group" xpm-blk --config /run/xpm/blk.toml

@@ -204,12 +204,16 @@ impl Lab {
     /// networks. Gives the reports in the scenarios' order.
     fn run(&self, scenarios: &[&'static Scenario]) -> Result<Vec<Report>> {
         let start = Instant::now();
-        let groups = Mutex::new(groups(scenarios));
-        let reports = thread::scope(|scope| {
-            let boots = self.networks.iter().map(|network| scope.spawn(|| self.run_groups(&groups, network)));
+        let (alone, together): (VecDeque<Group>, VecDeque<Group>) =
+            groups(scenarios).into_iter().partition(|group| group[0].alone);
+        let together = Mutex::new(together);
+        let mut reports = thread::scope(|scope| {
+            let boots =
+                self.networks.iter().map(|network| scope.spawn(|| self.run_groups(&together, network)));
             let boots: Vec<_> = boots.collect();
             boots.into_iter().map(join).collect::<Result<Vec<_>>>()
         })?;
+        reports.push(self.run_groups(&Mutex::new(alone), &self.networks[0])?);
         println!("lab: all in {}", util::human_time(start.elapsed()));
         let mut reports: Vec<Report> = reports.into_iter().flatten().collect();
         let place = |report: &Report| scenarios.iter().position(|scenario| scenario.name == report.name);

@@ -34,6 +34,8 @@ pub(crate) struct Scenario {
     pub(crate) seconds_max: u64,
     /// Whether it measures rather than tests; such a one runs only when it is named.
     pub(crate) bench: bool,
+    /// Whether no other guest runs beside its own: what it tests has limits in time.
+    pub(crate) alone: bool,
     /// Whether it is the long form of another one; such a one runs only when it is named, too.
     pub(crate) long: bool,
     /// Whether it runs programs of this project.
@@ -56,6 +58,7 @@ const BASE: Scenario = Scenario {
     args: &[],
     seconds_max: 900,
     bench: false,
+    alone: false,
     long: false,
     needs_programs: true,
     check: nothing_left,
@@ -74,6 +77,7 @@ const KILL_LOOP: Scenario =
 /// What the scenarios with RDMA have in common: both ends are in the guest.
 const RDMA: Scenario = Scenario {
     group: "rdma",
+    alone: true,
     memory_mib: 2560,
     appliances: &[],
     seconds_max: 400,
@@ -273,6 +277,7 @@ pub(crate) const ALL: &[Scenario] = &[
     },
     Scenario {
         name: "nbd-direct-restart",
+        long: true,
         about: "the same, on the kernel's nbd connected to the appliance itself",
         script: "nbd-restart.sh",
         args: &["nbd-direct", "1"],
