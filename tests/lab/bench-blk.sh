@@ -13,12 +13,6 @@ ROUNDS=${1:-3}
 SECONDS_EACH=${2:-2}
 SIZE_MIB=256
 
-# xpm_device DEVICE FORM [OPTION...]
-xpm_device() {
-    xpm alloc create "$1" --size ${SIZE_MIB}MiB
-    device_of[$1]=$(xpm blk attach "$1" --as "$2" "${@:3}")
-}
-
 start_site 1GiB
 xpm_device ublk-tcp ublk --transport nbd-tcp
 xpm_device ublk-shm ublk --transport shm

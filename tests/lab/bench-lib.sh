@@ -21,6 +21,12 @@ start_site() {
     modprobe nbd
 }
 
+# xpm_device DEVICE FORM [OPTION...]: an allocation of $SIZE_MIB MiB in that form takes its turns.
+xpm_device() {
+    xpm alloc create "$1" --size ${SIZE_MIB}MiB
+    device_of[$1]=$(xpm blk attach "$1" --as "$2" "${@:3}")
+}
+
 # start_nbdkit SIZE_MIB: nbdkit's memory plugin over TCP by two connections of nbd-client, which is what people set up.
 start_nbdkit() {
     start_daemon nbdkit nbdkit -f -i 127.0.0.1 -p 10900 memory "${1}M"

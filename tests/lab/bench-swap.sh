@@ -13,12 +13,6 @@ HOG_MIB=${2:-256}
 SIZE_MIB=256
 MIB=$((1 << 20))
 
-# xpm_device DEVICE FORM [OPTION...]
-xpm_device() {
-    xpm alloc create "$1" --size ${SIZE_MIB}MiB
-    device_of[$1]=$(xpm blk attach "$1" --as "$2" "${@:3}")
-}
-
 # Counters of a device: requests and KiB that were read, and that were written.
 counters() {
     awk '{print $1, $3 / 2, $5, $7 / 2}' "/sys/block/${1#/dev/}/stat"
