@@ -23,7 +23,7 @@ use hyper::{Method, Request};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::{TcpStream, UnixStream};
-use xpm_protocol::api::ErrorBody;
+use xpm_protocol::api::{ErrorBody, ErrorKind};
 
 use self::answer::{Answer, converse, decode, not_xpm};
 pub use self::place::BaseUrlError;
@@ -79,6 +79,20 @@ pub enum ClientError {
     /// What answers there does not speak as xpm does.
     #[error("{0}")]
     NotXpm(String),
+}
+
+impl ClientError {
+    /// What kind of error it is to the one who asked the daemon that sent the request.
+    pub const fn kind(&self) -> ErrorKind {
+        match self {
+            ClientError::Refused(body) if matches!(body.kind, ErrorKind::NotLeader) => ErrorKind::Unavailable,
+            ClientError::Refused(body) => body.kind,
+            ClientError::Unreachable { .. } | ClientError::Lost { .. } | ClientError::TimedOut => {
+                ErrorKind::Unavailable
+            }
+            ClientError::NotXpm(_) => ErrorKind::Internal,
+        }
+    }
 }
 
 impl Client {

@@ -46,16 +46,8 @@ impl Error {
 
     /// What a daemon answered, or why it did not.
     pub(crate) fn of(who: &str, error: &ClientError) -> Error {
-        let kind = match error {
-            ClientError::Refused(body) if body.kind == ErrorKind::NotLeader => ErrorKind::Unavailable,
-            ClientError::Refused(body) => body.kind,
-            ClientError::Unreachable { .. } | ClientError::Lost { .. } | ClientError::TimedOut => {
-                ErrorKind::Unavailable
-            }
-            ClientError::NotXpm(_) => ErrorKind::Internal,
-        };
         let nothing_done = matches!(error, ClientError::Refused(_) | ClientError::Unreachable { .. });
-        Error { nothing_done, ..Error::new(kind, format!("{who}: {}", error_line(error))) }
+        Error { nothing_done, ..Error::new(error.kind(), format!("{who}: {}", error_line(error))) }
     }
 }
 

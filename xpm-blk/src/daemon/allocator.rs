@@ -3,7 +3,6 @@
 use xpm_control::client::ClientError;
 use xpm_control::error_line;
 use xpm_protocol::Name;
-use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::Map;
 use xpm_protocol::api::blk::AttachDevice;
 
@@ -26,13 +25,5 @@ impl Daemon {
 }
 
 fn refused(error: &ClientError) -> DeviceError {
-    let kind = match error {
-        ClientError::Refused(body) if body.kind == ErrorKind::NotLeader => ErrorKind::Unavailable,
-        ClientError::Refused(body) => body.kind,
-        ClientError::Unreachable { .. } | ClientError::Lost { .. } | ClientError::TimedOut => {
-            ErrorKind::Unavailable
-        }
-        ClientError::NotXpm(_) => ErrorKind::Internal,
-    };
-    DeviceError::new(kind, format!("allocator: {}", error_line(error)))
+    DeviceError::new(error.kind(), format!("allocator: {}", error_line(error)))
 }
