@@ -19,6 +19,12 @@ bad = [item for item in wanted if found.get(item) != "ok"]
 sys.exit(f"not ok: {bad}" if bad or not report["safe"] else 0)' || fail "xpm doctor is not content"
 }
 
+standby_ready() {
+    xpm status --json | python3 -c '
+import json, sys
+sys.exit((json.load(sys.stdin)["blk"].get("standby") or {}).get("state") != "ready")'
+}
+
 # How much was swapped out since the guest began, in MiB.
 swapped_out() {
     echo $(($(awk '/^pswpout/ {print $2}' /proc/vmstat) * $(getconf PAGESIZE) / MIB))
@@ -31,23 +37,29 @@ set --
 [ "$form" != nbd-direct ] || set -- --region-size 1GiB
 swap_on "$form" 1GiB "$@"
 note "swap on $device"
-wait_for 20 resident_at_most $((64 * MIB))
+wait_for 60 resident_at_most $((64 * MIB))
 doctor_is_content
 refused swap xpm blk detach "$name"
 refused 'use|attach|own' xpm alloc delete "$name"
 grep -q "^$device " /proc/swaps || fail "a refused detach took the swap away"
 
-# The kernel alone talks to the appliance: the daemon may as well stand still.
-[ "$form" != nbd-direct ] || kill -STOP "$blk_pid"
+# The kernel alone talks to the appliance: the daemon may as well stand still, and its standby, which would take over.
+stopped=
+if [ "$form" = nbd-direct ]; then
+    wait_for 30 standby_ready
+    stopped=$(pgrep -x xpm-blk)
+    [ "$(wc -w <<<"$stopped")" -eq 2 ] || fail "not two processes of xpm-blk, but $stopped"
+    kill -STOP $stopped
+fi
 before=$(swapped_out)
 memhog 700 --seed "$RANDOM" --passes 1 --run 64
 swapped=$(($(swapped_out) - before))
-[ "$form" != nbd-direct ] || kill -CONT "$blk_pid"
+[ -z "$stopped" ] || kill -CONT $stopped
 note "$swapped MiB were swapped out"
 [ $swapped -ge 200 ] || fail "that is too little for a test"
 
 note "the program's swap is given back"
-wait_for 30 resident_at_most $((128 * MIB))
+wait_for 60 resident_at_most $((128 * MIB))
 swap_off "$form"
 [ ! -b "$device" ] || [ "$(blockdev --getsize64 "$device")" -eq 0 ] || fail "$device is still there"
 dmesg_clean

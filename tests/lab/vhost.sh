@@ -70,9 +70,7 @@ has_mib() {
     [ "$(blockdev --getsize64 "$device")" -eq $(($1 * MIB)) ]
 }
 
-# The guest is told of a new size, also by an xpm-blk that it was not started with; but QEMU has to be connected to that again,
-# which a read waits for (docs/operations.md).
-dd if="$device" of=/dev/null bs=4k count=1 iflag=direct status=none
+# The guest is told of a new size, also by an xpm-blk that it was not started with.
 xpm alloc resize vm 1280MiB >/dev/null
 wait_for 20 has_mib 1280
 dd if=/dev/urandom of="$device" bs=1M seek=1270 count=10 oflag=direct status=none

@@ -229,7 +229,9 @@ fn a_guest_that_is_reset_while_io_is_held_is_not_held_up() {
 fn a_guest_hears_of_a_new_size() {
     let cluster = Cluster::start(2);
     let mut guest = Guest::new(1);
-    guest.connect(&attach(&cluster, "disk", &[]));
+    let disk = attach(&cluster, "disk", &[]);
+    guest.connect(&disk);
+    assert_eq!(guest.message(), 2, "the size may not be the one that it knew");
     let last = (128 << 20) / 512 - 8;
     assert_eq!(guest.run(0, (blk::READ, last), &[(DATA, 4096, true)]), (1, blk::FAILED));
     cluster.ok(&["alloc", "resize", "disk", "128MiB"]);
@@ -240,6 +242,12 @@ fn a_guest_hears_of_a_new_size() {
     assert_eq!(guest.message(), 2, "the configuration has changed");
     assert_eq!(guest.size(), 64 << 20);
     assert_eq!(guest.run(0, (blk::READ, last), &[(DATA, 4096, true)]), (1, blk::FAILED));
+
+    guest.disconnect();
+    cluster.ok(&["alloc", "resize", "disk", "96MiB"]);
+    guest.connect(&disk);
+    assert_eq!(guest.message(), 2, "the size has changed while it was away");
+    assert_eq!(guest.size(), 96 << 20);
 }
 
 #[test]

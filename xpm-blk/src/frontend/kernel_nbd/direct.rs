@@ -53,7 +53,7 @@ impl Direct {
     /// limit is longer than TCP takes to give up on a silent peer (see `xpm_transport::nbd::client`), so that nothing is
     /// left in the old connection's queue.
     pub(super) const fn timeout(queues: u16) -> Duration {
-        Duration::from_secs(if queues == 1 { 5 } else { 15 })
+        Duration::from_secs(if queues == 1 { 10 } else { 15 })
     }
 
     /// `session` names the connections of this device for as long as the device lives, across

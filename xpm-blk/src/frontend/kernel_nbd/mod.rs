@@ -151,15 +151,17 @@ impl NbdDevice {
         made?;
         let disk = format!("nbd{}", wiring.index);
         let before = Statistics::of(&disk);
-        sysfs::tune(&disk);
+        let watcher = Watcher::start(wiring.clone(), Arc::clone(&source))?;
+        // The kernel waits for all requests before it changes a setting, and those of a device that was taken over may wait
+        // for what this process has yet to do; it keeps the settings that it has.
         if is_new {
+            sysfs::tune(&disk);
+            if wiring.timeout.is_none() {
+                sysfs::set_look_interval(&disk, Local::LOOK_EVERY);
+            }
             sysfs::tell_change(&disk);
             label.link(&disk);
         }
-        if wiring.timeout.is_none() {
-            sysfs::set_look_interval(&disk, Local::LOOK_EVERY);
-        }
-        let watcher = Watcher::start(wiring.clone(), Arc::clone(&source))?;
         Ok(NbdDevice {
             wiring,
             disk,

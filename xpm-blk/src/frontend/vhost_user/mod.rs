@@ -37,7 +37,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use xpm_client::Volume;
 use xpm_protocol::api::ErrorKind;
 
@@ -121,11 +121,16 @@ enum Event {
     Stop,
     NewFrontEnd,
     Message,
+    /// Nothing, for as long as was to be waited.
+    Nothing,
 }
+
+/// A front end that has sent nothing for so long waits for no answer.
+const QUIET: Duration = Duration::from_millis(100);
 
 impl Server {
     fn run(&self, listener: &UnixListener, device: &Arc<Device>) {
-        while let Event::NewFrontEnd = self.wait(listener, None) {
+        while let Event::NewFrontEnd = self.wait(listener, None, None) {
             let Ok((socket, _)) = listener.accept() else { continue };
             if let Err(error) = self.serve(&socket, listener, device) {
                 tracing::warn!(
@@ -175,9 +180,22 @@ impl Server {
         session: &mut Session,
         device: &Device,
     ) -> Result<(), ReceiveError> {
+        // One that was connected before keeps the size that it read then, which may have changed since. It is told when it is
+        // quiet: QEMU 7.2 mixes up the answers when it reads the configuration space within another request.
+        let mut told = false;
         loop {
-            match self.wait(listener, Some(socket)) {
+            let quiet = (!told && session.serves()).then_some(QUIET);
+            match self.wait(listener, Some(socket), quiet) {
                 Event::Stop => return Ok(()),
+                Event::Nothing => {
+                    told = true;
+                    if let Some(Err(error)) = device.tell_config_change() {
+                        tracing::warn!(
+                            "allocation {}: its front end could not be told of its size: {error}",
+                            device.name
+                        );
+                    }
+                }
                 Event::NewFrontEnd => {
                     if listener.accept().is_ok() {
                         tracing::warn!(
@@ -204,15 +222,22 @@ impl Server {
         }
     }
 
-    fn wait(&self, listener: &UnixListener, socket: Option<&UnixStream>) -> Event {
+    fn wait(
+        &self,
+        listener: &UnixListener,
+        socket: Option<&UnixStream>,
+        limit: Option<Duration>,
+    ) -> Event {
+        let limit = limit.map(|limit| Timespec { tv_sec: 0, tv_nsec: limit.subsec_nanos().into() });
         loop {
             let mut watched =
                 vec![PollFd::new(&self.stop, PollFlags::IN), PollFd::new(listener, PollFlags::IN)];
             watched.extend(socket.map(|socket| PollFd::new(socket, PollFlags::IN)));
-            let waited = poll(&mut watched, None);
+            let waited = poll(&mut watched, limit.as_ref());
             let ready = |place: usize| watched.get(place).is_some_and(|one| !one.revents().is_empty());
             match waited {
                 Err(rustix::io::Errno::INTR) => {}
+                Ok(0) => return Event::Nothing,
                 _ if ready(0) => return Event::Stop,
                 _ if ready(2) => return Event::Message,
                 _ if ready(1) => return Event::NewFrontEnd,
@@ -265,8 +290,7 @@ impl Shown for VhostUserBlk {
         if self.clients() == 0 {
             return Ok(None);
         }
-        let told = self.device.listener().as_ref().map(message::tell_config_change);
-        match told {
+        match self.device.tell_config_change() {
             Some(Ok(())) => Ok(None),
             Some(Err(error)) => {
                 Ok(Some(format!("the virtual machine could not be told of its new size: {error}")))

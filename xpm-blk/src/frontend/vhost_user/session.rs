@@ -16,7 +16,7 @@ use xpm_client::Volume;
 use super::config::{self, feature};
 use super::inflight::{self, Inflight};
 use super::memory::{GuestMemory, Region, RegionInfo};
-use super::message::{Reply, Request, protocol};
+use super::message::{self, Reply, Request, protocol};
 use super::queue::{DeviceFacts, Order, QueueParts, Worker};
 use super::ring::{Addresses, Broken, Features, Parts, Ring, SIZE_MAX};
 use crate::spin::Spin;
@@ -53,6 +53,11 @@ pub(super) struct Device {
 impl Device {
     pub(super) fn listener(&self) -> std::sync::MutexGuard<'_, Option<UnixStream>> {
         self.listener.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has the front end read the configuration space again; none where it does not listen.
+    pub(super) fn tell_config_change(&self) -> Option<io::Result<()>> {
+        self.listener().as_ref().map(message::tell_config_change)
     }
 }
 
@@ -105,6 +110,11 @@ impl Session {
     pub(super) fn new(device: Arc<Device>) -> Session {
         let vrings = std::iter::repeat_with(Vring::default).take(usize::from(device.queues)).collect();
         Session { device, features: 0, memory: Arc::default(), inflight: None, vrings }
+    }
+
+    /// Whether a queue is served.
+    pub(super) fn serves(&self) -> bool {
+        self.vrings.iter().any(|vring| vring.worker.is_some())
     }
 
     /// Carries out a request.
