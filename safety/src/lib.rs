@@ -1,9 +1,9 @@
 //! What makes this process safe to serve swap: set up once, before any thread starts, in an order
 //! that matters, and read back from the kernel whenever somebody asks.
 //!
-//! The memory of the process is locked first, so that nothing it does from then on can need the
-//! device that it serves. Then its allocations are kept from waiting for I/O, the kernel from
-//! choosing it as a victim, its mounts from those of others, and its pages from swap. Last, when it has all memory
+//! The process takes nothing of the kernel's reserve to begin with. Its memory is locked first, so that nothing it
+//! does from then on can need the device that it serves. Then its allocations are kept from waiting for I/O, the kernel
+//! from choosing it as a victim, its mounts from those of others, and its pages from swap. Last, when it has all memory
 //! that it needs to begin, it gets a part of the kernel's reserve: what it took before would be missing to the one that
 //! serves now.
 //!
@@ -22,9 +22,10 @@ use xpm_protocol::api::blk::SafetyItem;
 /// thread: flags of a process here are those of its first thread, which later ones inherit. Where the process has no
 /// cgroup of its own it gets one of this name.
 pub fn set_up(cgroup: &str) {
+    reserve::leave_alone();
     memory::prepare_heap();
     memory::lock();
-    process::set_io_flusher();
+    process::set_io_flusher(true);
     process::set_oom_score();
     namespace::leave();
     cgroup::enter(cgroup);
@@ -43,6 +44,14 @@ pub fn reserve_heap(len: usize) {
     memory::reserve_heap(len);
 }
 
+/// Has the calling thread do what needs much memory, while another process serves: its allocations may wait for I/O meanwhile.
+pub fn while_others_serve<T>(fill: impl FnOnce() -> T) -> T {
+    process::set_io_flusher(false);
+    let filled = fill();
+    process::set_io_flusher(true);
+    filled
+}
+
 /// Memory of this process that is locked, in bytes; 0 where the kernel does not say.
 pub fn locked_bytes() -> u64 {
     memory::locked_bytes()
@@ -52,7 +61,7 @@ pub fn locked_bytes() -> u64 {
 pub fn set_up_keeper(cgroup: &str) {
     memory::prepare_heap();
     memory::lock();
-    process::set_io_flusher();
+    process::set_io_flusher(true);
     process::set_oom_score();
     cgroup::enter(cgroup);
     memory::fault_in_stack();

@@ -16,9 +16,9 @@ const OOM_SCORE: &str = "-1000";
 
 /// Allocations of this process must not wait for I/O, which may be I/O that it serves itself, and
 /// its writes are throttled by themselves only.
-pub(super) fn set_io_flusher() {
+pub(super) fn set_io_flusher(on: bool) {
     // SAFETY: takes numbers only; the last three arguments must be zero.
-    if unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) } != 0 {
+    if unsafe { libc::prctl(PR_SET_IO_FLUSHER, libc::c_ulong::from(on), 0, 0, 0) } != 0 {
         tracing::warn!("PR_SET_IO_FLUSHER: {}", io::Error::last_os_error());
     }
 }

@@ -22,6 +22,16 @@ const RESERVE_KIB: u64 = 64 << 10;
 /// No more than this part of the machine's memory is made reserve.
 const RESERVE_PART: u64 = 10;
 
+/// Makes the calling thread an ordinary one. A child of a real-time thread is one itself, and would fill its memory from the
+/// reserve of those that serve.
+pub(super) fn leave_alone() {
+    let priority = libc::sched_param { sched_priority: 0 };
+    // SAFETY: the structure lives through the call.
+    if unsafe { libc::sched_setscheduler(0, libc::SCHED_OTHER, &raw const priority) } != 0 {
+        tracing::warn!("SCHED_OTHER: {}", io::Error::last_os_error());
+    }
+}
+
 /// Makes every thread of the process, and those that they start from now on, real-time ones.
 pub(super) fn set_real_time() {
     // Until no thread is found that is not one: another thread may have started it meanwhile.

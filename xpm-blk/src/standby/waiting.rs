@@ -94,7 +94,11 @@ impl Post {
     /// Stands by until that is over, and holds memory meanwhile that is given back to the kernel from then on, for what it
     /// needs itself to go on. Blocks.
     pub(crate) fn wait(self, config: &Config) -> Outcome {
-        safety::reserve_heap(HEAP_LEN);
+        let reserve = config.standby_reserve.0 as usize;
+        let ballast = safety::while_others_serve(|| {
+            safety::reserve_heap(HEAP_LEN);
+            Ballast::new(reserve)
+        });
         let silence_max = config.silence_max();
         let watch = Watch {
             post: self,
@@ -109,7 +113,7 @@ impl Post {
             silence_max,
             tick: Instant::now() + TICK,
         };
-        match Ballast::new(config.standby_reserve.0 as usize) {
+        match ballast {
             Ok(ballast) => {
                 let outcome = watch.run();
                 match outcome {
@@ -258,7 +262,7 @@ impl Watch<'_> {
         self.changed = false;
         let ublk = self.records.values().filter(|record| record.request.form == Form::Ublk);
         let shapes: Vec<_> = ublk.map(|record| self.config.shape(&record.request, record.number)).collect();
-        ublk::prepare(&shapes)?;
+        safety::while_others_serve(|| ublk::prepare(&shapes))?;
         safety::use_reserve();
         let locked = safety::locked_bytes();
         self.post.sender.send(&FromStandby::Ready { locked }, None).at("tell that it is ready")

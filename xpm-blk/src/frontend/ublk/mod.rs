@@ -14,6 +14,7 @@
 mod control;
 mod mark;
 mod memory;
+mod minder;
 mod orphans;
 mod queue;
 mod recovery;
@@ -21,13 +22,10 @@ mod request;
 mod ring;
 mod uapi;
 
-use std::fs::OpenOptions;
-use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::mpsc::sync_channel;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::thread::JoinHandle;
 
 use rustix::event::{EventfdFlags, eventfd};
 use xpm_client::Volume;
@@ -35,15 +33,13 @@ use xpm_protocol::api::ErrorKind;
 
 use self::control::Control;
 pub use self::mark::Mark;
+use self::minder::Minder;
 pub use self::orphans::remove as remove_orphans;
-use self::queue::{Gate, QueueParts};
 pub(crate) use self::recovery::prepare;
 use self::uapi::{DeviceInfo, Params};
 use super::{Health, Shape, Shown};
 use crate::error::{DeviceError, Step};
 use crate::links::Label;
-use crate::spin::Spin;
-use crate::watch::Pulse;
 use crate::{lifecycle, sysfs};
 
 /// Logical blocks are of 512 bytes, as what is copied to the device may be made for them; physical
@@ -72,13 +68,9 @@ pub struct UblkDevice {
     volume: Volume,
     label: Label,
     give_up: Arc<OwnedFd>,
-    /// The device file and the queues' threads; none once it is hidden.
-    running: Mutex<Option<Running>>,
-}
-
-struct Running {
-    device: Arc<OwnedFd>,
-    threads: Vec<JoinHandle<()>>,
+    hidden: Arc<AtomicBool>,
+    /// What keeps it served; none once it is hidden.
+    minder: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl UblkDevice {
@@ -121,8 +113,7 @@ impl UblkDevice {
         let device = UblkDevice::serve(volume, shape, info, size)?;
         device.label.announce();
         if let Err(error) = control.start(info.device) {
-            let _ = control.stop(info.device);
-            device.join();
+            let _ = device.stop(control);
             device.label.remove(&device.disk);
             return Err(error);
         }
@@ -161,7 +152,16 @@ impl UblkDevice {
     /// Has the queues of a device served, which the kernel has not started or not gone on with.
     fn serve(volume: Volume, shape: &Shape, info: DeviceInfo, size: u64) -> Result<UblkDevice, DeviceError> {
         let give_up = Arc::new(eventfd(0, EventfdFlags::CLOEXEC).at("make an eventfd")?);
-        let running = start_queues(&volume, shape, info, size, &give_up)?;
+        let hidden = Arc::new(AtomicBool::new(false));
+        let minder = Minder {
+            volume: volume.clone(),
+            shape: shape.clone(),
+            info,
+            size,
+            give_up: Arc::clone(&give_up),
+            hidden: Arc::clone(&hidden),
+        };
+        let minder = minder.start()?;
         let disk = format!("ublkb{}", info.device);
         Ok(UblkDevice {
             number: info.device,
@@ -171,18 +171,25 @@ impl UblkDevice {
             recoverable: info.flags & uapi::F_USER_RECOVERY_REISSUE != 0,
             volume,
             give_up,
-            running: Mutex::new(Some(running)),
+            hidden,
+            minder: Mutex::new(Some(minder)),
         })
     }
 
-    fn join(&self) {
-        let running = self.running.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Some(Running { device, threads }) = running else { return };
-        for thread in threads {
-            // A panic of a queue has ended the process already.
-            let _ = thread.join();
+    /// Has the kernel stop the device, and waits for its threads.
+    fn stop(&self, control: &mut Control) -> Result<(), DeviceError> {
+        self.hidden.store(true, Ordering::Relaxed);
+        let stopped = control.stop(self.number);
+        if stopped.is_err() {
+            self.hidden.store(false, Ordering::Relaxed);
+            return stopped;
         }
-        drop(device);
+        let minder = self.minder.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(minder) = minder {
+            // A panic of a queue has ended the process already.
+            let _ = minder.join();
+        }
+        Ok(())
     }
 }
 
@@ -201,84 +208,6 @@ fn add(control: &mut Control, shape: &Shape, mark: Mark) -> Result<DeviceInfo, D
     match control.add(info) {
         Err(_) if shape.number.is_some() => control.add(DeviceInfo { device: u32::MAX, ..info }),
         result => result,
-    }
-}
-
-fn start_queues(
-    volume: &Volume,
-    shape: &Shape,
-    info: DeviceInfo,
-    size: u64,
-    give_up: &Arc<OwnedFd>,
-) -> Result<Running, DeviceError> {
-    let device = Arc::new(open_device(info.device)?);
-    let gate = Arc::new(Gate::default());
-    let (ready, answers) = sync_channel(2 * usize::from(info.queues));
-    let mut threads = Vec::with_capacity(usize::from(info.queues));
-    let mut outcome = Ok(());
-    for id in 0..info.queues {
-        let name = format!("xpm-ublk{}q{id}", info.device);
-        let spawned = Pulse::new(name.clone()).and_then(|pulse| {
-            let parts = QueueParts {
-                id,
-                depth: info.depth,
-                size,
-                io_len_max: info.io_len_max,
-                device: Arc::clone(&device),
-                give_up: Arc::clone(give_up),
-                channel: volume.channel_of(id)?,
-                spin: Spin::new(shape.spin),
-                pulse,
-            };
-            let (gate, ready) = (Arc::clone(&gate), ready.clone());
-            let builder = thread::Builder::new().name(name).stack_size(lifecycle::STACK_LEN);
-            builder.spawn(move || queue::run(parts, &gate, &ready))
-        });
-        match spawned {
-            Ok(thread) => threads.push(thread),
-            Err(error) => {
-                outcome = Err(error.at(format!("start queue {id} of ublk device {}", info.device)));
-                break;
-            }
-        }
-    }
-    drop(ready);
-    let hear_all = |outcome: Result<(), DeviceError>| {
-        (0..threads.len()).fold(outcome, |outcome, _| {
-            let answer = answers.recv().unwrap_or_else(|_| Err(io::ErrorKind::BrokenPipe.into()));
-            outcome.and(answer.at(format!("start the queues of ublk device {}", info.device)))
-        })
-    };
-    let outcome = hear_all(outcome);
-    gate.decide(outcome.is_ok());
-    if let Err(error) = outcome {
-        threads.into_iter().for_each(|thread| drop(thread.join()));
-        return Err(error);
-    }
-    if let Err(error) = hear_all(Ok(())) {
-        // Some of its queues are fetched, which only the end of this process undoes.
-        tracing::error!("{error}");
-        lifecycle::die();
-    }
-    Ok(Running { device, threads })
-}
-
-/// Opens `/dev/ublkcN`, which the kernel makes with the device; where udev makes the nodes, it may
-/// take a moment.
-fn open_device(number: u32) -> Result<OwnedFd, DeviceError> {
-    let path = format!("/dev/ublkc{number}");
-    let limit = Instant::now() + Duration::from_secs(3);
-    loop {
-        match OpenOptions::new().read(true).write(true).open(&path) {
-            Ok(file) => return Ok(file.into()),
-            Err(error)
-                if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ResourceBusy)
-                    && Instant::now() < limit =>
-            {
-                thread::sleep(Duration::from_millis(5));
-            }
-            Err(error) => return Err(error.at(format!("open {path}"))),
-        }
     }
 }
 
@@ -327,8 +256,7 @@ impl Shown for UblkDevice {
         if give_up {
             rustix::io::write(&*self.give_up, &1_u64.to_ne_bytes()).at("wake the queues")?;
         }
-        control.stop(self.number)?;
-        self.join();
+        self.stop(&mut control)?;
         self.label.remove(&self.disk);
         control.delete(self.number)
     }

@@ -1,6 +1,8 @@
 //! A device gets another server.
 
+use std::fs;
 use std::io;
+use std::sync::mpsc::sync_channel;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -10,9 +12,15 @@ use super::uapi::{self, DeviceInfo};
 use super::{device_numbers, io_len_max, memory};
 use crate::error::{DeviceError, Step};
 use crate::frontend::Shape;
+use crate::lifecycle::STACK_LEN;
 
 /// How long a server that has died may take to be wholly gone, before the caller is told and tries again.
 const GONE_LIMIT: Duration = Duration::from_secs(60);
+/// Reading or writing it waits for a turn of the kernel's common work queue on each processor
+/// (`Documentation/admin-guide/sysctl/vm.rst`, and `vmstat_refresh` in mm/vmstat.c).
+const TURN_OF_WORK: &str = "/proc/sys/vm/stat_refresh";
+/// How long that may take, and the pause after it, in which what has its turn ends.
+const SETTLE: (Duration, Duration) = (Duration::from_millis(500), Duration::from_millis(10));
 /// First and longest pause between two looks whether it is.
 const PAUSES: (Duration, Duration) = (Duration::from_micros(200), Duration::from_millis(20));
 
@@ -40,13 +48,16 @@ pub(super) fn find(
     }
 }
 
-/// Has the kernel forget the server of a device, as soon as that is wholly gone.
+/// Has the kernel forget the server of a device, as soon as that is wholly gone, and with it what was to be done about its death.
 pub(super) fn start(control: &mut Control, device: u32) -> Result<(), DeviceError> {
     let since = Instant::now();
     let mut pause = PAUSES.0;
     loop {
         let error = match control.start_recovery(device) {
-            Ok(()) => return Ok(()),
+            Ok(()) => {
+                settle();
+                return Ok(());
+            }
             Err(error) => error,
         };
         match error.raw_os_error() {
@@ -62,6 +73,23 @@ pub(super) fn start(control: &mut Control, device: u32) -> Result<(), DeviceErro
         thread::sleep(pause);
         pause = (pause * 2).min(PAUSES.1);
     }
+}
+
+/// Lets the driver end what it began when the server died. Linux 6.12 asks for that once for each queue
+/// (`ublk_uring_cmd_cancel_fn`), on the common work queue: what has its turn only when the next server has fetched, ends
+/// the fetches of that one.
+fn settle() {
+    let (done, told) = sync_channel(1);
+    let turn = move || {
+        // Where it cannot be had, the pause has to do.
+        let _ = fs::write(TURN_OF_WORK, "1");
+        let _ = done.send(());
+    };
+    // Apart, for a limit: the workers may wait for memory, and so for this device.
+    if thread::Builder::new().name("xpm-settle".to_owned()).stack_size(STACK_LEN).spawn(turn).is_ok() {
+        let _ = told.recv_timeout(SETTLE.0);
+    }
+    thread::sleep(SETTLE.1);
 }
 
 fn is_quiesced(control: &mut Control, device: u32) -> Result<bool, DeviceError> {

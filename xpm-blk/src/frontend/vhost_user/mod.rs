@@ -222,12 +222,7 @@ impl Server {
         }
     }
 
-    fn wait(
-        &self,
-        listener: &UnixListener,
-        socket: Option<&UnixStream>,
-        limit: Option<Duration>,
-    ) -> Event {
+    fn wait(&self, listener: &UnixListener, socket: Option<&UnixStream>, limit: Option<Duration>) -> Event {
         let limit = limit.map(|limit| Timespec { tv_sec: 0, tv_nsec: limit.subsec_nanos().into() });
         loop {
             let mut watched =
