@@ -6,26 +6,59 @@
 rounds=$1
 HOG_MB=330
 
-# What can happen to a process, one function each; they take turns. A process of another name is added by its function.
+# What can happen to a process, one function each; they take turns.
 kill_serving() { kill_blk serving KILL; }
 kill_standby() { kill_blk standby KILL; }
 stop_serving() { kill_blk serving STOP; }
-victims=(kill_serving kill_standby kill_serving stop_serving)
+kill_appliance() { on_host kill "appliance-$((RANDOM % 2 + 1))" "0.$((RANDOM % 9))"; }
+kill_allocator() { on_host kill allocator "0.$((RANDOM % 9))"; }
+kill_swapd() {
+    kill -9 "$swapd_pid"
+    note "xpm-swapd, process $swapd_pid: SIGKILL"
+    wait "$swapd_pid" 2>/dev/null || true
+    start_swapd
+}
+victims=(kill_serving kill_standby kill_appliance kill_serving kill_swapd stop_serving kill_allocator)
+
+start_swapd() {
+    make_group xpm-swapd memory.swap.max=0
+    start_daemon swapd in_group "$group" xpm-swapd --config /run/xpm/swapd.toml
+    swapd_pid=$pid
+    wait_for 60 base_is_on
+}
+
+base_is_on() {
+    xpm swap status --json | python3 -c '
+import json, sys
+areas = json.load(sys.stdin)["areas"]
+sys.exit(len(areas) != 1 or areas[0]["state"] != "on")'
+}
 
 dmesg_start
 start_managed_blk
 wait_standby
-swap_on ublk 1GiB
-note "swap on $device, $(awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo) MiB of memory"
+sysctl -qw vm.page-cluster=5
+# Its one area is what is always there.
+cat >/run/xpm/swapd.toml <<TOML
+allocator = "$XPM_ALLOCATOR"
+base = "1GiB"
+maximum = "1GiB"
+TOML
+start_swapd
+read -r name device <<<"$(xpm swap status --json | python3 -c '
+import json, sys
+print(*[(area["name"], area["path"]) for area in json.load(sys.stdin)["areas"]][0])')"
+note "xpm-swapd has put swap on $device, $(awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo) MiB of memory"
 watch_gaps "$device"
 before=$(awk '/^pswpout/ {print $2}' /proc/vmstat)
 start_hogs $HOG_MB
 wait_for 60 has_swapped 30
 for ((round = 1; round <= rounds; round++)); do
-    read -rt "$((RANDOM % 3)).$((RANDOM % 1000))" _ <>"$never" || true
+    sleep "$((RANDOM % 3)).$((RANDOM % 1000))"
     "${victims[(round - 1) % ${#victims[@]}]}"
     hogs_live
     wait_standby
+    wait_for 60 base_is_on
 done
 end_hogs
 end_gaps
@@ -33,8 +66,10 @@ swapped=$((($(awk '/^pswpout/ {print $2}' /proc/vmstat) - before) / 256))
 note "$rounds kills: $passes passes over $HOG_MB MB found 0 bad pages; $swapped MiB were swapped out"
 [ $swapped -ge 150 ] || fail "that is too little for a test"
 note "$(cat /run/lab/gaps.log)"
-no_errors swap-ublk
-swap_off ublk
+no_errors "$name"
+xpm swap drain --all
+kill "$swapd_pid"
+wait "$swapd_pid" || true
 stop_managed_blk
 dmesg_clean
 note "done"

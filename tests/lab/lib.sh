@@ -27,7 +27,7 @@ wait_for() {
     shift
     until out=$("$@" 2>&1); do
         [ $SECONDS -lt $deadline ] || fail "still not so: $*: $out"
-        sleep 0.2
+        sleep "${look_every:-0.2}"
     done
 }
 
@@ -80,6 +80,12 @@ in_group() {
     shift
     exec "$@"
 }
+
+# Settings of an xpm-blk that leaves a guest of 256 MB some memory, with its standby.
+small_blk='buffer = "1MiB"
+depth = 16
+threads = 1
+standby-reserve = "8MiB"'
 
 # Starts xpm-blk as its service unit does, in a cgroup that is not swapped. $blk_settings are further lines of its
 # configuration. An appliance in an emulated guest takes seconds to register memory.

@@ -7,7 +7,7 @@ manager=/dev/infiniband/rdma_cm
 used() {
     attach "$1" 64MiB ublk --stripe 2
     all_rdma "$1" 2
-    load "$device" 32 --do_verify=1
+    load "$device" 16 --do_verify=1
     all_rdma "$1" 2
     detach "$1"
     for name in x y; do

@@ -30,7 +30,7 @@ before=$(answered)
 sysctl -qw vm.page-cluster=5
 mkswap "$device" >/dev/null
 make_group limited memory.max=128M
-swap_round swap 256
+swap_round swap 208
 swap_round swap 192 --discard
 [ "$(answered)" -eq "$before" ] || fail "the appliances answered reads or writes: $(xpm appliance list --json)"
 detach swap
@@ -40,13 +40,13 @@ mkdir -p /mnt/fs
 modprobe ext4
 mkfs.ext4 -q -F -E lazy_itable_init=0,lazy_journal_init=0 "$device"
 mount "$device" /mnt/fs
-load /mnt/fs/load 32 --do_verify=1
+load /mnt/fs/load 16 --do_verify=1
 umount /mnt/fs
 check_fs ext4 "$device"
 mount "$device" /mnt/fs
-load /mnt/fs/load 32 --verify_only=1
+load /mnt/fs/load 16 --verify_only=1
 umount /mnt/fs
-note "ext4: 32 MiB written and verified, and once more through a new mount"
+note "ext4: 16 MiB written and verified, and once more through a new mount"
 all_rdma fs 2
 [ "$(answered)" -eq "$before" ] || fail "the appliances answered reads or writes: $(xpm appliance list --json)"
 detach fs

@@ -5,6 +5,10 @@
 never=/run/never
 [ -p $never ] || mkfifo $never
 
+# In the shell itself, and with pauses between two looks: each look starts programs, which a guest without memory reads in again.
+sleep() { read -rt "$1" _ <>"$never" || true; }
+look_every=2
+
 # Starts what starts xpm-blk whenever the process that it started has ended, and locks this shell's own memory as far as that
 # goes: its pages are read again and again, and it is not chosen when memory runs out.
 start_managed_blk() {
@@ -42,7 +46,7 @@ manage_blk() {
         main=$!
         echo $main >/run/lab/main.pid
         wait $main || true
-        read -rt 0.2 _ <>"$never" || true
+        sleep 0.2
     done
 }
 

@@ -31,6 +31,7 @@ swapped_out() {
 }
 
 dmesg_start
+blk_settings=$small_blk
 start_blk
 # nbd-direct is for memory that lies on one appliance, so for one region.
 set --
@@ -52,11 +53,11 @@ if [ "$form" = nbd-direct ]; then
     kill -STOP $stopped
 fi
 before=$(swapped_out)
-memhog 700 --seed "$RANDOM" --passes 1 --run 64
+memhog 330 --seed "$RANDOM" --passes 1 --run 64
 swapped=$(($(swapped_out) - before))
 [ -z "$stopped" ] || kill -CONT $stopped
 note "$swapped MiB were swapped out"
-[ $swapped -ge 200 ] || fail "that is too little for a test"
+[ $swapped -ge 120 ] || fail "that is too little for a test"
 
 note "the program's swap is given back"
 wait_for 60 resident_at_most $((128 * MIB))

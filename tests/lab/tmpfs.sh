@@ -1,10 +1,11 @@
 # A tmpfs that is larger than memory: its pages go to swap and come back as they were.
 . "$LAB_SCRIPTS/lib.sh"
 
-FILES=12
-FILE_MIB=50
+FILES=14
+FILE_MIB=20
 
 dmesg_start
+blk_settings=$small_blk
 start_blk
 swap_on ublk 1GiB --stripe 2
 mkdir -p /mnt/tmpfs
@@ -16,7 +17,7 @@ for ((file = 1; file <= FILES; file++)); do
 done
 note "$FILES files of $FILE_MIB MiB written"
 used=$(awk '$1 == device {print int($4 / 1024)}' device="$device" /proc/swaps)
-[ "$used" -ge 150 ] || fail "only $used MiB of it are in swap"
+[ "$used" -ge 100 ] || fail "only $used MiB of it are in swap"
 md5sum --quiet --check /run/lab/sums || fail "a file came back changed"
 note "$used MiB of it were in swap, and all is as it was"
 

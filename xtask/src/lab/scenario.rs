@@ -64,6 +64,9 @@ const BASE: Scenario = Scenario {
     check: nothing_left,
 };
 
+/// What the scenarios have in common in which a small guest has swap on each form of device.
+const SWAP: Scenario = Scenario { group: "swap", memory_mib: 256, ..BASE };
+
 /// What the scenarios have in common in which daemons on the host are replaced under a guest that is short of memory.
 const RESTART: Scenario = Scenario { group: "restart", memory_mib: 256, seconds_max: 900, ..BASE };
 
@@ -117,27 +120,24 @@ pub(crate) const ALL: &[Scenario] = &[
     },
     Scenario {
         name: "swap-ublk",
-        about: "700 MB of patterned memory in a guest of 512 MB, swap on ublk",
-        group: "swap",
+        about: "330 MB of patterned memory in a guest of 256 MB, swap on ublk",
         script: "swap.sh",
         args: &["ublk"],
-        ..BASE
+        ..SWAP
     },
     Scenario {
         name: "swap-nbd",
         about: "the same, on the kernel's nbd served by xpm-blk",
-        group: "swap",
         script: "swap.sh",
         args: &["nbd"],
-        ..BASE
+        ..SWAP
     },
     Scenario {
         name: "swap-nbd-direct",
         about: "the same, on the kernel's nbd connected to the appliance itself",
-        group: "swap",
         script: "swap.sh",
         args: &["nbd-direct"],
-        ..BASE
+        ..SWAP
     },
     Scenario {
         name: "fs",
@@ -149,16 +149,14 @@ pub(crate) const ALL: &[Scenario] = &[
     Scenario {
         name: "tmpfs",
         about: "a tmpfs larger than memory, whose pages go to swap",
-        group: "swap",
         script: "tmpfs.sh",
-        ..BASE
+        ..SWAP
     },
     Scenario {
         name: "drain-swap",
         about: "appliances that hold active swap are emptied, under a program that verifies its pages",
-        group: "swap",
         script: "drain-swap.sh",
-        ..BASE
+        ..SWAP
     },
     Scenario {
         name: "swapd",
@@ -183,6 +181,7 @@ pub(crate) const ALL: &[Scenario] = &[
         name: "vhost",
         about: "a vhost-user-blk disk of QEMU's: ext4 and swap, while its xpm-blk on the host is killed again and again",
         group: "vhost",
+        memory_mib: 256,
         vhost: Some("1GiB"),
         script: "vhost.sh",
         check: disk_served,
@@ -244,10 +243,8 @@ pub(crate) const ALL: &[Scenario] = &[
     },
     Scenario {
         name: "kill-loop",
-        about: "swap on ublk under memory pressure, while xpm-blk and its standby are killed and stopped again and again",
-        args: &["6"],
-        // Not in the default set before it passes: with 256 MB the guest runs out of memory after a takeover.
-        bench: true,
+        about: "swap on ublk under memory pressure, while each process that has to do with it is killed, or stopped",
+        args: &["7"],
         ..KILL_LOOP
     },
     Scenario {
