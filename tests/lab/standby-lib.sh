@@ -117,7 +117,7 @@ start_hogs() {
         seed=0
         while [ ! -e /run/lab/enough ]; do
             seed=$((seed + 1))
-            memhog "$1" --seed $seed --passes 2 --run 64 || exit 1
+            memhog "$1" --seed $seed --passes 1 --run 64 || exit 1
         done
     ) >/run/lab/hogs.log 2>&1 &
     hogs=$!

@@ -47,7 +47,7 @@ grep -q "^$device " /proc/swaps || fail "a refused detach took the swap away"
 # The kernel alone talks to the appliance: the daemon may as well stand still, and its standby, which would take over.
 stopped=
 if [ "$form" = nbd-direct ]; then
-    wait_for 30 standby_ready
+    wait_for 120 standby_ready
     stopped=$(pgrep -x xpm-blk)
     [ "$(wc -w <<<"$stopped")" -eq 2 ] || fail "not two processes of xpm-blk, but $stopped"
     kill -STOP $stopped

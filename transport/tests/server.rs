@@ -242,6 +242,23 @@ fn what_is_refused_has_its_errno_and_the_connection_goes_on() {
 }
 
 #[test]
+fn a_write_longer_than_all_buffers_goes_through_them() {
+    let options = ServerOptions { buffers_len: MIB as usize, ..Fixture::options() };
+    let fixture = Fixture::with(8 * MIB, options);
+    // In flight are as many parts as there are buffers, and they end at the moment in which the last of them is sent.
+    let mut client = Client::connect(&fixture, "batches").unwrap();
+    client.stream.set_write_timeout(Some(Duration::from_secs(20))).unwrap();
+    for round in 1..=20_u8 {
+        client.send(Nbd::Write, MIB, 4 * MIB as u32);
+        client.stream.write_all(&vec![round; 4 * MIB as usize]).unwrap();
+        assert_eq!(client.reply(), Ok(()));
+        let mut found = vec![0; 4 * MIB as usize];
+        fixture.memory.read(MIB, &mut found);
+        assert!(found.iter().all(|&byte| byte == round));
+    }
+}
+
+#[test]
 fn rubbish_ends_the_connection_and_no_other() {
     let fixture = Fixture::new(MIB);
     let mut good = Client::connect(&fixture, "direct").unwrap();

@@ -86,3 +86,8 @@ pub(crate) fn send(socket: BorrowedFd<'_>, mut pieces: Pieces<'_>) -> io::Result
         unsafe { libc::sendmsg(socket.as_raw_fd(), &message, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) };
     usize::try_from(sent).map_err(|_| io::Error::last_os_error())
 }
+/// Whether a socket that gave this error takes more later. No memory for the moment is no reason to give the
+/// connection up: under memory pressure, what it carries is needed to relieve it.
+pub(super) fn is_passing(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM))
+}

@@ -47,6 +47,8 @@ pub enum Mode {
     Direct,
     /// Through buffers, ended by the next poll, `capacity` in flight.
     Deferred { capacity: usize },
+    /// Through buffers, ended when so many are in flight.
+    Batches { len: usize },
 }
 
 pub struct MemoryStore {
@@ -95,7 +97,7 @@ impl Store for MemoryStore {
         match self.mode {
             Mode::Direct => Posted::Done(result),
             Mode::Deferred { capacity } if self.pending.len() == capacity => Posted::Full,
-            Mode::Deferred { .. } => {
+            Mode::Deferred { .. } | Mode::Batches { .. } => {
                 self.pending.push_back(Completion { token: operation.token, result });
                 Posted::Pending
             }
@@ -109,6 +111,12 @@ impl Store for MemoryStore {
     fn poll(&mut self, completions: &mut Vec<Completion>) {
         // A few at a time, the last first: completions come in any order.
         let _ = rustix::io::read(&self.wake, &mut [0; 8]);
+        if let Mode::Batches { len } = self.mode {
+            if self.pending.len() >= len {
+                completions.extend(self.pending.drain(..));
+            }
+            return;
+        }
         completions.extend((0..3).filter_map(|_| self.pending.pop_back()));
         if !self.pending.is_empty() {
             self.submit();
@@ -142,6 +150,7 @@ impl Exports for MemoryExports {
         let (mode, session) = match name {
             "direct" | "holes" | "" => (Mode::Direct, None),
             "deferred" => (Mode::Deferred { capacity: 5 }, None),
+            "batches" => (Mode::Batches { len: 2 }, None),
             name => (Mode::Direct, name.parse::<ExportName>().ok()?.session),
         };
         let flags = [

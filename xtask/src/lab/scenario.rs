@@ -75,7 +75,7 @@ const NBD: Scenario = Scenario { group: "nbd", seconds_max: 900, ..BASE };
 
 /// What both lengths of the loop of kills have in common.
 const KILL_LOOP: Scenario =
-    Scenario { group: "kill-loop", memory_mib: 256, script: "kill-loop.sh", seconds_max: 600, ..BASE };
+    Scenario { group: "kill-loop", memory_mib: 256, script: "kill-loop.sh", seconds_max: 1200, ..BASE };
 
 /// What the scenarios with RDMA have in common: both ends are in the guest.
 const RDMA: Scenario = Scenario {

@@ -8,7 +8,7 @@ use xpm_protocol::nbd::REQUEST_LEN;
 
 use super::parts::Parts;
 use crate::io::{Completion, IoBuf};
-use crate::nbd::socket::{Pieces, send};
+use crate::nbd::socket::{Pieces, is_passing, send};
 
 /// The parts to be sent, in order. A payload goes to the socket straight from the operation's
 /// buffer.
@@ -99,10 +99,4 @@ impl Output {
             ended.extend(parts.sent(number));
         }
     }
-}
-
-/// Whether the socket takes more later. No memory for the moment is no reason to give the
-/// connection up: under memory pressure, what it carries is needed to relieve it.
-fn is_passing(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM))
 }

@@ -386,12 +386,10 @@ impl Connection {
         }
     }
 
-    /// Answers all requests that have ended. True when there were any.
+    /// Answers all requests that have ended. True when an operation has.
     fn collect(&mut self, counters: &LoopCounters) -> Result<bool, Closed> {
-        let mut any = false;
-        self.deferred.poll(&mut *self.store);
+        let any = self.deferred.poll(&mut *self.store);
         while let Some(ended) = self.deferred.next_ended() {
-            any = true;
             self.answer(&ended, counters)?;
         }
         Ok(any)

@@ -174,11 +174,13 @@ impl Deferred {
         posted
     }
 
-    /// Fetches completions for [`Deferred::next_ended`].
-    pub(super) fn poll(&mut self, store: &mut dyn Store) {
+    /// Fetches completions for [`Deferred::next_ended`]. True when there were any: what ends with them is not always a
+    /// request, but always leaves room.
+    pub(super) fn poll(&mut self, store: &mut dyn Store) -> bool {
         if self.operations.used() > 0 || store.wait_fd().is_some() {
             store.poll(&mut self.completions);
         }
+        !self.completions.is_empty()
     }
 
     /// The next request that is over by what [`Deferred::poll`] fetched.

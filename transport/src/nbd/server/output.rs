@@ -110,7 +110,7 @@ impl Output {
             let wanted = pieces.bytes();
             let sent = match socket::send(socket, pieces) {
                 Ok(sent) => sent,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Flushed::Blocked),
+                Err(error) if socket::is_passing(&error) => return Ok(Flushed::Blocked),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(error),
             };
