@@ -18,7 +18,7 @@ kill_swapd() {
     wait "$swapd_pid" 2>/dev/null || true
     start_swapd
 }
-victims=(kill_serving kill_standby kill_appliance kill_serving kill_swapd stop_serving kill_allocator)
+victims=(kill_serving kill_appliance stop_serving kill_standby kill_swapd kill_serving kill_allocator)
 
 start_swapd() {
     make_group xpm-swapd memory.swap.max=0

@@ -59,6 +59,11 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 pub fn run(config: &Config, stands_by: bool) -> Result<(), DeviceError> {
     config.check().map_err(|error| DeviceError::new(ErrorKind::Invalid, error))?;
     let mut post = stands_by.then(Post::of_parent).transpose()?;
+    if stands_by {
+        // It was started by a path without a name; whoever looks for this program by its name finds it. Not being found is no
+        // reason not to run.
+        let _ = rustix::thread::set_name(c"xpm-blk");
+    }
     safety::set_up("xpm-blk");
     xpm_control::log::detach().at("start a thread for the log")?;
     let runtime = runtime().at("start the control plane")?;

@@ -243,13 +243,13 @@ pub(crate) const ALL: &[Scenario] = &[
     },
     Scenario {
         name: "kill-loop",
-        about: "swap on ublk under memory pressure, while each process that has to do with it is killed, or stopped",
-        args: &["7"],
+        about: "swap on ublk under memory pressure, while processes that have to do with it are killed, or stopped",
+        args: &["3"],
         ..KILL_LOOP
     },
     Scenario {
         name: "kill-loop-50",
-        about: "the same, 50 times",
+        about: "the same, 50 times, each process in turn",
         args: &["50"],
         seconds_max: 3600,
         long: true,
