@@ -17,6 +17,7 @@ pub mod listen;
 pub mod log;
 pub mod man;
 pub mod manager;
+pub mod proc;
 pub mod random;
 pub mod server;
 pub mod shutdown;
