@@ -8,6 +8,7 @@
 
 pub mod client;
 pub mod config;
+pub mod daemon;
 pub mod discover;
 pub mod facts;
 pub mod handed;
@@ -15,7 +16,7 @@ pub mod host;
 pub mod link;
 pub mod listen;
 pub mod log;
-pub mod man;
+mod man;
 pub mod manager;
 pub mod proc;
 pub mod random;
