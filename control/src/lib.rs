@@ -22,6 +22,7 @@ pub mod proc;
 pub mod random;
 pub mod server;
 pub mod shutdown;
+pub mod state;
 pub mod token;
 pub mod urls;
 
