@@ -20,7 +20,7 @@ pub struct Swap {
     pub priority: i32,
 }
 
-/// Everything that is swap now. Lines that are not understood are left out. Does not block.
+/// Everything that is swap now. Lines that are not understood are left out.
 ///
 /// # Errors
 /// When the table cannot be read.
