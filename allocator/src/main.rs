@@ -5,23 +5,11 @@
 use std::process::ExitCode;
 
 use anyhow::Context as _;
-use clap::{CommandFactory as _, Parser as _};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use xpm_allocator::config::Options;
 
 fn main() -> ExitCode {
-    if let Some(printed) = xpm_control::man::print_if_asked(Options::command) {
-        return if printed { ExitCode::SUCCESS } else { ExitCode::FAILURE };
-    }
-    let options = Options::parse();
-    xpm_control::log::init();
-    match run(options) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("xpm-allocator: {}", format!("{error:#}").replace('\n', " "));
-            ExitCode::FAILURE
-        }
-    }
+    xpm_control::daemon::main(run)
 }
 
 fn run(options: Options) -> anyhow::Result<()> {

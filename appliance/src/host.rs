@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use xpm_control::proc::meminfo;
 
 /// The memory of this host, in bytes where the name does not say otherwise.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -28,13 +29,10 @@ impl MemInfo {
     }
 
     fn parse(text: &str) -> MemInfo {
-        let value = |name: &str| {
-            let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
-            line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0)
-        };
-        let huge_len = value("Hugepagesize") << 10;
+        let value = |key| meminfo(text, key).unwrap_or(0);
+        let huge_len = value("Hugepagesize");
         MemInfo {
-            available: value("MemAvailable") << 10,
+            available: value("MemAvailable"),
             huge_free: value("HugePages_Free").saturating_sub(value("HugePages_Rsvd")) * huge_len,
             huge_total: value("HugePages_Total"),
             huge_len,

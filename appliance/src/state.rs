@@ -1,13 +1,12 @@
 //! The state directory: the appliance's id, which outlives the process.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::fs::{self, DirBuilder, File};
+use std::io;
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FlockOperation, flock};
-use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
+use xpm_control::state;
 use xpm_protocol::ApplianceId;
 
 /// Version of the state's form.
@@ -80,17 +79,8 @@ impl StateDir {
     pub fn open(path: &Path) -> Result<StateDir, StateError> {
         let failed = |step| move |source| StateError::Io { step, path: path.to_owned(), source };
         DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(failed("make"))?;
-        let lock = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .mode(0o600)
-            .open(path.join("lock"))
-            .map_err(failed("lock"))?;
-        flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|error| match error {
-            Errno::WOULDBLOCK => StateError::InUse(path.to_owned()),
-            error => failed("lock")(error.into()),
-        })?;
+        let lock = state::lock(path).map_err(failed("lock"))?;
+        let lock = lock.ok_or_else(|| StateError::InUse(path.to_owned()))?;
         let id = match fs::read(path.join(FILE)) {
             Ok(bytes) => parse(path, &bytes)?,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -115,15 +105,9 @@ fn parse(path: &Path, bytes: &[u8]) -> Result<ApplianceId, StateError> {
     serde_json::from_slice::<Content>(bytes).map(|content| content.id).map_err(damaged)
 }
 
-/// Whole or not at all, also when the power fails.
 fn write(path: &Path, id: ApplianceId) -> io::Result<()> {
     let text = serde_json::to_string(&Content { version: VERSION, id })?;
-    let new = path.join("appliance.json.new");
-    let mut file = File::create(&new)?;
-    file.write_all(text.as_bytes())?;
-    file.sync_all()?;
-    fs::rename(&new, path.join(FILE))?;
-    File::open(path)?.sync_all()
+    state::write(&path.join(FILE), text.as_bytes())
 }
 
 #[cfg(test)]

@@ -1,13 +1,16 @@
 //! What xpm's daemons and commands share on the control plane: an HTTP/JSON client and server
-//! scaffold, the token, configuration files, logs, random ids, and who this host is.
+//! scaffold, the token, configuration files, state directories, logs, random ids, what the kernel says of swap and memory,
+//! and who this host is.
 //!
 //! Nothing here is on the data path. Everything that touches the network is asynchronous and ends
-//! within a time limit; everything that reads a file blocks and belongs to the start of a program. Unsafe code is in [`handed`] alone.
+//! within a time limit; everything that reads a file blocks and belongs to the start of a program, but for [`state`] and
+//! [`proc`], which are of use at any time. Unsafe code is in [`handed`] alone.
 
 #![deny(unsafe_code)]
 
 pub mod client;
 pub mod config;
+pub mod daemon;
 pub mod discover;
 pub mod facts;
 pub mod handed;
@@ -15,11 +18,13 @@ pub mod host;
 pub mod link;
 pub mod listen;
 pub mod log;
-pub mod man;
+mod man;
 pub mod manager;
+pub mod proc;
 pub mod random;
 pub mod server;
 pub mod shutdown;
+pub mod state;
 pub mod token;
 pub mod urls;
 

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+use crate::text::serde_as_text;
 
 /// The speed of a network link in bits a second. Written `10Gbps`, `2.5Gbps`, `100Mbps`: powers of
 /// 1000, as link speeds are.
@@ -108,24 +108,7 @@ impl fmt::Display for Percent {
     }
 }
 
-/// As text, the way people write it.
-macro_rules! text_serde {
-    ($($name:ident),*) => {$(
-        impl Serialize for $name {
-            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-                serializer.collect_str(self)
-            }
-        }
-
-        impl<'de> Deserialize<'de> for $name {
-            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<$name, D::Error> {
-                String::deserialize(deserializer)?.parse().map_err(de::Error::custom)
-            }
-        }
-    )*};
-}
-
-text_serde!(LinkSpeed, Percent);
+serde_as_text!(LinkSpeed, Percent);
 
 #[cfg(test)]
 mod tests {

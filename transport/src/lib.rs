@@ -7,6 +7,7 @@
 //! Control work (handshakes, passing of memory) is done off the data path; what remains on it
 //! runs in one thread for each queue, without locks, allocations or log calls.
 
+mod accept;
 pub mod connect;
 pub mod io;
 pub mod link;

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use clap::{CommandFactory as _, Parser};
+use clap::Parser;
 use xpm_blk::config::{Config, PATH_DEFAULT};
 use xpm_blk::lifecycle;
 use xpm_control::urls::Urls;
@@ -42,17 +42,7 @@ struct Args {
 }
 
 fn main() -> ExitCode {
-    if let Some(printed) = xpm_control::man::print_if_asked(Args::command) {
-        return if printed { ExitCode::SUCCESS } else { ExitCode::FAILURE };
-    }
-    xpm_control::log::init();
-    match run(Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("xpm-blk: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    xpm_control::daemon::main(run)
 }
 
 fn run(args: Args) -> anyhow::Result<()> {

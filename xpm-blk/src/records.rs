@@ -7,15 +7,15 @@
 //! A file is written beside its place, synced and renamed over it, so that it is whole at any time.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
+use std::fs::{self, File};
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
-use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
+use xpm_control::state;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{Map, MapChange};
 use xpm_protocol::api::blk::AttachDevice;
@@ -120,23 +120,15 @@ impl Records {
     pub(crate) fn open(directory: &Path) -> Result<Taken, DeviceError> {
         let at = || format!("open the state directory {}", directory.display());
         fs::DirBuilder::new().recursive(true).mode(0o700).create(directory.join("devices")).at(at())?;
-        let lock = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .mode(0o600)
-            .open(directory.join("lock"))
-            .at(at())?;
-        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(Taken::Mine(Records {
+        Ok(match state::lock(directory).at(at())? {
+            Some(lock) => Taken::Mine(Records {
                 directory: directory.to_owned(),
                 lock,
                 client: OnceLock::new(),
                 kept: Mutex::default(),
-            })),
-            Err(rustix::io::Errno::WOULDBLOCK) => Ok(Taken::Others),
-            Err(error) => Err(io::Error::from(error).at(at())),
-        }
+            }),
+            None => Taken::Others,
+        })
     }
 
     /// The directory as a process left it that has died, with the lock that it gave to this one. Reads nothing.
@@ -193,7 +185,7 @@ impl Records {
             }),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 let id = ClientId::from_u128(random);
-                self.write(&path, format!("{id}\n").as_bytes())?;
+                write(&path, format!("{id}\n").as_bytes())?;
                 Ok(id)
             }
             Err(error) => Err(error.at(at())),
@@ -250,7 +242,7 @@ impl Records {
         let record = Record { version: VERSION, ..record.clone() };
         let text = serde_json::to_vec_pretty(&record).map_err(io::Error::from).at("write a record")?;
         let mut kept = self.kept();
-        self.write(&self.path(name), &text)?;
+        write(&self.path(name), &text)?;
         kept.followers.retain_mut(|follower| follower.kept(&record));
         kept.records.insert(name.clone(), record);
         Ok(())
@@ -274,19 +266,10 @@ impl Records {
     fn path(&self, name: &Name) -> PathBuf {
         self.directory.join("devices").join(format!("{name}.json"))
     }
+}
 
-    fn write(&self, path: &Path, bytes: &[u8]) -> Result<(), DeviceError> {
-        let new = path.with_extension("new");
-        let written = || -> io::Result<()> {
-            let mut file =
-                OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&new)?;
-            file.write_all(bytes)?;
-            file.sync_all()?;
-            fs::rename(&new, path)?;
-            File::open(path.parent().unwrap_or(&self.directory))?.sync_all()
-        };
-        written().at(format!("write {}", path.display()))
-    }
+fn write(path: &Path, bytes: &[u8]) -> Result<(), DeviceError> {
+    state::write(path, bytes).at(format!("write {}", path.display()))
 }
 
 /// Why a text is no record for this program.

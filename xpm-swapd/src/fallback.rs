@@ -7,6 +7,7 @@ use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _}
 use std::path::Path;
 
 use rustix::fs::{SeekFrom, seek};
+use xpm_control::proc;
 
 use crate::config::FallbackConfig;
 use crate::error::{Error, Step as _};
@@ -29,7 +30,7 @@ pub(crate) fn keep(
 ) -> Result<Option<AreaId>, Error> {
     let path = &wanted.path;
     let shown = path.display();
-    let swaps = table::swaps().at("read /proc/swaps")?;
+    let swaps = proc::swaps().at("read /proc/swaps")?;
     if let Some(entry) = table::find(&swaps, &path.to_string_lossy()) {
         return match entry.priority < i32::from(above) {
             true => Ok(known),

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use clap::{CommandFactory as _, Parser};
+use clap::Parser;
 use xpm_control::urls::Urls;
 use xpm_protocol::ByteSize;
 use xpm_swapd::config::{Config, PATH_DEFAULT};
@@ -45,17 +45,7 @@ struct Args {
 }
 
 fn main() -> ExitCode {
-    if let Some(printed) = xpm_control::man::print_if_asked(Args::command) {
-        return if printed { ExitCode::SUCCESS } else { ExitCode::FAILURE };
-    }
-    xpm_control::log::init();
-    match run(Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("xpm-swapd: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    xpm_control::daemon::main(run)
 }
 
 fn run(args: Args) -> anyhow::Result<()> {

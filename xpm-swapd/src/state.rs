@@ -6,14 +6,14 @@
 //! it is gone: so no crash leaves anything behind that the next life does not know.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
+use xpm_control::state;
 use xpm_protocol::api::swapd::Origin;
 use xpm_protocol::units::ByteSize;
 use xpm_protocol::{HostId, Name};
@@ -189,19 +189,12 @@ impl Store {
     pub(crate) fn open(directory: &Path) -> Result<Store, Error> {
         let at = || format!("open the state directory {}", directory.display());
         fs::DirBuilder::new().recursive(true).mode(0o700).create(directory).at(at())?;
-        let mut options = OpenOptions::new();
-        let lock = options.create(true).truncate(false).write(true).mode(0o600);
-        let lock = lock.open(directory.join("lock")).at(at())?;
-        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => {
-                return Err(Error::conflict(format!(
-                    "the state directory {} is in use by another xpm-swapd: one looks after a machine's swap",
-                    directory.display()
-                )));
-            }
-            Err(error) => return Err(io::Error::from(error).at(at())),
-        }
+        let Some(lock) = state::lock(directory).at(at())? else {
+            return Err(Error::conflict(format!(
+                "the state directory {} is in use by another xpm-swapd: one looks after a machine's swap",
+                directory.display()
+            )));
+        };
         let state = read(&directory.join("state.json"))?;
         Ok(Store { directory: directory.to_owned(), state: Mutex::new(state), _lock: lock })
     }
@@ -220,21 +213,16 @@ impl Store {
         let mut next = state.clone();
         let result = change(&mut next);
         if next != *state {
-            self.write(&next).at(format!("write {}", self.directory.join("state.json").display()))?;
+            let path = self.directory.join("state.json");
+            write(&path, &next).at(format!("write {}", path.display()))?;
             *state = next;
         }
         Ok(result)
     }
+}
 
-    fn write(&self, state: &State) -> io::Result<()> {
-        let (path, beside) = (self.directory.join("state.json"), self.directory.join("state.new"));
-        let mut file =
-            OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&beside)?;
-        file.write_all(serde_json::to_string_pretty(state)?.as_bytes())?;
-        file.sync_all()?;
-        fs::rename(&beside, &path)?;
-        File::open(&self.directory)?.sync_all()
-    }
+fn write(path: &Path, state: &State) -> io::Result<()> {
+    state::write(path, serde_json::to_string_pretty(state)?.as_bytes())
 }
 
 fn read(path: &Path) -> Result<State, Error> {

@@ -8,6 +8,7 @@ use std::time::Duration;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use xpm_control::client::{Client, ClientError};
+use xpm_control::error_line;
 use xpm_control::token::Token;
 use xpm_control::urls::{ParseUrlsError, Urls};
 use xpm_protocol::api::{ErrorKind, allocator, blk};
@@ -47,7 +48,7 @@ impl Daemons {
     fn token(&self) -> Result<Option<Token>, Failure> {
         match &self.token_file {
             None => Ok(None),
-            Some(path) => Token::load(path).map(Some).map_err(|error| Failure::other(chain(&error))),
+            Some(path) => Token::load(path).map(Some).map_err(|error| Failure::other(error_line(&error))),
         }
     }
 
@@ -186,7 +187,7 @@ impl Daemon {
             )),
             ClientError::Lost { source, .. } => Failure::other(format!(
                 "{who} closed the connection before its answer came ({}); look at its log",
-                chain(source)
+                error_line(source)
             )),
             ClientError::NotXpm(what) => Failure::other(format!(
                 "{who} does not answer as this version of xpm ({}) expects: {what}; check the address, and run the same \
@@ -311,20 +312,6 @@ impl fmt::Display for Failure {
 }
 
 impl std::error::Error for Failure {}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut line = error.to_string();
-    let mut next = error.source();
-    while let Some(source) = next {
-        let text = source.to_string();
-        if !line.contains(&text) {
-            line.push_str(": ");
-            line.push_str(&text);
-        }
-        next = source.source();
-    }
-    line
-}
 
 /// Requests of the allocator and xpm-blk by what they ask for, so that paths stand in one place.
 impl Daemon {

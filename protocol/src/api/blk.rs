@@ -12,8 +12,9 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+use serde::{Deserialize, Serialize};
 
+use crate::text::serde_as_text;
 use crate::units::{ByteSize, Span};
 use crate::{ApplianceId, ClientId, Epoch, Name};
 
@@ -171,22 +172,6 @@ impl fmt::Display for Hold {
             Hold::For(span) => span.fmt(f),
         }
     }
-}
-
-macro_rules! serde_as_text {
-    ($($name:ident),+) => {$(
-        impl Serialize for $name {
-            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-                serializer.collect_str(self)
-            }
-        }
-
-        impl<'de> Deserialize<'de> for $name {
-            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<$name, D::Error> {
-                String::deserialize(deserializer)?.parse().map_err(de::Error::custom)
-            }
-        }
-    )+};
 }
 
 serde_as_text!(Form, Hold, TransportKind);

@@ -2,12 +2,13 @@ use std::fmt;
 use std::str::FromStr;
 
 use schemars::JsonSchema;
-use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+use serde::{Deserialize, Serialize};
 
 use super::{Condition, Labels, LeaseTerms, Level};
 use crate::Name;
 use crate::api::appliance::Medium;
 use crate::speed::{LinkSpeed, Percent};
+use crate::text::serde_as_text;
 use crate::units::{ByteSize, Span};
 
 /// How requests are answered: an ordered list of rules.
@@ -184,17 +185,7 @@ impl FromStr for LinkDemand {
     }
 }
 
-impl Serialize for LinkDemand {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-impl<'de> Deserialize<'de> for LinkDemand {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<LinkDemand, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(de::Error::custom)
-    }
-}
+serde_as_text!(LinkDemand);
 
 impl JsonSchema for LinkDemand {
     fn schema_name() -> std::borrow::Cow<'static, str> {

@@ -1,7 +1,6 @@
 //! Who uses a block device now: swap, file systems, other devices, programs.
 
 mod mounts;
-mod swaps;
 
 use std::fs;
 use std::io;
@@ -9,6 +8,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use rustix::fs::{major, minor};
+use xpm_control::proc;
 
 use crate::sysfs;
 
@@ -25,7 +25,8 @@ pub(crate) fn users(disk: &str) -> Vec<String> {
     let parts = parts(disk);
     let numbers: Vec<DeviceNumber> = parts.iter().filter_map(|part| number_of(part)).collect();
     let mut users = Vec::new();
-    if swaps::paths(&swap_table()).any(|path| is_one_of(Path::new(&path), &parts, &numbers)) {
+    let swaps = proc::swaps().unwrap_or_default();
+    if swaps.iter().any(|swap| is_one_of(Path::new(&swap.path), &parts, &numbers)) {
         users.push("swap".to_owned());
     }
     let mounts = mounts::of(&mount_table(), &numbers);
@@ -61,10 +62,6 @@ fn holders(part: &str) -> Vec<String> {
     entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect()
 }
 
-fn swap_table() -> String {
-    fs::read_to_string("/proc/swaps").unwrap_or_default()
-}
-
 /// Whether a path of the swap table means one of the parts of a disk: by its device number, or, as
 /// the path may be one of another mount namespace or root, by the kernel's name at its end.
 fn is_one_of(path: &Path, parts: &[String], numbers: &[DeviceNumber]) -> bool {
@@ -93,34 +90,8 @@ fn parse_number(text: &str) -> Option<DeviceNumber> {
     Some(DeviceNumber { major: major.parse().ok()?, minor: minor.parse().ok()? })
 }
 
-/// Undoes the octal escapes (`\040` for a blank) that the kernel writes into paths.
-fn unescape(text: &str) -> String {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let Some((&byte, tail)) = rest.split_first() {
-        match (byte, octal(tail)) {
-            (b'\\', Some(value)) => {
-                bytes.push(value);
-                rest = &tail[3..];
-            }
-            _ => {
-                bytes.push(byte);
-                rest = tail;
-            }
-        }
-    }
-    String::from_utf8_lossy(&bytes).into_owned()
-}
-
-fn octal(bytes: &[u8]) -> Option<u8> {
-    let digits = std::str::from_utf8(bytes.get(..3)?).ok()?;
-    u8::from_str_radix(digits, 8).ok()
-}
-
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
-
     use super::*;
 
     #[test]
@@ -129,13 +100,6 @@ mod tests {
         for text in ["", "259", ":", "a:b", "1:-1"] {
             assert_eq!(parse_number(text), None);
         }
-    }
-
-    #[test]
-    fn escapes() {
-        assert_eq!(unescape(r"/mnt/a\040b\134c"), r"/mnt/a b\c");
-        assert_eq!(unescape(r"\04"), r"\04");
-        assert_eq!(unescape(r"\999"), r"\999");
     }
 
     #[test]
@@ -153,12 +117,5 @@ mod tests {
     fn a_disk_that_is_not_there_has_no_users() {
         assert!(users("no-such-disk").is_empty());
         assert!(!is_claimed("no-such-disk"));
-    }
-
-    proptest! {
-        #[test]
-        fn any_text_is_unescaped(text in ".{0,60}") {
-            prop_assert!(unescape(&text).len() <= text.len() * 3);
-        }
     }
 }

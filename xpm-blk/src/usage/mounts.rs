@@ -1,6 +1,8 @@
 //! `/proc/PID/mountinfo` (proc_pid_mountinfo(5)).
 
-use super::{DeviceNumber, parse_number, unescape};
+use xpm_control::proc::unescape;
+
+use super::{DeviceNumber, parse_number};
 
 /// Where file systems on one of these devices are mounted.
 ///

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use xpm_control::proc::{self, Swap};
 use xpm_protocol::Name;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{Allocation, EndReason, Event, Renew};
@@ -11,7 +12,7 @@ use xpm_protocol::api::blk::{Device, DeviceState};
 
 use super::{Daemon, Seen};
 use crate::error::{Error, Step as _};
-use crate::os::table::{self, Entry};
+use crate::os::table;
 use crate::policy::{Area, Cause, Phase, Reading, Standing};
 use crate::state::{Record, Rest, Stage, State};
 
@@ -40,7 +41,7 @@ impl Daemon {
         }
         let pressed = self.watch.as_ref().is_some_and(crate::os::pressure::Watch::take);
         let state = self.store.get();
-        let swaps = table::swaps().at("read /proc/swaps")?;
+        let swaps = proc::swaps().at("read /proc/swaps")?;
         let memory = table::memory().at("read /proc/meminfo")?;
         let mut live = self.live();
         if pressed {
@@ -67,21 +68,21 @@ impl Daemon {
     }
 
     /// Swap that is neither an area nor the last resort.
-    pub(super) fn others(&self, state: &State) -> Vec<Entry> {
+    pub(super) fn others(&self, state: &State) -> Vec<Swap> {
         let swaps = self.live().swaps.clone();
-        let mut ours: Vec<Entry> = state.areas.iter().filter_map(|area| self.entry(area)).collect();
+        let mut ours: Vec<Swap> = state.areas.iter().filter_map(|area| self.entry(area)).collect();
         ours.extend(self.fallback_entry());
         swaps.into_iter().filter(|entry| ours.iter().all(|one| one.path != entry.path)).collect()
     }
 
     /// The line of the last resort in the table of swap.
-    pub(super) fn fallback_entry(&self) -> Option<Entry> {
+    pub(super) fn fallback_entry(&self) -> Option<Swap> {
         let path = self.config.fallback.as_ref()?.path.to_str()?.to_owned();
         table::find(&self.live().swaps, &path).cloned()
     }
 
     /// The line of an area in the table of swap: by where it was turned on, or where xpm-blk shows it.
-    pub(super) fn entry(&self, area: &Record) -> Option<Entry> {
+    pub(super) fn entry(&self, area: &Record) -> Option<Swap> {
         let path = self.path(area)?;
         table::find(&self.live().swaps, &path).cloned()
     }
@@ -240,7 +241,7 @@ impl Daemon {
             return Ok(());
         }
         // Read after the records, for an area is recorded as on after it is.
-        self.live().swaps = table::swaps().at("read /proc/swaps")?;
+        self.live().swaps = proc::swaps().at("read /proc/swaps")?;
         let off = state.areas.iter().find(|area| {
             matches!(&area.stage, Stage::On { boot, .. } if *boot == self.boot) && self.entry(area).is_none()
         });

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use xpm_control::proc;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{Allocation, AllocationState, Create};
 use xpm_protocol::api::blk::{AttachDevice, Device, Form};
@@ -251,7 +252,7 @@ impl Daemon {
 /// written over.
 fn turn_on(path: &Path, id: AreaId, priority: u16, discard: bool) -> Result<(), Error> {
     let shown = path.display();
-    let swaps = table::swaps().at("read /proc/swaps")?;
+    let swaps = proc::swaps().at("read /proc/swaps")?;
     if table::find(&swaps, &path.to_string_lossy()).is_some() {
         return Ok(());
     }

@@ -23,6 +23,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 use xpm_control::client::Client;
+use xpm_control::proc::Swap;
 use xpm_protocol::api::allocator::Ending;
 use xpm_protocol::api::blk::DeviceState;
 use xpm_protocol::{HostId, Name};
@@ -32,7 +33,7 @@ use crate::config::Config;
 use crate::error::Error;
 use crate::os::hand::Hand;
 use crate::os::pressure::Watch;
-use crate::os::table::{Entry, Memory};
+use crate::os::table::Memory;
 use crate::policy::{Action, Decision, Rules, Wish, decide, observe};
 use crate::state::{Record, Stage, Store};
 
@@ -74,7 +75,7 @@ struct Live {
     /// When they were asked last.
     asked_blk: Option<Instant>,
     asked_allocator: Option<Instant>,
-    swaps: Vec<Entry>,
+    swaps: Vec<Swap>,
     memory: Memory,
     pressed: Option<Instant>,
     calm_since: Duration,

@@ -45,7 +45,7 @@ impl Daemon {
     pub(crate) fn line(&self) -> String {
         let state = self.store.get();
         let entries: Vec<_> = state.areas.iter().filter_map(|area| self.entry(area)).collect();
-        let sum = |part: fn(&crate::os::table::Entry) -> u64| ByteSize(entries.iter().map(part).sum());
+        let sum = |part: fn(&xpm_control::proc::Swap) -> u64| ByteSize(entries.iter().map(part).sum());
         let trouble = self.troubles().first().map(|trouble| format!("; {}: {}", trouble.what, trouble.why));
         format!(
             "{} of external swap in {} areas, {} used{}",

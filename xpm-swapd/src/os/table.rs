@@ -1,22 +1,11 @@
-//! `/proc/swaps` (proc_swaps(5)) and `/proc/meminfo` (proc_meminfo(5)).
+//! What the tables of swap (proc_swaps(5)) and of memory (proc_meminfo(5)) say of one thing.
 
 use std::fs;
 use std::io;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::Path;
 
-/// One line of `/proc/swaps`. Sizes are in bytes.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Entry {
-    /// The device or file.
-    pub path: String,
-    /// Its size, without the header.
-    pub size: u64,
-    /// What of it is in use.
-    pub used: u64,
-    /// Its priority.
-    pub priority: i32,
-}
+use xpm_control::proc::{Swap, meminfo};
 
 /// What `/proc/meminfo` says, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -25,14 +14,6 @@ pub struct Memory {
     pub total: u64,
     /// `MemAvailable`.
     pub available: u64,
-}
-
-/// Everything that is swap now.
-///
-/// # Errors
-/// When the table cannot be read.
-pub fn swaps() -> io::Result<Vec<Entry>> {
-    fs::read_to_string("/proc/swaps").map(|table| parse_swaps(&table))
 }
 
 /// Memory as it is now.
@@ -46,11 +27,11 @@ pub fn memory() -> io::Result<Memory> {
 }
 
 /// The line of a device or file, which may have other names.
-pub fn find<'a>(entries: &'a [Entry], path: &str) -> Option<&'a Entry> {
-    let by_name = entries.iter().find(|entry| entry.path == path);
+pub fn find<'a>(swaps: &'a [Swap], path: &str) -> Option<&'a Swap> {
+    let by_name = swaps.iter().find(|swap| swap.path == path);
     by_name.or_else(|| {
         let wanted = identity(path)?;
-        entries.iter().find(|entry| identity(&entry.path) == Some(wanted))
+        swaps.iter().find(|swap| identity(&swap.path) == Some(wanted))
     })
 }
 
@@ -63,49 +44,8 @@ fn identity(path: &str) -> Option<(bool, u64, u64)> {
     }
 }
 
-fn parse_swaps(table: &str) -> Vec<Entry> {
-    table
-        .lines()
-        .skip(1)
-        .filter_map(|line| {
-            let fields: Vec<&str> = line.split_ascii_whitespace().collect();
-            let [path, _, size, used, priority] = fields[..] else { return None };
-            Some(Entry {
-                path: unescape(path.strip_suffix("\\040(deleted)").unwrap_or(path)),
-                size: size.parse::<u64>().ok()?.checked_mul(1024)?,
-                used: used.parse::<u64>().ok()?.checked_mul(1024)?,
-                priority: priority.parse().ok()?,
-            })
-        })
-        .collect()
-}
-
 fn parse_memory(text: &str) -> Option<Memory> {
-    let field = |name: &str| {
-        let line = text.lines().find_map(|line| line.strip_prefix(name))?;
-        line.split_ascii_whitespace().next()?.parse::<u64>().ok()?.checked_mul(1024)
-    };
-    Some(Memory { total: field("MemTotal:")?, available: field("MemAvailable:")? })
-}
-
-/// Undoes the octal escapes (`\040` for a blank) that the kernel writes into paths.
-fn unescape(text: &str) -> String {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let Some((&byte, tail)) = rest.split_first() {
-        let digits = tail.get(..3).and_then(|digits| std::str::from_utf8(digits).ok());
-        match (byte, digits.and_then(|digits| u8::from_str_radix(digits, 8).ok())) {
-            (b'\\', Some(value)) => {
-                bytes.push(value);
-                rest = &tail[3..];
-            }
-            _ => {
-                bytes.push(byte);
-                rest = tail;
-            }
-        }
-    }
-    String::from_utf8_lossy(&bytes).into_owned()
+    Some(Memory { total: meminfo(text, "MemTotal")?, available: meminfo(text, "MemAvailable")? })
 }
 
 #[cfg(test)]
@@ -113,19 +53,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_real_table() {
-        let table = "Filename\t\t\t\tType\t\tSize\t\tUsed\t\tPriority\n\
-                     /dev/ublkb0                             partition\t1048572\t\t12\t\t-2\n\
-                     /swap\\040file                          file\t\t1024\t\t0\t\t5\n\
-                     /dev/nbd0\\040(deleted)                 partition\t8\t\t8\t\t-3\n";
-        let entries = parse_swaps(table);
-        let paths: Vec<&str> = entries.iter().map(|entry| entry.path.as_str()).collect();
-        assert_eq!(paths, ["/dev/ublkb0", "/swap file", "/dev/nbd0"]);
-        assert_eq!((entries[0].size, entries[0].used, entries[0].priority), (1_048_572 << 10, 12 << 10, -2));
-        assert!(find(&entries, "/dev/ublkb0").is_some());
-        assert!(find(&entries, "/dev/ublkb1").is_none());
-        assert!(parse_swaps("").is_empty());
-        assert!(parse_swaps("head\n/dev/x partition a b c\nrubbish\n").is_empty());
+    fn a_swap_is_found_by_any_of_its_names() {
+        let directory = tempfile::tempdir().unwrap();
+        let [file, other] = ["a", "b"].map(|name| directory.path().join(name).display().to_string());
+        fs::write(&file, "").unwrap();
+        std::os::unix::fs::symlink(&file, &other).unwrap();
+        let swaps =
+            ["/dev/ublkb0", &file].map(|path| Swap { path: path.to_owned(), size: 0, used: 0, priority: 0 });
+        assert_eq!(find(&swaps, "/dev/ublkb0"), Some(&swaps[0]));
+        assert_eq!(find(&swaps, &other), Some(&swaps[1]));
+        assert_eq!(find(&swaps, "/dev/ublkb1"), None);
     }
 
     #[test]

@@ -1,9 +1,9 @@
 //! Whether the devices that this host has are safe.
 
+use xpm_control::proc::Swap;
 use xpm_protocol::api::blk::{Device, DeviceState, Form, LinkState, Standby, StandbyState, Status};
 
 use super::machine::{BlockSettings, Machine};
-use super::parse::Swap;
 use super::{Check, Verdict};
 use crate::connect::{Daemons, Failure};
 use crate::{age, blk, status};
@@ -339,8 +339,8 @@ mod tests {
     #[test]
     fn a_swap_whose_daemon_is_gone_is_named() {
         let swaps = vec![
-            Swap { path: "/dev/ublkb0".into(), size: 4096, used: 0 },
-            Swap { path: "/dev/sda2".into(), size: 4096, used: 0 },
+            Swap { path: "/dev/ublkb0".into(), size: 4096, used: 0, priority: -2 },
+            Swap { path: "/dev/sda2".into(), size: 4096, used: 0, priority: -3 },
         ];
         let named = |blk| checks(&Host { blk, settings: vec![], swaps: swaps.clone(), rdma_here: true });
         for checks in [named(Ok(None)), named(Err("cannot reach xpm-blk".into()))] {

@@ -11,7 +11,7 @@ const DEVICES: &str = "Devices that it can have";
 const SWAP: &str = "Serving swap safely";
 const LENDING: &str = "Lending memory";
 
-pub(super) const CAP_IPC_LOCK: u32 = 14;
+const CAP_IPC_LOCK: u32 = 14;
 const CAP_SYS_ADMIN: u32 = 21;
 const CAP_SYS_RESOURCE: u32 = 24;
 
@@ -187,16 +187,21 @@ fn privileges(machine: &Machine) -> Check {
 }
 
 fn memory_lock(machine: &Machine) -> Check {
+    memlock(machine, SWAP, "too little to lock a daemon")
+}
+
+/// What may be locked or pinned, and what it means that there is a limit.
+pub(super) fn memlock(machine: &Machine, group: &str, meaning: &str) -> Check {
     let item = "memlock limit";
     let unlimited_by_right = machine.capabilities.is_some_and(|held| held & (1 << CAP_IPC_LOCK) != 0);
     match machine.memlock {
-        _ if unlimited_by_right => Check::ok(SWAP, item, "does not apply: CAP_IPC_LOCK is held"),
-        Some(Limit::Unlimited) => Check::ok(SWAP, item, "unlimited"),
+        _ if unlimited_by_right => Check::ok(group, item, "does not apply: CAP_IPC_LOCK is held"),
+        Some(Limit::Unlimited) => Check::ok(group, item, "unlimited"),
         Some(Limit::Bytes(bytes)) => {
-            Check::warn(SWAP, item, format!("{} for this user: too little to lock a daemon", ByteSize(bytes)))
+            Check::warn(group, item, format!("{} for this user: {meaning}", ByteSize(bytes)))
                 .mend("run the daemons by their systemd units, which set LimitMEMLOCK=infinity")
         }
-        None => Check::warn(SWAP, item, "/proc/self/limits is not understood"),
+        None => Check::warn(group, item, "/proc/self/limits is not understood"),
     }
 }
 

@@ -3,7 +3,9 @@
 use std::fs;
 use std::path::Path;
 
-use super::parse::{self, Limit, Swap};
+use xpm_control::proc::{self, Swap};
+
+use super::parse::{self, Limit};
 
 /// What was read. `None` is a file that is not there or not understood.
 #[derive(Debug, Clone, Default)]
@@ -91,9 +93,9 @@ impl Machine {
             userfaultfd_unprivileged: number(Path::new("/proc/sys/vm/unprivileged_userfaultfd")),
             zswap: text(Path::new("/sys/module/zswap/parameters/enabled")).trim() == "Y",
             page_cluster: number(Path::new("/proc/sys/vm/page-cluster")),
-            swaps: parse::swaps(&text(Path::new("/proc/swaps"))),
-            memory_total: parse::meminfo(&meminfo, "MemTotal"),
-            memory_available: parse::meminfo(&meminfo, "MemAvailable"),
+            swaps: proc::swaps().unwrap_or_default(),
+            memory_total: proc::meminfo(&meminfo, "MemTotal"),
+            memory_available: proc::meminfo(&meminfo, "MemAvailable"),
             boot_id: Path::new("/proc/sys/kernel/random/boot_id").exists(),
             memfd: memfd_error(),
             release,
@@ -119,9 +121,9 @@ fn debian_architecture() -> &'static str {
 
 fn huge_pages(meminfo: &str) -> Option<HugePages> {
     Some(HugePages {
-        total: parse::meminfo(meminfo, "HugePages_Total")?,
-        free: parse::meminfo(meminfo, "HugePages_Free")?,
-        len: parse::meminfo(meminfo, "Hugepagesize")?,
+        total: proc::meminfo(meminfo, "HugePages_Total")?,
+        free: proc::meminfo(meminfo, "HugePages_Free")?,
+        len: proc::meminfo(meminfo, "Hugepagesize")?,
     })
 }
 

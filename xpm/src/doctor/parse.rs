@@ -17,18 +17,6 @@ fn module_name(path: &str) -> String {
     file.split(".ko").next().unwrap_or(file).replace('-', "_")
 }
 
-/// A number of `/proc/meminfo`: bytes where the line ends in kB, else the bare count.
-pub(super) fn meminfo(text: &str, key: &str) -> Option<u64> {
-    let value = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))?;
-    let mut words = value.split_whitespace();
-    let number: u64 = words.next()?.parse().ok()?;
-    match words.next() {
-        Some("kB") => number.checked_mul(1024),
-        Some(_) => None,
-        None => Some(number),
-    }
-}
-
 /// A limit on a resource.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Limit {
@@ -49,44 +37,6 @@ pub(super) fn limit(text: &str, name: &str) -> Option<Limit> {
 pub(super) fn capabilities(status: &str) -> Option<u64> {
     let value = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
     u64::from_str_radix(value.trim(), 16).ok()
-}
-
-/// One line of `/proc/swaps`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Swap {
-    pub(super) path: String,
-    pub(super) size: u64,
-    pub(super) used: u64,
-}
-
-/// The active swaps by `/proc/swaps`; sizes in bytes. Lines that are none are skipped.
-pub(super) fn swaps(text: &str) -> Vec<Swap> {
-    text.lines().skip(1).filter_map(swap).collect()
-}
-
-fn swap(line: &str) -> Option<Swap> {
-    let mut words = line.split_whitespace();
-    let path = unescape(words.next()?);
-    let _kind = words.next()?;
-    let mut bytes = || words.next()?.parse::<u64>().ok()?.checked_mul(1024);
-    Some(Swap { path, size: bytes()?, used: bytes()? })
-}
-
-/// Octal escapes, as the kernel writes blanks in paths: `\040`.
-fn unescape(text: &str) -> String {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let Some((&first, tail)) = rest.split_first() {
-        let octal = match (first, tail) {
-            (b'\\', [a @ b'0'..=b'3', b @ b'0'..=b'7', c @ b'0'..=b'7', ..]) => {
-                Some((a - b'0') << 6 | (b - b'0') << 3 | (c - b'0'))
-            }
-            _ => None,
-        };
-        bytes.push(octal.unwrap_or(first));
-        rest = if octal.is_some() { &tail[3..] } else { tail };
-    }
-    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 /// The active scheduler in `queue/scheduler`: `none` of `[none] mq-deadline`.
@@ -133,14 +83,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_and_limits() {
-        let text = "MemTotal:       24576000 kB\nHugePages_Total:       8\nHugepagesize:       2048 kB\nBad: x kB\nOdd: 3 MB\n";
-        assert_eq!(meminfo(text, "MemTotal"), Some(24_576_000 * 1024));
-        assert_eq!(meminfo(text, "HugePages_Total"), Some(8));
-        for missing in ["Mem", "Bad", "Odd", "Nothing"] {
-            assert_eq!(meminfo(text, missing), None, "{missing}");
-        }
-        assert_eq!(meminfo("A: 18446744073709551615 kB", "A"), None);
+    fn limits() {
         let limits =
             "Limit  Soft  Hard\nMax locked memory         8388608              8388608              bytes\n";
         assert_eq!(limit(limits, "Max locked memory"), Some(Limit::Bytes(8 << 20)));
@@ -157,17 +100,6 @@ mod tests {
         assert_eq!(capabilities("Name:\tx\nCapEff:\t000001ffffffffff\n"), Some(0x1ff_ffff_ffff));
         assert_eq!(capabilities("CapEff:\tzz\n"), None);
         assert_eq!(capabilities("CapPrm:\t00\n"), None);
-    }
-
-    #[test]
-    fn swap_lists() {
-        let text = "Filename\tType\tSize\tUsed\tPriority\n/dev/ublkb0 partition 1048572 512 -2\n/a\\040b\\134 file 8 0 1\n\
-                    short line\n/dev/x partition many 0 1\n/y partition 99999999999999999999 0 1\n";
-        let swaps = swaps(text);
-        assert_eq!(swaps.len(), 2);
-        assert_eq!(swaps[0], Swap { path: "/dev/ublkb0".into(), size: 1_048_572 * 1024, used: 512 * 1024 });
-        assert_eq!(swaps[1].path, "/a b\\");
-        assert_eq!(unescape("\\999\\04"), "\\999\\04");
     }
 
     #[test]

@@ -8,9 +8,8 @@ use xpm_transport::rdma::inventory::{
     Access, Device, Gid, Inventory, Limits, LinkLayer, NoLimits, Node, Obstacle, Port, PortState,
 };
 
-use super::fitness::{CAP_IPC_LOCK, install_module};
+use super::fitness::{install_module, memlock};
 use super::machine::{Machine, Module};
-use super::parse::Limit;
 use super::{Check, Verdict};
 
 pub(super) use facts::Facts;
@@ -133,19 +132,7 @@ fn node(node: &Node, item: &str, module: &str, state: Module, machine: &Machine)
 
 /// Registered memory is pinned, and counts against the limit.
 fn memory_lock(machine: &Machine) -> Check {
-    let item = "memlock limit";
-    let unlimited_by_right = machine.capabilities.is_some_and(|held| held & (1 << CAP_IPC_LOCK) != 0);
-    match machine.memlock {
-        _ if unlimited_by_right => Check::ok(RDMA, item, "does not apply: CAP_IPC_LOCK is held"),
-        Some(Limit::Unlimited) => Check::ok(RDMA, item, "unlimited"),
-        Some(Limit::Bytes(bytes)) => {
-            let found =
-                format!("{} for this user: a process registers no more memory than that", ByteSize(bytes));
-            Check::warn(RDMA, item, found)
-                .mend("run the daemons by their systemd units, which set LimitMEMLOCK=infinity")
-        }
-        None => Check::warn(RDMA, item, "/proc/self/limits is not understood"),
-    }
+    memlock(machine, RDMA, "a process registers no more memory than that")
 }
 
 fn of_device(device: &Device, machine: &Machine) -> Check {

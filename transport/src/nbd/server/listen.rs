@@ -3,35 +3,20 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Duration;
 
 use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::task::JoinHandle;
 use xpm_protocol::nbd::handshake::server::{ServerHandshake, Step};
 
 use super::{Exports, Negotiated, Opened, Place, Server};
+use crate::accept::{Accept, Listener};
 
 /// Bytes read at once during a handshake.
 const READ_LEN: usize = 4096;
-/// How long accepting pauses after an error such as «too many open files».
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// After this long without an answer to what was sent, a TCP peer counts as gone.
 const TCP_USER_TIMEOUT_MS: u32 = 30_000;
-
-/// A listening socket. Accepting ends when this is dropped; connections go on.
-#[derive(Debug)]
-pub struct Listener {
-    task: JoinHandle<()>,
-}
-
-impl Drop for Listener {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
-}
 
 /// A stream that can be negotiated on and then handed to a loop.
 trait Stream: AsyncRead + AsyncWrite + Unpin + Send + Sized + 'static {
@@ -63,29 +48,6 @@ impl Stream for UnixStream {
     }
 }
 
-/// A socket that such streams come out of.
-trait Accept: Send + Sync + 'static {
-    type Stream: Stream;
-
-    fn next(&self) -> impl Future<Output = io::Result<Self::Stream>> + Send;
-}
-
-impl Accept for TcpListener {
-    type Stream = TcpStream;
-
-    async fn next(&self) -> io::Result<TcpStream> {
-        Ok(self.accept().await?.0)
-    }
-}
-
-impl Accept for UnixListener {
-    type Stream = UnixStream;
-
-    async fn next(&self) -> io::Result<UnixStream> {
-        Ok(self.accept().await?.0)
-    }
-}
-
 impl Server {
     /// Accepts clients of a TCP socket, on the tokio runtime that this is called in.
     ///
@@ -113,40 +75,21 @@ impl Server {
         Ok(self.listen(UnixListener::from_std(listener)?, exports))
     }
 
-    fn listen(&self, listener: impl Accept, exports: Arc<dyn Exports>) -> Listener {
-        let server = self.clone();
-        let task = tokio::spawn(async move {
-            let limit = server.limit();
-            loop {
-                server.accepted(listener.next().await, &exports, &limit).await;
-            }
-        });
-        Listener { task }
+    fn listen<L: Accept<Stream: Stream>>(&self, listener: L, exports: Arc<dyn Exports>) -> Listener {
+        let (server, limit) = (self.clone(), self.limit());
+        Listener::start(listener, move |stream| server.accepted(stream, &exports, &limit))
     }
 
     fn limit(&self) -> Arc<Semaphore> {
         Arc::new(Semaphore::new(self.inner.options.connections_max))
     }
 
-    async fn accepted<S: Stream>(
-        &self,
-        accepted: io::Result<S>,
-        exports: &Arc<dyn Exports>,
-        limit: &Arc<Semaphore>,
-    ) {
-        match accepted {
-            Ok(stream) => {
-                let full = self.connections(None) >= self.inner.options.connections_max;
-                // Dropping the stream closes it.
-                let Ok(permit) = limit.clone().try_acquire_owned() else { return };
-                if !full {
-                    tokio::spawn(handshake(self.clone(), stream, exports.clone(), permit));
-                }
-            }
-            Err(error) => {
-                tracing::warn!(%error, "cannot accept a connection");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
-            }
+    fn accepted<S: Stream>(&self, stream: S, exports: &Arc<dyn Exports>, limit: &Arc<Semaphore>) {
+        let full = self.connections(None) >= self.inner.options.connections_max;
+        // Dropping the stream closes it.
+        let Ok(permit) = limit.clone().try_acquire_owned() else { return };
+        if !full {
+            tokio::spawn(handshake(self.clone(), stream, exports.clone(), permit));
         }
     }
 }

@@ -28,8 +28,8 @@ use xpm_protocol::nbd::{ExportInfo, SessionTag};
 use self::connection::{Connection, Ready};
 use self::counters::LoopCounters;
 use self::event_loop::{EventLoop, Letter, Mailbox};
-pub use self::listen::Listener;
 use self::registry::{ConnectionId, Registry};
+pub use crate::accept::Listener;
 use crate::store::Store;
 
 /// How a server runs.

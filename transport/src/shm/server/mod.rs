@@ -11,18 +11,16 @@ use std::time::Duration;
 
 use tokio::net::UnixStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::task::JoinHandle;
 use xpm_protocol::GrantKey;
 
 use self::handshake::handshake;
 use self::registry::Registry;
+pub use crate::accept::Listener;
 
 /// Connections and handshakes at once; one more is closed as soon as it is accepted.
 const CONNECTIONS_MAX: usize = 1024;
 /// Longest time that a handshake may take.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
-/// How long accepting pauses after an error such as «too many open files».
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// How long the clients of a revoked grant are given to let go of its memory.
 const LEAVE_LIMIT: Duration = Duration::from_secs(1);
 
@@ -59,18 +57,6 @@ pub struct ShmServer {
     inner: Arc<Inner>,
 }
 
-/// A listening socket. Accepting ends when this is dropped; connections go on.
-#[derive(Debug)]
-pub struct Listener {
-    task: JoinHandle<()>,
-}
-
-impl Drop for Listener {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
-}
-
 impl ShmServer {
     /// A server of these grants.
     pub fn new(exports: Arc<dyn ShmExports>) -> ShmServer {
@@ -87,18 +73,7 @@ impl ShmServer {
         listener.set_nonblocking(true)?;
         let listener = tokio::net::UnixListener::from_std(listener)?;
         let inner = self.inner.clone();
-        let task = tokio::spawn(async move {
-            loop {
-                match listener.accept().await {
-                    Ok((stream, _)) => accepted(&inner, stream),
-                    Err(error) => {
-                        tracing::warn!(%error, "cannot accept a connection");
-                        tokio::time::sleep(ACCEPT_PAUSE).await;
-                    }
-                }
-            }
-        });
-        Ok(Listener { task })
+        Ok(Listener::start(listener, move |stream| accepted(&inner, stream)))
     }
 
     /// Tells the clients of a grant to let go of its memory, and waits for it up to a second.

@@ -2,6 +2,7 @@ use serde_json::json;
 use xpm_transport::rdma::inventory::{GidKind, Guid, Kernel, Libraries};
 
 use super::*;
+use crate::doctor::parse::Limit;
 
 fn machine() -> Machine {
     Machine {

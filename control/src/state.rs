@@ -1,0 +1,70 @@
+//! State directories: what keeps two processes out of one, and files that are whole at any time, also when the power fails.
+//! Everything here blocks.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
+
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+
+/// Locks the directory, by the file `lock` in it (flock(2)), until the file that is given is closed everywhere. None where
+/// another process has it.
+///
+/// # Errors
+/// When the file cannot be made or locked.
+pub fn lock(directory: &Path) -> io::Result<Option<File>> {
+    let mut options = OpenOptions::new();
+    let file = options.create(true).truncate(false).write(true).mode(0o600).open(directory.join("lock"))?;
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(Some(file)),
+        Err(Errno::WOULDBLOCK) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Puts a file of mode 0600 in place of the one at `path`: it is written beside it, with the extension `new`, synced, and
+/// renamed over it.
+///
+/// # Errors
+/// When it cannot be written. Where only the last step failed, the sync of the directory, the new file is there and may be
+/// gone after a power failure; else the old one is.
+pub fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let beside = path.with_extension("new");
+    let mut file = OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&beside)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    fs::rename(&beside, path)?;
+    File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    #[test]
+    fn one_at_a_time() {
+        let directory = tempfile::tempdir().unwrap();
+        let held = lock(directory.path()).unwrap();
+        assert!(held.is_some());
+        assert!(lock(directory.path()).unwrap().is_none());
+        drop(held);
+        assert!(lock(directory.path()).unwrap().is_some());
+        assert!(lock(&directory.path().join("none")).is_err());
+    }
+
+    #[test]
+    fn a_file_is_replaced_as_a_whole() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a.b.json");
+        for content in ["long content", "short"] {
+            write(&path, content.as_bytes()).unwrap();
+            assert_eq!(fs::read_to_string(&path).unwrap(), content);
+        }
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1, "nothing is left beside it");
+    }
+}
