@@ -25,7 +25,8 @@ pub struct Swap {
 /// # Errors
 /// When the table cannot be read.
 pub fn swaps() -> io::Result<Vec<Swap>> {
-    fs::read_to_string("/proc/swaps").map(|table| parse_swaps(&table))
+    // The kernel does not escape what is not UTF-8 in the name of a file; such a line must not hide the others.
+    fs::read("/proc/swaps").map(|table| parse_swaps(&String::from_utf8_lossy(&table)))
 }
 
 /// A number in the text of `/proc/meminfo`: bytes where the line ends in kB, else the bare count. None where there is no such line, or
