@@ -18,7 +18,7 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// End-to-end tests that go through unsafe code with all daemons: pages that come and go, guests' memory and rings, and what
 /// is left when a connection or a process ends in the middle.
-const TESTS: [&str; 3] = ["mapping", "vhost", "failures"];
+const TESTS: [&str; 5] = ["mapping", "mapping_edges", "containers", "vhost", "failures"];
 
 /// - SIGBUS is how absent pages tell of themselves, and SIGSEGV is what some tests expect: their handlers are those of the programs.
 /// - Tests forget what they own, as a crash would.
