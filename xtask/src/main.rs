@@ -32,7 +32,7 @@ enum Command {
     Lab(lab::Args),
     /// Build everything, run all tests, then the lab.
     Test(test::Args),
-    /// Run unit tests, and end-to-end tests of the layers with unsafe code, under AddressSanitizer. Builds everything once more.
+    /// Run the libraries' unit tests, and end-to-end tests of what has unsafe code, under AddressSanitizer; builds everything once more.
     Sanitize(sanitize::Args),
     /// Make Debian packages of everything.
     Package(package::Args),

@@ -44,8 +44,9 @@ pub(crate) fn main(args: &Args) -> Result<bool> {
     let _ = fs::remove_dir_all(&reports);
     fs::create_dir_all(&reports).with_context(|| format!("cannot make {}", reports.display()))?;
 
-    // The daemons of the end-to-end tests.
-    util::run(cargo(&directory, "build").arg("--workspace"))?;
+    // The daemons of the end-to-end tests, together with the tests: by itself either would be built with other features, and all that
+    // they depend on twice.
+    util::run(cargo(&directory, "build").args(["--workspace", "--lib", "--bins"]).args(selected(args)))?;
     let passed = tests(&directory, &reports, args).status()?.success();
     let found = print(&reports)?;
     let verdict = if passed && found == 0 { "passed" } else { "FAILED" };
@@ -59,13 +60,16 @@ fn tests(directory: &Path, reports: &Path, args: &Args) -> Command {
         None => &["test"],
     };
     let mut command = cargo(directory, words[0]);
-    command.args(&words[1..]).args(["--workspace", "--no-fail-fast", "--lib", "--bins"]);
-    if !args.units {
-        command.args(TESTS.iter().flat_map(|test| ["--test", test]));
-    }
+    // Unit tests of libraries: programs have no unsafe code that the end-to-end tests do not go through.
+    command.args(&words[1..]).args(["--workspace", "--no-fail-fast", "--lib"]).args(selected(args));
     command.args(&args.filter);
     command.env("ASAN_OPTIONS", format!("{OPTIONS}:log_path={}", reports.join("asan").display()));
     command
+}
+
+fn selected(args: &Args) -> Vec<&'static str> {
+    let tests: &[&str] = if args.units { &[] } else { &TESTS };
+    tests.iter().flat_map(|test| ["--test", *test]).collect()
 }
 
 /// Cargo, with the sanitizer in all that it makes for the target.

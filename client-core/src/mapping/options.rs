@@ -26,7 +26,7 @@ pub struct SpaceOptions {
     pub budget: Budget,
     /// Who brings pages.
     pub faults: Faults,
-    /// Bytes at the start of the allocation whose content stays, for [`Space::map`]; a multiple of 2 MiB, or all. What
+    /// Bytes at the start of the allocation whose content stays, for [`Space::map`](super::Space::map); a multiple of 2 MiB, or all. What
     /// lies behind is for slabs.
     pub kept: u64,
 }

@@ -5,6 +5,9 @@
 //! locked is moved by way of a page that is locked, too, so that the kernel sees whether somebody has pinned it. What may not be written to, and so
 //! is pinned by nobody who writes, is protected against writes that were allowed meanwhile, copied, and let go.
 //!
+//! What the kernel goes on reading without having pinned it (vmsplice, MSG_ZEROCOPY) nobody tells us: its memory is the next page's when it has left.
+//! `docs/mapping.md` forbids that.
+//!
 //! Source: mm/userfaultfd.c of Linux 6.12, validate_move_areas() and move_pages_pte().
 
 use std::fs::File;
