@@ -158,6 +158,45 @@ impl SlabAllocator {
     /// # Errors
     /// [`SlabError::NotAllocated`] for anything that is not a slab in use, a second time included.
     pub fn free(&mut self, slab: Slab) -> Result<(), SlabError> {
+        let (region, page, order) = self.in_use(slab)?;
+        region.give(page, order);
+        Ok(())
+    }
+
+    /// As [`SlabAllocator::allocate`], but at the start of the longest free run: there it can grow furthest by
+    /// [`SlabAllocator::resize`].
+    ///
+    /// # Errors
+    /// [`SlabError::NoSpace`], [`SlabError::Length`].
+    pub fn allocate_to_grow(&mut self, len: u64) -> Result<Slab, SlabError> {
+        let order = order_of(len).ok_or(SlabError::Length(len))?;
+        let longest =
+            |(number, region): (usize, &Option<Region>)| Some((region.as_ref()?.longest()?, number));
+        let most = self.regions.iter().enumerate().filter_map(longest).max_by_key(|(order, _)| *order);
+        let (longest, number) = most.filter(|(found, _)| *found >= order).ok_or(SlabError::NoSpace(len))?;
+        let region = self.regions[number].as_mut().ok_or(SlabError::NoSpace(len))?;
+        let page = region.take_from(longest, order);
+        Ok(Slab { region: number as u32, offset: u64::from(page) * PAGE_LEN, len: PAGE_LEN << order })
+    }
+
+    /// Makes a slab longer or shorter where it is, so that it has at least `len` bytes. What is cut off is free.
+    ///
+    /// # Errors
+    /// [`SlabError::NoSpace`] where it would have to lie elsewhere: some of what is behind it is in another slab, or it does not lie
+    /// at a multiple of the new length. [`SlabError::Length`], and [`SlabError::NotAllocated`] for anything that is not a slab in use.
+    pub fn resize(&mut self, slab: Slab, len: u64) -> Result<Slab, SlabError> {
+        let order = order_of(len).ok_or(SlabError::Length(len))?;
+        let (region, page, now) = self.in_use(slab)?;
+        match order <= now {
+            true => region.cut(page, now, order),
+            false if region.grow(page, now, order) => {}
+            false => return Err(SlabError::NoSpace(len)),
+        }
+        Ok(Slab { len: PAGE_LEN << order, ..slab })
+    }
+
+    /// The region, first page and order of a slab that is in use.
+    fn in_use(&mut self, slab: Slab) -> Result<(&mut Region, u32, u8), SlabError> {
         let region = self.regions.get_mut(slab.region as usize).and_then(Option::as_mut);
         let region = region.ok_or(SlabError::NotAllocated)?;
         let order = order_of(slab.len).ok_or(SlabError::NotAllocated)?;
@@ -166,8 +205,7 @@ impl SlabAllocator {
         if !exact || page >= region.pages() || region.heads[page as usize] != USED | order {
             return Err(SlabError::NotAllocated);
         }
-        region.give(page as u32, order);
-        Ok(())
+        Ok((region, page as u32, order))
     }
 
     /// Bytes that are in no slab.
@@ -229,10 +267,11 @@ impl Region {
     /// A block of exactly this order, split off the smallest that is free.
     fn take(&mut self, order: u8) -> Option<u32> {
         let fitting = self.orders & (u32::MAX << order);
-        if fitting == 0 {
-            return None;
-        }
-        let mut found = fitting.trailing_zeros() as u8;
+        (fitting != 0).then(|| self.take_from(fitting.trailing_zeros() as u8, order))
+    }
+
+    /// A block of exactly this order, split off one of the order `found`, of which there is one.
+    fn take_from(&mut self, mut found: u8, order: u8) -> u32 {
         let page = self.free[found as usize];
         self.unlink(page, found);
         while found > order {
@@ -242,7 +281,33 @@ impl Region {
         }
         self.heads[page as usize] = USED | order;
         self.free_pages -= 1 << order;
-        Some(page)
+        page
+    }
+
+    /// Order of the longest free block.
+    fn longest(&self) -> Option<u8> {
+        Some(self.orders.checked_ilog2()? as u8)
+    }
+
+    /// Takes what is behind a block in use, so that it is of a greater order. False where that is not free.
+    fn grow(&mut self, page: u32, now: u8, order: u8) -> bool {
+        let fits = order <= self.order && page.is_multiple_of(1 << order);
+        // Each is as long as all that is before it, and would be joined with that were it free.
+        let behind = (now..order).map(|order| (page + (1 << order), order));
+        if !fits || !behind.clone().all(|(page, order)| self.heads[page as usize] == FREE | order) {
+            return false;
+        }
+        behind.for_each(|(page, order)| self.unlink(page, order));
+        self.heads[page as usize] = USED | order;
+        self.free_pages -= (1 << order) - (1 << now);
+        true
+    }
+
+    /// Gives the end of a block in use back, so that it is of a smaller order.
+    fn cut(&mut self, page: u32, now: u8, order: u8) {
+        self.heads[page as usize] = USED | order;
+        (order..now).for_each(|order| self.push(page + (1 << order), order));
+        self.free_pages += (1 << now) - (1 << order);
     }
 
     /// Frees a block, and joins it with its buddy for as long as that is free too.
@@ -341,6 +406,8 @@ mod tests {
     enum Step {
         Allocate(u64),
         AllocateAt(u32, u64, u32),
+        AllocateToGrow(u64),
+        Resize(usize, u64),
         Free(usize),
         FreeTwice(usize),
     }
@@ -351,6 +418,8 @@ mod tests {
             1 => (0..2_u32, 0..4096_u64, 0..13_u32).prop_map(|(region, page, order)| {
                 Step::AllocateAt(region, (page & !((1 << order) - 1)) * PAGE_LEN, order)
             }),
+            1 => (0..13_u32).prop_map(|order| Step::AllocateToGrow(PAGE_LEN << order)),
+            2 => (any::<usize>(), 0..13_u32).prop_map(|(pick, order)| Step::Resize(pick, PAGE_LEN << order)),
             2 => any::<usize>().prop_map(Step::Free),
             1 => any::<usize>().prop_map(Step::FreeTwice),
         ]
@@ -400,7 +469,41 @@ mod tests {
                             prop_assert_eq!(allocator.free(slab), Err(SlabError::NotAllocated));
                         }
                     }
-                    Step::Free(_) | Step::FreeTwice(_) => {}
+                    Step::AllocateToGrow(len) => {
+                        let longest = allocator.longest_free();
+                        match allocator.allocate_to_grow(len) {
+                            Ok(slab) => {
+                                model.add(slab, len);
+                                prop_assert_eq!(slab.offset % longest, 0, "it can grow to that");
+                                let grown = allocator.resize(slab, longest);
+                                prop_assert_eq!(grown, Ok(Slab { len: longest, ..slab }));
+                                prop_assert_eq!(allocator.resize(Slab { len: longest, ..slab }, len), Ok(slab));
+                            }
+                            Err(error) => {
+                                prop_assert_eq!(error, SlabError::NoSpace(len));
+                                prop_assert!(!model.has_room(regions, len));
+                            }
+                        }
+                    }
+                    Step::Resize(pick, new) if !model.slabs.is_empty() => {
+                        let (&place, &len) = model.slabs.iter().nth(pick % model.slabs.len()).unwrap();
+                        let slab = Slab { region: place.0, offset: place.1, len };
+                        let end = place.1 + new;
+                        let free = model.slabs.range(place..(place.0, end)).count() <= 1;
+                        let fits = place.1 % new == 0 && end <= REGION && free;
+                        match allocator.resize(slab, new) {
+                            Ok(resized) => {
+                                prop_assert_eq!(resized, Slab { len: new, ..slab });
+                                prop_assert!(new <= len || fits);
+                                model.slabs.insert(place, new);
+                            }
+                            Err(error) => {
+                                prop_assert_eq!(error, SlabError::NoSpace(new));
+                                prop_assert!(new > len && !fits);
+                            }
+                        }
+                    }
+                    Step::Resize(..) | Step::Free(_) | Step::FreeTwice(_) => {}
                 }
                 prop_assert_eq!(allocator.free_bytes(), u64::from(regions) * REGION - model.used());
             }
@@ -433,7 +536,12 @@ mod tests {
             Slab { len: u64::MAX, ..slab },
         ] {
             assert_eq!(allocator.free(wrong), Err(SlabError::NotAllocated), "{wrong:?}");
+            assert_eq!(allocator.resize(wrong, 4096), Err(SlabError::NotAllocated), "{wrong:?}");
         }
+        assert_eq!(allocator.resize(slab, 0), Err(SlabError::Length(0)));
+        assert_eq!(allocator.resize(slab, 2 * REGION), Err(SlabError::NoSpace(2 * REGION)));
+        assert_eq!(allocator.allocate_to_grow(0), Err(SlabError::Length(0)));
+        assert_eq!(allocator.allocate_to_grow(REGION), Err(SlabError::NoSpace(REGION)));
         for (region, offset, len, error) in [
             (7, 0, 4096, SlabError::NoRegion(7)),
             (region, 4096, 8192, SlabError::NotAllocated),

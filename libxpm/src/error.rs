@@ -44,7 +44,7 @@ impl From<MapError> for Error {
             MapError::Slab(_) => libc::ENOMEM,
             MapError::Userfaultfd(_) => libc::EPERM,
             MapError::System { error, .. } => error.raw_os_error().unwrap_or(libc::EIO),
-            MapError::Io(_) => libc::EIO,
+            MapError::Io(_) | MapError::Gone(_) => libc::EIO,
         };
         Error(number, error.to_string())
     }

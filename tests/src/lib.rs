@@ -4,6 +4,7 @@
 mod clock;
 pub mod etcd;
 pub mod manager;
+pub mod mapping;
 pub mod several;
 pub mod vhost;
 

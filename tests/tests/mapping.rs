@@ -2,52 +2,17 @@
 
 #![allow(unsafe_code)]
 
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::Write as _;
 use std::os::unix::process::ExitStatusExt as _;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use xpm_client::mapping::{
-    Access, Advice, Budget, Faults, MapError, Mapping, NamedSlabs, Space, SpaceOptions,
-};
-use xpm_client::{AttachOptions, Attachment};
+use xpm_client::Attachment;
+use xpm_client::mapping::{Access, Advice, Faults, MapError, Mapping, NamedSlabs, Space};
 use xpm_protocol::api::blk::TransportKind;
 use xpm_tests::Cluster;
-
-const MIB: u64 = 1 << 20;
-const PAGE: usize = 4096;
-
-fn attached(
-    cluster: &Cluster,
-    name: &str,
-    transport: Option<TransportKind>,
-) -> (Attachment, xpm_client::Volume) {
-    let mut options =
-        AttachOptions::new(cluster.allocator_url().parse().expect("a URL"), name.parse().expect("a name"));
-    options.transport = transport;
-    Attachment::attach(&options).expect("it can be attached")
-}
-
-fn options(budget: u64, faults: Faults, kept: u64) -> SpaceOptions {
-    SpaceOptions { budget: Budget::Fixed(budget), faults, kept }
-}
-
-/// The words of a mapping, which several threads may use, each its own.
-fn words(mapping: &Mapping) -> &[AtomicU64] {
-    // SAFETY: the mapping is mapped for as long as it lives, aligned to pages, and any bits are a u64; it is
-    // accessed as atomics only.
-    unsafe { std::slice::from_raw_parts(mapping.as_ptr().as_ptr().cast::<AtomicU64>(), mapping.len() / 8) }
-}
-
-struct Dice(u64);
-
-impl Dice {
-    fn below(&mut self, range: usize) -> usize {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) as usize % range
-    }
-}
+use xpm_tests::mapping::{Dice, MIB, PAGE, attach_options, attached, in_own_process, options, words};
 
 /// Threads of a test against a shadow.
 const THREADS: usize = 4;
@@ -151,7 +116,6 @@ fn the_same_with_shared_memory_behind_the_window() {
     for name in [
         "what_is_there_is_what_was_written_in_line_over_shared_memory",
         "what_is_there_is_what_was_written_handled_over_tcp",
-        "pages_that_are_locked_lose_nothing",
         "what_stays_and_what_does_not",
         "calls_and_accesses_see_the_same",
     ] {
@@ -334,41 +298,6 @@ fn a_copy_of_a_slab_that_was_somebody_elses() {
     }
 }
 
-/// Pages that the program has locked by mlock(2) leave the window all the same before they are looked at.
-#[test]
-fn pages_that_are_locked_lose_nothing() {
-    let cluster = Cluster::start(1);
-    cluster.ok(&["alloc", "create", "v", "--size", "64MiB"]);
-    let (_attachment, volume) = attached(&cluster, "v", None);
-    let space = Space::open(volume, &options(MIB, Faults::Handled(1), 32 * MIB)).expect("a space");
-    let range = space.map(0..8 * MIB, Access::ReadWrite).expect("a range");
-    words(&range).iter().step_by(512).for_each(|word| word.store(1, Ordering::Relaxed));
-    // SAFETY: addresses of the mapping.
-    let locked = unsafe { libc::mlock(range.as_ptr().as_ptr().cast(), 16 * PAGE) };
-    assert_eq!(locked, 0, "{}", std::io::Error::last_os_error());
-    let stop = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        let writer = scope.spawn(|| {
-            let mut round = 1;
-            while !stop.load(Ordering::Relaxed) {
-                for page in 0..16 {
-                    let before = words(&range)[page * 512].swap(round + 1, Ordering::Relaxed);
-                    assert_eq!(before, round, "page {page}");
-                }
-                round += 1;
-            }
-        });
-        let began = Instant::now();
-        while began.elapsed() < Duration::from_secs(2) && !writer.is_finished() {
-            assert!(
-                words(&range)[64 * 512..].iter().step_by(512).all(|word| word.load(Ordering::Relaxed) == 1)
-            );
-        }
-        stop.store(true, Ordering::Relaxed);
-        writer.join().expect("nothing is lost");
-    });
-}
-
 #[test]
 fn calls_and_accesses_see_the_same() {
     let cluster = Cluster::start(1);
@@ -406,68 +335,6 @@ fn calls_and_accesses_see_the_same() {
     assert!(matches!(space.set_budget(MIB), Err(MapError::Invalid(_))));
 }
 
-#[test]
-fn containers_in_external_memory() {
-    use allocator_api2::vec::Vec as Array;
-    let cluster = Cluster::start(1);
-    cluster.ok(&["alloc", "create", "v", "--size", "256MiB"]);
-    let (_attachment, volume) = attached(&cluster, "v", None);
-    let space = Space::open(volume, &options(4 * MIB, Faults::Inline, 0)).expect("a space");
-    let free = space.free_bytes();
-    let heap = space.allocator();
-    let mut array: Array<u64, _> = Array::new_in(heap.clone());
-    array.extend(0..4_000_000_u64);
-    assert!(array.iter().copied().eq(0..4_000_000));
-    assert_eq!(array.iter().sum::<u64>(), 4_000_000 * 3_999_999 / 2);
-    let mut small: Vec<Array<u8, _>> = Vec::new();
-    for len in 0..2_000_usize {
-        let mut one = Array::with_capacity_in(len, heap.clone());
-        one.resize(len, len as u8);
-        small.push(one);
-        if len % 3 == 0 {
-            small.swap_remove(len / 5 % small.len());
-        }
-    }
-    assert!(small.iter().all(|one| one.iter().all(|byte| *byte == one.len() as u8)));
-    drop((array, small));
-    assert!(space.free_bytes() > free - 2 * MIB, "all but a pool of each length is back");
-    drop(heap);
-    assert_eq!(space.free_bytes(), free);
-}
-
-#[test]
-fn what_cannot_be() {
-    let cluster = Cluster::start(1);
-    cluster.ok(&["alloc", "create", "v", "--size", "64MiB"]);
-    let (attachment, volume) = attached(&cluster, "v", None);
-    let refused = |options: SpaceOptions| {
-        Space::open(volume.clone(), &options).err().expect("it is refused").to_string()
-    };
-    let line = refused(options(0, Faults::Inline, 0));
-    assert!(line.contains("too small") && line.contains("at least"), "{line}");
-    assert!(refused(options(MIB, Faults::Handled(0), 0)).contains("one or more"));
-    assert!(refused(options(MIB, Faults::Inline, 65 * MIB)).contains("67108864 bytes"));
-    assert!(refused(options(MIB, Faults::Inline, 4096)).contains("2 MiB"));
-    let space = Space::open(volume.clone(), &options(MIB, Faults::Inline, 32 * MIB)).expect("a space");
-    let one = space.map(0..MIB, Access::ReadWrite).expect("a range");
-    let line = space.map(4096..2 * MIB, Access::ReadWrite).err().expect("it overlaps").to_string();
-    assert!(line.contains("mapped already"), "{line}");
-    let line = space.map(0..33 * MIB, Access::ReadWrite).err().expect("it is too long").to_string();
-    assert!(line.contains("larger allocation"), "{line}");
-    assert!(matches!(space.map(1..4096, Access::ReadOnly), Err(MapError::Unaligned(1))));
-    assert!(matches!(space.carve(33 * MIB), Err(MapError::Slab(_))));
-    assert!(matches!(one.advise(0..2 * MIB as usize, Advice::Random), Err(MapError::Range { .. })));
-    drop(one);
-    space.map(4096..2 * MIB, Access::ReadWrite).expect("it is free again");
-    // Somebody else's.
-    let mut other =
-        AttachOptions::new(cluster.allocator_url().parse().expect("a URL"), "v".parse().expect("a name"));
-    let line = Attachment::attach(&other).err().expect("it is somebody's").to_string();
-    assert!(line.contains("force"), "{line}");
-    other.client = Some(attachment.client());
-    Attachment::attach(&other).expect("it is its own");
-}
-
 /// What a program sees whose memory is lost: calls fail, and an access is a SIGBUS, which goes to the handler that
 /// was there before.
 fn program_whose_memory_is_lost(url: &str, faults: Faults) {
@@ -479,7 +346,7 @@ fn program_whose_memory_is_lost(url: &str, faults: Faults) {
         // SAFETY: the handler does nothing but to end the process.
         unsafe { libc::signal(libc::SIGBUS, on_sigbus as *const () as usize) };
     }
-    let mut to_attach = AttachOptions::new(url.parse().expect("a URL"), "v".parse().expect("a name"));
+    let mut to_attach = attach_options(url, "v");
     // In memory that is shared with it, what a killed appliance had is there until that is noticed.
     to_attach.transport = Some(TransportKind::NbdTcp);
     let (_attachment, volume) = Attachment::attach(&to_attach).expect("it can be attached");
@@ -508,14 +375,8 @@ fn in_a_process_of_its_own() {
 fn loses_its_memory(inline: bool) {
     let mut cluster = Cluster::start(1);
     cluster.ok(&["alloc", "create", "v", "--size", "64MiB"]);
-    let mut command = Command::new(std::env::current_exe().expect("this program"));
-    command.args(["--exact", "in_a_process_of_its_own", "--ignored", "--nocapture"]);
-    command.env("XPM_TEST_ALLOCATOR", cluster.allocator_url()).stdin(Stdio::piped()).stdout(Stdio::piped());
-    if inline {
-        command.env("XPM_TEST_INLINE", "1");
-    }
-    let mut program = command.spawn().expect("it can be started");
-    let mut lines = BufReader::new(program.stdout.take().expect("its output")).lines().map_while(Result::ok);
+    let faults: &[_] = if inline { &[("XPM_TEST_INLINE", "1")] } else { &[] };
+    let (mut program, mut lines) = in_own_process(&cluster, "in_a_process_of_its_own", faults);
     lines.find(|line| line.ends_with("ready")).expect("it comes so far");
     cluster.restart_appliance(0);
     cluster.wait_up();

@@ -4,6 +4,7 @@ mod bench;
 mod demo;
 mod lab;
 mod package;
+mod sanitize;
 mod setup;
 mod test;
 mod util;
@@ -31,6 +32,8 @@ enum Command {
     Lab(lab::Args),
     /// Build everything, run all tests, then the lab.
     Test(test::Args),
+    /// Run the libraries' unit tests, and end-to-end tests of what has unsafe code, under AddressSanitizer; builds everything once more.
+    Sanitize(sanitize::Args),
     /// Make Debian packages of everything.
     Package(package::Args),
     /// Measure xpm and its peers in the same run, and print ratios.
@@ -55,6 +58,7 @@ fn run(command: Command) -> Result<bool> {
         Command::Demo(args) => demo::main(&args),
         Command::Lab(args) => lab::main(&args),
         Command::Test(args) => test::main(&args),
+        Command::Sanitize(args) => sanitize::main(&args),
         Command::Package(args) => package::main(&args),
         Command::Bench(args) => bench::main(&args),
     }

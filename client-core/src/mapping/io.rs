@@ -6,6 +6,7 @@ use std::io;
 use rustix::event::{PollFd, PollFlags, poll};
 use xpm_transport::io::{Completion, IoBuf, IoError, Kind, Operation};
 
+use super::error::MapError;
 use super::pager::{Shared, Source, count, runs};
 use super::pages::{Claim, DIRTY, MARK, PINNED, POISONED, Residency, State, TOUCHED, WRITTEN};
 use super::prefetch::Ahead;
@@ -17,18 +18,28 @@ const RUN: usize = 64;
 /// Operations on their way.
 pub(super) const DEPTH: usize = 4;
 
-/// Copies what pages hold that are the caller's, one behind the other.
-fn read(window: &Window, pages: &[(u32, State)], to: IoBuf) {
-    let mut at = 0;
+/// Copies what pages hold that are the caller's, one behind the other. Gives back those that are gone.
+fn read(window: &Window, pages: &[(u32, State)], to: IoBuf) -> Vec<u32> {
+    let (mut at, mut gone) = (0, Vec::new());
     for run in pages.chunk_by(|(_, one), (_, other)| one.residency() == other.residency()) {
         let (first, state) = run[0];
         let part = to.part(at, run.len() * PAGE);
         match state.residency() {
-            Residency::Mapped => window.read(first, part),
+            Residency::Mapped => {
+                let known = run.iter().any(|(_, state)| state.has(POISONED));
+                if known || !window.read(first, part) {
+                    let is_gone = |(index, (page, state)): (usize, &(u32, State))| {
+                        let gone = state.has(POISONED) || !window.read(*page, part.part(index * PAGE, PAGE));
+                        gone.then_some(*page)
+                    };
+                    gone.extend(run.iter().enumerate().filter_map(is_gone));
+                }
+            }
             _ => window.shelved(first, run.len() as u32).copy_to(part),
         }
         at += part.len();
     }
+    gone
 }
 
 /// One call at a time uses it.
@@ -70,7 +81,7 @@ impl Io {
     }
 
     /// Writes what was changed of these pages, and makes it durable as far as the appliances are.
-    pub(super) fn flush(&mut self, first: u32, pages: u32) -> Result<(), IoError> {
+    pub(super) fn flush(&mut self, first: u32, pages: u32) -> Result<(), MapError> {
         let pager = self.pager.clone();
         let mut batch: Vec<(u32, State)> = Vec::with_capacity(RUN);
         let mut failed = Ok(());
@@ -96,20 +107,21 @@ impl Io {
             }
         }
         failed = failed.and(self.write_back(&mut batch));
-        failed.and_then(|()| self.carry_out(Kind::Flush, 0, 0, None))
+        failed?;
+        Ok(self.carry_out(Kind::Flush, 0, 0, None)?)
     }
 
     /// Writes pages that are the caller's, one behind the other, and gives them back.
-    fn write_back(&mut self, batch: &mut Vec<(u32, State)>) -> Result<(), IoError> {
+    fn write_back(&mut self, batch: &mut Vec<(u32, State)>) -> Result<(), MapError> {
         let Some((first, _)) = batch.first().copied() else { return Ok(()) };
         let pager = self.pager.clone();
         // Those that can be seen may change meanwhile: what is written is what the digest is of.
         let copy = self.staging.all().part(0, batch.len() * PAGE);
-        read(&pager.window, batch, copy);
+        let gone = read(&pager.window, batch, copy);
         let digests: Vec<u64> =
             (0..batch.len()).map(|index| pager.digest_of(copy.part(index * PAGE, PAGE))).collect();
         let changed = |(index, (page, state)): (usize, &(u32, State))| {
-            state.has(DIRTY) || digests[index] != pager.pages.stamp(*page)
+            !gone.contains(page) && (state.has(DIRTY) || digests[index] != pager.pages.stamp(*page))
         };
         let changed: Vec<u32> = batch
             .iter()
@@ -117,7 +129,7 @@ impl Io {
             .filter(|one| changed((one.0, one.1)))
             .map(|(_, (page, _))| *page)
             .collect();
-        let mut result = Ok(());
+        let mut result = gone.first().map_or(Ok(()), |page| Err(MapError::Gone(*page)));
         for (start, run) in runs(&changed, RUN as u32) {
             let buf = copy.part((start - first) as usize * PAGE, run as usize * PAGE);
             let done =
@@ -134,18 +146,18 @@ impl Io {
                     Err(_) => pager.release(page, state.residency(), DIRTY, 0),
                 }
             }
-            result = result.and(done);
+            result = result.and(done.map_err(MapError::from));
         }
         for (page, state) in batch.drain(..) {
             if changed.binary_search(&page).is_err() {
-                pager.release(page, state.residency(), 0, 0);
+                pager.release(page, state.residency(), if gone.contains(&page) { POISONED } else { 0 }, 0);
             }
         }
         result
     }
 
     /// Asks for pages, without waiting for them.
-    pub(super) fn will_need(&mut self, first: u32, pages: u32) -> Result<(), IoError> {
+    pub(super) fn will_need(&mut self, first: u32, pages: u32) -> Result<(), MapError> {
         let mut first = first;
         let end = first + pages;
         while first < end {
@@ -166,7 +178,7 @@ impl Io {
     }
 
     /// Takes pages out of local memory, what was changed written first.
-    pub(super) fn dont_need(&mut self, first: u32, pages: u32) -> Result<(), IoError> {
+    pub(super) fn dont_need(&mut self, first: u32, pages: u32) -> Result<(), MapError> {
         self.flush(first, pages)?;
         let pager = self.pager.clone();
         let idle = |state: State| {
@@ -231,10 +243,25 @@ impl Io {
         self.carry_out(Kind::Trim, offset, len, None)
     }
 
-    /// Forgets pages of a slab that nobody uses any more.
-    pub(super) fn forget(&mut self, first: u32, pages: u32) {
+    /// Makes pages of a slab zeros that somebody may use meanwhile.
+    pub(super) fn clear(&mut self, first: u32, pages: u32) {
+        if !self.forget(first, pages) {
+            return;
+        }
+        // What was written again before external memory was made zeros may have been taken there, and back, before that.
         let pager = self.pager.clone();
-        let written = pager.pages.any_written(first..first + pages);
+        for page in first..first + pages {
+            if pager.pages.state(page).residency() != Residency::Absent {
+                let residency = pager.claim(page).residency();
+                pager.release(page, residency, if residency == Residency::Absent { 0 } else { DIRTY }, 0);
+            }
+        }
+    }
+
+    /// Forgets pages of a slab that nobody uses any more. Whether external memory had any of them.
+    pub(super) fn forget(&mut self, first: u32, pages: u32) -> bool {
+        let pager = self.pager.clone();
+        let mut written = false;
         let mut local: Vec<u32> = Vec::with_capacity(RUN);
         for page in first..first + pages {
             let known = pager.pages.state(page);
@@ -242,6 +269,8 @@ impl Io {
                 continue;
             }
             let state = pager.claim(page);
+            // Also what was being written just now.
+            written |= state.has(WRITTEN);
             if state.residency() == Residency::Absent {
                 if state.has(POISONED) {
                     pager.window.heal(page);
@@ -260,6 +289,68 @@ impl Io {
             // What cannot be given back now is given back with the allocation.
             let _ = self.trim(first, pages);
         }
+        written
+    }
+
+    /// Copies what pages of a slab hold to those of another one, by way of the staging memory: what is not in local memory takes no room
+    /// there. Nobody uses either meanwhile, and the other one has held nothing but zeros so far.
+    pub(super) fn transfer(&mut self, from: u32, to: u32, pages: u32) -> Result<(), MapError> {
+        let pager = self.pager.clone();
+        let mut at = 0;
+        while at < pages {
+            let count = (pages - at).min(RUN as u32);
+            let claimed: Vec<(u32, State)> =
+                (from + at..from + at + count).map(|page| (page, pager.claim(page))).collect();
+            let place = |(page, state): (u32, State)| match state.residency() {
+                Residency::Absent => Some(pager.source(page, state)),
+                _ => None,
+            };
+            let mut result = Ok(());
+            for alike in claimed.chunk_by(|one, other| match (place(*one), place(*other)) {
+                (Some(Source::At(here)), Some(Source::At(next))) => next == here + 1,
+                (one, other) => one == other,
+            }) {
+                if result.is_ok() {
+                    let there = to + (alike[0].0 - from);
+                    result = self.copy_out(alike, place(alike[0]), there);
+                }
+            }
+            claimed.iter().for_each(|(page, state)| pager.release(*page, state.residency(), 0, 0));
+            result?;
+            at += count;
+        }
+        pager.wake_starving();
+        Ok(())
+    }
+
+    /// Writes what pages hold that are the caller's, and all of which are in one place, to others that nobody uses.
+    fn copy_out(&mut self, from: &[(u32, State)], place: Option<Source>, to: u32) -> Result<(), MapError> {
+        let len = from.len() * PAGE;
+        let buf = self.staging.all().part(0, len);
+        match place {
+            // As it is there, too.
+            Some(Source::Zeros) => return Ok(()),
+            Some(Source::At(at)) => {
+                self.carry_out(Kind::Read, u64::from(at) * PAGE as u64, len as u64, Some(buf))?;
+            }
+            None => {
+                if let Some(page) = read(&self.pager.window, from, buf).first() {
+                    return Err(MapError::Gone(*page));
+                }
+            }
+        }
+        self.carry_out(Kind::Write, u64::from(to) * PAGE as u64, len as u64, Some(buf))?;
+        let pager = &self.pager;
+        for page in to..to + from.len() as u32 {
+            // Zeros that were brought ahead of need.
+            if pager.claim(page).residency() != Residency::Absent {
+                pager.window.discard(page, 1);
+                pager.room.give(1);
+            }
+            pager.pages.set_stamp(page, 0);
+            pager.release(page, Residency::Absent, WRITTEN, TOUCHED | DIRTY | MARK);
+        }
+        Ok(())
     }
 
     /// Pages that are the caller's, one behind the other, are in local memory no more.
@@ -288,14 +379,18 @@ impl Io {
         for page in first..first + pages {
             if self.pager.pages.state(page).has(POISONED) {
                 let state = self.pager.claim(page);
-                self.pager.window.heal(page);
-                self.pager.release(page, state.residency(), 0, POISONED);
+                // What the program threw away stays so: there would be old bytes.
+                let clear = if state.residency() == Residency::Absent { POISONED } else { 0 };
+                if clear != 0 {
+                    self.pager.window.heal(page);
+                }
+                self.pager.release(page, state.residency(), 0, clear);
             }
         }
     }
 
     /// Brings pages, and keeps them. They are pinned one by one: each is there when it is.
-    pub(super) fn pin(&mut self, first: u32, pages: u32) -> Result<(), IoError> {
+    pub(super) fn pin(&mut self, first: u32, pages: u32) -> Result<(), MapError> {
         let pager = self.pager.clone();
         let mut marked = Vec::new();
         for page in first..first + pages {
@@ -306,9 +401,12 @@ impl Io {
                 let state = pager.claim(page);
                 if state.residency() != Residency::Absent {
                     // System calls may use it, also where they must not find it missing.
-                    match state.residency() {
-                        Residency::Shelved => pager.window.show(page, 1),
-                        _ => pager.window.settle(page),
+                    if state.residency() == Residency::Shelved {
+                        pager.window.show(page, 1);
+                    } else if state.has(POISONED) || !pager.window.settle(page) {
+                        pager.release(page, Residency::Mapped, POISONED, 0);
+                        marked.iter().for_each(|page| _ = pager.pages.mark(*page, 0, PINNED));
+                        return Err(MapError::Gone(page));
                     }
                     pager.release(page, Residency::Mapped, 0, 0);
                     break;
@@ -318,6 +416,10 @@ impl Io {
                     pager.evictor.ring();
                     pager.room.wait();
                     continue;
+                }
+                if state.has(POISONED) {
+                    // Looks once more.
+                    pager.window.heal(page);
                 }
                 match pager.source(page, state) {
                     Source::Zeros => pager.put_zeros(page, 1, false),
@@ -329,10 +431,11 @@ impl Io {
                             pager.release(page, Residency::Absent, 0, 0);
                             pager.room.give(1);
                             marked.iter().for_each(|page| _ = pager.pages.mark(*page, 0, PINNED));
-                            return Err(error);
+                            return Err(error.into());
                         }
                         let left = pager.comes(page, buf, false);
                         pager.window.fill(page, buf);
+                        pager.pages.mark(page, 0, POISONED);
                         pager.is_here(page, false, false, left);
                     }
                 }
@@ -342,7 +445,7 @@ impl Io {
     }
 
     /// Copies bytes from `offset` of the window.
-    pub(super) fn get(&mut self, offset: usize, buf: &mut [u8]) -> Result<(), IoError> {
+    pub(super) fn get(&mut self, offset: usize, buf: &mut [u8]) -> Result<(), MapError> {
         let mut rest = buf;
         let mut offset = offset;
         while !rest.is_empty() {
@@ -363,7 +466,7 @@ impl Io {
     }
 
     /// Copies bytes to `offset` of the window.
-    pub(super) fn put(&mut self, offset: usize, bytes: &[u8]) -> Result<(), IoError> {
+    pub(super) fn put(&mut self, offset: usize, bytes: &[u8]) -> Result<(), MapError> {
         let mut rest = bytes;
         let mut offset = offset;
         while !rest.is_empty() {
@@ -372,7 +475,13 @@ impl Io {
             self.with_page(page, |io, state| {
                 if state.residency() != Residency::Absent {
                     match state.residency() {
-                        Residency::Mapped => io.pager.window.write(page, within, part),
+                        Residency::Mapped
+                            if state.has(POISONED) || !io.pager.window.write(page, within, part) =>
+                        {
+                            io.pager.pages.mark(page, POISONED, 0);
+                            return Err(MapError::Gone(page));
+                        }
+                        Residency::Mapped => {}
                         _ => io.pager.window.shelved(page, 1).part(within, part.len()).copy_from_slice(part),
                     }
                     return Ok(None);
@@ -383,6 +492,10 @@ impl Io {
                 }
                 buf.part(within, part.len()).copy_from_slice(part);
                 io.carry_out(Kind::Write, u64::from(page) * PAGE as u64, PAGE as u64, Some(buf))?;
+                if state.has(POISONED) {
+                    io.pager.window.heal(page);
+                    io.pager.pages.mark(page, 0, POISONED);
+                }
                 Ok(Some(WRITTEN))
             })?;
             rest = behind;
@@ -393,12 +506,15 @@ impl Io {
 
     /// The content of a page that is the caller's; none where it is zeros. That of an absent one is in the
     /// staging memory.
-    fn content_of(&mut self, page: u32, state: State) -> Result<Option<IoBuf>, IoError> {
+    fn content_of(&mut self, page: u32, state: State) -> Result<Option<IoBuf>, MapError> {
         match state.residency() {
             Residency::Absent => {}
             Residency::Mapped => {
                 let buf = self.staging.all().part(0, PAGE);
-                self.pager.window.read(page, buf);
+                if state.has(POISONED) || !self.pager.window.read(page, buf) {
+                    self.pager.pages.mark(page, POISONED, 0);
+                    return Err(MapError::Gone(page));
+                }
                 return Ok(Some(buf));
             }
             _ => return Ok(Some(self.pager.window.shelved(page, 1))),
@@ -416,12 +532,13 @@ impl Io {
     fn with_page(
         &mut self,
         page: u32,
-        act: impl FnOnce(&mut Io, State) -> Result<Option<u32>, IoError>,
-    ) -> Result<(), IoError> {
+        act: impl FnOnce(&mut Io, State) -> Result<Option<u32>, MapError>,
+    ) -> Result<(), MapError> {
         let pager = self.pager.clone();
         let state = pager.claim(page);
         let done = act(self, state);
-        pager.release(page, state.residency(), done.unwrap_or(None).unwrap_or(0), 0);
+        let set = done.as_ref().map_or(0, |set| set.unwrap_or(0));
+        pager.release(page, state.residency(), set, 0);
         done.map(|_| ())
     }
 }

@@ -10,8 +10,9 @@ use xpm_control::client::ClientError;
 use xpm_protocol::api::allocator::{NAMED_SLAB_LEN_MIN, SlabMap, SlabPlace};
 use xpm_protocol::{ByteSize, Name};
 
+use super::carver::Carver;
 use super::window::PAGE;
-use super::{Access, Carver, MapError, Mapping, Space};
+use super::{Access, MapError, Mapping, Space};
 use crate::attach::{AttachError, Attachment, block_on};
 use crate::owner::{Owner, is_final};
 use crate::slab::{Slab, SlabError};

@@ -252,9 +252,11 @@ impl Pager {
             Residency::Absent => self.absent(page, write, state),
             _ => {
                 let shelved = state.residency() == Residency::Shelved;
-                match shelved {
-                    true => self.window.show(page, 1),
-                    false => self.window.settle(page),
+                if shelved {
+                    self.window.show(page, 1);
+                } else if state.has(POISONED) || !self.window.settle(page) {
+                    self.release(page, Residency::Mapped, POISONED, 0);
+                    return Local::Poisoned;
                 }
                 let touched = if shelved { TOUCHED } else { 0 };
                 let dirty = if write && shelved { DIRTY } else { 0 };

@@ -3,9 +3,7 @@
 //! **Who may change what.** Whoever turns a page's residency to [`Residency::Busy`] has it to itself until it
 //! turns it to something else; only then may its content, its place in the window, and its stamp change.
 //! Who finds a page busy marks it as waited for, and is woken by the one who has it. Nobody has one page and
-//! waits for another.
-
-use std::ops::Range;
+//! waits for another, but for calls (`io.rs`), of which there is one at a time.
 
 use super::sync::{AtomicU32, AtomicU64, Ordering};
 
@@ -168,11 +166,6 @@ impl Pages {
     /// The word, for those who wait until it changes.
     pub(super) fn word(&self, page: u32) -> &AtomicU32 {
         &self.states[page as usize]
-    }
-
-    /// Pages of a range whose content external memory has.
-    pub(super) fn any_written(&self, range: Range<u32>) -> bool {
-        range.into_iter().any(|page| self.state(page).has(WRITTEN))
     }
 }
 

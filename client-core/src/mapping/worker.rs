@@ -9,7 +9,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use super::fetch::{Fate, Fetcher};
 use super::pager::count;
 use super::prefetch::Ahead;
-use super::uffd::Fault;
+use super::uffd::{Fault, Refused};
 
 /// How long it looks for something to do before it sleeps: about what waking it costs.
 const SPIN: Duration = Duration::from_micros(50);
@@ -90,7 +90,9 @@ fn serve(fetcher: &mut Fetcher, page: u32, write: bool, sick: &mut Vec<(u32, boo
         let pager = &fetcher.pager;
         let address = pager.window.address_of(page);
         count(&pager.tallies.errors, 1);
-        if pager.window.uffd.poison(address, super::window::PAGE).is_err() {
+        let poisoned = pager.window.uffd.poison(address, super::window::PAGE);
+        // It may be so already.
+        if !matches!(poisoned, Ok(()) | Err(Refused::Exists)) {
             pager.pages.mark(page, 0, super::pages::POISONED);
             sick.push((page, write));
         }

@@ -19,7 +19,8 @@ use std::sync::atomic::{AtomicU32, AtomicU64};
 
 use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, ftruncate, memfd_create};
 use rustix::mm::{
-    Advice, MapFlags, MprotectFlags, ProtFlags, madvise, mmap, mmap_anonymous, mprotect, munmap,
+    Advice, MapFlags, MlockFlags, MprotectFlags, ProtFlags, madvise, mlock_with, mmap, mmap_anonymous,
+    mprotect, munmap,
 };
 use xpm_protocol::units::PAGE_LEN;
 use xpm_transport::IoBuf;
@@ -186,21 +187,31 @@ impl Window {
         unsafe { IoBuf::new(self.shelf.add(start), len) }
     }
 
-    /// Copies what pages in the window hold, which are the caller's. The program may write to them meanwhile.
-    pub(super) fn read(&self, first: u32, to: IoBuf) {
+    /// Copies what pages in the window hold, which are the caller's. The program may write to them meanwhile. False where one of them
+    /// is gone, as [`Window::settle`] has it.
+    #[must_use]
+    pub(super) fn read(&self, first: u32, to: IoBuf) -> bool {
         let count = (to.len() / PAGE) as u32;
         match &self.memory {
-            Memory::Private(private) => private.read(self.address_of(first), to),
-            Memory::Shared(_) => self.shelved(first, count).copy_to(to),
+            Memory::Private(private) => private.read(&self.uffd, self.address_of(first), to),
+            Memory::Shared(_) => {
+                self.shelved(first, count).copy_to(to);
+                true
+            }
         }
     }
 
-    /// Changes what a page in the window holds, which is the caller's.
-    pub(super) fn write(&self, page: u32, within: usize, bytes: &[u8]) {
+    /// Changes what a page in the window holds, which is the caller's. False where it is gone.
+    #[must_use]
+    pub(super) fn write(&self, page: u32, within: usize, bytes: &[u8]) -> bool {
         let (start, len) = self.bytes(page, 1);
+        if matches!(self.memory, Memory::Private(_)) && !self.settle(page) {
+            return false;
+        }
         let base = if matches!(self.memory, Memory::Private(_)) { self.window } else { self.shelf };
         // SAFETY: mapped as long as the window, and the page is there as long as it is the caller's.
         unsafe { IoBuf::new(base.add(start), len) }.part(within, bytes.len()).copy_from_slice(bytes);
+        true
     }
 
     /// Takes pages from the shelf to where the program sees them, and wakes who waits for them.
@@ -217,17 +228,21 @@ impl Window {
         }
     }
 
-    /// Makes sure that a page can be used that should be where the program sees it, and wakes who waits for it.
-    pub(super) fn settle(&self, page: u32) {
+    /// Makes sure that a page can be used that should be where the program sees it, and wakes who waits for it. False where it is gone: the
+    /// program threw it away by a call of its own. That is told once; from then on touching it is a SIGBUS, for zeros would be wrong.
+    #[must_use]
+    pub(super) fn settle(&self, page: u32) -> bool {
         match &self.memory {
             Memory::Private(_) => {
                 let _ = self.uffd.protect(self.address_of(page), PAGE, false);
-                // Refused where it is there. The program may have thrown it away by a call of its own, and is told so by a SIGBUS, for
-                // zeros would be wrong.
-                let _ = self.uffd.poison(self.address_of(page), PAGE);
+                // Refused where it is there.
+                self.uffd.poison(self.address_of(page), PAGE).is_err()
             }
             // The kernel may have swapped it.
-            Memory::Shared(_) => self.show(page, 1),
+            Memory::Shared(_) => {
+                self.show(page, 1);
+                true
+            }
         }
     }
 
@@ -337,6 +352,20 @@ fn map(len: usize, file: Option<&OwnedFd>) -> io::Result<NonNull<u8>> {
 fn unmap(address: NonNull<u8>, len: usize) {
     // SAFETY: mapped by `map`, and nobody uses it any more.
     unsafe { munmap(address.as_ptr().cast(), len) }.ok();
+}
+
+/// Locks a page as soon as there is one. False where the process may not.
+fn lock_when_used(page: &Staging) -> bool {
+    // SAFETY: mapped, and nobody's.
+    unsafe { mlock_with(page.address.as_ptr().cast(), page.len, MlockFlags::ONFAULT) }.is_ok()
+}
+
+/// Whether the program has locked a page of a window by mlock(2).
+fn is_locked(address: usize) -> bool {
+    // Says that it is not used much, of which the kernel will hear nothing where it is locked (`can_madv_lru_vma()` in mm/madvise.c).
+    // SAFETY: a page of a window; its content stays.
+    let told = unsafe { madvise(address as *mut std::ffi::c_void, PAGE, Advice::LinuxCold) };
+    told == Err(rustix::io::Errno::INVAL)
 }
 
 /// Takes pages out of the page table, those that the program has locked, too. False where the kernel does not do it (locked pages

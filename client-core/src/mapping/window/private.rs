@@ -1,8 +1,12 @@
 //! A window of anonymous memory: pages are moved from place to place, by UFFDIO_MOVE.
 //!
 //! A page is moved with what was last written to it, so nothing can be lost between. The kernel does not move what somebody
-//! has pinned (io_uring, O_DIRECT), which stays where it is; nor from or to memory of other protection, or that is locked on one side only: that
-//! is protected against writes, copied, and let go.
+//! has pinned (io_uring, O_DIRECT), which stays where it is; nor from or to memory of other protection, or that is locked on one side only. What is
+//! locked is moved by way of a page that is locked, too, so that the kernel sees whether somebody has pinned it. What may not be written to, and so
+//! is pinned by nobody who writes, is protected against writes that were allowed meanwhile, copied, and let go.
+//!
+//! What the kernel goes on reading without having pinned it (vmsplice, MSG_ZEROCOPY) nobody tells us: its memory is the next page's when it has left.
+//! `docs/mapping.md` forbids that.
 //!
 //! Source: mm/userfaultfd.c of Linux 6.12, validate_move_areas() and move_pages_pte().
 
@@ -16,7 +20,7 @@ use xpm_transport::IoBuf;
 
 use super::super::uffd::{Partly, Refused, Uffd};
 use super::blocks::{Block, Blocks};
-use super::{PAGE, dont_need};
+use super::{PAGE, Staging, dont_need, is_locked, lock_when_used};
 
 pub(super) struct Private {
     pub(super) blocks: Blocks,
@@ -24,6 +28,8 @@ pub(super) struct Private {
     filling: Mutex<Option<Block>>,
     /// All of this process: reading here finds pages that the program may not read, too.
     memory: File,
+    /// A page that is locked, where the process may lock one: what is locked comes by there. Missing when nobody has it.
+    lock: Option<Mutex<Staging>>,
 }
 
 impl Private {
@@ -38,7 +44,11 @@ impl Private {
         }
         let memory = File::open("/proc/self/mem")?;
         let blocks = Blocks::new(blocks, |address, len| uffd.register_private(address, len))?;
-        Ok(Private { blocks, filling: Mutex::new(None), memory })
+        let lock = Staging::new(PAGE)?;
+        uffd.register_private(lock.all().as_ptr() as usize, PAGE)?;
+        // Who may not lock has no locked pages, either.
+        let lock = lock_when_used(&lock).then(|| Mutex::new(lock));
+        Ok(Private { blocks, filling: Mutex::new(None), memory, lock })
     }
 
     /// Copies content to missing pages, and wakes who waits for them.
@@ -65,15 +75,24 @@ impl Private {
         }
     }
 
-    /// Copies from pages that are there.
-    pub(super) fn read(&self, from: usize, to: IoBuf) {
+    /// Copies from pages that are there. False where one is not: the program threw it away by a call of its own. Of several, one by one
+    /// tells which.
+    pub(super) fn read(&self, uffd: &Uffd, from: usize, to: IoBuf) -> bool {
         // SAFETY: mapped by the contract of `IoBuf::new`, and the caller's alone, so it may be a slice for this moment.
         let bytes = unsafe { std::slice::from_raw_parts_mut(to.as_ptr(), to.len()) };
-        if self.memory.read_exact_at(bytes, from as u64).is_err() {
-            let Some(from) = NonNull::new(from as *mut u8) else { return };
+        if self.memory.read_exact_at(bytes, from as u64).is_ok() {
+            return true;
+        }
+        if to.len() > PAGE {
+            return false;
+        }
+        // Touching what is not there would be a fault that waits for the caller, who has the page to itself.
+        let there = uffd.poison(from, PAGE).is_err();
+        if let Some(from) = NonNull::new(from as *mut u8).filter(|_| there) {
             // SAFETY: pages of the window, which are there as long as they are the caller's.
             unsafe { IoBuf::new(from, to.len()) }.copy_to(to);
         }
+        there
     }
 
     /// Moves pages from the shelf to the window.
@@ -96,7 +115,12 @@ impl Private {
         while at < len {
             let Err(Partly { done, why }) = uffd.move_pages(to + at, from + at, len - at) else { return len };
             at += done;
-            if why != Refused::Other(libc::EINVAL) || !self.take_out(uffd, from + at, to + at) {
+            let taken = why == Refused::Other(libc::EINVAL)
+                && match is_locked(from + at) {
+                    true => self.move_locked(uffd, from + at, to + at),
+                    false => self.take_out(uffd, from + at, to + at),
+                };
+            if !taken {
                 return at;
             }
             at += PAGE;
@@ -104,7 +128,24 @@ impl Private {
         len
     }
 
-    /// Takes one page to the shelf that cannot be moved.
+    /// Takes one page to the shelf that the program has locked.
+    fn move_locked(&self, uffd: &Uffd, from: usize, to: usize) -> bool {
+        let Some(lock) = &self.lock else { return false };
+        let lock = lock.lock().unwrap_or_else(PoisonError::into_inner);
+        let between = lock.all();
+        match uffd.move_pages(between.as_ptr() as usize, from, PAGE) {
+            Ok(()) => {
+                self.copy(uffd, to, between);
+                dont_need(between.as_ptr() as usize, PAGE);
+                true
+            }
+            // It is locked and may not be written to.
+            Err(Partly { why: Refused::Other(libc::EINVAL), .. }) => self.take_out(uffd, from, to),
+            Err(_) => false,
+        }
+    }
+
+    /// Takes one page to the shelf that is of another protection.
     fn take_out(&self, uffd: &Uffd, from: usize, to: usize) -> bool {
         if uffd.protect(from, PAGE, true).is_err() {
             return false;

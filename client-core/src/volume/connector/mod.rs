@@ -1,21 +1,19 @@
 //! The connector: one thread for each grant of a volume, which makes links when channels ask for them.
-//! Control plane: it may block, allocate and log.
+//! Control plane: it may block, allocate and log. `dial.rs` has how a link is made by each transport.
+
+mod dial;
 
 use std::io;
-use std::net::SocketAddr;
-use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use xpm_protocol::api::allocator::Grant;
 use xpm_protocol::api::blk::{LinkState, LinkStatus, TransportKind};
-use xpm_protocol::nbd::{ExportName, SessionTag};
 use xpm_protocol::units::Span;
 use xpm_protocol::{Epoch, HostId};
 use xpm_transport::link::Link;
-use xpm_transport::nbd::client::{ConnectError, NbdLink, Target};
-use xpm_transport::rdma::client::{self as rdma, RdmaLink};
-use xpm_transport::shm::client::{ShmGrant, ShmLink};
+use xpm_transport::nbd::client::ConnectError;
+use xpm_transport::shm::client::ShmGrant;
 
 use super::port::{Delivery, Port};
 
@@ -29,13 +27,6 @@ const PAUSE_MAX: Duration = Duration::from_secs(2);
 const PAUSE_LOST: Duration = Duration::from_secs(3);
 /// Shortest and longest time between two tries of a better transport than the one in use.
 const BETTER_AFTER: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(60));
-/// How long to wait for an appliance that is still registering the memory; the next transport is used
-/// meanwhile.
-const REGISTERING_MAX: Duration = Duration::from_secs(2);
-/// Longest time that one attempt by RDMA may take: there is another way to go.
-const RDMA_LIMIT: Duration = Duration::from_secs(2);
-/// Time between two questions whether it is done.
-const REGISTERING_PAUSE: Duration = Duration::from_millis(20);
 /// Stack of the thread, in bytes; a process that serves swap has all of it locked.
 const STACK_LEN: usize = 512 << 10;
 /// The queue of connections that only find out whether there is a way.
@@ -380,100 +371,6 @@ impl Work {
         self.worse = None;
         Err(failure)
     }
-
-    /// A link by this transport.
-    fn by(&mut self, transport: TransportKind, queue: u16) -> Result<Box<dyn Link>, ConnectError> {
-        match transport {
-            TransportKind::Shm => self.shm(),
-            TransportKind::Rdma => self.rdma(queue),
-            TransportKind::NbdUnix => self.unix(queue),
-            TransportKind::NbdTcp => Ok(Box::new(self.tcp(queue)?)),
-        }
-    }
-
-    fn shm(&mut self) -> Result<Box<dyn Link>, ConnectError> {
-        let grant = match self.shm.upgrade().filter(|grant| !grant.is_revoked()) {
-            Some(grant) => grant,
-            None => {
-                let path = needed(self.connector.grant.endpoints.shm.as_deref(), "shared memory")?;
-                xpm_transport::shm::client::connect(
-                    path,
-                    &self.connector.grant.key,
-                    self.connector.options.limit,
-                )?
-            }
-        };
-        self.shm = Arc::downgrade(&grant);
-        Ok(Box::new(ShmLink::new(grant, self.connector.options.depth)))
-    }
-
-    fn rdma(&mut self, queue: u16) -> Result<Box<dyn Link>, ConnectError> {
-        rdma::check_support().map_err(ConnectError::Unavailable)?;
-        let mut failure = ConnectError::Unreachable(io::Error::other("the appliance offers no RDMA"));
-        for address in self.connector.grant.endpoints.rdma.clone() {
-            match self.rdma_at(address, queue) {
-                Ok(link) => return Ok(Box::new(link)),
-                Err(ConnectError::UnknownExport) => return Err(ConnectError::UnknownExport),
-                Err(error) => failure = error,
-            }
-        }
-        Err(failure)
-    }
-
-    fn rdma_at(&mut self, address: SocketAddr, queue: u16) -> Result<RdmaLink, ConnectError> {
-        let start = Instant::now();
-        loop {
-            // First: it shuts out what the queue's earlier connections left behind.
-            let beside = self.tcp(queue)?;
-            let options = &self.connector.options;
-            let target = rdma::Target {
-                address,
-                key: &self.connector.grant.key,
-                epoch: options.epoch,
-                session: self.session(queue),
-                limit: options.limit.min(RDMA_LIMIT),
-                depth: options.depth,
-            };
-            match rdma::connect(&target, beside) {
-                Err(ConnectError::Unreachable(error))
-                    if error.kind() == io::ErrorKind::WouldBlock && start.elapsed() < REGISTERING_MAX =>
-                {
-                    std::thread::sleep(REGISTERING_PAUSE);
-                }
-                result => return result,
-            }
-        }
-    }
-
-    fn unix(&mut self, queue: u16) -> Result<Box<dyn Link>, ConnectError> {
-        let path = needed(self.connector.grant.endpoints.nbd_unix.as_deref(), "a unix socket")?;
-        Ok(Box::new(self.nbd(&Target::Unix(path.to_owned()), queue)?))
-    }
-
-    fn tcp(&mut self, queue: u16) -> Result<NbdLink, ConnectError> {
-        let mut failure = ConnectError::Unreachable(io::Error::other("the appliance says no TCP address"));
-        for address in self.connector.grant.endpoints.nbd.clone() {
-            match self.nbd(&Target::Tcp(address), queue) {
-                Ok(link) => return Ok(link),
-                Err(error) => failure = error,
-            }
-        }
-        Err(failure)
-    }
-
-    fn nbd(&mut self, target: &Target, queue: u16) -> Result<NbdLink, ConnectError> {
-        // Each connection is newer than all before it, so the appliance shuts those of this queue out.
-        self.generation = self.generation.wrapping_add(1);
-        let options = &self.connector.options;
-        let name = ExportName { key: self.connector.grant.key.clone(), session: Some(self.session(queue)) };
-        let connected = xpm_transport::nbd::client::connect(target, &name, options.limit)?;
-        NbdLink::new(connected, options.depth).map_err(ConnectError::Unreachable)
-    }
-
-    /// The session of a queue, with the generation of its newest connection.
-    fn session(&self, queue: u16) -> SessionTag {
-        SessionTag { id: self.connector.options.session, queue, generation: self.generation }
-    }
 }
 
 /// A link, by which transport it is, and why it is not a better one.
@@ -483,236 +380,5 @@ struct Made {
     reason: Option<String>,
 }
 
-fn needed<'a>(path: Option<&'a Path>, what: &str) -> Result<&'a Path, ConnectError> {
-    path.ok_or_else(|| ConnectError::Unreachable(io::Error::other(format!("the appliance offers no {what}"))))
-}
-
 #[cfg(test)]
-mod tests {
-    use std::net::TcpListener;
-
-    use xpm_protocol::api::appliance::Endpoints;
-    use xpm_protocol::nbd::{BlockSizes, ExportInfo, TransmissionFlags};
-    use xpm_protocol::{ApplianceId, GrantId, GrantKey};
-    use xpm_transport::io::{IoBuf, Operation};
-    use xpm_transport::nbd::server::{Exports, Listener, Opened, Server, ServerOptions};
-    use xpm_transport::store::{Posted, Store};
-
-    use super::super::port::Bell;
-    use super::*;
-
-    const LIMIT: Duration = Duration::from_secs(10);
-
-    /// An appliance of one export without memory, or of none.
-    struct Appliance(bool);
-
-    struct Nothing;
-
-    impl Store for Nothing {
-        fn is_direct(&self) -> bool {
-            false
-        }
-
-        fn direct(&mut self, _: u64, _: usize) -> Option<IoBuf> {
-            None
-        }
-
-        fn post(&mut self, _: Operation) -> Posted {
-            Posted::Done(Ok(()))
-        }
-    }
-
-    impl Exports for Appliance {
-        fn open(&self, name: &str) -> Option<Opened> {
-            let name: ExportName = name.parse().ok().filter(|_| self.0)?;
-            let flags = TransmissionFlags::HAS_FLAGS;
-            let info = ExportInfo { size: 1 << 24, flags, block: BlockSizes::DEFAULT, description: None };
-            Some(Opened { info, group: 1, session: name.session, store: Box::new(Nothing) })
-        }
-    }
-
-    struct Bed {
-        connector: Arc<Connector>,
-        ports: Vec<Arc<Port>>,
-        _appliance: (Server, Listener, tokio::runtime::Runtime),
-    }
-
-    impl Bed {
-        /// Some queues that want a link to an appliance, which says that it has RDMA too.
-        fn new(knows_grant: bool, transport: Option<TransportKind>, forbidden: Vec<TransportKind>) -> Bed {
-            let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
-            let handshakes = runtime.enter();
-            let server = Server::start(ServerOptions { loops: 1, ..ServerOptions::default() }).unwrap();
-            let socket = TcpListener::bind("127.0.0.1:0").unwrap();
-            let address = socket.local_addr().unwrap();
-            let listener = server.listen_tcp(socket, Arc::new(Appliance(knows_grant))).unwrap();
-            drop(handshakes);
-            let connector =
-                Connector::start(grant(vec![address]), options(None, transport, forbidden)).unwrap();
-            let bell = Arc::new(Bell::new().unwrap());
-            let ports: Vec<_> = (0..3).map(|queue| Arc::new(Port::new(queue, bell.clone()))).collect();
-            ports.iter().for_each(|port| connector.add(port.clone()));
-            Bed { connector, ports, _appliance: (server, listener, runtime) }
-        }
-
-        fn delivered(&self) -> Vec<Delivery> {
-            let start = Instant::now();
-            let one = |port: &Arc<Port>| loop {
-                if let Some(delivery) = port.take() {
-                    return delivery;
-                }
-                assert!(start.elapsed() < LIMIT, "nothing came for queue {}", port.queue);
-                std::thread::sleep(Duration::from_millis(1));
-            };
-            self.ports.iter().map(one).collect()
-        }
-    }
-
-    impl Drop for Bed {
-        fn drop(&mut self) {
-            self.connector.stop();
-        }
-    }
-
-    fn grant(nbd: Vec<SocketAddr>) -> Grant {
-        Grant {
-            id: GrantId::from_u128(1),
-            appliance: ApplianceId::from_u128(1),
-            appliance_name: "a1".parse().unwrap(),
-            endpoints: Endpoints {
-                host: HostId::from_u128(1),
-                nbd,
-                rdma: vec!["192.0.2.1:10810".parse().unwrap()],
-                nbd_unix: None,
-                shm: None,
-            },
-            key: GrantKey::from_bytes([1; 32]),
-            regions: 1,
-        }
-    }
-
-    fn options(
-        host: Option<HostId>,
-        transport: Option<TransportKind>,
-        forbidden: Vec<TransportKind>,
-    ) -> LinkOptions {
-        let limit = Duration::from_secs(2);
-        LinkOptions {
-            host,
-            epoch: Epoch(1),
-            transport,
-            forbidden,
-            limit,
-            depth: 4,
-            session: 1,
-            generation: 0,
-        }
-    }
-
-    #[test]
-    fn the_best_transport_that_can_be_comes_first() {
-        use TransportKind::{NbdTcp, NbdUnix, Rdma, Shm};
-        let choices = |host: u128, only, forbidden: &[TransportKind]| {
-            let options = options(Some(HostId::from_u128(host)), only, forbidden.to_vec());
-            Connector::idle(grant(Vec::new()), options).choices()
-        };
-        assert_eq!(choices(1, None, &[]), [Shm, Rdma, NbdUnix, NbdTcp]);
-        assert_eq!(choices(2, None, &[]), [Rdma, NbdTcp]);
-        assert_eq!(choices(2, None, &[Rdma]), [NbdTcp]);
-        assert_eq!(choices(1, None, &[Shm, NbdUnix]), [Rdma, NbdTcp]);
-        assert_eq!(choices(1, Some(NbdTcp), &[NbdTcp]), [NbdTcp], "what a device asks for wins");
-        let mut without = grant(Vec::new());
-        without.endpoints.rdma.clear();
-        assert_eq!(Connector::idle(without, options(None, None, Vec::new())).choices(), [NbdTcp]);
-    }
-
-    #[test]
-    fn every_queue_hears_that_the_grant_is_lost() {
-        let bed = Bed::new(false, None, vec![TransportKind::Rdma]);
-        assert!(bed.delivered().iter().all(|delivery| matches!(delivery, Delivery::Lost)));
-        assert_eq!(bed.connector.status().state, LinkState::Lost);
-    }
-
-    #[test]
-    fn a_worse_transport_says_why_it_is_used() {
-        let bed = Bed::new(true, None, Vec::new());
-        assert!(bed.delivered().iter().all(|delivery| matches!(delivery, Delivery::Link(_))));
-        let status = bed.connector.status();
-        assert_eq!((status.state, status.transport), (LinkState::Up, TransportKind::NbdTcp));
-        assert!(status.reason.is_some_and(|reason| reason.contains("rdma")));
-    }
-
-    #[test]
-    fn a_transport_that_is_forced_is_not_left() {
-        let bed = Bed::new(true, Some(TransportKind::Rdma), Vec::new());
-        let start = Instant::now();
-        while bed.connector.status().reason.is_none() {
-            assert!(start.elapsed() < LIMIT);
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        let status = bed.connector.status();
-        assert_eq!((status.state, status.transport), (LinkState::Connecting, TransportKind::Rdma));
-        assert!(bed.ports.iter().all(|port| port.take().is_none()));
-    }
-
-    /// An appliance that keeps who connected.
-    #[derive(Default)]
-    struct Recorder(Mutex<Vec<SessionTag>>);
-
-    impl Exports for Recorder {
-        fn open(&self, name: &str) -> Option<Opened> {
-            let session = name.parse::<ExportName>().ok()?.session;
-            self.0.lock().unwrap().extend(session);
-            Appliance(true).open(name)
-        }
-    }
-
-    #[test]
-    fn a_queue_that_has_a_number_shuts_out_those_of_earlier_lives() {
-        use super::super::{Volume, VolumeOptions};
-        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
-        let _handshakes = runtime.enter();
-        let server = Server::start(ServerOptions { loops: 1, ..ServerOptions::default() }).unwrap();
-        let socket = TcpListener::bind("127.0.0.1:0").unwrap();
-        let mut map = super::super::tests::map(xpm_protocol::Layout::Linear, 1, 1, 1 << 24);
-        map.grants[0].endpoints.nbd = vec![socket.local_addr().unwrap()];
-        let seen = Arc::new(Recorder::default());
-        let _listener = server.listen_tcp(socket, seen.clone()).unwrap();
-        let open = |generation| {
-            let options = VolumeOptions {
-                hold: xpm_protocol::api::blk::Hold::Forever,
-                transport: Some(TransportKind::NbdTcp),
-                forbidden: Vec::new(),
-                connect_limit: LIMIT,
-                depth: 4,
-                session: 7,
-                generation,
-                host: None,
-            };
-            Volume::open(&map, options).unwrap()
-        };
-        let generation = |count: usize| {
-            let start = Instant::now();
-            loop {
-                let seen = seen.0.lock().unwrap();
-                let numbered: Vec<_> = seen.iter().filter(|tag| (tag.id, tag.queue) == (7, 0x8003)).collect();
-                if numbered.len() >= count {
-                    return numbered[count - 1].generation;
-                }
-                assert!(start.elapsed() < LIMIT, "{seen:?}");
-                drop(seen);
-                std::thread::sleep(Duration::from_millis(1));
-            }
-        };
-        let (first, second) = (open(100), open(200));
-        let channel = first.channel_of(3).unwrap();
-        let _other = first.channel().unwrap();
-        let before = generation(1);
-        assert!(before > 100);
-        let _next = second.channel_of(3).unwrap();
-        assert!(generation(2) > 200, "the next life's is newer");
-        drop(channel);
-        let _again = first.channel_of(3).unwrap();
-        assert!(generation(3) > before, "within a life the later one is newer");
-    }
-}
+mod tests;

@@ -1,0 +1,124 @@
+//! A link to the grant's appliance, by each transport.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use xpm_protocol::api::blk::TransportKind;
+use xpm_protocol::nbd::{ExportName, SessionTag};
+use xpm_transport::link::Link;
+use xpm_transport::nbd::client::{ConnectError, NbdLink, Target};
+use xpm_transport::rdma::client::{self as rdma, RdmaLink};
+use xpm_transport::shm::client::ShmLink;
+
+use super::Work;
+
+/// How long to wait for an appliance that is still registering the memory; the next transport is used
+/// meanwhile.
+const REGISTERING_MAX: Duration = Duration::from_secs(2);
+/// Longest time that one attempt by RDMA may take: there is another way to go.
+const RDMA_LIMIT: Duration = Duration::from_secs(2);
+/// Time between two questions whether it is done.
+const REGISTERING_PAUSE: Duration = Duration::from_millis(20);
+
+impl Work {
+    /// A link by this transport.
+    pub(super) fn by(&mut self, transport: TransportKind, queue: u16) -> Result<Box<dyn Link>, ConnectError> {
+        match transport {
+            TransportKind::Shm => self.shm(),
+            TransportKind::Rdma => self.rdma(queue),
+            TransportKind::NbdUnix => self.unix(queue),
+            TransportKind::NbdTcp => Ok(Box::new(self.tcp(queue)?)),
+        }
+    }
+
+    fn shm(&mut self) -> Result<Box<dyn Link>, ConnectError> {
+        let grant = match self.shm.upgrade().filter(|grant| !grant.is_revoked()) {
+            Some(grant) => grant,
+            None => {
+                let path = needed(self.connector.grant.endpoints.shm.as_deref(), "shared memory")?;
+                xpm_transport::shm::client::connect(
+                    path,
+                    &self.connector.grant.key,
+                    self.connector.options.limit,
+                )?
+            }
+        };
+        self.shm = Arc::downgrade(&grant);
+        Ok(Box::new(ShmLink::new(grant, self.connector.options.depth)))
+    }
+
+    fn rdma(&mut self, queue: u16) -> Result<Box<dyn Link>, ConnectError> {
+        rdma::check_support().map_err(ConnectError::Unavailable)?;
+        let mut failure = ConnectError::Unreachable(io::Error::other("the appliance offers no RDMA"));
+        for address in self.connector.grant.endpoints.rdma.clone() {
+            match self.rdma_at(address, queue) {
+                Ok(link) => return Ok(Box::new(link)),
+                Err(ConnectError::UnknownExport) => return Err(ConnectError::UnknownExport),
+                Err(error) => failure = error,
+            }
+        }
+        Err(failure)
+    }
+
+    fn rdma_at(&mut self, address: SocketAddr, queue: u16) -> Result<RdmaLink, ConnectError> {
+        let start = Instant::now();
+        loop {
+            // First: it shuts out what the queue's earlier connections left behind.
+            let beside = self.tcp(queue)?;
+            let options = &self.connector.options;
+            let target = rdma::Target {
+                address,
+                key: &self.connector.grant.key,
+                epoch: options.epoch,
+                session: self.session(queue),
+                limit: options.limit.min(RDMA_LIMIT),
+                depth: options.depth,
+            };
+            match rdma::connect(&target, beside) {
+                Err(ConnectError::Unreachable(error))
+                    if error.kind() == io::ErrorKind::WouldBlock && start.elapsed() < REGISTERING_MAX =>
+                {
+                    std::thread::sleep(REGISTERING_PAUSE);
+                }
+                result => return result,
+            }
+        }
+    }
+
+    fn unix(&mut self, queue: u16) -> Result<Box<dyn Link>, ConnectError> {
+        let path = needed(self.connector.grant.endpoints.nbd_unix.as_deref(), "a unix socket")?;
+        Ok(Box::new(self.nbd(&Target::Unix(path.to_owned()), queue)?))
+    }
+
+    fn tcp(&mut self, queue: u16) -> Result<NbdLink, ConnectError> {
+        let mut failure = ConnectError::Unreachable(io::Error::other("the appliance says no TCP address"));
+        for address in self.connector.grant.endpoints.nbd.clone() {
+            match self.nbd(&Target::Tcp(address), queue) {
+                Ok(link) => return Ok(link),
+                Err(error) => failure = error,
+            }
+        }
+        Err(failure)
+    }
+
+    fn nbd(&mut self, target: &Target, queue: u16) -> Result<NbdLink, ConnectError> {
+        // Each connection is newer than all before it, so the appliance shuts those of this queue out.
+        self.generation = self.generation.wrapping_add(1);
+        let options = &self.connector.options;
+        let name = ExportName { key: self.connector.grant.key.clone(), session: Some(self.session(queue)) };
+        let connected = xpm_transport::nbd::client::connect(target, &name, options.limit)?;
+        NbdLink::new(connected, options.depth).map_err(ConnectError::Unreachable)
+    }
+
+    /// The session of a queue, with the generation of its newest connection.
+    fn session(&self, queue: u16) -> SessionTag {
+        SessionTag { id: self.connector.options.session, queue, generation: self.generation }
+    }
+}
+
+fn needed<'a>(path: Option<&'a Path>, what: &str) -> Result<&'a Path, ConnectError> {
+    path.ok_or_else(|| ConnectError::Unreachable(io::Error::other(format!("the appliance offers no {what}"))))
+}
