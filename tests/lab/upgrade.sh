@@ -5,6 +5,8 @@
 
 rounds=$1
 
+# As systemd has it: what is unmounted here is so for an xpm-blk, too, that was started when it was mounted.
+mount --make-rshared /
 dmesg_start
 start_managed_blk
 wait_standby

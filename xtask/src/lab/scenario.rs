@@ -261,8 +261,6 @@ pub(crate) const ALL: &[Scenario] = &[
         group: "upgrade",
         script: "upgrade.sh",
         args: &["1"],
-        // Not in the default set before it was seen to pass to its end.
-        bench: true,
         ..BASE
     },
     Scenario {
@@ -274,7 +272,6 @@ pub(crate) const ALL: &[Scenario] = &[
     },
     Scenario {
         name: "nbd-direct-restart",
-        long: true,
         about: "the same, on the kernel's nbd connected to the appliance itself",
         script: "nbd-restart.sh",
         args: &["nbd-direct", "1"],
