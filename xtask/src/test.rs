@@ -1,5 +1,7 @@
 //! `cargo xtask test`: everything that can fail, in one go.
 
+use std::num::NonZero;
+use std::thread;
 use std::time::Instant;
 
 use anyhow::Result;
@@ -39,10 +41,22 @@ fn verdict(ok: bool) -> &'static str {
 /// Builds the workspace and runs its tests, with nextest when it is installed.
 fn cargo_tests() -> Result<bool> {
     let root = util::repository();
-    util::run(util::command("cargo").current_dir(&root).args(["build", "--workspace"]))?;
-    let words: &[&str] = match util::find_program("cargo-nextest") {
-        Some(_) => &["nextest", "run", "--workspace", "--no-fail-fast"],
-        None => &["test", "--workspace", "--no-fail-fast"],
-    };
-    Ok(util::command("cargo").current_dir(&root).args(words).status()?.success())
+    util::build(&util::target_dir()?, false)?;
+    let mut tests = util::command("cargo");
+    tests.current_dir(&root);
+    if util::find_program("cargo-nextest").is_some() {
+        // Many tests wait for daemons of theirs.
+        let threads = 2 * thread::available_parallelism().map_or(1, NonZero::get);
+        tests.args([
+            "nextest",
+            "run",
+            "--workspace",
+            "--no-fail-fast",
+            "--test-threads",
+            &threads.to_string(),
+        ]);
+    } else {
+        tests.args(["test", "--workspace", "--no-fail-fast"]);
+    }
+    Ok(tests.status()?.success())
 }

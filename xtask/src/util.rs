@@ -41,6 +41,21 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
     }
 }
 
+/// Builds all programs into a target directory: with all that the tests build, or, optimized, with all that benchmarks do. For
+/// any smaller set, dependencies would be built once more, with other features.
+pub(crate) fn build(target: &Path, release: bool) -> Result<()> {
+    let mut cargo = command("cargo");
+    cargo
+        .current_dir(repository())
+        .args(["build", "--locked", "--quiet", "--workspace", "--target-dir"])
+        .arg(target);
+    match release {
+        true => cargo.args(["--release", "--bins", "--lib", "--examples"]),
+        false => cargo.arg("--all-targets"),
+    };
+    run(&mut cargo)
+}
+
 /// Runs a command to its end and gives its standard output; an error, with what it wrote to
 /// standard error, when it fails.
 pub(crate) fn output(command: &mut Command) -> Result<String> {

@@ -67,22 +67,7 @@ pub(crate) fn main(args: &Args) -> Result<bool> {
 
 /// Builds the programs; the directory that they are in.
 fn build() -> Result<PathBuf> {
-    let mut cargo = util::command("cargo");
-    cargo.current_dir(util::repository()).args(["build", "--release", "--workspace", "--bins", "--lib"]);
-    util::run(&mut cargo)?;
-    for (package, example) in
-        [("xpm-client", "slab_bench"), ("xpm-client", "map_bench"), ("xpm-allocator", "allocator_bench")]
-    {
-        let mut cargo = util::command("cargo");
-        cargo.current_dir(util::repository()).args([
-            "build",
-            "--release",
-            "-p",
-            package,
-            "--example",
-            example,
-        ]);
-        util::run(&mut cargo)?;
-    }
-    Ok(util::target_dir()?.join("release"))
+    let target = util::target_dir()?;
+    util::build(&target, true)?;
+    Ok(target.join("release"))
 }

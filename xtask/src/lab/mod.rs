@@ -176,7 +176,7 @@ impl Lab {
         setup::run(setup::ALL)?;
         let target = util::target_dir()?;
         if scenarios.iter().any(|scenario| scenario.needs_programs) {
-            build(&target, args.release)?;
+            util::build(&target, args.release)?;
         }
         let cache = target.join("lab");
         let runs = cache.join("run");
@@ -315,17 +315,4 @@ impl Drop for Lab {
         // A file that is left here is only a waste of a few megabytes.
         let _ = fs::remove_file(&self.initramfs);
     }
-}
-
-/// Builds the programs under test into the target directory that this program comes from.
-fn build(target: &Path, release: bool) -> Result<()> {
-    let mut cargo = util::command("cargo");
-    cargo.current_dir(util::repository()).arg("build").arg("--quiet").arg("--target-dir").arg(target);
-    for package in package::crates().into_iter().chain(["xpm-tests"]) {
-        cargo.args(["--package", package]);
-    }
-    if release {
-        cargo.arg("--release");
-    }
-    util::run(&mut cargo)
 }

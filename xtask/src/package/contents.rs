@@ -78,17 +78,6 @@ impl Shared {
     }
 }
 
-/// The crates whose programs and libraries are in the packages.
-pub(crate) fn crates() -> Vec<&'static str> {
-    let mut crates = vec!["xpm-allocator", "xpm-appliance", "xpm-blk", "xpm", "xpm-c", "xpm-preload"];
-    crates.extend(has_swapd().then_some("xpm-swapd"));
-    crates
-}
-
-fn has_swapd() -> bool {
-    util::repository().join("xpm-swapd/Cargo.toml").is_file()
-}
-
 /// All packages.
 pub(crate) fn all(shared: &Shared) -> Result<Vec<Package>> {
     Ok(vec![client(shared)?, appliance(shared)?, allocator(shared)?, library(shared)?, development(shared)?])
@@ -106,9 +95,7 @@ fn client(shared: &Shared) -> Result<Package> {
     )?;
     package.add_program(shared, "xpm")?;
     package.add_daemon(shared, "xpm-blk")?;
-    if has_swapd() {
-        package.add_daemon(shared, "xpm-swapd")?;
-    }
+    package.add_daemon(shared, "xpm-swapd")?;
     package.add_units(&["xpm-blk", "xpm-swapd"])?;
     for rules in sorted(&util::repository().join("udev"))? {
         package.stage.copy(&rules, &format!("{RULES}/{}", name(&rules)))?;

@@ -11,10 +11,9 @@ mod units;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 
 use crate::{setup, util};
-pub(crate) use contents::crates;
 use deb::Version;
 
 /// Options of `cargo xtask package`.
@@ -48,7 +47,7 @@ pub(crate) fn main(args: &Args) -> Result<bool> {
     setup::run(setup::ALL)?;
     let target = util::target_dir()?;
     let release = args.profile == "release";
-    build(&target, release)?;
+    util::build(&target, release)?;
     let output = args.output.clone().unwrap_or_else(|| target.join("debian"));
     let programs = target.join(if release { "release" } else { "debug" });
     let packages = make(&programs, &args.version_suffix, &output, release)?;
@@ -74,20 +73,6 @@ pub(crate) fn lintian(packages: &[PathBuf]) -> Result<bool> {
     // Who is root may be told so; what is told is the packages' own.
     lintian.args(["--allow-root", "--tag-display-limit", "0", "--fail-on", "error"]).args(packages);
     Ok(lintian.status().context("cannot run lintian")?.success())
-}
-
-fn build(target: &Path, release: bool) -> Result<()> {
-    let mut cargo = util::command("cargo");
-    cargo.current_dir(util::repository()).args(["build", "--locked", "--quiet", "--target-dir"]).arg(target);
-    for package in contents::crates() {
-        cargo.args(["--package", package]);
-    }
-    if release {
-        cargo.arg("--release");
-    }
-    util::run(&mut cargo)?;
-    ensure!(target.is_dir(), "cargo left no {}", target.display());
-    Ok(())
 }
 
 #[cfg(test)]
