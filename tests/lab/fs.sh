@@ -2,7 +2,7 @@
 . "$LAB_SCRIPTS/lib.sh"
 
 MIB=$((1 << 20))
-FILE_MIB=64
+FILE_MIB=32
 
 # use_fs TYPE: makes a file system on $device, uses and checks it.
 use_fs() {

@@ -53,7 +53,7 @@ if [ "$form" = nbd-direct ]; then
     kill -STOP $stopped
 fi
 before=$(swapped_out)
-memhog 330 --seed "$RANDOM" --passes 1 --run 64
+memhog 260 --seed "$RANDOM" --passes 1 --run 64
 swapped=$(($(swapped_out) - before))
 [ -z "$stopped" ] || kill -CONT $stopped
 note "$swapped MiB were swapped out"

@@ -38,8 +38,11 @@ const BOOTS_MAX: usize = 2;
 /// Options of `cargo xtask lab`.
 #[derive(Debug, Default, clap::Args)]
 pub(crate) struct Args {
-    /// Scenarios to run; all tests when none is named.
+    /// Scenarios to run; all tests that are not long when none is named.
     scenarios: Vec<String>,
+    /// Run the long tests, too.
+    #[arg(long, conflicts_with = "scenarios")]
+    all: bool,
     /// Show the scenarios and do nothing.
     #[arg(long)]
     list: bool,
@@ -96,7 +99,7 @@ pub(crate) fn run_all(args: &Args) -> Result<Vec<Report>> {
     let names = match args.scenarios.is_empty() {
         true => scenario::ALL
             .iter()
-            .filter(|scenario| !scenario.bench && !scenario.long)
+            .filter(|scenario| !scenario.bench && (args.all || !scenario.long))
             .map(|scenario| scenario.name.to_owned())
             .collect(),
         false => args.scenarios.clone(),

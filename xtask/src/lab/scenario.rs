@@ -36,7 +36,7 @@ pub(crate) struct Scenario {
     pub(crate) bench: bool,
     /// Whether no other guest runs beside its own: what it tests has limits in time.
     pub(crate) alone: bool,
-    /// Whether it is the long form of another one; such a one runs only when it is named, too.
+    /// Whether it takes long, or others test much of the same; such a one runs only when it is named, or with `--all`.
     pub(crate) long: bool,
     /// Whether it runs programs of this project.
     pub(crate) needs_programs: bool,
@@ -120,13 +120,14 @@ pub(crate) const ALL: &[Scenario] = &[
     },
     Scenario {
         name: "swap-ublk",
-        about: "330 MB of patterned memory in a guest of 256 MB, swap on ublk",
+        about: "more patterned memory than a guest of 256 MB has, swap on ublk",
         script: "swap.sh",
         args: &["ublk"],
         ..SWAP
     },
     Scenario {
         name: "swap-nbd",
+        long: true,
         about: "the same, on the kernel's nbd served by xpm-blk",
         script: "swap.sh",
         args: &["nbd"],
@@ -148,6 +149,7 @@ pub(crate) const ALL: &[Scenario] = &[
     },
     Scenario {
         name: "tmpfs",
+        long: true,
         about: "a tmpfs larger than memory, whose pages go to swap",
         script: "tmpfs.sh",
         ..SWAP
@@ -211,6 +213,7 @@ pub(crate) const ALL: &[Scenario] = &[
     },
     Scenario {
         name: "appliance-restart",
+        long: true,
         about: "200 MB of swap on ublk, while the appliances that hold it and the allocator are killed and restarted",
         script: "appliance-restart.sh",
         args: &["ublk", "1"],
@@ -272,6 +275,7 @@ pub(crate) const ALL: &[Scenario] = &[
     },
     Scenario {
         name: "nbd-direct-restart",
+        long: true,
         about: "the same, on the kernel's nbd connected to the appliance itself",
         script: "nbd-restart.sh",
         args: &["nbd-direct", "1"],
@@ -310,6 +314,7 @@ pub(crate) const ALL: &[Scenario] = &[
     },
     Scenario {
         name: "rdma-exchange",
+        long: true,
         about: "no connection manager at the client, at both ends, at the appliances: connected over TCP",
         script: "rdma-exchange.sh",
         ..RDMA

@@ -32,6 +32,8 @@ pub(super) struct Direct {
     generation: AtomicU32,
     flags: TransmissionFlags,
     sockets: Mutex<Vec<Option<OwnedFd>>>,
+    /// Those before, which the kernel may not have let go of wholly.
+    replaced: Mutex<Vec<Option<OwnedFd>>>,
     link: Mutex<Link>,
     /// Sockets given to the kernel since the start.
     given: AtomicU64,
@@ -82,6 +84,7 @@ impl Direct {
             session,
             generation: AtomicU32::new(first_generation()),
             sockets: Mutex::new((0..queues).map(|_| None).collect()),
+            replaced: Mutex::new((0..queues).map(|_| None).collect()),
             given: AtomicU64::new(0),
         })
     }
@@ -158,7 +161,10 @@ impl Source for Direct {
     }
 
     fn socket(&self, queue: u16) -> Result<OwnedFd, DeviceError> {
-        self.sockets()[usize::from(queue)] = None;
+        if let Some(before) = self.sockets()[usize::from(queue)].take() {
+            // Closed with the next one only: see `Wiring::reconfigure`.
+            self.replaced.lock().unwrap_or_else(PoisonError::into_inner)[usize::from(queue)] = Some(before);
+        }
         let Connected { stream, .. } = self.connect(queue)?;
         // The driver sets its own time limit on each socket that it takes: that is how `dead`
         // knows a socket that it dropped.

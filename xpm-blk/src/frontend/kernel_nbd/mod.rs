@@ -16,6 +16,7 @@ mod watcher;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
 use std::time::Duration;
 
 use xpm_client::Volume;
@@ -61,8 +62,17 @@ struct Wiring {
     dead_timeout: Duration,
 }
 
+/// How long the kernel's receiver of a connection has to leave it when it has ended.
+const RECEIVER_LEAVES: Duration = Duration::from_millis(200);
+
 impl Wiring {
+    /// Gives the device sockets in place of dead ones.
+    ///
+    /// Linux 6.12 frees a socket that is replaced although its receiver may still wait there, when it was the sender who
+    /// found it dead (`nbd_reconnect_socket` in drivers/block/nbd.c), and follows a null pointer then. So the receiver,
+    /// which the end of the connection wakes, gets time to leave.
     fn reconfigure(&self, control: &mut NbdControl, sockets: &[BorrowedFd<'_>]) -> Result<(), DeviceError> {
+        thread::sleep(RECEIVER_LEAVES);
         let timeouts = (self.timeout, self.dead_timeout);
         control
             .reconfigure(self.index, &self.identifier, timeouts, sockets)
