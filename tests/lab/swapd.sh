@@ -131,8 +131,8 @@ note "$((3 * total)) MiB are filled, with $(status size) MiB of swap in $(status
 victim=$(status 'min((a for a in on if a["origin"] == "step"), key=lambda a: a["size"])["name"]')
 xpm swap drain "$victim" --no-wait >/dev/null
 xpm swap drain --stop
-wait_for 60 is "all(not a.get('leaving') for a in s['areas'])"
-# The kernel looks for signals between two processes only, so it may have been done before it was told to stop.
+# The kernel looks for signals between two processes only, so it may go on for as long as the whole takes.
+wait_for 300 is "all(not a.get('leaving') for a in s['areas'])"
 note "told to stay, $victim is still on: $(status "'$victim' in [a['name'] for a in on]")"
 victim=$(status 'min((a for a in on if a["origin"] == "step"), key=lambda a: a["size"])["name"]')
 used=$(status "[a['used'] >> 20 for a in on if a['name'] == '$victim'][0]")

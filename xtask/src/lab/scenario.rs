@@ -95,7 +95,7 @@ const SWAPD: Scenario = Scenario {
     memory_mib: 384,
     appliances: &["1GiB", "1GiB"],
     script: "swapd.sh",
-    seconds_max: 900,
+    seconds_max: 1800,
     long: true,
     ..BASE
 };
