@@ -67,9 +67,13 @@ note "$rounds kills: $passes passes over $HOG_MB MB found 0 bad pages; $swapped 
 [ $swapped -ge 150 ] || fail "that is too little for a test"
 note "$(cat /run/lab/gaps.log)"
 no_errors "$name"
-xpm swap drain --all
 kill "$swapd_pid"
 wait "$swapd_pid" || true
+(
+    echo -1000 >/proc/self/oom_score_adj
+    exec swapoff "$device"
+)
+detach "$name"
 stop_managed_blk
 dmesg_clean
 note "done"

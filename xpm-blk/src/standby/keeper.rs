@@ -32,6 +32,8 @@ use crate::watch::Watchdog;
 const PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 /// How long the end of this process may take once another one goes on.
 const END_LIMIT: Duration = Duration::from_secs(3);
+/// How many times as long as others somebody may be silent who is not ready yet.
+const FILLING: u32 = 8;
 
 /// What it is asked to do, and what it tells.
 pub(crate) struct Keeper {
@@ -254,6 +256,8 @@ impl Work {
         for who in [Who::Standby, Who::Successor] {
             let Some(peer) = self.peer(who) else { continue };
             peer.silent += 1;
+            // One that fills its memory may have to wait for swap, which this process serves.
+            let silence_max = if peer.ready.is_some() { silence_max } else { silence_max * FILLING };
             if peer.silent > silence_max {
                 self.lose(who, "it hangs");
             } else if peer.has_ended() {

@@ -260,6 +260,7 @@ pub(crate) const ALL: &[Scenario] = &[
     },
     Scenario {
         name: "upgrade",
+        long: true,
         about: "xpm-blk restarted and replaced in place, under swap and a mounted file system",
         group: "upgrade",
         script: "upgrade.sh",
