@@ -1,7 +1,5 @@
 //! `cargo xtask test`: everything that can fail, in one go.
 
-use std::num::NonZero;
-use std::thread;
 use std::time::Instant;
 
 use anyhow::Result;
@@ -44,19 +42,9 @@ fn cargo_tests() -> Result<bool> {
     util::build(&util::target_dir()?, false)?;
     let mut tests = util::command("cargo");
     tests.current_dir(&root);
-    if util::find_program("cargo-nextest").is_some() {
-        // Many tests wait for daemons of theirs.
-        let threads = 2 * thread::available_parallelism().map_or(1, NonZero::get);
-        tests.args([
-            "nextest",
-            "run",
-            "--workspace",
-            "--no-fail-fast",
-            "--test-threads",
-            &threads.to_string(),
-        ]);
-    } else {
-        tests.args(["test", "--workspace", "--no-fail-fast"]);
-    }
+    match util::find_program("cargo-nextest") {
+        Some(_) => tests.args(["nextest", "run", "--workspace", "--no-fail-fast"]),
+        None => tests.args(["test", "--workspace", "--no-fail-fast"]),
+    };
     Ok(tests.status()?.success())
 }
