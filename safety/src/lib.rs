@@ -45,6 +45,7 @@ pub fn reserve_heap(len: usize) {
 }
 
 /// Has the calling thread do what needs much memory, while another process serves: its allocations may wait for I/O meanwhile.
+/// No thread is to be started in it, which would be left so.
 pub fn while_others_serve<T>(fill: impl FnOnce() -> T) -> T {
     process::set_io_flusher(false);
     let filled = fill();

@@ -50,7 +50,7 @@ pub(crate) fn main(args: &Args) -> Result<bool> {
     // The daemons of the end-to-end tests, together with the tests: by itself either would be built with other features, and all that
     // they depend on twice.
     util::run(cargo(&directory, "build").args(["--workspace", "--lib", "--bins"]).args(selected(args)))?;
-    util::run(util::command("cargo").current_dir(util::repository()).args(["build", "--workspace"]))?;
+    util::build(&util::target_dir()?, false)?;
     let place = directory.join(TARGET).join("debug").join(LOCKS);
     // The file is another name of one that Cargo keeps.
     fs::remove_file(&place).with_context(|| format!("cannot remove {}", place.display()))?;

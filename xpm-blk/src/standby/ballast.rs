@@ -14,6 +14,7 @@ use std::thread;
 use std::time::Duration;
 
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+use xpm_safety as safety;
 
 use crate::lifecycle::STACK_LEN;
 
@@ -30,7 +31,8 @@ impl Ballast {
     pub(super) fn new(len: usize) -> io::Result<Ballast> {
         let (tell, told) = channel();
         if len > 0 {
-            let held = Held::new(len.next_multiple_of(SLICE_LEN))?;
+            // The thread is started after that: it gives memory back when this process serves.
+            let held = safety::while_others_serve(|| Held::new(len.next_multiple_of(SLICE_LEN)))?;
             let thread = thread::Builder::new().name("xpm-ballast".to_owned()).stack_size(STACK_LEN);
             thread.spawn(move || held.keep(&told))?;
         }

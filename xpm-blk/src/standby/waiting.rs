@@ -94,11 +94,7 @@ impl Post {
     /// Stands by until that is over, and holds memory meanwhile that is given back to the kernel from then on, for what it
     /// needs itself to go on. Blocks.
     pub(crate) fn wait(self, config: &Config) -> Outcome {
-        let reserve = config.standby_reserve.0 as usize;
-        let ballast = safety::while_others_serve(|| {
-            safety::reserve_heap(HEAP_LEN);
-            Ballast::new(reserve)
-        });
+        safety::while_others_serve(|| safety::reserve_heap(HEAP_LEN));
         let silence_max = config.silence_max();
         let watch = Watch {
             post: self,
@@ -113,7 +109,7 @@ impl Post {
             silence_max,
             tick: Instant::now() + TICK,
         };
-        match ballast {
+        match Ballast::new(config.standby_reserve.0 as usize) {
             Ok(ballast) => {
                 let outcome = watch.run();
                 match outcome {

@@ -126,7 +126,7 @@ enum Event {
 }
 
 /// A front end that has sent nothing for so long waits for no answer.
-const QUIET: Duration = Duration::from_millis(100);
+const QUIET: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 
 impl Server {
     fn run(&self, listener: &UnixListener, device: &Arc<Device>) {
@@ -184,7 +184,7 @@ impl Server {
         // quiet: QEMU 7.2 mixes up the answers when it reads the configuration space within another request.
         let mut told = false;
         loop {
-            let quiet = (!told && session.serves()).then_some(QUIET);
+            let quiet = (!told && session.serves()).then_some(&QUIET);
             match self.wait(listener, Some(socket), quiet) {
                 Event::Stop => return Ok(()),
                 Event::Nothing => {
@@ -222,13 +222,12 @@ impl Server {
         }
     }
 
-    fn wait(&self, listener: &UnixListener, socket: Option<&UnixStream>, limit: Option<Duration>) -> Event {
-        let limit = limit.map(|limit| Timespec { tv_sec: 0, tv_nsec: limit.subsec_nanos().into() });
+    fn wait(&self, listener: &UnixListener, socket: Option<&UnixStream>, limit: Option<&Timespec>) -> Event {
         loop {
             let mut watched =
                 vec![PollFd::new(&self.stop, PollFlags::IN), PollFd::new(listener, PollFlags::IN)];
             watched.extend(socket.map(|socket| PollFd::new(socket, PollFlags::IN)));
-            let waited = poll(&mut watched, limit.as_ref());
+            let waited = poll(&mut watched, limit);
             let ready = |place: usize| watched.get(place).is_some_and(|one| !one.revents().is_empty());
             match waited {
                 Err(rustix::io::Errno::INTR) => {}
