@@ -3,6 +3,7 @@
 
 mod clock;
 pub mod etcd;
+pub mod hang;
 pub mod manager;
 pub mod mapping;
 pub mod several;

@@ -3,9 +3,11 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
+use xpm_tests::hang::hang_thread;
 use xpm_tests::vhost::{DATA, Guest, blk};
 use xpm_tests::{Cluster, Daemon, wait_until};
 
@@ -185,6 +187,31 @@ fn one_that_hangs_is_replaced() {
     wait_for_socket(&socket);
     let log = site.cluster.blk.log();
     assert!(log.contains("has hung for"), "{log}");
+}
+
+#[test]
+fn one_of_whose_threads_one_hangs_is_replaced() {
+    let site = Site::start();
+    let socket = site.disk("disk");
+    let mut guest = Guest::new(1);
+    guest.connect(&socket);
+    guest.write(DATA, &[9; 4096]);
+    // With one request after the other for longer than the limit, a thread that is busy does not hang.
+    let busy = Instant::now();
+    while busy.elapsed() < Duration::from_secs(6) {
+        assert_eq!(guest.run(0, (blk::WRITE, 0), &[(DATA, 4096, false)]).1, blk::OK);
+    }
+    for thread in ["xpm-vu-diskq0", "xpm-nbd-0"] {
+        let (serving, standby) = site.ready();
+        hang_thread(serving, thread);
+        guest.disconnect();
+        wait_until("the standby serves", || site.status().is_some_and(|status| status["pid"] == standby));
+        guest.connect(&socket);
+        assert_eq!(guest.run(0, (blk::READ, 0), &[(DATA, 4096, true)]).1, blk::OK);
+        assert!(guest.read(DATA, 4096) == [9; 4096]);
+        let log = site.cluster.blk.log();
+        assert!(log.contains(&format!("thread {thread} has hung for 4 s")), "{log}");
+    }
 }
 
 #[test]

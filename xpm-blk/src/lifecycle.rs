@@ -268,7 +268,7 @@ fn daemon_parts(parts: Parts, records: Records, takes_over: bool) -> Result<daem
         client,
         delay: if takes_over { STANDBY_DELAY } else { Duration::ZERO },
     };
-    let keeper = Keeper::start(settings, Arc::clone(&records))?;
+    let keeper = Keeper::start(settings, Arc::clone(&records), server.loops())?;
     let owner = Owner { client, host, host_name, allocator, token };
     Ok(daemon::Parts { owner, records, keeper, server, config })
 }

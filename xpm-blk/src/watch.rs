@@ -1,22 +1,25 @@
 //! Whether the threads of the data plane turn.
 //!
 //! A thread that hangs leaves every task that uses its device in an endless wait, and nothing ends it: the process lives.
-//! So each of them has a [`Pulse`]: it is poked every second, and answers where it also takes requests, without a lock.
+//! So each of them is poked every second, and answers where it also takes requests, without a lock: queues of devices
+//! by a [`Pulse`], the loops that serve NBD by a [`LoopWatch`].
 //! One that stays silent for too long ends the process, and the standby, or the next process, goes on with the
 //! device. Silence is counted in looks and not by the clock: while the whole machine stands still nobody looks either.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use rustix::event::{EventfdFlags, eventfd};
+use xpm_transport::nbd::server::LoopWatch;
 
 /// What a thread shows that it turns by.
 #[derive(Debug)]
 pub(crate) struct Pulse {
     name: String,
     poke: OwnedFd,
+    asked: AtomicBool,
     answers: AtomicU64,
 }
 
@@ -30,7 +33,7 @@ impl Pulse {
     /// When the kernel gives no descriptor.
     pub(crate) fn new(name: String) -> io::Result<Arc<Pulse>> {
         let poke = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let pulse = Arc::new(Pulse { name, poke, answers: AtomicU64::new(0) });
+        let pulse = Arc::new(Pulse { name, poke, asked: AtomicBool::new(false), answers: AtomicU64::new(0) });
         PULSES.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::downgrade(&pulse));
         Ok(pulse)
     }
@@ -40,8 +43,16 @@ impl Pulse {
         self.poke.as_fd()
     }
 
+    /// The same, for a thread that looks at each turn and not only when the descriptor is readable.
+    pub(crate) fn answer_if_asked(&self) {
+        if self.asked.load(Ordering::Acquire) {
+            self.answer();
+        }
+    }
+
     /// The thread's answer: it turns.
     pub(crate) fn answer(&self) {
+        self.asked.store(false, Ordering::Relaxed);
         // Nothing to read means that it was read before; the answer counts all the same.
         let _ = rustix::io::read(&self.poke, &mut [0_u8; 8]);
         self.answers.fetch_add(1, Ordering::Relaxed);
@@ -50,27 +61,33 @@ impl Pulse {
     fn poke(&self) {
         // A counter that is full is readable as well.
         let _ = rustix::io::write(&self.poke, &1_u64.to_ne_bytes());
+        // After it: a thread that reads first would find the descriptor readable with nobody asking, again and again.
+        self.asked.store(true, Ordering::Release);
     }
 }
 
 /// Who looks.
-#[derive(Debug)]
 pub(crate) struct Watchdog {
     /// Looks without an answer after which a thread hangs.
     looks_max: u32,
     watched: Vec<Watched>,
 }
 
-#[derive(Debug)]
+enum Who {
+    Queue(Weak<Pulse>),
+    Loop(LoopWatch),
+}
+
 struct Watched {
-    pulse: Weak<Pulse>,
+    who: Who,
     answers: u64,
     silent: u32,
 }
 
 impl Watchdog {
-    pub(crate) const fn new(looks_max: u32) -> Watchdog {
-        Watchdog { looks_max, watched: Vec::new() }
+    /// One that looks at these loops, and at every thread that has a [`Pulse`].
+    pub(crate) fn new(looks_max: u32, loops: Vec<LoopWatch>) -> Watchdog {
+        Watchdog { looks_max, watched: loops.into_iter().map(Who::Loop).map(Watched::new).collect() }
     }
 
     /// Looks at every thread, and pokes it for the next look. The name of one that hangs, if any does.
@@ -78,14 +95,10 @@ impl Watchdog {
         self.take_new();
         let mut hanging = None;
         self.watched.retain_mut(|watched| {
-            let Some(pulse) = watched.pulse.upgrade() else { return false };
-            let answers = pulse.answers.load(Ordering::Relaxed);
-            watched.silent = if answers == watched.answers { watched.silent + 1 } else { 0 };
-            watched.answers = answers;
-            if watched.silent > self.looks_max {
-                hanging.get_or_insert_with(|| pulse.name.clone());
+            let Some(silent) = watched.look() else { return false };
+            if silent > self.looks_max {
+                hanging.get_or_insert_with(|| watched.who.name());
             }
-            pulse.poke();
             true
         });
         hanging
@@ -93,7 +106,40 @@ impl Watchdog {
 
     fn take_new(&mut self) {
         let new = std::mem::take(&mut *PULSES.lock().unwrap_or_else(PoisonError::into_inner));
-        self.watched.extend(new.into_iter().map(|pulse| Watched { pulse, answers: 0, silent: 0 }));
+        self.watched.extend(new.into_iter().map(Who::Queue).map(Watched::new));
+    }
+}
+
+impl Watched {
+    const fn new(who: Who) -> Watched {
+        Watched { who, answers: 0, silent: 0 }
+    }
+
+    /// Looks, and pokes for the next look; for how many looks it has been silent, if it is still there.
+    fn look(&mut self) -> Option<u32> {
+        let answers = match &self.who {
+            Who::Queue(pulse) => {
+                let pulse = pulse.upgrade()?;
+                pulse.poke();
+                pulse.answers.load(Ordering::Relaxed)
+            }
+            Who::Loop(watch) => {
+                watch.poke();
+                watch.answers()
+            }
+        };
+        self.silent = if answers == self.answers { self.silent + 1 } else { 0 };
+        self.answers = answers;
+        Some(self.silent)
+    }
+}
+
+impl Who {
+    fn name(&self) -> String {
+        match self {
+            Who::Queue(pulse) => pulse.upgrade().map_or_else(String::new, |pulse| pulse.name.clone()),
+            Who::Loop(watch) => watch.name().to_owned(),
+        }
     }
 }
 
@@ -105,7 +151,7 @@ mod tests {
     fn a_thread_that_is_silent_for_too_long_is_found_and_one_that_ended_is_not() {
         let pulse = |name: &str| {
             let pulse = Pulse::new(name.to_owned()).unwrap();
-            let watched = Watched { pulse: Arc::downgrade(&pulse), answers: 0, silent: 0 };
+            let watched = Watched::new(Who::Queue(Arc::downgrade(&pulse)));
             (pulse, watched)
         };
         let ((turns, first), (hangs, second), (ended, third)) =
@@ -119,6 +165,6 @@ mod tests {
         assert_eq!(watchdog.look(), Some("hangs".to_owned()));
         hangs.answer();
         assert_eq!(watchdog.look(), None, "it turns again");
-        assert!(watchdog.watched.iter().all(|watched| watched.pulse.strong_count() > 0));
+        assert_eq!(watchdog.watched.len(), 2, "the one that ended is not looked at any more");
     }
 }

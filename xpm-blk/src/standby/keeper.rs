@@ -20,6 +20,7 @@ use rustix::process::{PidfdFlags, Signal, geteuid, pidfd_open, pidfd_send_signal
 use xpm_protocol::api::blk::{Standby, StandbyState};
 use xpm_protocol::units::ByteSize;
 use xpm_protocol::{ClientId, Name};
+use xpm_transport::nbd::server::LoopWatch;
 
 use super::link::{self, FromStandby, Receiver, Sender, ToStandby};
 use super::{ARGUMENT, TICK, socket_path};
@@ -62,8 +63,12 @@ pub(crate) struct Settings {
 }
 
 impl Keeper {
-    /// Starts the thread.
-    pub(crate) fn start(settings: Settings, records: Arc<Records>) -> Result<Keeper, DeviceError> {
+    /// Starts the thread, which also looks whether these loops turn.
+    pub(crate) fn start(
+        settings: Settings,
+        records: Arc<Records>,
+        loops: Vec<LoopWatch>,
+    ) -> Result<Keeper, DeviceError> {
         let at = || "start what keeps a standby";
         let state = if settings.standby { StandbyState::Starting } else { StandbyState::Off };
         let shared = Arc::new(Shared {
@@ -73,7 +78,7 @@ impl Keeper {
             status: Mutex::new(Standby { state, pid: None, locked: ByteSize(0) }),
         });
         let work = Work {
-            watchdog: Watchdog::new(settings.silence_max),
+            watchdog: Watchdog::new(settings.silence_max, loops),
             records,
             shared: Arc::clone(&shared),
             listener: None,

@@ -14,6 +14,8 @@ pub(super) struct LoopCounters {
     pub(super) trims: AtomicU64,
     pub(super) errors: AtomicU64,
     pub(super) refused: AtomicU64,
+    /// Pokes that were answered.
+    pub(super) answers: AtomicU64,
 }
 
 /// Adds without a locked instruction: each counter has one writer, its loop's thread.

@@ -28,6 +28,8 @@ pub(super) enum Letter {
     Adopt(ConnectionId, Box<Connection>),
     /// Close this one.
     Close(ConnectionId),
+    /// Show that the loop turns.
+    Poke,
     /// Close all and end.
     Stop,
 }
@@ -145,6 +147,7 @@ impl EventLoop {
                         self.drop_at(place);
                     }
                 }
+                Letter::Poke => add(&self.counters.answers, 1),
                 Letter::Stop => self.stopping = true,
             }
         }

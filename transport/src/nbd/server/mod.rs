@@ -19,6 +19,7 @@ mod reply;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
@@ -94,6 +95,31 @@ struct Inner {
     registry: Arc<Registry>,
 }
 
+/// A loop thread, for a watchdog: one that turns answers each [`LoopWatch::poke`]. It keeps no server alive.
+#[derive(Clone)]
+pub struct LoopWatch {
+    name: String,
+    mailbox: Arc<Mailbox>,
+    counters: Arc<LoopCounters>,
+}
+
+impl LoopWatch {
+    /// The name of the thread.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Asks for one more answer. Returns at once.
+    pub fn poke(&self) {
+        self.mailbox.send(Letter::Poke);
+    }
+
+    /// Answers since the start. The loop gives them where it also takes events of its connections.
+    pub fn answers(&self) -> u64 {
+        self.counters.answers.load(Ordering::Relaxed)
+    }
+}
+
 /// A running server. Clones are the same server; its threads end with the last of them, and its
 /// connections with them.
 #[derive(Clone)]
@@ -117,7 +143,7 @@ impl Server {
             let event_loop =
                 EventLoop::new(mailbox.clone(), registry.clone(), counters.clone(), inner.options.spin)?;
             std::thread::Builder::new()
-                .name(format!("{}-{number}", inner.options.name))
+                .name(loop_name(&inner.options, number))
                 .spawn(move || event_loop.run())?;
             inner.mailboxes.push(mailbox);
             inner.counters.push(counters);
@@ -146,6 +172,14 @@ impl Server {
     /// Connections now, of one group or of all.
     pub fn connections(&self, group: Option<u128>) -> usize {
         self.inner.registry.count(group)
+    }
+
+    /// All loops, for a watchdog.
+    pub fn loops(&self) -> Vec<LoopWatch> {
+        let Inner { options, mailboxes, counters, .. } = &*self.inner;
+        let both = mailboxes.iter().cloned().zip(counters.iter().cloned()).enumerate();
+        both.map(|(number, (mailbox, counters))| LoopWatch { name: loop_name(options, number), mailbox, counters })
+            .collect()
     }
 
     /// What passed since the start.
@@ -186,6 +220,10 @@ impl Server {
         }
         Ok(())
     }
+}
+
+fn loop_name(options: &ServerOptions, number: usize) -> String {
+    format!("{}-{number}", options.name)
 }
 
 /// A registered connection that has no loop yet; given up when dropped.

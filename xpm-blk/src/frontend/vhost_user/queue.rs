@@ -31,6 +31,7 @@ use super::request::{self, ID_LEN, Outcome, PARTS_MAX, Part, Status};
 use super::ring::{Broken, Parts, Ring};
 use crate::lifecycle;
 use crate::spin::Spin;
+use crate::watch::Pulse;
 
 /// What a queue is made of.
 pub(super) struct QueueParts {
@@ -49,6 +50,7 @@ pub(super) struct QueueParts {
     pub(super) channel: Channel,
     pub(super) device: Arc<DeviceFacts>,
     pub(super) spin: Spin,
+    pub(super) pulse: Arc<Pulse>,
 }
 
 /// What all queues of a device have to know.
@@ -162,6 +164,7 @@ struct Queue {
     /// Keeps what the epoll set watches.
     _kick: Arc<OwnedFd>,
     spin: Spin,
+    pulse: Arc<Pulse>,
     used: bool,
     broken: bool,
     stop_at: Option<Instant>,
@@ -174,6 +177,7 @@ impl Queue {
         epoll::add(&epoll, parts.kick.as_fd(), EventData::new_u64(0), EventFlags::IN | EventFlags::ET)?;
         epoll::add(&epoll, parts.channel.wait_fd(), EventData::new_u64(1), EventFlags::IN)?;
         epoll::add(&epoll, &inbox.event, EventData::new_u64(2), EventFlags::IN)?;
+        epoll::add(&epoll, parts.pulse.poked(), EventData::new_u64(3), EventFlags::IN)?;
         let size = usize::from(parts.ring.size());
         let slot = || Slot {
             busy: false,
@@ -203,6 +207,7 @@ impl Queue {
             epoll,
             _kick: parts.kick,
             spin: parts.spin,
+            pulse: parts.pulse,
             // What an earlier life used may not have been told.
             used: true,
             broken: false,
@@ -222,6 +227,7 @@ impl Queue {
             let ended = self.take_completions();
             self.tell_guest();
             self.take_orders();
+            self.pulse.answer_if_asked();
             if self.stop_at.is_some_and(|at| self.in_flight == 0 || Instant::now() >= at) {
                 // What is in flight still stays marked; dropping the channel ends its use of guest memory.
                 return self.ring.next_available();

@@ -20,6 +20,7 @@ use super::message::{self, Reply, Request, protocol};
 use super::queue::{DeviceFacts, Order, QueueParts, Worker};
 use super::ring::{Addresses, Broken, Features, Parts, Ring, SIZE_MAX};
 use crate::spin::Spin;
+use crate::watch::Pulse;
 
 /// How long a queue that is stopped waits for what is in flight. Longer than any I/O takes that is not held; and
 /// the monitor of the guest stands still meanwhile.
@@ -314,8 +315,10 @@ impl Session {
         if !left.is_empty() {
             tracing::info!("allocation {name}: {} requests of queue {index} are submitted again", left.len());
         }
+        let thread = format!("xpm-vu-{}q{index}", name.chars().take(20).collect::<String>());
         let parts = QueueParts {
-            name: format!("xpm-vu-{}q{index}", name.chars().take(20).collect::<String>()),
+            pulse: Pulse::new(thread.clone())?,
+            name: thread,
             ring: Ring::new(size, find()?, features, base),
             memory: Arc::clone(&self.memory),
             kick,
