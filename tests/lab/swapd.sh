@@ -180,7 +180,7 @@ limit 256MiB
 refused 'hard.limit|limit' xpm swap grow 64MiB
 memhog 420 --seed 1 --passes 4 --run 64 >/run/lab/hog.out 2>&1 &
 hog=$!
-wait_for 30 is '"limit" in trouble.get("grow", "")'
+wait_for 120 is '"limit" in trouble.get("grow", "")'
 refused 'PROBLEM +grow.*limit' xpm swap status
 note "the refusal is told: $(status 'trouble["grow"]')"
 limit 8GiB

@@ -12,7 +12,8 @@ pub fn hang_thread(process: u64, name: &str) {
     let tasks = fs::read_dir(format!("/proc/{process}/task")).expect("the process is there");
     let mut threads = tasks.filter_map(|task| task.ok()?.file_name().to_str()?.parse::<libc::pid_t>().ok());
     let named = |thread: &libc::pid_t| {
-        fs::read_to_string(format!("/proc/{process}/task/{thread}/comm")).is_ok_and(|comm| comm.trim_end() == name)
+        fs::read_to_string(format!("/proc/{process}/task/{thread}/comm"))
+            .is_ok_and(|comm| comm.trim_end() == name)
     };
     let thread = threads.find(named).unwrap_or_else(|| panic!("process {process} has no thread {name}"));
     let (stands, stood) = sync_channel(1);
@@ -21,7 +22,10 @@ pub fn hang_thread(process: u64, name: &str) {
         let _ = stands.send(stop(thread));
         while wait(thread).is_ok() {}
     });
-    stood.recv().expect("the other thread tells").unwrap_or_else(|error| panic!("cannot stop thread {name}: {error}"));
+    stood
+        .recv()
+        .expect("the other thread tells")
+        .unwrap_or_else(|error| panic!("cannot stop thread {name}: {error}"));
 }
 
 fn stop(thread: libc::pid_t) -> io::Result<()> {

@@ -135,7 +135,10 @@ impl Daemon {
                         }
                         return Err(error);
                     }
-                    tracing::warn!("{}: {error}; half of it is asked for", record.name);
+                    // A refusal that lasts is tried again and again, and was said.
+                    if !self.is_troubled(GROW) {
+                        tracing::warn!("{}: {error}; half of it is asked for", record.name);
+                    }
                     halvings -= 1;
                     record.size = ByteSize(half);
                     let (name, size) = (record.name.clone(), record.size);

@@ -42,6 +42,11 @@ impl Daemon {
         }
     }
 
+    /// Whether it does not go.
+    pub(super) fn is_troubled(&self, what: &str) -> bool {
+        self.live().troubles.0.contains_key(what)
+    }
+
     /// It is over.
     pub(super) fn well(&self, what: &str) {
         if self.live().troubles.0.remove(what).is_some() {

@@ -178,8 +178,12 @@ impl Server {
     pub fn loops(&self) -> Vec<LoopWatch> {
         let Inner { options, mailboxes, counters, .. } = &*self.inner;
         let both = mailboxes.iter().cloned().zip(counters.iter().cloned()).enumerate();
-        both.map(|(number, (mailbox, counters))| LoopWatch { name: loop_name(options, number), mailbox, counters })
-            .collect()
+        both.map(|(number, (mailbox, counters))| LoopWatch {
+            name: loop_name(options, number),
+            mailbox,
+            counters,
+        })
+        .collect()
     }
 
     /// What passed since the start.
