@@ -5,11 +5,11 @@
 export XPM_ALLOCATOR=http://127.0.0.1:7700
 names=(xpm-client xpm-appliance xpm-allocator libxpm0 libxpm0-dev)
 
-# What bears xpm's name in the places where packages and daemons put things.
+# What bears xpm's name in the places where packages and daemons put things, of those that the machine has.
 traces() {
     find /etc /run /var/lib /var/cache /usr/bin /usr/sbin /usr/include /usr/lib/systemd /usr/lib/udev /usr/lib/sysusers.d \
         /usr/lib/tmpfiles.d /usr/share/man/man[138] /usr/share/bash-completion /usr/share/zsh /usr/share/fish \
-        -xdev -name '*xpm*' -not -path '/run/lab/*' -not -path '/run/udev/*' -not -path '/run/systemd/*' 2>/dev/null
+        -xdev -name '*xpm*' -not -path '/run/lab/*' -not -path '/run/udev/*' -not -path '/run/systemd/*' 2>/dev/null || true
     find /usr/share/doc /usr/lib "/usr/lib/$(uname -m)-linux-gnu" -maxdepth 1 -name '*xpm*'
     getent passwd | grep xpm || true
     getent group | grep xpm || true
@@ -27,6 +27,8 @@ purge_packages() {
 
 dmesg_start
 if dpkg -s xpm-client >/dev/null 2>&1; then purge_packages; fi
+# Of daemons that were started by hand on the machine whose file systems these are.
+rm -rf /var/lib/xpm-*
 traces | sort >/run/lab/traces.before
 
 install_packages 1
@@ -36,7 +38,7 @@ all_active xpm-allocator xpm-blk || fail "services do not run: $(systemctl statu
 man -w xpm.1 xpm-blk.8 xpm-appliance.8 xpm-allocator.8 xpm.3 >/dev/null 2>&1 || ! command -v man >/dev/null || fail "manual pages are missing"
 bash -n /usr/share/bash-completion/completions/xpm || fail "the completions are no script"
 
-sed -i 's/^#memory = .*/memory = "96MiB"\nregion-size = "16MiB"/' /etc/xpm/appliance.toml
+sed -i -e 's/^#memory = .*/memory = "96MiB"\nregion-size = "16MiB"/' -e 's/^#allocator/allocator/' /etc/xpm/appliance.toml
 systemctl restart xpm-appliance
 wait_for 30 xpm alloc create data --size 32MiB
 echo FORM=ublk >/etc/xpm/blk.d/data.conf
@@ -82,6 +84,10 @@ for unit in xpm-allocator xpm-appliance xpm-blk; do
 done
 [ -e /etc/xpm/appliance.toml ] || fail "removing took the operator's configuration away"
 purge_packages
+# What the operator wrote is the operator's.
+[ -e /etc/xpm/blk.d/data.conf ] || fail "purging took away what is not the packages'"
+rm /etc/xpm/blk.d/data.conf
+rmdir /etc/xpm/blk.d /etc/xpm
 traces | sort >/run/lab/traces.after
 diff /run/lab/traces.before /run/lab/traces.after || fail "that is left behind"
 dmesg_clean

@@ -75,8 +75,48 @@ note "told to end: the standby served on until nothing was in use, and ended"
 manage_blk &
 manager=$!
 wait_standby
-detach fs
 detach swap-ublk
+
+# Both killed at once: nobody goes on, and the next life finds the device that is mounted, with what was in flight.
+kill_both() {
+    note "processes $serving and $standby: SIGKILL at once"
+    kill -9 "$serving" "$standby"
+}
+mount "$fs" /mnt/fs
+load /mnt/fs/load 64 --do_verify=1 --loops=2 &
+fio=$!
+command sleep 2
+kill_both
+wait_standby
+wait $fio || fail "fio: $(tail -n 5 /run/lab/fio.out)"
+no_errors fs
+umount /mnt/fs
+check_fs ext4 "$fs"
+note "both were killed under load: the file system is whole"
+
+# One that no record speaks of is left while somebody has it, and said; and taken away when nobody uses it.
+python3 -c 'import os, sys, time; os.open(sys.argv[1], os.O_RDONLY | os.O_EXCL); time.sleep(10000)' "$fs" &
+holder=$!
+rm /run/lab/managed
+kill_both
+wait $manager || true
+rm /var/lib/xpm-blk/devices/fs.json
+with_another_life() {
+    : >/run/lab/managed
+    manage_blk &
+    manager=$!
+    wait_standby
+}
+with_another_life
+[ -b "$fs" ] || fail "a device in use was taken away"
+grep -q "/dev/${fs#/dev/} was left by an earlier xpm-blk" /run/lab/blk.log || fail "nothing is said of it"
+stop_managed_blk
+kill $holder
+wait $holder || true
+with_another_life
+wait_for 30 test ! -e "$fs"
+xpm alloc delete fs
+note "a device that no record speaks of: left while it is in use, taken away after that"
 stop_managed_blk
 dmesg_clean
 note "done"

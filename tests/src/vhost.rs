@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::atomic::{Ordering, fence};
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vhost::vhost_user::message::{
@@ -286,32 +287,36 @@ impl Guest {
     pub fn used(&mut self, queue: usize) -> Vec<(u16, u32)> {
         let at = self.table(queue) + 0x2000;
         let word = |bytes: &[u8]| u32::from_le_bytes(bytes.try_into().expect("four bytes"));
-        let index = self.read(at + 2, 2);
-        let index = u16::from_le_bytes([index[0], index[1]]);
         let mut slots = Vec::new();
-        while self.queues[queue].used != index {
-            let place = u64::from(self.queues[queue].used % RING);
-            let element = self.read(at + 4 + 8 * place, 8);
-            slots.push((word(&element[..4]) as u16 / 4, word(&element[4..])));
-            self.queues[queue].used = self.queues[queue].used.wrapping_add(1);
+        loop {
+            let index = self.read(at + 2, 2);
+            let index = u16::from_le_bytes([index[0], index[1]]);
+            // To be called for the next one; what was used before the device could see that is looked for once more.
+            self.write(self.table(queue) + 0x1000 + 4 + 2 * u64::from(RING), &index.to_le_bytes());
+            fence(Ordering::SeqCst);
+            if self.queues[queue].used == index && self.read(at + 2, 2) == index.to_le_bytes() {
+                return slots;
+            }
+            while self.queues[queue].used != index {
+                let place = u64::from(self.queues[queue].used % RING);
+                let element = self.read(at + 4 + 8 * place, 8);
+                slots.push((word(&element[..4]) as u16 / 4, word(&element[4..])));
+                self.queues[queue].used = self.queues[queue].used.wrapping_add(1);
+            }
         }
-        // To be called for the next one.
-        self.write(self.table(queue) + 0x1000 + 4 + 2 * u64::from(RING), &index.to_le_bytes());
-        slots
     }
 
-    /// Waits until the device has called and used so many requests; their slots, lengths and status.
+    /// Waits until the device has used so many requests, and looks when it is called only; their slots, lengths and status.
     ///
     /// # Panics
     /// When it does not.
     pub fn wait(&mut self, queue: usize, count: usize) -> Vec<(u16, u32, u8)> {
-        let mut got = Vec::new();
-        wait_until("requests end", || {
+        let mut got = self.used(queue);
+        while got.len() < count {
+            wait_until("the device calls", || self.queues[queue].call.read().is_ok());
             got.extend(self.used(queue));
-            got.len() >= count
-        });
+        }
         assert_eq!(got.len(), count, "none is used twice");
-        wait_until("the device calls", || self.queues[queue].call.read().is_ok());
         got.iter().map(|&(slot, len)| (slot, len, self.status(queue, slot))).collect()
     }
 

@@ -196,7 +196,7 @@ fn one_of_whose_threads_one_hangs_is_replaced() {
     let mut guest = Guest::new(1);
     guest.connect(&socket);
     guest.write(DATA, &[9; 4096]);
-    // With one request after the other for longer than the limit, a thread that is busy does not hang.
+    // Served for longer than the limit, nothing is taken for a thread that hangs.
     let busy = Instant::now();
     while busy.elapsed() < Duration::from_secs(6) {
         assert_eq!(guest.run(0, (blk::WRITE, 0), &[(DATA, 4096, false)]).1, blk::OK);
