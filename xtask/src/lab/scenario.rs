@@ -100,7 +100,7 @@ const SWAPD: Scenario = Scenario {
     ..BASE
 };
 
-/// What the scenarios with systemd have in common. They run only when they are named: none has passed from beginning to end yet.
+/// What the scenarios with systemd have in common. They run only when they are named, for the time they take.
 /// Emulated, systemd and dpkg take minutes: a start with what is done after it 5 on a quiet machine, the first one 8.
 const BOOT: Scenario =
     Scenario { group: "boot", memory_mib: 768, systemd: true, seconds_max: 1500, long: true, ..BASE };
