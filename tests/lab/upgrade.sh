@@ -115,8 +115,10 @@ kill $holder
 wait $holder || true
 with_another_life
 wait_for 30 test ! -e "$fs"
-xpm alloc delete fs
-note "a device that no record speaks of: left while it is in use, taken away after that"
+fs=$(xpm blk attach fs --as ublk)
+check_fs ext4 "$fs"
+detach fs
+note "a device that no record speaks of: left while it is in use, then taken away, and attached anew"
 stop_managed_blk
 dmesg_clean
 note "done"
