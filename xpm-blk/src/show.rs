@@ -47,7 +47,8 @@ pub(crate) fn show(
     let shared = Shared { map: &record.map, hold };
     let group = record.map.id.as_u128();
     if request.form == Form::NbdDirect {
-        let shown = NbdDevice::show_direct(shared, record.session, request.transport, &shape)?;
+        let shown =
+            NbdDevice::show_direct(shared, (record.session, record.generation), request.transport, &shape)?;
         return Ok((Box::new(shown), None));
     }
     let volume = open(record, config, hold, &shape, readiness)?;
@@ -80,9 +81,9 @@ fn open(
     let limit: Duration = config.connect_limit.0;
     let (session, generation) = match record.request.form {
         // What it had sent before it died is submitted again, and must not land behind that.
-        Form::VhostUser(_) | Form::Ublk => (record.session, record.generation),
-        // A new one for each life of this process: its first connections shut nobody out.
-        _ => (xpm_control::random::u128().at("make a session number")?, 0),
+        Form::VhostUser(_) | Form::Ublk | Form::Nbd | Form::NbdDirect => (record.session, record.generation),
+        // A new one for each life of this process: clients submit nothing again by themselves.
+        Form::NbdSocket(_) => (xpm_control::random::u128().at("make a session number")?, 0),
     };
     let options = VolumeOptions {
         hold,

@@ -1,6 +1,6 @@
 //! `iogap DEVICE FILE`: how long I/O on a block device stands still. Reads 4 KiB past the page cache every few
-//! milliseconds, at places all over the device, until FILE is there; then prints the longest reads in milliseconds. Ends with
-//! status 1 when a read failed.
+//! milliseconds, at places all over the device, until FILE is there; then prints the longest reads in milliseconds, and when since the
+//! start of the machine the longest of all began. Ends with status 1 when a read failed.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Seek, SeekFrom};
@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use rustix::fs::OFlags;
 use rustix::mm::{MlockAllFlags, mlockall};
+use rustix::time::{ClockId, clock_gettime};
 
 const PAUSE: Duration = Duration::from_millis(5);
 const PAGE_BYTES: usize = 4096;
@@ -49,24 +50,24 @@ fn run(device: &str, file: &Path) -> Result<()> {
         .with_context(|| format!("open {device}"))?;
     let pages = opened.seek(SeekFrom::End(0))? / PAGE_BYTES as u64;
     let mut page = Page([0; PAGE_BYTES]);
-    let mut longest = [Duration::ZERO; SHOWN];
+    let mut longest = [(Duration::ZERO, 0); SHOWN];
     let (mut reads, mut place) = (0_u64, 0_u64);
     while !file.exists() {
         // A step that shares no factor with a power of two gets everywhere.
         place = (place + 104_729) % pages;
-        let begin = Instant::now();
+        let (begin, uptime) = (Instant::now(), clock_gettime(ClockId::Boottime).tv_sec);
         opened
             .read_exact_at(&mut page.0, place * PAGE_BYTES as u64)
             .with_context(|| format!("page {place}"))?;
         reads += 1;
         let took = begin.elapsed();
-        if took > longest[SHOWN - 1] {
-            longest[SHOWN - 1] = took;
+        if took > longest[SHOWN - 1].0 {
+            longest[SHOWN - 1] = (took, uptime);
             longest.sort_unstable_by(|one, other| other.cmp(one));
         }
         std::thread::sleep(PAUSE);
     }
-    let longest: Vec<String> = longest.iter().map(|took| format!("{}", took.as_millis())).collect();
-    println!("longest of {reads} reads of 4 KiB: {} ms", longest.join(", "));
+    let times: Vec<String> = longest.iter().map(|(took, _)| format!("{}", took.as_millis())).collect();
+    println!("longest of {reads} reads of 4 KiB: {} ms, the first at {} s", times.join(", "), longest[0].1);
     Ok(())
 }

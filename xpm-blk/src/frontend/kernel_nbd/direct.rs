@@ -18,7 +18,7 @@ use xpm_transport::nbd::client::{ConnectError, Connected, Target, connect};
 
 use super::source::Source;
 use crate::error::{DeviceError, Step};
-use crate::frontend::{Health, first_generation};
+use crate::frontend::Health;
 use crate::sysfs::Statistics;
 
 /// Longest time for one connection and its handshake.
@@ -58,14 +58,14 @@ impl Direct {
         Duration::from_secs(if queues == 1 { 10 } else { 15 })
     }
 
-    /// `session` names the connections of this device for as long as the device lives, across
-    /// restarts of this process.
+    /// The session names the connections of this device for as long as the device lives, across restarts of this process;
+    /// those of this life begin with its generation.
     ///
     /// # Errors
     /// [`ErrorKind::Invalid`] when the allocation is not linear on one appliance.
     pub(super) fn new(
         map: &Map,
-        session: u128,
+        (session, generation): (u128, u32),
         queues: u16,
         transport: Option<TransportKind>,
     ) -> Result<Direct, DeviceError> {
@@ -82,7 +82,7 @@ impl Direct {
             grant,
             targets,
             session,
-            generation: AtomicU32::new(first_generation()),
+            generation: AtomicU32::new(generation),
             sockets: Mutex::new((0..queues).map(|_| None).collect()),
             replaced: Mutex::new((0..queues).map(|_| None).collect()),
             given: AtomicU64::new(0),

@@ -18,7 +18,7 @@ use crate::sysfs::Statistics;
 pub(super) struct Local {
     server: Server,
     volume: Volume,
-    /// Names the device's connections at the server.
+    /// Names the device's connections at the server, each queue's by its number more.
     group: u128,
     queues: u16,
 }
@@ -39,6 +39,10 @@ impl Local {
     pub(super) fn new(server: Server, volume: Volume, group: u128, queues: u16) -> Local {
         Local { server, volume, group, queues }
     }
+
+    const fn group_of(&self, queue: u16) -> u128 {
+        self.group.wrapping_add(queue as u128)
+    }
 }
 
 impl Source for Local {
@@ -50,23 +54,24 @@ impl Source for Local {
         let step = || format!("serve queue {queue} of a kernel nbd device");
         let (kernel, ours) =
             socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).at(step())?;
-        let channel = self.volume.channel().at(step())?;
+        // The kernel submits again what it had no answer to. So nothing that the queue's earlier channel sent may land any more,
+        // also if that was another process's; and there may be one channel of a queue at a time.
+        self.server.close_group(self.group_of(queue));
+        let channel = self.volume.channel_of(queue).at(step())?;
         let opened = Opened {
             // The kernel knows the size by netlink, also when it changes; the channel checks what it asks for.
             info: ExportInfo { size: i64::MAX as u64, ..export::info(&self.volume) },
             store: Box::new(channel),
-            group: self.group,
+            group: self.group_of(queue),
             session: None,
         };
         self.server.adopt(ours, opened).at(step())?;
         Ok(kernel)
     }
 
-    /// The server sees the end of each socket that the kernel let go of, also of one that it never
-    /// took; which queue it was for makes no difference here.
+    /// The server sees the end of each socket that the kernel let go of, also of one that it never took.
     fn dead(&self) -> Vec<u16> {
-        let alive = self.server.connections(Some(self.group)).try_into().unwrap_or(u16::MAX);
-        (alive..self.queues).collect()
+        (0..self.queues).filter(|queue| self.server.connections(Some(self.group_of(*queue))) == 0).collect()
     }
 
     /// The kernel's numbers: the server goes past the volume where it accesses memory in place.
@@ -83,6 +88,6 @@ impl Source for Local {
     }
 
     fn close(&self) {
-        self.server.close_group(self.group);
+        (0..self.queues).for_each(|queue| self.server.close_group(self.group_of(queue)));
     }
 }

@@ -116,15 +116,15 @@ impl NbdDevice {
         NbdDevice::start(shared, timeout, source, shape, false)
     }
 
-    /// Form `nbd-direct`: the sockets lead to the allocation's one appliance. `session` is a random
-    /// number that the device keeps across restarts of this process.
+    /// Form `nbd-direct`: the sockets lead to the allocation's one appliance. The session is a random number that the device
+    /// keeps across restarts of this process, and its generation is newer than those of its earlier lives.
     ///
     /// # Errors
     /// `ErrorKind::Invalid` when the allocation is not linear on one appliance,
     /// `ErrorKind::Unavailable` when that cannot be reached.
     pub fn show_direct(
         shared: Shared<'_>,
-        session: u128,
+        session: (u128, u32),
         transport: Option<TransportKind>,
         shape: &Shape,
     ) -> Result<NbdDevice, DeviceError> {
