@@ -26,6 +26,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
 use xpm_client::Volume;
@@ -49,6 +50,11 @@ const PHYSICAL_BLOCK_SHIFT: u8 = 12;
 
 /// The block layer's own limit of one request is 4 GiB less a sector; whole pages of that.
 const DISCARD_SECTORS_MAX: u32 = (u32::MAX >> 9) & !7;
+
+/// How often the kernel looks after a request that is not answered. When a server dies all of whose requests of a queue are on
+/// their way, Linux before 6.16 notices by this only (`ublk_timeout` in drivers/block/ublk_drv.c), and nobody can go on
+/// before; of a server that lives it has no effect.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// Longest read or write of one request, in bytes: the buffers of a queue's tags together take
 /// `buffer_len`, each at least 64 KiB (32 KiB is what swap reads) and at most 1 MiB.
@@ -118,6 +124,7 @@ impl UblkDevice {
             return Err(error);
         }
         sysfs::tune(&device.disk);
+        sysfs::set_look_interval(&device.disk, LOOK_EVERY);
         device.label.link(&device.disk);
         Ok(device)
     }
