@@ -9,8 +9,8 @@
 . "$LAB_SCRIPTS/bench-lib.sh"
 
 ROUNDS=${1:-3}
-HOG_MIB=${2:-256}
-SIZE_MIB=256
+HOG_MIB=${2:-96}
+SIZE_MIB=128
 MIB=$((1 << 20))
 
 # Counters of a device: requests and KiB that were read, and that were written.
