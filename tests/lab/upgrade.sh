@@ -70,11 +70,15 @@ wait_for 60 is_gone
 wait_for 10 no_blk_left
 note "told to end: the standby served on until nothing was in use, and ended"
 
+with_another_life() {
+    : >/run/lab/managed
+    manage_blk &
+    manager=$!
+    wait_standby
+}
+
 # The records bring the devices back, and nothing else is there.
-: >/run/lab/managed
-manage_blk &
-manager=$!
-wait_standby
+with_another_life
 detach swap-ublk
 
 # Both killed at once: nobody goes on, and the next life finds the device that is mounted, with what was in flight.
@@ -101,12 +105,6 @@ rm /run/lab/managed
 kill_both
 wait $manager || true
 rm /var/lib/xpm-blk/devices/fs.json
-with_another_life() {
-    : >/run/lab/managed
-    manage_blk &
-    manager=$!
-    wait_standby
-}
 with_another_life
 [ -b "$fs" ] || fail "a device in use was taken away"
 grep -q "/dev/${fs#/dev/} was left by an earlier xpm-blk" /run/lab/blk.log || fail "nothing is said of it"

@@ -47,6 +47,11 @@ impl Site {
         found
     }
 
+    /// Waits until that process serves.
+    fn wait_serving(&self, process: u64) {
+        wait_until("the standby serves", || self.status().is_some_and(|status| status["pid"] == process));
+    }
+
     /// The path of a new disk of a virtual machine.
     fn disk(&self, name: &str) -> PathBuf {
         let socket = self.cluster.dir().join(format!("{name}.sock"));
@@ -123,7 +128,7 @@ fn kill_9_again_and_again_and_the_standby_goes_on() {
         kill_process(pid(serving), Signal::KILL).unwrap();
         guest.disconnect();
         site.cluster.appliances.iter().for_each(|appliance| appliance.signal(Signal::CONT));
-        wait_until("the standby serves", || site.status().is_some_and(|status| status["pid"] == standby));
+        site.wait_serving(standby);
         guest.connect(&socket);
         assert_eq!(guest.wait(0, 1)[0].2, blk::OK, "it was submitted again");
         assert_eq!(guest.run(0, (blk::READ, 8), &[(DATA, 4096, true)]).1, blk::OK);
@@ -138,7 +143,7 @@ fn kill_9_again_and_again_and_the_standby_goes_on() {
     site.cluster.ok(&["blk", "detach", "disk"]);
     let (serving, standby) = site.ready();
     kill_process(pid(serving), Signal::KILL).unwrap();
-    wait_until("the standby serves", || site.status().is_some_and(|status| status["pid"] == standby));
+    site.wait_serving(standby);
     assert_eq!(site.names(), ["late"]);
     wait_for_socket(&site.cluster.dir().join("late.sock"));
 }
@@ -183,7 +188,7 @@ fn one_that_hangs_is_replaced() {
     // Then the one that serves.
     kill_process(pid(serving), Signal::STOP).unwrap();
     wait_until("it is killed", || is_gone(serving));
-    wait_until("the standby serves", || site.status().is_some_and(|status| status["pid"] == standby));
+    site.wait_serving(standby);
     wait_for_socket(&socket);
     let log = site.cluster.blk.log();
     assert!(log.contains("has hung for"), "{log}");
@@ -205,7 +210,7 @@ fn one_of_whose_threads_one_hangs_is_replaced() {
         let (serving, standby) = site.ready();
         hang_thread(serving, thread);
         guest.disconnect();
-        wait_until("the standby serves", || site.status().is_some_and(|status| status["pid"] == standby));
+        site.wait_serving(standby);
         guest.connect(&socket);
         assert_eq!(guest.run(0, (blk::READ, 0), &[(DATA, 4096, true)]).1, blk::OK);
         assert!(guest.read(DATA, 4096) == [9; 4096]);

@@ -96,7 +96,6 @@ struct Inner {
 }
 
 /// A loop thread, for a watchdog: one that turns answers each [`LoopWatch::poke`]. It keeps no server alive.
-#[derive(Clone)]
 pub struct LoopWatch {
     name: String,
     mailbox: Arc<Mailbox>,
