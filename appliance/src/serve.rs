@@ -58,7 +58,12 @@ impl Exports for GrantExports {
             info,
             group: lease.grant().as_u128(),
             session: name.session,
-            store: Box::new(GrantStore { lease, done: Arc::new(done), sweeper: self.sweeper.clone() }),
+            store: Box::new(GrantStore {
+                lease,
+                done: Arc::new(done),
+                pending: 0,
+                sweeper: self.sweeper.clone(),
+            }),
         })
     }
 }
@@ -67,6 +72,8 @@ impl Exports for GrantExports {
 struct GrantStore {
     lease: Arc<Lease>,
     done: Arc<Done>,
+    /// Operations that the sweeper has.
+    pending: usize,
     sweeper: Sweeper,
 }
 
@@ -78,7 +85,10 @@ impl GrantStore {
             return Posted::Done(sweep(&job));
         }
         match self.sweeper.post(job) {
-            Ok(()) => Posted::Pending,
+            Ok(()) => {
+                self.pending += 1;
+                Posted::Pending
+            }
             Err(job) => Posted::Done(sweep(&job)),
         }
     }
@@ -110,7 +120,12 @@ impl Store for GrantStore {
     }
 
     fn poll(&mut self, completions: &mut Vec<Completion>) {
-        self.done.take(completions);
+        // Seldom: looking is a system call.
+        if self.pending > 0 {
+            let before = completions.len();
+            self.done.take(completions);
+            self.pending -= completions.len() - before;
+        }
     }
 
     fn wait_fd(&self) -> Option<BorrowedFd<'_>> {

@@ -120,13 +120,15 @@ impl Done {
 
     /// Moves what is there to the end of `completions`.
     pub(crate) fn take(&self, completions: &mut Vec<Completion>) {
-        // First the event: what comes in between is announced again. Empty is fine.
+        let mut done = self.lock();
+        // Empty is fine. The event says no more than the list: who has all that is to come does not look again.
         let _ = rustix::io::read(&self.event, &mut [0; 8]);
-        completions.append(&mut self.lock());
+        completions.append(&mut done);
     }
 
     fn add(&self, completion: Completion) {
-        self.lock().push(completion);
+        let mut done = self.lock();
+        done.push(completion);
         // Fails only when the counter is at its end, and then the event is readable.
         let _ = rustix::io::write(&self.event, &1_u64.to_ne_bytes());
     }

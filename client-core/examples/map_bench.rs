@@ -225,7 +225,10 @@ fn pressed(space: &Space, mapping: &Mapping) -> Outcome<()> {
     for part in [25, 50, 75, 100] {
         mapping.advise(0..mapping.len(), Advice::DontNeed)?;
         space.set_budget(LEN * part / 100 + MIB)?;
-        touches(part, mapping.len() / PAGE, |page| touch(mapping, page));
+        let pages = mapping.len() / PAGE;
+        // What the kernel has to do with is in memory before, too, as far as it fits.
+        (0..pages).for_each(|page| touch(mapping, page));
+        touches(part, pages, |page| touch(mapping, page));
     }
     Ok(space.set_budget(2 * LEN)?)
 }

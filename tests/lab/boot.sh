@@ -57,6 +57,8 @@ check_up() {
     wait_for 120 all_active xpm-blk xpm-blk@swap0 xpm-blk@data dev-xpm-swap0.swap mnt-data.mount
     check_device swap0
     check_device data
+    systemctl show -p JobRunningTimeoutUSec dev-xpm-swap0.device | grep -qx 'JobRunningTimeoutUSec=15min' ||
+        fail "systemd waits for the device: $(systemctl show -p JobRunningTimeoutUSec dev-xpm-swap0.device)"
     grep -q "^$(readlink -f /dev/xpm/swap0) " /proc/swaps || fail "swap is not on: $(cat /proc/swaps)"
     xpm doctor >/run/lab/doctor.out || fail "xpm doctor: $(cat /run/lab/doctor.out)"
     systemctl start xpm-blk@swap0 || fail "starting a device that is there is refused"

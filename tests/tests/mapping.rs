@@ -212,6 +212,27 @@ fn what_stays_and_what_does_not() {
     }
 }
 
+/// Read in a row again and again, what fits is local: nothing leaves to have room for what does not come.
+#[test]
+fn what_fits_stays() {
+    let cluster = Cluster::start(1);
+    cluster.ok(&["alloc", "create", "v", "--size", "128MiB"]);
+    let (attachment, volume) = attached(&cluster, "v", Some(TransportKind::NbdTcp));
+    let space = Space::open(volume, &options(33 * MIB, Faults::Handled(1), 32 * MIB)).expect("a space");
+    let kept = space.map(0..32 * MIB, Access::ReadWrite).expect("a range");
+    let slab = space.carve(2 * MIB).expect("a slab");
+    assert_eq!(space.stats().zeroed, 1, "the first page of a slab is there before it is touched");
+    drop(slab);
+    let read = || assert!(words(&kept).iter().step_by(PAGE / 8).all(|word| word.load(Ordering::Relaxed) == 0));
+    read();
+    let first = space.stats();
+    assert_eq!((first.fetched, first.resident), (8192, 32 * MIB), "all of it, and nothing else: {first:?}");
+    read();
+    assert_eq!(space.stats(), first, "nothing came or went");
+    drop((kept, space));
+    attachment.detach().expect("it is given back");
+}
+
 #[test]
 fn private_copies_and_ranges_that_are_only_read() {
     let cluster = Cluster::start(1);

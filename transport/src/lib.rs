@@ -15,6 +15,7 @@ pub mod nbd;
 pub mod rdma;
 pub mod shm;
 pub mod slots;
+pub mod spin;
 pub mod store;
 
 pub use io::{Completion, IoBuf, IoError, Kind, Operation};

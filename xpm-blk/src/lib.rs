@@ -15,7 +15,6 @@ pub mod daemon;
 pub mod error;
 pub mod frontend;
 pub mod lifecycle;
-pub mod spin;
 pub mod standby;
 
 mod export;

@@ -23,6 +23,8 @@ const BATCH_PART: usize = 16;
 const WRITE_MAX: u32 = 64;
 /// Writes on their way.
 pub(super) const DEPTH: usize = 16;
+/// How often the reserve is halved, which grows when it was not enough.
+const RELAX: Duration = Duration::from_millis(50);
 /// How long nothing is written after a write failed.
 const BACK_OFF: Duration = Duration::from_millis(200);
 
@@ -52,10 +54,14 @@ impl Evictor {
 
     /// Makes room until the pager is stopped.
     pub(super) fn run(mut self) {
-        let (mut ticked, mut fetched) = (Instant::now(), 0);
+        let (mut ticked, mut relaxed, mut fetched) = (Instant::now(), Instant::now(), 0);
         while !self.pager.is_stopped() {
             self.pager.evictor.take();
             self.take_arrivals();
+            while relaxed.elapsed() >= RELAX {
+                relaxed += RELAX;
+                self.pager.room.relax();
+            }
             if ticked.elapsed() >= TICK {
                 ticked = Instant::now();
                 let before =

@@ -6,8 +6,7 @@ use std::os::fd::BorrowedFd;
 use xpm_transport::io::{Completion, IoBuf, Kind, Operation};
 use xpm_transport::slots::Slots;
 
-use super::pager::{CHUNK, Local, Shared, Source, count};
-use super::pages::{Claim, POISONED, Residency};
+use super::pager::{CHUNK, Early, Local, Shared, Source, count};
 use super::prefetch::Ahead;
 use super::window::{BLOCK, Block, PAGE, Staging};
 use crate::volume::{Channel, Volume};
@@ -35,6 +34,15 @@ pub(super) enum Fate {
     Later,
     /// Its content cannot be had.
     Poisoned,
+}
+
+/// Whether the content of the page that is `count` behind the first one lies so far behind that one's.
+fn goes_on(first: Source, page: Source, count: u32) -> bool {
+    match (first, page) {
+        (Source::Zeros, Source::Zeros) => true,
+        (Source::At(first), Source::At(page)) => page == first + count,
+        _ => false,
+    }
 }
 
 /// Shortest run that is read into a block: moving one page costs as much as copying it.
@@ -92,14 +100,16 @@ impl Fetcher {
                 return Some(rest);
             }
             let longest = if ahead.stride == 1 { left.min(self.run) } else { 1 };
-            let Some((run, source)) = self.claim_run(page as u32, longest) else {
-                // It is there, or there is no room for it.
-                if self.pager.room.is_short() {
+            let (run, source) = match self.claim_run(page as u32, longest) {
+                Early::Yours(run) => run,
+                Early::NoRoom => {
                     self.pager.evictor.nudge();
                     return Some(rest);
                 }
-                (page, left) = (page + i64::from(ahead.stride), left - 1);
-                continue;
+                Early::Nothing => {
+                    (page, left) = (page + i64::from(ahead.stride), left - 1);
+                    continue;
+                }
             };
             let first = page as u32;
             match source {
@@ -115,41 +125,28 @@ impl Fetcher {
         None
     }
 
-    /// Makes absent pages the caller's that lie one behind the other, here and where their content is.
-    fn claim_run(&self, first: u32, longest: u32) -> Option<(u32, Source)> {
+    /// Makes absent pages the caller's that lie one behind the other, here and where their content is: how many, and
+    /// where that of the first one is.
+    fn claim_run(&self, first: u32, longest: u32) -> Early<(u32, Source)> {
         let pager = &self.pager;
         let end = pager.pages.count().min(first + longest).min((first / CHUNK + 1) * CHUNK);
-        let mut kind = None;
+        let (mut run, mut kind) = (0, None);
         for page in first..end {
-            let taken = pager.room.take_spare().then(|| {
-                let absent = |state: super::pages::State| {
-                    state.residency() == Residency::Absent && !state.has(POISONED)
-                };
-                match pager.pages.claim(page, absent, false) {
-                    Claim::Yours(state) => Some(pager.source(page, state)),
-                    _ => {
-                        pager.room.give(1);
-                        None
-                    }
+            match pager.claim_early(page) {
+                Early::Yours(source) if kind.is_none_or(|kind| goes_on(kind, source, run)) => {
+                    kind.get_or_insert(source);
+                    run += 1;
                 }
-            });
-            let fits = |source: Source| match (kind, source) {
-                (None, _) | (Some(Source::Zeros), Source::Zeros) => true,
-                (Some(Source::At(at)), Source::At(here)) => here == at + (page - first),
-                _ => false,
-            };
-            match taken.flatten() {
-                Some(source) if fits(source) => _ = kind.get_or_insert(source),
-                other => {
-                    if other.is_some() {
-                        pager.release(page, Residency::Absent, 0, 0);
-                        pager.room.give(1);
-                    }
-                    return kind.map(|kind| (page - first, kind));
+                Early::Yours(_) => {
+                    pager.give_back(page);
+                    break;
                 }
+                Early::Nothing if run == 0 => return Early::Nothing,
+                Early::NoRoom if run == 0 => return Early::NoRoom,
+                _ => break,
             }
         }
-        kind.map(|kind| (end - first, kind))
+        kind.map_or(Early::Nothing, |kind| Early::Yours((run, kind)))
     }
 
     /// The caller saw a free place.

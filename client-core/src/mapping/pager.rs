@@ -64,6 +64,16 @@ pub(super) enum Local {
     Fetch(u32),
 }
 
+/// What could be claimed before it is touched.
+pub(super) enum Early<T> {
+    /// This is the caller's now.
+    Yours(T),
+    /// It is there already, or somebody else is about it.
+    Nothing,
+    /// No room is left in local memory for what nobody waits for.
+    NoRoom,
+}
+
 pub(super) struct Pager {
     pub(super) window: Window,
     pub(super) pages: Pages,
@@ -263,7 +273,7 @@ impl Pager {
                 self.release(page, Residency::Mapped, touched | dirty, MARK);
                 count(&self.tallies.touched, u64::from(shelved));
                 let asks = state.has(MARK).then(|| self.prefetcher.try_lock().ok()?.touched(page));
-                Local::Done(asks.flatten())
+                Local::Done(asks.flatten().and_then(|ahead| self.bounded(page, ahead)))
             }
         }
     }
@@ -292,11 +302,54 @@ impl Pager {
         }
     }
 
+    /// Makes an absent page the caller's before it is touched; says where its content is.
+    pub(super) fn claim_early(&self, page: u32) -> Early<Source> {
+        if !self.room.take_spare() {
+            return Early::NoRoom;
+        }
+        let absent = |state: State| state.residency() == Residency::Absent && !state.has(POISONED);
+        match self.pages.claim(page, absent, false) {
+            Claim::Yours(state) => Early::Yours(self.source(page, state)),
+            Claim::Not(_) | Claim::Busy => {
+                self.room.give(1);
+                Early::Nothing
+            }
+        }
+    }
+
+    /// What was claimed early is left as it was.
+    pub(super) fn give_back(&self, page: u32) {
+        self.release(page, Residency::Absent, 0, 0);
+        self.room.give(1);
+    }
+
+    /// Spares the first touch of a new slab the fault, where there is room.
+    pub(super) fn begin_slab(&self, page: u32) {
+        match self.claim_early(page) {
+            Early::Yours(Source::Zeros) => self.put_zeros(page, 1, false),
+            Early::Yours(Source::At(_)) => self.give_back(page),
+            Early::Nothing | Early::NoRoom => {}
+        }
+    }
+
     /// What should be fetched beside a page that was missing.
     pub(super) fn ahead(&self, page: u32) -> Option<Ahead> {
         let mut prefetcher = self.prefetcher.try_lock().ok()?;
         prefetcher.limit(self.room.budget());
-        prefetcher.fault(page, self.habit(page))
+        prefetcher.fault(page, self.habit(page)).and_then(|ahead| self.bounded(page, ahead))
+    }
+
+    /// Rows end where what is kept does, and slabs begin: those are somebody else's.
+    fn bounded(&self, page: u32, ahead: Ahead) -> Option<Ahead> {
+        let end = self.pages.count().min(ahead.first.saturating_add(ahead.count));
+        let fresh = |page: u32| self.flags(page) & FRESH;
+        if ahead.stride != 1 || ahead.first >= end {
+            return Some(ahead);
+        }
+        let chunks = ahead.first / CHUNK..=(end - 1) / CHUNK;
+        let bound = chunks.map(|chunk| chunk * CHUNK).find(|first| fresh(*first) != fresh(page));
+        let count = bound.map_or(ahead.count, |bound| bound.saturating_sub(ahead.first));
+        (count > 0).then_some(Ahead { count, ..ahead })
     }
 
     /// Has the threads fetch what will be needed. What they cannot take is fetched when it is touched.
@@ -306,6 +359,13 @@ impl Pager {
             if self.asked.push(part).is_ok() {
                 fetcher.nudge();
             }
+        }
+    }
+
+    /// What was to be fetched ahead is not.
+    pub(super) fn forgo(&self, ahead: Ahead) {
+        if let Ok(mut prefetcher) = self.prefetcher.try_lock() {
+            prefetcher.forgo(ahead);
         }
     }
 
@@ -404,7 +464,7 @@ impl Pager {
     /// After room was given back: those who wait for it try again.
     pub(super) fn wake_starving(&self) {
         if self.room.freed() {
-            self.fetchers.iter().for_each(Bell::ring);
+            self.fetchers.iter().for_each(Bell::nudge);
         }
     }
 
@@ -433,10 +493,14 @@ pub(super) struct Room {
     budget: AtomicUsize,
     /// Pages that stay.
     pinned: AtomicUsize,
-    /// Somebody found no room.
+    /// A fault found no room.
     starving: AtomicBool,
+    /// What is fetched ahead did.
+    wanting: AtomicBool,
     /// Counts up whenever there is room again.
     sequence: std::sync::atomic::AtomicU32,
+    /// Pages that should be free: few, so that what fits stays, and more while that is not enough.
+    reserve: AtomicUsize,
 }
 
 impl Room {
@@ -446,7 +510,9 @@ impl Room {
             budget: AtomicUsize::new(budget),
             pinned: AtomicUsize::new(0),
             starving: AtomicBool::new(false),
+            wanting: AtomicBool::new(false),
             sequence: std::sync::atomic::AtomicU32::new(0),
+            reserve: AtomicUsize::new(0),
         }
     }
 
@@ -463,6 +529,7 @@ impl Room {
     }
 
     pub(super) fn set_budget(&self, pages: usize) {
+        self.reserve.store(0, Ordering::Relaxed);
         self.budget.store(pages, Ordering::Relaxed);
     }
 
@@ -472,20 +539,20 @@ impl Room {
 
     /// Room for one page.
     pub(super) fn take(&self) -> bool {
-        self.take_below(self.budget())
+        self.take_below(self.budget(), &self.starving)
     }
 
     /// The same, for what can do without: leaves some.
     pub(super) fn take_spare(&self) -> bool {
         let budget = self.budget();
-        self.take_below(budget - low_of(budget) / 2)
+        self.take_below(budget - self.reserve(budget) / 2, &self.wanting)
     }
 
-    fn take_below(&self, limit: usize) -> bool {
+    fn take_below(&self, limit: usize, waits: &AtomicBool) -> bool {
         let more = |resident: usize| (resident < limit).then_some(resident + 1);
         let taken = self.resident.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_ok();
-        if !taken && limit == self.budget() {
-            self.starving.store(true, Ordering::SeqCst);
+        if !taken {
+            waits.store(true, Ordering::SeqCst);
         }
         taken
     }
@@ -497,23 +564,36 @@ impl Room {
     /// Whether the evictor has to make room.
     pub(super) fn is_short(&self) -> bool {
         let budget = self.budget();
-        self.resident() + low_of(budget) > budget
+        self.resident() + self.reserve(budget) > budget
     }
 
     /// Whether it has made enough.
     pub(super) fn is_ample(&self) -> bool {
         let budget = self.budget();
-        self.resident() + 2 * low_of(budget) <= budget
+        self.resident() + 2 * self.reserve(budget) <= budget
     }
 
-    /// Tells those who found no room. True when there were any.
+    fn reserve(&self, budget: usize) -> usize {
+        self.reserve.load(Ordering::Relaxed).clamp(reserve_min(budget), reserve_max(budget))
+    }
+
+    /// Whether less of a reserve is enough shows when there is less.
+    pub(super) fn relax(&self) {
+        self.reserve.store(self.reserve(self.budget()) / 2, Ordering::Relaxed);
+    }
+
+    /// Tells the threads of the program that found no room. True when anybody did.
     fn freed(&self) -> bool {
         let starving = self.starving.swap(false, Ordering::SeqCst);
         if starving {
             self.sequence.fetch_add(1, Ordering::Release);
             let _ = futex::wake(&self.sequence, futex::Flags::PRIVATE, u32::MAX);
         }
-        starving
+        let any = self.wanting.swap(false, Ordering::SeqCst) || starving;
+        if any {
+            self.reserve.store(self.reserve(self.budget()) * 2, Ordering::Relaxed);
+        }
+        any
     }
 
     /// Waits until there may be room again, for a moment at most.
@@ -526,16 +606,14 @@ impl Room {
     }
 }
 
-/// Pages that should be free of so many.
-const fn low_of(budget: usize) -> usize {
-    let part = budget / 32;
-    if part > 1024 {
-        1024
-    } else if part < 4 {
-        4
-    } else {
-        part
-    }
+/// Fewest pages that should be free of so many.
+fn reserve_min(budget: usize) -> usize {
+    (budget / 1024).clamp(4, 64)
+}
+
+/// Most of them.
+fn reserve_max(budget: usize) -> usize {
+    (budget / 32).clamp(4, 1024)
 }
 
 /// How long the evictor sleeps when there is nothing to do.

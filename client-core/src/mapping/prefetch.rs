@@ -148,6 +148,19 @@ impl Prefetcher {
         Some(self.go_on(index, from))
     }
 
+    /// Pages that were to be fetched will not be: their stream goes on where they begin.
+    pub(super) fn forgo(&mut self, ahead: Ahead) {
+        let first = i64::from(ahead.first);
+        let stream = self.streams.iter_mut().find(|stream| {
+            let behind = (i64::from(stream.next) - first) * i64::from(ahead.stride.signum());
+            let length = i64::from(stream.window) * i64::from(ahead.stride.unsigned_abs());
+            stream.window > 0 && stream.stride == ahead.stride && (1..=2 * length).contains(&behind)
+        });
+        if let Some(stream) = stream {
+            stream.next = ahead.first;
+        }
+    }
+
     /// The stream in whose way a page lies: where it goes on, or a little further.
     fn stream_of(&self, page: u32) -> Option<usize> {
         let page = i64::from(page);
@@ -247,6 +260,28 @@ mod tests {
         assert!(backwards < 10_000 / 7, "{backwards} faults backwards");
         let strided = faults(&mut Prefetcher::default(), (0..10_000).map(|step| step * 7));
         assert!(strided < 10_000 / 7, "{strided} faults at a stride of 7");
+    }
+
+    #[test]
+    fn a_stream_goes_on_where_it_was_left() {
+        for stride in [1, -1, 3] {
+            let mut prefetcher = Prefetcher::default();
+            let mut at = 100_000;
+            let mut last = None;
+            while last.is_none_or(|ahead: Ahead| ahead.count < 8) {
+                at = offset(at, stride, 1);
+                last = prefetcher.fault(at, Habit::Normal);
+            }
+            let ahead = last.unwrap();
+            // Of two halves, the second may be given up first.
+            let rest =
+                |step| Ahead { first: offset(ahead.first, stride, step), count: ahead.count - step, ..ahead };
+            prefetcher.forgo(rest(6));
+            prefetcher.forgo(rest(3));
+            let next = prefetcher.fault(rest(3).first, Habit::Normal).unwrap();
+            assert_eq!((next.first, next.stride), (offset(rest(3).first, stride, 1), stride));
+            assert!(next.count >= 8, "{next:?}");
+        }
     }
 
     #[test]

@@ -44,13 +44,15 @@ pub(super) struct Inner {
 }
 
 impl Space {
-    /// Carves a slab of at least `len` bytes out of the allocation and shows it. It holds zeros. No message to anyone, and
-    /// no system call. It is given back when the mapping is dropped; what it held is forgotten.
+    /// Carves a slab of at least `len` bytes out of the allocation and shows it. It holds zeros, and its first page is
+    /// local already where there is room. No message to anyone. It is given back when the mapping is dropped; what it
+    /// held is forgotten.
     ///
     /// # Errors
     /// [`MapError::Slab`] when no free run is that long.
     pub fn carve(&self, len: u64) -> Result<Mapping, MapError> {
         let (slab, offset) = self.inner.carver().carve(len)?;
+        self.inner.pager.begin_slab((offset / PAGE as u64) as u32);
         Ok(self.mapping(offset, slab.len, Kind::Slab(slab)))
     }
 

@@ -13,8 +13,8 @@ use super::uffd::{Fault, Refused};
 
 /// How long it looks for something to do before it sleeps: about what waking it costs.
 const SPIN: Duration = Duration::from_micros(50);
-/// How long what is fetched ahead waits for room.
-const REST_MAX: Duration = Duration::from_millis(1);
+/// How long what is fetched ahead waits for room while it gets none.
+const REST_MAX: Duration = Duration::from_millis(20);
 /// How often those are tried again whose content could not be had, where the kernel cannot poison pages.
 const AGAIN: Duration = Duration::from_secs(1);
 
@@ -26,7 +26,7 @@ pub(super) fn run(mut fetcher: Fetcher, number: usize) {
     // Each is one thread of the program that waits.
     let mut later: VecDeque<(u32, bool)> = VecDeque::new();
     let mut sick: Vec<(u32, bool)> = Vec::new();
-    // What is to be fetched when there is room, and since when.
+    // What is to be fetched when there is room, and since when there was none.
     let mut rest: Option<(Ahead, Instant)> = None;
     let (mut busy, mut healed) = (Instant::now(), Instant::now());
     while !pager.is_stopped() {
@@ -52,14 +52,16 @@ pub(super) fn run(mut fetcher: Fetcher, number: usize) {
                 later.push_back((page, fault.write));
             }
         }
-        // One at a time: others take the next.
+        // One at a time: others take the next. What was asked for first is touched first.
         if let Some((ahead, since)) = rest.take().or_else(|| Some((pager.asked.pop()?, Instant::now()))) {
             let left = fetcher.prefetch(ahead);
-            any |= left != Some(ahead);
-            // What finds no room for long, or is overtaken by something else, is fetched when it is touched.
-            rest = left
-                .filter(|_| since.elapsed() < REST_MAX && pager.asked.is_empty())
-                .map(|left| (left, since));
+            let went_on = left != Some(ahead);
+            any |= went_on;
+            rest = left.map(|left| (left, if went_on { Instant::now() } else { since }));
+            // What finds no room for long is fetched when it is touched.
+            if let Some((left, _)) = rest.take_if(|(_, since)| since.elapsed() > REST_MAX) {
+                pager.forgo(left);
+            }
         }
         if !sick.is_empty() && healed.elapsed() > AGAIN {
             healed = Instant::now();
@@ -67,10 +69,11 @@ pub(super) fn run(mut fetcher: Fetcher, number: usize) {
         }
         if any {
             busy = Instant::now();
-        } else if busy.elapsed() < SPIN || rest.is_some() {
+        } else if busy.elapsed() < SPIN {
             std::thread::yield_now();
         } else {
-            sleep(&mut fetcher, number, handles, !later.is_empty() || !sick.is_empty());
+            let soon = !later.is_empty() || !sick.is_empty() || rest.is_some();
+            sleep(&mut fetcher, number, handles, soon);
         }
     }
     // What is on its way has places in the staging memory.

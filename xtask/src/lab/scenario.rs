@@ -169,7 +169,7 @@ pub(crate) const ALL: &[Scenario] = &[
         name: "swapd-kills",
         about: "the same, and xpm-swapd is killed 30 times while it grows",
         args: &["30"],
-        seconds_max: 1800,
+        seconds_max: 2700,
         ..SWAPD
     },
     Scenario {

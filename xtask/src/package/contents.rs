@@ -100,6 +100,7 @@ fn client(shared: &Shared) -> Result<Package> {
     for rules in sorted(&util::repository().join("udev"))? {
         package.stage.copy(&rules, &format!("{RULES}/{}", name(&rules)))?;
     }
+    package.stage.copy(&packaging("device-wait.conf"), &format!("{UNITS}/dev-xpm-.device.d/wait.conf"))?;
     package.add_conffile("blk.toml")?;
     package.stage.directory("etc/xpm/blk.d")?;
     if packaging("etc/swapd.toml").is_file() {

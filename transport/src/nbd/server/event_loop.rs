@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::event::{EventfdFlags, Timespec, eventfd};
@@ -16,6 +16,7 @@ use rustix::event::{EventfdFlags, Timespec, eventfd};
 use super::connection::{Closed, Connection};
 use super::counters::{LoopCounters, add};
 use super::registry::{ConnectionId, Registry};
+use crate::spin::Spin;
 
 /// Events fetched at once.
 const EVENTS_MAX: usize = 64;
@@ -90,10 +91,10 @@ impl EventLoop {
     /// Serves until told to stop.
     pub(super) fn run(mut self) {
         let mut events = Vec::with_capacity(EVENTS_MAX);
-        let mut waiter = Waiter::new(self.spin);
+        let mut spin = Spin::new(self.spin);
         while !self.stopping {
             events.clear();
-            if let Err(error) = waiter.wait(self.epoll.as_fd(), &mut events) {
+            if let Err(error) = wait(self.epoll.as_fd(), &mut spin, &mut events) {
                 // epoll_wait(2) fails only when its arguments are wrong, which they are not.
                 tracing::error!(%error, "waiting for connections failed");
                 return;
@@ -187,37 +188,21 @@ fn watch(epoll: BorrowedFd<'_>, served: &mut Served, place: usize) -> io::Result
     Ok(())
 }
 
-/// Waits by looking again for a while, then by sleeping.
-struct Waiter {
-    spin: Duration,
-    /// The last wait was short enough for looking again to be worth it.
-    busy: bool,
-}
-
 const NOT_AT_ALL: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
 
-impl Waiter {
-    fn new(spin: Duration) -> Waiter {
-        Waiter { spin, busy: false }
-    }
-
-    fn wait(&mut self, epoll: BorrowedFd<'_>, events: &mut Vec<epoll::Event>) -> io::Result<()> {
-        if fetch(epoll, events, Some(&NOT_AT_ALL))? || self.spin.is_zero() && fetch(epoll, events, None)? {
-            return Ok(());
+/// Waits by looking again for a while, then by sleeping.
+fn wait(epoll: BorrowedFd<'_>, spin: &mut Spin, events: &mut Vec<epoll::Event>) -> io::Result<()> {
+    loop {
+        if fetch(epoll, events, Some(&NOT_AT_ALL))? {
+            break;
         }
-        let start = Instant::now();
-        if self.busy {
-            while start.elapsed() < self.spin {
-                rustix::thread::sched_yield();
-                if fetch(epoll, events, Some(&NOT_AT_ALL))? {
-                    return Ok(());
-                }
-            }
+        if !spin.goes_on() {
+            fetch(epoll, events, None)?;
+            break;
         }
-        fetch(epoll, events, None)?;
-        self.busy = start.elapsed() < 2 * self.spin;
-        Ok(())
     }
+    spin.reset();
+    Ok(())
 }
 
 /// Fetches events; false when there are none.

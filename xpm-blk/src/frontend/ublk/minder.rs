@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use xpm_client::Volume;
 use xpm_protocol::api::ErrorKind;
+use xpm_transport::spin::Spin;
 
 use super::control::Control;
 use super::queue::{self, Gate, QueueParts};
@@ -19,7 +20,6 @@ use super::uapi::{self, DeviceInfo};
 use crate::error::{DeviceError, Step};
 use crate::frontend::Shape;
 use crate::lifecycle;
-use crate::spin::Spin;
 use crate::watch::Pulse;
 
 /// What a device is served with.

@@ -13,13 +13,13 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use xpm_client::Channel;
 use xpm_transport::io::{Completion, IoError, Kind, Operation};
+use xpm_transport::spin::Spin;
 
 use super::memory::{Buffers, Descriptors};
 use super::request::Request;
 use super::ring::{Event, Ring};
 use super::uapi;
 use crate::lifecycle;
-use crate::spin::Spin;
 use crate::watch::Pulse;
 
 /// What a queue is made of.

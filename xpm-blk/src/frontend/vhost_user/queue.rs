@@ -23,6 +23,7 @@ use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::event::{EventfdFlags, Timespec, eventfd};
 use xpm_client::Channel;
 use xpm_transport::io::{Completion, IoBuf, IoError, Operation};
+use xpm_transport::spin::Spin;
 
 use super::chain::Pieces;
 use super::inflight::Tracker;
@@ -30,7 +31,6 @@ use super::memory::GuestMemory;
 use super::request::{self, ID_LEN, Outcome, PARTS_MAX, Part, Status};
 use super::ring::{Broken, Parts, Ring};
 use crate::lifecycle;
-use crate::spin::Spin;
 use crate::watch::Pulse;
 
 /// What a queue is made of.

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use xpm_client::Volume;
+use xpm_transport::spin::Spin;
 
 use super::config::{self, feature};
 use super::inflight::{self, Inflight};
@@ -19,7 +20,6 @@ use super::memory::{GuestMemory, Region, RegionInfo};
 use super::message::{self, Reply, Request, protocol};
 use super::queue::{DeviceFacts, Order, QueueParts, Worker};
 use super::ring::{Addresses, Broken, Features, Parts, Ring, SIZE_MAX};
-use crate::spin::Spin;
 use crate::watch::Pulse;
 
 /// How long a queue that is stopped waits for what is in flight. Longer than any I/O takes that is not held; and
