@@ -1,10 +1,8 @@
 //! The thread that makes room: takes pages to the shelf, and from there away, what was changed written first.
 
-use std::os::fd::BorrowedFd;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use xpm_transport::io::{Completion, Kind, Operation};
 use xpm_transport::slots::Slots;
 
@@ -262,14 +260,7 @@ impl Evictor {
     }
 
     fn sleep(&mut self, limit: Duration) {
-        if self.pager.evictor.take() {
-            return;
-        }
         self.channel.arm();
-        let channel: BorrowedFd<'_> = self.channel.wait_fd();
-        let mut fds =
-            [PollFd::new(self.pager.evictor.fd(), PollFlags::IN), PollFd::new(&channel, PollFlags::IN)];
-        let limit = Timespec { tv_sec: 0, tv_nsec: limit.as_nanos().min(999_999_999) as i64 };
-        let _ = poll(&mut fds, Some(&limit));
+        self.pager.evictor.wait(&[self.channel.wait_fd()], limit);
     }
 }

@@ -103,7 +103,7 @@ impl Fetcher {
             let (run, source) = match self.claim_run(page as u32, longest) {
                 Early::Yours(run) => run,
                 Early::NoRoom => {
-                    self.pager.evictor.nudge();
+                    self.pager.evictor.ring();
                     return Some(rest);
                 }
                 Early::Nothing => {

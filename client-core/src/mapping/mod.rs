@@ -21,6 +21,7 @@
 //! **System calls.** In [`Faults::Inline`], and where userfaultfd(2) is allowed for user mode only, a system call that
 //! is given absent pages fails with EFAULT: touch or pin them before.
 
+mod bell;
 mod budget;
 mod carver;
 mod error;
@@ -37,6 +38,7 @@ mod pages;
 mod part;
 mod policy;
 mod prefetch;
+mod signal;
 mod space;
 mod sync;
 mod tend;

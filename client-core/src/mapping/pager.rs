@@ -11,11 +11,11 @@ use rustix::thread::futex;
 use xpm_transport::{IoBuf, IoError};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
+use super::bell::Bell;
 use super::pages::{self, Claim, DIRTY, MARK, POISONED, Pages, QUEUED, Residency, State, TOUCHED, WRITTEN};
 use super::prefetch::{Ahead, Habit, Prefetcher};
 use super::window::{PAGE, Window};
 use super::{Faults, MappingStats};
-use crate::volume::Bell;
 
 /// Pages of which something is known together: 2 MiB.
 pub(super) const CHUNK: u32 = 512;
@@ -285,12 +285,12 @@ impl Pager {
         }
         if !self.room.take() {
             self.release(page, Residency::Absent, 0, 0);
-            self.evictor.nudge();
+            self.evictor.ring();
             count(&self.tallies.waits, 1);
             return Local::NoRoom;
         }
         if self.room.is_short() {
-            self.evictor.nudge();
+            self.evictor.ring();
         }
         count(&self.tallies.faults, 1);
         match self.source(page, state) {
@@ -357,7 +357,7 @@ impl Pager {
         let (first, second) = ahead.halves();
         for (part, fetcher) in [Some(first), second].into_iter().flatten().zip(self.fetchers.iter().cycle()) {
             if self.asked.push(part).is_ok() {
-                fetcher.nudge();
+                fetcher.ring();
             }
         }
     }
@@ -405,11 +405,11 @@ impl Pager {
         }
         let arrival = u64::from(page) | (left & 0xffff_ffff) << 32;
         while self.arrivals.push(arrival).is_err() && !self.is_stopped() {
-            self.evictor.nudge();
+            self.evictor.ring();
             std::thread::yield_now();
         }
         if self.arrivals.len() > ARRIVALS / 2 {
-            self.evictor.nudge();
+            self.evictor.ring();
         }
     }
 
@@ -464,7 +464,7 @@ impl Pager {
     /// After room was given back: those who wait for it try again.
     pub(super) fn wake_starving(&self) {
         if self.room.freed() {
-            self.fetchers.iter().for_each(Bell::nudge);
+            self.fetchers.iter().for_each(Bell::ring);
         }
     }
 

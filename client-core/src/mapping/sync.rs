@@ -1,3 +1,3 @@
 //! Atomics; a test with a model checker has its own in their place.
 
-pub(super) use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+pub(super) use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};

@@ -4,8 +4,6 @@ use std::collections::VecDeque;
 use std::os::fd::AsFd as _;
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-
 use super::fetch::{Fate, Fetcher};
 use super::pager::count;
 use super::prefetch::Ahead;
@@ -105,18 +103,8 @@ fn serve(fetcher: &mut Fetcher, page: u32, write: bool, sick: &mut Vec<(u32, boo
 
 fn sleep(fetcher: &mut Fetcher, number: usize, handles: bool, soon: bool) {
     let pager = fetcher.pager.clone();
-    if pager.fetchers[number].take() {
-        return;
-    }
     fetcher.arm();
-    let bell = PollFd::new(pager.fetchers[number].fd(), PollFlags::IN);
-    let channel = fetcher.wait_fd();
-    let channel = PollFd::new(&channel, PollFlags::IN);
-    let uffd = pager.window.uffd.as_fd();
-    let mut fds = vec![bell, channel];
-    if handles {
-        fds.push(PollFd::new(&uffd, PollFlags::IN));
-    }
-    let limit = if soon { 5_000_000 } else { 500_000_000 };
-    let _ = poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: limit }));
+    let both = [fetcher.wait_fd(), pager.window.uffd.as_fd()];
+    let limit = Duration::from_millis(if soon { 5 } else { 500 });
+    pager.fetchers[number].wait(if handles { &both } else { &both[..1] }, limit);
 }

@@ -46,13 +46,6 @@ impl Bell {
         self.rung.store(true, Ordering::Release);
     }
 
-    /// Rings unless it did already and was not heard. For those who ring often.
-    pub(crate) fn nudge(&self) {
-        if !self.rung.load(Ordering::Acquire) {
-            self.ring();
-        }
-    }
-
     /// Whether it rang since the last time this was asked. One load when it did not.
     pub(crate) fn take(&self) -> bool {
         if !self.rung.load(Ordering::Acquire) {
