@@ -14,6 +14,9 @@ use crate::export;
 use crate::frontend::Health;
 use crate::sysfs::Statistics;
 
+/// How long appliances are waited for that have to shut out an earlier process.
+const SHUT_OUT_WITHIN: Duration = Duration::from_secs(2);
+
 /// Serves a volume to the kernel.
 pub(super) struct Local {
     server: Server,
@@ -67,6 +70,15 @@ impl Source for Local {
         };
         self.server.adopt(ours, opened).at(step())?;
         Ok(kernel)
+    }
+
+    /// An appliance shuts out a queue's earlier connection when it has the next one.
+    fn shut_out_all(&self) {
+        if self.queues > 1
+            && let Err(error) = self.volume.wait_ready(SHUT_OUT_WITHIN)
+        {
+            tracing::warn!("goes on before all of an earlier process is shut out: {error}");
+        }
     }
 
     /// The server sees the end of each socket that the kernel let go of, also of one that it never took.

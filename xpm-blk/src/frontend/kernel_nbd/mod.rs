@@ -202,6 +202,7 @@ fn connect(wiring: &mut Wiring, size: u64, source: &dyn Source, shape: &Shape) -
     if let Some(index) = left {
         tracing::info!("taking over /dev/nbd{index}, which an earlier xpm-blk left");
         wiring.index = index;
+        source.shut_out_all();
         return wiring.reconfigure(&mut control, &sockets);
     }
     let mut request = Connect {

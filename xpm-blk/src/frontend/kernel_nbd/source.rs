@@ -23,6 +23,10 @@ pub(super) trait Source: Send + Sync {
     /// Why there is none now; trying again may help.
     fn socket(&self, queue: u16) -> Result<OwnedFd, DeviceError>;
 
+    /// Waits until what an earlier process sent on any queue is shut out, by appliances that can be reached. The kernel may
+    /// submit a request of one queue again on another.
+    fn shut_out_all(&self) {}
+
     /// Queues whose last socket is dead or was not taken by the kernel.
     fn dead(&self) -> Vec<u16>;
 
