@@ -195,7 +195,8 @@ fn a_client_on_the_same_host_has_the_memory_itself() {
     let uri = daemon.tcp_uri(&key(1));
     let said = run("qemu-io", &["-f", "raw", "-r", "-c", &format!("read -v {} 4", LEN + 5), &uri]);
     assert!(said.contains("70 61 67 65"), "NBD sees what was stored: {said}");
-    assert_eq!(daemon.get("/v1/grants")[0]["connections"], 1);
+    // That qemu-io has left is noticed a moment later.
+    daemon.wait("it is the only one", |_| daemon.get("/v1/grants")[0]["connections"] == 1);
     assert!(harness::Shared::open(&daemon, &key(2)).is_err(), "a wrong key was let in");
 
     assert_eq!(daemon.raw("DELETE", &format!("/v1/grants/{:032x}", 1), "").0, 204);
