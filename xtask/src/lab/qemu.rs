@@ -111,9 +111,8 @@ impl Guest<'_> {
         command.arg("-kernel").arg(self.kernel.image()).arg("-initrd").arg(self.initramfs);
         // tsc=reliable: on a busy host the kernel else takes the TSC, which is the host's clock, for broken, and asks the
         // HPET from then on, for which each question leaves the guest.
-        // A processor that is emulated stands still when the host's does: 60 s are a lockup, not 20.
         command.arg("-append").arg(format!(
-            "console=ttyS0 loglevel=6 sysctl.kernel.sysrq=1 panic=-1 oops=panic tsc=reliable watchdog_thresh=30 \
+            "console=ttyS0 loglevel=6 sysctl.kernel.sysrq=1 panic=-1 oops=panic tsc=reliable \
              sysctl.kernel.hung_task_panic=1 sysctl.kernel.hung_task_timeout_secs={HUNG_TASK_SECONDS} {kernel_words}"
         ));
         command.arg("-serial").arg(joined("file:", &self.console));
