@@ -60,8 +60,8 @@ pub struct Memory {
     pins: AtomicU32,
     /// Processes may have it mapped that connected to an earlier life of this appliance.
     has_strays: bool,
-    /// It was faulted in by an earlier life, so that what is a hole was trimmed since then.
-    was_faulted: bool,
+    /// Something was trimmed, or may have been in an earlier life, so that holes are not faulted in: they were given back.
+    holes_stay: AtomicBool,
     /// The number in the name of its memfd.
     memfd: Option<MemfdId>,
     /// Its place in the store of the service manager.
@@ -106,7 +106,7 @@ impl Memory {
             shared: AtomicBool::new(false),
             pins: AtomicU32::new(0),
             has_strays: false,
-            was_faulted: false,
+            holes_stay: AtomicBool::new(false),
             memfd: None,
             stored: OnceLock::new(),
             _kept: kept,
@@ -122,7 +122,7 @@ impl Memory {
     /// The same, taken back from an earlier life, with its place in the store.
     pub(super) fn taken_back(mut self, id: MemfdId, shared: bool, stored: Option<Stored>) -> Memory {
         self.memfd = Some(id);
-        self.was_faulted = self.way == Way::Punch;
+        self.holes_stay = AtomicBool::new(self.way == Way::Punch);
         self.shared = AtomicBool::new(shared);
         self.has_strays = shared;
         self.stored = stored.map_or_else(OnceLock::new, OnceLock::from);
@@ -227,8 +227,9 @@ impl Memory {
     }
 
     /// Makes the range read as zeros and gives its memory back where the backing can and no device has
-    /// it registered.
+    /// it registered. What is not faulted in yet is not faulted in after that, but for the step that is under way.
     pub fn trim(&self, offset: u64, len: u64) {
+        self.holes_stay.store(true, SeqCst);
         let end = offset + len;
         let (inner, inner_end) = (offset.next_multiple_of(PAGE_LEN), end - end % PAGE_LEN);
         if inner >= inner_end {
@@ -255,6 +256,7 @@ impl Memory {
             self.set_faulted(0);
         }
         self.trim(0, self.len());
+        self.holes_stay.store(false, SeqCst);
     }
 
     /// Moves the content to `target`, which is of the same length and all zeros, and leaves zeros.
@@ -323,7 +325,7 @@ impl Memory {
                 return Ok(false);
             }
             let len = STEP_LEN.min(self.len() - done);
-            let extent = match self.was_faulted {
+            let extent = match self.holes_stay.load(SeqCst) {
                 true => self.extent(done, len),
                 false => Extent { len, hole: false },
             };

@@ -87,6 +87,20 @@ fn faulting_in_does_not_change_the_content_and_goes_on_where_it_was() {
 }
 
 #[test]
+fn what_is_trimmed_before_it_was_faulted_in_stays_given_back() {
+    let arena = Arena::new(&Backing::Memfd, 64 * MIB, true).unwrap();
+    let memory = arena.make(64 * MIB, 0).unwrap();
+    assert!(!arena.fault_in(&memory, Some(Instant::now())).unwrap());
+    memory.trim(0, 64 * MIB);
+    write(&memory, 40 * MIB, b"content");
+    assert!(arena.fault_in(&memory, None).unwrap());
+    assert_eq!(memory.resident(), 4096, "nobody asked for the rest again");
+    memory.clear();
+    assert!(arena.fault_in(&memory, None).unwrap());
+    assert_eq!(memory.resident(), memory.len(), "it is ready for the next one");
+}
+
+#[test]
 fn trim_gives_memory_back_and_shows_holes() {
     let arena = Arena::new(&Backing::Memfd, LEN, true).unwrap();
     let memory = arena.make(LEN, 0).unwrap();

@@ -160,6 +160,8 @@ struct Running {
     scenario: &'static Scenario,
     since: Instant,
     tagged: Vec<String>,
+    /// What its script said last when it failed (`fail` in `lib.sh`).
+    complaint: Option<String>,
 }
 
 impl<'a> Watch<'a> {
@@ -218,17 +220,24 @@ impl<'a> Watch<'a> {
         }
         println!("[{name}] begins: {}", scenario.about);
         self.deadline = now + self.place.time_max.unwrap_or(Duration::from_secs(scenario.seconds_max));
-        self.running = Some(Running { scenario, since: now, tagged: Vec::new() });
+        self.running = Some(Running { scenario, since: now, tagged: Vec::new(), complaint: None });
     }
 
     fn end(&mut self, status: &str) {
-        let failure = (status != "0").then(|| format!("ended with status {status}"));
+        let complaint = self.running.as_mut().and_then(|running| running.complaint.take());
+        let failure = (status != "0").then(|| match complaint {
+            Some(text) => format!("ended with status {status}: {text}"),
+            None => format!("ended with status {status}"),
+        });
         self.report(failure);
         self.deadline = Instant::now() + PAUSE_TIME_MAX;
     }
 
     fn show(&mut self, line: &str) {
         let name = self.running.as_ref().map_or("guest", |running| running.scenario.name);
+        if let (Some(running), Some(complaint)) = (&mut self.running, line.strip_prefix("FAIL: ")) {
+            running.complaint = Some(complaint.to_owned());
+        }
         match (&mut self.running, line.strip_prefix("BENCH ")) {
             (Some(running), Some(tagged)) => running.tagged.push(tagged.to_owned()),
             _ => println!("[{name}] {line}"),
