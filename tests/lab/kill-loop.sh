@@ -69,10 +69,7 @@ note "$(cat /run/lab/gaps.log)"
 no_errors "$name"
 kill "$swapd_pid"
 wait "$swapd_pid" || true
-(
-    echo -1000 >/proc/self/oom_score_adj
-    exec swapoff "$device"
-)
+take_swap_off "$device"
 detach "$name"
 stop_managed_blk
 dmesg_clean

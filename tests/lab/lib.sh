@@ -153,12 +153,17 @@ swap_on() {
     swapon --discard "$device"
 }
 
-# swap_off FORM: undoes swap_on. The kernel may end swapoff for want of memory; not this one.
-swap_off() {
+# take_swap_off DEVICE: swapoff, which the kernel may end for want of memory; not this one.
+take_swap_off() {
     (
         echo -1000 >/proc/self/oom_score_adj
-        exec swapoff "$device"
+        exec swapoff "$1"
     )
+}
+
+# swap_off FORM: undoes swap_on.
+swap_off() {
+    take_swap_off "$device"
     detach "swap-$1"
 }
 

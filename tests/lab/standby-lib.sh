@@ -30,10 +30,14 @@ TOML
     # As a service manager's: the shells of the test are not swapped out themselves.
     make_group lab-shell memory.swap.max=0
     echo $$ >"$group/cgroup.procs"
+    begin_managing
+    wait_for 60 xpm blk list
+}
+
+begin_managing() {
     : >/run/lab/managed
     manage_blk &
     manager=$!
-    wait_for 60 xpm blk list
 }
 
 manage_blk() {

@@ -61,19 +61,14 @@ find_blk
 load /mnt/fs/load 64 --verify_only=1
 umount /mnt/fs
 [ -e /proc/"$serving" ] || fail "it ended although swap was in use"
-(
-    echo -1000 >/proc/self/oom_score_adj
-    exec swapoff "$swap"
-)
+take_swap_off "$swap"
 is_gone() { [ ! -e /proc/"$serving" ]; }
 wait_for 60 is_gone
 wait_for 10 no_blk_left
 note "told to end: the standby served on until nothing was in use, and ended"
 
 with_another_life() {
-    : >/run/lab/managed
-    manage_blk &
-    manager=$!
+    begin_managing
     wait_standby
 }
 

@@ -105,13 +105,9 @@ fn progress(area: &Area) -> String {
     let Some(leaving) = &area.leaving else { return format!("{}: {} left", area.name, area.used) };
     let done = leaving.from.0.saturating_sub(area.used.0);
     let percent = (u128::from(done) * 100).checked_div(u128::from(leaving.from.0)).unwrap_or(100);
-    format!(
-        "{}: {percent}%, {} of {} left, for {}",
-        area.name,
-        area.used,
-        leaving.from,
-        age::short(leaving.since.0)
-    )
+    let since = leaving.since.0;
+    let since = if since.is_zero() { String::new() } else { format!(", for {}", age::short(since)) };
+    format!("{}: {percent}%, {} of {} left{since}", area.name, area.used, leaving.from)
 }
 
 fn show(status: &Status) -> String {
