@@ -7,6 +7,7 @@ use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use rustix::cmsg_space;
@@ -113,6 +114,13 @@ impl Manager {
             }
         }
     }
+}
+
+/// Whether the machine is going down, by systemd's word (`systemctl is-system-running`): then it is not a restart of this
+/// daemon alone that it is told to end. Blocks until systemd has answered; false where there is none.
+pub fn machine_stops() -> bool {
+    let asked = Command::new("systemctl").arg("is-system-running").stdin(Stdio::null()).output();
+    asked.is_ok_and(|answer| answer.stdout.trim_ascii() == b"stopping")
 }
 
 /// How often this daemon has to say that it lives, if it has to (`WATCHDOG_USEC`).

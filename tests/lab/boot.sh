@@ -1,5 +1,5 @@
-# boot.sh RESTARTS: a machine with systemd whose swap and one file system are external memory. It has the Debian packages;
-# devices, swap and mount come up by themselves at each start, stand a program that needs more
+# boot.sh RESTARTS: a machine with systemd whose swap, of a unit and of xpm-swapd, and one file system are external memory. It has the
+# Debian packages; devices, swap and mount come up by themselves at each start, stand a program that needs more
 # than the machine's memory, and go in order when the machine restarts while it runs.
 . "$LAB_SCRIPTS/lib.sh"
 . "$LAB_SCRIPTS/systemd/lib.sh"
@@ -34,6 +34,16 @@ UNIT
     mkswap "$(xpm blk attach swap0 --as ublk)" >/dev/null
     mkfs.ext4 -q "$(xpm blk attach data --as nbd --depth 64)"
     systemctl start xpm-blk@swap0 xpm-blk@data mnt-data.mount
+    # Filled before the other.
+    printf 'allocator = "%s"\nbase = "128MiB"\nmaximum = "128MiB"\npriority = 200\n' "$XPM_ALLOCATOR" >>/etc/xpm/swapd.toml
+    systemctl enable -q --now xpm-swapd
+}
+
+swapd_is_on() {
+    xpm swap status --json | python3 -c '
+import json, sys
+areas = json.load(sys.stdin)["areas"]
+sys.exit([area["state"] for area in areas] != ["on"])'
 }
 
 # What udev made of a device.
@@ -54,7 +64,8 @@ check_device() {
 }
 
 check_up() {
-    wait_for 120 all_active xpm-blk xpm-blk@swap0 xpm-blk@data dev-xpm-swap0.swap mnt-data.mount
+    wait_for 120 all_active xpm-blk xpm-blk@swap0 xpm-blk@data dev-xpm-swap0.swap mnt-data.mount xpm-swapd
+    wait_for 120 swapd_is_on
     check_device swap0
     check_device data
     systemctl show -p JobRunningTimeoutUSec dev-xpm-swap0.device | grep -qx 'JobRunningTimeoutUSec=15min' ||
@@ -82,14 +93,19 @@ swapped_out_since() {
 
 # The last start, and its end, as the journal has them.
 check_last() {
-    local journal=/run/lab/journal-$1 swap mount blk network
+    local journal=/run/lab/journal-$1 swap mount swapd blk network
     journalctl -b -1 --no-pager -o short-monotonic >"$journal"
     swap=$(grep -n 'Deactivated swap.*dev-xpm-swap0\.swap' "$journal" | tail -n 1 | cut -d: -f1)
     mount=$(grep -n 'Unmounted.*mnt-data\.mount' "$journal" | tail -n 1 | cut -d: -f1)
+    swapd=$(grep -n 'Stopped.*xpm-swapd\.service' "$journal" | tail -n 1 | cut -d: -f1)
     blk=$(grep -n 'Stopped.*xpm-blk\.service' "$journal" | tail -n 1 | cut -d: -f1)
     network=$(grep -n 'Stopping.*lab-network\.service\|Stopped.*lab-network\.service' "$journal" | head -n 1 | cut -d: -f1)
-    [ "${swap:-0}" -gt 0 ] && [ "${mount:-0}" -gt 0 ] && [ "${blk:-0}" -gt "$swap" ] && [ "$blk" -gt "$mount" ] && [ "${network:-0}" -gt "$blk" ] ||
-        fail "not in order: swapoff in line ${swap:-none} of $journal, umount in ${mount:-none}, xpm-blk's end in ${blk:-none}, the network's in ${network:-none}"
+    [ "${swap:-0}" -gt 0 ] && [ "${mount:-0}" -gt 0 ] && [ "${blk:-0}" -gt "$swap" ] && [ "$blk" -gt "$mount" ] && [ "${network:-0}" -gt "$blk" ] &&
+        [ "${swapd:-0}" -gt 0 ] && [ "$blk" -gt "$swapd" ] ||
+        fail "not in order: swapoff in line ${swap:-none} of $journal, umount in ${mount:-none}, the end of xpm-swapd in ${swapd:-none}, of xpm-blk in ${blk:-none}, of the network in ${network:-none}"
+    grep -q 'xpm-swapd.*the machine goes down: turning swap off' "$journal" || fail "xpm-swapd did not see that the machine goes down"
+    ! sed -n '/turning swap off/,$p' "$journal" | grep 'goes on until nobody uses a device' ||
+        fail "xpm-blk left devices to its standby while the machine went down"
     if grep -E "$dmesg_bad|systemd\[1\]: (xpm-blk|hog|dev-xpm|mnt-data|swap|Failed).*(Failed|failed)|bad page" "$journal"; then
         fail "something went wrong before the restart, see above"
     fi
@@ -124,6 +140,8 @@ dmesg_clean
 [ "$stage" -eq "$restarts" ] || restart_machine boot "$stage"
 
 systemctl stop hog
+xpm swap drain --all
+systemctl disable -q --now xpm-swapd
 systemctl disable -q xpm-blk@swap0 xpm-blk@data dev-xpm-swap0.swap
 # Who needs a device goes with it.
 systemctl stop xpm-blk@swap0 xpm-blk@data

@@ -6,10 +6,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::runtime::{Builder, Runtime};
+use tokio::task::spawn_blocking;
 use xpm_client::owner::Owner;
 use xpm_control::client::Client;
 use xpm_control::listen::{Listener, Place};
-use xpm_control::manager::{Manager, prove_alive};
+use xpm_control::manager::{Manager, machine_stops, prove_alive};
 use xpm_control::server::{Limits, Server as ControlServer, answers};
 use xpm_control::shutdown::Shutdown;
 use xpm_control::token::Token;
@@ -293,20 +294,22 @@ struct Ending<'a> {
 impl Ending<'_> {
     /// Resolves when the process may end: told so, and nobody uses a device that it serves; or told so
     /// a second time, the limit or more after the first. While devices are in use, and a standby is ready, that one goes
-    /// on with them, and the process ends by itself; one that was `told` by its predecessor leaves it to nobody.
+    /// on with them, and the process ends by itself; one that was `told` by its predecessor leaves it to nobody, and so does
+    /// one that is told because the machine goes down: what ends after it, as the network, has to stay until nobody uses a device.
     async fn wait(self, shutdown: &mut Shutdown, told: bool) {
         let signal = if told { "its predecessor was told to end" } else { shutdown.signalled().await };
         if let Some(manager) = self.manager {
             manager.stopping();
         }
         let since = Instant::now();
+        let last = told || self.manager.is_some() && spawn_blocking(machine_stops).await.unwrap_or_default();
         let mut said = Vec::new();
         loop {
             let in_use = in_use(self.daemon).await;
             if in_use.is_empty() {
                 return;
             }
-            if !told {
+            if !last {
                 self.daemon.keeper().leave();
             }
             if in_use != said {
@@ -338,7 +341,7 @@ impl Ending<'_> {
 
 async fn in_use(daemon: &Arc<Daemon>) -> Vec<String> {
     let daemon = Arc::clone(daemon);
-    let look = tokio::task::spawn_blocking(move || daemon.in_use());
+    let look = spawn_blocking(move || daemon.in_use());
     match tokio::time::timeout(OPEN_LIMIT, look).await {
         Ok(Ok(in_use)) => in_use,
         Ok(Err(_)) | Err(_) => vec!["a device does not answer, so its users are not known".to_owned()],

@@ -1,5 +1,5 @@
 //! The life of the process: made fit for the moment when there is no memory, started, and ended with
-//! every area left on.
+//! every area left on, or off where the machine goes down.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -7,9 +7,10 @@ use std::time::Duration;
 
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::Notify;
+use tokio::task::{JoinHandle, spawn_blocking};
 use xpm_control::client::Client;
 use xpm_control::listen::{Listener, Place};
-use xpm_control::manager::{Manager, prove_alive};
+use xpm_control::manager::{Manager, machine_stops, prove_alive};
 use xpm_control::server::{Limits, Server, answers};
 use xpm_control::shutdown::Shutdown;
 use xpm_control::token::Token;
@@ -80,7 +81,7 @@ async fn serve(config: Config, hand: Hand) -> Result<(), Error> {
     }
     let end = async {
         let signal = shutdown.signalled().await;
-        tracing::info!("{signal}: ending; swap stays on");
+        tracing::info!("{signal}: ending");
         manager.iter().for_each(Manager::stopping);
     };
     tokio::select! {
@@ -88,7 +89,14 @@ async fn serve(config: Config, hand: Hand) -> Result<(), Error> {
         () = prove_alive(manager.as_ref(), || answers(routes.clone(), "/v1/status")) => {}
         () = tell(&daemon, manager.as_ref()) => {}
     }
-    working.iter().for_each(tokio::task::JoinHandle::abort);
+    working.iter().for_each(JoinHandle::abort);
+    let stops = manager.is_some() && spawn_blocking(machine_stops).await.unwrap_or_default();
+    if stops {
+        tracing::info!("the machine goes down: turning swap off, so that what serves it can end");
+        daemon.turn_all_off().await;
+    } else {
+        tracing::info!("swap stays on");
+    }
     Ok(())
 }
 

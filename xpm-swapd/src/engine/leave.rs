@@ -6,12 +6,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use xpm_control::proc;
 use xpm_protocol::Name;
 use xpm_protocol::api::ErrorKind;
 
 use super::{Daemon, Job};
 use crate::error::Error;
 use crate::os::hand::Ended;
+use crate::os::table;
 use crate::policy::Cause;
 use crate::state::{Record, Stage};
 
@@ -22,6 +24,8 @@ const DETACH_TRIES: u32 = 10;
 const DETACH_PAUSE: Duration = Duration::from_millis(300);
 /// How long an order may take.
 const ORDER_LIMIT: Duration = Duration::from_secs(60);
+/// How long to wait before swapoff is tried again while the machine goes down.
+const AGAIN: Duration = Duration::from_millis(500);
 
 /// What the log and the status call taking away.
 pub(super) const DRAIN: &str = "drain";
@@ -59,6 +63,20 @@ impl Daemon {
                 self.store.change(|state| state.set_stage(&record.name, stage))
             }
             _ => self.begin_leave(&record.name, Cause::Hand, "it was begun before"),
+        }
+    }
+
+    /// Turns all areas off and keeps them, for the machine goes down: xpm-blk and the network end after this process.
+    /// systemd turns swap off at the same time, for as long as it thinks right; so this goes on until there is none.
+    pub(crate) async fn turn_all_off(&self) {
+        for record in &self.store.get().areas {
+            let Some(path) = self.path(record) else { continue };
+            while proc::swaps().is_ok_and(|swaps| table::find(&swaps, &path).is_some()) {
+                match self.hand.turn_off(PathBuf::from(&path)).await {
+                    Ended::Off => tracing::info!("{} is off", record.name),
+                    Ended::Stopped | Ended::Killed | Ended::Refused(_) => tokio::time::sleep(AGAIN).await,
+                }
+            }
         }
     }
 
