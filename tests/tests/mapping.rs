@@ -16,6 +16,8 @@ use xpm_tests::mapping::{Dice, MIB, PAGE, attach_options, attached, in_own_proce
 
 /// Threads of a test against a shadow.
 const THREADS: usize = 4;
+/// Of a stripe over two appliances, in bytes.
+const UNIT: usize = 64 << 10;
 
 /// The word of a thread: each has its own in every page.
 fn own_word(words: &[AtomicU64], thread: usize, own: usize) -> &AtomicU64 {
@@ -127,6 +129,59 @@ fn the_same_with_shared_memory_behind_the_window() {
     }
 }
 
+/// The budget changes, and everything is flushed, until `act` is done.
+fn while_budget_and_flush(space: &Space, act: impl FnOnce()) {
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let other = scope.spawn(|| {
+            let mut dice = Dice(7);
+            while !stop.load(Ordering::Relaxed) {
+                space.set_budget((1 + dice.below(6) as u64) * MIB).expect("a budget");
+                space.flush().expect("it can be flushed");
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        });
+        act();
+        stop.store(true, Ordering::Relaxed);
+        other.join().expect("it can be flushed");
+    });
+}
+
+/// Appliances are killed one after the other; what they lent is kept for their next lives.
+fn killed_under_a_shadow(faults: Faults, transport: TransportKind) {
+    let mut cluster = Cluster::start_kept(&[vec![], vec![]]);
+    cluster.ok(&["alloc", "create", "v", "--size", "64MiB", "--stripe", "2"]);
+    let (attachment, volume) = attached(&cluster, "v", Some(transport));
+    let space = Space::open(volume, &options(4 * MIB, faults, 32 * MIB)).expect("a space");
+    let kept = space.map(0..32 * MIB, Access::ReadWrite).expect("a range");
+    let slab = space.carve(16 * MIB).expect("a slab");
+    against_a_shadow_while(&[&kept, &slab], |all_go_on| {
+        while_budget_and_flush(&space, || {
+            for round in 0..6 {
+                std::thread::sleep(Duration::from_millis(400));
+                cluster.appliances[round % 2].kill();
+                std::thread::sleep(Duration::from_millis(200));
+                cluster.start_appliance(round % 2);
+                assert!(all_go_on());
+            }
+        });
+    });
+    let stats = space.stats();
+    assert!(stats.written > 100 && stats.fetched > 100 && stats.errors == 0, "{stats:?}");
+    drop((kept, slab, space));
+    attachment.detach().expect("it is given back");
+}
+
+#[test]
+fn appliances_are_killed_under_a_mapping_in_line() {
+    killed_under_a_shadow(Faults::Inline, TransportKind::NbdTcp);
+}
+
+#[test]
+fn appliances_are_killed_under_a_mapping_handled() {
+    killed_under_a_shadow(Faults::Handled(2), TransportKind::NbdUnix);
+}
+
 /// What the operator orders of an allocation that a program has at addresses: its appliances are emptied one after
 /// the other, it grows, and it stays where it is when somebody else is to have it.
 fn changed_under_a_shadow(faults: Faults) {
@@ -138,14 +193,16 @@ fn changed_under_a_shadow(faults: Faults) {
     let slab = space.carve(16 * MIB).expect("a slab");
     let lies_on = || cluster.json(&["alloc", "show", "v"])["regions"][0]["appliance_name"].to_string();
     against_a_shadow_while(&[&kept, &slab], |all_go_on| {
-        for _ in 0..3 {
-            let before = lies_on();
-            let name = before.trim_matches('"');
-            cluster.ok(&["appliance", "drain", name]);
-            assert_ne!(lies_on(), before);
-            cluster.ok(&["appliance", "undrain", name]);
-            assert!(all_go_on());
-        }
+        while_budget_and_flush(&space, || {
+            for _ in 0..3 {
+                let before = lies_on();
+                let name = before.trim_matches('"');
+                cluster.ok(&["appliance", "drain", name]);
+                assert_ne!(lies_on(), before);
+                cluster.ok(&["appliance", "undrain", name]);
+                assert!(all_go_on());
+            }
+        });
         let resized = cluster.xpm(&["alloc", "resize", "v", "128MiB"]);
         let said = String::from_utf8_lossy(&resized.stderr).into_owned();
         assert!(resized.status.success() && said.contains("opens the allocation again"), "{said}");
@@ -357,8 +414,8 @@ fn calls_and_accesses_see_the_same() {
     assert!(matches!(space.set_budget(MIB), Err(MapError::Invalid(_))));
 }
 
-/// What a program sees whose memory is lost: calls fail, and an access is a SIGBUS, which goes to the handler that
-/// was there before.
+/// What a program sees when one of two appliances lost its memory: calls fail, and an access is a SIGBUS, which goes to the
+/// handler that was there before. What lies on the other one is there, although all of local memory was of what is lost and changed.
 fn program_whose_memory_is_lost(url: &str, faults: Faults) {
     extern "C" fn on_sigbus(_: i32) {
         // SAFETY: it ends the process, and nothing else.
@@ -373,15 +430,23 @@ fn program_whose_memory_is_lost(url: &str, faults: Faults) {
     to_attach.transport = Some(TransportKind::NbdTcp);
     let (_attachment, volume) = Attachment::attach(&to_attach).expect("it can be attached");
     let space = Space::open(volume, &options(4 * MIB, faults, 16 * MIB)).expect("a space");
-    let range = space.map(0..8 * MIB, Access::ReadWrite).expect("a range");
-    words(&range).iter().for_each(|word| word.store(7, Ordering::Relaxed));
+    let range = space.map(0..16 * MIB, Access::ReadWrite).expect("a range");
+    let words = words(&range);
+    words.iter().for_each(|word| word.store(7, Ordering::Relaxed));
     range.advise(0..range.len(), Advice::DontNeed).expect("it can be written");
+    // Every other unit of the stripe lies on the appliance that is lost: what is local is of those, and changed.
+    let units = |first| words.chunks(UNIT / 8).skip(first).step_by(2).flatten().step_by(PAGE / 8);
+    units(0).for_each(|word| word.store(8, Ordering::Relaxed));
     println!("ready");
     std::io::stdin().read_line(&mut String::new()).expect("a line");
+    // The first of them have left.
     let refused = range.get(0, &mut [0; 8]).expect_err("it is lost");
     assert!(matches!(refused, MapError::Io(_)), "{refused}");
-    println!("refused: {refused}");
-    let word = words(&range)[0].load(Ordering::Relaxed);
+    let unwritten = space.flush().expect_err("what is changed cannot be written");
+    println!("refused: {refused}, {unwritten}");
+    assert!(units(1).all(|word| word.load(Ordering::Relaxed) == 7), "of the one that is well nothing is lost");
+    println!("the others are whole");
+    let word = words[0].load(Ordering::Relaxed);
     println!("there is {word}");
 }
 
@@ -395,17 +460,19 @@ fn in_a_process_of_its_own() {
 }
 
 fn loses_its_memory(inline: bool) {
-    let mut cluster = Cluster::start(1);
-    cluster.ok(&["alloc", "create", "v", "--size", "64MiB"]);
+    let mut cluster = Cluster::start(2);
+    cluster.ok(&["alloc", "create", "v", "--size", "64MiB", "--stripe", "2", "--stripe-unit", "64KiB"]);
+    let lost = cluster.json(&["alloc", "show", "v"])["regions"][0]["appliance_name"].to_string();
     let faults: &[_] = if inline { &[("XPM_TEST_INLINE", "1")] } else { &[] };
     let (mut program, mut lines) = in_own_process(&cluster, "in_a_process_of_its_own", faults);
     lines.find(|line| line.ends_with("ready")).expect("it comes so far");
-    cluster.restart_appliance(0);
+    cluster.restart_appliance(usize::from(lost.contains("a1")));
     cluster.wait_up();
     writeln!(program.stdin.take().expect("its input")).expect("it reads");
     let rest: Vec<String> = lines.collect();
     let ended = program.wait().expect("it ends");
     assert!(rest.iter().any(|line| line.starts_with("refused: ")), "{rest:?}");
+    assert!(rest.iter().any(|line| line == "the others are whole"), "{rest:?}");
     assert!(!rest.iter().any(|line| line.starts_with("there is")), "never zeros, or anything else: {rest:?}");
     match inline {
         true => assert_eq!(ended.code(), Some(42), "the handler that was there before: {rest:?}"),

@@ -168,6 +168,11 @@ pub enum IoError {
 }
 
 impl IoError {
+    /// Whether trying again is of no use: what lies there is gone, or somebody else's.
+    pub const fn is_final(self) -> bool {
+        matches!(self, IoError::Lost | IoError::Fenced)
+    }
+
     /// What an NBD client is told.
     pub const fn nbd(self) -> Errno {
         match self {

@@ -8,7 +8,7 @@ use xpm_transport::slots::Slots;
 
 use super::budget::Governor;
 use super::pager::{Shared, TICK, count, runs};
-use super::pages::{Claim, DIRTY, MARK, PINNED, QUEUED, Residency, TOUCHED, WRITTEN};
+use super::pages::{Claim, DIRTY, MARK, PINNED, POISONED, QUEUED, Residency, TOUCHED, WRITTEN};
 use super::policy::Policy;
 use super::window::PAGE;
 use crate::volume::Channel;
@@ -25,6 +25,9 @@ pub(super) const DEPTH: usize = 16;
 const RELAX: Duration = Duration::from_millis(50);
 /// How long nothing is written after a write failed.
 const BACK_OFF: Duration = Duration::from_millis(200);
+/// How long pages are written one by one after some of a run turned out to be lost: a run can lie on several appliances, and
+/// what is on those that are well is not given up.
+const ONE_BY_ONE: Duration = Duration::from_secs(1);
 
 pub(super) struct Evictor {
     pager: Shared,
@@ -34,6 +37,11 @@ pub(super) struct Evictor {
     writes: Slots<(u32, u32)>,
     ended: Vec<Completion>,
     failed: Option<Instant>,
+    /// When a write last failed for ever.
+    lost: Option<Instant>,
+    ticked: Instant,
+    /// Pages that had been fetched ahead by then.
+    fetched: u64,
 }
 
 impl Evictor {
@@ -47,12 +55,15 @@ impl Evictor {
             writes: Slots::new(DEPTH),
             ended,
             failed: None,
+            lost: None,
+            ticked: Instant::now(),
+            fetched: 0,
         }
     }
 
     /// Makes room until the pager is stopped.
     pub(super) fn run(mut self) {
-        let (mut ticked, mut relaxed, mut fetched) = (Instant::now(), Instant::now(), 0);
+        let mut relaxed = Instant::now();
         while !self.pager.is_stopped() {
             self.pager.evictor.take();
             self.take_arrivals();
@@ -60,19 +71,8 @@ impl Evictor {
                 relaxed += RELAX;
                 self.pager.room.relax();
             }
-            if ticked.elapsed() >= TICK {
-                ticked = Instant::now();
-                let before =
-                    std::mem::replace(&mut fetched, self.pager.tallies.prefetched.load(Ordering::Relaxed));
-                if before == fetched {
-                    self.pager.window.trim();
-                }
-                let room = &self.pager.room;
-                if let Some(budget) = self.governor.budget(room.budget(), room.resident()) {
-                    // What is pinned stays, and the rest needs room.
-                    room.set_budget(budget.max(2 * room.pinned()));
-                    self.pager.wake_starving();
-                }
+            if self.is_tick() {
+                self.tick();
             }
             self.end_writes();
             if self.pager.room.is_short() {
@@ -91,16 +91,36 @@ impl Evictor {
         }
     }
 
+    fn is_tick(&self) -> bool {
+        self.ticked.elapsed() >= TICK
+    }
+
+    /// What is seen to now and then.
+    fn tick(&mut self) {
+        self.ticked = Instant::now();
+        let fetched = self.pager.tallies.prefetched.load(Ordering::Relaxed);
+        if std::mem::replace(&mut self.fetched, fetched) == fetched {
+            self.pager.window.trim();
+        }
+        let room = &self.pager.room;
+        if let Some(budget) = self.governor.next(room.budget(), room.resident()) {
+            // What is pinned stays, and the rest needs room.
+            room.set_budget(budget.max(2 * room.pinned()));
+            self.pager.wake_starving();
+        }
+    }
+
     fn take_arrivals(&mut self) {
         while let Some(arrival) = self.pager.arrivals.pop() {
             self.policy.comes(arrival as u32, (arrival >> 32) as u32);
         }
     }
 
-    /// Makes room until there is enough. False when nothing can be done just now.
+    /// Makes room until there is enough, or the next tick. False when nothing can be done just now.
     fn make_room(&mut self) -> bool {
         let mut any = false;
-        while !self.pager.room.is_ample() && !self.pager.is_stopped() {
+        // While room is taken as fast as it is made, the budget has to be looked at all the same.
+        while !self.pager.room.is_ample() && !self.is_tick() && !self.pager.is_stopped() {
             self.take_arrivals();
             let shelved = self.shelve();
             let dropped = self.empty_shelf();
@@ -199,7 +219,8 @@ impl Evictor {
         }
         dirty.sort_unstable();
         let mut written = false;
-        for (first, run) in runs(&dirty, WRITE_MAX) {
+        let one_by_one = self.lost.is_some_and(|since| since.elapsed() < ONE_BY_ONE);
+        for (first, run) in runs(&dirty, if one_by_one { 1 } else { WRITE_MAX }) {
             if may_write && !self.writes.is_full() {
                 self.write(first, run);
                 written = true;
@@ -236,9 +257,19 @@ impl Evictor {
                     count(&self.pager.tallies.written, u64::from(run));
                     self.let_go(first, run, WRITTEN);
                 }
-                Err(_) => {
+                Err(error) => {
                     count(&self.pager.tallies.errors, 1);
-                    self.failed = Some(Instant::now());
+                    let now = Some(Instant::now());
+                    if error.is_final() {
+                        self.lost = now;
+                        // It would hold the room of those that can still be had.
+                        if run == 1 {
+                            self.let_go(first, run, POISONED);
+                            continue;
+                        }
+                    } else {
+                        self.failed = now;
+                    }
                     for page in first..first + run {
                         self.pager.release(page, Residency::Shelved, DIRTY, 0);
                         self.policy.is_shelved(page);

@@ -225,16 +225,16 @@ impl Seats {
     /// Ends a fault. False where the page's content cannot be had.
     fn end(&self, page: u32, write: bool) -> bool {
         loop {
-            let (fate, ahead) = self.seated(|fetcher| {
+            let fate = self.seated(|fetcher| {
                 let (fate, ahead) = fetcher.fault(page, write);
+                if let Some(ahead) = ahead {
+                    self.pager.ask(ahead);
+                }
                 if fate == Fate::Coming {
                     wait(fetcher);
                 }
-                (fate, ahead)
+                fate
             });
-            if let Some(ahead) = ahead {
-                self.pager.ask(ahead);
-            }
             match fate {
                 Fate::Done => return true,
                 // Whether it came is seen when it is touched.
