@@ -110,9 +110,10 @@ impl Guest<'_> {
         command.args(self.accelerator.words(self.threads)).arg("-m").arg(format!("{}M", self.memory_mib));
         command.arg("-kernel").arg(self.kernel.image()).arg("-initrd").arg(self.initramfs);
         // tsc=reliable: on a busy host the kernel else takes the TSC, which is the host's clock, for broken, and asks the
-        // HPET from then on, for which each question leaves the guest.
+        // HPET from then on, for which each question leaves the guest. transparent_hugepage=never: an emulated processor
+        // that clears 2 MiB in one go was taken for locked up more than once (khugepaged, 22 s).
         command.arg("-append").arg(format!(
-            "console=ttyS0 loglevel=6 sysctl.kernel.sysrq=1 panic=-1 oops=panic tsc=reliable \
+            "console=ttyS0 loglevel=6 sysctl.kernel.sysrq=1 panic=-1 oops=panic tsc=reliable transparent_hugepage=never \
              sysctl.kernel.hung_task_panic=1 sysctl.kernel.hung_task_timeout_secs={HUNG_TASK_SECONDS} {kernel_words}"
         ));
         command.arg("-serial").arg(joined("file:", &self.console));
@@ -132,12 +133,21 @@ impl Guest<'_> {
         Ok(())
     }
 
-    /// Adds the disks, and memory that their servers can map.
+    /// Adds the memory, which servers of disks can map. All of it is there before the guest runs: a host that is
+    /// itself a virtual machine may have to ask for each page that was free, and the guest's processors would stand still
+    /// meanwhile.
+    fn add_memory(&self, command: &mut Command) {
+        let (kind, share) = match self.disk.is_some() || !self.disks.is_empty() {
+            true => ("memfd", "on"),
+            false => ("ram", "off"),
+        };
+        let memory =
+            format!("memory-backend-{kind},id=ram,size={}M,share={share},prealloc=on", self.memory_mib);
+        command.args(["-object", &memory, "-machine", "memory-backend=ram"]);
+    }
+
+    /// Adds the disks.
     fn add_disks(&self, command: &mut Command) {
-        if self.disk.is_some() || !self.disks.is_empty() {
-            let memory = format!("memory-backend-memfd,id=ram,size={}M,share=on", self.memory_mib);
-            command.args(["-object", &memory, "-machine", "memory-backend=ram"]);
-        }
         for (index, disk) in self.disks.iter().enumerate() {
             command.args(disk.qemu_words(index, &self.dir));
         }
@@ -186,6 +196,7 @@ impl Guest<'_> {
         command.arg("-fsdev").arg(joined(&format!("local,id=share,{local}"), share));
         command.args(["-device", "virtio-9p-pci,fsdev=share,mount_tag=labshare"]);
         command.args(["-netdev", &netns.qemu_network(), "-device", "virtio-net-pci,netdev=net,romfile="]);
+        self.add_memory(&mut command);
         self.add_disks(&mut command);
         self.add_root_disk(&mut command)?;
         self.add_monitor(&mut command)?;
