@@ -11,6 +11,7 @@ mod life;
 mod load;
 mod map;
 mod nbdload;
+mod programs;
 mod rdma;
 mod report;
 mod servers;

@@ -31,6 +31,19 @@ impl Process {
         Ok(Process { child })
     }
 
+    /// Its process id.
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits until it ends, which has to be well.
+    pub(crate) fn wait(&mut self) -> Result<()> {
+        match self.child.wait()? {
+            status if status.success() => Ok(()),
+            status => bail!("it ended with {status}"),
+        }
+    }
+
     /// Waits until `ready`; fails when the program ends first.
     pub(crate) fn wait_for(&mut self, what: &str, mut ready: impl FnMut() -> bool) -> Result<()> {
         let start = Instant::now();

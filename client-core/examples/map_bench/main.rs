@@ -1,24 +1,29 @@
-//! Measures direct mapping beside its floor, for `cargo xtask bench map`: `map_bench floor` measures faults that are
-//! resolved from local memory, `map_bench URL NAME TRANSPORT MODE` everything else. `map_bench kernel PART [FILE]` touches memory that the
+//! Measures direct mapping beside its floor, for `cargo xtask bench map`: `map_bench memory URL NAME MODE MIB PART` the memory that it
+//! takes, `map_bench URL NAME TRANSPORT MODE` everything else. `map_bench kernel PART [FILE]` touches memory that the
 //! kernel takes away and brings back, anonymous or of a file, in a cgroup that lets it have PART percent. Prints a JSON object a line.
 
 #![allow(unsafe_code)]
 
+mod floor;
+mod memory;
+
 use std::error::Error;
 use std::ptr::null_mut;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use xpm_client::mapping::{Access, Advice, Budget, Faults, Mapping, Space, SpaceOptions};
 use xpm_client::{AttachOptions, Attachment, Channel, Volume};
 use xpm_protocol::api::blk::TransportKind;
 use xpm_transport::IoBuf;
-use xpm_transport::io::{Kind, Operation};
+use xpm_transport::io::{Completion, Kind, Operation};
 
 const PAGE: usize = 4096;
 const MIB: u64 = 1 << 20;
 /// Pages that are touched for one figure.
 const TOUCHES: usize = 4000;
+/// Threads that touch pages at a time.
+const THREADS: [usize; 4] = [1, 2, 4, 8];
 /// Bytes that are mapped.
 const LEN: u64 = 256 * MIB;
 
@@ -27,14 +32,21 @@ type Outcome<T> = Result<T, Box<dyn Error>>;
 fn main() -> Outcome<()> {
     let words: Vec<String> = std::env::args().skip(1).collect();
     match words.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        ["floor"] => floor::run(),
         ["kernel", part, ref file @ ..] => kernel(part.parse()?, file.first().copied()),
-        [url, name, transport, mode] => {
-            let faults = if mode == "inline" { Faults::Inline } else { Faults::Handled(1) };
-            measure(url, name, transport, faults)
+        ["memory", url, name, mode, mib, part] => {
+            memory::run(url, name, faults(mode), mib.parse()?, part.parse()?)
         }
-        _ => Err("usage: map_bench floor | map_bench kernel PART [FILE] | map_bench URL NAME TRANSPORT inline|handled".into()),
+        [url, name, transport, mode] => measure(url, name, transport, faults(mode)),
+        _ => {
+            Err("usage: map_bench kernel PART [FILE] | map_bench memory URL NAME inline|handled MIB PART | \
+                  map_bench URL NAME TRANSPORT inline|handled"
+                .into())
+        }
     }
+}
+
+fn faults(mode: &str) -> Faults {
+    if mode == "inline" { Faults::Inline } else { Faults::Handled(1) }
 }
 
 fn say(case: &str, metric: &str, value: f64) {
@@ -58,19 +70,20 @@ impl Dice {
     }
 }
 
-fn measure(url: &str, name: &str, transport: &str, faults: Faults) -> Outcome<()> {
+fn attach(url: &str, name: &str, transport: &str) -> Outcome<(Attachment, Volume)> {
     let mut options = AttachOptions::new(url.parse()?, name.parse()?);
     options.transport = Some(match transport {
         "shm" => TransportKind::Shm,
         "unix" => TransportKind::NbdUnix,
         _ => TransportKind::NbdTcp,
     });
-    let (attachment, volume) = Attachment::attach(&options)?;
+    Ok(Attachment::attach(&options)?)
+}
+
+fn measure(url: &str, name: &str, transport: &str, faults: Faults) -> Outcome<()> {
+    let (attachment, volume) = attach(url, name, transport)?;
     raw(&volume)?;
-    let before = resident()?;
-    let space = Space::open(volume, &SpaceOptions { budget: Budget::Fixed(2 * LEN), faults, kept: LEN })?;
-    say("open", "mib", (resident()? - before) / 1024.0);
-    let mapping = space.map(0..LEN, Access::ReadWrite)?;
+    let (space, mapping) = open(&volume, faults)?;
     words(&mapping)
         .iter()
         .step_by(PAGE / 8)
@@ -78,13 +91,32 @@ fn measure(url: &str, name: &str, transport: &str, faults: Faults) -> Outcome<()
         .for_each(|(i, word)| word.store(i as u64 + 1, Ordering::Relaxed));
     mapping.advise(0..mapping.len(), Advice::DontNeed)?;
     single_faults(&mapping)?;
-    threads(&mapping)?;
+    floor::run(&volume, faults)?;
+    for count in THREADS {
+        threads(&mapping, count, &format!("{count} threads"))?;
+    }
     scan(&mapping)?;
     scan_pressed(&space, &mapping)?;
     pressed(&space, &mapping)?;
     carve(&space)?;
     drop((mapping, space));
+    if faults != Faults::Inline {
+        more_handlers(&volume)?;
+    }
+    drop(volume);
     Ok(attachment.detach()?)
+}
+
+fn open(volume: &Volume, faults: Faults) -> Outcome<(Space, Mapping)> {
+    let options = SpaceOptions { budget: Budget::Fixed(2 * LEN), faults, kept: LEN };
+    let space = Space::open(volume.clone(), &options)?;
+    let mapping = space.map(0..LEN, Access::ReadWrite)?;
+    Ok((space, mapping))
+}
+
+/// Whether the library has shared memory behind a window that is open.
+fn is_shared() -> Outcome<bool> {
+    Ok(std::fs::read_to_string("/proc/self/maps")?.contains("memfd:xpm-mapping"))
 }
 
 fn words(mapping: &Mapping) -> &[AtomicU64] {
@@ -97,13 +129,6 @@ fn touch(mapping: &Mapping, page: usize) {
     assert_eq!(seen, page as u64 + 1, "page {page}");
 }
 
-/// VmRSS in KiB.
-fn resident() -> Outcome<f64> {
-    let text = std::fs::read_to_string("/proc/self/status")?;
-    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:")).ok_or("no VmRSS")?;
-    Ok(line.split_whitespace().next().ok_or("no figure")?.parse()?)
-}
-
 /// The transport alone: reads of a page one by one, and of what the fetcher reads at once in a row.
 fn raw(volume: &Volume) -> Outcome<()> {
     let mut channel = volume.channel()?;
@@ -112,16 +137,16 @@ fn raw(volume: &Volume) -> Outcome<()> {
     // SAFETY: it outlives the operations, and nobody else uses it.
     let all = unsafe { IoBuf::new(address, memory.len()) };
     channel.register(all);
-    let (mut dice, mut times) = (Dice(1), Vec::with_capacity(TOUCHES));
+    let (mut dice, mut times, mut ended) = (Dice(1), Vec::with_capacity(TOUCHES), Vec::with_capacity(8));
     for _ in 0..TOUCHES {
         let began = Instant::now();
         let offset = dice.below(LEN as usize / PAGE) as u64 * PAGE as u64;
-        read(&mut channel, offset, all.part(0, PAGE), 0)?;
+        read(&mut channel, offset, all.part(0, PAGE), &mut ended)?;
         times.push(began.elapsed());
     }
     say_times("raw 4 KiB", times);
     let began = Instant::now();
-    let (run, mut posted, mut ended) = (1 << 18, 0_u64, Vec::new());
+    let (run, mut posted) = (1 << 18, 0_u64);
     let mut free: Vec<u64> = (0..8).collect();
     let mut left = LEN / run;
     while left > 0 {
@@ -151,17 +176,23 @@ fn raw(volume: &Volume) -> Outcome<()> {
     Ok(())
 }
 
-fn read(channel: &mut Channel, offset: u64, buf: IoBuf, token: u64) -> Outcome<()> {
+/// One read, to its end; nothing else is on its way. Who has to answer may need the processor, as where the library waits.
+fn read(channel: &mut Channel, offset: u64, buf: IoBuf, ended: &mut Vec<Completion>) -> Outcome<()> {
     let len = buf.len() as u64;
     channel
-        .post(Operation { kind: Kind::Read, offset, len, buf: Some(buf), token })
+        .post(Operation { kind: Kind::Read, offset, len, buf: Some(buf), token: 0 })
         .map_err(|_| "the channel is full")?;
     channel.submit();
-    let mut ended = Vec::new();
-    while ended.is_empty() {
-        channel.poll(&mut ended);
+    for looks in 1_u32.. {
+        channel.poll(ended);
+        if let Some(ended) = ended.pop() {
+            return Ok(ended.result?);
+        }
+        if looks.is_multiple_of(16) {
+            std::thread::yield_now();
+        }
     }
-    Ok(ended[0].result?)
+    Err("no end".into())
 }
 
 fn single_faults(mapping: &Mapping) -> Outcome<()> {
@@ -180,19 +211,29 @@ fn single_faults(mapping: &Mapping) -> Outcome<()> {
     Ok(())
 }
 
-fn threads(mapping: &Mapping) -> Outcome<()> {
-    for count in [1, 2, 4, 8] {
-        mapping.advise(0..mapping.len(), Advice::DontNeed)?;
-        let pages = mapping.len() / PAGE;
-        let (began, each) = (Instant::now(), 4 * TOUCHES / count);
-        std::thread::scope(|scope| {
-            for thread in 0..count {
-                scope.spawn(move || {
-                    (0..each).for_each(|i| touch(mapping, (i * count + thread) * 7919 % pages));
-                });
-            }
-        });
-        say(&format!("{count} threads"), "faults_s", (each * count) as f64 / began.elapsed().as_secs_f64());
+fn threads(mapping: &Mapping, count: usize, case: &str) -> Outcome<()> {
+    mapping.advise(0..mapping.len(), Advice::DontNeed)?;
+    let pages = mapping.len() / PAGE;
+    let (began, each) = (Instant::now(), 4 * TOUCHES / count);
+    std::thread::scope(|scope| {
+        for thread in 0..count {
+            scope.spawn(move || {
+                (0..each).for_each(|i| touch(mapping, (i * count + thread) * 7919 % pages));
+            });
+        }
+    });
+    say(case, "faults_s", (each * count) as f64 / began.elapsed().as_secs_f64());
+    Ok(())
+}
+
+/// With a handler for each thread, as far as there are processors.
+fn more_handlers(volume: &Volume) -> Outcome<()> {
+    let most = std::thread::available_parallelism()?.get().max(2);
+    for count in THREADS.into_iter().filter(|count| *count > 1) {
+        let handlers = count.min(most);
+        let (_space, mapping) = open(volume, Faults::Handled(handlers))?;
+        mapping.advise(0..mapping.len(), Advice::Random)?;
+        threads(&mapping, count, &format!("{count} threads, {handlers} serve"))?;
     }
     Ok(())
 }
@@ -289,6 +330,7 @@ fn kernel(part: u64, file: Option<&str>) -> Outcome<()> {
 
 fn carve(space: &Space) -> Outcome<()> {
     let (mut times, mut usable) = (Vec::new(), Vec::new());
+    let before = space.stats();
     for _ in 0..TOUCHES {
         let began = Instant::now();
         let slab = space.carve(MIB)?;
@@ -296,116 +338,11 @@ fn carve(space: &Space) -> Outcome<()> {
         words(&slab)[0].store(1, Ordering::Relaxed);
         usable.push(began.elapsed());
     }
+    let after = space.stats();
+    if (after.fetched, after.written, after.faults) != (before.fetched, before.written, before.faults) {
+        return Err(format!("slabs were not local at once: {after:?} after {before:?}").into());
+    }
     say_times("carve", times);
     say_times("carve and first write", usable);
     Ok(())
-}
-
-/// Faults that are resolved from memory that is there, by the same means and with nothing else.
-mod floor {
-    use super::*;
-
-    const PAGES: usize = 20_000;
-    static UFFD: AtomicI32 = AtomicI32::new(-1);
-    static SOURCE: AtomicUsize = AtomicUsize::new(0);
-
-    #[repr(C)]
-    struct Api(u64, u64, u64);
-    #[repr(C)]
-    struct Register(u64, u64, u64, u64);
-    #[repr(C)]
-    struct Copy(u64, u64, u64, u64, i64);
-
-    pub(super) fn run() -> Outcome<()> {
-        inline()?;
-        handled()
-    }
-
-    /// A registered mapping of shared memory, and its descriptor.
-    fn window(features: u64) -> Outcome<(i32, usize)> {
-        // SAFETY: system calls on memory and descriptors of this function's own making.
-        unsafe {
-            let fd = libc::syscall(
-                libc::SYS_userfaultfd,
-                libc::O_CLOEXEC | libc::O_NONBLOCK | i32::from(features > 0),
-            ) as i32;
-            let mut api = Api(0xaa, features, 0);
-            let file = libc::memfd_create(c"floor".as_ptr(), 0);
-            let len = PAGES * PAGE;
-            libc::ftruncate(file, len as i64);
-            let (prot, source) = (libc::PROT_READ | libc::PROT_WRITE, vec![7_u8; PAGE]);
-            let address = libc::mmap(null_mut(), len, prot, libc::MAP_SHARED, file, 0) as usize;
-            SOURCE.store(source.leak().as_ptr() as usize, Ordering::SeqCst);
-            let mut register = Register(address as u64, len as u64, 1, 0);
-            if fd < 0
-                || libc::ioctl(fd, 0xc018_aa3f, &raw mut api) < 0
-                || libc::ioctl(fd, 0xc020_aa00, &raw mut register) < 0
-            {
-                return Err(std::io::Error::last_os_error().into());
-            }
-            UFFD.store(fd, Ordering::SeqCst);
-            Ok((fd, address))
-        }
-    }
-
-    fn copy(address: u64) {
-        let mut copy =
-            Copy(address & !(PAGE as u64 - 1), SOURCE.load(Ordering::Relaxed) as u64, PAGE as u64, 0, 0);
-        // SAFETY: fills a missing page of the window.
-        unsafe { libc::ioctl(UFFD.load(Ordering::Relaxed), 0xc028_aa03, &raw mut copy) };
-    }
-
-    fn touches(case: &str, address: usize) {
-        let (mut dice, mut times, mut seen) = (Dice(3), Vec::new(), vec![false; PAGES]);
-        while times.len() < TOUCHES {
-            let page = dice.below(PAGES);
-            if !std::mem::replace(&mut seen[page], true) {
-                let began = Instant::now();
-                // SAFETY: within the window.
-                let byte = unsafe { ((address + page * PAGE) as *const u8).read_volatile() };
-                times.push(began.elapsed());
-                assert_eq!(byte, 7);
-            }
-        }
-        say_times(case, times);
-    }
-
-    extern "C" fn on_sigbus(_: i32, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
-        // SAFETY: the kernel gives an address for SIGBUS.
-        copy(unsafe { (*info).si_addr() } as u64);
-    }
-
-    fn inline() -> Outcome<()> {
-        // SAFETY: a handler that does one system call.
-        unsafe {
-            let mut action: libc::sigaction = std::mem::zeroed();
-            action.sa_sigaction = on_sigbus as *const () as usize;
-            action.sa_flags = libc::SA_SIGINFO;
-            libc::sigaction(libc::SIGBUS, &action, null_mut());
-        }
-        let (_, address) = window(1 << 7)?;
-        touches("floor inline", address);
-        Ok(())
-    }
-
-    fn handled() -> Outcome<()> {
-        let (fd, address) = window(0)?;
-        let stop = AtomicBool::new(false);
-        std::thread::scope(|scope| {
-            scope.spawn(|| {
-                while !stop.load(Ordering::Relaxed) {
-                    let mut message = [0_u64; 4];
-                    // SAFETY: one message, of 32 bytes.
-                    if unsafe { libc::read(fd, message.as_mut_ptr().cast(), 32) } == 32 {
-                        copy(message[2]);
-                    } else {
-                        std::thread::yield_now();
-                    }
-                }
-            });
-            touches("floor handled", address);
-            stop.store(true, Ordering::Relaxed);
-        });
-        Ok(())
-    }
 }
