@@ -99,5 +99,23 @@ tail -n 1 /run/lab/load.out
 [ "$swapped" -ge 80 ] || fail "$swapped MiB were swapped out, too little for a test"
 note "$device: the same under $swapped MiB of swap"
 swap_off "$form"
+
+# One that no record speaks of is left while somebody has it, and said; and taken away when nobody uses it.
+attach orphan 64MiB "$form" --region-size 64MiB
+sleep infinity <"$device" &
+holder=$!
+kill -9 "$blk_pid"
+wait "$blk_pid" 2>/dev/null || true
+rm /var/lib/xpm-blk/devices/orphan.json
+start_blk
+[ -n "$(cat "/sys/block/${device#/dev/}/pid" 2>/dev/null)" ] || fail "a device in use was taken away"
+grep -q "$device was left by an earlier xpm-blk" "/run/lab/$LAB_NAME-blk.log" || fail "nothing is said of it"
+kill -9 "$blk_pid" $holder
+wait "$blk_pid" $holder 2>/dev/null || true
+start_blk
+wait_for 10 test ! -e "/sys/block/${device#/dev/}/pid"
+device=$(xpm blk attach orphan --as "$form")
+detach orphan
+note "a device that no record speaks of: left while it is in use, then taken away, and attached anew"
 dmesg_clean
 note "done"

@@ -83,6 +83,15 @@ impl Label {
     }
 }
 
+/// A device that is known by `key` is gone, of which nobody remembers the name.
+pub(crate) fn forget(key: &str, disk: &str) {
+    let said = fs::read_to_string(Path::new(DIRECTORY).join(key)).unwrap_or_default();
+    let name = said.lines().find_map(|line| line.strip_prefix("XPM_NAME=")?.parse().ok());
+    if let Some(name) = name {
+        Label::new(key, &name).remove(disk);
+    }
+}
+
 fn udev_runs() -> bool {
     Path::new(UDEV).exists()
 }

@@ -44,7 +44,7 @@ pub(crate) fn show(
     let request = &record.request;
     let shape = config.shape(request, record.number);
     let hold = request.hold.unwrap_or(config.hold);
-    let shared = Shared { map: &record.map, hold };
+    let shared = Shared { client, map: &record.map, hold };
     let group = record.map.id.as_u128();
     if request.form == Form::NbdDirect {
         let shown =

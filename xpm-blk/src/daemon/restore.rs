@@ -11,6 +11,7 @@ use xpm_protocol::api::blk::{AttachDevice, Form};
 
 use super::{Busy, Daemon, Slot, Waiting, blocking};
 use crate::error::DeviceError;
+use crate::frontend::kernel_nbd;
 use crate::frontend::ublk::{self, Mark};
 use crate::records::{Record, Told};
 use crate::show::Readiness;
@@ -30,7 +31,11 @@ impl Daemon {
         let records = self.records.load()?;
         let wanted: Vec<Mark> =
             records.iter().map(|record| Mark::new(self.owner.client, record.session)).collect();
-        for line in ublk::remove_orphans(self.owner.client, &wanted) {
+        let client = self.owner.client;
+        let wanted_nbd: Vec<String> =
+            records.iter().map(|record| kernel_nbd::identifier(client, &record.map)).collect();
+        let lines = ublk::remove_orphans(client, &wanted);
+        for line in lines.into_iter().chain(kernel_nbd::remove_orphans(client, &wanted_nbd)) {
             tracing::warn!("{line}");
         }
         let listed = self.config.device.iter();

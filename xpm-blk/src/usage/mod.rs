@@ -35,12 +35,44 @@ pub(crate) fn users(disk: &str) -> Vec<String> {
     users
 }
 
+/// What is to be said of a disk that lost its server and that no record wants; none when nobody uses it, and it is not `held`,
+/// which is asked when no user is known by name.
+pub(crate) fn left_in_use(disk: &str, held: fn(&str) -> bool) -> Option<String> {
+    let users = users(disk);
+    if users.is_empty() && !held(disk) {
+        return None;
+    }
+    let users = if users.is_empty() { "opened by a program".to_owned() } else { users.join(", ") };
+    Some(format!(
+        "/dev/{disk} was left by an earlier xpm-blk, and no record says what it showed: its I/O waits for ever; it is in use \
+         ({users}). Put the record back into the state directory and start xpm-blk again, or give the device up"
+    ))
+}
+
 /// Whether somebody has the disk open for himself alone, as mounts of any mount namespace, swap
 /// and other devices do. Opens the disk, and so can wait for its I/O.
 pub(crate) fn is_claimed(disk: &str) -> bool {
     let opened =
         fs::OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(Path::new("/dev").join(disk));
     matches!(opened, Err(error) if error.kind() == io::ErrorKind::ResourceBusy)
+}
+
+/// Whether any process has the disk or a part of it open, or sees it mounted. Does no I/O on the disk, as [`is_claimed`] may.
+pub(crate) fn is_open(disk: &str) -> bool {
+    let numbers: Vec<DeviceNumber> = parts(disk).iter().filter_map(|part| number_of(part)).collect();
+    let is_one = |path: &Path| {
+        let found = fs::metadata(path).ok().filter(|found| found.file_type().is_block_device());
+        found.is_some_and(|found| {
+            numbers.contains(&DeviceNumber { major: major(found.rdev()), minor: minor(found.rdev()) })
+        })
+    };
+    let entries = |path: &Path| fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path());
+    entries(Path::new("/proc")).any(|process| {
+        let table = fs::read_to_string(process.join("mountinfo")).unwrap_or_default();
+        !mounts::of(&table, &numbers).is_empty()
+            || mounts::sources(&table).any(|source| is_one(Path::new(&source)))
+            || entries(&process.join("fd")).any(|descriptor| is_one(&descriptor))
+    })
 }
 
 /// The directories of a disk and its partitions under `/sys/block`.

@@ -20,6 +20,12 @@ pub(super) fn of(table: &str, numbers: &[DeviceNumber]) -> Vec<String> {
         .collect()
 }
 
+/// What is mounted, where that is a path.
+pub(super) fn sources(table: &str) -> impl Iterator<Item = String> {
+    let source = |line: &str| line.split_once(" - ")?.1.split_ascii_whitespace().nth(1).map(unescape);
+    table.lines().filter_map(source).filter(|source| source.starts_with('/'))
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -39,10 +45,16 @@ mod tests {
         assert!(of(TABLE, &[]).is_empty());
     }
 
+    #[test]
+    fn by_source() {
+        assert_eq!(sources(TABLE).collect::<Vec<_>>(), ["/dev/vda1", "/dev/ublkb0"]);
+    }
+
     proptest! {
         #[test]
         fn any_table_is_read(table in "[0-9: /a\\\\\n-]{0,200}") {
             let _ = of(&table, &[DeviceNumber { major: 0, minor: 0 }]);
+            let _ = sources(&table).count();
         }
     }
 }

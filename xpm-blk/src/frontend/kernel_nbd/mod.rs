@@ -11,6 +11,7 @@
 mod direct;
 mod local;
 mod netlink;
+mod orphans;
 mod source;
 mod watcher;
 
@@ -20,6 +21,7 @@ use std::thread;
 use std::time::Duration;
 
 use xpm_client::Volume;
+use xpm_protocol::ClientId;
 use xpm_protocol::api::allocator::Map;
 use xpm_protocol::api::blk::{Hold, TransportKind};
 use xpm_transport::nbd::server::Server;
@@ -27,6 +29,7 @@ use xpm_transport::nbd::server::Server;
 use self::direct::Direct;
 use self::local::Local;
 use self::netlink::{Connect, NbdControl};
+pub use self::orphans::remove as remove_orphans;
 use self::source::Source;
 use self::watcher::Watcher;
 use super::{Health, Shape, Shown};
@@ -56,7 +59,7 @@ pub struct NbdDevice {
 #[derive(Debug, Clone)]
 struct Wiring {
     index: u32,
-    /// `xpm-ALLOCATION-EPOCH`: what the driver wants to see again before it takes new sockets.
+    /// See [`identifier`]: what the driver wants to see again before it takes new sockets.
     identifier: String,
     timeout: Option<Duration>,
     dead_timeout: Duration,
@@ -83,6 +86,8 @@ impl Wiring {
 /// What both forms need to know of an allocation.
 #[derive(Debug, Clone, Copy)]
 pub struct Shared<'a> {
+    /// Whose it is.
+    pub client: ClientId,
     /// Where the allocation lies.
     pub map: &'a Map,
     /// How long I/O waits while the other end cannot be reached.
@@ -142,7 +147,7 @@ impl NbdDevice {
     ) -> Result<NbdDevice, DeviceError> {
         let mut wiring = Wiring {
             index: 0,
-            identifier: format!("xpm-{}-{}", shared.map.id, shared.map.epoch),
+            identifier: identifier(shared.client, shared.map),
             timeout,
             dead_timeout: dead_timeout(shared.hold),
         };
@@ -223,14 +228,31 @@ fn connect(wiring: &mut Wiring, size: u64, source: &dyn Source, shape: &Shape) -
     Ok(())
 }
 
+/// What the driver knows a device by: `xpm-CLIENT-ALLOCATION-EPOCH`.
+pub(crate) fn identifier(client: ClientId, map: &Map) -> String {
+    format!("{}{}-{}", mark_of(client), map.id, map.epoch)
+}
+
+/// How the identifiers of all devices of a client begin.
+fn mark_of(client: ClientId) -> String {
+    format!("xpm-{}-", &client.to_string()[..8])
+}
+
 /// The connected nbd device with this identifier.
 fn device_of(identifier: &str) -> Option<u32> {
-    let disks = std::fs::read_dir("/sys/block").ok()?.flatten();
-    let mut names = disks.filter_map(|disk| disk.file_name().into_string().ok());
-    names.find_map(|disk| {
+    connected().into_iter().find_map(|(index, backend)| (backend == identifier).then_some(index))
+}
+
+/// Number and identifier of each connected nbd device that has an identifier.
+fn connected() -> Vec<(u32, String)> {
+    let disks = std::fs::read_dir("/sys/block").into_iter().flatten().flatten();
+    let names = disks.filter_map(|disk| disk.file_name().into_string().ok());
+    let device = |disk: String| {
         let index = disk.strip_prefix("nbd")?.parse().ok()?;
-        (sysfs::text(&disk, "backend")? == identifier && sysfs::text(&disk, "pid").is_some()).then_some(index)
-    })
+        sysfs::text(&disk, "pid")?;
+        Some((index, sysfs::text(&disk, "backend")?))
+    };
+    names.filter_map(device).collect()
 }
 
 impl Shown for NbdDevice {

@@ -8,7 +8,7 @@ use super::control::Control;
 use super::device_numbers;
 use super::mark::{self, Mark};
 use super::uapi::{self, DeviceInfo};
-use crate::usage;
+use crate::{links, usage};
 
 /// Deletes devices of this client that have lost their server and are none of `wanted`, if nobody uses them. Returns what
 /// it did, a line for each. Blocks.
@@ -28,25 +28,23 @@ pub fn remove(client: ClientId, wanted: &[Mark]) -> Vec<String> {
 
 fn remove_one(control: &mut Control, info: &DeviceInfo) -> String {
     let number = info.device;
+    let disk = format!("ublkb{number}");
     if info.state != uapi::STATE_DEAD {
         if info.flags & uapi::F_USER_RECOVERY == 0 {
             return format!("ublk device {number} has no server and is not dead yet: left alone");
         }
-        let disk = format!("ublkb{number}");
-        let users = usage::users(&disk);
-        if !users.is_empty() || usage::is_claimed(&disk) {
-            let users = if users.is_empty() { "opened exclusively".to_owned() } else { users.join(", ") };
-            return format!(
-                "/dev/{disk} was left by an earlier xpm-blk, and no record says what it showed: its I/O waits for ever; it is in \
-                 use ({users}). Put the record back into the state directory and start xpm-blk again, or give the device up"
-            );
+        if let Some(line) = usage::left_in_use(&disk, usage::is_claimed) {
+            return line;
         }
         if let Err(error) = control.stop(number) {
             return format!("ublk device {number} has lost its server: {error}");
         }
     }
     match control.delete(number) {
-        Ok(()) => format!("ublk device {number} had lost its server: deleted"),
+        Ok(()) => {
+            links::forget(&disk, &disk);
+            format!("ublk device {number} had lost its server: deleted")
+        }
         Err(error) => format!("ublk device {number} has lost its server: {error}"),
     }
 }
