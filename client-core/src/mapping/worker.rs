@@ -4,12 +4,14 @@ use std::collections::VecDeque;
 use std::os::fd::AsFd as _;
 use std::time::{Duration, Instant};
 
+use xpm_transport::spin::Spin;
+
 use super::fetch::{Fate, Fetcher};
 use super::pager::count;
 use super::prefetch::Ahead;
 use super::uffd::{Fault, Refused};
 
-/// How long it looks for something to do before it sleeps: about what waking it costs.
+/// How long it looks for something to do before it sleeps, at most: about what waking it costs.
 const SPIN: Duration = Duration::from_micros(50);
 /// How long what is fetched ahead waits for room while it gets none.
 const REST_MAX: Duration = Duration::from_millis(20);
@@ -26,7 +28,7 @@ pub(super) fn run(mut fetcher: Fetcher, number: usize) {
     let mut sick: Vec<(u32, bool)> = Vec::new();
     // What is to be fetched when there is room, and since when there was none.
     let mut rest: Option<(Ahead, Instant)> = None;
-    let (mut busy, mut healed) = (Instant::now(), Instant::now());
+    let (mut spin, mut healed) = (Spin::new(SPIN), Instant::now());
     while !pager.is_stopped() {
         let mut any = fetcher.poll();
         if pager.fetchers[number].take() {
@@ -66,16 +68,15 @@ pub(super) fn run(mut fetcher: Fetcher, number: usize) {
             later.extend(sick.drain(..));
         }
         if any {
-            busy = Instant::now();
-        } else if busy.elapsed() < SPIN {
-            std::thread::yield_now();
-        } else {
+            spin.reset();
+        } else if !spin.goes_on() {
             let soon = !later.is_empty() || !sick.is_empty() || rest.is_some();
             sleep(&mut fetcher, number, handles, soon);
         }
     }
     // What is on its way has places in the staging memory.
-    while !fetcher.is_idle() && Instant::now() < busy + Duration::from_secs(1) {
+    let stopped = Instant::now();
+    while !fetcher.is_idle() && stopped.elapsed() < Duration::from_secs(1) {
         fetcher.poll();
         std::thread::yield_now();
     }
