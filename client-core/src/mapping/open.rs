@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
-use super::budget;
+use super::budget::Governor;
 use super::carver::Carver;
 use super::error::{MapError, system};
 use super::evict::{self, Evictor};
@@ -28,7 +28,7 @@ const BLOCKS_MAX: usize = 48;
 const AHEAD_THREADS: usize = 2;
 
 impl Space {
-    /// Shows an allocation at addresses. Reserves addresses, and memory for what is known of each page (12 bytes, where
+    /// Shows an allocation at addresses. Reserves addresses, and memory for what is known of each page (12 bytes, and 9 in slabs, where
     /// pages are used); starts threads. Brings no page.
     ///
     /// # Errors
@@ -60,7 +60,9 @@ impl Space {
             )));
         }
         let wanted = if options.faults == Faults::Inline { FEATURE_SIGBUS } else { uffd::FEATURE_POISON };
-        let budget = options.budget.first();
+        let mut governor =
+            Governor::new(options.budget.within(size)).map_err(system("see how much memory is free"))?;
+        let budget = governor.first();
         let window = window(pages as usize * PAGE, wanted, budget)?;
         let seed = rand_seed().map_err(system("get a random number"))?;
         let pager = Pager::new(window, options.faults, budget, handlers, seed)
@@ -79,7 +81,7 @@ impl Space {
         };
         let tender =
             Tender { pager: pager.clone(), volume: volume.clone(), io: io.clone(), inline: inline.clone() };
-        let threads = crate::signals::blocked(|| start(&pager, &volume, options.budget, handlers, tender))?;
+        let threads = crate::signals::blocked(|| start(&pager, &volume, governor, handlers, tender))?;
         let inner = Inner {
             io,
             carver: Mutex::new(carver),
@@ -139,7 +141,7 @@ fn rand_seed() -> std::io::Result<u64> {
 fn start(
     pager: &Shared,
     volume: &Volume,
-    budget: budget::Budget,
+    governor: Governor,
     handlers: usize,
     tender: Tender,
 ) -> Result<Vec<JoinHandle<()>>, MapError> {
@@ -147,7 +149,7 @@ fn start(
     let made = (|| {
         threads.push(std::thread::Builder::new().name("xpm-tend".to_owned()).spawn(move || tender.run())?);
         let channel = volume.channel()?;
-        let evictor = Evictor::new(pager.clone(), channel, budget::Governor(budget));
+        let evictor = Evictor::new(pager.clone(), channel, governor);
         threads.push(std::thread::Builder::new().name("xpm-evict".to_owned()).spawn(move || evictor.run())?);
         for number in 0..handlers {
             let fetcher = Fetcher::new(pager.clone(), volume, 8, BLOCK)?;
