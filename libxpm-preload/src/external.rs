@@ -215,9 +215,13 @@ impl External {
     fn summary(&self) -> String {
         let stats = self.space.stats();
         let mib = |bytes: u64| bytes >> 20;
-        let (most, resident) = (self.most.load(Ordering::Relaxed), stats.resident);
-        let mut line =
-            format!("up to {} MiB external, {} MiB of them local at the end", mib(most), mib(resident));
+        let most = self.most.load(Ordering::Relaxed);
+        let mut line = format!(
+            "up to {} MiB external, {} MiB of them local at the end, of {} MiB that could be",
+            mib(most),
+            mib(stats.resident),
+            mib(stats.budget)
+        );
         let (faults, fetched, written) = (stats.faults, stats.fetched, stats.written);
         let _ = write!(line, "; {faults} faults, {fetched} pages fetched, {written} written");
         let refused = self.refused.load(Ordering::Relaxed);

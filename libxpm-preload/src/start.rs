@@ -9,6 +9,7 @@ use xpm_client::mapping::{Budget, Faults, Space, SpaceOptions};
 use xpm_client::{AttachOptions, Attachment};
 use xpm_control::token::Token;
 use xpm_protocol::api::run::{DESCRIPTOR, Run};
+use xpm_protocol::policy::Amount;
 
 use crate::external::{self, External};
 use crate::threads;
@@ -70,8 +71,11 @@ fn begin(run: Run) -> Result<(), String> {
     let token = run.token_file.as_deref().map(Token::load).transpose();
     options.token = token.map_err(|error| error.to_string())?;
     let (attachment, volume) = Attachment::adopt(&options, run.map).map_err(|error| error.to_string())?;
-    let space =
-        SpaceOptions { budget: Budget::Fixed(run.local.0), faults: Faults::Handled(run.threads), kept: 0 };
+    let budget = match run.local {
+        Amount::Bytes(local) => Budget::Fixed(local.0),
+        Amount::Share(share) => Budget::percent(share.get()),
+    };
+    let space = SpaceOptions { budget, faults: Faults::Handled(run.threads), kept: 0 };
     let space = Space::open(volume, &space).map_err(|error| error.to_string())?;
     if !space.serves_system_calls() {
         return Err("system calls could not use external memory, for userfaultfd is allowed for user mode only: give this user \

@@ -1,6 +1,6 @@
 // Sorts more numbers than local memory may hold: the array is a slab of external memory.
 //
-//     cc sort.c -o sort $(pkg-config --cflags --libs xpm)
+//     cc sort.c -o sort $(pkg-config --cflags --libs libxpm)
 //     XPM_ALLOCATOR=http://allocator:7700 ./sort NAME MIB
 //
 // NAME is an allocation (xpm alloc create) of more than MIB MiB, a power of two. A quarter of them is used as cache.

@@ -57,6 +57,9 @@ struct xpm_options {
   int force;
   // Identity of this client, 32 hexadecimal digits: after a crash it is let in again. NULL: a new one.
   const char *client;
+  // Local memory in percent, 1 to 100, of the memory that is free on this machine and in this process's cgroups, in place of
+  // `budget`: it follows that, and becomes less when memory is short. 0: `budget` says it.
+  uint64_t budget_percent;
 };
 
 // What happened in a space, and what it has. Counts begin when it is opened.

@@ -1,6 +1,7 @@
 //! How an allocation is opened.
 
 use std::ffi::{CStr, c_char, c_int};
+use std::mem::{MaybeUninit, offset_of};
 use std::path::Path;
 
 use xpm_client::AttachOptions;
@@ -9,6 +10,10 @@ use xpm_control::token::Token;
 use xpm_protocol::Name;
 
 use crate::error::Error;
+
+/// Bytes of the options in the first version. Members that came later have 8 bytes each: in padding at the end a program that was
+/// compiled before could have anything.
+const FIRST_LEN: usize = offset_of!(xpm_options, budget_percent);
 
 /// How an allocation is opened. Fill it with zeros first; what stays zero has the value that is said.
 #[repr(C)]
@@ -30,6 +35,9 @@ pub struct xpm_options {
     pub force: c_int,
     /// Identity of this client, 32 hexadecimal digits: after a crash it is let in again. NULL: a new one.
     pub client: *const c_char,
+    /// Local memory in percent, 1 to 100, of the memory that is free on this machine and in this process's cgroups, in place of
+    /// `budget`: it follows that, and becomes less when memory is short. 0: `budget` says it.
+    pub budget_percent: u64,
 }
 
 impl xpm_options {
@@ -56,9 +64,23 @@ impl xpm_options {
         Ok(attach)
     }
 
-    fn space(&self, size: u64) -> SpaceOptions {
+    fn budget(&self) -> Result<Budget, Error> {
+        match (self.budget, self.budget_percent) {
+            (0, 0) => Ok(Budget::Fixed(64 << 20)),
+            (bytes, 0) => Ok(Budget::Fixed(bytes)),
+            (0, percent @ 1..=100) => Ok(Budget::percent(percent as u8)),
+            (0, percent) => {
+                Err(Error::invalid(format!("a budget of {percent}% cannot be: choose 1 to 100 percent")))
+            }
+            _ => {
+                Err(Error::invalid("there are two budgets: set `budget`, or `budget_percent`, and not both"))
+            }
+        }
+    }
+
+    fn space(&self, budget: Budget, size: u64) -> SpaceOptions {
         SpaceOptions {
-            budget: Budget::Fixed(if self.budget == 0 { 64 << 20 } else { self.budget }),
+            budget,
             faults: match self.threads {
                 0 => Faults::Inline,
                 threads => Faults::Handled(threads as usize),
@@ -74,17 +96,31 @@ pub(crate) fn read(
     options: *const xpm_options,
 ) -> Result<(AttachOptions, impl Fn(u64) -> SpaceOptions), Error> {
     let name = text(name)?.ok_or_else(|| Error::invalid("no allocation is named"))?;
-    // SAFETY: the caller of xpm_open() gives NULL or such a structure.
-    let options = unsafe { options.as_ref() }
-        .ok_or_else(|| Error::invalid("there are no options: give a structure"))?;
-    if options.size != size_of::<xpm_options>() {
+    let options = whole(options)?;
+    let (attach, budget) = (options.attach(name)?, options.budget()?);
+    Ok((attach, move |size| options.space(budget, size)))
+}
+
+/// The options with what an earlier header does not have as zeros.
+fn whole(options: *const xpm_options) -> Result<xpm_options, Error> {
+    if options.is_null() {
+        return Err(Error::invalid("there are no options: give a structure"));
+    }
+    // SAFETY: the caller of xpm_open() gives such a structure, and its length is the first of it in every version.
+    let len = unsafe { options.cast::<usize>().read() };
+    if !(FIRST_LEN..=size_of::<xpm_options>()).contains(&len) {
         return Err(Error::invalid(format!(
-            "the options have {} bytes, not {}: set `size` to sizeof(struct xpm_options), and compile with the header of this library",
-            options.size,
+            "the options have {len} bytes, not {FIRST_LEN} to {}: set `size` to sizeof(struct xpm_options), and compile with the header of this library",
             size_of::<xpm_options>()
         )));
     }
-    Ok((options.attach(name)?, |size| options.space(size)))
+    let mut whole = MaybeUninit::<xpm_options>::zeroed();
+    // SAFETY: by the caller's word they have so many bytes, which are not more than there is place for; a structure of numbers
+    // and plain pointers may have any bits.
+    unsafe {
+        options.cast::<u8>().copy_to_nonoverlapping(whole.as_mut_ptr().cast(), len);
+        Ok(whole.assume_init())
+    }
 }
 
 /// The name of a slab.

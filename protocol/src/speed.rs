@@ -96,9 +96,9 @@ impl FromStr for Percent {
 
     fn from_str(text: &str) -> Result<Percent, ParseSpeedError> {
         let number = text.trim().strip_suffix('%').and_then(|number| number.trim_end().parse().ok());
-        number
-            .and_then(Percent::new)
-            .ok_or_else(|| ParseSpeedError::new(text, "a share: write it as a whole percentage like 25%"))
+        number.and_then(Percent::new).ok_or_else(|| {
+            ParseSpeedError::new(text, "a share of 0% to 100%: write it as a whole percentage like 25%")
+        })
     }
 }
 

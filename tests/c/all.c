@@ -1,6 +1,7 @@
 // Every function of the C library, and every mistake that it tells of.
 
 #include <errno.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -52,6 +53,14 @@ static void mistakes(const char *name)
 	options.budget = 1;
 	CHECK(!xpm_open(name, &options) && errno == EINVAL);
 	SAYS("too small");
+	options = usual();
+	options.budget_percent = 10;
+	CHECK(!xpm_open(name, &options) && errno == EINVAL);
+	SAYS("not both");
+	options.budget = 0;
+	options.budget_percent = 101;
+	CHECK(!xpm_open(name, &options) && errno == EINVAL);
+	SAYS("1 to 100");
 	CHECK(xpm_close(NULL) == -EINVAL);
 	CHECK(!xpm_carve(NULL, 1) && errno == EINVAL);
 	CHECK(xpm_flush(NULL) == -EINVAL);
@@ -136,6 +145,19 @@ int main(int argc, char **argv)
 	CHECK(xpm_put(kept, 0, "x", 1) == -EINVAL);
 	SAYS("read-only");
 	xpm_unmap(kept);
+	CHECK(xpm_close(space) == 0);
+
+	// A share; and the options of a program that was compiled when there were none.
+	options = usual();
+	options.budget = 0;
+	options.budget_percent = 100;
+	space = xpm_open(argv[1], &options);
+	CHECK(space && xpm_stats(space, &statistics) == 0 && statistics.budget >= 16 * MIB);
+	CHECK(xpm_close(space) == 0);
+	options.size = offsetof(struct xpm_options, budget_percent);
+	options.budget = 2 * MIB;
+	space = xpm_open(argv[1], &options);
+	CHECK(space && xpm_stats(space, &statistics) == 0 && statistics.budget == 2 * MIB);
 	CHECK(xpm_close(space) == 0);
 	return 0;
 }

@@ -444,7 +444,10 @@ fn program_whose_memory_is_lost(url: &str, faults: Faults) {
     assert!(matches!(refused, MapError::Io(_)), "{refused}");
     let unwritten = space.flush().expect_err("what is changed cannot be written");
     println!("refused: {refused}, {unwritten}");
-    assert!(units(1).all(|word| word.load(Ordering::Relaxed) == 7), "of the one that is well nothing is lost");
+    assert!(
+        units(1).all(|word| word.load(Ordering::Relaxed) == 7),
+        "of the one that is well nothing is lost"
+    );
     println!("the others are whole");
     let word = words[0].load(Ordering::Relaxed);
     println!("there is {word}");

@@ -5,14 +5,37 @@ use std::process::{Command, Output};
 
 use xpm_tests::Cluster;
 
-/// Runs a program with 16 MiB of local memory; what it said, and how much of its memory was external at most, in MiB.
-fn run(cluster: &Cluster, size: &str, program: &[&str]) -> (Output, u64) {
-    let mut words = vec!["run", "-v", "--size", size, "--local", "16MiB", "--"];
+/// What `xpm run -v` said of a program.
+#[derive(Debug, Default)]
+struct Account {
+    /// How much of its memory was external at most, in MiB.
+    external: u64,
+    /// Pages that came back from external memory.
+    fetched: u64,
+}
+
+impl Account {
+    /// As far as it is told.
+    fn of(said: &str) -> Account {
+        let external = said.split("up to ").nth(1).and_then(|rest| rest.split(' ').next()?.parse().ok());
+        let fetched =
+            said.split(" pages fetched").next().and_then(|before| before.rsplit(' ').next()?.parse().ok());
+        Account { external: external.unwrap_or(0), fetched: fetched.unwrap_or(0) }
+    }
+}
+
+/// Runs a program with 16 MiB of local memory; what it said, and what was said of it.
+fn run(cluster: &Cluster, size: &str, program: &[&str]) -> (Output, Account) {
+    run_with(cluster, (size, "16MiB"), program)
+}
+
+/// The same with so much external memory, and so much of it local.
+fn run_with(cluster: &Cluster, (size, local): (&str, &str), program: &[&str]) -> (Output, Account) {
+    let mut words = vec!["run", "-v", "--size", size, "--local", local, "--"];
     words.extend(program);
     let output = cluster.command(&words).output().expect("it can be started");
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    let external = said.split("up to ").nth(1).and_then(|rest| rest.split(' ').next()?.parse().ok());
-    (output, external.unwrap_or(0))
+    let account = Account::of(&String::from_utf8_lossy(&output.stderr));
+    (output, account)
 }
 
 fn ok(output: &Output) {
@@ -40,33 +63,39 @@ fn whatever_a_program_does_with_its_memory() {
         .arg(source);
     ok(&cc.output().expect("a C compiler"));
     ok(&Command::new(&program).output().expect("it runs by itself"));
-    let (output, external) = run(&cluster, "128MiB", &[&program.display().to_string(), "external"]);
+    let (output, account) = run(&cluster, "128MiB", &[&program.display().to_string(), "external"]);
     ok(&output);
     assert_eq!(output.stdout, b"all is as it should be\n");
-    assert!(external >= 32, "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(account.external >= 32, "{account:?}");
     nothing_left(&cluster);
 }
 
 #[test]
 fn sort_of_a_file_that_is_larger_than_its_local_memory() {
+    const LOCAL: u64 = 4 << 20;
     let cluster = Cluster::start(1);
     let (file, sorted) = (cluster.dir().join("numbers"), cluster.dir().join("sorted"));
     let mut state = 1_u32;
-    let mut numbers: Vec<u32> = (0..1_000_000)
+    let mut numbers: Vec<u32> = (0..500_000)
         .map(|_| {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
             state
         })
         .collect();
     let lines = |numbers: &[u32]| numbers.iter().map(|number| format!("{number}\n")).collect::<String>();
-    std::fs::write(&file, lines(&numbers)).expect("a file");
+    let content = lines(&numbers);
+    assert!(content.len() as u64 > LOCAL);
+    std::fs::write(&file, &content).expect("a file");
     let (from, to) = (file.display().to_string(), sorted.display().to_string());
-    let (output, external) =
-        run(&cluster, "256MiB", &["sort", "-n", "-S", "64M", "--parallel=2", &from, "-o", &to]);
+    // All of it at once: no part is merged from files.
+    let (size, local) = ("64MiB", LOCAL.to_string());
+    let program = ["sort", "-n", "-S", "30M", "--parallel=2", &from, "-o", &to];
+    let (output, account) = run_with(&cluster, (size, &local), &program);
     ok(&output);
     numbers.sort_unstable();
     assert!(std::fs::read_to_string(&sorted).expect("a file") == lines(&numbers));
-    assert!(external >= 64, "{}", String::from_utf8_lossy(&output.stderr));
+    // What was read first had left when it was sorted.
+    assert!(account.external >= 16 && account.fetched > LOCAL / 4096, "{account:?}");
     nothing_left(&cluster);
 }
 
@@ -82,20 +111,47 @@ for i in range(0, len(big), 4096):
 assert all(big[i] == i >> 12 & 255 for i in range(0, len(big), 4096))
 assert sum(map(sum, lists)) == sum(sum(range(i, i + 200000)) for i in range(4))
 assert subprocess.run(['true']).returncode == 0
-try:
-    import numpy
-    a = numpy.arange(1500000, dtype=numpy.float64)
-    b = numpy.sqrt(a * a)
-    assert (a == b).all()
-    a = numpy.random.default_rng(1).permutation(a)
-    a.sort()
-    assert (a == b).all()
-except ImportError:
-    pass
 ";
-    let (output, external) = run(&cluster, "256MiB", &["/usr/bin/python3", "-c", script]);
+    let (output, account) = run(&cluster, "256MiB", &["/usr/bin/python3", "-c", script]);
     ok(&output);
-    assert!(external >= 64, "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(account.external >= 64, "{account:?}");
+    nothing_left(&cluster);
+}
+
+#[test]
+fn arrays_of_numpy() {
+    let python = |script| Command::new("/usr/bin/python3").args(["-c", script]).output().expect("python3");
+    let known = "import importlib.util, sys; sys.exit(importlib.util.find_spec('numpy') is None)";
+    if !python(known).status.success() {
+        eprintln!("skipped: numpy is not installed");
+        return;
+    }
+    let cluster = Cluster::start(1);
+    // What is external is told apart by the flag of memory that is registered with userfaultfd; see proc_pid_smaps(5).
+    let script = "\
+import numpy
+def is_external(array):
+    at, inside = array.ctypes.data, False
+    for line in open('/proc/self/smaps'):
+        words = line.split()
+        if not words[0].endswith(':'):
+            start, end = (int(edge, 16) for edge in words[0].split('-'))
+            inside = start <= at < end
+        elif inside and words[0] == 'VmFlags:':
+            return 'um' in words
+a = numpy.arange(1500000, dtype=numpy.float64)
+b = numpy.sqrt(a * a)
+assert (a == b).all()
+c = numpy.random.default_rng(1).permutation(a)
+c.sort()
+assert (c == b).all()
+assert is_external(a) and is_external(b) and is_external(c)
+assert not is_external(numpy.arange(10))
+";
+    let (output, account) = run(&cluster, "256MiB", &["/usr/bin/python3", "-c", script]);
+    ok(&output);
+    // Two of the three do not fit into local memory.
+    assert!(account.external >= 36 && account.fetched > 0, "{account:?}");
     nothing_left(&cluster);
 }
 
@@ -113,6 +169,15 @@ fn what_ends_it_and_what_is_wrong() {
     assert!(said.contains("nothing would be external"), "{said}");
     let said = cluster.refused(&["run", "--size", "32MiB", "--local", "1KiB", "--", "true"]);
     assert!(said.contains("too small"), "{said}");
+    for (local, why) in [
+        ("0%", "choose 1% to 100%"),
+        ("101%", "0% to 100%"),
+        ("x%", "a whole percentage like 25%"),
+        ("lots", "not a size"),
+    ] {
+        let said = cluster.refused(&["run", "--size", "32MiB", "--local", local, "--", "true"]);
+        assert!(said.contains(local) && said.contains(why), "{said}");
+    }
     let said = cluster.refused(&["run", "--size", "32TiB", "--local", "1MiB", "--", "true"]);
     assert!(said.contains("no external memory"), "{said}");
     nothing_left(&cluster);
@@ -150,8 +215,7 @@ fn redis() {
     ask(&["shutdown", "nosave"]);
     assert!(redis.wait().expect("it ends").success());
     let said = std::fs::read_to_string(cluster.dir().join("redis.log")).expect("a file");
-    let external: Option<u64> =
-        said.split("up to ").nth(1).and_then(|rest| rest.split(' ').next()?.parse().ok());
-    assert!(external.is_some_and(|mib| mib >= 32), "{said}");
+    let account = Account::of(&said);
+    assert!(account.external >= 32 && account.fetched > 0, "{said}");
     nothing_left(&cluster);
 }

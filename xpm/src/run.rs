@@ -17,7 +17,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use xpm_control::{host, random};
 use xpm_protocol::api::allocator::{Allocation, Attach, Create, Map};
 use xpm_protocol::api::run::{DESCRIPTOR, Run};
-use xpm_protocol::policy::Access;
+use xpm_protocol::policy::{Access, Amount};
 use xpm_protocol::{ByteSize, ClientId, Name};
 
 use crate::cli::{Global, RunArgs};
@@ -56,11 +56,17 @@ pub(crate) async fn run(args: &RunArgs, global: &Global, daemons: &Daemons) -> a
 }
 
 fn check(args: &RunArgs) -> anyhow::Result<()> {
-    if args.local.0 < LOCAL_MIN {
-        bail!("--local {} is too small: choose at least {}", args.local, ByteSize(LOCAL_MIN));
-    }
-    if args.local >= args.size {
-        bail!("--local {} is not less than --size {}: nothing would be external", args.local, args.size);
+    match args.local {
+        Amount::Bytes(local) if local.0 < LOCAL_MIN => {
+            bail!("--local {local} is too small: choose at least {}", ByteSize(LOCAL_MIN));
+        }
+        Amount::Bytes(local) if local >= args.size => {
+            bail!("--local {local} is not less than --size {}: nothing would be external", args.size);
+        }
+        Amount::Share(share) if share.get() == 0 => {
+            bail!("--local {share} is nothing: choose 1% to 100% of the memory that is free");
+        }
+        Amount::Bytes(_) | Amount::Share(_) => {}
     }
     if args.threshold.0 < THRESHOLD_MIN {
         bail!("--threshold {} is too small: choose at least {}", args.threshold, ByteSize(THRESHOLD_MIN));

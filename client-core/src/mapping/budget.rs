@@ -1,17 +1,24 @@
-//! How much local memory a mapping may use: a fixed size, or a share of what the machine has to spare, which
+//! How much local memory a mapping may use: a fixed size, or a share of what there is to spare, which
 //! shrinks when memory is short.
-//!
-//! Sources: /proc/pressure in psi(7) (Documentation/accounting/psi.rst of Linux), MemAvailable in proc_meminfo(5).
 
+use std::io;
+
+use super::spare::{Seen, Spare};
 use super::window::PAGE;
+
+/// Percent of the time that programs may wait for memory.
+const PRESSURE_MAX: f64 = 10.0;
+/// What a share does not shrink below where nobody says another size, in bytes.
+const LEAST: u64 = 16 << 20;
 
 /// Local memory that a mapping may use as cache.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Budget {
     /// So many bytes, at least [`Budget::MIN`].
     Fixed(u64),
-    /// A part of the memory that is available, looked at twice a second: programs that wait for memory for more than
-    /// a tenth of the time take an eighth of it away each time; otherwise it grows by a sixteenth.
+    /// A part of the memory that is available to this process, on the machine and in its cgroups, looked at twice a second.
+    /// While programs wait for memory for more than a tenth of the time, and not less and less, an eighth is taken
+    /// away each time; otherwise it grows by a sixteenth, or shrinks by an eighth, towards the share.
     Share {
         /// How much of what is available, from above 0 to 1.
         share: f64,
@@ -26,13 +33,19 @@ impl Budget {
     /// Least local memory in bytes.
     pub const MIN: u64 = 256 << 10;
 
+    /// A share in percent, 1 to 100, of the memory that is available: at least 16 MiB, and no more than there is to map.
+    pub fn percent(percent: u8) -> Budget {
+        Budget::Share { share: f64::from(percent) / 100.0, min: LEAST, max: u64::MAX }
+    }
+
     pub(super) fn check(&self) -> Result<(), String> {
         let least = match self {
             Budget::Fixed(bytes) => *bytes,
             Budget::Share { share, min, max } => {
                 if !(*share > 0.0 && *share <= 1.0) {
                     return Err(format!(
-                        "a share of {share} of the available memory cannot be: choose from above 0 to 1"
+                        "a share of {}% of the available memory cannot be: choose 1% to 100%",
+                        share * 100.0
                     ));
                 }
                 if min > max {
@@ -47,58 +60,77 @@ impl Budget {
         }
     }
 
-    /// Pages to begin with.
-    pub(super) fn first(&self) -> usize {
+    /// For so many bytes that are mapped: a share that is larger than all of them, and what is kept free besides, is
+    /// of no use.
+    pub(super) fn within(self, size: u64) -> Budget {
         match self {
-            Budget::Fixed(bytes) => *bytes as usize / PAGE,
-            Budget::Share { min, .. } => {
-                Governor(*self).budget(*min as usize / PAGE, 0).unwrap_or(*min as usize / PAGE)
+            Budget::Fixed(_) => self,
+            Budget::Share { share, min, max } => {
+                let most = size + size / 16;
+                Budget::Share { share, min: min.min(most), max: max.min(most) }
             }
         }
     }
 }
 
 /// Follows what is available.
-pub(super) struct Governor(pub(super) Budget);
+pub(super) struct Governor {
+    budget: Budget,
+    /// None where nothing is to be followed.
+    spare: Option<Spare>,
+    /// What it was before.
+    pressure: f64,
+}
 
 impl Governor {
-    /// The budget in pages that follows on this one; none where it stays. Reads two files of /proc.
-    pub(super) fn budget(&self, now: usize, resident: usize) -> Option<usize> {
-        let Budget::Share { .. } = self.0 else { return None };
-        let available = available(&std::fs::read_to_string("/proc/meminfo").ok()?)?;
-        // A kernel without PSI tells nothing, and then what is available decides.
-        let pressure = std::fs::read_to_string("/proc/pressure/memory")
-            .ok()
-            .and_then(|text| waiting(&text))
-            .unwrap_or(0.0);
-        self.next(now, resident, available, pressure)
+    pub(super) fn new(budget: Budget) -> io::Result<Governor> {
+        let spare = match budget {
+            Budget::Fixed(_) => None,
+            Budget::Share { .. } => Some(Spare::open()?),
+        };
+        Ok(Governor { budget, spare, pressure: 0.0 })
     }
 
-    fn next(&self, now: usize, resident: usize, available: u64, pressure: f64) -> Option<usize> {
-        let Budget::Share { share, min, max } = self.0 else { return None };
-        // What is used here already would be available without.
-        let goal = (available as f64 + (resident * PAGE) as f64) * share / PAGE as f64;
-        let grown = now + (now / 16).max(16);
-        let next = match pressure > 10.0 {
-            true => now - now / 8,
-            false if now as f64 > goal => (now - now / 8).max(goal as usize),
-            false => grown.min(goal as usize),
+    /// Pages to begin with.
+    pub(super) fn first(&mut self) -> usize {
+        let (min, max) = match self.budget {
+            Budget::Fixed(bytes) => return bytes as usize / PAGE,
+            Budget::Share { min, max, .. } => (min as usize / PAGE, max as usize / PAGE),
+        };
+        let seen = self.spare.as_mut().and_then(Spare::look);
+        let calm = seen.filter(|seen| seen.pressure <= PRESSURE_MAX);
+        calm.map_or(min, |seen| self.goal(seen.available, 0).clamp(min, max))
+    }
+
+    /// The budget in pages that follows on this one; none where it stays. Reads a few files.
+    pub(super) fn next(&mut self, now: usize, resident: usize) -> Option<usize> {
+        let seen = self.spare.as_mut()?.look()?;
+        self.after(now, resident, seen)
+    }
+
+    fn after(&mut self, now: usize, resident: usize, seen: Seen) -> Option<usize> {
+        let Budget::Share { min, max, .. } = self.budget else { return None };
+        let before = std::mem::replace(&mut self.pressure, seen.pressure);
+        let goal = self.goal(seen.available, resident);
+        let (less, more) = (now - now / 8, now + (now / 16).max(16));
+        let next = match seen.pressure > PRESSURE_MAX {
+            // It is an average, which falls for seconds after the last wait.
+            true if seen.pressure < before => now.min(less.max(goal)),
+            true => less,
+            false if now > goal => less.max(goal),
+            false => more.min(goal),
         };
         let next = next.clamp(min as usize / PAGE, max as usize / PAGE);
-        (next != now).then_some(next)
+        // Faults wait for what has to leave yet, and go on before there is to be still less.
+        let leaves = next < now && resident > now;
+        (next != now && !leaves).then_some(next)
     }
-}
 
-/// MemAvailable in bytes.
-fn available(text: &str) -> Option<u64> {
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    Some(line.split_whitespace().next()?.parse::<u64>().ok()? << 10)
-}
-
-/// Percent of the last ten seconds in which some program waited for memory.
-fn waiting(text: &str) -> Option<f64> {
-    let line = text.lines().find(|line| line.starts_with("some "))?;
-    line.split_whitespace().find_map(|word| word.strip_prefix("avg10="))?.parse().ok()
+    /// The share in pages. What is used here already would be available without.
+    fn goal(&self, available: u64, resident: usize) -> usize {
+        let Budget::Share { share, .. } = self.budget else { return 0 };
+        ((available as f64 + (resident * PAGE) as f64) * share) as usize / PAGE
+    }
 }
 
 #[cfg(test)]
@@ -108,47 +140,74 @@ mod tests {
     const PAGES: usize = (1 << 30) / PAGE;
 
     fn governor() -> Governor {
-        Governor(Budget::Share { share: 0.5, min: 1 << 30, max: 8 << 30 })
+        let budget = Budget::Share { share: 0.5, min: 1 << 30, max: 8 << 30 };
+        Governor { budget, spare: None, pressure: 0.0 }
+    }
+
+    fn seen(gib: u64, pressure: f64) -> Seen {
+        Seen { available: gib << 30, pressure }
     }
 
     #[test]
     fn it_follows_what_is_available() {
-        let governor = governor();
-        assert_eq!(governor.next(2 * PAGES, 0, 16 << 30, 0.0), Some(2 * PAGES + PAGES / 8));
-        assert_eq!(governor.next(8 * PAGES, 0, 16 << 30, 0.0), None, "as much as it should be");
+        let mut governor = governor();
+        assert_eq!(governor.after(2 * PAGES, 0, seen(16, 0.0)), Some(2 * PAGES + PAGES / 8));
+        assert_eq!(governor.after(8 * PAGES, 0, seen(16, 0.0)), None, "as much as it should be");
         assert_eq!(
-            governor.next(4 * PAGES, 4 * PAGES, 4 << 30, 0.0),
+            governor.after(4 * PAGES, 4 * PAGES, seen(4, 0.0)),
             None,
             "what it has counts as available"
         );
-        assert_eq!(governor.next(4 * PAGES, 0, 1 << 30, 0.0), Some(4 * PAGES - PAGES / 2));
+        assert_eq!(governor.after(4 * PAGES, 0, seen(1, 0.0)), Some(4 * PAGES - PAGES / 2));
+        assert_eq!(governor.after(4 * PAGES, 5 * PAGES, seen(1, 0.0)), None, "one step is not done yet");
     }
 
     #[test]
     fn it_gives_way_under_pressure() {
-        let governor = governor();
-        assert_eq!(governor.next(4 * PAGES, 0, 64 << 30, 30.0), Some(4 * PAGES - PAGES / 2));
-        assert_eq!(governor.next(PAGES, 0, 64 << 30, 30.0), None, "not below the least");
+        let mut governor = governor();
+        assert_eq!(governor.after(4 * PAGES, 0, seen(64, 30.0)), Some(4 * PAGES - PAGES / 2));
+        assert_eq!(governor.after(4 * PAGES, 0, seen(64, 30.0)), Some(4 * PAGES - PAGES / 2));
+        assert_eq!(governor.after(4 * PAGES, 0, seen(64, 25.0)), None, "it becomes less");
+        assert_eq!(governor.after(4 * PAGES, 0, seen(1, 20.0)), Some(4 * PAGES - PAGES / 2), "there is less");
+        assert_eq!(governor.after(PAGES, 0, seen(64, 30.0)), None, "not below the least");
+        assert_eq!(governor.after(4 * PAGES, 0, seen(64, 9.0)), Some(4 * PAGES + PAGES / 4));
     }
 
     #[test]
-    fn what_the_kernel_says() {
-        let text = "some avg10=12.34 avg60=1.00 avg300=0.10 total=9\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=1\n";
-        assert_eq!(waiting(text), Some(12.34));
-        assert_eq!(waiting("nonsense"), None);
-        assert_eq!(available("MemTotal: 10 kB\nMemAvailable:    2048 kB\n"), Some(2 << 20));
+    fn it_begins_with_its_share() {
+        let mut governor = Governor::new(Budget::percent(100).within(1 << 30)).unwrap();
+        let seen = governor.spare.as_mut().unwrap().look().unwrap();
+        let most = (1 << 30) + (1 << 26);
+        let first = governor.first() * PAGE;
+        assert!(
+            seen.available < most || seen.pressure > 5.0 || first == most as usize,
+            "{first} of {seen:?}"
+        );
+        assert_eq!(Governor::new(Budget::Fixed(1 << 30)).unwrap().first(), PAGES);
+    }
+
+    #[test]
+    fn no_more_than_there_is_to_map() {
+        let (share, mib) = (0.5, 1 << 20);
+        let of = |min, max| Budget::Share { share, min, max };
+        assert_eq!(Budget::percent(50).within(64 * mib), of(16 * mib, 68 * mib));
+        assert_eq!(of(16 * mib, 32 * mib).within(64 * mib), of(16 * mib, 32 * mib));
+        assert_eq!(of(256 * mib, 512 * mib).within(64 * mib), of(68 * mib, 68 * mib));
+        assert_eq!(Budget::Fixed(128 * mib).within(64 * mib), Budget::Fixed(128 * mib));
     }
 
     #[test]
     fn budgets_that_cannot_be() {
         for budget in [
             Budget::Fixed(0),
-            Budget::Share { share: 0.0, min: 1 << 20, max: 1 << 30 },
+            Budget::percent(0),
+            Budget::percent(101),
             Budget::Share { share: f64::NAN, min: 1 << 20, max: 1 << 30 },
             Budget::Share { share: 0.5, min: 1 << 30, max: 1 << 20 },
         ] {
             assert!(budget.check().is_err(), "{budget:?}");
         }
         Budget::Fixed(Budget::MIN).check().unwrap();
+        Budget::percent(1).check().unwrap();
     }
 }

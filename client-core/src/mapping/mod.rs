@@ -40,6 +40,7 @@ mod policy;
 mod prefetch;
 mod signal;
 mod space;
+mod spare;
 mod sync;
 mod tend;
 mod uffd;

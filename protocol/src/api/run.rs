@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::allocator::Map;
+use crate::policy::Amount;
 use crate::{ByteSize, ClientId};
 
 /// Environment variable with the number of the file's descriptor.
@@ -21,8 +22,8 @@ pub struct Run {
     pub allocator: String,
     /// File with the secret of the control plane.
     pub token_file: Option<PathBuf>,
-    /// Local memory that may be used as cache.
-    pub local: ByteSize,
+    /// Local memory that may be used as cache; a share is one of what is free, and follows it.
+    pub local: Amount,
     /// What is shorter stays local.
     pub threshold: ByteSize,
     /// Threads that bring pages.

@@ -146,6 +146,8 @@ Examples:
 Examples:
   Sort a file of 30 GB with 4 GiB of local memory:
     xpm run --size 64GiB --local 4GiB -- sort -S 40G big.txt -o sorted.txt
+  The same with a quarter of the memory that is free, as long as nobody else needs it:
+    xpm run --size 64GiB --local 25% -- sort -S 40G big.txt -o sorted.txt
   See how much was external:
     xpm run -v --size 8GiB --local 1GiB -- python3 analysis.py")]
     Run(RunArgs),

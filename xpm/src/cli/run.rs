@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 
 use clap::Args;
+use xpm_protocol::policy::Amount;
 use xpm_protocol::{ByteSize, Name};
 
 /// Options of `xpm run`.
@@ -11,9 +12,10 @@ pub(crate) struct RunArgs {
     /// External memory for the program, such as 8GiB; each piece takes a power of two of it.
     #[arg(long, value_name = "SIZE")]
     pub(crate) size: ByteSize,
-    /// Local memory that what is external may use as cache, such as 1GiB; less than the size.
-    #[arg(long, value_name = "SIZE")]
-    pub(crate) local: ByteSize,
+    /// Local memory that what is external may use as cache, such as 1GiB, less than the size; or a share of the memory
+    /// that is free, such as 25%, which becomes less when memory is short.
+    #[arg(long, value_name = "SIZE|PERCENT")]
+    pub(crate) local: Amount,
     /// What is asked for in shorter pieces stays local.
     #[arg(long, value_name = "SIZE", default_value = "1MiB")]
     pub(crate) threshold: ByteSize,

@@ -1,0 +1,255 @@
+//! What memory this process could still have, and how long programs wait for some: of the machine, and of the
+//! cgroups of version 2 that the process is in, where they have limits.
+//!
+//! Sources: proc_meminfo(5); Documentation/accounting/psi.rst and Documentation/admin-guide/cgroup-v2.rst of Linux.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+
+/// Where cgroups of version 2 are if they have limits; beside controllers of version 1, they have none.
+const GROUPS: &str = "sys/fs/cgroup";
+/// Each of these files is shorter.
+const TEXT_MAX: usize = 16 << 10;
+
+/// Looks at files that stay open.
+pub(super) struct Spare {
+    root: PathBuf,
+    meminfo: File,
+    /// None in kernels without PSI; what is available decides then.
+    pressure: Option<File>,
+    /// What tells the cgroup of this process, and what it told.
+    place: Option<File>,
+    told: String,
+    groups: Vec<Group>,
+    text: Vec<u8>,
+}
+
+/// What there is to be had.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Seen {
+    /// Bytes that are free, or easily become it.
+    pub(super) available: u64,
+    /// Percent of the last ten seconds in which some program waited for memory.
+    pub(super) pressure: f64,
+}
+
+impl Seen {
+    fn and(self, other: Seen) -> Seen {
+        Seen { available: self.available.min(other.available), pressure: self.pressure.max(other.pressure) }
+    }
+}
+
+impl Spare {
+    pub(super) fn open() -> io::Result<Spare> {
+        Spare::at(Path::new("/"))
+    }
+
+    /// `root` is where proc and sys are.
+    fn at(root: &Path) -> io::Result<Spare> {
+        Ok(Spare {
+            root: root.to_owned(),
+            meminfo: File::open(root.join("proc/meminfo"))?,
+            pressure: File::open(root.join("proc/pressure/memory")).ok(),
+            place: File::open(root.join("proc/self/cgroup")).ok(),
+            told: String::new(),
+            groups: Vec::new(),
+            text: vec![0; TEXT_MAX],
+        })
+    }
+
+    /// What there is now. None where the machine does not say.
+    pub(super) fn look(&mut self) -> Option<Seen> {
+        self.follow();
+        let text = &mut self.text;
+        let available = available(read(&self.meminfo, text)?)?;
+        let machine = Seen { available, pressure: waiting_of(self.pressure.as_ref(), text) };
+        Some(self.groups.iter().filter_map(|group| group.look(text)).fold(machine, Seen::and))
+    }
+
+    /// A process may be taken to another cgroup.
+    fn follow(&mut self) {
+        let told = self.place.as_ref().and_then(|place| read(place, &mut self.text)).unwrap_or_default();
+        if told == self.told {
+            return;
+        }
+        told.clone_into(&mut self.told);
+        let groups = self.root.join(GROUPS);
+        let own = own(&self.told).map(Path::new);
+        let and_above = own.into_iter().flat_map(Path::ancestors);
+        self.groups = and_above.filter_map(|path| Group::open(&groups.join(path))).collect();
+    }
+}
+
+/// A cgroup that may have a limit.
+struct Group {
+    max: File,
+    high: Option<File>,
+    current: File,
+    stat: Option<File>,
+    pressure: Option<File>,
+}
+
+impl Group {
+    /// None without the controller of memory.
+    fn open(dir: &Path) -> Option<Group> {
+        let file = |name: &str| File::open(dir.join(name)).ok();
+        Some(Group {
+            max: file("memory.max")?,
+            high: file("memory.high"),
+            current: file("memory.current")?,
+            stat: file("memory.stat"),
+            pressure: file("memory.pressure"),
+        })
+    }
+
+    /// None where there is no limit.
+    fn look(&self, text: &mut [u8]) -> Option<Seen> {
+        let mut number = |file: &File| read(file, text)?.trim().parse::<u64>().ok();
+        let limit =
+            [Some(&self.max), self.high.as_ref()].into_iter().flatten().filter_map(&mut number).min()?;
+        let used = number(&self.current)?;
+        // As of the machine, what only caches files counts as available.
+        let caches = self.stat.as_ref().and_then(|stat| read(stat, text)).map_or(0, caches);
+        let available = limit.saturating_sub(used.saturating_sub(caches));
+        Some(Seen { available, pressure: waiting_of(self.pressure.as_ref(), text) })
+    }
+}
+
+/// What a file holds now, from its start.
+fn read<'a>(file: &File, text: &'a mut [u8]) -> Option<&'a str> {
+    let len = file.read_at(text, 0).ok()?;
+    std::str::from_utf8(&text[..len]).ok()
+}
+
+/// The path of the cgroup of version 2 (`0::/a/b`), without the slash at its start.
+fn own(table: &str) -> Option<&str> {
+    let path = table.lines().find_map(|line| line.strip_prefix("0::/"))?;
+    Some(path.trim_end_matches(" (deleted)"))
+}
+
+/// MemAvailable in bytes.
+fn available(text: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    Some(line.split_whitespace().next()?.parse::<u64>().ok()? << 10)
+}
+
+/// Bytes of a memory.stat that are given back when memory is short.
+fn caches(text: &str) -> u64 {
+    let cached = |line: &str| {
+        let (name, bytes) = line.split_once(' ')?;
+        let is_cache = matches!(name, "active_file" | "inactive_file" | "slab_reclaimable");
+        bytes.parse::<u64>().ok().filter(|_| is_cache)
+    };
+    text.lines().filter_map(cached).sum()
+}
+
+fn waiting_of(file: Option<&File>, text: &mut [u8]) -> f64 {
+    file.and_then(|file| read(file, text)).and_then(waiting).unwrap_or(0.0)
+}
+
+/// Percent of the last ten seconds in which some program waited for memory.
+fn waiting(text: &str) -> Option<f64> {
+    let line = text.lines().find(|line| line.starts_with("some "))?;
+    line.split_whitespace().find_map(|word| word.strip_prefix("avg10="))?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    /// Files of a machine with 8 GiB to spare, on which this process is in the cgroup a/b.
+    fn machine() -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |path: &str, text: &str| {
+            let path = dir.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        };
+        write("proc/meminfo", "MemTotal:       16777216 kB\nMemAvailable:    8388608 kB\n");
+        write("proc/pressure/memory", "some avg10=2.50 avg60=1.00 avg300=0.10 total=9\n");
+        write("proc/self/cgroup", "4:cpu:/x\n0::/a/b\n");
+        for group in ["a", "a/b", "c"] {
+            for (name, text) in [
+                ("max", "max\n"),
+                ("high", "max\n"),
+                ("current", "1073741824\n"),
+                ("stat", "anon 1\nactive_file 0\n"),
+            ] {
+                write(&format!("sys/fs/cgroup/{group}/memory.{name}"), text);
+            }
+        }
+        dir
+    }
+
+    fn set(dir: &tempfile::TempDir, path: &str, text: &str) {
+        fs::write(dir.path().join(path), text).unwrap();
+    }
+
+    #[test]
+    fn without_a_limit_it_is_the_machine() {
+        let dir = machine();
+        let mut spare = Spare::at(dir.path()).unwrap();
+        assert_eq!(spare.look(), Some(Seen { available: 8 << 30, pressure: 2.5 }));
+        fs::remove_file(dir.path().join("proc/pressure/memory")).unwrap();
+        fs::remove_dir_all(dir.path().join("sys")).unwrap();
+        let mut spare = Spare::at(dir.path()).unwrap();
+        assert_eq!(spare.look(), Some(Seen { available: 8 << 30, pressure: 0.0 }));
+        set(&dir, "proc/meminfo", "");
+        assert_eq!(spare.look(), None);
+    }
+
+    #[test]
+    fn the_least_of_what_limits_counts() {
+        let dir = machine();
+        let mut spare = Spare::at(dir.path()).unwrap();
+        let mut after = |path: &str, text: &str| {
+            set(&dir, &format!("sys/fs/cgroup/{path}"), text);
+            spare.look().unwrap().available >> 20
+        };
+        assert_eq!(after("a/memory.max", "4294967296\n"), 3 << 10, "the limit of the one above");
+        assert_eq!(after("a/b/memory.max", "2147483648\n"), 1 << 10);
+        assert_eq!(after("a/b/memory.high", "1610612736\n"), 512, "what is held at counts, too");
+        assert_eq!(after("a/b/memory.stat", "active_file 1048576\ninactive_file 2097152\nfile 9\n"), 515);
+        assert_eq!(after("a/b/memory.current", "4294967296\n"), 0, "more than may be");
+        assert_eq!(after("a/b/memory.max", "max\n"), 0);
+        assert_eq!(after("a/b/memory.high", "max\n"), 3 << 10);
+        assert_eq!(after("a/memory.max", "1099511627776\n"), 8 << 10, "more than the machine has");
+    }
+
+    #[test]
+    fn pressure_of_a_cgroup_counts_where_it_has_a_limit() {
+        let dir = machine();
+        set(&dir, "sys/fs/cgroup/a/memory.pressure", "some avg10=40.00 avg60=0.00 avg300=0.00 total=1\n");
+        let mut spare = Spare::at(dir.path()).unwrap();
+        assert_eq!(spare.look().unwrap().pressure, 2.5);
+        set(&dir, "sys/fs/cgroup/a/memory.max", "1099511627776\n");
+        assert_eq!(spare.look().unwrap().pressure, 40.0);
+    }
+
+    #[test]
+    fn a_process_may_be_taken_elsewhere() {
+        let dir = machine();
+        let mut spare = Spare::at(dir.path()).unwrap();
+        set(&dir, "sys/fs/cgroup/c/memory.max", "2147483648\n");
+        assert_eq!(spare.look().unwrap().available, 8 << 30);
+        set(&dir, "proc/self/cgroup", "0::/c\n");
+        assert_eq!(spare.look().unwrap().available, 1 << 30);
+        set(&dir, "proc/self/cgroup", "0::/../elsewhere\n");
+        assert_eq!(spare.look().unwrap().available, 8 << 30, "one that is not to be seen");
+    }
+
+    #[test]
+    fn what_the_kernel_says() {
+        let text = "some avg10=12.34 avg60=1.00 avg300=0.10 total=9\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=1\n";
+        assert_eq!(waiting(text), Some(12.34));
+        assert_eq!(waiting("nonsense"), None);
+        assert_eq!(available("MemTotal: 10 kB\nMemAvailable:    2048 kB\n"), Some(2 << 20));
+        assert_eq!(own("0::/system.slice/x.service (deleted)\n"), Some("system.slice/x.service"));
+        assert_eq!(own("4:memory:/x\n"), None);
+        assert!(Spare::open().unwrap().look().unwrap().available > 0);
+    }
+}
