@@ -6,10 +6,23 @@ use std::io;
 use std::marker::PhantomData;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
+use rustix::net::sockopt;
+
 use crate::io::IoBuf;
 
 /// Pieces in one call. More bring nothing: the socket buffer is full before.
 const PIECES_MAX: usize = 64;
+
+/// Send buffer of a unix socket, in bytes.
+const UNIX_SEND_LEN: usize = 2 << 20;
+
+/// Gives a unix socket room for several long messages, as TCP makes by itself: else sender and receiver wake each other for
+/// each 200 KiB, which on a host whose processors are busy is a turn of others each time. More than net.core.wmem_max is for
+/// privileged processes; others get that.
+pub(crate) fn widen_unix(socket: BorrowedFd<'_>) -> rustix::io::Result<()> {
+    sockopt::set_socket_send_buffer_size_force(socket, UNIX_SEND_LEN)
+        .or_else(|_| sockopt::set_socket_send_buffer_size(socket, UNIX_SEND_LEN))
+}
 
 /// The pieces of memory of one call, in order.
 pub(crate) struct Pieces<'a> {

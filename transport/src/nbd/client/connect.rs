@@ -11,6 +11,7 @@ use xpm_protocol::nbd::handshake::client::{Agreed, ClientHandshake, HandshakeErr
 use xpm_protocol::nbd::{ExportInfo, ExportName};
 
 use crate::connect::{ConnectError, Deadline, dial_tcp, dial_unix, receive_some, send_all, unreachable};
+use crate::nbd::socket::widen_unix;
 
 /// Bytes read at once during the handshake.
 const READ_LEN: usize = 4096;
@@ -66,7 +67,11 @@ pub fn connect_to(target: &Target, export: &str, limit: Duration) -> Result<Conn
             tune_tcp(stream.as_fd()).map_err(unreachable)?;
             stream
         }
-        Target::Unix(path) => dial_unix(path, deadline)?,
+        Target::Unix(path) => {
+            let stream = dial_unix(path, deadline)?;
+            widen_unix(stream.as_fd()).map_err(unreachable)?;
+            stream
+        }
     };
     let agreed = negotiate(stream.as_fd(), export, deadline)?;
     if !agreed.leftover.is_empty() {

@@ -12,11 +12,10 @@ use xpm_protocol::nbd::handshake::server::{ServerHandshake, Step};
 
 use super::{Exports, Negotiated, Opened, Place, Server};
 use crate::accept::{Accept, Listener};
+use crate::nbd::socket::widen_unix;
 
 /// Bytes read at once during a handshake.
 const READ_LEN: usize = 4096;
-/// Send buffer of a unix socket, in bytes.
-const UNIX_SEND_LEN: usize = 2 << 20;
 /// After this long without an answer to what was sent, a TCP peer counts as gone.
 const TCP_USER_TIMEOUT_MS: u32 = 30_000;
 
@@ -41,13 +40,8 @@ impl Stream for TcpStream {
 }
 
 impl Stream for UnixStream {
-    /// Room for several long replies, as TCP makes by itself: else sender and receiver wake each other for each 200 KiB. More than
-    /// net.core.wmem_max is for privileged processes.
     fn tune(&self) -> io::Result<()> {
-        let fd = self.as_fd();
-        sockopt::set_socket_send_buffer_size_force(fd, UNIX_SEND_LEN)
-            .or_else(|_| sockopt::set_socket_send_buffer_size(fd, UNIX_SEND_LEN))?;
-        Ok(())
+        Ok(widen_unix(self.as_fd())?)
     }
 
     fn into_fd(self) -> io::Result<OwnedFd> {
