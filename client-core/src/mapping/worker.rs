@@ -4,14 +4,12 @@ use std::collections::VecDeque;
 use std::os::fd::AsFd as _;
 use std::time::{Duration, Instant};
 
-use xpm_transport::spin::Spin;
-
 use super::fetch::{Fate, Fetcher};
 use super::pager::count;
 use super::prefetch::Ahead;
 use super::uffd::{Fault, Refused};
 
-/// How long it looks for something to do before it sleeps, at most: about what waking it costs.
+/// How long it looks for something to do before it sleeps: about what waking it costs.
 const SPIN: Duration = Duration::from_micros(50);
 /// How long what is fetched ahead waits for room while it gets none.
 const REST_MAX: Duration = Duration::from_millis(20);
@@ -28,7 +26,7 @@ pub(super) fn run(mut fetcher: Fetcher, number: usize) {
     let mut sick: Vec<(u32, bool)> = Vec::new();
     // What is to be fetched when there is room, and since when there was none.
     let mut rest: Option<(Ahead, Instant)> = None;
-    let (mut spin, mut healed) = (Spin::new(SPIN), Instant::now());
+    let (mut busy, mut healed) = (Instant::now(), Instant::now());
     while !pager.is_stopped() {
         let mut any = fetcher.poll();
         if pager.fetchers[number].take() {
@@ -68,15 +66,16 @@ pub(super) fn run(mut fetcher: Fetcher, number: usize) {
             later.extend(sick.drain(..));
         }
         if any {
-            spin.reset();
-        } else if !spin.goes_on() {
+            busy = Instant::now();
+        } else if busy.elapsed() < SPIN {
+            std::thread::yield_now();
+        } else {
             let soon = !later.is_empty() || !sick.is_empty() || rest.is_some();
             sleep(&mut fetcher, number, handles, soon);
         }
     }
     // What is on its way has places in the staging memory.
-    let stopped = Instant::now();
-    while !fetcher.is_idle() && stopped.elapsed() < Duration::from_secs(1) {
+    while !fetcher.is_idle() && Instant::now() < busy + Duration::from_secs(1) {
         fetcher.poll();
         std::thread::yield_now();
     }
