@@ -69,9 +69,24 @@ pub fn in_own_process(
     test: &str,
     environment: &[(&str, &str)],
 ) -> (Child, impl Iterator<Item = String> + use<>) {
-    let mut command = Command::new(std::env::current_exe().expect("this program"));
-    command.args(["--exact", test, "--ignored", "--nocapture"]).envs(environment.iter().copied());
-    command.env("XPM_TEST_ALLOCATOR", cluster.allocator_url());
+    own_process(cluster, test, &[], environment)
+}
+
+/// The same, by way of another program, whose words `enter` are.
+///
+/// # Panics
+/// When it cannot be started.
+pub fn own_process(
+    cluster: &Cluster,
+    test: &str,
+    enter: &[String],
+    environment: &[(&str, &str)],
+) -> (Child, impl Iterator<Item = String> + use<>) {
+    let me = std::env::current_exe().expect("this program").display().to_string();
+    let words: Vec<&String> = enter.iter().chain([&me]).collect();
+    let mut command = Command::new(words[0]);
+    command.args(&words[1..]).args(["--exact", test, "--ignored", "--nocapture"]);
+    command.envs(environment.iter().copied()).env("XPM_TEST_ALLOCATOR", cluster.allocator_url());
     let mut program =
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("it can be started");
     let output: ChildStdout = program.stdout.take().expect("its output");

@@ -3,14 +3,14 @@
 
 use std::fmt::Write as _;
 use std::fs;
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, Stdio};
+use std::process::{Child, ChildStdin, Command};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use xpm_client::Attachment;
 use xpm_client::mapping::{Budget, Faults, Space, SpaceOptions};
-use xpm_tests::mapping::{Dice, MIB, attach_options, words};
+use xpm_tests::mapping::{Dice, MIB, attach_options, own_process, words};
 use xpm_tests::{Cluster, wait_until};
 
 /// What the program below has at addresses.
@@ -185,16 +185,9 @@ impl Program {
     /// `enter` goes before its words.
     fn start(cluster: &Cluster, enter: &[String]) -> Program {
         cluster.ok(&["alloc", "create", "v", "--size", "128MiB"]);
-        let mut command = Command::new(&enter[0]);
-        command.args(&enter[1..]).arg(std::env::current_exe().expect("this program"));
-        command.args(["--exact", "keeps_what_it_has", "--ignored", "--nocapture"]);
-        command.env("XPM_TEST_ALLOCATOR", cluster.allocator_url());
-        command.stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut child = command.spawn().expect("it can be started");
+        let (mut child, answers) = own_process(cluster, "keeps_what_it_has", enter, &[]);
         let questions = child.stdin.take().expect("its input");
-        let answers = BufReader::new(child.stdout.take().expect("its output")).lines();
-        let answers = Box::new(answers.map_while(Result::ok));
-        let mut program = Program { child, questions, answers };
+        let mut program = Program { child, questions, answers: Box::new(answers) };
         program.answer("ready");
         program
     }
@@ -250,7 +243,7 @@ impl Drop for Program {
 
 /// Not a test by itself: has more at addresses than is local, looks at all of it all the while, and answers questions.
 #[test]
-#[ignore = "started by the others"]
+#[ignore = "is run by other tests, in a process of its own"]
 fn keeps_what_it_has() {
     let url = std::env::var("XPM_TEST_ALLOCATOR").expect("the allocator");
     let (_attachment, volume) = Attachment::attach(&attach_options(&url, "v")).expect("it can be attached");

@@ -82,14 +82,28 @@ fn against_a_shadow_while(mappings: &[&Mapping], meanwhile: impl FnOnce(&dyn Fn(
     });
 }
 
+/// A space with 4 MiB of local memory, what is kept of it, and a slab.
+fn ranges(volume: xpm_client::Volume, faults: Faults) -> (Space, Mapping, Mapping) {
+    let space = Space::open(volume, &options(4 * MIB, faults, 32 * MIB)).expect("a space");
+    let kept = space.map(0..32 * MIB, Access::ReadWrite).expect("a range");
+    let slab = space.carve(16 * MIB).expect("a slab");
+    (space, kept, slab)
+}
+
+/// Much has come and gone, and nothing failed.
+fn end_well(attachment: Attachment, ranges: (Space, Mapping, Mapping)) {
+    let stats = ranges.0.stats();
+    assert!(stats.written > 100 && stats.fetched > 100 && stats.errors == 0, "{stats:?}");
+    drop((ranges.1, ranges.2, ranges.0));
+    attachment.detach().expect("it is given back");
+}
+
 /// Meanwhile the budget changes, and everything is flushed.
 fn against_a_shadow(faults: Faults, transport: TransportKind) {
     let cluster = Cluster::start(2);
     cluster.ok(&["alloc", "create", "v", "--size", "64MiB", "--stripe", "2"]);
     let (attachment, volume) = attached(&cluster, "v", Some(transport));
-    let space = Space::open(volume, &options(4 * MIB, faults, 32 * MIB)).expect("a space");
-    let kept = space.map(0..32 * MIB, Access::ReadWrite).expect("a range");
-    let slab = space.carve(16 * MIB).expect("a slab");
+    let (space, kept, slab) = ranges(volume, faults);
     against_a_shadow_while(&[&kept, &slab], |all_go_on| {
         let began = Instant::now();
         let mut dice = Dice(99);
@@ -105,10 +119,7 @@ fn against_a_shadow(faults: Faults, transport: TransportKind) {
             std::thread::sleep(Duration::from_millis(20));
         }
     });
-    let stats = space.stats();
-    assert!(stats.written > 100 && stats.fetched > 100 && stats.errors == 0, "{stats:?}");
-    drop((kept, slab, space));
-    attachment.detach().expect("it is given back");
+    end_well(attachment, (space, kept, slab));
 }
 
 /// Where the kernel moves pages, the other tests see that; here are some of them with shared memory behind the window, as before
@@ -152,9 +163,7 @@ fn killed_under_a_shadow(faults: Faults, transport: TransportKind) {
     let mut cluster = Cluster::start_kept(&[vec![], vec![]]);
     cluster.ok(&["alloc", "create", "v", "--size", "64MiB", "--stripe", "2"]);
     let (attachment, volume) = attached(&cluster, "v", Some(transport));
-    let space = Space::open(volume, &options(4 * MIB, faults, 32 * MIB)).expect("a space");
-    let kept = space.map(0..32 * MIB, Access::ReadWrite).expect("a range");
-    let slab = space.carve(16 * MIB).expect("a slab");
+    let (space, kept, slab) = ranges(volume, faults);
     against_a_shadow_while(&[&kept, &slab], |all_go_on| {
         while_budget_and_flush(&space, || {
             for round in 0..6 {
@@ -166,10 +175,7 @@ fn killed_under_a_shadow(faults: Faults, transport: TransportKind) {
             }
         });
     });
-    let stats = space.stats();
-    assert!(stats.written > 100 && stats.fetched > 100 && stats.errors == 0, "{stats:?}");
-    drop((kept, slab, space));
-    attachment.detach().expect("it is given back");
+    end_well(attachment, (space, kept, slab));
 }
 
 #[test]
@@ -188,9 +194,7 @@ fn changed_under_a_shadow(faults: Faults) {
     let cluster = Cluster::start(2);
     cluster.ok(&["alloc", "create", "v", "--size", "64MiB"]);
     let (attachment, volume) = attached(&cluster, "v", None);
-    let space = Space::open(volume, &options(4 * MIB, faults, 32 * MIB)).expect("a space");
-    let kept = space.map(0..32 * MIB, Access::ReadWrite).expect("a range");
-    let slab = space.carve(16 * MIB).expect("a slab");
+    let (space, kept, slab) = ranges(volume, faults);
     let lies_on = || cluster.json(&["alloc", "show", "v"])["regions"][0]["appliance_name"].to_string();
     against_a_shadow_while(&[&kept, &slab], |all_go_on| {
         while_budget_and_flush(&space, || {

@@ -23,7 +23,7 @@ pub(crate) struct DeviceNumber {
 /// Does no I/O on the disk, and so never blocks on it.
 pub(crate) fn users(disk: &str) -> Vec<String> {
     let parts = parts(disk);
-    let numbers: Vec<DeviceNumber> = parts.iter().filter_map(|part| number_of(part)).collect();
+    let numbers = numbers_of(&parts);
     let mut users = Vec::new();
     let swaps = proc::swaps().unwrap_or_default();
     if swaps.iter().any(|swap| is_one_of(Path::new(&swap.path), &parts, &numbers)) {
@@ -59,13 +59,8 @@ pub(crate) fn is_claimed(disk: &str) -> bool {
 
 /// Whether any process has the disk or a part of it open, or sees it mounted. Does no I/O on the disk, as [`is_claimed`] may.
 pub(crate) fn is_open(disk: &str) -> bool {
-    let numbers: Vec<DeviceNumber> = parts(disk).iter().filter_map(|part| number_of(part)).collect();
-    let is_one = |path: &Path| {
-        let found = fs::metadata(path).ok().filter(|found| found.file_type().is_block_device());
-        found.is_some_and(|found| {
-            numbers.contains(&DeviceNumber { major: major(found.rdev()), minor: minor(found.rdev()) })
-        })
-    };
+    let numbers = numbers_of(&parts(disk));
+    let is_one = |path: &Path| block_number(path).is_some_and(|number| numbers.contains(&number));
     let entries = |path: &Path| fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path());
     entries(Path::new("/proc")).any(|process| {
         let table = fs::read_to_string(process.join("mountinfo")).unwrap_or_default();
@@ -85,8 +80,8 @@ fn parts(disk: &str) -> Vec<String> {
     parts
 }
 
-fn number_of(part: &str) -> Option<DeviceNumber> {
-    parse_number(&sysfs::text(part, "dev")?)
+fn numbers_of(parts: &[String]) -> Vec<DeviceNumber> {
+    parts.iter().filter_map(|part| parse_number(&sysfs::text(part, "dev")?)).collect()
 }
 
 fn holders(part: &str) -> Vec<String> {
