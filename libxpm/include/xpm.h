@@ -101,8 +101,8 @@ const char *xpm_version(void);
 struct xpm_space *xpm_open(const char *name,
                            const struct xpm_options *options);
 
-// Ends a space, and gives the allocation back. -EBUSY while it has mappings: nothing happened then. After any other
-// error the space is gone, and the allocation may still be this client's.
+// Ends a space and its buffers, and gives the allocation back. -EBUSY while it has mappings: nothing happened then. After any
+// other error the space is gone, and the allocation may still be this client's.
 //
 // # Safety
 // `space` is one of xpm_open() that was not closed, or NULL, and nobody uses it.
@@ -149,6 +149,20 @@ struct xpm_mapping *xpm_slab_open(struct xpm_space *space,
 // # Safety
 // As of xpm_slab_create().
 int xpm_slab_remove(struct xpm_space *space, const char *name);
+
+// Memory of `len` bytes for xpm_get() and xpm_put() that transports use as it is: over RDMA nothing is copied then. It is local
+// memory besides the budget.
+//
+// # Safety
+// As of xpm_carve().
+void *xpm_buffer(struct xpm_space *space,
+                 size_t len);
+
+// Gives memory of xpm_buffer() back; it is used again for the next one of that length.
+//
+// # Safety
+// As of xpm_carve(); nobody uses the memory any more.
+int xpm_buffer_free(struct xpm_space *space, void *buffer);
 
 // Changes how many bytes of local memory may be used.
 //
@@ -198,6 +212,28 @@ size_t xpm_length(const struct xpm_mapping *mapping);
 // # Safety
 // `mapping` was not unmapped.
 int xpm_flush(const struct xpm_mapping *mapping);
+
+// Writes what was changed of the pages of `len` bytes at `offset` of it, and waits until it is there.
+//
+// # Safety
+// `mapping` was not unmapped.
+int xpm_flush_range(const struct xpm_mapping *mapping, size_t offset, size_t len);
+
+// Makes a slab at least `len` bytes long, rounded up to a power of two, or shorter, where it is: its address stays, and so does
+// what it holds; what is new holds zeros, what is cut off is forgotten. -ENOMEM where it cannot grow there: it is as before then.
+//
+// # Safety
+// `mapping` was not unmapped, and no other call uses it meanwhile; nobody uses addresses that are cut off.
+int xpm_resize(struct xpm_mapping *mapping,
+               uint64_t len);
+
+// Makes the pages of `len` bytes at `offset` of a slab zeros again; local and external memory that they had is free then.
+//
+// # Safety
+// `mapping` was not unmapped.
+int xpm_clear(const struct xpm_mapping *mapping,
+              size_t offset,
+              size_t len);
 
 // Says how `len` bytes at `offset` of it will be used: XPM_NORMAL and so on. Whole pages, those at the edges included.
 //

@@ -91,8 +91,13 @@ pub(crate) fn status(act: impl FnOnce() -> Result<(), Error>) -> c_int {
 
 /// A new object, or NULL and errno.
 pub(crate) fn boxed<T>(act: impl FnOnce() -> Result<T, Error>) -> *mut T {
+    pointer(|| act().map(|object| Box::into_raw(Box::new(object))))
+}
+
+/// An address, or NULL and errno.
+pub(crate) fn pointer<T>(act: impl FnOnce() -> Result<*mut T, Error>) -> *mut T {
     match caught(act) {
-        Ok(object) => Box::into_raw(Box::new(object)),
+        Ok(address) => address,
         Err(error) => {
             let number = keep(error);
             // SAFETY: errno is this thread's own.

@@ -28,6 +28,8 @@ pub const XPM_PIN: c_int = 5;
 /// It need not stay any more.
 pub const XPM_UNPIN: c_int = 6;
 
+const NO_MAPPING: &str = "the mapping is NULL: look at what made it";
+
 /// The mapping behind a pointer.
 ///
 /// # Safety
@@ -35,7 +37,7 @@ pub const XPM_UNPIN: c_int = 6;
 unsafe fn known<'a>(mapping: *const xpm_mapping) -> Result<&'a xpm_mapping, Error> {
     // SAFETY: by the caller's word.
     let known = unsafe { mapping.as_ref() };
-    known.ok_or_else(|| Error::invalid("the mapping is NULL: look at what made it"))
+    known.ok_or_else(|| Error::invalid(NO_MAPPING))
 }
 
 /// A slab with what another mapping of the same space holds now: writes go to the slab only. The other one must not be
@@ -96,6 +98,41 @@ pub unsafe extern "C" fn xpm_length(mapping: *const xpm_mapping) -> usize {
 pub unsafe extern "C" fn xpm_flush(mapping: *const xpm_mapping) -> c_int {
     // SAFETY: by the caller's word.
     status(|| Ok(unsafe { known(mapping) }?.mapping.flush()?))
+}
+
+/// Writes what was changed of the pages of `len` bytes at `offset` of it, and waits until it is there.
+///
+/// # Safety
+/// `mapping` was not unmapped.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xpm_flush_range(mapping: *const xpm_mapping, offset: usize, len: usize) -> c_int {
+    // SAFETY: by the caller's word.
+    status(|| Ok(unsafe { known(mapping) }?.mapping.flush_range(offset..offset.saturating_add(len))?))
+}
+
+/// Makes a slab at least `len` bytes long, rounded up to a power of two, or shorter, where it is: its address stays, and so does
+/// what it holds; what is new holds zeros, what is cut off is forgotten. -ENOMEM where it cannot grow there: it is as before then.
+///
+/// # Safety
+/// `mapping` was not unmapped, and no other call uses it meanwhile; nobody uses addresses that are cut off.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xpm_resize(mapping: *mut xpm_mapping, len: u64) -> c_int {
+    status(|| {
+        // SAFETY: by the caller's word.
+        let known = unsafe { mapping.as_mut() };
+        let known = known.ok_or_else(|| Error::invalid(NO_MAPPING))?;
+        Ok(known.mapping.resize(len)?)
+    })
+}
+
+/// Makes the pages of `len` bytes at `offset` of a slab zeros again; local and external memory that they had is free then.
+///
+/// # Safety
+/// `mapping` was not unmapped.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xpm_clear(mapping: *const xpm_mapping, offset: usize, len: usize) -> c_int {
+    // SAFETY: by the caller's word.
+    status(|| Ok(unsafe { known(mapping) }?.mapping.clear(offset..offset.saturating_add(len))?))
 }
 
 /// Says how `len` bytes at `offset` of it will be used: XPM_NORMAL and so on. Whole pages, those at the edges included.

@@ -1,12 +1,13 @@
 //! An allocation at addresses.
 
-use std::ffi::{c_char, c_int};
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::ffi::{c_char, c_int, c_void};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use xpm_client::Attachment;
-use xpm_client::mapping::{Access, MappingStats, NamedSlabs, Space};
+use xpm_client::mapping::{Access, Buffer, MappingStats, NamedSlabs, Space};
 
-use crate::error::{Error, boxed, status};
+use crate::error::{Error, boxed, pointer, status};
 use crate::mapping::xpm_mapping;
 use crate::options::{self, xpm_options};
 
@@ -16,9 +17,15 @@ pub struct xpm_space {
     attachment: Attachment,
     /// One reference for each mapping, and this one.
     pub(crate) mappings: Arc<()>,
+    /// Buffers, by their addresses.
+    buffers: Mutex<BTreeMap<usize, Buffer>>,
 }
 
 impl xpm_space {
+    fn buffers(&self) -> MutexGuard<'_, BTreeMap<usize, Buffer>> {
+        self.buffers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn named(&self) -> Result<NamedSlabs, Error> {
         Ok(NamedSlabs::open(&self.attachment, &self.space)?)
     }
@@ -76,7 +83,9 @@ pub unsafe extern "C" fn xpm_open(name: *const c_char, options: *const xpm_optio
         let opened = Space::open(volume.clone(), &options(volume.size()));
         drop(volume);
         match opened {
-            Ok(space) => Ok(xpm_space { space, attachment, mappings: Arc::new(()) }),
+            Ok(space) => {
+                Ok(xpm_space { space, attachment, mappings: Arc::new(()), buffers: Mutex::default() })
+            }
             Err(error) => {
                 // It was not used.
                 let _ = attachment.detach();
@@ -86,8 +95,8 @@ pub unsafe extern "C" fn xpm_open(name: *const c_char, options: *const xpm_optio
     })
 }
 
-/// Ends a space, and gives the allocation back. -EBUSY while it has mappings: nothing happened then. After any other
-/// error the space is gone, and the allocation may still be this client's.
+/// Ends a space and its buffers, and gives the allocation back. -EBUSY while it has mappings: nothing happened then. After any
+/// other error the space is gone, and the allocation may still be this client's.
 ///
 /// # Safety
 /// `space` is one of xpm_open() that was not closed, or NULL, and nobody uses it.
@@ -100,8 +109,8 @@ pub unsafe extern "C" fn xpm_close(space: *mut xpm_space) -> c_int {
             return Err(Error::busy("the space has mappings: end them by xpm_unmap() first"));
         }
         // SAFETY: made by `boxed`, and by the caller's word not used any more.
-        let xpm_space { space, attachment, .. } = *unsafe { Box::from_raw(space) };
-        drop(space);
+        let xpm_space { space, attachment, buffers, .. } = *unsafe { Box::from_raw(space) };
+        drop((buffers, space));
         Ok(attachment.detach()?)
     })
 }
@@ -190,6 +199,38 @@ pub unsafe extern "C" fn xpm_slab_remove(space: *mut xpm_space, name: *const c_c
         // SAFETY: by the caller's word.
         let known = unsafe { known(space) }?;
         Ok(known.named()?.remove(&options::name(name)?)?)
+    })
+}
+
+/// Memory of `len` bytes for xpm_get() and xpm_put() that transports use as it is: over RDMA nothing is copied then. It is local
+/// memory besides the budget.
+///
+/// # Safety
+/// As of xpm_carve().
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xpm_buffer(space: *mut xpm_space, len: usize) -> *mut c_void {
+    pointer(|| {
+        // SAFETY: by the caller's word.
+        let known = unsafe { known(space) }?;
+        let mut buffer = known.space.buffer(len)?;
+        let address = buffer.as_mut_ptr();
+        known.buffers().insert(address as usize, buffer);
+        Ok(address.cast())
+    })
+}
+
+/// Gives memory of xpm_buffer() back; it is used again for the next one of that length.
+///
+/// # Safety
+/// As of xpm_carve(); nobody uses the memory any more.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xpm_buffer_free(space: *mut xpm_space, buffer: *mut c_void) -> c_int {
+    status(|| {
+        // SAFETY: by the caller's word.
+        let freed = unsafe { known(space) }?.buffers().remove(&(buffer as usize));
+        freed
+            .map(drop)
+            .ok_or_else(|| Error::invalid("it is no buffer of this space: give what xpm_buffer() gave"))
     })
 }
 

@@ -99,6 +99,13 @@ int main(int argc, char **argv)
 	for (int advice = XPM_NORMAL; advice <= XPM_UNPIN; advice++)
 		CHECK(xpm_advise(kept, 0, 64 * 4096, advice) == 0);
 	CHECK(xpm_advise(kept, 0, 4096, 99) == -EINVAL);
+	char *buffer = xpm_buffer(space, MIB);
+	CHECK(buffer && !xpm_buffer(space, 0) && errno == EINVAL);
+	memset(buffer, 'b', MIB);
+	CHECK(xpm_put(kept, 4 * MIB, buffer, MIB) == 0 && bytes[5 * MIB - 1] == 'b' && bytes[5 * MIB] == 'a');
+	CHECK(xpm_get(kept, 5 * MIB, buffer, MIB) == 0 && buffer[0] == 'a' && buffer[MIB - 1] == 'a');
+	CHECK(xpm_buffer_free(space, buffer + 1) == -EINVAL && xpm_buffer_free(space, buffer) == 0);
+	CHECK(xpm_buffer(space, MIB) == buffer);
 	CHECK(xpm_flush(kept) == 0);
 
 	struct xpm_mapping *copy = xpm_copy(kept);
@@ -110,6 +117,15 @@ int main(int argc, char **argv)
 
 	struct xpm_mapping *slab = xpm_carve(space, 4 * MIB);
 	CHECK(slab && *(char *)xpm_address(slab) == 0);
+	memset(xpm_address(slab), 's', 4 * MIB);
+	CHECK(xpm_flush_range(slab, MIB, MIB) == 0 && xpm_flush_range(slab, 4 * MIB, 1) == -EINVAL);
+	CHECK(xpm_clear(slab, MIB, 4096) == 0 && xpm_clear(kept, 0, 4096) == -EINVAL);
+	CHECK(((char *)xpm_address(slab))[MIB] == 0 && ((char *)xpm_address(slab))[MIB + 4096] == 's');
+	CHECK(xpm_resize(slab, 2 * MIB) == 0 && xpm_length(slab) == 2 * MIB);
+	CHECK(xpm_resize(slab, 4 * MIB) == 0 && ((char *)xpm_address(slab))[3 * MIB] == 0);
+	CHECK(((char *)xpm_address(slab))[2 * MIB - 1] == 's');
+	CHECK(xpm_resize(slab, 1ull << 50) == -ENOMEM && xpm_length(slab) == 4 * MIB);
+	CHECK(xpm_resize(kept, MIB) == -EINVAL && xpm_resize(NULL, MIB) == -EINVAL);
 	CHECK(xpm_close(space) == -EBUSY);
 	CHECK(xpm_set_budget(space, 4 * MIB) == 0 && xpm_set_budget(space, 0) == -EINVAL);
 	CHECK(xpm_stats(space, &statistics) == 0 && statistics.budget == 4 * MIB && statistics.written > 0);

@@ -418,6 +418,62 @@ fn calls_and_accesses_see_the_same() {
     assert!(matches!(space.set_budget(MIB), Err(MapError::Invalid(_))));
 }
 
+/// Bytes that are moved by calls, in pieces of up to half a MiB at any offset, and by accesses, while much more of them is elsewhere than
+/// is local. One half of the calls have a buffer that transports use as it is.
+#[test]
+fn long_calls_and_accesses_see_the_same() {
+    const LEN: usize = 8 << 20;
+    let cluster = Cluster::start(2);
+    cluster.ok(&["alloc", "create", "v", "--size", "64MiB", "--stripe", "2"]);
+    let (_attachment, volume) = attached(&cluster, "v", None);
+    let space = Space::open(volume, &options(2 * MIB, Faults::Handled(1), 0)).expect("a space");
+    let slab = space.carve(LEN as u64).expect("a slab");
+    let mut buffer = space.buffer(LEN / 16).expect("a buffer");
+    let (mut shadow, mut dice) = (vec![0_u8; LEN], Dice(11));
+    let mut plain = vec![0_u8; LEN / 16];
+    for round in 0..600 {
+        let start = dice.below(LEN);
+        let longest = if dice.below(4) == 0 { 64 } else { LEN / 16 };
+        let len = (1 + dice.below(longest - 1)).min(LEN - start);
+        let place = if dice.below(2) == 0 { &mut buffer[..len] } else { &mut plain[..len] };
+        match dice.below(5) {
+            0 | 1 => {
+                place.iter_mut().enumerate().for_each(|(at, byte)| *byte = (round + at / 7) as u8);
+                slab.put(start, place).expect("put");
+                shadow[start..start + len].copy_from_slice(place);
+            }
+            2 | 3 => {
+                slab.get(start, place).expect("get");
+                assert!(*place == shadow[start..start + len], "round {round}: {len} bytes at {start}");
+            }
+            _ => {
+                let words = &words(&slab)[start / 8..(start + len) / 8];
+                for (at, word) in words.iter().enumerate() {
+                    let known = &mut shadow[(start / 8 + at) * 8..][..8];
+                    assert_eq!(word.load(Ordering::Relaxed).to_ne_bytes(), known, "round {round}");
+                    word.store(round as u64, Ordering::Relaxed);
+                    known.copy_from_slice(&(round as u64).to_ne_bytes());
+                }
+            }
+        }
+    }
+    let mut all = vec![1; LEN];
+    slab.get(0, &mut all).expect("get");
+    assert!(all == shadow);
+    // A copy of it reads the same, out of the pages of the other one.
+    let copy = space.private_copy(&slab).expect("a copy");
+    copy.get(0, &mut all).expect("get");
+    assert!(all == shadow);
+    copy.put(PAGE, &plain).expect("put");
+    shadow[PAGE..PAGE + plain.len()].copy_from_slice(&plain);
+    copy.get(0, &mut all).expect("get");
+    assert!(all == shadow);
+    assert!(matches!(space.buffer(0), Err(MapError::Invalid(_))));
+    assert!(matches!(space.buffer(usize::MAX), Err(MapError::System { .. })));
+    drop((buffer, copy));
+    assert_eq!(space.buffer(LEN / 16).expect("it is there already").len(), LEN / 16);
+}
+
 /// What a program sees when one of two appliances lost its memory: calls fail, and an access is a SIGBUS, which goes to the
 /// handler that was there before. What lies on the other one is there, although all of local memory was of what is lost and changed.
 fn program_whose_memory_is_lost(url: &str, faults: Faults) {

@@ -41,8 +41,8 @@ pub enum MapError {
     Slab(#[from] SlabError),
     /// userfaultfd(2) is not allowed, or not there.
     #[error(
-        "userfaultfd cannot be used: {0}. Give this user access to /dev/userfaultfd (a udev rule, or chmod), or set \
-         vm.unprivileged_userfaultfd to 1; in a container, its seccomp profile has to allow the call, too"
+        "userfaultfd cannot be used: {0}. Give this user access to /dev/userfaultfd (group xpm where the package is installed, else a \
+         udev rule, or chmod), or set vm.unprivileged_userfaultfd to 1; in a container, its seccomp profile has to allow the call, too"
     )]
     Userfaultfd(std::io::Error),
     /// The system refused something else.

@@ -42,11 +42,35 @@ fn read(window: &Window, pages: &[(u32, State)], to: IoBuf) -> Vec<u32> {
     gone
 }
 
+/// A part of a buffer, and where it belongs in the window.
+enum Piece {
+    /// From a page on, whole pages, as many as are carried out in one go at most.
+    Pages(u32, IoBuf),
+    /// Within a page.
+    Bytes(u32, usize, IoBuf),
+}
+
+/// What a buffer that belongs to `offset` of the window consists of.
+fn pieces(offset: usize, buf: IoBuf) -> impl Iterator<Item = Piece> {
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        let (left, within) = (buf.len() - at, (offset + at) % PAGE);
+        let page = ((offset + at) / PAGE) as u32;
+        let whole = if within == 0 { left / PAGE } else { 0 };
+        let len = if whole > 0 { whole.min(RUN) * PAGE } else { left.min(PAGE - within) };
+        let part = (len > 0).then(|| buf.part(at, len))?;
+        at += len;
+        Some(if whole > 0 { Piece::Pages(page, part) } else { Piece::Bytes(page, within, part) })
+    })
+}
+
 /// One call at a time uses it.
 pub(super) struct Io {
     pager: Shared,
     channel: Channel,
     staging: Staging,
+    /// Those that the program gave back; registered, as all that it has.
+    buffers: Vec<Staging>,
     ended: Vec<Completion>,
 }
 
@@ -55,7 +79,7 @@ impl Io {
         let mut channel = volume.channel()?;
         let staging = Staging::new(RUN * PAGE)?;
         channel.register(staging.all());
-        Ok(Io { pager, channel, staging, ended: Vec::with_capacity(2 * DEPTH) })
+        Ok(Io { pager, channel, staging, buffers: Vec::new(), ended: Vec::with_capacity(2 * DEPTH) })
     }
 
     /// Lets the channel do what it was told.
@@ -299,28 +323,37 @@ impl Io {
         let mut at = 0;
         while at < pages {
             let count = (pages - at).min(RUN as u32);
-            let claimed: Vec<(u32, State)> =
-                (from + at..from + at + count).map(|page| (page, pager.claim(page))).collect();
-            let place = |(page, state): (u32, State)| match state.residency() {
-                Residency::Absent => Some(pager.source(page, state)),
-                _ => None,
-            };
-            let mut result = Ok(());
-            for alike in claimed.chunk_by(|one, other| match (place(*one), place(*other)) {
-                (Some(Source::At(here)), Some(Source::At(next))) => next == here + 1,
-                (one, other) => one == other,
-            }) {
-                if result.is_ok() {
-                    let there = to + (alike[0].0 - from);
-                    result = self.copy_out(alike, place(alike[0]), there);
-                }
-            }
-            claimed.iter().for_each(|(page, state)| pager.release(*page, state.residency(), 0, 0));
-            result?;
+            self.with_run(from + at, count, |io, alike, place| {
+                io.copy_out(alike, place, to + (alike[0].0 - from))
+            })?;
             at += count;
         }
         pager.wake_starving();
         Ok(())
+    }
+
+    /// Calls `act` with pages that lie one behind the other, and are the caller's meanwhile: as many at a time as are in one place, in external
+    /// memory or, where none is said, in local memory.
+    fn with_run(
+        &mut self,
+        first: u32,
+        count: u32,
+        mut act: impl FnMut(&mut Io, &[(u32, State)], Option<Source>) -> Result<(), MapError>,
+    ) -> Result<(), MapError> {
+        let pager = self.pager.clone();
+        let claimed: Vec<(u32, State)> =
+            (first..first + count).map(|page| (page, pager.claim(page))).collect();
+        let place = |(page, state): (u32, State)| match state.residency() {
+            Residency::Absent => Some(pager.source(page, state)),
+            _ => None,
+        };
+        let mut runs = claimed.chunk_by(|one, other| match (place(*one), place(*other)) {
+            (Some(Source::At(here)), Some(Source::At(next))) => next == here + 1,
+            (one, other) => one == other,
+        });
+        let result = runs.try_for_each(|run| act(self, run, place(run[0])));
+        claimed.iter().for_each(|(page, state)| pager.release(*page, state.residency(), 0, 0));
+        result
     }
 
     /// Writes what pages hold that are the caller's, and all of which are in one place, to others that nobody uses.
@@ -444,62 +477,110 @@ impl Io {
         Ok(())
     }
 
-    /// Copies bytes from `offset` of the window.
-    pub(super) fn get(&mut self, offset: usize, buf: &mut [u8]) -> Result<(), MapError> {
-        let mut rest = buf;
-        let mut offset = offset;
-        while !rest.is_empty() {
-            let (page, within) = ((offset / PAGE) as u32, offset % PAGE);
-            let len = rest.len().min(PAGE - within);
-            let (part, behind) = rest.split_at_mut(len);
-            self.with_page(page, |io, state| {
-                match io.content_of(page, state)? {
-                    Some(content) => content.part(within, len).copy_to_slice(part),
-                    None => part.fill(0),
-                }
-                Ok(None)
-            })?;
-            rest = behind;
-            offset += len;
+    /// Memory of the program's that transports use as it is.
+    pub(super) fn take_buffer(&mut self, len: usize) -> io::Result<Staging> {
+        if let Some(index) = self.buffers.iter().position(|buffer| buffer.all().len() == len) {
+            return Ok(self.buffers.swap_remove(index));
+        }
+        let buffer = Staging::new(len)?;
+        self.channel.register(buffer.all());
+        Ok(buffer)
+    }
+
+    /// What was taken: it stays registered, and so mapped, for as long as there is the channel.
+    pub(super) fn give_buffer(&mut self, buffer: Staging) {
+        self.buffers.push(buffer);
+    }
+
+    /// Copies bytes from `offset` of the window to a buffer that nobody else uses: of absent pages by reading into it.
+    pub(super) fn get(&mut self, offset: usize, buf: IoBuf) -> Result<(), MapError> {
+        for piece in pieces(offset, buf) {
+            match piece {
+                Piece::Pages(first, part) => self.get_pages(first, part)?,
+                Piece::Bytes(page, within, part) => self.with_page(page, |io, state| {
+                    match io.content_of(page, state)? {
+                        Some(content) => content.part(within, part.len()).copy_to(part),
+                        None => part.zero(),
+                    }
+                    Ok(())
+                })?,
+            }
         }
         Ok(())
     }
 
-    /// Copies bytes to `offset` of the window.
-    pub(super) fn put(&mut self, offset: usize, bytes: &[u8]) -> Result<(), MapError> {
-        let mut rest = bytes;
-        let mut offset = offset;
-        while !rest.is_empty() {
-            let (page, within) = ((offset / PAGE) as u32, offset % PAGE);
-            let (part, behind) = rest.split_at(rest.len().min(PAGE - within));
-            self.with_page(page, |io, state| {
-                if state.residency() != Residency::Absent {
-                    match state.residency() {
-                        Residency::Mapped
-                            if state.has(POISONED) || !io.pager.window.write(page, within, part) =>
-                        {
-                            io.pager.pages.mark(page, POISONED, 0);
-                            return Err(MapError::Gone(page));
-                        }
-                        Residency::Mapped => {}
-                        _ => io.pager.window.shelved(page, 1).part(within, part.len()).copy_from_slice(part),
+    fn get_pages(&mut self, first: u32, to: IoBuf) -> Result<(), MapError> {
+        self.with_run(first, (to.len() / PAGE) as u32, |io, run, place| {
+            let part = to.part((run[0].0 - first) as usize * PAGE, run.len() * PAGE);
+            match place {
+                Some(Source::Zeros) => part.zero(),
+                Some(Source::At(at)) => {
+                    io.carry_out(Kind::Read, u64::from(at) * PAGE as u64, part.len() as u64, Some(part))?;
+                }
+                None => {
+                    if let Some(page) = read(&io.pager.window, run, part).first() {
+                        io.pager.pages.mark(*page, POISONED, 0);
+                        return Err(MapError::Gone(*page));
                     }
-                    return Ok(None);
                 }
-                let buf = io.staging.all().part(0, PAGE);
-                if part.len() < PAGE && io.content_of(page, state)?.is_none() {
-                    buf.zero();
-                }
-                buf.part(within, part.len()).copy_from_slice(part);
-                io.carry_out(Kind::Write, u64::from(page) * PAGE as u64, PAGE as u64, Some(buf))?;
-                if state.has(POISONED) {
-                    io.pager.window.heal(page);
-                    io.pager.pages.mark(page, 0, POISONED);
-                }
-                Ok(Some(WRITTEN))
-            })?;
-            rest = behind;
-            offset += part.len();
+            }
+            Ok(())
+        })
+    }
+
+    /// Copies bytes that nobody changes to `offset` of the window: to absent pages by writing them from where they are.
+    pub(super) fn put(&mut self, offset: usize, bytes: IoBuf) -> Result<(), MapError> {
+        for piece in pieces(offset, bytes) {
+            match piece {
+                Piece::Pages(first, part) => self.put_pages(first, part)?,
+                Piece::Bytes(page, within, part) => self.with_page(page, |io, state| {
+                    if state.residency() != Residency::Absent {
+                        return io.put_local(page, state, within, part);
+                    }
+                    let buf = io.staging.all().part(0, PAGE);
+                    if io.content_of(page, state)?.is_none() {
+                        buf.zero();
+                    }
+                    part.copy_to(buf.part(within, part.len()));
+                    io.put_absent(&[(page, state)], buf)
+                })?,
+            }
+        }
+        Ok(())
+    }
+
+    fn put_pages(&mut self, first: u32, from: IoBuf) -> Result<(), MapError> {
+        self.with_run(first, (from.len() / PAGE) as u32, |io, run, place| {
+            let part = from.part((run[0].0 - first) as usize * PAGE, run.len() * PAGE);
+            if place.is_some() {
+                return io.put_absent(run, part);
+            }
+            let mut pages = run.iter().enumerate();
+            pages.try_for_each(|(index, (page, state))| {
+                io.put_local(*page, *state, 0, part.part(index * PAGE, PAGE))
+            })
+        })
+    }
+
+    /// Writes to a page in local memory that is the caller's.
+    fn put_local(&self, page: u32, state: State, within: usize, from: IoBuf) -> Result<(), MapError> {
+        if state.residency() != Residency::Mapped {
+            from.copy_to(self.pager.window.shelved(page, 1).part(within, from.len()));
+        } else if state.has(POISONED) || !self.pager.window.write(page, within, from) {
+            self.pager.pages.mark(page, POISONED, 0);
+            return Err(MapError::Gone(page));
+        }
+        Ok(())
+    }
+
+    /// Writes whole pages to external memory that are the caller's, one behind the other, and not in local memory.
+    fn put_absent(&mut self, run: &[(u32, State)], from: IoBuf) -> Result<(), MapError> {
+        self.carry_out(Kind::Write, u64::from(run[0].0) * PAGE as u64, from.len() as u64, Some(from))?;
+        for (page, state) in run {
+            if state.has(POISONED) {
+                self.pager.window.heal(*page);
+            }
+            self.pager.pages.mark(*page, WRITTEN, POISONED);
         }
         Ok(())
     }
@@ -532,13 +613,12 @@ impl Io {
     fn with_page(
         &mut self,
         page: u32,
-        act: impl FnOnce(&mut Io, State) -> Result<Option<u32>, MapError>,
+        act: impl FnOnce(&mut Io, State) -> Result<(), MapError>,
     ) -> Result<(), MapError> {
         let pager = self.pager.clone();
         let state = pager.claim(page);
         let done = act(self, state);
-        let set = done.as_ref().map_or(0, |set| set.unwrap_or(0));
-        pager.release(page, state.residency(), set, 0);
-        done.map(|_| ())
+        pager.release(page, state.residency(), 0, 0);
+        done
     }
 }

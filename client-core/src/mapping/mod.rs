@@ -23,6 +23,7 @@
 
 mod bell;
 mod budget;
+mod buffer;
 mod carver;
 mod error;
 mod evict;
@@ -48,6 +49,7 @@ mod window;
 mod worker;
 
 pub use self::budget::Budget;
+pub use self::buffer::Buffer;
 pub use self::error::MapError;
 pub use self::heap::{Array, SpaceAllocator};
 pub use self::named::{NamedSlabError, NamedSlabs};

@@ -599,7 +599,8 @@ impl Room {
     /// Waits until there may be room again, for a moment at most.
     pub(super) fn wait(&self) {
         let now = self.sequence.load(Ordering::Acquire);
-        if self.resident() >= self.budget() {
+        // After `take` said that somebody starves: whoever gave room back before sees that, or this sees the room.
+        if self.resident.load(Ordering::SeqCst) >= self.budget() {
             let limit = rustix::event::Timespec { tv_sec: 0, tv_nsec: 1_000_000 };
             let _ = futex::wait(&self.sequence, futex::Flags::PRIVATE, now, Some(&limit));
         }

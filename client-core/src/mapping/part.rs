@@ -9,7 +9,7 @@ use super::options::{Access, Advice};
 use super::pages::PINNED;
 use super::prefetch::Habit;
 use super::space::Space;
-use super::window::PAGE;
+use super::window::{PAGE, with_source, with_target};
 use crate::slab::Slab;
 
 /// Bytes at addresses. See [`Space`].
@@ -145,19 +145,20 @@ impl Mapping {
         Ok(())
     }
 
-    /// Copies bytes out of it, without a fault: what is not in local memory is read into `buf`, and takes no
-    /// room. Blocks until they are there.
+    /// Copies bytes out of it, without a fault: what is not in local memory is read into `buf` itself, up to 256 KiB at a time, and takes no
+    /// room. Over RDMA it is copied once more unless it is a [`Buffer`](super::Buffer). Blocks until they are there.
     ///
     /// # Errors
     /// [`MapError::Range`] outside of it, or [`MapError::Io`].
     pub fn get(&self, offset: usize, buf: &mut [u8]) -> Result<(), MapError> {
         self.pages_of(&(offset..offset.saturating_add(buf.len())))?;
         self.check_apart(buf)?;
-        self.part.space.inner.io().get(self.part.offset as usize + offset, buf)
+        let mut io = self.part.space.inner.io();
+        with_target(buf, |buf| io.get(self.part.offset as usize + offset, buf))
     }
 
-    /// Copies bytes into it, without a fault: what is not in local memory is written to external memory. Blocks until
-    /// it is there.
+    /// Copies bytes into it, without a fault: what is not in local memory is written to external memory from where it is, as
+    /// [`Mapping::get`] reads. Blocks until it is there.
     ///
     /// # Errors
     /// [`MapError::Range`] outside of it, [`MapError::Invalid`] when it is read-only, or [`MapError::Io`].
@@ -167,7 +168,8 @@ impl Mapping {
         if matches!(self.part.kind, Kind::Range(Access::ReadOnly)) {
             return Err(MapError::Invalid("the mapping is read-only: map it for writing, too".to_owned()));
         }
-        self.part.space.inner.io().put(self.part.offset as usize + offset, bytes)
+        let mut io = self.part.space.inner.io();
+        with_source(bytes, |bytes| io.put(self.part.offset as usize + offset, bytes))
     }
 
     fn pin(&self, first: u32, pages: u32) -> Result<(), MapError> {

@@ -203,14 +203,14 @@ impl Window {
 
     /// Changes what a page in the window holds, which is the caller's. False where it is gone.
     #[must_use]
-    pub(super) fn write(&self, page: u32, within: usize, bytes: &[u8]) -> bool {
+    pub(super) fn write(&self, page: u32, within: usize, bytes: IoBuf) -> bool {
         let (start, len) = self.bytes(page, 1);
         if matches!(self.memory, Memory::Private(_)) && !self.settle(page) {
             return false;
         }
         let base = if matches!(self.memory, Memory::Private(_)) { self.window } else { self.shelf };
         // SAFETY: mapped as long as the window, and the page is there as long as it is the caller's.
-        unsafe { IoBuf::new(base.add(start), len) }.part(within, bytes.len()).copy_from_slice(bytes);
+        bytes.copy_to(unsafe { IoBuf::new(base.add(start), len) }.part(within, bytes.len()));
         true
     }
 
@@ -419,6 +419,18 @@ impl Drop for Staging {
         // SAFETY: mapped by `new`, and nobody uses it any more.
         unsafe { munmap(self.address.as_ptr().cast(), self.len) }.ok();
     }
+}
+
+/// Calls `act`, which waits for the I/O that it begins, with memory that it may write to.
+pub(super) fn with_target<T>(bytes: &mut [u8], act: impl FnOnce(IoBuf) -> T) -> T {
+    // SAFETY: the caller's alone until this returns, when no operation is on its way any more.
+    act(unsafe { IoBuf::new(NonNull::from(&mut *bytes).cast(), bytes.len()) })
+}
+
+/// The same with memory that it only reads, as writes to external memory do.
+pub(super) fn with_source<T>(bytes: &[u8], act: impl FnOnce(IoBuf) -> T) -> T {
+    // SAFETY: nobody changes it until this returns, when no operation is on its way any more.
+    act(unsafe { IoBuf::new(NonNull::from(bytes).cast(), bytes.len()) })
 }
 
 /// XXH3 of a buffer that nobody changes meanwhile: staging memory, or pages that are in the file only.
