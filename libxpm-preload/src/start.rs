@@ -79,7 +79,7 @@ fn begin(run: Run) -> Result<(), String> {
     let space = Space::open(volume, &space).map_err(|error| error.to_string())?;
     if !space.serves_system_calls() {
         return Err("system calls could not use external memory, for userfaultfd is allowed for user mode only: give this user \
-                    access to /dev/userfaultfd, or set vm.unprivileged_userfaultfd to 1"
+                    access to /dev/userfaultfd (group xpm where the package is installed), or set vm.unprivileged_userfaultfd to 1"
             .to_owned());
     }
     // At the end the program may have closed its own.

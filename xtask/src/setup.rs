@@ -41,6 +41,7 @@ pub(crate) const ALL: &[Package] = &[
     package("dpkg-dev", "dpkg-shlibdeps", "package: what programs need of libraries"),
     package("binutils", "strip", "package: smaller programs"),
     package("lintian", "lintian", "package: whether they are as Debian wants them"),
+    package("pkgconf", "pkg-config", "lab: finds libxpm as a program's build does"),
     package("python3", "python3", "lab, tests: reads JSON"),
     package("e2fsprogs", "mkfs.ext4", "lab, demo: file systems on devices"),
     package("xfsprogs", "mkfs.xfs", "lab, demo: file systems on devices"),

@@ -97,9 +97,7 @@ fn client(shared: &Shared) -> Result<Package> {
     package.add_daemon(shared, "xpm-blk")?;
     package.add_daemon(shared, "xpm-swapd")?;
     package.add_units(&["xpm-blk", "xpm-swapd"])?;
-    for rules in sorted(&util::repository().join("udev"))? {
-        package.stage.copy(&rules, &format!("{RULES}/{}", name(&rules)))?;
-    }
+    package.add_rules(&["59-xpm", "60-xpm"])?;
     package.stage.copy(&packaging("device-wait.conf"), &format!("{UNITS}/dev-xpm-.device.d/wait.conf"))?;
     package.add_conffile("blk.toml")?;
     package.stage.directory("etc/xpm/blk.d")?;
@@ -157,6 +155,9 @@ fn library(shared: &Shared) -> Result<Package> {
     package.section = "libs";
     package.add_library(shared, "libxpm.so", &format!("usr/lib/{}/libxpm.so.0", shared.multiarch))?;
     package.add_library(shared, "libxpm_preload.so", "usr/lib/xpm/libxpm-preload.so")?;
+    package.add_rules(&["60-libxpm"])?;
+    package.stage.copy(&packaging("libxpm0/sysusers.conf"), "usr/lib/sysusers.d/libxpm0.conf")?;
+    package.depends = vec!["systemd | systemd-standalone-sysusers | systemd-sysusers", "passwd"];
     package.control_files = vec![
         ("shlibs", "libxpm 0 libxpm0\n".to_owned()),
         ("triggers", "activate-noawait ldconfig\n".to_owned()),
@@ -222,6 +223,13 @@ impl Package {
             }
         }
         Ok(())
+    }
+
+    /// Rules of udev.
+    fn add_rules(&mut self, names: &[&str]) -> Result<()> {
+        names.iter().map(|name| format!("{name}.rules")).try_for_each(|name| {
+            self.stage.copy(&util::repository().join("udev").join(&name), &format!("{RULES}/{name}"))
+        })
     }
 
     fn add_conffile(&mut self, name: &str) -> Result<()> {
