@@ -143,8 +143,15 @@ async fn start_and_wait(
             return Ok(ExitCode::from(if there { CANNOT } else { NOT_THERE }));
         }
     };
-    drop(file);
-    Ok(code_of(signals.wait(child).await?))
+    let ended = signals.wait(child).await?;
+    // The library empties it.
+    if file.metadata().is_ok_and(|record| record.len() > 0) {
+        output::warn(&format!(
+            "no program took the external memory: {} is linked statically or setuid, unset LD_PRELOAD, or is a shell that started none",
+            program.display()
+        ));
+    }
+    Ok(code_of(ended))
 }
 
 /// What is preloaded already comes behind.
