@@ -189,6 +189,28 @@ fn a_limit_and_a_full_pool_are_told() {
 }
 
 #[test]
+fn hours_are_told_and_waited_for() {
+    if has_ublk() {
+        return;
+    }
+    let cluster = Cluster::start_pool(&[vec![]], true);
+    // Thursday, 1970-01-15.
+    let noon = 14 * 24 * 3600 + 12 * 3600;
+    cluster.set_clock(noon);
+    let file = cluster.dir().join("account.toml");
+    std::fs::write(&file, "[[account]]\nname = \"swap\"\nhours = [{ from = \"18:00\", to = \"20:00\" }]\n")
+        .unwrap();
+    cluster.ok(&["apply", file.to_str().unwrap()]);
+    let swapd =
+        Swapd::start(&cluster, "base = \"64MiB\"\nmaximum = \"128MiB\"\n[device]\naccount = \"swap\"\n");
+    swapd.wait_trouble("grow", "ask again from Thu 1970-01-15 18:00");
+    assert!(swapd.refused(&["grow", "16MiB"]).contains("18:00"));
+    cluster.set_clock(noon + 6 * 3600 + 1);
+    // Now only the device is missing.
+    swapd.wait_trouble("grow", "ublk");
+}
+
+#[test]
 fn orders_that_cannot_be_carried_out() {
     let cluster = Cluster::start(1);
     let swapd = Swapd::start(&cluster, "maximum = \"256MiB\"\n");
