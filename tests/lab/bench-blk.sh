@@ -26,3 +26,4 @@ note "devices: ${device_of[*]}"
 fill $SIZE_MIB
 take_turns read-qd1 write-qd1 read-qd32 write-qd32 read-seq write-seq
 medians
+end_nbdkit /dev/nbd15

@@ -35,6 +35,12 @@ start_nbdkit() {
     echo none >/sys/block/nbd15/queue/scheduler
 }
 
+# nbdkit does not end while somebody is connected.
+end_nbdkit() {
+    local device
+    for device in "$@"; do nbd-client -d "$device" >/dev/null; done
+}
+
 # start_nvme DEVICE: the kernel's NVMe over TCP to this device, both ends in this guest; $device is its path then.
 start_nvme() {
     local target=/sys/kernel/config/nvmet name=xpm-lab

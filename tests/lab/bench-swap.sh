@@ -71,3 +71,4 @@ for ((round = 1; round <= ROUNDS; round++)); do
     note "round $round of $ROUNDS: $(tail -n $((${#device_of[@]} + 1)) /tmp/results | awk '{printf "%s %s  ", $1, $3}')"
 done
 medians
+end_nbdkit /dev/nbd14 /dev/nbd15

@@ -189,11 +189,15 @@ dmesg_bad='I/O error|blocked for more than|Read-error|Write-error|BUG:|WARNING:|
 
 # What the kernel says from here on is looked at by dmesg_clean.
 dmesg_start() {
-    dmesg_lines=$(dmesg | wc -l)
+    dmesg_mark="lab: $LAB_NAME begins, $EPOCHREALTIME"
+    echo "$dmesg_mark" >/dev/kmsg
 }
 
 dmesg_clean() {
-    if dmesg | tail -n +$((dmesg_lines + 1)) | grep -E "$dmesg_bad"; then
+    local log
+    log=$(dmesg)
+    [[ $log == *"$dmesg_mark"* ]] || fail "the kernel's log is too small to hold all that it said"
+    if grep -E "$dmesg_bad" <<<"${log##*"$dmesg_mark"}"; then
         fail "the kernel complained, see above"
     fi
 }

@@ -108,6 +108,42 @@ replace_blk() {
     note "process $new took over from process $old, and process $serving from that"
 }
 
+# Starts xpm-swapd with one area, which is what is always there, and waits for it; $name and $device are its then.
+swapd_swap_on() {
+    sysctl -qw vm.page-cluster=5
+    cat >/run/xpm/swapd.toml <<TOML
+allocator = "$XPM_ALLOCATOR"
+base = "1GiB"
+maximum = "1GiB"
+TOML
+    start_swapd
+    read -r name device <<<"$(xpm swap status --json | python3 -c '
+import json, sys
+print(*[(area["name"], area["path"]) for area in json.load(sys.stdin)["areas"]][0])')"
+    note "xpm-swapd has put swap on $device, $(awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo) MiB of memory"
+}
+
+start_swapd() {
+    make_group xpm-swapd memory.swap.max=0
+    start_daemon swapd in_group "$group" xpm-swapd --config /run/xpm/swapd.toml
+    swapd_pid=$pid
+    wait_for 60 base_is_on
+}
+
+# end_swapd SIGNAL: ends it; its swap stays.
+end_swapd() {
+    kill "-$1" "$swapd_pid"
+    note "xpm-swapd, process $swapd_pid: SIG$1"
+    wait "$swapd_pid" 2>/dev/null || true
+}
+
+base_is_on() {
+    xpm swap status --json | python3 -c '
+import json, sys
+areas = json.load(sys.stdin)["areas"]
+sys.exit(len(areas) != 1 or areas[0]["state"] != "on")'
+}
+
 no_blk_left() {
     ! grep -l '^xpm-blk' /proc/[0-9]*/comm 2>/dev/null
 }

@@ -1,5 +1,5 @@
-# xpm-blk is restarted in place, under swap and a mounted file system: told to end and started anew by its manager, and by a
-# new process that takes over from the one that serves. Nothing may fail, and no byte be wrong.
+# Every daemon is restarted in place, under swap and a mounted file system, as an upgrade does: told to end and started anew by its
+# manager; xpm-blk also by a new process that takes over from the one that serves. Nothing may fail, and no byte be wrong.
 . "$LAB_SCRIPTS/lib.sh"
 . "$LAB_SCRIPTS/standby-lib.sh"
 
@@ -25,7 +25,7 @@ done
 end_gaps
 note "$(cat /run/lab/gaps.log), over 2 restarts without load"
 
-swap_on ublk 1GiB
+swapd_swap_on
 swap=$device
 before=$(awk '/^pswpout/ {print $2}' /proc/vmstat)
 watch_gaps "$swap"
@@ -36,17 +36,25 @@ wait_for 60 has_swapped 30
 for ((round = 1; round <= rounds; round++)); do
     restart_blk
     replace_blk
+    end_swapd TERM
+    start_swapd
+    for daemon in appliance-1 appliance-2 allocator; do
+        on_host restart "$daemon" "0.$((RANDOM % 9))"
+        hogs_live
+    done
 done
 wait $fio || fail "fio: $(tail -n 5 /run/lab/fio.out)"
 end_hogs
 end_gaps
-note "$(cat /run/lab/gaps.log), over $rounds restarts and replacements under load"
+note "$(cat /run/lab/gaps.log), over $rounds restarts of each daemon and replacements of xpm-blk under load"
 umount /mnt/fs
 check_fs ext4 "$fs"
 mount "$fs" /mnt/fs
 load /mnt/fs/load 64 --verify_only=1
 no_errors fs
-no_errors swap-ublk
+no_errors "$name"
+# Its swap is to be turned off below.
+end_swapd TERM
 note "ext4 and swap: verified"
 
 # Told to end with nobody who starts it again: the standby goes on until nothing is in use.
@@ -74,7 +82,7 @@ with_another_life() {
 
 # The records bring the devices back, and nothing else is there.
 with_another_life
-detach swap-ublk
+detach "$name"
 
 # Both killed at once: nobody goes on, and the next life finds the device that is mounted, with what was in flight.
 kill_both() {

@@ -261,7 +261,7 @@ pub(crate) const ALL: &[Scenario] = &[
     Scenario {
         name: "upgrade",
         long: true,
-        about: "xpm-blk restarted and replaced in place, under swap and a mounted file system",
+        about: "every daemon restarted in place, xpm-blk replaced, too, under swap and a mounted file system",
         group: "upgrade",
         script: "upgrade.sh",
         args: &["1"],
