@@ -1,6 +1,7 @@
 //! Bytes at addresses.
 
 use std::ffi::{c_int, c_void};
+use std::mem::MaybeUninit;
 use std::sync::Arc;
 
 use xpm_client::mapping::{Advice, Mapping};
@@ -181,13 +182,9 @@ pub unsafe extern "C" fn xpm_get(
         if to.is_null() {
             return Err(Error::invalid("there is no place to copy to: NULL"));
         }
-        // Bytes of C need not have been written to, and a slice of Rust must.
         // SAFETY: by the caller's word they can be written to.
-        let to = unsafe {
-            std::ptr::write_bytes(to.cast::<u8>(), 0, len);
-            std::slice::from_raw_parts_mut(to.cast::<u8>(), len)
-        };
-        Ok(known.mapping.get(offset, to)?)
+        let to = unsafe { std::slice::from_raw_parts_mut(to.cast::<MaybeUninit<u8>>(), len) };
+        Ok(known.mapping.get_uninit(offset, to)?)
     })
 }
 

@@ -106,6 +106,8 @@ int main(int argc, char **argv)
 	CHECK(xpm_get(kept, 5 * MIB, buffer, MIB) == 0 && buffer[0] == 'a' && buffer[MIB - 1] == 'a');
 	CHECK(xpm_buffer_free(space, buffer + 1) == -EINVAL && xpm_buffer_free(space, buffer) == 0);
 	CHECK(xpm_buffer(space, MIB) == buffer);
+	CHECK(xpm_get(kept, 0, bytes, 4096) == -EINVAL && bytes[0] == 'a');
+	SAYS("external memory itself");
 	CHECK(xpm_flush(kept) == 0);
 
 	struct xpm_mapping *copy = xpm_copy(kept);

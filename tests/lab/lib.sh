@@ -52,6 +52,10 @@ stop_daemons() {
             echo "--- the end of ${daemon#* }:"
             tail -n 40 "${daemon#* }"
         done
+        if [ -e /run/lab/blk.log ]; then
+            echo "--- the end of what the lives of xpm-blk said:"
+            tail -n 60 /run/lab/blk.log
+        fi
         echo "--- swaps:"
         cat /proc/swaps
         exit $status

@@ -62,7 +62,7 @@ fi
 
 # A user who is not root may have external memory, for system calls too, when the operator puts him into the group; nobody else.
 as_user() { setpriv --reuid=65534 --regid=65534 "$@"; }
-external=(xpm run -v --size 16MiB --local 1MiB -- python3 -c '
+external=(xpm run -v --size 48MiB --local 1MiB -- python3 -c '
 import hashlib, sys
 held = bytearray(12 << 20)
 with open(sys.argv[1], "rb", 0) as file:
@@ -71,7 +71,7 @@ print(read, hashlib.sha256(held).hexdigest())' /mnt/packages/kept)
 refused 'group xpm' as_user --clear-groups "${external[@]}"
 as_user --groups "$(getent group xpm | cut -d: -f3)" "${external[@]}" >/tmp/external.out 2>/tmp/external.err || fail "$(cat /tmp/external.err)"
 [ "$(cat /tmp/external.out)" = "$((12 << 20)) $(head -c 12M /mnt/packages/kept | sha256sum | cut -d' ' -f1)" ] || fail "wrong bytes: $(cat /tmp/external.out)"
-grep -qE '[1-9][0-9]* written' /tmp/external.err || fail "it had no external memory: $(cat /tmp/external.err)"
+grep -qE 'up to (1[2-9]|[2-9][0-9]) MiB external.* [1-9][0-9]* written' /tmp/external.err || fail "it had no external memory: $(cat /tmp/external.err)"
 note "a member of the group xpm: $(cat /tmp/external.err)"
 
 before=$(pid_of xpm-appliance)

@@ -403,6 +403,14 @@ fn calls_and_accesses_see_the_same() {
     // SAFETY: a page of the slab, as bytes that nobody else uses now.
     let own = unsafe { std::slice::from_raw_parts(slab.as_ptr().as_ptr(), PAGE) };
     assert!(matches!(slab.put(PAGE, own), Err(MapError::Invalid(_))), "a buffer that is external itself");
+    cluster.ok(&["alloc", "create", "w", "--size", "64MiB"]);
+    let (_other_attachment, other_volume) = attached(&cluster, "w", None);
+    let other = Space::open(other_volume, &options(2 * MIB, Faults::Inline, 0)).expect("another space");
+    assert!(
+        matches!(other.carve(MIB).expect("a slab").put(PAGE, own), Err(MapError::Invalid(_))),
+        "of another space"
+    );
+    drop(other);
     // Pinned pages are there, and stay.
     slab.advise(0..256 * PAGE, Advice::Pin).expect("a quarter can be pinned");
     for word in words(&slab).iter().step_by(512) {
@@ -508,6 +516,16 @@ fn program_whose_memory_is_lost(url: &str, faults: Faults) {
         units(1).all(|word| word.load(Ordering::Relaxed) == 7),
         "of the one that is well nothing is lost"
     );
+    // Nor is it zeros what was written after the loss, and could not be kept.
+    let fresh = space.carve(8 * MIB).expect("a slab");
+    xpm_tests::mapping::words(&fresh)
+        .iter()
+        .step_by(PAGE / 8)
+        .for_each(|word| word.store(9, Ordering::Relaxed));
+    let mut page = [0; 8];
+    for unit in (0..fresh.len()).step_by(2 * UNIT) {
+        assert!(fresh.get(unit, &mut page).is_err() || page == 9_u64.to_ne_bytes(), "{page:?} at {unit}");
+    }
     println!("the others are whole");
     let word = words[0].load(Ordering::Relaxed);
     println!("there is {word}");

@@ -259,7 +259,10 @@ fn throws_a_page_away() {
     let space = Space::open(volume, &options(MIB, faults, 0)).expect("a space");
     let slab = space.carve(MIB).expect("a slab");
     let word = &words(&slab)[512];
-    words(&slab)[..3 * 512].iter().for_each(|word| word.store(1, Ordering::Relaxed));
+    words(&slab)[..3 * 512]
+        .iter()
+        .chain(&words(&slab)[20 * 512..22 * 512])
+        .for_each(|word| word.store(1, Ordering::Relaxed));
     let throw_away = || {
         // SAFETY: a page of the slab, about whose content Rust knows nothing.
         let thrown = unsafe { libc::madvise(word.as_ptr().cast(), PAGE, libc::MADV_DONTNEED) };
@@ -281,6 +284,17 @@ fn throws_a_page_away() {
         }
         assert!(slab.advise(PAGE..2 * PAGE, Advice::Pin).is_err());
         slab.get(2 * PAGE, &mut [0]).expect("others are there");
+        // Of two that are gone in one call, both are known to be.
+        // SAFETY: as above.
+        let thrown = unsafe {
+            libc::madvise(slab.as_ptr().add(20 * PAGE).as_ptr().cast(), 2 * PAGE, libc::MADV_DONTNEED)
+        };
+        assert_eq!(thrown, 0);
+        for first in [20, 21] {
+            let gone = slab.get(first * PAGE, &mut vec![0; (22 - first) * PAGE]);
+            assert!(matches!(gone, Err(MapError::Gone(page)) if page == first as u32), "{gone:?}");
+        }
+        slab.clear(20 * PAGE..22 * PAGE).expect("they are zeros again");
         slab.clear(PAGE..2 * PAGE).expect("it is zeros again");
         assert_eq!(word.swap(1, Ordering::Relaxed), 0);
         slab.flush().expect("it can be written");

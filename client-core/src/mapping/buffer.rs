@@ -18,7 +18,8 @@ pub struct Buffer {
 }
 
 impl Space {
-    /// Memory of `len` bytes that transports use as it is. Blocks for as long as it takes to register it; what was dropped is used again.
+    /// Memory of `len` bytes, in a power of two of them, that transports use as it is. Blocks for as long as it takes to register it; what was
+    /// dropped is used again, and is given back with the space.
     ///
     /// # Errors
     /// [`MapError::Invalid`] for no bytes, [`MapError::System`] where the system has no memory.
@@ -28,7 +29,7 @@ impl Space {
                 "a buffer of no bytes cannot be: ask for one byte or more".to_owned(),
             ));
         }
-        let whole = len.checked_next_multiple_of(PAGE).unwrap_or(usize::MAX);
+        let whole = len.max(PAGE).checked_next_power_of_two().unwrap_or(usize::MAX);
         let memory = self.inner.io().take_buffer(whole).map_err(system("get memory for a buffer"))?;
         Ok(Buffer { space: self.clone(), memory: Some(memory), len })
     }

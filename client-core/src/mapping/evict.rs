@@ -264,7 +264,8 @@ impl Evictor {
                         self.lost = now;
                         // It would hold the room of those that can still be had.
                         if run == 1 {
-                            self.let_go(first, run, POISONED);
+                            // What it held is gone, also where external memory never had it: it is no zeros.
+                            self.let_go(first, run, POISONED | WRITTEN);
                             continue;
                         }
                     } else {

@@ -36,15 +36,6 @@ pub(super) enum Fate {
     Poisoned,
 }
 
-/// Whether the content of the page that is `count` behind the first one lies so far behind that one's.
-fn goes_on(first: Source, page: Source, count: u32) -> bool {
-    match (first, page) {
-        (Source::Zeros, Source::Zeros) => true,
-        (Source::At(first), Source::At(page)) => page == first + count,
-        _ => false,
-    }
-}
-
 /// Shortest run that is read into a block: moving one page costs as much as copying it.
 const BLOCK_RUN_MIN: u32 = 16;
 
@@ -130,10 +121,10 @@ impl Fetcher {
     fn claim_run(&self, first: u32, longest: u32) -> Early<(u32, Source)> {
         let pager = &self.pager;
         let end = pager.pages.count().min(first + longest).min((first / CHUNK + 1) * CHUNK);
-        let (mut run, mut kind) = (0, None);
+        let (mut run, mut kind) = (0, None::<Source>);
         for page in first..end {
             match pager.claim_early(page) {
-                Early::Yours(source) if kind.is_none_or(|kind| goes_on(kind, source, run)) => {
+                Early::Yours(source) if kind.is_none_or(|kind| kind.goes_on(source, run)) => {
                     kind.get_or_insert(source);
                     run += 1;
                 }

@@ -118,6 +118,7 @@ impl Io {
                         Claim::Not(_) => break None,
                         Claim::Busy => pager.wait_for(page),
                     }
+                    self.tend();
                 };
                 match claimed {
                     Some(state) if pager.may_be_dirty(page, state) => batch.push((page, state)),
@@ -276,7 +277,7 @@ impl Io {
         let pager = self.pager.clone();
         for page in first..first + pages {
             if pager.pages.state(page).residency() != Residency::Absent {
-                let residency = pager.claim(page).residency();
+                let residency = self.claim(page).residency();
                 pager.release(page, residency, if residency == Residency::Absent { 0 } else { DIRTY }, 0);
             }
         }
@@ -292,7 +293,7 @@ impl Io {
             if known.residency() == Residency::Absent && !known.has(WRITTEN | POISONED) {
                 continue;
             }
-            let state = pager.claim(page);
+            let state = self.claim(page);
             // Also what was being written just now.
             written |= state.has(WRITTEN);
             if state.residency() == Residency::Absent {
@@ -342,18 +343,44 @@ impl Io {
     ) -> Result<(), MapError> {
         let pager = self.pager.clone();
         let claimed: Vec<(u32, State)> =
-            (first..first + count).map(|page| (page, pager.claim(page))).collect();
-        let place = |(page, state): (u32, State)| match state.residency() {
-            Residency::Absent => Some(pager.source(page, state)),
-            _ => None,
-        };
-        let mut runs = claimed.chunk_by(|one, other| match (place(*one), place(*other)) {
-            (Some(Source::At(here)), Some(Source::At(next))) => next == here + 1,
-            (one, other) => one == other,
-        });
-        let result = runs.try_for_each(|run| act(self, run, place(run[0])));
+            (first..first + count).map(|page| (page, self.claim(page))).collect();
+        // Of a private copy it may change meanwhile: it is asked once.
+        let places: Vec<Option<Source>> = claimed
+            .iter()
+            .map(|(page, state)| {
+                (state.residency() == Residency::Absent).then(|| pager.source(*page, *state))
+            })
+            .collect();
+        let mut result = Ok(());
+        let mut at = 0;
+        while at < claimed.len() && result.is_ok() {
+            let goes_on = |(index, place): (u32, &Option<Source>)| match (places[at], *place) {
+                (Some(first), Some(place)) => first.goes_on(place, index),
+                (first, place) => first == place,
+            };
+            let len = (0..).zip(&places[at..]).take_while(|one| goes_on(*one)).count();
+            result = act(self, &claimed[at..at + len], places[at]);
+            at += len;
+        }
         claimed.iter().for_each(|(page, state)| pager.release(*page, state.residency(), 0, 0));
         result
+    }
+
+    /// Makes a page the caller's, however long that takes: what another channel needs to let it go, this one lets happen.
+    fn claim(&mut self, page: u32) -> State {
+        loop {
+            match self.pager.pages.claim(page, |_| true, true) {
+                Claim::Yours(state) => return state,
+                Claim::Not(_) | Claim::Busy => self.pager.wait_for(page),
+            }
+            self.tend();
+        }
+    }
+
+    /// Remembers pages that are gone, which are the caller's.
+    fn gone(&self, pages: &[u32]) -> Result<(), MapError> {
+        pages.iter().for_each(|page| _ = self.pager.pages.mark(*page, POISONED, 0));
+        pages.first().map_or(Ok(()), |page| Err(MapError::Gone(*page)))
     }
 
     /// Writes what pages hold that are the caller's, and all of which are in one place, to others that nobody uses.
@@ -366,17 +393,13 @@ impl Io {
             Some(Source::At(at)) => {
                 self.carry_out(Kind::Read, u64::from(at) * PAGE as u64, len as u64, Some(buf))?;
             }
-            None => {
-                if let Some(page) = read(&self.pager.window, from, buf).first() {
-                    return Err(MapError::Gone(*page));
-                }
-            }
+            None => self.gone(&read(&self.pager.window, from, buf))?,
         }
         self.carry_out(Kind::Write, u64::from(to) * PAGE as u64, len as u64, Some(buf))?;
-        let pager = &self.pager;
+        let pager = self.pager.clone();
         for page in to..to + from.len() as u32 {
             // Zeros that were brought ahead of need.
-            if pager.claim(page).residency() != Residency::Absent {
+            if self.claim(page).residency() != Residency::Absent {
                 pager.window.discard(page, 1);
                 pager.room.give(1);
             }
@@ -411,7 +434,7 @@ impl Io {
     pub(super) fn heal(&mut self, first: u32, pages: u32) {
         for page in first..first + pages {
             if self.pager.pages.state(page).has(POISONED) {
-                let state = self.pager.claim(page);
+                let state = self.claim(page);
                 // What the program threw away stays so: there would be old bytes.
                 let clear = if state.residency() == Residency::Absent { POISONED } else { 0 };
                 if clear != 0 {
@@ -431,7 +454,7 @@ impl Io {
                 marked.push(page);
             }
             loop {
-                let state = pager.claim(page);
+                let state = self.claim(page);
                 if state.residency() != Residency::Absent {
                     // System calls may use it, also where they must not find it missing.
                     if state.residency() == Residency::Shelved {
@@ -477,7 +500,7 @@ impl Io {
         Ok(())
     }
 
-    /// Memory of the program's that transports use as it is.
+    /// Memory of the program's that transports use as it is. There are few lengths, so that what was given back is used again.
     pub(super) fn take_buffer(&mut self, len: usize) -> io::Result<Staging> {
         if let Some(index) = self.buffers.iter().position(|buffer| buffer.all().len() == len) {
             return Ok(self.buffers.swap_remove(index));
@@ -517,12 +540,7 @@ impl Io {
                 Some(Source::At(at)) => {
                     io.carry_out(Kind::Read, u64::from(at) * PAGE as u64, part.len() as u64, Some(part))?;
                 }
-                None => {
-                    if let Some(page) = read(&io.pager.window, run, part).first() {
-                        io.pager.pages.mark(*page, POISONED, 0);
-                        return Err(MapError::Gone(*page));
-                    }
-                }
+                None => io.gone(&read(&io.pager.window, run, part))?,
             }
             Ok(())
         })
@@ -567,8 +585,7 @@ impl Io {
         if state.residency() != Residency::Mapped {
             from.copy_to(self.pager.window.shelved(page, 1).part(within, from.len()));
         } else if state.has(POISONED) || !self.pager.window.write(page, within, from) {
-            self.pager.pages.mark(page, POISONED, 0);
-            return Err(MapError::Gone(page));
+            return self.gone(&[page]);
         }
         Ok(())
     }
@@ -593,8 +610,7 @@ impl Io {
             Residency::Mapped => {
                 let buf = self.staging.all().part(0, PAGE);
                 if state.has(POISONED) || !self.pager.window.read(page, buf) {
-                    self.pager.pages.mark(page, POISONED, 0);
-                    return Err(MapError::Gone(page));
+                    self.gone(&[page])?;
                 }
                 return Ok(Some(buf));
             }
@@ -616,7 +632,7 @@ impl Io {
         act: impl FnOnce(&mut Io, State) -> Result<(), MapError>,
     ) -> Result<(), MapError> {
         let pager = self.pager.clone();
-        let state = pager.claim(page);
+        let state = self.claim(page);
         let done = act(self, state);
         pager.release(page, state.residency(), 0, 0);
         done

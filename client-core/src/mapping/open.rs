@@ -13,7 +13,7 @@ use super::io::Io;
 use super::named::Known;
 use super::options::{Faults, SpaceOptions};
 use super::pager::{Pager, Shared};
-use super::space::{Inner, Space};
+use super::space::{Inner, Listed, Space};
 use super::tend::Tender;
 use super::uffd::{self, Backing, FEATURE_SIGBUS, Uffd};
 use super::window::{BLOCK, PAGE, Window};
@@ -83,6 +83,7 @@ impl Space {
             Tender { pager: pager.clone(), volume: volume.clone(), io: io.clone(), inline: inline.clone() };
         let threads = crate::signals::blocked(|| start(&pager, &volume, governor, handlers, tender))?;
         let inner = Inner {
+            listed: Listed::new(&pager.window),
             io,
             carver: Mutex::new(carver),
             named: Mutex::new(named),

@@ -40,6 +40,17 @@ pub(super) enum Source {
     At(u32),
 }
 
+impl Source {
+    /// Whether the content of the page that is `count` behind the one whose this is lies so far behind it.
+    pub(super) fn goes_on(self, page: Source, count: u32) -> bool {
+        match (self, page) {
+            (Source::Zeros, Source::Zeros) => true,
+            (Source::At(first), Source::At(page)) => page == first + count,
+            _ => false,
+        }
+    }
+}
+
 #[derive(Default)]
 struct Chunk {
     flags: std::sync::atomic::AtomicU32,
@@ -448,16 +459,6 @@ impl Pager {
         if self.pages.state(page).residency() == Residency::Busy {
             let limit = rustix::event::Timespec { tv_sec: 0, tv_nsec: 2_000_000 };
             let _ = futex::wait(word, futex::Flags::PRIVATE, now, Some(&limit));
-        }
-    }
-
-    /// Makes a page the caller's, however long that takes.
-    pub(super) fn claim(&self, page: u32) -> State {
-        loop {
-            match self.pages.claim(page, |_| true, true) {
-                Claim::Yours(state) => return state,
-                Claim::Not(_) | Claim::Busy => self.wait_for(page),
-            }
         }
     }
 

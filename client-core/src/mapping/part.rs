@@ -1,5 +1,6 @@
 //! Bytes at addresses: what can be done with a part of the window.
 
+use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -8,7 +9,7 @@ use super::error::MapError;
 use super::options::{Access, Advice};
 use super::pages::PINNED;
 use super::prefetch::Habit;
-use super::space::Space;
+use super::space::{Space, is_external};
 use super::window::{PAGE, with_source, with_target};
 use crate::slab::Slab;
 
@@ -151,8 +152,19 @@ impl Mapping {
     /// # Errors
     /// [`MapError::Range`] outside of it, or [`MapError::Io`].
     pub fn get(&self, offset: usize, buf: &mut [u8]) -> Result<(), MapError> {
-        self.pages_of(&(offset..offset.saturating_add(buf.len())))?;
-        self.check_apart(buf)?;
+        self.get_into(offset, buf)
+    }
+
+    /// The same into memory that nobody wrote to so far; all of it holds something when this is well.
+    ///
+    /// # Errors
+    /// Those of [`Mapping::get`].
+    pub fn get_uninit(&self, offset: usize, buf: &mut [MaybeUninit<u8>]) -> Result<(), MapError> {
+        self.get_into(offset, buf)
+    }
+
+    fn get_into<B: Copy>(&self, offset: usize, buf: &mut [B]) -> Result<(), MapError> {
+        self.check_call(offset, buf)?;
         let mut io = self.part.space.inner.io();
         with_target(buf, |buf| io.get(self.part.offset as usize + offset, buf))
     }
@@ -163,8 +175,7 @@ impl Mapping {
     /// # Errors
     /// [`MapError::Range`] outside of it, [`MapError::Invalid`] when it is read-only, or [`MapError::Io`].
     pub fn put(&self, offset: usize, bytes: &[u8]) -> Result<(), MapError> {
-        self.pages_of(&(offset..offset.saturating_add(bytes.len())))?;
-        self.check_apart(bytes)?;
+        self.check_call(offset, bytes)?;
         if matches!(self.part.kind, Kind::Range(Access::ReadOnly)) {
             return Err(MapError::Invalid("the mapping is read-only: map it for writing, too".to_owned()));
         }
@@ -189,10 +200,11 @@ impl Mapping {
         Ok(())
     }
 
-    /// Pages that the call has to itself must not be touched by it.
-    fn check_apart(&self, bytes: &[u8]) -> Result<(), MapError> {
-        let (external, own) = (self.space().addresses(), bytes.as_ptr_range());
-        match (own.start as usize) < external.end && own.end as usize > external.start {
+    /// Pages that the call has to itself must not be touched by it, and others of windows may be away when a transport does.
+    fn check_call<B>(&self, offset: usize, buf: &[B]) -> Result<(), MapError> {
+        self.pages_of(&(offset..offset.saturating_add(buf.len())))?;
+        let addresses = buf.as_ptr_range();
+        match is_external(addresses.start as usize..addresses.end as usize) {
             true => Err(MapError::Invalid(
                 "the buffer is external memory itself: copy by accesses, or through a buffer that is not"
                     .to_owned(),

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread::JoinHandle;
 
 use super::CHUNK_LEN;
@@ -17,7 +17,7 @@ use super::options::{Access, MappingStats};
 use super::pager::{CHUNK, Shared};
 use super::part::{Kind, Mapping, Part};
 use super::uffd::Reach;
-use super::window::PAGE;
+use super::window::{PAGE, Window};
 use crate::volume::Volume;
 
 /// An allocation at addresses. Clones are the same; it ends with the last of them and of its mappings, and writes
@@ -27,7 +27,34 @@ pub struct Space {
     pub(super) inner: Arc<Inner>,
 }
 
+/// Windows of this process. What lies in one is brought by others, and may leave at any time.
+static WINDOWS: RwLock<Vec<Range<usize>>> = RwLock::new(Vec::new());
+
+/// A window that is in the list until this is dropped.
+pub(super) struct Listed(Range<usize>);
+
+impl Listed {
+    pub(super) fn new(window: &Window) -> Listed {
+        let addresses = window.address()..window.address() + window.len();
+        WINDOWS.write().unwrap_or_else(PoisonError::into_inner).push(addresses.clone());
+        Listed(addresses)
+    }
+}
+
+impl Drop for Listed {
+    fn drop(&mut self) {
+        WINDOWS.write().unwrap_or_else(PoisonError::into_inner).retain(|other| *other != self.0);
+    }
+}
+
+/// Whether any of these addresses is in a window of this process.
+pub(super) fn is_external(addresses: Range<usize>) -> bool {
+    let windows = WINDOWS.read().unwrap_or_else(PoisonError::into_inner);
+    windows.iter().any(|window| addresses.start < window.end && addresses.end > window.start)
+}
+
 pub(super) struct Inner {
+    pub(super) listed: Listed,
     pub(super) pager: Shared,
     pub(super) io: Arc<Mutex<Io>>,
     pub(super) carver: Mutex<Carver>,
@@ -159,8 +186,7 @@ impl Space {
 
     /// All addresses that its mappings can have.
     pub fn addresses(&self) -> Range<usize> {
-        let window = &self.inner.pager.window;
-        window.address()..window.address() + window.len()
+        self.inner.listed.0.clone()
     }
 
     /// Whether system calls may be given absent pages.

@@ -421,14 +421,17 @@ impl Drop for Staging {
     }
 }
 
-/// Calls `act`, which waits for the I/O that it begins, with memory that it may write to.
-pub(super) fn with_target<T>(bytes: &mut [u8], act: impl FnOnce(IoBuf) -> T) -> T {
+/// Calls `act`, which waits for the I/O that it begins, with memory that it may write any bytes to.
+pub(super) fn with_target<B: Copy, T>(bytes: &mut [B], act: impl FnOnce(IoBuf) -> T) -> T {
+    const { assert!(size_of::<B>() == 1, "bytes") };
     // SAFETY: the caller's alone until this returns, when no operation is on its way any more.
     act(unsafe { IoBuf::new(NonNull::from(&mut *bytes).cast(), bytes.len()) })
 }
 
 /// The same with memory that it only reads, as writes to external memory do.
 pub(super) fn with_source<T>(bytes: &[u8], act: impl FnOnce(IoBuf) -> T) -> T {
+    // What cannot be read is a SIGBUS or SIGSEGV here, as anywhere, and not an error of a connection.
+    bytes.iter().step_by(PAGE).chain(bytes.last()).for_each(|byte| _ = std::hint::black_box(*byte));
     // SAFETY: nobody changes it until this returns, when no operation is on its way any more.
     act(unsafe { IoBuf::new(NonNull::from(bytes).cast(), bytes.len()) })
 }
