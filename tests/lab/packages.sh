@@ -62,7 +62,7 @@ fi
 
 # A user who is not root may have external memory, for system calls too, when the operator puts him into the group; nobody else.
 as_user() { setpriv --reuid=65534 --regid=65534 "$@"; }
-external=(xpm run -v --size 48MiB --local 1MiB -- python3 -c '
+external=(xpm run -v --size 48MiB --local 1MiB -- /usr/bin/python3 -c '
 import hashlib, sys
 held = bytearray(12 << 20)
 with open(sys.argv[1], "rb", 0) as file:
