@@ -166,21 +166,24 @@ pub(crate) fn allocator_command() -> Command {
     command
 }
 
-/// Builds the appliance beside the allocator: cargo makes only the binaries of the package that is
-/// tested.
+/// The appliance beside the allocator: that of the build of the whole workspace, or one that is built now where only this package was,
+/// for cargo makes only the binaries of the package that is tested. By itself it is built with other features, and with it all that it needs.
 fn appliance_binary() -> &'static Path {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
     BINARY.get_or_init(|| {
         let directory = Path::new(env!("CARGO_BIN_EXE_xpm-allocator")).parent().unwrap();
-        let mut build = Command::new(env!("CARGO"));
-        build
-            .args(["build", "--quiet", "--package", "xpm-appliance", "--target-dir"])
-            .arg(directory.parent().unwrap());
-        if directory.ends_with("release") {
-            build.arg("--release");
+        let binary = directory.join("xpm-appliance");
+        if !binary.exists() {
+            let mut build = Command::new(env!("CARGO"));
+            build
+                .args(["build", "--quiet", "--package", "xpm-appliance", "--target-dir"])
+                .arg(directory.parent().unwrap());
+            if directory.ends_with("release") {
+                build.arg("--release");
+            }
+            assert!(build.status().unwrap().success(), "the appliance is built");
         }
-        assert!(build.status().unwrap().success(), "the appliance is built");
-        directory.join("xpm-appliance")
+        binary
     })
 }
 
