@@ -520,13 +520,11 @@ impl Io {
         for piece in pieces(offset, buf) {
             match piece {
                 Piece::Pages(first, part) => self.get_pages(first, part)?,
-                Piece::Bytes(page, within, part) => self.with_page(page, |io, state| {
-                    match io.content_of(page, state)? {
-                        Some(content) => content.part(within, part.len()).copy_to(part),
-                        None => part.zero(),
-                    }
-                    Ok(())
-                })?,
+                Piece::Bytes(page, within, part) => {
+                    let whole = self.staging.all().part(0, PAGE);
+                    self.get_pages(page, whole)?;
+                    whole.part(within, part.len()).copy_to(part);
+                }
             }
         }
         Ok(())
@@ -536,14 +534,21 @@ impl Io {
         self.with_run(first, (to.len() / PAGE) as u32, |io, run, place| {
             let part = to.part((run[0].0 - first) as usize * PAGE, run.len() * PAGE);
             match place {
-                Some(Source::Zeros) => part.zero(),
-                Some(Source::At(at)) => {
-                    io.carry_out(Kind::Read, u64::from(at) * PAGE as u64, part.len() as u64, Some(part))?;
-                }
-                None => io.gone(&read(&io.pager.window, run, part))?,
+                Some(source) => io.bring(source, part),
+                None => io.gone(&read(&io.pager.window, run, part)),
             }
-            Ok(())
         })
+    }
+
+    /// What absent pages hold, the first of which has this source.
+    fn bring(&mut self, source: Source, to: IoBuf) -> Result<(), MapError> {
+        match source {
+            Source::Zeros => to.zero(),
+            Source::At(at) => {
+                self.carry_out(Kind::Read, u64::from(at) * PAGE as u64, to.len() as u64, Some(to))?;
+            }
+        }
+        Ok(())
     }
 
     /// Copies bytes that nobody changes to `offset` of the window: to absent pages by writing them from where they are.
@@ -551,16 +556,12 @@ impl Io {
         for piece in pieces(offset, bytes) {
             match piece {
                 Piece::Pages(first, part) => self.put_pages(first, part)?,
-                Piece::Bytes(page, within, part) => self.with_page(page, |io, state| {
-                    if state.residency() != Residency::Absent {
-                        return io.put_local(page, state, within, part);
-                    }
-                    let buf = io.staging.all().part(0, PAGE);
-                    if io.content_of(page, state)?.is_none() {
-                        buf.zero();
-                    }
-                    part.copy_to(buf.part(within, part.len()));
-                    io.put_absent(&[(page, state)], buf)
+                Piece::Bytes(page, within, part) => self.with_run(page, 1, |io, run, place| {
+                    let Some(source) = place else { return io.put_local(page, run[0].1, within, part) };
+                    let whole = io.staging.all().part(0, PAGE);
+                    io.bring(source, whole)?;
+                    part.copy_to(whole.part(within, part.len()));
+                    io.put_absent(run, whole)
                 })?,
             }
         }
@@ -600,41 +601,5 @@ impl Io {
             self.pager.pages.mark(*page, WRITTEN, POISONED);
         }
         Ok(())
-    }
-
-    /// The content of a page that is the caller's; none where it is zeros. That of an absent one is in the
-    /// staging memory.
-    fn content_of(&mut self, page: u32, state: State) -> Result<Option<IoBuf>, MapError> {
-        match state.residency() {
-            Residency::Absent => {}
-            Residency::Mapped => {
-                let buf = self.staging.all().part(0, PAGE);
-                if state.has(POISONED) || !self.pager.window.read(page, buf) {
-                    self.gone(&[page])?;
-                }
-                return Ok(Some(buf));
-            }
-            _ => return Ok(Some(self.pager.window.shelved(page, 1))),
-        }
-        match self.pager.source(page, state) {
-            Source::Zeros => Ok(None),
-            Source::At(at) => {
-                let buf = self.staging.all().part(0, PAGE);
-                self.carry_out(Kind::Read, u64::from(at) * PAGE as u64, PAGE as u64, Some(buf))?;
-                Ok(Some(buf))
-            }
-        }
-    }
-
-    fn with_page(
-        &mut self,
-        page: u32,
-        act: impl FnOnce(&mut Io, State) -> Result<(), MapError>,
-    ) -> Result<(), MapError> {
-        let pager = self.pager.clone();
-        let state = self.claim(page);
-        let done = act(self, state);
-        pager.release(page, state.residency(), 0, 0);
-        done
     }
 }
