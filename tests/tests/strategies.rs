@@ -388,7 +388,12 @@ locality = { round-trip-max = '1ns' }
 ",
     );
     assert_eq!(create(&cluster, "x", "64MiB", &["--client", "c", "--strategy", "rack"]), ["a0"]);
-    // Until its next heartbeat tells of x, what was promised for it counts as well, and the scores can be equal.
+    // Once a0 tells of x itself, what was promised for it counts as well until one more heartbeat, and the scores
+    // can be equal.
+    wait_until("a0 tells of x", || {
+        let all = cluster.json(&["appliance", "list"]);
+        all.as_array().unwrap().iter().any(|one| one["status"]["granted"] == 64 * MIB)
+    });
     let free = (2 * 512 - 64) * MIB;
     wait_until("the promise is over", || cluster.json(&["status"])["allocator"]["free"] == free);
     assert_eq!(create(&cluster, "p", "16MiB", &["--client", "c"]), ["a0"], "nearness is a score, too");
