@@ -371,7 +371,17 @@ fn a_client_that_is_killed_in_the_middle_of_moves_loses_nothing() {
         random ^= random << 17;
         let appliance = format!("a{}", kill % 3);
         cluster.ok(&["appliance", "drain", &appliance, "--no-wait"]);
-        std::thread::sleep(Duration::from_micros(random % 1_200_000));
+        // At once, once it copies, or once all is moved, however long that takes on this machine.
+        if kill % 4 == 3 {
+            wait_until("it is moved", || !places(&cluster, "v").contains(&appliance));
+        } else if kill % 4 > 0 {
+            wait_until("it copies, or there is nothing to copy", || {
+                let change = cluster.json(&["alloc", "show", "v"])["change"].clone();
+                change["copied"].as_u64().is_some_and(|copied| copied > 0)
+                    || !places(&cluster, "v").contains(&appliance)
+            });
+        }
+        std::thread::sleep(Duration::from_micros(random % 300_000));
         cluster.restart_blk();
         wait_until("it is shown again", || qemu_io(&uri, &["read 0 4k"]).0);
         let (wrote, said) = qemu_io(&uri, &[&format!("write -P {}", pattern(kill))]);
