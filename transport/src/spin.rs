@@ -36,6 +36,20 @@ impl Spin {
         }
     }
 
+    /// Whether waits begin with looking at present.
+    pub fn looks(&self) -> bool {
+        !self.now.is_zero()
+    }
+
+    /// After a turn that had something to do, or had not: whether to look again rather than block. Where waits do not
+    /// begin with looking, who had something to do need not look whether there is more of it: blocking tells.
+    pub fn looks_again(&mut self, busy: bool) -> bool {
+        if busy {
+            self.reset();
+        }
+        busy && self.looks() || self.goes_on()
+    }
+
     /// Nothing was there: whether to look again rather than block. The first call of a wait starts it.
     pub fn goes_on(&mut self) -> bool {
         if self.longest.is_zero() {
@@ -63,6 +77,17 @@ mod tests {
         assert!(!spin.goes_on());
         spin.reset();
         assert!(!spin.goes_on());
+    }
+
+    #[test]
+    fn who_blocks_after_each_turn_looks_again_when_waits_are_short() {
+        let mut spin = Spin::new(Duration::from_hours(1));
+        spin.now = Duration::ZERO;
+        assert!(!spin.looks_again(true), "it blocks, without a look");
+        assert!(spin.looks_again(true), "looking would have saved it from that");
+        assert!(spin.looks_again(false), "nothing was there, for less than an hour");
+        spin.now = Duration::ZERO;
+        assert!(!spin.looks_again(false));
     }
 
     #[test]

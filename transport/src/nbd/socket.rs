@@ -4,6 +4,7 @@
 
 use std::io;
 use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use rustix::net::sockopt;
@@ -24,9 +25,10 @@ pub(crate) fn widen_unix(socket: BorrowedFd<'_>) -> rustix::io::Result<()> {
         .or_else(|_| sockopt::set_socket_send_buffer_size(socket, UNIX_SEND_LEN))
 }
 
-/// The pieces of memory of one call, in order.
+/// The pieces of memory of one call, in order. A kilobyte: it is filled where it lies, and never cleared or moved.
 pub(crate) struct Pieces<'a> {
-    list: [libc::iovec; PIECES_MAX],
+    /// The first `count` are there.
+    list: [MaybeUninit<libc::iovec>; PIECES_MAX],
     count: usize,
     bytes: usize,
     borrowed: PhantomData<&'a mut [u8]>,
@@ -34,8 +36,7 @@ pub(crate) struct Pieces<'a> {
 
 impl<'a> Pieces<'a> {
     pub(crate) fn new() -> Pieces<'a> {
-        let none = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
-        Pieces { list: [none; PIECES_MAX], count: 0, bytes: 0, borrowed: PhantomData }
+        Pieces { list: [MaybeUninit::uninit(); PIECES_MAX], count: 0, bytes: 0, borrowed: PhantomData }
     }
 
     pub(crate) const fn bytes(&self) -> usize {
@@ -67,23 +68,24 @@ impl<'a> Pieces<'a> {
     /// Empty pieces, and those beyond [`PIECES_MAX`], are left out.
     fn push_raw(&mut self, address: *mut u8, len: usize) {
         if len > 0 && !self.is_full() {
-            self.list[self.count] = libc::iovec { iov_base: address.cast(), iov_len: len };
+            self.list[self.count].write(libc::iovec { iov_base: address.cast(), iov_len: len });
             self.count += 1;
             self.bytes += len;
         }
     }
 
-    fn message(&mut self) -> libc::msghdr {
+    fn message(&self) -> libc::msghdr {
         // SAFETY: `msghdr` is a plain C struct for which all zeros is a valid, empty value.
         let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-        message.msg_iov = self.list.as_mut_ptr();
+        // Neither call writes to the list.
+        message.msg_iov = self.list.as_ptr().cast_mut().cast();
         message.msg_iovlen = self.count as _;
         message
     }
 }
 
 /// Receives into the pieces what is there; never blocks. 0 is the end of the stream.
-pub(crate) fn receive(socket: BorrowedFd<'_>, mut pieces: Pieces<'_>) -> io::Result<usize> {
+pub(crate) fn receive(socket: BorrowedFd<'_>, pieces: &mut Pieces<'_>) -> io::Result<usize> {
     let mut message = pieces.message();
     // SAFETY: the message points to `count` iovecs, each of memory that is writable for its length:
     // borrowed for as long as `pieces` lives, or mapped by the contract of `IoBuf::new`.
@@ -92,7 +94,7 @@ pub(crate) fn receive(socket: BorrowedFd<'_>, mut pieces: Pieces<'_>) -> io::Res
 }
 
 /// Sends of the pieces what the socket takes; never blocks, never raises SIGPIPE.
-pub(crate) fn send(socket: BorrowedFd<'_>, mut pieces: Pieces<'_>) -> io::Result<usize> {
+pub(crate) fn send(socket: BorrowedFd<'_>, pieces: &Pieces<'_>) -> io::Result<usize> {
     let message = pieces.message();
     // SAFETY: as in `receive`; sendmsg(2) only reads the memory.
     let sent =

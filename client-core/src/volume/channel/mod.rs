@@ -236,11 +236,23 @@ impl Channel {
 
     /// Appends completions. Never blocks.
     pub fn poll(&mut self, completions: &mut Vec<Completion>) {
+        self.turn(true, completions);
+    }
+
+    /// Like [`Channel::poll`], but appends only what is known without asking a socket: what ended as it was
+    /// submitted, or by RDMA. For who was not told by [`Channel::wait_fd`], and will wait for it.
+    pub fn poll_untold(&mut self, completions: &mut Vec<Completion>) {
+        self.turn(false, completions);
+    }
+
+    fn turn(&mut self, told: bool, completions: &mut Vec<Completion>) {
         if self.mailbox.bell().take() {
             self.take_deliveries();
             self.take_orders();
         }
-        self.poll_links();
+        self.poll_links(told);
+        // It may end the last one that an order waits for.
+        self.cut();
         if self.following.is_waiting() {
             self.take_orders();
         }
@@ -265,9 +277,14 @@ impl Channel {
     pub fn arm(&mut self) {
         self.armed = true;
         for way in &mut self.ways {
-            way.early |= way.link.as_mut().is_some_and(|link| link.arm());
+            let Some(link) = &mut way.link else {
+                way.early = false;
+                continue;
+            };
+            // What memory in place was asked has ended, also when a poll asked it last.
+            way.early |= link.arm() || way.in_flight > 0 && link.direct(0, 1).is_some();
         }
-        if self.ways.iter().any(|way| way.early) {
+        if !self.ended.is_empty() || self.ways.iter().any(|way| way.early) {
             self.mailbox.bell().ring();
         }
     }
@@ -473,14 +490,13 @@ impl Channel {
         }
     }
 
-    /// Polls the links that have something. With a single one, asking it is cheaper than asking
-    /// epoll about it.
-    fn poll_links(&mut self) {
-        let armed = std::mem::take(&mut self.armed);
+    /// Polls the links that have something; those of sockets only when epoll has `told`, or may have. With a single
+    /// one, asking it is cheaper than asking epoll about it.
+    fn poll_links(&mut self, told: bool) {
         if let Some(only) = self.only {
             let way = &mut self.ways[only];
-            way.early = false;
-            if way.link.is_some() {
+            if told || !way.has_socket() {
+                way.early = false;
                 self.poll_link(only);
             }
             return;
@@ -490,13 +506,16 @@ impl Channel {
         for grant in 0..self.ways.len() {
             let way = &mut self.ways[grant];
             let early = std::mem::take(&mut way.early);
-            let Some(link) = &way.link else { continue };
-            if !link.is_quiet() && link.direct(0, 1).is_none() {
+            if way.has_socket() {
                 silent = false;
             } else if early || way.in_flight > 0 {
                 self.poll_link(grant);
             }
         }
+        if !told {
+            return;
+        }
+        let armed = std::mem::take(&mut self.armed);
         self.polls += 1;
         if !silent || armed || self.polls >= ASK_EVERY {
             self.polls = 0;
@@ -576,6 +595,11 @@ impl Way {
             submit: false,
             early: false,
         }
+    }
+
+    /// Whether its completions come by a socket, which its link has to ask.
+    fn has_socket(&self) -> bool {
+        self.link.as_ref().is_some_and(|link| !link.is_quiet() && link.direct(0, 1).is_none())
     }
 
     /// Nobody is asked for a link any more.

@@ -41,12 +41,11 @@ impl Store for Channel {
 
     fn submit(&mut self) {
         Channel::submit(self);
-        // The server's loop waits, or asks its epoll, which is the same here.
-        Channel::arm(self);
     }
 
     fn poll(&mut self, completions: &mut Vec<Completion>) {
         Channel::poll(self, completions);
+        // The server's loop, which polls after it submitted, waits now, or asks its epoll, which is the same here.
         Channel::arm(self);
     }
 

@@ -71,7 +71,7 @@ impl Input {
         }
         pieces.push_mut(&mut self.buffer[self.end..]);
         let wanted = pieces.bytes();
-        let received = receive(socket, pieces)?;
+        let received = receive(socket, &mut pieces)?;
         let mut behind = received;
         if let Some(payload) = &mut self.payload {
             let direct = received.min(payload.rest.len());

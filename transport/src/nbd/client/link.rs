@@ -103,10 +103,10 @@ impl NbdLink {
         Ok(())
     }
 
-    /// Makes the wait descriptor readable while completions wait. The bell cannot be full: it
-    /// counts to one.
+    /// Makes the wait descriptor readable while completions wait, or the news that the link went down: not all that
+    /// ends it shows at the socket. The bell cannot be full: it counts to one.
     fn ring(&mut self) {
-        if !self.rung && !self.ended.is_empty() {
+        if !self.rung && (self.down.is_some() || !self.ended.is_empty()) {
             self.rung = rustix::io::write(&self.bell, &1_u64.to_ne_bytes()).is_ok();
         }
     }
@@ -172,7 +172,7 @@ impl Drop for NbdLink {
             let mut pieces = Pieces::new();
             pieces.push_ref(&header);
             // Best effort: the end of the stream says the same.
-            let _ = send(self.stream.as_fd(), pieces);
+            let _ = send(self.stream.as_fd(), &pieces);
         }
     }
 }

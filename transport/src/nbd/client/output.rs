@@ -50,9 +50,10 @@ impl Output {
             if self.queue.is_empty() {
                 return Ok(Flow::Free);
             }
-            let pieces = self.pieces(parts);
+            let mut pieces = Pieces::new();
+            self.gather(parts, &mut pieces);
             let wanted = pieces.bytes();
-            match send(socket, pieces) {
+            match send(socket, &pieces) {
                 Ok(sent) => {
                     self.advance(sent, parts, ended);
                     if sent < wanted {
@@ -66,8 +67,7 @@ impl Output {
         }
     }
 
-    fn pieces<'a>(&self, parts: &'a Parts) -> Pieces<'a> {
-        let mut pieces = Pieces::new();
+    fn gather<'a>(&self, parts: &'a Parts, pieces: &mut Pieces<'a>) {
         let mut skip = self.sent;
         for number in &self.queue {
             if pieces.is_nearly_full() {
@@ -82,7 +82,6 @@ impl Output {
             }
             skip = 0;
         }
-        pieces
     }
 
     fn advance(&mut self, mut sent: usize, parts: &mut Parts, ended: &mut Vec<Completion>) {

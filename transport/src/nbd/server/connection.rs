@@ -190,7 +190,7 @@ impl Connection {
         };
         pieces.push_mut(self.input.room());
         let wanted = pieces.bytes();
-        let received = match socket::receive(self.stream.as_fd(), pieces) {
+        let received = match socket::receive(self.stream.as_fd(), &mut pieces) {
             Ok(0) => return Err(Closed::Left),
             Ok(received) => received,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Received::Nothing),

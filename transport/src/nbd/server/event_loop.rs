@@ -193,7 +193,7 @@ const NOT_AT_ALL: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
 /// Waits by looking again for a while, then by sleeping.
 fn wait(epoll: BorrowedFd<'_>, spin: &mut Spin, events: &mut Vec<epoll::Event>) -> io::Result<()> {
     loop {
-        if fetch(epoll, events, Some(&NOT_AT_ALL))? {
+        if spin.looks() && fetch(epoll, events, Some(&NOT_AT_ALL))? {
             break;
         }
         if !spin.goes_on() {

@@ -106,9 +106,10 @@ impl Output {
     ) -> io::Result<Flushed> {
         let mut buffers = buffers;
         while !self.pieces.is_empty() {
-            let pieces = self.gather(store)?;
+            let mut pieces = Pieces::new();
+            self.gather(store, &mut pieces)?;
             let wanted = pieces.bytes();
-            let sent = match socket::send(socket, pieces) {
+            let sent = match socket::send(socket, &pieces) {
                 Ok(sent) => sent,
                 Err(error) if socket::is_passing(&error) => return Ok(Flushed::Blocked),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
@@ -122,8 +123,7 @@ impl Output {
         Ok(Flushed::All)
     }
 
-    fn gather(&self, store: &mut dyn Store) -> io::Result<Pieces<'_>> {
-        let mut gathered = Pieces::new();
+    fn gather<'a>(&'a self, store: &mut dyn Store, gathered: &mut Pieces<'a>) -> io::Result<()> {
         let mut skip = self.sent;
         for piece in &self.pieces {
             if gathered.is_full() {
@@ -134,13 +134,13 @@ impl Output {
                     gathered.push_ref(&self.heads[slot as usize][skip..len as usize]);
                 }
                 Piece::Direct { offset, len } => {
-                    gather_direct(&mut gathered, store, offset + skip as u64, len - skip)?;
+                    gather_direct(gathered, store, offset + skip as u64, len - skip)?;
                 }
                 Piece::Buffer { buf, .. } => gathered.push(buf.part(skip, buf.len() - skip)),
             }
             skip = 0;
         }
-        Ok(gathered)
+        Ok(())
     }
 
     fn advance(&mut self, sent: usize, mut buffers: Option<&mut Buffers>) {

@@ -106,6 +106,15 @@ enum Tag {
     Ended,
 }
 
+/// What came out of the ring.
+#[derive(Debug, Clone, Copy, Default)]
+struct Seen {
+    /// Anything.
+    any: bool,
+    /// That the channel has something to do.
+    channel: bool,
+}
+
 struct Queue {
     id: u16,
     size: u64,
@@ -159,16 +168,16 @@ impl Queue {
     }
 
     fn serve(&mut self) -> io::Result<()> {
+        // The ring tells of the channel only when it is waited for.
+        let mut looking = true;
         loop {
-            let events = self.take_events()?;
-            let ends = self.take_completions()?;
+            let seen = self.take_events()?;
+            let ends = self.take_completions(looking || seen.channel)?;
             if self.ended == self.tags.len() {
                 return Ok(());
             }
-            if events || ends {
-                self.ring.submit()?;
-                self.spin.reset();
-            } else if self.spin.goes_on() {
+            looking = self.spin.looks_again(seen.any || ends);
+            if looking {
                 self.ring.submit()?;
             } else {
                 self.wait()?;
@@ -184,15 +193,15 @@ impl Queue {
         self.ring.wait()
     }
 
-    /// Takes what the ring has; true when there was anything.
-    fn take_events(&mut self) -> io::Result<bool> {
-        let mut any = false;
+    /// Takes what the ring has.
+    fn take_events(&mut self) -> io::Result<Seen> {
+        let mut seen = Seen::default();
         while let Some(event) = self.ring.next() {
-            any = true;
+            seen.any = true;
             match event {
                 Event::Request(tag) => self.begin(tag)?,
                 Event::Ended(tag) => self.end(tag),
-                Event::Channel => {}
+                Event::Channel => seen.channel = true,
                 Event::GiveUp => self.give_up()?,
                 Event::Poked => {
                     self.pulse.answer();
@@ -201,7 +210,7 @@ impl Queue {
                 Event::Failed(error) => return Err(error),
             }
         }
-        Ok(any)
+        Ok(seen)
     }
 
     fn begin(&mut self, tag: u16) -> io::Result<()> {
@@ -245,19 +254,29 @@ impl Queue {
         }
     }
 
-    /// Takes what the channel has done; true when there was anything.
-    fn take_completions(&mut self) -> io::Result<bool> {
-        let Some(channel) = &mut self.channel else { return Ok(false) };
-        channel.submit();
-        channel.poll(&mut self.completions);
-        let any = !self.completions.is_empty();
-        while let Some(completion) = self.completions.pop() {
-            let tag = completion.token as u16;
-            if let Some(&Tag::Busy(request)) = self.tags.get(usize::from(tag)) {
-                self.commit(tag, request.answer(completion.result))?;
+    /// Submits what was posted, and takes what the channel has done, with what its sockets have if that was `told`
+    /// or may be so; true when there was anything.
+    fn take_completions(&mut self, told: bool) -> io::Result<bool> {
+        let mut any = false;
+        while let Some(channel) = &mut self.channel {
+            channel.submit();
+            match told && !any {
+                true => channel.poll(&mut self.completions),
+                false => channel.poll_untold(&mut self.completions),
             }
-        }
-        if any {
+            if self.completions.is_empty() {
+                break;
+            }
+            any = true;
+            while let Some(completion) = self.completions.pop() {
+                let tag = completion.token as u16;
+                if let Some(&Tag::Busy(request)) = self.tags.get(usize::from(tag)) {
+                    self.commit(tag, request.answer(completion.result))?;
+                }
+            }
+            if self.waiting.is_empty() {
+                break;
+            }
             self.post_waiting()?;
         }
         Ok(any)

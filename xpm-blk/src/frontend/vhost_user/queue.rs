@@ -33,6 +33,9 @@ use super::ring::{Broken, Parts, Ring};
 use crate::lifecycle;
 use crate::watch::Pulse;
 
+/// Marks the channel among the events.
+const CHANNEL: u64 = 1;
+
 /// What a queue is made of.
 pub(super) struct QueueParts {
     pub(super) name: String,
@@ -175,7 +178,7 @@ impl Queue {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         // By edge: then it need not be read, and its owner may have made it one that blocks.
         epoll::add(&epoll, parts.kick.as_fd(), EventData::new_u64(0), EventFlags::IN | EventFlags::ET)?;
-        epoll::add(&epoll, parts.channel.wait_fd(), EventData::new_u64(1), EventFlags::IN)?;
+        epoll::add(&epoll, parts.channel.wait_fd(), EventData::new_u64(CHANNEL), EventFlags::IN)?;
         epoll::add(&epoll, &inbox.event, EventData::new_u64(2), EventFlags::IN)?;
         epoll::add(&epoll, parts.pulse.poked(), EventData::new_u64(3), EventFlags::IN)?;
         let size = usize::from(parts.ring.size());
@@ -222,9 +225,11 @@ impl Queue {
                 self.break_ring(broken);
             }
         }
+        // Whether the channel's sockets may have something without having told.
+        let mut looking = true;
         loop {
             let taken = self.take_available();
-            let ended = self.take_completions();
+            let ended = self.take_completions(looking);
             self.tell_guest();
             self.take_orders();
             self.pulse.answer_if_asked();
@@ -232,11 +237,7 @@ impl Queue {
                 // What is in flight still stays marked; dropping the channel ends its use of guest memory.
                 return self.ring.next_available();
             }
-            if taken || ended {
-                self.spin.reset();
-            } else if !self.spin.goes_on() {
-                self.wait();
-            }
+            looking = self.spin.looks_again(taken || ended) || self.wait();
         }
     }
 
@@ -310,24 +311,34 @@ impl Queue {
         true
     }
 
-    /// Takes what the channel has done; true when there was anything.
-    fn take_completions(&mut self) -> bool {
-        self.channel.submit();
-        self.channel.poll(&mut self.completions);
-        let any = !self.completions.is_empty();
-        while let Some(Completion { token, result }) = self.completions.pop() {
-            let Some(slot) = self.slots.get_mut(token as usize) else { continue };
-            slot.open -= 1;
-            slot.result = slot.result.and(result);
-            if slot.open == 0 && slot.posted == slot.parts.len() {
-                let status = Status::of(slot.result);
-                self.finish(token as u16, status);
+    /// Submits what was posted, and takes what the channel has done, with what its sockets have if that was `told`
+    /// or may be so; true when there was anything.
+    fn take_completions(&mut self, told: bool) -> bool {
+        let mut any = false;
+        loop {
+            self.channel.submit();
+            match told && !any {
+                true => self.channel.poll(&mut self.completions),
+                false => self.channel.poll_untold(&mut self.completions),
             }
-        }
-        if any {
+            if self.completions.is_empty() {
+                return any;
+            }
+            any = true;
+            while let Some(Completion { token, result }) = self.completions.pop() {
+                let Some(slot) = self.slots.get_mut(token as usize) else { continue };
+                slot.open -= 1;
+                slot.result = slot.result.and(result);
+                if slot.open == 0 && slot.posted == slot.parts.len() {
+                    let status = Status::of(slot.result);
+                    self.finish(token as u16, status);
+                }
+            }
+            if self.waiting.is_empty() {
+                return any;
+            }
             self.post_waiting();
         }
-        any
     }
 
     fn post_waiting(&mut self) {
@@ -399,24 +410,28 @@ impl Queue {
         }
     }
 
-    fn wait(&mut self) {
+    /// Waits for anything; true when the channel may have something.
+    fn wait(&mut self) -> bool {
         if self.in_flight == 0 {
             self.replaced.clear();
         }
         let serving = !self.broken && self.stop_at.is_none();
         if serving && self.ring.ask_for_kicks() {
-            return;
+            // Nobody was asked: a guest that goes on and on must not keep completions waiting either.
+            return true;
         }
         self.channel.arm();
         let left = self.stop_at.map(|at| at.saturating_duration_since(Instant::now()));
         let left = left
             .map(|left| Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) });
         let mut room = [MaybeUninit::uninit(); 4];
-        // Whatever it is, the next turn looks at everything.
-        let _ = epoll::wait(&self.epoll, &mut room, left.as_ref());
+        // Whatever it is, the next turn looks at everything else.
+        let told = epoll::wait(&self.epoll, &mut room, left.as_ref())
+            .is_ok_and(|(events, _)| events.iter().any(|event| event.data.u64() == CHANNEL));
         if serving {
             self.ring.decline_kicks();
         }
+        told
     }
 }
 
