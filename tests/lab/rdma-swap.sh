@@ -15,13 +15,6 @@ swap_round() {
     all_rdma "$name" 2
 }
 
-# The appliances' own count of what they answered.
-answered() {
-    # The next heartbeat tells it.
-    sleep 2
-    echo $(($(counted reads) + $(counted writes)))
-}
-
 dmesg_start
 start_pool 256MiB a1 a2
 attach swap 320MiB ublk --stripe 2

@@ -314,6 +314,13 @@ pub(crate) const ALL: &[Scenario] = &[
         ..RDMA
     },
     Scenario {
+        name: "rdma-mapping",
+        long: true,
+        about: "an allocation at addresses, over RDMA: pages that are touched, and calls on registered memory",
+        script: "rdma-mapping.sh",
+        ..RDMA
+    },
+    Scenario {
         name: "rdma-exchange",
         long: true,
         about: "no connection manager at the client, at both ends, at the appliances: connected over TCP",

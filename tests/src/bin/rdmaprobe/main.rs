@@ -5,6 +5,8 @@
 
 #![allow(unsafe_code)]
 
+mod mapped;
+
 use std::io::ErrorKind;
 use std::ptr::NonNull;
 use std::time::{Duration, Instant};
@@ -54,6 +56,8 @@ enum Cli {
     },
     /// Times how long it takes until all of an allocation can be used.
     Attach { name: String },
+    /// Maps 16 MiB of an allocation, and checks that pages and calls over RDMA hold what was written.
+    Mapped { name: String },
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -74,6 +78,7 @@ fn main() -> Result<()> {
         Cli::Foreign { own, other } => foreign(&own, &other),
         Cli::Latency { name, op, len, mode, count, depth } => latency(&name, op, len, mode, count, depth),
         Cli::Attach { name } => attach(&name),
+        Cli::Mapped { name } => mapped::run(&name),
     }
 }
 
