@@ -81,7 +81,7 @@ mod tests {
 
     #[test]
     fn who_blocks_after_each_turn_looks_again_when_waits_are_short() {
-        let mut spin = Spin::new(Duration::from_hours(1));
+        let mut spin = Spin::new(Duration::from_secs(3600));
         spin.now = Duration::ZERO;
         assert!(!spin.looks_again(true), "it blocks, without a look");
         assert!(spin.looks_again(true), "looking would have saved it from that");
