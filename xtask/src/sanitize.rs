@@ -17,7 +17,7 @@ use crate::{setup, util};
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// End-to-end tests that go through unsafe code at both ends: pages that come and go, and the appliance's memory.
-const TESTS: [&str; 3] = ["mapping", "mapping_edges", "containers"];
+const TESTS: [&str; 4] = ["mapping", "mapping_edges", "named_slabs", "containers"];
 /// Has a library put into a program that knows nothing of the sanitizer.
 const LEFT_OUT: &str = "no_permission_for_programs";
 /// Takes the place of malloc and mmap in whatever it is linked into, where the sanitizer does that already.

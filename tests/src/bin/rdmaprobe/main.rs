@@ -78,7 +78,7 @@ fn main() -> Result<()> {
         Cli::Foreign { own, other } => foreign(&own, &other),
         Cli::Latency { name, op, len, mode, count, depth } => latency(&name, op, len, mode, count, depth),
         Cli::Attach { name } => attach(&name),
-        Cli::Mapped { name } => mapped::run(&name),
+        Cli::Mapped { name } => mapped::run(&url()?, &name),
     }
 }
 
@@ -318,9 +318,13 @@ fn link(map: &Map, grant: &Grant, session: u64) -> Result<RdmaLink> {
     bail!("never connected")
 }
 
+/// The allocator's.
+fn url() -> Result<String> {
+    std::env::var("XPM_ALLOCATOR").context("XPM_ALLOCATOR is not set")
+}
+
 fn allocator() -> Result<Client> {
-    let url = std::env::var("XPM_ALLOCATOR").context("XPM_ALLOCATOR is not set")?;
-    Ok(Client::new(&url, None)?)
+    Ok(Client::new(&url()?, None)?)
 }
 
 fn wait_for<T>(work: impl Future<Output = T>) -> Result<T> {

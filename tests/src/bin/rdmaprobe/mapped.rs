@@ -2,7 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use xpm_client::mapping::{Access, Faults, Mapping, Space};
 use xpm_client::{Attachment, Volume};
 use xpm_protocol::api::blk::{LinkState, TransportKind};
@@ -17,9 +17,8 @@ const CALL_START: usize = PAGE + 1234;
 const WORDS: usize = PAGE / 8;
 
 /// Fails with what was not as it was written.
-pub(crate) fn run(name: &str) -> Result<()> {
-    let url = std::env::var("XPM_ALLOCATOR").context("XPM_ALLOCATOR is not set")?;
-    let mut wanted = attach_options(&url, name);
+pub(crate) fn run(url: &str, name: &str) -> Result<()> {
+    let mut wanted = attach_options(url, name);
     wanted.transport = Some(TransportKind::Rdma);
     for faults in [Faults::Inline, Faults::Handled(2)] {
         let (attachment, volume) = Attachment::attach(&wanted)?;
