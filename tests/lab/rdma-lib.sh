@@ -113,3 +113,8 @@ answered() {
     sleep 2
     echo $(($(counted reads) + $(counted writes)))
 }
+
+# answered_none_since COUNT: what they answered is as it was.
+answered_none_since() {
+    [ "$(answered)" -eq "$1" ] || fail "the appliances answered reads or writes: $(xpm appliance list --json)"
+}

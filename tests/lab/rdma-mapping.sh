@@ -6,7 +6,7 @@ start_pool 128MiB a1 a2
 xpm alloc create m --size 64MiB --stripe 2
 before=$(answered)
 rdmaprobe mapped m
-[ "$(answered)" -eq "$before" ] || fail "the appliances answered reads or writes: $(xpm appliance list --json)"
+answered_none_since "$before"
 note "no appliance answered a read or a write"
 xpm alloc delete m
 nothing_left

@@ -25,7 +25,7 @@ mkswap "$device" >/dev/null
 make_group limited memory.max=128M
 swap_round swap 208
 swap_round swap 192 --discard
-[ "$(answered)" -eq "$before" ] || fail "the appliances answered reads or writes: $(xpm appliance list --json)"
+answered_none_since "$before"
 detach swap
 
 attach fs 128MiB ublk --stripe 2
@@ -41,7 +41,7 @@ load /mnt/fs/load 16 --verify_only=1
 umount /mnt/fs
 note "ext4: 16 MiB written and verified, and once more through a new mount"
 all_rdma fs 2
-[ "$(answered)" -eq "$before" ] || fail "the appliances answered reads or writes: $(xpm appliance list --json)"
+answered_none_since "$before"
 detach fs
 nothing_left
 dmesg_clean
