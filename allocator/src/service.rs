@@ -25,6 +25,7 @@ mod documents;
 mod drain;
 mod events;
 mod garbage;
+mod health;
 mod lease;
 mod message;
 mod metrics;
@@ -47,6 +48,7 @@ use std::time::Duration;
 use xpm_control::server::ApiError;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{Client, Heartbeat, HeartbeatAnswer};
+use xpm_protocol::api::event::EventKind;
 use xpm_protocol::{AllocationId, ApplianceId, GrantKey, Name, Span};
 
 use crate::inventory::Inventory;
@@ -257,7 +259,7 @@ impl Service {
             let line = format!(
                 "appliance {name} ({id}) is silent: it serves no new allocation until it is heard again"
             );
-            self.tell_of_appliance("appliance-silent", id, true, line);
+            self.tell_of_appliance(EventKind::ApplianceSilent, id, true, line);
         }
         self.unpark();
         self.run_timers();
@@ -376,7 +378,7 @@ impl Service {
         }
         if heard.back {
             let line = format!("appliance {} ({id}) is up at {control}", self.inventory.name(id));
-            self.tell_of_appliance("appliance-up", id, false, line);
+            self.tell_of_appliance(EventKind::ApplianceUp, id, false, line);
             self.hasten_purges(id);
             self.look_soon(id);
         }
@@ -397,7 +399,7 @@ impl Service {
             return self.refuse(reply, ErrorKind::InUse, line);
         }
         let line = format!("appliance {} ({id}) is forgotten", self.inventory.name(id));
-        self.tell_of_appliance("appliance-forgotten", id, false, line);
+        self.tell_of_appliance(EventKind::ApplianceForgotten, id, false, line);
         self.inventory.remove(id);
         self.hasten_purges(id);
         self.store(vec![Change::ApplianceGone(id)], Awaited::Answer(reply, Outcome::Done));
@@ -430,7 +432,7 @@ impl Service {
             AfterStore::HandedOver(reply) => self.handed_over_to(reply, id),
             AfterStore::Disowned(reply) => {
                 let name = self.entry(id).record.name.clone();
-                self.tell("detached", &name, format!("`{name}` is used by nobody"));
+                self.tell(EventKind::Detached, &name, format!("`{name}` is used by nobody"));
                 self.reply(reply, Ok(Outcome::Done));
                 self.finish_work(id);
             }

@@ -14,7 +14,7 @@ pub mod nbd;
 pub mod policy;
 mod schema;
 pub mod speed;
-mod text;
+pub mod text;
 pub mod units;
 
 pub use id::{AllocationId, ApplianceId, ClientId, Epoch, GrantId, HostId, Name, RegionId};

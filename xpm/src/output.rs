@@ -3,6 +3,7 @@
 use std::io::{self, IsTerminal as _, Write as _};
 
 use serde::Serialize;
+pub(crate) use xpm_protocol::text::one_line;
 
 /// What the answers of a command are written as.
 #[derive(Debug, Clone, Copy)]
@@ -55,28 +56,4 @@ pub(crate) fn is_broken_pipe(error: &anyhow::Error) -> bool {
 /// A warning that does not stop the command.
 pub(crate) fn warn(text: &str) {
     eprintln!("xpm: warning: {}", one_line(text));
-}
-
-/// `text` without line breaks and control characters: what daemons send may not steer a terminal
-/// or spread over lines.
-pub(crate) fn one_line(text: &str) -> String {
-    let mut line = String::with_capacity(text.len());
-    for word in text.split_whitespace() {
-        if !line.is_empty() {
-            line.push(' ');
-        }
-        line.extend(word.chars().map(|c| if c.is_control() { '?' } else { c }));
-    }
-    line
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn one_line_has_no_control_characters() {
-        assert_eq!(one_line("a\nb\t c\x1b[31m\r\n"), "a b c?[31m");
-        assert_eq!(one_line(""), "");
-    }
 }

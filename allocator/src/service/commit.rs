@@ -16,6 +16,7 @@ use xpm_control::server::ApiError;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{Allocation, RegionSlot};
 use xpm_protocol::api::appliance::{self as appliance_api, Region};
+use xpm_protocol::api::event::EventKind;
 use xpm_protocol::{AllocationId, ApplianceId, ByteSize, Epoch, GrantId, GrantKey, RegionId, Span};
 
 use super::asking::Asked;
@@ -218,7 +219,7 @@ impl Service {
         let record = &self.entry(id).record;
         let name = record.name.clone();
         let line = format!("allocation {name} ({id}) of {} is ready", ByteSize(record.size));
-        self.tell("created", &name, line);
+        self.tell(EventKind::Created, &name, line);
         match reply {
             Some(reply) => {
                 let shown = Allocation { warnings, ..self.view(id) };
@@ -226,7 +227,7 @@ impl Service {
             }
             None => {
                 self.leaves_queue(&name);
-                self.tell("served", &name, format!("`{name}` is made after waiting"));
+                self.tell(EventKind::Served, &name, format!("`{name}` is made after waiting"));
             }
         }
         self.finish_work(id);

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{Appliance, Drain, DrainState};
+use xpm_protocol::api::event::EventKind;
 use xpm_protocol::{AllocationId, ApplianceId, ByteSize, Span};
 
 use super::{Awaited, Outcome, ReplyTo, Service, Work};
@@ -43,7 +44,7 @@ impl Service {
         let name = self.inventory.name(id);
         if let Ok(subject) = name.parse() {
             let how = if drain.paused { "held up" } else { "begun" };
-            self.tell("drain", &subject, format!("emptying appliance {name} is {how}"));
+            self.tell(EventKind::Drain, &subject, format!("emptying appliance {name} is {how}"));
         }
         self.inventory.set_draining(id, Some(record));
         self.drains.entry(id).or_default().stuck = None;

@@ -3,6 +3,8 @@
 use std::collections::VecDeque;
 
 use xpm_protocol::api::allocator::Event;
+use xpm_protocol::api::event::EventKind;
+use xpm_protocol::text::into_line;
 use xpm_protocol::{ApplianceId, Name};
 
 use super::{Outcome, ReplyTo, Service};
@@ -22,13 +24,15 @@ pub(super) struct Events {
 
 impl Service {
     /// Logs something that happened to what has this name, and keeps it for those who ask.
-    pub(super) fn tell(&mut self, kind: &str, subject: &Name, text: String) {
+    pub(super) fn tell(&mut self, kind: EventKind, subject: &Name, text: String) {
+        let text = into_line(text);
         tracing::info!("{kind}: {text}");
         self.keep_event(kind, subject, text);
     }
 
     /// The same for an appliance; what is bad is a warning in the log.
-    pub(super) fn tell_of_appliance(&mut self, kind: &str, id: ApplianceId, bad: bool, text: String) {
+    pub(super) fn tell_of_appliance(&mut self, kind: EventKind, id: ApplianceId, bad: bool, text: String) {
+        let text = into_line(text);
         match bad {
             true => tracing::warn!("{kind}: {text}"),
             false => tracing::info!("{kind}: {text}"),
@@ -40,7 +44,7 @@ impl Service {
         }
     }
 
-    fn keep_event(&mut self, kind: &str, subject: &Name, text: String) {
+    fn keep_event(&mut self, kind: EventKind, subject: &Name, text: String) {
         self.events.count += 1;
         if self.events.kept.len() >= EVENTS_MAX {
             self.events.kept.pop_front();
@@ -49,7 +53,7 @@ impl Service {
         self.events.kept.push_back(Event {
             number,
             at,
-            kind: kind.to_owned(),
+            kind: kind.as_str().to_owned(),
             subject: subject.clone(),
             text,
         });

@@ -12,6 +12,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use xpm_protocol::api::allocator::Garbage;
 use xpm_protocol::api::appliance;
+use xpm_protocol::api::event::EventKind;
 use xpm_protocol::{AllocationId, ApplianceId, ByteSize, GrantId, Name};
 
 use super::{Answer, Awaited, Call, CallError, Service, Work};
@@ -103,7 +104,7 @@ impl Service {
                     grant.len,
                     grant.name
                 );
-                self.tell_of_appliance("garbage-found", id, true, line);
+                self.tell_of_appliance(EventKind::GarbageFound, id, true, line);
             }
             if times >= 2 && grant.connections == 0 && since.saturating_add(grace) <= unix {
                 self.free_garbage(id, grant);
@@ -117,7 +118,7 @@ impl Service {
             "{} of `{}` on appliance {appliance} are freed: no record knows them",
             grant.len, grant.name
         );
-        self.tell_of_appliance("garbage-freed", id, false, line);
+        self.tell_of_appliance(EventKind::GarbageFreed, id, false, line);
         self.found.garbage.remove(&(id, grant.id));
         let control = self.control_of(id);
         self.call(id, control, Call::Revoke(grant.id), Awaited::Ignored);
@@ -156,7 +157,7 @@ impl Service {
                 self.inventory.name(id)
             );
             tracing::warn!("{line}");
-            self.tell("lost", &name, line);
+            self.tell(EventKind::Lost, &name, line);
         }
     }
 

@@ -9,6 +9,7 @@ use xpm_control::server::ApiError;
 use xpm_protocol::AllocationId;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{Attach, EndReason, Ending, Renew};
+use xpm_protocol::api::event::EventKind;
 
 use super::{AfterStore, Outcome, ReplyTo, Service, Work, asking, purge};
 use crate::store::record::{AllocationRecord, LeaseRecord, Phase};
@@ -83,7 +84,7 @@ impl Service {
             return;
         }
         let name = self.entry(id).record.name.clone();
-        self.tell("freed", &name, format!("`{name}` is freed: its time is over"));
+        self.tell(EventKind::Freed, &name, format!("`{name}` is freed: its time is over"));
         let mut record = self.entry(id).record.clone();
         record.end();
         self.entry(id).work = Work::Storing;
@@ -108,7 +109,7 @@ impl Service {
         let name = record.name.clone();
         let left = lease.ends.saturating_sub(unix);
         record.terms.lease = Some(lease);
-        self.tell("renewed", &name, format!("`{name}` is renewed for {left} s"));
+        self.tell(EventKind::Renewed, &name, format!("`{name}` is renewed for {left} s"));
         self.entry(id).work = Work::Storing;
         self.store_record(record, AfterStore::Renewed(reply));
     }
@@ -195,12 +196,12 @@ fn next_step(record: &AllocationRecord, told: Told) -> Option<u64> {
     of_lease.into_iter().chain(frees(record)).min()
 }
 
-fn stage_kind(reason: EndReason, stage: Told) -> &'static str {
+fn stage_kind(reason: EndReason, stage: Told) -> EventKind {
     match (reason, stage) {
-        (EndReason::Hours, Told::Ended) => "hours-ended",
-        (EndReason::Hours, _) => "hours-warning",
-        (_, Told::Ended) => "lease-ended",
-        _ => "lease-warning",
+        (EndReason::Hours, Told::Ended) => EventKind::HoursEnded,
+        (EndReason::Hours, _) => EventKind::HoursWarning,
+        (_, Told::Ended) => EventKind::LeaseEnded,
+        _ => EventKind::LeaseWarning,
     }
 }
 

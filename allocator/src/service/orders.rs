@@ -8,6 +8,8 @@ use std::time::Duration;
 use xpm_control::server::ApiError;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{HandOver, MapChange, Orders, Owner, Report, Transfer};
+use xpm_protocol::api::event::EventKind;
+use xpm_protocol::text::short_line;
 use xpm_protocol::{AllocationId, ByteSize, ClientId, Name};
 
 use super::change::Over;
@@ -125,11 +127,11 @@ impl Service {
             (Some(Stage::Open), Report::Ready { .. }) => self.switch_change(id, Some(reply)),
             (Some(Stage::Switched), Report::Ready { .. }) => self.answer_orders(reply, id),
             (Some(Stage::Switched), Report::Done { how, .. }) => {
-                entry.side.followed = how.as_deref().map(one_line);
+                entry.side.followed = how.as_deref().map(shown);
                 self.end_change(id, Over::Done(Some(reply)));
             }
             (Some(Stage::Open), Report::Refused { why, .. }) => {
-                let why = one_line(&why);
+                let why = shown(&why);
                 self.answer_nothing(reply, id);
                 self.end_change(id, Over::Refused(format!("`{name}` is as it was: {why}")));
             }
@@ -176,7 +178,7 @@ impl Service {
         }
         let until = (self.now.at + deadline, self.now.unix + deadline.as_secs());
         self.entry(id).hand_over = Some(HandingOver { reply, to, until, heard: false });
-        self.tell("hand-over", &name, format!("`{name}` is to go to {}", transfer.to));
+        self.tell(EventKind::HandOver, &name, format!("`{name}` is to go to {}", transfer.to));
     }
 
     fn new_owner(&self, text: &str) -> Result<Owner, ApiError> {
@@ -213,7 +215,7 @@ impl Service {
 
     fn kept(&mut self, reply: ReplyTo, id: AllocationId, why: &str) {
         let name = self.entry(id).record.name.clone();
-        let why = one_line(why);
+        let why = shown(why);
         if let Some(HandingOver { reply, .. }) = self.entry(id).hand_over.take() {
             self.refuse(reply, ErrorKind::InUse, format!("`{name}` stays where it is: {why}"));
         }
@@ -237,7 +239,7 @@ impl Service {
             let name = self.entry(id).record.name.clone();
             if heard {
                 self.tell(
-                    "cut-off",
+                    EventKind::CutOff,
                     &name,
                     format!("`{name}`: its owner did not let go in time and is cut off"),
                 );
@@ -264,6 +266,6 @@ impl Service {
 }
 
 /// What a client says, fit to be shown.
-fn one_line(text: &str) -> String {
-    text.chars().filter(|one| !one.is_control()).take(500).collect()
+fn shown(text: &str) -> String {
+    short_line(text, 500)
 }

@@ -10,6 +10,7 @@ use xpm_control::server::ApiError;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{Attach, Grant, Map, Owner};
 use xpm_protocol::api::appliance::Commit;
+use xpm_protocol::api::event::EventKind;
 use xpm_protocol::{AllocationId, ByteSize, ClientId};
 
 use super::describe::Fingerprint;
@@ -129,7 +130,7 @@ impl Service {
         let record = &self.entry(id).record;
         let name = record.name.clone();
         let to = record.owner.as_ref().map(|owner| owner.host_name.clone()).unwrap_or_default();
-        self.tell("handed-over", &name, format!("`{name}` belongs to {to} now"));
+        self.tell(EventKind::HandedOver, &name, format!("`{name}` belongs to {to} now"));
         let shown = self.view(id);
         self.reply(reply, Ok(Outcome::Allocation(Box::new(shown))));
         self.finish_work(id);
@@ -140,7 +141,7 @@ impl Service {
         let (name, owner) = (record.name.clone(), record.owner.clone());
         if let Some(owner) = owner.filter(|owner| owner.since == self.now.unix) {
             let line = format!("`{name}` is used by {} as {}", owner.host_name, owner.purpose);
-            self.tell("attached", &name, line);
+            self.tell(EventKind::Attached, &name, line);
         }
         let map = self.map(id);
         self.reply(reply, map.map(|map| Outcome::Map(Box::new(map))));

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use xpm_control::server::ApiError;
 use xpm_protocol::api::ErrorKind;
+use xpm_protocol::api::event::EventKind;
 use xpm_protocol::{AllocationId, ApplianceId};
 
 use super::wish::Wish;
@@ -75,7 +76,7 @@ impl Service {
         let (name, grants) = (record.name.clone(), record.grants.len());
         let line = format!("allocation {name} ({id}) is given back");
         match self.names.get(&name) == Some(&id) && self.entry(id).record.phase == Phase::Deleting {
-            true => self.tell("deleted", &name, line),
+            true => self.tell(EventKind::Deleted, &name, line),
             false => tracing::info!("{line}"),
         }
         if !matches!(then, Then::TryAgain(..)) {

@@ -37,6 +37,7 @@ impl Service {
             allocations: self.allocations.len() as u64,
             capacity: ByteSize(up.iter().map(|one| one.status.capacity.0).sum()),
             free: ByteSize(free),
+            problems: self.problems(&appliances),
         }
     }
 

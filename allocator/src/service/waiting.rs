@@ -13,6 +13,7 @@ use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use xpm_protocol::api::allocator::{Allocation, AllocationState, Create, Waiting};
+use xpm_protocol::api::event::EventKind;
 use xpm_protocol::policy::{DocumentName, Kind, PRIORITY_DEFAULT};
 use xpm_protocol::{AllocationId, ApplianceId, ByteSize, Epoch, Layout, Name};
 
@@ -83,7 +84,7 @@ impl Service {
         };
         let at = self.queue.partition_point(|one| one.priority >= waiter.priority);
         self.queue.insert(at, waiter);
-        self.tell("waiting", &name, format!("`{name}` waits for its turn"));
+        self.tell(EventKind::Waiting, &name, format!("`{name}` waits for its turn"));
         let shown = self.queue.iter().find(|one| one.id == id).map(|one| self.view_waiter(one));
         if let Some(shown) = shown {
             self.reply(reply, Ok(Outcome::Allocation(Box::new(shown))));
@@ -131,7 +132,7 @@ impl Service {
         if let Some(waiter) = self.queue.iter_mut().find(|one| one.wish.create.name == *name) {
             (waiter.why, waiter.refused) = (why.to_owned(), Some(unix));
             waiter.holds.clear();
-            self.tell("refused", name, format!("`{name}` was refused after waiting: {why}"));
+            self.tell(EventKind::Refused, name, format!("`{name}` was refused after waiting: {why}"));
             self.keep_reclaimed(name);
         }
     }
@@ -147,6 +148,7 @@ impl Service {
         let there = !being_made && self.queue.iter().any(|one| one.wish.create.name == *name);
         if there {
             self.leaves_queue(name);
+            self.tell(EventKind::Cancelled, name, format!("the request for `{name}` was taken back"));
         }
         there
     }
@@ -332,7 +334,7 @@ impl Service {
         let reclaim = Reclaim { for_name: name.clone(), since, frees: since.saturating_add(grace) };
         let victim = record.name.clone();
         self.tell(
-            "reclaim-notice",
+            EventKind::ReclaimNotice,
             &victim,
             format!("`{victim}` gives way to `{name}`, which has a higher priority: its memory is freed in {grace} s"),
         );
@@ -363,7 +365,7 @@ impl Service {
         record.reclaim = None;
         let name = record.name.clone();
         self.tell(
-            "reclaim-withdrawn",
+            EventKind::ReclaimWithdrawn,
             &name,
             format!("`{name}` stays: the request that needed its memory is gone or served"),
         );

@@ -3,6 +3,7 @@
 use xpm_protocol::Name;
 use xpm_protocol::api::decision::RuleTrace;
 use xpm_protocol::policy::{LayoutRule, LeaseTerms, LimitRule, LinkDemand, Rule};
+use xpm_protocol::text::one_line;
 
 use super::Needs;
 use crate::policy::{CompiledRule, CompiledStrategy, Facts, Policy};
@@ -74,7 +75,7 @@ impl Merged {
     fn take(&mut self, strategy: &Name, rule: &Rule) {
         let named = || format!("{strategy}/{}", rule.name);
         if let Some(text) = &rule.refuse {
-            self.refuse = Some((named(), text.clone()));
+            self.refuse = Some((named(), one_line(text)));
         }
         let needs = &mut self.needs;
         needs.require.extend(rule.require.iter().map(|selector| (named(), selector.clone())));

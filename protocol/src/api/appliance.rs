@@ -23,6 +23,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::policy::Labels;
 use crate::speed::LinkSpeed;
+use crate::text;
 use crate::units::{ByteSize, Span};
 use crate::{AllocationId, ApplianceId, Epoch, GrantId, GrantKey, HostId, Name, RegionId};
 
@@ -34,6 +35,7 @@ pub struct Info {
     /// Its name, by default the host's.
     pub name: Name,
     /// Version of the program.
+    #[serde(deserialize_with = "text::line")]
     pub version: String,
     /// Base URL of its control interface.
     pub control: String,
@@ -62,10 +64,10 @@ pub struct Endpoints {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub rdma: Vec<SocketAddr>,
     /// NBD over a unix socket, for clients of the same host.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "text::maybe_path", skip_serializing_if = "Option::is_none")]
     pub nbd_unix: Option<PathBuf>,
     /// Socket that passes the memory of regions to clients of the same host.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "text::maybe_path", skip_serializing_if = "Option::is_none")]
     pub shm: Option<PathBuf>,
 }
 

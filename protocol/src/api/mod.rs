@@ -7,6 +7,8 @@ pub mod allocator;
 pub mod appliance;
 pub mod blk;
 pub mod decision;
+pub mod event;
+pub mod health;
 pub mod policy;
 pub mod run;
 pub mod swapd;
@@ -22,6 +24,7 @@ pub struct ErrorBody {
     /// What kind of refusal it is, for programs.
     pub kind: ErrorKind,
     /// One line: what, where, and what to do instead.
+    #[serde(deserialize_with = "crate::text::line")]
     pub error: String,
 }
 

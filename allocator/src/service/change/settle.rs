@@ -1,6 +1,7 @@
 //! The turning point of a change, and its end.
 
 use xpm_protocol::api::allocator::ChangeKind;
+use xpm_protocol::api::event::EventKind;
 use xpm_protocol::{AllocationId, ByteSize, Epoch};
 
 use super::super::drain::AGAIN;
@@ -23,7 +24,7 @@ impl Service {
     pub(in super::super) fn change_is_open(&mut self, id: AllocationId) {
         let (record, change) = self.record_and_change(id);
         let what = describe(change.kind);
-        self.tell("change-open", &record.name, format!("`{}` can {what}", record.name));
+        self.tell(EventKind::ChangeOpen, &record.name, format!("`{}` can {what}", record.name));
         self.answer_change(id);
         if record.owner.is_some() {
             return self.finish_work(id);
@@ -118,13 +119,13 @@ impl Service {
         let (name, size) = (record.name.clone(), ByteSize(record.size));
         match over {
             Over::Done(reply) => {
-                self.tell("changed", &name, format!("`{name}` is changed: it has {size}"));
+                self.tell(EventKind::Changed, &name, format!("`{name}` is changed: it has {size}"));
                 if let Some(reply) = reply {
                     self.answer_orders(reply, id);
                 }
             }
             Over::Refused(why) => {
-                self.tell("change-refused", &name, why.clone());
+                self.tell(EventKind::ChangeRefused, &name, why.clone());
                 let rests = self.now.at + AGAIN;
                 let side = &mut self.entry(id).side;
                 (side.refused, side.rests_until) = (Some(why), Some(rests));

@@ -44,9 +44,11 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::appliance::{self, Endpoints};
+use super::health::Problem;
 use crate::layout::Layout;
 use crate::policy::{Access, DocumentName, Labels};
 use crate::speed::LinkSpeed;
+use crate::text;
 use crate::units::{ByteSize, Span};
 use crate::{AllocationId, ApplianceId, ClientId, Epoch, GrantId, GrantKey, HostId, Name, RegionId};
 
@@ -288,6 +290,7 @@ pub struct Waiting {
     /// Until when at most, seconds since 1970.
     pub until: u64,
     /// Why it cannot be made now, in one line.
+    #[serde(deserialize_with = "text::line")]
     pub why: String,
 }
 
@@ -372,12 +375,13 @@ pub struct Event {
     pub number: u64,
     /// When, seconds since 1970.
     pub at: u64,
-    /// What kind: `created`, `attached`, `change-open`, `changed`, `handed-over`, `lease-warning`, `freed`,
-    /// `appliance-silent`, ...; docs/operations.md lists them.
+    /// What kind: the text of an [`EventKind`](super::event::EventKind), or one of a newer allocator.
+    #[serde(deserialize_with = "text::line")]
     pub kind: String,
     /// The name of what it happened to.
     pub subject: Name,
     /// In one line.
+    #[serde(deserialize_with = "text::line")]
     pub text: String,
 }
 
@@ -414,8 +418,10 @@ pub struct Owner {
     /// The client.
     pub client: ClientId,
     /// Its host's name, for people.
+    #[serde(deserialize_with = "text::line")]
     pub host_name: String,
     /// What it uses it as, for people: `ublk`, `nbd-direct`, ...
+    #[serde(deserialize_with = "text::line")]
     pub purpose: String,
     /// Since when, seconds since 1970.
     pub since: u64,
@@ -431,8 +437,10 @@ pub struct Attach {
     /// The kernel that it runs on.
     pub host: HostId,
     /// Its host's name, for people.
+    #[serde(deserialize_with = "text::line")]
     pub host_name: String,
     /// What it uses the allocation as, for people.
+    #[serde(deserialize_with = "text::line")]
     pub purpose: String,
     /// Take it from another owner.
     #[serde(default)]
@@ -510,4 +518,7 @@ pub struct Status {
     pub capacity: ByteSize,
     /// What of it is free, in bytes.
     pub free: ByteSize,
+    /// What is wrong, or worth knowing, of the pool and of what lies on it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub problems: Vec<Problem>,
 }
