@@ -2,33 +2,41 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::fs::File;
-use std::io::Write as _;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::ptr::null_mut;
+use std::sync::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use xpm_client::Attachment;
 use xpm_client::mapping::{Advice, Mapping, Space};
+use xpm_protocol::api::run::Account;
+
+use crate::lease::Lease;
+use crate::service::Service;
+use crate::{process, start, threads};
 
 pub(crate) const PAGE: usize = 4096;
+/// How often it is said what is used, where something has changed.
+const SAY_EVERY: Duration = Duration::from_millis(500);
 
-static EXTERNAL: OnceLock<External> = OnceLock::new();
+/// None until this process has some.
+static EXTERNAL: AtomicPtr<External> = AtomicPtr::new(null_mut());
 /// Addresses that may be external; none until there are some.
 static START: AtomicUsize = AtomicUsize::new(0);
 static END: AtomicUsize = AtomicUsize::new(0);
-/// This is a child of the process that had it.
-static FORKED: AtomicBool = AtomicBool::new(false);
+/// What is shorter is local: all, unless `xpm run` started the program.
+static THRESHOLD: AtomicUsize = AtomicUsize::new(usize::MAX);
 
 /// What is external in this process.
 pub(crate) struct External {
     space: Space,
     /// Carries orders of the allocator out, for as long as the process lives.
     _attachment: Attachment,
+    lease: Lease,
+    pub(crate) service: Service,
     pieces: Mutex<BTreeMap<usize, Piece>>,
-    threshold: usize,
-    /// Where it is said at the end what was used.
-    account: Option<File>,
+    verbose: bool,
     used: AtomicU64,
     most: AtomicU64,
     /// Pieces that were made local for want of external memory.
@@ -47,76 +55,140 @@ struct Piece {
     heap: bool,
 }
 
+/// Why a large piece is local that nobody refused.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Local {
+    Shared,
+    Fixed,
+    Reserved,
+    Other,
+}
+
+const WHY: [&str; 4] =
+    ["shared with other processes", "at addresses of the program's choice", "reserved only", "other"];
+/// Bytes that were asked for so, by [`Local`].
+static STAYED: [AtomicU64; 4] = [const { AtomicU64::new(0) }; 4];
+
+/// A large piece is asked for that cannot be external.
+pub(crate) fn stays_local(why: Local, len: usize) {
+    if len >= THRESHOLD.load(Ordering::Relaxed) {
+        STAYED[why as usize].fetch_add(len as u64, Ordering::Relaxed);
+    }
+}
+
+pub(crate) fn set_threshold(threshold: usize) {
+    THRESHOLD.store(threshold.max(PAGE), Ordering::Relaxed);
+}
+
+/// The name of this process's program.
+pub(crate) fn program() -> String {
+    let name = std::fs::read_to_string("/proc/self/comm").unwrap_or_default();
+    name.trim_end().to_owned()
+}
+
 /// What there is, in a process that has it.
 pub(crate) fn get() -> Option<&'static External> {
-    EXTERNAL.get().filter(|_| !FORKED.load(Ordering::Relaxed))
+    process::look();
+    // SAFETY: made by `install`, and never freed.
+    unsafe { EXTERNAL.load(Ordering::Acquire).as_ref() }
 }
 
-/// In a child after fork(2).
-pub(crate) extern "C" fn in_child() {
-    FORKED.store(true, Ordering::Relaxed);
+/// In a new child: what the parent had is not this process's. The addresses that it had.
+pub(crate) fn forget() -> Range<usize> {
+    EXTERNAL.store(null_mut(), Ordering::Release);
+    STAYED.iter().for_each(|bytes| bytes.store(0, Ordering::Relaxed));
+    let start = START.swap(0, Ordering::Relaxed);
+    start..END.swap(0, Ordering::Relaxed)
 }
 
-/// Whether an address is, or was in the parent, one of external memory.
+/// Whether an address is one of external memory.
 pub(crate) fn is_external(address: usize) -> bool {
-    address < END.load(Ordering::Relaxed) && address >= START.load(Ordering::Relaxed)
+    let within = |address| address < END.load(Ordering::Relaxed) && address >= START.load(Ordering::Relaxed);
+    if !within(address) {
+        return false;
+    }
+    // In a new child it is not.
+    process::look();
+    within(address)
 }
 
 /// A piece for `len` bytes, if that much is to be external, and can be. `heap`: for malloc(3).
 pub(crate) fn allocate(len: usize, heap: bool) -> Option<*mut u8> {
-    get().filter(|external| len >= external.threshold)?.allocate(len, heap)
+    if len < THRESHOLD.load(Ordering::Relaxed) || threads::is_own() {
+        return None;
+    }
+    process::look();
+    start::get_or_ask()?.allocate(len, heap)
 }
 
-/// Whether malloc(3) of this library gave an address, in this process or in its parent.
+/// Whether malloc(3) of this library gave an address, in this process.
 pub(crate) fn is_heap(address: usize) -> bool {
     if !is_external(address) || !address.is_multiple_of(PAGE) {
         return false;
     }
-    let Some(external) = EXTERNAL.get() else { return false };
-    let of = |pieces: &BTreeMap<usize, Piece>| pieces.get(&address).is_some_and(|piece| piece.heap);
-    if !FORKED.load(Ordering::Relaxed) {
-        return of(&external.pieces());
-    }
-    // A thread that is not in the child may have had the lock.
-    external.pieces.try_lock().is_ok_and(|pieces| of(&pieces))
+    get().is_some_and(|external| external.pieces().get(&address).is_some_and(|piece| piece.heap))
 }
 
 impl External {
     /// Makes external memory available to the program.
-    pub(crate) fn install(space: Space, attachment: Attachment, threshold: usize, account: Option<File>) {
+    pub(crate) fn install(
+        space: Space,
+        attachment: Attachment,
+        lease: Lease,
+        verbose: bool,
+    ) -> &'static External {
         let addresses = space.addresses();
-        let external = External {
+        let external = &*Box::leak(Box::new(External {
             space,
             _attachment: attachment,
+            lease,
+            service: Service::default(),
             pieces: Mutex::default(),
-            threshold,
-            account,
+            verbose,
             used: AtomicU64::new(0),
             most: AtomicU64::new(0),
             refused: AtomicU64::new(0),
-        };
-        if EXTERNAL.set(external).is_ok() {
-            START.store(addresses.start, Ordering::Relaxed);
-            END.store(addresses.end, Ordering::Relaxed);
-        }
+        }));
+        START.store(addresses.start, Ordering::Relaxed);
+        END.store(addresses.end, Ordering::Relaxed);
+        EXTERNAL.store(std::ptr::from_ref(external).cast_mut(), Ordering::Release);
+        external
+    }
+
+    /// Does what threads of the program ask for, and says what is used. By the thread that opened the space.
+    pub(crate) fn serve(&'static self) -> ! {
+        let mut said = (0, std::time::Instant::now());
+        self.service.run(SAY_EVERY, || {
+            let most = self.most.load(Ordering::Relaxed);
+            // The first use at once: a process may end without a word.
+            if said.0 != most && (said.0 == 0 || said.1.elapsed() >= SAY_EVERY) {
+                said = (most, std::time::Instant::now());
+                self.say();
+            }
+        })
     }
 
     fn pieces(&self) -> MutexGuard<'_, BTreeMap<usize, Piece>> {
         self.pieces.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn allocate(&self, len: usize, heap: bool) -> Option<*mut u8> {
+    fn allocate(&'static self, len: usize, heap: bool) -> Option<*mut u8> {
+        let address = self.service.call(move || self.carve(len, heap))?;
+        Some(std::ptr::with_exposed_provenance_mut(address))
+    }
+
+    fn carve(&self, len: usize, heap: bool) -> Option<usize> {
         let Ok(mapping) = self.space.carve(len as u64) else {
             self.refused.fetch_add(1, Ordering::Relaxed);
             return None;
         };
         let used = self.used.fetch_add(mapping.len() as u64, Ordering::Relaxed) + mapping.len() as u64;
         self.most.fetch_max(used, Ordering::Relaxed);
-        let address = mapping.as_ptr().as_ptr();
+        let address = mapping.as_ptr().as_ptr().expose_provenance();
         // What malloc_usable_size(3) says may be used.
         let len = if heap { mapping.len() } else { len.next_multiple_of(PAGE) };
         let piece = Piece { mapping, len, gone: Vec::new(), protected: false, heap };
-        self.pieces().insert(address as usize, piece);
+        self.pieces().insert(address, piece);
         Some(address)
     }
 
@@ -131,22 +203,23 @@ impl External {
     }
 
     /// Makes a piece longer or shorter, within its slab.
-    pub(crate) fn set_len(&self, address: usize, len: usize) {
-        let len = len.next_multiple_of(PAGE);
-        let mut pieces = self.pieces();
-        let Some(piece) = pieces.get_mut(&address) else { return };
-        if len < piece.len {
-            // What is asked for again later has to be zeros.
-            let _ = piece.mapping.clear(len..piece.len);
-        }
-        piece.len = len;
+    pub(crate) fn set_len(&'static self, address: usize, len: usize) {
+        self.service.call(move || {
+            let len = len.next_multiple_of(PAGE);
+            let mut pieces = self.pieces();
+            let Some(piece) = pieces.get_mut(&address) else { return };
+            if len < piece.len {
+                // What is asked for again later has to be zeros.
+                let _ = piece.mapping.clear(len..piece.len);
+            }
+            piece.len = len;
+        });
     }
 
-    /// Gives a whole piece back.
-    pub(crate) fn free(&self, address: usize) {
-        let piece = self.pieces().remove(&address);
-        if let Some(piece) = piece {
-            self.drop_piece(piece);
+    /// Gives a whole piece back. Jobs are done in their order: what is asked for next finds it free.
+    pub(crate) fn free(&'static self, address: usize) {
+        if let Some(piece) = self.pieces().remove(&address) {
+            self.service.post(move || self.drop_piece(piece));
         }
     }
 
@@ -162,36 +235,41 @@ impl External {
     }
 
     /// Gives parts back, in whole pages; a piece of which nothing is left is gone.
-    pub(crate) fn unmap(&self, addresses: &Range<usize>) {
-        let mut ended = Vec::new();
-        let mut pieces = self.pieces();
-        for (address, part) in parts(&pieces, addresses) {
-            let Some(piece) = pieces.get_mut(&address) else { continue };
-            let _ = piece.mapping.clear(part.clone());
-            piece.give_back(part);
-            if piece.is_gone() {
-                ended.extend(pieces.remove(&address));
+    pub(crate) fn unmap(&'static self, addresses: Range<usize>) {
+        self.service.call(move || {
+            let mut ended = Vec::new();
+            let mut pieces = self.pieces();
+            for (address, part) in parts(&pieces, &addresses) {
+                let Some(piece) = pieces.get_mut(&address) else { continue };
+                let _ = piece.mapping.clear(part.clone());
+                piece.give_back(part);
+                if piece.is_gone() {
+                    ended.extend(pieces.remove(&address));
+                }
             }
-        }
-        drop(pieces);
-        ended.into_iter().for_each(|piece| self.drop_piece(piece));
+            drop(pieces);
+            ended.into_iter().for_each(|piece| self.drop_piece(piece));
+        });
     }
 
     /// Makes parts zeros, as MADV_DONTNEED does with anonymous memory.
-    pub(crate) fn clear(&self, addresses: &Range<usize>) -> bool {
-        let pieces = self.pieces();
-        parts(&pieces, addresses)
-            .into_iter()
-            .all(|(address, part)| pieces[&address].mapping.clear(part).is_ok())
+    pub(crate) fn clear(&'static self, addresses: Range<usize>) -> bool {
+        self.service.call(move || {
+            let pieces = self.pieces();
+            let mut parts = parts(&pieces, &addresses).into_iter();
+            parts.all(|(address, part)| pieces[&address].mapping.clear(part).is_ok())
+        })
     }
 
     /// Passes advice on.
-    pub(crate) fn advise(&self, addresses: &Range<usize>, advice: Advice) {
-        let pieces = self.pieces();
-        for (address, part) in parts(&pieces, addresses) {
-            // Advice may be ignored.
-            let _ = pieces[&address].mapping.advise(part, advice);
-        }
+    pub(crate) fn advise(&'static self, addresses: Range<usize>, advice: Advice) {
+        self.service.call(move || {
+            let pieces = self.pieces();
+            for (address, part) in parts(&pieces, &addresses) {
+                // Advice may be ignored.
+                let _ = pieces[&address].mapping.advise(part, advice);
+            }
+        });
     }
 
     /// What may be done with parts has changed.
@@ -204,12 +282,11 @@ impl External {
         }
     }
 
-    /// Says what was used, where that was asked for.
+    /// Says what was used. By the thread that serves.
     pub(crate) fn say(&self) {
-        if let Some(mut account) = self.account.as_ref() {
-            // Nobody is left who could be told.
-            let _ = writeln!(account, "xpm run: {}", self.summary());
-        }
+        let external = self.most.load(Ordering::Relaxed);
+        let line = if self.verbose { self.summary() } else { String::new() };
+        self.lease.say(&Account { program: program(), external, line, failed: None });
     }
 
     fn summary(&self) -> String {
@@ -230,6 +307,12 @@ impl External {
                 line,
                 "; {refused} pieces were local, for external memory was used up: choose a larger --size"
             );
+        }
+        for (bytes, why) in STAYED.iter().zip(WHY) {
+            let bytes = bytes.load(Ordering::Relaxed);
+            if bytes > 0 {
+                let _ = write!(line, "; {} MiB were asked for that stay local: {why}", mib(bytes));
+            }
         }
         line
     }

@@ -6,7 +6,7 @@ use std::ffi::{CStr, c_int, c_void};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::external::{self, PAGE};
-use crate::threads;
+use crate::{process, threads};
 
 /// glibc's own, under names that programs do not replace: for this library's own memory.
 pub(crate) struct Local;
@@ -141,7 +141,10 @@ next!(
 next!(next_usable, c"malloc_usable_size", unsafe extern "C" fn(*mut c_void) -> usize);
 
 fn external_for(align: usize, len: usize) -> Option<*mut c_void> {
-    if align > PAGE || threads::is_own() {
+    if align > PAGE {
+        if !threads::is_own() {
+            external::stays_local(external::Local::Other, len);
+        }
         return None;
     }
     external::allocate(len, true).map(<*mut u8>::cast)
@@ -170,8 +173,12 @@ pub unsafe extern "C" fn calloc(count: usize, len: usize) -> *mut c_void {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn free(old: *mut c_void) {
     if !external::is_heap(old as usize) {
-        // SAFETY: by the caller's word.
-        return unsafe { next_free()(old) };
+        // What the parent had is none of this process's.
+        if !process::is_dead(old as usize) {
+            // SAFETY: by the caller's word.
+            unsafe { next_free()(old) };
+        }
+        return;
     }
     if let Some(external) = external::get() {
         external.free(old as usize);
@@ -186,14 +193,17 @@ pub unsafe extern "C" fn realloc(old: *mut c_void, len: usize) -> *mut c_void {
         // SAFETY: any length.
         return unsafe { malloc(len) };
     }
+    if process::is_dead(old as usize) {
+        // What the parent had cannot be copied in the child.
+        // SAFETY: errno is this thread's own.
+        unsafe { *libc::__errno_location() = libc::ENOMEM };
+        return std::ptr::null_mut();
+    }
     if !external::is_heap(old as usize) {
         // SAFETY: by the caller's word.
         return unsafe { grow_local(old, len) };
     }
-    let Some(external) = external::get() else {
-        // What the parent had cannot be copied in the child.
-        return std::ptr::null_mut();
-    };
+    let Some(external) = external::get() else { return std::ptr::null_mut() };
     if len == 0 {
         external.free(old as usize);
         return std::ptr::null_mut();
@@ -278,6 +288,9 @@ pub unsafe extern "C" fn posix_memalign(to: *mut *mut c_void, align: usize, len:
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn malloc_usable_size(old: *mut c_void) -> usize {
     if !external::is_heap(old as usize) {
+        if process::is_dead(old as usize) {
+            return 0;
+        }
         // SAFETY: by the caller's word.
         return unsafe { next_usable()(old) };
     }

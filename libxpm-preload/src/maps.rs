@@ -7,7 +7,8 @@ use std::ops::Range;
 use libc::{off_t, off64_t};
 use xpm_client::mapping::Advice;
 
-use crate::external::{self, External, PAGE};
+use crate::external::{self, External, Local, PAGE};
+use crate::{process, threads};
 
 /// What else may be asked for of a mapping that becomes external.
 const HARMLESS: c_int =
@@ -26,9 +27,45 @@ fn range(address: *mut c_void, len: usize) -> Range<usize> {
     address as usize..(address as usize).saturating_add(len)
 }
 
-fn can_be_external(prot: c_int, flags: c_int) -> bool {
-    let needed = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-    prot == libc::PROT_READ | libc::PROT_WRITE && flags & needed == needed && flags & !HARMLESS == 0
+/// Why such a mapping cannot be external.
+fn stays_local(prot: c_int, flags: c_int) -> Option<Local> {
+    let fixed = libc::MAP_FIXED | libc::MAP_FIXED_NOREPLACE;
+    Some(match prot == libc::PROT_READ | libc::PROT_WRITE {
+        _ if flags & libc::MAP_SHARED != 0 => Local::Shared,
+        _ if flags & fixed != 0 => Local::Fixed,
+        true if flags & !HARMLESS == 0 => return None,
+        false if prot == libc::PROT_NONE => Local::Reserved,
+        _ => Local::Other,
+    })
+}
+
+/// The program puts memory at an address that is external: new zeros, or an address range that is only reserved. Nothing else can be there.
+///
+/// # Safety
+/// As of mmap(2) with MAP_FIXED.
+unsafe fn replace(
+    external: &'static External,
+    at: *mut c_void,
+    len: usize,
+    prot: c_int,
+    flags: c_int,
+) -> *mut c_void {
+    let private = flags & libc::MAP_PRIVATE != 0 && flags & libc::MAP_ANONYMOUS != 0;
+    let range = range(at, len);
+    if !private || !external::is_external(range.end - 1) || flags & libc::MAP_FIXED_NOREPLACE != 0 {
+        set_errno(if flags & libc::MAP_FIXED_NOREPLACE != 0 { libc::EEXIST } else { libc::ENOMEM });
+        return failed();
+    }
+    if !external.clear(range.clone()) {
+        set_errno(libc::ENOMEM);
+        return failed();
+    }
+    external.set_protected(&range);
+    // SAFETY: by the caller's word.
+    match unsafe { libc::syscall(libc::SYS_mprotect, at, len, prot) } {
+        0 => at,
+        _ => failed(),
+    }
 }
 
 /// # Safety
@@ -42,10 +79,25 @@ pub unsafe extern "C" fn mmap(
     fd: c_int,
     offset: off_t,
 ) -> *mut c_void {
-    if can_be_external(prot, flags)
-        && let Some(address) = external::allocate(len, false)
+    process::look();
+    if flags & libc::MAP_ANONYMOUS != 0 && !threads::is_own() {
+        match stays_local(prot, flags) {
+            None => {
+                if let Some(address) = external::allocate(len, false) {
+                    return address.cast();
+                }
+            }
+            Some(why) => external::stays_local(why, len),
+        }
+    }
+    let fixed = flags & (libc::MAP_FIXED | libc::MAP_FIXED_NOREPLACE) != 0;
+    if fixed
+        && len > 0
+        && external::is_external(hint as usize)
+        && let Some(external) = external::get()
     {
-        return address.cast();
+        // SAFETY: by the caller's word.
+        return unsafe { replace(external, hint, len, prot, flags) };
     }
     // SAFETY: by the caller's word.
     unsafe { libc::syscall(libc::SYS_mmap, hint, len, prot, flags, fd, offset) as *mut c_void }
@@ -71,6 +123,10 @@ pub unsafe extern "C" fn mmap64(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn munmap(address: *mut c_void, len: usize) -> c_int {
     if !external::is_external(address as usize) {
+        // What the parent had is none of this process's, and its addresses stay reserved.
+        if process::is_dead(address as usize) {
+            return 0;
+        }
         // SAFETY: by the caller's word.
         return unsafe { libc::syscall(libc::SYS_munmap, address, len) as c_int };
     }
@@ -79,7 +135,7 @@ pub unsafe extern "C" fn munmap(address: *mut c_void, len: usize) -> c_int {
         return -1;
     }
     if let Some(external) = external::get() {
-        external.unmap(&range(address, len));
+        external.unmap(range(address, len));
     }
     0
 }
@@ -94,7 +150,7 @@ pub unsafe extern "C" fn mremap(
     flags: c_int,
     to: *mut c_void,
 ) -> *mut c_void {
-    if !external::is_external(old as usize) {
+    if !external::is_external(old as usize) && !process::is_dead(old as usize) {
         // SAFETY: by the caller's word; where there is no `to`, the kernel does not look at it.
         return unsafe { libc::syscall(libc::SYS_mremap, old, old_len, len, flags, to) as *mut c_void };
     }
@@ -117,7 +173,7 @@ pub unsafe extern "C" fn mremap(
 /// # Safety
 /// `old` must be an external piece of `old_len` bytes.
 unsafe fn resize(
-    external: &External,
+    external: &'static External,
     old: *mut c_void,
     old_len: usize,
     len: usize,
@@ -148,6 +204,9 @@ unsafe fn resize(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn madvise(address: *mut c_void, len: usize, advice: c_int) -> c_int {
     if !external::is_external(address as usize) {
+        if process::is_dead(address as usize) {
+            return 0;
+        }
         // SAFETY: by the caller's word.
         return unsafe { libc::syscall(libc::SYS_madvise, address, len, advice) as c_int };
     }
@@ -158,16 +217,16 @@ pub unsafe extern "C" fn madvise(address: *mut c_void, len: usize, advice: c_int
     let Some(external) = external::get() else { return 0 };
     let range = range(address, len);
     match advice {
-        libc::MADV_DONTNEED | libc::MADV_FREE if !external.clear(&range) => {
+        libc::MADV_DONTNEED | libc::MADV_FREE if !external.clear(range.clone()) => {
             set_errno(libc::EAGAIN);
             return -1;
         }
         libc::MADV_DONTNEED | libc::MADV_FREE => {}
-        libc::MADV_NORMAL => external.advise(&range, Advice::Normal),
-        libc::MADV_RANDOM => external.advise(&range, Advice::Random),
-        libc::MADV_SEQUENTIAL => external.advise(&range, Advice::Sequential),
-        libc::MADV_WILLNEED => external.advise(&range, Advice::WillNeed),
-        libc::MADV_COLD | libc::MADV_PAGEOUT => external.advise(&range, Advice::DontNeed),
+        libc::MADV_NORMAL => external.advise(range, Advice::Normal),
+        libc::MADV_RANDOM => external.advise(range, Advice::Random),
+        libc::MADV_SEQUENTIAL => external.advise(range, Advice::Sequential),
+        libc::MADV_WILLNEED => external.advise(range, Advice::WillNeed),
+        libc::MADV_COLD | libc::MADV_PAGEOUT => external.advise(range, Advice::DontNeed),
         libc::MADV_HUGEPAGE
         | libc::MADV_NOHUGEPAGE
         | libc::MADV_DONTDUMP
@@ -185,6 +244,11 @@ pub unsafe extern "C" fn madvise(address: *mut c_void, len: usize, advice: c_int
 /// As of mprotect(2).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mprotect(address: *mut c_void, len: usize, prot: c_int) -> c_int {
+    if process::is_dead(address as usize) {
+        // Zeros would come to lie there.
+        set_errno(libc::ENOMEM);
+        return -1;
+    }
     if external::is_external(address as usize)
         && let Some(external) = external::get()
     {

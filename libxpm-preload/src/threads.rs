@@ -3,6 +3,7 @@
 
 use std::cell::Cell;
 use std::ffi::{c_int, c_void};
+use std::mem::MaybeUninit;
 
 use crate::heap;
 
@@ -23,6 +24,21 @@ pub(crate) fn starting<T>(act: impl FnOnce() -> T) -> T {
     STARTS_OWN.set(true);
     let done = act();
     STARTS_OWN.set(false);
+    done
+}
+
+/// Acts; threads that are started meanwhile have all signals blocked: they run no handler of the program.
+pub(crate) fn without_signals<T>(act: impl FnOnce() -> T) -> T {
+    let mut sets = [const { MaybeUninit::<libc::sigset_t>::zeroed() }; 2];
+    let [all, before] = &mut sets;
+    // SAFETY: the sets are this function's; zeros are a set.
+    unsafe {
+        libc::sigfillset(all.as_mut_ptr());
+        libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), before.as_mut_ptr());
+    }
+    let done = act();
+    // SAFETY: as it was.
+    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, before.as_ptr(), std::ptr::null_mut()) };
     done
 }
 

@@ -1,28 +1,29 @@
 //! `xpm run`: a program whose large pieces of memory are external. It takes an allocation for it, starts it with
-//! libxpm-preload.so, and gives the allocation back when it has ended.
+//! libxpm-preload.so, lends the memory to whichever process of it asks first ([`landlord`]), and gives the allocation back
+//! when the program has ended and no process has the memory any more.
+
+mod landlord;
+mod reach;
 
 use std::ffi::OsStr;
-use std::fs::File;
-use std::io::Write as _;
-use std::os::fd::AsRawFd as _;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitCode, ExitStatus};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use rustix::fs::{MemfdFlags, memfd_create};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, WaitOptions, getpid, kill_process, set_child_subreaper, wait};
 use tokio::signal::unix::{SignalKind, signal};
 use xpm_control::{host, random};
 use xpm_protocol::api::allocator::{Allocation, Attach, Create, Map};
-use xpm_protocol::api::run::{DESCRIPTOR, Run};
+use xpm_protocol::api::run::{Account, Place, Run, VARIABLE};
 use xpm_protocol::policy::{Access, Amount};
 use xpm_protocol::{ByteSize, ClientId, Name};
 
 use crate::cli::{Global, RunArgs};
 use crate::connect::{Daemon, Daemons};
 use crate::output;
+use crate::run::landlord::{Landlord, Terms};
 
 /// Least local memory, and least threshold.
 const LOCAL_MIN: u64 = 256 << 10;
@@ -32,7 +33,10 @@ const LIBRARIES: [&str; 2] = ["libxpm_preload.so", "../lib/xpm/libxpm-preload.so
 const LIBRARY: &str = "XPM_PRELOAD";
 /// How often it is looked whether the program has ended.
 const LOOK_EVERY: Duration = Duration::from_millis(10);
-/// Exit statuses of env(1): the program cannot be started, or is not there.
+/// How long after the program has ended another process of it may ask for the memory, and when it is said that one still has it.
+const SAY_AFTER: Duration = Duration::from_secs(1);
+/// Exit statuses of env(1): the program cannot be given memory, cannot be started, or is not there.
+const NO_MEMORY: u8 = 125;
 const CANNOT: u8 = 126;
 const NOT_THERE: u8 = 127;
 
@@ -40,6 +44,14 @@ const NOT_THERE: u8 = 127;
 pub(crate) async fn run(args: &RunArgs, global: &Global, daemons: &Daemons) -> anyhow::Result<ExitCode> {
     check(args)?;
     let library = library()?;
+    if !reach::may_serve_system_calls() {
+        eprintln!(
+            "xpm: system calls could not use external memory, for this user may not use userfaultfd for them: give the user access to \
+             /dev/userfaultfd (group xpm where the package libxpm0 is installed), or set vm.unprivileged_userfaultfd to 1; in a \
+             container the seccomp profile must allow it"
+        );
+        return Ok(ExitCode::from(NO_MEMORY));
+    }
     let allocator = daemons.allocator()?;
     let name: Name = format!("run-{:08x}", random::u128()? as u32).parse()?;
     let size = ByteSize(args.size.0.next_multiple_of(16 << 20));
@@ -47,9 +59,8 @@ pub(crate) async fn run(args: &RunArgs, global: &Global, daemons: &Daemons) -> a
         Create { account: args.account.clone(), access: Access::Mapping, ..Create::new(name.clone(), size) };
     let made: Allocation = allocator.post("/v1/allocations", &create).await.context("no external memory")?;
     made.warnings.iter().for_each(|warning| output::warn(warning));
-    let client = ClientId::from_u128(random::u128()?);
-    let ended = with_allocation(args, global, &allocator, (&name, client), &library).await;
-    let given_back = give_back(&allocator, &name, client).await;
+    let ended = with_allocation(args, global, &allocator, &name, &library).await;
+    let given_back = allocator.delete(&format!("/v1/allocations/{name}")).await;
     let code = ended?;
     given_back.with_context(|| format!("allocation `{name}` is left: run `xpm alloc delete {name}`"))?;
     Ok(code)
@@ -92,9 +103,10 @@ async fn with_allocation(
     args: &RunArgs,
     global: &Global,
     allocator: &Daemon,
-    (name, client): (&Name, ClientId),
+    name: &Name,
     library: &std::path::Path,
 ) -> anyhow::Result<ExitCode> {
+    let client = ClientId::from_u128(random::u128()?);
     let attach = Attach {
         client,
         host: host::host_id()?,
@@ -113,26 +125,42 @@ async fn with_allocation(
         threshold: args.threshold,
         threads: args.threads.into(),
         verbose: args.verbose,
+        transport: args.transport,
     };
-    start_and_wait(&args.program[0], &args.program[1..], &run, library).await
+    let landlord = Landlord::start(Terms { allocator: allocator.clone(), attach, run })?;
+    let ended = start_and_wait(&args.program[0], &args.program[1..], &landlord, library).await;
+    let accounts = landlord.end().await;
+    let ended = ended?;
+    if matches!(ended, Ended::By(_)) {
+        say(args, &accounts);
+    }
+    Ok(match ended {
+        Ended::By(status) => code_of(status),
+        Ended::NotStarted(code) => ExitCode::from(code),
+    })
 }
 
+/// What became of the program.
+enum Ended {
+    By(ExitStatus),
+    /// The exit status that says so.
+    NotStarted(u8),
+}
+
+/// Starts the program, and waits for it and for the process that has the memory.
 async fn start_and_wait(
     program: &OsStr,
     arguments: &[std::ffi::OsString],
-    run: &Run,
+    landlord: &Landlord,
     library: &std::path::Path,
-) -> anyhow::Result<ExitCode> {
-    // Keys are in it: neither the environment nor the command line is for these. Inherited by the program.
-    let mut file = File::from(
-        memfd_create("xpm-run", MemfdFlags::ALLOW_SEALING).context("cannot make a file in memory")?,
-    );
-    file.write_all(&serde_json::to_vec(run)?).context("cannot hand the allocation over")?;
+) -> anyhow::Result<Ended> {
     let mut command = Command::new(program);
     command
         .args(arguments)
-        .env(DESCRIPTOR, file.as_raw_fd().to_string())
+        .env(VARIABLE, Place::to_text(landlord.place()))
         .env("LD_PRELOAD", preloads(library));
+    // Processes that it leaves behind are this one's: whether there are any is known then.
+    let _ = set_child_subreaper(Some(getpid()));
     // Before there is a program that could end of them.
     let mut signals = Signals::new()?;
     let child = match command.spawn() {
@@ -140,18 +168,31 @@ async fn start_and_wait(
         Err(error) => {
             eprintln!("xpm: cannot start {}: {error}", program.display());
             let there = error.kind() != std::io::ErrorKind::NotFound;
-            return Ok(ExitCode::from(if there { CANNOT } else { NOT_THERE }));
+            return Ok(Ended::NotStarted(if there { CANNOT } else { NOT_THERE }));
         }
     };
     let ended = signals.wait(child).await?;
-    // The library empties it.
-    if file.metadata().is_ok_and(|record| record.len() > 0) {
+    signals.wait_for_holder(landlord).await;
+    Ok(Ended::By(ended))
+}
+
+/// Says what was external.
+fn say(args: &RunArgs, accounts: &[(i32, Account)]) {
+    let used = accounts.iter().filter(|(_, account)| account.external > 0);
+    if used.clone().next().is_none() {
         output::warn(&format!(
-            "no program took the external memory: {} is linked statically or setuid, unset LD_PRELOAD, or is a shell that started none",
-            program.display()
+            "nothing was external: no process asked for a private piece of {} or more and could have it (a program that is linked \
+             statically or setuid, or that unset LD_PRELOAD, cannot; see docs/mapping.md)",
+            args.threshold
         ));
     }
-    Ok(code_of(ended))
+    for (id, account) in used.filter(|_| args.verbose) {
+        eprintln!(
+            "xpm run: {} ({id}): {}",
+            output::one_line(&account.program),
+            output::one_line(&account.line)
+        );
+    }
 }
 
 /// What is preloaded already comes behind.
@@ -181,6 +222,33 @@ impl Signals {
         })
     }
 
+    /// A program can leave a process behind that goes on with its memory, or asks for it soon, as daemons do.
+    async fn wait_for_holder(&mut self, landlord: &Landlord) {
+        let since = std::time::Instant::now();
+        let mut said = false;
+        loop {
+            let Some(id) = landlord.holder().await else {
+                if said || since.elapsed() >= SAY_AFTER || !has_descendants() {
+                    return;
+                }
+                tokio::time::sleep(LOOK_EVERY).await;
+                continue;
+            };
+            if !said && since.elapsed() >= SAY_AFTER {
+                said = true;
+                eprintln!(
+                    "xpm run: the program has ended; waiting for process {id}, which has its external memory"
+                );
+            }
+            let passed_on = tokio::select! {
+                _ = self.term.recv() => Signal::TERM,
+                _ = self.hang_up.recv() => Signal::HUP,
+                () = landlord.changed() => continue,
+            };
+            landlord.signal(passed_on).await;
+        }
+    }
+
     async fn wait(&mut self, mut child: Child) -> anyhow::Result<ExitStatus> {
         loop {
             if let Some(status) = child.try_wait().context("cannot wait for the program")? {
@@ -199,14 +267,20 @@ impl Signals {
     }
 }
 
+/// Whether a process is left that descends from the program.
+fn has_descendants() -> bool {
+    loop {
+        match wait(WaitOptions::NOHANG) {
+            // It has ended.
+            Ok(Some(_)) => {}
+            Ok(None) => return true,
+            Err(_) => return false,
+        }
+    }
+}
+
 /// As a shell has it: 128 and the signal, where there was one.
 fn code_of(status: ExitStatus) -> ExitCode {
     let code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
     ExitCode::from(code as u8)
-}
-
-async fn give_back(allocator: &Daemon, name: &Name, client: ClientId) -> anyhow::Result<()> {
-    // It may not have come to that.
-    let _ = allocator.delete(&format!("/v1/allocations/{name}/owner/{client}")).await;
-    Ok(allocator.delete(&format!("/v1/allocations/{name}")).await?)
 }

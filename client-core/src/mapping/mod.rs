@@ -21,6 +21,7 @@
 //! **System calls.** In [`Faults::Inline`], and where userfaultfd(2) is allowed for user mode only, a system call that
 //! is given absent pages fails with EFAULT: touch or pin them before.
 
+mod anchor;
 mod bell;
 mod budget;
 mod buffer;

@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 
 use clap::Args;
+use xpm_protocol::api::blk::TransportKind;
 use xpm_protocol::policy::Amount;
 use xpm_protocol::{ByteSize, Name};
 
@@ -22,6 +23,9 @@ pub(crate) struct RunArgs {
     /// Threads that bring pages.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub(crate) threads: u16,
+    /// Way to the appliances: shm, rdma, nbd-unix or nbd-tcp. [default: the best for each]
+    #[arg(long, value_name = "KIND")]
+    pub(crate) transport: Option<TransportKind>,
     /// Who it is charged to.
     #[arg(long, value_name = "NAME")]
     pub(crate) account: Option<Name>,

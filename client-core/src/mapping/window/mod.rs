@@ -13,14 +13,14 @@ mod blocks;
 mod private;
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
 use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, ftruncate, memfd_create};
 use rustix::mm::{
     Advice, MapFlags, MlockFlags, MprotectFlags, ProtFlags, madvise, mlock_with, mmap, mmap_anonymous,
-    mprotect, munmap,
+    mprotect, munlock, munmap,
 };
 use xpm_protocol::units::PAGE_LEN;
 use xpm_transport::IoBuf;
@@ -28,6 +28,7 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 pub(super) use self::blocks::{BLOCK, Block};
 use self::private::Private;
+use super::anchor::Anchor;
 use super::uffd::{Backing, Partly, Uffd};
 
 /// Length of a page of memory in bytes.
@@ -45,6 +46,8 @@ pub(super) struct Window {
     shelf: NonNull<u8>,
     len: usize,
     memory: Memory,
+    /// Goes last: until then an absent page is a fault.
+    _anchor: Option<Anchor>,
 }
 
 enum Memory {
@@ -77,7 +80,10 @@ impl Window {
                 .map(|private| Memory::Private(Box::new(private))),
         };
         match memory {
-            Ok(memory) => Ok(Window { uffd, window, shelf, len, memory }),
+            Ok(memory) => {
+                let anchor = Anchor::new(uffd.as_fd());
+                Ok(Window { uffd, window, shelf, len, memory, _anchor: anchor })
+            }
             Err(error) => {
                 unmap(window, len);
                 unmap(shelf, len);
@@ -332,7 +338,8 @@ impl Drop for Window {
 
 /// Maps so many bytes, of a file or anonymous, that a child does not get.
 fn map(len: usize, file: Option<&OwnedFd>) -> io::Result<NonNull<u8>> {
-    let (prot, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::NORESERVE);
+    // Without access at first: after mlockall(2) with MCL_FUTURE the kernel would fill all of it now.
+    let (prot, flags) = (ProtFlags::empty(), MapFlags::NORESERVE);
     let address = match file {
         // SAFETY: a new mapping at an address of the kernel's choice.
         Some(file) => unsafe { mmap(std::ptr::null_mut(), len, prot, flags | MapFlags::SHARED, file, 0) }?,
@@ -343,6 +350,10 @@ fn map(len: usize, file: Option<&OwnedFd>) -> io::Result<NonNull<u8>> {
     // SAFETY: just mapped. A child would share the file, and fill holes of it with zeros, and pages that it shares cannot be moved: it
     // gets nothing.
     unsafe { madvise(address, len, Advice::LinuxDontFork) }.inspect_err(|_| unmap(mapped, len))?;
+    let access = MprotectFlags::READ | MprotectFlags::WRITE;
+    // SAFETY: just mapped.
+    unsafe { munlock(address, len).and_then(|()| mprotect(address, len, access)) }
+        .inspect_err(|_| unmap(mapped, len))?;
     // A huge page would be more than the one that is counted. A kernel without them refuses.
     // SAFETY: just mapped.
     let _ = unsafe { madvise(address, len, Advice::LinuxNoHugepage) };

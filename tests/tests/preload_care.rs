@@ -1,0 +1,139 @@
+//! `xpm run`: programs that do what daemons and launchers do with descriptors, processes and memory.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use xpm_tests::Cluster;
+
+const PYTHON: &str = "/usr/bin/python3";
+
+/// Compiles a program of `c/`.
+fn compiled(cluster: &Cluster, name: &str) -> PathBuf {
+    let program = cluster.dir().join(name);
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("c/{name}.c"));
+    let mut cc = Command::new("cc");
+    cc.args(["-Wall", "-Wextra", "-Werror", "-O1", "-pthread", "-o"]).arg(&program).arg(source);
+    let output = cc.output().expect("a C compiler");
+    assert!(output.status.success(), "{}", said(&output));
+    program
+}
+
+fn said(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// Runs a program with so much external memory, of which so much is local, over TCP.
+fn run(cluster: &Cluster, (size, local): (&str, &str), program: &[&str]) -> Output {
+    // Python's own pieces stay local, of which its children have need.
+    let mut words = vec![
+        "run",
+        "-v",
+        "--size",
+        size,
+        "--local",
+        local,
+        "--transport",
+        "nbd-tcp",
+        "--threshold",
+        "2MiB",
+        "--",
+    ];
+    words.extend(program);
+    cluster.command(&words).output().expect("it can be started")
+}
+
+/// What ended well, with so many MiB external at least; what it said.
+fn well(output: &Output, external: u64) -> String {
+    let said = said(output);
+    assert!(output.status.success(), "{} {said}", String::from_utf8_lossy(&output.stdout));
+    assert!(accounts(&said).max() >= Some(external), "{said}");
+    said
+}
+
+/// How many MiB each process had external.
+fn accounts(said: &str) -> impl Iterator<Item = u64> + '_ {
+    said.split("up to ").skip(1).filter_map(|rest| rest.split(' ').next()?.parse().ok())
+}
+
+#[test]
+fn descriptors_that_the_program_closes_and_reuses() {
+    let cluster = Cluster::start(1);
+    let program = compiled(&cluster, "descriptors").display().to_string();
+    let files = cluster.dir().join("files");
+    std::fs::create_dir(&files).expect("a directory");
+    let files = files.display().to_string();
+    let plain = Command::new(&program).arg(&files).output().expect("it can be started");
+    assert!(plain.status.success(), "{}", said(&plain));
+    well(&run(&cluster, ("128MiB", "8MiB"), &[&program, &files]), 64);
+}
+
+#[test]
+fn descriptors_that_python_closes() {
+    let cluster = Cluster::start(1);
+    let file = cluster.dir().join("file").display().to_string();
+    let script = format!(
+        "\
+import os
+big = bytearray(48 << 20)
+for i in range(0, len(big), 4096):
+    big[i] = i >> 12 & 255
+os.closerange(3, 1024)
+files = [os.open({file:?}, os.O_RDWR | os.O_CREAT) for _ in range(40)]
+for round in range(2):
+    assert all(big[i] == i >> 12 & 255 for i in range(0, len(big), 4096))
+assert os.fstat(files[0]).st_size == 0
+"
+    );
+    well(&run(&cluster, ("128MiB", "8MiB"), &[PYTHON, "-c", &script]), 48);
+}
+
+/// The memory goes to the process that wants it, one after the other, by whatever way these come about.
+#[test]
+fn processes_one_after_the_other() {
+    let cluster = Cluster::start(1);
+    let big = "big = bytearray(40 << 20); big[::4096] = b'x' * (len(big) // 4096); assert big.count(b'x') == len(big) // 4096";
+    // A script whose helper programs use none, as launchers of pyenv and the like are; then two that do.
+    let script = format!(
+        "basename x >/dev/null; {PYTHON} -c pass; {PYTHON} -c \"{big}\" && exec {PYTHON} -c \"{big}\""
+    );
+    let said = well(&run(&cluster, ("192MiB", "8MiB"), &["bash", "-c", &script]), 40);
+    assert_eq!(accounts(&said).filter(|most| *most >= 64).count(), 2, "{said}");
+    // A daemon: its parent ends before it asks.
+    let script = format!("import os, time\nif os.fork(): os._exit(0)\nos.setsid()\n{big}");
+    well(&run(&cluster, ("192MiB", "8MiB"), &[PYTHON, "-c", &script]), 40);
+    // A child whose parent has it does without.
+    let script = format!(
+        "import os\n{big}\npid = os.fork()\nif pid == 0:\n    {big}\n    os._exit(0)\nassert os.waitpid(pid, 0)[1] == 0"
+    );
+    well(&run(&cluster, ("192MiB", "8MiB"), &[PYTHON, "-c", &script]), 40);
+}
+
+/// What a child of fork(2) maps itself does not come to lie where its parent's external memory is, and a child that touches that is told of.
+#[test]
+fn children_know_what_is_theirs() {
+    let cluster = Cluster::start(1);
+    let script = "\
+import ctypes, os, signal
+libc = ctypes.PyDLL(None)
+big = bytearray(40 << 20)
+big[::4096] = b'x' * (len(big) // 4096)
+for fork in os.fork, libc._Fork:
+    pid = fork()
+    if pid == 0:
+        import mmap
+        for i in range(64):
+            own = mmap.mmap(-1, 4 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            own[0:5] = b'hello'
+            own.madvise(mmap.MADV_DONTNEED)
+            if own[0:5] != bytes(5): os._exit(3)
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    pid = fork()
+    if pid == 0: os._exit(big[4096])
+    status = os.waitpid(pid, 0)[1]
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGSEGV
+assert big.count(b'x') == len(big) // 4096
+";
+    let said = well(&run(&cluster, ("192MiB", "8MiB"), &[PYTHON, "-c", script]), 40);
+    assert!(said.contains("a child of fork(2) and touched external memory of its parent"), "{said}");
+}
