@@ -31,6 +31,17 @@ wait_for() {
     done
 }
 
+# load_module NAME...: loads modules, or fails with the name of the one that does not load.
+load_module() {
+    local module
+    for module in "$@"; do
+        modprobe "$module" || fail "module $module does not load"
+    done
+}
+
+# has_module NAME: whether the kernel has it as a module. Linux 7.3 has CRC32 built in, without a module's name.
+has_module() { modinfo -n "$1" >/dev/null 2>&1; }
+
 # Daemons of the scenario, the last one first: "PID LOG".
 daemons=()
 

@@ -2,9 +2,7 @@
 . "$LAB_SCRIPTS/lib.sh"
 
 note "kernel $(uname -r), $(nproc) cores, $(free -m | awk '/^Mem/ {print $2}') MB"
-for module in ublk_drv nbd xfs ext4 crc32_generic rdma_rxe; do
-    modprobe $module || fail "module $module does not load"
-done
+load_module ublk_drv nbd xfs ext4 rdma_rxe
 test -c /dev/ublk-control || fail "no /dev/ublk-control"
 test -b /dev/nbd0 || fail "no /dev/nbd0"
 test -x /usr/sbin/mkfs.ext4 || fail "the host's root is not there"

@@ -31,6 +31,9 @@ swapped_out() {
 }
 
 dmesg_start
+# xpm-blk keeps a standby where the kernel has ublk's driver, for whatever form of device; no other scenario of this boot
+# may have loaded it.
+load_module ublk_drv
 blk_settings=$small_blk
 start_blk
 # nbd-direct is for memory that lies on one appliance, so for one region.

@@ -1,5 +1,6 @@
 //! `cargo xtask`: what a developer of xpm runs besides cargo itself.
 
+mod apt;
 mod bench;
 mod demo;
 mod lab;

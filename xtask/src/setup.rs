@@ -2,7 +2,7 @@
 
 use anyhow::{Result, bail};
 
-use crate::util;
+use crate::{apt, util};
 
 /// A Debian package that some command of xtask needs.
 pub(crate) struct Package {
@@ -87,7 +87,7 @@ pub(crate) fn run(packages: &[Package]) -> Result<()> {
 /// Installs packages with apt-get; reads the package lists anew when the old ones do not do.
 fn install(names: &[&str]) -> Result<()> {
     if apt_install(names).is_err() {
-        util::run(util::command("apt-get").args(["update", "-qq"]))?;
+        apt::get(util::command("apt-get").args(["update", "-qq"]))?;
         apt_install(names)?;
     }
     Ok(())
@@ -96,7 +96,7 @@ fn install(names: &[&str]) -> Result<()> {
 fn apt_install(names: &[&str]) -> Result<()> {
     let mut apt = util::command("apt-get");
     apt.env("DEBIAN_FRONTEND", "noninteractive");
-    util::run(apt.args(["install", "-y", "-qq", "--no-install-recommends"]).args(names))
+    apt::get(apt.args(["install", "-y", "-qq", "--no-install-recommends"]).args(names))
 }
 
 #[cfg(test)]

@@ -21,10 +21,12 @@ pub(crate) fn main(args: &Args) -> Result<bool> {
     let start = Instant::now();
     let cargo_ok = cargo_tests()?;
     let cargo_time = start.elapsed();
-    let reports = match args.no_lab {
-        true => Vec::new(),
-        false => lab::run_all(&lab::Args::default())?,
-    };
+    let mut reports = Vec::new();
+    if !args.no_lab {
+        reports = lab::run_all(&lab::Args::default())?;
+        // The kernel of the next Debian may treat swap on a device of user space in another way.
+        reports.extend(lab::run_all(&lab::Args::newest("swap-ublk"))?);
+    }
 
     println!("\n{:<24} {:<8} {}", "cargo tests", verdict(cargo_ok), util::human_time(cargo_time));
     println!("total time: {}", util::human_time(start.elapsed()));

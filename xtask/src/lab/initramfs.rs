@@ -12,7 +12,9 @@ use crate::util;
 /// What must be in the kernel before the host's root can be mounted.
 const MODULES: [&str; 3] = ["9p", "9pnet_virtio", "overlay"];
 /// What a guest that keeps its files on a disk needs besides.
-const DISK_MODULES: [&str; 3] = ["virtio_blk", "crc32c_generic", "ext4"];
+const DISK_MODULES: [&str; 2] = ["virtio_blk", "ext4"];
+/// ext4 needs this one without saying so in `modules.dep`, where CRC32C is a module at all: in Linux 6.12, no longer in 7.3.
+const CRC32C: &str = "crc32c_generic";
 
 const DIRECTORY: u32 = 0o040_755;
 const EXECUTABLE: u32 = 0o100_755;
@@ -61,7 +63,8 @@ fn needs_interpreter(program: &[u8]) -> bool {
 /// Adds the modules, decompressed, and the files `modules/order` and `modules/order-disk` that list them.
 fn add_modules(archive: &mut Archive, kernel: &Kernel) -> Result<()> {
     let first = kernel.module_order(&MODULES)?;
-    let mut disk = kernel.module_order(&DISK_MODULES)?;
+    let crc32c: &[&str] = if kernel.has_module(CRC32C)? { &[CRC32C] } else { &[] };
+    let mut disk = kernel.module_order(&[crc32c, &DISK_MODULES].concat())?;
     disk.retain(|path| !first.contains(path));
     for (list, paths) in [("order", first), ("order-disk", disk)] {
         let mut order = String::new();

@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::{package, setup, util};
-use kernel::Kernel;
+use kernel::{Kernel, Source};
 use netns::Netns;
 use qemu::{Accelerator, Guest, Threads};
 use run::Place;
@@ -61,12 +61,21 @@ pub(crate) struct Args {
     /// Use programs built with --release.
     #[arg(long)]
     release: bool,
+    /// The guest's kernel: `6.12`, Debian 12's; `newest`, that of the backports for Debian 13; or the directory in which
+    /// somebody unpacked the packages of a kernel, which has `boot` or `usr` in it.
+    #[arg(long, default_value = "6.12", value_name = "6.12|newest|PATH")]
+    kernel: Source,
 }
 
 impl Args {
     /// One scenario with optimized programs.
     pub(crate) fn release(scenario: &str) -> Args {
         Args { scenarios: vec![scenario.to_owned()], release: true, ..Args::default() }
+    }
+
+    /// One scenario on the newest kernel.
+    pub(crate) fn newest(scenario: &str) -> Args {
+        Args { scenarios: vec![scenario.to_owned()], kernel: Source::Newest, ..Args::default() }
     }
 }
 
@@ -117,7 +126,8 @@ pub(crate) fn summarize(reports: &[Report]) -> bool {
     for report in reports {
         let verdict = if report.passed() { "passed" } else { "FAILED" };
         let first_line = report.failure.as_deref().and_then(|text| text.lines().next()).unwrap_or_default();
-        println!("lab {:<26} {verdict:<8} {:<10} {first_line}", report.name, util::human_time(report.time));
+        let time = util::human_time(report.time);
+        println!("lab {:<26} {:<22} {verdict:<8} {time:<10} {first_line}", report.name, report.kernel);
     }
     let passed = reports.iter().filter(|report| report.passed()).count();
     println!("{passed} passed, {} failed", reports.len() - passed);
@@ -184,7 +194,7 @@ impl Lab {
         let cache = target.join("lab");
         let runs = cache.join("run");
         fs::create_dir_all(&runs).with_context(|| format!("cannot make {}", runs.display()))?;
-        let kernel = Kernel::get(&cache)?;
+        let kernel = Kernel::get(&args.kernel, &cache)?;
         let initramfs = cache.join(format!("initramfs-{}", std::process::id()));
         initramfs::build(&kernel, &initramfs)?;
         let networks = (0..boots_at_once(scenarios)).map(|_| Netns::new()).collect::<Result<Vec<_>>>()?;
@@ -288,7 +298,8 @@ impl Lab {
     }
 
     fn place<'a>(&'a self, dir: &'a Path, network: &'a Netns) -> Place<'a> {
-        Place { netns: network, dir, programs: &self.programs, time_max: self.time_max }
+        let kernel = self.kernel.release();
+        Place { netns: network, dir, programs: &self.programs, kernel, time_max: self.time_max }
     }
 
     fn guest<'a>(&'a self, dir: &Path, scenarios: &[&'static Scenario]) -> Guest<'a> {

@@ -29,6 +29,8 @@ const CONSOLE_LINES: usize = 25;
 pub(crate) struct Report {
     /// The scenario.
     pub(crate) name: &'static str,
+    /// Release of the guest's kernel.
+    pub(crate) kernel: String,
     /// How long it took, without the boot.
     pub(crate) time: Duration,
     /// Why it failed, if it did.
@@ -52,6 +54,8 @@ pub(crate) struct Place<'a> {
     pub(crate) dir: &'a Path,
     /// Directory of the programs under test.
     pub(crate) programs: &'a Path,
+    /// Release of the guest's kernel.
+    pub(crate) kernel: &'a str,
     /// Replaces each scenario's own limit.
     pub(crate) time_max: Option<Duration>,
 }
@@ -246,21 +250,15 @@ impl<'a> Watch<'a> {
 
     /// Closes the running scenario, or, when none is, the next one that should have begun.
     fn report(&mut self, failure: Option<String>) {
-        let report = match self.running.take() {
-            Some(running) => Report {
-                name: running.scenario.name,
-                time: running.since.elapsed(),
-                failure,
-                tagged: running.tagged,
-            },
+        let (name, time, tagged) = match self.running.take() {
+            Some(running) => (running.scenario.name, running.since.elapsed(), running.tagged),
             None => match self.waiting.pop_front() {
-                Some(next) => {
-                    Report { name: next.name, time: self.booted.elapsed(), failure, tagged: Vec::new() }
-                }
+                Some(next) => (next.name, self.booted.elapsed(), Vec::new()),
                 None => return,
             },
         };
-        self.reports.push(report);
+        let kernel = self.place.kernel.to_owned();
+        self.reports.push(Report { name, kernel, time, failure, tagged });
     }
 
     /// The reports, with one for what the guest's end interrupted.
