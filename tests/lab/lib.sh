@@ -119,7 +119,7 @@ TOML
     wait_for 30 xpm blk list
 }
 
-# on_host kill|restart NAME [SECONDS]: has the host's daemon NAME (allocator, appliance-1, appliance-2) killed as by
+# on_host kill|restart|upgrade NAME [SECONDS]: has the host's daemon NAME (allocator, appliance-1, appliance-2) killed as by
 # kill -9, or ended in order, and started again after so many seconds (0); what the appliance holds is kept for it, as
 # systemd does. Waits until the next life is ready. Different daemons may be replaced by several processes at once.
 on_host() {

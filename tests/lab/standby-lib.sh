@@ -9,6 +9,10 @@ never=/run/never
 sleep() { read -rt "$1" _ <>"$never" || true; }
 look_every=2
 
+# The file says which program the manager starts as xpm-blk; a scenario that upgrades it writes another path there.
+blk_program_file=/run/lab/blk.program
+[ -e $blk_program_file ] || command -v xpm-blk >$blk_program_file
+
 # Starts what starts xpm-blk whenever the process that it started has ended, and locks this shell's own memory as far as that
 # goes: its pages are read again and again, and it is not chosen when memory runs out.
 start_managed_blk() {
@@ -45,7 +49,7 @@ manage_blk() {
         # The file is appended to by all, so that none writes over another's lines.
         (
             echo "$BASHPID" >/sys/fs/cgroup/xpm-blk/cgroup.procs
-            exec xpm-blk --config /run/xpm/blk.toml
+            exec "$(<$blk_program_file)" --config /run/xpm/blk.toml
         ) >>/run/lab/blk.log 2>&1 &
         main=$!
         echo $main >/run/lab/main.pid
@@ -98,7 +102,7 @@ restart_blk() {
 replace_blk() {
     (
         echo "$BASHPID" >/sys/fs/cgroup/xpm-blk/cgroup.procs
-        exec xpm-blk --config /run/xpm/blk.toml
+        exec "$(<$blk_program_file)" --config /run/xpm/blk.toml
     ) >>/run/lab/blk.log 2>&1 &
     local new=$! old=$serving
     is_replaced() { [ ! -e "/proc/$old" ]; }
@@ -125,7 +129,7 @@ print(*[(area["name"], area["path"]) for area in json.load(sys.stdin)["areas"]][
 
 start_swapd() {
     make_group xpm-swapd memory.swap.max=0
-    start_daemon swapd in_group "$group" xpm-swapd --config /run/xpm/swapd.toml
+    start_daemon swapd in_group "$group" "${swapd_program:-xpm-swapd}" --config /run/xpm/swapd.toml
     swapd_pid=$pid
     wait_for 60 base_is_on
 }

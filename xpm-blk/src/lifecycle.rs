@@ -59,7 +59,7 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Why it cannot start, or is not wanted, in one line.
 pub fn run(config: &Config, stands_by: bool) -> Result<(), DeviceError> {
     config.check().map_err(|error| DeviceError::new(ErrorKind::Invalid, error))?;
-    let mut post = stands_by.then(Post::of_parent).transpose()?;
+    let mut post = announce(config, stands_by)?;
     if stands_by {
         // It was started by a path without a name; whoever looks for this program by its name finds it. Not being found is no
         // reason not to run.
@@ -71,6 +71,21 @@ pub fn run(config: &Config, stands_by: bool) -> Result<(), DeviceError> {
     let ended = serve_or_wait(&runtime, config, &mut post);
     xpm_control::log::flush();
     ended
+}
+
+/// Tells the process that serves, if there is one, that this process is there. This comes before anything that takes
+/// memory: a process that serves starts a standby of its own unless it knows of another process, and a machine that is
+/// short of memory has none for three.
+fn announce(config: &Config, stands_by: bool) -> Result<Option<Post>, DeviceError> {
+    if stands_by {
+        return Post::of_parent().map(Some);
+    }
+    // A directory that cannot be used is found, and said, when it is opened.
+    let post = Post::of_successor(&config.state).unwrap_or_default();
+    if let Some(post) = &post {
+        post.wait_for_answer();
+    }
+    Ok(post)
 }
 
 fn serve_or_wait(runtime: &Runtime, config: &Config, post: &mut Option<Post>) -> Result<(), DeviceError> {

@@ -320,6 +320,19 @@ impl Work {
         }
     }
 
+    /// Makes room for a successor, which is armed in the place of a standby: of two processes that fill their memory at
+    /// once, one is more than a machine that is short of memory can bear. A standby that is ready stays.
+    fn end_unready_standby(&mut self) {
+        self.end_started();
+        if let Some(standby) = self.standby.take_if(|standby| standby.ready.is_none()) {
+            tracing::info!("the standby, process {}, makes room for a newer process", standby.pid);
+            standby.end();
+        }
+        if self.standby.is_none() {
+            self.shared.status().pid = None;
+        }
+    }
+
     fn put_off(&mut self) {
         self.due = Instant::now() + self.pause;
         self.pause = (self.pause * 2).min(PAUSES.1);
@@ -439,7 +452,10 @@ impl Work {
     fn accept(&mut self) {
         let Some(Ok((socket, _))) = self.listener.as_ref().map(UnixListener::accept) else { return };
         match Peer::connected(socket) {
-            Ok(peer) if self.successor.is_none() => self.successor = Some(peer),
+            Ok(peer) if self.successor.is_none() => {
+                self.end_unready_standby();
+                self.successor = Some(peer);
+            }
             Ok(peer) => {
                 let why = "another process is about to take over".to_owned();
                 let _ = peer.sender.send(&ToStandby::Refused(why), None);

@@ -25,6 +25,8 @@ use xpm_safety as safety;
 
 /// Heap for what is made when this process goes on: volumes, links with their buffers, tasks. In bytes.
 const HEAP_LEN: usize = 8 << 20;
+/// How long the process that serves may take to make room for a successor: it ends a standby that is not ready.
+const ANSWER_LIMIT: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 /// Pause between two looks for the death of a process that has closed its end.
 const CLOSED_PAUSE: Duration = Duration::from_millis(1);
 
@@ -89,6 +91,15 @@ impl Post {
         let hello = FromStandby::Hello { pid: std::process::id(), successor, records: records::VERSION };
         sender.send(&hello, None).at(at())?;
         Ok(Post { sender, receiver, serving, serving_pid, successor })
+    }
+
+    /// Blocks until the process that serves has answered or is dead, for 10 s at most. By then no third process is filling
+    /// its memory.
+    pub(crate) fn wait_for_answer(&self) {
+        let mut watched =
+            [PollFd::new(&self.serving, PollFlags::IN), PollFd::new(self.receiver.socket(), PollFlags::IN)];
+        // An error or silence is noticed by the wait that follows.
+        let _ = poll(&mut watched, Some(&ANSWER_LIMIT));
     }
 
     /// Stands by until that is over, and holds memory meanwhile that is given back to the kernel from then on, for what it

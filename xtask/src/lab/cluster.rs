@@ -15,6 +15,7 @@ use serde_json::Value;
 
 use super::daemon::Daemon;
 use super::disk::{self, Disk, Storage};
+use super::earlier::Links;
 use super::netns::{HOST, Netns};
 use crate::util;
 
@@ -36,6 +37,8 @@ const AGREEING_TIME: Duration = Duration::from_secs(1);
 pub(crate) struct Cluster<'a> {
     netns: &'a Netns,
     programs: PathBuf,
+    /// By which the services are started, where they begin as earlier programs and are upgraded.
+    links: Option<Links>,
     dir: PathBuf,
     daemons: Vec<Daemon>,
     /// Times that xpm-blk was started.
@@ -45,16 +48,19 @@ pub(crate) struct Cluster<'a> {
 impl<'a> Cluster<'a> {
     /// Starts the daemons, with an appliance for each of the given sizes of memory, and waits
     /// until the allocator hears all of them. Without appliances there is no allocator either.
-    /// Logs and data go to `dir`.
+    /// Logs and data go to `dir`. With `earlier`, the daemons begin as the programs in that directory.
     pub(crate) fn start(
         netns: &'a Netns,
         programs: &Path,
+        earlier: Option<&Path>,
         dir: &Path,
         appliances: &[&str],
     ) -> Result<Cluster<'a>> {
+        let links = earlier.map(|earlier| Links::new(dir.join("programs"), earlier)).transpose()?;
         let mut cluster = Cluster {
             netns,
             programs: programs.to_path_buf(),
+            links,
             dir: dir.to_path_buf(),
             daemons: Vec::new(),
             blk_lives: 0,
@@ -279,14 +285,23 @@ impl<'a> Cluster<'a> {
         let lives = self.dir.join("share/lives");
         fs::create_dir_all(&lives)?;
         let mut command = self.command("supervise");
-        command.arg(self.dir.join(format!("{name}.notify"))).arg(self.programs.join(program)).args(arguments);
+        let file =
+            self.links.as_ref().map_or_else(|| self.programs.join(program), |links| links.path(program));
+        command.arg(self.dir.join(format!("{name}.notify"))).arg(file).args(arguments);
         self.daemons.push(Daemon::start_service(&self.dir, &lives, name, command)?);
         Ok(())
     }
 
     /// Has the daemon of this name, `allocator` or `appliance-N`, end and start again: killed as by `kill -9`, or in order
-    /// (`restart`), with so many seconds between.
+    /// (`restart`), with so many seconds between; `upgrade` is a restart as the program of this build.
     pub(crate) fn replace(&mut self, how: &str, name: &str, seconds: &str) -> Result<()> {
+        let mut how = how;
+        if how == "upgrade" {
+            let links = self.links.as_ref().context("the daemons are not of an earlier build")?;
+            let program = if name == "allocator" { "xpm-allocator" } else { "xpm-appliance" };
+            links.point(program, &self.programs)?;
+            how = "restart";
+        }
         let daemon = self.daemons.iter_mut().find(|daemon| daemon.name == name);
         daemon
             .with_context(|| format!("there is no {name} on the host"))?

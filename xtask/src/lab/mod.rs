@@ -7,6 +7,7 @@
 mod cluster;
 mod daemon;
 pub(crate) mod disk;
+mod earlier;
 mod initramfs;
 mod kernel;
 mod netns;
@@ -172,6 +173,8 @@ fn join(boots: ScopedJoinHandle<'_, Result<Vec<Report>>>) -> Result<Vec<Report>>
 /// What all boots of a run share.
 struct Lab {
     programs: PathBuf,
+    /// Programs of an earlier commit, where a scenario upgrades them.
+    earlier: Option<PathBuf>,
     runs: PathBuf,
     kernel: Kernel,
     initramfs: PathBuf,
@@ -194,6 +197,8 @@ impl Lab {
         let cache = target.join("lab");
         let runs = cache.join("run");
         fs::create_dir_all(&runs).with_context(|| format!("cannot make {}", runs.display()))?;
+        let upgrades = scenarios.iter().any(|scenario| scenario.upgrades);
+        let earlier = upgrades.then(|| earlier::programs(&cache)).transpose()?;
         let kernel = Kernel::get(&args.kernel, &cache)?;
         let initramfs = cache.join(format!("initramfs-{}", std::process::id()));
         initramfs::build(&kernel, &initramfs)?;
@@ -202,6 +207,7 @@ impl Lab {
         println!("lab: kernel {} under {accelerator:?}", kernel.release());
         Ok(Lab {
             programs: target.join(if args.release { "release" } else { "debug" }),
+            earlier,
             runs,
             kernel,
             initramfs,
@@ -256,8 +262,11 @@ impl Lab {
         if scenarios.iter().any(|scenario| scenario.systemd) {
             self.make_packages(dir.path(), scenarios)?;
         }
-        let reports =
-            run::boot(&self.place(dir.path(), network), &self.guest(dir.path(), scenarios), scenarios);
+        let reports = run::boot(
+            &self.place(dir.path(), network, scenarios),
+            &self.guest(dir.path(), scenarios),
+            scenarios,
+        );
         let failed = reports.as_ref().map_or(true, |reports| !reports.iter().all(Report::passed));
         if failed || self.keep {
             println!("lab: logs are in {}", dir.keep().display());
@@ -294,12 +303,23 @@ impl Lab {
         if scenarios.iter().any(|scenario| scenario.systemd) {
             self.make_packages(dir.path(), scenarios)?;
         }
-        run::shell(&self.place(dir.path(), &self.networks[0]), &self.guest(dir.path(), scenarios), scenarios)
+        run::shell(
+            &self.place(dir.path(), &self.networks[0], scenarios),
+            &self.guest(dir.path(), scenarios),
+            scenarios,
+        )
     }
 
-    fn place<'a>(&'a self, dir: &'a Path, network: &'a Netns) -> Place<'a> {
-        let kernel = self.kernel.release();
-        Place { netns: network, dir, programs: &self.programs, kernel, time_max: self.time_max }
+    fn place<'a>(&'a self, dir: &'a Path, network: &'a Netns, scenarios: &[&Scenario]) -> Place<'a> {
+        let upgrades = scenarios.first().is_some_and(|scenario| scenario.upgrades);
+        Place {
+            netns: network,
+            dir,
+            programs: &self.programs,
+            earlier: self.earlier.as_deref().filter(|_| upgrades),
+            kernel: self.kernel.release(),
+            time_max: self.time_max,
+        }
     }
 
     fn guest<'a>(&'a self, dir: &Path, scenarios: &[&'static Scenario]) -> Guest<'a> {

@@ -54,6 +54,8 @@ pub(crate) struct Place<'a> {
     pub(crate) dir: &'a Path,
     /// Directory of the programs under test.
     pub(crate) programs: &'a Path,
+    /// Directory of the programs of an earlier commit, where the boot's scenarios upgrade them.
+    pub(crate) earlier: Option<&'a Path>,
     /// Release of the guest's kernel.
     pub(crate) kernel: &'a str,
     /// Replaces each scenario's own limit.
@@ -94,7 +96,7 @@ pub(crate) fn shell(place: &Place<'_>, guest: &Guest<'_>, scenarios: &[&'static 
 /// The daemons on the host that a scenario, and its group, want.
 fn start_cluster<'a>(place: &Place<'a>, scenario: Option<&&'static Scenario>) -> Result<Cluster<'a>> {
     let appliances = scenario.map_or(&[][..], |scenario| scenario.appliances);
-    let mut cluster = Cluster::start(place.netns, place.programs, place.dir, appliances)?;
+    let mut cluster = Cluster::start(place.netns, place.programs, place.earlier, place.dir, appliances)?;
     if let Some(size) = scenario.and_then(|scenario| scenario.vhost) {
         cluster.serve_disk(size)?;
     }
@@ -120,12 +122,13 @@ fn prepare(
     let shell = if with_shell { "1" } else { "" };
     let env = format!(
         "LAB_BIN='{}'\nLAB_SCRIPTS='{}'\nLAB_HOST={HOST}\nLAB_ECHO_PORT={}\nXPM_ALLOCATOR={}\nLAB_SHELL={shell}\n\
-         LAB_DISKS='{}'\n",
+         LAB_DISKS='{}'\nLAB_EARLIER_BIN='{}'\n",
         place.programs.display(),
         scripts.display(),
         cluster::ECHO_PORT,
         Cluster::allocator_url(),
         disk::list(scenarios.first().map_or(&[][..], |scenario| scenario.disks)),
+        place.earlier.unwrap_or(Path::new("")).display(),
     );
     fs::write(share.join("env"), env)?;
     guest.on_host_root(place.netns, &scripts.join("run"), &share)
@@ -193,8 +196,8 @@ impl<'a> Watch<'a> {
     }
 
     /// Takes one line: a marker of the runner (`@lab begin NAME`, `@lab end NAME STATUS`), a wish of the scenario, or
-    /// output of it. Wishes are `@lab kill-blk` for the host's xpm-blk, and `@lab kill NAME SECONDS` and `@lab restart
-    /// NAME SECONDS` for `allocator` and `appliance-N`: so long they are away. A script has `on_host` for these, in `lib.sh`.
+    /// output of it. Wishes are `@lab kill-blk` for the host's xpm-blk, and `@lab kill|restart|upgrade NAME SECONDS` for
+    /// `allocator` and `appliance-N`: so long they are away. A script has `on_host` for these, in `lib.sh`.
     fn take(&mut self, line: &str, cluster: &mut Cluster<'_>) {
         let words: Vec<&str> = line.split_whitespace().collect();
         match words[..] {
@@ -205,7 +208,7 @@ impl<'a> Watch<'a> {
                 Ok(()) => self.show("the host's xpm-blk was killed, and started again"),
                 Err(error) => self.report(Some(format!("the host's xpm-blk cannot be replaced: {error:#}"))),
             },
-            ["@lab", how @ ("kill" | "restart"), name, seconds] => {
+            ["@lab", how @ ("kill" | "restart" | "upgrade"), name, seconds] => {
                 match cluster.replace(how, name, seconds) {
                     Ok(()) => self.show(&format!("{how} {name}: life {} has begun", cluster.lives(name))),
                     Err(error) => self.report(Some(format!("{how} {name}: {error:#}"))),

@@ -26,6 +26,8 @@ pub(crate) struct Scenario {
     pub(crate) disks: &'static [Disk],
     /// Whether the guest's first process is systemd, its files are on a disk, and it may restart (`tests/lab/systemd`).
     pub(crate) systemd: bool,
+    /// Whether the daemons begin as programs of an earlier commit, which the script upgrades.
+    pub(crate) upgrades: bool,
     /// The script in `tests/lab` that the guest runs.
     pub(crate) script: &'static str,
     /// The script's arguments.
@@ -54,6 +56,7 @@ const BASE: Scenario = Scenario {
     vhost: None,
     disks: &[],
     systemd: false,
+    upgrades: false,
     script: "",
     args: &[],
     seconds_max: 900,
@@ -259,12 +262,21 @@ pub(crate) const ALL: &[Scenario] = &[
         ..KILL_LOOP
     },
     Scenario {
-        name: "upgrade",
+        name: "restart-all",
         long: true,
         about: "every daemon restarted in place, xpm-blk replaced, too, under swap and a mounted file system",
-        group: "upgrade",
-        script: "upgrade.sh",
+        group: "restart-all",
+        script: "restart-all.sh",
         args: &["1"],
+        ..BASE
+    },
+    Scenario {
+        name: "upgrade",
+        long: true,
+        about: "a pool of an earlier commit's programs upgraded under live swap, one daemon after the other in any order",
+        group: "upgrade",
+        upgrades: true,
+        script: "upgrade.sh",
         ..BASE
     },
     Scenario {
@@ -457,6 +469,7 @@ mod tests {
                 assert_eq!(scenario.vhost, other.vhost, "{}", other.name);
                 assert_eq!(scenario.disks, other.disks, "{}", other.name);
                 assert_eq!(scenario.systemd, other.systemd, "{}", other.name);
+                assert_eq!(scenario.upgrades, other.upgrades, "{}", other.name);
             }
         }
     }
