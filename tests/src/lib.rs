@@ -7,6 +7,7 @@ pub mod hang;
 pub mod manager;
 pub mod mapping;
 pub mod several;
+pub mod verified;
 pub mod vhost;
 
 use std::fs::File;

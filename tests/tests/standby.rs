@@ -173,6 +173,33 @@ fn a_newer_process_takes_over_from_the_one_that_serves() {
     assert_eq!(alive.len(), 2, "one serves and one stands by: {alive:?}");
 }
 
+/// Three processes that fill their memory at once are more than a machine has that is short of memory.
+#[test]
+fn a_newer_process_takes_the_place_of_a_standby_that_is_not_ready() {
+    let mut site = Site::start();
+    let (serving, mut standby) = site.ready();
+    let stopped = loop {
+        kill_process(pid(standby), Signal::KILL).unwrap();
+        let mut next = None;
+        wait_until("another standby is started", || {
+            let others = site.processes().into_iter().map(|pid| pid.as_raw_pid() as u64);
+            next = others.filter(|&other| other != serving && other != standby && !is_gone(other)).max();
+            next.is_some_and(|next| kill_process(pid(next), Signal::STOP).is_ok())
+        });
+        standby = next.unwrap();
+        wait_until("it is known", || site.status().is_some_and(|status| status["standby"]["pid"] == standby));
+        if site.status().is_some_and(|status| status["standby"]["state"] == "starting") {
+            break standby;
+        }
+    };
+    let newer = site.cluster.another_blk();
+    site.wait_serving(newer.pid().into());
+    assert!(is_gone(stopped));
+    wait_until("the older one has ended", || !site.cluster.blk.is_alive());
+    let log = site.cluster.blk.log();
+    assert!(log.contains(&format!("process {stopped}, makes room for a newer process")), "{log}");
+}
+
 #[test]
 fn one_that_hangs_is_replaced() {
     let site = Site::start();
