@@ -94,7 +94,7 @@ impl Load {
         while !self.stop.load(Ordering::Relaxed) {
             let block = (self.next_random() % self.versions.len() as u64) as usize;
             let start = Instant::now();
-            if self.next_random() % 2 == 0 {
+            if self.next_random().is_multiple_of(2) {
                 self.write(&mut device, block)?;
             } else {
                 self.verify(&mut device, block)?;
