@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use xpm_control::client::{Client, ClientError};
+use xpm_control::settings::{Settings, SettingsError};
 use xpm_control::token::Token;
 use xpm_control::urls::Urls;
 use xpm_control::{error_line, host, random};
@@ -40,6 +41,18 @@ pub struct AttachOptions {
 }
 
 impl AttachOptions {
+    /// The usual way to use an allocation, at the allocators and with the token that the environment (`XPM_ALLOCATOR`,
+    /// `XPM_TOKEN_FILE`), `~/.config/xpm/xpm.toml` or `/etc/xpm/xpm.toml` names. Reads files, so it blocks.
+    ///
+    /// # Errors
+    /// When none of them names an allocator, or a file that is named cannot be used.
+    pub fn configured(name: Name) -> Result<AttachOptions, SettingsError> {
+        let settings = Settings::load()?;
+        let token = settings.token()?;
+        let allocator = settings.allocator.ok_or(SettingsError::NoAllocator)?;
+        Ok(AttachOptions { token, ..AttachOptions::new(allocator, name) })
+    }
+
     /// The usual way to use an allocation.
     pub fn new(allocator: Urls, name: Name) -> AttachOptions {
         AttachOptions {

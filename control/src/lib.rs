@@ -1,5 +1,5 @@
 //! What xpm's daemons and commands share on the control plane: an HTTP/JSON client and server
-//! scaffold, the token, configuration files, state directories, logs, random ids, what the kernel says of swap and memory,
+//! scaffold, the token, configuration files, settings of command and libraries, state directories, logs, random ids, what the kernel says of swap and memory,
 //! and who this host is.
 //!
 //! Nothing here is on the data path. Everything that touches the network is asynchronous and ends
@@ -23,6 +23,7 @@ pub mod manager;
 pub mod proc;
 pub mod random;
 pub mod server;
+pub mod settings;
 pub mod shutdown;
 pub mod state;
 pub mod token;

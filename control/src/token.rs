@@ -20,13 +20,22 @@ pub struct Token(String);
 /// Why a token file cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum TokenError {
-    /// It cannot be read.
-    #[error("cannot read the token file {path}; make one: (umask 077; openssl rand -hex 32 >{path})")]
+    /// There is none.
+    #[error(
+        "there is no token file {path}; copy the one of the allocator's machine, or for the first machine make one: \
+         (umask 077; openssl rand -hex 32 >{path})"
+    )]
+    Missing {
+        /// The file.
+        path: PathBuf,
+    },
+    /// There is one, and it cannot be read. The advice must not be a command that makes one: that would overwrite it.
+    #[error("cannot read the token file {path} ({why}); {}", remedy(.why))]
     Unreadable {
         /// The file.
         path: PathBuf,
         /// Why.
-        source: io::Error,
+        why: io::Error,
     },
     /// Others than its owner can use it.
     #[error("the token file {path} has mode {mode:04o}, so others can use the secret: chmod 600 {path}")]
@@ -48,7 +57,10 @@ impl Token {
     /// Reads a token from a file of mode 0600 or stricter. White space around it is not part of
     /// it. Blocks.
     pub fn load(path: &Path) -> Result<Token, TokenError> {
-        let unreadable = |source| TokenError::Unreadable { path: path.to_owned(), source };
+        let unreadable = |why: io::Error| match why.kind() {
+            io::ErrorKind::NotFound => TokenError::Missing { path: path.to_owned() },
+            _ => TokenError::Unreadable { path: path.to_owned(), why },
+        };
         let file = File::open(path).map_err(unreadable)?;
         let mode = file.metadata().map_err(unreadable)?.permissions().mode() & 0o7777;
         if mode & 0o077 != 0 {
@@ -74,6 +86,17 @@ impl Token {
     /// Whether `shown` is the token, in a time that does not tell how much of it is right.
     pub fn matches(&self, shown: &[u8]) -> bool {
         self.0.as_bytes().ct_eq(shown).into()
+    }
+}
+
+/// What helps where a token file is there and cannot be read.
+fn remedy(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied => {
+            "its owner alone may read it: run this as that user (sudo), or have a copy of your own, mode 0600, and name it by \
+             XPM_TOKEN_FILE"
+        }
+        _ => "look at the path and at the file system it is on",
     }
 }
 
@@ -120,6 +143,19 @@ mod tests {
             let (_directory, path) = file(content, 0o600);
             assert!(matches!(Token::load(&path), Err(TokenError::Malformed { .. })), "{content}");
         }
-        assert!(matches!(Token::load(Path::new("/nonexistent")), Err(TokenError::Unreadable { .. })));
+    }
+
+    #[test]
+    fn advice_to_make_one_is_given_only_where_there_is_none() {
+        let missing = Token::load(Path::new("/nonexistent")).unwrap_err().to_string();
+        assert!(missing.contains("openssl rand"), "{missing}");
+        let (directory, _path) = file("0123456789abcdef\n", 0o600);
+        let unreadable = Token::load(directory.path()).unwrap_err().to_string();
+        assert!(unreadable.starts_with("cannot read") && !unreadable.contains("openssl"), "{unreadable}");
+        let denied = TokenError::Unreadable {
+            path: "/etc/xpm/token".into(),
+            why: io::ErrorKind::PermissionDenied.into(),
+        };
+        assert!(denied.to_string().contains("sudo") && !denied.to_string().contains("openssl"), "{denied}");
     }
 }

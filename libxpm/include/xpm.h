@@ -42,9 +42,11 @@ struct xpm_space;
 struct xpm_options {
   // sizeof(struct xpm_options), so that later versions can have more.
   size_t size;
-  // URLs of the allocators, with commas between them. NULL: what the environment variable XPM_ALLOCATOR says.
+  // URLs of the allocators, with commas between them. NULL: what the environment variable XPM_ALLOCATOR says, or else
+  // `allocator` in ~/.config/xpm/xpm.toml or /etc/xpm/xpm.toml.
   const char *allocator;
-  // File with the secret of the control plane. NULL: none.
+  // File with the secret of the control plane. NULL: what the environment variable XPM_TOKEN_FILE says, or else `token-file` in
+  // one of those files. Empty: none.
   const char *token_file;
   // Local memory in bytes to be used as cache, at least 256 KiB. 0: 64 MiB.
   uint64_t budget;

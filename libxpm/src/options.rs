@@ -2,11 +2,12 @@
 
 use std::ffi::{CStr, c_char, c_int};
 use std::mem::{MaybeUninit, offset_of};
-use std::path::Path;
+use std::path::PathBuf;
 
 use xpm_client::AttachOptions;
 use xpm_client::mapping::{Budget, Faults, SpaceOptions};
-use xpm_control::token::Token;
+use xpm_control::error_line;
+use xpm_control::settings::Settings;
 use xpm_protocol::Name;
 
 use crate::error::Error;
@@ -20,9 +21,11 @@ const FIRST_LEN: usize = offset_of!(xpm_options, budget_percent);
 pub struct xpm_options {
     /// sizeof(struct xpm_options), so that later versions can have more.
     pub size: usize,
-    /// URLs of the allocators, with commas between them. NULL: what the environment variable XPM_ALLOCATOR says.
+    /// URLs of the allocators, with commas between them. NULL: what the environment variable XPM_ALLOCATOR says, or else
+    /// `allocator` in ~/.config/xpm/xpm.toml or /etc/xpm/xpm.toml.
     pub allocator: *const c_char,
-    /// File with the secret of the control plane. NULL: none.
+    /// File with the secret of the control plane. NULL: what the environment variable XPM_TOKEN_FILE says, or else `token-file` in
+    /// one of those files. Empty: none.
     pub token_file: *const c_char,
     /// Local memory in bytes to be used as cache, at least 256 KiB. 0: 64 MiB.
     pub budget: u64,
@@ -42,26 +45,42 @@ pub struct xpm_options {
 
 impl xpm_options {
     fn attach(&self, name: &str) -> Result<AttachOptions, Error> {
-        let allocator = match text(self.allocator)? {
-            Some(urls) => urls.to_owned(),
-            None => std::env::var("XPM_ALLOCATOR").map_err(|_| {
-                Error::invalid("no allocator is named: set `allocator` of the options, or XPM_ALLOCATOR in the environment")
-            })?,
-        };
-        let urls =
-            allocator.parse().map_err(|error| Error::invalid(format!("allocator `{allocator}`: {error}")))?;
+        let said = self.settings()?;
+        let urls = said.allocator.clone().ok_or_else(|| {
+            Error::invalid(
+                "no allocator is named: set `allocator` of the options, XPM_ALLOCATOR in the environment, or `allocator` in \
+                 /etc/xpm/xpm.toml",
+            )
+        })?;
         let name = name.parse().map_err(|error| Error::invalid(format!("allocation `{name}`: {error}")))?;
         let mut attach = AttachOptions::new(urls, name);
-        if let Some(file) = text(self.token_file)? {
-            attach.token =
-                Some(Token::load(Path::new(file)).map_err(|error| Error::invalid(error.to_string()))?);
-        }
+        attach.token = said.token().map_err(|error| Error::invalid(error.to_string()))?;
         if let Some(client) = text(self.client)? {
             let id = client.parse().map_err(|error| Error::invalid(format!("client `{client}`: {error}")))?;
             attach.client = Some(id);
         }
         attach.force = self.force != 0;
         Ok(attach)
+    }
+
+    /// Allocators and token file: of the options, and where these say nothing, of the environment and the files.
+    fn settings(&self) -> Result<Settings, Error> {
+        let options = Settings {
+            allocator: text(self.allocator)?
+                .map(|urls| {
+                    urls.parse().map_err(|error| Error::invalid(format!("allocator `{urls}`: {error}")))
+                })
+                .transpose()?,
+            token_file: text(self.token_file)?.map(PathBuf::from),
+            output: None,
+        };
+        let mut said = match options.is_whole() {
+            // Nobody is refused for a file that is not needed.
+            true => options,
+            false => options.over(Settings::load().map_err(|error| Error::invalid(error_line(&error)))?),
+        };
+        said.token_file = said.token_file.filter(|path| !path.as_os_str().is_empty());
+        Ok(said)
     }
 
     fn budget(&self) -> Result<Budget, Error> {

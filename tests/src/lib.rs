@@ -421,6 +421,8 @@ impl Cluster {
         command
             .env("XPM_ALLOCATOR", self.allocator_url())
             .env("XPM_BLK", self.dir.path().join("blk.sock"))
+            // An allocator that a test has stopped is not waited for.
+            .env("XPM_PATIENCE", "0s")
             .args(arguments)
             .stdin(Stdio::null());
         command

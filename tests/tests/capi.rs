@@ -1,5 +1,8 @@
 //! The C library, by programs in C that are compiled here, against real daemons.
 
+use std::io::{BufRead as _, BufReader};
+use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -47,6 +50,50 @@ fn the_example_sorts_more_than_its_local_memory() {
     let output = run(&cluster, &program, &["letters", "16"]);
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(!output.status.success() && said.contains("letters"), "{said}");
+}
+
+/// A listener in the place of an allocator: the headers of the first request.
+fn headers_of_one_request(listener: TcpListener) -> String {
+    let (stream, _) = listener.accept().expect("the library connects");
+    let mut headers = String::new();
+    for line in BufReader::new(&stream).lines() {
+        let line = line.expect("headers");
+        if line.is_empty() {
+            break;
+        }
+        headers.push_str(&line);
+        headers.push('\n');
+    }
+    headers
+}
+
+#[test]
+fn allocator_and_token_are_found_by_files_and_environment() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let program = compile(dir.path(), "sort", &source("libxpm/examples/sort.c"));
+    let token = dir.path().join("token");
+    std::fs::write(&token, "0123456789abcdef-of-the-file\n").expect("a token");
+    std::fs::set_permissions(&token, PermissionsExt::from_mode(0o600)).expect("a mode");
+    let ask = |config: &str, token: Option<&Path>| {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let file = dir.path().join("xpm.toml");
+        let url = format!("http://{}", listener.local_addr().expect("an address"));
+        std::fs::write(&file, config.replace("URL", &url)).expect("a file");
+        let mut command = Command::new(&program);
+        command.args(["numbers", "16"]).env("XPM_CONFIG", &file).env_remove("XPM_ALLOCATOR");
+        match token {
+            Some(token) => command.env("XPM_TOKEN_FILE", token),
+            None => command.env_remove("XPM_TOKEN_FILE"),
+        };
+        let heard = std::thread::spawn(|| headers_of_one_request(listener));
+        command.output().expect("it can be started");
+        heard.join().expect("a request").to_ascii_lowercase()
+    };
+    let shown = "authorization: bearer 0123456789abcdef-of-the-file";
+    let of_file = ask("allocator = 'URL'\ntoken-file = 'token'\n", None);
+    assert!(of_file.contains(shown), "{of_file}");
+    let of_environment = ask("allocator = 'URL'\n", Some(&token));
+    assert!(of_environment.contains(shown), "{of_environment}");
 }
 
 #[test]

@@ -1,25 +1,45 @@
 //! `xpm alloc`: named amounts of external memory.
 
+pub(crate) mod list;
+
 use std::collections::BTreeMap;
+use std::process::ExitCode;
 
 use anyhow::{Context as _, ensure};
 use serde::Serialize;
-use xpm_protocol::api::allocator::{Allocation, AllocationState, Create, Owner, Renew, Transfer};
-use xpm_protocol::api::decision::Decision;
+use xpm_protocol::api::allocator::{Allocation, Create, Owner, Renew, Transfer};
+use xpm_protocol::api::decision::{Decision, DecisionOutcome};
 use xpm_protocol::{ByteSize, Layout, Name};
 
+use self::list::LISTING;
 use crate::cli::{AllocCommand, CreateArgs};
 use crate::connect::{Daemon, Daemons};
 use crate::output::{self, Output};
 use crate::table::{Table, fields};
 use crate::{age, explain, life, waiting};
 
-pub(crate) async fn run(command: AllocCommand, daemons: &Daemons, output: Output) -> anyhow::Result<()> {
+pub(crate) async fn run(
+    command: AllocCommand,
+    daemons: &Daemons,
+    output: Output,
+) -> anyhow::Result<ExitCode> {
     let allocator = daemons.allocator()?;
     match command {
-        AllocCommand::Create(args) => create(args, &allocator, output).await,
+        AllocCommand::Create(args) if args.dry_run => try_out(args, &allocator, output).await,
+        command => carry_out(command, &allocator, daemons, output).await.map(|()| ExitCode::SUCCESS),
+    }
+}
+
+async fn carry_out(
+    command: AllocCommand,
+    allocator: &Daemon,
+    daemons: &Daemons,
+    output: Output,
+) -> anyhow::Result<()> {
+    match command {
+        AllocCommand::Create(args) => create(args, allocator, output).await,
         AllocCommand::Explain { name, all } => {
-            let decisions = decisions(&allocator, &name).await?;
+            let decisions = decisions(allocator, &name).await?;
             let wanted: Vec<Decision> =
                 decisions.into_iter().take(if all { usize::MAX } else { 1 }).collect();
             ensure!(
@@ -33,17 +53,17 @@ pub(crate) async fn run(command: AllocCommand, daemons: &Daemons, output: Output
             let allocation: Allocation = allocator.post(&path, &Renew { duration }).await?;
             output.print(&allocation, |renewed| format!("{name}: {}\n", lease(renewed)))
         }
-        AllocCommand::List => output.print(&allocator.allocations().await?, |all| list(all)),
+        AllocCommand::List(args) => LISTING.print(allocator.allocations().await?, &args, output),
         AllocCommand::Show { name } => {
             let allocation: Allocation = allocator.get(&format!("/v1/allocations/{name}")).await?;
             output.print(&allocation, show)
         }
         AllocCommand::Resize { name, size, no_wait } => {
-            let allocation = life::resize(&name, size, no_wait, &allocator, output).await?;
+            let allocation = life::resize(&name, size, no_wait, allocator, output).await?;
             output.print(&allocation, created)
         }
         AllocCommand::Transfer { name, to, deadline, force } => {
-            let allocation = life::transfer(&name, Transfer { to, deadline, force }, &allocator).await?;
+            let allocation = life::transfer(&name, Transfer { to, deadline, force }, allocator).await?;
             output.print(&allocation, |given| {
                 format!("{name}: {}\n", given.owner.as_ref().map(owner).unwrap_or_default())
             })
@@ -52,7 +72,7 @@ pub(crate) async fn run(command: AllocCommand, daemons: &Daemons, output: Output
             if force {
                 warn_of_live_device(daemons, &name).await;
             }
-            delete(&allocator, &name, force).await?;
+            delete(allocator, &name, force).await?;
             output.print(&Deleted { deleted: name }, |_| String::new())
         }
     }
@@ -64,14 +84,21 @@ struct Deleted {
     deleted: Name,
 }
 
+/// A dry run: says what would become of the request. A refusal is a failure, as it would be without `--dry-run`.
+async fn try_out(args: CreateArgs, allocator: &Daemon, output: Output) -> anyhow::Result<ExitCode> {
+    let explained = args.explain;
+    let query = if explained { "?all=true" } else { "" };
+    let decision: Decision = allocator.post(&format!("/v1/decisions{query}"), &request(args)).await?;
+    output.print(&decision, if explained { explain::decision } else { explain::outcome })?;
+    Ok(match decision.outcome {
+        DecisionOutcome::Placed { .. } => ExitCode::SUCCESS,
+        DecisionOutcome::Refused { .. } => ExitCode::FAILURE,
+    })
+}
+
 async fn create(args: CreateArgs, allocator: &Daemon, output: Output) -> anyhow::Result<()> {
-    let (dry_run, explained) = (args.dry_run, args.explain);
+    let explained = args.explain;
     let create = request(args);
-    if dry_run {
-        let query = if explained { "?all=true" } else { "" };
-        let decision: Decision = allocator.post(&format!("/v1/decisions{query}"), &create).await?;
-        return output.print(&decision, if explained { explain::decision } else { explain::outcome });
-    }
     let name = create.name.clone();
     let made = waiting::create(allocator, create, output).await;
     if explained {
@@ -158,62 +185,6 @@ fn count(number: usize, thing: &str) -> String {
     format!("{number} {thing}{}", if number == 1 { "" } else { "s" })
 }
 
-/// The table of all allocations.
-pub(crate) fn list(allocations: &[Allocation]) -> String {
-    if allocations.is_empty() {
-        return "No allocations: make one with `xpm alloc create NAME --size SIZE`.\n".to_owned();
-    }
-    let mut table = Table::new(&[
-        "NAME",
-        ">SIZE",
-        "STATE",
-        "LAYOUT",
-        ">REGIONS",
-        ">APPLIANCES",
-        "ACCOUNT",
-        "OWNER",
-        ">EPOCH",
-        "CREATED",
-        "ENDS",
-    ]);
-    for allocation in allocations {
-        table.row([
-            allocation.name.to_string(),
-            allocation.size.to_string(),
-            state_of(allocation),
-            layout(&allocation.layout),
-            allocation.regions.len().to_string(),
-            places(allocation).len().to_string(),
-            allocation.account.as_ref().map(ToString::to_string).unwrap_or_default(),
-            allocation.owner.as_ref().map(short_owner).unwrap_or_default(),
-            allocation.epoch.to_string(),
-            age::since(allocation.created),
-            allocation.lease.map(|lease| age::until(lease.ends)).unwrap_or_default(),
-        ]);
-    }
-    table.render()
-}
-
-/// Whether it can be used, and what of it is lost.
-fn state_of(allocation: &Allocation) -> String {
-    let places = places(allocation).len();
-    match allocation.lost.len() {
-        0 => state(allocation.state).to_owned(),
-        lost if lost >= places => "lost".to_owned(),
-        _ => format!("lost on {}", allocation.lost.join(", ")),
-    }
-}
-
-fn state(state: AllocationState) -> &'static str {
-    match state {
-        AllocationState::Waiting => "waiting",
-        AllocationState::Refused => "refused",
-        AllocationState::Creating => "creating",
-        AllocationState::Ready => "ready",
-        AllocationState::Deleting => "deleting",
-    }
-}
-
 fn layout(layout: &Layout) -> String {
     match layout {
         Layout::Linear => "linear".to_owned(),
@@ -223,12 +194,6 @@ fn layout(layout: &Layout) -> String {
 
 fn owner(owner: &Owner) -> String {
     format!("{} ({})", owner.host_name, owner.purpose)
-}
-
-/// The same without the place of a socket, which would make a table wide.
-fn short_owner(owner: &Owner) -> String {
-    let purpose = owner.purpose.split('=').next().unwrap_or_default();
-    format!("{} ({purpose})", owner.host_name)
 }
 
 /// Regions by appliance name, in the order of the names; indices into the allocation's order.
@@ -249,7 +214,7 @@ fn show(allocation: &Allocation) -> String {
         ("name", allocation.name.to_string()),
         ("id", allocation.id.to_string()),
         ("size", allocation.size.to_string()),
-        ("state", state_of(allocation)),
+        ("state", list::explained_state(allocation)),
         ("layout", layout(&allocation.layout)),
         ("regions", format!("{} of {}", allocation.regions.len(), allocation.region_len)),
         ("owner", owned),
@@ -269,11 +234,7 @@ fn show(allocation: &Allocation) -> String {
     if let Some(change) = &allocation.change {
         text.push_str(&fields(&[("changes", life::change_line(change))]));
     }
-    if let Some(refused) = &allocation.refused {
-        text.push_str(&fields(&[("last change", refused.clone())]));
-    }
-    if let Some(waiting) = &allocation.waiting {
-        text.push_str(&fields(&[("waits", waiting.why.clone())]));
+    if allocation.waiting.is_some() {
         return text;
     }
     let mut table = Table::new(&["APPLIANCE", ">REGIONS", ">MEMORY", "WHICH"]);

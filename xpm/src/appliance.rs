@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 
 use anyhow::bail;
 use serde::Serialize;
+use xpm_protocol::ByteSize;
 use xpm_protocol::api::allocator::{Allocation, Appliance, ApplianceState};
 use xpm_protocol::api::appliance::Medium;
 
@@ -11,6 +12,7 @@ use crate::age;
 use crate::cli::ApplianceCommand;
 use crate::connect::Daemons;
 use crate::life;
+use crate::listing::{Cell, Column, Listing};
 use crate::output::Output;
 use crate::table::{Table, fields};
 
@@ -18,7 +20,7 @@ pub(crate) async fn run(command: ApplianceCommand, daemons: &Daemons, output: Ou
     let allocator = daemons.allocator()?;
     let appliances = allocator.appliances().await?;
     match command {
-        ApplianceCommand::List => output.print(&appliances, |all| list(all)),
+        ApplianceCommand::List(args) => LISTING.print(by_name(appliances), &args, output),
         ApplianceCommand::Show { name } => {
             let appliance = find(&appliances, &name)?;
             let allocations = allocator.allocations().await?;
@@ -60,40 +62,31 @@ fn find<'a>(appliances: &'a [Appliance], text: &str) -> anyhow::Result<&'a Appli
     }
 }
 
-/// The table of all appliances, by name.
-pub(crate) fn list(appliances: &[Appliance]) -> String {
-    if appliances.is_empty() {
-        return "No appliance has registered: start xpm-appliance on a machine with memory to spare.\n"
-            .to_owned();
-    }
-    let mut table = Table::new(&[
-        "NAME",
-        "STATE",
-        ">MEMORY",
-        ">FREE",
-        ">GRANTED",
-        ">RESIDENT",
-        ">REGIONS",
-        ">CLIENTS",
-        "ADDRESS",
-    ]);
-    let mut sorted: Vec<&Appliance> = appliances.iter().collect();
-    sorted.sort_by_key(|appliance| &appliance.info.name);
-    for appliance in sorted {
-        let status = &appliance.status;
-        table.row([
-            appliance.info.name.to_string(),
-            state(appliance),
-            status.capacity.to_string(),
-            status.free.to_string(),
-            status.granted.to_string(),
-            status.resident.to_string(),
-            appliance.regions.to_string(),
-            status.connections.to_string(),
-            address(appliance),
-        ]);
-    }
-    table.render()
+/// The list of all appliances.
+pub(crate) const LISTING: Listing<Appliance> = Listing {
+    columns: &[
+        Column::text("NAME", |one| Cell::text(&one.info.name)),
+        Column::text("STATE", |one| Cell::text(state(one))),
+        Column::number("MEMORY", |one| size(one.status.capacity)),
+        Column::number("FREE", |one| size(one.status.free)),
+        Column::number("GRANTED", |one| size(one.status.granted)),
+        Column::number("RESIDENT", |one| size(one.status.resident)),
+        Column::wide_number("REGIONS", |one| Cell::ranked(one.regions, one.regions)),
+        Column::wide_number("CLIENTS", |one| Cell::ranked(one.status.connections, one.status.connections)),
+        Column::text("ADDRESS", |one| Cell::text(address(one))),
+        Column::wide_text("VERSION", |one| Cell::text(&one.info.version)),
+    ],
+    empty: "No appliance has registered: start xpm-appliance on a machine with memory to spare.\n",
+};
+
+fn size(size: ByteSize) -> Cell {
+    Cell::ranked(size, size.0)
+}
+
+/// In the order of their names.
+pub(crate) fn by_name(mut appliances: Vec<Appliance>) -> Vec<Appliance> {
+    appliances.sort_by(|one, other| one.info.name.cmp(&other.info.name));
+    appliances
 }
 
 fn state(appliance: &Appliance) -> String {
@@ -144,11 +137,8 @@ fn show(appliance: &Appliance, allocations: &[Allocation]) -> String {
         ("reserved", status.reserved.to_string()),
         ("resident", status.resident.to_string()),
         ("connections", status.connections.to_string()),
-        ("read", format!("{} in {} requests", xpm_protocol::ByteSize(counters.read_bytes), counters.reads)),
-        (
-            "written",
-            format!("{} in {} requests", xpm_protocol::ByteSize(counters.write_bytes), counters.writes),
-        ),
+        ("read", format!("{} in {} requests", ByteSize(counters.read_bytes), counters.reads)),
+        ("written", format!("{} in {} requests", ByteSize(counters.write_bytes), counters.writes)),
         ("trimmed", format!("{} requests", counters.trims)),
         ("errors", format!("{} requests failed, {} connections refused", counters.errors, counters.refused)),
     ]);

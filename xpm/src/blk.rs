@@ -9,6 +9,7 @@ use xpm_protocol::{ByteSize, Name};
 
 use crate::cli::{AttachArgs, BlkCommand};
 use crate::connect::Daemons;
+use crate::listing::{Cell, Column, Listing};
 use crate::output::Output;
 use crate::table::{Table, fields};
 use crate::{age, attach};
@@ -27,7 +28,7 @@ pub(crate) async fn run(command: BlkCommand, daemons: &Daemons, output: Output) 
             output.hint(&next_steps(&device));
             Ok(())
         }
-        BlkCommand::List => output.print(&blk.devices().await?, |all| list(all)),
+        BlkCommand::List(args) => LISTING.print(blk.devices().await?, &args, output),
         BlkCommand::Show { name } => {
             let device: Device = blk.get(&format!("/v1/devices/{name}")).await?;
             output.print(&device, show)
@@ -81,38 +82,25 @@ fn next_steps(device: &Device) -> String {
     format!("{use_it}remove it:    xpm blk detach {name}")
 }
 
-/// The table of all devices.
-pub(crate) fn list(devices: &[Device]) -> String {
-    if devices.is_empty() {
-        return "No devices on this host: make one with `xpm blk attach NAME --as FORM`.\n".to_owned();
-    }
-    let mut table = Table::new(&[
-        "NAME",
-        "AS",
-        "PATH",
-        ">SIZE",
-        "STATE",
-        "TRANSPORT",
-        ">READ",
-        ">WRITTEN",
-        ">IN FLIGHT",
-        "USED BY",
-    ]);
-    for device in devices {
-        table.row([
-            device.name.to_string(),
-            form(&device.form).to_owned(),
-            device.path.clone(),
-            device.size.to_string(),
-            state(device.state).to_owned(),
-            transports(device),
-            ByteSize(device.counters.read_bytes).to_string(),
-            ByteSize(device.counters.write_bytes).to_string(),
-            device.in_flight.to_string(),
-            device.users.join(", "),
-        ]);
-    }
-    table.render()
+/// The list of this host's devices.
+pub(crate) const LISTING: Listing<Device> = Listing {
+    columns: &[
+        Column::text("NAME", |one| Cell::text(&one.name)),
+        Column::text("AS", |one| Cell::text(form(&one.form))),
+        Column::text("PATH", |one| Cell::text(&one.path)),
+        Column::number("SIZE", |one| Cell::ranked(one.size, one.size.0)),
+        Column::text("STATE", |one| Cell::text(state(one.state))),
+        Column::text("TRANSPORT", |one| Cell::text(transports(one))),
+        Column::wide_number("READ", |one| bytes(one.counters.read_bytes)),
+        Column::wide_number("WRITTEN", |one| bytes(one.counters.write_bytes)),
+        Column::wide_number("IN FLIGHT", |one| Cell::ranked(one.in_flight, one.in_flight)),
+        Column::text("USED BY", |one| Cell::text(one.users.join(", "))),
+    ],
+    empty: "No devices on this host: make one with `xpm blk attach NAME --as FORM`.\n",
+};
+
+fn bytes(count: u64) -> Cell {
+    Cell::ranked(ByteSize(count), count)
 }
 
 /// The transports of its links, each once.

@@ -8,14 +8,13 @@ use xpm_protocol::api::allocator::Client;
 use crate::age;
 use crate::cli::ClientCommand;
 use crate::connect::Daemons;
+use crate::listing::{Cell, Column, Listing};
 use crate::output::Output;
-use crate::table::Table;
 
 pub(crate) async fn run(command: ClientCommand, daemons: &Daemons, output: Output) -> anyhow::Result<()> {
     match command {
-        ClientCommand::List => {
-            let clients: Vec<Client> = daemons.allocator()?.get("/v1/clients").await?;
-            output.print(&clients, |clients| table(clients))
+        ClientCommand::List(args) => {
+            LISTING.print(daemons.allocator()?.get("/v1/clients").await?, &args, output)
         }
         ClientCommand::Report { name } => report(name, daemons, output).await,
     }
@@ -39,24 +38,24 @@ async fn report(name: Option<Name>, daemons: &Daemons, output: Output) -> anyhow
     })
 }
 
-fn table(clients: &[Client]) -> String {
-    if clients.is_empty() {
-        return "No client has told of itself: run `xpm client report` on one.\n".to_owned();
-    }
-    let mut table = Table::new(&["NAME", "ID", ">LINK", ">APPLIANCES", ">SHORTEST", ">LONGEST", "HEARD"]);
-    let micros =
-        |nanos: Option<&u64>| nanos.map(|nanos| format!("{}us", nanos.div_ceil(1000))).unwrap_or_default();
-    for client in clients {
-        let times = &client.facts.round_trips;
-        table.row([
-            client.name.to_string(),
-            client.facts.client.map(|id| id.to_string()).unwrap_or_default(),
-            client.facts.link_speed.map(|speed| speed.to_string()).unwrap_or_default(),
-            times.len().to_string(),
-            micros(times.values().min()),
-            micros(times.values().max()),
-            age::since(client.heard),
-        ]);
-    }
-    table.render()
+const LISTING: Listing<Client> = Listing {
+    columns: &[
+        Column::text("NAME", |one| Cell::text(&one.name)),
+        Column::text("ID", |one| one.facts.client.map_or_else(Cell::none, Cell::text)),
+        Column::number("LINK", |one| {
+            one.facts.link_speed.map_or_else(Cell::none, |speed| Cell::ranked(speed, speed.0))
+        }),
+        Column::wide_number("APPLIANCES", |one| {
+            Cell::ranked(one.facts.round_trips.len(), one.facts.round_trips.len() as u64)
+        }),
+        Column::wide_number("SHORTEST", |one| micros(one.facts.round_trips.values().min())),
+        Column::wide_number("LONGEST", |one| micros(one.facts.round_trips.values().max())),
+        Column::text("HEARD", |one| Cell::ranked(age::since(one.heard), u64::MAX - one.heard)),
+    ],
+    empty: "No client has told of itself: run `xpm client report` on one.\n",
+};
+
+/// A round trip.
+fn micros(nanos: Option<&u64>) -> Cell {
+    nanos.map_or_else(Cell::none, |nanos| Cell::ranked(format!("{}us", nanos.div_ceil(1000)), *nanos))
 }

@@ -9,11 +9,13 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use xpm_control::client::{Client, ClientError};
 use xpm_control::error_line;
+use xpm_control::settings::Settings;
 use xpm_control::token::Token;
 use xpm_control::urls::{ParseUrlsError, Urls};
 use xpm_protocol::api::{ErrorKind, allocator, blk};
 
-use crate::cli::Global;
+use crate::patience::Patience;
+use crate::setup::{self, Setup};
 
 /// Where the daemons are.
 #[derive(Debug, Clone)]
@@ -21,15 +23,34 @@ pub(crate) struct Daemons {
     allocator: String,
     blk: PathBuf,
     token_file: Option<PathBuf>,
+    patience: Patience,
 }
 
 impl Daemons {
-    pub(crate) fn new(global: &Global) -> Daemons {
+    pub(crate) fn new(setup: &Setup) -> Daemons {
         Daemons {
-            allocator: global.allocator.clone(),
-            blk: global.blk.clone(),
-            token_file: global.token_file.clone(),
+            allocator: setup.allocator.clone(),
+            blk: setup.blk.clone(),
+            token_file: setup.token_file.clone(),
+            patience: Patience::new(setup.patience),
         }
+    }
+
+    /// By settings alone, for completions.
+    pub(crate) fn of_settings(settings: Settings) -> Daemons {
+        Daemons {
+            allocator: settings
+                .allocator
+                .map_or_else(|| setup::ALLOCATOR.to_owned(), |urls| urls.to_string()),
+            blk: std::env::var_os("XPM_BLK").map_or("/run/xpm/blk.sock".into(), PathBuf::from),
+            token_file: settings.token_file,
+            patience: Patience::none(),
+        }
+    }
+
+    /// The same, but an allocator that refuses connections is not asked again.
+    pub(crate) fn impatient(&self) -> Daemons {
+        Daemons { patience: Patience::none(), ..self.clone() }
     }
 
     /// The allocator. Nothing is sent yet.
@@ -42,7 +63,7 @@ impl Daemons {
         let client = self
             .token()
             .and_then(|token| Client::new(url, token).map_err(|error| Failure::other(error.to_string())))?;
-        Daemon::new(Ok(client), Who::Appliance(url.to_owned()))
+        Daemon::new(Ok(client), Who::Appliance(url.to_owned()), Patience::none())
     }
 
     fn token(&self) -> Result<Option<Token>, Failure> {
@@ -60,14 +81,15 @@ impl Daemons {
     fn allocator_at(&self, urls: &str) -> Result<Daemon, Failure> {
         let token = self.token()?;
         let client = urls.parse().and_then(|urls: Urls| Ok(Client::one_of(&urls, token)?));
-        Daemon::new(client.map(|client| client.with_patience(LEADER_LIMIT)), Who::Allocator(urls.to_owned()))
+        let client = client.map(|client| client.with_patience(LEADER_LIMIT));
+        Daemon::new(client, Who::Allocator(urls.to_owned()), self.patience.clone())
     }
 
     /// The xpm-blk of this host. Nothing is sent yet.
     pub(crate) fn blk(&self) -> Result<Daemon, Failure> {
         let path = std::path::absolute(&self.blk).unwrap_or_else(|_| self.blk.clone());
         let client = Client::new(&format!("unix:{}", path.display()), None);
-        Daemon::new(client.map_err(Into::into), Who::Blk(self.blk.clone()))
+        Daemon::new(client.map_err(Into::into), Who::Blk(self.blk.clone()), Patience::none())
     }
 }
 
@@ -75,7 +97,7 @@ impl Daemons {
 pub(crate) fn swapd(socket: &Path) -> Result<Daemon, Failure> {
     let path = std::path::absolute(socket).unwrap_or_else(|_| socket.to_owned());
     let client = Client::new(&format!("unix:{}", path.display()), None);
-    Daemon::new(client.map_err(Into::into), Who::Swapd(socket.to_owned()))
+    Daemon::new(client.map_err(Into::into), Who::Swapd(socket.to_owned()), Patience::none())
 }
 
 /// The control interface of one daemon.
@@ -83,6 +105,7 @@ pub(crate) fn swapd(socket: &Path) -> Result<Daemon, Failure> {
 pub(crate) struct Daemon {
     client: Client,
     who: Who,
+    patience: Patience,
 }
 
 /// How long an order may take: a large allocation waits for memory to be cleared.
@@ -95,9 +118,9 @@ const LEADER_LIMIT: Duration = Duration::from_secs(6);
 const LATER_LIMIT: Duration = Duration::from_secs(30);
 
 impl Daemon {
-    fn new(client: Result<Client, ParseUrlsError>, who: Who) -> Result<Daemon, Failure> {
+    fn new(client: Result<Client, ParseUrlsError>, who: Who, patience: Patience) -> Result<Daemon, Failure> {
         match client {
-            Ok(client) => Ok(Daemon { client, who }),
+            Ok(client) => Ok(Daemon { client, who, patience }),
             Err(error) => Err(Failure::other(format!("{error}; {}", who.how_to_name()))),
         }
     }
@@ -108,12 +131,16 @@ impl Daemon {
     }
 
     pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
-        self.client.get(path).await.map_err(|error| self.failure(&error))
+        self.fetch(path).await.map_err(|error| self.failure(&error))
+    }
+
+    async fn fetch<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
+        self.patience.ask(&self.who, || self.client.get(path)).await
     }
 
     /// Gets what every daemon of this kind has: who says that it is not there is of another kind.
     async fn get_own<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
-        self.client.get(path).await.map_err(|error| match &error {
+        self.fetch(path).await.map_err(|error| match &error {
             ClientError::Refused(body) if body.kind == ErrorKind::NotFound => Failure::other(format!(
                 "{} is another program, or of another version: {}; check the address",
                 self.who, body.error
@@ -128,7 +155,8 @@ impl Daemon {
         body: &B,
     ) -> Result<T, Failure> {
         let order = self.client.clone().with_limit(ORDER_LIMIT);
-        order.post(path, body).await.map_err(|error| self.order_failure(&error))
+        let made = self.patience.ask(&self.who, || order.post(path, body)).await;
+        made.map_err(|error| self.order_failure(&error))
     }
 
     pub(crate) async fn put<B: Serialize, T: DeserializeOwned>(
@@ -137,13 +165,15 @@ impl Daemon {
         body: &B,
     ) -> Result<T, Failure> {
         let order = self.client.clone().with_limit(ORDER_LIMIT);
-        order.put(path, body).await.map_err(|error| self.order_failure(&error))
+        let made = self.patience.ask(&self.who, || order.put(path, body)).await;
+        made.map_err(|error| self.order_failure(&error))
     }
 
     /// Asks for something that is not there yet, and waits until it is, or for half a minute.
     pub(crate) async fn get_later<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
         let patient = self.client.clone().with_limit(LATER_LIMIT);
-        patient.get(path).await.map_err(|error| self.failure(&error))
+        let got = self.patience.ask(&self.who, || patient.get(path)).await;
+        got.map_err(|error| self.failure(&error))
     }
 
     /// For orders that take as long as somebody else needs.
@@ -153,26 +183,28 @@ impl Daemon {
         body: &B,
         limit: Duration,
     ) -> Result<T, Failure> {
-        self.client
-            .clone()
-            .with_limit(limit)
-            .post(path, body)
-            .await
-            .map_err(|error| self.order_failure(&error))
+        let order = self.client.clone().with_limit(limit);
+        let made = self.patience.ask(&self.who, || order.post(path, body)).await;
+        made.map_err(|error| self.order_failure(&error))
     }
 
     pub(crate) async fn delete(&self, path: &str) -> Result<(), Failure> {
         let order = self.client.clone().with_limit(ORDER_LIMIT);
-        order.delete(path).await.map_err(|error| self.order_failure(&error))
+        let made = self.patience.ask(&self.who, || order.delete(path)).await;
+        made.map_err(|error| self.order_failure(&error))
     }
 
     fn failure(&self, error: &ClientError) -> Failure {
         let who = &self.who;
         match error {
-            ClientError::Refused(body) if body.kind == ErrorKind::Unauthorized => Failure::other(format!(
-                "{who} refused the token: {}; name the file with its token by --token-file or XPM_TOKEN_FILE",
-                body.error
-            )),
+            ClientError::Refused(body) if body.kind == ErrorKind::Unauthorized => Failure {
+                kind: Some(body.kind),
+                ..Failure::other(format!(
+                    "{who} refused the token: {}; name the file with its token by --token-file, XPM_TOKEN_FILE or `token-file` \
+                     in /etc/xpm/xpm.toml",
+                    body.error
+                ))
+            },
             ClientError::Refused(body) => {
                 Failure { kind: Some(body.kind), ..Failure::other(body.error.clone()) }
             }
@@ -210,8 +242,9 @@ impl Daemon {
     }
 }
 
+/// Which daemon is asked.
 #[derive(Debug, Clone)]
-enum Who {
+pub(crate) enum Who {
     Appliance(String),
     Allocator(String),
     Blk(PathBuf),
@@ -222,7 +255,9 @@ impl Who {
     fn how_to_start(&self) -> &'static str {
         match self {
             Who::Appliance(_) => "start xpm-appliance there",
-            Who::Allocator(_) => "start xpm-allocator, or name another with --allocator or XPM_ALLOCATOR",
+            Who::Allocator(_) => {
+                "start xpm-allocator, or name another with --allocator, XPM_ALLOCATOR or `allocator` in /etc/xpm/xpm.toml"
+            }
             Who::Swapd(_) => {
                 "start it (`systemctl start xpm-swapd`), or name its control socket with --swapd or XPM_SWAPD; its socket \
                  is for root only"
@@ -237,7 +272,7 @@ impl Who {
     fn how_to_name(&self) -> &'static str {
         match self {
             Who::Appliance(_) => "the allocator says so",
-            Who::Allocator(_) => "it came from --allocator or XPM_ALLOCATOR",
+            Who::Allocator(_) => "it came from --allocator, XPM_ALLOCATOR or `allocator` in the settings",
             Who::Blk(_) => "it came from --blk or XPM_BLK",
             Who::Swapd(_) => "it came from --swapd or XPM_SWAPD",
         }
@@ -282,6 +317,16 @@ pub(crate) struct Failure {
 impl Failure {
     fn other(line: String) -> Failure {
         Failure { line, not_there: false, kind: None, unreachable: false }
+    }
+
+    /// Its kind in one word, for programs.
+    pub(crate) fn word(&self) -> String {
+        match self.kind {
+            Some(kind) => serde_json::to_value(kind).ok().and_then(|word| Some(word.as_str()?.to_owned())),
+            None if self.unreachable => Some("unreachable".to_owned()),
+            None => None,
+        }
+        .unwrap_or_else(|| "failed".to_owned())
     }
 
     /// Whether the daemon answered with a refusal of this kind.

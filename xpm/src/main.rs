@@ -8,16 +8,21 @@ mod attach;
 mod blk;
 mod cli;
 mod client;
+mod complete;
 mod connect;
 mod doctor;
 mod events;
 mod explain;
 mod fsck;
+mod json;
 mod life;
+mod listing;
+mod man;
 mod output;
+mod patience;
 mod policy;
 mod run;
-mod shell;
+mod setup;
 mod status;
 mod swap;
 mod table;
@@ -27,56 +32,102 @@ mod waiting;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
-use clap::Parser as _;
+use clap::{CommandFactory as _, Parser as _};
 
 use crate::cli::{Cli, Command};
 use crate::connect::Daemons;
-use crate::output::Output;
+use crate::output::{Form, Output};
+use crate::setup::Setup;
+
+/// Exit status of wrong usage, as clap has it.
+const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
-    match run(cli) {
+    complete::answer_if_asked();
+    if std::env::args_os().len() <= 1 {
+        return print_help();
+    }
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return usage(&error),
+    };
+    let form = if cli.global.json { Form::Wire } else { setup::form(cli.global.output) };
+    // Made again when the settings are known.
+    let mut output = Output::new(form);
+    match run(cli, &mut output) {
         Ok(code) => code,
         Err(error) if output::is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("xpm: {}", output::one_line(&format!("{error:#}")));
+            output.fail(&error);
             ExitCode::FAILURE
         }
     }
 }
 
-fn run(cli: Cli) -> anyhow::Result<ExitCode> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .context("cannot start the runtime for control connections")?;
-    runtime.block_on(dispatch(cli))
+fn print_help() -> ExitCode {
+    match output::print(&Cli::command().render_help().to_string()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::FAILURE,
+    }
 }
 
-async fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
-    let output = Output::new(cli.global.json);
-    let daemons = Daemons::new(&cli.global);
+/// Help and version go to standard output. A mistake is told in the form that was asked for, as far as that can be seen.
+fn usage(error: &clap::Error) -> ExitCode {
+    let words: Vec<String> = std::env::args().collect();
+    let json = words.windows(2).any(|two| matches!(two[0].as_str(), "-o" | "--output") && two[1] == "json")
+        || words.iter().any(|word| word == "-ojson" || word == "--output=json");
+    if json && error.use_stderr() {
+        let text = error.render().to_string();
+        let line = text.lines().next().unwrap_or_default().trim_start_matches("error: ");
+        eprintln!("{:#}", json::told("usage", &output::one_line(line)));
+        return ExitCode::from(USAGE);
+    }
+    // Nobody reads it: there is nobody to tell.
+    let _ = error.print();
+    ExitCode::from(if error.use_stderr() { USAGE } else { 0 })
+}
+
+fn run(cli: Cli, output: &mut Output) -> anyhow::Result<ExitCode> {
     match cli.command {
+        // These need neither settings nor daemons.
+        Command::Completions { shell } => complete::script(shell).map(|()| ExitCode::SUCCESS),
+        Command::Man { directory } => man::man_pages(&directory, *output).map(|()| ExitCode::SUCCESS),
+        Command::Schema => {
+            output::print(&(xpm_protocol::policy::schema() + "\n")).map(|()| ExitCode::SUCCESS)
+        }
+        command => {
+            let setup = Setup::new(&cli.global)?;
+            *output = Output::new(setup.form);
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .context("cannot start the runtime for control connections")?;
+            runtime.block_on(dispatch(command, &setup, *output))
+        }
+    }
+}
+
+async fn dispatch(command: Command, setup: &Setup, output: Output) -> anyhow::Result<ExitCode> {
+    let daemons = Daemons::new(setup);
+    match command {
         Command::Appliance(command) => appliance::run(command, &daemons, output).await?,
-        Command::Alloc(command) => alloc::run(command, &daemons, output).await?,
+        Command::Alloc(command) => return alloc::run(command, &daemons, output).await,
         Command::Blk(command) => blk::run(command, &daemons, output).await?,
         Command::Swap(args) => return swap::run(args, output).await,
         Command::Apply(args) => return policy::apply(&args, &daemons, output).await,
         Command::Get(args) => policy::get(&args, &daemons, output).await?,
         Command::Edit(args) => return policy::edit(&args, &daemons, output).await,
         Command::Delete(args) => policy::delete(&args, &daemons, output).await?,
-        Command::Schema => output::print(&(xpm_protocol::policy::schema() + "\n"))?,
-        Command::Usage => usage::run(&daemons, output).await?,
+        Command::Usage(args) => usage::run(&args, &daemons, output).await?,
         Command::Events { follow, after } => events::run(follow, after, &daemons, output).await?,
         Command::Backup { file } => life::backup(&file, &daemons, output).await?,
         Command::Fsck => return fsck::run(&daemons, output).await,
         Command::Rebalance(args) => life::rebalance(&args, &daemons, output).await?,
-        Command::Run(args) => return run::run(&args, &cli.global, &daemons).await,
+        Command::Run(args) => return run::run(&args, setup, &daemons).await,
         Command::Client(command) => client::run(command, &daemons, output).await?,
-        Command::Status => return status::run(&daemons, output).await,
+        Command::Status => return status::run(&daemons.impatient(), output).await,
         Command::Doctor => return doctor::run(&daemons, output).await,
-        Command::Completions { shell } => shell::completions(shell)?,
-        Command::Man { directory } => shell::man_pages(&directory, output)?,
+        Command::Completions { .. } | Command::Man { .. } | Command::Schema => {}
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -86,7 +86,7 @@ fn diff(change: &DocumentChange) -> String {
 
 pub(crate) async fn get(args: &GetArgs, daemons: &Daemons, output: Output) -> anyhow::Result<()> {
     let documents = fetch(&daemons.allocator()?, args).await?;
-    output.print(&documents, |documents| {
+    output.print_as_written(&documents, |documents| {
         if documents.is_empty() {
             return format!("# no {}: make one with `xpm apply FILE`\n", args.kind);
         }

@@ -20,10 +20,11 @@ use xpm_protocol::api::run::{Account, Place, Run, VARIABLE};
 use xpm_protocol::policy::{Access, Amount};
 use xpm_protocol::{ByteSize, ClientId, Name};
 
-use crate::cli::{Global, RunArgs};
+use crate::cli::RunArgs;
 use crate::connect::{Daemon, Daemons};
 use crate::output;
 use crate::run::landlord::{Landlord, Terms};
+use crate::setup::Setup;
 
 /// Least local memory, and least threshold.
 const LOCAL_MIN: u64 = 256 << 10;
@@ -41,7 +42,7 @@ const CANNOT: u8 = 126;
 const NOT_THERE: u8 = 127;
 
 /// Runs the program; its exit status is this command's.
-pub(crate) async fn run(args: &RunArgs, global: &Global, daemons: &Daemons) -> anyhow::Result<ExitCode> {
+pub(crate) async fn run(args: &RunArgs, setup: &Setup, daemons: &Daemons) -> anyhow::Result<ExitCode> {
     check(args)?;
     let library = library()?;
     if !reach::may_serve_system_calls() {
@@ -59,7 +60,7 @@ pub(crate) async fn run(args: &RunArgs, global: &Global, daemons: &Daemons) -> a
         Create { account: args.account.clone(), access: Access::Mapping, ..Create::new(name.clone(), size) };
     let made: Allocation = allocator.post("/v1/allocations", &create).await.context("no external memory")?;
     made.warnings.iter().for_each(|warning| output::warn(warning));
-    let ended = with_allocation(args, global, &allocator, &name, &library).await;
+    let ended = with_allocation(args, setup, &allocator, &name, &library).await;
     let given_back = allocator.delete(&format!("/v1/allocations/{name}")).await;
     let code = ended?;
     given_back.with_context(|| format!("allocation `{name}` is left: run `xpm alloc delete {name}`"))?;
@@ -101,7 +102,7 @@ fn library() -> anyhow::Result<PathBuf> {
 
 async fn with_allocation(
     args: &RunArgs,
-    global: &Global,
+    setup: &Setup,
     allocator: &Daemon,
     name: &Name,
     library: &std::path::Path,
@@ -115,11 +116,11 @@ async fn with_allocation(
         force: false,
     };
     let map: Map = allocator.put(&format!("/v1/allocations/{name}/owner"), &attach).await?;
-    let token_file = global.token_file.as_deref().map(std::path::absolute).transpose()?;
+    let token_file = setup.token_file.as_deref().map(std::path::absolute).transpose()?;
     let run = Run {
         map,
         client,
-        allocator: global.allocator.clone(),
+        allocator: setup.allocator.clone(),
         token_file,
         local: args.local,
         threshold: args.threshold,

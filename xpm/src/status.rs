@@ -18,7 +18,7 @@ pub(crate) async fn run(daemons: &Daemons, output: Output) -> anyhow::Result<Exi
     let (pool, host) = tokio::join!(read_pool(daemons), read_host(daemons));
     let code = if pool.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
     let overview = Overview::new(pool, host).with_allocators(allocators::read(daemons).await);
-    output.print(&overview, Overview::text)?;
+    output.print(&overview, |overview| overview.text(output.is_wide()))?;
     Ok(code)
 }
 
@@ -37,7 +37,7 @@ async fn read_pool(daemons: &Daemons) -> Result<Pool, Failure> {
     let allocator = daemons.allocator()?;
     Ok(Pool {
         status: allocator.allocator_status().await?,
-        appliances: allocator.appliances().await?,
+        appliances: appliance::by_name(allocator.appliances().await?),
         allocations: allocator.allocations().await?,
     })
 }
@@ -118,18 +118,19 @@ impl Overview {
             .collect()
     }
 
-    fn text(&self) -> String {
+    fn text(&self, wide: bool) -> String {
         let problems: String =
             self.problems.iter().map(|line| format!("WRONG  {}\n", one_line(line))).collect();
         let mut blocks = vec![problems];
         if let Some(status) = &self.allocator {
             blocks.push(pool_line(status) + &allocators::line(&self.allocators));
-            blocks.push(appliance::list(&self.appliances));
-            blocks.push(alloc::list(&self.allocations));
+            blocks.push(appliance::LISTING.text(&self.appliances, wide, true));
+            blocks.push(alloc::list::LISTING.text(&self.allocations, wide, true));
         }
         match &self.blk {
             Some(status) => {
-                blocks.push(format!("{}\n{}", host_line(status), crate::blk::list(&self.devices)));
+                let devices = crate::blk::LISTING.text(&self.devices, wide, true);
+                blocks.push(format!("{}\n{devices}", host_line(status)));
             }
             None if self.no_blk_here => {
                 blocks.push("This host has no devices: xpm-blk does not run here.\n".to_owned());

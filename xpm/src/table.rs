@@ -30,6 +30,11 @@ impl Table {
         Table { columns: headings.iter().map(column).collect(), rows: Vec::new() }
     }
 
+    /// A table with these columns.
+    pub(crate) fn of(columns: Vec<(&'static str, Align)>) -> Table {
+        Table { columns, rows: Vec::new() }
+    }
+
     /// Adds a row; an empty cell shows as `-`.
     pub(crate) fn row(&mut self, cells: impl IntoIterator<Item = String>) {
         let cell = |text: String| match one_line(&text) {

@@ -3,30 +3,28 @@
 use xpm_protocol::ByteSize;
 use xpm_protocol::api::allocator::Usage;
 
+use crate::cli::ListArgs;
 use crate::connect::Daemons;
+use crate::listing::{Cell, Column, Listing};
 use crate::output::Output;
-use crate::table::Table;
 
-pub(crate) async fn run(daemons: &Daemons, output: Output) -> anyhow::Result<()> {
-    let usage: Vec<Usage> = daemons.allocator()?.get("/v1/usage").await?;
-    output.print(&usage, |usage| table(usage))
+pub(crate) async fn run(args: &ListArgs, daemons: &Daemons, output: Output) -> anyhow::Result<()> {
+    LISTING.print(daemons.allocator()?.get("/v1/usage").await?, args, output)
 }
 
-fn table(usage: &[Usage]) -> String {
-    if usage.is_empty() {
-        return "Nobody has anything, and there are no limits.\n".to_owned();
-    }
-    let mut table = Table::new(&["KIND", "NAME", ">HAS", ">ALLOCATIONS", ">SOFT LIMIT", ">HARD LIMIT"]);
-    let shown = |size: Option<ByteSize>| size.map(|size| size.to_string()).unwrap_or_default();
-    for one in usage {
-        table.row([
-            one.of.kind.to_string(),
-            one.of.name.to_string(),
-            one.used.to_string(),
-            one.allocations.to_string(),
-            shown(one.soft_limit),
-            shown(one.hard_limit),
-        ]);
-    }
-    table.render()
+const LISTING: Listing<Usage> = Listing {
+    columns: &[
+        Column::text("KIND", |one| Cell::text(one.of.kind)),
+        Column::text("NAME", |one| Cell::text(&one.of.name)),
+        Column::number("HAS", |one| limit(Some(one.used))),
+        Column::number("ALLOCATIONS", |one| Cell::ranked(one.allocations, one.allocations)),
+        Column::number("SOFT LIMIT", |one| limit(one.soft_limit)),
+        Column::number("HARD LIMIT", |one| limit(one.hard_limit)),
+    ],
+    empty: "Nobody has anything, and there are no limits.\n",
+};
+
+/// A size; none is more than any.
+fn limit(size: Option<ByteSize>) -> Cell {
+    size.map_or_else(|| Cell::ranked("", u64::MAX), |size| Cell::ranked(size, size.0))
 }

@@ -4,6 +4,9 @@ use clap::{Args, Subcommand};
 use xpm_protocol::policy::{Access, Label};
 use xpm_protocol::{ByteSize, Name, Span};
 
+use super::ListArgs;
+use crate::complete::{accounts, allocations, clients, strategies};
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum AllocCommand {
     /// Makes an allocation: takes memory of appliances under a name.
@@ -18,12 +21,24 @@ Examples:
   Wait for up to ten minutes until there is room:
     xpm alloc create big --size 1TiB --account batch --wait 10m")]
     Create(CreateArgs),
-    /// Lists all allocations.
-    List,
+    /// Lists all allocations, with what state they are in and why.
+    ///
+    /// `-o wide` shows more: layout, appliances, owner, epoch.
+    #[command(
+        visible_alias = "ls",
+        after_help = "\
+Examples:
+  xpm alloc list --sort-by=-size
+  xpm alloc list -o wide
+  The names alone, for a script:
+    xpm alloc list -o json | jq -r '.[].name'"
+    )]
+    List(ListArgs),
     /// Shows one allocation: its layout, owner, epoch and regions by appliance.
-    #[command(after_help = "Example:\n  xpm alloc show swap0")]
+    #[command(visible_alias = "describe", after_help = "Example:\n  xpm alloc show swap0")]
     Show {
         /// Its name.
+        #[arg(add = allocations())]
         name: Name,
     },
     /// Says why an allocation lies where it lies, or why it was refused.
@@ -33,6 +48,7 @@ Examples:
     #[command(after_help = "Example:\n  xpm alloc explain swap0")]
     Explain {
         /// Its name.
+        #[arg(add = allocations())]
         name: Name,
         /// All decisions about the name, not only the newest.
         #[arg(long)]
@@ -42,6 +58,7 @@ Examples:
     #[command(after_help = "Example:\n  xpm alloc renew swap0 --for 2h")]
     Renew {
         /// Its name.
+        #[arg(add = allocations())]
         name: Name,
         /// For this long from now. [default: as long as its lease was]
         #[arg(long = "for", value_name = "DURATION")]
@@ -55,6 +72,7 @@ Examples:
     #[command(after_help = "Examples:\n  xpm alloc resize data 64GiB\n  xpm alloc resize data 16GiB")]
     Resize {
         /// Its name.
+        #[arg(add = allocations())]
         name: Name,
         /// Its new size, like 64MiB, 1.5GiB or 2T; rounded up to whole pages.
         #[arg(value_parser = positive_size)]
@@ -73,9 +91,10 @@ Examples:
     xpm alloc transfer data --to host2 --force")]
     Transfer {
         /// Its name.
+        #[arg(add = allocations())]
         name: Name,
         /// The new owner: the name or the id of a client (`xpm client list`).
-        #[arg(long, value_name = "CLIENT")]
+        #[arg(long, value_name = "CLIENT", add = clients())]
         to: String,
         /// How long the present owner has to write back what it holds; at most 50s. [default: 30s]
         #[arg(long, value_name = "DURATION", conflicts_with = "force")]
@@ -88,9 +107,10 @@ Examples:
     ///
     /// Refused while a client uses it, unless forced: then all I/O of that client fails. For swap
     /// that means killed programs, so run `swapoff` and `xpm blk detach` first.
-    #[command(after_help = "Example:\n  xpm alloc delete swap0")]
+    #[command(visible_alias = "rm", after_help = "Example:\n  xpm alloc delete swap0")]
     Delete {
         /// Its name.
+        #[arg(add = allocations())]
         name: Name,
         /// Deletes it even while a client uses it.
         #[arg(long)]
@@ -115,13 +135,13 @@ pub(crate) struct CreateArgs {
     #[arg(long, value_name = "SIZE", value_parser = region_size)]
     pub(crate) region_size: Option<ByteSize>,
     /// The account that it is charged to. [default: that of the client, if it has one]
-    #[arg(long)]
+    #[arg(long, add = accounts())]
     pub(crate) account: Option<Name>,
     /// The client that is going to use it: where that is counts for distance and link speed.
-    #[arg(long)]
+    #[arg(long, add = clients())]
     pub(crate) client: Option<Name>,
     /// The strategy. [default: that of the account, or the one named `default`]
-    #[arg(long)]
+    #[arg(long, add = strategies())]
     pub(crate) strategy: Option<Name>,
     /// A label, for rules of strategies; can be given several times.
     #[arg(long = "label", value_name = "KEY=VALUE")]

@@ -3,17 +3,22 @@
 use clap::{Args, Subcommand};
 use xpm_protocol::ByteSize;
 
+use super::ListArgs;
+use crate::complete::appliances;
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum ApplianceCommand {
     /// Lists the appliances that the allocator knows.
     ///
     /// FREE may still be asked for; GRANTED belongs to allocations; RESIDENT is what of it really
-    /// holds data: it falls when a client discards (fstrim, swap with --discard).
-    List,
+    /// holds data: it falls when a client discards (fstrim, swap with --discard). `-o wide` shows more.
+    #[command(visible_alias = "ls")]
+    List(ListArgs),
     /// Shows one appliance and the allocations that have regions on it.
-    #[command(after_help = "Example:\n  xpm appliance show rack1-a")]
+    #[command(visible_alias = "describe", after_help = "Example:\n  xpm appliance show rack1-a")]
     Show {
         /// Its name or its id.
+        #[arg(add = appliances())]
         name: String,
     },
     /// Empties an appliance, for maintenance: its regions move to others while they are used.
@@ -29,6 +34,7 @@ pub(crate) enum ApplianceCommand {
     #[command(after_help = "Example:\n  xpm appliance undrain rack1-a")]
     Undrain {
         /// Its name or its id.
+        #[arg(add = appliances())]
         name: String,
     },
     /// Makes the allocator forget an appliance that will not come back.
@@ -38,6 +44,7 @@ pub(crate) enum ApplianceCommand {
     #[command(after_help = "Example:\n  xpm appliance forget rack1-a")]
     Forget {
         /// Its name or its id.
+        #[arg(add = appliances())]
         name: String,
     },
 }
@@ -45,6 +52,7 @@ pub(crate) enum ApplianceCommand {
 #[derive(Debug, Args)]
 pub(crate) struct DrainArgs {
     /// Its name or its id.
+    #[arg(add = appliances())]
     pub(crate) name: String,
     /// Copies each allocation no faster than this many bytes a second.
     #[arg(long, value_name = "SIZE", value_parser = rate)]

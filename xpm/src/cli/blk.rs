@@ -4,6 +4,9 @@ use clap::{Args, Subcommand};
 use xpm_protocol::api::blk::{Form, Hold, TransportKind};
 use xpm_protocol::{Name, Span};
 
+use super::ListArgs;
+use crate::complete::{allocations, devices};
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum BlkCommand {
     /// Shows an allocation as a device of this host, and prints the device's path.
@@ -29,12 +32,14 @@ Examples:
       -machine memory-backend=ram -chardev socket,id=disk,path=/run/xpm/vm.sock,reconnect=1 \\
       -device vhost-user-blk-pci,chardev=disk ...")]
     Attach(AttachArgs),
-    /// Lists the devices of this host.
-    List,
+    /// Lists the devices of this host. `-o wide` shows more.
+    #[command(visible_alias = "ls")]
+    List(ListArgs),
     /// Shows one device: its state, who uses it, and the way to each appliance.
-    #[command(after_help = "Example:\n  xpm blk show swap0")]
+    #[command(visible_alias = "describe", after_help = "Example:\n  xpm blk show swap0")]
     Show {
         /// The name of the allocation that it shows.
+        #[arg(add = devices())]
         name: Name,
     },
     /// Removes a device. The allocation and its data stay.
@@ -44,6 +49,7 @@ Examples:
     #[command(after_help = "Example:\n  swapoff /dev/ublkb0 && xpm blk detach swap0")]
     Detach {
         /// The name of the allocation that it shows.
+        #[arg(add = devices())]
         name: Name,
         /// Removes it even while it is used.
         #[arg(long)]
@@ -54,6 +60,7 @@ Examples:
 #[derive(Debug, Args)]
 pub(crate) struct AttachArgs {
     /// The name of the allocation.
+    #[arg(add = allocations())]
     pub(crate) name: Name,
     /// What to show it as: ublk, nbd, nbd-direct, nbd-socket=/PATH, nbd-socket=ADDRESS:PORT or vhost-user=/PATH.
     #[arg(long = "as", value_name = "FORM")]

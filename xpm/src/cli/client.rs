@@ -3,10 +3,13 @@
 use clap::Subcommand;
 use xpm_protocol::Name;
 
+use super::ListArgs;
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum ClientCommand {
     /// Lists the clients that told the allocator about themselves.
-    List,
+    #[command(visible_alias = "ls")]
+    List(ListArgs),
     /// Tells the allocator what this host is as a client: the speed of its link and the round-trip
     /// times to the appliances.
     ///

@@ -4,6 +4,7 @@ mod alloc;
 mod appliance;
 mod blk;
 mod client;
+mod list;
 mod policy;
 mod run;
 mod swap;
@@ -11,11 +12,14 @@ mod swap;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use xpm_control::settings::{ALLOCATOR_VARIABLE, OutputForm, TOKEN_VARIABLE};
+use xpm_protocol::Span;
 
 pub(crate) use alloc::{AllocCommand, CreateArgs};
 pub(crate) use appliance::{ApplianceCommand, DrainArgs, RebalanceArgs};
 pub(crate) use blk::{AttachArgs, BlkCommand};
 pub(crate) use client::ClientCommand;
+pub(crate) use list::ListArgs;
 pub(crate) use policy::{ApplyArgs, DeleteArgs, EditArgs, GetArgs};
 pub(crate) use run::RunArgs;
 pub(crate) use swap::{DrainAreasArgs, SwapArgs, SwapCommand};
@@ -33,7 +37,10 @@ Examples:
   Give it back:
     swapoff $dev && xpm blk detach swap0 && xpm alloc delete swap0
 
-Exit status: 0 on success, 1 on failure with one line on standard error, 2 for wrong usage.";
+Settings: /etc/xpm/xpm.toml, and ~/.config/xpm/xpm.toml, which wins; keys `allocator`, `token-file` and `output`.
+
+Exit status: 0 on success, 1 on failure with one line on standard error, 2 for wrong usage. `status`, `doctor`,
+`fsck` and `swap status` have their own: see their help.";
 
 /// Lends and borrows memory between machines.
 ///
@@ -52,24 +59,25 @@ pub(crate) struct Cli {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Options of every command")]
 pub(crate) struct Global {
-    /// Prints one JSON value instead of text for people, with sizes in bytes.
-    #[arg(long, global = true)]
+    /// Prints answers and errors in this form. [default: text, or `output` in the settings]
+    #[arg(long, short, global = true, value_name = "FORM")]
+    pub(crate) output: Option<OutputForm>,
+    /// Prints the daemons' own messages, as version 0.1 did; `-o json` has units in its keys, and times as text.
+    #[arg(long, global = true, hide = true, conflicts_with = "output")]
     pub(crate) json: bool,
-    /// The allocator's URL; of several allocators, all with commas in between.
-    #[arg(
-        long,
-        global = true,
-        value_name = "URL[,URL...]",
-        env = "XPM_ALLOCATOR",
-        default_value = "http://127.0.0.1:7700"
-    )]
-    pub(crate) allocator: String,
+    /// The allocator's URL; of several allocators, all with commas in between. [default: `allocator` in the settings, or
+    /// http://127.0.0.1:7700]
+    #[arg(long, global = true, value_name = "URL[,URL...]", env = ALLOCATOR_VARIABLE)]
+    pub(crate) allocator: Option<String>,
     /// The control socket of this host's xpm-blk.
     #[arg(long, global = true, value_name = "SOCKET", env = "XPM_BLK", default_value = "/run/xpm/blk.sock")]
     pub(crate) blk: PathBuf,
-    /// A file of mode 0600 with the token that the allocator asks for.
-    #[arg(long, global = true, value_name = "FILE", env = "XPM_TOKEN_FILE")]
+    /// A file of mode 0600 with the token that the allocator asks for. [default: `token-file` in the settings]
+    #[arg(long, global = true, value_name = "FILE", env = TOKEN_VARIABLE)]
     pub(crate) token_file: Option<PathBuf>,
+    /// How long an allocator that refuses connections is asked again: it may be starting. `status` never waits.
+    #[arg(long, global = true, value_name = "DURATION", env = "XPM_PATIENCE", default_value = "10s")]
+    pub(crate) patience: Span,
 }
 
 #[derive(Debug, Subcommand)]
@@ -99,12 +107,12 @@ Examples:
     #[command(after_help = "Example:\n  xpm edit account batch")]
     Edit(EditArgs),
     /// Deletes a document. Refused while another document names it or allocations count for it.
-    #[command(after_help = "Example:\n  xpm delete strategy old")]
+    #[command(visible_alias = "rm", after_help = "Example:\n  xpm delete strategy old")]
     Delete(DeleteArgs),
     /// Prints the JSON Schema of documents, for editors and checkers.
     Schema,
     /// Shows what accounts, clients and strategies have, and their limits.
-    Usage,
+    Usage(ListArgs),
     /// Prints what happened: leases that end, allocations that give way, requests that are served.
     Events {
         /// Goes on with what happens from now on.

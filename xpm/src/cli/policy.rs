@@ -6,6 +6,8 @@ use clap::Args;
 use xpm_protocol::Name;
 use xpm_protocol::policy::Kind;
 
+use crate::complete::any_document;
+
 #[derive(Debug, Args)]
 pub(crate) struct ApplyArgs {
     /// Files of documents, in TOML or, where the name ends with .json, in JSON; `-` is standard input.
@@ -22,6 +24,7 @@ pub(crate) struct GetArgs {
     #[arg(value_parser = kind)]
     pub(crate) kind: Kind,
     /// The document's name; all of the kind when it is left out.
+    #[arg(add = any_document())]
     pub(crate) name: Option<Name>,
 }
 
@@ -31,6 +34,7 @@ pub(crate) struct EditArgs {
     #[arg(value_parser = kind)]
     pub(crate) kind: Kind,
     /// The document's name.
+    #[arg(add = any_document())]
     pub(crate) name: Name,
 }
 
@@ -40,6 +44,7 @@ pub(crate) struct DeleteArgs {
     #[arg(value_parser = kind)]
     pub(crate) kind: Kind,
     /// The document's name.
+    #[arg(add = any_document())]
     pub(crate) name: Name,
     /// Only if it has this version.
     #[arg(long, value_name = "N")]

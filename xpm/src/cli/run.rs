@@ -7,6 +7,8 @@ use xpm_protocol::api::blk::TransportKind;
 use xpm_protocol::policy::Amount;
 use xpm_protocol::{ByteSize, Name};
 
+use crate::complete::accounts;
+
 /// Options of `xpm run`.
 #[derive(Debug, Args)]
 pub(crate) struct RunArgs {
@@ -27,7 +29,7 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "KIND")]
     pub(crate) transport: Option<TransportKind>,
     /// Who it is charged to.
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", add = accounts())]
     pub(crate) account: Option<Name>,
     /// Says at the end how much was external.
     #[arg(long, short)]

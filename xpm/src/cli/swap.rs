@@ -6,6 +6,7 @@ use clap::{Args, Subcommand};
 use xpm_protocol::ByteSize;
 
 use super::alloc::positive_size;
+use crate::complete::areas;
 
 #[derive(Debug, Args)]
 pub(crate) struct SwapArgs {
@@ -70,7 +71,7 @@ Examples:
 #[derive(Debug, Args)]
 pub(crate) struct DrainAreasArgs {
     /// Areas: the names of their allocations, or their devices.
-    #[arg(value_name = "AREA", required_unless_present_any = ["all", "stop"], conflicts_with_all = ["all", "stop"])]
+    #[arg(value_name = "AREA", add = areas(), required_unless_present_any = ["all", "stop"], conflicts_with_all = ["all", "stop"])]
     pub(crate) areas: Vec<String>,
     /// All areas of xpm-swapd.
     #[arg(long, conflicts_with = "stop")]

@@ -12,7 +12,7 @@ fn appliances_are_listed_as_a_table_and_as_they_are() {
     let lines: Vec<&str> = table.lines().collect();
     assert_eq!(
         lines[0].split_whitespace().collect::<Vec<_>>(),
-        ["NAME", "STATE", "MEMORY", "FREE", "GRANTED", "RESIDENT", "REGIONS", "CLIENTS", "ADDRESS"]
+        ["NAME", "STATE", "MEMORY", "FREE", "GRANTED", "RESIDENT", "ADDRESS"]
     );
     assert!(lines[1].contains("4GiB") && lines[1].contains("10.0.0.1:7702"), "{table}");
     assert!(lines[2].contains("silent 1m 30s"), "{table}");

@@ -3,5 +3,7 @@
 mod commands;
 mod failures;
 mod fixtures;
+mod lists;
 mod policy;
+mod settings;
 mod support;

@@ -63,6 +63,13 @@ impl Script {
         url
     }
 
+    /// Serves on this address, which is free.
+    pub(crate) fn serve_at(&self, address: &str) {
+        let listener = TcpListener::bind(address).unwrap();
+        let script = self.clone();
+        thread::spawn(move || listener.incoming().flatten().for_each(|stream| script.answer(stream)));
+    }
+
     /// Serves on a unix socket in `directory`; its path.
     pub(crate) fn serve_unix(&self, directory: &Path) -> PathBuf {
         let path = directory.join("blk.sock");
@@ -136,7 +143,7 @@ impl Host {
     pub(crate) fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_xpm"));
         command.args(args).env("XPM_ALLOCATOR", &self.allocator).env("XPM_BLK", &self.blk);
-        command.env_remove("XPM_TOKEN_FILE");
+        command.env_remove("XPM_TOKEN_FILE").env("XPM_CONFIG", "").env("XPM_PATIENCE", "0s");
         command
     }
 
@@ -177,6 +184,15 @@ impl Run {
         for word in words {
             assert!(self.err.contains(word), "`{word}` is not in: {}", self.err);
         }
+    }
+
+    /// Asserts a failure of this kind told as JSON, with these words.
+    #[track_caller]
+    pub(crate) fn fails_json(self, kind: &str, words: &str) {
+        let told: Value = serde_json::from_str(&self.err).unwrap_or_else(|_| panic!("{}", self.err));
+        assert_eq!(told["error"]["kind"], kind, "{told}");
+        assert!(told["error"]["message"].as_str().unwrap().contains(words), "{told}");
+        assert_ne!(self.code, 0);
     }
 
     /// It failed, with these lines in this order.

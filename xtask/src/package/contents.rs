@@ -99,6 +99,7 @@ fn client(shared: &Shared) -> Result<Package> {
     package.add_units(&["xpm-blk", "xpm-swapd"])?;
     package.add_rules(&["59-xpm", "60-xpm"])?;
     package.stage.copy(&packaging("device-wait.conf"), &format!("{UNITS}/dev-xpm-.device.d/wait.conf"))?;
+    package.add_conffile("xpm.toml")?;
     package.add_conffile("blk.toml")?;
     package.stage.directory("etc/xpm/blk.d")?;
     if packaging("etc/swapd.toml").is_file() {

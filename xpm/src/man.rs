@@ -1,4 +1,4 @@
-//! Completions and manual pages, made from the command's own definition.
+//! Manual pages, made from the command's own definition.
 
 use std::path::Path;
 
@@ -7,14 +7,7 @@ use clap::CommandFactory as _;
 use serde::Serialize;
 
 use crate::cli::Cli;
-use crate::output::{self, Output};
-
-/// Prints the completions of `shell`.
-pub(crate) fn completions(shell: clap_complete::Shell) -> anyhow::Result<()> {
-    let mut script = Vec::new();
-    clap_complete::generate(shell, &mut Cli::command(), "xpm", &mut script);
-    output::print(&String::from_utf8(script).context("the completions are no text")?)
-}
+use crate::output::Output;
 
 /// The pages that were written.
 #[derive(Debug, Serialize)]
