@@ -61,7 +61,7 @@ manage_blk() {
 # The process that serves and the one that is ready to go on, in $serving and $standby.
 find_blk() {
     local status
-    status=$(xpm status --json 2>/dev/null | python3 -c '
+    status=$( (xpm status --json 2>/dev/null || true) | python3 -c '
 import json, sys
 status = json.load(sys.stdin)["blk"]
 standby = status.get("standby") or {}

@@ -181,7 +181,7 @@ refused 'hard.limit|limit' xpm swap grow 64MiB
 memhog 420 --seed 1 --passes 4 --run 64 >/run/lab/hog.out 2>&1 &
 hog=$!
 wait_for 120 is '"limit" in trouble.get("grow", "")'
-refused 'PROBLEM +grow.*limit' xpm swap status
+refused 'SWAP_NOT_GROWN' xpm swap status
 note "the refusal is told: $(status 'trouble["grow"]')"
 limit 8GiB
 wait_for 60 is 'size > 256 and "grow" not in trouble'

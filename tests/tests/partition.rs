@@ -201,7 +201,8 @@ fn an_owner_that_is_cut_off_from_the_allocator_only() {
     site.namespace.set(0, "down");
     let before = written();
     wait_until("it goes on without the allocator", || written() > before + 100);
-    let status: Value = serde_json::from_str(&site.ok("new", &["--json", "status"])).expect("a status");
+    let status: Value =
+        serde_json::from_slice(&site.xpm("new", &["--json", "status"]).stdout).expect("a status");
     let id = status["blk"]["client"].as_str().expect("a client id").to_owned();
     site.ok("new", &["alloc", "transfer", "v", "--to", &id, "--force"]);
     let new = site.attach("new");

@@ -38,7 +38,7 @@ fn controls(cluster: &Cluster) -> Vec<String> {
 }
 
 fn fsck(cluster: &Cluster) -> (bool, String) {
-    let output = cluster.xpm(&["fsck"]);
+    let output = cluster.xpm(&["fsck", "-o", "wide"]);
     (output.status.success(), String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
@@ -199,14 +199,14 @@ fn fsck_sees_another_epoch_and_what_it_cannot_see() {
     let (fine, found) = fsck(&cluster);
     assert!(!fine && found.contains("`split` is at epoch 1 by the record, and at epoch 2"), "{found}");
     cluster.appliances[1].signal(rustix::process::Signal::STOP);
-    wait_until("it is silent", || fsck(&cluster).1.contains("UNCHECKED  appliance a1"));
+    wait_until("it is silent", || fsck(&cluster).1.contains("APPLIANCE_UNCHECKED: appliance a1"));
     cluster.appliances[1].signal(rustix::process::Signal::CONT);
     cluster.wait_up();
     let json = cluster.xpm(&["fsck", "--json"]);
     let found: Value = serde_json::from_slice(&json.stdout).expect("JSON");
     assert_eq!(
         (json.status.code(), found["problems"].as_array().map(Vec::len)),
-        (Some(1), Some(1)),
+        (Some(2), Some(1)),
         "{found}"
     );
 }

@@ -21,6 +21,7 @@ mod man;
 mod output;
 mod patience;
 mod policy;
+mod problems;
 mod run;
 mod setup;
 mod status;
@@ -125,7 +126,7 @@ async fn dispatch(command: Command, setup: &Setup, output: Output) -> anyhow::Re
         Command::Rebalance(args) => life::rebalance(&args, &daemons, output).await?,
         Command::Run(args) => return run::run(&args, setup, &daemons).await,
         Command::Client(command) => client::run(command, &daemons, output).await?,
-        Command::Status => return status::run(&daemons.impatient(), output).await,
+        Command::Status(args) => return status::run(&args, &daemons.impatient(), output).await,
         Command::Doctor => return doctor::run(&daemons, output).await,
         Command::Completions { .. } | Command::Man { .. } | Command::Schema => {}
     }

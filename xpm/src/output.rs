@@ -69,6 +69,15 @@ impl Output {
         print_line(out)
     }
 
+    /// Separates two answers: YAML has a mark for that, and text a blank line.
+    pub(crate) fn separate(self) -> anyhow::Result<()> {
+        print(match self.form {
+            Form::Yaml => "---\n",
+            Form::Text | Form::Wide => "\n",
+            Form::Json | Form::Wire => "",
+        })
+    }
+
     fn structured(self, value: &Value) -> anyhow::Result<String> {
         Ok(match self.form {
             Form::Yaml => serde_saphyr::to_string(value)?,
@@ -123,6 +132,31 @@ pub(crate) fn warn(text: &str) {
     eprintln!("xpm: warning: {}", one_line(text));
 }
 
+/// `text` after `first`, in lines of at most `width` columns that are broken at spaces; further lines stand below its start.
+pub(crate) fn wrapped(first: &str, text: &str, width: usize) -> String {
+    let indent = first.chars().count();
+    let mut lines = first.to_owned();
+    let mut column = indent;
+    for word in text.split(' ').filter(|word| !word.is_empty()) {
+        let len = word.chars().count();
+        match column {
+            start if start == indent => {}
+            column_now if column_now.saturating_add(1 + len) > width => {
+                lines.push('\n');
+                lines.push_str(&" ".repeat(indent));
+                column = indent;
+            }
+            _ => {
+                lines.push(' ');
+                column += 1;
+            }
+        }
+        lines.push_str(word);
+        column += len;
+    }
+    format!("{}\n", lines.trim_end())
+}
+
 /// `text`, or its start and `...` where it is longer than `width` columns.
 pub(crate) fn shortened(text: &str, width: usize) -> String {
     match text.chars().count() > width {
@@ -136,7 +170,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn long_text_is_cut() {
+    fn long_text_is_broken_or_cut() {
+        assert_eq!(wrapped("> ", "one two three", 9), "> one two\n  three\n");
+        assert_eq!(wrapped("", "a-word-that-is-too-long x", 8), "a-word-that-is-too-long\nx\n");
+        assert_eq!(wrapped("x ", "", 8), "x\n");
         assert_eq!(shortened("one two three", 8), "one t...");
         assert_eq!(shortened("one two", 8), "one two");
     }

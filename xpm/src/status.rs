@@ -1,25 +1,48 @@
 //! `xpm status`: the whole system on one screen, anything wrong first.
 
 mod allocators;
+mod problems;
 
+use std::io::IsTerminal as _;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use serde::Serialize;
-use xpm_protocol::api::allocator::{self, Allocation, AllocationState, Appliance, ApplianceState};
-use xpm_protocol::api::blk::{self, Device, DeviceState, StandbyState};
+use xpm_protocol::api::allocator::{self, Allocation, Appliance};
+use xpm_protocol::api::blk::{self, Device, StandbyState};
+use xpm_protocol::api::health::Problem;
 use xpm_transport::rdma::inventory::any_device;
 
 use self::allocators::Allocator;
+use crate::cli::StatusArgs;
 use crate::connect::{Daemons, Failure};
-use crate::output::{Output, one_line};
+use crate::output::{self, Output, WIDTH, one_line, wrapped};
+use crate::problems as told;
 use crate::{age, alloc, appliance};
 
-pub(crate) async fn run(daemons: &Daemons, output: Output) -> anyhow::Result<ExitCode> {
-    let (pool, host) = tokio::join!(read_pool(daemons), read_host(daemons));
-    let code = if pool.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
-    let overview = Overview::new(pool, host).with_allocators(allocators::read(daemons).await);
+/// Shortest pause between two looks.
+const WATCH_MIN: Duration = Duration::from_millis(100);
+
+pub(crate) async fn run(args: &StatusArgs, daemons: &Daemons, output: Output) -> anyhow::Result<ExitCode> {
+    let Some(every) = args.watch else { return Ok(look(daemons, output).await?.exit()) };
+    let terminal = std::io::stdout().is_terminal();
+    loop {
+        if terminal {
+            // Home, and nothing below: the screen of before is gone.
+            output::print("\x1b[H\x1b[2J\x1b[3J")?;
+        }
+        look(daemons, output).await?;
+        tokio::time::sleep(every.0.max(WATCH_MIN)).await;
+        if !terminal {
+            output.separate()?;
+        }
+    }
+}
+
+async fn look(daemons: &Daemons, output: Output) -> anyhow::Result<Overview> {
+    let overview = Overview::read(daemons).await;
     output.print(&overview, |overview| overview.text(output.is_wide()))?;
-    Ok(code)
+    Ok(overview)
 }
 
 struct Pool {
@@ -47,11 +70,14 @@ async fn read_host(daemons: &Daemons) -> Result<Host, Failure> {
     Ok(Host { status: blk.blk_status().await?, devices: blk.devices().await? })
 }
 
-/// What `status --json` prints. `allocator` is none when it does not answer, `blk` also when this
+/// What `status -o json` prints. `allocator` is none when it does not answer, `blk` also when this
 /// host has none.
 #[derive(Debug, Serialize)]
 struct Overview {
-    problems: Vec<String>,
+    /// `ok`, `warning` or `critical`.
+    health: &'static str,
+    /// The worst first.
+    problems: Vec<Problem>,
     allocator: Option<allocator::Status>,
     /// What each of them does, where several are known.
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -66,11 +92,13 @@ struct Overview {
 }
 
 impl Overview {
-    fn new(pool: Result<Pool, Failure>, host: Result<Host, Failure>) -> Overview {
+    async fn read(daemons: &Daemons) -> Overview {
+        let (pool, host) = tokio::join!(read_pool(daemons), read_host(daemons));
         let mut overview = Overview {
+            health: "ok",
             problems: Vec::new(),
             allocator: None,
-            allocators: Vec::new(),
+            allocators: allocators::read(daemons).await,
             appliances: Vec::new(),
             allocations: Vec::new(),
             blk: None,
@@ -78,66 +106,62 @@ impl Overview {
             no_blk_here: false,
         };
         match pool {
-            Ok(pool) => {
-                overview.allocator = Some(pool.status);
-                overview.appliances = pool.appliances;
-                overview.allocations = pool.allocations;
-            }
-            Err(failure) => overview.problems.push(failure.to_string()),
+            Ok(pool) => overview.add_pool(pool),
+            Err(failure) => overview.problems.push(problems::no_allocator(&failure)),
         }
         match host {
-            Ok(host) => {
-                overview.blk = Some(host.status);
-                overview.devices = host.devices;
-            }
+            Ok(host) => overview.add_host(host),
             Err(failure) if failure.is_not_there() => overview.no_blk_here = true,
-            Err(failure) => overview.problems.push(failure.to_string()),
+            Err(failure) => overview.problems.push(problems::no_blk(&failure)),
         }
-        overview.problems.extend(overview.devices.iter().filter_map(device_problem));
-        let rdma_here = any_device();
-        overview.problems.extend(overview.devices.iter().flat_map(|device| worse_ways(device, rdma_here)));
-        overview.problems.extend(overview.safety_problems());
-        overview.problems.extend(overview.appliances.iter().filter_map(appliance_problem));
-        overview.problems.extend(overview.allocations.iter().filter_map(allocation_problem));
+        overview.problems.extend(overview.allocators.iter().filter_map(Allocator::problem));
+        told::sort(&mut overview.problems);
+        overview.health = told::health(&overview.problems);
         overview
     }
 
-    fn with_allocators(mut self, allocators: Vec<Allocator>) -> Overview {
-        self.problems.extend(allocators.iter().filter_map(Allocator::problem));
-        self.allocators = allocators;
-        self
+    fn add_pool(&mut self, pool: Pool) {
+        let Pool { mut status, appliances, allocations } = pool;
+        // They stand in one place, with those of this host.
+        self.problems.append(&mut status.problems);
+        problems::of_older_allocator(&appliances, &allocations, &mut self.problems);
+        self.allocator = Some(status);
+        self.appliances = appliances;
+        self.allocations = allocations;
     }
 
-    /// Safety items matter only while something of this host swaps to a device.
-    fn safety_problems(&self) -> Vec<String> {
-        let swaps = self.devices.iter().any(is_swap);
-        let items =
-            self.blk.iter().filter(|_| swaps).flat_map(|status| &status.safety).filter(|item| !item.ok);
-        items
-            .map(|item| format!("swap is not safe: {} is {}; see `xpm doctor`", item.item, item.found))
-            .collect()
+    fn add_host(&mut self, host: Host) {
+        let Host { status, devices } = host;
+        let rdma_here = any_device();
+        self.problems.extend(devices.iter().filter_map(problems::of_device));
+        self.problems.extend(devices.iter().flat_map(|device| problems::worse_ways(device, rdma_here)));
+        self.problems.extend(problems::of_safety(&status, &devices));
+        self.blk = Some(status);
+        self.devices = devices;
+    }
+
+    fn exit(&self) -> ExitCode {
+        told::exit(&self.problems)
     }
 
     fn text(&self, wide: bool) -> String {
-        let problems: String =
-            self.problems.iter().map(|line| format!("WRONG  {}\n", one_line(line))).collect();
-        let mut blocks = vec![problems];
+        let health = format!("Health: {}\n", told::summary(&self.problems));
+        let mut blocks = vec![health + &told::lines(&self.problems, wide)];
         if let Some(status) = &self.allocator {
-            blocks.push(pool_line(status) + &allocators::line(&self.allocators));
+            blocks.push(pool_line(status, wide) + &allocators::line(&self.allocators));
             blocks.push(appliance::LISTING.text(&self.appliances, wide, true));
             blocks.push(alloc::list::LISTING.text(&self.allocations, wide, true));
         }
         match &self.blk {
             Some(status) => {
                 let devices = crate::blk::LISTING.text(&self.devices, wide, true);
-                blocks.push(format!("{}\n{devices}", host_line(status)));
+                blocks.push(format!("{}\n{devices}", host_line(status, wide)));
             }
             None if self.no_blk_here => {
                 blocks.push("This host has no devices: xpm-blk does not run here.\n".to_owned());
             }
             None => {}
         }
-        blocks.retain(|block| !block.is_empty());
         blocks.join("\n")
     }
 }
@@ -147,78 +171,13 @@ pub(crate) fn is_swap(device: &Device) -> bool {
     device.users.iter().any(|user| user == "swap")
 }
 
-fn device_problem(device: &Device) -> Option<String> {
-    let what = match device.state {
-        DeviceState::Live => return None,
-        DeviceState::Holding => "waits for an appliance",
-        DeviceState::Lost => "has lost memory: I/O to it fails",
-    };
-    let reasons: Vec<String> = device
-        .links
-        .iter()
-        .filter(|link| link.state != blk::LinkState::Up)
-        .map(|link| match &link.reason {
-            Some(reason) => format!("{} for {}: {reason}", link.appliance_name, age::short(link.since.0)),
-            None => format!("{} for {}", link.appliance_name, age::short(link.since.0)),
-        })
-        .collect();
-    Some(format!("device {} ({}) {what} ({})", device.path, device.name, reasons.join("; ")))
-}
-
-/// The links of a device that work, but not over the best transport.
-fn worse_ways(device: &Device, rdma_here: bool) -> Vec<String> {
-    let ways = device.links.iter().filter_map(|link| Some((link, crate::blk::worse_way(link, rdma_here)?)));
-    ways.map(|(link, reason)| {
-        format!(
-            "device {} ({}) reaches {} by {} for {}: {reason}",
-            device.path,
-            device.name,
-            link.appliance_name,
-            link.transport,
-            age::short(link.since.0)
-        )
-    })
-    .collect()
-}
-
-fn appliance_problem(appliance: &Appliance) -> Option<String> {
-    if appliance.state == ApplianceState::Up {
-        return None;
-    }
-    let silent = match appliance.silent {
-        Some(silent) => format!("has not been heard for {}", age::short(silent.0)),
-        None => "has not been heard since the allocator started".to_owned(),
-    };
-    let at_stake = match appliance.regions {
-        0 => "no allocation has memory on it".to_owned(),
-        1 => "1 region of an allocation is on it".to_owned(),
-        regions => format!("{regions} regions of allocations are on it"),
-    };
-    Some(format!("appliance {} {silent}; {at_stake}", appliance.info.name))
-}
-
-fn allocation_problem(allocation: &Allocation) -> Option<String> {
-    match allocation.state {
-        AllocationState::Ready => allocation.ending.as_ref().map(|ending| ending.text.clone()),
-        AllocationState::Waiting => {
-            let before = allocation.waiting.as_ref().and_then(|one| one.before).unwrap_or(0);
-            Some(format!("`{}` waits for memory, {before} requests before it", allocation.name))
-        }
-        AllocationState::Refused => None,
-        AllocationState::Creating => Some(format!("allocation {} is not complete yet", allocation.name)),
-        AllocationState::Deleting => {
-            Some(format!("allocation {} is not deleted yet: an appliance has not confirmed", allocation.name))
-        }
-    }
-}
-
-fn pool_line(status: &allocator::Status) -> String {
+fn pool_line(status: &allocator::Status, wide: bool) -> String {
     let silent = match status.appliances_silent {
         0 => String::new(),
         silent => format!(", {silent} silent"),
     };
-    format!(
-        "Pool: {} free of {}; {} up{silent}; allocator {}, up for {}\n",
+    let line = format!(
+        "{} free of {}; {} up{silent}; allocator {}, up for {}",
         status.free,
         status.capacity,
         match status.appliances_up {
@@ -227,16 +186,18 @@ fn pool_line(status: &allocator::Status) -> String {
         },
         one_line(&status.version),
         age::short(status.uptime.0)
-    )
+    );
+    wrapped("Pool: ", &line, if wide { usize::MAX } else { WIDTH })
 }
 
-fn host_line(status: &blk::Status) -> String {
-    format!(
-        "Devices of this host: xpm-blk {}, up for {}{}",
+fn host_line(status: &blk::Status, wide: bool) -> String {
+    let line = format!(
+        "xpm-blk {}, up for {}{}",
         one_line(&status.version),
         age::short(status.uptime.0),
         standby(status)
-    )
+    );
+    wrapped("Devices of this host: ", &line, if wide { usize::MAX } else { WIDTH }).trim_end().to_owned()
 }
 
 fn standby(status: &blk::Status) -> String {

@@ -5,13 +5,17 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use xpm_protocol::api::swapd::{Area, AreaState, Drain, Grow, Origin, Shrink, Status};
+use serde::Serialize;
+use xpm_protocol::api::blk::DeviceState;
+use xpm_protocol::api::health::{Check, Problem};
+use xpm_protocol::api::swapd::{Area, AreaState, Drain, Grow, Origin, Shrink, Status, Trouble};
 use xpm_protocol::{ByteSize, Name};
 
 use crate::age;
 use crate::cli::{DrainAreasArgs, SwapArgs, SwapCommand};
 use crate::connect::{self, Daemon};
 use crate::output::Output;
+use crate::problems as told;
 use crate::table::{Table, fields};
 
 /// How often it is looked how far the taking away of areas is.
@@ -22,8 +26,10 @@ pub(crate) async fn run(args: SwapArgs, output: Output) -> anyhow::Result<ExitCo
     match args.command {
         SwapCommand::Status => {
             let status: Status = daemon.get("/v1/status").await?;
-            output.print(&status, show)?;
-            return Ok(if status.troubles.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+            let problems = problems(&status);
+            let shown = Shown { health: told::health(&problems), problems, status };
+            output.print(&shown, |shown| show(shown, output.is_wide()))?;
+            return Ok(told::exit(&shown.problems));
         }
         SwapCommand::Grow { size } => {
             let made: Area =
@@ -110,17 +116,47 @@ fn progress(area: &Area) -> String {
     format!("{}: {percent}%, {} of {} left{since}", area.name, area.used, leaving.from)
 }
 
-fn show(status: &Status) -> String {
-    let mut text = String::new();
-    for trouble in &status.troubles {
-        let again =
-            trouble.again.map_or(String::new(), |again| format!("; again in {}", age::short(again.0)));
-        let since = age::short(trouble.since.0);
-        text.push_str(&fields(&[(
-            "PROBLEM",
-            format!("{}: {} (for {since}{again})", trouble.what, trouble.why),
-        )]));
-    }
+/// What `swap status -o json` prints.
+#[derive(Debug, Serialize)]
+struct Shown {
+    /// `ok`, `warning` or `critical`.
+    health: &'static str,
+    problems: Vec<Problem>,
+    #[serde(flatten)]
+    status: Status,
+}
+
+/// What does not go as it should, in the words of every command.
+fn problems(status: &Status) -> Vec<Problem> {
+    let mut problems: Vec<Problem> = status.troubles.iter().map(|trouble| problem(trouble, status)).collect();
+    told::sort(&mut problems);
+    problems
+}
+
+fn problem(trouble: &Trouble, status: &Status) -> Problem {
+    let (what, area) = trouble.what.split_once(" of ").unwrap_or((&trouble.what, ""));
+    let lost =
+        || status.areas.iter().any(|one| one.name.as_str() == area && one.device == Some(DeviceState::Lost));
+    let check = match what {
+        "grow" => Check::SwapNotGrown,
+        "maximum" => Check::SwapAtMaximum,
+        "drain" => Check::SwapNotDrained,
+        "fallback" => Check::SwapNoFallback,
+        "xpm-blk" => Check::BlkUnreachable,
+        "device" if lost() => Check::DeviceLost,
+        "device" => Check::DeviceHolding,
+        "end" => Check::AllocationEnding,
+        _ => Check::SwapTrouble,
+    };
+    let object = if area.is_empty() { "swapd".to_owned() } else { format!("allocation/{area}") };
+    let again = trouble.again.map_or(String::new(), |again| format!("; again in {}", age::short(again.0)));
+    let since = age::short(trouble.since.0);
+    Problem::new(check, object, format!("{}: {} (for {since}{again})", trouble.what, trouble.why))
+}
+
+fn show(shown: &Shown, wide: bool) -> String {
+    let status = &shown.status;
+    let mut text = told::lines(&shown.problems, wide);
     if let Some(rest) = &status.rest {
         text.push_str(&fields(&[("RESTS", rest.why.clone())]));
     }

@@ -1,6 +1,6 @@
 //! What is wrong, or worth knowing, of the pool and of what lies on it.
 
-use xpm_protocol::api::allocator::{Allocation, AllocationState, Appliance, ApplianceState};
+use xpm_protocol::api::allocator::{Allocation, AllocationState, Appliance, ApplianceState, EndReason};
 use xpm_protocol::api::health::{Check, Problem, Severity};
 use xpm_protocol::{ByteSize, Span};
 
@@ -84,9 +84,11 @@ fn of_allocation(one: &Allocation, unix: u64) -> Vec<Problem> {
     }
     if let Some(ending) = &one.ending {
         let graceful = one.lease.is_none_or(|lease| lease.ends > unix);
-        let severity = match one.owner.is_some() && !graceful {
-            true => Severity::Critical,
-            false => Severity::Warning,
+        // An end that was known from the beginning is nothing wrong until it comes.
+        let severity = match (one.owner.is_some() && !graceful, ending.reason) {
+            (true, _) => Severity::Critical,
+            (false, EndReason::Reclaim) => Severity::Warning,
+            (false, EndReason::Lease | EndReason::Hours) => Severity::Info,
         };
         found(
             Problem::new(Check::AllocationEnding, object.clone(), ending.text.clone())

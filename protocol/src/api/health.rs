@@ -169,6 +169,56 @@ checks! {
     SwapUnsafe = "SWAP_UNSAFE", Critical;
     /// xpm-blk serves devices that need a standby, and has none that is ready.
     StandbyMissing = "STANDBY_MISSING", Warning;
+    /// Swap is on a device that looks like one of xpm-blk, which does not answer.
+    SwapOrphan = "SWAP_ORPHAN", Warning;
+    /// The kernel's settings of a device are not those that it is best with.
+    DeviceSettings = "DEVICE_SETTINGS", Warning;
+    /// A device takes or gets no discards, so memory is never given back.
+    DeviceNoDiscard = "DEVICE_NO_DISCARD", Warning;
+    /// The kernel is too old for a form of device, or its version is not understood.
+    HostKernel = "HOST_KERNEL", Warning;
+    /// io_uring is forbidden or not there, which ublk needs.
+    HostIoUring = "HOST_IO_URING", Info;
+    /// There is no userfaultfd, which memory at addresses needs.
+    HostUserfaultfd = "HOST_USERFAULTFD", Warning;
+    /// ublk devices cannot be had.
+    HostUblk = "HOST_UBLK", Info;
+    /// Devices of the kernel's nbd driver cannot be had.
+    HostNbd = "HOST_NBD", Info;
+    /// The shell lacks rights that xpm-blk needs.
+    HostPrivileges = "HOST_PRIVILEGES", Warning;
+    /// Too little memory may be locked.
+    HostMemlock = "HOST_MEMLOCK", Warning;
+    /// Control groups cannot keep xpm-blk out of swap.
+    HostCgroup = "HOST_CGROUP", Warning;
+    /// Swap is read in runs of a length that is slow.
+    HostPageCluster = "HOST_PAGE_CLUSTER", Warning;
+    /// Pages are compressed twice before they are swapped out.
+    HostCompressedSwap = "HOST_COMPRESSED_SWAP", Warning;
+    /// The machine has no memory to lend.
+    HostNothingToLend = "HOST_NOTHING_TO_LEND", Warning;
+    /// Memory cannot be shared between processes of this machine.
+    HostSharedMemory = "HOST_SHARED_MEMORY", Info;
+    /// Something of RDMA is missing or not as good as it could be.
+    HostRdma = "HOST_RDMA", Info;
+    /// Something else of this machine.
+    HostOther = "HOST_OTHER", Info;
+    /// xpm-swapd is refused more swap, or cannot make it.
+    SwapNotGrown = "SWAP_NOT_GROWN", Warning;
+    /// Swap runs low, and its maximum is reached.
+    SwapAtMaximum = "SWAP_AT_MAXIMUM", Warning;
+    /// An area of swap cannot be taken away.
+    SwapNotDrained = "SWAP_NOT_DRAINED", Warning;
+    /// The local last resort of swap cannot be had.
+    SwapNoFallback = "SWAP_NO_FALLBACK", Warning;
+    /// xpm-swapd has another trouble, which its summary says.
+    SwapTrouble = "SWAP_TROUBLE", Warning;
+    /// Two allocations have one region.
+    RegionShared = "REGION_SHARED", Critical;
+    /// An appliance has an allocation in another epoch than is recorded.
+    EpochDiffers = "EPOCH_DIFFERS", Critical;
+    /// `xpm fsck` could not ask an appliance.
+    ApplianceUnchecked = "APPLIANCE_UNCHECKED", Warning;
 }
 
 #[cfg(test)]

@@ -80,6 +80,14 @@ pub(crate) struct Global {
     pub(crate) patience: Span,
 }
 
+/// Options of `xpm status`.
+#[derive(Debug, Args)]
+pub(crate) struct StatusArgs {
+    /// Goes on looking, each time after so long, until it is interrupted.
+    #[arg(long, short, value_name = "DURATION", num_args = 0..=1, require_equals = true, default_missing_value = "2s")]
+    pub(crate) watch: Option<Span>,
+}
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Shows and forgets the machines that lend memory.
@@ -140,8 +148,8 @@ Examples:
     },
     /// Checks that what the allocator has recorded and what the appliances have agree.
     ///
-    /// Nothing is stopped or changed. The exit status is 1 when something is wrong: memory that is lost, in two
-    /// allocations, in another ownership than recorded, or known to no record.
+    /// Nothing is stopped or changed. The exit status is 2 when memory is lost, in two allocations, or in another ownership than
+    /// recorded; 1 when memory is known to no record, or an appliance could not be asked; else 0.
     #[command(after_help = "Example:\n  xpm fsck")]
     Fsck,
     /// Runs a program whose large pieces of memory are external.
@@ -169,13 +177,20 @@ Examples:
     Swap(SwapArgs),
     /// Shows the whole system on one screen, anything wrong first.
     ///
-    /// The exit status is 1 when the allocator does not answer. A host without xpm-blk is fine: it
-    /// just has no devices.
-    Status,
+    /// Each problem has a severity and a code that docs/health.md explains. The exit status is 0 when nothing is worse than
+    /// `info`, 1 when the worst is a `warning`, 2 when something is `critical`, such as an allocator that does not answer. A host
+    /// without xpm-blk is fine: it just has no devices.
+    #[command(after_help = "\
+Examples:
+  xpm status --watch
+  For monitoring:
+    xpm status -o json | jq -r '.problems[] | [.severity, .code, .object] | @tsv'")]
+    Status(StatusArgs),
     /// Checks what this machine is fit for and whether its devices are safe.
     ///
-    /// Each line is `ok`, `warn`, `missing` or `unsafe`, with the command that mends it. The exit
-    /// status is 1 only when a device that is in use is unsafe.
+    /// Each line is `ok`, `info` (cannot be done on this machine as it is), `warning` or `critical` (a device that is in use is
+    /// unsafe), with a code that docs/health.md explains and the command that mends it. The exit status is 2 when something is
+    /// critical, else 0.
     Doctor,
     /// Prints the completions of a shell.
     #[command(after_help = "Example:\n  xpm completions bash > /usr/share/bash-completion/completions/xpm")]

@@ -124,7 +124,7 @@ fn of_standby(standby: &Standby, host: &Host, devices: &[Device]) -> Check {
 /// leaves it out, and a file system survives a daemon that waits for memory.
 fn unsafe_item_verdict(host: &Host, devices: &[Device]) -> Verdict {
     let through_daemon = |device: &Device| host.is_swap(device) && device.form != Form::NbdDirect;
-    if devices.iter().any(through_daemon) { Verdict::Unsafe } else { Verdict::Warn }
+    if devices.iter().any(through_daemon) { Verdict::Critical } else { Verdict::Warning }
 }
 
 fn of_device(host: &Host, device: &Device) -> Vec<Check> {
@@ -148,7 +148,7 @@ fn state(group: &str, host: &Host, device: &Device) -> Check {
                 .mend(format!("see `xpm blk show {}`; bring the appliance back", device.name))
         }
         DeviceState::Lost => {
-            let verdict = if in_use { Verdict::Unsafe } else { Verdict::Warn };
+            let verdict = if in_use { Verdict::Critical } else { Verdict::Warning };
             let mend = format!("stop what uses it, then xpm blk detach --force {}", device.name);
             Check::new(group, "state", verdict, "lost: an appliance gave up its memory, I/O to it fails")
                 .mend(mend)
@@ -234,7 +234,7 @@ fn base(path: &str) -> &str {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use serde_json::json;
 
     use super::*;
@@ -261,6 +261,11 @@ mod tests {
         }
     }
 
+    /// Every check of a device and of xpm-blk.
+    pub(in crate::doctor) fn all_that_is_looked_at() -> Vec<Check> {
+        checks(&host(device("ublk", "live", &["swap"]), true, good()))
+    }
+
     fn good() -> BlockSettings {
         BlockSettings {
             scheduler: Some("none".into()),
@@ -271,7 +276,7 @@ mod tests {
     }
 
     fn verdict(host: &Host, item: &str) -> Verdict {
-        checks(host).into_iter().find(|check| check.item == item).unwrap().verdict
+        checks(host).into_iter().find(|check| check.item == item).unwrap().severity
     }
 
     #[test]
@@ -285,8 +290,8 @@ mod tests {
         };
         let (off, starting) =
             (json!({"state": "off", "locked": 0}), json!({"state": "starting", "pid": 7, "locked": 0}));
-        assert_eq!(with("ublk", off.clone()), Verdict::Warn);
-        assert_eq!(with("ublk", starting), Verdict::Warn);
+        assert_eq!(with("ublk", off.clone()), Verdict::Warning);
+        assert_eq!(with("ublk", starting), Verdict::Warning);
         assert_eq!(with("nbd-direct", off), Verdict::Ok);
         assert_eq!(with("ublk", json!({"state": "ready", "pid": 7, "locked": 4096})), Verdict::Ok);
     }
@@ -294,11 +299,11 @@ mod tests {
     #[test]
     fn an_item_that_does_not_hold_is_unsafe_only_under_swap_through_the_daemon() {
         for (form, users, expected) in [
-            ("ublk", &["swap"][..], Verdict::Unsafe),
-            ("nbd", &["swap"][..], Verdict::Unsafe),
-            ("nbd-direct", &["swap"][..], Verdict::Warn),
-            ("ublk", &["mounted at /mnt"][..], Verdict::Warn),
-            ("ublk", &[][..], Verdict::Warn),
+            ("ublk", &["swap"][..], Verdict::Critical),
+            ("nbd", &["swap"][..], Verdict::Critical),
+            ("nbd-direct", &["swap"][..], Verdict::Warning),
+            ("ublk", &["mounted at /mnt"][..], Verdict::Warning),
+            ("ublk", &[][..], Verdict::Warning),
         ] {
             let host = host(device(form, "live", users), false, good());
             assert_eq!(verdict(&host, "mlockall"), expected, "{form} {users:?}");
@@ -311,12 +316,12 @@ mod tests {
         let settings = good;
         assert_eq!(
             verdict(&host(device("ublk", "lost", &["mounted at /a"]), true, settings()), "state"),
-            Verdict::Unsafe
+            Verdict::Critical
         );
-        assert_eq!(verdict(&host(device("ublk", "lost", &[]), true, settings()), "state"), Verdict::Warn);
+        assert_eq!(verdict(&host(device("ublk", "lost", &[]), true, settings()), "state"), Verdict::Warning);
         assert_eq!(
             verdict(&host(device("ublk", "holding", &["swap"]), true, settings()), "state"),
-            Verdict::Warn
+            Verdict::Warning
         );
     }
 
@@ -331,7 +336,7 @@ mod tests {
         let host = host(device("ublk", "live", &["swap"]), true, bad);
         for item in ["scheduler", "rotational", "discard"] {
             let check = checks(&host).into_iter().find(|check| check.item == item).unwrap();
-            assert_eq!(check.verdict, Verdict::Warn, "{item}");
+            assert_eq!(check.severity, Verdict::Warning, "{item}");
             assert!(check.remedy.unwrap().contains("ublkb0"), "{item}");
         }
     }
@@ -345,7 +350,7 @@ mod tests {
         let named = |blk| checks(&Host { blk, settings: vec![], swaps: swaps.clone(), rdma_here: true });
         for checks in [named(Ok(None)), named(Err("cannot reach xpm-blk".into()))] {
             assert_eq!(checks.len(), 2);
-            assert_eq!((checks[1].item.as_str(), checks[1].verdict), ("/dev/ublkb0", Verdict::Warn));
+            assert_eq!((checks[1].item.as_str(), checks[1].severity), ("/dev/ublkb0", Verdict::Warning));
         }
     }
 }

@@ -77,10 +77,10 @@ fn io_uring(machine: &Machine) -> Check {
         Some(0) => Check::ok(KERNEL, item, "allowed"),
         Some(1) => Check::warn(KERNEL, item, "allowed for privileged processes only, which xpm-blk is")
             .mend("sysctl -w kernel.io_uring_disabled=0"),
-        Some(_) => Check::missing(KERNEL, item, "forbidden to all processes: no ublk")
+        Some(_) => Check::info(KERNEL, item, "forbidden to all processes: no ublk")
             .mend("sysctl -w kernel.io_uring_disabled=0"),
         None if before_the_switch => Check::ok(KERNEL, item, "this kernel has no switch to forbid it"),
-        None => Check::missing(KERNEL, item, "this kernel was built without it: no ublk")
+        None => Check::info(KERNEL, item, "this kernel was built without it: no ublk")
             .mend("boot a distribution's kernel, which has CONFIG_IO_URING"),
     }
 }
@@ -102,10 +102,10 @@ fn ublk(machine: &Machine) -> Check {
         return Check::warn(DEVICES, "ublk", "the kernel's version is not understood");
     };
     if version < UBLK_SINCE {
-        return Check::missing(DEVICES, "ublk", "needs Linux 6.5").mend(newer_kernel(machine));
+        return Check::info(DEVICES, "ublk", "needs Linux 6.5").mend(newer_kernel(machine));
     }
     if matches!(machine.io_uring_disabled, Some(2..)) {
-        return Check::missing(DEVICES, "ublk", "needs io_uring, which is forbidden")
+        return Check::info(DEVICES, "ublk", "needs io_uring, which is forbidden")
             .mend("sysctl -w kernel.io_uring_disabled=0");
     }
     let features: Vec<&str> =
@@ -131,21 +131,20 @@ fn driver(machine: &Machine, item: &str, module: &str, node: &str, driver: Drive
     match driver {
         Driver { module: Module::Running, node: true } => Check::ok(DEVICES, item, ready),
         Driver { module: Module::Running, node: false } => {
-            Check::missing(DEVICES, item, format!("{module} is loaded, but {node} is not there"))
+            Check::info(DEVICES, item, format!("{module} is loaded, but {node} is not there"))
                 .mend(format!("modprobe -r {module} && modprobe {module}; in a container, pass {node} in"))
         }
-        Driver { module: Module::Installed, .. } => Check::missing(
-            DEVICES,
-            item,
-            format!("the module {module} is installed, not loaded"),
-        )
-        .mend(format!("modprobe {module}; at every boot: echo {module} > /etc/modules-load.d/{module}.conf")),
+        Driver { module: Module::Installed, .. } => {
+            Check::info(DEVICES, item, format!("the module {module} is installed, not loaded")).mend(format!(
+                "modprobe {module}; at every boot: echo {module} > /etc/modules-load.d/{module}.conf"
+            ))
+        }
         Driver { module: Module::Absent, .. } if !machine.loadable_modules => {
-            Check::missing(DEVICES, item, format!("this kernel has no {module} and loads no modules"))
+            Check::info(DEVICES, item, format!("this kernel has no {module} and loads no modules"))
                 .mend("boot a distribution's kernel")
         }
         Driver { module: Module::Absent, .. } => {
-            Check::missing(DEVICES, item, format!("the module {module} is not installed for this kernel"))
+            Check::info(DEVICES, item, format!("the module {module} is not installed for this kernel"))
                 .mend(install_module(machine, module))
         }
     }
@@ -235,7 +234,7 @@ fn page_cluster(machine: &Machine) -> Check {
             Check::warn(SWAP, item, format!("{cluster}: swap is read in runs that are mostly unused"))
                 .mend("sysctl -w vm.page-cluster=3")
         }
-        None => Check::missing(SWAP, item, "this kernel has no swap").mend("boot a kernel with CONFIG_SWAP"),
+        None => Check::info(SWAP, item, "this kernel has no swap").mend("boot a kernel with CONFIG_SWAP"),
     }
 }
 
@@ -311,10 +310,10 @@ fn shared_memory(machine: &Machine) -> Check {
     match (&machine.memfd, machine.boot_id) {
         (None, true) => Check::ok(LENDING, item, "an appliance and a client on this host can share memory"),
         (Some(error), _) => {
-            Check::new(LENDING, item, Verdict::Missing, format!("no memfd can be made: {error}"))
+            Check::new(LENDING, item, Verdict::Info, format!("no memfd can be made: {error}"))
                 .mend("allow memfd_create in the container's or service's system call filter")
         }
-        (None, false) => Check::missing(
+        (None, false) => Check::info(
             LENDING,
             item,
             "/proc/sys/kernel/random/boot_id is not there: hosts cannot be told apart",
@@ -355,11 +354,32 @@ mod tests {
     fn a_good_machine_is_ok_throughout() {
         let checks = checks(&machine());
         assert!(
-            checks.iter().all(|check| check.verdict == Verdict::Ok && check.remedy.is_none()),
+            checks.iter().all(|check| check.severity == Verdict::Ok && check.remedy.is_none()),
             "{checks:#?}"
         );
         assert!(of(&checks, "ublk").found.contains("user recovery"));
         assert!(!of(&checks, "ublk").found.contains("fail-io"), "6.12 has none");
+    }
+
+    #[test]
+    fn a_report_is_as_it_was_at_80_columns() {
+        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/doctor-machine.txt");
+        let mut old = Machine {
+            release: "6.1.0-40-amd64".into(),
+            ublk: Driver::default(),
+            io_uring_disabled: None,
+            page_cluster: Some(0),
+            capabilities: Some(0),
+            memlock: Some(Limit::Bytes(8 << 20)),
+            ..machine()
+        };
+        old.nbd.node = false;
+        let text = super::super::text_of(checks(&old));
+        assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
+        if std::env::var_os("XPM_WRITE_GOLDEN").is_some() {
+            std::fs::write(file, &text).unwrap();
+        }
+        assert_eq!(text, std::fs::read_to_string(file).unwrap_or_default());
     }
 
     #[test]
@@ -374,14 +394,14 @@ mod tests {
         assert!(remedy("ublk").starts_with("modprobe ublk_drv"));
         assert!(remedy("nbd").contains("apt-get install linux-image-amd64"));
         assert!(remedy("io_uring").contains("kernel.io_uring_disabled=0"));
-        assert_eq!(of(&checks, "nbd-direct").verdict, Verdict::Missing);
-        assert_eq!(of(&checks, "page-cluster").verdict, Verdict::Warn);
+        assert_eq!(of(&checks, "nbd-direct").severity, Verdict::Info);
+        assert_eq!(of(&checks, "page-cluster").severity, Verdict::Warning);
     }
 
     #[test]
     fn ublk_needs_io_uring_and_a_kernel_of_6_5() {
         let forbidden = Machine { io_uring_disabled: Some(2), ..machine() };
-        assert_eq!(of(&checks(&forbidden), "ublk").verdict, Verdict::Missing);
+        assert_eq!(of(&checks(&forbidden), "ublk").severity, Verdict::Info);
         let old = Machine {
             release: "5.10.0-8-amd64".into(),
             ublk: Driver::default(),
@@ -389,15 +409,15 @@ mod tests {
             ..machine()
         };
         assert_eq!(of(&checks(&old), "ublk").found, "needs Linux 6.5");
-        assert_eq!(of(&checks(&old), "io_uring").verdict, Verdict::Ok);
+        assert_eq!(of(&checks(&old), "io_uring").severity, Verdict::Ok);
     }
 
     #[test]
     fn a_machine_of_which_nothing_can_be_read_is_judged_too() {
         let checks = checks(&Machine::default());
-        assert_eq!(of(&checks, "kernel").verdict, Verdict::Warn);
-        assert_eq!(of(&checks, "memory").verdict, Verdict::Warn);
-        assert!(checks.iter().all(|check| check.verdict != Verdict::Unsafe), "nothing is in use");
+        assert_eq!(of(&checks, "kernel").severity, Verdict::Warning);
+        assert_eq!(of(&checks, "memory").severity, Verdict::Warning);
+        assert!(checks.iter().all(|check| check.severity != Verdict::Critical), "nothing is in use");
     }
 
     #[test]

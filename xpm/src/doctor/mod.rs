@@ -3,6 +3,7 @@
 //! [`machine`] reads, [`parse`] understands what was read, [`fitness`], [`rdma`] and [`devices`] judge
 //! it; the last four are pure.
 
+mod codes;
 mod devices;
 mod fitness;
 mod machine;
@@ -16,7 +17,7 @@ use serde::Serialize;
 use xpm_transport::rdma::inventory::Inventory;
 
 use crate::connect::Daemons;
-use crate::output::{Output, one_line};
+use crate::output::{Output, WIDTH, one_line, wrapped};
 
 pub(crate) async fn run(daemons: &Daemons, output: Output) -> anyhow::Result<ExitCode> {
     let machine = machine::Machine::read();
@@ -25,11 +26,15 @@ pub(crate) async fn run(daemons: &Daemons, output: Output) -> anyhow::Result<Exi
     checks.extend(rdma::checks(&inventory, &machine));
     let host = devices::Host::read(daemons, &machine, !inventory.devices.is_empty()).await;
     checks.extend(devices::checks(&host));
-    let safe = checks.iter().all(|check| check.verdict != Verdict::Unsafe);
+    codes::give(&mut checks);
+    let safe = checks.iter().all(|check| check.severity != Verdict::Critical);
     let report = Report { safe, checks, rdma: rdma::Facts::from(&inventory) };
-    output.print(&report, Report::text)?;
-    Ok(if report.safe { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    output.print(&report, |report| text(&report.checks, output.is_wide()))?;
+    Ok(if report.safe { ExitCode::SUCCESS } else { ExitCode::from(CRITICAL) })
 }
+
+/// Exit status where something that is in use may lose data or stop the machine.
+const CRITICAL: u8 = 2;
 
 /// What `doctor --json` prints.
 #[derive(Debug, Serialize)]
@@ -46,40 +51,51 @@ struct Check {
     /// The heading that it stands under.
     group: String,
     item: String,
-    verdict: Verdict,
+    severity: Verdict,
+    /// The code of what is not as it should be (docs/health.md).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    code: Option<&'static str>,
     found: String,
     /// What mends it: a command where one does.
     #[serde(skip_serializing_if = "Option::is_none")]
     remedy: Option<String>,
 }
 
+/// What a check came to: the severities of problems, and `ok`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 enum Verdict {
     /// As it should be.
     Ok,
-    /// It works, but not as well or as safely as it could.
-    Warn,
     /// Something cannot be done on this machine as it is.
-    Missing,
+    Info,
+    /// It works, but not as well or as safely as it could.
+    Warning,
     /// Something that is in use now may lose data or stop the machine.
-    Unsafe,
+    Critical,
 }
 
 impl fmt::Display for Verdict {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
             Verdict::Ok => "ok",
-            Verdict::Warn => "warn",
-            Verdict::Missing => "missing",
-            Verdict::Unsafe => "UNSAFE",
+            Verdict::Info => "info",
+            Verdict::Warning => "warning",
+            Verdict::Critical => "critical",
         })
     }
 }
 
 impl Check {
-    fn new(group: &str, item: &str, verdict: Verdict, found: impl Into<String>) -> Check {
-        Check { group: group.to_owned(), item: item.to_owned(), verdict, found: found.into(), remedy: None }
+    fn new(group: &str, item: &str, severity: Verdict, found: impl Into<String>) -> Check {
+        Check {
+            group: group.to_owned(),
+            item: item.to_owned(),
+            severity,
+            code: None,
+            found: found.into(),
+            remedy: None,
+        }
     }
 
     fn ok(group: &str, item: &str, found: impl Into<String>) -> Check {
@@ -87,11 +103,11 @@ impl Check {
     }
 
     fn warn(group: &str, item: &str, found: impl Into<String>) -> Check {
-        Check::new(group, item, Verdict::Warn, found)
+        Check::new(group, item, Verdict::Warning, found)
     }
 
-    fn missing(group: &str, item: &str, found: impl Into<String>) -> Check {
-        Check::new(group, item, Verdict::Missing, found)
+    fn info(group: &str, item: &str, found: impl Into<String>) -> Check {
+        Check::new(group, item, Verdict::Info, found)
     }
 
     fn mend(mut self, remedy: impl Into<String>) -> Check {
@@ -100,23 +116,32 @@ impl Check {
     }
 }
 
-impl Report {
-    fn text(&self) -> String {
-        let width = self.checks.iter().map(|check| check.item.chars().count()).max().unwrap_or(0);
-        let mut text = String::new();
-        let mut group = "";
-        for check in &self.checks {
-            if check.group != group {
-                group = &check.group;
-                let gap = if text.is_empty() { "" } else { "\n" };
-                text.push_str(&format!("{gap}{}\n", one_line(group)));
-            }
-            let found = one_line(&check.found);
-            text.push_str(&format!("  {:<8} {:<width$}  {found}\n", check.verdict, one_line(&check.item)));
-            if let Some(remedy) = &check.remedy {
-                text.push_str(&format!("  {:<8} {:<width$}  -> {}\n", "", "", one_line(remedy)));
-            }
+/// The checks under their headings.
+fn text(checks: &[Check], wide: bool) -> String {
+    let items = checks.iter().map(|check| check.item.chars().count()).max().unwrap_or(0);
+    let width = if wide { usize::MAX } else { WIDTH };
+    let mut text = String::new();
+    let mut group = "";
+    for check in checks {
+        if check.group != group {
+            group = &check.group;
+            let gap = if text.is_empty() { "" } else { "\n" };
+            text.push_str(&format!("{gap}{}\n", one_line(group)));
         }
-        text
+        let first = format!("  {:<8} {:<items$}  ", check.severity, one_line(&check.item));
+        let code = check.code.map(|code| format!("{code}: ")).unwrap_or_default();
+        text.push_str(&wrapped(&first, &format!("{code}{}", one_line(&check.found)), width));
+        if let Some(remedy) = &check.remedy {
+            let below = " ".repeat(first.chars().count());
+            text.push_str(&wrapped(&below, &format!("-> {}", one_line(remedy)), width));
+        }
     }
+    text
+}
+
+/// The report on these checks, as people see it.
+#[cfg(test)]
+fn text_of(mut checks: Vec<Check>) -> String {
+    codes::give(&mut checks);
+    text(&checks, false)
 }

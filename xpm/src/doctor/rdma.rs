@@ -79,7 +79,7 @@ fn libraries(inventory: &Inventory, machine: &Machine) -> Check {
         (true, false) => "librdmacm is not installed",
         (false, false) => "neither libibverbs nor librdmacm is installed",
     };
-    Check::missing(RDMA, item, lacking).mend(install_libraries(machine))
+    Check::info(RDMA, item, lacking).mend(install_libraries(machine))
 }
 
 fn install_libraries(machine: &Machine) -> String {
@@ -94,8 +94,8 @@ fn verbs(inventory: &Inventory, machine: &Machine) -> Check {
     let item = "verbs";
     match (inventory.kernel.verbs, inventory.kernel.failed) {
         (true, None) => Check::ok(RDMA, item, "processes may use the devices (ib_uverbs)"),
-        (true, Some(errno)) => Check::missing(RDMA, item, Obstacle::NotListed(errno).to_string()),
-        (false, _) => Check::missing(RDMA, item, Obstacle::NoVerbs.to_string()).mend(load_module(
+        (true, Some(errno)) => Check::info(RDMA, item, Obstacle::NotListed(errno).to_string()),
+        (false, _) => Check::info(RDMA, item, Obstacle::NoVerbs.to_string()).mend(load_module(
             machine,
             "ib_uverbs",
             machine.ib_uverbs,
@@ -127,7 +127,7 @@ fn node(node: &Node, item: &str, module: &str, state: Module, machine: &Machine)
         (Access::Missing, _) => load_module(machine, module, state),
         _ => format!("run as root; in a systemd unit with DeviceAllow: DeviceAllow={path} rw"),
     };
-    Check::missing(RDMA, item, found).mend(remedy)
+    Check::info(RDMA, item, found).mend(remedy)
 }
 
 /// Registered memory is pinned, and counts against the limit.
@@ -147,14 +147,14 @@ fn of_device(device: &Device, machine: &Machine) -> Check {
             Check::warn(RDMA, name, format!("{}; its limits are not known", identity(device)))
         }
         Err(NoLimits::NoProvider) => {
-            Check::missing(RDMA, name, format!("libibverbs has no provider for it ({driver})"))
+            Check::info(RDMA, name, format!("libibverbs has no provider for it ({driver})"))
                 .mend(install_libraries(machine))
         }
-        Err(NoLimits::Leaving) => Check::missing(RDMA, name, Obstacle::Leaving(name.clone()).to_string())
+        Err(NoLimits::Leaving) => Check::info(RDMA, name, Obstacle::Leaving(name.clone()).to_string())
             .mend("if that takes long: stop the processes that use it"),
         Err(NoLimits::Failed(errno)) => {
             let found = format!("cannot be used: {errno} ({driver})");
-            Check::missing(RDMA, name, found).mend("dmesg may say why; run `sudo xpm doctor` to see all")
+            Check::info(RDMA, name, found).mend("dmesg may say why; run `sudo xpm doctor` to see all")
         }
     }
 }
@@ -188,7 +188,7 @@ fn of_port(device: &Device, port: &Port, any_active: bool) -> Vec<Check> {
     let found = words.into_iter().flatten().collect::<Vec<_>>().join(", ");
     if port.state != PortState::Active {
         // A second port that nobody plugged in is no fault.
-        let verdict = if any_active { Verdict::Ok } else { Verdict::Warn };
+        let verdict = if any_active { Verdict::Ok } else { Verdict::Warning };
         let check = Check::new(RDMA, &item, verdict, found);
         return vec![if any_active { check } else { check.mend(bring_up(port)) }];
     }

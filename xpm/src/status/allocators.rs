@@ -1,6 +1,7 @@
 //! Which of several allocators leads.
 
 use serde::Serialize;
+use xpm_protocol::api::health::{Check, Problem};
 use xpm_protocol::api::{ErrorKind, allocator};
 
 use crate::connect::{Daemon, Daemons};
@@ -63,7 +64,8 @@ impl Allocator {
     }
 
     /// What is wrong with it, if anything is.
-    pub(super) fn problem(&self) -> Option<String> {
-        self.reason.clone().filter(|_| self.role == Role::Silent)
+    pub(super) fn problem(&self) -> Option<Problem> {
+        let reason = self.reason.as_ref().filter(|_| self.role == Role::Silent)?;
+        Some(Problem::new(Check::AllocatorDown, format!("allocator/{}", self.url), reason.clone()))
     }
 }

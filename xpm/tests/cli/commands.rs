@@ -1,5 +1,7 @@
 //! Each command against scripted daemons: what it sends, what it prints, how it ends.
 
+use std::io::{BufRead as _, BufReader};
+
 use crate::fixtures::{allocation, appliance, blk_status, device, refused, status};
 use crate::support::{Host, Script};
 use serde_json::{Value, json};
@@ -159,10 +161,64 @@ fn status_names_what_is_wrong_first() {
         &json!([device("data", "ublk", "holding", &["swap"])]),
     );
     let host = Host::with_allocator(&script).with_blk(&blk);
-    let text = host.xpm(&["status"]).ok();
-    let wrong = text.lines().take_while(|line| line.starts_with("WRONG")).count();
-    assert_eq!(wrong, 4, "device, safety, appliance, allocation: {text}");
-    assert_eq!(host.xpm(&["status", "--json"]).json()["problems"].as_array().unwrap().len(), 4);
+    let run = host.xpm(&["status", "-o", "json"]);
+    assert_eq!(run.code, 2);
+    let printed: Value = serde_json::from_str(&run.out).unwrap();
+    assert_eq!(printed["health"], "critical");
+    let found: Vec<(&str, &str, &str)> = printed["problems"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|one| {
+            (
+                one["severity"].as_str().unwrap(),
+                one["code"].as_str().unwrap(),
+                one["object"].as_str().unwrap(),
+            )
+        })
+        .collect();
+    assert_eq!(
+        found,
+        [
+            ("critical", "APPLIANCE_SILENT", "appliance/b"),
+            ("critical", "SWAP_UNSAFE", "device//dev/ublkb0"),
+            ("warning", "DEVICE_HOLDING", "device//dev/ublkb0"),
+        ]
+    );
+    let text = host.xpm(&["status"]).out;
+    assert!(
+        text.starts_with("Health: critical (2 critical, 1 warning)\ncritical  APPLIANCE_SILENT: "),
+        "{text}"
+    );
+}
+
+#[test]
+fn what_is_on_schedule_is_no_failure() {
+    let mut status = status();
+    let waiting = json!({"code": "REQUEST_WAITING", "severity": "info", "object": "allocation/later", "summary": "`later` waits"});
+    status["problems"] = json!([waiting]);
+    let script = Script::new()
+        .on("GET /v1/status", 200, &status)
+        .on("GET /v1/appliances", 200, &json!([appliance("a", 1, "up")]))
+        .on("GET /v1/allocations", 200, &json!([]));
+    let text = Host::with_allocator(&script).xpm(&["status"]).ok();
+    assert!(
+        text.starts_with("Health: ok (1 worth knowing)\ninfo      REQUEST_WAITING: `later` waits\n"),
+        "{text}"
+    );
+}
+
+#[test]
+fn status_is_watched_until_nobody_reads() {
+    let host = Host::new();
+    let mut child =
+        host.command(&["status", "--watch=100ms"]).stdout(std::process::Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let looks =
+        lines.by_ref().filter(|line| line.as_ref().unwrap().starts_with("Health: critical")).take(3).count();
+    assert_eq!(looks, 3);
+    drop(lines);
+    assert!(child.wait().unwrap().success(), "a reader that goes away is no failure");
 }
 
 #[test]
@@ -173,12 +229,15 @@ fn a_link_that_is_not_by_the_best_transport_is_named() {
         Script::new().on("GET /v1/status", 200, &blk_status(true)).on("GET /v1/devices", 200, &json!([slow]));
     let host = Host::new().with_blk(&blk);
     let text = host.xpm(&["status"]).out;
-    assert!(text.contains("WRONG  device /dev/ublkb0 (data) reaches a by nbd-tcp for 10s: no shm"), "{text}");
+    assert!(
+        text.contains("warning   DEVICE_SLOW_PATH: device /dev/ublkb0 (data) reaches a by nbd-tcp"),
+        "{text}"
+    );
     let report = host.xpm(&["doctor", "--json"]);
     assert_eq!(report.code, 0, "it works: {}", report.out);
     let checks = report.json()["checks"].as_array().unwrap().clone();
     let check = checks.iter().find(|check| check["item"] == "transport").unwrap();
-    assert_eq!(check["verdict"], "warn");
+    assert_eq!((&check["severity"], &check["code"]), (&json!("warning"), &json!("DEVICE_SLOW_PATH")));
     assert!(check["found"].as_str().unwrap().contains("a by nbd-tcp"), "{check}");
 }
 
@@ -190,9 +249,9 @@ fn status_shows_devices_when_the_allocator_is_gone() {
         &json!([device("data", "ublk", "live", &[])]),
     );
     let run = Host::new().with_blk(&blk).xpm(&["status"]);
-    assert_eq!(run.code, 1);
+    assert_eq!(run.code, 2);
     assert!(
-        run.out.starts_with("WRONG  cannot reach the allocator") && run.out.contains("/dev/ublkb0"),
+        run.out.contains("critical  ALLOCATOR_UNREACHABLE: cannot reach") && run.out.contains("/dev/ublkb0"),
         "{}",
         run.out
     );
@@ -205,7 +264,7 @@ fn status_of_a_machine_without_devices_is_no_failure() {
         .on("GET /v1/appliances", 200, &json!([appliance("a", 1, "up")]))
         .on("GET /v1/allocations", 200, &json!([]));
     let text = Host::with_allocator(&script).xpm(&["status"]).ok();
-    assert!(text.starts_with("Pool:") && text.contains("xpm-blk does not run here"), "{text}");
+    assert!(text.starts_with("Health: ok\n\nPool:") && text.contains("xpm-blk does not run here"), "{text}");
 }
 
 #[test]
@@ -218,7 +277,7 @@ fn doctor_fails_only_for_what_is_in_use() {
         );
         Host::new().with_blk(&blk).xpm(&["doctor", "--json"])
     };
-    for (safe, users, code) in [(true, &["swap"][..], 0), (false, &[][..], 0), (false, &["swap"][..], 1)] {
+    for (safe, users, code) in [(true, &["swap"][..], 0), (false, &[][..], 0), (false, &["swap"][..], 2)] {
         let run = report(safe, users);
         assert_eq!(run.code, code, "{safe} {users:?}: {}", run.out);
         let printed: Value = serde_json::from_str(&run.out).unwrap();

@@ -3,6 +3,7 @@
 mod commands;
 mod failures;
 mod fixtures;
+mod golden;
 mod lists;
 mod policy;
 mod settings;

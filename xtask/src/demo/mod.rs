@@ -185,7 +185,7 @@ fn choose(site: &Site, wanted: Option<Form>) -> Result<Form> {
         let said = found(item).and_then(|check| check["found"].as_str()).unwrap_or("no answer");
         site.account.note(&format!("{item}: {said}"));
     }
-    let usable = |item: &str| root && found(item).is_some_and(|check| check["verdict"] == "ok");
+    let usable = |item: &str| root && found(item).is_some_and(|check| check["severity"] == "ok");
     let (form, why) = match (usable("ublk"), usable("nbd")) {
         (true, _) => (Form::Ublk, "so the device is a ublk device, with a file system and swap on it"),
         (false, true) => {

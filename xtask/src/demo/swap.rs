@@ -46,7 +46,7 @@ fn refuses_to_go(site: &Site) -> Result<()> {
     let unsafe_items = |report: &Value| {
         let checks = report["checks"].as_array().into_iter().flatten();
         checks
-            .filter(|check| check["verdict"] == "unsafe")
+            .filter(|check| check["severity"] == "critical")
             .map(|check| check["item"].to_string())
             .collect::<Vec<_>>()
     };

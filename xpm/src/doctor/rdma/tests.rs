@@ -66,7 +66,7 @@ fn with_a_card() -> Inventory {
 
 fn of(inventory: &Inventory, machine: &Machine, item: &str) -> Check {
     let checks = checks(inventory, machine);
-    assert!(checks.iter().all(|check| check.group == RDMA && check.verdict != Verdict::Unsafe));
+    assert!(checks.iter().all(|check| check.group == RDMA && check.severity != Verdict::Critical));
     checks.into_iter().find(|check| check.item == item).unwrap_or_else(|| panic!("no {item}"))
 }
 
@@ -74,7 +74,10 @@ fn of(inventory: &Inventory, machine: &Machine, item: &str) -> Check {
 fn a_good_card_is_ok_throughout() {
     let inventory = with_a_card();
     let checks = checks(&inventory, &machine());
-    assert!(checks.iter().all(|check| check.verdict == Verdict::Ok && check.remedy.is_none()), "{checks:#?}");
+    assert!(
+        checks.iter().all(|check| check.severity == Verdict::Ok && check.remedy.is_none()),
+        "{checks:#?}"
+    );
     let found = |item| of(&inventory, &machine(), item).found;
     assert_eq!(
         found("mlx5_0"),
@@ -104,7 +107,7 @@ fn a_machine_without_rdma_is_as_it_should_be() {
     none.manager.access = Access::Missing;
     let checks = checks(&none, &machine());
     let [check] = &checks[..] else { panic!("{checks:#?}") };
-    assert_eq!(check.verdict, Verdict::Ok);
+    assert_eq!(check.severity, Verdict::Ok);
     assert!(check.found.starts_with("no RDMA: this machine has no RDMA device"), "{}", check.found);
     let remedy = check.remedy.as_deref().unwrap();
     for step in [
@@ -127,7 +130,7 @@ fn a_machine_without_rdma_is_as_it_should_be() {
 /// The item, what it lacks, and a part of the remedy.
 fn assert_mended(inventory: &Inventory, machine: &Machine, item: &str, verdict: Verdict, remedy: &str) {
     let check = of(inventory, machine, item);
-    assert_eq!(check.verdict, verdict, "{check:?}");
+    assert_eq!(check.severity, verdict, "{check:?}");
     assert!(check.remedy.as_deref().unwrap_or_default().contains(remedy), "{check:?}");
 }
 
@@ -139,29 +142,23 @@ fn what_is_missing_comes_with_what_mends_it() {
         &bad,
         &machine(),
         "libraries",
-        Verdict::Missing,
+        Verdict::Info,
         "apt-get install ibverbs-providers librdmacm1",
     );
 
     let installed = Machine { rdma_ucm: Module::Installed, ..machine() };
     bad.manager.access = Access::Missing;
-    assert_mended(&bad, &installed, "connections", Verdict::Missing, "modprobe rdma_ucm;");
-    assert_mended(&bad, &machine(), "connections", Verdict::Missing, "in a container");
+    assert_mended(&bad, &installed, "connections", Verdict::Info, "modprobe rdma_ucm;");
+    assert_mended(&bad, &machine(), "connections", Verdict::Info, "in a container");
     bad.manager.access = Access::Denied;
-    assert_mended(
-        &bad,
-        &machine(),
-        "connections",
-        Verdict::Missing,
-        "DeviceAllow=/dev/infiniband/rdma_cm rw",
-    );
+    assert_mended(&bad, &machine(), "connections", Verdict::Info, "DeviceAllow=/dev/infiniband/rdma_cm rw");
 
     bad.kernel.verbs = false;
     let absent = Machine { ib_uverbs: Module::Absent, ..machine() };
-    assert_mended(&bad, &absent, "verbs", Verdict::Missing, "apt-get install linux-image-amd64");
+    assert_mended(&bad, &absent, "verbs", Verdict::Info, "apt-get install linux-image-amd64");
 
     let user = Machine { capabilities: Some(0), memlock: Some(Limit::Bytes(8 << 20)), ..machine() };
-    assert_mended(&bad, &user, "memlock limit", Verdict::Warn, "LimitMEMLOCK=infinity");
+    assert_mended(&bad, &user, "memlock limit", Verdict::Warning, "LimitMEMLOCK=infinity");
     assert!(of(&bad, &user, "memlock limit").found.starts_with("8MiB"));
 }
 
@@ -169,11 +166,11 @@ fn what_is_missing_comes_with_what_mends_it() {
 fn a_device_that_cannot_be_used_says_why() {
     let mut bad = with_a_card();
     bad.devices[0].limits = Err(NoLimits::NoProvider);
-    assert_mended(&bad, &machine(), "mlx5_0", Verdict::Missing, "apt-get install ibverbs-providers");
+    assert_mended(&bad, &machine(), "mlx5_0", Verdict::Info, "apt-get install ibverbs-providers");
     bad.devices[0].limits = Err(NoLimits::Failed(rustix::io::Errno::NOMEM));
-    assert_mended(&bad, &machine(), "mlx5_0", Verdict::Missing, "dmesg");
+    assert_mended(&bad, &machine(), "mlx5_0", Verdict::Info, "dmesg");
     bad.devices[0].node = Some(Node { path: "/dev/infiniband/uverbs0".into(), access: Access::Denied });
-    assert_mended(&bad, &machine(), "mlx5_0", Verdict::Missing, "DeviceAllow=/dev/infiniband/uverbs0 rw");
+    assert_mended(&bad, &machine(), "mlx5_0", Verdict::Info, "DeviceAllow=/dev/infiniband/uverbs0 rw");
 }
 
 #[test]
@@ -183,27 +180,27 @@ fn ports_that_are_down_matter_when_none_is_up() {
     second.number = 2;
     second.state = PortState::Down;
     cards.devices[0].ports.push(second);
-    assert_eq!(of(&cards, &machine(), "mlx5_0 port 2").verdict, Verdict::Ok);
+    assert_eq!(of(&cards, &machine(), "mlx5_0 port 2").severity, Verdict::Ok);
     cards.devices[0].ports[0].state = PortState::Down;
-    assert_mended(&cards, &machine(), "mlx5_0 port 2", Verdict::Warn, "ip link set eth2 up");
+    assert_mended(&cards, &machine(), "mlx5_0 port 2", Verdict::Warning, "ip link set eth2 up");
     cards.devices[0].ports[0].link_layer = Some(LinkLayer::InfiniBand);
     cards.devices[0].ports[0].state = PortState::Initializing;
-    assert_mended(&cards, &machine(), "mlx5_0 port 1", Verdict::Warn, "subnet manager");
+    assert_mended(&cards, &machine(), "mlx5_0 port 1", Verdict::Warning, "subnet manager");
 }
 
 #[test]
 fn ports_without_what_clients_need() {
     let mut card = with_a_card();
     card.devices[0].ports[0].mtu = Some(1024);
-    assert_mended(&card, &machine(), "mlx5_0 port 1", Verdict::Warn, "ip link set eth2 mtu 4200");
+    assert_mended(&card, &machine(), "mlx5_0 port 1", Verdict::Warning, "ip link set eth2 mtu 4200");
     card.devices[0].ports[0].gids.truncate(1);
-    assert_mended(&card, &machine(), "mlx5_0 port 1 addresses", Verdict::Warn, "dev eth2");
+    assert_mended(&card, &machine(), "mlx5_0 port 1 addresses", Verdict::Warning, "dev eth2");
     card.devices[0].software = true;
-    assert_eq!(of(&card, &machine(), "mlx5_0 port 1").verdict, Verdict::Ok, "a trial need not be fast");
+    assert_eq!(of(&card, &machine(), "mlx5_0 port 1").severity, Verdict::Ok, "a trial need not be fast");
 
     let port = &mut card.devices[0].ports[0];
     port.link_layer = Some(LinkLayer::InfiniBand);
-    assert_eq!(of(&card, &machine(), "mlx5_0 port 1 addresses").verdict, Verdict::Ok);
+    assert_eq!(of(&card, &machine(), "mlx5_0 port 1 addresses").severity, Verdict::Ok);
     card.devices[0].ports[0].net_devices.clear();
-    assert_mended(&card, &machine(), "mlx5_0 port 1 addresses", Verdict::Warn, "modprobe ib_ipoib");
+    assert_mended(&card, &machine(), "mlx5_0 port 1 addresses", Verdict::Warning, "modprobe ib_ipoib");
 }
