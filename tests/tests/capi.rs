@@ -53,7 +53,7 @@ fn the_example_sorts_more_than_its_local_memory() {
 }
 
 /// A listener in the place of an allocator: the headers of the first request.
-fn headers_of_one_request(listener: TcpListener) -> String {
+fn headers_of_one_request(listener: &TcpListener) -> String {
     let (stream, _) = listener.accept().expect("the library connects");
     let mut headers = String::new();
     for line in BufReader::new(&stream).lines() {
@@ -85,7 +85,7 @@ fn allocator_and_token_are_found_by_files_and_environment() {
             Some(token) => command.env("XPM_TOKEN_FILE", token),
             None => command.env_remove("XPM_TOKEN_FILE"),
         };
-        let heard = std::thread::spawn(|| headers_of_one_request(listener));
+        let heard = std::thread::spawn(move || headers_of_one_request(&listener));
         command.output().expect("it can be started");
         heard.join().expect("a request").to_ascii_lowercase()
     };
