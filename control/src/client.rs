@@ -179,7 +179,23 @@ impl Client {
         body: Option<Vec<u8>>,
     ) -> Result<T, ClientError> {
         let order = Order { method, path, body: body.map(Bytes::from) };
-        let (place, answer) = tokio::time::timeout(self.limit, self.ask_patiently(&order))
+        match self.exchange_once(&order).await {
+            // The token of the pool was changed meanwhile, and this process was not told.
+            Err(ClientError::Refused(body))
+                if body.kind == ErrorKind::Unauthorized && self.has_newer_token() =>
+            {
+                self.exchange_once(&order).await
+            }
+            result => result,
+        }
+    }
+
+    fn has_newer_token(&self) -> bool {
+        self.token.as_ref().is_some_and(|token| token.reload().unwrap_or(false))
+    }
+
+    async fn exchange_once<T: DeserializeOwned>(&self, order: &Order<'_>) -> Result<T, ClientError> {
+        let (place, answer) = tokio::time::timeout(self.limit, self.ask_patiently(order))
             .await
             .unwrap_or(Err(ClientError::TimedOut))
             .inspect_err(|error| {

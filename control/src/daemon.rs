@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use crate::{error_line, log, man};
+use crate::{error_line, log, man, shutdown};
 
 /// Prints the manual page where that is asked for; else reads the command line, starts the log and does the work. An error of
 /// it is said in one line on standard error, behind the command's name, and makes the exit status 1. Starts no thread.
@@ -17,6 +17,7 @@ pub fn main<A: Parser, E: Into<Box<dyn Error + Send + Sync>>>(
     }
     let arguments = A::parse();
     log::init();
+    shutdown::survive_signals();
     match work(arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -25,6 +25,7 @@ pub mod random;
 pub mod server;
 pub mod settings;
 pub mod shutdown;
+pub mod spare;
 pub mod state;
 pub mod token;
 pub mod urls;

@@ -11,6 +11,11 @@ use tracing_subscriber::EnvFilter;
 /// the form of tracing-subscriber's `EnvFilter`.
 pub const LEVEL_VARIABLE: &str = "XPM_LOG";
 
+/// The level of all daemons that have none in their environment. Read anew at SIGHUP, which an environment cannot be.
+pub const LEVEL_FILE: &str = "/etc/xpm/log-level";
+/// The level where nobody asks for one.
+const LEVEL_DEFAULT: &str = "info";
+
 /// Lines that wait for the thread that writes them; what is beyond is lost.
 const LINES_MAX: usize = 4096;
 /// Longest wait until all lines are written.
@@ -78,26 +83,93 @@ impl Write for Lines {
     }
 }
 
-/// Starts the log at level `info`, or at what `XPM_LOG` says. A second call changes nothing.
+/// Changes the level of the log that runs.
+type SetLevel = Box<dyn Fn(EnvFilter) -> Result<(), String> + Send + Sync>;
+
+static LEVEL: OnceLock<SetLevel> = OnceLock::new();
+
+/// The level that is asked for, and where: by the variable, a file that it names, or the file for all daemons.
+struct Wanted {
+    text: String,
+    source: String,
+}
+
+impl Wanted {
+    fn find() -> Wanted {
+        let variable = std::env::var(LEVEL_VARIABLE).unwrap_or_default();
+        match variable.strip_prefix('@') {
+            Some(path) => Wanted { text: read_level(path), source: path.to_owned() },
+            None if variable.is_empty() => {
+                Wanted { text: read_level(LEVEL_FILE), source: LEVEL_FILE.to_owned() }
+            }
+            None => Wanted { text: variable, source: LEVEL_VARIABLE.to_owned() },
+        }
+    }
+
+    /// What to log, and why that is not what was asked for.
+    fn filter(&self) -> (EnvFilter, Option<String>) {
+        match self.text.as_str() {
+            "" => (EnvFilter::new(LEVEL_DEFAULT), None),
+            text => match EnvFilter::try_new(text) {
+                Ok(filter) => (filter, None),
+                Err(error) => {
+                    let line =
+                        format!("{}: `{text}` is not a level ({error}); using {LEVEL_DEFAULT}", self.source);
+                    (EnvFilter::new(LEVEL_DEFAULT), Some(line))
+                }
+            },
+        }
+    }
+}
+
+/// The first line; a file that cannot be read asks for nothing.
+fn read_level(path: &str) -> String {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    text.lines().next().unwrap_or_default().trim().to_owned()
+}
+
+/// Starts the log at level `info`, or at what `XPM_LOG` says: a level, or `@PATH` for a file that holds it. Where the
+/// variable is not set, `/etc/xpm/log-level` counts if it is there. A second call changes nothing.
 /// Without a terminal, lines carry no colours and no time, for the journal adds its own.
 pub fn init() {
-    let wanted = std::env::var(LEVEL_VARIABLE).unwrap_or_default();
-    let filter = match wanted.is_empty() {
-        true => Ok(EnvFilter::new("info")),
-        false => EnvFilter::try_new(&wanted),
-    };
-    let (filter, complaint) = match filter {
-        Ok(filter) => (filter, None),
-        Err(error) => (EnvFilter::new("info"), Some(error)),
-    };
+    let (filter, complaint) = Wanted::find().filter();
     let terminal = io::stderr().is_terminal();
     let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(|| Lines).with_ansi(terminal);
     // Only a logger that is set already makes this fail, and that one is then used.
     let _ = match terminal {
-        true => lines.try_init(),
-        false => lines.without_time().try_init(),
+        true => {
+            let lines = lines.with_filter_reloading();
+            let handle = lines.reload_handle();
+            set_level_by(move |filter| handle.reload(filter).map_err(|error| error.to_string()));
+            lines.try_init()
+        }
+        false => {
+            let lines = lines.without_time().with_filter_reloading();
+            let handle = lines.reload_handle();
+            set_level_by(move |filter| handle.reload(filter).map_err(|error| error.to_string()));
+            lines.try_init()
+        }
     };
-    if let Some(error) = complaint {
-        tracing::warn!("{LEVEL_VARIABLE}={wanted} is not a level ({error}); using info");
+    if let Some(line) = complaint {
+        tracing::warn!("{line}");
+    }
+}
+
+fn set_level_by(set: impl Fn(EnvFilter) -> Result<(), String> + Send + Sync + 'static) {
+    // A second log is not used.
+    let _ = LEVEL.set(Box::new(set));
+}
+
+/// Reads the level anew from where [`init`] took it, and says in the log what it is. Blocks.
+pub fn reload() {
+    let Some(set) = LEVEL.get() else { return };
+    let wanted = Wanted::find();
+    let (filter, complaint) = wanted.filter();
+    let level = filter.to_string();
+    match (set(filter), complaint) {
+        (Err(error), _) => tracing::error!("the log's level stays as it was: {error}"),
+        (Ok(()), Some(line)) => tracing::warn!("{line}"),
+        (Ok(()), None) if wanted.text.is_empty() => tracing::info!("the log's level is {level}"),
+        (Ok(()), None) => tracing::info!("the log's level is {level}, by {}", wanted.source),
     }
 }

@@ -1,14 +1,46 @@
-//! The wish that a daemon ends.
+//! The wish that a daemon ends, and other signals.
+//!
+//! | signal | what a daemon does |
+//! |---|---|
+//! | SIGTERM, SIGINT | ends, with the care that it has |
+//! | SIGHUP | reads its token file and the log's level anew, and goes on |
+//! | all others that end a process by default and can be caught | nothing |
+//! | SIGKILL; SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGABRT, SIGSYS, SIGTRAP | ends: they cannot be caught, or say that it is broken |
 
 use std::io;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
+use signal_hook::consts::{
+    SIGALRM, SIGHUP, SIGIO, SIGPIPE, SIGPROF, SIGQUIT, SIGUSR1, SIGUSR2, SIGVTALRM, SIGXCPU, SIGXFSZ,
+};
 use tokio::signal::unix::{Signal, SignalKind, signal};
+
+/// SIGSTKFLT and SIGPWR of signal(7) on the machines that xpm runs on, and the real-time signals that the C library
+/// leaves to programs.
+const OTHERS: [i32; 2] = [16, 30];
+const REAL_TIME: std::ops::RangeInclusive<i32> = 34..=64;
+
+/// From now on no signal ends the process but those that are meant to (see the table above), nor those that say that it
+/// is broken. Programs that it starts are not affected. Starts no thread and opens no descriptor.
+pub fn survive_signals() {
+    let named =
+        [SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF, SIGIO, SIGPIPE, SIGXCPU, SIGXFSZ];
+    let caught = Arc::new(AtomicBool::new(false));
+    for number in named.into_iter().chain(OTHERS).chain(REAL_TIME) {
+        // A handler rather than SIG_IGN, which programs that are started would inherit.
+        if let Err(error) = signal_hook::flag::register(number, Arc::clone(&caught)) {
+            tracing::debug!("signal {number} keeps its effect: {error}");
+        }
+    }
+}
 
 /// SIGTERM and SIGINT, caught from [`Shutdown::catch`] on.
 #[derive(Debug)]
 pub struct Shutdown {
     terminate: Signal,
     interrupt: Signal,
+    hang_up: Signal,
 }
 
 impl Shutdown {
@@ -18,14 +50,30 @@ impl Shutdown {
         Ok(Shutdown {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
+            hang_up: signal(SignalKind::hangup())?,
         })
     }
 
-    /// Resolves with the signal's name when one arrives, also one that arrived before.
+    /// Resolves with the signal's name when one arrives, also one that arrived before. While this is waited for, SIGHUP
+    /// has the token file and the log's level read anew.
     pub async fn signalled(&mut self) -> &'static str {
-        tokio::select! {
-            _ = self.terminate.recv() => "SIGTERM",
-            _ = self.interrupt.recv() => "SIGINT",
+        loop {
+            tokio::select! {
+                _ = self.terminate.recv() => return "SIGTERM",
+                _ = self.interrupt.recv() => return "SIGINT",
+                _ = self.hang_up.recv() => reload().await,
+            }
         }
+    }
+}
+
+async fn reload() {
+    tracing::info!("SIGHUP: reading the token file and the log's level anew");
+    let work = tokio::task::spawn_blocking(|| {
+        crate::log::reload();
+        crate::token::reload_all();
+    });
+    if let Err(error) = work.await {
+        tracing::error!("cannot read them: {error}");
     }
 }

@@ -3,8 +3,8 @@
 
 use std::io;
 
-use super::spare::{Seen, Spare};
 use super::window::PAGE;
+use xpm_control::spare::{Seen, Spare};
 
 /// Percent of the time that programs may wait for memory.
 const PRESSURE_MAX: f64 = 10.0;

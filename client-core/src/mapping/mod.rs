@@ -42,7 +42,6 @@ mod policy;
 mod prefetch;
 mod signal;
 mod space;
-mod spare;
 mod sync;
 mod tend;
 mod uffd;

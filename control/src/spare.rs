@@ -1,25 +1,29 @@
 //! What memory this process could still have, and how long programs wait for some: of the machine, and of the
-//! cgroups of version 2 that the process is in, where they have limits.
+//! cgroups that the process is in, of both versions, where they have limits.
 //!
-//! Sources: proc_meminfo(5); Documentation/accounting/psi.rst and Documentation/admin-guide/cgroup-v2.rst of Linux.
+//! Sources: proc_meminfo(5), cgroups(7); Documentation/accounting/psi.rst, Documentation/admin-guide/cgroup-v2.rst and
+//! Documentation/admin-guide/cgroup-v1/memory.rst of Linux.
 
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
-/// Where cgroups of version 2 are if they have limits; beside controllers of version 1, they have none.
+/// Where cgroups are: those of version 2, or those of version 1 in a directory for each controller.
 const GROUPS: &str = "sys/fs/cgroup";
+const MEMORY_V1: &str = "sys/fs/cgroup/memory";
 /// Each of these files is shorter.
 const TEXT_MAX: usize = 16 << 10;
+/// A limit of version 1 from here on is none: the kernel shows the largest number of pages that there can be.
+const LIMIT_V1_MAX: u64 = 1 << 62;
 
 /// Looks at files that stay open.
-pub(super) struct Spare {
+pub struct Spare {
     root: PathBuf,
     meminfo: File,
     /// None in kernels without PSI; what is available decides then.
     pressure: Option<File>,
-    /// What tells the cgroup of this process, and what it told.
+    /// What tells the cgroups of this process, and what it told.
     place: Option<File>,
     told: String,
     groups: Vec<Group>,
@@ -28,11 +32,11 @@ pub(super) struct Spare {
 
 /// What there is to be had.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Seen {
+pub struct Seen {
     /// Bytes that are free, or easily become it.
-    pub(super) available: u64,
+    pub available: u64,
     /// Percent of the last ten seconds in which some program waited for memory.
-    pub(super) pressure: f64,
+    pub pressure: f64,
 }
 
 impl Seen {
@@ -41,13 +45,31 @@ impl Seen {
     }
 }
 
+/// The limit of a cgroup.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Limit {
+    /// The file that sets it.
+    pub file: PathBuf,
+    /// In bytes.
+    pub limit: u64,
+    /// What is left of it, in bytes: what only caches files counts as left.
+    pub available: u64,
+}
+
 impl Spare {
-    pub(super) fn open() -> io::Result<Spare> {
+    /// That of this process.
+    ///
+    /// # Errors
+    /// When `/proc` is not mounted.
+    pub fn open() -> io::Result<Spare> {
         Spare::at(Path::new("/"))
     }
 
-    /// `root` is where proc and sys are.
-    fn at(root: &Path) -> io::Result<Spare> {
+    /// The same, where `root` is where proc and sys are.
+    ///
+    /// # Errors
+    /// When there is no `proc/meminfo`.
+    pub fn at(root: &Path) -> io::Result<Spare> {
         Ok(Spare {
             root: root.to_owned(),
             meminfo: File::open(root.join("proc/meminfo"))?,
@@ -60,7 +82,7 @@ impl Spare {
     }
 
     /// What there is now. None where the machine does not say.
-    pub(super) fn look(&mut self) -> Option<Seen> {
+    pub fn look(&mut self) -> Option<Seen> {
         self.follow();
         let text = &mut self.text;
         let available = available(read(&self.meminfo, text)?)?;
@@ -68,52 +90,87 @@ impl Spare {
         Some(self.groups.iter().filter_map(|group| group.look(text)).fold(machine, Seen::and))
     }
 
+    /// Of the limits of the cgroups that this process is in, and of those above, the one of which least is left. None
+    /// where there is no limit.
+    pub fn tightest(&mut self) -> Option<Limit> {
+        self.follow();
+        let text = &mut self.text;
+        self.groups.iter().filter_map(|group| group.limit(text)).min_by_key(|limit| limit.available)
+    }
+
     /// A process may be taken to another cgroup.
     fn follow(&mut self) {
         let told = self.place.as_ref().and_then(|place| read(place, &mut self.text)).unwrap_or_default();
-        if told == self.told {
+        if told == self.told && !self.groups.is_empty() {
             return;
         }
         told.clone_into(&mut self.told);
-        let groups = self.root.join(GROUPS);
-        let own = own(&self.told).map(Path::new);
-        let and_above = own.into_iter().flat_map(Path::ancestors);
-        self.groups = and_above.filter_map(|path| Group::open(&groups.join(path))).collect();
+        let and_above = |path: Option<&str>| -> Vec<PathBuf> {
+            path.into_iter().flat_map(|path| Path::new(path).ancestors()).map(Path::to_owned).collect()
+        };
+        let (v2, v1) = (self.root.join(GROUPS), self.root.join(MEMORY_V1));
+        let of_v2 = and_above(own(&self.told)).into_iter().filter_map(|path| Group::open(&v2.join(path)));
+        let of_v1 =
+            and_above(own_v1(&self.told)).into_iter().filter_map(|path| Group::open_v1(&v1.join(path)));
+        self.groups = of_v2.chain(of_v1).collect();
     }
 }
 
 /// A cgroup that may have a limit.
 struct Group {
-    max: File,
-    high: Option<File>,
+    limits: Vec<(PathBuf, File)>,
     current: File,
     stat: Option<File>,
     pressure: Option<File>,
+    /// What caches are called in its statistics.
+    caches: &'static [&'static str],
 }
 
 impl Group {
     /// None without the controller of memory.
     fn open(dir: &Path) -> Option<Group> {
         let file = |name: &str| File::open(dir.join(name)).ok();
+        let limit = |name: &str| Some((dir.join(name), file(name)?));
         Some(Group {
-            max: file("memory.max")?,
-            high: file("memory.high"),
+            limits: [limit("memory.max"), limit("memory.high")].into_iter().flatten().collect(),
             current: file("memory.current")?,
             stat: file("memory.stat"),
             pressure: file("memory.pressure"),
+            caches: &["active_file", "inactive_file", "slab_reclaimable"],
+        })
+    }
+
+    /// The same of version 1.
+    fn open_v1(dir: &Path) -> Option<Group> {
+        let file = |name: &str| File::open(dir.join(name)).ok();
+        Some(Group {
+            limits: vec![(dir.join("memory.limit_in_bytes"), file("memory.limit_in_bytes")?)],
+            current: file("memory.usage_in_bytes")?,
+            stat: file("memory.stat"),
+            pressure: None,
+            caches: &["total_active_file", "total_inactive_file"],
         })
     }
 
     /// None where there is no limit.
     fn look(&self, text: &mut [u8]) -> Option<Seen> {
+        let Limit { available, .. } = self.limit(text)?;
+        Some(Seen { available, pressure: waiting_of(self.pressure.as_ref(), text) })
+    }
+
+    fn limit(&self, text: &mut [u8]) -> Option<Limit> {
         let mut number = |file: &File| read(file, text)?.trim().parse::<u64>().ok();
-        let limit =
-            [Some(&self.max), self.high.as_ref()].into_iter().flatten().filter_map(&mut number).min()?;
+        let limits = self.limits.iter().filter_map(|(path, file)| Some((number(file)?, path)));
+        let (limit, file) = limits.filter(|(limit, _)| *limit < LIMIT_V1_MAX).min()?;
         let used = number(&self.current)?;
         // As of the machine, what only caches files counts as available.
-        let caches = self.stat.as_ref().and_then(|stat| read(stat, text)).map_or(0, caches);
-        let available = limit.saturating_sub(used.saturating_sub(caches));
-        Some(Seen { available, pressure: waiting_of(self.pressure.as_ref(), text) })
+        let stat = self.stat.as_ref().and_then(|stat| read(stat, text));
+        let caches = stat.map_or(0, |stat| caches(stat, self.caches));
+        Some(Limit {
+            file: file.clone(),
+            limit,
+            available: limit.saturating_sub(used.saturating_sub(caches)),
+        })
     }
 }
 
@@ -129,6 +186,15 @@ fn own(table: &str) -> Option<&str> {
     Some(path.trim_end_matches(" (deleted)"))
 }
 
+/// The same of version 1 that limits memory (`4:memory:/a/b`).
+fn own_v1(table: &str) -> Option<&str> {
+    let of_memory = |line: &&str| {
+        line.split(':').nth(1).is_some_and(|controllers| controllers.split(',').any(|one| one == "memory"))
+    };
+    let path = table.lines().find(of_memory)?.splitn(3, ':').nth(2)?.strip_prefix('/')?;
+    Some(path.trim_end_matches(" (deleted)"))
+}
+
 /// MemAvailable in bytes.
 fn available(text: &str) -> Option<u64> {
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
@@ -136,11 +202,10 @@ fn available(text: &str) -> Option<u64> {
 }
 
 /// Bytes of a memory.stat that are given back when memory is short.
-fn caches(text: &str) -> u64 {
+fn caches(text: &str, names: &[&str]) -> u64 {
     let cached = |line: &str| {
         let (name, bytes) = line.split_once(' ')?;
-        let is_cache = matches!(name, "active_file" | "inactive_file" | "slab_reclaimable");
-        bytes.parse::<u64>().ok().filter(|_| is_cache)
+        bytes.parse::<u64>().ok().filter(|_| names.contains(&name))
     };
     text.lines().filter_map(cached).sum()
 }
@@ -218,6 +283,27 @@ mod tests {
         assert_eq!(after("a/b/memory.max", "max\n"), 0);
         assert_eq!(after("a/b/memory.high", "max\n"), 3 << 10);
         assert_eq!(after("a/memory.max", "1099511627776\n"), 8 << 10, "more than the machine has");
+    }
+
+    #[test]
+    fn limits_of_version_1_count() {
+        let dir = machine();
+        let group = dir.path().join("sys/fs/cgroup/memory/x");
+        fs::create_dir_all(&group).unwrap();
+        for (path, limit) in [("x/", 3_u64 << 30), ("", 9_223_372_036_854_771_712)] {
+            let place = format!("sys/fs/cgroup/memory/{path}memory");
+            set(&dir, &format!("{place}.limit_in_bytes"), &format!("{limit}\n"));
+            set(&dir, &format!("{place}.usage_in_bytes"), "1073741824\n");
+            set(&dir, &format!("{place}.stat"), "cache 9\ntotal_inactive_file 1048576\n");
+        }
+        set(&dir, "proc/self/cgroup", "9:name=systemd:/\n4:cpu,memory:/x/y\n0::/\n");
+        let mut spare = Spare::at(dir.path()).unwrap();
+        let Limit { file, limit, available } = spare.tightest().unwrap();
+        assert_eq!((limit, available), (3 << 30, (2 << 30) + (1 << 20)));
+        assert_eq!(file, group.join("memory.limit_in_bytes"));
+        assert_eq!(spare.look().unwrap().available, available);
+        set(&dir, "sys/fs/cgroup/memory/memory.limit_in_bytes", "1073741824\n");
+        assert_eq!(spare.tightest().unwrap().available, 1 << 20, "the one above");
     }
 
     #[test]
