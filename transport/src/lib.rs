@@ -15,6 +15,7 @@ pub mod nbd;
 pub mod rdma;
 pub mod shm;
 pub mod slots;
+pub mod sound;
 pub mod spin;
 pub mod store;
 

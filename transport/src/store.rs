@@ -3,7 +3,7 @@
 
 use std::os::fd::BorrowedFd;
 
-use crate::io::{Completion, IoBuf, IoError, Operation};
+use crate::io::{Completion, IoBuf, IoError, Kind, Operation};
 
 /// The bytes behind one connection.
 ///
@@ -18,6 +18,19 @@ pub trait Store: Send {
     /// It stays valid until the store is dropped, and once [`Store::is_direct`] was true, it is
     /// given for any offset for the store's whole life: what has begun so can be finished.
     fn direct(&mut self, offset: u64, len: usize) -> Option<IoBuf>;
+
+    /// Whether a read or write that begins now may use [`Store::direct`] for these bytes. Memory that is known to be bad may
+    /// not be, and the request is answered with an I/O error.
+    fn is_sound(&mut self, kind: Kind, offset: u64, len: u64) -> bool {
+        let _ = (kind, offset, len);
+        true
+    }
+
+    /// Some of these bytes could not be accessed in place: their memory is bad. The connection ends, as a reply may be out
+    /// in part; when the client asks again, [`Store::is_sound`] is to know.
+    fn found_bad(&mut self, offset: u64, len: u64) {
+        let _ = (offset, len);
+    }
 
     /// Whether something that began in place, by [`Store::direct`], is unfinished. Told when that changes.
     fn in_place(&mut self, unfinished: bool) {

@@ -101,6 +101,11 @@ pub(crate) fn send(socket: BorrowedFd<'_>, pieces: &Pieces<'_>) -> io::Result<us
         unsafe { libc::sendmsg(socket.as_raw_fd(), &message, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) };
     usize::try_from(sent).map_err(|_| io::Error::last_os_error())
 }
+/// Whether memory could not be accessed, rather than that anything is wrong with the socket.
+pub(super) fn is_bad_memory(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EFAULT)
+}
+
 /// Whether a socket that gave this error takes more later. No memory for the moment is no reason to give the
 /// connection up: under memory pressure, what it carries is needed to relieve it.
 pub(super) fn is_passing(error: &io::Error) -> bool {

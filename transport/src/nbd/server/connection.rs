@@ -177,8 +177,13 @@ impl Connection {
 
     fn flush(&mut self) -> Result<(), Closed> {
         let buffers = self.deferred.buffers.as_mut();
-        let flushed = self.output.flush(self.stream.as_fd(), &mut *self.store, buffers);
-        self.blocked = flushed.map_err(|_| Closed::Left)? == Flushed::Blocked;
+        let flushed = self.output.flush(self.stream.as_fd(), &mut *self.store, buffers).map_err(|error| {
+            if socket::is_bad_memory(&error) {
+                self.output.for_each_direct(|offset, len| self.store.found_bad(offset, len));
+            }
+            Closed::Left
+        });
+        self.blocked = flushed? == Flushed::Blocked;
         Ok(())
     }
 
@@ -195,7 +200,14 @@ impl Connection {
             Ok(received) => received,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Received::Nothing),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(Received::Full),
-            Err(_) => return Err(Closed::Left),
+            Err(error) => {
+                if let Some(Incoming { offset, remaining, target: Target::Direct, .. }) = self.incoming
+                    && socket::is_bad_memory(&error)
+                {
+                    self.store.found_bad(offset, u64::from(remaining));
+                }
+                return Err(Closed::Left);
+            }
         };
         let to_payload = received.min(payload);
         if let Some(incoming) = &mut self.incoming {
@@ -276,6 +288,9 @@ impl Connection {
 
     fn read(&mut self, request: Request, counters: &LoopCounters) {
         if self.store.is_direct() {
+            if !self.store.is_sound(Kind::Read, request.offset, u64::from(request.length)) {
+                return self.fail(request.command, request.cookie, Errno::Io, counters);
+            }
             self.read_head(request.cookie, request.offset, request.length);
             self.output.direct(request.offset, request.length as usize);
             count(Command::Read, request.length, counters);
@@ -288,7 +303,10 @@ impl Connection {
 
     fn write(&mut self, request: &Request) {
         let target = if self.store.is_direct() {
-            Target::Direct
+            match self.store.is_sound(Kind::Write, request.offset, u64::from(request.length)) {
+                true => Target::Direct,
+                false => Target::Nowhere(Errno::Io),
+            }
         } else if self.deferred.buffers.is_some() {
             Target::Parts { request: self.deferred.begin(request, Extent::Growing), filling: None }
         } else {

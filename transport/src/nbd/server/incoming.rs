@@ -32,7 +32,7 @@ pub(super) struct Filling {
     pub(super) filled: usize,
 }
 
-/// The store stopped to be direct in the middle of a request.
+/// The store stopped to be direct in the middle of a request, or its memory is bad.
 pub(super) struct NotDirect;
 
 impl Incoming {
@@ -75,7 +75,10 @@ impl Incoming {
                 Target::Nowhere(_) => input.take(there).len(),
                 Target::Direct => {
                     let memory = store.direct(self.offset, there).ok_or(NotDirect)?;
-                    memory.copy_from_slice(input.take(memory.len()));
+                    if memory.try_copy_from_slice(input.take(memory.len())).is_err() {
+                        store.found_bad(self.offset, memory.len() as u64);
+                        return Err(NotDirect);
+                    }
                     memory.len()
                 }
                 Target::Parts { filling: Some(Filling { buffer: (_, buf), filled }), .. } => {

@@ -88,6 +88,15 @@ impl Output {
         self.directs > 0
     }
 
+    /// Memory of the store that waits to be sent: offsets and lengths.
+    pub(super) fn for_each_direct(&self, mut each: impl FnMut(u64, u64)) {
+        for piece in &self.pieces {
+            if let Piece::Direct { offset, len } = piece {
+                each(*offset, *len as u64);
+            }
+        }
+    }
+
     pub(super) fn direct(&mut self, offset: u64, len: usize) {
         self.directs += 1;
         self.pieces.push_back(Piece::Direct { offset, len });

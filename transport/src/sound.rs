@@ -1,0 +1,224 @@
+//! Copies from and to memory of which a page may be gone: an uncorrectable error of the hardware, or a file that was
+//! made shorter. Touching such a page is a SIGBUS. Here the copy ends with an error instead, and the process goes on.
+//!
+//! A handler of SIGBUS sees whether the access was that of the one instruction which copies, and has the process go on
+//! behind it. Any other SIGBUS does what it would do without the handler. System calls that access such a page fail with
+//! EFAULT (recvmsg, sendmsg) or EIO (pread), and raise no signal.
+//!
+//! On processors other than x86-64 these are plain copies, and such a page ends the process.
+//!
+//! Sources: sigaction(2), prctl(2) on `PR_MCE_KILL`; the *Intel SDM* on interrupted `REP MOVSB`: the registers say how
+//! much is left, and the address is that of the instruction.
+
+#![allow(unsafe_code)]
+
+use std::io;
+
+use crate::io::IoBuf;
+
+/// The memory, or a part of it, cannot be accessed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("memory cannot be accessed any more")]
+pub struct BadMemory;
+
+impl IoBuf {
+    /// As [`IoBuf::copy_from_slice`], but bad memory is an error where [`survive`] was called. What was copied before it
+    /// stays.
+    ///
+    /// # Errors
+    /// [`BadMemory`].
+    ///
+    /// # Panics
+    /// When the lengths differ.
+    pub fn try_copy_from_slice(self, bytes: &[u8]) -> Result<(), BadMemory> {
+        assert_eq!(self.len(), bytes.len(), "copy between buffers of different lengths");
+        // SAFETY: the slice is readable, and the buffer mapped by the contract of `IoBuf::new`, if perhaps bad. They do
+        // not overlap by that contract, too.
+        unsafe { copy(self.as_ptr(), bytes.as_ptr(), bytes.len()) }
+    }
+
+    /// As [`IoBuf::copy_to_slice`], but bad memory is an error where [`survive`] was called.
+    ///
+    /// # Errors
+    /// [`BadMemory`].
+    ///
+    /// # Panics
+    /// When the lengths differ.
+    pub fn try_copy_to_slice(self, target: &mut [u8]) -> Result<(), BadMemory> {
+        assert_eq!(self.len(), target.len(), "copy between buffers of different lengths");
+        // SAFETY: as above, with source and target exchanged.
+        unsafe { copy(target.as_mut_ptr(), self.as_ptr(), target.len()) }
+    }
+
+    /// As [`IoBuf::copy_to`] for buffers that do not overlap, but bad memory is an error where [`survive`] was called.
+    ///
+    /// # Errors
+    /// [`BadMemory`].
+    ///
+    /// # Panics
+    /// When the lengths differ.
+    pub fn try_copy_to(self, target: IoBuf) -> Result<(), BadMemory> {
+        assert_eq!(self.len(), target.len(), "copy between buffers of different lengths");
+        // SAFETY: both are mapped by the contract of `IoBuf::new`, if perhaps bad.
+        unsafe { copy(target.as_ptr(), self.as_ptr(), self.len()) }
+    }
+
+    /// As [`IoBuf::zero`], but bad memory is an error where [`survive`] was called. What was zeroed before it stays.
+    ///
+    /// # Errors
+    /// [`BadMemory`].
+    pub fn try_zero(self) -> Result<(), BadMemory> {
+        const ZEROS: [u8; 4096] = [0; 4096];
+        (0..self.len()).step_by(ZEROS.len()).try_for_each(|start| {
+            let part = self.part(start, ZEROS.len().min(self.len() - start));
+            part.try_copy_from_slice(&ZEROS[..part.len()])
+        })
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod machine {
+    use std::ffi::{c_int, c_void};
+    use std::sync::OnceLock;
+
+    use super::BadMemory;
+
+    /// What a SIGBUS did before.
+    static BEFORE: OnceLock<libc::sigaction> = OnceLock::new();
+
+    // What is left to copy stays in RCX when the instruction is interrupted.
+    std::arch::global_asm!(
+        ".pushsection .text",
+        ".hidden xpm_sound_copy",
+        ".hidden xpm_sound_copy_at",
+        ".hidden xpm_sound_copy_end",
+        ".globl xpm_sound_copy",
+        ".globl xpm_sound_copy_at",
+        ".globl xpm_sound_copy_end",
+        ".p2align 4",
+        "xpm_sound_copy:",
+        "mov rcx, rdx",
+        "xpm_sound_copy_at:",
+        "rep movsb",
+        "xpm_sound_copy_end:",
+        "mov rax, rcx",
+        "ret",
+        ".popsection",
+    );
+
+    unsafe extern "C" {
+        fn xpm_sound_copy(target: *mut u8, source: *const u8, len: usize) -> usize;
+        fn xpm_sound_copy_at();
+        fn xpm_sound_copy_end();
+    }
+
+    /// # Safety
+    /// Both are mapped for `len` bytes, if perhaps bad, and do not overlap.
+    pub(super) unsafe fn copy(target: *mut u8, source: *const u8, len: usize) -> Result<(), BadMemory> {
+        // SAFETY: by the contract of this function; the direction flag is clear by the calling convention.
+        match unsafe { xpm_sound_copy(target, source, len) } {
+            0 => Ok(()),
+            _ => Err(BadMemory),
+        }
+    }
+
+    extern "C" fn on_bus_error(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
+        /// An error that was found, but that nobody accessed yet (`BUS_MCEERR_AO` of sigaction(2)).
+        const FOUND: c_int = 5;
+        // SAFETY: the kernel gives a handler with SA_SIGINFO both, for as long as it runs.
+        let (context, code) = unsafe { (&mut *context.cast::<libc::ucontext_t>(), (*info).si_code) };
+        let at = &mut context.uc_mcontext.gregs[libc::REG_RIP as usize];
+        if *at as usize == xpm_sound_copy_at as *const () as usize {
+            *at = xpm_sound_copy_end as *const () as usize as i64;
+            return;
+        }
+        if code == FOUND {
+            return;
+        }
+        // The access happens again, and does what it did before there was this handler.
+        if let Some(before) = BEFORE.get() {
+            // SAFETY: what was the action before may be it again; sigaction(2) is async-signal-safe.
+            unsafe { libc::sigaction(signal, before, std::ptr::null_mut()) };
+        }
+    }
+
+    pub(super) fn survive() -> std::io::Result<()> {
+        // SAFETY: zeros are a sigaction: no flags, the default handler.
+        let (mut action, mut before): (libc::sigaction, libc::sigaction) =
+            unsafe { (std::mem::zeroed(), std::mem::zeroed()) };
+        action.sa_sigaction = on_bus_error as *const () as usize;
+        action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+        if BEFORE.get().is_some() {
+            return Ok(());
+        }
+        // SAFETY: both point to a sigaction; the handler calls nothing that is not async-signal-safe.
+        if unsafe { libc::sigaction(libc::SIGBUS, &raw const action, &raw mut before) } == 0 {
+            BEFORE.get_or_init(|| before);
+            return Ok(());
+        }
+        Err(std::io::Error::last_os_error())
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+mod machine {
+    pub(super) unsafe fn copy(
+        target: *mut u8,
+        source: *const u8,
+        len: usize,
+    ) -> Result<(), super::BadMemory> {
+        // SAFETY: by the contract of this function.
+        unsafe { std::ptr::copy_nonoverlapping(source, target, len) };
+        Ok(())
+    }
+
+    pub(super) fn survive() -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+use machine::copy;
+
+/// From now on bad memory is an error of the copies of this module, for the whole process. For a program, not for a
+/// library: it sets the handler of SIGBUS.
+///
+/// # Errors
+/// When the kernel does not take the handler.
+pub fn survive() -> io::Result<()> {
+    machine::survive()
+}
+
+#[cfg(all(test, target_arch = "x86_64"))]
+mod tests {
+    use std::os::fd::AsFd as _;
+    use std::ptr::NonNull;
+
+    use rustix::mm::{MapFlags, ProtFlags, mmap};
+
+    use super::*;
+
+    #[test]
+    fn a_page_that_is_gone_is_an_error_and_the_others_are_not() {
+        survive().unwrap();
+        survive().unwrap();
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(8192).unwrap();
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a new mapping at an address of the kernel's choice; it stays until the process ends.
+        let address =
+            unsafe { mmap(std::ptr::null_mut(), 8192, protection, MapFlags::SHARED, file.as_fd(), 0) }
+                .unwrap();
+        // SAFETY: it is mapped, and nobody has a reference to it.
+        let memory = unsafe { IoBuf::new(NonNull::new(address.cast()).unwrap(), 8192) };
+        memory.try_copy_from_slice(&[7; 8192]).unwrap();
+        file.set_len(4096).unwrap();
+        let mut found = [0; 8192];
+        assert_eq!(memory.try_copy_to_slice(&mut found), Err(BadMemory));
+        assert_eq!(found[..4096], [7; 4096], "what comes before it was copied");
+        assert_eq!(memory.part(4096, 1).try_copy_from_slice(b"x"), Err(BadMemory));
+        assert_eq!(memory.try_zero(), Err(BadMemory));
+        memory.part(0, 4096).try_copy_to_slice(&mut found[..4096]).unwrap();
+        assert_eq!(found[..4096], [0; 4096]);
+        assert_eq!(memory.part(4096, 8).try_copy_to(memory.part(0, 8)), Err(BadMemory));
+    }
+}
