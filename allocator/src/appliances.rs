@@ -9,7 +9,7 @@ use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::appliance::{Commit, Grant, Region, RegionState, Reserve};
 use xpm_protocol::{AllocationId, GrantId};
 
-use crate::service::{Answer, Call, CallError, Target};
+use crate::service::{Answer, Call, CallError, Raising, Target};
 
 /// Time limit of a request that needs little work.
 const LIMIT: Duration = Duration::from_secs(3);
@@ -17,6 +17,10 @@ const LIMIT: Duration = Duration::from_secs(3);
 const LIMIT_PER_GIB: Duration = Duration::from_millis(250);
 /// Most that a reservation may take; less than the shortest time to live of one.
 const LIMIT_MAX: Duration = Duration::from_secs(20);
+/// What raising an epoch may take longer for each GiB: memory that was shared is moved then.
+const RAISE_PER_GIB: Duration = Duration::from_secs(2);
+/// Most that it may take: the control interface of an appliance answers within a minute.
+const RAISE_MAX: Duration = Duration::from_secs(55);
 /// Longest time for copying one run.
 const LIMIT_COPY: Duration = Duration::from_secs(60);
 /// Rounds of a purge: one gives everything back, the second sees that nothing is left. More are
@@ -43,7 +47,12 @@ impl Appliances {
             Call::Status => Ok(Answer::Status(Box::new(client.get("/v1/status").await.map_err(failed)?))),
             Call::Grants => Ok(Answer::Grants(client.get("/v1/grants").await.map_err(failed)?)),
             Call::Reserve(reserve) => reserve_regions(client, &reserve).await,
-            Call::Commit(id, commit) => commit_grant(&client, id, &commit).await,
+            Call::Commit(id, commit) => commit_grant(&client, id, &commit, false).await,
+            Call::Raise(id, commit, Raising { len, lose }) => {
+                let gib = u32::try_from(len.div_ceil(1 << 30)).unwrap_or(u32::MAX);
+                let limit = RAISE_PER_GIB.saturating_mul(gib).saturating_add(LIMIT).min(RAISE_MAX);
+                commit_grant(&client.with_limit(limit), id, &commit, lose).await
+            }
             Call::Revoke(id) => revoke(&client, id).await.map(|()| Answer::Done),
             Call::Purge(allocation, grant) => purge(&client, allocation, grant).await,
             Call::Copy(id, order) => digest(&client, &format!("/v1/grants/{id}/copies"), &order).await,
@@ -60,10 +69,16 @@ async fn reserve_regions(client: Client, reserve: &Reserve) -> Result<Answer, Ca
     Ok(Answer::Regions(regions))
 }
 
-async fn commit_grant(client: &Client, id: GrantId, commit: &Commit) -> Result<Answer, CallError> {
-    let grant: Grant = client.put(&format!("/v1/grants/{id}"), commit).await.map_err(failed)?;
+async fn commit_grant(
+    client: &Client,
+    id: GrantId,
+    commit: &Commit,
+    lose: bool,
+) -> Result<Answer, CallError> {
+    let query = if lose { "?lose=true" } else { "" };
+    let grant: Grant = client.put(&format!("/v1/grants/{id}{query}"), commit).await.map_err(failed)?;
     match grant.epoch == commit.epoch && grant.regions == commit.regions {
-        true => Ok(Answer::Done),
+        true => Ok(grant.lost.map_or(Answer::Done, |lost| Answer::Lost(lost.0))),
         false => {
             Err(CallError::Failed("it made another grant than the one that it was asked for".to_owned()))
         }

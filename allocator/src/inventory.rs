@@ -14,6 +14,7 @@ use std::time::Duration;
 use xpm_protocol::api::allocator::{Appliance, ApplianceState, Heartbeat};
 use xpm_protocol::api::appliance::{Info, Status};
 use xpm_protocol::policy::{ApplianceProfile, RAMP_UP_DEFAULT_SECS};
+use xpm_protocol::text::short_line;
 use xpm_protocol::{AllocationId, ApplianceId, LinkSpeed, Name, Percent, Span};
 
 use crate::store::ApplianceRecord;
@@ -22,6 +23,11 @@ use crate::strategy::{Candidate, Pool};
 
 /// Heartbeat intervals without a heartbeat after which an appliance counts as silent.
 const INTERVALS_MAX: u32 = 3;
+
+/// What one heartbeat may have to tell, lines and bytes of each; and lines that are remembered.
+const WARNINGS_MAX: usize = 16;
+const WARNING_LEN_MAX: usize = 1000;
+const WARNED_MAX: usize = 256;
 
 /// The appliances. Moments are times since the service's start; event counts only grow.
 #[derive(Debug)]
@@ -49,6 +55,8 @@ struct Entry {
     promises: HashMap<AllocationId, Promise>,
     /// What allocations were promised of its link, in bits a second.
     link_promised: u64,
+    /// What it has told its operator, as of its last heartbeat.
+    warned: Vec<String>,
     /// Errors lately: half of them are forgotten with each heartbeat.
     errors: u64,
     /// That it is being emptied.
@@ -64,12 +72,14 @@ struct Promise {
 }
 
 /// What a heartbeat changed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Heard {
     /// The appliance is new or describes itself differently: it is to be remembered.
     pub changed: bool,
     /// It was not heard before, or silent.
     pub back: bool,
+    /// What it tells its operator and did not tell before; not more than a few at a time.
+    pub warnings: Vec<String>,
 }
 
 impl Inventory {
@@ -99,6 +109,10 @@ impl Inventory {
         entry.errors = (entry.errors / 2)
             .saturating_add(status.counters.errors.saturating_sub(entry.status.counters.errors));
         entry.sampled_after = if known { entry.heard_event } else { 0 };
+        let is_new = |line: &&String| !entry.warned.contains(line);
+        let warnings = status.warnings.iter().filter(is_new).take(WARNINGS_MAX);
+        let warnings: Vec<String> = warnings.map(|line| short_line(line, WARNING_LEN_MAX)).collect();
+        entry.warned = status.warnings.iter().take(WARNED_MAX).cloned().collect();
         (entry.info, entry.status) = (info, status);
         (entry.heard, entry.heard_event, entry.told_up) = (Some(now), event, true);
         if renamed {
@@ -109,7 +123,7 @@ impl Inventory {
             true => self.refill(id),
             false => self.change(id, |_| {}),
         }
-        Heard { changed, back }
+        Heard { changed, back, warnings }
     }
 
     /// Takes the answer to a question that was asked at the event `asked`.
@@ -329,6 +343,7 @@ impl Entry {
             told_up: false,
             promises: HashMap::new(),
             link_promised: 0,
+            warned: Vec::new(),
             errors: 0,
             drain: None,
             profile: None,
@@ -457,7 +472,7 @@ mod tests {
             1,
             Heartbeat { info: appliance(1).info, status: appliance(1).status },
         );
-        assert_eq!(heard, Heard { changed: false, back: true });
+        assert_eq!(heard, Heard { changed: false, back: true, warnings: Vec::new() });
         assert_eq!(inventory.state(id, TICK * 3), Some(ApplianceState::Up));
         assert_eq!(inventory.state(id, TICK * 3 + Duration::from_millis(1)), Some(ApplianceState::Silent));
         assert!(inventory.fallen_silent(TICK * 3).is_empty());

@@ -57,7 +57,7 @@ use crate::store::{AllocationRecord, Batch, Change};
 use crate::usage::Usage;
 
 pub use message::{
-    Answer, Call, CallError, Effect, Event, Moment, Outcome, ReplyTo, Request, Target, Ticket,
+    Answer, Call, CallError, Effect, Event, Moment, Outcome, Raising, ReplyTo, Request, Target, Ticket,
 };
 
 /// Most requests that wait for one allocation while something is done to it.
@@ -196,6 +196,8 @@ enum AfterStore {
     Raise(owner::Raise),
     Owned(ReplyTo),
     HandedOver(ReplyTo),
+    /// The owner stays; why.
+    NotRaised(ReplyTo, String),
     Disowned(ReplyTo),
     Renewed(ReplyTo),
     Slabs(ReplyTo),
@@ -382,6 +384,10 @@ impl Service {
             self.hasten_purges(id);
             self.look_soon(id);
         }
+        for line in heard.warnings {
+            let line = format!("appliance {}: {line}", self.inventory.name(id));
+            self.tell_of_appliance(EventKind::ApplianceWarning, id, true, line);
+        }
         let outcome = Outcome::Heartbeat(HeartbeatAnswer { interval: Span(self.settings.interval) });
         match self.inventory.record(id).filter(|_| heard.changed) {
             Some(record) => {
@@ -430,6 +436,10 @@ impl Service {
             AfterStore::Raise(raise) => self.raise(id, raise),
             AfterStore::Owned(reply) => self.owned(reply, id),
             AfterStore::HandedOver(reply) => self.handed_over_to(reply, id),
+            AfterStore::NotRaised(reply, line) => {
+                self.refuse(reply, ErrorKind::NoSpace, line);
+                self.finish_work(id);
+            }
             AfterStore::Disowned(reply) => {
                 let name = self.entry(id).record.name.clone();
                 self.tell(EventKind::Detached, &name, format!("`{name}` is used by nobody"));

@@ -4,6 +4,7 @@
 //! there and locked, so that no I/O ever waits for the host's memory management), and when it is
 //! deleted *cleared*, after which it may be lent again.
 
+mod bad;
 mod carve;
 mod file;
 mod memory;
@@ -19,12 +20,13 @@ use rustix::fs::{
     MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, fstatfs, ftruncate, memfd_create,
 };
 use rustix::io::Errno;
+use xpm_control::spare::{Limit, Spare};
 use xpm_protocol::api::appliance::Medium;
 use xpm_protocol::units::ByteSize;
 
 pub(crate) use self::file::{BackingFile, Left, Superblock};
 pub use self::memory::Memory;
-use self::memory::{Place, Way};
+use self::memory::{MOVE_LEN, Place, Way};
 use crate::host::MemInfo;
 use crate::keep::{MemfdId, Stored};
 
@@ -70,6 +72,21 @@ pub enum ArenaError {
         /// What is asked for, in bytes.
         asked: u64,
     },
+    /// A cgroup of this process has too low a limit.
+    #[error(
+        "the limit of {} that {} sets has {} left, and {} is asked for: raise it, or lower --memory",
+        ByteSize(*.limit), .file.display(), ByteSize(*.available), ByteSize(*.asked)
+    )]
+    Limit {
+        /// The file that sets it.
+        file: PathBuf,
+        /// The limit, in bytes.
+        limit: u64,
+        /// What is left of it, in bytes.
+        available: u64,
+        /// What is asked for, in bytes.
+        asked: u64,
+    },
     /// The host has too few free huge pages.
     #[error(
         "this host has {} of free huge pages, and {} is asked for: raise vm.nr_hugepages to {pages} or more, or leave \
@@ -97,6 +114,12 @@ pub enum ArenaError {
         ByteSize(*.0)
     )]
     Fragmented(u64),
+    /// A move failed, and so did the way back.
+    #[error(
+        "the content of {} was lost in part when it was moved: this host ran out of memory on the way",
+        ByteSize(*.0)
+    )]
+    Torn(u64),
 }
 
 enum Kind {
@@ -133,13 +156,21 @@ impl Arena {
         let kind = match backing {
             Backing::Memfd => {
                 unless_held(check_host(more, 0, 0), held)?;
+                unless_held(check_limits(more, HOST_MARGIN, 0), held)?;
                 Kind::Memfd
             }
             Backing::HugeMemfd => {
                 unless_held(check_huge(more), held)?;
                 Kind::Huge
             }
-            Backing::File(path) => Kind::File(Arc::new(BackingFile::open(path, capacity)?)),
+            Backing::File(path) => {
+                let file = BackingFile::open(path, capacity)?;
+                if lock && file.is_cached() {
+                    // Its pages are those of the page cache, and locked there.
+                    check_limits(capacity, HOST_MARGIN, 0)?;
+                }
+                Kind::File(Arc::new(file))
+            }
         };
         Ok(Arena { kind, lock: AtomicBool::new(lock), promised: Arc::default() })
     }
@@ -193,6 +224,18 @@ impl Arena {
             .map_err(|error| format!("its part of the backing file cannot be mapped: {error}"))
     }
 
+    /// Whether a limit of a cgroup leaves room for what was promised and is not in memory yet, `missing` bytes.
+    ///
+    /// # Errors
+    /// The limit that does not.
+    pub fn check_limits(&self, missing: u64) -> Result<(), ArenaError> {
+        match &self.kind {
+            Kind::Memfd => check_limits(missing, HOST_MARGIN / 2, 0),
+            // Not counted by these limits, or there before anything was lent.
+            Kind::Huge | Kind::File(_) => Ok(()),
+        }
+    }
+
     /// What the memory lies on, for the allocator.
     pub fn medium(&self) -> Medium {
         match self.kind {
@@ -239,19 +282,62 @@ impl Arena {
         }
     }
 
+    /// Whether a region of `len` bytes can be moved now, as far as can be told before.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn can_move(&self, len: u64) -> Result<(), ArenaError> {
+        match self.kind {
+            // A piece at a time takes what the one before gave.
+            Kind::Memfd => check_host(MOVE_LEN, HOST_MARGIN, 0),
+            Kind::Huge => check_huge(len),
+            // Never shared, for its descriptor would give all other regions away too.
+            Kind::File(_) => Ok(()),
+        }
+    }
+
+    /// How many regions may be moved at the same time.
+    pub(crate) fn moves_max(&self) -> usize {
+        match self.kind {
+            Kind::Memfd => usize::MAX,
+            // Each needs all of its new pages before the old ones are free.
+            Kind::Huge | Kind::File(_) => 1,
+        }
+    }
+
     /// Moves a region's content to new memory, a piece at a time, so that hardly more memory is held
     /// meanwhile; the old one is all zeros afterwards. Blocks for about a second for each GiB.
     ///
     /// # Errors
-    /// When there is no new memory; then nothing was moved.
+    /// When there is no new memory; then nothing was moved, unless the error is [`ArenaError::Torn`].
     pub fn relocate(&self, old: &Memory) -> Result<Memory, ArenaError> {
-        let new = match self.kind {
-            // It takes what the old one gives, so it is not asked whether the host has as much again.
-            Kind::Memfd => self.make_memfd(old.len(), MemfdFlags::empty(), Way::Punch)?,
-            Kind::Huge | Kind::File(_) => self.make(old.len(), 0)?,
-        };
-        old.move_to(&new);
+        if old.is_torn() {
+            return Err(ArenaError::Torn(old.len()));
+        }
+        self.can_move(old.len())?;
+        let new = self.make_for_move(old.len())?;
+        old.move_to(&new).map_err(|error| match old.is_torn() {
+            true => ArenaError::Torn(old.len()),
+            false => kernel("find new memory for a region", old.len(), error),
+        })?;
         Ok(new)
+    }
+
+    /// New memory, all zeros, in place of a region's whose content is given up.
+    ///
+    /// # Errors
+    /// When there is no new memory; the content is gone all the same.
+    pub fn replace(&self, old: &Memory) -> Result<Memory, ArenaError> {
+        old.give_up();
+        self.make_for_move(old.len())
+    }
+
+    /// It takes what the old memory gives, so it is not asked whether the host has as much again.
+    fn make_for_move(&self, len: u64) -> Result<Memory, ArenaError> {
+        match self.kind {
+            Kind::Memfd => self.make_memfd(len, MemfdFlags::empty(), Way::Punch),
+            Kind::Huge | Kind::File(_) => self.make(len, 0),
+        }
     }
 
     /// Faults the region in and locks it, in steps, until it is done (true) or `until` has passed
@@ -335,14 +421,27 @@ fn kernel(step: &'static str, len: u64, error: Errno) -> ArenaError {
     ArenaError::Kernel { step, len, source: error.into() }
 }
 
-/// Filling memory that the host does not have ends with the kernel killing processes, not with an
-/// error; so it is looked up before.
+/// Filling memory that the host does not have, or that a cgroup does not allow, ends with the kernel killing processes,
+/// not with an error; so it is looked up before.
 fn check_host(asked: u64, margin: u64, leaving: u64) -> Result<(), ArenaError> {
     match MemInfo::read() {
         Ok(info) if info.available.saturating_add(leaving) < asked.saturating_add(margin) => {
             Err(ArenaError::Host { available: info.available, asked })
         }
         // Without /proc nothing is known, and the kernel decides.
+        _ => check_limits(asked, margin, leaving),
+    }
+}
+
+/// The limits of the cgroups that this process is in.
+fn check_limits(asked: u64, margin: u64, leaving: u64) -> Result<(), ArenaError> {
+    let limit = Spare::open().ok().and_then(|mut spare| spare.tightest());
+    match limit {
+        Some(Limit { file, limit, available })
+            if available.saturating_add(leaving) < asked.saturating_add(margin) =>
+        {
+            Err(ArenaError::Limit { file, limit, available, asked })
+        }
         _ => Ok(()),
     }
 }

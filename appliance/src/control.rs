@@ -5,8 +5,9 @@ use std::time::Instant;
 
 use axum::extract::State;
 use axum::http::StatusCode;
+use serde::Deserialize;
 use xpm_control::server::routing::{delete, get, post, put};
-use xpm_control::server::{ApiError, Json, Path, Router};
+use xpm_control::server::{ApiError, Json, Path, Query, Router};
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::appliance::{Commit, Copy, Counters, Digest, Grant, Range, Region, Reserve, Status};
 use xpm_protocol::units::{ByteSize, Span};
@@ -48,12 +49,13 @@ impl Appliance {
 
     /// What it has and does.
     pub fn status(&self) -> Status {
+        let free = self.table.look_at_limits();
         let summary = self.table.summary();
         Status {
             capacity: ByteSize(summary.capacity),
             granted: ByteSize(summary.totals.granted),
             reserved: ByteSize(summary.totals.reserved),
-            free: ByteSize(summary.free),
+            free: ByteSize(free.min(summary.free)),
             ready: ByteSize(summary.totals.ready),
             resident: ByteSize(summary.resident),
             regions: summary.regions as u64,
@@ -62,6 +64,7 @@ impl Appliance {
             uptime: Span(self.started.elapsed()),
             traffic: None,
             counters: self.traffic.counters(),
+            warnings: self.table.warnings(),
         }
     }
 }
@@ -129,12 +132,21 @@ async fn grants(appliance: Shared) -> Result<Json<Vec<Grant>>, ApiError> {
     on_table(appliance, |table| Ok(table.grants())).await.map(Json)
 }
 
+/// Whether content may be given up that cannot be kept from its old owner otherwise.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Lose {
+    #[serde(default)]
+    lose: bool,
+}
+
 async fn commit(
     appliance: Shared,
     Path(id): Path<GrantId>,
+    Query(Lose { lose }): Query<Lose>,
     Json(order): Json<Commit>,
 ) -> Result<Json<Grant>, ApiError> {
-    on_table(appliance, move |table| table.commit(id, &order)).await.map(Json)
+    on_table(appliance, move |table| table.commit_with(id, &order, lose)).await.map(Json)
 }
 
 async fn delete_grant(appliance: Shared, Path(id): Path<GrantId>) -> Result<StatusCode, ApiError> {

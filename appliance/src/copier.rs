@@ -232,6 +232,9 @@ impl Digesting {
             // No such piece lies in two regions, whose lengths are powers of two.
             let within = LOOK_LEN - offset as usize % LOOK_LEN;
             let bytes = &mut local[..within.min((end - offset) as usize)];
+            if !lease.is_sound(false, offset, bytes.len() as u64) {
+                return Err(CopyError::Memory(Errno::IO));
+            }
             lease.read(offset, bytes).map_err(CopyError::Memory)?;
             self.hash.update(bytes);
             self.count(offset, bytes);

@@ -6,6 +6,7 @@ use std::os::unix::fs::DirBuilderExt as _;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use xpm_control::client::Client;
@@ -19,6 +20,7 @@ use xpm_protocol::units::ByteSize;
 use xpm_transport::nbd::server::{Listener as NbdListener, Server, ServerOptions};
 use xpm_transport::rdma::server::RdmaServer;
 use xpm_transport::shm::server::{Listener as ShmListener, ShmServer};
+use xpm_transport::sound;
 
 use crate::arena::Arena;
 use crate::config::{Config, Rdma};
@@ -35,6 +37,9 @@ use crate::state::StateDir;
 /// Port of RDMA where nobody asks for another one; the one after NBD's.
 const RDMA_PORT: u16 = 10810;
 
+/// How often the limits of the process's memory are looked at.
+const LIMITS_EVERY: Duration = Duration::from_secs(1);
+
 /// Runs the daemon until SIGTERM or SIGINT.
 ///
 /// # Errors
@@ -42,6 +47,7 @@ const RDMA_PORT: u16 = 10810;
 pub fn run(config: Config) -> anyhow::Result<()> {
     // Before any other descriptor is opened.
     let handed = Handed::take();
+    sound::survive().context("cannot go on when memory is found to be bad")?;
     host::raise_limits();
     host::avoid_oom_killer();
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -82,6 +88,7 @@ async fn serve(config: Config, handed: Handed) -> anyhow::Result<()> {
         }
         (None, None) => None,
     };
+    let watch = tokio::spawn(watch_limits(appliance.clone()));
     let routes = control::routes(appliance.clone());
     let server = ControlServer::new(routes.clone(), token, Limits::default());
     if let Some(manager) = &manager {
@@ -99,6 +106,7 @@ async fn serve(config: Config, handed: Handed) -> anyhow::Result<()> {
         // The table answers.
         () = prove_alive(manager.as_deref(), || answers(routes.clone(), "/v1/status")) => {}
     }
+    watch.abort();
     if let Some(task) = heartbeat {
         task.abort();
     }
@@ -109,6 +117,15 @@ async fn serve(config: Config, handed: Handed) -> anyhow::Result<()> {
     work.await.context("cannot leave the memory for the next start")?;
     remove_sockets(&config);
     Ok(())
+}
+
+/// A limit may be lowered at any time, and whoever does so is not told what that means.
+async fn watch_limits(appliance: Arc<Appliance>) {
+    loop {
+        tokio::time::sleep(LIMITS_EVERY).await;
+        let table = appliance.table().clone();
+        let _ = tokio::task::spawn_blocking(move || table.look_at_limits()).await;
+    }
 }
 
 /// Says what of an earlier life is there.

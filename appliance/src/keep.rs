@@ -79,6 +79,8 @@ pub struct Returned {
     pub(crate) grants: Vec<ReturnedGrant>,
     /// Grants that were deleted.
     pub(crate) gone: Vec<GrantId>,
+    /// What the operator is to know of it.
+    pub(crate) warnings: Vec<String>,
 }
 
 /// A grant that was taken back.
@@ -288,7 +290,10 @@ fn of_memfds(arena: &Arena, vault: Arc<Vault>, mut handed: Handed) -> (Keeper, R
         _ => Err(JournalError::Damaged(0)),
     };
     let (journal, content) = match journal {
-        Ok((journal, content)) => (Some(journal), content),
+        Ok((mut journal, content)) => {
+            renew(&mut journal);
+            (Some(journal), content)
+        }
         Err(error) => {
             if !names.is_empty() {
                 tracing::warn!(
@@ -300,6 +305,7 @@ fn of_memfds(arena: &Arena, vault: Arc<Vault>, mut handed: Handed) -> (Keeper, R
             (None, Content::default())
         }
     };
+    let warnings = tell_damaged(&content);
     let (returned, lost) = take_back(content, |region| match region.place {
         SavedPlace::File(_) => Err("it lies in a file".to_owned()),
         SavedPlace::Memfd(id) => {
@@ -322,7 +328,7 @@ fn of_memfds(arena: &Arena, vault: Arc<Vault>, mut handed: Handed) -> (Keeper, R
     });
     let keeper = Keeper { journal: Mutex::new(journal.ok()), vault: Some(vault), file: None };
     lost.into_iter().for_each(|id| keeper.delete(id));
-    (keeper, returned)
+    (keeper, Returned { warnings, ..returned })
 }
 
 fn new_memfds(vault: &Vault) -> Result<Journal, JournalError> {
@@ -354,8 +360,11 @@ fn of_file(arena: &Arena, file: Arc<BackingFile>, state: &Path) -> Result<(Keepe
         };
         opened.inspect_err(told).ok()
     });
+    let mut warnings = Vec::new();
     let (journal, returned, lost) = match opened {
-        Some((journal, content)) => {
+        Some((mut journal, content)) => {
+            renew(&mut journal);
+            warnings = tell_damaged(&content);
             let (returned, lost) = take_back(content, |region| match region.place {
                 SavedPlace::File(start) => arena.take_back_part(start, region.len),
                 SavedPlace::Memfd(_) => Err("it lay in no file".to_owned()),
@@ -380,7 +389,27 @@ fn of_file(arena: &Arena, file: Arc<BackingFile>, state: &Path) -> Result<(Keepe
         .map_err(|source| KeepError::Superblock { path: file.path().to_owned(), source })?;
     let keeper = Keeper { journal: Mutex::new(journal), vault: None, file: Some(file) };
     lost.into_iter().for_each(|id| keeper.delete(id));
-    Ok((keeper, returned))
+    Ok((keeper, Returned { warnings, ..returned }))
+}
+
+/// It is used as it is where it cannot be written anew.
+fn renew(journal: &mut Journal) {
+    if let Err(error) = journal.renew() {
+        tracing::warn!("the record of what is lent cannot be written anew: {error}");
+    }
+}
+
+/// Says which grants are lost because their record is damaged. Nobody gets their memory before it is cleared: it is not
+/// taken back, and what is made of it begins with zeros.
+fn tell_damaged(content: &Content) -> Vec<String> {
+    let line = |(id, name): &(GrantId, xpm_protocol::Name)| {
+        format!(
+            "the record of grant {id} of `{name}` is damaged, so the grant is lost; its memory is cleared"
+        )
+    };
+    let lines: Vec<String> = content.damaged.iter().map(line).collect();
+    lines.iter().for_each(|line| tracing::error!("{line}"));
+    lines
 }
 
 /// They hold keys.
@@ -426,7 +455,7 @@ fn take_back(
     if let Some(why) = why {
         tracing::warn!("{} grants of this appliance are lost ({why})", lost.len());
     }
-    (Returned { grants, gone: content.gone }, lost)
+    (Returned { grants, gone: content.gone, warnings: Vec::new() }, lost)
 }
 
 fn returned(saved: SavedGrant, memories: Vec<(RegionId, Arc<Memory>)>) -> ReturnedGrant {

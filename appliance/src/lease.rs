@@ -5,6 +5,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use rustix::io::Errno;
 use xpm_protocol::GrantId;
+use xpm_protocol::units::PAGE_LEN;
 use xpm_transport::IoBuf;
 use xpm_transport::store::Extent;
 
@@ -80,6 +81,27 @@ impl Lease {
             Some(region) => region.read(self.within(offset), bytes),
             None => Err(Errno::INVAL),
         }
+    }
+
+    /// Whether a read or write of these bytes can be done; see [`Memory::is_sound`].
+    pub fn is_sound(&self, write: bool, offset: u64, len: u64) -> bool {
+        if !self.regions.iter().any(|memory| memory.has_bad()) {
+            return true;
+        }
+        let mut sound = true;
+        self.for_each_part(offset, len, |memory, offset, len| sound &= memory.is_sound(write, offset, len));
+        sound
+    }
+
+    /// Pages with bytes in a range that are bad and were not known to be, by their first bytes in the export.
+    pub fn find_bad(&self, offset: u64, len: u64) -> Vec<u64> {
+        let (mut found, mut start) = (Vec::new(), offset);
+        self.for_each_part(offset, len, |memory, within, part| {
+            let pages = memory.find_bad(within, part).into_iter();
+            found.extend(pages.map(|page| start - within + page * PAGE_LEN));
+            start += part;
+        });
+        found
     }
 
     /// How the bytes at `offset` are held; the answer ends with the region.

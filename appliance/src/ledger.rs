@@ -283,6 +283,17 @@ impl<M: Clone> Ledger<M> {
         Ok(leaving)
     }
 
+    /// Takes all ready regions out, to be dropped as those of [`Plan::leaving`].
+    pub fn take_ready(&mut self) -> Vec<(M, u64)> {
+        let ready = self.regions().filter(|(_, region)| region.state == State::Ready);
+        let ids: Vec<RegionId> = ready.map(|(id, _)| id).collect();
+        let removed = ids.into_iter().filter_map(|id| self.remove(id));
+        let leaving: Vec<(M, u64)> =
+            removed.filter_map(|region| Some((region.memory?, region.len))).collect();
+        self.leaving += leaving.iter().map(|(_, len)| len).sum::<u64>();
+        leaving
+    }
+
     /// What leaves to make room, in bytes. While it is not 0, nothing is granted, and what was made
     /// in its place is not faulted in.
     pub fn leaving(&self) -> u64 {
@@ -396,6 +407,11 @@ impl<M: Clone> Ledger<M> {
             let id = self.ids.next();
             self.insert(id, Region { len: region.len, memory: Some(memory), state: State::Ready });
         }
+    }
+
+    /// So many bytes can be lent no more.
+    pub fn lose_capacity(&mut self, len: u64) {
+        self.capacity = self.capacity.saturating_sub(len);
     }
 
     /// The region's memory is gone.

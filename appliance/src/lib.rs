@@ -23,3 +23,4 @@ pub mod serve;
 pub mod share;
 pub mod state;
 mod sweeper;
+mod warnings;

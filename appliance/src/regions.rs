@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::appliance::{self as api, Commit, RegionState, Reserve};
-use xpm_protocol::units::{ByteSize, is_region_len};
+use xpm_protocol::units::{ByteSize, PAGE_LEN, is_region_len};
 use xpm_protocol::{GrantId, GrantKey, RegionId};
 
 pub use self::fence::Fence;
@@ -25,9 +25,12 @@ use crate::arena::{Arena, ArenaError, Memory};
 use crate::keep::{Keeper, Returned};
 use crate::lease::Lease;
 use crate::ledger::{Change, Ledger, NoPlan, Plan, Refusal, Stock, Totals};
+use crate::warnings::{Topic, Warnings};
 
 /// Most regions that one order asks for.
 const COUNT_MAX: u32 = 4096;
+/// What is left of a cgroup's limit whatever is lent, in bytes.
+const LIMIT_MARGIN: u64 = 64 << 20;
 /// Longest time that a reservation lives.
 const TTL_MAX: Duration = Duration::from_secs(3600);
 /// Threads that make, fault in and clear regions, at most: more of them only wait for memory.
@@ -42,6 +45,20 @@ pub enum TableError {
     /// The host has no memory for it.
     #[error("this appliance cannot make the memory ready")]
     Memory(#[from] ArenaError),
+    /// A process that has the memory of a grant mapped may keep it so, and the memory cannot be moved away from it.
+    #[error(
+        "a process on this host was given the memory of the grant and may have it mapped, and the memory cannot be moved \
+         away from it; free memory on this host and try again, or take the allocation with --force --lose: then its new \
+         owner gets zeros in place of that memory"
+    )]
+    Unmovable(#[source] ArenaError),
+    /// The same, noticed when some of it was moved already.
+    #[error(
+        "a process on this host was given the memory of the grant and may have it mapped, and not all of the memory could \
+         be moved away from it: nobody can use the grant until this is repeated; free memory on this host first, or use \
+         --force --lose: then its new owner gets zeros in place of what could not be moved"
+    )]
+    HalfMoved(#[source] ArenaError),
     /// Another order on the same thing takes too long.
     #[error("another order on the same grant or memory is still running: try again")]
     Busy,
@@ -51,12 +68,14 @@ impl TableError {
     /// As the control interface answers it.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            TableError::Refused(Refusal::NoSpace { .. }) | TableError::Memory(_) => ErrorKind::NoSpace,
+            TableError::Refused(Refusal::NoSpace { .. })
+            | TableError::Memory(_)
+            | TableError::Unmovable(_) => ErrorKind::NoSpace,
             TableError::Refused(Refusal::UnknownRegion(_)) => ErrorKind::NotFound,
             TableError::Refused(Refusal::InGrant { .. }) => ErrorKind::InUse,
             TableError::Refused(Refusal::Conflict(_)) => ErrorKind::Conflict,
             TableError::Refused(Refusal::Invalid(_)) => ErrorKind::Invalid,
-            TableError::Busy => ErrorKind::Unavailable,
+            TableError::HalfMoved(_) | TableError::Busy => ErrorKind::Unavailable,
         }
     }
 }
@@ -97,6 +116,10 @@ impl Table {
             stock_again: None,
             clear_again: None,
         };
+        let warnings = Warnings::default();
+        for line in &returned.warnings {
+            warnings.add(line.clone());
+        }
         state.take_back(returned);
         keeper.begin();
         let shared = Arc::new(Shared {
@@ -107,6 +130,7 @@ impl Table {
             news: Notify::new(),
             workers,
             keeper,
+            warnings,
         });
         for number in 0..workers {
             worker::spawn(number, Arc::downgrade(&shared))?;
@@ -163,8 +187,10 @@ impl Table {
     pub fn reserve(&self, order: &Reserve) -> Result<Vec<api::Region>, TableError> {
         let len = order.region_len.0;
         check_order(order)?;
+        // Not even what is ready, where the next page may have this process killed.
+        self.shared.arena.check_limits(0)?;
         let (plan, leaving) = self.plan(order)?;
-        let made = match self.shared.make(plan.make, len, leaving) {
+        let made = match self.make(&plan, len, leaving) {
             Ok(made) => made,
             Err(error) => {
                 self.shared.lock().ledger.abandon(plan);
@@ -179,6 +205,27 @@ impl Table {
         drop(state);
         self.shared.changed.notify_all();
         Ok(regions)
+    }
+
+    /// What the order lacks. Regions of other sizes that lie in the same file give their places first; where what is free
+    /// of it is in too many pieces then, everything that is ready and nobody's does.
+    fn make(&self, plan: &Plan<Arc<Memory>>, len: u64, leaving: u64) -> Result<Vec<Arc<Memory>>, ArenaError> {
+        if self.shared.arena.file().is_none() || plan.make == 0 {
+            return self.shared.make(plan.make, len, leaving);
+        }
+        self.shared.wait_left();
+        match self.shared.make(plan.make, len, 0) {
+            Err(ArenaError::Fragmented(_)) => {
+                let mut state = self.shared.lock();
+                let ready = state.ledger.take_ready();
+                state.leaving.extend(ready);
+                drop(state);
+                self.shared.changed.notify_all();
+                self.shared.wait_left();
+                self.shared.make(plan.make, len, 0)
+            }
+            made => made,
+        }
     }
 
     /// How the order is met, and how many bytes are on their way out.
@@ -206,6 +253,59 @@ impl Table {
         }
     }
 
+    /// Lines for the operator; see [`api::Status::warnings`].
+    pub fn warnings(&self) -> Vec<String> {
+        self.shared.warnings.lines()
+    }
+
+    /// Some of these bytes of a grant could not be accessed: says which, in the log and to the allocator.
+    pub fn found_bad(&self, lease: &Lease, offset: u64, len: u64) {
+        let pages = lease.find_bad(offset, len);
+        let (Some(first), Some(last)) = (pages.first(), pages.last()) else { return };
+        let grant = self
+            .shared
+            .lock()
+            .ledger
+            .grant(lease.grant())
+            .map(|grant| (grant.name.clone(), grant.allocation));
+        let Some((name, allocation)) = grant else { return };
+        let line = format!(
+            "memory of `{name}` (allocation {allocation}) is bad: {} pages from byte {first} to byte {} of grant {} are gone, and \
+             reads of them are I/O errors; all else goes on",
+            pages.len(),
+            last + PAGE_LEN - 1,
+            lease.grant()
+        );
+        tracing::error!("{line}");
+        self.shared.warnings.add(line);
+        self.shared.news.notify_one();
+    }
+
+    /// Looks whether the limits of the cgroups still allow what is lent, and says when that changes. How much of what is
+    /// free can be lent now, in bytes.
+    pub fn look_at_limits(&self) -> u64 {
+        let Summary { totals, capacity, free, resident, .. } = self.summary();
+        let missing = capacity.saturating_sub(resident + totals.ready + totals.reserved);
+        match self.shared.arena.check_limits(missing) {
+            Ok(()) => {
+                if self.shared.warnings.clear(Topic::Limit) {
+                    tracing::info!("the limits of this process's memory allow --memory again");
+                    self.shared.news.notify_one();
+                }
+                free
+            }
+            Err(error) => {
+                let line = format!("not all of --memory {} can be lent: {error}", ByteSize(capacity));
+                if self.shared.warnings.set(Topic::Limit, line.clone()) {
+                    tracing::error!("{line}");
+                    self.shared.news.notify_one();
+                }
+                let left = if let ArenaError::Limit { available, .. } = error { available } else { 0 };
+                free.min(totals.ready + left.saturating_sub(LIMIT_MARGIN))
+            }
+        }
+    }
+
     /// All regions.
     pub fn regions(&self) -> Vec<api::Region> {
         let state = self.shared.lock();
@@ -223,14 +323,23 @@ impl Table {
     }
 
     /// Makes a grant of reserved regions, or raises the epoch of one, for which its clients are
-    /// shut out first; blocks for that.
+    /// shut out first; blocks for that, and for about a second for each GiB of memory that was shared.
     ///
     /// # Errors
-    /// When it contradicts itself or what is there.
+    /// When it contradicts itself or what is there, or memory that was shared cannot be moved.
     pub fn commit(&self, id: GrantId, commit: &Commit) -> Result<api::Grant, TableError> {
+        self.commit_with(id, commit, false)
+    }
+
+    /// The same; with `lose`, memory that was shared and cannot be moved is replaced by zeros.
+    ///
+    /// # Errors
+    /// As of [`Table::commit`].
+    pub fn commit_with(&self, id: GrantId, commit: &Commit, lose: bool) -> Result<api::Grant, TableError> {
         let mut state = self.shared.turn(id)?;
         state.ledger.expire(Instant::now());
         let change = state.ledger.commit(id, commit)?;
+        let mut lost = 0;
         match change {
             Change::Nothing if commit.descriptor.is_none() => {}
             Change::Nothing => self.shared.record(&state, id),
@@ -240,10 +349,21 @@ impl Table {
             }
             Change::Renew => {
                 let lease = state.leases.get(&id).cloned();
+                let others = state.outdated_with(id, commit.epoch);
                 drop(state);
-                let moved = lease.map_or_else(Moved::default, |lease| self.shared.move_away(&lease));
+                if !lose && let Some(Err(error)) = lease.as_ref().map(|lease| self.shared.can_move(lease)) {
+                    // Before anybody was shut out: who has it goes on.
+                    self.shared.lock().ledger.set_closing(id, false);
+                    self.shared.changed.notify_all();
+                    return Err(TableError::Unmovable(error));
+                }
+                for lease in &others {
+                    self.shared.shut_out(lease);
+                }
+                let moved = lease.map_or_else(Moved::default, |lease| self.shared.move_away(&lease, lose));
                 state = self.shared.lock();
-                let has_moved = moved.has_moved;
+                let has_moved = moved.has_moved || !others.is_empty();
+                lost = moved.lost;
                 let renewed = state.renew(id, commit, moved);
                 match has_moved {
                     true => self.shared.record_sharing(&state, id),
@@ -251,7 +371,7 @@ impl Table {
                 }
                 // Also when it failed: others may take their turn.
                 self.shared.changed.notify_all();
-                renewed?;
+                renewed.map_err(TableError::HalfMoved)?;
             }
         }
         drop(state);
@@ -259,7 +379,16 @@ impl Table {
             self.shared.opened(id);
         }
         self.shared.tell();
-        self.grant(id).ok_or(TableError::Busy)
+        if lost > 0 {
+            tracing::warn!(
+                "grant {id} of `{}` has zeros in place of {} that a process of its old owner may have mapped and that could \
+                 not be moved",
+                commit.name,
+                ByteSize(lost)
+            );
+        }
+        let lost = (lost > 0).then_some(ByteSize(lost));
+        self.grant(id).map(|grant| api::Grant { lost, ..grant }).ok_or(TableError::Busy)
     }
 
     /// All grants.
@@ -284,6 +413,7 @@ impl Table {
             resident: ByteSize(regions.iter().map(|region| region.resident.0).sum()),
             connections,
             descriptor: grant.descriptor.clone(),
+            lost: None,
         })
     }
 

@@ -14,6 +14,7 @@ use xpm_control::token::Token;
 use xpm_protocol::api::allocator::{Heartbeat, HeartbeatAnswer};
 use xpm_protocol::api::appliance::{Endpoints, Info, Medium, Status};
 use xpm_protocol::policy::Labels;
+use xpm_protocol::text::short_line;
 use xpm_protocol::units::ByteSize;
 use xpm_protocol::{ApplianceId, HostId, LinkSpeed, Name};
 
@@ -34,6 +35,8 @@ const BACKOFF_MIN: Duration = Duration::from_millis(250);
 /// How long an answer is waited for when an allocator is looked for, and the pause after that.
 const DISCOVER_LIMIT: Duration = Duration::from_secs(10);
 const DISCOVER_AGAIN: Duration = Duration::from_secs(1);
+/// Longest text of an error that is logged, in bytes.
+const ERROR_LEN_MAX: usize = 500;
 /// Changes that come this close together are told together.
 const GATHER: Duration = Duration::from_millis(20);
 
@@ -121,7 +124,8 @@ async fn beat(
     match answer {
         Ok(HeartbeatAnswer { interval }) if interval.0.is_zero() => Ok(INTERVAL_DEFAULT),
         Ok(HeartbeatAnswer { interval }) => Ok(interval.0.clamp(INTERVAL_RANGE.0, INTERVAL_RANGE.1)),
-        Err(error) => Err(xpm_control::error_line(&error)),
+        // Whoever answers there may say anything.
+        Err(error) => Err(short_line(&xpm_control::error_line(&error), ERROR_LEN_MAX)),
     }
 }
 

@@ -63,6 +63,7 @@ impl Exports for GrantExports {
                 done: Arc::new(done),
                 pending: 0,
                 sweeper: self.sweeper.clone(),
+                table: self.table.clone(),
             }),
         })
     }
@@ -75,6 +76,7 @@ struct GrantStore {
     /// Operations that the sweeper has.
     pending: usize,
     sweeper: Sweeper,
+    table: Table,
 }
 
 impl GrantStore {
@@ -107,6 +109,14 @@ impl Store for GrantStore {
 
     fn direct(&mut self, offset: u64, len: usize) -> Option<IoBuf> {
         self.lease.at(offset, len)
+    }
+
+    fn is_sound(&mut self, kind: Kind, offset: u64, len: u64) -> bool {
+        self.lease.is_sound(kind == Kind::Write, offset, len)
+    }
+
+    fn found_bad(&mut self, offset: u64, len: u64) {
+        self.table.found_bad(&self.lease, offset, len);
     }
 
     fn post(&mut self, operation: Operation) -> Posted {

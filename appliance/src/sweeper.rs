@@ -95,7 +95,11 @@ pub(crate) fn sweep(job: &Job) -> Result<(), IoError> {
         });
         offset += len;
     }
-    Ok(())
+    // What could not be made zeros reads as an error, and not as what was there before.
+    match job.lease.is_sound(false, job.offset, job.len) {
+        true => Ok(()),
+        false => Err(IoError::Failed),
+    }
 }
 
 impl Done {

@@ -64,6 +64,65 @@ fn a_token_is_wanted_where_one_is_set() {
     }
 }
 
+/// The token of a pool is changed while all of it runs: both are accepted for a while.
+#[test]
+fn a_hang_up_reads_the_token_anew() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("token");
+    let (old, new) = ("old-old-old-old-old", "new-new-new-new-new");
+    let write = |text: &str| {
+        std::fs::write(&file, text).unwrap();
+        run("chmod", &["600", file.to_str().unwrap()]);
+    };
+    write(old);
+    let mut daemon =
+        Daemon::start_with_token(&["--memory", "16MiB", "--token-file", file.to_str().unwrap()], old);
+    let mut status_with = |token: &str| {
+        daemon.token = token.to_owned();
+        daemon.raw("GET", "/v1/status", "").0
+    };
+    assert_eq!(status_with(new), 401);
+    write(&format!("{new}\n{old}\n"));
+    daemon.signal(1);
+    daemon.wait_log("two tokens are accepted");
+    let mut status_with = |token: &str| {
+        daemon.token = token.to_owned();
+        daemon.raw("GET", "/v1/status", "").0
+    };
+    assert_eq!((status_with(old), status_with(new)), (200, 200));
+    write("x");
+    daemon.signal(1);
+    daemon.wait_log("the token of before stays");
+    let mut status_with = |token: &str| {
+        daemon.token = token.to_owned();
+        daemon.raw("GET", "/v1/status", "").0
+    };
+    assert_eq!((status_with(old), status_with(new)), (200, 200));
+}
+
+#[test]
+fn a_hang_up_reads_the_level_of_the_log_anew() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("level");
+    std::fs::write(&file, "warn\n").unwrap();
+    let mut daemon = Daemon::start_with_level(&file, &["--memory", "16MiB"]);
+    assert!(!daemon.log().contains("lends"), "{}", daemon.log());
+    std::fs::write(&file, "info\n").unwrap();
+    daemon.signal(1);
+    daemon.wait_log("the log's level is info, by");
+    assert!(daemon.is_alive());
+}
+
+#[test]
+fn no_signal_but_those_that_are_meant_to_ends_it() {
+    let daemon = Daemon::start(&["--memory", "16MiB"]);
+    // SIGHUP, QUIT, USR1, USR2, PIPE, ALRM, STKFLT, XCPU, XFSZ, VTALRM, PROF, IO, PWR, the real-time ones' ends.
+    for number in [1, 3, 10, 12, 13, 14, 16, 24, 25, 26, 27, 29, 30, 34, 64] {
+        daemon.signal(number);
+        assert_eq!(daemon.get("/v1/status")["capacity"], 16 * MIB, "signal {number} ended it");
+    }
+}
+
 #[test]
 fn nbd_clients_of_other_projects_use_a_grant_by_its_key() {
     let daemon = Daemon::start(&["--memory", "128MiB"]);
@@ -207,6 +266,137 @@ fn a_client_on_the_same_host_has_the_memory_itself() {
     daemon.grant(2, 2, 2);
     let said = run("qemu-io", &["-f", "raw", "-r", "-c", "read -P 0 0 32M", &daemon.tcp_uri(&key(2))]);
     assert!(!said.contains("verification failed"), "{said}");
+}
+
+/// Whether a process still has memory mapped is not known by its connection: it has closed that, or not.
+#[test]
+fn a_process_that_keeps_memory_mapped_neither_sees_nor_changes_what_the_next_owner_has() {
+    for disconnected in [true, false] {
+        let daemon = Daemon::start(&["--memory", "32MiB"]);
+        let ids = daemon.grant(1, 1, 2);
+        let mut keeper = harness::Keeper::open(&daemon, &key(1), disconnected);
+        keeper.write(1, "of the first");
+        let raise = daemon.commit_body(2, 2, &ids).to_string();
+        let (status, answer) = daemon.raw("PUT", &format!("/v1/grants/{:032x}", 1), &raise);
+        assert_eq!((status, &answer["epoch"]), (200, &json!(2)), "{answer}");
+        let mut owner = harness::Shell::open(&daemon.tcp_uri(&key(2)));
+        owner.say(&format!("assert h.pread(12, {LEN}) == b'of the first'"), "");
+        owner.say(&format!("h.pwrite(b'SECRET', {LEN})"), "");
+        keeper.sees(1, r"\0\0\0\0\0\0");
+        keeper.write(1, "FORGED");
+        keeper.write(0, "FORGED");
+        owner.say(&format!("assert h.pread(6, {LEN}) == b'SECRET', h.pread(6, {LEN})"), "");
+        owner.say("assert h.pread(6, 0) == bytes(6), h.pread(6, 0)", "");
+    }
+}
+
+/// A file that is made shorter has pages that nothing can access, as memory with an error that cannot be corrected.
+#[test]
+fn bad_memory_costs_the_pages_that_are_bad_and_nothing_else() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("memory");
+    let backing = format!("file:{}", path.display());
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let arguments = ["--memory", "32MiB", "--backing", &backing, "--no-lock", "--allocator", &url];
+    let beats = std::thread::spawn(move || {
+        loop {
+            let beat = harness::heartbeat(&listener, "60s");
+            if beat["status"]["warnings"].is_array() {
+                return beat;
+            }
+        }
+    });
+    let daemon = Daemon::start(&arguments);
+    let ids = daemon.grant(1, 1, 2);
+    let uri = daemon.tcp_uri(&key(1));
+    run("qemu-io", &["-f", "raw", "-c", "write -P 7 0 32M", &uri]);
+    // The last two pages of the file: they belong to one of the two regions, in whichever order these were made.
+    let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+    file.set_len(std::fs::metadata(&path).unwrap().len() - 8192).unwrap();
+    let bad = [LEN - 8192, 2 * LEN - 8192].into_iter().find(|bad| {
+        // The first time it is found out, which ends the connection.
+        let _ = Command::new("qemu-io").args(["-f", "raw", "-c", &format!("read {bad} 8k"), &uri]).output();
+        daemon.log().contains(&format!("from byte {bad} to byte {}", bad + 8191))
+    });
+    let bad = bad.expect("one of them is bad");
+    let mut owner = harness::Shell::open(&uri);
+    owner.say(&format!("h.pread(4096, {bad})"), "nbd.Error");
+    owner.say(&format!("h.pread(8192, {})", bad - 4096), "nbd.Error");
+    owner.say(&format!("h.pwrite(b'x', {})", bad + 4096), "nbd.Error");
+    owner.say(&format!("h.zero(8192, {bad})"), "nbd.Error");
+    owner.say(&format!("assert h.pread(65536, {}) == b'\\x07' * 65536", bad - 65536), "");
+    owner.say(&format!("assert h.pread(4096, {}) == b'\\x07' * 4096", (bad + 8192) % (2 * LEN)), "");
+    let digest = json!({ "offset": bad & !(LEN - 1), "len": LEN }).to_string();
+    let (status, answer) = daemon.raw("POST", &format!("/v1/grants/{:032x}/digests", 1), &digest);
+    assert_eq!(status, 503, "{answer}");
+    let beat = beats.join().unwrap();
+    let line = beat["status"]["warnings"][0].as_str().unwrap();
+    assert!(line.contains("`a`") && line.contains(&bad.to_string()), "{line}");
+    // What comes back is cleared, but for what cannot be, which is lent to nobody.
+    assert_eq!(daemon.raw("DELETE", &format!("/v1/grants/{:032x}", 1), "").0, 204);
+    daemon.wait("the good region is ready again", |status| status["ready"] == LEN);
+    assert_eq!(ids.len(), 2);
+    assert_eq!(daemon.get("/v1/status")["grants"], 0);
+}
+
+#[test]
+fn regions_of_another_size_are_carved_from_the_ready_memory_of_a_file() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = format!("file:{}", directory.path().join("memory").display());
+    let sizes = ["--memory", "256MiB", "--ready", "256MiB", "--region-size", "64MiB"];
+    let daemon = Daemon::start(&[&sizes, ["--backing", &file].as_slice()].concat());
+    let reserve = |count: u32, len: u64| {
+        let (status, answer) =
+            daemon.raw("POST", "/v1/regions", &daemon.reserve_body(count, len).to_string());
+        assert_eq!(status, 200, "{answer}");
+        answer
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|one| one["id"].as_str().unwrap().to_owned())
+            .collect::<Vec<_>>()
+    };
+    let small = reserve(3, 16 * MIB);
+    assert_eq!(daemon.raw("DELETE", &format!("/v1/regions/{}", small[1]), "").0, 204);
+    // Smaller ones that are ready make room for a larger one, too.
+    let large = reserve(1, 128 * MIB);
+    let body = daemon.commit_body(1, 1, &large).to_string();
+    assert_eq!(daemon.raw("PUT", &format!("/v1/grants/{:032x}", 1), &body).0, 200);
+    let said = run("qemu-io", &["-f", "raw", "-c", "read -P 0 0 128M", &daemon.tcp_uri(&key(1))]);
+    assert!(!said.contains("verification failed"), "{said}");
+}
+
+#[test]
+fn a_backing_file_that_others_can_reach_is_refused() {
+    use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown, symlink};
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name);
+    let make = |name: &str, mode: u32| {
+        std::fs::write(path(name), "").unwrap();
+        std::fs::set_permissions(path(name), std::fs::Permissions::from_mode(mode)).unwrap();
+    };
+    let refused = |name: &str, word: &str| {
+        let file = format!("file:{}", path(name).display());
+        let line = harness::complaint(&["--memory", "16MiB", "--backing", &file]);
+        assert!(line.contains(word), "{name}: {line}");
+    };
+    make("everybody", 0o666);
+    refused("everybody", "chmod 600");
+    assert_eq!(std::fs::metadata(path("everybody")).unwrap().len(), 0, "nothing is put into it");
+    make("target", 0o600);
+    symlink(path("target"), path("link")).unwrap();
+    refused("link", "symbolic link");
+    if rustix::process::geteuid().is_root() {
+        make("foreign", 0o600);
+        chown(path("foreign"), Some(65534), None).unwrap();
+        refused("foreign", "belongs to user 65534");
+    }
+    make("readable", 0o644);
+    let file = format!("file:{}", path("readable").display());
+    let daemon = Daemon::start(&["--memory", "16MiB", "--backing", &file]);
+    daemon.wait_log("it is 0600 now");
+    assert_eq!(std::fs::metadata(path("readable")).unwrap().mode() & 0o777, 0o600);
 }
 
 #[test]

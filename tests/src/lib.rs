@@ -1,6 +1,7 @@
 //! Real daemons for end-to-end tests: started on free ports in a directory of their own, ended with
 //! the value that holds them.
 
+pub mod cgroup;
 mod clock;
 pub mod etcd;
 pub mod hang;

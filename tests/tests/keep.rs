@@ -177,6 +177,32 @@ fn a_record_that_is_missing_takes_all_with_it() {
     assert_lost(&cluster, &uri, "64MiB is lost that the service manager kept");
 }
 
+/// Bits in all parts of the record: its head, the lengths, the digests, keys and places.
+#[test]
+fn a_bit_that_is_flipped_in_the_record_costs_no_grant() {
+    use std::os::unix::fs::FileExt as _;
+    if !have("qemu-io") {
+        return;
+    }
+    let (mut cluster, uri) = with_pattern(&[], "nbd-tcp");
+    let other = cluster.attach("other", SIZE, &[], "nbd-unix");
+    io(&other, "write -P 5 0 64M").unwrap();
+    for place in [20, 49, 54, 75, 200, 400] {
+        cluster.appliances[0].kill();
+        cluster.manager(0).change_kept(|store| {
+            let ledgers = store.iter().filter(|(name, _)| name.starts_with("ledger"));
+            let files = ledgers.map(|(_, ledger)| std::fs::File::from(ledger.try_clone().unwrap()));
+            let record = files.max_by_key(|file| file.metadata().unwrap().len()).unwrap();
+            let mut byte = [0];
+            record.read_exact_at(&mut byte, place).unwrap();
+            record.write_all_at(&[byte[0] ^ 4], place).unwrap();
+        });
+        cluster.start_appliance(0);
+        io(&uri, "read -P 9 0 64M").unwrap_or_else(|said| panic!("byte {place}: {said}"));
+        io(&other, "read -P 5 0 64M").unwrap_or_else(|said| panic!("byte {place}: {said}"));
+    }
+}
+
 #[test]
 fn foreign_descriptors_are_let_go() {
     if !have("qemu-io") {

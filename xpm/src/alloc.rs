@@ -62,8 +62,8 @@ async fn carry_out(
             let allocation = life::resize(&name, size, no_wait, allocator, output).await?;
             output.print(&allocation, created)
         }
-        AllocCommand::Transfer { name, to, deadline, force } => {
-            let allocation = life::transfer(&name, Transfer { to, deadline, force }, allocator).await?;
+        AllocCommand::Transfer { name, to, deadline, force, lose } => {
+            let allocation = life::transfer(&name, Transfer { to, deadline, force, lose }, allocator).await?;
             output.print(&allocation, |given| {
                 format!("{name}: {}\n", given.owner.as_ref().map(owner).unwrap_or_default())
             })

@@ -58,6 +58,7 @@ fn request(args: AttachArgs) -> AttachDevice {
         transport: args.transport,
         hold: args.hold,
         force: args.force,
+        lose: args.lose,
     }
 }
 

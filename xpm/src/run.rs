@@ -114,6 +114,7 @@ async fn with_allocation(
         host_name: host::host_name()?,
         purpose: "xpm run".to_owned(),
         force: false,
+        lose: false,
     };
     let map: Map = allocator.put(&format!("/v1/allocations/{name}/owner"), &attach).await?;
     let token_file = setup.token_file.as_deref().map(std::path::absolute).transpose()?;

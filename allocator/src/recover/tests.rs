@@ -24,6 +24,7 @@ fn grant(record: &AllocationRecord) -> Grant {
         resident: ByteSize(0),
         connections: 0,
         descriptor: record.descriptor(),
+        lost: None,
     }
 }
 

@@ -195,6 +195,8 @@ pub enum Call {
     Reserve(appliance_api::Reserve),
     /// Make reserved regions a grant, or raise the epoch of one.
     Commit(GrantId, appliance_api::Commit),
+    /// Raise the epoch of a grant.
+    Raise(GrantId, appliance_api::Commit, Raising),
     /// Revoke the grant; the appliance need not have it.
     Revoke(GrantId),
     /// Revoke the grant and release every region that the appliance has for the allocation, until
@@ -206,11 +208,22 @@ pub enum Call {
     Digest(GrantId, appliance_api::Range),
 }
 
+/// More about raising an epoch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Raising {
+    /// Length of the grant in bytes: it may have to be moved.
+    pub len: u64,
+    /// Give the new owner zeros in place of memory that cannot be moved away from the old one.
+    pub lose: bool,
+}
+
 /// How an appliance answered a call.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Answer {
     /// Done.
     Done,
+    /// The epoch is raised, and zeros are in place of so many bytes.
+    Lost(u64),
     /// What it has.
     Status(Box<appliance_api::Status>),
     /// The regions that it reserved.

@@ -13,6 +13,7 @@ use xpm_protocol::text::short_line;
 use xpm_protocol::{AllocationId, ByteSize, ClientId, Name};
 
 use super::change::Over;
+use super::owner::Raised;
 use super::{Outcome, ReplyTo, Service, Work, view};
 use crate::store::record::{AllocationRecord, Stage};
 
@@ -169,7 +170,8 @@ impl Service {
             return self.refuse(reply, ErrorKind::Conflict, line);
         }
         if entry.record.owner.is_none() || transfer.force {
-            return self.begin_raise(reply, id, to, true);
+            let how = Raised { handed_over: true, lose: transfer.lose };
+            return self.begin_raise(reply, id, to, how);
         }
         let deadline = transfer.deadline.map_or(DEADLINE, |span| span.0);
         if deadline > DEADLINE_MAX {
@@ -209,7 +211,7 @@ impl Service {
     /// The one who is to have it gets it.
     pub(super) fn let_go(&mut self, id: AllocationId) {
         if let Some(HandingOver { reply, to, .. }) = self.entry(id).hand_over.take() {
-            self.begin_raise(reply, id, to, true);
+            self.begin_raise(reply, id, to, Raised { handed_over: true, lose: false });
         }
     }
 
@@ -243,7 +245,7 @@ impl Service {
                     &name,
                     format!("`{name}`: its owner did not let go in time and is cut off"),
                 );
-                self.begin_raise(reply, id, to, true);
+                self.begin_raise(reply, id, to, Raised { handed_over: true, lose: false });
             } else {
                 let line = format!(
                     "the owner of `{name}` was not heard; if it is dead, or is to be cut off, say so with --force"

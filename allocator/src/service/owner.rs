@@ -15,9 +15,19 @@ use xpm_protocol::{AllocationId, ByteSize, ClientId};
 
 use super::describe::Fingerprint;
 use super::{
-    AfterStore, Answer, Awaited, Call, CallError, Entry, Outcome, ReplyTo, Service, TEXT_LEN_MAX, Work,
+    AfterStore, Answer, Awaited, Call, CallError, Entry, Outcome, Raising, ReplyTo, Service, TEXT_LEN_MAX,
+    Work,
 };
 use crate::store::record::{AllocationRecord, NextEpoch};
+
+/// How an owner is changed.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Raised {
+    /// Somebody else than the new owner asked for it.
+    pub(super) handed_over: bool,
+    /// Memory that cannot be moved away from the old owner is replaced by zeros.
+    pub(super) lose: bool,
+}
 
 /// A change of owner that the appliances are told about.
 #[derive(Debug)]
@@ -26,8 +36,14 @@ pub(super) struct Raise {
     owner: Owner,
     /// Somebody else than the new owner asked for it.
     handed_over: bool,
+    /// Memory that cannot be moved away from the old owner is replaced by zeros.
+    lose: bool,
     open: usize,
+    /// What was so, in bytes.
+    lost: u64,
     failures: Vec<String>,
+    /// How many of the failures are refusals that changed nothing, as the memory cannot be moved.
+    unmovable: usize,
 }
 
 impl Service {
@@ -37,6 +53,7 @@ impl Service {
         if let Err(error) = check(record, &attach) {
             return self.reply(reply, Err(error));
         }
+        let lose = attach.lose;
         let record = record.clone();
         if let Some(line) = self.attach_denied(&record, &attach) {
             return self.refuse(reply, ErrorKind::Denied, line);
@@ -55,7 +72,7 @@ impl Service {
         {
             self.record_owner(reply, id, owner);
         } else {
-            self.begin_raise(reply, id, owner, false);
+            self.begin_raise(reply, id, owner, Raised { handed_over: false, lose });
         }
     }
 
@@ -68,12 +85,14 @@ impl Service {
     }
 
     /// Records the next epoch, unless one is recorded already whose keys nobody was given.
-    pub(super) fn begin_raise(&mut self, reply: ReplyTo, id: AllocationId, owner: Owner, handed_over: bool) {
+    pub(super) fn begin_raise(&mut self, reply: ReplyTo, id: AllocationId, owner: Owner, how: Raised) {
+        let Raised { handed_over, lose } = how;
         if !handed_over {
             self.drop_hand_over(id);
         }
         let mut record = self.entry(id).record.clone();
-        let raise = Raise { reply, owner, handed_over, open: 0, failures: Vec::new() };
+        let raise =
+            Raise { reply, owner, handed_over, lose, open: 0, lost: 0, failures: Vec::new(), unmovable: 0 };
         if record.next.is_some() {
             return self.raise(id, raise);
         }
@@ -89,7 +108,7 @@ impl Service {
     pub(super) fn raise(&mut self, id: AllocationId, mut raise: Raise) {
         let descriptor = raised_record(self.entry(id).record.clone(), &raise).descriptor();
         self.entry(id).described = Some(Fingerprint::of(descriptor.as_deref()));
-        let calls = raise_calls(&self.entry(id).record, descriptor.as_ref());
+        let calls = raise_calls(&self.entry(id).record, descriptor.as_ref(), raise.lose);
         raise.open = calls.len();
         self.entry(id).work = Work::Raising(raise);
         for (index, (appliance, call)) in calls.into_iter().enumerate() {
@@ -103,24 +122,44 @@ impl Service {
         let name = self.inventory.name(appliance);
         let Entry { record, work: Work::Raising(raise), .. } = self.entry(id) else { return };
         raise.open -= 1;
-        if let Err(error) = result {
-            raise.failures.push(format!("appliance {name}: {error}"));
+        match result {
+            Ok(Answer::Lost(lost)) => raise.lost += lost,
+            Ok(_) => {}
+            Err(error) => {
+                raise.unmovable += usize::from(matches!(error, CallError::Refused(ErrorKind::NoSpace, _)));
+                raise.failures.push(format!("appliance {name}: {error}"));
+            }
         }
         if raise.open > 0 {
             return;
         }
-        let (reply, handed_over) = (raise.reply, raise.handed_over);
+        let (reply, handed_over, lost) = (raise.reply, raise.handed_over, raise.lost);
         if raise.failures.is_empty() {
             let record = raised_record(record.clone(), raise);
             self.entry(id).work = Work::Storing;
+            if lost > 0 {
+                let (name, lost) = (record.name.clone(), ByteSize(lost));
+                let line = format!(
+                    "the new owner of `{name}` gets zeros in place of {lost} that could not be moved away from its old owner"
+                );
+                self.tell(EventKind::ContentLost, &name, line);
+            }
             let after = if handed_over { AfterStore::HandedOver(reply) } else { AfterStore::Owned(reply) };
             return self.store_record(record, after);
         }
+        let failures = raise.failures.join("; ");
+        if raise.unmovable == record.grants.len() {
+            // No appliance has changed anything, so nobody has these keys, and its owner goes on.
+            let line = format!("`{}` stays with its owner: {failures}", record.name);
+            let mut record = record.clone();
+            record.next = None;
+            self.entry(id).work = Work::Storing;
+            return self.store_record(record, AfterStore::NotRaised(reply, line));
+        }
         let line = format!(
-            "the owner of `{}` cannot be changed until every appliance of it agrees: {}; bring it back and try again, or delete \
-             the allocation",
+            "the owner of `{}` cannot be changed until every appliance of it agrees: {failures}; bring it back and try again, \
+             or delete the allocation",
             record.name,
-            raise.failures.join("; ")
         );
         self.refuse(reply, ErrorKind::Unavailable, line);
         self.finish_work(id);
@@ -224,6 +263,7 @@ fn check(record: &AllocationRecord, attach: &Attach) -> Result<(), ApiError> {
 fn raise_calls(
     record: &AllocationRecord,
     descriptor: Option<&String>,
+    lose: bool,
 ) -> Vec<(xpm_protocol::ApplianceId, Call)> {
     let next = record.next.as_ref().expect("an epoch is recorded before it is raised");
     let call = |(grant, key): (&crate::store::record::GrantRecord, &xpm_protocol::GrantKey)| {
@@ -236,7 +276,8 @@ fn raise_calls(
             from: None,
             descriptor: descriptor.cloned(),
         };
-        (grant.appliance, Call::Commit(grant.id, commit))
+        let len = u64::from(grant.count).saturating_mul(record.region_len);
+        (grant.appliance, Call::Raise(grant.id, commit, Raising { len, lose }))
     };
     record.grants.iter().zip(&next.keys).map(call).collect()
 }

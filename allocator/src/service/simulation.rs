@@ -46,6 +46,7 @@ fn attach(name: &str, client: u128, force: bool) -> Request {
         host_name: format!("host{client}"),
         purpose: "ublk".into(),
         force,
+        lose: false,
     };
     Request::Attach { name: name.parse().unwrap(), attach }
 }

@@ -22,7 +22,14 @@ fn create(name: &str, mib: u64, stripe: Option<u32>) -> Create {
 
 fn attach(client: u128, force: bool) -> Attach {
     let (host_name, purpose) = (format!("host{client}"), "ublk".to_owned());
-    Attach { client: ClientId::from_u128(client), host: HostId::from_u128(1), host_name, purpose, force }
+    Attach {
+        client: ClientId::from_u128(client),
+        host: HostId::from_u128(1),
+        host_name,
+        purpose,
+        force,
+        lose: false,
+    }
 }
 
 #[tokio::test]

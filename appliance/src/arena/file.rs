@@ -18,9 +18,11 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::{
-    FallocateFlags, FlockOperation, SeekFrom, fallocate, flock, fsync, ftruncate, major, minor, seek,
+    FallocateFlags, FileType, FlockOperation, Mode, OFlags, SeekFrom, fallocate, fchmod, flock, fstat, fsync,
+    ftruncate, major, minor, seek,
 };
 use rustix::io::Errno;
+use rustix::process::geteuid;
 use xpm_protocol::units::ByteSize;
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -69,15 +71,7 @@ impl BackingFile {
     /// Opens it for this process alone, and makes a regular file as long as `capacity`.
     pub(super) fn open(path: &Path, capacity: u64) -> Result<BackingFile, ArenaError> {
         let unfit = |reason: String| ArenaError::File { path: path.to_owned(), reason };
-        // A file that is made here holds other people's memory: for nobody else to read.
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(path)
-            .map_err(|error| unfit(error.to_string()))?;
+        let file = open_own(path).map_err(unfit)?;
         flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|error| match error {
             Errno::WOULDBLOCK => {
                 unfit("another process uses it; stop that one, or choose another file".into())
@@ -105,6 +99,11 @@ impl BackingFile {
     /// Where it is.
     pub(crate) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Whether its pages are copies in this host's memory, as those of a DAX device are not.
+    pub(super) fn is_cached(&self) -> bool {
+        fstat(&*self.fd).is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) != FileType::CharacterDevice)
     }
 
     /// What it says of itself, if it says anything.
@@ -191,6 +190,46 @@ impl Drop for Kept {
     }
 }
 
+/// Opens a file that is this user's alone, or makes one. It holds other people's memory: for nobody else to read or write,
+/// and not in a place that somebody else chose by a symbolic link.
+fn open_own(path: &Path) -> Result<File, String> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false).mode(0o600);
+    // Links of udev, to a device by its name.
+    let is_link_to_device = path.starts_with("/dev")
+        && std::fs::metadata(path).is_ok_and(|metadata| !metadata.is_file() && !metadata.is_dir());
+    if !is_link_to_device {
+        options.custom_flags(OFlags::NOFOLLOW.bits().cast_signed());
+    }
+    let file = options.open(path).map_err(|error| match error.raw_os_error() {
+        Some(code) if code == Errno::LOOP.raw_os_error() => {
+            "it is a symbolic link, which is not followed: give the path that it leads to".to_owned()
+        }
+        _ => error.to_string(),
+    })?;
+    let metadata = file.metadata().map_err(|error| error.to_string())?;
+    let (mode, owner, me) = (metadata.mode() & 0o777, metadata.uid(), geteuid().as_raw());
+    if owner != me && owner != 0 {
+        return Err(format!(
+            "it belongs to user {owner}, who could read and change all that is lent: chown it to user {me}, or choose another one"
+        ));
+    }
+    let path = path.display();
+    if !metadata.is_file() {
+        return Ok(file);
+    }
+    if mode & 0o022 != 0 {
+        return Err(format!(
+            "others can change it (mode {mode:04o}), and may have it open: chmod 600 {path} when nobody has"
+        ));
+    }
+    if mode & 0o055 != 0 {
+        tracing::warn!("{path} has mode {mode:04o}, so others could read all that is lent: it is 0600 now");
+        fchmod(&file, Mode::RUSR | Mode::WUSR).map_err(|error| format!("cannot chmod it: {error}"))?;
+    }
+    Ok(file)
+}
+
 /// Its length in bytes; a regular file is made long enough first.
 fn prepare(file: &File, capacity: u64) -> Result<u64, String> {
     let metadata = file.metadata().map_err(|error| error.to_string())?;
@@ -201,11 +240,22 @@ fn prepare(file: &File, capacity: u64) -> Result<u64, String> {
         }
         Ok(metadata.len().max(capacity))
     } else if kind.is_block_device() {
+        check_device(metadata.mode())?;
         seek(file, SeekFrom::End(0)).map_err(|error| format!("cannot find its size: {error}"))
     } else if kind.is_char_device() {
-        dax_len(metadata.rdev())
+        let len = dax_len(metadata.rdev())?;
+        check_device(metadata.mode())?;
+        Ok(len)
     } else {
         Err("it is neither a file nor a device".into())
+    }
+}
+
+/// The group of a device is an administrator's, as `disk` is.
+fn check_device(mode: u32) -> Result<(), String> {
+    match mode & 0o007 {
+        0 => Ok(()),
+        _ => Err(format!("everybody can use this device (mode {:04o}): chmod o= it", mode & 0o777)),
     }
 }
 

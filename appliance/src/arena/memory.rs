@@ -9,12 +9,13 @@ use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, fstat, seek};
-use rustix::io::{Errno, pread};
+use rustix::io::{Errno, pread, pwrite};
 use rustix::mm::{Advice, MapFlags, MlockFlags, ProtFlags, madvise, mlock_with, mmap, munmap};
-use xpm_protocol::units::PAGE_LEN;
+use xpm_protocol::units::{ByteSize, PAGE_LEN};
 use xpm_transport::IoBuf;
 use xpm_transport::store::Extent;
 
+use super::bad::Bad;
 use super::file::Kept;
 use crate::keep::{MemfdId, SavedPlace, Stored, Vault};
 
@@ -22,7 +23,9 @@ use crate::keep::{MemfdId, SavedPlace, Stored, Vault};
 const STEP_LEN: u64 = 8 << 20;
 
 /// How much is moved at a time, in bytes.
-const MOVE_LEN: u64 = 4 << 20;
+pub(super) const MOVE_LEN: u64 = 4 << 20;
+/// How much of that is copied by one call, in bytes.
+const COPY_LEN: usize = 256 << 10;
 
 /// Where a region lies in its file, in bytes.
 #[derive(Debug, Clone, Copy)]
@@ -58,16 +61,18 @@ pub struct Memory {
     shared: AtomicBool,
     /// Devices that have its pages registered: as long as there are any, no page may be exchanged.
     pins: AtomicU32,
-    /// Processes may have it mapped that connected to an earlier life of this appliance.
-    has_strays: bool,
+    /// Its content is half in other memory and cannot be put together again.
+    torn: AtomicBool,
     /// Something was trimmed, or may have been in an earlier life, so that holes are not faulted in: they were given back.
     holes_stay: AtomicBool,
     /// The number in the name of its memfd.
     memfd: Option<MemfdId>,
     /// Its place in the store of the service manager.
     stored: OnceLock<Stored>,
+    /// Pages whose content is gone.
+    bad: Bad,
     /// Its part of a backing file.
-    _kept: Option<Kept>,
+    kept: Option<Kept>,
 }
 
 // SAFETY: the mapping belongs to no thread, and is accessed through raw pointers and the kernel only,
@@ -105,11 +110,12 @@ impl Memory {
             promised,
             shared: AtomicBool::new(false),
             pins: AtomicU32::new(0),
-            has_strays: false,
+            torn: AtomicBool::new(false),
             holes_stay: AtomicBool::new(false),
             memfd: None,
             stored: OnceLock::new(),
-            _kept: kept,
+            bad: Bad::default(),
+            kept,
         })
     }
 
@@ -124,7 +130,6 @@ impl Memory {
         self.memfd = Some(id);
         self.holes_stay = AtomicBool::new(self.way == Way::Punch);
         self.shared = AtomicBool::new(shared);
-        self.has_strays = shared;
         self.stored = stored.map_or_else(OnceLock::new, OnceLock::from);
         self
     }
@@ -147,9 +152,9 @@ impl Memory {
         self.memfd
     }
 
-    /// Whether processes may have it mapped of which no connection tells.
-    pub fn has_strays(&self) -> bool {
-        self.has_strays
+    /// Whether its content is not whole any more.
+    pub(crate) fn is_torn(&self) -> bool {
+        self.torn.load(SeqCst)
     }
 
     /// Length in bytes; never 0.
@@ -184,13 +189,47 @@ impl Memory {
                 Err(Errno::INTR) => {}
                 // A DAX device can be mapped only; it has no holes either.
                 Err(Errno::INVAL) if done == 0 => {
-                    self.at(offset, len).copy_to_slice(rest);
-                    return Ok(());
+                    return self.at(offset, len).try_copy_to_slice(rest).map_err(|_| Errno::IO);
                 }
                 Err(error) => return Err(error),
             }
         }
         Ok(())
+    }
+
+    /// Whether a read or write of these bytes can be done. A page that is bad can be written to as a whole, where another
+    /// one can take its place.
+    pub fn is_sound(&self, write: bool, offset: u64, len: u64) -> bool {
+        let bad = self.bad.within(offset, len);
+        let covers = |page: u64| page * PAGE_LEN >= offset && (page + 1) * PAGE_LEN <= offset + len;
+        bad.into_iter().all(|page| write && covers(page) && self.renew_page(page))
+    }
+
+    /// Looks which pages with bytes in a range are bad. Those that were not known to be.
+    pub fn find_bad(&self, offset: u64, len: u64) -> Vec<u64> {
+        let last = (offset + len.max(1) - 1).min(self.len() - 1) / PAGE_LEN;
+        (offset / PAGE_LEN..=last).filter(|page| !self.is_good(*page) && self.bad.add(*page)).collect()
+    }
+
+    /// Whether it has bad pages.
+    pub fn has_bad(&self) -> bool {
+        self.bad.has_any()
+    }
+
+    fn is_good(&self, page: u64) -> bool {
+        let mut byte = [0];
+        // The kernel says it of a page of a file, and the access itself of one that is only mapped.
+        self.read(page * PAGE_LEN, &mut byte).is_ok()
+            && self.at(page * PAGE_LEN, 1).try_copy_to_slice(&mut byte).is_ok()
+    }
+
+    /// Has the kernel give another page in place of a bad one. Whether it is good.
+    fn renew_page(&self, page: u64) -> bool {
+        if self.way == Way::Overwrite || !self.give_back(page * PAGE_LEN, PAGE_LEN) || !self.is_good(page) {
+            return false;
+        }
+        self.bad.remove(page);
+        true
     }
 
     /// The region's descriptor, to be passed to another process. From now on the region counts as
@@ -200,7 +239,8 @@ impl Memory {
         self.fd.clone()
     }
 
-    /// Whether another process may have it mapped.
+    /// Whether another process may have it mapped, be it one that closed its connection or that connected to an
+    /// earlier life of this appliance: a mapping stays as long as that process wants.
     pub fn is_shared(&self) -> bool {
         self.shared.load(SeqCst)
     }
@@ -240,12 +280,19 @@ impl Memory {
             self.zero(inner, inner_end - inner);
         }
         self.zero(inner_end, end - inner_end);
+        for page in self.bad.within(inner, inner_end - inner) {
+            if self.is_good(page) {
+                self.bad.remove(page);
+            }
+        }
     }
 
-    /// Writes zeros over the range.
+    /// Writes zeros over the range; where its memory is bad, that is known from then on.
     pub fn zero(&self, offset: u64, len: u64) {
-        if len > 0 {
-            self.at(offset, len as usize).zero();
+        if len > 0 && self.at(offset, len as usize).try_zero().is_err() {
+            for page in self.find_bad(offset, len) {
+                tracing::error!("page {page} of a region of {} is bad", ByteSize(self.len()));
+            }
         }
     }
 
@@ -259,20 +306,100 @@ impl Memory {
         self.holes_stay.store(false, SeqCst);
     }
 
-    /// Moves the content to `target`, which is of the same length and all zeros, and leaves zeros.
-    /// Holes stay holes; the target counts as faulted in where the content was.
-    pub(super) fn move_to(&self, target: &Memory) {
-        let mut offset = 0;
-        while offset < self.len() {
-            let extent = self.extent(offset, MOVE_LEN);
-            if !extent.hole {
-                let len = extent.len as usize;
-                self.at(offset, len).copy_to(target.at(offset, len));
-                self.trim(offset, extent.len);
-            }
-            offset += extent.len;
+    /// Moves the content to `target`, which is a memfd of the same kind and length and all zeros, and leaves zeros.
+    /// Holes stay holes.
+    ///
+    /// # Errors
+    /// When there is no memory for it. The content is where it was then, unless the memory is torn.
+    pub(super) fn move_to(&self, target: &Memory) -> Result<(), Errno> {
+        let mut moved = 0;
+        let result = self.move_pieces(target, &mut moved, self.len());
+        if result.is_err() && target.move_pieces(self, &mut 0, moved).is_err() {
+            self.torn.store(true, SeqCst);
         }
-        target.set_faulted(target.len());
+        if result.is_ok() && self.way == Way::Overwrite {
+            self.give_up();
+        }
+        // What is a hole now is to stay one.
+        target.holes_stay.store(true, SeqCst);
+        if result.is_ok() {
+            target.set_faulted(target.len());
+        }
+        result
+    }
+
+    /// Moves what lies before `end`; `offset` is how far it came.
+    fn move_pieces(&self, target: &Memory, offset: &mut u64, end: u64) -> Result<(), Errno> {
+        while *offset < end {
+            let extent = self.extent(*offset, MOVE_LEN.min(end - *offset));
+            if !extent.hole {
+                self.copy_piece(target, *offset, extent.len)?;
+                // They are there; so that they are locked too.
+                target.populate(*offset, extent.len)?;
+                match self.way {
+                    Way::Punch => self.punch(*offset, extent.len)?,
+                    Way::File => self.trim(*offset, extent.len),
+                    Way::Overwrite => {}
+                }
+            }
+            *offset += extent.len;
+        }
+        Ok(())
+    }
+
+    fn copy_piece(&self, target: &Memory, offset: u64, len: u64) -> Result<(), Errno> {
+        if self.way == Way::Overwrite {
+            // Huge pages cannot be written by a call; the mapping of the target has all of its pages reserved.
+            let copied = self.at(offset, len as usize).try_copy_to(target.at(offset, len as usize));
+            return copied.map_err(|_| Errno::IO);
+        }
+        let mut local = vec![0; COPY_LEN];
+        let (mut offset, end) = (offset, offset + len);
+        while offset < end {
+            let part = &mut local[..COPY_LEN.min((end - offset) as usize)];
+            match self.read(offset, part) {
+                Err(Errno::IO) if part.len() as u64 > PAGE_LEN => {
+                    for page in (0..part.len() as u64).step_by(PAGE_LEN as usize) {
+                        self.copy_piece(target, offset + page, PAGE_LEN)?;
+                    }
+                }
+                // What was in it is gone, there as here.
+                Err(Errno::IO) => drop(target.bad.add(offset / PAGE_LEN)),
+                read => read.and_then(|()| target.write(offset, part))?,
+            }
+            offset += part.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// Writes without touching the mapping: where there is no memory, that is an error and no signal.
+    fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), Errno> {
+        let mut done = 0;
+        while done < bytes.len() {
+            match pwrite(&*self.fd, &bytes[done..], self.place.start + offset + done as u64) {
+                Ok(0) => return Err(Errno::NOSPC),
+                Ok(written) => done += written,
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives pages of a memfd back to the host, whoever has them mapped. Of huge pages only those that this process
+    /// does not touch any more: there may be no other ones for it.
+    fn punch(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        self.holes_stay.store(true, SeqCst);
+        let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        fallocate(&*self.fd, punch, self.place.start + offset, len)
+    }
+
+    /// Makes it zeros for those who have it mapped, and gives its pages back to the host. This process must not touch
+    /// it any more.
+    pub(crate) fn give_up(&self) {
+        if self.way == Way::File || self.punch(0, self.len()).is_err() {
+            self.clear();
+        }
     }
 
     /// Whether the range now is zeros without its memory.
@@ -382,6 +509,10 @@ fn touch(buffer: IoBuf) {
 impl Drop for Memory {
     fn drop(&mut self) {
         self.set_faulted(self.len());
+        if self.has_bad() {
+            // Nobody is lent what lies there.
+            std::mem::forget(self.kept.take());
+        }
         // SAFETY: the mapping was made with this address and length, and whoever uses its memory
         // keeps this object alive.
         if let Err(error) = unsafe { munmap(self.base.as_ptr().cast(), self.place.len as usize) } {
@@ -408,6 +539,19 @@ mod tests {
         memory.unpin();
         memory.trim(0, 4096);
         assert_eq!(memory.resident(), 0);
+    }
+
+    #[test]
+    fn a_bad_page_is_as_good_as_new_once_another_one_is_in_its_place() {
+        let memory = Arena::new(&Backing::Memfd, 16 << 20, false).unwrap().make(16 << 20, 0).unwrap();
+        memory.at(4096, 4).copy_from_slice(b"page");
+        memory.bad.add(1);
+        memory.bad.add(3);
+        assert!(memory.is_sound(false, 0, 4096) && memory.is_sound(false, 8192, 4096));
+        assert!(!memory.is_sound(false, 0, 4097) && !memory.is_sound(true, 4100, 100), "only a part of it");
+        assert!(memory.is_sound(true, 4096, 4096) && memory.is_sound(false, 0, 12_288));
+        memory.trim(0, 1 << 20);
+        assert!(!memory.has_bad());
     }
 
     #[test]

@@ -225,6 +225,12 @@ impl<M: Clone> Ledger<M> {
                 State::Granted { grant, allocation }
                     if commit.from == Some(grant) && allocation == commit.allocation =>
                 {
+                    // Whoever has the one may have its memory mapped.
+                    if self.grants.get(&grant).is_some_and(|from| from.epoch != commit.epoch) {
+                        return Err(Refusal::Conflict(format!(
+                            "grant {grant} is of another epoch: its regions are taken over by a grant of the same one"
+                        )));
+                    }
                     lens.push(region.len);
                 }
                 State::Granted { grant, .. } => return Err(Refusal::InGrant { region: *id, grant }),

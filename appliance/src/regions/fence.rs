@@ -35,7 +35,16 @@ pub(super) struct Moved {
     pub(super) memories: Vec<Arc<Memory>>,
     /// Whether any of it was.
     pub(super) has_moved: bool,
+    /// What was replaced by zeros, in bytes.
+    pub(super) lost: u64,
     pub(super) error: Option<ArenaError>,
+}
+
+/// One region of these.
+struct Place {
+    memory: Arc<Memory>,
+    lost: u64,
+    error: Option<ArenaError>,
 }
 
 impl Shared {
@@ -77,34 +86,61 @@ impl Shared {
         self.fences().iter().map(|fence| fence.close_group(lease.grant().as_u128())).sum()
     }
 
-    /// Ends a lease, shuts its clients out, and if one did not let go, moves the memory to where it
-    /// cannot reach it: a process cannot be made to unmap, and its late writes must not land.
-    pub(super) fn move_away(&self, lease: &Lease) -> Moved {
-        let remaining = self.shut_out(lease);
-        if remaining > 0 {
-            tracing::warn!(
-                "grant {}: {remaining} processes of the old owner keep its memory mapped; moving it away from them",
-                lease.grant()
-            );
+    /// Whether the memory of a lease could be moved away from processes that may have it mapped.
+    pub(super) fn can_move(&self, lease: &Lease) -> Result<(), ArenaError> {
+        match lease.regions().iter().find(|memory| memory.is_shared()) {
+            Some(memory) => self.arena.can_move(memory.len()),
+            None => Ok(()),
         }
-        // Of processes that came to an earlier life of this appliance, no connection tells.
-        let moves = |memory: &Memory| memory.has_strays() || (remaining > 0 && memory.is_shared());
-        let has_moved = lease.regions().iter().any(|memory| moves(memory));
+    }
+
+    /// Ends a lease, shuts its clients out, and moves what was ever shared with another process to where that one
+    /// cannot reach it: it cannot be made to unmap, closing its connection says nothing, and its late writes must not
+    /// land. With `lose`, what cannot be moved is replaced by zeros.
+    pub(super) fn move_away(&self, lease: &Lease, lose: bool) -> Moved {
+        self.shut_out(lease);
+        let regions = lease.regions();
+        let has_moved = regions.iter().any(|memory| memory.is_shared());
+        if !has_moved {
+            return Moved { memories: regions.to_vec(), ..Moved::default() };
+        }
+        // Half of it is in one place then and half in the other.
+        self.record_moving(&self.lock(), lease.grant());
+        let threads = self.workers.min(self.arena.moves_max()).max(1);
+        let places: Vec<Place> = std::thread::scope(|scope| {
+            let part = |part: &[Arc<Memory>]| part.iter().map(|memory| self.place(memory, lose)).collect();
+            let threads: Vec<_> = regions
+                .chunks(regions.len().div_ceil(threads))
+                .map(|chunk| scope.spawn(move || -> Vec<Place> { part(chunk) }))
+                .collect();
+            let joined = threads.into_iter().map(|thread| match thread.join() {
+                Ok(places) => places,
+                Err(panic) => std::panic::resume_unwind(panic),
+            });
+            joined.flatten().collect()
+        });
         let mut moved = Moved { has_moved, ..Moved::default() };
-        if has_moved {
-            // Half of it is in one place then and half in the other.
-            self.record_moving(&self.lock(), lease.grant());
-        }
-        for memory in lease.regions() {
-            let place = match moves(memory) && moved.error.is_none() {
-                true => self.arena.relocate(memory).map(Arc::new),
-                false => Ok(memory.clone()),
-            };
-            moved.memories.push(place.unwrap_or_else(|error| {
-                moved.error = Some(error);
-                memory.clone()
-            }));
+        for place in places {
+            moved.memories.push(place.memory);
+            moved.lost += place.lost;
+            moved.error = moved.error.or(place.error);
         }
         moved
+    }
+
+    /// Where a region is from now on.
+    fn place(&self, memory: &Arc<Memory>, lose: bool) -> Place {
+        if !memory.is_shared() {
+            return Place { memory: memory.clone(), lost: 0, error: None };
+        }
+        let stays = |error| Place { memory: memory.clone(), lost: 0, error: Some(error) };
+        match self.arena.relocate(memory) {
+            Ok(new) => Place { memory: Arc::new(new), lost: 0, error: None },
+            Err(_) if lose => match self.arena.replace(memory) {
+                Ok(new) => Place { memory: Arc::new(new), lost: memory.len(), error: None },
+                Err(error) => stays(error),
+            },
+            Err(error) => stays(error),
+        }
     }
 }

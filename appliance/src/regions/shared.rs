@@ -11,6 +11,7 @@ use super::fence::Fence;
 use super::state::State;
 use crate::arena::{Arena, ArenaError, Memory};
 use crate::keep::{Condition, Keeper, SavedGrant, SavedRegion};
+use crate::warnings::Warnings;
 
 /// How long an order waits until what it asked for is faulted in; the rest follows while it is in
 /// use already. On a busy host faulting in takes a second for each few hundred MiB, and who orders
@@ -29,6 +30,7 @@ pub(super) struct Shared {
     pub(super) news: Notify,
     pub(super) workers: usize,
     pub(super) keeper: Keeper,
+    pub(super) warnings: Warnings,
 }
 
 impl Shared {
@@ -66,6 +68,18 @@ impl Shared {
         Ok(state)
     }
 
+    /// Waits until what makes room for others is gone, but not for ever.
+    pub(super) fn wait_left(&self) {
+        let limit = Instant::now() + TURN_LIMIT;
+        let mut state = self.lock();
+        while state.ledger.leaving() > 0 {
+            match self.wait(state, limit) {
+                Ok(again) => state = again,
+                Err(_) => return,
+            }
+        }
+    }
+
     /// Records a grant for the next life, as it is now. Before anybody is told of it.
     pub(super) fn record(&self, state: &State, id: GrantId) {
         let is_open = state.leases.get(&id).is_some_and(|lease| lease.is_alive());
@@ -76,6 +90,7 @@ impl Shared {
         if !self.keeper.keeps() {
             return;
         }
+        let condition = if is_torn(state, id) { Condition::Moving } else { condition };
         match saved(state, id, condition, &self.keeper) {
             Some(grant) => self.keeper.put(grant),
             // Its memory is in no store, or it is not there.
@@ -131,6 +146,13 @@ impl Shared {
 /// The grants that have a region of this one.
 fn sharing(state: &State, id: GrantId) -> Vec<GrantId> {
     state.ledger.grant(id).map(|grant| state.ledger.sharing(&grant.regions)).unwrap_or_default()
+}
+
+/// Whether the content of a grant is not whole, nor will be.
+fn is_torn(state: &State, id: GrantId) -> bool {
+    let regions = state.ledger.grant(id).map(|grant| grant.regions.as_slice()).unwrap_or_default();
+    let memories = regions.iter().filter_map(|region| state.ledger.region(*region)?.memory.as_ref());
+    memories.into_iter().any(|memory| memory.is_torn())
 }
 
 /// None where some of it is not kept.

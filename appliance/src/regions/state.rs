@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use xpm_protocol::api::appliance::{self as api, Commit};
 use xpm_protocol::units::ByteSize;
-use xpm_protocol::{GrantId, RegionId};
+use xpm_protocol::{Epoch, GrantId, RegionId};
 
 use super::fence::Moved;
 use crate::arena::{ArenaError, Memory};
@@ -83,6 +83,16 @@ impl State {
                 Err(error)
             }
         }
+    }
+
+    /// Leases of other grants with regions of this one, whose owner is outdated when this one's epoch is raised.
+    pub(super) fn outdated_with(&self, id: GrantId, epoch: Epoch) -> Vec<Arc<Lease>> {
+        let regions = self.ledger.grant(id).map(|grant| grant.regions.as_slice()).unwrap_or_default();
+        let mut others = self.ledger.sharing(regions);
+        others.retain(|other| {
+            *other != id && self.ledger.grant(*other).is_some_and(|grant| grant.epoch < epoch)
+        });
+        others.iter().filter_map(|other| self.leases.get(other).cloned()).collect()
     }
 
     pub(super) fn add_lease(&mut self, id: GrantId) {

@@ -116,8 +116,17 @@ impl Shared {
             Ok(memory) => memory,
             Err(memory) => return self.later(id, memory),
         };
+        if memory.is_shared() {
+            memory.give_up();
+            drop(memory);
+            return self.lock().ledger.dropped(id);
+        }
         memory.clear();
-        let wanted = !memory.is_shared() && self.lock().ledger.wants(memory.len());
+        if memory.has_bad() && self.arena.file().is_some() {
+            // Its place in the file is used no more.
+            self.lock().ledger.lose_capacity(memory.len());
+        }
+        let wanted = !memory.has_bad() && self.lock().ledger.wants(memory.len());
         if !wanted {
             drop(memory);
             return self.lock().ledger.dropped(id);

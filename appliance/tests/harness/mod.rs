@@ -1,5 +1,7 @@
 //! Starts the program on free ports, and speaks to it.
 
+#![allow(dead_code, reason = "not each file of tests uses all of it")]
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::{Child, ChildStdin, Command, Stdio};
@@ -57,15 +59,45 @@ fn with_own_places(directory: &tempfile::TempDir, arguments: &[&str]) -> Command
     command
 }
 
+/// The same command, run in the cgroup that lists its processes in this file.
+fn in_group(procs: &str, command: &Command) -> Command {
+    let mut inside = Command::new("sh");
+    inside.args(["-c", "echo $$ >\"$0\" && exec \"$@\"", procs]).arg(command.get_program());
+    inside.args(command.get_args()).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    inside
+}
+
 /// What a daemon says that cannot start.
 pub(crate) fn complaint(arguments: &[&str]) -> String {
     let directory = tempfile::tempdir().unwrap();
-    let output = with_own_places(&directory, arguments).output().unwrap();
+    complaint_of(with_own_places(&directory, arguments), arguments)
+}
+
+/// The same in a cgroup.
+pub(crate) fn complaint_in(procs: &str, arguments: &[&str]) -> String {
+    let directory = tempfile::tempdir().unwrap();
+    complaint_of(in_group(procs, &with_own_places(&directory, arguments)), arguments)
+}
+
+fn complaint_of(mut command: Command, arguments: &[&str]) -> String {
+    let output = command.output().unwrap();
     assert!(!output.status.success(), "{arguments:?} was accepted");
     let text = String::from_utf8_lossy(&output.stderr);
     let lines: Vec<&str> = text.lines().filter(|line| !line.contains("WARN")).collect();
     assert_eq!(lines.len(), 1, "not one line: {text}");
     lines[0].to_owned()
+}
+
+/// What a daemon says, as it comes.
+fn collect(child: &mut Child) -> Arc<Mutex<String>> {
+    let log = Arc::new(Mutex::new(String::new()));
+    let (stderr, sink) = (child.stderr.take().unwrap(), log.clone());
+    std::thread::spawn(move || {
+        for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+            sink.lock().unwrap().push_str(&(line + "\n"));
+        }
+    });
+    log
 }
 
 /// A running daemon.
@@ -87,14 +119,20 @@ impl Daemon {
 
     pub(crate) fn start_with_token(arguments: &[&str], token: &str) -> Daemon {
         let directory = tempfile::tempdir().unwrap();
-        let mut child = with_own_places(&directory, arguments).spawn().unwrap();
-        let log = Arc::new(Mutex::new(String::new()));
-        let (stderr, sink) = (child.stderr.take().unwrap(), log.clone());
-        std::thread::spawn(move || {
-            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
-                sink.lock().unwrap().push_str(&(line + "\n"));
-            }
-        });
+        let command = with_own_places(&directory, arguments);
+        Daemon::spawn(command, directory, token)
+    }
+
+    /// Starts one in a cgroup, and does not wait for its memory.
+    pub(crate) fn start_in(procs: &str, arguments: &[&str]) -> Daemon {
+        let directory = tempfile::tempdir().unwrap();
+        let command = in_group(procs, &with_own_places(&directory, arguments));
+        Daemon::spawn(command, directory, "")
+    }
+
+    fn spawn(mut command: Command, directory: tempfile::TempDir, token: &str) -> Daemon {
+        let mut child = command.spawn().unwrap();
+        let log = collect(&mut child);
         let any = SocketAddr::from(([127, 0, 0, 1], 0));
         let mut daemon = Daemon { child, log, control: any, nbd: any, directory, token: token.to_owned() };
         let line = daemon.wait_log("control at");
@@ -103,8 +141,42 @@ impl Daemon {
             rest.split([' ', ',']).next().unwrap().parse().unwrap()
         };
         (daemon.control, daemon.nbd) = (address("control at "), address("NBD at "));
-        daemon.wait("all memory ready", |status| status["ready"] == status["capacity"]);
+        // Its stock, or all of it.
+        daemon.wait("memory is ready", |status| {
+            status["ready"] == status["capacity"] || daemon.has_option("--ready")
+        });
         daemon
+    }
+
+    /// Starts one whose log has the level that a file says; it is there when it says nothing for long enough to listen.
+    pub(crate) fn start_with_level(level: &std::path::Path, arguments: &[&str]) -> Daemon {
+        let directory = tempfile::tempdir().unwrap();
+        let mut command = with_own_places(&directory, arguments);
+        command.env("XPM_LOG", format!("@{}", level.display()));
+        let mut child = command.spawn().unwrap();
+        let log = collect(&mut child);
+        let any = SocketAddr::from(([127, 0, 0, 1], 0));
+        let socket = directory.path().join("run/nbd.sock");
+        let limit = Instant::now() + LIMIT;
+        while std::os::unix::net::UnixStream::connect(&socket).is_err() {
+            assert!(Instant::now() < limit, "it never listens");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Daemon { child, log, control: any, nbd: any, directory, token: String::new() }
+    }
+
+    pub(crate) fn is_alive(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
+    }
+
+    fn has_option(&self, option: &str) -> bool {
+        let words = std::fs::read(format!("/proc/{}/cmdline", self.child.id())).unwrap_or_default();
+        words.split(|byte| *byte == 0).any(|word| word == option.as_bytes())
+    }
+
+    /// Sends it a signal, by its number.
+    pub(crate) fn signal(&self, number: i32) {
+        run("kill", &[&format!("-{number}"), &self.child.id().to_string()]);
     }
 
     /// Waits for a line of the log.
@@ -118,6 +190,11 @@ impl Daemon {
             assert!(Instant::now() < limit, "the log never says `{word}`: {log}");
             std::thread::sleep(Duration::from_millis(5));
         }
+    }
+
+    /// All that it said.
+    pub(crate) fn log(&self) -> String {
+        self.log.lock().unwrap().clone()
     }
 
     /// Waits for a status.
@@ -214,11 +291,16 @@ pub(crate) struct Shell {
 
 impl Shell {
     pub(crate) fn open(uri: &str) -> Shell {
-        const LOOP: &str = "import nbd, sys\nh = nbd.NBD()\nh.connect_uri(sys.argv[1])\nfor line in sys.stdin:\n  try:\n    \
-                            exec(line)\n    print('fine', flush=True)\n  except Exception as e:\n    \
-                            print('nbd.Error', e, flush=True)\n";
+        Shell::start("import nbd, sys\nh = nbd.NBD()\nh.connect_uri(sys.argv[1])\n", &[uri])
+    }
+
+    /// A shell that begins with these lines.
+    fn start(lines: &str, arguments: &[&str]) -> Shell {
+        const LOOP: &str = "for line in sys.stdin:\n  try:\n    exec(line)\n    print('fine', flush=True)\n  \
+                            except Exception as e:\n    print('nbd.Error', e, flush=True)\n";
         let mut child = Command::new("/usr/bin/python3")
-            .args(["-c", LOOP, uri])
+            .args(["-c", &format!("{lines}{LOOP}")])
+            .args(arguments)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -241,6 +323,40 @@ impl Drop for Shell {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+/// A process on the same host that was given a grant's memory, and keeps it mapped whatever it is told.
+pub(crate) struct Keeper(Shell);
+
+impl Keeper {
+    /// Closes its connection, if `disconnected`.
+    pub(crate) fn open(daemon: &Daemon, key: &str, disconnected: bool) -> Keeper {
+        const OPEN: &str = "import mmap, socket\nsaid = socket.socket(socket.AF_UNIX)\nsaid.connect(sys.argv[1])\n\
+                            said.sendall(b'xpm-shm\\0' + (1).to_bytes(4, 'big') + bytes(4) + bytes.fromhex(sys.argv[2]))\n\
+                            answer = said.recv(24, socket.MSG_WAITALL)\nassert answer[8:12] == bytes(4), answer\n\
+                            count = int.from_bytes(answer[12:16], 'big')\n\
+                            _, fds, _, _ = socket.recv_fds(said, 8 * count, count)\n\
+                            kept = [mmap.mmap(fd, 0) for fd in fds]\n";
+        let path = daemon.directory.path().join("run/shm.sock");
+        let mut shell = Shell::start(&format!("import sys\n{OPEN}"), &[path.to_str().unwrap(), key]);
+        if disconnected {
+            shell.say("said.close()", "");
+            daemon.wait("it left", |status| status["connections"] == 0);
+        }
+        Keeper(shell)
+    }
+
+    /// Writes into a region.
+    pub(crate) fn write(&mut self, region: usize, text: &str) {
+        self.0.say(&format!("kept[{region}][:{}] = b'{text}'", text.len()), "");
+    }
+
+    /// What a region begins with has to be this.
+    pub(crate) fn sees(&mut self, region: usize, text: &str) {
+        let line =
+            format!("want = b'{text}'; assert kept[{region}][:len(want)] == want, kept[{region}][:16]");
+        self.0.say(&line, "");
     }
 }
 

@@ -45,12 +45,27 @@ impl Owner {
     /// # Errors
     /// What the allocator said, or that it did not answer.
     pub async fn own(&self, name: &Name, purpose: String, force: bool) -> Result<Map, ClientError> {
+        self.own_with(name, purpose, force, false).await
+    }
+
+    /// The same; with `lose`, memory that cannot be moved away from the owner before is replaced by zeros.
+    ///
+    /// # Errors
+    /// As of [`Owner::own`].
+    pub async fn own_with(
+        &self,
+        name: &Name,
+        purpose: String,
+        force: bool,
+        lose: bool,
+    ) -> Result<Map, ClientError> {
         let attach = Attach {
             client: self.client,
             host: self.host,
             host_name: self.host_name.clone(),
             purpose,
             force,
+            lose,
         };
         self.allocator.put(&format!("/v1/allocations/{name}/owner"), &attach).await
     }

@@ -7,13 +7,18 @@
 //! | `POST /v1/regions` | [`Reserve`] | list of [`Region`], in the order of their use |
 //! | `DELETE /v1/regions/{id}` | | nothing; refused while the region belongs to a grant |
 //! | `GET /v1/grants` | | list of [`Grant`] |
-//! | `PUT /v1/grants/{id}` | [`Commit`] | [`Grant`] |
+//! | `PUT /v1/grants/{id}?lose=BOOL` | [`Commit`] | [`Grant`] |
 //! | `DELETE /v1/grants/{id}` | | nothing; revokes, then clears and frees the regions |
 //! | `POST /v1/grants/{id}/copies` | [`struct@Copy`] | [`Digest`] of what was copied |
 //! | `POST /v1/grants/{id}/digests` | [`Range`] | [`Digest`] |
 //!
 //! Memory is given in two phases: regions are reserved with a time limit, and stay only if a
 //! grant takes them before it ends. `PUT` and `DELETE` are idempotent.
+//!
+//! Memory that was ever given to a process of the appliance's host (shared memory) is moved when the epoch of its
+//! grant is raised, because that process can keep it mapped. Where it cannot be moved, the order is refused as
+//! `no-space` and nothing is changed; with `lose=true` the grant gets zeros in its place. Appliances of before 0.2
+//! ignore `lose`.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -112,6 +117,10 @@ pub struct Status {
     pub traffic: Option<LinkSpeed>,
     /// What passed since the daemon started.
     pub counters: Counters,
+    /// What its operator should know, one line each: a limit that was lowered, memory that went bad, a record that was
+    /// damaged. Lines stay as long as they are true; the allocator tells an event for each new one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
 }
 
 /// Counters of the data plane since the daemon started; bytes where the name says so.
@@ -273,4 +282,7 @@ pub struct Grant {
     /// What it is part of, as the allocator said.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub descriptor: Option<String>,
+    /// In the answer to an order with `lose`: how much of it was replaced by zeros, in bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lost: Option<ByteSize>,
 }

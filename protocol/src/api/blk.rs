@@ -45,6 +45,9 @@ pub struct AttachDevice {
     /// Take the allocation from another owner.
     #[serde(default)]
     pub force: bool,
+    /// Take zeros in place of memory that cannot be moved away from a process that it was shared with.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub lose: bool,
 }
 
 /// How long I/O is held while an appliance cannot be reached. Written `forever` or as a duration.

@@ -30,6 +30,8 @@ kinds! {
     ApplianceUp = "appliance-up";
     /// An appliance is not heard any more.
     ApplianceSilent = "appliance-silent";
+    /// An appliance has something to say to its operator: bad memory, a limit that was lowered, a damaged record.
+    ApplianceWarning = "appliance-warning";
     /// An operator had an appliance forgotten.
     ApplianceForgotten = "appliance-forgotten";
     /// The emptying of an appliance began, was held up or ended.
@@ -62,6 +64,8 @@ kinds! {
     HandedOver = "handed-over";
     /// An owner did not let go in time and was cut off.
     CutOff = "cut-off";
+    /// A new owner got zeros in place of memory that could not be moved away from the old one.
+    ContentLost = "content-lost";
     /// The end of a lease comes near.
     LeaseWarning = "lease-warning";
     /// A lease has ended.

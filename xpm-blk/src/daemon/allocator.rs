@@ -11,7 +11,8 @@ use crate::error::DeviceError;
 
 impl Daemon {
     pub(super) async fn own(&self, request: &AttachDevice) -> Result<Map, DeviceError> {
-        let owned = self.owner.own(&request.name, request.form.to_string(), request.force).await;
+        let AttachDevice { name, form, force, lose, .. } = request;
+        let owned = self.owner.own_with(name, form.to_string(), *force, *lose).await;
         owned.map_err(|error| refused(&error))
     }
 

@@ -13,6 +13,7 @@ use xpm_client::{Change, ChangeError};
 use xpm_protocol::Name;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{ChangeKind, HandOver, MapChange, Report};
+use xpm_protocol::api::blk::AttachDevice;
 
 use super::{Attached, Daemon, Slot, blocking};
 use crate::error::{DeviceError, Step};
@@ -104,7 +105,9 @@ impl Daemon {
     async fn catch_up(self: &Arc<Daemon>, attached: &Arc<Attached>) {
         let record = attached.record();
         let name = record.request.name.clone();
-        let Ok(map) = self.own(&record.request).await else { return };
+        // The order to take it by force was for the moment of the attach.
+        let request = AttachDevice { force: false, lose: false, ..record.request.clone() };
+        let Ok(map) = self.own(&request).await else { return };
         let (daemon, attached_too) = (Arc::clone(self), Arc::clone(attached));
         let number = map.version;
         let turned = blocking(move || {

@@ -231,6 +231,7 @@ impl Daemon {
                     transport: device.transport,
                     hold: Some(device.hold),
                     force: false,
+                    lose: false,
                 };
                 let client = self.blk.clone().with_limit(ORDER_LIMIT);
                 let shown: Result<Device, _> = client.post("/v1/devices", &request).await;

@@ -102,6 +102,10 @@ Examples:
         /// Cuts the present owner off without asking it.
         #[arg(long)]
         force: bool,
+        /// With --force: where memory was shared with a process of the appliance's host and cannot be moved away from
+        /// it, the new owner gets zeros in its place. Without this such a transfer is refused.
+        #[arg(long, requires = "force")]
+        lose: bool,
     },
     /// Deletes an allocation; its memory is cleared and lent again.
     ///

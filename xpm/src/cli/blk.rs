@@ -81,6 +81,10 @@ pub(crate) struct AttachArgs {
     /// Takes the allocation from another owner, whose I/O fails from then on.
     #[arg(long)]
     pub(crate) force: bool,
+    /// With --force: takes zeros in place of memory that was shared with a process of the appliance's host and cannot be
+    /// moved away from it. Without this the allocation stays with its owner.
+    #[arg(long, requires = "force")]
+    pub(crate) lose: bool,
     /// Succeeds as well when it is shown in this form already, and waits while it is being shown. For services.
     #[arg(long)]
     pub(crate) ensure: bool,

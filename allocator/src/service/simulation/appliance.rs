@@ -84,7 +84,7 @@ impl Appliance {
             Call::Status => Ok(Answer::Status(Box::new(self.heartbeat().status))),
             Call::Grants => Ok(Answer::Grants(self.list())),
             Call::Reserve(reserve) => self.reserve(now, reserve),
-            Call::Commit(id, commit) => self.commit(*id, commit),
+            Call::Commit(id, commit) | Call::Raise(id, commit, _) => self.commit(*id, commit),
             Call::Revoke(id) => {
                 self.revoke(*id);
                 Ok(Answer::Done)
@@ -110,6 +110,7 @@ impl Appliance {
             resident: ByteSize(0),
             connections: 0,
             descriptor: grant.descriptor.clone(),
+            lost: None,
         };
         self.grants.iter().map(shown).collect()
     }

@@ -133,8 +133,10 @@ impl Life {
             Move::Transfer(to, force) => {
                 let to = ClientId::from_u128(to.into()).to_string();
                 let deadline = Some(Span(Duration::from_secs(20)));
-                self.world
-                    .ask(Request::Transfer { name: name(), transfer: Transfer { to, deadline, force } });
+                self.world.ask(Request::Transfer {
+                    name: name(),
+                    transfer: Transfer { to, deadline, force, lose: false },
+                });
             }
             Move::Attach(client, force) => self.ask_of(client.into(), attach("v", client.into(), force)),
             Move::Detach(client) => {

@@ -87,7 +87,7 @@ impl World {
                 let to = ClientId::from_u128(to.into()).to_string();
                 let deadline = Some(Span(Duration::from_secs(20)));
                 let name = name(of).parse().unwrap();
-                self.ask(Request::Transfer { name, transfer: Transfer { to, deadline, force } });
+                self.ask(Request::Transfer { name, transfer: Transfer { to, deadline, force, lose: false } });
             }
             Move::Report(of, client, number, what) => {
                 let (name, client) = (name(of).parse().unwrap(), ClientId::from_u128(client.into()));

@@ -105,6 +105,10 @@ pub struct Transfer {
     /// Do not ask the present owner, and do not mind what it says: it is dead, or is to be cut off.
     #[serde(default)]
     pub force: bool,
+    /// Where memory was shared with a process of the appliance's host and cannot be moved away from it, the new owner
+    /// gets zeros in its place; without this such a transfer is refused.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub lose: bool,
 }
 
 /// What the owner of an allocation is to do.

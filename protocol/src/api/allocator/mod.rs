@@ -445,6 +445,10 @@ pub struct Attach {
     /// Take it from another owner.
     #[serde(default)]
     pub force: bool,
+    /// Where memory was shared with a process of the appliance's host and cannot be moved away from it, take zeros in
+    /// its place; without this such a change of owner is refused.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub lose: bool,
 }
 
 /// All that a client needs to use an allocation with no more help of the allocator. Holds keys:

@@ -340,6 +340,7 @@ fn take(name: &str, client: ClientId, force: bool) -> Result<Map> {
         host_name: "probe".to_owned(),
         purpose: "probe".to_owned(),
         force,
+        lose: false,
     };
     let path = format!("/v1/allocations/{name}/owner");
     wait_for(async { allocator()?.put(&path, &attach).await.context("cannot take the allocation") })?
