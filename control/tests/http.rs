@@ -41,10 +41,14 @@ struct Running {
 
 impl Running {
     fn start(token: Option<&str>, limits: Limits) -> Running {
+        Running::start_with(token.and_then(Token::new), limits)
+    }
+
+    fn start_with(token: Option<Token>, limits: Limits) -> Running {
         let listener = "127.0.0.1:0".parse::<Place>().unwrap().bind().unwrap();
         let address = listener.address().unwrap();
         let (stop, stopped) = oneshot::channel::<()>();
-        let server = Server::new(routes(), token.and_then(Token::new), limits);
+        let server = Server::new(routes(), token, limits);
         tokio::spawn(server.serve(listener, async { drop(stopped.await) }));
         Running { address, _stop: stop }
     }
@@ -257,4 +261,28 @@ async fn running_requests_are_answered_at_the_end() {
     release.send(()).unwrap();
     assert_eq!(request.await.unwrap().unwrap(), 7);
     server.await.unwrap();
+}
+
+/// A program that nobody can send a signal reads its file anew when it is refused.
+#[tokio::test]
+async fn a_client_with_a_token_of_before_reads_its_file_anew() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("token");
+    let write = |text: &str| {
+        std::fs::write(&file, text).unwrap();
+        std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o600)).unwrap();
+    };
+    write("old-old-old-old-old\n");
+    let (of_server, of_client) = (Token::load(&file).unwrap(), Token::load(&file).unwrap());
+    let running = Running::start_with(Some(of_server.clone()), Limits::default());
+    let client = Client::new(&format!("http://{}", running.address), Some(of_client)).unwrap();
+    let name: Name = client.get("/v1/name/a").await.unwrap();
+    assert_eq!(name.to_string(), "a");
+    write("new-new-new-new-new\n");
+    assert!(of_server.reload().unwrap());
+    client.get::<Name>("/v1/name/a").await.unwrap();
+    let stale = running.client(Some("old-old-old-old-old"));
+    let refused = stale.get::<Name>("/v1/name/a").await.unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::Unauthorized);
 }

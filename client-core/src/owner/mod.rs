@@ -18,6 +18,8 @@ pub use self::mover::{Mover, TailError};
 
 /// How long new appliances have to be connected.
 pub const CONNECT_LIMIT: Duration = Duration::from_secs(20);
+/// How long the allocator may take to make somebody the owner: memory that was shared is moved then.
+const OWN_LIMIT: Duration = Duration::from_secs(60);
 /// First and longest pause before the allocator is asked again.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
 /// Longest answer to a question for events, and the pause after a failure.
@@ -67,7 +69,8 @@ impl Owner {
             force,
             lose,
         };
-        self.allocator.put(&format!("/v1/allocations/{name}/owner"), &attach).await
+        let allocator = self.allocator.clone().with_limit(OWN_LIMIT);
+        allocator.put(&format!("/v1/allocations/{name}/owner"), &attach).await
     }
 
     /// Gives an allocation back, which nothing may use any more.
