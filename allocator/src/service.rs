@@ -19,11 +19,13 @@ mod asking;
 mod audit;
 mod change;
 mod check;
+mod clock;
 mod commit;
 mod describe;
 mod documents;
 mod drain;
 mod events;
+mod forbear;
 mod garbage;
 mod health;
 mod lease;
@@ -49,7 +51,7 @@ use xpm_control::server::ApiError;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{Client, Heartbeat, HeartbeatAnswer};
 use xpm_protocol::api::event::EventKind;
-use xpm_protocol::{AllocationId, ApplianceId, GrantKey, Name, Span};
+use xpm_protocol::{AllocationId, ApplianceId, ClientId, GrantKey, Name, Span};
 
 use crate::inventory::Inventory;
 use crate::policy::Policy;
@@ -105,6 +107,15 @@ pub struct Service {
     usage: Usage,
     /// What clients found out about themselves.
     clients: HashMap<Name, HeardClient>,
+    clock_of_day: clock::Clock,
+    /// When owners were heard last, by the service's clock.
+    owners_heard: HashMap<ClientId, Duration>,
+    /// Announced ends that neither the owner nor an appliance of it can have heard of, and since when.
+    deaf: BTreeMap<AllocationId, u64>,
+    /// Allocations with a move of their end that is not durable.
+    shifted: BTreeSet<AllocationId>,
+    /// When it was noted last that the allocator is there, by the service's clock.
+    alive_noted: Option<Duration>,
     /// The next steps of allocations that end.
     timers: BTreeSet<(u64, AllocationId)>,
     /// Allocations that are being given back.
@@ -135,6 +146,10 @@ struct Entry {
     timer: Option<u64>,
     /// The last step that was told.
     told: lease::Told,
+    /// Time that does not count against its end, and that is not in the record yet.
+    shift: Option<forbear::Shift>,
+    /// No step of its end is taken, or was due, before this moment; seconds since 1970.
+    steps_from: u64,
     /// It is counted in the usage.
     counted: bool,
     /// What is known of its change, or was of the last one, beyond the record.
@@ -225,6 +240,11 @@ impl Service {
             policy: Policy::default(),
             usage: Usage::default(),
             clients: HashMap::new(),
+            clock_of_day: clock::Clock::default(),
+            owners_heard: HashMap::new(),
+            deaf: BTreeMap::new(),
+            shifted: BTreeSet::new(),
+            alive_noted: None,
             timers: BTreeSet::new(),
             purging: BTreeSet::new(),
             events: events::Events::default(),
@@ -244,6 +264,7 @@ impl Service {
     pub fn handle(&mut self, now: Moment, event: Event) -> Vec<Effect> {
         self.now = now;
         self.clock += 1;
+        self.now.unix = self.read_clock(now);
         match event {
             Event::Request(reply, request) => self.request(reply, request),
             Event::Stored(ticket) => self.stored(ticket),
@@ -264,7 +285,10 @@ impl Service {
             self.tell_of_appliance(EventKind::ApplianceSilent, id, true, line);
         }
         self.unpark();
+        self.note_who_is_deaf();
         self.run_timers();
+        self.settle_shifts();
+        self.note_alive();
         self.serve_queue();
         self.run_hand_overs();
         self.run_drains();
@@ -492,12 +516,15 @@ impl Service {
             self.count(&record, false);
             self.names.insert(record.name.clone(), id);
         }
+        let steps_from = self.now.unix;
         let entry = Entry {
             record,
             work,
             queue: VecDeque::new(),
             timer: None,
             told: lease::Told::Nothing,
+            shift: None,
+            steps_from,
             counted,
             side: change::Side::default(),
             hand_over: None,
@@ -541,6 +568,8 @@ impl Service {
 
     fn record_gone(&mut self, id: AllocationId) {
         self.purging.remove(&id);
+        self.deaf.remove(&id);
+        self.shifted.remove(&id);
         self.allocations.remove(&id);
     }
 

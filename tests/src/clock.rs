@@ -9,20 +9,29 @@ const LIBRARY: &str = "faketime/libfaketimeMT.so.1";
 /// File with the difference to the real time.
 const FILE: &str = "clock";
 
-/// The environment of a daemon that sees the time that the file of this directory says: the time
-/// of day only, not the clock that measures spans.
+/// What a daemon sees of the time that the file of its directory says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sees {
+    /// Another time of day, as after a change of the clock by hand. Spans are measured by the real clock.
+    TimeOfDay,
+    /// Time passes: both clocks go forward together.
+    BothClocks,
+}
+
+/// The environment of a daemon that sees this time, in seconds since 1970.
 ///
 /// # Panics
 /// When the library is not there.
-pub(crate) fn environment(dir: &Path) -> Vec<(String, String)> {
+pub(crate) fn environment(dir: &Path, unix: u64, sees: Sees) -> Vec<(String, String)> {
+    set(dir, unix);
     let file = dir.join(FILE);
-    std::fs::write(&file, "+0").expect("the clock can be set");
     let variable = |name: &str, value: String| (name.to_owned(), value);
+    let spans = if sees == Sees::TimeOfDay { "1" } else { "0" };
     vec![
         variable("LD_PRELOAD", library().expect("libfaketime is there: apt-get install faketime")),
         variable("FAKETIME_TIMESTAMP_FILE", file.display().to_string()),
         variable("FAKETIME_NO_CACHE", "1".to_owned()),
-        variable("FAKETIME_DONT_FAKE_MONOTONIC", "1".to_owned()),
+        variable("FAKETIME_DONT_FAKE_MONOTONIC", spans.to_owned()),
     ]
 }
 
@@ -37,9 +46,13 @@ fn library() -> Option<String> {
 /// # Panics
 /// When the file cannot be replaced.
 pub(crate) fn set(dir: &Path, unix: u64) {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-    let difference = i128::from(unix) - i128::from(now);
+    let difference = i128::from(unix) - i128::from(now());
     let new = dir.join("clock.new");
     std::fs::write(&new, format!("{difference:+}")).expect("the clock can be set");
     std::fs::rename(new, dir.join(FILE)).expect("the clock can be set");
+}
+
+/// The real time, in seconds since 1970.
+pub(crate) fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }

@@ -2,7 +2,7 @@
 //! the value that holds them.
 
 pub mod cgroup;
-mod clock;
+pub mod clock;
 pub mod etcd;
 pub mod hang;
 pub mod manager;
@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::clock::Sees;
 use crate::manager::ServiceManager;
 
 /// Longest wait for anything that has to happen.
@@ -240,12 +241,22 @@ impl Cluster {
     }
 
     /// Starts an allocator, an appliance with each of these options, and xpm-blk. With `clock`, the
-    /// allocator sees the time that [`Cluster::set_clock`] sets.
+    /// allocator sees the time of day that [`Cluster::set_clock`] sets.
     ///
     /// # Panics
     /// When one of them does not come up.
     pub fn start_pool(appliances: &[Vec<&str>], clock: bool) -> Cluster {
+        let clock = clock.then(|| (clock::now(), Sees::TimeOfDay));
         Cluster::start_with(appliances, clock, false)
+    }
+
+    /// Starts so many appliances, and an allocator that begins at this time, in seconds since 1970, and sees what
+    /// [`Cluster::set_clock`] sets.
+    ///
+    /// # Panics
+    /// When one of them does not come up.
+    pub fn start_at(appliances: usize, unix: u64, sees: Sees) -> Cluster {
+        Cluster::start_with(&vec![Vec::new(); appliances], Some((unix, sees)), false)
     }
 
     /// The same, with a service manager for each appliance, which hands what it kept to the next life.
@@ -253,13 +264,14 @@ impl Cluster {
     /// # Panics
     /// When one of them does not come up.
     pub fn start_kept(appliances: &[Vec<&str>]) -> Cluster {
-        Cluster::start_with(appliances, false, true)
+        Cluster::start_with(appliances, None, true)
     }
 
-    fn start_with(appliances: &[Vec<&str>], clock: bool, managed: bool) -> Cluster {
+    fn start_with(appliances: &[Vec<&str>], clock: Option<(u64, Sees)>, managed: bool) -> Cluster {
         let dir = tempfile::tempdir().expect("a directory");
         let port = free_port();
-        let environment = if clock { clock::environment(dir.path()) } else { Vec::new() };
+        let environment =
+            clock.map(|(unix, sees)| clock::environment(dir.path(), unix, sees)).unwrap_or_default();
         let allocator = start_allocator(dir.path(), port, &environment);
         let arguments = |(index, more): (usize, &Vec<&str>)| {
             let more = more.iter().map(|word| (*word).to_owned());

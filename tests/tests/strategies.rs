@@ -6,6 +6,7 @@
 use std::process::{Command, Stdio};
 
 use serde_json::Value;
+use xpm_tests::clock::Sees;
 use xpm_tests::{Cluster, programs, wait_until};
 
 const MIB: u64 = 1 << 20;
@@ -200,13 +201,20 @@ priority = 900
     }
 }
 
-/// 2026-03-29 00:00 in Berlin, the day on which 02:00 to 03:00 is left out.
-const SPRING: u64 = 1_774_738_800;
+/// 2040-03-25 00:00 in Berlin, the day on which 02:00 to 03:00 is left out.
+const SPRING: u64 = 2_216_242_800;
+
+fn ends(cluster: &Cluster, name: &str) -> u64 {
+    cluster.json(&["alloc", "show", name])["lease"]["ends"].as_u64().unwrap()
+}
+
+fn frees(cluster: &Cluster, name: &str) -> u64 {
+    cluster.json(&["alloc", "show", name])["lease"]["frees"].as_u64().unwrap()
+}
 
 #[test]
 fn claim_5_hours_by_the_clock_on_the_wall() {
-    let cluster = Cluster::start_pool(&[vec![], vec![]], true);
-    cluster.set_clock(SPRING + 3600);
+    let cluster = Cluster::start_at(2, SPRING + 3600, Sees::BothClocks);
     apply(
         &cluster,
         "
@@ -219,33 +227,33 @@ lease = { duration = '1day', warning = '10m', grace = '1m' }
 ",
     );
     let line = refused(&cluster, "x", "16MiB", &["--account", "early"]);
-    assert!(line.contains("ask again from Sun 2026-03-29 03:00 (Europe/Berlin)"), "{line}");
+    assert!(line.contains("ask again from Sun 2040-03-25 03:00 (Europe/Berlin)"), "{line}");
     cluster.set_clock(SPRING + 2 * 3600 + 1);
     create(&cluster, "x", "16MiB", &["--account", "early"]);
     let lease = cluster.json(&["alloc", "show", "x"])["lease"].clone();
     assert_eq!(lease["ends"], SPRING + 3 * 3600, "04:00 is two hours after 01:00");
-    cluster.set_clock(SPRING + 3 * 3600 + 30);
+    cluster.set_clock(SPRING + 3 * 3600 - 600 + 1);
+    wait_until("it is announced", || events(&cluster).contains(&"hours-warning x".to_owned()));
+    cluster.set_clock(ends(&cluster, "x") + 1);
     wait_until("it has ended", || events(&cluster).contains(&"hours-ended x".to_owned()));
     let socket = format!("nbd-socket={}", cluster.dir().join("x.sock").display());
     let line = cluster.refused(&["blk", "attach", "x", "--as", &socket]);
     assert!(line.contains("the hours of its account have ended"), "{line}");
-    cluster.set_clock(SPRING + 3 * 3600 + 61);
+    cluster.set_clock(frees(&cluster, "x") + 1);
     wait_until("it is freed", || state(&cluster, "x").is_none());
 }
 
 #[test]
 fn claim_6_leases_end_in_steps_that_are_seen() {
-    let mut cluster = Cluster::start_pool(&[vec![]], true);
-    let begin = 1_800_000_000;
-    cluster.set_clock(begin);
+    let begin = 2_200_000_000;
+    let mut cluster = Cluster::start_at(1, begin, Sees::BothClocks);
     apply(
         &cluster,
         "[[account]]\nname='a'\nlease={duration='8h',warning='1h',grace='10m',total-max='12h'}\n",
     );
     let uri = cluster.attach("x", "32MiB", &["--account", "a"], "nbd-tcp");
-    let ends = || cluster.json(&["alloc", "show", "x"])["lease"]["ends"].as_u64().unwrap();
-    assert!(ends().abs_diff(begin + 8 * 3600) < 60);
-    cluster.set_clock(begin + 7 * 3600 + 60);
+    assert!(ends(&cluster, "x").abs_diff(begin + 8 * 3600) < 60);
+    cluster.set_clock(ends(&cluster, "x") - 3600 + 1);
     wait_until("it is announced", || events(&cluster).contains(&"lease-warning x".to_owned()));
     assert!(cluster.ok(&["status"]).contains("`xpm alloc renew x` renews it"));
     wait_until("the client knows", || cluster.json(&["blk", "show", "x"])["ending"].is_string());
@@ -253,9 +261,12 @@ fn claim_6_leases_end_in_steps_that_are_seen() {
     assert!(metrics.contains("xpm_allocation_frees_timestamp_seconds{name=\"x\"}"), "{metrics}");
     assert!(metrics.contains("xpm_used_bytes{kind=\"account\",name=\"a\"} 33554432"), "{metrics}");
     cluster.ok(&["alloc", "renew", "x"]);
-    assert!(ends().abs_diff(begin + 12 * 3600) < 60, "no longer than 12 hours in all");
+    assert!(ends(&cluster, "x").abs_diff(begin + 12 * 3600) < 60, "no longer than 12 hours in all");
     cluster.restart_allocator();
-    cluster.set_clock(begin + 12 * 3600 + 60);
+    cluster.wait_up();
+    cluster.set_clock(ends(&cluster, "x") - 3600 + 1);
+    wait_until("it is announced", || events(&cluster).contains(&"lease-warning x".to_owned()));
+    cluster.set_clock(ends(&cluster, "x") + 1);
     wait_until("it has ended", || events(&cluster).contains(&"lease-ended x".to_owned()));
     assert!(cluster.refused(&["alloc", "renew", "x"]).contains("as long as its account may"));
     let read = || {
@@ -267,7 +278,7 @@ fn claim_6_leases_end_in_steps_that_are_seen() {
         reader.status().is_ok_and(|status| status.success())
     };
     assert!(read(), "in use until its grace is over");
-    cluster.set_clock(begin + 12 * 3600 + 11 * 60);
+    cluster.set_clock(frees(&cluster, "x") + 1);
     wait_until("it is freed", || state(&cluster, "x").is_none());
     assert!(!read(), "who used it is cut off");
     assert_eq!(cluster.json(&["blk", "show", "x"])["state"], "lost");

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use serde_json::Value;
+use xpm_tests::clock::Sees;
 use xpm_tests::{Cluster, Daemon, programs, wait_until};
 
 /// xpm-swapd of a cluster's client.
@@ -193,10 +194,9 @@ fn hours_are_told_and_waited_for() {
     if has_ublk() {
         return;
     }
-    let cluster = Cluster::start_pool(&[vec![]], true);
     // Thursday, 1970-01-15.
     let noon = 14 * 24 * 3600 + 12 * 3600;
-    cluster.set_clock(noon);
+    let cluster = Cluster::start_at(1, noon, Sees::TimeOfDay);
     let file = cluster.dir().join("account.toml");
     std::fs::write(&file, "[[account]]\nname = \"swap\"\nhours = [{ from = \"18:00\", to = \"20:00\" }]\n")
         .unwrap();

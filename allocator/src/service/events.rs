@@ -44,6 +44,21 @@ impl Service {
         }
     }
 
+    /// The same for the allocator itself; whatever it is, somebody should look at it.
+    pub(super) fn tell_of_itself(&mut self, kind: EventKind, text: String) {
+        tracing::warn!("{kind}: {text}");
+        if let Ok(name) = "allocator".parse() {
+            self.keep_event(kind, &name, text);
+        }
+    }
+
+    /// Waits for events go on as long as they would have.
+    pub(super) fn event_waits_follow_clock(&mut self, by: i64) {
+        for (.., until) in &mut self.events.waiting {
+            *until = until.saturating_add_signed(by);
+        }
+    }
+
     fn keep_event(&mut self, kind: EventKind, subject: &Name, text: String) {
         self.events.count += 1;
         if self.events.kept.len() >= EVENTS_MAX {

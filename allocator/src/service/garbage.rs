@@ -67,6 +67,13 @@ impl Service {
         }
     }
 
+    /// Memory that no record knows is left alone for as long as before.
+    pub(super) fn garbage_follows_clock(&mut self, by: i64) {
+        let moments = self.found.next.values_mut();
+        let moments = moments.chain(self.found.garbage.values_mut().map(|one| &mut one.since));
+        moments.for_each(|moment| *moment = moment.saturating_add_signed(by));
+    }
+
     /// It was away: what it has may be other than before.
     pub(super) fn look_soon(&mut self, id: ApplianceId) {
         self.found.next.remove(&id);

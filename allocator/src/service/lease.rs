@@ -2,8 +2,15 @@
 //!
 //! An end comes in steps that everybody can see: it is announced, then it is there (nobody new can
 //! attach), then, after a time of grace, the owner is cut off and the memory is freed. The moments
-//! are part of the record, so a restart changes nothing about them. Each allocation that has an end
-//! has one timer, for its next step.
+//! are part of the record. Each allocation that has an end has one timer, for its next step.
+//!
+//! ```text
+//!   Nothing --warns--> Warned --ends--> Ended --frees--> freed
+//!      ^_________________|_______________|   renewed
+//! ```
+//!
+//! An owner has the whole warning and the whole grace. So a step that comes late moves all later steps by as much, and
+//! time that does not count moves them, too (`forbear.rs`).
 
 use xpm_control::server::ApiError;
 use xpm_protocol::AllocationId;
@@ -14,6 +21,9 @@ use xpm_protocol::api::event::EventKind;
 use super::{AfterStore, Outcome, ReplyTo, Service, Work, asking, purge};
 use crate::store::record::{AllocationRecord, LeaseRecord, Phase};
 
+/// From how much a step is late, in seconds; the service looks twice a second.
+const LATE: u64 = 5;
+
 /// The last step that was told of an allocation.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Told {
@@ -21,6 +31,15 @@ pub(super) enum Told {
     Nothing,
     Warned,
     Ended,
+}
+
+impl Told {
+    fn next(self) -> Told {
+        match self {
+            Told::Nothing => Told::Warned,
+            Told::Warned | Told::Ended => Told::Ended,
+        }
+    }
 }
 
 impl Service {
@@ -31,10 +50,11 @@ impl Service {
             self.timers.remove(&(at, id));
         }
         let next = match entry.record.phase {
-            Phase::Ready => next_step(&entry.record, entry.told),
+            // What is not counted is not taken off yet: the moments of the record are too early.
+            Phase::Ready if entry.shift.is_none() => next_step(&entry.record, entry.told),
             _ => None,
         };
-        if let Some(at) = next {
+        if let Some(at) = next.map(|at| at.max(entry.steps_from)) {
             entry.timer = Some(at);
             self.timers.insert((at, id));
         }
@@ -46,22 +66,39 @@ impl Service {
         while let Some(&(at, id)) = self.timers.first().filter(|(at, _)| *at <= unix) {
             self.timers.remove(&(at, id));
             self.entry(id).timer = None;
-            self.step(id);
+            if self.can_be_heard(id) {
+                self.step(id, unix - at);
+            } else {
+                self.is_deaf(id);
+                self.look_again_soon(id);
+            }
         }
     }
 
-    fn step(&mut self, id: AllocationId) {
+    /// Takes the next step, which is `late` by so many seconds.
+    fn step(&mut self, id: AllocationId, late: u64) {
         let unix = self.now.unix;
+        let is_late = late > LATE;
+        let told = self.entry(id).told;
         let record = &self.entry(id).record;
-        let frees = frees(record);
-        if frees.is_some_and(|at| at <= unix) {
-            return self.free(id);
+        let due = frees(record).is_some_and(|at| at <= unix);
+        let lease_is_told = record.terms.lease.is_none() || told == Told::Ended || !is_late;
+        if due && lease_is_told {
+            match is_late {
+                true => self.forbear(id, late.cast_signed(), "it could not be freed in time"),
+                false => return self.free(id),
+            }
+        } else {
+            let stage = record.lease_stage(unix);
+            let stage = if is_late { stage.min(told.next()) } else { stage };
+            if let (Some(lease), true) = (record.terms.lease, stage > told) {
+                if is_late {
+                    self.forbear(id, late.cast_signed(), "it could not be announced in time");
+                }
+                self.tell_stage(id, &lease, stage);
+            }
+            self.entry(id).told = stage;
         }
-        let stage = record.lease_stage(unix);
-        if let (Some(lease), true) = (record.terms.lease, stage > self.entry(id).told) {
-            self.tell_stage(id, &lease, stage);
-        }
-        self.entry(id).told = stage;
         self.set_timer(id);
     }
 
@@ -91,7 +128,7 @@ impl Service {
         self.store_record(record, AfterStore::Undo(purge::Then::Nothing));
     }
 
-    fn look_again_soon(&mut self, id: AllocationId) {
+    pub(super) fn look_again_soon(&mut self, id: AllocationId) {
         let at = self.now.unix + 1;
         self.entry(id).timer = Some(at);
         self.timers.insert((at, id));
@@ -149,7 +186,9 @@ impl Service {
 
     pub(super) fn was_renewed(&mut self, reply: ReplyTo, id: AllocationId) {
         // A step of the old lease may have been told while the new one was stored.
-        self.entry(id).told = Told::Nothing;
+        let unix = self.now.unix;
+        let entry = self.entry(id);
+        (entry.told, entry.steps_from) = (Told::Nothing, unix);
         self.set_timer(id);
         let shown = self.view(id);
         self.reply(reply, Ok(Outcome::Allocation(Box::new(shown))));
@@ -172,7 +211,7 @@ impl Service {
 }
 
 impl AllocationRecord {
-    fn lease_stage(&self, unix: u64) -> Told {
+    pub(super) fn lease_stage(&self, unix: u64) -> Told {
         match self.terms.lease {
             Some(lease) if lease.ends <= unix => Told::Ended,
             Some(lease) if lease.warns() <= unix => Told::Warned,

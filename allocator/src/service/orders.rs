@@ -48,6 +48,7 @@ impl Service {
     }
 
     pub(super) fn check_owner(&mut self, id: AllocationId, client: ClientId) -> Result<(), ApiError> {
+        self.hear_owner(client);
         let record = &self.entry(id).record;
         match &record.owner {
             Some(owner) if owner.client == client => Ok(()),

@@ -48,6 +48,7 @@ pub(super) struct Raise {
 
 impl Service {
     pub(super) fn attach(&mut self, reply: ReplyTo, id: AllocationId, attach: Attach) {
+        self.hear_owner(attach.client);
         let unix = self.now.unix;
         let record = &self.entry(id).record;
         if let Err(error) = check(record, &attach) {

@@ -18,20 +18,21 @@ impl Service {
     /// Takes what was remembered; to be called once, before any event.
     pub fn restore(&mut self, now: Moment, loaded: Loaded) -> Vec<Effect> {
         self.now = now;
+        self.now.unix = self.read_clock(now);
         for appliance in loaded.appliances {
             self.inventory.restore(appliance);
         }
         self.policy = Policy::load(loaded.revision, loaded.documents);
         let policy = &self.policy;
         self.inventory.profile(|name| policy.appliance(name));
-        for record in loaded.allocations {
-            self.restore_allocation(record);
+        for (record, steps_from) in self.without_absence(loaded.allocations, loaded.alive) {
+            self.restore_allocation(record, steps_from);
         }
         debug_assert_eq!(self.check(), Ok(()));
         std::mem::take(&mut self.effects)
     }
 
-    fn restore_allocation(&mut self, mut record: AllocationRecord) {
+    fn restore_allocation(&mut self, mut record: AllocationRecord, steps_from: u64) {
         let id = record.id;
         if record.phase == Phase::Creating {
             // The stored record may say `Creating` until it goes: each start would undo it again.
@@ -41,6 +42,8 @@ impl Service {
         let ready = record.phase == Phase::Ready;
         let (stage, owned) = (record.change.as_ref().map(|change| change.stage), record.owner.is_some());
         self.insert(record, Work::Idle);
+        self.entry(id).steps_from = steps_from;
+        self.set_timer(id);
         match stage {
             _ if !ready => self.purge(id, Then::Nothing),
             Some(Stage::Preparing) => self.settle_change(id),

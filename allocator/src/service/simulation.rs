@@ -8,6 +8,7 @@
 
 mod appliance;
 mod cases;
+mod ends;
 mod life;
 mod policies;
 mod script;

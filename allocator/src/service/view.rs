@@ -48,6 +48,7 @@ impl Service {
             appliances: self.inventory.records(),
             documents: self.policy.documents(),
             revision: self.policy.revision(),
+            alive: None,
         };
         Backup::new(self.now.unix, loaded)
     }

@@ -137,6 +137,15 @@ impl Service {
         }
     }
 
+    /// Whoever waits goes on to wait as long as was asked.
+    pub(super) fn queue_follows_clock(&mut self, by: i64) {
+        for one in &mut self.queue {
+            one.since = one.since.saturating_add_signed(by);
+            one.until = one.until.saturating_add_signed(by);
+            one.refused = one.refused.map(|at| at.saturating_add_signed(by));
+        }
+    }
+
     /// A new request of this name makes an old refusal worthless.
     pub(super) fn forget_refused(&mut self, name: &Name) {
         self.queue.retain(|one| one.refused.is_none() || one.wish.create.name != *name);

@@ -42,7 +42,7 @@ struct AnyBackup {
 impl Backup {
     /// What is remembered now.
     pub fn new(made: u64, loaded: Loaded) -> Backup {
-        let Loaded { allocations, appliances, documents, revision } = loaded;
+        let Loaded { allocations, appliances, documents, revision, alive: _ } = loaded;
         Backup { format: FORMAT, schema: SCHEMA, made, allocations, appliances, documents, revision }
     }
 
@@ -93,6 +93,8 @@ impl Backup {
         batch.extend(self.appliances.into_iter().map(|record| Change::Appliance(Box::new(record))));
         let policy = PolicyChange { revision: self.revision, changed: self.documents, gone: Vec::new() };
         batch.push(Change::Policy(Box::new(policy)));
+        // From then on the allocator was not there.
+        batch.extend((self.made > 0).then_some(Change::Alive(self.made)));
         Ok(store.commit(&[batch])?)
     }
 }
@@ -121,7 +123,7 @@ mod tests {
         assert!(backup.write(&path).is_err(), "an older backup is not written over");
         let mut store = MemoryStore::default();
         Backup::read(&path).unwrap().restore(&mut store).unwrap();
-        assert_eq!(store.load().unwrap(), loaded);
+        assert_eq!(store.load().unwrap(), Loaded { alive: Some(5), ..loaded });
         let error = backup.restore(&mut store).unwrap_err().to_string();
         assert!(error.contains("already"), "{error}");
         std::fs::write(&path, "{\"format\":1,\"schema\":99}").unwrap();

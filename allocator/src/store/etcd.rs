@@ -24,8 +24,8 @@ use xpm_protocol::api::decision::Decision;
 use xpm_protocol::policy::Documents;
 
 use self::entries::{
-    ALLOCATIONS, APPLIANCES, DECISIONS, DOCUMENTS, Entries, REVISION_KEY, SCHEMA_KEY, SEQUENCE_KEY,
-    decisions_about, is_since,
+    ALIVE_KEY, ALLOCATIONS, APPLIANCES, DECISIONS, DOCUMENTS, Entries, REVISION_KEY, SCHEMA_KEY,
+    SEQUENCE_KEY, decisions_about, is_since,
 };
 use super::{Batch, Change, Decisions, Loaded, MetadataStore, SCHEMA, StoreError};
 use crate::etcd::{Etcd, EtcdError, LEADER_KEY};
@@ -175,11 +175,13 @@ impl EtcdStore {
         }
         let revision = text_at(&self.etcd, REVISION_KEY).await?;
         let revision = revision.map(|text| decode(&self.etcd, REVISION_KEY, text.as_bytes())).transpose()?;
+        let alive = text_at(&self.etcd, ALIVE_KEY).await?;
         Ok(Loaded {
             allocations: read_below(&self.etcd, ALLOCATIONS).await?,
             appliances: read_below(&self.etcd, APPLIANCES).await?,
             documents,
             revision: revision.unwrap_or(0),
+            alive: alive.map(|text| decode(&self.etcd, ALIVE_KEY, text.as_bytes())).transpose()?,
         })
     }
 }

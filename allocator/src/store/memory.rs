@@ -19,6 +19,7 @@ pub struct MemoryStore {
     appliances: BTreeMap<ApplianceId, ApplianceRecord>,
     documents: BTreeMap<DocumentName, Content>,
     revision: u64,
+    alive: Option<u64>,
     decisions: MemoryDecisions,
 }
 
@@ -32,6 +33,7 @@ impl MetadataStore for MemoryStore {
             appliances: self.appliances.values().cloned().collect(),
             documents: self.documents.values().cloned().collect(),
             revision: self.revision,
+            alive: self.alive,
         })
     }
 
@@ -75,6 +77,7 @@ impl MemoryStore {
             Change::Decision(number, decision) => self.decisions.with(|all| {
                 all.insert((decision.name.clone(), *number), decision.as_ref().clone());
             }),
+            Change::Alive(unix) => self.alive = Some(*unix),
             Change::DecisionsBefore(unix) => self.decisions.with(|all| all.retain(|_, one| one.at >= *unix)),
         }
     }

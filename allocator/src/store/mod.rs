@@ -50,6 +50,8 @@ pub enum Change {
     Decision(u64, Box<Decision>),
     /// Decisions that were made before this moment, seconds since 1970, are forgotten.
     DecisionsBefore(u64),
+    /// The allocator was there at this moment, seconds since 1970: from then on until it is there again no time counts.
+    Alive(u64),
 }
 
 /// A change of documents.
@@ -77,6 +79,8 @@ pub struct Loaded {
     pub documents: Documents,
     /// The revision of the documents.
     pub revision: u64,
+    /// When the allocator was there last, seconds since 1970; unknown where an older program wrote.
+    pub alive: Option<u64>,
 }
 
 /// Keeps metadata. Its methods block.

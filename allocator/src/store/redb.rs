@@ -36,6 +36,8 @@ const CACHE_LEN: usize = 32 << 20;
 const SCHEMA_KEY: &str = "schema";
 /// Key in `META` of the revision of the documents.
 const REVISION_KEY: &str = "revision";
+/// Key in `META` of the moment at which the allocator was there last.
+const ALIVE_KEY: &str = "alive";
 
 /// Metadata in a redb file, which it holds locked.
 #[derive(Debug)]
@@ -145,6 +147,14 @@ impl RedbStore {
         Ok((revision, documents))
     }
 
+    fn read_meta(&self, key: &str) -> Result<Option<u64>, StoreError> {
+        let read = || -> Result<Option<u64>, redb::Error> {
+            let table = self.database.begin_read()?.open_table(META)?;
+            Ok(table.get(key)?.map(|value| value.value()))
+        };
+        read().map_err(|error| self.failed("read", error))
+    }
+
     fn failed(&self, doing: &'static str, error: redb::Error) -> StoreError {
         failed(&self.path, doing, error)
     }
@@ -169,6 +179,7 @@ impl MetadataStore for RedbStore {
             appliances: self.read(APPLIANCES)?,
             documents,
             revision,
+            alive: self.read_meta(ALIVE_KEY)?,
         })
     }
 
@@ -235,6 +246,7 @@ impl<'t> Tables<'t> {
             Change::Decision(number, decision) => {
                 self.decisions.insert((decision.name.as_str(), *number), encode(decision)?.as_slice())?;
             }
+            Change::Alive(unix) => drop(self.meta.insert(ALIVE_KEY, unix)?),
             Change::DecisionsBefore(unix) => self.decisions.retain(|_, value| is_since(value, *unix))?,
         }
         Ok(())

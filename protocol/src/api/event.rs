@@ -74,6 +74,14 @@ kinds! {
     HoursWarning = "hours-warning";
     /// The hours of an account have ended.
     HoursEnded = "hours-ended";
+    /// The end of an allocation moved, by time that does not count.
+    LeaseMoved = "lease-moved";
+    /// The clock of the allocator's machine jumped: nothing is judged by it yet.
+    ClockJumped = "clock-jumped";
+    /// The clock is right again.
+    ClockBack = "clock-back";
+    /// The clock stays as it jumped: its time holds.
+    ClockSet = "clock-set";
     /// A lease was renewed.
     Renewed = "renewed";
     /// The memory of an allocation was freed because its time was over.

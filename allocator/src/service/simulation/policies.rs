@@ -31,16 +31,16 @@ fn apply(world: &mut World, text: &str) -> Applied {
     }
 }
 
-fn name(text: &str) -> Name {
+pub(super) fn name(text: &str) -> Name {
     text.parse().unwrap()
 }
 
-fn asked(of: &str, mib: u64, account: &str) -> Create {
+pub(super) fn asked(of: &str, mib: u64, account: &str) -> Create {
     let account = (!account.is_empty()).then(|| name(account));
     Create { account, region_len: Some(ByteSize(16 * MIB)), ..Create::new(name(of), ByteSize(mib * MIB)) }
 }
 
-fn make(world: &mut World, create: Create) -> Result<Allocation, (ErrorKind, String)> {
+pub(super) fn make(world: &mut World, create: Create) -> Result<Allocation, (ErrorKind, String)> {
     match world.answer(Request::Create(create)) {
         Ok(Outcome::Allocation(allocation)) => Ok(*allocation),
         Ok(other) => panic!("{other:?}"),
@@ -52,14 +52,14 @@ fn waiting(of: &str, mib: u64, account: &str) -> Create {
     Create { wait: Some(Span(Duration::from_secs(600))), ..asked(of, mib, account) }
 }
 
-fn show(world: &mut World, of: &str) -> Option<Allocation> {
+pub(super) fn show(world: &mut World, of: &str) -> Option<Allocation> {
     match world.answer(Request::Allocation(name(of))) {
         Ok(Outcome::Allocation(allocation)) => Some(*allocation),
         _ => None,
     }
 }
 
-fn state(world: &mut World, of: &str) -> Option<AllocationState> {
+pub(super) fn state(world: &mut World, of: &str) -> Option<AllocationState> {
     show(world, of).map(|one| one.state)
 }
 
@@ -70,7 +70,7 @@ fn dry_run(world: &mut World, create: Create) -> Decision {
     }
 }
 
-fn kinds(world: &mut World) -> Vec<String> {
+pub(super) fn kinds(world: &mut World) -> Vec<String> {
     match world.answer(Request::Events { after: 0, wait: false }).unwrap() {
         Outcome::Events(events) => {
             events.into_iter().map(|Told { kind, subject, .. }| format!("{kind} {subject}")).collect()
@@ -80,7 +80,7 @@ fn kinds(world: &mut World) -> Vec<String> {
 }
 
 /// Time passes in steps of a second, as ticks do.
-fn pass(world: &mut World, seconds: u64) {
+pub(super) fn pass(world: &mut World, seconds: u64) {
     for _ in 0..seconds {
         world.now += Duration::from_secs(1);
         world.event(Event::Tick);
@@ -283,6 +283,8 @@ fn a_lease_ends_in_steps() {
         pass(world, seconds);
     };
     crash_and_pass(&mut world, 99);
+    // Up to ten seconds before the crash count as absence.
+    pass(&mut world, 11);
     assert_eq!(world.answer(attach("x", 2, true)).unwrap_err().0, ErrorKind::Denied, "nobody new");
     assert!(world.answer(attach("x", 1, false)).is_ok(), "the owner may, to bring things to an end");
     pass(&mut world, 15);
@@ -294,7 +296,7 @@ fn a_lease_ends_in_steps() {
         show(&mut world, "x").unwrap().lease.unwrap().ends <= world.now.as_secs() + 30,
         "not beyond 300 s in all"
     );
-    pass(&mut world, 30);
+    pass(&mut world, 31);
     assert_eq!(renew(&mut world, None).unwrap_err().0, ErrorKind::Denied);
     pass(&mut world, 35);
     assert_eq!(state(&mut world, "x"), None, "freed, although it was in use");

@@ -34,6 +34,8 @@ pub(super) struct World {
     service: Service,
     pub(super) durable: MemoryStore,
     pub(super) now: Duration,
+    /// What the clock of the allocator's machine is ahead by, in seconds.
+    pub(super) clock_ahead: i64,
     pub(super) appliances: BTreeMap<ApplianceId, Appliance>,
     /// Calls that were given up and are still on their way.
     late: Vec<(ApplianceId, Call)>,
@@ -52,6 +54,7 @@ impl World {
             service: new_service(0),
             durable: MemoryStore::default(),
             now: Duration::ZERO,
+            clock_ahead: 0,
             appliances: BTreeMap::new(),
             late: Vec::new(),
             losses: 0,
@@ -69,8 +72,12 @@ impl World {
         world
     }
 
+    fn moment(&self) -> Moment {
+        Moment { at: self.now, unix: self.now.as_secs().saturating_add_signed(self.clock_ahead) }
+    }
+
     pub(super) fn event(&mut self, event: Event) {
-        let now = Moment { at: self.now, unix: self.now.as_secs() };
+        let now = self.moment();
         let effects = self.service.handle(now, event);
         self.pending.extend(effects);
     }
@@ -193,7 +200,7 @@ impl World {
         self.open.clear();
         self.service = new_service(self.asked);
         self.now += Duration::from_secs(1);
-        let now = Moment { at: self.now, unix: self.now.as_secs() };
+        let now = self.moment();
         let loaded = self.durable.load().unwrap();
         let effects = self.service.restore(now, loaded);
         self.pending.extend(effects);

@@ -10,6 +10,7 @@ use xpm_protocol::policy::Documents;
 
 pub(super) const SCHEMA_KEY: &str = "meta/schema";
 pub(super) const REVISION_KEY: &str = "meta/revision";
+pub(super) const ALIVE_KEY: &str = "meta/alive";
 pub(super) const SEQUENCE_KEY: &str = "meta/sequence";
 pub(super) const ALLOCATIONS: &str = "allocations/";
 pub(super) const APPLIANCES: &str = "appliances/";
@@ -96,6 +97,7 @@ impl Entries {
             Change::Decision(number, decision) => {
                 self.put(format!("{}{number:016x}", decisions_about(&decision.name)), encode(decision)?);
             }
+            Change::Alive(unix) => self.put(ALIVE_KEY.to_owned(), unix.to_string()),
             Change::DecisionsBefore(_) => {}
         }
         Ok(())
