@@ -229,7 +229,10 @@ lease = { duration = '1day', warning = '10m', grace = '1m' }
     let line = refused(&cluster, "x", "16MiB", &["--account", "early"]);
     assert!(line.contains("ask again from Sun 2040-03-25 03:00 (Europe/Berlin)"), "{line}");
     cluster.set_clock(SPRING + 2 * 3600 + 1);
-    create(&cluster, "x", "16MiB", &["--account", "early"]);
+    // Two hours without a heartbeat: appliances are silent until the next one.
+    wait_until("it is made", || {
+        cluster.xpm(&["alloc", "create", "x", "--size", "16MiB", "--account", "early"]).status.success()
+    });
     let lease = cluster.json(&["alloc", "show", "x"])["lease"].clone();
     assert_eq!(lease["ends"], SPRING + 3 * 3600, "04:00 is two hours after 01:00");
     cluster.set_clock(SPRING + 3 * 3600 - 600 + 1);
