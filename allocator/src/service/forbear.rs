@@ -52,7 +52,9 @@ impl Service {
                     by(ahead)
                 ),
             ),
-            News::Back => (EventKind::ClockBack, "the clock of the allocator's machine is right again".to_owned()),
+            News::Back => {
+                (EventKind::ClockBack, "the clock of the allocator's machine is right again".to_owned())
+            }
             News::Taken(ahead) => (
                 EventKind::ClockSet,
                 format!(
