@@ -13,5 +13,12 @@ mod signals;
 pub mod slab;
 pub mod volume;
 
+// What options and answers of this library are made of.
+pub use xpm_control::token::{Token, TokenError};
+pub use xpm_control::urls::{ParseUrlsError, Urls};
+pub use xpm_protocol::api::allocator::Map;
+pub use xpm_protocol::api::blk::{Hold, TransportKind};
+pub use xpm_protocol::{ClientId, Name};
+
 pub use attach::{AttachError, AttachOptions, Attachment};
 pub use volume::{Change, ChangeError, Channel, OpenError, Run, Volume, VolumeOptions, VolumeStatus};

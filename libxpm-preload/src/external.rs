@@ -12,11 +12,14 @@ use xpm_client::Attachment;
 use xpm_client::mapping::{Advice, Mapping, Space};
 use xpm_protocol::api::run::Account;
 
+use crate::adopted::{self, Copied};
 use crate::lease::Lease;
 use crate::service::Service;
 use crate::{process, start, threads};
 
 pub(crate) const PAGE: usize = 4096;
+/// Bytes that are copied in one go.
+const COPY_LEN: usize = 256 << 10;
 /// How often it is said what is used, where something has changed.
 const SAY_EVERY: Duration = Duration::from_millis(500);
 
@@ -192,6 +195,11 @@ impl External {
         Some(address)
     }
 
+    /// Addresses that are external, and those that the library has for that.
+    pub(crate) fn reserved(&self) -> Vec<Range<usize>> {
+        self.space.reserved()
+    }
+
     /// Bytes from an address that malloc(3) or mmap(2) gave to the end of its slab. 0: it is no such address.
     pub(crate) fn room(&self, address: usize) -> usize {
         self.pieces().get(&address).map_or(0, |piece| piece.mapping.len())
@@ -280,6 +288,26 @@ impl External {
                 piece.protected = true;
             }
         }
+    }
+
+    /// Copies of all pieces, for a child; none where they are more than may be local. By the thread that serves.
+    pub(crate) fn copies(&self) -> Option<Vec<Copied>> {
+        let mut bytes = vec![0; COPY_LEN];
+        let pieces = self.pieces();
+        let all: usize = pieces.values().map(|piece| piece.len).sum();
+        if all as u64 > self.space.stats().budget {
+            return None;
+        }
+        let copy = |(address, piece): (&usize, &Piece)| {
+            let mut copy = adopted::Local::new(piece.len)?;
+            for at in (0..piece.len).step_by(COPY_LEN) {
+                let part = &mut bytes[..COPY_LEN.min(piece.len - at)];
+                piece.mapping.get(at, part).ok()?;
+                copy.put(at, part);
+            }
+            Some(Copied { address: *address, len: piece.len, heap: piece.heap, copy })
+        };
+        pieces.iter().map(copy).collect()
     }
 
     /// Says what was used. By the thread that serves.

@@ -6,7 +6,7 @@ use std::ffi::{CStr, c_int, c_void};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::external::{self, PAGE};
-use crate::{process, threads};
+use crate::{adopted, process, threads};
 
 /// glibc's own, under names that programs do not replace: for this library's own memory.
 pub(crate) struct Local;
@@ -173,10 +173,10 @@ pub unsafe extern "C" fn calloc(count: usize, len: usize) -> *mut c_void {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn free(old: *mut c_void) {
     if !external::is_heap(old as usize) {
-        // What the parent had is none of this process's.
-        if !process::is_dead(old as usize) {
+        match process::is_dead(old as usize) {
+            true => adopted::free(old as usize),
             // SAFETY: by the caller's word.
-            unsafe { next_free()(old) };
+            false => unsafe { next_free()(old) },
         }
         return;
     }
@@ -194,10 +194,8 @@ pub unsafe extern "C" fn realloc(old: *mut c_void, len: usize) -> *mut c_void {
         return unsafe { malloc(len) };
     }
     if process::is_dead(old as usize) {
-        // What the parent had cannot be copied in the child.
-        // SAFETY: errno is this thread's own.
-        unsafe { *libc::__errno_location() = libc::ENOMEM };
-        return std::ptr::null_mut();
+        // SAFETY: by the caller's word.
+        return unsafe { grow_adopted(old, len) };
     }
     if !external::is_heap(old as usize) {
         // SAFETY: by the caller's word.
@@ -218,6 +216,29 @@ pub unsafe extern "C" fn realloc(old: *mut c_void, len: usize) -> *mut c_void {
         if !new.is_null() {
             new.cast::<u8>().copy_from_nonoverlapping(old.cast(), room.min(len));
             free(old);
+        }
+        new
+    }
+}
+
+/// # Safety
+/// As of realloc(3), of a pointer to what the parent had.
+unsafe fn grow_adopted(old: *mut c_void, len: usize) -> *mut c_void {
+    let Some(room) = adopted::len(old as usize, true) else {
+        // It is not in the child.
+        // SAFETY: errno is this thread's own.
+        unsafe { *libc::__errno_location() = libc::ENOMEM };
+        return std::ptr::null_mut();
+    };
+    if len <= room && len > room / 4 {
+        return old;
+    }
+    // SAFETY: the new one is another piece; of the old one no more is copied than it has.
+    unsafe {
+        let new = malloc(len);
+        if !new.is_null() {
+            new.cast::<u8>().copy_from_nonoverlapping(old.cast(), room.min(len));
+            adopted::free(old as usize);
         }
         new
     }
@@ -289,7 +310,7 @@ pub unsafe extern "C" fn posix_memalign(to: *mut *mut c_void, align: usize, len:
 pub unsafe extern "C" fn malloc_usable_size(old: *mut c_void) -> usize {
     if !external::is_heap(old as usize) {
         if process::is_dead(old as usize) {
-            return 0;
+            return adopted::len(old as usize, true).unwrap_or(0);
         }
         // SAFETY: by the caller's word.
         return unsafe { next_usable()(old) };

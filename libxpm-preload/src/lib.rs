@@ -10,15 +10,17 @@
 //! (`heap::Local`), which no program replaces, and what the C library allocates for its threads comes from there, too
 //! ([`threads`]).
 //!
-//! A child of fork(2) has nothing at the addresses of its parent's external memory (touching them is a SIGSEGV), and may ask
-//! for memory of its own ([`process`]).
+//! A child of fork(2) has a local copy of its parent's external memory if that is small ([`adopted`]), else nothing at these
+//! addresses (touching them is a SIGSEGV), and may ask for memory of its own ([`process`]).
 
 #![allow(unsafe_code)]
 
+mod adopted;
 mod external;
 mod fallen;
 pub mod heap;
 mod lease;
+pub mod locks;
 pub mod maps;
 mod process;
 mod service;

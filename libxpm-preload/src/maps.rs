@@ -8,7 +8,7 @@ use libc::{off_t, off64_t};
 use xpm_client::mapping::Advice;
 
 use crate::external::{self, External, Local, PAGE};
-use crate::{process, threads};
+use crate::{adopted, process, threads};
 
 /// What else may be asked for of a mapping that becomes external.
 const HARMLESS: c_int =
@@ -123,9 +123,10 @@ pub unsafe extern "C" fn mmap64(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn munmap(address: *mut c_void, len: usize) -> c_int {
     if !external::is_external(address as usize) {
-        // What the parent had is none of this process's, and its addresses stay reserved.
+        // The addresses of what the parent had stay reserved.
         if process::is_dead(address as usize) {
-            return 0;
+            let range = range(address, len);
+            return if adopted::holds(&range) && !adopted::reserve(&range) { -1 } else { 0 };
         }
         // SAFETY: by the caller's word.
         return unsafe { libc::syscall(libc::SYS_munmap, address, len) as c_int };
@@ -150,7 +151,11 @@ pub unsafe extern "C" fn mremap(
     flags: c_int,
     to: *mut c_void,
 ) -> *mut c_void {
-    if !external::is_external(old as usize) && !process::is_dead(old as usize) {
+    if process::is_dead(old as usize) {
+        // SAFETY: by the caller's word.
+        return unsafe { grow_adopted(old, old_len, len, flags) };
+    }
+    if !external::is_external(old as usize) {
         // SAFETY: by the caller's word; where there is no `to`, the kernel does not look at it.
         return unsafe { libc::syscall(libc::SYS_mremap, old, old_len, len, flags, to) as *mut c_void };
     }
@@ -167,6 +172,33 @@ pub unsafe extern "C" fn mremap(
             set_errno(libc::EINVAL);
             failed()
         }
+    }
+}
+
+/// Of what the parent had.
+///
+/// # Safety
+/// As of mremap(2).
+unsafe fn grow_adopted(old: *mut c_void, old_len: usize, len: usize, flags: c_int) -> *mut c_void {
+    let held = old_len > 0 && len > 0 && adopted::holds(&range(old, old_len));
+    if !held || flags & !libc::MREMAP_MAYMOVE != 0 || flags & libc::MREMAP_MAYMOVE == 0 && len > old_len {
+        set_errno(if held { libc::ENOMEM } else { libc::EINVAL });
+        return failed();
+    }
+    if len <= old_len {
+        let end = old as usize + old_len;
+        let rest = (old as usize + len).next_multiple_of(PAGE)..end;
+        return if rest.is_empty() || adopted::reserve(&rest) { old } else { failed() };
+    }
+    let (prot, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    // SAFETY: the new one is another mapping, and longer.
+    unsafe {
+        let new = mmap(std::ptr::null_mut(), len, prot, kind, -1, 0);
+        if new != failed() {
+            new.cast::<u8>().copy_from_nonoverlapping(old.cast(), old_len);
+            adopted::reserve(&range(old, old_len));
+        }
+        new
     }
 }
 
@@ -204,7 +236,7 @@ unsafe fn resize(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn madvise(address: *mut c_void, len: usize, advice: c_int) -> c_int {
     if !external::is_external(address as usize) {
-        if process::is_dead(address as usize) {
+        if process::is_dead(address as usize) && !adopted::holds(&range(address, len)) {
             return 0;
         }
         // SAFETY: by the caller's word.
@@ -244,7 +276,7 @@ pub unsafe extern "C" fn madvise(address: *mut c_void, len: usize, advice: c_int
 /// As of mprotect(2).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mprotect(address: *mut c_void, len: usize, prot: c_int) -> c_int {
-    if process::is_dead(address as usize) {
+    if process::is_dead(address as usize) && !adopted::holds(&range(address, len)) {
         // Zeros would come to lie there.
         set_errno(libc::ENOMEM);
         return -1;

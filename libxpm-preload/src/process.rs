@@ -10,7 +10,7 @@ use std::ptr::null_mut;
 use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicUsize, Ordering};
 
 use crate::external::{self, PAGE};
-use crate::start;
+use crate::{adopted, start};
 
 static MARK: AtomicPtr<AtomicU32> = AtomicPtr::new(null_mut());
 /// In a process that began by execve(2), or that knows that it is a child.
@@ -33,7 +33,7 @@ pub(crate) fn begin() {
             MARK.store(mark, Ordering::Release);
         }
         // Without the page (before Linux 4.14) this finds the children of fork(3).
-        libc::pthread_atfork(None, None, Some(in_child));
+        libc::pthread_atfork(Some(adopted::before_fork), Some(adopted::in_parent), Some(in_child));
     }
 }
 
@@ -57,6 +57,7 @@ pub(crate) fn look() {
     start::forget();
     if !window.is_empty() {
         reserve(&window);
+        adopted::adopt();
         crate::fallen::watch();
     }
 }

@@ -6,8 +6,11 @@
 
 use std::io;
 use std::os::fd::{AsRawFd as _, IntoRawFd as _, OwnedFd};
+use std::sync::atomic::{AtomicI32, Ordering};
 
 use rustix::fs::{MemfdFlags, Mode, OFlags, memfd_create, open};
+use rustix::io::fcntl_dupfd_cloexec;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
 /// Gives the calling thread a table of its own, which holds nothing but three descriptors that swallow what is written to them.
 pub(crate) fn leave() -> io::Result<()> {
@@ -21,6 +24,49 @@ pub(crate) fn leave() -> io::Result<()> {
         let nothing = open("/dev/null", OFlags::RDWR, Mode::empty())
             .or_else(|_| memfd_create("xpm-nothing", MemfdFlags::empty()))?;
         let _ = nothing.into_raw_fd();
+    }
+    keep_pair()
+}
+
+/// Numbers of a pair of sockets that tokio makes once in a process, and each of its runtimes copies: that of signals, which this library
+/// does not use. A child of fork(2) has these numbers in its memory, and its new table has not.
+static PAIR: [AtomicI32; 2] = [const { AtomicI32::new(-1) }; 2];
+/// No number of a new table is as high.
+const HIGH: i32 = 64;
+
+/// Makes sure that the pair is there.
+fn keep_pair() -> io::Result<()> {
+    let numbers = PAIR.each_ref().map(|number| number.load(Ordering::Relaxed));
+    if numbers.contains(&-1) {
+        return find_pair();
+    }
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let (one, other) = socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    // Away from the numbers that they are to have.
+    let pair = [fcntl_dupfd_cloexec(one, HIGH)?, fcntl_dupfd_cloexec(other, HIGH)?];
+    for (fd, number) in pair.iter().zip(numbers) {
+        // SAFETY: nothing is in this table but what is opened here and in `leave`.
+        if unsafe { libc::dup3(fd.as_raw_fd(), number, libc::O_CLOEXEC) } != number {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
+/// Has tokio make the pair, and remembers its numbers.
+fn find_pair() -> io::Result<()> {
+    drop(tokio::runtime::Builder::new_current_thread().enable_all().build()?);
+    let mut sockets = Vec::new();
+    for entry in std::fs::read_dir("/proc/thread-self/fd")? {
+        let path = entry?.path();
+        let is_socket = std::fs::read_link(&path)
+            .is_ok_and(|link| link.as_os_str().as_encoded_bytes().starts_with(b"socket:"));
+        let number = path.file_name().and_then(|name| name.to_str()?.parse::<i32>().ok());
+        sockets.extend(number.filter(|_| is_socket));
+    }
+    if let [one, other] = sockets[..] {
+        PAIR[0].store(one, Ordering::Relaxed);
+        PAIR[1].store(other, Ordering::Relaxed);
     }
     Ok(())
 }

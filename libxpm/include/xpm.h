@@ -11,6 +11,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
+// For the member `threads` of the options: pages are brought by the threads that touch them.
+#define XPM_IN_LINE UINT32_MAX
+
 // Nothing is known of how it will be used.
 #define XPM_NORMAL 0
 
@@ -52,8 +55,9 @@ struct xpm_options {
   uint64_t budget;
   // Bytes at the start of the allocation whose content stays, for xpm_map(), in 2 MiB; UINT64_MAX: all. 0: none.
   uint64_t kept;
-  // Threads that bring pages. 0: the thread that touches a page brings it itself, in a handler of SIGBUS: quicker, but
-  // system calls that are given absent pages fail with EFAULT.
+  // Threads that bring pages; whatever touches memory may touch the mapping, write(2) and other system calls included. 0: one.
+  // XPM_IN_LINE: none; the thread that touches a page brings it itself, in a handler of SIGBUS: quicker, but system calls that are given
+  // absent pages fail with EFAULT.
   uint32_t threads;
   // Nonzero: takes the allocation from another owner, who is cut off.
   int force;

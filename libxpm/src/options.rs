@@ -16,6 +16,9 @@ use crate::error::Error;
 /// compiled before could have anything.
 const FIRST_LEN: usize = offset_of!(xpm_options, budget_percent);
 
+/// For the member `threads` of the options: pages are brought by the threads that touch them.
+pub const XPM_IN_LINE: u32 = u32::MAX;
+
 /// How an allocation is opened. Fill it with zeros first; what stays zero has the value that is said.
 #[repr(C)]
 pub struct xpm_options {
@@ -31,8 +34,9 @@ pub struct xpm_options {
     pub budget: u64,
     /// Bytes at the start of the allocation whose content stays, for xpm_map(), in 2 MiB; UINT64_MAX: all. 0: none.
     pub kept: u64,
-    /// Threads that bring pages. 0: the thread that touches a page brings it itself, in a handler of SIGBUS: quicker, but
-    /// system calls that are given absent pages fail with EFAULT.
+    /// Threads that bring pages; whatever touches memory may touch the mapping, write(2) and other system calls included. 0: one.
+    /// XPM_IN_LINE: none; the thread that touches a page brings it itself, in a handler of SIGBUS: quicker, but system calls that are given
+    /// absent pages fail with EFAULT.
     pub threads: u32,
     /// Nonzero: takes the allocation from another owner, who is cut off.
     pub force: c_int,
@@ -101,7 +105,8 @@ impl xpm_options {
         SpaceOptions {
             budget,
             faults: match self.threads {
-                0 => Faults::Inline,
+                XPM_IN_LINE => Faults::Inline,
+                0 => Faults::Handled(1),
                 threads => Faults::Handled(threads as usize),
             },
             kept: if self.kept == u64::MAX { size } else { self.kept },

@@ -1,9 +1,9 @@
 //! `xpm run`: programs that do what daemons and launchers do with descriptors, processes and memory.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
-use xpm_tests::Cluster;
+use xpm_tests::{Cluster, wait_until};
 
 const PYTHON: &str = "/usr/bin/python3";
 
@@ -136,4 +136,93 @@ assert big.count(b'x') == len(big) // 4096
 ";
     let said = well(&run(&cluster, ("192MiB", "8MiB"), &[PYTHON, "-c", script]), 40);
     assert!(said.contains("a child of fork(2) and touched external memory of its parent"), "{said}");
+}
+
+/// What is no more than may be local a child has a copy of, and what the child does with that is the child's.
+#[test]
+fn children_have_copies_of_little() {
+    let cluster = Cluster::start(1);
+    let script = "\
+import mmap, os
+big = bytearray(24 << 20)
+big[::4096] = b'x' * (len(big) // 4096)
+own = mmap.mmap(-1, 4 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+own[0:5] = b'hello'
+for depth in range(2):
+    pid = os.fork()
+    if pid == 0:
+        assert big.count(b'x') == len(big) // 4096 and own[0:5] == b'hello'
+        big[0] = 1
+        big.extend(b'y' * (40 << 20))
+        assert big.count(b'y') == 40 << 20 and big.count(b'x') == (24 << 20) // 4096 - 1
+        own.madvise(mmap.MADV_DONTNEED)
+        assert own[0:5] == bytes(5)
+        own.close()
+        child = os.fork()
+        if child == 0: os._exit(big.count(b'x') != (24 << 20) // 4096 - 1)
+        assert os.waitpid(child, 0)[1] == 0
+        del big
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+assert big.count(b'x') == len(big) // 4096 and own[0:5] == b'hello'
+";
+    well(&run(&cluster, ("192MiB", "48MiB"), &[PYTHON, "-c", script]), 36);
+}
+
+#[test]
+fn all_memory_is_locked() {
+    let cluster = Cluster::start(1);
+    let program = compiled(&cluster, "locked").display().to_string();
+    for arguments in [&[program.as_str()][..], &[program.as_str(), "raw"]] {
+        let said = well(&run(&cluster, ("192MiB", "8MiB"), arguments), 96);
+        assert!(said.contains("external memory is not locked"), "{said}");
+    }
+}
+
+#[test]
+fn more_is_pinned_than_may_be_local() {
+    let cluster = Cluster::start(1);
+    let program = compiled(&cluster, "pinned").display().to_string();
+    let output = run(&cluster, ("192MiB", "16MiB"), &[&program]);
+    let said = well(&output, 64);
+    if output.stdout != b"no io_uring\n" {
+        assert_eq!(said.matches("more is used until it unpins some").count(), 1, "{said}");
+    }
+}
+
+/// The cause of a SIGBUS is said before it.
+#[test]
+fn lost_memory_is_told() {
+    let mut cluster = Cluster::start(1);
+    let script = "\
+import sys
+big = bytearray(48 << 20)
+big[::4096] = b'x' * (len(big) // 4096)
+print('filled', flush=True)
+sys.stdin.readline()
+print(big.count(b'x'))
+";
+    let words =
+        ["run", "--size", "192MiB", "--local", "8MiB", "--transport", "nbd-tcp", "--", PYTHON, "-c", script];
+    let log = cluster.dir().join("said");
+    let file = std::fs::File::create(&log).expect("a file");
+    let mut command = cluster.command(&words);
+    let mut program =
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(file).spawn().expect("it can be started");
+    let mut output = std::io::BufReader::new(program.stdout.take().expect("its output"));
+    let mut line = String::new();
+    std::io::BufRead::read_line(&mut output, &mut line).expect("a line");
+    assert_eq!(line, "filled\n");
+    // Its memory is lost.
+    cluster.restart_appliance(0);
+    drop(program.stdin.take());
+    let status = program.wait().expect("it ends");
+    let said = std::fs::read_to_string(&log).expect("a file");
+    assert_eq!(status.code(), Some(128 + 7), "{said}");
+    let told = said.lines().find(|line| line.contains("SIGBUS for accesses to 0x")).unwrap_or_default();
+    assert!(
+        told.contains("allocation `run-") && told.contains("the memory is gone from the appliance"),
+        "{said}"
+    );
+    wait_until("nothing is left", || cluster.json(&["alloc", "list"]) == serde_json::json!([]));
 }

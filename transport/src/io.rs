@@ -168,6 +168,17 @@ pub enum IoError {
 }
 
 impl IoError {
+    /// All of them.
+    pub const ALL: [IoError; 7] = [
+        IoError::Unreachable,
+        IoError::Lost,
+        IoError::Fenced,
+        IoError::NoSpace,
+        IoError::Invalid,
+        IoError::Unsupported,
+        IoError::Failed,
+    ];
+
     /// Whether trying again is of no use: what lies there is gone, or somebody else's.
     pub const fn is_final(self) -> bool {
         matches!(self, IoError::Lost | IoError::Fenced)

@@ -10,6 +10,8 @@ use super::budget::Governor;
 use super::pager::{Shared, TICK, count, runs};
 use super::pages::{Claim, DIRTY, MARK, PINNED, POISONED, QUEUED, Residency, TOUCHED, WRITTEN};
 use super::policy::Policy;
+use super::say::say;
+use super::spare::Spare;
 use super::window::PAGE;
 use crate::volume::Channel;
 
@@ -28,6 +30,12 @@ const BACK_OFF: Duration = Duration::from_millis(200);
 /// How long pages are written one by one after some of a run turned out to be lost: a run can lie on several appliances, and
 /// what is on those that are well is not given up.
 const ONE_BY_ONE: Duration = Duration::from_secs(1);
+/// How long nothing can be taken out of the window, while somebody waits for room, until pages beyond the budget are used.
+const STUCK: Duration = Duration::from_millis(100);
+/// What is left to others when that is done, in bytes.
+const LEFT: u64 = 64 << 20;
+/// How often it is looked whether something was unpinned, while nobody waits for room.
+const PINNED_LOOK: Duration = Duration::from_millis(100);
 
 pub(super) struct Evictor {
     pager: Shared,
@@ -40,6 +48,12 @@ pub(super) struct Evictor {
     /// When a write last failed for ever.
     lost: Option<Instant>,
     ticked: Instant,
+    /// Since when nothing could be taken out of the window, for all of it is pinned.
+    stuck: Option<Instant>,
+    /// Pages that could not be taken out since this was last asked.
+    held: usize,
+    /// Said that the budget is exceeded.
+    warned: bool,
     /// Pages that had been fetched ahead by then.
     fetched: u64,
 }
@@ -57,6 +71,9 @@ impl Evictor {
             failed: None,
             lost: None,
             ticked: Instant::now(),
+            stuck: None,
+            held: 0,
+            warned: false,
             fetched: 0,
         }
     }
@@ -75,12 +92,15 @@ impl Evictor {
                 self.tick();
             }
             self.end_writes();
-            if self.pager.room.is_short() {
-                if !self.make_room() {
-                    self.sleep(Duration::from_millis(1));
-                }
-            } else {
+            if !self.pager.room.is_short() {
+                self.stuck = None;
+                self.pager.room.set_excess(0);
                 self.sleep(TICK);
+            } else if self.make_room() {
+                self.stuck = None;
+            } else {
+                let pause = self.is_stuck();
+                self.sleep(pause);
             }
         }
         // What is on its way reads the pages.
@@ -88,6 +108,43 @@ impl Evictor {
         while self.writes.used() > 0 && since.elapsed() < Duration::from_secs(2) {
             self.end_writes();
             self.sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Nothing could be taken away just now. Where that is since all is pinned, those who wait get pages beyond the budget as long as
+    /// the machine has some. How long to sleep.
+    fn is_stuck(&mut self) -> Duration {
+        let held = std::mem::take(&mut self.held) > 0 && self.writes.used() == 0 && self.failed.is_none();
+        let room = &self.pager.room;
+        if !held {
+            self.stuck = None;
+            return Duration::from_millis(1);
+        }
+        let since = *self.stuck.get_or_insert_with(Instant::now);
+        if !room.is_starving() {
+            return if room.excess() > 0 { PINNED_LOOK } else { Duration::from_millis(1) };
+        }
+        if since.elapsed() >= STUCK {
+            let step = (room.budget() / 8).max(16);
+            let spare = Spare::open().ok().and_then(|mut spare| spare.look());
+            if spare.is_none_or(|spare| spare.available > LEFT + 2 * (step * PAGE) as u64) {
+                room.set_excess(room.excess() + step);
+                self.warn();
+            } else {
+                room.set_exhausted();
+            }
+            self.pager.wake_starving();
+        }
+        Duration::from_millis(1)
+    }
+
+    fn warn(&mut self) {
+        if !std::mem::replace(&mut self.warned, true) {
+            let (name, budget) = (&self.pager.name, (self.pager.room.budget() * PAGE) >> 20);
+            say(format_args!(
+                "xpm: warning: allocation `{name}`: the program has pinned its {budget} MiB of local memory (io_uring, RDMA, O_DIRECT); \
+                 more is used until it unpins some"
+            ));
         }
     }
 
@@ -179,6 +236,7 @@ impl Evictor {
             any |= hidden > 0;
             at += hidden;
             if at < end {
+                self.held += 1;
                 self.pager.release(at, Residency::Mapped, 0, 0);
                 self.policy.stays(at);
                 at += 1;
@@ -254,11 +312,13 @@ impl Evictor {
             let Some((first, run)) = self.writes.remove(ended.token as u32) else { continue };
             match ended.result {
                 Ok(()) => {
+                    self.failed = None;
                     count(&self.pager.tallies.written, u64::from(run));
                     self.let_go(first, run, WRITTEN);
                 }
                 Err(error) => {
                     count(&self.pager.tallies.errors, 1);
+                    self.pager.set_lost(error);
                     let now = Some(Instant::now());
                     if error.is_final() {
                         self.lost = now;

@@ -34,6 +34,8 @@ pub(super) enum Fate {
     Later,
     /// Its content cannot be had.
     Poisoned,
+    /// There will be no room.
+    Choked,
 }
 
 /// Shortest run that is read into a block: moving one page costs as much as copying it.
@@ -73,6 +75,7 @@ impl Fetcher {
             Local::Busy => (Fate::Busy, None),
             Local::NoRoom => (Fate::Later, None),
             Local::Poisoned => (Fate::Poisoned, None),
+            Local::Choked => (Fate::Choked, None),
             Local::Fetch(at) => {
                 self.fetch(Run { first: page, count: 1, write, mark: None, prefetch: false }, at);
                 (Fate::Coming, self.pager.ahead(page))

@@ -240,11 +240,19 @@ impl Seats {
                 // Whether it came is seen when it is touched.
                 Fate::Coming => match self.pager.pages.state(page) {
                     state if state.residency() == Residency::Absent && state.has(super::pages::POISONED) => {
+                        self.pager.complain(page);
                         return false;
                     }
                     _ => return true,
                 },
-                Fate::Poisoned => return false,
+                Fate::Poisoned => {
+                    self.pager.complain(page);
+                    return false;
+                }
+                Fate::Choked => {
+                    self.pager.complain_of_room(page);
+                    return false;
+                }
                 Fate::Busy => self.pager.wait_for(page),
                 Fate::Later => self.pager.room.wait(),
             }

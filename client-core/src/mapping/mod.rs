@@ -40,6 +40,7 @@ mod pages;
 mod part;
 mod policy;
 mod prefetch;
+mod say;
 mod signal;
 mod space;
 mod sync;

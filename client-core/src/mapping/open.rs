@@ -65,7 +65,7 @@ impl Space {
         let budget = governor.first();
         let window = window(pages as usize * PAGE, wanted, budget)?;
         let seed = rand_seed().map_err(system("get a random number"))?;
-        let pager = Pager::new(window, options.faults, budget, handlers, seed)
+        let pager = Pager::new(volume.name(), window, options.faults, budget, handlers, seed)
             .map_err(system("make the bells of the threads that bring pages"))?;
         let pager = Arc::new(pager);
         let kept_pages = (options.kept / PAGE as u64) as u32;

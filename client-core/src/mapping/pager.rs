@@ -14,6 +14,7 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 use super::bell::Bell;
 use super::pages::{self, Claim, DIRTY, MARK, POISONED, Pages, QUEUED, Residency, State, TOUCHED, WRITTEN};
 use super::prefetch::{Ahead, Habit, Prefetcher};
+use super::say::say;
 use super::window::{PAGE, Window};
 use super::{Faults, MappingStats};
 
@@ -71,6 +72,8 @@ pub(super) enum Local {
     NoRoom,
     /// Its content cannot be had.
     Poisoned,
+    /// No room is left, and none can be made: the program has pinned all that is local, and the machine has no more.
+    Choked,
     /// The page is the caller's now, who is to fetch it from there.
     Fetch(u32),
 }
@@ -85,7 +88,12 @@ pub(super) enum Early<T> {
     NoRoom,
 }
 
+/// Most lines that are written about accesses which fail: the first ones tell why.
+const COMPLAINTS_MAX: u32 = 16;
+
 pub(super) struct Pager {
+    /// Of the allocation.
+    pub(super) name: Box<str>,
     pub(super) window: Window,
     pub(super) pages: Pages,
     pub(super) faults: Faults,
@@ -100,6 +108,9 @@ pub(super) struct Pager {
     prefetcher: Mutex<Prefetcher>,
     pub(super) tallies: Tallies,
     stopped: AtomicBool,
+    complaints: std::sync::atomic::AtomicU32,
+    /// Why content could not be had when that was last so: one more than the place in [`IoError::ALL`]; 0: it always could.
+    lost: AtomicUsize,
     /// Digests cannot be foreseen by whoever makes the content.
     seed: u64,
     zeros: u64,
@@ -124,6 +135,7 @@ pub(super) fn count(counter: &AtomicU64, by: u64) {
 
 impl Pager {
     pub(super) fn new(
+        name: &str,
         window: Window,
         faults: Faults,
         budget: usize,
@@ -133,6 +145,9 @@ impl Pager {
         let count = window.len() / PAGE;
         let chunks = count.div_ceil(CHUNK as usize);
         Ok(Pager {
+            name: name.into(),
+            complaints: std::sync::atomic::AtomicU32::new(0),
+            lost: AtomicUsize::new(0),
             pages: Pages::new(super::window::zeros32(count), super::window::zeros64(count)),
             window,
             faults,
@@ -295,7 +310,11 @@ impl Pager {
             return Local::Poisoned;
         }
         if !self.room.take() {
+            let choked = self.room.is_exhausted();
             self.release(page, Residency::Absent, 0, 0);
+            if choked {
+                return Local::Choked;
+            }
             self.evictor.ring();
             count(&self.tallies.waits, 1);
             return Local::NoRoom;
@@ -427,15 +446,65 @@ impl Pager {
     /// The content of pages that the caller has cannot be had.
     pub(super) fn fail(&self, first: u32, run: u32, error: IoError, prefetch: bool) {
         count(&self.tallies.errors, 1);
-        let _ = error;
+        self.set_lost(error);
         for page in first..first + run {
             if !prefetch && self.faults.has_handlers() {
+                self.complain(page);
                 let _ = self.window.uffd.poison(self.window.address_of(page), PAGE);
             }
             self.release(page, Residency::Absent, if prefetch { 0 } else { POISONED }, 0);
         }
         self.room.give(run as usize);
         self.wake_starving();
+    }
+
+    /// Takes the mark away from an absent page that there was no room for it. False where that has to be tried again.
+    pub(super) fn unchoke(&self, page: u32) -> bool {
+        match self.pages.claim(page, |state| state.residency() == Residency::Absent, false) {
+            Claim::Yours(state) => {
+                if !state.has(POISONED) {
+                    self.window.heal(page);
+                }
+                self.release(page, Residency::Absent, 0, 0);
+                true
+            }
+            Claim::Not(_) => true,
+            Claim::Busy => false,
+        }
+    }
+
+    /// Remembers why content cannot be had.
+    pub(super) fn set_lost(&self, error: IoError) {
+        let place = IoError::ALL.iter().position(|known| *known == error);
+        self.lost.store(place.map_or(0, |place| place + 1), Ordering::Relaxed);
+    }
+
+    /// Says why an access to a page is a SIGBUS, or an error of a system call, before it is. Allocates nothing.
+    pub(super) fn complain(&self, page: u32) {
+        let gone = self.pages.state(page).residency() == Residency::Mapped;
+        let lost = self.lost.load(Ordering::Relaxed).checked_sub(1).and_then(|place| IoError::ALL.get(place));
+        match lost {
+            _ if gone => {
+                self.complain_of(page, &"the program threw it away by a call of its own, such as madvise(2)");
+            }
+            Some(error) => self.complain_of(page, error),
+            None => self.complain_of(page, &"its content cannot be had"),
+        }
+    }
+
+    /// The same of a page for which there is no room.
+    pub(super) fn complain_of_room(&self, page: u32) {
+        let why = "all local memory is pinned by the program (io_uring, RDMA, O_DIRECT), and the machine has no more: choose more local memory";
+        self.complain_of(page, &why);
+    }
+
+    fn complain_of(&self, page: u32, why: &dyn std::fmt::Display) {
+        if self.complaints.fetch_add(1, Ordering::Relaxed) < COMPLAINTS_MAX {
+            let (address, name) = (self.window.address_of(page), &self.name);
+            say(format_args!(
+                "xpm: SIGBUS for accesses to 0x{address:x}, page {page} of allocation `{name}`: {why}"
+            ));
+        }
     }
 
     /// Gives a page back that the caller has, and wakes who waits for it.
@@ -498,6 +567,10 @@ pub(super) struct Room {
     starving: AtomicBool,
     /// What is fetched ahead did.
     wanting: AtomicBool,
+    /// Pages beyond the budget that are used for now, since the program has pinned what is within.
+    excess: AtomicUsize,
+    /// Nor are there any.
+    exhausted: AtomicBool,
     /// Counts up whenever there is room again.
     sequence: std::sync::atomic::AtomicU32,
     /// Pages that should be free: few, so that what fits stays, and more while that is not enough.
@@ -512,6 +585,8 @@ impl Room {
             pinned: AtomicUsize::new(0),
             starving: AtomicBool::new(false),
             wanting: AtomicBool::new(false),
+            excess: AtomicUsize::new(0),
+            exhausted: AtomicBool::new(false),
             sequence: std::sync::atomic::AtomicU32::new(0),
             reserve: AtomicUsize::new(0),
         }
@@ -540,7 +615,35 @@ impl Room {
 
     /// Room for one page.
     pub(super) fn take(&self) -> bool {
-        self.take_below(self.budget(), &self.starving)
+        self.take_below(self.limit(), &self.starving)
+    }
+
+    fn limit(&self) -> usize {
+        self.budget() + self.excess()
+    }
+
+    pub(super) fn excess(&self) -> usize {
+        self.excess.load(Ordering::Relaxed)
+    }
+
+    /// How many pages may be used beyond the budget.
+    pub(super) fn set_excess(&self, pages: usize) {
+        self.exhausted.store(false, Ordering::Relaxed);
+        self.excess.store(pages, Ordering::Relaxed);
+    }
+
+    /// No room can be made for those who wait for some.
+    pub(super) fn set_exhausted(&self) {
+        self.exhausted.store(true, Ordering::Relaxed);
+    }
+
+    fn is_exhausted(&self) -> bool {
+        self.exhausted.load(Ordering::Relaxed)
+    }
+
+    /// Whether somebody waits for room.
+    pub(super) fn is_starving(&self) -> bool {
+        self.starving.load(Ordering::Relaxed)
     }
 
     /// The same, for what can do without: leaves some.
@@ -601,7 +704,7 @@ impl Room {
     pub(super) fn wait(&self) {
         let now = self.sequence.load(Ordering::Acquire);
         // After `take` said that somebody starves: whoever gave room back before sees that, or this sees the room.
-        if self.resident.load(Ordering::SeqCst) >= self.budget() {
+        if self.resident.load(Ordering::SeqCst) >= self.limit() {
             let limit = rustix::event::Timespec { tv_sec: 0, tv_nsec: 1_000_000 };
             let _ = futex::wait(&self.sequence, futex::Flags::PRIVATE, now, Some(&limit));
         }

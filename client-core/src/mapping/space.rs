@@ -189,6 +189,11 @@ impl Space {
         self.inner.listed.0.clone()
     }
 
+    /// Addresses that the library has reserved, besides those of its mappings: nobody else may lock or touch them.
+    pub fn reserved(&self) -> Vec<Range<usize>> {
+        self.inner.pager.window.reserved()
+    }
+
     /// Whether system calls may be given absent pages.
     pub fn serves_system_calls(&self) -> bool {
         self.inner.inline.is_none() && self.inner.pager.window.uffd.reach == Reach::Kernel

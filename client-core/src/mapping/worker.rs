@@ -17,6 +17,8 @@ use super::uffd::{Fault, Refused};
 const SPIN: Duration = Duration::from_micros(50);
 /// How long what is fetched ahead waits for room while it gets none.
 const REST_MAX: Duration = Duration::from_millis(20);
+/// How long a page is a SIGBUS for which there was no room.
+const CHOKED_FOR: Duration = Duration::from_secs(1);
 /// How often those are tried again whose content could not be had, where the kernel cannot poison pages.
 const AGAIN: Duration = Duration::from_secs(1);
 
@@ -27,7 +29,7 @@ pub(super) fn run(mut fetcher: Fetcher, number: usize) {
     let mut faults = [Fault { address: 0, write: false }; 16];
     // Each is one thread of the program that waits.
     let mut later: VecDeque<(u32, bool)> = VecDeque::new();
-    let mut sick: Vec<(u32, bool)> = Vec::new();
+    let mut sick = Sick::default();
     // What is to be fetched when there is room, and since when there was none.
     let mut rest: Option<(Ahead, Instant)> = None;
     let (mut busy, mut healed) = (Instant::now(), Instant::now());
@@ -49,7 +51,10 @@ pub(super) fn run(mut fetcher: Fetcher, number: usize) {
         let read = if handles { pager.window.uffd.read(&mut faults) } else { 0 };
         for fault in &faults[..read] {
             any = true;
-            let Some(page) = pager.window.page_of(fault.address) else { continue };
+            let Some(page) = pager.window.page_of(fault.address) else {
+                pager.window.refuse(fault.address);
+                continue;
+            };
             if !later.is_empty() || serve(&mut fetcher, page, fault.write, &mut sick) == Fate::Later {
                 later.push_back((page, fault.write));
             }
@@ -65,9 +70,10 @@ pub(super) fn run(mut fetcher: Fetcher, number: usize) {
                 pager.forgo(left);
             }
         }
-        if !sick.is_empty() && healed.elapsed() > AGAIN {
+        sick.choked.retain(|(page, since)| since.elapsed() < CHOKED_FOR || !pager.unchoke(*page));
+        if !sick.waiting.is_empty() && healed.elapsed() > AGAIN {
             healed = Instant::now();
-            later.extend(sick.drain(..));
+            later.extend(sick.waiting.drain(..));
         }
         if any {
             busy = Instant::now();
@@ -85,21 +91,45 @@ pub(super) fn run(mut fetcher: Fetcher, number: usize) {
     }
 }
 
-fn serve(fetcher: &mut Fetcher, page: u32, write: bool, sick: &mut Vec<(u32, bool)>) -> Fate {
+/// Faults that did not end well.
+#[derive(Default)]
+struct Sick {
+    /// Threads that wait for content that could not be had, in kernels that cannot tell them so.
+    waiting: Vec<(u32, bool)>,
+    /// Pages for which there was no room, and since when.
+    choked: Vec<(u32, Instant)>,
+}
+
+impl Sick {
+    fn is_empty(&self) -> bool {
+        self.waiting.is_empty() && self.choked.is_empty()
+    }
+}
+
+fn serve(fetcher: &mut Fetcher, page: u32, write: bool, sick: &mut Sick) -> Fate {
     let (fate, ahead) = fetcher.fault(page, write);
     if let Some(ahead) = ahead {
         // What there is no room for just now, another thread may fetch.
         let _ = fetcher.prefetch(ahead).map(|rest| fetcher.pager.asked.push(rest));
     }
+    if fate == Fate::Choked {
+        let pager = &fetcher.pager;
+        pager.complain_of_room(page);
+        match pager.window.uffd.poison(pager.window.address_of(page), super::window::PAGE) {
+            Ok(()) => sick.choked.push((page, Instant::now())),
+            Err(_) => sick.waiting.push((page, write)),
+        }
+    }
     if fate == Fate::Poisoned {
         let pager = &fetcher.pager;
         let address = pager.window.address_of(page);
         count(&pager.tallies.errors, 1);
+        pager.complain(page);
         let poisoned = pager.window.uffd.poison(address, super::window::PAGE);
         // It may be so already.
         if !matches!(poisoned, Ok(()) | Err(Refused::Exists)) {
             pager.pages.mark(page, 0, super::pages::POISONED);
-            sick.push((page, write));
+            sick.waiting.push((page, write));
         }
     }
     fate

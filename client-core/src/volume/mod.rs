@@ -107,6 +107,8 @@ struct Inner {
     shared: Arc<Shared>,
     options: VolumeOptions,
     links: LinkOptions,
+    /// Of the allocation.
+    name: String,
     /// Slabs with names, as they were when it was opened.
     slabs: SlabMap,
     queues: AtomicU16,
@@ -192,8 +194,9 @@ impl Volume {
             shared.live().ways.push(Some(connector));
         }
         let slabs = map.slabs.clone();
+        let name = map.name.to_string();
         let inner =
-            Inner { shared, options, links, slabs, queues: AtomicU16::new(0), probe: Mutex::default() };
+            Inner { shared, options, links, name, slabs, queues: AtomicU16::new(0), probe: Mutex::default() };
         let probe = inner.channel().map_err(OpenError::Thread)?;
         *inner.probe() = Some(probe);
         Ok(Volume { inner: Arc::new(inner) })
@@ -207,6 +210,11 @@ impl Volume {
     /// Whether a change waits until channels have followed, which a look at them lets them.
     pub(crate) fn waits_for_channels(&self) -> bool {
         self.inner.shared.live().members.iter().any(|member| member.mailbox.is_waited_for())
+    }
+
+    /// Name of the allocation.
+    pub(crate) fn name(&self) -> &str {
+        &self.inner.name
     }
 
     /// Slabs with names, as they were when it was opened.

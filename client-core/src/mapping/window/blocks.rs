@@ -1,6 +1,7 @@
 //! Pages that have left, in runs, for the next ones to be read into.
 
 use std::io;
+use std::ops::Range;
 
 use crossbeam_queue::ArrayQueue;
 use xpm_transport::IoBuf;
@@ -42,7 +43,7 @@ pub(super) struct Blocks {
     /// Those of which pages are missing.
     hollow: ArrayQueue<Block>,
     /// Where they are.
-    _memory: Staging,
+    memory: Staging,
 }
 
 impl Blocks {
@@ -56,12 +57,17 @@ impl Blocks {
         let memory = Staging::new(count * len)?;
         let all = memory.all();
         register(all.as_ptr() as usize, all.len())?;
-        let blocks = Blocks { full: ArrayQueue::new(count), hollow: ArrayQueue::new(count), _memory: memory };
+        let blocks = Blocks { full: ArrayQueue::new(count), hollow: ArrayQueue::new(count), memory };
         for index in 0..count {
             let buffer = all.part(index * len, len);
             blocks.give(Block { address: buffer.as_ptr() as usize, missing: BLOCK, buffer });
         }
         Ok(blocks)
+    }
+
+    pub(super) fn addresses(&self) -> Range<usize> {
+        let all = self.memory.all();
+        all.as_ptr() as usize..all.as_ptr() as usize + all.len()
     }
 
     /// One that has all of its pages.

@@ -13,6 +13,7 @@ mod blocks;
 mod private;
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, AtomicU64};
@@ -295,6 +296,24 @@ impl Window {
             }
             Memory::Shared(_) => self.punch(first, count),
         }
+    }
+
+    /// Somebody touches addresses that are registered and not the window: the kernel, when all of the process's memory is locked, or a
+    /// debugger. It is told that there is nothing.
+    pub(super) fn refuse(&self, address: usize) {
+        let page = address / PAGE * PAGE;
+        let _ = self.uffd.poison(page, PAGE);
+        self.uffd.wake(page, PAGE);
+    }
+
+    /// All addresses that only the library may lock or touch, and those of the window.
+    pub(super) fn reserved(&self) -> Vec<Range<usize>> {
+        let of = |start: NonNull<u8>| start.as_ptr() as usize..start.as_ptr() as usize + self.len;
+        let mut all = vec![of(self.window), of(self.shelf)];
+        if let Memory::Private(private) = &self.memory {
+            all.extend(private.reserved());
+        }
+        all
     }
 
     /// Takes the mark away that an absent page's content cannot be had.

@@ -12,6 +12,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 use std::ptr::NonNull;
 use std::sync::{Mutex, PoisonError};
@@ -28,6 +29,8 @@ pub(super) struct Private {
     filling: Mutex<Option<Block>>,
     /// All of this process: reading here finds pages that the program may not read, too.
     memory: File,
+    /// Where nobody but this library should have put anything.
+    shelf: Range<usize>,
     /// A page that is locked, where the process may lock one: what is locked comes by there. Missing when nobody has it.
     lock: Option<Mutex<Staging>>,
 }
@@ -48,7 +51,17 @@ impl Private {
         uffd.register_private(lock.all().as_ptr() as usize, PAGE)?;
         // Who may not lock has no locked pages, either.
         let lock = lock_when_used(&lock).then(|| Mutex::new(lock));
-        Ok(Private { blocks, filling: Mutex::new(None), memory, lock })
+        let shelf = parts[1].as_ptr() as usize;
+        Ok(Private { blocks, filling: Mutex::new(None), memory, shelf: shelf..shelf + len, lock })
+    }
+
+    /// Addresses of its own besides the window and the shelf.
+    pub(super) fn reserved(&self) -> Vec<Range<usize>> {
+        let lock = self.lock.as_ref().map(|lock| {
+            let start = lock.lock().unwrap_or_else(PoisonError::into_inner).all().as_ptr() as usize;
+            start..start + PAGE
+        });
+        [Some(self.blocks.addresses()), lock].into_iter().flatten().collect()
     }
 
     /// Copies content to missing pages, and wakes who waits for them.
@@ -59,6 +72,14 @@ impl Private {
             let Err(Partly { done, why }) = uffd.copy(to + at, rest) else { return };
             at += done;
             let why = match why {
+                // A mark that there is nothing (`Window::refuse`), for there is no page of this library's.
+                Refused::Exists if self.shelf.contains(&(to + at)) => {
+                    dont_need(to + at, PAGE);
+                    match uffd.copy(to + at, content.part(at, PAGE)) {
+                        Ok(()) => Refused::Exists,
+                        Err(Partly { why, .. }) => why,
+                    }
+                }
                 // Parts of the run are of different protection, or locked: one by one.
                 Refused::Other(libc::ENOENT) => match uffd.copy(to + at, content.part(at, PAGE)) {
                     Ok(()) => Refused::Exists,
@@ -115,6 +136,15 @@ impl Private {
         while at < len {
             let Err(Partly { done, why }) = uffd.move_pages(to + at, from + at, len - at) else { return len };
             at += done;
+            if why == Refused::Exists {
+                // A mark that there is nothing, as in `copy`.
+                dont_need(to + at, PAGE);
+                if uffd.move_pages(to + at, from + at, PAGE).is_err() {
+                    return at;
+                }
+                at += PAGE;
+                continue;
+            }
             let taken = why == Refused::Other(libc::EINVAL)
                 && match is_locked(from + at) {
                     true => self.move_locked(uffd, from + at, to + at),
@@ -138,6 +168,10 @@ impl Private {
                 self.copy(uffd, to, between);
                 dont_need(between.as_ptr() as usize, PAGE);
                 true
+            }
+            Err(Partly { why: Refused::Exists, .. }) => {
+                dont_need(between.as_ptr() as usize, PAGE);
+                false
             }
             // It is locked and may not be written to.
             Err(Partly { why: Refused::Other(libc::EINVAL), .. }) => self.take_out(uffd, from, to),
