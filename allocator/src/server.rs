@@ -11,7 +11,7 @@ use xpm_protocol::api::allocator::{
 };
 use xpm_protocol::api::policy::Apply;
 use xpm_protocol::policy::{DocumentName, Kind, LABELS_MAX};
-use xpm_protocol::{ApplianceId, ClientId, Name};
+use xpm_protocol::{ApplianceId, ClientId, GrantId, Name};
 
 use crate::driver::Handle;
 use crate::service::{Outcome, Request};
@@ -24,6 +24,9 @@ const BODY_LEN_MAX: usize = 4 << 20;
 
 /// Most connections: each client that listens to events has one.
 const CONNECTIONS_MAX: usize = 16_384;
+
+/// Most grants that one question can name as refused.
+const DOUBTS_MAX: usize = 256;
 
 /// Query of a removal.
 #[derive(Debug, Deserialize)]
@@ -50,6 +53,22 @@ struct After {
     /// Whether to wait for an event where there is none yet.
     #[serde(default)]
     wait: bool,
+}
+
+/// Query of an owner. Owners of later versions may add to it.
+#[derive(Debug, Deserialize)]
+struct Doubt {
+    /// Grants that their appliances refuse to the owner, with commas in between.
+    #[serde(default)]
+    refused: String,
+}
+
+impl Doubt {
+    fn grants(&self) -> Result<Vec<GrantId>, ApiError> {
+        let ids = self.refused.split(',').filter(|id| !id.is_empty());
+        let parsed: Result<Vec<GrantId>, _> = ids.take(DOUBTS_MAX).map(str::parse).collect();
+        parsed.map_err(|error| ApiError(ErrorKind::Invalid, format!("refused: {error}")))
+    }
 }
 
 /// The control interface, ready to be served.
@@ -178,8 +197,12 @@ fn life_routes(handle: Handle) -> Router {
         )
         .route(
             "/v1/allocations/{name}/orders/{client}",
-            get(async move |Path((name, client)): Path<(Name, ClientId)>| {
-                answer(orders(Request::Orders { name, client }).await)
+            get(async move |Path((name, client)): Path<(Name, ClientId)>, Query(doubt): Query<Doubt>| {
+                let request = match doubt.grants()? {
+                    none if none.is_empty() => Request::Orders { name, client },
+                    refused => Request::Doubt { name, client, refused },
+                };
+                answer(orders(request).await)
             })
             .post(
                 async move |Path((name, client)): Path<(Name, ClientId)>, Json(said): Json<Report>| {

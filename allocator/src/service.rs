@@ -316,6 +316,9 @@ impl Service {
             Request::Policy => Ok(Outcome::Policy(self.shown_policy())),
             Request::Apply(apply) => return self.apply(reply, &apply),
             Request::Orders { name, client } => return self.ask_orders(reply, &name, client),
+            Request::Doubt { name, client, refused } => {
+                return self.hear_doubt(reply, &name, client, &refused);
+            }
             Request::Drain { id, drain } => return self.drain(reply, id, drain),
             Request::EndDrain(id) => return self.end_drain(reply, id),
             Request::Rebalance(rebalance) => return self.rebalance(reply, rebalance),

@@ -11,8 +11,8 @@ use xpm_protocol::api::allocator::Map;
 use xpm_protocol::api::blk::{Hold, TransportKind};
 use xpm_protocol::{ClientId, Name};
 
-use crate::owner::{Follower, Owner};
-use crate::volume::{OpenError, Volume, VolumeOptions};
+use crate::owner::{Follower, Known, Owner};
+use crate::volume::{OpenError, REFUSAL_LIMIT, Volume, VolumeOptions};
 
 /// Which allocation is used, and how.
 #[derive(Clone)]
@@ -148,11 +148,12 @@ impl Attachment {
                 session: random::u128().map_err(AttachError::System)?,
                 generation: 0,
                 host: Some(self.owner.host),
+                refusal_limit: REFUSAL_LIMIT,
             },
         )?;
         volume.wait_ready(options.limit)?;
         let (owner, name) = (self.owner.clone(), self.map.name.clone());
-        let follower = Follower::new(owner, name, self.map.version, volume.clone());
+        let follower = Follower::new(owner, name, Known::from(&self.map), volume.clone());
         self.follower = Some(follower.map_err(AttachError::System)?);
         Ok(volume)
     }

@@ -5,6 +5,7 @@ pub mod cgroup;
 pub mod clock;
 pub mod etcd;
 pub mod hang;
+pub mod impostor;
 pub mod manager;
 pub mod mapping;
 pub mod several;
@@ -483,6 +484,17 @@ impl Cluster {
         self.ok(&["blk", "attach", name, "--as", &form, "--transport", transport]);
         format!("nbd+unix:///{name}?socket={}", socket.display())
     }
+}
+
+/// What the operator's command prints that asks the xpm-blk with this control socket, which has to go well, as JSON.
+///
+/// # Panics
+/// When it fails or prints something else.
+pub fn json_of(blk: &Path, arguments: &[&str]) -> Value {
+    let output = Command::new(programs().join("xpm")).env("XPM_BLK", blk).args(arguments).output();
+    let output = output.expect("xpm can be started");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).expect("it is JSON")
 }
 
 fn start_allocator(dir: &Path, port: u16, environment: &[(String, String)]) -> Daemon {

@@ -243,7 +243,9 @@ fn a_client_that_is_cut_off_writes_nothing_more() {
     assert!(old.try_wait().expect("it is ours").is_none(), "the old owner still tries");
     let _ = old.kill();
     let _ = old.wait();
-    assert_eq!(cluster.json(&["blk", "list"])[0]["state"], "lost");
+    wait_until("the old owner hears that it is none", || {
+        cluster.json(&["blk", "list"])[0]["state"] == "lost"
+    });
 }
 
 #[test]

@@ -219,6 +219,8 @@ fn an_owner_that_is_cut_off_from_the_allocator_only() {
     assert!(writer.try_wait().expect("it is ours").is_none(), "the old owner still tries");
     let _ = writer.kill();
     let _ = writer.wait();
-    let list: Value = serde_json::from_str(&site.ok("old", &["--json", "blk", "list"])).expect("a list");
-    assert_eq!(list[0]["state"], "lost");
+    wait_until("the old owner hears that it is none", || {
+        let list: Value = serde_json::from_str(&site.ok("old", &["--json", "blk", "list"])).expect("a list");
+        list[0]["state"] == "lost"
+    });
 }

@@ -30,6 +30,12 @@ pub enum ConnectError {
     /// It has no export of this name: it restarted without the memory, or the grant was revoked.
     #[error("it has no such export")]
     UnknownExport,
+    /// It has the export, and a newer connection of the same session and queue: another process uses the same
+    /// ownership, or the numbers of this process are too low. Try again later, with a higher number.
+    #[error(
+        "it has a newer connection of this queue: another process uses the same ownership of the allocation"
+    )]
+    Outdated,
     /// It knows the export and does not give it to this client.
     #[error("it refuses the export: {0}")]
     Refused(String),

@@ -52,7 +52,8 @@ fn what_was_in_flight_is_done_by_the_next_link() {
         support::wait(link, &mut completions).unwrap();
         assert_eq!(completions, [Completion { token, result: Ok(()) }]);
     }
-    assert!(matches!(link(&fixture, 0, 1), Err(ConnectError::UnknownExport)), "an old one stays out");
+    let old = link(&fixture, 0, 1);
+    assert!(matches!(old, Err(ConnectError::Outdated)), "an old one stays out, and knows why");
 }
 
 #[test]

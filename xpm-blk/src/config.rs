@@ -52,6 +52,9 @@ pub struct Config {
     pub forbid_transports: Vec<TransportKind>,
     /// How long the appliances may take to be connected when a device is attached.
     pub connect_limit: Span,
+    /// How long an appliance has to say that it does not know an allocation, while no allocator says anything, before I/O
+    /// to it fails.
+    pub refusal_limit: Span,
     /// How long the process waits for the users of its devices after the first SIGTERM, before a
     /// second one makes it end in spite of them.
     pub stop_limit: Span,
@@ -84,6 +87,7 @@ impl Default for Config {
             threads: None,
             forbid_transports: Vec::new(),
             connect_limit: Span(Duration::from_secs(10)),
+            refusal_limit: Span(xpm_client::volume::REFUSAL_LIMIT),
             stop_limit: Span(Duration::from_secs(30)),
             standby: None,
             standby_reserve: ByteSize(32 << 20),
@@ -136,6 +140,9 @@ impl Config {
         }
         if !HANG_LIMITS.contains(&self.hang_limit.0.as_secs()) {
             return Err(format!("`hang-limit` is {}; it can be 3s to 1h", self.hang_limit));
+        }
+        if !(Duration::from_secs(1)..=Duration::from_secs(3600)).contains(&self.refusal_limit.0) {
+            return Err(format!("`refusal-limit` is {}; it can be 1s to 1h", self.refusal_limit));
         }
         if self.standby_reserve.0 > 4 << 30 {
             return Err(format!("`standby-reserve` is {}; it can be 0B to 4GiB", self.standby_reserve));
@@ -243,6 +250,7 @@ mod tests {
             threads = 1
             forbid-transports = ["rdma"]
             connect-limit = "3s"
+            refusal-limit = "1m"
             stop-limit = "1m"
             standby = true
             standby-reserve = "16MiB"
@@ -293,6 +301,7 @@ mod tests {
             ("buffer = 5", ["`buffer`", "1MiB to 1GiB"]),
             ("spin = \"1s\"", ["`spin`", "10ms"]),
             ("state = \"here\"", ["`state`", "absolute"]),
+            ("refusal-limit = \"2h\"", ["`refusal-limit`", "1s to 1h"]),
             ("hang-limit = \"2s\"", ["`hang-limit`", "3s to 1h"]),
             ("standby-reserve = \"5GiB\"", ["`standby-reserve`", "4GiB"]),
             ("[[device]]\nname = \"a\"\nas = \"ublk\"\ndepth = 5000", ["device a", "1 to 1024"]),

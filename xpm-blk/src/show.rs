@@ -44,7 +44,8 @@ pub(crate) fn show(
     let request = &record.request;
     let shape = config.shape(request, record.number);
     let hold = request.hold.unwrap_or(config.hold);
-    let shared = Shared { client, map: &record.map, hold };
+    let refusal_limit = config.refusal_limit.0;
+    let shared = Shared { client, map: &record.map, hold, refusal_limit };
     let group = record.map.id.as_u128();
     if request.form == Form::NbdDirect {
         let shown =
@@ -94,6 +95,7 @@ fn open(
         session,
         generation,
         host: xpm_control::host::host_id().ok(),
+        refusal_limit: config.refusal_limit.0,
     };
     let name = &record.request.name;
     let volume = Volume::open(&record.map, options)

@@ -42,6 +42,15 @@ pub(super) struct Lost {
     /// Seen once.
     suspected: BTreeSet<ApplianceId>,
     pub(super) on: BTreeSet<ApplianceId>,
+    /// Grants that were missing when the appliances in `on` were asked last.
+    grants: BTreeMap<ApplianceId, BTreeSet<GrantId>>,
+}
+
+impl Lost {
+    /// Whether this grant is known to be lost.
+    pub(super) fn has(&self, grant: GrantId) -> bool {
+        self.on.iter().filter_map(|on| self.grants.get(on)).any(|missing| missing.contains(&grant))
+    }
 }
 
 impl Service {
@@ -138,24 +147,32 @@ impl Service {
             // What was seen before it began to change says nothing of what it will be.
             entry.lost.suspected.retain(|one| *one != id || entry.lost.on.contains(one));
         }
-        let settled: Vec<(AllocationId, bool)> = self
+        let settled: Vec<(AllocationId, BTreeSet<GrantId>)> = self
             .allocations
             .iter()
             .filter(|(_, entry)| entry.record.phase == Phase::Ready && matches!(entry.work, Work::Idle))
             .filter(|(_, entry)| entry.record.grants.iter().any(|grant| grant.appliance == id))
             .map(|(of, entry)| {
-                let mut on_it = entry.record.grants.iter().filter(|grant| grant.appliance == id);
-                (*of, on_it.all(|grant| there.contains(&grant.id)))
+                let on_it = entry.record.grants.iter().filter(|grant| grant.appliance == id);
+                let missing = on_it.map(|grant| grant.id).filter(|grant| !there.contains(grant));
+                (*of, missing.collect())
             })
             .collect();
-        for (of, whole) in settled {
+        let mut is_new = false;
+        for (of, missing) in settled {
             let lost = &mut self.entry(of).lost;
-            if whole {
+            if missing.is_empty() {
                 lost.suspected.remove(&id);
                 lost.on.remove(&id);
+                lost.grants.remove(&id);
                 continue;
             }
-            if lost.suspected.insert(id) || !lost.on.insert(id) {
+            lost.grants.insert(id, missing);
+            if lost.suspected.insert(id) {
+                is_new = true;
+                continue;
+            }
+            if !lost.on.insert(id) {
                 continue;
             }
             let name = self.entry(of).record.name.clone();
@@ -165,6 +182,11 @@ impl Service {
             );
             tracing::warn!("{line}");
             self.tell(EventKind::Lost, &name, line);
+        }
+        if is_new {
+            // Asked once more at once: owners hold their I/O until they are told.
+            self.look_soon(id);
+            self.look_for_garbage();
         }
     }
 

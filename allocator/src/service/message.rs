@@ -93,6 +93,12 @@ pub enum Request {
         name: Name,
         client: ClientId,
     },
+    /// The same, asked by an owner whom appliances refuse these grants.
+    Doubt {
+        name: Name,
+        client: ClientId,
+        refused: Vec<GrantId>,
+    },
     /// What the owner says to it.
     Report {
         name: Name,

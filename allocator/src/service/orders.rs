@@ -3,6 +3,7 @@
 //! The owner asks: the allocator calls no client. An owner that is not heard is never waited for by I/O,
 //! and everything here can be repeated.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use xpm_control::server::ApiError;
@@ -10,7 +11,7 @@ use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{HandOver, MapChange, Orders, Owner, Report, Transfer};
 use xpm_protocol::api::event::EventKind;
 use xpm_protocol::text::short_line;
-use xpm_protocol::{AllocationId, ByteSize, ClientId, Name};
+use xpm_protocol::{AllocationId, ApplianceId, ByteSize, ClientId, GrantId, Name};
 
 use super::change::Over;
 use super::owner::Raised;
@@ -47,6 +48,21 @@ impl Service {
         self.answer_orders(reply, id);
     }
 
+    /// Answers what the owner is to do, to one whom appliances refuse these grants. They are asked at once what they
+    /// have: the owner holds its I/O until it is known whether its memory is lost.
+    pub(super) fn hear_doubt(&mut self, reply: ReplyTo, name: &Name, client: ClientId, refused: &[GrantId]) {
+        if let Some(&id) = self.names.get(name)
+            && self.check_owner(id, client).is_ok()
+        {
+            let grants = &self.entry(id).record.grants;
+            let doubted = grants.iter().filter(|grant| refused.contains(&grant.id));
+            let doubted: Vec<ApplianceId> = doubted.map(|grant| grant.appliance).collect();
+            doubted.into_iter().for_each(|appliance| self.look_soon(appliance));
+            self.look_for_garbage();
+        }
+        self.ask_orders(reply, name, client);
+    }
+
     pub(super) fn check_owner(&mut self, id: AllocationId, client: ClientId) -> Result<(), ApiError> {
         self.hear_owner(client);
         let record = &self.entry(id).record;
@@ -76,7 +92,19 @@ impl Service {
             }
             _ => None,
         };
-        Ok(Orders { version: record.version, change, hand_over })
+        let lost = entry_lost(&self.entry(id).lost, &record);
+        let endpoints = record
+            .grants
+            .iter()
+            .filter_map(|grant| Some((grant.id, self.inventory.info(grant.appliance)?.endpoints.clone())));
+        Ok(Orders {
+            version: record.version,
+            change,
+            hand_over,
+            epoch: Some(record.epoch),
+            lost: Some(lost),
+            endpoints: endpoints.collect(),
+        })
     }
 
     fn map_change(&self, record: &AllocationRecord) -> Result<MapChange, ApiError> {
@@ -145,7 +173,9 @@ impl Service {
     /// The owner has nothing to do any more.
     fn answer_nothing(&mut self, reply: ReplyTo, id: AllocationId) {
         let version = self.entry(id).record.version;
-        let orders = Orders { version, change: None, hand_over: None };
+        let epoch = Some(self.entry(id).record.epoch);
+        let orders =
+            Orders { version, change: None, hand_over: None, epoch, lost: None, endpoints: BTreeMap::new() };
         self.reply(reply, Ok(Outcome::Orders(Box::new(orders))));
     }
 
@@ -266,6 +296,11 @@ impl Service {
             self.refuse(reply, ErrorKind::Conflict, "the allocation is given back".to_owned());
         }
     }
+}
+
+/// The grants of a record that their appliances do not have any more.
+fn entry_lost(lost: &super::garbage::Lost, record: &AllocationRecord) -> Vec<GrantId> {
+    record.grants.iter().map(|grant| grant.id).filter(|id| lost.has(*id)).collect()
 }
 
 /// What a client says, fit to be shown.

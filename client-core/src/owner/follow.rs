@@ -5,7 +5,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use tokio::sync::Notify;
 use xpm_protocol::Name;
 use xpm_protocol::api::allocator::{ChangeKind, MapChange, Report};
 
-use super::{CONNECT_LIMIT, Mover, Owner};
+use super::{CONNECT_LIMIT, Guard, Guarded, Heard, Known, Mover, Owner};
 use crate::volume::{Change, ChangeError, Volume};
 
 /// How often orders are asked for that were not heard of.
@@ -32,11 +32,12 @@ struct Ending {
 }
 
 impl Follower {
-    /// Follows for a volume whose map has this version.
-    pub(crate) fn new(owner: Owner, name: Name, version: u64, volume: Volume) -> io::Result<Follower> {
+    /// Follows for a volume of whose map this is known.
+    pub(crate) fn new(owner: Owner, name: Name, known: Known, volume: Volume) -> io::Result<Follower> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let ending = Arc::new(Ending::default());
-        let follow = Follow { owner, name, version, volume, ending: ending.clone() };
+        let version = Arc::new(AtomicU64::new(known.version));
+        let follow = Follow { owner, name, known, version, volume, ending: ending.clone() };
         let builder = std::thread::Builder::new().name("xpm-orders".to_owned());
         let thread = crate::signals::blocked(|| builder.spawn(move || runtime.block_on(follow.run())))?;
         Ok(Follower { ending, thread: Some(thread) })
@@ -57,8 +58,10 @@ impl Drop for Follower {
 struct Follow {
     owner: Owner,
     name: Name,
-    /// Of the map that is used.
-    version: u64,
+    /// Of the map that it began with.
+    known: Known,
+    /// Version of the map that is used.
+    version: Arc<AtomicU64>,
     volume: Volume,
     ending: Arc<Ending>,
 }
@@ -67,10 +70,12 @@ impl Follow {
     async fn run(mut self) {
         let ending = self.ending.clone();
         let mut listener = self.owner.listen();
+        let guard = Guard::new(self.owner.clone(), self.name.clone());
+        let watch = tokio::spawn(watch(guard, self.known, self.version.clone(), self.volume.clone()));
         loop {
             self.obey().await;
             tokio::select! {
-                () = ending.wake.notified() => return,
+                () = ending.wake.notified() => return watch.abort(),
                 () = self.hear(&mut listener) => {}
                 () = tokio::time::sleep(ASK_EVERY) => {}
             }
@@ -79,7 +84,15 @@ impl Follow {
 
     /// Until there may be orders for this allocation.
     async fn hear(&self, listener: &mut super::Listener) {
-        while !listener.hear().await.contains(&self.name) {}
+        loop {
+            let heard = listener.hear().await;
+            if heard.iter().any(|one| matches!(one, Heard::Appliance(name) if self.volume.is_on(name))) {
+                self.volume.alarm().notify_one();
+            }
+            if heard.contains(&Heard::Allocation(self.name.clone())) {
+                return self.volume.alarm().notify_one();
+            }
+        }
     }
 
     async fn obey(&mut self) {
@@ -91,9 +104,13 @@ impl Follow {
         match orders.change {
             Some(change) if !change.switched => self.carry_out(change).await,
             Some(_) => self.catch_up().await,
-            None if orders.version != self.version => self.catch_up().await,
+            None if orders.version != self.version() => self.catch_up().await,
             None => {}
         }
+    }
+
+    fn version(&self) -> u64 {
+        self.version.load(Ordering::Acquire)
     }
 
     async fn carry_out(&mut self, change: MapChange) {
@@ -158,7 +175,7 @@ impl Follow {
             tracing::error!("allocation {}: {error}", self.name);
             return None;
         }
-        self.version = change.next.version;
+        self.version.store(change.next.version, Ordering::Release);
         let grown = change.kind == ChangeKind::Grow;
         let how = grown.then(|| "the program sees it when it opens the allocation again".to_owned());
         Some(Report::Done { number: change.number, how })
@@ -168,15 +185,28 @@ impl Follow {
     async fn catch_up(&mut self) {
         let Ok(map) = self.owner.own(&self.name, "a mapping".to_owned(), false).await else { return };
         let number = map.version;
-        if number != self.version {
+        if number != self.version() {
             let volume = self.volume.clone();
             let turned = blocking(move || volume.change(&map, &[], CONNECT_LIMIT).map(Change::switch));
             if let Err(error) = turned.await.and_then(|turned| turned.map_err(|error| error.to_string())) {
                 return tracing::error!("allocation {} cannot turn to its new map: {error}", self.name);
             }
-            self.version = number;
+            self.version.store(number, Ordering::Release);
         }
         let _ = self.owner.say(&self.name, &Report::Done { number, how: None }).await;
+    }
+}
+
+/// Asks the allocator about paths that do not work, until it is aborted.
+async fn watch(guard: Guard, known: Known, version: Arc<AtomicU64>, volume: Volume) {
+    let alarm = volume.alarm();
+    loop {
+        let known = Known { version: version.load(Ordering::Acquire), ..known };
+        let (_, again) = guard.look(known, &volume).await;
+        tokio::select! {
+            () = alarm.notified() => {}
+            () = tokio::time::sleep(again.unwrap_or(Duration::MAX)) => {}
+        }
     }
 }
 

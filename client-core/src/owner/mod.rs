@@ -2,6 +2,7 @@
 //! allocator that does not answer changes nothing.
 
 mod follow;
+mod guard;
 mod mover;
 
 use std::time::Duration;
@@ -11,9 +12,10 @@ use xpm_control::error_line;
 use xpm_control::token::Token;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{Allocation, Attach, Event, Map, Orders, Report, SlabMap};
-use xpm_protocol::{ClientId, HostId, Name};
+use xpm_protocol::{ClientId, GrantId, HostId, Name};
 
 pub(crate) use self::follow::Follower;
+pub use self::guard::{Guard, Guarded, Known, Trouble, Word};
 pub use self::mover::{Mover, TailError};
 
 /// How long new appliances have to be connected.
@@ -25,6 +27,9 @@ const PAUSE: (Duration, Duration) = (Duration::from_millis(200), Duration::from_
 /// Longest answer to a question for events, and the pause after a failure.
 const LISTEN_LIMIT: Duration = Duration::from_secs(40);
 const LISTEN_AGAIN: Duration = Duration::from_secs(1);
+
+/// Most grants named in one question.
+const DOUBTS_MAX: usize = 256;
 
 /// Somebody who owns allocations, or is about to.
 #[derive(Clone)]
@@ -105,6 +110,16 @@ impl Owner {
         self.allocator.get(&format!("/v1/allocations/{name}/orders/{}", self.client)).await
     }
 
+    /// The same, with the grants that appliances refuse to this owner: the allocator asks those appliances at once.
+    ///
+    /// # Errors
+    /// As of [`Owner::own`].
+    pub async fn orders_about(&self, name: &Name, refused: &[GrantId]) -> Result<Orders, ClientError> {
+        let refused: Vec<String> = refused.iter().take(DOUBTS_MAX).map(ToString::to_string).collect();
+        let path = format!("/v1/allocations/{name}/orders/{}?refused={}", self.client, refused.join(","));
+        self.allocator.get(&path).await
+    }
+
     /// Says how that goes.
     ///
     /// # Errors
@@ -144,6 +159,28 @@ pub(crate) const fn is_final(kind: ErrorKind) -> bool {
     )
 }
 
+/// What an owner is told of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Heard {
+    /// Of this allocation there may be orders, or it may not be this owner's any more, or not whole.
+    Allocation(Name),
+    /// The appliance of this name has other addresses.
+    Appliance(Name),
+}
+
+impl Heard {
+    /// What an event says to owners, if anything.
+    fn of(event: &Event) -> Option<Heard> {
+        let subject = event.subject.clone();
+        match event.kind.as_str() {
+            "change-open" | "hand-over" | "lost" | "deleted" | "freed" | "attached" | "handed-over"
+            | "cut-off" => Some(Heard::Allocation(subject)),
+            "appliance-moved" => Some(Heard::Appliance(subject)),
+            _ => None,
+        }
+    }
+}
+
 /// Hears of orders at once.
 pub struct Listener {
     allocator: Client,
@@ -152,9 +189,9 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// Waits until there may be orders, for some allocations, or for half a minute. What happened before the first
+    /// Waits until there is news for owners, or for half a minute. What happened before the first
     /// call, and what cannot be heard, is not told: orders are to be asked for now and then.
-    pub async fn hear(&mut self) -> Vec<Name> {
+    pub async fn hear(&mut self) -> Vec<Heard> {
         let path = match self.after {
             Some(number) => format!("/v1/events?after={number}&wait=true"),
             None => "/v1/events".to_owned(),
@@ -166,7 +203,6 @@ impl Listener {
         };
         let is_new = self.after.is_some();
         self.after = Some(events.last().map_or(self.after.unwrap_or(0), |event| event.number));
-        let order = |event: &&Event| is_new && matches!(event.kind.as_str(), "change-open" | "hand-over");
-        events.iter().filter(order).map(|event| event.subject.clone()).collect()
+        events.iter().filter(|_| is_new).filter_map(Heard::of).collect()
     }
 }

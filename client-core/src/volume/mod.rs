@@ -10,17 +10,21 @@ mod plan;
 mod port;
 #[cfg(test)]
 mod tests;
+mod trust;
 
 use std::io;
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use xpm_protocol::HostId;
+use tokio::sync::Notify;
 use xpm_protocol::api::allocator::{Map, SlabMap};
 use xpm_protocol::api::appliance::Counters;
 use xpm_protocol::api::blk::{DeviceState, Hold, LinkState, LinkStatus, TransportKind};
+use xpm_protocol::{HostId, Name};
 use xpm_transport::io::{IoError, Kind};
+
+use crate::owner::{Guarded, Trouble, Word};
 
 pub use self::change::{Change, ChangeError, Run};
 pub use self::channel::Channel;
@@ -30,6 +34,7 @@ use self::orders::Mailbox;
 pub use self::plan::{Leg, Legs, MapError, Plan};
 pub(crate) use self::port::Bell;
 use self::port::Port;
+pub use self::trust::{REFUSAL_LIMIT, Trust};
 
 /// Numbers of queues from this one on are given by who uses the volume.
 const QUEUES_NUMBERED: u16 = 1 << 15;
@@ -55,6 +60,9 @@ pub struct VolumeOptions {
     pub generation: u32,
     /// The kernel that this process runs on; none if unknown.
     pub host: Option<HostId>,
+    /// How long an appliance has to refuse a grant, while no allocator says anything, before I/O to it fails;
+    /// [`REFUSAL_LIMIT`] is the usual value.
+    pub refusal_limit: Duration,
 }
 
 /// Why a volume cannot be opened.
@@ -185,6 +193,8 @@ impl Volume {
             depth: options.depth * 2,
             session: options.session,
             generation: options.generation,
+            refusal_limit: options.refusal_limit,
+            alarm: Arc::default(),
         };
         let live = Live { plan: Arc::new(plan), ways: Vec::new(), members: Vec::new(), change: None };
         let shared = Arc::new(Shared { live: Mutex::new(live), tallies: Mutex::default() });
@@ -261,7 +271,7 @@ impl Volume {
             let Some(missing) = status.links.iter().find(|link| link.state != LinkState::Up) else {
                 return Ok(());
             };
-            if missing.state == LinkState::Lost || start.elapsed() >= limit {
+            if missing.state == LinkState::Lost || self.is_refused() || start.elapsed() >= limit {
                 return Err(OpenError::NotReady {
                     appliance: missing.appliance_name.to_string(),
                     limit,
@@ -272,6 +282,20 @@ impl Volume {
         }
     }
 
+    /// Whether an appliance says that it does not know the grant: there is no use in waiting for it at the start.
+    fn is_refused(&self) -> bool {
+        self.troubles().iter().any(|trouble| trouble.refused)
+    }
+
+    /// Whether some of it lies on the appliance of this name.
+    pub fn is_on(&self, appliance: &Name) -> bool {
+        self.connectors().iter().any(|connector| connector.grant().appliance_name == *appliance)
+    }
+
+    fn connectors(&self) -> Vec<Arc<Connector>> {
+        self.inner.shared.live().ways.iter().flatten().cloned().collect()
+    }
+
     /// What the volume is doing. Takes locks that no I/O waits for.
     pub fn status(&self) -> VolumeStatus {
         if let Some(probe) = &mut *self.inner.probe() {
@@ -279,9 +303,7 @@ impl Volume {
             probe.arm();
             probe.poll(&mut Vec::new());
         }
-        let connectors: Vec<Arc<Connector>> =
-            self.inner.shared.live().ways.iter().flatten().cloned().collect();
-        let links: Vec<LinkStatus> = connectors.iter().map(|connector| connector.status()).collect();
+        let links: Vec<LinkStatus> = self.connectors().iter().map(|connector| connector.status()).collect();
         let state = match links.iter().map(|link| link.state).max() {
             Some(LinkState::Lost) => DeviceState::Lost,
             Some(LinkState::Connecting) => DeviceState::Holding,
@@ -289,6 +311,20 @@ impl Volume {
         };
         let (counters, in_flight) = self.inner.shared.sum();
         VolumeStatus { state, links, counters, in_flight }
+    }
+}
+
+impl Guarded for Volume {
+    fn troubles(&self) -> Vec<Trouble> {
+        self.connectors().iter().filter_map(|connector| connector.trouble()).collect()
+    }
+
+    fn hear(&self, word: &Word) {
+        self.connectors().iter().for_each(|connector| connector.hear(word));
+    }
+
+    fn alarm(&self) -> Arc<Notify> {
+        self.inner.links.alarm.clone()
     }
 }
 
@@ -360,6 +396,13 @@ impl Shared {
         let mut counters = tallies.closed;
         tallies.open.iter().for_each(|tally| tally.add_to(&mut counters));
         (counters, tallies.open.iter().map(|tally| tally.in_flight.load(Ordering::Relaxed)).sum())
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        // Whoever watches over the volume has nothing to do any more.
+        self.links.alarm.notify_one();
     }
 }
 

@@ -116,6 +116,11 @@ impl Port {
         self.closed.load(Ordering::Acquire)
     }
 
+    /// Whether the channel is there and has no link, and none is on its way to it.
+    pub(super) fn misses_link(&self) -> bool {
+        self.is_wanted() && !self.is_closed()
+    }
+
     pub(super) fn is_wanted(&self) -> bool {
         self.wanted.load(Ordering::Acquire)
     }

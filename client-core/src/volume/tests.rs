@@ -151,6 +151,8 @@ impl Bed {
             depth,
             session: 0,
             generation: 0,
+            refusal_limit: REFUSAL_LIMIT,
+            alarm: Arc::default(),
         };
         let idle = |grant: &Grant| Arc::new(Connector::idle(grant.clone(), options.clone()));
         let live = Live { plan: plan.clone(), ways: Vec::new(), members: Vec::new(), change: None };

@@ -115,6 +115,9 @@ pub const REPLY_TYPE_ERROR_OFFSET: u16 = REPLY_TYPE_ERR + 2;
 
 /// Longest string, in bytes ("Conventions").
 pub const STRING_MAX: usize = 4096;
+/// Text of the reply `REP_ERR_POLICY` to a connection whose session and queue have a newer one. The client compares the
+/// part before the colon.
+pub const OUTDATED: &str = "outdated: a newer connection of this session and queue is there";
 /// Zeroes behind the answer to `OPT_EXPORT_NAME`, unless both sides want none.
 pub const EXPORT_NAME_ZEROES: usize = 124;
 /// The metadata context that says what is allocated and what reads as zeroes.

@@ -99,7 +99,10 @@ fn is_final(error: &ConnectError) -> bool {
     is_registering(error)
         || matches!(
             error,
-            ConnectError::UnknownExport | ConnectError::Refused(_) | ConnectError::Unsupported(_)
+            ConnectError::UnknownExport
+                | ConnectError::Outdated
+                | ConnectError::Refused(_)
+                | ConnectError::Unsupported(_)
         )
 }
 

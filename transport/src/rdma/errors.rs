@@ -60,6 +60,7 @@ pub(super) fn of_refusal(refusal: Refusal) -> ConnectError {
             ConnectError::Refused("the appliance cannot register the memory with its device".to_owned())
         }
         Refusal::Version => ConnectError::Unsupported("another version of xpm's RDMA protocol".to_owned()),
+        Refusal::Outdated => ConnectError::Outdated,
         Refusal::Busy => ConnectError::Refused("the appliance has too many connections".to_owned()),
     }
 }

@@ -153,6 +153,8 @@ pub enum Refusal {
     Version,
     /// Too many connections.
     Busy,
+    /// A newer connection of the same session and queue is there. Older servers say [`Refusal::Busy`].
+    Outdated,
 }
 
 impl Refusal {
@@ -165,6 +167,7 @@ impl Refusal {
             Refusal::Failed => 4,
             Refusal::Version => 5,
             Refusal::Busy => 6,
+            Refusal::Outdated => 7,
         };
         [MAGIC, VERSION, reason]
     }
@@ -180,6 +183,7 @@ impl Refusal {
                 4 => Some(Refusal::Failed),
                 5 => Some(Refusal::Version),
                 6 => Some(Refusal::Busy),
+                7 => Some(Refusal::Outdated),
                 _ => None,
             },
             [MAGIC, _, ..] => Some(Refusal::Version),
@@ -385,6 +389,7 @@ mod tests {
             Refusal::Failed,
             Refusal::Version,
             Refusal::Busy,
+            Refusal::Outdated,
         ] {
             assert_eq!(Refusal::decode(&refusal.encode()), Some(refusal));
         }

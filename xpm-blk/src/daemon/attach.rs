@@ -92,6 +92,7 @@ impl Daemon {
         let attached = blocking(move || daemon.show_and_keep(record, readiness)).await?;
         let name = attached.record().request.name;
         self.set(&name, Some(Slot::Shown(Arc::clone(&attached))));
+        self.guard(&attached);
         Ok(attached)
     }
 

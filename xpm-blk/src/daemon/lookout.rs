@@ -5,6 +5,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use xpm_client::owner::Heard;
 use xpm_control::facts;
 use xpm_protocol::Name;
 use xpm_protocol::api::allocator::{Allocation, Appliance, Client, Ending};
@@ -33,7 +34,12 @@ pub(crate) async fn run(daemon: Arc<Daemon>) {
 pub(crate) async fn follow(daemon: Arc<Daemon>) {
     let mut listener = daemon.owner.listen();
     loop {
-        listener.hear().await.iter().for_each(|name| daemon.obey(name));
+        for heard in listener.hear().await {
+            daemon.sound_alarms(&heard);
+            if let Heard::Allocation(name) = heard {
+                daemon.obey(&name);
+            }
+        }
     }
 }
 

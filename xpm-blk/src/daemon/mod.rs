@@ -6,6 +6,7 @@
 mod allocator;
 mod attach;
 mod detach;
+mod guard;
 pub(crate) mod lookout;
 mod orders;
 mod restore;
@@ -112,6 +113,19 @@ impl Attached {
         records.save(&record)?;
         *self.record.lock().unwrap_or_else(PoisonError::into_inner) = record;
         Ok(())
+    }
+
+    /// Keeps the record with what `amend` changes of it, on disk first. False where that changes nothing.
+    fn amend(&self, records: &Records, amend: impl FnOnce(&mut Record) -> bool) -> Result<bool, DeviceError> {
+        let _keeping = self.keeping.lock().unwrap_or_else(PoisonError::into_inner);
+        // Under the lock: what somebody else keeps meanwhile is not written over.
+        let mut record = self.record();
+        if !amend(&mut record) {
+            return Ok(false);
+        }
+        records.save(&record)?;
+        *self.record.lock().unwrap_or_else(PoisonError::into_inner) = record;
+        Ok(true)
     }
 
     /// Writes the record down once more.

@@ -11,6 +11,7 @@ mod socket;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use xpm_client::Volume;
+use xpm_client::owner::Guarded;
 use xpm_protocol::Name;
 use xpm_protocol::api::appliance::Counters;
 use xpm_protocol::api::blk::{DeviceState, Form, LinkStatus};
@@ -67,6 +68,11 @@ pub trait Shown: Send + Sync {
     /// The volume behind it; none where the kernel or a client goes to the appliance itself.
     fn volume(&self) -> Option<&Volume> {
         None
+    }
+
+    /// What the allocator's word on the paths to the appliances is told to.
+    fn guarded(&self) -> Option<&dyn Guarded> {
+        self.volume().map(|volume| volume as &dyn Guarded)
     }
 
     /// The allocation has this size now: makes the device follow. In one line, what became of it where it

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -38,9 +38,9 @@ impl Work {
         let grant = match self.shm.upgrade().filter(|grant| !grant.is_revoked()) {
             Some(grant) => grant,
             None => {
-                let path = needed(self.connector.grant.endpoints.shm.as_deref(), "shared memory")?;
+                let path = needed(self.connector.endpoints().shm, "shared memory")?;
                 xpm_transport::shm::client::connect(
-                    path,
+                    &path,
                     &self.connector.grant.key,
                     self.connector.options.limit,
                 )?
@@ -53,7 +53,7 @@ impl Work {
     fn rdma(&mut self, queue: u16) -> Result<Box<dyn Link>, ConnectError> {
         rdma::check_support().map_err(ConnectError::Unavailable)?;
         let mut failure = ConnectError::Unreachable(io::Error::other("the appliance offers no RDMA"));
-        for address in self.connector.grant.endpoints.rdma.clone() {
+        for address in self.connector.endpoints().rdma {
             match self.rdma_at(address, queue) {
                 Ok(link) => return Ok(Box::new(link)),
                 Err(ConnectError::UnknownExport) => return Err(ConnectError::UnknownExport),
@@ -89,13 +89,13 @@ impl Work {
     }
 
     fn unix(&mut self, queue: u16) -> Result<Box<dyn Link>, ConnectError> {
-        let path = needed(self.connector.grant.endpoints.nbd_unix.as_deref(), "a unix socket")?;
-        Ok(Box::new(self.nbd(&Target::Unix(path.to_owned()), queue)?))
+        let path = needed(self.connector.endpoints().nbd_unix, "a unix socket")?;
+        Ok(Box::new(self.nbd(&Target::Unix(path), queue)?))
     }
 
     fn tcp(&mut self, queue: u16) -> Result<NbdLink, ConnectError> {
         let mut failure = ConnectError::Unreachable(io::Error::other("the appliance says no TCP address"));
-        for address in self.connector.grant.endpoints.nbd.clone() {
+        for address in self.connector.endpoints().nbd {
             match self.nbd(&Target::Tcp(address), queue) {
                 Ok(link) => return Ok(link),
                 Err(error) => failure = error,
@@ -119,6 +119,6 @@ impl Work {
     }
 }
 
-fn needed<'a>(path: Option<&'a Path>, what: &str) -> Result<&'a Path, ConnectError> {
+fn needed(path: Option<PathBuf>, what: &str) -> Result<PathBuf, ConnectError> {
     path.ok_or_else(|| ConnectError::Unreachable(io::Error::other(format!("the appliance offers no {what}"))))
 }

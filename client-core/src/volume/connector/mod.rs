@@ -7,7 +7,9 @@ use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
+use tokio::sync::Notify;
 use xpm_protocol::api::allocator::Grant;
+use xpm_protocol::api::appliance::Endpoints;
 use xpm_protocol::api::blk::{LinkState, LinkStatus, TransportKind};
 use xpm_protocol::units::Span;
 use xpm_protocol::{Epoch, HostId};
@@ -16,6 +18,8 @@ use xpm_transport::nbd::client::ConnectError;
 use xpm_transport::shm::client::ShmGrant;
 
 use super::port::{Delivery, Port};
+use super::trust::Trust;
+use crate::owner::{Trouble, Word};
 
 /// First pause after a failure.
 const PAUSE_MIN: Duration = Duration::from_millis(50);
@@ -46,13 +50,23 @@ pub(super) struct LinkOptions {
     pub(super) session: u128,
     /// Connections count from here.
     pub(super) generation: u32,
+    /// How long refusals have to last where no allocator says anything.
+    pub(super) refusal_limit: Duration,
+    /// Notified when a path begins to fail, or to be refused.
+    pub(super) alarm: Arc<Notify>,
 }
 
-#[derive(Default)]
 struct State {
     ports: Vec<Arc<Port>>,
     woken: bool,
     stopped: bool,
+    /// Where the appliance is reached now.
+    endpoints: Endpoints,
+    /// The endpoints are new: no pause is to be made before they are tried.
+    moved: bool,
+    trust: Trust,
+    /// Since when every attempt failed.
+    failing: Option<Instant>,
     transport: Option<TransportKind>,
     reason: Option<String>,
     /// How the last attempt ended, and when; counts while no channel is open.
@@ -78,7 +92,19 @@ impl Connector {
 
     /// A connector without its thread.
     pub(super) fn idle(grant: Grant, options: LinkOptions) -> Connector {
-        Connector { grant, options, state: Mutex::default(), wake: Condvar::new() }
+        let state = State {
+            ports: Vec::new(),
+            woken: false,
+            stopped: false,
+            endpoints: grant.endpoints.clone(),
+            moved: false,
+            trust: Trust::new(options.refusal_limit),
+            failing: None,
+            transport: None,
+            reason: None,
+            last: None,
+        };
+        Connector { grant, options, state: Mutex::new(state), wake: Condvar::new() }
     }
 
     /// Only assignments happen under the lock, so a panic elsewhere leaves the state whole.
@@ -105,6 +131,58 @@ impl Connector {
 
     pub(super) fn grant(&self) -> &Grant {
         &self.grant
+    }
+
+    fn endpoints(&self) -> Endpoints {
+        self.lock().endpoints.clone()
+    }
+
+    /// That the path does not work, for who asks the allocator about it.
+    pub(super) fn trouble(&self) -> Option<Trouble> {
+        let state = self.lock();
+        let since = state.failing.filter(|_| state.ports.iter().any(|port| port.misses_link()))?;
+        let refused = state.trust.is_refused();
+        Some(Trouble { grant: self.grant.id, appliance: self.grant.appliance, refused, since })
+    }
+
+    /// What the allocator says. A path that works is not touched: the appliance knows the grant.
+    pub(super) fn hear(&self, word: &Word) {
+        let mut state = self.lock();
+        let now = Instant::now();
+        if let Word::Holds { endpoints, .. } = word
+            && let Some(endpoints) = endpoints.get(&self.grant.id)
+            && *endpoints != state.endpoints
+        {
+            tracing::info!(appliance = %self.grant.appliance_name, "the appliance has other addresses now");
+            state.endpoints = endpoints.clone();
+            state.moved = true;
+        }
+        match word {
+            _ if state.failing.is_none() => {}
+            Word::Holds { lost, .. } if lost.contains(&self.grant.id) => {
+                state.trust.gone("the allocator says that the appliance has lost what was there");
+            }
+            Word::Holds { .. } => state.trust.holds(now),
+            Word::Ended { why, recorded } if *recorded || state.trust.is_refused() => {
+                state.trust.gone(&format!("the allocator says that {why}"));
+            }
+            Word::Ended { .. } => {}
+        }
+        self.tell_if_lost(&mut state, now);
+        drop(state);
+        self.wake.notify_all();
+    }
+
+    /// Ends the I/O of queues without a link if it is proven that there will be none. Under the lock that links are
+    /// delivered under, so a queue that just got one keeps it.
+    fn tell_if_lost(&self, state: &mut State, now: Instant) -> bool {
+        let Some(why) = state.trust.lost(now) else { return false };
+        if state.reason.as_ref() != Some(&why) {
+            tracing::error!(appliance = %self.grant.appliance_name, reason = %why, "I/O to the appliance fails");
+        }
+        state.note(LinkState::Lost, None, Some(why));
+        state.ports.iter().filter(|port| port.misses_link()).for_each(|port| port.deliver(Delivery::Lost));
+        true
     }
 
     /// Whether every queue that there is has its link.
@@ -141,20 +219,26 @@ impl Connector {
         if let Some(only) = self.options.transport {
             return vec![only];
         }
-        let local = self.is_local();
+        let endpoints = self.endpoints();
+        let local = self.options.host == Some(endpoints.host);
         let all = [TransportKind::Shm, TransportKind::Rdma, TransportKind::NbdUnix, TransportKind::NbdTcp];
         let can_be = |kind: &TransportKind| match kind {
             TransportKind::Shm | TransportKind::NbdUnix => local,
-            TransportKind::Rdma => !self.grant.endpoints.rdma.is_empty(),
+            TransportKind::Rdma => !endpoints.rdma.is_empty(),
             TransportKind::NbdTcp => true,
         };
         let allowed = |kind: &TransportKind| !self.options.forbidden.contains(kind);
         all.into_iter().filter(can_be).filter(allowed).collect()
     }
+}
 
-    /// Whether the appliance runs on this kernel.
-    fn is_local(&self) -> bool {
-        self.options.host == Some(self.grant.endpoints.host)
+impl State {
+    fn note(&mut self, link: LinkState, transport: Option<TransportKind>, reason: Option<String>) {
+        if self.last.is_none_or(|(last, _)| last != link) {
+            self.last = Some((link, Instant::now()));
+        }
+        self.transport = transport.or(self.transport);
+        self.reason = reason;
     }
 }
 
@@ -220,7 +304,10 @@ impl Work {
         let Made { link, transport, reason } = made;
         self.pause = PAUSE_MIN;
         self.tell_change(transport, reason.as_deref());
-        self.set(LinkState::Up, Some(transport), reason);
+        let mut state = self.connector.lock();
+        state.trust.connected();
+        state.failing = None;
+        state.note(LinkState::Up, Some(transport), reason);
         port.deliver(Delivery::Link(link));
     }
 
@@ -284,48 +371,48 @@ impl Work {
         self.worse = None;
     }
 
-    fn set(&self, link: LinkState, transport: Option<TransportKind>, reason: Option<String>) {
-        let mut state = self.connector.lock();
-        if state.last.is_none_or(|(last, _)| last != link) {
-            state.last = Some((link, Instant::now()));
-        }
-        state.transport = transport.or(state.transport);
-        state.reason = reason;
-    }
-
+    /// An attempt failed. I/O goes on to wait, unless it is proven that the memory is gone.
     fn failed(&mut self, port: &Arc<Port>, error: &ConnectError) {
-        let lost = matches!(error, ConnectError::UnknownExport);
+        let refused = matches!(error, ConnectError::UnknownExport);
         let name = &self.connector.grant.appliance_name;
-        let reason = match lost {
-            true => "the appliance does not know the grant: its memory is gone, or another client owns it"
-                .to_owned(),
+        let reason = match refused {
+            true => {
+                "the appliance does not know the grant; I/O waits for the allocator's word on it".to_owned()
+            }
             false => error.to_string(),
         };
-        if self.connector.lock().reason.as_ref() != Some(&reason) {
-            tracing::warn!(appliance = %name, %reason, "no way to the appliance");
+        self.put_last(port);
+        let now = Instant::now();
+        let mut state = self.connector.lock();
+        let is_new = state.failing.is_none() || (refused && !state.trust.is_refused());
+        state.failing.get_or_insert(now);
+        if refused {
+            state.trust.refused(now);
         }
-        self.set(if lost { LinkState::Lost } else { LinkState::Connecting }, None, Some(reason));
-        for waiting in self.put_last(port) {
-            // It is the grant that is unknown, not the queue.
-            if lost && waiting.is_wanted() {
-                waiting.deliver(Delivery::Lost);
+        if !self.connector.tell_if_lost(&mut state, now) {
+            if state.reason.as_ref() != Some(&reason) {
+                tracing::warn!(appliance = %name, %reason, "no way to the appliance");
             }
+            state.note(LinkState::Connecting, None, Some(reason));
         }
-        let longest = if lost { PAUSE_LOST } else { self.pause };
+        let longest = if refused { state.trust.pause(PAUSE_LOST) } else { self.pause };
+        drop(state);
+        if is_new {
+            self.connector.options.alarm.notify_one();
+        }
         self.pause = (self.pause * 2).min(PAUSE_MAX);
         self.sleep(longest);
     }
 
-    /// Others have their turn before this port has it again. Gives all ports.
-    fn put_last(&self, port: &Arc<Port>) -> Vec<Arc<Port>> {
+    /// Others have their turn before this port has it again.
+    fn put_last(&self, port: &Arc<Port>) {
         let mut state = self.connector.lock();
         state.ports.retain(|other| !Arc::ptr_eq(other, port));
         state.ports.push(port.clone());
-        state.ports.clone()
     }
 
     /// Sleeps for half of `longest` to all of it, so that clients of a dead appliance do not come
-    /// back all at once. Ends early when the volume is closed.
+    /// back all at once. Ends early when the volume is closed, or the appliance has other addresses.
     fn sleep(&mut self, longest: Duration) {
         // xorshift: any spread will do.
         self.random ^= self.random << 13;
@@ -335,6 +422,11 @@ impl Work {
         let end = Instant::now() + pause;
         let mut state = self.connector.lock();
         while !state.stopped {
+            if std::mem::take(&mut state.moved) {
+                drop(state);
+                (self.pause, self.worse) = (PAUSE_MIN, None);
+                return;
+            }
             let Some(left) = end.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) else {
                 return;
             };

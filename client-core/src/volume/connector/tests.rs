@@ -49,6 +49,15 @@ struct Bed {
 impl Bed {
     /// Some queues that want a link to an appliance, which says that it has RDMA too.
     fn new(knows_grant: bool, transport: Option<TransportKind>, forbidden: Vec<TransportKind>) -> Bed {
+        Bed::with(knows_grant, transport, forbidden, Duration::from_millis(400))
+    }
+
+    fn with(
+        knows_grant: bool,
+        transport: Option<TransportKind>,
+        forbidden: Vec<TransportKind>,
+        refusal_limit: Duration,
+    ) -> Bed {
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
         let handshakes = runtime.enter();
         let server = Server::start(ServerOptions { loops: 1, ..ServerOptions::default() }).unwrap();
@@ -56,7 +65,8 @@ impl Bed {
         let address = socket.local_addr().unwrap();
         let listener = server.listen_tcp(socket, Arc::new(Appliance(knows_grant))).unwrap();
         drop(handshakes);
-        let connector = Connector::start(grant(vec![address]), options(None, transport, forbidden)).unwrap();
+        let options = LinkOptions { refusal_limit, ..options(None, transport, forbidden) };
+        let connector = Connector::start(grant(vec![address]), options).unwrap();
         let bell = Arc::new(Bell::new().unwrap());
         let ports: Vec<_> = (0..3).map(|queue| Arc::new(Port::new(queue, bell.clone()))).collect();
         ports.iter().for_each(|port| connector.add(port.clone()));
@@ -105,7 +115,18 @@ fn options(
     forbidden: Vec<TransportKind>,
 ) -> LinkOptions {
     let limit = Duration::from_secs(2);
-    LinkOptions { host, epoch: Epoch(1), transport, forbidden, limit, depth: 4, session: 1, generation: 0 }
+    LinkOptions {
+        host,
+        epoch: Epoch(1),
+        transport,
+        forbidden,
+        limit,
+        depth: 4,
+        session: 1,
+        generation: 0,
+        refusal_limit: Duration::from_millis(400),
+        alarm: Arc::default(),
+    }
 }
 
 #[test]
@@ -126,10 +147,83 @@ fn the_best_transport_that_can_be_comes_first() {
 }
 
 #[test]
-fn every_queue_hears_that_the_grant_is_lost() {
+fn every_queue_hears_that_the_grant_is_lost_when_that_is_proven() {
     let bed = Bed::new(false, None, vec![TransportKind::Rdma]);
+    let begin = Instant::now();
     assert!(bed.delivered().iter().all(|delivery| matches!(delivery, Delivery::Lost)));
+    assert!(begin.elapsed() >= Duration::from_millis(400), "one refusal proves nothing");
     assert_eq!(bed.connector.status().state, LinkState::Lost);
+}
+
+fn refused() -> Bed {
+    let bed = Bed::with(false, None, vec![TransportKind::Rdma], LIMIT * 100);
+    let start = Instant::now();
+    while bed.connector.trouble().is_none_or(|trouble| !trouble.refused) {
+        assert!(start.elapsed() < LIMIT, "it is refused");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert!(bed.ports.iter().all(|port| port.take().is_none()), "I/O waits for the allocator's word");
+    assert_eq!(bed.connector.status().state, LinkState::Connecting);
+    bed
+}
+
+#[test]
+fn the_allocators_word_ends_io_at_once() {
+    let words = [
+        Word::Holds { lost: vec![GrantId::from_u128(1)], endpoints: Default::default() },
+        Word::Ended { why: "it was deleted".to_owned(), recorded: false },
+    ];
+    for word in words {
+        let bed = refused();
+        bed.connector.hear(&word);
+        assert!(bed.delivered().iter().all(|delivery| matches!(delivery, Delivery::Lost)), "{word:?}");
+        assert!(bed.connector.status().reason.is_some_and(|reason| reason.contains("allocator says")));
+    }
+}
+
+#[test]
+fn an_allocator_without_records_ends_nothing_that_no_appliance_refuses() {
+    // Nobody listens there.
+    let socket = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = socket.local_addr().unwrap();
+    drop(socket);
+    let connector =
+        Connector::start(grant(vec![address]), options(None, Some(TransportKind::NbdTcp), Vec::new()))
+            .unwrap();
+    let port = Arc::new(Port::new(0, Arc::new(Bell::new().unwrap())));
+    connector.add(port.clone());
+    let start = Instant::now();
+    while connector.trouble().is_none() {
+        assert!(start.elapsed() < LIMIT, "it cannot be reached");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let ended = |recorded| Word::Ended { why: "it was deleted".to_owned(), recorded };
+    connector.hear(&ended(false));
+    assert_eq!(port.state(), LinkState::Connecting);
+    connector.hear(&ended(true));
+    assert_eq!(port.state(), LinkState::Lost, "a record says so");
+    connector.stop();
+}
+
+#[test]
+fn an_appliance_is_found_at_its_new_address() {
+    let bed = Bed::new(true, Some(TransportKind::NbdTcp), Vec::new());
+    let there = bed.connector.endpoints();
+    let socket = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut before = grant(vec![socket.local_addr().unwrap()]);
+    drop(socket);
+    before.endpoints.rdma.clear();
+    let connector = Connector::start(before, options(None, None, Vec::new())).unwrap();
+    let port = Arc::new(Port::new(7, Arc::new(Bell::new().unwrap())));
+    connector.add(port.clone());
+    let start = Instant::now();
+    while port.state() != LinkState::Up {
+        assert!(start.elapsed() < LIMIT);
+        let endpoints = [(GrantId::from_u128(1), there.clone())].into();
+        connector.hear(&Word::Holds { lost: Vec::new(), endpoints });
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    connector.stop();
 }
 
 #[test]
@@ -187,6 +281,7 @@ fn a_queue_that_has_a_number_shuts_out_those_of_earlier_lives() {
             session: 7,
             generation,
             host: None,
+            refusal_limit: LIMIT,
         };
         Volume::open(&map, options).unwrap()
     };

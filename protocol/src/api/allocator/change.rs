@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::Map;
+use super::{Endpoints, Map};
 use crate::units::{ByteSize, Span};
-use crate::{ClientId, GrantId, Name};
+use crate::{ClientId, Epoch, GrantId, Name};
 
 /// How far the emptying of an appliance is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -123,6 +123,16 @@ pub struct Orders {
     /// The allocation goes to another client.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hand_over: Option<HandOver>,
+    /// The ownership counter that holds. None: the allocator is older than this field.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub epoch: Option<Epoch>,
+    /// Grants that their appliances do not have any more: what lay there is lost. None: the allocator is older than
+    /// this field, and does not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lost: Option<Vec<GrantId>>,
+    /// Where each grant of the map is reached now, for an owner whose map has an older address.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub endpoints: BTreeMap<GrantId, Endpoints>,
 }
 
 /// A change of where an allocation lies, which its owner carries out.

@@ -15,7 +15,7 @@
 //! | `POST /v1/allocations/{name}/renewal` | [`Renew`] | [`Allocation`] |
 //! | `PUT /v1/allocations/{name}/size` | [`Resize`] | [`Allocation`] |
 //! | `POST /v1/allocations/{name}/transfer` | [`Transfer`] | [`Allocation`] |
-//! | `GET /v1/allocations/{name}/orders/{client}` | | [`Orders`]: what the owner is to do |
+//! | `GET /v1/allocations/{name}/orders/{client}?refused=GRANT,GRANT` | | [`Orders`]: what the owner is to do; the appliances of grants that refuse the owner are asked at once what they have |
 //! | `POST /v1/allocations/{name}/orders/{client}` | [`Report`] | [`Orders`] |
 //! | `POST /v1/appliances/{id}/drain` | [`Drain`] | [`Appliance`] |
 //! | `DELETE /v1/appliances/{id}/drain` | | nothing; what has moved stays where it is |

@@ -53,6 +53,10 @@ pub enum HandshakeError {
     /// The server does not have the export, or hides it.
     #[error("the server has no such export")]
     UnknownExport,
+    /// The server has the export, and a newer connection of the same session and queue. Older servers say
+    /// [`HandshakeError::UnknownExport`] in this case.
+    #[error("the server has a newer connection of the same session and queue")]
+    Outdated,
     /// The server does not give it to this client.
     #[error("the server refuses by policy: {0}")]
     Policy(String),
@@ -352,6 +356,9 @@ impl ClientHandshake {
         let text = self.shown(data);
         match kind {
             REP_ERR_UNKNOWN => HandshakeError::UnknownExport,
+            REP_ERR_POLICY if text.split(':').next() == OUTDATED.split(':').next() => {
+                HandshakeError::Outdated
+            }
             REP_ERR_POLICY => HandshakeError::Policy(text),
             REP_ERR_TLS_REQD => HandshakeError::TlsRequired,
             _ => HandshakeError::Refused(text),

@@ -64,6 +64,9 @@ pub enum CloseReason {
     /// It named an export that is not there, in the form that has no other answer.
     #[error("the client named an unknown export")]
     UnknownExport,
+    /// A newer connection of its session and queue is there, and it used the form that has no other answer.
+    #[error("the client has a newer connection")]
+    Outdated,
     /// It does not follow the protocol.
     #[error("the client broke the protocol: {0}")]
     Protocol(&'static str),
@@ -191,6 +194,20 @@ impl ServerHandshake {
                 if go {
                     return Some(self.ready(info));
                 }
+            }
+        }
+        None
+    }
+
+    /// Answers [`Step::Open`] for an export that is there, and that has a newer connection of the client's session and
+    /// queue. Only a client that named the export by its key hears this.
+    pub fn outdated(&mut self) -> Option<Step> {
+        let Waiting::Export(asked) = self.waiting else { return None };
+        self.waiting = Waiting::Option;
+        match asked {
+            Asked::ByName => return Some(self.close(CloseReason::Outdated)),
+            Asked::Info { go, .. } => {
+                self.refuse(if go { OPT_GO } else { OPT_INFO }, REP_ERR_POLICY, OUTDATED);
             }
         }
         None

@@ -155,6 +155,7 @@ fn attach(name: &str) -> Result<()> {
 /// Opens all of an allocation, and how long that took until the last link was up.
 fn open(map: &Map, session: u128) -> Result<(Volume, Duration)> {
     let options = VolumeOptions {
+        refusal_limit: xpm_client::volume::REFUSAL_LIMIT,
         hold: Hold::Forever,
         transport: Some(TransportKind::Rdma),
         forbidden: Vec::new(),

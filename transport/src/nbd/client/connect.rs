@@ -109,6 +109,7 @@ fn negotiate(stream: BorrowedFd<'_>, export: &str, deadline: Deadline) -> Result
 fn refusal(error: HandshakeError) -> ConnectError {
     match error {
         HandshakeError::UnknownExport => ConnectError::UnknownExport,
+        HandshakeError::Outdated => ConnectError::Outdated,
         HandshakeError::Policy(text) | HandshakeError::Refused(text) => ConnectError::Refused(text),
         HandshakeError::TlsRequired => ConnectError::Unsupported("TLS".into()),
         HandshakeError::BadName => ConnectError::Refused(error.to_string()),

@@ -10,7 +10,7 @@ use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use xpm_protocol::nbd::handshake::server::{ServerHandshake, Step};
 
-use super::{Exports, Negotiated, Opened, Place, Server};
+use super::{Exports, Negotiated, Opened, Place, Server, registry};
 use crate::accept::{Accept, Listener};
 use crate::nbd::socket::widen_unix;
 
@@ -124,7 +124,7 @@ async fn negotiate<S: Stream>(
     exports: &Arc<dyn Exports>,
 ) -> io::Result<Option<(Opened, Place, Negotiated)>> {
     let mut handshake = ServerHandshake::new();
-    let mut opened: Option<(Opened, Option<Place>)> = None;
+    let mut opened = Found::Nothing;
     let mut buffer = vec![0; READ_LEN];
     let mut next: Option<Step> = None;
     loop {
@@ -138,11 +138,15 @@ async fn negotiate<S: Stream>(
             Step::Open(name) => {
                 let enters = handshake.enters();
                 opened = open(server.clone(), exports.clone(), name, enters).await;
-                next = handshake.found(opened.as_ref().map(|(opened, _)| &opened.info));
+                next = match &opened {
+                    Found::Outdated => handshake.outdated(),
+                    Found::Nothing => handshake.found(None),
+                    Found::Export(opened, _) => handshake.found(Some(&opened.info)),
+                };
             }
             Step::List => handshake.listed(exports.list().as_deref()),
             Step::Ready(negotiated) => {
-                let Some((mut opened, Some(place))) = opened else { return Ok(None) };
+                let Found::Export(mut opened, Some(place)) = opened else { return Ok(None) };
                 opened.info = negotiated.info;
                 let agreed = Negotiated {
                     structured: negotiated.structured,
@@ -159,21 +163,28 @@ async fn negotiate<S: Stream>(
     }
 }
 
+/// What a name leads to.
+enum Found {
+    /// No export.
+    Nothing,
+    /// An export, with the place of the connection that enters it.
+    Export(Opened, Option<Place>),
+    /// An export that has a newer connection of the same session and queue.
+    Outdated,
+}
+
 /// Opens an export. When it is entered rather than asked about, the connection gets its place, and
 /// the one that it replaces is shut out, before it is answered.
-async fn open(
-    server: Server,
-    exports: Arc<dyn Exports>,
-    name: String,
-    enters: bool,
-) -> Option<(Opened, Option<Place>)> {
+async fn open(server: Server, exports: Arc<dyn Exports>, name: String, enters: bool) -> Found {
     let opening = tokio::task::spawn_blocking(move || {
-        let opened = exports.open(&name)?;
-        let place = match enters {
-            true => Some(server.register(opened.group, opened.session).ok()?),
-            false => None,
-        };
-        Some((opened, place))
+        let Some(opened) = exports.open(&name) else { return Found::Nothing };
+        if !enters {
+            return Found::Export(opened, None);
+        }
+        match server.register(opened.group, opened.session) {
+            Ok(place) => Found::Export(opened, Some(place)),
+            Err(registry::Outdated) => Found::Outdated,
+        }
     });
-    opening.await.ok().flatten()
+    opening.await.unwrap_or(Found::Nothing)
 }

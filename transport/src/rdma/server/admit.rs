@@ -117,7 +117,11 @@ fn check(state: &State, group: u128, hello: &Hello) -> Result<(), Refusal> {
         Some(Phase::Ready(_)) => {
             let stale = state.is_stale(group, hello.session, hello.queue, hello.generation);
             let full = state.connections(None) >= CONNECTIONS_MAX;
-            if stale || full { Err(Refusal::Busy) } else { Ok(()) }
+            match (stale, full) {
+                (true, _) => Err(Refusal::Outdated),
+                (false, true) => Err(Refusal::Busy),
+                (false, false) => Ok(()),
+            }
         }
     }
 }

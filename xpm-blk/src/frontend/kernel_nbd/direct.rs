@@ -3,11 +3,14 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt::{Timeout, set_socket_timeout, socket_timeout};
+use tokio::sync::Notify;
+use xpm_client::owner::{Guarded, Trouble, Word};
+use xpm_client::volume::Trust;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{Grant, Map, RegionSlot};
 use xpm_protocol::api::blk::{DeviceState, LinkState, LinkStatus, TransportKind};
@@ -27,7 +30,8 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 /// Leads to the one appliance of an allocation.
 pub(super) struct Direct {
     grant: Grant,
-    targets: Vec<(TransportKind, Target)>,
+    transport: Option<TransportKind>,
+    targets: Mutex<Vec<(TransportKind, Target)>>,
     session: u128,
     generation: AtomicU32,
     flags: TransmissionFlags,
@@ -35,6 +39,7 @@ pub(super) struct Direct {
     /// Those before, which the kernel may not have let go of wholly.
     replaced: Mutex<Vec<Option<OwnedFd>>>,
     link: Mutex<Link>,
+    alarm: Arc<Notify>,
     /// Sockets given to the kernel since the start.
     given: AtomicU64,
 }
@@ -44,6 +49,9 @@ struct Link {
     since: Instant,
     transport: TransportKind,
     reason: Option<String>,
+    trust: Trust,
+    /// Since when every attempt failed.
+    failing: Option<Instant>,
 }
 
 impl Direct {
@@ -68,6 +76,7 @@ impl Direct {
         (session, generation): (u128, u32),
         queues: u16,
         transport: Option<TransportKind>,
+        refusal_limit: Duration,
     ) -> Result<Direct, DeviceError> {
         let grant = the_only_grant(map)?.clone();
         let targets = targets(&grant, transport)?;
@@ -78,9 +87,13 @@ impl Direct {
                 since: Instant::now(),
                 transport: targets[0].0,
                 reason: None,
+                trust: Trust::new(refusal_limit),
+                failing: None,
             }),
+            alarm: Arc::default(),
             grant,
-            targets,
+            transport,
+            targets: Mutex::new(targets),
             session,
             generation: AtomicU32::new(generation),
             sockets: Mutex::new((0..queues).map(|_| None).collect()),
@@ -108,42 +121,71 @@ impl Direct {
 
     fn connect(&self, queue: u16) -> Result<Connected, DeviceError> {
         let mut last = None;
-        for (transport, target) in &self.targets {
+        for (transport, target) in &self.targets() {
             let generation = self.generation.fetch_add(1, Ordering::Relaxed);
             let session = Some(SessionTag { id: self.session, queue, generation });
             let name = ExportName { key: self.grant.key.clone(), session };
             match connect(target, &name, CONNECT_LIMIT) {
                 Ok(connected) => {
-                    self.note(LinkState::Up, *transport, None);
+                    self.connected(*transport);
                     return Ok(connected);
                 }
-                Err(ConnectError::UnknownExport) => {
-                    let reason =
-                        "it does not know the grant: its memory is gone, or the allocation was taken over";
-                    self.note(LinkState::Lost, *transport, Some(reason.to_owned()));
-                    return Err(self.error(ErrorKind::NotFound, reason));
+                Err(error) => {
+                    let refused = matches!(error, ConnectError::UnknownExport);
+                    last = Some(self.failed(*transport, &error));
+                    if refused {
+                        break;
+                    }
                 }
-                Err(error) => last = Some(self.refused(*transport, &error.to_string())),
             }
         }
         Err(last.unwrap_or_else(|| self.error(ErrorKind::Internal, "it has no address")))
     }
 
-    fn refused(&self, transport: TransportKind, reason: &str) -> DeviceError {
-        self.note(LinkState::Connecting, transport, Some(reason.to_owned()));
-        self.error(ErrorKind::Unavailable, reason)
+    fn targets(&self) -> Vec<(TransportKind, Target)> {
+        self.targets.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn link(&self) -> MutexGuard<'_, Link> {
+        self.link.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn connected(&self, transport: TransportKind) {
+        let mut link = self.link();
+        link.trust.connected();
+        link.failing = None;
+        link.note(LinkState::Up, transport, None);
+    }
+
+    /// I/O goes on to wait, unless it is proven that the memory is gone.
+    fn failed(&self, transport: TransportKind, error: &ConnectError) -> DeviceError {
+        let refused = matches!(error, ConnectError::UnknownExport);
+        let now = Instant::now();
+        let mut link = self.link();
+        let is_new = link.failing.is_none() || (refused && !link.trust.is_refused());
+        link.failing.get_or_insert(now);
+        let reason = match refused {
+            true => "it does not know the grant; I/O waits for the allocator's word on it".to_owned(),
+            false => error.to_string(),
+        };
+        if refused {
+            link.trust.refused(now);
+        }
+        let kind = if refused { ErrorKind::NotFound } else { ErrorKind::Unavailable };
+        let (state, reason) = match link.trust.lost(now) {
+            Some(why) => (LinkState::Lost, why),
+            None => (LinkState::Connecting, reason),
+        };
+        link.note(state, transport, Some(reason.clone()));
+        drop(link);
+        if is_new {
+            self.alarm.notify_one();
+        }
+        self.error(kind, &reason)
     }
 
     fn error(&self, kind: ErrorKind, reason: &str) -> DeviceError {
         DeviceError::new(kind, format!("connect to appliance {}: {reason}", self.grant.appliance_name))
-    }
-
-    fn note(&self, state: LinkState, transport: TransportKind, reason: Option<String>) {
-        let mut link = self.link.lock().unwrap_or_else(PoisonError::into_inner);
-        if link.state != state {
-            link.since = Instant::now();
-        }
-        *link = Link { state, since: link.since, transport, reason };
     }
 
     fn sockets(&self) -> MutexGuard<'_, Vec<Option<OwnedFd>>> {
@@ -151,9 +193,66 @@ impl Direct {
     }
 }
 
+impl Link {
+    fn note(&mut self, state: LinkState, transport: TransportKind, reason: Option<String>) {
+        if self.state != state {
+            self.since = Instant::now();
+        }
+        (self.state, self.transport, self.reason) = (state, transport, reason);
+    }
+}
+
+impl Guarded for Direct {
+    fn troubles(&self) -> Vec<Trouble> {
+        let link = self.link();
+        let trouble = link.failing.map(|since| Trouble {
+            grant: self.grant.id,
+            appliance: self.grant.appliance,
+            refused: link.trust.is_refused(),
+            since,
+        });
+        trouble.into_iter().collect()
+    }
+
+    fn hear(&self, word: &Word) {
+        if let Word::Holds { endpoints, .. } = word
+            && let Some(endpoints) = endpoints.get(&self.grant.id)
+        {
+            let grant = Grant { endpoints: endpoints.clone(), ..self.grant.clone() };
+            if let Ok(new) = targets(&grant, self.transport) {
+                *self.targets.lock().unwrap_or_else(PoisonError::into_inner) = new;
+            }
+        }
+        let mut link = self.link();
+        match word {
+            _ if link.failing.is_none() => return,
+            Word::Holds { lost, .. } if lost.contains(&self.grant.id) => {
+                link.trust.gone("the allocator says that the appliance has lost what was there");
+            }
+            Word::Holds { .. } => link.trust.holds(Instant::now()),
+            Word::Ended { why, recorded } if *recorded || link.trust.is_refused() => {
+                link.trust.gone(&format!("the allocator says that {why}"));
+            }
+            Word::Ended { .. } => {}
+        }
+        if let Some(why) = link.trust.lost(Instant::now()) {
+            let transport = link.transport;
+            link.note(LinkState::Lost, transport, Some(why));
+        }
+    }
+
+    fn alarm(&self) -> Arc<Notify> {
+        self.alarm.clone()
+    }
+}
+
 impl Source for Direct {
     fn volume(&self) -> Option<&xpm_client::Volume> {
         None
+    }
+
+    fn guarded(&self) -> Option<&dyn Guarded> {
+        Some(self)
     }
 
     fn server_flags(&self) -> u16 {
@@ -187,7 +286,7 @@ impl Source for Direct {
     fn health(&self, statistics: Statistics) -> Health {
         let dead = !self.dead().is_empty();
         let queues = self.sockets().len() as u64;
-        let link = self.link.lock().unwrap_or_else(PoisonError::into_inner);
+        let link = self.link();
         let (state, link_state) = match link.state {
             LinkState::Lost => (DeviceState::Lost, LinkState::Lost),
             LinkState::Up if !dead => (DeviceState::Live, LinkState::Up),

@@ -21,6 +21,7 @@ use std::thread;
 use std::time::Duration;
 
 use xpm_client::Volume;
+use xpm_client::owner::Guarded;
 use xpm_protocol::ClientId;
 use xpm_protocol::api::allocator::Map;
 use xpm_protocol::api::blk::{Hold, TransportKind};
@@ -92,6 +93,8 @@ pub struct Shared<'a> {
     pub map: &'a Map,
     /// How long I/O waits while the other end cannot be reached.
     pub hold: Hold,
+    /// How long refusals of an appliance have to last before they count without the allocator's word.
+    pub refusal_limit: Duration,
 }
 
 /// Whether this kernel has its nbd driver loaded.
@@ -133,7 +136,7 @@ impl NbdDevice {
         transport: Option<TransportKind>,
         shape: &Shape,
     ) -> Result<NbdDevice, DeviceError> {
-        let mut direct = Direct::new(shared.map, session, shape.queues, transport)?;
+        let mut direct = Direct::new(shared.map, session, shape.queues, transport, shared.refusal_limit)?;
         direct.probe(shared.map.size.0)?;
         NbdDevice::start(shared, Some(Direct::timeout(shape.queues)), Arc::new(direct), shape, true)
     }
@@ -274,6 +277,10 @@ impl Shown for NbdDevice {
 
     fn volume(&self) -> Option<&Volume> {
         self.source.volume()
+    }
+
+    fn guarded(&self) -> Option<&dyn Guarded> {
+        self.source.guarded()
     }
 
     /// The driver holds requests while it changes the size. What answers those that are in flight are other

@@ -3,6 +3,7 @@
 use std::os::fd::OwnedFd;
 
 use xpm_client::Volume;
+use xpm_client::owner::Guarded;
 
 use crate::error::DeviceError;
 use crate::frontend::Health;
@@ -35,6 +36,11 @@ pub(super) trait Source: Send + Sync {
 
     /// The volume that is served; none where the sockets lead to the appliance.
     fn volume(&self) -> Option<&Volume>;
+
+    /// What the allocator's word on the paths to the appliances is told to.
+    fn guarded(&self) -> Option<&dyn Guarded> {
+        self.volume().map(|volume| volume as &dyn Guarded)
+    }
 
     /// Ends what serves the sockets; called after the kernel let go of them.
     fn close(&self);
