@@ -377,6 +377,7 @@ fn appliance(number: u64) -> Heartbeat {
     let endpoints = Endpoints {
         host: HostId::from_u128(1),
         nbd: Vec::new(),
+        names: Vec::new(),
         rdma: Vec::new(),
         nbd_unix: None,
         shm: None,

@@ -80,6 +80,8 @@ pub struct Heard {
     pub back: bool,
     /// What it tells its operator and did not tell before; not more than a few at a time.
     pub warnings: Vec<String>,
+    /// It is known, and reached at other places than before.
+    pub moved: bool,
 }
 
 impl Inventory {
@@ -106,6 +108,7 @@ impl Inventory {
             self.appliances.entry(id).or_insert_with(|| Entry::new(info.clone(), Status::default(), unix));
         let changed = !known || entry.info != info || entry.status.capacity != status.capacity;
         let renamed = entry.info.name != info.name;
+        let moved = entry.info.endpoints != info.endpoints;
         entry.errors = (entry.errors / 2)
             .saturating_add(status.counters.errors.saturating_sub(entry.status.counters.errors));
         entry.sampled_after = if known { entry.heard_event } else { 0 };
@@ -123,7 +126,7 @@ impl Inventory {
             true => self.refill(id),
             false => self.change(id, |_| {}),
         }
-        Heard { changed, back, warnings }
+        Heard { changed, back, warnings, moved }
     }
 
     /// Takes the answer to a question that was asked at the event `asked`.
@@ -472,7 +475,7 @@ mod tests {
             1,
             Heartbeat { info: appliance(1).info, status: appliance(1).status },
         );
-        assert_eq!(heard, Heard { changed: false, back: true, warnings: Vec::new() });
+        assert_eq!(heard, Heard { changed: false, back: true, warnings: Vec::new(), moved: false });
         assert_eq!(inventory.state(id, TICK * 3), Some(ApplianceState::Up));
         assert_eq!(inventory.state(id, TICK * 3 + Duration::from_millis(1)), Some(ApplianceState::Silent));
         assert!(inventory.fallen_silent(TICK * 3).is_empty());

@@ -415,6 +415,11 @@ impl Service {
             let line = format!("appliance {}: {line}", self.inventory.name(id));
             self.tell_of_appliance(EventKind::ApplianceWarning, id, true, line);
         }
+        if heard.moved {
+            let line =
+                format!("appliance {} ({id}) is reached at other addresses now", self.inventory.name(id));
+            self.tell_of_appliance(EventKind::ApplianceMoved, id, false, line);
+        }
         let outcome = Outcome::Heartbeat(HeartbeatAnswer { interval: Span(self.settings.interval) });
         match self.inventory.record(id).filter(|_| heard.changed) {
             Some(record) => {

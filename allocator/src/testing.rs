@@ -46,6 +46,7 @@ pub(crate) fn appliance(number: u128) -> ApplianceRecord {
     let endpoints = Endpoints {
         host: HostId::from_u128(1),
         nbd: Vec::new(),
+        names: Vec::new(),
         rdma: Vec::new(),
         nbd_unix: None,
         shm: None,

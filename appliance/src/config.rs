@@ -80,10 +80,12 @@ pub struct Settings {
     #[arg(long, value_name = "PLACE")]
     listen: Option<Place>,
 
-    /// Serves regions by NBD at this TCP address. Any address may be used: a region is reached only
-    /// with the key of its grant. The data is not encrypted. [default: 127.0.0.1:10809]
+    /// Serves regions by NBD at this TCP address; can be given several times, for several networks or for IPv4 and IPv6.
+    /// Any address may be used: a region is reached only with the key of its grant. The data is not encrypted.
+    /// [default: 127.0.0.1:10809]
     #[arg(long, value_name = "ADDRESS:PORT")]
-    nbd: Option<SocketAddr>,
+    #[serde(deserialize_with = "one_or_several")]
+    nbd: Vec<SocketAddr>,
 
     /// Serves regions by RDMA: `auto` (the default) at port 10810 of every address behind which there is
     /// an RDMA device, or at this address, or `off`. A region is reached only with the key of its grant.
@@ -118,10 +120,12 @@ pub struct Settings {
     #[arg(long, value_name = "GROUP", num_args = 0..=1, require_equals = true, default_missing_value = "default", conflicts_with = "allocator")]
     discover: Option<Name>,
 
-    /// Tells clients and the allocator to reach this machine by this name or address. By default it
-    /// is the address that this machine has towards the allocator.
-    #[arg(long, value_name = "HOST|IP")]
-    advertise: Option<String>,
+    /// Tells clients and the allocator to reach this machine by this name or address; can be given several times, the best
+    /// first. Clients try the next one 250 ms after the one before, and resolve names anew each time. By default it is the
+    /// address that this machine has towards the allocator.
+    #[arg(long, value_name = "HOST|IP[:PORT]")]
+    #[serde(deserialize_with = "one_or_several")]
+    advertise: Vec<String>,
 
     /// Calls the appliance so. [default: the host's name]
     #[arg(long, value_name = "NAME")]
@@ -190,8 +194,8 @@ pub struct Config {
     pub stock: Stock,
     /// The control interface.
     pub listen: Place,
-    /// NBD over TCP.
-    pub nbd: SocketAddr,
+    /// NBD over TCP; at least one.
+    pub nbd: Vec<SocketAddr>,
     /// RDMA.
     pub rdma: Rdma,
     /// NBD over a unix socket.
@@ -204,8 +208,8 @@ pub struct Config {
     pub allocator: Option<Urls>,
     /// Group of the allocators that are looked for on the network.
     pub discover: Option<Name>,
-    /// Name or address to be reached by.
-    pub advertise: Option<String>,
+    /// Names and addresses to be reached by, the best first.
+    pub advertise: Vec<String>,
     /// The appliance's name.
     pub name: Name,
     /// What its operator calls it and where it is.
@@ -245,7 +249,7 @@ impl Settings {
             backing: self.backing.or(file.backing),
             no_lock: self.no_lock || file.no_lock,
             listen: self.listen.or(file.listen),
-            nbd: self.nbd.or(file.nbd),
+            nbd: if self.nbd.is_empty() { file.nbd } else { self.nbd },
             rdma: self.rdma.or(file.rdma),
             unix: self.unix.or(file.unix),
             shm: self.shm.or(file.shm),
@@ -253,7 +257,7 @@ impl Settings {
             state: self.state.or(file.state),
             discover: if self.allocator.is_some() { None } else { self.discover.or(file.discover) },
             allocator: self.allocator.or(file.allocator),
-            advertise: self.advertise.or(file.advertise),
+            advertise: if self.advertise.is_empty() { file.advertise } else { self.advertise },
             name: self.name.or(file.name),
             label: if self.label.is_empty() { file.label } else { self.label },
             link_speed: self.link_speed.or(file.link_speed),
@@ -287,7 +291,10 @@ impl Settings {
             lock: !self.no_lock,
             stock: stock(capacity, region_len, self.ready)?,
             listen,
-            nbd: self.nbd.unwrap_or((Ipv4Addr::LOCALHOST, NBD_PORT).into()),
+            nbd: match self.nbd {
+                none if none.is_empty() => vec![(Ipv4Addr::LOCALHOST, NBD_PORT).into()],
+                several => several,
+            },
             rdma: self.rdma.unwrap_or(Rdma::Auto),
             unix: absolute(&self.unix.unwrap_or_else(|| run_dir.join("nbd.sock")))?,
             shm: absolute(&self.shm.unwrap_or_else(|| run_dir.join("shm.sock")))?,
@@ -376,6 +383,28 @@ fn parse_backing(text: &str) -> Result<Backing, String> {
 
 fn deserialize_backing<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Backing>, D::Error> {
     parse_backing(&String::deserialize(deserializer)?).map(Some).map_err(serde::de::Error::custom)
+}
+
+/// A value or a list of values, as in a file.
+fn one_or_several<'de, D, T>(deserializer: D) -> Result<Vec<T>, D::Error>
+where
+    D: Deserializer<'de>,
+    T: std::str::FromStr<Err: std::fmt::Display>,
+{
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "a text, or a list of texts")]
+    enum Written {
+        One(String),
+        Several(Vec<String>),
+    }
+    let texts = match Written::deserialize(deserializer)? {
+        Written::One(text) => vec![text],
+        Written::Several(texts) => texts,
+    };
+    let parsed = texts.iter().map(|text| {
+        text.parse().map_err(|error| serde::de::Error::custom(format_args!("`{text}`: {error}")))
+    });
+    parsed.collect()
 }
 
 fn parse_rdma(text: &str) -> Result<Rdma, String> {

@@ -17,7 +17,7 @@ use xpm_protocol::nbd::{ExportName, SessionTag};
 use xpm_protocol::units::{ByteSize, PAGE_LEN};
 use xpm_protocol::{GrantId, GrantKey};
 use xpm_transport::link::Link as _;
-use xpm_transport::nbd::client::{ConnectError, NbdLink, Target, connect};
+use xpm_transport::nbd::client::{ConnectError, NbdLink, connect_first};
 use xpm_transport::{IoBuf, Kind, Operation};
 use xxhash_rust::xxh3::Xxh3;
 
@@ -150,19 +150,13 @@ impl Copier {
     }
 
     fn connect(&self, order: &Copy, lane: u16) -> Result<NbdLink, CopyError> {
-        let generation = self.generations.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        let session = Some(SessionTag { id: self.session, queue: u16::MAX - lane, generation });
-        let name = ExportName { key: order.key.clone(), session };
-        let mut failure = ConnectError::Unavailable("it has no address for NBD".to_owned());
-        for address in &order.nbd {
-            let made = connect(&Target::Tcp(*address), &name, LIMIT)
-                .and_then(|made| NbdLink::new(made, DEPTH).map_err(ConnectError::Unreachable));
-            match made {
-                Ok(link) => return Ok(link),
-                Err(error) => failure = error,
-            }
-        }
-        Err(failure.into())
+        let name = || {
+            let generation = self.generations.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            let session = Some(SessionTag { id: self.session, queue: u16::MAX - lane, generation });
+            ExportName { key: order.key.clone(), session }
+        };
+        let connected = connect_first(&order.nbd, name, LIMIT)?;
+        Ok(NbdLink::new(connected, DEPTH).map_err(ConnectError::Unreachable)?)
     }
 
     fn targets(&self) -> std::sync::MutexGuard<'_, HashMap<GrantKey, Lanes>> {

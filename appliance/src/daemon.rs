@@ -149,8 +149,8 @@ fn tell_returned(table: &Table, capacity: u64) {
 
 /// Sockets that listen, before anything is served.
 struct DataPlane {
-    tcp: std::net::TcpListener,
-    address: SocketAddr,
+    tcp: Vec<std::net::TcpListener>,
+    addresses: Vec<SocketAddr>,
     unix: UnixListener,
     shm: UnixListener,
 }
@@ -158,18 +158,21 @@ struct DataPlane {
 /// What serves; ends when dropped.
 struct Serving {
     plane: Plane,
-    _nbd: [NbdListener; 2],
+    _nbd: Vec<NbdListener>,
     _shm: Option<ShmListener>,
 }
 
 impl DataPlane {
     fn bind(config: &Config) -> anyhow::Result<DataPlane> {
-        let tcp = match Place::Tcp(config.nbd).bind().context("NBD")? {
-            Listener::Tcp(listener) => listener.into_std().context("NBD")?,
+        let bind = |address: &SocketAddr| match Place::Tcp(*address).bind()? {
+            Listener::Tcp(listener) => Ok(listener.into_std()?),
             Listener::Unix(_) => unreachable!("a TCP place gives a TCP listener"),
         };
-        let address = tcp.local_addr().context("NBD")?;
-        Ok(DataPlane { tcp, address, unix: bind_unix(&config.unix)?, shm: bind_unix(&config.shm)? })
+        let tcp: anyhow::Result<Vec<std::net::TcpListener>> = config.nbd.iter().map(bind).collect();
+        let tcp = tcp.context("NBD")?;
+        let addresses: Result<_, _> = tcp.iter().map(std::net::TcpListener::local_addr).collect();
+        let addresses = addresses.context("NBD")?;
+        Ok(DataPlane { tcp, addresses, unix: bind_unix(&config.unix)?, shm: bind_unix(&config.shm)? })
     }
 
     fn serve(self, config: &Config, table: &Table) -> anyhow::Result<Serving> {
@@ -191,10 +194,11 @@ impl DataPlane {
         let exports =
             GrantExports::new(table.clone(), rdma).context("cannot start the threads of the data plane")?;
         let exports = Arc::new(exports);
-        let listeners = [
-            server.listen_tcp(self.tcp, exports.clone()).context("cannot serve NBD over TCP")?,
-            server.listen_unix(self.unix, exports).context("cannot serve NBD at the unix socket")?,
-        ];
+        let tcp = self.tcp.into_iter().map(|socket| server.listen_tcp(socket, exports.clone()));
+        let tcp: std::io::Result<Vec<NbdListener>> = tcp.collect();
+        let mut listeners = tcp.context("cannot serve NBD over TCP")?;
+        let unix = server.listen_unix(self.unix, exports.clone());
+        listeners.push(unix.context("cannot serve NBD at the unix socket")?);
         let shm = match table.arena().is_shareable() {
             true => Some(plane.shm.listen(self.shm).context("cannot pass memory at the unix socket")?),
             false => None,
@@ -257,7 +261,7 @@ fn identity(
         medium: arena.medium(),
         region_len: config.stock.region_len,
         control: control.address().map_or_else(|| config.listen.clone(), Place::Tcp),
-        nbd: data.address,
+        nbd: data.addresses.clone(),
         rdma: Vec::new(),
         nbd_unix: config.unix.clone(),
         shm: arena.is_shareable().then(|| config.shm.clone()),
@@ -279,7 +283,7 @@ fn announce(config: &Config, identity: &Identity) {
         identity.id,
         ByteSize(config.capacity),
         identity.control,
-        identity.nbd,
+        joined(&identity.nbd),
         identity.nbd_unix.display()
     );
     match &config.allocator {
@@ -288,10 +292,14 @@ fn announce(config: &Config, identity: &Identity) {
         Some(urls) if urls.iter().any(|url| identity.is_local_only(url)) => tracing::warn!(
             "the allocator at {urls} tells clients to reach this appliance at {}, which only this machine can: give \
              --nbd ADDRESS:PORT with an address of the network",
-            identity.nbd
+            joined(&identity.nbd)
         ),
         Some(_) => {}
     }
+}
+
+fn joined(addresses: &[SocketAddr]) -> String {
+    addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }
 
 fn warn_of_loss(appliance: &Appliance) {

@@ -55,16 +55,16 @@ pub struct Identity {
     pub region_len: u64,
     /// Where the control interface listens.
     pub control: Place,
-    /// Where NBD is served.
-    pub nbd: SocketAddr,
+    /// Where NBD is served; at least one address.
+    pub nbd: Vec<SocketAddr>,
     /// Where RDMA is served, if it is.
     pub rdma: Vec<SocketAddr>,
     /// Unix socket of NBD.
     pub nbd_unix: PathBuf,
     /// Socket that passes memory, if there is one.
     pub shm: Option<PathBuf>,
-    /// Name or address that others reach this host by.
-    pub advertise: Option<String>,
+    /// Names and addresses that others reach this host by, the best first.
+    pub advertise: Vec<String>,
     /// What its operator calls it and where it is.
     pub labels: Labels,
     /// Speed of its link, where the operator says it.
@@ -206,17 +206,20 @@ impl Identity {
         let local = authority.starts_with("127.")
             || authority.starts_with("localhost")
             || authority.starts_with("[::1]");
-        !local && self.advertise.is_none() && self.nbd.ip().to_canonical().is_loopback()
+        !local
+            && self.advertise.is_empty()
+            && self.nbd.iter().all(|one| one.ip().to_canonical().is_loopback())
     }
 
     /// What others are told. Looked up anew each time, for addresses change.
     async fn info(&self, client: &Client) -> Result<Info, String> {
         let addresses = self.addresses(client).await?;
-        let first = addresses.first().copied().ok_or("this host has no address to be reached by")?;
+        let first = addresses.first().ok_or("this host has no address to be reached by")?.ip();
         let control = match &self.control {
             Place::Tcp(address) => {
                 // A control interface for this machine alone is not reached by any other name.
-                let host = self.advertise.clone().filter(|_| !address.ip().to_canonical().is_loopback());
+                let host = self.advertise.first().map(|one| host_of(one).to_owned());
+                let host = host.filter(|_| !address.ip().to_canonical().is_loopback());
                 let ip = if address.ip().is_unspecified() { first } else { address.ip() };
                 format!("http://{}", host_port(host, ip, address.port()))
             }
@@ -229,7 +232,8 @@ impl Identity {
             control,
             endpoints: Endpoints {
                 host: self.host,
-                nbd: addresses.into_iter().map(|ip| SocketAddr::new(ip, self.nbd.port())).collect(),
+                nbd: addresses,
+                names: self.names(),
                 rdma: self.rdma.clone(),
                 nbd_unix: Some(self.nbd_unix.clone()),
                 shm: self.shm.clone(),
@@ -241,19 +245,75 @@ impl Identity {
         })
     }
 
-    /// The addresses of the NBD port, in order of preference.
-    async fn addresses(&self, client: &Client) -> Result<Vec<IpAddr>, String> {
-        if let Some(host) = &self.advertise {
-            let found = tokio::net::lookup_host((host.as_str(), self.nbd.port())).await;
-            let found =
-                found.map_err(|error| format!("cannot find the address of --advertise {host}: {error}"))?;
-            return Ok(found.map(|address| address.ip()).collect());
-        }
-        match self.nbd.ip() {
-            ip if ip.is_unspecified() => Ok(vec![towards(client.base()).await?]),
-            ip => Ok(vec![ip]),
-        }
+    /// Port of NBD where `--advertise` names none.
+    fn port(&self) -> u16 {
+        self.nbd.first().map_or(0, SocketAddr::port)
     }
+
+    /// What `--advertise` says by names, with ports.
+    fn names(&self) -> Vec<String> {
+        let named = self.advertise.iter().filter(|one| host_of(one).parse::<IpAddr>().is_err());
+        named.map(|one| format!("{}:{}", host_of(one), port_of(one).unwrap_or(self.port()))).collect()
+    }
+
+    /// The addresses of the NBD ports, in order of preference. A name that cannot be resolved now is left out, as long as
+    /// there is another address.
+    async fn addresses(&self, client: &Client) -> Result<Vec<SocketAddr>, String> {
+        if self.advertise.is_empty() {
+            return self.own_addresses(client).await;
+        }
+        let (mut all, mut failure) = (Vec::new(), String::new());
+        for one in &self.advertise {
+            let place = (host_of(one), port_of(one).unwrap_or(self.port()));
+            match tokio::net::lookup_host(place).await {
+                Ok(found) => all.extend(found),
+                Err(error) => {
+                    failure = format!("cannot find the address of --advertise {one}: {error}");
+                    tracing::debug!("{failure}");
+                }
+            }
+        }
+        if all.is_empty() { Err(failure) } else { Ok(without_repeats(all)) }
+    }
+
+    /// Those that it listens at; in place of "all of this machine", the one that it has towards the allocator.
+    async fn own_addresses(&self, client: &Client) -> Result<Vec<SocketAddr>, String> {
+        let mut all = Vec::new();
+        for address in &self.nbd {
+            let ip = match address.ip() {
+                ip if ip.is_unspecified() => towards(client.base()).await?,
+                ip => ip,
+            };
+            all.push(SocketAddr::new(ip, address.port()));
+        }
+        Ok(without_repeats(all))
+    }
+}
+
+fn without_repeats(all: Vec<SocketAddr>) -> Vec<SocketAddr> {
+    let mut once: Vec<SocketAddr> = Vec::with_capacity(all.len());
+    all.into_iter().for_each(|address| {
+        if !once.contains(&address) {
+            once.push(address)
+        }
+    });
+    once
+}
+
+/// The host of `HOST`, `IP`, `HOST:PORT` or `[IP]:PORT`.
+fn host_of(advertised: &str) -> &str {
+    let host = match port_of(advertised) {
+        Some(_) => advertised.rsplit_once(':').map_or(advertised, |(host, _)| host),
+        None => advertised,
+    };
+    host.trim_start_matches('[').trim_end_matches(']')
+}
+
+/// Its port; none where there is none, as in an address of version 6 without brackets.
+fn port_of(advertised: &str) -> Option<u16> {
+    let (host, port) = advertised.rsplit_once(':')?;
+    let is_port = !host.contains(':') || host.ends_with(']');
+    port.parse().ok().filter(|_| is_port)
 }
 
 fn host_port(host: Option<String>, ip: IpAddr, port: u16) -> String {
@@ -315,6 +375,18 @@ mod tests {
         for base in ["http://127.0.0.1:7700", "http://127.0.0.1", "unix:/run/a.sock"] {
             assert!(towards(base).await.unwrap().is_loopback(), "{base}");
         }
+    }
+
+    #[test]
+    fn what_is_advertised_has_a_host_and_perhaps_a_port() {
+        let parts = |text| (host_of(text), port_of(text));
+        assert_eq!(parts("box"), ("box", None));
+        assert_eq!(parts("box.lan:7"), ("box.lan", Some(7)));
+        assert_eq!(parts("10.0.0.1"), ("10.0.0.1", None));
+        assert_eq!(parts("10.0.0.1:7"), ("10.0.0.1", Some(7)));
+        assert_eq!(parts("fe80::1"), ("fe80::1", None));
+        assert_eq!(parts("[fe80::1]:7"), ("fe80::1", Some(7)));
+        assert_eq!(parts("[fe80::1]"), ("fe80::1", None));
     }
 
     #[test]

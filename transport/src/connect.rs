@@ -18,6 +18,9 @@ use rustix::net::{
 /// How long to wait before a unix socket whose queue of connections is full is tried again.
 const BACKLOG_PAUSE: Duration = Duration::from_millis(2);
 
+/// Time after which the next of several addresses is tried, while none before has answered.
+const STAGGER: Duration = Duration::from_millis(250);
+
 /// Why there is no connection, and so what to do next.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
@@ -82,6 +85,104 @@ pub(crate) fn dial_tcp(address: SocketAddr, deadline: Deadline) -> Result<OwnedF
     }
     ioctl_fionbio(&socket, false).map_err(unreachable)?;
     Ok(socket)
+}
+
+/// An attempt to reach one of several addresses.
+struct Runner {
+    address: SocketAddr,
+    socket: OwnedFd,
+    is_connected: bool,
+}
+
+impl Runner {
+    fn start(address: SocketAddr) -> Result<Runner, ConnectError> {
+        let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+        let socket = nonblocking_socket(family)?;
+        let is_connected = match rustix::net::connect(&socket, &address) {
+            Ok(()) => true,
+            Err(Errno::INPROGRESS | Errno::INTR) => false,
+            Err(errno) => return Err(unreachable(errno)),
+        };
+        Ok(Runner { address, socket, is_connected })
+    }
+
+    const fn awaits(&self) -> PollFlags {
+        if self.is_connected { PollFlags::IN } else { PollFlags::OUT }
+    }
+
+    /// Its socket is ready. Whether its server said something.
+    fn go_on(&mut self) -> Result<bool, ConnectError> {
+        if !self.is_connected {
+            sockopt::socket_error(&self.socket).and_then(|outcome| outcome).map_err(unreachable)?;
+            self.is_connected = true;
+            return Ok(false);
+        }
+        match recv(&self.socket, &mut [0_u8; 1], RecvFlags::DONTWAIT | RecvFlags::PEEK) {
+            Ok((0, _)) => Err(closed()),
+            Ok(_) => Ok(true),
+            Err(Errno::AGAIN | Errno::INTR) => Ok(false),
+            Err(errno) => Err(unreachable(errno)),
+        }
+    }
+}
+
+/// A blocking TCP stream to that of the addresses whose server speaks first, in a protocol where servers do. Each is tried
+/// [`STAGGER`] after the one before it, or at once when those before have failed (RFC 8305), so that one that is dead, or
+/// whose server stands still, costs that time.
+pub(crate) fn race_tcp(
+    addresses: &[SocketAddr],
+    deadline: Deadline,
+) -> Result<(OwnedFd, SocketAddr), ConnectError> {
+    let mut waiting = addresses.iter().copied().peekable();
+    let mut running: Vec<Runner> = Vec::new();
+    let mut failure = ConnectError::Unreachable(io::Error::other("it has no address"));
+    let mut next = Instant::now();
+    loop {
+        if running.is_empty() || next <= Instant::now() {
+            match waiting.next().map(Runner::start) {
+                Some(Ok(runner)) => running.push(runner),
+                Some(Err(error)) => failure = error,
+                None if running.is_empty() => return Err(failure),
+                None => {}
+            }
+            next = Instant::now() + STAGGER;
+        }
+        let mut limit = deadline.rest()?;
+        if waiting.peek().is_some() {
+            limit = limit.min(next.saturating_duration_since(Instant::now()));
+        }
+        let mut place = 0;
+        for is_ready in ready(&running, limit)? {
+            if !is_ready {
+                place += 1;
+                continue;
+            }
+            match running[place].go_on() {
+                Ok(true) => {
+                    let Runner { address, socket, .. } = running.swap_remove(place);
+                    ioctl_fionbio(&socket, false).map_err(unreachable)?;
+                    return Ok((socket, address));
+                }
+                Ok(false) => place += 1,
+                Err(error) => {
+                    running.remove(place);
+                    (failure, next) = (error, Instant::now());
+                }
+            }
+        }
+    }
+}
+
+/// Which of these have something to go on with, after at most `limit`.
+fn ready(running: &[Runner], limit: Duration) -> Result<Vec<bool>, ConnectError> {
+    let timeout = Timespec::try_from(limit).map_err(|_| ConnectError::TimedOut)?;
+    let mut watched: Vec<PollFd<'_>> =
+        running.iter().map(|one| PollFd::from_borrowed_fd(one.socket.as_fd(), one.awaits())).collect();
+    match poll(&mut watched, Some(&timeout)) {
+        Ok(_) => Ok(watched.iter().map(|one| !one.revents().is_empty()).collect()),
+        Err(Errno::INTR) => Ok(vec![false; running.len()]),
+        Err(errno) => Err(unreachable(errno)),
+    }
 }
 
 /// A blocking unix stream to the socket at `path`.

@@ -11,6 +11,7 @@ mod accept;
 pub mod connect;
 pub mod io;
 pub mod link;
+pub mod names;
 pub mod nbd;
 pub mod rdma;
 pub mod shm;

@@ -33,6 +33,7 @@ pub(super) fn map(layout: Layout, rows: u32, grants: u32, size: u64) -> Map {
         endpoints: Endpoints {
             host: HostId::from_u128(0),
             nbd: Vec::new(),
+            names: Vec::new(),
             rdma: Vec::new(),
             nbd_unix: None,
             shm: None,

@@ -65,6 +65,10 @@ pub struct Endpoints {
     pub host: HostId,
     /// NBD over TCP: addresses that clients connect to, in order of preference.
     pub nbd: Vec<SocketAddr>,
+    /// NBD over TCP: `HOST:PORT` by names that the operator gave, which a client resolves anew each time that it connects. What
+    /// they led to at the appliance is among `nbd`, for clients that do not know this field.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub names: Vec<String>,
     /// RDMA: addresses for the RDMA connection manager, in order of preference; none: no RDMA there.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub rdma: Vec<SocketAddr>,

@@ -32,6 +32,8 @@ kinds! {
     ApplianceSilent = "appliance-silent";
     /// An appliance has something to say to its operator: bad memory, a limit that was lowered, a damaged record.
     ApplianceWarning = "appliance-warning";
+    /// An appliance is reached at other addresses than before.
+    ApplianceMoved = "appliance-moved";
     /// An operator had an appliance forgotten.
     ApplianceForgotten = "appliance-forgotten";
     /// The emptying of an appliance began, was held up or ended.

@@ -1,11 +1,13 @@
 //! A link to the grant's appliance, by each transport.
 
+use std::collections::HashSet;
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use xpm_protocol::api::appliance::Endpoints;
 use xpm_protocol::api::blk::TransportKind;
 use xpm_protocol::nbd::{ExportName, SessionTag};
 use xpm_transport::link::Link;
@@ -18,6 +20,8 @@ use super::Work;
 /// How long to wait for an appliance that is still registering the memory; the next transport is used
 /// meanwhile.
 const REGISTERING_MAX: Duration = Duration::from_secs(2);
+/// How long names are waited for where addresses are known, and did not work.
+const NAMES_PATIENCE: Duration = Duration::from_secs(1);
 /// Longest time that one attempt by RDMA may take: there is another way to go.
 const RDMA_LIMIT: Duration = Duration::from_secs(2);
 /// Time between two questions whether it is done.
@@ -53,8 +57,10 @@ impl Work {
     fn rdma(&mut self, queue: u16) -> Result<Box<dyn Link>, ConnectError> {
         rdma::check_support().map_err(ConnectError::Unavailable)?;
         let mut failure = ConnectError::Unreachable(io::Error::other("the appliance offers no RDMA"));
-        for address in self.connector.endpoints().rdma {
-            match self.rdma_at(address, queue) {
+        let addresses = self.connector.endpoints().rdma;
+        let limit = if addresses.len() > 1 { RDMA_LIMIT / 2 } else { RDMA_LIMIT };
+        for address in addresses {
+            match self.rdma_at(address, queue, limit) {
                 Ok(link) => return Ok(Box::new(link)),
                 Err(ConnectError::UnknownExport) => return Err(ConnectError::UnknownExport),
                 Err(error) => failure = error,
@@ -63,7 +69,12 @@ impl Work {
         Err(failure)
     }
 
-    fn rdma_at(&mut self, address: SocketAddr, queue: u16) -> Result<RdmaLink, ConnectError> {
+    fn rdma_at(
+        &mut self,
+        address: SocketAddr,
+        queue: u16,
+        limit: Duration,
+    ) -> Result<RdmaLink, ConnectError> {
         let start = Instant::now();
         loop {
             // First: it shuts out what the queue's earlier connections left behind.
@@ -74,7 +85,7 @@ impl Work {
                 key: &self.connector.grant.key,
                 epoch: options.epoch,
                 session: self.session(queue),
-                limit: options.limit.min(RDMA_LIMIT),
+                limit: options.limit.min(limit),
                 depth: options.depth,
             };
             match rdma::connect(&target, beside) {
@@ -94,14 +105,31 @@ impl Work {
     }
 
     fn tcp(&mut self, queue: u16) -> Result<NbdLink, ConnectError> {
-        let mut failure = ConnectError::Unreachable(io::Error::other("the appliance says no TCP address"));
-        for address in self.connector.endpoints().nbd {
-            match self.nbd(&Target::Tcp(address), queue) {
-                Ok(link) => return Ok(link),
-                Err(error) => failure = error,
-            }
-        }
-        Err(failure)
+        let addresses = self.addresses();
+        let connector = self.connector.clone();
+        let options = &connector.options;
+        let name = || {
+            self.generation = self.generation.wrapping_add(1);
+            ExportName { key: connector.grant.key.clone(), session: Some(self.session(queue)) }
+        };
+        let connected = xpm_transport::nbd::client::connect_first(&addresses, name, options.limit)?;
+        NbdLink::new(connected, options.depth).map_err(ConnectError::Unreachable)
+    }
+
+    /// Where the appliance is reached by TCP, names included. A name is waited for only where nothing else is known, or
+    /// worked the last time.
+    fn addresses(&self) -> Vec<SocketAddr> {
+        let Endpoints { mut nbd, names, .. } = self.connector.endpoints();
+        let patience = match (nbd.is_empty(), self.connector.trouble().is_some()) {
+            (true, _) => self.connector.options.limit,
+            (false, true) => NAMES_PATIENCE,
+            (false, false) => Duration::ZERO,
+        };
+        let named = self.names.resolve(&names, patience);
+        nbd.extend(named);
+        let mut seen = HashSet::new();
+        nbd.retain(|address| seen.insert(*address));
+        nbd
     }
 
     fn nbd(&mut self, target: &Target, queue: u16) -> Result<NbdLink, ConnectError> {

@@ -14,6 +14,7 @@ use xpm_protocol::api::blk::{LinkState, LinkStatus, TransportKind};
 use xpm_protocol::units::Span;
 use xpm_protocol::{Epoch, HostId};
 use xpm_transport::link::Link;
+use xpm_transport::names::Names;
 use xpm_transport::nbd::client::ConnectError;
 use xpm_transport::shm::client::ShmGrant;
 
@@ -255,6 +256,7 @@ struct Work {
     pause: Duration,
     /// That the best transport cannot be had.
     worse: Option<Worse>,
+    names: Names,
     random: u64,
 }
 
@@ -279,8 +281,8 @@ enum Next {
 impl Work {
     fn new(connector: Arc<Connector>) -> Work {
         let random = Arc::as_ptr(&connector) as u64 ^ u64::from(std::process::id());
-        let generation = connector.options.generation;
-        Work { connector, shm: Weak::new(), generation, pause: PAUSE_MIN, worse: None, random }
+        let (generation, names) = (connector.options.generation, Names::default());
+        Work { connector, shm: Weak::new(), generation, pause: PAUSE_MIN, worse: None, names, random }
     }
 
     fn run(mut self) {

@@ -100,6 +100,7 @@ fn grant(nbd: Vec<SocketAddr>) -> Grant {
         endpoints: Endpoints {
             host: HostId::from_u128(1),
             nbd,
+            names: Vec::new(),
             rdma: vec!["192.0.2.1:10810".parse().unwrap()],
             nbd_unix: None,
             shm: None,

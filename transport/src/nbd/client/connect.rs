@@ -10,7 +10,9 @@ use rustix::net::sockopt;
 use xpm_protocol::nbd::handshake::client::{Agreed, ClientHandshake, HandshakeError, Wishes};
 use xpm_protocol::nbd::{ExportInfo, ExportName};
 
-use crate::connect::{ConnectError, Deadline, dial_tcp, dial_unix, receive_some, send_all, unreachable};
+use crate::connect::{
+    ConnectError, Deadline, dial_tcp, dial_unix, race_tcp, receive_some, send_all, unreachable,
+};
 use crate::nbd::socket::widen_unix;
 
 /// Bytes read at once during the handshake.
@@ -74,10 +76,44 @@ pub fn connect_to(target: &Target, export: &str, limit: Duration) -> Result<Conn
         }
     };
     let agreed = negotiate(stream.as_fd(), export, deadline)?;
-    if !agreed.leftover.is_empty() {
-        return Err(ConnectError::Protocol("it sent a reply before it had a request".into()));
+    into_connected(stream)(agreed)
+}
+
+/// As [`connect()`], to whichever of several TCP addresses of one server answers first: one that is dead costs 250 ms. Where
+/// one refuses, the others are asked too. `name` is called for each handshake, for each has a generation of its own.
+///
+/// # Errors
+/// See [`ConnectError`]: what the first one said that answered, or else why the last one could not be reached.
+pub fn connect_first(
+    addresses: &[SocketAddr],
+    mut name: impl FnMut() -> ExportName,
+    limit: Duration,
+) -> Result<Connected, ConnectError> {
+    let deadline = Deadline::after(limit);
+    let mut left = addresses.to_vec();
+    let mut answer: Option<ConnectError> = None;
+    loop {
+        let (stream, address) = match race_tcp(&left, deadline) {
+            Ok(first) => first,
+            Err(error) => return Err(answer.unwrap_or(error)),
+        };
+        left.retain(|other| *other != address);
+        tune_tcp(stream.as_fd()).map_err(unreachable)?;
+        match negotiate(stream.as_fd(), &name().to_string(), deadline).and_then(into_connected(stream)) {
+            Ok(connected) => return Ok(connected),
+            Err(error) => drop(answer.get_or_insert(error)),
+        }
+        if left.is_empty() {
+            return Err(answer.unwrap_or(ConnectError::TimedOut));
+        }
     }
-    Ok(Connected { stream, info: agreed.info })
+}
+
+fn into_connected(stream: OwnedFd) -> impl FnOnce(Agreed) -> Result<Connected, ConnectError> {
+    move |agreed| match agreed.leftover.is_empty() {
+        true => Ok(Connected { stream, info: agreed.info }),
+        false => Err(ConnectError::Protocol("it sent a reply before it had a request".into())),
+    }
 }
 
 fn tune_tcp(stream: BorrowedFd<'_>) -> rustix::io::Result<()> {

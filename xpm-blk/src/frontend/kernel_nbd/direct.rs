@@ -1,7 +1,9 @@
 //! Form `nbd-direct`: the kernel gets connections that lead to the appliance itself. No process of
 //! this machine is on the way of an I/O; this one only replaces connections that died.
 
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -13,11 +15,13 @@ use xpm_client::owner::{Guarded, Trouble, Word};
 use xpm_client::volume::Trust;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{Grant, Map, RegionSlot};
+use xpm_protocol::api::appliance::Endpoints;
 use xpm_protocol::api::blk::{DeviceState, LinkState, LinkStatus, TransportKind};
 use xpm_protocol::layout::Layout;
 use xpm_protocol::nbd::{ExportName, SessionTag, TransmissionFlags};
 use xpm_protocol::units::Span;
-use xpm_transport::nbd::client::{ConnectError, Connected, Target, connect};
+use xpm_transport::names::Names;
+use xpm_transport::nbd::client::{ConnectError, Connected, Target, connect, connect_first};
 
 use super::source::Source;
 use crate::error::{DeviceError, Step};
@@ -27,11 +31,15 @@ use crate::sysfs::Statistics;
 /// Longest time for one connection and its handshake.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 
+/// How long names are waited for where addresses are known, and did not work.
+const NAMES_PATIENCE: Duration = Duration::from_secs(1);
+
 /// Leads to the one appliance of an allocation.
 pub(super) struct Direct {
     grant: Grant,
     transport: Option<TransportKind>,
-    targets: Mutex<Vec<(TransportKind, Target)>>,
+    targets: Mutex<Vec<(TransportKind, Way)>>,
+    names: Names,
     session: u128,
     generation: AtomicU32,
     flags: TransmissionFlags,
@@ -42,6 +50,13 @@ pub(super) struct Direct {
     alarm: Arc<Notify>,
     /// Sockets given to the kernel since the start.
     given: AtomicU64,
+}
+
+/// A way to the appliance.
+#[derive(Debug, Clone)]
+enum Way {
+    Tcp(Endpoints),
+    Unix(PathBuf),
 }
 
 struct Link {
@@ -94,6 +109,7 @@ impl Direct {
             grant,
             transport,
             targets: Mutex::new(targets),
+            names: Names::default(),
             session,
             generation: AtomicU32::new(generation),
             sockets: Mutex::new((0..queues).map(|_| None).collect()),
@@ -122,10 +138,16 @@ impl Direct {
     fn connect(&self, queue: u16) -> Result<Connected, DeviceError> {
         let mut last = None;
         for (transport, target) in &self.targets() {
-            let generation = self.generation.fetch_add(1, Ordering::Relaxed);
-            let session = Some(SessionTag { id: self.session, queue, generation });
-            let name = ExportName { key: self.grant.key.clone(), session };
-            match connect(target, &name, CONNECT_LIMIT) {
+            let name = || {
+                let generation = self.generation.fetch_add(1, Ordering::Relaxed);
+                let session = Some(SessionTag { id: self.session, queue, generation });
+                ExportName { key: self.grant.key.clone(), session }
+            };
+            let made = match target {
+                Way::Tcp(endpoints) => connect_first(&self.addresses(endpoints), name, CONNECT_LIMIT),
+                Way::Unix(path) => connect(&Target::Unix(path.clone()), &name(), CONNECT_LIMIT),
+            };
+            match made {
                 Ok(connected) => {
                     self.connected(*transport);
                     return Ok(connected);
@@ -142,7 +164,21 @@ impl Direct {
         Err(last.unwrap_or_else(|| self.error(ErrorKind::Internal, "it has no address")))
     }
 
-    fn targets(&self) -> Vec<(TransportKind, Target)> {
+    /// Where it is reached by TCP, names included. A name is waited for only where nothing else is known, or worked
+    /// the last time.
+    fn addresses(&self, endpoints: &Endpoints) -> Vec<SocketAddr> {
+        let patience = match (endpoints.nbd.is_empty(), self.link().failing.is_some()) {
+            (true, _) => CONNECT_LIMIT,
+            (false, true) => NAMES_PATIENCE,
+            (false, false) => Duration::ZERO,
+        };
+        let mut all = endpoints.nbd.clone();
+        let named = self.names.resolve(&endpoints.names, patience);
+        all.extend(named.into_iter().filter(|address| !endpoints.nbd.contains(address)));
+        all
+    }
+
+    fn targets(&self) -> Vec<(TransportKind, Way)> {
         self.targets.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
@@ -344,10 +380,11 @@ fn the_only_grant(map: &Map) -> Result<&Grant, DeviceError> {
 fn targets(
     grant: &Grant,
     transport: Option<TransportKind>,
-) -> Result<Vec<(TransportKind, Target)>, DeviceError> {
-    let tcp = || grant.endpoints.nbd.iter().map(|&address| (TransportKind::NbdTcp, Target::Tcp(address)));
-    let unix =
-        || grant.endpoints.nbd_unix.iter().map(|path| (TransportKind::NbdUnix, Target::Unix(path.clone())));
+) -> Result<Vec<(TransportKind, Way)>, DeviceError> {
+    let endpoints = &grant.endpoints;
+    let has_tcp = !endpoints.nbd.is_empty() || !endpoints.names.is_empty();
+    let tcp = || has_tcp.then(|| (TransportKind::NbdTcp, Way::Tcp(endpoints.clone()))).into_iter();
+    let unix = || endpoints.nbd_unix.iter().map(|path| (TransportKind::NbdUnix, Way::Unix(path.clone())));
     let targets: Vec<_> = match transport {
         None => tcp().chain(unix().filter(|_| on_this_host(grant))).collect(),
         Some(TransportKind::NbdTcp) => tcp().collect(),
@@ -372,7 +409,6 @@ fn on_this_host(grant: &Grant) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use xpm_protocol::api::appliance::Endpoints;
     use xpm_protocol::units::ByteSize;
     use xpm_protocol::{AllocationId, ApplianceId, Epoch, GrantId, GrantKey, HostId};
 
@@ -386,6 +422,7 @@ mod tests {
             endpoints: Endpoints {
                 host: HostId::from_u128(3),
                 nbd: vec!["127.0.0.1:1".parse().unwrap()],
+                names: Vec::new(),
                 rdma: Vec::new(),
                 nbd_unix: Some("/nowhere".into()),
                 shm: None,
