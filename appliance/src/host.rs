@@ -55,14 +55,12 @@ pub fn avoid_oom_killer() {
     }
 }
 
-/// Raises what this process may use to what it is allowed to: a descriptor for each region and two
-/// for each connection, and locked memory. Where the soft limits are as high already, nothing changes.
+/// Raises the memory that this process may lock to what it is allowed to. Where the soft limit is as high already, nothing
+/// changes.
 pub fn raise_limits() {
-    for resource in [Resource::Nofile, Resource::Memlock] {
-        let limit = getrlimit(resource);
-        // What cannot be raised is noticed, and said, when it is used up.
-        let _ = setrlimit(resource, Rlimit { current: limit.maximum, ..limit });
-    }
+    let limit = getrlimit(Resource::Memlock);
+    // What cannot be raised is noticed, and said, when it is used up.
+    let _ = setrlimit(Resource::Memlock, Rlimit { current: limit.maximum, ..limit });
 }
 
 #[cfg(test)]

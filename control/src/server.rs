@@ -5,11 +5,13 @@
 //! time and harms no other. When a client goes away, the future of its handler is dropped: a
 //! handler that must finish hands its work to a task.
 
+mod admission;
 mod extract;
 mod office;
 
 use std::convert::Infallible;
 use std::future::Future;
+use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,13 +22,14 @@ use axum::http::header::{AUTHORIZATION, WWW_AUTHENTICATE};
 use axum::http::{HeaderValue, StatusCode, Uri};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
-use hyper::service::Service as _;
+use hyper::service::{Service as _, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use xpm_protocol::api::{ErrorBody, ErrorKind};
 
@@ -36,6 +39,7 @@ pub use axum::routing;
 pub use extract::{Force, Json, Path, Query};
 pub use office::{Duty, Office};
 
+use self::admission::{Admission, Standing};
 use crate::listen::Listener;
 use crate::token::Token;
 
@@ -62,7 +66,12 @@ pub struct Limits {
     pub request: Duration,
     /// Largest body, in bytes.
     pub body_len_max: usize,
-    /// Most connections at once; further ones wait.
+    /// Time until a connection has shown the token; until it has made a request, where none is wanted.
+    pub first: Duration,
+    /// Most connections at once that have not; for one more, the oldest is closed: of those of its address, if these have
+    /// a quarter of the places. Fewer where the process may have few descriptors.
+    pub strangers_max: usize,
+    /// Most connections at once that have shown the token; requests of further ones wait.
     pub connections_max: usize,
     /// Time that running requests have to finish when the daemon ends.
     pub drain: Duration,
@@ -75,6 +84,8 @@ impl Default for Limits {
             body: Duration::from_secs(15),
             request: Duration::from_secs(60),
             body_len_max: 1 << 20,
+            first: Duration::from_secs(2),
+            strangers_max: 1024,
             connections_max: 512,
             drain: Duration::from_secs(5),
         }
@@ -103,6 +114,7 @@ impl Server {
         let routes = routes
             .layer(DefaultBodyLimit::max(limits.body_len_max))
             .layer(axum::Extension(limits))
+            .layer(middleware::from_fn(admit))
             .layer(middleware::from_fn_with_state(limits, limit_time));
         let routes = match token {
             Some(token) => routes.layer(middleware::from_fn_with_state(Arc::new(token), authorize)),
@@ -116,14 +128,14 @@ impl Server {
     pub async fn serve(self, listener: Listener, shutdown: impl Future<Output = ()>) {
         let (stop, stopping) = watch::channel(false);
         let mut connections = JoinSet::new();
-        let permits = Arc::new(Semaphore::new(self.limits.connections_max));
+        let admission = Admission::new(&self.limits);
         let mut shutdown = pin!(shutdown);
         loop {
             tokio::select! {
                 () = &mut shutdown => break,
-                (stream, permit) = accept(&listener, &permits) => {
-                    connections.spawn(self.clone().connection(stream, stopping.clone(), permit));
-                }
+                (stream, peer) = accept(&listener) => admission.begin(peer, |standing| {
+                    connections.spawn(self.clone().connection(stream, stopping.clone(), standing))
+                }),
                 Some(_) = connections.join_next() => {}
             }
         }
@@ -136,34 +148,48 @@ impl Server {
         }
     }
 
-    async fn connection(
-        self,
-        stream: Stream,
-        stopping: watch::Receiver<bool>,
-        _permit: OwnedSemaphorePermit,
-    ) {
+    async fn connection(self, stream: Stream, stopping: watch::Receiver<bool>, standing: Arc<Standing>) {
         let ended = match stream {
-            Stream::Tcp(stream) => self.converse(stream, stopping).await,
-            Stream::Unix(stream) => self.converse(stream, stopping).await,
+            Stream::Tcp(stream) => self.converse(stream, stopping, standing).await,
+            Stream::Unix(stream) => self.converse(stream, stopping, standing).await,
         };
         if let Err(error) = ended {
             tracing::debug!("a control connection ended: {error}");
         }
     }
 
-    async fn converse<S>(self, stream: S, mut stopping: watch::Receiver<bool>) -> hyper::Result<()>
+    async fn converse<S>(
+        self,
+        stream: S,
+        mut stopping: watch::Receiver<bool>,
+        standing: Arc<Standing>,
+    ) -> hyper::Result<()>
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
+        let (routes, of) = (TowerToHyperService::new(self.routes), standing.clone());
+        let service = service_fn(move |mut request: hyper::Request<Incoming>| {
+            request.extensions_mut().insert(of.clone());
+            routes.call(request)
+        });
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(self.limits.head)
-            .serve_connection(TokioIo::new(stream), TowerToHyperService::new(self.routes));
+            .serve_connection(TokioIo::new(stream), service);
         let mut connection = pin!(connection);
         let stop = async { drop(stopping.wait_for(|stop| *stop).await) };
+        let is_stranger = async {
+            tokio::time::sleep(self.limits.first).await;
+            if standing.is_proved() {
+                std::future::pending::<()>().await;
+            }
+        };
         tokio::select! {
+            // First: what has arrived in time counts, however late this is looked at.
+            biased;
             ended = connection.as_mut() => return ended,
             () = stop => {}
+            () = is_stranger => return Ok(()),
         }
         connection.as_mut().graceful_shutdown();
         connection.await
@@ -175,21 +201,24 @@ enum Stream {
     Unix(UnixStream),
 }
 
-/// Accepts the next connection once there is room for one more.
-async fn accept(listener: &Listener, permits: &Arc<Semaphore>) -> (Stream, OwnedSemaphorePermit) {
-    let permit = permits.clone().acquire_owned().await.expect("the semaphore is never closed");
+/// Accepts the next connection, and tells where it comes from: nothing for a unix socket.
+async fn accept(listener: &Listener) -> (Stream, Option<SocketAddr>) {
     loop {
         let accepted = match listener {
-            Listener::Tcp(listener) => listener.accept().await.map(|(stream, _)| Stream::Tcp(stream)),
-            Listener::Unix(listener) => listener.accept().await.map(|(stream, _)| Stream::Unix(stream)),
+            Listener::Tcp(listener) => {
+                listener.accept().await.map(|(stream, peer)| (Stream::Tcp(stream), Some(peer)))
+            }
+            Listener::Unix(listener) => {
+                listener.accept().await.map(|(stream, _)| (Stream::Unix(stream), None))
+            }
         };
         match accepted {
-            Ok(stream) => {
+            Ok((stream, peer)) => {
                 if let Stream::Tcp(stream) = &stream {
                     // Without it an answer is only late.
                     let _ = stream.set_nodelay(true);
                 }
-                return (stream, permit);
+                return (stream, peer);
             }
             Err(error) => {
                 // Out of descriptors, for example: other connections end, and then it goes on.
@@ -231,6 +260,14 @@ async fn limit_time(
             ApiError(ErrorKind::Unavailable, line.to_owned()).into_response()
         }
     })
+}
+
+/// A request that comes so far has shown the token, where one is wanted.
+async fn admit(request: Request, next: Next) -> Response {
+    if let Some(standing) = request.extensions().get::<Arc<Standing>>().cloned() {
+        standing.prove().await;
+    }
+    next.run(request).await
 }
 
 async fn authorize(State(token): State<Arc<Token>>, request: Request, next: Next) -> Response {

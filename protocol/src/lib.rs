@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 pub mod api;
+pub mod gate;
 pub mod id;
 pub mod key;
 pub mod layout;

@@ -9,6 +9,7 @@
 
 mod accept;
 pub mod connect;
+mod handshakes;
 pub mod io;
 pub mod link;
 pub mod names;

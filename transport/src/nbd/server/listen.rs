@@ -7,11 +7,12 @@ use std::sync::Arc;
 use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use xpm_protocol::gate::Origin;
 use xpm_protocol::nbd::handshake::server::{ServerHandshake, Step};
 
 use super::{Exports, Negotiated, Opened, Place, Server, registry};
 use crate::accept::{Accept, Listener};
+use crate::handshakes::{FIRST_MESSAGE, Ticket};
 use crate::nbd::socket::widen_unix;
 
 /// Bytes read at once during a handshake.
@@ -21,11 +22,17 @@ const TCP_USER_TIMEOUT_MS: u32 = 30_000;
 
 /// A stream that can be negotiated on and then handed to a loop.
 trait Stream: AsyncRead + AsyncWrite + Unpin + Send + Sized + 'static {
+    fn origin(&self) -> Origin;
     fn tune(&self) -> io::Result<()>;
     fn into_fd(self) -> io::Result<OwnedFd>;
 }
 
 impl Stream for TcpStream {
+    fn origin(&self) -> Origin {
+        // Of one that is gone already it does not matter.
+        self.peer_addr().map_or(Origin::Local, |address| address.ip().into())
+    }
+
     /// No delay of small replies; a peer that vanished is noticed.
     fn tune(&self) -> io::Result<()> {
         self.set_nodelay(true)?;
@@ -40,6 +47,10 @@ impl Stream for TcpStream {
 }
 
 impl Stream for UnixStream {
+    fn origin(&self) -> Origin {
+        Origin::Local
+    }
+
     fn tune(&self) -> io::Result<()> {
         Ok(widen_unix(self.as_fd())?)
     }
@@ -77,33 +88,25 @@ impl Server {
     }
 
     fn listen<L: Accept<Stream: Stream>>(&self, listener: L, exports: Arc<dyn Exports>) -> Listener {
-        let (server, limit) = (self.clone(), self.limit());
-        Listener::start(listener, move |stream| server.accepted(stream, &exports, &limit))
+        let server = self.clone();
+        Listener::start(listener, move |stream| server.accepted(stream, &exports))
     }
 
-    fn limit(&self) -> Arc<Semaphore> {
-        Arc::new(Semaphore::new(self.inner.options.connections_max))
-    }
-
-    fn accepted<S: Stream>(&self, stream: S, exports: &Arc<dyn Exports>, limit: &Arc<Semaphore>) {
-        let full = self.connections(None) >= self.inner.options.connections_max;
+    fn accepted<S: Stream>(&self, stream: S, exports: &Arc<dyn Exports>) {
         // Dropping the stream closes it.
-        let Ok(permit) = limit.clone().try_acquire_owned() else { return };
-        if !full {
-            tokio::spawn(handshake(self.clone(), stream, exports.clone(), permit));
+        if self.connections(None) < self.inner.options.connections_max {
+            let origin = stream.origin();
+            self.inner
+                .handshakes
+                .begin(origin, |ticket| handshake(self.clone(), stream, exports.clone(), ticket));
         }
     }
 }
 
-/// One handshake, limited in time. The permit counts handshakes, not connections.
-async fn handshake<S: Stream>(
-    server: Server,
-    mut stream: S,
-    exports: Arc<dyn Exports>,
-    _permit: OwnedSemaphorePermit,
-) {
+/// One handshake, limited in time.
+async fn handshake<S: Stream>(server: Server, mut stream: S, exports: Arc<dyn Exports>, ticket: Ticket) {
     let limit = server.inner.options.handshake;
-    match tokio::time::timeout(limit, negotiate(&server, &mut stream, &exports)).await {
+    match tokio::time::timeout(limit, negotiate(&server, &mut stream, &exports, ticket)).await {
         Ok(Ok(Some((opened, place, negotiated)))) => {
             let stream = stream.tune().and_then(|()| stream.into_fd());
             let served = stream.and_then(|fd| server.take(fd, opened, place, negotiated));
@@ -117,27 +120,40 @@ async fn handshake<S: Stream>(
     }
 }
 
-/// Until there is an export, or none and the connection is to be closed.
+/// Until there is an export, or none and the connection is to be closed. The ticket is given back when the client has
+/// entered an export, for it named that by its key.
 async fn negotiate<S: Stream>(
     server: &Server,
     stream: &mut S,
     exports: &Arc<dyn Exports>,
+    ticket: Ticket,
 ) -> io::Result<Option<(Opened, Place, Negotiated)>> {
     let mut handshake = ServerHandshake::new();
     let mut opened = Found::Nothing;
     let mut buffer = vec![0; READ_LEN];
     let mut next: Option<Step> = None;
+    let (mut ticket, mut has_spoken) = (Some(ticket), false);
     loop {
         let step = next.take().unwrap_or_else(|| handshake.step());
         stream.write_all(&handshake.take_output()).await?;
         match step {
-            Step::Input => match stream.read(&mut buffer).await? {
-                0 => return Ok(None),
-                count => handshake.receive(&buffer[..count]),
-            },
+            Step::Input => {
+                let count = match has_spoken {
+                    true => stream.read(&mut buffer).await?,
+                    false => tokio::time::timeout(FIRST_MESSAGE, stream.read(&mut buffer)).await??,
+                };
+                has_spoken = true;
+                match count {
+                    0 => return Ok(None),
+                    count => handshake.receive(&buffer[..count]),
+                }
+            }
             Step::Open(name) => {
                 let enters = handshake.enters();
                 opened = open(server.clone(), exports.clone(), name, enters).await;
+                if matches!(opened, Found::Export(_, Some(_))) {
+                    ticket = None;
+                }
                 next = match &opened {
                     Found::Outdated => handshake.outdated(),
                     Found::Nothing => handshake.found(None),

@@ -31,6 +31,7 @@ use self::counters::LoopCounters;
 use self::event_loop::{EventLoop, Letter, Mailbox};
 use self::registry::{ConnectionId, Registry};
 pub use crate::accept::Listener;
+use crate::handshakes::{Handshakes, PLACES_MAX};
 use crate::store::Store;
 
 /// How a server runs.
@@ -42,9 +43,12 @@ pub struct ServerOptions {
     pub loops: usize,
     /// Longest busy poll after work, before a loop sleeps. Zero: sleep at once.
     pub spin: Duration,
-    /// Longest time that a handshake may take.
+    /// Longest time that a handshake may take; the client has to say something within two seconds of it.
     pub handshake: Duration,
-    /// Connections and handshakes at once; one more is closed as soon as it is accepted.
+    /// Clients at once that have not entered an export. Where there is no place for one more, the oldest is closed: of
+    /// those of its address if these have a quarter of the places. Fewer where the process may have few descriptors.
+    pub handshakes_max: usize,
+    /// Clients at once that have entered an export; while there are as many, one more is closed as soon as it is accepted.
     pub connections_max: usize,
     /// Bytes of buffers for each connection whose store is not direct, locked if the process locks
     /// its memory; 0 when all stores are direct. Half of it bounds the longest part of a request.
@@ -58,6 +62,7 @@ impl Default for ServerOptions {
             loops: std::thread::available_parallelism().map_or(1, usize::from),
             spin: Duration::from_micros(50),
             handshake: Duration::from_secs(10),
+            handshakes_max: PLACES_MAX,
             connections_max: 4096,
             buffers_len: 0,
         }
@@ -93,6 +98,7 @@ struct Inner {
     mailboxes: Vec<Arc<Mailbox>>,
     counters: Vec<Arc<LoopCounters>>,
     registry: Arc<Registry>,
+    handshakes: Handshakes,
 }
 
 /// A loop thread, for a watchdog: one that turns answers each [`LoopWatch::poke`]. It keeps no server alive.
@@ -134,8 +140,14 @@ impl Server {
     pub fn start(options: ServerOptions) -> io::Result<Server> {
         let loops = options.loops.max(1);
         let registry = Arc::new(Registry::new(loops));
-        let mut inner =
-            Inner { options, mailboxes: Vec::new(), counters: Vec::new(), registry: registry.clone() };
+        let handshakes = Handshakes::new(options.handshakes_max);
+        let mut inner = Inner {
+            options,
+            mailboxes: Vec::new(),
+            counters: Vec::new(),
+            registry: registry.clone(),
+            handshakes,
+        };
         for number in 0..loops {
             let mailbox = Arc::new(Mailbox::new()?);
             let counters = Arc::new(LoopCounters::default());

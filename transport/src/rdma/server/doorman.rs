@@ -11,22 +11,26 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
+use xpm_protocol::gate::{Entry, Gate};
 
 use super::super::exchange::read_ask;
 use super::super::wire::{ASK_LEN, encode_answer};
 use super::Shared;
 use super::state::Key;
+use crate::handshakes::places;
 
 /// How long a client may take to say what it wants.
 const ASKING_MAX: Duration = Duration::from_secs(2);
 /// Pause after a client could not be accepted.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
-/// Clients that have not said it yet, at most.
-const PENDING_MAX: usize = 64;
+/// Clients that have not said it yet, at most; for one more, the oldest is closed.
+const PENDING_MAX: usize = 256;
 
 pub(super) struct Doorman {
     listeners: Vec<TcpListener>,
     pending: Vec<Pending>,
+    /// The places of those pending.
+    gate: Gate<Entry>,
     /// Connections that were let in, to hear their end.
     inside: Vec<(Key, OwnedFd)>,
     /// Readable when the thread has to end.
@@ -34,6 +38,7 @@ pub(super) struct Doorman {
 }
 
 struct Pending {
+    entry: Entry,
     stream: TcpStream,
     asked: Vec<u8>,
     until: Instant,
@@ -41,7 +46,13 @@ struct Pending {
 
 impl Doorman {
     pub(super) fn new(listeners: Vec<TcpListener>, over: Arc<OwnedFd>) -> Doorman {
-        Doorman { listeners, pending: Vec::new(), inside: Vec::new(), over }
+        Doorman {
+            listeners,
+            pending: Vec::new(),
+            gate: Gate::new(places(PENDING_MAX)),
+            inside: Vec::new(),
+            over,
+        }
     }
 
     /// Works until the server ends.
@@ -84,14 +95,19 @@ impl Doorman {
     }
 
     fn greet(&mut self, listener: usize) {
-        let Ok((stream, _)) = self.listeners[listener].accept() else {
+        let Ok((stream, address)) = self.listeners[listener].accept() else {
             // Mostly for want of descriptors, which does not pass by asking again at once.
             return std::thread::sleep(ACCEPT_PAUSE);
         };
-        if self.pending.len() < PENDING_MAX && stream.set_nodelay(true).is_ok() {
-            let until = Instant::now() + ASKING_MAX;
-            self.pending.push(Pending { stream, asked: Vec::with_capacity(ASK_LEN), until });
+        if stream.set_nodelay(true).is_err() {
+            return;
         }
+        let entry = self.gate.next();
+        if let Some(closed) = self.gate.enter(address.ip().into(), entry) {
+            self.pending.retain(|pending| pending.entry != closed);
+        }
+        let until = Instant::now() + ASKING_MAX;
+        self.pending.push(Pending { entry, stream, asked: Vec::with_capacity(ASK_LEN), until });
     }
 
     fn hear(&mut self, ready: &[bool], shared: &Shared) {
@@ -101,7 +117,7 @@ impl Doorman {
             match (*ready, waits) {
                 (true, _) => self.listen_to(pending, shared),
                 (false, true) => self.pending.push(pending),
-                (false, false) => {}
+                (false, false) => drop(self.gate.leave(pending.entry)),
             }
         }
     }
@@ -110,14 +126,15 @@ impl Doorman {
         let mut room = [0; ASK_LEN];
         let wanted = ASK_LEN - pending.asked.len();
         match recv(&pending.stream, &mut room[..wanted], RecvFlags::DONTWAIT) {
-            Ok((0, _)) => return,
+            Ok((0, _)) => return drop(self.gate.leave(pending.entry)),
             Ok((received, _)) => pending.asked.extend_from_slice(&room[..received]),
             Err(Errno::AGAIN | Errno::INTR) => {}
-            Err(_) => return,
+            Err(_) => return drop(self.gate.leave(pending.entry)),
         }
         let Ok(asked) = <[u8; ASK_LEN]>::try_from(pending.asked.as_slice()) else {
             return self.pending.push(pending);
         };
+        self.gate.leave(pending.entry);
         self.answer(pending.stream, &asked, shared);
     }
 

@@ -10,28 +10,40 @@ use rustix::cmsg_space;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use tokio::io::Interest;
 use tokio::net::UnixStream;
+use tokio::sync::OwnedSemaphorePermit;
 use xpm_protocol::GrantKey;
 
 use super::registry::Registered;
 use super::{Inner, ShmExport};
+use crate::handshakes::{FIRST_MESSAGE, Ticket};
 use crate::shm::wire::{Answer, BATCH_MAX, BadHello, HELLO_LEN, Hello, LENGTH_LEN};
 
 /// How long to wait when as many descriptors are on their way as the process may have.
 const PASS_PAUSE: Duration = Duration::from_millis(5);
 
-/// Until the memory was passed, or none and the connection is to be closed.
+/// What a client has that was let in.
+pub(super) struct Inside {
+    _registered: Registered,
+    _permit: OwnedSemaphorePermit,
+}
+
+/// Until the memory was passed, or none and the connection is to be closed. The ticket is given back when the client
+/// has shown a key.
 pub(super) async fn handshake(
     inner: &Arc<Inner>,
     stream: &Arc<UnixStream>,
-) -> io::Result<Option<Registered>> {
+    ticket: Ticket,
+) -> io::Result<Option<Inside>> {
     let mut hello = [0; HELLO_LEN];
-    read_all(stream, &mut hello).await?;
+    tokio::time::timeout(FIRST_MESSAGE, read_all(stream, &mut hello)).await??;
     let hello = match Hello::decode(&hello) {
         Ok(hello) => hello,
         Err(BadHello::Version) => return refuse(stream, Answer::Version).await,
         Err(BadHello::Magic) => return Ok(None),
     };
     let Some(export) = open(inner, &hello.key).await else { return refuse(stream, Answer::Unknown).await };
+    let Ok(permit) = inner.limit.clone().try_acquire_owned() else { return Ok(None) };
+    drop(ticket);
     let registered = Registered::new(inner.clone(), export.group, stream.clone());
     // If the grant was revoked meanwhile, this is seen here, or close_group sees the connection.
     match open(inner, &hello.key).await {
@@ -39,7 +51,7 @@ pub(super) async fn handshake(
         _ => return refuse(stream, Answer::Unknown).await,
     }
     pass(stream, &export).await?;
-    Ok(Some(registered))
+    Ok(Some(Inside { _registered: registered, _permit: permit }))
 }
 
 async fn open(inner: &Arc<Inner>, key: &GrantKey) -> Option<ShmExport> {
@@ -47,7 +59,7 @@ async fn open(inner: &Arc<Inner>, key: &GrantKey) -> Option<ShmExport> {
     tokio::task::spawn_blocking(move || inner.exports.open(&key)).await.ok().flatten()
 }
 
-async fn refuse(stream: &UnixStream, answer: Answer) -> io::Result<Option<Registered>> {
+async fn refuse(stream: &UnixStream, answer: Answer) -> io::Result<Option<Inside>> {
     write_all(stream, &answer.encode()).await?;
     Ok(None)
 }

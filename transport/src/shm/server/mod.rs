@@ -10,16 +10,20 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::UnixStream;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Semaphore;
 use xpm_protocol::GrantKey;
+use xpm_protocol::gate::Origin;
 
 use self::handshake::handshake;
 use self::registry::Registry;
 pub use crate::accept::Listener;
+use crate::handshakes::{Handshakes, Ticket};
 
-/// Connections and handshakes at once; one more is closed as soon as it is accepted.
+/// Clients at once that have memory; one more is closed as soon as it has shown its key.
 const CONNECTIONS_MAX: usize = 1024;
-/// Longest time that a handshake may take.
+/// Clients at once that have not shown a key; for one more, the oldest is closed.
+const HANDSHAKES_MAX: usize = 256;
+/// Longest time that passing the memory may take.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
 /// How long the clients of a revoked grant are given to let go of its memory.
 const LEAVE_LIMIT: Duration = Duration::from_secs(1);
@@ -49,6 +53,7 @@ struct Inner {
     exports: Arc<dyn ShmExports>,
     registry: Registry,
     limit: Arc<Semaphore>,
+    handshakes: Handshakes,
 }
 
 /// A server of shared memory. Clones are the same server.
@@ -61,7 +66,8 @@ impl ShmServer {
     /// A server of these grants.
     pub fn new(exports: Arc<dyn ShmExports>) -> ShmServer {
         let limit = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-        ShmServer { inner: Arc::new(Inner { exports, registry: Registry::default(), limit }) }
+        let handshakes = Handshakes::new(HANDSHAKES_MAX);
+        ShmServer { inner: Arc::new(Inner { exports, registry: Registry::default(), limit, handshakes }) }
     }
 
     /// Accepts clients, on the tokio runtime that this is called in. Who may connect is the
@@ -93,16 +99,14 @@ impl ShmServer {
 }
 
 fn accepted(inner: &Arc<Inner>, stream: UnixStream) {
-    // Dropping the stream closes it.
-    let Ok(permit) = inner.limit.clone().try_acquire_owned() else { return };
-    tokio::spawn(serve(inner.clone(), stream, permit));
+    inner.handshakes.begin(Origin::Local, |ticket| serve(inner.clone(), stream, ticket));
 }
 
 /// One connection, from the handshake until the client leaves.
-async fn serve(inner: Arc<Inner>, stream: UnixStream, _permit: OwnedSemaphorePermit) {
+async fn serve(inner: Arc<Inner>, stream: UnixStream, ticket: Ticket) {
     let stream = Arc::new(stream);
-    match tokio::time::timeout(HANDSHAKE_LIMIT, handshake(&inner, &stream)).await {
-        Ok(Ok(Some(_registered))) => until_left(&stream).await,
+    match tokio::time::timeout(HANDSHAKE_LIMIT, handshake(&inner, &stream, ticket)).await {
+        Ok(Ok(Some(_inside))) => until_left(&stream).await,
         Ok(Ok(None)) => {}
         Ok(Err(error)) => tracing::debug!(%error, "a client of shared memory left during the handshake"),
         Err(_) => tracing::debug!("a handshake for shared memory took too long"),

@@ -1,0 +1,164 @@
+//! Places for peers that have not proved themselves: pure bookkeeping, shared by everything that listens.
+//!
+//! Whoever reaches a port can open connections and say nothing. So connections without proof (a key, a token) have places of
+//! their own, apart from those of peers that proved themselves. Each address has a share of them. A newcomer is never turned away: where
+//! there is no place for it, the oldest connection without proof is closed, of the same address if that has used its
+//! share up. An honest peer proves itself within milliseconds, and so is seldom the oldest.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
+
+/// Where a peer comes from, as far as it counts: an address of version 4, or the network of 64 bits of one of version 6.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Origin {
+    /// A unix socket: who may connect is decided by its file.
+    Local,
+    /// IPv4, and IPv4 within IPv6.
+    V4(u32),
+    /// The first half of an IPv6 address.
+    V6(u64),
+}
+
+impl From<IpAddr> for Origin {
+    fn from(address: IpAddr) -> Origin {
+        match address.to_canonical() {
+            IpAddr::V4(address) => Origin::V4(address.to_bits()),
+            IpAddr::V6(address) => Origin::V6((address.to_bits() >> 64) as u64),
+        }
+    }
+}
+
+/// Number of a connection at a gate; never used twice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Entry(u64);
+
+/// Connections without proof, and what closes each: a `P`.
+#[derive(Debug)]
+pub struct Gate<P> {
+    places: usize,
+    share: usize,
+    last: u64,
+    waiting: BTreeMap<Entry, (Origin, P)>,
+    of_origin: HashMap<Origin, usize>,
+}
+
+impl<P> Gate<P> {
+    /// A gate with so many places, at least 1, of which one network address has at most a quarter. Peers of unix sockets
+    /// have all of them.
+    pub fn new(places: usize) -> Gate<P> {
+        let places = places.max(1);
+        let share = places.div_ceil(4);
+        Gate { places, share, last: 0, waiting: BTreeMap::new(), of_origin: HashMap::new() }
+    }
+
+    /// The number that the next connection gets.
+    pub const fn next(&self) -> Entry {
+        Entry(self.last + 1)
+    }
+
+    /// A connection came. What has to be closed in its place, if anything.
+    pub fn enter(&mut self, origin: Origin, peer: P) -> Option<P> {
+        let own = self.of_origin.get(&origin).copied().unwrap_or(0);
+        let has_share = origin != Origin::Local && own >= self.share;
+        let oldest = match (has_share, self.waiting.len() >= self.places) {
+            (true, _) => self.waiting.iter().find(|(_, (of, _))| *of == origin).map(|(entry, _)| *entry),
+            (false, true) => self.waiting.keys().next().copied(),
+            (false, false) => None,
+        };
+        let closed = oldest.and_then(|entry| self.leave(entry));
+        self.last += 1;
+        self.waiting.insert(Entry(self.last), (origin, peer));
+        *self.of_origin.entry(origin).or_insert(0) += 1;
+        closed
+    }
+
+    /// A connection proved itself, or ended. None: it has left before.
+    pub fn leave(&mut self, entry: Entry) -> Option<P> {
+        let (origin, peer) = self.waiting.remove(&entry)?;
+        if let Some(count) = self.of_origin.get_mut(&origin) {
+            *count -= 1;
+            if *count == 0 {
+                self.of_origin.remove(&origin);
+            }
+        }
+        Some(peer)
+    }
+
+    /// Whether this connection is one of them.
+    pub fn has(&self, entry: Entry) -> bool {
+        self.waiting.contains_key(&entry)
+    }
+
+    /// Connections without proof.
+    pub fn len(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.waiting.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn of(text: &str) -> Origin {
+        text.parse::<IpAddr>().unwrap().into()
+    }
+
+    #[test]
+    fn origins_are_what_one_host_has() {
+        assert_eq!(of("10.0.0.1"), of("::ffff:10.0.0.1"));
+        assert_ne!(of("10.0.0.1"), of("10.0.0.2"));
+        assert_eq!(of("fd00::1"), of("fd00::2:3"));
+        assert_ne!(of("fd00::1"), of("fd00:0:0:1::1"));
+    }
+
+    #[test]
+    fn a_flood_of_one_address_closes_its_own_connections() {
+        let mut gate = Gate::new(8);
+        let honest = gate.next();
+        assert_eq!(gate.enter(of("10.0.0.1"), 'h'), None);
+        let closed: Vec<_> = ('a'..='f').filter_map(|peer| gate.enter(of("10.0.0.66"), peer)).collect();
+        assert_eq!(closed, ['a', 'b', 'c', 'd'], "the oldest first");
+        assert_eq!(gate.leave(honest), Some('h'));
+        assert_eq!(gate.leave(honest), None);
+        assert_eq!(gate.len(), 2);
+    }
+
+    #[test]
+    fn a_flood_of_many_addresses_closes_the_oldest() {
+        let mut gate = Gate::new(4);
+        for number in 0..10_u8 {
+            let closed = gate.enter(Origin::V4(number.into()), number);
+            assert_eq!(closed, number.checked_sub(4));
+        }
+        let mut local = Gate::new(4);
+        assert!((0..4).all(|peer| local.enter(Origin::Local, peer).is_none()), "a unix socket has no shares");
+        assert_eq!(local.enter(Origin::Local, 4), Some(0));
+    }
+
+    proptest! {
+        #[test]
+        fn it_never_holds_more_than_its_places(places in 1_usize..9, peers in prop::collection::vec((0_u32..4, any::<bool>()), 0..60)) {
+            let (mut gate, mut inside) = (Gate::new(places), Vec::new());
+            for (origin, leaves) in peers {
+                let entry = gate.next();
+                if let Some(closed) = gate.enter(Origin::V4(origin), entry) {
+                    inside.retain(|one| *one != closed);
+                }
+                inside.push(entry);
+                if leaves {
+                    prop_assert!(gate.leave(inside.remove(0)).is_some());
+                }
+                prop_assert!(gate.len() <= places);
+                prop_assert_eq!(gate.len(), inside.len());
+                prop_assert_eq!(gate.of_origin.values().sum::<usize>(), inside.len());
+            }
+        }
+    }
+}

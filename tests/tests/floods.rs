@@ -1,0 +1,128 @@
+//! Peers that only knock at a door keep nobody out who has a key or a token.
+
+#![allow(missing_docs)]
+
+use std::io::Write;
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, socket_with};
+use xpm_tests::{Cluster, have, wait_until};
+
+/// Holds connections to a port that say `words` and nothing more, and makes those anew that are closed; until it is dropped.
+struct Flood {
+    over: Arc<AtomicBool>,
+    held: Arc<AtomicUsize>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Flood {
+    /// So many connections, from several addresses of this machine, as of several attackers.
+    fn begin(target: SocketAddr, count: usize, words: &'static [u8]) -> Flood {
+        let (over, held) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+        let share = count.div_ceil(4);
+        let begin = |number: u8| {
+            let (over, held) = (over.clone(), held.clone());
+            std::thread::spawn(move || hold(target, [127, 0, 9, number], share, words, &over, &held))
+        };
+        let threads = (1..=4).map(begin).collect();
+        let flood = Flood { over, held, threads };
+        wait_until("the flood is there", || flood.held.load(Ordering::Acquire) >= count);
+        flood
+    }
+}
+
+impl Drop for Flood {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::Release);
+        self.threads.drain(..).for_each(|thread| drop(thread.join()));
+    }
+}
+
+fn hold(
+    target: SocketAddr,
+    from: [u8; 4],
+    count: usize,
+    words: &[u8],
+    over: &AtomicBool,
+    held: &AtomicUsize,
+) {
+    let knock = || -> std::io::Result<TcpStream> {
+        let socket: OwnedFd =
+            socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+        bind(&socket, &SocketAddr::from((from, 0)))?;
+        connect(&socket, &target)?;
+        let mut stream = TcpStream::from(socket);
+        stream.write_all(words)?;
+        stream.set_nonblocking(true)?;
+        Ok(stream)
+    };
+    let mut streams: Vec<TcpStream> = Vec::new();
+    let mut begun = 0;
+    while !over.load(Ordering::Acquire) {
+        streams.retain(|stream| {
+            // What the server says is left where it is; 0 bytes are its end.
+            let mut byte = [0];
+            !matches!(stream.peek(&mut byte), Ok(0)) && stream.take_error().is_ok_and(|error| error.is_none())
+        });
+        for _ in streams.len()..count {
+            if over.load(Ordering::Acquire) {
+                return;
+            }
+            match knock() {
+                Ok(stream) => streams.push(stream),
+                Err(_) => std::thread::sleep(Duration::from_millis(1)),
+            }
+            begun += 1;
+            if begun <= count {
+                held.fetch_add(1, Ordering::Release);
+            }
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+fn address(cluster: &Cluster, path: &str) -> SocketAddr {
+    let list = cluster.json(&["appliance", "list"]);
+    let text = list[0].pointer(path).and_then(|text| text.as_str()).expect("it is told").to_owned();
+    text.trim_start_matches("http://").parse().expect("an address")
+}
+
+#[test]
+fn half_open_handshakes_keep_no_client_out() {
+    if !have("qemu-io") {
+        return;
+    }
+    let mut cluster = Cluster::start_kept(&[vec![]]);
+    let uri = cluster.attach("v", "16MiB", &[], "nbd-tcp");
+    // The client flags of a handshake, and no option.
+    let flood = Flood::begin(address(&cluster, "/info/endpoints/nbd/0"), 5000, &[0, 0, 0, 3]);
+    // A client that is there stays, one that has to come back comes back, and a new one comes in.
+    cluster.restart_appliance(0);
+    let start = Instant::now();
+    let output = std::process::Command::new("qemu-io").args(["-f", "raw", &uri, "-c", "write 0 1M"]).output();
+    assert!(output.expect("qemu-io starts").status.success());
+    wait_until("it is up", || cluster.json(&["blk", "show", "v"])["state"] == "live");
+    assert!(start.elapsed() < Duration::from_secs(20), "its I/O passed after {:?}", start.elapsed());
+    cluster.attach("w", "16MiB", &[], "nbd-tcp");
+    drop(flood);
+}
+
+#[test]
+fn connections_that_say_nothing_keep_no_order_from_an_appliance() {
+    let cluster = Cluster::start(1);
+    let appliance = Flood::begin(address(&cluster, "/info/control"), 1500, b"");
+    let allocator: SocketAddr =
+        cluster.allocator_url().trim_start_matches("http://").parse().expect("an address");
+    let allocator = Flood::begin(allocator, 1500, b"GET /v1/status HTTP/1.1\r\n");
+    for name in ["a", "b", "c"] {
+        cluster.ok(&["alloc", "create", name, "--size", "16MiB"]);
+    }
+    let list = cluster.json(&["appliance", "list"]);
+    assert_eq!(list[0]["state"], "up", "its heartbeats get through: {list}");
+    drop((appliance, allocator));
+}
