@@ -294,7 +294,7 @@ fn without_repeats(all: Vec<SocketAddr>) -> Vec<SocketAddr> {
     let mut once: Vec<SocketAddr> = Vec::with_capacity(all.len());
     all.into_iter().for_each(|address| {
         if !once.contains(&address) {
-            once.push(address)
+            once.push(address);
         }
     });
     once

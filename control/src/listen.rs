@@ -14,6 +14,9 @@ use tokio::net::{TcpListener, UnixListener};
 
 use crate::handed;
 
+/// Connections that may wait to be accepted.
+const BACKLOG: i32 = 4096;
+
 /// A place to listen at. Written `ADDRESS:PORT`, `unix:/a/path` or `/a/path`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Place {
@@ -83,6 +86,8 @@ fn bind_tcp(address: SocketAddr) -> io::Result<TcpListener> {
     }
     // The standard library sets SO_REUSEADDR, so that a restart does not wait for old connections.
     let listener = std::net::TcpListener::bind(address)?;
+    // The standard library lets 128 wait to be accepted, which a burst of clients fills; the kernel has a limit of its own.
+    rustix::net::listen(&listener, BACKLOG)?;
     listener.set_nonblocking(true)?;
     TcpListener::from_std(listener)
 }

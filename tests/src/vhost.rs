@@ -5,13 +5,13 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::{Ordering, fence};
 
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use vhost::vhost_user::message::{
     VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures,
 };
@@ -76,14 +76,68 @@ pub struct Guest {
     pub features: u64,
 }
 
+/// A memfd of so many bytes that can only stay as long, or also become shorter.
+fn memory_file(len: u64, sealed: bool) -> OwnedFd {
+    let file = memfd_create("guest", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).expect("a memfd");
+    ftruncate(&file, len).expect("its length");
+    if sealed {
+        fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW).expect("its seals");
+    }
+    file
+}
+
 impl Guest {
+    /// The same with memory that it can cut off.
+    ///
+    /// # Panics
+    /// As [`Guest::new`].
+    pub fn with_unsealed_memory(queues: u16) -> Guest {
+        Guest { memory: memory_file(MEMORY, false).into(), ..Guest::new(queues) }
+    }
+
+    /// Whether a device takes its memory.
+    ///
+    /// # Panics
+    /// When the device refuses something else.
+    pub fn offers_memory(&mut self, socket: &Path) -> bool {
+        wait_until("the device is there", || UnixStream::connect(socket).is_ok());
+        self.greet(socket);
+        let region = self.region();
+        self.frontend.as_mut().expect("it is connected").set_mem_table(&[region]).is_ok()
+    }
+
+    fn region(&self) -> VhostUserMemoryRegionInfo {
+        VhostUserMemoryRegionInfo {
+            guest_phys_addr: 0,
+            memory_size: MEMORY,
+            userspace_addr: USER,
+            mmap_offset: 0,
+            mmap_handle: self.memory.as_raw_fd(),
+        }
+    }
+
+    /// Has the device look at a queue.
+    ///
+    /// # Panics
+    /// When that cannot be said.
+    pub fn kick(&self, queue: usize) {
+        self.queues[queue].kick.write(1).expect("a kick");
+    }
+
+    /// Cuts all of its memory off.
+    ///
+    /// # Panics
+    /// When it is sealed.
+    pub fn cut_memory(&self) {
+        ftruncate(&self.memory, 0).expect("it can be cut");
+    }
+
     /// A machine whose disk has so many queues; it is not connected.
     ///
     /// # Panics
     /// When the system has no memory for it.
     pub fn new(queues: u16) -> Guest {
-        let memory = memfd_create("guest", MemfdFlags::CLOEXEC).expect("a memfd");
-        ftruncate(&memory, MEMORY).expect("its length");
+        let memory = memory_file(MEMORY, true);
         let event = || EventFd::new(EFD_NONBLOCK).expect("an eventfd");
         let queue = || Queue { kick: event(), call: event(), error: event(), available: 0, used: 0 };
         let queues = std::iter::repeat_with(queue).take(queues.into()).collect();
@@ -131,6 +185,7 @@ impl Guest {
     /// # Panics
     /// When the device refuses something.
     pub fn start(&mut self) {
+        let region = self.region();
         let frontend = self.frontend.as_mut().expect("it is connected");
         if self.inflight.is_none() {
             let wanted = VhostUserInflight {
@@ -143,13 +198,6 @@ impl Guest {
         if let Some((info, file)) = &self.inflight {
             frontend.set_inflight_fd(info, file.as_raw_fd()).expect("marks of what is in flight");
         }
-        let region = VhostUserMemoryRegionInfo {
-            guest_phys_addr: 0,
-            memory_size: MEMORY,
-            userspace_addr: USER,
-            mmap_offset: 0,
-            mmap_handle: self.memory.as_raw_fd(),
-        };
         frontend.set_mem_table(&[region]).expect("memory");
         for (index, queue) in self.queues.iter().enumerate() {
             let at = USER + index as u64 * QUEUE;
@@ -379,8 +427,7 @@ impl Guest {
     /// # Panics
     /// When the device refuses.
     pub fn plug(&mut self, guest: u64, len: u64, plugged: bool) -> File {
-        let file = memfd_create("more", MemfdFlags::CLOEXEC).expect("a memfd");
-        ftruncate(&file, len).expect("its length");
+        let file = memory_file(len, true);
         let region = VhostUserMemoryRegionInfo {
             guest_phys_addr: guest,
             memory_size: len,

@@ -198,7 +198,7 @@ fn the_pool_is_rebalanced_when_an_appliance_comes() {
 
 /// A client that writes the same byte all over, again and again, whatever becomes of it.
 fn writer(uri: &str) -> Child {
-    const WRITE: &str = "import nbd, sys, time\nend = time.time() + 20\nwhile time.time() < end:\n  try:\n    h = nbd.NBD()\n    \
+    const WRITE: &str = "import nbd, sys, time\nend = time.time() + 300\nwhile time.time() < end:\n  try:\n    h = nbd.NBD()\n    \
                          h.connect_uri(sys.argv[1])\n    while time.time() < end:\n      for at in range(0, 64 << 20, 1 << 16):\n        \
                          h.pwrite(b'\\x11' * 65536, at)\n  except Exception:\n    time.sleep(0.01)\n";
     Command::new("/usr/bin/python3")
@@ -222,7 +222,9 @@ fn a_client_that_is_cut_off_writes_nothing_more() {
         status["blk"]["client"].as_str().expect("a client id").to_owned()
     };
     let mut old = writer(&uri);
-    std::thread::sleep(Duration::from_secs(1));
+    wait_until("it writes", || {
+        cluster.json(&["blk", "show", "v"])["counters"]["writes"].as_u64().is_some_and(|writes| writes > 0)
+    });
     // The owner is alive and its device is used: it stays.
     let kept = cluster.refused(&["alloc", "transfer", "v", "--to", &id, "--deadline", "5s"]);
     assert!(kept.contains("stays where it is") && kept.contains("NBD client"), "{kept}");

@@ -119,3 +119,38 @@ fn bad_configuration_is_named_by_file_and_line() {
         assert!(said.contains(hint) && said.contains("blk.toml"), "{text}: {said}");
     }
 }
+
+#[test]
+fn an_allocation_is_not_shown_to_the_network_by_mistake() {
+    let mut cluster = Cluster::start(1);
+    cluster.ok(&["alloc", "create", "v", "--size", "16MiB"]);
+    let form = format!("nbd-socket=0.0.0.0:{}", free_port());
+    let line = cluster.refused(&["blk", "attach", "v", "--as", &form]);
+    assert!(line.contains("other machines") && line.contains("insecure"), "{line}");
+    assert!(cluster.json(&["alloc", "show", "v"])["owner"].is_null(), "nothing was begun");
+    cluster.restart_blk_with("insecure = true");
+    cluster.ok(&["blk", "attach", "v", "--as", &form]);
+    // One that is shown already stays after the operator changed that: it may be in use.
+    cluster.restart_blk();
+    xpm_tests::wait_until("it is shown again", || cluster.json(&["blk", "show", "v"])["state"] == "live");
+    assert!(cluster.blk.log().contains("can be reached from other machines"), "{}", cluster.blk.log());
+}
+
+#[test]
+fn a_key_is_sent_to_no_socket_that_others_can_replace() {
+    use std::os::unix::fs::PermissionsExt;
+    let open = tempfile::tempdir().expect("a directory");
+    let run = open.path().join("run").display().to_string();
+    let [nbd, shm] = ["nbd.sock", "shm.sock"].map(|name| format!("{run}/{name}"));
+    let cluster = Cluster::start_pool(&[vec!["--unix", &nbd, "--shm", &shm]], false);
+    std::fs::set_permissions(&run, std::fs::Permissions::from_mode(0o1777)).expect("it can be opened to all");
+    cluster.ok(&["alloc", "create", "v", "--size", "16MiB"]);
+    let form = format!("nbd-socket={}", cluster.dir().join("v.sock").display());
+    for transport in ["shm", "nbd-unix"] {
+        let line = cluster.refused(&["blk", "attach", "v", "--as", &form, "--transport", transport]);
+        assert!(line.contains("written to by others"), "{line}");
+    }
+    cluster.ok(&["blk", "attach", "v", "--as", &form]);
+    let shown = cluster.json(&["blk", "show", "v"]);
+    assert_eq!(shown["links"][0]["transport"], "nbd-tcp", "{shown}");
+}

@@ -360,3 +360,42 @@ fn rubbish_breaks_the_guests_own_ring_and_nothing_else() {
     assert_eq!(other.run(0, (blk::READ, 0), &[(DATA, 4096, true)]), (4097, blk::OK));
     assert!(!cluster.blk.log().contains("panicked"), "{}", cluster.blk.log());
 }
+
+#[test]
+fn memory_that_a_front_end_can_cut_off_is_refused() {
+    let cluster = Cluster::start(2);
+    let socket = attach(&cluster, "disk", &[]);
+    assert!(!Guest::with_unsealed_memory(1).offers_memory(&socket));
+    wait_until("the log says why", || cluster.blk.log().contains("F_SEAL_SHRINK"));
+    let mut sealed = Guest::new(1);
+    sealed.connect(&socket);
+    assert_eq!(sealed.run(0, (blk::READ, 0), &[(DATA, 4096, true)]), (4097, blk::OK));
+}
+
+#[test]
+fn a_front_end_that_cuts_its_memory_off_harms_itself_alone() {
+    let mut cluster = Cluster::start(2);
+    cluster.restart_blk_with("allow-unsealed = true");
+    let mut other = Guest::new(1);
+    other.connect(&attach(&cluster, "other", &[]));
+    let disk = attach(&cluster, "disk", &[]);
+    let mut guest = Guest::with_unsealed_memory(1);
+    guest.connect(&disk);
+    guest.write(DATA, &pattern(5, 4096));
+    assert_eq!(guest.run(0, (blk::WRITE, 0), &[(DATA, 4096, false)]).1, blk::OK);
+    let pid = cluster.blk.pid();
+
+    guest.cut_memory();
+    guest.kick(0);
+    wait_until("its ring is broken", || guest.is_broken(0));
+    assert_eq!(other.run(0, (blk::READ, 0), &[(DATA, 4096, true)]), (4097, blk::OK), "the other goes on");
+    assert!(cluster.blk.is_alive() && cluster.blk.pid() == pid, "{}", cluster.blk.log());
+    assert!(cluster.blk.log().contains("guest memory is gone"), "{}", cluster.blk.log());
+
+    // One with whole memory is served, with what was written.
+    guest.disconnect();
+    let mut next = Guest::new(1);
+    next.connect(&disk);
+    assert_eq!(next.run(0, (blk::READ, 0), &[(DATA, 4096, true)]), (4097, blk::OK));
+    assert!(next.read(DATA, 4096) == pattern(5, 4096));
+}

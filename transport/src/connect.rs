@@ -15,6 +15,8 @@ use rustix::net::{
     sockopt,
 };
 
+use crate::trusted;
+
 /// How long to wait before a unix socket whose queue of connections is full is tried again.
 const BACKLOG_PAUSE: Duration = Duration::from_millis(2);
 
@@ -185,9 +187,10 @@ fn ready(running: &[Runner], limit: Duration) -> Result<Vec<bool>, ConnectError>
     }
 }
 
-/// A blocking unix stream to the socket at `path`.
+/// A blocking unix stream to the socket at `path`, which has to be one that can be trusted: see [`trusted`].
 pub(crate) fn dial_unix(path: &Path, deadline: Deadline) -> Result<OwnedFd, ConnectError> {
-    let address = SocketAddrUnix::new(path).map_err(unreachable)?;
+    let path = trusted::socket(path).map_err(ConnectError::Unavailable)?;
+    let address = SocketAddrUnix::new(&path).map_err(unreachable)?;
     let socket = nonblocking_socket(AddressFamily::UNIX)?;
     // A unix socket connects at once or, when the listener's queue is full, not at all (connect(2)).
     while let Err(errno) = rustix::net::connect(&socket, &address) {
@@ -198,6 +201,7 @@ pub(crate) fn dial_unix(path: &Path, deadline: Deadline) -> Result<OwnedFd, Conn
         }
         deadline.rest()?;
     }
+    trusted::peer(socket.as_fd()).map_err(ConnectError::Unavailable)?;
     ioctl_fionbio(&socket, false).map_err(unreachable)?;
     Ok(socket)
 }

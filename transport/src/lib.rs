@@ -20,6 +20,7 @@ pub mod slots;
 pub mod sound;
 pub mod spin;
 pub mod store;
+mod trusted;
 
 pub use io::{Completion, IoBuf, IoError, Kind, Operation};
 pub use link::{Link, LinkDown};

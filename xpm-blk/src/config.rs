@@ -68,6 +68,10 @@ pub struct Config {
     pub hang_limit: Span,
     /// Show devices that can carry swap although the process is not safe for it.
     pub allow_unsafe_swap: bool,
+    /// Take guest memory of a vhost-user front end that can be cut off while it is used.
+    pub allow_unsealed: bool,
+    /// Show an allocation at a TCP address that other machines reach, where anybody can read and write it.
+    pub insecure: bool,
     /// Devices that are attached at start.
     pub device: Vec<AttachDevice>,
 }
@@ -93,6 +97,8 @@ impl Default for Config {
             standby_reserve: ByteSize(32 << 20),
             hang_limit: Span(Duration::from_secs(20)),
             allow_unsafe_swap: false,
+            allow_unsealed: false,
+            insecure: false,
             device: Vec::new(),
         }
     }
@@ -256,6 +262,8 @@ mod tests {
             standby-reserve = "16MiB"
             hang-limit = "10s"
             allow-unsafe-swap = true
+            allow-unsealed = true
+            insecure = true
             [[device]]
             name = "pool"
             as = "ublk"

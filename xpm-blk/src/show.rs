@@ -64,9 +64,14 @@ pub(crate) fn show(
         Form::Nbd | Form::NbdDirect => {
             Box::new(NbdDevice::show(shared, volume, server.clone(), group, &shape)?)
         }
-        Form::VhostUser(path) => Box::new(VhostUserBlk::show(request.name.as_str(), path, volume, &shape)?),
+        Form::VhostUser(path) => {
+            let allow_unsealed = config.allow_unsealed;
+            Box::new(VhostUserBlk::show(request.name.as_str(), path, volume, &shape, allow_unsealed)?)
+        }
         Form::NbdSocket(place) => {
-            Box::new(NbdSocket::show(request.name.as_str(), place, volume, server.clone(), group)?)
+            // One that was shown before may be in use.
+            let insecure = config.insecure || readiness != Readiness::Required;
+            Box::new(NbdSocket::show(request.name.as_str(), place, volume, server.clone(), group, insecure)?)
         }
     };
     Ok((shown, change))

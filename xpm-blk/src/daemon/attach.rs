@@ -5,12 +5,13 @@ use std::time::Instant;
 
 use xpm_protocol::Name;
 use xpm_protocol::api::ErrorKind;
-use xpm_protocol::api::blk::{AttachDevice, Device};
+use xpm_protocol::api::blk::{AttachDevice, Device, Form};
 
 use super::{Attached, Busy, Daemon, Slot, blocking};
 use crate::config::check_device;
 use crate::error::{DeviceError, Step};
 use crate::frontend::check_support;
+use crate::frontend::nbd_socket::check_exposure;
 use crate::records::Record;
 use crate::show::{Readiness, show};
 
@@ -22,6 +23,10 @@ impl Daemon {
     pub async fn attach(self: &Arc<Daemon>, request: AttachDevice) -> Result<Device, DeviceError> {
         check_device(&request).map_err(|error| DeviceError::new(ErrorKind::Invalid, error))?;
         self.check_safety(&request.form)?;
+        if let Form::NbdSocket(place) = &request.form {
+            // Before anything is asked of the allocator.
+            check_exposure(place, self.config.insecure)?;
+        }
         self.reserve(&request.name)?;
         let daemon = Arc::clone(self);
         let task = tokio::spawn(async move {

@@ -193,6 +193,7 @@ impl Connector {
     }
 
     pub(super) fn status(&self) -> LinkStatus {
+        let first_choice = self.first_choice();
         let state = self.lock();
         let live = || state.ports.iter().filter(|port| !port.is_closed());
         let worst = live()
@@ -203,7 +204,7 @@ impl Connector {
         LinkStatus {
             appliance: self.grant.appliance,
             appliance_name: self.grant.appliance_name.clone(),
-            transport: state.transport.unwrap_or_else(|| self.first_choice()),
+            transport: state.transport.unwrap_or(first_choice),
             state: link_state,
             since: Span(whole_millis(since.elapsed())),
             reconnects: live().map(|port| port.links().saturating_sub(1)).sum(),

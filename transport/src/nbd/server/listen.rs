@@ -152,7 +152,7 @@ async fn negotiate<S: Stream>(
                 let enters = handshake.enters();
                 opened = open(server.clone(), exports.clone(), name, enters).await;
                 if matches!(opened, Found::Export(_, Some(_))) {
-                    ticket = None;
+                    drop(ticket.take());
                 }
                 next = match &opened {
                     Found::Outdated => handshake.outdated(),

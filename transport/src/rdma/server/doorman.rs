@@ -117,24 +117,28 @@ impl Doorman {
             match (*ready, waits) {
                 (true, _) => self.listen_to(pending, shared),
                 (false, true) => self.pending.push(pending),
-                (false, false) => drop(self.gate.leave(pending.entry)),
+                (false, false) => self.leave(&pending),
             }
         }
+    }
+
+    fn leave(&mut self, pending: &Pending) {
+        self.gate.leave(pending.entry);
     }
 
     fn listen_to(&mut self, mut pending: Pending, shared: &Shared) {
         let mut room = [0; ASK_LEN];
         let wanted = ASK_LEN - pending.asked.len();
         match recv(&pending.stream, &mut room[..wanted], RecvFlags::DONTWAIT) {
-            Ok((0, _)) => return drop(self.gate.leave(pending.entry)),
+            Ok((0, _)) => return self.leave(&pending),
             Ok((received, _)) => pending.asked.extend_from_slice(&room[..received]),
             Err(Errno::AGAIN | Errno::INTR) => {}
-            Err(_) => return drop(self.gate.leave(pending.entry)),
+            Err(_) => return self.leave(&pending),
         }
         let Ok(asked) = <[u8; ASK_LEN]>::try_from(pending.asked.as_slice()) else {
             return self.pending.push(pending);
         };
-        self.gate.leave(pending.entry);
+        self.leave(&pending);
         self.answer(pending.stream, &asked, shared);
     }
 

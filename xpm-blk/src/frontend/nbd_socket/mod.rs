@@ -4,6 +4,8 @@ use std::net::TcpListener;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use xpm_client::Volume;
+use xpm_control::listen::Place;
+use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::blk::SocketPlace;
 use xpm_transport::nbd::server::{Exports, Listener, Opened, Server};
 
@@ -32,7 +34,12 @@ impl NbdSocket {
         volume: Volume,
         server: Server,
         group: u128,
+        insecure: bool,
     ) -> Result<NbdSocket, DeviceError> {
+        check_exposure(place, insecure)?;
+        if let Err(exposed) = check_exposure(place, false) {
+            tracing::warn!("{exposed}");
+        }
         let exports = Arc::new(OneExport { name: name.to_owned(), volume: volume.clone(), group });
         let (place, listener) = match place {
             SocketPlace::Unix(path) => {
@@ -47,6 +54,24 @@ impl NbdSocket {
         };
         let listener = Mutex::new(Some(listener.at(format!("listen at {place}"))?));
         Ok(NbdSocket { place, server, volume, group, listener })
+    }
+}
+
+/// Refuses an address that other machines reach: the export has no secret, so whoever connects reads and writes it.
+///
+/// # Errors
+/// [`ErrorKind::Denied`] with what to do instead.
+pub(crate) fn check_exposure(place: &SocketPlace, insecure: bool) -> Result<(), DeviceError> {
+    let SocketPlace::Tcp(address) = place else { return Ok(()) };
+    match Place::Tcp(*address).check_exposure(false, insecure) {
+        Ok(()) => Ok(()),
+        Err(_) => Err(DeviceError::new(
+            ErrorKind::Denied,
+            format!(
+                "nbd-socket={place} can be reached from other machines, and whoever connects reads and writes the allocation: give \
+                 an address of this machine (127.0.0.1) or a path, or accept it with `insecure = true` in xpm-blk's configuration"
+            ),
+        )),
     }
 }
 

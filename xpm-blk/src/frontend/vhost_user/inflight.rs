@@ -19,7 +19,7 @@ use std::sync::atomic::Ordering;
 
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 
-use super::memory::{Region, RegionInfo, Window};
+use super::memory::{Region, RegionInfo, Terms, Window};
 use super::ring::{Broken, SIZE_MAX};
 
 const HEADER_LEN: usize = 16;
@@ -81,7 +81,7 @@ impl Inflight {
     ///
     /// # Errors
     /// When it is not what it says.
-    pub(super) fn map(info: InflightInfo, file: &OwnedFd) -> io::Result<Inflight> {
+    pub(super) fn map(info: InflightInfo, file: &OwnedFd, terms: &Terms) -> io::Result<Inflight> {
         info.check()?;
         let needed = (len_of_queue(info.entries) * usize::from(info.queues)) as u64;
         if info.len < needed || !info.offset.is_multiple_of(ALIGNMENT as u64) {
@@ -89,7 +89,7 @@ impl Inflight {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
         }
         let place = RegionInfo { guest: 0, len: needed, user: 0, offset: info.offset };
-        let region = Arc::new(Region::map(place, file)?);
+        let region = Arc::new(Region::map(place, file, terms)?);
         Ok(Inflight { region, queues: info.queues, entries: info.entries })
     }
 
@@ -205,12 +205,12 @@ const fn entry(head: u16) -> usize {
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::memory::tests::memfd;
+    use super::super::memory::tests::{memfd, terms};
     use super::*;
 
     fn inflight() -> Inflight {
         let (info, file) = create(2, 8).unwrap();
-        Inflight::map(info, &file).unwrap()
+        Inflight::map(info, &file, &terms()).unwrap()
     }
 
     fn recover(inflight: &Inflight, used: u16) -> Recovered {
@@ -260,10 +260,10 @@ mod tests {
             InflightInfo { offset: 1, ..info },
             InflightInfo { offset: 64, ..info },
         ] {
-            assert!(Inflight::map(bad, &file).is_err(), "{bad:?}");
+            assert!(Inflight::map(bad, &file, &terms()).is_err(), "{bad:?}");
         }
-        assert!(Inflight::map(InflightInfo { len: 1 << 40, ..info }, &memfd(64)).is_err());
-        let inflight = Inflight::map(info, &file).unwrap();
+        assert!(Inflight::map(InflightInfo { len: 1 << 40, ..info }, &memfd(64), &terms()).is_err());
+        let inflight = Inflight::map(info, &file, &terms()).unwrap();
         assert!(inflight.queue(2, 8).is_err() && inflight.queue(0, 16).is_err());
         assert!(create(0, 8).is_err() && create(1, 2048).is_err());
     }

@@ -4,9 +4,9 @@
 //! the guest's I/O. Both the guest and its monitor can change them at any time, so they are accessed by
 //! address only: as an [`IoBuf`], or by the atomic and copying accessors of a [`Window`].
 //!
-//! An access behind the end of a file kills the process (SIGBUS). So a file has to be as long as what is said
-//! to be in it. That it stays so is up to the monitor, which can pass memory that cannot shrink (QEMU's
-//! `memory-backend-memfd` does); a guest cannot shrink its memory's file.
+//! An access behind the end of a file raises SIGBUS. So a file has to be as long as what is said to be in it, and sealed
+//! against shrinking (`F_SEAL_SHRINK`; QEMU's `memory-backend-memfd` does that), unless the operator allows others
+//! (`allow-unsealed`). Where memory is gone all the same, its device fails, and no other (`fault.rs`).
 
 #![allow(unsafe_code)]
 
@@ -14,12 +14,14 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 
-use rustix::fs::{FileType, fstat, fstatfs};
+use rustix::fs::{FileType, SealFlags, fcntl_get_seals, fstat, fstatfs};
 use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap, mprotect, munlock, munmap};
 use rustix::param::page_size;
 use xpm_transport::io::IoBuf;
+
+use super::fault::Guarded;
 
 /// Type of a hugetlbfs file system (statfs(2)).
 const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
@@ -37,9 +39,34 @@ pub(super) struct RegionInfo {
     pub(super) offset: u64,
 }
 
+/// What guest memory has to be, and who is told when it is gone.
+#[derive(Debug, Clone)]
+pub(super) struct Terms {
+    /// Files that their owner can make shorter are taken.
+    pub(super) allow_unsealed: bool,
+    /// Set when a page of the memory is gone: it reads as zeros from then on.
+    pub(super) failed: Arc<AtomicBool>,
+}
+
+impl Terms {
+    fn check(&self, file: &OwnedFd) -> io::Result<()> {
+        let is_sealed = fcntl_get_seals(file).is_ok_and(|seals| seals.contains(SealFlags::SHRINK));
+        match self.allow_unsealed || is_sealed {
+            true => Ok(()),
+            false => Err(io::Error::new(
+                io::ErrorKind::PermissionDenied,
+                "memory that can be cut off while it is used (a file without F_SEAL_SHRINK): give the machine its memory by a \
+                 sealed memfd, as QEMU's memory-backend-memfd does, or set `allow-unsealed = true` for xpm-blk",
+            )),
+        }
+    }
+}
+
 /// A mapping, undone when dropped.
 #[derive(Debug)]
 struct Mapping {
+    /// Dropped before it is unmapped.
+    guarded: Option<Guarded>,
     address: NonNull<u8>,
     len: usize,
 }
@@ -54,13 +81,14 @@ unsafe impl Sync for Mapping {}
 impl Mapping {
     /// Maps a part of a file, neither locked nor faulted in: the memory is somebody else's, and this process
     /// locks what it maps.
-    fn of(file: &OwnedFd, offset: u64, len: usize) -> io::Result<Mapping> {
+    fn of(file: &OwnedFd, offset: u64, len: usize, page: usize, terms: &Terms) -> io::Result<Mapping> {
         let flags = MapFlags::SHARED | MapFlags::NORESERVE;
         // SAFETY: a new mapping at a place that the kernel chooses; it aliases nothing of ours.
         let address =
             unsafe { mmap(std::ptr::null_mut(), len, ProtFlags::empty(), flags, file.as_fd(), offset) }?;
         let address = NonNull::new(address.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
-        let mapping = Mapping { address, len };
+        let mut mapping = Mapping { guarded: None, address, len };
+        mapping.guarded = Some(Guarded::new(address.addr().get(), len, page, &terms.failed)?);
         // Accessible only after it is unlocked: a locked mapping that can be accessed is faulted in as a whole.
         // SAFETY: the range is the mapping that was just made, and no other.
         unsafe {
@@ -73,6 +101,7 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        self.guarded = None;
         // SAFETY: address and length are those of the mapping that this value owns. An error would mean that
         // it is not mapped, and leaves nothing to do.
         let _ = unsafe { munmap(self.address.as_ptr().cast(), self.len) };
@@ -92,14 +121,15 @@ impl Region {
     /// Maps a region.
     ///
     /// # Errors
-    /// When it cannot be, or the file is shorter than what is said to be in it.
-    pub(super) fn map(info: RegionInfo, file: &OwnedFd) -> io::Result<Region> {
+    /// When it cannot be, the file is shorter than what is said to be in it, or the terms do not allow it.
+    pub(super) fn map(info: RegionInfo, file: &OwnedFd, terms: &Terms) -> io::Result<Region> {
         let bad = |what: &str| io::Error::new(io::ErrorKind::InvalidInput, what.to_owned());
         let end = info.offset.checked_add(info.len).ok_or_else(|| bad("a region beyond all addresses"))?;
         let wraps = info.guest.checked_add(info.len).is_none() || info.user.checked_add(info.len).is_none();
         if info.len == 0 || wraps {
             return Err(bad("a region that is empty or beyond all addresses"));
         }
+        terms.check(file)?;
         let found = fstat(file)?;
         let is_file = FileType::from_raw_mode(found.st_mode) == FileType::RegularFile;
         if is_file && u64::try_from(found.st_size).is_ok_and(|size| size < end) {
@@ -113,7 +143,7 @@ impl Region {
         let first = info.offset / page * page;
         let len = (end - first).next_multiple_of(page);
         let len = usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory)?;
-        let mapping = Mapping::of(file, first, len)?;
+        let mapping = Mapping::of(file, first, len, page as usize, terms)?;
         Ok(Region { info, lead: (info.offset - first) as usize, mapping })
     }
 
@@ -274,15 +304,56 @@ impl Window {
 
 #[cfg(test)]
 pub(super) mod tests {
-    use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+    use rustix::fs::{MemfdFlags, fcntl_add_seals, ftruncate, memfd_create};
 
     use super::*;
 
-    /// A memfd of so many bytes.
+    /// A memfd of so many bytes that stays as long.
     pub(in super::super) fn memfd(len: u64) -> OwnedFd {
-        let file = memfd_create("xpm-test", MemfdFlags::CLOEXEC).unwrap();
+        let file = unsealed(len);
+        fcntl_add_seals(&file, SealFlags::SHRINK).unwrap();
+        file
+    }
+
+    fn unsealed(len: u64) -> OwnedFd {
+        let file = memfd_create("xpm-test", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
         ftruncate(&file, len).unwrap();
         file
+    }
+
+    /// What a device asks for where the operator says nothing.
+    pub(in super::super) fn terms() -> Terms {
+        Terms { allow_unsealed: false, failed: Arc::default() }
+    }
+
+    #[test]
+    fn memory_that_can_be_cut_off_is_refused_and_where_it_is_allowed_costs_no_more_than_its_device() {
+        let file = unsealed(0x4000);
+        let info = RegionInfo { guest: 0, len: 0x4000, user: 0, offset: 0 };
+        let refused = Region::map(info, &file, &terms()).unwrap_err().to_string();
+        assert!(refused.contains("allow-unsealed"), "{refused}");
+        let allowing = Terms { allow_unsealed: true, ..terms() };
+        let (others, other_file) = (terms(), memfd(0x1000));
+        let map = |file, terms, len| {
+            GuestMemory::new(vec![Arc::new(Region::map(RegionInfo { len, ..info }, file, terms).unwrap())])
+                .unwrap()
+        };
+        let (memory, other) = (map(&file, &allowing, 0x4000), map(&other_file, &others, 0x1000));
+        memory.piece(0, 0x4000).unwrap().copy_from_slice(&[7; 0x4000]);
+        other.piece(0, 4).unwrap().copy_from_slice(b"here");
+        ftruncate(&file, 0x1000).unwrap();
+        let mut bytes = [1; 0x4000];
+        memory.piece(0, 0x4000).unwrap().copy_to_slice(&mut bytes);
+        assert!(
+            bytes[..0x1000] == [7; 0x1000] && bytes[0x1000..] == [0; 0x3000],
+            "zeros in place of what is gone"
+        );
+        memory.window_of_guest(0x2000, 2).unwrap().store16(0, 5, Ordering::Release);
+        assert!(allowing.failed.load(Ordering::Acquire), "and its device is told");
+        assert!(!others.failed.load(Ordering::Acquire));
+        let mut there = [0; 4];
+        other.piece(0, 4).unwrap().copy_to_slice(&mut there);
+        assert_eq!(&there, b"here");
     }
 
     /// Guest memory of regions at these guest addresses with these lengths; in the front end each is 1 TiB
@@ -294,7 +365,7 @@ pub(super) mod tests {
         let regions = regions.iter().map(|&(guest, len)| {
             let info = RegionInfo { guest, len, user: guest + (1 << 40), offset };
             offset += len;
-            Arc::new(Region::map(info, &file).unwrap())
+            Arc::new(Region::map(info, &file, &terms()).unwrap())
         });
         GuestMemory::new(regions.collect()).unwrap()
     }
@@ -325,7 +396,7 @@ pub(super) mod tests {
     fn files_that_are_too_short_and_regions_that_overlap_are_refused() {
         let file = memfd(0x2000);
         let info = RegionInfo { guest: 0, len: 0x1000, user: 0, offset: 0x1000 };
-        assert!(Region::map(info, &file).is_ok());
+        assert!(Region::map(info, &file, &terms()).is_ok());
         for info in [
             RegionInfo { offset: 0x1001, ..info },
             RegionInfo { len: 0, ..info },
@@ -333,9 +404,9 @@ pub(super) mod tests {
             RegionInfo { guest: u64::MAX, ..info },
             RegionInfo { user: u64::MAX, ..info },
         ] {
-            assert!(Region::map(info, &file).is_err(), "{info:?}");
+            assert!(Region::map(info, &file, &terms()).is_err(), "{info:?}");
         }
-        let region = |guest| Arc::new(Region::map(RegionInfo { guest, ..info }, &file).unwrap());
+        let region = |guest| Arc::new(Region::map(RegionInfo { guest, ..info }, &file, &terms()).unwrap());
         assert!(GuestMemory::new(vec![region(0), region(0xfff)]).is_err());
         assert!(GuestMemory::new(vec![region(0), region(0x1000)]).is_ok());
     }
@@ -344,10 +415,10 @@ pub(super) mod tests {
     fn a_region_that_starts_within_a_page_is_where_it_is() {
         let file = memfd(0x3000);
         let whole = RegionInfo { guest: 0, len: 0x3000, user: 0, offset: 0 };
-        let whole = GuestMemory::new(vec![Arc::new(Region::map(whole, &file).unwrap())]).unwrap();
+        let whole = GuestMemory::new(vec![Arc::new(Region::map(whole, &file, &terms()).unwrap())]).unwrap();
         whole.piece(0x1234, 3).unwrap().copy_from_slice(b"xyz");
         let part = RegionInfo { guest: 0x9000, len: 0x100, user: 0, offset: 0x1234 };
-        let part = GuestMemory::new(vec![Arc::new(Region::map(part, &file).unwrap())]).unwrap();
+        let part = GuestMemory::new(vec![Arc::new(Region::map(part, &file, &terms()).unwrap())]).unwrap();
         let mut bytes = [0; 3];
         part.piece(0x9000, 3).unwrap().copy_to_slice(&mut bytes);
         assert_eq!(&bytes, b"xyz");

@@ -5,7 +5,7 @@
 //! by piece, and nothing of it is copied here.
 //!
 //! * `message.rs`: the protocol's messages; `session.rs`: what they ask for.
-//! * `memory.rs`: guest memory; `ring.rs`, `chain.rs`, `request.rs`: from a ring to operations, each checking what
+//! * `memory.rs`: guest memory; `fault.rs`: where it is gone; `ring.rs`, `chain.rs`, `request.rs`: from a ring to operations, each checking what
 //!   a guest may have written there.
 //! * `inflight.rs`: marks of what is in flight, which outlive this process.
 //! * `queue.rs`: the thread of a queue.
@@ -20,6 +20,7 @@
 
 mod chain;
 mod config;
+mod fault;
 mod inflight;
 mod memory;
 mod message;
@@ -66,7 +67,13 @@ impl VhostUserBlk {
     ///
     /// # Errors
     /// [`ErrorKind::Conflict`] when somebody else listens there.
-    pub fn show(name: &str, path: &Path, volume: Volume, shape: &Shape) -> Result<VhostUserBlk, DeviceError> {
+    pub fn show(
+        name: &str,
+        path: &Path,
+        volume: Volume,
+        shape: &Shape,
+        allow_unsealed: bool,
+    ) -> Result<VhostUserBlk, DeviceError> {
         let listener = socket::bind(path).map_err(|error| socket::refused(error, path.display()))?;
         let at = || format!("serve {}", path.display());
         listener.set_nonblocking(true).at(at())?;
@@ -77,6 +84,7 @@ impl VhostUserBlk {
             facts: Arc::new(facts),
             queues: shape.queues,
             spin: shape.spin,
+            allow_unsealed,
             listener: Mutex::new(None),
         });
         let server = Arc::new(Server {

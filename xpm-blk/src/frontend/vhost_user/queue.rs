@@ -33,6 +33,9 @@ use super::ring::{Broken, Parts, Ring};
 use crate::lifecycle;
 use crate::watch::Pulse;
 
+/// Why a ring is broken whose guest has lost memory.
+const MEMORY_GONE: Broken =
+    Broken("guest memory is gone under it: the machine has to connect again with whole memory");
 /// Marks the channel among the events.
 const CHANNEL: u64 = 1;
 
@@ -41,6 +44,8 @@ pub(super) struct QueueParts {
     pub(super) name: String,
     pub(super) ring: Ring,
     pub(super) memory: Arc<GuestMemory>,
+    /// Set when some of it is gone.
+    pub(super) memory_failed: Arc<AtomicBool>,
     /// Readable when the guest has made something available.
     pub(super) kick: Arc<OwnedFd>,
     /// To be written when something was used.
@@ -148,6 +153,7 @@ struct Queue {
     channel: Channel,
     ring: Ring,
     memory: Arc<GuestMemory>,
+    memory_failed: Arc<AtomicBool>,
     /// Memory that was replaced while requests in flight could use it.
     replaced: Vec<Arc<GuestMemory>>,
     tracker: Option<Tracker>,
@@ -195,6 +201,7 @@ impl Queue {
             channel: parts.channel,
             ring: parts.ring,
             memory: parts.memory,
+            memory_failed: parts.memory_failed,
             replaced: Vec::new(),
             tracker: parts.tracker,
             slots: std::iter::repeat_with(slot).take(size).collect(),
@@ -230,6 +237,9 @@ impl Queue {
         loop {
             let taken = self.take_available();
             let ended = self.take_completions(looking);
+            if !self.broken && self.memory_failed.load(Ordering::Acquire) {
+                self.break_ring(MEMORY_GONE);
+            }
             self.tell_guest();
             self.take_orders();
             self.pulse.answer_if_asked();
@@ -377,8 +387,10 @@ impl Queue {
 
     fn break_ring(&mut self, broken: Broken) {
         self.broken = true;
+        // Zeros in place of a ring break it as well.
+        let broken = if self.memory_failed.load(Ordering::Acquire) { MEMORY_GONE } else { broken };
         tracing::warn!(
-            "{}: the guest broke its ring: {broken}; it is not served until the guest resets the device",
+            "{}: the ring is broken: {broken}; it is not served until the guest resets the device",
             thread::current().name().unwrap_or_default()
         );
         signal(self.error.as_deref());

@@ -16,7 +16,7 @@ use xpm_transport::spin::Spin;
 
 use super::config::{self, feature};
 use super::inflight::{self, Inflight};
-use super::memory::{GuestMemory, Region, RegionInfo};
+use super::memory::{GuestMemory, Region, RegionInfo, Terms};
 use super::message::{self, Reply, Request, protocol};
 use super::queue::{DeviceFacts, Order, QueueParts, Worker};
 use super::ring::{Addresses, Broken, Features, Parts, Ring, SIZE_MAX};
@@ -47,6 +47,8 @@ pub(super) struct Device {
     pub(super) queues: u16,
     /// Longest busy wait of a queue.
     pub(super) spin: Duration,
+    /// Guest memory that can be cut off is taken.
+    pub(super) allow_unsealed: bool,
     /// Where the front end that is connected wants to hear of a change of the configuration space.
     pub(super) listener: Mutex<Option<UnixStream>>,
 }
@@ -103,6 +105,8 @@ pub(super) struct Session {
     device: Arc<Device>,
     features: u64,
     memory: Arc<GuestMemory>,
+    /// What its memory has to be.
+    terms: Terms,
     inflight: Option<Inflight>,
     vrings: Vec<Vring>,
 }
@@ -110,7 +114,8 @@ pub(super) struct Session {
 impl Session {
     pub(super) fn new(device: Arc<Device>) -> Session {
         let vrings = std::iter::repeat_with(Vring::default).take(usize::from(device.queues)).collect();
-        Session { device, features: 0, memory: Arc::default(), inflight: None, vrings }
+        let terms = Terms { allow_unsealed: device.allow_unsealed, failed: Arc::default() };
+        Session { device, features: 0, memory: Arc::default(), terms, inflight: None, vrings }
     }
 
     /// Whether a queue is served.
@@ -148,7 +153,9 @@ impl Session {
                 let (info, file) = inflight::create(info.queues, info.entries)?;
                 return Ok(Reply::Inflight(info, file));
             }
-            Request::SetInflightFd(info, file) => self.inflight = Some(Inflight::map(info, &file)?),
+            Request::SetInflightFd(info, file) => {
+                self.inflight = Some(Inflight::map(info, &file, &self.terms)?);
+            }
             Request::SetVringNum(index, size) => self.set_size(index, size)?,
             Request::SetVringAddr(index, addresses) => {
                 self.stopped(index)?.addresses = Some(addresses);
@@ -233,7 +240,7 @@ impl Session {
     }
 
     fn set_memory(&mut self, regions: Vec<(RegionInfo, OwnedFd)>) -> Result<(), Refused> {
-        let map = |(info, file): (RegionInfo, OwnedFd)| Region::map(info, &file).map(Arc::new);
+        let map = |(info, file): (RegionInfo, OwnedFd)| Region::map(info, &file, &self.terms).map(Arc::new);
         let regions: io::Result<Vec<Arc<Region>>> = regions.into_iter().map(map).collect();
         self.use_memory(GuestMemory::new(regions?)?)
     }
@@ -243,7 +250,7 @@ impl Session {
         if regions.len() >= REGIONS_MAX {
             return Err(invalid("more regions of guest memory than there can be"));
         }
-        regions.push(Arc::new(Region::map(info, file)?));
+        regions.push(Arc::new(Region::map(info, file, &self.terms)?));
         self.use_memory(GuestMemory::new(regions)?)
     }
 
@@ -321,6 +328,7 @@ impl Session {
             name: thread,
             ring: Ring::new(size, find()?, features, base),
             memory: Arc::clone(&self.memory),
+            memory_failed: Arc::clone(&self.terms.failed),
             kick,
             call,
             error,
