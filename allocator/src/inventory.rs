@@ -15,14 +15,14 @@ use xpm_protocol::api::allocator::{Appliance, ApplianceState, Heartbeat};
 use xpm_protocol::api::appliance::{Info, Status};
 use xpm_protocol::policy::{ApplianceProfile, RAMP_UP_DEFAULT_SECS};
 use xpm_protocol::text::short_line;
-use xpm_protocol::{AllocationId, ApplianceId, LinkSpeed, Name, Percent, Span};
+use xpm_protocol::{AllocationId, ApplianceId, ByteSize, LinkSpeed, Name, Percent, Span};
 
 use crate::store::ApplianceRecord;
 use crate::store::record::DrainRecord;
 use crate::strategy::{Candidate, Pool};
 
 /// Heartbeat intervals without a heartbeat after which an appliance counts as silent.
-const INTERVALS_MAX: u32 = 3;
+pub(crate) const INTERVALS_MAX: u32 = 3;
 
 /// What one heartbeat may have to tell, lines and bytes of each; and lines that are remembered.
 const WARNINGS_MAX: usize = 16;
@@ -48,6 +48,8 @@ struct Entry {
     heard_event: u64,
     /// `status` was sampled after this event.
     sampled_after: u64,
+    /// Event of the last answer to a question of our own.
+    answered: u64,
     /// It has changed at this event in a way that `status` does not show.
     doubtful: Option<u64>,
     /// Whether the log says that it is up.
@@ -82,6 +84,8 @@ pub struct Heard {
     pub warnings: Vec<String>,
     /// It is known, and reached at other places than before.
     pub moved: bool,
+    /// It started again, or has fewer grants than it said last.
+    pub has_less: bool,
 }
 
 impl Inventory {
@@ -111,11 +115,19 @@ impl Inventory {
         let moved = entry.info.endpoints != info.endpoints;
         entry.errors = (entry.errors / 2)
             .saturating_add(status.counters.errors.saturating_sub(entry.status.counters.errors));
-        entry.sampled_after = if known { entry.heard_event } else { 0 };
         let is_new = |line: &&String| !entry.warned.contains(line);
         let warnings = status.warnings.iter().filter(is_new).take(WARNINGS_MAX);
         let warnings: Vec<String> = warnings.map(|line| short_line(line, WARNING_LEN_MAX)).collect();
         entry.warned = status.warnings.iter().take(WARNED_MAX).cloned().collect();
+        let has_less = known && (status.uptime < entry.status.uptime || status.grants < entry.status.grants);
+        let status = match known && entry.heard_event < entry.answered {
+            // It may have been on its way while the appliance answered, and be older than that answer.
+            true => with_memory_of(&status, &entry.status),
+            false => {
+                entry.sampled_after = if known { entry.heard_event } else { 0 };
+                status
+            }
+        };
         (entry.info, entry.status) = (info, status);
         (entry.heard, entry.heard_event, entry.told_up) = (Some(now), event, true);
         if renamed {
@@ -126,16 +138,26 @@ impl Inventory {
             true => self.refill(id),
             false => self.change(id, |_| {}),
         }
-        Heard { changed, back, warnings, moved }
+        Heard { changed, back, warnings, moved, has_less }
     }
 
-    /// Takes the answer to a question that was asked at the event `asked`.
-    pub fn sample(&mut self, id: ApplianceId, asked: u64, status: Status) {
+    /// Takes the first answer of an appliance after a start: it is there. Returns whether it was not heard before.
+    pub fn greet(&mut self, id: ApplianceId, now: Duration, asked: u64, event: u64, status: Status) -> bool {
+        let new = self.state(id, now) != Some(ApplianceState::Up);
+        if let Some(entry) = self.appliances.get_mut(&id) {
+            (entry.heard, entry.told_up) = (Some(now), true);
+        }
+        self.sample(id, asked, event, status);
+        new
+    }
+
+    /// Takes the answer to a question that was asked at the event `asked`; it came at the event `now`.
+    pub fn sample(&mut self, id: ApplianceId, asked: u64, now: u64, status: Status) {
         let Some(entry) = self.appliances.get_mut(&id).filter(|entry| entry.sampled_after <= asked) else {
             return;
         };
         entry.status = status;
-        entry.sampled_after = asked;
+        (entry.sampled_after, entry.answered) = (asked, now);
         entry.drop_seen();
         self.change(id, |_| {});
     }
@@ -323,7 +345,7 @@ impl Inventory {
     pub fn list(&self, now: Duration, regions: &HashMap<ApplianceId, u64>) -> Vec<Appliance> {
         let shown = |(id, entry): (&ApplianceId, &Entry)| Appliance {
             info: entry.info.clone(),
-            status: entry.status.clone(),
+            status: Status { free: ByteSize(entry.unpromised()), ..entry.status.clone() },
             state: self.state_of(entry, now),
             silent: entry.heard.map(|heard| Span(whole_millis(now.saturating_sub(heard)))),
             regions: regions.get(id).copied().unwrap_or(0),
@@ -342,6 +364,7 @@ impl Entry {
             heard: None,
             heard_event: 0,
             sampled_after: 0,
+            answered: 0,
             doubtful: None,
             told_up: false,
             promises: HashMap::new(),
@@ -370,8 +393,13 @@ impl Entry {
     /// What may still be asked for: what it said, less what must stay free, less promises.
     fn free(&self) -> u64 {
         let kept = self.status.capacity.0.saturating_sub(self.usable());
+        self.unpromised().saturating_sub(kept)
+    }
+
+    /// What it said, less promises.
+    fn unpromised(&self) -> u64 {
         let promised = self.promises.values().map(|promise| promise.bytes).fold(0, u64::saturating_add);
-        self.status.free.0.saturating_sub(kept).saturating_sub(promised)
+        self.status.free.0.saturating_sub(promised)
     }
 
     fn health(&self) -> u16 {
@@ -433,6 +461,12 @@ impl Entry {
     }
 }
 
+/// A status with what another one says of memory.
+fn with_memory_of(status: &Status, other: &Status) -> Status {
+    let Status { granted, reserved, free, ready, regions, grants, .. } = *other;
+    Status { granted, reserved, free, ready, regions, grants, ..status.clone() }
+}
+
 /// What is neither used nor free.
 fn clearing(status: &Status) -> u64 {
     let used = [status.granted, status.reserved, status.free];
@@ -446,8 +480,6 @@ pub(crate) fn whole_millis(span: Duration) -> Duration {
 
 #[cfg(test)]
 mod tests {
-    use xpm_protocol::ByteSize;
-
     use super::*;
     use crate::testing::appliance;
 
@@ -475,7 +507,9 @@ mod tests {
             1,
             Heartbeat { info: appliance(1).info, status: appliance(1).status },
         );
-        assert_eq!(heard, Heard { changed: false, back: true, warnings: Vec::new(), moved: false });
+        let expected =
+            Heard { changed: false, back: true, warnings: Vec::new(), moved: false, has_less: false };
+        assert_eq!(heard, expected);
         assert_eq!(inventory.state(id, TICK * 3), Some(ApplianceState::Up));
         assert_eq!(inventory.state(id, TICK * 3 + Duration::from_millis(1)), Some(ApplianceState::Silent));
         assert!(inventory.fallen_silent(TICK * 3).is_empty());
@@ -506,9 +540,23 @@ mod tests {
         inventory.hear(Duration::ZERO, 0, 1, heartbeat(100));
         inventory.promise(allocation, id, 60);
         inventory.settle(allocation, id, 2);
-        inventory.sample(id, 3, heartbeat(40).status);
+        inventory.sample(id, 3, 4, heartbeat(40).status);
         assert_eq!(free(&inventory), 40);
-        inventory.sample(id, 2, heartbeat(100).status);
+        inventory.sample(id, 2, 5, heartbeat(100).status);
         assert_eq!(free(&inventory), 40, "an older answer changes nothing");
+    }
+
+    #[test]
+    fn a_heartbeat_that_may_be_older_than_an_answer_says_nothing_of_memory() {
+        let mut inventory = Inventory::new(TICK);
+        let (allocation, id) = (AllocationId::from_u128(1), appliance(1).info.id);
+        inventory.hear(Duration::ZERO, 0, 1, heartbeat(100));
+        inventory.promise(allocation, id, 60);
+        inventory.settle(allocation, id, 2);
+        inventory.sample(id, 3, 4, heartbeat(40).status);
+        inventory.hear(TICK, 0, 5, heartbeat(100));
+        assert_eq!(free(&inventory), 40, "it may have been sent before the memory was taken");
+        inventory.hear(TICK * 2, 0, 6, heartbeat(30));
+        assert_eq!(free(&inventory), 30);
     }
 }

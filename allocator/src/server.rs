@@ -7,14 +7,18 @@ use xpm_control::server::{ApiError, Force, Json, Limits, NoContent, Office, Path
 use xpm_control::token::Token;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{
-    Attach, ClientFacts, Create, Drain, Heartbeat, Pause, Rebalance, Renew, Report, Resize, SlabMap, Transfer,
+    Attach, ClientFacts, Create, Drain, Heartbeat, Pause, Rebalance, Rename, Renew, Report, Resize, SlabMap,
+    Transfer,
 };
+use xpm_protocol::api::event::EventKind;
 use xpm_protocol::api::policy::Apply;
+use xpm_protocol::id::ParseIdError;
 use xpm_protocol::policy::{DocumentName, Kind, LABELS_MAX};
-use xpm_protocol::{ApplianceId, ClientId, GrantId, Name};
+use xpm_protocol::text::one_line;
+use xpm_protocol::{ApplianceId, ClientId, GrantId, Name, RequestId};
 
 use crate::driver::Handle;
-use crate::service::{Outcome, Request};
+use crate::service::{EventQuery, Outcome, Request};
 
 type Answered = Result<Json<Outcome>, ApiError>;
 type Done = Result<NoContent, ApiError>;
@@ -35,6 +39,13 @@ struct Version {
     version: Option<u64>,
 }
 
+/// Query of a creation.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Asked {
+    request: Option<RequestId>,
+}
+
 /// Query for a decision.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -48,11 +59,34 @@ struct All {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct After {
-    #[serde(default)]
-    after: u64,
+    after: Option<u64>,
     /// Whether to wait for an event where there is none yet.
     #[serde(default)]
     wait: bool,
+    /// `NAME`, or `KIND/NAME` as in problems.
+    object: Option<String>,
+    /// Kinds, with commas in between.
+    #[serde(default)]
+    kind: String,
+    limit: Option<usize>,
+}
+
+impl After {
+    fn query(self) -> Result<EventQuery, ApiError> {
+        let invalid = |line: String| ApiError(ErrorKind::Invalid, line);
+        let name = |text: String| {
+            let name = text.rsplit('/').next().unwrap_or_default().parse();
+            name.map_err(|error: ParseIdError| invalid(error.to_string()))
+        };
+        let kinds: Vec<String> = self.kind.split(',').filter(|kind| !kind.is_empty()).map(one_line).collect();
+        let known = |kind: &String| EventKind::ALL.iter().any(|known| known.as_str() == kind);
+        if let Some(kind) = kinds.iter().find(|kind| !known(kind)) {
+            let all: Vec<&str> = EventKind::ALL.iter().map(|kind| kind.as_str()).collect();
+            return Err(invalid(format!("no event is of the kind `{kind}`; kinds are {}", all.join(", "))));
+        }
+        let object = self.object.map(name).transpose()?;
+        Ok(EventQuery { after: self.after, wait: self.wait, object, kinds, limit: self.limit })
+    }
 }
 
 /// Query of an owner. Owners of later versions may add to it.
@@ -114,8 +148,17 @@ fn routes(handle: Handle) -> Router {
         )
         .route(
             "/v1/allocations",
-            get(async move || answer(list(Request::Allocations).await))
-                .post(async move |Json(body): Json<Create>| answer(create(Request::Create(body)).await)),
+            get(async move || answer(list(Request::Allocations).await)).post(
+                async move |Query(Asked { request }): Query<Asked>, Json(body): Json<Create>| {
+                    answer(
+                        create(match request {
+                            Some(request) => Request::CreateAs(request, body),
+                            None => Request::Create(body),
+                        })
+                        .await,
+                    )
+                },
+            ),
         )
         .route(
             "/v1/allocations/{name}",
@@ -179,7 +222,7 @@ fn life_routes(handle: Handle) -> Router {
     };
     let [resize, transfer, orders, report, drain, end_drain] = std::array::from_fn(|_| ask.clone());
     let [rebalance, rebalancing, pause, end_rebalance] = std::array::from_fn(|_| ask.clone());
-    let [garbage, backup, slabs] = std::array::from_fn(|_| ask.clone());
+    let [garbage, backup, slabs, rename] = std::array::from_fn(|_| ask.clone());
     Router::new()
         .route("/v1/backup", get(async move || answer(backup(Request::Backup).await)))
         .route("/v1/garbage", get(async move || answer(garbage(Request::Garbage).await)))
@@ -187,6 +230,12 @@ fn life_routes(handle: Handle) -> Router {
             "/v1/allocations/{name}/size",
             put(async move |Path(name): Path<Name>, Json(resize_to): Json<Resize>| {
                 answer(resize(Request::Resize { name, resize: resize_to }).await)
+            }),
+        )
+        .route(
+            "/v1/allocations/{name}/name",
+            put(async move |Path(name): Path<Name>, Json(order): Json<Rename>| {
+                answer(rename(Request::Rename { name, to: order.to }).await)
             }),
         )
         .route(
@@ -267,8 +316,8 @@ fn more_routes(handle: Handle) -> Router {
         )
         .route(
             "/v1/events",
-            get(async move |Query(After { after, wait }): Query<After>| {
-                answer(events(Request::Events { after, wait }).await)
+            get(async move |Query(after): Query<After>| {
+                answer(events(Request::Events(after.query()?)).await)
             }),
         )
 }

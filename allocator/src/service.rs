@@ -24,6 +24,7 @@ mod commit;
 mod describe;
 mod documents;
 mod drain;
+mod early;
 mod events;
 mod forbear;
 mod garbage;
@@ -36,6 +37,7 @@ mod owner;
 mod purge;
 mod rebalance;
 mod reconcile;
+mod rename;
 #[cfg(test)]
 mod simulation;
 mod slabs;
@@ -51,7 +53,7 @@ use xpm_control::server::ApiError;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{Client, Heartbeat, HeartbeatAnswer};
 use xpm_protocol::api::event::EventKind;
-use xpm_protocol::{AllocationId, ApplianceId, ClientId, GrantKey, Name, Span};
+use xpm_protocol::{AllocationId, ApplianceId, ClientId, GrantKey, Name, RequestId, Span};
 
 use crate::inventory::Inventory;
 use crate::policy::Policy;
@@ -59,7 +61,8 @@ use crate::store::{AllocationRecord, Batch, Change};
 use crate::usage::Usage;
 
 pub use message::{
-    Answer, Call, CallError, Effect, Event, Moment, Outcome, Raising, ReplyTo, Request, Target, Ticket,
+    Answer, Call, CallError, Effect, Event, EventQuery, Moment, Outcome, Raising, ReplyTo, Request, Target,
+    Ticket,
 };
 
 /// Most requests that wait for one allocation while something is done to it.
@@ -95,12 +98,18 @@ pub struct Service {
     allocations: BTreeMap<AllocationId, Entry>,
     /// The allocations that hold their names.
     names: HashMap<Name, AllocationId>,
+    /// Names that allocations are about to get.
+    renaming: BTreeSet<Name>,
     /// Creations that look at the appliances once more before they give up.
     refreshes: HashMap<u64, wish::Refresh>,
     /// Creations that wait for memory that is being cleared.
     parked: Vec<wish::Wish>,
+    /// Appliances that were not heard in this life yet, and orders that wait for them.
+    early: early::Early,
     /// Requests that wait for their turn, in the order in which they are served.
     queue: Vec<waiting::Waiter>,
+    /// Requests that were taken back, and until when who asked may ask again.
+    cancelled: VecDeque<(RequestId, u64)>,
     /// Whose turn it is behind the head of the queue.
     queue_turn: usize,
     policy: Policy,
@@ -140,6 +149,8 @@ pub struct Service {
 struct Entry {
     record: AllocationRecord,
     work: Work,
+    /// Event at which it came into being; 0 for what a start found.
+    born: u64,
     /// Requests that wait for the work to end.
     queue: VecDeque<(ReplyTo, Request)>,
     /// When its next step towards its end is.
@@ -201,6 +212,16 @@ enum Awaited {
         asked: u64,
         appliance: ApplianceId,
     },
+    /// A sample that no order waits for.
+    Looked {
+        asked: u64,
+        appliance: ApplianceId,
+    },
+    /// Whether an appliance is there, after a start.
+    Greeted {
+        asked: u64,
+        appliance: ApplianceId,
+    },
 }
 
 enum AfterStore {
@@ -216,6 +237,8 @@ enum AfterStore {
     Disowned(ReplyTo),
     Renewed(ReplyTo),
     Slabs(ReplyTo),
+    /// With the name before.
+    Renamed(ReplyTo, Name),
     ChangePlanned,
     ChangeOpen,
     ChangeSwitched(Option<ReplyTo>),
@@ -233,9 +256,12 @@ impl Service {
             inventory: Inventory::new(settings.interval),
             allocations: BTreeMap::new(),
             names: HashMap::new(),
+            renaming: BTreeSet::new(),
             refreshes: HashMap::new(),
             parked: Vec::new(),
+            early: early::Early::default(),
             queue: Vec::new(),
+            cancelled: VecDeque::new(),
             queue_turn: 0,
             policy: Policy::default(),
             usage: Usage::default(),
@@ -272,6 +298,7 @@ impl Service {
             Event::Tick => self.tick(),
         }
         self.start_due_purges();
+        self.save_events();
         debug_assert_eq!(self.check(), Ok(()));
         std::mem::take(&mut self.effects)
     }
@@ -284,6 +311,7 @@ impl Service {
             );
             self.tell_of_appliance(EventKind::ApplianceSilent, id, true, line);
         }
+        self.wake_early();
         self.unpark();
         self.note_who_is_deaf();
         self.run_timers();
@@ -306,12 +334,13 @@ impl Service {
             Request::Allocation(name) => self.show(&name).map(|shown| Outcome::Allocation(Box::new(shown))),
             Request::Heartbeat(heartbeat) => return self.heartbeat(reply, *heartbeat),
             Request::ForgetAppliance(id) => return self.forget_appliance(reply, id),
-            Request::Create(create) => return self.create(reply, create),
+            Request::Create(create) => return self.create(reply, create, None),
+            Request::CreateAs(request, create) => return self.create(reply, create, Some(request)),
             Request::Decide { create, all } => return self.dry_run(reply, create, all),
             Request::Usage => Ok(Outcome::Usage(self.list_usage())),
             Request::HearClient { name, facts } => return self.hear_client(reply, name, facts),
             Request::Clients => Ok(Outcome::Clients(self.list_clients())),
-            Request::Events { after, wait } => return self.ask_events(reply, after, wait),
+            Request::Events(query) => return self.ask_events(reply, query),
             Request::Metrics => Ok(Outcome::Metrics(self.metrics())),
             Request::Policy => Ok(Outcome::Policy(self.shown_policy())),
             Request::Apply(apply) => return self.apply(reply, &apply),
@@ -335,6 +364,7 @@ impl Service {
             | Request::Renew { ref name, .. }
             | Request::Resize { ref name, .. }
             | Request::Transfer { ref name, .. }
+            | Request::Rename { ref name, .. }
             | Request::Slabs { ref name, .. }
             | Request::Report { ref name, .. } => {
                 let name = name.clone();
@@ -381,6 +411,7 @@ impl Service {
             Request::Attach { attach, .. } => self.attach(reply, id, attach),
             Request::Detach { client, .. } => self.detach(reply, id, client),
             Request::Renew { renew, .. } => self.renew(reply, id, renew),
+            Request::Rename { to, .. } => self.rename(reply, id, to),
             _ => unreachable!("only requests that change an allocation come here"),
         }
     }
@@ -409,6 +440,8 @@ impl Service {
             let line = format!("appliance {} ({id}) is up at {control}", self.inventory.name(id));
             self.tell_of_appliance(EventKind::ApplianceUp, id, false, line);
             self.hasten_purges(id);
+        }
+        if heard.back || heard.has_less {
             self.look_soon(id);
         }
         for line in heard.warnings {
@@ -420,6 +453,7 @@ impl Service {
                 format!("appliance {} ({id}) is reached at other addresses now", self.inventory.name(id));
             self.tell_of_appliance(EventKind::ApplianceMoved, id, false, line);
         }
+        self.is_heard(id);
         let outcome = Outcome::Heartbeat(HeartbeatAnswer { interval: Span(self.settings.interval) });
         match self.inventory.record(id).filter(|_| heard.changed) {
             Some(record) => {
@@ -439,6 +473,7 @@ impl Service {
         let line = format!("appliance {} ({id}) is forgotten", self.inventory.name(id));
         self.tell_of_appliance(EventKind::ApplianceForgotten, id, false, line);
         self.inventory.remove(id);
+        self.is_heard(id);
         self.hasten_purges(id);
         self.store(vec![Change::ApplianceGone(id)], Awaited::Answer(reply, Outcome::Done));
     }
@@ -479,6 +514,7 @@ impl Service {
                 self.finish_work(id);
             }
             AfterStore::Renewed(reply) => self.was_renewed(reply, id),
+            AfterStore::Renamed(reply, old) => self.renamed(reply, id, &old),
             AfterStore::Slabs(reply) => self.answer_slabs(reply, id),
             AfterStore::ChangePlanned => self.make_change(id),
             AfterStore::ChangeOpen => self.change_is_open(id),
@@ -500,6 +536,8 @@ impl Service {
             Some(Awaited::GrantsListed(id)) => self.grants_listed(id, result),
             Some(Awaited::Ignored) => {}
             Some(Awaited::Sampled { asked, appliance }) => self.sampled(asked, appliance, result),
+            Some(Awaited::Looked { asked, appliance }) => self.looked(asked, appliance, result),
+            Some(Awaited::Greeted { asked, appliance }) => self.greeted(asked, appliance, result),
             _ => unreachable!("a call is answered once, as a call"),
         }
     }
@@ -528,6 +566,7 @@ impl Service {
         let entry = Entry {
             record,
             work,
+            born: self.clock,
             queue: VecDeque::new(),
             timer: None,
             told: lease::Told::Nothing,
@@ -547,6 +586,8 @@ impl Service {
     fn replace(&mut self, id: AllocationId, record: AllocationRecord) {
         let entry = self.entry(id);
         let old = std::mem::replace(&mut entry.record, record);
+        self.follow_name(id, &old.name);
+        let entry = self.entry(id);
         if entry.counted && (old.change.is_some() || entry.record.change.is_some()) {
             let new = entry.record.clone();
             self.count(&old, true);

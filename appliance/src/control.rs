@@ -11,7 +11,7 @@ use xpm_control::server::{ApiError, Json, Path, Query, Router};
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::appliance::{Commit, Copy, Counters, Digest, Grant, Range, Region, Reserve, Status};
 use xpm_protocol::units::{ByteSize, Span};
-use xpm_protocol::{GrantId, RegionId};
+use xpm_protocol::{ApplianceId, GrantId, RegionId};
 
 use crate::copier::{self, Copier, CopyError};
 use crate::regions::{Table, TableError};
@@ -27,6 +27,7 @@ pub trait Traffic: Send + Sync {
 
 /// What orders are about.
 pub struct Appliance {
+    id: Option<ApplianceId>,
     table: Table,
     traffic: Box<dyn Traffic>,
     copier: Copier,
@@ -39,7 +40,13 @@ impl Appliance {
     /// # Errors
     /// When the kernel gives no random number.
     pub fn new(table: Table, traffic: Box<dyn Traffic>) -> std::io::Result<Appliance> {
-        Ok(Appliance { table, traffic, copier: Copier::new()?, started: Instant::now() })
+        Ok(Appliance { id: None, table, traffic, copier: Copier::new()?, started: Instant::now() })
+    }
+
+    /// The same with its id, which its status names.
+    #[must_use]
+    pub fn with_id(self, id: ApplianceId) -> Appliance {
+        Appliance { id: Some(id), ..self }
     }
 
     /// The table of regions and grants.
@@ -52,6 +59,7 @@ impl Appliance {
         let free = self.table.look_at_limits();
         let summary = self.table.summary();
         Status {
+            id: self.id,
             capacity: ByteSize(summary.capacity),
             granted: ByteSize(summary.totals.granted),
             reserved: ByteSize(summary.totals.reserved),

@@ -78,7 +78,7 @@ async fn serve(config: Config, handed: Handed) -> anyhow::Result<()> {
     let serving = data.serve(&config, &table)?;
     identity.rdma = serving.plane.rdma.as_ref().map(|rdma| rdma.addresses()).unwrap_or_default();
     let appliance = Appliance::new(table, Box::new(serving.plane.clone())).context("cannot start to copy")?;
-    let appliance = Arc::new(appliance);
+    let appliance = Arc::new(appliance.with_id(identity.id));
     announce(&config, &identity);
 
     let heartbeat = match (client, config.discover.clone()) {

@@ -1,5 +1,6 @@
 //! The log: lines on standard error, which the service manager keeps.
 
+use std::borrow::Cow;
 use std::io::{self, IsTerminal as _, Write};
 use std::sync::OnceLock;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -70,10 +71,11 @@ struct Lines;
 
 impl Write for Lines {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let line = one_line(bytes);
         match QUEUE.get() {
             // One that finds no place is lost.
-            Some(queue) => drop(queue.try_send(Entry::Line(bytes.to_vec()))),
-            None => io::stderr().write_all(bytes)?,
+            Some(queue) => drop(queue.try_send(Entry::Line(line.into_owned()))),
+            None => io::stderr().write_all(&line)?,
         }
         Ok(bytes.len())
     }
@@ -128,6 +130,19 @@ fn read_level(path: &str) -> String {
     text.lines().next().unwrap_or_default().trim().to_owned()
 }
 
+/// An entry of the log as one line, whoever wrote the text that is in it: a second line would look like an entry of
+/// its own. The formatter writes each entry at once, with one line break at its end, and escapes what steers terminals.
+fn one_line(entry: &[u8]) -> Cow<'_, [u8]> {
+    let body = entry.strip_suffix(b"\n").unwrap_or(entry);
+    let breaks = |byte: &u8| matches!(byte, b'\n' | b'\r');
+    if !body.iter().any(breaks) {
+        return Cow::Borrowed(entry);
+    }
+    let mut line: Vec<u8> = body.iter().map(|byte| if breaks(byte) { b' ' } else { *byte }).collect();
+    line.extend_from_slice(&entry[body.len()..]);
+    Cow::Owned(line)
+}
+
 /// Starts the log at level `info`, or at what `XPM_LOG` says: a level, or `@PATH` for a file that holds it. Where the
 /// variable is not set, `/etc/xpm/log-level` counts if it is there. A second call changes nothing.
 /// Without a terminal, lines carry no colours and no time, for the journal adds its own.
@@ -171,5 +186,17 @@ pub fn reload() {
         (Ok(()), Some(line)) => tracing::warn!("{line}"),
         (Ok(()), None) if wanted.text.is_empty() => tracing::info!("the log's level is {level}"),
         (Ok(()), None) => tracing::info!("the log's level is {level}, by {}", wanted.source),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_entry_is_one_line() {
+        assert_eq!(one_line(b" INFO a\n").as_ref(), b" INFO a\n");
+        assert_eq!(one_line(b" INFO a\r\n WARN forged\n").as_ref(), b" INFO a   WARN forged\n");
+        assert_eq!(one_line(b"").as_ref(), b"");
     }
 }

@@ -102,6 +102,13 @@ hex_id!(
     "a host id (32 hexadecimal digits)"
 );
 
+hex_id!(
+    /// One request for an allocation, made by who asks: asked again it is the same request, and once it was
+    /// taken back it stays so.
+    RequestId,
+    "a request id (32 hexadecimal digits)"
+);
+
 /// Counter of an allocation's ownership. Starts at 1 and only grows; an appliance refuses access
 /// with an older one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -18,7 +18,7 @@ pub mod speed;
 pub mod text;
 pub mod units;
 
-pub use id::{AllocationId, ApplianceId, ClientId, Epoch, GrantId, HostId, Name, RegionId};
+pub use id::{AllocationId, ApplianceId, ClientId, Epoch, GrantId, HostId, Name, RegionId, RequestId};
 pub use key::GrantKey;
 pub use layout::Layout;
 pub use speed::{LinkSpeed, Percent};

@@ -24,6 +24,13 @@ pub(crate) fn since(unix_seconds: u64) -> String {
     }
 }
 
+/// A moment in seconds since 1970 as RFC 3339 has it, in UTC.
+pub(crate) fn rfc3339(unix_seconds: u64) -> String {
+    let moment =
+        i64::try_from(unix_seconds).ok().and_then(|seconds| jiff::Timestamp::from_second(seconds).ok());
+    moment.map_or_else(|| format!("@{unix_seconds}"), |moment| moment.to_string())
+}
+
 /// How long until a time, given in seconds since 1970; one that is over counts as now.
 pub(crate) fn until(unix_seconds: u64) -> String {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -48,5 +55,7 @@ mod tests {
         assert_eq!(since(u64::MAX), "now");
         assert_eq!(until(0), "now");
         assert!(until(u64::MAX).starts_with("in "));
+        assert_eq!(rfc3339(1_774_738_800), "2026-03-28T23:00:00Z");
+        assert_eq!(rfc3339(u64::MAX), format!("@{}", u64::MAX));
     }
 }

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, ensure};
 use serde::Serialize;
-use xpm_protocol::api::allocator::{Allocation, Create, Owner, Renew, Transfer};
+use xpm_protocol::api::allocator::{Allocation, Create, Owner, Rename, Renew, Transfer};
 use xpm_protocol::api::decision::{Decision, DecisionOutcome};
 use xpm_protocol::{ByteSize, Layout, Name};
 
@@ -67,6 +67,11 @@ async fn carry_out(
             output.print(&allocation, |given| {
                 format!("{name}: {}\n", given.owner.as_ref().map(owner).unwrap_or_default())
             })
+        }
+        AllocCommand::Rename { name, to } => {
+            let allocation: Allocation =
+                allocator.put(&format!("/v1/allocations/{name}/name"), &Rename { to }).await?;
+            output.print(&allocation, |renamed| format!("{name} is named {} now\n", renamed.name))
         }
         AllocCommand::Delete { name, force } => {
             if force {

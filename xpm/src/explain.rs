@@ -86,7 +86,7 @@ fn appliances(decision: &Decision) -> String {
     if decision.appliances.is_empty() {
         return String::new();
     }
-    let mut table = Table::new(&["APPLIANCE", ">REGIONS", ">SCORE", "WHY"]);
+    let mut table = Table::new(&["APPLIANCE", ">REGIONS", ">POINTS", "WHY"]);
     decision.appliances.iter().for_each(|one| table.row(row(one)));
     let mut text = format!("\n{}", table.render());
     let left_out = decision.appliances_total.saturating_sub(decision.appliances.len() as u64);
@@ -114,12 +114,15 @@ fn row(one: &ApplianceTrace) -> [String; 4] {
     }
 }
 
-/// A part of a score: its share of its weight.
+/// A part of a score: points of those that can be had.
 fn part(part: &ScorePart) -> String {
-    let percent = format!("{}.{}%", part.share / 10, part.share % 10);
     match part.weight {
-        0 => format!("{} {percent}", part.of),
-        weight => format!("{} {percent} of {weight}", part.of),
+        // A share of all the others together.
+        0 => format!("{} {}.{}%", part.of, part.share / 10, part.share % 10),
+        weight => {
+            let tenths = u32::from(part.share) * u32::from(weight) / 100;
+            format!("{} {}.{} of {weight}", part.of, tenths / 10, tenths % 10)
+        }
     }
 }
 
@@ -193,9 +196,9 @@ asked of appliances: link speed of 10Gbps at least, and free
 LIMIT OF       HAS  ASKED  SOFT  HARD
 account batch   0B   1GiB     -  2GiB
 
-APPLIANCE  REGIONS  SCORE  WHY
-a1               4     95  free 95.5% of 100
-a2               -      -  rejected: has a link of 1Gbps, and 10Gbps is asked
+APPLIANCE  REGIONS  POINTS  WHY
+a1               4      95  free 95.5 of 100
+a2               -       -  rejected: has a link of 1Gbps, and 10Gbps is asked
 
 swap0: placed: 1GiB in 4 regions of 256MiB on 1 appliances
 ";

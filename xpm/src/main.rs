@@ -120,7 +120,7 @@ async fn dispatch(command: Command, setup: &Setup, output: Output) -> anyhow::Re
         Command::Edit(args) => return policy::edit(&args, &daemons, output).await,
         Command::Delete(args) => policy::delete(&args, &daemons, output).await?,
         Command::Usage(args) => usage::run(&args, &daemons, output).await?,
-        Command::Events { follow, after } => events::run(follow, after, &daemons, output).await?,
+        Command::Events(args) => events::run(args, &daemons, output).await?,
         Command::Backup { file } => life::backup(&file, &daemons, output).await?,
         Command::Fsck => return fsck::run(&daemons, output).await,
         Command::Rebalance(args) => life::rebalance(&args, &daemons, output).await?,

@@ -7,10 +7,11 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context as _, bail, ensure};
 use serde::Serialize;
 use similar::TextDiff;
+use xpm_protocol::Name;
 use xpm_protocol::api::policy::{
-    Applied, Apply, ChangeAction, DocumentChange, Policy, PolicyFile, PolicyFormat,
+    Applied, Apply, ChangeAction, DocumentChange, EDIT_MARK, Policy, PolicyFile, PolicyFormat, Written,
 };
-use xpm_protocol::policy::{Content, DocumentName, Documents};
+use xpm_protocol::policy::{Content, DocumentName, Documents, Kind};
 
 use crate::cli::{ApplyArgs, DeleteArgs, EditArgs, GetArgs};
 use crate::connect::{Daemon, Daemons};
@@ -85,32 +86,108 @@ fn diff(change: &DocumentChange) -> String {
 }
 
 pub(crate) async fn get(args: &GetArgs, daemons: &Daemons, output: Output) -> anyhow::Result<()> {
-    let documents = fetch(&daemons.allocator()?, args).await?;
-    output.print_as_written(&documents, |documents| {
+    let allocator = daemons.allocator()?;
+    let found = match (&args.file, args.kind) {
+        (Some(file), _) => return get_file(file, &allocator, output).await,
+        (None, Some(kind)) => fetch(&allocator, kind, args.name.as_ref()).await?,
+        (None, None) => bail!("say which kind of documents, or name a file (`--file`)"),
+    };
+    let kind = args.kind.map(Kind::as_str).unwrap_or_default();
+    output.print_as_written(&found.documents, |documents| {
         if documents.is_empty() {
-            return format!("# no {}: make one with `xpm apply FILE`\n", args.kind);
+            return format!("# no {kind}: make one with `xpm apply FILE`\n");
         }
-        // The documents came as JSON, and are made of what TOML can say.
-        toml::to_string_pretty(documents).unwrap_or_default()
+        let each: Vec<String> = documents.clone().into_contents().map(|one| found.text(&one)).collect();
+        each.join("\n")
     })
 }
 
-async fn fetch(allocator: &Daemon, args: &GetArgs) -> anyhow::Result<Documents> {
-    let Policy { documents, .. } = allocator.get("/v1/policy").await?;
-    let wanted = |content: &Content| {
-        content.kind() == args.kind && args.name.as_ref().is_none_or(|name| name == content.name())
+/// Prints the documents that a file names, in its order and as they were written.
+async fn get_file(path: &Path, allocator: &Daemon, output: Output) -> anyhow::Result<()> {
+    let file = read(path)?;
+    let cannot =
+        || format!("{} has no documents that can be read: `xpm apply --dry-run` says why", file.name);
+    let named: Documents = match file.format {
+        PolicyFormat::Toml => toml::from_str(&file.text).with_context(cannot)?,
+        PolicyFormat::Json => serde_json::from_str(&file.text).with_context(cannot)?,
     };
-    let found: Documents = documents.into_contents().filter(wanted).collect();
-    if let Some(name) = args.name.as_ref().filter(|_| found.is_empty()) {
-        bail!("there is no {} `{name}`: `xpm get {}` shows those that are there", args.kind, args.kind);
+    let names: Vec<DocumentName> = named.into_contents().map(|one| one.document_name()).collect();
+    let Policy { documents, written, .. } = allocator.get("/v1/policy").await?;
+    let documents: Documents =
+        documents.into_contents().filter(|one| names.contains(&one.document_name())).collect();
+    let there: Vec<DocumentName> = documents.clone().into_contents().map(|one| one.document_name()).collect();
+    if let Some(missing) = names.iter().find(|name| !there.contains(name)) {
+        bail!("there is no {missing}: `xpm apply {}` makes it", path.display());
     }
-    Ok(found)
+    let mut written: Vec<Written> = written
+        .into_iter()
+        .filter(|one| names.contains(&one.document) && one.format == file.format)
+        .collect();
+    written.sort_by_key(|one| one.position);
+    let found = Found { documents, written };
+    output.print(&found.documents, |documents| match found.written.len() == names.len() {
+        true => found.written.iter().map(|one| format!("{}{}{}", one.before, one.text, one.after)).collect(),
+        false => documents.clone().into_contents().map(|one| found.text(&one)).collect::<Vec<_>>().join("\n"),
+    })
+}
+
+/// Documents of the allocator, with their texts as far as it has them.
+struct Found {
+    documents: Documents,
+    written: Vec<Written>,
+}
+
+impl Found {
+    /// A document in TOML, as it was written where that is known.
+    fn text(&self, content: &Content) -> String {
+        let name = content.document_name();
+        let written =
+            self.written.iter().find(|one| one.document == name && one.format == PolicyFormat::Toml);
+        match written {
+            Some(written) => written.text.clone(),
+            // It came as JSON, and is made of what TOML can say.
+            None => toml::to_string_pretty(&Documents::from_iter([content.clone()])).unwrap_or_default(),
+        }
+    }
+
+    /// The same for somebody who changes it: with the version that was read.
+    fn draft(&self, content: &Content) -> String {
+        let text = self.text(content);
+        let marked = content.version().map(|version| format!("version = {version} {EDIT_MARK}\n"));
+        let written = self.written.iter().any(|one| one.document == content.document_name());
+        let header = |line: &str| line.trim_start().starts_with("[[");
+        match (marked, written) {
+            (Some(mark), true) if text.split_inclusive('\n').any(header) => {
+                let mut draft = String::new();
+                let mut marked = false;
+                for line in text.split_inclusive('\n') {
+                    draft.push_str(line);
+                    if !marked && header(line) {
+                        draft.push_str(&mark);
+                        marked = true;
+                    }
+                }
+                draft
+            }
+            _ => text,
+        }
+    }
+}
+
+async fn fetch(allocator: &Daemon, kind: Kind, name: Option<&Name>) -> anyhow::Result<Found> {
+    let Policy { documents, written, .. } = allocator.get("/v1/policy").await?;
+    let wanted = |content: &Content| content.kind() == kind && name.is_none_or(|name| name == content.name());
+    let documents: Documents = documents.into_contents().filter(wanted).collect();
+    if let Some(name) = name.filter(|_| documents.is_empty()) {
+        bail!("there is no {kind} `{name}`: `xpm get {kind}` shows those that are there");
+    }
+    Ok(Found { documents, written })
 }
 
 pub(crate) async fn edit(args: &EditArgs, daemons: &Daemons, output: Output) -> anyhow::Result<ExitCode> {
     let allocator = daemons.allocator()?;
-    let documents = fetch(&allocator, &GetArgs { kind: args.kind, name: Some(args.name.clone()) }).await?;
-    let before = toml::to_string_pretty(&documents)?;
+    let found = fetch(&allocator, args.kind, Some(&args.name)).await?;
+    let before: String = found.documents.clone().into_contents().map(|one| found.draft(&one)).collect();
     let path = draft(args, &before)?;
     edit_file(&path)?;
     let after = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
@@ -180,8 +257,6 @@ pub(crate) async fn delete(args: &DeleteArgs, daemons: &Daemons, output: Output)
 
 #[cfg(test)]
 mod tests {
-    use xpm_protocol::policy::Kind;
-
     use super::*;
 
     #[test]

@@ -3,9 +3,9 @@
 use std::time::{Duration, Instant};
 
 use anyhow::bail;
-use xpm_protocol::Span;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{Allocation, AllocationState, Create};
+use xpm_protocol::{RequestId, Span};
 
 use crate::connect::Daemon;
 use crate::output::{Output, one_line};
@@ -18,13 +18,19 @@ const PAUSE: Duration = Duration::from_secs(1);
 pub(crate) async fn create(allocator: &Daemon, create: Create, output: Output) -> anyhow::Result<Allocation> {
     let until = create.wait.map(|wait| Instant::now() + wait.0);
     let path = format!("/v1/allocations/{}", create.name);
-    let mut asked: Allocation = allocator.post("/v1/allocations", &create).await?;
+    // With an id of its own it is the same request when it is made again, also for an allocator that was asked to forget it.
+    let request = RequestId::from_u128(u128::from_ne_bytes(xpm_control::random::bytes()?));
+    let order = format!("/v1/allocations?request={request}");
+    let mut asked: Allocation = allocator.post(&order, &create).await?;
     if asked.state == AllocationState::Waiting {
         output.hint(&format!("`xpm alloc delete {}` takes the request back.", create.name));
     }
     let mut place = None;
     loop {
         let waiting = asked.waiting.as_ref();
+        if waiting.and_then(|one| one.request).is_some_and(|other| other != request) {
+            bail!("the request was taken back, and another one of that name waits");
+        }
         match asked.state {
             AllocationState::Waiting | AllocationState::Creating => {}
             AllocationState::Refused => {
@@ -47,7 +53,7 @@ pub(crate) async fn create(allocator: &Daemon, create: Create, output: Output) -
                 match until.map(|until| until.saturating_duration_since(Instant::now())) {
                     Some(left) if !left.is_zero() => {
                         let again = Create { wait: Some(Span(whole_seconds(left))), ..create.clone() };
-                        allocator.post("/v1/allocations", &again).await?
+                        allocator.post(&order, &again).await?
                     }
                     _ => bail!("the request is gone: somebody took it back, or its time is over"),
                 }

@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use xpm_control::server::ApiError;
 use xpm_protocol::api::ErrorKind;
-use xpm_protocol::api::policy::{ChangeAction, DocumentChange, PolicyFile, Problem};
+use xpm_protocol::api::policy::{ChangeAction, DocumentChange, PolicyFile, Problem, Written};
 use xpm_protocol::policy::{ApplianceProfile, ClientProfile, Content, DocumentName, Documents, Kind};
 use xpm_protocol::{ByteSize, Name};
 
@@ -24,11 +24,18 @@ pub use windows::Windows;
 
 use read::Document;
 
+/// Most documents that are kept.
+const DOCUMENTS_MAX: usize = 10_000;
+/// Most bytes of all documents that are kept, with their texts.
+const BYTES_MAX: usize = 16 << 20;
+
 /// All documents. Cheap enough to copy when an operator changes one.
 #[derive(Debug, Clone, Default)]
 pub struct Policy {
     revision: u64,
     documents: BTreeMap<DocumentName, Content>,
+    /// Their texts, of those that have one of their present version.
+    written: BTreeMap<DocumentName, Written>,
     strategies: HashMap<Name, CompiledStrategy>,
     accounts: HashMap<Name, CompiledAccount>,
 }
@@ -44,13 +51,19 @@ pub struct Plan {
     pub next: Option<Policy>,
     /// The documents that are new or different, with their versions.
     pub documents: Vec<Content>,
+    /// Texts that are new or different.
+    pub written: Vec<Written>,
 }
 
 impl Policy {
     /// The documents of an earlier life, which were valid then.
-    pub fn load(revision: u64, documents: Documents) -> Policy {
-        let documents = documents.into_contents().map(|content| (content.document_name(), content)).collect();
-        Policy { revision, documents, ..Policy::default() }.compiled()
+    pub fn load(revision: u64, documents: Documents, written: Vec<Written>) -> Policy {
+        let documents: BTreeMap<DocumentName, Content> =
+            documents.into_contents().map(|content| (content.document_name(), content)).collect();
+        let current =
+            |one: &Written| documents.get(&one.document).and_then(Content::version) == Some(one.version);
+        let written = written.into_iter().filter(current).map(|one| (one.document.clone(), one)).collect();
+        Policy { revision, documents, written, ..Policy::default() }.compiled()
     }
 
     fn compiled(mut self) -> Policy {
@@ -77,6 +90,18 @@ impl Policy {
     /// All documents, each with its version.
     pub fn documents(&self) -> Documents {
         self.documents.values().cloned().collect()
+    }
+
+    /// The texts of documents, of those that have one.
+    pub fn written(&self) -> Vec<Written> {
+        self.written.values().cloned().collect()
+    }
+
+    /// What all documents take, texts included, in bytes.
+    fn bytes(&self) -> usize {
+        let documents = self.documents.values().map(|one| toml_of(one).len());
+        let written = self.written.values().map(|one| one.before.len() + one.text.len() + one.after.len());
+        documents.chain(written).sum()
     }
 
     /// The strategy of this name.
@@ -128,23 +153,36 @@ impl Policy {
 
     /// What applying the files would come to.
     pub fn plan(&self, files: &[PolicyFile], usage: &Usage) -> Plan {
-        let (documents, mut problems) = read::read(files);
-        // What cannot be read may be what others name: only one kind of problem is told at a time.
+        let found = read::read(files);
+        // What cannot be read may be what others name: such names are not said to lead nowhere.
+        let mut problems = validate::validate(self, &found, usage);
+        let read::Read { documents, problems: unread, .. } = found;
+        problems.extend(unread);
+        let is_new = |one: &&Document| !self.documents.contains_key(&one.content.document_name());
+        let count = self.documents.len() + documents.iter().filter(is_new).count();
+        if problems.is_empty() && count > DOCUMENTS_MAX {
+            let text = format!(
+                "there would be {count} documents, and at most {DOCUMENTS_MAX} are kept: delete some first"
+            );
+            problems.push(read::whole_file(files, &text));
+        }
         if problems.is_empty() {
-            problems = validate::validate(self, &documents, usage);
+            let plan = self.changed(documents);
+            match plan.next.as_ref().and_then(Policy::too_much) {
+                None => return plan,
+                Some(text) => problems.push(read::whole_file(files, &text)),
+            }
         }
-        if !problems.is_empty() {
-            problems.sort_by(|a, b| (&a.file, a.line, &a.key).cmp(&(&b.file, b.line, &b.key)));
-            return Plan { problems, ..Plan::default() };
-        }
-        self.changed(documents)
+        problems.truncate(read::PROBLEMS_MAX);
+        problems.sort_by(|a, b| (&a.file, a.line, &a.key).cmp(&(&b.file, b.line, &b.key)));
+        Plan { problems, ..Plan::default() }
     }
 
     fn changed(&self, documents: Vec<Document>) -> Plan {
         let revision = self.revision + 1;
         let mut plan = Plan::default();
         let mut next = self.clone();
-        for Document { content, .. } in documents {
+        for Document { content, written, .. } in documents {
             let name = content.document_name();
             let before = self.documents.get(&name);
             let same = before.is_some_and(|before| {
@@ -163,6 +201,16 @@ impl Policy {
                 before: before.map(toml_of).unwrap_or_default(),
                 after: toml_of(&content),
             });
+            match written.map(|one| Written { version, ..one }) {
+                Some(one) if self.written.get(&name) != Some(&one) => {
+                    next.written.insert(name.clone(), one.clone());
+                    plan.written.push(one);
+                }
+                Some(_) => {}
+                // The text of before says something else, unless only its form changed.
+                None if !same => drop(next.written.remove(&name)),
+                None => {}
+            }
             if !same {
                 let content = content.with_version(Some(version));
                 next.documents.insert(name, content.clone());
@@ -174,6 +222,15 @@ impl Policy {
         }
         plan.next = Some(next.compiled());
         plan
+    }
+
+    /// Why these documents are more than the allocator keeps.
+    fn too_much(&self) -> Option<String> {
+        let bytes = self.bytes();
+        (bytes > BYTES_MAX).then(|| {
+            let (bytes, most) = (ByteSize(bytes as u64), ByteSize(BYTES_MAX as u64));
+            format!("all documents would take {bytes}, and at most {most} are kept: delete some first, or shorten them")
+        })
     }
 
     /// The documents without one. `used` says who uses it besides other documents.
@@ -208,6 +265,7 @@ impl Policy {
         }
         let mut next = self.clone();
         next.documents.remove(name);
+        next.written.remove(name);
         next.revision += 1;
         Ok(next.compiled())
     }

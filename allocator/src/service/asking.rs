@@ -8,7 +8,7 @@ use xpm_protocol::api::allocator::{Create, EndReason};
 use xpm_protocol::api::decision::{DocumentVersion, LimitCheck, RuleTrace};
 use xpm_protocol::layout::{COLUMNS_MAX, STRIPE_UNIT_DEFAULT};
 use xpm_protocol::policy::{
-    Account, AtClose, ClientProfile, DocumentName, Kind, LABELS_MAX, Labels, LeaseTerms, LinkDemand,
+    Account, AtClose, ClientProfile, DocumentName, Kind, LABELS_MAX, LEVELS, Labels, LeaseTerms, LinkDemand,
     PRIORITY_DEFAULT,
 };
 use xpm_protocol::units::{PAGE_LEN, REGION_LEN_MAX, is_region_len};
@@ -35,7 +35,7 @@ pub(super) struct World<'a> {
 }
 
 /// What a request comes to.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Asked {
     pub(super) demand: Demand,
     pub(super) layout: Layout,
@@ -102,9 +102,13 @@ pub(super) fn ask(world: &World<'_>, create: &Create) -> Result<Asked, String> {
     let mut merged = merge(world.policy, who.strategy.as_ref(), &facts);
     let (mut demand, layout) = demand_of(create, &merged)?;
     merged.needs.position = who.client.map_or_else(Default::default, |one| world.pool.position(&one.labels));
-    let mut refusal = closed(world, &who).or_else(|| denied(&merged, &demand));
+    let mut refusal =
+        closed(world, &who).or_else(|| denied(&merged, &demand)).or_else(|| nowhere(&merged, &who, create));
     match link_speed(&merged, &who) {
-        Ok(speed) => merged.needs.link_speed = speed,
+        Ok(speed) => {
+            merged.needs.link_speed = speed;
+            name_link_source(&mut merged, &who);
+        }
         Err(unknown) => refusal = refusal.or(Some(unknown)),
     }
     let limits = limits(world, &who, create, &merged);
@@ -190,6 +194,44 @@ fn denied(merged: &Merged, demand: &Demand) -> Option<Refusal> {
         );
         Refusal::denied(why, vec![format!("ask for at most {size_max}")])
     })
+}
+
+/// Near to a client of which nobody has said where it is, nothing can be.
+fn nowhere(merged: &Merged, who: &Who<'_>, create: &Create) -> Option<Refusal> {
+    let within = merged.needs.within?;
+    let says = |labels: &Labels| {
+        labels.keys().any(|key| LEVELS.iter().any(|level| *level <= within && level.as_str() == key.as_str()))
+    };
+    if who.client.is_some_and(|client| says(&client.labels)) {
+        return None;
+    }
+    let (why, remedy) = match (&create.client, who.client.is_some()) {
+        (None, _) => ("no client is named".to_owned(), "name the client (`--client NAME`)".to_owned()),
+        (Some(name), true) => (
+            format!("client `{name}` has no label `{within}`"),
+            format!("give it one (`xpm edit client {name}`)"),
+        ),
+        (Some(name), false) => (
+            format!("client `{name}` has no document that says where it is"),
+            format!("apply one with the label `{within}` (`xpm apply`)"),
+        ),
+    };
+    let why = format!("appliances in the same {within} as the client are asked, and {why}");
+    let other = format!("take locality.within out of {}", merged.needs.sources.locality);
+    Some(Refusal::denied(why, vec![remedy, other]))
+}
+
+/// Where the link speed comes from, if no rule says it.
+fn name_link_source(merged: &mut Merged, who: &Who<'_>) {
+    let link = &mut merged.needs.sources.link;
+    match (who.client.filter(|client| client.link_speed.is_some()), who.account) {
+        _ if !link.is_empty() => {}
+        (Some(client), _) => *link = format!("client `{0}` (`xpm edit client {0}`)", client.name),
+        (None, Some(account)) => {
+            *link = format!("account `{0}` (`xpm edit account {0}`)", account.account.name);
+        }
+        (None, None) => {}
+    }
 }
 
 fn link_speed(merged: &Merged, who: &Who<'_>) -> Result<Option<LinkSpeed>, Refusal> {
@@ -328,7 +370,9 @@ fn demand_of(create: &Create, merged: &Merged) -> Result<(Demand, Layout), Strin
     };
     layout.check(region_len.unwrap_or(REGION_LEN_MAX)).map_err(|error| error.to_string())?;
     let unit = if columns == 1 { 0 } else { unit };
-    Ok((Demand { size, columns, unit, region_len, seed: 0, needs: Default::default() }, layout))
+    let demand =
+        Demand { size, columns, unit, region_len, seed: 0, home: Vec::new(), needs: Default::default() };
+    Ok((demand, layout))
 }
 
 #[cfg(test)]

@@ -172,7 +172,8 @@ pub(super) fn over_limit(asked: &Asked, takes: u64, left: u64) -> (String, Vec<S
         remedies.push(format!("ask for at most {}", ByteSize(left)));
     }
     remedies.push(format!("delete {} of its allocations", ByteSize(takes - left)));
-    remedies.push(format!("raise its hard limit to {}", ByteSize(check.used.0 + takes)));
+    let edit = format!("`xpm edit {}`", check.of);
+    remedies.push(format!("raise its hard limit to {} ({edit})", ByteSize(check.used.0 + takes)));
     (why, remedies)
 }
 

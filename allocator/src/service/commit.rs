@@ -146,6 +146,7 @@ impl Service {
                 self.creation(id).regions[grant] = regions;
                 let event = self.clock;
                 self.inventory.settle(id, appliance, event);
+                self.sample_soon(appliance);
             }
             Err(error) => {
                 if matches!(error, CallError::Refused(..)) {

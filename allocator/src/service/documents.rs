@@ -18,13 +18,14 @@ const CLIENTS_MAX: usize = 10_000;
 
 impl Service {
     pub(super) fn apply(&mut self, reply: ReplyTo, apply: &Apply) {
-        let Plan { problems, changes, next, documents } = self.policy.plan(&apply.files, &self.usage);
+        let Plan { problems, changes, next, documents, written } =
+            self.policy.plan(&apply.files, &self.usage);
         let revision = next.as_ref().map_or(self.policy.revision(), Policy::revision);
         let applied = Applied { revision, problems, changes };
         match next.filter(|_| !apply.dry_run) {
             Some(next) => {
                 let changed: Documents = documents.into_iter().collect();
-                let change = PolicyChange { revision, changed, gone: Vec::new() };
+                let change = PolicyChange { revision, changed, gone: Vec::new(), written };
                 self.take_policy(next);
                 self.store(
                     vec![Change::Policy(Box::new(change))],
@@ -44,6 +45,7 @@ impl Service {
             revision: next.revision(),
             changed: Documents::default(),
             gone: vec![name.clone()],
+            written: Vec::new(),
         };
         self.take_policy(next);
         self.store(vec![Change::Policy(Box::new(change))], Awaited::Answer(reply, Outcome::Done));
@@ -68,7 +70,11 @@ impl Service {
     }
 
     pub(super) fn shown_policy(&self) -> Shown {
-        Shown { revision: self.policy.revision(), documents: self.policy.documents() }
+        Shown {
+            revision: self.policy.revision(),
+            documents: self.policy.documents(),
+            written: self.policy.written(),
+        }
     }
 
     /// Everybody who has something or has a limit.

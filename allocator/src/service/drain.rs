@@ -109,8 +109,21 @@ impl Service {
                     Some(format!("`{name}` cannot move: {}", error.1))
                 }
             };
-            self.drains.entry(id).or_default().stuck = stuck;
+            self.set_stuck(id, stuck);
         }
+    }
+
+    /// Why a drain does not go on. Logged when it changes.
+    fn set_stuck(&mut self, id: ApplianceId, stuck: Option<String>) {
+        let name = self.inventory.name(id);
+        let before = &mut self.drains.entry(id).or_default().stuck;
+        match &stuck {
+            Some(why) if *before != stuck => {
+                tracing::info!("emptying appliance {name} does not go on: {why}")
+            }
+            _ => {}
+        }
+        *before = stuck;
     }
 
     /// Whether an allocation has regions on the appliance and nothing is done to it. One whose last change was

@@ -1,25 +1,32 @@
 //! What happened, for those who want to see it coming.
+//!
+//! The newest events are kept in memory and in the store, so that a restart or another leader goes on with the same
+//! numbers. They become durable with what they tell of, or right after it.
 
 use std::collections::VecDeque;
 
-use xpm_protocol::api::allocator::Event;
+use xpm_protocol::api::allocator::{EVENTS_PAGE_MAX, Event};
 use xpm_protocol::api::event::EventKind;
 use xpm_protocol::text::into_line;
 use xpm_protocol::{ApplianceId, Name};
 
-use super::{Outcome, ReplyTo, Service};
+use super::{Awaited, Effect, EventQuery, Outcome, ReplyTo, Service};
+use crate::store::Change;
 
 /// Most events that are kept.
 const EVENTS_MAX: usize = 10_000;
 /// How long a question for events that are not there yet waits, in seconds.
 const WAIT: u64 = 20;
 
-/// The events of this life of the allocator, and who waits for the next one.
+/// The events, and who waits for the next one.
 #[derive(Debug, Default)]
 pub(super) struct Events {
     kept: VecDeque<Event>,
+    /// Number of the newest one.
     count: u64,
-    waiting: Vec<(ReplyTo, u64, u64)>,
+    /// What is not on its way to the store yet.
+    unsaved: Vec<Change>,
+    waiting: Vec<(ReplyTo, EventQuery, u64)>,
 }
 
 impl Service {
@@ -61,32 +68,61 @@ impl Service {
 
     fn keep_event(&mut self, kind: EventKind, subject: &Name, text: String) {
         self.events.count += 1;
-        if self.events.kept.len() >= EVENTS_MAX {
-            self.events.kept.pop_front();
-        }
         let (number, at) = (self.events.count, self.now.unix);
-        self.events.kept.push_back(Event {
-            number,
-            at,
-            kind: kind.as_str().to_owned(),
-            subject: subject.clone(),
-            text,
-        });
-        for (reply, after, _) in std::mem::take(&mut self.events.waiting) {
-            let events = self.events_after(after);
-            self.reply(reply, Ok(Outcome::Events(events)));
+        let event = Event { number, at, kind: kind.as_str().to_owned(), subject: subject.clone(), text };
+        self.events.unsaved.push(Change::Event(Box::new(event.clone())));
+        self.events.kept.push_back(event);
+        self.drop_old_events();
+        for (reply, query, until) in std::mem::take(&mut self.events.waiting) {
+            let events = self.events_for(&query);
+            match events.is_empty() {
+                true => self.events.waiting.push((reply, query, until)),
+                false => self.reply(reply, Ok(Outcome::Events(events))),
+            }
         }
     }
 
-    /// Answers with the events after this number, now or, if that is wanted, when there is one. A number larger than
-    /// all is of an earlier life: it is answered with everything.
-    pub(super) fn ask_events(&mut self, reply: ReplyTo, after: u64, wait: bool) {
-        let after = if after > self.events.count { 0 } else { after };
-        let events = self.events_after(after);
-        match events.is_empty() && wait {
+    fn drop_old_events(&mut self) {
+        while self.events.kept.len() > EVENTS_MAX {
+            let gone = self.events.kept.pop_front().map(|event| Change::EventGone(event.number));
+            self.events.unsaved.extend(gone);
+        }
+    }
+
+    /// Takes the events of earlier lives, which are in no certain order.
+    pub(super) fn restore_events(&mut self, mut events: Vec<Event>) {
+        events.sort_unstable_by_key(|event| event.number);
+        self.events.count = events.last().map_or(0, |event| event.number);
+        self.events.kept = events.into();
+        self.drop_old_events();
+    }
+
+    /// Has the store keep what was told since, with the last thing that it is given to keep anyway.
+    pub(super) fn save_events(&mut self) {
+        if self.events.unsaved.is_empty() {
+            return;
+        }
+        let unsaved = std::mem::take(&mut self.events.unsaved);
+        let last = self.effects.iter_mut().rev().find_map(|effect| match effect {
+            Effect::Store(_, batch) => Some(batch),
+            _ => None,
+        });
+        match last {
+            Some(batch) => batch.extend(unsaved),
+            None => self.store(unsaved, Awaited::Nothing),
+        }
+    }
+
+    /// Answers with a page of events, now or, if that is wanted, when there is one. A number larger than
+    /// all is of an allocator that lost its metadata: it is answered with everything.
+    pub(super) fn ask_events(&mut self, reply: ReplyTo, mut query: EventQuery) {
+        query.after = query.after.map(|after| if after > self.events.count { 0 } else { after });
+        let events = self.events_for(&query);
+        match events.is_empty() && query.wait {
             true => {
                 let until = self.now.unix + WAIT;
-                self.events.waiting.push((reply, after, until));
+                query.after.get_or_insert(self.events.count);
+                self.events.waiting.push((reply, query, until));
             }
             false => self.reply(reply, Ok(Outcome::Events(events))),
         }
@@ -98,13 +134,27 @@ impl Service {
         let (over, waiting) =
             std::mem::take(&mut self.events.waiting).into_iter().partition(|(.., until)| *until <= unix);
         self.events.waiting = waiting;
-        let over: Vec<(ReplyTo, u64, u64)> = over;
+        let over: Vec<(ReplyTo, EventQuery, u64)> = over;
         for (reply, ..) in over {
             self.reply(reply, Ok(Outcome::Events(Vec::new())));
         }
     }
 
-    fn events_after(&self, after: u64) -> Vec<Event> {
-        self.events.kept.iter().filter(|event| event.number > after).cloned().collect()
+    /// The page after a number, or the newest one.
+    fn events_for(&self, query: &EventQuery) -> Vec<Event> {
+        let most = query.limit.unwrap_or(EVENTS_PAGE_MAX).min(EVENTS_PAGE_MAX);
+        let wanted = |event: &&Event| query.fits(event);
+        match query.after {
+            Some(after) => {
+                let from = self.events.kept.partition_point(|event| event.number <= after);
+                self.events.kept.range(from..).filter(wanted).take(most).cloned().collect()
+            }
+            None => {
+                let mut newest: Vec<Event> =
+                    self.events.kept.iter().rev().filter(wanted).take(most).cloned().collect();
+                newest.reverse();
+                newest
+            }
+        }
     }
 }

@@ -71,8 +71,7 @@ impl Service {
                 continue;
             }
             *next = unix.saturating_add(every);
-            let control = self.control_of(id);
-            self.call(id, control, Call::Grants, Awaited::GrantsListed(id));
+            self.list_grants(id);
         }
     }
 
@@ -81,6 +80,11 @@ impl Service {
         let moments = self.found.next.values_mut();
         let moments = moments.chain(self.found.garbage.values_mut().map(|one| &mut one.since));
         moments.for_each(|moment| *moment = moment.saturating_add_signed(by));
+    }
+
+    fn list_grants(&mut self, id: ApplianceId) {
+        let control = self.control_of(id);
+        self.call(id, control, Call::Grants, Awaited::GrantsListed(id));
     }
 
     /// It was away: what it has may be other than before.

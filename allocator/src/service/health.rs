@@ -23,6 +23,7 @@ impl Service {
                     "restore a newer backup if it is needed; else it is freed by itself (`xpm fsck`)",
                 )
         }));
+        problems.extend(self.early_problem());
         problems.sort_by_key(|problem| std::cmp::Reverse(problem.severity));
         problems
     }

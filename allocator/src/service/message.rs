@@ -13,7 +13,7 @@ use xpm_protocol::api::appliance as appliance_api;
 use xpm_protocol::api::decision::Decision;
 use xpm_protocol::api::policy::{Applied, Apply, Policy};
 use xpm_protocol::policy::DocumentName;
-use xpm_protocol::{AllocationId, ApplianceId, ClientId, GrantId, Name};
+use xpm_protocol::{AllocationId, ApplianceId, ClientId, GrantId, Name, RequestId};
 
 use crate::store::Batch;
 use crate::store::backup::Backup;
@@ -57,6 +57,8 @@ pub enum Request {
     Appliances,
     ForgetAppliance(ApplianceId),
     Create(Create),
+    /// The same by somebody who names the request, to ask for it again.
+    CreateAs(RequestId, Create),
     /// What would become of it; with `all`, every appliance is named.
     Decide {
         create: Create,
@@ -87,6 +89,10 @@ pub enum Request {
     Transfer {
         name: Name,
         transfer: api::Transfer,
+    },
+    Rename {
+        name: Name,
+        to: Name,
     },
     /// What the owner is to do.
     Orders {
@@ -128,11 +134,7 @@ pub enum Request {
         facts: ClientFacts,
     },
     Clients,
-    /// Events after this number, and whether to wait for one.
-    Events {
-        after: u64,
-        wait: bool,
-    },
+    Events(EventQuery),
     Metrics,
     Policy,
     Apply(Apply),
@@ -140,6 +142,29 @@ pub enum Request {
         name: DocumentName,
         version: Option<u64>,
     },
+}
+
+/// Which events somebody wants.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct EventQuery {
+    /// Those with a larger number, the oldest first; without it, the newest.
+    pub after: Option<u64>,
+    /// Whether to wait for one where there is none yet.
+    pub wait: bool,
+    /// Only those of what has this name.
+    pub object: Option<Name>,
+    /// Only those of these kinds; of all where none is named.
+    pub kinds: Vec<String>,
+    /// At most so many.
+    pub limit: Option<usize>,
+}
+
+impl EventQuery {
+    /// Whether an event is one of those.
+    pub fn fits(&self, event: &api::Event) -> bool {
+        self.object.as_ref().is_none_or(|object| *object == event.subject)
+            && (self.kinds.is_empty() || self.kinds.contains(&event.kind))
+    }
 }
 
 /// What is answered; as JSON just the content.

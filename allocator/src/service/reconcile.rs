@@ -22,12 +22,15 @@ impl Service {
         for appliance in loaded.appliances {
             self.inventory.restore(appliance);
         }
-        self.policy = Policy::load(loaded.revision, loaded.documents);
+        self.policy = Policy::load(loaded.revision, loaded.documents, loaded.written);
         let policy = &self.policy;
         self.inventory.profile(|name| policy.appliance(name));
         for (record, steps_from) in self.without_absence(loaded.allocations, loaded.alive) {
             self.restore_allocation(record, steps_from);
         }
+        self.restore_events(loaded.events);
+        self.ask_who_is_there();
+        self.save_events();
         debug_assert_eq!(self.check(), Ok(()));
         std::mem::take(&mut self.effects)
     }

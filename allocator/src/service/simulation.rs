@@ -11,6 +11,7 @@ mod cases;
 mod ends;
 mod life;
 mod policies;
+mod queue;
 mod script;
 mod world;
 

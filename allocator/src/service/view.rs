@@ -27,8 +27,8 @@ impl Service {
     pub(super) fn status(&self) -> Status {
         let appliances = self.list_appliances();
         let up: Vec<&Appliance> = appliances.iter().filter(|one| one.state == ApplianceState::Up).collect();
-        let pool = self.inventory.pool();
-        let free = pool.iter().filter(|one| one.up_until >= self.now.at).map(|one| one.free).sum();
+        // The same numbers as in the list of appliances.
+        let free = up.iter().map(|one| one.status.free.0).sum();
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             uptime: Span(whole_millis(self.now.at)),
@@ -49,6 +49,8 @@ impl Service {
             documents: self.policy.documents(),
             revision: self.policy.revision(),
             alive: None,
+            written: self.policy.written(),
+            events: Vec::new(),
         };
         Backup::new(self.now.unix, loaded)
     }

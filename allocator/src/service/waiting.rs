@@ -1,26 +1,32 @@
 //! Requests that wait for their turn, and who gives way to them.
 //!
-//! They are served by priority and, within one, in the order in which they came. What is free on
-//! appliances that could serve one of them is not given to those that come after it. When nothing
+//! They are served by priority and, within one, in the order in which they came. When nothing
 //! else helps, allocations that may be reclaimed give way: those that nobody uses first, the
 //! longest idle one at the head; then those in use of a lower priority, the lowest first. They are told, have a time
 //! of grace, and are freed only when that is over; if the request is served or goes meanwhile, they
 //! stay.
+//!
+//! The first one that lacks room holds as much of the pool as it needs, not all that is free: whoever comes later is served as
+//! long as the rest of the pool could still serve the first one when the others give their memory back. What was made since
+//! it waits counts as kept, so that small requests cannot pass for ever. What could not serve it at all it does not hold, and it
+//! holds for at most [`HOLD_MAX`], so that a request that waits for days stops nobody.
 //!
 //! The queue is in memory: after a restart, whoever waits asks again.
 
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
+use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{Allocation, AllocationState, Create, Waiting};
 use xpm_protocol::api::event::EventKind;
-use xpm_protocol::policy::{DocumentName, Kind, PRIORITY_DEFAULT};
-use xpm_protocol::{AllocationId, ApplianceId, ByteSize, Epoch, Layout, Name};
+use xpm_protocol::policy::{DocumentName, Kind, PRIORITY_DEFAULT, WAITING_MAX_DEFAULT};
+use xpm_protocol::{AllocationId, ApplianceId, ByteSize, Epoch, Layout, Name, RequestId};
 
+use super::asking::Asked;
 use super::wish::{Looked, Wish};
-use super::{AfterStore, Entry, Outcome, Service, Work};
+use super::{AfterStore, Entry, Outcome, ReplyTo, Service, Work};
 use crate::store::record::{AllocationRecord, Phase, Reclaim};
-use crate::strategy::{Code, remedy};
+use crate::strategy::{Code, Placement, remedy};
 
 /// Longest wait.
 const WAIT_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
@@ -29,6 +35,10 @@ const QUEUE_MAX: usize = 10_000;
 /// How many requests are tried at each look, from the head of the queue and from the rest of it.
 const TRIES_HEAD: usize = 16;
 const TRIES_OTHERS: usize = 16;
+/// How long the first request that lacks room holds memory that later ones could have, in seconds.
+const HOLD_MAX: u64 = 600;
+/// Most requests that were taken back and are remembered.
+const CANCELLED_MAX: usize = 10_000;
 /// How long a refusal after waiting is kept for the one who asked.
 const REFUSAL_KEPT: u64 = 600;
 
@@ -48,8 +58,12 @@ pub(super) struct Waiter {
     tried: bool,
     /// It was refused at this moment.
     refused: Option<u64>,
+    /// What it came to when it was looked at last.
+    asked: Asked,
     /// Appliances that could serve it but for room.
     holds: HashSet<ApplianceId>,
+    /// Since when it holds them, seconds since 1970.
+    held_since: Option<u64>,
 }
 
 impl Service {
@@ -61,7 +75,10 @@ impl Service {
         let Some(reply) = wish.reply.take() else { return };
         if self.queue.len() >= QUEUE_MAX {
             let line = format!("{why}; and {QUEUE_MAX} requests wait already: try again later");
-            return self.refuse(reply, xpm_protocol::api::ErrorKind::Unavailable, line);
+            return self.refuse(reply, ErrorKind::Unavailable, line);
+        }
+        if let Some(line) = self.waits_too_often(looked) {
+            return self.refuse(reply, ErrorKind::Denied, format!("{why}; {line}"));
         }
         let id = match self.random_id() {
             Ok(id) => AllocationId::from_u128(id),
@@ -79,7 +96,9 @@ impl Service {
             why,
             tried: false,
             refused: None,
-            holds: could_serve(self, looked),
+            asked: looked.asked.clone(),
+            holds: self.holds_of(&wish.create, looked),
+            held_since: None,
             wish,
         };
         let at = self.queue.partition_point(|one| one.priority >= waiter.priority);
@@ -93,10 +112,15 @@ impl Service {
 
     /// It was tried, and there is still no place for it.
     pub(super) fn still_waits(&mut self, name: &Name, looked: &Looked, why: String) {
-        let holds = could_serve(self, looked);
         let priority = looked.asked.priority;
+        let create = self.queue.iter().find(|one| one.wish.create.name == *name);
+        let holds = create.map(|one| self.holds_of(&one.wish.create, looked)).unwrap_or_default();
         if let Some(waiter) = self.queue.iter_mut().find(|one| one.wish.create.name == *name) {
+            if waiter.why != why {
+                tracing::info!("`{name}` waits on: {why}");
+            }
             (waiter.why, waiter.holds, waiter.tried, waiter.priority) = (why, holds, false, priority);
+            waiter.asked = looked.asked.clone();
         }
         self.queue.sort_by_key(|one| (std::cmp::Reverse(one.priority), one.number));
         self.reclaim_for(name, looked);
@@ -156,16 +180,70 @@ impl Service {
         let being_made = self.names.contains_key(name);
         let there = !being_made && self.queue.iter().any(|one| one.wish.create.name == *name);
         if there {
+            self.remember_cancelled(name);
             self.leaves_queue(name);
             self.tell(EventKind::Cancelled, name, format!("the request for `{name}` was taken back"));
         }
         there
     }
 
+    /// Who asks again is not asked for again: a request that was taken back stays so.
+    fn remember_cancelled(&mut self, name: &Name) {
+        let waits = |one: &&Waiter| one.wish.create.name == *name && one.refused.is_none();
+        let waiter = self.queue.iter().find(waits);
+        if let Some((request, until)) = waiter.and_then(|one| Some((one.wish.request?, one.until))) {
+            self.cancelled.push_back((request, until));
+            self.cancelled.truncate(CANCELLED_MAX);
+        }
+    }
+
+    /// Answers a request that is known: one that waits is the same, and one that was taken back is not made again.
+    pub(super) fn is_known_request(
+        &mut self,
+        reply: ReplyTo,
+        create: &Create,
+        request: Option<RequestId>,
+    ) -> bool {
+        let Some(request) = request else { return false };
+        if self.cancelled.iter().any(|(one, _)| *one == request) {
+            let line = format!(
+                "the request for `{}` was taken back; ask anew if it is wanted after all",
+                create.name
+            );
+            self.refuse(reply, ErrorKind::Conflict, line);
+            return true;
+        }
+        let waits = |one: &&Waiter| one.wish.request == Some(request) && one.refused.is_none();
+        let Some(shown) = self.queue.iter().find(waits).map(|one| self.view_waiter(one)) else {
+            return false;
+        };
+        self.reply(reply, Ok(Outcome::Allocation(Box::new(shown))));
+        true
+    }
+
+    /// Why one more request of this account may not wait.
+    fn waits_too_often(&self, looked: &Looked) -> Option<String> {
+        let account = looked.asked.terms.account.as_ref();
+        let document = account.and_then(|name| self.policy.account(name));
+        let most = document.and_then(|one| one.account.waiting_max).unwrap_or(WAITING_MAX_DEFAULT);
+        let same = |one: &&Waiter| one.refused.is_none() && one.asked.terms.account.as_ref() == account;
+        let waiting = self.queue.iter().filter(same).count();
+        let whose =
+            account.map_or_else(|| "without an account".to_owned(), |name| format!("of account `{name}`"));
+        (waiting >= most as usize).then(|| {
+            format!("{waiting} requests {whose} wait already, and at most {most} may (`waiting-max`): try again later")
+        })
+    }
+
     /// Tries everybody who waits, in order; and ends the waits that are over.
     pub(super) fn serve_queue(&mut self) {
         let unix = self.now.unix;
         self.queue.retain(|one| one.refused.is_none_or(|at| unix < at.saturating_add(REFUSAL_KEPT)));
+        self.cancelled.retain(|(_, until)| unix <= *until);
+        if let Some(first) = self.queue.iter_mut().find(|one| one.refused.is_none() && !one.holds.is_empty())
+        {
+            first.held_since.get_or_insert(unix);
+        }
         let over: Vec<(Name, String)> = self
             .queue
             .iter()
@@ -198,18 +276,55 @@ impl Service {
             return;
         }
         waiter.tried = true;
-        let wish = Wish::new(None, waiter.wish.create.clone());
+        let mut wish = Wish::new(None, waiter.wish.create.clone());
+        wish.request = waiter.wish.request;
         self.place(wish);
     }
 
-    /// Appliances whose memory is meant for requests that come before this one.
-    pub(super) fn held_for_others(&self, name: &Name, priority: u16) -> HashSet<ApplianceId> {
-        let before = self
-            .queue
-            .iter()
-            .take_while(|one| one.wish.create.name != *name)
-            .filter(|one| one.priority >= priority && one.refused.is_none());
-        before.flat_map(|one| one.holds.iter().copied()).collect()
+    /// The appliances that are kept for the first request that lacks room and comes before this one, if this placement would
+    /// keep that one from being served when all others give their memory back.
+    pub(super) fn kept_for_the_first(
+        &self,
+        name: &Name,
+        priority: u16,
+        placement: &Placement,
+    ) -> Option<HashSet<ApplianceId>> {
+        let before = self.queue.iter().take_while(|one| one.wish.create.name != *name);
+        let first = before
+            .filter(|one| one.priority >= priority && one.refused.is_none())
+            .find(|one| !one.holds.is_empty())?;
+        let lapsed = first.held_since.is_some_and(|since| since.saturating_add(HOLD_MAX) <= self.now.unix);
+        if lapsed || !placement.regions.iter().any(|one| first.holds.contains(one)) {
+            return None;
+        }
+        let mut kept: HashMap<ApplianceId, u64> = HashMap::new();
+        let younger = self.allocations.values().filter(|entry| entry.born > first.number);
+        let younger = younger.map(|entry| &entry.record).filter(|record| record.holds_name());
+        for (record, grant) in
+            younger.flat_map(|record| record.memory_grants().map(move |grant| (record, grant)))
+        {
+            *kept.entry(grant.appliance).or_default() += record.bytes_of(grant);
+        }
+        for appliance in &placement.regions {
+            *kept.entry(*appliance).or_default() += placement.region_len;
+        }
+        let fits = self.fits_in_all_but(&first.asked, &first.wish.create, &kept);
+        (!fits).then(|| first.holds.clone())
+    }
+
+    /// The appliances that could serve a request if they had room; none where it is not room that it
+    /// lacks, or where the whole pool could not serve it.
+    fn holds_of(&self, create: &Create, looked: &Looked) -> HashSet<ApplianceId> {
+        let Some(decided) = looked.decided.as_ref().filter(|_| looked.lacks_room()) else {
+            return HashSet::new();
+        };
+        if !self.could_ever(create, looked) {
+            return HashSet::new();
+        }
+        let pool = self.inventory.pool().iter().zip(&decided.seen);
+        pool.filter(|(_, seen)| matches!(seen.code, Code::Usable | Code::Full | Code::ShareUsed | Code::Held))
+            .map(|(one, _)| one.id)
+            .collect()
     }
 
     pub(super) fn waiting_count(&self) -> u64 {
@@ -258,6 +373,7 @@ impl Service {
                 since: waiter.since,
                 until: waiter.until,
                 why: waiter.why.clone(),
+                request: waiter.wish.request,
             }),
             change: None,
             lost: Vec::new(),
@@ -279,7 +395,7 @@ impl Service {
         else {
             return;
         };
-        let held = self.held_for_others(name, looked.asked.priority);
+        let held = looked.held.clone();
         let victims = self.victims(looked.asked.priority);
         let enough = |service: &Service, some: &[AllocationId]| {
             let back = service.given_back(some);
@@ -395,16 +511,4 @@ impl Service {
 
 fn is_reclaimed_for(record: &AllocationRecord, name: &Name) -> bool {
     record.reclaim.as_ref().is_some_and(|reclaim| reclaim.for_name == *name)
-}
-
-/// The appliances that could serve a request if they had room; none where it is not room that it
-/// lacks.
-fn could_serve(service: &Service, looked: &Looked) -> HashSet<ApplianceId> {
-    let Some(decided) = looked.decided.as_ref().filter(|_| looked.lacks_room()) else {
-        return HashSet::new();
-    };
-    let pool = service.inventory.pool().iter().zip(&decided.seen);
-    pool.filter(|(_, seen)| matches!(seen.code, Code::Usable | Code::Full | Code::ShareUsed | Code::Held))
-        .map(|(one, _)| one.id)
-        .collect()
 }

@@ -7,10 +7,11 @@ use xpm_control::server::ApiError;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::Create;
 use xpm_protocol::api::decision::Decision;
-use xpm_protocol::{ApplianceId, Percent};
+use xpm_protocol::{ApplianceId, Percent, RequestId};
 
 use super::asking::{self, Asked, Refusal, World};
 use super::audit;
+use super::early::Order;
 use super::{Answer, Awaited, Call, CallError, Outcome, ReplyTo, Service};
 use crate::strategy::{self, Decided, NoPlace, Snapshot, remedy};
 
@@ -33,6 +34,12 @@ pub(super) struct Wish {
     pub(super) refreshed: bool,
     /// When it no longer waits for memory that is being cleared.
     patience: Option<Duration>,
+    /// Who asks again names the same request.
+    pub(super) request: Option<RequestId>,
+    /// Appliances that have something of the allocation already.
+    pub(super) home: Vec<ApplianceId>,
+    /// Nothing is made: the answer is what would become of it; with `true`, every appliance is named.
+    dry_run: Option<bool>,
 }
 
 /// A wish that waits for fresh samples of the appliances.
@@ -49,6 +56,8 @@ pub(super) struct Looked {
     pub(super) decided: Option<Decided>,
     pub(super) refusal: Option<Refusal>,
     pub(super) decision: Decision,
+    /// Appliances whose memory was left to a request that comes first.
+    pub(super) held: HashSet<ApplianceId>,
 }
 
 impl Looked {
@@ -69,39 +78,49 @@ impl Wish {
             earlier: None,
             refreshed: false,
             patience: None,
+            request: None,
+            home: Vec::new(),
+            dry_run: None,
         }
     }
 }
 
 impl Service {
-    pub(super) fn create(&mut self, reply: ReplyTo, create: Create) {
+    pub(super) fn create(&mut self, reply: ReplyTo, create: Create, request: Option<RequestId>) {
+        if self.is_known_request(reply, &create, request) {
+            return;
+        }
         self.forget_refused(&create.name);
-        self.place(Wish::new(Some(reply), create));
+        // Who waits already gets what became free a moment ago.
+        self.serve_queue();
+        self.place(Wish { request, ..Wish::new(Some(reply), create) });
     }
 
     /// Answers what would become of a request, and does nothing.
     pub(super) fn dry_run(&mut self, reply: ReplyTo, create: Create, all: bool) {
-        let wish = Wish::new(None, create);
-        let answer = match self.look(&wish, all) {
-            Ok(looked) => Ok(Outcome::Decision(Box::new(looked.decision))),
-            Err(line) => Err(ApiError(ErrorKind::Invalid, line)),
-        };
-        self.reply(reply, answer);
+        self.place(Wish { dry_run: Some(all), ..Wish::new(Some(reply), create) });
     }
 
     /// Finds a place and begins. Where there seems to be no room, the appliances are asked first
     /// what they have, for memory given back a moment ago is in no heartbeat yet; and where what
     /// they are clearing would do, that is waited for.
     pub(super) fn place(&mut self, mut wish: Wish) {
-        if let Err(error) = self.check_name(&wish) {
+        let named = if wish.dry_run.is_some() { Ok(()) } else { self.check_name(&wish) };
+        if let Err(error) = named {
             return self.reject(&wish, error);
         }
-        let looked = match self.look(&wish, false) {
+        let looked = match self.look(&wish, wish.dry_run == Some(true)) {
             Ok(looked) => looked,
             Err(line) => return self.reject(&wish, ApiError(ErrorKind::Invalid, line)),
         };
         let no_space = looked.lacks_room();
+        if looked.decided.is_some() && self.waits_for_appliances(!no_space) {
+            return self.wait_for_appliances(Order::Place(wish));
+        }
         match (&looked.decided, &looked.refusal) {
+            (Some(Decided { placement: Ok(_), .. }), None) if wish.dry_run.is_some() => {
+                self.answer_decision(&wish, looked.decision);
+            }
             (Some(Decided { placement: Ok(placement), .. }), None) => {
                 let placement = placement.clone();
                 self.begin(wish, looked, &placement);
@@ -134,15 +153,28 @@ impl Service {
         asking::ask(&self.world(&pool_used), &wish.create)
     }
 
+    /// Decides. What is free is not given to a request that would keep one that comes first from ever being served.
     fn look_for(&mut self, wish: &Wish, mut asked: Asked, all: bool) -> Looked {
         asked.demand.seed = self.clock;
-        let held = self.held_for_others(&wish.create.name, asked.priority);
-        let empty = HashMap::new();
-        let snapshot = self.snapshot(&asked, &wish.create, &wish.failed, &held, &empty);
+        asked.demand.home.clone_from(&wish.home);
+        let (empty, mut held) = (HashMap::new(), HashSet::new());
         let mut refusal = asked.refusal.clone();
-        let decided = refusal.is_none().then(|| strategy::decide(&snapshot, &asked.demand));
+        let mut decided = None;
+        if refusal.is_none() {
+            let free = self.snapshot(&asked, &wish.create, &wish.failed, &held, &empty);
+            let mut made = strategy::decide(&free, &asked.demand);
+            if let Ok(placement) = &made.placement
+                && let Some(kept) = self.kept_for_the_first(&wish.create.name, asked.priority, placement)
+            {
+                held = kept;
+                let rest = self.snapshot(&asked, &wish.create, &wish.failed, &held, &empty);
+                made = strategy::decide(&rest, &asked.demand);
+            }
+            decided = Some(made);
+        }
+        let snapshot = self.snapshot(&asked, &wish.create, &wish.failed, &held, &empty);
         if let Some(Err(no_place)) = decided.as_ref().map(|decided| &decided.placement) {
-            refusal = Some(refused(no_place, &asked, &snapshot));
+            refusal = Some(refused(no_place, &asked, &snapshot, &self.unheard_line()));
         }
         let decision = audit::decision(
             &snapshot,
@@ -153,7 +185,7 @@ impl Service {
             all,
             self.policy.revision(),
         );
-        Looked { asked, decided, refusal, decision }
+        Looked { asked, decided, refusal, decision, held }
     }
 
     fn world<'a>(&'a self, pool_used: &'a dyn Fn() -> Percent) -> World<'a> {
@@ -187,6 +219,7 @@ impl Service {
             round_trips: client.map_or(&self.nothing, |client| &client.round_trips),
             with_clearing: false,
             given_back,
+            kept: &self.nothing,
         }
     }
 
@@ -196,21 +229,25 @@ impl Service {
         if self.now.at >= until {
             return false;
         }
-        let held = self.held_for_others(&wish.create.name, looked.asked.priority);
         let empty = HashMap::new();
-        let snapshot = self.snapshot(&looked.asked, &wish.create, &wish.failed, &held, &empty);
+        let snapshot = self.snapshot(&looked.asked, &wish.create, &wish.failed, &looked.held, &empty);
         let cleared = Snapshot { with_clearing: true, ..snapshot };
         strategy::decide(&cleared, &looked.asked.demand).placement.is_ok()
     }
 
     /// It waits for its turn, if it wants to and that can help; else it is refused.
     fn not_placed(&mut self, wish: Wish, looked: &Looked) {
+        if wish.dry_run.is_some() {
+            return self.answer_decision(&wish, looked.decision.clone());
+        }
         let Some(refusal) = looked.refusal.clone() else { return };
         if self.is_queued(&wish.create.name) {
             return self.still_waits(&wish.create.name, looked, refusal.line());
         }
         self.record_decision(looked.decision.clone());
-        if wish.create.wait.is_some() && refusal.kind != ErrorKind::Invalid && self.could_ever(&wish, looked)
+        if wish.create.wait.is_some()
+            && refusal.kind != ErrorKind::Invalid
+            && self.could_ever(&wish.create, looked)
         {
             return self.enqueue(wish, looked, refusal.line());
         }
@@ -221,19 +258,35 @@ impl Service {
         self.reject(&wish, ApiError(refusal.kind, line));
     }
 
+    fn answer_decision(&mut self, wish: &Wish, decision: Decision) {
+        if let Some(reply) = wish.reply {
+            self.reply(reply, Ok(Outcome::Decision(Box::new(decision))));
+        }
+    }
+
     /// Whether it would be served if all memory of the pool were free. What documents refuse, time
     /// or other allocations may change.
-    fn could_ever(&self, wish: &Wish, looked: &Looked) -> bool {
+    pub(super) fn could_ever(&self, create: &Create, looked: &Looked) -> bool {
         if looked.decided.is_none()
             || !matches!(&looked.refusal, Some(refusal) if refusal.kind == ErrorKind::NoSpace)
         {
             return true;
         }
+        self.fits_in_all_but(&looked.asked, create, &HashMap::new())
+    }
+
+    /// Whether a request would be served if all memory of the pool were free but for what is kept.
+    pub(super) fn fits_in_all_but(
+        &self,
+        asked: &Asked,
+        create: &Create,
+        kept: &HashMap<ApplianceId, u64>,
+    ) -> bool {
         let nobody = HashSet::new();
         let all: HashMap<ApplianceId, u64> =
             self.inventory.pool().iter().map(|one| (one.id, one.capacity)).collect();
-        let snapshot = self.snapshot(&looked.asked, &wish.create, &[], &nobody, &all);
-        remedy::with_given_back(&snapshot, &looked.asked.demand, &all)
+        let snapshot = self.snapshot(asked, create, &[], &nobody, &all);
+        strategy::decide(&Snapshot { kept, ..snapshot }, &asked.demand).placement.is_ok()
     }
 
     /// Answers that it is not made.
@@ -254,7 +307,7 @@ impl Service {
     fn check_name(&self, wish: &Wish) -> Result<(), ApiError> {
         let name = &wish.create.name;
         let waiting = wish.reply.is_some() && self.is_queued(name);
-        match self.names.contains_key(name) || waiting {
+        match self.names.contains_key(name) || self.renaming.contains(name) || waiting {
             false => Ok(()),
             true => {
                 let there = if waiting { "waits for its turn" } else { "is there" };
@@ -281,10 +334,21 @@ impl Service {
         }
     }
 
-    pub(super) fn sampled(&mut self, asked: u64, appliance: ApplianceId, result: Result<Answer, CallError>) {
+    /// Asks what an appliance has: it has changed in a way that its last heartbeat does not show.
+    pub(super) fn sample_soon(&mut self, appliance: ApplianceId) {
+        self.clock += 1;
+        let (asked, control) = (self.clock, self.control_of(appliance));
+        self.call(appliance, control, Call::Status, Awaited::Looked { asked, appliance });
+    }
+
+    pub(super) fn looked(&mut self, asked: u64, appliance: ApplianceId, result: Result<Answer, CallError>) {
         if let Ok(Answer::Status(status)) = result {
-            self.inventory.sample(appliance, asked, *status);
+            self.inventory.sample(appliance, asked, self.clock, *status);
         }
+    }
+
+    pub(super) fn sampled(&mut self, asked: u64, appliance: ApplianceId, result: Result<Answer, CallError>) {
+        self.looked(asked, appliance, result);
         let refresh =
             self.refreshes.get_mut(&asked).expect("a refresh stays until all its calls are answered");
         refresh.open -= 1;
@@ -297,7 +361,7 @@ impl Service {
 }
 
 /// Why there is no place, and what would help.
-fn refused(no_place: &NoPlace, asked: &Asked, snapshot: &Snapshot<'_>) -> Refusal {
+fn refused(no_place: &NoPlace, asked: &Asked, snapshot: &Snapshot<'_>, unheard: &str) -> Refusal {
     let kind = match no_place {
         NoPlace::TooManyRegions => ErrorKind::Invalid,
         NoPlace::Limit { .. } => ErrorKind::Denied,
@@ -308,7 +372,7 @@ fn refused(no_place: &NoPlace, asked: &Asked, snapshot: &Snapshot<'_>) -> Refusa
         NoPlace::Limit { takes, left } => audit::over_limit(asked, *takes, *left),
         NoPlace::NoSpace { .. } => {
             let failed = audit::rejected_line(snapshot, asked);
-            (format!("{no_place}{failed}"), remedy::remedies(snapshot, &asked.demand))
+            (format!("{no_place}{failed}{unheard}"), remedy::remedies(snapshot, &asked.demand))
         }
     };
     Refusal { kind, why, remedies }

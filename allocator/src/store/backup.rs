@@ -6,6 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context as _, bail, ensure};
 use serde::{Deserialize, Serialize};
+use xpm_protocol::api::policy::Written;
 use xpm_protocol::policy::Documents;
 
 use super::{AllocationRecord, ApplianceRecord, Change, Loaded, MetadataStore, PolicyChange, SCHEMA};
@@ -31,6 +32,9 @@ pub struct Backup {
     pub documents: Documents,
     /// The revision of the documents.
     pub revision: u64,
+    /// Texts of documents.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub written: Vec<Written>,
 }
 
 #[derive(Deserialize)]
@@ -42,8 +46,8 @@ struct AnyBackup {
 impl Backup {
     /// What is remembered now.
     pub fn new(made: u64, loaded: Loaded) -> Backup {
-        let Loaded { allocations, appliances, documents, revision, alive: _ } = loaded;
-        Backup { format: FORMAT, schema: SCHEMA, made, allocations, appliances, documents, revision }
+        let Loaded { allocations, appliances, documents, revision, written, alive: _, events: _ } = loaded;
+        Backup { format: FORMAT, schema: SCHEMA, made, allocations, appliances, documents, revision, written }
     }
 
     /// Reads a file.
@@ -91,7 +95,12 @@ impl Backup {
         let mut batch: Vec<Change> = Vec::new();
         batch.extend(self.allocations.into_iter().map(|record| Change::Allocation(Box::new(record))));
         batch.extend(self.appliances.into_iter().map(|record| Change::Appliance(Box::new(record))));
-        let policy = PolicyChange { revision: self.revision, changed: self.documents, gone: Vec::new() };
+        let policy = PolicyChange {
+            revision: self.revision,
+            changed: self.documents,
+            gone: Vec::new(),
+            written: self.written,
+        };
         batch.push(Change::Policy(Box::new(policy)));
         // From then on the allocator was not there.
         batch.extend((self.made > 0).then_some(Change::Alive(self.made)));

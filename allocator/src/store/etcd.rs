@@ -24,8 +24,8 @@ use xpm_protocol::api::decision::Decision;
 use xpm_protocol::policy::Documents;
 
 use self::entries::{
-    ALIVE_KEY, ALLOCATIONS, APPLIANCES, DECISIONS, DOCUMENTS, Entries, REVISION_KEY, SCHEMA_KEY,
-    SEQUENCE_KEY, decisions_about, is_since,
+    ALIVE_KEY, ALLOCATIONS, APPLIANCES, DECISIONS, DOCUMENTS, EVENTS, Entries, REVISION_KEY, SCHEMA_KEY,
+    SEQUENCE_KEY, WRITTEN, decisions_about, is_since,
 };
 use super::{Batch, Change, Decisions, Loaded, MetadataStore, SCHEMA, StoreError};
 use crate::etcd::{Etcd, EtcdError, LEADER_KEY};
@@ -182,6 +182,8 @@ impl EtcdStore {
             documents,
             revision: revision.unwrap_or(0),
             alive: alive.map(|text| decode(&self.etcd, ALIVE_KEY, text.as_bytes())).transpose()?,
+            written: beside(&self.etcd, WRITTEN).await?,
+            events: beside(&self.etcd, EVENTS).await?,
         })
     }
 }
@@ -266,6 +268,12 @@ async fn keys_below(etcd: &Etcd, name: &str) -> Result<Vec<String>, StoreError> 
 async fn read_below<T: DeserializeOwned>(etcd: &Etcd, name: &str) -> Result<Vec<T>, StoreError> {
     let entries = entries_below(etcd, name, GetOptions::new()).await?;
     entries.iter().map(|entry| decode_entry(etcd, entry)).collect()
+}
+
+/// Those of the values below a name that can be read: nothing depends on the others.
+async fn beside<T: DeserializeOwned>(etcd: &Etcd, name: &str) -> Result<Vec<T>, StoreError> {
+    let entries = entries_below(etcd, name, GetOptions::new()).await?;
+    Ok(entries.iter().filter_map(|entry| serde_json::from_slice(entry.value()).ok()).collect())
 }
 
 fn decode_entry<T: DeserializeOwned>(etcd: &Etcd, entry: &KeyValue) -> Result<T, StoreError> {

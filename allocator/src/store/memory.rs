@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use xpm_protocol::api::allocator::Event;
 use xpm_protocol::api::decision::Decision;
+use xpm_protocol::api::policy::Written;
 use xpm_protocol::policy::{Content, DocumentName};
 use xpm_protocol::{AllocationId, ApplianceId, Name};
 
@@ -20,6 +22,8 @@ pub struct MemoryStore {
     documents: BTreeMap<DocumentName, Content>,
     revision: u64,
     alive: Option<u64>,
+    written: BTreeMap<DocumentName, Written>,
+    events: BTreeMap<u64, Event>,
     decisions: MemoryDecisions,
 }
 
@@ -34,6 +38,8 @@ impl MetadataStore for MemoryStore {
             documents: self.documents.values().cloned().collect(),
             revision: self.revision,
             alive: self.alive,
+            written: self.written.values().cloned().collect(),
+            events: self.events.values().cloned().collect(),
         })
     }
 
@@ -78,6 +84,12 @@ impl MemoryStore {
                 all.insert((decision.name.clone(), *number), decision.as_ref().clone());
             }),
             Change::Alive(unix) => self.alive = Some(*unix),
+            Change::Event(event) => {
+                self.events.insert(event.number, event.as_ref().clone());
+            }
+            Change::EventGone(number) => {
+                self.events.remove(number);
+            }
             Change::DecisionsBefore(unix) => self.decisions.with(|all| all.retain(|_, one| one.at >= *unix)),
         }
     }
@@ -87,7 +99,11 @@ impl MemoryStore {
         for content in change.changed.clone().into_contents() {
             self.documents.insert(content.document_name(), content);
         }
+        for written in &change.written {
+            self.written.insert(written.document.clone(), written.clone());
+        }
         for name in &change.gone {
+            self.written.remove(name);
             self.documents.remove(name);
         }
     }

@@ -15,7 +15,9 @@ mod writer;
 use std::fmt;
 use std::path::PathBuf;
 
+use xpm_protocol::api::allocator::Event;
 use xpm_protocol::api::decision::Decision;
+use xpm_protocol::api::policy::Written;
 use xpm_protocol::policy::{DocumentName, Documents};
 use xpm_protocol::{AllocationId, ApplianceId, Name};
 
@@ -48,6 +50,10 @@ pub enum Change {
     /// A decision was made. The number orders the decisions about one name: the moment in seconds
     /// since 1970 times 2^20, and a count.
     Decision(u64, Box<Decision>),
+    /// Something happened.
+    Event(Box<Event>),
+    /// The event of this number is forgotten.
+    EventGone(u64),
     /// Decisions that were made before this moment, seconds since 1970, are forgotten.
     DecisionsBefore(u64),
     /// The allocator was there at this moment, seconds since 1970: from then on until it is there again no time counts.
@@ -61,8 +67,10 @@ pub struct PolicyChange {
     pub revision: u64,
     /// Documents that are new or different, each with its version.
     pub changed: Documents,
-    /// Documents that are gone.
+    /// Documents that are gone, with their texts.
     pub gone: Vec<DocumentName>,
+    /// Texts of documents that are new or different.
+    pub written: Vec<Written>,
 }
 
 /// Changes that become durable together or not at all.
@@ -81,6 +89,10 @@ pub struct Loaded {
     pub revision: u64,
     /// When the allocator was there last, seconds since 1970; unknown where an older program wrote.
     pub alive: Option<u64>,
+    /// Texts of documents, also of versions that are not the present ones.
+    pub written: Vec<Written>,
+    /// Events that are kept, in no certain order. Those that cannot be read are left out.
+    pub events: Vec<Event>,
 }
 
 /// Keeps metadata. Its methods block.

@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use redb::backends::FileBackend;
 use redb::{
-    Database, DatabaseError, ReadableDatabase as _, ReadableTable as _, Table, TableDefinition, TableError,
-    WriteTransaction,
+    Database, DatabaseError, Key, ReadableDatabase as _, ReadableTable as _, Table, TableDefinition,
+    TableError, WriteTransaction,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -27,8 +27,12 @@ const ALLOCATIONS: TableDefinition<'_, u128, &[u8]> = TableDefinition::new("allo
 const APPLIANCES: TableDefinition<'_, u128, &[u8]> = TableDefinition::new("appliances");
 /// By kind and name.
 const DOCUMENTS: TableDefinition<'_, (&str, &str), &[u8]> = TableDefinition::new("documents");
+/// Texts of documents, by kind and name. Older programs neither make nor read it.
+const WRITTEN: TableDefinition<'_, (&str, &str), &[u8]> = TableDefinition::new("written");
 /// By name and number.
 const DECISIONS: TableDefinition<'_, (&str, u64), &[u8]> = TableDefinition::new("decisions");
+/// By number. A store without it has no events yet: older programs neither make nor read it.
+const EVENTS: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("events");
 /// Memory for the database's pages, in bytes. Everything is read once, at the start, and what is written is
 /// small.
 const CACHE_LEN: usize = 32 << 20;
@@ -130,6 +134,25 @@ impl RedbStore {
         Ok(values)
     }
 
+    /// Values of a table that older programs do not have, without those that cannot be read.
+    fn read_beside<K: Key + 'static, T: DeserializeOwned>(
+        &self,
+        table: TableDefinition<'static, K, &'static [u8]>,
+    ) -> Result<Vec<T>, StoreError> {
+        let read = || -> Result<Vec<T>, redb::Error> {
+            let table = match self.database.begin_read()?.open_table(table) {
+                Err(TableError::TableDoesNotExist(_)) => return Ok(Vec::new()),
+                table => table?,
+            };
+            let mut values = Vec::new();
+            for entry in table.iter()? {
+                values.extend(serde_json::from_slice::<T>(entry?.1.value()));
+            }
+            Ok(values)
+        };
+        read().map_err(|error| self.failed("read", error))
+    }
+
     fn read_policy(&self) -> Result<(u64, Documents), StoreError> {
         let read = || -> Result<(u64, Vec<Vec<u8>>), redb::Error> {
             let transaction = self.database.begin_read()?;
@@ -180,6 +203,8 @@ impl MetadataStore for RedbStore {
             documents,
             revision,
             alive: self.read_meta(ALIVE_KEY)?,
+            written: self.read_beside(WRITTEN)?,
+            events: self.read_beside(EVENTS)?,
         })
     }
 
@@ -219,6 +244,8 @@ struct Tables<'t> {
     appliances: Table<'t, u128, &'static [u8]>,
     documents: Table<'t, (&'static str, &'static str), &'static [u8]>,
     decisions: Table<'t, (&'static str, u64), &'static [u8]>,
+    written: Table<'t, (&'static str, &'static str), &'static [u8]>,
+    events: Table<'t, u64, &'static [u8]>,
 }
 
 impl<'t> Tables<'t> {
@@ -229,6 +256,8 @@ impl<'t> Tables<'t> {
             appliances: transaction.open_table(APPLIANCES)?,
             documents: transaction.open_table(DOCUMENTS)?,
             decisions: transaction.open_table(DECISIONS)?,
+            written: transaction.open_table(WRITTEN)?,
+            events: transaction.open_table(EVENTS)?,
         })
     }
 
@@ -247,6 +276,8 @@ impl<'t> Tables<'t> {
                 self.decisions.insert((decision.name.as_str(), *number), encode(decision)?.as_slice())?;
             }
             Change::Alive(unix) => drop(self.meta.insert(ALIVE_KEY, unix)?),
+            Change::Event(event) => drop(self.events.insert(event.number, encode(event)?.as_slice())?),
+            Change::EventGone(number) => drop(self.events.remove(number)?),
             Change::DecisionsBefore(unix) => self.decisions.retain(|_, value| is_since(value, *unix))?,
         }
         Ok(())
@@ -259,7 +290,12 @@ impl<'t> Tables<'t> {
             let value = encode(&Documents::from_iter([content]))?;
             self.documents.insert((name.kind.as_str(), name.name.as_str()), value.as_slice())?;
         }
+        for written in &change.written {
+            let name = &written.document;
+            self.written.insert((name.kind.as_str(), name.name.as_str()), encode(written)?.as_slice())?;
+        }
         for name in &change.gone {
+            self.written.remove((name.kind.as_str(), name.name.as_str()))?;
             self.documents.remove((name.kind.as_str(), name.name.as_str()))?;
         }
         Ok(())

@@ -1,6 +1,7 @@
 //! What every store has to do, whatever it keeps things in.
 
 use serde_json::json;
+use xpm_protocol::api::allocator::Event;
 use xpm_protocol::api::decision::Decision;
 use xpm_protocol::policy::{Content, Documents};
 
@@ -26,6 +27,24 @@ pub(crate) fn what_is_committed_is_there_after_reopening<S: MetadataStore>(mut o
     drop(store);
     documents_keep_their_revision(&mut open);
     decisions_are_read_newest_first_and_forgotten_by_age(&mut open);
+    events_are_kept_and_forgotten_by_number(&mut open);
+}
+
+fn events_are_kept_and_forgotten_by_number<S: MetadataStore>(open: &mut impl FnMut() -> S) {
+    let event = |number: u64| Event {
+        number,
+        at: 5,
+        kind: "created".into(),
+        subject: "a".parse().unwrap(),
+        text: "it is there".into(),
+    };
+    let mut store = open();
+    store.commit(&[(1..=3).map(|number| Change::Event(Box::new(event(number)))).collect()]).unwrap();
+    store.commit(&[vec![Change::EventGone(1)]]).unwrap();
+    drop(store);
+    let mut events = open().load().unwrap().events;
+    events.sort_by_key(|event| event.number);
+    assert_eq!(events, [event(2), event(3)]);
 }
 
 fn documents_keep_their_revision<S: MetadataStore>(open: &mut impl FnMut() -> S) {
@@ -59,7 +78,7 @@ fn decisions_are_read_newest_first_and_forgotten_by_age<S: MetadataStore>(open: 
 
 fn policy(revision: u64, changed: Documents, gone: Documents) -> Batch {
     let gone = gone.into_contents().map(|one| one.document_name()).collect();
-    vec![Change::Policy(Box::new(PolicyChange { revision, changed, gone }))]
+    vec![Change::Policy(Box::new(PolicyChange { revision, changed, gone, written: Vec::new() }))]
 }
 
 /// So many accounts.

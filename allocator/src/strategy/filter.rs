@@ -129,7 +129,8 @@ impl<'a> Filter<'a> {
             free = free.saturating_add(one.clearing);
         }
         let back = self.snapshot.given_back.get(&one.id).copied().unwrap_or(0);
-        free.saturating_add(back).min(one.capacity.max(free))
+        let kept = self.snapshot.kept.get(&one.id).copied().unwrap_or(0);
+        free.saturating_add(back).min(one.capacity.max(free)).saturating_sub(kept)
     }
 
     /// The reason in full.
@@ -191,7 +192,7 @@ impl Rooms {
             regions: 0,
             most_free: 0,
             shift: region_len.trailing_zeros(),
-            plain: !snapshot.with_clearing && snapshot.given_back.is_empty(),
+            plain: !snapshot.with_clearing && snapshot.given_back.is_empty() && snapshot.kept.is_empty(),
             shares: Shares::new(snapshot, filter.demand),
         }
     }

@@ -5,7 +5,7 @@ use xpm_protocol::api::decision::RuleTrace;
 use xpm_protocol::policy::{LayoutRule, LeaseTerms, LimitRule, LinkDemand, Rule};
 use xpm_protocol::text::one_line;
 
-use super::Needs;
+use super::{Needs, rule_source};
 use crate::policy::{CompiledRule, CompiledStrategy, Facts, Policy};
 
 /// Most strategies in a chain; longer ones are refused when they are applied.
@@ -83,24 +83,33 @@ impl Merged {
         needs.prefer.extend(rule.prefer.iter().map(|preference| (named(), preference.clone())));
         if let Some(limit) = rule.limit {
             self.limits.push((strategy.clone(), limit));
+            if limit.appliance_share.is_some_and(|share| needs.share.is_none_or(|least| share < least)) {
+                needs.sources.share = rule_source(&named());
+            }
             let shares = [needs.share, limit.appliance_share];
             needs.share = shares.into_iter().flatten().min();
         }
-        self.settle(rule);
+        self.settle(rule, &named());
     }
 
     /// What can be only once comes from the first rule that says it.
-    fn settle(&mut self, rule: &Rule) {
+    fn settle(&mut self, rule: &Rule, named: &str) {
         let layout = rule.layout.unwrap_or_default();
         if self.layout.stripe.is_none() && layout.stripe.is_some() {
             (self.layout.stripe, self.layout.stripe_unit) = (layout.stripe, layout.stripe_unit);
         }
+        self.layout.spread = self.layout.spread.or(layout.spread);
+        self.needs.spread = self.layout.spread.unwrap_or(false);
         self.layout.region_size = self.layout.region_size.or(layout.region_size);
+        if self.link.is_none() && rule.link_speed.is_some() {
+            self.needs.sources.link = rule_source(named);
+        }
         self.link = self.link.or(rule.link_speed);
         self.lease = self.lease.or(rule.lease);
         self.reclaimable = self.reclaimable.or(rule.reclaimable);
         if let (Some(locality), false) = (rule.locality, self.located) {
             self.located = true;
+            self.needs.sources.locality = rule_source(named);
             self.needs.within = locality.within;
             self.needs.round_trip_max = locality.round_trip_max.map(|span| span.0.as_nanos() as u64);
         }

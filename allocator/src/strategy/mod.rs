@@ -49,6 +49,8 @@ pub struct Snapshot<'a> {
     pub with_clearing: bool,
     /// Memory that is going to be given back counts as free, in bytes by appliance.
     pub given_back: &'a HashMap<ApplianceId, u64>,
+    /// Memory that is not free although everything else is given back, in bytes by appliance.
+    pub kept: &'a HashMap<ApplianceId, u64>,
 }
 
 /// What is asked for; checked before: `size` is whole pages and `columns` and `unit` fit.
@@ -64,6 +66,8 @@ pub struct Demand {
     pub region_len: Option<u64>,
     /// Decides between appliances of equal score.
     pub seed: u64,
+    /// Appliances that have something of the allocation already: a linear one goes there before it goes elsewhere.
+    pub home: Vec<ApplianceId>,
     /// What rules and profiles ask for.
     pub needs: Needs,
 }
@@ -91,6 +95,31 @@ pub struct Needs {
     pub position: Position,
     /// At most so many bytes may be taken, whole regions counted.
     pub taken_max: Option<u64>,
+    /// A linear allocation goes to as many appliances as there are, rather than to one that holds all of it.
+    pub spread: bool,
+    /// What of this comes from where.
+    pub sources: Sources,
+}
+
+/// The documents that ask for what stands once in [`Needs`], each with how to change it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Sources {
+    /// Of the link speed.
+    pub link: String,
+    /// Of nearness, by labels or by round trips.
+    pub locality: String,
+    /// Of the share.
+    pub share: String,
+}
+
+/// A rule, written `strategy/rule`, with the command that changes it.
+pub fn rule_source(rule: &str) -> String {
+    match rule.split_once('/') {
+        Some((strategy, rule)) => {
+            format!("rule `{rule}` of strategy `{strategy}` (`xpm edit strategy {strategy}`)")
+        }
+        None => format!("rule `{rule}`"),
+    }
 }
 
 impl Needs {
@@ -156,7 +185,8 @@ pub struct Seen {
 }
 
 /// Finds a place for every region. Where the request leaves the length of regions open, smaller
-/// ones are tried down to the smallest: they fit into what is left here and there.
+/// ones are tried down to the smallest: they fit into what is left here and there. A linear allocation lies on one
+/// appliance if one holds all of it at any length, since each further one is one more that can fail.
 pub fn decide(snapshot: &Snapshot<'_>, demand: &Demand) -> Decided {
     let filter = Filter::new(snapshot, demand);
     let lengths = size::lengths(demand).unwrap_or_default();
@@ -165,11 +195,15 @@ pub fn decide(snapshot: &Snapshot<'_>, demand: &Demand) -> Decided {
     let first = allowed.first().or(lengths.last()).copied().unwrap_or(1);
     let (mut seen, mut rooms) = filter.look(first);
     let mut region_len = first;
-    for &len in &allowed {
+    let ways: &[Way] = match demand.columns == 1 && !demand.needs.spread {
+        true => &[spread::on_one, spread::on_few],
+        false => &[spread::spread],
+    };
+    for (way, &len) in ways.iter().flat_map(|way| allowed.iter().map(move |len| (way, len))) {
         if len != region_len {
             (rooms, region_len) = (filter.look_again(&mut seen, len), len);
         }
-        if let Some(regions) = spread::spread(snapshot, demand, &mut seen, &rooms, region_len) {
+        if let Some(regions) = way(snapshot, demand, &mut seen, &rooms, region_len) {
             let placement = Ok(Placement { region_len, regions });
             return Decided { seen, region_len, most_free: rooms.most_free, placement };
         }
@@ -189,6 +223,9 @@ pub fn decide(snapshot: &Snapshot<'_>, demand: &Demand) -> Decided {
     };
     Decided { seen, region_len, most_free: rooms.most_free, placement: Err(no_place) }
 }
+
+/// Deals regions of one length out, or says that they do not fit.
+type Way = fn(&Snapshot<'_>, &Demand, &mut [Seen], &filter::Rooms, u64) -> Option<Vec<ApplianceId>>;
 
 /// An appliance that can serve.
 #[derive(Debug, Clone, Copy)]

@@ -11,7 +11,7 @@ use xpm_protocol::units::REGION_LEN_MIN;
 use xpm_protocol::{ByteSize, LinkSpeed, Span};
 
 use super::filter::Filter;
-use super::{Candidate, Code, Demand, Needs, Placement, Snapshot, decide, size};
+use super::{Candidate, Code, Demand, Needs, Placement, Snapshot, decide, rule_source, size};
 
 /// The remedies, the smallest change first. Looks at the snapshot some dozen times.
 pub fn remedies(snapshot: &Snapshot<'_>, demand: &Demand) -> Vec<String> {
@@ -44,7 +44,7 @@ fn waiting(snapshot: &Snapshot<'_>, demand: &Demand) -> Option<String> {
     let free = Snapshot { held: &nothing, ..*snapshot };
     let works = !snapshot.held.is_empty() && works(&free, demand).is_some();
     works.then(|| {
-        "wait for your turn (`--wait`): requests of the same or a higher priority come first".to_owned()
+        "wait for your turn (`--wait 10m`): requests of the same or a higher priority come first".to_owned()
     })
 }
 
@@ -78,39 +78,42 @@ fn loosened(snapshot: &Snapshot<'_>, demand: &Demand) -> Vec<String> {
         let wider = LEVELS.into_iter().filter(|&level| level > within);
         let enough =
             wider.map(Some).chain([None]).find(|&level| with(&|needs| needs.within = level).is_some());
+        let of = &needs.sources.locality;
         found.extend(enough.map(|level| match level {
-            Some(level) => format!("allow appliances within the same {level} (now: {within})"),
-            None => format!("allow appliances anywhere (now: within the same {within})"),
+            Some(level) => format!("set locality.within = \"{level}\" (now \"{within}\") in {of}"),
+            None => format!("take locality.within (now \"{within}\") out of {of}"),
         }));
     }
     if needs.round_trip_max.is_some()
         && let Some(placement) = with(&|needs| needs.round_trip_max = None)
     {
-        found.push(slower(snapshot, &placement));
+        found.push(slower(snapshot, &placement, &needs.sources.locality));
     }
     if let Some(asked) = needs.link_speed {
         let slower = speeds(snapshot, asked)
             .into_iter()
             .find(|&speed| with(&|needs| needs.link_speed = Some(speed)).is_some());
-        found.extend(slower.map(|speed| format!("ask for a link speed of {speed} (now: {asked})")));
+        let of = &needs.sources.link;
+        found.extend(slower.map(|speed| format!("set link-speed = \"{speed}\" (now {asked}) in {of}")));
         if slower.is_none() && with(&|needs| needs.link_speed = None).is_some() {
-            found.push(format!("ask for no link speed (now: {asked})"));
+            found.push(format!("take link-speed (now {asked}) out of {of}"));
         }
     }
     for (index, (rule, _)) in needs.require.iter().enumerate() {
         if with(&|needs| drop(needs.require.remove(index))).is_some() {
-            found.push(format!("drop what rule {rule} requires"));
+            found.push(format!("take what is required out of {}", rule_source(rule)));
         }
     }
     for (index, (rule, _)) in needs.forbid.iter().enumerate() {
         if with(&|needs| drop(needs.forbid.remove(index))).is_some() {
-            found.push(format!("drop what rule {rule} forbids"));
+            found.push(format!("take what is forbidden out of {}", rule_source(rule)));
         }
     }
     if let Some(share) = needs.share
         && with(&|needs| needs.share = None).is_some()
     {
-        found.push(format!("allow the account more than {share} of an appliance"));
+        let of = &needs.sources.share;
+        found.push(format!("set a larger limit.appliance-share (now {share}) in {of}"));
     }
     found
 }
@@ -128,15 +131,17 @@ fn speeds(snapshot: &Snapshot<'_>, below: LinkSpeed) -> Vec<LinkSpeed> {
     speeds
 }
 
-fn slower(snapshot: &Snapshot<'_>, placement: &Placement) -> String {
+fn slower(snapshot: &Snapshot<'_>, placement: &Placement, of: &str) -> String {
     let times: Option<Vec<u64>> =
         placement.regions.iter().map(|id| snapshot.round_trips.get(id).copied()).collect();
     match times.and_then(|times| times.into_iter().max()) {
         Some(longest) => {
             let longest = Span(std::time::Duration::from_micros(longest.div_ceil(1000)));
-            format!("allow a round-trip time of {longest}")
+            format!("set locality.round-trip-max = \"{longest}\" in {of}")
         }
-        None => "measure the round-trip times (`xpm client report`), or ask for none".to_owned(),
+        None => format!(
+            "measure the round-trip times (`xpm client report` on the client), or take locality.round-trip-max out of {of}"
+        ),
     }
 }
 

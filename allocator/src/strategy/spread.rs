@@ -9,6 +9,68 @@ use super::filter::Rooms;
 use super::score::Scorer;
 use super::{Demand, Room, Seen, Snapshot, size};
 
+/// Gives all regions to the appliance that is wanted most of those that hold all of them.
+pub(super) fn on_one(
+    snapshot: &Snapshot<'_>,
+    demand: &Demand,
+    seen: &mut [Seen],
+    rooms: &Rooms,
+    region_len: u64,
+) -> Option<Vec<ApplianceId>> {
+    let wanted = size::rows(demand.size, 1, region_len);
+    let scorer = Scorer::new(snapshot, demand, rooms.most_free);
+    let mut best: Option<(bool, Seat)> = None;
+    for room in &rooms.list {
+        let at = room.at as usize;
+        seen[at].score = scorer.score(at, 0);
+        if u64::from(room.regions) >= wanted {
+            let seat = seat(snapshot, demand, room, seen[at].score);
+            best = best.max(Some((demand.home.contains(&seat.id.0), seat)));
+        }
+    }
+    let (_, seat) = best?;
+    Some(vec![seat.id.0; usize::try_from(wanted).ok()?])
+}
+
+/// Gives the regions to as few appliances as can be: again and again all that still fit to the one that has most room,
+/// and the rest to the one that is wanted most of those that hold all of it.
+pub(super) fn on_few(
+    snapshot: &Snapshot<'_>,
+    demand: &Demand,
+    seen: &mut [Seen],
+    rooms: &Rooms,
+    region_len: u64,
+) -> Option<Vec<ApplianceId>> {
+    let mut wanted = size::rows(demand.size, 1, region_len);
+    if wanted > rooms.regions {
+        return None;
+    }
+    super::score::fill(snapshot, demand, seen, rooms);
+    let seat = |room: &Room| seat(snapshot, demand, room, seen[room.at as usize].score);
+    let mut seats: Vec<Seat> = rooms.list.iter().map(seat).collect();
+    let mut regions = Vec::with_capacity(usize::try_from(wanted).ok()?);
+    seats.sort_unstable_by_key(|seat| (seat.room, *seat));
+    while wanted > 0 {
+        let holds = |seat: &&Seat| seat.room >= wanted;
+        let last =
+            seats.iter().filter(holds).max_by_key(|seat| (demand.home.contains(&seat.id.0), **seat)).copied();
+        let seat = match last {
+            Some(seat) => seat,
+            None => seats.pop()?,
+        };
+        let taken = seat.room.min(wanted);
+        regions.extend(std::iter::repeat_n(seat.id.0, usize::try_from(taken).ok()?));
+        wanted -= taken;
+    }
+    Some(regions)
+}
+
+fn seat(snapshot: &Snapshot<'_>, demand: &Demand, room: &Room, score: u32) -> Seat {
+    let id = snapshot.pool.ids[room.at as usize];
+    let (at, room) = (room.at, u64::from(room.regions));
+    Seat { regions: Reverse(0), score, draw: Reverse(draw(id, demand.seed)), id: Reverse(id), room, at }
+}
+
 /// Deals the regions out, or none where they do not fit.
 ///
 /// Each region goes to the appliance that, in this order, has the fewest regions of the same row,
@@ -62,11 +124,7 @@ fn first(
         seen[at].score = scorer.score(at, 0);
         (room, seen[at].score)
     });
-    let seat = |room: &Room, score: u32| {
-        let id = snapshot.pool.ids[room.at as usize];
-        let (at, room) = (room.at, u64::from(room.regions));
-        Seat { regions: Reverse(0), score, draw: Reverse(draw(id, demand.seed)), id: Reverse(id), room, at }
-    };
+    let seat = |room: &Room, score: u32| seat(snapshot, demand, room, score);
     let wanted = usize::try_from(wanted).unwrap_or(usize::MAX);
     // The least of the best so far is at the head; most appliances are worse than that at a glance.
     let mut best: BinaryHeap<Reverse<Seat>> =

@@ -34,7 +34,7 @@ fn candidate(number: u128, free: u64) -> Candidate {
 }
 
 fn demand(size: u64, columns: u32) -> Demand {
-    Demand { size, columns, unit: 0, region_len: None, seed: 7, needs: Needs::default() }
+    Demand { size, columns, unit: 0, region_len: None, seed: 7, home: Vec::new(), needs: Needs::default() }
 }
 
 /// What a snapshot borrows.
@@ -44,6 +44,7 @@ struct Stage {
     failed: Vec<ApplianceId>,
     held: HashSet<ApplianceId>,
     numbers: HashMap<ApplianceId, u64>,
+    kept: HashMap<ApplianceId, u64>,
 }
 
 impl Stage {
@@ -64,6 +65,7 @@ impl Stage {
             round_trips: &self.numbers,
             with_clearing: false,
             given_back: &self.numbers,
+            kept: &self.kept,
         }
     }
 }
@@ -127,6 +129,23 @@ fn most_free_memory_first() {
     let snapshot = [candidate(1, 512 * MIB), candidate(2, 2048 * MIB), candidate(3, 1024 * MIB)];
     let placement = place(&snapshot, &demand(256 * MIB, 1)).unwrap();
     assert_eq!(placement.regions, [ApplianceId::from_u128(2)]);
+}
+
+#[test]
+fn a_linear_allocation_lies_on_one_appliance_that_holds_it() {
+    let two = [candidate(1, 1024 * MIB), candidate(2, 1000 * MIB), candidate(3, 512 * MIB)];
+    let on = |demand: &Demand| count(&place(&two, demand).unwrap());
+    assert_eq!(on(&demand(1024 * MIB, 1)), HashMap::from([(ApplianceId::from_u128(1), 4)]));
+    let home = Demand { home: vec![ApplianceId::from_u128(3)], ..demand(512 * MIB, 1) };
+    assert_eq!(
+        on(&home).into_keys().collect::<Vec<_>>(),
+        [ApplianceId::from_u128(3)],
+        "where it lies already"
+    );
+    assert_eq!(on(&demand(1792 * MIB, 1)).len(), 2, "no more appliances than are needed");
+    let mut spread = demand(1024 * MIB, 1);
+    spread.needs.spread = true;
+    assert!(on(&spread).len() > 1, "a rule says otherwise");
 }
 
 #[test]
@@ -226,7 +245,7 @@ fn round_trips_and_shares() {
     assert_eq!(decide(&snapshot, &wanted).placement.unwrap().regions, [ApplianceId::from_u128(2)]);
     wanted.needs.round_trip_max = Some(10_000);
     let remedies = remedy::remedies(&snapshot, &wanted);
-    assert!(remedies.iter().any(|one| one.contains("allow a round-trip time of")), "{remedies:?}");
+    assert!(remedies.iter().any(|one| one.contains("set locality.round-trip-max = ")), "{remedies:?}");
 
     let used = HashMap::from([(ApplianceId::from_u128(1), 100 << 30)]);
     let snapshot =
@@ -280,6 +299,9 @@ fn nearness_is_a_score() {
     ]);
     let mut demand = demand(1 << 30, 1);
     demand.needs.position = stage.pool.position(&labels("site=s row=r rack=t"));
+    let whole = decide(&stage.snapshot(), &demand).placement.unwrap().regions;
+    assert_eq!(whole, [3; 4].map(ApplianceId::from_u128), "the nearest holds all of it");
+    demand.needs.spread = true;
     let order = decide(&stage.snapshot(), &demand).placement.unwrap().regions;
     assert_eq!(order, [3, 2, 1, 4].map(ApplianceId::from_u128), "four regions of 256 MiB, the nearest first");
 }
@@ -298,16 +320,24 @@ fn remedies_work() {
     );
     let mut fast = demand(256 * MIB, 1);
     fast.needs.link_speed = Some(LinkSpeed(25 * GBPS));
-    assert_eq!(remedies(&fast)[0], "ask for a link speed of 10Gbps (now: 25Gbps)");
+    fast.needs.sources.link = "account `a`".to_owned();
+    assert_eq!(remedies(&fast)[0], "set link-speed = \"10Gbps\" (now 25Gbps) in account `a`");
     let mut far = demand(256 * MIB, 1);
     far.needs.within = Some(Level::Rack);
-    assert_eq!(remedies(&far)[0], "allow appliances anywhere (now: within the same rack)");
+    far.needs.sources.locality = rule_source("s/near");
+    assert_eq!(
+        remedies(&far)[0],
+        "take locality.within (now \"rack\") out of rule `near` of strategy `s` (`xpm edit strategy s`)"
+    );
     let mut picky = demand(256 * MIB, 1);
     picky
         .needs
         .require
         .push(("s/gold".into(), Selector { labels: labels("tier=gold"), ..Selector::default() }));
-    assert_eq!(remedies(&picky)[0], "drop what rule s/gold requires");
+    assert_eq!(
+        remedies(&picky)[0],
+        "take what is required out of rule `gold` of strategy `s` (`xpm edit strategy s`)"
+    );
 }
 
 #[test]
@@ -315,7 +345,8 @@ fn large_pools_are_cut_short_in_records() {
     let mut candidates: Vec<Candidate> = (1..=1000).map(|n| candidate(n, (n as u64) << 30)).collect();
     candidates[..400].iter_mut().for_each(|one| one.drain = true);
     let stage = Stage::new(&candidates);
-    let demand = demand(1 << 30, 1);
+    let mut demand = demand(1 << 30, 1);
+    demand.needs.spread = true;
     let decided = decide(&stage.snapshot(), &demand);
     let (short, rejected) = trace::appliances(&stage.snapshot(), &demand, &decided, false);
     assert!(short.len() < 20, "{}", short.len());
@@ -374,7 +405,8 @@ prop_compose! {
 prop_compose! {
     fn demands()(pages in 1..1_000_000_u64, columns in 1..9_u32, asked in prop::option::of(24..30_u32), seed: u64) -> Demand {
         let region_len = asked.map(|shift| 1 << shift);
-        Demand { size: pages * PAGE_LEN, columns, unit: 0, region_len, seed, needs: Needs::default() }
+        let needs = Needs { spread: seed % 2 == 0, ..Needs::default() };
+        Demand { size: pages * PAGE_LEN, columns, unit: 0, region_len, seed, home: Vec::new(), needs }
     }
 }
 
@@ -393,7 +425,7 @@ prop_compose! {
             forbid: forbid.map(|index| ("s/f".to_owned(), select(index))).into_iter().collect(),
             link_speed: link.map(|link| LinkSpeed(link * GBPS)),
             taken_max: taken.map(|mib| mib * MIB),
-            ..Needs::default()
+            ..demand.needs
         };
         Demand { needs, ..demand }
     }
@@ -432,10 +464,24 @@ proptest! {
 
     #[test]
     fn the_quick_spread_is_the_slow_one(snapshot in snapshots(), demand in picky()) {
+        let demand = Demand { needs: Needs { spread: true, ..demand.needs }, ..demand };
         if let Ok(placement) = place(&snapshot, &demand) {
             let slow = slow_spread(&snapshot, &demand, placement.region_len);
             prop_assert_eq!(Some(placement.regions), slow);
         }
+    }
+
+    #[test]
+    fn a_linear_one_lies_on_as_few_appliances_as_can_be(snapshot in snapshots(), demand in picky()) {
+        let demand = Demand { columns: 1, needs: Needs { spread: false, ..demand.needs }, ..demand };
+        let Ok(placement) = place(&snapshot, &demand) else { return Ok(()) };
+        let len = placement.region_len;
+        let mut rooms: Vec<u64> =
+            snapshot.iter().filter(|one| may_serve(one, &demand)).map(|one| one.free / len).collect();
+        rooms.sort_unstable_by(|a, b| b.cmp(a));
+        let wanted = placement.regions.len() as u64;
+        let least = rooms.iter().scan(0, |sum, room| { *sum += room; Some(*sum) }).position(|sum| sum >= wanted);
+        prop_assert_eq!(Some(count(&placement).len()), least.map(|last| last + 1));
     }
 
     #[test]

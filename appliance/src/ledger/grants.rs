@@ -106,7 +106,9 @@ impl<M: Clone> Ledger<M> {
             Some(grant) => {
                 let change = compare(id, grant, commit)?;
                 if change == Change::Nothing && commit.descriptor.is_some() {
+                    // The name is for people: with the descriptor comes the one that it has now.
                     grant.descriptor = commit.descriptor.clone();
+                    grant.name = commit.name.clone();
                 }
                 if change == Change::Renew {
                     self.check_key(id, commit)?;
@@ -274,9 +276,9 @@ fn compare(id: GrantId, grant: &Grant, commit: &Commit) -> Result<Change, Refusa
             "a higher epoch needs another key, or the old owner would be let in".into(),
         )),
         true => Ok(Change::Renew),
-        false if same_key && grant.name == commit.name => Ok(Change::Nothing),
+        false if same_key => Ok(Change::Nothing),
         false => Err(Refusal::Conflict(format!(
-            "grant {id} has another key or name at epoch {}: raise the epoch",
+            "grant {id} has another key at epoch {}: raise the epoch",
             grant.epoch
         ))),
     }

@@ -95,6 +95,9 @@ pub enum Medium {
 /// What an appliance has and does; part of each heartbeat.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
+    /// Its id; none in answers of versions before 0.2.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<ApplianceId>,
     /// Memory that it lends in all, in bytes.
     pub capacity: ByteSize,
     /// Memory of regions in grants, in bytes.

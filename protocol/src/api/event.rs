@@ -44,6 +44,8 @@ kinds! {
     Deleted = "deleted";
     /// A client uses an allocation.
     Attached = "attached";
+    /// An allocation has another name.
+    Renamed = "renamed";
     /// No client uses an allocation any more.
     Detached = "detached";
     /// A request waits for its turn.

@@ -11,7 +11,36 @@ pub struct Policy {
     pub revision: u64,
     /// The documents, each with its version.
     pub documents: Documents,
+    /// Their texts, of those that were applied in a form that can be taken apart.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub written: Vec<Written>,
 }
+
+/// A document as its author wrote it. The pieces of a file, in the order of their positions and each as `before`, `text`
+/// and `after`, are the file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Written {
+    /// Which.
+    #[serde(flatten)]
+    pub document: DocumentName,
+    /// The version that this is the text of.
+    pub version: u64,
+    /// How it is written.
+    pub format: PolicyFormat,
+    /// Its place among the documents of its file.
+    pub position: u64,
+    /// What stood between the document before it and this one.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub before: String,
+    /// Its text, with the comments directly above it.
+    pub text: String,
+    /// What stood behind the last document of the file.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub after: String,
+}
+
+/// Ends a line of TOML that `xpm edit` added: the version that was read. It is not kept with the text.
+pub const EDIT_MARK: &str = "# xpm edit";
 
 /// Applies files of documents: all of them or, where anything is wrong, none.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

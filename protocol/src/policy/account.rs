@@ -54,7 +54,13 @@ pub struct Account {
     /// priority.
     #[serde(default)]
     pub reclaimable: bool,
+    /// Most requests of this account that wait for their turn at the same time; 100 where none is given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub waiting_max: Option<u32>,
 }
+
+/// Most requests of an account that says none, and of all without an account, that wait at the same time.
+pub const WAITING_MAX_DEFAULT: u32 = 100;
 
 /// Priority of accounts that say none, and of requests without an account.
 pub const PRIORITY_DEFAULT: u16 = 100;

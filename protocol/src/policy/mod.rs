@@ -22,7 +22,9 @@ use serde::{Deserialize, Deserializer, Serialize, de};
 
 use crate::Name;
 
-pub use account::{Account, AtClose, GRACE_DEFAULT_SECS, LeaseTerms, PRIORITY_DEFAULT, PRIORITY_MAX};
+pub use account::{
+    Account, AtClose, GRACE_DEFAULT_SECS, LeaseTerms, PRIORITY_DEFAULT, PRIORITY_MAX, WAITING_MAX_DEFAULT,
+};
 pub use appliance::{Amount, ApplianceProfile, LEVELS, Level, RAMP_UP_DEFAULT_SECS};
 pub use client::ClientProfile;
 pub use condition::{Access, Condition};

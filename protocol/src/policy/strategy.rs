@@ -151,6 +151,10 @@ pub struct LayoutRule {
     /// Size of a region, a power of two from 16 MiB to 64 GiB.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub region_size: Option<ByteSize>,
+    /// Whether the regions of a linear allocation go to as many appliances as there are, rather than to one that holds
+    /// all of them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub spread: Option<bool>,
 }
 
 /// A link speed that appliances must have and have free.

@@ -12,7 +12,7 @@ pub(crate) enum AllocCommand {
     /// Makes an allocation: takes memory of appliances under a name.
     #[command(after_help = "\
 Examples:
-  1 GiB on the appliance with the most free memory:
+  1 GiB on the best appliance that holds all of it:
     xpm alloc create scratch --size 1GiB
   16 GiB striped over four appliances, for bandwidth:
     xpm alloc create swap0 --size 16GiB --stripe 4
@@ -106,6 +106,14 @@ Examples:
         /// it, the new owner gets zeros in its place. Without this such a transfer is refused.
         #[arg(long, requires = "force")]
         lose: bool,
+    },
+    /// Gives an allocation another name. Refused while a client uses it: devices are called by the name.
+    #[command(after_help = "Example:\n  xpm alloc rename scratch data")]
+    Rename {
+        /// Its name.
+        name: Name,
+        /// Its new name.
+        to: Name,
     },
     /// Deletes an allocation; its memory is cleared and lent again.
     ///

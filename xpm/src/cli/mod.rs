@@ -4,6 +4,7 @@ mod alloc;
 mod appliance;
 mod blk;
 mod client;
+mod events;
 mod list;
 mod policy;
 mod run;
@@ -19,6 +20,7 @@ pub(crate) use alloc::{AllocCommand, CreateArgs};
 pub(crate) use appliance::{ApplianceCommand, DrainArgs, RebalanceArgs};
 pub(crate) use blk::{AttachArgs, BlkCommand};
 pub(crate) use client::ClientCommand;
+pub(crate) use events::EventsArgs;
 pub(crate) use list::ListArgs;
 pub(crate) use policy::{ApplyArgs, DeleteArgs, EditArgs, GetArgs};
 pub(crate) use run::RunArgs;
@@ -122,14 +124,11 @@ Examples:
     /// Shows what accounts, clients and strategies have, and their limits.
     Usage(ListArgs),
     /// Prints what happened: leases that end, allocations that give way, requests that are served.
-    Events {
-        /// Goes on with what happens from now on.
-        #[arg(long, short)]
-        follow: bool,
-        /// Only events with a larger number.
-        #[arg(long, value_name = "N", default_value_t = 0)]
-        after: u64,
-    },
+    #[command(after_help = "Examples:
+  xpm events --follow
+  xpm events --object swap0
+  xpm events --kind lost,appliance-silent")]
+    Events(EventsArgs),
     /// Moves regions from full appliances to empty ones, while they are used.
     ///
     /// The plan is made once. Of what is on its way each region is moved wholly or not at all.

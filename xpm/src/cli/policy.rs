@@ -21,11 +21,15 @@ pub(crate) struct ApplyArgs {
 #[derive(Debug, Args)]
 pub(crate) struct GetArgs {
     /// The kind of documents: strategy, account, client or appliance.
-    #[arg(value_parser = kind)]
-    pub(crate) kind: Kind,
+    #[arg(value_parser = kind, required_unless_present = "file")]
+    pub(crate) kind: Option<Kind>,
     /// The document's name; all of the kind when it is left out.
     #[arg(add = any_document())]
     pub(crate) name: Option<Name>,
+    /// The documents that this file names, as the allocator has them: the file itself, while nothing was changed since it
+    /// was applied.
+    #[arg(long, short, value_name = "FILE", conflicts_with = "kind")]
+    pub(crate) file: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

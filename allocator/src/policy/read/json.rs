@@ -4,6 +4,7 @@ use jsonc_parser::ast;
 use jsonc_parser::common::Ranged as _;
 use jsonc_parser::{CollectOptions, ParseOptions, parse_to_ast};
 use serde_json::Value;
+use xpm_protocol::policy::Kind;
 
 use super::lines::{Index, Lines};
 use super::{Parsed, listed};
@@ -18,6 +19,19 @@ pub(super) fn parse(text: &str) -> Parsed {
         parsed.map_err(|error| (index.line(error.range().start), format!("this is not JSON: {error}")))?;
     let tree = tree.value.ok_or_else(|| (0, "the file is empty".to_owned()))?;
     from_value(&tree, &index)
+}
+
+/// Where documents stand in a text: kind, first byte and the byte behind the last one, in the order of the text.
+pub(super) fn spans(text: &str) -> Vec<(Kind, usize, usize)> {
+    let parsed = parse_to_ast(text, &CollectOptions::default(), &ParseOptions::default());
+    let Some(ast::Value::Object(kinds)) = parsed.ok().and_then(|tree| tree.value) else { return Vec::new() };
+    let mut found = Vec::new();
+    for property in &kinds.properties {
+        if let (Ok(kind), ast::Value::Array(list)) = (property.name.as_str().parse(), &property.value) {
+            found.extend(list.elements.iter().map(|one| (kind, one.start(), one.end())));
+        }
+    }
+    found
 }
 
 fn from_value(value: &ast::Value<'_>, index: &Index) -> Parsed {

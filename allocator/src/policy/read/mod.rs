@@ -7,15 +7,18 @@ mod depth;
 mod json;
 mod lines;
 mod toml;
+mod written;
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use serde::de::DeserializeOwned;
 use serde_json::Value;
-use xpm_protocol::api::policy::{PolicyFile, PolicyFormat, Problem};
-use xpm_protocol::policy::{Content, Kind};
+use xpm_protocol::api::policy::{PolicyFile, PolicyFormat, Problem, Written};
+use xpm_protocol::policy::{Content, DocumentName, Kind};
 
 use lines::Lines;
+use written::Pieces;
 
 /// Most files at once.
 const FILES_MAX: usize = 64;
@@ -24,6 +27,8 @@ const BYTES_MAX: usize = 1 << 20;
 /// Most values in all files together. Fewer than as many bytes can hold, for a value in memory is
 /// much larger than the shortest one that can be written.
 const VALUES_MAX: usize = 100_000;
+/// Most problems of one document that are told at once.
+const DOCUMENT_PROBLEMS_MAX: usize = 20;
 /// Most problems that are told at once.
 pub(super) const PROBLEMS_MAX: usize = 100;
 /// Most characters of a file's name, a key or a text in a problem.
@@ -33,6 +38,8 @@ const SHOWN_MAX: usize = 400;
 #[derive(Debug, Clone)]
 pub(super) struct Document {
     pub(super) content: Content,
+    /// Its text, where the file can be taken apart.
+    pub(super) written: Option<Written>,
     origin: Origin,
 }
 
@@ -59,22 +66,39 @@ impl Origin {
     }
 }
 
+/// What files have.
+#[derive(Default)]
+pub(super) struct Read {
+    /// The documents that can be read.
+    pub(super) documents: Vec<Document>,
+    pub(super) problems: Vec<Problem>,
+    /// Names of documents that are there and cannot be read.
+    pub(super) broken: HashSet<DocumentName>,
+    /// A file cannot be read at all, so that any name may be in it.
+    pub(super) unknown: bool,
+}
+
 /// Reads all files. Where there are problems, the documents are not all.
-pub(super) fn read(files: &[PolicyFile]) -> (Vec<Document>, Vec<Problem>) {
+pub(super) fn read(files: &[PolicyFile]) -> Read {
     let bytes: usize = files.iter().map(|file| file.name.len() + file.text.len()).sum();
     if files.len() > FILES_MAX || bytes > BYTES_MAX {
         let name = files.first().map_or("", |file| &file.name);
         let text = format!(
             "at most {FILES_MAX} files and {BYTES_MAX} bytes can be applied at once: apply them in parts"
         );
-        return (Vec::new(), vec![problem(name, 0, "", &text)]);
+        return Read { problems: vec![problem(name, 0, "", &text)], unknown: true, ..Read::default() };
     }
     let mut found = Found::default();
     for file in files {
         found.read(file);
     }
-    found.problems.truncate(PROBLEMS_MAX);
-    (found.documents, found.problems)
+    found.read.problems.truncate(PROBLEMS_MAX);
+    found.read
+}
+
+/// A problem with everything that was given.
+pub(super) fn whole_file(files: &[PolicyFile], text: &str) -> Problem {
+    problem(files.first().map_or("", |file| &file.name), 0, "", text)
 }
 
 fn problem(file: &str, line: u64, key: &str, text: &str) -> Problem {
@@ -95,8 +119,7 @@ type Parsed = Result<(Value, Lines), (u64, String)>;
 
 #[derive(Default)]
 struct Found {
-    documents: Vec<Document>,
-    problems: Vec<Problem>,
+    read: Read,
     values: usize,
 }
 
@@ -112,45 +135,111 @@ impl Found {
                 if self.values > VALUES_MAX {
                     let text =
                         format!("at most {VALUES_MAX} values can be applied at once: apply them in parts");
-                    return self.problems.push(problem(&file.name, 0, "", &text));
+                    return self.unreadable(problem(&file.name, 0, "", &text));
                 }
-                self.read_kinds(&file.name, kinds, lines);
+                self.read_kinds(&file.name, kinds, lines, written::pieces(file));
             }
             Ok((_, lines)) => {
                 let text =
                     "a file of documents is a table with the keys strategy, account, client and appliance";
-                self.problems.push(problem(&file.name, lines.line, "", text));
+                self.unreadable(problem(&file.name, lines.line, "", text));
             }
-            Err((line, text)) => self.problems.push(problem(&file.name, line, "", &text)),
+            Err((line, text)) => self.unreadable(problem(&file.name, line, "", &text)),
         }
     }
 
-    fn read_kinds(&mut self, file: &str, kinds: serde_json::Map<String, Value>, mut lines: Lines) {
+    fn unreadable(&mut self, problem: Problem) {
+        self.read.problems.push(problem);
+        self.read.unknown = true;
+    }
+
+    fn read_kinds(
+        &mut self,
+        file: &str,
+        kinds: serde_json::Map<String, Value>,
+        mut lines: Lines,
+        mut pieces: Pieces,
+    ) {
         let name: Arc<str> = file.into();
         for (key, value) in kinds {
             let at = lines.table.remove(&key).unwrap_or_default();
             match (key.parse::<Kind>(), value) {
-                (Ok(kind), Value::Array(list)) => self.read_list(&name, kind, list, at),
+                (Ok(kind), Value::Array(list)) => self.read_list(&name, kind, list, at, &mut pieces),
                 (Ok(kind), _) => {
                     let text = format!(
                         "{kind} is a list of documents: write [[{kind}]] in TOML, or \"{kind}\": [...] in JSON"
                     );
-                    self.problems.push(problem(file, at.line, &key, &text));
+                    self.unreadable(problem(file, at.line, &key, &text));
                 }
-                (Err(error), _) => self.problems.push(problem(file, at.line, &key, &error.to_string())),
+                (Err(error), _) => self.unreadable(problem(file, at.line, &key, &error.to_string())),
             }
         }
     }
 
-    fn read_list(&mut self, file: &Arc<str>, kind: Kind, list: Vec<Value>, lines: Lines) {
+    fn read_list(
+        &mut self,
+        file: &Arc<str>,
+        kind: Kind,
+        list: Vec<Value>,
+        lines: Lines,
+        pieces: &mut Pieces,
+    ) {
         for (index, (value, lines)) in list.into_iter().zip(lines.list).enumerate() {
             let key = format!("{kind}[{index}]");
             let origin = Origin { file: file.clone(), key, lines: Arc::new(lines) };
-            match document(kind, value) {
-                Ok(content) => self.documents.push(Document { content, origin }),
-                Err((key, text)) => self.problems.push(origin.problem(&key, &text)),
+            let named = value.get("name").and_then(Value::as_str).and_then(|name| name.parse().ok());
+            match document(kind, value.clone()) {
+                Ok(content) => {
+                    let written = pieces.remove(&(kind, index)).and_then(|piece| piece.of(&content));
+                    self.read.documents.push(Document { content, written, origin });
+                }
+                Err(first) => {
+                    match named {
+                        Some(name) => drop(self.read.broken.insert(DocumentName { kind, name })),
+                        None => self.read.unknown = true,
+                    }
+                    let problems = all_problems(kind, value, first);
+                    self.read.problems.extend(problems.iter().map(|(key, text)| origin.problem(key, text)));
+                }
             }
         }
+    }
+}
+
+/// Everything that is wrong with a document: what was found is taken out, and the rest is looked at again.
+fn all_problems(kind: Kind, mut value: Value, first: (String, String)) -> Vec<(String, String)> {
+    let mut problems = vec![first];
+    while problems.len() < DOCUMENT_PROBLEMS_MAX {
+        let key = &problems[problems.len() - 1].0;
+        if key.is_empty() || !take_out(&mut value, key) {
+            break;
+        }
+        match document(kind, value.clone()) {
+            // What is missing may be missing because it was taken out.
+            Err((key, text))
+                if !text.starts_with("missing field") && !problems.iter().any(|(known, _)| *known == key) =>
+            {
+                problems.push((key, text));
+            }
+            _ => break,
+        }
+    }
+    problems
+}
+
+/// Takes the value of a key such as `rule[0].when.size-min` out. Returns whether it was there and nothing else moved by that.
+fn take_out(value: &mut Value, key: &str) -> bool {
+    let pointer = key.replace(['.', '['], "/").replace(']', "");
+    let (above, last) =
+        pointer.rsplit_once('/').map_or(("", pointer.as_str()), |(above, last)| (above, last));
+    let above = if above.is_empty() { String::new() } else { format!("/{above}") };
+    match value.pointer_mut(&above) {
+        Some(Value::Object(table)) => table.remove(last).is_some(),
+        // Only the last one of a list: the others keep their places, by which problems are told.
+        Some(Value::Array(list)) if last.parse().is_ok_and(|index: usize| index + 1 == list.len()) => {
+            list.pop().is_some()
+        }
+        _ => false,
     }
 }
 

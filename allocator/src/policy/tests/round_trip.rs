@@ -139,6 +139,7 @@ impl Seed {
             stripe: self.maybe(|seed| seed.below(1 << 31) as u32),
             stripe_unit: self.maybe(Seed::size),
             region_size: self.maybe(Seed::size),
+            spread: self.maybe(Seed::coin),
         }
     }
 
@@ -192,6 +193,7 @@ impl Seed {
             lease: self.maybe(Seed::lease),
             link_speed: self.maybe(Seed::demand),
             reclaimable: self.coin(),
+            waiting_max: self.maybe(|seed| seed.below(1000) as u32),
         }
     }
 
@@ -228,9 +230,9 @@ impl Seed {
 }
 
 fn back(file: &PolicyFile) -> Vec<Content> {
-    let (documents, problems) = read::read(std::slice::from_ref(file));
-    assert_eq!(problems, [], "{}", file.text);
-    documents.into_iter().map(|one| one.content).collect()
+    let found = read::read(std::slice::from_ref(file));
+    assert_eq!(found.problems, [], "{}", file.text);
+    found.documents.into_iter().map(|one| one.content).collect()
 }
 
 proptest! {

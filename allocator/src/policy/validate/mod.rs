@@ -20,13 +20,14 @@ use xpm_protocol::policy::{
 use xpm_protocol::{ByteSize, LinkSpeed, Name};
 
 use super::Policy;
-use super::read::{Document, PROBLEMS_MAX};
+use super::read::{Document, PROBLEMS_MAX, Read};
 use crate::usage::Usage;
 
 use chain::Chains;
 
 /// All problems of documents that were read, with those that are there already.
-pub(super) fn validate(policy: &Policy, documents: &[Document], usage: &Usage) -> Vec<Problem> {
+pub(super) fn validate(policy: &Policy, read: &Read, usage: &Usage) -> Vec<Problem> {
+    let documents = &read.documents;
     let mut problems = Vec::new();
     let mut new = HashMap::new();
     for document in documents {
@@ -37,7 +38,7 @@ pub(super) fn validate(policy: &Policy, documents: &[Document], usage: &Usage) -
         }
     }
     let chains = Chains::new(policy, &new);
-    let world = World { policy, usage, new, chains };
+    let world = World { policy, usage, new, chains, read };
     for document in documents {
         Check { world: &world, document, problems: &mut problems }.all();
         if problems.len() >= PROBLEMS_MAX {
@@ -54,6 +55,8 @@ struct World<'a> {
     usage: &'a Usage,
     new: HashMap<DocumentName, &'a Content>,
     chains: Chains<'a>,
+    /// What could not be read besides.
+    read: &'a Read,
 }
 
 /// Looks at one document.
@@ -101,8 +104,11 @@ impl Check<'_> {
     /// A name must lead somewhere.
     fn exists(&mut self, key: impl AsRef<str>, kind: Kind, name: &Name) {
         let document = DocumentName { kind, name: name.clone() };
-        let there =
-            self.world.new.contains_key(&document) || self.world.policy.documents.contains_key(&document);
+        let World { new, policy, read, .. } = self.world;
+        let there = new.contains_key(&document)
+            || policy.documents.contains_key(&document)
+            || read.unknown
+            || read.broken.contains(&document);
         if !there {
             self.say(key, format!("there is no {document}: apply it with this file, or before"));
         }

@@ -50,6 +50,7 @@ impl Service {
             Ok(regions) => {
                 let event = self.clock;
                 self.inventory.settle(id, appliance, event);
+                self.sample_soon(appliance);
                 self.making(id).regions[grant] = regions;
             }
             Err(error) => {

@@ -31,6 +31,7 @@ pub(super) use self::build::Place;
 pub(super) use self::carry::Copying;
 pub(super) use self::make::Making;
 pub(super) use self::settle::Over;
+use super::early::Order;
 use super::wish::Wish;
 use super::{AfterStore, Outcome, ReplyTo, Request, Service, Work};
 use crate::store::record::{AllocationRecord, Stage};
@@ -56,6 +57,9 @@ pub(super) struct Side {
 impl Service {
     /// Makes an allocation larger or smaller.
     pub(super) fn resize(&mut self, reply: ReplyTo, id: AllocationId, resize: Resize) {
+        if self.waits_for_appliances(true) {
+            return self.resize_later(reply, id, resize);
+        }
         match self.plan_resize(id, resize.size.0) {
             Ok(None) => {
                 let shown = self.view(id);
@@ -66,8 +70,17 @@ impl Service {
                     self.reply(reply, Err(error));
                 }
             }
+            Err(ApiError(ErrorKind::NoSpace, _)) if self.waits_for_appliances(false) => {
+                self.resize_later(reply, id, resize);
+            }
             Err(error) => self.reply(reply, Err(error)),
         }
+    }
+
+    /// The allocator started a moment ago: the appliances that it knows are heard first.
+    fn resize_later(&mut self, reply: ReplyTo, id: AllocationId, resize: Resize) {
+        let name = self.entry(id).record.name.clone();
+        self.wait_for_appliances(Order::Request(reply, Request::Resize { name, resize }));
     }
 
     /// What another size means: nothing, or a kind of change, the size, and where each region lies then.
@@ -154,6 +167,7 @@ impl Service {
         };
         let mut wish = Wish::new(None, create);
         wish.failed = without.to_vec();
+        wish.home = record.appliances().into_iter().collect();
         let looked = match charged {
             true => self.look(&wish, false),
             false => self.look_uncharged(&wish),

@@ -64,6 +64,8 @@ impl Appliance {
 
     pub(super) fn heartbeat(&self) -> Heartbeat {
         let mut status = self.record.status.clone();
+        status.id = Some(self.record.info.id);
+        status.grants = self.grants.len() as u64;
         status.capacity = ByteSize(self.capacity);
         status.free = ByteSize(self.free());
         status.granted = ByteSize(self.capacity - self.free() - self.clearing);
@@ -171,7 +173,7 @@ impl Appliance {
             if commit.epoch < grant.epoch || commit.regions != grant.regions {
                 return refused("an older epoch, or other regions");
             }
-            let same = (&grant.key, &grant.name) == (&wanted.key, &wanted.name);
+            let same = grant.key == wanted.key;
             assert!(commit.epoch > grant.epoch || same, "one epoch has one key");
             wanted.descriptor = wanted.descriptor.or(grant.descriptor.take());
             *grant = wanted;

@@ -11,7 +11,7 @@ use xpm_protocol::api::policy::{Applied, Apply, PolicyFile, PolicyFormat};
 use xpm_protocol::policy::{DocumentName, Kind};
 use xpm_protocol::{ApplianceId, ByteSize, HostId, Name, Span};
 
-use super::super::{Event, Outcome, Request};
+use super::super::{Event, EventQuery, Outcome, Request};
 use super::world::World;
 use super::{MIB, attach, delete, detach};
 
@@ -48,7 +48,7 @@ pub(super) fn make(world: &mut World, create: Create) -> Result<Allocation, (Err
     }
 }
 
-fn waiting(of: &str, mib: u64, account: &str) -> Create {
+pub(super) fn waiting(of: &str, mib: u64, account: &str) -> Create {
     Create { wait: Some(Span(Duration::from_secs(600))), ..asked(of, mib, account) }
 }
 
@@ -71,7 +71,7 @@ fn dry_run(world: &mut World, create: Create) -> Decision {
 }
 
 pub(super) fn kinds(world: &mut World) -> Vec<String> {
-    match world.answer(Request::Events { after: 0, wait: false }).unwrap() {
+    match world.answer(Request::Events(EventQuery { after: Some(0), ..EventQuery::default() })).unwrap() {
         Outcome::Events(events) => {
             events.into_iter().map(|Told { kind, subject, .. }| format!("{kind} {subject}")).collect()
         }
@@ -92,7 +92,7 @@ pub(super) fn pass(world: &mut World, seconds: u64) {
     }
 }
 
-const TWO: &str = "
+pub(super) const TWO: &str = "
 [[account]]
 name = 'low'
 priority = 10
@@ -372,7 +372,8 @@ link-speed = 'client'
         "{line}"
     );
     assert!(
-        line.contains("a2 has a link of 1Gbps") && line.contains("ask for a link speed of 4Gbps"),
+        line.contains("a2 has a link of 1Gbps")
+            && line.contains("set link-speed = \"4Gbps\" (now 6Gbps) in rule `as-fast-as-the-client`"),
         "{line}"
     );
     world.crash(false);
@@ -502,7 +503,7 @@ forbid = [{ appliances = ['a1'] }]
 fn a_dry_run_does_nothing_and_tells_the_same() {
     let mut world = world(&[128 * MIB; 2], TWO);
     let decision = dry_run(&mut world, asked("x", 64, "low"));
-    assert!(matches!(decision.outcome, DecisionOutcome::Placed { regions: 4, appliances: 2, .. }));
+    assert!(matches!(decision.outcome, DecisionOutcome::Placed { regions: 4, appliances: 1, .. }));
     assert_eq!(state(&mut world, "x"), None);
     let refused = dry_run(&mut world, asked("x", 1024, ""));
     let DecisionOutcome::Refused { kind, remedies, .. } = refused.outcome else { panic!() };

@@ -16,6 +16,8 @@ pub(super) const ALLOCATIONS: &str = "allocations/";
 pub(super) const APPLIANCES: &str = "appliances/";
 pub(super) const DOCUMENTS: &str = "documents/";
 pub(super) const DECISIONS: &str = "decisions/";
+pub(super) const WRITTEN: &str = "written/";
+pub(super) const EVENTS: &str = "events/";
 
 /// Most entries of one transaction; etcd takes 128 operations where nobody configures it.
 const ENTRIES_MAX: usize = 120;
@@ -98,6 +100,8 @@ impl Entries {
                 self.put(format!("{}{number:016x}", decisions_about(&decision.name)), encode(decision)?);
             }
             Change::Alive(unix) => self.put(ALIVE_KEY.to_owned(), unix.to_string()),
+            Change::Event(event) => self.put(event_key(event.number), encode(event)?),
+            Change::EventGone(number) => self.remove(event_key(*number)),
             Change::DecisionsBefore(_) => {}
         }
         Ok(())
@@ -110,7 +114,12 @@ impl Entries {
             let key = format!("{DOCUMENTS}{}/{}", name.kind.as_str(), name.name);
             self.put(key, encode(&Documents::from_iter([content]))?);
         }
+        for written in &change.written {
+            let name = &written.document;
+            self.put(format!("{WRITTEN}{}/{}", name.kind.as_str(), name.name), encode(written)?);
+        }
         for name in &change.gone {
+            self.remove(format!("{WRITTEN}{}/{}", name.kind.as_str(), name.name));
             self.remove(format!("{DOCUMENTS}{}/{}", name.kind.as_str(), name.name));
         }
         Ok(())
@@ -131,6 +140,10 @@ fn allocation_key(id: u128) -> String {
 
 fn appliance_key(id: u128) -> String {
     format!("{APPLIANCES}{id:032x}")
+}
+
+fn event_key(number: u64) -> String {
+    format!("{EVENTS}{number:016x}")
 }
 
 /// What the keys of all decisions about a name begin with.

@@ -28,6 +28,14 @@ pub struct DrainState {
     pub stuck: Option<String>,
 }
 
+/// Gives an allocation another name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rename {
+    /// The new name.
+    pub to: Name,
+}
+
 /// Empties an appliance: its regions move to others, while they are used. Again with other settings: they hold
 /// from the next allocation on.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]

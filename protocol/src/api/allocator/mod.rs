@@ -6,7 +6,7 @@
 //! | `PUT /v1/appliances/{id}` | [`Heartbeat`] | [`HeartbeatAnswer`] |
 //! | `GET /v1/appliances` | | list of [`Appliance`] |
 //! | `DELETE /v1/appliances/{id}` | | nothing; refused while it holds regions of an allocation |
-//! | `POST /v1/allocations` | [`Create`] | [`Allocation`] |
+//! | `POST /v1/allocations?request=ID` | [`Create`] | [`Allocation`]; with a [`RequestId`], who asks again asks for the same, and not again for what was taken back |
 //! | `GET /v1/allocations` | | list of [`Allocation`] |
 //! | `GET /v1/allocations/{name}` | | [`Allocation`] |
 //! | `DELETE /v1/allocations/{name}?force=true` | | nothing; refused while attached, unless forced |
@@ -14,6 +14,7 @@
 //! | `DELETE /v1/allocations/{name}/owner/{client}` | | nothing |
 //! | `POST /v1/allocations/{name}/renewal` | [`Renew`] | [`Allocation`] |
 //! | `PUT /v1/allocations/{name}/size` | [`Resize`] | [`Allocation`] |
+//! | `PUT /v1/allocations/{name}/name` | [`Rename`] | [`Allocation`]; refused while a client uses it |
 //! | `POST /v1/allocations/{name}/transfer` | [`Transfer`] | [`Allocation`] |
 //! | `GET /v1/allocations/{name}/orders/{client}?refused=GRANT,GRANT` | | [`Orders`]: what the owner is to do; the appliances of grants that refuse the owner are asked at once what they have |
 //! | `POST /v1/allocations/{name}/orders/{client}` | [`Report`] | [`Orders`] |
@@ -31,7 +32,7 @@
 //! | `GET /v1/usage` | | list of [`Usage`] |
 //! | `PUT /v1/clients/{name}` | [`ClientFacts`] | [`Client`] |
 //! | `GET /v1/clients` | | list of [`Client`] |
-//! | `GET /v1/events?after=N&wait=true` | | list of [`Event`], those with a larger number; with `wait`, up to 20 s until there is one |
+//! | `GET /v1/events?after=N&wait=true&object=NAME&kind=A,B&limit=N` | | list of [`Event`], at most [`EVENTS_PAGE_MAX`]: those with a larger number, the oldest first, or without `after` the newest; of what has the name, of these kinds; with `wait`, up to 20 s until there is one |
 //! | `GET /v1/policy` | | [`Policy`](super::policy::Policy) |
 //! | `POST /v1/policy` | [`Apply`](super::policy::Apply) | [`Applied`](super::policy::Applied) |
 //! | `DELETE /v1/policy/{kind}/{name}?version=N` | | nothing; refused while it is in use or, with a version, when it has another |
@@ -50,11 +51,13 @@ use crate::policy::{Access, DocumentName, Labels};
 use crate::speed::LinkSpeed;
 use crate::text;
 use crate::units::{ByteSize, Span};
-use crate::{AllocationId, ApplianceId, ClientId, Epoch, GrantId, GrantKey, HostId, Name, RegionId};
+use crate::{
+    AllocationId, ApplianceId, ClientId, Epoch, GrantId, GrantKey, HostId, Name, RegionId, RequestId,
+};
 
 pub use self::change::{
     ChangeKind, ChangeState, Drain, DrainState, HandOver, MapChange, Orders, Pause, PlannedMove, Rebalance,
-    RebalancePlan, Report, Resize, Transfer,
+    RebalancePlan, Rename, Report, Resize, Transfer,
 };
 pub use self::slabs::{NAMED_SLAB_LEN_MIN, NAMED_SLABS_MAX, SlabMap, SlabPlace};
 
@@ -292,6 +295,9 @@ pub struct Waiting {
     /// Why it cannot be made now, in one line.
     #[serde(deserialize_with = "text::line")]
     pub why: String,
+    /// The request, where who asked named it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub request: Option<RequestId>,
 }
 
 /// Asks for a longer lease.
@@ -368,10 +374,13 @@ pub struct Client {
     pub heard: u64,
 }
 
+/// Most events of one answer; who wants more asks again, after the last one.
+pub const EVENTS_PAGE_MAX: usize = 500;
+
 /// Something that happened.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Event {
-    /// Its number; events of one allocator are numbered in order from 1 and begin anew when it restarts.
+    /// Its number: in order from 1, over restarts and changes of the leader. They begin anew where the metadata were lost.
     pub number: u64,
     /// When, seconds since 1970.
     pub at: u64,
