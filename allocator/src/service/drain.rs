@@ -119,7 +119,7 @@ impl Service {
         let before = &mut self.drains.entry(id).or_default().stuck;
         match &stuck {
             Some(why) if *before != stuck => {
-                tracing::info!("emptying appliance {name} does not go on: {why}")
+                tracing::info!("emptying appliance {name} does not go on: {why}");
             }
             _ => {}
         }

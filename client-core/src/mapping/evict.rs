@@ -3,6 +3,7 @@
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use xpm_control::spare::Spare;
 use xpm_transport::io::{Completion, Kind, Operation};
 use xpm_transport::slots::Slots;
 
@@ -11,7 +12,6 @@ use super::pager::{Shared, TICK, count, runs};
 use super::pages::{Claim, DIRTY, MARK, PINNED, POISONED, QUEUED, Residency, TOUCHED, WRITTEN};
 use super::policy::Policy;
 use super::say::say;
-use super::spare::Spare;
 use super::window::PAGE;
 use crate::volume::Channel;
 
