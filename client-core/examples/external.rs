@@ -1,5 +1,3 @@
-//! A program that keeps its data in external memory.
-
 use xpm_client::mapping::{Advice, Array, Budget, Faults, Space, SpaceOptions};
 use xpm_client::{AttachOptions, Attachment, Token};
 
