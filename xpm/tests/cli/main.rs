@@ -4,6 +4,7 @@ mod commands;
 mod failures;
 mod fixtures;
 mod golden;
+mod json;
 mod lists;
 mod policy;
 mod settings;

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
+use super::man::{self, Page};
 use super::stage::Stage;
 use crate::util;
 
@@ -109,6 +110,21 @@ fn client(shared: &Shared) -> Result<Package> {
         package.stage.copy(&example, &format!("usr/share/doc/xpm-client/examples/{}", name(&example)))?;
     }
     package.add_command_help(shared)?;
+    package.add_settings_page("xpm.toml", "xpm and the libraries", "xpm(1), xpm(3), xpm(7)")?;
+    package.add_settings_page("xpm-blk.toml", "xpm-blk", "xpm-blk(8), xpm(7)")?;
+    package.add_settings_page("xpm-swapd.toml", "xpm-swapd", "xpm-swapd(8), xpm(7)")?;
+    package.add_overview()?;
+    package.add_documents(&[
+        "config",
+        "health",
+        "json",
+        "life",
+        "mapping",
+        "operations",
+        "rdma",
+        "strategies",
+        "wire",
+    ])?;
     package.depends = vec!["systemd", "udev", "kmod"];
     package.recommends = vec!["libxpm0"];
     Ok(package)
@@ -125,6 +141,8 @@ fn appliance(shared: &Shared) -> Result<Package> {
     package.add_daemon(shared, "xpm-appliance")?;
     package.add_units(&["xpm-appliance"])?;
     package.add_conffile("appliance.toml")?;
+    package.add_settings_page("xpm-appliance.toml", "xpm-appliance", "xpm-appliance(8)")?;
+    package.add_documents(&["config", "operations", "rdma", "wire"])?;
     package.depends = vec!["systemd"];
     Ok(package)
 }
@@ -140,6 +158,8 @@ fn allocator(shared: &Shared) -> Result<Package> {
     package.add_daemon(shared, "xpm-allocator")?;
     package.add_units(&["xpm-allocator"])?;
     package.add_conffile("allocator.toml")?;
+    package.add_settings_page("xpm-allocator.toml", "xpm-allocator", "xpm-allocator(8)")?;
+    package.add_documents(&["config", "health", "metadata", "operations", "strategies"])?;
     package.depends = vec!["systemd"];
     package.recommends = vec!["xpm-client"];
     Ok(package)
@@ -187,6 +207,7 @@ fn development(shared: &Shared) -> Result<Package> {
         .replace("@VERSION@", env!("CARGO_PKG_VERSION"));
     package.stage.text(&config, &format!("{lib}/pkgconfig/libxpm.pc"))?;
     package.stage.compressed(&read(&source.join("xpm.3"))?, &format!("{MAN}/man3/xpm.3"))?;
+    package.add_documents(&["mapping"])?;
     for example in sorted(&source.join("examples"))? {
         package.stage.copy(&example, &format!("usr/share/doc/libxpm0-dev/examples/{}", name(&example)))?;
     }
@@ -240,6 +261,35 @@ impl Package {
         Ok(())
     }
 
+    /// The manual page of a configuration file, out of a section of docs/config.md.
+    fn add_settings_page(&self, name: &str, heading: &str, see_also: &str) -> Result<()> {
+        let config = read(&document("config"))?;
+        let text = man::section(&config, heading)?;
+        let summary = format!("settings of {heading}");
+        let page = Page { name, section: 5, summary: &summary, text, see_also };
+        self.stage.compressed(&man::render(&page), &format!("{MAN}/man5/{name}.5"))
+    }
+
+    /// The page that begins with what xpm is.
+    fn add_overview(&self) -> Result<()> {
+        let text = read(&packaging("man/xpm.7.md"))?;
+        let page = Page {
+            name: "xpm",
+            section: 7,
+            summary: "external primary memory for Linux",
+            text: &text,
+            see_also: "xpm(1), xpm.toml(5), xpm-blk(8), xpm-swapd(8)",
+        };
+        self.stage.compressed(&man::render(&page), &format!("{MAN}/man7/xpm.7"))
+    }
+
+    /// The README, and documents of docs/.
+    fn add_documents(&self, names: &[&str]) -> Result<()> {
+        let doc = format!("usr/share/doc/{}", self.name);
+        self.stage.copy(&util::repository().join("README.md"), &format!("{doc}/README.md"))?;
+        names.iter().try_for_each(|name| self.stage.copy(&document(name), &format!("{doc}/docs/{name}.md")))
+    }
+
     /// Manual pages and completions of the operator's command, by itself.
     fn add_command_help(&self, shared: &Shared) -> Result<()> {
         let xpm = shared.program("xpm");
@@ -259,6 +309,10 @@ impl Package {
         }
         Ok(())
     }
+}
+
+fn document(name: &str) -> PathBuf {
+    util::repository().join("docs").join(name).with_extension("md")
 }
 
 fn packaging(file: &str) -> PathBuf {

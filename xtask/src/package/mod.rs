@@ -4,6 +4,7 @@
 
 mod contents;
 mod deb;
+mod man;
 mod stage;
 #[cfg(test)]
 mod units;
