@@ -29,7 +29,10 @@ fn the_exit_status_tells_the_worst_and_a_request_that_waits_is_no_failure() {
     wait_until("it waits", || !status(&cluster).0.is_empty());
     assert_eq!(status(&cluster), (vec![("REQUEST_WAITING".to_owned(), "info".to_owned())], Some(0)));
     let list = cluster.ok(&["alloc", "list"]);
-    assert!(list.lines().any(|line| line.starts_with("second") && line.contains("waiting, 0 before it: ")), "{list}");
+    assert!(
+        list.lines().any(|line| line.starts_with("second") && line.contains("waiting, 0 before it: ")),
+        "{list}"
+    );
     assert!(list.lines().all(|line| line.chars().count() <= 80), "{list}");
     waits.kill().expect("it is ours");
     waits.wait().expect("it is ours");

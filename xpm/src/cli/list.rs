@@ -5,7 +5,7 @@ use clap::Args;
 #[derive(Debug, Clone, Default, Args)]
 pub(crate) struct ListArgs {
     /// Sorts by this column, as it is headed; with a `-` in front, backwards. `-o wide` shows all columns.
-    #[arg(long, value_name = "COLUMN", allow_hyphen_values = true)]
+    #[arg(long, value_name = "COLUMN")]
     pub(crate) sort_by: Option<String>,
     /// Leaves the headings out.
     #[arg(long)]

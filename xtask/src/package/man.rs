@@ -205,6 +205,34 @@ mod tests {
         assert!(page.starts_with(".TH X.TOML 5 "), "{page}");
     }
 
+    /// groff finds nothing to warn of in the pages that packages have. Without groff there is nothing to ask.
+    #[test]
+    fn pages_of_the_documents_are_well_formed() {
+        let repository = crate::util::repository();
+        let config = std::fs::read_to_string(repository.join("docs/config.md")).unwrap();
+        let overview = std::fs::read_to_string(repository.join("packaging/man/xpm.7.md")).unwrap();
+        let headings = ["xpm and the libraries", "xpm-allocator", "xpm-appliance", "xpm-blk", "xpm-swapd"];
+        let mut texts: Vec<&str> =
+            headings.iter().map(|heading| section(&config, heading).unwrap()).collect();
+        texts.push(&overview);
+        for text in texts {
+            let page =
+                render(&Page { name: "x.toml", section: 5, summary: "settings", text, see_also: "xpm(1)" });
+            assert!(page.contains(".TP\n.B \""), "its tables are lists: {page}");
+            let Ok(mut groff) = std::process::Command::new("groff")
+                .args(["-man", "-Tutf8", "-ww", "-z"])
+                .stdin(std::process::Stdio::piped())
+                .stderr(std::process::Stdio::piped())
+                .spawn()
+            else {
+                return;
+            };
+            std::io::Write::write_all(&mut groff.stdin.take().unwrap(), page.as_bytes()).unwrap();
+            let said = groff.wait_with_output().unwrap().stderr;
+            assert_eq!(String::from_utf8_lossy(&said), "", "{page}");
+        }
+    }
+
     #[test]
     fn a_section_ends_where_the_next_begins() {
         let document = "# A\n\n## one\n\ntext\n\n### sub\n\n## two\n\nmore\n";
