@@ -60,7 +60,8 @@ fn every_key_is_described() {
         .on("GET /v1/allocations/data/decisions", 200, &decision)
         .on("GET /v1/clients", 200, &client)
         .on("GET /v1/usage", 200, &usage)
-        .on("GET /v1/events?after=0&wait=false", 200, &event);
+        .on("GET /v1/events?after=0&wait=false", 200, &event)
+        .on("GET /v1/events?after=1&wait=false", 200, &json!([]));
     let blk = Script::new().on("GET /v1/status", 200, &blk_status(false)).on(
         "GET /v1/devices",
         200,

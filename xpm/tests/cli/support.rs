@@ -19,6 +19,13 @@ pub(crate) struct Request {
     pub(crate) body: String,
 }
 
+impl Request {
+    /// Whether it is for this line; one without a query is for those with the id of a request, too.
+    fn is(&self, line: &str) -> bool {
+        self.line == line || self.line.strip_prefix(line).is_some_and(|rest| rest.starts_with("?request="))
+    }
+}
+
 /// Answers each `METHOD /path` with a status and a body; anything else with 404.
 #[derive(Clone, Default)]
 pub(crate) struct Script {
@@ -49,7 +56,7 @@ impl Script {
     /// The body of the only request with this line.
     pub(crate) fn body_of(&self, line: &str) -> Value {
         let seen = self.seen();
-        let bodies: Vec<&Request> = seen.iter().filter(|request| request.line == line).collect();
+        let bodies: Vec<&Request> = seen.iter().filter(|request| request.is(line)).collect();
         assert_eq!(bodies.len(), 1, "{line} in {seen:?}");
         serde_json::from_str(&bodies[0].body).unwrap()
     }
@@ -82,7 +89,7 @@ impl Script {
     fn answer(&self, stream: impl Read + Write) {
         let mut stream = BufReader::new(stream);
         let Some(request) = read_request(&mut stream) else { return };
-        let found = self.answers.iter().find(|(line, ..)| *line == request.line);
+        let found = self.answers.iter().find(|(line, ..)| request.is(line));
         let (status, body) = found.map_or((404, "not here"), |(_, status, body)| (*status, body.as_str()));
         self.seen.lock().unwrap().push(request);
         let answer = format!(
