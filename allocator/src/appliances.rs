@@ -21,6 +21,8 @@ const LIMIT_MAX: Duration = Duration::from_secs(20);
 const RAISE_PER_GIB: Duration = Duration::from_secs(2);
 /// Most that it may take: the control interface of an appliance answers within a minute.
 const RAISE_MAX: Duration = Duration::from_secs(55);
+/// Longest time for finding out which lives are connected: the hosts of those have three seconds to answer.
+const LIMIT_LIVING: Duration = Duration::from_secs(6);
 /// Longest time for copying one run.
 const LIMIT_COPY: Duration = Duration::from_secs(60);
 /// Rounds of a purge: one gives everything back, the second sees that nothing is left. More are
@@ -56,6 +58,10 @@ impl Appliances {
             Call::Revoke(id) => revoke(&client, id).await.map(|()| Answer::Done),
             Call::Purge(allocation, grant) => purge(&client, allocation, grant).await,
             Call::Copy(id, order) => digest(&client, &format!("/v1/grants/{id}/copies"), &order).await,
+            Call::Living(id, life) => {
+                let path = format!("/v1/grants/{id}/living/{life}");
+                client.with_limit(LIMIT_LIVING).get(&path).await.map(Answer::Living).map_err(failed)
+            }
             Call::Digest(id, range) => digest(&client, &format!("/v1/grants/{id}/digests"), &range).await,
         }
     }

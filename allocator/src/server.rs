@@ -15,7 +15,7 @@ use xpm_protocol::api::policy::Apply;
 use xpm_protocol::id::ParseIdError;
 use xpm_protocol::policy::{DocumentName, Kind, LABELS_MAX};
 use xpm_protocol::text::one_line;
-use xpm_protocol::{ApplianceId, ClientId, GrantId, Name, RequestId};
+use xpm_protocol::{ApplianceId, ClientId, GrantId, Life, Name, RequestId};
 
 use crate::driver::Handle;
 use crate::service::{EventQuery, Outcome, Request};
@@ -105,6 +105,22 @@ impl Doubt {
     }
 }
 
+/// Query of what an owner asks.
+#[derive(Debug, Deserialize)]
+struct OfLife {
+    /// Which life of the client it is.
+    life: Option<Life>,
+}
+
+impl OfLife {
+    fn asks(self, request: Request) -> Request {
+        match self.life {
+            Some(life) => Request::As(life, Box::new(request)),
+            None => request,
+        }
+    }
+}
+
 /// The control interface, ready to be served.
 pub(crate) fn scaffold(handle: Handle, token: Option<Token>) -> Server {
     Server::new(all_routes(handle), token, limits())
@@ -170,14 +186,14 @@ fn routes(handle: Handle) -> Router {
         )
         .route(
             "/v1/allocations/{name}/owner",
-            put(async move |Path(name): Path<Name>, Json(body): Json<Attach>| {
-                answer(attach(Request::Attach { name, attach: body }).await)
+            put(async move |Path(name): Path<Name>, Query(life): Query<OfLife>, Json(body): Json<Attach>| {
+                answer(attach(life.asks(Request::Attach { name, attach: body })).await)
             }),
         )
         .route(
             "/v1/allocations/{name}/owner/{client}",
-            delete(async move |Path((name, client)): Path<(Name, ClientId)>| {
-                done(detach(Request::Detach { name, client }).await)
+            delete(async move |Path((name, client)): Path<(Name, ClientId)>, Query(life): Query<OfLife>| {
+                done(detach(life.asks(Request::Detach { name, client })).await)
             }),
         )
 }
@@ -246,24 +262,34 @@ fn life_routes(handle: Handle) -> Router {
         )
         .route(
             "/v1/allocations/{name}/orders/{client}",
-            get(async move |Path((name, client)): Path<(Name, ClientId)>, Query(doubt): Query<Doubt>| {
-                let request = match doubt.grants()? {
-                    none if none.is_empty() => Request::Orders { name, client },
-                    refused => Request::Doubt { name, client, refused },
-                };
-                answer(orders(request).await)
-            })
+            get(
+                async move |Path((name, client)): Path<(Name, ClientId)>,
+                            Query(doubt): Query<Doubt>,
+                            Query(life): Query<OfLife>| {
+                    let request = match doubt.grants()? {
+                        none if none.is_empty() => Request::Orders { name, client },
+                        refused => Request::Doubt { name, client, refused },
+                    };
+                    answer(orders(life.asks(request)).await)
+                },
+            )
             .post(
-                async move |Path((name, client)): Path<(Name, ClientId)>, Json(said): Json<Report>| {
-                    answer(report(Request::Report { name, client, report: said }).await)
+                async move |Path((name, client)): Path<(Name, ClientId)>,
+                            Query(life): Query<OfLife>,
+                            Json(said): Json<Report>| {
+                    answer(report(life.asks(Request::Report { name, client, report: said })).await)
                 },
             ),
         )
         .route(
             "/v1/allocations/{name}/slabs/{client}",
-            put(async move |Path((name, client)): Path<(Name, ClientId)>, Json(map): Json<SlabMap>| {
-                answer(slabs(Request::Slabs { name, client, slabs: map }).await)
-            }),
+            put(
+                async move |Path((name, client)): Path<(Name, ClientId)>,
+                            Query(life): Query<OfLife>,
+                            Json(map): Json<SlabMap>| {
+                    answer(slabs(life.asks(Request::Slabs { name, client, slabs: map })).await)
+                },
+            ),
         )
         .route(
             "/v1/appliances/{id}/drain",

@@ -30,6 +30,7 @@ mod forbear;
 mod garbage;
 mod health;
 mod lease;
+mod lives;
 mod message;
 mod metrics;
 mod orders;
@@ -53,12 +54,13 @@ use xpm_control::server::ApiError;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{Client, Heartbeat, HeartbeatAnswer};
 use xpm_protocol::api::event::EventKind;
-use xpm_protocol::{AllocationId, ApplianceId, ClientId, GrantKey, Name, RequestId, Span};
+use xpm_protocol::{AllocationId, ApplianceId, ClientId, GrantKey, Life, Name, RequestId, Span};
 
 use crate::inventory::Inventory;
 use crate::policy::Policy;
 use crate::store::{AllocationRecord, Batch, Change};
 use crate::usage::Usage;
+use lives::Claim;
 
 pub use message::{
     Answer, Call, CallError, Effect, Event, EventQuery, Moment, Outcome, Raising, ReplyTo, Request, Target,
@@ -138,6 +140,8 @@ pub struct Service {
     pruned: u64,
     /// What an account without memory has on appliances.
     nothing: HashMap<ApplianceId, u64>,
+    /// Requests that wait for what appliances say of who is connected.
+    askings: HashMap<u64, lives::Asking>,
     awaited: HashMap<Ticket, Awaited>,
     effects: Vec<Effect>,
     now: Moment,
@@ -171,6 +175,10 @@ struct Entry {
     lost: garbage::Lost,
     /// What its appliances were told last that their grants are part of.
     described: Option<describe::Fingerprint>,
+    /// When its owner was heard last, by the service's clock.
+    owner_heard: Duration,
+    /// The life that was refused last.
+    refused: Option<Life>,
 }
 
 /// A client, with its round-trip times ready for decisions.
@@ -208,6 +216,8 @@ enum Awaited {
     GrantsListed(ApplianceId),
     /// Nobody waits for it.
     Ignored,
+    /// Who is connected, for the request of this number.
+    Living(u64),
     Sampled {
         asked: u64,
         appliance: ApplianceId,
@@ -279,6 +289,7 @@ impl Service {
             found: garbage::Found::default(),
             pruned: 0,
             nothing: HashMap::new(),
+            askings: HashMap::new(),
             awaited: HashMap::new(),
             effects: Vec::new(),
             now: Moment::default(),
@@ -327,7 +338,15 @@ impl Service {
     }
 
     fn request(&mut self, reply: ReplyTo, request: Request) {
+        let (life, request) = match request {
+            Request::As(life, request) => (Some(life), *request),
+            request => (None, request),
+        };
         let answer = match request {
+            // A life of a life: nobody asks so.
+            Request::As(..) => {
+                return self.refuse(reply, ErrorKind::Invalid, "one life at a time".to_owned());
+            }
             Request::Status => Ok(Outcome::Status(self.status())),
             Request::Appliances => Ok(Outcome::Appliances(self.list_appliances())),
             Request::Allocations => Ok(Outcome::Allocations(self.list_allocations())),
@@ -344,9 +363,9 @@ impl Service {
             Request::Metrics => Ok(Outcome::Metrics(self.metrics())),
             Request::Policy => Ok(Outcome::Policy(self.shown_policy())),
             Request::Apply(apply) => return self.apply(reply, &apply),
-            Request::Orders { name, client } => return self.ask_orders(reply, &name, client),
+            Request::Orders { name, client } => return self.ask_orders(reply, &name, client, life),
             Request::Doubt { name, client, refused } => {
-                return self.hear_doubt(reply, &name, client, &refused);
+                return self.hear_doubt(reply, &name, (client, life), &refused);
             }
             Request::Drain { id, drain } => return self.drain(reply, id, drain),
             Request::EndDrain(id) => return self.end_drain(reply, id),
@@ -368,21 +387,32 @@ impl Service {
             | Request::Slabs { ref name, .. }
             | Request::Report { ref name, .. } => {
                 let name = name.clone();
-                return self.change(reply, &name, request);
+                return self.change(reply, &name, (life, request), None);
             }
         };
         self.reply(reply, answer);
     }
 
-    /// Changes an allocation, or waits until what is being done to it has ended.
-    fn change(&mut self, reply: ReplyTo, name: &Name, request: Request) {
+    /// Changes an allocation, or waits until what is being done to it has ended. `living` is who is connected to its
+    /// appliances, where these were asked.
+    fn change(
+        &mut self,
+        reply: ReplyTo,
+        name: &Name,
+        (life, request): (Option<Life>, Request),
+        living: Option<&[String]>,
+    ) {
+        let again = |request| match life {
+            Some(life) => Request::As(life, Box::new(request)),
+            None => request,
+        };
         let Some(&id) = self.names.get(name) else { return self.change_unnamed(reply, name, &request) };
         let Some(entry) = self.allocations.get_mut(&id) else { return };
         match entry.work {
             Work::Idle => {}
             // Its owner is not kept waiting for what only it can end.
             Work::Copying(_) if matches!(request, Request::Attach { .. } | Request::Transfer { .. }) => {
-                entry.queue.push_back((reply, request));
+                entry.queue.push_back((reply, again(request)));
                 return self.stop_copying(id);
             }
             Work::Creating(_) => {
@@ -392,14 +422,21 @@ impl Service {
                     format!("`{name}` is still being made; try again soon"),
                 );
             }
-            _ if entry.queue.len() < QUEUE_MAX => return entry.queue.push_back((reply, request)),
+            _ if entry.queue.len() < QUEUE_MAX => return entry.queue.push_back((reply, again(request))),
             _ => {
                 let line = format!("too many requests wait for `{name}`; try again soon");
                 return self.refuse(reply, ErrorKind::Unavailable, line);
             }
         }
-        if self.is_in_the_way(id, &request) {
-            self.entry(id).queue.push_back((reply, request));
+        let fences = match self.claim(id, &request, life, living) {
+            Claim::Good => false,
+            Claim::Fences => true,
+            Claim::Refused(error) => return self.reply(reply, Err(error)),
+            Claim::HasNothing => return self.reply(reply, Ok(Outcome::Done)),
+            Claim::Ask(life) => return self.ask_living(reply, id, life, request),
+        };
+        if self.is_in_the_way(id, &request, fences) {
+            self.entry(id).queue.push_back((reply, again(request)));
             return self.settle_change(id);
         }
         match request {
@@ -408,7 +445,7 @@ impl Service {
             Request::Report { client, report, .. } => self.report(reply, id, client, report),
             Request::Slabs { client, slabs, .. } => self.set_slabs(reply, id, client, slabs),
             Request::Delete { force, .. } => self.delete(reply, id, force),
-            Request::Attach { attach, .. } => self.attach(reply, id, attach),
+            Request::Attach { attach, .. } => self.attach(reply, id, attach, (life, fences)),
             Request::Detach { client, .. } => self.detach(reply, id, client),
             Request::Renew { renew, .. } => self.renew(reply, id, renew),
             Request::Rename { to, .. } => self.rename(reply, id, to),
@@ -535,6 +572,7 @@ impl Service {
             Some(Awaited::ChangeCopied(id)) => self.change_copied(id, result),
             Some(Awaited::GrantsListed(id)) => self.grants_listed(id, result),
             Some(Awaited::Ignored) => {}
+            Some(Awaited::Living(number)) => self.living_told(number, result),
             Some(Awaited::Sampled { asked, appliance }) => self.sampled(asked, appliance, result),
             Some(Awaited::Looked { asked, appliance }) => self.looked(asked, appliance, result),
             Some(Awaited::Greeted { asked, appliance }) => self.greeted(asked, appliance, result),
@@ -577,6 +615,9 @@ impl Service {
             hand_over: None,
             lost: garbage::Lost::default(),
             described: None,
+            // It had no chance to be heard before.
+            owner_heard: self.now.at,
+            refused: None,
         };
         self.allocations.insert(id, entry);
         self.set_timer(id);

@@ -9,9 +9,11 @@ use serde::Deserialize;
 use xpm_control::server::routing::{delete, get, post, put};
 use xpm_control::server::{ApiError, Json, Path, Query, Router};
 use xpm_protocol::api::ErrorKind;
-use xpm_protocol::api::appliance::{Commit, Copy, Counters, Digest, Grant, Range, Region, Reserve, Status};
+use xpm_protocol::api::appliance::{
+    Commit, Copy, Counters, Digest, Grant, Holder, Range, Region, Reserve, Status,
+};
 use xpm_protocol::units::{ByteSize, Span};
-use xpm_protocol::{ApplianceId, GrantId, RegionId};
+use xpm_protocol::{ApplianceId, GrantId, Life, RegionId};
 
 use crate::copier::{self, Copier, CopyError};
 use crate::regions::{Table, TableError};
@@ -87,6 +89,7 @@ pub fn routes(appliance: Arc<Appliance>) -> Router {
         .route("/v1/regions/{id}", delete(delete_region))
         .route("/v1/grants", get(grants))
         .route("/v1/grants/{id}", put(commit).delete(delete_grant))
+        .route("/v1/grants/{id}/living/{life}", get(living))
         .route("/v1/grants/{id}/copies", post(copy))
         .route("/v1/grants/{id}/digests", post(digest))
         .with_state(appliance)
@@ -95,6 +98,13 @@ pub fn routes(appliance: Arc<Appliance>) -> Router {
 async fn status(State(appliance): Shared) -> Result<Json<Status>, ApiError> {
     let status = tokio::task::spawn_blocking(move || appliance.status()).await.map_err(broken)?;
     Ok(Json(status))
+}
+
+async fn living(
+    appliance: Shared,
+    Path((id, life)): Path<(GrantId, Life)>,
+) -> Result<Json<Vec<Holder>>, ApiError> {
+    on_table(appliance, move |table| Ok(table.living(id, &life))).await.map(Json)
 }
 
 async fn regions(appliance: Shared) -> Result<Json<Vec<Region>>, ApiError> {

@@ -155,7 +155,7 @@ impl Copier {
             let session = Some(SessionTag { id: self.session, queue: u16::MAX - lane, generation });
             ExportName { key: order.key.clone(), session }
         };
-        let connected = connect_first(&order.nbd, name, LIMIT)?;
+        let connected = connect_first(&order.nbd, name, None, LIMIT)?;
         Ok(NbdLink::new(connected, DEPTH).map_err(ConnectError::Unreachable)?)
     }
 

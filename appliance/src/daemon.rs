@@ -17,6 +17,7 @@ use xpm_control::shutdown::Shutdown;
 use xpm_control::token::Token;
 use xpm_protocol::api::appliance::Counters;
 use xpm_protocol::units::ByteSize;
+use xpm_protocol::{Life, Visitor};
 use xpm_transport::nbd::server::{Listener as NbdListener, Server, ServerOptions};
 use xpm_transport::rdma::server::RdmaServer;
 use xpm_transport::shm::server::{Listener as ShmListener, ShmServer};
@@ -342,6 +343,15 @@ impl Fence for Plane {
 
     fn connections(&self, group: u128) -> usize {
         self.nbd.connections(Some(group)) + self.shm.connections(Some(group))
+    }
+
+    fn living(&self, group: u128, life: &Life) -> Vec<Visitor> {
+        let local = self.shm.living(group, life);
+        if local.is_empty() { self.nbd.living(group, life) } else { local }
+    }
+
+    fn close_others(&self, group: u128, life: &Life) {
+        self.nbd.close_others(group, life);
     }
 }
 

@@ -29,7 +29,7 @@ use rustix::fs::MemfdFlags;
 use xpm_control::handed;
 use xpm_control::manager::Manager;
 use xpm_protocol::units::ByteSize;
-use xpm_protocol::{GrantId, RegionId};
+use xpm_protocol::{GrantId, RegionId, Visitor};
 
 use self::journal::{Content, Journal, JournalError};
 pub(crate) use self::record::{Condition, MemfdId, SavedGrant, SavedPlace, SavedRegion};
@@ -90,6 +90,8 @@ pub(crate) struct ReturnedGrant {
     pub(crate) memories: Vec<(RegionId, Arc<Memory>)>,
     /// Lets nobody in.
     pub(crate) closed: bool,
+    /// The life of its owner that holds it.
+    pub(crate) holder: Option<Visitor>,
 }
 
 /// What the service manager handed over at the start.
@@ -459,8 +461,14 @@ fn take_back(
 }
 
 fn returned(saved: SavedGrant, memories: Vec<(RegionId, Arc<Memory>)>) -> ReturnedGrant {
-    let SavedGrant { id, allocation, name, epoch, key, descriptor, condition, .. } = saved;
+    let SavedGrant { id, allocation, name, epoch, key, descriptor, condition, holder, .. } = saved;
     let regions = memories.iter().map(|(id, _)| *id).collect();
     let grant = Grant { allocation, name, epoch, key, regions, descriptor, closing: false };
-    ReturnedGrant { id, grant, memories, closed: condition == Condition::Closed }
+    ReturnedGrant {
+        id,
+        grant,
+        memories,
+        closed: condition == Condition::Closed,
+        holder: holder.map(|holder| *holder),
+    }
 }

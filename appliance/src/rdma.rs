@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use xpm_protocol::{Epoch, GrantKey};
+use xpm_protocol::{Epoch, GrantKey, Life};
 use xpm_transport::IoBuf;
 use xpm_transport::rdma::server::{Grants, Lent, RdmaServer};
 
@@ -58,6 +58,11 @@ impl Fence for RdmaFence {
     fn opened(&self, lease: &Arc<Lease>, epoch: Epoch) {
         let regions = lease.regions().iter().map(Pinned::lend).collect();
         self.0.open_group(lease.grant().as_u128(), epoch, regions);
+    }
+
+    /// Those of the life that enters come after it was let in over NBD.
+    fn close_others(&self, group: u128, _: &Life) {
+        self.0.shut_all_out(group);
     }
 
     fn sharing(&self, group: u128) {

@@ -2,6 +2,7 @@
 //! out before a grant changes. Only the control plane and new connections come here.
 
 mod fence;
+mod holders;
 mod shared;
 mod state;
 mod worker;
@@ -110,6 +111,8 @@ impl Table {
         let mut state = State {
             ledger: Ledger::new(capacity, stock, xpm_control::random::u128()?),
             leases: HashMap::new(),
+            holders: HashMap::new(),
+            absent: HashMap::new(),
             orders_waiting: 0,
             leaving: VecDeque::new(),
             to_fault: VecDeque::new(),
@@ -435,6 +438,8 @@ impl Table {
         // Before its memory is used for anything else.
         self.shared.keeper.delete(id);
         state.ledger.delete_grant(id);
+        state.holders.remove(&id);
+        state.absent.remove(&id);
         drop(state);
         self.shared.tell();
         Ok(())

@@ -5,6 +5,7 @@ use std::os::fd::{AsFd as _, BorrowedFd};
 use std::sync::Arc;
 
 use xpm_protocol::nbd::{BlockSizes, ExportInfo, ExportName, TransmissionFlags};
+use xpm_protocol::{GrantId, Visitor};
 use xpm_transport::nbd::server::{Exports, Opened};
 use xpm_transport::rdma::server::RdmaServer;
 use xpm_transport::store::{Extent, Posted};
@@ -47,10 +48,6 @@ impl Exports for GrantExports {
     fn open(&self, name: &str) -> Option<Opened> {
         let name: ExportName = name.parse().ok()?;
         let lease = self.table.open(&name.key)?;
-        if let (Some(rdma), Some(session)) = (&self.rdma, name.session) {
-            // What the queue posted before must not land after this.
-            rdma.shut_out(lease.grant().as_u128(), session);
-        }
         let info =
             ExportInfo { size: lease.len(), flags: FLAGS, block: BlockSizes::DEFAULT, description: None };
         let done = Done::new().map_err(|error| tracing::warn!("cannot open an export: {error}")).ok()?;
@@ -66,6 +63,21 @@ impl Exports for GrantExports {
                 table: self.table.clone(),
             }),
         })
+    }
+
+    fn admit(&self, opened: &Opened, visitor: Option<&Visitor>) -> Result<(), String> {
+        if let Some(visitor) = visitor {
+            self.table.admit(GrantId::from_u128(opened.group), visitor)?;
+        }
+        if let (Some(rdma), Some(session)) = (&self.rdma, opened.session) {
+            // What the queue posted before must not land after this.
+            rdma.shut_out(opened.group, session);
+        }
+        Ok(())
+    }
+
+    fn is_admitted(&self, opened: &Opened, visitor: Option<&Visitor>) -> bool {
+        visitor.is_none_or(|visitor| self.table.is_admitted(GrantId::from_u128(opened.group), visitor))
     }
 }
 

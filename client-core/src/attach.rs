@@ -149,6 +149,8 @@ impl Attachment {
                 generation: 0,
                 host: Some(self.owner.host),
                 refusal_limit: REFUSAL_LIMIT,
+                // Its map is in no file, so no copy of it can come back with the same keys.
+                visitor: None,
             },
         )?;
         volume.wait_ready(options.limit)?;
@@ -197,6 +199,7 @@ fn owner(options: &AttachOptions) -> Result<Owner, AttachError> {
         client,
         host: host::host_id().map_err(AttachError::System)?,
         host_name: host::host_name().map_err(AttachError::System)?,
+        life: Some(host::life_of_kernel().map_err(AttachError::System)?),
     })
 }
 

@@ -1,12 +1,16 @@
 //! Who this host is.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::MetadataExt as _;
 
-use xpm_protocol::HostId;
+use xpm_protocol::{HostId, InstallationId, Life, MachineId, SeatId};
+use xxhash_rust::xxh3::Xxh3;
 
 /// Id of the running kernel. Two processes that read the same one can share memory.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+/// Id of the installed system; see machine-id(5).
+const MACHINE_ID: &str = "/etc/machine-id";
 /// Name of this host, as `uname -n` prints it.
 const HOST_NAME: &str = "/proc/sys/kernel/hostname";
 
@@ -23,6 +27,48 @@ pub fn host_name() -> io::Result<String> {
     Ok(read(HOST_NAME)?.trim().to_owned())
 }
 
+/// This machine, by `/etc/machine-id`. Machines without one (containers, as a rule) are all the same.
+pub fn machine_id() -> MachineId {
+    // A file that cannot be read is as good as none.
+    let text = fs::read_to_string(MACHINE_ID).unwrap_or_default();
+    MachineId::from_u128(digest(&[b"xpm machine", text.trim().as_bytes()]))
+}
+
+/// The seat of a directory on the running kernel, by the file in it that is locked. Blocks on the file system.
+///
+/// # Errors
+/// When the file cannot be looked at, or `/proc` is not mounted.
+pub fn seat_of(lock: &File) -> io::Result<SeatId> {
+    let file = lock.metadata()?;
+    let (device, inode) = (file.dev().to_ne_bytes(), file.ino().to_ne_bytes());
+    let host = host_id()?.as_u128().to_ne_bytes();
+    Ok(SeatId::from_u128(digest(&[b"xpm seat", &host, &device, &inode])))
+}
+
+/// The life of a program without a state directory: all of one kernel are one.
+///
+/// # Errors
+/// When `/proc` is not mounted.
+pub fn life_of_kernel() -> io::Result<Life> {
+    let host = host_id()?.as_u128().to_ne_bytes();
+    Ok(Life {
+        machine: machine_id(),
+        installation: InstallationId::from_u128(0),
+        seat: SeatId::from_u128(digest(&[b"xpm seat", &host])),
+        number: 0,
+    })
+}
+
+fn digest(parts: &[&[u8]]) -> u128 {
+    let mut hash = Xxh3::new();
+    for part in parts {
+        // With its length, so that no two lists of parts look the same.
+        hash.update(&(part.len() as u64).to_le_bytes());
+        hash.update(part);
+    }
+    hash.digest128()
+}
+
 fn read(path: &str) -> io::Result<String> {
     fs::read_to_string(path)
         .map_err(|error| io::Error::new(error.kind(), format!("cannot read {path}: {error}")))
@@ -37,5 +83,14 @@ mod tests {
         assert_eq!(host_id().unwrap(), host_id().unwrap());
         assert_ne!(host_id().unwrap().as_u128(), 0);
         assert!(!host_name().unwrap().is_empty());
+        assert_eq!(machine_id(), machine_id());
+    }
+
+    #[test]
+    fn a_copy_has_another_seat() {
+        let directory = tempfile::tempdir().unwrap();
+        let [one, other] = ["one", "other"].map(|name| File::create(directory.path().join(name)).unwrap());
+        assert_eq!(seat_of(&one).unwrap(), seat_of(&one.try_clone().unwrap()).unwrap());
+        assert_ne!(seat_of(&one).unwrap(), seat_of(&other).unwrap());
     }
 }

@@ -12,7 +12,7 @@ fuzz_target!(|input: &[u8]| {
     let Some((first, bytes)) = input.split_first() else { return };
     let structured = first & 1 != 0;
     let base_allocation = first & 2 != 0;
-    let wishes = Wishes { export: "disk".to_owned(), structured, base_allocation };
+    let wishes = Wishes { export: "disk".to_owned(), structured, base_allocation, visitor: None };
     let mut handshake = ClientHandshake::new(wishes);
     let mut said = 0;
     for piece in bytes.chunks(usize::from(first >> 2) + 1) {

@@ -4,7 +4,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use xpm_protocol::nbd::handshake::server::{ServerHandshake, Step};
+use xpm_protocol::nbd::handshake::server::{NoExport, ServerHandshake, Step};
 use xpm_protocol::nbd::{BlockSizes, ExportInfo, TransmissionFlags};
 
 fuzz_target!(|input: &[u8]| {
@@ -34,7 +34,7 @@ fn answer(handshake: &mut ServerHandshake, received: usize) -> bool {
             Step::Input => return false,
             Step::Open(name) => {
                 assert!(name.len() <= 4096 && !name.contains('\0'));
-                handshake.found((name.len() < 9).then(export).as_ref())
+                handshake.found((name.len() < 9).then(export).as_ref().ok_or(&NoExport::Unknown))
             }
             Step::List => {
                 handshake.listed(Some(&["an export".to_owned()]));

@@ -108,6 +108,23 @@ hex_id!(
     RequestId,
     "a request id (32 hexadecimal digits)"
 );
+hex_id!(
+    /// One machine: a hash of its `/etc/machine-id`, which itself is not to be shown to others (machine-id(5)).
+    MachineId,
+    "a machine id (32 hexadecimal digits)"
+);
+hex_id!(
+    /// One state directory: the random number that was written into it when it was made; a copy has the same. 0: a
+    /// program without one.
+    InstallationId,
+    "an installation id (32 hexadecimal digits)"
+);
+hex_id!(
+    /// The right to serve with one state directory on one running kernel: a hash of the boot id and of the file that is
+    /// locked. At most one process has it at a time. No copy of the directory, and no other kernel, has the same.
+    SeatId,
+    "a seat id (32 hexadecimal digits)"
+);
 
 /// Counter of an allocation's ownership. Starts at 1 and only grows; an appliance refuses access
 /// with an older one.

@@ -11,6 +11,7 @@ pub mod gate;
 pub mod id;
 pub mod key;
 pub mod layout;
+pub mod life;
 pub mod nbd;
 pub mod policy;
 mod schema;
@@ -18,8 +19,12 @@ pub mod speed;
 pub mod text;
 pub mod units;
 
-pub use id::{AllocationId, ApplianceId, ClientId, Epoch, GrantId, HostId, Name, RegionId, RequestId};
+pub use id::{
+    AllocationId, ApplianceId, ClientId, Epoch, GrantId, HostId, InstallationId, MachineId, Name, RegionId,
+    RequestId, SeatId,
+};
 pub use key::GrantKey;
 pub use layout::Layout;
+pub use life::{Life, Succession, Visitor};
 pub use speed::{LinkSpeed, Percent};
 pub use units::{ByteSize, Span};

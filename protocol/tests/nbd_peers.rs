@@ -81,7 +81,8 @@ impl Peer {
 
     fn negotiate(&self, export: &str, rich: bool) -> Result<(UnixStream, Agreed), HandshakeError> {
         let mut stream = self.connect();
-        let wishes = Wishes { export: export.to_owned(), structured: rich, base_allocation: rich };
+        let wishes =
+            Wishes { export: export.to_owned(), structured: rich, base_allocation: rich, visitor: None };
         let mut handshake = ClientHandshake::new(wishes);
         // A small buffer cuts messages in two.
         let mut buffer = [0; 7];

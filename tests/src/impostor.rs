@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
-use xpm_protocol::nbd::handshake::server::{ServerHandshake, Step};
+use xpm_protocol::nbd::handshake::server::{NoExport, ServerHandshake, Step};
 
 /// Answers every NBD client that its export does not exist; until it is dropped.
 pub struct Impostor {
@@ -69,7 +69,7 @@ fn refuse(mut stream: TcpStream) -> std::io::Result<()> {
                 count => handshake.receive(&buffer[..count]),
             },
             Step::Open(_) => {
-                handshake.found(None);
+                handshake.found(Err(&NoExport::Unknown));
                 told = true;
             }
             Step::List => handshake.listed(None),

@@ -30,7 +30,8 @@ impl Client {
     fn connect(fixture: &Fixture, export: &str) -> Option<Client> {
         let mut stream = UnixStream::connect(&fixture.socket).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-        let wishes = Wishes { export: export.to_owned(), structured: false, base_allocation: false };
+        let wishes =
+            Wishes { export: export.to_owned(), structured: false, base_allocation: false, visitor: None };
         let mut handshake = ClientHandshake::new(wishes);
         let mut buffer = [0; 512];
         loop {

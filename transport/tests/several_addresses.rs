@@ -23,7 +23,7 @@ fn name() -> ExportName {
 }
 
 fn first_of(addresses: &[SocketAddr]) -> Result<Connected, ConnectError> {
-    connect_first(addresses, name, LIMIT)
+    connect_first(addresses, name, None, LIMIT)
 }
 
 /// A server without any export.

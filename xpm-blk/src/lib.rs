@@ -18,6 +18,7 @@ pub mod lifecycle;
 pub mod standby;
 
 mod export;
+mod identity;
 mod links;
 mod records;
 mod show;

@@ -98,7 +98,7 @@ fn serve_or_wait(runtime: &Runtime, config: &Config, post: &mut Option<Post>) ->
             None => match Records::open(&config.state)? {
                 Taken::Mine(records) => {
                     safety::use_reserve();
-                    return runtime.block_on(serve(parts, Origin::new(records)));
+                    return runtime.block_on(serve(parts, Origin::new(*records)));
                 }
                 Taken::Others => match Post::of_successor(&config.state)? {
                     Some(post) => post,
@@ -112,7 +112,8 @@ fn serve_or_wait(runtime: &Runtime, config: &Config, post: &mut Option<Post>) ->
         };
         match waits.wait(config) {
             Outcome::GoOn(left) => {
-                let records = Records::inherit(&config.state, left.lock, left.client, left.records);
+                let records =
+                    Records::inherit(&config.state, left.lock, (left.client, left.life), left.records);
                 let origin = Origin { records, takes_over: true, ends: left.ends };
                 return runtime.block_on(serve(parts, origin));
             }
@@ -285,7 +286,7 @@ fn daemon_parts(parts: Parts, records: Records, takes_over: bool) -> Result<daem
         delay: if takes_over { STANDBY_DELAY } else { Duration::ZERO },
     };
     let keeper = Keeper::start(settings, Arc::clone(&records), server.loops())?;
-    let owner = Owner { client, host, host_name, allocator, token };
+    let owner = Owner { client, host, host_name, allocator, token, life: records.life().copied() };
     Ok(daemon::Parts { owner, records, keeper, server, config })
 }
 

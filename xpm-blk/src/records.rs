@@ -1,6 +1,7 @@
 //! What is kept across restarts, in the state directory:
 //!
 //! * `client-id`: who this client is to the allocator.
+//! * `identity.json`: the machine and the installation that it was last used on and by, and the number of the last life.
 //! * `devices/NAME.json`: each allocation that is shown, with its map. Holds keys: mode 0600.
 //! * `lock`: held by the process that uses the directory.
 //!
@@ -19,10 +20,11 @@ use xpm_control::state;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{Map, MapChange};
 use xpm_protocol::api::blk::AttachDevice;
-use xpm_protocol::{ClientId, Name};
+use xpm_protocol::{ClientId, Life, Name};
 
 use crate::error::{DeviceError, Step};
 use crate::frontend::first_generation;
+use crate::identity;
 
 /// Version 1: the first. 2: with a change that is being carried out. 3: with a generation, and ublk devices that outlive
 /// their server.
@@ -52,12 +54,22 @@ pub(crate) struct Record {
     /// A change of the map of which it is not known whether it holds: all is copied, and writes go to both places.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) change: Option<Box<MapChange>>,
+    /// The life that showed it last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) life: Option<Life>,
 }
 
 impl Record {
     pub(crate) fn new(request: AttachDevice, map: Map, session: u128) -> Record {
         let generation = first_generation();
-        Record { version: VERSION, request, map, session, generation, number: None, change: None }
+        Record { version: VERSION, request, map, session, generation, number: None, change: None, life: None }
+    }
+
+    /// Whether this state directory, on this machine, showed it: so it may be shown again with no word of the allocator.
+    pub(crate) fn is_of(&self, life: Option<&Life>) -> bool {
+        // One of before there were lives says nothing.
+        let (Some(shown), Some(life)) = (&self.life, life) else { return true };
+        (shown.machine, shown.installation) == (life.machine, life.installation)
     }
 
     /// Another process shows it from here on. `told` is how it knows of the life before.
@@ -89,6 +101,7 @@ pub(crate) struct Records {
     directory: PathBuf,
     lock: File,
     client: OnceLock<ClientId>,
+    life: Option<Life>,
     kept: Mutex<Kept>,
 }
 
@@ -110,7 +123,7 @@ pub(crate) trait Follower: Send {
 /// Whose the state directory is.
 pub(crate) enum Taken {
     /// This process's.
-    Mine(Records),
+    Mine(Box<Records>),
     /// Another one's.
     Others,
 }
@@ -120,26 +133,33 @@ impl Records {
     pub(crate) fn open(directory: &Path) -> Result<Taken, DeviceError> {
         let at = || format!("open the state directory {}", directory.display());
         fs::DirBuilder::new().recursive(true).mode(0o700).create(directory.join("devices")).at(at())?;
-        Ok(match state::lock(directory).at(at())? {
-            Some(lock) => Taken::Mine(Records {
-                directory: directory.to_owned(),
-                lock,
-                client: OnceLock::new(),
-                kept: Mutex::default(),
-            }),
-            None => Taken::Others,
-        })
+        let Some(lock) = state::lock(directory).at(at())? else { return Ok(Taken::Others) };
+        let life = identity::begin_life(directory, &lock)?;
+        let directory = directory.to_owned();
+        let (client, kept) = (OnceLock::new(), Mutex::default());
+        Ok(Taken::Mine(Box::new(Records { directory, lock, client, life: Some(life), kept })))
+    }
+
+    /// The life of this client that this process is part of; none where an xpm-blk of before there were lives handed over.
+    pub(crate) const fn life(&self) -> Option<&Life> {
+        self.life.as_ref()
     }
 
     /// The directory as a process left it that has died, with the lock that it gave to this one. Reads nothing.
     pub(crate) fn inherit(
         directory: &Path,
         lock: OwnedFd,
-        client: ClientId,
+        (client, life): (ClientId, Option<Life>),
         records: BTreeMap<Name, Record>,
     ) -> Records {
         let kept = Mutex::new(Kept { records, followers: Vec::new() });
-        Records { directory: directory.to_owned(), lock: lock.into(), client: OnceLock::from(client), kept }
+        Records {
+            directory: directory.to_owned(),
+            lock: lock.into(),
+            client: OnceLock::from(client),
+            life,
+            kept,
+        }
     }
 
     /// The lock of the directory: who has it, or has been given it by one who had it, may go on when that one is dead.
@@ -239,7 +259,7 @@ impl Records {
     /// Keeps a record. Blocks until it is on disk, and until whoever follows has been told.
     pub(crate) fn save(&self, record: &Record) -> Result<(), DeviceError> {
         let name = &record.request.name;
-        let record = Record { version: VERSION, ..record.clone() };
+        let record = Record { version: VERSION, life: self.life.or(record.life), ..record.clone() };
         let text = serde_json::to_vec_pretty(&record).map_err(io::Error::from).at("write a record")?;
         let mut kept = self.kept();
         write(&self.path(name), &text)?;
@@ -300,7 +320,7 @@ mod tests {
 
     fn open(directory: &Path) -> Records {
         match Records::open(directory).unwrap() {
-            Taken::Mine(records) => records,
+            Taken::Mine(records) => *records,
             Taken::Others => panic!("it is another one's"),
         }
     }
@@ -331,7 +351,7 @@ mod tests {
         records.save(&record("b")).unwrap();
         records.remove(&"b".parse().unwrap()).unwrap();
         records.remove(&"b".parse().unwrap()).unwrap();
-        assert_eq!(records.load().unwrap(), [Record { number: Some(3), ..record("a") }]);
+        assert_eq!(records.load().unwrap(), [Record { number: Some(3), life: records.life, ..record("a") }]);
         let file = directory.path().join("devices/a.json");
         assert_eq!(fs::metadata(file).unwrap().permissions().mode() & 0o777, 0o600);
     }
@@ -353,7 +373,7 @@ mod tests {
         let given = first.lock().try_clone_to_owned().unwrap();
         drop(first);
         assert!(matches!(Records::open(directory.path()).unwrap(), Taken::Others));
-        drop(Records::inherit(directory.path(), given, ClientId::from_u128(1), BTreeMap::new()));
+        drop(Records::inherit(directory.path(), given, (ClientId::from_u128(1), None), BTreeMap::new()));
         open(directory.path());
     }
 

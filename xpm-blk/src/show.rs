@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use xpm_client::{Change, Volume, VolumeOptions};
-use xpm_protocol::ClientId;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::MapChange;
 use xpm_protocol::api::blk::{Form, Hold};
+use xpm_protocol::{ClientId, Visitor};
 use xpm_transport::nbd::server::Server;
 
 use crate::config::Config;
@@ -37,7 +37,7 @@ pub(crate) type ShownWith = (Box<dyn Shown>, Option<Change>);
 pub(crate) fn show(
     record: &Record,
     config: &Config,
-    client: ClientId,
+    (client, visitor): (ClientId, Option<&Visitor>),
     server: &Server,
     readiness: Readiness,
 ) -> Result<ShownWith, DeviceError> {
@@ -45,14 +45,14 @@ pub(crate) fn show(
     let shape = config.shape(request, record.number);
     let hold = request.hold.unwrap_or(config.hold);
     let refusal_limit = config.refusal_limit.0;
-    let shared = Shared { client, map: &record.map, hold, refusal_limit };
+    let shared = Shared { client, visitor, map: &record.map, hold, refusal_limit };
     let group = record.map.id.as_u128();
     if request.form == Form::NbdDirect {
         let shown =
             NbdDevice::show_direct(shared, (record.session, record.generation), request.transport, &shape)?;
         return Ok((Box::new(shown), None));
     }
-    let volume = open(record, config, hold, &shape, readiness)?;
+    let volume = open(record, config, (hold, visitor), &shape, readiness)?;
     let resume = |change: &MapChange| {
         volume.resume(&change.next, &change.moved).map_err(|error| {
             DeviceError::new(ErrorKind::Internal, format!("go on with a change of {}: {error}", request.name))
@@ -80,7 +80,7 @@ pub(crate) fn show(
 fn open(
     record: &Record,
     config: &Config,
-    hold: Hold,
+    (hold, visitor): (Hold, Option<&Visitor>),
     shape: &Shape,
     readiness: Readiness,
 ) -> Result<Volume, DeviceError> {
@@ -101,6 +101,7 @@ fn open(
         generation,
         host: xpm_control::host::host_id().ok(),
         refusal_limit: config.refusal_limit.0,
+        visitor: visitor.cloned(),
     };
     let name = &record.request.name;
     let volume = Volume::open(&record.map, options)

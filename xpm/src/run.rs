@@ -116,7 +116,9 @@ async fn with_allocation(
         force: false,
         lose: false,
     };
-    let map: Map = allocator.put(&format!("/v1/allocations/{name}/owner"), &attach).await?;
+    let map: Map = allocator
+        .put(&format!("/v1/allocations/{name}/owner?life={}", host::life_of_kernel()?), &attach)
+        .await?;
     let token_file = setup.token_file.as_deref().map(std::path::absolute).transpose()?;
     let run = Run {
         map,

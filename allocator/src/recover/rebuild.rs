@@ -259,7 +259,7 @@ impl Site {
             }
         };
         let (host_name, purpose) = ("an unknown host".to_owned(), "found by a recovery".to_owned());
-        record.owner = Some(Owner { client: by, host_name, purpose, since: self.unix });
+        record.owner = Some(Owner { client: by, host_name, purpose, since: self.unix, life: None });
     }
 
     fn is_used(&self, record: &AllocationRecord) -> bool {

@@ -53,7 +53,7 @@ fn map(record: &AllocationRecord) -> Map {
 }
 
 fn owner(client: ClientId) -> Option<Owner> {
-    Some(Owner { client, host_name: "web1".into(), purpose: "ublk".into(), since: 5 })
+    Some(Owner { client, host_name: "web1".into(), purpose: "ublk".into(), since: 5, life: None })
 }
 
 fn told(grants: Vec<Grant>, maps: Vec<Map>) -> (Vec<AllocationRecord>, String) {

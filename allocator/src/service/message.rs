@@ -13,7 +13,7 @@ use xpm_protocol::api::appliance as appliance_api;
 use xpm_protocol::api::decision::Decision;
 use xpm_protocol::api::policy::{Applied, Apply, Policy};
 use xpm_protocol::policy::DocumentName;
-use xpm_protocol::{AllocationId, ApplianceId, ClientId, GrantId, Name, RequestId};
+use xpm_protocol::{AllocationId, ApplianceId, ClientId, GrantId, Life, Name, RequestId};
 
 use crate::store::Batch;
 use crate::store::backup::Backup;
@@ -52,6 +52,8 @@ pub enum Event {
 #[derive(Debug, Clone)]
 #[allow(missing_docs)]
 pub enum Request {
+    /// The same, of this life of a client.
+    As(Life, Box<Request>),
     Status,
     Heartbeat(Box<Heartbeat>),
     Appliances,
@@ -237,6 +239,8 @@ pub enum Call {
     Copy(GrantId, appliance_api::Copy),
     /// Say what a run of the grant holds.
     Digest(GrantId, appliance_api::Range),
+    /// Say which other lives than this one are connected to the grant, and answer.
+    Living(GrantId, Life),
 }
 
 /// More about raising an epoch.
@@ -263,6 +267,8 @@ pub enum Answer {
     Grants(Vec<appliance_api::Grant>),
     /// What a run holds.
     Digest(appliance_api::Digest),
+    /// Lives that are connected to a grant.
+    Living(Vec<appliance_api::Holder>),
 }
 
 /// Why a call brought no answer.

@@ -11,7 +11,7 @@ use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{HandOver, MapChange, Orders, Owner, Report, Transfer};
 use xpm_protocol::api::event::EventKind;
 use xpm_protocol::text::short_line;
-use xpm_protocol::{AllocationId, ApplianceId, ByteSize, ClientId, GrantId, Name};
+use xpm_protocol::{AllocationId, ApplianceId, ByteSize, ClientId, GrantId, Life, Name};
 
 use super::change::Over;
 use super::owner::Raised;
@@ -37,9 +37,10 @@ pub(super) struct HandingOver {
 
 impl Service {
     /// Answers what the owner is to do.
-    pub(super) fn ask_orders(&mut self, reply: ReplyTo, name: &Name, client: ClientId) {
+    pub(super) fn ask_orders(&mut self, reply: ReplyTo, name: &Name, client: ClientId, life: Option<Life>) {
         let Some(&id) = self.names.get(name) else { return self.reply(reply, Err(view::unknown(name))) };
-        if let Err(error) = self.check_owner(id, client) {
+        let is_owner = self.check_owner(id, client).and_then(|()| self.check_life(id, client, life));
+        if let Err(error) = is_owner {
             return self.reply(reply, Err(error));
         }
         if let Some(hand_over) = &mut self.entry(id).hand_over {
@@ -50,7 +51,13 @@ impl Service {
 
     /// Answers what the owner is to do, to one whom appliances refuse these grants. They are asked at once what they
     /// have: the owner holds its I/O until it is known whether its memory is lost.
-    pub(super) fn hear_doubt(&mut self, reply: ReplyTo, name: &Name, client: ClientId, refused: &[GrantId]) {
+    pub(super) fn hear_doubt(
+        &mut self,
+        reply: ReplyTo,
+        name: &Name,
+        (client, life): (ClientId, Option<Life>),
+        refused: &[GrantId],
+    ) {
         if let Some(&id) = self.names.get(name)
             && self.check_owner(id, client).is_ok()
         {
@@ -60,7 +67,7 @@ impl Service {
             doubted.into_iter().for_each(|appliance| self.look_soon(appliance));
             self.look_for_garbage();
         }
-        self.ask_orders(reply, name, client);
+        self.ask_orders(reply, name, client, life);
     }
 
     pub(super) fn check_owner(&mut self, id: AllocationId, client: ClientId) -> Result<(), ApiError> {
@@ -230,7 +237,7 @@ impl Service {
                 return Err(ApiError(ErrorKind::NotFound, line));
             }
         };
-        Ok(Owner { client, host_name, purpose: "handed over".to_owned(), since: self.now.unix })
+        Ok(Owner { client, host_name, purpose: "handed over".to_owned(), since: self.now.unix, life: None })
     }
 
     /// The owner has let go.

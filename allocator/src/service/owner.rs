@@ -11,7 +11,7 @@ use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{Attach, Grant, Map, Owner};
 use xpm_protocol::api::appliance::Commit;
 use xpm_protocol::api::event::EventKind;
-use xpm_protocol::{AllocationId, ByteSize, ClientId};
+use xpm_protocol::{AllocationId, ByteSize, ClientId, Life};
 
 use super::describe::Fingerprint;
 use super::{
@@ -47,7 +47,14 @@ pub(super) struct Raise {
 }
 
 impl Service {
-    pub(super) fn attach(&mut self, reply: ReplyTo, id: AllocationId, attach: Attach) {
+    /// `fences`: the owner is cut off, although it is the same client.
+    pub(super) fn attach(
+        &mut self,
+        reply: ReplyTo,
+        id: AllocationId,
+        attach: Attach,
+        (life, fences): (Option<Life>, bool),
+    ) {
         self.hear_owner(attach.client);
         let unix = self.now.unix;
         let record = &self.entry(id).record;
@@ -60,12 +67,12 @@ impl Service {
             return self.refuse(reply, ErrorKind::Denied, line);
         }
         let record = &self.entry(id).record;
-        let same = record.owner.as_ref().filter(|owner| owner.client == attach.client);
+        let same = record.owner.as_ref().filter(|owner| owner.client == attach.client && !fences);
         let since = same.map(|owner| owner.since).unwrap_or(unix);
-        let owner =
-            Owner { client: attach.client, host_name: attach.host_name, purpose: attach.purpose, since };
+        let Attach { client, host_name, purpose, .. } = attach;
+        let owner = Owner { client, host_name, purpose, since, life };
         let record = &self.entry(id).record;
-        let settled = record.next.is_none();
+        let settled = record.next.is_none() && !fences;
         if settled && record.revealed && record.owner.as_ref() == Some(&owner) {
             self.owned(reply, id);
         } else if settled
@@ -177,10 +184,11 @@ impl Service {
     }
 
     pub(super) fn owned(&mut self, reply: ReplyTo, id: AllocationId) {
+        self.entry(id).owner_heard = self.now.at;
         let record = &self.entry(id).record;
         let (name, owner) = (record.name.clone(), record.owner.clone());
         if let Some(owner) = owner.filter(|owner| owner.since == self.now.unix) {
-            let line = format!("`{name}` is used by {} as {}", owner.host_name, owner.purpose);
+            let line = format!("`{name}` is used by {} as {}", owner.shown(), owner.purpose);
             self.tell(EventKind::Attached, &name, line);
         }
         let map = self.map(id);
@@ -253,7 +261,10 @@ fn check(record: &AllocationRecord, attach: &Attach) -> Result<(), ApiError> {
         Some(owner) if owner.client != attach.client && !attach.force => {
             let line = format!(
                 "`{}` is in use by {} as {} (client {}): detach it there first, or take it with force, which cuts that client off",
-                record.name, owner.host_name, owner.purpose, owner.client
+                record.name,
+                owner.shown(),
+                owner.purpose,
+                owner.client
             );
             Err(ApiError(ErrorKind::InUse, line))
         }

@@ -10,6 +10,7 @@ mod appliance;
 mod cases;
 mod ends;
 mod life;
+mod lives;
 mod policies;
 mod queue;
 mod script;

@@ -1,7 +1,7 @@
 //! Grants as they are written down for the next life of the appliance. These are not the live ones: their form stays.
 
 use serde::{Deserialize, Serialize};
-use xpm_protocol::{AllocationId, Epoch, GrantId, GrantKey, Name, RegionId};
+use xpm_protocol::{AllocationId, Epoch, GrantId, GrantKey, Name, RegionId, Visitor};
 
 /// A change of what there is.
 #[derive(Debug, Serialize, Deserialize)]
@@ -27,6 +27,9 @@ pub(crate) struct SavedGrant {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) descriptor: Option<String>,
     pub(crate) condition: Condition,
+    /// The life of its owner that holds it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) holder: Option<Box<Visitor>>,
 }
 
 /// Whether a grant can be taken back.
@@ -101,6 +104,7 @@ pub(super) mod tests {
             }],
             descriptor: (padding > 0).then(|| "x".repeat(padding)),
             condition: Condition::Open,
+            holder: None,
         }
     }
 

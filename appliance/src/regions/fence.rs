@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, PoisonError};
 
-use xpm_protocol::{Epoch, GrantId};
+use xpm_protocol::{Epoch, GrantId, Life, Visitor};
 
 use super::shared::Shared;
 use crate::arena::{ArenaError, Memory};
@@ -20,6 +20,18 @@ pub trait Fence: Send + Sync {
     /// A grant lets clients in from now on, in this epoch.
     fn opened(&self, lease: &Arc<Lease>, epoch: Epoch) {
         let _ = (lease, epoch);
+    }
+
+    /// Clients of the group that are other lives than this one, on other seats, and whose hosts answer. May block for
+    /// three seconds.
+    fn living(&self, group: u128, life: &Life) -> Vec<Visitor> {
+        let _ = (group, life);
+        Vec::new()
+    }
+
+    /// Closes the connections of all other lives than this one.
+    fn close_others(&self, group: u128, life: &Life) {
+        let _ = (group, life);
     }
 
     /// The memory of the group is about to be given to a process of this host.
@@ -48,7 +60,7 @@ struct Place {
 }
 
 impl Shared {
-    fn fences(&self) -> Vec<Arc<dyn Fence>> {
+    pub(super) fn fences(&self) -> Vec<Arc<dyn Fence>> {
         self.fences.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 

@@ -173,5 +173,6 @@ fn saved(state: &State, id: GrantId, condition: Condition, keeper: &Keeper) -> O
         regions: grant.regions.iter().map(one).collect::<Option<_>>()?,
         descriptor: grant.descriptor.clone(),
         condition,
+        holder: state.holders.get(&id).cloned().map(Box::new),
     })
 }

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use xpm_protocol::api::appliance::{self as api, Commit};
 use xpm_protocol::units::ByteSize;
-use xpm_protocol::{Epoch, GrantId, RegionId};
+use xpm_protocol::{Epoch, GrantId, RegionId, Visitor};
 
 use super::fence::Moved;
 use crate::arena::{ArenaError, Memory};
@@ -17,6 +17,10 @@ use crate::ledger::Ledger;
 pub(super) struct State {
     pub(super) ledger: Ledger<Arc<Memory>>,
     pub(super) leases: HashMap<GrantId, Arc<Lease>>,
+    /// Which life of its owner holds each grant that one has entered.
+    pub(super) holders: HashMap<GrantId, Visitor>,
+    /// Since when the one that holds a grant was found absent by another life.
+    pub(super) absent: HashMap<GrantId, Instant>,
     /// Orders that wait for memory which is being made for the stock.
     pub(super) orders_waiting: usize,
     /// To be dropped, with their lengths, to make room for others.
@@ -52,7 +56,8 @@ impl State {
     /// Puts what an earlier life left into the books.
     pub(super) fn take_back(&mut self, returned: Returned) {
         self.ledger.remember_gone(returned.gone);
-        for ReturnedGrant { id, grant, memories, closed } in returned.grants {
+        for ReturnedGrant { id, grant, memories, closed, holder } in returned.grants {
+            self.holders.extend(holder.map(|holder| (id, holder)));
             self.to_fault.extend(memories.iter().map(|(_, memory)| Arc::downgrade(memory)));
             let memories = memories.into_iter().map(|(region, memory)| (region, memory.len(), memory));
             self.ledger.take_back(id, grant, memories.collect());
@@ -75,6 +80,9 @@ impl State {
         match moved.error {
             None => {
                 self.ledger.renew(id, commit);
+                // Whoever has the new key comes in first.
+                self.holders.remove(&id);
+                self.absent.remove(&id);
                 Ok(())
             }
             Some(error) => {

@@ -271,7 +271,7 @@ fn memory_that_was_shared_in_an_earlier_life_is_moved_away() {
             closing: false,
         };
         let memories = vec![(region, Arc::new(memory))];
-        let grants = vec![ReturnedGrant { id: GRANT, grant, memories, closed: false }];
+        let grants = vec![ReturnedGrant { id: GRANT, grant, memories, closed: false, holder: None }];
         let returned = Returned { grants, gone: vec![GrantId::from_u128(9)], ..Returned::default() };
         let stock = Stock { region_len: LEN, target: 0 };
         let table = Table::start_with(arena, 2 * LEN, stock, Keeper::none(), returned).unwrap();

@@ -12,7 +12,7 @@ use xpm_control::error_line;
 use xpm_control::token::Token;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{Allocation, Attach, Event, Map, Orders, Report, SlabMap};
-use xpm_protocol::{ClientId, GrantId, HostId, Name};
+use xpm_protocol::{ClientId, GrantId, HostId, Life, Name};
 
 pub(crate) use self::follow::Follower;
 pub use self::guard::{Guard, Guarded, Known, Trouble, Word};
@@ -44,6 +44,9 @@ pub struct Owner {
     pub host: HostId,
     /// That host's name, for people.
     pub host_name: String,
+    /// The life of the client that this is: the allocator lets one life own an allocation at a time. None: it is not known, so
+    /// that the client's id alone counts.
+    pub life: Option<Life>,
 }
 
 impl Owner {
@@ -75,7 +78,15 @@ impl Owner {
             lose,
         };
         let allocator = self.allocator.clone().with_limit(OWN_LIMIT);
-        allocator.put(&format!("/v1/allocations/{name}/owner"), &attach).await
+        allocator.put(&self.path(&format!("/v1/allocations/{name}/owner")), &attach).await
+    }
+
+    /// In the query, which allocators of before there were lives do not look at.
+    fn path(&self, path: &str) -> String {
+        match &self.life {
+            Some(life) => format!("{path}?life={life}"),
+            None => path.to_owned(),
+        }
     }
 
     /// Gives an allocation back, which nothing may use any more.
@@ -83,7 +94,7 @@ impl Owner {
     /// # Errors
     /// As of [`Owner::own`]; it stays this owner's then.
     pub async fn disown(&self, name: &Name) -> Result<(), ClientError> {
-        self.allocator.delete(&format!("/v1/allocations/{name}/owner/{}", self.client)).await
+        self.allocator.delete(&self.path(&format!("/v1/allocations/{name}/owner/{}", self.client))).await
     }
 
     /// Slabs of an allocation that have names.
@@ -99,7 +110,7 @@ impl Owner {
     /// # Errors
     /// As of [`Owner::own`]; without an answer it may be the map, or not.
     pub async fn set_slabs(&self, name: &Name, slabs: &SlabMap) -> Result<SlabMap, ClientError> {
-        self.allocator.put(&format!("/v1/allocations/{name}/slabs/{}", self.client), slabs).await
+        self.allocator.put(&self.path(&format!("/v1/allocations/{name}/slabs/{}", self.client)), slabs).await
     }
 
     /// What the allocator wants done.
@@ -107,7 +118,7 @@ impl Owner {
     /// # Errors
     /// As of [`Owner::own`].
     pub async fn orders(&self, name: &Name) -> Result<Orders, ClientError> {
-        self.allocator.get(&format!("/v1/allocations/{name}/orders/{}", self.client)).await
+        self.allocator.get(&self.path(&format!("/v1/allocations/{name}/orders/{}", self.client))).await
     }
 
     /// The same, with the grants that appliances refuse to this owner: the allocator asks those appliances at once.
@@ -116,8 +127,9 @@ impl Owner {
     /// As of [`Owner::own`].
     pub async fn orders_about(&self, name: &Name, refused: &[GrantId]) -> Result<Orders, ClientError> {
         let refused: Vec<String> = refused.iter().take(DOUBTS_MAX).map(ToString::to_string).collect();
-        let path = format!("/v1/allocations/{name}/orders/{}?refused={}", self.client, refused.join(","));
-        self.allocator.get(&path).await
+        let path = self.path(&format!("/v1/allocations/{name}/orders/{}", self.client));
+        let mark = if path.contains('?') { '&' } else { '?' };
+        self.allocator.get(&format!("{path}{mark}refused={}", refused.join(","))).await
     }
 
     /// Says how that goes.
@@ -125,7 +137,9 @@ impl Owner {
     /// # Errors
     /// As of [`Owner::own`].
     pub async fn say(&self, name: &Name, report: &Report) -> Result<Orders, ClientError> {
-        self.allocator.post(&format!("/v1/allocations/{name}/orders/{}", self.client), report).await
+        self.allocator
+            .post(&self.path(&format!("/v1/allocations/{name}/orders/{}", self.client)), report)
+            .await
     }
 
     /// Says something that the allocator has to hear. None where it answers that the allocation is not this owner's.

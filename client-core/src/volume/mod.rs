@@ -21,7 +21,7 @@ use tokio::sync::Notify;
 use xpm_protocol::api::allocator::{Map, SlabMap};
 use xpm_protocol::api::appliance::Counters;
 use xpm_protocol::api::blk::{DeviceState, Hold, LinkState, LinkStatus, TransportKind};
-use xpm_protocol::{HostId, Name};
+use xpm_protocol::{HostId, Name, Visitor};
 use xpm_transport::io::{IoError, Kind};
 
 use crate::owner::{Guarded, Trouble, Word};
@@ -63,6 +63,8 @@ pub struct VolumeOptions {
     /// How long an appliance has to refuse a grant, while no allocator says anything, before I/O to it fails;
     /// [`REFUSAL_LIMIT`] is the usual value.
     pub refusal_limit: Duration,
+    /// Which life of the client this is. An appliance lets one life of it in, and those that follow it; none: it is not asked.
+    pub visitor: Option<Visitor>,
 }
 
 /// Why a volume cannot be opened.
@@ -195,6 +197,7 @@ impl Volume {
             generation: options.generation,
             refusal_limit: options.refusal_limit,
             alarm: Arc::default(),
+            visitor: options.visitor.clone(),
         };
         let live = Live { plan: Arc::new(plan), ways: Vec::new(), members: Vec::new(), change: None };
         let shared = Arc::new(Shared { live: Mutex::new(live), tallies: Mutex::default() });

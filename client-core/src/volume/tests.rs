@@ -144,6 +144,7 @@ impl Bed {
     fn new(map: &Map, depth: usize, hold: Option<Duration>) -> Bed {
         let plan = Arc::new(Plan::new(map).unwrap());
         let options = LinkOptions {
+            visitor: None,
             host: None,
             epoch: Epoch(1),
             transport: None,

@@ -9,6 +9,7 @@
 //! | `GET /v1/grants` | | list of [`Grant`] |
 //! | `PUT /v1/grants/{id}?lose=BOOL` | [`Commit`] | [`Grant`] |
 //! | `DELETE /v1/grants/{id}` | | nothing; revokes, then clears and frees the regions |
+//! | `GET /v1/grants/{id}/living/{life}` | | list of [`Holder`]: other lives than this one that are connected and answer; takes up to 3 s |
 //! | `POST /v1/grants/{id}/copies` | [`struct@Copy`] | [`Digest`] of what was copied |
 //! | `POST /v1/grants/{id}/digests` | [`Range`] | [`Digest`] |
 //!
@@ -30,7 +31,7 @@ use crate::policy::Labels;
 use crate::speed::LinkSpeed;
 use crate::text;
 use crate::units::{ByteSize, Span};
-use crate::{AllocationId, ApplianceId, Epoch, GrantId, GrantKey, HostId, Name, RegionId};
+use crate::{AllocationId, ApplianceId, Epoch, GrantId, GrantKey, HostId, Life, Name, RegionId};
 
 /// Who an appliance is and where it is reached; part of each heartbeat.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -148,6 +149,22 @@ pub struct Counters {
     pub errors: u64,
     /// Connections that were refused or broke the protocol.
     pub refused: u64,
+}
+
+/// A life of a client that has connections to a grant.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Holder {
+    /// Which one.
+    pub life: Life,
+    /// Its host, for people.
+    pub host_name: String,
+}
+
+impl Holder {
+    /// The host, the machine and the life, for people.
+    pub fn shown(&self) -> String {
+        format!("{} ({})", self.host_name, self.life.shown())
+    }
 }
 
 /// Asks for regions. They are undone when no grant takes them before `ttl` is over.

@@ -46,6 +46,8 @@ kinds! {
     Attached = "attached";
     /// An allocation has another name.
     Renamed = "renamed";
+    /// A copy of the client that uses an allocation asked for it.
+    CopyRefused = "copy-refused";
     /// No client uses an allocation any more.
     Detached = "detached";
     /// A request waits for its turn.

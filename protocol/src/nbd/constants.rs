@@ -41,6 +41,10 @@ pub const OPT_SET_META_CONTEXT: u32 = 10;
 /// Option: headers with lengths of 64 bits.
 pub const OPT_EXTENDED_HEADERS: u32 = 11;
 
+/// Option of xpm's own: the [`Visitor`](crate::Visitor) that asks, as text, before it enters an export. Servers that do not
+/// know it answer so ([`REP_ERR_UNSUP`]), and the client goes on without.
+pub const OPT_XPM_LIFE: u32 = 0x7870_6d01;
+
 /// Reply to an option: accepted, or complete.
 pub const REP_ACK: u32 = 1;
 /// Reply to an option: an export's name.

@@ -9,7 +9,7 @@ use crate::wire::{context_data, hex, info_data, option, reply};
 const GREETING: &str = "4e42444d41474943 49484156454f5054 0003";
 
 fn wishes(rich: bool) -> Wishes {
-    Wishes { export: "disk".to_owned(), structured: rich, base_allocation: rich }
+    Wishes { export: "disk".to_owned(), structured: rich, base_allocation: rich, visitor: None }
 }
 
 fn info_export(size: u64, flags: u16) -> Vec<u8> {
@@ -212,7 +212,8 @@ fn servers_that_break_the_protocol_are_left() {
 
 #[test]
 fn names_are_not_printed() {
-    let wishes = Wishes { export: "topsecret".to_owned(), structured: false, base_allocation: false };
+    let wishes =
+        Wishes { export: "topsecret".to_owned(), structured: false, base_allocation: false, visitor: None };
     let mut client = ClientHandshake::new(wishes.clone());
     client.receive(&hex(GREETING));
     assert_eq!(client.step(), Ok(None));

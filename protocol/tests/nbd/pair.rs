@@ -40,7 +40,7 @@ fn talk(wishes: Wishes, lengths: &[usize]) -> (Result<Agreed, HandshakeError>, O
 proptest! {
     #[test]
     fn they_agree(structured: bool, base_allocation: bool, lengths in vec(1_usize..40, 1..20)) {
-        let wishes = Wishes { export: "disk".to_owned(), structured, base_allocation };
+        let wishes = Wishes { export: "disk".to_owned(), structured, base_allocation, visitor: None };
         let (agreed, negotiated) = talk(wishes, &lengths);
         let (agreed, negotiated) = (agreed.unwrap(), negotiated.unwrap());
         prop_assert_eq!(&agreed.info.flags, &negotiated.info.flags);
@@ -56,7 +56,7 @@ proptest! {
     #[test]
     fn they_disagree(structured: bool, name in "[a-z]{0,9}", lengths in vec(1_usize..40, 1..20)) {
         prop_assume!(name != "disk");
-        let wishes = Wishes { export: name, structured, base_allocation: structured };
+        let wishes = Wishes { export: name, structured, base_allocation: structured, visitor: None };
         let (agreed, negotiated) = talk(wishes, &lengths);
         prop_assert_eq!(agreed, Err(HandshakeError::UnknownExport));
         prop_assert_eq!(negotiated, None);
@@ -84,7 +84,7 @@ proptest! {
 
     #[test]
     fn the_client_survives(pieces in vec(client_input(), 0..60), structured: bool) {
-        let wishes = Wishes { export: "disk".to_owned(), structured, base_allocation: structured };
+        let wishes = Wishes { export: "disk".to_owned(), structured, base_allocation: structured, visitor: None };
         let mut client = ClientHandshake::new(wishes);
         let mut said = 0;
         for piece in pieces {

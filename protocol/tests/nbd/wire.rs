@@ -1,6 +1,6 @@
 //! Messages made by hand, so that the codec is not tested against itself.
 
-use xpm_protocol::nbd::handshake::server::{ServerHandshake, Step};
+use xpm_protocol::nbd::handshake::server::{NoExport, ServerHandshake, Step};
 use xpm_protocol::nbd::{BlockSizes, ExportInfo, TransmissionFlags};
 
 pub(crate) fn info(size: u64) -> ExportInfo {
@@ -106,7 +106,8 @@ impl Server {
             let answered = match &step {
                 Step::Open(name) => {
                     self.opened.push((name.clone(), self.handshake.enters()));
-                    self.handshake.found((name == "disk").then(|| info(1 << 20)).as_ref())
+                    self.handshake
+                        .found((name == "disk").then(|| info(1 << 20)).as_ref().ok_or(&NoExport::Unknown))
                 }
                 Step::List => {
                     let names = ["disk".to_owned(), "other".to_owned()];

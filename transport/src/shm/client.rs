@@ -12,11 +12,11 @@ use rustix::cmsg_space;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg};
-use xpm_protocol::GrantKey;
+use xpm_protocol::{GrantKey, Visitor};
 
 pub use super::link::ShmLink;
 use super::mapping::{AppendError, Mapping};
-use super::wire::{ANSWER_LEN, Answer, BATCH_MAX, Hello, LENGTH_LEN};
+use super::wire::{ANSWER_LEN, Answer, BATCH_MAX, Hello, LENGTH_LEN, TEXT_LEN_MAX};
 pub use crate::connect::ConnectError;
 use crate::connect::{Deadline, closed, dial_unix, receive_some, send_all, unreachable, wait};
 use crate::io::IoBuf;
@@ -40,19 +40,48 @@ pub struct ShmGrant {
 /// See [`ConnectError`]. Memory that could be cut off under the client's feet (no memfd, not sealed
 /// against shrinking, shorter than was said) is refused as [`ConnectError::Protocol`].
 pub fn connect(path: &Path, key: &GrantKey, limit: Duration) -> Result<Arc<ShmGrant>, ConnectError> {
+    connect_as(path, key, None, limit)
+}
+
+/// As [`connect`], and says which life of a client asks. An appliance of before there were lives is asked again without.
+///
+/// # Errors
+/// As of [`connect`]; [`ConnectError::Refused`] with the reason for a life that is not let in.
+pub fn connect_as(
+    path: &Path,
+    key: &GrantKey,
+    visitor: Option<&Visitor>,
+    limit: Duration,
+) -> Result<Arc<ShmGrant>, ConnectError> {
     let deadline = Deadline::after(limit);
     let connection = dial_unix(path, deadline)?;
-    send_all(connection.as_fd(), &Hello { key: key.clone() }.encode(), deadline)?;
+    send_all(connection.as_fd(), &Hello::encode(key, visitor), deadline)?;
     let answer = receive_answer(connection.as_fd(), deadline)?;
     let (regions, len) = match answer {
         Answer::Granted { regions, len } => (regions as usize, len),
         Answer::Unknown => return Err(ConnectError::UnknownExport),
+        Answer::Version if visitor.is_some() => return connect_as(path, key, None, deadline.rest()?),
+        Answer::Refused { text_len } => {
+            return Err(ConnectError::Refused(receive_text(connection.as_fd(), text_len, deadline)?));
+        }
         Answer::Version => {
             return Err(ConnectError::Unsupported("another version of the shm protocol".into()));
         }
     };
     let mapping = receive_regions(connection.as_fd(), regions, len, deadline)?;
     Ok(Arc::new(ShmGrant { mapping, connection }))
+}
+
+fn receive_text(connection: BorrowedFd<'_>, len: u32, deadline: Deadline) -> Result<String, ConnectError> {
+    let mut text = vec![0; (len as usize).min(TEXT_LEN_MAX)];
+    let mut filled = 0;
+    while filled < text.len() {
+        match receive_some(connection, &mut text[filled..], deadline)? {
+            0 => return Err(closed()),
+            received => filled += received,
+        }
+    }
+    Ok(String::from_utf8_lossy(&text).chars().filter(|one| !one.is_control()).collect())
 }
 
 fn receive_answer(connection: BorrowedFd<'_>, deadline: Deadline) -> Result<Answer, ConnectError> {

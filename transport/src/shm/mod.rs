@@ -18,13 +18,14 @@
 //! | from | bytes | what |
 //! |---|---|---|
 //! | client | 8 | `"xpm-shm\0"` |
-//! | | 4 | version: 1 |
-//! | | 4 | 0 |
+//! | | 4 | version: 1, or 2 of a client that says which life it is |
+//! | | 4 | version 1: 0; version 2: bytes of its [`Visitor`](xpm_protocol::Visitor), 1 to 1024 |
 //! | | 32 | the grant's key |
+//! | | (version 2) | the visitor, as text |
 //! | server | 8 | `"xpm-shm\0"` |
-//! | | 4 | status: 0 granted, 1 no such grant, 2 no such version |
-//! | | 4 | number of regions; 0 unless granted |
-//! | | 8 | their length together, in bytes; 0 unless granted |
+//! | | 4 | status: 0 granted, 1 no such grant, 2 no such version, 3 not for this life |
+//! | | 4 | status 0: number of regions; 3: bytes of the reason, which follows as text; else 0 |
+//! | | 8 | length of the regions together, in bytes; 0 unless granted |
 //! | server, for each region in order | 8 | its length in bytes |
 //!
 //! The memfd of each region is passed with the lengths by `SCM_RIGHTS`, for up to 64 regions in one

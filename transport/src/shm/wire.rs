@@ -1,12 +1,17 @@
 //! The messages of the handshake; the module's documentation above has the table.
 
-use xpm_protocol::GrantKey;
+use xpm_protocol::{GrantKey, Visitor};
 
 const MAGIC: [u8; 8] = *b"xpm-shm\0";
+/// Of a client that says nothing of itself.
 const VERSION: u32 = 1;
+/// Of one that says which life of a client it is.
+const VERSION_WITH_VISITOR: u32 = 2;
 
 /// Bytes of a [`Hello`].
 pub(super) const HELLO_LEN: usize = 48;
+/// Longest text behind a [`Hello`] or an [`Answer`], in bytes.
+pub(super) const TEXT_LEN_MAX: usize = 1024;
 /// Bytes of an [`Answer`].
 pub(super) const ANSWER_LEN: usize = 24;
 /// Bytes of a region's length.
@@ -22,6 +27,8 @@ pub(super) const GRANT_LEN_MAX: u64 = 1 << 46;
 #[derive(Debug)]
 pub(super) struct Hello {
     pub(super) key: GrantKey,
+    /// Bytes of the visitor's text, which follows; 0: a client that says nothing of itself.
+    pub(super) visitor_len: u32,
 }
 
 /// Bytes that are no hello.
@@ -34,25 +41,37 @@ pub(super) enum BadHello {
 }
 
 impl Hello {
-    pub(super) fn encode(&self) -> [u8; HELLO_LEN] {
+    fn header(&self) -> [u8; HELLO_LEN] {
+        let version = if self.visitor_len == 0 { VERSION } else { VERSION_WITH_VISITOR };
         let mut bytes = [0; HELLO_LEN];
         bytes[..8].copy_from_slice(&MAGIC);
-        bytes[8..12].copy_from_slice(&VERSION.to_be_bytes());
+        bytes[8..12].copy_from_slice(&version.to_be_bytes());
+        bytes[12..16].copy_from_slice(&self.visitor_len.to_be_bytes());
         bytes[16..].copy_from_slice(self.key.as_bytes());
         bytes
     }
 
+    /// A hello of this visitor, if there is one.
+    pub(super) fn encode(key: &GrantKey, visitor: Option<&Visitor>) -> Vec<u8> {
+        let text = visitor.map(Visitor::to_string).unwrap_or_default();
+        // A visitor's text is a few hundred bytes.
+        let hello = Hello { key: key.clone(), visitor_len: text.len() as u32 };
+        [hello.header().as_slice(), text.as_bytes()].concat()
+    }
+
     pub(super) fn decode(bytes: &[u8; HELLO_LEN]) -> Result<Hello, BadHello> {
         let [magic @ .., _, _, _, _, _, _, _, _] = bytes.first_chunk::<16>().ok_or(BadHello::Magic)?;
-        let version = bytes[8..16].first_chunk().map_or(0, |version| u64::from_be_bytes(*version));
+        let number = |at: usize| bytes[at..].first_chunk().map_or(0, |number| u32::from_be_bytes(*number));
         if *magic != MAGIC {
             return Err(BadHello::Magic);
         }
-        if version != u64::from(VERSION) << 32 {
-            return Err(BadHello::Version);
-        }
+        let visitor_len = match (number(8), number(12)) {
+            (VERSION, 0) => 0,
+            (VERSION_WITH_VISITOR, len) if len > 0 && len as usize <= TEXT_LEN_MAX => len,
+            _ => return Err(BadHello::Version),
+        };
         let key = bytes.last_chunk().ok_or(BadHello::Magic)?;
-        Ok(Hello { key: GrantKey::from_bytes(*key) })
+        Ok(Hello { key: GrantKey::from_bytes(*key), visitor_len })
     }
 }
 
@@ -65,6 +84,8 @@ pub(super) enum Answer {
     Unknown,
     /// It does not speak the client's version.
     Version,
+    /// The grant is not for this client; why, follows as a text of so many bytes.
+    Refused { text_len: u32 },
 }
 
 /// Bytes that are no answer.
@@ -77,6 +98,7 @@ impl Answer {
             Answer::Granted { regions, len } => (0_u32, regions, len),
             Answer::Unknown => (1, 0, 0),
             Answer::Version => (2, 0, 0),
+            Answer::Refused { text_len } => (3, text_len, 0),
         };
         let mut bytes = [0; ANSWER_LEN];
         bytes[..8].copy_from_slice(&MAGIC);
@@ -99,6 +121,8 @@ impl Answer {
             0 => Ok(Answer::Granted { regions, len }),
             1 => Ok(Answer::Unknown),
             2 => Ok(Answer::Version),
+            3 if regions as usize > TEXT_LEN_MAX => Err(BadAnswer("a reason of unreasonable length")),
+            3 => Ok(Answer::Refused { text_len: regions }),
             _ => Err(BadAnswer("an unknown status")),
         }
     }
@@ -110,11 +134,19 @@ mod tests {
 
     #[test]
     fn golden_hello() {
-        let hello = Hello { key: GrantKey::from_bytes(std::array::from_fn(|i| i as u8)) };
+        let key = GrantKey::from_bytes(std::array::from_fn(|i| i as u8));
         let mut golden = b"xpm-shm\0\0\0\0\x01\0\0\0\0".to_vec();
         golden.extend(0..32);
-        assert_eq!(hello.encode().as_slice(), golden);
-        assert_eq!(Hello::decode(&hello.encode()).unwrap().key, hello.key);
+        assert_eq!(Hello::encode(&key, None), golden);
+        let hello = Hello::decode(golden.first_chunk().unwrap()).unwrap();
+        assert_eq!((hello.key, hello.visitor_len), (key.clone(), 0));
+        let zeros = "0".repeat(32);
+        let visitor = Visitor::new(format!("{zeros}.{zeros}.{zeros}.1").parse().unwrap(), "a");
+        let text = visitor.to_string();
+        let bytes = Hello::encode(&key, Some(&visitor));
+        assert_eq!(bytes[8..16], [0, 0, 0, 2, 0, 0, 0, text.len() as u8]);
+        assert_eq!(&bytes[HELLO_LEN..], text.as_bytes());
+        assert_eq!(Hello::decode(bytes.first_chunk().unwrap()).unwrap().visitor_len as usize, text.len());
     }
 
     #[test]
@@ -123,16 +155,16 @@ mod tests {
         assert_eq!(&granted.encode(), b"xpm-shm\0\0\0\0\0\0\0\0\x03\0\0\x01\x23\x45\x67\x89\xab");
         assert_eq!(&Answer::Unknown.encode(), b"xpm-shm\0\0\0\0\x01\0\0\0\0\0\0\0\0\0\0\0\0");
         assert_eq!(&Answer::Version.encode(), b"xpm-shm\0\0\0\0\x02\0\0\0\0\0\0\0\0\0\0\0\0");
-        for answer in [granted, Answer::Unknown, Answer::Version] {
+        for answer in [granted, Answer::Unknown, Answer::Version, Answer::Refused { text_len: 7 }] {
             assert_eq!(Answer::decode(&answer.encode()), Ok(answer));
         }
     }
 
     #[test]
     fn what_is_no_message_is_refused() {
-        let hello = Hello { key: GrantKey::from_bytes([1; 32]) }.encode();
+        let hello = Hello::encode(&GrantKey::from_bytes([1; 32]), None);
         let change = |at: usize| {
-            let mut bytes = hello;
+            let mut bytes: [u8; HELLO_LEN] = *hello.first_chunk().unwrap();
             bytes[at] ^= 1;
             Hello::decode(&bytes).map(|_| ())
         };
@@ -144,6 +176,7 @@ mod tests {
             Answer::Granted { regions: 1, len: 0 },
             Answer::Granted { regions: REGIONS_MAX + 1, len: 1 },
             Answer::Granted { regions: 1, len: u64::MAX },
+            Answer::Refused { text_len: TEXT_LEN_MAX as u32 + 1 },
         ] {
             assert!(Answer::decode(&bad.encode()).is_err());
         }

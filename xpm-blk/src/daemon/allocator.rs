@@ -13,7 +13,24 @@ impl Daemon {
     pub(super) async fn own(&self, request: &AttachDevice) -> Result<Map, DeviceError> {
         let AttachDevice { name, form, force, lose, .. } = request;
         let owned = self.owner.own_with(name, form.to_string(), *force, *lose).await;
-        owned.map_err(|error| refused(&error))
+        let map = owned.map_err(|error| refused(&error))?;
+        self.registered().insert(request.name.clone(), None);
+        Ok(map)
+    }
+
+    /// Whether the allocator knows that this life has the allocation. Tells it so first, where it was shown from a record: what a
+    /// life says that it does not know is not heard.
+    pub(super) async fn is_registered(&self, request: &AttachDevice) -> bool {
+        if matches!(self.registered().get(&request.name), Some(None)) {
+            return true;
+        }
+        let Err(error) = self.own(request).await else { return true };
+        let (name, why) = (&request.name, error.to_string());
+        let said = self.registered().insert(name.clone(), Some(why.clone()));
+        if said.flatten().as_ref() != Some(&why) {
+            tracing::warn!("allocation {name}: {why}");
+        }
+        false
     }
 
     /// Gives an allocation back. What cannot be reached is logged only: the allocation stays ours

@@ -3,9 +3,9 @@
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use xpm_protocol::Name;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::blk::{AttachDevice, Device, Form};
+use xpm_protocol::{Name, Visitor};
 
 use super::{Attached, Busy, Daemon, Slot, blocking};
 use crate::config::check_device;
@@ -61,10 +61,12 @@ impl Daemon {
         Err(DeviceError::new(ErrorKind::Conflict, what))
     }
 
-    async fn attach_reserved(self: &Arc<Daemon>, request: AttachDevice) -> Result<Device, DeviceError> {
+    async fn attach_reserved(self: &Arc<Daemon>, mut request: AttachDevice) -> Result<Device, DeviceError> {
         let form = request.form.clone();
         blocking(move || check_support(&form)).await?;
         let map = self.own(&request).await?;
+        // It was meant for this time: a copy of the record must not take the allocation from anybody.
+        (request.force, request.lose) = (false, false);
         if let Some(slab) = map.slabs.slabs.keys().next() {
             let line = format!(
                 "allocation {} has slabs with names, such as `{slab}`, which a device would write over: remove them by the \
@@ -107,16 +109,19 @@ impl Daemon {
         if first {
             self.records.save(&record)?;
         }
-        let (shown, change) = match show(&record, &self.config, self.owner.client, &self.server, readiness) {
-            Ok(shown) => shown,
-            Err(error) => {
-                // A device that was there before is tried again; a new one never was.
-                if readiness == Readiness::Required {
-                    self.records.remove(&record.request.name)?;
+        let visitor = self.owner.life.map(|life| Visitor::new(life, &self.owner.host_name));
+        let (shown, change) =
+            match show(&record, &self.config, (self.owner.client, visitor.as_ref()), &self.server, readiness)
+            {
+                Ok(shown) => shown,
+                Err(error) => {
+                    // A device that was there before is tried again; a new one never was.
+                    if readiness == Readiness::Required {
+                        self.records.remove(&record.request.name)?;
+                    }
+                    return Err(error);
                 }
-                return Err(error);
-            }
-        };
+            };
         record.number = shown.number();
         if first {
             self.records.save(&record)?;

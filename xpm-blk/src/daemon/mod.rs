@@ -42,6 +42,8 @@ pub struct Daemon {
     slots: Mutex<BTreeMap<Name, Slot>>,
     /// Allocations that are going to end.
     endings: Mutex<BTreeMap<Name, Ending>>,
+    /// Allocations that this life told the allocator that it has: none, or why the allocator did not take that.
+    registered: Mutex<BTreeMap<Name, Option<String>>>,
     /// Allocations whose orders are being carried out.
     obeying: Mutex<BTreeSet<Name>>,
     started: Instant,
@@ -150,6 +152,7 @@ impl Daemon {
             server,
             slots: Mutex::new(BTreeMap::new()),
             endings: Mutex::new(BTreeMap::new()),
+            registered: Mutex::default(),
             obeying: Mutex::default(),
             started: Instant::now(),
         }
@@ -182,12 +185,17 @@ impl Daemon {
         self.endings.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn registered(&self) -> MutexGuard<'_, BTreeMap<Name, Option<String>>> {
+        self.registered.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn set(&self, name: &Name, slot: Option<Slot>) {
         match slot {
             Some(slot) => drop(self.slots().insert(name.clone(), slot)),
             None => {
                 self.slots().remove(name);
                 self.endings().remove(name);
+                self.registered().remove(name);
             }
         }
     }

@@ -40,6 +40,9 @@ impl Daemon {
 
     async fn obey_now(self: Arc<Daemon>, name: Name) {
         let Some(Slot::Shown(attached)) = self.slots().get(&name).cloned() else { return };
+        if !self.is_registered(&attached.record().request).await {
+            return;
+        }
         if attached.change().is_some() {
             return self.finish_firm(&attached).await;
         }

@@ -44,6 +44,7 @@ impl Daemon {
         for mut record in records {
             if self.is_new(&record.request.name) {
                 record.begin_life(Told::ByDisk);
+                (record.request.force, record.request.lose) = (false, false);
                 self.wait(&record, "it is being shown".to_owned(), Instant::now());
                 tokio::spawn(Arc::clone(self).show_again(record, Readiness::Later));
             }
@@ -100,7 +101,24 @@ impl Daemon {
         self.set(&record.request.name, Some(Slot::Waiting(Arc::new(waiting))));
     }
 
-    async fn show_again(self: Arc<Daemon>, record: Record, readiness: Readiness) {
+    /// A record of another machine, or of another installation, is shown when the allocator says that it may be: there,
+    /// the device may be in use.
+    async fn may_show(&self, record: &mut Record) -> Result<(), DeviceError> {
+        if record.is_of(self.owner.life.as_ref()) {
+            return Ok(());
+        }
+        let owned = self.own(&record.request).await;
+        let map = owned.map_err(|error| {
+            let shown = record.life.map(|life| life.shown()).unwrap_or_default();
+            let what = format!("it was shown on another machine ({shown}) and is not shown here: {error}");
+            DeviceError::new(error.kind(), what)
+        })?;
+        // What was firm there was decided there.
+        *record = Record { map, change: None, life: self.owner.life, ..record.clone() };
+        Ok(())
+    }
+
+    async fn show_again(self: Arc<Daemon>, mut record: Record, readiness: Readiness) {
         let name = record.request.name.clone();
         let since = Instant::now();
         let mut pause = PAUSE_FIRST;
@@ -108,11 +126,14 @@ impl Daemon {
             if !self.mark_busy(&name) {
                 return;
             }
-            let safe = match readiness {
+            let may = match readiness {
                 Readiness::TakenOver => Ok(()),
-                _ => self.check_safety(&record.request.form),
+                _ => match self.check_safety(&record.request.form) {
+                    Ok(()) => self.may_show(&mut record).await,
+                    error => error,
+                },
             };
-            let shown = match safe {
+            let shown = match may {
                 Ok(()) => self.show(record.clone(), readiness).await.map(drop),
                 Err(error) => Err(error),
             };

@@ -425,8 +425,9 @@ impl Work {
     fn tell(&mut self, who: Who) -> io::Result<()> {
         let records = Arc::clone(&self.records);
         let (pid, client) = (std::process::id(), self.settings.client);
+        let life = self.records.life().copied();
         let Some(peer) = self.peer(who) else { return Ok(()) };
-        let hello = ToStandby::Hello { pid, records: records::VERSION, client };
+        let hello = ToStandby::Hello { pid, records: records::VERSION, client, life };
         peer.sender.send(&hello, None)?;
         records.follow(Box::new(Teller(peer.sender.clone())));
         peer.sender.send(&ToStandby::Told, None)?;

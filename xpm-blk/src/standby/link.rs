@@ -15,7 +15,7 @@ use rustix::net::{
 };
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use xpm_protocol::{ClientId, Name};
+use xpm_protocol::{ClientId, Life, Name};
 
 /// How long the other end may take to hear a message, or to say the rest of one.
 const LIMIT: Duration = Duration::from_secs(5);
@@ -25,8 +25,15 @@ const LEN_MAX: usize = 64 << 20;
 /// What the one who serves says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum ToStandby {
-    /// The first word: who serves, the version of its records, and who it is to the allocator.
-    Hello { pid: u32, records: u32, client: ClientId },
+    /// The first word: who serves, the version of its records, who it is to the allocator, and in which life, which goes on in
+    /// the process that takes over.
+    Hello {
+        pid: u32,
+        records: u32,
+        client: ClientId,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        life: Option<Life>,
+    },
     /// A record, as it is on disk from now on.
     Record(String),
     /// One that is no longer there.

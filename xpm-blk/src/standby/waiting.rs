@@ -12,7 +12,7 @@ use rustix::net::sockopt::socket_peercred;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::blk::Form;
-use xpm_protocol::{ClientId, Name};
+use xpm_protocol::{ClientId, Life, Name};
 
 use super::ballast::Ballast;
 use super::link::{self, FromStandby, Receiver, Sender, ToStandby};
@@ -54,6 +54,8 @@ pub(crate) struct Inheritance {
     /// The lock of the state directory.
     pub(crate) lock: OwnedFd,
     pub(crate) client: ClientId,
+    /// The life that goes on; none where an xpm-blk of before there were lives hands over.
+    pub(crate) life: Option<Life>,
     pub(crate) records: BTreeMap<Name, Record>,
     /// The one before was told to end: this one ends when nothing is in use.
     pub(crate) ends: bool,
@@ -111,6 +113,7 @@ impl Post {
             post: self,
             config,
             client: None,
+            life: None,
             records: BTreeMap::new(),
             lock: None,
             ends: false,
@@ -138,6 +141,7 @@ struct Watch<'a> {
     post: Post,
     config: &'a Config,
     client: Option<ClientId>,
+    life: Option<Life>,
     records: BTreeMap<Name, Record>,
     lock: Option<OwnedFd>,
     ends: bool,
@@ -239,7 +243,7 @@ impl Watch<'_> {
             ToStandby::Lock => self.lock = passed,
             ToStandby::Go { ends } => self.ends = ends,
             ToStandby::Refused(why) => return Ok(Some(Outcome::End(why))),
-            ToStandby::Hello { client, .. } => self.client = Some(client),
+            ToStandby::Hello { client, life, .. } => (self.client, self.life) = (Some(client), life),
             ToStandby::Beat => {}
         }
         Ok(None)
@@ -278,7 +282,8 @@ impl Watch<'_> {
     fn go_on(self) -> Outcome {
         match (self.lock, self.client) {
             (Some(lock), Some(client)) => {
-                Outcome::GoOn(Inheritance { lock, client, records: self.records, ends: self.ends })
+                let (life, records, ends) = (self.life, self.records, self.ends);
+                Outcome::GoOn(Inheritance { lock, client, life, records, ends })
             }
             _ if self.post.successor => Outcome::LookAgain,
             _ => Outcome::End("the process that serves died before this one could stand by".to_owned()),

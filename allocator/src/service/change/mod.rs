@@ -199,13 +199,13 @@ impl Service {
 
     /// Whether a request cannot be carried out while the allocation is being changed, because it changes who
     /// owns it. The change is brought to an end first.
-    pub(super) fn is_in_the_way(&mut self, id: AllocationId, request: &Request) -> bool {
+    pub(super) fn is_in_the_way(&mut self, id: AllocationId, request: &Request, fences: bool) -> bool {
         let record = &self.entry(id).record;
         let owner = record.owner.as_ref().map(|owner| owner.client);
         record.change.is_some()
             && match request {
                 Request::Attach { attach, .. } => {
-                    owner != Some(attach.client) && (attach.force || owner.is_none())
+                    fences || owner != Some(attach.client) && (attach.force || owner.is_none())
                 }
                 Request::Detach { client, .. } => owner == Some(*client),
                 // One that is asked to let go carries its change out first.

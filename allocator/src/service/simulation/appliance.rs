@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::Heartbeat;
-use xpm_protocol::api::appliance::{self, Commit, Digest, Region, RegionState, Reserve};
+use xpm_protocol::api::appliance::{self, Commit, Digest, Holder, Region, RegionState, Reserve};
 use xpm_protocol::{AllocationId, ByteSize, Epoch, GrantId, GrantKey, Name, RegionId};
 
 use super::super::{Answer, Call, CallError};
@@ -26,6 +26,8 @@ pub(super) struct Appliance {
     pub(super) slow: bool,
     pub(super) refusals: u32,
     pub(super) away: bool,
+    /// Who is connected, to any of its grants.
+    pub(super) living: Vec<Holder>,
 }
 
 pub(super) struct Held {
@@ -59,6 +61,7 @@ impl Appliance {
             slow: false,
             refusals: 0,
             away: false,
+            living: Vec::new(),
         }
     }
 
@@ -97,6 +100,7 @@ impl Appliance {
                 Ok(Answer::Done)
             }
             Call::Copy(..) => unreachable!("the world copies"),
+            Call::Living(..) => Ok(Answer::Living(self.living.clone())),
             Call::Digest(id, range) => self.digest(*id, range.offset),
         }
     }

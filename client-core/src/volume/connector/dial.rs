@@ -11,7 +11,7 @@ use xpm_protocol::api::appliance::Endpoints;
 use xpm_protocol::api::blk::TransportKind;
 use xpm_protocol::nbd::{ExportName, SessionTag};
 use xpm_transport::link::Link;
-use xpm_transport::nbd::client::{ConnectError, NbdLink, Target};
+use xpm_transport::nbd::client::{ConnectError, NbdLink, Target, connect_as};
 use xpm_transport::rdma::client::{self as rdma, RdmaLink};
 use xpm_transport::shm::client::ShmLink;
 
@@ -43,11 +43,9 @@ impl Work {
             Some(grant) => grant,
             None => {
                 let path = needed(self.connector.endpoints().shm, "shared memory")?;
-                xpm_transport::shm::client::connect(
-                    &path,
-                    &self.connector.grant.key,
-                    self.connector.options.limit,
-                )?
+                let options = &self.connector.options;
+                let key = &self.connector.grant.key;
+                xpm_transport::shm::client::connect_as(&path, key, options.visitor.as_ref(), options.limit)?
             }
         };
         self.shm = Arc::downgrade(&grant);
@@ -112,7 +110,12 @@ impl Work {
             self.generation = self.generation.wrapping_add(1);
             ExportName { key: connector.grant.key.clone(), session: Some(self.session(queue)) }
         };
-        let connected = xpm_transport::nbd::client::connect_first(&addresses, name, options.limit)?;
+        let connected = xpm_transport::nbd::client::connect_first(
+            &addresses,
+            name,
+            options.visitor.as_ref(),
+            options.limit,
+        )?;
         NbdLink::new(connected, options.depth).map_err(ConnectError::Unreachable)
     }
 
@@ -137,7 +140,7 @@ impl Work {
         self.generation = self.generation.wrapping_add(1);
         let options = &self.connector.options;
         let name = ExportName { key: self.connector.grant.key.clone(), session: Some(self.session(queue)) };
-        let connected = xpm_transport::nbd::client::connect(target, &name, options.limit)?;
+        let connected = connect_as(target, &name, options.visitor.as_ref(), options.limit)?;
         NbdLink::new(connected, options.depth).map_err(ConnectError::Unreachable)
     }
 

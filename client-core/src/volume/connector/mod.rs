@@ -12,7 +12,7 @@ use xpm_protocol::api::allocator::Grant;
 use xpm_protocol::api::appliance::Endpoints;
 use xpm_protocol::api::blk::{LinkState, LinkStatus, TransportKind};
 use xpm_protocol::units::Span;
-use xpm_protocol::{Epoch, HostId};
+use xpm_protocol::{Epoch, HostId, Visitor};
 use xpm_transport::link::Link;
 use xpm_transport::names::Names;
 use xpm_transport::nbd::client::ConnectError;
@@ -55,6 +55,8 @@ pub(super) struct LinkOptions {
     pub(super) refusal_limit: Duration,
     /// Notified when a path begins to fail, or to be refused.
     pub(super) alarm: Arc<Notify>,
+    /// Which life of the client asks.
+    pub(super) visitor: Option<Visitor>,
 }
 
 struct State {

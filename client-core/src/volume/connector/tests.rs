@@ -127,6 +127,7 @@ fn options(
         generation: 0,
         refusal_limit: Duration::from_millis(400),
         alarm: Arc::default(),
+        visitor: None,
     }
 }
 
@@ -274,6 +275,7 @@ fn a_queue_that_has_a_number_shuts_out_those_of_earlier_lives() {
     let _listener = server.listen_tcp(socket, seen.clone()).unwrap();
     let open = |generation| {
         let options = VolumeOptions {
+            visitor: None,
             hold: xpm_protocol::api::blk::Hold::Forever,
             transport: Some(TransportKind::NbdTcp),
             forbidden: Vec::new(),

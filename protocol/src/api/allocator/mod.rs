@@ -37,6 +37,11 @@
 //! | `POST /v1/policy` | [`Apply`](super::policy::Apply) | [`Applied`](super::policy::Applied) |
 //! | `DELETE /v1/policy/{kind}/{name}?version=N` | | nothing; refused while it is in use or, with a version, when it has another |
 
+//!
+//! Whatever an owner asks (the paths with `owner`, `orders` and `slabs`), it may say which life of its client it is, by the query
+//! `life=`[`Life`]: one life owns an allocation at a time. What another life of the same client asks is refused while the
+//! first one is heard, or connected to an appliance of it.
+
 mod change;
 mod slabs;
 
@@ -52,7 +57,7 @@ use crate::speed::LinkSpeed;
 use crate::text;
 use crate::units::{ByteSize, Span};
 use crate::{
-    AllocationId, ApplianceId, ClientId, Epoch, GrantId, GrantKey, HostId, Name, RegionId, RequestId,
+    AllocationId, ApplianceId, ClientId, Epoch, GrantId, GrantKey, HostId, Life, Name, RegionId, RequestId,
 };
 
 pub use self::change::{
@@ -434,6 +439,19 @@ pub struct Owner {
     pub purpose: String,
     /// Since when, seconds since 1970.
     pub since: u64,
+    /// The life of the client that has it; none of a client that does not say so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub life: Option<Life>,
+}
+
+impl Owner {
+    /// The host, with the machine and the life if they are known, for people.
+    pub fn shown(&self) -> String {
+        match &self.life {
+            Some(life) => format!("{} ({})", self.host_name, life.shown()),
+            None => self.host_name.clone(),
+        }
+    }
 }
 
 /// A client asks to be the owner of an allocation. Refused while another client is, unless

@@ -3,13 +3,14 @@
 use std::fmt;
 
 use super::message::{Reader, is_string, put_option, put_string};
+use crate::life::Visitor;
 use crate::nbd::constants::*;
 use crate::nbd::export::{BlockSizes, ExportInfo, TransmissionFlags};
 
 /// Longest data of an option's reply that is taken, in bytes.
 const REPLY_LEN_MAX: u32 = 64 << 10;
 /// Longest text of a server that is repeated in an error, in characters.
-const SHOWN_MAX: usize = 200;
+const SHOWN_MAX: usize = 400;
 /// Replies to one option; a server that sends more is not believed.
 const REPLIES_MAX: u32 = 64;
 
@@ -22,14 +23,17 @@ pub struct Wishes {
     pub structured: bool,
     /// The context `base:allocation`, if the server has it; needs `structured`.
     pub base_allocation: bool,
+    /// Who asks, for a server that lets in one life of a client only.
+    pub visitor: Option<Visitor>,
 }
 
 impl fmt::Debug for Wishes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Wishes { export: _, structured, base_allocation } = self;
+        let Wishes { export: _, structured, base_allocation, visitor } = self;
         f.debug_struct("Wishes")
             .field("structured", structured)
             .field("base_allocation", base_allocation)
+            .field("visitor", visitor)
             .finish_non_exhaustive()
     }
 }
@@ -86,6 +90,7 @@ pub enum HandshakeError {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Waiting {
     Greeting,
+    Visitor,
     Structured,
     Context,
     Go,
@@ -151,11 +156,13 @@ impl ClientHandshake {
             let went_on = match self.waiting {
                 Waiting::Greeting => self.greeting()?,
                 Waiting::ByName => return self.by_name(),
-                Waiting::Structured | Waiting::Context | Waiting::Go => match self.option_reply()? {
-                    Progress::Input => false,
-                    Progress::More => true,
-                    Progress::Done(agreed) => return Ok(Some(*agreed)),
-                },
+                Waiting::Visitor | Waiting::Structured | Waiting::Context | Waiting::Go => {
+                    match self.option_reply()? {
+                        Progress::Input => false,
+                        Progress::More => true,
+                        Progress::Done(agreed) => return Ok(Some(*agreed)),
+                    }
+                }
             };
             if !went_on {
                 return Ok(None);
@@ -192,13 +199,23 @@ impl ClientHandshake {
         self.output.extend(flags.to_be_bytes());
         if flags & u32::from(FLAG_FIXED_NEWSTYLE) == 0 {
             self.ask_by_name();
-        } else if self.wishes.structured {
+        } else if let Some(visitor) = &self.wishes.visitor {
+            let text = visitor.to_string();
+            self.ask(OPT_XPM_LIFE, text.as_bytes());
+            self.waiting = Waiting::Visitor;
+        } else {
+            self.ask_for_export();
+        }
+        Ok(true)
+    }
+
+    fn ask_for_export(&mut self) {
+        if self.wishes.structured {
             self.ask(OPT_STRUCTURED_REPLY, &[]);
             self.waiting = Waiting::Structured;
         } else {
             self.ask_to_go();
         }
-        Ok(true)
     }
 
     fn ask(&mut self, option: u32, data: &[u8]) {
@@ -258,6 +275,7 @@ impl ClientHandshake {
 
     const fn option(&self) -> u32 {
         match self.waiting {
+            Waiting::Visitor => OPT_XPM_LIFE,
             Waiting::Structured => OPT_STRUCTURED_REPLY,
             Waiting::Context => OPT_SET_META_CONTEXT,
             _ => OPT_GO,
@@ -273,6 +291,12 @@ impl ClientHandshake {
             (_, REP_ERR_SHUTDOWN) => {
                 self.ask(OPT_ABORT, &[]);
                 return Err(HandshakeError::ShuttingDown);
+            }
+            // A server that does not know of lives lets everybody in who has the key.
+            (Waiting::Visitor, REP_ACK | REP_ERR_UNSUP) => self.ask_for_export(),
+            (Waiting::Visitor, kind) if kind & REP_ERR != 0 => {
+                self.ask(OPT_ABORT, &[]);
+                return Err(self.refusal(kind, data));
             }
             // Whatever the reason, it goes without, and without contexts that came ahead of an error.
             (Waiting::Structured | Waiting::Context, kind) if kind & REP_ERR != 0 => {

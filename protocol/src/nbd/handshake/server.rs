@@ -3,6 +3,7 @@
 use std::fmt;
 
 use super::message::{Reader, is_string, parse_contexts, parse_info, put_reply, put_string, string};
+use crate::life::Visitor;
 use crate::nbd::constants::*;
 use crate::nbd::export::{ExportInfo, TransmissionFlags};
 
@@ -106,6 +107,16 @@ pub struct ServerHandshake {
     /// The export that contexts were set for.
     context_export: Option<String>,
     asked_name: String,
+    visitor: Option<Visitor>,
+}
+
+/// Why a client does not get an export.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NoExport {
+    /// It is not there, or not to be seen.
+    Unknown,
+    /// It is there and not for this client, for this reason.
+    Refused(String),
 }
 
 impl fmt::Debug for ServerHandshake {
@@ -136,6 +147,7 @@ impl ServerHandshake {
             structured: false,
             context_export: None,
             asked_name: String::new(),
+            visitor: None,
         }
     }
 
@@ -172,24 +184,34 @@ impl ServerHandshake {
         matches!(self.waiting, Waiting::Export(Asked::ByName | Asked::Info { go: true, .. }))
     }
 
-    /// Answers [`Step::Open`]. None: there is no such export.
-    pub fn found(&mut self, info: Option<&ExportInfo>) -> Option<Step> {
+    /// Which life of a client asks, if it said so.
+    pub const fn visitor(&self) -> Option<&Visitor> {
+        self.visitor.as_ref()
+    }
+
+    /// Answers [`Step::Open`].
+    ///
+    /// `info` is the export, or what the client is told in its place.
+    pub fn found(&mut self, info: Result<&ExportInfo, &NoExport>) -> Option<Step> {
         let Waiting::Export(asked) = self.waiting else { return None };
         self.waiting = Waiting::Option;
         match (asked, info) {
-            (Asked::ByName, None) => return Some(self.close(CloseReason::UnknownExport)),
-            (Asked::ByName, Some(info)) => {
+            (Asked::ByName, Err(_)) => return Some(self.close(CloseReason::UnknownExport)),
+            (Asked::ByName, Ok(info)) => {
                 self.output.extend(info.size.to_be_bytes());
                 self.output.extend(self.flags_for(info).bits().to_be_bytes());
                 let zeroes = if self.no_zeroes { 0 } else { EXPORT_NAME_ZEROES };
                 self.output.extend(std::iter::repeat_n(0, zeroes));
                 return Some(self.ready(info));
             }
-            (Asked::Info { go, .. }, None) => {
+            (Asked::Info { go, .. }, Err(why)) => {
                 let option = if go { OPT_GO } else { OPT_INFO };
-                self.refuse(option, REP_ERR_UNKNOWN, "there is no such export");
+                match why {
+                    NoExport::Unknown => self.refuse(option, REP_ERR_UNKNOWN, "there is no such export"),
+                    NoExport::Refused(reason) => self.refuse(option, REP_ERR_POLICY, reason),
+                }
             }
-            (Asked::Info { go, name, description }, Some(info)) => {
+            (Asked::Info { go, name, description }, Ok(info)) => {
                 self.describe(if go { OPT_GO } else { OPT_INFO }, info, name, description);
                 if go {
                     return Some(self.ready(info));
@@ -321,6 +343,13 @@ impl ServerHandshake {
                 None => self.refuse(option, REP_ERR_INVALID, "the request for information is malformed"),
             },
             OPT_LIST_META_CONTEXT | OPT_SET_META_CONTEXT => self.contexts(option, data),
+            OPT_XPM_LIFE => match std::str::from_utf8(data).ok().and_then(|text| text.parse().ok()) {
+                Some(visitor) => {
+                    self.visitor = Some(visitor);
+                    self.reply(option, REP_ACK, &[]);
+                }
+                None => self.refuse(option, REP_ERR_INVALID, "this is not the life of a client"),
+            },
             _ => self.refuse(option, REP_ERR_UNSUP, "this option is not supported"),
         }
         None

@@ -156,6 +156,7 @@ fn attach(name: &str) -> Result<()> {
 fn open(map: &Map, session: u128) -> Result<(Volume, Duration)> {
     let options = VolumeOptions {
         refusal_limit: xpm_client::volume::REFUSAL_LIMIT,
+        visitor: None,
         hold: Hold::Forever,
         transport: Some(TransportKind::Rdma),
         forbidden: Vec::new(),

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use rustix::net::sockopt;
+use xpm_protocol::Visitor;
 use xpm_protocol::nbd::handshake::client::{Agreed, ClientHandshake, HandshakeError, Wishes};
 use xpm_protocol::nbd::{ExportInfo, ExportName};
 
@@ -56,12 +57,34 @@ pub fn connect(target: &Target, name: &ExportName, limit: Duration) -> Result<Co
     connect_to(target, &name.to_string(), limit)
 }
 
+/// As [`connect()`], and says which life of a client asks: an appliance lets in one life of a grant's owner only.
+///
+/// # Errors
+/// See [`ConnectError`]; [`ConnectError::Refused`] with the reason for a life that is not let in.
+pub fn connect_as(
+    target: &Target,
+    name: &ExportName,
+    visitor: Option<&Visitor>,
+    limit: Duration,
+) -> Result<Connected, ConnectError> {
+    enter(target, &name.to_string(), visitor, limit)
+}
+
 /// As [`connect()`], to an export of any name, which need not be an appliance's: at most 4096 bytes
 /// without NUL, empty for the server's default export.
 ///
 /// # Errors
 /// See [`ConnectError`]; [`ConnectError::Refused`] for a name that the protocol does not have.
 pub fn connect_to(target: &Target, export: &str, limit: Duration) -> Result<Connected, ConnectError> {
+    enter(target, export, None, limit)
+}
+
+fn enter(
+    target: &Target,
+    export: &str,
+    visitor: Option<&Visitor>,
+    limit: Duration,
+) -> Result<Connected, ConnectError> {
     let deadline = Deadline::after(limit);
     let stream = match target {
         Target::Tcp(address) => {
@@ -75,18 +98,19 @@ pub fn connect_to(target: &Target, export: &str, limit: Duration) -> Result<Conn
             stream
         }
     };
-    let agreed = negotiate(stream.as_fd(), export, deadline)?;
+    let agreed = negotiate(stream.as_fd(), export, visitor, deadline)?;
     into_connected(stream)(agreed)
 }
 
 /// As [`connect()`], to whichever of several TCP addresses of one server answers first: one that is dead costs 250 ms. Where
-/// one refuses, the others are asked too. `name` is called for each handshake, for each has a generation of its own.
+/// one refuses, the others are asked too. `name` is called for each handshake, for each has a generation of its own; `visitor` as of [`connect_as`].
 ///
 /// # Errors
 /// See [`ConnectError`]: what the first one said that answered, or else why the last one could not be reached.
 pub fn connect_first(
     addresses: &[SocketAddr],
     mut name: impl FnMut() -> ExportName,
+    visitor: Option<&Visitor>,
     limit: Duration,
 ) -> Result<Connected, ConnectError> {
     let deadline = Deadline::after(limit);
@@ -99,7 +123,9 @@ pub fn connect_first(
         };
         left.retain(|other| *other != address);
         tune_tcp(stream.as_fd()).map_err(unreachable)?;
-        match negotiate(stream.as_fd(), &name().to_string(), deadline).and_then(into_connected(stream)) {
+        match negotiate(stream.as_fd(), &name().to_string(), visitor, deadline)
+            .and_then(into_connected(stream))
+        {
             Ok(connected) => return Ok(connected),
             Err(error) => drop(answer.get_or_insert(error)),
         }
@@ -125,8 +151,18 @@ fn tune_tcp(stream: BorrowedFd<'_>) -> rustix::io::Result<()> {
     sockopt::set_tcp_user_timeout(stream, user_timeout)
 }
 
-fn negotiate(stream: BorrowedFd<'_>, export: &str, deadline: Deadline) -> Result<Agreed, ConnectError> {
-    let wishes = Wishes { export: export.to_owned(), structured: false, base_allocation: false };
+fn negotiate(
+    stream: BorrowedFd<'_>,
+    export: &str,
+    visitor: Option<&Visitor>,
+    deadline: Deadline,
+) -> Result<Agreed, ConnectError> {
+    let wishes = Wishes {
+        export: export.to_owned(),
+        structured: false,
+        base_allocation: false,
+        visitor: visitor.cloned(),
+    };
     let mut handshake = ClientHandshake::new(wishes);
     let mut buffer = [0; READ_LEN];
     loop {

@@ -11,6 +11,6 @@ mod output;
 mod parts;
 mod plan;
 
-pub use self::connect::{Connected, Target, connect, connect_first, connect_to};
+pub use self::connect::{Connected, Target, connect, connect_as, connect_first, connect_to};
 pub use self::link::NbdLink;
 pub use crate::connect::ConnectError;

@@ -8,6 +8,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use xpm_protocol::nbd::{Command, CommandFlags, Errno, ExportInfo, REQUEST_LEN, Request};
 
@@ -29,7 +30,7 @@ const DISCARD_MAX: u32 = 64 << 20;
 
 /// What a connection is made of once its handshake is over.
 pub(super) struct Ready {
-    pub(super) stream: OwnedFd,
+    pub(super) stream: Arc<OwnedFd>,
     pub(super) store: Box<dyn Store>,
     pub(super) info: ExportInfo,
     pub(super) structured: bool,
@@ -81,7 +82,8 @@ pub(super) struct Connection {
     // The fields are dropped in this order: the store may use buffers until it is gone.
     store: Box<dyn Store>,
     deferred: Deferred,
-    stream: OwnedFd,
+    /// Shared for moments only, with who asks whether the other end lives.
+    stream: Arc<OwnedFd>,
     info: ExportInfo,
     structured: bool,
     base_allocation: Option<u32>,

@@ -3,12 +3,14 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use xpm_protocol::Visitor;
 use xpm_protocol::gate::Origin;
-use xpm_protocol::nbd::handshake::server::{ServerHandshake, Step};
+use xpm_protocol::nbd::handshake::server::{NoExport, ServerHandshake, Step};
 
 use super::{Exports, Negotiated, Opened, Place, Server, registry};
 use crate::accept::{Accept, Listener};
@@ -19,6 +21,9 @@ use crate::nbd::socket::widen_unix;
 const READ_LEN: usize = 4096;
 /// After this long without an answer to what was sent, a TCP peer counts as gone.
 const TCP_USER_TIMEOUT_MS: u32 = 30_000;
+/// An idle connection is probed after this long, and then this often, so that a host that is gone is found without I/O too.
+pub(super) const TCP_KEEPALIVE_IDLE: Duration = Duration::from_secs(5);
+const TCP_KEEPALIVE_INTERVAL: Duration = Duration::from_secs(2);
 
 /// A stream that can be negotiated on and then handed to a loop.
 trait Stream: AsyncRead + AsyncWrite + Unpin + Send + Sized + 'static {
@@ -37,6 +42,8 @@ impl Stream for TcpStream {
     fn tune(&self) -> io::Result<()> {
         self.set_nodelay(true)?;
         sockopt::set_socket_keepalive(self.as_fd(), true)?;
+        sockopt::set_tcp_keepidle(self.as_fd(), TCP_KEEPALIVE_IDLE)?;
+        sockopt::set_tcp_keepintvl(self.as_fd(), TCP_KEEPALIVE_INTERVAL)?;
         sockopt::set_tcp_user_timeout(self.as_fd(), TCP_USER_TIMEOUT_MS)?;
         Ok(())
     }
@@ -129,7 +136,7 @@ async fn negotiate<S: Stream>(
     ticket: Ticket,
 ) -> io::Result<Option<(Opened, Place, Negotiated)>> {
     let mut handshake = ServerHandshake::new();
-    let mut opened = Found::Nothing;
+    let mut opened = Found::Nothing(NoExport::Unknown);
     let mut buffer = vec![0; READ_LEN];
     let mut next: Option<Step> = None;
     let (mut ticket, mut has_spoken) = (Some(ticket), false);
@@ -149,15 +156,15 @@ async fn negotiate<S: Stream>(
                 }
             }
             Step::Open(name) => {
-                let enters = handshake.enters();
+                let enters = handshake.enters().then(|| handshake.visitor().cloned());
                 opened = open(server.clone(), exports.clone(), name, enters).await;
                 if matches!(opened, Found::Export(_, Some(_))) {
                     drop(ticket.take());
                 }
                 next = match &opened {
                     Found::Outdated => handshake.outdated(),
-                    Found::Nothing => handshake.found(None),
-                    Found::Export(opened, _) => handshake.found(Some(&opened.info)),
+                    Found::Nothing(why) => handshake.found(Err(why)),
+                    Found::Export(opened, _) => handshake.found(Ok(&opened.info)),
                 };
             }
             Step::List => handshake.listed(exports.list().as_deref()),
@@ -181,26 +188,39 @@ async fn negotiate<S: Stream>(
 
 /// What a name leads to.
 enum Found {
-    /// No export.
-    Nothing,
+    /// No export, or none for this client.
+    Nothing(NoExport),
     /// An export, with the place of the connection that enters it.
     Export(Opened, Option<Place>),
     /// An export that has a newer connection of the same session and queue.
     Outdated,
 }
 
-/// Opens an export. When it is entered rather than asked about, the connection gets its place, and
-/// the one that it replaces is shut out, before it is answered.
-async fn open(server: Server, exports: Arc<dyn Exports>, name: String, enters: bool) -> Found {
+/// Opens an export. When it is entered (by this visitor, if it said who it is) rather than asked about, the client is let in or
+/// refused, the connection gets its place, and the one that it replaces is shut out, before it is answered.
+async fn open(
+    server: Server,
+    exports: Arc<dyn Exports>,
+    name: String,
+    enters: Option<Option<Visitor>>,
+) -> Found {
     let opening = tokio::task::spawn_blocking(move || {
-        let Some(opened) = exports.open(&name) else { return Found::Nothing };
-        if !enters {
-            return Found::Export(opened, None);
+        let Some(opened) = exports.open(&name) else { return Found::Nothing(NoExport::Unknown) };
+        let Some(visitor) = enters else { return Found::Export(opened, None) };
+        if let Err(why) = exports.admit(&opened, visitor.as_ref()) {
+            return Found::Nothing(NoExport::Refused(why));
         }
-        match server.register(opened.group, opened.session) {
-            Ok(place) => Found::Export(opened, Some(place)),
-            Err(registry::Outdated) => Found::Outdated,
+        let place = match server.register(opened.group, opened.session, visitor.clone()) {
+            Ok(place) => place,
+            Err(registry::Outdated) => return Found::Outdated,
+        };
+        match exports.is_admitted(&opened, visitor.as_ref()) {
+            true => Found::Export(opened, Some(place)),
+            false => {
+                let why = "another life of this client was let in just now";
+                Found::Nothing(NoExport::Refused(why.to_owned()))
+            }
         }
     });
-    opening.await.unwrap_or(Found::Nothing)
+    opening.await.unwrap_or(Found::Nothing(NoExport::Unknown))
 }

@@ -13,6 +13,7 @@ mod incoming;
 mod input;
 mod listen;
 mod output;
+mod pulse;
 mod registry;
 mod reply;
 
@@ -25,6 +26,7 @@ use std::time::Duration;
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use xpm_protocol::api::appliance::Counters;
 use xpm_protocol::nbd::{ExportInfo, SessionTag};
+use xpm_protocol::{Life, Visitor};
 
 use self::connection::{Connection, Ready};
 use self::counters::LoopCounters;
@@ -74,6 +76,23 @@ pub trait Exports: Send + Sync + 'static {
     /// Opens the export of this name for one connection; none if there is no such export. May take
     /// a moment, but must not wait for the network.
     fn open(&self, name: &str) -> Option<Opened>;
+
+    /// Lets a client in, which said which life of a client it is, if it did. Called after [`Exports::open`] for clients that
+    /// enter the export, before anything of theirs is served. May block for some seconds.
+    ///
+    /// # Errors
+    /// Why it is not let in, in one line for the client.
+    fn admit(&self, opened: &Opened, visitor: Option<&Visitor>) -> Result<(), String> {
+        let _ = (opened, visitor);
+        Ok(())
+    }
+
+    /// Whether a client that was let in still is. Called when its connection can be found by
+    /// [`Server::close_others`], so that one which was overtaken meanwhile is not served.
+    fn is_admitted(&self, opened: &Opened, visitor: Option<&Visitor>) -> bool {
+        let _ = (opened, visitor);
+        true
+    }
 
     /// The names for a client that asks for a list; none to refuse it.
     fn list(&self) -> Option<Vec<String>> {
@@ -169,7 +188,7 @@ impl Server {
     /// When there is no memory for its buffers, or the descriptor is not a stream socket.
     pub fn adopt(&self, stream: OwnedFd, opened: Opened) -> io::Result<()> {
         let outdated = |_| io::Error::other("a newer connection of the same session is there");
-        let place = self.register(opened.group, opened.session).map_err(outdated)?;
+        let place = self.register(opened.group, opened.session, None).map_err(outdated)?;
         self.take(stream, opened, place, Negotiated::default())
     }
 
@@ -183,6 +202,18 @@ impl Server {
     /// Connections now, of one group or of all.
     pub fn connections(&self, group: Option<u128>) -> usize {
         self.inner.registry.count(group)
+    }
+
+    /// Clients of the group that are other lives than this one, on other seats, and whose hosts answer now. Blocks for up to
+    /// three seconds: a host that does not answer is asked for as long.
+    pub fn living(&self, group: u128, life: &Life) -> Vec<Visitor> {
+        pulse::answering(&self.inner.registry.others(group, life))
+    }
+
+    /// Closes the connections of all other lives than this one. Blocks like [`Server::close_group`]. Connections
+    /// that did not say a life stay.
+    pub fn close_others(&self, group: u128, life: &Life) {
+        self.inner.registry.close_others(group, life, &self.inner.mailboxes);
     }
 
     /// All loops, for a watchdog.
@@ -206,8 +237,13 @@ impl Server {
 
     /// Registers a connection, and shuts out the one that it replaces. Blocks like
     /// [`Server::close_group`].
-    fn register(&self, group: u128, session: Option<SessionTag>) -> Result<Place, registry::Outdated> {
-        let id = self.inner.registry.register(group, session, &self.inner.mailboxes)?;
+    fn register(
+        &self,
+        group: u128,
+        session: Option<SessionTag>,
+        visitor: Option<Visitor>,
+    ) -> Result<Place, registry::Outdated> {
+        let id = self.inner.registry.register(group, session, visitor, &self.inner.mailboxes)?;
         Ok(Place { server: self.clone(), id, settled: false })
     }
 
@@ -220,6 +256,8 @@ impl Server {
         negotiated: Negotiated,
     ) -> io::Result<()> {
         fcntl_setfl(&stream, fcntl_getfl(&stream)? | OFlags::NONBLOCK)?;
+        let stream = Arc::new(stream);
+        let seen = Arc::downgrade(&stream);
         let connection = Connection::new(Ready {
             stream,
             store: opened.store,
@@ -229,7 +267,7 @@ impl Server {
             leftover: negotiated.leftover,
             buffers_len: self.inner.options.buffers_len,
         })?;
-        if let Some(home) = self.inner.registry.settle(place.id) {
+        if let Some(home) = self.inner.registry.settle(place.id, seen) {
             place.settled = true;
             self.inner.mailboxes[home].send(Letter::Adopt(place.id, Box::new(connection)));
         }

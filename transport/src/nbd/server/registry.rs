@@ -2,9 +2,11 @@
 //! before its new one is let in.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 
 use xpm_protocol::nbd::SessionTag;
+use xpm_protocol::{Life, Visitor};
 
 use super::event_loop::{Letter, Mailbox};
 
@@ -15,8 +17,17 @@ pub(super) struct ConnectionId(u64);
 struct Entry {
     group: u128,
     session: Option<SessionTag>,
+    visitor: Option<Visitor>,
+    /// Its socket, once a loop serves it.
+    stream: Weak<OwnedFd>,
     /// Which loop serves it; none while its handshake is going on.
     home: Option<usize>,
+}
+
+impl Entry {
+    fn is_of_other(&self, group: u128, life: &Life) -> bool {
+        self.group == group && self.visitor.as_ref().is_some_and(|visitor| visitor.life.seat != life.seat)
+    }
 }
 
 #[derive(Default)]
@@ -55,6 +66,7 @@ impl Registry {
         &self,
         group: u128,
         session: Option<SessionTag>,
+        visitor: Option<Visitor>,
         mailboxes: &[Arc<Mailbox>],
     ) -> Result<ConnectionId, Outdated> {
         let mut state = self.lock();
@@ -69,7 +81,7 @@ impl Registry {
         }
         state.last += 1;
         let own = ConnectionId(state.last);
-        state.entries.insert(own, Entry { group, session, home: None });
+        state.entries.insert(own, Entry { group, session, visitor, stream: Weak::new(), home: None });
         if let Some(tag) = session {
             self.close(state, mailboxes, |id, entry| id != own && same(entry, tag));
         }
@@ -78,10 +90,11 @@ impl Registry {
 
     /// The handshake is over: the loop with the fewest connections gets it. None when it was closed
     /// meanwhile.
-    pub(super) fn settle(&self, id: ConnectionId) -> Option<usize> {
+    pub(super) fn settle(&self, id: ConnectionId, stream: Weak<OwnedFd>) -> Option<usize> {
         let mut state = self.lock();
         let home = (0..state.load.len()).min_by_key(|home| state.load[*home])?;
-        state.entries.get_mut(&id)?.home = Some(home);
+        let entry = state.entries.get_mut(&id)?;
+        (entry.home, entry.stream) = (Some(home), stream);
         state.load[home] += 1;
         Some(home)
     }
@@ -102,6 +115,18 @@ impl Registry {
             None => state.entries.len(),
             Some(group) => state.entries.values().filter(|entry| entry.group == group).count(),
         }
+    }
+
+    /// The connections of a group that other lives have, on other seats.
+    pub(super) fn others(&self, group: u128, life: &Life) -> Vec<(Visitor, Weak<OwnedFd>)> {
+        let state = self.lock();
+        let others = state.entries.values().filter(|entry| entry.is_of_other(group, life));
+        others.filter_map(|entry| Some((entry.visitor.clone()?, entry.stream.clone()))).collect()
+    }
+
+    /// Closes them, and waits until nothing touches their stores.
+    pub(super) fn close_others(&self, group: u128, life: &Life, mailboxes: &[Arc<Mailbox>]) {
+        self.close(self.lock(), mailboxes, |_, entry| entry.is_of_other(group, life));
     }
 
     /// Closes the connections of a group and waits until nothing touches their stores.

@@ -157,6 +157,11 @@ impl RdmaServer {
         self.shared.lock().shut_out(group, short_session(id), queue, generation);
     }
 
+    /// Destroys all connections of a group; those that come after are let in.
+    pub fn shut_all_out(&self, group: u128) {
+        self.shared.lock().shut_all_out(group);
+    }
+
     /// Connections of a group, or of all.
     pub fn connections(&self, group: Option<u128>) -> usize {
         self.shared.lock().connections(group)

@@ -154,6 +154,10 @@ impl State {
         });
     }
 
+    pub(super) fn shut_all_out(&mut self, group: u128) {
+        self.connections.retain(|_, known| known.group != group);
+    }
+
     pub(super) fn add(&mut self, connection: Connection) -> Key {
         let key = match &connection.held {
             Held::Managed(id) => Key::Managed(id.tag()),

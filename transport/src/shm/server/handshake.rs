@@ -11,12 +11,12 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg}
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::sync::OwnedSemaphorePermit;
-use xpm_protocol::GrantKey;
+use xpm_protocol::{GrantKey, Visitor};
 
 use super::registry::Registered;
 use super::{Inner, ShmExport};
 use crate::handshakes::{FIRST_MESSAGE, Ticket};
-use crate::shm::wire::{Answer, BATCH_MAX, BadHello, HELLO_LEN, Hello, LENGTH_LEN};
+use crate::shm::wire::{Answer, BATCH_MAX, BadHello, HELLO_LEN, Hello, LENGTH_LEN, TEXT_LEN_MAX};
 
 /// How long to wait when as many descriptors are on their way as the process may have.
 const PASS_PAUSE: Duration = Duration::from_millis(5);
@@ -41,14 +41,25 @@ pub(super) async fn handshake(
         Err(BadHello::Version) => return refuse(stream, Answer::Version).await,
         Err(BadHello::Magic) => return Ok(None),
     };
+    let visitor = match read_visitor(stream, hello.visitor_len).await? {
+        Ok(visitor) => visitor,
+        Err(NoVisitor) => return Ok(None),
+    };
+    if let Err(why) = admit(inner, &hello.key, visitor.clone()).await {
+        return refuse_because(stream, &why).await;
+    }
     let Some(export) = open(inner, &hello.key).await else { return refuse(stream, Answer::Unknown).await };
     let Ok(permit) = inner.limit.clone().try_acquire_owned() else { return Ok(None) };
     drop(ticket);
-    let registered = Registered::new(inner.clone(), export.group, stream.clone());
+    let registered = Registered::new(inner.clone(), export.group, visitor.clone(), stream.clone());
     // If the grant was revoked meanwhile, this is seen here, or close_group sees the connection.
     match open(inner, &hello.key).await {
         Some(again) if again.group == export.group => {}
         _ => return refuse(stream, Answer::Unknown).await,
+    }
+    // If another life was let in meanwhile, this is seen here, or that one saw the connection.
+    if let Err(why) = admit(inner, &hello.key, visitor).await {
+        return refuse_because(stream, &why).await;
     }
     pass(stream, &export).await?;
     Ok(Some(Inside { _registered: registered, _permit: permit }))
@@ -57,6 +68,32 @@ pub(super) async fn handshake(
 async fn open(inner: &Arc<Inner>, key: &GrantKey) -> Option<ShmExport> {
     let (inner, key) = (inner.clone(), key.clone());
     tokio::task::spawn_blocking(move || inner.exports.open(&key)).await.ok().flatten()
+}
+
+/// What stands where a visitor should is none.
+struct NoVisitor;
+
+async fn read_visitor(stream: &UnixStream, len: u32) -> io::Result<Result<Option<Visitor>, NoVisitor>> {
+    if len == 0 {
+        return Ok(Ok(None));
+    }
+    let mut text = vec![0; len as usize];
+    read_all(stream, &mut text).await?;
+    let visitor = std::str::from_utf8(&text).ok().and_then(|text| text.parse().ok());
+    Ok(visitor.map(Some).ok_or(NoVisitor))
+}
+
+async fn admit(inner: &Arc<Inner>, key: &GrantKey, visitor: Option<Visitor>) -> Result<(), String> {
+    let (inner, key) = (inner.clone(), key.clone());
+    let admitted = tokio::task::spawn_blocking(move || inner.exports.admit(&key, visitor.as_ref()));
+    admitted.await.unwrap_or_else(|_| Err("the appliance failed".to_owned()))
+}
+
+async fn refuse_because(stream: &UnixStream, why: &str) -> io::Result<Option<Inside>> {
+    let text = &why.as_bytes()[..why.len().min(TEXT_LEN_MAX)];
+    write_all(stream, &Answer::Refused { text_len: text.len() as u32 }.encode()).await?;
+    write_all(stream, text).await?;
+    Ok(None)
 }
 
 async fn refuse(stream: &UnixStream, answer: Answer) -> io::Result<Option<Inside>> {

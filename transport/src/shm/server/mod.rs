@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use tokio::net::UnixStream;
 use tokio::sync::Semaphore;
-use xpm_protocol::GrantKey;
 use xpm_protocol::gate::Origin;
+use xpm_protocol::{GrantKey, Life, Visitor};
 
 use self::handshake::handshake;
 use self::registry::Registry;
@@ -37,6 +37,16 @@ pub trait ShmExports: Send + Sync + 'static {
     /// It is asked twice for each connection: again after the connection can be found by
     /// [`ShmServer::close_group`], so that a grant that is revoked meanwhile is not passed.
     fn open(&self, key: &GrantKey) -> Option<ShmExport>;
+
+    /// Lets a client in, which said which life of a client it is, if it did. Asked before [`ShmExports::open`], and again
+    /// after the connection can be found by [`ShmServer::living`]. May block for some seconds.
+    ///
+    /// # Errors
+    /// Why it is not let in, in one line for the client.
+    fn admit(&self, key: &GrantKey, visitor: Option<&Visitor>) -> Result<(), String> {
+        let _ = (key, visitor);
+        Ok(())
+    }
 }
 
 /// The memory of a grant.
@@ -90,6 +100,12 @@ impl ShmServer {
     /// unless it is 0, it must not be lent again.
     pub fn close_group(&self, group: u128) -> usize {
         self.inner.registry.close_group(group, LEAVE_LIMIT)
+    }
+
+    /// Clients of the group that are other lives than this one, on other seats. They live: they have their connection
+    /// open, on this kernel.
+    pub fn living(&self, group: u128, life: &Life) -> Vec<Visitor> {
+        self.inner.registry.others(group, life)
     }
 
     /// Connections now, of one group or of all.

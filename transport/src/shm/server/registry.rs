@@ -8,13 +8,20 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{Shutdown, shutdown};
 use tokio::net::UnixStream;
+use xpm_protocol::{Life, Visitor};
 
 use super::Inner;
+
+struct Entry {
+    group: u128,
+    visitor: Option<Visitor>,
+    stream: Arc<UnixStream>,
+}
 
 #[derive(Default)]
 struct State {
     last: u64,
-    connections: HashMap<u64, (u128, Arc<UnixStream>)>,
+    connections: HashMap<u64, Entry>,
 }
 
 /// The connections whose memory was passed, or is about to be.
@@ -31,7 +38,18 @@ impl Registry {
 
     pub(super) fn count(&self, group: Option<u128>) -> usize {
         let state = self.lock();
-        state.connections.values().filter(|(of, _)| group.is_none_or(|group| *of == group)).count()
+        state.connections.values().filter(|entry| group.is_none_or(|group| entry.group == group)).count()
+    }
+
+    /// Other lives than this one that have memory of the group, on other seats.
+    pub(super) fn others(&self, group: u128, life: &Life) -> Vec<Visitor> {
+        let state = self.lock();
+        let there =
+            state.connections.values().filter(|entry| entry.group == group && !has_left(&entry.stream));
+        there
+            .filter_map(|entry| entry.visitor.clone())
+            .filter(|visitor| visitor.life.seat != life.seat)
+            .collect()
     }
 
     /// Asks the clients of a group to leave, and returns how many have not within `limit`.
@@ -50,7 +68,8 @@ impl Registry {
 
     fn streams(&self, group: u128) -> Vec<Arc<UnixStream>> {
         let state = self.lock();
-        state.connections.values().filter(|(of, _)| *of == group).map(|(_, stream)| stream.clone()).collect()
+        let there = state.connections.values().filter(|entry| entry.group == group);
+        there.map(|entry| entry.stream.clone()).collect()
     }
 }
 
@@ -83,11 +102,16 @@ pub(super) struct Registered {
 }
 
 impl Registered {
-    pub(super) fn new(inner: Arc<Inner>, group: u128, stream: Arc<UnixStream>) -> Registered {
+    pub(super) fn new(
+        inner: Arc<Inner>,
+        group: u128,
+        visitor: Option<Visitor>,
+        stream: Arc<UnixStream>,
+    ) -> Registered {
         let mut state = inner.registry.lock();
         state.last += 1;
         let number = state.last;
-        state.connections.insert(number, (group, stream));
+        state.connections.insert(number, Entry { group, visitor, stream });
         drop(state);
         Registered { inner, number }
     }

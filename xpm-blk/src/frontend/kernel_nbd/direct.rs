@@ -13,6 +13,7 @@ use rustix::net::sockopt::{Timeout, set_socket_timeout, socket_timeout};
 use tokio::sync::Notify;
 use xpm_client::owner::{Guarded, Trouble, Word};
 use xpm_client::volume::Trust;
+use xpm_protocol::Visitor;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{Grant, Map, RegionSlot};
 use xpm_protocol::api::appliance::Endpoints;
@@ -21,8 +22,9 @@ use xpm_protocol::layout::Layout;
 use xpm_protocol::nbd::{ExportName, SessionTag, TransmissionFlags};
 use xpm_protocol::units::Span;
 use xpm_transport::names::Names;
-use xpm_transport::nbd::client::{ConnectError, Connected, Target, connect, connect_first};
+use xpm_transport::nbd::client::{ConnectError, Connected, Target, connect_as, connect_first};
 
+use super::Shared;
 use super::source::Source;
 use crate::error::{DeviceError, Step};
 use crate::frontend::Health;
@@ -40,6 +42,7 @@ pub(super) struct Direct {
     transport: Option<TransportKind>,
     targets: Mutex<Vec<(TransportKind, Way)>>,
     names: Names,
+    visitor: Option<Visitor>,
     session: u128,
     generation: AtomicU32,
     flags: TransmissionFlags,
@@ -87,13 +90,12 @@ impl Direct {
     /// # Errors
     /// [`ErrorKind::Invalid`] when the allocation is not linear on one appliance.
     pub(super) fn new(
-        map: &Map,
+        shared: Shared<'_>,
         (session, generation): (u128, u32),
         queues: u16,
         transport: Option<TransportKind>,
-        refusal_limit: Duration,
     ) -> Result<Direct, DeviceError> {
-        let grant = the_only_grant(map)?.clone();
+        let grant = the_only_grant(shared.map)?.clone();
         let targets = targets(&grant, transport)?;
         Ok(Direct {
             flags: TransmissionFlags::HAS_FLAGS,
@@ -102,7 +104,7 @@ impl Direct {
                 since: Instant::now(),
                 transport: targets[0].0,
                 reason: None,
-                trust: Trust::new(refusal_limit),
+                trust: Trust::new(shared.refusal_limit),
                 failing: None,
             }),
             alarm: Arc::default(),
@@ -110,6 +112,7 @@ impl Direct {
             transport,
             targets: Mutex::new(targets),
             names: Names::default(),
+            visitor: shared.visitor.cloned(),
             session,
             generation: AtomicU32::new(generation),
             sockets: Mutex::new((0..queues).map(|_| None).collect()),
@@ -143,9 +146,12 @@ impl Direct {
                 let session = Some(SessionTag { id: self.session, queue, generation });
                 ExportName { key: self.grant.key.clone(), session }
             };
+            let visitor = self.visitor.as_ref();
             let made = match target {
-                Way::Tcp(endpoints) => connect_first(&self.addresses(endpoints), name, CONNECT_LIMIT),
-                Way::Unix(path) => connect(&Target::Unix(path.clone()), &name(), CONNECT_LIMIT),
+                Way::Tcp(endpoints) => {
+                    connect_first(&self.addresses(endpoints), name, visitor, CONNECT_LIMIT)
+                }
+                Way::Unix(path) => connect_as(&Target::Unix(path.clone()), &name(), visitor, CONNECT_LIMIT),
             };
             match made {
                 Ok(connected) => {

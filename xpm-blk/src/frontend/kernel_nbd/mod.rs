@@ -22,9 +22,9 @@ use std::time::Duration;
 
 use xpm_client::Volume;
 use xpm_client::owner::Guarded;
-use xpm_protocol::ClientId;
 use xpm_protocol::api::allocator::Map;
 use xpm_protocol::api::blk::{Hold, TransportKind};
+use xpm_protocol::{ClientId, Visitor};
 use xpm_transport::nbd::server::Server;
 
 use self::direct::Direct;
@@ -89,6 +89,8 @@ impl Wiring {
 pub struct Shared<'a> {
     /// Whose it is.
     pub client: ClientId,
+    /// Which life of the client shows it.
+    pub visitor: Option<&'a Visitor>,
     /// Where the allocation lies.
     pub map: &'a Map,
     /// How long I/O waits while the other end cannot be reached.
@@ -136,7 +138,7 @@ impl NbdDevice {
         transport: Option<TransportKind>,
         shape: &Shape,
     ) -> Result<NbdDevice, DeviceError> {
-        let mut direct = Direct::new(shared.map, session, shape.queues, transport, shared.refusal_limit)?;
+        let mut direct = Direct::new(shared, session, shape.queues, transport)?;
         direct.probe(shared.map.size.0)?;
         NbdDevice::start(shared, Some(Direct::timeout(shape.queues)), Arc::new(direct), shape, true)
     }
