@@ -30,6 +30,8 @@ use crate::warnings::{Topic, Warnings};
 
 /// Most regions that one order asks for.
 const COUNT_MAX: u32 = 4096;
+/// What this process itself may need next, in bytes.
+const LIMIT_LEAST: u64 = 1 << 20;
 /// What is left of a cgroup's limit whatever is lent, in bytes.
 const LIMIT_MARGIN: u64 = 64 << 20;
 /// Longest time that a reservation lives.
@@ -191,7 +193,7 @@ impl Table {
         let len = order.region_len.0;
         check_order(order)?;
         // Not even what is ready, where the next page may have this process killed.
-        self.shared.arena.check_limits(0)?;
+        self.shared.arena.check_limits(LIMIT_LEAST)?;
         let (plan, leaving) = self.plan(order)?;
         let made = match self.make(&plan, len, leaving) {
             Ok(made) => made,
@@ -353,13 +355,12 @@ impl Table {
             Change::Renew => {
                 let lease = state.leases.get(&id).cloned();
                 let others = state.outdated_with(id, commit.epoch);
-                drop(state);
                 if !lose && let Some(Err(error)) = lease.as_ref().map(|lease| self.shared.can_move(lease)) {
-                    // Before anybody was shut out: who has it goes on.
-                    self.shared.lock().ledger.set_closing(id, false);
-                    self.shared.changed.notify_all();
+                    // Before anybody was shut out, and before anybody saw that it was closing: who has it goes on.
+                    state.ledger.set_closing(id, false);
                     return Err(TableError::Unmovable(error));
                 }
+                drop(state);
                 for lease in &others {
                     self.shared.shut_out(lease);
                 }

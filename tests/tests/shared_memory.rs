@@ -44,6 +44,8 @@ fn a_change_of_owner_that_cannot_move_shared_memory_is_refused_and_lose_gives_ze
 
     let taken = cluster.xpm_of_second(&[&attach[..], &["--lose"]].concat());
     assert!(taken.status.success(), "{}", line_of(&taken));
+    // Each page that is read takes memory, which this limit has not.
+    group.set_limit(1 << 30);
     let new = format!("nbd+unix:///kept?socket={}", socket.display());
     io(&new, "read -P 0 0 64M").unwrap();
     let events = cluster.ok(&["events"]);

@@ -29,7 +29,7 @@ fn no_daemon_ends_by_a_hang_up_or_any_other_signal_that_is_not_meant_to_end_it()
     let dir = cluster.dir().to_owned();
     let config = dir.join("swapd.toml");
     let text = format!(
-        "allocator = \"{}\"\nblk = \"{}\"\ncontrol = \"{}\"\nstate = \"{}\"\nprotect = []\ntune = {{ mode = \"off\" }}\n",
+        "allocator = \"{}\"\nblk = \"{}\"\ncontrol = \"{}\"\nstate = \"{}\"\nprotect = []\nmaximum = \"64MiB\"\ntune = {{ mode = \"off\" }}\n",
         cluster.allocator_url(),
         dir.join("blk.sock").display(),
         dir.join("swapd.sock").display(),
