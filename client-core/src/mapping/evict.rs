@@ -50,7 +50,7 @@ pub(super) struct Evictor {
     ticked: Instant,
     /// Since when nothing could be taken out of the window, for all of it is pinned.
     stuck: Option<Instant>,
-    /// Pages that could not be taken out since this was last asked.
+    /// Pages that could not be taken out when room was last made.
     held: usize,
     /// Said that the budget is exceeded.
     warned: bool,
@@ -114,7 +114,7 @@ impl Evictor {
     /// Nothing could be taken away just now. Where that is since all is pinned, those who wait get pages beyond the budget as long as
     /// the machine has some. How long to sleep.
     fn is_stuck(&mut self) -> Duration {
-        let held = std::mem::take(&mut self.held) > 0 && self.writes.used() == 0 && self.failed.is_none();
+        let held = self.held > 0 && self.writes.used() == 0 && self.failed.is_none();
         let room = &self.pager.room;
         if !held {
             self.stuck = None;
@@ -176,6 +176,7 @@ impl Evictor {
     /// Makes room until there is enough, or the next tick. False when nothing can be done just now.
     fn make_room(&mut self) -> bool {
         let mut any = false;
+        self.held = 0;
         // While room is taken as fast as it is made, the budget has to be looked at all the same.
         while !self.pager.room.is_ample() && !self.is_tick() && !self.pager.is_stopped() {
             self.take_arrivals();
