@@ -351,7 +351,7 @@ fn regions_of_another_size_are_carved_from_the_ready_memory_of_a_file() {
     let file = format!("file:{}", directory.path().join("memory").display());
     let sizes = ["--memory", "256MiB", "--ready", "256MiB", "--region-size", "64MiB"];
     let daemon = Daemon::start(&[&sizes, ["--backing", &file].as_slice()].concat());
-    let reserve = |count: u32, len: u64| {
+    let reserve_of = |daemon: &Daemon, count: u32, len: u64| {
         let (status, answer) =
             daemon.raw("POST", "/v1/regions", &daemon.reserve_body(count, len).to_string());
         assert_eq!(status, 200, "{answer}");
@@ -362,14 +362,21 @@ fn regions_of_another_size_are_carved_from_the_ready_memory_of_a_file() {
             .map(|one| one["id"].as_str().unwrap().to_owned())
             .collect::<Vec<_>>()
     };
-    let small = reserve(3, 16 * MIB);
+    let small = reserve_of(&daemon, 3, 16 * MIB);
     assert_eq!(daemon.raw("DELETE", &format!("/v1/regions/{}", small[1]), "").0, 204);
     // Smaller ones that are ready make room for a larger one, too.
-    let large = reserve(1, 128 * MIB);
+    let large = reserve_of(&daemon, 1, 128 * MIB);
     let body = daemon.commit_body(1, 1, &large).to_string();
     assert_eq!(daemon.raw("PUT", &format!("/v1/grants/{:032x}", 1), &body).0, 200);
     let said = run("qemu-io", &["-f", "raw", "-c", "read -P 0 0 128M", &daemon.tcp_uri(&key(1))]);
     assert!(!said.contains("verification failed"), "{said}");
+    // What is ready in small pieces leaves room for large ones beside each other.
+    let file = format!("file:{}", directory.path().join("other").display());
+    let sizes = ["--memory", "256MiB", "--ready", "32MiB", "--region-size", "16MiB"];
+    let daemon = Daemon::start(&[&sizes, ["--backing", &file].as_slice()].concat());
+    daemon.wait("two are ready", |status| status["ready"] == 32 * MIB);
+    reserve_of(&daemon, 1, 64 * MIB);
+    reserve_of(&daemon, 3, 64 * MIB);
 }
 
 #[test]

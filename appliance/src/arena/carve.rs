@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 
-/// The free parts of a run of bytes. First fit: regions of one size, the usual case, never
-/// fragment it.
+/// The free parts of a run of bytes. Lengths are powers of two, and a piece lies at a multiple of its own length where that
+/// can be: else small pieces would leave gaps in which no large one fits, although there is as much free memory. Of
+/// the free parts in which it fits so, the smallest one is taken.
 #[derive(Debug)]
 pub(super) struct Carver {
     /// Start to length. No two touch.
@@ -18,12 +19,13 @@ impl Carver {
 
     /// Takes `len` bytes in one piece; their start, or none if no piece is long enough.
     pub(super) fn take(&mut self, len: u64) -> Option<u64> {
-        let (&start, &found) = self.free.iter().find(|&(_, &found)| found >= len)?;
-        self.free.remove(&start);
-        if found > len {
-            self.free.insert(start + len, found - len);
-        }
-        Some(start)
+        let aligned = self.free.iter().filter_map(|(&start, &found)| {
+            let at = start.checked_next_multiple_of(len)?;
+            (at.checked_add(len)? <= start + found).then_some((found, at))
+        });
+        let any = || self.free.iter().find(|&(_, &found)| found >= len).map(|(&start, _)| start);
+        let start = aligned.min().map(|(_, at)| at).or_else(any)?;
+        self.take_at(start, len).then_some(start)
     }
 
     /// Takes exactly these bytes; whether they were free.
@@ -65,6 +67,16 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn small_pieces_leave_room_for_large_ones() {
+        let mut carver = Carver::new(32);
+        let small = [carver.take(1), carver.take(1)];
+        assert_eq!(small, [Some(0), Some(1)]);
+        let large: Vec<_> = (0..7).map(|_| carver.take(4)).collect();
+        assert_eq!(large, (1..8).map(|place| Some(4 * place)).collect::<Vec<_>>());
+        assert_eq!((carver.take(2), carver.take(1)), (Some(2), None));
+    }
 
     proptest! {
         /// Against a bitmap: pieces never overlap, lie inside, and all comes back whole.
