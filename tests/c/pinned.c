@@ -15,6 +15,7 @@
 #define MIB ((size_t)1 << 20)
 #define LEN (24 * MIB)
 #define WORDS (LEN / 8)
+#define OTHER (4 * MIB)
 
 static void check(int holds, const char *what, int line)
 {
@@ -44,16 +45,16 @@ int main(void)
 	for (size_t i = 0; i < WORDS; i += 64)
 		CHECK(words[i] == i * 3);
 	// What else it has comes and goes meanwhile.
-	uint64_t *other = malloc(LEN);
+	uint64_t *other = malloc(OTHER);
 
 	CHECK(other);
-	for (size_t i = 0; i < WORDS; i += 64)
+	for (size_t i = 0; i < OTHER / 8; i += 64)
 		other[i] = i * 5;
-	for (size_t i = 0; i < WORDS; i += 64)
+	for (size_t i = 0; i < OTHER / 8; i += 64)
 		CHECK(other[i] == i * 5 && words[i] == i * 3);
 	CHECK(syscall(SYS_io_uring_register, ring, IORING_UNREGISTER_BUFFERS, NULL, 0) == 0);
 	for (size_t i = 0; i < WORDS; i += 64)
-		CHECK(words[i] == i * 3 && other[i] == i * 5);
+		CHECK(words[i] == i * 3 && other[i % (OTHER / 8)] == i % (OTHER / 8) * 5);
 	printf("all is as it should be\n");
 	return 0;
 }

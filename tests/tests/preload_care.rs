@@ -184,7 +184,7 @@ fn more_is_pinned_than_may_be_local() {
     let cluster = Cluster::start(1);
     let program = compiled(&cluster, "pinned").display().to_string();
     let output = run(&cluster, ("192MiB", "16MiB"), &[&program]);
-    let said = well(&output, 64);
+    let said = well(&output, 32);
     if output.stdout != b"no io_uring\n" {
         assert_eq!(said.matches("more is used until it unpins some").count(), 1, "{said}");
     }
