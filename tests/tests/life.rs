@@ -173,7 +173,7 @@ fn the_pool_is_rebalanced_when_an_appliance_comes() {
     }
     let cluster = Cluster::start(3);
     cluster.ok(&["appliance", "drain", "a2", "--no-wait"]);
-    let uri = cluster.attach("v", "384MiB", &["--region-size", "16MiB"], "nbd-tcp");
+    let uri = cluster.attach("v", "384MiB", &["--region-size", "16MiB", "--stripe", "2"], "nbd-tcp");
     assert_eq!(places(&cluster, "v"), ["a0", "a1"]);
     let plan = cluster.ok(&["rebalance", "--dry-run"]);
     assert!(plan.contains("Nothing"), "a2 is not to be used: {plan}");
