@@ -105,7 +105,7 @@ impl Pool {
         let appliances: Vec<Heartbeat> = (1..=appliances).map(appliance).collect();
         let index = appliances.iter().enumerate().map(|(at, one)| (one.info.id, at)).collect();
         let accounts = appliances.len() as u64;
-        let writer = Writer::start(store)?;
+        let writer = Writer::start(store, Box::new(|_| {}))?;
         Ok(Pool {
             service: new_service(),
             writer,

@@ -25,6 +25,8 @@ const RECLAIM_GRACE: Duration = Duration::from_secs(300);
 const RECONCILE: Duration = Duration::from_secs(60);
 /// How long garbage is left alone, where nobody says otherwise.
 const GARBAGE_GRACE: Duration = Duration::from_secs(3600);
+/// How often etcd forgets earlier values, where nobody says otherwise.
+const COMPACT_EVERY: Duration = Duration::from_secs(300);
 /// How long decisions are kept, where nobody says otherwise.
 const KEEP_DECISIONS: Duration = Duration::from_secs(400 * 24 * 3600);
 
@@ -74,6 +76,9 @@ pub struct Options {
     /// [default: 1h]
     #[arg(long, value_name = "DURATION")]
     garbage_grace: Option<Span>,
+    /// With --store: how often what etcd keeps of earlier values is forgotten, for the whole of etcd [default: 5m]
+    #[arg(long, value_name = "DURATION")]
+    compact_every: Option<Span>,
     /// Announces this allocator on its network to appliances of this group that look for one
     /// (`xpm-appliance --discover`), by multicast DNS
     #[arg(long, value_name = "GROUP", num_args = 0..=1, require_equals = true, default_missing_value = "default")]
@@ -88,13 +93,20 @@ pub struct Options {
 /// What is done instead of serving.
 #[derive(Debug, Clone, PartialEq, Eq, Subcommand)]
 pub enum Task {
-    /// Puts a backup (`xpm backup`) into an empty data directory, and ends
+    /// Puts a backup (`xpm backup`) into an empty data directory or etcd, and ends
+    ///
+    /// What was made, moved or handed over since the backup is unknown to it. The allocator notices that as soon as an
+    /// appliance is heard, and changes nothing until `recover` was run.
     Restore {
         /// The backup
         file: PathBuf,
+        /// The backup holds, whatever happened since: what it does not know is taken for garbage and freed
+        #[arg(long)]
+        accept_loss: bool,
     },
-    /// Makes the metadata anew out of what appliances and clients know, in an empty data directory, and ends
+    /// Makes the metadata anew out of what appliances and clients know, and ends
     ///
+    /// In place of metadata that are there, damaged or of yesterday: documents stay, and a copy of the file is kept.
     /// Nothing in use is disturbed. Appliances tell what each grant is part of; the state directories of
     /// xpm-blk (or copies of them) tell the keys of what is in use. Where keys are missing, they are made anew when
     /// an allocation is attached next.
@@ -109,6 +121,14 @@ pub enum Task {
         /// garbage when it is back
         #[arg(long)]
         partial: bool,
+    },
+    /// Moves the metadata from --data to etcd, or from --store to a directory, and ends
+    ///
+    /// The new place has to be empty, and no allocator may run on either. The old place stays as it is.
+    Migrate {
+        /// Where to: etcd://HOST:PORT[,HOST:PORT...][/PREFIX] or a directory
+        #[arg(long, value_name = "PLACE")]
+        to: String,
     },
 }
 
@@ -128,6 +148,7 @@ struct FileOptions {
     keep_decisions: Option<Span>,
     reconcile: Option<Span>,
     garbage_grace: Option<Span>,
+    compact_every: Option<Span>,
     announce: Option<Name>,
 }
 
@@ -155,6 +176,8 @@ pub struct Config {
     pub reconcile: Duration,
     /// How long memory that no record knows is left alone.
     pub garbage_grace: Duration,
+    /// With etcd, how often its history is forgotten; 1 s to 1 h.
+    pub compact_every: Duration,
     /// Group of appliances that it announces itself to.
     pub announce: Option<Name>,
     /// What is done instead of serving.
@@ -173,6 +196,15 @@ pub enum Storage {
         /// URL that others reach this allocator by, where it is not where it listens.
         advertise: Option<String>,
     },
+}
+
+impl std::fmt::Display for Storage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Storage::Data(directory) => write!(f, "{}", directory.display()),
+            Storage::Etcd { address, .. } => write!(f, "{address}"),
+        }
+    }
 }
 
 impl Options {
@@ -202,6 +234,7 @@ impl Options {
             keep_decisions: self.keep_decisions.or(file.keep_decisions).map_or(KEEP_DECISIONS, |span| span.0),
             reconcile: self.reconcile.or(file.reconcile).map_or(RECONCILE, |span| span.0),
             garbage_grace: self.garbage_grace.or(file.garbage_grace).map_or(GARBAGE_GRACE, |span| span.0),
+            compact_every: self.compact_every.or(file.compact_every).map_or(COMPACT_EVERY, |span| span.0),
             announce: self.announce.or(file.announce),
             task: self.task,
         };
@@ -210,6 +243,7 @@ impl Options {
             "keep-decisions is at least 1day, not {}",
             Span(config.keep_decisions)
         );
+        check_range("compact-every", config.compact_every, Duration::from_secs(1))?;
         check_range("reconcile", config.reconcile, Duration::from_secs(1))?;
         check_range("heartbeat", config.heartbeat, Duration::from_millis(100))?;
         check_range("reserve-ttl", config.reserve_ttl, Duration::from_secs(30))?;

@@ -2,10 +2,11 @@
 //!
 //! The task itself waits for nothing but the next event: stores go to the writer's thread, calls
 //! to tasks of their own. When the store fails, what is on disk is unknown, so the daemon ends
-//! and the next start reads the truth; the data path does not need it meanwhile.
+//! and the next start reads the truth; the data path does not need it meanwhile. Where it only has no room, or waits for
+//! etcd, whoever asked for a change is told so, and the service goes on to answer.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Context as _;
@@ -38,14 +39,18 @@ type Question = (Request, oneshot::Sender<Result<Outcome, ApiError>>);
 pub(crate) struct Handle {
     requests: mpsc::Sender<Question>,
     decisions: Arc<dyn Decisions>,
+    /// Why it answers no more.
+    over: Arc<OnceLock<String>>,
 }
 
 impl Handle {
     /// Asks and waits for the answer. What was asked goes on when the caller stops waiting.
     pub(crate) async fn ask(&self, request: Request) -> Result<Outcome, ApiError> {
         let (answer, answered) = oneshot::channel();
-        let ending =
-            || ApiError(ErrorKind::Unavailable, "the allocator is ending; try again soon".to_owned());
+        let ending = || {
+            let why = self.over.get().map_or("the allocator is ending", String::as_str);
+            ApiError(ErrorKind::Unavailable, format!("{why}; try again soon"))
+        };
         self.requests.send((request, answer)).await.map_err(|_| ending())?;
         answered.await.map_err(|_| ending())?
     }
@@ -91,13 +96,23 @@ pub(crate) fn start(
     let loaded = store.load()?;
     let mut service = Service::new(settings, Box::new(xpm_control::random::fill));
     let started = Instant::now();
+    if let Some(why) = store.is_read_only() {
+        drop(service.handle(moment(started), Event::Writing(Some(why))));
+    }
     let effects = service.restore(moment(started), loaded);
     let (requests, questions) = mpsc::channel(REQUESTS_MAX);
     let (results, events) = unbounded_channel();
     let decisions = Arc::from(store.decisions());
-    let writer = Writer::start(store).context("cannot start the thread of the metadata")?;
+    let told = results.clone();
+    let tell = move |why| {
+        // The daemon may be ending.
+        let _ = told.send(Back::Writing(why));
+    };
+    let writer = Writer::start(store, Box::new(tell)).context("cannot start the thread of the metadata")?;
+    let over = Arc::new(OnceLock::new());
     let running = Running {
         service,
+        over: over.clone(),
         started,
         writer,
         appliances: Appliances::new(token),
@@ -107,21 +122,30 @@ pub(crate) fn start(
         alive: watch::Sender::new(()),
     };
     let task = tokio::spawn(running.run(effects, questions, events));
-    Ok((Handle { requests, decisions }, Driver { task }))
+    Ok((Handle { requests, decisions, over }, Driver { task }))
 }
 
 /// What comes back from outside: any number, but each was asked for by the service.
 enum Back {
     Event(Event),
+    Writing(Option<String>),
     StoreFailed(StoreError),
+}
+
+/// Who waits for an answer.
+struct Asker {
+    answer: oneshot::Sender<Result<Outcome, ApiError>>,
+    /// They want something changed.
+    changes: bool,
 }
 
 struct Running {
     service: Service,
+    over: Arc<OnceLock<String>>,
     started: Instant,
     writer: Writer,
     appliances: Appliances,
-    waiting: HashMap<ReplyTo, oneshot::Sender<Result<Outcome, ApiError>>>,
+    waiting: HashMap<ReplyTo, Asker>,
     replies: u64,
     results: UnboundedSender<Back>,
     /// Calls end when this is dropped.
@@ -143,29 +167,51 @@ impl Running {
                 _ = ticks.tick() => Event::Tick,
                 Some(back) = events.recv() => match back {
                     Back::Event(event) => event,
-                    Back::StoreFailed(error) => return error.into(),
+                    Back::Writing(why) => {
+                        if let Some(why) = &why {
+                            self.tell_those_who_wait(why);
+                        }
+                        Event::Writing(why)
+                    }
+                    Back::StoreFailed(error) => {
+                        // Nobody else sets it.
+                        let _ = self.over.set(xpm_control::error_line(&error));
+                        return error.into();
+                    }
                 },
-                Some((request, answer)) = questions.recv() => Event::Request(self.remember(answer), request),
+                Some((request, answer)) = questions.recv() => {
+                    let asker = Asker { answer, changes: request.changes() };
+                    Event::Request(self.remember(asker), request)
+                }
             };
             let effects = self.service.handle(moment(self.started), event);
             self.carry_out(effects);
         }
     }
 
-    fn remember(&mut self, answer: oneshot::Sender<Result<Outcome, ApiError>>) -> ReplyTo {
+    fn remember(&mut self, asker: Asker) -> ReplyTo {
         self.replies += 1;
         let reply = ReplyTo(self.replies);
-        self.waiting.insert(reply, answer);
+        self.waiting.insert(reply, asker);
         reply
+    }
+
+    /// What was asked for is kept, and carried out when it can be written down: nobody waits for that.
+    fn tell_those_who_wait(&mut self, why: &str) {
+        for (_, asker) in self.waiting.extract_if(|_, asker| asker.changes) {
+            let line = format!("{why}. What was asked may be carried out then: look before you ask again");
+            // Whoever asked may have stopped waiting.
+            let _ = asker.answer.send(Err(ApiError(ErrorKind::Unavailable, line)));
+        }
     }
 
     fn carry_out(&mut self, effects: Vec<Effect>) {
         for effect in effects {
             match effect {
                 Effect::Reply(reply, result) => {
-                    if let Some(answer) = self.waiting.remove(&reply) {
+                    if let Some(asker) = self.waiting.remove(&reply) {
                         // Whoever asked may have stopped waiting.
-                        let _ = answer.send(result);
+                        let _ = asker.answer.send(result);
                     }
                 }
                 Effect::Store(ticket, batch) => {

@@ -14,14 +14,14 @@ use xpm_control::server::{Duty, Office};
 use xpm_control::token::Token;
 
 use crate::driver::{self, Driver, Handle};
-use crate::etcd::{Election, Seen, Term};
+use crate::etcd::{Compactor, Election, Seen, Term};
 use crate::server;
 use crate::service::Settings;
 use crate::store::StoreError;
-use crate::store::etcd::EtcdStore;
+use crate::store::etcd::{EtcdStore, ReadOnly};
 
 /// Pause after a term that ended by a fault, so that another allocator can try.
-const PAUSE: Duration = Duration::from_secs(1);
+const PAUSE: Duration = Duration::from_millis(500);
 
 /// An allocator that leads at times.
 pub(crate) struct Candidate {
@@ -30,6 +30,8 @@ pub(crate) struct Candidate {
     pub(crate) office: Office,
     pub(crate) election: Arc<Election>,
     pub(crate) url: String,
+    /// How often history of etcd is forgotten.
+    pub(crate) compact_every: Duration,
 }
 
 /// Why a term ended.
@@ -43,6 +45,14 @@ enum Ended {
 impl Candidate {
     /// Follows and leads by turns. Resolves only when this allocator is unfit to lead, with the reason.
     pub(crate) async fn run(self) -> anyhow::Error {
+        let compactor = Compactor::new(self.election.etcd().clone(), self.compact_every);
+        tokio::select! {
+            error = self.follow_and_lead() => error,
+            () = compactor.run() => unreachable!("it compacts for ever"),
+        }
+    }
+
+    async fn follow_and_lead(&self) -> anyhow::Error {
         loop {
             let term = self.follow().await;
             tracing::info!("leads the allocators, term {}", term.revision());
@@ -50,7 +60,11 @@ impl Candidate {
                 ended = self.lead(&term) => ended,
                 reason = self.election.keep(&term) => Ended::Over(reason),
             };
-            self.office.set(Duty::Follow(None));
+            let waits = |reason: &String| Duty::Wait(format!("this allocator leads no more: {reason}"));
+            self.office.set(match &ended {
+                Ended::Over(reason) => waits(reason),
+                Ended::Unfit(_) => Duty::Follow(None),
+            });
             self.election.resign().await;
             match ended {
                 Ended::Over(reason) => tracing::warn!("leads no more: {reason}"),
@@ -63,29 +77,67 @@ impl Candidate {
     /// Waits until this allocator leads.
     async fn follow(&self) -> Term {
         let mut known = None;
-        let tell = |seen| {
+        let mut reading = None;
+        loop {
+            let seen = match self.election.run().await {
+                Ok(term) => return term,
+                Err(seen) => seen,
+            };
+            if let Seen::Trouble(error) = &seen
+                && let Some(why) = error.full()
+            {
+                if reading.is_none() {
+                    reading = self.read_only(&why).await;
+                }
+                continue;
+            }
+            reading = None;
             // What etcd's trouble is may differ with each try.
             let kind = std::mem::discriminant(&seen);
-            let (line, leader) = self.describe(seen);
+            let (line, leader, duty) = self.describe(seen);
             if known.as_ref() != Some(&(kind, leader.clone())) {
                 tracing::info!("{line}");
-                known = Some((kind, leader.clone()));
+                known = Some((kind, leader));
             }
-            self.office.set(Duty::Follow(leader));
-        };
-        self.election.campaign(tell).await
+            self.office.set(duty);
+        }
+    }
+
+    /// etcd has no room, so none can be elected: nothing changes, and everybody may answer with what is there.
+    async fn read_only(&self, why: &str) -> Option<Driver> {
+        tracing::error!("{why}");
+        let (settings, token, etcd) = (self.settings, self.token.clone(), self.election.etcd().clone());
+        let why = why.to_owned();
+        let start = move || driver::start(settings, token, ReadOnly::new(etcd, &Runtime::current(), why));
+        let started = tokio::task::spawn_blocking(start).await.map_err(anyhow::Error::from).flatten();
+        match started {
+            Ok((handle, driver)) => {
+                self.office.set(Duty::Lead { routes: server::all_routes(handle), holds: Arc::new(|| true) });
+                Some(driver)
+            }
+            Err(error) => {
+                self.office.set(Duty::Wait(format!("{error:#}")));
+                None
+            }
+        }
     }
 
     /// What is seen in a line, and where requests are sent. A key with this one's own URL is of its
     /// last life and runs out.
-    fn describe(&self, seen: Seen) -> (String, Option<String>) {
+    fn describe(&self, seen: Seen) -> (String, Option<String>, Duty) {
+        let none = |line: String| (line, None, Duty::Follow(None));
         match seen {
             Seen::Leader(url) if url == self.url => {
-                ("waits for its own last lease to run out".to_owned(), None)
+                none("waits for its own last lease to run out".to_owned())
             }
-            Seen::Leader(url) => (format!("follows the allocator at {url}"), Some(url)),
-            Seen::Nobody => ("no allocator leads".to_owned(), None),
-            Seen::Trouble(error) => (format!("follows nobody: {}", xpm_control::error_line(&error)), None),
+            Seen::Leader(url) => {
+                (format!("follows the allocator at {url}"), Some(url.clone()), Duty::Follow(Some(url)))
+            }
+            Seen::Nobody => none("no allocator leads".to_owned()),
+            Seen::Trouble(error) => {
+                let line = format!("this allocator waits for etcd: {}", xpm_control::error_line(&error));
+                (line.clone(), None, Duty::Wait(line))
+            }
         }
     }
 
@@ -120,7 +172,9 @@ impl Candidate {
 /// Whether this allocator may try again after the error.
 fn ended(error: anyhow::Error) -> Ended {
     match error.downcast_ref::<StoreError>() {
-        Some(StoreError::Etcd { .. } | StoreError::Deposed { .. }) => Ended::Over(format!("{error:#}")),
+        Some(StoreError::Etcd { .. } | StoreError::Deposed { .. } | StoreError::Full { .. }) => {
+            Ended::Over(format!("{error:#}"))
+        }
         _ => Ended::Unfit(error),
     }
 }

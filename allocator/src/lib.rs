@@ -20,12 +20,12 @@ mod server;
 pub mod service;
 pub mod store;
 pub mod strategy;
+mod task;
 #[cfg(test)]
 mod testing;
 pub mod usage;
 
 use std::sync::Arc;
-use std::time::SystemTime;
 
 use anyhow::Context as _;
 use xpm_control::discover::{self, Announcement};
@@ -33,14 +33,12 @@ use xpm_control::listen::{Listener, Place};
 use xpm_control::manager::{Manager, prove_alive};
 use xpm_control::random;
 use xpm_control::server::{Office, answers};
-use xpm_control::shutdown::Shutdown;
+use xpm_control::shutdown::{Shutdown, end_in_time};
 use xpm_control::token::Token;
 
-use crate::config::{Config, Storage, Task};
+use crate::config::{Config, Storage};
 use crate::etcd::{Address, Election, Etcd};
 use crate::leadership::Candidate;
-use crate::recover::Sources;
-use crate::store::backup::Backup;
 
 /// What is asked of the service to see that it lives.
 const STATUS: &str = "/v1/status";
@@ -48,7 +46,7 @@ const STATUS: &str = "/v1/status";
 /// Runs the allocator until a signal ends it, or does the task that it is started for.
 pub async fn run(config: Config) -> anyhow::Result<()> {
     if let Some(task) = &config.task {
-        return carry_out(task, &config).await;
+        return task::carry_out(task, &config).await;
     }
     let shutdown = Shutdown::catch().context("cannot catch signals")?;
     let manager = Manager::from_environment();
@@ -92,8 +90,14 @@ async fn run_as_one_of_several(
     let office = Office::new();
     let server = server::with_office(&office, token.clone());
     let asked = office.clone();
-    let candidate =
-        Candidate { settings: config.settings(), token, office, election: Arc::clone(&election), url };
+    let candidate = Candidate {
+        settings: config.settings(),
+        token,
+        office,
+        election: Arc::clone(&election),
+        url,
+        compact_every: config.compact_every,
+    };
     announce(config, &listener, &format!("metadata in {address}"));
     ready(manager, "One of several allocators");
     let ended = tokio::select! {
@@ -136,6 +140,7 @@ fn announce(config: &Config, listener: &Listener, metadata: &str) {
 async fn told_to_end(mut shutdown: Shutdown, manager: Option<&Manager>) {
     let signal = shutdown.signalled().await;
     tracing::info!("{signal}: ending");
+    end_in_time();
     if let Some(manager) = manager {
         manager.stopping();
     }
@@ -145,32 +150,4 @@ fn ready(manager: Option<&Manager>, status: &str) {
     if let Some(manager) = manager {
         manager.ready(status);
     }
-}
-
-/// Fills an empty data directory.
-async fn carry_out(task: &Task, config: &Config) -> anyhow::Result<()> {
-    let Storage::Data(directory) = &config.storage else {
-        anyhow::bail!("this fills a data directory: give --data; for etcd there is `etcdctl snapshot`");
-    };
-    let mut store = store::redb::RedbStore::open(directory)?;
-    let backup = match task {
-        Task::Restore { file } => Backup::read(file)?,
-        Task::Recover { appliances, client_state, partial } => {
-            let sources = Sources {
-                appliances: appliances.clone(),
-                client_state: client_state.clone(),
-                partial: *partial,
-                token: config.token()?,
-            };
-            let unix =
-                SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
-            let recovered = recover::recover(&sources, unix).await?;
-            recovered.lines.iter().for_each(|line| println!("{line}"));
-            recovered.backup
-        }
-    };
-    let allocations = backup.allocations.len();
-    backup.restore(&mut store)?;
-    println!("{allocations} allocations are in {}", directory.display());
-    Ok(())
 }

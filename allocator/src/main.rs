@@ -18,5 +18,8 @@ fn run(options: Options) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("cannot start the runtime")?;
-    runtime.block_on(xpm_allocator::run(config))
+    let ended = runtime.block_on(xpm_allocator::run(config));
+    // A thread that waits for etcd is not waited for.
+    runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+    ended
 }

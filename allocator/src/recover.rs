@@ -17,9 +17,9 @@ use anyhow::{Context as _, bail};
 use serde::Deserialize;
 use xpm_control::client::Client;
 use xpm_control::token::Token;
-use xpm_protocol::api::allocator::Map;
-use xpm_protocol::api::appliance::Grant;
-use xpm_protocol::{AllocationId, ClientId, GrantId};
+use xpm_protocol::api::allocator::{Map, MetadataState};
+use xpm_protocol::api::appliance::{Grant, Status};
+use xpm_protocol::{AllocationId, ClientId, Epoch, GrantId, GrantKey};
 
 use crate::store::AllocationRecord;
 use crate::store::{Loaded, backup::Backup};
@@ -35,6 +35,8 @@ pub struct Sources {
     pub partial: bool,
     /// Shown to appliances.
     pub token: Option<Token>,
+    /// Keys of grants that are known from older metadata, each with the epoch that it is of.
+    pub keys: BTreeMap<GrantId, (Epoch, GrantKey)>,
 }
 
 /// What was found.
@@ -44,6 +46,8 @@ pub struct Recovered {
     pub backup: Backup,
     /// What an operator has to know, a line each.
     pub lines: Vec<String>,
+    /// The newest states of the metadata that appliances heard of.
+    pub heard: Vec<MetadataState>,
 }
 
 /// What was told.
@@ -52,6 +56,8 @@ pub(crate) struct Told {
     grants: BTreeMap<GrantId, Grant>,
     records: BTreeMap<AllocationId, Vec<AllocationRecord>>,
     maps: BTreeMap<AllocationId, ClientMap>,
+    keys: BTreeMap<GrantId, (Epoch, GrantKey)>,
+    heard: Vec<MetadataState>,
     lines: Vec<String>,
 }
 
@@ -68,7 +74,7 @@ struct ClientMap {
 /// When an appliance does not answer, unless that is accepted; when a client's directory cannot be read, or no random
 /// number can be had.
 pub async fn recover(sources: &Sources, unix: u64) -> anyhow::Result<Recovered> {
-    let mut told = Told::default();
+    let mut told = Told { keys: sources.keys.clone(), ..Told::default() };
     for url in &sources.appliances {
         match told.ask(url, sources.token.clone()).await {
             Err(error) if sources.partial => {
@@ -84,9 +90,10 @@ pub async fn recover(sources: &Sources, unix: u64) -> anyhow::Result<Recovered> 
     for directory in &sources.client_state {
         told.read(directory)?;
     }
+    let heard = std::mem::take(&mut told.heard);
     let (allocations, lines) = told.put_together(unix, &mut xpm_control::random::fill)?;
     let loaded = Loaded { allocations, ..Loaded::default() };
-    Ok(Recovered { backup: Backup::new(unix, loaded), lines })
+    Ok(Recovered { backup: Backup::new(unix, loaded), lines, heard })
 }
 
 impl Told {
@@ -94,6 +101,8 @@ impl Told {
         let client = Client::new(url, token).map_err(|error| error.to_string())?;
         let grants = client.get::<Vec<Grant>>("/v1/grants").await;
         let grants = grants.map_err(|error| xpm_control::error_line(&error))?;
+        let status = client.get::<Status>("/v1/status").await;
+        self.heard.extend(status.map_err(|error| xpm_control::error_line(&error))?.metadata);
         self.lines.push(format!("appliance {url} has {} grants", grants.len()));
         grants.into_iter().for_each(|grant| self.take(url, grant));
         Ok(())

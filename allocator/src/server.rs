@@ -7,15 +7,15 @@ use xpm_control::server::{ApiError, Force, Json, Limits, NoContent, Office, Path
 use xpm_control::token::Token;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{
-    Attach, ClientFacts, Create, Drain, Heartbeat, Pause, Rebalance, Rename, Renew, Report, Resize, SlabMap,
-    Transfer,
+    Attach, ClientFacts, Create, Drain, Heartbeat, MetadataState, Pause, Rebalance, Rename, Renew, Report,
+    Resize, SlabMap, Transfer,
 };
 use xpm_protocol::api::event::EventKind;
 use xpm_protocol::api::policy::Apply;
 use xpm_protocol::id::ParseIdError;
 use xpm_protocol::policy::{DocumentName, Kind, LABELS_MAX};
 use xpm_protocol::text::one_line;
-use xpm_protocol::{ApplianceId, ClientId, GrantId, Life, Name, RequestId};
+use xpm_protocol::{ApplianceId, ClientId, GrantId, Life, Name, PoolId, RequestId};
 
 use crate::driver::Handle;
 use crate::service::{EventQuery, Outcome, Request};
@@ -53,6 +53,13 @@ struct All {
     /// Whether to name every appliance.
     #[serde(default)]
     all: bool,
+}
+
+/// Query for orders: the newest state of the metadata that the owner heard of.
+#[derive(Debug, Deserialize)]
+struct Known {
+    pool: Option<PoolId>,
+    number: Option<u64>,
 }
 
 /// Query for events.
@@ -265,9 +272,11 @@ fn life_routes(handle: Handle) -> Router {
             get(
                 async move |Path((name, client)): Path<(Name, ClientId)>,
                             Query(doubt): Query<Doubt>,
-                            Query(life): Query<OfLife>| {
+                            Query(life): Query<OfLife>,
+                            Query(Known { pool, number }): Query<Known>| {
+                    let known = pool.zip(number).map(|(pool, number)| MetadataState { pool, number });
                     let request = match doubt.grants()? {
-                        none if none.is_empty() => Request::Orders { name, client },
+                        none if none.is_empty() => Request::Orders { name, client, known },
                         refused => Request::Doubt { name, client, refused },
                     };
                     answer(orders(life.asks(request)).await)

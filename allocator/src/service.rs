@@ -27,6 +27,7 @@ mod drain;
 mod early;
 mod events;
 mod forbear;
+mod frozen;
 mod garbage;
 mod health;
 mod lease;
@@ -52,7 +53,7 @@ use std::time::Duration;
 
 use xpm_control::server::ApiError;
 use xpm_protocol::api::ErrorKind;
-use xpm_protocol::api::allocator::{Client, Heartbeat, HeartbeatAnswer};
+use xpm_protocol::api::allocator::{Behind, Client, Heartbeat, HeartbeatAnswer, MetadataState};
 use xpm_protocol::api::event::EventKind;
 use xpm_protocol::{AllocationId, ApplianceId, ClientId, GrantKey, Life, Name, RequestId, Span};
 
@@ -123,6 +124,16 @@ pub struct Service {
     owners_heard: HashMap<ClientId, Duration>,
     /// Announced ends that neither the owner nor an appliance of it can have heard of, and since when.
     deaf: BTreeMap<AllocationId, u64>,
+    /// The newest state of the metadata that is durable; none before it is restored.
+    state: Option<MetadataState>,
+    /// Somebody heard of a newer one.
+    behind: Option<Behind>,
+    /// Why the metadata cannot be written now.
+    read_only: Option<String>,
+    /// Appliances that changed while the metadata could not be written.
+    unsaved: BTreeSet<ApplianceId>,
+    /// Allocations with a change that an earlier life left half done, and until when their appliances are waited for.
+    unsettled: BTreeMap<AllocationId, Duration>,
     /// Allocations with a move of their end that is not durable.
     shifted: BTreeSet<AllocationId>,
     /// When it was noted last that the allocator is there, by the service's clock.
@@ -279,6 +290,11 @@ impl Service {
             clock_of_day: clock::Clock::default(),
             owners_heard: HashMap::new(),
             deaf: BTreeMap::new(),
+            state: None,
+            behind: None,
+            read_only: None,
+            unsaved: BTreeSet::new(),
+            unsettled: BTreeMap::new(),
             shifted: BTreeSet::new(),
             alive_noted: None,
             timers: BTreeSet::new(),
@@ -306,10 +322,13 @@ impl Service {
             Event::Request(reply, request) => self.request(reply, request),
             Event::Stored(ticket) => self.stored(ticket),
             Event::Called(ticket, result) => self.called(ticket, result),
+            Event::Writing(why) => self.writing_stopped(why),
             Event::Tick => self.tick(),
         }
-        self.start_due_purges();
-        self.save_events();
+        if self.serves() {
+            self.start_due_purges();
+            self.save_events();
+        }
         debug_assert_eq!(self.check(), Ok(()));
         std::mem::take(&mut self.effects)
     }
@@ -322,6 +341,11 @@ impl Service {
             );
             self.tell_of_appliance(EventKind::ApplianceSilent, id, true, line);
         }
+        self.end_event_waits();
+        if !self.serves() {
+            return;
+        }
+        self.settle_restored();
         self.wake_early();
         self.unpark();
         self.note_who_is_deaf();
@@ -333,7 +357,6 @@ impl Service {
         self.run_drains();
         self.run_rebalance();
         self.look_for_garbage();
-        self.end_event_waits();
         self.prune_decisions();
     }
 
@@ -342,12 +365,18 @@ impl Service {
             Request::As(life, request) => (Some(life), *request),
             request => (None, request),
         };
+        if let Request::Orders { client, known, .. } = &request {
+            self.hear_state(*known, &format!("client {client}"));
+        }
+        if let Some(refusal) = self.frozen(&request) {
+            return self.reply(reply, Err(refusal));
+        }
         let answer = match request {
             // A life of a life: nobody asks so.
             Request::As(..) => {
                 return self.refuse(reply, ErrorKind::Invalid, "one life at a time".to_owned());
             }
-            Request::Status => Ok(Outcome::Status(self.status())),
+            Request::Status => Ok(Outcome::Status(Box::new(self.status()))),
             Request::Appliances => Ok(Outcome::Appliances(self.list_appliances())),
             Request::Allocations => Ok(Outcome::Allocations(self.list_allocations())),
             Request::Allocation(name) => self.show(&name).map(|shown| Outcome::Allocation(Box::new(shown))),
@@ -363,7 +392,7 @@ impl Service {
             Request::Metrics => Ok(Outcome::Metrics(self.metrics())),
             Request::Policy => Ok(Outcome::Policy(self.shown_policy())),
             Request::Apply(apply) => return self.apply(reply, &apply),
-            Request::Orders { name, client } => return self.ask_orders(reply, &name, client, life),
+            Request::Orders { name, client, .. } => return self.ask_orders(reply, &name, client, life),
             Request::Doubt { name, client, refused } => {
                 return self.hear_doubt(reply, &name, (client, life), &refused);
             }
@@ -468,6 +497,7 @@ impl Service {
     fn heartbeat(&mut self, reply: ReplyTo, heartbeat: Heartbeat) {
         let id = heartbeat.info.id;
         let control = heartbeat.info.control.clone();
+        self.hear_state(heartbeat.status.metadata, &format!("appliance {}", heartbeat.info.name));
         let heard = self.inventory.hear(self.now.at, self.now.unix, self.clock, heartbeat);
         if heard.changed {
             let policy = &self.policy;
@@ -491,8 +521,15 @@ impl Service {
             self.tell_of_appliance(EventKind::ApplianceMoved, id, false, line);
         }
         self.is_heard(id);
-        let outcome = Outcome::Heartbeat(HeartbeatAnswer { interval: Span(self.settings.interval) });
+        let outcome = Outcome::Heartbeat(HeartbeatAnswer {
+            interval: Span(self.settings.interval),
+            metadata: self.state.filter(|_| self.behind.is_none()),
+        });
         match self.inventory.record(id).filter(|_| heard.changed) {
+            Some(_) if !self.serves() => {
+                self.unsaved.insert(id);
+                self.reply(reply, Ok(outcome));
+            }
             Some(record) => {
                 self.store(vec![Change::Appliance(Box::new(record))], Awaited::Answer(reply, outcome));
             }
@@ -516,6 +553,9 @@ impl Service {
     }
 
     fn stored(&mut self, ticket: Ticket) {
+        if let Some(state) = &mut self.state {
+            state.number += 1;
+        }
         match self.awaited.remove(&ticket) {
             Some(Awaited::Record(record, after)) => self.record_stored(*record, after),
             Some(Awaited::RecordGone(id)) => self.record_gone(id),

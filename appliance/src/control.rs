@@ -6,6 +6,7 @@ use std::time::Instant;
 use axum::extract::State;
 use axum::http::StatusCode;
 use serde::Deserialize;
+use xpm_control::known::KnownMetadata;
 use xpm_control::server::routing::{delete, get, post, put};
 use xpm_control::server::{ApiError, Json, Path, Query, Router};
 use xpm_protocol::api::ErrorKind;
@@ -34,6 +35,7 @@ pub struct Appliance {
     traffic: Box<dyn Traffic>,
     copier: Copier,
     started: Instant,
+    known: KnownMetadata,
 }
 
 impl Appliance {
@@ -42,13 +44,25 @@ impl Appliance {
     /// # Errors
     /// When the kernel gives no random number.
     pub fn new(table: Table, traffic: Box<dyn Traffic>) -> std::io::Result<Appliance> {
-        Ok(Appliance { id: None, table, traffic, copier: Copier::new()?, started: Instant::now() })
+        let known = KnownMetadata::default();
+        Ok(Appliance { id: None, table, traffic, copier: Copier::new()?, started: Instant::now(), known })
     }
 
     /// The same with its id, which its status names.
     #[must_use]
     pub fn with_id(self, id: ApplianceId) -> Appliance {
         Appliance { id: Some(id), ..self }
+    }
+
+    /// The same, with what an earlier life heard of the allocator's metadata.
+    #[must_use]
+    pub fn with_known(self, known: KnownMetadata) -> Appliance {
+        Appliance { known, ..self }
+    }
+
+    /// The newest state of the allocator's metadata that it heard of.
+    pub fn known(&self) -> &KnownMetadata {
+        &self.known
     }
 
     /// The table of regions and grants.
@@ -75,6 +89,7 @@ impl Appliance {
             traffic: None,
             counters: self.traffic.counters(),
             warnings: self.table.warnings(),
+            metadata: self.known.get(),
         }
     }
 }

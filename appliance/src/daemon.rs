@@ -10,10 +10,11 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use xpm_control::client::Client;
+use xpm_control::known::KnownMetadata;
 use xpm_control::listen::{Listener, Place};
 use xpm_control::manager::{Manager, prove_alive};
 use xpm_control::server::{Limits, Server as ControlServer, answers};
-use xpm_control::shutdown::Shutdown;
+use xpm_control::shutdown::{Shutdown, end_in_time};
 use xpm_control::token::Token;
 use xpm_protocol::api::appliance::Counters;
 use xpm_protocol::units::ByteSize;
@@ -79,6 +80,7 @@ async fn serve(config: Config, handed: Handed) -> anyhow::Result<()> {
     let serving = data.serve(&config, &table)?;
     identity.rdma = serving.plane.rdma.as_ref().map(|rdma| rdma.addresses()).unwrap_or_default();
     let appliance = Appliance::new(table, Box::new(serving.plane.clone())).context("cannot start to copy")?;
+    let appliance = appliance.with_known(KnownMetadata::load(&config.state));
     let appliance = Arc::new(appliance.with_id(identity.id));
     announce(&config, &identity);
 
@@ -98,6 +100,7 @@ async fn serve(config: Config, handed: Handed) -> anyhow::Result<()> {
     let ended = server.serve(control, async {
         let signal = shutdown.signalled().await;
         tracing::info!("{signal}: ending");
+        end_in_time();
         if let Some(manager) = &manager {
             manager.stopping();
         }

@@ -115,15 +115,18 @@ async fn beat(
     meter: &mut Meter,
 ) -> Result<Duration, String> {
     let info = identity.info(client).await?;
-    let appliance = appliance.clone();
-    let status = tokio::task::spawn_blocking(move || appliance.status()).await.map_err(|e| e.to_string())?;
+    let asked = appliance.clone();
+    let status = tokio::task::spawn_blocking(move || asked.status()).await.map_err(|e| e.to_string())?;
     let first = info.endpoints.nbd.first().map(SocketAddr::ip);
     let status = Status { traffic: first.and_then(|address| meter.traffic(address)), ..status };
     let path = format!("/v1/appliances/{}", info.id);
     let answer: Result<HeartbeatAnswer, ClientError> = client.put(&path, &Heartbeat { info, status }).await;
+    if let Ok(answer) = &answer {
+        appliance.known().hear(answer.metadata);
+    }
     match answer {
-        Ok(HeartbeatAnswer { interval }) if interval.0.is_zero() => Ok(INTERVAL_DEFAULT),
-        Ok(HeartbeatAnswer { interval }) => Ok(interval.0.clamp(INTERVAL_RANGE.0, INTERVAL_RANGE.1)),
+        Ok(HeartbeatAnswer { interval, .. }) if interval.0.is_zero() => Ok(INTERVAL_DEFAULT),
+        Ok(HeartbeatAnswer { interval, .. }) => Ok(interval.0.clamp(INTERVAL_RANGE.0, INTERVAL_RANGE.1)),
         // Whoever answers there may say anything.
         Err(error) => Err(short_line(&xpm_control::error_line(&error), ERROR_LEN_MAX)),
     }

@@ -1,5 +1,6 @@
 //! Becoming the owner of an allocation, for programs that use one themselves.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use xpm_control::client::{Client, ClientError};
@@ -200,6 +201,7 @@ fn owner(options: &AttachOptions) -> Result<Owner, AttachError> {
         host: host::host_id().map_err(AttachError::System)?,
         host_name: host::host_name().map_err(AttachError::System)?,
         life: Some(host::life_of_kernel().map_err(AttachError::System)?),
+        known: Arc::default(),
     })
 }
 

@@ -15,6 +15,7 @@ pub mod discover;
 pub mod facts;
 pub mod handed;
 pub mod host;
+pub mod known;
 pub mod link;
 pub mod listen;
 pub mod log;

@@ -10,6 +10,7 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
 use signal_hook::consts::{
     SIGALRM, SIGHUP, SIGIO, SIGPIPE, SIGPROF, SIGQUIT, SIGUSR1, SIGUSR2, SIGVTALRM, SIGXCPU, SIGXFSZ,
@@ -76,4 +77,20 @@ async fn reload() {
     if let Err(error) = work.await {
         tracing::error!("cannot read them: {error}");
     }
+}
+
+/// How long a daemon that may end has for it, whatever it waits for then.
+pub const END_LIMIT: Duration = Duration::from_secs(9);
+
+/// From now on the process ends within [`END_LIMIT`], with exit status 0: what has not come to its end by then hangs on
+/// something that is away, and is dealt with at the next start, as after a crash.
+pub fn end_in_time() {
+    let ended = std::thread::Builder::new().name("ending".to_owned()).spawn(|| {
+        std::thread::sleep(END_LIMIT);
+        tracing::warn!("something hangs: the process ends without it");
+        crate::log::flush();
+        std::process::exit(0);
+    });
+    // Without a thread it ends as soon as it can.
+    drop(ended);
 }

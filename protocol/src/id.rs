@@ -96,6 +96,11 @@ hex_id!(
     "a client id (32 hexadecimal digits)"
 );
 hex_id!(
+    /// The metadata of one pool, from their making on: a copy of them has the same.
+    PoolId,
+    "a pool id (32 hexadecimal digits)"
+);
+hex_id!(
     /// One running kernel: `/proc/sys/kernel/random/boot_id` without its dashes. Two processes
     /// that read the same one can share memory.
     HostId,

@@ -20,8 +20,8 @@ pub mod text;
 pub mod units;
 
 pub use id::{
-    AllocationId, ApplianceId, ClientId, Epoch, GrantId, HostId, InstallationId, MachineId, Name, RegionId,
-    RequestId, SeatId,
+    AllocationId, ApplianceId, ClientId, Epoch, GrantId, HostId, InstallationId, MachineId, Name, PoolId,
+    RegionId, RequestId, SeatId,
 };
 pub use key::GrantKey;
 pub use layout::Layout;

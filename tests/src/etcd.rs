@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use serde_json::Value;
@@ -14,12 +14,16 @@ use crate::{LIMIT, free_port, have, wait_until};
 /// A cluster of etcd; ended when dropped.
 pub struct Etcd {
     members: Vec<Member>,
-    _dir: TempDir,
+    /// How each is started.
+    peers: String,
+    options: Vec<String>,
+    dir: TempDir,
 }
 
 struct Member {
     child: Option<Child>,
     port: u16,
+    peer: u16,
 }
 
 impl Etcd {
@@ -28,19 +32,29 @@ impl Etcd {
     /// # Panics
     /// When etcd is not installed or does not come up.
     pub fn start(members: usize) -> Etcd {
+        Etcd::start_with(members, &[])
+    }
+
+    /// The same with more options.
+    ///
+    /// # Panics
+    /// When etcd is not installed or does not come up.
+    pub fn start_with(members: usize, options: &[&str]) -> Etcd {
         assert!(have("etcd"), "etcd is not installed: apt-get install etcd-server (or `cargo xtask setup`)");
         let dir = tempfile::tempdir().expect("a directory");
         let ports: Vec<(u16, u16)> = (0..members).map(|_| (free_port(), free_port())).collect();
+        let options: Vec<String> = options.iter().map(|word| (*word).to_owned()).collect();
         let peers: Vec<String> = (0..)
             .zip(&ports)
             .map(|(number, (_, peer)): (usize, _)| format!("m{number}=http://127.0.0.1:{peer}"))
             .collect();
         let start = |(number, &(port, peer)): (usize, &(u16, u16))| Member {
-            child: Some(start_member(dir.path(), number, (port, peer), &peers.join(","))),
+            child: Some(start_member(dir.path(), number, (port, peer), &peers.join(","), &options)),
             port,
+            peer,
         };
         let members = ports.iter().enumerate().map(start).collect();
-        let cluster = Etcd { members, _dir: dir };
+        let cluster = Etcd { members, peers: peers.join(","), options, dir };
         wait_until("etcd is healthy", || (0..cluster.members.len()).all(|number| cluster.is_healthy(number)));
         cluster
     }
@@ -55,6 +69,28 @@ impl Etcd {
     /// Kills a member as `kill -9` does.
     pub fn kill(&mut self, number: usize) {
         end(self.members[number].child.take());
+    }
+
+    /// Starts a member again that was killed, and waits until it is healthy.
+    ///
+    /// # Panics
+    /// When it does not come up.
+    pub fn start_again(&mut self, number: usize) {
+        let Member { port, peer, .. } = self.members[number];
+        let child = start_member(self.dir.path(), number, (port, peer), &self.peers, &self.options);
+        self.members[number].child = Some(child);
+        wait_until("etcd is healthy", || self.is_healthy(number));
+    }
+
+    /// Directory of what a member keeps.
+    pub fn data(&self, number: usize) -> PathBuf {
+        self.dir.path().join(format!("m{number}"))
+    }
+
+    /// What a member answers to a request of its gateway, as JSON; none where it does not answer.
+    pub fn ask(&self, number: usize, path: &str, body: &str) -> Option<Value> {
+        let answer = crate::http(self.members[number].port, "POST", path, body).ok()?;
+        serde_json::from_str(answer.split_once("\r\n\r\n")?.1).ok()
     }
 
     /// Number of the member that leads.
@@ -96,7 +132,7 @@ fn end(child: Option<Child>) {
     }
 }
 
-fn start_member(dir: &Path, number: usize, (port, peer): (u16, u16), all: &str) -> Child {
+fn start_member(dir: &Path, number: usize, (port, peer): (u16, u16), all: &str, options: &[String]) -> Child {
     let log = File::create(dir.join(format!("etcd{number}.log"))).expect("the log can be written");
     let (client, peer) = (format!("http://127.0.0.1:{port}"), format!("http://127.0.0.1:{peer}"));
     Command::new("etcd")
@@ -106,6 +142,7 @@ fn start_member(dir: &Path, number: usize, (port, peer): (u16, u16), all: &str) 
         .arg(dir.join(format!("m{number}")))
         .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
         .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
+        .args(options)
         .args(["--initial-cluster", all, "--initial-cluster-state", "new", "--logger", "zap"])
         .stdin(Stdio::null())
         .stdout(Stdio::null())

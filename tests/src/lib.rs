@@ -324,8 +324,22 @@ impl Cluster {
     /// When the task fails, or the allocator does not come up.
     pub fn replace_metadata(&mut self, task: &[&str]) -> String {
         self.allocator.kill();
-        let data = self.dir.path().join("allocator");
-        std::fs::remove_dir_all(&data).expect("the metadata can be removed");
+        std::fs::remove_dir_all(self.data()).expect("the metadata can be removed");
+        self.mend_metadata(task)
+    }
+
+    /// Directory of the allocator's metadata.
+    pub fn data(&self) -> PathBuf {
+        self.dir.path().join("allocator")
+    }
+
+    /// The same on the metadata that are there.
+    ///
+    /// # Panics
+    /// When the task fails, or the allocator does not come up.
+    pub fn mend_metadata(&mut self, task: &[&str]) -> String {
+        self.allocator.kill();
+        let data = self.data();
         let mut command = Command::new(programs().join("xpm-allocator"));
         let output = command.arg("--data").arg(&data).args(task).output().expect("it can be started");
         let said = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -339,6 +353,13 @@ impl Cluster {
     pub fn restart_allocator(&mut self) {
         self.allocator.kill();
         self.allocator = start_allocator(self.dir.path(), self.allocator_port, &self.allocator_environment);
+    }
+
+    /// The same on metadata at another place, which these options name.
+    pub fn restart_allocator_with(&mut self, place: &[&str]) {
+        self.allocator.kill();
+        let (dir, port) = (self.dir.path(), self.allocator_port);
+        self.allocator = start_allocator_at(dir, port, place, &self.allocator_environment);
     }
 
     /// Sets the allocator's clock, in seconds since 1970; it goes on from there.
@@ -406,6 +427,16 @@ impl Cluster {
             .env("XPM_BLK", self.dir.path().join("blk2.sock"))
             .output()
             .expect("xpm can be started")
+    }
+
+    /// What the allocator says of itself; null where it does not answer.
+    pub fn status(&self) -> Value {
+        status_at(self.allocator_port)
+    }
+
+    /// The port of the allocator.
+    pub fn port(&self) -> u16 {
+        self.allocator_port
     }
 
     /// The URL of the allocator.
@@ -498,11 +529,14 @@ pub fn json_of(blk: &Path, arguments: &[&str]) -> Value {
 }
 
 fn start_allocator(dir: &Path, port: u16, environment: &[(String, String)]) -> Daemon {
+    let data = dir.join("allocator").display().to_string();
+    start_allocator_at(dir, port, &["--data", &data], environment)
+}
+
+fn start_allocator_at(dir: &Path, port: u16, place: &[&str], environment: &[(String, String)]) -> Daemon {
     let arguments = [
         "--listen".to_owned(),
         format!("127.0.0.1:{port}"),
-        "--data".to_owned(),
-        dir.join("allocator").display().to_string(),
         "--heartbeat".to_owned(),
         "300ms".to_owned(),
         "--reclaim-grace".to_owned(),
@@ -512,6 +546,8 @@ fn start_allocator(dir: &Path, port: u16, environment: &[(String, String)]) -> D
         "--garbage-grace".to_owned(),
         "4s".to_owned(),
     ];
+    let place = place.iter().map(|word| (*word).to_owned());
+    let arguments: Vec<String> = arguments.into_iter().chain(place).collect();
     let mut daemon = Daemon::start_with(dir, "allocator", "xpm-allocator", &arguments, environment);
     daemon.wait_ready(|| http_get(port, "/v1/status"));
     daemon
@@ -578,9 +614,28 @@ fn http_get(port: u16, path: &str) -> bool {
 }
 
 fn http_answer(port: u16, path: &str) -> std::io::Result<String> {
+    http(port, "GET", path, "")
+}
+
+/// The status of the daemon at a port of loopback; null where it does not answer.
+pub fn status_at(port: u16) -> Value {
+    let answer = http_answer(port, "/v1/status").unwrap_or_default();
+    let body = answer.split_once("\r\n\r\n").map_or("", |(_, body)| body);
+    serde_json::from_str(body).unwrap_or_default()
+}
+
+/// What an HTTP server of loopback answers, head and body.
+///
+/// # Errors
+/// When it cannot be reached, or breaks off.
+pub fn http(port: u16, method: &str, path: &str, body: &str) -> std::io::Result<String> {
     let mut stream = TcpStream::connect(("127.0.0.1", port))?;
     stream.set_read_timeout(Some(LIMIT))?;
-    write!(stream, "GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n")?;
+    let (kind, len) = ("Content-Type: application/json", body.len());
+    write!(
+        stream,
+        "{method} {path} HTTP/1.0\r\nHost: localhost\r\n{kind}\r\nContent-Length: {len}\r\n\r\n{body}"
+    )?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
     Ok(answer)

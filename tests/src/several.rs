@@ -24,6 +24,8 @@ pub struct Several {
     /// Where the metadata is.
     pub etcd: Etcd,
     ports: Vec<u16>,
+    /// More options of the allocators.
+    options: Vec<String>,
     dir: TempDir,
 }
 
@@ -33,10 +35,24 @@ impl Several {
     /// # Panics
     /// When one of them does not come up.
     pub fn start(members: usize, allocators: usize, appliances: usize) -> Several {
+        Several::start_with((members, &[]), (allocators, &[]), appliances)
+    }
+
+    /// The same with more options for etcd and for the allocators.
+    ///
+    /// # Panics
+    /// When one of them does not come up.
+    pub fn start_with(
+        (members, of_etcd): (usize, &[&str]),
+        (allocators, options): (usize, &[&str]),
+        appliances: usize,
+    ) -> Several {
         let dir = tempfile::tempdir().expect("a directory");
-        let etcd = Etcd::start(members);
+        let etcd = Etcd::start_with(members, of_etcd);
+        let options: Vec<String> = options.iter().map(|word| (*word).to_owned()).collect();
         let ports: Vec<u16> = (0..allocators).map(|_| free_port()).collect();
-        let start = |(number, &port): (usize, &u16)| start_allocator(dir.path(), number, port, &etcd);
+        let start =
+            |(number, &port): (usize, &u16)| start_allocator(dir.path(), number, port, &etcd, &options);
         let allocators: Vec<Daemon> = ports.iter().enumerate().map(start).collect();
         let urls: Vec<String> = ports.iter().map(|&port| url_of(port)).collect();
         let urls = urls.join(",");
@@ -45,7 +61,7 @@ impl Several {
         });
         let appliances = appliances.collect();
         let blk = start_blk(dir.path(), "blk", &urls, "");
-        let several = Several { blk, appliances, allocators, etcd, ports, dir };
+        let several = Several { blk, appliances, allocators, etcd, ports, options, dir };
         several.wait_up();
         several
     }
@@ -76,7 +92,8 @@ impl Several {
 
     /// Starts an allocator again that was killed.
     pub fn restart(&mut self, number: usize) {
-        self.allocators[number] = start_allocator(self.dir.path(), number, self.ports[number], &self.etcd);
+        let (dir, port) = (self.dir.path(), self.ports[number]);
+        self.allocators[number] = start_allocator(dir, number, port, &self.etcd, &self.options);
     }
 
     /// Number of the allocator that leads, once one does.
@@ -135,9 +152,10 @@ impl Several {
     }
 }
 
-fn start_allocator(dir: &Path, number: usize, port: u16, etcd: &Etcd) -> Daemon {
-    let arguments =
-        ["--listen", &format!("127.0.0.1:{port}"), "--store", &etcd.store("test")].map(str::to_owned);
+fn start_allocator(dir: &Path, number: usize, port: u16, etcd: &Etcd, options: &[String]) -> Daemon {
+    let arguments = ["--listen", &format!("127.0.0.1:{port}"), "--store", &etcd.store("test")];
+    let arguments: Vec<String> =
+        arguments.map(str::to_owned).into_iter().chain(options.iter().cloned()).collect();
     let mut daemon = Daemon::start(dir, &format!("allocator{number}"), "xpm-allocator", &arguments);
     daemon.wait_ready(|| http_answer(port, "/v1/status").is_ok());
     daemon

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use xpm_tests::several::Several;
-use xpm_tests::{LIMIT, have, wait_until};
+use xpm_tests::{LIMIT, have, http, wait_until};
 
 /// Makes an allocation as soon as somebody takes the order; how long that took.
 fn create_again(several: &Several, name: &str) -> Duration {
@@ -82,15 +82,19 @@ fn the_next_leader_serves_what_was_acknowledged_and_no_io_notices() {
     for name in names.iter().filter(|name| name.starts_with('n')) {
         several.ok(&["alloc", "delete", name]);
     }
-    let status = several.ok(&["status"]);
+    let status = |several: &Several| {
+        // Its exit status says that one of them does not answer.
+        String::from_utf8_lossy(&several.xpm(&["status"]).stdout).into_owned()
+    };
+    let said = status(&several);
     for part in
         [format!("{} leads", several.url(1 - first)), format!("{} does not answer", several.url(first))]
     {
-        assert!(status.contains(&part), "{status}");
+        assert!(said.contains(&part), "{said}");
     }
     several.restart(first);
     wait_until("it follows", || several.status_code(first) == Some(307));
-    assert!(several.ok(&["status"]).contains(&format!("{} follows", several.url(first))));
+    assert!(status(&several).contains(&format!("{} follows", several.url(first))));
     // One that ends in order gives its office away at once.
     let begun = Instant::now();
     several.allocators[1 - first].signal(Signal::TERM);
@@ -136,4 +140,115 @@ fn an_etcd_leader_that_dies_is_replaced_behind_the_allocators() {
     let back = create_again(&several, "after");
     eprintln!("orders are served again after {back:?}");
     assert_eq!(several.names(), ["after", "before"]);
+}
+
+/// Makes and deletes allocations, so many times or until it is refused; the refusal.
+fn make_history(several: &Several, pairs: usize) -> Option<String> {
+    let port = several.port(several.leader());
+    for number in 0..pairs {
+        let body = format!(r#"{{"name":"h{number}","size":16777216}}"#);
+        let made = http(port, "POST", "/v1/allocations", &body).unwrap();
+        let gone = http(port, "DELETE", &format!("/v1/allocations/h{number}"), "").unwrap();
+        if let Some(refusal) = [made, gone].into_iter().find(|answer| !answer.starts_with("HTTP/1.0 20")) {
+            return Some(refusal);
+        }
+    }
+    None
+}
+
+/// Smaller than what [`PAIRS`] leave behind.
+const QUOTA: &str = "524288";
+const PAIRS: usize = 160;
+
+#[test]
+fn history_of_etcd_is_forgotten() {
+    let of_etcd = ["--quota-backend-bytes", QUOTA];
+    let several = Several::start_with((1, &of_etcd), (1, &["--compact-every", "1s"]), 1);
+    assert_eq!(make_history(&several, PAIRS), None);
+    assert_eq!(several.names(), Vec::<String>::new());
+}
+
+#[test]
+fn without_room_in_etcd_reading_goes_on_and_the_remedy_is_named() {
+    let of_etcd = ["--quota-backend-bytes", QUOTA];
+    let mut several = Several::start_with((1, &of_etcd), (1, &["--compact-every", "1h"]), 1);
+    several.ok(&["alloc", "create", "kept", "--size", "16MiB"]);
+    let refusal = make_history(&several, PAIRS * 2).expect("there is not so much room");
+    assert!(refusal.contains("NOSPACE") && refusal.contains("etcdctl alarm disarm"), "{refusal}");
+    let reads = |several: &Several| several.ok(&["alloc", "show", "kept"]).contains("ready");
+    assert!(reads(&several));
+    let status = several.xpm(&["status"]);
+    assert!(String::from_utf8_lossy(&status.stdout).contains("NOSPACE"), "{status:?}");
+    // Nobody can be elected now, and everybody may read.
+    several.allocators[0].kill();
+    several.restart(0);
+    wait_until("it answers", || several.xpm(&["alloc", "show", "kept"]).status.success());
+    let refused = several.xpm(&["alloc", "create", "more", "--size", "16MiB"]);
+    let line = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success() && line.contains("etcdctl alarm disarm"), "{line}");
+    // The remedy.
+    let status = several.etcd.ask(0, "/v3/maintenance/status", "{}").unwrap();
+    let revision = status["header"]["revision"].as_str().unwrap();
+    several.etcd.ask(0, "/v3/kv/compaction", &format!(r#"{{"revision":"{revision}"}}"#)).unwrap();
+    several.etcd.ask(0, "/v3/maintenance/defragment", "{}").unwrap();
+    let member = status["header"]["member_id"].as_str().unwrap();
+    let disarm = format!(r#"{{"action":"DEACTIVATE","memberID":"{member}","alarm":"NOSPACE"}}"#);
+    several.etcd.ask(0, "/v3/maintenance/alarm", &disarm).unwrap();
+    wait_until("orders are taken again", || {
+        several.xpm(&["alloc", "create", "more", "--size", "16MiB"]).status.success()
+            || several.names().contains(&"more".to_owned())
+    });
+    assert!(several.names().contains(&"kept".to_owned()));
+}
+
+#[test]
+fn an_allocator_waits_for_etcd_and_says_so() {
+    let mut several = Several::start(1, 1, 1);
+    several.ok(&["alloc", "create", "before", "--size", "16MiB"]);
+    several.etcd.kill(0);
+    let port = several.port(0);
+    let body = r#"{"name":"meanwhile","size":16777216}"#;
+    let asked = || http(port, "POST", "/v1/allocations", body).unwrap_or_default();
+    // Longer than a lease, and than what a request for etcd may take.
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_secs(12) {
+        let answer = asked();
+        assert!(
+            answer.contains("wait") && answer.contains("etcd") || answer.contains("metadata"),
+            "{answer}"
+        );
+        assert!(!answer.contains("is ending"), "{answer}");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    several.etcd.start_again(0);
+    let back = create_again(&several, "after");
+    eprintln!("orders are taken again after {back:?}");
+    assert!(several.names().contains(&"before".to_owned()));
+}
+
+#[test]
+fn an_allocator_ends_whatever_is_away() {
+    for round in 0..2 {
+        let mut several = Several::start(1, 1, 1);
+        let port = several.port(several.leader());
+        let asking: Vec<_> = (0..8)
+            .map(|number| {
+                std::thread::spawn(move || {
+                    for one in 0..20 {
+                        let body = format!(r#"{{"name":"n{number}-{one}","size":16777216}}"#);
+                        if http(port, "POST", "/v1/allocations", &body).is_err() {
+                            return;
+                        }
+                    }
+                })
+            })
+            .collect();
+        std::thread::sleep(Duration::from_millis(100 + 150 * round));
+        // The whole machine goes down.
+        several.allocators[0].signal(Signal::TERM);
+        several.etcd.kill(0);
+        several.appliances[0].kill();
+        several.allocators[0].stop();
+        asking.into_iter().for_each(|one| one.join().unwrap());
+    }
 }

@@ -9,10 +9,11 @@ use tokio::runtime::{Builder, Runtime};
 use tokio::task::spawn_blocking;
 use xpm_client::owner::Owner;
 use xpm_control::client::Client;
+use xpm_control::known::KnownMetadata;
 use xpm_control::listen::{Listener, Place};
 use xpm_control::manager::{Manager, machine_stops, prove_alive};
 use xpm_control::server::{Limits, Server as ControlServer, answers};
-use xpm_control::shutdown::Shutdown;
+use xpm_control::shutdown::{Shutdown, end_in_time};
 use xpm_control::token::Token;
 use xpm_control::{error_line, host, random};
 use xpm_protocol::HostId;
@@ -211,7 +212,7 @@ async fn serve(parts: Parts, origin: Origin) -> Result<(), DeviceError> {
     }
     let ending = Ending { daemon: &daemon, limit: stop_limit, manager: manager.as_ref() };
     tokio::select! {
-        () = server.serve(listener, ending.wait(&mut shutdown, ends)) => {}
+        () = server.serve(listener, end(ending, &mut shutdown, ends)) => {}
         () = prove_alive(manager.as_ref(), || answers(routes.clone(), "/v1/status")) => {}
     }
     lookout.abort();
@@ -224,6 +225,12 @@ async fn serve(parts: Parts, origin: Origin) -> Result<(), DeviceError> {
         tracing::error!("some devices could not be taken away");
     }
     Ok(())
+}
+
+/// Resolves when the process may end, which it does then, whatever is away.
+async fn end(ending: Ending<'_>, shutdown: &mut Shutdown, told: bool) {
+    ending.wait(shutdown, told).await;
+    end_in_time();
 }
 
 /// For a process that others depend on already.
@@ -286,7 +293,9 @@ fn daemon_parts(parts: Parts, records: Records, takes_over: bool) -> Result<daem
         delay: if takes_over { STANDBY_DELAY } else { Duration::ZERO },
     };
     let keeper = Keeper::start(settings, Arc::clone(&records), server.loops())?;
-    let owner = Owner { client, host, host_name, allocator, token, life: records.life().copied() };
+    let known = Arc::new(KnownMetadata::load(&config.state));
+    let life = records.life().copied();
+    let owner = Owner { client, host, host_name, allocator, token, life, known };
     Ok(daemon::Parts { owner, records, keeper, server, config })
 }
 

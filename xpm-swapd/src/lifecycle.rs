@@ -12,7 +12,7 @@ use xpm_control::client::Client;
 use xpm_control::listen::{Listener, Place};
 use xpm_control::manager::{Manager, machine_stops, prove_alive};
 use xpm_control::server::{Limits, Server, answers};
-use xpm_control::shutdown::Shutdown;
+use xpm_control::shutdown::{Shutdown, end_in_time};
 use xpm_control::token::Token;
 use xpm_control::{error_line, facts, host};
 use xpm_protocol::Name;
@@ -95,6 +95,7 @@ async fn serve(config: Config, hand: Hand) -> Result<(), Error> {
         tracing::info!("the machine goes down: turning swap off, so that what serves it can end");
         daemon.turn_all_off().await;
     } else {
+        end_in_time();
         tracing::info!("swap stays on");
     }
     Ok(())

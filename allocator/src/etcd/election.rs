@@ -27,8 +27,6 @@ const RENEW_EVERY: Duration = Duration::from_millis(600);
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 /// How long a request of the election may take.
 const LIMIT: Duration = Duration::from_secs(2);
-/// How long etcd may be silent before a leader gives up.
-const SILENCE_MAX: Duration = Duration::from_secs(10);
 
 /// An allocator that would lead.
 #[derive(Debug)]
@@ -103,32 +101,52 @@ impl Election {
     /// Waits until this allocator leads, and tells what it sees meanwhile.
     pub async fn campaign(&self, mut tell: impl FnMut(Seen)) -> Term {
         loop {
-            match self.look().await {
-                Ok(Some(url)) => tell(Seen::Leader(url)),
-                Ok(None) => match self.stand().await {
-                    Ok(Some(term)) => return term,
-                    Ok(None) => tell(Seen::Nobody),
-                    Err(error) => tell(Seen::Trouble(error)),
-                },
-                Err(error) => tell(Seen::Trouble(error)),
+            match self.run().await {
+                Ok(term) => return term,
+                Err(seen) => tell(seen),
             }
-            tokio::time::sleep(LOOK_EVERY).await;
         }
     }
 
-    /// Keeps the term, until it is over; says why it is.
+    /// Tries once to lead. What is seen instead is told a moment later, so that this can be called again and again.
+    ///
+    /// # Errors
+    /// Who leads, or why none does.
+    pub async fn run(&self) -> Result<Term, Seen> {
+        let seen = match self.look().await {
+            Ok(Some(url)) => Seen::Leader(url),
+            Ok(None) => match self.stand().await {
+                Ok(Some(term)) => return Ok(term),
+                Ok(None) => Seen::Nobody,
+                Err(error) => Seen::Trouble(error),
+            },
+            Err(error) => Seen::Trouble(error),
+        };
+        tokio::time::sleep(LOOK_EVERY).await;
+        Err(seen)
+    }
+
+    /// Keeps the term, until it is over; says why it is. While etcd is silent the term may go on: only etcd knows.
     pub async fn keep(&self, term: &Term) -> String {
+        let mut silent = false;
         loop {
             tokio::time::sleep(RENEW_EVERY).await;
             let asked = Instant::now();
             match self.renew(term).await {
-                Ok(true) => term.validity.extend(asked, ttl()),
+                Ok(true) => {
+                    term.validity.extend(asked, ttl());
+                    if std::mem::take(&mut silent) {
+                        tracing::info!("etcd answers again, and this allocator leads as before");
+                    }
+                }
                 Ok(false) => return "another allocator took over".to_owned(),
                 Err(error @ EtcdError::Refused { .. }) => return xpm_control::error_line(&error),
-                Err(error) if term.validity.over_for().is_some_and(|time| time > SILENCE_MAX) => {
-                    return xpm_control::error_line(&error);
+                Err(error) => {
+                    if !std::mem::replace(&mut silent, true) {
+                        let line = xpm_control::error_line(&error);
+                        tracing::warn!("waits for etcd: the lease cannot be renewed: {line}");
+                    }
                 }
-                Err(error) => tracing::warn!("cannot renew the lease: {}", xpm_control::error_line(&error)),
             }
         }
     }

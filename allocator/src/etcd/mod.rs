@@ -2,6 +2,7 @@
 //! of one leader among several allocators.
 
 mod address;
+mod compaction;
 mod election;
 
 use std::sync::Arc;
@@ -11,6 +12,7 @@ use std::time::{Duration, Instant};
 use etcd_client::{Client, ConnectOptions, Error};
 
 pub use address::{Address, ParseAddressError};
+pub(crate) use compaction::Compactor;
 pub(crate) use election::LEADER_KEY;
 pub use election::{Election, Seen, Term};
 
@@ -18,6 +20,8 @@ pub use election::{Election, Seen, Term};
 const TRY_LIMIT: Duration = Duration::from_millis(800);
 /// Pause after a member that did not answer.
 const PAUSE: Duration = Duration::from_millis(50);
+/// Code of gRPC with which etcd says that it has no room.
+const RESOURCE_EXHAUSTED: i32 = 8;
 /// Codes of gRPC that another member would answer with, too: the request is at fault.
 const FINAL_CODES: [i32; 7] = [3, 5, 7, 8, 9, 12, 16];
 
@@ -60,6 +64,25 @@ pub enum EtcdError {
         /// Why.
         source: Error,
     },
+}
+
+impl EtcdError {
+    /// Whether it may answer later: nothing was refused.
+    pub fn is_silent(&self) -> bool {
+        matches!(self, EtcdError::Silent { .. })
+    }
+
+    /// Why nothing can be written, where etcd has no room left (its alarm NOSPACE).
+    pub fn full(&self) -> Option<String> {
+        let EtcdError::Refused { store, source: Error::GRpcStatus(status) } = self else { return None };
+        let full = i32::from(status.code()) == RESOURCE_EXHAUSTED && status.message().contains("space");
+        full.then(|| {
+            format!(
+                "{store} has no room left (alarm NOSPACE): the allocator answers and changes nothing until there is; run `etcdctl \
+                 compact REVISION`, `etcdctl defrag` and `etcdctl alarm disarm`, or give etcd a larger --quota-backend-bytes"
+            )
+        })
+    }
 }
 
 impl std::fmt::Debug for Etcd {

@@ -30,8 +30,9 @@ impl Told {
         unix: u64,
         dice: Dice<'_>,
     ) -> anyhow::Result<(Vec<AllocationRecord>, Vec<String>)> {
-        let Told { grants, records, maps, lines } = self;
-        let mut site = Site { there: grants, names: BTreeSet::new(), regions: BTreeMap::new(), lines, unix };
+        let Told { grants, records, maps, keys, lines, heard: _ } = self;
+        let mut site =
+            Site { there: grants, names: BTreeSet::new(), regions: BTreeMap::new(), keys, lines, unix };
         let undescribed: Vec<&ClientMap> =
             maps.values().filter(|of| !records.contains_key(&of.map.id)).collect();
         let mut newest: Vec<AllocationRecord> =
@@ -44,7 +45,7 @@ impl Told {
             let map = maps.get(&record.id);
             whole.extend(site.rebuild(record, map, dice)?);
         }
-        site.lines.push("documents are at no appliance: apply them again".to_owned());
+        site.lines.push("documents are at no appliance: where there are none, apply them again".to_owned());
         Ok((whole, site.lines))
     }
 }
@@ -68,6 +69,8 @@ struct Site {
     names: BTreeSet<Name>,
     /// By the region, the name of the allocation that has it.
     regions: BTreeMap<RegionId, Name>,
+    /// Keys of older metadata, each with the epoch that it is of.
+    keys: BTreeMap<GrantId, (Epoch, GrantKey)>,
     lines: Vec<String>,
     unix: u64,
 }
@@ -275,8 +278,9 @@ impl Site {
         dice: Dice<'_>,
     ) -> anyhow::Result<()> {
         let told = map.filter(|of| of.map.epoch == record.epoch);
-        let known: BTreeMap<GrantId, &GrantKey> =
-            told.iter().flat_map(|of| &of.map.grants).map(|grant| (grant.id, &grant.key)).collect();
+        let older = self.keys.iter().filter(|(_, (epoch, _))| *epoch == record.epoch);
+        let mut known: BTreeMap<GrantId, &GrantKey> = older.map(|(id, (_, key))| (*id, key)).collect();
+        known.extend(told.iter().flat_map(|of| &of.map.grants).map(|grant| (grant.id, &grant.key)));
         let all = record.grants.iter().all(|grant| known.contains_key(&grant.id))
             && self.epochs(&record.grants).all(|epoch| epoch == record.epoch);
         record.revealed = true;

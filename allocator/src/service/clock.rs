@@ -51,6 +51,11 @@ pub(super) enum News {
 }
 
 impl Clock {
+    /// Whether the machine says another time than is judged by.
+    pub(super) fn is_doubted(&self) -> bool {
+        self.doubt.is_some()
+    }
+
     /// The time of day to judge by, in seconds since 1970, when the machine says `moment`.
     pub(super) fn read(&mut self, moment: Moment) -> (u64, Option<News>) {
         let Some(right) = self.right else {

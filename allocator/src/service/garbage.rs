@@ -94,6 +94,9 @@ impl Service {
 
     pub(super) fn grants_listed(&mut self, id: ApplianceId, result: Result<Answer, CallError>) {
         self.found.asked.remove(&id);
+        if !self.serves() {
+            return;
+        }
         // One that does not answer is silent soon, which is told.
         let Ok(Answer::Grants(grants)) = result else { return };
         self.find_garbage(id, &grants);

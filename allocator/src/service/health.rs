@@ -11,7 +11,8 @@ impl Service {
     pub(super) fn problems(&self, appliances: &[Appliance]) -> Vec<Problem> {
         let allocations = self.list_allocations();
         let unix = self.now.unix;
-        let mut problems: Vec<Problem> = appliances.iter().flat_map(of_appliance).collect();
+        let mut problems = self.of_itself();
+        problems.extend(appliances.iter().flat_map(of_appliance));
         problems.extend(allocations.iter().flat_map(|one| of_allocation(one, unix)));
         problems.extend(self.list_garbage().into_iter().map(|one| {
             let summary = format!(
@@ -26,6 +27,26 @@ impl Service {
         problems.extend(self.early_problem());
         problems.sort_by_key(|problem| std::cmp::Reverse(problem.severity));
         problems
+    }
+
+    /// What is wrong with the allocator's own metadata and clock.
+    fn of_itself(&self) -> Vec<Problem> {
+        let problem = |check, summary: &str, remedy: &str| {
+            Problem::new(check, "allocator/allocator", summary).with_remedy(remedy)
+        };
+        let behind = self.behind.as_ref().map(|behind| {
+            let remedy =
+                "stop it, and run `xpm-allocator recover --from-network URL...` with every appliance";
+            problem(Check::MetadataBehind, &behind.text, remedy)
+        });
+        let read_only = self.read_only.as_ref();
+        let read_only =
+            read_only.map(|why| problem(Check::MetadataReadOnly, why, "make room, or bring it back"));
+        let clock = self.clock_of_day.is_doubted().then(|| {
+            let summary = "the clock of the allocator's machine jumped, and nothing is judged by it yet";
+            problem(Check::ClockJumped, summary, "check the time service of that machine")
+        });
+        behind.into_iter().chain(read_only).chain(clock).collect()
     }
 }
 

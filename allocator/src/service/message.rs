@@ -44,6 +44,8 @@ pub enum Event {
     Stored(Ticket),
     /// The call of this ticket ended.
     Called(Ticket, Result<Answer, CallError>),
+    /// The metadata cannot be written, for this reason; or, with none, they can again. What was to be stored is kept.
+    Writing(Option<String>),
     /// Time passed; to come about once a second.
     Tick,
 }
@@ -100,6 +102,8 @@ pub enum Request {
     Orders {
         name: Name,
         client: ClientId,
+        /// The newest state of the metadata that it heard of.
+        known: Option<api::MetadataState>,
     },
     /// The same, asked by an owner whom appliances refuse these grants.
     Doubt {
@@ -175,7 +179,7 @@ impl EventQuery {
 #[allow(missing_docs)]
 pub enum Outcome {
     Done,
-    Status(api::Status),
+    Status(Box<api::Status>),
     Heartbeat(HeartbeatAnswer),
     Appliances(Vec<api::Appliance>),
     Allocation(Box<api::Allocation>),

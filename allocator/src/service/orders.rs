@@ -111,6 +111,7 @@ impl Service {
             epoch: Some(record.epoch),
             lost: Some(lost),
             endpoints: endpoints.collect(),
+            metadata: self.state,
         })
     }
 
@@ -181,8 +182,15 @@ impl Service {
     fn answer_nothing(&mut self, reply: ReplyTo, id: AllocationId) {
         let version = self.entry(id).record.version;
         let epoch = Some(self.entry(id).record.epoch);
-        let orders =
-            Orders { version, change: None, hand_over: None, epoch, lost: None, endpoints: BTreeMap::new() };
+        let orders = Orders {
+            version,
+            change: None,
+            hand_over: None,
+            epoch,
+            lost: None,
+            endpoints: BTreeMap::new(),
+            metadata: self.state,
+        };
         self.reply(reply, Ok(Outcome::Orders(Box::new(orders))));
     }
 

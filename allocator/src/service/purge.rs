@@ -92,6 +92,16 @@ impl Service {
         self.release_queue(id);
     }
 
+    /// Gives back what an earlier life left: at each appliance when it is heard, and else from this moment on.
+    pub(super) fn purge_when_heard(&mut self, id: AllocationId, at: Duration) {
+        self.free_name(id);
+        self.uncount(id);
+        self.purging.insert(id);
+        let grants = vec![State::Again { at, failures: 0 }; self.entry(id).record.grants.len()];
+        self.entry(id).work = Work::Purging(Purge { then: Then::Nothing, grants });
+        self.purge_progressed(id);
+    }
+
     fn free_name(&mut self, id: AllocationId) {
         let name = self.entry(id).record.name.clone();
         if self.names.get(&name) == Some(&id) {

@@ -1,24 +1,32 @@
 //! What a start finds half done.
 //!
 //! - `Creating`: nobody was told that it is there, so it is undone.
-//! - `Deleting`, `Undoing`: going on where it was.
+//! - `Deleting`, `Undoing`: going on where it was, at each appliance once it is heard.
 //! - `Ready` with a next epoch: it stays; the next attach finishes the change of owner.
 //! - `Ready` with a change that is `Preparing`: the change is given up. With one that is `Open` or `Switched`:
 //!   the owner goes on with it, or, where there is none, it is carried out or ended.
 //!
 //! Reservations need no care: an appliance drops them by itself when their time is over.
 
-use super::purge::Then;
+use std::time::Duration;
+
+use xpm_protocol::AllocationId;
+use xpm_protocol::api::allocator::ApplianceState;
+
 use super::{Effect, Moment, Service, Work};
 use crate::policy::Policy;
 use crate::store::Loaded;
 use crate::store::record::{AllocationRecord, Phase, Stage};
+
+/// Heartbeat intervals that appliances are waited for after a start.
+const PATIENCE: u32 = 3;
 
 impl Service {
     /// Takes what was remembered; to be called once, before any event.
     pub fn restore(&mut self, now: Moment, loaded: Loaded) -> Vec<Effect> {
         self.now = now;
         self.now.unix = self.read_clock(now);
+        self.state = loaded.state;
         for appliance in loaded.appliances {
             self.inventory.restore(appliance);
         }
@@ -48,11 +56,47 @@ impl Service {
         self.entry(id).steps_from = steps_from;
         self.set_timer(id);
         match stage {
-            _ if !ready => self.purge(id, Then::Nothing),
-            Some(Stage::Preparing) => self.settle_change(id),
-            Some(Stage::Open) if !owned => self.change_is_open(id),
-            Some(Stage::Switched) if !owned => self.settle_change(id),
-            _ => {}
+            _ if !ready => self.purge_when_heard(id, self.now.at + self.patience()),
+            Some(Stage::Open | Stage::Switched) if owned => {}
+            Some(_) => drop(self.unsettled.insert(id, self.now.at + self.patience())),
+            None => {}
+        }
+    }
+
+    /// How long appliances that are known are waited for after a start. What they heard of the metadata comes first: what
+    /// metadata of yesterday have half done may be in use since.
+    fn patience(&self) -> Duration {
+        self.settings.interval * PATIENCE
+    }
+
+    /// Goes on with changes whose appliances were heard, or do not come.
+    pub(super) fn settle_restored(&mut self) {
+        let now = self.now.at;
+        let heard = |id: &AllocationId| {
+            let appliances = self.allocations.get(id).map(|entry| entry.record.appliances());
+            appliances.is_none_or(|all| {
+                all.iter().all(|one| self.inventory.state(*one, now) != Some(ApplianceState::Silent))
+            })
+        };
+        let due: Vec<AllocationId> = self
+            .unsettled
+            .iter()
+            .filter(|(id, until)| **until <= now || heard(id))
+            .map(|(id, _)| *id)
+            .collect();
+        for id in due {
+            self.unsettled.remove(&id);
+            let Some(entry) = self.allocations.get(&id) else { continue };
+            if !matches!(entry.work, Work::Idle) || entry.record.phase != Phase::Ready {
+                continue;
+            }
+            let owned = entry.record.owner.is_some();
+            match entry.record.change.as_ref().map(|change| change.stage) {
+                Some(Stage::Preparing) => self.settle_change(id),
+                Some(Stage::Open) if !owned => self.change_is_open(id),
+                Some(Stage::Switched) if !owned => self.settle_change(id),
+                _ => {}
+            }
         }
     }
 }

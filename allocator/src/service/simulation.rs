@@ -7,6 +7,7 @@
 //! no request may be without its one answer.
 
 mod appliance;
+mod behind;
 mod cases;
 mod ends;
 mod life;

@@ -38,6 +38,9 @@ impl Service {
             capacity: ByteSize(up.iter().map(|one| one.status.capacity.0).sum()),
             free: ByteSize(free),
             problems: self.problems(&appliances),
+            metadata: self.state,
+            behind: self.behind.clone(),
+            read_only: self.read_only.clone(),
         }
     }
 
@@ -51,6 +54,7 @@ impl Service {
             alive: None,
             written: self.policy.written(),
             events: Vec::new(),
+            state: self.state,
         };
         Backup::new(self.now.unix, loaded)
     }

@@ -6,10 +6,11 @@ use std::path::Path;
 
 use anyhow::{Context as _, bail, ensure};
 use serde::{Deserialize, Serialize};
+use xpm_protocol::api::allocator::MetadataState;
 use xpm_protocol::api::policy::Written;
 use xpm_protocol::policy::Documents;
 
-use super::{AllocationRecord, ApplianceRecord, Change, Loaded, MetadataStore, PolicyChange, SCHEMA};
+use super::{AllocationRecord, ApplianceRecord, Batch, Change, Loaded, MetadataStore, PolicyChange, SCHEMA};
 
 /// Form of the file.
 const FORMAT: u32 = 1;
@@ -35,6 +36,9 @@ pub struct Backup {
     /// Texts of documents.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub written: Vec<Written>,
+    /// Which metadata these are, and of which change; unknown where an older program made it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metadata: Option<MetadataState>,
 }
 
 #[derive(Deserialize)]
@@ -46,8 +50,19 @@ struct AnyBackup {
 impl Backup {
     /// What is remembered now.
     pub fn new(made: u64, loaded: Loaded) -> Backup {
-        let Loaded { allocations, appliances, documents, revision, written, alive: _, events: _ } = loaded;
-        Backup { format: FORMAT, schema: SCHEMA, made, allocations, appliances, documents, revision, written }
+        let Loaded { allocations, appliances, documents, revision, written, alive: _, events: _, state } =
+            loaded;
+        Backup {
+            format: FORMAT,
+            schema: SCHEMA,
+            made,
+            allocations,
+            appliances,
+            documents,
+            revision,
+            written,
+            metadata: state,
+        }
     }
 
     /// Reads a file.
@@ -85,13 +100,18 @@ impl Backup {
     ///
     /// # Errors
     /// When something is in it, or it cannot be written; then nothing has changed.
-    pub fn restore(self, store: &mut impl MetadataStore) -> anyhow::Result<()> {
+    pub fn restore<S: MetadataStore + ?Sized>(self, store: &mut S) -> anyhow::Result<()> {
         let there = store.load()?;
         let empty = there.allocations.is_empty() && there.appliances.is_empty() && there.revision == 0;
         ensure!(
             empty,
-            "there are metadata already, and nothing was changed: name an empty directory with --data"
+            "there are metadata already, and nothing was changed: name an empty directory, or another prefix of etcd"
         );
+        Ok(store.commit(&[self.into_batch()])?)
+    }
+
+    /// All of it as changes.
+    pub fn into_batch(self) -> Batch {
         let mut batch: Vec<Change> = Vec::new();
         batch.extend(self.allocations.into_iter().map(|record| Change::Allocation(Box::new(record))));
         batch.extend(self.appliances.into_iter().map(|record| Change::Appliance(Box::new(record))));
@@ -104,7 +124,8 @@ impl Backup {
         batch.push(Change::Policy(Box::new(policy)));
         // From then on the allocator was not there.
         batch.extend((self.made > 0).then_some(Change::Alive(self.made)));
-        Ok(store.commit(&[batch])?)
+        batch.extend(self.metadata.map(Change::State));
+        batch
     }
 }
 
@@ -131,8 +152,9 @@ mod tests {
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert!(backup.write(&path).is_err(), "an older backup is not written over");
         let mut store = MemoryStore::default();
+        let state = MetadataState { number: 1, ..store.load().unwrap().state.unwrap() };
         Backup::read(&path).unwrap().restore(&mut store).unwrap();
-        assert_eq!(store.load().unwrap(), Loaded { alive: Some(5), ..loaded });
+        assert_eq!(store.load().unwrap(), Loaded { alive: Some(5), state: Some(state), ..loaded });
         let error = backup.restore(&mut store).unwrap_err().to_string();
         assert!(error.contains("already"), "{error}");
         std::fs::write(&path, "{\"format\":1,\"schema\":99}").unwrap();

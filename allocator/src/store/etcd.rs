@@ -20,14 +20,15 @@ use etcd_client::{
 use serde::de::DeserializeOwned;
 use tokio::runtime::Handle;
 use xpm_protocol::Name;
+use xpm_protocol::api::allocator::MetadataState;
 use xpm_protocol::api::decision::Decision;
 use xpm_protocol::policy::Documents;
 
 use self::entries::{
-    ALIVE_KEY, ALLOCATIONS, APPLIANCES, DECISIONS, DOCUMENTS, EVENTS, Entries, REVISION_KEY, SCHEMA_KEY,
-    SEQUENCE_KEY, WRITTEN, decisions_about, is_since,
+    ALIVE_KEY, ALLOCATIONS, APPLIANCES, DECISIONS, DOCUMENTS, EVENTS, Entries, NUMBER_KEY, POOL_KEY,
+    REVISION_KEY, SCHEMA_KEY, SEQUENCE_KEY, WRITTEN, decisions_about, is_since,
 };
-use super::{Batch, Change, Decisions, Loaded, MetadataStore, SCHEMA, StoreError};
+use super::{Batch, Change, Decisions, Loaded, MetadataStore, SCHEMA, StoreError, new_pool};
 use crate::etcd::{Etcd, EtcdError, LEADER_KEY};
 
 /// How long a read or a write may take, all tries together.
@@ -49,6 +50,8 @@ pub struct EtcdStore {
     sequence: Option<String>,
     /// Writes of this term.
     writes: u64,
+    /// Batches that were committed, in all terms.
+    number: u64,
 }
 
 /// Reads decisions beside the one who writes.
@@ -62,11 +65,13 @@ impl EtcdStore {
     /// Opens the store for the term that began at this revision. Finishes what the last leader left
     /// half done.
     pub fn open(etcd: Etcd, term: i64, runtime: &Handle) -> Result<EtcdStore, StoreError> {
-        let mut store = EtcdStore { etcd, runtime: runtime.clone(), term, sequence: None, writes: 0 };
+        let mut store =
+            EtcdStore { etcd, runtime: runtime.clone(), term, sequence: None, writes: 0, number: 0 };
         runtime.block_on(async {
             store.sequence = text_at(&store.etcd, SEQUENCE_KEY).await?;
             store.settle_schema().await?;
-            store.finish_journal().await
+            store.finish_journal().await?;
+            store.settle_pool().await
         })?;
         Ok(store)
     }
@@ -85,6 +90,18 @@ impl EtcdStore {
         }
     }
 
+    /// Gives metadata that an older program made, or that are new, an id.
+    async fn settle_pool(&mut self) -> Result<(), StoreError> {
+        let number = text_at(&self.etcd, NUMBER_KEY).await?;
+        let number = number.map(|text| decode(&self.etcd, NUMBER_KEY, text.as_bytes())).transpose()?;
+        self.number = number.unwrap_or(0);
+        if text_at(&self.etcd, POOL_KEY).await?.is_some() {
+            return Ok(());
+        }
+        let pool = new_pool(&place(&self.etcd))?;
+        self.write(Entries::from([(POOL_KEY.to_owned(), Some(pool.to_string()))])).await
+    }
+
     /// Writes entries that fit in one transaction.
     async fn write(&mut self, entries: Entries) -> Result<(), StoreError> {
         if entries.is_empty() {
@@ -94,7 +111,10 @@ impl EtcdStore {
         let transaction = self.transaction(entries, &next);
         let asked =
             self.etcd.ask(LIMIT, async |mut member: Client| member.txn(transaction.clone()).await).await;
-        let answer = asked.map_err(|source| StoreError::Etcd { doing: "write", source: Box::new(source) })?;
+        let answer = asked.map_err(|source| match source.full() {
+            Some(why) => StoreError::Full { why },
+            None => StoreError::Etcd { doing: "write", source: Box::new(source) },
+        })?;
         if !answer.succeeded() && !self.was_written(&answer, &next) {
             return Err(StoreError::Deposed { store: self.etcd.store() });
         }
@@ -149,8 +169,15 @@ impl EtcdStore {
         self.write(gathered).await
     }
 
-    fn entries(&self, batch: &Batch) -> Result<Entries, StoreError> {
+    fn entries(&mut self, batch: &Batch) -> Result<Entries, StoreError> {
         let mut entries = Entries::default();
+        self.number += 1;
+        entries.put(NUMBER_KEY.to_owned(), self.number.to_string());
+        for change in batch {
+            if let Change::State(state) = change {
+                self.number = state.number;
+            }
+        }
         batch.iter().try_for_each(|change| entries.add(change)).map_err(|error| StoreError::Damaged {
             path: place(&self.etcd),
             what: format!("a value has no form in JSON: {error}"),
@@ -176,6 +203,7 @@ impl EtcdStore {
         let revision = text_at(&self.etcd, REVISION_KEY).await?;
         let revision = revision.map(|text| decode(&self.etcd, REVISION_KEY, text.as_bytes())).transpose()?;
         let alive = text_at(&self.etcd, ALIVE_KEY).await?;
+        let pool = text_at(&self.etcd, POOL_KEY).await?.and_then(|text| text.parse().ok());
         Ok(Loaded {
             allocations: read_below(&self.etcd, ALLOCATIONS).await?,
             appliances: read_below(&self.etcd, APPLIANCES).await?,
@@ -184,7 +212,49 @@ impl EtcdStore {
             alive: alive.map(|text| decode(&self.etcd, ALIVE_KEY, text.as_bytes())).transpose()?,
             written: beside(&self.etcd, WRITTEN).await?,
             events: beside(&self.etcd, EVENTS).await?,
+            state: pool.map(|pool| MetadataState { pool, number: self.number }),
         })
+    }
+}
+
+/// Metadata in etcd without an office: they are read, and nothing is written. For a time in which nobody can.
+#[derive(Debug)]
+pub struct ReadOnly {
+    store: EtcdStore,
+    why: String,
+}
+
+impl ReadOnly {
+    /// Sends nothing yet. `why` is said to whoever wants something changed.
+    pub fn new(etcd: Etcd, runtime: &Handle, why: String) -> ReadOnly {
+        let store =
+            EtcdStore { etcd, runtime: runtime.clone(), term: 0, sequence: None, writes: 0, number: 0 };
+        ReadOnly { store, why }
+    }
+}
+
+impl MetadataStore for ReadOnly {
+    fn load(&mut self) -> Result<Loaded, StoreError> {
+        let runtime = self.store.runtime.clone();
+        let number = runtime.block_on(text_at(&self.store.etcd, NUMBER_KEY))?;
+        self.store.number = number.and_then(|text| text.parse().ok()).unwrap_or(0);
+        self.store.load()
+    }
+
+    fn commit(&mut self, _: &[Batch]) -> Result<(), StoreError> {
+        Err(StoreError::Full { why: self.why.clone() })
+    }
+
+    fn is_read_only(&self) -> Option<String> {
+        Some(self.why.clone())
+    }
+
+    fn all_decisions(&mut self) -> Result<Vec<(u64, Decision)>, StoreError> {
+        self.store.all_decisions()
+    }
+
+    fn decisions(&self) -> Box<dyn Decisions> {
+        self.store.decisions()
     }
 }
 
@@ -194,8 +264,24 @@ impl MetadataStore for EtcdStore {
     }
 
     fn commit(&mut self, batches: &[Batch]) -> Result<(), StoreError> {
+        let (runtime, number) = (self.runtime.clone(), self.number);
+        let written = runtime.block_on(self.write_batches(batches));
+        if written.is_err() {
+            // The same batches may come again, and count once.
+            self.number = number;
+        }
+        written
+    }
+
+    fn all_decisions(&mut self) -> Result<Vec<(u64, Decision)>, StoreError> {
         let runtime = self.runtime.clone();
-        runtime.block_on(self.write_batches(batches))
+        let found = runtime.block_on(entries_below(&self.etcd, DECISIONS, GetOptions::new()))?;
+        let decision = |entry: &KeyValue| {
+            let number = entry.key_str().ok().and_then(|key| key.rsplit('/').next());
+            let number = number.and_then(|text| u64::from_str_radix(text, 16).ok()).unwrap_or(0);
+            Ok((number, decode_entry(&self.etcd, entry)?))
+        };
+        found.iter().map(decision).collect()
     }
 
     fn decisions(&self) -> Box<dyn Decisions> {

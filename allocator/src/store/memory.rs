@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use xpm_protocol::api::allocator::Event;
+use xpm_protocol::api::allocator::{Event, MetadataState};
 use xpm_protocol::api::decision::Decision;
 use xpm_protocol::api::policy::Written;
 use xpm_protocol::policy::{Content, DocumentName};
-use xpm_protocol::{AllocationId, ApplianceId, Name};
+use xpm_protocol::{AllocationId, ApplianceId, Name, PoolId};
 
 use super::{
     AllocationRecord, ApplianceRecord, Batch, Change, Decisions, Loaded, MetadataStore, PolicyChange,
@@ -15,7 +15,7 @@ use super::{
 };
 
 /// Metadata in memory.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct MemoryStore {
     allocations: BTreeMap<AllocationId, AllocationRecord>,
     appliances: BTreeMap<ApplianceId, ApplianceRecord>,
@@ -24,7 +24,24 @@ pub struct MemoryStore {
     alive: Option<u64>,
     written: BTreeMap<DocumentName, Written>,
     events: BTreeMap<u64, Event>,
+    state: MetadataState,
     decisions: MemoryDecisions,
+}
+
+impl Default for MemoryStore {
+    fn default() -> MemoryStore {
+        MemoryStore {
+            allocations: BTreeMap::new(),
+            appliances: BTreeMap::new(),
+            documents: BTreeMap::new(),
+            revision: 0,
+            alive: None,
+            written: BTreeMap::new(),
+            events: BTreeMap::new(),
+            state: MetadataState { pool: PoolId::from_u128(1), number: 0 },
+            decisions: MemoryDecisions::default(),
+        }
+    }
 }
 
 #[derive(Debug, Clone, Default)]
@@ -40,14 +57,20 @@ impl MetadataStore for MemoryStore {
             alive: self.alive,
             written: self.written.values().cloned().collect(),
             events: self.events.values().cloned().collect(),
+            state: Some(self.state),
         })
     }
 
     fn commit(&mut self, batches: &[Batch]) -> Result<(), StoreError> {
+        self.state.number += batches.len() as u64;
         for change in batches.iter().flatten() {
             self.apply(change);
         }
         Ok(())
+    }
+
+    fn all_decisions(&mut self) -> Result<Vec<(u64, Decision)>, StoreError> {
+        Ok(self.decisions.with(|all| all.iter().map(|((_, number), one)| (*number, one.clone())).collect()))
     }
 
     fn decisions(&self) -> Box<dyn Decisions> {
@@ -90,6 +113,7 @@ impl MemoryStore {
             Change::EventGone(number) => {
                 self.events.remove(number);
             }
+            Change::State(state) => self.state = *state,
             Change::DecisionsBefore(unix) => self.decisions.with(|all| all.retain(|_, one| one.at >= *unix)),
         }
     }

@@ -5,6 +5,7 @@
 
 pub mod backup;
 pub mod etcd;
+mod guard;
 pub mod memory;
 pub mod record;
 pub mod redb;
@@ -13,16 +14,16 @@ mod suite;
 mod writer;
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use xpm_protocol::api::allocator::Event;
+use xpm_protocol::api::allocator::{Event, MetadataState};
 use xpm_protocol::api::decision::Decision;
 use xpm_protocol::api::policy::Written;
 use xpm_protocol::policy::{DocumentName, Documents};
-use xpm_protocol::{AllocationId, ApplianceId, Name};
+use xpm_protocol::{AllocationId, ApplianceId, Name, PoolId};
 
 pub use record::{AllocationRecord, ApplianceRecord};
-pub use writer::Writer;
+pub use writer::{Tell, Writer};
 
 /// Version of the stored form. A store of a newer one is refused.
 ///
@@ -32,7 +33,11 @@ pub use writer::Writer;
 /// - 3: allocations have a map version, changes and a change, grants the one that they take over from,
 ///   appliances a drain. A store of schema 2 is read as one without any of these.
 /// - 4: allocations have slabs with names. A store of schema 3 is read as one without any.
-pub const SCHEMA: u64 = 4;
+/// - 5: values in the file end with a checksum. Those of an older one get theirs at the first start.
+pub const SCHEMA: u64 = 5;
+
+/// From this schema on values in the file have a checksum.
+const SCHEMA_SEALED: u64 = 5;
 
 /// One change of what is remembered.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -58,6 +63,8 @@ pub enum Change {
     DecisionsBefore(u64),
     /// The allocator was there at this moment, seconds since 1970: from then on until it is there again no time counts.
     Alive(u64),
+    /// The metadata are in this state now: they were restored or recovered.
+    State(MetadataState),
 }
 
 /// A change of documents.
@@ -93,6 +100,14 @@ pub struct Loaded {
     pub written: Vec<Written>,
     /// Events that are kept, in no certain order. Those that cannot be read are left out.
     pub events: Vec<Event>,
+    /// Which metadata these are, and how many batches were committed. Each batch of [`MetadataStore::commit`] counts.
+    pub state: Option<MetadataState>,
+}
+
+/// An id for metadata that have none.
+fn new_pool(path: &Path) -> Result<PoolId, StoreError> {
+    let random = xpm_control::random::u128();
+    random.map(PoolId::from_u128).map_err(|source| StoreError::Directory { path: path.to_owned(), source })
 }
 
 /// Keeps metadata. Its methods block.
@@ -103,6 +118,20 @@ pub trait MetadataStore: Send + 'static {
     /// Makes the batches durable, in order, all together. After an error it is unknown whether
     /// they are, and the store must not be written again before it is opened anew.
     fn commit(&mut self, batches: &[Batch]) -> Result<(), StoreError>;
+
+    /// Makes the store fit to be written again after [`Self::commit`] failed in a way that passes
+    /// ([`StoreError::passing`]). The same batches can be committed again then.
+    fn reopen(&mut self) -> Result<(), StoreError> {
+        Ok(())
+    }
+
+    /// Why it cannot be written from the start, if it cannot.
+    fn is_read_only(&self) -> Option<String> {
+        None
+    }
+
+    /// Every recorded decision with its number.
+    fn all_decisions(&mut self) -> Result<Vec<(u64, Decision)>, StoreError>;
 
     /// What reads decisions while another thread writes.
     fn decisions(&self) -> Box<dyn Decisions>;
@@ -146,8 +175,28 @@ pub enum StoreError {
         /// The newest schema that this program knows.
         known: u64,
     },
+    /// There is no room to write. That may pass.
+    #[error("{why}")]
+    Full {
+        /// Where, and what to do.
+        why: String,
+    },
+    /// The file of a pool is not there.
+    #[error(
+        "{path} is gone, and {mark} says that a pool was made there: restore it, make it anew with `xpm-allocator recover \
+         --from-network URL...`, or remove {mark} where a new pool is to begin"
+    )]
+    Gone {
+        /// The file.
+        path: PathBuf,
+        /// What says so.
+        mark: PathBuf,
+    },
     /// The database refuses.
-    #[error("cannot {doing} {path}")]
+    #[error(
+        "cannot {doing} {path}; if it is damaged, `xpm-allocator recover --from-network URL...` makes it anew from what appliances \
+         know"
+    )]
     Database {
         /// What was tried: `open`, `read`, `write`.
         doing: &'static str,
@@ -171,11 +220,27 @@ pub enum StoreError {
         store: String,
     },
     /// A value is not what this program writes.
-    #[error("{path} is damaged: {what}; restore it from a copy")]
+    #[error(
+        "{path} is damaged: {what}; `xpm-allocator recover --from-network URL...` makes the metadata anew from what appliances \
+         know, or restore a backup"
+    )]
     Damaged {
         /// The file.
         path: PathBuf,
         /// Where, and what.
         what: String,
     },
+}
+
+impl StoreError {
+    /// Why nothing can be written now, if that may pass by itself.
+    pub fn passing(&self) -> Option<String> {
+        match self {
+            StoreError::Full { why } => Some(why.clone()),
+            StoreError::Etcd { source, .. } if source.is_silent() => {
+                Some(format!("the allocator waits for its metadata: {}", xpm_control::error_line(source)))
+            }
+            _ => None,
+        }
+    }
 }

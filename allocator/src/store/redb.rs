@@ -1,9 +1,17 @@
 //! Metadata in one redb file, `allocator.redb` of the data directory.
+//!
+//! Each value ends with a checksum over it, its table and its key: a bit that flipped is found when the value is read, and
+//! never taken for metadata.
+
+mod base;
+mod seal;
+#[cfg(test)]
+mod tests;
 
 use std::fs::{DirBuilder, OpenOptions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::Path;
 use std::sync::Arc;
 
 use redb::backends::FileBackend;
@@ -13,14 +21,22 @@ use redb::{
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use xpm_protocol::Name;
+use xpm_protocol::api::allocator::MetadataState;
 use xpm_protocol::api::decision::Decision;
 use xpm_protocol::policy::Documents;
+use xpm_protocol::{Name, PoolId};
 
-use super::{Batch, Change, Decisions, Loaded, MetadataStore, PolicyChange, SCHEMA, StoreError};
+use self::base::Base;
+use self::seal::{decision_key, document_key, is_sealed, number_key, seal, unseal};
+use super::{
+    Batch, Change, Decisions, Loaded, MetadataStore, PolicyChange, SCHEMA, SCHEMA_SEALED, StoreError,
+    new_pool,
+};
 
 /// Name of the file in the data directory.
 pub const FILE_NAME: &str = "allocator.redb";
+/// Name of the file that says that a pool was made in the directory: without it, a missing file is a new pool.
+pub const MARK_NAME: &str = "allocator.pool";
 
 const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
 const ALLOCATIONS: TableDefinition<'_, u128, &[u8]> = TableDefinition::new("allocations");
@@ -33,105 +49,110 @@ const WRITTEN: TableDefinition<'_, (&str, &str), &[u8]> = TableDefinition::new("
 const DECISIONS: TableDefinition<'_, (&str, u64), &[u8]> = TableDefinition::new("decisions");
 /// By number. A store without it has no events yet: older programs neither make nor read it.
 const EVENTS: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("events");
-/// Memory for the database's pages, in bytes. Everything is read once, at the start, and what is written is
-/// small.
-const CACHE_LEN: usize = 32 << 20;
 /// Key in `META` of the version of the stored form.
 const SCHEMA_KEY: &str = "schema";
 /// Key in `META` of the revision of the documents.
 const REVISION_KEY: &str = "revision";
+/// Keys in `META` of the pool's id, in two halves, and of the count of batches.
+const POOL_KEYS: [&str; 2] = ["pool-high", "pool-low"];
+const NUMBER_KEY: &str = "number";
 /// Key in `META` of the moment at which the allocator was there last.
 const ALIVE_KEY: &str = "alive";
 
 /// Metadata in a redb file, which it holds locked.
 #[derive(Debug)]
 pub struct RedbStore {
-    database: Arc<Database>,
-    path: PathBuf,
+    base: Arc<Base>,
+    /// Batches that were committed.
+    number: u64,
 }
 
 /// Reads decisions beside the one who writes.
 #[derive(Debug)]
-struct RedbDecisions {
-    database: Arc<Database>,
-    path: PathBuf,
-}
+struct RedbDecisions(Arc<Base>);
 
 impl RedbStore {
     /// Opens the store in the directory, and makes both where they are missing: the directory
     /// with mode 0700 and the file, which holds keys, with mode 0600.
+    ///
+    /// # Errors
+    /// When the file is damaged, empty, or gone from a directory that had one; of a newer program; in use; or when
+    /// there is no room to make it.
     pub fn open(directory: &Path) -> Result<RedbStore, StoreError> {
-        let path = directory.join(FILE_NAME);
         let unusable = |source| StoreError::Directory { path: directory.to_owned(), source };
         DirBuilder::new().recursive(true).mode(0o700).create(directory).map_err(unusable)?;
-        let file =
-            OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&path);
-        let file = file.map_err(unusable)?;
-        let opened = FileBackend::new(file)
-            .and_then(|backend| Database::builder().set_cache_size(CACHE_LEN).create_with_backend(backend));
-        let database = opened.map_err(|error| match error {
-            DatabaseError::DatabaseAlreadyOpen => StoreError::Locked { path: path.clone() },
-            other => {
-                StoreError::Database { doing: "open", path: path.clone(), source: Box::new(other.into()) }
-            }
-        })?;
-        let store = RedbStore { database: Arc::new(database), path };
+        let base = Base::open(directory, |database| write(database, create_tables))?;
+        let mut store = RedbStore { base: Arc::new(base), number: 0 };
         store.settle_schema()?;
+        store.settle_pool()?;
+        store.mark(directory);
         Ok(store)
     }
 
-    /// Refuses a newer schema before anything is written; makes the tables of a new file.
+    /// Refuses a directory whose file another process has open, whatever is in that file.
+    ///
+    /// # Errors
+    /// That, or that the file cannot be opened.
+    pub fn check_unused(directory: &Path) -> Result<(), StoreError> {
+        let path = directory.join(FILE_NAME);
+        let file = OpenOptions::new().read(true).write(true).open(&path);
+        let file = file.map_err(|source| StoreError::Directory { path: directory.to_owned(), source })?;
+        match FileBackend::new(file) {
+            Err(DatabaseError::DatabaseAlreadyOpen) => Err(StoreError::Locked { path }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Removes a file that cannot be read, and that a pool was made here.
+    ///
+    /// # Errors
+    /// When it cannot be removed.
+    pub fn clear(directory: &Path) -> io::Result<()> {
+        for name in [FILE_NAME, MARK_NAME] {
+            match std::fs::remove_file(directory.join(name)) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Says in the directory that a pool was made there. Without room for that it is said at the next start.
+    fn mark(&self, directory: &Path) {
+        let path = directory.join(MARK_NAME);
+        if path.exists() {
+            return;
+        }
+        let Ok(Some(state)) = self.read_state() else { return };
+        let line = format!(
+            "{FILE_NAME} beside this file has the metadata of pool {}. If it is gone, `xpm-allocator recover --from-network` makes \
+             it anew. Remove this file only where a new pool is to begin.\n",
+            state.pool
+        );
+        if let Err(error) = std::fs::write(&path, line) {
+            tracing::warn!("cannot write {}: {error}", path.display());
+        }
+    }
+
+    /// Refuses a newer schema before anything is written; brings an older one up to date.
     fn settle_schema(&self) -> Result<(), StoreError> {
-        match self.schema().map_err(|error| self.failed("read", error))? {
+        match self.base.read(schema)? {
             Some(found) if found > SCHEMA => {
-                Err(StoreError::Newer { path: self.path.clone(), found, known: SCHEMA })
+                Err(StoreError::Newer { path: self.base.path().to_owned(), found, known: SCHEMA })
             }
             Some(SCHEMA) => Ok(()),
-            // New tables are all that older schemas lack.
-            Some(_) | None => self.write(create_tables),
-        }
-    }
-
-    fn schema(&self) -> Result<Option<u64>, redb::Error> {
-        let transaction = self.database.begin_read()?;
-        match transaction.open_table(META) {
-            Ok(table) => Ok(table.get(SCHEMA_KEY)?.map(|value| value.value())),
-            Err(TableError::TableDoesNotExist(_)) => Ok(None),
-            Err(error) => Err(error.into()),
-        }
-    }
-
-    fn write(
-        &self,
-        change: impl FnOnce(&WriteTransaction) -> Result<(), redb::Error>,
-    ) -> Result<(), StoreError> {
-        let written = || -> Result<(), redb::Error> {
-            // The default durability: commit returns after the data is on disk (fdatasync).
-            let transaction = self.database.begin_write()?;
-            change(&transaction)?;
-            Ok(transaction.commit()?)
-        };
-        written().map_err(|error| self.failed("write", error))
-    }
-
-    fn read<T: DeserializeOwned>(
-        &self,
-        table: TableDefinition<'static, u128, &'static [u8]>,
-    ) -> Result<Vec<T>, StoreError> {
-        let mut values = Vec::new();
-        let mut read = || -> Result<Result<(), StoreError>, redb::Error> {
-            let transaction = self.database.begin_read()?;
-            for entry in transaction.open_table(table)?.iter()? {
-                let (key, value) = entry?;
-                match decode(&self.path, &format!("{:032x}", key.value()), value.value()) {
-                    Ok(value) => values.push(value),
-                    Err(damaged) => return Ok(Err(damaged)),
-                }
+            Some(found) => self.base.write(|database| {
+                write(database, |transaction| {
+                    create_tables(transaction)?;
+                    if found < SCHEMA_SEALED { seal_all(transaction) } else { Ok(()) }
+                })
+            }),
+            // A new file has one from the start.
+            None => {
+                let what = "it has no version".to_owned();
+                Err(StoreError::Damaged { path: self.base.path().to_owned(), what })
             }
-            Ok(Ok(()))
-        };
-        read().map_err(|error| self.failed("read", error))??;
-        Ok(values)
+        }
     }
 
     /// Values of a table that older programs do not have, without those that cannot be read.
@@ -139,8 +160,8 @@ impl RedbStore {
         &self,
         table: TableDefinition<'static, K, &'static [u8]>,
     ) -> Result<Vec<T>, StoreError> {
-        let read = || -> Result<Vec<T>, redb::Error> {
-            let table = match self.database.begin_read()?.open_table(table) {
+        self.base.read(|database| {
+            let table = match database.begin_read()?.open_table(table) {
                 Err(TableError::TableDoesNotExist(_)) => return Ok(Vec::new()),
                 table => table?,
             };
@@ -149,87 +170,224 @@ impl RedbStore {
                 values.extend(serde_json::from_slice::<T>(entry?.1.value()));
             }
             Ok(values)
-        };
-        read().map_err(|error| self.failed("read", error))
+        })
     }
 
-    fn read_policy(&self) -> Result<(u64, Documents), StoreError> {
-        let read = || -> Result<(u64, Vec<Vec<u8>>), redb::Error> {
-            let transaction = self.database.begin_read()?;
-            let revision = transaction.open_table(META)?.get(REVISION_KEY)?.map_or(0, |value| value.value());
-            let table = transaction.open_table(DOCUMENTS)?;
-            let values: Result<_, redb::Error> =
-                table.iter()?.map(|entry| Ok(entry?.1.value().to_vec())).collect();
-            Ok((revision, values?))
-        };
-        let (revision, values) = read().map_err(|error| self.failed("read", error))?;
-        let mut documents = Documents::default();
-        for value in &values {
-            documents.extend(decode::<Documents>(&self.path, "document", value)?.into_contents());
+    /// Gives metadata that an older program made, or that are new, an id.
+    fn settle_pool(&mut self) -> Result<(), StoreError> {
+        self.number = self.read_meta(NUMBER_KEY)?.unwrap_or(0);
+        if self.read_meta(POOL_KEYS[0])?.is_some() {
+            return Ok(());
         }
-        Ok((revision, documents))
+        let pool = new_pool(self.base.path())?;
+        self.base.write(|database| {
+            write(database, |transaction| put_pool(&mut transaction.open_table(META)?, pool))
+        })
+    }
+
+    fn read_state(&self) -> Result<Option<MetadataState>, StoreError> {
+        let [high, low] = POOL_KEYS.map(|key| self.read_meta(key));
+        let (Some(high), Some(low)) = (high?, low?) else { return Ok(None) };
+        let pool = PoolId::from_u128(u128::from(high) << 64 | u128::from(low));
+        Ok(Some(MetadataState { pool, number: self.number }))
     }
 
     fn read_meta(&self, key: &str) -> Result<Option<u64>, StoreError> {
-        let read = || -> Result<Option<u64>, redb::Error> {
-            let table = self.database.begin_read()?.open_table(META)?;
+        self.base.read(|database| {
+            let table = database.begin_read()?.open_table(META)?;
             Ok(table.get(key)?.map(|value| value.value()))
-        };
-        read().map_err(|error| self.failed("read", error))
+        })
     }
 
-    fn failed(&self, doing: &'static str, error: redb::Error) -> StoreError {
-        failed(&self.path, doing, error)
+    fn read_records<T: DeserializeOwned>(
+        &self,
+        table: TableDefinition<'static, u128, &'static [u8]>,
+        name: &str,
+    ) -> Result<Vec<T>, StoreError> {
+        let values = self.base.read(|database| {
+            let table = database.begin_read()?.open_table(table)?;
+            let values = table.iter()?.map(|entry| {
+                let (key, value) = entry?;
+                Ok((key.value(), value.value().to_vec()))
+            });
+            values.collect::<Result<Vec<_>, redb::Error>>()
+        })?;
+        let path = self.base.path();
+        values.iter().map(|(key, value)| decode(path, name, &number_key(*key), value)).collect()
     }
-}
 
-fn failed(path: &Path, doing: &'static str, error: redb::Error) -> StoreError {
-    StoreError::Database { doing, path: path.to_owned(), source: Box::new(error) }
-}
-
-fn decode<T: DeserializeOwned>(path: &Path, what: &str, value: &[u8]) -> Result<T, StoreError> {
-    serde_json::from_slice(value).map_err(|error| StoreError::Damaged {
-        path: path.to_owned(),
-        what: format!("the value of {what} cannot be read: {error}"),
-    })
+    fn read_policy(&self) -> Result<Documents, StoreError> {
+        let values = self.base.read(|database| {
+            let table = database.begin_read()?.open_table(DOCUMENTS)?;
+            let values = table.iter()?.map(|entry| {
+                let (key, value) = entry?;
+                Ok((document_key(key.value()), value.value().to_vec()))
+            });
+            values.collect::<Result<Vec<_>, redb::Error>>()
+        })?;
+        let mut documents = Documents::default();
+        for (key, value) in &values {
+            let document: Documents = decode(self.base.path(), "documents", key, value)?;
+            documents.extend(document.into_contents());
+        }
+        Ok(documents)
+    }
 }
 
 impl MetadataStore for RedbStore {
     fn load(&mut self) -> Result<Loaded, StoreError> {
-        let (revision, documents) = self.read_policy()?;
         Ok(Loaded {
-            allocations: self.read(ALLOCATIONS)?,
-            appliances: self.read(APPLIANCES)?,
-            documents,
-            revision,
+            allocations: self.read_records(ALLOCATIONS, "allocations")?,
+            appliances: self.read_records(APPLIANCES, "appliances")?,
+            documents: self.read_policy()?,
+            revision: self.read_meta(REVISION_KEY)?.unwrap_or(0),
             alive: self.read_meta(ALIVE_KEY)?,
             written: self.read_beside(WRITTEN)?,
             events: self.read_beside(EVENTS)?,
+            state: self.read_state()?,
         })
     }
 
     fn commit(&mut self, batches: &[Batch]) -> Result<(), StoreError> {
-        self.write(|transaction| {
-            let mut tables = Tables::open(transaction)?;
-            batches.iter().flatten().try_for_each(|change| tables.apply(change))
-        })
+        let mut number = self.number + batches.len() as u64;
+        for change in batches.iter().flatten() {
+            if let Change::State(state) = change {
+                number = state.number;
+            }
+        }
+        self.base.write(|database| {
+            write(database, |transaction| {
+                let mut tables = Tables::open(transaction)?;
+                batches.iter().flatten().try_for_each(|change| tables.apply(change))?;
+                tables.meta.insert(NUMBER_KEY, number)?;
+                Ok(())
+            })
+        })?;
+        self.number = number;
+        Ok(())
+    }
+
+    fn is_read_only(&self) -> Option<String> {
+        self.base.is_copy()
+    }
+
+    fn reopen(&mut self) -> Result<(), StoreError> {
+        self.base.reopen()
+    }
+
+    fn all_decisions(&mut self) -> Result<Vec<(u64, Decision)>, StoreError> {
+        let values = self.base.read(|database| {
+            let table = database.begin_read()?.open_table(DECISIONS)?;
+            let values = table.iter()?.map(|entry| {
+                let (key, value) = entry?;
+                Ok((decision_key(key.value()), key.value().1, value.value().to_vec()))
+            });
+            values.collect::<Result<Vec<_>, redb::Error>>()
+        })?;
+        let path = self.base.path();
+        let decoded = |(key, number, value): &(Vec<u8>, u64, Vec<u8>)| {
+            Ok((*number, decode(path, "decisions", key, value)?))
+        };
+        values.iter().map(decoded).collect()
     }
 
     fn decisions(&self) -> Box<dyn Decisions> {
-        Box::new(RedbDecisions { database: self.database.clone(), path: self.path.clone() })
+        Box::new(RedbDecisions(Arc::clone(&self.base)))
     }
 }
 
 impl Decisions for RedbDecisions {
     fn about(&self, name: &Name, most: usize) -> Result<Vec<Decision>, StoreError> {
-        let read = || -> Result<Vec<Vec<u8>>, redb::Error> {
-            let table = self.database.begin_read()?.open_table(DECISIONS)?;
+        let values = self.0.read(|database| {
+            let table = database.begin_read()?.open_table(DECISIONS)?;
             let found = table.range((name.as_str(), 0)..=(name.as_str(), u64::MAX))?.rev().take(most);
-            found.map(|entry| Ok(entry?.1.value().to_vec())).collect()
-        };
-        let values = read().map_err(|error| failed(&self.path, "read", error))?;
-        values.iter().map(|value| decode(&self.path, &format!("decision about {name}"), value)).collect()
+            let values = found.map(|entry| {
+                let (key, value) = entry?;
+                Ok((decision_key(key.value()), value.value().to_vec()))
+            });
+            values.collect::<Result<Vec<_>, redb::Error>>()
+        })?;
+        values.iter().map(|(key, value)| decode(self.0.path(), "decisions", key, value)).collect()
     }
+}
+
+fn schema(database: &Database) -> Result<Option<u64>, redb::Error> {
+    let transaction = database.begin_read()?;
+    match transaction.open_table(META) {
+        Ok(table) => Ok(table.get(SCHEMA_KEY)?.map(|value| value.value())),
+        Err(TableError::TableDoesNotExist(_)) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The count of batches, as far as it can be read.
+fn number_in(database: &Database) -> Result<Option<u64>, redb::Error> {
+    let transaction = database.begin_read()?;
+    match transaction.open_table(META) {
+        Ok(table) => Ok(table.get(NUMBER_KEY)?.map(|value| value.value())),
+        Err(TableError::TableDoesNotExist(_)) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The default durability: it returns after the data is on disk (fdatasync).
+fn write(
+    database: &Database,
+    change: impl FnOnce(&WriteTransaction) -> Result<(), redb::Error>,
+) -> Result<(), redb::Error> {
+    let transaction = database.begin_write()?;
+    change(&transaction)?;
+    Ok(transaction.commit()?)
+}
+
+fn decode<T: DeserializeOwned>(path: &Path, table: &str, key: &[u8], value: &[u8]) -> Result<T, StoreError> {
+    let damaged = |what: String| StoreError::Damaged { path: path.to_owned(), what };
+    let shown = String::from_utf8_lossy(key).replace('\0', " ");
+    let value = unseal(table, key, value)
+        .ok_or_else(|| damaged(format!("the checksum of `{shown}` in {table} is wrong")))?;
+    serde_json::from_slice(value)
+        .map_err(|error| damaged(format!("the value of `{shown}` in {table} cannot be read: {error}")))
+}
+
+fn put_pool(meta: &mut Table<'_, &'static str, u64>, pool: PoolId) -> Result<(), redb::Error> {
+    meta.insert(POOL_KEYS[0], (pool.as_u128() >> 64) as u64)?;
+    meta.insert(POOL_KEYS[1], pool.as_u128() as u64)?;
+    Ok(())
+}
+
+/// Gives every value its checksum, which older schemas lack.
+fn seal_all(transaction: &WriteTransaction) -> Result<(), redb::Error> {
+    for (table, name) in [(ALLOCATIONS, "allocations"), (APPLIANCES, "appliances")] {
+        let mut table = transaction.open_table(table)?;
+        let values = table.iter()?.map(|entry| {
+            let (key, value) = entry?;
+            Ok((key.value(), value.value().to_vec()))
+        });
+        for (key, value) in values.collect::<Result<Vec<_>, redb::Error>>()? {
+            table.insert(key, seal(name, &number_key(key), value).as_slice())?;
+        }
+    }
+    let mut table = transaction.open_table(DOCUMENTS)?;
+    let values = table.iter()?.map(|entry| {
+        let (key, value) = entry?;
+        let (kind, name) = key.value();
+        Ok((kind.to_owned(), name.to_owned(), value.value().to_vec()))
+    });
+    for (kind, name, value) in values.collect::<Result<Vec<_>, redb::Error>>()? {
+        let key = (kind.as_str(), name.as_str());
+        table.insert(key, seal("documents", &document_key(key), value).as_slice())?;
+    }
+    let mut table = transaction.open_table(DECISIONS)?;
+    let values = table.iter()?.map(|entry| {
+        let (key, value) = entry?;
+        let (name, number) = key.value();
+        Ok((name.to_owned(), number, value.value().to_vec()))
+    });
+    for (name, number, value) in values.collect::<Result<Vec<_>, redb::Error>>()? {
+        let key = (name.as_str(), number);
+        table.insert(key, seal("decisions", &decision_key(key), value).as_slice())?;
+    }
+    Ok(())
 }
 
 fn create_tables(transaction: &WriteTransaction) -> Result<(), redb::Error> {
@@ -264,20 +422,25 @@ impl<'t> Tables<'t> {
     fn apply(&mut self, change: &Change) -> Result<(), redb::Error> {
         match change {
             Change::Allocation(record) => {
-                self.allocations.insert(record.id.as_u128(), encode(record)?.as_slice())?;
+                let (key, value) = (record.id.as_u128(), encode(record)?);
+                self.allocations.insert(key, seal("allocations", &number_key(key), value).as_slice())?;
             }
             Change::AllocationGone(id) => drop(self.allocations.remove(id.as_u128())?),
             Change::Appliance(record) => {
-                self.appliances.insert(record.info.id.as_u128(), encode(record)?.as_slice())?;
+                let (key, value) = (record.info.id.as_u128(), encode(record)?);
+                self.appliances.insert(key, seal("appliances", &number_key(key), value).as_slice())?;
             }
             Change::ApplianceGone(id) => drop(self.appliances.remove(id.as_u128())?),
             Change::Policy(change) => self.apply_policy(change)?,
             Change::Decision(number, decision) => {
-                self.decisions.insert((decision.name.as_str(), *number), encode(decision)?.as_slice())?;
+                let key = (decision.name.as_str(), *number);
+                self.decisions
+                    .insert(key, seal("decisions", &decision_key(key), encode(decision)?).as_slice())?;
             }
             Change::Alive(unix) => drop(self.meta.insert(ALIVE_KEY, unix)?),
             Change::Event(event) => drop(self.events.insert(event.number, encode(event)?.as_slice())?),
             Change::EventGone(number) => drop(self.events.remove(number)?),
+            Change::State(state) => put_pool(&mut self.meta, state.pool)?,
             Change::DecisionsBefore(unix) => self.decisions.retain(|_, value| is_since(value, *unix))?,
         }
         Ok(())
@@ -288,7 +451,8 @@ impl<'t> Tables<'t> {
         for content in change.changed.clone().into_contents() {
             let name = content.document_name();
             let value = encode(&Documents::from_iter([content]))?;
-            self.documents.insert((name.kind.as_str(), name.name.as_str()), value.as_slice())?;
+            let key = (name.kind.as_str(), name.name.as_str());
+            self.documents.insert(key, seal("documents", &document_key(key), value).as_slice())?;
         }
         for written in &change.written {
             let name = &written.document;
@@ -304,108 +468,10 @@ impl<'t> Tables<'t> {
 
 /// Whether a stored decision was made at this moment or later; one that cannot be read goes.
 fn is_since(value: &[u8], unix: u64) -> bool {
+    let value = if is_sealed(value) { &value[..value.len() - seal::LEN] } else { value };
     serde_json::from_slice::<Decision>(value).is_ok_and(|decision| decision.at >= unix)
 }
 
 fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>, redb::Error> {
     serde_json::to_vec(value).map_err(|error| redb::Error::Io(io::Error::from(error)))
-}
-
-#[cfg(test)]
-mod tests {
-    use std::os::unix::fs::PermissionsExt as _;
-
-    use super::*;
-    use crate::store::{AllocationRecord, suite};
-    use crate::testing::allocation;
-
-    #[test]
-    fn what_is_committed_is_there_after_reopening() {
-        let directory = tempfile::tempdir().unwrap();
-        let data = directory.path().join("new/data");
-        suite::what_is_committed_is_there_after_reopening(|| RedbStore::open(&data).unwrap());
-        let mode = std::fs::metadata(data.join(FILE_NAME)).unwrap().permissions().mode();
-        assert_eq!(mode & 0o777, 0o600);
-    }
-
-    #[test]
-    fn only_one_has_it() {
-        let directory = tempfile::tempdir().unwrap();
-        let _first = RedbStore::open(directory.path()).unwrap();
-        let error = RedbStore::open(directory.path()).unwrap_err();
-        assert!(matches!(error, StoreError::Locked { .. }), "{error}");
-    }
-
-    #[test]
-    fn a_newer_schema_is_refused_and_left_alone() {
-        let directory = tempfile::tempdir().unwrap();
-        let store = RedbStore::open(directory.path()).unwrap();
-        store
-            .write(|transaction| {
-                transaction.open_table(META)?.insert(SCHEMA_KEY, SCHEMA + 1).map(|_| ()).map_err(Into::into)
-            })
-            .unwrap();
-        drop(store);
-        for _ in 0..2 {
-            let error = RedbStore::open(directory.path()).unwrap_err();
-            assert!(matches!(error, StoreError::Newer { found, .. } if found == SCHEMA + 1), "{error}");
-        }
-    }
-
-    /// An allocation as schema 1 has it.
-    const FIRST_ALLOCATION: &str = r#"{"id":"00000000000000000000000000000001","name":"a","size":268435456,
-        "layout":{"kind":"linear"},"region_len":268435456,"created":1,"phase":"ready","epoch":1,"owner":null,
-        "revealed":false,"next":null,"grants":[{"id":"00000000000000000000000000000001",
-        "appliance":"00000000000000000000000000000001",
-        "key":"0707070707070707070707070707070707070707070707070707070707070707","count":1,
-        "regions":["00000000000000000000000000000001"]}],"slots":[{"grant":0,"slot":0}]}"#;
-
-    #[test]
-    fn a_store_of_schema_1_is_taken_over() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join(FILE_NAME);
-        let database = Database::create(&path).unwrap();
-        let transaction = database.begin_write().unwrap();
-        transaction.open_table(META).unwrap().insert(SCHEMA_KEY, 1).unwrap();
-        let mut table = transaction.open_table(ALLOCATIONS).unwrap();
-        table.insert(1, FIRST_ALLOCATION.as_bytes()).unwrap();
-        drop(table);
-        transaction.open_table(APPLIANCES).unwrap();
-        transaction.commit().unwrap();
-        drop(database);
-        let mut store = RedbStore::open(directory.path()).unwrap();
-        let loaded = store.load().unwrap();
-        let known = AllocationRecord { idle_since: 0, ..allocation(1, "a") };
-        assert_eq!((loaded.allocations, loaded.revision), (vec![known], 0));
-        assert_eq!(store.schema().unwrap(), Some(SCHEMA));
-        assert_eq!(store.decisions().about(&"a".parse().unwrap(), 1).unwrap(), []);
-    }
-
-    #[test]
-    fn what_is_no_database_is_refused_and_left_alone() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join(FILE_NAME);
-        std::fs::write(&path, "something else, and rather important").unwrap();
-        let line = RedbStore::open(directory.path()).unwrap_err().to_string();
-        assert!(line.contains("cannot open"), "{line}");
-        assert_eq!(std::fs::read(&path).unwrap(), b"something else, and rather important");
-        std::fs::remove_file(&path).unwrap();
-        let mut store = RedbStore::open(directory.path()).unwrap();
-        store
-            .write(|transaction| {
-                transaction
-                    .open_table(ALLOCATIONS)?
-                    .insert(1, b"{".as_slice())
-                    .map(|_| ())
-                    .map_err(Into::into)
-            })
-            .unwrap();
-        assert!(matches!(store.load(), Err(StoreError::Damaged { .. })));
-    }
-
-    #[test]
-    fn a_directory_that_cannot_be_made() {
-        let line = RedbStore::open(Path::new("/proc/xpm")).unwrap_err().to_string();
-        assert!(line.contains("/proc/xpm") && line.contains("--data"), "{line}");
-    }
 }

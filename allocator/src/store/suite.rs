@@ -1,7 +1,7 @@
 //! What every store has to do, whatever it keeps things in.
 
 use serde_json::json;
-use xpm_protocol::api::allocator::Event;
+use xpm_protocol::api::allocator::{Event, MetadataState};
 use xpm_protocol::api::decision::Decision;
 use xpm_protocol::policy::{Content, Documents};
 
@@ -12,7 +12,9 @@ use crate::testing::{allocation, appliance};
 pub(crate) fn what_is_committed_is_there_after_reopening<S: MetadataStore>(mut open: impl FnMut() -> S) {
     let (first, second) = (allocation(1, "a"), allocation(2, "b"));
     let mut store = open();
-    assert_eq!(store.load().unwrap(), Loaded::default());
+    let made = store.load().unwrap();
+    let (first_state, alive) = (made.state.unwrap(), made.alive);
+    assert_eq!(made, Loaded { state: Some(first_state), alive, ..Loaded::default() });
     let batches = [
         vec![Change::Allocation(Box::new(first.clone())), Change::Appliance(Box::new(appliance(9)))],
         vec![Change::Allocation(Box::new(second.clone())), Change::AllocationGone(first.id)],
@@ -20,7 +22,14 @@ pub(crate) fn what_is_committed_is_there_after_reopening<S: MetadataStore>(mut o
     store.commit(&batches).unwrap();
     drop(store);
     let mut store = open();
-    let left = Loaded { allocations: vec![second], appliances: vec![appliance(9)], ..Loaded::default() };
+    // Each batch counts, across lives.
+    let state = MetadataState { number: first_state.number + 2, ..first_state };
+    let left = Loaded {
+        allocations: vec![second],
+        appliances: vec![appliance(9)],
+        state: Some(state),
+        ..Loaded::default()
+    };
     assert_eq!(store.load().unwrap(), left);
     store.commit(&[vec![Change::ApplianceGone(appliance(9).info.id)]]).unwrap();
     assert!(store.load().unwrap().appliances.is_empty());

@@ -1,32 +1,51 @@
 //! The thread that writes: batches that wait while one commit is on its way to the disk share the
 //! next one.
+//!
+//! Where a commit fails in a way that passes (a full disk, etcd out of reach), the same batches are tried again until they
+//! are durable, and whoever asked is told meanwhile.
 
 use std::io;
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::thread::{self, JoinHandle};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread;
+use std::time::Duration;
 
 use super::{Batch, MetadataStore, StoreError};
 
 /// Most batches of one commit, so that the first of them does not wait without limit.
 const BATCHES_MAX: usize = 1024;
 
+/// Pause before a commit is tried again.
+const PAUSE: Duration = Duration::from_millis(300);
+/// How long a writer that is dropped waits for what it was handed.
+const END_LIMIT: Duration = Duration::from_secs(4);
+
 type Done = Box<dyn FnOnce(Result<(), StoreError>) + Send>;
 
+/// Is told why nothing can be written now, and, with none, that it can again.
+pub type Tell = Box<dyn Fn(Option<String>) + Send>;
+
 /// Hands batches to the thread that owns the store. Dropping it waits for all that were handed
-/// over.
+/// over, but not for long: what is away then stays undone, as after a crash.
 #[derive(Debug)]
 pub struct Writer {
     queue: Option<Sender<(Batch, Done)>>,
-    thread: Option<JoinHandle<()>>,
+    /// Tries are given up when this is dropped.
+    stop: Option<Sender<()>>,
+    /// Closed when the thread has ended.
+    ended: Receiver<()>,
 }
 
 impl Writer {
     /// Starts the thread.
-    pub fn start(store: impl MetadataStore) -> io::Result<Writer> {
+    pub fn start(store: impl MetadataStore, tell: Tell) -> io::Result<Writer> {
         let (queue, waiting) = channel();
-        let thread =
-            thread::Builder::new().name("metadata".to_owned()).spawn(move || run(store, &waiting))?;
-        Ok(Writer { queue: Some(queue), thread: Some(thread) })
+        let (stop, stopped) = channel();
+        let (running, ended) = channel();
+        thread::Builder::new().name("metadata".to_owned()).spawn(move || {
+            run(store, &waiting, &stopped, &tell);
+            drop(running);
+        })?;
+        Ok(Writer { queue: Some(queue), stop: Some(stop), ended })
     }
 
     /// Queues a batch; does not block. `done` is called when it is durable, or with the error of
@@ -43,19 +62,22 @@ impl Writer {
 
 impl Drop for Writer {
     fn drop(&mut self) {
-        self.queue = None;
-        if let Some(thread) = self.thread.take() {
-            // A panic of the thread was printed already.
-            let _ = thread.join();
-        }
+        (self.queue, self.stop) = (None, None);
+        // Not joined: a thread that waits for etcd, or for a disk that hangs, would keep the process from ending.
+        let _ = self.ended.recv_timeout(END_LIMIT);
     }
 }
 
-fn run(mut store: impl MetadataStore, waiting: &Receiver<(Batch, Done)>) {
+fn run(
+    mut store: impl MetadataStore,
+    waiting: &Receiver<(Batch, Done)>,
+    stopped: &Receiver<()>,
+    tell: &Tell,
+) {
     while let Ok(first) = waiting.recv() {
         let (batches, dones): (Vec<Batch>, Vec<Done>) =
             std::iter::once(first).chain(waiting.try_iter().take(BATCHES_MAX - 1)).unzip();
-        match store.commit(&batches) {
+        match commit(&mut store, &batches, stopped, tell) {
             Ok(()) => dones.into_iter().for_each(|done| done(Ok(()))),
             Err(error) => {
                 // One report is enough: whoever gets it ends the program.
@@ -68,9 +90,39 @@ fn run(mut store: impl MetadataStore, waiting: &Receiver<(Batch, Done)>) {
     }
 }
 
+/// Commits, however long that takes while it may still succeed.
+fn commit(
+    store: &mut impl MetadataStore,
+    batches: &[Batch],
+    stopped: &Receiver<()>,
+    tell: &Tell,
+) -> Result<(), StoreError> {
+    let mut told = None;
+    let mut done = store.commit(batches);
+    loop {
+        let Err(error) = done else {
+            if told.is_some() {
+                tell(None);
+            }
+            return Ok(());
+        };
+        let Some(why) = error.passing() else { return Err(error) };
+        if told.as_ref() != Some(&why) {
+            tell(Some(why.clone()));
+            told = Some(why);
+        }
+        if stopped.recv_timeout(PAUSE) == Err(RecvTimeoutError::Disconnected) {
+            return Err(error);
+        }
+        done = store.reopen().and_then(|()| store.commit(batches));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::mpsc;
+
+    use xpm_protocol::api::decision::Decision;
 
     use super::super::{Decisions, Loaded};
     use super::*;
@@ -86,6 +138,10 @@ mod tests {
     impl MetadataStore for Gated {
         fn load(&mut self) -> Result<Loaded, StoreError> {
             Ok(Loaded::default())
+        }
+
+        fn all_decisions(&mut self) -> Result<Vec<(u64, Decision)>, StoreError> {
+            Ok(Vec::new())
         }
 
         fn decisions(&self) -> Box<dyn Decisions> {
@@ -110,7 +166,7 @@ mod tests {
         let (commits, sizes) = mpsc::channel();
         let (permit, leave) = mpsc::channel();
         let (order, done) = mpsc::channel();
-        let writer = Writer::start(Gated { commits, leave }).unwrap();
+        let writer = Writer::start(Gated { commits, leave }, Box::new(|_| {})).unwrap();
         for number in 0..10 {
             let order = order.clone();
             writer
@@ -131,12 +187,52 @@ mod tests {
         let (commits, sizes) = mpsc::channel();
         let (permit, leave) = mpsc::channel();
         let (report, reports) = mpsc::channel();
-        let writer = Writer::start(Gated { commits, leave }).unwrap();
+        let writer = Writer::start(Gated { commits, leave }, Box::new(|_| {})).unwrap();
         permit.send(false).unwrap();
         writer.write(batch(1), Box::new(move |result| report.send(result.is_err()).unwrap()));
         assert!(reports.recv().unwrap());
         writer.write(batch(2), Box::new(|_| panic!("it is not called")));
         drop(writer);
         assert_eq!(sizes.iter().collect::<Vec<_>>(), [1]);
+    }
+
+    /// Has no room the first times.
+    struct Full(u32);
+
+    impl MetadataStore for Full {
+        fn load(&mut self) -> Result<Loaded, StoreError> {
+            Ok(Loaded::default())
+        }
+
+        fn all_decisions(&mut self) -> Result<Vec<(u64, Decision)>, StoreError> {
+            Ok(Vec::new())
+        }
+
+        fn decisions(&self) -> Box<dyn Decisions> {
+            panic!("no test of the writer reads decisions")
+        }
+
+        fn commit(&mut self, _: &[Batch]) -> Result<(), StoreError> {
+            self.0 = self.0.saturating_sub(1);
+            match self.0 {
+                0 => Ok(()),
+                _ => Err(StoreError::Full { why: "full".into() }),
+            }
+        }
+    }
+
+    #[test]
+    fn what_has_no_room_is_written_when_there_is_some() {
+        let (news, told) = mpsc::channel();
+        let (order, done) = mpsc::channel();
+        let writer = Writer::start(Full(3), Box::new(move |why| news.send(why).unwrap())).unwrap();
+        writer.write(batch(1), Box::new(move |result| order.send(result.is_ok()).unwrap()));
+        assert_eq!(told.recv().unwrap().as_deref(), Some("full"));
+        assert_eq!(told.recv().unwrap(), None);
+        assert!(done.recv().unwrap());
+        let writer = Writer::start(Full(u32::MAX), Box::new(|_| {})).unwrap();
+        writer.write(batch(1), Box::new(|_| {}));
+        // It is not waited for without end.
+        drop(writer);
     }
 }

@@ -104,7 +104,8 @@ impl Follow {
         match orders.change {
             Some(change) if !change.switched => self.carry_out(change).await,
             Some(_) => self.catch_up().await,
-            None if orders.version != self.version() => self.catch_up().await,
+            // A map of ours that is newer wins over an allocator whose metadata are of yesterday.
+            None if orders.version > self.version() => self.catch_up().await,
             None => {}
         }
     }
@@ -185,6 +186,12 @@ impl Follow {
     async fn catch_up(&mut self) {
         let Ok(map) = self.owner.own(&self.name, "a mapping".to_owned(), false).await else { return };
         let number = map.version;
+        if number < self.version() {
+            return tracing::error!(
+                "the allocator has an older map of allocation {}: its metadata are of yesterday; ours stays",
+                self.name
+            );
+        }
         if number != self.version() {
             let volume = self.volume.clone();
             let turned = blocking(move || volume.change(&map, &[], CONNECT_LIMIT).map(Change::switch));

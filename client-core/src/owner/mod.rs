@@ -5,13 +5,15 @@ mod follow;
 mod guard;
 mod mover;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use xpm_control::client::{Client, ClientError};
 use xpm_control::error_line;
+use xpm_control::known::KnownMetadata;
 use xpm_control::token::Token;
 use xpm_protocol::api::ErrorKind;
-use xpm_protocol::api::allocator::{Allocation, Attach, Event, Map, Orders, Report, SlabMap};
+use xpm_protocol::api::allocator::{Allocation, Attach, Event, Map, MetadataState, Orders, Report, SlabMap};
 use xpm_protocol::{ClientId, GrantId, HostId, Life, Name};
 
 pub(crate) use self::follow::Follower;
@@ -47,6 +49,8 @@ pub struct Owner {
     /// The life of the client that this is: the allocator lets one life own an allocation at a time. None: it is not known, so
     /// that the client's id alone counts.
     pub life: Option<Life>,
+    /// The newest state of the allocator's metadata that it heard of.
+    pub known: Arc<KnownMetadata>,
 }
 
 impl Owner {
@@ -118,7 +122,14 @@ impl Owner {
     /// # Errors
     /// As of [`Owner::own`].
     pub async fn orders(&self, name: &Name) -> Result<Orders, ClientError> {
-        self.allocator.get(&self.path(&format!("/v1/allocations/{name}/orders/{}", self.client))).await
+        let mut path = self.path(&format!("/v1/allocations/{name}/orders/{}", self.client));
+        if let Some(MetadataState { pool, number }) = self.known.get() {
+            let more = if path.contains('?') { '&' } else { '?' };
+            path = format!("{path}{more}pool={pool}&number={number}");
+        }
+        let orders: Orders = self.allocator.get(&path).await?;
+        self.known.hear(orders.metadata);
+        Ok(orders)
     }
 
     /// The same, with the grants that appliances refuse to this owner: the allocator asks those appliances at once.
@@ -137,9 +148,10 @@ impl Owner {
     /// # Errors
     /// As of [`Owner::own`].
     pub async fn say(&self, name: &Name, report: &Report) -> Result<Orders, ClientError> {
-        self.allocator
-            .post(&self.path(&format!("/v1/allocations/{name}/orders/{}", self.client)), report)
-            .await
+        let path = self.path(&format!("/v1/allocations/{name}/orders/{}", self.client));
+        let orders: Orders = self.allocator.post(&path, report).await?;
+        self.known.hear(orders.metadata);
+        Ok(orders)
     }
 
     /// Says something that the allocator has to hear. None where it answers that the allocation is not this owner's.

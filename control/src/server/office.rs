@@ -30,6 +30,8 @@ pub enum Duty {
     },
     /// It sends everybody to this one, if it knows one that leads.
     Follow(Option<String>),
+    /// It cannot lead now, and says why.
+    Wait(String),
 }
 
 impl fmt::Debug for Duty {
@@ -37,6 +39,7 @@ impl fmt::Debug for Duty {
         match self {
             Duty::Lead { .. } => f.write_str("Lead"),
             Duty::Follow(leader) => f.debug_tuple("Follow").field(leader).finish(),
+            Duty::Wait(why) => f.debug_tuple("Wait").field(why).finish(),
         }
     }
 }
@@ -51,7 +54,7 @@ impl Office {
     pub fn set(&self, duty: Duty) {
         let duty = match duty {
             Duty::Lead { routes, holds } => Duty::Lead { routes: complete(routes), holds },
-            follow @ Duty::Follow(_) => follow,
+            other @ (Duty::Follow(_) | Duty::Wait(_)) => other,
         };
         // Nothing panics while it holds the lock.
         *self.0.write().unwrap_or_else(PoisonError::into_inner) = duty;
@@ -61,7 +64,7 @@ impl Office {
     pub async fn answers(&self, path: &'static str) -> bool {
         match self.duty() {
             Duty::Lead { routes, holds } if holds() => super::answers(routes, path).await,
-            Duty::Lead { .. } | Duty::Follow(_) => true,
+            Duty::Lead { .. } | Duty::Follow(_) | Duty::Wait(_) => true,
         }
     }
 
@@ -91,7 +94,11 @@ impl Duty {
                 let answered = TowerToHyperService::new(routes).call(request).await;
                 answered.unwrap_or_else(|never| match never {})
             }
-            Duty::Lead { .. } | Duty::Follow(None) => refusal(
+            Duty::Lead { .. } => refusal(
+                "this allocator waits for its metadata store, which does not answer: try again in some seconds",
+            ),
+            Duty::Wait(why) => refusal(&format!("{why}: try again in some seconds")),
+            Duty::Follow(None) => refusal(
                 "this allocator does not lead, and none is known that does: try another one, or this one again in some \
                  seconds",
             ),

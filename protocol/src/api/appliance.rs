@@ -27,6 +27,7 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::allocator::MetadataState;
 use crate::policy::Labels;
 use crate::speed::LinkSpeed;
 use crate::text;
@@ -129,6 +130,9 @@ pub struct Status {
     /// damaged. Lines stay as long as they are true; the allocator tells an event for each new one.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
+    /// The newest state of an allocator's metadata that it heard of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metadata: Option<MetadataState>,
 }
 
 /// Counters of the data plane since the daemon started; bytes where the name says so.

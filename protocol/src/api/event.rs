@@ -82,6 +82,12 @@ kinds! {
     HoursEnded = "hours-ended";
     /// The end of an allocation moved, by time that does not count.
     LeaseMoved = "lease-moved";
+    /// The metadata are older than what appliances or owners heard of: nothing is judged or changed.
+    MetadataBehind = "metadata-behind";
+    /// The metadata cannot be written: the allocator answers, and changes nothing.
+    MetadataReadOnly = "metadata-read-only";
+    /// The metadata can be written again.
+    MetadataWritable = "metadata-writable";
     /// The clock of the allocator's machine jumped: nothing is judged by it yet.
     ClockJumped = "clock-jumped";
     /// The clock is right again.

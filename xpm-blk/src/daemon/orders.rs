@@ -52,7 +52,8 @@ impl Daemon {
         }
         match orders.change {
             Some(change) => self.carry_out(&attached, change).await,
-            None if orders.version != attached.record().map.version => self.catch_up(&attached).await,
+            // A map of ours that is newer wins over an allocator whose metadata are of yesterday.
+            None if orders.version > attached.record().map.version => self.catch_up(&attached).await,
             None => {}
         }
     }
@@ -111,6 +112,11 @@ impl Daemon {
         // The order to take it by force was for the moment of the attach.
         let request = AttachDevice { force: false, lose: false, ..record.request.clone() };
         let Ok(map) = self.own(&request).await else { return };
+        if map.version < record.map.version {
+            return tracing::error!(
+                "the allocator has an older map of allocation {name}: its metadata are of yesterday; ours stays"
+            );
+        }
         let (daemon, attached_too) = (Arc::clone(self), Arc::clone(attached));
         let number = map.version;
         let turned = blocking(move || {

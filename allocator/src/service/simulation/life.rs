@@ -246,7 +246,7 @@ impl Life {
                 }
                 return;
             }
-            None => Request::Orders { name: name(), client: id },
+            None => Request::Orders { name: name(), client: id, known: None },
         };
         self.ask_of(client, request);
     }

@@ -37,7 +37,7 @@ fn ask(world: &mut World, life: Life, request: Request) -> Result<u64, ErrorKind
 }
 
 fn orders() -> Request {
-    Request::Orders { name: "a".parse().unwrap(), client: ClientId::from_u128(1) }
+    Request::Orders { name: "a".parse().unwrap(), client: ClientId::from_u128(1), known: None }
 }
 
 fn owned() -> World {

@@ -93,7 +93,7 @@ impl World {
                 let (name, client) = (name(of).parse().unwrap(), ClientId::from_u128(client.into()));
                 self.ask(match report(number, what) {
                     Some(report) => Request::Report { name, client, report },
-                    None => Request::Orders { name, client },
+                    None => Request::Orders { name, client, known: None },
                 });
             }
             Move::Drain(one, begins) => {

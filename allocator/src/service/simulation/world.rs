@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use xpm_control::server::ApiError;
 use xpm_protocol::api::ErrorKind;
-use xpm_protocol::api::allocator::{Heartbeat, Map};
+use xpm_protocol::api::allocator::{Behind, Heartbeat, Map, MetadataState};
 use xpm_protocol::api::appliance::{Copy, Digest};
 use xpm_protocol::{ApplianceId, ByteSize, ClientId, GrantId};
 
@@ -39,6 +39,8 @@ pub(super) struct World {
     pub(super) appliances: BTreeMap<ApplianceId, Appliance>,
     /// Calls that were given up and are still on their way.
     late: Vec<(ApplianceId, Call)>,
+    /// The newest state of the metadata that appliances heard of.
+    heard: Option<MetadataState>,
     /// How often the disk was lost. From then on records may be without the keys of their epoch, until the next one.
     losses: u8,
     /// What the service wants done and is not done yet.
@@ -57,6 +59,7 @@ impl World {
             clock_ahead: 0,
             appliances: BTreeMap::new(),
             late: Vec::new(),
+            heard: None,
             losses: 0,
             pending: VecDeque::new(),
             asked: 0,
@@ -92,12 +95,14 @@ impl World {
 
     /// Every appliance that is there sends its heartbeat.
     fn beat(&mut self) {
-        let now = self.now;
+        let (now, heard) = (self.now, self.heard);
         let here = self.appliances.values_mut().filter(|one| !one.away);
         let beats: Vec<Heartbeat> = here
             .map(|one| {
                 one.expire(now);
-                one.heartbeat()
+                let mut heartbeat = one.heartbeat();
+                heartbeat.status.metadata = heard;
+                heartbeat
             })
             .collect();
         for heartbeat in beats {
@@ -111,6 +116,12 @@ impl World {
         match effect {
             Effect::Reply(reply, result) => {
                 assert!(self.open.remove(&reply), "{reply:?} was answered already");
+                if let Ok(Outcome::Heartbeat(answer)) = &result {
+                    let older = |ours: MetadataState| {
+                        answer.metadata.is_some_and(|new| ours.is_behind(&new) || ours.pool != new.pool)
+                    };
+                    self.heard = if self.heard.is_none_or(older) { answer.metadata } else { self.heard };
+                }
                 self.answers.insert(reply, result);
             }
             Effect::Store(ticket, batch) => {
@@ -234,7 +245,8 @@ impl World {
             Ok(())
         };
         let (allocations, _) = told.put_together(self.now.as_secs(), &mut dice).unwrap();
-        self.durable = MemoryStore::of(Loaded { allocations, ..Loaded::default() });
+        let state = self.heard.map(|heard| MetadataState { number: heard.number + 1, ..heard });
+        self.durable = MemoryStore::of(Loaded { allocations, state, ..Loaded::default() });
         self.crash(false);
         self.beat();
         self.finish();
@@ -270,6 +282,7 @@ impl World {
 
     pub(super) fn check(&mut self) {
         assert!(self.open.is_empty(), "without an answer: {:?}", self.open);
+        assert_eq!(self.behind(), None, "the metadata are the newest");
         let loaded = self.durable.load().unwrap();
         let mut granted = 0;
         for record in &loaded.allocations {
@@ -295,6 +308,14 @@ impl World {
         assert_eq!(grants, granted, "a grant that no record has");
         for one in self.appliances.values() {
             assert!(one.regions.values().all(|region| region.grant.is_some()), "a reservation stayed");
+        }
+    }
+
+    /// That the service says that its metadata are of yesterday.
+    pub(super) fn behind(&mut self) -> Option<Behind> {
+        match self.answer(Request::Status).unwrap() {
+            Outcome::Status(status) => status.behind,
+            other => panic!("{other:?}"),
         }
     }
 

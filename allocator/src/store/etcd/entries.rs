@@ -10,6 +10,8 @@ use xpm_protocol::policy::Documents;
 
 pub(super) const SCHEMA_KEY: &str = "meta/schema";
 pub(super) const REVISION_KEY: &str = "meta/revision";
+pub(super) const POOL_KEY: &str = "meta/pool";
+pub(super) const NUMBER_KEY: &str = "meta/number";
 pub(super) const ALIVE_KEY: &str = "meta/alive";
 pub(super) const SEQUENCE_KEY: &str = "meta/sequence";
 pub(super) const ALLOCATIONS: &str = "allocations/";
@@ -102,6 +104,10 @@ impl Entries {
             Change::Alive(unix) => self.put(ALIVE_KEY.to_owned(), unix.to_string()),
             Change::Event(event) => self.put(event_key(event.number), encode(event)?),
             Change::EventGone(number) => self.remove(event_key(*number)),
+            Change::State(state) => {
+                self.put(POOL_KEY.to_owned(), state.pool.to_string());
+                self.put(NUMBER_KEY.to_owned(), state.number.to_string());
+            }
             Change::DecisionsBefore(_) => {}
         }
         Ok(())

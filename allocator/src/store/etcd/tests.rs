@@ -111,7 +111,7 @@ fn the_next_leader_finishes_a_complete_journal_and_drops_another() {
     let term = scene.win(&election);
     let mut store = scene.open(&election, &term).unwrap();
     store.commit(&[batch(1, "a")]).unwrap();
-    let part = |number, name| {
+    let mut part = |number, name| {
         let entries = store.entries(&batch(number, name)).unwrap();
         serde_json::to_string(&entries.into_all()).unwrap()
     };

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Endpoints, Map};
+use super::{Endpoints, Map, MetadataState};
 use crate::units::{ByteSize, Span};
 use crate::{ClientId, Epoch, GrantId, Name};
 
@@ -141,6 +141,9 @@ pub struct Orders {
     /// Where each grant of the map is reached now, for an owner whose map has an older address.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub endpoints: BTreeMap<GrantId, Endpoints>,
+    /// The newest state of the allocator's metadata that is durable.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metadata: Option<MetadataState>,
 }
 
 /// A change of where an allocation lies, which its owner carries out.

@@ -16,7 +16,7 @@
 //! | `PUT /v1/allocations/{name}/size` | [`Resize`] | [`Allocation`] |
 //! | `PUT /v1/allocations/{name}/name` | [`Rename`] | [`Allocation`]; refused while a client uses it |
 //! | `POST /v1/allocations/{name}/transfer` | [`Transfer`] | [`Allocation`] |
-//! | `GET /v1/allocations/{name}/orders/{client}?refused=GRANT,GRANT` | | [`Orders`]: what the owner is to do; the appliances of grants that refuse the owner are asked at once what they have |
+//! | `GET /v1/allocations/{name}/orders/{client}?refused=GRANT,GRANT&pool=ID&number=N` | | [`Orders`]: what the owner is to do; the appliances of grants that refuse the owner are asked at once what they have; `pool` and `number` are the newest [`MetadataState`] that it heard of |
 //! | `POST /v1/allocations/{name}/orders/{client}` | [`Report`] | [`Orders`] |
 //! | `POST /v1/appliances/{id}/drain` | [`Drain`] | [`Appliance`] |
 //! | `DELETE /v1/appliances/{id}/drain` | | nothing; what has moved stays where it is |
@@ -43,6 +43,7 @@
 //! first one is heard, or connected to an appliance of it.
 
 mod change;
+mod metadata;
 mod slabs;
 
 use std::collections::BTreeMap;
@@ -64,6 +65,7 @@ pub use self::change::{
     ChangeKind, ChangeState, Drain, DrainState, HandOver, MapChange, Orders, Pause, PlannedMove, Rebalance,
     RebalancePlan, Rename, Report, Resize, Transfer,
 };
+pub use self::metadata::{Behind, MetadataState};
 pub use self::slabs::{NAMED_SLAB_LEN_MIN, NAMED_SLABS_MAX, SlabMap, SlabPlace};
 
 /// What an appliance sends at first and then regularly: registration and heartbeat are one, so
@@ -81,6 +83,9 @@ pub struct Heartbeat {
 pub struct HeartbeatAnswer {
     /// When the next one is expected.
     pub interval: Span,
+    /// The newest state of the allocator's metadata that is durable.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metadata: Option<MetadataState>,
 }
 
 /// An appliance as the allocator sees it.
@@ -552,4 +557,13 @@ pub struct Status {
     /// What is wrong, or worth knowing, of the pool and of what lies on it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub problems: Vec<Problem>,
+    /// The newest state of its metadata that is durable.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metadata: Option<MetadataState>,
+    /// That its metadata are of yesterday: it judges and changes nothing, and refuses every question about one allocation.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub behind: Option<Behind>,
+    /// Why its metadata cannot be written now: it answers, and changes nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub read_only: Option<String>,
 }
