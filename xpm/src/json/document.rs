@@ -274,9 +274,8 @@ fn word(kind: &str) -> String {
         _ if kind.contains("::") || kind.chars().next().is_some_and(char::is_lowercase) => {
             kind.rsplit("::").next().unwrap_or(kind).to_owned()
         }
-        "String" | "Name" | "PathBuf" | "SocketAddr" | "Form" | "TransportKind" | "LinkSpeed" | "HostId" => {
-            "text".to_owned()
-        }
+        "String" | "Name" | "Life" | "PathBuf" | "SocketAddr" | "Form" | "TransportKind" | "LinkSpeed"
+        | "HostId" => "text".to_owned(),
         _ if kind.ends_with("Id") => "text".to_owned(),
         _ => kind.trim_start_matches("&'static ").replace("str", "text"),
     }
