@@ -75,8 +75,11 @@ pub(crate) fn documented(value: Value) -> Value {
 fn object_with_units(object: Map<String, Value>) -> Map<String, Value> {
     // Of a rejected appliance, `most` is a time where its round trip is too long.
     let nanos = object.get("reason").is_some_and(|reason| reason == "too-slow");
+    // Of metadata that are behind, `heard` is the number of a state, and no moment.
+    let counted = object.contains_key("who");
     let with_unit = |(key, value): (String, Value)| match (key.as_str(), value) {
         ("round_trips", value) => ("round_trips_ns".to_owned(), value),
+        ("heard", value) if counted => ("heard".to_owned(), value),
         ("round_trip" | "most", value) if nanos => (format!("{key}_ns"), value),
         ("some_avg10", Value::Number(hundredths)) => {
             ("some_avg10_percent".to_owned(), json!(hundredths.as_f64().unwrap_or(0.0) / 100.0))

@@ -42,6 +42,7 @@ const TYPES: &[(&str, &[&str])] = &[
         &["ChangeState", "ChangeKind", "DrainState", "RebalancePlan", "PlannedMove"],
     ),
     ("protocol/src/api/allocator/slabs.rs", &["SlabMap", "SlabPlace"]),
+    ("protocol/src/api/allocator/metadata.rs", &["MetadataState", "Behind"]),
     ("protocol/src/layout.rs", &["Layout"]),
     ("protocol/src/api/appliance.rs", &["Info", "Endpoints", "Medium", "Status", "Counters"]),
     (
