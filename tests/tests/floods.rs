@@ -113,7 +113,6 @@ fn half_open_handshakes_keep_no_client_out() {
     cluster.restart_appliance(0);
     let output = std::process::Command::new("qemu-io").args(["-f", "raw", &uri, "-c", "write 0 1M"]).output();
     assert!(output.expect("qemu-io starts").status.success());
-    cluster.attach("w", "16MiB", &[], "nbd-tcp");
     // Those that the restart had closed are there again.
     wait_until("the flood is there again", || flood.begun() >= 9_000);
     let record = std::fs::read_to_string(cluster.dir().join("blk/devices/v.json")).expect("a record");
