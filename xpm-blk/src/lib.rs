@@ -20,6 +20,7 @@ pub mod standby;
 mod export;
 mod identity;
 mod links;
+mod owed;
 mod records;
 mod show;
 mod sysfs;

@@ -3,6 +3,7 @@
 //! * `client-id`: who this client is to the allocator.
 //! * `identity.json`: the machine and the installation that it was last used on and by, and the number of the last life.
 //! * `devices/NAME.json`: each allocation that is shown, with its map. Holds keys: mode 0600.
+//! * `owed/NAME.json`: an allocation that is detached and that the allocator does not know of yet; see [`crate::owed`].
 //! * `lock`: held by the process that uses the directory.
 //!
 //! A file is written beside its place, synced and renamed over it, so that it is whole at any time.

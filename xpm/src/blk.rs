@@ -3,14 +3,14 @@
 use anyhow::Context as _;
 use serde::Serialize;
 use xpm_protocol::api::blk::{
-    AttachDevice, Device, DeviceState, Form, LinkState, LinkStatus, SocketPlace, TransportKind,
+    AttachDevice, Device, DeviceState, Form, LinkState, LinkStatus, Owed, SocketPlace, TransportKind,
 };
 use xpm_protocol::{ByteSize, Name};
 
 use crate::cli::{AttachArgs, BlkCommand};
-use crate::connect::Daemons;
+use crate::connect::{Daemon, Daemons};
 use crate::listing::{Cell, Column, Listing};
-use crate::output::Output;
+use crate::output::{self, Output};
 use crate::table::{Table, fields};
 use crate::{age, attach};
 
@@ -28,7 +28,11 @@ pub(crate) async fn run(command: BlkCommand, daemons: &Daemons, output: Output) 
             output.hint(&next_steps(&device));
             Ok(())
         }
-        BlkCommand::List(args) => LISTING.print(blk.devices().await?, &args, output),
+        BlkCommand::List(args) => {
+            LISTING.print(blk.devices().await?, &args, output)?;
+            warn_of_debts(&blk).await;
+            Ok(())
+        }
         BlkCommand::Show { name } => {
             let device: Device = blk.get(&format!("/v1/devices/{name}")).await?;
             output.print(&device, show)
@@ -38,8 +42,19 @@ pub(crate) async fn run(command: BlkCommand, daemons: &Daemons, output: Output) 
             blk.delete(&format!("/v1/devices/{name}{query}"))
                 .await
                 .with_context(|| format!("cannot detach `{name}`"))?;
+            warn_of_debts(&blk).await;
             output.print(&Detached { detached: name }, |_| String::new())
         }
+    }
+}
+
+/// Says which allocations are detached here and are not given back yet; nothing where xpm-blk does not say.
+async fn warn_of_debts(blk: &Daemon) {
+    let Ok(status) = blk.blk_status().await else { return };
+    for Owed { allocation, reason, .. } in &status.owed {
+        output::warn(&format!(
+            "`{allocation}` is detached here, and the allocator does not know yet ({reason}): it is told when it answers"
+        ));
     }
 }
 

@@ -316,6 +316,20 @@ pub struct Status {
     /// The process that goes on when this one dies; none of a daemon that has no such thing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub standby: Option<Standby>,
+    /// Allocations that were detached here while the allocator did not answer: it is told when it does.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub owed: Vec<Owed>,
+}
+
+/// An allocation that is to be given back.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Owed {
+    /// Its name.
+    pub allocation: Name,
+    /// Since when, seconds since 1970.
+    pub since: u64,
+    /// Why the allocator does not have it yet; empty before it was asked.
+    pub reason: String,
 }
 
 /// A process that goes on when the one that serves dies.

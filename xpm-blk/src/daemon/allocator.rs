@@ -1,13 +1,17 @@
 //! What the daemon asks of the allocator: to own an allocation, and to own it no more.
 
+use std::sync::PoisonError;
+
 use xpm_control::client::ClientError;
 use xpm_control::error_line;
 use xpm_protocol::Name;
+use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::Map;
 use xpm_protocol::api::blk::AttachDevice;
 
 use super::Daemon;
 use crate::error::DeviceError;
+use crate::owed::Debts;
 
 impl Daemon {
     pub(super) async fn own(&self, request: &AttachDevice) -> Result<Map, DeviceError> {
@@ -33,13 +37,69 @@ impl Daemon {
         false
     }
 
-    /// Gives an allocation back. What cannot be reached is logged only: the allocation stays ours
-    /// there, which harms nobody, and can be taken with force.
-    pub(super) async fn disown(&self, name: &Name) {
-        if let Err(error) = self.owner.disown(name).await {
-            tracing::warn!("allocation {name} could not be given back: {}", error_line(&error));
+    /// Becomes the owner for a device that is not shown yet. What was owed of it is not owed any more.
+    pub(super) async fn own_anew(&self, request: &AttachDevice) -> Result<Map, DeviceError> {
+        let mut debts = self.debts.lock().await;
+        let map = self.own(request).await?;
+        debts.settle(&request.name);
+        self.show_debts(&debts);
+        Ok(map)
+    }
+
+    /// Notes that an allocation is to be given back: from now on it is, whatever dies.
+    pub(super) async fn owe(&self, name: &Name) {
+        let mut debts = self.debts.lock().await;
+        if let Err(error) = debts.add(name) {
+            tracing::warn!(
+                "allocation {name} stays this client's if the allocator does not answer now: {error}"
+            );
+        }
+        self.show_debts(&debts);
+    }
+
+    /// Gives an allocation back that is owed. Where the allocator does not answer, it is told later.
+    pub(super) async fn give_back(&self, name: &Name) {
+        let mut debts = self.debts.lock().await;
+        self.deliver(&mut debts, name).await;
+        self.show_debts(&debts);
+    }
+
+    /// Gives back what is owed of allocations that have no device here.
+    pub(super) async fn give_all_back(&self) {
+        let mut debts = self.debts.lock().await;
+        for name in debts.names() {
+            if !self.slots().contains_key(&name) {
+                self.deliver(&mut debts, &name).await;
+            }
+        }
+        self.show_debts(&debts);
+    }
+
+    async fn deliver(&self, debts: &mut Debts, name: &Name) {
+        let error = match self.owner.disown(name).await {
+            Ok(()) => return debts.settle(name),
+            // There is nothing to give back.
+            Err(error) if is_settled(error.kind()) => {
+                tracing::warn!("allocation {name} is not given back: {}", error_line(&error));
+                return debts.settle(name);
+            }
+            Err(error) => error_line(&error),
+        };
+        if debts.explain(name, error.clone()) || !debts.has(name) {
+            tracing::warn!(
+                "allocation {name} could not be given back: {error}; it is when the allocator answers"
+            );
         }
     }
+
+    pub(super) fn show_debts(&self, debts: &Debts) {
+        *self.owed.lock().unwrap_or_else(PoisonError::into_inner) = debts.shown();
+    }
+}
+
+/// Whether a refusal says what holds, so that asking again brings nothing else.
+const fn is_settled(kind: ErrorKind) -> bool {
+    matches!(kind, ErrorKind::NotFound | ErrorKind::Conflict | ErrorKind::Invalid | ErrorKind::Denied)
 }
 
 fn refused(error: &ClientError) -> DeviceError {

@@ -64,7 +64,7 @@ impl Daemon {
     async fn attach_reserved(self: &Arc<Daemon>, mut request: AttachDevice) -> Result<Device, DeviceError> {
         let form = request.form.clone();
         blocking(move || check_support(&form)).await?;
-        let map = self.own(&request).await?;
+        let map = self.own_anew(&request).await?;
         // It was meant for this time: a copy of the record must not take the allocation from anybody.
         (request.force, request.lose) = (false, false);
         if let Some(slab) = map.slabs.slabs.keys().next() {
@@ -73,7 +73,8 @@ impl Daemon {
                  program that made them, or use another allocation",
                 request.name
             );
-            self.disown(&request.name).await;
+            self.owe(&request.name).await;
+            self.give_back(&request.name).await;
             return Err(DeviceError::new(ErrorKind::Conflict, line));
         }
         let session = xpm_control::random::u128().at("make a session number")?;
@@ -82,7 +83,8 @@ impl Daemon {
         match self.show(record, Readiness::Required).await {
             Ok(attached) => Ok(self.view_of(&attached)),
             Err(error) => {
-                self.disown(&name).await;
+                self.owe(&name).await;
+                self.give_back(&name).await;
                 Err(error)
             }
         }

@@ -41,9 +41,10 @@ impl Daemon {
             }
         }
         drop(before);
+        self.owe(name).await;
         let (daemon, record) = (Arc::clone(self), name.clone());
         let removed = blocking(move || daemon.records.remove(&record)).await;
-        self.disown(name).await;
+        self.give_back(name).await;
         self.set(name, None);
         tracing::info!("allocation {name} is no longer shown");
         removed

@@ -21,6 +21,7 @@ const TELL_EVERY: Duration = Duration::from_secs(300);
 pub(crate) async fn run(daemon: Arc<Daemon>) {
     let mut told: Option<Instant> = None;
     loop {
+        daemon.give_all_back().await;
         daemon.look_for_ends().await;
         daemon.look_for_orders();
         if told.is_none_or(|told| told.elapsed() >= TELL_EVERY) && daemon.tell_facts().await {

@@ -21,7 +21,7 @@ use xpm_client::owner::Owner;
 use xpm_protocol::Name;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::Ending;
-use xpm_protocol::api::blk::{Form, Status};
+use xpm_protocol::api::blk::{Form, Owed, Status};
 use xpm_protocol::units::Span;
 use xpm_safety as safety;
 use xpm_transport::nbd::server::Server;
@@ -29,6 +29,7 @@ use xpm_transport::nbd::server::Server;
 use crate::config::Config;
 use crate::error::DeviceError;
 use crate::frontend::{self, Shown};
+use crate::owed::Debts;
 use crate::records::{Record, Records};
 use crate::standby::keeper::Keeper;
 
@@ -44,6 +45,10 @@ pub struct Daemon {
     endings: Mutex<BTreeMap<Name, Ending>>,
     /// Allocations that this life told the allocator that it has: none, or why the allocator did not take that.
     registered: Mutex<BTreeMap<Name, Option<String>>>,
+    /// What is to be given back. Held while the allocator is told of it, or of the opposite.
+    debts: tokio::sync::Mutex<Debts>,
+    /// The same, for those who look.
+    owed: Mutex<Vec<Owed>>,
     /// Allocations whose orders are being carried out.
     obeying: Mutex<BTreeSet<Name>>,
     started: Instant,
@@ -143,6 +148,7 @@ impl Attached {
 
 impl Daemon {
     pub(crate) fn new(parts: Parts) -> Daemon {
+        let state = parts.config.state.clone();
         let Parts { config, owner, records, keeper, server } = parts;
         Daemon {
             config,
@@ -152,6 +158,8 @@ impl Daemon {
             server,
             slots: Mutex::new(BTreeMap::new()),
             endings: Mutex::new(BTreeMap::new()),
+            debts: tokio::sync::Mutex::new(Debts::none(&state)),
+            owed: Mutex::default(),
             registered: Mutex::default(),
             obeying: Mutex::default(),
             started: Instant::now(),
@@ -169,6 +177,7 @@ impl Daemon {
             devices: self.slots().len() as u64,
             safety: safety::items(),
             standby: Some(self.keeper.status()),
+            owed: self.owed.lock().unwrap_or_else(PoisonError::into_inner).clone(),
         }
     }
 

@@ -13,6 +13,7 @@ use super::{Busy, Daemon, Slot, Waiting, blocking};
 use crate::error::DeviceError;
 use crate::frontend::kernel_nbd;
 use crate::frontend::ublk::{self, Mark};
+use crate::owed::Debts;
 use crate::records::{Record, Told};
 use crate::show::Readiness;
 
@@ -28,7 +29,18 @@ impl Daemon {
     /// # Errors
     /// When the records cannot be used.
     pub(crate) fn restore(self: &Arc<Daemon>) -> Result<(), DeviceError> {
-        let records = self.records.load()?;
+        let debts = Debts::load(&self.config.state);
+        let mut records = self.records.load()?;
+        // It was taken away, and the process ended before its record was removed.
+        let left: Vec<Name> = records.iter().map(|record| record.request.name.clone()).collect();
+        for name in left.iter().filter(|name| debts.has(name) && self.is_new(name)) {
+            self.records.remove(name)?;
+        }
+        records.retain(|record| !debts.has(&record.request.name) || !self.is_new(&record.request.name));
+        self.show_debts(&debts);
+        if let Ok(mut known) = self.debts.try_lock() {
+            *known = debts;
+        }
         let wanted: Vec<Mark> =
             records.iter().map(|record| Mark::new(self.owner.client, record.session)).collect();
         let client = self.owner.client;

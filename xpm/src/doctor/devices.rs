@@ -94,7 +94,15 @@ fn daemon(host: &Host, status: &Status, devices: &[Device]) -> Vec<Check> {
         },
     });
     let standby = status.standby.as_ref().map(|standby| of_standby(standby, host, devices));
-    std::iter::once(Check::ok(DAEMON, "daemon", running)).chain(items).chain(standby).collect()
+    let owed = status.owed.iter().map(|owed| {
+        let found = format!(
+            "`{}` is detached here, and the allocator does not know yet: {}",
+            owed.allocation, owed.reason
+        );
+        Check::warn(DAEMON, "owed", found)
+            .mend("xpm-blk tells it when it answers: see that the allocator runs")
+    });
+    std::iter::once(Check::ok(DAEMON, "daemon", running)).chain(items).chain(standby).chain(owed).collect()
 }
 
 /// While there is none, ublk devices wait for the next process when the daemon dies, which may find no memory to start.
