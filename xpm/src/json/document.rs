@@ -276,13 +276,8 @@ fn word(kind: &str) -> String {
         _ if kind.contains("::") || kind.chars().next().is_some_and(char::is_lowercase) => {
             kind.rsplit("::").next().unwrap_or(kind).to_owned()
         }
-<<<<<<< HEAD
         "String" | "Name" | "Life" | "PathBuf" | "SocketAddr" | "Form" | "TransportKind" | "LinkSpeed"
         | "HostId" => "text".to_owned(),
-=======
-        "String" | "Name" | "PathBuf" | "SocketAddr" | "Form" | "TransportKind" | "LinkSpeed" | "HostId"
-        | "Life" => "text".to_owned(),
->>>>>>> 525d745 (xpm-blk: what is owed to the allocator is recorded, and delivered later)
         _ if kind.ends_with("Id") => "text".to_owned(),
         _ => kind.trim_start_matches("&'static ").replace("str", "text"),
     }
