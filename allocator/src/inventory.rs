@@ -63,6 +63,8 @@ struct Entry {
     errors: u64,
     /// That it is being emptied.
     drain: Option<DrainRecord>,
+    /// Since when it is given up, seconds since 1970.
+    given_up: Option<u64>,
     profile: Option<ApplianceProfile>,
 }
 
@@ -96,9 +98,9 @@ impl Inventory {
 
     /// Adds an appliance as it is remembered; it is silent until it is heard.
     pub fn restore(&mut self, record: ApplianceRecord) {
-        let ApplianceRecord { info, status, since, drain } = record;
+        let ApplianceRecord { info, status, since, drain, given_up } = record;
         let id = info.id;
-        self.appliances.insert(id, Entry { drain, ..Entry::new(info, status, since) });
+        self.appliances.insert(id, Entry { drain, given_up, ..Entry::new(info, status, since) });
         self.refill(id);
     }
 
@@ -129,7 +131,7 @@ impl Inventory {
             }
         };
         (entry.info, entry.status) = (info, status);
-        (entry.heard, entry.heard_event, entry.told_up) = (Some(now), event, true);
+        (entry.heard, entry.heard_event, entry.told_up) = (Some(now), event, entry.given_up.is_none());
         if renamed {
             entry.profile = None;
         }
@@ -253,7 +255,11 @@ impl Inventory {
 
     fn state_of(&self, entry: &Entry, now: Duration) -> ApplianceState {
         match entry.heard {
-            Some(heard) if now.saturating_sub(heard) <= self.interval * INTERVALS_MAX => ApplianceState::Up,
+            Some(heard)
+                if now.saturating_sub(heard) <= self.interval * INTERVALS_MAX && entry.given_up.is_none() =>
+            {
+                ApplianceState::Up
+            }
             _ => ApplianceState::Silent,
         }
     }
@@ -270,6 +276,7 @@ impl Inventory {
             status: entry.status.clone(),
             since: entry.since,
             drain: entry.drain,
+            given_up: entry.given_up,
         })
     }
 
@@ -289,6 +296,26 @@ impl Inventory {
             entry.drain = drain;
             self.refill(id);
         }
+    }
+
+    /// Since when it is given up, seconds since 1970: it counts for nothing until it has cleared what it had.
+    pub fn given_up(&self, id: ApplianceId) -> Option<u64> {
+        self.appliances.get(&id).and_then(|entry| entry.given_up)
+    }
+
+    /// From now on it is, or is no longer, given up.
+    pub fn set_given_up(&mut self, id: ApplianceId, since: Option<u64>) {
+        if let Some(entry) = self.appliances.get_mut(&id) {
+            entry.given_up = since;
+            entry.told_up = since.is_none();
+            self.refill(id);
+        }
+    }
+
+    /// The appliances that are given up.
+    pub fn all_given_up(&self) -> Vec<ApplianceId> {
+        let given_up = self.appliances.iter().filter(|(_, entry)| entry.given_up.is_some());
+        given_up.map(|(id, _)| *id).collect()
     }
 
     /// The appliances that are being emptied.
@@ -350,6 +377,7 @@ impl Inventory {
             silent: entry.heard.map(|heard| Span(whole_millis(now.saturating_sub(heard)))),
             regions: regions.get(id).copied().unwrap_or(0),
             drain: None,
+            given_up: entry.given_up,
         };
         self.appliances.iter().map(shown).collect()
     }
@@ -372,6 +400,7 @@ impl Entry {
             warned: Vec::new(),
             errors: 0,
             drain: None,
+            given_up: None,
             profile: None,
         }
     }
@@ -432,7 +461,9 @@ impl Entry {
 
     /// Never heard is zero; everything else is not.
     fn up_until(&self, patience: Duration) -> Duration {
-        self.heard.map_or(Duration::ZERO, |heard| (heard + patience).max(Duration::from_millis(1)))
+        self.heard
+            .filter(|_| self.given_up.is_none())
+            .map_or(Duration::ZERO, |heard| (heard + patience).max(Duration::from_millis(1)))
     }
 
     fn candidate(&self, patience: Duration) -> Candidate {

@@ -245,7 +245,7 @@ fn life_routes(handle: Handle) -> Router {
     };
     let [resize, transfer, orders, report, drain, end_drain] = std::array::from_fn(|_| ask.clone());
     let [rebalance, rebalancing, pause, end_rebalance] = std::array::from_fn(|_| ask.clone());
-    let [garbage, backup, slabs, rename] = std::array::from_fn(|_| ask.clone());
+    let [garbage, backup, slabs, rename, lose] = std::array::from_fn(|_| ask.clone());
     Router::new()
         .route("/v1/backup", get(async move || answer(backup(Request::Backup).await)))
         .route("/v1/garbage", get(async move || answer(garbage(Request::Garbage).await)))
@@ -299,6 +299,10 @@ fn life_routes(handle: Handle) -> Router {
                     answer(slabs(life.asks(Request::Slabs { name, client, slabs: map })).await)
                 },
             ),
+        )
+        .route(
+            "/v1/appliances/{id}/loss",
+            post(async move |Path(id): Path<ApplianceId>| answer(lose(Request::GiveUpAppliance(id)).await)),
         )
         .route(
             "/v1/appliances/{id}/drain",

@@ -32,6 +32,7 @@ mod garbage;
 mod health;
 mod lease;
 mod lives;
+mod lost;
 mod message;
 mod metrics;
 mod orders;
@@ -53,7 +54,7 @@ use std::time::Duration;
 
 use xpm_control::server::ApiError;
 use xpm_protocol::api::ErrorKind;
-use xpm_protocol::api::allocator::{Behind, Client, Heartbeat, HeartbeatAnswer, MetadataState};
+use xpm_protocol::api::allocator::{self as api, Behind, Client, Heartbeat, HeartbeatAnswer, MetadataState};
 use xpm_protocol::api::event::EventKind;
 use xpm_protocol::{AllocationId, ApplianceId, ClientId, GrantKey, Life, Name, RequestId, Span};
 
@@ -225,6 +226,8 @@ enum Awaited {
     ChangeCommitted(AllocationId, usize),
     ChangeCopied(AllocationId),
     GrantsListed(ApplianceId),
+    ReturnedListed(ApplianceId),
+    GivenUp(ApplianceId, ReplyTo),
     /// Nobody waits for it.
     Ignored,
     /// Who is connected, for the request of this number.
@@ -260,6 +263,7 @@ enum AfterStore {
     Slabs(ReplyTo),
     /// With the name before.
     Renamed(ReplyTo, Name),
+    GivenUp(ApplianceId),
     ChangePlanned,
     ChangeOpen,
     ChangeSwitched(Option<ReplyTo>),
@@ -354,6 +358,7 @@ impl Service {
         self.note_alive();
         self.serve_queue();
         self.run_hand_overs();
+        self.give_up_grants();
         self.run_drains();
         self.run_rebalance();
         self.look_for_garbage();
@@ -382,6 +387,7 @@ impl Service {
             Request::Allocation(name) => self.show(&name).map(|shown| Outcome::Allocation(Box::new(shown))),
             Request::Heartbeat(heartbeat) => return self.heartbeat(reply, *heartbeat),
             Request::ForgetAppliance(id) => return self.forget_appliance(reply, id),
+            Request::GiveUpAppliance(id) => return self.give_up_appliance(reply, id),
             Request::Create(create) => return self.create(reply, create, None),
             Request::CreateAs(request, create) => return self.create(reply, create, Some(request)),
             Request::Decide { create, all } => return self.dry_run(reply, create, all),
@@ -395,6 +401,10 @@ impl Service {
             Request::Orders { name, client, .. } => return self.ask_orders(reply, &name, client, life),
             Request::Doubt { name, client, refused } => {
                 return self.hear_doubt(reply, &name, (client, life), &refused);
+            }
+            // Changes nothing that is recorded, and so waits for nothing.
+            Request::Report { name, client, report: api::Report::Used(used) } => {
+                return self.hear_use(reply, &name, (client, life), &used);
             }
             Request::Drain { id, drain } => return self.drain(reply, id, drain),
             Request::EndDrain(id) => return self.end_drain(reply, id),
@@ -503,7 +513,9 @@ impl Service {
             let policy = &self.policy;
             self.inventory.profile_one(id, |name| policy.appliance(name));
         }
-        if heard.back {
+        if self.inventory.given_up(id).is_some() {
+            self.clear_returned(id);
+        } else if heard.back {
             let line = format!("appliance {} ({id}) is up at {control}", self.inventory.name(id));
             self.tell_of_appliance(EventKind::ApplianceUp, id, false, line);
             self.hasten_purges(id);
@@ -560,6 +572,7 @@ impl Service {
             Some(Awaited::Record(record, after)) => self.record_stored(*record, after),
             Some(Awaited::RecordGone(id)) => self.record_gone(id),
             Some(Awaited::Answer(reply, outcome)) => self.reply(reply, Ok(outcome)),
+            Some(Awaited::GivenUp(id, reply)) => self.appliance_given_up(id, reply),
             Some(Awaited::Nothing) => {}
             _ => unreachable!("a store is answered once, as a store"),
         }
@@ -593,6 +606,7 @@ impl Service {
             AfterStore::Renewed(reply) => self.was_renewed(reply, id),
             AfterStore::Renamed(reply, old) => self.renamed(reply, id, &old),
             AfterStore::Slabs(reply) => self.answer_slabs(reply, id),
+            AfterStore::GivenUp(appliance) => self.allocation_given_up(id, appliance),
             AfterStore::ChangePlanned => self.make_change(id),
             AfterStore::ChangeOpen => self.change_is_open(id),
             AfterStore::ChangeSwitched(reply) => self.change_is_switched(id, reply),
@@ -611,6 +625,7 @@ impl Service {
             Some(Awaited::ChangeCommitted(id, grant)) => self.change_committed(id, grant, result),
             Some(Awaited::ChangeCopied(id)) => self.change_copied(id, result),
             Some(Awaited::GrantsListed(id)) => self.grants_listed(id, result),
+            Some(Awaited::ReturnedListed(id)) => self.returned_listed(id, result),
             Some(Awaited::Ignored) => {}
             Some(Awaited::Living(number)) => self.living_told(number, result),
             Some(Awaited::Sampled { asked, appliance }) => self.sampled(asked, appliance, result),

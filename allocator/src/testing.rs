@@ -3,7 +3,9 @@
 use xpm_protocol::api::allocator::RegionSlot;
 use xpm_protocol::api::appliance::{Endpoints, Info, Medium, Status};
 use xpm_protocol::units::REGION_LEN_DEFAULT;
-use xpm_protocol::{AllocationId, ApplianceId, ByteSize, Epoch, GrantId, GrantKey, HostId, Layout, RegionId};
+use xpm_protocol::{
+    AllocationId, ApplianceId, BlockSize, ByteSize, Epoch, GrantId, GrantKey, HostId, Layout, RegionId,
+};
 
 use crate::store::record::{AllocationRecord, ApplianceRecord, GrantRecord, Phase};
 
@@ -38,6 +40,8 @@ pub(crate) fn allocation(number: u128, name: &str) -> AllocationRecord {
         changes: 0,
         change: None,
         slabs: Default::default(),
+        given_up: Default::default(),
+        block_size: Some(BlockSize::B4096),
     }
 }
 
@@ -62,5 +66,5 @@ pub(crate) fn appliance(number: u128) -> ApplianceRecord {
         labels: Default::default(),
         link_speed: None,
     };
-    ApplianceRecord { info, status: Status::default(), since: 0, drain: None }
+    ApplianceRecord { info, status: Status::default(), since: 0, drain: None, given_up: None }
 }

@@ -143,22 +143,29 @@ fn one_line(entry: &[u8]) -> Cow<'_, [u8]> {
     Cow::Owned(line)
 }
 
+/// Whether standard error is the journal's, as it says by a variable (systemd.exec(5), `$JOURNAL_STREAM`): device and inode.
+fn is_journal() -> bool {
+    let Ok(stream) = std::env::var("JOURNAL_STREAM") else { return false };
+    let ours = rustix::fs::fstat(io::stderr()).map(|found| format!("{}:{}", found.st_dev, found.st_ino));
+    ours.is_ok_and(|ours| ours == stream)
+}
+
 /// Starts the log at level `info`, or at what `XPM_LOG` says: a level, or `@PATH` for a file that holds it. Where the
 /// variable is not set, `/etc/xpm/log-level` counts if it is there. A second call changes nothing.
-/// Without a terminal, lines carry no colours and no time, for the journal adds its own.
+/// Lines carry the time, in UTC, unless they go to the journal, which adds its own; and colours at a terminal.
 pub fn init() {
     let (filter, complaint) = Wanted::find().filter();
     let terminal = io::stderr().is_terminal();
     let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(|| Lines).with_ansi(terminal);
     // Only a logger that is set already makes this fail, and that one is then used.
-    let _ = match terminal {
-        true => {
+    let _ = match is_journal() {
+        false => {
             let lines = lines.with_filter_reloading();
             let handle = lines.reload_handle();
             set_level_by(move |filter| handle.reload(filter).map_err(|error| error.to_string()));
             lines.try_init()
         }
-        false => {
+        true => {
             let lines = lines.without_time().with_filter_reloading();
             let handle = lines.reload_handle();
             set_level_by(move |filter| handle.reload(filter).map_err(|error| error.to_string()));

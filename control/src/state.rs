@@ -32,11 +32,19 @@ pub fn lock(directory: &Path) -> io::Result<Option<File>> {
 /// gone after a power failure; else the old one is.
 pub fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let beside = path.with_extension("new");
-    let mut file = OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&beside)?;
-    file.write_all(bytes)?;
-    file.sync_all()?;
-    fs::rename(&beside, path)?;
+    let written = write_beside(&beside, bytes).and_then(|()| fs::rename(&beside, path));
+    if written.is_err() {
+        // Half a file, in a directory that may be full.
+        let _ = fs::remove_file(&beside);
+    }
+    written?;
     File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()
+}
+
+fn write_beside(beside: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut file = OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(beside)?;
+    file.write_all(bytes)?;
+    file.sync_all()
 }
 
 #[cfg(test)]

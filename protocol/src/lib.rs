@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 pub mod api;
+pub mod blocks;
 pub mod gate;
 pub mod id;
 pub mod key;
@@ -19,6 +20,7 @@ pub mod speed;
 pub mod text;
 pub mod units;
 
+pub use blocks::{BlockSize, BlockWish};
 pub use id::{
     AllocationId, ApplianceId, ClientId, Epoch, GrantId, HostId, InstallationId, MachineId, Name, PoolId,
     RegionId, RequestId, SeatId,

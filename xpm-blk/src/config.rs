@@ -183,6 +183,7 @@ impl Config {
             buffer_len: self.buffer.0,
             number,
             name: device.name.clone(),
+            block_size: device.block_size.or(device.form.block_size_of_before()),
         }
     }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use axum::extract::State;
-use axum::routing::get;
+use axum::routing::{get, put};
 use xpm_control::server::{ApiError, Force, Json, Path, Router};
 use xpm_protocol::Name;
 use xpm_protocol::api::blk::{AttachDevice, Device, Status};
@@ -17,6 +17,7 @@ pub fn routes(daemon: Arc<Daemon>) -> Router {
         .route("/v1/status", get(status))
         .route("/v1/devices", get(devices).post(attach))
         .route("/v1/devices/{name}", get(device).delete(detach))
+        .route("/v1/lost/{appliance}", put(lose))
         .with_state(daemon)
 }
 
@@ -45,6 +46,13 @@ async fn detach(
     Force(force): Force,
 ) -> Result<Json<()>, ApiError> {
     daemon.detach(name, force).await.map(Json).map_err(|error| refused(&error))
+}
+
+async fn lose(
+    State(daemon): State<Arc<Daemon>>,
+    Path(appliance): Path<String>,
+) -> Result<Json<Vec<Device>>, ApiError> {
+    daemon.lose(&appliance).await.map(Json).map_err(|error| refused(&error))
 }
 
 fn refused(error: &DeviceError) -> ApiError {

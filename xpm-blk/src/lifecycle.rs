@@ -23,9 +23,8 @@ use xpm_transport::nbd::server::{Server, ServerOptions};
 
 use crate::config::Config;
 use crate::control;
-use crate::daemon::{self, Daemon, lookout};
+use crate::daemon::{self, Daemon, herald, lookout};
 use crate::error::{DeviceError, Step};
-use crate::frontend::ublk;
 use crate::records::{Records, Taken};
 use crate::standby::keeper::{self, Keeper};
 use crate::standby::waiting::{Outcome, Post, nobody};
@@ -147,8 +146,8 @@ struct Parts {
     server: Server,
     host: HostId,
     host_name: String,
-    /// Whether this process is to have a standby.
-    standby: bool,
+    /// Whether this process is to have a standby; none: as soon as devices of this kernel outlive their server.
+    standby: Option<bool>,
 }
 
 fn runtime() -> std::io::Result<Runtime> {
@@ -204,6 +203,7 @@ async fn serve(parts: Parts, origin: Origin) -> Result<(), DeviceError> {
     };
     let lookout = tokio::spawn(lookout::run(Arc::clone(&daemon)));
     let follower = tokio::spawn(lookout::follow(Arc::clone(&daemon)));
+    let herald = tokio::spawn(herald::run(Arc::clone(&daemon)));
     let routes = control::routes(Arc::clone(&daemon));
     let server = ControlServer::new(routes.clone(), None, Limits::default());
     tracing::info!("xpm-blk {} is ready", env!("CARGO_PKG_VERSION"));
@@ -217,6 +217,7 @@ async fn serve(parts: Parts, origin: Origin) -> Result<(), DeviceError> {
     }
     lookout.abort();
     follower.abort();
+    herald.abort();
     let work = tokio::task::spawn_blocking(move || {
         daemon.keeper().stop();
         daemon.take_all_away();
@@ -277,7 +278,7 @@ fn parts(config: &Config) -> Result<Parts, DeviceError> {
         server,
         host: host::host_id().at("find out which kernel this is")?,
         host_name: host::host_name().at("find out the host's name")?,
-        standby: config.standby.unwrap_or_else(ublk::can_recover),
+        standby: config.standby,
     })
 }
 

@@ -20,8 +20,8 @@ use serde::{Deserialize, Serialize};
 use xpm_control::state;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{Map, MapChange};
-use xpm_protocol::api::blk::AttachDevice;
-use xpm_protocol::{ClientId, Life, Name};
+use xpm_protocol::api::blk::{AttachDevice, Form};
+use xpm_protocol::{ApplianceId, BlockSize, ClientId, Life, Name};
 
 use crate::error::{DeviceError, Step};
 use crate::frontend::first_generation;
@@ -58,12 +58,31 @@ pub(crate) struct Record {
     /// The life that showed it last.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) life: Option<Life>,
+    /// It was never shown: who asked for it waits, or was told that it failed. A later life undoes it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) pending: bool,
+    /// Appliances that the operator has given up, with what people are told: they are never used again, also if they come
+    /// back.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) given_up: BTreeMap<ApplianceId, String>,
 }
 
 impl Record {
     pub(crate) fn new(request: AttachDevice, map: Map, session: u128) -> Record {
         let generation = first_generation();
-        Record { version: VERSION, request, map, session, generation, number: None, change: None, life: None }
+        let given_up = BTreeMap::new();
+        Record {
+            version: VERSION,
+            request,
+            map,
+            session,
+            generation,
+            number: None,
+            change: None,
+            life: None,
+            pending: false,
+            given_up,
+        }
     }
 
     /// Whether this state directory, on this machine, showed it: so it may be shown again with no word of the allocator.
@@ -71,6 +90,24 @@ impl Record {
         // One of before there were lives says nothing.
         let (Some(shown), Some(life)) = (&self.life, life) else { return true };
         (shown.machine, shown.installation) == (life.machine, life.installation)
+    }
+
+    /// Its logical block size: the allocation's, or what the operator said, or that of the form, in which it was written to
+    /// before there was a choice. None where clients choose.
+    pub(crate) fn block_size(&self) -> Option<BlockSize> {
+        let of_form = || self.request.form.block_size_of_before();
+        self.map.block_size.or(self.request.block_size).or_else(of_form)
+    }
+
+    /// The kernel's disk that it was shown as before, if that may be there still.
+    pub(crate) fn left_disk(&self) -> Option<String> {
+        let number = self.number?;
+        let disk = match self.request.form {
+            Form::Ublk => format!("ublkb{number}"),
+            Form::Nbd | Form::NbdDirect => format!("nbd{number}"),
+            Form::NbdSocket(_) | Form::VhostUser(_) => return None,
+        };
+        crate::sysfs::path(&disk, "").exists().then_some(disk)
     }
 
     /// Another process shows it from here on. `told` is how it knows of the life before.
@@ -339,6 +376,7 @@ mod tests {
             grants: Vec::new(),
             regions: Vec::new(),
             slabs: Default::default(),
+            block_size: None,
         };
         Record::new(serde_json::from_str(&text).unwrap(), map, u128::MAX)
     }

@@ -42,12 +42,19 @@ pub(crate) fn show(
     readiness: Readiness,
 ) -> Result<ShownWith, DeviceError> {
     let request = &record.request;
-    let shape = config.shape(request, record.number);
+    let shape = Shape { block_size: record.block_size(), ..config.shape(request, record.number) };
     let hold = request.hold.unwrap_or(config.hold);
     let refusal_limit = config.refusal_limit.0;
     let shared = Shared { client, visitor, map: &record.map, hold, refusal_limit };
     let group = record.map.id.as_u128();
     if request.form == Form::NbdDirect {
+        if let Some(why) = record.given_up.values().next() {
+            NbdDevice::end_left(client, &record.map)?;
+            return Err(DeviceError::new(
+                ErrorKind::NotFound,
+                format!("allocation {} is {why}", request.name),
+            ));
+        }
         let shown =
             NbdDevice::show_direct(shared, (record.session, record.generation), request.transport, &shape)?;
         return Ok((Box::new(shown), None));
@@ -71,10 +78,16 @@ pub(crate) fn show(
         Form::NbdSocket(place) => {
             // One that was shown before may be in use.
             let insecure = config.insecure || readiness != Readiness::Required;
-            Box::new(NbdSocket::show(request.name.as_str(), place, volume, server.clone(), group, insecure)?)
+            let (name, blocks) = (request.name.as_str(), shape.block_size);
+            Box::new(NbdSocket::show((name, blocks), place, volume, server.clone(), group, insecure)?)
         }
     };
     Ok((shown, change))
+}
+
+/// Ends what the kernel still has of a device that leads to an appliance without this process.
+pub(crate) fn end_left(record: &Record, client: ClientId) -> Result<(), DeviceError> {
+    NbdDevice::end_left(client, &record.map)
 }
 
 fn open(
@@ -106,6 +119,9 @@ fn open(
     let name = &record.request.name;
     let volume = Volume::open(&record.map, options)
         .map_err(|error| DeviceError::new(ErrorKind::Internal, format!("open allocation {name}: {error}")))?;
+    for (appliance, why) in &record.given_up {
+        volume.give_up(*appliance, why);
+    }
     if readiness == Readiness::Required {
         volume.wait_ready(limit).map_err(|error| {
             DeviceError::new(ErrorKind::Unavailable, format!("allocation {name}: {error}"))

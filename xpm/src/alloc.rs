@@ -126,6 +126,7 @@ fn request(args: CreateArgs) -> Create {
         stripe: args.stripe,
         stripe_unit: args.stripe_unit,
         region_len: args.region_size,
+        block_size: args.block_size,
         account: args.account,
         client: args.client,
         strategy: args.strategy,
@@ -210,6 +211,13 @@ fn places(allocation: &Allocation) -> BTreeMap<String, Vec<usize>> {
     places
 }
 
+fn block_size(allocation: &Allocation) -> String {
+    match allocation.block_size {
+        Some(size) => size.to_string(),
+        None => "not known: the next `xpm blk attach` has to say it (--block-size)".to_owned(),
+    }
+}
+
 fn show(allocation: &Allocation) -> String {
     let owned = match &allocation.owner {
         Some(by) => format!("{}, client {}, since {}", owner(by), by.client, age::since(by.since)),
@@ -222,6 +230,7 @@ fn show(allocation: &Allocation) -> String {
         ("state", list::explained_state(allocation)),
         ("layout", layout(&allocation.layout)),
         ("regions", format!("{} of {}", allocation.regions.len(), allocation.region_len)),
+        ("block size", block_size(allocation)),
         ("owner", owned),
         ("epoch", allocation.epoch.to_string()),
         ("created", age::since(allocation.created)),

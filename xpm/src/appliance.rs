@@ -11,10 +11,10 @@ use xpm_protocol::api::appliance::Medium;
 use crate::age;
 use crate::cli::ApplianceCommand;
 use crate::connect::Daemons;
-use crate::life;
 use crate::listing::{Cell, Column, Listing};
 use crate::output::Output;
 use crate::table::{Table, fields};
+use crate::{life, lost};
 
 pub(crate) async fn run(command: ApplianceCommand, daemons: &Daemons, output: Output) -> anyhow::Result<()> {
     let allocator = daemons.allocator()?;
@@ -32,8 +32,11 @@ pub(crate) async fn run(command: ApplianceCommand, daemons: &Daemons, output: Ou
         ApplianceCommand::Undrain { name } => {
             life::undrain(find(&appliances, &name)?, &allocator, output).await
         }
-        ApplianceCommand::Forget { name } => {
-            let appliance = find(&appliances, &name)?;
+        ApplianceCommand::Forget(args) if args.lost => {
+            lost::forget(&args, find(&appliances, &args.name)?, &allocator, output).await
+        }
+        ApplianceCommand::Forget(args) => {
+            let appliance = find(&appliances, &args.name)?;
             allocator.delete(&format!("/v1/appliances/{}", appliance.info.id)).await?;
             output.print(&Forgotten { forgotten: appliance.info.name.to_string() }, |_| String::new())
         }
@@ -91,6 +94,7 @@ pub(crate) fn by_name(mut appliances: Vec<Appliance>) -> Vec<Appliance> {
 
 fn state(appliance: &Appliance) -> String {
     match (appliance.state, appliance.silent) {
+        _ if appliance.given_up.is_some() => "lost".to_owned(),
         (ApplianceState::Up, _) if appliance.drain.is_some() => "draining".to_owned(),
         (ApplianceState::Up, _) => "up".to_owned(),
         (ApplianceState::Silent, Some(silent)) => format!("silent {}", age::short(silent.0)),

@@ -12,9 +12,12 @@ use crate::connect::{Daemon, Daemons};
 use crate::listing::{Cell, Column, Listing};
 use crate::output::{self, Output};
 use crate::table::{Table, fields};
-use crate::{age, attach};
+use crate::{age, attach, hibernation, lost};
 
 pub(crate) async fn run(command: BlkCommand, daemons: &Daemons, output: Output) -> anyhow::Result<()> {
+    if matches!(command, BlkCommand::CheckHibernation) {
+        return hibernation::check();
+    }
     let blk = daemons.blk()?;
     match command {
         BlkCommand::Attach(args) => {
@@ -28,6 +31,8 @@ pub(crate) async fn run(command: BlkCommand, daemons: &Daemons, output: Output) 
             output.hint(&next_steps(&device));
             Ok(())
         }
+        BlkCommand::CheckHibernation => hibernation::check(),
+        BlkCommand::GiveUp(args) => lost::give_up(&args, &blk, output).await,
         BlkCommand::List(args) => {
             LISTING.print(blk.devices().await?, &args, output)?;
             warn_of_debts(&blk).await;
@@ -74,6 +79,7 @@ fn request(args: AttachArgs) -> AttachDevice {
         hold: args.hold,
         force: args.force,
         lose: args.lose,
+        block_size: args.block_size,
     }
 }
 
@@ -105,7 +111,7 @@ pub(crate) const LISTING: Listing<Device> = Listing {
         Column::text("AS", |one| Cell::text(form(&one.form))),
         Column::text("PATH", |one| Cell::text(&one.path)),
         Column::number("SIZE", |one| Cell::ranked(one.size, one.size.0)),
-        Column::text("STATE", |one| Cell::text(state(one.state))),
+        Column::text("STATE", |one| Cell::text(state(one))),
         Column::text("TRANSPORT", |one| Cell::text(transports(one))),
         Column::wide_number("READ", |one| bytes(one.counters.read_bytes)),
         Column::wide_number("WRITTEN", |one| bytes(one.counters.write_bytes)),
@@ -145,12 +151,19 @@ fn form(form: &Form) -> &'static str {
     }
 }
 
-fn state(state: DeviceState) -> &'static str {
-    match state {
-        DeviceState::Live => "live",
-        DeviceState::Holding => "holding",
-        DeviceState::Lost => "lost",
+fn state(device: &Device) -> String {
+    match device.state {
+        DeviceState::Live => "live".to_owned(),
+        DeviceState::Holding => "holding".to_owned(),
+        DeviceState::Lost => lost_on(device),
     }
+}
+
+/// With the appliances that do not have its memory any more.
+fn lost_on(device: &Device) -> String {
+    let lost = device.links.iter().filter(|link| link.state == LinkState::Lost);
+    let names: Vec<String> = lost.map(|link| link.appliance_name.to_string()).collect();
+    if names.is_empty() { "lost".to_owned() } else { format!("lost on {}", names.join(", ")) }
 }
 
 fn show(device: &Device) -> String {
@@ -161,7 +174,11 @@ fn show(device: &Device) -> String {
         ("as", device.form.to_string()),
         ("path", device.path.clone()),
         ("size", device.size.to_string()),
-        ("state", explained_state(device.state).to_owned()),
+        (
+            "block size",
+            device.block_size.map_or_else(|| "the client's choice".to_owned(), |size| size.to_string()),
+        ),
+        ("state", explained_state(device)),
         ("ends", device.ending.clone().unwrap_or_else(|| "not announced".to_owned())),
         ("used by", users),
         ("epoch", device.epoch.to_string()),
@@ -178,11 +195,11 @@ fn show(device: &Device) -> String {
     text
 }
 
-fn explained_state(state: DeviceState) -> &'static str {
-    match state {
-        DeviceState::Live => "live",
-        DeviceState::Holding => "holding: an appliance is out of reach, I/O to it waits",
-        DeviceState::Lost => "lost: memory is gone, I/O to it fails",
+fn explained_state(device: &Device) -> String {
+    match device.state {
+        DeviceState::Live => "live".to_owned(),
+        DeviceState::Holding => "holding: an appliance is out of reach, I/O to it waits".to_owned(),
+        DeviceState::Lost => format!("{}: memory is gone, I/O to it fails", lost_on(device)),
     }
 }
 

@@ -115,6 +115,7 @@ async fn with_allocation(
         purpose: "xpm run".to_owned(),
         force: false,
         lose: false,
+        blocks: None,
     };
     let map: Map = allocator
         .put(&format!("/v1/allocations/{name}/owner?life={}", host::life_of_kernel()?), &attach)

@@ -127,6 +127,8 @@ impl Site {
             changes: map.version,
             change: None,
             slabs: map.slabs.clone(),
+            given_up: Default::default(),
+            block_size: map.block_size,
         })
     }
 

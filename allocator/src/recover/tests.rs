@@ -49,6 +49,7 @@ fn map(record: &AllocationRecord) -> Map {
         grants: grants.collect(),
         regions: record.slots.clone(),
         slabs: record.slabs.clone(),
+        block_size: None,
     }
 }
 

@@ -109,6 +109,8 @@ impl Service {
             changes: 0,
             change: None,
             slabs: Default::default(),
+            given_up: Default::default(),
+            block_size: Some(wish.create.block_size.unwrap_or_default()),
         })
     }
 

@@ -137,6 +137,7 @@ impl Service {
             && record.next.is_none()
             && entry.hand_over.is_none()
             && rested
+            && record.given_up.is_empty()
             && record.grants.iter().any(|grant| grant.appliance == appliance)
     }
 
@@ -168,13 +169,18 @@ impl Service {
             self.allocations.values().filter(on).find_map(|entry| entry.side.refused.clone())
         };
         let began = draining.and_then(|draining| draining.began);
+        // Nothing can be copied from one that does not answer.
+        let advice = self.advice_for_silent_one(id);
+        let silent = (!advice.is_empty()).then(|| format!("it does not answer{advice}"));
         Some(DrainState {
             since: record.since,
             rate: record.rate.map(ByteSize),
             paused: record.paused,
             left: ByteSize(left),
             eta: began.and_then(|(at, first)| eta(self.now.at.saturating_sub(at), first, left)),
-            stuck: draining.and_then(|draining| draining.stuck.clone()).or_else(refused).filter(|_| left > 0),
+            stuck: silent
+                .or_else(|| draining.and_then(|draining| draining.stuck.clone()).or_else(refused))
+                .filter(|_| left > 0),
         })
     }
 }

@@ -87,6 +87,16 @@ impl Service {
         self.call(id, control, Call::Grants, Awaited::GrantsListed(id));
     }
 
+    /// Whether it may be asked for its grants now: it has answered the last time.
+    pub(super) fn ask_grants_once(&mut self, id: ApplianceId) -> bool {
+        self.found.asked.insert(id)
+    }
+
+    /// It has answered.
+    pub(super) fn grants_answered(&mut self, id: ApplianceId) {
+        self.found.asked.remove(&id);
+    }
+
     /// It was away: what it has may be other than before.
     pub(super) fn look_soon(&mut self, id: ApplianceId) {
         self.found.next.remove(&id);

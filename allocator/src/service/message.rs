@@ -60,6 +60,8 @@ pub enum Request {
     Heartbeat(Box<Heartbeat>),
     Appliances,
     ForgetAppliance(ApplianceId),
+    /// Its memory is lost.
+    GiveUpAppliance(ApplianceId),
     Create(Create),
     /// The same by somebody who names the request, to ask for it again.
     CreateAs(RequestId, Create),

@@ -8,13 +8,13 @@ use std::time::Duration;
 
 use xpm_control::server::ApiError;
 use xpm_protocol::api::ErrorKind;
-use xpm_protocol::api::allocator::{HandOver, MapChange, Orders, Owner, Report, Transfer};
+use xpm_protocol::api::allocator::{DeviceUse, HandOver, MapChange, Orders, Owner, Report, Transfer};
 use xpm_protocol::api::event::EventKind;
 use xpm_protocol::text::short_line;
 use xpm_protocol::{AllocationId, ApplianceId, ByteSize, ClientId, GrantId, Life, Name};
 
 use super::change::Over;
-use super::owner::Raised;
+
 use super::{Outcome, ReplyTo, Service, Work, view};
 use crate::store::record::{AllocationRecord, Stage};
 
@@ -23,6 +23,8 @@ const DEADLINE: Duration = Duration::from_secs(30);
 /// Longest time that it can be given: who asked waits for it, and the control interface cuts off whoever waits for more
 /// than a minute.
 const DEADLINE_MAX: Duration = Duration::from_secs(50);
+/// Most users of a device that are kept.
+const USERS_MAX: usize = 16;
 
 /// That an allocation is to go to another client, and that its owner is asked.
 #[derive(Debug)]
@@ -70,6 +72,24 @@ impl Service {
         self.ask_orders(reply, name, client, life);
     }
 
+    /// Keeps what the owner shows an allocation as, and answers what it is to do.
+    pub(super) fn hear_use(
+        &mut self,
+        reply: ReplyTo,
+        name: &Name,
+        (client, life): (ClientId, Option<Life>),
+        used: &DeviceUse,
+    ) {
+        let Some(&id) = self.names.get(name) else { return self.reply(reply, Err(view::unknown(name))) };
+        let is_owner = self.check_owner(id, client).and_then(|()| self.check_life(id, client, life));
+        if let Err(error) = is_owner {
+            return self.reply(reply, Err(error));
+        }
+        let users = used.users.iter().take(USERS_MAX).map(|user| shown(user)).collect();
+        self.entry(id).side.used = Some((client, DeviceUse { device: shown(&used.device), users }));
+        self.ask_orders(reply, name, client, life);
+    }
+
     pub(super) fn check_owner(&mut self, id: AllocationId, client: ClientId) -> Result<(), ApiError> {
         self.hear_owner(client);
         let record = &self.entry(id).record;
@@ -99,6 +119,7 @@ impl Service {
             }
             _ => None,
         };
+        let given_up = self.lost_lenders(&record);
         let lost = entry_lost(&self.entry(id).lost, &record);
         let endpoints = record
             .grants
@@ -112,6 +133,7 @@ impl Service {
             lost: Some(lost),
             endpoints: endpoints.collect(),
             metadata: self.state,
+            given_up,
         })
     }
 
@@ -145,6 +167,8 @@ impl Service {
         match report {
             Report::HandedOver => self.handed_over(reply, id),
             Report::Kept { why } => self.kept(reply, id, &why),
+            // Heard before it came here.
+            Report::Used(_) => self.answer_orders(reply, id),
             Report::Copied { number, .. }
             | Report::Ready { number }
             | Report::Done { number, .. }
@@ -180,15 +204,16 @@ impl Service {
 
     /// The owner has nothing to do any more.
     fn answer_nothing(&mut self, reply: ReplyTo, id: AllocationId) {
-        let version = self.entry(id).record.version;
-        let epoch = Some(self.entry(id).record.epoch);
+        let record = self.entry(id).record.clone();
+        let given_up = self.lost_lenders(&record);
         let orders = Orders {
-            version,
+            version: record.version,
             change: None,
             hand_over: None,
-            epoch,
+            epoch: Some(record.epoch),
             lost: None,
             endpoints: BTreeMap::new(),
+            given_up,
             metadata: self.state,
         };
         self.reply(reply, Ok(Outcome::Orders(Box::new(orders))));
@@ -200,6 +225,9 @@ impl Service {
             Ok(to) => to,
             Err(error) => return self.reply(reply, Err(error)),
         };
+        if let Err(error) = self.check_not_lost(&self.allocations[&id].record) {
+            return self.reply(reply, Err(error));
+        }
         let entry = self.entry(id);
         let name = entry.record.name.clone();
         let line = match &entry.record.owner {
@@ -216,8 +244,7 @@ impl Service {
             return self.refuse(reply, ErrorKind::Conflict, line);
         }
         if entry.record.owner.is_none() || transfer.force {
-            let how = Raised { handed_over: true, lose: transfer.lose };
-            return self.begin_raise(reply, id, to, how);
+            return self.begin_raise_for(reply, id, to, transfer.lose);
         }
         let deadline = transfer.deadline.map_or(DEADLINE, |span| span.0);
         if deadline > DEADLINE_MAX {
@@ -257,7 +284,7 @@ impl Service {
     /// The one who is to have it gets it.
     pub(super) fn let_go(&mut self, id: AllocationId) {
         if let Some(HandingOver { reply, to, .. }) = self.entry(id).hand_over.take() {
-            self.begin_raise(reply, id, to, Raised { handed_over: true, lose: false });
+            self.begin_raise_for(reply, id, to, false);
         }
     }
 
@@ -291,7 +318,7 @@ impl Service {
                     &name,
                     format!("`{name}`: its owner did not let go in time and is cut off"),
                 );
-                self.begin_raise(reply, id, to, Raised { handed_over: true, lose: false });
+                self.begin_raise_for(reply, id, to, false);
             } else {
                 let line = format!(
                     "the owner of `{name}` was not heard; if it is dead, or is to be cut off, say so with --force"

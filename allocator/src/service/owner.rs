@@ -10,8 +10,9 @@ use xpm_control::server::ApiError;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{Attach, Grant, Map, Owner};
 use xpm_protocol::api::appliance::Commit;
+use xpm_protocol::api::blk::Form;
 use xpm_protocol::api::event::EventKind;
-use xpm_protocol::{AllocationId, ByteSize, ClientId, Life};
+use xpm_protocol::{AllocationId, BlockSize, BlockWish, ByteSize, ClientId, Epoch, Life};
 
 use super::describe::Fingerprint;
 use super::{
@@ -27,6 +28,8 @@ pub(super) struct Raised {
     pub(super) handed_over: bool,
     /// Memory that cannot be moved away from the old owner is replaced by zeros.
     pub(super) lose: bool,
+    /// From now on.
+    pub(super) block_size: Option<BlockSize>,
 }
 
 /// A change of owner that the appliances are told about.
@@ -38,6 +41,8 @@ pub(super) struct Raise {
     handed_over: bool,
     /// Memory that cannot be moved away from the old owner is replaced by zeros.
     lose: bool,
+    /// From now on.
+    block_size: Option<BlockSize>,
     open: usize,
     /// What was so, in bytes.
     lost: u64,
@@ -63,9 +68,19 @@ impl Service {
         }
         let lose = attach.lose;
         let record = record.clone();
+        // Its owner may ask for its map again.
+        if record.owner.as_ref().is_none_or(|owner| owner.client != attach.client)
+            && let Err(error) = self.check_not_lost(&record)
+        {
+            return self.reply(reply, Err(error));
+        }
         if let Some(line) = self.attach_denied(&record, &attach) {
             return self.refuse(reply, ErrorKind::Denied, line);
         }
+        let block_size = match block_size(&record, &attach) {
+            Ok(size) => size,
+            Err(error) => return self.reply(reply, Err(error)),
+        };
         let record = &self.entry(id).record;
         let same = record.owner.as_ref().filter(|owner| owner.client == attach.client && !fences);
         let since = same.map(|owner| owner.since).unwrap_or(unix);
@@ -73,19 +88,27 @@ impl Service {
         let owner = Owner { client, host_name, purpose, since, life };
         let record = &self.entry(id).record;
         let settled = record.next.is_none() && !fences;
-        if settled && record.revealed && record.owner.as_ref() == Some(&owner) {
+        let kept = record.owner.as_ref() == Some(&owner) && record.block_size == block_size;
+        if settled && record.revealed && kept {
             self.owned(reply, id);
         } else if settled
             && (!record.revealed || record.owner.as_ref().is_some_and(|of| of.client == owner.client))
         {
-            self.record_owner(reply, id, owner);
+            self.record_owner(reply, id, owner, block_size);
         } else {
-            self.begin_raise(reply, id, owner, Raised { handed_over: false, lose });
+            self.begin_raise(reply, id, owner, Raised { handed_over: false, lose, block_size });
         }
     }
 
-    fn record_owner(&mut self, reply: ReplyTo, id: AllocationId, owner: Owner) {
+    fn record_owner(
+        &mut self,
+        reply: ReplyTo,
+        id: AllocationId,
+        owner: Owner,
+        block_size: Option<BlockSize>,
+    ) {
         let mut record = self.entry(id).record.clone();
+        record.block_size = block_size;
         record.owner = Some(owner);
         record.revealed = true;
         self.entry(id).work = Work::Storing;
@@ -94,13 +117,22 @@ impl Service {
 
     /// Records the next epoch, unless one is recorded already whose keys nobody was given.
     pub(super) fn begin_raise(&mut self, reply: ReplyTo, id: AllocationId, owner: Owner, how: Raised) {
-        let Raised { handed_over, lose } = how;
+        let Raised { handed_over, lose, block_size } = how;
         if !handed_over {
             self.drop_hand_over(id);
         }
         let mut record = self.entry(id).record.clone();
-        let raise =
-            Raise { reply, owner, handed_over, lose, open: 0, lost: 0, failures: Vec::new(), unmovable: 0 };
+        let raise = Raise {
+            reply,
+            owner,
+            handed_over,
+            lose,
+            block_size,
+            open: 0,
+            lost: 0,
+            failures: Vec::new(),
+            unmovable: 0,
+        };
         if record.next.is_some() {
             return self.raise(id, raise);
         }
@@ -111,6 +143,12 @@ impl Service {
         }
         self.entry(id).work = Work::Storing;
         self.store_record(record, AfterStore::Raise(raise));
+    }
+
+    /// The same for one who did not ask for it.
+    pub(super) fn begin_raise_for(&mut self, reply: ReplyTo, id: AllocationId, owner: Owner, lose: bool) {
+        let block_size = self.entry(id).record.block_size();
+        self.begin_raise(reply, id, owner, Raised { handed_over: true, lose, block_size });
     }
 
     pub(super) fn raise(&mut self, id: AllocationId, mut raise: Raise) {
@@ -164,10 +202,12 @@ impl Service {
             self.entry(id).work = Work::Storing;
             return self.store_record(record, AfterStore::NotRaised(reply, line));
         }
+        let record = &self.allocations[&id].record;
+        let advice = self.advice_for_silent(record);
         let line = format!(
             "the owner of `{}` cannot be changed until every appliance of it agrees: {failures}; bring it back and try again, \
-             or delete the allocation",
-            record.name,
+             or delete the allocation{advice}",
+            record.name
         );
         self.refuse(reply, ErrorKind::Unavailable, line);
         self.finish_work(id);
@@ -207,6 +247,8 @@ impl Service {
             self.reply(reply, Ok(Outcome::Done));
             return self.let_go(id);
         }
+        // The size of the form that it was shown as, where there was no choice.
+        record.block_size = record.block_size();
         record.owner = None;
         record.idle_since = self.now.unix;
         self.entry(id).work = Work::Storing;
@@ -237,6 +279,7 @@ impl Service {
                 regions: grant.count,
             });
         }
+        let block_size = record.block_size();
         Ok(Map {
             name: record.name,
             id: record.id,
@@ -248,6 +291,7 @@ impl Service {
             grants,
             regions: record.slots,
             slabs: record.slabs,
+            block_size,
         })
     }
 }
@@ -270,6 +314,45 @@ fn check(record: &AllocationRecord, attach: &Attach) -> Result<(), ApiError> {
         }
         _ => Ok(()),
     }
+}
+
+/// The block size of an allocation from this attachment on.
+///
+/// A client that says nothing of block sizes shows the size of its form. That is right for what was made before there was a
+/// choice, and for what nobody ever wrote to; else it would show what is there by the wrong size.
+fn block_size(record: &AllocationRecord, attach: &Attach) -> Result<Option<BlockSize>, ApiError> {
+    let Ok(form) = attach.purpose.parse::<Form>() else { return Ok(record.block_size()) };
+    let (name, of_form) = (&record.name, form.block_size_of_before());
+    let unused = !record.revealed && record.epoch == Epoch::FIRST;
+    let (kind, line) = match (record.block_size(), attach.blocks, of_form) {
+        (Some(size), Some(BlockWish::Is(other)), _) if size != other => (
+            ErrorKind::Conflict,
+            format!(
+                "`{name}` has blocks of {size} bytes, for good: attach it without --block-size, or make another allocation with \
+                 --block-size {other}"
+            ),
+        ),
+        (Some(size), Some(_), _) => return Ok(Some(size)),
+        (Some(size), None, Some(other)) if size != other && !unused => (
+            ErrorKind::Unsupported,
+            format!(
+                "`{name}` has blocks of {size} bytes, and this xpm-blk is of a version that shows {other} as {form}: upgrade it"
+            ),
+        ),
+        (Some(_), None, Some(other)) => return Ok(Some(other)),
+        (size @ Some(_), None, None) => return Ok(size),
+        (None, Some(BlockWish::Is(size)), _) => return Ok(Some(size)),
+        (None, Some(BlockWish::Kept), _) if unused => return Ok(Some(BlockSize::default())),
+        (None, Some(BlockWish::Kept), Some(_)) => (
+            ErrorKind::Invalid,
+            format!(
+                "`{name}` was made before block sizes could be chosen, and nothing says which one its content has: attach it with \
+                 --block-size 512 if it was used as ublk or vhost-user, with --block-size 4096 if as nbd or nbd-direct"
+            ),
+        ),
+        (None, _, of_form) => return Ok(of_form),
+    };
+    Err(ApiError(kind, line))
 }
 
 fn raise_calls(
@@ -296,6 +379,7 @@ fn raise_calls(
 
 /// Whom it is handed to gets the keys when it attaches, and carries no change out before.
 fn raised_record(mut record: AllocationRecord, raise: &Raise) -> AllocationRecord {
+    record.block_size = raise.block_size;
     if let Some(next) = record.next.take() {
         record.epoch = next.epoch;
         for (grant, key) in record.grants.iter_mut().zip(next.keys) {

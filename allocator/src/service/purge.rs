@@ -55,11 +55,12 @@ pub(super) fn is_deleting(record: &AllocationRecord) -> bool {
 
 impl Service {
     pub(super) fn delete(&mut self, reply: ReplyTo, id: AllocationId, force: bool) {
-        let record = &self.entry(id).record;
+        let record = &self.allocations[&id].record;
         if let Some(owner) = record.owner.as_ref().filter(|_| !force) {
+            let advice = self.advice_for_silent(record);
             let line = format!(
                 "`{}` is in use by {} as {} (client {}): detach it there first, or delete it with force, which destroys what is \
-                 in it",
+                 in it{advice}",
                 record.name, owner.host_name, owner.purpose, owner.client
             );
             return self.refuse(reply, ErrorKind::InUse, line);
@@ -116,7 +117,8 @@ impl Service {
             Phase::Undoing => Call::Purge(id, grant_id),
             _ => Call::Revoke(grant_id),
         };
-        match self.inventory.info(appliance).map(|info| info.control.clone()) {
+        let there = self.inventory.info(appliance).filter(|_| !self.is_gone(appliance));
+        match there.map(|info| info.control.clone()) {
             Some(control) => self.call(appliance, control, call, Awaited::Purged(id, grant)),
             None => *self.purge_state(id, grant) = State::Done,
         }
@@ -126,7 +128,7 @@ impl Service {
         let (now, event) = (self.now.at, self.clock);
         let appliance = self.entry(id).record.grants[grant].appliance;
         let State::Open { failures } = *self.purge_state(id, grant) else { return };
-        let gone = self.inventory.info(appliance).is_none();
+        let gone = self.is_gone(appliance);
         *self.purge_state(id, grant) = match result {
             Err(error) if !gone => {
                 let name = self.inventory.name(appliance);

@@ -20,7 +20,7 @@ mod world;
 use std::time::Duration;
 
 use xpm_protocol::api::allocator::{Attach, Create};
-use xpm_protocol::{ByteSize, ClientId, HostId};
+use xpm_protocol::{BlockWish, ByteSize, ClientId, HostId};
 
 use super::{Request, Settings};
 
@@ -51,6 +51,7 @@ fn attach(name: &str, client: u128, force: bool) -> Request {
         purpose: "ublk".into(),
         force,
         lose: false,
+        blocks: Some(BlockWish::Kept),
     };
     Request::Attach { name: name.parse().unwrap(), attach }
 }

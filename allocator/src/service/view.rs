@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use xpm_control::server::ApiError;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{
-    Allocation, AllocationState, Appliance, ApplianceState, Lease, RegionPlace, Status,
+    Allocation, AllocationState, Appliance, ApplianceState, DeviceUse, Lease, RegionPlace, Status,
 };
 use xpm_protocol::{AllocationId, ApplianceId, ByteSize, Name, RegionId, Span};
 
@@ -65,6 +65,8 @@ impl Service {
             *regions.entry(grant.appliance).or_default() += u64::from(grant.count);
         }
         let mut list = self.inventory.list(self.now.at, &regions);
+        // One that was given up is of interest while something was lost with it.
+        list.retain(|one| one.given_up.is_none() || one.regions > 0);
         for appliance in &mut list {
             appliance.drain = self.drain_state(appliance.info.id);
         }
@@ -123,12 +125,27 @@ impl Service {
             ending: lease::ending(record, self.now.unix),
             waiting: None,
             change: self.view_change(id),
-            lost: self.allocations[&id].lost.on.iter().map(|one| self.inventory.name(*one)).collect(),
+            lost: self.lost_on(id),
+            used: self.used(id),
             followed: self.allocations[&id].side.followed.clone(),
             refused: self.allocations[&id].side.refused.clone(),
             warnings: Vec::new(),
             slabs: record.slabs.clone(),
+            block_size: record.block_size(),
         }
+    }
+
+    /// The names of the appliances that do not have what it had there.
+    fn lost_on(&self, id: AllocationId) -> Vec<String> {
+        let Entry { record, lost, .. } = &self.allocations[&id];
+        record.given_up.union(&lost.on).map(|one| self.inventory.name(*one)).collect()
+    }
+
+    /// What its owner shows it as, if the one that it has has said so.
+    fn used(&self, id: AllocationId) -> Option<DeviceUse> {
+        let Entry { record, side, .. } = &self.allocations[&id];
+        let (client, used) = side.used.as_ref()?;
+        (record.owner.as_ref()?.client == *client).then(|| used.clone())
     }
 
     fn places(&self, record: &AllocationRecord) -> Vec<RegionPlace> {
@@ -154,7 +171,11 @@ impl Service {
         let name = self.inventory.name(id);
         Some(match record.holds_name() {
             true => {
-                format!("appliance {name} has regions of allocation `{}`: delete that one first", record.name)
+                let advice = self.advice_for_silent_one(id);
+                format!(
+                    "appliance {name} has regions of allocation `{}`: delete that one first{advice}",
+                    record.name
+                )
             }
             false => format!("appliance {name} is giving back `{}`: try again soon", record.name),
         })

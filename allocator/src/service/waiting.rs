@@ -377,10 +377,12 @@ impl Service {
             }),
             change: None,
             lost: Vec::new(),
+            used: None,
             followed: None,
             refused: None,
             warnings: Vec::new(),
             slabs: Default::default(),
+            block_size: create.block_size,
         }
     }
 

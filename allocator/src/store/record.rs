@@ -5,8 +5,11 @@ use std::collections::BTreeSet;
 use serde::{Deserialize, Serialize};
 use xpm_protocol::api::allocator::{ChangeKind, EndReason, Owner, RegionSlot, SlabMap};
 use xpm_protocol::api::appliance;
+use xpm_protocol::api::blk::Form;
 use xpm_protocol::policy::Labels;
-use xpm_protocol::{AllocationId, ApplianceId, Epoch, GrantId, GrantKey, Layout, LinkSpeed, Name, RegionId};
+use xpm_protocol::{
+    AllocationId, ApplianceId, BlockSize, Epoch, GrantId, GrantKey, Layout, LinkSpeed, Name, RegionId,
+};
 
 /// An allocation. `Debug` shows no keys.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -59,6 +62,12 @@ pub struct AllocationRecord {
     /// Slabs with names.
     #[serde(default, skip_serializing_if = "SlabMap::is_empty")]
     pub slabs: SlabMap,
+    /// Appliances of it whose memory the operator has given up.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub given_up: BTreeSet<ApplianceId>,
+    /// Logical block size of its devices; none of one that was made before there was a choice.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub block_size: Option<BlockSize>,
 }
 
 /// A change of where an allocation lies, which is not over. It has two sides: what the record says otherwise
@@ -219,6 +228,9 @@ pub struct ApplianceRecord {
     /// That it is being emptied.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub drain: Option<DrainRecord>,
+    /// Since when it is given up, seconds since 1970: what it has is to be cleared before it lends again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub given_up: Option<u64>,
 }
 
 /// That an appliance is being emptied.
@@ -234,6 +246,13 @@ pub struct DrainRecord {
 }
 
 impl AllocationRecord {
+    /// The logical block size, also of one that was made before there was a choice: it has the size of the form that its
+    /// owner shows.
+    pub fn block_size(&self) -> Option<BlockSize> {
+        let shown = || self.owner.as_ref()?.purpose.parse::<Form>().ok()?.block_size_of_before();
+        self.block_size.or_else(shown)
+    }
+
     /// Bytes that its grant takes on an appliance.
     pub fn bytes_of(&self, grant: &GrantRecord) -> u64 {
         u64::from(grant.count) * self.region_len

@@ -29,6 +29,7 @@ fn attach(client: u128, force: bool) -> Attach {
         purpose,
         force,
         lose: false,
+        blocks: None,
     }
 }
 

@@ -29,6 +29,7 @@ pub(crate) struct Follower {
 struct Ending {
     ended: AtomicBool,
     wake: Notify,
+    lost: Notify,
 }
 
 impl Follower {
@@ -36,10 +37,18 @@ impl Follower {
     pub(crate) fn new(owner: Owner, name: Name, known: Known, volume: Volume) -> io::Result<Follower> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let ending = Arc::new(Ending::default());
+        let lost =
+            Lost { owner: owner.clone(), name: name.clone(), volume: volume.clone(), ending: ending.clone() };
         let version = Arc::new(AtomicU64::new(known.version));
         let follow = Follow { owner, name, known, version, volume, ending: ending.clone() };
         let builder = std::thread::Builder::new().name("xpm-orders".to_owned());
-        let thread = crate::signals::blocked(|| builder.spawn(move || runtime.block_on(follow.run())))?;
+        let thread = crate::signals::blocked(|| {
+            builder.spawn(move || {
+                runtime.block_on(async {
+                    tokio::join!(follow.run(), lost.run());
+                });
+            })
+        })?;
         Ok(Follower { ending, thread: Some(thread) })
     }
 }
@@ -48,10 +57,53 @@ impl Drop for Follower {
     fn drop(&mut self) {
         self.ending.ended.store(true, Ordering::Release);
         self.ending.wake.notify_one();
+        self.ending.lost.notify_one();
         if let Some(thread) = self.thread.take() {
             // A panic of it has been told already.
             let _ = thread.join();
         }
+    }
+}
+
+/// Hears of appliances that are given up. Apart from what else is ordered: a change that waits for such an appliance
+/// goes on only when this is heard.
+struct Lost {
+    owner: Owner,
+    name: Name,
+    volume: Volume,
+    ending: Arc<Ending>,
+}
+
+impl Lost {
+    async fn run(self) {
+        let mut listener = self.owner.listen();
+        loop {
+            self.look().await;
+            tokio::select! {
+                () = self.ending.lost.notified() => return,
+                () = async { while !listener.hear().await.contains(&Heard::Allocation(self.name.clone())) {} } => {}
+                () = tokio::time::sleep(ASK_EVERY) => {}
+            }
+        }
+    }
+
+    async fn look(&self) {
+        let Ok(orders) = self.owner.orders(&self.name).await else { return };
+        for lender in &orders.given_up {
+            let why = super::lost_on(&lender.name);
+            if self.volume.give_up(lender.appliance, &why) {
+                tell(&format!("allocation {} is {why}; what touches it gets SIGBUS", self.name));
+            }
+        }
+    }
+}
+
+/// Says what a program that may be ended by it has to be told: in its log, or, where it has none, as most programs that use
+/// the C library, on standard error.
+fn tell(line: &str) {
+    match tracing::dispatcher::has_been_set() {
+        true => tracing::error!("{line}"),
+        false => eprintln!("xpm: {line}"),
     }
 }
 

@@ -14,7 +14,7 @@ use xpm_control::known::KnownMetadata;
 use xpm_control::token::Token;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{Allocation, Attach, Event, Map, MetadataState, Orders, Report, SlabMap};
-use xpm_protocol::{ClientId, GrantId, HostId, Life, Name};
+use xpm_protocol::{BlockWish, ClientId, GrantId, HostId, Life, Name};
 
 pub(crate) use self::follow::Follower;
 pub use self::guard::{Guard, Guarded, Known, Trouble, Word};
@@ -32,6 +32,17 @@ const LISTEN_AGAIN: Duration = Duration::from_secs(1);
 
 /// Most grants named in one question.
 const DOUBTS_MAX: usize = 256;
+
+/// How an allocation is taken.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Taking {
+    /// From another owner, who is cut off.
+    pub force: bool,
+    /// Memory that cannot be moved away from the owner before is replaced by zeros.
+    pub lose: bool,
+    /// What one that shows a block device says of its block size.
+    pub blocks: Option<BlockWish>,
+}
 
 /// Somebody who owns allocations, or is about to.
 #[derive(Clone)]
@@ -59,20 +70,15 @@ impl Owner {
     /// # Errors
     /// What the allocator said, or that it did not answer.
     pub async fn own(&self, name: &Name, purpose: String, force: bool) -> Result<Map, ClientError> {
-        self.own_with(name, purpose, force, false).await
+        self.own_with(name, purpose, Taking { force, ..Taking::default() }).await
     }
 
-    /// The same; with `lose`, memory that cannot be moved away from the owner before is replaced by zeros.
+    /// The same, with all that can be said about it.
     ///
     /// # Errors
     /// As of [`Owner::own`].
-    pub async fn own_with(
-        &self,
-        name: &Name,
-        purpose: String,
-        force: bool,
-        lose: bool,
-    ) -> Result<Map, ClientError> {
+    pub async fn own_with(&self, name: &Name, purpose: String, how: Taking) -> Result<Map, ClientError> {
+        let Taking { force, lose, blocks } = how;
         let attach = Attach {
             client: self.client,
             host: self.host,
@@ -80,9 +86,21 @@ impl Owner {
             purpose,
             force,
             lose,
+            blocks,
         };
-        let allocator = self.allocator.clone().with_limit(OWN_LIMIT);
-        allocator.put(&self.path(&format!("/v1/allocations/{name}/owner")), &attach).await
+        let (allocator, path) = (
+            self.allocator.clone().with_limit(OWN_LIMIT),
+            self.path(&format!("/v1/allocations/{name}/owner")),
+        );
+        match allocator.put(&path, &attach).await {
+            // An allocator of a version that knows no block sizes refuses the field. Such a one is asked without it.
+            Err(ClientError::Refused(body))
+                if blocks.is_some() && body.error.contains("unknown field `blocks`") =>
+            {
+                allocator.put(&path, &Attach { blocks: None, ..attach }).await
+            }
+            answer => answer,
+        }
     }
 
     /// In the query, which allocators of before there were lives do not look at.
@@ -177,6 +195,11 @@ impl Owner {
     }
 }
 
+/// What people are told of an appliance that the operator has given up.
+pub fn lost_on(name: &Name) -> String {
+    format!("lost on {name}: the operator has given that appliance up")
+}
+
 /// Whether a refusal says what holds, and not only that nobody could say it now.
 pub(crate) const fn is_final(kind: ErrorKind) -> bool {
     !matches!(
@@ -199,8 +222,8 @@ impl Heard {
     fn of(event: &Event) -> Option<Heard> {
         let subject = event.subject.clone();
         match event.kind.as_str() {
-            "change-open" | "hand-over" | "lost" | "deleted" | "freed" | "attached" | "handed-over"
-            | "cut-off" => Some(Heard::Allocation(subject)),
+            "change-open" | "hand-over" | "lender-lost" | "lost" | "deleted" | "freed" | "attached"
+            | "handed-over" | "cut-off" => Some(Heard::Allocation(subject)),
             "appliance-moved" => Some(Heard::Appliance(subject)),
             _ => None,
         }

@@ -21,7 +21,7 @@ use tokio::sync::Notify;
 use xpm_protocol::api::allocator::{Map, SlabMap};
 use xpm_protocol::api::appliance::Counters;
 use xpm_protocol::api::blk::{DeviceState, Hold, LinkState, LinkStatus, TransportKind};
-use xpm_protocol::{HostId, Name, Visitor};
+use xpm_protocol::{ApplianceId, HostId, Name, Visitor};
 use xpm_transport::io::{IoError, Kind};
 
 use crate::owner::{Guarded, Trouble, Word};
@@ -297,6 +297,14 @@ impl Volume {
 
     fn connectors(&self) -> Vec<Arc<Connector>> {
         self.inner.shared.live().ways.iter().flatten().cloned().collect()
+    }
+
+    /// An appliance does not come back: I/O that it has or would have ends with an error, from now on and for good. `why` is
+    /// what people are told. Whether that is news. Returns at once.
+    pub fn give_up(&self, appliance: ApplianceId, why: &str) -> bool {
+        let connectors = self.connectors();
+        let of_it = connectors.iter().filter(|connector| connector.grant().appliance == appliance);
+        of_it.fold(false, |news, connector| connector.give_up(why) | news)
     }
 
     /// What the volume is doing. Takes locks that no I/O waits for.

@@ -54,6 +54,7 @@ pub(super) fn map(layout: Layout, rows: u32, grants: u32, size: u64) -> Map {
             .map(|region| RegionSlot { grant: region % grants, slot: region / grants })
             .collect(),
         slabs: Default::default(),
+        block_size: None,
     }
 }
 

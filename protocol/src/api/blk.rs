@@ -7,6 +7,7 @@
 //! | `POST /v1/devices` | [`AttachDevice`] | [`Device`] |
 //! | `GET /v1/devices/{name}` | | [`Device`] |
 //! | `DELETE /v1/devices/{name}?force=true` | | nothing; refused while it is used, unless forced |
+//! | `PUT /v1/lost/{appliance}` | | list of [`Device`]s with memory on it, which is given up; refused while it answers. By name or id |
 
 use std::fmt;
 use std::path::PathBuf;
@@ -16,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::text::serde_as_text;
 use crate::units::{ByteSize, Span};
-use crate::{ApplianceId, ClientId, Epoch, Name};
+use crate::{ApplianceId, BlockSize, ClientId, Epoch, Name};
 
 /// Shows an allocation as a device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,6 +49,10 @@ pub struct AttachDevice {
     /// Take zeros in place of memory that cannot be moved away from a process that it was shared with.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub lose: bool,
+    /// Logical block size, 512 or 4096: needed once for an allocation that was made before block sizes could be chosen.
+    /// Every other allocation has its own, and another one is refused.
+    #[serde(default, rename = "block-size", skip_serializing_if = "Option::is_none")]
+    pub block_size: Option<BlockSize>,
 }
 
 /// How long I/O is held while an appliance cannot be reached. Written `forever` or as a duration.
@@ -115,6 +120,15 @@ const FORMS: &str = "a device form: ublk, nbd, nbd-direct, nbd-socket=/ABSOLUTE/
                      vhost-user=/ABSOLUTE/PATH";
 
 impl Form {
+    /// The logical block size that this form had before the allocation had one; none for a socket whose clients choose.
+    pub const fn block_size_of_before(&self) -> Option<BlockSize> {
+        match self {
+            Form::Ublk | Form::VhostUser(_) => Some(BlockSize::B512),
+            Form::Nbd | Form::NbdDirect => Some(BlockSize::B4096),
+            Form::NbdSocket(_) => None,
+        }
+    }
+
     fn parse_socket(text: &str) -> Option<Form> {
         match text.split_once('=')? {
             ("nbd-socket", place) => SocketPlace::parse(place).map(Form::NbdSocket),
@@ -250,6 +264,9 @@ pub struct Device {
     /// That its allocation is going to end, as the allocator said last, with what can be done.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ending: Option<String>,
+    /// Its logical block size in bytes; none where clients choose.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub block_size: Option<BlockSize>,
 }
 
 /// Whether I/O passes.

@@ -36,6 +36,10 @@ kinds! {
     ApplianceMoved = "appliance-moved";
     /// An operator had an appliance forgotten.
     ApplianceForgotten = "appliance-forgotten";
+    /// The operator gave an appliance up.
+    ApplianceLost = "appliance-lost";
+    /// An allocation had memory on an appliance that was given up.
+    LenderLost = "lender-lost";
     /// The emptying of an appliance began, was held up or ended.
     Drain = "drain";
     /// An allocation was made.

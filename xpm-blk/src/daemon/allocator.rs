@@ -2,12 +2,13 @@
 
 use std::sync::PoisonError;
 
+use xpm_client::owner::Taking;
 use xpm_control::client::ClientError;
 use xpm_control::error_line;
-use xpm_protocol::Name;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::Map;
 use xpm_protocol::api::blk::AttachDevice;
+use xpm_protocol::{BlockWish, Name};
 
 use super::Daemon;
 use crate::error::DeviceError;
@@ -15,8 +16,10 @@ use crate::owed::Debts;
 
 impl Daemon {
     pub(super) async fn own(&self, request: &AttachDevice) -> Result<Map, DeviceError> {
-        let AttachDevice { name, form, force, lose, .. } = request;
-        let owned = self.owner.own_with(name, form.to_string(), *force, *lose).await;
+        let AttachDevice { name, form, force, lose, block_size, .. } = request;
+        let blocks = block_size.map_or(BlockWish::Kept, BlockWish::Is);
+        let how = Taking { force: *force, lose: *lose, blocks: Some(blocks) };
+        let owned = self.owner.own_with(name, form.to_string(), how).await;
         let map = owned.map_err(|error| refused(&error))?;
         self.registered().insert(request.name.clone(), None);
         Ok(map)

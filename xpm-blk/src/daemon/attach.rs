@@ -81,7 +81,10 @@ impl Daemon {
         let name = request.name.clone();
         let record = Record::new(request, map, session);
         match self.show(record, Readiness::Required).await {
-            Ok(attached) => Ok(self.view_of(&attached)),
+            Ok(attached) => {
+                self.look_for_losses(&name);
+                Ok(self.view_of(&attached))
+            }
             Err(error) => {
                 self.owe(&name).await;
                 self.give_back(&name).await;
@@ -105,11 +108,24 @@ impl Daemon {
         Ok(attached)
     }
 
+    /// Forgets the record of an attachment that did not come about. That of a device which was there before stays.
+    fn undo_record(&self, record: &Record) {
+        if record.pending
+            && let Err(error) = self.records.remove(&record.request.name)
+        {
+            tracing::error!("{error}; it is forgotten at the next start");
+        }
+    }
+
     fn show_and_keep(&self, mut record: Record, readiness: Readiness) -> Result<Arc<Attached>, DeviceError> {
         // What was taken over is written down when its users have it again: a file may need their memory.
         let first = readiness != Readiness::TakenOver;
         if first {
-            self.records.save(&record)?;
+            record.pending = readiness == Readiness::Required;
+            if let Err(error) = self.records.save(&record) {
+                self.undo_record(&record);
+                return Err(error);
+            }
         }
         let visitor = self.owner.life.map(|life| Visitor::new(life, &self.owner.host_name));
         let (shown, change) =
@@ -118,15 +134,23 @@ impl Daemon {
                 Ok(shown) => shown,
                 Err(error) => {
                     // A device that was there before is tried again; a new one never was.
-                    if readiness == Readiness::Required {
-                        self.records.remove(&record.request.name)?;
-                    }
+                    self.undo_record(&record);
                     return Err(error);
                 }
             };
         record.number = shown.number();
-        if first {
-            self.records.save(&record)?;
+        let new = std::mem::take(&mut record.pending);
+        if first && let Err(error) = self.records.save(&record) {
+            if new {
+                if let Err(error) = shown.hide(true) {
+                    tracing::error!("{} cannot be taken away again: {error}", shown.path());
+                }
+                record.pending = true;
+                self.undo_record(&record);
+                return Err(error);
+            }
+            // It was kept before, and only its number may be another one now, which is a wish.
+            tracing::error!("{error}");
         }
         tracing::info!("allocation {} is shown at {}", record.request.name, shown.path());
         Ok(Arc::new(Attached {

@@ -6,15 +6,18 @@ use std::time::{Duration, Instant};
 
 use xpm_protocol::Name;
 use xpm_protocol::api::ErrorKind;
-use xpm_protocol::api::blk::{DeviceState, Form};
+use xpm_protocol::api::blk::{DeviceState, Form, LinkState};
 
 use super::{Attached, Busy, Daemon, Slot, blocking};
 use crate::error::DeviceError;
+use crate::records::Record;
 use crate::usage;
 
 /// Requests that take longer than this count as users.
 const MOMENT: Duration = Duration::from_secs(1);
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
+/// Clients of a socket that stay for longer than this use it.
+const LOOK: Duration = Duration::from_secs(2);
 
 impl Daemon {
     /// Takes a device away and gives its allocation back. Runs to its end even if nobody waits for
@@ -33,12 +36,20 @@ impl Daemon {
 
     async fn detach_now(self: &Arc<Daemon>, name: &Name, force: bool) -> Result<(), DeviceError> {
         let before = self.begin_detach(name)?;
-        if let Slot::Shown(attached) = &before {
-            let attached = Arc::clone(attached);
-            if let Err(error) = blocking(move || take_away(&attached, force)).await {
-                self.set(name, Some(before));
-                return Err(error);
+        let taken = match &before {
+            Slot::Shown(attached) => {
+                let attached = Arc::clone(attached);
+                blocking(move || take_away(&attached, force)).await
             }
+            Slot::Waiting(waiting) if !force => {
+                let record = waiting.record.clone();
+                blocking(move || check_left(&record)).await
+            }
+            Slot::Waiting(_) | Slot::Busy(_) => Ok(()),
+        };
+        if let Err(error) = taken {
+            self.set(name, Some(before));
+            return Err(error);
         }
         drop(before);
         self.owe(name).await;
@@ -83,8 +94,7 @@ impl Daemon {
             .map(|attached| (attached.shown.path(), users_of(attached, true)));
         // The users of a device that is not served again yet wait for just that.
         let waiting = slots.iter().filter(|slot| !matches!(slot, Slot::Shown(_))).filter_map(|slot| {
-            let record = slot.record().filter(|record| record.request.form == Form::Ublk)?;
-            let disk = format!("ublkb{}", record.number?);
+            let disk = slot.record().filter(|record| record.request.form == Form::Ublk)?.left_disk()?;
             Some((format!("/dev/{disk}"), usage::users(&disk)))
         });
         shown
@@ -124,6 +134,9 @@ pub(super) fn unknown(name: &Name) -> DeviceError {
 }
 
 fn take_away(attached: &Attached, force: bool) -> Result<(), DeviceError> {
+    if !force {
+        wait_for_looks(attached);
+    }
     let mut users = users_of(attached, !force);
     let in_flight = in_flight_still(attached);
     if in_flight > 0 {
@@ -134,6 +147,31 @@ fn take_away(attached: &Attached, force: bool) -> Result<(), DeviceError> {
     }
     let stuck = in_flight > 0 || attached.shown.health().state != DeviceState::Live;
     attached.shown.hide(force && stuck)
+}
+
+/// A client that only looks at a socket, as `nbdinfo` does, is gone in a moment.
+fn wait_for_looks(attached: &Attached) {
+    let limit = Instant::now() + LOOK;
+    while attached.shown.clients() > 0 && Instant::now() < limit {
+        thread::sleep(LOOK_AGAIN);
+    }
+}
+
+/// Refuses to forget a device that is not served, and that the kernel keeps for its users.
+fn check_left(record: &Record) -> Result<(), DeviceError> {
+    let Some(disk) = record.left_disk() else { return Ok(()) };
+    let mut users = usage::users(&disk);
+    users.extend(usage::openers(&disk));
+    if users.is_empty() {
+        return Ok(());
+    }
+    let what = format!(
+        "/dev/{disk} (allocation {}) is not served now, and is in use: {}; end that first, or use --force and lose what is not \
+         written back",
+        record.request.name,
+        users.join(", ")
+    );
+    Err(DeviceError::new(ErrorKind::InUse, what))
 }
 
 /// Requests that are in flight for longer than a moment: with them the device cannot be taken away
@@ -155,20 +193,33 @@ fn refusal(attached: &Attached, users: &[String]) -> DeviceError {
     let way_out = match request.form {
         Form::NbdSocket(_) => "disconnect them".to_owned(),
         Form::VhostUser(_) => "shut it down, or take the disk out of it".to_owned(),
+        _ if users.iter().any(|user| user.starts_with("held by loop")) => {
+            "run `umount` on what is mounted and `losetup --detach` on the loop device".to_owned()
+        }
         _ if users.iter().any(|user| user == "swap") => format!("run `swapoff {path}`"),
         _ if users.iter().any(|user| user.starts_with("mounted")) => format!("run `umount {path}`"),
         _ => "wait for them or stop them".to_owned(),
     };
+    let silent = attached.shown.health().links.into_iter().find(|link| link.state == LinkState::Connecting);
+    let advice = silent.map_or_else(String::new, |link| advice_for_silent(&link.appliance_name));
     let what = format!(
-        "{path} (allocation {}) is in use: {}; {way_out} first, or use --force and lose what is not written back",
+        "{path} (allocation {}) is in use: {}; {way_out} first, or use --force and lose what is not written back{advice}",
         request.name,
         users.join(", ")
     );
     DeviceError::new(ErrorKind::InUse, what)
 }
 
-/// Who uses a device now. `thorough` also looks for those who opened it for themselves alone, which
-/// can wait for the device's I/O.
+/// What to do where I/O waits for an appliance: the end of a line.
+fn advice_for_silent(name: &Name) -> String {
+    format!(
+        ". Appliance {name} does not answer: if that machine never comes back, `xpm appliance forget {name} --lost` gives its \
+         memory up (without the allocator: `xpm blk give-up {name}`)"
+    )
+}
+
+/// Who uses a device now. `thorough` also looks for programs that have it open, which waits for those who only look at it, and
+/// for who opened it for himself alone, which can wait for the device's I/O.
 pub(super) fn users_of(attached: &Attached, thorough: bool) -> Vec<String> {
     let Some(disk) = attached.shown.disk() else {
         let form = attached.record().request.form;
@@ -180,6 +231,9 @@ pub(super) fn users_of(attached: &Attached, thorough: bool) -> Vec<String> {
         };
     };
     let mut users = usage::users(disk);
+    if thorough {
+        users.extend(usage::openers(disk));
+    }
     if thorough && users.is_empty() && usage::is_claimed(disk) {
         users.push("opened exclusively by another program".to_owned());
     }

@@ -38,6 +38,7 @@ pub(crate) async fn follow(daemon: Arc<Daemon>) {
         for heard in listener.hear().await {
             daemon.sound_alarms(&heard);
             if let Heard::Allocation(name) = heard {
+                daemon.look_for_losses(&name);
                 daemon.obey(&name);
             }
         }
@@ -48,7 +49,10 @@ impl Daemon {
     /// Asks for the orders of every device.
     fn look_for_orders(self: &Arc<Daemon>) {
         let names: Vec<Name> = self.slots().keys().cloned().collect();
-        names.iter().for_each(|name| self.obey(name));
+        for name in &names {
+            self.look_for_losses(name);
+            self.obey(name);
+        }
     }
 
     async fn look_for_ends(&self) {

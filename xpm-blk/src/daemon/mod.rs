@@ -7,7 +7,9 @@ mod allocator;
 mod attach;
 mod detach;
 mod guard;
+pub(crate) mod herald;
 pub(crate) mod lookout;
+mod lost;
 mod orders;
 mod restore;
 mod view;
@@ -114,9 +116,11 @@ impl Attached {
         self.record.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Keeps another record, on disk first.
-    fn keep(&self, records: &Records, record: Record) -> Result<(), DeviceError> {
+    /// Changes the record, on disk first.
+    fn keep_with(&self, records: &Records, change: impl FnOnce(&mut Record)) -> Result<(), DeviceError> {
         let _keeping = self.keeping.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut record = self.record();
+        change(&mut record);
         records.save(&record)?;
         *self.record.lock().unwrap_or_else(PoisonError::into_inner) = record;
         Ok(())

@@ -17,7 +17,6 @@ use xpm_protocol::api::blk::AttachDevice;
 
 use super::{Attached, Daemon, Slot, blocking};
 use crate::error::{DeviceError, Step};
-use crate::records::Record;
 
 impl Daemon {
     /// Asks for the orders of a device and carries them out, on a task of their own. Nothing happens while that is
@@ -123,7 +122,7 @@ impl Daemon {
             let Some(volume) = attached_too.shown.volume() else { return Ok(None) };
             if map.version != record.map.version {
                 let change = volume.change(&map, &[], CONNECT_LIMIT).map_err(refused)?;
-                attached_too.keep(&daemon.records, Record { map, ..record })?;
+                attached_too.keep_with(&daemon.records, |record| record.map = map)?;
                 change.switch();
             }
             attached_too.shown.resize(volume.size())
@@ -182,8 +181,7 @@ fn make_firm(
         _ => Ok(()),
     });
     let firm = firm.and_then(|()| {
-        let record = Record { change: Some(Box::new(change.clone())), ..record.clone() };
-        attached.keep(&daemon.records, record)
+        attached.keep_with(&daemon.records, |record| record.change = Some(Box::new(change.clone())))
     });
     if let Err(error) = firm {
         if change.kind == ChangeKind::Shrink {
@@ -215,9 +213,8 @@ fn check_shrink(attached: &Attached) -> Result<(), DeviceError> {
 
 /// The change holds: turns to the new map. What became of the device, where there is something to say.
 fn switch(daemon: &Daemon, attached: &Attached, change: &MapChange) -> Result<Option<String>, DeviceError> {
-    let record = attached.record();
-    let new = Record { map: change.next.clone(), change: None, ..record };
-    attached.keep(&daemon.records, new)?;
+    attached
+        .keep_with(&daemon.records, |record| (record.map, record.change) = (change.next.clone(), None))?;
     let under_way: Option<Change> = attached.change().take();
     if let Some(under_way) = under_way {
         under_way.switch();
@@ -231,9 +228,8 @@ fn switch(daemon: &Daemon, attached: &Attached, change: &MapChange) -> Result<Op
 /// The change does not hold: all is as before.
 fn give_up(daemon: &Daemon, attached: &Attached, change: &MapChange) -> Result<Option<String>, DeviceError> {
     drop(attached.change().take());
-    let record = Record { change: None, ..attached.record() };
-    let size = record.map.size.0;
-    attached.keep(&daemon.records, record)?;
+    attached.keep_with(&daemon.records, |record| record.change = None)?;
+    let size = attached.record().map.size.0;
     if change.kind == ChangeKind::Shrink {
         attached.shown.resize(size)?;
     }

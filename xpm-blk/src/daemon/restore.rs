@@ -30,7 +30,9 @@ impl Daemon {
     /// When the records cannot be used.
     pub(crate) fn restore(self: &Arc<Daemon>) -> Result<(), DeviceError> {
         let debts = Debts::load(&self.config.state);
-        let mut records = self.records.load()?;
+        let (pending, mut records): (Vec<Record>, Vec<Record>) =
+            self.records.load()?.into_iter().partition(|record| record.pending);
+        pending.iter().for_each(|record| self.undo(record));
         // It was taken away, and the process ended before its record was removed.
         let left: Vec<Name> = records.iter().map(|record| record.request.name.clone()).collect();
         for name in left.iter().filter(|name| debts.has(name) && self.is_new(name)) {
@@ -67,6 +69,17 @@ impl Daemon {
         Ok(())
     }
 
+    /// An attachment that an earlier life did not bring to its end is none.
+    fn undo(self: &Arc<Daemon>, record: &Record) {
+        let name = record.request.name.clone();
+        tracing::warn!("allocation {name} was being attached when xpm-blk ended: that is undone");
+        if let Err(error) = self.records.remove(&name) {
+            tracing::error!("{error}");
+        }
+        let daemon = Arc::clone(self);
+        tokio::spawn(async move { daemon.disown(&name).await });
+    }
+
     fn is_new(&self, name: &Name) -> bool {
         !self.slots().contains_key(name)
     }
@@ -75,8 +88,12 @@ impl Daemon {
     /// Reads and writes no file before those are there, or do not come. After that, [`Daemon::restore`] finds what there is
     /// besides.
     pub(crate) async fn take_over(self: &Arc<Daemon>) {
-        let (first, later): (Vec<Record>, Vec<Record>) =
-            self.records.inherited().into_iter().partition(|record| record.request.form == Form::Ublk);
+        let (first, later): (Vec<Record>, Vec<Record>) = self
+            .records
+            .inherited()
+            .into_iter()
+            .filter(|record| !record.pending)
+            .partition(|record| record.request.form == Form::Ublk);
         let (done, mut all_done) = mpsc::channel::<()>(1);
         for (record, done) in first.into_iter().map(|record| (record, Some(done.clone()))) {
             self.go_on_with(record, done);
@@ -130,14 +147,13 @@ impl Daemon {
         Ok(())
     }
 
-    async fn show_again(self: Arc<Daemon>, mut record: Record, readiness: Readiness) {
+    async fn show_again(self: Arc<Daemon>, record: Record, readiness: Readiness) {
         let name = record.request.name.clone();
         let since = Instant::now();
         let mut pause = PAUSE_FIRST;
         loop {
-            if !self.mark_busy(&name) {
-                return;
-            }
+            // As it is known now: an appliance of it may have been given up.
+            let Some(mut record) = self.mark_busy(&name) else { return };
             let may = match readiness {
                 Readiness::TakenOver => Ok(()),
                 _ => match self.check_safety(&record.request.form) {
@@ -159,13 +175,14 @@ impl Daemon {
         }
     }
 
-    /// False when the slot was detached meanwhile.
-    fn mark_busy(&self, name: &Name) -> bool {
+    /// Its record; none when the slot was detached meanwhile.
+    fn mark_busy(&self, name: &Name) -> Option<Record> {
         let mut slots = self.slots();
-        let Some(Slot::Waiting(waiting)) = slots.get(name) else { return false };
-        let before = Some(Box::new(waiting.record.clone()));
+        let Some(Slot::Waiting(waiting)) = slots.get(name) else { return None };
+        let record = waiting.record.clone();
+        let before = Some(Box::new(record.clone()));
         slots.insert(name.clone(), Slot::Busy(Busy { doing: "being shown again", before }));
-        true
+        Some(record)
     }
 
     async fn attach_listed(self: Arc<Daemon>, device: AttachDevice) {

@@ -63,12 +63,16 @@ impl Daemon {
             appliance: grant.appliance,
             appliance_name: grant.appliance_name.clone(),
             transport: record.request.transport.unwrap_or(TransportKind::NbdTcp),
-            state: LinkState::Connecting,
+            state: match record.given_up.contains_key(&grant.appliance) {
+                true => LinkState::Lost,
+                false => LinkState::Connecting,
+            },
             since,
             reconnects: 0,
             reason: Some(reason.to_owned()),
         });
-        Device { links: links.collect(), age: since, ..self.outline(record) }
+        let state = if record.given_up.is_empty() { DeviceState::Holding } else { DeviceState::Lost };
+        Device { state, links: links.collect(), age: since, ..self.outline(record) }
     }
 
     fn outline(&self, record: &Record) -> Device {
@@ -87,6 +91,7 @@ impl Daemon {
             counters: Counters::default(),
             in_flight: 0,
             age: xpm_protocol::Span::default(),
+            block_size: record.block_size(),
             ending: self.endings().get(&record.request.name).map(|ending| ending.text.clone()),
         }
     }

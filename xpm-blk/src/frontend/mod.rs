@@ -12,9 +12,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use xpm_client::Volume;
 use xpm_client::owner::Guarded;
-use xpm_protocol::Name;
 use xpm_protocol::api::appliance::Counters;
 use xpm_protocol::api::blk::{DeviceState, Form, LinkStatus};
+use xpm_protocol::{ApplianceId, BlockSize, Name};
 
 use crate::error::DeviceError;
 
@@ -34,6 +34,8 @@ pub struct Shape {
     pub number: Option<u32>,
     /// The allocation's name, for links to the device.
     pub name: Name,
+    /// Logical block size; none where clients choose.
+    pub block_size: Option<BlockSize>,
 }
 
 /// An allocation that is shown. Dropping it without [`Shown::hide`] leaves what the kernel has.
@@ -88,6 +90,14 @@ pub trait Shown: Send + Sync {
     /// Whether the device can become smaller while it is there.
     fn can_shrink(&self) -> bool {
         true
+    }
+
+    /// An appliance does not come back: I/O that it has or would have ends with an error, for good. `why` is what people are
+    /// told.
+    fn give_up(&self, appliance: ApplianceId, why: &str) {
+        if let Some(volume) = self.volume() {
+            volume.give_up(appliance, why);
+        }
     }
 
     /// Takes the device away and waits until nothing uses its volume any more. Waits for I/O in

@@ -25,6 +25,7 @@ use xpm_transport::nbd::server::LoopWatch;
 use super::link::{self, FromStandby, Receiver, Sender, ToStandby};
 use super::{ARGUMENT, TICK, socket_path};
 use crate::error::{DeviceError, Step};
+use crate::frontend::ublk;
 use crate::lifecycle;
 use crate::records::{self, Follower, Record, Records};
 use crate::watch::Watchdog;
@@ -52,8 +53,9 @@ struct Shared {
 
 /// How it is done.
 pub(crate) struct Settings {
-    /// Whether a standby of its own is kept.
-    pub(crate) standby: bool,
+    /// Whether a standby of its own is kept; none: from when the kernel's devices outlive their server, for its driver may be
+    /// loaded at any time.
+    pub(crate) standby: Option<bool>,
     /// Seconds of silence after which somebody hangs.
     pub(crate) silence_max: u32,
     pub(crate) state: PathBuf,
@@ -70,7 +72,8 @@ impl Keeper {
         loops: Vec<LoopWatch>,
     ) -> Result<Keeper, DeviceError> {
         let at = || "start what keeps a standby";
-        let state = if settings.standby { StandbyState::Starting } else { StandbyState::Off };
+        let wanted = settings.standby.unwrap_or_else(ublk::can_recover);
+        let state = if wanted { StandbyState::Starting } else { StandbyState::Off };
         let shared = Arc::new(Shared {
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).at(at())?,
             leave: AtomicBool::new(false),
@@ -86,6 +89,7 @@ impl Keeper {
             successor: None,
             due: Instant::now() + settings.delay,
             settings,
+            wanted,
             starting: None,
             pause: PAUSES.0,
         };
@@ -205,6 +209,8 @@ enum Who {
 
 struct Work {
     settings: Settings,
+    /// A standby of its own is kept.
+    wanted: bool,
     records: Arc<Records>,
     shared: Arc<Shared>,
     watchdog: Watchdog,
@@ -274,7 +280,12 @@ impl Work {
         self.take_started();
         // One that wants to serve is one more to take memory, and stands by as well.
         let missing = self.standby.is_none() && self.starting.is_none() && self.successor.is_none();
-        if self.settings.standby && missing && Instant::now() >= self.due {
+        if !self.wanted && self.settings.standby.is_none() && ublk::is_there() && ublk::can_recover() {
+            tracing::info!("the kernel has ublk devices now: a standby is kept from here on");
+            self.wanted = true;
+            *self.shared.status() = Standby { state: StandbyState::Starting, pid: None, locked: ByteSize(0) };
+        }
+        if self.wanted && missing && Instant::now() >= self.due {
             self.start_standby();
         }
     }

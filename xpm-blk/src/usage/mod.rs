@@ -1,13 +1,13 @@
 //! Who uses a block device now: swap, file systems, other devices, programs.
 
 mod mounts;
+mod openers;
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-use rustix::fs::{major, minor};
 use xpm_control::proc;
 
 use crate::sysfs;
@@ -19,9 +19,16 @@ pub(crate) struct DeviceNumber {
     pub(crate) minor: u32,
 }
 
-/// Who uses the disk or one of its partitions, each as `swap`, `mounted at /mnt`, `held by dm-0`.
-/// Does no I/O on the disk, and so never blocks on it.
+/// Loop devices on loop devices, at most.
+const LOOPS_MAX: usize = 8;
+
+/// Who uses the disk or one of its partitions, each as `swap`, `mounted at /mnt`, `held by dm-0` or
+/// `held by loop0 (mounted at /mnt)`. Does no I/O on the disk, and so never blocks on it.
 pub(crate) fn users(disk: &str) -> Vec<String> {
+    users_beneath(disk, LOOPS_MAX)
+}
+
+fn users_beneath(disk: &str, loops_max: usize) -> Vec<String> {
     let parts = parts(disk);
     let numbers = numbers_of(&parts);
     let mut users = Vec::new();
@@ -32,7 +39,39 @@ pub(crate) fn users(disk: &str) -> Vec<String> {
     let mounts = mounts::of(&mount_table(), &numbers);
     users.extend(mounts.into_iter().map(|place| format!("mounted at {place}")));
     users.extend(parts.iter().flat_map(|part| holders(part)).map(|holder| format!("held by {holder}")));
+    if loops_max > 0 {
+        let loops = loops_on(&parts, &numbers).into_iter();
+        users.extend(loops.map(|one| held_by_loop(&one, loops_max - 1)));
+    }
     users
+}
+
+/// Programs that have the disk or one of its partitions open, for writing or for longer than a look, as
+/// `opened by qemu (process 7)`. Waits for looks to end, a few seconds at most. Does no I/O on the disk.
+pub(crate) fn openers(disk: &str) -> Vec<String> {
+    openers::of(&numbers_of(&parts(disk)))
+}
+
+/// Loop devices whose backing file is one of these parts: the kernel counts them among nobody's holders.
+fn loops_on(parts: &[String], numbers: &[DeviceNumber]) -> Vec<String> {
+    let disks = fs::read_dir("/sys/block").into_iter().flatten().flatten();
+    let names = disks.filter_map(|disk| disk.file_name().into_string().ok());
+    let is_on = |name: &String| {
+        let backing = sysfs::text(name, "loop/backing_file");
+        backing.is_some_and(|backing| is_one_of(Path::new(&backing), parts, numbers))
+    };
+    names.filter(|name| name.starts_with("loop")).filter(is_on).collect()
+}
+
+fn held_by_loop(name: &str, loops_max: usize) -> String {
+    let mut users = users_beneath(name, loops_max);
+    if users.is_empty() {
+        users = openers(name);
+    }
+    match users.is_empty() {
+        true => format!("held by {name}"),
+        false => format!("held by {name} ({})", users.join(", ")),
+    }
 }
 
 /// What is to be said of a disk that lost its server and that no record wants; none when nobody uses it, and it is not `held`,
@@ -60,7 +99,7 @@ pub(crate) fn is_claimed(disk: &str) -> bool {
 /// Whether any process has the disk or a part of it open, or sees it mounted. Does no I/O on the disk, as [`is_claimed`] may.
 pub(crate) fn is_open(disk: &str) -> bool {
     let numbers = numbers_of(&parts(disk));
-    let is_one = |path: &Path| block_number(path).is_some_and(|number| numbers.contains(&number));
+    let is_one = |path: &Path| openers::block_number(path).is_some_and(|number| numbers.contains(&number));
     let entries = |path: &Path| fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path());
     entries(Path::new("/proc")).any(|process| {
         let table = fs::read_to_string(process.join("mountinfo")).unwrap_or_default();
@@ -94,15 +133,7 @@ fn holders(part: &str) -> Vec<String> {
 fn is_one_of(path: &Path, parts: &[String], numbers: &[DeviceNumber]) -> bool {
     let name = path.file_name().and_then(|name| name.to_str());
     let named = parts.iter().any(|part| part.rsplit('/').next() == name);
-    named || block_number(path).is_some_and(|number| numbers.contains(&number))
-}
-
-fn block_number(path: &Path) -> Option<DeviceNumber> {
-    let found = fs::metadata(path).ok()?;
-    found
-        .file_type()
-        .is_block_device()
-        .then(|| DeviceNumber { major: major(found.rdev()), minor: minor(found.rdev()) })
+    named || openers::block_number(path).is_some_and(|number| numbers.contains(&number))
 }
 
 /// The mounts of the host, not those of this process: it has a mount namespace of its own.
@@ -119,6 +150,9 @@ fn parse_number(text: &str) -> Option<DeviceNumber> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read as _;
+    use std::process::{Child, Command, Stdio};
+
     use super::*;
 
     #[test]
@@ -138,6 +172,78 @@ mod tests {
         for path in ["/dev/ublkb01", "/dev/ublkb0/x", "/"] {
             assert!(!is_one_of(Path::new(path), &parts, &[]), "{path}");
         }
+    }
+
+    /// A loop device on a file or on another one.
+    struct Loop(String);
+
+    impl Loop {
+        fn on(backing: &Path) -> Option<Loop> {
+            let made = Command::new("losetup").args(["--find", "--show"]).arg(backing).output().ok()?;
+            let node = String::from_utf8(made.stdout).ok()?.trim().to_owned();
+            node.starts_with("/dev/").then_some(Loop(node))
+        }
+
+        fn disk(&self) -> &str {
+            self.0.trim_start_matches("/dev/")
+        }
+    }
+
+    impl Drop for Loop {
+        fn drop(&mut self) {
+            let _ = Command::new("losetup").args(["--detach", &self.0]).status();
+        }
+    }
+
+    /// A program that has a device open until it is dropped.
+    struct Holder(Child);
+
+    impl Holder {
+        fn of(node: &str, how: &str) -> Holder {
+            // It reads a line from us when it has opened it.
+            let script = format!("exec 7{how}{node}; echo; read -r line");
+            let mut command = Command::new("bash");
+            let mut child =
+                command.args(["-c", &script]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+            let _ = child.stdout.take().unwrap().read(&mut [0]);
+            Holder(child)
+        }
+    }
+
+    impl Drop for Holder {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    #[test]
+    fn a_disk_that_is_open_or_under_a_loop_device_is_in_use() {
+        let directory = tempfile::tempdir().unwrap();
+        let image = directory.path().join("image");
+        fs::File::create(&image).unwrap().set_len(1 << 20).unwrap();
+        let Some(disk) = Loop::on(&image) else {
+            eprintln!("skipped: no loop device can be made here");
+            return;
+        };
+        assert!(users(disk.disk()).is_empty());
+        assert!(openers(disk.disk()).is_empty());
+        let writer = Holder::of(&disk.0, "<>");
+        assert_eq!(openers(disk.disk()), [format!("opened by bash (process {})", writer.0.id())]);
+        drop(writer);
+        let reader = Holder::of(&disk.0, "<");
+        assert_eq!(openers(disk.disk()), [format!("opened for reading by bash (process {})", reader.0.id())]);
+        let ends = std::thread::spawn(move || {
+            std::thread::sleep(std::time::Duration::from_millis(300));
+            drop(reader);
+        });
+        assert!(openers(disk.disk()).is_empty(), "a look is waited for");
+        ends.join().unwrap();
+        let above = Loop::on(Path::new(&disk.0)).expect("a second one");
+        assert_eq!(users(disk.disk()), [format!("held by {}", above.disk())]);
+        let writer = Holder::of(&above.0, "<>");
+        let held = format!("held by {} (opened by bash (process {}))", above.disk(), writer.0.id());
+        assert_eq!(users(disk.disk()), [held]);
     }
 
     #[test]

@@ -232,6 +232,7 @@ impl Daemon {
                     hold: Some(device.hold),
                     force: false,
                     lose: false,
+                    block_size: None,
                 };
                 let client = self.blk.clone().with_limit(ORDER_LIMIT);
                 let shown: Result<Device, _> = client.post("/v1/devices", &request).await;

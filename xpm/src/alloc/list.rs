@@ -66,7 +66,6 @@ pub(crate) fn explained_state(allocation: &Allocation) -> String {
 fn ready_state(allocation: &Allocation) -> String {
     let mut state = match allocation.lost.len() {
         0 => "ready".to_owned(),
-        lost if lost >= places(allocation).len() => "lost".to_owned(),
         _ => format!("lost on {}", allocation.lost.join(", ")),
     };
     if let Some(owner) = &allocation.owner {

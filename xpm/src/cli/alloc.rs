@@ -2,7 +2,7 @@
 
 use clap::{Args, Subcommand};
 use xpm_protocol::policy::{Access, Label};
-use xpm_protocol::{ByteSize, Name, Span};
+use xpm_protocol::{BlockSize, ByteSize, Name, Span};
 
 use super::ListArgs;
 use crate::complete::{accounts, allocations, clients, strategies};
@@ -146,6 +146,10 @@ pub(crate) struct CreateArgs {
     /// Size of a region: a power of two from 16MiB to 64GiB. [default: the allocator's choice]
     #[arg(long, value_name = "SIZE", value_parser = region_size)]
     pub(crate) region_size: Option<ByteSize>,
+    /// Logical block size of its devices in bytes, for good: 4096, or 512 for what needs such a device, as a disk that a BIOS
+    /// boots from. [default: 4096]
+    #[arg(long, value_name = "BYTES")]
+    pub(crate) block_size: Option<BlockSize>,
     /// The account that it is charged to. [default: that of the client, if it has one]
     #[arg(long, add = accounts())]
     pub(crate) account: Option<Name>,

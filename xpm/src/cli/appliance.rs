@@ -41,12 +41,29 @@ pub(crate) enum ApplianceCommand {
     ///
     /// Refused while it holds regions of an allocation. An appliance that still runs registers
     /// again with its next heartbeat.
-    #[command(after_help = "Example:\n  xpm appliance forget rack1-a")]
-    Forget {
-        /// Its name or its id.
-        #[arg(add = appliances())]
-        name: String,
-    },
+    ///
+    /// With --lost its memory is given up, for good: I/O that waits for it ends with an error at every client, devices and
+    /// allocations are `lost on` it, and if the machine comes back, it clears its memory before it lends again. For a
+    /// machine that is never coming back, since nothing else ends that wait.
+    #[command(after_help = "Examples:
+  It is empty:
+    xpm appliance forget rack1-a
+  It burned down:
+    xpm appliance forget rack1-a --lost")]
+    Forget(ForgetArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ForgetArgs {
+    /// Its name or its id.
+    #[arg(add = appliances())]
+    pub(crate) name: String,
+    /// What it holds is lost: gives it up. Shows who is hit, and asks.
+    #[arg(long)]
+    pub(crate) lost: bool,
+    /// Does not ask.
+    #[arg(long, requires = "lost")]
+    pub(crate) yes: bool,
 }
 
 #[derive(Debug, Args)]

@@ -2,7 +2,7 @@
 
 use clap::{Args, Subcommand};
 use xpm_protocol::api::blk::{Form, Hold, TransportKind};
-use xpm_protocol::{Name, Span};
+use xpm_protocol::{BlockSize, Name, Span};
 
 use super::ListArgs;
 use crate::complete::{allocations, devices};
@@ -42,6 +42,16 @@ Examples:
         #[arg(add = devices())]
         name: Name,
     },
+    /// Gives up the memory of an appliance that never comes back, for the devices of this host.
+    ///
+    /// I/O that waits for it ends with an error, for good. It is for when the allocator cannot be reached: else
+    /// `xpm appliance forget NAME --lost` does it for all clients. Shows which devices are hit, and asks.
+    #[command(after_help = "Example:\n  xpm blk give-up rack1-a")]
+    GiveUp(GiveUpArgs),
+    /// Fails while hibernation would stop this machine for good: while there is swap on a device that a process or the
+    /// network serves, both of which the kernel freezes before it writes to swap. The service manager asks it before it
+    /// hibernates.
+    CheckHibernation,
     /// Removes a device. The allocation and its data stay.
     ///
     /// Refused while the device is swap, mounted or held, unless forced: then all I/O to it fails.
@@ -55,6 +65,15 @@ Examples:
         #[arg(long)]
         force: bool,
     },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct GiveUpArgs {
+    /// The appliance: its name or its id, as `xpm blk show` has it.
+    pub(crate) appliance: String,
+    /// Does not ask.
+    #[arg(long)]
+    pub(crate) yes: bool,
 }
 
 #[derive(Debug, Args)]
@@ -78,6 +97,10 @@ pub(crate) struct AttachArgs {
     /// the setting of xpm-blk]
     #[arg(long, value_name = "LIMIT")]
     pub(crate) hold: Option<Hold>,
+    /// Logical block size in bytes, 512 or 4096: needed once for an allocation that was made before `xpm alloc create
+    /// --block-size`. [default: the allocation's]
+    #[arg(long, value_name = "BYTES")]
+    pub(crate) block_size: Option<BlockSize>,
     /// Takes the allocation from another owner, whose I/O fails from then on.
     #[arg(long)]
     pub(crate) force: bool,

@@ -17,8 +17,8 @@ use xpm_control::settings::{ALLOCATOR_VARIABLE, OutputForm, TOKEN_VARIABLE};
 use xpm_protocol::Span;
 
 pub(crate) use alloc::{AllocCommand, CreateArgs};
-pub(crate) use appliance::{ApplianceCommand, DrainArgs, RebalanceArgs};
-pub(crate) use blk::{AttachArgs, BlkCommand};
+pub(crate) use appliance::{ApplianceCommand, DrainArgs, ForgetArgs, RebalanceArgs};
+pub(crate) use blk::{AttachArgs, BlkCommand, GiveUpArgs};
 pub(crate) use client::ClientCommand;
 pub(crate) use events::EventsArgs;
 pub(crate) use list::ListArgs;

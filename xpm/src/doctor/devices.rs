@@ -124,6 +124,10 @@ fn of_standby(standby: &Standby, host: &Host, devices: &[Device]) -> Check {
             Check::warn(DAEMON, ITEM, "none: if the daemon dies, swap waits for the next one to start")
                 .mend("set `standby = true` in /etc/xpm/blk.toml and start xpm-blk anew")
         }
+        (StandbyState::Off, _) if devices.iter().any(|device| device.form == Form::Ublk) => {
+            Check::warn(DAEMON, ITEM, "none: if the daemon dies, ublk devices wait for the next one to start")
+                .mend("set `standby = true` in /etc/xpm/blk.toml and start xpm-blk anew")
+        }
         (StandbyState::Off, _) => Check::ok(DAEMON, ITEM, "none, and nothing here needs one"),
     }
 }

@@ -5,6 +5,7 @@ use xpm_protocol::ByteSize;
 use super::machine::{Driver, Machine, Module};
 use super::parse::{Limit, kernel_version};
 use super::{Check, Verdict};
+use crate::hibernation;
 
 const KERNEL: &str = "This machine";
 const DEVICES: &str = "Devices that it can have";
@@ -41,10 +42,25 @@ pub(super) fn checks(machine: &Machine) -> Vec<Check> {
         cgroup(machine),
         page_cluster(machine),
         compressed_swap(machine),
+        hibernates(machine),
         memory_to_lend(machine),
         huge_pages(machine),
         shared_memory(machine),
     ]
+}
+
+fn hibernates(machine: &Machine) -> Check {
+    const ITEM: &str = "hibernation";
+    const WOULD_STOP: &str =
+        "swap is on a device that is served by a process: a machine that hibernates with it stops for good";
+    let endangered = machine.swaps.iter().any(hibernation::is_endangered);
+    match (machine.hibernation, endangered) {
+        (None, _) => Check::ok(SWAP, ITEM, "this kernel does not hibernate"),
+        (Some(true), _) => Check::ok(SWAP, ITEM, "refused by the service manager while swap is on a device of xpm"),
+        (Some(false), false) => Check::ok(SWAP, ITEM, "possible; not with swap on a device of xpm, which there is none of"),
+        (Some(false), true) => Check::warn(SWAP, ITEM, WOULD_STOP)
+            .mend("boot with `nohibernate` on the kernel's command line, or install the package's drop-ins of systemd-hibernate.service"),
+    }
 }
 
 fn kernel(machine: &Machine) -> Check {

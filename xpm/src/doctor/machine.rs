@@ -6,6 +6,7 @@ use std::path::Path;
 use xpm_control::proc::{self, Swap};
 
 use super::parse::{self, Limit};
+use crate::hibernation;
 
 /// What was read. `None` is a file that is not there or not understood.
 #[derive(Debug, Clone, Default)]
@@ -38,6 +39,8 @@ pub(super) struct Machine {
     pub(super) memory_total: Option<u64>,
     pub(super) memory_available: Option<u64>,
     pub(super) boot_id: bool,
+    /// This kernel can hibernate, and whether the service manager asks xpm before it does.
+    pub(super) hibernation: Option<bool>,
     pub(super) memfd: Option<String>,
 }
 
@@ -96,6 +99,7 @@ impl Machine {
             swaps: proc::swaps().unwrap_or_default(),
             memory_total: proc::meminfo(&meminfo, "MemTotal"),
             memory_available: proc::meminfo(&meminfo, "MemAvailable"),
+            hibernation: hibernation::is_possible().then(hibernation::is_guarded),
             boot_id: Path::new("/proc/sys/kernel/random/boot_id").exists(),
             memfd: memfd_error(),
             release,

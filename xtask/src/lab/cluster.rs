@@ -308,6 +308,14 @@ impl<'a> Cluster<'a> {
             .replace(&format!("{how} {seconds}"))
     }
 
+    /// Has the daemon of this name stand still, or go on.
+    pub(crate) fn freeze(&mut self, name: &str, stands: bool) -> Result<()> {
+        let daemon = self.daemons.iter().find(|daemon| daemon.name == name);
+        let signal = if stands { Signal::STOP } else { Signal::CONT };
+        daemon.with_context(|| format!("there is no {name} on the host"))?.signal(signal);
+        Ok(())
+    }
+
     /// How often the daemon of this name was started.
     pub(crate) fn lives(&self, name: &str) -> u32 {
         self.daemons.iter().find(|daemon| daemon.name == name).map_or(0, Daemon::lives)

@@ -197,7 +197,8 @@ impl<'a> Watch<'a> {
 
     /// Takes one line: a marker of the runner (`@lab begin NAME`, `@lab end NAME STATUS`), a wish of the scenario, or
     /// output of it. Wishes are `@lab kill-blk` for the host's xpm-blk, and `@lab kill|restart|upgrade NAME SECONDS` for
-    /// `allocator` and `appliance-N`: so long they are away. A script has `on_host` for these, in `lib.sh`.
+    /// `allocator` and `appliance-N`: so long they are away. A script has `on_host` for these, in `lib.sh`. After
+    /// `@lab freeze NAME` one stands still, and looks dead to all others, until `@lab thaw NAME`.
     fn take(&mut self, line: &str, cluster: &mut Cluster<'_>) {
         let words: Vec<&str> = line.split_whitespace().collect();
         match words[..] {
@@ -207,6 +208,10 @@ impl<'a> Watch<'a> {
             ["@lab", "kill-blk"] => match cluster.kill_blk() {
                 Ok(()) => self.show("the host's xpm-blk was killed, and started again"),
                 Err(error) => self.report(Some(format!("the host's xpm-blk cannot be replaced: {error:#}"))),
+            },
+            ["@lab", how @ ("freeze" | "thaw"), name] => match cluster.freeze(name, how == "freeze") {
+                Ok(()) => self.show(&format!("{how} {name}: done")),
+                Err(error) => self.report(Some(format!("{how} {name}: {error:#}"))),
             },
             ["@lab", how @ ("kill" | "restart" | "upgrade"), name, seconds] => {
                 match cluster.replace(how, name, seconds) {

@@ -151,6 +151,31 @@ pub(crate) const ALL: &[Scenario] = &[
         ..BASE
     },
     Scenario {
+        name: "detach-open",
+        about: "devices that a program has open, or that are under a loop device with a file system, are not detached",
+        group: "fs",
+        script: "detach-open.sh",
+        ..BASE
+    },
+    Scenario {
+        name: "lender-gone",
+        about: "swap on ublk, whose appliance goes for good: given up, the machine is usable, and the appliance returns cleared",
+        group: "lender-gone",
+        memory_mib: 256,
+        script: "lender-gone.sh",
+        args: &["ublk"],
+        ..BASE
+    },
+    Scenario {
+        name: "lender-gone-nbd-direct",
+        about: "the same, with swap on the kernel's nbd connected to the appliance itself",
+        group: "lender-gone",
+        memory_mib: 256,
+        script: "lender-gone.sh",
+        args: &["nbd-direct"],
+        ..BASE
+    },
+    Scenario {
         name: "tmpfs",
         long: true,
         about: "a tmpfs larger than memory, whose pages go to swap",

@@ -101,6 +101,10 @@ fn client(shared: &Shared) -> Result<Package> {
     package.add_rules(&["59-xpm", "60-xpm"])?;
     package.stage.copy(&packaging("device-wait.conf"), &format!("{UNITS}/dev-xpm-.device.d/wait.conf"))?;
     package.add_conffile("xpm.toml")?;
+    for unit in ["hibernate", "hybrid-sleep", "suspend-then-hibernate"] {
+        let place = format!("{UNITS}/systemd-{unit}.service.d/xpm.conf");
+        package.stage.copy(&packaging("hibernate.conf"), &place)?;
+    }
     package.add_conffile("blk.toml")?;
     package.stage.directory("etc/xpm/blk.d")?;
     if packaging("etc/swapd.toml").is_file() {

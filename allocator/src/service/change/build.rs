@@ -49,7 +49,8 @@ impl Service {
             rate,
         }));
         let entry = self.entry(id);
-        entry.side = super::Side { reply, ..super::Side::default() };
+        let used = entry.side.used.take();
+        entry.side = super::Side { reply, used, ..super::Side::default() };
         // It counts for limits from now on, not only when it is durable.
         self.replace(id, record.clone());
         self.entry(id).work = Work::Storing;

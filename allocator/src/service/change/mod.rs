@@ -23,9 +23,9 @@ mod settle;
 
 use xpm_control::server::ApiError;
 use xpm_protocol::api::ErrorKind;
-use xpm_protocol::api::allocator::{Allocation, ChangeKind, ChangeState, Create, Resize};
+use xpm_protocol::api::allocator::{Allocation, ChangeKind, ChangeState, Create, DeviceUse, Resize};
 use xpm_protocol::units::PAGE_LEN;
-use xpm_protocol::{AllocationId, ApplianceId, ByteSize};
+use xpm_protocol::{AllocationId, ApplianceId, ByteSize, ClientId};
 
 pub(super) use self::build::Place;
 pub(super) use self::carry::Copying;
@@ -52,6 +52,8 @@ pub(super) struct Side {
     pub(super) rests_until: Option<std::time::Duration>,
     /// How often in a row no place was found to move to.
     pub(super) unplaced: u32,
+    /// What a client shows it as.
+    pub(super) used: Option<(ClientId, DeviceUse)>,
 }
 
 impl Service {
@@ -183,6 +185,7 @@ impl Service {
 
     /// Whether a change may begin now.
     fn may_change(&mut self, id: AllocationId) -> Result<(), ApiError> {
+        self.check_not_lost(&self.allocations[&id].record)?;
         let entry = self.entry(id);
         let name = entry.record.name.clone();
         let line = if entry.record.change.is_some() || !matches!(entry.work, Work::Idle) {

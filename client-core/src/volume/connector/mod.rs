@@ -74,6 +74,8 @@ struct State {
     reason: Option<String>,
     /// How the last attempt ended, and when; counts while no channel is open.
     last: Option<(LinkState, Instant)>,
+    /// Why the appliance is given up: no link is made any more, and every channel is told that all is lost.
+    given_up: Option<String>,
 }
 
 /// What the connector's thread shares with channels and with those who ask for its status.
@@ -106,6 +108,7 @@ impl Connector {
             transport: None,
             reason: None,
             last: None,
+            given_up: None,
         };
         Connector { grant, options, state: Mutex::new(state), wake: Condvar::new() }
     }
@@ -116,8 +119,30 @@ impl Connector {
     }
 
     pub(super) fn add(&self, port: Arc<Port>) {
-        self.lock().ports.push(port);
+        let mut state = self.lock();
+        if state.given_up.is_some() {
+            port.deliver(Delivery::Lost);
+        }
+        state.ports.push(port);
+        drop(state);
         self.wake();
+    }
+
+    /// The appliance does not come back: I/O to it ends with an error from now on, whatever an attempt to connect is
+    /// waiting for. For good. Whether that is news.
+    pub(super) fn give_up(&self, why: &str) -> bool {
+        let mut state = self.lock();
+        if state.given_up.is_some() {
+            return false;
+        }
+        state.given_up = Some(why.to_owned());
+        (state.reason, state.last) = (Some(why.to_owned()), Some((LinkState::Lost, Instant::now())));
+        for port in state.ports.iter().filter(|port| !port.is_closed()) {
+            port.deliver(Delivery::Lost);
+        }
+        drop(state);
+        self.wake();
+        true
     }
 
     /// Some port wants a link, or was closed. The one lock that a channel takes, and only when a
@@ -143,7 +168,10 @@ impl Connector {
     /// That the path does not work, for who asks the allocator about it.
     pub(super) fn trouble(&self) -> Option<Trouble> {
         let state = self.lock();
-        let since = state.failing.filter(|_| state.ports.iter().any(|port| port.misses_link()))?;
+        let since = state
+            .failing
+            .filter(|_| state.given_up.is_none())
+            .filter(|_| state.ports.iter().any(|port| port.misses_link()))?;
         let refused = state.trust.is_refused();
         Some(Trouble { grant: self.grant.id, appliance: self.grant.appliance, refused, since })
     }
@@ -179,6 +207,9 @@ impl Connector {
     /// Ends the I/O of queues without a link if it is proven that there will be none. Under the lock that links are
     /// delivered under, so a queue that just got one keeps it.
     fn tell_if_lost(&self, state: &mut State, now: Instant) -> bool {
+        if state.given_up.is_some() {
+            return true;
+        }
         let Some(why) = state.trust.lost(now) else { return false };
         if state.reason.as_ref() != Some(&why) {
             tracing::error!(appliance = %self.grant.appliance_name, reason = %why, "I/O to the appliance fails");
@@ -202,7 +233,8 @@ impl Connector {
             .map(|port| (port.state(), port.since()))
             .max_by_key(|(state, since)| (*state, std::cmp::Reverse(*since)))
             .or(state.last);
-        let (link_state, since) = worst.unwrap_or((LinkState::Connecting, Instant::now()));
+        let given_up = state.given_up.as_ref().and(state.last);
+        let (link_state, since) = given_up.or(worst).unwrap_or((LinkState::Connecting, Instant::now()));
         LinkStatus {
             appliance: self.grant.appliance,
             appliance_name: self.grant.appliance_name.clone(),
@@ -238,6 +270,9 @@ impl Connector {
 
 impl State {
     fn note(&mut self, link: LinkState, transport: Option<TransportKind>, reason: Option<String>) {
+        if self.given_up.is_some() {
+            return;
+        }
         if self.last.is_none_or(|(last, _)| last != link) {
             self.last = Some((link, Instant::now()));
         }
@@ -310,6 +345,10 @@ impl Work {
         self.pause = PAUSE_MIN;
         self.tell_change(transport, reason.as_deref());
         let mut state = self.connector.lock();
+        if state.given_up.is_some() {
+            // A link that was on its way is none any more.
+            return;
+        }
         state.trust.connected();
         state.failing = None;
         state.note(LinkState::Up, Some(transport), reason);
@@ -337,12 +376,16 @@ impl Work {
                 return Next::Stop;
             }
             state.ports.retain(|port| !port.is_closed());
-            if let Some(port) = state.ports.iter().find(|port| port.is_wanted()) {
+            if state.given_up.is_some() {
+                // A channel that had a link asks for another one when it lets go of that.
+                let ports = state.ports.iter();
+                ports.filter(|port| port.is_wanted()).for_each(|port| port.deliver(Delivery::Lost));
+            } else if let Some(port) = state.ports.iter().find(|port| port.is_wanted()) {
                 return Next::Connect(port.clone());
             }
             state.woken = false;
             let due = self.worse.as_ref().map(|worse| worse.due);
-            let Some(due) = due.filter(|_| !state.ports.is_empty()) else {
+            let Some(due) = due.filter(|_| !state.ports.is_empty() && state.given_up.is_none()) else {
                 state = self.connector.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
                 continue;
             };

@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Endpoints, Map, MetadataState};
+use super::{DeviceUse, Endpoints, Map, MetadataState};
 use crate::units::{ByteSize, Span};
-use crate::{ClientId, Epoch, GrantId, Name};
+use crate::{ApplianceId, ClientId, Epoch, GrantId, Name};
 
 /// How far the emptying of an appliance is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -144,6 +144,19 @@ pub struct Orders {
     /// The newest state of the allocator's metadata that is durable.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub metadata: Option<MetadataState>,
+    /// Appliances whose memory the operator has given up: I/O to it ends with an error, for good, also if the appliance
+    /// comes back.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub given_up: Vec<LostLender>,
+}
+
+/// An appliance that does not come back.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LostLender {
+    /// Which one.
+    pub appliance: ApplianceId,
+    /// Its name.
+    pub name: Name,
 }
 
 /// A change of where an allocation lies, which its owner carries out.
@@ -218,6 +231,8 @@ pub enum Report {
         /// Why, in one line, with what to do.
         why: String,
     },
+    /// What the allocation is shown as, and who uses that. Said now and then, for the operator.
+    Used(DeviceUse),
     /// Everything is written back, and nothing uses the allocation any more.
     HandedOver,
     /// The allocation is in use and cannot be handed over.

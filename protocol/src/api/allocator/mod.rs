@@ -6,6 +6,7 @@
 //! | `PUT /v1/appliances/{id}` | [`Heartbeat`] | [`HeartbeatAnswer`] |
 //! | `GET /v1/appliances` | | list of [`Appliance`] |
 //! | `DELETE /v1/appliances/{id}` | | nothing; refused while it holds regions of an allocation |
+//! | `POST /v1/appliances/{id}/loss` | | list of [`Allocation`]s that lose memory: it is given up, for good. Refused while it is heard |
 //! | `POST /v1/allocations?request=ID` | [`Create`] | [`Allocation`]; with a [`RequestId`], who asks again asks for the same, and not again for what was taken back |
 //! | `GET /v1/allocations` | | list of [`Allocation`] |
 //! | `GET /v1/allocations/{name}` | | [`Allocation`] |
@@ -58,12 +59,13 @@ use crate::speed::LinkSpeed;
 use crate::text;
 use crate::units::{ByteSize, Span};
 use crate::{
-    AllocationId, ApplianceId, ClientId, Epoch, GrantId, GrantKey, HostId, Life, Name, RegionId, RequestId,
+    AllocationId, ApplianceId, BlockSize, BlockWish, ClientId, Epoch, GrantId, GrantKey, HostId, Life, Name,
+    RegionId, RequestId,
 };
 
 pub use self::change::{
-    ChangeKind, ChangeState, Drain, DrainState, HandOver, MapChange, Orders, Pause, PlannedMove, Rebalance,
-    RebalancePlan, Rename, Report, Resize, Transfer,
+    ChangeKind, ChangeState, Drain, DrainState, HandOver, LostLender, MapChange, Orders, Pause, PlannedMove,
+    Rebalance, RebalancePlan, Rename, Report, Resize, Transfer,
 };
 pub use self::metadata::{Behind, MetadataState};
 pub use self::slabs::{NAMED_SLAB_LEN_MIN, NAMED_SLABS_MAX, SlabMap, SlabPlace};
@@ -104,6 +106,10 @@ pub struct Appliance {
     /// That it is being emptied.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub drain: Option<DrainState>,
+    /// Since when it is given up, seconds since 1970: the operator said that its memory is lost. It lends nothing before it
+    /// has cleared what it had.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub given_up: Option<u64>,
 }
 
 /// Whether an appliance is heard.
@@ -157,6 +163,9 @@ pub struct Create {
     /// Where it cannot be made now, it waits this long for its turn.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub wait: Option<Span>,
+    /// Logical block size of its devices, in bytes; default 4096.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub block_size: Option<BlockSize>,
 }
 
 impl Create {
@@ -176,6 +185,7 @@ impl Create {
             reclaimable: false,
             lease: None,
             wait: None,
+            block_size: None,
         }
     }
 }
@@ -243,6 +253,9 @@ pub struct Allocation {
     /// Names of the appliances that have lost what it had there.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub lost: Vec<String>,
+    /// What its owner shows it as, and who uses that, as the owner said last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub used: Option<DeviceUse>,
     /// Why the last change was not carried out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refused: Option<String>,
@@ -252,6 +265,10 @@ pub struct Allocation {
     /// Slabs with names, which its owners carved out of it.
     #[serde(default, skip_serializing_if = "SlabMap::is_empty")]
     pub slabs: SlabMap,
+    /// Logical block size of its devices, in bytes; none where it was made before there was a choice, and is not known
+    /// yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub block_size: Option<BlockSize>,
 }
 
 /// How long an allocation may be used. Moments are seconds since 1970.
@@ -459,6 +476,17 @@ impl Owner {
     }
 }
 
+/// The device that an owner shows an allocation as.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceUse {
+    /// Its node, or its socket.
+    pub device: String,
+    /// Who uses it: `swap`, `mounted at /mnt`.
+    #[serde(default)]
+    pub users: Vec<String>,
+}
+
 /// A client asks to be the owner of an allocation. Refused while another client is, unless
 /// `force` is set: then the epoch is raised at every appliance first, which cuts the other off.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -481,6 +509,9 @@ pub struct Attach {
     /// its place; without this such a change of owner is refused.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub lose: bool,
+    /// What the client says about block sizes, where it shows a block device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub blocks: Option<BlockWish>,
 }
 
 /// All that a client needs to use an allocation with no more help of the allocator. Holds keys:
@@ -509,6 +540,10 @@ pub struct Map {
     /// Slabs with names, whose content is not to be written over.
     #[serde(default, skip_serializing_if = "SlabMap::is_empty")]
     pub slabs: SlabMap,
+    /// Logical block size of its devices, in bytes; none from an allocator of a version that knew of none, and for an
+    /// allocation whose size is not known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub block_size: Option<BlockSize>,
 }
 
 /// What the client holds on one appliance.

@@ -343,6 +343,7 @@ fn take(name: &str, client: ClientId, force: bool) -> Result<Map> {
         purpose: "probe".to_owned(),
         force,
         lose: false,
+        blocks: None,
     };
     let path = format!("/v1/allocations/{name}/owner");
     wait_for(async { allocator()?.put(&path, &attach).await.context("cannot take the allocation") })?

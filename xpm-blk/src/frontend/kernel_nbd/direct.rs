@@ -70,6 +70,8 @@ struct Link {
     trust: Trust,
     /// Since when every attempt failed.
     failing: Option<Instant>,
+    /// The appliance is given up: nothing changes any more.
+    given_up: bool,
 }
 
 impl Direct {
@@ -106,6 +108,7 @@ impl Direct {
                 reason: None,
                 trust: Trust::new(shared.refusal_limit),
                 failing: None,
+                given_up: false,
             }),
             alarm: Arc::default(),
             grant,
@@ -237,6 +240,9 @@ impl Direct {
 
 impl Link {
     fn note(&mut self, state: LinkState, transport: TransportKind, reason: Option<String>) {
+        if self.given_up {
+            return;
+        }
         if self.state != state {
             self.since = Instant::now();
         }
@@ -247,7 +253,7 @@ impl Link {
 impl Guarded for Direct {
     fn troubles(&self) -> Vec<Trouble> {
         let link = self.link();
-        let trouble = link.failing.map(|since| Trouble {
+        let trouble = link.failing.filter(|_| !link.given_up).map(|since| Trouble {
             grant: self.grant.id,
             appliance: self.grant.appliance,
             refused: link.trust.is_refused(),
@@ -320,6 +326,9 @@ impl Source for Direct {
     }
 
     fn dead(&self) -> Vec<u16> {
+        if self.link().given_up {
+            return Vec::new();
+        }
         let sockets = self.sockets();
         let dead = sockets.iter().enumerate().filter(|(_, socket)| !socket.as_ref().is_some_and(is_served));
         dead.map(|(queue, _)| queue as u16).collect()
@@ -348,6 +357,20 @@ impl Source for Direct {
             counters: statistics.counters(),
             in_flight: statistics.in_flight,
         }
+    }
+
+    fn give_up(&self, why: &str) -> bool {
+        {
+            let mut link = self.link();
+            let transport = link.transport;
+            link.note(LinkState::Lost, transport, Some(why.to_owned()));
+            link.given_up = true;
+        }
+        // The driver says good-bye on each socket, behind what it is sending there: that must not wait for the peer.
+        for socket in self.sockets().iter().flatten() {
+            let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Both);
+        }
+        true
     }
 
     fn close(&self) {
@@ -447,6 +470,7 @@ mod tests {
             grants: vec![grant; grants as usize],
             regions: regions.iter().map(|&(grant, slot)| RegionSlot { grant, slot }).collect(),
             slabs: Default::default(),
+            block_size: None,
         }
     }
 

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use xpm_client::Volume;
+use xpm_protocol::api::appliance::Counters;
 use xpm_protocol::nbd::ExportInfo;
 use xpm_transport::nbd::server::{Opened, Server};
 
@@ -63,7 +64,7 @@ impl Source for Local {
         let channel = self.volume.channel_of(queue).at(step())?;
         let opened = Opened {
             // The kernel knows the size by netlink, also when it changes; the channel checks what it asks for.
-            info: ExportInfo { size: i64::MAX as u64, ..export::info(&self.volume) },
+            info: ExportInfo { size: i64::MAX as u64, ..export::info(&self.volume, None) },
             store: Box::new(channel),
             group: self.group_of(queue),
             session: None,
@@ -88,11 +89,9 @@ impl Source for Local {
 
     /// The kernel's numbers: the server goes past the volume where it accesses memory in place.
     fn health(&self, statistics: Statistics) -> Health {
-        Health {
-            counters: statistics.counters(),
-            in_flight: statistics.in_flight,
-            ..Health::of(&self.volume)
-        }
+        let health = Health::of(&self.volume);
+        let counters = Counters { errors: health.counters.errors, ..statistics.counters() };
+        Health { counters, in_flight: statistics.in_flight, ..health }
     }
 
     fn volume(&self) -> Option<&Volume> {

@@ -24,7 +24,7 @@ use xpm_client::Volume;
 use xpm_client::owner::Guarded;
 use xpm_protocol::api::allocator::Map;
 use xpm_protocol::api::blk::{Hold, TransportKind};
-use xpm_protocol::{ClientId, Visitor};
+use xpm_protocol::{ApplianceId, ClientId, Visitor};
 use xpm_transport::nbd::server::Server;
 
 use self::direct::Direct;
@@ -38,9 +38,6 @@ use crate::error::{DeviceError, Step};
 use crate::links::Label;
 use crate::sysfs::{self, Statistics};
 
-/// Whole pages: what is trimmed can then be given back.
-const BLOCK_LEN: u64 = 4096;
-
 /// How long requests wait for a new connection when they are never to fail: ten years.
 const FOREVER: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 
@@ -53,6 +50,8 @@ pub struct NbdDevice {
     before: Statistics,
     source: Arc<dyn Source>,
     watcher: Mutex<Option<Watcher>>,
+    /// Held while the driver is given sockets or told to end; true once it was told so.
+    ended: Arc<Mutex<bool>>,
     outlives_process: bool,
 }
 
@@ -64,6 +63,8 @@ struct Wiring {
     identifier: String,
     timeout: Option<Duration>,
     dead_timeout: Duration,
+    /// Logical block size in bytes.
+    block_len: u64,
 }
 
 /// How long the kernel's receiver of a connection has to leave it when it has ended.
@@ -143,6 +144,17 @@ impl NbdDevice {
         NbdDevice::start(shared, Some(Direct::timeout(shape.queues)), Arc::new(direct), shape, true)
     }
 
+    /// Ends the device of this allocation that an earlier process left, if there is one: its I/O fails.
+    ///
+    /// # Errors
+    /// When the driver cannot be told so.
+    pub fn end_left(client: ClientId, map: &Map) -> Result<(), DeviceError> {
+        match device_of(&identifier(client, map)) {
+            Some(index) => NbdControl::open()?.disconnect(index).at(format!("disconnect /dev/nbd{index}")),
+            None => Ok(()),
+        }
+    }
+
     fn start(
         shared: Shared<'_>,
         timeout: Option<Duration>,
@@ -155,6 +167,7 @@ impl NbdDevice {
             identifier: identifier(shared.client, shared.map),
             timeout,
             dead_timeout: dead_timeout(shared.hold),
+            block_len: shape.block_size.unwrap_or_default().bytes().into(),
         };
         let label = Label::new(&wiring.identifier, &shape.name);
         let is_new = device_of(&wiring.identifier).is_none();
@@ -171,7 +184,8 @@ impl NbdDevice {
         made?;
         let disk = format!("nbd{}", wiring.index);
         let before = Statistics::of(&disk);
-        let watcher = Watcher::start(wiring.clone(), Arc::clone(&source))?;
+        let ended = Arc::new(Mutex::new(false));
+        let watcher = Watcher::start(wiring.clone(), Arc::clone(&source), Arc::clone(&ended))?;
         // The kernel waits for all requests before it changes a setting, and those of a device that was taken over may wait
         // for what this process has yet to do; it keeps the settings that it has.
         if is_new {
@@ -189,6 +203,7 @@ impl NbdDevice {
             before,
             source,
             watcher: Mutex::new(Some(watcher)),
+            ended,
             outlives_process,
         })
     }
@@ -218,7 +233,7 @@ fn connect(wiring: &mut Wiring, size: u64, source: &dyn Source, shape: &Shape) -
     let mut request = Connect {
         index: shape.number.filter(|&index| matches!(control.connected(index), Ok(Some(false)))),
         size,
-        block_len: BLOCK_LEN,
+        block_len: wiring.block_len,
         timeout: wiring.timeout,
         dead_timeout: wiring.dead_timeout,
         server_flags: source.server_flags(),
@@ -288,8 +303,8 @@ impl Shown for NbdDevice {
     /// The driver holds requests while it changes the size. What answers those that are in flight are other
     /// threads of this process, which is locked in memory.
     fn resize(&self, size: u64) -> Result<Option<String>, DeviceError> {
-        let Wiring { index, identifier, .. } = &self.wiring;
-        let size = size / BLOCK_LEN * BLOCK_LEN;
+        let Wiring { index, identifier, block_len, .. } = &self.wiring;
+        let size = size / block_len * block_len;
         NbdControl::open()?.resize(*index, identifier, size).at(format!("resize /dev/nbd{index}"))?;
         Ok(None)
     }
@@ -302,13 +317,35 @@ impl Shown for NbdDevice {
         true
     }
 
+    /// The driver holds the requests of a device that leads to the appliance itself, and ends them when it is told that the
+    /// device ends. Its node stays for as long as somebody has it open.
+    fn give_up(&self, appliance: ApplianceId, why: &str) {
+        if let Some(volume) = self.source.volume() {
+            volume.give_up(appliance, why);
+        }
+        if !self.source.give_up(why) {
+            return;
+        }
+        let mut ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
+        *ended = true;
+        let index = self.wiring.index;
+        if let Err(error) = NbdControl::open().and_then(|mut control| control.disconnect(index).at("end it"))
+        {
+            tracing::error!("/dev/nbd{index} is {why}, and its I/O waits all the same: {error}");
+        }
+    }
+
     fn hide(&self, _give_up: bool) -> Result<(), DeviceError> {
         let watcher = self.watcher.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(watcher) = watcher {
             watcher.stop();
         }
         let index = self.wiring.index;
-        NbdControl::open()?.disconnect(index).at(format!("disconnect /dev/nbd{index}"))?;
+        // One that was ended may be somebody else's device by now.
+        let ended = *self.ended.lock().unwrap_or_else(PoisonError::into_inner);
+        if !ended || device_of(&self.wiring.identifier) == Some(index) {
+            NbdControl::open()?.disconnect(index).at(format!("disconnect /dev/nbd{index}"))?;
+        }
         self.source.close();
         self.label.remove(&self.disk);
         sysfs::tell_change(&self.disk);

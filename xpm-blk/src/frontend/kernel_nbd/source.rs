@@ -34,6 +34,13 @@ pub(super) trait Source: Send + Sync {
     /// How I/O of the device is going, of which the kernel counted `statistics`.
     fn health(&self, statistics: Statistics) -> Health;
 
+    /// Lets nothing more pass where the sockets lead to an appliance that is given up; `why` is what people are told. Gives
+    /// whether they do, and so the device has to end.
+    fn give_up(&self, why: &str) -> bool {
+        let _ = why;
+        false
+    }
+
     /// The volume that is served; none where the sockets lead to the appliance.
     fn volume(&self) -> Option<&Volume>;
 

@@ -6,7 +6,7 @@
 //! dropped shows at the source as dead again, and is replaced once more.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -29,11 +29,21 @@ pub(super) struct Watcher {
 }
 
 impl Watcher {
-    pub(super) fn start(wiring: Wiring, source: Arc<dyn Source>) -> Result<Watcher, DeviceError> {
+    pub(super) fn start(
+        wiring: Wiring,
+        source: Arc<dyn Source>,
+        ended: Arc<Mutex<bool>>,
+    ) -> Result<Watcher, DeviceError> {
         let stop = eventfd(0, EventfdFlags::CLOEXEC).at("make an eventfd")?;
         let links = NbdControl::open()?.listen().at("listen to the nbd driver")?;
-        let work =
-            Work { stop: stop.try_clone().at("duplicate an eventfd")?, links, wiring, source, worry: None };
+        let work = Work {
+            stop: stop.try_clone().at("duplicate an eventfd")?,
+            links,
+            wiring,
+            source,
+            ended,
+            worry: None,
+        };
         let thread = thread::Builder::new()
             .name(format!("xpm-nbd{}", work.wiring.index))
             .stack_size(lifecycle::STACK_LEN)
@@ -55,6 +65,8 @@ struct Work {
     links: DeadLinks,
     wiring: Wiring,
     source: Arc<dyn Source>,
+    /// The device was told to end: it gets no socket any more.
+    ended: Arc<Mutex<bool>>,
     /// What was logged last, so that a lasting trouble is logged once.
     worry: Option<String>,
 }
@@ -94,6 +106,10 @@ impl Work {
         let mut control = NbdControl::open()?;
         for queue in dead {
             let socket = self.source.socket(queue)?;
+            let ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
+            if *ended {
+                return Ok(());
+            }
             self.wiring.reconfigure(&mut control, &[socket.as_fd()])?;
             tracing::info!(
                 device = self.wiring.index,

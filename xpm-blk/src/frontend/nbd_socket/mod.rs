@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use xpm_client::Volume;
 use xpm_control::listen::Place;
+use xpm_protocol::BlockSize;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::blk::SocketPlace;
 use xpm_transport::nbd::server::{Exports, Listener, Opened, Server};
@@ -23,13 +24,13 @@ pub struct NbdSocket {
 }
 
 impl NbdSocket {
-    /// Listens. The allocation is the export of its name, and the default one. Must be called
+    /// Listens. The allocation is the export of its name, and the default one; clients that ask are told its block size. Must be called
     /// within a tokio runtime.
     ///
     /// # Errors
     /// [`ErrorKind::Conflict`](xpm_protocol::api::ErrorKind) when somebody else listens there.
     pub fn show(
-        name: &str,
+        (name, block_size): (&str, Option<BlockSize>),
         place: &SocketPlace,
         volume: Volume,
         server: Server,
@@ -40,7 +41,8 @@ impl NbdSocket {
         if let Err(exposed) = check_exposure(place, false) {
             tracing::warn!("{exposed}");
         }
-        let exports = Arc::new(OneExport { name: name.to_owned(), volume: volume.clone(), group });
+        let exports =
+            Arc::new(OneExport { name: name.to_owned(), volume: volume.clone(), group, block_size });
         let (place, listener) = match place {
             SocketPlace::Unix(path) => {
                 let listener = socket::bind(path).map_err(|error| socket::refused(error, place))?;
@@ -79,6 +81,7 @@ struct OneExport {
     name: String,
     volume: Volume,
     group: u128,
+    block_size: Option<BlockSize>,
 }
 
 impl Exports for OneExport {
@@ -93,7 +96,7 @@ impl Exports for OneExport {
                 return None;
             }
         };
-        let info = export::info(&self.volume);
+        let info = export::info(&self.volume, self.block_size);
         Some(Opened { info, store: Box::new(channel), group: self.group, session: None })
     }
 

@@ -43,9 +43,7 @@ use crate::error::{DeviceError, Step};
 use crate::links::Label;
 use crate::{lifecycle, sysfs};
 
-/// Logical blocks are of 512 bytes, as what is copied to the device may be made for them; physical
-/// ones of 4096, so that file systems and swap align to pages.
-const LOGICAL_BLOCK_SHIFT: u8 = 9;
+/// Physical blocks are of 4096 bytes also where logical ones are smaller, so that file systems and swap align to pages.
 const PHYSICAL_BLOCK_SHIFT: u8 = 12;
 
 /// The block layer's own limit of one request is 4 GiB less a sector; whole pages of that.
@@ -112,7 +110,7 @@ impl UblkDevice {
                 sectors: size >> 9,
                 sectors_max: info.io_len_max >> 9,
                 discard_sectors_max: DISCARD_SECTORS_MAX,
-                logical_block_shift: LOGICAL_BLOCK_SHIFT,
+                logical_block_shift: shape.block_size.unwrap_or_default().bytes().ilog2() as u8,
                 physical_block_shift: PHYSICAL_BLOCK_SHIFT,
             },
         )?;
@@ -275,6 +273,11 @@ impl Shown for UblkDevice {
 /// [`ErrorKind::Unsupported`](xpm_protocol::api::ErrorKind) with what is missing.
 pub fn check_support() -> Result<(), DeviceError> {
     Control::open()?.features().map(drop)
+}
+
+/// Whether the driver is loaded. One look at a name.
+pub fn is_there() -> bool {
+    std::path::Path::new(uapi::CONTROL_PATH).exists()
 }
 
 /// Whether devices of this kernel outlive their server.

@@ -1,12 +1,12 @@
 //! What the guest's driver is told of the device: features, and the configuration space (virtio 1.2, 5.2.4).
 
+use xpm_protocol::BlockSize;
+
 use super::chain::SEGMENTS_MAX;
 use super::request::RANGES_MAX;
 
-/// Logical blocks are of 512 bytes, as what is copied to the device may be made for them; physical ones of
-/// 4096, so that file systems and swap align to pages.
-const BLOCK_LEN: u32 = 512;
-const PHYSICAL_BLOCK_EXPONENT: u8 = 3;
+/// Length of a physical block in bytes, also where logical ones are smaller: file systems and swap align to pages.
+const PHYSICAL_BLOCK_LEN: u32 = 4096;
 /// Sectors that a range to be discarded should be aligned to.
 const DISCARD_ALIGNMENT: u32 = 8;
 /// Longest range of a discard: whole pages of what a Linux block layer asks for at most.
@@ -15,7 +15,8 @@ const RANGE_SECTORS_MAX: u32 = (u32::MAX >> 9) & !7;
 /// Feature bits.
 pub(super) mod feature {
     const SEG_MAX: u64 = 1 << 2;
-    const BLK_SIZE: u64 = 1 << 6;
+    /// The guest's driver reads the logical block size.
+    pub(in super::super) const BLK_SIZE: u64 = 1 << 6;
     const FLUSH: u64 = 1 << 9;
     const TOPOLOGY: u64 = 1 << 10;
     const MQ: u64 = 1 << 12;
@@ -47,13 +48,13 @@ pub(super) mod feature {
 const LEN: usize = 60;
 
 /// The configuration space of a device of `size` bytes with so many queues.
-fn space(size: u64, queues: u16) -> [u8; LEN] {
+fn space(size: u64, queues: u16, block_size: BlockSize) -> [u8; LEN] {
     let mut space = [0; LEN];
     let mut put = |place: usize, bytes: &[u8]| space[place..place + bytes.len()].copy_from_slice(bytes);
     put(0, &(size >> 9).to_le_bytes());
     put(12, &SEGMENTS_MAX.to_le_bytes());
-    put(20, &BLOCK_LEN.to_le_bytes());
-    put(24, &[PHYSICAL_BLOCK_EXPONENT]);
+    put(20, &block_size.bytes().to_le_bytes());
+    put(24, &[(PHYSICAL_BLOCK_LEN / block_size.bytes()).ilog2() as u8]);
     put(34, &queues.to_le_bytes());
     put(36, &RANGE_SECTORS_MAX.to_le_bytes());
     put(40, &RANGES_MAX.to_le_bytes());
@@ -66,8 +67,8 @@ fn space(size: u64, queues: u16) -> [u8; LEN] {
 }
 
 /// A part of it; what lies behind its end is zero.
-pub(super) fn part(size: u64, queues: u16, offset: u32, len: u32) -> Vec<u8> {
-    let space = space(size, queues);
+pub(super) fn part((size, queues, block_size): (u64, u16, BlockSize), offset: u32, len: u32) -> Vec<u8> {
+    let space = space(size, queues, block_size);
     let at =
         |place: u64| usize::try_from(place).ok().and_then(|place| space.get(place)).copied().unwrap_or(0);
     (u64::from(offset)..u64::from(offset) + u64::from(len)).map(at).collect()
@@ -79,7 +80,8 @@ mod tests {
 
     #[test]
     fn fields_are_where_the_standard_has_them() {
-        let space = part(1 << 30, 4, 0, 64);
+        const BLOCKS: (u64, u16, BlockSize) = (1 << 30, 4, BlockSize::B512);
+        let space = part(BLOCKS, 0, 64);
         assert_eq!(space.len(), 64);
         let word = |place: usize| u32::from_le_bytes(space[place..place + 4].try_into().unwrap());
         assert_eq!((word(0), word(4)), (1 << 21, 0));
@@ -87,7 +89,8 @@ mod tests {
         assert_eq!((space[34], space[35]), (4, 0));
         assert_eq!((word(36), word(40), word(44)), (0x007f_fff8, 32, 8));
         assert_eq!((word(48), word(52), space[56]), (0x007f_fff8, 32, 1));
-        assert_eq!(part(1 << 30, 4, 34, 1), [4]);
-        assert_eq!(part(1 << 30, 4, u32::MAX, 3), [0, 0, 0]);
+        assert_eq!(part(BLOCKS, 34, 1), [4]);
+        assert_eq!(part(BLOCKS, u32::MAX, 3), [0, 0, 0]);
+        assert_eq!(part((1 << 30, 4, BlockSize::B4096), 20, 5), [0, 16, 0, 0, 0]);
     }
 }

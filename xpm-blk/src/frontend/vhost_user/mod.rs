@@ -83,6 +83,7 @@ impl VhostUserBlk {
             volume,
             facts: Arc::new(facts),
             queues: shape.queues,
+            block_size: shape.block_size.unwrap_or_default(),
             spin: shape.spin,
             allow_unsealed,
             listener: Mutex::new(None),

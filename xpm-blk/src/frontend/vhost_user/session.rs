@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use xpm_client::Volume;
+use xpm_protocol::BlockSize;
 use xpm_transport::spin::Spin;
 
 use super::config::{self, feature};
@@ -45,6 +46,8 @@ pub(super) struct Device {
     pub(super) facts: Arc<DeviceFacts>,
     /// Most queues.
     pub(super) queues: u16,
+    /// Logical block size.
+    pub(super) block_size: BlockSize,
     /// Longest busy wait of a queue.
     pub(super) spin: Duration,
     /// Guest memory that can be cut off is taken.
@@ -145,7 +148,7 @@ impl Session {
                 let size = self.device.facts.size.load(std::sync::atomic::Ordering::Relaxed);
                 return Ok(Reply::Config {
                     offset,
-                    bytes: config::part(size, self.device.queues, offset, len),
+                    bytes: config::part((size, self.device.queues, self.device.block_size), offset, len),
                 });
             }
             Request::SetConfig => return Err(invalid("the configuration space cannot be written")),
@@ -209,6 +212,14 @@ impl Session {
     fn set_features(&mut self, features: u64) -> Result<(), Refused> {
         if features & !feature::ALL != 0 {
             return Err(Refused::Invalid(format!("features {features:#x}, which are not offered")));
+        }
+        // A driver that does not read the block size takes it for 512 bytes. None is agreed on while there is no driver.
+        let blind = features != 0 && features & feature::BLK_SIZE == 0;
+        if blind && self.device.block_size != BlockSize::B512 {
+            return Err(Refused::Invalid(format!(
+                "a guest whose driver cannot do blocks of {} bytes: give it an allocation of `xpm alloc create --block-size 512`",
+                self.device.block_size
+            )));
         }
         if features != self.features {
             self.stop_all(DRAIN_LIMIT);

@@ -1,0 +1,72 @@
+# lender-gone.sh FORM: swap of that form on an appliance that goes for good in the midst of use. Given up, the machine goes on.
+. "$LAB_SCRIPTS/lib.sh"
+
+form=$1
+name=swap-$form
+
+# of COMMAND EXPRESSION: a value of what a command says in JSON, as `said`.
+of() {
+    xpm $1 --json | python3 -c "
+import json, sys
+said = json.load(sys.stdin)
+print($2)"
+}
+
+says() {
+    local found
+    found=$(of "$1" "$2")
+    echo "$1: $2 is $found"
+    [ "$found" = True ]
+}
+
+swapped_at_least() {
+    local kib
+    kib=$(awk -v device="$device" '$1 == device {print $4}' /proc/swaps)
+    echo "$kib KiB are swapped out; $(cat /run/lab/hog.out)"
+    [ "${kib:-0}" -ge "$1" ]
+}
+
+is_over() {
+    ! kill -0 "$1" 2>/dev/null
+}
+
+start_blk
+swap_on "$form" 256MiB --region-size 256MiB
+lender=$(of "alloc show $name" 'said["regions"][0]["appliance_name"]')
+note "swap on $device, whose memory is on $lender"
+# What is swapped out is this program's alone.
+make_group hog memory.max=48M
+in_group "$group" memhog 128 --seed 7 --passes 1000 --run 64 >/run/lab/hog.out 2>&1 &
+hog=$!
+wait_for 120 swapped_at_least 40000
+
+printf '\n@lab freeze %s\n' "$lender"
+wait_for 60 says "appliance show $lender" 'said["state"] == "silent"'
+wait_for 60 says "blk show $name" 'said["in_flight"] > 0'
+note "$lender is silent, and I/O waits"
+refused "xpm appliance forget $lender --lost" xpm appliance forget "$lender"
+refused "xpm appliance forget $lender --lost" xpm alloc delete "$name"
+refused "swap" xpm blk detach "$name"
+refused "$name.*swap.*--yes" bash -c "xpm appliance forget $lender --lost </dev/null 2>&1 | tr '\n' ' '; exit 1"
+
+began=$(cut -d' ' -f1 /proc/uptime)
+xpm appliance forget "$lender" --lost --yes
+wait_for 20 is_over "$hog"
+note "given up: the program is over $(awk -v began="$began" '{print $1 - began}' /proc/uptime) s later"
+wait_for 10 says "blk show $name" 'said["in_flight"] == 0 and said["state"] == "lost"'
+xpm blk list | grep "lost on $lender" || fail "the list does not say so"
+xpm alloc list | grep "lost on $lender" || fail "the list of allocations does not say so"
+take_swap_off "$device"
+note "swapoff is through"
+detach "$name"
+[ ! -b "$device" ] || [ "$(blockdev --getsize64 "$device")" -eq 0 ] || fail "$device is still there"
+
+# The machine is usable: swap on the other one, and a program on that.
+swap_on "$form" 256MiB --region-size 256MiB
+in_group "$group" memhog 96 --seed 9 --passes 1 --run 64
+swap_off "$form"
+note "swap on the other appliance did its work"
+
+printf '\n@lab thaw %s\n' "$lender"
+wait_for 60 says "appliance show $lender" 'said["state"] == "up" and said["status"]["granted"] == 0'
+note "$lender is back, cleared"
