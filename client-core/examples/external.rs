@@ -1,3 +1,5 @@
+//! An allocation as memory at addresses.
+
 use xpm_client::mapping::{Advice, Array, Budget, Faults, Space, SpaceOptions};
 use xpm_client::{AttachOptions, Attachment, Token};
 

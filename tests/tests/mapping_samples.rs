@@ -35,33 +35,13 @@ fn well(output: &Output) {
     assert_eq!(String::from_utf8_lossy(&output.stdout), SUM, "{said}");
 }
 
-#[allow(clippy::unnecessary_wraps)]
-mod external {
-    include!("../../client-core/examples/external.rs");
-
-    /// Run by `rust` in a process of its own.
-    #[test]
-    #[ignore = "run by another test"]
-    fn v() {
-        main().expect("it goes well");
-    }
-}
-
 #[test]
 fn rust() {
     is_example("rust", "client-core/examples/external.rs");
     let cluster = cluster();
-    let me = std::env::current_exe().expect("this program");
-    let mut command = Command::new(me);
-    // The first argument is a part of the test's name, and the allocation that the example takes.
-    command.args(["v", "--ignored", "--nocapture"]).env("XPM_ALLOCATOR", cluster.allocator_url());
-    let output = command.output().expect("it can be started");
-    let said = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(
-        output.status.success() && said.contains(SUM.trim()),
-        "{said}{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
+    let mut command = Command::new(programs().join("examples/external"));
+    command.arg("v").env("XPM_ALLOCATOR", cluster.allocator_url());
+    well(&command.output().expect("the example is built with the workspace"));
 }
 
 #[test]

@@ -77,7 +77,10 @@ impl Daemon {
             tracing::error!("{error}");
         }
         let daemon = Arc::clone(self);
-        tokio::spawn(async move { daemon.disown(&name).await });
+        tokio::spawn(async move {
+            daemon.owe(&name).await;
+            daemon.give_back(&name).await;
+        });
     }
 
     fn is_new(&self, name: &Name) -> bool {
