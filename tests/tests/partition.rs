@@ -224,3 +224,24 @@ fn an_owner_that_is_cut_off_from_the_allocator_only() {
         list[0]["state"] == "lost"
     });
 }
+
+#[test]
+fn an_idle_device_shows_how_its_network_is() {
+    if !have("ip") || !have("qemu-io") {
+        return;
+    }
+    let site = Site::start();
+    site.ok("new", &["alloc", "create", "v", "--size", "64MiB"]);
+    let _uri = site.attach("old");
+    let state = || {
+        let list: Value = serde_json::from_str(&site.ok("old", &["--json", "blk", "list"])).expect("a list");
+        list[0]["state"].as_str().unwrap_or_default().to_owned()
+    };
+    wait_until("it lives", || state() == "live");
+    for _ in 0..2 {
+        site.namespace.set(1, "down");
+        wait_until("its network is gone", || state() == "holding");
+        site.namespace.set(1, "up");
+        wait_until("its network is back", || state() == "live");
+    }
+}

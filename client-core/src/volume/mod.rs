@@ -196,6 +196,10 @@ impl Volume {
             session: options.session,
             generation: options.generation,
             refusal_limit: options.refusal_limit,
+            hold: match options.hold {
+                Hold::Forever => None,
+                Hold::For(span) => Some(span.0),
+            },
             alarm: Arc::default(),
             visitor: options.visitor.clone(),
         };

@@ -13,8 +13,10 @@ use xpm_transport::link::Link;
 pub(super) enum Delivery {
     /// A link, for use from now on.
     Link(Box<dyn Link>),
-    /// The appliance answered that it does not know the grant.
+    /// It is proven that the memory is gone.
     Lost,
+    /// Nothing has answered at the other end of the link since then, for as long as I/O is to be held.
+    Stalled(Instant),
 }
 
 /// A channel's bell: rings when a delivery is there.
@@ -135,6 +137,7 @@ impl Port {
             }
             Delivery::Lost if self.state() == LinkState::Lost => return,
             Delivery::Lost => self.set_state(LinkState::Lost),
+            Delivery::Stalled(_) => {}
         }
         *self.delivery.lock().unwrap_or_else(PoisonError::into_inner) = Some(delivery);
         self.bell.ring();

@@ -155,6 +155,7 @@ impl Bed {
             session: 0,
             generation: 0,
             refusal_limit: REFUSAL_LIMIT,
+            hold: None,
             alarm: Arc::default(),
         };
         let idle = |grant: &Grant| Arc::new(Connector::idle(grant.clone(), options.clone()));

@@ -399,6 +399,10 @@ impl Channel {
             match self.ways[grant].port.take() {
                 Some(Delivery::Link(link)) => self.connect(grant, link),
                 Some(Delivery::Lost) => self.lose(grant),
+                Some(Delivery::Stalled(since)) => {
+                    self.disconnect(grant);
+                    self.ways[grant].down_since = since;
+                }
                 None => {}
             }
         }
@@ -464,7 +468,9 @@ impl Channel {
             way.last_direct = Some(link);
         }
         way.in_flight = 0;
-        way.down_since = Instant::now();
+        // The connection may have broken only some time after nothing passed any more.
+        let stopped = way.connector.as_ref().and_then(|connector| connector.silent_since());
+        way.down_since = stopped.unwrap_or_else(Instant::now);
         for (id, leg) in self.legs.iter_mut() {
             if leg.grant as usize == grant && std::mem::take(&mut leg.posted) {
                 way.held.push_back(id);

@@ -11,7 +11,7 @@ use xpm_protocol::api::appliance::Endpoints;
 use xpm_protocol::api::blk::TransportKind;
 use xpm_protocol::nbd::{ExportName, SessionTag};
 use xpm_transport::link::Link;
-use xpm_transport::nbd::client::{ConnectError, NbdLink, Target, connect_as};
+use xpm_transport::nbd::client::{ConnectError, NbdLink, Target, connect_as, describe, describe_first};
 use xpm_transport::rdma::client::{self as rdma, RdmaLink};
 use xpm_transport::shm::client::ShmLink;
 
@@ -133,6 +133,26 @@ impl Work {
         let mut seen = HashSet::new();
         nbd.retain(|address| seen.insert(*address));
         nbd
+    }
+
+    /// Whether the appliance lets this client in, by the way that its links go. What needs no appliance to answer for I/O to
+    /// pass counts as let in.
+    pub(super) fn ask(&self, limit: Duration) -> Result<(), ConnectError> {
+        let name = ExportName { key: self.connector.grant.key.clone(), session: None };
+        let transport = self.connector.lock().transport;
+        match transport {
+            Some(TransportKind::NbdTcp) => describe_first(&self.addresses(), &name, limit).map(drop),
+            Some(TransportKind::NbdUnix) => {
+                let path = needed(self.connector.endpoints().nbd_unix, "a unix socket")?;
+                describe(&Target::Unix(path), &name, limit).map(drop)
+            }
+            Some(TransportKind::Shm) if self.shm.upgrade().is_none_or(|grant| grant.is_revoked()) => {
+                let path = needed(self.connector.endpoints().nbd_unix, "a unix socket")?;
+                describe(&Target::Unix(path), &name, limit).map(drop)
+            }
+            // Its memory is here, or its device answers.
+            Some(TransportKind::Shm | TransportKind::Rdma) | None => Ok(()),
+        }
     }
 
     fn nbd(&mut self, target: &Target, queue: u16) -> Result<NbdLink, ConnectError> {

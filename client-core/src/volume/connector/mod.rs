@@ -37,6 +37,19 @@ const STACK_LEN: usize = 512 << 10;
 /// The queue of connections that only find out whether there is a way.
 const PROBE_QUEUE: u16 = u16::MAX;
 
+/// What is said while an appliance refuses.
+const REFUSED: &str = "the appliance does not know the grant; I/O waits for the allocator's word on it";
+/// How often an appliance is looked at whose links are there, and how long it has to answer: so that what is shown is at most 10 s old.
+const LOOK: (Duration, Duration) = (Duration::from_secs(3), Duration::from_secs(4));
+/// The same at least, where I/O is held for a short time only.
+const LOOK_MIN: Duration = Duration::from_millis(250);
+
+/// How often to look, and how long to wait for an answer.
+fn look_times(hold: Option<Duration>) -> (Duration, Duration) {
+    let share = hold.map_or(Duration::MAX, |hold| (hold / 4).max(LOOK_MIN));
+    (LOOK.0.min(share), LOOK.1.min(share))
+}
+
 /// How links are made.
 #[derive(Debug, Clone)]
 pub(super) struct LinkOptions {
@@ -53,10 +66,21 @@ pub(super) struct LinkOptions {
     pub(super) generation: u32,
     /// How long refusals have to last where no allocator says anything.
     pub(super) refusal_limit: Duration,
+    /// How long I/O is held; none: for ever.
+    pub(super) hold: Option<Duration>,
     /// Notified when a path begins to fail, or to be refused.
     pub(super) alarm: Arc<Notify>,
     /// Which life of the client asks.
     pub(super) visitor: Option<Visitor>,
+}
+
+/// That an appliance does not answer while its links are there.
+#[derive(Debug)]
+struct Silent {
+    since: Instant,
+    reason: String,
+    /// It was reached, and says that it does not know the grant.
+    refused: bool,
 }
 
 struct State {
@@ -70,6 +94,8 @@ struct State {
     trust: Trust,
     /// Since when every attempt failed.
     failing: Option<Instant>,
+    /// Since when looks at the appliance behind links that seem to work have failed, and why.
+    silent: Option<Silent>,
     transport: Option<TransportKind>,
     reason: Option<String>,
     /// How the last attempt ended, and when; counts while no channel is open.
@@ -105,6 +131,7 @@ impl Connector {
             moved: false,
             trust: Trust::new(options.refusal_limit),
             failing: None,
+            silent: None,
             transport: None,
             reason: None,
             last: None,
@@ -168,10 +195,11 @@ impl Connector {
     /// That the path does not work, for who asks the allocator about it.
     pub(super) fn trouble(&self) -> Option<Trouble> {
         let state = self.lock();
-        let since = state
-            .failing
-            .filter(|_| state.given_up.is_none())
-            .filter(|_| state.ports.iter().any(|port| port.misses_link()))?;
+        if state.given_up.is_some() {
+            return None;
+        }
+        let failing = state.failing.filter(|_| state.ports.iter().any(|port| port.misses_link()));
+        let since = failing.or(state.silent.as_ref().map(|silent| silent.since))?;
         let refused = state.trust.is_refused();
         Some(Trouble { grant: self.grant.id, appliance: self.grant.appliance, refused, since })
     }
@@ -189,7 +217,7 @@ impl Connector {
             state.moved = true;
         }
         match word {
-            _ if state.failing.is_none() => {}
+            _ if state.failing.is_none() && state.silent.is_none() => {}
             Word::Holds { lost, .. } if lost.contains(&self.grant.id) => {
                 state.trust.gone("the allocator says that the appliance has lost what was there");
             }
@@ -214,8 +242,11 @@ impl Connector {
         if state.reason.as_ref() != Some(&why) {
             tracing::error!(appliance = %self.grant.appliance_name, reason = %why, "I/O to the appliance fails");
         }
+        // A link that is there, of an appliance that refuses the grant, is one whose end nobody has seen yet.
+        let all = state.silent.as_ref().is_some_and(|silent| silent.refused);
         state.note(LinkState::Lost, None, Some(why));
-        state.ports.iter().filter(|port| port.misses_link()).for_each(|port| port.deliver(Delivery::Lost));
+        let losing = state.ports.iter().filter(|port| port.misses_link() || (all && !port.is_closed()));
+        losing.for_each(|port| port.deliver(Delivery::Lost));
         true
     }
 
@@ -234,7 +265,13 @@ impl Connector {
             .max_by_key(|(state, since)| (*state, std::cmp::Reverse(*since)))
             .or(state.last);
         let given_up = state.given_up.as_ref().and(state.last);
-        let (link_state, since) = given_up.or(worst).unwrap_or((LinkState::Connecting, Instant::now()));
+        let (mut link_state, mut since) =
+            given_up.or(worst).unwrap_or((LinkState::Connecting, Instant::now()));
+        let mut reason = state.reason.clone();
+        if let (LinkState::Up, Some(silent)) = (link_state, &state.silent) {
+            (link_state, since) = (LinkState::Connecting, silent.since);
+            reason = Some(silent.reason.clone());
+        }
         LinkStatus {
             appliance: self.grant.appliance,
             appliance_name: self.grant.appliance_name.clone(),
@@ -242,8 +279,13 @@ impl Connector {
             state: link_state,
             since: Span(whole_millis(since.elapsed())),
             reconnects: live().map(|port| port.links().saturating_sub(1)).sum(),
-            reason: state.reason.clone(),
+            reason,
         }
+    }
+
+    /// Since when the appliance has not answered, where it is known that it does not.
+    pub(super) fn silent_since(&self) -> Option<Instant> {
+        self.lock().silent.as_ref().map(|silent| silent.since)
     }
 
     fn first_choice(&self) -> TransportKind {
@@ -295,6 +337,8 @@ struct Work {
     /// That the best transport cannot be had.
     worse: Option<Worse>,
     names: Names,
+    /// When the appliance is looked at next.
+    look_due: Instant,
     random: u64,
 }
 
@@ -312,6 +356,8 @@ enum Next {
     Connect(Arc<Port>),
     /// A better transport is due to be tried.
     Better,
+    /// It is time to look whether the appliance is there.
+    Look,
     /// The volume is closed.
     Stop,
 }
@@ -320,7 +366,16 @@ impl Work {
     fn new(connector: Arc<Connector>) -> Work {
         let random = Arc::as_ptr(&connector) as u64 ^ u64::from(std::process::id());
         let (generation, names) = (connector.options.generation, Names::default());
-        Work { connector, shm: Weak::new(), generation, pause: PAUSE_MIN, worse: None, names, random }
+        Work {
+            connector,
+            shm: Weak::new(),
+            generation,
+            pause: PAUSE_MIN,
+            worse: None,
+            names,
+            look_due: Instant::now(),
+            random,
+        }
     }
 
     fn run(mut self) {
@@ -328,6 +383,7 @@ impl Work {
             match self.next() {
                 Next::Connect(port) => self.serve(&port),
                 Next::Better => self.improve(),
+                Next::Look => self.look(),
                 Next::Stop => return,
             }
         }
@@ -350,7 +406,8 @@ impl Work {
             return;
         }
         state.trust.connected();
-        state.failing = None;
+        (state.failing, state.silent) = (None, None);
+        self.look_due = Instant::now() + look_times(self.connector.options.hold).0;
         state.note(LinkState::Up, Some(transport), reason);
         port.deliver(Delivery::Link(link));
     }
@@ -384,16 +441,65 @@ impl Work {
                 return Next::Connect(port.clone());
             }
             state.woken = false;
-            let due = self.worse.as_ref().map(|worse| worse.due);
-            let Some(due) = due.filter(|_| !state.ports.is_empty() && state.given_up.is_none()) else {
+            if state.ports.is_empty() || state.given_up.is_some() {
                 state = self.connector.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
                 continue;
-            };
-            let left = due.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+            }
+            let better = self.worse.as_ref().map(|worse| worse.due);
+            let now = Instant::now();
+            if better.is_some_and(|due| due <= now) {
                 return Next::Better;
             }
+            if self.look_due <= now {
+                return Next::Look;
+            }
+            let due = better.map_or(self.look_due, |due| due.min(self.look_due));
+            let left = due.saturating_duration_since(now);
             state = self.connector.wake.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Looks whether the appliance behind the links is there and lets this client in, though nobody may use them. By a
+    /// connection of its own, which enters no export: no I/O is touched.
+    fn look(&mut self) {
+        let (every, limit) = look_times(self.connector.options.hold);
+        let begun = Instant::now();
+        let looked = self.ask(limit);
+        self.look_due = begun + every;
+        let mut state = self.connector.lock();
+        let Err(error) = looked else {
+            if state.silent.take().is_some() {
+                tracing::info!(appliance = %self.connector.grant.appliance_name, "the appliance answers again");
+            }
+            // Refusals that a look has seen are over.
+            state.trust.connected();
+            return;
+        };
+        let refused = matches!(error, ConnectError::UnknownExport);
+        let is_new = state.silent.as_ref().is_none_or(|before| refused && !before.refused);
+        if is_new {
+            tracing::warn!(appliance = %self.connector.grant.appliance_name, %error, "the appliance does not answer");
+        }
+        let since = state.silent.as_ref().map_or(begun, |before| before.since);
+        let reason = match refused {
+            true => REFUSED.to_owned(),
+            false => format!("the appliance does not answer: {error}"),
+        };
+        state.silent = Some(Silent { since, reason, refused });
+        if refused {
+            state.trust.refused(begun);
+        }
+        let now = Instant::now();
+        if !self.connector.tell_if_lost(&mut state, now)
+            && self.connector.options.hold.is_some_and(|hold| now.saturating_duration_since(since) >= hold)
+        {
+            // I/O on these links hangs, and may fail by now.
+            let with_link = state.ports.iter().filter(|port| port.state() == LinkState::Up);
+            with_link.for_each(|port| port.deliver(Delivery::Stalled(since)));
+        }
+        drop(state);
+        if is_new {
+            self.connector.options.alarm.notify_one();
         }
     }
 
@@ -424,9 +530,7 @@ impl Work {
         let refused = matches!(error, ConnectError::UnknownExport);
         let name = &self.connector.grant.appliance_name;
         let reason = match refused {
-            true => {
-                "the appliance does not know the grant; I/O waits for the allocator's word on it".to_owned()
-            }
+            true => REFUSED.to_owned(),
             false => error.to_string(),
         };
         self.put_last(port);

@@ -126,6 +126,7 @@ fn options(
         session: 1,
         generation: 0,
         refusal_limit: Duration::from_millis(400),
+        hold: None,
         alarm: Arc::default(),
         visitor: None,
     }

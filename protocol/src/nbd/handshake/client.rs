@@ -101,6 +101,8 @@ enum Waiting {
 /// A handshake in progress.
 pub struct ClientHandshake {
     wishes: Wishes,
+    /// The export is entered, not only described.
+    enters: bool,
     waiting: Waiting,
     input: Vec<u8>,
     output: Vec<u8>,
@@ -123,6 +125,7 @@ impl ClientHandshake {
     pub fn new(wishes: Wishes) -> ClientHandshake {
         ClientHandshake {
             wishes,
+            enters: true,
             waiting: Waiting::Greeting,
             input: Vec::new(),
             output: Vec::new(),
@@ -133,6 +136,12 @@ impl ClientHandshake {
             block: BlockSizes::DEFAULT,
             replies: 0,
         }
+    }
+
+    /// A new handshake that only asks what the export is, and enters none: `OPT_INFO`. A server that does not know that
+    /// option is asked to let the client enter.
+    pub fn describing(wishes: Wishes) -> ClientHandshake {
+        ClientHandshake { enters: false, ..ClientHandshake::new(wishes) }
     }
 
     /// Bytes that the server sent.
@@ -233,7 +242,7 @@ impl ClientHandshake {
         let mut data = self.export_string();
         data.extend(1_u16.to_be_bytes());
         data.extend(INFO_BLOCK_SIZE.to_be_bytes());
-        self.ask(OPT_GO, &data);
+        self.ask(if self.enters { OPT_GO } else { OPT_INFO }, &data);
         self.waiting = Waiting::Go;
     }
 
@@ -278,7 +287,8 @@ impl ClientHandshake {
             Waiting::Visitor => OPT_XPM_LIFE,
             Waiting::Structured => OPT_STRUCTURED_REPLY,
             Waiting::Context => OPT_SET_META_CONTEXT,
-            _ => OPT_GO,
+            _ if self.enters => OPT_GO,
+            _ => OPT_INFO,
         }
     }
 

@@ -135,6 +135,34 @@ pub fn connect_first(
     }
 }
 
+/// Asks a server for an export without entering it, and closes the connection: whether the server answers, and knows the
+/// export. No life of a client is named, so an appliance keeps the one that it let in. Blocks, and ends within `limit`.
+///
+/// # Errors
+/// As of [`connect()`].
+pub fn describe(target: &Target, name: &ExportName, limit: Duration) -> Result<ExportInfo, ConnectError> {
+    let deadline = Deadline::after(limit);
+    let stream = match target {
+        Target::Tcp(address) => dial_tcp(*address, deadline)?,
+        Target::Unix(path) => dial_unix(path, deadline)?,
+    };
+    Ok(negotiate_by(ClientHandshake::describing(wishes(&name.to_string(), None)), stream.as_fd(), deadline)?.info)
+}
+
+/// As [`describe`], of whichever of several TCP addresses answers first.
+///
+/// # Errors
+/// As of [`connect_first`].
+pub fn describe_first(
+    addresses: &[SocketAddr],
+    name: &ExportName,
+    limit: Duration,
+) -> Result<ExportInfo, ConnectError> {
+    let deadline = Deadline::after(limit);
+    let (stream, _) = race_tcp(addresses, deadline)?;
+    Ok(negotiate_by(ClientHandshake::describing(wishes(&name.to_string(), None)), stream.as_fd(), deadline)?.info)
+}
+
 fn into_connected(stream: OwnedFd) -> impl FnOnce(Agreed) -> Result<Connected, ConnectError> {
     move |agreed| match agreed.leftover.is_empty() {
         true => Ok(Connected { stream, info: agreed.info }),
@@ -151,19 +179,29 @@ fn tune_tcp(stream: BorrowedFd<'_>) -> rustix::io::Result<()> {
     sockopt::set_tcp_user_timeout(stream, user_timeout)
 }
 
+fn wishes(export: &str, visitor: Option<&Visitor>) -> Wishes {
+    Wishes {
+        export: export.to_owned(),
+        structured: false,
+        base_allocation: false,
+        visitor: visitor.cloned(),
+    }
+}
+
 fn negotiate(
     stream: BorrowedFd<'_>,
     export: &str,
     visitor: Option<&Visitor>,
     deadline: Deadline,
 ) -> Result<Agreed, ConnectError> {
-    let wishes = Wishes {
-        export: export.to_owned(),
-        structured: false,
-        base_allocation: false,
-        visitor: visitor.cloned(),
-    };
-    let mut handshake = ClientHandshake::new(wishes);
+    negotiate_by(ClientHandshake::new(wishes(export, visitor)), stream, deadline)
+}
+
+fn negotiate_by(
+    mut handshake: ClientHandshake,
+    stream: BorrowedFd<'_>,
+    deadline: Deadline,
+) -> Result<Agreed, ConnectError> {
     let mut buffer = [0; READ_LEN];
     loop {
         let agreed = handshake.step().map_err(refusal)?;

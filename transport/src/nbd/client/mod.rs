@@ -11,6 +11,8 @@ mod output;
 mod parts;
 mod plan;
 
-pub use self::connect::{Connected, Target, connect, connect_as, connect_first, connect_to};
+pub use self::connect::{
+    Connected, Target, connect, connect_as, connect_first, connect_to, describe, describe_first,
+};
 pub use self::link::NbdLink;
 pub use crate::connect::ConnectError;

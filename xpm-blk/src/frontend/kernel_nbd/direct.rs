@@ -22,7 +22,9 @@ use xpm_protocol::layout::Layout;
 use xpm_protocol::nbd::{ExportName, SessionTag, TransmissionFlags};
 use xpm_protocol::units::Span;
 use xpm_transport::names::Names;
-use xpm_transport::nbd::client::{ConnectError, Connected, Target, connect_as, connect_first};
+use xpm_transport::nbd::client::{
+    ConnectError, Connected, Target, connect_as, connect_first, describe, describe_first,
+};
 
 use super::Shared;
 use super::source::Source;
@@ -33,6 +35,8 @@ use crate::sysfs::Statistics;
 /// Longest time for one connection and its handshake.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 
+/// How long an appliance has to answer a look at it.
+const ASK_LIMIT: Duration = Duration::from_secs(4);
 /// How long names are waited for where addresses are known, and did not work.
 const NAMES_PATIENCE: Duration = Duration::from_secs(1);
 
@@ -301,6 +305,22 @@ impl Source for Direct {
 
     fn guarded(&self) -> Option<&dyn Guarded> {
         Some(self)
+    }
+
+    fn look(&self) {
+        let name = ExportName { key: self.grant.key.clone(), session: None };
+        let used = self.link().transport;
+        let Some((transport, way)) = self.targets().into_iter().find(|(kind, _)| *kind == used) else {
+            return;
+        };
+        let looked = match &way {
+            Way::Tcp(endpoints) => describe_first(&self.addresses(endpoints), &name, ASK_LIMIT),
+            Way::Unix(path) => describe(&Target::Unix(path.clone()), &name, ASK_LIMIT),
+        };
+        match looked {
+            Ok(_) => self.connected(transport),
+            Err(error) => drop(self.failed(transport, &error)),
+        }
     }
 
     fn server_flags(&self) -> u16 {

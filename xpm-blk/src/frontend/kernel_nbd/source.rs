@@ -31,6 +31,10 @@ pub(super) trait Source: Send + Sync {
     /// Queues whose last socket is dead or was not taken by the kernel.
     fn dead(&self) -> Vec<u16>;
 
+    /// Looks whether the appliance at the other end of sockets that seem to work is there, where no volume does so. Blocks for
+    /// some seconds at most.
+    fn look(&self) {}
+
     /// How I/O of the device is going, of which the kernel counted `statistics`.
     fn health(&self, statistics: Statistics) -> Health;
 

@@ -8,7 +8,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
@@ -19,6 +19,8 @@ use crate::error::{DeviceError, Step};
 use crate::lifecycle;
 
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// How often the appliance is looked at whose sockets seem to work.
+const ASK_EVERY: Duration = Duration::from_secs(3);
 const PAUSE_FIRST: Duration = Duration::from_millis(50);
 const PAUSE_LONGEST: Duration = Duration::from_secs(3);
 
@@ -74,10 +76,15 @@ struct Work {
 impl Work {
     fn run(mut self) {
         let mut pause = LOOK_EVERY;
+        let mut asked = Instant::now();
         while !self.stopped_within(pause) {
             pause = match self.replace_dead() {
                 Ok(()) => {
                     self.worry = None;
+                    if asked.elapsed() >= ASK_EVERY {
+                        self.source.look();
+                        asked = Instant::now();
+                    }
                     LOOK_EVERY
                 }
                 Err(error) => {
