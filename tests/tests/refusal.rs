@@ -91,6 +91,9 @@ fn refusals_that_last_end_io_where_no_allocator_can_be_asked() {
     // Nothing is lost, though: the appliance is back, and knows the key.
     drop(impostor);
     cluster.start_appliance(0);
+    wait_until("it lives again, though nobody uses it", || {
+        xpm_tests::json_of(&socket, &["blk", "show", "v", "--json"])["state"] == "live"
+    });
     let read = qemu_io(&uri, "read -P 9 0 16M").output().expect("qemu-io starts");
     assert!(read.status.success(), "{}", String::from_utf8_lossy(&read.stdout));
     assert_eq!(xpm_tests::json_of(&socket, &["blk", "show", "v", "--json"])["state"], "live");

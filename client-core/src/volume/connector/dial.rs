@@ -139,19 +139,20 @@ impl Work {
     /// pass counts as let in.
     pub(super) fn ask(&self, limit: Duration) -> Result<(), ConnectError> {
         let name = ExportName { key: self.connector.grant.key.clone(), session: None };
-        let transport = self.connector.lock().transport;
+        let first_choice = self.connector.first_choice();
+        let transport = self.connector.lock().transport.unwrap_or(first_choice);
         match transport {
-            Some(TransportKind::NbdTcp) => describe_first(&self.addresses(), &name, limit).map(drop),
-            Some(TransportKind::NbdUnix) => {
+            TransportKind::NbdTcp => describe_first(&self.addresses(), &name, limit).map(drop),
+            TransportKind::NbdUnix => {
                 let path = needed(self.connector.endpoints().nbd_unix, "a unix socket")?;
                 describe(&Target::Unix(path), &name, limit).map(drop)
             }
-            Some(TransportKind::Shm) if self.shm.upgrade().is_none_or(|grant| grant.is_revoked()) => {
+            TransportKind::Shm if self.shm.upgrade().is_none_or(|grant| grant.is_revoked()) => {
                 let path = needed(self.connector.endpoints().nbd_unix, "a unix socket")?;
                 describe(&Target::Unix(path), &name, limit).map(drop)
             }
             // Its memory is here, or its device answers.
-            Some(TransportKind::Shm | TransportKind::Rdma) | None => Ok(()),
+            TransportKind::Shm | TransportKind::Rdma => Ok(()),
         }
     }
 

@@ -441,11 +441,12 @@ impl Work {
                 return Next::Connect(port.clone());
             }
             state.woken = false;
-            if state.ports.is_empty() || state.given_up.is_some() {
+            if state.given_up.is_some() {
                 state = self.connector.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
                 continue;
             }
-            let better = self.worse.as_ref().map(|worse| worse.due);
+            // Without queues there is nothing to be moved to a better transport.
+            let better = self.worse.as_ref().map(|worse| worse.due).filter(|_| !state.ports.is_empty());
             let now = Instant::now();
             if better.is_some_and(|due| due <= now) {
                 return Next::Better;
@@ -473,6 +474,11 @@ impl Work {
             }
             // Refusals that a look has seen are over.
             state.trust.connected();
+            if state.ports.is_empty() {
+                // Nobody has a link; what is shown is how it would be.
+                state.failing = None;
+                state.note(LinkState::Up, None, None);
+            }
             return;
         };
         let refused = matches!(error, ConnectError::UnknownExport);
@@ -485,6 +491,9 @@ impl Work {
             true => REFUSED.to_owned(),
             false => format!("the appliance does not answer: {error}"),
         };
+        if state.ports.is_empty() {
+            state.note(LinkState::Connecting, None, Some(reason.clone()));
+        }
         state.silent = Some(Silent { since, reason, refused });
         if refused {
             state.trust.refused(begun);
