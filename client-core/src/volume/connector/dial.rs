@@ -135,8 +135,8 @@ impl Work {
         nbd
     }
 
-    /// Whether the appliance lets this client in, by the way that its links go. What needs no appliance to answer for I/O to
-    /// pass counts as let in.
+    /// Whether the appliance answers and knows the grant, by the way that its links go. Where I/O passes though no appliance
+    /// answers, this is so too. Which life of the client asks is not said: a look takes nothing from the life that was let in.
     pub(super) fn ask(&self, limit: Duration) -> Result<(), ConnectError> {
         let name = ExportName { key: self.connector.grant.key.clone(), session: None };
         let first_choice = self.connector.first_choice();

@@ -96,6 +96,8 @@ struct State {
     failing: Option<Instant>,
     /// Since when looks at the appliance behind links that seem to work have failed, and why.
     silent: Option<Silent>,
+    /// The last attempt to enter was refused, as of a copy of a client. A look does not enter, so it cannot tell that this is over.
+    turned_away: bool,
     transport: Option<TransportKind>,
     reason: Option<String>,
     /// How the last attempt ended, and when; counts while no channel is open.
@@ -132,6 +134,7 @@ impl Connector {
             trust: Trust::new(options.refusal_limit),
             failing: None,
             silent: None,
+            turned_away: false,
             transport: None,
             reason: None,
             last: None,
@@ -406,7 +409,7 @@ impl Work {
             return;
         }
         state.trust.connected();
-        (state.failing, state.silent) = (None, None);
+        (state.failing, state.silent, state.turned_away) = (None, None, false);
         self.look_due = Instant::now() + look_times(self.connector.options.hold).0;
         state.note(LinkState::Up, Some(transport), reason);
         port.deliver(Delivery::Link(link));
@@ -460,7 +463,7 @@ impl Work {
         }
     }
 
-    /// Looks whether the appliance behind the links is there and lets this client in, though nobody may use them. By a
+    /// Looks whether the appliance behind the links is there and knows the grant, though nobody may use them. By a
     /// connection of its own, which enters no export: no I/O is touched.
     fn look(&mut self) {
         let (every, limit) = look_times(self.connector.options.hold);
@@ -468,13 +471,16 @@ impl Work {
         let looked = self.ask(limit);
         self.look_due = begun + every;
         let mut state = self.connector.lock();
+        if state.given_up.is_some() {
+            return;
+        }
         let Err(error) = looked else {
             if state.silent.take().is_some() {
                 tracing::info!(appliance = %self.connector.grant.appliance_name, "the appliance answers again");
             }
             // Refusals that a look has seen are over.
             state.trust.connected();
-            if state.ports.is_empty() {
+            if state.ports.is_empty() && !state.turned_away {
                 // Nobody has a link; what is shown is how it would be.
                 state.failing = None;
                 state.note(LinkState::Up, None, None);
@@ -547,6 +553,7 @@ impl Work {
         let mut state = self.connector.lock();
         let is_new = state.failing.is_none() || (refused && !state.trust.is_refused());
         state.failing.get_or_insert(now);
+        state.turned_away = matches!(error, ConnectError::Refused(_));
         if refused {
             state.trust.refused(now);
         }

@@ -146,7 +146,8 @@ pub fn describe(target: &Target, name: &ExportName, limit: Duration) -> Result<E
         Target::Tcp(address) => dial_tcp(*address, deadline)?,
         Target::Unix(path) => dial_unix(path, deadline)?,
     };
-    Ok(negotiate_by(ClientHandshake::describing(wishes(&name.to_string(), None)), stream.as_fd(), deadline)?.info)
+    Ok(negotiate_by(ClientHandshake::describing(wishes(&name.to_string(), None)), stream.as_fd(), deadline)?
+        .info)
 }
 
 /// As [`describe`], of whichever of several TCP addresses answers first.
@@ -160,7 +161,8 @@ pub fn describe_first(
 ) -> Result<ExportInfo, ConnectError> {
     let deadline = Deadline::after(limit);
     let (stream, _) = race_tcp(addresses, deadline)?;
-    Ok(negotiate_by(ClientHandshake::describing(wishes(&name.to_string(), None)), stream.as_fd(), deadline)?.info)
+    Ok(negotiate_by(ClientHandshake::describing(wishes(&name.to_string(), None)), stream.as_fd(), deadline)?
+        .info)
 }
 
 fn into_connected(stream: OwnedFd) -> impl FnOnce(Agreed) -> Result<Connected, ConnectError> {
@@ -180,12 +182,7 @@ fn tune_tcp(stream: BorrowedFd<'_>) -> rustix::io::Result<()> {
 }
 
 fn wishes(export: &str, visitor: Option<&Visitor>) -> Wishes {
-    Wishes {
-        export: export.to_owned(),
-        structured: false,
-        base_allocation: false,
-        visitor: visitor.cloned(),
-    }
+    Wishes { export: export.to_owned(), structured: false, base_allocation: false, visitor: visitor.cloned() }
 }
 
 fn negotiate(

@@ -308,6 +308,9 @@ impl Source for Direct {
     }
 
     fn look(&self) {
+        if self.link().given_up {
+            return;
+        }
         let name = ExportName { key: self.grant.key.clone(), session: None };
         let used = self.link().transport;
         let Some((transport, way)) = self.targets().into_iter().find(|(kind, _)| *kind == used) else {
