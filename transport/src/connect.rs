@@ -189,6 +189,11 @@ fn ready(running: &[Runner], limit: Duration) -> Result<Vec<bool>, ConnectError>
 
 /// A blocking unix stream to the socket at `path`, which has to be one that can be trusted: see [`trusted`].
 pub(crate) fn dial_unix(path: &Path, deadline: Deadline) -> Result<OwnedFd, ConnectError> {
+    // One that is not there is no trap: its appliance has ended, or starts.
+    if let Err(error) = std::fs::symlink_metadata(path) {
+        let what = format!("{}: {error}", path.display());
+        return Err(ConnectError::Unreachable(io::Error::new(error.kind(), what)));
+    }
     let path = trusted::socket(path).map_err(ConnectError::Unavailable)?;
     let address = SocketAddrUnix::new(&path).map_err(unreachable)?;
     let socket = nonblocking_socket(AddressFamily::UNIX)?;
