@@ -353,11 +353,13 @@ impl Service {
         self.wake_early();
         self.unpark();
         self.note_who_is_deaf();
+        // Before the steps of ends, which make allocations busy: a hand-over that is late would wait for the next tick,
+        // and find them busy again.
+        self.run_hand_overs();
         self.run_timers();
         self.settle_shifts();
         self.note_alive();
         self.serve_queue();
-        self.run_hand_overs();
         self.give_up_grants();
         self.run_drains();
         self.run_rebalance();

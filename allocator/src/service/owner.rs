@@ -49,6 +49,8 @@ pub(super) struct Raise {
     failures: Vec<String>,
     /// How many of the failures are refusals that changed nothing, as the memory cannot be moved.
     unmovable: usize,
+    /// No appliance was told of this epoch before.
+    first: bool,
 }
 
 impl Service {
@@ -122,6 +124,7 @@ impl Service {
             self.drop_hand_over(id);
         }
         let mut record = self.entry(id).record.clone();
+        let first = record.next.is_none();
         let raise = Raise {
             reply,
             owner,
@@ -132,8 +135,9 @@ impl Service {
             lost: 0,
             failures: Vec::new(),
             unmovable: 0,
+            first,
         };
-        if record.next.is_some() {
+        if !first {
             return self.raise(id, raise);
         }
         let keys = record.grants.iter().map(|_| self.random_key()).collect();
@@ -194,8 +198,10 @@ impl Service {
             return self.store_record(record, after);
         }
         let failures = raise.failures.join("; ");
-        if raise.unmovable == record.grants.len() {
-            // No appliance has changed anything, so nobody has these keys, and its owner goes on.
+        // An earlier call may have been carried out, or still arrive; and where the metadata were recovered, the next
+        // epoch has the only keys that are known. Such an epoch stays, with its keys, until every appliance has it.
+        if raise.first && raise.unmovable == record.grants.len() {
+            // Each appliance was asked once and has changed nothing: nobody has these keys, and the owner goes on.
             let line = format!("`{}` stays with its owner: {failures}", record.name);
             let mut record = record.clone();
             record.next = None;

@@ -7,11 +7,11 @@ use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{Map, Resize, SlabMap, SlabPlace};
 use xpm_protocol::{ApplianceId, ByteSize, ClientId, Epoch, Name};
 
-use super::super::{Effect, Event, Outcome, ReplyTo, Request};
+use super::super::{Call, Effect, Event, Outcome, ReplyTo, Request};
 use super::world::{Fate, World};
 use super::{INTERVAL, MIB, attach, create, delete, detach};
 use crate::store::MetadataStore as _;
-use crate::store::record::Phase;
+use crate::store::record::{NextEpoch, Phase};
 
 fn kind(result: Result<Outcome, ApiError>) -> ErrorKind {
     result.unwrap_err().0
@@ -121,6 +121,73 @@ fn a_change_of_owner_waits_for_every_appliance() {
         "the owner stays, with the epoch that some appliances have already"
     );
     assert_eq!(kind(world.answer(attach("a", 2, false))), ErrorKind::InUse);
+    world.check();
+}
+
+/// Does all that is pending; calls that raise an epoch end like this.
+fn finish_raising(world: &mut World, fate: Fate) {
+    while !world.pending.is_empty() {
+        let raises = |effect: &Effect| matches!(effect, Effect::Call(_, _, Call::Raise(..)));
+        match world.pending.iter().position(raises) {
+            Some(at) => world.step(at, fate),
+            None => world.step(0, Fate::Works),
+        }
+    }
+}
+
+/// Answers a request; calls that raise an epoch end like this.
+fn raise(world: &mut World, request: Request, fate: Fate) -> Result<Outcome, ApiError> {
+    let reply = world.ask(request);
+    finish_raising(world, fate);
+    world.answers.remove(&reply).unwrap()
+}
+
+fn next_epoch(world: &mut World) -> Option<NextEpoch> {
+    world.durable.load().unwrap().allocations.remove(0).next
+}
+
+#[test]
+fn an_owner_goes_on_where_no_appliance_can_have_another_epoch() {
+    let mut world = World::new(&[64 * MIB; 2]);
+    world.answer(create("a", 64, Some(2))).unwrap();
+    let first = map(world.answer(attach("a", 1, false)));
+    assert_eq!(kind(raise(&mut world, attach("a", 2, true), Fate::Refused)), ErrorKind::NoSpace);
+    assert_eq!(next_epoch(&mut world), None);
+    assert_eq!(map(world.answer(attach("a", 1, false))), first);
+    world.check();
+}
+
+#[test]
+fn an_epoch_that_an_appliance_may_have_heard_of_keeps_its_keys() {
+    for fate in [Fate::ArrivesLate, Fate::AnswerIsLost] {
+        let mut world = World::new(&[64 * MIB; 2]);
+        world.answer(create("a", 64, Some(2))).unwrap();
+        world.answer(attach("a", 1, false)).unwrap();
+        assert_eq!(kind(raise(&mut world, attach("a", 2, true), fate)), ErrorKind::Unavailable);
+        let next = next_epoch(&mut world).unwrap();
+        // Both refuse the second time, and that says nothing of the first time.
+        raise(&mut world, attach("a", 2, true), Fate::Refused).unwrap_err();
+        assert_eq!(next_epoch(&mut world), Some(next.clone()));
+        world.arrive(0);
+        world.arrive(0);
+        let second = map(world.answer(attach("a", 2, true)));
+        assert!(second.epoch == next.epoch && second.grants.iter().map(|one| &one.key).eq(&next.keys));
+        world.check();
+    }
+}
+
+#[test]
+fn keys_that_a_recovery_made_are_not_dropped() {
+    let mut world = World::new(&[64 * MIB]);
+    world.answer(create("a", 64, None)).unwrap();
+    world.answer(attach("a", 1, false)).unwrap();
+    // The client has no map any more: nobody knows the keys of this epoch.
+    world.lose_disk(Vec::new());
+    let next = next_epoch(&mut world);
+    raise(&mut world, attach("a", 1, false), Fate::Refused).unwrap_err();
+    assert!(next.is_some() && next_epoch(&mut world) == next);
+    let map = map(world.answer(attach("a", 1, false)));
+    assert_eq!(map.epoch, next.unwrap().epoch, "its keys are those that the appliance has");
     world.check();
 }
 

@@ -70,6 +70,10 @@ impl World {
             let one = Appliance::new(index as u128 + 1, *capacity);
             world.appliances.insert(one.record.info.id, one);
         }
+        // A pool without a past is restored, too.
+        let loaded = world.durable.load().unwrap();
+        let effects = world.service.restore(world.moment(), loaded);
+        world.pending.extend(effects);
         world.beat();
         world.finish();
         world
