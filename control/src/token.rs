@@ -260,6 +260,8 @@ mod tests {
         let missing = Token::load(Path::new("/nonexistent")).unwrap_err().to_string();
         assert!(missing.contains("openssl rand"), "{missing}");
         let (directory, _path) = file("0123456789abcdef\n", 0o600);
+        // A directory can be opened and not be read; others must not be able to, which is refused before.
+        std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o700)).unwrap();
         let unreadable = Token::load(directory.path()).unwrap_err().to_string();
         assert!(unreadable.starts_with("cannot read") && !unreadable.contains("openssl"), "{unreadable}");
         let denied = TokenError::Unreadable {

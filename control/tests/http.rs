@@ -192,24 +192,25 @@ async fn connections_are_limited_and_the_next_one_waits() {
 #[tokio::test]
 async fn connections_that_say_nothing_keep_nobody_out() {
     let limits = Limits { strangers_max: 8, connections_max: 8, ..Limits::default() };
-    let server = Running::start(Some("secret"), limits);
+    let server = Running::start(Some("0123456789abcdef"), limits);
     let mut idle = Vec::new();
     for _ in 0..40 {
         idle.push(TcpStream::connect(server.address).await.unwrap());
     }
-    assert!(server.client(Some("secret")).get::<Name>("/v1/name/a").await.is_ok());
+    assert!(server.client(Some("0123456789abcdef")).get::<Name>("/v1/name/a").await.is_ok());
     // Nor do those that show a wrong token and stay.
     for stream in &mut idle[38..] {
         let _ =
             stream.write_all(b"GET /v1/name/b HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer x\r\n\r\n").await;
     }
-    assert!(server.client(Some("secret")).get::<Name>("/v1/name/a").await.is_ok());
+    assert!(server.client(Some("0123456789abcdef")).get::<Name>("/v1/name/a").await.is_ok());
     for mut stream in idle {
         let mut rest = Vec::new();
         let _ = stream.read_to_end(&mut rest).await;
         assert!(
             rest.is_empty() || rest.starts_with(b"HTTP/1.1 401"),
-            "all of them are closed within seconds"
+            "all of them are closed within seconds: {:?}",
+            String::from_utf8_lossy(&rest)
         );
     }
 }

@@ -93,6 +93,22 @@ impl Etcd {
         serde_json::from_str(answer.split_once("\r\n\r\n")?.1).ok()
     }
 
+    /// The newest revision of a member.
+    ///
+    /// # Panics
+    /// When it does not answer.
+    pub fn revision(&self, number: usize) -> u64 {
+        let status = self.ask(number, "/v3/maintenance/status", "{}").expect("it answers");
+        status["header"]["revision"].as_str().and_then(|text| text.parse().ok()).expect("a revision")
+    }
+
+    /// Whether a member has been compacted beyond that revision, so that it can no longer be read at.
+    pub fn has_forgotten(&self, number: usize, revision: u64) -> bool {
+        let body = format!(r#"{{"key":"AA==","revision":"{revision}"}}"#);
+        let answer = self.ask(number, "/v3/kv/range", &body).unwrap_or_default();
+        answer["error"].as_str().is_some_and(|error| error.contains("compacted"))
+    }
+
     /// Number of the member that leads.
     ///
     /// # Panics

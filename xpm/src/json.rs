@@ -54,7 +54,7 @@ const BYTES: &[&str] = &[
 ];
 
 /// Moments, in seconds since 1970.
-const MOMENTS: &[&str] = &["at", "created", "ends", "frees", "heard", "since", "until"];
+const MOMENTS: &[&str] = &["at", "created", "ends", "frees", "given_up", "heard", "since", "until"];
 
 /// Spans of time, as text.
 const SPANS: &[&str] =

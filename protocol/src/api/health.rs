@@ -195,6 +195,8 @@ checks! {
     HostPageCluster = "HOST_PAGE_CLUSTER", Warning;
     /// Pages are compressed twice before they are swapped out.
     HostCompressedSwap = "HOST_COMPRESSED_SWAP", Warning;
+    /// The machine may hibernate, and would not come back where its swap is on ublk.
+    HostHibernation = "HOST_HIBERNATION", Warning;
     /// The machine has no memory to lend.
     HostNothingToLend = "HOST_NOTHING_TO_LEND", Warning;
     /// Memory cannot be shared between processes of this machine.

@@ -23,6 +23,7 @@ fn code(check: &Check) -> Code {
         (_, "cgroup v2") => Code::HostCgroup,
         (_, "page-cluster") => Code::HostPageCluster,
         (_, "zswap, zram") => Code::HostCompressedSwap,
+        (_, "hibernation") => Code::HostHibernation,
         (_, "memory") => Code::HostNothingToLend,
         (_, "shared memory") => Code::HostSharedMemory,
         ("RDMA", _) => Code::HostRdma,

@@ -81,7 +81,7 @@ fn a_store_of_schema_1_is_taken_over() {
     drop(database);
     let mut store = RedbStore::open(directory.path()).unwrap();
     let loaded = store.load().unwrap();
-    let known = AllocationRecord { idle_since: 0, ..allocation(1, "a") };
+    let known = AllocationRecord { idle_since: 0, block_size: None, ..allocation(1, "a") };
     assert_eq!((loaded.allocations, loaded.revision), (vec![known], 0));
     assert_eq!(store.base.read(schema).unwrap(), Some(SCHEMA));
     assert_eq!(store.decisions().about(&"a".parse().unwrap(), 1).unwrap(), []);
