@@ -54,7 +54,7 @@ fn fio_verifies_what_it_wrote() {
     }
     let cluster = Cluster::start(2);
     for transport in TRANSPORTS {
-        let uri = cluster.attach(transport, "64MiB", &["--stripe", "2"], transport);
+        let uri = cluster.attach(transport, "64MiB", &["--stripe", "2", "--block-size", "512"], transport);
         run(Command::new("fio")
             .current_dir(cluster.dir())
             .args(["--name=v", "--ioengine=nbd", "--rw=randwrite", "--bsrange=512-128k", "--iodepth=16"])

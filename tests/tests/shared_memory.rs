@@ -26,10 +26,16 @@ fn a_change_of_owner_that_cannot_move_shared_memory_is_refused_and_lose_gives_ze
         return;
     }
     let cluster = Cluster::start(1);
+    // 32 MiB were made ready before; the memory of the other half of the allocation is the group's.
+    group.take(cluster.appliances[0].pid());
     let uri = cluster.attach("kept", "64MiB", &[], "shm");
     io(&uri, "write -P 9 0 64M").unwrap();
-    group.take(cluster.appliances[0].pid());
-    group.set_limit(group.used() + (24 << 20));
+    wait_until("as much as before is ready", || {
+        let list = cluster.json(&["appliance", "list"]);
+        list[0]["status"]["ready"].as_u64().is_some_and(|ready| ready >= 32 << 20)
+    });
+    // Less than the 64 MiB that a move takes, and more than what zeros take when the old memory has been given up.
+    group.set_limit(group.used() + (44 << 20));
     let second = cluster.second_client();
     let socket = cluster.dir().join("moved.sock");
     let form = format!("nbd-socket={}", socket.display());

@@ -142,7 +142,7 @@ fn what_this_machine_lacks_is_told_once_and_nothing_is_left() {
     let output = swapd.xpm(&["status"]);
     assert_eq!(output.status.code(), Some(1));
     let shown = String::from_utf8_lossy(&output.stdout);
-    assert!(shown.contains("PROBLEM") && shown.contains("ublk_drv"), "{shown}");
+    assert!(shown.contains("SWAP_NOT_GROWN") && shown.contains("ublk_drv"), "{shown}");
     // It is tried again, and said in the log but once.
     let tries = || {
         let status = swapd.status();

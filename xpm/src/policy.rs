@@ -150,6 +150,18 @@ impl Found {
         }
     }
 
+    /// A changed text of the one document that was found, with what stands around the document in its file, so that the
+    /// file comes back whole.
+    fn within_its_file(&self, text: String) -> String {
+        let names: Vec<DocumentName> =
+            self.documents.clone().into_contents().map(|content| content.document_name()).collect();
+        let is_it = |one: &&Written| names.contains(&one.document) && one.format == PolicyFormat::Toml;
+        match self.written.iter().find(is_it) {
+            Some(around) => format!("{}{text}{}", around.before, around.after),
+            None => text,
+        }
+    }
+
     /// The same for somebody who changes it: with the version that was read.
     fn draft(&self, content: &Content) -> String {
         let text = self.text(content);
@@ -196,7 +208,8 @@ pub(crate) async fn edit(args: &EditArgs, daemons: &Daemons, output: Output) -> 
         output.hint("Nothing was changed.");
         return Ok(ExitCode::SUCCESS);
     }
-    let file = PolicyFile { name: path.display().to_string(), format: PolicyFormat::Toml, text: after };
+    let text = found.within_its_file(after);
+    let file = PolicyFile { name: path.display().to_string(), format: PolicyFormat::Toml, text };
     let kept = || format!("what you wrote is in {}", path.display());
     let applied = send(&allocator, vec![file], false).await.with_context(kept)?;
     if applied.problems.is_empty() {

@@ -182,6 +182,7 @@ impl Policy {
         let revision = self.revision + 1;
         let mut plan = Plan::default();
         let mut next = self.clone();
+        let alone = documents.len() == 1;
         for Document { content, written, .. } in documents {
             let name = content.document_name();
             let before = self.documents.get(&name);
@@ -201,7 +202,11 @@ impl Policy {
                 before: before.map(toml_of).unwrap_or_default(),
                 after: toml_of(&content),
             });
-            match written.map(|one| Written { version, ..one }) {
+            // A document that comes alone was edited, and keeps its place in its file.
+            let place = self.written.get(&name).filter(|_| alone).map(|one| one.position);
+            let written =
+                written.map(|one| Written { version, position: place.unwrap_or(one.position), ..one });
+            match written {
                 Some(one) if self.written.get(&name) != Some(&one) => {
                     next.written.insert(name.clone(), one.clone());
                     plan.written.push(one);
