@@ -88,7 +88,7 @@ fn metadata_of_yesterday_cost_nobody_their_memory() {
     let mut task = vec!["recover", "--from-network"];
     task.extend(controls.iter().map(String::as_str));
     let said = cluster.mend_metadata(&task);
-    assert!(said.contains("`used` of 64MiB is recovered\n") && said.contains("documents are as"), "{said}");
+    assert!(said.contains("`used` of 64MiB is recovered;") && said.contains("documents are as"), "{said}");
     assert!(behind(&cluster).is_null());
     for field in ["id", "size", "epoch", "owner", "regions"] {
         assert_eq!(shown(&cluster)[field], today[field], "{field}");
@@ -190,6 +190,10 @@ fn metadata_move_between_a_file_and_etcd() {
     assert_eq!(explain(&cluster), decided);
     cluster.ok(&["alloc", "create", "more", "--size", "16MiB"]);
     assert!(qemu_io(&uri, "read -P 0x33 0 32M"));
+    // An appliance hears of the state of the metadata by the answers to its heartbeats.
+    wait_until("the appliance has heard of the newest state", || {
+        cluster.json(&["appliance", "list"])[0]["status"]["metadata"] == cluster.status()["metadata"]
+    });
     cluster.restart_allocator();
     wait_until("the old place is of yesterday", || cluster.status()["behind"]["text"].is_string());
     cluster.allocator.stop();
