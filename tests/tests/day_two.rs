@@ -137,6 +137,7 @@ fn metadata_of_an_hour_ago_takes_nothing_away() {
     pool.cluster.allocator.stop();
     copy(&data, &old);
     pool.cluster.restart_allocator();
+    pool.cluster.wait_up();
     pool.cluster.ok(&["alloc", "resize", "first", "128MiB"]);
     wait_until("the owner has followed", || pool.allocation("first")["change"].is_null());
     pool.goes_on("after it grew");
@@ -158,7 +159,7 @@ fn metadata_of_an_hour_ago_takes_nothing_away() {
     let task: Vec<&str> =
         ["recover", "--from-network"].into_iter().chain(controls.iter().map(String::as_str)).collect();
     let said = pool.cluster.replace_metadata(&task);
-    assert!(said.contains("`first` of 128MiB is recovered"), "{said}");
+    assert!(said.contains("`first` of 128MiB is recovered;"), "{said}");
     pool.goes_on("after the metadata was recovered");
     pool.cluster.ok(&["alloc", "create", "new", "--size", "16MiB"]);
     pool.finish();
