@@ -155,7 +155,8 @@ fn metadata_of_an_hour_ago_takes_nothing_away() {
     assert!(refused.contains("recover"), "{refused}");
     pool.goes_on("with metadata of an hour ago");
 
-    let controls: Vec<String> = (0..3).map(|index| format!("http://{}", pool.flag(index, "--listen"))).collect();
+    let controls: Vec<String> =
+        (0..3).map(|index| format!("http://{}", pool.flag(index, "--listen"))).collect();
     let task: Vec<&str> =
         ["recover", "--from-network"].into_iter().chain(controls.iter().map(String::as_str)).collect();
     let said = pool.cluster.replace_metadata(&task);
