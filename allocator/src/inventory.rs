@@ -43,7 +43,10 @@ struct Entry {
     status: Status,
     /// When it registered first, seconds since 1970.
     since: u64,
+    /// When its last heartbeat came, or its last answer to the question whether it is there.
     heard: Option<Duration>,
+    /// When its last heartbeat came.
+    came: Option<Duration>,
     /// Event of the last heartbeat.
     heard_event: u64,
     /// `status` was sampled after this event.
@@ -132,6 +135,7 @@ impl Inventory {
         };
         (entry.info, entry.status) = (info, status);
         (entry.heard, entry.heard_event, entry.told_up) = (Some(now), event, entry.given_up.is_none());
+        entry.came = Some(now);
         if renamed {
             entry.profile = None;
         }
@@ -145,12 +149,12 @@ impl Inventory {
 
     /// Takes the first answer of an appliance after a start: it is there. Returns whether it was not heard before.
     pub fn greet(&mut self, id: ApplianceId, now: Duration, asked: u64, event: u64, status: Status) -> bool {
-        let new = self.state(id, now) != Some(ApplianceState::Up);
+        let was_up = self.state(id, now) == Some(ApplianceState::Up);
         if let Some(entry) = self.appliances.get_mut(&id) {
-            (entry.heard, entry.told_up) = (Some(now), true);
+            (entry.heard, entry.told_up) = (Some(now), entry.given_up.is_none());
         }
         self.sample(id, asked, event, status);
-        new
+        !was_up && self.state(id, now) == Some(ApplianceState::Up)
     }
 
     /// Takes the answer to a question that was asked at the event `asked`; it came at the event `now`.
@@ -262,6 +266,14 @@ impl Inventory {
             }
             _ => ApplianceState::Silent,
         }
+    }
+
+    /// Whether it is up and has reached this process itself lately. That it answers does not show that anybody can reach
+    /// the allocator.
+    pub fn reaches_us(&self, id: ApplianceId, now: Duration) -> bool {
+        let Some(entry) = self.appliances.get(&id) else { return false };
+        let lately = |at: Duration| now.saturating_sub(at) <= self.interval * INTERVALS_MAX;
+        entry.came.is_some_and(lately) && self.state_of(entry, now) == ApplianceState::Up
     }
 
     /// Who the appliance is.
@@ -390,6 +402,7 @@ impl Entry {
             status,
             since,
             heard: None,
+            came: None,
             heard_event: 0,
             sampled_after: 0,
             answered: 0,

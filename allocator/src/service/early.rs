@@ -61,6 +61,9 @@ impl Service {
     pub(super) fn greeted(&mut self, asked: u64, id: ApplianceId, result: Result<Answer, CallError>) {
         match result {
             Ok(Answer::Status(status)) if status.id == Some(id) => {
+                // Before anything is given back there: metadata of yesterday have half done what is in use since.
+                let metadata = status.metadata;
+                self.hear_state(metadata, &format!("appliance {}", self.inventory.name(id)));
                 if self.inventory.greet(id, self.now.at, asked, self.clock, *status) {
                     let line = format!("appliance {} ({id}) is up", self.inventory.name(id));
                     self.tell_of_appliance(EventKind::ApplianceUp, id, false, line);
@@ -104,7 +107,10 @@ impl Service {
     pub(super) fn wake_early(&mut self) {
         for order in std::mem::take(&mut self.early.orders) {
             match order {
-                Order::Place(wish) => self.place(wish),
+                Order::Place(wish) => match self.frozen(&Request::Create(wish.create.clone())) {
+                    Some(refusal) => self.reject(&wish, refusal),
+                    None => self.place(wish),
+                },
                 Order::Request(reply, request) => self.request(reply, request),
             }
         }

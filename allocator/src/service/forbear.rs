@@ -7,7 +7,7 @@
 
 use std::time::Duration;
 
-use xpm_protocol::api::allocator::{ApplianceState, EndReason};
+use xpm_protocol::api::allocator::EndReason;
 use xpm_protocol::api::event::EventKind;
 use xpm_protocol::{AllocationId, ClientId, Name, Span};
 
@@ -175,14 +175,14 @@ impl Service {
     }
 
     /// Whether what is said about the end of an allocation can reach those whom it hits: nobody uses it, its owner asked
-    /// a moment ago, or an appliance of it is up.
+    /// a moment ago, or heartbeats of an appliance of it come. An answer to this process's own question does not count: it shows
+    /// no way to the allocator.
     pub(super) fn can_be_heard(&self, id: AllocationId) -> bool {
         let Some(entry) = self.allocations.get(&id) else { return true };
         let Some(owner) = &entry.record.owner else { return true };
         let now = self.now.at;
         let heard = self.owners_heard.get(&owner.client);
-        let up =
-            |one: &xpm_protocol::ApplianceId| self.inventory.state(*one, now) == Some(ApplianceState::Up);
+        let up = |one: &xpm_protocol::ApplianceId| self.inventory.reaches_us(*one, now);
         heard.is_some_and(|heard| now.saturating_sub(*heard) <= OWNER_HEARS)
             || entry.record.appliances().iter().any(up)
     }

@@ -27,6 +27,8 @@ impl Service {
         self.now = now;
         self.now.unix = self.read_clock(now);
         self.state = loaded.state;
+        // First: what is told from here on has the numbers after those.
+        self.restore_events(loaded.events);
         for appliance in loaded.appliances {
             self.inventory.restore(appliance);
         }
@@ -36,7 +38,6 @@ impl Service {
         for (record, steps_from) in self.without_absence(loaded.allocations, loaded.alive) {
             self.restore_allocation(record, steps_from);
         }
-        self.restore_events(loaded.events);
         self.ask_who_is_there();
         self.save_events();
         debug_assert_eq!(self.check(), Ok(()));

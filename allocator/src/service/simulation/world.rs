@@ -179,7 +179,13 @@ impl World {
                 let _ = appliance.carry_out(self.now, call);
                 failed()
             }
-            Fate::Works => appliance.carry_out(self.now, call),
+            Fate::Works => match appliance.carry_out(self.now, call) {
+                Ok(Answer::Status(mut status)) => {
+                    status.metadata = self.heard;
+                    Ok(Answer::Status(status))
+                }
+                other => other,
+            },
         }
     }
 
