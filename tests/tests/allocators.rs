@@ -157,10 +157,10 @@ fn make_history(several: &Several, pairs: usize) -> Option<String> {
 }
 
 /// Smaller than what [`PAIRS`] leave behind.
-const QUOTA: &str = "524288";
-const PAIRS: usize = 160;
+const QUOTA: &str = "1048576";
+const PAIRS: usize = 320;
 /// As many leave a third of the quota behind.
-const PAIRS_AT_ONCE: usize = 40;
+const PAIRS_AT_ONCE: usize = 80;
 
 #[test]
 fn history_of_etcd_is_forgotten() {

@@ -147,6 +147,12 @@ async fn a_half_made_allocation_is_undone() {
     })
     .await;
     cluster.nothing_used().await;
+    // What was given back counts as free when the appliances have cleared it and said so.
+    eventually("the allocator knows that all is free", async || {
+        let appliances = client.get::<Vec<Appliance>>("/v1/appliances").await.unwrap();
+        appliances.iter().map(|appliance| appliance.status.free.0).sum::<u64>() == 128 * MIB
+    })
+    .await;
     client.post::<_, Allocation>("/v1/allocations", &create("a", 128, Some(2))).await.unwrap();
 }
 
