@@ -34,7 +34,7 @@ on() {
     mkfs.ext4 -q -F -E nodiscard "$loop"
     mount "$loop" /mnt/loop
     echo kept >/mnt/loop/file
-    refused "held by ${loop#/dev/} \(mounted at /mnt/loop\)" xpm blk detach "$name"
+    refused "held by ${loop#/dev/} \(mounted at [^)]*/mnt/loop\)" xpm blk detach "$name"
     sync -f /mnt/loop
     [ "$(cat /mnt/loop/file)" = kept ] || fail "$form: the file is not there"
     umount /mnt/loop
