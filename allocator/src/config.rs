@@ -126,7 +126,7 @@ pub enum Task {
     ///
     /// The new place has to be empty, and no allocator may run on either. The old place stays as it is.
     Migrate {
-        /// Where to: etcd://HOST:PORT[,HOST:PORT...][/PREFIX] or a directory
+        /// Where to: `etcd://HOST:PORT[,HOST:PORT...][/PREFIX]` or a directory
         #[arg(long, value_name = "PLACE")]
         to: String,
     },
