@@ -48,7 +48,7 @@ impl Handle {
     pub(crate) async fn ask(&self, request: Request) -> Result<Outcome, ApiError> {
         let (answer, answered) = oneshot::channel();
         let ending = || {
-            let why = self.over.get().map_or("the allocator is ending", String::as_str);
+            let why = self.over.get().map_or("the allocator stops, or starts to lead", String::as_str);
             ApiError(ErrorKind::Unavailable, format!("{why}; try again soon"))
         };
         self.requests.send((request, answer)).await.map_err(|_| ending())?;

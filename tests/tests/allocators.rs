@@ -203,7 +203,7 @@ fn without_room_in_etcd_reading_goes_on_and_the_remedy_is_named() {
     several.etcd.ask(0, "/v3/maintenance/alarm", &disarm).unwrap();
     wait_until("orders are taken again", || {
         several.xpm(&["alloc", "create", "more", "--size", "16MiB"]).status.success()
-            || several.names().contains(&"more".to_owned())
+            || several.xpm(&["alloc", "show", "more"]).status.success()
     });
     assert!(several.names().contains(&"kept".to_owned()));
 }
