@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use xpm_client::Attachment;
-use xpm_client::mapping::{Access, Advice, Faults, MapError, Mapping, Space};
+use xpm_client::mapping::{Access, Advice, Faults, MapError, Mapping, MappingStats, Space};
 use xpm_protocol::api::blk::TransportKind;
 use xpm_tests::Cluster;
 use xpm_tests::mapping::{Dice, MIB, PAGE, attach_options, attached, in_own_process, options, words};
@@ -290,7 +290,10 @@ fn what_fits_stays() {
     let first = space.stats();
     assert_eq!((first.fetched, first.resident), (8192, 32 * MIB), "all of it, and nothing else: {first:?}");
     read();
-    assert_eq!(space.stats(), first, "nothing came or went");
+    // Not `touched`: a thread of the library counts the touch of a marked page after it has let the program go on.
+    let moved =
+        |stats: &MappingStats| (stats.fetched, stats.zeroed, stats.resident, stats.dropped, stats.written);
+    assert_eq!(moved(&space.stats()), moved(&first), "nothing came or went");
     drop((kept, space));
     attachment.detach().expect("it is given back");
 }
