@@ -191,7 +191,9 @@ priority = 900
             .iter()
             .any(|one| one["ending"]["reason"] == "reclaim")
     });
-    assert!(cluster.ok(&["status"]).contains("gives way to `urgent`"));
+    // Its exit status tells the severity.
+    let status = String::from_utf8_lossy(&cluster.xpm(&["status"]).stdout).into_owned();
+    assert!(status.contains("gives way to `urgent`"), "{status}");
     assert!(waits.wait().unwrap().success());
     assert_eq!(state(&cluster, "urgent").as_deref(), Some("ready"));
     assert_eq!((state(&cluster, "victim"), state(&cluster, "kept").as_deref()), (None, Some("ready")));
