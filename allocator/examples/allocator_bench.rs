@@ -392,6 +392,7 @@ fn appliance(number: u64) -> Heartbeat {
         region_len: ByteSize(REGION),
         labels: labels.into_iter().filter_map(|(key, value)| Some((key.ok()?, value.ok()?))).collect(),
         link_speed: Some(LinkSpeed(100_000_000_000)),
+        life: None,
     };
     let status = Status { capacity: ByteSize(CAPACITY), free: ByteSize(CAPACITY), ..Status::default() };
     Heartbeat { info, status }

@@ -276,6 +276,22 @@ impl Inventory {
         entry.came.is_some_and(lately) && self.state_of(entry, now) == ApplianceState::Up
     }
 
+    /// Whether it was heard lately, or may be there unheard because this process started only lately, and is not given up.
+    pub fn may_be_up(&self, id: ApplianceId, now: Duration) -> bool {
+        let is_lately = |entry: &Entry| {
+            entry.given_up.is_none()
+                && now.saturating_sub(entry.heard.unwrap_or_default()) <= self.interval * INTERVALS_MAX
+        };
+        self.appliances.get(&id).is_some_and(is_lately)
+    }
+
+    /// Another appliance of this name that may be up.
+    pub fn namesake(&self, id: ApplianceId, name: &Name, now: Duration) -> Option<&Info> {
+        let others =
+            self.appliances.iter().filter(|(other, entry)| **other != id && entry.info.name == *name);
+        others.map(|(_, entry)| &entry.info).find(|info| self.may_be_up(info.id, now))
+    }
+
     /// Who the appliance is.
     pub fn info(&self, id: ApplianceId) -> Option<&Info> {
         self.appliances.get(&id).map(|entry| &entry.info)

@@ -30,6 +30,7 @@ mod forbear;
 mod frozen;
 mod garbage;
 mod health;
+mod heartbeat;
 mod lease;
 mod lives;
 mod lost;
@@ -44,6 +45,7 @@ mod rename;
 #[cfg(test)]
 mod simulation;
 mod slabs;
+mod twins;
 mod view;
 mod waiting;
 mod wish;
@@ -54,9 +56,9 @@ use std::time::Duration;
 
 use xpm_control::server::ApiError;
 use xpm_protocol::api::ErrorKind;
-use xpm_protocol::api::allocator::{self as api, Behind, Client, Heartbeat, HeartbeatAnswer, MetadataState};
+use xpm_protocol::api::allocator::{self as api, Behind, Client, MetadataState};
 use xpm_protocol::api::event::EventKind;
-use xpm_protocol::{AllocationId, ApplianceId, ClientId, GrantKey, Life, Name, RequestId, Span};
+use xpm_protocol::{AllocationId, ApplianceId, ClientId, GrantKey, Life, Name, RequestId};
 
 use crate::inventory::Inventory;
 use crate::policy::Policy;
@@ -110,6 +112,8 @@ pub struct Service {
     parked: Vec<wish::Wish>,
     /// Appliances that were not heard in this life yet, and orders that wait for them.
     early: early::Early,
+    /// Appliances whose heartbeats are refused.
+    twins: twins::Twins,
     /// Requests that wait for their turn, in the order in which they are served.
     queue: Vec<waiting::Waiter>,
     /// Requests that were taken back, and until when who asked may ask again.
@@ -285,6 +289,7 @@ impl Service {
             refreshes: HashMap::new(),
             parked: Vec::new(),
             early: early::Early::default(),
+            twins: twins::Twins::default(),
             queue: Vec::new(),
             cancelled: VecDeque::new(),
             queue_turn: 0,
@@ -346,6 +351,7 @@ impl Service {
             self.tell_of_appliance(EventKind::ApplianceSilent, id, true, line);
         }
         self.end_event_waits();
+        self.forget_old_twins();
         if !self.serves() {
             return;
         }
@@ -504,66 +510,6 @@ impl Service {
             Request::Delete { .. } if deleting => self.reply(reply, Ok(Outcome::Done)),
             _ => self.reply(reply, Err(view::unknown(name))),
         }
-    }
-
-    fn heartbeat(&mut self, reply: ReplyTo, heartbeat: Heartbeat) {
-        let id = heartbeat.info.id;
-        let control = heartbeat.info.control.clone();
-        self.hear_state(heartbeat.status.metadata, &format!("appliance {}", heartbeat.info.name));
-        let heard = self.inventory.hear(self.now.at, self.now.unix, self.clock, heartbeat);
-        if heard.changed {
-            let policy = &self.policy;
-            self.inventory.profile_one(id, |name| policy.appliance(name));
-        }
-        if self.inventory.given_up(id).is_some() {
-            self.clear_returned(id);
-        } else if heard.back {
-            let line = format!("appliance {} ({id}) is up at {control}", self.inventory.name(id));
-            self.tell_of_appliance(EventKind::ApplianceUp, id, false, line);
-            self.hasten_purges(id);
-        }
-        if heard.back || heard.has_less {
-            self.look_soon(id);
-        }
-        for line in heard.warnings {
-            let line = format!("appliance {}: {line}", self.inventory.name(id));
-            self.tell_of_appliance(EventKind::ApplianceWarning, id, true, line);
-        }
-        if heard.moved {
-            let line =
-                format!("appliance {} ({id}) is reached at other addresses now", self.inventory.name(id));
-            self.tell_of_appliance(EventKind::ApplianceMoved, id, false, line);
-        }
-        self.is_heard(id);
-        let outcome = Outcome::Heartbeat(HeartbeatAnswer {
-            interval: Span(self.settings.interval),
-            metadata: self.state.filter(|_| self.behind.is_none()),
-        });
-        match self.inventory.record(id).filter(|_| heard.changed) {
-            Some(_) if !self.serves() => {
-                self.unsaved.insert(id);
-                self.reply(reply, Ok(outcome));
-            }
-            Some(record) => {
-                self.store(vec![Change::Appliance(Box::new(record))], Awaited::Answer(reply, outcome));
-            }
-            None => self.reply(reply, Ok(outcome)),
-        }
-    }
-
-    fn forget_appliance(&mut self, reply: ReplyTo, id: ApplianceId) {
-        if self.inventory.info(id).is_none() {
-            return self.refuse(reply, ErrorKind::NotFound, format!("no appliance has the id {id}"));
-        }
-        if let Some(line) = self.reason_to_keep(id) {
-            return self.refuse(reply, ErrorKind::InUse, line);
-        }
-        let line = format!("appliance {} ({id}) is forgotten", self.inventory.name(id));
-        self.tell_of_appliance(EventKind::ApplianceForgotten, id, false, line);
-        self.inventory.remove(id);
-        self.is_heard(id);
-        self.hasten_purges(id);
-        self.store(vec![Change::ApplianceGone(id)], Awaited::Answer(reply, Outcome::Done));
     }
 
     fn stored(&mut self, ticket: Ticket) {

@@ -65,6 +65,7 @@ pub(crate) fn appliance(number: u128) -> ApplianceRecord {
         region_len: ByteSize(REGION_LEN_DEFAULT),
         labels: Default::default(),
         link_speed: None,
+        life: None,
     };
     ApplianceRecord { info, status: Status::default(), since: 0, drain: None, given_up: None }
 }

@@ -260,6 +260,7 @@ fn identity(
 ) -> anyhow::Result<Identity> {
     Ok(Identity {
         id: state.id,
+        life: state.life,
         name: config.name.clone(),
         host: xpm_control::host::host_id().context("cannot tell which kernel this is")?,
         medium: arena.medium(),

@@ -11,12 +11,13 @@ use xpm_control::discover;
 use xpm_control::link;
 use xpm_control::listen::Place;
 use xpm_control::token::Token;
+use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{Heartbeat, HeartbeatAnswer};
 use xpm_protocol::api::appliance::{Endpoints, Info, Medium, Status};
 use xpm_protocol::policy::Labels;
 use xpm_protocol::text::short_line;
 use xpm_protocol::units::ByteSize;
-use xpm_protocol::{ApplianceId, HostId, LinkSpeed, Name};
+use xpm_protocol::{ApplianceId, HostId, Life, LinkSpeed, Name};
 
 use crate::control::Appliance;
 
@@ -28,6 +29,8 @@ const INTERVAL_RANGE: (Duration, Duration) = (Duration::from_millis(100), Durati
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
 /// The same where there are several allocators: soon one of them leads again.
 const BACKOFF_MAX_OF_SEVERAL: Duration = Duration::from_millis(500);
+/// The same where the allocator refuses this appliance: it takes it when another one has been silent for a while.
+const BACKOFF_MAX_OF_REFUSED: Duration = Duration::from_secs(5);
 /// How long a heartbeat may take where another allocator may lead by now.
 const LIMIT_OF_SEVERAL: Duration = Duration::from_secs(3);
 /// From how much the time between tries grows.
@@ -45,6 +48,8 @@ const GATHER: Duration = Duration::from_millis(20);
 pub struct Identity {
     /// The appliance's id.
     pub id: ApplianceId,
+    /// The life that this process is.
+    pub life: Life,
     /// Its name.
     pub name: Name,
     /// The running kernel.
@@ -113,10 +118,11 @@ async fn beat(
     identity: &Identity,
     appliance: &Arc<Appliance>,
     meter: &mut Meter,
-) -> Result<Duration, String> {
-    let info = identity.info(client).await?;
+) -> Result<Duration, Unheard> {
+    let info = identity.info(client).await.map_err(Unheard::Away)?;
     let asked = appliance.clone();
-    let status = tokio::task::spawn_blocking(move || asked.status()).await.map_err(|e| e.to_string())?;
+    let status = tokio::task::spawn_blocking(move || asked.status()).await;
+    let status = status.map_err(|error| Unheard::Away(error.to_string()))?;
     let first = info.endpoints.nbd.first().map(SocketAddr::ip);
     let status = Status { traffic: first.and_then(|address| meter.traffic(address)), ..status };
     let path = format!("/v1/appliances/{}", info.id);
@@ -127,9 +133,25 @@ async fn beat(
     match answer {
         Ok(HeartbeatAnswer { interval, .. }) if interval.0.is_zero() => Ok(INTERVAL_DEFAULT),
         Ok(HeartbeatAnswer { interval, .. }) => Ok(interval.0.clamp(INTERVAL_RANGE.0, INTERVAL_RANGE.1)),
-        // Whoever answers there may say anything.
-        Err(error) => Err(short_line(&xpm_control::error_line(&error), ERROR_LEN_MAX)),
+        Err(error) => {
+            // The daemon that answers there may say anything.
+            let line = short_line(&xpm_control::error_line(&error), ERROR_LEN_MAX);
+            Err(if error.kind() == ErrorKind::Conflict {
+                Unheard::Refused(line)
+            } else {
+                Unheard::Away(line)
+            })
+        }
     }
+}
+
+/// Why the allocator did not take a heartbeat.
+#[derive(Debug)]
+enum Unheard {
+    /// It cannot be reached, or cannot take one now.
+    Away(String),
+    /// It takes none of this appliance: another one has its id or its name.
+    Refused(String),
 }
 
 /// Measures the traffic of a link between heartbeats.
@@ -157,11 +179,13 @@ struct LinkState {
     /// In a row.
     failures: u32,
     registered: bool,
+    /// The log says that the allocator refuses this appliance.
+    refused: bool,
 }
 
 impl LinkState {
     /// How long to wait after a heartbeat that went so.
-    fn after(&mut self, client: &Client, beat: Result<Duration, String>) -> Duration {
+    fn after(&mut self, client: &Client, beat: Result<Duration, Unheard>) -> Duration {
         match beat {
             Ok(interval) => {
                 match (self.registered, self.failures) {
@@ -169,10 +193,19 @@ impl LinkState {
                     (true, 0) => {}
                     (true, _) => tracing::info!("the allocator at {} is back", client.base()),
                 }
-                *self = LinkState { failures: 0, registered: true };
+                *self = LinkState { failures: 0, registered: true, refused: false };
                 interval
             }
-            Err(error) => {
+            Err(Unheard::Refused(line)) => {
+                if !std::mem::replace(&mut self.refused, true) {
+                    tracing::error!(
+                        "the allocator refuses this appliance, which lends nothing until it is taken: {line}"
+                    );
+                }
+                self.failures = self.failures.saturating_add(1);
+                backoff(self.failures, BACKOFF_MAX_OF_REFUSED, random_share())
+            }
+            Err(Unheard::Away(error)) => {
                 if self.failures == 0 {
                     tracing::warn!(
                         "the allocator does not hear this appliance ({error}); trying on, serving on"
@@ -245,6 +278,7 @@ impl Identity {
             region_len: ByteSize(self.region_len),
             labels: self.labels.clone(),
             link_speed: self.link_speed.or_else(|| link::speed_of(first)),
+            life: Some(self.life),
         })
     }
 

@@ -6,8 +6,9 @@ use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use xpm_control::life::{self, Origin};
 use xpm_control::state;
-use xpm_protocol::ApplianceId;
+use xpm_protocol::{ApplianceId, Life};
 
 /// Version of the state's form.
 const VERSION: u32 = 1;
@@ -57,6 +58,8 @@ pub enum StateError {
 pub struct StateDir {
     /// The appliance's id.
     pub id: ApplianceId,
+    /// The life that began when it was opened.
+    pub life: Life,
     _lock: File,
 }
 
@@ -72,7 +75,7 @@ struct Content {
 }
 
 impl StateDir {
-    /// Opens the directory, and makes it and the id at first. Blocks.
+    /// Opens the directory, makes it and the id at first, and begins a life of the appliance. Blocks.
     ///
     /// # Errors
     /// When it is in use, of a newer version, damaged, or cannot be accessed.
@@ -90,7 +93,17 @@ impl StateDir {
             }
             Err(error) => return Err(failed("read")(error)),
         };
-        Ok(StateDir { id, _lock: lock })
+        // A copy stays the same appliance: the allocator knows whether the one before is there, and refuses the copy.
+        let begun =
+            life::begin(path, &lock, || Ok(false)).map_err(failed("begin a life of the appliance with"))?;
+        if begun.origin == Origin::Copied {
+            tracing::warn!(
+                "the state directory {} was used on another machine: the allocator takes this appliance when the one there \
+                 has ended",
+                path.display()
+            );
+        }
+        Ok(StateDir { id, life: begun.life, _lock: lock })
     }
 }
 
@@ -120,9 +133,12 @@ mod tests {
         let path = directory.path().join("a/b");
         let first = StateDir::open(&path).unwrap();
         assert!(matches!(StateDir::open(&path), Err(StateError::InUse(_))));
-        let id = first.id;
+        let (id, life) = (first.id, first.life);
         drop(first);
-        assert_eq!(StateDir::open(&path).unwrap().id, id);
+        let second = StateDir::open(&path).unwrap();
+        assert_eq!(second.id, id);
+        assert_eq!(second.life.after(&life), xpm_protocol::Succession::Same);
+        assert_eq!(life.after(&second.life), xpm_protocol::Succession::Past);
     }
 
     #[test]

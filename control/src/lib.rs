@@ -16,6 +16,7 @@ pub mod facts;
 pub mod handed;
 pub mod host;
 pub mod known;
+pub mod life;
 pub mod link;
 pub mod listen;
 pub mod log;

@@ -6,6 +6,7 @@ pub mod clock;
 pub mod etcd;
 pub mod hang;
 pub mod impostor;
+pub mod machine;
 pub mod manager;
 pub mod mapping;
 pub mod several;
@@ -386,6 +387,12 @@ impl Cluster {
     /// Has an appliance started with other options from now on.
     pub fn change_appliance(&mut self, index: usize, change: impl FnOnce(&mut Vec<String>)) {
         change(&mut self.appliance_arguments[index]);
+    }
+
+    /// What one more appliance would be started with, with ports and directories of its own: its state directory is
+    /// `appliance{INDEX}-state`.
+    pub fn appliance_arguments(&self, index: usize) -> Vec<String> {
+        appliance_arguments(self.dir.path(), index, &self.allocator_url())
     }
 
     /// The service manager of an appliance.

@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use xpm_tests::{Cluster, Daemon, have, programs, wait_until};
+use xpm_tests::machine::start_elsewhere;
+use xpm_tests::{Cluster, Daemon, have, wait_until};
 
 /// How long I/O that is to be held is watched.
 const HELD: Duration = Duration::from_secs(2);
@@ -39,20 +40,10 @@ fn start_copy(cluster: &Cluster, state: &Path, is_another_machine: bool) -> Copy
         state.display()
     );
     std::fs::write(&config, text).unwrap();
-    let program = programs().join("xpm-blk");
-    let daemon = if is_another_machine {
-        let machine = dir.join("machine-id");
-        std::fs::write(&machine, "0123456789abcdef0123456789abcdef\n").unwrap();
-        let line = format!(
-            "mount --bind {} /etc/machine-id && exec {} --config {}",
-            machine.display(),
-            program.display(),
-            config.display()
-        );
-        let words = ["-m", "sh", "-c", &line].map(str::to_owned);
-        Daemon::start(dir, "copy-log", "/usr/bin/unshare", &words)
-    } else {
-        Daemon::start(dir, "copy-log", "xpm-blk", &["--config".to_owned(), config.display().to_string()])
+    let words = ["--config".to_owned(), config.display().to_string()];
+    let daemon = match is_another_machine {
+        true => start_elsewhere(dir, "copy-log", "xpm-blk", &words),
+        false => Daemon::start(dir, "copy-log", "xpm-blk", &words),
     };
     let control = dir.join("blk2.sock");
     wait_until("the copy runs", || std::os::unix::net::UnixStream::connect(&control).is_ok());
@@ -141,6 +132,29 @@ fn a_copy_on_another_machine_is_refused_while_the_first_one_lives_and_fences_it_
     assert!(forced.status.success(), "{}", String::from_utf8_lossy(&forced.stderr));
     assert!(copy.writes("a"));
     assert!(io(&uri, "write -P 6 0 64k").contains("Input/output error"), "the first one is cut off");
+}
+
+#[test]
+fn the_allocators_word_ends_the_io_of_a_first_one_that_is_fenced_by_force() {
+    if !have("qemu-io") {
+        return;
+    }
+    let mut cluster = Cluster::start(1);
+    // Refusals alone end nothing for as long as the test runs.
+    cluster.restart_blk_with("refusal-limit = \"1h\"");
+    let uri = cluster.attach("a", "16MiB", &[], "nbd-tcp");
+    write(&uri);
+    let copy = start_copy(&cluster, &copy_state(&cluster, &["a"]), true);
+    copy.waits_for("it was shown on another machine");
+    assert!(cluster.xpm_of_second(&["blk", "detach", "a"]).status.success());
+    let form = format!("nbd-socket={}", copy.socket("a").display());
+    let forced = cluster.xpm_of_second(&["blk", "attach", "a", "--as", &form, "--force"]);
+    assert!(forced.status.success(), "{}", String::from_utf8_lossy(&forced.stderr));
+    wait_until("the first one hears of it", || cluster.json(&["blk", "show", "a"])["state"] == "lost");
+    assert!(io(&uri, "write -P 6 0 64k").contains("Input/output error"), "its I/O ends");
+    let shown = cluster.json(&["blk", "show", "a"]).to_string();
+    assert!(shown.contains("belongs to") && shown.contains("(machine "), "it says to whom: {shown}");
+    assert!(copy.writes("a"));
 }
 
 #[test]

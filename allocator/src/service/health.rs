@@ -25,6 +25,7 @@ impl Service {
                 )
         }));
         problems.extend(self.early_problem());
+        problems.extend(self.twin_problems());
         problems.sort_by_key(|problem| std::cmp::Reverse(problem.severity));
         problems
     }

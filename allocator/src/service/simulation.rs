@@ -15,6 +15,7 @@ mod lives;
 mod policies;
 mod queue;
 mod script;
+mod twins;
 mod world;
 
 use std::time::Duration;

@@ -9,9 +9,9 @@ use tokio::sync::Notify;
 use xpm_control::client::ClientError;
 use xpm_control::error_line;
 use xpm_protocol::api::ErrorKind;
-use xpm_protocol::api::allocator::{Allocation, Map, Orders};
+use xpm_protocol::api::allocator::{self as api, Allocation, Map, Orders};
 use xpm_protocol::api::appliance::Endpoints;
-use xpm_protocol::{AllocationId, ApplianceId, Epoch, GrantId, Name};
+use xpm_protocol::{AllocationId, ApplianceId, Epoch, GrantId, Name, Succession};
 
 use super::Owner;
 
@@ -136,8 +136,10 @@ impl Guard {
             return ended(format!("allocation `{}` was deleted, and is another one now", self.name), false);
         }
         let by = match found.owner {
-            Some(owner) if owner.client == self.owner.client => return None,
-            Some(owner) => format!("belongs to {} now", one_line(&owner.host_name)),
+            Some(owner) if owner.client == self.owner.client && !is_another_life(&self.owner, &owner) => {
+                return None;
+            }
+            Some(owner) => format!("belongs to {} now", one_line(&owner.shown())),
             None => "does not belong to this client any more".to_owned(),
         };
         match is_behind(known, found.epoch, None) {
@@ -161,6 +163,12 @@ fn word_of(known: Known, orders: Orders) -> Option<Word> {
 /// on what is lost, deleted or another's does not count then. The one place that decides this.
 fn is_behind(known: Known, epoch: Epoch, version: Option<u64>) -> bool {
     epoch < known.epoch || version.is_some_and(|version| version < known.version)
+}
+
+/// Whether an allocation of this client belongs to another life of it, which is no successor of this one: a copy of the client
+/// took it by force.
+fn is_another_life(of: &Owner, owner: &api::Owner) -> bool {
+    of.life.zip(owner.life).is_some_and(|(of, owner)| owner.after(&of) != Succession::Same)
 }
 
 /// Text of another machine, fit to be shown.

@@ -58,7 +58,26 @@ pub struct Info {
     /// Speed of the link behind its first address, if it is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub link_speed: Option<LinkSpeed>,
+    /// Its machine, its state directory and its start: what tells a copy of the appliance from the appliance. None in
+    /// versions before 0.2.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub life: Option<Life>,
 }
+
+impl Info {
+    /// Where it is, for people: the address of its control interface, and the machine with the number of its life where
+    /// they are known.
+    pub fn place(&self) -> String {
+        let control = text::short_line(&self.control, CONTROL_LEN_MAX);
+        match &self.life {
+            Some(life) => format!("{control} ({})", life.shown()),
+            None => control,
+        }
+    }
+}
+
+/// Longest address of a control interface that is shown, in characters.
+const CONTROL_LEN_MAX: usize = 200;
 
 /// Where the data plane of an appliance is reached.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -34,6 +34,8 @@ kinds! {
     ApplianceWarning = "appliance-warning";
     /// An appliance is reached at other addresses than before.
     ApplianceMoved = "appliance-moved";
+    /// An appliance was refused that has the id or the name of another one that is up.
+    ApplianceRefused = "appliance-refused";
     /// An operator had an appliance forgotten.
     ApplianceForgotten = "appliance-forgotten";
     /// The operator gave an appliance up.

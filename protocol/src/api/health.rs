@@ -133,6 +133,8 @@ checks! {
     ClockJumped = "CLOCK_JUMPED", Warning;
     /// An appliance is not heard. Critical while an allocation has memory on it.
     ApplianceSilent = "APPLIANCE_SILENT", Warning;
+    /// An appliance asks to be taken that has the id or the name of another one that is up.
+    ApplianceRefused = "APPLIANCE_REFUSED", Warning;
     /// An appliance is being emptied.
     ApplianceDraining = "APPLIANCE_DRAINING", Info;
     /// An appliance is being emptied, and what is left finds no other place.
