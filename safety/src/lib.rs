@@ -22,15 +22,36 @@ use xpm_protocol::api::blk::SafetyItem;
 /// thread: flags of a process here are those of its first thread, which later ones inherit. Where the process has no
 /// cgroup of its own it gets one of this name.
 pub fn set_up(cgroup: &str) {
+    set_up_with(cgroup, namespace::leave);
+}
+
+/// Like [`set_up`], for a process that serves files: its mounts have to be seen by others, so it stays among theirs.
+pub fn set_up_for_files(cgroup: &str) {
+    set_up_with(cgroup, || {});
+}
+
+fn set_up_with(cgroup: &str, leave_mounts: fn()) {
     reserve::leave_alone();
     memory::prepare_heap();
     memory::lock();
     process::set_io_flusher(true);
     process::set_oom_score();
-    namespace::leave();
+    leave_mounts();
     cgroup::enter(cgroup);
     memory::fault_in_stack();
     reserve::raise();
+}
+
+/// Every item of [`set_up_for_files`] as the kernel has it now.
+pub fn file_items() -> Vec<SafetyItem> {
+    vec![
+        memory::locked(),
+        process::io_flusher(),
+        process::oom_score(),
+        cgroup::swap_max(),
+        reserve::kept_free(),
+        reserve::real_time(),
+    ]
 }
 
 /// Gives the threads that there are, and those that they start, a part of the kernel's reserve of memory. To be called when

@@ -420,6 +420,11 @@ impl Cluster {
         Daemon::start(self.dir.path(), "blk", "xpm-blk", &["--config".to_owned(), config])
     }
 
+    /// Starts xpm-fs, with these lines in its configuration.
+    pub fn fs(&self, settings: &str) -> Daemon {
+        start_client(self.dir.path(), "fs", "xpm-fs", &self.allocator_url(), settings)
+    }
+
     /// Starts xpm-blk of another client.
     pub fn second_client(&self) -> Daemon {
         start_blk(self.dir.path(), "blk2", &self.allocator_url(), "")
@@ -473,6 +478,7 @@ impl Cluster {
         command
             .env("XPM_ALLOCATOR", self.allocator_url())
             .env("XPM_BLK", self.dir.path().join("blk.sock"))
+            .env("XPM_FS", self.dir.path().join("fs.sock"))
             // An allocator that a test has stopped is not waited for.
             .env("XPM_PATIENCE", "0s")
             .args(arguments)
@@ -602,6 +608,10 @@ fn start_appliance(
 }
 
 fn start_blk(dir: &Path, name: &str, allocator: &str, settings: &str) -> Daemon {
+    start_client(dir, name, "xpm-blk", allocator, settings)
+}
+
+fn start_client(dir: &Path, name: &str, program: &str, allocator: &str, settings: &str) -> Daemon {
     let (config, control) = (dir.join(format!("{name}.toml")), dir.join(format!("{name}.sock")));
     let text = format!(
         "allocator = \"{allocator}\"\ncontrol = \"{}\"\nstate = \"{}\"\nallow-unsafe-swap = true\n{settings}\n",
@@ -610,7 +620,7 @@ fn start_blk(dir: &Path, name: &str, allocator: &str, settings: &str) -> Daemon 
     );
     std::fs::write(&config, text).expect("the configuration can be written");
     let mut daemon =
-        Daemon::start(dir, name, "xpm-blk", &["--config".to_owned(), config.display().to_string()]);
+        Daemon::start(dir, name, program, &["--config".to_owned(), config.display().to_string()]);
     daemon.wait_ready(|| std::os::unix::net::UnixStream::connect(&control).is_ok());
     daemon
 }
@@ -636,8 +646,23 @@ pub fn status_at(port: u16) -> Value {
 /// # Errors
 /// When it cannot be reached, or breaks off.
 pub fn http(port: u16, method: &str, path: &str, body: &str) -> std::io::Result<String> {
-    let mut stream = TcpStream::connect(("127.0.0.1", port))?;
+    let stream = TcpStream::connect(("127.0.0.1", port))?;
     stream.set_read_timeout(Some(LIMIT))?;
+    exchange(stream, method, path, body)
+}
+
+/// The body of what the daemon at a unix socket answers to a request for this path.
+///
+/// # Errors
+/// When it cannot be reached, or breaks off.
+pub fn unix_get(socket: &Path, path: &str) -> std::io::Result<String> {
+    let stream = std::os::unix::net::UnixStream::connect(socket)?;
+    stream.set_read_timeout(Some(LIMIT))?;
+    let answer = exchange(stream, "GET", path, "")?;
+    Ok(answer.split_once("\r\n\r\n").map_or_else(String::new, |(_, body)| body.to_owned()))
+}
+
+fn exchange(mut stream: impl Read + Write, method: &str, path: &str, body: &str) -> std::io::Result<String> {
     let (kind, len) = ("Content-Type: application/json", body.len());
     write!(
         stream,

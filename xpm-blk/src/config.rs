@@ -1,4 +1,4 @@
-//! The configuration of xpm-blk: a TOML file, and the command line over it. `docs/config.md`
+//! The configuration of xpm-blk and of xpm-fs: a TOML file, and the command line over it. `docs/config.md`
 //! describes every key.
 
 use std::path::{Path, PathBuf};
@@ -12,14 +12,16 @@ use xpm_protocol::api::blk::{AttachDevice, Form, Hold, TransportKind};
 use xpm_protocol::units::{ByteSize, Span};
 
 use crate::frontend::{Shape, vhost_user};
-
-/// Where the configuration is looked for when nobody says otherwise; it may be missing.
-pub const PATH_DEFAULT: &str = "/etc/xpm/blk.toml";
+use crate::program::Program;
 
 /// Fewest and most requests in flight on one queue.
 const DEPTHS: std::ops::RangeInclusive<u16> = 1..=1024;
 /// Fewest and most queues of one device.
 const QUEUES: std::ops::RangeInclusive<u16> = 1..=64;
+
+/// Requests in flight on one queue of a file, and memory for their buffers in bytes, where nothing else is asked for.
+const FILE_DEPTH: u16 = 32;
+const FILE_BUFFER_LEN: u64 = 4 << 20;
 
 /// Shortest and longest `hang-limit`, in seconds.
 const HANG_LIMITS: std::ops::RangeInclusive<u64> = 3..=3600;
@@ -28,12 +30,16 @@ const HANG_LIMITS: std::ops::RangeInclusive<u64> = 3..=3600;
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct Config {
+    /// The daemon that it is for.
+    #[serde(skip)]
+    pub program: Program,
     /// Base URLs of the allocators.
     pub allocator: Urls,
-    /// The control socket.
-    pub control: PathBuf,
-    /// Directory of what is kept across restarts: this client's id, and the maps of what is shown.
-    pub state: PathBuf,
+    /// The control socket; by default the daemon's own below /run/xpm.
+    pub control: Option<PathBuf>,
+    /// Directory of what is kept across restarts: this client's id, and the maps of what is shown; by default the
+    /// daemon's own below /var/lib/xpm.
+    pub state: Option<PathBuf>,
     /// File with the allocator's token, of mode 0600.
     pub token_file: Option<PathBuf>,
     /// How long I/O is held while an appliance cannot be reached.
@@ -66,6 +72,9 @@ pub struct Config {
     /// How long a thread of the data plane, the process that serves or the one that stands by may be silent before it is
     /// killed, and another one goes on; in whole seconds.
     pub hang_limit: Span,
+    /// Changed pages of one file that the kernel keeps before their writers wait: what the links write within the time
+    /// that a move of a virtual machine may stand still.
+    pub dirty_budget: ByteSize,
     /// Show devices that can carry swap although the process is not safe for it.
     pub allow_unsafe_swap: bool,
     /// Take guest memory of a vhost-user front end that can be cut off while it is used.
@@ -80,8 +89,9 @@ impl Default for Config {
     fn default() -> Config {
         Config {
             allocator: "http://127.0.0.1:7700".parse().expect("it is a URL"),
-            control: "/run/xpm/blk.sock".into(),
-            state: "/var/lib/xpm/blk".into(),
+            program: Program::Blk,
+            control: None,
+            state: None,
             token_file: None,
             hold: Hold::Forever,
             queues: None,
@@ -96,6 +106,7 @@ impl Default for Config {
             standby: None,
             standby_reserve: ByteSize(32 << 20),
             hang_limit: Span(Duration::from_secs(20)),
+            dirty_budget: ByteSize(64 << 20),
             allow_unsafe_swap: false,
             allow_unsealed: false,
             insecure: false,
@@ -109,19 +120,19 @@ impl Config {
     ///
     /// # Errors
     /// With the file and the line, and what could be there instead.
-    pub fn load(path: &Path) -> Result<Config, ConfigError> {
-        xpm_control::config::load(path)
+    pub fn load(program: Program, path: &Path) -> Result<Config, ConfigError> {
+        let config: Config = xpm_control::config::load(path)?;
+        Ok(Config { program, ..config })
     }
 
-    /// Reads the file at [`PATH_DEFAULT`] if there is one. Blocks.
+    /// Reads the file at [`Program::config_path`] if there is one. Blocks.
     ///
     /// # Errors
     /// Like [`Config::load`], but not when the file is missing.
-    pub fn load_default() -> Result<Config, ConfigError> {
-        let path = Path::new(PATH_DEFAULT);
-        match Config::load(path) {
+    pub fn load_default(program: Program) -> Result<Config, ConfigError> {
+        match Config::load(program, Path::new(program.config_path())) {
             Err(ConfigError::Unreadable { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
-                Ok(Config::default())
+                Ok(Config { program, ..Config::default() })
             }
             result => result,
         }
@@ -153,7 +164,10 @@ impl Config {
         if self.standby_reserve.0 > 4 << 30 {
             return Err(format!("`standby-reserve` is {}; it can be 0B to 4GiB", self.standby_reserve));
         }
-        for (key, path) in [("control", &self.control), ("state", &self.state)] {
+        if !(1 << 20..=1 << 40).contains(&self.dirty_budget.0) {
+            return Err(format!("`dirty-budget` is {}; it can be 1MiB to 1TiB", self.dirty_budget));
+        }
+        for (key, path) in [("control", self.control()), ("state", self.state())] {
             if !path.is_absolute() {
                 return Err(format!("`{key}` is {}; give an absolute path", path.display()));
             }
@@ -168,19 +182,36 @@ impl Config {
         (1..names.len()).find(|&place| names[..place].contains(&names[place])).map(|place| names[place])
     }
 
+    /// Path of the control socket.
+    pub fn control(&self) -> PathBuf {
+        self.control.clone().unwrap_or_else(|| self.program.control())
+    }
+
+    /// The state directory.
+    pub fn state(&self) -> PathBuf {
+        self.state.clone().unwrap_or_else(|| self.program.state())
+    }
+
     /// The shape of a device that is asked for.
     pub fn shape(&self, device: &AttachDevice, number: Option<u32>) -> Shape {
         let queues = match device.form {
             Form::Ublk => self.queues.unwrap_or_else(|| cores().min(4)),
+            // The kernel has one queue of requests for a mount, which all threads read from.
+            Form::File(_) => self.queues.unwrap_or_else(|| cores().min(2)),
             // See the reasons at `frontend::kernel_nbd`.
             Form::Nbd | Form::NbdDirect | Form::NbdSocket(_) => 1,
             Form::VhostUser(_) => vhost_user::QUEUES_DEFAULT,
         };
+        // Page faults are small, and what the kernel writes back it sends one after the other: more buffers would only be locked.
+        let (depth, buffer_len) = match device.form {
+            Form::File(_) => (self.depth.min(FILE_DEPTH), self.buffer.0.min(FILE_BUFFER_LEN)),
+            _ => (self.depth, self.buffer.0),
+        };
         Shape {
             queues: device.queues.unwrap_or(queues),
-            depth: device.depth.unwrap_or(self.depth),
+            depth: device.depth.unwrap_or(depth),
             spin: self.spin(),
-            buffer_len: self.buffer.0,
+            buffer_len,
             number,
             name: device.name.clone(),
             block_size: device.block_size.or(device.form.block_size_of_before()),
@@ -262,6 +293,7 @@ mod tests {
             standby = true
             standby-reserve = "16MiB"
             hang-limit = "10s"
+            dirty-budget = "128MiB"
             allow-unsafe-swap = true
             allow-unsealed = true
             insecure = true
@@ -313,6 +345,7 @@ mod tests {
             ("refusal-limit = \"2h\"", ["`refusal-limit`", "1s to 1h"]),
             ("hang-limit = \"2s\"", ["`hang-limit`", "3s to 1h"]),
             ("standby-reserve = \"5GiB\"", ["`standby-reserve`", "4GiB"]),
+            ("dirty-budget = \"1KiB\"", ["`dirty-budget`", "1MiB"]),
             ("[[device]]\nname = \"a\"\nas = \"ublk\"\ndepth = 5000", ["device a", "1 to 1024"]),
             ("[[device]]\nname=\"a\"\nas=\"ublk\"\n[[device]]\nname=\"a\"\nas=\"nbd\"", ["a", "twice"]),
         ] {

@@ -17,6 +17,7 @@ pub fn routes(daemon: Arc<Daemon>) -> Router {
         .route("/v1/status", get(status))
         .route("/v1/devices", get(devices).post(attach))
         .route("/v1/devices/{name}", get(device).delete(detach))
+        .route("/v1/devices/{name}/abort", put(abort))
         .route("/v1/lost/{appliance}", put(lose))
         .with_state(daemon)
 }
@@ -46,6 +47,10 @@ async fn detach(
     Force(force): Force,
 ) -> Result<Json<()>, ApiError> {
     daemon.detach(name, force).await.map(Json).map_err(|error| refused(&error))
+}
+
+async fn abort(State(daemon): State<Arc<Daemon>>, Path(name): Path<Name>) -> Result<Json<Device>, ApiError> {
+    daemon.abort(&name).await.map(Json).map_err(|error| refused(&error))
 }
 
 async fn lose(

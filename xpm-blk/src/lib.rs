@@ -1,6 +1,7 @@
-//! xpm-blk: shows allocations of external memory as block devices.
+//! xpm-blk and xpm-fs: show allocations of external memory as block devices, and as files.
 //!
-//! * [`config`] and [`lifecycle`]: from the command line to a running daemon and its end.
+//! * [`program`]: which of the two daemons a process is.
+//! * [`start`], [`config`] and [`lifecycle`]: from the command line to a running daemon and its end.
 //! * [`xpm_safety`]: what makes the process fit to serve swap.
 //! * [`standby`]: the second process, which goes on when this one dies.
 //! * [`daemon`] and [`control`]: which allocations are shown, and how that is changed.
@@ -15,10 +16,13 @@ pub mod daemon;
 pub mod error;
 pub mod frontend;
 pub mod lifecycle;
+pub mod program;
 pub mod standby;
+pub mod start;
 
 mod export;
 mod identity;
+mod kept;
 mod links;
 mod owed;
 mod records;

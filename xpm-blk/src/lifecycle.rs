@@ -26,6 +26,8 @@ use crate::control;
 use crate::daemon::{self, Daemon, herald, lookout};
 use crate::error::{DeviceError, Step};
 use crate::records::{Records, Taken};
+use crate::kept::{self, Depositor};
+use crate::program::Program;
 use crate::standby::keeper::{self, Keeper};
 use crate::standby::waiting::{Outcome, Post, nobody};
 
@@ -63,9 +65,10 @@ pub fn run(config: &Config, stands_by: bool) -> Result<(), DeviceError> {
     if stands_by {
         // It was started by a path without a name; whoever looks for this program by its name finds it. Not being found is no
         // reason not to run.
-        let _ = rustix::thread::set_name(c"xpm-blk");
+        let name = std::ffi::CString::new(config.program.name()).unwrap_or_default();
+        let _ = rustix::thread::set_name(&name);
     }
-    safety::set_up("xpm-blk");
+    config.program.set_up();
     xpm_control::log::detach().at("start a thread for the log")?;
     let runtime = runtime().at("start the control plane")?;
     let ended = serve_or_wait(&runtime, config, &mut post);
@@ -81,7 +84,7 @@ fn announce(config: &Config, stands_by: bool) -> Result<Option<Post>, DeviceErro
         return Post::of_parent().map(Some);
     }
     // A directory that cannot be used is found, and said, when it is opened.
-    let post = Post::of_successor(&config.state).unwrap_or_default();
+    let post = Post::of_successor(&config.state()).unwrap_or_default();
     if let Some(post) = &post {
         post.wait_for_answer();
     }
@@ -95,14 +98,15 @@ fn serve_or_wait(runtime: &Runtime, config: &Config, post: &mut Option<Post>) ->
     loop {
         let waits = match post.take() {
             Some(post) => post,
-            None => match Records::open(&config.state)? {
+            None => match Records::open(&config.state())? {
                 Taken::Mine(records) => {
+                    records.adopt(kept::handed());
                     safety::use_reserve();
                     return runtime.block_on(serve(parts, Origin::new(*records)));
                 }
-                Taken::Others => match Post::of_successor(&config.state)? {
+                Taken::Others => match Post::of_successor(&config.state())? {
                     Some(post) => post,
-                    None if started.elapsed() > SUCCESSION_LIMIT => return Err(nobody(&config.state)),
+                    None if started.elapsed() > SUCCESSION_LIMIT => return Err(nobody(config)),
                     None => {
                         std::thread::sleep(LOOK_AGAIN);
                         continue;
@@ -112,8 +116,8 @@ fn serve_or_wait(runtime: &Runtime, config: &Config, post: &mut Option<Post>) ->
         };
         match waits.wait(config) {
             Outcome::GoOn(left) => {
-                let records =
-                    Records::inherit(&config.state, left.lock, (left.client, left.life), left.records);
+                let kept = (left.records, left.descriptors);
+                let records = Records::inherit(&config.state(), left.lock, (left.client, left.life), kept);
                 let origin = Origin { records, takes_over: true, ends: left.ends };
                 return runtime.block_on(serve(parts, origin));
             }
@@ -180,14 +184,20 @@ async fn warm_up() {
 async fn serve(parts: Parts, origin: Origin) -> Result<(), DeviceError> {
     let mut shutdown = Shutdown::catch().at("catch signals")?;
     let manager = Manager::from_environment();
-    let (control_path, stop_limit) = (parts.config.control.clone(), parts.config.stop_limit.0);
+    let program = parts.config.program;
+    let (control_path, stop_limit) = (parts.config.control(), parts.config.stop_limit.0);
     let Origin { records, takes_over, ends } = origin;
-    if !takes_over && let Some(missing) = safety::missing(&safety::items()) {
+    if !takes_over && let Some(missing) = safety::missing(&program.safety()) {
         tracing::warn!("not safe for swap: {missing}");
     }
     // What is taken over comes before the socket, which is a file; a process that begins looks first whether it may
     // have that.
     let listener = (!takes_over).then(|| listen(&control_path)).transpose()?;
+    if program == Program::Fs
+        && let Some(manager) = Manager::from_environment()
+    {
+        records.follow(Box::new(Depositor(manager)));
+    }
     let daemon = Arc::new(Daemon::new(daemon_parts(parts, records, takes_over)?));
     if takes_over {
         daemon.take_over().await;
@@ -206,9 +216,9 @@ async fn serve(parts: Parts, origin: Origin) -> Result<(), DeviceError> {
     let herald = tokio::spawn(herald::run(Arc::clone(&daemon)));
     let routes = control::routes(Arc::clone(&daemon));
     let server = ControlServer::new(routes.clone(), None, Limits::default());
-    tracing::info!("xpm-blk {} is ready", env!("CARGO_PKG_VERSION"));
+    tracing::info!("{} {} is ready", program.name(), env!("CARGO_PKG_VERSION"));
     if let Some(manager) = &manager {
-        manager.ready("Shows external memory as block devices");
+        manager.ready(program.purpose());
     }
     let ending = Ending { daemon: &daemon, limit: stop_limit, manager: manager.as_ref() };
     tokio::select! {
@@ -287,14 +297,15 @@ fn daemon_parts(parts: Parts, records: Records, takes_over: bool) -> Result<daem
     let client = records.client_id(random::u128().at("make a client id")?)?;
     let records = Arc::new(records);
     let settings = keeper::Settings {
+        program: config.program,
         standby,
         silence_max: config.silence_max(),
-        state: config.state.clone(),
+        state: config.state(),
         client,
         delay: if takes_over { STANDBY_DELAY } else { Duration::ZERO },
     };
     let keeper = Keeper::start(settings, Arc::clone(&records), server.loops())?;
-    let known = Arc::new(KnownMetadata::load(&config.state));
+    let known = Arc::new(KnownMetadata::load(&config.state()));
     let life = records.life().copied();
     let owner = Owner { client, host, host_name, allocator, token, life, known };
     Ok(daemon::Parts { owner, records, keeper, server, config })
@@ -306,6 +317,15 @@ pub(crate) fn die() -> ! {
     xpm_control::log::flush();
     loop {
         let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+    }
+}
+
+/// Ends the process when it is dropped: what a thread has that must not end alone, and forgets when it may.
+pub(crate) struct DieOnDrop;
+
+impl Drop for DieOnDrop {
+    fn drop(&mut self) {
+        die();
     }
 }
 

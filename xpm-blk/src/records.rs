@@ -25,6 +25,7 @@ use xpm_protocol::{ApplianceId, BlockSize, ClientId, Life, Name};
 
 use crate::error::{DeviceError, Step};
 use crate::frontend::first_generation;
+use crate::frontend::fuse::Mounted;
 use crate::identity;
 
 /// Version 1: the first. 2: with a change that is being carried out. 3: with a generation, and ublk devices that outlive
@@ -65,6 +66,9 @@ pub(crate) struct Record {
     /// back.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub(crate) given_up: BTreeMap<ApplianceId, String>,
+    /// Of a file: what its mount was made with; none before it is mounted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) mounted: Option<Mounted>,
 }
 
 impl Record {
@@ -82,6 +86,7 @@ impl Record {
             life: None,
             pending: false,
             given_up,
+            mounted: None,
         }
     }
 
@@ -105,7 +110,7 @@ impl Record {
         let disk = match self.request.form {
             Form::Ublk => format!("ublkb{number}"),
             Form::Nbd | Form::NbdDirect => format!("nbd{number}"),
-            Form::NbdSocket(_) | Form::VhostUser(_) => return None,
+            Form::NbdSocket(_) | Form::VhostUser(_) | Form::File(_) => return None,
         };
         crate::sysfs::path(&disk, "").exists().then_some(disk)
     }
@@ -147,6 +152,8 @@ pub(crate) struct Records {
 #[derive(Default)]
 struct Kept {
     records: BTreeMap<Name, Record>,
+    /// Descriptors that a device is served by, beside its record.
+    descriptors: BTreeMap<Name, OwnedFd>,
     followers: Vec<Box<dyn Follower>>,
 }
 
@@ -154,7 +161,9 @@ struct Kept {
 pub(crate) trait Follower: Send {
     /// A record is kept from now on as it is here. False when the follower is gone.
     fn kept(&mut self, record: &Record) -> bool;
-    /// A record is no longer kept.
+    /// A device is served by this descriptor, which the next process needs to go on with it.
+    fn descriptor(&mut self, name: &Name, descriptor: BorrowedFd<'_>) -> bool;
+    /// A record and its descriptor are no longer kept.
     fn removed(&mut self, name: &Name) -> bool;
 }
 
@@ -188,9 +197,9 @@ impl Records {
         directory: &Path,
         lock: OwnedFd,
         (client, life): (ClientId, Option<Life>),
-        records: BTreeMap<Name, Record>,
+        (records, descriptors): (BTreeMap<Name, Record>, BTreeMap<Name, OwnedFd>),
     ) -> Records {
-        let kept = Mutex::new(Kept { records, followers: Vec::new() });
+        let kept = Mutex::new(Kept { records, descriptors, followers: Vec::new() });
         Records {
             directory: directory.to_owned(),
             lock: lock.into(),
@@ -208,9 +217,36 @@ impl Records {
     /// Tells a follower of all records, and of each change from now on.
     pub(crate) fn follow(&self, mut follower: Box<dyn Follower>) {
         let mut kept = self.kept();
-        if kept.records.values().all(|record| follower.kept(record)) {
+        let told = kept.records.values().all(|record| follower.kept(record))
+            && kept.descriptors.iter().all(|(name, descriptor)| follower.descriptor(name, descriptor.as_fd()));
+        if told {
             kept.followers.push(follower);
         }
+    }
+
+    /// Takes descriptors over that an earlier process left, by the name of the allocation.
+    pub(crate) fn adopt(&self, left: impl IntoIterator<Item = (Name, OwnedFd)>) {
+        self.kept().descriptors.extend(left);
+    }
+
+    /// The descriptor that a device is served by; none where no process has left one.
+    ///
+    /// # Errors
+    /// When the kernel gives no further descriptor.
+    pub(crate) fn descriptor(&self, name: &Name) -> io::Result<Option<OwnedFd>> {
+        self.kept().descriptors.get(name).map(OwnedFd::try_clone).transpose()
+    }
+
+    /// Keeps the descriptor that a device is served by, and tells whoever follows.
+    ///
+    /// # Errors
+    /// When the kernel gives no further descriptor.
+    pub(crate) fn keep_descriptor(&self, name: &Name, descriptor: BorrowedFd<'_>) -> io::Result<()> {
+        let kept_one = descriptor.try_clone_to_owned()?;
+        let mut kept = self.kept();
+        kept.followers.retain_mut(|follower| follower.descriptor(name, descriptor));
+        kept.descriptors.insert(name.clone(), kept_one);
+        Ok(())
     }
 
     /// While what it returns lives, no change is written or told to anybody: whoever makes one waits.
@@ -317,6 +353,7 @@ impl Records {
             _ => {}
         }
         kept.records.remove(name);
+        kept.descriptors.remove(name);
         kept.followers.retain_mut(|follower| follower.removed(name));
         Ok(())
     }

@@ -1,5 +1,6 @@
 //! Shows what a record says, by the front end of its form.
 
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use xpm_client::{Change, Volume, VolumeOptions};
@@ -11,6 +12,7 @@ use xpm_transport::nbd::server::Server;
 
 use crate::config::Config;
 use crate::error::{DeviceError, Step};
+use crate::frontend::fuse::{FuseFile, Mounting};
 use crate::frontend::kernel_nbd::{NbdDevice, Shared};
 use crate::frontend::nbd_socket::NbdSocket;
 use crate::frontend::ublk::{Mark, UblkDevice};
@@ -39,7 +41,7 @@ pub(crate) fn show(
     config: &Config,
     (client, visitor): (ClientId, Option<&Visitor>),
     server: &Server,
-    readiness: Readiness,
+    (readiness, left): (Readiness, Option<OwnedFd>),
 ) -> Result<ShownWith, DeviceError> {
     let request = &record.request;
     let shape = Shape { block_size: record.block_size(), ..config.shape(request, record.number) };
@@ -75,6 +77,11 @@ pub(crate) fn show(
             let allow_unsealed = config.allow_unsealed;
             Box::new(VhostUserBlk::show(request.name.as_str(), path, volume, &shape, allow_unsealed)?)
         }
+        Form::File(path) => {
+            let (name, left) = (request.name.as_str(), left.zip(record.mounted));
+            let mounting = Mounting { name, path, left, dirty_budget: config.dirty_budget.0 };
+            Box::new(FuseFile::show(volume, &shape, mounting)?)
+        }
         Form::NbdSocket(place) => {
             // One that was shown before may be in use.
             let insecure = config.insecure || readiness != Readiness::Required;
@@ -100,7 +107,7 @@ fn open(
     let limit: Duration = config.connect_limit.0;
     let (session, generation) = match record.request.form {
         // What it had sent before it died is submitted again, and must not land behind that.
-        Form::VhostUser(_) | Form::Ublk | Form::Nbd | Form::NbdDirect => (record.session, record.generation),
+        Form::VhostUser(_) | Form::Ublk | Form::Nbd | Form::NbdDirect | Form::File(_) => (record.session, record.generation),
         // A new one for each life of this process: clients submit nothing again by themselves.
         Form::NbdSocket(_) => (xpm_control::random::u128().at("make a session number")?, 0),
     };

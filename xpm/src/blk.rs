@@ -43,18 +43,22 @@ pub(crate) async fn run(command: BlkCommand, daemons: &Daemons, output: Output) 
             output.print(&device, show)
         }
         BlkCommand::Detach { name, force } => {
-            let query = if force { "?force=true" } else { "" };
-            blk.delete(&format!("/v1/devices/{name}{query}"))
-                .await
-                .with_context(|| format!("cannot detach `{name}`"))?;
-            warn_of_debts(&blk).await;
-            output.print(&Detached { detached: name }, |_| String::new())
+            detach(&blk, &name, force, output).await
         }
     }
 }
 
-/// Says which allocations are detached here and are not given back yet; nothing where xpm-blk does not say.
-async fn warn_of_debts(blk: &Daemon) {
+/// Has a daemon of this host show an allocation no longer.
+pub(crate) async fn detach(daemon: &Daemon, name: &Name, force: bool, output: Output) -> anyhow::Result<()> {
+    let query = if force { "?force=true" } else { "" };
+    let path = format!("/v1/devices/{name}{query}");
+    daemon.delete(&path).await.with_context(|| format!("cannot detach `{name}`"))?;
+    warn_of_debts(daemon).await;
+    output.print(&Detached { detached: name.clone() }, |_| String::new())
+}
+
+/// Says which allocations are detached here and are not given back yet; nothing where the daemon does not say.
+pub(crate) async fn warn_of_debts(blk: &Daemon) {
     let Ok(status) = blk.blk_status().await else { return };
     for Owed { allocation, reason, .. } in &status.owed {
         output::warn(&format!(
@@ -95,6 +99,8 @@ fn next_steps(device: &Device) -> String {
             format!("look at it:   nbdinfo 'nbd+unix:///?socket={}'\n", socket.display())
         }
         Form::NbdSocket(SocketPlace::Tcp(address)) => format!("look at it:   nbdinfo nbd://{address}\n"),
+        // xpm-blk shows none; `xpm fs` says what to do with one.
+        Form::File(_) => String::new(),
         Form::VhostUser(_) => format!(
             "QEMU:         -object memory-backend-memfd,id=ram,size=SIZE,share=on -machine memory-backend=ram \\\n\
              \x20             -chardev socket,id={name},path={path},reconnect=1 \\\n\
@@ -106,7 +112,17 @@ fn next_steps(device: &Device) -> String {
 
 /// The list of this host's devices.
 pub(crate) const LISTING: Listing<Device> = Listing {
-    columns: &[
+    columns: COLUMNS,
+    empty: "No devices on this host: make one with `xpm blk attach NAME --as FORM`.\n",
+};
+
+/// The list of this host's files.
+pub(crate) const FILES: Listing<Device> = Listing {
+    columns: COLUMNS,
+    empty: "No files on this host: make one with `xpm fs attach NAME`.\n",
+};
+
+const COLUMNS: &[Column<Device>] = &[
         Column::text("NAME", |one| Cell::text(&one.name)),
         Column::text("AS", |one| Cell::text(form(&one.form))),
         Column::text("PATH", |one| Cell::text(&one.path)),
@@ -117,9 +133,7 @@ pub(crate) const LISTING: Listing<Device> = Listing {
         Column::wide_number("WRITTEN", |one| bytes(one.counters.write_bytes)),
         Column::wide_number("IN FLIGHT", |one| Cell::ranked(one.in_flight, one.in_flight)),
         Column::text("USED BY", |one| Cell::text(one.users.join(", "))),
-    ],
-    empty: "No devices on this host: make one with `xpm blk attach NAME --as FORM`.\n",
-};
+];
 
 fn bytes(count: u64) -> Cell {
     Cell::ranked(ByteSize(count), count)
@@ -148,6 +162,7 @@ fn form(form: &Form) -> &'static str {
         Form::NbdDirect => "nbd-direct",
         Form::NbdSocket(_) => "nbd-socket",
         Form::VhostUser(_) => "vhost-user",
+        Form::File(_) => "file",
     }
 }
 
@@ -166,7 +181,7 @@ fn lost_on(device: &Device) -> String {
     if names.is_empty() { "lost".to_owned() } else { format!("lost on {}", names.join(", ")) }
 }
 
-fn show(device: &Device) -> String {
+pub(crate) fn show(device: &Device) -> String {
     let counters = &device.counters;
     let users = if device.users.is_empty() { "nobody".to_owned() } else { device.users.join(", ") };
     let mut text = fields(&[

@@ -68,6 +68,13 @@ pub(crate) fn devices() -> ArgValueCompleter {
     })
 }
 
+pub(crate) fn files() -> ArgValueCompleter {
+    names(|daemons| async move {
+        let all = daemons.fs().ok()?.devices().await.ok()?;
+        Some(all.into_iter().map(|one| (one.name.to_string(), one.path)).collect())
+    })
+}
+
 pub(crate) fn areas() -> ArgValueCompleter {
     names(|_| async move {
         let socket = std::env::var_os("XPM_SWAPD").map_or("/run/xpm/swapd.sock".into(), PathBuf::from);

@@ -22,6 +22,7 @@ use crate::setup::{self, Setup};
 pub(crate) struct Daemons {
     allocator: String,
     blk: PathBuf,
+    fs: PathBuf,
     token_file: Option<PathBuf>,
     patience: Patience,
 }
@@ -31,6 +32,7 @@ impl Daemons {
         Daemons {
             allocator: setup.allocator.clone(),
             blk: setup.blk.clone(),
+            fs: setup.fs.clone(),
             token_file: setup.token_file.clone(),
             patience: Patience::new(setup.patience),
         }
@@ -43,6 +45,7 @@ impl Daemons {
                 .allocator
                 .map_or_else(|| setup::ALLOCATOR.to_owned(), |urls| urls.to_string()),
             blk: std::env::var_os("XPM_BLK").map_or("/run/xpm/blk.sock".into(), PathBuf::from),
+            fs: std::env::var_os("XPM_FS").map_or("/run/xpm/fs.sock".into(), PathBuf::from),
             token_file: settings.token_file,
             patience: Patience::none(),
         }
@@ -87,17 +90,24 @@ impl Daemons {
 
     /// The xpm-blk of this host. Nothing is sent yet.
     pub(crate) fn blk(&self) -> Result<Daemon, Failure> {
-        let path = std::path::absolute(&self.blk).unwrap_or_else(|_| self.blk.clone());
-        let client = Client::new(&format!("unix:{}", path.display()), None);
-        Daemon::new(client.map_err(Into::into), Who::Blk(self.blk.clone()), Patience::none())
+        of_this_host(&self.blk, Who::Blk)
+    }
+
+    /// The xpm-fs of this host. Nothing is sent yet.
+    pub(crate) fn fs(&self) -> Result<Daemon, Failure> {
+        of_this_host(&self.fs, Who::Fs)
     }
 }
 
 /// The xpm-swapd of this host. Nothing is sent yet.
 pub(crate) fn swapd(socket: &Path) -> Result<Daemon, Failure> {
+    of_this_host(socket, Who::Swapd)
+}
+
+fn of_this_host(socket: &Path, who: fn(PathBuf) -> Who) -> Result<Daemon, Failure> {
     let path = std::path::absolute(socket).unwrap_or_else(|_| socket.to_owned());
     let client = Client::new(&format!("unix:{}", path.display()), None);
-    Daemon::new(client.map_err(Into::into), Who::Swapd(socket.to_owned()), Patience::none())
+    Daemon::new(client.map_err(Into::into), who(socket.to_owned()), Patience::none())
 }
 
 /// The control interface of one daemon.
@@ -248,6 +258,7 @@ pub(crate) enum Who {
     Appliance(String),
     Allocator(String),
     Blk(PathBuf),
+    Fs(PathBuf),
     Swapd(PathBuf),
 }
 
@@ -262,6 +273,10 @@ impl Who {
                 "start it (`systemctl start xpm-swapd`), or name its control socket with --swapd or XPM_SWAPD; its socket \
                  is for root only"
             }
+            Who::Fs(_) => {
+                "start it (`systemctl start xpm-fs`), or name its control socket with --fs or XPM_FS; its socket is for \
+                 root only"
+            }
             Who::Blk(_) => {
                 "start it (`systemctl start xpm-blk`), or name its control socket with --blk or XPM_BLK; its socket is for \
                  root only"
@@ -274,6 +289,7 @@ impl Who {
             Who::Appliance(_) => "the allocator says so",
             Who::Allocator(_) => "it came from --allocator, XPM_ALLOCATOR or `allocator` in the settings",
             Who::Blk(_) => "it came from --blk or XPM_BLK",
+            Who::Fs(_) => "it came from --fs or XPM_FS",
             Who::Swapd(_) => "it came from --swapd or XPM_SWAPD",
         }
     }
@@ -283,13 +299,14 @@ impl Who {
             Who::Appliance(_) => "xpm appliance list",
             Who::Allocator(_) => "xpm alloc list",
             Who::Blk(_) => "xpm blk list",
+            Who::Fs(_) => "xpm fs list",
             Who::Swapd(_) => "xpm swap status",
         }
     }
 
     /// Whether the error says that this host has no such daemon, rather than a broken one.
     fn is_not_there(&self, error: &io::Error) -> bool {
-        matches!(self, Who::Blk(_))
+        matches!(self, Who::Blk(_) | Who::Fs(_))
             && matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
     }
 }
@@ -300,6 +317,7 @@ impl fmt::Display for Who {
             Who::Appliance(url) => write!(f, "the appliance at {url}"),
             Who::Allocator(url) => write!(f, "the allocator at {url}"),
             Who::Blk(socket) => write!(f, "xpm-blk at {}", socket.display()),
+            Who::Fs(socket) => write!(f, "xpm-fs at {}", socket.display()),
             Who::Swapd(socket) => write!(f, "xpm-swapd at {}", socket.display()),
         }
     }

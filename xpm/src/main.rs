@@ -13,6 +13,7 @@ mod connect;
 mod doctor;
 mod events;
 mod explain;
+mod fs;
 mod fsck;
 mod hibernation;
 mod json;
@@ -116,6 +117,7 @@ async fn dispatch(command: Command, setup: &Setup, output: Output) -> anyhow::Re
         Command::Appliance(command) => appliance::run(command, &daemons, output).await?,
         Command::Alloc(command) => return alloc::run(command, &daemons, output).await,
         Command::Blk(command) => blk::run(command, &daemons, output).await?,
+        Command::Fs(command) => fs::run(command, &daemons, output).await?,
         Command::Swap(args) => return swap::run(args, output).await,
         Command::Apply(args) => return policy::apply(&args, &daemons, output).await,
         Command::Get(args) => policy::get(&args, &daemons, output).await?,

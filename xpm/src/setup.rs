@@ -19,6 +19,7 @@ pub(crate) struct Setup {
     /// URLs of the allocators as they were written, with commas in between.
     pub(crate) allocator: String,
     pub(crate) blk: PathBuf,
+    pub(crate) fs: PathBuf,
     pub(crate) token_file: Option<PathBuf>,
     /// How long an allocator that refuses connections is asked again.
     pub(crate) patience: Duration,
@@ -36,6 +37,7 @@ impl Setup {
         Ok(Setup {
             allocator: global.allocator.clone().or(said).unwrap_or_else(|| ALLOCATOR.to_owned()),
             blk: global.blk.clone(),
+            fs: global.fs.clone(),
             token_file: token_file.or(settings.token_file),
             patience: global.patience.0,
             form: if global.json { Form::Wire } else { form(global.output.or(settings.output)) },

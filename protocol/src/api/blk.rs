@@ -1,4 +1,4 @@
-//! Messages of xpm-blk's control socket.
+//! Messages of the control sockets of xpm-blk and xpm-fs.
 //!
 //! | method and path | body | answer |
 //! |---|---|---|
@@ -7,6 +7,7 @@
 //! | `POST /v1/devices` | [`AttachDevice`] | [`Device`] |
 //! | `GET /v1/devices/{name}` | | [`Device`] |
 //! | `DELETE /v1/devices/{name}?force=true` | | nothing; refused while it is used, unless forced |
+//! | `PUT /v1/devices/{name}/abort` | | [`Device`]; all its I/O ends with an error. Of xpm-fs only |
 //! | `PUT /v1/lost/{appliance}` | | list of [`Device`]s with memory on it, which is given up; refused while it answers. By name or id |
 
 use std::fmt;
@@ -64,8 +65,8 @@ pub enum Hold {
     For(Span),
 }
 
-/// What an allocation is shown as. Written `ublk`, `nbd`, `nbd-direct`, `nbd-socket=/a/path`,
-/// `nbd-socket=ADDRESS:PORT` or `vhost-user=/a/path`.
+/// The form in which an allocation is shown. Written `ublk`, `nbd`, `nbd-direct`, `nbd-socket=/a/path`,
+/// `nbd-socket=ADDRESS:PORT`, `vhost-user=/a/path` or `file=/a/path`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Form {
     /// A ublk device, served by xpm-blk.
@@ -78,6 +79,8 @@ pub enum Form {
     NbdSocket(SocketPlace),
     /// A vhost-user-blk back-end at a unix socket path, for virtual machines.
     VhostUser(PathBuf),
+    /// A file at a path, which xpm-fs serves.
+    File(PathBuf),
 }
 
 /// Where an NBD socket listens.
@@ -116,8 +119,8 @@ impl FromStr for Form {
     }
 }
 
-const FORMS: &str = "a device form: ublk, nbd, nbd-direct, nbd-socket=/ABSOLUTE/PATH, nbd-socket=ADDRESS:PORT or \
-                     vhost-user=/ABSOLUTE/PATH";
+const FORMS: &str = "a device form: ublk, nbd, nbd-direct, nbd-socket=/ABSOLUTE/PATH, nbd-socket=ADDRESS:PORT, \
+                     vhost-user=/ABSOLUTE/PATH or file=/ABSOLUTE/PATH";
 
 impl Form {
     /// The logical block size that this form had before the allocation had one; none for a socket whose clients choose.
@@ -125,7 +128,7 @@ impl Form {
         match self {
             Form::Ublk | Form::VhostUser(_) => Some(BlockSize::B512),
             Form::Nbd | Form::NbdDirect => Some(BlockSize::B4096),
-            Form::NbdSocket(_) => None,
+            Form::NbdSocket(_) | Form::File(_) => None,
         }
     }
 
@@ -133,6 +136,7 @@ impl Form {
         match text.split_once('=')? {
             ("nbd-socket", place) => SocketPlace::parse(place).map(Form::NbdSocket),
             ("vhost-user", path) => path.starts_with('/').then(|| Form::VhostUser(path.into())),
+            ("file", path) => path.starts_with('/').then(|| Form::File(path.into())),
             _ => None,
         }
     }
@@ -164,6 +168,7 @@ impl fmt::Display for Form {
             Form::NbdDirect => f.write_str("nbd-direct"),
             Form::NbdSocket(place) => write!(f, "nbd-socket={place}"),
             Form::VhostUser(path) => write!(f, "vhost-user={}", path.display()),
+            Form::File(path) => write!(f, "file={}", path.display()),
         }
     }
 }
@@ -401,6 +406,7 @@ mod tests {
             "nbd-socket=/run/a.sock",
             "nbd-socket=127.0.0.1:10809",
             "vhost-user=/run/a.sock",
+            "file=/run/xpm/fs/ram",
         ] {
             assert_eq!(text.parse::<Form>().unwrap().to_string(), text);
         }
@@ -415,6 +421,8 @@ mod tests {
             "vhost-user=",
             "vhost-user=a.sock",
             "vhost-user=127.0.0.1:1",
+            "file",
+            "file=ram",
         ] {
             assert!(text.parse::<Form>().unwrap_err().to_string().contains("nbd-direct"), "{text}");
         }

@@ -21,6 +21,7 @@ impl Daemon {
     /// # Errors
     /// What is wrong with the request, the allocator's refusal, or what this machine lacks.
     pub async fn attach(self: &Arc<Daemon>, request: AttachDevice) -> Result<Device, DeviceError> {
+        self.config.program.check(&request.form)?;
         check_device(&request).map_err(|error| DeviceError::new(ErrorKind::Invalid, error))?;
         self.check_safety(&request.form)?;
         if let Form::NbdSocket(place) = &request.form {
@@ -127,9 +128,11 @@ impl Daemon {
                 return Err(error);
             }
         }
+        let name = record.request.name.clone();
+        let left = self.records.descriptor(&name).at("take over the descriptor of a device")?;
         let visitor = self.owner.life.map(|life| Visitor::new(life, &self.owner.host_name));
         let (shown, change) =
-            match show(&record, &self.config, (self.owner.client, visitor.as_ref()), &self.server, readiness)
+            match show(&record, &self.config, (self.owner.client, visitor.as_ref()), &self.server, (readiness, left))
             {
                 Ok(shown) => shown,
                 Err(error) => {
@@ -139,6 +142,13 @@ impl Daemon {
                 }
             };
         record.number = shown.number();
+        record.mounted = shown.mounted();
+        if let Some(descriptor) = shown.descriptor()
+            && let Err(error) = self.records.keep_descriptor(&name, descriptor)
+        {
+            // Only what comes after this process lacks it.
+            tracing::error!("allocation {name}: {error}: nothing can take it over");
+        }
         let new = std::mem::take(&mut record.pending);
         if first && let Err(error) = self.records.save(&record) {
             if new {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use xpm_protocol::Name;
 use xpm_protocol::api::ErrorKind;
-use xpm_protocol::api::blk::{DeviceState, Form, LinkState};
+use xpm_protocol::api::blk::{Device, DeviceState, Form, LinkState};
 
 use super::{Attached, Busy, Daemon, Slot, blocking};
 use crate::error::DeviceError;
@@ -61,6 +61,18 @@ impl Daemon {
         removed
     }
 
+    /// Ends all I/O of a device with an error, for good. It stays until it is detached.
+    ///
+    /// # Errors
+    /// When it is not shown, or its form has no such thing.
+    pub async fn abort(self: &Arc<Daemon>, name: &Name) -> Result<Device, DeviceError> {
+        let Some(Slot::Shown(attached)) = self.slots().get(name).cloned() else { return Err(unknown(name)) };
+        let device = Arc::clone(&attached);
+        blocking(move || device.shown.abort()).await?;
+        tracing::error!("{} (allocation {name}) is aborted: its I/O fails", attached.shown.path());
+        Ok(self.view_of(&attached))
+    }
+
     /// Marks the slot and returns what it was.
     fn begin_detach(&self, name: &Name) -> Result<Slot, DeviceError> {
         let mut slots = self.slots();
@@ -90,7 +102,7 @@ impl Daemon {
             _ => None,
         });
         let shown = needed
-            .filter(|attached| attached.shown.disk().is_some())
+            .filter(|attached| attached.shown.disk().is_some() || attached.shown.descriptor().is_some())
             .map(|attached| (attached.shown.path(), users_of(attached, true)));
         // The users of a device that is not served again yet wait for just that.
         let waiting = slots.iter().filter(|slot| !matches!(slot, Slot::Shown(_))).filter_map(|slot| {
@@ -193,6 +205,7 @@ fn refusal(attached: &Attached, users: &[String]) -> DeviceError {
     let way_out = match request.form {
         Form::NbdSocket(_) => "disconnect them".to_owned(),
         Form::VhostUser(_) => "shut it down, or take the disk out of it".to_owned(),
+        Form::File(_) => "end these programs".to_owned(),
         _ if users.iter().any(|user| user.starts_with("held by loop")) => {
             "run `umount` on what is mounted and `losetup --detach` on the loop device".to_owned()
         }
@@ -224,6 +237,7 @@ pub(super) fn users_of(attached: &Attached, thorough: bool) -> Vec<String> {
     let Some(disk) = attached.shown.disk() else {
         let form = attached.record().request.form;
         return match (form, attached.shown.clients()) {
+            (Form::File(_), _) => attached.shown.users(),
             (_, 0) => Vec::new(),
             (Form::VhostUser(_), _) => vec!["a virtual machine".to_owned()],
             (_, 1) => vec!["1 NBD client".to_owned()],

@@ -152,7 +152,7 @@ impl Attached {
 
 impl Daemon {
     pub(crate) fn new(parts: Parts) -> Daemon {
-        let state = parts.config.state.clone();
+        let state = parts.config.state();
         let Parts { config, owner, records, keeper, server } = parts;
         Daemon {
             config,
@@ -179,7 +179,7 @@ impl Daemon {
             uptime: whole_seconds(self.started),
             allocator: self.owner.allocator.base().to_owned(),
             devices: self.slots().len() as u64,
-            safety: safety::items(),
+            safety: self.config.program.safety(),
             standby: Some(self.keeper.status()),
             owed: self.owed.lock().unwrap_or_else(PoisonError::into_inner).clone(),
         }
@@ -218,13 +218,15 @@ impl Daemon {
         if !frontend::can_carry_swap(form) || self.config.allow_unsafe_swap {
             return Ok(());
         }
-        match safety::missing(&safety::items()) {
+        match safety::missing(&self.config.program.safety()) {
             None => Ok(()),
             Some(missing) => Err(DeviceError::new(
                 ErrorKind::Unsupported,
                 format!(
-                    "{form} can carry swap, and this process is not safe for that: {missing}. Mend it and start xpm-blk \
-                     again, show it as nbd-socket, or accept it with `allow-unsafe-swap = true`"
+                    "memory is reclaimed to {form}, and this process is not safe for that: {missing}. Mend it and start {} \
+                     again{}, or accept it with `allow-unsafe-swap = true`",
+                    self.config.program.name(),
+                    if matches!(form, Form::File(_)) { "" } else { ", show it as nbd-socket" }
                 ),
             )),
         }

@@ -14,6 +14,7 @@ use crate::error::DeviceError;
 use crate::frontend::kernel_nbd;
 use crate::frontend::ublk::{self, Mark};
 use crate::owed::Debts;
+use crate::program::Program;
 use crate::records::{Record, Told};
 use crate::show::Readiness;
 
@@ -29,7 +30,7 @@ impl Daemon {
     /// # Errors
     /// When the records cannot be used.
     pub(crate) fn restore(self: &Arc<Daemon>) -> Result<(), DeviceError> {
-        let debts = Debts::load(&self.config.state);
+        let debts = Debts::load(&self.config.state());
         let (pending, mut records): (Vec<Record>, Vec<Record>) =
             self.records.load()?.into_iter().partition(|record| record.pending);
         pending.iter().for_each(|record| self.undo(record));
@@ -48,9 +49,11 @@ impl Daemon {
         let client = self.owner.client;
         let wanted_nbd: Vec<String> =
             records.iter().map(|record| kernel_nbd::identifier(client, &record.map)).collect();
-        let lines = ublk::remove_orphans(client, &wanted);
-        for line in lines.into_iter().chain(kernel_nbd::remove_orphans(client, &wanted_nbd)) {
-            tracing::warn!("{line}");
+        if self.config.program == Program::Blk {
+            let lines = ublk::remove_orphans(client, &wanted);
+            for line in lines.into_iter().chain(kernel_nbd::remove_orphans(client, &wanted_nbd)) {
+                tracing::warn!("{line}");
+            }
         }
         let listed = self.config.device.iter();
         let new = listed.filter(|device| records.iter().all(|record| record.request.name != device.name));
@@ -72,7 +75,7 @@ impl Daemon {
     /// An attachment that an earlier life did not bring to its end is none.
     fn undo(self: &Arc<Daemon>, record: &Record) {
         let name = record.request.name.clone();
-        tracing::warn!("allocation {name} was being attached when xpm-blk ended: that is undone");
+        tracing::warn!("allocation {name} was being attached when the process ended: that is undone");
         if let Err(error) = self.records.remove(&name) {
             tracing::error!("{error}");
         }
@@ -96,7 +99,7 @@ impl Daemon {
             .inherited()
             .into_iter()
             .filter(|record| !record.pending)
-            .partition(|record| record.request.form == Form::Ublk);
+            .partition(|record| matches!(record.request.form, Form::Ublk | Form::File(_)));
         let (done, mut all_done) = mpsc::channel::<()>(1);
         for (record, done) in first.into_iter().map(|record| (record, Some(done.clone()))) {
             self.go_on_with(record, done);

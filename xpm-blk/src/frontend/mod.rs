@@ -1,13 +1,17 @@
 //! The forms in which an allocation is shown: each front end turns a [`Volume`] (or, for
 //! `nbd-direct`, the map itself) into something with a path, and takes it away again.
 
+pub(crate) mod fuse;
 pub mod kernel_nbd;
 pub mod nbd_socket;
 pub mod ublk;
 pub mod vhost_user;
 
+pub(crate) mod buffers;
+
 mod socket;
 
+use std::os::fd::BorrowedFd;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use xpm_client::Volume;
@@ -16,6 +20,7 @@ use xpm_protocol::api::appliance::Counters;
 use xpm_protocol::api::blk::{DeviceState, Form, LinkStatus};
 use xpm_protocol::{ApplianceId, BlockSize, Name};
 
+use self::fuse::Mounted;
 use crate::error::DeviceError;
 
 /// How a device is made, with every default resolved.
@@ -39,7 +44,7 @@ pub struct Shape {
 }
 
 /// An allocation that is shown. Dropping it without [`Shown::hide`] leaves what the kernel has.
-pub trait Shown: Send + Sync {
+pub(crate) trait Shown: Send + Sync {
     /// The device node, or the socket.
     fn path(&self) -> String;
 
@@ -65,6 +70,29 @@ pub trait Shown: Send + Sync {
     /// Whether the kernel keeps the device, and holds its I/O, until the next process takes it over.
     fn waits_for_next_process(&self) -> bool {
         false
+    }
+
+    /// The descriptor that the next process needs, beside the record, to go on with it.
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// Of a file: what its mount was made with.
+    fn mounted(&self) -> Option<Mounted> {
+        None
+    }
+
+    /// Programs that use it, for forms that are neither a block device nor a socket.
+    fn users(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    /// Ends all I/O of its users with an error, at once and for good.
+    ///
+    /// # Errors
+    /// When the form has no such thing.
+    fn abort(&self) -> Result<(), DeviceError> {
+        Err(DeviceError::unsupported("only a file can be aborted", "use `xpm blk detach NAME --force`"))
     }
 
     /// The volume behind it; none where the kernel or a client goes to the appliance itself.
@@ -142,11 +170,12 @@ pub fn check_support(form: &Form) -> Result<(), DeviceError> {
         Form::Ublk => ublk::check_support(),
         Form::Nbd | Form::NbdDirect => kernel_nbd::check_support(),
         Form::NbdSocket(_) | Form::VhostUser(_) => Ok(()),
+        Form::File(_) => fuse::check_support(),
     }
 }
 
-/// Whether a form's device can be swap of this host, and so needs a process that is safe for it. A guest's
-/// swap is no part of what this host needs to go on.
+/// Whether this host may have to write to a form's device before it has memory again, as to swap or as back to a file,
+/// and so needs a process that is safe for it. A guest's swap is no part of what this host needs to go on.
 pub const fn can_carry_swap(form: &Form) -> bool {
     !matches!(form, Form::NbdSocket(_) | Form::VhostUser(_))
 }
@@ -156,4 +185,25 @@ pub const fn can_carry_swap(form: &Form) -> bool {
 pub(crate) fn first_generation() -> u32 {
     let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |age| age.as_secs());
     seconds as u32
+}
+
+/// Longest read or write of one request, in bytes: the buffers of a queue's tags together take
+/// `buffer_len`, each at least 64 KiB (32 KiB is what swap reads) and at most 1 MiB.
+pub(crate) fn io_len_max(buffer_len: u64, depth: u16) -> u32 {
+    let each = (buffer_len / u64::from(depth)).clamp(64 << 10, 1 << 20);
+    1 << each.ilog2()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_of_a_queue_stay_within_its_memory() {
+        assert_eq!(io_len_max(16 << 20, 128), 128 << 10);
+        assert_eq!(io_len_max(16 << 20, 16), 1 << 20);
+        assert_eq!(io_len_max(16 << 20, 1), 1 << 20, "never longer than 1 MiB");
+        assert_eq!(io_len_max(1 << 20, 1024), 64 << 10, "never shorter than a swap read");
+        assert_eq!(io_len_max(24 << 20, 128), 128 << 10, "a power of two");
+    }
 }

@@ -5,7 +5,7 @@
 //! Before another one is armed, the first is dead. So there are never two that go on.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -27,6 +27,7 @@ use super::{ARGUMENT, TICK, socket_path};
 use crate::error::{DeviceError, Step};
 use crate::frontend::ublk;
 use crate::lifecycle;
+use crate::program::Program;
 use crate::records::{self, Follower, Record, Records};
 use crate::watch::Watchdog;
 
@@ -53,6 +54,7 @@ struct Shared {
 
 /// How it is done.
 pub(crate) struct Settings {
+    pub(crate) program: Program,
     /// Whether a standby of its own is kept; none: from when the kernel's devices outlive their server, for its driver may be
     /// loaded at any time.
     pub(crate) standby: Option<bool>,
@@ -72,7 +74,8 @@ impl Keeper {
         loops: Vec<LoopWatch>,
     ) -> Result<Keeper, DeviceError> {
         let at = || "start what keeps a standby";
-        let wanted = settings.standby.unwrap_or_else(ublk::can_recover);
+        // A mount outlives its server on every kernel that is served.
+        let wanted = settings.standby.unwrap_or_else(|| settings.program == Program::Fs || ublk::can_recover());
         let state = if wanted { StandbyState::Starting } else { StandbyState::Off };
         let shared = Arc::new(Shared {
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).at(at())?,
@@ -184,6 +187,10 @@ impl Follower for Teller {
         serde_json::to_string(record).is_ok_and(|text| self.say(&ToStandby::Record(text)))
     }
 
+    fn descriptor(&mut self, name: &Name, descriptor: BorrowedFd<'_>) -> bool {
+        self.say_with(&ToStandby::Descriptor(name.clone()), Some(descriptor))
+    }
+
     fn removed(&mut self, name: &Name) -> bool {
         self.say(&ToStandby::Removed(name.clone()))
     }
@@ -192,7 +199,11 @@ impl Follower for Teller {
 impl Teller {
     /// One that did not hear something is none any more.
     fn say(&self, message: &ToStandby) -> bool {
-        let said = self.0.send(message, None).is_ok();
+        self.say_with(message, None)
+    }
+
+    fn say_with(&self, message: &ToStandby, passed: Option<BorrowedFd<'_>>) -> bool {
+        let said = self.0.send(message, passed).is_ok();
         if !said {
             self.0.close();
         }
@@ -232,7 +243,7 @@ impl Work {
         self.listener = match listen(&self.settings.state) {
             Ok(listener) => Some(listener),
             Err(error) => {
-                tracing::warn!("no newer xpm-blk can take over from this one: {error}");
+                tracing::warn!("no newer {} can take over from this one: {error}", self.settings.program.name());
                 None
             }
         };

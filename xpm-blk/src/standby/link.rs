@@ -36,6 +36,8 @@ pub(super) enum ToStandby {
     },
     /// A record, as it is on disk from now on.
     Record(String),
+    /// With the descriptor that serves the device of this name.
+    Descriptor(Name),
     /// One that is no longer there.
     Removed(Name),
     /// All that there is has been told.

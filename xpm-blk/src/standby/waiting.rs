@@ -19,7 +19,7 @@ use super::link::{self, FromStandby, Receiver, Sender, ToStandby};
 use super::{TICK, socket_path};
 use crate::config::Config;
 use crate::error::{DeviceError, Step};
-use crate::frontend::ublk;
+use crate::frontend::{buffers, fuse, ublk};
 use crate::records::{self, Record};
 use xpm_safety as safety;
 
@@ -57,6 +57,7 @@ pub(crate) struct Inheritance {
     /// The life that goes on; none where an xpm-blk of before there were lives hands over.
     pub(crate) life: Option<Life>,
     pub(crate) records: BTreeMap<Name, Record>,
+    pub(crate) descriptors: BTreeMap<Name, OwnedFd>,
     /// The one before was told to end: this one ends when nothing is in use.
     pub(crate) ends: bool,
 }
@@ -115,6 +116,7 @@ impl Post {
             client: None,
             life: None,
             records: BTreeMap::new(),
+            descriptors: BTreeMap::new(),
             lock: None,
             ends: false,
             told: false,
@@ -143,6 +145,7 @@ struct Watch<'a> {
     client: Option<ClientId>,
     life: Option<Life>,
     records: BTreeMap<Name, Record>,
+    descriptors: BTreeMap<Name, OwnedFd>,
     lock: Option<OwnedFd>,
     ends: bool,
     /// All records that there were have been told.
@@ -224,7 +227,8 @@ impl Watch<'_> {
             }
             ToStandby::Hello { records, .. } if records > records::VERSION => {
                 return Ok(Some(Outcome::End(format!(
-                    "the xpm-blk that serves is newer (version {records} of the records, this one knows {}): use that one",
+                    "the {} that serves is newer (version {records} of the records, this one knows {}): use that one",
+                    self.config.program.name(),
                     records::VERSION
                 ))));
             }
@@ -235,7 +239,9 @@ impl Watch<'_> {
                 }
                 Err(_) => return Ok(Some(Outcome::End("a record cannot be read".to_owned()))),
             },
+            ToStandby::Descriptor(name) => self.descriptors.extend(passed.map(|descriptor| (name, descriptor))),
             ToStandby::Removed(name) => {
+                self.descriptors.remove(&name);
                 self.records.remove(&name);
                 self.changed = true;
             }
@@ -258,7 +264,8 @@ impl Watch<'_> {
         let silence_max = if self.lock.is_some() { self.silence_max } else { self.silence_max * 2 };
         if self.silent > silence_max && (self.lock.is_some() || self.post.successor) {
             tracing::error!(
-                "the xpm-blk that serves, process {}, has hung for {} s: it is killed",
+                "the {} that serves, process {}, has hung for {} s: it is killed",
+                self.config.program.name(),
                 self.post.serving_pid.as_raw_pid(),
                 self.silent
             );
@@ -271,9 +278,15 @@ impl Watch<'_> {
     /// Has ready what the devices take.
     fn prepare(&mut self) -> Result<(), DeviceError> {
         self.changed = false;
+        let shape = |record: &Record| self.config.shape(&record.request, record.number);
         let ublk = self.records.values().filter(|record| record.request.form == Form::Ublk);
-        let shapes: Vec<_> = ublk.map(|record| self.config.shape(&record.request, record.number)).collect();
-        safety::while_others_serve(|| ublk::prepare(&shapes))?;
+        let shapes: Vec<_> = ublk.map(shape).collect();
+        let files = self.records.values().filter_map(|record| Some((shape(record), record.mounted?)));
+        let mut lens: Vec<usize> = files.flat_map(|(shape, mounted)| fuse::buffer_lens(&shape, &mounted)).collect();
+        safety::while_others_serve(|| {
+            lens.extend(ublk::prepare(&shapes)?);
+            buffers::set_aside(lens).at("set memory for buffers aside")
+        })?;
         safety::use_reserve();
         let locked = safety::locked_bytes();
         self.post.sender.send(&FromStandby::Ready { locked }, None).at("tell that it is ready")
@@ -282,8 +295,8 @@ impl Watch<'_> {
     fn go_on(self) -> Outcome {
         match (self.lock, self.client) {
             (Some(lock), Some(client)) => {
-                let (life, records, ends) = (self.life, self.records, self.ends);
-                Outcome::GoOn(Inheritance { lock, client, life, records, ends })
+                let (life, records, descriptors) = (self.life, self.records, self.descriptors);
+                Outcome::GoOn(Inheritance { lock, client, life, records, descriptors, ends: self.ends })
             }
             _ if self.post.successor => Outcome::LookAgain,
             _ => Outcome::End("the process that serves died before this one could stand by".to_owned()),
@@ -292,10 +305,11 @@ impl Watch<'_> {
 }
 
 /// Nobody to take over from, although somebody has the state directory.
-pub(crate) fn nobody(state: &Path) -> DeviceError {
+pub(crate) fn nobody(config: &Config) -> DeviceError {
     let what = format!(
-        "the state directory {} is in use by another xpm-blk, which cannot hand over: give each its own `state`",
-        state.display()
+        "the state directory {} is in use by another {}, which cannot hand over: give each its own `state`",
+        config.state().display(),
+        config.program.name()
     );
     DeviceError::new(ErrorKind::Conflict, what)
 }

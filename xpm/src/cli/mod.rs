@@ -5,6 +5,7 @@ mod appliance;
 mod blk;
 mod client;
 mod events;
+mod fs;
 mod list;
 mod policy;
 mod run;
@@ -19,6 +20,7 @@ use xpm_protocol::Span;
 pub(crate) use alloc::{AllocCommand, CreateArgs};
 pub(crate) use appliance::{ApplianceCommand, DrainArgs, ForgetArgs, RebalanceArgs};
 pub(crate) use blk::{AttachArgs, BlkCommand, GiveUpArgs};
+pub(crate) use fs::{FsAttachArgs, FsCommand};
 pub(crate) use client::ClientCommand;
 pub(crate) use events::EventsArgs;
 pub(crate) use list::ListArgs;
@@ -74,6 +76,9 @@ pub(crate) struct Global {
     /// The control socket of this host's xpm-blk.
     #[arg(long, global = true, value_name = "SOCKET", env = "XPM_BLK", default_value = "/run/xpm/blk.sock")]
     pub(crate) blk: PathBuf,
+    /// The control socket of this host's xpm-fs.
+    #[arg(long, global = true, value_name = "SOCKET", env = "XPM_FS", default_value = "/run/xpm/fs.sock")]
+    pub(crate) fs: PathBuf,
     /// A file of mode 0600 with the token that the allocator asks for. [default: `token-file` in the settings]
     #[arg(long, global = true, value_name = "FILE", env = TOKEN_VARIABLE)]
     pub(crate) token_file: Option<PathBuf>,
@@ -172,6 +177,9 @@ Examples:
     /// Shows allocations as block devices of this host.
     #[command(subcommand)]
     Blk(BlkCommand),
+    /// Shows allocations as files of this host: memory that programs map, and the RAM of virtual machines.
+    #[command(subcommand)]
+    Fs(FsCommand),
     /// Shows and changes the swap that xpm-swapd looks after on this host.
     Swap(SwapArgs),
     /// Shows the whole system on one screen, anything wrong first.

@@ -1,35 +1,16 @@
-//! Memory shared with the kernel: the descriptors of a queue, and the buffers of its tags.
+//! Memory shared with the kernel: the descriptors of a queue.
 
 #![allow(unsafe_code)]
 
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
-use std::sync::{Mutex, PoisonError};
 
-use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
-use xpm_transport::io::IoBuf;
+use rustix::mm::{MapFlags, ProtFlags, mmap};
 
 use super::request::Descriptor;
 use super::uapi;
-
-/// A mapping, undone when dropped.
-struct Mapping {
-    address: NonNull<u8>,
-    len: usize,
-}
-
-// SAFETY: a mapping belongs to the process, not to the thread that made it, and is accessed only
-// through its owner.
-unsafe impl Send for Mapping {}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: address and length are those of the mapping that this value owns. An error would
-        // mean that it is not mapped, and leaves nothing to do.
-        let _ = unsafe { munmap(self.address.as_ptr().cast(), self.len) };
-    }
-}
+use crate::frontend::buffers::Mapping;
 
 /// The descriptors of one queue, written by the kernel.
 pub(super) struct Descriptors {
@@ -47,7 +28,9 @@ impl Descriptors {
         // SAFETY: a new mapping at a place that the kernel chooses; it aliases nothing of ours.
         let address = unsafe { mmap(std::ptr::null_mut(), len, ProtFlags::READ, flags, device, offset) }?;
         let address = NonNull::new(address.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
-        Ok(Descriptors { mapping: Mapping { address, len }, depth })
+        // SAFETY: the mapping was just made with this length, and nothing else undoes it.
+        let mapping = unsafe { Mapping::own(address, len) };
+        Ok(Descriptors { mapping, depth })
     }
 
     /// What the kernel asks of a tag.
@@ -56,7 +39,7 @@ impl Descriptors {
     /// When the queue has no such tag.
     pub(super) fn get(&self, tag: u16) -> Descriptor {
         assert!(tag < self.depth, "tag {tag} of a queue of depth {}", self.depth);
-        let place = self.mapping.address.as_ptr().wrapping_add(usize::from(tag) * uapi::DESCRIPTOR_LEN);
+        let place = self.mapping.address().as_ptr().wrapping_add(usize::from(tag) * uapi::DESCRIPTOR_LEN);
         // SAFETY: the tag is below the depth (asserted), so the 24 bytes at its place are within
         // the mapping and aligned to 8. The reads are volatile because the kernel writes there;
         // it does so before it completes the fetch of the tag, which the caller has seen.
@@ -67,121 +50,5 @@ impl Descriptors {
                 start: place.add(8).cast::<u64>().read_volatile(),
             }
         }
-    }
-}
-
-/// The buffers of a queue's tags: one run of memory, page aligned and faulted in.
-pub(super) struct Buffers {
-    mapping: Mapping,
-    each_len: usize,
-}
-
-/// Memory of queues that are to come: a process that takes devices over may find none.
-static SET_ASIDE: Mutex<Vec<Mapping>> = Mutex::new(Vec::new());
-
-/// Has memory for buffers of these lengths ready, in bytes, and no more than that.
-///
-/// # Errors
-/// When there is none; some of it may be there.
-pub(super) fn set_aside(mut lens: Vec<usize>) -> io::Result<()> {
-    let mut ready = SET_ASIDE.lock().unwrap_or_else(PoisonError::into_inner);
-    ready.retain(|mapping| {
-        let wanted = lens.iter().position(|&len| len == mapping.len);
-        wanted.map(|place| lens.swap_remove(place)).is_some()
-    });
-    for len in lens {
-        ready.push(Mapping::anonymous(len)?);
-    }
-    Ok(())
-}
-
-fn take_aside(len: usize) -> Option<Mapping> {
-    let mut ready = SET_ASIDE.lock().unwrap_or_else(PoisonError::into_inner);
-    let place = ready.iter().position(|mapping| mapping.len == len)?;
-    Some(ready.swap_remove(place))
-}
-
-impl Mapping {
-    /// New memory, faulted in.
-    fn anonymous(len: usize) -> io::Result<Mapping> {
-        let flags = MapFlags::PRIVATE | MapFlags::POPULATE;
-        // SAFETY: a new anonymous mapping at a place that the kernel chooses.
-        let address =
-            unsafe { mmap_anonymous(std::ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, flags) }?;
-        let address = NonNull::new(address.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
-        Ok(Mapping { address, len })
-    }
-}
-
-impl Buffers {
-    /// Buffers of `each_len` bytes for `depth` tags, of memory that was set aside where that fits.
-    pub(super) fn new(depth: u16, each_len: usize) -> io::Result<Buffers> {
-        let len = usize::from(depth) * each_len;
-        let mapping = take_aside(len).map_or_else(|| Mapping::anonymous(len), Ok)?;
-        Ok(Buffers { mapping, each_len })
-    }
-
-    /// The buffer of a tag. It may be used in operations while this value lives, which the queue
-    /// sees to: its channel, and with it every operation, is dropped before its buffers.
-    ///
-    /// # Panics
-    /// When there is no such tag.
-    pub(super) fn of(&self, tag: u16) -> IoBuf {
-        let start = usize::from(tag) * self.each_len;
-        assert!(start + self.each_len <= self.mapping.len, "tag {tag} has no buffer");
-        // SAFETY: within the mapping (asserted), which is readable and writable and lives until
-        // after the channel that operations with this buffer are posted to. No reference to it is
-        // ever made: the kernel and the transports access it by address.
-        unsafe { IoBuf::new(self.mapping.address.add(start), self.each_len) }
-    }
-
-    /// All of them, to be registered with transports.
-    pub(super) const fn all(&self) -> IoBuf {
-        // SAFETY: the mapping is readable and writable and lives until after the channel that it is
-        // registered with, as for `Buffers::of`.
-        unsafe { IoBuf::new(self.mapping.address, self.mapping.len) }
-    }
-
-    /// The address of a tag's buffer, as the kernel takes it.
-    pub(super) fn address(&self, tag: u16) -> u64 {
-        self.of(tag).as_ptr().addr() as u64
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn buffers_do_not_overlap_and_are_aligned() {
-        let buffers = Buffers::new(4, 8192).unwrap();
-        for tag in 0..4 {
-            let address = buffers.address(tag);
-            assert_eq!(address % 4096, 0);
-            assert_eq!(address - buffers.address(0), u64::from(tag) * 8192);
-            buffers.of(tag).copy_from_slice(&[tag as u8; 8192]);
-        }
-    }
-
-    #[test]
-    fn memory_that_was_set_aside_is_used_once() {
-        set_aside(vec![5 << 12, 5 << 12]).unwrap();
-        set_aside(vec![6 << 12, 5 << 12]).unwrap();
-        let place = || {
-            let ready = SET_ASIDE.lock().unwrap();
-            ready.iter().find(|mapping| mapping.len == 5 << 12).map(|mapping| mapping.address)
-        };
-        let ready = place().unwrap();
-        let buffers = Buffers::new(5, 4096).unwrap();
-        assert_eq!(buffers.mapping.address, ready);
-        assert_eq!(place(), None);
-        set_aside(Vec::new()).unwrap();
-        assert!(take_aside(6 << 12).is_none());
-    }
-
-    #[test]
-    #[should_panic(expected = "no buffer")]
-    fn a_tag_beyond_the_depth_has_no_buffer() {
-        Buffers::new(4, 4096).unwrap().of(4);
     }
 }

@@ -38,7 +38,7 @@ use self::minder::Minder;
 pub use self::orphans::remove as remove_orphans;
 pub(crate) use self::recovery::prepare;
 use self::uapi::{DeviceInfo, Params};
-use super::{Health, Shape, Shown};
+use super::{Health, Shape, Shown, io_len_max};
 use crate::error::{DeviceError, Step};
 use crate::links::Label;
 use crate::{lifecycle, sysfs};
@@ -53,13 +53,6 @@ const DISCARD_SECTORS_MAX: u32 = (u32::MAX >> 9) & !7;
 /// their way, Linux before 6.16 notices by this only (`ublk_timeout` in drivers/block/ublk_drv.c), and nobody can go on
 /// before; of a server that lives it has no effect.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
-
-/// Longest read or write of one request, in bytes: the buffers of a queue's tags together take
-/// `buffer_len`, each at least 64 KiB (32 KiB is what swap reads) and at most 1 MiB.
-fn io_len_max(buffer_len: u64, depth: u16) -> u32 {
-    let each = (buffer_len / u64::from(depth)).clamp(64 << 10, 1 << 20);
-    1 << each.ilog2()
-}
 
 /// A ublk device that this process serves.
 pub struct UblkDevice {
@@ -298,15 +291,6 @@ fn device_numbers() -> Vec<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn buffers_of_a_queue_stay_within_its_memory() {
-        assert_eq!(io_len_max(16 << 20, 128), 128 << 10);
-        assert_eq!(io_len_max(16 << 20, 16), 1 << 20);
-        assert_eq!(io_len_max(16 << 20, 1), 1 << 20, "never longer than 1 MiB");
-        assert_eq!(io_len_max(1 << 20, 1024), 64 << 10, "never shorter than a swap read");
-        assert_eq!(io_len_max(24 << 20, 128), 128 << 10, "a power of two");
-    }
 
     #[test]
     fn without_ublk_the_error_says_what_to_load() {

@@ -15,11 +15,12 @@ use xpm_client::Channel;
 use xpm_transport::io::{Completion, IoError, Kind, Operation};
 use xpm_transport::spin::Spin;
 
-use super::memory::{Buffers, Descriptors};
+use super::memory::Descriptors;
 use super::request::Request;
 use super::ring::{Event, Ring};
 use super::uapi;
-use crate::lifecycle;
+use crate::frontend::buffers::Buffers;
+use crate::lifecycle::DieOnDrop;
 use crate::watch::Pulse;
 
 /// What a queue is made of.
@@ -89,14 +90,6 @@ pub(super) fn run(parts: QueueParts, gate: &Gate, ready: &SyncSender<io::Result<
         }
     }
     std::mem::forget(alive);
-}
-
-struct DieOnDrop;
-
-impl Drop for DieOnDrop {
-    fn drop(&mut self) {
-        lifecycle::die();
-    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

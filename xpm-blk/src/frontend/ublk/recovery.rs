@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 use super::control::{self, Control};
 use super::mark::Mark;
 use super::uapi::{self, DeviceInfo};
-use super::{device_numbers, io_len_max, memory};
+use super::device_numbers;
 use crate::error::{DeviceError, Step};
-use crate::frontend::Shape;
+use crate::frontend::{Shape, io_len_max};
 use crate::lifecycle::STACK_LEN;
 
 /// How long a server that has died may take to be wholly gone, before the caller is told and tries again.
@@ -96,14 +96,14 @@ fn is_quiesced(control: &mut Control, device: u32) -> Result<bool, DeviceError> 
     Ok(control.info(device)?.is_some_and(|info| info.state == uapi::STATE_QUIESCED))
 }
 
-/// Has what taking over devices of these shapes takes ready: the control device, and memory for the buffers of their
-/// queues. Blocks.
+/// Has the control device ready for taking over devices of these shapes. Returns the lengths of the buffers that their
+/// queues need, in bytes. Blocks.
 ///
 /// # Errors
-/// When there is no ublk, or no memory.
-pub(crate) fn prepare(shapes: &[Shape]) -> Result<(), DeviceError> {
+/// When there is no ublk.
+pub(crate) fn prepare(shapes: &[Shape]) -> Result<Vec<usize>, DeviceError> {
     if shapes.is_empty() {
-        return memory::set_aside(Vec::new()).at("give memory for buffers back");
+        return Ok(Vec::new());
     }
     let mut control = Control::open()?;
     let mut lens = Vec::new();
@@ -116,5 +116,5 @@ pub(crate) fn prepare(shapes: &[Shape]) -> Result<(), DeviceError> {
         lens.extend((0..queues).map(|_| usize::from(depth) * each_len as usize));
     }
     control::set_aside()?;
-    memory::set_aside(lens).at("set memory for buffers aside")
+    Ok(lens)
 }

@@ -1,0 +1,205 @@
+//! The one file of a mount: what the kernel asks of it besides its data.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use xpm_fuse::wire::reply::{self, Opened, Statfs, Validity};
+use xpm_fuse::wire::{Attr, Lseek, OpenFlags, Operation, ROOT_ID, Request, Setattr, TimeOrNow, Timestamp, Whence};
+use xpm_fuse::{Errno, Negotiated, Wanted};
+
+use super::Mounted;
+
+/// What is allocated at a time, as stat(2) tells programs: a page.
+const BLOCK_LEN: u32 = 4096;
+/// Requests that nobody waits for which the kernel may have under way: write-back and read-ahead of a whole machine.
+const BACKGROUND_MAX: u16 = 1024;
+
+/// The file. Shared by all queues; none of its fields takes a lock.
+#[derive(Debug)]
+pub(super) struct File {
+    /// In bytes.
+    size: AtomicU64,
+    mounted: Mounted,
+    made: Timestamp,
+    /// Times as the kernel tells them, in nanoseconds since 1970: it keeps them itself while the file is cached.
+    modified: AtomicU64,
+    changed: AtomicU64,
+}
+
+/// An answer, as bytes to be sent. Long enough for any that a file has.
+pub(super) struct Answer {
+    bytes: [u8; 160],
+    len: usize,
+}
+
+impl Answer {
+    fn of<const N: usize>(reply: [u8; N]) -> Answer {
+        let mut bytes = [0; 160];
+        bytes[..N].copy_from_slice(&reply);
+        Answer { bytes, len: N }
+    }
+
+    /// What is sent; nothing where the request has no answer.
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.bytes[..self.len]
+    }
+}
+
+impl File {
+    pub(super) fn new(size: u64, mounted: Mounted) -> File {
+        let now = now();
+        let nanoseconds = AtomicU64::new(to_nanoseconds(now));
+        File {
+            size: AtomicU64::new(size),
+            mounted,
+            made: now,
+            modified: AtomicU64::new(nanoseconds.load(Ordering::Relaxed)),
+            changed: nanoseconds,
+        }
+    }
+
+    /// In bytes.
+    pub(super) fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    pub(super) fn set_size(&self, size: u64) {
+        self.size.store(size, Ordering::Release);
+    }
+
+    /// Answers everything but what reads, writes and flushes data.
+    pub(super) fn answer(&self, request: &Request<'_>) -> Answer {
+        let unique = request.header.unique;
+        let done = || Answer::of(reply::empty(unique));
+        let refuse = |errno| Answer::of(reply::error(unique, errno));
+        let attributes = || Answer::of(reply::attr(unique, &self.attributes(), Validity::FOREVER));
+        if request.header.nodeid > ROOT_ID {
+            return refuse(Errno::STALE);
+        }
+        match request.operation {
+            Operation::Init(init) => match Negotiated::new(&init, &self.wanted()) {
+                Ok(negotiated) => Answer::of(reply::init(unique, &negotiated.reply())),
+                Err(refused) => {
+                    tracing::error!("{refused}");
+                    refuse(Errno::PROTO)
+                }
+            },
+            Operation::Forget { .. }
+            | Operation::BatchForget(_)
+            | Operation::Interrupt { .. }
+            | Operation::NotifyReply { .. } => Answer { bytes: [0; 160], len: 0 },
+            Operation::Getattr { .. } => attributes(),
+            Operation::Setattr(change) => match self.change(&change) {
+                Ok(()) => attributes(),
+                Err(errno) => refuse(errno),
+            },
+            Operation::Open(_) => Answer::of(reply::open(
+                unique,
+                Opened { fh: 0, flags: OpenFlags::KEEP_CACHE.with(OpenFlags::PARALLEL_DIRECT_WRITES) },
+            )),
+            Operation::Flush { .. } | Operation::Release(_) | Operation::Destroy => done(),
+            Operation::Statfs => Answer::of(reply::statfs(unique, &self.sizes())),
+            Operation::Lseek(seek) => match self.seek(seek) {
+                Ok(offset) => Answer::of(reply::lseek(unique, offset)),
+                Err(errno) => refuse(errno),
+            },
+            Operation::Lookup { .. }
+            | Operation::Create(_)
+            | Operation::Mknod { .. }
+            | Operation::Mkdir { .. }
+            | Operation::Opendir(_) => refuse(Errno::NOTDIR),
+            _ => refuse(Errno::NOSYS),
+        }
+    }
+
+    fn wanted(&self) -> Wanted {
+        let io_len = self.mounted.io_len;
+        Wanted {
+            max_write: io_len,
+            max_pages: (io_len / BLOCK_LEN) as u16,
+            max_readahead: 0,
+            max_background: BACKGROUND_MAX,
+            congestion_threshold: BACKGROUND_MAX,
+        }
+    }
+
+    /// The size is the allocation's, and permissions and owner are those of the file that the mount lies on.
+    fn change(&self, change: &Setattr) -> Result<(), Errno> {
+        let mounted = &self.mounted;
+        let kept = change.size.is_none_or(|size| size == self.size())
+            && change.mode.is_none_or(|mode| mode & 0o7777 == mounted.mode)
+            && change.uid.is_none_or(|uid| uid == mounted.uid)
+            && change.gid.is_none_or(|gid| gid == mounted.gid);
+        if !kept {
+            return Err(Errno::PERM);
+        }
+        let at = |time: Option<TimeOrNow>| match time {
+            Some(TimeOrNow::Now) => Some(now()),
+            Some(TimeOrNow::At(time)) => Some(time),
+            None => None,
+        };
+        if let Some(time) = at(change.mtime) {
+            self.modified.store(to_nanoseconds(time), Ordering::Relaxed);
+        }
+        if let Some(time) = change.ctime {
+            self.changed.store(to_nanoseconds(time), Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    fn attributes(&self) -> Attr {
+        Attr {
+            ino: ROOT_ID,
+            size: self.size(),
+            blocks: self.size().div_ceil(512),
+            atime: self.made,
+            mtime: from_nanoseconds(self.modified.load(Ordering::Relaxed)),
+            ctime: from_nanoseconds(self.changed.load(Ordering::Relaxed)),
+            mode: libc::S_IFREG | self.mounted.mode,
+            nlink: 1,
+            uid: self.mounted.uid,
+            gid: self.mounted.gid,
+            blksize: BLOCK_LEN,
+        }
+    }
+
+    /// The whole allocation is reserved, so nothing of it is free.
+    fn sizes(&self) -> Statfs {
+        Statfs {
+            blocks: self.size() / u64::from(BLOCK_LEN),
+            files: 1,
+            bsize: BLOCK_LEN,
+            frsize: BLOCK_LEN,
+            namelen: 255,
+            ..Statfs::default()
+        }
+    }
+
+    /// External memory does not tell which parts hold nothing, so all of the file counts as data, and the one hole is behind
+    /// its end (lseek(2) allows that).
+    fn seek(&self, seek: Lseek) -> Result<u64, Errno> {
+        let offset = u64::try_from(seek.offset).ok().filter(|&offset| offset < self.size()).ok_or(Errno::NXIO)?;
+        Ok(match seek.whence {
+            Whence::Data => offset,
+            Whence::Hole => self.size(),
+        })
+    }
+}
+
+fn now() -> Timestamp {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    Timestamp { seconds: since.as_secs().cast_signed(), nanoseconds: since.subsec_nanos() }
+}
+
+/// Times before 1970 and after 2554 become the nearest one that there is.
+fn to_nanoseconds(time: Timestamp) -> u64 {
+    let seconds = u64::try_from(time.seconds).unwrap_or_default();
+    seconds.saturating_mul(1_000_000_000).saturating_add(u64::from(time.nanoseconds))
+}
+
+fn from_nanoseconds(nanoseconds: u64) -> Timestamp {
+    Timestamp {
+        seconds: (nanoseconds / 1_000_000_000).cast_signed(),
+        nanoseconds: (nanoseconds % 1_000_000_000) as u32,
+    }
+}

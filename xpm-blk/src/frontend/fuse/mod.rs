@@ -1,0 +1,379 @@
+//! A file that this process serves over the bare FUSE protocol: its root is the file itself, mounted on an empty regular
+//! file, so that the file has one path and its mount no directory.
+//!
+//! The kernel's page cache is the local memory: pages are charged to the memory cgroup of whoever touches them first. What
+//! is not in the cache comes by READ, and what has changed leaves by WRITE; both go to the volume. A hole that is punched is
+//! a TRIM.
+//!
+//! The mount outlives its server. All processes that may have to continue hold the one descriptor: the standby, the
+//! successor, and the service manager ([`crate::kept`]). Whoever continues has the kernel send again what the dead process
+//! had read and not answered (`FUSE_NOTIFY_RESEND`); that late writes of the dead one do not land behind the new one's is
+//! seen to by the channels, as for ublk.
+//!
+//! * `memory.rs`: the buffers of a queue. `queue.rs`: its thread. `file.rs`: what is asked besides data. `users.rs`: who has
+//!   the file open.
+
+mod file;
+mod memory;
+mod queue;
+mod users;
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use rustix::event::{EventfdFlags, eventfd};
+use serde::{Deserialize, Serialize};
+use xpm_client::Volume;
+use xpm_fuse::wire::notify;
+use xpm_fuse::{BdiSettings, Connection, Device, Mount, RootKind};
+use xpm_protocol::api::ErrorKind;
+use xpm_protocol::api::blk::DeviceState;
+use xpm_transport::spin::Spin;
+
+use self::file::File;
+use self::queue::QueueParts;
+use super::{Health, Shape, Shown, io_len_max};
+use crate::error::{DeviceError, Step};
+use crate::lifecycle;
+use crate::watch::Pulse;
+
+/// What a mount was made with; a successor needs it, for there is no second negotiation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Mounted {
+    /// Data of one request at most, in bytes.
+    pub(crate) io_len: u32,
+    /// Permissions, owner and group of the file that the mount lies on, which are those of the mounted file.
+    pub(crate) mode: u32,
+    pub(crate) uid: u32,
+    pub(crate) gid: u32,
+}
+
+/// How a file comes to be mounted.
+pub(crate) struct Mounting<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) path: &'a Path,
+    /// The descriptor and the facts of a mount that another process served.
+    pub(crate) left: Option<(OwnedFd, Mounted)>,
+    /// Changed pages that the kernel keeps before their writers wait, in bytes.
+    pub(crate) dirty_budget: u64,
+}
+
+/// A mounted file that this process serves.
+pub(crate) struct FuseFile {
+    path: PathBuf,
+    mounted: Mounted,
+    connection: Connection,
+    volume: Volume,
+    file: Arc<File>,
+    device: Arc<OwnedFd>,
+    give_up: Arc<OwnedFd>,
+    /// The kernel has ended the mount.
+    ended: Arc<AtomicBool>,
+    queues: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl FuseFile {
+    /// Serves a volume as a file: by the mount that a dead process left, or by a new one. Blocks until it can be used.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] where the kernel has no FUSE, [`ErrorKind::Conflict`] where there is something at the path.
+    pub(crate) fn show(volume: Volume, shape: &Shape, mounting: Mounting<'_>) -> Result<FuseFile, DeviceError> {
+        let path = mounting.path;
+        let left = mounting.left.and_then(|(device, mounted)| {
+            // Where the mount is gone its descriptor serves nobody.
+            Some((device, mounted, Connection::at(path).ok()?))
+        });
+        let takes_over = left.is_some();
+        let (device, mounted, connection) = match left {
+            Some((device, mounted, connection)) => {
+                tracing::info!("taking over the mount at {}", path.display());
+                (Device::from_fd(device).at("take over a mount")?, mounted, connection)
+            }
+            None => mount(mounting.name, path, io_len_max(shape.buffer_len, shape.depth))?,
+        };
+        let shown = FuseFile::serve(volume, shape, (path, device), mounted, connection, takes_over);
+        match shown {
+            Ok(shown) => {
+                shown.limit(mounting.dirty_budget);
+                match takes_over {
+                    true => Ok(shown),
+                    false => shown.begin().map(|()| shown),
+                }
+            }
+            error => error,
+        }
+        .inspect_err(|_| {
+            if !takes_over {
+                take_off(path);
+            }
+        })
+    }
+
+    /// Tells the kernel size and time of a new mount's file. It believes no answer about them, since it keeps them itself while it
+    /// caches written pages, and begins with an empty file of 1970; so they are set as a program would set them.
+    fn begin(&self) -> Result<(), DeviceError> {
+        self.set_size(self.volume.size())
+    }
+
+    fn set_size(&self, size: u64) -> Result<(), DeviceError> {
+        let file = fs::OpenOptions::new().write(true).custom_flags(libc::O_NOFOLLOW).open(&self.path);
+        let set = file.and_then(|file| {
+            file.set_len(size)?;
+            file.set_modified(std::time::SystemTime::now())
+        });
+        set.at(format!("give {} its size", self.path.display()))
+    }
+
+    fn serve(
+        volume: Volume,
+        shape: &Shape,
+        (path, device): (&Path, Device),
+        mounted: Mounted,
+        connection: Connection,
+        takes_over: bool,
+    ) -> Result<FuseFile, DeviceError> {
+        let at = || format!("serve {}", path.display());
+        let shown = FuseFile {
+            path: path.to_owned(),
+            mounted,
+            connection,
+            file: Arc::new(File::new(volume.size(), mounted)),
+            volume,
+            device: Arc::new(device.into_fd()),
+            give_up: Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).at(at())?),
+            ended: Arc::default(),
+            queues: Mutex::default(),
+        };
+        if takes_over {
+            // Before anything is read here: that would be sent again as well.
+            memory::send(&shown.device, &notify::resend()).at(format!("{}: have requests sent again", path.display()))?;
+        }
+        let started: Vec<_> =
+            (0..shape.queues).map(|number| shown.start(number, shape)).collect::<Result<_, _>>()?;
+        for ready in started {
+            ready.recv().unwrap_or_else(|_| Err(io::ErrorKind::Other.into())).at(at())?;
+        }
+        Ok(shown)
+    }
+
+    fn start(&self, number: u16, shape: &Shape) -> Result<Receiver<io::Result<()>>, DeviceError> {
+        let at = || format!("start queue {number} of {}", self.path.display());
+        let name = format!("xpm-fs-{number}-{}", shape.name.as_str().chars().take(24).collect::<String>());
+        let parts = QueueParts {
+            depth: shape.depth,
+            io_len: self.mounted.io_len,
+            device: Arc::clone(&self.device),
+            file: Arc::clone(&self.file),
+            ended: Arc::clone(&self.ended),
+            give_up: Arc::clone(&self.give_up),
+            channel: self.volume.channel().at(at())?,
+            spin: Spin::new(shape.spin),
+            pulse: Pulse::new(name.clone()).at(at())?,
+        };
+        let (tell, told) = sync_channel(1);
+        let thread = thread::Builder::new()
+            .name(name)
+            .stack_size(lifecycle::STACK_LEN)
+            .spawn(move || queue::run(parts, &tell))
+            .at(at())?;
+        self.queues.lock().unwrap_or_else(PoisonError::into_inner).push(thread);
+        Ok(told)
+    }
+
+    /// Page faults read what is asked for and nothing around it, and dirty memory has a budget of its own: the kernel's
+    /// default for FUSE is 1 % of the machine's limit, which throttles writers to almost nothing.
+    fn limit(&self, dirty_budget: u64) {
+        let settings = BdiSettings {
+            read_ahead_kb: Some(0),
+            strict_limit: Some(true),
+            max_ratio: Some(100),
+            max_bytes: Some(dirty_budget),
+        };
+        if let Err(error) = self.connection.bdi().set(&settings) {
+            tracing::warn!("{}: the limits of its page cache could not be set: {error}", self.path.display());
+        }
+    }
+
+    fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Acquire)
+    }
+}
+
+/// Mounts a file, on an empty one that is made where there is none.
+fn mount(name: &str, path: &Path, io_len: u32) -> Result<(Device, Mounted, Connection), DeviceError> {
+    let at = || format!("mount {}", path.display());
+    if let Some(directory) = path.parent() {
+        fs::create_dir_all(directory).at(format!("make {}", directory.display()))?;
+    }
+    if matches!(fs::symlink_metadata(path), Err(error) if error.raw_os_error() == Some(libc::ENOTCONN)) {
+        tracing::warn!("{}: a mount was left there that no process serves any more; it is removed", path.display());
+        xpm_fuse::unmount_lazily(path).map_err(|error| refused(&error))?;
+    }
+    if Connection::at(path).is_ok() {
+        let what = format!(
+            "{} is mounted already, by another process: give another path, or run `umount {0}` first",
+            path.display()
+        );
+        return Err(DeviceError::new(ErrorKind::Conflict, what));
+    }
+    match fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error.at(at())),
+        _ => {}
+    }
+    let below = fs::symlink_metadata(path).at(at())?;
+    if !below.is_file() || below.len() > 0 {
+        let what = format!(
+            "{} exists and is not an empty file, which the mount would cover: give a path where nothing is",
+            path.display()
+        );
+        return Err(DeviceError::new(ErrorKind::Conflict, what));
+    }
+    let mounted =
+        Mounted { io_len, mode: below.permissions().mode() & 0o7777, uid: below.uid(), gid: below.gid() };
+    let device = xpm_fuse::mount(&Mount {
+        at: path,
+        source: &format!("xpm:{name}"),
+        root: RootKind::File,
+        mode: mounted.mode,
+        uid: 0,
+        gid: 0,
+        allow_other: true,
+        read_only: false,
+        max_read: io_len,
+    })
+    .map_err(|error| refused(&error))?;
+    match Connection::at(path) {
+        Ok(connection) => Ok((device, mounted, connection)),
+        Err(error) => {
+            take_off(path);
+            Err(error.at(at()))
+        }
+    }
+}
+
+/// Removes a mount that nobody uses yet.
+fn take_off(path: &Path) {
+    if let Err(error) = xpm_fuse::unmount_lazily(path) {
+        tracing::warn!("{error}");
+    }
+    remove_below(path);
+}
+
+/// Removes the file that a mount lay on, if that is empty.
+fn remove_below(path: &Path) {
+    if fs::symlink_metadata(path).is_ok_and(|below| below.is_file() && below.len() == 0) {
+        // One that is gone already is as good.
+        let _ = fs::remove_file(path);
+    }
+}
+
+fn refused(error: &xpm_fuse::MountError) -> DeviceError {
+    let kind = match error {
+        xpm_fuse::MountError::Device(_) => ErrorKind::Unsupported,
+        _ => ErrorKind::Conflict,
+    };
+    DeviceError::new(kind, error.to_string())
+}
+
+/// Whether this host has FUSE.
+///
+/// # Errors
+/// [`ErrorKind::Unsupported`] with what is missing. That the kernel is too old is said when the file is mounted.
+pub(crate) fn check_support() -> Result<(), DeviceError> {
+    match Path::new("/dev/fuse").exists() {
+        true => Ok(()),
+        false => Err(DeviceError::unsupported("there is no /dev/fuse", "load the kernel's module: modprobe fuse")),
+    }
+}
+
+/// Lengths of the buffers that the queues of a mount need, in bytes.
+pub(crate) fn buffer_lens(shape: &Shape, mounted: &Mounted) -> impl Iterator<Item = usize> + use<> {
+    let len = usize::from(shape.depth) * memory::buffer_len(mounted.io_len);
+    std::iter::repeat_n(len, usize::from(shape.queues))
+}
+
+impl Shown for FuseFile {
+    fn path(&self) -> String {
+        self.path.display().to_string()
+    }
+
+    fn disk(&self) -> Option<&str> {
+        None
+    }
+
+    fn number(&self) -> Option<u32> {
+        None
+    }
+
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.device.as_fd())
+    }
+
+    fn mounted(&self) -> Option<Mounted> {
+        Some(self.mounted)
+    }
+
+    fn users(&self) -> Vec<String> {
+        if self.has_ended() { Vec::new() } else { users::of(&self.path) }
+    }
+
+    fn waits_for_next_process(&self) -> bool {
+        true
+    }
+
+    fn health(&self) -> Health {
+        let health = Health::of(&self.volume);
+        match self.has_ended() {
+            true => Health { state: DeviceState::Lost, ..health },
+            false => health,
+        }
+    }
+
+    fn volume(&self) -> Option<&Volume> {
+        Some(&self.volume)
+    }
+
+    fn abort(&self) -> Result<(), DeviceError> {
+        self.connection.abort().at(format!("abort {}", self.path.display()))
+    }
+
+    fn resize(&self, size: u64) -> Result<Option<String>, DeviceError> {
+        self.file.set_size(size);
+        self.set_size(size).map(|()| None)
+    }
+
+    fn hide(&self, give_up: bool) -> Result<(), DeviceError> {
+        if give_up {
+            rustix::io::write(&*self.give_up, &1_u64.to_ne_bytes()).at("wake the queues")?;
+        }
+        let unmounted = match give_up {
+            // What programs have open ends with the connection.
+            true => xpm_fuse::unmount_lazily(&self.path),
+            false => xpm_fuse::unmount(&self.path),
+        };
+        // Somebody else may have done it.
+        if let Err(error) = unmounted
+            && Connection::at(&self.path).is_ok()
+        {
+            return Err(DeviceError::new(ErrorKind::InUse, error.to_string()));
+        }
+        if give_up {
+            let _ = self.connection.abort();
+        }
+        let queues = std::mem::take(&mut *self.queues.lock().unwrap_or_else(PoisonError::into_inner));
+        for queue in queues {
+            if queue.join().is_err() {
+                return Err(DeviceError::new(ErrorKind::Internal, "a queue of a mount failed; see the log"));
+            }
+        }
+        remove_below(&self.path);
+        Ok(())
+    }
+}

@@ -1,0 +1,376 @@
+//! One queue of a mount: a thread that owns its buffers and its channel, and takes requests off the device that all
+//! queues of the mount share.
+//!
+//! ```text
+//!           receive                  post                  completion
+//!   Free ------------> (request) ------------> Busy --------------------> Free, answer sent
+//!                          |
+//!                          +-- no data: answer sent at once -----------> Free
+//! ```
+//!
+//! The thread never takes a lock, allocates or logs on the way of a request, and waits at one place only: in epoll, for
+//! the device and the channel alike.
+
+use std::collections::VecDeque;
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::SyncSender;
+
+use rustix::event::epoll::{self, EventData, EventFlags};
+use xpm_client::Channel;
+use xpm_fuse::Errno;
+use xpm_fuse::wire::{FallocateMode, Operation, Request, Unique, reply};
+use xpm_transport::io::{Completion, IoError, Kind, Operation as Io};
+use xpm_transport::spin::Spin;
+
+use super::file::File;
+use super::memory::{Requests, send};
+use crate::lifecycle::DieOnDrop;
+use crate::watch::Pulse;
+
+/// Length of a page, in bytes: what the appliance gives back at a time.
+const PAGE: u64 = 4096;
+/// Marks of the descriptors in the epoll set.
+const DEVICE: u64 = 0;
+const CHANNEL: u64 = 1;
+const GIVE_UP: u64 = 2;
+const PULSE: u64 = 3;
+
+/// What a queue is made of.
+pub(super) struct QueueParts {
+    pub(super) depth: u16,
+    /// Data of one request at most, in bytes.
+    pub(super) io_len: u32,
+    /// The mount's descriptor of /dev/fuse, which does not block.
+    pub(super) device: Arc<OwnedFd>,
+    pub(super) file: Arc<File>,
+    /// Set when the kernel has ended the mount.
+    pub(super) ended: Arc<AtomicBool>,
+    /// Readable once every request is to fail.
+    pub(super) give_up: Arc<OwnedFd>,
+    pub(super) channel: Channel,
+    pub(super) spin: Spin,
+    pub(super) pulse: Arc<Pulse>,
+}
+
+/// Runs a queue until its mount is gone. Sends once how it began.
+///
+/// A failure after that, or a panic, ends the whole process: another one can continue with the mount, while a process that
+/// lives on with a dead queue would leave every program that uses the file in an endless wait.
+pub(super) fn run(parts: QueueParts, ready: &SyncSender<io::Result<()>>) {
+    let alive = DieOnDrop;
+    let ended = Arc::clone(&parts.ended);
+    match Queue::new(parts) {
+        Err(error) => drop(ready.send(Err(error))),
+        Ok(mut queue) => {
+            let _ = ready.send(Ok(()));
+            if let Err(error) = queue.serve() {
+                tracing::error!(%error, "a queue of a mount failed");
+                return;
+            }
+            ended.store(true, Ordering::Release);
+        }
+    }
+    std::mem::forget(alive);
+}
+
+/// A request with the channel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Pending {
+    unique: Unique,
+    kind: Kind,
+    offset: u64,
+    len: u64,
+}
+
+struct Queue {
+    // Before the buffers: dropping it ends the use of them.
+    channel: Option<Channel>,
+    requests: Requests,
+    device: Arc<OwnedFd>,
+    file: Arc<File>,
+    pending: Vec<Option<Pending>>,
+    free: Vec<u16>,
+    /// Busy requests that the channel had no room for.
+    waiting: VecDeque<u16>,
+    completions: Vec<Completion>,
+    epoll: OwnedFd,
+    /// The device is in the epoll set: it is not while every buffer is in use.
+    watched: bool,
+    give_up: Arc<OwnedFd>,
+    gone: bool,
+    spin: Spin,
+    pulse: Arc<Pulse>,
+}
+
+impl Queue {
+    fn new(parts: QueueParts) -> io::Result<Queue> {
+        let QueueParts { depth, io_len, device, file, give_up, mut channel, spin, pulse, .. } = parts;
+        let requests = Requests::new(depth, io_len)?;
+        channel.register(requests.all());
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let watch = |fd: &dyn AsFd, mark| epoll::add(&epoll, fd.as_fd(), EventData::new_u64(mark), EventFlags::IN);
+        watch(&channel.wait_fd(), CHANNEL)?;
+        watch(&give_up, GIVE_UP)?;
+        watch(&pulse.poked(), PULSE)?;
+        let count = usize::from(depth);
+        let mut queue = Queue {
+            channel: Some(channel),
+            requests,
+            device,
+            file,
+            pending: vec![None; count],
+            free: (0..depth).rev().collect(),
+            waiting: VecDeque::with_capacity(count),
+            completions: Vec::with_capacity(count),
+            epoll,
+            watched: false,
+            give_up,
+            gone: false,
+            spin,
+            pulse,
+        };
+        queue.watch_device()?;
+        Ok(queue)
+    }
+
+    fn serve(&mut self) -> io::Result<()> {
+        // Epoll tells of the channel only when it is waited for.
+        let mut told = true;
+        loop {
+            let took = self.take_requests()?;
+            if self.gone {
+                // Nobody waits for what is in flight.
+                self.channel = None;
+                return Ok(());
+            }
+            let ended = self.take_completions(told)?;
+            self.pulse.answer_if_asked();
+            told = match self.spin.looks_again(took || ended) {
+                true => true,
+                false => self.wait()?,
+            };
+        }
+    }
+
+    /// Waits for anything; true when the channel may have something.
+    fn wait(&mut self) -> io::Result<bool> {
+        self.watch_device()?;
+        if let Some(channel) = &mut self.channel {
+            channel.arm();
+        }
+        let mut room = [MaybeUninit::uninit(); 4];
+        let events = match epoll::wait(&self.epoll, &mut room, None) {
+            Ok((events, _)) => events,
+            Err(Errno::INTR) => return Ok(true),
+            Err(error) => return Err(error.into()),
+        };
+        let mut told = false;
+        let mut give_up = false;
+        for event in events.iter() {
+            match event.data.u64() {
+                CHANNEL => told = true,
+                GIVE_UP => give_up = true,
+                _ => {}
+            }
+        }
+        if give_up {
+            self.give_up()?;
+        }
+        Ok(told)
+    }
+
+    /// Has the device in the epoll set while there is a buffer for a request. Exclusive: one request wakes one queue.
+    fn watch_device(&mut self) -> io::Result<()> {
+        let wanted = !self.free.is_empty();
+        if wanted != self.watched {
+            match wanted {
+                true => {
+                    let flags = EventFlags::IN | EventFlags::EXCLUSIVE;
+                    epoll::add(&self.epoll, &self.device, EventData::new_u64(DEVICE), flags)?;
+                }
+                false => epoll::delete(&self.epoll, &self.device)?,
+            }
+            self.watched = wanted;
+        }
+        Ok(())
+    }
+
+    /// Takes requests off the device while there are any, and buffers for them; true when there was one.
+    fn take_requests(&mut self) -> io::Result<bool> {
+        let mut any = false;
+        while let Some(&tag) = self.free.last() {
+            match self.requests.receive(tag, self.device.as_fd()) {
+                Ok(len) => {
+                    any = true;
+                    self.begin(tag, len)?;
+                }
+                Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => break,
+                // It was unmounted, or aborted.
+                Err(error) if matches!(error.raw_os_error(), Some(libc::ENODEV | libc::ECONNABORTED)) => {
+                    self.gone = true;
+                    break;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(any)
+    }
+
+    fn begin(&mut self, tag: u16, len: usize) -> io::Result<()> {
+        let begun = match Request::parse(self.requests.request(tag, len)) {
+            Ok(request) => begin(&self.file, &request),
+            Err(malformed) => match malformed.unique {
+                Some(unique) => Begun::Refused(unique, Errno::INVAL),
+                None => return Ok(()),
+            },
+        };
+        match begun {
+            Begun::Io(pending) => {
+                self.free.pop();
+                self.pending[usize::from(tag)] = Some(pending);
+                match self.waiting.is_empty() {
+                    true => self.post(tag),
+                    false => {
+                        self.waiting.push_back(tag);
+                        Ok(())
+                    }
+                }
+            }
+            Begun::Refused(unique, errno) => send(&self.device, &reply::error(unique, errno)),
+            Begun::Done(unique) => send(&self.device, &reply::empty(unique)),
+            Begun::Other => {
+                let Ok(request) = Request::parse(self.requests.request(tag, len)) else { return Ok(()) };
+                let answer = self.file.answer(&request);
+                match answer.bytes() {
+                    [] => Ok(()),
+                    bytes => send(&self.device, bytes),
+                }
+            }
+        }
+    }
+
+    fn post(&mut self, tag: u16) -> io::Result<()> {
+        let Some(pending) = self.pending[usize::from(tag)] else { return Ok(()) };
+        let Some(channel) = &mut self.channel else { return self.end(tag, Err(IoError::Unreachable)) };
+        let buf = match pending.kind {
+            Kind::Read | Kind::Write => Some(self.requests.lend(tag, pending.len as usize)),
+            Kind::Trim | Kind::Zero | Kind::Flush => None,
+        };
+        let operation =
+            Io { kind: pending.kind, offset: pending.offset, len: pending.len, buf, token: u64::from(tag) };
+        if channel.post(operation).is_err() {
+            self.requests.take_back(tag);
+            self.waiting.push_back(tag);
+        }
+        Ok(())
+    }
+
+    /// Submits what was posted, and takes what the channel has done, with what its sockets have if it was `told` of that
+    /// or may be; true when there was anything.
+    fn take_completions(&mut self, told: bool) -> io::Result<bool> {
+        let mut any = false;
+        while let Some(channel) = &mut self.channel {
+            channel.submit();
+            match told && !any {
+                true => channel.poll(&mut self.completions),
+                false => channel.poll_untold(&mut self.completions),
+            }
+            if self.completions.is_empty() {
+                break;
+            }
+            any = true;
+            while let Some(completion) = self.completions.pop() {
+                self.end(completion.token as u16, completion.result)?;
+            }
+            for _ in 0..self.waiting.len() {
+                if let Some(tag) = self.waiting.pop_front() {
+                    self.post(tag)?;
+                }
+            }
+        }
+        Ok(any)
+    }
+
+    fn end(&mut self, tag: u16, result: Result<(), IoError>) -> io::Result<()> {
+        let Some(Pending { unique, kind, len, .. }) = self.pending[usize::from(tag)].take() else {
+            return Ok(());
+        };
+        self.requests.take_back(tag);
+        self.free.push(tag);
+        match (result, kind) {
+            (Err(error), _) => send(&self.device, &reply::error(unique, Errno::from_raw_os_error(error.errno()))),
+            (Ok(()), Kind::Read) => {
+                let len = len as usize;
+                self.requests.send(tag, &reply::header(unique, len), len, &self.device)
+            }
+            (Ok(()), Kind::Write) => send(&self.device, &reply::written(unique, len as u32)),
+            (Ok(()), Kind::Trim | Kind::Zero | Kind::Flush) => send(&self.device, &reply::empty(unique)),
+        }
+    }
+
+    /// Drops the channel, so that nothing uses a buffer any more, and fails what is in flight and all that still comes.
+    fn give_up(&mut self) -> io::Result<()> {
+        self.channel = None;
+        epoll::delete(&self.epoll, &self.give_up)?;
+        self.waiting.clear();
+        for tag in 0..self.pending.len() as u16 {
+            self.end(tag, Err(IoError::Unreachable))?;
+        }
+        Ok(())
+    }
+}
+
+/// What a request becomes.
+enum Begun {
+    /// An operation of the channel.
+    Io(Pending),
+    Refused(Unique, Errno),
+    /// Nothing is to be done.
+    Done(Unique),
+    /// A question that the file answers.
+    Other,
+}
+
+fn begin(file: &File, request: &Request<'_>) -> Begun {
+    let unique = request.header.unique;
+    let io = |kind, offset, len| Begun::Io(Pending { unique, kind, offset, len });
+    match &request.operation {
+        Operation::Read(read) => {
+            let len = file.size().saturating_sub(read.offset).min(u64::from(read.size));
+            match len {
+                0 => Begun::Done(unique),
+                len => io(Kind::Read, read.offset, len),
+            }
+        }
+        Operation::Write(write) => {
+            let len = write.data.len() as u64;
+            match write.offset.checked_add(len) {
+                Some(_) if len == 0 => Begun::Done(unique),
+                Some(end) if end <= file.size() => io(Kind::Write, write.offset, len),
+                // Beyond the allocation: it is resized by command, not by writing.
+                _ => Begun::Refused(unique, Errno::FBIG),
+            }
+        }
+        Operation::Fallocate(range) => {
+            let end = range.offset.saturating_add(range.length);
+            let len = end.min(file.size()).saturating_sub(range.offset);
+            let aligned = range.offset % PAGE == 0 && len % PAGE == 0;
+            let keeps = range.mode.without(FallocateMode::KEEP_SIZE);
+            match keeps {
+                FallocateMode::NONE if end > file.size() => Begun::Refused(unique, Errno::FBIG),
+                _ if len == 0 => Begun::Done(unique),
+                FallocateMode::PUNCH_HOLE if aligned => io(Kind::Trim, range.offset, len),
+                FallocateMode::PUNCH_HOLE | FallocateMode::ZERO_RANGE => io(Kind::Zero, range.offset, len),
+                // All of an allocation is reserved.
+                FallocateMode::NONE => Begun::Done(unique),
+                _ => Begun::Refused(unique, Errno::OPNOTSUPP),
+            }
+        }
+        Operation::Fsync { .. } => io(Kind::Flush, 0, 0),
+        _ => Begun::Other,
+    }
+}

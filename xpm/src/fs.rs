@@ -1,0 +1,71 @@
+//! `xpm fs`: allocations as files of this host.
+
+use std::path::Path;
+
+use anyhow::Context as _;
+use xpm_protocol::api::blk::{AttachDevice, Device, Form};
+
+use crate::blk;
+use crate::cli::{FsAttachArgs, FsCommand};
+use crate::connect::Daemons;
+use crate::output::Output;
+use crate::{attach, lost};
+
+/// Directory of files that have no other path.
+const FILES: &str = "/run/xpm/fs";
+
+pub(crate) async fn run(command: FsCommand, daemons: &Daemons, output: Output) -> anyhow::Result<()> {
+    let fs = daemons.fs()?;
+    match command {
+        FsCommand::Attach(args) => {
+            let (ensure, wait) = (args.ensure, args.wait);
+            let request = request(args)?;
+            let device = match ensure {
+                false => attach::once(&fs, &request).await?,
+                true => attach::ensure(&fs, &request, wait.unwrap_or_default().0).await?,
+            };
+            output.print(&device, |device| device.path.clone())?;
+            let Device { name, path, size, .. } = &device;
+            output.hint(&format!(
+                "a virtual machine:  -object memory-backend-file,id=ram,size={},mem-path={path},share=on\n\
+                 remove it:          xpm fs detach {name}",
+                size.0
+            ));
+            Ok(())
+        }
+        FsCommand::List(args) => {
+            blk::FILES.print(fs.devices().await?, &args, output)?;
+            blk::warn_of_debts(&fs).await;
+            Ok(())
+        }
+        FsCommand::Show { name } => {
+            let device: Device = fs.get(&format!("/v1/devices/{name}")).await?;
+            output.print(&device, blk::show)
+        }
+        FsCommand::Abort { name } => {
+            let aborted: Device = fs
+                .put(&format!("/v1/devices/{name}/abort"), &())
+                .await
+                .with_context(|| format!("cannot abort `{name}`"))?;
+            output.print(&aborted, |device| format!("{} is aborted; remove it: xpm fs detach {name}\n", device.path))
+        }
+        FsCommand::GiveUp(args) => lost::give_up(&args, &fs, output).await,
+        FsCommand::Detach { name, force } => blk::detach(&fs, &name, force, output).await,
+    }
+}
+
+fn request(args: FsAttachArgs) -> anyhow::Result<AttachDevice> {
+    let at = args.at.unwrap_or_else(|| Path::new(FILES).join(args.name.as_str()));
+    let at = std::path::absolute(&at).with_context(|| format!("cannot use the path {}", at.display()))?;
+    Ok(AttachDevice {
+        name: args.name,
+        form: Form::File(at),
+        queues: args.queues,
+        depth: args.depth,
+        transport: args.transport,
+        hold: args.hold,
+        force: args.force,
+        lose: args.lose,
+        block_size: None,
+    })
+}
