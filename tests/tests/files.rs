@@ -116,7 +116,8 @@ fn can_mount() -> Result<(), String> {
         return Err("there is no /dev/fuse (modprobe fuse)".to_owned());
     }
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let mut numbers = release.split(|byte: char| !byte.is_ascii_digit()).filter_map(|number| number.parse::<u32>().ok());
+    let mut numbers =
+        release.split(|byte: char| !byte.is_ascii_digit()).filter_map(|number| number.parse::<u32>().ok());
     match (numbers.next(), numbers.next()) {
         (Some(major), Some(minor)) if (major, minor) < (6, 9) => {
             Err(format!("Linux {major}.{minor} cannot send FUSE requests again; 6.9 can"))
@@ -193,7 +194,7 @@ fn a_file_holds_what_is_written_and_says_what_it_is() {
     // Size, owner and permissions are not changed by programs.
     let refused = |done: io::Result<()>| assert_eq!(done.unwrap_err().raw_os_error(), Some(libc::EPERM));
     refused(file.set_len(MIB));
-    refused(std::fs::set_permissions(&path, PermissionsExt::from_mode(0o666)));
+    refused(std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o666)));
     refused(std::os::unix::fs::chown(&path, Some(1), None));
     assert_eq!(std::fs::metadata(&path).unwrap().len(), 64 * MIB);
 
@@ -217,7 +218,10 @@ fn permissions_are_those_of_the_file_below() {
     std::os::unix::fs::chown(&path, Some(65_534), Some(65_533)).unwrap();
     site.attach("data", "16MiB", &[]);
     let facts = std::fs::metadata(&path).unwrap();
-    assert_eq!((facts.len(), facts.mode() & 0o7777, facts.uid(), facts.gid()), (16 * MIB, 0o640, 65_534, 65_533));
+    assert_eq!(
+        (facts.len(), facts.mode() & 0o7777, facts.uid(), facts.gid()),
+        (16 * MIB, 0o640, 65_534, 65_533)
+    );
     // What holds something is not covered.
     let full = site.path("full");
     std::fs::write(&full, "words").unwrap();
@@ -303,13 +307,14 @@ fn load(path: &Path, number: u64, stop: &AtomicBool, done: &AtomicU64) -> Result
         let version = &mut versions[index as usize];
         if random & (1 << 20) == 0 {
             *version += 1;
-            file.write_all_at(&page(place, *version), place * PAGE as u64).map_err(|error| at("write", place, error))?;
+            file.write_all_at(&page(place, *version), place * PAGE as u64)
+                .map_err(|error| at("write", place, error))?;
         } else {
             check(place, *version)?;
         }
-        if random % 97 == 0 {
+        if random.is_multiple_of(97) {
             rustix::fs::fdatasync(file.as_fd()).map_err(|error| at("flush", place, error.into()))?;
-            if number % 2 == 0 {
+            if number.is_multiple_of(2) {
                 let _ = rustix::fs::fadvise(&file, first * PAGE as u64, None, rustix::fs::Advice::DontNeed);
             }
         }
@@ -325,7 +330,7 @@ fn a_file_outlives_its_server() {
     let path = site.attach("data", "64MiB", &["--transport", "nbd-tcp"]);
     let load = Load::start(&path, 4);
     load.goes_on();
-    for _ in 0..3 {
+    for _ in 0..2 {
         site.kill_serving();
         load.goes_on();
         site.wait_standby();
@@ -352,7 +357,9 @@ fn a_file_without_any_server_fails_and_is_shown_anew() {
     let error = file.read_at(&mut bytes, 9 * PAGE as u64).unwrap_err();
     assert_eq!(error.raw_os_error(), Some(libc::ENOTCONN));
     site.fs = site.cluster.fs("standby = false");
-    wait_until("the file is shown anew", || std::fs::metadata(&path).is_ok_and(|facts| facts.len() == 32 * MIB));
+    wait_until("the file is shown anew", || {
+        std::fs::metadata(&path).is_ok_and(|facts| facts.len() == 32 * MIB)
+    });
     assert_eq!(read_page(&open(&path), 3), page(3, 1));
 }
 

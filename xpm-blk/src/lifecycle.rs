@@ -25,9 +25,9 @@ use crate::config::Config;
 use crate::control;
 use crate::daemon::{self, Daemon, herald, lookout};
 use crate::error::{DeviceError, Step};
-use crate::records::{Records, Taken};
 use crate::kept::{self, Depositor};
 use crate::program::Program;
+use crate::records::{Records, Taken};
 use crate::standby::keeper::{self, Keeper};
 use crate::standby::waiting::{Outcome, Post, nobody};
 

@@ -218,7 +218,10 @@ impl Records {
     pub(crate) fn follow(&self, mut follower: Box<dyn Follower>) {
         let mut kept = self.kept();
         let told = kept.records.values().all(|record| follower.kept(record))
-            && kept.descriptors.iter().all(|(name, descriptor)| follower.descriptor(name, descriptor.as_fd()));
+            && kept
+                .descriptors
+                .iter()
+                .all(|(name, descriptor)| follower.descriptor(name, descriptor.as_fd()));
         if told {
             kept.followers.push(follower);
         }
@@ -449,7 +452,7 @@ mod tests {
         let given = first.lock().try_clone_to_owned().unwrap();
         drop(first);
         assert!(matches!(Records::open(directory.path()).unwrap(), Taken::Others));
-        drop(Records::inherit(directory.path(), given, (ClientId::from_u128(1), None), BTreeMap::new()));
+        drop(Records::inherit(directory.path(), given, (ClientId::from_u128(1), None), Default::default()));
         open(directory.path());
     }
 
@@ -476,6 +479,9 @@ mod tests {
             fn kept(&mut self, record: &Record) -> bool {
                 self.0.send(record.request.name.to_string()).is_ok()
             }
+            fn descriptor(&mut self, name: &Name, _: BorrowedFd<'_>) -> bool {
+                self.0.send(format!("{name} with a descriptor")).is_ok()
+            }
             fn removed(&mut self, name: &Name) -> bool {
                 self.0.send(format!("-{name}")).is_ok()
             }
@@ -486,8 +492,17 @@ mod tests {
         let (sender, heard) = std::sync::mpsc::channel();
         records.follow(Box::new(Heard(sender)));
         records.save(&record("b")).unwrap();
+        let (name, file) = ("b".parse().unwrap(), tempfile::tempfile().unwrap());
+        records.keep_descriptor(&name, file.as_fd()).unwrap();
         records.remove(&"a".parse().unwrap()).unwrap();
-        assert_eq!(heard.try_iter().collect::<Vec<_>>(), ["a", "b", "-a"]);
+        assert_eq!(heard.try_iter().collect::<Vec<_>>(), ["a", "b", "b with a descriptor", "-a"]);
+        let (sender, later) = std::sync::mpsc::channel();
+        records.follow(Box::new(Heard(sender)));
+        assert_eq!(later.try_iter().collect::<Vec<_>>(), ["b", "b with a descriptor"]);
+        records.remove(&name).unwrap();
+        assert!(records.descriptor(&name).unwrap().is_none());
+        assert_eq!(heard.try_iter().chain(later.try_iter()).collect::<Vec<_>>(), ["-b", "-b"]);
+        drop(later);
         drop(heard);
         records.save(&record("c")).unwrap();
         assert!(records.kept().followers.is_empty());

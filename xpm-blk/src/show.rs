@@ -107,7 +107,9 @@ fn open(
     let limit: Duration = config.connect_limit.0;
     let (session, generation) = match record.request.form {
         // What it had sent before it died is submitted again, and must not land behind that.
-        Form::VhostUser(_) | Form::Ublk | Form::Nbd | Form::NbdDirect | Form::File(_) => (record.session, record.generation),
+        Form::VhostUser(_) | Form::Ublk | Form::Nbd | Form::NbdDirect | Form::File(_) => {
+            (record.session, record.generation)
+        }
         // A new one for each life of this process: clients submit nothing again by themselves.
         Form::NbdSocket(_) => (xpm_control::random::u128().at("make a session number")?, 0),
     };

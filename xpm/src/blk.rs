@@ -42,9 +42,7 @@ pub(crate) async fn run(command: BlkCommand, daemons: &Daemons, output: Output) 
             let device: Device = blk.get(&format!("/v1/devices/{name}")).await?;
             output.print(&device, show)
         }
-        BlkCommand::Detach { name, force } => {
-            detach(&blk, &name, force, output).await
-        }
+        BlkCommand::Detach { name, force } => detach(&blk, &name, force, output).await,
     }
 }
 
@@ -117,22 +115,20 @@ pub(crate) const LISTING: Listing<Device> = Listing {
 };
 
 /// The list of this host's files.
-pub(crate) const FILES: Listing<Device> = Listing {
-    columns: COLUMNS,
-    empty: "No files on this host: make one with `xpm fs attach NAME`.\n",
-};
+pub(crate) const FILES: Listing<Device> =
+    Listing { columns: COLUMNS, empty: "No files on this host: make one with `xpm fs attach NAME`.\n" };
 
 const COLUMNS: &[Column<Device>] = &[
-        Column::text("NAME", |one| Cell::text(&one.name)),
-        Column::text("AS", |one| Cell::text(form(&one.form))),
-        Column::text("PATH", |one| Cell::text(&one.path)),
-        Column::number("SIZE", |one| Cell::ranked(one.size, one.size.0)),
-        Column::text("STATE", |one| Cell::text(state(one))),
-        Column::text("TRANSPORT", |one| Cell::text(transports(one))),
-        Column::wide_number("READ", |one| bytes(one.counters.read_bytes)),
-        Column::wide_number("WRITTEN", |one| bytes(one.counters.write_bytes)),
-        Column::wide_number("IN FLIGHT", |one| Cell::ranked(one.in_flight, one.in_flight)),
-        Column::text("USED BY", |one| Cell::text(one.users.join(", "))),
+    Column::text("NAME", |one| Cell::text(&one.name)),
+    Column::text("AS", |one| Cell::text(form(&one.form))),
+    Column::text("PATH", |one| Cell::text(&one.path)),
+    Column::number("SIZE", |one| Cell::ranked(one.size, one.size.0)),
+    Column::text("STATE", |one| Cell::text(state(one))),
+    Column::text("TRANSPORT", |one| Cell::text(transports(one))),
+    Column::wide_number("READ", |one| bytes(one.counters.read_bytes)),
+    Column::wide_number("WRITTEN", |one| bytes(one.counters.write_bytes)),
+    Column::wide_number("IN FLIGHT", |one| Cell::ranked(one.in_flight, one.in_flight)),
+    Column::text("USED BY", |one| Cell::text(one.users.join(", "))),
 ];
 
 fn bytes(count: u64) -> Cell {

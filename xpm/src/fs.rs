@@ -47,7 +47,9 @@ pub(crate) async fn run(command: FsCommand, daemons: &Daemons, output: Output) -
                 .put(&format!("/v1/devices/{name}/abort"), &())
                 .await
                 .with_context(|| format!("cannot abort `{name}`"))?;
-            output.print(&aborted, |device| format!("{} is aborted; remove it: xpm fs detach {name}\n", device.path))
+            output.print(&aborted, |device| {
+                format!("{} is aborted; remove it: xpm fs detach {name}\n", device.path)
+            })
         }
         FsCommand::GiveUp(args) => lost::give_up(&args, &fs, output).await,
         FsCommand::Detach { name, force } => blk::detach(&fs, &name, force, output).await,

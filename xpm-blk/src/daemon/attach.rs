@@ -131,16 +131,20 @@ impl Daemon {
         let name = record.request.name.clone();
         let left = self.records.descriptor(&name).at("take over the descriptor of a device")?;
         let visitor = self.owner.life.map(|life| Visitor::new(life, &self.owner.host_name));
-        let (shown, change) =
-            match show(&record, &self.config, (self.owner.client, visitor.as_ref()), &self.server, (readiness, left))
-            {
-                Ok(shown) => shown,
-                Err(error) => {
-                    // A device that was there before is tried again; a new one never was.
-                    self.undo_record(&record);
-                    return Err(error);
-                }
-            };
+        let (shown, change) = match show(
+            &record,
+            &self.config,
+            (self.owner.client, visitor.as_ref()),
+            &self.server,
+            (readiness, left),
+        ) {
+            Ok(shown) => shown,
+            Err(error) => {
+                // A device that was there before is tried again; a new one never was.
+                self.undo_record(&record);
+                return Err(error);
+            }
+        };
         record.number = shown.number();
         record.mounted = shown.mounted();
         if let Some(descriptor) = shown.descriptor()

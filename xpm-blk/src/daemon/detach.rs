@@ -66,24 +66,32 @@ impl Daemon {
     /// # Errors
     /// When it is not shown, or its form has no such thing.
     pub async fn abort(self: &Arc<Daemon>, name: &Name) -> Result<Device, DeviceError> {
-        let Some(Slot::Shown(attached)) = self.slots().get(name).cloned() else { return Err(unknown(name)) };
+        let Some(Slot::Shown(attached)) = self.slots().get(name).cloned() else {
+            return Err(self.unknown(name));
+        };
         let device = Arc::clone(&attached);
         blocking(move || device.shown.abort()).await?;
         tracing::error!("{} (allocation {name}) is aborted: its I/O fails", attached.shown.path());
         Ok(self.view_of(&attached))
     }
 
+    pub(super) fn unknown(&self, name: &Name) -> DeviceError {
+        let word = self.config.program.word();
+        let what = format!("allocation {name} is not shown here; `xpm {word} list` lists what is");
+        DeviceError::new(ErrorKind::NotFound, what)
+    }
+
     /// Marks the slot and returns what it was.
     fn begin_detach(&self, name: &Name) -> Result<Slot, DeviceError> {
         let mut slots = self.slots();
         match slots.get(name) {
-            None => Err(unknown(name)),
+            None => Err(self.unknown(name)),
             Some(Slot::Busy(busy)) => {
                 let what = format!("allocation {name} is {} just now", busy.doing);
                 Err(DeviceError::new(ErrorKind::Conflict, what))
             }
             Some(Slot::Shown(_) | Slot::Waiting(_)) => {
-                let before = slots.remove(name).ok_or_else(|| unknown(name))?;
+                let before = slots.remove(name).ok_or_else(|| self.unknown(name))?;
                 slots.insert(
                     name.clone(),
                     Slot::Busy(Busy { doing: "being detached", before: before.record() }),
@@ -136,13 +144,6 @@ impl Daemon {
             }
         }
     }
-}
-
-pub(super) fn unknown(name: &Name) -> DeviceError {
-    DeviceError::new(
-        ErrorKind::NotFound,
-        format!("allocation {name} is not shown here; `xpm blk list` lists what is"),
-    )
 }
 
 fn take_away(attached: &Attached, force: bool) -> Result<(), DeviceError> {

@@ -7,7 +7,7 @@ use xpm_protocol::Name;
 use xpm_protocol::api::appliance::Counters;
 use xpm_protocol::api::blk::{Device, DeviceState, LinkState, LinkStatus, TransportKind};
 
-use super::detach::{unknown, users_of};
+use super::detach::users_of;
 use super::{Attached, Daemon, Slot, whole_seconds};
 use crate::error::DeviceError;
 use crate::records::Record;
@@ -25,7 +25,7 @@ impl Daemon {
     /// [`ErrorKind::NotFound`](xpm_protocol::api::ErrorKind).
     pub fn device(&self, name: &Name) -> Result<Device, DeviceError> {
         let slot = self.slots().get(name).cloned();
-        slot.and_then(|slot| self.view(&slot)).ok_or_else(|| unknown(name))
+        slot.and_then(|slot| self.view(&slot)).ok_or_else(|| self.unknown(name))
     }
 
     fn view(&self, slot: &Slot) -> Option<Device> {

@@ -75,7 +75,8 @@ impl Keeper {
     ) -> Result<Keeper, DeviceError> {
         let at = || "start what keeps a standby";
         // A mount outlives its server on every kernel that is served.
-        let wanted = settings.standby.unwrap_or_else(|| settings.program == Program::Fs || ublk::can_recover());
+        let wanted =
+            settings.standby.unwrap_or_else(|| settings.program == Program::Fs || ublk::can_recover());
         let state = if wanted { StandbyState::Starting } else { StandbyState::Off };
         let shared = Arc::new(Shared {
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).at(at())?,
@@ -243,7 +244,10 @@ impl Work {
         self.listener = match listen(&self.settings.state) {
             Ok(listener) => Some(listener),
             Err(error) => {
-                tracing::warn!("no newer {} can take over from this one: {error}", self.settings.program.name());
+                tracing::warn!(
+                    "no newer {} can take over from this one: {error}",
+                    self.settings.program.name()
+                );
                 None
             }
         };

@@ -239,7 +239,9 @@ impl Watch<'_> {
                 }
                 Err(_) => return Ok(Some(Outcome::End("a record cannot be read".to_owned()))),
             },
-            ToStandby::Descriptor(name) => self.descriptors.extend(passed.map(|descriptor| (name, descriptor))),
+            ToStandby::Descriptor(name) => {
+                self.descriptors.extend(passed.map(|descriptor| (name, descriptor)));
+            }
             ToStandby::Removed(name) => {
                 self.descriptors.remove(&name);
                 self.records.remove(&name);
@@ -282,7 +284,8 @@ impl Watch<'_> {
         let ublk = self.records.values().filter(|record| record.request.form == Form::Ublk);
         let shapes: Vec<_> = ublk.map(shape).collect();
         let files = self.records.values().filter_map(|record| Some((shape(record), record.mounted?)));
-        let mut lens: Vec<usize> = files.flat_map(|(shape, mounted)| fuse::buffer_lens(&shape, &mounted)).collect();
+        let mut lens: Vec<usize> =
+            files.flat_map(|(shape, mounted)| fuse::buffer_lens(&shape, &mounted)).collect();
         safety::while_others_serve(|| {
             lens.extend(ublk::prepare(&shapes)?);
             buffers::set_aside(lens).at("set memory for buffers aside")

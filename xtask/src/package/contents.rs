@@ -96,8 +96,9 @@ fn client(shared: &Shared) -> Result<Package> {
     )?;
     package.add_program(shared, "xpm")?;
     package.add_daemon(shared, "xpm-blk")?;
+    package.add_daemon(shared, "xpm-fs")?;
     package.add_daemon(shared, "xpm-swapd")?;
-    package.add_units(&["xpm-blk", "xpm-swapd"])?;
+    package.add_units(&["xpm-blk", "xpm-fs", "xpm-swapd"])?;
     package.add_rules(&["59-xpm", "60-xpm"])?;
     package.stage.copy(&packaging("device-wait.conf"), &format!("{UNITS}/dev-xpm-.device.d/wait.conf"))?;
     package.add_conffile("xpm.toml")?;
@@ -106,6 +107,7 @@ fn client(shared: &Shared) -> Result<Package> {
         package.stage.copy(&packaging("hibernate.conf"), &place)?;
     }
     package.add_conffile("blk.toml")?;
+    package.add_conffile("fs.toml")?;
     package.stage.directory("etc/xpm/blk.d")?;
     if packaging("etc/swapd.toml").is_file() {
         package.add_conffile("swapd.toml")?;
@@ -116,10 +118,12 @@ fn client(shared: &Shared) -> Result<Package> {
     package.add_command_help(shared)?;
     package.add_settings_page("xpm.toml", "xpm and the libraries", "xpm(1), xpm(3), xpm(7)")?;
     package.add_settings_page("xpm-blk.toml", "xpm-blk", "xpm-blk(8), xpm(7)")?;
+    package.add_settings_page("xpm-fs.toml", "xpm-fs", "xpm-fs(8), xpm(7)")?;
     package.add_settings_page("xpm-swapd.toml", "xpm-swapd", "xpm-swapd(8), xpm(7)")?;
     package.add_overview()?;
     package.add_documents(&[
         "config",
+        "fs",
         "health",
         "json",
         "life",

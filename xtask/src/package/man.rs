@@ -211,7 +211,8 @@ mod tests {
         let repository = crate::util::repository();
         let config = std::fs::read_to_string(repository.join("docs/config.md")).unwrap();
         let overview = std::fs::read_to_string(repository.join("packaging/man/xpm.7.md")).unwrap();
-        let headings = ["xpm and the libraries", "xpm-allocator", "xpm-appliance", "xpm-blk", "xpm-swapd"];
+        let headings =
+            ["xpm and the libraries", "xpm-allocator", "xpm-appliance", "xpm-blk", "xpm-fs", "xpm-swapd"];
         let mut texts: Vec<&str> =
             headings.iter().map(|heading| section(&config, heading).unwrap()).collect();
         texts.push(&overview);

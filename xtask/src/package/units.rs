@@ -10,8 +10,15 @@ use crate::util;
 const LATER: [&str; 3] = ["RestartSteps", "RestartMaxDelaySec", "SurviveFinalKillSignal"];
 
 /// How exposed each service may be, in tenths (`systemd-analyze security`: 0 to 100). It may be made less, never more.
-const EXPOSURE_MAX: [(&str, u32); 5] =
-    [("xpm-allocator", 22), ("xpm-appliance", 26), ("xpm-blk", 56), ("xpm-blk@", 15), ("xpm-swapd", 39)];
+const EXPOSURE_MAX: [(&str, u32); 6] = [
+    ("xpm-allocator", 22),
+    ("xpm-appliance", 26),
+    ("xpm-blk", 56),
+    ("xpm-blk@", 15),
+    // Its mounts are for everybody, so it can have no mount namespace.
+    ("xpm-fs", 58),
+    ("xpm-swapd", 39),
+];
 
 /// The units, as instances where they are templates, with programs that are there; their names.
 fn units(directory: &Path) -> Vec<String> {

@@ -4,7 +4,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use xpm_fuse::wire::reply::{self, Opened, Statfs, Validity};
-use xpm_fuse::wire::{Attr, Lseek, OpenFlags, Operation, ROOT_ID, Request, Setattr, TimeOrNow, Timestamp, Whence};
+use xpm_fuse::wire::{
+    Attr, Lseek, OpenFlags, Operation, ROOT_ID, Request, Setattr, TimeOrNow, Timestamp, Whence,
+};
 use xpm_fuse::{Errno, Negotiated, Wanted};
 
 use super::Mounted;
@@ -178,7 +180,8 @@ impl File {
     /// External memory does not tell which parts hold nothing, so all of the file counts as data, and the one hole is behind
     /// its end (lseek(2) allows that).
     fn seek(&self, seek: Lseek) -> Result<u64, Errno> {
-        let offset = u64::try_from(seek.offset).ok().filter(|&offset| offset < self.size()).ok_or(Errno::NXIO)?;
+        let offset =
+            u64::try_from(seek.offset).ok().filter(|&offset| offset < self.size()).ok_or(Errno::NXIO)?;
         Ok(match seek.whence {
             Whence::Data => offset,
             Whence::Hole => self.size(),

@@ -84,7 +84,11 @@ impl FuseFile {
     ///
     /// # Errors
     /// [`ErrorKind::Unsupported`] where the kernel has no FUSE, [`ErrorKind::Conflict`] where there is something at the path.
-    pub(crate) fn show(volume: Volume, shape: &Shape, mounting: Mounting<'_>) -> Result<FuseFile, DeviceError> {
+    pub(crate) fn show(
+        volume: Volume,
+        shape: &Shape,
+        mounting: Mounting<'_>,
+    ) -> Result<FuseFile, DeviceError> {
         let path = mounting.path;
         let left = mounting.left.and_then(|(device, mounted)| {
             // Where the mount is gone its descriptor serves nobody.
@@ -153,7 +157,8 @@ impl FuseFile {
         };
         if takes_over {
             // Before anything is read here: that would be sent again as well.
-            memory::send(&shown.device, &notify::resend()).at(format!("{}: have requests sent again", path.display()))?;
+            memory::send(&shown.device, &notify::resend())
+                .at(format!("{}: have requests sent again", path.display()))?;
         }
         let started: Vec<_> =
             (0..shape.queues).map(|number| shown.start(number, shape)).collect::<Result<_, _>>()?;
@@ -213,7 +218,10 @@ fn mount(name: &str, path: &Path, io_len: u32) -> Result<(Device, Mounted, Conne
         fs::create_dir_all(directory).at(format!("make {}", directory.display()))?;
     }
     if matches!(fs::symlink_metadata(path), Err(error) if error.raw_os_error() == Some(libc::ENOTCONN)) {
-        tracing::warn!("{}: a mount was left there that no process serves any more; it is removed", path.display());
+        tracing::warn!(
+            "{}: a mount was left there that no process serves any more; it is removed",
+            path.display()
+        );
         xpm_fuse::unmount_lazily(path).map_err(|error| refused(&error))?;
     }
     if Connection::at(path).is_ok() {
@@ -289,7 +297,9 @@ fn refused(error: &xpm_fuse::MountError) -> DeviceError {
 pub(crate) fn check_support() -> Result<(), DeviceError> {
     match Path::new("/dev/fuse").exists() {
         true => Ok(()),
-        false => Err(DeviceError::unsupported("there is no /dev/fuse", "load the kernel's module: modprobe fuse")),
+        false => {
+            Err(DeviceError::unsupported("there is no /dev/fuse", "load the kernel's module: modprobe fuse"))
+        }
     }
 }
 

@@ -112,7 +112,8 @@ impl Queue {
         let requests = Requests::new(depth, io_len)?;
         channel.register(requests.all());
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        let watch = |fd: &dyn AsFd, mark| epoll::add(&epoll, fd.as_fd(), EventData::new_u64(mark), EventFlags::IN);
+        let watch =
+            |fd: &dyn AsFd, mark| epoll::add(&epoll, fd.as_fd(), EventData::new_u64(mark), EventFlags::IN);
         watch(&channel.wait_fd(), CHANNEL)?;
         watch(&give_up, GIVE_UP)?;
         watch(&pulse.poked(), PULSE)?;
@@ -302,7 +303,9 @@ impl Queue {
         self.requests.take_back(tag);
         self.free.push(tag);
         match (result, kind) {
-            (Err(error), _) => send(&self.device, &reply::error(unique, Errno::from_raw_os_error(error.errno()))),
+            (Err(error), _) => {
+                send(&self.device, &reply::error(unique, Errno::from_raw_os_error(error.errno())))
+            }
             (Ok(()), Kind::Read) => {
                 let len = len as usize;
                 self.requests.send(tag, &reply::header(unique, len), len, &self.device)
@@ -358,7 +361,7 @@ fn begin(file: &File, request: &Request<'_>) -> Begun {
         Operation::Fallocate(range) => {
             let end = range.offset.saturating_add(range.length);
             let len = end.min(file.size()).saturating_sub(range.offset);
-            let aligned = range.offset % PAGE == 0 && len % PAGE == 0;
+            let aligned = range.offset.is_multiple_of(PAGE) && len.is_multiple_of(PAGE);
             let keeps = range.mode.without(FallocateMode::KEEP_SIZE);
             match keeps {
                 FallocateMode::NONE if end > file.size() => Begun::Refused(unique, Errno::FBIG),

@@ -7,9 +7,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::control::{self, Control};
+use super::device_numbers;
 use super::mark::Mark;
 use super::uapi::{self, DeviceInfo};
-use super::device_numbers;
 use crate::error::{DeviceError, Step};
 use crate::frontend::{Shape, io_len_max};
 use crate::lifecycle::STACK_LEN;
