@@ -8,6 +8,7 @@ pub mod hang;
 pub mod impostor;
 pub mod machine;
 pub mod manager;
+pub mod mapped;
 pub mod mapping;
 pub mod several;
 pub mod verified;

@@ -11,6 +11,7 @@ use std::thread::{self, JoinHandle};
 
 use rustix::fs::{FallocateFlags, fallocate};
 use serde_json::Value;
+use xpm_tests::mapped::Mapped;
 use xpm_tests::{Cluster, Daemon, wait_until};
 
 const MIB: u64 = 1 << 20;
@@ -249,6 +250,31 @@ fn a_file_grows_with_its_allocation() {
     assert_eq!(read_page(&file, 3), page(3, 1));
 }
 
+#[test]
+fn what_is_cached_is_told_and_dropped_also_while_it_is_mapped() {
+    let Some(site) = Site::start() else { return };
+    let path = site.attach("data", "32MiB", &["--transport", "nbd-tcp"]);
+    let file = open(&path);
+    let cache = |more: &[&str]| site.cluster.json(&[&["fs", "cache", "data"], more].concat());
+    (0..16).for_each(|place| file.write_all_at(&page(place, 1), place * PAGE as u64).unwrap());
+    let first = cache(&[]);
+    assert_eq!((&first["cached"], &first["dirty"]), (&0x10000.into(), &0x10000.into()));
+    assert_eq!(cache(&[])["dirty"], 0, "the kernel writes a file back whenever somebody closes it");
+    let mapped = Mapped::new(&file, 16 * PAGE);
+    let check = || {
+        let mut bytes = [0; PAGE];
+        mapped.read(5 * PAGE, &mut bytes);
+        assert_eq!(bytes, page(5, 1));
+    };
+    check();
+    let left = cache(&["--drop"]);
+    assert_eq!((&left["cached"], &left["dirty"], &left["writeback"]), (&0.into(), &0.into(), &0.into()));
+    let reads = || site.cluster.json(&["fs", "show", "data"])["counters"]["reads"].as_u64().unwrap();
+    let before = reads();
+    check();
+    assert_eq!(reads(), before + 1, "the page is fetched again, and no other one");
+}
+
 /// Writers and readers that verify each page, through the cache and past it.
 struct Load {
     stop: Arc<AtomicBool>,
@@ -285,16 +311,23 @@ impl Load {
 }
 
 /// One thread's part: its own run of pages. Every second thread has its pages leave the cache, so that what it reads comes
-/// from external memory.
+/// from external memory; half of the threads use a mapping.
 fn load(path: &Path, number: u64, stop: &AtomicBool, done: &AtomicU64) -> Result<(), String> {
     let file = OpenOptions::new().read(true).write(true).open(path).map_err(|error| error.to_string())?;
     let first = number * Load::PAGES;
     let mut versions = vec![0; Load::PAGES as usize];
     let mut random = 0x2545_f491_4f6c_dd1d ^ number;
+    let mapped = (number >= 2).then(|| Mapped::new(&file, ((first + Load::PAGES) * PAGE as u64) as usize));
     let at = |what: &str, place: u64, error: io::Error| format!("{what} page {place}: {error}");
     let check = |place: u64, version: u64| {
         let mut bytes = [0; PAGE];
-        file.read_exact_at(&mut bytes, place * PAGE as u64).map_err(|error| at("read", place, error))?;
+        match &mapped {
+            Some(mapped) => mapped.read(place as usize * PAGE, &mut bytes),
+            None => {
+                file.read_exact_at(&mut bytes, place * PAGE as u64)
+                    .map_err(|error| at("read", place, error))?;
+            }
+        }
         let good = if version == 0 { [0; PAGE] } else { page(place, version) };
         if bytes == good { Ok(()) } else { Err(format!("page {place} is not of version {version}")) }
     };
@@ -307,6 +340,10 @@ fn load(path: &Path, number: u64, stop: &AtomicBool, done: &AtomicU64) -> Result
         let version = &mut versions[index as usize];
         if random & (1 << 20) == 0 {
             *version += 1;
+            if let Some(mapped) = &mapped {
+                mapped.write(place as usize * PAGE, &page(place, *version));
+                continue;
+            }
             file.write_all_at(&page(place, *version), place * PAGE as u64)
                 .map_err(|error| at("write", place, error))?;
         } else {

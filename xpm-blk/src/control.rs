@@ -6,7 +6,7 @@ use axum::extract::State;
 use axum::routing::{get, put};
 use xpm_control::server::{ApiError, Force, Json, Path, Router};
 use xpm_protocol::Name;
-use xpm_protocol::api::blk::{AttachDevice, Device, Status};
+use xpm_protocol::api::blk::{AttachDevice, Cache, Device, Status};
 
 use crate::daemon::Daemon;
 use crate::error::DeviceError;
@@ -18,6 +18,7 @@ pub fn routes(daemon: Arc<Daemon>) -> Router {
         .route("/v1/devices", get(devices).post(attach))
         .route("/v1/devices/{name}", get(device).delete(detach))
         .route("/v1/devices/{name}/abort", put(abort))
+        .route("/v1/devices/{name}/cache", get(cache).put(drop_cache))
         .route("/v1/lost/{appliance}", put(lose))
         .with_state(daemon)
 }
@@ -51,6 +52,17 @@ async fn detach(
 
 async fn abort(State(daemon): State<Arc<Daemon>>, Path(name): Path<Name>) -> Result<Json<Device>, ApiError> {
     daemon.abort(&name).await.map(Json).map_err(|error| refused(&error))
+}
+
+async fn cache(State(daemon): State<Arc<Daemon>>, Path(name): Path<Name>) -> Result<Json<Cache>, ApiError> {
+    daemon.cache(&name, false).await.map(Json).map_err(|error| refused(&error))
+}
+
+async fn drop_cache(
+    State(daemon): State<Arc<Daemon>>,
+    Path(name): Path<Name>,
+) -> Result<Json<Cache>, ApiError> {
+    daemon.cache(&name, true).await.map(Json).map_err(|error| refused(&error))
 }
 
 async fn lose(

@@ -3,12 +3,13 @@
 use std::path::Path;
 
 use anyhow::Context as _;
-use xpm_protocol::api::blk::{AttachDevice, Device, Form};
+use xpm_protocol::api::blk::{AttachDevice, Cache, Device, Form};
 
 use crate::blk;
 use crate::cli::{FsAttachArgs, FsCommand};
 use crate::connect::Daemons;
 use crate::output::Output;
+use crate::table::fields;
 use crate::{attach, lost};
 
 /// Directory of files that have no other path.
@@ -49,6 +50,20 @@ pub(crate) async fn run(command: FsCommand, daemons: &Daemons, output: Output) -
                 .with_context(|| format!("cannot abort `{name}`"))?;
             output.print(&aborted, |device| {
                 format!("{} is aborted; remove it: xpm fs detach {name}\n", device.path)
+            })
+        }
+        FsCommand::Cache { name, drop } => {
+            let path = format!("/v1/devices/{name}/cache");
+            let cache: Cache = match drop {
+                false => fs.get(&path).await?,
+                true => fs.put(&path, &()).await?,
+            };
+            output.print(&cache, |cache| {
+                fields(&[
+                    ("cached", cache.cached.to_string()),
+                    ("changed", cache.dirty.to_string()),
+                    ("being written", cache.writeback.to_string()),
+                ])
             })
         }
         FsCommand::GiveUp(args) => lost::give_up(&args, &fs, output).await,

@@ -8,6 +8,8 @@
 //! | `GET /v1/devices/{name}` | | [`Device`] |
 //! | `DELETE /v1/devices/{name}?force=true` | | nothing; refused while it is used, unless forced |
 //! | `PUT /v1/devices/{name}/abort` | | [`Device`]; all its I/O ends with an error. Of xpm-fs only |
+//! | `GET /v1/devices/{name}/cache` | | [`Cache`] of this machine's kernel. Of xpm-fs only |
+//! | `PUT /v1/devices/{name}/cache` | | [`Cache`] that is left when changed pages were written back and all were dropped. Of xpm-fs only |
 //! | `PUT /v1/lost/{appliance}` | | list of [`Device`]s with memory on it, which is given up; refused while it answers. By name or id |
 
 use std::fmt;
@@ -272,6 +274,17 @@ pub struct Device {
     /// Its logical block size in bytes; none where clients choose.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub block_size: Option<BlockSize>,
+}
+
+/// Pages of a file that the kernel of this machine has in its page cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cache {
+    /// All of them, in bytes.
+    pub cached: ByteSize,
+    /// Those that changed and are not being written back, in bytes.
+    pub dirty: ByteSize,
+    /// Those that are being written back, in bytes.
+    pub writeback: ByteSize,
 }
 
 /// Whether I/O passes.

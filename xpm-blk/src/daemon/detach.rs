@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use xpm_protocol::Name;
 use xpm_protocol::api::ErrorKind;
-use xpm_protocol::api::blk::{Device, DeviceState, Form, LinkState};
+use xpm_protocol::api::blk::{Cache, Device, DeviceState, Form, LinkState};
 
 use super::{Attached, Busy, Daemon, Slot, blocking};
 use crate::error::DeviceError;
@@ -73,6 +73,18 @@ impl Daemon {
         blocking(move || device.shown.abort()).await?;
         tracing::error!("{} (allocation {name}) is aborted: its I/O fails", attached.shown.path());
         Ok(self.view_of(&attached))
+    }
+
+    /// What the kernel caches of a device's data, after it was dropped where that is wanted. Blocks until what changed is
+    /// written back then.
+    ///
+    /// # Errors
+    /// When it is not shown, or its form has no cache of its own.
+    pub async fn cache(self: &Arc<Daemon>, name: &Name, drop: bool) -> Result<Cache, DeviceError> {
+        let Some(Slot::Shown(attached)) = self.slots().get(name).cloned() else {
+            return Err(self.unknown(name));
+        };
+        blocking(move || attached.shown.cache(drop)).await
     }
 
     pub(super) fn unknown(&self, name: &Name) -> DeviceError {

@@ -17,7 +17,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use xpm_client::Volume;
 use xpm_client::owner::Guarded;
 use xpm_protocol::api::appliance::Counters;
-use xpm_protocol::api::blk::{DeviceState, Form, LinkStatus};
+use xpm_protocol::api::blk::{Cache, DeviceState, Form, LinkStatus};
 use xpm_protocol::{ApplianceId, BlockSize, Name};
 
 use self::fuse::Mounted;
@@ -93,6 +93,16 @@ pub(crate) trait Shown: Send + Sync {
     /// When the form has no such thing.
     fn abort(&self) -> Result<(), DeviceError> {
         Err(DeviceError::unsupported("only a file can be aborted", "use `xpm blk detach NAME --force`"))
+    }
+
+    /// What the kernel caches of its data; where `drop` is set, after changed pages were written back and all were dropped that
+    /// nobody touched meanwhile. Blocks for as long as that takes.
+    ///
+    /// # Errors
+    /// When the form has no cache that belongs to it alone.
+    fn cache(&self, drop: bool) -> Result<Cache, DeviceError> {
+        let _ = drop;
+        Err(DeviceError::unsupported("only a file has a cache of its own", "use blockdev --flushbufs"))
     }
 
     /// The volume behind it; none where the kernel or a client goes to the appliance itself.

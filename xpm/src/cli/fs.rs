@@ -36,6 +36,18 @@ Examples:
         #[arg(add = files())]
         name: Name,
     },
+    /// Shows how much of a file this machine's kernel caches, and how much of that changed.
+    ///
+    /// Looking at it opens the file for a moment, and the kernel writes changed pages back when any program closes it.
+    #[command(after_help = "Example:\n  xpm fs cache data --drop")]
+    Cache {
+        /// The name of the allocation that it shows.
+        #[arg(add = files())]
+        name: Name,
+        /// First writes changed pages back and drops all pages that nobody uses at that moment.
+        #[arg(long)]
+        drop: bool,
+    },
     /// Ends all I/O on a file with an error, for good, where its users hang the machine.
     ///
     /// Changed pages that were not written back are lost. `xpm fs detach` removes the file afterwards.

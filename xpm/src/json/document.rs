@@ -49,6 +49,7 @@ const TYPES: &[(&str, &[&str])] = &[
         "protocol/src/api/blk.rs",
         &[
             "Device",
+            "Cache",
             "DeviceState",
             "LinkStatus",
             "LinkState",

@@ -31,10 +31,11 @@ use std::thread::{self, JoinHandle};
 use rustix::event::{EventfdFlags, eventfd};
 use serde::{Deserialize, Serialize};
 use xpm_client::Volume;
-use xpm_fuse::wire::notify;
+use xpm_fuse::wire::{ROOT_ID, notify};
 use xpm_fuse::{BdiSettings, Connection, Device, Mount, RootKind};
 use xpm_protocol::api::ErrorKind;
-use xpm_protocol::api::blk::DeviceState;
+use xpm_protocol::api::blk::{Cache, DeviceState};
+use xpm_protocol::units::ByteSize;
 use xpm_transport::spin::Spin;
 
 use self::file::File;
@@ -357,6 +358,25 @@ impl Shown for FuseFile {
     fn resize(&self, size: u64) -> Result<Option<String>, DeviceError> {
         self.file.set_size(size);
         self.set_size(size).map(|()| None)
+    }
+
+    fn cache(&self, drop: bool) -> Result<Cache, DeviceError> {
+        let at = || format!("look at the cache of {}", self.path.display());
+        let options = fs::OpenOptions::new().write(true).custom_flags(libc::O_NOFOLLOW).open(&self.path);
+        let file = options.at(at())?;
+        if drop {
+            // Many pages at a time; the notification writes what is left page by page.
+            file.sync_data().at(format!("write back {}", self.path.display()))?;
+            memory::send(&self.device, &notify::inval_inode(ROOT_ID, 0, 0))
+                .at(format!("drop the cache of {}", self.path.display()))?;
+        }
+        let stat = xpm_fuse::cachestat(&file, 0, 0).at(at())?;
+        let page = rustix::param::page_size() as u64;
+        Ok(Cache {
+            cached: ByteSize(stat.cached * page),
+            dirty: ByteSize(stat.dirty * page),
+            writeback: ByteSize(stat.writeback * page),
+        })
     }
 
     fn hide(&self, give_up: bool) -> Result<(), DeviceError> {
