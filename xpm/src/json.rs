@@ -19,9 +19,11 @@ const BYTES: &[&str] = &[
     "available",
     "base",
     "bytes",
+    "cached",
     "capacity",
     "copied",
     "data",
+    "dirty",
     "free",
     "free_below",
     "from",
@@ -31,11 +33,11 @@ const BYTES: &[&str] = &[
     "left",
     "len",
     "locked",
+    "max_mr_size",
     "maximum",
     "most",
     "moved",
     "mtu",
-    "max_mr_size",
     "next_step",
     "offset",
     "rate",
@@ -51,6 +53,7 @@ const BYTES: &[&str] = &[
     "total",
     "unit",
     "used",
+    "writeback",
 ];
 
 /// Moments, in seconds since 1970.
