@@ -13,6 +13,7 @@ pub mod mapping;
 pub mod several;
 pub mod verified;
 pub mod vhost;
+pub mod vm;
 
 use std::fs::File;
 use std::io::{Read, Write};

@@ -31,6 +31,7 @@ mod status;
 mod swap;
 mod table;
 mod usage;
+mod vm;
 mod waiting;
 
 use std::process::ExitCode;
@@ -38,7 +39,7 @@ use std::process::ExitCode;
 use anyhow::Context as _;
 use clap::{CommandFactory as _, Parser as _};
 
-use crate::cli::{Cli, Command};
+use crate::cli::{Cli, Command, VmArgs, VmCommand};
 use crate::connect::Daemons;
 use crate::output::{Form, Output};
 use crate::setup::Setup;
@@ -99,6 +100,8 @@ fn run(cli: Cli, output: &mut Output) -> anyhow::Result<ExitCode> {
         Command::Schema => {
             output::print(&(xpm_protocol::policy::schema() + "\n")).map(|()| ExitCode::SUCCESS)
         }
+        // Libvirt starts it with an environment of its own.
+        Command::Vm(VmArgs { command: VmCommand::Exec(args), .. }) => vm::exec(&args),
         command => {
             let setup = Setup::new(&cli.global)?;
             *output = Output::new(setup.form);
@@ -129,6 +132,7 @@ async fn dispatch(command: Command, setup: &Setup, output: Output) -> anyhow::Re
         Command::Fsck => return fsck::run(&daemons, output).await,
         Command::Rebalance(args) => life::rebalance(&args, &daemons, output).await?,
         Command::Run(args) => return run::run(&args, setup, &daemons).await,
+        Command::Vm(args) => return vm::run(args, setup, output).await,
         Command::Client(command) => client::run(command, &daemons, output).await?,
         Command::Status(args) => return status::run(&args, &daemons.impatient(), output).await,
         Command::Doctor => return doctor::run(&daemons, output).await,

@@ -168,7 +168,7 @@ async fn start_and_wait(
     let _ = set_child_subreaper(Some(getpid()));
     // Before there is a program that could end of them.
     let mut signals = Signals::new()?;
-    let child = match command.spawn() {
+    let mut child = match command.spawn() {
         Ok(child) => child,
         Err(error) => {
             eprintln!("xpm: cannot start {}: {error}", program.display());
@@ -176,7 +176,7 @@ async fn start_and_wait(
             return Ok(Ended::NotStarted(if there { CANNOT } else { NOT_THERE }));
         }
     };
-    let ended = signals.wait(child).await?;
+    let ended = signals.wait(&mut child).await?;
     signals.wait_for_holder(landlord).await;
     Ok(Ended::By(ended))
 }
@@ -211,14 +211,14 @@ fn preloads(library: &std::path::Path) -> std::ffi::OsString {
 }
 
 /// Signals that are for the program. Those of a terminal reach it anyway, and must not end this command before it.
-struct Signals {
+pub(crate) struct Signals {
     term: tokio::signal::unix::Signal,
     hang_up: tokio::signal::unix::Signal,
     _of_terminal: [tokio::signal::unix::Signal; 2],
 }
 
 impl Signals {
-    fn new() -> anyhow::Result<Signals> {
+    pub(crate) fn new() -> anyhow::Result<Signals> {
         let listen = |kind| signal(kind).context("cannot listen to signals");
         Ok(Signals {
             term: listen(SignalKind::terminate())?,
@@ -254,7 +254,16 @@ impl Signals {
         }
     }
 
-    async fn wait(&mut self, mut child: Child) -> anyhow::Result<ExitStatus> {
+    /// Waits until this command is told to end.
+    pub(crate) async fn told_to_end(&mut self) {
+        tokio::select! {
+            _ = self.term.recv() => {}
+            _ = self.hang_up.recv() => {}
+        }
+    }
+
+    /// Waits until the program has ended, and passes on to it what this command is told.
+    pub(crate) async fn wait(&mut self, child: &mut Child) -> anyhow::Result<ExitStatus> {
         loop {
             if let Some(status) = child.try_wait().context("cannot wait for the program")? {
                 return Ok(status);
@@ -285,7 +294,7 @@ fn has_descendants() -> bool {
 }
 
 /// As a shell has it: 128 and the signal, where there was one.
-fn code_of(status: ExitStatus) -> ExitCode {
+pub(crate) fn code_of(status: ExitStatus) -> ExitCode {
     let code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
     ExitCode::from(code as u8)
 }

@@ -29,7 +29,7 @@ const BUILD: [Package; 4] = [
 
 /// All others, each once.
 pub(crate) const ALL: &[Package] = &[
-    package("qemu-system-x86", "qemu-system-x86_64", "lab: the guest"),
+    package("qemu-system-x86", "qemu-system-x86_64", "lab: the guest; tests: virtual machines"),
     package("qemu-system-common", "qemu-storage-daemon", "bench: vhost-user-blk by others"),
     package("busybox-static", "busybox", "lab: first process of the guest"),
     package("kmod", "depmod", "lab: order of the guest's kernel modules"),
@@ -64,7 +64,7 @@ pub(crate) const ALL: &[Package] = &[
     package("openssh-server", "/usr/sbin/sshd", "tests: the same"),
     package("openssh-client", "ssh", "tests: the same"),
     package("git", "git", "tests: the same"),
-    package("gcc", "gcc", "tests: the same"),
+    package("gcc", "gcc", "tests: the same, and the guest of virtual machines"),
     package("python3-numpy", "f2py3", "tests: the same"),
     package("perftest", "ib_read_lat", "lab, bench: RDMA by others; brings the libraries, Soft-RoCE's too"),
     package("rdmacm-utils", "rping", "lab: RDMA by its connection manager, by others"),

@@ -10,6 +10,7 @@ mod list;
 mod policy;
 mod run;
 mod swap;
+mod vm;
 
 use std::path::PathBuf;
 
@@ -27,6 +28,7 @@ pub(crate) use list::ListArgs;
 pub(crate) use policy::{ApplyArgs, DeleteArgs, EditArgs, GetArgs};
 pub(crate) use run::RunArgs;
 pub(crate) use swap::{DrainAreasArgs, SwapArgs, SwapCommand};
+pub(crate) use vm::{ExecArgs, MigrateArgs, QemuArgs, ReceiveArgs, SettleArgs, VmArgs, VmCommand, XmlArgs};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -171,6 +173,8 @@ Examples:
   See how much was external:
     xpm run -v --size 8GiB --local 1GiB -- python3 analysis.py")]
     Run(RunArgs),
+    /// Starts, moves and resizes virtual machines whose RAM is external.
+    Vm(VmArgs),
     /// Shows clients, and tells the allocator about this one.
     #[command(subcommand)]
     Client(ClientCommand),

@@ -1,0 +1,332 @@
+//! Virtual machines for tests: a guest that verifies its memory (guest/verify.c), commands that look after it, and a network
+//! between two of them that breaks where a test wants it to.
+
+use std::io::{Read as _, Write as _};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
+
+use serde_json::Value;
+
+use crate::{LIMIT, free_port, have, programs, wait_until};
+
+/// The machine's RAM.
+const MEMORY: &str = "64MiB";
+/// Its name.
+const NAME: &str = "vm1";
+
+/// Whether machines can be started here; says so when not.
+pub fn can_start() -> bool {
+    have("qemu-system-x86_64") && have("gcc")
+}
+
+/// Two "hosts" of one machine, with one file that is its RAM at both.
+pub struct Site {
+    dir: tempfile::TempDir,
+    kernel: PathBuf,
+}
+
+impl Site {
+    /// Builds the guest.
+    ///
+    /// # Panics
+    /// When it cannot be built.
+    pub fn new() -> Site {
+        let dir = tempfile::tempdir().expect("a directory");
+        let kernel = dir.path().join("verify");
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("guest/verify.c");
+        let flags = "-m32 -march=i686 -O2 -ffreestanding -fno-pic -fno-stack-protector -nostdlib -static -Wl,-Ttext=0x100000 \
+                     -Wl,--build-id=none";
+        let built =
+            Command::new("gcc").args(flags.split_whitespace()).arg("-o").arg(&kernel).arg(source).status();
+        assert!(built.is_ok_and(|status| status.success()), "the guest cannot be built");
+        Site { dir, kernel }
+    }
+
+    /// The directory of everything.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Runs `xpm vm` at a host.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    pub fn command(&self, host: &str, arguments: &[&str]) -> Output {
+        self.prepare(host, arguments).output().expect("the command can be started")
+    }
+
+    fn prepare(&self, host: &str, arguments: &[&str]) -> Command {
+        let mut command = Command::new(programs().join("xpm"));
+        command.arg("vm").arg("--dir").arg(self.dir().join(host)).args(arguments);
+        // Settings and a token of the machine that tests run on are not theirs.
+        command.env_remove("XPM_TOKEN_FILE").env("XPM_CONFIG", "/dev/null").stdin(Stdio::null());
+        command
+    }
+
+    /// Starts the machine at a host.
+    pub fn run(&self, host: &str) -> Guest {
+        let guest = self.start(host, &["run", NAME, "--memory", MEMORY], &[]);
+        wait_until("the guest verifies its memory", || guest.passes() > 1);
+        guest
+    }
+
+    /// The same from a file that it was suspended to.
+    pub fn resume(&self, host: &str, state: &Path) -> Guest {
+        self.start(host, &["resume", NAME, "--from", &state.display().to_string()], &[])
+    }
+
+    /// Waits for the machine at a host; with the port.
+    pub fn receive(&self, host: &str, more: &[&str]) -> (Guest, u16) {
+        let port = free_port();
+        let listen = format!("127.0.0.1:{port}");
+        let memory = if more.contains(&"--memory") { &[][..] } else { &["--memory", MEMORY] };
+        let words = [&["receive", NAME, "--listen", &listen], memory].concat();
+        let guest = self.start(host, &words, more);
+        wait_until("a machine is waited for", || self.states(host) == ["incoming"]);
+        (guest, port)
+    }
+
+    fn start(&self, host: &str, words: &[&str], more: &[&str]) -> Guest {
+        static COUNT: AtomicU64 = AtomicU64::new(0);
+        let id = COUNT.fetch_add(1, Ordering::Relaxed);
+        let serial = self.dir().join(format!("serial{id}"));
+        let ram = self.dir().join("ram").display().to_string();
+        let mut command = self.prepare(host, words);
+        if !more.contains(&"--file") {
+            command.args(["--file", &ram]);
+        }
+        command.args(more).args(["--", "qemu-system-x86_64", "-display", "none", "-nodefaults"]);
+        command.args(["-vga", "none", "-accel", "tcg,tb-size=16", "-kernel"]).arg(&self.kernel);
+        command.args(["-serial", &format!("file:{}", serial.display())]);
+        let said = self.dir().join(format!("said{id}"));
+        let file = std::fs::File::create(&said).expect("a file");
+        let child = command.stdout(Stdio::null()).stderr(file).spawn().expect("the command can be started");
+        Guest { child, serial, said, dir: self.dir().join(host) }
+    }
+
+    /// Starts to move the machine from a host to a port.
+    ///
+    /// # Panics
+    /// When the command cannot be started.
+    pub fn migrate(&self, host: &str, port: u16) -> Child {
+        let to = format!("127.0.0.1:{port}");
+        let mut command = self.prepare(host, &["-o", "json", "migrate", NAME, "--to", &to]);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the command can be started")
+    }
+
+    /// The states of the machines of a host.
+    ///
+    /// # Panics
+    /// When they cannot be listed.
+    pub fn states(&self, host: &str) -> Vec<String> {
+        let listed = self.command(host, &["-o", "json", "list"]);
+        let machines: Value = serde_json::from_slice(&listed.stdout).expect("a list");
+        let state = |machine: &Value| machine["state"].as_str().unwrap_or_default().to_owned();
+        machines.as_array().expect("a list").iter().map(state).collect()
+    }
+}
+
+impl Default for Site {
+    fn default() -> Site {
+        Site::new()
+    }
+}
+
+/// What a command printed on standard error.
+pub fn error_of(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).trim().to_owned()
+}
+
+/// A command that looks after a machine; ended with its QEMU when dropped.
+pub struct Guest {
+    child: Child,
+    serial: PathBuf,
+    said: PathBuf,
+    dir: PathBuf,
+}
+
+impl Guest {
+    /// How many passes over its memory it has made here.
+    ///
+    /// # Panics
+    /// When it found a bad page.
+    pub fn passes(&self) -> u64 {
+        let text = std::fs::read_to_string(&self.serial).unwrap_or_default();
+        // The last line may not be whole.
+        let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
+        for line in whole.lines() {
+            assert!(line.ends_with(" bad 0"), "the guest says: {line}");
+        }
+        let last = whole.lines().last().and_then(|line| line.split(' ').nth(1));
+        last.and_then(|pass| pass.parse().ok()).unwrap_or(0)
+    }
+
+    /// Waits until it has verified all its memory as it is now, and returns its passes.
+    ///
+    /// # Panics
+    /// When it does not, or finds a bad page.
+    pub fn goes_on(&self) -> u64 {
+        let before = self.passes();
+        // One may have been under way.
+        wait_until("the guest goes on", || self.passes() >= before + 2);
+        self.passes()
+    }
+
+    /// The process id of its QEMU, while there is one.
+    pub fn qemu(&self) -> Option<i32> {
+        let record = std::fs::read(self.dir.join(NAME).join("machine.json")).ok()?;
+        let record: Value = serde_json::from_slice(&record).ok()?;
+        record["qemu"]["id"].as_i64()?.try_into().ok()
+    }
+
+    /// Kills the command as `kill -9` does, and not its QEMU.
+    pub fn kill_command(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    /// Kills its QEMU.
+    pub fn kill_qemu(&self) {
+        if let Some(process) = self.qemu().and_then(rustix::process::Pid::from_raw) {
+            let _ = rustix::process::kill_process(process, rustix::process::Signal::KILL);
+        }
+    }
+
+    /// Waits until the command has ended.
+    ///
+    /// # Panics
+    /// When it does not.
+    pub fn wait(&mut self) -> ExitStatus {
+        wait_until("the command ends", || matches!(self.child.try_wait(), Ok(Some(_))));
+        self.child.wait().expect("a child can be waited for")
+    }
+
+    /// What it printed on standard error.
+    pub fn said(&self) -> String {
+        std::fs::read_to_string(&self.said).unwrap_or_default()
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        if let Ok(None) = self.child.try_wait() {
+            self.kill_qemu();
+            self.kill_command();
+        }
+        if std::thread::panicking() {
+            eprintln!("--- {} said:\n{}", self.dir.display(), self.said());
+        }
+    }
+}
+
+/// Where a [`Wire`] breaks: at a message that contains a text.
+#[derive(Debug, Clone, Copy)]
+pub struct Break {
+    /// The message.
+    pub at: &'static str,
+    /// Whether it still arrives.
+    pub passes: bool,
+    /// Whether new connections can be made afterwards.
+    pub heals: bool,
+}
+
+/// A network between two hosts. It carries what is sent until a message comes at which it breaks, and tells the test.
+pub struct Wire {
+    port: u16,
+    broken: Receiver<()>,
+    go_on: Sender<()>,
+}
+
+struct Broken {
+    rule: Break,
+    /// Told when it breaks, and waited for before anything else happens.
+    tell: Sender<()>,
+    go_on: Mutex<Receiver<()>>,
+    streams: Mutex<Vec<TcpStream>>,
+    is_broken: Mutex<bool>,
+}
+
+impl Wire {
+    /// A network to the port `to` that breaks as `rule` says. What comes of the message at which it breaks waits for
+    /// [`Wire::broke`]'s end.
+    ///
+    /// # Panics
+    /// When no port can be had.
+    pub fn to(to: u16, rule: Break) -> Wire {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let port = listener.local_addr().expect("an address").port();
+        let ((tell, broken), (go_on, wait)) = (channel(), channel());
+        let state = Arc::new(Broken {
+            rule,
+            tell,
+            go_on: Mutex::new(wait),
+            streams: Mutex::default(),
+            is_broken: Mutex::default(),
+        });
+        std::thread::spawn(move || {
+            for from in listener.incoming().flatten() {
+                let is_broken = *state.is_broken.lock().expect("no panic");
+                let Ok(other) = TcpStream::connect(("127.0.0.1", to)) else { continue };
+                if is_broken && !rule.heals {
+                    continue;
+                }
+                let both = [(&from, &other), (&other, &from)];
+                for (from, to) in both.map(|(from, to)| (from.try_clone(), to.try_clone())) {
+                    let (Ok(from), Ok(to)) = (from, to) else { continue };
+                    let state = Arc::clone(&state);
+                    std::thread::spawn(move || carry(from, to, &state));
+                }
+                if !is_broken {
+                    state.streams.lock().expect("no panic").extend([from, other]);
+                }
+            }
+        });
+        Wire { port, broken, go_on }
+    }
+
+    /// Where it is reached.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// Waits until it breaks; does `meanwhile` before either side can see that.
+    ///
+    /// # Panics
+    /// When it does not break.
+    pub fn broke(&self, meanwhile: impl FnOnce()) {
+        self.broken.recv_timeout(LIMIT).expect("the message comes");
+        meanwhile();
+        let _ = self.go_on.send(());
+    }
+}
+
+/// Carries what comes until the rule says otherwise.
+fn carry(mut from: TcpStream, mut to: TcpStream, state: &Broken) {
+    let mut buffer = vec![0; 64 << 10];
+    // A message is short and sent as a whole, so it comes as a whole.
+    while let Ok(count @ 1..) = from.read(&mut buffer) {
+        let came = &buffer[..count];
+        let text = String::from_utf8_lossy(came);
+        let breaks = text.contains(state.rule.at) && !*state.is_broken.lock().expect("no panic");
+        if breaks {
+            *state.is_broken.lock().expect("no panic") = true;
+            if state.rule.passes {
+                let _ = to.write_all(came);
+            }
+            let _ = state.tell.send(());
+            let _ = state.go_on.lock().expect("no panic").recv_timeout(LIMIT);
+            for stream in state.streams.lock().expect("no panic").drain(..) {
+                let _ = stream.shutdown(Shutdown::Both);
+            }
+            return;
+        }
+        if to.write_all(came).is_err() {
+            break;
+        }
+    }
+    let _ = to.shutdown(Shutdown::Write);
+}

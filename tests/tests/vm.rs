@@ -1,0 +1,169 @@
+//! Virtual machines whose RAM is a file: real QEMUs, whose guest verifies every word of its memory for ever.
+
+use std::os::unix::process::ExitStatusExt as _;
+
+use serde_json::Value;
+use xpm_tests::vm::{Break, Site, Wire, can_start, error_of};
+use xpm_tests::wait_until;
+
+#[test]
+fn a_machine_moves_there_and_back_and_through_a_file() {
+    if !can_start() {
+        return;
+    }
+    let site = Site::new();
+    let mut first = site.run("a");
+    let mut passes = first.goes_on();
+    for (from, to) in [("a", "b"), ("b", "a")] {
+        let (second, port) = site.receive(to, &[]);
+        // Only the one runs.
+        assert_eq!((site.states(from), second.passes()), (vec!["running".to_owned()], 0));
+        let output = site.migrate(from, port).wait_with_output().unwrap();
+        assert!(output.status.success(), "{}", error_of(&output));
+        let moved: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let sent = moved["sent_bytes"].as_u64().unwrap();
+        assert!((1..1 << 20).contains(&sent), "{moved}");
+        assert!(first.wait().success(), "{}", first.said());
+        assert_eq!((site.states(from).len(), site.states(to)), (0, vec!["running".to_owned()]));
+        let stopped = first.passes();
+        let later = second.goes_on();
+        assert!(later > stopped && stopped >= passes, "{passes} {stopped} {later}");
+        (first, passes) = (second, later);
+    }
+
+    let state = site.dir().join("state");
+    let path = state.display().to_string();
+    let suspended = site.command("a", &["suspend", "vm1", "--to", &path]);
+    assert!(suspended.status.success(), "{}", error_of(&suspended));
+    assert!(first.wait().success() && site.states("a").is_empty());
+    assert!(state.metadata().unwrap().len() < 1 << 20);
+    let resumed = site.resume("b", &state);
+    assert!(resumed.goes_on() > first.passes());
+    // It fits the RAM no longer.
+    assert!(!state.exists() && state.with_extension("resumed").exists());
+    let again = site.command("b", &["suspend", "vm1", "--to", &site.dir().join("ram").display().to_string()]);
+    assert!(error_of(&again).contains("is there already"), "{}", error_of(&again));
+    resumed.goes_on();
+}
+
+/// What is left of a move that broke, from which the machine goes on here.
+fn goes_on_here(
+    site: &Site,
+    rule: Break,
+    act: impl FnOnce(&mut std::process::Child, &mut xpm_tests::vm::Guest),
+) {
+    let (mut second, port) = site.receive("b", &[]);
+    let wire = Wire::to(port, rule);
+    let mut migrate = site.migrate("a", wire.port());
+    wire.broke(|| act(&mut migrate, &mut second));
+    let output = migrate.wait_with_output().unwrap();
+    assert!(!output.status.success(), "{rule:?}");
+    wait_until("its destination has given up", || second.qemu().is_none() || site.states("b") == ["ended"]);
+    assert_eq!(second.passes(), 0, "it never ran there: {rule:?}");
+    if output.status.signal().is_some() {
+        // The command was killed, and the machine may be stopped.
+        let settled = site.command("a", &["settle", "vm1"]);
+        assert!(settled.status.success(), "{rule:?}: {}", error_of(&settled));
+    } else {
+        let error = error_of(&output);
+        assert!(error.contains("is here as before"), "{rule:?}: {error}");
+    }
+    assert_eq!(site.states("a"), ["running"], "{rule:?}");
+}
+
+#[test]
+fn whatever_fails_before_the_order_the_machine_goes_on_where_it_was() {
+    if !can_start() {
+        return;
+    }
+    let site = Site::new();
+    let first = site.run("a");
+
+    // Refused before anything happens; the destination goes on waiting.
+    let (mut second, port) =
+        site.receive("b", &["--memory", "32MiB", "--file", &site.dir().join("x").display().to_string()]);
+    let refused = site.migrate("a", port).wait_with_output().unwrap();
+    assert!(error_of(&refused).contains("--memory 64MiB, and here --memory 32MiB"), "{}", error_of(&refused));
+    assert_eq!(
+        (site.states("a"), site.states("b")),
+        (vec!["running".to_owned()], vec!["incoming".to_owned()])
+    );
+    second.kill_qemu();
+    assert!(!second.wait().success());
+    first.goes_on();
+
+    let cut = |at, passes| Break { at, passes, heals: true };
+    for rule in
+        [cut("\"ready\"", false), cut("\"state\"", true), cut("\"loaded\"", false), cut("\"run\"", false)]
+    {
+        goes_on_here(&site, rule, |_, _| {});
+        first.goes_on();
+    }
+    // Its destination dies: the command, or QEMU.
+    goes_on_here(&site, cut("\"loaded\"", true), |_, second| {
+        second.kill_qemu();
+        second.kill_command();
+    });
+    first.goes_on();
+    goes_on_here(&site, cut("\"loaded\"", true), |_, second| second.kill_qemu());
+    first.goes_on();
+    // The command that moves it dies.
+    for at in ["\"ready\"", "\"loaded\""] {
+        goes_on_here(&site, cut(at, false), |migrate, _| migrate.kill().unwrap());
+        first.goes_on();
+    }
+}
+
+#[test]
+fn after_the_order_the_machine_is_at_its_destination_or_stopped() {
+    if !can_start() {
+        return;
+    }
+    let site = Site::new();
+    let mut first = site.run("a");
+
+    // The answer is lost, and asked for.
+    let (second, port) = site.receive("b", &[]);
+    let wire = Wire::to(port, Break { at: "\"running\"", passes: false, heals: true });
+    let migrate = site.migrate("a", wire.port());
+    wire.broke(|| {});
+    let output = migrate.wait_with_output().unwrap();
+    assert!(output.status.success(), "{}", error_of(&output));
+    assert!(first.wait().success());
+    second.goes_on();
+
+    // The answer is lost, and nobody can be asked: the machine runs there alone, and is frozen here.
+    let (third, port) = site.receive("a", &[]);
+    let wire = Wire::to(port, Break { at: "\"running\"", passes: false, heals: false });
+    let migrate = site.migrate("b", wire.port());
+    wire.broke(|| {});
+    let output = migrate.wait_with_output().unwrap();
+    let error = error_of(&output);
+    assert!(!output.status.success() && error.contains("nobody answers whether it runs there"), "{error}");
+    assert_eq!(site.states("b"), ["gone"]);
+    third.goes_on();
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", second.qemu().unwrap())).unwrap();
+    assert!(stat.rsplit_once(") ").unwrap().1.starts_with('T'), "{stat}");
+    let unsure = site.command("b", &["settle", "vm1"]);
+    assert!(error_of(&unsure).contains("does not say whether"), "{}", error_of(&unsure));
+    assert_eq!(site.states("b"), ["gone"]);
+
+    let settled = site.command("b", &["settle", "vm1", "--gone"]);
+    assert!(settled.status.success(), "{}", error_of(&settled));
+    assert!(site.states("b").is_empty());
+    third.goes_on();
+
+    // The order is lost, and nobody can be asked: it never ran there, and the user says so.
+    let (mut fourth, port) = site.receive("b", &[]);
+    let wire = Wire::to(port, Break { at: "\"run\"", passes: false, heals: false });
+    let migrate = site.migrate("a", wire.port());
+    wire.broke(|| {});
+    let error = error_of(&migrate.wait_with_output().unwrap());
+    assert!(error.contains("nobody answers whether it runs there"), "{error}");
+    wait_until("its destination has given up", || site.states("b").is_empty());
+    fourth.kill_command();
+    let settled = site.command("a", &["settle", "vm1", "--here"]);
+    assert!(settled.status.success(), "{}", error_of(&settled));
+    third.goes_on();
+    assert_eq!(fourth.passes(), 0);
+}

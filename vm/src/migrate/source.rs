@@ -1,0 +1,359 @@
+//! The source of a migration: `xpm vm migrate`.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use tokio::net::UnixListener;
+use tokio::task::JoinHandle;
+use xpm_control::random;
+use xpm_control::token::Token;
+use xpm_protocol::Name;
+
+use crate::Error;
+use crate::memory::Cache;
+use crate::migrate::settle::{self, Outcome};
+use crate::migrate::tunnel;
+use crate::migrate::wire::{Answer, Conn, Offer, Order, Purpose, STEP_LIMIT};
+use crate::ownership::Ownership;
+use crate::place::{Destination, Machine, Place, Stage};
+use crate::process::Process;
+use crate::qmp::Qmp;
+use crate::verbs::Way;
+
+/// How long QEMU's monitor may take to be free.
+const MONITOR_LIMIT: Duration = Duration::from_secs(5);
+/// How long the destination may take to say that its QEMU has ended. It does not matter for safety.
+const GIVE_UP_LIMIT: Duration = Duration::from_secs(5);
+
+/// What a move is asked for with.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// Where `xpm vm receive` listens.
+    pub to: SocketAddr,
+    /// The pool's token.
+    pub token: Option<Token>,
+    /// Drops this host's cache before the state is sent, rather than meanwhile.
+    pub strict: bool,
+}
+
+/// What a move came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Moved {
+    /// From the stop here until the machine ran there.
+    pub down: Duration,
+    /// Of the whole command.
+    pub total: Duration,
+    /// Bytes of state that were sent.
+    pub sent: u64,
+    /// Rounds of writing back before the stop.
+    pub rounds: u32,
+}
+
+/// How far a move has got. What is done when the next step fails depends on it alone.
+///
+/// ```text
+///             stop          pre-switchover,          switch         completed,            order to run        it runs there
+///   Running ───────▶ Stopped ──────────────▶ Quiet ─────────▶ Owned ──────────▶ Sent ────────────────▶ Ordered ──────▶ (gone)
+///      ▲                │      nothing dirty   │                │    loaded there │                       │
+///      └────────────────┴──────────────────────┘                │                 │                       │ it never will
+///      └──────────── cont ──────────── the RAM is taken back ───┴─────────────────┴───────────────────────┤
+///                                                                                                        │ no answer
+///                                                                                                        ▼
+///                                                          stopped here, and `xpm vm settle` is the way out
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Step {
+    /// The machine runs here, or is paused as its user wants it.
+    Running,
+    /// It is stopped by us.
+    Stopped,
+    /// QEMU waits before the devices are sent, and nothing of the RAM is only in the cache here.
+    Quiet,
+    /// The destination owns the RAM.
+    Owned,
+    /// The destination has all of the state. QEMU is frozen here.
+    Sent,
+    /// The destination was told to run the machine, and may do so.
+    Ordered,
+}
+
+/// Moves a machine away from this host. It returns when the machine runs there and its QEMU here has ended.
+///
+/// # Errors
+/// When it could not be moved. The text says whether the machine runs on here, or what has to be done.
+pub async fn migrate<O: Ownership>(
+    place: &Place,
+    request: &Request,
+    mut ownership: O,
+) -> Result<Moved, Error> {
+    let begun = Instant::now();
+    let _lock = place.lock_to_change()?;
+    let machine = place.load_alive()?;
+    if machine.stage != Stage::Here {
+        return Err(Error::Machine(settle::advice(&machine)));
+    }
+    let process = machine.qemu.ok_or_else(|| Error::Machine("the record has no QEMU".to_owned()))?;
+    let name = machine.name.clone();
+    let begun_moving = Leaving::begin(place, machine, process, request).await;
+    let mut leaving = begun_moving.map_err(|error| as_before(&name, &error))?;
+    let (down, sent, rounds) = match leaving.advance(request, &mut ownership).await {
+        Ok(moved) => moved,
+        Err(error) => leaving.undo(error, request, &mut ownership).await?,
+    };
+    leaving.finish(&mut ownership).await?;
+    Ok(Moved { down, total: begun.elapsed(), sent, rounds })
+}
+
+/// How long a machine was down, the bytes of its state, and the rounds of writing back before.
+type Numbers = (Duration, u64, u32);
+
+/// A machine on its way.
+struct Leaving<'a> {
+    place: &'a Place,
+    machine: Machine,
+    process: Process,
+    qmp: Qmp,
+    cache: Cache,
+    session: String,
+    control: Conn,
+    step: Step,
+    /// A migration was started at QEMU.
+    is_sending: bool,
+    /// Whether its user had it paused.
+    paused: bool,
+    stopped: Instant,
+}
+
+impl<'a> Leaving<'a> {
+    /// Everything that can be refused before the machine is touched.
+    async fn begin(
+        place: &'a Place,
+        machine: Machine,
+        process: Process,
+        request: &Request,
+    ) -> Result<Leaving<'a>, Error> {
+        let mut qmp = Qmp::connect(&place.drive(), MONITOR_LIMIT).await?;
+        let obstacles = qmp.obstacles().await?;
+        if !obstacles.is_empty() {
+            return Err(Error::Machine(format!(
+                "QEMU cannot migrate machine `{}`: {}",
+                machine.name,
+                obstacles.join("; ")
+            )));
+        }
+        let paused = match qmp.status().await?.as_str() {
+            "running" => false,
+            "paused" => true,
+            other => {
+                return Err(Error::Machine(format!(
+                    "machine `{}` is `{other}`, and only one that runs or is paused can be moved",
+                    machine.name
+                )));
+            }
+        };
+        let cache = Cache::open(&machine.files)?;
+        let session = format!("{:032x}", random::u128().map_err(|error| Error::Machine(error.to_string()))?);
+        let offer = Offer {
+            session: session.clone(),
+            name: machine.name.clone(),
+            size: machine.size,
+            maximum: machine.maximum,
+            qemu: qmp.version(),
+        };
+        let mut control = Conn::open(request.to, request.token.as_ref(), Purpose::Move(offer)).await?;
+        match control.receive(STEP_LIMIT).await? {
+            Answer::Ready => {}
+            Answer::Refused { why } | Answer::Never { why } => {
+                return Err(Error::Peer(format!("{} does not take it: {why}", request.to)));
+            }
+            other => return Err(unexpected(&other)),
+        }
+        qmp.set_way(Way::Move, true).await?;
+        Ok(Leaving {
+            place,
+            machine,
+            process,
+            qmp,
+            cache,
+            session,
+            control,
+            step: Step::Running,
+            is_sending: false,
+            paused,
+            stopped: Instant::now(),
+        })
+    }
+
+    /// All steps up to the answer that the machine runs there: the time that it was down, the bytes sent, the rounds.
+    async fn advance(&mut self, request: &Request, ownership: &mut impl Ownership) -> Result<Numbers, Error> {
+        let destination = self.destination(request);
+        self.set_stage(Stage::Leaving(destination))?;
+        let rounds = self.cache.flush_ahead()?;
+        let listener = tunnel::listen(&self.place.state())?;
+
+        self.stopped = Instant::now();
+        // Before the command: an answer that is lost means that it may have stopped.
+        self.step = Step::Stopped;
+        if !self.paused {
+            self.qmp.stop().await?;
+        }
+        // While QEMU connects and compares what both sides can, the last changes are written.
+        self.is_sending = true;
+        self.qmp.migrate_to(&self.place.state()).await?;
+        let carried = self.open_tunnel(&listener, request).await?;
+        self.cache.flush()?;
+        self.qmp.migration_is("pre-switchover").await?;
+        self.step = Step::Quiet;
+        // What devices wrote as they were stopped.
+        self.cache.flush()?;
+        self.cache.prove_clean()?;
+
+        // Before it is done, as it may be done when it fails; to take the RAM back that was not given changes nothing.
+        self.step = Step::Owned;
+        ownership.switch().await?;
+        let (down, discarded) = if request.strict {
+            ownership.discard().await?;
+            (self.hand_over(request).await?, Ok(()))
+        } else {
+            let (down, discarded) = tokio::join!(self.hand_over(request), ownership.discard());
+            (down?, discarded)
+        };
+        if let Err(error) = discarded {
+            // The machine runs at its destination, which owns the RAM; the cache here is of no use to anybody.
+            eprintln!("xpm: warning: {error}");
+        }
+        let sent = match tokio::time::timeout(GIVE_UP_LIMIT, carried).await {
+            Ok(Ok(Ok((sent, _)))) => sent,
+            // The machine has moved; the count is for people.
+            _ => 0,
+        };
+        Ok((down, sent, rounds))
+    }
+
+    /// Sends the state and has the destination run the machine. How long the machine was down.
+    async fn hand_over(&mut self, request: &Request) -> Result<Duration, Error> {
+        self.qmp.migrate_continue().await?;
+        self.qmp.migration_is("completed").await?;
+        // It has sent everything, and must never run on RAM that may be another's.
+        self.process.signal(Signal::STOP);
+        match self.control.receive(STEP_LIMIT).await? {
+            Answer::Loaded => {}
+            Answer::Never { why } => return Err(Error::Peer(why)),
+            other => return Err(unexpected(&other)),
+        }
+        self.step = Step::Sent;
+
+        let destination = self.destination(request);
+        self.set_stage(Stage::Gone(destination))?;
+        // Before it is sent: what was given to the kernel may arrive.
+        self.step = Step::Ordered;
+        self.control.send(&Order::Run { paused: self.paused }).await?;
+        match self.control.receive(STEP_LIMIT).await? {
+            Answer::Running => {}
+            Answer::Never { why } => {
+                self.step = Step::Sent;
+                return Err(Error::Peer(why));
+            }
+            other => return Err(unexpected(&other)),
+        }
+        Ok(self.stopped.elapsed())
+    }
+
+    /// Joins QEMU's connection and one to the destination.
+    async fn open_tunnel(
+        &self,
+        listener: &UnixListener,
+        request: &Request,
+    ) -> Result<JoinHandle<std::io::Result<(u64, u64)>>, Error> {
+        let purpose = Purpose::State { session: self.session.clone() };
+        let (qemu, network) = tokio::try_join!(
+            tunnel::accept(listener),
+            Conn::open(request.to, request.token.as_ref(), purpose)
+        )?;
+        let (network, early) = network.into_stream();
+        Ok(tokio::spawn(async move { tunnel::carry(qemu, network, &early).await }))
+    }
+
+    /// The machine runs there: ends it here.
+    async fn finish(mut self, ownership: &mut impl Ownership) -> Result<(), Error> {
+        // The destination owns the RAM whatever comes of this.
+        let committed = ownership.commit().await;
+        settle::end_here(self.place, &mut self.machine, self.process, Some(&mut self.qmp)).await?;
+        committed.map_err(|error| {
+            Error::Machine(format!(
+                "the machine runs at its destination; the hand-over could not be closed: {error}"
+            ))
+        })
+    }
+
+    /// Goes back as far as is safe; not at all when the machine runs at its destination in spite of the error.
+    ///
+    /// # Errors
+    /// What to tell the user, where it does not run there for sure.
+    async fn undo(
+        &mut self,
+        error: Error,
+        request: &Request,
+        ownership: &mut impl Ownership,
+    ) -> Result<Numbers, Error> {
+        let name = self.machine.name.clone();
+        if self.step == Step::Ordered {
+            match settle::ask(request.to, request.token.as_ref(), &self.session).await {
+                Outcome::Running => return Ok((self.stopped.elapsed(), 0, 0)),
+                Outcome::Never => {}
+                Outcome::Unknown(why) => {
+                    return Err(Error::Machine(format!(
+                        "machine `{name}` was handed to {} and is stopped here; nobody answers whether it runs there ({error}; \
+                         {why}): look there, then run `xpm vm settle {name} --gone` if it runs or ran there, and `xpm vm settle \
+                         {name} --here` if it never did and its QEMU has ended",
+                        request.to
+                    )));
+                }
+            }
+        }
+        if self.control.send(&Order::GiveUp).await.is_ok() {
+            // Only so that its QEMU has ended when this command has; it cannot run the machine without an order.
+            let _ = self.control.receive::<Answer>(GIVE_UP_LIMIT).await;
+        }
+        Err(match self.go_on_here(ownership).await {
+            Ok(()) => as_before(&name, &error),
+            Err(second) => Error::Machine(format!(
+                "machine `{name}` was not moved ({error}), and it is stopped here, for it cannot go on: {second}; run \
+                 `xpm vm settle {name}` when that is mended"
+            )),
+        })
+    }
+
+    /// Lets the machine go on where it was.
+    async fn go_on_here(&mut self, ownership: &mut impl Ownership) -> Result<(), Error> {
+        self.process.signal(Signal::CONT);
+        if self.is_sending {
+            self.qmp.migrate_cancel().await?;
+        }
+        if self.step >= Step::Owned {
+            ownership.roll_back().await?;
+        }
+        if self.step >= Step::Stopped && !self.paused {
+            self.qmp.cont().await?;
+        }
+        self.set_stage(Stage::Here)
+    }
+
+    fn set_stage(&mut self, stage: Stage) -> Result<(), Error> {
+        self.machine.stage = stage;
+        self.place.save(&self.machine)
+    }
+
+    fn destination(&self, request: &Request) -> Destination {
+        Destination { to: request.to.to_string(), session: self.session.clone() }
+    }
+}
+
+fn as_before(name: &Name, error: &Error) -> Error {
+    Error::Machine(format!("machine `{name}` was not moved and is here as before: {error}"))
+}
+
+fn unexpected(answer: &Answer) -> Error {
+    Error::Peer(format!("the other host answered {answer:?} out of turn: are both commands of one version?"))
+}
