@@ -7,8 +7,8 @@ use xpm_control::server::{ApiError, Force, Json, Limits, NoContent, Office, Path
 use xpm_control::token::Token;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{
-    Attach, ClientFacts, Create, Drain, Heartbeat, MetadataState, Pause, Rebalance, Rename, Renew, Report,
-    Resize, SlabMap, Transfer,
+    Attach, ClientFacts, Create, Drain, HandOverAll, Heartbeat, MetadataState, Pause, Rebalance, Rename,
+    Renew, Report, Resize, SlabMap, Transfer,
 };
 use xpm_protocol::api::event::EventKind;
 use xpm_protocol::api::policy::Apply;
@@ -18,7 +18,7 @@ use xpm_protocol::text::one_line;
 use xpm_protocol::{ApplianceId, ClientId, GrantId, Life, Name, PoolId, RequestId};
 
 use crate::driver::Handle;
-use crate::service::{EventQuery, Outcome, Request};
+use crate::service::{EventQuery, Outcome, Request, Which};
 
 type Answered = Result<Json<Outcome>, ApiError>;
 type Done = Result<NoContent, ApiError>;
@@ -246,6 +246,7 @@ fn life_routes(handle: Handle) -> Router {
     let [resize, transfer, orders, report, drain, end_drain] = std::array::from_fn(|_| ask.clone());
     let [rebalance, rebalancing, pause, end_rebalance] = std::array::from_fn(|_| ask.clone());
     let [garbage, backup, slabs, rename, lose] = std::array::from_fn(|_| ask.clone());
+    let [stand_by, hand_over, handovers, commit, roll_back] = std::array::from_fn(|_| ask.clone());
     Router::new()
         .route("/v1/backup", get(async move || answer(backup(Request::Backup).await)))
         .route("/v1/garbage", get(async move || answer(garbage(Request::Garbage).await)))
@@ -289,6 +290,33 @@ fn life_routes(handle: Handle) -> Router {
                     answer(report(life.asks(Request::Report { name, client, report: said })).await)
                 },
             ),
+        )
+        .route(
+            "/v1/allocations/{name}/standby",
+            put(
+                async move |Path(name): Path<Name>,
+                            Query(life): Query<OfLife>,
+                            Json(attach): Json<Attach>| {
+                    answer(stand_by(life.asks(Request::StandBy { name, attach })).await)
+                },
+            ),
+        )
+        .route(
+            "/v1/handovers",
+            post(async move |Json(order): Json<HandOverAll>| {
+                answer(hand_over(Request::HandOverAll(order)).await)
+            })
+            .get(async move || answer(handovers(Request::Handovers).await)),
+        )
+        .route(
+            "/v1/handovers/{id}/commit",
+            post(async move |Path(which): Path<Which>| answer(commit(Request::CommitHandover(which)).await)),
+        )
+        .route(
+            "/v1/handovers/{id}/rollback",
+            post(async move |Path(which): Path<Which>| {
+                answer(roll_back(Request::RollBackHandover(which)).await)
+            }),
         )
         .route(
             "/v1/allocations/{name}/slabs/{client}",

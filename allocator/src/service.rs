@@ -29,6 +29,7 @@ mod events;
 mod forbear;
 mod frozen;
 mod garbage;
+mod handover;
 mod health;
 mod heartbeat;
 mod lease;
@@ -45,6 +46,7 @@ mod rename;
 #[cfg(test)]
 mod simulation;
 mod slabs;
+mod standby;
 mod twins;
 mod view;
 mod waiting;
@@ -58,7 +60,7 @@ use xpm_control::server::ApiError;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{self as api, Behind, Client, MetadataState};
 use xpm_protocol::api::event::EventKind;
-use xpm_protocol::{AllocationId, ApplianceId, ClientId, GrantKey, Life, Name, RequestId};
+use xpm_protocol::{AllocationId, ApplianceId, ClientId, GrantKey, HandoverId, Life, Name, RequestId};
 
 use crate::inventory::Inventory;
 use crate::policy::Policy;
@@ -66,6 +68,7 @@ use crate::store::{AllocationRecord, Batch, Change};
 use crate::usage::Usage;
 use lives::Claim;
 
+pub use handover::Which;
 pub use message::{
     Answer, Call, CallError, Effect, Event, EventQuery, Moment, Outcome, Raising, ReplyTo, Request, Target,
     Ticket,
@@ -156,6 +159,8 @@ pub struct Service {
     pruned: u64,
     /// What an account without memory has on appliances.
     nothing: HashMap<ApplianceId, u64>,
+    /// Hand-overs that something is done for.
+    handovers: BTreeMap<HandoverId, handover::Handing>,
     /// Requests that wait for what appliances say of who is connected.
     askings: HashMap<u64, lives::Asking>,
     awaited: HashMap<Ticket, Awaited>,
@@ -212,6 +217,8 @@ enum Work {
     Purging(purge::Purge),
     Changing(change::Making),
     Copying(change::Copying),
+    /// It is handed over, or back, together with others.
+    Handing,
 }
 
 /// What goes on when a store or a call has ended.
@@ -225,6 +232,9 @@ enum Awaited {
     Reserved(AllocationId, usize),
     Committed(AllocationId, usize),
     Raised(AllocationId, usize),
+    /// The records of a hand-over are durable and take effect.
+    Handover(HandoverId, handover::Step, Vec<AllocationRecord>),
+    HandoverRaised(HandoverId, AllocationId, usize),
     Purged(AllocationId, usize),
     ChangeReserved(AllocationId, usize),
     ChangeCommitted(AllocationId, usize),
@@ -260,6 +270,9 @@ enum AfterStore {
     Raise(owner::Raise),
     Owned(ReplyTo),
     HandedOver(ReplyTo),
+    StandsBy(ReplyTo),
+    StandbyGone(ReplyTo),
+    Noted(ReplyTo),
     /// The owner stays; why.
     NotRaised(ReplyTo, String),
     Disowned(ReplyTo),
@@ -314,6 +327,7 @@ impl Service {
             found: garbage::Found::default(),
             pruned: 0,
             nothing: HashMap::new(),
+            handovers: BTreeMap::new(),
             askings: HashMap::new(),
             awaited: HashMap::new(),
             effects: Vec::new(),
@@ -362,6 +376,7 @@ impl Service {
         // Before the steps of ends, which make allocations busy: a hand-over that is late would wait for the next tick,
         // and find them busy again.
         self.run_hand_overs();
+        self.run_handovers();
         self.run_timers();
         self.settle_shifts();
         self.note_alive();
@@ -399,6 +414,10 @@ impl Service {
             Request::Create(create) => return self.create(reply, create, None),
             Request::CreateAs(request, create) => return self.create(reply, create, Some(request)),
             Request::Decide { create, all } => return self.dry_run(reply, create, all),
+            Request::HandOverAll(order) => return self.hand_over_all(reply, order),
+            Request::CommitHandover(which) => return self.commit_handover(reply, which),
+            Request::RollBackHandover(which) => return self.roll_back_handover(reply, which),
+            Request::Handovers => Ok(Outcome::Handovers(self.list_handovers())),
             Request::Usage => Ok(Outcome::Usage(self.list_usage())),
             Request::HearClient { name, facts } => return self.hear_client(reply, name, facts),
             Request::Clients => Ok(Outcome::Clients(self.list_clients())),
@@ -427,6 +446,7 @@ impl Service {
             Request::Delete { ref name, .. }
             | Request::Attach { ref name, .. }
             | Request::Detach { ref name, .. }
+            | Request::StandBy { ref name, .. }
             | Request::Renew { ref name, .. }
             | Request::Resize { ref name, .. }
             | Request::Transfer { ref name, .. }
@@ -482,6 +502,9 @@ impl Service {
             Claim::HasNothing => return self.reply(reply, Ok(Outcome::Done)),
             Claim::Ask(life) => return self.ask_living(reply, id, life, request),
         };
+        if let Some(error) = self.standby_forbids(id, &request, fences) {
+            return self.reply(reply, Err(error));
+        }
         if self.is_in_the_way(id, &request, fences) {
             self.entry(id).queue.push_back((reply, again(request)));
             return self.settle_change(id);
@@ -493,7 +516,8 @@ impl Service {
             Request::Slabs { client, slabs, .. } => self.set_slabs(reply, id, client, slabs),
             Request::Delete { force, .. } => self.delete(reply, id, force),
             Request::Attach { attach, .. } => self.attach(reply, id, attach, (life, fences)),
-            Request::Detach { client, .. } => self.detach(reply, id, client),
+            Request::Detach { client, .. } => self.detach(reply, id, client, life),
+            Request::StandBy { attach, .. } => self.stand_by(reply, id, attach, life),
             Request::Renew { renew, .. } => self.renew(reply, id, renew),
             Request::Rename { to, .. } => self.rename(reply, id, to),
             _ => unreachable!("only requests that change an allocation come here"),
@@ -521,6 +545,7 @@ impl Service {
             Some(Awaited::RecordGone(id)) => self.record_gone(id),
             Some(Awaited::Answer(reply, outcome)) => self.reply(reply, Ok(outcome)),
             Some(Awaited::GivenUp(id, reply)) => self.appliance_given_up(id, reply),
+            Some(Awaited::Handover(id, step, records)) => self.handover_stored(id, step, records),
             Some(Awaited::Nothing) => {}
             _ => unreachable!("a store is answered once, as a store"),
         }
@@ -541,6 +566,9 @@ impl Service {
             AfterStore::Raise(raise) => self.raise(id, raise),
             AfterStore::Owned(reply) => self.owned(reply, id),
             AfterStore::HandedOver(reply) => self.handed_over_to(reply, id),
+            AfterStore::StandsBy(reply) => self.stands_by(reply, id),
+            AfterStore::StandbyGone(reply) => self.standby_gone(reply, id),
+            AfterStore::Noted(reply) => self.standby_noted(reply, id),
             AfterStore::NotRaised(reply, line) => {
                 self.refuse(reply, ErrorKind::NoSpace, line);
                 self.finish_work(id);
@@ -568,6 +596,9 @@ impl Service {
             Some(Awaited::Reserved(id, grant)) => self.reserved(id, grant, result),
             Some(Awaited::Committed(id, grant)) => self.committed(id, grant, result),
             Some(Awaited::Raised(id, grant)) => self.raised(id, grant, result),
+            Some(Awaited::HandoverRaised(id, member, grant)) => {
+                self.handover_raised(id, (member, grant), result);
+            }
             Some(Awaited::Purged(id, grant)) => self.purged(id, grant, result),
             Some(Awaited::ChangeReserved(id, grant)) => self.change_reserved(id, grant, result),
             Some(Awaited::ChangeCommitted(id, grant)) => self.change_committed(id, grant, result),

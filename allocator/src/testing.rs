@@ -41,6 +41,8 @@ pub(crate) fn allocation(number: u128, name: &str) -> AllocationRecord {
         change: None,
         slabs: Default::default(),
         given_up: Default::default(),
+        standby: None,
+        handover: None,
         block_size: Some(BlockSize::B4096),
     }
 }

@@ -114,6 +114,11 @@ hex_id!(
     "a request id (32 hexadecimal digits)"
 );
 hex_id!(
+    /// One hand-over of allocations from a client to another one that stands by.
+    HandoverId,
+    "a hand-over id (32 hexadecimal digits)"
+);
+hex_id!(
     /// One machine: a hash of its `/etc/machine-id`, which itself is not to be shown to others (machine-id(5)).
     MachineId,
     "a machine id (32 hexadecimal digits)"

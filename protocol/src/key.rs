@@ -16,6 +16,9 @@ pub struct GrantKey([u8; 32]);
 pub struct ParseKeyError;
 
 impl GrantKey {
+    /// In place of a key, where one is not to be known. No grant has it.
+    pub const NONE: GrantKey = GrantKey([0; 32]);
+
     /// The key with these bytes, which must come from a cryptographic random source.
     pub const fn from_bytes(bytes: [u8; 32]) -> GrantKey {
         GrantKey(bytes)

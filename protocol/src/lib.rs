@@ -22,8 +22,8 @@ pub mod units;
 
 pub use blocks::{BlockSize, BlockWish};
 pub use id::{
-    AllocationId, ApplianceId, ClientId, Epoch, GrantId, HostId, InstallationId, MachineId, Name, PoolId,
-    RegionId, RequestId, SeatId,
+    AllocationId, ApplianceId, ClientId, Epoch, GrantId, HandoverId, HostId, InstallationId, MachineId, Name,
+    PoolId, RegionId, RequestId, SeatId,
 };
 pub use key::GrantKey;
 pub use layout::Layout;

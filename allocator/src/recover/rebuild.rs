@@ -3,12 +3,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::Context as _;
-use xpm_protocol::api::allocator::{self, Map, Owner};
+use xpm_protocol::api::allocator::{self, HandoverState, Map, Owner};
 use xpm_protocol::api::appliance::Grant;
 use xpm_protocol::{ByteSize, ClientId, Epoch, GrantId, GrantKey, Name, RegionId};
 
 use super::{ClientMap, Told};
-use crate::store::record::{AllocationRecord, ChangeRecord, GrantRecord, NextEpoch, Phase, Stage, Terms};
+use crate::store::record::{
+    AllocationRecord, ChangeRecord, GrantRecord, HandoverRecord, NextEpoch, Phase, Stage, Terms,
+};
 
 /// Fills with random bytes fit for keys.
 pub(crate) type Dice<'a> = &'a mut dyn FnMut(&mut [u8]) -> std::io::Result<()>;
@@ -94,6 +96,11 @@ impl Site {
         self.report(&record, map);
         self.find_owner(&mut record, map);
         self.find_keys(&mut record, map, dice)?;
+        // One that was open is committed or rolled back by who began it. Where keys have to be made anew, an attach ends it.
+        let owner = record.owner.as_ref().map(|owner| owner.client);
+        let is_open = |one: &HandoverRecord| one.state == HandoverState::Open && owner == Some(one.to.client);
+        record.handover = record.handover.take().filter(|one| record.next.is_none() && is_open(one));
+        record.standby = record.standby.take().filter(|standby| owner != Some(standby.client.client));
         let how = if record.next.is_some() { "; its keys are made anew when it is attached" } else { "" };
         self.lines.push(format!("`{}` of {} is recovered{how}", record.name, ByteSize(record.size)));
         Ok(Some(record))
@@ -129,6 +136,8 @@ impl Site {
             slabs: map.slabs.clone(),
             given_up: Default::default(),
             block_size: map.block_size,
+            standby: None,
+            handover: None,
         })
     }
 

@@ -3,6 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use xpm_protocol::ApplianceId;
+use xpm_protocol::api::allocator::HandoverState;
 use xpm_protocol::policy::Kind;
 
 use super::{Entry, Service, Work};
@@ -15,6 +16,7 @@ impl Service {
         self.check_names()?;
         self.check_works()?;
         self.check_regions()?;
+        self.check_handovers()?;
         self.check_usage()
     }
 
@@ -77,6 +79,35 @@ impl Service {
             }
             if matches!(work, Work::Idle) && !queue.is_empty() {
                 return Err(format!("requests wait for {id}, which is idle"));
+            }
+        }
+        Ok(())
+    }
+
+    /// All members of a hand-over are equally far, and who owns them is who the state of it says.
+    fn check_handovers(&self) -> Result<(), String> {
+        let mut states = HashMap::new();
+        for Entry { record, .. } in
+            self.allocations.values().filter(|entry| entry.record.phase == Phase::Ready)
+        {
+            let owner = record.owner.as_ref().map(|owner| owner.client);
+            if record.standby.as_ref().is_some_and(|standby| Some(standby.client.client) == owner) {
+                return Err(format!("{} has an owner that stands by for it", record.id));
+            }
+            let Some(handover) = &record.handover else { continue };
+            if *states.entry(handover.id).or_insert(handover.state) != handover.state {
+                return Err(format!("{} is further in hand-over {} than others", record.id, handover.id));
+            }
+            let fits = match handover.state {
+                HandoverState::Open => record.next.is_none() && owner == Some(handover.to.client),
+                HandoverState::Raising | HandoverState::Returning => record.next.is_some() && owner.is_some(),
+                HandoverState::Committed | HandoverState::Returned => false,
+            };
+            if !fits {
+                return Err(format!(
+                    "{} is {:?} in a hand-over, with owner {owner:?}",
+                    record.id, handover.state
+                ));
             }
         }
         Ok(())

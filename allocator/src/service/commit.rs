@@ -110,6 +110,8 @@ impl Service {
             change: None,
             slabs: Default::default(),
             given_up: Default::default(),
+            standby: None,
+            handover: None,
             block_size: Some(wish.create.block_size.unwrap_or_default()),
         })
     }

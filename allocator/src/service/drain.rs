@@ -136,6 +136,8 @@ impl Service {
             && record.change.is_none()
             && record.next.is_none()
             && entry.hand_over.is_none()
+            && record.standby.is_none()
+            && record.handover.is_none()
             && rested
             && record.given_up.is_empty()
             && record.grants.iter().any(|grant| grant.appliance == appliance)

@@ -110,6 +110,7 @@ impl About {
             | Request::Appliances
             | Request::Allocations
             | Request::Usage
+            | Request::Handovers
             | Request::HearClient { .. }
             | Request::Clients
             | Request::Events { .. }

@@ -24,6 +24,7 @@ impl Service {
                     "restore a newer backup if it is needed; else it is freed by itself (`xpm fsck`)",
                 )
         }));
+        problems.extend(self.handover_problems());
         problems.extend(self.early_problem());
         problems.extend(self.twin_problems());
         problems.sort_by_key(|problem| std::cmp::Reverse(problem.severity));

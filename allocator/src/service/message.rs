@@ -84,6 +84,15 @@ pub enum Request {
         name: Name,
         client: ClientId,
     },
+    /// A client stands by to take it over.
+    StandBy {
+        name: Name,
+        attach: Attach,
+    },
+    HandOverAll(api::HandOverAll),
+    CommitHandover(super::Which),
+    RollBackHandover(super::Which),
+    Handovers,
     Renew {
         name: Name,
         renew: Renew,
@@ -187,6 +196,8 @@ pub enum Outcome {
     Allocation(Box<api::Allocation>),
     Allocations(Vec<api::Allocation>),
     Map(Box<api::Map>),
+    Handover(Box<api::Handover>),
+    Handovers(Vec<api::Handover>),
     Slabs(api::SlabMap),
     Decision(Box<Decision>),
     Usage(Vec<api::Usage>),

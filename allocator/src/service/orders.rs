@@ -41,6 +41,10 @@ impl Service {
     /// Answers what the owner is to do.
     pub(super) fn ask_orders(&mut self, reply: ReplyTo, name: &Name, client: ClientId, life: Option<Life>) {
         let Some(&id) = self.names.get(name) else { return self.reply(reply, Err(view::unknown(name))) };
+        if self.part_of(id, client).is_some() {
+            self.hear_owner(client);
+            return self.answer_part(reply, id, client);
+        }
         let is_owner = self.check_owner(id, client).and_then(|()| self.check_life(id, client, life));
         if let Err(error) = is_owner {
             return self.reply(reply, Err(error));
@@ -134,7 +138,23 @@ impl Service {
             endpoints: endpoints.collect(),
             metadata: self.state,
             given_up,
+            part: None,
+            contested: record.standby.is_some() || record.handover.is_some(),
         })
+    }
+
+    /// Answers one that does not own the allocation now, and may come to own it. Any life of its client is told so: all that
+    /// it says is to wait.
+    fn answer_part(&mut self, reply: ReplyTo, id: AllocationId, client: ClientId) {
+        let part = self.part_of(id, client);
+        let orders = self.orders(id).map(|orders| Orders {
+            part,
+            change: None,
+            hand_over: None,
+            lost: None,
+            ..orders
+        });
+        self.reply(reply, orders.map(|orders| Outcome::Orders(Box::new(orders))));
     }
 
     fn map_change(&self, record: &AllocationRecord) -> Result<MapChange, ApiError> {
@@ -166,6 +186,7 @@ impl Service {
         }
         match report {
             Report::HandedOver => self.handed_over(reply, id),
+            Report::Holds => self.note_standby(reply, id),
             Report::Kept { why } => self.kept(reply, id, &why),
             // Heard before it came here.
             Report::Used(_) => self.answer_orders(reply, id),
@@ -215,6 +236,8 @@ impl Service {
             endpoints: BTreeMap::new(),
             given_up,
             metadata: self.state,
+            part: None,
+            contested: record.standby.is_some() || record.handover.is_some(),
         };
         self.reply(reply, Ok(Outcome::Orders(Box::new(orders))));
     }
@@ -256,7 +279,7 @@ impl Service {
         self.tell(EventKind::HandOver, &name, format!("`{name}` is to go to {}", transfer.to));
     }
 
-    fn new_owner(&self, text: &str) -> Result<Owner, ApiError> {
+    pub(super) fn new_owner(&self, text: &str) -> Result<Owner, ApiError> {
         let named = text
             .parse::<Name>()
             .ok()
@@ -291,8 +314,11 @@ impl Service {
     fn kept(&mut self, reply: ReplyTo, id: AllocationId, why: &str) {
         let name = self.entry(id).record.name.clone();
         let why = shown(why);
-        if let Some(HandingOver { reply, .. }) = self.entry(id).hand_over.take() {
-            self.refuse(reply, ErrorKind::InUse, format!("`{name}` stays where it is: {why}"));
+        match self.entry(id).hand_over.take() {
+            Some(HandingOver { reply, .. }) => {
+                self.refuse(reply, ErrorKind::InUse, format!("`{name}` stays where it is: {why}"));
+            }
+            None => self.entry(id).side.cannot_hold = Some(why),
         }
         self.answer_orders(reply, id);
     }

@@ -111,6 +111,7 @@ impl Service {
     ) {
         let mut record = self.entry(id).record.clone();
         record.block_size = block_size;
+        forget_standby(&mut record, &owner);
         record.owner = Some(owner);
         record.revealed = true;
         self.entry(id).work = Work::Storing;
@@ -243,10 +244,13 @@ impl Service {
     }
 
     /// Ends an ownership. Who is not the owner, or not any more, has what they want already.
-    pub(super) fn detach(&mut self, reply: ReplyTo, id: AllocationId, client: ClientId) {
+    pub(super) fn detach(&mut self, reply: ReplyTo, id: AllocationId, client: ClientId, life: Option<Life>) {
         let mut record = self.entry(id).record.clone();
         if record.owner.as_ref().is_none_or(|owner| owner.client != client) {
-            return self.reply(reply, Ok(Outcome::Done));
+            if !self.withdraw(reply, id, client, life) {
+                self.reply(reply, Ok(Outcome::Done));
+            }
+            return;
         }
         if self.entry(id).hand_over.is_some() {
             // To let go is what it was asked for.
@@ -256,6 +260,7 @@ impl Service {
         // The size of the form that it was shown as, where there was no choice.
         record.block_size = record.block_size();
         record.owner = None;
+        record.standby.iter_mut().for_each(|standby| standby.noted = false);
         record.idle_since = self.now.unix;
         self.entry(id).work = Work::Storing;
         self.store_record(record, AfterStore::Disowned(reply));
@@ -302,11 +307,26 @@ impl Service {
     }
 }
 
-fn check(record: &AllocationRecord, attach: &Attach) -> Result<(), ApiError> {
+/// An owner does not stand by, and another owner than before has not heard of who does.
+fn forget_standby(record: &mut AllocationRecord, owner: &Owner) {
+    let stays = record.owner.as_ref().is_some_and(|before| before.client == owner.client);
+    record.standby = record.standby.take().filter(|standby| standby.client.client != owner.client);
+    if let Some(standby) = &mut record.standby {
+        standby.noted &= stays;
+    }
+}
+
+/// Refuses texts that are too long.
+pub(super) fn check_texts(attach: &Attach) -> Result<(), ApiError> {
     if attach.host_name.len() > TEXT_LEN_MAX || attach.purpose.len() > TEXT_LEN_MAX {
         let line = format!("a host name and a purpose are at most {TEXT_LEN_MAX} bytes long");
         return Err(ApiError(ErrorKind::Invalid, line));
     }
+    Ok(())
+}
+
+fn check(record: &AllocationRecord, attach: &Attach) -> Result<(), ApiError> {
+    check_texts(attach)?;
     match &record.owner {
         Some(owner) if owner.client != attach.client && !attach.force => {
             let line = format!(
@@ -326,7 +346,7 @@ fn check(record: &AllocationRecord, attach: &Attach) -> Result<(), ApiError> {
 ///
 /// A client that says nothing of block sizes shows the size of its form. That is right for what was made before there was a
 /// choice, and for what nobody ever wrote to; else it would show what is there by the wrong size.
-fn block_size(record: &AllocationRecord, attach: &Attach) -> Result<Option<BlockSize>, ApiError> {
+pub(super) fn block_size(record: &AllocationRecord, attach: &Attach) -> Result<Option<BlockSize>, ApiError> {
     let Ok(form) = attach.purpose.parse::<Form>() else { return Ok(record.block_size()) };
     let (name, of_form) = (&record.name, form.block_size_of_before());
     let unused = !record.revealed && record.epoch == Epoch::FIRST;
@@ -361,7 +381,7 @@ fn block_size(record: &AllocationRecord, attach: &Attach) -> Result<Option<Block
     Err(ApiError(kind, line))
 }
 
-fn raise_calls(
+pub(super) fn raise_calls(
     record: &AllocationRecord,
     descriptor: Option<&String>,
     lose: bool,
@@ -392,6 +412,7 @@ fn raised_record(mut record: AllocationRecord, raise: &Raise) -> AllocationRecor
             grant.key = key;
         }
     }
+    forget_standby(&mut record, &raise.owner);
     record.owner = Some(raise.owner.clone());
     record.revealed = !raise.handed_over;
     record

@@ -3,6 +3,8 @@
 //! - `Creating`: nobody was told that it is there, so it is undone.
 //! - `Deleting`, `Undoing`: going on where it was, at each appliance once it is heard.
 //! - `Ready` with a next epoch: it stays; the next attach finishes the change of owner.
+//! - `Ready` with a hand-over that is `Raising` or `Returning`: the old owner gets the allocation back, once its appliances are
+//!   heard (`handover.rs`).
 //! - `Ready` with a change that is `Preparing`: the change is given up. With one that is `Open` or `Switched`:
 //!   the owner goes on with it, or, where there is none, it is carried out or ended.
 //!
@@ -52,6 +54,9 @@ impl Service {
             record.phase = Phase::Undoing;
         }
         let ready = record.phase == Phase::Ready;
+        if ready {
+            self.restore_handover(&mut record, self.now.at + self.patience());
+        }
         let (stage, owned) = (record.change.as_ref().map(|change| change.stage), record.owner.is_some());
         self.insert(record, Work::Idle);
         self.entry(id).steps_from = steps_from;

@@ -10,6 +10,7 @@ mod appliance;
 mod behind;
 mod cases;
 mod ends;
+mod handovers;
 mod life;
 mod lives;
 mod policies;

@@ -108,6 +108,8 @@ impl Service {
             epoch: record.epoch,
             state,
             owner: record.owner.clone(),
+            standby: record.standby.as_deref().cloned(),
+            handover: self.view_handover(record),
             regions: self.places(record),
             created: record.created,
             taken: ByteSize(record.taken()),

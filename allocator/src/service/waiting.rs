@@ -356,6 +356,8 @@ impl Service {
             epoch: Epoch::FIRST,
             state,
             owner: None,
+            standby: None,
+            handover: None,
             regions: Vec::new(),
             created: waiter.since,
             taken: ByteSize(0),

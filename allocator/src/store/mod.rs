@@ -34,7 +34,7 @@ pub use writer::{Tell, Writer};
 ///   appliances a drain. A store of schema 2 is read as one without any of these.
 /// - 4: allocations have slabs with names. A store of schema 3 is read as one without any.
 /// - 5: values in the file end with a checksum. Those of an older one get theirs at the first start. Allocations have a block
-///   size, and appliances that are given up; appliances may be given up.
+///   size, and appliances that are given up; appliances may be given up. Allocations have a client that stands by, and a hand-over.
 pub const SCHEMA: u64 = 5;
 
 /// From this schema on values in the file have a checksum.

@@ -3,12 +3,15 @@
 use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
-use xpm_protocol::api::allocator::{ChangeKind, EndReason, Owner, RegionSlot, SlabMap};
+use xpm_protocol::api::allocator::{
+    ChangeKind, EndReason, HandoverState, Owner, RegionSlot, SlabMap, Standby,
+};
 use xpm_protocol::api::appliance;
 use xpm_protocol::api::blk::Form;
 use xpm_protocol::policy::Labels;
 use xpm_protocol::{
-    AllocationId, ApplianceId, BlockSize, Epoch, GrantId, GrantKey, Layout, LinkSpeed, Name, RegionId,
+    AllocationId, ApplianceId, BlockSize, Epoch, GrantId, GrantKey, HandoverId, Layout, LinkSpeed, Name,
+    RegionId,
 };
 
 /// An allocation. `Debug` shows no keys.
@@ -68,6 +71,29 @@ pub struct AllocationRecord {
     /// Logical block size of its devices; none of one that was made before there was a choice.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub block_size: Option<BlockSize>,
+    /// The client that stands by to take it over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub standby: Option<Box<Standby>>,
+    /// The hand-over that it is part of, which is not over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub handover: Option<Box<HandoverRecord>>,
+}
+
+/// A hand-over of this allocation, and of all others with the same id, to the client that stood by. The records of all of
+/// them change together, in one batch.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HandoverRecord {
+    /// Its id.
+    pub id: HandoverId,
+    /// How far it is; none of the states of what is over.
+    pub state: HandoverState,
+    /// The owner before it.
+    pub from: Owner,
+    /// The owner after it.
+    pub to: Owner,
+    /// Since when, seconds since 1970.
+    pub since: u64,
 }
 
 /// A change of where an allocation lies, which is not over. It has two sides: what the record says otherwise
@@ -314,6 +340,8 @@ impl AllocationRecord {
         self.owner = None;
         self.grants = self.known_grants().cloned().collect();
         self.change = None;
+        self.standby = None;
+        self.handover = None;
     }
 
     /// A grant of it on the appliance.

@@ -185,7 +185,18 @@ mod tests {
     fn orders(epoch: Option<u64>, version: u64, lost: Option<Vec<GrantId>>) -> Orders {
         let endpoints = BTreeMap::new();
         let (epoch, given_up) = (epoch.map(Epoch), Vec::new());
-        Orders { version, change: None, hand_over: None, epoch, lost, endpoints, given_up, metadata: None }
+        Orders {
+            version,
+            change: None,
+            hand_over: None,
+            epoch,
+            lost,
+            endpoints,
+            given_up,
+            metadata: None,
+            part: None,
+            contested: false,
+        }
     }
 
     #[test]

@@ -74,6 +74,20 @@ kinds! {
     HandOver = "hand-over";
     /// An allocation has gone to another client.
     HandedOver = "handed-over";
+    /// A client stands by to take an allocation over.
+    Standby = "standby";
+    /// A client does not stand by any more.
+    StandbyGone = "standby-gone";
+    /// An allocation in use has another owner, and the one before it waits whether it stays so.
+    HandoverOpen = "handover-open";
+    /// A hand-over was not possible: all is as before, or will be.
+    HandoverFailed = "handover-failed";
+    /// A hand-over is for good.
+    HandoverCommitted = "handover-committed";
+    /// A hand-over is rolled back: the old owner gets the allocation again.
+    HandoverReturning = "handover-returning";
+    /// The old owner has the allocation again.
+    HandoverReturned = "handover-returned";
     /// An owner did not let go in time and was cut off.
     CutOff = "cut-off";
     /// A new owner got zeros in place of memory that could not be moved away from the old one.

@@ -155,6 +155,8 @@ checks! {
     AllocationDeleting = "ALLOCATION_DELETING", Info;
     /// The last change of an allocation was not carried out.
     ChangeRefused = "CHANGE_REFUSED", Warning;
+    /// A hand-over has been neither committed nor rolled back for a while, or cannot be rolled back.
+    HandoverOpen = "HANDOVER_OPEN", Warning;
     /// A request waits for its turn.
     RequestWaiting = "REQUEST_WAITING", Info;
     /// A request was refused after it had waited.

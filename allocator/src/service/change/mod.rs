@@ -54,6 +54,8 @@ pub(super) struct Side {
     pub(super) unplaced: u32,
     /// What a client shows it as.
     pub(super) used: Option<(ClientId, DeviceUse)>,
+    /// Why its owner cannot hold its I/O while the allocation is handed over.
+    pub(super) cannot_hold: Option<String>,
 }
 
 impl Service {
@@ -192,7 +194,13 @@ impl Service {
             format!(
                 "`{name}` is being changed already; `xpm alloc show {name}` says how far that is, wait for its end"
             )
-        } else if entry.hand_over.is_some() || entry.record.next.is_some() {
+        } else if let Some(standby) = &entry.record.standby {
+            format!(
+                "{} stands by for `{name}`: it stays as it is until that is over",
+                standby.client.host_name
+            )
+        } else if entry.hand_over.is_some() || entry.record.next.is_some() || entry.record.handover.is_some()
+        {
             format!("`{name}` is going to another client; try again when it has arrived")
         } else {
             return Ok(());

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::{DeviceUse, Endpoints, Map, MetadataState};
+use super::{DeviceUse, Endpoints, Map, MetadataState, Part};
 use crate::units::{ByteSize, Span};
 use crate::{ApplianceId, ClientId, Epoch, GrantId, Name};
 
@@ -148,6 +148,13 @@ pub struct Orders {
     /// comes back.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub given_up: Vec<LostLender>,
+    /// What the one who asks has of it; none: it is the owner.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub part: Option<Part>,
+    /// Another client stands by, or may have to give it back: no refusal of an appliance proves that an ownership has
+    /// ended, only the allocator's word does.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub contested: bool,
 }
 
 /// An appliance that does not come back.
@@ -235,6 +242,9 @@ pub enum Report {
     Used(DeviceUse),
     /// Everything is written back, and nothing uses the allocation any more.
     HandedOver,
+    /// The owner has written down that the allocation is contested ([`Orders::contested`]): from now on it holds its I/O
+    /// until the allocator says whose it is.
+    Holds,
     /// The allocation is in use and cannot be handed over.
     Kept {
         /// Why, in one line, with what to do.

@@ -12,11 +12,16 @@
 //! | `GET /v1/allocations/{name}` | | [`Allocation`] |
 //! | `DELETE /v1/allocations/{name}?force=true` | | nothing; refused while attached, unless forced |
 //! | `PUT /v1/allocations/{name}/owner` | [`Attach`] | [`Map`] |
-//! | `DELETE /v1/allocations/{name}/owner/{client}` | | nothing |
+//! | `DELETE /v1/allocations/{name}/owner/{client}` | | nothing; a client that stands by does so no more |
+//! | `PUT /v1/allocations/{name}/standby` | [`Attach`] | [`Map`] without keys: the client stands by to take it over |
 //! | `POST /v1/allocations/{name}/renewal` | [`Renew`] | [`Allocation`] |
 //! | `PUT /v1/allocations/{name}/size` | [`Resize`] | [`Allocation`] |
 //! | `PUT /v1/allocations/{name}/name` | [`Rename`] | [`Allocation`]; refused while a client uses it |
 //! | `POST /v1/allocations/{name}/transfer` | [`Transfer`] | [`Allocation`] |
+//! | `POST /v1/handovers` | [`HandOverAll`] | [`Handover`]: the allocations have their new owner, all of them; else none has, and the old one goes on |
+//! | `GET /v1/handovers` | | list of [`Handover`]s that are not over |
+//! | `POST /v1/handovers/{id}/commit` | | [`Handover`]: the old owner ends. By the id, or by the name of an allocation in it |
+//! | `POST /v1/handovers/{id}/rollback` | | [`Handover`]: the old owner has them again, and goes on |
 //! | `GET /v1/allocations/{name}/orders/{client}?refused=GRANT,GRANT&pool=ID&number=N` | | [`Orders`]: what the owner is to do; the appliances of grants that refuse the owner are asked at once what they have; `pool` and `number` are the newest [`MetadataState`] that it heard of |
 //! | `POST /v1/allocations/{name}/orders/{client}` | [`Report`] | [`Orders`] |
 //! | `POST /v1/appliances/{id}/drain` | [`Drain`] | [`Appliance`] |
@@ -44,6 +49,7 @@
 //! first one is heard, or connected to an appliance of it.
 
 mod change;
+mod handover;
 mod metadata;
 mod slabs;
 
@@ -66,6 +72,9 @@ use crate::{
 pub use self::change::{
     ChangeKind, ChangeState, Drain, DrainState, HandOver, LostLender, MapChange, Orders, Pause, PlannedMove,
     Rebalance, RebalancePlan, Rename, Report, Resize, Transfer,
+};
+pub use self::handover::{
+    HANDOVER_NAMES_MAX, HandOverAll, Handover, HandoverPart, HandoverState, Part, Standby,
 };
 pub use self::metadata::{Behind, MetadataState};
 pub use self::slabs::{NAMED_SLAB_LEN_MIN, NAMED_SLABS_MAX, SlabMap, SlabPlace};
@@ -210,6 +219,12 @@ pub struct Allocation {
     /// The client that uses it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub owner: Option<Owner>,
+    /// The client that stands by to take it over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub standby: Option<Standby>,
+    /// The hand-over that it is part of, which is not over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub handover: Option<HandoverPart>,
     /// Its regions in order, by appliance name for people and id for programs.
     pub regions: Vec<RegionPlace>,
     /// When it was made, seconds since 1970.
