@@ -30,13 +30,18 @@ is_over() {
     ! kill -0 "$1" 2>/dev/null
 }
 
+# A standby locks as much memory as the process that serves: by default, both together more than the guest has.
+blk_settings=$small_blk
 start_blk
 swap_on "$form" 256MiB --region-size 256MiB
 lender=$(of "alloc show $name" 'said["regions"][0]["appliance_name"]')
 note "swap on $device, whose memory is on $lender"
-# What is swapped out is this program's alone.
+# What is swapped out is this program's alone. The kernel may end it, as any program, when nothing of it can be swapped out.
 make_group hog memory.max=48M
-in_group "$group" memhog 128 --seed 7 --passes 1000 --run 64 >/run/lab/hog.out 2>&1 &
+(
+    echo 0 >/proc/self/oom_score_adj
+    in_group "$group" memhog 128 --seed 7 --passes 1000 --run 64
+) >/run/lab/hog.out 2>&1 &
 hog=$!
 wait_for 120 swapped_at_least 40000
 
@@ -51,19 +56,19 @@ refused "$name.*swap.*--yes" bash -c "xpm appliance forget $lender --lost </dev/
 
 began=$(cut -d' ' -f1 /proc/uptime)
 xpm appliance forget "$lender" --lost --yes
+take_swap_off "$device"
+note "given up, and swapoff is through $(awk -v began="$began" '{print $1 - began}' /proc/uptime) s later"
 wait_for 20 is_over "$hog"
-note "given up: the program is over $(awk -v began="$began" '{print $1 - began}' /proc/uptime) s later"
+wait "$hog" && fail "the program ended well, without its memory: $(cat /run/lab/hog.out)"
 wait_for 10 says "blk show $name" 'said["in_flight"] == 0 and said["state"] == "lost"'
 xpm blk list | grep "lost on $lender" || fail "the list does not say so"
 xpm alloc list | grep "lost on $lender" || fail "the list of allocations does not say so"
-take_swap_off "$device"
-note "swapoff is through"
 detach "$name"
 [ ! -b "$device" ] || [ "$(blockdev --getsize64 "$device")" -eq 0 ] || fail "$device is still there"
 
 # The machine is usable: swap on the other one, and a program on that.
 swap_on "$form" 256MiB --region-size 256MiB
-in_group "$group" memhog 96 --seed 9 --passes 1 --run 64
+(in_group "$group" memhog 96 --seed 9 --passes 1 --run 64)
 swap_off "$form"
 note "swap on the other appliance did its work"
 

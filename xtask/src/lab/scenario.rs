@@ -152,7 +152,6 @@ pub(crate) const ALL: &[Scenario] = &[
     },
     Scenario {
         name: "detach-open",
-        long: true,
         about: "devices that a program has open, or that are under a loop device with a file system, are not detached",
         group: "fs",
         script: "detach-open.sh",
@@ -160,20 +159,16 @@ pub(crate) const ALL: &[Scenario] = &[
     },
     Scenario {
         name: "lender-gone",
-        long: true,
         about: "swap on ublk, whose appliance goes for good: given up, the machine is usable, and the appliance returns cleared",
         group: "lender-gone",
-        memory_mib: 256,
         script: "lender-gone.sh",
         args: &["ublk"],
         ..BASE
     },
     Scenario {
         name: "lender-gone-nbd-direct",
-        long: true,
         about: "the same, with swap on the kernel's nbd connected to the appliance itself",
         group: "lender-gone",
-        memory_mib: 256,
         script: "lender-gone.sh",
         args: &["nbd-direct"],
         ..BASE
