@@ -92,9 +92,15 @@ has_swapped() {
     [ $((($(awk '/^pswpout/ {print $2}' /proc/vmstat) - before) / 256)) -ge "$1" ]
 }
 
-# What its manager does on a restart: tells the main process to end, and starts another one.
+# Process $old is gone.
+is_replaced() { [ ! -e "/proc/$old" ]; }
+
+# What its manager does on a restart: tells the main process to end, and starts another one. Until the old process is gone, it
+# says that all is as it was.
 restart_blk() {
+    local old=$serving
     kill_blk serving TERM
+    wait_for 60 is_replaced
     wait_standby
 }
 
@@ -105,7 +111,6 @@ replace_blk() {
         exec "$(<$blk_program_file)" --config /run/xpm/blk.toml
     ) >>/run/lab/blk.log 2>&1 &
     local new=$! old=$serving
-    is_replaced() { [ ! -e "/proc/$old" ]; }
     wait_for 60 is_replaced
     wait_standby
     wait $new || fail "the process that took over did not end well"
