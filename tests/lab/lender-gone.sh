@@ -55,7 +55,8 @@ refused "swap" xpm blk detach "$name"
 refused "$name.*swap.*--yes" bash -c "xpm appliance forget $lender --lost </dev/null 2>&1 | tr '\n' ' '; exit 1"
 
 began=$(cut -d' ' -f1 /proc/uptime)
-xpm appliance forget "$lender" --lost --yes
+xpm appliance forget "$lender" --lost --yes | tee /run/lab/forget.out
+grep -q "run .swapoff $device. on lab" /run/lab/forget.out || fail "nothing is said of swap"
 take_swap_off "$device"
 note "given up, and swapoff is through $(awk -v began="$began" '{print $1 - began}' /proc/uptime) s later"
 wait_for 20 is_over "$hog"

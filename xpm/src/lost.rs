@@ -33,9 +33,18 @@ pub(crate) async fn forget(
     agree(&format!("Give the memory of {name} up?"), asks)?;
     let lost: Vec<Allocation> = allocator.post(&format!("/v1/appliances/{id}/loss"), &()).await?;
     output.print(&lost, |lost| {
-        let lines = lost.iter().map(|one| format!("{} is lost on {name}\n", one.name));
+        let lines = lost.iter().map(|one| format!("{} is lost on {name}{}\n", one.name, advice(one)));
         lines.chain([format!("{name} is given up; if it comes back, it clears its memory first\n")]).collect()
     })
+}
+
+/// What its user has to do now: the kernel goes on writing to swap, in vain.
+fn advice(lost: &Allocation) -> String {
+    let (Some(owner), Some(used)) = (&lost.owner, &lost.used) else { return String::new() };
+    match used.users.iter().any(|user| user == "swap") {
+        true => format!("; run `swapoff {}` on {}", used.device, owner.host_name),
+        false => String::new(),
+    }
 }
 
 /// `xpm blk give-up APPLIANCE`.
