@@ -4,6 +4,7 @@
 pub mod cgroup;
 pub mod clock;
 pub mod etcd;
+pub mod files;
 pub mod hang;
 pub mod impostor;
 pub mod machine;

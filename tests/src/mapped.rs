@@ -36,7 +36,7 @@ impl Mapped {
         assert!(at + bytes.len() <= self.len, "read beyond a mapping");
         // SAFETY: within the mapping (asserted), which lives as long as this value; nobody has a reference to it.
         unsafe {
-            std::ptr::copy_nonoverlapping(self.address.byte_add(at).cast(), bytes.as_mut_ptr(), bytes.len())
+            std::ptr::copy_nonoverlapping(self.address.byte_add(at).cast(), bytes.as_mut_ptr(), bytes.len());
         }
     }
 
@@ -48,7 +48,7 @@ impl Mapped {
         assert!(at + bytes.len() <= self.len, "write beyond a mapping");
         // SAFETY: as for `read`.
         unsafe {
-            std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.address.byte_add(at).cast(), bytes.len())
+            std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.address.byte_add(at).cast(), bytes.len());
         }
     }
 }

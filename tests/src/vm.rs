@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 
 use serde_json::Value;
 
-use crate::{LIMIT, free_port, have, programs, wait_until};
+use crate::{Cluster, LIMIT, free_port, have, programs, wait_until};
 
 /// The machine's RAM.
 const MEMORY: &str = "64MiB";
@@ -23,19 +23,53 @@ pub fn can_start() -> bool {
     have("qemu-system-x86_64") && have("gcc")
 }
 
-/// Two "hosts" of one machine, with one file that is its RAM at both.
+/// Two "hosts" of one machine, with one RAM for both.
 pub struct Site {
     dir: tempfile::TempDir,
     kernel: PathBuf,
+    memory: &'static str,
+    /// Of all commands.
+    environment: Vec<(String, String)>,
+    /// Of those that start QEMU.
+    options: Vec<String>,
 }
 
 impl Site {
-    /// Builds the guest.
+    /// The RAM is an ordinary file.
     ///
     /// # Panics
-    /// When it cannot be built.
+    /// When the guest cannot be built.
     pub fn new() -> Site {
         let dir = tempfile::tempdir().expect("a directory");
+        let mut site = Site::build(dir, MEMORY, Vec::new(), Vec::new());
+        site.options = vec!["--file".to_owned(), site.dir().join("ram").display().to_string()];
+        site
+    }
+
+    /// The RAM is an allocation of a cluster with an xpm-fs.
+    ///
+    /// # Panics
+    /// When the guest cannot be built.
+    pub fn external(cluster: &Cluster, memory: &'static str, options: &[&str]) -> Site {
+        let socket = |name: &str| cluster.dir().join(name).display().to_string();
+        let environment = [
+            ("XPM_ALLOCATOR", cluster.allocator_url()),
+            ("XPM_FS", socket("fs.sock")),
+            ("XPM_PATIENCE", "0s".to_owned()),
+        ];
+        let environment = environment.map(|(key, value)| (key.to_owned(), value));
+        let options = options.iter().map(|word| (*word).to_owned());
+        let dir = tempfile::tempdir_in(cluster.dir()).expect("a directory");
+        Site::build(dir, memory, environment.to_vec(), options.collect())
+    }
+
+    /// Builds the guest.
+    fn build(
+        dir: tempfile::TempDir,
+        memory: &'static str,
+        environment: Vec<(String, String)>,
+        options: Vec<String>,
+    ) -> Site {
         let kernel = dir.path().join("verify");
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("guest/verify.c");
         let flags = "-m32 -march=i686 -O2 -ffreestanding -fno-pic -fno-stack-protector -nostdlib -static -Wl,-Ttext=0x100000 \
@@ -43,7 +77,7 @@ impl Site {
         let built =
             Command::new("gcc").args(flags.split_whitespace()).arg("-o").arg(&kernel).arg(source).status();
         assert!(built.is_ok_and(|status| status.success()), "the guest cannot be built");
-        Site { dir, kernel }
+        Site { dir, kernel, memory, environment, options }
     }
 
     /// The directory of everything.
@@ -64,12 +98,13 @@ impl Site {
         command.arg("vm").arg("--dir").arg(self.dir().join(host)).args(arguments);
         // Settings and a token of the machine that tests run on are not theirs.
         command.env_remove("XPM_TOKEN_FILE").env("XPM_CONFIG", "/dev/null").stdin(Stdio::null());
+        command.envs(self.environment.iter().cloned());
         command
     }
 
     /// Starts the machine at a host.
     pub fn run(&self, host: &str) -> Guest {
-        let guest = self.start(host, &["run", NAME, "--memory", MEMORY], &[]);
+        let guest = self.start(host, &["run", NAME, "--memory", self.memory], &[]);
         wait_until("the guest verifies its memory", || guest.passes() > 1);
         guest
     }
@@ -83,7 +118,7 @@ impl Site {
     pub fn receive(&self, host: &str, more: &[&str]) -> (Guest, u16) {
         let port = free_port();
         let listen = format!("127.0.0.1:{port}");
-        let memory = if more.contains(&"--memory") { &[][..] } else { &["--memory", MEMORY] };
+        let memory = if more.contains(&"--memory") { &[][..] } else { &["--memory", self.memory] };
         let words = [&["receive", NAME, "--listen", &listen], memory].concat();
         let guest = self.start(host, &words, more);
         wait_until("a machine is waited for", || self.states(host) == ["incoming"]);
@@ -94,10 +129,9 @@ impl Site {
         static COUNT: AtomicU64 = AtomicU64::new(0);
         let id = COUNT.fetch_add(1, Ordering::Relaxed);
         let serial = self.dir().join(format!("serial{id}"));
-        let ram = self.dir().join("ram").display().to_string();
         let mut command = self.prepare(host, words);
         if !more.contains(&"--file") {
-            command.args(["--file", &ram]);
+            command.args(&self.options);
         }
         command.args(more).args(["--", "qemu-system-x86_64", "-display", "none", "-nodefaults"]);
         command.args(["-vga", "none", "-accel", "tcg,tb-size=16", "-kernel"]).arg(&self.kernel);
@@ -118,15 +152,19 @@ impl Site {
         command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the command can be started")
     }
 
-    /// The states of the machines of a host.
+    /// The machines of a host.
     ///
     /// # Panics
     /// When they cannot be listed.
-    pub fn states(&self, host: &str) -> Vec<String> {
+    pub fn list(&self, host: &str) -> Vec<Value> {
         let listed = self.command(host, &["-o", "json", "list"]);
-        let machines: Value = serde_json::from_slice(&listed.stdout).expect("a list");
+        serde_json::from_slice(&listed.stdout).expect("a list")
+    }
+
+    /// Their states.
+    pub fn states(&self, host: &str) -> Vec<String> {
         let state = |machine: &Value| machine["state"].as_str().unwrap_or_default().to_owned();
-        machines.as_array().expect("a list").iter().map(state).collect()
+        self.list(host).iter().map(state).collect()
     }
 }
 
@@ -230,6 +268,8 @@ pub struct Break {
     pub at: &'static str,
     /// Whether it still arrives.
     pub passes: bool,
+    /// Whether what stands is cut then. Else it only stands still while the test does something.
+    pub cuts: bool,
     /// Whether new connections can be made afterwards.
     pub heals: bool,
 }
@@ -269,7 +309,7 @@ impl Wire {
         });
         std::thread::spawn(move || {
             for from in listener.incoming().flatten() {
-                let is_broken = *state.is_broken.lock().expect("no panic");
+                let is_broken = *state.is_broken.lock().expect("no panic") && state.rule.cuts;
                 let Ok(other) = TcpStream::connect(("127.0.0.1", to)) else { continue };
                 if is_broken && !rule.heals {
                     continue;
@@ -319,6 +359,9 @@ fn carry(mut from: TcpStream, mut to: TcpStream, state: &Broken) {
             }
             let _ = state.tell.send(());
             let _ = state.go_on.lock().expect("no panic").recv_timeout(LIMIT);
+            if !state.rule.cuts {
+                continue;
+            }
             for stream in state.streams.lock().expect("no panic").drain(..) {
                 let _ = stream.shutdown(Shutdown::Both);
             }

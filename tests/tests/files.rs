@@ -11,6 +11,7 @@ use std::thread::{self, JoinHandle};
 
 use rustix::fs::{FallocateFlags, fallocate};
 use serde_json::Value;
+use xpm_tests::files::{Files, can_mount};
 use xpm_tests::mapped::Mapped;
 use xpm_tests::{Cluster, Daemon, wait_until};
 
@@ -19,9 +20,9 @@ const PAGE: usize = 4096;
 
 /// A cluster with an xpm-fs, whose mounts and processes end with it.
 struct Site {
+    // Ended in this order.
+    fs: Files,
     cluster: Cluster,
-    fs: Daemon,
-    config: PathBuf,
 }
 
 impl Site {
@@ -32,9 +33,8 @@ impl Site {
             return None;
         }
         let cluster = Cluster::start(2);
-        let config = cluster.dir().join("fs.toml");
-        let fs = cluster.fs("standby-reserve = \"1MiB\"\nhang-limit = \"4s\"");
-        let site = Site { cluster, fs, config };
+        let fs = Files::start(&cluster, "standby-reserve = \"1MiB\"\nhang-limit = \"4s\"");
+        let site = Site { fs, cluster };
         site.wait_standby();
         Some(site)
     }
@@ -71,59 +71,15 @@ impl Site {
         self.cluster.dir().join("files").join(name)
     }
 
-    fn processes(&self) -> Vec<u64> {
-        let entries = std::fs::read_dir("/proc").unwrap().flatten();
-        let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u64>().ok());
-        let config = self.config.display().to_string();
-        let ours = pids.filter(|pid| {
-            let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-            line.split(|byte| *byte == 0).any(|word| word == config.as_bytes())
-        });
-        ours.collect()
-    }
-
-    /// Ends every process of this site's xpm-fs: the standby of one that is killed goes on, so both are killed.
+    /// Ends every process of this site's xpm-fs.
     fn kill_all(&mut self) {
-        wait_until("every xpm-fs is gone", || {
-            let left = self.processes();
-            left.iter().for_each(|pid| kill(*pid));
-            self.fs.is_alive();
-            left.is_empty()
-        });
-    }
-}
-
-impl Drop for Site {
-    fn drop(&mut self) {
-        self.kill_all();
-        let entries = std::fs::read_dir(self.cluster.dir().join("files")).into_iter().flatten().flatten();
-        for entry in entries {
-            let _ = rustix::mount::unmount(entry.path(), rustix::mount::UnmountFlags::DETACH);
-        }
+        self.fs.kill_all();
     }
 }
 
 fn kill(process: u64) {
     if let Some(pid) = rustix::process::Pid::from_raw(process as i32) {
         let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
-    }
-}
-
-fn can_mount() -> Result<(), String> {
-    if !rustix::process::geteuid().is_root() {
-        return Err("mounting takes root".to_owned());
-    }
-    if !Path::new("/dev/fuse").exists() {
-        return Err("there is no /dev/fuse (modprobe fuse)".to_owned());
-    }
-    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let mut numbers =
-        release.split(|byte: char| !byte.is_ascii_digit()).filter_map(|number| number.parse::<u32>().ok());
-    match (numbers.next(), numbers.next()) {
-        (Some(major), Some(minor)) if (major, minor) < (6, 9) => {
-            Err(format!("Linux {major}.{minor} cannot send FUSE requests again; 6.9 can"))
-        }
-        _ => Ok(()),
     }
 }
 
@@ -372,7 +328,7 @@ fn a_file_outlives_its_server() {
     }
     // An upgrade: a newer process takes over.
     let before = site.serving();
-    let config = site.config.display().to_string();
+    let config = site.cluster.dir().join("fs.toml").display().to_string();
     let next = Daemon::start(site.cluster.dir(), "fs", "xpm-fs", &["--config".to_owned(), config]);
     wait_until("the newer process serves", || site.serving() == u64::from(next.pid()));
     assert_ne!(before, u64::from(next.pid()));
@@ -391,7 +347,7 @@ fn a_file_without_any_server_fails_and_is_shown_anew() {
     let mut bytes = [0; PAGE];
     let error = file.read_at(&mut bytes, 9 * PAGE as u64).unwrap_err();
     assert_eq!(error.raw_os_error(), Some(libc::ENOTCONN));
-    site.fs = site.cluster.fs("standby = false");
+    site.fs.daemon = site.cluster.fs("standby = false");
     wait_until("the file is shown anew", || {
         std::fs::metadata(&path).is_ok_and(|facts| facts.len() == 32 * MIB)
     });

@@ -3,8 +3,9 @@
 use std::os::unix::process::ExitStatusExt as _;
 
 use serde_json::Value;
+use xpm_tests::files::{Files, can_mount};
 use xpm_tests::vm::{Break, Site, Wire, can_start, error_of};
-use xpm_tests::wait_until;
+use xpm_tests::{Cluster, wait_until};
 
 #[test]
 fn a_machine_moves_there_and_back_and_through_a_file() {
@@ -92,7 +93,7 @@ fn whatever_fails_before_the_order_the_machine_goes_on_where_it_was() {
     assert!(!second.wait().success());
     first.goes_on();
 
-    let cut = |at, passes| Break { at, passes, heals: true };
+    let cut = |at, passes| Break { at, passes, cuts: true, heals: true };
     for rule in
         [cut("\"ready\"", false), cut("\"state\"", true), cut("\"loaded\"", false), cut("\"run\"", false)]
     {
@@ -100,12 +101,13 @@ fn whatever_fails_before_the_order_the_machine_goes_on_where_it_was() {
         first.goes_on();
     }
     // Its destination dies: the command, or QEMU.
-    goes_on_here(&site, cut("\"loaded\"", true), |_, second| {
-        second.kill_qemu();
+    goes_on_here(&site, cut("\"loaded\"", false), |_, second| {
         second.kill_command();
+        second.kill_qemu();
     });
     first.goes_on();
-    goes_on_here(&site, cut("\"loaded\"", true), |_, second| second.kill_qemu());
+    let stand_still = Break { cuts: false, ..cut("\"state\"", true) };
+    goes_on_here(&site, stand_still, |_, second| second.kill_qemu());
     first.goes_on();
     // The command that moves it dies.
     for at in ["\"ready\"", "\"loaded\""] {
@@ -123,8 +125,8 @@ fn after_the_order_the_machine_is_at_its_destination_or_stopped() {
     let mut first = site.run("a");
 
     // The answer is lost, and asked for.
-    let (second, port) = site.receive("b", &[]);
-    let wire = Wire::to(port, Break { at: "\"running\"", passes: false, heals: true });
+    let (mut second, port) = site.receive("b", &[]);
+    let wire = Wire::to(port, Break { at: "\"running\"", passes: false, cuts: true, heals: true });
     let migrate = site.migrate("a", wire.port());
     wire.broke(|| {});
     let output = migrate.wait_with_output().unwrap();
@@ -134,7 +136,7 @@ fn after_the_order_the_machine_is_at_its_destination_or_stopped() {
 
     // The answer is lost, and nobody can be asked: the machine runs there alone, and is frozen here.
     let (third, port) = site.receive("a", &[]);
-    let wire = Wire::to(port, Break { at: "\"running\"", passes: false, heals: false });
+    let wire = Wire::to(port, Break { at: "\"running\"", passes: false, cuts: true, heals: false });
     let migrate = site.migrate("b", wire.port());
     wire.broke(|| {});
     let output = migrate.wait_with_output().unwrap();
@@ -150,12 +152,12 @@ fn after_the_order_the_machine_is_at_its_destination_or_stopped() {
 
     let settled = site.command("b", &["settle", "vm1", "--gone"]);
     assert!(settled.status.success(), "{}", error_of(&settled));
-    assert!(site.states("b").is_empty());
+    assert!(second.wait().success() && site.states("b").is_empty());
     third.goes_on();
 
     // The order is lost, and nobody can be asked: it never ran there, and the user says so.
     let (mut fourth, port) = site.receive("b", &[]);
-    let wire = Wire::to(port, Break { at: "\"run\"", passes: false, heals: false });
+    let wire = Wire::to(port, Break { at: "\"run\"", passes: false, cuts: true, heals: false });
     let migrate = site.migrate("a", wire.port());
     wire.broke(|| {});
     let error = error_of(&migrate.wait_with_output().unwrap());
@@ -166,4 +168,42 @@ fn after_the_order_the_machine_is_at_its_destination_or_stopped() {
     assert!(settled.status.success(), "{}", error_of(&settled));
     third.goes_on();
     assert_eq!(fourth.passes(), 0);
+}
+
+#[test]
+fn external_memory_is_the_ram_of_a_machine_with_little_local_memory() {
+    if !can_start() {
+        return;
+    }
+    if let Err(why) = can_mount() {
+        eprintln!("skipped: {why}");
+        return;
+    }
+    let cluster = Cluster::start(2);
+    let _files = Files::start(&cluster, "standby-reserve = \"1MiB\"");
+    let site = Site::external(&cluster, "96MiB", &["--local", "16MiB", "--overhead", "48MiB"]);
+    let mut first = site.run("a");
+    let bounded = site.list("a")[0]["cgroup"].is_string();
+    if bounded {
+        let cached = site.list("a")[0]["cached_bytes"].as_u64().unwrap();
+        assert!(cached < 64 << 20, "{cached} bytes of RAM are local");
+    }
+    // QEMU asked for huge pages; nobody heard it.
+    let maps = std::fs::read_to_string(format!("/proc/{}/smaps", first.qemu().unwrap())).unwrap();
+    let flags = maps
+        .split("\nVmFlags:")
+        .find(|part| part.contains("/vm1\n"))
+        .and_then(|part| maps.split(part).nth(1));
+    let flags = flags.unwrap().lines().next().unwrap().to_owned();
+    assert!(!flags.contains(" hg"), "{flags}");
+
+    let state = site.dir().join("state");
+    let suspended = site.command("a", &["suspend", "vm1", "--to", &state.display().to_string()]);
+    assert!(suspended.status.success(), "{}", error_of(&suspended));
+    assert!(first.wait().success(), "{}", first.said());
+    assert_eq!(cluster.ok(&["fs", "list", "--no-headers"]), "", "the file is given back");
+    let second = site.resume("b", &state);
+    second.goes_on();
+    assert!(second.passes() > first.passes());
+    assert_eq!(cluster.json(&["alloc", "show", "vm1"])["size"], 96 << 20);
 }

@@ -10,7 +10,7 @@ use xpm_protocol::{ByteSize, Name};
 
 use crate::arguments::{self, Start};
 use crate::cgroup;
-use crate::memory::{Backing, Sizes, memory_files};
+use crate::memory::{MemoryFile, Sizes};
 use crate::place::{Machine, Place, Stage};
 use crate::process::Process;
 use crate::qmp::{Qmp, Version};
@@ -39,8 +39,10 @@ pub struct Terms {
     pub local: Option<ByteSize>,
     /// What QEMU may take beside.
     pub overhead: ByteSize,
-    /// Where its RAM is.
-    pub backing: Backing,
+    /// The files of its RAM, as [`Sizes::of_files`] has them.
+    pub files: Vec<MemoryFile>,
+    /// The allocations that are shown as these files; none where they are ordinary files.
+    pub allocations: Vec<Name>,
     /// Lets QEMU ask for huge pages.
     pub huge_pages: bool,
     /// QEMU and its arguments.
@@ -50,7 +52,11 @@ pub struct Terms {
 }
 
 impl Terms {
-    fn check(&self) -> Result<(), Error> {
+    /// Refuses terms that contradict themselves, before anything is made for them. Returns what the user is to be told.
+    ///
+    /// # Errors
+    /// The first contradiction.
+    pub fn check(&self, start: Start) -> Result<Vec<String>, Error> {
         let Sizes { memory, maximum } = self.sizes;
         // QEMU's unit of RAM of all machines that have virtio-mem.
         const UNIT: u64 = 2 << 20;
@@ -72,7 +78,11 @@ impl Terms {
         if self.program.is_empty() {
             return Err(Error::Usage("give QEMU and its arguments behind `--`".to_owned()));
         }
-        Ok(())
+        let warnings = arguments::check(&self.program[1..])?;
+        if start == Start::Incoming && maximum.is_some() {
+            check_virtio_mem(&self.program[0])?;
+        }
+        Ok(warnings)
     }
 }
 
@@ -97,11 +107,7 @@ impl Guarded {
     /// When the terms contradict themselves, such a machine is here already, or QEMU does not start. Nothing is left then, but for
     /// files of RAM.
     pub async fn start(terms: &Terms, start: Start) -> Result<(Guarded, Qmp), Error> {
-        terms.check()?;
-        let warnings = arguments::check(&terms.program[1..])?;
-        if start == Start::Incoming && terms.sizes.maximum.is_some() {
-            check_virtio_mem(&terms.program[0])?;
-        }
+        let warnings = terms.check(start)?;
         let place = Place::below(&terms.root, &terms.name);
         let lock = place.make()?;
         if let Some(left) = place.load()? {
@@ -113,7 +119,6 @@ impl Guarded {
             }
             place.clear(&left)?;
         }
-        let files = memory_files(&terms.backing, terms.sizes)?;
         let mut machine = Machine {
             name: terms.name.clone(),
             stage: Stage::Starting,
@@ -122,7 +127,8 @@ impl Guarded {
             size: terms.sizes.memory,
             maximum: terms.sizes.maximum,
             local: terms.local,
-            files,
+            files: terms.files.clone(),
+            allocations: terms.allocations.clone(),
             cgroup: None,
             arguments: Vec::new(),
         };
@@ -290,7 +296,8 @@ mod tests {
             sizes: Sizes { memory: ByteSize(64 << 20), maximum: None },
             local: None,
             overhead: OVERHEAD,
-            backing: Backing::Plain("/nonexistent/ram".into()),
+            files: Vec::new(),
+            allocations: Vec::new(),
             huge_pages: false,
             program: vec!["true".into()],
             command: "/bin/false".into(),
@@ -299,11 +306,11 @@ mod tests {
 
     #[test]
     fn terms_that_contradict_themselves() {
-        assert!(terms().check().is_ok());
+        assert!(terms().check(Start::Boot).is_ok());
         let refused = |change: &dyn Fn(&mut Terms), text: &str| {
             let mut terms = terms();
             change(&mut terms);
-            let error = terms.check().unwrap_err().to_string();
+            let error = terms.check(Start::Boot).unwrap_err().to_string();
             assert!(error.contains(text), "{error}");
         };
         refused(&|terms| terms.sizes.memory = ByteSize(1 << 20), "no multiple of 2MiB");

@@ -26,14 +26,6 @@ pub struct MemoryFile {
     pub size: ByteSize,
 }
 
-/// Where a machine's RAM is kept.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Backing {
-    /// An ordinary file, which both hosts of a migration must have at hand with the same content at any time: two machines on
-    /// one host, for tests.
-    Plain(PathBuf),
-}
-
 /// What RAM a machine has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Sizes {
@@ -43,19 +35,26 @@ pub struct Sizes {
     pub maximum: Option<ByteSize>,
 }
 
-/// The files of a machine's RAM, made where they are not there yet: one for what it starts with, and one for what can be
-/// plugged. This is the one place that knows how RAM becomes files.
+impl Sizes {
+    /// The sizes of the machine's files: the one of what it starts with, and the one of what can be plugged.
+    pub fn of_files(self) -> Vec<ByteSize> {
+        let more = self.maximum.map(|maximum| ByteSize(maximum.0.saturating_sub(self.memory.0)));
+        std::iter::once(self.memory).chain(more).collect()
+    }
+}
+
+/// Ordinary files as a machine's RAM, made where they are not there yet: `path`, and the one beside it with `.plugged` at its end.
+/// Both hosts of a migration must have them at hand with the same content at any time: two machines on one host, for tests.
 ///
 /// # Errors
 /// When a file cannot be made, or one is there that has another size.
-pub fn memory_files(backing: &Backing, sizes: Sizes) -> Result<Vec<MemoryFile>, Error> {
-    let Backing::Plain(path) = backing;
-    let mut files = vec![MemoryFile { path: absolute(path)?, size: sizes.memory }];
-    if let Some(maximum) = sizes.maximum {
-        let mut more = files[0].path.clone().into_os_string();
-        more.push(".plugged");
-        files.push(MemoryFile { path: more.into(), size: ByteSize(maximum.0 - sizes.memory.0) });
-    }
+pub fn plain_files(path: &Path, sizes: Sizes) -> Result<Vec<MemoryFile>, Error> {
+    let path = absolute(path)?;
+    let mut more = path.clone().into_os_string();
+    more.push(".plugged");
+    let paths = [path, more.into()].into_iter();
+    let files: Vec<MemoryFile> =
+        paths.zip(sizes.of_files()).map(|(path, size)| MemoryFile { path, size }).collect();
     files.iter().try_for_each(ensure_plain)?;
     Ok(files)
 }
@@ -227,17 +226,17 @@ mod tests {
     #[test]
     fn files_are_made_once_and_keep_their_size() {
         let directory = tempfile::tempdir().unwrap();
-        let backing = Backing::Plain(directory.path().join("ram"));
-        let files = memory_files(&backing, SIZES).unwrap();
+        let path = directory.path().join("ram");
+        let files = plain_files(&path, SIZES).unwrap();
         let of = |file: &MemoryFile| (file.path.file_name().unwrap().to_owned(), file.size.0);
         assert_eq!(
             files.iter().map(of).collect::<Vec<_>>(),
             [("ram".into(), 4 << 20), ("ram.plugged".into(), 2 << 20)]
         );
         assert_eq!(files[0].path.metadata().unwrap().len(), 4 << 20);
-        assert_eq!(memory_files(&backing, SIZES).unwrap(), files);
+        assert_eq!(plain_files(&path, SIZES).unwrap(), files);
         let other = Sizes { memory: ByteSize(8 << 20), maximum: None };
-        let error = memory_files(&backing, other).unwrap_err().to_string();
+        let error = plain_files(&path, other).unwrap_err().to_string();
         assert!(error.contains("has 4MiB, and the machine's RAM is 8MiB"), "{error}");
     }
 
@@ -245,7 +244,7 @@ mod tests {
     fn dirty_pages_are_seen_and_written_back() {
         // Not in /dev/shm, whose pages are never dirty.
         let directory = tempfile::tempdir().unwrap();
-        let files = memory_files(&Backing::Plain(directory.path().join("ram")), SIZES).unwrap();
+        let files = plain_files(&directory.path().join("ram"), SIZES).unwrap();
         let cache = Cache::open(&files).unwrap();
         File::options().write(true).open(&files[0].path).unwrap().write_all(&[1; 64 << 10]).unwrap();
         let cached = match cache.look() {

@@ -45,6 +45,9 @@ pub struct Machine {
     pub local: Option<ByteSize>,
     /// The files of its RAM.
     pub files: Vec<MemoryFile>,
+    /// The allocations that are shown as these files; none where they are ordinary files.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub allocations: Vec<Name>,
     /// Its memory cgroup.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cgroup: Option<PathBuf>,
@@ -264,6 +267,7 @@ mod tests {
             maximum: None,
             local: None,
             files: vec![MemoryFile { path: "/x".into(), size: ByteSize(1 << 30) }],
+            allocations: Vec::new(),
             cgroup: None,
             arguments: vec!["qemu".into()],
         }

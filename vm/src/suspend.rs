@@ -178,22 +178,29 @@ async fn go_on(place: &Place, machine: &mut Machine, qmp: &mut Qmp, paused: bool
     }
 }
 
-/// Starts a machine that was suspended. `terms` tells all but the RAM's sizes, which are in the file.
+/// The RAM of the machine `name`, as the file of its state has it.
+///
+/// # Errors
+/// When it is no such file, or is damaged.
+pub fn sizes(file: &Path, name: &Name) -> Result<Sizes, Error> {
+    let (head, _) = open(file)?;
+    match head.name == *name {
+        true => Ok(Sizes { memory: head.size, maximum: head.maximum }),
+        false => Err(Error::Usage(format!(
+            "{} is the state of machine `{}`, not `{name}`",
+            file.display(),
+            head.name
+        ))),
+    }
+}
+
+/// Starts a machine that was suspended, with the RAM that [`sizes`] tells.
 ///
 /// # Errors
 /// When it could not be started. The file is at its place then and fits, unless the text says otherwise.
-pub async fn resume(mut terms: Terms, file: &Path) -> Result<Guarded, Error> {
+pub async fn resume(terms: &Terms, file: &Path) -> Result<Guarded, Error> {
     let (head, mut state) = open(file)?;
-    if head.name != terms.name {
-        return Err(Error::Usage(format!(
-            "{} is the state of machine `{}`, not `{}`",
-            file.display(),
-            head.name,
-            terms.name
-        )));
-    }
-    terms.sizes = Sizes { memory: head.size, maximum: head.maximum };
-    let (mut guarded, mut qmp) = Guarded::start(&terms, Start::Incoming).await?;
+    let (mut guarded, mut qmp) = Guarded::start(terms, Start::Incoming).await?;
     let came = load(&mut guarded, &mut qmp, &head, &mut state, file).await;
     match came {
         Ok(()) => Ok(guarded),

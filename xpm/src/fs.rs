@@ -13,7 +13,7 @@ use crate::table::fields;
 use crate::{attach, lost};
 
 /// Directory of files that have no other path.
-const FILES: &str = "/run/xpm/fs";
+pub(crate) const FILES: &str = "/run/xpm/fs";
 
 pub(crate) async fn run(command: FsCommand, daemons: &Daemons, output: Output) -> anyhow::Result<()> {
     let fs = daemons.fs()?;

@@ -132,7 +132,7 @@ async fn dispatch(command: Command, setup: &Setup, output: Output) -> anyhow::Re
         Command::Fsck => return fsck::run(&daemons, output).await,
         Command::Rebalance(args) => life::rebalance(&args, &daemons, output).await?,
         Command::Run(args) => return run::run(&args, setup, &daemons).await,
-        Command::Vm(args) => return vm::run(args, setup, output).await,
+        Command::Vm(args) => return vm::run(args, setup, &daemons, output).await,
         Command::Client(command) => client::run(command, &daemons, output).await?,
         Command::Status(args) => return status::run(&args, &daemons.impatient(), output).await,
         Command::Doctor => return doctor::run(&daemons, output).await,

@@ -21,14 +21,14 @@ pub(crate) struct VmArgs {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum VmCommand {
-    /// Starts a virtual machine whose RAM is a file, and stays with it until it ends.
+    /// Starts a virtual machine whose RAM is an allocation, and stays with it until it ends.
     ///
-    /// What this host caches of the file is the machine's local memory, and --local bounds it. QEMU gets the RAM, two monitors and,
+    /// xpm-fs shows the allocation as a file, which QEMU maps. What this host caches of it is the machine's local memory, and --local bounds it. QEMU gets the RAM, two monitors and,
     /// with --max, a virtio-mem device added to its arguments. The exit status is QEMU's; 0 as well when the machine moved to another
     /// host or was suspended.
     #[command(after_help = "\
 Example:
-  xpm vm run vm1 --memory 8GiB --max 32GiB --local 2GiB --file /mnt/ram/vm1 -- \\
+  xpm vm run vm1 --memory 8GiB --max 32GiB --local 2GiB -- \\
     qemu-system-x86_64 -machine q35,accel=kvm -cpu host -smp 4 -drive file=disk.img,if=virtio")]
     Run(RunMachineArgs),
     /// Waits for a virtual machine of another host, takes it over and stays with it until it ends.
@@ -66,7 +66,7 @@ Example:
     /// Before it runs, the state file is renamed to FILE.resumed, for its RAM changes then and the state no longer fits.
     #[command(after_help = "\
 Example:
-  xpm vm resume vm1 --from /var/lib/vm1.state --file /mnt/ram/vm1 -- qemu-system-x86_64 ...")]
+  xpm vm resume vm1 --from /var/lib/vm1.state -- qemu-system-x86_64 ...")]
     Resume(ResumeArgs),
     /// Changes how much RAM a virtual machine has that was started with --max, and says how much it has then.
     ///
@@ -117,10 +117,11 @@ pub(crate) struct MemoryArgs {
 /// How a machine's QEMU is started.
 #[derive(Debug, Args)]
 pub(crate) struct QemuArgs {
-    /// The file that is the machine's RAM; it is made when it is not there. With --max, the file beside it with `.plugged` at its
-    /// end is what can be plugged.
+    /// An ordinary file that is the machine's RAM in the place of an allocation; it is made when it is not there. With --max, the file
+    /// beside it with `.plugged` at its end is what can be plugged. [default: the allocation NAME, and NAME-plugged, which are made
+    /// when they are not there]
     #[arg(long, value_name = "FILE")]
-    pub(crate) file: PathBuf,
+    pub(crate) file: Option<PathBuf>,
     /// Local memory that the machine's RAM may take. [default: what this host has free]
     #[arg(long, value_name = "SIZE")]
     pub(crate) local: Option<ByteSize>,

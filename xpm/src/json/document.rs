@@ -78,7 +78,7 @@ const TYPES: &[(&str, &[&str])] = &[
     ("xpm/src/doctor/mod.rs", &["Report", "Check", "Verdict"]),
     ("xpm/src/fsck.rs", &["Findings"]),
     ("xpm/src/swap.rs", &["Shown"]),
-    ("xpm/src/vm.rs", &["Shown", "Migration"]),
+    ("xpm/src/vm/mod.rs", &["Shown", "Migration"]),
     ("vm/src/resize.rs", &["Plugged"]),
     (
         "protocol/src/api/swapd.rs",
@@ -109,7 +109,7 @@ fn title(file: &str, name: &str) -> String {
         ("protocol/src/api/blk.rs", "Status") => "xpm-blk",
         ("protocol/src/api/swapd.rs", "Status" | "Policy" | "Decision") => "xpm-swapd",
         ("xpm/src/doctor/mod.rs", "Verdict") => "doctor",
-        ("xpm/src/vm.rs", "Shown") => "xpm vm",
+        ("xpm/src/vm/mod.rs", "Shown") => "xpm vm",
         _ => return name.to_owned(),
     };
     format!("{name} of {of}")

@@ -1,17 +1,19 @@
 //! `xpm vm`: virtual machines whose RAM is external. What is done is in crate `xpm-vm`; here is how it is asked for and shown.
 
+mod memory;
+
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use rustix::process::Signal;
 use serde::Serialize;
 use xpm_control::token::Token;
 use xpm_protocol::{ByteSize, Name};
 use xpm_vm::arguments::Start;
 use xpm_vm::machine::{Guarded, Terms};
-use xpm_vm::memory::{Backing, Cache, Sizes};
+use xpm_vm::memory::{Cache, Sizes};
 use xpm_vm::migrate::destination::{self, Door};
 use xpm_vm::migrate::settle::{self, Known, Settled};
 use xpm_vm::migrate::source;
@@ -23,14 +25,16 @@ use xpm_vm::{resize, suspend, xml};
 use crate::cli::{
     ExecArgs, ListArgs, MigrateArgs, QemuArgs, ReceiveArgs, SettleArgs, VmArgs, VmCommand, XmlArgs,
 };
+use crate::connect::Daemons;
 use crate::listing::{Cell, Column, Listing};
 use crate::output::{self, Output};
 use crate::run::{Signals, code_of};
 use crate::setup::Setup;
 use crate::table;
+use crate::vm::memory::Ram;
 
 /// How long QEMU's monitor for looks is waited for. Another command that looks may have it for a moment.
-const LOOK_LIMIT: Duration = Duration::from_millis(500);
+const LOOK_LIMIT: Duration = Duration::from_secs(2);
 
 /// A virtual machine of this host.
 #[derive(Debug, Serialize)]
@@ -106,21 +110,32 @@ fn size(size: Option<ByteSize>) -> Cell {
 }
 
 /// Runs the command.
-pub(crate) async fn run(args: VmArgs, setup: &Setup, output: Output) -> anyhow::Result<ExitCode> {
+pub(crate) async fn run(
+    args: VmArgs,
+    setup: &Setup,
+    daemons: &Daemons,
+    output: Output,
+) -> anyhow::Result<ExitCode> {
     let root = std::path::absolute(&args.dir).context("the directory of the machines cannot be used")?;
     let place = |name: &Name| Place::below(&root, name);
     match args.command {
         VmCommand::Run(args) => {
             let sizes = Sizes { memory: args.memory.memory, maximum: args.memory.max };
-            let terms = terms(&args.name, &root, sizes, args.qemu)?;
-            let (guarded, _) = Guarded::start(&terms, Start::Boot).await?;
-            stay(guarded, output).await
+            let file = args.qemu.file.clone();
+            let mut terms = terms(&args.name, &root, sizes, args.qemu)?;
+            terms.check(Start::Boot)?;
+            let ram = Ram::get(&mut terms, file.as_deref(), daemons).await?;
+            let started = Guarded::start(&terms, Start::Boot).await.map(|(guarded, _)| guarded);
+            ram.stay(started, output).await
         }
         VmCommand::Receive(args) => receive(args, &root, setup, output).await,
         VmCommand::Resume(args) => {
-            let unknown = Sizes { memory: ByteSize(0), maximum: None };
-            let terms = terms(&args.name, &root, unknown, args.qemu)?;
-            stay(suspend::resume(terms, &args.from).await?, output).await
+            let sizes = suspend::sizes(&args.from, &args.name)?;
+            let file = args.qemu.file.clone();
+            let mut terms = terms(&args.name, &root, sizes, args.qemu)?;
+            terms.check(Start::Incoming)?;
+            let ram = Ram::get(&mut terms, file.as_deref(), daemons).await?;
+            ram.stay(suspend::resume(&terms, &args.from).await, output).await
         }
         VmCommand::Migrate(args) => migrate(&args, &place(&args.name), setup, output).await,
         VmCommand::Settle(args) => settle(&args, &place(&args.name), setup).await,
@@ -166,7 +181,8 @@ fn terms(name: &Name, root: &Path, sizes: Sizes, args: QemuArgs) -> anyhow::Resu
         sizes,
         local: args.local,
         overhead: args.overhead,
-        backing: Backing::Plain(args.file),
+        files: Vec::new(),
+        allocations: Vec::new(),
         huge_pages: args.huge_pages,
         program: args.program,
         command: std::env::current_exe().context("cannot find out where this command is")?,
@@ -191,7 +207,10 @@ async fn stay(mut guarded: Guarded, output: Output) -> anyhow::Result<ExitCode> 
 async fn receive(args: ReceiveArgs, root: &Path, setup: &Setup, output: Output) -> anyhow::Result<ExitCode> {
     let door = Door::open(args.listen, token(setup)?).await?;
     let sizes = Sizes { memory: args.memory.memory, maximum: args.memory.max };
-    let terms = terms(&args.name, root, sizes, args.qemu)?;
+    let file = args.qemu.file.clone();
+    let mut terms = terms(&args.name, root, sizes, args.qemu)?;
+    terms.check(Start::Incoming)?;
+    Ram::get_to_receive(&mut terms, file.as_deref())?;
     let (guarded, qmp) = Guarded::start(&terms, Start::Incoming).await?;
     let process = guarded.machine.qemu;
     let mut signals = Signals::new()?;
@@ -216,6 +235,12 @@ async fn migrate(
     output: Output,
 ) -> anyhow::Result<ExitCode> {
     let request = source::Request { to: args.to, token: token(setup)?, strict: args.strict };
+    if place.load()?.is_some_and(|machine| !machine.allocations.is_empty()) {
+        bail!(
+            "a machine whose RAM is an allocation cannot be moved yet: `xpm vm suspend` it here and `xpm vm resume` it there, or start \
+             both ends with --file"
+        );
+    }
     let moved = source::migrate(place, &request, Plain).await?;
     let migration = Migration {
         name: args.name.clone(),

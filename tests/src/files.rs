@@ -1,0 +1,90 @@
+//! xpm-fs for tests, whose processes and mounts end with it.
+
+use std::path::{Path, PathBuf};
+
+use rustix::mount::{UnmountFlags, unmount};
+use rustix::process::{Pid, Signal, kill_process};
+use xpm_control::proc::unescape;
+
+use crate::{Cluster, Daemon, wait_until};
+
+/// Whether files can be mounted here.
+///
+/// # Errors
+/// When they cannot, with the reason.
+pub fn can_mount() -> Result<(), String> {
+    if !rustix::process::geteuid().is_root() {
+        return Err("mounting takes root".to_owned());
+    }
+    if !Path::new("/dev/fuse").exists() {
+        return Err("there is no /dev/fuse (modprobe fuse)".to_owned());
+    }
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let mut numbers =
+        release.split(|byte: char| !byte.is_ascii_digit()).filter_map(|number| number.parse::<u32>().ok());
+    match (numbers.next(), numbers.next()) {
+        (Some(major), Some(minor)) if (major, minor) < (6, 9) => {
+            Err(format!("Linux {major}.{minor} cannot send FUSE requests again; 6.9 can"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The xpm-fs of a cluster.
+pub struct Files {
+    /// The process that was started.
+    pub daemon: Daemon,
+    config: PathBuf,
+    /// Its mounts are below.
+    directory: PathBuf,
+}
+
+impl Files {
+    /// Starts it, with these lines in its configuration. All its mounts have to be below the cluster's directory.
+    pub fn start(cluster: &Cluster, settings: &str) -> Files {
+        let daemon = cluster.fs(settings);
+        Files { daemon, config: cluster.dir().join("fs.toml"), directory: cluster.dir().to_owned() }
+    }
+
+    /// All its processes.
+    ///
+    /// # Panics
+    /// When /proc cannot be read.
+    pub fn processes(&self) -> Vec<i32> {
+        let entries = std::fs::read_dir("/proc").expect("/proc is mounted").flatten();
+        let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+        let config = self.config.display().to_string();
+        let ours = pids.filter(|pid| {
+            let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            line.split(|byte| *byte == 0).any(|word| word == config.as_bytes())
+        });
+        ours.collect()
+    }
+
+    /// Ends every process: the standby of one that is killed goes on, so both are killed.
+    ///
+    /// # Panics
+    /// When they do not end.
+    pub fn kill_all(&mut self) {
+        wait_until("every xpm-fs is gone", || {
+            let left = self.processes();
+            for pid in left.iter().filter_map(|pid| Pid::from_raw(*pid)) {
+                let _ = kill_process(pid, Signal::KILL);
+            }
+            self.daemon.is_alive();
+            left.is_empty()
+        });
+    }
+}
+
+impl Drop for Files {
+    fn drop(&mut self) {
+        self.kill_all();
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        // Field 5 is the path.
+        let paths = mounts.lines().filter_map(|line| line.split(' ').nth(4)).map(unescape);
+        for path in paths.filter(|path| Path::new(path).starts_with(&self.directory)) {
+            let _ = unmount(&*path, UnmountFlags::DETACH);
+        }
+    }
+}
