@@ -46,6 +46,13 @@ impl Site {
         site
     }
 
+    /// The same with more options of `xpm vm run`.
+    #[must_use]
+    pub fn with(mut self, options: &[&str]) -> Site {
+        self.options.extend(options.iter().map(|word| (*word).to_owned()));
+        self
+    }
+
     /// The RAM is an allocation of a cluster with an xpm-fs.
     ///
     /// # Panics

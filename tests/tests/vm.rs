@@ -207,3 +207,24 @@ fn external_memory_is_the_ram_of_a_machine_with_little_local_memory() {
     assert!(second.passes() > first.passes());
     assert_eq!(cluster.json(&["alloc", "show", "vm1"])["size"], 96 << 20);
 }
+
+#[test]
+fn a_guest_that_does_not_follow_a_resize_is_told() {
+    if !can_start() {
+        return;
+    }
+    // The guest has no driver for virtio-mem.
+    let site = Site::new().with(&["--max", "128MiB"]);
+    let guest = site.run("a");
+    let resized = site.command("a", &["resize", "vm1", "96MiB", "--wait", "100ms"]);
+    assert_eq!(resized.status.code(), Some(1));
+    let error = error_of(&resized);
+    assert!(error.contains("the guest has 64MiB and was asked to have 96MiB"), "{error}");
+    for (size, reason) in
+        [("32MiB", "can have 64MiB (--memory) to 128MiB (--max)"), ("65MiB", "cannot be reached")]
+    {
+        let error = error_of(&site.command("a", &["resize", "vm1", size]));
+        assert!(error.contains(reason), "{size}: {error}");
+    }
+    guest.goes_on();
+}
