@@ -152,6 +152,8 @@ impl Attachment {
                 refusal_limit: REFUSAL_LIMIT,
                 // Its map is in no file, so no copy of it can come back with the same keys.
                 visitor: None,
+                held: None,
+                contested: false,
             },
         )?;
         volume.wait_ready(options.limit)?;

@@ -20,6 +20,7 @@ const NBD_CMD_WRITE: u16 = 1;
 pub struct Verified {
     stop: Arc<AtomicBool>,
     operations: Arc<AtomicU64>,
+    acknowledged: Arc<[AtomicU64]>,
     thread: JoinHandle<Result<Outcome, String>>,
 }
 
@@ -36,7 +37,9 @@ impl Verified {
     /// Starts a load over the first `blocks` blocks of the device at this socket.
     pub fn start(socket: &Path, export: &str, blocks: u64) -> Verified {
         let (stop, operations) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let acknowledged: Arc<[AtomicU64]> = (0..blocks).map(|_| AtomicU64::new(0)).collect();
         let mut load = Load {
+            acknowledged: Arc::clone(&acknowledged),
             socket: socket.to_owned(),
             export: export.to_owned(),
             versions: vec![0; blocks as usize],
@@ -44,12 +47,29 @@ impl Verified {
             stop: Arc::clone(&stop),
             operations: Arc::clone(&operations),
         };
-        Verified { stop, operations, thread: std::thread::spawn(move || load.run()) }
+        Verified { stop, operations, acknowledged, thread: std::thread::spawn(move || load.run()) }
     }
 
     /// Reads and writes that have ended well so far.
     pub fn operations(&self) -> u64 {
         self.operations.load(Ordering::Relaxed)
+    }
+
+    /// How often each block was written, by the writes that were acknowledged. One more may be in flight.
+    pub fn acknowledged(&self) -> Vec<u64> {
+        self.acknowledged.iter().map(|version| version.load(Ordering::Acquire)).collect()
+    }
+
+    /// Waits until the load has ended by itself.
+    ///
+    /// # Panics
+    /// When it does not within [`LIMIT`](crate::LIMIT), or was well.
+    pub fn fails(self, when: &str) -> String {
+        crate::wait_until(&format!("the load ends {when}"), || self.thread.is_finished());
+        match self.thread.join().expect("the load does not panic") {
+            Ok(outcome) => panic!("the load is well {when}: {outcome:?}"),
+            Err(why) => why,
+        }
     }
 
     /// Waits until the load makes progress: some operations more end well.
@@ -85,6 +105,7 @@ struct Load {
     random: u64,
     stop: Arc<AtomicBool>,
     operations: Arc<AtomicU64>,
+    acknowledged: Arc<[AtomicU64]>,
 }
 
 impl Load {
@@ -110,6 +131,7 @@ impl Load {
     fn write(&mut self, device: &mut Device, block: usize) -> Result<(), String> {
         self.versions[block] += 1;
         device.request(NBD_CMD_WRITE, block, &mut content(block, self.versions[block]))?;
+        self.acknowledged[block].store(self.versions[block], Ordering::Release);
         self.operations.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
@@ -147,10 +169,14 @@ fn content(block: usize, version: u64) -> Vec<u8> {
 }
 
 /// A connection to a device.
-struct Device(UnixStream);
+pub struct Device(UnixStream);
 
 impl Device {
-    fn connect(socket: &Path, export: &str) -> Result<Device, String> {
+    /// Connects to the export of this name at a socket.
+    ///
+    /// # Errors
+    /// Why it cannot, in one line.
+    pub fn connect(socket: &Path, export: &str) -> Result<Device, String> {
         let connect = || -> std::io::Result<UnixStream> {
             let mut stream = UnixStream::connect(socket)?;
             let mut greeting = [0; 18];
@@ -167,6 +193,28 @@ impl Device {
             Ok(stream)
         };
         connect().map(Device).map_err(|error| format!("cannot open {}: {error}", socket.display()))
+    }
+
+    /// Writes what a load writes to a block the first, second, ... time.
+    ///
+    /// # Errors
+    /// How the request ended instead.
+    pub fn write_version(&mut self, block: usize, version: u64) -> Result<(), String> {
+        self.request(NBD_CMD_WRITE, block, &mut content(block, version))
+    }
+
+    /// The version that a block holds; 0 where it was never written.
+    ///
+    /// # Errors
+    /// How the request ended instead, or that it holds anything else.
+    pub fn read_version(&mut self, block: usize) -> Result<u64, String> {
+        let mut found = vec![0; BLOCK_LEN];
+        self.request(NBD_CMD_READ, block, &mut found)?;
+        let version = u64::from_le_bytes(found[8..16].try_into().expect("eight bytes"));
+        match found == content(block, version) || found.iter().all(|byte| *byte == 0) {
+            true => Ok(version),
+            false => Err(format!("block {block} holds something else than a version of it")),
+        }
     }
 
     /// One request; `data` is what is written, or where what is read goes.

@@ -20,8 +20,8 @@ use serde::{Deserialize, Serialize};
 use xpm_control::state;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{Map, MapChange};
-use xpm_protocol::api::blk::{AttachDevice, Form};
-use xpm_protocol::{ApplianceId, BlockSize, ClientId, Life, Name};
+use xpm_protocol::api::blk::{AttachDevice, DeviceRole, Form};
+use xpm_protocol::{ApplianceId, BlockSize, ClientId, HandoverId, Life, Name};
 
 use crate::error::{DeviceError, Step};
 use crate::frontend::first_generation;
@@ -29,8 +29,10 @@ use crate::frontend::fuse::Mounted;
 use crate::identity;
 
 /// Version 1: the first. 2: with a change that is being carried out. 3: with a generation, and ublk devices that outlive
-/// their server.
-pub(crate) const VERSION: u32 = 3;
+/// their server. 4: of an allocation that this client may not own, see [`Role`].
+pub(crate) const VERSION: u32 = 4;
+/// The version of a record of an owner: older programs understand it.
+const VERSION_OF_OWNER: u32 = 3;
 
 /// Numbers of connections between the first ones of two lives of a device. A life uses as many beyond the seconds that
 /// it lasts only if an appliance that can be reached sends it away again and again.
@@ -69,6 +71,66 @@ pub(crate) struct Record {
     /// Of a file: what its mount was made with; none before it is mounted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) mounted: Option<Mounted>,
+    /// What this client has of the allocation.
+    #[serde(default, skip_serializing_if = "Role::is_owner")]
+    pub(crate) role: Role,
+}
+
+/// What this client has of an allocation that it shows.
+///
+/// ```text
+///    attach                                        attach --standby
+///      v            a client stands by                   v           handed over to this client
+///   [owner] <---------------------------> [contested]  [stands by] -----------------------------> [contested]
+///                                           |     ^        ^      <-----------------------------
+///                              handed over  v     | rolled back                rolled back
+///                                      [handed over] --committed--> no device
+/// ```
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Role {
+    /// It owns it.
+    #[default]
+    Owner,
+    /// The same, and another client may have it one day and give it back: that appliances refuse it proves nothing.
+    Contested,
+    /// It stands by, and has no keys.
+    StandsBy,
+    /// It was the owner, and may be again. Its keys are those of before.
+    HandedOver {
+        /// The hand-over.
+        handover: HandoverId,
+        /// The new owner's host, for people.
+        to: String,
+    },
+}
+
+impl Role {
+    pub(crate) fn is_owner(&self) -> bool {
+        *self == Role::Owner
+    }
+
+    /// Why all I/O of the device waits, if it does.
+    pub(crate) fn waits(&self) -> Option<String> {
+        match self {
+            Role::Owner | Role::Contested => None,
+            Role::StandsBy => {
+                Some("it stands by: I/O waits until the allocation is handed over to this host".to_owned())
+            }
+            Role::HandedOver { handover, to } => Some(format!(
+                "it is handed over to {to}: I/O waits until hand-over {handover} is committed or rolled back"
+            )),
+        }
+    }
+
+    /// For those who look.
+    pub(crate) fn shown(&self) -> Option<DeviceRole> {
+        match self {
+            Role::Owner | Role::Contested => None,
+            Role::StandsBy => Some(DeviceRole::StandsBy),
+            Role::HandedOver { .. } => Some(DeviceRole::HandedOver),
+        }
+    }
 }
 
 impl Record {
@@ -76,7 +138,7 @@ impl Record {
         let generation = first_generation();
         let given_up = BTreeMap::new();
         Record {
-            version: VERSION,
+            version: VERSION_OF_OWNER,
             request,
             map,
             session,
@@ -87,6 +149,7 @@ impl Record {
             pending: false,
             given_up,
             mounted: None,
+            role: Role::Owner,
         }
     }
 
@@ -336,7 +399,8 @@ impl Records {
     /// Keeps a record. Blocks until it is on disk, and until whoever follows has been told.
     pub(crate) fn save(&self, record: &Record) -> Result<(), DeviceError> {
         let name = &record.request.name;
-        let record = Record { version: VERSION, life: self.life.or(record.life), ..record.clone() };
+        let version = if record.role.is_owner() { VERSION_OF_OWNER } else { VERSION };
+        let record = Record { version, life: self.life.or(record.life), ..record.clone() };
         let text = serde_json::to_vec_pretty(&record).map_err(io::Error::from).at("write a record")?;
         let mut kept = self.kept();
         write(&self.path(name), &text)?;
@@ -433,6 +497,22 @@ mod tests {
         assert_eq!(records.load().unwrap(), [Record { number: Some(3), life: records.life, ..record("a") }]);
         let file = directory.path().join("devices/a.json");
         assert_eq!(fs::metadata(file).unwrap().permissions().mode() & 0o777, 0o600);
+    }
+
+    #[test]
+    fn an_older_program_reads_what_it_understands_and_no_more() {
+        let directory = tempfile::tempdir().unwrap();
+        let records = open(directory.path());
+        let version = |role: Role| {
+            records.save(&Record { role, ..record("a") }).unwrap();
+            let text = fs::read_to_string(directory.path().join("devices/a.json")).unwrap();
+            let AnyRecord { version } = serde_json::from_str(&text).unwrap();
+            version
+        };
+        assert_eq!((version(Role::Owner), version(Role::StandsBy), version(Role::Owner)), (3, 4, 3));
+        let handed = Role::HandedOver { handover: HandoverId::from_u128(7), to: "b".to_owned() };
+        assert_eq!(version(handed.clone()), 4);
+        assert_eq!(records.load().unwrap()[0].role, handed);
     }
 
     #[test]

@@ -124,6 +124,8 @@ fn open(
         host: xpm_control::host::host_id().ok(),
         refusal_limit: config.refusal_limit.0,
         visitor: visitor.cloned(),
+        held: record.role.waits(),
+        contested: !record.role.is_owner(),
     };
     let name = &record.request.name;
     let volume = Volume::open(&record.map, options)
@@ -131,7 +133,8 @@ fn open(
     for (appliance, why) in &record.given_up {
         volume.give_up(*appliance, why);
     }
-    if readiness == Readiness::Required {
+    // One that stands by cannot be connected before it is the owner.
+    if readiness == Readiness::Required && record.role.waits().is_none() {
         volume.wait_ready(limit).map_err(|error| {
             DeviceError::new(ErrorKind::Unavailable, format!("allocation {name}: {error}"))
         })?;

@@ -1,5 +1,6 @@
 //! `xpm alloc`: named amounts of external memory.
 
+mod handover;
 pub(crate) mod list;
 
 use std::collections::BTreeMap;
@@ -68,6 +69,7 @@ async fn carry_out(
                 format!("{name}: {}\n", given.owner.as_ref().map(owner).unwrap_or_default())
             })
         }
+        AllocCommand::Handover(args) => handover::run(args, allocator, output).await,
         AllocCommand::Rename { name, to } => {
             let allocation: Allocation =
                 allocator.put(&format!("/v1/allocations/{name}/name"), &Rename { to }).await?;

@@ -82,6 +82,7 @@ fn request(args: AttachArgs) -> AttachDevice {
         force: args.force,
         lose: args.lose,
         block_size: args.block_size,
+        standby: args.standby,
     }
 }
 

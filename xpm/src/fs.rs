@@ -84,5 +84,6 @@ fn request(args: FsAttachArgs) -> anyhow::Result<AttachDevice> {
         force: args.force,
         lose: args.lose,
         block_size: None,
+        standby: args.standby,
     })
 }

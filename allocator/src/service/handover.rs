@@ -23,7 +23,7 @@ use serde::Deserialize;
 use xpm_control::server::ApiError;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{
-    ApplianceState, HANDOVER_NAMES_MAX, HandOverAll, Handover, HandoverPart, HandoverState, Owner, Standby,
+    ApplianceState, HANDOVER_NAMES_MAX, HandOverAll, Handover, HandoverPart, HandoverState, Standby,
 };
 use xpm_protocol::api::event::EventKind;
 use xpm_protocol::api::health::{Check, Problem};
@@ -97,10 +97,8 @@ impl Service {
         if self.waits_its_turn(&members) {
             return self.queue_behind(&members, reply, Request::HandOverAll(order));
         }
-        let planned = self
-            .new_owner(&order.to)
-            .and_then(|to| self.check_hand_over(&members, &to, order.force))
-            .and_then(|(from, to)| self.plan_hand_over(&members, (from, to)));
+        let checked = self.check_hand_over(&members, &order.to, order.force);
+        let planned = checked.and_then(|()| self.plan_hand_over(&members));
         let (id, records) = match planned {
             Ok(planned) => planned,
             Err(error) => return self.reply(reply, Err(error)),
@@ -136,14 +134,10 @@ impl Service {
         }
     }
 
-    /// The owner before and the owner after, if all of them can be handed over now.
-    fn check_hand_over(
-        &self,
-        members: &[AllocationId],
-        to: &Owner,
-        force: bool,
-    ) -> Result<(Owner, Owner), ApiError> {
-        let mut owners: Option<(Owner, Owner)> = None;
+    /// Refuses what cannot be handed over now. `to` is a host, or a client by name or id, which stands by for all of them;
+    /// who uses memory as a file and who uses it as a disk are two clients of one host.
+    fn check_hand_over(&self, members: &[AllocationId], to: &str, force: bool) -> Result<(), ApiError> {
+        let client = self.new_owner(to).map(|owner| owner.client);
         for id in members {
             let entry = &self.allocations[id];
             let (record, name) = (&entry.record, &entry.record.name);
@@ -166,23 +160,16 @@ impl Service {
                 );
                 return refused(ErrorKind::Conflict, line);
             };
-            let standby = record.standby.as_ref().filter(|standby| standby.client.client == to.client);
-            let Some(standby) = standby else {
+            let is_it = |standby: &Standby| {
+                standby.client.host_name == to
+                    || client.as_ref().is_ok_and(|client| *client == standby.client.client)
+            };
+            let Some(standby) = record.standby.as_ref().filter(|standby| is_it(standby)) else {
                 let line = format!(
-                    "{} does not stand by for `{name}`: run `xpm blk attach {name} --standby` there first",
-                    to.host_name
+                    "{to} does not stand by for `{name}`: run `xpm blk attach {name} --standby`, or `xpm fs attach`, there first"
                 );
                 return refused(ErrorKind::Conflict, line);
             };
-            if let Some((first, _)) = &owners
-                && first.client != owner.client
-            {
-                let line = format!(
-                    "`{name}` is in use by {}, and others by {}: hand over those of one owner",
-                    owner.host_name, first.host_name
-                );
-                return refused(ErrorKind::Conflict, line);
-            }
             if !standby.noted && !force {
                 let why = entry.side.cannot_hold.clone();
                 let why = why.unwrap_or_else(|| "it has not answered to that a client stands by".to_owned());
@@ -200,15 +187,13 @@ impl Service {
                 );
                 return refused(ErrorKind::Unavailable, line);
             }
-            owners.get_or_insert_with(|| (owner.clone(), standby.client.clone()));
         }
-        owners.ok_or_else(|| ApiError(ErrorKind::Invalid, "a hand-over has an allocation".to_owned()))
+        Ok(())
     }
 
     fn plan_hand_over(
         &mut self,
         members: &[AllocationId],
-        (from, to): (Owner, Owner),
     ) -> Result<(HandoverId, Vec<AllocationRecord>), ApiError> {
         let id = HandoverId::from_u128(self.random_id()?);
         let since = self.now.unix;
@@ -216,9 +201,9 @@ impl Service {
         for member in members {
             let mut record = self.entry(*member).record.clone();
             record.next = Some(self.next_epoch(&record)?);
-            // Each with the life and the form that it has there.
-            let from = record.owner.clone().unwrap_or_else(|| from.clone());
-            let to = record.standby.as_ref().map_or_else(|| to.clone(), |standby| standby.client.clone());
+            let parties =
+                record.owner.clone().zip(record.standby.as_ref().map(|standby| standby.client.clone()));
+            let Some((from, to)) = parties else { continue };
             let state = HandoverState::Raising;
             record.handover = Some(Box::new(HandoverRecord { id, state, from, to, since }));
             records.push(record);

@@ -9,7 +9,7 @@ use tokio::sync::Notify;
 use xpm_control::client::ClientError;
 use xpm_control::error_line;
 use xpm_protocol::api::ErrorKind;
-use xpm_protocol::api::allocator::{self as api, Allocation, Map, Orders};
+use xpm_protocol::api::allocator::{self as api, Allocation, Map, Orders, Part};
 use xpm_protocol::api::appliance::Endpoints;
 use xpm_protocol::{AllocationId, ApplianceId, Epoch, GrantId, Name, Succession};
 
@@ -54,6 +54,11 @@ pub enum Word {
         lost: Vec<GrantId>,
         /// Where each grant is reached now.
         endpoints: BTreeMap<GrantId, Endpoints>,
+    },
+    /// Another client has it now and may give it back, or gets it soon: I/O waits.
+    Waits {
+        /// What this client has of it.
+        part: Part,
     },
     /// It has ended.
     Ended {
@@ -112,9 +117,18 @@ impl Guard {
         (word, Some(again))
     }
 
+    /// What the allocator says of the ownership, whatever the paths do; none as of [`Guard::look`].
+    pub async fn word(&self, known: Known) -> Option<Word> {
+        self.ask(known, &[]).await
+    }
+
     /// What the allocator says; none where it cannot be reached, or is not to be believed.
     async fn ask(&self, known: Known, refused: &[GrantId]) -> Option<Word> {
-        match self.owner.orders_about(&self.name, refused).await {
+        let orders = match refused {
+            [] => self.owner.orders(&self.name).await,
+            refused => self.owner.orders_about(&self.name, refused).await,
+        };
+        match orders {
             Ok(orders) => word_of(known, orders),
             Err(ClientError::Refused(body)) if body.kind == ErrorKind::NotFound => {
                 Some(Word::Ended { why: format!("allocation `{}` was deleted", self.name), recorded: false })
@@ -151,6 +165,9 @@ impl Guard {
 
 /// What orders say of the ownership; none where they do not count.
 fn word_of(known: Known, orders: Orders) -> Option<Word> {
+    if let Some(part) = orders.part {
+        return (!is_behind(known, orders.epoch?, None)).then_some(Word::Waits { part });
+    }
     // An allocator that does not know these fields does not say what is lost.
     let (epoch, lost) = (orders.epoch?, orders.lost?);
     match is_behind(known, epoch, Some(orders.version)) {
@@ -178,6 +195,8 @@ fn one_line(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use xpm_protocol::HandoverId;
+
     use super::*;
 
     const KNOWN: Known = Known { id: AllocationId::from_u128(1), epoch: Epoch(3), version: 7 };
@@ -207,6 +226,14 @@ mod tests {
         assert!(word(3, 8).is_some(), "a change that this owner has not carried out");
         assert_eq!(word(2, 7), None);
         assert_eq!(word(3, 6), None);
+    }
+
+    #[test]
+    fn who_may_get_it_back_waits() {
+        let part = Part::Holds { handover: HandoverId::from_u128(1), to: "b".to_owned() };
+        let handed = |epoch| Orders { part: Some(part.clone()), ..orders(Some(epoch), 7, None) };
+        assert_eq!(word_of(KNOWN, handed(4)), Some(Word::Waits { part: part.clone() }));
+        assert_eq!(word_of(KNOWN, handed(2)), None, "an allocator of yesterday");
     }
 
     #[test]

@@ -103,6 +103,17 @@ impl Owner {
         }
     }
 
+    /// Stands by to take an allocation over from its owner: its map, without keys.
+    ///
+    /// # Errors
+    /// As of [`Owner::own`].
+    pub async fn stand_by(&self, name: &Name, purpose: String, how: Taking) -> Result<Map, ClientError> {
+        let Taking { force, lose, blocks } = how;
+        let (client, host, host_name) = (self.client, self.host, self.host_name.clone());
+        let attach = Attach { client, host, host_name, purpose, force, lose, blocks };
+        self.allocator.put(&self.path(&format!("/v1/allocations/{name}/standby")), &attach).await
+    }
+
     /// In the query, which allocators of before there were lives do not look at.
     fn path(&self, path: &str) -> String {
         match &self.life {
@@ -223,7 +234,10 @@ impl Heard {
         let subject = event.subject.clone();
         match event.kind.as_str() {
             "change-open" | "hand-over" | "lender-lost" | "lost" | "deleted" | "freed" | "attached"
-            | "handed-over" | "cut-off" => Some(Heard::Allocation(subject)),
+            | "handed-over" | "cut-off" | "standby" | "standby-gone" | "handover-open"
+            | "handover-failed" | "handover-committed" | "handover-returning" | "handover-returned" => {
+                Some(Heard::Allocation(subject))
+            }
             "appliance-moved" => Some(Heard::Appliance(subject)),
             _ => None,
         }

@@ -136,7 +136,12 @@ impl Volume {
         let (numbers, new) = number_ways(&live, next);
         let plan = Arc::new(plan.renumbered(&numbers));
         let moves = Arc::new(moves(&live.plan, &plan, moved)?);
-        let links = super::LinkOptions { epoch: next.epoch, ..self.inner.links.clone() };
+        let links = super::LinkOptions {
+            epoch: next.epoch,
+            held: None,
+            contested: false,
+            ..self.inner.links.clone()
+        };
         let connectors = start_all(next, &new, &links)?;
         let mut added = Vec::with_capacity(new.len());
         for (&(number, _), connector) in new.iter().zip(connectors) {

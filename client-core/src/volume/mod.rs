@@ -65,6 +65,11 @@ pub struct VolumeOptions {
     pub refusal_limit: Duration,
     /// Which life of the client this is. An appliance lets one life of it in, and those that follow it; none: it is not asked.
     pub visitor: Option<Visitor>,
+    /// Why it is opened held: no appliance is connected, and all I/O waits, whatever `hold` says, until
+    /// [`Volume::go_on`]. None: it is not.
+    pub held: Option<String>,
+    /// As of [`Volume::set_contested`].
+    pub contested: bool,
 }
 
 /// Why a volume cannot be opened.
@@ -202,6 +207,8 @@ impl Volume {
             },
             alarm: Arc::default(),
             visitor: options.visitor.clone(),
+            held: options.held.clone(),
+            contested: options.contested,
         };
         let live = Live { plan: Arc::new(plan), ways: Vec::new(), members: Vec::new(), change: None };
         let shared = Arc::new(Shared { live: Mutex::new(live), tallies: Mutex::default() });
@@ -309,6 +316,46 @@ impl Volume {
         let connectors = self.connectors();
         let of_it = connectors.iter().filter(|connector| connector.grant().appliance == appliance);
         of_it.fold(false, |news, connector| connector.give_up(why) | news)
+    }
+
+    /// Lets go of every appliance, and has all I/O wait, whatever limit there is for that, until [`Volume::go_on`] or
+    /// [`Volume::end_all`]. `why` is what people are told. Returns at once.
+    pub fn hold_all(&self, why: &str) {
+        self.connectors().iter().for_each(|connector| connector.hold(why));
+    }
+
+    /// Connects by the keys and addresses of this map; what waits goes on. The map has to be that of the same regions.
+    /// Returns at once.
+    ///
+    /// # Errors
+    /// When it is not; nothing has changed then.
+    pub fn go_on(&self, map: &Map) -> Result<(), ChangeError> {
+        let connectors = self.connectors();
+        let grant_of = |connector: &Arc<Connector>| {
+            let id = connector.grant().id;
+            Some((connector.clone(), map.grants.iter().find(|grant| grant.id == id)?.clone()))
+        };
+        let known: Option<Vec<_>> = connectors.iter().map(grant_of).collect();
+        let fits = map.grants.len() == connectors.len() && map.size.0 == self.size();
+        let Some(known) = known.filter(|_| fits) else {
+            let what = "the allocation lies elsewhere, or has another size, than when it was attached";
+            return Err(ChangeError::Unfit(what.to_owned()));
+        };
+        known.iter().for_each(|(connector, grant)| connector.go_on(grant, map.epoch));
+        Ok(())
+    }
+
+    /// All I/O ends with an error, from now on and for good. `why` is what people are told. Returns at once.
+    pub fn end_all(&self, why: &str) {
+        for connector in self.connectors() {
+            connector.give_up(why);
+        }
+    }
+
+    /// Whether another client may have the allocation and give it back: then refusals of appliances, however long they last,
+    /// end no I/O. Only the allocator's word does.
+    pub fn set_contested(&self, contested: bool) {
+        self.connectors().iter().for_each(|connector| connector.set_contested(contested));
     }
 
     /// What the volume is doing. Takes locks that no I/O waits for.

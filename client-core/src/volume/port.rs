@@ -13,6 +13,8 @@ use xpm_transport::link::Link;
 pub(super) enum Delivery {
     /// A link, for use from now on.
     Link(Box<dyn Link>),
+    /// The link that there may be is none any more, and no proof of anything: I/O waits for the next one.
+    Held,
     /// It is proven that the memory is gone.
     Lost,
     /// Nothing has answered at the other end of the link since then, for as long as I/O is to be held.
@@ -137,6 +139,7 @@ impl Port {
             }
             Delivery::Lost if self.state() == LinkState::Lost => return,
             Delivery::Lost => self.set_state(LinkState::Lost),
+            Delivery::Held => self.want(),
             Delivery::Stalled(_) => {}
         }
         *self.delivery.lock().unwrap_or_else(PoisonError::into_inner) = Some(delivery);

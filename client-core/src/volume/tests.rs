@@ -146,6 +146,8 @@ impl Bed {
         let plan = Arc::new(Plan::new(map).unwrap());
         let options = LinkOptions {
             visitor: None,
+            held: None,
+            contested: false,
             host: None,
             epoch: Epoch(1),
             transport: None,

@@ -29,12 +29,24 @@ pub struct Trust {
     heard: Option<Instant>,
     /// What the allocator said instead.
     gone: Option<String>,
+    /// No refusal counts, however long they last: another client may have the allocation and give it back.
+    word_only: bool,
 }
 
 impl Trust {
     /// A grant that nobody has refused. `limit` is [`REFUSAL_LIMIT`] except in tests and where an operator says so.
     pub const fn new(limit: Duration) -> Trust {
-        Trust { limit, refused: None, heard: None, gone: None }
+        Trust { limit, refused: None, heard: None, gone: None, word_only: false }
+    }
+
+    /// Whether only the allocator's word ends I/O from now on.
+    pub const fn set_word_only(&mut self, word_only: bool) {
+        self.word_only = word_only;
+    }
+
+    /// Whether I/O waits for the allocator's word, however long that takes.
+    pub const fn waits_for_word(&self) -> bool {
+        self.word_only && self.refused.is_some()
     }
 
     /// The appliance let us in: who knows the key has the data.
@@ -68,7 +80,7 @@ impl Trust {
         if let Some(why) = &self.gone {
             return Some(why.clone());
         }
-        let (since, count) = self.refused?;
+        let (since, count) = self.refused.filter(|_| !self.word_only)?;
         let lasts = |since: Instant| now.saturating_duration_since(since) >= self.limit;
         let proven = count >= REFUSALS_MIN && lasts(since) && self.heard.is_none_or(lasts);
         proven.then(|| {
@@ -115,6 +127,22 @@ mod tests {
         let now = refused_until(&mut trust, middle, LIMIT * 9 / 10);
         assert_eq!(trust.lost(now), None);
         assert!(trust.lost(middle + LIMIT).is_some());
+    }
+
+    #[test]
+    fn what_is_contested_ends_by_the_allocators_word_only() {
+        let (mut trust, start) = (Trust::new(LIMIT), Instant::now());
+        trust.set_word_only(true);
+        let now = refused_until(&mut trust, start, LIMIT * 100);
+        assert_eq!(trust.lost(now), None);
+        assert!(trust.waits_for_word());
+        trust.gone("another's");
+        assert_eq!(trust.lost(now).as_deref(), Some("another's"));
+        trust.connected();
+        assert!(!trust.waits_for_word());
+        let now = refused_until(&mut trust, now, LIMIT);
+        trust.set_word_only(false);
+        assert!(trust.lost(now).is_some(), "as before");
     }
 
     #[test]

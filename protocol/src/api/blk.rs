@@ -56,6 +56,9 @@ pub struct AttachDevice {
     /// Every other allocation has its own, and another one is refused.
     #[serde(default, rename = "block-size", skip_serializing_if = "Option::is_none")]
     pub block_size: Option<BlockSize>,
+    /// Stand by to take it over from its owner: the device is there, and all its I/O waits until this client is the owner.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub standby: bool,
 }
 
 /// How long I/O is held while an appliance cannot be reached. Written `forever` or as a duration.
@@ -274,6 +277,19 @@ pub struct Device {
     /// Its logical block size in bytes; none where clients choose.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub block_size: Option<BlockSize>,
+    /// What this client has of the allocation; none: it is the owner.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub role: Option<DeviceRole>,
+}
+
+/// What a client has of an allocation that it shows and does not own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DeviceRole {
+    /// It stands by: I/O waits until it is the owner.
+    StandsBy,
+    /// It was the owner: I/O waits until the hand-over is committed, which ends the device, or rolled back.
+    HandedOver,
 }
 
 /// Pages of a file that the kernel of this machine has in its page cache.

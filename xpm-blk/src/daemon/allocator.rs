@@ -15,6 +15,23 @@ use crate::error::DeviceError;
 use crate::owed::Debts;
 
 impl Daemon {
+    /// Stands by for an allocation. Its map, without keys.
+    pub(super) async fn stand_by(&self, request: &AttachDevice) -> Result<Map, DeviceError> {
+        let AttachDevice { name, form, force, block_size, .. } = request;
+        let blocks = block_size.map_or(BlockWish::Kept, BlockWish::Is);
+        let how = Taking { force: *force, lose: false, blocks: Some(blocks) };
+        self.owner.stand_by(name, form.to_string(), how).await.map_err(|error| refused(&error))
+    }
+
+    /// The same for a device that is not shown yet. What was owed of the allocation is not owed any more.
+    pub(super) async fn stand_by_anew(&self, request: &AttachDevice) -> Result<Map, DeviceError> {
+        let mut debts = self.debts.lock().await;
+        let map = self.stand_by(request).await?;
+        debts.settle(&request.name);
+        self.show_debts(&debts);
+        Ok(map)
+    }
+
     pub(super) async fn own(&self, request: &AttachDevice) -> Result<Map, DeviceError> {
         let AttachDevice { name, form, force, lose, block_size, .. } = request;
         let blocks = block_size.map_or(BlockWish::Kept, BlockWish::Is);

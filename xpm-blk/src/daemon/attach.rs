@@ -10,9 +10,9 @@ use xpm_protocol::{Name, Visitor};
 use super::{Attached, Busy, Daemon, Slot, blocking};
 use crate::config::check_device;
 use crate::error::{DeviceError, Step};
-use crate::frontend::check_support;
 use crate::frontend::nbd_socket::check_exposure;
-use crate::records::Record;
+use crate::frontend::{can_stand_by, check_support};
+use crate::records::{Record, Role};
 use crate::show::{Readiness, show};
 
 impl Daemon {
@@ -27,6 +27,12 @@ impl Daemon {
         if let Form::NbdSocket(place) = &request.form {
             // Before anything is asked of the allocator.
             check_exposure(place, self.config.insecure)?;
+        }
+        if request.standby && !can_stand_by(&request.form) {
+            return Err(DeviceError::unsupported(
+                format!("a device of form {} cannot stand by: its I/O cannot wait that long", request.form),
+                "use nbd-socket, vhost-user or a file (`xpm fs`)",
+            ));
         }
         self.reserve(&request.name)?;
         let daemon = Arc::clone(self);
@@ -65,9 +71,13 @@ impl Daemon {
     async fn attach_reserved(self: &Arc<Daemon>, mut request: AttachDevice) -> Result<Device, DeviceError> {
         let form = request.form.clone();
         blocking(move || check_support(&form)).await?;
-        let map = self.own_anew(&request).await?;
+        let role = if request.standby { Role::StandsBy } else { Role::Owner };
+        let map = match role {
+            Role::StandsBy => self.stand_by_anew(&request).await?,
+            _ => self.own_anew(&request).await?,
+        };
         // It was meant for this time: a copy of the record must not take the allocation from anybody.
-        (request.force, request.lose) = (false, false);
+        (request.force, request.lose, request.standby) = (false, false, false);
         if let Some(slab) = map.slabs.slabs.keys().next() {
             let line = format!(
                 "allocation {} has slabs with names, such as `{slab}`, which a device would write over: remove them by the \
@@ -80,7 +90,7 @@ impl Daemon {
         }
         let session = xpm_control::random::u128().at("make a session number")?;
         let name = request.name.clone();
-        let record = Record::new(request, map, session);
+        let record = Record { role, ..Record::new(request, map, session) };
         match self.show(record, Readiness::Required).await {
             Ok(attached) => {
                 self.look_for_losses(&name);

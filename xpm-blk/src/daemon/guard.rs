@@ -49,6 +49,9 @@ async fn look(daemon: &Arc<Daemon>, guard: &Guard, attached: &Weak<Attached>) ->
     let attached = attached.upgrade()?;
     let known = Known::from(&attached.record().map);
     let (word, again) = guard.look(known, attached.shown.guarded()?).await;
+    if let Some(Word::Waits { .. }) = word {
+        daemon.obey(&attached.record().request.name);
+    }
     if let Some(Word::Holds { endpoints, .. }) = word {
         let (daemon, attached) = (Arc::clone(daemon), Arc::clone(&attached));
         let amended =

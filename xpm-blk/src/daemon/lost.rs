@@ -28,7 +28,8 @@ impl Daemon {
             Some(Slot::Busy(_)) | None => return,
         };
         tokio::spawn(async move {
-            if !daemon.is_registered(&attached.record().request).await {
+            let record = attached.record();
+            if record.role.waits().is_some() || !daemon.is_registered(&record.request).await {
                 return;
             }
             let shown = Arc::clone(&attached);

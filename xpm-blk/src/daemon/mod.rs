@@ -7,6 +7,7 @@ mod allocator;
 mod attach;
 mod detach;
 mod guard;
+mod handover;
 pub(crate) mod herald;
 pub(crate) mod lookout;
 mod lost;
@@ -14,7 +15,7 @@ mod orders;
 mod restore;
 mod view;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -51,8 +52,8 @@ pub struct Daemon {
     debts: tokio::sync::Mutex<Debts>,
     /// The same, for those who look.
     owed: Mutex<Vec<Owed>>,
-    /// Allocations whose orders are being carried out.
-    obeying: Mutex<BTreeSet<Name>>,
+    /// Allocations whose orders are being carried out, and whether there may be new ones since.
+    obeying: Mutex<BTreeMap<Name, bool>>,
     started: Instant,
 }
 

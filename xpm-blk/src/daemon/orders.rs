@@ -5,47 +5,75 @@
 //! knows whether the old or the new map holds, and after a restart writes go to both places until it
 //! has answered.
 
+use std::collections::BTreeMap;
 use std::fs::File;
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, MutexGuard, PoisonError};
 
 use xpm_client::owner::{CONNECT_LIMIT, Mover, TailError};
 use xpm_client::{Change, ChangeError};
 use xpm_protocol::Name;
 use xpm_protocol::api::ErrorKind;
-use xpm_protocol::api::allocator::{ChangeKind, HandOver, MapChange, Report};
+use xpm_protocol::api::allocator::{ChangeKind, HandOver, MapChange, Orders, Report};
 use xpm_protocol::api::blk::AttachDevice;
 
 use super::{Attached, Daemon, Slot, blocking};
 use crate::error::{DeviceError, Step};
+use crate::records::Role;
 
 impl Daemon {
-    /// Asks for the orders of a device and carries them out, on a task of their own. Nothing happens while that is
-    /// being done already.
+    /// Asks for the orders of a device and carries them out, on a task of their own. While that is being done already, it is
+    /// done once more afterwards.
     pub(super) fn obey(self: &Arc<Daemon>, name: &Name) {
-        if !matches!(self.slots().get(name), Some(Slot::Shown(_)))
-            || !self.obeying.lock().unwrap_or_else(PoisonError::into_inner).insert(name.clone())
-        {
+        if !matches!(self.slots().get(name), Some(Slot::Shown(_))) {
             return;
         }
+        if let Some(again) = self.obeying().get_mut(name) {
+            *again = true;
+            return;
+        }
+        self.obeying().insert(name.clone(), false);
         let (daemon, name) = (Arc::clone(self), name.clone());
         tokio::spawn(async move {
-            let done = tokio::spawn(Arc::clone(&daemon).obey_now(name.clone())).await;
-            daemon.obeying.lock().unwrap_or_else(PoisonError::into_inner).remove(&name);
-            if let Err(error) = done {
-                tracing::error!("the orders for allocation {name} were not carried out: {error}");
+            loop {
+                let done = tokio::spawn(Arc::clone(&daemon).obey_now(name.clone())).await;
+                if let Err(error) = done {
+                    tracing::error!("the orders for allocation {name} were not carried out: {error}");
+                }
+                let mut obeying = daemon.obeying();
+                match obeying.get_mut(&name) {
+                    Some(again) if *again => *again = false,
+                    _ => return drop(obeying.remove(&name)),
+                }
             }
         });
     }
 
+    fn obeying(&self) -> MutexGuard<'_, BTreeMap<Name, bool>> {
+        self.obeying.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     async fn obey_now(self: Arc<Daemon>, name: Name) {
         let Some(Slot::Shown(attached)) = self.slots().get(&name).cloned() else { return };
+        match attached.record().role {
+            Role::StandsBy => return self.stand_by_or_begin(&attached).await,
+            Role::HandedOver { .. } => return self.wait_or_go_on(&attached).await,
+            Role::Owner | Role::Contested => {}
+        }
         if !self.is_registered(&attached.record().request).await {
+            // It may be handed over.
+            if let Ok(Orders { part: Some(part), .. }) = self.owner.orders(&name).await {
+                self.take_part(&attached, part).await;
+            }
             return;
         }
         if attached.change().is_some() {
             return self.finish_firm(&attached).await;
         }
         let Ok(orders) = self.owner.orders(&name).await else { return };
+        if let Some(part) = orders.part {
+            return self.take_part(&attached, part).await;
+        }
+        self.note_contested(&attached, orders.contested).await;
         if let Some(hand_over) = &orders.hand_over {
             return self.hand_over(&attached, hand_over).await;
         }

@@ -139,7 +139,8 @@ impl Daemon {
     /// A record of another machine, or of another installation, is shown when the allocator says that it may be: there,
     /// the device may be in use.
     async fn may_show(&self, record: &mut Record) -> Result<(), DeviceError> {
-        if record.is_of(self.owner.life.as_ref()) {
+        // What waits for the allocator's word is asked about when it is shown.
+        if record.is_of(self.owner.life.as_ref()) || record.role.waits().is_some() {
             return Ok(());
         }
         let owned = self.own(&record.request).await;

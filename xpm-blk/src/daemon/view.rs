@@ -92,6 +92,7 @@ impl Daemon {
             in_flight: 0,
             age: xpm_protocol::Span::default(),
             block_size: record.block_size(),
+            role: record.role.shown(),
             ending: self.endings().get(&record.request.name).map(|ending| ending.text.clone()),
         }
     }

@@ -190,6 +190,12 @@ pub const fn can_carry_swap(form: &Form) -> bool {
     !matches!(form, Form::NbdSocket(_) | Form::VhostUser(_))
 }
 
+/// Whether a form can be shown while its I/O waits for the allocation: a kernel looks for partitions on each new device, and
+/// would wait with it.
+pub const fn can_stand_by(form: &Form) -> bool {
+    matches!(form, Form::NbdSocket(_) | Form::VhostUser(_))
+}
+
 /// Seconds since 1970: higher than any generation that an earlier process of this device used, unless two of them began
 /// within a moment, or the clock was set back; [`crate::records::Record::begin_life`] sees to that.
 pub(crate) fn first_generation() -> u32 {

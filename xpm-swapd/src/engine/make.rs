@@ -233,6 +233,7 @@ impl Daemon {
                     force: false,
                     lose: false,
                     block_size: None,
+                    standby: false,
                 };
                 let client = self.blk.clone().with_limit(ORDER_LIMIT);
                 let shown: Result<Device, _> = client.post("/v1/devices", &request).await;

@@ -107,6 +107,21 @@ Examples:
         #[arg(long, requires = "force")]
         lose: bool,
     },
+    /// Hands allocations in use over to a client that stands by for them, without a detach.
+    ///
+    /// All of them change owner at once, or none does. The owner of before waits with its I/O, which never fails, until the
+    /// hand-over is committed or rolled back: committed, its devices end; rolled back, it goes on, and the other client
+    /// stands by again. Nothing but these orders ends a hand-over.
+    #[command(after_help = "\
+Examples:
+  On host2:
+    xpm blk attach ram --standby --as nbd-socket=/run/xpm/ram.sock
+  Anywhere:
+    id=$(xpm alloc handover ram,disk --to host2)
+    xpm alloc handover --commit $id
+  Or, where the old owner is to go on:
+    xpm alloc handover --rollback $id")]
+    Handover(HandoverArgs),
     /// Gives an allocation another name. Refused while a client uses it: devices are called by the name.
     #[command(after_help = "Example:\n  xpm alloc rename scratch data")]
     Rename {
@@ -128,6 +143,28 @@ Examples:
         #[arg(long)]
         force: bool,
     },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct HandoverArgs {
+    /// The allocations.
+    #[arg(value_name = "NAME[,NAME...]", value_delimiter = ',', add = allocations(), requires = "to", required_unless_present_any = ["commit", "rollback", "list"])]
+    pub(crate) names: Vec<Name>,
+    /// The new owner, which stands by for all of them: a host, or the name or the id of a client (`xpm client list`).
+    #[arg(long, value_name = "CLIENT", add = clients(), requires = "names")]
+    pub(crate) to: Option<String>,
+    /// Also where the present owner does not answer: its I/O may fail.
+    #[arg(long, requires = "names")]
+    pub(crate) force: bool,
+    /// The new owner has them for good: ends the devices of the old one.
+    #[arg(long, value_name = "ID|NAME", conflicts_with_all = ["names", "rollback", "list"])]
+    pub(crate) commit: Option<Name>,
+    /// The old owner gets them back, and goes on.
+    #[arg(long, value_name = "ID|NAME", conflicts_with_all = ["names", "list"])]
+    pub(crate) rollback: Option<Name>,
+    /// Lists the hand-overs that are not over.
+    #[arg(long, conflicts_with = "names")]
+    pub(crate) list: bool,
 }
 
 #[derive(Debug, Args)]

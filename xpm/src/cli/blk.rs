@@ -108,6 +108,10 @@ pub(crate) struct AttachArgs {
     /// moved away from it. Without this the allocation stays with its owner.
     #[arg(long, requires = "force")]
     pub(crate) lose: bool,
+    /// Stands by to take the allocation over from the client that uses it: the device is there, and its I/O waits until `xpm
+    /// alloc handover` makes this client the owner. For nbd-socket and vhost-user.
+    #[arg(long, conflicts_with_all = ["lose", "ensure"])]
+    pub(crate) standby: bool,
     /// Succeeds as well when it is shown in this form already, and waits while it is being shown. For services.
     #[arg(long)]
     pub(crate) ensure: bool,

@@ -102,6 +102,10 @@ pub(crate) struct FsAttachArgs {
     /// moved away from it. Without this the allocation stays with its owner.
     #[arg(long, requires = "force")]
     pub(crate) lose: bool,
+    /// Stands by to take the allocation over from the client that uses it: the file is there, and its I/O waits until `xpm
+    /// alloc handover` makes this client the owner.
+    #[arg(long, conflicts_with_all = ["lose", "ensure"])]
+    pub(crate) standby: bool,
     /// Succeeds as well when it is shown at this path already, and waits while it is being shown. For services.
     #[arg(long)]
     pub(crate) ensure: bool,

@@ -18,7 +18,7 @@ use clap::{Args, Parser, Subcommand};
 use xpm_control::settings::{ALLOCATOR_VARIABLE, OutputForm, TOKEN_VARIABLE};
 use xpm_protocol::Span;
 
-pub(crate) use alloc::{AllocCommand, CreateArgs};
+pub(crate) use alloc::{AllocCommand, CreateArgs, HandoverArgs};
 pub(crate) use appliance::{ApplianceCommand, DrainArgs, ForgetArgs, RebalanceArgs};
 pub(crate) use blk::{AttachArgs, BlkCommand, GiveUpArgs};
 pub(crate) use client::ClientCommand;

@@ -399,6 +399,11 @@ impl Channel {
             match self.ways[grant].port.take() {
                 Some(Delivery::Link(link)) => self.connect(grant, link),
                 Some(Delivery::Lost) => self.lose(grant),
+                Some(Delivery::Held) => {
+                    self.drop_link(grant);
+                    // It may have had one that took effect a moment ago.
+                    self.want(grant);
+                }
                 Some(Delivery::Stalled(since)) => {
                     self.disconnect(grant);
                     self.ways[grant].down_since = since;
@@ -447,12 +452,16 @@ impl Channel {
     /// The link is gone, and another one is asked for.
     fn disconnect(&mut self, grant: usize) {
         if self.drop_link(grant) {
-            let way = &self.ways[grant];
-            way.port.want();
-            if let Some(connector) = &way.connector {
-                connector.wake();
-            }
+            self.want(grant);
             self.set_timer();
+        }
+    }
+
+    fn want(&self, grant: usize) {
+        let way = &self.ways[grant];
+        way.port.want();
+        if let Some(connector) = &way.connector {
+            connector.wake();
         }
     }
 
@@ -561,7 +570,12 @@ impl Channel {
         let Some(hold) = self.hold else { return };
         let _ = rustix::io::read(&self.timer, &mut [0_u8; 8]);
         for grant in 0..self.ways.len() {
-            let way = &self.ways[grant];
+            let way = &mut self.ways[grant];
+            if way.connector.as_ref().is_some_and(|connector| connector.suspends_limit()) {
+                // Its time begins when the wait ends.
+                way.down_since = Instant::now();
+                continue;
+            }
             if way.link.is_none() && way.down_since.elapsed() >= hold {
                 self.give_up(grant, IoError::Unreachable);
             }

@@ -44,8 +44,8 @@ impl Work {
             None => {
                 let path = needed(self.connector.endpoints().shm, "shared memory")?;
                 let options = &self.connector.options;
-                let key = &self.connector.grant.key;
-                xpm_transport::shm::client::connect_as(&path, key, options.visitor.as_ref(), options.limit)?
+                let key = self.connector.key();
+                xpm_transport::shm::client::connect_as(&path, &key, options.visitor.as_ref(), options.limit)?
             }
         };
         self.shm = Arc::downgrade(&grant);
@@ -78,10 +78,11 @@ impl Work {
             // First: it shuts out what the queue's earlier connections left behind.
             let beside = self.tcp(queue)?;
             let options = &self.connector.options;
+            let (key, epoch) = (self.connector.key(), self.connector.epoch());
             let target = rdma::Target {
                 address,
-                key: &self.connector.grant.key,
-                epoch: options.epoch,
+                key: &key,
+                epoch,
                 session: self.session(queue),
                 limit: options.limit.min(limit),
                 depth: options.depth,
@@ -108,7 +109,7 @@ impl Work {
         let options = &connector.options;
         let name = || {
             self.generation = self.generation.wrapping_add(1);
-            ExportName { key: connector.grant.key.clone(), session: Some(self.session(queue)) }
+            ExportName { key: connector.key(), session: Some(self.session(queue)) }
         };
         let connected = xpm_transport::nbd::client::connect_first(
             &addresses,
@@ -138,7 +139,7 @@ impl Work {
     /// Whether the appliance answers and knows the grant, by the way that its links go. Where I/O passes though no appliance
     /// answers, this is so too. Which life of the client asks is not said: a look takes nothing from the life that was let in.
     pub(super) fn ask(&self, limit: Duration) -> Result<(), ConnectError> {
-        let name = ExportName { key: self.connector.grant.key.clone(), session: None };
+        let name = ExportName { key: self.connector.key(), session: None };
         let first_choice = self.connector.first_choice();
         let transport = self.connector.lock().transport.unwrap_or(first_choice);
         match transport {
@@ -160,7 +161,7 @@ impl Work {
         // Each connection is newer than all before it, so the appliance shuts those of this queue out.
         self.generation = self.generation.wrapping_add(1);
         let options = &self.connector.options;
-        let name = ExportName { key: self.connector.grant.key.clone(), session: Some(self.session(queue)) };
+        let name = ExportName { key: self.connector.key(), session: Some(self.session(queue)) };
         let connected = connect_as(target, &name, options.visitor.as_ref(), options.limit)?;
         NbdLink::new(connected, options.depth).map_err(ConnectError::Unreachable)
     }

@@ -4,6 +4,7 @@
 mod dial;
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -12,7 +13,7 @@ use xpm_protocol::api::allocator::Grant;
 use xpm_protocol::api::appliance::Endpoints;
 use xpm_protocol::api::blk::{LinkState, LinkStatus, TransportKind};
 use xpm_protocol::units::Span;
-use xpm_protocol::{Epoch, HostId, Visitor};
+use xpm_protocol::{Epoch, GrantKey, HostId, Visitor};
 use xpm_transport::link::Link;
 use xpm_transport::names::Names;
 use xpm_transport::nbd::client::ConnectError;
@@ -72,6 +73,10 @@ pub(super) struct LinkOptions {
     pub(super) alarm: Arc<Notify>,
     /// Which life of the client asks.
     pub(super) visitor: Option<Visitor>,
+    /// Why it begins held.
+    pub(super) held: Option<String>,
+    /// Only the allocator's word ends I/O.
+    pub(super) contested: bool,
 }
 
 /// That an appliance does not answer while its links are there.
@@ -104,6 +109,12 @@ struct State {
     last: Option<(LinkState, Instant)>,
     /// Why the appliance is given up: no link is made any more, and every channel is told that all is lost.
     given_up: Option<String>,
+    /// Why no link is made, and all I/O waits, however long.
+    held: Option<String>,
+    key: GrantKey,
+    epoch: Epoch,
+    /// Key and epoch are new since the last attempt to connect: what was made by the old ones does not count.
+    renewed: bool,
 }
 
 /// What the connector's thread shares with channels and with those who ask for its status.
@@ -112,6 +123,8 @@ pub(super) struct Connector {
     options: LinkOptions,
     state: Mutex<State>,
     wake: Condvar,
+    /// I/O waits, whatever limit there is for that. For channels, which take no lock.
+    suspends: AtomicBool,
 }
 
 impl Connector {
@@ -139,8 +152,16 @@ impl Connector {
             reason: None,
             last: None,
             given_up: None,
+            held: options.held.clone(),
+            key: grant.key.clone(),
+            epoch: options.epoch,
+            renewed: false,
         };
-        Connector { grant, options, state: Mutex::new(state), wake: Condvar::new() }
+        let suspends = AtomicBool::new(options.held.is_some());
+        let connector =
+            Connector { grant, options, state: Mutex::new(state), wake: Condvar::new(), suspends };
+        connector.lock().trust.set_word_only(connector.options.contested);
+        connector
     }
 
     /// Only assignments happen under the lock, so a panic elsewhere leaves the state whole.
@@ -175,6 +196,63 @@ impl Connector {
         true
     }
 
+    /// No link is used or made from now on, and all I/O waits, whatever limit there is for that; until
+    /// [`Connector::go_on`].
+    pub(super) fn hold(&self, why: &str) {
+        let mut state = self.lock();
+        if state.given_up.is_some() {
+            return;
+        }
+        state.trust.connected();
+        (state.failing, state.silent, state.turned_away) = (None, None, false);
+        state.note(LinkState::Connecting, None, Some(why.to_owned()));
+        state.held = Some(why.to_owned());
+        self.drop_links(&mut state);
+    }
+
+    /// Links are made again, by this key and at this address.
+    pub(super) fn go_on(&self, grant: &Grant, epoch: Epoch) {
+        let mut state = self.lock();
+        (state.key, state.epoch, state.endpoints) = (grant.key.clone(), epoch, grant.endpoints.clone());
+        (state.held, state.failing, state.silent, state.turned_away) = (None, None, None, false);
+        (state.renewed, state.moved) = (true, true);
+        state.trust.connected();
+        state.note(LinkState::Connecting, None, None);
+        self.drop_links(&mut state);
+    }
+
+    /// Whether only the allocator's word ends I/O from now on.
+    pub(super) fn set_contested(&self, contested: bool) {
+        let mut state = self.lock();
+        state.trust.set_word_only(contested);
+        self.note_suspension(&state);
+    }
+
+    /// Has every channel let go of the link that it has.
+    fn drop_links(&self, state: &mut State) {
+        self.note_suspension(state);
+        state.ports.iter().filter(|port| !port.is_closed()).for_each(|port| port.deliver(Delivery::Held));
+        state.woken = true;
+        self.wake.notify_all();
+    }
+
+    fn note_suspension(&self, state: &State) {
+        self.suspends.store(state.held.is_some() || state.trust.waits_for_word(), Ordering::Release);
+    }
+
+    /// Whether I/O waits longer than the operator's limit.
+    pub(super) fn suspends_limit(&self) -> bool {
+        self.suspends.load(Ordering::Acquire)
+    }
+
+    pub(super) fn key(&self) -> GrantKey {
+        self.lock().key.clone()
+    }
+
+    pub(super) fn epoch(&self) -> Epoch {
+        self.lock().epoch
+    }
+
     /// Some port wants a link, or was closed. The one lock that a channel takes, and only when a
     /// link went down.
     pub(super) fn wake(&self) {
@@ -198,7 +276,7 @@ impl Connector {
     /// That the path does not work, for who asks the allocator about it.
     pub(super) fn trouble(&self) -> Option<Trouble> {
         let state = self.lock();
-        if state.given_up.is_some() {
+        if state.given_up.is_some() || state.held.is_some() {
             return None;
         }
         let failing = state.failing.filter(|_| state.ports.iter().any(|port| port.misses_link()));
@@ -224,7 +302,7 @@ impl Connector {
             Word::Holds { lost, .. } if lost.contains(&self.grant.id) => {
                 state.trust.gone("the allocator says that the appliance has lost what was there");
             }
-            Word::Holds { .. } => state.trust.holds(now),
+            Word::Holds { .. } | Word::Waits { .. } => state.trust.holds(now),
             Word::Ended { why, recorded } if *recorded || state.trust.is_refused() => {
                 state.trust.gone(&format!("the allocator says that {why}"));
             }
@@ -240,6 +318,10 @@ impl Connector {
     fn tell_if_lost(&self, state: &mut State, now: Instant) -> bool {
         if state.given_up.is_some() {
             return true;
+        }
+        self.note_suspension(state);
+        if state.held.is_some() {
+            return false;
         }
         let Some(why) = state.trust.lost(now) else { return false };
         if state.reason.as_ref() != Some(&why) {
@@ -404,11 +486,12 @@ impl Work {
         self.pause = PAUSE_MIN;
         self.tell_change(transport, reason.as_deref());
         let mut state = self.connector.lock();
-        if state.given_up.is_some() {
+        if state.given_up.is_some() || state.held.is_some() || state.renewed {
             // A link that was on its way is none any more.
             return;
         }
         state.trust.connected();
+        self.connector.note_suspension(&state);
         (state.failing, state.silent, state.turned_away) = (None, None, false);
         self.look_due = Instant::now() + look_times(self.connector.options.hold).0;
         state.note(LinkState::Up, Some(transport), reason);
@@ -429,13 +512,22 @@ impl Work {
     }
 
     /// Waits for something to do.
-    fn next(&self) -> Next {
-        let mut state = self.connector.lock();
+    fn next(&mut self) -> Next {
+        let connector = self.connector.clone();
+        let mut state = connector.lock();
         loop {
             if state.stopped {
                 return Next::Stop;
             }
             state.ports.retain(|port| !port.is_closed());
+            if std::mem::take(&mut state.renewed) {
+                // What was mapped by the old key is another one's now.
+                (self.shm, self.pause, self.worse) = (Weak::new(), PAUSE_MIN, None);
+            }
+            if state.held.is_some() && state.given_up.is_none() {
+                state = connector.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
             if state.given_up.is_some() {
                 // A channel that had a link asks for another one when it lets go of that.
                 let ports = state.ports.iter();
@@ -445,7 +537,7 @@ impl Work {
             }
             state.woken = false;
             if state.given_up.is_some() {
-                state = self.connector.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
+                state = connector.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
                 continue;
             }
             // Without queues there is nothing to be moved to a better transport.
@@ -459,7 +551,7 @@ impl Work {
             }
             let due = better.map_or(self.look_due, |due| due.min(self.look_due));
             let left = due.saturating_duration_since(now);
-            state = self.connector.wake.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            state = connector.wake.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
@@ -471,7 +563,7 @@ impl Work {
         let looked = self.ask(limit);
         self.look_due = begun + every;
         let mut state = self.connector.lock();
-        if state.given_up.is_some() {
+        if state.given_up.is_some() || state.held.is_some() || state.renewed {
             return;
         }
         let Err(error) = looked else {
@@ -551,6 +643,9 @@ impl Work {
         self.put_last(port);
         let now = Instant::now();
         let mut state = self.connector.lock();
+        if state.held.is_some() || state.renewed {
+            return;
+        }
         let is_new = state.failing.is_none() || (refused && !state.trust.is_refused());
         state.failing.get_or_insert(now);
         state.turned_away = matches!(error, ConnectError::Refused(_));

@@ -129,6 +129,8 @@ fn options(
         hold: None,
         alarm: Arc::default(),
         visitor: None,
+        held: None,
+        contested: false,
     }
 }
 
@@ -277,6 +279,8 @@ fn a_queue_that_has_a_number_shuts_out_those_of_earlier_lives() {
     let open = |generation| {
         let options = VolumeOptions {
             visitor: None,
+            held: None,
+            contested: false,
             hold: xpm_protocol::api::blk::Hold::Forever,
             transport: Some(TransportKind::NbdTcp),
             forbidden: Vec::new(),

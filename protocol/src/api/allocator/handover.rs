@@ -25,7 +25,8 @@ pub struct Standby {
 pub struct HandOverAll {
     /// The allocations; at most [`HANDOVER_NAMES_MAX`], each once.
     pub names: Vec<Name>,
-    /// The new owner: a client's id, or the name under which it told of itself.
+    /// The new owner, which stands by for all of them: a host by its name, a client's id, or the name under which a client
+    /// told of itself. Of one host there may be several clients.
     pub to: String,
     /// Also where the present owner has not written down that a client stands by: it is dead, or its I/O may fail.
     #[serde(default)]
@@ -39,9 +40,9 @@ pub struct Handover {
     pub id: HandoverId,
     /// The allocations.
     pub names: Vec<Name>,
-    /// The owner before it.
+    /// The owner before it; of the first allocation, where several clients of a host are concerned.
     pub from: Owner,
-    /// The owner after it.
+    /// The owner after it, likewise.
     pub to: Owner,
     /// How far it is.
     pub state: HandoverState,

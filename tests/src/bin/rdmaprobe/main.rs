@@ -157,6 +157,8 @@ fn open(map: &Map, session: u128) -> Result<(Volume, Duration)> {
     let options = VolumeOptions {
         refusal_limit: xpm_client::volume::REFUSAL_LIMIT,
         visitor: None,
+        held: None,
+        contested: false,
         hold: Hold::Forever,
         transport: Some(TransportKind::Rdma),
         forbidden: Vec::new(),

@@ -281,7 +281,7 @@ impl Guarded for Direct {
             Word::Holds { lost, .. } if lost.contains(&self.grant.id) => {
                 link.trust.gone("the allocator says that the appliance has lost what was there");
             }
-            Word::Holds { .. } => link.trust.holds(Instant::now()),
+            Word::Holds { .. } | Word::Waits { .. } => link.trust.holds(Instant::now()),
             Word::Ended { why, recorded } if *recorded || link.trust.is_refused() => {
                 link.trust.gone(&format!("the allocator says that {why}"));
             }

@@ -1,0 +1,172 @@
+//! Standing by for an allocation, and being handed over while it is in use. `records.rs` has the states.
+//!
+//! What the device may do is decided by the allocator alone. Its word is heard by event, by asking now and then, and because
+//! appliances refuse the keys of before; until it is heard, I/O waits. What is told is written down before I/O goes on, and I/O
+//! is stopped before it is written down.
+
+use std::sync::Arc;
+
+use xpm_client::Volume;
+use xpm_client::owner::{Guard, Known, Word};
+use xpm_protocol::GrantKey;
+use xpm_protocol::api::ErrorKind;
+use xpm_protocol::api::allocator::{Map, Part, Report};
+use xpm_protocol::api::blk::{AttachDevice, Form};
+
+use super::orders::refused;
+use super::{Attached, Daemon, blocking};
+use crate::error::DeviceError;
+use crate::records::{Record, Role};
+
+impl Daemon {
+    /// Follows the allocator's word that this client has only so much of an allocation: its I/O waits from now on.
+    pub(super) async fn take_part(self: &Arc<Daemon>, attached: &Arc<Attached>, part: Part) {
+        let role = match part {
+            Part::StandsBy => Role::StandsBy,
+            Part::Holds { handover, to } => Role::HandedOver { handover, to },
+        };
+        let name = attached.record().request.name;
+        let Some(why) = role.waits() else { return };
+        let Some(volume) = attached.shown.volume() else {
+            return tracing::error!(
+                "allocation {name} is another client's, and its device cannot wait: I/O fails"
+            );
+        };
+        volume.hold_all(&why);
+        tracing::info!("allocation {name}: {why}");
+        let kept = self.keep(attached, move |record| {
+            if role == Role::StandsBy {
+                record.map.grants.iter_mut().for_each(|grant| grant.key = GrantKey::NONE);
+            }
+            record.role = role;
+        });
+        if let Err(error) = kept.await {
+            tracing::error!("allocation {name}: {error}; it is asked for again at the next start");
+        }
+    }
+
+    /// For a device that stands by: goes on where this client is the owner now, and else sees to it that it still stands by.
+    pub(super) async fn stand_by_or_begin(self: &Arc<Daemon>, attached: &Arc<Attached>) {
+        let record = attached.record();
+        let name = &record.request.name;
+        match self.owner.orders(name).await {
+            Ok(orders) => match orders.part {
+                None => self.begin(attached, orders.contested).await,
+                Some(Part::StandsBy) => {}
+                Some(part) => self.take_part(attached, part).await,
+            },
+            // It was withdrawn, or the allocator lost what it knew.
+            Err(error) if error.kind() == ErrorKind::Conflict => {
+                let Err(error) = self.stand_by(&record.request).await else { return };
+                tracing::warn!("allocation {name} does not stand by here any more: {error}");
+                if let Some(volume) = attached.shown.volume() {
+                    volume.hold_all(&format!("it does not stand by any more: {error}"));
+                }
+            }
+            Err(error) => tracing::debug!("allocation {name}: {}", xpm_control::error_line(&error)),
+        }
+    }
+
+    /// For a device that was handed over: goes on where the hand-over was rolled back, and ends where it was committed.
+    pub(super) async fn wait_or_go_on(self: &Arc<Daemon>, attached: &Arc<Attached>) {
+        let record = attached.record();
+        let name = record.request.name.clone();
+        let guard = Guard::new(self.owner.clone(), name.clone());
+        match guard.word(Known::from(&record.map)).await {
+            Some(Word::Holds { .. }) => self.begin(attached, true).await,
+            Some(Word::Ended { why, recorded: true }) => self.end_handed_over(attached, &why).await,
+            // One that lost its metadata has no record, and ends nothing.
+            Some(Word::Ended { why, recorded: false }) => {
+                tracing::warn!("{why}; its device here waits until it is detached by force");
+            }
+            Some(Word::Waits { .. }) | None => {}
+        }
+    }
+
+    /// This client owns the allocation: gets its keys, and lets I/O go on.
+    async fn begin(self: &Arc<Daemon>, attached: &Arc<Attached>, contested: bool) {
+        let record = attached.record();
+        let name = record.request.name.clone();
+        let request = AttachDevice { force: false, lose: false, ..record.request.clone() };
+        let begun = match self.own(&request).await {
+            Ok(map) => self.go_on(attached, map, contested).await,
+            Err(error) => Err(error),
+        };
+        match begun {
+            Ok(()) => tracing::info!("allocation {name} is this host's: I/O goes on"),
+            Err(error) => {
+                tracing::error!("allocation {name} is this host's, and its I/O waits still: {error}")
+            }
+        }
+    }
+
+    async fn go_on(
+        self: &Arc<Daemon>,
+        attached: &Arc<Attached>,
+        map: Map,
+        contested: bool,
+    ) -> Result<(), DeviceError> {
+        if map.version != attached.record().map.version {
+            let what = "it lies elsewhere than when it was attached: detach it by force, and attach it again";
+            return Err(DeviceError::new(ErrorKind::Conflict, what));
+        }
+        let role = if contested { Role::Contested } else { Role::Owner };
+        let new = map.clone();
+        self.keep(attached, move |record| (record.map, record.role) = (new, role)).await?;
+        let volume = attached.shown.volume().ok_or_else(no_volume)?;
+        volume.set_contested(contested);
+        volume.go_on(&map).map_err(refused)
+    }
+
+    /// Writes down whether another client may have the allocation one day, and tells the allocator that this is done.
+    pub(super) async fn note_contested(self: &Arc<Daemon>, attached: &Arc<Attached>, contested: bool) {
+        let role = if contested { Role::Contested } else { Role::Owner };
+        let record = attached.record();
+        let name = &record.request.name;
+        let Some(volume) = attached.shown.volume().cloned() else {
+            if contested {
+                let why = format!("it is shown as {}, which cannot wait", record.request.form);
+                let _ = self.owner.say(name, &Report::Kept { why }).await;
+            }
+            return;
+        };
+        if record.role != role {
+            let kept = self.keep(attached, move |record| record.role = role).await;
+            if let Err(error) = kept {
+                return tracing::error!("allocation {name}: {error}");
+            }
+            Volume::set_contested(&volume, contested);
+        }
+        // Also when it was written down before: the allocator may not know that.
+        if contested {
+            let _ = self.owner.say(name, &Report::Holds).await;
+        }
+    }
+
+    /// The allocation is another client's for good.
+    async fn end_handed_over(self: &Arc<Daemon>, attached: &Arc<Attached>, why: &str) {
+        let Record { request, .. } = attached.record();
+        tracing::info!("{why}, for good: its device here ends");
+        if let Some(volume) = attached.shown.volume() {
+            volume.end_all(why);
+        }
+        // A kernel device stays until nobody uses it; who uses a socket is cut off with it.
+        let by_force = matches!(request.form, Form::NbdSocket(_) | Form::VhostUser(_));
+        if let Err(error) = self.detach(request.name.clone(), by_force).await {
+            tracing::warn!("allocation {}: {error}", request.name);
+        }
+    }
+
+    async fn keep(
+        self: &Arc<Daemon>,
+        attached: &Arc<Attached>,
+        change: impl FnOnce(&mut Record) + Send + 'static,
+    ) -> Result<(), DeviceError> {
+        let (daemon, attached) = (Arc::clone(self), Arc::clone(attached));
+        blocking(move || attached.keep_with(&daemon.records, change)).await
+    }
+}
+
+fn no_volume() -> DeviceError {
+    DeviceError::new(ErrorKind::Internal, "the device has no volume")
+}
