@@ -95,7 +95,7 @@ impl Daemon {
         match begun {
             Ok(()) => tracing::info!("allocation {name} is this host's: I/O goes on"),
             Err(error) => {
-                tracing::error!("allocation {name} is this host's, and its I/O waits still: {error}")
+                tracing::error!("allocation {name} is this host's, and its I/O waits still: {error}");
             }
         }
     }

@@ -42,7 +42,10 @@ impl Daemon {
                 let mut obeying = daemon.obeying();
                 match obeying.get_mut(&name) {
                     Some(again) if *again => *again = false,
-                    _ => return drop(obeying.remove(&name)),
+                    _ => {
+                        obeying.remove(&name);
+                        return;
+                    }
                 }
             }
         });
