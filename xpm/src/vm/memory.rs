@@ -159,5 +159,6 @@ fn request(name: &Name, path: PathBuf) -> AttachDevice {
         force: false,
         lose: false,
         block_size: None,
+        standby: false,
     }
 }
