@@ -2,10 +2,13 @@
 
 use std::time::Duration;
 
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use xpm_control::client::{Client, ClientError};
 use xpm_control::error_line;
 use xpm_control::token::Token;
 use xpm_protocol::api::ErrorKind;
+use xpm_protocol::api::allocator::MetadataState;
 use xpm_protocol::api::appliance::{Commit, Grant, Region, RegionState, Reserve};
 use xpm_protocol::{AllocationId, GrantId};
 
@@ -44,10 +47,11 @@ impl Appliances {
     pub(crate) async fn call(&self, target: &Target, call: Call) -> Result<Answer, CallError> {
         let client = Client::new(&target.control, self.token.clone())
             .map_err(|error| CallError::Failed(error.to_string()))?;
-        let client = client.with_limit(LIMIT);
+        let client = Ordering { client: client.with_limit(LIMIT), metadata: target.metadata };
+        let asking = client.client.clone();
         match call {
-            Call::Status => Ok(Answer::Status(Box::new(client.get("/v1/status").await.map_err(failed)?))),
-            Call::Grants => Ok(Answer::Grants(client.get("/v1/grants").await.map_err(failed)?)),
+            Call::Status => Ok(Answer::Status(Box::new(asking.get("/v1/status").await.map_err(failed)?))),
+            Call::Grants => Ok(Answer::Grants(asking.get("/v1/grants").await.map_err(failed)?)),
             Call::Reserve(reserve) => reserve_regions(client, &reserve).await,
             Call::Commit(id, commit) => commit_grant(&client, id, &commit, false).await,
             Call::Raise(id, commit, Raising { len, lose }) => {
@@ -60,14 +64,46 @@ impl Appliances {
             Call::Copy(id, order) => digest(&client, &format!("/v1/grants/{id}/copies"), &order).await,
             Call::Living(id, life) => {
                 let path = format!("/v1/grants/{id}/living/{life}");
-                client.with_limit(LIMIT_LIVING).get(&path).await.map(Answer::Living).map_err(failed)
+                asking.with_limit(LIMIT_LIVING).get(&path).await.map(Answer::Living).map_err(failed)
             }
             Call::Digest(id, range) => digest(&client, &format!("/v1/grants/{id}/digests"), &range).await,
         }
     }
 }
 
-async fn reserve_regions(client: Client, reserve: &Reserve) -> Result<Answer, CallError> {
+/// Gives orders to one appliance, with the state of the metadata that they come from: an allocator that lives only for one
+/// order leaves a trace of what it made durable.
+struct Ordering {
+    client: Client,
+    metadata: Option<MetadataState>,
+}
+
+impl Ordering {
+    fn with_limit(self, limit: Duration) -> Ordering {
+        Ordering { client: self.client.with_limit(limit), ..self }
+    }
+
+    async fn post<T: DeserializeOwned>(&self, path: &str, order: &impl Serialize) -> Result<T, ClientError> {
+        self.client.post(&self.path(path), order).await
+    }
+
+    async fn put<T: DeserializeOwned>(&self, path: &str, order: &impl Serialize) -> Result<T, ClientError> {
+        self.client.put(&self.path(path), order).await
+    }
+
+    async fn delete(&self, path: &str) -> Result<(), ClientError> {
+        self.client.delete(&self.path(path)).await
+    }
+
+    /// In the query, which appliances of before this do not look at.
+    fn path(&self, path: &str) -> String {
+        let Some(MetadataState { pool, number }) = self.metadata else { return path.to_owned() };
+        let mark = if path.contains('?') { '&' } else { '?' };
+        format!("{path}{mark}pool={pool}&number={number}")
+    }
+}
+
+async fn reserve_regions(client: Ordering, reserve: &Reserve) -> Result<Answer, CallError> {
     let bytes = u64::from(reserve.count).saturating_mul(reserve.region_len.0);
     let gib = u32::try_from(bytes >> 30).unwrap_or(u32::MAX);
     let limit = LIMIT_PER_GIB.saturating_mul(gib).saturating_add(LIMIT).min(LIMIT_MAX);
@@ -76,7 +112,7 @@ async fn reserve_regions(client: Client, reserve: &Reserve) -> Result<Answer, Ca
 }
 
 async fn commit_grant(
-    client: &Client,
+    client: &Ordering,
     id: GrantId,
     commit: &Commit,
     lose: bool,
@@ -91,18 +127,18 @@ async fn commit_grant(
     }
 }
 
-async fn digest(client: &Client, path: &str, order: &impl serde::Serialize) -> Result<Answer, CallError> {
-    client.clone().with_limit(LIMIT_COPY).post(path, order).await.map(Answer::Digest).map_err(failed)
+async fn digest(client: &Ordering, path: &str, order: &impl Serialize) -> Result<Answer, CallError> {
+    client.client.clone().with_limit(LIMIT_COPY).post(path, order).await.map(Answer::Digest).map_err(failed)
 }
 
-async fn revoke(client: &Client, id: GrantId) -> Result<(), CallError> {
+async fn revoke(client: &Ordering, id: GrantId) -> Result<(), CallError> {
     gone(client.delete(&format!("/v1/grants/{id}")).await)
 }
 
-async fn purge(client: &Client, allocation: AllocationId, grant: GrantId) -> Result<Answer, CallError> {
+async fn purge(client: &Ordering, allocation: AllocationId, grant: GrantId) -> Result<Answer, CallError> {
     for _ in 0..PURGE_ROUNDS_MAX {
         revoke(client, grant).await?;
-        let mut regions: Vec<Region> = client.get("/v1/regions").await.map_err(failed)?;
+        let mut regions: Vec<Region> = client.client.get("/v1/regions").await.map_err(failed)?;
         regions
             .retain(|region| region.allocation == Some(allocation) && region.state != RegionState::Clearing);
         if regions.is_empty() {

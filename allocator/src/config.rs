@@ -108,8 +108,8 @@ pub enum Task {
     ///
     /// In place of metadata that are there, damaged or of yesterday: documents stay, and a copy of the file is kept.
     /// Nothing in use is disturbed. Appliances tell what each grant is part of; the state directories of
-    /// xpm-blk (or copies of them) tell the keys of what is in use. Where keys are missing, they are made anew when
-    /// an allocation is attached next.
+    /// xpm-blk (or copies of them) tell the keys of what is in use. Where keys are missing, the owner is asked
+    /// for them once the allocator runs; without an owner they are made anew when the allocation is attached next.
     Recover {
         /// Control interface of an appliance; can be given several times
         #[arg(long = "from-network", value_name = "URL", required = true, num_args = 1..)]

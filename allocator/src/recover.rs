@@ -2,8 +2,8 @@
 //!
 //! An appliance keeps with each grant what it is part of: the allocator's record of it, without keys. A client
 //! keeps the maps of what it uses, with keys. Nothing is asked of either but to tell, and nothing is freed:
-//! what is in use goes on to be used. Where no client tells the keys of an allocation, they are made anew at
-//! every appliance when it is attached next. Whoever is known to use an allocation, or is seen to, is its owner, so
+//! what is in use goes on to be used. Where no client tells the keys of an allocation, its owner is asked
+//! for them later, or they are made anew at every appliance when it is attached next. Whoever is known to use an allocation, or is seen to, is its owner, so
 //! that nobody takes or deletes it unawares.
 
 mod rebuild;

@@ -15,7 +15,7 @@ use xpm_protocol::api::policy::Apply;
 use xpm_protocol::id::ParseIdError;
 use xpm_protocol::policy::{DocumentName, Kind, LABELS_MAX};
 use xpm_protocol::text::one_line;
-use xpm_protocol::{ApplianceId, ClientId, GrantId, Life, Name, PoolId, RequestId};
+use xpm_protocol::{ApplianceId, ClientId, Epoch, GrantId, Life, Name, PoolId, RequestId};
 
 use crate::driver::Handle;
 use crate::service::{EventQuery, Outcome, Request, Which};
@@ -112,6 +112,12 @@ impl Doubt {
     }
 }
 
+/// Query of an owner that has a map already, with its keys, and wants to be known: the epoch of that map.
+#[derive(Debug, Deserialize)]
+struct Has {
+    has: Option<Epoch>,
+}
+
 /// Query of what an owner asks.
 #[derive(Debug, Deserialize)]
 struct OfLife {
@@ -193,9 +199,14 @@ fn routes(handle: Handle) -> Router {
         )
         .route(
             "/v1/allocations/{name}/owner",
-            put(async move |Path(name): Path<Name>, Query(life): Query<OfLife>, Json(body): Json<Attach>| {
-                answer(attach(life.asks(Request::Attach { name, attach: body })).await)
-            }),
+            put(
+                async move |Path(name): Path<Name>,
+                            Query(life): Query<OfLife>,
+                            Query(Has { has }): Query<Has>,
+                            Json(body): Json<Attach>| {
+                    answer(attach(life.asks(Request::Attach { name, attach: body, has })).await)
+                },
+            ),
         )
         .route(
             "/v1/allocations/{name}/owner/{client}",

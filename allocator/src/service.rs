@@ -275,12 +275,15 @@ enum AfterStore {
     Noted(ReplyTo),
     /// The owner stays; why.
     NotRaised(ReplyTo, String),
+    KeysTold(ReplyTo),
     Disowned(ReplyTo),
     Renewed(ReplyTo),
     Slabs(ReplyTo),
     /// With the name before.
     Renamed(ReplyTo, Name),
     GivenUp(ApplianceId),
+    /// By the owner alone, which is told its orders.
+    GaveUp(ApplianceId, ReplyTo),
     ChangePlanned,
     ChangeOpen,
     ChangeSwitched(Option<ReplyTo>),
@@ -515,7 +518,7 @@ impl Service {
             Request::Report { client, report, .. } => self.report(reply, id, client, report),
             Request::Slabs { client, slabs, .. } => self.set_slabs(reply, id, client, slabs),
             Request::Delete { force, .. } => self.delete(reply, id, force),
-            Request::Attach { attach, .. } => self.attach(reply, id, attach, (life, fences)),
+            Request::Attach { attach, has, .. } => self.attach(reply, id, attach, (life, fences), has),
             Request::Detach { client, .. } => self.detach(reply, id, client, life),
             Request::StandBy { attach, .. } => self.stand_by(reply, id, attach, life),
             Request::Renew { renew, .. } => self.renew(reply, id, renew),
@@ -573,6 +576,11 @@ impl Service {
                 self.refuse(reply, ErrorKind::NoSpace, line);
                 self.finish_work(id);
             }
+            AfterStore::KeysTold(reply) => {
+                tracing::info!("the owner of `{}` has told its keys", self.entry(id).record.name);
+                self.answer_orders(reply, id);
+                self.finish_work(id);
+            }
             AfterStore::Disowned(reply) => {
                 let name = self.entry(id).record.name.clone();
                 self.tell(EventKind::Detached, &name, format!("`{name}` is used by nobody"));
@@ -583,6 +591,10 @@ impl Service {
             AfterStore::Renamed(reply, old) => self.renamed(reply, id, &old),
             AfterStore::Slabs(reply) => self.answer_slabs(reply, id),
             AfterStore::GivenUp(appliance) => self.allocation_given_up(id, appliance),
+            AfterStore::GaveUp(appliance, reply) => {
+                self.answer_orders(reply, id);
+                self.owner_gave_up(id, appliance);
+            }
             AfterStore::ChangePlanned => self.make_change(id),
             AfterStore::ChangeOpen => self.change_is_open(id),
             AfterStore::ChangeSwitched(reply) => self.change_is_switched(id, reply),
@@ -722,7 +734,16 @@ impl Service {
 
     fn call(&mut self, appliance: ApplianceId, control: String, call: Call, awaited: Awaited) {
         let ticket = self.ticket(awaited);
-        self.effects.push(Effect::Call(ticket, Target { appliance, control }, call));
+        self.effects.push(Effect::Call(
+            ticket,
+            Target { appliance, control, metadata: self.known_state() },
+            call,
+        ));
+    }
+
+    /// What others are told of the state of the metadata; nothing while that is known to be an old one.
+    fn known_state(&self) -> Option<MetadataState> {
+        self.state.filter(|_| self.behind.is_none())
     }
 
     /// Where the appliance is called. Appliances with regions are never forgotten, and a URL that

@@ -44,6 +44,7 @@ pub(crate) fn allocation(number: u128, name: &str) -> AllocationRecord {
         standby: None,
         handover: None,
         block_size: Some(BlockSize::B4096),
+        keyless: false,
     }
 }
 

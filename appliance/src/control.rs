@@ -10,11 +10,12 @@ use xpm_control::known::KnownMetadata;
 use xpm_control::server::routing::{delete, get, post, put};
 use xpm_control::server::{ApiError, Json, Path, Query, Router};
 use xpm_protocol::api::ErrorKind;
+use xpm_protocol::api::allocator::MetadataState;
 use xpm_protocol::api::appliance::{
     Commit, Copy, Counters, Digest, Grant, Holder, Range, Region, Reserve, Status,
 };
 use xpm_protocol::units::{ByteSize, Span};
-use xpm_protocol::{ApplianceId, GrantId, Life, RegionId};
+use xpm_protocol::{ApplianceId, GrantId, Life, PoolId, RegionId};
 
 use crate::copier::{self, Copier, CopyError};
 use crate::regions::{Table, TableError};
@@ -126,7 +127,12 @@ async fn regions(appliance: Shared) -> Result<Json<Vec<Region>>, ApiError> {
     on_table(appliance, |table| Ok(table.regions())).await.map(Json)
 }
 
-async fn reserve(appliance: Shared, Json(order): Json<Reserve>) -> Result<Json<Vec<Region>>, ApiError> {
+async fn reserve(
+    appliance: Shared,
+    Query(ordered): Query<Ordered>,
+    Json(order): Json<Reserve>,
+) -> Result<Json<Vec<Region>>, ApiError> {
+    ordered.hear(&appliance).await?;
     let reservation = on_table(appliance, move |table| {
         let regions = table.reserve(&order)?;
         Ok(Reservation { table: table.clone(), regions })
@@ -156,7 +162,12 @@ impl Drop for Reservation {
     }
 }
 
-async fn delete_region(appliance: Shared, Path(id): Path<RegionId>) -> Result<StatusCode, ApiError> {
+async fn delete_region(
+    appliance: Shared,
+    Path(id): Path<RegionId>,
+    Query(ordered): Query<Ordered>,
+) -> Result<StatusCode, ApiError> {
+    ordered.hear(&appliance).await?;
     on_table(appliance, move |table| table.delete_region(id)).await?;
     Ok(StatusCode::NO_CONTENT)
 }
@@ -165,9 +176,24 @@ async fn grants(appliance: Shared) -> Result<Json<Vec<Grant>>, ApiError> {
     on_table(appliance, |table| Ok(table.grants())).await.map(Json)
 }
 
-/// Whether content may be given up that cannot be kept from its old owner otherwise.
+/// Query of an order: the newest state of the metadata of the allocator that gives it.
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
+struct Ordered {
+    pool: Option<PoolId>,
+    number: Option<u64>,
+}
+
+impl Ordered {
+    /// Remembers it before the order is carried out. Blocks on a small file where there is news.
+    async fn hear(self, State(appliance): &Shared) -> Result<(), ApiError> {
+        let state = self.pool.zip(self.number).map(|(pool, number)| MetadataState { pool, number });
+        let appliance = Arc::clone(appliance);
+        tokio::task::spawn_blocking(move || appliance.known().hear(state)).await.map_err(broken)
+    }
+}
+
+/// Whether content may be given up that cannot be kept from its old owner otherwise. Later allocators may add to the query.
+#[derive(Deserialize)]
 struct Lose {
     #[serde(default)]
     lose: bool,
@@ -177,12 +203,19 @@ async fn commit(
     appliance: Shared,
     Path(id): Path<GrantId>,
     Query(Lose { lose }): Query<Lose>,
+    Query(ordered): Query<Ordered>,
     Json(order): Json<Commit>,
 ) -> Result<Json<Grant>, ApiError> {
+    ordered.hear(&appliance).await?;
     on_table(appliance, move |table| table.commit_with(id, &order, lose)).await.map(Json)
 }
 
-async fn delete_grant(appliance: Shared, Path(id): Path<GrantId>) -> Result<StatusCode, ApiError> {
+async fn delete_grant(
+    appliance: Shared,
+    Path(id): Path<GrantId>,
+    Query(ordered): Query<Ordered>,
+) -> Result<StatusCode, ApiError> {
+    ordered.hear(&appliance).await?;
     on_table(appliance, move |table| table.delete_grant(id)).await?;
     Ok(StatusCode::NO_CONTENT)
 }

@@ -359,7 +359,7 @@ impl Cluster {
         self.allocator = start_allocator(self.dir.path(), self.allocator_port, &self.allocator_environment);
     }
 
-    /// The same on metadata at another place, which these options name.
+    /// The same on metadata at another place, which these options name; `--heartbeat` may be among them.
     pub fn restart_allocator_with(&mut self, place: &[&str]) {
         self.allocator.kill();
         let (dir, port) = (self.dir.path(), self.allocator_port);
@@ -553,8 +553,6 @@ fn start_allocator_at(dir: &Path, port: u16, place: &[&str], environment: &[(Str
     let arguments = [
         "--listen".to_owned(),
         format!("127.0.0.1:{port}"),
-        "--heartbeat".to_owned(),
-        "300ms".to_owned(),
         "--reclaim-grace".to_owned(),
         "2s".to_owned(),
         "--reconcile".to_owned(),
@@ -562,7 +560,8 @@ fn start_allocator_at(dir: &Path, port: u16, place: &[&str], environment: &[(Str
         "--garbage-grace".to_owned(),
         "4s".to_owned(),
     ];
-    let place = place.iter().map(|word| (*word).to_owned());
+    let beats: &[&str] = if place.contains(&"--heartbeat") { &[] } else { &["--heartbeat", "300ms"] };
+    let place = beats.iter().chain(place).map(|word| (*word).to_owned());
     let arguments: Vec<String> = arguments.into_iter().chain(place).collect();
     let mut daemon = Daemon::start_with(dir, "allocator", "xpm-allocator", &arguments, environment);
     daemon.wait_ready(|| http_get(port, "/v1/status"));

@@ -115,6 +115,35 @@ fn a_client_without_its_allocator_gives_up_by_itself() {
     let said = cluster.ok(&["blk", "give-up", "a0", "--yes"]);
     assert!(said.contains("lost on a0"), "{said}");
     fails_soon(waits, given_up);
+    // The allocator hears of it when it is back, also by a life of xpm-blk that only has the record.
+    cluster.restart_blk();
+    cluster.restart_allocator();
+    let lost = |cluster: &Cluster| {
+        let status = cluster.status();
+        let mut problems = status["problems"].as_array().into_iter().flatten();
+        problems.any(|one| one["code"] == "ALLOCATION_LOST" && one["object"] == "allocation/disk")
+    };
+    wait_until("the allocator has heard", || lost(&cluster));
+    assert!(cluster.ok(&["events", "--kind", "lender-lost"]).contains("was given up on"));
+    assert!(cluster.ok(&["alloc", "list"]).contains("lost on a0"));
+}
+
+#[test]
+fn what_was_given_up_is_told_with_the_allocation_that_is_given_back() {
+    if !have("qemu-io") {
+        return;
+    }
+    let mut cluster = Cluster::start(1);
+    cluster.attach("disk", "16MiB", &[], "nbd-tcp");
+    cluster.allocator.kill();
+    cluster.appliances[0].kill();
+    wait_until("it is known", || cluster.json(&["blk", "show", "disk"])["state"] == "holding");
+    cluster.ok(&["blk", "give-up", "a0", "--yes"]);
+    cluster.ok(&["blk", "detach", "disk"]);
+    cluster.restart_allocator();
+    let shown = |cluster: &Cluster| cluster.json(&["alloc", "show", "disk"]);
+    wait_until("it is given back", || shown(&cluster)["owner"].is_null());
+    assert_eq!(shown(&cluster)["lost"][0], "a0", "{}", shown(&cluster));
 }
 
 #[test]

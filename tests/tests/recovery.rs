@@ -147,10 +147,10 @@ fn who_uses_it_is_its_owner_after_a_recovery() {
     let network: Vec<&str> =
         ["recover", "--from-network"].into_iter().chain(controls.iter().map(String::as_str)).collect();
     let with_keys = [network.as_slice(), &["--client-state", &state]].concat();
-    for (task, made_anew) in [(network, true), (with_keys, false)] {
+    for (task, asks) in [(network, true), (with_keys, false)] {
         // Nothing of it was moved or resized: only its first owner was told.
         let said = cluster.replace_metadata(&task);
-        assert_eq!(said.contains("its keys are made anew"), made_anew, "{said}");
+        assert_eq!(said.contains("its owner is asked for its keys"), asks, "{said}");
         let after = cluster.json(&["alloc", "show", "plain"]);
         assert_eq!(before["owner"], after["owner"]);
         let (fine, found) = fsck(&cluster);

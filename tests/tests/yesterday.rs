@@ -96,8 +96,58 @@ fn metadata_of_yesterday_cost_nobody_their_memory() {
     assert!(cluster.ok(&["get", "account"]).contains("name='a'"), "documents stay");
     assert!(qemu_io(&uri, "write -P 0x22 32M 32M") && qemu_io(&uri, "read -P 0x21 0 32M"));
     cluster.ok(&["alloc", "delete", "newer"]);
-    // Its keys are made anew when it is attached the next time; it is not resized before.
-    assert!(cluster.refused(&["alloc", "resize", "used", "96MiB"]).contains("try again"));
+    // Appliances have no keys of the map that only they described. The owner is asked for them; it goes on meanwhile.
+    let refused = cluster.xpm(&["alloc", "resize", "used", "96MiB"]);
+    let line = String::from_utf8_lossy(&refused.stderr);
+    assert!(refused.status.success() || line.contains("its owner is asked for them"), "{line}");
+    wait_until("its owner has told its keys", || {
+        cluster.xpm(&["alloc", "resize", "used", "96MiB"]).status.success()
+    });
+    wait_until("it has grown", || shown(&cluster)["size"] == 96 << 20 && shown(&cluster)["change"].is_null());
+    assert_eq!(shown(&cluster)["epoch"], today["epoch"], "nobody was cut off");
+    assert!(qemu_io(&uri, "write -P 0x23 64M 32M") && qemu_io(&uri, "read -P 0x21 0 32M"));
+}
+
+#[test]
+fn a_client_that_starts_again_after_a_recovery_keeps_its_keys() {
+    let mut cluster = Cluster::start(1);
+    let uri = cluster.attach("used", "32MiB", &["--region-size", "16MiB"], "nbd-tcp");
+    assert!(qemu_io(&uri, "write -P 0x21 0 32M"));
+    // It hears nothing of the recovery.
+    cluster.blk.kill();
+    let controls = controls(&cluster.json(&["appliance", "list"]));
+    let said = cluster.replace_metadata(&["recover", "--from-network", &controls[0]]);
+    assert!(said.contains("its owner is asked for its keys"), "{said}");
+    cluster.restart_blk();
+    wait_until("its owner has told its keys", || {
+        cluster.xpm(&["alloc", "resize", "used", "64MiB"]).status.success()
+    });
+    assert!(qemu_io(&uri, "read -P 0x21 0 32M"), "its keys are the right ones");
+    assert_eq!(cluster.json(&["alloc", "show", "used"])["epoch"], 1, "nobody was cut off");
+}
+
+#[test]
+fn an_allocator_that_lived_for_one_order_leaves_a_trace() {
+    let mut cluster = Cluster::start(1);
+    let (data, yesterday) = (cluster.data(), cluster.dir().join("yesterday"));
+    cluster.allocator.stop();
+    cluster.blk.stop();
+    copy(&data, &yesterday);
+    // From now on the appliance hears orders only: its heartbeats go elsewhere.
+    let nowhere = format!("http://127.0.0.1:{}", xpm_tests::free_port());
+    cluster.change_appliance(0, |words| {
+        let at = words.iter().position(|word| word == "--allocator").unwrap();
+        words[at + 1] = nowhere;
+    });
+    cluster.restart_appliance(0);
+    let place = data.display().to_string();
+    let place = ["--data", &place, "--heartbeat", "1m"];
+    cluster.restart_allocator_with(&place);
+    cluster.ok(&["alloc", "create", "newer", "--size", "16MiB"]);
+    cluster.allocator.kill();
+    copy(&yesterday, &data);
+    cluster.restart_allocator_with(&place);
+    wait_until("it is noticed", || cluster.status()["behind"]["text"].is_string());
 }
 
 #[test]

@@ -15,8 +15,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 use xpm_control::state;
-use xpm_protocol::Name;
 use xpm_protocol::api::blk;
+use xpm_protocol::{ApplianceId, Name};
 
 use crate::error::{DeviceError, Step};
 
@@ -28,6 +28,9 @@ pub(crate) struct Owed {
     name: Name,
     /// Since when, seconds since 1970.
     since: u64,
+    /// Appliances that the operator gave up here, which the allocator has to know before it has the allocation back.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    given_up: Vec<ApplianceId>,
     /// Why the allocator does not have it yet.
     #[serde(skip)]
     reason: String,
@@ -63,9 +66,9 @@ impl Debts {
     }
 
     /// Keeps one more. Blocks until it is on disk.
-    pub(crate) fn add(&mut self, name: &Name) -> Result<(), DeviceError> {
+    pub(crate) fn add(&mut self, name: &Name, given_up: Vec<ApplianceId>) -> Result<(), DeviceError> {
         let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        let one = Owed { name: name.clone(), since, reason: String::new() };
+        let one = Owed { name: name.clone(), since, given_up, reason: String::new() };
         let path = self.path(name);
         let at = || format!("write {}", path.display());
         fs::create_dir_all(&self.directory).at(at())?;
@@ -100,6 +103,11 @@ impl Debts {
         self.owed.keys().cloned().collect()
     }
 
+    /// Appliances that were given up of an allocation that is owed.
+    pub(crate) fn given_up(&self, name: &Name) -> Vec<ApplianceId> {
+        self.owed.get(name).map(|one| one.given_up.clone()).unwrap_or_default()
+    }
+
     pub(crate) fn has(&self, name: &Name) -> bool {
         self.owed.contains_key(name)
     }
@@ -128,11 +136,12 @@ mod tests {
         let state = tempfile::tempdir().unwrap();
         let name: Name = "a".parse().unwrap();
         let mut debts = Debts::load(state.path());
-        debts.add(&name).unwrap();
+        debts.add(&name, vec![ApplianceId::from_u128(7)]).unwrap();
         assert!(debts.explain(&name, "no answer".to_owned()));
         assert!(!debts.explain(&name, "no answer".to_owned()), "it is said once");
         let mut next = Debts::load(state.path());
         assert_eq!(next.names(), std::slice::from_ref(&name));
+        assert_eq!(next.given_up(&name), [ApplianceId::from_u128(7)]);
         next.settle(&name);
         next.settle(&name);
         assert!(Debts::load(state.path()).names().is_empty());

@@ -101,7 +101,11 @@ impl Site {
         let is_open = |one: &HandoverRecord| one.state == HandoverState::Open && owner == Some(one.to.client);
         record.handover = record.handover.take().filter(|one| record.next.is_none() && is_open(one));
         record.standby = record.standby.take().filter(|standby| owner != Some(standby.client.client));
-        let how = if record.next.is_some() { "; its keys are made anew when it is attached" } else { "" };
+        let how = match (record.next.is_some(), record.keyless && record.owner.is_some()) {
+            (false, _) => "",
+            (true, true) => "; its owner is asked for its keys",
+            (true, false) => "; its keys are made anew when it is attached",
+        };
         self.lines.push(format!("`{}` of {} is recovered{how}", record.name, ByteSize(record.size)));
         Ok(Some(record))
     }
@@ -138,6 +142,7 @@ impl Site {
             block_size: map.block_size,
             standby: None,
             handover: None,
+            keyless: false,
         })
     }
 
@@ -305,6 +310,8 @@ impl Site {
             let keys = record.grants.iter().map(|_| random_key(dice)).collect::<anyhow::Result<_>>()?;
             record.next = Some(NextEpoch { epoch: record.epoch.next(), keys });
         }
+        // Where appliances differ, an owner has keys for some of them only.
+        record.keyless = !all && self.epochs(&record.grants).all(|epoch| epoch == record.epoch);
         Ok(())
     }
 }

@@ -113,6 +113,7 @@ impl Service {
             standby: None,
             handover: None,
             block_size: Some(wish.create.block_size.unwrap_or_default()),
+            keyless: false,
         })
     }
 

@@ -43,7 +43,7 @@ impl Service {
         self.is_heard(id);
         let outcome = Outcome::Heartbeat(HeartbeatAnswer {
             interval: Span(self.settings.interval),
-            metadata: self.state.filter(|_| self.behind.is_none()),
+            metadata: self.known_state(),
         });
         match self.inventory.record(id).filter(|_| heard.changed) {
             Some(_) if !self.serves() => {

@@ -92,6 +92,30 @@ impl Service {
         self.finish_work(id);
     }
 
+    /// An owner's operator has given an appliance up there: I/O of that owner to it fails, for good, also if the appliance is
+    /// heard here.
+    pub(super) fn hear_given_up(&mut self, reply: ReplyTo, id: AllocationId, appliance: ApplianceId) {
+        let mut record = self.entry(id).record.clone();
+        if record.grant_on(appliance).is_none() || !record.given_up.insert(appliance) {
+            return self.answer_orders(reply, id);
+        }
+        self.entry(id).work = Work::Storing;
+        self.store_record(record, AfterStore::GaveUp(appliance, reply));
+    }
+
+    /// The mark of an allocation that its owner asked for is durable.
+    pub(super) fn owner_gave_up(&mut self, id: AllocationId, appliance: ApplianceId) {
+        let record = &self.entry(id).record;
+        let (name, owner) = (record.name.clone(), record.owner.as_ref().map(|owner| owner.host_name.clone()));
+        let line = format!(
+            "`{name}` is lost on {}: that appliance was given up on {}, and I/O to what lay there fails from now on",
+            self.inventory.name(appliance),
+            owner.unwrap_or_else(|| "its client".to_owned())
+        );
+        self.tell(EventKind::LenderLost, &name, line);
+        self.finish_work(id);
+    }
+
     /// Appliances that an owner has to give up.
     pub(super) fn lost_lenders(&self, record: &AllocationRecord) -> Vec<LostLender> {
         let lender = |&appliance: &ApplianceId| {

@@ -13,7 +13,7 @@ use xpm_protocol::api::appliance as appliance_api;
 use xpm_protocol::api::decision::Decision;
 use xpm_protocol::api::policy::{Applied, Apply, Policy};
 use xpm_protocol::policy::DocumentName;
-use xpm_protocol::{AllocationId, ApplianceId, ClientId, GrantId, Life, Name, RequestId};
+use xpm_protocol::{AllocationId, ApplianceId, ClientId, Epoch, GrantId, Life, Name, RequestId};
 
 use crate::store::Batch;
 use crate::store::backup::Backup;
@@ -79,6 +79,8 @@ pub enum Request {
     Attach {
         name: Name,
         attach: Attach,
+        /// It has the map of this epoch, with its keys, and asks for nothing but to be known.
+        has: Option<Epoch>,
     },
     Detach {
         name: Name,
@@ -195,7 +197,7 @@ pub enum Outcome {
     Appliances(Vec<api::Appliance>),
     Allocation(Box<api::Allocation>),
     Allocations(Vec<api::Allocation>),
-    Map(Box<api::Map>),
+    Owned(Box<api::Owned>),
     Handover(Box<api::Handover>),
     Handovers(Vec<api::Handover>),
     Slabs(api::SlabMap),
@@ -232,6 +234,8 @@ pub struct Target {
     pub appliance: ApplianceId,
     /// Base URL of its control interface.
     pub control: String,
+    /// The newest state of the metadata that is durable, for the appliance to remember.
+    pub metadata: Option<api::MetadataState>,
 }
 
 /// A call to an appliance.

@@ -11,11 +11,11 @@ use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{DeviceUse, HandOver, MapChange, Orders, Owner, Report, Transfer};
 use xpm_protocol::api::event::EventKind;
 use xpm_protocol::text::short_line;
-use xpm_protocol::{AllocationId, ApplianceId, ByteSize, ClientId, GrantId, Life, Name};
+use xpm_protocol::{AllocationId, ApplianceId, ByteSize, ClientId, Epoch, GrantId, GrantKey, Life, Name};
 
 use super::change::Over;
 
-use super::{Outcome, ReplyTo, Service, Work, view};
+use super::{AfterStore, Outcome, ReplyTo, Service, Work, view};
 use crate::store::record::{AllocationRecord, Stage};
 
 /// How long the present owner has, where nobody says it.
@@ -136,10 +136,11 @@ impl Service {
             epoch: Some(record.epoch),
             lost: Some(lost),
             endpoints: endpoints.collect(),
-            metadata: self.state,
+            metadata: self.known_state(),
             given_up,
             part: None,
             contested: record.standby.is_some() || record.handover.is_some(),
+            wants_keys: record.keyless,
         })
     }
 
@@ -152,6 +153,7 @@ impl Service {
             change: None,
             hand_over: None,
             lost: None,
+            wants_keys: false,
             ..orders
         });
         self.reply(reply, orders.map(|orders| Outcome::Orders(Box::new(orders))));
@@ -190,11 +192,35 @@ impl Service {
             Report::Kept { why } => self.kept(reply, id, &why),
             // Heard before it came here.
             Report::Used(_) => self.answer_orders(reply, id),
+            Report::Keys { epoch, keys } => self.hear_keys(reply, id, epoch, &keys),
+            Report::GaveUp { appliance } => self.hear_given_up(reply, id, appliance),
             Report::Copied { number, .. }
             | Report::Ready { number }
             | Report::Done { number, .. }
             | Report::Refused { number, .. } => self.change_report(reply, id, number, report),
         }
+    }
+
+    /// Takes the keys of an ownership that was recovered without them. Wrong ones do harm to that owner only: the appliances
+    /// know theirs.
+    fn hear_keys(
+        &mut self,
+        reply: ReplyTo,
+        id: AllocationId,
+        epoch: Epoch,
+        keys: &BTreeMap<GrantId, GrantKey>,
+    ) {
+        let mut record = self.entry(id).record.clone();
+        let told = record.grants.iter().all(|grant| keys.contains_key(&grant.id));
+        if !record.keyless || record.epoch != epoch || !told {
+            return self.answer_orders(reply, id);
+        }
+        for grant in &mut record.grants {
+            grant.key = keys[&grant.id].clone();
+        }
+        (record.next, record.keyless) = (None, false);
+        self.entry(id).work = Work::Storing;
+        self.store_record(record, AfterStore::KeysTold(reply));
     }
 
     fn change_report(&mut self, reply: ReplyTo, id: AllocationId, number: u64, report: Report) {
@@ -235,9 +261,10 @@ impl Service {
             lost: None,
             endpoints: BTreeMap::new(),
             given_up,
-            metadata: self.state,
             part: None,
             contested: record.standby.is_some() || record.handover.is_some(),
+            metadata: self.known_state(),
+            wants_keys: record.keyless,
         };
         self.reply(reply, Ok(Outcome::Orders(Box::new(orders))));
     }

@@ -8,7 +8,7 @@
 
 use xpm_control::server::ApiError;
 use xpm_protocol::api::ErrorKind;
-use xpm_protocol::api::allocator::{Attach, Grant, Map, Owner};
+use xpm_protocol::api::allocator::{Attach, Grant, Map, Owned, Owner};
 use xpm_protocol::api::appliance::Commit;
 use xpm_protocol::api::blk::Form;
 use xpm_protocol::api::event::EventKind;
@@ -61,6 +61,7 @@ impl Service {
         id: AllocationId,
         attach: Attach,
         (life, fences): (Option<Life>, bool),
+        has: Option<Epoch>,
     ) {
         self.hear_owner(attach.client);
         let unix = self.now.unix;
@@ -85,11 +86,13 @@ impl Service {
         };
         let record = &self.entry(id).record;
         let same = record.owner.as_ref().filter(|owner| owner.client == attach.client && !fences);
+        // The keys that the owner has are to be told, not replaced: its device may be in use.
+        let tells = record.keyless && same.is_some() && has == Some(record.epoch);
         let since = same.map(|owner| owner.since).unwrap_or(unix);
         let Attach { client, host_name, purpose, .. } = attach;
         let owner = Owner { client, host_name, purpose, since, life };
         let record = &self.entry(id).record;
-        let settled = record.next.is_none() && !fences;
+        let settled = (record.next.is_none() || tells) && !fences;
         let kept = record.owner.as_ref() == Some(&owner) && record.block_size == block_size;
         if settled && record.revealed && kept {
             self.owned(reply, id);
@@ -138,8 +141,13 @@ impl Service {
             unmovable: 0,
             first,
         };
-        if !first {
+        if !first && !std::mem::take(&mut record.keyless) {
             return self.raise(id, raise);
+        }
+        if !first {
+            // Durable before an appliance hears of the new keys: those of the owner do not count from then on.
+            self.entry(id).work = Work::Storing;
+            return self.store_record(record, AfterStore::Raise(raise));
         }
         let keys = record.grants.iter().map(|_| self.random_key()).collect();
         match keys {
@@ -239,7 +247,8 @@ impl Service {
             self.tell(EventKind::Attached, &name, line);
         }
         let map = self.map(id);
-        self.reply(reply, map.map(|map| Outcome::Map(Box::new(map))));
+        let metadata = self.known_state();
+        self.reply(reply, map.map(|map| Outcome::Owned(Box::new(Owned { map, metadata }))));
         self.finish_work(id);
     }
 

@@ -55,7 +55,7 @@ fn attach(name: &str, client: u128, force: bool) -> Request {
         lose: false,
         blocks: Some(BlockWish::Kept),
     };
-    Request::Attach { name: name.parse().unwrap(), attach }
+    Request::Attach { name: name.parse().unwrap(), attach, has: None }
 }
 
 fn delete(name: &str, force: bool) -> Request {

@@ -7,7 +7,7 @@
 
 use xpm_control::server::ApiError;
 use xpm_protocol::api::ErrorKind;
-use xpm_protocol::api::allocator::{Attach, HandoverState, Map, Owner, Part, Standby};
+use xpm_protocol::api::allocator::{Attach, HandoverState, Map, Owned, Owner, Part, Standby};
 use xpm_protocol::api::event::EventKind;
 use xpm_protocol::{AllocationId, ClientId, GrantKey, Life, Succession};
 
@@ -100,7 +100,8 @@ impl Service {
     fn answer_standby(&mut self, reply: ReplyTo, id: AllocationId) {
         let record = self.entry(id).record.clone();
         let map = self.map_of(record).map(without_keys);
-        self.reply(reply, map.map(|map| Outcome::Map(Box::new(map))));
+        let metadata = self.known_state();
+        self.reply(reply, map.map(|map| Outcome::Owned(Box::new(Owned { map, metadata }))));
     }
 
     /// A client does not stand by any more. Whether it did.

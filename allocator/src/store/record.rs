@@ -77,6 +77,10 @@ pub struct AllocationRecord {
     /// The hand-over that it is part of, which is not over.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub handover: Option<Box<HandoverRecord>>,
+    /// Its keys are made up, because the metadata were recovered and nobody told them, and no appliance can have heard of
+    /// `next`: its owner may still tell them.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub keyless: bool,
 }
 
 /// A hand-over of this allocation, and of all others with the same id, to the client that stood by. The records of all of
@@ -325,7 +329,7 @@ impl AllocationRecord {
         let hide = |grants: &mut Vec<GrantRecord>| {
             grants.iter_mut().for_each(|grant| grant.key = GrantKey::from_bytes([0; 32]));
         };
-        let mut record = AllocationRecord { next: None, reclaim: None, ..self.clone() };
+        let mut record = AllocationRecord { next: None, reclaim: None, keyless: false, ..self.clone() };
         hide(&mut record.grants);
         if let Some(change) = &mut record.change {
             hide(&mut change.grants);

@@ -149,6 +149,8 @@ impl Follow {
 
     async fn obey(&mut self) {
         let Ok(orders) = self.owner.orders(&self.name).await else { return };
+        let grants = self.volume.grants();
+        let orders = self.owner.tell_keys(&self.name, self.known.epoch, &grants, orders).await;
         if orders.hand_over.is_some() {
             let why = "a program uses it at addresses: end that program, or transfer with --force".to_owned();
             let _ = self.owner.say(&self.name, &Report::Kept { why }).await;

@@ -215,6 +215,7 @@ mod tests {
             metadata: None,
             part: None,
             contested: false,
+            wants_keys: false,
         }
     }
 

@@ -13,8 +13,10 @@ use xpm_control::error_line;
 use xpm_control::known::KnownMetadata;
 use xpm_control::token::Token;
 use xpm_protocol::api::ErrorKind;
-use xpm_protocol::api::allocator::{Allocation, Attach, Event, Map, MetadataState, Orders, Report, SlabMap};
-use xpm_protocol::{BlockWish, ClientId, GrantId, HostId, Life, Name};
+use xpm_protocol::api::allocator::{
+    Allocation, Attach, Event, Grant, Map, MetadataState, Orders, Owned, Report, SlabMap,
+};
+use xpm_protocol::{BlockWish, ClientId, Epoch, GrantId, HostId, Life, Name};
 
 pub(crate) use self::follow::Follower;
 pub use self::guard::{Guard, Guarded, Known, Trouble, Word};
@@ -42,6 +44,9 @@ pub struct Taking {
     pub lose: bool,
     /// What one that shows a block device says of its block size.
     pub blocks: Option<BlockWish>,
+    /// It has the map of this epoch already, with its keys, and only wants to be known as the owner. The map that is answered is
+    /// not to be used then: its keys may be made up.
+    pub has: Option<Epoch>,
 }
 
 /// Somebody who owns allocations, or is about to.
@@ -78,7 +83,7 @@ impl Owner {
     /// # Errors
     /// As of [`Owner::own`].
     pub async fn own_with(&self, name: &Name, purpose: String, how: Taking) -> Result<Map, ClientError> {
-        let Taking { force, lose, blocks } = how;
+        let Taking { force, lose, blocks, has } = how;
         let attach = Attach {
             client: self.client,
             host: self.host,
@@ -92,7 +97,9 @@ impl Owner {
             self.allocator.clone().with_limit(OWN_LIMIT),
             self.path(&format!("/v1/allocations/{name}/owner")),
         );
-        match allocator.put(&path, &attach).await {
+        let path =
+            has.map_or_else(|| path.clone(), |Epoch(epoch)| with_query(&path, &format!("has={epoch}")));
+        let owned: Owned = match allocator.put(&path, &attach).await {
             // An allocator of a version that knows no block sizes refuses the field. Such a one is asked without it.
             Err(ClientError::Refused(body))
                 if blocks.is_some() && body.error.contains("unknown field `blocks`") =>
@@ -100,7 +107,9 @@ impl Owner {
                 allocator.put(&path, &Attach { blocks: None, ..attach }).await
             }
             answer => answer,
-        }
+        }?;
+        self.known.hear(owned.metadata);
+        Ok(owned.map)
     }
 
     /// Stands by to take an allocation over from its owner: its map, without keys.
@@ -108,7 +117,7 @@ impl Owner {
     /// # Errors
     /// As of [`Owner::own`].
     pub async fn stand_by(&self, name: &Name, purpose: String, how: Taking) -> Result<Map, ClientError> {
-        let Taking { force, lose, blocks } = how;
+        let Taking { force, lose, blocks, has: _ } = how;
         let (client, host, host_name) = (self.client, self.host, self.host_name.clone());
         let attach = Attach { client, host, host_name, purpose, force, lose, blocks };
         self.allocator.put(&self.path(&format!("/v1/allocations/{name}/standby")), &attach).await
@@ -153,8 +162,7 @@ impl Owner {
     pub async fn orders(&self, name: &Name) -> Result<Orders, ClientError> {
         let mut path = self.path(&format!("/v1/allocations/{name}/orders/{}", self.client));
         if let Some(MetadataState { pool, number }) = self.known.get() {
-            let more = if path.contains('?') { '&' } else { '?' };
-            path = format!("{path}{more}pool={pool}&number={number}");
+            path = with_query(&path, &format!("pool={pool}&number={number}"));
         }
         let orders: Orders = self.allocator.get(&path).await?;
         self.known.hear(orders.metadata);
@@ -168,8 +176,32 @@ impl Owner {
     pub async fn orders_about(&self, name: &Name, refused: &[GrantId]) -> Result<Orders, ClientError> {
         let refused: Vec<String> = refused.iter().take(DOUBTS_MAX).map(ToString::to_string).collect();
         let path = self.path(&format!("/v1/allocations/{name}/orders/{}", self.client));
-        let mark = if path.contains('?') { '&' } else { '?' };
-        self.allocator.get(&format!("{path}{mark}refused={}", refused.join(","))).await
+        let path = with_query(&path, &format!("refused={}", refused.join(",")));
+        let orders: Orders = self.allocator.get(&path).await?;
+        self.known.hear(orders.metadata);
+        Ok(orders)
+    }
+
+    /// Says the keys of an ownership where its orders ask for them. The orders after that; those that were given, where the
+    /// allocator did not hear it.
+    pub async fn tell_keys<'a>(
+        &self,
+        name: &Name,
+        epoch: Epoch,
+        grants: impl IntoIterator<Item = &'a Grant>,
+        orders: Orders,
+    ) -> Orders {
+        if !orders.wants_keys {
+            return orders;
+        }
+        let keys = grants.into_iter().map(|grant| (grant.id, grant.key.clone())).collect();
+        match self.say(name, &Report::Keys { epoch, keys }).await {
+            Ok(orders) => orders,
+            Err(error) => {
+                tracing::debug!("allocation {name}: {}", error_line(&error));
+                orders
+            }
+        }
     }
 
     /// Says how that goes.
@@ -204,6 +236,11 @@ impl Owner {
     pub fn listen(&self) -> Listener {
         Listener { allocator: self.allocator.clone().with_limit(LISTEN_LIMIT), after: None }
     }
+}
+
+fn with_query(path: &str, more: &str) -> String {
+    let mark = if path.contains('?') { '&' } else { '?' };
+    format!("{path}{mark}{more}")
 }
 
 /// What people are told of an appliance that the operator has given up.

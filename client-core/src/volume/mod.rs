@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
-use xpm_protocol::api::allocator::{Map, SlabMap};
+use xpm_protocol::api::allocator::{Grant, Map, SlabMap};
 use xpm_protocol::api::appliance::Counters;
 use xpm_protocol::api::blk::{DeviceState, Hold, LinkState, LinkStatus, TransportKind};
 use xpm_protocol::{ApplianceId, HostId, Name, Visitor};
@@ -304,6 +304,11 @@ impl Volume {
     /// Whether some of it lies on the appliance of this name.
     pub fn is_on(&self, appliance: &Name) -> bool {
         self.connectors().iter().any(|connector| connector.grant().appliance_name == *appliance)
+    }
+
+    /// The grants that it leads to now.
+    pub(crate) fn grants(&self) -> Vec<Grant> {
+        self.connectors().iter().map(|connector| connector.grant().clone()).collect()
     }
 
     fn connectors(&self) -> Vec<Arc<Connector>> {

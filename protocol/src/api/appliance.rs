@@ -13,6 +13,9 @@
 //! | `POST /v1/grants/{id}/copies` | [`struct@Copy`] | [`Digest`] of what was copied |
 //! | `POST /v1/grants/{id}/digests` | [`Range`] | [`Digest`] |
 //!
+//! Orders (`POST`, `PUT`, `DELETE`) may have `pool=ID&number=N` in their query: the newest state of the allocator's metadata, which
+//! the appliance remembers. Appliances of before 0.2 ignore it.
+//!
 //! Memory is given in two phases: regions are reserved with a time limit, and stay only if a
 //! grant takes them before it ends. `PUT` and `DELETE` are idempotent.
 //!

@@ -6,20 +6,21 @@ use xpm_client::owner::Taking;
 use xpm_control::client::ClientError;
 use xpm_control::error_line;
 use xpm_protocol::api::ErrorKind;
-use xpm_protocol::api::allocator::Map;
+use xpm_protocol::api::allocator::{Map, Report};
 use xpm_protocol::api::blk::AttachDevice;
-use xpm_protocol::{BlockWish, Name};
+use xpm_protocol::{ApplianceId, BlockWish, Epoch, Name};
 
 use super::Daemon;
 use crate::error::DeviceError;
 use crate::owed::Debts;
+use crate::records::Record;
 
 impl Daemon {
     /// Stands by for an allocation. Its map, without keys.
     pub(super) async fn stand_by(&self, request: &AttachDevice) -> Result<Map, DeviceError> {
         let AttachDevice { name, form, force, block_size, .. } = request;
         let blocks = block_size.map_or(BlockWish::Kept, BlockWish::Is);
-        let how = Taking { force: *force, lose: false, blocks: Some(blocks) };
+        let how = Taking { force: *force, lose: false, blocks: Some(blocks), has: None };
         self.owner.stand_by(name, form.to_string(), how).await.map_err(|error| refused(&error))
     }
 
@@ -33,9 +34,14 @@ impl Daemon {
     }
 
     pub(super) async fn own(&self, request: &AttachDevice) -> Result<Map, DeviceError> {
+        self.own_with(request, None).await
+    }
+
+    /// `has` is the epoch of a map that is here already; the one that is answered is not to be used then.
+    async fn own_with(&self, request: &AttachDevice, has: Option<Epoch>) -> Result<Map, DeviceError> {
         let AttachDevice { name, form, force, lose, block_size, .. } = request;
         let blocks = block_size.map_or(BlockWish::Kept, BlockWish::Is);
-        let how = Taking { force: *force, lose: *lose, blocks: Some(blocks) };
+        let how = Taking { force: *force, lose: *lose, blocks: Some(blocks), has };
         let owned = self.owner.own_with(name, form.to_string(), how).await;
         let map = owned.map_err(|error| refused(&error))?;
         self.registered().insert(request.name.clone(), None);
@@ -44,11 +50,12 @@ impl Daemon {
 
     /// Whether the allocator knows that this life has the allocation. Tells it so first, where it was shown from a record: what a
     /// life says that it does not know is not heard.
-    pub(super) async fn is_registered(&self, request: &AttachDevice) -> bool {
+    pub(super) async fn is_registered(&self, record: &Record) -> bool {
+        let request = &record.request;
         if matches!(self.registered().get(&request.name), Some(None)) {
             return true;
         }
-        let Err(error) = self.own(request).await else { return true };
+        let Err(error) = self.own_with(request, Some(record.map.epoch)).await else { return true };
         let (name, why) = (&request.name, error.to_string());
         let said = self.registered().insert(name.clone(), Some(why.clone()));
         if said.flatten().as_ref() != Some(&why) {
@@ -67,9 +74,9 @@ impl Daemon {
     }
 
     /// Notes that an allocation is to be given back: from now on it is, whatever dies.
-    pub(super) async fn owe(&self, name: &Name) {
+    pub(super) async fn owe(&self, name: &Name, given_up: Vec<ApplianceId>) {
         let mut debts = self.debts.lock().await;
-        if let Err(error) = debts.add(name) {
+        if let Err(error) = debts.add(name, given_up) {
             tracing::warn!(
                 "allocation {name} stays this client's if the allocator does not answer now: {error}"
             );
@@ -96,6 +103,10 @@ impl Daemon {
     }
 
     async fn deliver(&self, debts: &mut Debts, name: &Name) {
+        for appliance in debts.given_up(name) {
+            // One that cannot be told so, but can take the allocation back, is of a version that knows of no such thing.
+            let _ = self.owner.say(name, &Report::GaveUp { appliance }).await;
+        }
         let error = match self.owner.disown(name).await {
             Ok(()) => return debts.settle(name),
             // There is nothing to give back.

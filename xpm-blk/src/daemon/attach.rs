@@ -84,7 +84,7 @@ impl Daemon {
                  program that made them, or use another allocation",
                 request.name
             );
-            self.owe(&request.name).await;
+            self.owe(&request.name, Vec::new()).await;
             self.give_back(&request.name).await;
             return Err(DeviceError::new(ErrorKind::Conflict, line));
         }
@@ -97,7 +97,7 @@ impl Daemon {
                 Ok(self.view_of(&attached))
             }
             Err(error) => {
-                self.owe(&name).await;
+                self.owe(&name, Vec::new()).await;
                 self.give_back(&name).await;
                 Err(error)
             }

@@ -51,8 +51,9 @@ impl Daemon {
             self.set(name, Some(before));
             return Err(error);
         }
+        let given_up = before.record().map(|record| record.given_up.into_keys().collect());
         drop(before);
-        self.owe(name).await;
+        self.owe(name, given_up.unwrap_or_default()).await;
         let (daemon, record) = (Arc::clone(self), name.clone());
         let removed = blocking(move || daemon.records.remove(&record)).await;
         self.give_back(name).await;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use xpm_client::owner::lost_on;
 use xpm_control::client::ClientError;
+use xpm_control::error_line;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{DeviceUse, Orders, Report};
 use xpm_protocol::api::blk::{Device, Form, LinkState};
@@ -13,6 +14,7 @@ use xpm_protocol::{ApplianceId, Name};
 use super::detach::users_of;
 use super::{Attached, Daemon, Slot, Waiting, blocking};
 use crate::error::DeviceError;
+use crate::records::Record;
 use crate::show::end_left;
 
 impl Daemon {
@@ -29,7 +31,7 @@ impl Daemon {
         };
         tokio::spawn(async move {
             let record = attached.record();
-            if record.role.waits().is_some() || !daemon.is_registered(&record.request).await {
+            if record.role.waits().is_some() || !daemon.is_registered(&record).await {
                 return;
             }
             let shown = Arc::clone(&attached);
@@ -38,6 +40,7 @@ impl Daemon {
             });
             let Ok(used) = used.await else { return };
             let Ok(orders) = daemon.orders_with_use(&name, used).await else { return };
+            let orders = daemon.tell_given_up(&attached.record(), orders).await;
             for lender in orders.given_up {
                 daemon.give_up(&attached, lender.appliance, lender.name.clone()).await;
             }
@@ -47,9 +50,27 @@ impl Daemon {
     /// The same for a device that is not served now, and whose I/O the kernel may hold.
     async fn look_waiting(self: &Arc<Daemon>, name: &Name) {
         let Ok(orders) = self.owner.orders(name).await else { return };
+        let Some(Slot::Waiting(waiting)) = self.slots().get(name).cloned() else { return };
+        let orders = self.tell_given_up(&waiting.record, orders).await;
         for lender in orders.given_up {
             self.give_up_waiting(name, lender.appliance, &lender.name).await;
         }
+    }
+
+    /// Tells the allocator of appliances that the operator gave up here. The record remembers them until it has heard.
+    async fn tell_given_up(&self, record: &Record, mut orders: Orders) -> Orders {
+        for appliance in record.given_up.keys() {
+            if orders.given_up.iter().any(|known| known.appliance == *appliance) {
+                continue;
+            }
+            let report = Report::GaveUp { appliance: *appliance };
+            match self.owner.say(&record.request.name, &report).await {
+                Ok(new) => orders = new,
+                // Also one of a version that does not want to know; it is told again with the next question.
+                Err(error) => tracing::debug!("allocation {}: {}", record.request.name, error_line(&error)),
+            }
+        }
+        orders
     }
 
     async fn give_up_waiting(self: &Arc<Daemon>, name: &Name, appliance: ApplianceId, lender: &Name) {
@@ -171,6 +192,10 @@ impl Daemon {
         }
         for (name, appliance, lender) in &waiting {
             self.give_up_waiting(name, *appliance, lender).await;
+        }
+        let names = hit.iter().map(|(attached, ..)| attached.record().request.name);
+        for name in names.chain(waiting.iter().map(|(name, ..)| name.clone())) {
+            self.look_for_losses(&name);
         }
         let daemon = Arc::clone(self);
         blocking(move || Ok(hit.iter().map(|(attached, ..)| daemon.view_of(attached)).collect())).await

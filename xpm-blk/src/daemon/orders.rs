@@ -62,7 +62,7 @@ impl Daemon {
             Role::HandedOver { .. } => return self.wait_or_go_on(&attached).await,
             Role::Owner | Role::Contested => {}
         }
-        if !self.is_registered(&attached.record().request).await {
+        if !self.is_registered(&attached.record()).await {
             // It may be handed over.
             if let Ok(Orders { part: Some(part), .. }) = self.owner.orders(&name).await {
                 self.take_part(&attached, part).await;
@@ -77,6 +77,8 @@ impl Daemon {
             return self.take_part(&attached, part).await;
         }
         self.note_contested(&attached, orders.contested).await;
+        let map = attached.record().map;
+        let orders = self.owner.tell_keys(&name, map.epoch, &map.grants, orders).await;
         if let Some(hand_over) = &orders.hand_over {
             return self.hand_over(&attached, hand_over).await;
         }

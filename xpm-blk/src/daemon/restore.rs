@@ -75,13 +75,14 @@ impl Daemon {
     /// An attachment that an earlier life did not bring to its end is none.
     fn undo(self: &Arc<Daemon>, record: &Record) {
         let name = record.request.name.clone();
+        let given_up = record.given_up.keys().copied().collect();
         tracing::warn!("allocation {name} was being attached when the process ended: that is undone");
         if let Err(error) = self.records.remove(&name) {
             tracing::error!("{error}");
         }
         let daemon = Arc::clone(self);
         tokio::spawn(async move {
-            daemon.owe(&name).await;
+            daemon.owe(&name, given_up).await;
             daemon.give_back(&name).await;
         });
     }

@@ -194,6 +194,11 @@ impl Service {
             format!(
                 "`{name}` is being changed already; `xpm alloc show {name}` says how far that is, wait for its end"
             )
+        } else if entry.record.keyless {
+            format!(
+                "`{name}` was recovered without its keys: its owner is asked for them within 10 s (an xpm-blk of before 0.2 has to \
+                 attach it again); try again"
+            )
         } else if let Some(standby) = &entry.record.standby {
             format!(
                 "{} stands by for `{name}`: it stays as it is until that is over",

@@ -19,7 +19,7 @@ fn kind(result: Result<Outcome, ApiError>) -> ErrorKind {
 
 fn map(result: Result<Outcome, ApiError>) -> Map {
     match result.unwrap() {
-        Outcome::Map(map) => *map,
+        Outcome::Owned(owned) => owned.map,
         other => panic!("{other:?}"),
     }
 }

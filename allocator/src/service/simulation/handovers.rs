@@ -28,7 +28,7 @@ const fn id(client: usize) -> ClientId {
 
 fn stand_by(of: usize, client: usize, force: bool) -> Request {
     match attach(NAMES[of], client as u128, force) {
-        Request::Attach { name, attach } => Request::StandBy { name, attach },
+        Request::Attach { name, attach, .. } => Request::StandBy { name, attach },
         other => other,
     }
 }
@@ -124,7 +124,7 @@ impl Pair {
 
     fn own(&mut self, of: usize, client: usize) -> Map {
         match self.world.answer(attach(NAMES[of], client as u128, false)) {
-            Ok(Outcome::Map(map)) => *map,
+            Ok(Outcome::Owned(owned)) => owned.map,
             other => panic!("{other:?}"),
         }
     }
@@ -199,9 +199,10 @@ impl Pair {
             let Some(answer) = self.world.answers.remove(&asked) else { return };
             self.has[of][client].asked = None;
             match answer {
-                Ok(Outcome::Map(map)) => {
+                Ok(Outcome::Owned(owned)) => {
+                    let map = owned.map;
                     assert!(map.grants.iter().all(|grant| grant.key != GrantKey::NONE));
-                    self.has[of][client].map = Some(*map);
+                    self.has[of][client].map = Some(map);
                 }
                 Ok(Outcome::Orders(orders)) => self.obeys(of, client, &orders),
                 Ok(other) => panic!("{other:?}"),

@@ -257,8 +257,8 @@ impl Life {
         let owner = &mut self.owners[client];
         owner.asked = None;
         match answer {
-            Ok(Outcome::Map(map)) => {
-                *owner = Owner { map: Some(*map), ..Owner::default() };
+            Ok(Outcome::Owned(owned)) => {
+                *owner = Owner { map: Some(owned.map), ..Owner::default() };
             }
             Ok(Outcome::Orders(orders)) => self.obey(client, *orders),
             _ => {}

@@ -30,7 +30,7 @@ const COPY: Life = life(9, 9, 4);
 /// What became of a request: the epoch of the map, or how it was refused.
 fn ask(world: &mut World, life: Life, request: Request) -> Result<u64, ErrorKind> {
     match world.answer(Request::As(life, Box::new(request))) {
-        Ok(Outcome::Map(map)) => Ok(map.epoch.0),
+        Ok(Outcome::Owned(owned)) => Ok(owned.map.epoch.0),
         Ok(_) => Ok(0),
         Err(error) => Err(error.0),
     }

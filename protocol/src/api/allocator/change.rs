@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{DeviceUse, Endpoints, Map, MetadataState, Part};
 use crate::units::{ByteSize, Span};
-use crate::{ApplianceId, ClientId, Epoch, GrantId, Name};
+use crate::{ApplianceId, ClientId, Epoch, GrantId, GrantKey, Name};
 
 /// How far the emptying of an appliance is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -155,6 +155,9 @@ pub struct Orders {
     /// ended, only the allocator's word does.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub contested: bool,
+    /// The metadata were recovered without the keys of this ownership: the owner is to say them ([`Report::Keys`]).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub wants_keys: bool,
 }
 
 /// An appliance that does not come back.
@@ -240,6 +243,19 @@ pub enum Report {
     },
     /// What the allocation is shown as, and who uses that. Said now and then, for the operator.
     Used(DeviceUse),
+    /// The keys of this ownership, for an allocator that asked for them. Not counted unless the epoch holds and all grants
+    /// of the map are there.
+    Keys {
+        /// The ownership.
+        epoch: Epoch,
+        /// The key of each grant.
+        keys: BTreeMap<GrantId, GrantKey>,
+    },
+    /// The operator of this client gave an appliance up here: I/O to what lay there has failed since, for good.
+    GaveUp {
+        /// Which one.
+        appliance: ApplianceId,
+    },
     /// Everything is written back, and nothing uses the allocation any more.
     HandedOver,
     /// The owner has written down that the allocation is contested ([`Orders::contested`]): from now on it holds its I/O

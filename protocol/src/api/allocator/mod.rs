@@ -561,6 +561,17 @@ pub struct Map {
     pub block_size: Option<BlockSize>,
 }
 
+/// The answer to a client that owns an allocation now. Clients of before 0.2 read it as the map.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Owned {
+    /// Where the allocation lies.
+    #[serde(flatten)]
+    pub map: Map,
+    /// The newest state of the allocator's metadata that is durable.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metadata: Option<MetadataState>,
+}
+
 /// What the client holds on one appliance.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Grant {
