@@ -71,8 +71,9 @@ fn a_copy_of_an_appliance_is_refused_while_the_first_one_is_up() {
     let moved = cluster.ok(&["events", "--kind", "appliance-moved"]);
     assert!(!moved.contains("a0"), "{moved}");
     cluster.ok(&["alloc", "create", "a", "--size", "16MiB"]);
-    let shown = cluster.json(&["appliance", "list"]);
-    assert_eq!(shown[0]["status"]["granted"], 16 << 20, "{shown}");
+    wait_until("the first one lends it", || {
+        cluster.json(&["appliance", "list"])[0]["status"]["granted"] == 16 << 20
+    });
     cluster.ok(&["alloc", "delete", "a"]);
 
     // After the first one it is the copy's turn.
