@@ -533,7 +533,7 @@ fn clearing(status: &Status) -> u64 {
     used.iter().fold(status.capacity.0, |rest, part| rest.saturating_sub(part.0))
 }
 
-/// Cuts what nobody wants to read.
+/// The same without fractions of a millisecond, which no reader needs.
 pub(crate) fn whole_millis(span: Duration) -> Duration {
     Duration::from_millis(u64::try_from(span.as_millis()).unwrap_or(u64::MAX))
 }
@@ -553,6 +553,15 @@ mod tests {
 
     fn free(inventory: &Inventory) -> u64 {
         inventory.pool().iter().next().unwrap().free
+    }
+
+    /// An appliance with 100 bytes, of which 60 are promised to an allocation.
+    fn promised() -> (Inventory, AllocationId, ApplianceId) {
+        let mut inventory = Inventory::new(TICK);
+        let (allocation, id) = (AllocationId::from_u128(1), appliance(1).info.id);
+        inventory.hear(Duration::ZERO, 0, 1, heartbeat(100));
+        inventory.promise(allocation, id, 60);
+        (inventory, allocation, id)
     }
 
     #[test]
@@ -580,10 +589,7 @@ mod tests {
 
     #[test]
     fn a_promise_counts_until_a_later_sample() {
-        let mut inventory = Inventory::new(TICK);
-        let (allocation, id) = (AllocationId::from_u128(1), appliance(1).info.id);
-        inventory.hear(Duration::ZERO, 0, 1, heartbeat(100));
-        inventory.promise(allocation, id, 60);
+        let (mut inventory, allocation, id) = promised();
         assert_eq!(free(&inventory), 40);
         inventory.hear(TICK, 0, 2, heartbeat(100));
         inventory.settle(allocation, id, 3);
@@ -595,10 +601,7 @@ mod tests {
 
     #[test]
     fn an_answer_to_a_question_is_a_later_sample() {
-        let mut inventory = Inventory::new(TICK);
-        let (allocation, id) = (AllocationId::from_u128(1), appliance(1).info.id);
-        inventory.hear(Duration::ZERO, 0, 1, heartbeat(100));
-        inventory.promise(allocation, id, 60);
+        let (mut inventory, allocation, id) = promised();
         inventory.settle(allocation, id, 2);
         inventory.sample(id, 3, 4, heartbeat(40).status);
         assert_eq!(free(&inventory), 40);
@@ -608,10 +611,7 @@ mod tests {
 
     #[test]
     fn a_heartbeat_that_may_be_older_than_an_answer_says_nothing_of_memory() {
-        let mut inventory = Inventory::new(TICK);
-        let (allocation, id) = (AllocationId::from_u128(1), appliance(1).info.id);
-        inventory.hear(Duration::ZERO, 0, 1, heartbeat(100));
-        inventory.promise(allocation, id, 60);
+        let (mut inventory, allocation, id) = promised();
         inventory.settle(allocation, id, 2);
         inventory.sample(id, 3, 4, heartbeat(40).status);
         inventory.hear(TICK, 0, 5, heartbeat(100));

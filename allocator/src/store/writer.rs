@@ -129,13 +129,10 @@ mod tests {
     use crate::store::Change;
     use crate::testing::allocation;
 
-    /// Reports the size of each commit, and waits for leave to go on.
-    struct Gated {
-        commits: Sender<usize>,
-        leave: Receiver<bool>,
-    }
+    /// A store of which only the commits are of interest: what becomes of one.
+    struct Fake<F>(F);
 
-    impl MetadataStore for Gated {
+    impl<F: FnMut(&[Batch]) -> Result<(), StoreError> + Send + 'static> MetadataStore for Fake<F> {
         fn load(&mut self) -> Result<Loaded, StoreError> {
             Ok(Loaded::default())
         }
@@ -149,12 +146,30 @@ mod tests {
         }
 
         fn commit(&mut self, batches: &[Batch]) -> Result<(), StoreError> {
-            self.commits.send(batches.len()).unwrap();
-            match self.leave.recv().unwrap() {
+            (self.0)(batches)
+        }
+    }
+
+    /// Reports the size of each commit, and waits for leave to go on.
+    fn gated(commits: Sender<usize>, leave: Receiver<bool>) -> impl MetadataStore {
+        Fake(move |batches: &[Batch]| {
+            commits.send(batches.len()).unwrap();
+            match leave.recv().unwrap() {
                 true => Ok(()),
                 false => Err(StoreError::Damaged { path: "x".into(), what: "a test says so".into() }),
             }
-        }
+        })
+    }
+
+    /// Has no room the first times.
+    fn full(mut times: u32) -> impl MetadataStore {
+        Fake(move |_: &[Batch]| {
+            times = times.saturating_sub(1);
+            match times {
+                0 => Ok(()),
+                _ => Err(StoreError::Full { why: "full".into() }),
+            }
+        })
     }
 
     fn batch(number: u128) -> Batch {
@@ -166,7 +181,7 @@ mod tests {
         let (commits, sizes) = mpsc::channel();
         let (permit, leave) = mpsc::channel();
         let (order, done) = mpsc::channel();
-        let writer = Writer::start(Gated { commits, leave }, Box::new(|_| {})).unwrap();
+        let writer = Writer::start(gated(commits, leave), Box::new(|_| {})).unwrap();
         for number in 0..10 {
             let order = order.clone();
             writer
@@ -187,7 +202,7 @@ mod tests {
         let (commits, sizes) = mpsc::channel();
         let (permit, leave) = mpsc::channel();
         let (report, reports) = mpsc::channel();
-        let writer = Writer::start(Gated { commits, leave }, Box::new(|_| {})).unwrap();
+        let writer = Writer::start(gated(commits, leave), Box::new(|_| {})).unwrap();
         permit.send(false).unwrap();
         writer.write(batch(1), Box::new(move |result| report.send(result.is_err()).unwrap()));
         assert!(reports.recv().unwrap());
@@ -196,41 +211,16 @@ mod tests {
         assert_eq!(sizes.iter().collect::<Vec<_>>(), [1]);
     }
 
-    /// Has no room the first times.
-    struct Full(u32);
-
-    impl MetadataStore for Full {
-        fn load(&mut self) -> Result<Loaded, StoreError> {
-            Ok(Loaded::default())
-        }
-
-        fn all_decisions(&mut self) -> Result<Vec<(u64, Decision)>, StoreError> {
-            Ok(Vec::new())
-        }
-
-        fn decisions(&self) -> Box<dyn Decisions> {
-            panic!("no test of the writer reads decisions")
-        }
-
-        fn commit(&mut self, _: &[Batch]) -> Result<(), StoreError> {
-            self.0 = self.0.saturating_sub(1);
-            match self.0 {
-                0 => Ok(()),
-                _ => Err(StoreError::Full { why: "full".into() }),
-            }
-        }
-    }
-
     #[test]
     fn what_has_no_room_is_written_when_there_is_some() {
         let (news, told) = mpsc::channel();
         let (order, done) = mpsc::channel();
-        let writer = Writer::start(Full(3), Box::new(move |why| news.send(why).unwrap())).unwrap();
+        let writer = Writer::start(full(3), Box::new(move |why| news.send(why).unwrap())).unwrap();
         writer.write(batch(1), Box::new(move |result| order.send(result.is_ok()).unwrap()));
         assert_eq!(told.recv().unwrap().as_deref(), Some("full"));
         assert_eq!(told.recv().unwrap(), None);
         assert!(done.recv().unwrap());
-        let writer = Writer::start(Full(u32::MAX), Box::new(|_| {})).unwrap();
+        let writer = Writer::start(full(u32::MAX), Box::new(|_| {})).unwrap();
         writer.write(batch(1), Box::new(|_| {}));
         // It is not waited for without end.
         drop(writer);

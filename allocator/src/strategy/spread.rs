@@ -18,17 +18,10 @@ pub(super) fn on_one(
     region_len: u64,
 ) -> Option<Vec<ApplianceId>> {
     let wanted = size::rows(demand.size, 1, region_len);
-    let scorer = Scorer::new(snapshot, demand, rooms.most_free);
-    let mut best: Option<(bool, Seat)> = None;
-    for room in &rooms.list {
-        let at = room.at as usize;
-        seen[at].score = scorer.score(at, 0);
-        if u64::from(room.regions) >= wanted {
-            let seat = seat(snapshot, demand, room, seen[at].score);
-            best = best.max(Some((demand.home.contains(&seat.id.0), seat)));
-        }
-    }
-    let (_, seat) = best?;
+    super::score::fill(snapshot, demand, seen, rooms);
+    let holding = rooms.list.iter().filter(|room| u64::from(room.regions) >= wanted);
+    let seats = holding.map(|room| seat(snapshot, demand, room, seen[room.at as usize].score));
+    let seat = seats.max_by_key(|seat| (demand.home.contains(&seat.id.0), *seat))?;
     Some(vec![seat.id.0; usize::try_from(wanted).ok()?])
 }
 

@@ -28,16 +28,21 @@ fn ends(world: &mut World, of: &str) -> u64 {
     show(world, of).unwrap().lease.unwrap().ends
 }
 
+/// Another life of the allocator, with clocks of which days can be taken away.
+fn begin_anew_after_two_days(world: &mut World) {
+    world.now += Duration::from_secs(2 * DAY.unsigned_abs());
+    world.crash(false);
+    world.finish();
+    world.pass(Duration::ZERO);
+    world.finish();
+}
+
 #[test]
 fn a_jump_of_three_seconds_changes_nothing() {
     for ahead in [DAY, -DAY, 110, 30 * DAY] {
         let mut world = leased();
         pass(&mut world, 20);
-        world.now += Duration::from_secs(2 * DAY.unsigned_abs());
-        world.crash(false);
-        world.finish();
-        world.pass(Duration::ZERO);
-        world.finish();
+        begin_anew_after_two_days(&mut world);
         let before = ends(&mut world, "x");
         world.clock_ahead = ahead;
         pass(&mut world, 3);
@@ -54,11 +59,7 @@ fn a_jump_of_three_seconds_changes_nothing() {
 fn a_clock_that_is_set_takes_leases_with_it() {
     for ahead in [DAY, -DAY] {
         let mut world = leased();
-        world.now += Duration::from_secs(2 * DAY.unsigned_abs());
-        world.crash(false);
-        world.finish();
-        world.pass(Duration::ZERO);
-        world.finish();
+        begin_anew_after_two_days(&mut world);
         let before = ends(&mut world, "x");
         world.clock_ahead = ahead;
         pass(&mut world, 20);
