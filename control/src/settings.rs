@@ -94,18 +94,15 @@ impl Settings {
         if let Some(path) = env::var_os(FILE_VARIABLE) {
             return if path.is_empty() { Ok(Settings::default()) } else { Settings::read(Path::new(&path)) };
         }
-        let machine = Settings::read_if_there(Path::new(MACHINE_FILE))?;
-        match user_file().filter(|path| !is_somebody_else_s(path)) {
-            Some(path) => Ok(Settings::read_if_there(&path)?.over(machine)),
-            None => Ok(machine),
+        let mut settings = Settings::default();
+        for path in [Some(PathBuf::from(MACHINE_FILE)), user_file()].into_iter().flatten() {
+            match Settings::read(&path) {
+                Ok(found) => settings = found.over(settings),
+                Err(ConfigError::Unreadable { source, .. }) if is_missing(&source) => {}
+                Err(error) => return Err(error),
+            }
         }
-    }
-
-    fn read_if_there(path: &Path) -> Result<Settings, ConfigError> {
-        match Settings::read(path) {
-            Err(ConfigError::Unreadable { source, .. }) if is_missing(&source) => Ok(Settings::default()),
-            read => read,
-        }
+        Ok(settings)
     }
 
     fn read(path: &Path) -> Result<Settings, ConfigError> {
@@ -145,12 +142,6 @@ fn user_file() -> Option<PathBuf> {
     let absolute = |name: &str| env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     let directory = absolute("XDG_CONFIG_HOME").or_else(|| Some(absolute("HOME")?.join(".config")))?;
     Some(directory.join("xpm/xpm.toml"))
-}
-
-/// Whether this process may not even see whether the file is there: a program that runs as another user often keeps `HOME` of
-/// the one that started it, whose settings are not its own. A file that it sees and may not read is a mistake.
-fn is_somebody_else_s(path: &Path) -> bool {
-    path.metadata().is_err_and(|error| error.kind() == io::ErrorKind::PermissionDenied)
 }
 
 /// Whether there is no such file, rather than one that cannot be read.

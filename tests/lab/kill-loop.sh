@@ -25,7 +25,7 @@ swapd_swap_on
 watch_gaps "$device"
 before=$(awk '/^pswpout/ {print $2}' /proc/vmstat)
 start_hogs $HOG_MB
-wait_for 240 has_swapped 30
+wait_for 60 has_swapped 30
 for ((round = 1; round <= rounds; round++)); do
     sleep "$((RANDOM % 3)).$((RANDOM % 1000))"
     "${victims[(round - 1) % ${#victims[@]}]}"

@@ -32,7 +32,7 @@ watch_gaps "$swap"
 start_hogs 420
 load /mnt/fs/load 64 --do_verify=1 --loops=3 &
 fio=$!
-wait_for 240 has_swapped 30
+wait_for 60 has_swapped 30
 for ((round = 1; round <= rounds; round++)); do
     restart_blk
     replace_blk

@@ -62,7 +62,7 @@ before=$(awk '/^pswpout/ {print $2}' /proc/vmstat)
 start_hogs 420
 load /mnt/fs/load 64 --do_verify=1 --loops=3 &
 fio=$!
-wait_for 240 has_swapped 30
+wait_for 60 has_swapped 30
 
 order=$(printf '%s\n' allocator appliance-1 appliance-2 blk swapd | shuf | tr '\n' ' ')
 note "the order: $order"

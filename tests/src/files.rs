@@ -46,6 +46,12 @@ impl Files {
         Files { daemon, config: cluster.dir().join("fs.toml"), directory: cluster.dir().to_owned() }
     }
 
+    /// The same of another client.
+    pub fn start_second(cluster: &Cluster, settings: &str) -> Files {
+        let daemon = cluster.second_fs(settings);
+        Files { daemon, config: cluster.dir().join("fs2.toml"), directory: cluster.dir().to_owned() }
+    }
+
     /// All its processes.
     ///
     /// # Panics

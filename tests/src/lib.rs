@@ -428,6 +428,11 @@ impl Cluster {
         start_client(self.dir.path(), "fs", "xpm-fs", &self.allocator_url(), settings)
     }
 
+    /// Starts xpm-fs of another client, as `fs2`.
+    pub fn second_fs(&self, settings: &str) -> Daemon {
+        start_client(self.dir.path(), "fs2", "xpm-fs", &self.allocator_url(), settings)
+    }
+
     /// Starts xpm-blk of another client.
     pub fn second_client(&self) -> Daemon {
         start_blk(self.dir.path(), "blk2", &self.allocator_url(), "")

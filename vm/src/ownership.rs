@@ -1,5 +1,7 @@
 //! Who may use a machine's RAM while the machine moves.
 
+use xpm_protocol::ClientId;
+
 use crate::Error;
 
 /// Moves the right to read and write a machine's RAM from this host to the destination. What is done with it:
@@ -18,6 +20,13 @@ use crate::Error;
     reason = "one task drives a migration; its futures need not be sent to other threads"
 )]
 pub trait Ownership {
+    /// Prepares the switch while the machine runs, and refuses a destination that cannot have the RAM. `heir` is the client that
+    /// stands by there; none where the RAM is an ordinary file there.
+    ///
+    /// # Errors
+    /// When the RAM cannot be given to it.
+    async fn prepare(&mut self, heir: Option<ClientId>) -> Result<(), Error>;
+
     /// Gives the RAM to the destination. The source has stopped, and nothing of the RAM is only in its cache. When this fails,
     /// the source still owns it.
     ///
@@ -50,6 +59,15 @@ pub trait Ownership {
 pub struct Plain;
 
 impl Ownership for Plain {
+    async fn prepare(&mut self, heir: Option<ClientId>) -> Result<(), Error> {
+        match heir {
+            None => Ok(()),
+            Some(_) => Err(Error::Peer(
+                "the destination was started without --file, and here the RAM is an ordinary file: give the same file there".to_owned(),
+            )),
+        }
+    }
+
     async fn switch(&mut self) -> Result<(), Error> {
         Ok(())
     }

@@ -9,6 +9,7 @@ use tokio::net::{TcpListener, UnixStream};
 use tokio::sync::{Semaphore, mpsc};
 use xpm_control::listen::Place as Listen;
 use xpm_control::token::Token;
+use xpm_protocol::ClientId;
 
 use crate::Error;
 use crate::machine::{Guarded, version_text};
@@ -96,7 +97,8 @@ fn refusal(opening: &Opening, token: Option<&Token>) -> Option<String> {
     })
 }
 
-/// Waits for a machine and takes it over. `waiting` is called once, when a machine can come. It returns when the machine is here;
+/// Waits for a machine and takes it over. `heir` is the client of this host that stands by for its RAM; none where that is an ordinary
+/// file. `waiting` is called once, when a machine can come. It returns when the machine is here;
 /// questions of the source about it are answered for as long as the runtime lives.
 ///
 /// # Errors
@@ -105,6 +107,7 @@ pub async fn receive(
     guarded: Guarded,
     mut qmp: Qmp,
     mut door: Door,
+    heir: Option<ClientId>,
     waiting: impl FnOnce(SocketAddr),
 ) -> Result<Guarded, Error> {
     waiting(door.address);
@@ -118,7 +121,7 @@ pub async fn receive(
     };
     let session = offer.session.clone();
     let mut arrival =
-        Arrival { qmp: &mut qmp, control, door, session, may_be_ordered: false, asking: Vec::new() };
+        Arrival { qmp: &mut qmp, heir, control, door, session, may_be_ordered: false, asking: Vec::new() };
     let came = arrival.advance(&mut guarded).await;
     let Arrival { mut control, mut door, session, may_be_ordered, mut asking, .. } = arrival;
     match came {
@@ -225,6 +228,7 @@ fn mismatch(offer: &Offer, guarded: &Guarded, qmp: &Qmp) -> Option<String> {
 /// ```
 struct Arrival<'a> {
     qmp: &'a mut Qmp,
+    heir: Option<ClientId>,
     control: Conn,
     door: Door,
     session: String,
@@ -239,7 +243,7 @@ impl Arrival<'_> {
         let socket = guarded.place.state();
         self.qmp.set_way(Way::Move, false).await?;
         self.qmp.migrate_from(&socket).await?;
-        self.control.send(&Answer::Ready).await?;
+        self.control.send(&Answer::Ready { heir: self.heir }).await?;
 
         let state = self.state().await?;
         let qemu = UnixStream::connect(&socket).await.map_err(Error::io("connect to QEMU at", &socket))?;

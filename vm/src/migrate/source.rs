@@ -95,7 +95,7 @@ pub async fn migrate<O: Ownership>(
     }
     let process = machine.qemu.ok_or_else(|| Error::Machine("the record has no QEMU".to_owned()))?;
     let name = machine.name.clone();
-    let begun_moving = Leaving::begin(place, machine, process, request).await;
+    let begun_moving = Leaving::begin(place, machine, process, request, &mut ownership).await;
     let mut leaving = begun_moving.map_err(|error| as_before(&name, &error))?;
     let (down, sent, rounds) = match leaving.advance(request, &mut ownership).await {
         Ok(moved) => moved,
@@ -132,6 +132,7 @@ impl<'a> Leaving<'a> {
         machine: Machine,
         process: Process,
         request: &Request,
+        ownership: &mut impl Ownership,
     ) -> Result<Leaving<'a>, Error> {
         let mut qmp = Qmp::connect(&place.drive(), MONITOR_LIMIT).await?;
         let obstacles = qmp.obstacles().await?;
@@ -163,7 +164,7 @@ impl<'a> Leaving<'a> {
         };
         let mut control = Conn::open(request.to, request.token.as_ref(), Purpose::Move(offer)).await?;
         match control.receive(STEP_LIMIT).await? {
-            Answer::Ready => {}
+            Answer::Ready { heir } => ownership.prepare(heir).await?,
             Answer::Refused { why } | Answer::Never { why } => {
                 return Err(Error::Peer(format!("{} does not take it: {why}", request.to)));
             }

@@ -26,7 +26,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout_at};
 use xpm_control::token::Token;
-use xpm_protocol::{ByteSize, Name};
+use xpm_protocol::{ByteSize, ClientId, Name};
 
 use crate::Error;
 use crate::qmp::Version;
@@ -91,7 +91,11 @@ pub(crate) struct Offer {
 #[serde(rename_all = "kebab-case", tag = "kind")]
 pub(crate) enum Answer {
     /// It is ready for the state.
-    Ready,
+    Ready {
+        /// The client that stands by for the RAM; none where that is an ordinary file.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        heir: Option<ClientId>,
+    },
     /// It does not take this machine. It goes on waiting.
     Refused {
         /// Why.

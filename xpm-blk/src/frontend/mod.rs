@@ -193,7 +193,7 @@ pub const fn can_carry_swap(form: &Form) -> bool {
 /// Whether a form can be shown while its I/O waits for the allocation: a kernel looks for partitions on each new device, and
 /// would wait with it.
 pub const fn can_stand_by(form: &Form) -> bool {
-    matches!(form, Form::NbdSocket(_) | Form::VhostUser(_))
+    matches!(form, Form::NbdSocket(_) | Form::VhostUser(_) | Form::File(_))
 }
 
 /// Seconds since 1970: higher than any generation that an earlier process of this device used, unless two of them began

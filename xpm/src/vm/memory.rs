@@ -8,7 +8,7 @@ use anyhow::{Context as _, bail};
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{Allocation, Create};
 use xpm_protocol::api::blk::{AttachDevice, Device, Form};
-use xpm_protocol::{ByteSize, Name};
+use xpm_protocol::{ByteSize, ClientId, Name};
 use xpm_vm::machine::{Guarded, Terms};
 use xpm_vm::memory::{MemoryFile, plain_files};
 
@@ -25,6 +25,7 @@ const ATTACH_WAIT: Duration = Duration::from_secs(10);
 pub(super) struct Ram {
     /// Whom to tell that allocations are not used any more.
     fs: Option<Daemon>,
+    heir: Option<ClientId>,
     /// Those that were shown for this machine.
     allocations: Vec<Name>,
 }
@@ -38,11 +39,11 @@ impl Ram {
     ) -> anyhow::Result<Ram> {
         if let Some(file) = file {
             terms.files = plain_files(file, terms.sizes)?;
-            return Ok(Ram { fs: None, allocations: Vec::new() });
+            return Ok(Ram { fs: None, heir: None, allocations: Vec::new() });
         }
         let names = names(&terms.name)?;
         let (allocator, fs) = (daemons.allocator()?, daemons.fs()?);
-        let mut ram = Ram { fs: Some(fs.clone()), allocations: Vec::new() };
+        let mut ram = Ram { fs: Some(fs.clone()), heir: None, allocations: Vec::new() };
         for (name, size) in names.into_iter().zip(terms.sizes.of_files()) {
             match ram.show(&allocator, &fs, &name, size, &terms.root).await {
                 Ok(path) => terms.files.push(MemoryFile { path, size }),
@@ -79,15 +80,40 @@ impl Ram {
         Ok(path)
     }
 
-    /// The RAM of a machine that comes from another host.
-    pub(super) fn get_to_receive(terms: &mut Terms, file: Option<&Path>) -> anyhow::Result<()> {
-        let Some(file) = file else {
-            bail!(
-                "a machine whose RAM is an allocation cannot be received yet: give --file, the same at both ends"
-            );
-        };
-        terms.files = plain_files(file, terms.sizes)?;
-        Ok(())
+    /// The RAM of a machine that comes from another host: this host stands by for its allocations.
+    pub(super) async fn get_to_receive(
+        terms: &mut Terms,
+        file: Option<&Path>,
+        daemons: &Daemons,
+    ) -> anyhow::Result<Ram> {
+        if file.is_some() {
+            return Ram::get(terms, file, daemons).await;
+        }
+        let names = names(&terms.name)?;
+        let fs = daemons.fs()?;
+        let heir = fs.blk_status().await?.client;
+        let mut ram = Ram { fs: Some(fs.clone()), heir: Some(heir), allocations: Vec::new() };
+        let directory = terms.root.join(FILES);
+        std::fs::create_dir_all(&directory)
+            .with_context(|| format!("cannot make {}", directory.display()))?;
+        for (name, size) in names.into_iter().zip(terms.sizes.of_files()) {
+            let path = directory.join(name.as_str());
+            let request = AttachDevice { standby: true, ..request(&name, path.clone()) };
+            let shown = fs.post::<_, Device>("/v1/devices", &request).await;
+            if let Err(failure) = shown {
+                ram.give_back().await;
+                return Err(failure).with_context(|| format!("this host cannot stand by for `{name}`"));
+            }
+            terms.files.push(MemoryFile { path, size });
+            terms.allocations.push(name.clone());
+            ram.allocations.push(name);
+        }
+        Ok(ram)
+    }
+
+    /// The client of this host that stands by for the RAM.
+    pub(super) fn heir(&self) -> Option<ClientId> {
+        self.heir
     }
 
     /// Stays with a machine until it has ended, and gives its RAM back.
@@ -108,7 +134,10 @@ impl Ram {
     async fn give_back(&self) {
         let Some(fs) = &self.fs else { return };
         for name in &self.allocations {
-            if let Err(error) = fs.delete(&format!("/v1/devices/{name}")).await {
+            if let Err(error) = fs.delete(&format!("/v1/devices/{name}")).await
+                // What went to another host has ended here.
+                && !error.is(ErrorKind::NotFound)
+            {
                 output::warn(&format!("`{name}` is still shown here: {error}; run `xpm fs detach {name}`"));
             }
         }

@@ -1,12 +1,13 @@
 //! `xpm vm`: virtual machines whose RAM is external. What is done is in crate `xpm-vm`; here is how it is asked for and shown.
 
 mod memory;
+mod ownership;
 
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use rustix::process::Signal;
 use serde::Serialize;
 use xpm_control::token::Token;
@@ -32,6 +33,7 @@ use crate::run::{Signals, code_of};
 use crate::setup::Setup;
 use crate::table;
 use crate::vm::memory::Ram;
+use crate::vm::ownership::HandOver;
 
 /// How long QEMU's monitor for looks is waited for. Another command that looks may have it for a moment.
 const LOOK_LIMIT: Duration = Duration::from_secs(2);
@@ -128,7 +130,7 @@ pub(crate) async fn run(
             let started = Guarded::start(&terms, Start::Boot).await.map(|(guarded, _)| guarded);
             ram.stay(started, output).await
         }
-        VmCommand::Receive(args) => receive(args, &root, setup, output).await,
+        VmCommand::Receive(args) => receive(args, &root, setup, daemons, output).await,
         VmCommand::Resume(args) => {
             let sizes = suspend::sizes(&args.from, &args.name)?;
             let file = args.qemu.file.clone();
@@ -137,8 +139,8 @@ pub(crate) async fn run(
             let ram = Ram::get(&mut terms, file.as_deref(), daemons).await?;
             ram.stay(suspend::resume(&terms, &args.from).await, output).await
         }
-        VmCommand::Migrate(args) => migrate(&args, &place(&args.name), setup, output).await,
-        VmCommand::Settle(args) => settle(&args, &place(&args.name), setup).await,
+        VmCommand::Migrate(args) => migrate(&args, &place(&args.name), setup, daemons, output).await,
+        VmCommand::Settle(args) => settle(&args, &place(&args.name), setup, daemons).await,
         VmCommand::Suspend { name, to } => {
             let to = std::path::absolute(&to)?;
             let len = suspend::suspend(&place(&name), &to).await?;
@@ -204,44 +206,52 @@ async fn stay(mut guarded: Guarded, output: Output) -> anyhow::Result<ExitCode> 
     }
 }
 
-async fn receive(args: ReceiveArgs, root: &Path, setup: &Setup, output: Output) -> anyhow::Result<ExitCode> {
+async fn receive(
+    args: ReceiveArgs,
+    root: &Path,
+    setup: &Setup,
+    daemons: &Daemons,
+    output: Output,
+) -> anyhow::Result<ExitCode> {
     let door = Door::open(args.listen, token(setup)?).await?;
     let sizes = Sizes { memory: args.memory.memory, maximum: args.memory.max };
     let file = args.qemu.file.clone();
     let mut terms = terms(&args.name, root, sizes, args.qemu)?;
     terms.check(Start::Incoming)?;
-    Ram::get_to_receive(&mut terms, file.as_deref())?;
-    let (guarded, qmp) = Guarded::start(&terms, Start::Incoming).await?;
+    let ram = Ram::get_to_receive(&mut terms, file.as_deref(), daemons).await?;
+    let arrived = arrive(&terms, door, &ram, output).await;
+    ram.stay(arrived, output).await
+}
+
+/// Waits until the machine is here.
+async fn arrive(terms: &Terms, door: Door, ram: &Ram, output: Output) -> Result<Guarded, xpm_vm::Error> {
+    let (guarded, qmp) = Guarded::start(terms, Start::Incoming).await?;
     let process = guarded.machine.qemu;
-    let mut signals = Signals::new()?;
-    let waiting = |address| output.hint(&format!("`{}` is waited for at {address}", args.name));
-    let receiving = destination::receive(guarded, qmp, door, waiting);
+    let mut signals = Signals::new().map_err(|error| xpm_vm::Error::Machine(error.to_string()))?;
+    let waiting = |address| output.hint(&format!("`{}` is waited for at {address}", terms.name));
+    let receiving = destination::receive(guarded, qmp, door, ram.heir(), waiting);
     tokio::pin!(receiving);
-    let guarded = loop {
+    loop {
         tokio::select! {
-            guarded = &mut receiving => break guarded?,
+            guarded = &mut receiving => return guarded,
             // QEMU's end ends the rest.
             () = signals.told_to_end() => { process.map(|process| process.signal(Signal::KILL)); }
         }
-    };
-    drop(signals);
-    stay(guarded, output).await
+    }
 }
 
 async fn migrate(
     args: &MigrateArgs,
     place: &Place,
     setup: &Setup,
+    daemons: &Daemons,
     output: Output,
 ) -> anyhow::Result<ExitCode> {
     let request = source::Request { to: args.to, token: token(setup)?, strict: args.strict };
-    if place.load()?.is_some_and(|machine| !machine.allocations.is_empty()) {
-        bail!(
-            "a machine whose RAM is an allocation cannot be moved yet: `xpm vm suspend` it here and `xpm vm resume` it there, or start \
-             both ends with --file"
-        );
-    }
-    let moved = source::migrate(place, &request, Plain).await?;
+    let moved = match HandOver::of(place, daemons)? {
+        Some(hand_over) => source::migrate(place, &request, hand_over).await?,
+        None => source::migrate(place, &request, Plain).await?,
+    };
     let migration = Migration {
         name: args.name.clone(),
         to: args.to.to_string(),
@@ -262,13 +272,22 @@ fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
-async fn settle(args: &SettleArgs, place: &Place, setup: &Setup) -> anyhow::Result<ExitCode> {
+async fn settle(
+    args: &SettleArgs,
+    place: &Place,
+    setup: &Setup,
+    daemons: &Daemons,
+) -> anyhow::Result<ExitCode> {
     let known = match (args.here, args.gone) {
         (true, _) => Some(Known::NotThere),
         (_, true) => Some(Known::Gone),
         _ => None,
     };
-    let settled = settle::settle(place, token(setup)?.as_ref(), known, Plain).await?;
+    let token = token(setup)?;
+    let settled = match HandOver::of(place, daemons)? {
+        Some(hand_over) => settle::settle(place, token.as_ref(), known, hand_over).await?,
+        None => settle::settle(place, token.as_ref(), known, Plain).await?,
+    };
     let text = match settled {
         Settled::Here => "is here and goes on",
         Settled::Gone => "runs at its destination and has ended here",

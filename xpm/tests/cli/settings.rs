@@ -4,7 +4,6 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
 use crate::support::{Host, Run, Script};
@@ -25,7 +24,7 @@ fn the_user_s_file_names_allocator_token_and_form() {
     let file = directory.join("xpm.toml");
     fs::write(&file, format!("allocator = '{}'\ntoken-file = 'token'\noutput = 'json'\n", host.allocator))
         .unwrap();
-    let run = |change: &dyn Fn(&mut Command)| {
+    let run = |change: &dyn Fn(&mut std::process::Command)| {
         let mut command = host.command(&["alloc", "list"]);
         command.env_remove("XPM_ALLOCATOR").env_remove("XPM_CONFIG");
         command.env("XDG_CONFIG_HOME", host.directory.path());
@@ -43,42 +42,6 @@ fn the_user_s_file_names_allocator_token_and_form() {
     run(&|_| ()).fails_with(&[&place, "`token`"]);
 }
 
-/// The command run by a user who is not root; the program lies where everybody may run it.
-fn as_another_user(host: &Host, command: &Command) -> Command {
-    let program = host.directory.path().join("program");
-    fs::copy(env!("CARGO_BIN_EXE_xpm"), &program).unwrap();
-    fs::set_permissions(host.directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
-    let mut other = Command::new(program);
-    other.args(command.get_args()).env("XPM_ALLOCATOR", &host.allocator).uid(65534).gid(65534);
-    other
-}
-
-#[test]
-fn a_home_that_belongs_to_another_user_has_no_settings() {
-    let script = Script::new().on("GET /v1/allocations", 200, &json!([]));
-    let host = Host::with_allocator(&script);
-    let home = host.directory.path().join("home");
-    fs::create_dir_all(home.join(".config/xpm")).unwrap();
-    let file = home.join(".config/xpm/xpm.toml");
-    fs::write(&file, "output = 'json'\n").unwrap();
-    let mut command = host.command(&["alloc", "list"]);
-    if rustix::process::geteuid().is_root() {
-        command = as_another_user(&host, &command);
-    }
-    command.env_remove("XPM_CONFIG").env_remove("XDG_CONFIG_HOME").env("HOME", &home);
-    let mut run = |mode| {
-        fs::set_permissions(&home, fs::Permissions::from_mode(mode)).unwrap();
-        Run::from(command.output().unwrap())
-    };
-    let (shown, hidden) = (run(0o755).ok(), run(0o600).ok());
-    assert_eq!(shown, "[]\n");
-    assert!(hidden.starts_with("No allocations"), "{hidden}");
-    // One that can be seen is meant.
-    fs::set_permissions(&home, fs::Permissions::from_mode(0o755)).unwrap();
-    fs::set_permissions(&file, fs::Permissions::from_mode(0o000)).unwrap();
-    run(0o755).fails_with(&["cannot read the configuration file", file.to_str().unwrap()]);
-}
-
 #[test]
 fn a_token_that_cannot_be_read_is_not_answered_with_the_command_that_overwrites_it() {
     let host = Host::new();
@@ -86,8 +49,14 @@ fn a_token_that_cannot_be_read_is_not_answered_with_the_command_that_overwrites_
     private(&token, "0123456789abcdef0123456789abcdef\n");
     let mut command = host.command(&["alloc", "list", "--token-file", token.to_str().unwrap()]);
     if rustix::process::geteuid().is_root() {
-        command = as_another_user(&host, &command);
-        command.env("XPM_CONFIG", "");
+        // A user who may not read it: the program lies where everybody may run it.
+        let program = host.directory.path().join("xpm");
+        fs::copy(env!("CARGO_BIN_EXE_xpm"), &program).unwrap();
+        fs::set_permissions(host.directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        let mut other = std::process::Command::new(program);
+        other.args(command.get_args().map(ToOwned::to_owned).collect::<Vec<_>>());
+        other.env("XPM_ALLOCATOR", &host.allocator).env("XPM_CONFIG", "").uid(65534).gid(65534);
+        command = other;
     } else {
         fs::set_permissions(&token, fs::Permissions::from_mode(0o000)).unwrap();
     }
