@@ -15,7 +15,7 @@ use xpm_transport::rdma::inventory::any_device;
 
 use self::allocators::Allocator;
 use crate::cli::StatusArgs;
-use crate::connect::{Daemons, Failure};
+use crate::connect::{Daemon, Daemons, Failure};
 use crate::output::{self, Output, WIDTH, one_line, wrapped};
 use crate::problems as told;
 use crate::{age, alloc, appliance};
@@ -65,9 +65,9 @@ async fn read_pool(daemons: &Daemons) -> Result<Pool, Failure> {
     })
 }
 
-async fn read_host(daemons: &Daemons) -> Result<Host, Failure> {
-    let blk = daemons.blk()?;
-    Ok(Host { status: blk.blk_status().await?, devices: blk.devices().await? })
+async fn read_host(daemon: Result<Daemon, Failure>) -> Result<Host, Failure> {
+    let daemon = daemon?;
+    Ok(Host { status: daemon.blk_status().await?, devices: daemon.devices().await? })
 }
 
 /// What `status -o json` prints. `allocator` is none when it does not answer, `blk` also when this
@@ -86,6 +86,11 @@ struct Overview {
     allocations: Vec<Allocation>,
     blk: Option<blk::Status>,
     devices: Vec<Device>,
+    /// None when this host has no xpm-fs, or it does not answer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    fs: Option<blk::Status>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    files: Vec<Device>,
     /// Whether no xpm-blk runs on this host, rather than one that does not answer.
     #[serde(skip)]
     no_blk_here: bool,
@@ -93,7 +98,8 @@ struct Overview {
 
 impl Overview {
     async fn read(daemons: &Daemons) -> Overview {
-        let (pool, host) = tokio::join!(read_pool(daemons), read_host(daemons));
+        let (pool, host, files) =
+            tokio::join!(read_pool(daemons), read_host(daemons.blk()), read_host(daemons.fs()));
         let mut overview = Overview {
             health: "ok",
             problems: Vec::new(),
@@ -103,6 +109,8 @@ impl Overview {
             allocations: Vec::new(),
             blk: None,
             devices: Vec::new(),
+            fs: None,
+            files: Vec::new(),
             no_blk_here: false,
         };
         match pool {
@@ -112,7 +120,12 @@ impl Overview {
         match host {
             Ok(host) => overview.add_host(host),
             Err(failure) if failure.is_not_there() => overview.no_blk_here = true,
-            Err(failure) => overview.problems.push(problems::no_blk(&failure)),
+            Err(failure) => overview.problems.push(problems::no_daemon("blk", &failure)),
+        }
+        match files {
+            Ok(host) => overview.add_files(host),
+            Err(failure) if failure.is_not_there() => {}
+            Err(failure) => overview.problems.push(problems::no_daemon("fs", &failure)),
         }
         overview.problems.extend(overview.allocators.iter().filter_map(Allocator::problem));
         told::sort(&mut overview.problems);
@@ -130,11 +143,21 @@ impl Overview {
         self.allocations = allocations;
     }
 
-    fn add_host(&mut self, host: Host) {
-        let Host { status, devices } = host;
+    fn add_devices(&mut self, devices: &[Device]) {
         let rdma_here = any_device();
         self.problems.extend(devices.iter().filter_map(problems::of_device));
         self.problems.extend(devices.iter().flat_map(|device| problems::worse_ways(device, rdma_here)));
+    }
+
+    fn add_files(&mut self, host: Host) {
+        self.add_devices(&host.devices);
+        self.fs = Some(host.status);
+        self.files = host.devices;
+    }
+
+    fn add_host(&mut self, host: Host) {
+        let Host { status, devices } = host;
+        self.add_devices(&devices);
         self.problems.extend(problems::of_safety(&status, &devices));
         self.blk = Some(status);
         self.devices = devices;
@@ -155,12 +178,16 @@ impl Overview {
         match &self.blk {
             Some(status) => {
                 let devices = crate::blk::LISTING.text(&self.devices, wide, true);
-                blocks.push(format!("{}\n{devices}", host_line(status, wide)));
+                blocks.push(format!("{}\n{devices}", host_line("Devices", "xpm-blk", status, wide)));
             }
             None if self.no_blk_here => {
                 blocks.push("This host has no devices: xpm-blk does not run here.\n".to_owned());
             }
             None => {}
+        }
+        if let Some(status) = &self.fs {
+            let files = crate::blk::FILES.text(&self.files, wide, true);
+            blocks.push(format!("{}\n{files}", host_line("Files", "xpm-fs", status, wide)));
         }
         blocks.join("\n")
     }
@@ -190,14 +217,16 @@ fn pool_line(status: &allocator::Status, wide: bool) -> String {
     wrapped("Pool: ", &line, if wide { usize::MAX } else { WIDTH })
 }
 
-fn host_line(status: &blk::Status, wide: bool) -> String {
+fn host_line(what: &str, daemon: &str, status: &blk::Status, wide: bool) -> String {
     let line = format!(
-        "xpm-blk {}, up for {}{}",
+        "{daemon} {}, up for {}{}",
         one_line(&status.version),
         age::short(status.uptime.0),
         standby(status)
     );
-    wrapped("Devices of this host: ", &line, if wide { usize::MAX } else { WIDTH }).trim_end().to_owned()
+    wrapped(&format!("{what} of this host: "), &line, if wide { usize::MAX } else { WIDTH })
+        .trim_end()
+        .to_owned()
 }
 
 fn standby(status: &blk::Status) -> String {

@@ -1,4 +1,5 @@
-//! `memhog MB [--seed N] [--passes N] [--until FILE] [--run PAGES]`: uses memory, and checks that it keeps what was written.
+//! `memhog MB [--seed N] [--passes N] [--until FILE] [--run PAGES] [--map FILE]`: uses memory, and checks that it keeps what was
+//! written. With `--map` the memory is that of a file, mapped and shared.
 //!
 //! Each page gets a pattern of its own that no compression makes smaller and that depends on the
 //! page's number and the seed, so that a lost, stale or exchanged page is found. Then all pages
@@ -11,6 +12,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
+use xpm_tests::mapped::Mapped;
 
 const PAGE_BYTES: usize = 4096;
 const PAGE_WORDS: usize = PAGE_BYTES / size_of::<u64>();
@@ -26,10 +28,11 @@ struct Options {
     passes: u32,
     until: Option<PathBuf>,
     run_pages: NonZeroUsize,
+    map: Option<PathBuf>,
 }
 
 fn main() -> ExitCode {
-    match Options::parse(std::env::args().skip(1)).map(|options| run(&options)) {
+    match Options::parse(std::env::args().skip(1)).and_then(|options| run(&options)) {
         Ok(0) => ExitCode::SUCCESS,
         Ok(bad) => {
             println!("memhog: {bad} bad pages");
@@ -46,15 +49,18 @@ impl Options {
     fn parse(mut words: impl Iterator<Item = String>) -> Result<Options> {
         let megabytes: usize = number(words.next(), "how many MB")?;
         let pages = megabytes.checked_mul((1 << 20) / PAGE_BYTES).context("so much memory does not exist")?;
-        let mut options = Options { pages, seed: 1, passes: 1, until: None, run_pages: NonZeroUsize::MIN };
+        let mut options =
+            Options { pages, seed: 1, passes: 1, until: None, run_pages: NonZeroUsize::MIN, map: None };
         while let Some(word) = words.next() {
             match word.as_str() {
                 "--seed" => options.seed = number(words.next(), "--seed")?,
                 "--passes" => options.passes = number(words.next(), "--passes")?,
                 "--until" => options.until = Some(words.next().context("--until: a file is missing")?.into()),
+                "--map" => options.map = Some(words.next().context("--map: a file is missing")?.into()),
                 "--run" => options.run_pages = number(words.next(), "--run")?,
                 _ => bail!(
-                    "unknown option {word}; usage: memhog MB [--seed N] [--passes N] [--until FILE] [--run PAGES]"
+                    "unknown option {word}; usage: memhog MB [--seed N] [--passes N] [--until FILE] [--run PAGES] \
+                     [--map FILE]"
                 ),
             }
         }
@@ -68,23 +74,59 @@ fn number<T: std::str::FromStr>(word: Option<String>, what: &str) -> Result<T> {
 }
 
 /// Fills and verifies; gives the number of bad pages found in all passes.
-fn run(options: &Options) -> usize {
+fn run(options: &Options) -> Result<usize> {
     let start = Instant::now();
-    let mut memory: Vec<u64> = Vec::with_capacity(options.pages * PAGE_WORDS);
-    for page in 0..options.pages {
-        memory.extend(pattern(options.seed, page));
-    }
+    let memory = Memory::filled(options)?;
     println!("memhog: {} pages filled in {:.1} s", options.pages, start.elapsed().as_secs_f64());
     let is_asked = |pass| pass <= options.passes || options.until.as_ref().is_some_and(|file| !file.exists());
-    (1..).take_while(|pass| is_asked(*pass)).map(|pass| verify(options, &memory, pass)).sum()
+    Ok((1..).take_while(|pass| is_asked(*pass)).map(|pass| verify(options, &memory, pass)).sum())
+}
+
+/// What is filled.
+enum Memory {
+    Own(Vec<u64>),
+    Mapped(Mapped),
+}
+
+impl Memory {
+    fn filled(options: &Options) -> Result<Memory> {
+        let Some(file) = &options.map else {
+            let mut memory = Vec::with_capacity(options.pages * PAGE_WORDS);
+            (0..options.pages).for_each(|page| memory.extend(pattern(options.seed, page)));
+            return Ok(Memory::Own(memory));
+        };
+        let opened = std::fs::OpenOptions::new().read(true).write(true).open(file);
+        let file = opened.with_context(|| format!("open {}", file.display()))?;
+        let mapped = Mapped::new(&file, options.pages * PAGE_BYTES);
+        for page in 0..options.pages {
+            let bytes: Vec<u8> = pattern(options.seed, page).flat_map(u64::to_ne_bytes).collect();
+            mapped.write(page * PAGE_BYTES, &bytes);
+        }
+        Ok(Memory::Mapped(mapped))
+    }
+
+    /// The words of a page, or their copy.
+    fn page<'a>(&'a self, page: usize, copy: &'a mut [u64; PAGE_WORDS]) -> &'a [u64] {
+        match self {
+            Memory::Own(words) => &words[page * PAGE_WORDS..][..PAGE_WORDS],
+            Memory::Mapped(mapped) => {
+                let mut bytes = [0; PAGE_BYTES];
+                mapped.read(page * PAGE_BYTES, &mut bytes);
+                let words = bytes.as_chunks().0.iter().map(|word| u64::from_ne_bytes(*word));
+                copy.iter_mut().zip(words).for_each(|(place, word)| *place = word);
+                copy
+            }
+        }
+    }
 }
 
 /// Verifies all pages once, in an order that differs from pass to pass; gives how many are bad.
-fn verify(options: &Options, memory: &[u64], pass: u32) -> usize {
+fn verify(options: &Options, memory: &Memory, pass: u32) -> usize {
     let start = Instant::now();
     let mut bad = 0;
     for page in order(options, pass) {
-        let words = &memory[page * PAGE_WORDS..][..PAGE_WORDS];
+        let mut copy = [0; PAGE_WORDS];
+        let words = memory.page(page, &mut copy);
         if let Some(at) = words.iter().zip(pattern(options.seed, page)).position(|(is, should)| *is != should)
         {
             bad += 1;
@@ -164,7 +206,7 @@ mod tests {
         let parsed = options("2 --passes 3").unwrap();
         assert_eq!(
             parsed,
-            Options { pages: 512, seed: 1, passes: 3, until: None, run_pages: NonZeroUsize::MIN }
+            Options { pages: 512, seed: 1, passes: 3, until: None, run_pages: NonZeroUsize::MIN, map: None }
         );
         for wrong in ["", "x", "2 --seed", "2 --sed 1", "2 --run 0", "18446744073709551615"] {
             assert!(options(wrong).is_err(), "{wrong}");
@@ -174,14 +216,28 @@ mod tests {
     #[test]
     fn a_changed_or_exchanged_page_is_found() {
         let options = options("1").unwrap();
-        let mut memory: Vec<u64> = (0..options.pages).flat_map(|page| pattern(options.seed, page)).collect();
+        let memory = Memory::filled(&options).unwrap();
         assert_eq!(verify(&options, &memory, 1), 0);
+        let Memory::Own(mut memory) = memory else { panic!("no file was named") };
         memory[5 * PAGE_WORDS + 511] ^= 1;
+        let memory = Memory::Own(memory);
         assert_eq!(verify(&options, &memory, 1), 1);
+        let Memory::Own(mut memory) = memory else { panic!("no file was named") };
         memory[5 * PAGE_WORDS + 511] ^= 1;
         let (first, second) = memory.split_at_mut(PAGE_WORDS);
         first.swap_with_slice(&mut second[..PAGE_WORDS]);
-        assert_eq!(verify(&options, &memory, 2), 2);
+        assert_eq!(verify(&options, &Memory::Own(memory), 2), 2);
+    }
+
+    #[test]
+    fn a_file_is_filled_and_verified_as_memory_is() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(1 << 20).unwrap();
+        let options = options(&format!("1 --map {}", file.path().display())).unwrap();
+        let memory = Memory::filled(&options).unwrap();
+        assert_eq!(verify(&options, &memory, 1), 0);
+        std::os::unix::fs::FileExt::write_all_at(file.as_file(), &[1, 2, 3], 4 * PAGE_BYTES as u64).unwrap();
+        assert_eq!(verify(&options, &memory, 1), 1);
     }
 
     #[test]

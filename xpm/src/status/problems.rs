@@ -2,7 +2,7 @@
 
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{Allocation, Appliance, ApplianceState};
-use xpm_protocol::api::blk::{Device, DeviceState, LinkState, Status};
+use xpm_protocol::api::blk::{Device, DeviceState, Form, LinkState, Status};
 use xpm_protocol::api::health::{Check, Problem, Severity};
 
 use super::is_swap;
@@ -17,8 +17,9 @@ pub(super) fn no_allocator(failure: &Failure) -> Problem {
     Problem::new(check, "allocator", failure.to_string())
 }
 
-pub(super) fn no_blk(failure: &Failure) -> Problem {
-    Problem::new(Check::BlkUnreachable, "blk", failure.to_string())
+/// That a daemon of this host, `blk` or `fs`, gave no answer.
+pub(super) fn no_daemon(word: &str, failure: &Failure) -> Problem {
+    Problem::new(Check::BlkUnreachable, word, failure.to_string())
 }
 
 /// What an allocator of version 0.1 does not say.
@@ -46,17 +47,18 @@ pub(super) fn of_older_allocator(
 
 pub(super) fn of_device(device: &Device) -> Option<Problem> {
     let name = &device.name;
+    let word = if matches!(device.form, Form::File(_)) { "fs" } else { "blk" };
     let (check, what, remedy) = match device.state {
         DeviceState::Live => return None,
         DeviceState::Holding => (
             Check::DeviceHolding,
             "waits for an appliance",
-            format!("bring the appliance or the network back; `xpm blk show {name}`"),
+            format!("bring the appliance or the network back; `xpm {word} show {name}`"),
         ),
         DeviceState::Lost => (
             Check::DeviceLost,
             "has lost memory: I/O to it fails",
-            format!("stop what uses it, then `xpm blk detach --force {name}`"),
+            format!("stop what uses it, then `xpm {word} detach --force {name}`"),
         ),
     };
     let reasons: Vec<String> = device

@@ -151,6 +151,24 @@ pub(crate) const ALL: &[Scenario] = &[
         ..BASE
     },
     Scenario {
+        name: "file",
+        about: "a mapped file of external memory in a small memory cgroup, while its server is killed, stopped and replaced",
+        group: "fs",
+        script: "file.sh",
+        args: &["3"],
+        ..BASE
+    },
+    Scenario {
+        name: "file-50",
+        long: true,
+        about: "the same, 50 times",
+        group: "fs",
+        script: "file.sh",
+        args: &["50"],
+        seconds_max: 3600,
+        ..BASE
+    },
+    Scenario {
         name: "detach-open",
         about: "devices that a program has open, or that are under a loop device with a file system, are not detached",
         group: "fs",
