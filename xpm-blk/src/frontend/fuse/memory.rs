@@ -6,8 +6,9 @@
 #![allow(unsafe_code)]
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _};
 
+use xpm_fuse::Device;
 use xpm_fuse::wire::{OUT_HEADER_LEN, WRITE_DATA_OFFSET};
 use xpm_transport::io::IoBuf;
 
@@ -48,11 +49,12 @@ impl Requests {
     ///
     /// # Panics
     /// When the buffer is lent.
-    pub(super) fn receive(&mut self, tag: u16, device: BorrowedFd<'_>) -> io::Result<usize> {
+    pub(super) fn receive(&mut self, tag: u16, device: &Device) -> io::Result<usize> {
         let buffer = self.own(tag, REQUEST, DATA - REQUEST + self.io_len);
         loop {
             // SAFETY: the buffer is mapped and writable for its length, and no operation uses it (asserted by `own`).
-            let read = unsafe { libc::read(device.as_raw_fd(), buffer.as_ptr().cast(), buffer.len()) };
+            let read =
+                unsafe { libc::read(device.as_fd().as_raw_fd(), buffer.as_ptr().cast(), buffer.len()) };
             match usize::try_from(read) {
                 Ok(len) => return Ok(len),
                 Err(_) => {
@@ -102,29 +104,18 @@ impl Requests {
         tag: u16,
         header: &[u8; OUT_HEADER_LEN],
         len: usize,
-        device: impl AsFd,
+        device: &Device,
     ) -> io::Result<()> {
         let answer = self.own(tag, ANSWER, OUT_HEADER_LEN + len);
         answer.part(0, OUT_HEADER_LEN).copy_from_slice(header);
         // SAFETY: the buffer is mapped and readable for its length, and no operation uses it (asserted by `own`).
         let answer = unsafe { std::slice::from_raw_parts(answer.as_ptr(), answer.len()) };
-        send(device, answer)
+        device.send_bytes(answer)?;
+        Ok(())
     }
 
     fn own(&self, tag: u16, start: usize, len: usize) -> IoBuf {
         assert!(!self.lent[usize::from(tag)], "the buffer of request {tag} is in use by an operation");
         self.buffers.of(tag).part(start, len)
-    }
-}
-
-/// Writes one answer or notification, which the kernel takes as a whole or not at all.
-pub(super) fn send(device: impl AsFd, message: &[u8]) -> io::Result<()> {
-    loop {
-        match rustix::io::write(&device, message) {
-            Err(rustix::io::Errno::INTR) => {}
-            // The request was interrupted, or ended when the mount was aborted: nobody waits for the answer.
-            Err(rustix::io::Errno::NOENT) | Ok(_) => return Ok(()),
-            Err(error) => return Err(error.into()),
-        }
     }
 }

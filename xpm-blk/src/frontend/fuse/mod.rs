@@ -19,7 +19,7 @@ mod queue;
 mod users;
 
 use std::fs;
-use std::io;
+use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
@@ -73,7 +73,7 @@ pub(crate) struct FuseFile {
     connection: Connection,
     volume: Volume,
     file: Arc<File>,
-    device: Arc<OwnedFd>,
+    device: Arc<Device>,
     give_up: Arc<OwnedFd>,
     /// The kernel has ended the mount.
     ended: Arc<AtomicBool>,
@@ -151,14 +151,16 @@ impl FuseFile {
             connection,
             file: Arc::new(File::new(volume.size(), mounted)),
             volume,
-            device: Arc::new(device.into_fd()),
+            device: Arc::new(device),
             give_up: Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).at(at())?),
             ended: Arc::default(),
             queues: Mutex::default(),
         };
         if takes_over {
             // Before anything is read here: that would be sent again as well.
-            memory::send(&shown.device, &notify::resend())
+            shown
+                .device
+                .notify(&[IoSlice::new(&notify::resend())])
                 .at(format!("{}: have requests sent again", path.display()))?;
         }
         let started: Vec<_> =
@@ -367,7 +369,8 @@ impl Shown for FuseFile {
         if drop {
             // Many pages at a time; the notification writes what is left page by page.
             file.sync_data().at(format!("write back {}", self.path.display()))?;
-            memory::send(&self.device, &notify::inval_inode(ROOT_ID, 0, 0))
+            self.device
+                .notify(&[IoSlice::new(&notify::inval_inode(ROOT_ID, 0, 0))])
                 .at(format!("drop the cache of {}", self.path.display()))?;
         }
         let stat = xpm_fuse::cachestat(&file, 0, 0).at(at())?;

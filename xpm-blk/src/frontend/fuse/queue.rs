@@ -21,13 +21,13 @@ use std::sync::mpsc::SyncSender;
 
 use rustix::event::epoll::{self, EventData, EventFlags};
 use xpm_client::Channel;
-use xpm_fuse::Errno;
 use xpm_fuse::wire::{FallocateMode, Operation, Request, Unique, reply};
+use xpm_fuse::{Device, Errno};
 use xpm_transport::io::{Completion, IoError, Kind, Operation as Io};
 use xpm_transport::spin::Spin;
 
 use super::file::File;
-use super::memory::{Requests, send};
+use super::memory::Requests;
 use crate::lifecycle::DieOnDrop;
 use crate::watch::Pulse;
 
@@ -45,7 +45,7 @@ pub(super) struct QueueParts {
     /// Data of one request at most, in bytes.
     pub(super) io_len: u32,
     /// The mount's descriptor of /dev/fuse, which does not block.
-    pub(super) device: Arc<OwnedFd>,
+    pub(super) device: Arc<Device>,
     pub(super) file: Arc<File>,
     /// Set when the kernel has ended the mount.
     pub(super) ended: Arc<AtomicBool>,
@@ -90,7 +90,7 @@ struct Queue {
     // Before the buffers: dropping it ends the use of them.
     channel: Option<Channel>,
     requests: Requests,
-    device: Arc<OwnedFd>,
+    device: Arc<Device>,
     file: Arc<File>,
     pending: Vec<Option<Pending>>,
     free: Vec<u16>,
@@ -204,7 +204,7 @@ impl Queue {
     fn take_requests(&mut self) -> io::Result<bool> {
         let mut any = false;
         while let Some(&tag) = self.free.last() {
-            match self.requests.receive(tag, self.device.as_fd()) {
+            match self.requests.receive(tag, &self.device) {
                 Ok(len) => {
                     any = true;
                     self.begin(tag, len)?;
@@ -241,14 +241,14 @@ impl Queue {
                     }
                 }
             }
-            Begun::Refused(unique, errno) => send(&self.device, &reply::error(unique, errno)),
-            Begun::Done(unique) => send(&self.device, &reply::empty(unique)),
+            Begun::Refused(unique, errno) => self.send(&reply::error(unique, errno)),
+            Begun::Done(unique) => self.send(&reply::empty(unique)),
             Begun::Other => {
                 let Ok(request) = Request::parse(self.requests.request(tag, len)) else { return Ok(()) };
                 let answer = self.file.answer(&request);
                 match answer.bytes() {
                     [] => Ok(()),
-                    bytes => send(&self.device, bytes),
+                    bytes => self.send(bytes),
                 }
             }
         }
@@ -303,16 +303,20 @@ impl Queue {
         self.requests.take_back(tag);
         self.free.push(tag);
         match (result, kind) {
-            (Err(error), _) => {
-                send(&self.device, &reply::error(unique, Errno::from_raw_os_error(error.errno())))
-            }
+            (Err(error), _) => self.send(&reply::error(unique, Errno::from_raw_os_error(error.errno()))),
             (Ok(()), Kind::Read) => {
                 let len = len as usize;
                 self.requests.send(tag, &reply::header(unique, len), len, &self.device)
             }
-            (Ok(()), Kind::Write) => send(&self.device, &reply::written(unique, len as u32)),
-            (Ok(()), Kind::Trim | Kind::Zero | Kind::Flush) => send(&self.device, &reply::empty(unique)),
+            (Ok(()), Kind::Write) => self.send(&reply::written(unique, len as u32)),
+            (Ok(()), Kind::Trim | Kind::Zero | Kind::Flush) => self.send(&reply::empty(unique)),
         }
+    }
+
+    /// Sends an answer. One that nobody waits for any more, since its request was interrupted or the mount has ended, is no error.
+    fn send(&self, answer: &[u8]) -> io::Result<()> {
+        self.device.send_bytes(answer)?;
+        Ok(())
     }
 
     /// Drops the channel, so that nothing uses a buffer any more, and fails what is in flight and all that still comes.
