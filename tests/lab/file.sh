@@ -3,8 +3,8 @@
 . "$LAB_SCRIPTS/lib.sh"
 
 rounds=$1
-HOG_MB=160
-LIMIT_MB=64
+HOG_MB=16
+LIMIT_MB=12
 
 # A service manager in small: xpm-fs is started whenever the process that was started has ended.
 manage_fs() {
@@ -95,7 +95,7 @@ grep -q '^oom_kill 0' "$group/memory.events" || fail "the kernel killed: $(cat "
 note "$rounds rounds: $(passes) passes over $HOG_MB MB, of which $LIMIT_MB could be local, found 0 bad pages"
 
 # All of it by reads, writes and verification, past the cache and through it.
-fio --name=direct --filename="$file" --size=64M --offset=192M --rw=randwrite --bsrange=4k-64k --direct=1 --ioengine=libaio \
+fio --name=direct --filename="$file" --size=16M --offset=192M --rw=randwrite --bsrange=4k-64k --direct=1 --ioengine=libaio \
     --iodepth=8 --verify=crc32c --verify_fatal=1 --randseed=7 >/run/lab/fio.out 2>&1 || fail "fio: $(tail -n 5 /run/lab/fio.out)"
 fallocate --punch-hole --offset 0 --length 256M "$file"
 wait_for 30 resident_at_most $((8 << 20))
