@@ -72,7 +72,7 @@ filled() { grep -q filled /run/lab/hog.log; }
 wait_for 300 filled
 passes() { grep -c ' 0 bad' /run/lab/hog.log || true; }
 note "$(head -n 1 /run/lab/hog.log); $(($(cat "$group/memory.peak") >> 20)) MiB at most in its cgroup"
-refused 'memhog' xpm fs detach ram
+refused 'in use' xpm fs detach ram
 for ((round = 1; round <= rounds; round++)); do
     sleep "$((RANDOM % 3)).$((RANDOM % 1000))"
     case $((round % 3)) in
