@@ -202,8 +202,9 @@ fn without_room_in_etcd_reading_goes_on_and_the_remedy_is_named() {
     let disarm = format!(r#"{{"action":"DEACTIVATE","memberID":"{member}","alarm":"NOSPACE"}}"#);
     several.etcd.ask(0, "/v3/maintenance/alarm", &disarm).unwrap();
     wait_until("orders are taken again", || {
-        several.xpm(&["alloc", "create", "more", "--size", "16MiB"]).status.success()
-            || several.xpm(&["alloc", "show", "more"]).status.success()
+        let made = several.xpm(&["alloc", "create", "more", "--size", "16MiB"]);
+        eprint!("{}", String::from_utf8_lossy(&made.stderr));
+        made.status.success() || several.xpm(&["alloc", "show", "more"]).status.success()
     });
     assert!(several.names().contains(&"kept".to_owned()));
 }

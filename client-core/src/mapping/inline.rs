@@ -24,6 +24,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use super::fetch::{Fate, Fetcher};
 use super::pager::Shared;
 use super::pages::Residency;
+use super::say::say;
 
 /// The address is one at which there is nothing; see sigaction(2).
 const BUS_ADRERR: i32 = 2;
@@ -202,6 +203,11 @@ fn pass_on(signal: i32, info: *mut libc::siginfo_t, context: *mut c_void) {
     let Some(before) = BEFORE.get() else { return };
     match before.sa_sigaction {
         libc::SIG_DFL | libc::SIG_IGN => {
+            // SAFETY: the kernel gives a siginfo_t.
+            let (address, code) = unsafe { ((*info).si_addr() as usize, (*info).si_code) };
+            say(format_args!(
+                "xpm: SIGBUS at 0x{address:x} (code {code}), which is no page of a window in line"
+            ));
             // The access is made again, and ends the program by its own fault.
             // SAFETY: the default action, for a signal of this thread's own making.
             unsafe { libc::signal(signal, libc::SIG_DFL) };

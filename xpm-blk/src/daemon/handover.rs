@@ -83,6 +83,14 @@ impl Daemon {
         }
     }
 
+    /// A hand-over was undone before this owner heard of it: the allocation is its own, and appliances know the new keys only.
+    pub(super) async fn renew(self: &Arc<Daemon>, attached: &Arc<Attached>, contested: bool) {
+        if let Some(volume) = attached.shown.volume() {
+            volume.hold_all("its appliances have new keys, which are asked for");
+        }
+        self.begin(attached, contested).await;
+    }
+
     /// This client owns the allocation: gets its keys, and lets I/O go on.
     async fn begin(self: &Arc<Daemon>, attached: &Arc<Attached>, contested: bool) {
         let record = attached.record();

@@ -76,6 +76,9 @@ impl Daemon {
         if let Some(part) = orders.part {
             return self.take_part(&attached, part).await;
         }
+        if orders.epoch > Some(attached.record().map.epoch) {
+            return self.renew(&attached, orders.contested).await;
+        }
         self.note_contested(&attached, orders.contested).await;
         let map = attached.record().map;
         let orders = self.owner.tell_keys(&name, map.epoch, &map.grants, orders).await;
