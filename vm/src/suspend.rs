@@ -1,6 +1,6 @@
 //! A machine in a file: its RAM stays where it is, and only the state of its devices is written.
 //!
-//! The file begins with a block of [`HEAD_LEN`] bytes, a [`Head`] as JSON that is filled up with blanks; behind it is what QEMU
+//! The file begins with a block of 4096 bytes, a header as JSON that is filled up with blanks; behind it is what QEMU
 //! sends. It is written beside its place and renamed when it is whole. A state fits the RAM only once: as soon as a machine runs
 //! again, its RAM changes. So the file is renamed to `FILE.resumed` before the machine runs.
 
