@@ -14,7 +14,7 @@ use std::future::Future;
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::body::Body;
 use axum::extract::{DefaultBodyLimit, Request, State};
@@ -66,7 +66,9 @@ pub struct Limits {
     pub request: Duration,
     /// Largest body, in bytes.
     pub body_len_max: usize,
-    /// Time until a connection has shown the token; until it has made a request, where none is wanted.
+    /// Time until a connection has shown the token; until it has made a request, where none is wanted. While most places for such
+    /// connections are free, as long as `head`: on a machine that is short of memory a command may take seconds between
+    /// connecting and asking, and its order must not be cut off.
     pub first: Duration,
     /// Most connections at once that have not; for one more, the oldest is closed: of those of its address, if these have
     /// a quarter of the places. Fewer where the process may have few descriptors.
@@ -179,9 +181,15 @@ impl Server {
         let mut connection = pin!(connection);
         let stop = async { drop(stopping.wait_for(|stop| *stop).await) };
         let is_stranger = async {
-            tokio::time::sleep(self.limits.first).await;
-            if standing.is_proved() {
-                std::future::pending::<()>().await;
+            let begun = Instant::now();
+            loop {
+                tokio::time::sleep(self.limits.first).await;
+                if standing.is_proved() {
+                    std::future::pending::<()>().await;
+                }
+                if standing.is_in_the_way() || begun.elapsed() >= self.limits.head {
+                    return;
+                }
             }
         };
         tokio::select! {

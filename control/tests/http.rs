@@ -189,6 +189,26 @@ async fn connections_are_limited_and_the_next_one_waits() {
     drop(idle);
 }
 
+/// On a machine that swaps, seconds may lie between the connection of a command and its order.
+#[tokio::test]
+async fn who_is_slow_to_ask_is_answered_while_nobody_is_kept_out() {
+    let limits = Limits { strangers_max: 8, first: Duration::from_millis(20), ..Limits::default() };
+    let server = Running::start(None, limits);
+    let ask = async |mut slow: TcpStream| {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        let mut answer = String::new();
+        let asked = slow.write_all(b"GET /v1/name/b HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").await;
+        let _ = slow.read_to_string(&mut answer).await;
+        asked.is_ok() && answer.starts_with("HTTP/1.1 200")
+    };
+    let connect = || TcpStream::connect(server.address);
+    assert!(ask(connect().await.unwrap()).await);
+    // A quarter of the places is the share of one address.
+    let slow = connect().await.unwrap();
+    let _other = connect().await.unwrap();
+    assert!(!ask(slow).await);
+}
+
 #[tokio::test]
 async fn connections_that_say_nothing_keep_nobody_out() {
     let limits = Limits { strangers_max: 8, connections_max: 8, ..Limits::default() };

@@ -94,6 +94,13 @@ impl<P> Gate<P> {
         self.waiting.len()
     }
 
+    /// Whether a connection is in the way of others: half of the places are taken, or the whole share of its origin.
+    pub fn is_in_the_way(&self, entry: Entry) -> bool {
+        let Some((origin, _)) = self.waiting.get(&entry) else { return false };
+        let own = self.of_origin.get(origin).copied().unwrap_or(0);
+        self.waiting.len() * 2 >= self.places || *origin != Origin::Local && own >= self.share
+    }
+
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.waiting.is_empty()

@@ -74,6 +74,11 @@ impl Standing {
         self.permit.get_or_init(|| permit).await;
     }
 
+    /// Whether it is in the way of other strangers.
+    pub(super) fn is_in_the_way(&self) -> bool {
+        self.admission.lock().is_in_the_way(self.entry)
+    }
+
     /// Whether it is none of the strangers any more.
     pub(super) fn is_proved(&self) -> bool {
         !self.admission.lock().has(self.entry)
