@@ -152,6 +152,7 @@ pub(crate) const ALL: &[Scenario] = &[
     },
     Scenario {
         name: "file",
+        long: true,
         about: "a mapped file of external memory in a small memory cgroup, while its server is killed, stopped and replaced",
         group: "fs",
         script: "file.sh",
@@ -185,6 +186,7 @@ pub(crate) const ALL: &[Scenario] = &[
     },
     Scenario {
         name: "lender-gone-nbd-direct",
+        long: true,
         about: "the same, with swap on the kernel's nbd connected to the appliance itself",
         group: "lender-gone",
         script: "lender-gone.sh",
