@@ -1,6 +1,7 @@
 //! Virtual machines for tests: a guest that verifies its memory (guest/verify.c), commands that look after it, and a network
 //! between two of them that breaks where a test wants it to.
 
+use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
@@ -32,6 +33,8 @@ pub struct Site {
     environment: Vec<(String, String)>,
     /// Of those that start QEMU.
     options: Vec<String>,
+    /// Held by one site at a time: an emulated processor takes all of a real one, and two of them leave nothing to the daemons.
+    _alone: File,
 }
 
 impl Site {
@@ -77,6 +80,8 @@ impl Site {
         environment: Vec<(String, String)>,
         options: Vec<String>,
     ) -> Site {
+        let alone = File::create(std::env::temp_dir().join("xpm-tests-vm.lock")).expect("a file to lock");
+        alone.lock().expect("it can be locked");
         let kernel = dir.path().join("verify");
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("guest/verify.c");
         let flags = "-m32 -march=i686 -O2 -ffreestanding -fno-pic -fno-stack-protector -nostdlib -static -Wl,-Ttext=0x100000 \
@@ -84,7 +89,7 @@ impl Site {
         let built =
             Command::new("gcc").args(flags.split_whitespace()).arg("-o").arg(&kernel).arg(source).status();
         assert!(built.is_ok_and(|status| status.success()), "the guest cannot be built");
-        Site { dir, kernel, memory, environment, options }
+        Site { dir, kernel, memory, environment, options, _alone: alone }
     }
 
     /// The directory of everything.
