@@ -79,7 +79,7 @@ impl EtcdError {
         full.then(|| {
             format!(
                 "{store} has no room left (alarm NOSPACE): the allocator answers and changes nothing until there is; run `etcdctl \
-                 compact REVISION`, `etcdctl defrag` and `etcdctl alarm disarm`, or give etcd a larger --quota-backend-bytes"
+                 compact --physical REVISION`, `etcdctl defrag` and `etcdctl alarm disarm`, or give etcd a larger --quota-backend-bytes"
             )
         })
     }
