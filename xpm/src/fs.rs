@@ -75,15 +75,13 @@ fn request(args: FsAttachArgs) -> anyhow::Result<AttachDevice> {
     let at = args.at.unwrap_or_else(|| Path::new(FILES).join(args.name.as_str()));
     let at = std::path::absolute(&at).with_context(|| format!("cannot use the path {}", at.display()))?;
     Ok(AttachDevice {
-        name: args.name,
-        form: Form::File(at),
         queues: args.queues,
         depth: args.depth,
         transport: args.transport,
         hold: args.hold,
         force: args.force,
         lose: args.lose,
-        block_size: None,
         standby: args.standby,
+        ..AttachDevice::new(args.name, Form::File(at))
     })
 }

@@ -61,6 +61,24 @@ pub struct AttachDevice {
     pub standby: bool,
 }
 
+impl AttachDevice {
+    /// The allocation of this name in this form, with every default.
+    pub const fn new(name: Name, form: Form) -> AttachDevice {
+        AttachDevice {
+            name,
+            form,
+            queues: None,
+            depth: None,
+            transport: None,
+            hold: None,
+            force: false,
+            lose: false,
+            block_size: None,
+            standby: false,
+        }
+    }
+}
+
 /// How long I/O is held while an appliance cannot be reached. Written `forever` or as a duration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Hold {

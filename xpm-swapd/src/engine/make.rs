@@ -224,16 +224,9 @@ impl Daemon {
             Err(error) if Daemon::is_not_there(&error) => {
                 let device = &self.config.device;
                 let request = AttachDevice {
-                    name: name.clone(),
-                    form: device.form.clone(),
-                    queues: None,
-                    depth: None,
                     transport: device.transport,
                     hold: Some(device.hold),
-                    force: false,
-                    lose: false,
-                    block_size: None,
-                    standby: false,
+                    ..AttachDevice::new(name.clone(), device.form.clone())
                 };
                 let client = self.blk.clone().with_limit(ORDER_LIMIT);
                 let shown: Result<Device, _> = client.post("/v1/devices", &request).await;
