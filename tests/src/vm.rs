@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex};
 
 use serde_json::Value;
 
+use crate::files::can_mount;
 use crate::{Cluster, LIMIT, free_port, have, programs, wait_until};
 
 /// The machine's RAM.
@@ -22,6 +23,15 @@ const NAME: &str = "vm1";
 /// Whether machines can be started here; says so when not.
 pub fn can_start() -> bool {
     have("qemu-system-x86_64") && have("gcc")
+}
+
+/// Whether machines with external RAM can be started here; says so when not.
+pub fn can_start_external() -> bool {
+    if let Err(why) = can_mount() {
+        eprintln!("skipped: {why}");
+        return false;
+    }
+    can_start()
 }
 
 /// Two "hosts" of one machine, with one RAM for both.

@@ -3,8 +3,8 @@
 use std::os::unix::process::ExitStatusExt as _;
 
 use serde_json::Value;
-use xpm_tests::files::{Files, can_mount};
-use xpm_tests::vm::{Break, Site, Wire, can_start, error_of};
+use xpm_tests::files::Files;
+use xpm_tests::vm::{Break, Site, Wire, can_start, can_start_external, error_of};
 use xpm_tests::{Cluster, wait_until};
 
 #[test]
@@ -172,11 +172,7 @@ fn after_the_order_the_machine_is_at_its_destination_or_stopped() {
 
 #[test]
 fn external_memory_is_the_ram_of_a_machine_with_little_local_memory() {
-    if !can_start() {
-        return;
-    }
-    if let Err(why) = can_mount() {
-        eprintln!("skipped: {why}");
+    if !can_start_external() {
         return;
     }
     let cluster = Cluster::start(2);
@@ -231,11 +227,7 @@ fn a_guest_that_does_not_follow_a_resize_is_told() {
 
 #[test]
 fn external_memory_moves_with_its_machine_by_changing_its_owner() {
-    if !can_start() {
-        return;
-    }
-    if let Err(why) = can_mount() {
-        eprintln!("skipped: {why}");
+    if !can_start_external() {
         return;
     }
     let cluster = Cluster::start(2);

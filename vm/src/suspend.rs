@@ -71,24 +71,8 @@ pub async fn suspend(place: &Place, file: &Path) -> Result<u64, Error> {
         )));
     }
     let mut qmp = Qmp::connect(&place.drive(), MONITOR_LIMIT).await?;
-    let obstacles = qmp.obstacles().await?;
-    if !obstacles.is_empty() {
-        return Err(Error::Machine(format!(
-            "QEMU cannot write the state of machine `{}`: {}",
-            machine.name,
-            obstacles.join("; ")
-        )));
-    }
-    let paused = match qmp.status().await?.as_str() {
-        "running" => false,
-        "paused" => true,
-        other => {
-            return Err(Error::Machine(format!(
-                "machine `{}` is `{other}`: it must run or be paused",
-                machine.name
-            )));
-        }
-    };
+    let (name, only) = (&machine.name, ": it must run or be paused");
+    let paused = qmp.may_leave(&format!("write the state of machine `{name}`"), name, only).await?;
     let beside = with_suffix(file, ".new");
     let written = write(place, &mut machine, &mut qmp, paused, &beside, file).await;
     match written {

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use xpm_protocol::Name;
 
 use crate::Error;
 use crate::qmp::{Event, Qmp, QmpError};
@@ -58,10 +59,27 @@ impl Qmp {
     }
 
     /// Why QEMU cannot migrate this machine; empty where it can.
-    pub(crate) async fn obstacles(&mut self) -> Result<Vec<String>, QmpError> {
+    async fn obstacles(&mut self) -> Result<Vec<String>, QmpError> {
         let migration = self.execute("query-migrate", json!({})).await?;
         let reasons = migration["blocked-reasons"].as_array().cloned().unwrap_or_default();
         Ok(reasons.iter().filter_map(Value::as_str).map(str::to_owned).collect())
+    }
+
+    /// Whether the machine can leave this QEMU: by `what` (`migrate machine `x``), which QEMU may refuse, and only while it runs or is
+    /// paused; `only` says so behind its state. Whether it is paused.
+    ///
+    /// # Errors
+    /// Why it cannot.
+    pub(crate) async fn may_leave(&mut self, what: &str, name: &Name, only: &str) -> Result<bool, Error> {
+        let obstacles = self.obstacles().await?;
+        if !obstacles.is_empty() {
+            return Err(Error::Machine(format!("QEMU cannot {what}: {}", obstacles.join("; "))));
+        }
+        match self.status().await?.as_str() {
+            "running" => Ok(false),
+            "paused" => Ok(true),
+            other => Err(Error::Machine(format!("machine `{name}` is `{other}`{only}"))),
+        }
     }
 
     /// Starts to send the machine's state to a unix socket.

@@ -135,24 +135,8 @@ impl<'a> Leaving<'a> {
         ownership: &mut impl Ownership,
     ) -> Result<Leaving<'a>, Error> {
         let mut qmp = Qmp::connect(&place.drive(), MONITOR_LIMIT).await?;
-        let obstacles = qmp.obstacles().await?;
-        if !obstacles.is_empty() {
-            return Err(Error::Machine(format!(
-                "QEMU cannot migrate machine `{}`: {}",
-                machine.name,
-                obstacles.join("; ")
-            )));
-        }
-        let paused = match qmp.status().await?.as_str() {
-            "running" => false,
-            "paused" => true,
-            other => {
-                return Err(Error::Machine(format!(
-                    "machine `{}` is `{other}`, and only one that runs or is paused can be moved",
-                    machine.name
-                )));
-            }
-        };
+        let (name, only) = (&machine.name, ", and only one that runs or is paused can be moved");
+        let paused = qmp.may_leave(&format!("migrate machine `{name}`"), name, only).await?;
         let cache = Cache::open(&machine.files)?;
         let session = format!("{:032x}", random::u128().map_err(|error| Error::Machine(error.to_string()))?);
         let offer = Offer {
