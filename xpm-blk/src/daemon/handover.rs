@@ -158,8 +158,9 @@ impl Daemon {
         if let Some(volume) = attached.shown.volume() {
             volume.end_all(why);
         }
-        // A kernel device stays until nobody uses it; who uses a socket is cut off with it.
-        let by_force = matches!(request.form, Form::NbdSocket(_) | Form::VhostUser(_));
+        // A kernel device stays until nobody uses it. Users of a socket or a file are cut off with it: it must be out of the way
+        // when the allocation comes back, and programs that are about to end still have the file open.
+        let by_force = matches!(request.form, Form::NbdSocket(_) | Form::VhostUser(_) | Form::File(_));
         if let Err(error) = self.detach(request.name.clone(), by_force).await {
             tracing::warn!("allocation {}: {error}", request.name);
         }

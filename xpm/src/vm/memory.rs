@@ -75,7 +75,7 @@ impl Ram {
         let path = root.join(FILES).join(name.as_str());
         std::fs::create_dir_all(root.join(FILES))
             .with_context(|| format!("cannot make {}", root.join(FILES).display()))?;
-        attach::ensure(fs, &request(name, path.clone()), ATTACH_WAIT).await?;
+        attach::ensure(fs, &AttachDevice::new(name.clone(), Form::File(path.clone())), ATTACH_WAIT).await?;
         self.allocations.push(name.clone());
         Ok(path)
     }
@@ -98,7 +98,8 @@ impl Ram {
             .with_context(|| format!("cannot make {}", directory.display()))?;
         for (name, size) in names.into_iter().zip(terms.sizes.of_files()) {
             let path = directory.join(name.as_str());
-            let request = AttachDevice { standby: true, ..request(&name, path.clone()) };
+            let request =
+                AttachDevice { standby: true, ..AttachDevice::new(name.clone(), Form::File(path.clone())) };
             let shown = fs.post::<_, Device>("/v1/devices", &request).await;
             if let Err(failure) = shown {
                 ram.give_back().await;
@@ -175,19 +176,4 @@ async fn ensure(allocator: &Daemon, name: &Name, size: ByteSize) -> anyhow::Resu
         );
     }
     Ok(())
-}
-
-fn request(name: &Name, path: PathBuf) -> AttachDevice {
-    AttachDevice {
-        name: name.clone(),
-        form: Form::File(path),
-        queues: None,
-        depth: None,
-        transport: None,
-        hold: None,
-        force: false,
-        lose: false,
-        block_size: None,
-        standby: false,
-    }
 }
