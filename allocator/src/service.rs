@@ -741,7 +741,7 @@ impl Service {
         ));
     }
 
-    /// What others are told of the state of the metadata; nothing while that is known to be an old one.
+    /// The state of the metadata as others are told it; nothing while that is known to be an old one.
     fn known_state(&self) -> Option<MetadataState> {
         self.state.filter(|_| self.behind.is_none())
     }

@@ -96,7 +96,7 @@ impl Site {
         self.report(&record, map);
         self.find_owner(&mut record, map);
         self.find_keys(&mut record, map, dice)?;
-        // One that was open is committed or rolled back by who began it. Where keys have to be made anew, an attach ends it.
+        // An open hand-over is committed or rolled back by the client that began it. Where keys have to be made anew, an attach ends it.
         let owner = record.owner.as_ref().map(|owner| owner.client);
         let is_open = |one: &HandoverRecord| one.state == HandoverState::Open && owner == Some(one.to.client);
         record.handover = record.handover.take().filter(|one| record.next.is_none() && is_open(one));

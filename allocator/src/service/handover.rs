@@ -75,7 +75,7 @@ pub(super) struct Handing {
     again: Duration,
 }
 
-/// What holds once a batch is durable.
+/// The state that holds once a batch is durable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Step {
     /// The appliances are to be told of the next epoch.
@@ -236,7 +236,7 @@ impl Service {
         }
         if step == Step::Planned {
             for member in members {
-                // One that no appliance had heard of is out of it.
+                // An allocation whose new owner no appliance had heard of is out of the hand-over.
                 if self.entry(member).record.handover.is_none() {
                     self.describe_if_new(member);
                     self.finish_work(member);
@@ -319,7 +319,7 @@ impl Service {
             self.entry(member).described = Some(Fingerprint::of(descriptor.as_deref()));
             let calls = raise_calls(&record, descriptor.as_ref(), false);
             for (index, (appliance, call)) in calls.into_iter().enumerate() {
-                // One that was given up takes no key of anybody any more.
+                // An appliance that was given up takes no key any more.
                 if self.is_gone(appliance) {
                     continue;
                 }
@@ -372,7 +372,7 @@ impl Service {
                 self.store_handover(id, Step::Opened, records);
             }
             (false, true) => {
-                // Who has untouched ones goes on with them, and gets the others back.
+                // The old owner goes on with the allocations that were not touched, and gets the others back.
                 let mut withdrawn = Vec::with_capacity(records.len());
                 for mut record in records {
                     match touched.contains(&record.id) {
@@ -489,7 +489,7 @@ impl Service {
         }
     }
 
-    /// What an earlier life left half done is undone, and what an appliance kept from its end is tried again.
+    /// Undoes the hand-overs that an earlier life left half done, and tries those again whose end an appliance delayed.
     pub(super) fn run_handovers(&mut self) {
         let now = self.now.at;
         let mut due: BTreeMap<HandoverId, bool> = BTreeMap::new();
@@ -608,7 +608,7 @@ fn settled(mut record: AllocationRecord) -> AllocationRecord {
     record.revealed = true;
     if handover.state == HandoverState::Returning {
         record.owner = Some(handover.from);
-        // Who was the new owner, or was to be, stands by as before; the old one has it written down.
+        // The client that was the new owner, or was to be, stands by as before; the old owner has that written down.
         record.standby = Some(Box::new(Standby { client: handover.to, noted: true }));
         return record;
     }

@@ -151,7 +151,7 @@ impl Service {
         self.finish_work(id);
     }
 
-    /// What a client has of an allocation that it does not own, if it has anything.
+    /// The part that a client has of an allocation of another owner, if any.
     pub(super) fn part_of(&self, id: AllocationId, client: ClientId) -> Option<Part> {
         let record = &self.allocations[&id].record;
         match &record.handover {
@@ -188,7 +188,7 @@ impl Service {
                 _ => false,
             };
             let (from, to, id) = (&handover.from.host_name, &handover.to.host_name, handover.id);
-            // What is asked for now is owed: it is done once the hand-over is over.
+            // A client whose detach is refused as in use owes it, and asks again once the hand-over is over.
             let kind = if matches!(request, Request::Detach { .. }) {
                 ErrorKind::InUse
             } else {

@@ -87,7 +87,7 @@ fn moves() -> impl Strategy<Value = Move> {
     ]
 }
 
-/// What a client has of one allocation.
+/// The part that a client has of one allocation.
 #[derive(Default)]
 struct Has {
     map: Option<Map>,
@@ -254,7 +254,7 @@ impl Pair {
         let records = [self.record(0), self.record(1)];
         let owner = |record: &AllocationRecord| record.owner.as_ref().map(|owner| owner.client);
         let state = |record: &AllocationRecord| record.handover.as_ref().map(|one| one.state);
-        // One that no appliance had heard of is out of a hand-over that failed, with the owner that it had.
+        // An allocation that no appliance had heard of is out of a hand-over that failed, with the owner that it had.
         assert_eq!(owner(&records[0]), owner(&records[1]), "one of them has another owner");
         let [first, second] = [state(&records[0]), state(&records[1])];
         let parted = first != second;
