@@ -130,6 +130,10 @@ pub(crate) fn summarize(reports: &[Report]) -> bool {
         let time = util::human_time(report.time);
         println!("lab {:<26} {:<22} {verdict:<8} {time:<10} {first_line}", report.name, report.kernel);
     }
+    for report in reports.iter().filter(|report| !report.passed()) {
+        println!("\nlab {} failed; the last lines of its output:", report.name);
+        report.last.iter().for_each(|line| println!("  {line}"));
+    }
     let passed = reports.iter().filter(|report| report.passed()).count();
     println!("{passed} passed, {} failed", reports.len() - passed);
     passed == reports.len()

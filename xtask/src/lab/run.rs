@@ -21,6 +21,8 @@ use crate::util;
 const BOOT_TIME_MAX: Duration = Duration::from_secs(300);
 /// How long a guest may take from the end of a scenario to the next one, or to be off.
 const PAUSE_TIME_MAX: Duration = Duration::from_secs(30);
+/// Last lines of a failed scenario that the summary repeats: the output of two guests is mixed, and a summary is read alone.
+const LAST_LINES: usize = 20;
 /// Lines of the kernel's console that a failure shows.
 const CONSOLE_LINES: usize = 25;
 
@@ -37,6 +39,8 @@ pub(crate) struct Report {
     pub(crate) failure: Option<String>,
     /// What followed `BENCH ` in lines that it printed.
     pub(crate) tagged: Vec<String>,
+    /// The last lines that it printed, at most [`LAST_LINES`].
+    pub(crate) last: VecDeque<String>,
 }
 
 impl Report {
@@ -169,6 +173,7 @@ struct Running {
     tagged: Vec<String>,
     /// What its script said last when it failed (`fail` in `lib.sh`).
     complaint: Option<String>,
+    last: VecDeque<String>,
 }
 
 impl<'a> Watch<'a> {
@@ -232,7 +237,7 @@ impl<'a> Watch<'a> {
         }
         println!("[{name}] begins: {}", scenario.about);
         self.deadline = now + self.place.time_max.unwrap_or(Duration::from_secs(scenario.seconds_max));
-        self.running = Some(Running { scenario, since: now, tagged: Vec::new(), complaint: None });
+        self.running = Some(Running { scenario, since: now, tagged: Vec::new(), complaint: None, last: VecDeque::new() });
     }
 
     fn end(&mut self, status: &str) {
@@ -252,21 +257,28 @@ impl<'a> Watch<'a> {
         }
         match (&mut self.running, line.strip_prefix("BENCH ")) {
             (Some(running), Some(tagged)) => running.tagged.push(tagged.to_owned()),
-            _ => println!("[{name}] {line}"),
+            (running, _) => {
+                println!("[{name}] {line}");
+                let Some(running) = running else { return };
+                if running.last.len() == LAST_LINES {
+                    running.last.pop_front();
+                }
+                running.last.push_back(line.to_owned());
+            }
         }
     }
 
     /// Closes the running scenario, or, when none is, the next one that should have begun.
     fn report(&mut self, failure: Option<String>) {
-        let (name, time, tagged) = match self.running.take() {
-            Some(running) => (running.scenario.name, running.since.elapsed(), running.tagged),
+        let (name, time, tagged, last) = match self.running.take() {
+            Some(running) => (running.scenario.name, running.since.elapsed(), running.tagged, running.last),
             None => match self.waiting.pop_front() {
-                Some(next) => (next.name, self.booted.elapsed(), Vec::new()),
+                Some(next) => (next.name, self.booted.elapsed(), Vec::new(), VecDeque::new()),
                 None => return,
             },
         };
         let kernel = self.place.kernel.to_owned();
-        self.reports.push(Report { name, kernel, time, failure, tagged });
+        self.reports.push(Report { name, kernel, time, failure, tagged, last });
     }
 
     /// The reports, with one for what the guest's end interrupted.
