@@ -33,6 +33,12 @@ use crate::manager::ServiceManager;
 /// Longest wait for anything that has to happen.
 pub const LIMIT: Duration = Duration::from_secs(30);
 
+/// How often a test repeats its step: `short` times, or `long` times under `cargo xtask test --all`, which sets
+/// `XPM_TESTS=all`.
+pub fn rounds<T>(short: T, long: T) -> T {
+    if std::env::var_os("XPM_TESTS").is_some_and(|tests| tests == "all") { long } else { short }
+}
+
 /// Directory of the programs: that of the tests' own build.
 ///
 /// # Panics
@@ -316,6 +322,28 @@ impl Cluster {
         });
     }
 
+    /// Waits until every appliance with memory of the allocation has been told that no client owns it. The allocator answers a
+    /// detach before that: its own metadata are what counts until they are lost.
+    ///
+    /// # Panics
+    /// When one is not told in time.
+    pub fn wait_told_unowned(&self, allocation: &str) {
+        let grants = |index: usize| -> Vec<Value> {
+            let answer = http_answer(control_port(&self.appliance_arguments[index]), "/v1/grants").ok();
+            let body = answer.as_ref().and_then(|answer| answer.split_once("\r\n\r\n"));
+            body.and_then(|(_, body)| serde_json::from_str(body).ok()).unwrap_or_default()
+        };
+        let is_unowned = |grant: &Value| {
+            let descriptor = grant["descriptor"].as_str().unwrap_or_default();
+            serde_json::from_str::<Value>(descriptor).is_ok_and(|record| record["owner"].is_null())
+        };
+        wait_until("the appliances are told that no client owns it", || {
+            let all = (0..self.appliances.len()).flat_map(grants);
+            let of: Vec<Value> = all.filter(|grant| grant["name"] == allocation).collect();
+            !of.is_empty() && of.iter().all(is_unowned)
+        });
+    }
+
     /// The directory of everything.
     pub fn dir(&self) -> &Path {
         self.dir.path()
@@ -594,14 +622,19 @@ fn appliance_arguments(dir: &Path, index: usize, allocator: &str) -> Vec<String>
     words.chain(["--no-lock".to_owned()]).collect()
 }
 
+/// The port of an appliance's control plane.
+fn control_port(arguments: &[String]) -> u16 {
+    let address = arguments.iter().skip_while(|word| *word != "--listen").nth(1);
+    address.and_then(|address| address.rsplit_once(':')?.1.parse().ok()).expect("its own arguments")
+}
+
 fn start_appliance(
     dir: &Path,
     index: usize,
     arguments: &[String],
     manager: Option<&ServiceManager>,
 ) -> Daemon {
-    let port = arguments.iter().skip_while(|word| *word != "--listen").nth(1);
-    let port = port.and_then(|address| address.rsplit_once(':')?.1.parse().ok()).expect("its own arguments");
+    let port = control_port(arguments);
     let name = format!("appliance{index}");
     let Some(manager) = manager else {
         let mut daemon = Daemon::start(dir, &name, "xpm-appliance", arguments);

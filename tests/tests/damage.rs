@@ -9,10 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
 use serde_json::Value;
-use xpm_tests::{Cluster, Daemon, LIMIT, free_port, http, programs, wait_until};
-
-/// Bits that are flipped, one at a time.
-const FLIPS: usize = 32;
+use xpm_tests::{Cluster, Daemon, LIMIT, free_port, http, programs, rounds, wait_until};
 
 /// Numbers that look random and are the same each time.
 struct Dice(u64);
@@ -76,8 +73,8 @@ fn one_flipped_bit_is_refused_with_the_way_out_or_does_no_harm() {
     cluster.appliances.iter_mut().for_each(Daemon::kill);
     let whole = std::fs::read(cluster.data().join("allocator.redb")).unwrap();
     let used: Vec<usize> = (0..whole.len()).filter(|&at| whole[at] != 0).collect();
-    let (mut dice, mut refused) = (Dice(17), 0);
-    for number in 0..FLIPS {
+    let (mut dice, mut refused, flips) = (Dice(17), 0, rounds(16, 64));
+    for number in 0..flips {
         let at = if number % 4 == 0 { dice.below(whole.len()) } else { used[dice.below(used.len())] };
         let bit = dice.below(8);
         let mut flipped = whole.clone();
@@ -99,7 +96,7 @@ fn one_flipped_bit_is_refused_with_the_way_out_or_does_no_harm() {
         }
         std::fs::remove_dir_all(&data).unwrap();
     }
-    eprintln!("{refused} of {FLIPS} were refused");
+    eprintln!("{refused} of {flips} were refused");
     assert!(refused > 0, "nothing was damaged");
 }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use xpm_tests::verified::{Device, Verified};
-use xpm_tests::{Cluster, Daemon, http, wait_until};
+use xpm_tests::{Cluster, Daemon, http, rounds, wait_until};
 
 const NAMES: [&str; 2] = ["ram", "disk"];
 /// Blocks that the old owner writes, and that the new one leaves alone.
@@ -143,7 +143,7 @@ fn there_and_back_under_load_without_a_failure() {
     let load = Verified::start(&pair.socket("ram"), "ram", BLOCKS);
     load.goes_on("before anything happens");
     let (mut there, mut back) = (Vec::new(), Vec::new());
-    for hop in 1..=20_u64 {
+    for hop in 1..=rounds(5, 20_u64) {
         // A read of the second client waits from before the switch on.
         let (sender, first_read) = mpsc::channel();
         let socket = pair.socket_of_second("ram");
@@ -186,7 +186,11 @@ fn there_and_back_under_load_without_a_failure() {
     println!(
         "order to first I/O of the new owner: median {:?}, longest {:?}; rollback to first I/O of the old one: median {:?}, \
          longest {:?}; {} operations",
-        there[10], there[19], back[10], back[19], outcome.operations
+        there[there.len() / 2],
+        there[there.len() - 1],
+        back[back.len() / 2],
+        back[back.len() - 1],
+        outcome.operations
     );
     assert_eq!(pair.cluster.json(&["blk", "show", "ram"])["counters"]["errors"], 0);
     let events = pair.cluster.ok(&["events"]);

@@ -5,7 +5,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use serde_json::Value;
-use xpm_tests::{Cluster, have, wait_until};
+use xpm_tests::{Cluster, have, rounds, wait_until};
 
 /// fio that writes at random places and verifies, for so many seconds.
 fn fio(uri: &str, size: &str, seconds: u32) -> Child {
@@ -295,14 +295,14 @@ fn an_allocator_that_is_killed_in_the_middle_loses_nothing() {
     if !have("fio") {
         return;
     }
-    const KILLS: usize = 200;
+    let kills = rounds(60, 200);
     let mut cluster = Cluster::start(3);
     let uri = cluster.attach("v", "64MiB", &["--region-size", "16MiB"], "nbd-tcp");
     cluster.ok(&["alloc", "create", "t", "--size", "32MiB", "--region-size", "16MiB"]);
     let load = fio(&uri, "32M", 3600);
     let ids = ["1".repeat(32), "2".repeat(32)];
     let mut random = u64::from(std::process::id()) | 1;
-    for kill in 0..KILLS {
+    for kill in 0..kills {
         // xorshift: any spread will do.
         random ^= random << 13;
         random ^= random >> 7;
@@ -364,12 +364,12 @@ fn a_client_that_is_killed_in_the_middle_of_moves_loses_nothing() {
     if !have("qemu-io") {
         return;
     }
-    const KILLS: u64 = 24;
+    let kills: u64 = rounds(12, 48);
     let mut cluster = Cluster::start(3);
     let uri = cluster.attach("v", "96MiB", &["--region-size", "16MiB", "--stripe", "2"], "nbd-tcp");
     let mut random = u64::from(std::process::id()) | 1;
     let pattern = |number: u64| format!("{} {}M 8M", number % 250 + 1, number % 12 * 8);
-    for kill in 0..KILLS {
+    for kill in 0..kills {
         random ^= random << 13;
         random ^= random >> 7;
         random ^= random << 17;
@@ -397,7 +397,7 @@ fn a_client_that_is_killed_in_the_middle_of_moves_loses_nothing() {
         cluster.ok(&["appliance", "undrain", &appliance]);
     }
     wait_until("every change ends", || cluster.json(&["alloc", "show", "v"])["change"].is_null());
-    for earlier in KILLS - 12..KILLS {
+    for earlier in kills - 12..kills {
         assert!(qemu_io(&uri, &[&format!("read -P {}", pattern(earlier))]).0, "{earlier}");
     }
     wait_until("records and appliances agree", || cluster.xpm(&["fsck"]).status.success());

@@ -50,6 +50,7 @@ fn slabs_with_names_stay() {
         assert!(error.contains("no slab `third`"), "{error}");
         drop((first, second, named, space));
         attachment.detach().expect("it is given back");
+        cluster.wait_told_unowned("v");
 
         // The allocator's metadata are lost; the appliances know.
         let controls = cluster.json(&["appliance", "list"]);

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process};
-use xpm_tests::{Cluster, have, wait_until};
+use xpm_tests::{Cluster, have, rounds, wait_until};
 
 const PYTHON: &str = "/usr/bin/python3";
 
@@ -308,14 +308,15 @@ fn gcc() {
     }
     let cluster = Cluster::start(1);
     let (source, program) = (cluster.dir().join("many.c"), cluster.dir().join("many").display().to_string());
+    let functions = rounds(1500, 4000);
     let mut text = String::from("#include <stdio.h>\n");
-    for i in 0..4000 {
+    for i in 0..functions {
         text += &format!(
             "static unsigned f{i}(unsigned x) {{ for (unsigned i = 0; i < x % 7; i++) x = x * {i}u + (x >> 3) + i; return x; }}\n"
         );
     }
     text += "int main(void) { unsigned x = 1;\n";
-    (0..4000).for_each(|i| text += &format!("x = f{i}(x);\n"));
+    (0..functions).for_each(|i| text += &format!("x = f{i}(x);\n"));
     text += "printf(\"%u\\n\", x); return 0; }\n";
     std::fs::write(&source, text).expect("a file");
     let source = source.display().to_string();

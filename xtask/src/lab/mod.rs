@@ -69,6 +69,11 @@ pub(crate) struct Args {
 }
 
 impl Args {
+    /// The tests; with `all`, the long ones, too.
+    pub(crate) fn tests(all: bool) -> Args {
+        Args { all, ..Args::default() }
+    }
+
     /// One scenario with optimized programs.
     pub(crate) fn release(scenario: &str) -> Args {
         Args { scenarios: vec![scenario.to_owned()], release: true, ..Args::default() }

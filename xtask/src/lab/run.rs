@@ -237,7 +237,13 @@ impl<'a> Watch<'a> {
         }
         println!("[{name}] begins: {}", scenario.about);
         self.deadline = now + self.place.time_max.unwrap_or(Duration::from_secs(scenario.seconds_max));
-        self.running = Some(Running { scenario, since: now, tagged: Vec::new(), complaint: None, last: VecDeque::new() });
+        self.running = Some(Running {
+            scenario,
+            since: now,
+            tagged: Vec::new(),
+            complaint: None,
+            last: VecDeque::new(),
+        });
     }
 
     fn end(&mut self, status: &str) {

@@ -138,6 +138,7 @@ pub(crate) const ALL: &[Scenario] = &[
     },
     Scenario {
         name: "swap-nbd-direct",
+        long: true,
         about: "the same, on the kernel's nbd connected to the appliance itself",
         script: "swap.sh",
         args: &["nbd-direct"],
@@ -220,6 +221,7 @@ pub(crate) const ALL: &[Scenario] = &[
     },
     Scenario {
         name: "resize",
+        long: true,
         about: "ext4 on the kernel's nbd grows and shrinks with its allocation, mounted and under load",
         group: "fs",
         script: "resize.sh",
@@ -293,7 +295,7 @@ pub(crate) const ALL: &[Scenario] = &[
     Scenario {
         name: "kill-loop",
         about: "swap on ublk under memory pressure, while processes that have to do with it are killed, or stopped",
-        args: &["3"],
+        args: &["2"],
         ..KILL_LOOP
     },
     Scenario {
@@ -324,6 +326,7 @@ pub(crate) const ALL: &[Scenario] = &[
     },
     Scenario {
         name: "nbd-restart",
+        long: true,
         about: "the kernel's nbd on xpm-blk, under load and as swap, while xpm-blk and the appliance are replaced",
         script: "nbd-restart.sh",
         args: &["nbd", "1"],
@@ -352,6 +355,7 @@ pub(crate) const ALL: &[Scenario] = &[
     },
     Scenario {
         name: "rdma-stopped-appliance",
+        long: true,
         about: "appliances that stand still for 10 s, while verified I/O goes on",
         script: "rdma-stopped-appliance.sh",
         ..RDMA
@@ -364,6 +368,7 @@ pub(crate) const ALL: &[Scenario] = &[
     },
     Scenario {
         name: "rdma-fallback",
+        long: true,
         about: "no RDMA at first: TCP, and why; then all queues move to RDMA under a verified load",
         script: "rdma-fallback.sh",
         ..RDMA

@@ -378,7 +378,7 @@ impl Life {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(2000))]
+    #![proptest_config(ProptestConfig::with_cases(1000))]
 
     #[test]
     fn nothing_that_was_written_is_lost(script in prop::collection::vec(moves(), 20..160)) {
