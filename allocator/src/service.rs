@@ -1,19 +1,19 @@
 //! The allocator's decisions: one owner of all state, events in, effects out.
 //!
-//! [`Service::handle`] takes an event and returns what is to be done outside: answers to give,
-//! changes to make durable, calls to appliances. It does no I/O, reads no clock and waits for
-//! nothing; the results of its effects come back as events. Each store or call that it asks for
-//! is answered by exactly one event, also when it failed. So every interleaving, time-out and
-//! crash can be played in a test, and nothing here ever waits for a network while holding state.
+//! [`Service::handle`] takes an event and returns its effects, which the caller carries out: answers to give, changes
+//! to make durable, calls to appliances. The service does no I/O, reads no clock and waits for nothing; the results
+//! of its effects come back as events. Each store or call is answered by exactly one event, also when it failed. So a
+//! test can play every interleaving, time-out and crash, and the service never holds state while it waits for a
+//! network.
 //!
-//! The life of an allocation: `Creating` is recorded, regions are reserved, grants committed,
-//! `Ready` recorded (`commit.rs`); each change of owner after the first raises the epoch
-//! (`owner.rs`); `Deleting` or `Undoing` is recorded, grants are revoked, the record is removed
-//! (`purge.rs`). What a restart finds half done is settled in `reconcile.rs`.
+//! The life of an allocation: `Creating` is recorded, regions are reserved, grants committed, `Ready` recorded
+//! (`commit.rs`); each change of owner after the first raises the epoch (`owner.rs`); `Deleting` or `Undoing` is
+//! recorded, grants are revoked, the record is removed (`purge.rs`). A restart settles steps that it finds half done
+//! in `reconcile.rs`.
 //!
-//! A request is first looked at under the documents (`asking.rs`), then against the appliances
-//! (`wish.rs`); what came of it is recorded (`audit.rs`). It may wait for its turn (`waiting.rs`),
-//! and an allocation may end by itself (`lease.rs`).
+//! A request is first evaluated under the documents (`asking.rs`), then against the appliances (`wish.rs`), and the
+//! decision is recorded (`audit.rs`). A request may wait for its turn (`waiting.rs`), and an allocation may end by
+//! itself (`lease.rs`).
 
 mod asking;
 mod audit;
@@ -74,25 +74,25 @@ pub use message::{
     Ticket,
 };
 
-/// Most requests that wait for one allocation while something is done to it.
+/// Most requests that wait for one allocation while other work is done to it.
 const QUEUE_MAX: usize = 32;
-/// Longest text of an owner that is for people only, in bytes.
+/// Longest free text (host name, purpose) of an owner, in bytes. Only people read it.
 const TEXT_LEN_MAX: usize = 256;
 
-/// What the operator decides.
+/// Settings of the operator.
 #[derive(Debug, Clone, Copy)]
 pub struct Settings {
     /// Time between heartbeats of an appliance.
     pub interval: Duration,
     /// How long appliances keep a reservation without a grant.
     pub reserve_ttl: Duration,
-    /// How long an allocation that gives way has until its memory is freed.
+    /// Time of grace of an allocation that gives way to another, until its memory is freed.
     pub reclaim_grace: Duration,
     /// How long decisions are kept.
     pub keep_decisions: Duration,
-    /// Time between two looks at what an appliance has.
+    /// Time between two checks of the grants that an appliance has.
     pub reconcile: Duration,
-    /// How long memory that no record knows is left alone.
+    /// How long a grant that no record knows is kept.
     pub garbage_grace: Duration,
 }
 
@@ -105,100 +105,100 @@ pub struct Service {
     dice: Dice,
     inventory: Inventory,
     allocations: BTreeMap<AllocationId, Entry>,
-    /// The allocations that hold their names.
+    /// Allocations by the name that they hold.
     names: HashMap<Name, AllocationId>,
-    /// Names that allocations are about to get.
+    /// New names that are taken and not durable yet.
     renaming: BTreeSet<Name>,
-    /// Creations that look at the appliances once more before they give up.
+    /// Creations for which appliances are sampled once more before the creation is refused.
     refreshes: HashMap<u64, wish::Refresh>,
     /// Creations that wait for memory that is being cleared.
     parked: Vec<wish::Wish>,
-    /// Appliances that were not heard in this life yet, and orders that wait for them.
+    /// Appliances that were not heard since this process started, and orders that wait for them.
     early: early::Early,
     /// Appliances whose heartbeats are refused.
     twins: twins::Twins,
     /// Requests that wait for their turn, in the order in which they are served.
     queue: Vec<waiting::Waiter>,
-    /// Requests that were taken back, and until when who asked may ask again.
+    /// Cancelled requests, and until when (seconds since 1970) their clients may repeat them.
     cancelled: VecDeque<(RequestId, u64)>,
-    /// Whose turn it is behind the head of the queue.
+    /// Next position to try behind the head of the queue.
     queue_turn: usize,
     policy: Policy,
     usage: Usage,
-    /// What clients found out about themselves.
+    /// Facts that clients reported about themselves.
     clients: HashMap<Name, HeardClient>,
     clock_of_day: clock::Clock,
-    /// When owners were heard last, by the service's clock.
+    /// When each owner was heard last, by the service's clock.
     owners_heard: HashMap<ClientId, Duration>,
-    /// Announced ends that neither the owner nor an appliance of it can have heard of, and since when.
+    /// Announced ends that neither the owner nor one of its appliances can have heard of, and since when.
     deaf: BTreeMap<AllocationId, u64>,
     /// The newest state of the metadata that is durable; none before it is restored.
     state: Option<MetadataState>,
-    /// Somebody heard of a newer one.
+    /// Set once a client or an appliance reports a newer state of the metadata than ours.
     behind: Option<Behind>,
-    /// Why the metadata cannot be written now.
+    /// Why the metadata cannot be written now, if so.
     read_only: Option<String>,
-    /// Appliances that changed while the metadata could not be written.
+    /// Appliances whose record changed while the metadata could not be written.
     unsaved: BTreeSet<ApplianceId>,
-    /// Allocations with a change that an earlier life left half done, and until when their appliances are waited for.
+    /// Allocations with a change that an earlier process left half done, and until when to wait for their appliances.
     unsettled: BTreeMap<AllocationId, Duration>,
-    /// Allocations with a move of their end that is not durable.
+    /// Allocations whose end was moved, and the move is not durable yet.
     shifted: BTreeSet<AllocationId>,
-    /// When it was noted last that the allocator is there, by the service's clock.
+    /// When the durable note "the allocator runs" was written last, by the service's clock.
     alive_noted: Option<Duration>,
-    /// The next steps of allocations that end.
+    /// The next step of each allocation that ends, with its time.
     timers: BTreeSet<(u64, AllocationId)>,
-    /// Allocations that are being given back.
+    /// Allocations whose memory is being given back.
     purging: BTreeSet<AllocationId>,
     events: events::Events,
-    /// Appliances that are being emptied.
+    /// State of the appliances that are being emptied.
     drains: BTreeMap<ApplianceId, drain::Draining>,
     balancing: rebalance::Balancing,
     found: garbage::Found,
-    /// When old decisions were forgotten last.
+    /// When old decisions were deleted last, seconds since 1970.
     pruned: u64,
-    /// What an account without memory has on appliances.
+    /// Stands for the usage of an account without memory: an empty map to borrow.
     nothing: HashMap<ApplianceId, u64>,
-    /// Hand-overs that something is done for.
+    /// Hand-overs that this process works at.
     handovers: BTreeMap<HandoverId, handover::Handing>,
-    /// Requests that wait for what appliances say of who is connected.
+    /// Requests that wait until appliances have said which lives are connected.
     askings: HashMap<u64, lives::Asking>,
     awaited: HashMap<Ticket, Awaited>,
     effects: Vec<Effect>,
     now: Moment,
-    /// Count of events and tickets: one number line, so that "later" is "larger".
+    /// Count of events and tickets: one number line, so that a later one has the larger number.
     clock: u64,
 }
 
-/// An allocation, and what is being done to it.
+/// An allocation, and the work that is being done to it.
 struct Entry {
     record: AllocationRecord,
     work: Work,
-    /// Event at which it came into being; 0 for what a start found.
+    /// Number of the event that made the entry; 0 for records that were loaded at the start.
     born: u64,
-    /// Requests that wait for the work to end.
+    /// Requests that wait until the work ends.
     queue: VecDeque<(ReplyTo, Request)>,
-    /// When its next step towards its end is.
+    /// When its next step towards its end is due.
     timer: Option<u64>,
-    /// The last step that was told.
+    /// The last step towards its end that was announced.
     told: lease::Told,
-    /// Time that does not count against its end, and that is not in the record yet.
+    /// Time that does not count against its end and is not in the record yet.
     shift: Option<forbear::Shift>,
-    /// No step of its end is taken, or was due, before this moment; seconds since 1970.
+    /// Earliest moment of the next step of its end, and since when such a step counts as late; seconds since 1970.
     steps_from: u64,
-    /// It is counted in the usage.
+    /// Whether the usage includes it.
     counted: bool,
-    /// What is known of its change, or was of the last one, beyond the record.
+    /// State of the present or the last change that is not in the record.
     side: change::Side,
-    /// That it is to go to another client.
+    /// Set while the owner is asked to let go so that another client gets the allocation.
     hand_over: Option<orders::HandingOver>,
-    /// What appliances do not have any more.
+    /// Grants that appliances do not have any more.
     lost: garbage::Lost,
-    /// What its appliances were told last that their grants are part of.
+    /// Fingerprint of the descriptor that its appliances were sent last.
     described: Option<describe::Fingerprint>,
     /// When its owner was heard last, by the service's clock.
     owner_heard: Duration,
-    /// The life that was refused last.
+    /// The life that was refused last: each is told of once.
     refused: Option<Life>,
 }
 
@@ -217,16 +217,16 @@ enum Work {
     Purging(purge::Purge),
     Changing(change::Making),
     Copying(change::Copying),
-    /// It is handed over, or back, together with others.
+    /// Part of a hand-over, or of its rollback, together with others.
     Handing,
 }
 
-/// What goes on when a store or a call has ended.
+/// How to go on when a store or a call has ended.
 enum Awaited {
     /// The record is durable and takes effect.
     Record(Box<AllocationRecord>, AfterStore),
     RecordGone(AllocationId),
-    /// Give this answer.
+    /// Send this answer.
     Answer(ReplyTo, Outcome),
     Nothing,
     Reserved(AllocationId, usize),
@@ -242,20 +242,20 @@ enum Awaited {
     GrantsListed(ApplianceId),
     ReturnedListed(ApplianceId),
     GivenUp(ApplianceId, ReplyTo),
-    /// Nobody waits for it.
+    /// The result is not used.
     Ignored,
-    /// Who is connected, for the request of this number.
+    /// The lives that are connected, for the waiting request of this number.
     Living(u64),
     Sampled {
         asked: u64,
         appliance: ApplianceId,
     },
-    /// A sample that no order waits for.
+    /// A sample that no waiting request needs.
     Looked {
         asked: u64,
         appliance: ApplianceId,
     },
-    /// Whether an appliance is there, after a start.
+    /// Answer to the question, asked after a start, whether an appliance is there.
     Greeted {
         asked: u64,
         appliance: ApplianceId,
@@ -273,27 +273,27 @@ enum AfterStore {
     StandsBy(ReplyTo),
     StandbyGone(ReplyTo),
     Noted(ReplyTo),
-    /// The owner stays; why.
+    /// The owner stays, for this reason.
     NotRaised(ReplyTo, String),
     KeysTold(ReplyTo),
     Disowned(ReplyTo),
     Renewed(ReplyTo),
     Slabs(ReplyTo),
-    /// With the name before.
+    /// With the old name.
     Renamed(ReplyTo, Name),
     GivenUp(ApplianceId),
-    /// By the owner alone, which is told its orders.
+    /// Given up by the owner alone, which gets its orders as the answer.
     GaveUp(ApplianceId, ReplyTo),
     ChangePlanned,
     ChangeOpen,
     ChangeSwitched(Option<ReplyTo>),
     ChangeOver(change::Over, Option<Box<AllocationRecord>>),
-    /// Nobody waits for it.
+    /// No request waits for it.
     Settled,
 }
 
 impl Service {
-    /// A service that remembers nothing yet; see [`Service::restore`].
+    /// A service without any state; [`Service::restore`] loads it.
     pub fn new(settings: Settings, dice: Dice) -> Service {
         Service {
             settings,
@@ -339,7 +339,7 @@ impl Service {
         }
     }
 
-    /// Handles one event and returns what is to be done, in this order.
+    /// Handles one event and returns its effects, which have to be carried out in this order.
     pub fn handle(&mut self, now: Moment, event: Event) -> Vec<Effect> {
         self.now = now;
         self.clock += 1;
@@ -376,8 +376,8 @@ impl Service {
         self.wake_early();
         self.unpark();
         self.note_who_is_deaf();
-        // Before the steps of ends, which make allocations busy: a hand-over that is late would wait for the next tick,
-        // and find them busy again.
+        // Hand-overs run before the steps of ends: those steps make allocations busy, and a late hand-over would wait
+        // for the next tick and find them busy again.
         self.run_hand_overs();
         self.run_handovers();
         self.run_timers();
@@ -403,7 +403,7 @@ impl Service {
             return self.reply(reply, Err(refusal));
         }
         let answer = match request {
-            // A life of a life: nobody asks so.
+            // Only the server wraps requests, and only once.
             Request::As(..) => {
                 return self.refuse(reply, ErrorKind::Invalid, "one life at a time".to_owned());
             }
@@ -432,7 +432,7 @@ impl Service {
             Request::Doubt { name, client, refused } => {
                 return self.hear_doubt(reply, &name, (client, life), &refused);
             }
-            // Changes nothing that is recorded, and so waits for nothing.
+            // It changes no record, so it need not wait for the work on the allocation.
             Request::Report { name, client, report: api::Report::Used(used) } => {
                 return self.hear_use(reply, &name, (client, life), &used);
             }
@@ -463,8 +463,8 @@ impl Service {
         self.reply(reply, answer);
     }
 
-    /// Changes an allocation, or waits until what is being done to it has ended. `living` is who is connected to its
-    /// appliances, where these were asked.
+    /// Changes an allocation, or queues the request until the present work on the allocation has ended. `living`: the
+    /// lives that are connected to its appliances, if these were asked.
     fn change(
         &mut self,
         reply: ReplyTo,
@@ -480,7 +480,7 @@ impl Service {
         let Some(entry) = self.allocations.get_mut(&id) else { return };
         match entry.work {
             Work::Idle => {}
-            // Its owner is not kept waiting for what only it can end.
+            // These do not wait for the whole copy: the change is given up after the present step.
             Work::Copying(_) if matches!(request, Request::Attach { .. } | Request::Transfer { .. }) => {
                 entry.queue.push_back((reply, again(request)));
                 return self.stop_copying(id);
@@ -527,7 +527,7 @@ impl Service {
         }
     }
 
-    /// A deletion that was begun already is no error: the one who repeats it gets what they want.
+    /// Repeating a deletion that has begun is no error: it has the result that the caller wants.
     fn change_unnamed(&mut self, reply: ReplyTo, name: &Name, request: &Request) {
         let deleting = self
             .allocations
@@ -626,7 +626,7 @@ impl Service {
         }
     }
 
-    /// The work is done; what waited for its end is looked at anew.
+    /// The work is done: requests that waited for its end are handled now.
     fn finish_work(&mut self, id: AllocationId) {
         self.entry(id).work = Work::Idle;
         self.release_queue(id);
@@ -638,7 +638,7 @@ impl Service {
         }
     }
 
-    /// A record begins to hold its name: it counts for limits and links from now on.
+    /// Inserts a record. If it holds its name, it counts for limits and links from now on.
     fn insert(&mut self, record: AllocationRecord, work: Work) {
         let id = record.id;
         let counted = record.holds_name();
@@ -661,7 +661,7 @@ impl Service {
             hand_over: None,
             lost: garbage::Lost::default(),
             described: None,
-            // It had no chance to be heard before.
+            // The owner had no chance to be heard before.
             owner_heard: self.now.at,
             refused: None,
         };
@@ -669,7 +669,7 @@ impl Service {
         self.set_timer(id);
     }
 
-    /// Another record of the allocation takes effect.
+    /// A new record of the allocation takes effect.
     fn replace(&mut self, id: AllocationId, record: AllocationRecord) {
         let entry = self.entry(id);
         let old = std::mem::replace(&mut entry.record, record);
@@ -682,7 +682,7 @@ impl Service {
         }
     }
 
-    /// It counts no longer.
+    /// The allocation counts for limits and links no longer.
     fn uncount(&mut self, id: AllocationId) {
         if std::mem::take(&mut self.entry(id).counted) {
             let record = self.entry(id).record.clone();
@@ -726,7 +726,7 @@ impl Service {
         self.effects.push(Effect::Store(ticket, batch));
     }
 
-    /// Stores the record, which takes effect once it is durable.
+    /// Stores the record. It takes effect once it is durable.
     fn store_record(&mut self, record: AllocationRecord, after: AfterStore) {
         let change = Change::Allocation(Box::new(record.clone()));
         self.store(vec![change], Awaited::Record(Box::new(record), after));
@@ -741,13 +741,13 @@ impl Service {
         ));
     }
 
-    /// The state of the metadata as others are told it; nothing while that is known to be an old one.
+    /// The state of the metadata to tell others; none while ours is known to be an old one.
     fn known_state(&self) -> Option<MetadataState> {
         self.state.filter(|_| self.behind.is_none())
     }
 
-    /// Where the appliance is called. Appliances with regions are never forgotten, and a URL that
-    /// does not work makes the call fail, which is handled.
+    /// URL of the appliance's control interface. Appliances with regions are never forgotten; a URL that does not
+    /// work makes the call fail, and that is handled.
     fn control_of(&self, appliance: ApplianceId) -> String {
         self.inventory.info(appliance).map(|info| info.control.clone()).unwrap_or_default()
     }

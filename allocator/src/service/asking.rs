@@ -1,5 +1,5 @@
-//! What a request comes to under the documents: whom it is charged to, which rules apply, what they
-//! ask for, what its limits leave, how long it may last.
+//! Evaluation of a request under the documents: the account that is charged, the rules that apply, what they demand,
+//! what the limits leave, how long the allocation may last.
 
 use std::collections::HashMap;
 
@@ -20,21 +20,21 @@ use crate::store::record::{LeaseRecord, Terms};
 use crate::strategy::{Demand, Merged, Pool, merge};
 use crate::usage::Usage;
 
-/// How long before the end of the hours it is announced where no lease says it, in seconds.
+/// Warning time in seconds before the account's hours end, if no lease sets one.
 const CLOSE_WARNING: u64 = 600;
 
-/// What requests are looked at against.
+/// State that requests are evaluated against.
 pub(super) struct World<'a> {
     pub(super) policy: &'a Policy,
     pub(super) usage: &'a Usage,
     pub(super) pool: &'a Pool,
     pub(super) clients: &'a HashMap<Name, HeardClient>,
     pub(super) unix: u64,
-    /// Memory of the appliances that is in use.
+    /// Share of the appliances' memory that is in use.
     pub(super) pool_used: &'a dyn Fn() -> Percent,
 }
 
-/// What a request comes to.
+/// A request after evaluation.
 #[derive(Debug, Clone)]
 pub(super) struct Asked {
     pub(super) demand: Demand,
@@ -45,7 +45,7 @@ pub(super) struct Asked {
     pub(super) documents: Vec<DocumentVersion>,
     pub(super) rules: Vec<RuleTrace>,
     pub(super) limits: Vec<LimitCheck>,
-    /// The documents refuse it, whatever appliances there are.
+    /// Set if the documents refuse the request, whatever appliances there are.
     pub(super) refusal: Option<Refusal>,
 }
 
@@ -62,7 +62,7 @@ impl Refusal {
         Refusal { kind: ErrorKind::Denied, why, remedies }
     }
 
-    /// In one line.
+    /// The refusal with its remedies in one line.
     pub(super) fn line(&self) -> String {
         match self.remedies.is_empty() {
             true => self.why.clone(),
@@ -71,7 +71,7 @@ impl Refusal {
     }
 }
 
-/// Who asks, as far as documents know them.
+/// The requester, as far as documents know it.
 struct Who<'a> {
     account: Option<&'a CompiledAccount>,
     client: Option<&'a ClientProfile>,
@@ -79,7 +79,7 @@ struct Who<'a> {
     strategy: Option<Name>,
 }
 
-/// Looks at a request. Fails where it is wrong in itself.
+/// Evaluates a request. An error means that the request itself is wrong.
 pub(super) fn ask(world: &World<'_>, create: &Create) -> Result<Asked, String> {
     if create.labels.len() > LABELS_MAX {
         return Err(format!("a request has at most {LABELS_MAX} labels"));
@@ -139,7 +139,7 @@ pub(super) fn ask(world: &World<'_>, create: &Create) -> Result<Asked, String> {
     })
 }
 
-/// Finds the documents that the request names, or that these lead to.
+/// Finds the documents that the request names, directly or through its client.
 fn who<'a>(world: &World<'a>, create: &Create) -> Result<Who<'a>, String> {
     let client = create.client.as_ref().and_then(|name| world.policy.client(name));
     let account = create.account.as_ref().or(client.and_then(|one| one.account.as_ref()));
@@ -169,7 +169,7 @@ fn closed(world: &World<'_>, who: &Who<'_>) -> Option<Refusal> {
     closed_line(account, world.unix).map(|(why, remedy)| Refusal::denied(why, vec![remedy]))
 }
 
-/// Why an account gets nothing at this time, and what to do instead.
+/// Why an account gets no memory at this time of day, and the remedy.
 pub(super) fn closed_line(account: &CompiledAccount, unix: u64) -> Option<(String, String)> {
     let hours = account.hours.as_ref().filter(|hours| !hours.contains(unix as i64))?;
     let why = format!("account `{}` gets no memory at this time of day", account.account.name);
@@ -196,7 +196,7 @@ fn denied(merged: &Merged, demand: &Demand) -> Option<Refusal> {
     })
 }
 
-/// Near to a client of which nobody has said where it is, nothing can be.
+/// A demand for distance cannot be met if no document says where the client is.
 fn nowhere(merged: &Merged, who: &Who<'_>, create: &Create) -> Option<Refusal> {
     let within = merged.needs.within?;
     let says = |labels: &Labels| {
@@ -221,7 +221,7 @@ fn nowhere(merged: &Merged, who: &Who<'_>, create: &Create) -> Option<Refusal> {
     Some(Refusal::denied(why, vec![remedy, other]))
 }
 
-/// Where the link speed comes from, if no rule says it.
+/// Names the document that the link speed comes from, if no rule sets it.
 fn name_link_source(merged: &mut Merged, who: &Who<'_>) {
     let link = &mut merged.needs.sources.link;
     match (who.client.filter(|client| client.link_speed.is_some()), who.account) {
@@ -252,7 +252,7 @@ fn link_speed(merged: &Merged, who: &Who<'_>) -> Result<Option<LinkSpeed>, Refus
     }
 }
 
-/// The limits that it is measured against. A strategy has the lowest of those that its rules say.
+/// The limits that the request is measured against. For a strategy this is the lowest limit among its rules.
 fn limits(world: &World<'_>, who: &Who<'_>, create: &Create, merged: &Merged) -> Vec<LimitCheck> {
     let check = |kind: Kind, name: &Name, soft: Option<ByteSize>, hard: Option<ByteSize>| LimitCheck {
         of: format!("{kind} {name}"),
@@ -305,7 +305,7 @@ fn lease_record(unix: u64, terms: &LeaseTerms) -> LeaseRecord {
     }
 }
 
-/// The lease, or an earlier end with the hours of the account.
+/// The lease, or the close of the account's hours if that is earlier.
 pub(super) fn until_close(
     account: &CompiledAccount,
     unix: u64,
@@ -341,8 +341,7 @@ fn documents(who: &Who<'_>, strategies: &[(Name, u64)]) -> Vec<DocumentVersion> 
     account.into_iter().chain(client).chain(strategies).collect()
 }
 
-/// Checks a request and says what it means, with the layout that the rules set where it leaves that
-/// open.
+/// Checks a request and turns it into a demand. The rules set the layout where the request leaves it open.
 fn demand_of(create: &Create, merged: &Merged) -> Result<(Demand, Layout), String> {
     let size = create.size.0.checked_next_multiple_of(PAGE_LEN).filter(|&size| size > 0);
     let size =
@@ -384,7 +383,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_asked_for_is_checked() {
+    fn invalid_sizes_and_layouts_are_refused() {
         let demand_of = |create: &Create| demand_of(create, &Merged::default());
         assert_eq!(demand_of(&create(1)).unwrap().0.size, PAGE_LEN);
         let odd = |change: fn(&mut Create)| {

@@ -1,4 +1,4 @@
-//! Decisions as they are recorded and shown.
+//! Decisions in the form in which they are recorded and shown.
 
 use xpm_protocol::ByteSize;
 use xpm_protocol::api::ErrorKind;
@@ -12,10 +12,10 @@ use crate::strategy::{self, Decided, Needs, Snapshot, trace};
 
 /// How many rejected appliances a refusal names.
 const REJECTED_SHOWN: usize = 8;
-/// How often old decisions are forgotten, in seconds.
+/// Time between two deletions of old decisions, in seconds.
 const PRUNE_INTERVAL: u64 = 6 * 3600;
 
-/// The record of a decision. With `all` it names every appliance.
+/// The record of a decision. `all`: it names every appliance.
 pub(super) fn decision(
     snapshot: &Snapshot<'_>,
     asked: &Asked,
@@ -92,7 +92,7 @@ fn request_line(create: &Create) -> String {
     parts.join(", ")
 }
 
-/// What rules and profiles came to.
+/// The demands of rules and profiles, one line each.
 fn demand_lines(needs: &Needs) -> Vec<String> {
     let mut lines = Vec::new();
     lines.extend(needs.link_speed.map(|speed| format!("link speed of {speed} at least, and free")));
@@ -136,7 +136,7 @@ fn selector_line(selector: &xpm_protocol::policy::Selector) -> String {
     }
 }
 
-/// What the one who asks should know although it is made.
+/// Warnings for the requester of an allocation that is made nevertheless.
 fn warnings(asked: &Asked, decided: &Decided) -> Vec<String> {
     let Ok(placement) = &decided.placement else { return Vec::new() };
     let taken = placement.regions.len() as u64 * placement.region_len;
@@ -156,7 +156,7 @@ pub(super) fn is_over_soft(check: &LimitCheck, taken: u64) -> bool {
     check.soft.is_some_and(|soft| check.used.0.saturating_add(taken) > soft.0)
 }
 
-/// Why it is over a limit, and what would help.
+/// Why the request exceeds a limit, and the remedies.
 pub(super) fn over_limit(asked: &Asked, takes: u64, left: u64) -> (String, Vec<String>) {
     let least = |check: &&LimitCheck| check.hard.map_or(u64::MAX, |hard| hard.0.saturating_sub(check.used.0));
     let Some(check) = asked.limits.iter().min_by_key(least) else { return (String::new(), Vec::new()) };
@@ -194,19 +194,19 @@ pub(super) fn rejected_line(snapshot: &Snapshot<'_>, asked: &Asked) -> String {
 }
 
 impl Service {
-    /// Makes a decision durable; nobody waits for that.
+    /// Makes a decision durable; no request waits for that.
     pub(super) fn record_decision(&mut self, decision: Decision) {
         let change = self.decision_change(decision);
         self.store(vec![change], Awaited::Nothing);
     }
 
-    /// Decisions about one name are ordered by time and, within a second, by events.
+    /// The number of a decision. Decisions about one name are ordered by time and, within a second, by events.
     pub(super) fn decision_change(&mut self, decision: Decision) -> Change {
         let number = (self.now.unix << 20) | (self.clock & 0xf_ffff);
         Change::Decision(number, Box::new(decision))
     }
 
-    /// Forgets old decisions now and then.
+    /// Deletes old decisions every [`PRUNE_INTERVAL`].
     pub(super) fn prune_decisions(&mut self) {
         let unix = self.now.unix;
         if unix.saturating_sub(self.pruned) >= PRUNE_INTERVAL {

@@ -1,4 +1,4 @@
-//! What holds after each event; checked in builds with debug assertions, so in every test.
+//! Invariants of the state after each event; checked in builds with debug assertions, so in every test.
 
 use std::collections::{HashMap, HashSet};
 
@@ -20,7 +20,7 @@ impl Service {
         self.check_usage()
     }
 
-    /// What is counted is what the records say, links included.
+    /// The usage is the sum over the records, links included.
     fn check_usage(&self) -> Result<(), String> {
         let mut usage = Usage::default();
         let mut links: HashMap<ApplianceId, u64> = HashMap::new();
@@ -48,7 +48,7 @@ impl Service {
         }
     }
 
-    /// A name belongs to one allocation, and every one that is whole or being made has its own.
+    /// A name belongs to one allocation, and every allocation that is whole or being made has its own name.
     fn check_names(&self) -> Result<(), String> {
         for (name, id) in &self.names {
             match self.allocations.get(id) {
@@ -66,7 +66,7 @@ impl Service {
         Ok(())
     }
 
-    /// What is done to an allocation fits how far it is, and nothing waits for nothing.
+    /// The work on an allocation fits its phase, and no request waits on an idle allocation.
     fn check_works(&self) -> Result<(), String> {
         for (id, Entry { record, work, queue, .. }) in &self.allocations {
             let fits = match (record.phase, work) {
@@ -84,7 +84,7 @@ impl Service {
         Ok(())
     }
 
-    /// All members of a hand-over are equally far, and who owns them is who the state of it says.
+    /// All members of a hand-over are in the same state, and their owner is the one that this state prescribes.
     fn check_handovers(&self) -> Result<(), String> {
         let mut states = HashMap::new();
         for Entry { record, .. } in
@@ -113,7 +113,7 @@ impl Service {
         Ok(())
     }
 
-    /// A whole allocation holds its size in whole rows, and no region is in two allocations.
+    /// A whole allocation holds its size in whole rows, and no region belongs to two allocations.
     fn check_regions(&self) -> Result<(), String> {
         let mut seen = HashSet::new();
         for (id, Entry { record, .. }) in

@@ -1,9 +1,10 @@
 //! The time of day that the service judges by.
 //!
-//! The clock of a machine can be wrong for a while: a wrong answer of a time server, a hand that slips. So it is
-//! compared with the clock that measures spans. As long as both agree, the time of day is what the machine says. When
-//! they differ by more than [`SLEW`], the service goes on with the time that it expected. When the machine keeps to its
-//! new time for [`HOLD`], that time is taken, and the ends that allocations were promised move with it.
+//! The clock of a machine can be wrong for a while: a time server gives a wrong answer, or an operator mistypes. So
+//! the service compares the time of day with the monotonic clock. As long as both agree, the time of day is the
+//! machine's. When they differ by more than [`SLEW`], the service goes on with the time that it expected. When the
+//! machine keeps to its new time for [`HOLD`], the service takes that time, and the promised ends of allocations move
+//! with it.
 //!
 //! ```text
 //!             differs                    keeps to it for HOLD
@@ -17,14 +18,15 @@ use std::time::Duration;
 
 use super::Moment;
 
-/// Difference that is no jump: rounding, and a time server that corrects the clock by small steps; seconds.
+/// Largest difference that is no jump, in seconds: rounding, and small steps by which a time server corrects the
+/// clock.
 const SLEW: u64 = 2;
-/// How often the clock is followed, so that it can drift for as long as it likes.
+/// How often the reference moment is renewed. Slow drift, however long, is thus never a jump.
 const FOLLOW_EVERY: Duration = Duration::from_secs(10);
-/// How long the machine has to keep to another time before that is taken.
+/// How long the machine has to keep to a new time before it is taken.
 const HOLD: Duration = Duration::from_secs(10);
 
-/// See the module.
+/// Compares the two clocks; see the module.
 #[derive(Debug, Default)]
 pub(super) struct Clock {
     /// A moment at which the time of day was right.
@@ -35,28 +37,28 @@ pub(super) struct Clock {
 #[derive(Debug)]
 struct Doubt {
     since: Duration,
-    /// What the machine is ahead by, in seconds.
+    /// Seconds that the machine's time is ahead of the expected time.
     ahead: i64,
 }
 
-/// What happened to the clock. Numbers are seconds that the machine is ahead by.
+/// A change of the clock. Numbers are seconds that the machine is ahead.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum News {
-    /// It jumped.
+    /// The machine's clock jumped; the jump is doubted.
     Jumped(i64),
-    /// It is as it was before.
+    /// The machine's clock is back at the expected time.
     Back,
-    /// It was right to jump: its time is taken.
+    /// The machine kept to its new time, which is taken.
     Taken(i64),
 }
 
 impl Clock {
-    /// Whether the machine says another time than is judged by.
+    /// Whether the machine's time of day differs from the time that is judged by.
     pub(super) fn is_doubted(&self) -> bool {
         self.doubt.is_some()
     }
 
-    /// The time of day to judge by, in seconds since 1970, when the machine says `moment`.
+    /// The time of day to judge by, in seconds since 1970, when the machine's clocks read `moment`.
     pub(super) fn read(&mut self, moment: Moment) -> (u64, Option<News>) {
         let Some(right) = self.right else {
             self.right = Some(moment);

@@ -1,14 +1,12 @@
-//! Making an allocation, in two phases.
+//! Makes an allocation, in two phases.
 //!
-//! 1. The intent is recorded: grant ids, keys and places are chosen, and durable before any
-//!    appliance hears of them.
-//! 2. Each appliance reserves regions, with a time limit after which it undoes that by itself.
-//! 3. When all have, each makes its reservation a grant.
-//! 4. When all have, `Ready` is recorded, and only then the request is answered.
+//! 1. The intent is recorded: grant ids, keys and places are chosen, and durable before any appliance hears of them.
+//! 2. Each appliance reserves regions. A reservation that is not committed in time undoes itself.
+//! 3. When all appliances have reserved, each makes its reservation a grant.
+//! 4. When all have committed, `Ready` is recorded, and only then the request is answered.
 //!
-//! When an appliance refuses or does not answer, the record turns to `Undoing` and everything is
-//! given back; then the whole is tried once more, as a new allocation of the same name, without
-//! the appliances that failed.
+//! When an appliance refuses or does not answer, the record turns to `Undoing` and everything is given back. Then the
+//! request is tried once more, as a new allocation of the same name, without the appliances that failed.
 
 use std::collections::HashMap;
 
@@ -28,20 +26,20 @@ use crate::store::Change;
 use crate::store::record::{AllocationRecord, GrantRecord, Phase};
 use crate::strategy::Placement;
 
-/// How often an allocation is tried.
+/// Number of attempts for one request.
 const ATTEMPTS_MAX: u8 = 2;
 
 /// An allocation that is being made.
 #[derive(Debug)]
 pub(super) struct Creation {
     wish: Wish,
-    /// Calls that are not answered.
+    /// Calls without an answer yet.
     open: usize,
-    /// What went wrong, by grant.
+    /// Failed calls, by grant.
     failures: Vec<(usize, CallError)>,
-    /// Regions that were reserved, by grant.
+    /// Reserved regions, by grant.
     regions: Vec<Vec<RegionId>>,
-    /// What the one who asked is told.
+    /// Warnings for the requester.
     warnings: Vec<String>,
 }
 
@@ -117,7 +115,7 @@ impl Service {
         })
     }
 
-    /// Gives each grant its id and key. The random numbers for all come in one piece.
+    /// Gives each grant its id and key. The random bytes for all grants are fetched by one call.
     pub(super) fn name_grants(&mut self, grants: &mut [GrantRecord]) -> Result<(), ApiError> {
         let mut random = vec![[0_u8; 48]; grants.len()];
         self.fill_random(random.as_flattened_mut())?;
@@ -239,7 +237,7 @@ impl Service {
         self.finish_work(id);
     }
 
-    /// Gives everything back. A second attempt waits for that, because it may need the memory.
+    /// Gives everything back. A second attempt waits for that, because it may need the same memory.
     fn undo(&mut self, id: AllocationId) {
         let Entry { record, work: Work::Creating(creation), .. } = self.entry(id) else { return };
         let failed: Vec<ApplianceId> =
@@ -297,7 +295,7 @@ impl Service {
     }
 }
 
-/// The regions of an answer, if they are what was asked for.
+/// The regions of an answer, if their number and length are as requested.
 pub(super) fn checked_regions(
     answer: Answer,
     count: u32,

@@ -1,8 +1,9 @@
-//! What appliances are told of what their grants are part of, for an allocator that lost its metadata.
+//! Descriptors: texts at the appliances that say which allocation a grant belongs to, so that an allocator which lost
+//! its metadata can rebuild them.
 //!
-//! Orders that make a grant or raise its epoch carry it. Whatever changes a record otherwise (its first owner, the
-//! end of an ownership, a lease, the end of a change) is told when it is durable, and nothing waits for that: who
-//! did not hear of it is told again when its grants are looked at.
+//! Calls that make a grant or raise its epoch carry the descriptor. Other changes of a record (its first owner, the
+//! end of an ownership, a lease, the end of a change) are sent once they are durable, and nothing waits for that
+//! call: an appliance that missed it gets the descriptor again when its grants are listed.
 
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 
@@ -12,10 +13,10 @@ use xpm_protocol::{AllocationId, ApplianceId};
 use super::{Awaited, Call, Service, Work};
 use crate::store::record::{AllocationRecord, GrantRecord, Phase, Stage};
 
-/// Most grants of one appliance that are described anew after a look.
+/// Most grants of one appliance whose descriptors are repaired after one listing.
 const REPAIRS_MAX: usize = 64;
 
-/// Stands for a descriptor.
+/// Hash of a descriptor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Fingerprint(u64);
 
@@ -28,7 +29,7 @@ impl Fingerprint {
 }
 
 impl Service {
-    /// Tells the appliances of an allocation what their grants are part of now, unless they were told just that.
+    /// Sends the appliances of an allocation their descriptors, unless they were sent the same ones last.
     pub(super) fn describe_if_new(&mut self, id: AllocationId) {
         let entry = self.entry(id);
         if !is_settled(&entry.record) {
@@ -57,7 +58,7 @@ impl Service {
         self.call(grant.appliance, control, Call::Commit(grant.id, commit), Awaited::Ignored);
     }
 
-    /// Tells an appliance again what it did not hear, as its list of grants shows.
+    /// Sends an appliance again the descriptors that it lacks by its list of grants.
     pub(super) fn repair_descriptors(&mut self, on: ApplianceId, there: &[appliance::Grant]) {
         let mut behind = Vec::new();
         for grant in there {
@@ -84,7 +85,7 @@ impl Service {
     }
 }
 
-/// Whether the record is what an appliance should know: not while it is on its way to something else.
+/// Whether appliances should know the record as it is: not while it is being changed.
 pub(super) fn is_settled(record: &AllocationRecord) -> bool {
     let changing = record.change.as_ref().is_some_and(|change| change.stage != Stage::Switched);
     record.phase == Phase::Ready && record.next.is_none() && !changing

@@ -1,7 +1,7 @@
-//! Documents: applied, read, removed.
+//! Applies, reads and removes documents.
 //!
-//! A change takes effect at once and is answered once it is durable. Batches become durable in
-//! order, so nothing that was decided by a document outlives it.
+//! A change of the documents takes effect at once and is answered once it is durable. Batches become durable in
+//! order, so a decision is never durable without the documents that it is based on.
 
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{Client, ClientFacts, Usage};
@@ -13,7 +13,7 @@ use super::{Awaited, Outcome, ReplyTo, Service};
 use crate::policy::{Plan, Policy};
 use crate::store::{Change, PolicyChange};
 
-/// Most clients whose facts are kept.
+/// Most clients whose reported facts are kept.
 const CLIENTS_MAX: usize = 10_000;
 
 impl Service {
@@ -51,7 +51,7 @@ impl Service {
         self.store(vec![Change::Policy(Box::new(change))], Awaited::Answer(reply, Outcome::Done));
     }
 
-    /// Which allocations keep a document from being removed.
+    /// The allocations or waiting requests that keep a document from being removed.
     fn in_use(&self, name: &DocumentName) -> Option<String> {
         let count = self.usage.of(name.kind, &name.name);
         let waits = self.waits_for(name);
@@ -77,7 +77,7 @@ impl Service {
         }
     }
 
-    /// Everybody who has something or has a limit.
+    /// Usage of every account, client and strategy that has memory or a limit.
     pub(super) fn list_usage(&self) -> Vec<Usage> {
         let documents = self.policy.documents();
         let limited = documents.into_contents().filter(|one| one.kind() != Kind::Appliance);
@@ -94,14 +94,14 @@ impl Service {
         Usage { of, used: ByteSize(count.bytes), allocations: count.allocations, soft_limit, hard_limit }
     }
 
-    /// Takes what a client found out about itself. It is not durable: the client says it again.
+    /// Keeps the facts that a client reported about itself. They are not durable: the client reports them again.
     pub(super) fn hear_client(&mut self, reply: ReplyTo, name: Name, facts: ClientFacts) {
         if self.clients.len() >= CLIENTS_MAX && !self.clients.contains_key(&name) {
             let line = format!("{CLIENTS_MAX} clients are known already");
             return self.refuse(reply, ErrorKind::Unavailable, line);
         }
         let mut facts = facts;
-        // Who only measures says no id.
+        // A client that only measures sends no id.
         facts.client = facts.client.or(self.clients.get(&name).and_then(|known| known.client.facts.client));
         facts.round_trips.retain(|id, _| self.inventory.info(*id).is_some());
         let round_trips = facts.round_trips.iter().map(|(id, time)| (*id, *time)).collect();

@@ -1,6 +1,6 @@
-//! Emptying an appliance: allocation after allocation, its regions move to others.
+//! Empties an appliance: allocation after allocation, its regions move to other appliances.
 //!
-//! That it is being emptied is kept with the appliance's record, so it goes on after a restart.
+//! The drain is part of the appliance's record, so it goes on after a restart.
 
 use std::time::Duration;
 
@@ -13,20 +13,20 @@ use super::{Awaited, Outcome, ReplyTo, Service, Work};
 use crate::store::Change;
 use crate::store::record::DrainRecord;
 
-/// Allocations that move at the same time, because of drains and rebalancing.
+/// Most allocations that move at the same time, for drains and rebalancing together.
 pub(super) const MOVES_MAX: usize = 2;
-/// After a move was refused, the next try for the same allocation. Where no place was found for it, the first one
-/// is sooner: what appliances say of their free memory is some moments old.
+/// Pause before the next move of an allocation whose move was refused. If no place was found, the first retry comes
+/// after [`SOON`]: the appliances' reports of free memory are some moments old.
 pub(super) const AGAIN: Duration = Duration::from_secs(30);
-/// That first one.
+/// Pause before the first retry if no place was found.
 const SOON: Duration = Duration::from_secs(1);
-/// Slowest copying that can be asked for, in bytes a second.
+/// Lowest rate of copying that can be requested, in bytes per second.
 pub(super) const RATE_MIN: u64 = 64 << 10;
 
-/// What is known of a drain beyond its record.
+/// State of a drain that is not in its record.
 #[derive(Debug, Default)]
 pub(super) struct Draining {
-    /// When this process saw it first, and what was to move then.
+    /// When this process saw the drain first, and the bytes that were to move then.
     began: Option<(Duration, u64)>,
     stuck: Option<String>,
 }
@@ -70,7 +70,7 @@ impl Service {
         }
     }
 
-    /// Begins what can be begun.
+    /// Begins the moves that can begin now.
     pub(super) fn run_drains(&mut self) {
         for (id, record) in self.inventory.all_draining() {
             let left = self.bytes_on(id);
@@ -113,7 +113,7 @@ impl Service {
         }
     }
 
-    /// Why a drain does not go on. Logged when it changes.
+    /// Sets or clears the reason why a drain stands still. A new reason is logged.
     fn set_stuck(&mut self, id: ApplianceId, stuck: Option<String>) {
         let name = self.inventory.name(id);
         let before = &mut self.drains.entry(id).or_default().stuck;
@@ -126,8 +126,8 @@ impl Service {
         *before = stuck;
     }
 
-    /// Whether an allocation has regions on the appliance and nothing is done to it. One whose last change was
-    /// refused has a rest.
+    /// Whether the allocation may move off the appliance: it has regions there, no work is done to it, and its pause
+    /// after a refused change is over.
     fn may_move(&self, entry: &super::Entry, appliance: ApplianceId) -> bool {
         let record = &entry.record;
         let rested = entry.side.rests_until.is_none_or(|until| until <= self.now.at);
@@ -143,7 +143,7 @@ impl Service {
             && record.grants.iter().any(|grant| grant.appliance == appliance)
     }
 
-    /// Changes under way that copy something.
+    /// Number of changes under way that copy regions.
     pub(super) fn moves_under_way(&self) -> usize {
         let moves = |entry: &&super::Entry| {
             entry.record.change.as_ref().is_some_and(|change| !change.moved.is_empty())
@@ -151,7 +151,7 @@ impl Service {
         self.allocations.values().filter(moves).count()
     }
 
-    /// Memory of allocations on an appliance that is to move, in bytes.
+    /// Bytes of allocations on an appliance that are still to move.
     fn bytes_on(&self, id: ApplianceId) -> u64 {
         let of = |entry: &super::Entry| {
             let record = &entry.record;
@@ -171,7 +171,7 @@ impl Service {
             self.allocations.values().filter(on).find_map(|entry| entry.side.refused.clone())
         };
         let began = draining.and_then(|draining| draining.began);
-        // Nothing can be copied from one that does not answer.
+        // Nothing can be copied from an appliance that does not answer.
         let advice = self.advice_for_silent_one(id);
         let silent = (!advice.is_empty()).then(|| format!("it does not answer{advice}"));
         Some(DrainState {
@@ -187,7 +187,7 @@ impl Service {
     }
 }
 
-/// How long the rest takes at the mean speed so far.
+/// Time that the rest takes at the mean speed so far.
 pub(super) fn eta(spent: Duration, first: u64, left: u64) -> Option<Span> {
     let done = first.checked_sub(left).filter(|done| *done > 0)?;
     let seconds = spent.as_secs_f64() * left as f64 / done as f64;

@@ -1,15 +1,17 @@
-//! The first orders after a start.
+//! Orders that arrive before the appliances were heard after a start.
 //!
-//! A new life of the allocator knows its appliances from its record and has heard none of them. It asks each at
-//! once whether it is there, which takes milliseconds; what does not answer may send a heartbeat soon, for it may be starting, too.
+//! A new process of the allocator knows its appliances from its records and has heard none of them. At the start it
+//! asks each one whether it is there, which takes milliseconds. An appliance that does not answer may be starting
+//! too, and send a heartbeat soon.
 //!
 //! ```text
 //!   known ──asked──> Asked ──answers, or a heartbeat comes──> heard (not in the list any more)
 //!                      └──no answer──> Missed ──a heartbeat comes──> heard
 //! ```
 //!
-//! While one is `Asked`, orders that need a place wait, so that they find the whole pool. While one is `Missed`, only those
-//! wait that find no place without it. All of that ends after three heartbeat intervals, or [`LIMIT`].
+//! While any appliance is `Asked`, orders that need a placement wait, so that they see the whole pool. While any is
+//! `Missed`, only orders wait that find no placement without it. All waiting ends after three heartbeat intervals, or
+//! after [`LIMIT`].
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -22,10 +24,10 @@ use super::wish::Wish;
 use super::{Answer, Awaited, Call, CallError, ReplyTo, Request, Service};
 use crate::inventory::INTERVALS_MAX;
 
-/// Longest wait of an order for appliances; the control interface cuts off whoever waits for more than a minute.
+/// Longest wait of an order for appliances. The control interface cuts requests off after a minute.
 const LIMIT: Duration = Duration::from_secs(40);
 
-/// Appliances that are known and were not heard in this life, and the orders that wait for them.
+/// Known appliances that were not heard since this process started, and the orders that wait for them.
 #[derive(Debug, Default)]
 pub(super) struct Early {
     expected: BTreeMap<ApplianceId, Expected>,
@@ -46,7 +48,7 @@ pub(super) enum Order {
 }
 
 impl Service {
-    /// Asks every appliance that is known whether it is there.
+    /// Asks every known appliance whether it is there.
     pub(super) fn ask_who_is_there(&mut self) {
         let known: Vec<ApplianceId> = self.inventory.pool().iter().map(|one| one.id).collect();
         for id in known {
@@ -57,11 +59,13 @@ impl Service {
         }
     }
 
-    /// One has answered. Only an answer that names it counts: another appliance may have its address now.
+    /// Handles the answer of an appliance. It counts only if it has the appliance's id: another appliance may have
+    /// that address now.
     pub(super) fn greeted(&mut self, asked: u64, id: ApplianceId, result: Result<Answer, CallError>) {
         match result {
             Ok(Answer::Status(status)) if status.id == Some(id) => {
-                // Before anything is given back there: metadata of yesterday have half done what is in use since.
+                // First of all, before anything is given back there: if our metadata are outdated, they may list
+                // memory as half done that is in use since.
                 let metadata = status.metadata;
                 self.hear_state(metadata, &format!("appliance {}", self.inventory.name(id)));
                 if self.inventory.greet(id, self.now.at, asked, self.clock, *status) {
@@ -81,15 +85,15 @@ impl Service {
         }
     }
 
-    /// An appliance is heard, or forgotten: it is not waited for any more.
+    /// An appliance was heard or forgotten: orders wait for it no longer.
     pub(super) fn is_heard(&mut self, id: ApplianceId) {
         if self.early.expected.remove(&id).is_some() {
             self.wake_early();
         }
     }
 
-    /// Whether an order waits for appliances: for any answer, or, where it finds no place without them, for those
-    /// that did not answer.
+    /// Whether an order has to wait: for appliances that may still answer, or, if it finds no placement, also for
+    /// those that missed their answer.
     pub(super) fn waits_for_appliances(&self, finds_place: bool) -> bool {
         let waits = |expected: &Expected| *expected == Expected::Asked || !finds_place;
         self.now.at < self.early_until() && self.early.expected.values().any(waits)
@@ -103,7 +107,7 @@ impl Service {
         self.early.orders.push(order);
     }
 
-    /// Looks again at the orders that wait. Those that have to wait on come back.
+    /// Tries the waiting orders again. Orders that still have to wait are queued again.
     pub(super) fn wake_early(&mut self) {
         for order in std::mem::take(&mut self.early.orders) {
             match order {
@@ -116,7 +120,7 @@ impl Service {
         }
     }
 
-    /// Which appliances were not heard since the start, for a refusal; empty where all were.
+    /// Names the appliances that were not heard since the start, for a refusal; empty if all were heard.
     pub(super) fn unheard_line(&self) -> String {
         let names: Vec<String> = self.early.expected.keys().map(|id| self.inventory.name(*id)).collect();
         match names.is_empty() {

@@ -1,7 +1,7 @@
-//! What happened, for those who want to see it coming.
+//! Events for operators and monitoring.
 //!
-//! The newest events are kept in memory and in the store, so that a restart or another leader goes on with the same
-//! numbers. They become durable with what they tell of, or right after it.
+//! The newest events are kept in memory and in the store, so a restart or another leader goes on with the same
+//! numbers. An event becomes durable with the change that it reports, or right after that change.
 
 use std::collections::VecDeque;
 
@@ -15,29 +15,29 @@ use crate::store::Change;
 
 /// Most events that are kept.
 const EVENTS_MAX: usize = 10_000;
-/// How long a question for events that are not there yet waits, in seconds.
+/// How long a query waits for an event, in seconds.
 const WAIT: u64 = 20;
 
-/// The events, and who waits for the next one.
+/// The events, and the queries that wait for the next one.
 #[derive(Debug, Default)]
 pub(super) struct Events {
     kept: VecDeque<Event>,
-    /// Number of the newest one.
+    /// Number of the newest event.
     count: u64,
-    /// What is not on its way to the store yet.
+    /// Changes of the event list that were not handed to the store yet.
     unsaved: Vec<Change>,
     waiting: Vec<(ReplyTo, EventQuery, u64)>,
 }
 
 impl Service {
-    /// Logs something that happened to what has this name, and keeps it for those who ask.
+    /// Logs an event about the object of this name, and keeps it for queries.
     pub(super) fn tell(&mut self, kind: EventKind, subject: &Name, text: String) {
         let text = into_line(text);
         tracing::info!("{kind}: {text}");
         self.keep_event(kind, subject, text);
     }
 
-    /// The same for an appliance; what is bad is a warning in the log.
+    /// The same for an appliance; `bad` events are logged as warnings.
     pub(super) fn tell_of_appliance(&mut self, kind: EventKind, id: ApplianceId, bad: bool, text: String) {
         let text = into_line(text);
         match bad {
@@ -45,13 +45,13 @@ impl Service {
             false => tracing::info!("{kind}: {text}"),
         }
         let name = self.inventory.info(id).map(|info| info.name.clone());
-        // An id is always a name as well.
+        // An id is always a valid name.
         if let Some(name) = name.or_else(|| id.to_string().parse().ok()) {
             self.keep_event(kind, &name, text);
         }
     }
 
-    /// The same for the allocator itself; whatever it is, somebody should look at it.
+    /// The same for the allocator itself; always a warning.
     pub(super) fn tell_of_itself(&mut self, kind: EventKind, text: String) {
         tracing::warn!("{kind}: {text}");
         if let Ok(name) = "allocator".parse() {
@@ -59,7 +59,7 @@ impl Service {
         }
     }
 
-    /// Waits for events go on as long as they would have.
+    /// The wall clock was set by `by` seconds: waiting queries keep their time left.
     pub(super) fn event_waits_follow_clock(&mut self, by: i64) {
         for (.., until) in &mut self.events.waiting {
             *until = until.saturating_add_signed(by);
@@ -89,7 +89,7 @@ impl Service {
         }
     }
 
-    /// Takes the events of earlier lives, which are in no certain order.
+    /// Loads the events of earlier processes, which come in no particular order.
     pub(super) fn restore_events(&mut self, mut events: Vec<Event>) {
         events.sort_unstable_by_key(|event| event.number);
         self.events.count = events.last().map_or(0, |event| event.number);
@@ -97,7 +97,7 @@ impl Service {
         self.drop_old_events();
     }
 
-    /// Has the store keep what was told since, with the last thing that it is given to keep anyway.
+    /// Stores the new events: with the last batch of this step if there is one, else as a batch of their own.
     pub(super) fn save_events(&mut self) {
         if self.events.unsaved.is_empty() {
             return;
@@ -113,8 +113,8 @@ impl Service {
         }
     }
 
-    /// Answers with a page of events, now or, if that is wanted, when there is one. A number larger than
-    /// all is of an allocator that lost its metadata: it is answered with everything.
+    /// Answers with a page of events, now or, if the query wants to wait, once there is one. A number larger than all
+    /// known ones comes from before the metadata were lost: the answer is then everything.
     pub(super) fn ask_events(&mut self, reply: ReplyTo, mut query: EventQuery) {
         query.after = query.after.map(|after| if after > self.events.count { 0 } else { after });
         let events = self.events_for(&query);
@@ -128,7 +128,7 @@ impl Service {
         }
     }
 
-    /// Answers those who have waited long enough.
+    /// Answers queries whose waiting time is over.
     pub(super) fn end_event_waits(&mut self) {
         let unix = self.now.unix;
         let (over, waiting) =
@@ -140,7 +140,7 @@ impl Service {
         }
     }
 
-    /// The page after a number, or the newest one.
+    /// The page after a number, or the newest page.
     fn events_for(&self, query: &EventQuery) -> Vec<Event> {
         let most = query.limit.unwrap_or(EVENTS_PAGE_MAX).min(EVENTS_PAGE_MAX);
         let wanted = |event: &&Event| query.fits(event);

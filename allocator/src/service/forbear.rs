@@ -1,9 +1,10 @@
 //! Time that does not count against the end of an allocation.
 //!
-//! An end is a moment of the day, and its owner was promised the time up to it. That time does not pass while the
-//! allocator is away, nor when a clock is set, nor while an announced end can be heard by nobody. So the moments of the
-//! record move: the move is durable before a later step is taken, together with the note that the allocator is there.
-//! Hours of an account are moments of the day themselves. They move only once their end was announced.
+//! An end is a moment of the day, and the owner was promised the time up to it. Three spans do not count: while the
+//! allocator is away, the difference when a clock is set, and while an announced end can reach neither the owner nor
+//! an appliance of it. The moments in the record move by these spans. A move is durable before a later step is taken,
+//! together with the note that the allocator runs. Hours of an account are moments of the day themselves; such an end
+//! moves only once it was announced.
 
 use std::time::Duration;
 
@@ -17,14 +18,14 @@ use super::{AfterStore, Awaited, Moment, Service, Work};
 use crate::store::Change;
 use crate::store::record::{AllocationRecord, Phase};
 
-/// How often it is noted that the allocator is there, while some allocation has an end.
+/// How often the note "the allocator runs" is stored while some allocation has an end.
 const ALIVE_EVERY: Duration = Duration::from_secs(10);
-/// How long after an owner was heard it counts as somebody who hears; owners ask every 10 s.
+/// How long an owner counts as reachable after its last request; owners ask every 10 s.
 const OWNER_HEARS: Duration = Duration::from_secs(60);
-/// What is not worth a move, in seconds.
+/// Shorter spans move no end, in seconds.
 const WORTH: u64 = 2;
 
-/// A move that is not in the record yet.
+/// A move of an end that is not in the record yet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Shift {
     seconds: i64,
@@ -32,7 +33,7 @@ pub(super) struct Shift {
 }
 
 impl Service {
-    /// The time of day to judge by. What happened to the clock is told and dealt with.
+    /// Returns the time of day to judge by. Logs a jump of the clock and adjusts to it.
     pub(super) fn read_clock(&mut self, moment: Moment) -> u64 {
         let (unix, news) = self.clock_of_day.read(moment);
         self.now = Moment { unix, ..moment };
@@ -71,7 +72,7 @@ impl Service {
         unix
     }
 
-    /// Every moment of the day that stands for a span moves with the clock.
+    /// The wall clock was set by `by` seconds: moves every stored moment that stands for a span.
     fn clock_was_set(&mut self, by: i64) {
         self.garbage_follows_clock(by);
         self.queue_follows_clock(by);
@@ -89,7 +90,7 @@ impl Service {
         }
     }
 
-    /// Moves the end of an allocation. No step of it is taken until that is durable.
+    /// Moves the end of an allocation. No step of its end is taken until the move is durable.
     pub(super) fn forbear(&mut self, id: AllocationId, seconds: i64, why: &'static str) {
         let before = self.entry(id).shift.map_or(0, |shift| shift.seconds);
         self.entry(id).shift = Some(Shift { seconds: before.saturating_add(seconds), why });
@@ -97,7 +98,7 @@ impl Service {
         self.set_timer(id);
     }
 
-    /// Makes durable what was moved, of allocations to which nothing is done now.
+    /// Stores pending moves of the allocations to which no work is done now.
     pub(super) fn settle_shifts(&mut self) {
         let unix = self.now.unix;
         let idle = |id: &&AllocationId| {
@@ -114,7 +115,7 @@ impl Service {
             let record = move_end(entry.record.clone(), shift.seconds);
             self.tell_moved(&record.name, shift);
             let mut batch = vec![Change::Allocation(Box::new(record.clone()))];
-            // While another move is not durable, the next life has to find the moment before it.
+            // While another move is not durable, a restart has to find the earlier note.
             if self.shifted.is_empty() {
                 batch.push(Change::Alive(unix));
             }
@@ -128,7 +129,7 @@ impl Service {
         self.tell(EventKind::LeaseMoved, name, format!("`{name}` ends {span} {how}: {}", shift.why));
     }
 
-    /// Notes now and then that the allocator is there, as long as that matters to somebody.
+    /// Stores the note "the allocator runs" from time to time, as long as some end depends on it.
     pub(super) fn note_alive(&mut self) {
         let due = self.alive_noted.is_none_or(|noted| self.now.at.saturating_sub(noted) >= ALIVE_EVERY);
         if due && self.shifted.is_empty() && !(self.timers.is_empty() && self.deaf.is_empty()) {
@@ -137,8 +138,8 @@ impl Service {
         }
     }
 
-    /// Takes the time off, in records of an earlier life, in which the allocator was away: `alive` is when it was there
-    /// last, where that is known. Returns from when on the steps of each are due.
+    /// Takes the absence of the allocator off the ends in the records of an earlier process. `alive`: when the
+    /// allocator ran last, if known. Returns, with each record, the moment from which its steps are due.
     pub(super) fn without_absence(
         &mut self,
         records: Vec<AllocationRecord>,
@@ -150,7 +151,7 @@ impl Service {
         let mut batch = Vec::new();
         let mut moved = Vec::with_capacity(records.len());
         for record in records {
-            // What was announced in an earlier life is told once more, and is not late.
+            // An end that an earlier process announced is announced once more, and is not late.
             let announced = alive.is_some_and(|alive| record.lease_stage(alive) > Told::Nothing)
                 || record.reclaim.is_some();
             let steps_from = if announced { unix } else { 0 };
@@ -169,14 +170,14 @@ impl Service {
         moved
     }
 
-    /// Somebody asks for this client.
+    /// Notes that this client sent a request as an owner.
     pub(super) fn hear_owner(&mut self, client: ClientId) {
         self.owners_heard.insert(client, self.now.at);
     }
 
-    /// Whether what is said about the end of an allocation can reach those whom it hits: nobody uses it, its owner asked
-    /// a moment ago, or heartbeats of an appliance of it come. An answer to this process's own question does not count: it shows
-    /// no way to the allocator.
+    /// Whether an announced end can reach the owner: the allocation has no owner, its owner sent a request a moment
+    /// ago, or heartbeats of one of its appliances arrive. An answer to this process's own question does not count:
+    /// it does not show that the appliance can reach the allocator.
     pub(super) fn can_be_heard(&self, id: AllocationId) -> bool {
         let Some(entry) = self.allocations.get(&id) else { return true };
         let Some(owner) = &entry.record.owner else { return true };
@@ -192,7 +193,7 @@ impl Service {
         self.deaf.entry(id).or_insert(unix);
     }
 
-    /// Finds announced ends that nobody can hear of, and moves those that can be heard of again.
+    /// Finds announced ends that cannot reach their owners, and moves ends that can be heard of again.
     pub(super) fn note_who_is_deaf(&mut self) {
         let unix = self.now.unix;
         let announced = |entry: &super::Entry| {

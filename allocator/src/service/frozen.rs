@@ -1,11 +1,13 @@
-//! When the service only looks: its metadata are older than what others heard of, or cannot be written now.
+//! States in which the service answers but changes nothing: its metadata are older than a state that another process
+//! reported, or they cannot be written now.
 //!
-//! An allocator with metadata of yesterday does not know what was moved, made or handed over since. What it judged lost
-//! may be in use, what it took for garbage may be somebody's memory. So it judges nothing, gives no orders, and refuses
-//! every question about one allocation, until the metadata were made anew by `xpm-allocator recover`.
+//! An allocator with outdated metadata does not know which regions were moved, made or handed over since. A grant
+//! that it judges lost may be in use, and one that it takes for garbage may hold somebody's memory. So it makes no
+//! judgement, gives no orders, and refuses every question about a single allocation, until `xpm-allocator recover`
+//! has rebuilt the metadata.
 //!
 //! ```text
-//!   [serves] --somebody heard of a newer state--> [behind: looks only]        ends with the process
+//!   [serves] --a newer state is reported--> [behind: answers about the pool only]   ends with the process
 //!   [serves] --no room to write--> [read-only: answers, changes nothing] --room--> [serves]
 //! ```
 
@@ -19,7 +21,7 @@ use super::{Awaited, Request, Service};
 use crate::store::Change;
 
 impl Service {
-    /// Takes what somebody says of the newest state of the metadata that it heard of.
+    /// Compares our metadata with the newest state that `who` has heard of.
     pub(super) fn hear_state(&mut self, heard: Option<MetadataState>, who: &str) {
         let (Some(ours), Some(heard)) = (self.state, heard) else { return };
         if !ours.is_behind(&heard) || self.behind.as_ref().is_some_and(|known| known.heard >= heard.number) {
@@ -38,7 +40,7 @@ impl Service {
         self.behind = Some(Behind { heard: heard.number, who: who.to_owned(), text });
     }
 
-    /// The metadata cannot be written, for this reason, or can again.
+    /// The metadata cannot be written, for the reason `why`, or can be written again.
     pub(super) fn writing_stopped(&mut self, why: Option<String>) {
         match (why, self.read_only.take()) {
             (Some(why), before) => {
@@ -66,12 +68,12 @@ impl Service {
         }
     }
 
-    /// Whether anything may be judged and changed.
+    /// Whether the service may make judgements and changes.
     pub(super) fn serves(&self) -> bool {
         self.behind.is_none() && self.read_only.is_none()
     }
 
-    /// Why a request is refused now, if it is.
+    /// The refusal of a request while the service does not serve, if any.
     pub(super) fn frozen(&self, request: &Request) -> Option<ApiError> {
         let about = About::of(request);
         let line = match (&self.behind, &self.read_only) {
@@ -84,20 +86,20 @@ impl Service {
 }
 
 impl Request {
-    /// Whether it asks for a change.
+    /// Whether the request asks for a change.
     pub fn changes(&self) -> bool {
         About::of(self) == About::Change
     }
 }
 
-/// What a request is about.
+/// Subject of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum About {
-    /// The pool, to look at.
+    /// Looks at the pool.
     Pool,
-    /// One allocation, to look at: the answer may end I/O.
+    /// Looks at one allocation: the answer may make a client fail its I/O.
     One,
-    /// Something is to be changed.
+    /// Changes state.
     Change,
 }
 

@@ -1,12 +1,14 @@
-//! What appliances have and no record knows, and what records have and appliances do not.
+//! Compares the grants that appliances have with the records: grants without a record, and records without their
+//! grants.
 //!
-//! Every appliance is asked for its grants from time to time, and when it is heard again. A grant is durable
-//! before an appliance hears of it and stays so until it has confirmed that it is gone, so one that no
-//! record has is garbage: of an allocator whose metadata were lost or are older than it. It may be in use, and its
-//! record may be found again; so it is told, and freed only when it was seen, and used by nobody, for a time of grace.
-//! A grant that an appliance does not have any more is lost with its memory.
+//! Every appliance is asked for its grants at intervals, and when it is heard again. A grant is durable in a record
+//! before an appliance hears of it, and stays there until the appliance has confirmed its removal. So a grant without
+//! a record is garbage, left by an allocator whose metadata were lost or are older than the grant. Such a grant may
+//! be in use, and its record may be recovered. So it is reported first, and freed only after it was seen without a
+//! user for a time of grace. A grant that is in a record and not on its appliance is lost with the appliance's
+//! memory.
 //!
-//! An answer may be older than what it is compared with, so what was seen once counts for nothing.
+//! An answer may be older than the record that it is compared with, so a single sighting counts for nothing.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -18,11 +20,11 @@ use xpm_protocol::{AllocationId, ApplianceId, ByteSize, GrantId, Name};
 use super::{Answer, Awaited, Call, CallError, Service, Work};
 use crate::store::record::Phase;
 
-/// What was found at appliances.
+/// Findings of the comparison.
 #[derive(Debug, Default)]
 pub(super) struct Found {
     garbage: BTreeMap<(ApplianceId, GrantId), Unknown>,
-    /// Appliances that were asked and have not answered, and when each is asked again.
+    /// Appliances with a question under way, and when each is asked again.
     asked: BTreeSet<ApplianceId>,
     next: BTreeMap<ApplianceId, u64>,
 }
@@ -31,18 +33,18 @@ pub(super) struct Found {
 struct Unknown {
     name: Name,
     bytes: u64,
-    /// Since when it is known and used by nobody, seconds since 1970.
+    /// Since when it is known and without a user, seconds since 1970.
     since: u64,
     times: u32,
 }
 
-/// What an allocation lacks.
+/// Grants of an allocation that its appliances do not have.
 #[derive(Debug, Default)]
 pub(super) struct Lost {
-    /// Seen once.
+    /// Appliances where a grant was missing in one answer.
     suspected: BTreeSet<ApplianceId>,
     pub(super) on: BTreeSet<ApplianceId>,
-    /// Grants that were missing when the appliances in `on` were asked last.
+    /// Missing grants by the latest answer of each appliance.
     grants: BTreeMap<ApplianceId, BTreeSet<GrantId>>,
 }
 
@@ -54,7 +56,7 @@ impl Lost {
 }
 
 impl Service {
-    /// Asks those whose time it is.
+    /// Asks the appliances whose next question is due.
     pub(super) fn look_for_garbage(&mut self) {
         let unix = self.now.unix;
         let every = self.settings.reconcile.as_secs().max(1);
@@ -75,7 +77,7 @@ impl Service {
         }
     }
 
-    /// Memory that no record knows is left alone for as long as before.
+    /// The wall clock was set by `by` seconds: garbage keeps its remaining time of grace.
     pub(super) fn garbage_follows_clock(&mut self, by: i64) {
         let moments = self.found.next.values_mut();
         let moments = moments.chain(self.found.garbage.values_mut().map(|one| &mut one.since));
@@ -87,17 +89,17 @@ impl Service {
         self.call(id, control, Call::Grants, Awaited::GrantsListed(id));
     }
 
-    /// Whether it may be asked for its grants now: it has answered the last time.
+    /// Whether the appliance may be asked for its grants now: no earlier question is under way.
     pub(super) fn ask_grants_once(&mut self, id: ApplianceId) -> bool {
         self.found.asked.insert(id)
     }
 
-    /// It has answered.
+    /// The appliance has answered.
     pub(super) fn grants_answered(&mut self, id: ApplianceId) {
         self.found.asked.remove(&id);
     }
 
-    /// It was away: what it has may be other than before.
+    /// The appliance was away: its grants may have changed, so it is asked soon.
     pub(super) fn look_soon(&mut self, id: ApplianceId) {
         self.found.next.remove(&id);
     }
@@ -107,7 +109,7 @@ impl Service {
         if !self.serves() {
             return;
         }
-        // One that does not answer is silent soon, which is told.
+        // An appliance that does not answer turns silent soon, and that is reported.
         let Ok(Answer::Grants(grants)) = result else { return };
         self.find_garbage(id, &grants);
         self.find_lost(id, &grants);
@@ -125,7 +127,7 @@ impl Service {
             let garbage = self.found.garbage.entry((id, grant.id)).or_insert(new);
             garbage.times += 1;
             if grant.connections > 0 {
-                // Somebody uses it: its time begins when nobody does.
+                // The grant has a user: its time of grace begins when the last connection ends.
                 garbage.since = unix;
             }
             let (times, since) = (garbage.times, garbage.since);
@@ -157,11 +159,11 @@ impl Service {
         self.call(id, control, Call::Revoke(grant.id), Awaited::Ignored);
     }
 
-    /// Allocations that lack their grant on an appliance.
+    /// Finds the allocations that lack their grant on an appliance.
     fn find_lost(&mut self, id: ApplianceId, grants: &[appliance::Grant]) {
         let there: BTreeSet<GrantId> = grants.iter().map(|grant| grant.id).collect();
         for entry in self.allocations.values_mut().filter(|entry| !matches!(entry.work, Work::Idle)) {
-            // What was seen before it began to change says nothing of what it will be.
+            // A sighting from before the present work says nothing about the record after it.
             entry.lost.suspected.retain(|one| *one != id || entry.lost.on.contains(one));
         }
         let settled: Vec<(AllocationId, BTreeSet<GrantId>)> = self
@@ -201,7 +203,7 @@ impl Service {
             self.tell(EventKind::Lost, &name, line);
         }
         if is_new {
-            // Asked once more at once: owners hold their I/O until they are told.
+            // Ask once more at once: owners hold their I/O until they have the result.
             self.look_soon(id);
             self.look_for_garbage();
         }
@@ -215,7 +217,7 @@ impl Service {
         })
     }
 
-    /// What was found and is not freed yet.
+    /// Garbage that was found and is not freed yet.
     pub(super) fn list_garbage(&self) -> Vec<Garbage> {
         let grace = self.settings.garbage_grace.as_secs();
         let sure = self.found.garbage.iter().filter(|(_, garbage)| garbage.times >= 2);

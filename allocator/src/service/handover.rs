@@ -1,20 +1,22 @@
-//! Handing allocations in use over to the client that stands by for them: all of them, or none.
+//! Hands allocations in use over to the client that stands by for them: all of them, or none.
 //!
 //! ```text
 //!              every appliance has the next epoch
 //!   [raising] ------------------------------------> [open] --commit--> over: the new owner has them
 //!       |                                             |
 //!       | an appliance refuses, or does not answer;   | rollback: one more epoch
-//!       | or the allocator starts anew                v
-//!       +----------------------------------------> [returning] --every appliance has the epoch--> over: the old owner has them
+//!       | or the allocator restarts                   v
+//!       +----------------------------------------> [returning] --every appliance has it--> over: old owner has them
 //! ```
 //!
-//! Each arrow changes the records of all allocations in one batch, so that no crash leaves some of them behind. The keys of an
-//! epoch are durable before the first appliance hears of them. In `raising` they are nobody's: the new owner gets them in
-//! `open`, and the old one in the end of `returning`. So at any moment at most one client has keys that appliances take.
+//! Each arrow changes the records of all allocations in one batch, so no crash leaves some of them behind. The keys
+//! of an epoch are durable before the first appliance hears of them. In `raising` no client has them: the new owner
+//! gets them in `open`, and the old owner at the end of `returning`. So at any moment at most one client has keys
+//! that appliances accept.
 //!
-//! The old owner is told to hold its I/O in each of the three states; the new one owns in `open`, and stands by in the others.
-//! Nothing but an order ends `open`, and a `returning` that an appliance keeps from its end is tried again until it succeeds.
+//! The old owner is told to hold its I/O in each of the three states; the new client is the owner in `open`, and
+//! stands by in the other two. Only an order ends `open`. A `returning` that an appliance keeps from completing is
+//! tried again until it succeeds.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -36,18 +38,18 @@ use super::{Answer, Awaited, CallError, Outcome, ReplyTo, Request, Service, Work
 use crate::store::Change;
 use crate::store::record::{AllocationRecord, HandoverRecord, NextEpoch, Phase};
 
-/// How long a hand-over may be neither committed nor rolled back before that is a problem, in seconds.
+/// Age in seconds from which a hand-over that is neither committed nor rolled back is a problem.
 const OPEN_LONG: u64 = 60;
-/// Pause before appliances are told again of an epoch that they did not take.
+/// Pause before appliances are sent an epoch again that they did not take.
 const AGAIN: Duration = Duration::from_secs(2);
 
-/// Which hand-over somebody means.
+/// How a request names a hand-over.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]
 pub enum Which {
-    /// The one with this id.
+    /// By its id.
     Id(HandoverId),
-    /// The one that the allocation of this name is part of.
+    /// By the name of an allocation that is part of it.
     Of(Name),
 }
 
@@ -55,32 +57,32 @@ impl TryFrom<String> for Which {
     type Error = ParseIdError;
 
     fn try_from(text: String) -> Result<Which, ParseIdError> {
-        // 32 hexadecimal digits are a name, too; nobody calls an allocation so.
+        // 32 hexadecimal digits would be a name, too, but not one that people use.
         text.parse().map(Which::Id).or_else(|_| text.parse().map(Which::Of))
     }
 }
 
-/// A hand-over that the allocator works at. It is lost with the process; the records say how to go on.
+/// Work of the allocator at a hand-over. It is lost with the process; the records say how to go on.
 #[derive(Debug, Default)]
 pub(super) struct Handing {
     reply: Option<ReplyTo>,
-    /// Calls that have not ended.
+    /// Calls without a result yet.
     open: usize,
     failures: Vec<String>,
-    /// Allocations of which an appliance has, or may have, the next epoch.
+    /// Allocations of which some appliance has, or may have, the next epoch.
     touched: BTreeSet<AllocationId>,
-    /// Something is stored, or appliances are called.
+    /// A store or a call is under way.
     busy: bool,
-    /// When to try again, by the service's clock.
+    /// Earliest next try, by the service's clock.
     again: Duration,
 }
 
-/// The state that holds once a batch is durable.
+/// The state of a hand-over once a batch is durable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Step {
-    /// The appliances are to be told of the next epoch.
+    /// The appliances are to be sent the next epoch.
     Planned,
-    /// Nothing was changed, and all is as before.
+    /// No appliance changed anything, and all stays as before.
     Withdrawn,
     Opened,
     Committed,
@@ -88,7 +90,7 @@ pub(super) enum Step {
 }
 
 impl Service {
-    /// Hands allocations over.
+    /// Hands these allocations over.
     pub(super) fn hand_over_all(&mut self, reply: ReplyTo, order: HandOverAll) {
         let members = match self.members_named(&order.names) {
             Ok(members) => members,
@@ -117,7 +119,7 @@ impl Service {
         names.iter().map(known).collect()
     }
 
-    /// Whether something is done to one of them that ends by itself and soon.
+    /// Whether one of these allocations has work that ends by itself and soon.
     fn waits_its_turn(&self, members: &[AllocationId]) -> bool {
         members.iter().any(|id| {
             let entry = &self.allocations[id];
@@ -134,8 +136,8 @@ impl Service {
         }
     }
 
-    /// Refuses what cannot be handed over now. `to` is a host, or a client by name or id, which stands by for all of them;
-    /// who uses memory as a file and who uses it as a disk are two clients of one host.
+    /// Refuses a hand-over that is impossible now. `to` is a host, or a client by name or id, that stands by for all
+    /// of the allocations. A host can be two clients: one for memory as a file, one for disks.
     fn check_hand_over(&self, members: &[AllocationId], to: &str, force: bool) -> Result<(), ApiError> {
         let client = self.new_owner(to).map(|owner| owner.client);
         for id in members {
@@ -236,7 +238,7 @@ impl Service {
         }
         if step == Step::Planned {
             for member in members {
-                // An allocation whose new owner no appliance had heard of is out of the hand-over.
+                // No appliance has heard of the new owner of this allocation, so it left the hand-over.
                 if self.entry(member).record.handover.is_none() {
                     self.describe_if_new(member);
                     self.finish_work(member);
@@ -296,7 +298,7 @@ impl Service {
         }
     }
 
-    /// The allocations of a hand-over that are there still: one may have been deleted by force.
+    /// The present members of a hand-over: an allocation may have been deleted by force.
     fn members_of(&self, id: HandoverId) -> Vec<AllocationId> {
         let is_in = |entry: &&super::Entry| {
             entry.record.phase == Phase::Ready
@@ -305,7 +307,7 @@ impl Service {
         self.allocations.values().filter(is_in).map(|entry| entry.record.id).collect()
     }
 
-    /// Tells the appliances of all members of the next epoch.
+    /// Sends the next epoch to the appliances of all members.
     fn raise_all(&mut self, id: HandoverId) {
         let members = self.members_of(id);
         let handing = self.handovers.entry(id).or_default();
@@ -319,7 +321,7 @@ impl Service {
             self.entry(member).described = Some(Fingerprint::of(descriptor.as_deref()));
             let calls = raise_calls(&record, descriptor.as_ref(), false);
             for (index, (appliance, call)) in calls.into_iter().enumerate() {
-                // An appliance that was given up takes no key any more.
+                // An appliance that was given up accepts no keys any more.
                 if self.is_gone(appliance) {
                     continue;
                 }
@@ -372,7 +374,7 @@ impl Service {
                 self.store_handover(id, Step::Opened, records);
             }
             (false, true) => {
-                // The old owner goes on with the allocations that were not touched, and gets the others back.
+                // The old owner goes on with the untouched allocations, and gets the others back.
                 let mut withdrawn = Vec::with_capacity(records.len());
                 for mut record in records {
                     match touched.contains(&record.id) {
@@ -411,7 +413,7 @@ impl Service {
         members.iter().for_each(|member| self.finish_work(*member));
     }
 
-    /// The new owner has the allocations for good.
+    /// The new owner keeps the allocations for good.
     pub(super) fn commit_handover(&mut self, reply: ReplyTo, which: Which) {
         let Some((id, members)) = self.found(reply, &which) else { return };
         if self.waits_its_turn(&members) {
@@ -469,7 +471,7 @@ impl Service {
         self.store_handover(id, Step::Planned, records);
     }
 
-    /// The hand-over and its members. Refuses where there is none.
+    /// Finds a hand-over and its members; refuses the request if there is none.
     fn found(&mut self, reply: ReplyTo, which: &Which) -> Option<(HandoverId, Vec<AllocationId>)> {
         let found = match which {
             Which::Id(id) => Some(*id),
@@ -489,7 +491,7 @@ impl Service {
         }
     }
 
-    /// Undoes the hand-overs that an earlier life left half done, and tries those again whose end an appliance delayed.
+    /// Undoes hand-overs that an earlier process left half done, and tries those again that an appliance delayed.
     pub(super) fn run_handovers(&mut self) {
         let now = self.now.at;
         let mut due: BTreeMap<HandoverId, bool> = BTreeMap::new();
@@ -510,7 +512,7 @@ impl Service {
         }
     }
 
-    /// Whether an earlier life's hand-over need not wait any longer: each of its appliances was heard.
+    /// Whether a hand-over of an earlier process can go on: each of its appliances was heard.
     fn are_heard(&mut self, id: HandoverId) -> bool {
         let is_first = self.handing(id).failures.is_empty();
         let up = |one| self.inventory.state(one, self.now.at) == Some(ApplianceState::Up);
@@ -521,8 +523,8 @@ impl Service {
                 .all(|one| self.allocations[one].record.appliances().into_iter().all(up))
     }
 
-    /// A hand-over of an earlier life, which is in none of its ends: nobody has the keys that it was about to make known, so the
-    /// old owner gets them.
+    /// Takes up a hand-over that an earlier process did not finish. No client has the keys that it was about to give
+    /// out, so the old owner gets them.
     pub(super) fn restore_handover(&mut self, record: &mut AllocationRecord, until: Duration) {
         let Some(handover) = &mut record.handover else { return };
         if handover.state == HandoverState::Raising {
@@ -560,7 +562,7 @@ impl Service {
         Some(HandoverPart { id, state, from, to, since })
     }
 
-    /// Hand-overs that somebody has to end.
+    /// Hand-overs that an operator has to end.
     pub(super) fn handover_problems(&self) -> Vec<Problem> {
         let unix = self.now.unix;
         let old = |one: &Handover| one.stuck.is_some() || unix.saturating_sub(one.since) >= OPEN_LONG;
@@ -595,7 +597,7 @@ fn set_state(record: &mut AllocationRecord, state: HandoverState) {
     }
 }
 
-/// The record once every appliance has its next epoch.
+/// The record after every appliance has its next epoch.
 fn settled(mut record: AllocationRecord) -> AllocationRecord {
     record.block_size = record.block_size();
     if let Some(next) = record.next.take() {
@@ -608,7 +610,7 @@ fn settled(mut record: AllocationRecord) -> AllocationRecord {
     record.revealed = true;
     if handover.state == HandoverState::Returning {
         record.owner = Some(handover.from);
-        // The client that was the new owner, or was to be, stands by as before; the old owner has that written down.
+        // The client that was or was to be the new owner stands by as before; the old owner has noted that already.
         record.standby = Some(Box::new(Standby { client: handover.to, noted: true }));
         return record;
     }

@@ -1,4 +1,4 @@
-//! What is wrong, or worth knowing, of the pool and of what lies on it.
+//! Problems of the pool and of its allocations, with severity and remedy, for operators and monitoring.
 
 use xpm_protocol::api::allocator::{Allocation, AllocationState, Appliance, ApplianceState, EndReason};
 use xpm_protocol::api::health::{Check, Problem, Severity};
@@ -31,7 +31,7 @@ impl Service {
         problems
     }
 
-    /// What is wrong with the allocator's own metadata and clock.
+    /// Problems with the allocator's own metadata and clock.
     fn of_itself(&self) -> Vec<Problem> {
         let problem = |check, summary: &str, remedy: &str| {
             Problem::new(check, "allocator/allocator", summary).with_remedy(remedy)
@@ -108,7 +108,7 @@ fn of_allocation(one: &Allocation, unix: u64) -> Vec<Problem> {
     }
     if let Some(ending) = &one.ending {
         let graceful = one.lease.is_none_or(|lease| lease.ends > unix);
-        // An end that was known from the beginning is nothing wrong until it comes.
+        // An end that was planned from the beginning is no problem until it comes.
         let severity = match (one.owner.is_some() && !graceful, ending.reason) {
             (true, _) => Severity::Critical,
             (false, EndReason::Reclaim) => Severity::Warning,

@@ -1,4 +1,4 @@
-//! Appliances are heard, and forgotten.
+//! Heartbeats of appliances, and forgetting an appliance.
 
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{Heartbeat, HeartbeatAnswer};

@@ -1,16 +1,16 @@
-//! The end of allocations: leases, hours, and giving way.
+//! Ends of allocations: leases, hours of accounts, and giving way to other requests.
 //!
-//! An end comes in steps that everybody can see: it is announced, then it is there (nobody new can
-//! attach), then, after a time of grace, the owner is cut off and the memory is freed. The moments
-//! are part of the record. Each allocation that has an end has one timer, for its next step.
+//! An end comes in steps that everybody can see. First it is announced. Then it comes: no new client can attach.
+//! After a time of grace the owner is cut off and the memory is freed. The moments of the steps are part of the
+//! record. Each allocation that has an end has one timer, for its next step.
 //!
 //! ```text
 //!   Nothing --warns--> Warned --ends--> Ended --frees--> freed
 //!      ^_________________|_______________|   renewed
 //! ```
 //!
-//! An owner has the whole warning and the whole grace. So a step that comes late moves all later steps by as much, and
-//! time that does not count moves them, too (`forbear.rs`).
+//! An owner always gets the whole warning time and the whole time of grace. So a step that comes late moves all later
+//! steps by the same delay, and time that does not count moves them as well (`forbear.rs`).
 
 use xpm_control::server::ApiError;
 use xpm_protocol::AllocationId;
@@ -21,10 +21,10 @@ use xpm_protocol::api::event::EventKind;
 use super::{AfterStore, Outcome, ReplyTo, Service, Work, asking, purge};
 use crate::store::record::{AllocationRecord, LeaseRecord, Phase};
 
-/// From how much a step is late, in seconds; the service looks twice a second.
+/// Delay in seconds from which a step counts as late; the service checks twice a second.
 const LATE: u64 = 5;
 
-/// The last step that was told of an allocation.
+/// The last step of an allocation that was announced.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Told {
     #[default]
@@ -50,7 +50,7 @@ impl Service {
             self.timers.remove(&(at, id));
         }
         let next = match entry.record.phase {
-            // What is not counted is not taken off yet: the moments of the record are too early.
+            // While a move of the end is pending, the moments of the record are too early.
             Phase::Ready if entry.shift.is_none() => next_step(&entry.record, entry.told),
             _ => None,
         };
@@ -60,7 +60,7 @@ impl Service {
         }
     }
 
-    /// Takes the steps whose time has come.
+    /// Takes the steps that are due.
     pub(super) fn run_timers(&mut self) {
         let unix = self.now.unix;
         while let Some(&(at, id)) = self.timers.first().filter(|(at, _)| *at <= unix) {
@@ -75,7 +75,7 @@ impl Service {
         }
     }
 
-    /// Takes the next step, which is `late` by so many seconds.
+    /// Takes the next step, which comes `late` seconds late.
     fn step(&mut self, id: AllocationId, late: u64) {
         let unix = self.now.unix;
         let is_late = late > LATE;
@@ -110,7 +110,7 @@ impl Service {
         self.tell(kind, &name, text);
     }
 
-    /// The time of grace is over: whoever uses it is cut off.
+    /// The time of grace is over: cuts the owner off and frees the memory.
     fn free(&mut self, id: AllocationId) {
         if !matches!(self.entry(id).work, Work::Idle) {
             return self.look_again_soon(id);
@@ -134,7 +134,7 @@ impl Service {
         self.timers.insert((at, id));
     }
 
-    /// Renews a lease: its time begins anew, up to what its terms and the hours of its account allow.
+    /// Renews a lease: its time begins anew, as far as its terms and the hours of its account allow.
     pub(super) fn renew(&mut self, reply: ReplyTo, id: AllocationId, renew: Renew) {
         let unix = self.now.unix;
         let record = self.entry(id).record.clone();
@@ -185,7 +185,7 @@ impl Service {
     }
 
     pub(super) fn was_renewed(&mut self, reply: ReplyTo, id: AllocationId) {
-        // A step of the old lease may have been told while the new one was stored.
+        // A step of the old lease may have been announced while the new lease was being stored.
         let unix = self.now.unix;
         let entry = self.entry(id);
         (entry.told, entry.steps_from) = (Told::Nothing, unix);
@@ -195,7 +195,7 @@ impl Service {
         self.finish_work(id);
     }
 
-    /// Why a client may not begin to use an allocation now.
+    /// Why a client may not attach to an allocation now.
     pub(super) fn attach_denied(&self, record: &AllocationRecord, attach: &Attach) -> Option<String> {
         let unix = self.now.unix;
         if record.owner.as_ref().is_some_and(|owner| owner.client == attach.client) {
@@ -244,7 +244,7 @@ fn stage_kind(reason: EndReason, stage: Told) -> EventKind {
     }
 }
 
-/// That an allocation is going to end, if it is announced already.
+/// The announced end of an allocation, if there is one.
 pub(super) fn ending(record: &AllocationRecord, unix: u64) -> Option<Ending> {
     let text = ending_text(record, unix)?;
     let lease = record.terms.lease.filter(|lease| lease.warns() <= unix);
@@ -254,7 +254,7 @@ pub(super) fn ending(record: &AllocationRecord, unix: u64) -> Option<Ending> {
     Some(Ending { reason, since, frees, text })
 }
 
-/// The end in one line, with what can be done.
+/// The announced end in one line, with the remedy.
 fn ending_text(record: &AllocationRecord, unix: u64) -> Option<String> {
     let name = &record.name;
     if let Some(reclaim) = &record.reclaim {

@@ -1,7 +1,7 @@
-//! Which life of a client owns an allocation. A copy of a client's state directory has the client's id; it is not let in while the
-//! owner is heard, or connected to an appliance.
+//! Decides which life of a client owns an allocation. A copy of a client's state directory has the same client id; it
+//! gets nothing while the owner is heard, or connected to an appliance.
 //!
-//! What a life that is not the owner's may do:
+//! Rights of a life, by its relation to the owner's life:
 //!
 //! ```text
 //!                     attach                                   detach               orders, reports, slabs
@@ -12,7 +12,7 @@
 //!                     by a new epoch
 //! ```
 //!
-//! A client that does not say its life is taken by its id alone, as clients of before there were lives.
+//! A client that sends no life (a version from before lives existed) is identified by its id alone.
 
 use std::time::Duration;
 
@@ -25,25 +25,25 @@ use xpm_protocol::{AllocationId, ClientId, Life, Name, Succession};
 
 use super::{Answer, Awaited, Call, CallError, ReplyTo, Request, Service};
 
-/// How often an owner asks for its orders.
+/// Interval at which owners ask for their orders.
 const ASKS_EVERY: Duration = Duration::from_secs(10);
-/// Times without a word after which an owner counts as silent.
+/// Missed intervals after which an owner counts as silent.
 const TIMES: u32 = 3;
 
-/// What a request about an allocation is worth, by the life that it comes from.
+/// Standing of a request about an allocation, by the life that it comes from.
 pub(super) enum Claim {
-    /// It is looked at further.
+    /// The request is handled further.
     Good,
-    /// The same, and the owner is cut off.
+    /// The request is handled further, and the present owner is cut off.
     Fences,
     Refused(ApiError),
-    /// It asks to give back what it does not have.
+    /// The client detaches from an allocation that it does not have.
     HasNothing,
-    /// Only appliances can say what this life is.
+    /// Only the appliances can say which life is connected.
     Ask(Life),
 }
 
-/// A request that waits for what appliances say.
+/// A request that waits for answers of appliances.
 pub(super) struct Asking {
     reply: ReplyTo,
     name: Name,
@@ -54,7 +54,7 @@ pub(super) struct Asking {
 }
 
 impl Service {
-    /// What a request is worth. `living` are the lives that are connected, where the appliances were asked.
+    /// The standing of a request. `living`: the connected lives, if the appliances were asked.
     pub(super) fn claim(
         &mut self,
         id: AllocationId,
@@ -99,7 +99,7 @@ impl Service {
         }
     }
 
-    /// Whether what a client asks comes from the life that owns the allocation; it is heard then.
+    /// Checks that a request comes from the life that owns the allocation, and notes that the owner was heard.
     pub(super) fn check_life(
         &mut self,
         id: AllocationId,
@@ -115,7 +115,7 @@ impl Service {
         }
     }
 
-    /// None where the allocation is another client's or nobody's, or where lives are not known.
+    /// None where the allocation is another client's or has no owner, or where a life is unknown.
     fn succession(
         &mut self,
         id: AllocationId,
@@ -132,7 +132,7 @@ impl Service {
         self.now.at.saturating_sub(self.entry(id).owner_heard) <= patience
     }
 
-    /// Says who owns it, and tells of it once for each life that is refused.
+    /// The refusal that names the owner. It is reported as an event once for each refused life.
     fn refuse_life(
         &mut self,
         id: AllocationId,
@@ -155,7 +155,7 @@ impl Service {
         ApiError(ErrorKind::InUse, line)
     }
 
-    /// Asks the appliances who is connected, and looks at the request again when all have answered, or cannot.
+    /// Asks the appliances which lives are connected. The request is handled again when all have answered or failed.
     pub(super) fn ask_living(&mut self, reply: ReplyTo, id: AllocationId, life: Life, request: Request) {
         let record = &self.entry(id).record;
         let name = record.name.clone();
@@ -173,7 +173,8 @@ impl Service {
         }
     }
 
-    /// An appliance that does not answer lets nobody in either; one of before there were lives says nothing.
+    /// An appliance that does not answer keeps every other life out; a version from before lives existed says
+    /// nothing.
     pub(super) fn living_told(&mut self, number: u64, result: Result<Answer, CallError>) {
         let Some(asking) = self.askings.get_mut(&number) else { return };
         asking.open -= 1;

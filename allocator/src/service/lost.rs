@@ -1,4 +1,4 @@
-//! An appliance that does not come back: the operator gives its memory up.
+//! Giving up the memory of an appliance that does not come back, by order of the operator.
 //!
 //! ```text
 //!   silent --(operator)--> given up --(heard again)--> clearing --(has no grant)--> up
@@ -6,11 +6,12 @@
 //!                            +-- every allocation on it: `given_up` is recorded, its owner is told
 //! ```
 //!
-//! The appliance's mark is durable first, then the mark of each allocation, each as soon as nothing else is being done to
-//! it. An owner is told only of what its allocation's record says, so it never hears of what a crash can undo. The mark of an
-//! allocation is for good: what lay on that appliance stays lost, also if the machine returns, for its owner has had errors
-//! since and may have written elsewhere. The mark of the appliance ends when the machine is heard again and every grant that
-//! it still had is revoked, which clears the memory; until then it counts for nothing.
+//! The mark of the appliance is durable first. Then each allocation is marked, as soon as no other work is done to
+//! it. An owner is told only of marks in its allocation's record, so it never hears of a mark that a crash can undo.
+//! The mark of an allocation is permanent: data on that appliance stay lost even if the machine returns, for the
+//! owner has had I/O errors since and may have written elsewhere. The mark of the appliance ends when the machine is
+//! heard again and every grant that it still had is revoked, which clears the memory; until then it serves no
+//! allocation.
 
 use xpm_control::server::ApiError;
 use xpm_protocol::api::ErrorKind;
@@ -41,7 +42,7 @@ impl Service {
         self.store(vec![Change::Appliance(Box::new(record))], Awaited::GivenUp(id, reply));
     }
 
-    /// The mark of an appliance is durable.
+    /// The mark of the appliance is durable.
     pub(super) fn appliance_given_up(&mut self, id: ApplianceId, reply: ReplyTo) {
         let hit: Vec<AllocationId> = self.on(id).map(|entry| entry.record.id).collect();
         let line = format!(
@@ -63,7 +64,7 @@ impl Service {
             .filter(move |entry| entry.record.phase == Phase::Ready && entry.record.grant_on(id).is_some())
     }
 
-    /// Marks what nothing is being done to. What is busy has its turn with a later tick.
+    /// Marks the allocations to which no work is done. A busy allocation is marked at a later tick.
     pub(super) fn give_up_grants(&mut self) {
         for appliance in self.inventory.all_given_up() {
             let unmarked = |entry: &&Entry| {
@@ -92,8 +93,8 @@ impl Service {
         self.finish_work(id);
     }
 
-    /// An owner's operator has given an appliance up there: I/O of that owner to it fails, for good, also if the appliance is
-    /// heard here.
+    /// The operator of an owner has given an appliance up on the owner's machine: I/O of that owner to the appliance
+    /// fails, for good, even if the appliance is heard here.
     pub(super) fn hear_given_up(&mut self, reply: ReplyTo, id: AllocationId, appliance: ApplianceId) {
         let mut record = self.entry(id).record.clone();
         if record.grant_on(appliance).is_none() || !record.given_up.insert(appliance) {
@@ -103,7 +104,7 @@ impl Service {
         self.store_record(record, AfterStore::GaveUp(appliance, reply));
     }
 
-    /// The mark of an allocation that its owner asked for is durable.
+    /// The mark that the owner asked for is durable.
     pub(super) fn owner_gave_up(&mut self, id: AllocationId, appliance: ApplianceId) {
         let record = &self.entry(id).record;
         let (name, owner) = (record.name.clone(), record.owner.as_ref().map(|owner| owner.host_name.clone()));
@@ -116,12 +117,12 @@ impl Service {
         self.finish_work(id);
     }
 
-    /// Appliances that an owner has to give up.
+    /// Appliances whose memory the owner has to give up.
     pub(super) fn lost_lenders(&self, record: &AllocationRecord) -> Vec<LostLender> {
         let lender = |&appliance: &ApplianceId| {
             let name = match self.inventory.info(appliance) {
                 Some(info) => info.name.clone(),
-                // An id is always a name as well.
+                // An id is always a valid name.
                 None => appliance.to_string().parse().ok()?,
             };
             Some(LostLender { appliance, name })
@@ -129,12 +130,12 @@ impl Service {
         record.given_up.iter().filter_map(lender).collect()
     }
 
-    /// Whether the memory of an appliance counts as gone: nobody has to ask it to give that back.
+    /// Whether the memory of an appliance counts as gone, so that it need not be given back.
     pub(super) fn is_gone(&self, id: ApplianceId) -> bool {
         self.inventory.info(id).is_none() || self.inventory.given_up(id).is_some()
     }
 
-    /// Refuses what makes no sense for an allocation that has lost memory.
+    /// Refuses requests that make no sense for an allocation that has lost memory.
     pub(super) fn check_not_lost(&self, record: &AllocationRecord) -> Result<(), ApiError> {
         if record.given_up.is_empty() {
             return Ok(());
@@ -148,7 +149,7 @@ impl Service {
         Err(ApiError(ErrorKind::Conflict, line))
     }
 
-    /// What to do where a refusal is due to an appliance that is silent: the end of a line, or nothing.
+    /// Advice for a refusal that is due to a silent appliance: the end of a line, or empty.
     pub(super) fn advice_for_silent(&self, record: &AllocationRecord) -> String {
         let advice = record.appliances().into_iter().map(|id| self.advice_for_silent_one(id));
         advice.into_iter().find(|advice| !advice.is_empty()).unwrap_or_default()
@@ -166,7 +167,7 @@ impl Service {
         )
     }
 
-    /// One that was given up is heard: it has to clear what it had before it counts.
+    /// An appliance that was given up is heard again: it has to clear its old memory before it counts.
     pub(super) fn clear_returned(&mut self, id: ApplianceId) {
         if self.ask_grants_once(id) {
             let control = self.control_of(id);
@@ -182,7 +183,7 @@ impl Service {
             self.call(id, control, Call::Revoke(grant.id), Awaited::Ignored);
         }
         let marked = |entry: &Entry| entry.record.given_up.contains(&id);
-        // With the next heartbeat it is looked again.
+        // The next heartbeat triggers another check.
         if !grants.is_empty() || !self.on(id).all(marked) || self.inventory.given_up(id).is_none() {
             return;
         }

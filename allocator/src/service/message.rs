@@ -1,4 +1,4 @@
-//! What goes into the service and what comes out of it.
+//! Events and requests that go into the service, and effects that come out of it.
 
 use std::fmt;
 use std::time::Duration;
@@ -18,54 +18,55 @@ use xpm_protocol::{AllocationId, ApplianceId, ClientId, Epoch, GrantId, Life, Na
 use crate::store::Batch;
 use crate::store::backup::Backup;
 
-/// When an event happens.
+/// The time at which an event happens.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Moment {
-    /// Time since the service started, from a clock that never goes back.
+    /// Time since the service started, by a clock that never goes back.
     pub at: Duration,
     /// Seconds since 1970.
     pub unix: u64,
 }
 
-/// Names the one who waits for an answer.
+/// Identifies the requester that waits for an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ReplyTo(pub u64);
 
-/// Names a store or a call whose result is awaited.
+/// Identifies a store or a call whose result is awaited.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Ticket(pub(super) u64);
 
-/// What happens to the service.
+/// An input of the service.
 #[derive(Debug)]
 pub enum Event {
-    /// Somebody asks.
+    /// A request of a client, an appliance or the operator.
     Request(ReplyTo, Request),
     /// The batch of this ticket is durable.
     Stored(Ticket),
     /// The call of this ticket ended.
     Called(Ticket, Result<Answer, CallError>),
-    /// The metadata cannot be written, for this reason; or, with none, they can again. What was to be stored is kept.
+    /// The metadata cannot be written, for this reason; or, with none, they can be written again. Pending batches are
+    /// kept.
     Writing(Option<String>),
-    /// Time passed; to come about once a second.
+    /// Time passed; to be sent about once a second.
     Tick,
 }
 
-/// What can be asked, as in the table of `xpm_protocol::api::allocator`.
+/// Requests, as in the table of `xpm_protocol::api::allocator`.
 #[derive(Debug, Clone)]
 #[allow(missing_docs)]
 pub enum Request {
-    /// The same, of this life of a client.
+    /// A request of this life of a client.
     As(Life, Box<Request>),
     Status,
     Heartbeat(Box<Heartbeat>),
     Appliances,
     ForgetAppliance(ApplianceId),
-    /// Its memory is lost.
+    /// The appliance's memory is lost.
     GiveUpAppliance(ApplianceId),
     Create(Create),
-    /// The same by somebody who names the request, to ask for it again.
+    /// A creation with an id of the request, so that the requester can repeat it.
     CreateAs(RequestId, Create),
-    /// What would become of it; with `all`, every appliance is named.
+    /// The decision that a creation would get; with `all`, every appliance is named.
     Decide {
         create: Create,
         all: bool,
@@ -79,14 +80,14 @@ pub enum Request {
     Attach {
         name: Name,
         attach: Attach,
-        /// It has the map of this epoch, with its keys, and asks for nothing but to be known.
+        /// The client has the map of this epoch with its keys, and only wants to be registered.
         has: Option<Epoch>,
     },
     Detach {
         name: Name,
         client: ClientId,
     },
-    /// A client stands by to take it over.
+    /// A client wants to stand by for the allocation.
     StandBy {
         name: Name,
         attach: Attach,
@@ -111,26 +112,26 @@ pub enum Request {
         name: Name,
         to: Name,
     },
-    /// What the owner is to do.
+    /// Asks for the owner's orders.
     Orders {
         name: Name,
         client: ClientId,
-        /// The newest state of the metadata that it heard of.
+        /// The newest state of the metadata that the owner has heard of.
         known: Option<api::MetadataState>,
     },
-    /// The same, asked by an owner whom appliances refuse these grants.
+    /// The same, from an owner that appliances refuse for these grants.
     Doubt {
         name: Name,
         client: ClientId,
         refused: Vec<GrantId>,
     },
-    /// What the owner says to it.
+    /// A report of the owner on its orders.
     Report {
         name: Name,
         client: ClientId,
         report: api::Report,
     },
-    /// Slabs with names that the owner carved or gave up.
+    /// Named slabs that the owner carved or gave up.
     Slabs {
         name: Name,
         client: ClientId,
@@ -163,30 +164,30 @@ pub enum Request {
     },
 }
 
-/// Which events somebody wants.
+/// Which events a query wants.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct EventQuery {
-    /// Those with a larger number, the oldest first; without it, the newest.
+    /// Events with a larger number, the oldest first; without it, the newest events.
     pub after: Option<u64>,
-    /// Whether to wait for one where there is none yet.
+    /// Whether to wait for an event if there is none yet.
     pub wait: bool,
-    /// Only those of what has this name.
+    /// Only events of the object of this name.
     pub object: Option<Name>,
-    /// Only those of these kinds; of all where none is named.
+    /// Only events of these kinds; of all kinds if none is named.
     pub kinds: Vec<String>,
-    /// At most so many.
+    /// Most events in the answer.
     pub limit: Option<usize>,
 }
 
 impl EventQuery {
-    /// Whether an event is one of those.
+    /// Whether an event fits the query, apart from its number.
     pub fn fits(&self, event: &api::Event) -> bool {
         self.object.as_ref().is_none_or(|object| *object == event.subject)
             && (self.kinds.is_empty() || self.kinds.contains(&event.kind))
     }
 }
 
-/// What is answered; as JSON just the content.
+/// A successful answer; its JSON is just the content.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(untagged)]
 #[allow(missing_docs)]
@@ -216,18 +217,18 @@ pub enum Outcome {
     Backup(Box<Backup>),
 }
 
-/// What the service wants done.
+/// An action that the caller of the service has to carry out.
 #[derive(Debug)]
 pub enum Effect {
-    /// Give this answer.
+    /// Send this answer.
     Reply(ReplyTo, Result<Outcome, ApiError>),
-    /// Make the batch durable, after all batches before it; then [`Event::Stored`].
+    /// Make the batch durable, after all batches before it; then send [`Event::Stored`].
     Store(Ticket, Batch),
-    /// Call an appliance within a time limit; then [`Event::Called`].
+    /// Call an appliance within a time limit; then send [`Event::Called`].
     Call(Ticket, Target, Call),
 }
 
-/// Which appliance to call.
+/// The appliance to call.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Target {
     /// The appliance.
@@ -241,9 +242,9 @@ pub struct Target {
 /// A call to an appliance.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Call {
-    /// Ask what it has.
+    /// Ask for its status.
     Status,
-    /// Ask which grants it has.
+    /// Ask for its grants.
     Grants,
     /// Reserve regions.
     Reserve(appliance_api::Reserve),
@@ -253,51 +254,51 @@ pub enum Call {
     Raise(GrantId, appliance_api::Commit, Raising),
     /// Revoke the grant; the appliance need not have it.
     Revoke(GrantId),
-    /// Revoke the grant and release every region that the appliance has for the allocation, until
-    /// it lists none: nothing that is still on its way can make a grant of them afterwards.
+    /// Revoke the grant and release every region that the appliance has for the allocation, until it lists none:
+    /// after that, no call that is still on its way can make a grant of them.
     Purge(AllocationId, GrantId),
     /// Copy a run of the grant to another appliance.
     Copy(GrantId, appliance_api::Copy),
-    /// Say what a run of the grant holds.
+    /// Ask for the digest of a run of the grant.
     Digest(GrantId, appliance_api::Range),
-    /// Say which other lives than this one are connected to the grant, and answer.
+    /// Ask which lives other than this one are connected to the grant.
     Living(GrantId, Life),
 }
 
-/// More about raising an epoch.
+/// Details of raising an epoch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Raising {
-    /// Length of the grant in bytes: it may have to be moved.
+    /// Length of the grant in bytes, since its memory may have to be moved.
     pub len: u64,
-    /// Give the new owner zeros in place of memory that cannot be moved away from the old one.
+    /// Replace memory that cannot be moved away from the old owner by zeros.
     pub lose: bool,
 }
 
-/// How an appliance answered a call.
+/// Answer of an appliance to a call.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Answer {
     /// Done.
     Done,
-    /// The epoch is raised, and zeros are in place of so many bytes.
+    /// The epoch is raised, and this number of bytes was replaced by zeros.
     Lost(u64),
-    /// What it has.
+    /// Its status.
     Status(Box<appliance_api::Status>),
     /// The regions that it reserved.
     Regions(Vec<appliance_api::Region>),
     /// Its grants.
     Grants(Vec<appliance_api::Grant>),
-    /// What a run holds.
+    /// Digest of a run.
     Digest(appliance_api::Digest),
-    /// Lives that are connected to a grant.
+    /// Lives that are connected to the grant.
     Living(Vec<appliance_api::Holder>),
 }
 
-/// Why a call brought no answer.
+/// Why a call got no answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum CallError {
     /// The appliance refused it and changed nothing.
     Refused(ErrorKind, String),
-    /// Unreachable, too late or broken off: whether it was carried out may be unknown.
+    /// Unreachable, too late or broken off: the appliance may have carried the call out.
     Failed(String),
 }
 

@@ -1,12 +1,11 @@
-//! Figures for monitoring, in the text format of Prometheus
-//! (prometheus.io/docs/instrumenting/exposition_formats).
+//! Metrics for monitoring, in the text format of Prometheus (prometheus.io/docs/instrumenting/exposition_formats).
 
 use std::fmt::Write as _;
 
 use super::{Service, lease};
 
 impl Service {
-    /// All figures. Names of accounts and allocations need no escape: see [`xpm_protocol::Name`].
+    /// All metrics. Names of accounts and allocations need no escape: see [`xpm_protocol::Name`].
     pub(super) fn metrics(&self) -> String {
         let status = self.status();
         let mut text = String::new();

@@ -1,7 +1,7 @@
-//! What the owner of an allocation is to do, and what it says to that.
+//! Orders to the owner of an allocation, and the owner's reports.
 //!
-//! The owner asks: the allocator calls no client. An owner that is not heard is never waited for by I/O,
-//! and everything here can be repeated.
+//! The owner asks for its orders: the allocator calls no client. No I/O ever waits for an owner that is not heard,
+//! and every step here can be repeated.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -18,27 +18,27 @@ use super::change::Over;
 use super::{AfterStore, Outcome, ReplyTo, Service, Work, view};
 use crate::store::record::{AllocationRecord, Stage};
 
-/// How long the present owner has, where nobody says it.
+/// Time that the present owner gets to let go, if the request sets none.
 const DEADLINE: Duration = Duration::from_secs(30);
-/// Longest time that it can be given: who asked waits for it, and the control interface cuts off whoever waits for more
-/// than a minute.
+/// Longest time that a request can set. The requester waits for it, and the control interface cuts requests off after
+/// a minute.
 const DEADLINE_MAX: Duration = Duration::from_secs(50);
 /// Most users of a device that are kept.
 const USERS_MAX: usize = 16;
 
-/// That an allocation is to go to another client, and that its owner is asked.
+/// An allocation that is to go to another client; its owner is asked to let go.
 #[derive(Debug)]
 pub(super) struct HandingOver {
     reply: ReplyTo,
     to: Owner,
-    /// When the owner is cut off, by the service's clock and in seconds since 1970.
+    /// When the time for the owner is over, by the service's clock and in seconds since 1970.
     until: (Duration, u64),
-    /// It has asked for its orders since.
+    /// The owner has asked for its orders since.
     heard: bool,
 }
 
 impl Service {
-    /// Answers what the owner is to do.
+    /// Answers with the owner's orders.
     pub(super) fn ask_orders(&mut self, reply: ReplyTo, name: &Name, client: ClientId, life: Option<Life>) {
         let Some(&id) = self.names.get(name) else { return self.reply(reply, Err(view::unknown(name))) };
         if self.part_of(id, client).is_some() {
@@ -55,8 +55,8 @@ impl Service {
         self.answer_orders(reply, id);
     }
 
-    /// Answers what the owner is to do, to one whom appliances refuse these grants. They are asked at once what they
-    /// have: the owner holds its I/O until it is known whether its memory is lost.
+    /// Answers with the orders of an owner that appliances refuse for these grants. The appliances are asked at once
+    /// for their grants: the owner holds its I/O until it knows whether its memory is lost.
     pub(super) fn hear_doubt(
         &mut self,
         reply: ReplyTo,
@@ -76,7 +76,7 @@ impl Service {
         self.ask_orders(reply, name, client, life);
     }
 
-    /// Keeps what the owner shows an allocation as, and answers what it is to do.
+    /// Keeps the device that the owner shows the allocation as, and answers with its orders.
     pub(super) fn hear_use(
         &mut self,
         reply: ReplyTo,
@@ -117,7 +117,7 @@ impl Service {
         let hand_over = hand_over.map(|one| HandOver { to: one.to.client, until: one.until.1 });
         let record = entry.record.clone();
         let change = match &record.change {
-            // One that was cut off and owns it again has a map of before, until it attaches.
+            // An owner that was cut off and then became owner again has an old map until it attaches.
             Some(change) if change.stage != Stage::Preparing && record.revealed => {
                 Some(self.map_change(&record)?)
             }
@@ -144,8 +144,8 @@ impl Service {
         })
     }
 
-    /// Answers one that does not own the allocation now, and may come to own it. Any life of its client is told so: all that
-    /// it says is to wait.
+    /// Answers a client that does not own the allocation now and may become its owner. Any life of the client gets
+    /// this answer: it only says to wait.
     fn answer_part(&mut self, reply: ReplyTo, id: AllocationId, client: ClientId) {
         let part = self.part_of(id, client);
         let orders = self.orders(id).map(|orders| Orders {
@@ -181,7 +181,7 @@ impl Service {
         })
     }
 
-    /// What the owner says.
+    /// Handles a report of the owner.
     pub(super) fn report(&mut self, reply: ReplyTo, id: AllocationId, client: ClientId, report: Report) {
         if let Err(error) = self.check_owner(id, client) {
             return self.reply(reply, Err(error));
@@ -190,7 +190,7 @@ impl Service {
             Report::HandedOver => self.handed_over(reply, id),
             Report::Holds => self.note_standby(reply, id),
             Report::Kept { why } => self.kept(reply, id, &why),
-            // Heard before it came here.
+            // Handled before it came here.
             Report::Used(_) => self.answer_orders(reply, id),
             Report::Keys { epoch, keys } => self.hear_keys(reply, id, epoch, &keys),
             Report::GaveUp { appliance } => self.hear_given_up(reply, id, appliance),
@@ -201,8 +201,8 @@ impl Service {
         }
     }
 
-    /// Takes the keys of an ownership that was recovered without them. Wrong ones do harm to that owner only: the appliances
-    /// know theirs.
+    /// Takes the keys of an ownership that was recovered without them. Wrong keys harm only the owner that sends
+    /// them: the appliances know the right ones.
     fn hear_keys(
         &mut self,
         reply: ReplyTo,
@@ -244,12 +244,12 @@ impl Service {
                 self.answer_nothing(reply, id);
                 self.end_change(id, Over::Refused(format!("`{name}` is as it was: {why}")));
             }
-            // Over already; or a stage that the owner cannot have seen.
+            // The change is over already, or the owner cannot have seen this stage.
             _ => self.answer_orders(reply, id),
         }
     }
 
-    /// The owner has nothing to do any more.
+    /// Answers that the owner has nothing left to do.
     fn answer_nothing(&mut self, reply: ReplyTo, id: AllocationId) {
         let record = self.entry(id).record.clone();
         let given_up = self.lost_lenders(&record);
@@ -269,7 +269,7 @@ impl Service {
         self.reply(reply, Ok(Outcome::Orders(Box::new(orders))));
     }
 
-    /// Hands an allocation over. The present owner is asked first, unless it is not to be.
+    /// Hands an allocation over to another client. The present owner is asked first, unless `force` is set.
     pub(super) fn transfer(&mut self, reply: ReplyTo, id: AllocationId, transfer: &Transfer) {
         let to = match self.new_owner(&transfer.to) {
             Ok(to) => to,
@@ -331,7 +331,7 @@ impl Service {
         self.let_go(id);
     }
 
-    /// The one who is to have it gets it.
+    /// The client that the allocation was promised to becomes its owner.
     pub(super) fn let_go(&mut self, id: AllocationId) {
         if let Some(HandingOver { reply, to, .. }) = self.entry(id).hand_over.take() {
             self.begin_raise_for(reply, id, to, false);
@@ -350,8 +350,8 @@ impl Service {
         self.answer_orders(reply, id);
     }
 
-    /// Ends what the owner was asked for and has not done in time: one that was heard is cut off, for it
-    /// knows; one that was not may be dead, or out of reach and writing.
+    /// Ends transfers whose time is over. An owner that was heard is cut off, because it knows of the order. An owner
+    /// that was not heard keeps the allocation: it may be out of reach and still writing.
     pub(super) fn run_hand_overs(&mut self) {
         let now = self.now.at;
         let late = |entry: &super::Entry| entry.hand_over.as_ref().is_some_and(|one| one.until.0 <= now);
@@ -381,7 +381,7 @@ impl Service {
         }
     }
 
-    /// Nobody waits any more for an allocation that ends.
+    /// Drops a pending transfer and a pending resize: the allocation ends or changes its owner.
     pub(super) fn drop_hand_over(&mut self, id: AllocationId) {
         if let Some(HandingOver { reply, .. }) = self.entry(id).hand_over.take() {
             let line = "its owner changed meanwhile; look at it, and try again".to_owned();
@@ -398,7 +398,7 @@ fn entry_lost(lost: &super::garbage::Lost, record: &AllocationRecord) -> Vec<Gra
     record.grants.iter().map(|grant| grant.id).filter(|id| lost.has(*id)).collect()
 }
 
-/// What a client says, fit to be shown.
+/// A text of a client, made fit for display.
 fn shown(text: &str) -> String {
     short_line(text, 500)
 }

@@ -1,10 +1,10 @@
-//! Who uses an allocation.
+//! Changes the owner of an allocation.
 //!
-//! The first owner gets the keys that the grants were made with. Every later change of owner
-//! raises the epoch, with new keys, at every appliance before the new owner gets the map: a late
-//! write of the one before cannot land. The next epoch and its keys are durable before the first
-//! appliance hears of them and stay the same until all have them, so that a change which broke off
-//! (an appliance away, the allocator killed) is simply repeated, whoever asks next.
+//! The first owner gets the keys that the grants were made with. Every later change of owner raises the epoch, with
+//! new keys, at every appliance before the new owner gets the map: so a late write of the earlier owner cannot land.
+//! The next epoch and its keys are durable before the first appliance hears of them, and stay the same until all
+//! appliances have them. So a change that broke off (an appliance away, the allocator killed) is simply repeated,
+//! whichever client asks next.
 
 use xpm_control::server::ApiError;
 use xpm_protocol::api::ErrorKind;
@@ -21,40 +21,40 @@ use super::{
 };
 use crate::store::record::{AllocationRecord, NextEpoch};
 
-/// How an owner is changed.
+/// Options of a change of owner.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Raised {
-    /// Somebody else than the new owner asked for it.
+    /// A client or operator other than the new owner asked for the change.
     pub(super) handed_over: bool,
     /// Memory that cannot be moved away from the old owner is replaced by zeros.
     pub(super) lose: bool,
-    /// From now on.
+    /// Block size from now on.
     pub(super) block_size: Option<BlockSize>,
 }
 
-/// A change of owner that the appliances are told about.
+/// A change of owner that is under way at the appliances.
 #[derive(Debug)]
 pub(super) struct Raise {
     reply: ReplyTo,
     owner: Owner,
-    /// Somebody else than the new owner asked for it.
+    /// A client or operator other than the new owner asked for the change.
     handed_over: bool,
     /// Memory that cannot be moved away from the old owner is replaced by zeros.
     lose: bool,
-    /// From now on.
+    /// Block size from now on.
     block_size: Option<BlockSize>,
     open: usize,
-    /// What was so, in bytes.
+    /// Bytes that were replaced by zeros.
     lost: u64,
     failures: Vec<String>,
-    /// How many of the failures are refusals that changed nothing, as the memory cannot be moved.
+    /// How many failures are refusals that changed nothing because the memory cannot be moved.
     unmovable: usize,
-    /// No appliance was told of this epoch before.
+    /// No appliance was sent this epoch before.
     first: bool,
 }
 
 impl Service {
-    /// `fences`: the owner is cut off, although it is the same client.
+    /// `fences`: the present owner is cut off, although it is the same client.
     pub(super) fn attach(
         &mut self,
         reply: ReplyTo,
@@ -71,7 +71,7 @@ impl Service {
         }
         let lose = attach.lose;
         let record = record.clone();
-        // Its owner may ask for its map again.
+        // The present owner may still ask for its map again.
         if record.owner.as_ref().is_none_or(|owner| owner.client != attach.client)
             && let Err(error) = self.check_not_lost(&record)
         {
@@ -86,7 +86,8 @@ impl Service {
         };
         let record = &self.entry(id).record;
         let same = record.owner.as_ref().filter(|owner| owner.client == attach.client && !fences);
-        // The keys that the owner has are to be told, not replaced: its device may be in use.
+        // The owner has keys that the allocator lost: they are to be reported, not replaced, since its device may be
+        // in use.
         let tells = record.keyless && same.is_some() && has == Some(record.epoch);
         let since = same.map(|owner| owner.since).unwrap_or(unix);
         let Attach { client, host_name, purpose, .. } = attach;
@@ -121,7 +122,7 @@ impl Service {
         self.store_record(record, AfterStore::Owned(reply));
     }
 
-    /// Records the next epoch, unless one is recorded already whose keys nobody was given.
+    /// Records the next epoch. An epoch that is recorded already is used as it is, with its keys.
     pub(super) fn begin_raise(&mut self, reply: ReplyTo, id: AllocationId, owner: Owner, how: Raised) {
         let Raised { handed_over, lose, block_size } = how;
         if !handed_over {
@@ -145,7 +146,7 @@ impl Service {
             return self.raise(id, raise);
         }
         if !first {
-            // Durable before an appliance hears of the new keys: those of the owner do not count from then on.
+            // Durable before an appliance hears of the new keys: from then on the present owner's keys do not count.
             self.entry(id).work = Work::Storing;
             return self.store_record(record, AfterStore::Raise(raise));
         }
@@ -158,7 +159,7 @@ impl Service {
         self.store_record(record, AfterStore::Raise(raise));
     }
 
-    /// The same for one who did not ask for it.
+    /// The same for a new owner that did not ask for the change itself.
     pub(super) fn begin_raise_for(&mut self, reply: ReplyTo, id: AllocationId, owner: Owner, lose: bool) {
         let block_size = self.entry(id).record.block_size();
         self.begin_raise(reply, id, owner, Raised { handed_over: true, lose, block_size });
@@ -207,10 +208,11 @@ impl Service {
             return self.store_record(record, after);
         }
         let failures = raise.failures.join("; ");
-        // An earlier call may have been carried out, or still arrive; and where the metadata were recovered, the next
-        // epoch has the only keys that are known. Such an epoch stays, with its keys, until every appliance has it.
+        // An earlier call may have been carried out, or may still arrive; and after a recovery of the metadata, only
+        // the keys of the next epoch are known. Such an epoch stays, with its keys, until every appliance has it.
         if raise.first && raise.unmovable == record.grants.len() {
-            // Each appliance was asked once and has changed nothing: nobody has these keys, and the owner goes on.
+            // Each appliance was asked once and has changed nothing: no client has the new keys, and the owner goes
+            // on.
             let line = format!("`{}` stays with its owner: {failures}", record.name);
             let mut record = record.clone();
             record.next = None;
@@ -252,7 +254,7 @@ impl Service {
         self.finish_work(id);
     }
 
-    /// Ends an ownership. Who is not the owner, or not any more, has what they want already.
+    /// Ends an ownership. For a client that is not the owner there is nothing to do.
     pub(super) fn detach(&mut self, reply: ReplyTo, id: AllocationId, client: ClientId, life: Option<Life>) {
         let mut record = self.entry(id).record.clone();
         if record.owner.as_ref().is_none_or(|owner| owner.client != client) {
@@ -262,11 +264,11 @@ impl Service {
             return;
         }
         if self.entry(id).hand_over.is_some() {
-            // To let go is what it was asked for.
+            // Detaching is what the owner was asked for.
             self.reply(reply, Ok(Outcome::Done));
             return self.let_go(id);
         }
-        // The size of the form that it was shown as, where there was no choice.
+        // A device that left the choice open used the block size of its form.
         record.block_size = record.block_size();
         record.owner = None;
         record.standby.iter_mut().for_each(|standby| standby.noted = false);
@@ -280,7 +282,7 @@ impl Service {
         self.map_of(record)
     }
 
-    /// Where an allocation lies, with everything that its owner needs.
+    /// The map of an allocation: its grants with all that its owner needs.
     pub(super) fn map_of(&self, record: AllocationRecord) -> Result<Map, ApiError> {
         let mut grants = Vec::with_capacity(record.grants.len());
         for grant in &record.grants {
@@ -316,7 +318,7 @@ impl Service {
     }
 }
 
-/// An owner does not stand by, and another owner than before has not heard of who does.
+/// Adjusts the standby to a new owner: an owner does not stand by, and a new owner has not noted who does.
 fn forget_standby(record: &mut AllocationRecord, owner: &Owner) {
     let stays = record.owner.as_ref().is_some_and(|before| before.client == owner.client);
     record.standby = record.standby.take().filter(|standby| standby.client.client != owner.client);
@@ -353,8 +355,9 @@ fn check(record: &AllocationRecord, attach: &Attach) -> Result<(), ApiError> {
 
 /// The block size of an allocation from this attachment on.
 ///
-/// A client that says nothing of block sizes shows the size of its form. That is right for what was made before there was a
-/// choice, and for what nobody ever wrote to; else it would show what is there by the wrong size.
+/// A client that sends no block size shows the size of its form. That is right for allocations from before block
+/// sizes were recorded, and for allocations that were never written to; for others it would show the data with the
+/// wrong block size.
 pub(super) fn block_size(record: &AllocationRecord, attach: &Attach) -> Result<Option<BlockSize>, ApiError> {
     let Ok(form) = attach.purpose.parse::<Form>() else { return Ok(record.block_size()) };
     let (name, of_form) = (&record.name, form.block_size_of_before());
@@ -412,7 +415,8 @@ pub(super) fn raise_calls(
     record.grants.iter().zip(&next.keys).map(call).collect()
 }
 
-/// Whom it is handed to gets the keys when it attaches, and carries no change out before.
+/// The record after the raise. A client that gets the allocation without asking receives the keys when it attaches,
+/// and carries out no change before.
 fn raised_record(mut record: AllocationRecord, raise: &Raise) -> AllocationRecord {
     record.block_size = raise.block_size;
     if let Some(next) = record.next.take() {

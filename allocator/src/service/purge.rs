@@ -1,9 +1,9 @@
-//! Giving memory back: the end of a deletion, and the undoing of what was not finished.
+//! Gives memory back: the end of a deletion, and the undoing of unfinished allocations.
 //!
-//! `Deleting` or `Undoing` is durable before the first call, and the record goes only when every
-//! appliance has confirmed. One that does not answer is called again, first after a second, later
-//! less often, and at once when it is heard again. The user waits for the first round only. An
-//! appliance that the operator made the allocator forget needs no call: its memory is gone.
+//! `Deleting` or `Undoing` is durable before the first call, and the record goes only when every appliance has
+//! confirmed. An appliance that does not answer is called again, first after a second, then after longer pauses, and
+//! at once when it is heard again. The requester waits for the first round of calls only. An appliance that the
+//! operator made the allocator forget is not called: its memory is gone.
 
 use std::time::Duration;
 
@@ -17,23 +17,23 @@ use super::{AfterStore, Answer, Awaited, Call, CallError, Outcome, ReplyTo, Serv
 use crate::store::Change;
 use crate::store::record::{AllocationRecord, Phase};
 
-/// Pause before the second call to an appliance that did not answer; it doubles each time.
+/// Pause before the second call to an appliance that did not answer; it doubles with each failure.
 const PAUSE_MIN: Duration = Duration::from_secs(1);
 /// Longest pause.
 const PAUSE_MAX: Duration = Duration::from_secs(60);
 
-/// What follows the first round.
+/// Action after the first round of calls.
 #[derive(Debug)]
 pub(super) enum Then {
-    /// Nobody waits.
+    /// No request waits.
     Nothing,
-    /// Give this answer.
+    /// Send this answer.
     Answer(ReplyTo, Result<Outcome, ApiError>),
-    /// Try the allocation again.
+    /// Try the creation again.
     TryAgain(Box<Wish>),
 }
 
-/// How far the giving back is.
+/// Progress of giving one allocation back.
 #[derive(Debug)]
 pub(super) struct Purge {
     then: Then,
@@ -48,7 +48,7 @@ enum State {
     Again { at: Duration, failures: u32 },
 }
 
-/// Whether the allocation is gone for its user.
+/// Whether the allocation is deleted from its user's point of view.
 pub(super) fn is_deleting(record: &AllocationRecord) -> bool {
     record.phase == Phase::Deleting
 }
@@ -71,7 +71,7 @@ impl Service {
         self.store_record(record, AfterStore::Delete(reply));
     }
 
-    /// Begins to give everything back. The name is free from now on, unless it is needed again.
+    /// Begins to give everything back. The name is free from now on, unless a second attempt needs it.
     pub(super) fn purge(&mut self, id: AllocationId, then: Then) {
         let record = &self.entry(id).record;
         let (name, grants) = (record.name.clone(), record.grants.len());
@@ -93,7 +93,7 @@ impl Service {
         self.release_queue(id);
     }
 
-    /// Gives back what an earlier life left: at each appliance when it is heard, and else from this moment on.
+    /// Gives back what an earlier process left: at each appliance when it is heard, or from the moment `at` on.
     pub(super) fn purge_when_heard(&mut self, id: AllocationId, at: Duration) {
         self.free_name(id);
         self.uncount(id);
@@ -137,8 +137,8 @@ impl Service {
                 State::Again { at: now + pause, failures: failures + 1 }
             }
             _ => {
-                // It is free only once it is cleared: until then the last heartbeat, which may be
-                // older than the allocation, says too much.
+                // The memory is free only once it is cleared. Until then the last heartbeat counts too much as free,
+                // and it may even be older than the allocation.
                 self.inventory.settle(id, appliance, event);
                 State::Done
             }
@@ -160,7 +160,7 @@ impl Service {
             Then::Answer(reply, result) => self.reply(reply, result),
             Then::TryAgain(wish) => self.place(*wish),
         }
-        // What waited for the allocation finds the second attempt, or nothing.
+        // Requests that waited for the allocation now find the second attempt, or nothing.
         self.release_queue(id);
         if all {
             self.store(vec![Change::AllocationGone(id)], Awaited::RecordGone(id));
@@ -174,7 +174,7 @@ impl Service {
         }
     }
 
-    /// Calls again where the pause is over.
+    /// Repeats the calls whose pause is over.
     pub(super) fn start_due_purges(&mut self) {
         let now = self.now.at;
         for (id, grant, failures) in self.purges_waiting(|at, _| at <= now) {
@@ -184,7 +184,7 @@ impl Service {
         }
     }
 
-    /// The appliance is there again, or gone for good: no pause is needed.
+    /// The appliance is there again, or gone for good: its pauses end now.
     pub(super) fn hasten_purges(&mut self, appliance: ApplianceId) {
         let now = self.now.at;
         for (id, grant, failures) in self.purges_waiting(|_, of| of == appliance) {

@@ -1,7 +1,7 @@
-//! Moving regions from full appliances to empty ones.
+//! Moves regions from full appliances to empty ones.
 //!
-//! The plan is made once, by what each appliance has in use, and carried out one move after the other; a move
-//! that cannot be made any more is left out. It lives in memory only.
+//! The plan is made once, from the memory in use on each appliance, and carried out one move after the other. A move
+//! that has become impossible is skipped. The plan is in memory only.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -16,12 +16,12 @@ use super::{Outcome, ReplyTo, Service, Work};
 /// Most moves of one plan.
 const PLAN_MAX: usize = 10_000;
 
-/// What is being moved.
+/// The plan under way.
 #[derive(Debug, Default)]
 pub(super) struct Balancing {
     moves: VecDeque<Move>,
     moved: u64,
-    /// When it began, and what was to move then.
+    /// When it began, and the bytes that were to move then.
     began: Option<(Duration, u64)>,
     paused: bool,
     rate: Option<u64>,
@@ -36,7 +36,7 @@ struct Move {
     bytes: u64,
 }
 
-/// An appliance as the plan sees it.
+/// Memory of an appliance, as the plan counts it.
 #[derive(Debug, Clone, Copy)]
 struct Load {
     used: u64,
@@ -44,7 +44,7 @@ struct Load {
 }
 
 impl Load {
-    /// In millionths.
+    /// Share of the memory that is in use, in millionths.
     fn share(self) -> u64 {
         (u128::from(self.used) * 1_000_000 / u128::from(self.capacity.max(1))) as u64
     }
@@ -104,11 +104,11 @@ impl Service {
         }
     }
 
-    /// From the appliance that is used most to the one that is used least, one region at a time, for as long as
-    /// that brings them closer together.
+    /// Plans moves from the fullest appliance to the emptiest one, one region at a time, as long as a move brings the
+    /// two closer together.
     fn plan_rebalance(&self) -> VecDeque<Move> {
         let up = |one: &&crate::strategy::Candidate| one.up_until >= self.now.at && !one.drain;
-        // By the records, which are newer than what appliances said last.
+        // From the records, which are newer than the last reports of the appliances.
         let mut used: BTreeMap<ApplianceId, u64> = BTreeMap::new();
         for record in self.allocations.values().map(|entry| &entry.record) {
             for grant in record.memory_grants() {
@@ -148,7 +148,7 @@ impl Service {
         planned.into()
     }
 
-    /// Regions that may move, by appliance: allocation, how many, length.
+    /// Regions that may move, by appliance: allocation, number of regions, length of each.
     fn movable(
         &self,
         loads: &BTreeMap<ApplianceId, Load>,
@@ -167,7 +167,7 @@ impl Service {
         movable
     }
 
-    /// Begins what can be begun.
+    /// Begins the moves that can begin now.
     pub(super) fn run_rebalance(&mut self) {
         while !self.balancing.paused && self.moves_under_way() < MOVES_MAX {
             let Some(one) = self.balancing.moves.pop_front() else { return };
@@ -178,7 +178,7 @@ impl Service {
             }
             let mut regions = entry.record.regions_on(one.from);
             let name = entry.record.name.clone();
-            // From the end, where least is to be expected.
+            // From the end of the allocation, which is likely to be used least.
             regions.drain(..regions.len().saturating_sub(one.regions));
             let rate = self.balancing.rate;
             match self.begin_move(one.allocation, &regions, (one.from, Some(one.to)), rate) {
@@ -199,7 +199,7 @@ impl Load {
     }
 }
 
-/// The appliance that is used most, of those with something to move, and the one that is used least.
+/// The fullest appliance of those with movable regions, and the emptiest appliance.
 fn ends(
     loads: &BTreeMap<ApplianceId, Load>,
     regions: &BTreeMap<ApplianceId, Vec<(AllocationId, usize, u64)>>,

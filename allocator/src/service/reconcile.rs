@@ -1,14 +1,14 @@
-//! What a start finds half done.
+//! Settles the steps that a restart finds half done.
 //!
-//! - `Creating`: nobody was told that it is there, so it is undone.
-//! - `Deleting`, `Undoing`: going on where it was, at each appliance once it is heard.
-//! - `Ready` with a next epoch: it stays; the next attach finishes the change of owner.
-//! - `Ready` with a hand-over that is `Raising` or `Returning`: the old owner gets the allocation back, once its appliances are
-//!   heard (`handover.rs`).
-//! - `Ready` with a change that is `Preparing`: the change is given up. With one that is `Open` or `Switched`:
-//!   the owner goes on with it, or, where there is none, it is carried out or ended.
+//! - `Creating`: no requester was told that the allocation exists, so it is undone.
+//! - `Deleting`, `Undoing`: continued, at each appliance once it is heard.
+//! - `Ready` with a next epoch: unchanged; the next attach finishes the change of owner.
+//! - `Ready` with a hand-over that is `Raising` or `Returning`: the old owner gets the allocation back, once its
+//!   appliances are heard (`handover.rs`).
+//! - `Ready` with a change that is `Preparing`: the change is given up. With a change that is `Open` or `Switched`:
+//!   the owner goes on with it; without an owner, the change is carried out or ended.
 //!
-//! Reservations need no care: an appliance drops them by itself when their time is over.
+//! Reservations need no action: an appliance drops them by itself when their time is over.
 
 use std::time::Duration;
 
@@ -20,16 +20,16 @@ use crate::policy::Policy;
 use crate::store::Loaded;
 use crate::store::record::{AllocationRecord, Phase, Stage};
 
-/// Heartbeat intervals that appliances are waited for after a start.
+/// How long known appliances are waited for after a start, in heartbeat intervals.
 const PATIENCE: u32 = 3;
 
 impl Service {
-    /// Takes what was remembered; to be called once, before any event.
+    /// Loads the stored state; to be called once, before any event.
     pub fn restore(&mut self, now: Moment, loaded: Loaded) -> Vec<Effect> {
         self.now = now;
         self.now.unix = self.read_clock(now);
         self.state = loaded.state;
-        // First: what is told from here on has the numbers after those.
+        // First, so that events of this process get higher numbers than the loaded ones.
         self.restore_events(loaded.events);
         for appliance in loaded.appliances {
             self.inventory.restore(appliance);
@@ -49,7 +49,7 @@ impl Service {
     fn restore_allocation(&mut self, mut record: AllocationRecord, steps_from: u64) {
         let id = record.id;
         if record.phase == Phase::Creating {
-            // The stored record may say `Creating` until it goes: each start would undo it again.
+            // The stored record may say `Creating` until it is removed: each start would undo it again.
             tracing::info!("allocation {} ({id}) was not finished: it is undone", record.name);
             record.phase = Phase::Undoing;
         }
@@ -69,13 +69,13 @@ impl Service {
         }
     }
 
-    /// How long appliances that are known are waited for after a start. What they heard of the metadata comes first: what
-    /// metadata of yesterday have half done may be in use since.
+    /// How long known appliances are waited for after a start. Their reports on the state of the metadata have to
+    /// come first: a step that is half done by outdated metadata may be in use since.
     fn patience(&self) -> Duration {
         self.settings.interval * PATIENCE
     }
 
-    /// Goes on with changes whose appliances were heard, or do not come.
+    /// Settles the changes whose appliances were heard or are late.
     pub(super) fn settle_restored(&mut self) {
         let now = self.now.at;
         let heard = |id: &AllocationId| {

@@ -1,8 +1,8 @@
-//! Another name for an allocation.
+//! Renames an allocation.
 //!
-//! Owners ask for their orders by the name, and devices are called by it, so an allocation in use keeps its own. The new
-//! name is taken from the moment the order comes, and holds when it is durable; appliances are told of it like of any other
-//! change of a record.
+//! Owners ask for their orders by the allocation's name, and devices are named after it, so an allocation in use
+//! keeps its name. The new name is taken from the moment of the request, and takes effect when it is durable;
+//! appliances are told of it as of any other change of a record.
 
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::event::EventKind;
@@ -43,7 +43,7 @@ impl Service {
         self.store_record(record, AfterStore::Renamed(reply, name));
     }
 
-    /// The new name is durable, and taken.
+    /// The new name is durable and in effect.
     pub(super) fn renamed(&mut self, reply: ReplyTo, id: AllocationId, old: &Name) {
         let name = self.entry(id).record.name.clone();
         self.renaming.remove(&name);
@@ -53,7 +53,7 @@ impl Service {
         self.finish_work(id);
     }
 
-    /// An allocation is found by the name of its record.
+    /// Keeps the index of names in step with the record.
     pub(super) fn follow_name(&mut self, id: AllocationId, old: &Name) {
         let name = self.entry(id).record.name.clone();
         if name != *old && self.names.get(old) == Some(&id) {

@@ -1,10 +1,9 @@
-//! The service against scripted appliances, with faults between any two steps.
+//! Tests of the service against simulated appliances, with faults between any two steps.
 //!
-//! The world keeps what was made durable, a few appliances with real bookkeeping of regions,
-//! reservations and grants, and the calls and answers that are on their way. A seeded script of
-//! requests, faults, crashes and passing time drives it; at its end everything is mended and time
-//! passes. Then each appliance must have exactly the grants of the record, nothing reserved, and
-//! no request may be without its one answer.
+//! The world holds the durable metadata, a few appliances that keep books of regions, reservations and grants, and
+//! the calls and answers that are on their way. A seeded script of requests, faults, crashes and passing time drives
+//! it. At its end all faults are repaired and time passes. Then each appliance must have exactly the grants of the
+//! records and no reservation, and each request must have exactly one answer.
 
 mod appliance;
 mod behind;

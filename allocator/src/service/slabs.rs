@@ -1,7 +1,7 @@
-//! Slabs with names: where the owner of an allocation carved them, kept for whoever owns it later.
+//! Named slabs: the map of where the owner of an allocation carved them, kept for later owners.
 //!
-//! The owner carves on its own; here is only the map, which goes with the record: to the store, to backups, and in
-//! descriptors to the appliances, from where it can be recovered.
+//! The owner carves slabs on its own. The allocator only keeps the map as part of the record: in the store, in
+//! backups, and in the descriptors at the appliances, from which it can be recovered.
 
 use xpm_control::server::ApiError;
 use xpm_protocol::api::ErrorKind;
@@ -11,7 +11,7 @@ use xpm_protocol::{AllocationId, ByteSize, ClientId};
 use super::{AfterStore, Outcome, ReplyTo, Service, Work};
 
 impl Service {
-    /// Keeps a new map, if it follows the one that is known. The same once more is no error.
+    /// Keeps a new map if its number follows the known one. Sending the same map again is no error.
     pub(super) fn set_slabs(&mut self, reply: ReplyTo, id: AllocationId, client: ClientId, slabs: SlabMap) {
         let kept = self.check_owner(id, client).and_then(|()| self.check_slabs(id, &slabs));
         match kept {
@@ -27,7 +27,7 @@ impl Service {
         }
     }
 
-    /// Whether it is new.
+    /// Whether the map is new.
     fn check_slabs(&mut self, id: AllocationId, slabs: &SlabMap) -> Result<bool, ApiError> {
         let record = &self.entry(id).record;
         let known = &record.slabs;
@@ -41,7 +41,7 @@ impl Service {
             );
             return Err(ApiError(ErrorKind::Conflict, line));
         }
-        // One that is about to become smaller has no more than it will have.
+        // During a shrink, slabs have to fit into the smaller size.
         let size = record.change.as_ref().map_or(record.size, |change| change.size.min(record.size));
         slabs.check(size).map_err(|line| ApiError(ErrorKind::Invalid, line))?;
         Ok(true)
@@ -53,7 +53,7 @@ impl Service {
         self.finish_work(id);
     }
 
-    /// Whether an allocation can end at `size`, as far as its slabs go.
+    /// Refuses a size that would cut a slab off.
     pub(super) fn check_slabs_within(&mut self, id: AllocationId, size: u64) -> Result<(), ApiError> {
         let record = &self.entry(id).record;
         let end = |one: &xpm_protocol::api::allocator::SlabPlace| one.offset.0 + one.len.0;

@@ -1,8 +1,10 @@
 //! Clients that stand by to take an allocation over.
 //!
-//! A client that stands by knows where the allocation lies, and has no keys. There is one of them for an allocation at a time.
-//! While there is one, the allocation stays where and as large as it is: what the client was told has to hold at the moment that
-//! it becomes the owner. The present owner is told, writes down that it holds its I/O when appliances refuse it, and says so: only
+//! A client that stands by knows where the allocation lies, and has no keys. At most one client stands by for an
+//! allocation at a time. Meanwhile the allocation stays where and as large as it is: the map that the standby has
+//! must be right at the moment when it becomes the owner. The present owner is told of the standby, writes down that
+//! it has to hold its I/O when appliances refuse it, and reports that: only then can the allocation be handed over
+//! (`handover.rs`).
 //! then can the allocation be handed over (`handover.rs`).
 
 use xpm_control::server::ApiError;
@@ -84,7 +86,7 @@ impl Service {
         Ok(())
     }
 
-    /// It is durable that a client stands by.
+    /// The standby is durable.
     pub(super) fn stands_by(&mut self, reply: ReplyTo, id: AllocationId) {
         let record = &self.entry(id).record;
         let (name, standby) = (record.name.clone(), record.standby.clone());
@@ -104,7 +106,7 @@ impl Service {
         self.reply(reply, map.map(|map| Outcome::Owned(Box::new(Owned { map, metadata }))));
     }
 
-    /// A client does not stand by any more. Whether it did.
+    /// A client stops standing by. Returns whether it stood by.
     pub(super) fn withdraw(
         &mut self,
         reply: ReplyTo,
@@ -116,7 +118,7 @@ impl Service {
         let Some(standby) = record.standby.as_ref().filter(|standby| standby.client.client == client) else {
             return false;
         };
-        // A copy of the client has nothing here.
+        // A copy of the client's state directory may not withdraw the client.
         if let (Some(life), Some(holder)) = (life, standby.client.life)
             && !matches!(life.after(&holder), Succession::Same | Succession::IfEnded)
         {
@@ -134,7 +136,8 @@ impl Service {
         self.finish_work(id);
     }
 
-    /// The owner holds its I/O from now on until the allocator says whose the allocation is.
+    /// The owner has noted the standby: when appliances refuse it, it holds its I/O until the allocator says who owns
+    /// the allocation.
     pub(super) fn note_standby(&mut self, reply: ReplyTo, id: AllocationId) {
         let mut record = self.entry(id).record.clone();
         match &mut record.standby {
@@ -151,7 +154,7 @@ impl Service {
         self.finish_work(id);
     }
 
-    /// The part that a client has of an allocation of another owner, if any.
+    /// The role that a client has in an allocation of another owner, if any.
     pub(super) fn part_of(&self, id: AllocationId, client: ClientId) -> Option<Part> {
         let record = &self.allocations[&id].record;
         match &record.handover {
@@ -188,7 +191,7 @@ impl Service {
                 _ => false,
             };
             let (from, to, id) = (&handover.from.host_name, &handover.to.host_name, handover.id);
-            // A client whose detach is refused as in use owes it, and asks again once the hand-over is over.
+            // A client keeps trying a detach that is refused as in use, so it asks again once the hand-over is over.
             let kind = if matches!(request, Request::Detach { .. }) {
                 ErrorKind::InUse
             } else {
@@ -218,7 +221,7 @@ impl Service {
     }
 }
 
-/// What a client may know that is not the owner.
+/// The map for a client that is not the owner.
 fn without_keys(mut map: Map) -> Map {
     map.grants.iter_mut().for_each(|grant| grant.key = GrantKey::NONE);
     map

@@ -1,18 +1,19 @@
-//! Two appliances with one identity: a copy of an appliance's state directory (a cloned machine, an image, a backup), or a
-//! second appliance of the same name. One of the two is taken.
+//! Two appliances with one identity: a copy of an appliance's state directory (a cloned machine, an image, a backup),
+//! or a second appliance of the same name. The allocator accepts one of the two.
 //!
 //! ```text
 //!   a heartbeat of id X, name N, life L
 //!     X is known in life H, and L is not H or a later life under the same lock:
 //!         X may be up, and nothing proves that H ended   refused: a copy
-//!         X is silent, or its port is L's now            taken
+//!         X is silent, or its port is L's now            accepted
 //!     N is new for X, or X was silent, and another appliance of name N may be up:
-//!         an allocation has memory on X                  taken: it was there first
-//!         else                                           refused: the name is taken
+//!         an allocation has memory on X                  accepted: it was there first
+//!         else                                           refused: the name is in use
 //! ```
 //!
-//! An appliance may be up if it was heard within three heartbeat intervals, or this process started within them. An
-//! appliance of before there were lives is taken by its id, unless the life of that id is known.
+//! An appliance may be up if it was heard within three heartbeat intervals, or if this process started within them.
+//! An appliance that sends no life (a version from before lives existed) is accepted by its id, unless a life of that
+//! id is known.
 
 use std::time::Duration;
 
@@ -28,7 +29,7 @@ use super::Service;
 
 /// Most refused appliances that are remembered.
 const REFUSED_MAX: usize = 64;
-/// How long a refused appliance that does not ask again counts as a problem; it asks every few seconds.
+/// How long a refused appliance counts as a problem after its last heartbeat; it sends one every few seconds.
 const ASKS_LATELY: Duration = Duration::from_secs(60);
 
 /// The appliances whose heartbeats were refused lately.
@@ -44,7 +45,7 @@ struct Refused {
     name: Name,
     why: Why,
     line: String,
-    /// When it asked last, by the service's clock.
+    /// Its last heartbeat, by the service's clock.
     asked: Duration,
 }
 
@@ -64,7 +65,7 @@ impl Why {
 }
 
 impl Service {
-    /// Why a heartbeat is refused, if it is. Tells of it once for each life that is refused.
+    /// The refusal of a heartbeat, if it has to be refused. It is reported as an event once for each refused life.
     pub(super) fn refuse_twin(&mut self, info: &Info) -> Option<ApiError> {
         let same = |one: &Refused| one.id == info.id && one.life == info.life;
         let Some((why, line)) = self.twin_of(info) else {
@@ -87,7 +88,7 @@ impl Service {
         Some(ApiError(ErrorKind::Conflict, line))
     }
 
-    /// The appliance that is there in place of this one, as the reason of a refusal.
+    /// Why another appliance has precedence over this one, as kind and reason.
     fn twin_of(&self, info: &Info) -> Option<(Why, String)> {
         let now = self.now.at;
         let known = self.inventory.info(info.id);
@@ -130,7 +131,7 @@ impl Service {
         self.allocations.values().any(|entry| entry.record.grant_on(id).is_some())
     }
 
-    /// Forgets refused appliances that ask no more.
+    /// Forgets refused appliances that send no more heartbeats.
     pub(super) fn forget_old_twins(&mut self) {
         let now = self.now.at;
         self.twins.refused.retain(|one| now.saturating_sub(one.asked) <= ASKS_LATELY);
@@ -145,7 +146,7 @@ impl Service {
     }
 }
 
-/// Whether a heartbeat comes from another life than the one that is known, which the known one has to end for.
+/// Whether a heartbeat comes from a life that may only follow when the known life has ended.
 fn is_another_life(held: &Info, info: &Info) -> bool {
     match (&held.life, &info.life) {
         (None, _) => false,
@@ -154,7 +155,8 @@ fn is_another_life(held: &Info, info: &Info) -> bool {
     }
 }
 
-/// Whether this one listens at the port of the other one, on the same running kernel: the process of the other one has ended.
+/// Whether this life listens at the port of the known one, on the same running kernel: the process of the known one
+/// has ended.
 fn has_its_port(held: &Info, info: &Info) -> bool {
     held.endpoints.host == info.endpoints.host && held.control == info.control
 }

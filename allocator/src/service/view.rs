@@ -1,4 +1,4 @@
-//! What is shown of the state.
+//! Views of the state for the API.
 
 use std::collections::HashMap;
 
@@ -15,7 +15,7 @@ use crate::store::Loaded;
 use crate::store::backup::Backup;
 use crate::store::record::{AllocationRecord, Phase};
 
-/// The refusal of a name that nothing has.
+/// The error for a name that no allocation has.
 pub(super) fn unknown(name: &Name) -> ApiError {
     ApiError(
         ErrorKind::NotFound,
@@ -44,7 +44,7 @@ impl Service {
         }
     }
 
-    /// Everything that is remembered, but for decisions; with keys.
+    /// Everything that is stored, except decisions; with keys.
     pub(super) fn backup(&self) -> Backup {
         let loaded = Loaded {
             allocations: self.allocations.values().map(|entry| entry.record.clone()).collect(),
@@ -65,7 +65,7 @@ impl Service {
             *regions.entry(grant.appliance).or_default() += u64::from(grant.count);
         }
         let mut list = self.inventory.list(self.now.at, &regions);
-        // One that was given up is of interest while something was lost with it.
+        // An appliance that was given up is listed as long as allocations have lost regions with it.
         list.retain(|one| one.given_up.is_none() || one.regions > 0);
         for appliance in &mut list {
             appliance.drain = self.drain_state(appliance.info.id);
@@ -80,7 +80,7 @@ impl Service {
         list
     }
 
-    /// The allocation that has the name, or else one that had it and is not gone yet.
+    /// The allocation that holds the name, or else one that held it and is not yet gone.
     pub(super) fn show(&self, name: &Name) -> Result<Allocation, ApiError> {
         let gone = || {
             self.allocations.values().find(|entry| entry.record.name == *name).map(|entry| entry.record.id)
@@ -137,13 +137,13 @@ impl Service {
         }
     }
 
-    /// The names of the appliances that do not have what it had there.
+    /// Names of the appliances on which the allocation lost memory.
     fn lost_on(&self, id: AllocationId) -> Vec<String> {
         let Entry { record, lost, .. } = &self.allocations[&id];
         record.given_up.union(&lost.on).map(|one| self.inventory.name(*one)).collect()
     }
 
-    /// What its owner shows it as, if the one that it has has said so.
+    /// The device that the present owner reported, if it has reported one.
     fn used(&self, id: AllocationId) -> Option<DeviceUse> {
         let Entry { record, side, .. } = &self.allocations[&id];
         let (client, used) = side.used.as_ref()?;
@@ -156,7 +156,7 @@ impl Service {
             let region: RegionId = *grant.regions.get(slot.slot as usize)?;
             let appliance_name = match self.inventory.info(grant.appliance) {
                 Some(info) => info.name.clone(),
-                // An id is always a name as well.
+                // An id is always a valid name.
                 None => grant.appliance.to_string().parse().ok()?,
             };
             Some(RegionPlace { region, appliance: grant.appliance, appliance_name })
@@ -164,8 +164,8 @@ impl Service {
         record.slots.iter().filter_map(place).collect()
     }
 
-    /// Why an appliance cannot be forgotten: an allocation has memory on it, or it is up and still
-    /// has something to give back.
+    /// Why an appliance cannot be forgotten: an allocation has memory on it, or it is up and still has grants to give
+    /// back.
     pub(super) fn reason_to_keep(&self, id: ApplianceId) -> Option<String> {
         let up = self.inventory.state(id, self.now.at) == Some(ApplianceState::Up);
         let on_it = |entry: &&Entry| entry.record.grant_on(id).is_some() && (entry.record.holds_name() || up);

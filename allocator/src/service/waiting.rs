@@ -1,17 +1,17 @@
-//! Requests that wait for their turn, and who gives way to them.
+//! The queue of requests that wait for memory, and the allocations that give way to them.
 //!
-//! They are served by priority and, within one, in the order in which they came. When nothing
-//! else helps, allocations that may be reclaimed give way: those that nobody uses first, the
-//! longest idle one at the head; then those in use of a lower priority, the lowest first. They are told, have a time
-//! of grace, and are freed only when that is over; if the request is served or goes meanwhile, they
-//! stay.
+//! Requests are served by priority and, within a priority, in order of arrival. If nothing else helps, allocations
+//! that may be reclaimed give way: first those without an owner, the longest idle one at the head; then those in use
+//! that have a lower priority, the lowest first. Their owners are told and get a time of grace. They are freed only
+//! when that time is over; if the request is served or cancelled before that, they stay.
 //!
-//! The first one that lacks room holds as much of the pool as it needs, not all that is free: whoever comes later is served as
-//! long as the rest of the pool could still serve the first one when the others give their memory back. What was made since
-//! it waits counts as kept, so that small requests cannot pass for ever. What could not serve it at all it does not hold, and it
-//! holds for at most [`HOLD_MAX`], so that a request that waits for days stops nobody.
+//! The first request that lacks room keeps as much of the pool as it needs, not everything that is free: a later
+//! request is served as long as the rest of the pool could still serve the first one once all other memory is given
+//! back. Allocations that were made since the first request began to wait count as kept, so that small requests
+//! cannot overtake it for ever. Memory on an appliance that cannot serve the first request at all is not kept for it.
+//! It keeps memory for at most [`HOLD_MAX`], so that a request that waits for days blocks no other.
 //!
-//! The queue is in memory: after a restart, whoever waits asks again.
+//! The queue is in memory only: after a restart, waiting clients ask again.
 
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
@@ -32,37 +32,37 @@ use crate::strategy::{Code, Placement, remedy};
 const WAIT_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
 /// Most requests that wait.
 const QUEUE_MAX: usize = 10_000;
-/// How many requests are tried at each look, from the head of the queue and from the rest of it.
+/// How many requests are tried per round, from the head of the queue and from the rest.
 const TRIES_HEAD: usize = 16;
 const TRIES_OTHERS: usize = 16;
-/// How long the first request that lacks room holds memory that later ones could have, in seconds.
+/// How long the first request that lacks room keeps memory from later requests, in seconds.
 const HOLD_MAX: u64 = 600;
-/// Most requests that were taken back and are remembered.
+/// Most cancelled requests that are remembered.
 const CANCELLED_MAX: usize = 10_000;
-/// How long a refusal after waiting is kept for the one who asked.
+/// How long a refusal after waiting is kept for the requester, in seconds.
 const REFUSAL_KEPT: u64 = 600;
 
-/// A request that waits, or was refused after it had waited.
+/// A request that waits, or that was refused after it had waited.
 #[derive(Debug)]
 pub(super) struct Waiter {
     id: AllocationId,
     wish: Wish,
     priority: u16,
     layout: Layout,
-    /// Order of arrival.
+    /// Event at which the request arrived; orders requests of one priority.
     number: u64,
     since: u64,
     until: u64,
     why: String,
-    /// Its place is being made.
+    /// It is being placed now, and may turn into an allocation.
     tried: bool,
-    /// It was refused at this moment.
+    /// When it was refused, seconds since 1970.
     refused: Option<u64>,
-    /// What it came to when it was looked at last.
+    /// The result of its last evaluation.
     asked: Asked,
-    /// Appliances that could serve it but for room.
+    /// Appliances that could serve it if they had room.
     holds: HashSet<ApplianceId>,
-    /// Since when it holds them, seconds since 1970.
+    /// Since when it keeps memory, seconds since 1970.
     held_since: Option<u64>,
 }
 
@@ -110,7 +110,7 @@ impl Service {
         }
     }
 
-    /// It was tried, and there is still no place for it.
+    /// The request was tried, and there is still no place for it.
     pub(super) fn still_waits(&mut self, name: &Name, looked: &Looked, why: String) {
         let priority = looked.asked.priority;
         let create = self.queue.iter().find(|one| one.wish.create.name == *name);
@@ -126,14 +126,14 @@ impl Service {
         self.reclaim_for(name, looked);
     }
 
-    /// An appliance failed while its place was made: it waits on.
+    /// An appliance failed while the allocation was made: the request waits on.
     pub(super) fn back_to_queue(&mut self, name: &Name, why: String) {
         if let Some(waiter) = self.queue.iter_mut().find(|one| one.wish.create.name == *name) {
             (waiter.why, waiter.tried) = (why, false);
         }
     }
 
-    /// Whether a request that waits names a document.
+    /// Whether a waiting request names a document.
     pub(super) fn waits_for(&self, document: &DocumentName) -> bool {
         let names = |create: &Create| match document.kind {
             Kind::Account => create.account.as_ref() == Some(&document.name),
@@ -144,13 +144,13 @@ impl Service {
         self.queue.iter().any(|one| one.refused.is_none() && names(&one.wish.create))
     }
 
-    /// It is served, or gone.
+    /// Removes a request that is served or cancelled.
     pub(super) fn leaves_queue(&mut self, name: &Name) {
         self.queue.retain(|one| one.wish.create.name != *name);
         self.keep_reclaimed(name);
     }
 
-    /// It will not be made. Whoever asked finds out why for a while.
+    /// Marks a request as refused. Its requester can read the reason for [`REFUSAL_KEPT`] seconds.
     pub(super) fn refuse_waiting(&mut self, name: &Name, why: &str) {
         let unix = self.now.unix;
         if let Some(waiter) = self.queue.iter_mut().find(|one| one.wish.create.name == *name) {
@@ -161,7 +161,7 @@ impl Service {
         }
     }
 
-    /// Whoever waits goes on to wait as long as was asked.
+    /// The wall clock was set by `by` seconds: waiting requests keep their waiting time.
     pub(super) fn queue_follows_clock(&mut self, by: i64) {
         for one in &mut self.queue {
             one.since = one.since.saturating_add_signed(by);
@@ -170,12 +170,12 @@ impl Service {
         }
     }
 
-    /// A new request of this name makes an old refusal worthless.
+    /// Forgets an old refusal, because there is a new request of this name.
     pub(super) fn forget_refused(&mut self, name: &Name) {
         self.queue.retain(|one| one.refused.is_none() || one.wish.create.name != *name);
     }
 
-    /// Takes a request back. Returns whether it waited: one whose place is being made does not.
+    /// Cancels a request. Returns whether it waited: a request whose allocation is being made does not wait any more.
     pub(super) fn cancel_waiting(&mut self, name: &Name) -> bool {
         let being_made = self.names.contains_key(name);
         let there = !being_made && self.queue.iter().any(|one| one.wish.create.name == *name);
@@ -187,7 +187,7 @@ impl Service {
         there
     }
 
-    /// Who asks again is not asked for again: a request that was taken back stays so.
+    /// Remembers the id of a cancelled request, so that its client cannot bring it back by repeating it.
     fn remember_cancelled(&mut self, name: &Name) {
         let waits = |one: &&Waiter| one.wish.create.name == *name && one.refused.is_none();
         let waiter = self.queue.iter().find(waits);
@@ -197,7 +197,7 @@ impl Service {
         }
     }
 
-    /// Answers a request that is known: one that waits is the same, and one that was taken back is not made again.
+    /// Answers a repeated request: with the waiting one, or, if it was cancelled, with a refusal.
     pub(super) fn is_known_request(
         &mut self,
         reply: ReplyTo,
@@ -221,7 +221,7 @@ impl Service {
         true
     }
 
-    /// Why one more request of this account may not wait.
+    /// Why this account may have no further waiting request.
     fn waits_too_often(&self, looked: &Looked) -> Option<String> {
         let account = looked.asked.terms.account.as_ref();
         let document = account.and_then(|name| self.policy.account(name));
@@ -235,7 +235,7 @@ impl Service {
         })
     }
 
-    /// Tries everybody who waits, in order; and ends the waits that are over.
+    /// Tries the waiting requests in order, and ends waits whose time is over.
     pub(super) fn serve_queue(&mut self) {
         let unix = self.now.unix;
         self.queue.retain(|one| one.refused.is_none_or(|at| unix < at.saturating_add(REFUSAL_KEPT)));
@@ -259,7 +259,7 @@ impl Service {
             .filter(|one| one.refused.is_none() && !one.tried)
             .map(|one| one.wish.create.name.clone())
             .collect();
-        // The first ones each time, and of the others some at a time, in turn.
+        // The head of the queue each time, and of the rest some in turn.
         let head = ready.len().min(TRIES_HEAD);
         let others = &ready[head..];
         let turn = if others.is_empty() { 0 } else { self.queue_turn % others.len() };
@@ -281,8 +281,8 @@ impl Service {
         self.place(wish);
     }
 
-    /// The appliances that are kept for the first request that lacks room and comes before this one, if this placement would
-    /// keep that one from being served when all others give their memory back.
+    /// The appliances that are kept for the first request that lacks room, if it comes before this one and if this
+    /// placement would make it impossible to serve it even after all other memory is given back.
     pub(super) fn kept_for_the_first(
         &self,
         name: &Name,
@@ -312,8 +312,8 @@ impl Service {
         (!fits).then(|| first.holds.clone())
     }
 
-    /// The appliances that could serve a request if they had room; none where it is not room that it
-    /// lacks, or where the whole pool could not serve it.
+    /// The appliances that could serve a request if they had room. Empty if the request lacks something else than
+    /// room, or if the whole pool could not serve it.
     fn holds_of(&self, create: &Create, looked: &Looked) -> HashSet<ApplianceId> {
         let Some(decided) = looked.decided.as_ref().filter(|_| looked.lacks_room()) else {
             return HashSet::new();
@@ -331,7 +331,7 @@ impl Service {
         self.queue.iter().filter(|one| one.refused.is_none()).count() as u64
     }
 
-    /// Those that wait, in order, and those that were refused.
+    /// Waiting requests in order, and requests that were refused after waiting.
     pub(super) fn list_waiting(&self) -> Vec<Allocation> {
         self.queue.iter().map(|one| self.view_waiter(one)).collect()
     }
@@ -388,7 +388,7 @@ impl Service {
         }
     }
 
-    /// Finds out who gives way to a request, and tells them.
+    /// Chooses the allocations that give way to a request, and announces it to their owners.
     fn reclaim_for(&mut self, name: &Name, looked: &Looked) {
         let asked_already = || self.allocations.values().any(|entry| is_reclaimed_for(&entry.record, name));
         if !looked.lacks_room() || asked_already() {
@@ -408,7 +408,7 @@ impl Service {
         };
         let Some(count) = (1..=victims.len()).find(|&count| enough(self, &victims[..count])) else { return };
         let mut chosen = victims[..count].to_vec();
-        // Those that came first may not be needed beside the last one.
+        // With the last victim chosen, some of the earlier ones may be unnecessary.
         for id in victims[..count - 1].iter().rev() {
             let without: Vec<AllocationId> = chosen.iter().copied().filter(|one| one != id).collect();
             if enough(self, &without) {
@@ -420,7 +420,7 @@ impl Service {
         }
     }
 
-    /// Who may have to give way to a request of this priority, the first to go first.
+    /// Allocations that may give way to a request of this priority, in the order in which they would.
     fn victims(&self, priority: u16) -> Vec<AllocationId> {
         let may = |entry: &&Entry| {
             let record = &entry.record;
@@ -472,7 +472,7 @@ impl Service {
         self.store_record(record, AfterStore::Settled);
     }
 
-    /// The request is served or gone: those that were to give way to it, and are still there, stay.
+    /// The request is served or gone: allocations that were to give way and still exist stay.
     fn keep_reclaimed(&mut self, name: &Name) {
         let kept: Vec<AllocationId> = self
             .allocations
@@ -483,7 +483,7 @@ impl Service {
         for id in kept {
             match self.entry(id).work {
                 Work::Idle => self.keep_one(id),
-                // It is looked at again when its time is over.
+                // It is checked again when its time of grace is over.
                 _ => continue,
             }
         }

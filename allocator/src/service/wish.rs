@@ -1,4 +1,4 @@
-//! From a request to a place for it.
+//! Finds a placement for a creation request.
 
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
@@ -15,53 +15,53 @@ use super::early::Order;
 use super::{Answer, Awaited, Call, CallError, Outcome, ReplyTo, Service};
 use crate::strategy::{self, Decided, NoPlace, Snapshot, remedy};
 
-/// How long a request waits for memory that is being cleared; with two attempts it is still
-/// answered before a client with the usual time limit gives up.
+/// How long a request waits for memory that is being cleared. With two attempts it is still answered before a client
+/// with the usual time limit gives up.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// A request on its way to an allocation.
+/// A creation request on its way to an allocation.
 #[derive(Debug, Clone)]
 pub(super) struct Wish {
-    /// Who is to be answered; nobody once the request has its place in the queue.
+    /// Requester to answer; none once the request is in the queue.
     pub(super) reply: Option<ReplyTo>,
     pub(super) create: Create,
     pub(super) attempt: u8,
     /// Appliances that failed an earlier attempt.
     pub(super) failed: Vec<ApplianceId>,
-    /// What went wrong then: it says more than that nobody else has room.
+    /// Errors of the earlier attempt: they say more than "no other appliance has room".
     pub(super) earlier: Option<String>,
-    /// Whether the appliances were asked what they have because there seemed to be no room.
+    /// Whether the appliances were sampled already because there seemed to be no room.
     pub(super) refreshed: bool,
-    /// When it no longer waits for memory that is being cleared.
+    /// Until when it waits for memory that is being cleared.
     patience: Option<Duration>,
-    /// Who asks again names the same request.
+    /// Id of the request. A requester that repeats its request sends the same id.
     pub(super) request: Option<RequestId>,
-    /// Appliances that have something of the allocation already.
+    /// Appliances that already have regions of the allocation.
     pub(super) home: Vec<ApplianceId>,
-    /// Nothing is made: the answer is what would become of it; with `true`, every appliance is named.
+    /// Only the decision is wanted, nothing is made; with `true`, the decision names every appliance.
     dry_run: Option<bool>,
 }
 
-/// A wish that waits for fresh samples of the appliances.
+/// A request that waits for fresh samples of the appliances.
 #[derive(Debug)]
 pub(super) struct Refresh {
     wish: Wish,
     open: usize,
 }
 
-/// What one look at a request came to.
+/// The result of one evaluation of a request.
 pub(super) struct Looked {
     pub(super) asked: Asked,
-    /// None where the documents refuse it whatever appliances there are.
+    /// None if the documents refuse the request whatever appliances there are.
     pub(super) decided: Option<Decided>,
     pub(super) refusal: Option<Refusal>,
     pub(super) decision: Decision,
-    /// Appliances whose memory was left to a request that comes first.
+    /// Appliances whose memory is kept for a request that comes first.
     pub(super) held: HashSet<ApplianceId>,
 }
 
 impl Looked {
-    /// Whether nothing but room is missing.
+    /// Whether room is the only thing missing.
     pub(super) fn lacks_room(&self) -> bool {
         let placement = self.decided.as_ref().map(|decided| &decided.placement);
         matches!(placement, Some(Err(NoPlace::NoSpace { .. })))
@@ -91,19 +91,19 @@ impl Service {
             return;
         }
         self.forget_refused(&create.name);
-        // Who waits already gets what became free a moment ago.
+        // Waiting requests have precedence for memory that became free a moment ago.
         self.serve_queue();
         self.place(Wish { request, ..Wish::new(Some(reply), create) });
     }
 
-    /// Answers what would become of a request, and does nothing.
+    /// Answers with the decision that a request would get, and changes nothing.
     pub(super) fn dry_run(&mut self, reply: ReplyTo, create: Create, all: bool) {
         self.place(Wish { dry_run: Some(all), ..Wish::new(Some(reply), create) });
     }
 
-    /// Finds a place and begins. Where there seems to be no room, the appliances are asked first
-    /// what they have, for memory given back a moment ago is in no heartbeat yet; and where what
-    /// they are clearing would do, that is waited for.
+    /// Finds a placement and begins. If there seems to be no room, the appliances are sampled first, because memory
+    /// given back a moment ago is in no heartbeat yet. If memory that is being cleared would suffice, the request
+    /// waits for it.
     pub(super) fn place(&mut self, mut wish: Wish) {
         let named = if wish.dry_run.is_some() { Ok(()) } else { self.check_name(&wish) };
         if let Err(error) = named {
@@ -133,13 +133,13 @@ impl Service {
         }
     }
 
-    /// Looks at a request as things are now.
+    /// Evaluates a request against the present state.
     pub(super) fn look(&mut self, wish: &Wish, all: bool) -> Result<Looked, String> {
         let asked = self.ask(wish)?;
         Ok(self.look_for(wish, asked, all))
     }
 
-    /// The same for memory that is charged already: what documents say of limits and times does not count.
+    /// The same for memory that is charged already: limits and times of the documents do not count.
     pub(super) fn look_uncharged(&mut self, wish: &Wish) -> Result<Looked, String> {
         let mut asked = self.ask(wish)?;
         asked.refusal = None;
@@ -153,7 +153,8 @@ impl Service {
         asking::ask(&self.world(&pool_used), &wish.create)
     }
 
-    /// Decides. What is free is not given to a request that would keep one that comes first from ever being served.
+    /// Decides. Free memory is not given to a request if that would keep the first waiting request from ever being
+    /// served.
     fn look_for(&mut self, wish: &Wish, mut asked: Asked, all: bool) -> Looked {
         asked.demand.seed = self.clock;
         asked.demand.home.clone_from(&wish.home);
@@ -223,7 +224,7 @@ impl Service {
         }
     }
 
-    /// Whether there is room once everything that is being cleared is free, and time to wait.
+    /// Whether the request fits once all memory that is being cleared is free, and its patience allows to wait.
     fn may_wait(&self, wish: &mut Wish, looked: &Looked) -> bool {
         let until = *wish.patience.get_or_insert(self.now.at + PATIENCE);
         if self.now.at >= until {
@@ -235,7 +236,7 @@ impl Service {
         strategy::decide(&cleared, &looked.asked.demand).placement.is_ok()
     }
 
-    /// It waits for its turn, if it wants to and that can help; else it is refused.
+    /// Queues a request that wants to wait and can be helped by waiting; refuses any other.
     fn not_placed(&mut self, wish: Wish, looked: &Looked) {
         if wish.dry_run.is_some() {
             return self.answer_decision(&wish, looked.decision.clone());
@@ -264,8 +265,8 @@ impl Service {
         }
     }
 
-    /// Whether it would be served if all memory of the pool were free. What documents refuse, time
-    /// or other allocations may change.
+    /// Whether the request would fit if all memory of the pool were free. A refusal by documents does not count here:
+    /// time or other allocations may change it.
     pub(super) fn could_ever(&self, create: &Create, looked: &Looked) -> bool {
         if looked.decided.is_none()
             || !matches!(&looked.refusal, Some(refusal) if refusal.kind == ErrorKind::NoSpace)
@@ -275,7 +276,7 @@ impl Service {
         self.fits_in_all_but(&looked.asked, create, &HashMap::new())
     }
 
-    /// Whether a request would be served if all memory of the pool were free but for what is kept.
+    /// Whether a request would fit if all memory of the pool except `kept` were free.
     pub(super) fn fits_in_all_but(
         &self,
         asked: &Asked,
@@ -289,7 +290,7 @@ impl Service {
         strategy::decide(&Snapshot { kept, ..snapshot }, &asked.demand).placement.is_ok()
     }
 
-    /// Answers that it is not made.
+    /// Answers that the allocation is not made.
     pub(super) fn reject(&mut self, wish: &Wish, error: ApiError) {
         match wish.reply {
             Some(reply) => self.reply(reply, Err(error)),
@@ -297,7 +298,7 @@ impl Service {
         }
     }
 
-    /// Looks again for those that wait.
+    /// Tries the requests again that wait for memory being cleared.
     pub(super) fn unpark(&mut self) {
         for wish in std::mem::take(&mut self.parked) {
             self.refresh(wish);
@@ -334,7 +335,7 @@ impl Service {
         }
     }
 
-    /// Asks what an appliance has: it has changed in a way that its last heartbeat does not show.
+    /// Asks an appliance for its status: it has changed since its last heartbeat.
     pub(super) fn sample_soon(&mut self, appliance: ApplianceId) {
         self.clock += 1;
         let (asked, control) = (self.clock, self.control_of(appliance));
@@ -360,7 +361,7 @@ impl Service {
     }
 }
 
-/// Why there is no place, and what would help.
+/// The refusal of a request without a placement: why, and the remedies.
 fn refused(no_place: &NoPlace, asked: &Asked, snapshot: &Snapshot<'_>, unheard: &str) -> Refusal {
     let kind = match no_place {
         NoPlace::TooManyRegions => ErrorKind::Invalid,

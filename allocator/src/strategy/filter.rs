@@ -1,4 +1,4 @@
-//! Which appliances can serve at all.
+//! The first step of a decision: which appliances can serve at all.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use xpm_protocol::{ApplianceId, ByteSize, LinkSpeed};
 use super::pool::{Fixed, Hot};
 use super::{Demand, Room, Seen, Snapshot};
 
-/// Why an appliance cannot serve, the first that holds; or that it can.
+/// The first reason for which an appliance cannot serve; or that it can.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub enum Code {
@@ -31,17 +31,17 @@ pub enum Code {
     Full,
 }
 
-/// The conditions of one decision, made ready for walking the pool.
+/// The conditions of one decision, prepared for a walk over the pool.
 #[derive(Debug)]
 pub(super) struct Filter<'a> {
     snapshot: &'a Snapshot<'a>,
     demand: &'a Demand,
-    /// Places in the pool.
+    /// Indices in the pool.
     failed: HashSet<usize>,
     held: HashSet<usize>,
-    /// What is known of each appliance by what it is.
+    /// Verdict on each appliance by its lasting properties.
     fixed: Arc<[Code]>,
-    /// The clock, in milliseconds.
+    /// Current time in milliseconds.
     now: u64,
     link_share: u64,
 }
@@ -68,7 +68,7 @@ impl<'a> Filter<'a> {
         }
     }
 
-    /// Looks at all appliances: which can serve a region of this length.
+    /// Finds the appliances that can serve a region of this length.
     pub(super) fn look(&self, region_len: u64) -> (Vec<Seen>, Rooms) {
         let mut rooms = Rooms::new(self, region_len);
         let hot = self.snapshot.pool.hot.iter().zip(self.fixed.iter()).enumerate();
@@ -82,7 +82,7 @@ impl<'a> Filter<'a> {
         (seen.collect(), rooms)
     }
 
-    /// Looks again, at those that can serve but for room, with another length.
+    /// Filters again for another length, only among the appliances that lacked at most room.
     pub(super) fn look_again(&self, seen: &mut [Seen], region_len: u64) -> Rooms {
         let mut rooms = Rooms::new(self, region_len);
         for (at, (seen, hot)) in seen.iter_mut().zip(&self.snapshot.pool.hot).enumerate() {
@@ -133,7 +133,7 @@ impl<'a> Filter<'a> {
         free.saturating_add(back).min(one.capacity.max(free)).saturating_sub(kept)
     }
 
-    /// The reason in full.
+    /// The reason in full, for people.
     pub(super) fn rejection(&self, at: usize, code: Code, region_len: u64) -> Option<Rejection> {
         let needs = &self.demand.needs;
         let one = &self.snapshot.pool.cold[at].candidate;
@@ -169,17 +169,17 @@ impl<'a> Filter<'a> {
     }
 }
 
-/// The appliances that can serve, looked at in the order of the pool.
+/// The appliances that can serve, in the order of the pool.
 #[derive(Debug)]
 pub(super) struct Rooms {
-    /// Each with how many regions it has room for.
+    /// Each of them with the number of regions that it has room for.
     pub(super) list: Vec<Room>,
-    /// All these regions together.
+    /// Sum of these numbers.
     pub(super) regions: u64,
-    /// What the one that has most has free, in bytes.
+    /// Free memory of the appliance that has most, in bytes.
     pub(super) most_free: u64,
     shift: u32,
-    /// What is free is what the appliances say.
+    /// Free memory is what the appliances report: the snapshot makes no adjustment to it.
     plain: bool,
     shares: Shares,
 }
@@ -211,11 +211,11 @@ impl Rooms {
     }
 }
 
-/// What the account may still have of each appliance, looked up in the order of the pool.
+/// Remaining share of the account on each appliance, looked up in the order of the pool.
 #[derive(Debug)]
 struct Shares {
     shares: Option<Arc<[u64]>>,
-    /// What the account has, by place in the pool; the last is the next one that is asked for.
+    /// Memory of the account by pool index; the last entry is the next one to be looked up.
     used: Vec<(usize, u64)>,
 }
 
@@ -228,7 +228,7 @@ impl Shares {
         Shares { shares: Some(snapshot.pool.shares(share)), used }
     }
 
-    /// The places must ascend.
+    /// `at` must ascend from call to call.
     fn left(&mut self, at: usize) -> u64 {
         let Some(shares) = &self.shares else { return u64::MAX };
         while self.used.last().is_some_and(|(place, _)| *place < at) {

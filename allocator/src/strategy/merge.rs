@@ -1,4 +1,4 @@
-//! From rules to needs: which rules apply to a request, and what they come to together.
+//! Merges the rules that apply to a request into its needs.
 
 use xpm_protocol::Name;
 use xpm_protocol::api::decision::RuleTrace;
@@ -11,24 +11,24 @@ use crate::policy::{CompiledRule, CompiledStrategy, Facts, Policy};
 /// Most strategies in a chain; longer ones are refused when they are applied.
 const CHAIN_MAX: usize = 16;
 
-/// What the rules that apply come to together.
+/// The combined rules that apply to a request.
 #[derive(Debug, Default)]
 pub struct Merged {
-    /// What they ask of appliances.
+    /// Demands on appliances.
     pub needs: Needs,
-    /// The strategies that were gone through, each with its version.
+    /// The strategies that were evaluated, each with its version.
     pub strategies: Vec<(Name, u64)>,
-    /// The rules that were looked at.
+    /// The rules that were evaluated.
     pub traces: Vec<RuleTrace>,
-    /// The refusal, with its rule.
+    /// The reason of a refusal, and the rule that refuses.
     pub refuse: Option<(String, String)>,
-    /// Limits, with the strategy that they count for.
+    /// Limits, each with the strategy whose usage it is compared with.
     pub limits: Vec<(Name, LimitRule)>,
-    /// The layout of a request that leaves it open.
+    /// The layout, if the request leaves it open.
     pub layout: LayoutRule,
-    /// The link speed.
+    /// The demanded link speed.
     pub link: Option<LinkDemand>,
-    /// How long the allocation may be used.
+    /// How long the allocation may exist.
     pub lease: Option<LeaseTerms>,
     /// Whether it may be reclaimed.
     pub reclaimable: Option<bool>,
@@ -36,7 +36,7 @@ pub struct Merged {
     located: bool,
 }
 
-/// Goes through the rules of the strategy, and of those that it leads to.
+/// Evaluates the rules of the strategy, and of the strategies that it continues with.
 pub fn merge(policy: &Policy, strategy: Option<&Name>, facts: &Facts<'_>) -> Merged {
     let mut merged = Merged::default();
     let mut next = strategy.and_then(|name| policy.strategy(name));
@@ -48,7 +48,7 @@ pub fn merge(policy: &Policy, strategy: Option<&Name>, facts: &Facts<'_>) -> Mer
 }
 
 impl Merged {
-    /// Returns the strategy that comes after this one.
+    /// Evaluates one strategy. Returns the strategy that it continues with.
     fn follow(&mut self, strategy: &CompiledStrategy, facts: &Facts<'_>) -> Option<Name> {
         for CompiledRule { rule, when } in &strategy.rules {
             let held = when.evaluate(facts);
@@ -92,7 +92,7 @@ impl Merged {
         self.settle(rule, &named());
     }
 
-    /// What can be only once comes from the first rule that says it.
+    /// Takes the settings that can be set only once, unless an earlier rule has set them.
     fn settle(&mut self, rule: &Rule, named: &str) {
         let layout = rule.layout.unwrap_or_default();
         if self.layout.stripe.is_none() && layout.stripe.is_some() {
@@ -120,7 +120,7 @@ impl Merged {
     }
 }
 
-/// What a rule does, in a few words.
+/// The effect of a rule, in a few words.
 fn does(rule: &Rule) -> String {
     let mut parts: Vec<&str> = Vec::new();
     let mut part = |there: bool, what: &'static str| {

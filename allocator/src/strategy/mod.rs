@@ -1,10 +1,9 @@
-//! Which appliances get the regions of an allocation: pure functions over a snapshot.
+//! Decides which appliances get the regions of an allocation: pure functions over a snapshot.
 //!
-//! [`merge`] puts the rules that apply to a request together into [`Needs`]. Then *filter* drops
-//! the appliances that cannot serve at all, *score* says how much one is wanted, and *spread* deals
-//! the regions out by score. The same snapshot and seed give the same placement, so that every
-//! decision can be repeated, tried out ([`decide`] without carrying it out) and explained
-//! ([`trace`], [`remedy`]).
+//! [`merge`] combines the rules that apply to a request into [`Needs`]. Then *filter* drops the appliances that
+//! cannot serve at all, *score* rates the others, and *spread* distributes the regions by score. The same snapshot
+//! and seed give the same placement, so that every decision can be repeated, tried out ([`decide`] without carrying
+//! it out) and explained ([`trace`], [`remedy`]).
 
 mod filter;
 mod merge;
@@ -28,7 +27,7 @@ pub use pool::{Candidate, Pool, Position};
 pub use filter::Code;
 use filter::Filter;
 
-/// What a decision is made from, besides what is asked for.
+/// The input of a decision, besides the demand.
 #[derive(Debug, Clone, Copy)]
 pub struct Snapshot<'a> {
     /// The appliances.
@@ -37,23 +36,23 @@ pub struct Snapshot<'a> {
     pub now: Duration,
     /// Now, seconds since 1970.
     pub unix: u64,
-    /// Appliances that refused or did not answer this very request before.
+    /// Appliances that refused or did not answer an earlier attempt at the same request.
     pub failed: &'a [ApplianceId],
-    /// Appliances whose memory is meant for a request that comes first.
+    /// Appliances whose memory is kept for a request that comes first.
     pub held: &'a HashSet<ApplianceId>,
-    /// What the account has on each appliance already, in bytes.
+    /// Memory that the account has on each appliance already, in bytes.
     pub of_account: &'a HashMap<ApplianceId, u64>,
     /// Round-trip times from the client, in nanoseconds.
     pub round_trips: &'a HashMap<ApplianceId, u64>,
-    /// Memory that is being cleared counts as free.
+    /// Whether memory that is being cleared counts as free.
     pub with_clearing: bool,
-    /// Memory that is going to be given back counts as free, in bytes by appliance.
+    /// Memory that counts as free because it is going to be given back, in bytes by appliance.
     pub given_back: &'a HashMap<ApplianceId, u64>,
-    /// Memory that is not free although everything else is given back, in bytes by appliance.
+    /// Memory that does not count as free although everything else is given back, in bytes by appliance.
     pub kept: &'a HashMap<ApplianceId, u64>,
 }
 
-/// What is asked for; checked before: `size` is whole pages and `columns` and `unit` fit.
+/// The demand of a request. The caller has checked it: `size` is whole pages, and `columns` and `unit` fit.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Demand {
     /// Size of the allocation in bytes, at least one page.
@@ -62,57 +61,57 @@ pub struct Demand {
     pub columns: u32,
     /// Least length of a region in bytes: the stripe unit, or 0.
     pub unit: u64,
-    /// Length of a region in bytes where the request says it.
+    /// Length of a region in bytes, if the request sets it.
     pub region_len: Option<u64>,
     /// Decides between appliances of equal score.
     pub seed: u64,
-    /// Appliances that have something of the allocation already: a linear one goes there before it goes elsewhere.
+    /// Appliances that have regions of the allocation already: a linear allocation prefers them to others.
     pub home: Vec<ApplianceId>,
-    /// What rules and profiles ask for.
+    /// Demands of rules and profiles.
     pub needs: Needs,
 }
 
-/// What rules and profiles ask for.
+/// Demands of rules and profiles.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Needs {
-    /// Appliances must fit each of these; with the rule that says so.
+    /// Selectors that an appliance must all fit, each with its rule.
     pub require: Vec<(String, Selector)>,
-    /// Appliances may fit none of these; with the rule that says so.
+    /// Selectors of which an appliance may fit none, each with its rule.
     pub forbid: Vec<(String, Selector)>,
-    /// Appliances that fit these are wanted more; with the rule that says so.
+    /// Selectors that raise an appliance's score, each with its rule.
     pub prefer: Vec<(String, Preference)>,
-    /// The speed that a link must have, and have free for the columns that it serves.
+    /// Speed that an appliance's link must have, and must have free for the columns that it serves.
     pub link_speed: Option<LinkSpeed>,
-    /// Appliances must be this near.
+    /// Level at which the appliance and the client must have the same label.
     pub within: Option<Level>,
-    /// Appliances must answer within this, in nanoseconds.
+    /// Longest round trip to an appliance, in nanoseconds.
     pub round_trip_max: Option<u64>,
     /// The account's share of an appliance.
     pub share: Option<Percent>,
-    /// What counts how much.
+    /// Weights of the parts of a score.
     pub weights: Weights,
     /// Where the client is.
     pub position: Position,
-    /// At most so many bytes may be taken, whole regions counted.
+    /// Most bytes that may be taken, counted in whole regions.
     pub taken_max: Option<u64>,
-    /// A linear allocation goes to as many appliances as there are, rather than to one that holds all of it.
+    /// Whether a linear allocation is spread over many appliances, instead of lying on one that holds all of it.
     pub spread: bool,
-    /// What of this comes from where.
+    /// The documents that set these demands.
     pub sources: Sources,
 }
 
-/// The documents that ask for what stands once in [`Needs`], each with how to change it.
+/// The documents that set the single values of [`Needs`], each with the command that changes it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Sources {
-    /// Of the link speed.
+    /// Source of the link speed.
     pub link: String,
-    /// Of nearness, by labels or by round trips.
+    /// Source of the demand for nearness, by labels or by round trips.
     pub locality: String,
-    /// Of the share.
+    /// Source of the share.
     pub share: String,
 }
 
-/// A rule, written `strategy/rule`, with the command that changes it.
+/// A rule, written `strategy/rule`, in words with the command that changes it.
 pub fn rule_source(rule: &str) -> String {
     match rule.split_once('/') {
         Some((strategy, rule)) => {
@@ -123,14 +122,14 @@ pub fn rule_source(rule: &str) -> String {
 }
 
 impl Needs {
-    /// What of the link of each appliance is promised to an allocation, if anything: its columns
-    /// work at the same time and share the speed.
+    /// Speed of each appliance's link that is promised to an allocation, if any: its columns work at the same time
+    /// and share the demanded speed.
     pub fn link_share(&self, columns: u32) -> Option<LinkSpeed> {
         self.link_speed.map(|speed| LinkSpeed(speed.0.div_ceil(u64::from(columns.max(1)))))
     }
 }
 
-/// Where the regions go: whole rows, in the order of the allocation's regions.
+/// The appliances of the regions: whole rows, in the order of the allocation's regions.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Placement {
     /// Length of each region in bytes.
@@ -142,13 +141,13 @@ pub struct Placement {
 /// Why there is no placement.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum NoPlace {
-    /// It would take more regions than an allocation may have.
+    /// The allocation would need more regions than the maximum.
     TooManyRegions,
-    /// It would take more than a limit leaves.
+    /// The allocation would take more than a limit leaves.
     Limit {
-        /// What it would take at least, in bytes.
+        /// Bytes that it would take at least.
         takes: u64,
-        /// What may be taken, in bytes.
+        /// Bytes that the limit leaves.
         left: u64,
     },
     /// The appliances do not have the memory.
@@ -157,36 +156,36 @@ pub enum NoPlace {
         size: u64,
         /// Memory of the appliances that can serve, in bytes.
         free: u64,
-        /// How many of them there are.
+        /// Number of these appliances.
         usable: usize,
     },
 }
 
-/// A decision about a snapshot.
+/// The result of a decision on a snapshot.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Decided {
-    /// What was found about each appliance, in the order of the pool.
+    /// The verdict on each appliance, in the order of the pool.
     pub seen: Vec<Seen>,
-    /// Length of a region for which that is, in bytes.
+    /// Length of a region in bytes that the verdicts are based on.
     pub region_len: u64,
-    /// What the appliance that can serve and has most has free, in bytes: scores are relative to it.
+    /// Free memory of the usable appliance that has most, in bytes: scores are relative to it.
     pub most_free: u64,
-    /// Where the regions go.
+    /// The placement, or why there is none.
     pub placement: Result<Placement, NoPlace>,
 }
 
-/// What was found about an appliance.
+/// The verdict on one appliance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Seen {
     /// Whether it can serve.
     pub code: Code,
-    /// How much it is wanted; 0 where it cannot serve.
+    /// Its score; 0 if it cannot serve.
     pub score: u32,
 }
 
-/// Finds a place for every region. Where the request leaves the length of regions open, smaller
-/// ones are tried down to the smallest: they fit into what is left here and there. A linear allocation lies on one
-/// appliance if one holds all of it at any length, since each further one is one more that can fail.
+/// Finds a place for every region. If the request leaves the length of regions open, shorter lengths are tried down
+/// to the shortest, since short regions fit into small remainders. A linear allocation lies on one appliance if one
+/// holds all of it at any length, since each further appliance is one more that can fail.
 pub fn decide(snapshot: &Snapshot<'_>, demand: &Demand) -> Decided {
     let filter = Filter::new(snapshot, demand);
     let lengths = size::lengths(demand).unwrap_or_default();
@@ -224,15 +223,15 @@ pub fn decide(snapshot: &Snapshot<'_>, demand: &Demand) -> Decided {
     Decided { seen, region_len, most_free: rooms.most_free, placement: Err(no_place) }
 }
 
-/// Deals regions of one length out, or says that they do not fit.
+/// A method of distributing regions of one length; none if they do not fit.
 type Way = fn(&Snapshot<'_>, &Demand, &mut [Seen], &filter::Rooms, u64) -> Option<Vec<ApplianceId>>;
 
 /// An appliance that can serve.
 #[derive(Debug, Clone, Copy)]
 struct Room {
-    /// Its place in the pool.
+    /// Its index in the pool.
     at: u32,
-    /// How many regions it has room for; at least one.
+    /// Number of regions that it has room for; at least one.
     regions: u32,
 }
 

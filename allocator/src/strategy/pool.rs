@@ -1,8 +1,8 @@
-//! The appliances as decisions see them.
+//! The pool: all appliances in the form that decisions read.
 //!
-//! What every decision looks at lies close together ([`Hot`]), so that a pool of ten thousand
-//! appliances is walked in some ten microseconds; labels are numbers here. The owner of the
-//! inventory keeps a pool current; to a decision it is a snapshot that it only reads.
+//! The fields that every decision reads lie close together ([`Hot`]), so that a walk over ten thousand appliances
+//! takes some ten microseconds; labels are represented by numbers. The owner of the inventory keeps the pool current;
+//! a decision only reads it.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -15,67 +15,67 @@ use xpm_protocol::{ApplianceId, LinkSpeed, Name, Percent};
 
 use super::Code;
 
-/// An appliance, as its owner describes it to the pool.
+/// An appliance, as the inventory describes it to the pool.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Candidate {
     /// The appliance.
     pub id: ApplianceId,
     /// Its name.
     pub name: Name,
-    /// Until when it counts as heard, by the service's clock.
+    /// Until when it counts as up, by the service's clock.
     pub up_until: Duration,
-    /// Memory that may still be asked for, in bytes: promises and head-room are deducted.
+    /// Memory that may still be requested, in bytes: promises and head-room are deducted.
     pub free: u64,
-    /// Memory that may be used of it at all, in bytes.
+    /// Memory of it that may be used at all, in bytes.
     pub capacity: u64,
     /// Memory that it is clearing and that will be free soon, in bytes.
     pub clearing: u64,
-    /// Whether the operator empties it.
+    /// Whether the operator is emptying it.
     pub drain: bool,
     /// Its labels, the operator's and its own.
     pub labels: Labels,
-    /// What its memory lies on.
+    /// Medium of its memory.
     pub medium: Medium,
     /// Whether RDMA reaches it.
     pub rdma: bool,
     /// Speed of its link, if it is known.
     pub link_speed: Option<LinkSpeed>,
-    /// What of it is promised.
+    /// Speed of its link that is promised to allocations.
     pub link_promised: LinkSpeed,
-    /// How idle its link is, in thousandths.
+    /// Idle share of its link, in thousandths.
     pub idle: u16,
-    /// How free of errors it is lately, in thousandths.
+    /// Share of the recent time without errors, in thousandths.
     pub health: u16,
     /// When it registered first, seconds since 1970.
     pub since: u64,
-    /// How long it is a newcomer after that, in seconds.
+    /// How long it counts as a newcomer from then on, in seconds.
     pub ramp_up: u64,
 }
 
-/// What each decision reads of each appliance: half a cache line.
+/// The fields that each decision reads of each appliance: half a cache line.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Hot {
     /// In milliseconds; 0: never heard.
     pub(super) up_until: u64,
     pub(super) free: u64,
     pub(super) link_left: u64,
-    /// When it is no newcomer any more, seconds since 1970.
+    /// End of its time as a newcomer, seconds since 1970.
     pub(super) ramp_to: u32,
     pub(super) idle: u16,
     pub(super) health: u16,
 }
 
-/// The rest.
+/// The fields that few decisions read.
 #[derive(Debug)]
 pub(super) struct Cold {
     pub(super) candidate: Candidate,
     /// Its labels as numbers.
     labels: Box<[u32]>,
-    /// Its values of the levels, from near to far; 0: none.
+    /// Numbers of its labels of the levels, from near to far; 0: none.
     place: [u32; 4],
 }
 
-/// All appliances.
+/// All appliances, by index.
 #[derive(Debug)]
 pub struct Pool {
     pub(super) hot: Vec<Hot>,
@@ -83,16 +83,15 @@ pub struct Pool {
     pub(super) cold: Vec<Cold>,
     index: HashMap<ApplianceId, usize>,
     numbers: HashMap<(Name, Name), u32>,
-    /// With more labels than this, those that are not used any more are looked for.
+    /// Number of labels beyond which unused ones are removed.
     numbers_max: usize,
-    /// What was found out about appliances that does not change from one decision to the next.
-    /// Everything that changes it clears this.
+    /// Verdicts that do not change from one decision to the next. Every change of their basis clears the map.
     known: RefCell<HashMap<Fixed, Arc<[Code]>>>,
-    /// Shares of the memory of each, in bytes.
+    /// Shares of the memory of each appliance, in bytes.
     shares: RefCell<HashMap<Percent, Arc<[u64]>>>,
 }
 
-/// Demands that are met or not by what an appliance is, whatever it has at the moment.
+/// Demands that only the lasting properties of an appliance decide, not its present state.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Fixed {
     pub(super) require: Vec<Selector>,
@@ -101,12 +100,12 @@ pub(super) struct Fixed {
     pub(super) within: Option<(Level, Position)>,
 }
 
-/// Labels that are kept at least, used or not.
+/// Number of labels up to which unused ones are kept.
 const NUMBERS_MIN: usize = 10_000;
-/// Most demands whose findings are kept.
+/// Most demands whose verdicts are kept.
 const KNOWN_MAX: usize = 64;
 
-/// Where a client is: its values of the levels.
+/// Position of a client: the numbers of its labels of the levels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct Position([u32; 4]);
 
@@ -114,7 +113,7 @@ pub struct Position([u32; 4]);
 #[derive(Debug, Clone)]
 pub(super) struct Chosen<'a> {
     selector: &'a Selector,
-    /// None: a label that no appliance has.
+    /// None if no appliance has one of the labels.
     labels: Option<Vec<u32>>,
 }
 
@@ -159,8 +158,8 @@ impl Pool {
         }
     }
 
-    /// Changes what the closure changes of an appliance: only what it has, not what it is (its name,
-    /// labels, medium, capacity, link speed, and whether it is drained or reached by RDMA).
+    /// Lets the closure change an appliance's present state. It must not change lasting properties (name, labels,
+    /// medium, capacity, link speed, and whether it is drained or reached by RDMA): verdicts on these are kept.
     pub fn update(&mut self, id: ApplianceId, change: impl FnOnce(&mut Candidate)) {
         if let Some(&at) = self.index.get(&id) {
             change(&mut self.cold[at].candidate);
@@ -180,7 +179,7 @@ impl Pool {
         }
     }
 
-    /// The appliances in no certain order.
+    /// The appliances in no particular order.
     pub fn iter(&self) -> impl Iterator<Item = &Candidate> {
         self.cold.iter().map(|cold| &cold.candidate)
     }
@@ -190,12 +189,12 @@ impl Pool {
         self.index.get(&id).map(|&at| &self.cold[at].candidate)
     }
 
-    /// How many there are.
+    /// Number of appliances.
     pub fn len(&self) -> usize {
         self.hot.len()
     }
 
-    /// Whether there is none.
+    /// Whether the pool is empty.
     pub fn is_empty(&self) -> bool {
         self.hot.is_empty()
     }
@@ -216,7 +215,7 @@ impl Pool {
         shares.entry(share).or_insert_with(|| self.cold.iter().map(of).collect()).clone()
     }
 
-    /// What is known of all appliances about fixed demands, found out at the first time.
+    /// The verdicts on all appliances for fixed demands; computed at the first use.
     pub(super) fn known(&self, fixed: &Fixed) -> Arc<[Code]> {
         let mut known = self.known.borrow_mut();
         if let Some(codes) = known.get(fixed) {
@@ -254,7 +253,7 @@ impl Pool {
         (0..self.len()).map(code).collect()
     }
 
-    /// Where something with these labels is.
+    /// The position that these labels describe.
     pub fn position(&self, labels: &Labels) -> Position {
         Position(LEVELS.map(|level| {
             let found = labels.iter().find(|(key, _)| key.as_str() == level.as_str());
@@ -263,11 +262,11 @@ impl Pool {
         }))
     }
 
-    /// What the appliance has in common with a position.
+    /// The nearest level at which the appliance and a position have the same label.
     pub(super) fn common(&self, at: usize, position: Position) -> Option<Level> {
         let place = self.cold[at].place;
         let mut common = None;
-        // From far to near, until they differ.
+        // From far to near, until the labels differ.
         for (index, level) in LEVELS.into_iter().enumerate().rev() {
             match (place[index], position.0[index]) {
                 (0, _) | (_, 0) => {}
@@ -294,7 +293,7 @@ impl Pool {
             && (selector.appliances.is_empty() || selector.appliances.contains(&one.name))
     }
 
-    /// Gives all labels new numbers: those that nobody has any more are forgotten.
+    /// Numbers all labels anew; labels without an appliance are dropped.
     fn renumber(&mut self) {
         self.numbers.clear();
         self.numbers_max = usize::MAX;
@@ -325,7 +324,7 @@ impl Hot {
     }
 }
 
-/// A moment in milliseconds. Only what is never heard is 0.
+/// A moment in milliseconds. Only "never heard" is 0.
 fn millis(at: Duration) -> u64 {
     match at.is_zero() {
         true => 0,

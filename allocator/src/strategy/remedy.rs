@@ -1,8 +1,7 @@
-//! What would have to change for a refused request to succeed.
+//! Remedies: changes that would let a refused request succeed.
 //!
-//! Each remedy is tried out on the snapshot before it is named: it would succeed by itself. The
-//! list begins with what costs least: to wait, to ask for a little less, to loosen one demand, to
-//! ask for much less, to bring more memory.
+//! Each remedy is tried on the snapshot before it is named, and succeeds by itself. The list begins with the cheapest
+//! remedy: to wait, to ask for a little less, to loosen one demand, to ask for much less, to add memory.
 
 use std::collections::HashMap;
 
@@ -13,7 +12,7 @@ use xpm_protocol::{ByteSize, LinkSpeed, Span};
 use super::filter::Filter;
 use super::{Candidate, Code, Demand, Needs, Placement, Snapshot, decide, rule_source, size};
 
-/// The remedies, the smallest change first. Looks at the snapshot some dozen times.
+/// The remedies, the smallest change first. Decides on the snapshot some dozen times.
 pub fn remedies(snapshot: &Snapshot<'_>, demand: &Demand) -> Vec<String> {
     let mut found = Vec::new();
     found.extend(waiting(snapshot, demand));
@@ -48,8 +47,8 @@ fn waiting(snapshot: &Snapshot<'_>, demand: &Demand) -> Option<String> {
     })
 }
 
-/// The largest size that fits, in whole smallest regions. What fits is found by halving: more never
-/// fits where less does not.
+/// The largest size that fits, in whole smallest regions, found by bisection: a larger size never fits where a
+/// smaller one does not.
 fn less(snapshot: &Snapshot<'_>, demand: &Demand) -> Option<u64> {
     let unit = demand.region_len.unwrap_or(REGION_LEN_MIN.max(demand.unit)) * u64::from(demand.columns);
     let fits = |units: u64| works(snapshot, &Demand { size: units * unit, ..demand.clone() }).is_some();
@@ -65,7 +64,7 @@ fn less(snapshot: &Snapshot<'_>, demand: &Demand) -> Option<u64> {
     (low > 0 && size < demand.size).then_some(size)
 }
 
-/// Demands that are in the way by themselves.
+/// Remedies that loosen one demand each.
 fn loosened(snapshot: &Snapshot<'_>, demand: &Demand) -> Vec<String> {
     let with = |change: &dyn Fn(&mut Needs)| {
         let mut demand = demand.clone();
@@ -118,7 +117,7 @@ fn loosened(snapshot: &Snapshot<'_>, demand: &Demand) -> Vec<String> {
     found
 }
 
-/// Slower speeds that links have or have left, the fastest first.
+/// Lower speeds that links have or have left, the highest first.
 fn speeds(snapshot: &Snapshot<'_>, below: LinkSpeed) -> Vec<LinkSpeed> {
     let link = |one: &Candidate| one.link_speed.map_or(0, |speed| speed.0);
     let both =
@@ -145,7 +144,7 @@ fn slower(snapshot: &Snapshot<'_>, placement: &Placement, of: &str) -> String {
     }
 }
 
-/// How much more memory an appliance that can serve would have to have; the draw falls on none.
+/// How much more memory a usable appliance would need; none if the draw falls on no appliance.
 fn memory(snapshot: &Snapshot<'_>, demand: &Demand) -> Option<String> {
     let filter = Filter::new(snapshot, demand);
     let smallest = size::lengths(demand)?.last().copied()?;
@@ -164,7 +163,7 @@ fn memory(snapshot: &Snapshot<'_>, demand: &Demand) -> Option<String> {
     (missing > 0).then(|| format!("bring {} more memory: {who}", ByteSize(missing)))
 }
 
-/// What would be free if memory of these appliances were given back.
+/// Whether the demand would be met if memory of these appliances were given back.
 pub fn with_given_back(
     snapshot: &Snapshot<'_>,
     demand: &Demand,

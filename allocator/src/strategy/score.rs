@@ -1,8 +1,8 @@
-//! How much an appliance is wanted.
+//! The score of an appliance.
 //!
-//! A score is the sum of parts: each is a share in thousandths times a weight. What newcomers get
-//! of their score grows from a tenth to all of it, so that an empty one does not draw every
-//! allocation to itself before it has shown that it works.
+//! A score is the sum of weighted parts, each a share in thousandths. A newcomer gets a fraction of its score, which
+//! grows from a tenth to all of it, so that an empty new appliance does not attract every allocation before it has
+//! shown that it works.
 
 use std::borrow::Cow;
 
@@ -13,25 +13,25 @@ use super::filter::Rooms;
 use super::pool::{Chosen, Hot, Position};
 use super::{Demand, Seen, Snapshot};
 
-/// What a newcomer gets of its score at first, in thousandths.
+/// Fraction of its score that a newcomer gets at first, in thousandths.
 const RAMP_START: u64 = 100;
 
-/// The weights of one decision, made ready for walking the pool.
+/// The weights of one decision, prepared for a walk over the pool.
 #[derive(Debug)]
 pub(super) struct Scorer<'a> {
     snapshot: &'a Snapshot<'a>,
     demand: &'a Demand,
-    /// Thousandths a byte of free memory.
+    /// Thousandths per byte of free memory.
     per_free: f64,
     prefer: Vec<Chosen<'a>>,
-    /// Shortest round trip that was measured.
+    /// Shortest round trip that the client measured.
     shortest: Option<u64>,
-    /// It is not known where the client is.
+    /// No document says where the client is.
     nowhere: bool,
 }
 
 impl<'a> Scorer<'a> {
-    /// `most_free` is what the one that can serve and has most has, in bytes.
+    /// `most_free`: free memory in bytes of the usable appliance that has most.
     pub(super) fn new(snapshot: &'a Snapshot<'a>, demand: &'a Demand, most_free: u64) -> Scorer<'a> {
         let prefer = demand.needs.prefer.iter().map(|(_, one)| snapshot.pool.choose(&one.select)).collect();
         let shortest = snapshot.round_trips.values().copied().min();
@@ -40,7 +40,7 @@ impl<'a> Scorer<'a> {
         Scorer { snapshot, demand, per_free, prefer, shortest, nowhere }
     }
 
-    /// The score once `taken` bytes of it are given away by this decision.
+    /// The score after `taken` bytes of the appliance were given away by this decision.
     pub(super) fn score(&self, at: usize, taken: u64) -> u32 {
         let hot = &self.snapshot.pool.hot[at];
         let weights = &self.demand.needs.weights;
@@ -63,7 +63,7 @@ impl<'a> Scorer<'a> {
         ((hot.free.saturating_sub(taken) as f64 * self.per_free) as u16).min(1000)
     }
 
-    /// By round-trip time where the client measured it, else by labels.
+    /// Nearness by round-trip time if the client measured it, else by labels.
     fn near(&self, at: usize) -> u16 {
         if let Some(shortest) = self.shortest {
             let time = round_trip(self.snapshot, at);
@@ -90,7 +90,7 @@ impl<'a> Scorer<'a> {
         }
     }
 
-    /// Where the score comes from.
+    /// The parts of the score, for an explanation.
     pub(super) fn parts(&self, at: usize) -> Vec<ScorePart> {
         let hot = &self.snapshot.pool.hot[at];
         let weights = &self.demand.needs.weights;
@@ -116,7 +116,7 @@ fn round_trip(snapshot: &Snapshot<'_>, at: usize) -> Option<u64> {
     snapshot.round_trips.get(&snapshot.pool.cold[at].candidate.id).copied()
 }
 
-/// Fills in the scores of those that can serve.
+/// Sets the scores of the appliances that can serve.
 pub(super) fn fill(snapshot: &Snapshot<'_>, demand: &Demand, seen: &mut [Seen], rooms: &Rooms) {
     let scorer = Scorer::new(snapshot, demand, rooms.most_free);
     for room in &rooms.list {

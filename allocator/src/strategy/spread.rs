@@ -1,4 +1,4 @@
-//! How regions are dealt out among the appliances that can serve.
+//! Distributes regions among the appliances that can serve.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -9,7 +9,7 @@ use super::filter::Rooms;
 use super::score::Scorer;
 use super::{Demand, Room, Seen, Snapshot, size};
 
-/// Gives all regions to the appliance that is wanted most of those that hold all of them.
+/// Gives all regions to the appliance with the best score of those that hold all of them.
 pub(super) fn on_one(
     snapshot: &Snapshot<'_>,
     demand: &Demand,
@@ -25,8 +25,8 @@ pub(super) fn on_one(
     Some(vec![seat.id.0; usize::try_from(wanted).ok()?])
 }
 
-/// Gives the regions to as few appliances as can be: again and again all that still fit to the one that has most room,
-/// and the rest to the one that is wanted most of those that hold all of it.
+/// Gives the regions to as few appliances as possible: again and again all that still fit go to the appliance with
+/// most room, and the rest to the appliance with the best score of those that hold all of the rest.
 pub(super) fn on_few(
     snapshot: &Snapshot<'_>,
     demand: &Demand,
@@ -64,12 +64,12 @@ fn seat(snapshot: &Snapshot<'_>, demand: &Demand, room: &Room, score: u32) -> Se
     Seat { regions: Reverse(0), score, draw: Reverse(draw(id, demand.seed)), id: Reverse(id), room, at }
 }
 
-/// Deals the regions out, or none where they do not fit.
+/// Distributes the regions evenly; none if they do not fit.
 ///
-/// Each region goes to the appliance that, in this order, has the fewest regions of the same row,
-/// has the fewest regions of the allocation, scores highest, and wins the draw by the seed. So no
-/// appliance is used twice before all that have room are used once, and the columns of a row,
-/// which work at the same time, lie on as many appliances as there are.
+/// Each region goes to the appliance that, in this order, has the fewest regions of the same row, has the fewest
+/// regions of the allocation, scores highest, and wins the draw by the seed. So no appliance is used twice before all
+/// that have room are used once, and the columns of a row, which work at the same time, lie on as many appliances as
+/// possible.
 pub(super) fn spread(
     snapshot: &Snapshot<'_>,
     demand: &Demand,
@@ -92,7 +92,7 @@ pub(super) fn spread(
     Some(regions)
 }
 
-/// Who may get the next region; the greatest does.
+/// A candidate for the next region; the greatest candidate gets it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Seat {
     regions: Reverse<u64>,
@@ -103,7 +103,7 @@ struct Seat {
     at: u32,
 }
 
-/// All seats, or only the best where each of these gets one region at most. Fills in the scores.
+/// All candidates, or only the best ones if each of them gets at most one region. Sets the scores.
 fn first(
     scorer: &Scorer<'_>,
     snapshot: &Snapshot<'_>,
@@ -119,7 +119,7 @@ fn first(
     });
     let seat = |room: &Room, score: u32| seat(snapshot, demand, room, score);
     let wanted = usize::try_from(wanted).unwrap_or(usize::MAX);
-    // The least of the best so far is at the head; most appliances are worse than that at a glance.
+    // The worst of the best so far is at the head; a look at the score alone excludes most appliances.
     let mut best: BinaryHeap<Reverse<Seat>> =
         scored.by_ref().take(wanted).map(|(room, score)| Reverse(seat(room, score))).collect();
     for (room, score) in scored {
@@ -163,8 +163,7 @@ impl Table<'_> {
     }
 }
 
-/// A number that looks random and is the same for the same id and seed (the finalizer of
-/// splitmix64 over both halves of the id).
+/// A pseudo-random number that depends only on id and seed (the finalizer of splitmix64 over both halves of the id).
 pub(super) fn draw(id: ApplianceId, seed: u64) -> u64 {
     let number = id.as_u128();
     mix(mix(seed ^ number as u64) ^ (number >> 64) as u64)

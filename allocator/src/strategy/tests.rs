@@ -37,7 +37,7 @@ fn demand(size: u64, columns: u32) -> Demand {
     Demand { size, columns, unit: 0, region_len: None, seed: 7, home: Vec::new(), needs: Needs::default() }
 }
 
-/// What a snapshot borrows.
+/// Owner of all that a snapshot borrows.
 #[derive(Default)]
 struct Stage {
     pool: Pool,
@@ -94,7 +94,7 @@ fn traces(stage: &Stage, demand: &Demand) -> Vec<ApplianceTrace> {
     trace::appliances(&stage.snapshot(), demand, &decided, true).0
 }
 
-/// Why each appliance cannot serve, by name.
+/// The reason why each rejected appliance cannot serve, by name.
 fn reasons(stage: &Stage, demand: &Demand) -> HashMap<String, String> {
     let said = |one: ApplianceTrace| match one.verdict {
         Verdict::Rejected(rejection) => Some((one.name.to_string(), rejection.to_string())),
@@ -104,7 +104,7 @@ fn reasons(stage: &Stage, demand: &Demand) -> HashMap<String, String> {
 }
 
 #[test]
-fn lengths_of_regions() {
+fn region_lengths_follow_the_rules() {
     for (size, columns, expected) in [
         (1024 * MIB, 1, 256 * MIB),
         (256 * MIB, 1, 256 * MIB),
@@ -125,7 +125,7 @@ fn lengths_of_regions() {
 }
 
 #[test]
-fn most_free_memory_first() {
+fn the_appliance_with_most_free_memory_is_first() {
     let snapshot = [candidate(1, 512 * MIB), candidate(2, 2048 * MIB), candidate(3, 1024 * MIB)];
     let placement = place(&snapshot, &demand(256 * MIB, 1)).unwrap();
     assert_eq!(placement.regions, [ApplianceId::from_u128(2)]);
@@ -149,14 +149,14 @@ fn a_linear_allocation_lies_on_one_appliance_that_holds_it() {
 }
 
 #[test]
-fn shorter_regions_where_long_ones_do_not_fit() {
+fn regions_are_shorter_if_long_ones_do_not_fit() {
     let snapshot = [candidate(1, 130 * MIB), candidate(2, 130 * MIB)];
     let placement = place(&snapshot, &demand(256 * MIB, 1)).unwrap();
     assert_eq!(placement.region_len, 128 * MIB);
 }
 
 #[test]
-fn shorter_regions_where_long_ones_exceed_a_limit() {
+fn regions_are_shorter_if_long_ones_exceed_a_limit() {
     let mut demand = demand(100 * MIB, 3);
     demand.needs.taken_max = Some(144 * MIB);
     assert_eq!(place(&[candidate(1, 1 << 40)], &demand).unwrap().regions.len(), 9, "of 16 MiB");
@@ -166,7 +166,7 @@ fn shorter_regions_where_long_ones_exceed_a_limit() {
 }
 
 #[test]
-fn every_reason_is_said() {
+fn every_reason_is_reported() {
     let big = 1 << 40;
     let on = |number, text: &str| Candidate { labels: labels(text), ..candidate(number, big) };
     let candidates = [
@@ -234,7 +234,7 @@ fn a_link_is_shared_by_the_columns() {
 }
 
 #[test]
-fn round_trips_and_shares() {
+fn round_trips_and_shares_are_limited() {
     let mut stage = Stage::new(&[candidate(1, 1 << 40), candidate(2, 1 << 40), candidate(3, 1 << 40)]);
     stage.numbers =
         HashMap::from([(ApplianceId::from_u128(1), 300_000), (ApplianceId::from_u128(2), 90_000)]);
@@ -259,7 +259,7 @@ fn round_trips_and_shares() {
 }
 
 #[test]
-fn newcomers_and_troubled_ones_are_wanted_less() {
+fn newcomers_and_failing_appliances_score_less() {
     let old = candidate(1, 1 << 30);
     let newcomer = Candidate { since: 999_999, ramp_up: 600, ..candidate(2, 1 << 40) };
     let troubled = Candidate { health: 200, ..candidate(3, 1 << 30) };
@@ -289,7 +289,7 @@ fn newcomers_and_troubled_ones_are_wanted_less() {
 }
 
 #[test]
-fn nearness_is_a_score() {
+fn nearness_raises_the_score() {
     let on = |number, text: &str| Candidate { labels: labels(text), ..candidate(number, 1 << 40) };
     let stage = Stage::new(&[
         on(1, "site=s row=q"),
@@ -307,7 +307,7 @@ fn nearness_is_a_score() {
 }
 
 #[test]
-fn remedies_work() {
+fn remedies_succeed() {
     let ten =
         |number, free: u64| Candidate { link_speed: Some(LinkSpeed(10 * GBPS)), ..candidate(number, free) };
     let stage = Stage::new(&[ten(1, 512 * MIB), Candidate { clearing: 256 * MIB, ..ten(2, 512 * MIB) }]);
@@ -341,7 +341,7 @@ fn remedies_work() {
 }
 
 #[test]
-fn large_pools_are_cut_short_in_records() {
+fn records_of_large_pools_are_shortened() {
     let mut candidates: Vec<Candidate> = (1..=1000).map(|n| candidate(n, (n as u64) << 30)).collect();
     candidates[..400].iter_mut().for_each(|one| one.drain = true);
     let stage = Stage::new(&candidates);
@@ -356,7 +356,7 @@ fn large_pools_are_cut_short_in_records() {
     assert_eq!((rejected[0].reason.as_str(), rejected[0].appliances), ("drained", 400));
 }
 
-/// The spread as its description says, region by region.
+/// A slow spread, written directly from the description of `spread`, region by region.
 fn slow_spread(candidates: &[Candidate], demand: &Demand, region_len: u64) -> Option<Vec<ApplianceId>> {
     let stage = Stage::new(candidates);
     let snapshot = stage.snapshot();
@@ -389,7 +389,7 @@ prop_compose! {
         frees in prop::collection::vec((0..4096_u64, any::<bool>(), 0..4_u8, 0..3_u64), 0..12),
     ) -> Vec<Candidate> {
         frees.iter().enumerate().map(|(index, &(mib, odd, label, link))| {
-            // Mostly up; equal sizes are frequent, so that draws matter.
+            // Mostly up; equal sizes are frequent, so that the draw decides often.
             let mut candidate = candidate(index as u128 + 1, (mib / 64 * 64 + u64::from(odd)) * MIB);
             candidate.labels = labels(["", "rack=a", "rack=b", "rack=a tier=gold"][usize::from(label)]);
             candidate.link_speed = (link > 0).then_some(LinkSpeed(link * 10 * GBPS));
@@ -411,7 +411,7 @@ prop_compose! {
 }
 
 prop_compose! {
-    /// With what rules may ask for.
+    /// A demand with the needs that rules can set.
     fn picky()(
         demand in demands(),
         require in prop::option::of(0..2_usize),
@@ -431,7 +431,7 @@ prop_compose! {
     }
 }
 
-/// Whether an appliance may serve, in plain words.
+/// Whether an appliance may serve, written without the filter.
 fn may_serve(one: &Candidate, demand: &Demand) -> bool {
     let fits =
         |selector: &Selector| selector.labels.iter().all(|(key, value)| one.labels.get(key) == Some(value));
@@ -472,7 +472,7 @@ proptest! {
     }
 
     #[test]
-    fn a_linear_one_lies_on_as_few_appliances_as_can_be(snapshot in snapshots(), demand in picky()) {
+    fn a_linear_allocation_lies_on_as_few_appliances_as_possible(snapshot in snapshots(), demand in picky()) {
         let demand = Demand { columns: 1, needs: Needs { spread: false, ..demand.needs }, ..demand };
         let Ok(placement) = place(&snapshot, &demand) else { return Ok(()) };
         let len = placement.region_len;
@@ -502,7 +502,7 @@ proptest! {
     }
 
     #[test]
-    fn what_fits_is_placed(snapshot in snapshots(), demand in picky()) {
+    fn a_demand_that_fits_is_placed(snapshot in snapshots(), demand in picky()) {
         let Some(lengths) = size::lengths(&demand) else { return Ok(()) };
         let most = demand.needs.taken_max.unwrap_or(u64::MAX);
         let fits = lengths.iter().filter(|&&len| size::taken(&demand, len) <= most).any(|&len| {
@@ -543,7 +543,7 @@ proptest! {
         }
         for remedy in remedy::remedies(&stage.snapshot(), &demand) {
             if let Some(size) = remedy.strip_prefix("ask for at most ") {
-                // A size is shown rounded: a little less surely fits.
+                // A size is shown rounded, so a slightly smaller one must fit.
                 let size = size.parse::<ByteSize>().map_or(0, |size| size.0 / 100 * 98).max(PAGE_LEN);
                 let less = Demand { size: size / PAGE_LEN * PAGE_LEN, ..demand.clone() };
                 prop_assert!(decide(&stage.snapshot(), &less).placement.is_ok(), "{remedy}");
@@ -552,7 +552,7 @@ proptest! {
     }
 
     #[test]
-    fn little_is_wasted(pages in 1..4_000_000_u64, columns in 1..17_u32) {
+    fn whole_regions_waste_little(pages in 1..4_000_000_u64, columns in 1..17_u32) {
         let size = pages * PAGE_LEN;
         let len = size::lengths(&demand(size, columns)).unwrap()[0];
         let total = size::rows(size, columns, len) * u64::from(columns) * len;

@@ -1,4 +1,4 @@
-//! What was found about each appliance, for people.
+//! Explanation of a decision: the verdict on each appliance, for people.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
@@ -9,16 +9,16 @@ use super::filter::{Code, Filter};
 use super::score::Scorer;
 use super::{Decided, Demand, Snapshot};
 
-/// How many of the appliances that can serve and got nothing a record keeps.
+/// How many usable appliances that got nothing a record names.
 const RUNNERS_UP: usize = 5;
-/// How many examples of each reason a record keeps.
+/// How many examples of each reason a record names.
 const EXAMPLES: u64 = 3;
-/// Appliances of which a record keeps all.
+/// Up to this number of appliances a record names all.
 const ALL_UP_TO: usize = 32;
 
-/// The appliances of a decision: those that serve, then the others by score, then those that
-/// cannot, which are also counted by reason, the most frequent first. Without `all`, only some of
-/// those that do not serve are named in a large pool.
+/// The appliances of a decision: first those that serve, then other usable ones by score, then those that cannot
+/// serve. The last group is also counted by reason, the most frequent first. Without `all`, only some of the
+/// appliances that do not serve are named in a large pool.
 pub fn appliances(
     snapshot: &Snapshot<'_>,
     demand: &Demand,
@@ -53,11 +53,11 @@ fn trace(snapshot: &Snapshot<'_>, at: usize, verdict: Verdict) -> ApplianceTrace
     ApplianceTrace { id: one.id, name: one.name.clone(), verdict }
 }
 
-/// What one walk over all that was seen finds.
+/// Findings of one walk over all verdicts.
 struct Walked {
-    /// The best of those that can serve and got nothing.
+    /// The best of the usable appliances that got nothing.
     others: Vec<usize>,
-    /// Those that cannot serve, or examples of each reason.
+    /// Appliances that cannot serve, or examples of each reason.
     rejected: Vec<usize>,
     /// By [`Code::index`].
     counts: [u64; REASONS.len()],
@@ -92,7 +92,7 @@ impl Walked {
         walked
     }
 
-    /// How many appliances were rejected for which reason, the most frequent first.
+    /// Number of appliances rejected for each reason, the most frequent first.
     fn rejected_counts(&self) -> Vec<RejectedCount> {
         let rejected = REASONS.iter().zip(self.counts).skip(1).filter(|(_, appliances)| *appliances > 0);
         let count =
@@ -103,7 +103,7 @@ impl Walked {
     }
 }
 
-/// What each appliance gets, by its place in the pool.
+/// Number of regions that each appliance gets, by pool index.
 fn regions_of(snapshot: &Snapshot<'_>, decided: &Decided) -> BTreeMap<usize, u64> {
     let mut got = BTreeMap::new();
     let regions = decided.placement.iter().flat_map(|placement| &placement.regions);

@@ -1,4 +1,4 @@
-//! The other side of a change: which grants and regions it has.
+//! Builds the other side of a change: its grants and regions.
 
 use std::collections::HashMap;
 
@@ -9,17 +9,18 @@ use xpm_protocol::{AllocationId, ApplianceId, GrantId, GrantKey, RegionId};
 use super::super::{AfterStore, ReplyTo, Service, Work};
 use crate::store::record::{AllocationRecord, ChangeRecord, GrantRecord, Stage};
 
-/// Where a region lies after a change.
+/// Placement of a region after a change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in super::super) enum Place {
-    /// Where it lies.
+    /// The region stays where it is.
     Stay,
-    /// In a new region on this appliance.
+    /// The region moves to a new region on this appliance.
     Go(ApplianceId),
 }
 
 impl Service {
-    /// Records a change to these places; regions beyond them go. Appliances hear of it when it is durable.
+    /// Records a change to these places; regions of the allocation beyond them are removed. Appliances hear of the
+    /// change once the record is durable.
     pub(in super::super) fn begin_change(
         &mut self,
         id: AllocationId,
@@ -51,7 +52,7 @@ impl Service {
         let entry = self.entry(id);
         let used = entry.side.used.take();
         entry.side = super::Side { reply, used, ..super::Side::default() };
-        // It counts for limits from now on, not only when it is durable.
+        // The change counts for limits from now on, not only once it is durable.
         self.replace(id, record.clone());
         self.entry(id).work = Work::Storing;
         self.store_record(record, AfterStore::ChangePlanned);
@@ -59,9 +60,9 @@ impl Service {
     }
 }
 
-/// The other side, without ids and keys of new grants.
+/// The other side; new grants have no ids and keys yet.
 struct Built {
-    /// First those that stay as they are, then the new ones.
+    /// First the grants that stay as they are, then the new ones.
     grants: Vec<GrantRecord>,
     kept: usize,
     slots: Vec<RegionSlot>,
@@ -75,7 +76,7 @@ fn build(record: &AllocationRecord, places: &[Place]) -> Built {
         loses[slot.grant as usize] |= !stays(region);
     }
     let mut built = Built { grants: Vec::new(), kept: 0, slots: Vec::new(), moved: Vec::new() };
-    // New numbers of old grants.
+    // The numbers of old grants in the new list.
     let mut numbers: HashMap<u32, u32> = HashMap::new();
     for (number, grant) in record.grants.iter().enumerate().filter(|(number, _)| !loses[*number]) {
         numbers.insert(number as u32, built.grants.len() as u32);
@@ -100,7 +101,7 @@ fn build(record: &AllocationRecord, places: &[Place]) -> Built {
 }
 
 impl Built {
-    /// A region stays: in its grant, or in one that takes it over from that.
+    /// Keeps a region: in its grant, or in a new grant that takes the region over.
     fn stay(
         &mut self,
         record: &AllocationRecord,
@@ -148,7 +149,7 @@ mod tests {
         ApplianceId::from_u128(number)
     }
 
-    /// Six regions on two appliances, in turns.
+    /// Six regions that alternate between two appliances.
     fn record() -> AllocationRecord {
         let mut record = allocation(1, "a");
         let grant = |number: u128| GrantRecord {
@@ -167,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn what_stays_whole_keeps_its_grant() {
+    fn a_grant_that_keeps_all_regions_stays() {
         let mut places = vec![Place::Stay; 6];
         places.extend([Place::Go(appliance(2)), Place::Go(appliance(3)), Place::Go(appliance(2))]);
         let built = build(&record(), &places);
@@ -178,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn what_loses_regions_is_taken_over() {
+    fn a_grant_that_loses_regions_is_replaced() {
         let built = build(&record(), &[Place::Stay; 3]);
         assert_eq!((built.kept, built.moved.len()), (0, 0));
         let from: Vec<_> = built.grants.iter().map(|grant| grant.from.unwrap().as_u128()).collect();
@@ -189,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn what_moves_is_named() {
+    fn moved_regions_are_listed() {
         let mut places = vec![Place::Stay; 6];
         (places[1], places[3], places[5]) =
             (Place::Go(appliance(3)), Place::Go(appliance(3)), Place::Go(appliance(3)));

@@ -1,4 +1,4 @@
-//! Carrying a change out where nobody owns the allocation: the appliances look and copy, run by run.
+//! Carries a change out while the allocation has no owner: the appliances check and copy, run by run.
 
 use xpm_protocol::AllocationId;
 use xpm_protocol::api::allocator::{ChangeKind, RegionSlot};
@@ -8,23 +8,23 @@ use super::super::{Answer, Awaited, Call, CallError, Service, Work};
 use super::settle::Over;
 use crate::store::record::{AllocationRecord, ChangeRecord};
 
-/// Copying, or looking whether what is to go is unused.
+/// Progress of a copy, or of the check that regions to be removed are unused.
 #[derive(Debug)]
 pub(in super::super) struct Copying {
-    /// What is left to do, the next one last.
+    /// Steps left to do; the last one comes next.
     todo: Vec<Step>,
-    /// Somebody wants the allocation: it ends with the step that is being done.
+    /// A client wants the allocation: the change is given up after the present step.
     stopped: bool,
 }
 
-/// One call to an appliance.
+/// A call to an appliance.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Step {
-    /// A run of a region is copied.
+    /// Copy a run of a region.
     Copy { region: u32, start: u64, len: u64 },
-    /// The copy has to be the same.
+    /// Check that the copy of a run has this digest.
     Verify { region: u32, start: u64, len: u64, xxh3: String },
-    /// A run of a region has to hold nothing.
+    /// Check that a run of a region holds only zeros.
     Look { region: u32, start: u64, len: u64 },
 }
 
@@ -42,7 +42,7 @@ impl Service {
         self.next_step(id);
     }
 
-    /// Somebody wants the allocation now.
+    /// A client wants the allocation: gives the change up after the present step.
     pub(in super::super) fn stop_copying(&mut self, id: AllocationId) {
         if let Work::Copying(copying) = &mut self.entry(id).work {
             copying.stopped = true;
@@ -142,7 +142,7 @@ fn digest_call(
 }
 
 fn runs(start: u64, end: u64, mut each: impl FnMut(u64, u64)) {
-    // The first one is to come last.
+    // Emits the runs from the end, because steps are taken from the end of the list.
     let mut end = end;
     while end > start {
         let len = COPY_LEN_MAX.min(end - start);
@@ -151,7 +151,7 @@ fn runs(start: u64, end: u64, mut each: impl FnMut(u64, u64)) {
     }
 }
 
-/// What of each region lies beyond `size`.
+/// Calls `each` with the part of each region that lies beyond `size`.
 fn tail(record: &AllocationRecord, size: u64, mut each: impl FnMut(u32, u64, u64)) {
     for region in 0..record.slots.len() as u32 {
         let first = record.layout.bytes_before(record.region_len, region, size);

@@ -1,4 +1,4 @@
-//! Making the grants that a change needs.
+//! Makes the grants that a change needs.
 
 use xpm_protocol::api::appliance::{Commit, Reserve};
 use xpm_protocol::{AllocationId, ByteSize, RegionId, Span};
@@ -8,17 +8,17 @@ use super::super::{AfterStore, Answer, Awaited, Call, CallError, Service, Work};
 use super::settle::Over;
 use crate::store::record::{AllocationRecord, ChangeRecord, GrantRecord, Stage};
 
-/// Grants that are being made, by their place on the other side.
+/// Grants that are being made, by their index on the other side.
 #[derive(Debug)]
 pub(in super::super) struct Making {
     open: usize,
     failures: Vec<String>,
-    /// Regions that were reserved.
+    /// Reserved regions, by grant.
     regions: Vec<Vec<RegionId>>,
 }
 
 impl Service {
-    /// The intent is durable: regions are reserved.
+    /// The intent is durable: reserves the regions.
     pub(in super::super) fn make_change(&mut self, id: AllocationId) {
         let (record, change) = self.record_and_change(id);
         let new = new_grants(&record, &change);
@@ -153,7 +153,7 @@ impl Service {
         }
     }
 
-    /// The record, and its change, which is there while one is carried out.
+    /// The record and its change. A record has its change until the change is over.
     pub(super) fn record_and_change(&mut self, id: AllocationId) -> (AllocationRecord, ChangeRecord) {
         let record = self.entry(id).record.clone();
         let change = record.change.as_deref().cloned().expect("a change stays until it is over");
@@ -161,7 +161,7 @@ impl Service {
     }
 }
 
-/// Places of the grants that only the other side has.
+/// Indices of the grants that only the other side has.
 fn new_grants(record: &AllocationRecord, change: &ChangeRecord) -> Vec<usize> {
     let is_new = |grant: &GrantRecord| record.grants.iter().all(|known| known.id != grant.id);
     (0..change.grants.len()).filter(|grant| is_new(&change.grants[*grant])).collect()

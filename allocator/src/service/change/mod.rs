@@ -1,20 +1,20 @@
-//! Changing where an allocation lies while it is in use: growing, shrinking, moving.
+//! Changes where an allocation lies while it is in use: growing, shrinking, moving.
 //!
-//! A change has two sides (`ChangeRecord`): the record holds, until it says otherwise, and the other side
-//! is made beside it.
+//! A change has two sides (`ChangeRecord`). The record's own side holds until `Switched`; the other side is made
+//! beside it.
 //!
-//! 1. The change is recorded as `Preparing`. Grants that only the new side has are made: of new
-//!    regions, or of regions that they take over from a grant that loses some (`make.rs`).
-//! 2. `Open` is recorded: everything is there. The owner copies what moves, writes to both places, and
-//!    says `Ready` (`orders.rs`). Where nobody owns the allocation, the allocator has the appliances
-//!    copy (`carry.rs`).
-//! 3. `Switched` is recorded: the sides change places, in one step. Up to here the old side is whole, and
-//!    from here on the new one, whoever dies when: the owner writes to both until it has heard of this.
-//! 4. The owner says `Done`. The change is taken from the record, and in the same step what only the old side had
-//!    becomes a record of its own that is being given back, as after a deletion (`settle.rs`).
+//! 1. The change is recorded as `Preparing`. The grants that only the new side has are made: of new regions, or of
+//!    regions that they take over from a grant that loses some (`make.rs`).
+//! 2. `Open` is recorded: all grants exist. The owner copies the regions that move, writes to both places, and
+//!    reports `Ready` (`orders.rs`). If the allocation has no owner, the allocator has the appliances copy
+//!    (`carry.rs`).
+//! 3. `Switched` is recorded: the sides change places, in one step. Before this step the old side is complete, and
+//!    after it the new one, whichever process dies: the owner writes to both sides until it has heard of the switch.
+//! 4. The owner reports `Done`. The change is taken from the record. In the same step the grants that only the old
+//!    side had become a record of their own, which is given back as after a deletion (`settle.rs`).
 //!
-//! Given up before `Switched`, it is the new side that is given back. No key of a grant that stays
-//! changes: who owns the allocation does not.
+//! If the change is given up before `Switched`, the new side is given back. The keys of grants that stay do not
+//! change, because the owner does not change.
 
 mod build;
 mod carry;
@@ -37,24 +37,24 @@ use super::{AfterStore, Outcome, ReplyTo, Request, Service, Work};
 use crate::store::record::{AllocationRecord, Stage};
 use crate::strategy::{self, Decided};
 
-/// What is known of a change beyond its record. It is lost with the process, and nothing depends on it.
+/// State of a change that is not in its record. It is lost with the process, and nothing depends on it.
 #[derive(Debug, Default)]
 pub(super) struct Side {
-    /// Bytes that are copied.
+    /// Bytes that were copied so far.
     pub(super) copied: u64,
-    /// Who asked for it, until it is answered.
+    /// The request that began the change, until it is answered.
     pub(super) reply: Option<ReplyTo>,
-    /// Why the last one was not carried out.
+    /// Why the last change was not carried out.
     pub(super) refused: Option<String>,
-    /// What the owner said of the last one.
+    /// The owner's report on the last change: how its device followed.
     pub(super) followed: Option<String>,
-    /// Until when no other move is tried of its own accord, by the service's clock.
+    /// No further move is begun by the allocator itself before this moment, by the service's clock.
     pub(super) rests_until: Option<std::time::Duration>,
-    /// How often in a row no place was found to move to.
+    /// Number of attempts in a row that found no place to move to.
     pub(super) unplaced: u32,
-    /// What a client shows it as.
+    /// The device that a client shows the allocation as.
     pub(super) used: Option<(ClientId, DeviceUse)>,
-    /// Why its owner cannot hold its I/O while the allocation is handed over.
+    /// Why the owner cannot hold its I/O during a hand-over.
     pub(super) cannot_hold: Option<String>,
 }
 
@@ -81,13 +81,13 @@ impl Service {
         }
     }
 
-    /// The allocator started a moment ago: the appliances that it knows are heard first.
+    /// Queues the resize until the known appliances are heard: the allocator started a moment ago.
     fn resize_later(&mut self, reply: ReplyTo, id: AllocationId, resize: Resize) {
         let name = self.entry(id).record.name.clone();
         self.wait_for_appliances(Order::Request(reply, Request::Resize { name, resize }));
     }
 
-    /// What another size means: nothing, or a kind of change, the size, and where each region lies then.
+    /// Plans a resize: nothing to do, or the kind of change, the new size, and the place of each region.
     fn plan_resize(
         &mut self,
         id: AllocationId,
@@ -125,8 +125,8 @@ impl Service {
         Ok(Some((ChangeKind::Grow, size, places)))
     }
 
-    /// Moves the regions at these places of an allocation away from `from`: to `to`, or to where the documents
-    /// have them.
+    /// Moves these regions (by index) of an allocation away from `from`: to `to`, or to where the documents place
+    /// them.
     pub(super) fn begin_move(
         &mut self,
         id: AllocationId,
@@ -149,7 +149,7 @@ impl Service {
         self.begin_change(id, ChangeKind::Move, record.size, &places, rate, None)
     }
 
-    /// Where more regions of an allocation go by the documents as they are now.
+    /// Places for more regions of an allocation, by the present documents.
     fn find_places(
         &mut self,
         record: &AllocationRecord,
@@ -185,7 +185,7 @@ impl Service {
         }
     }
 
-    /// Whether a change may begin now.
+    /// Checks whether a change may begin now.
     fn may_change(&mut self, id: AllocationId) -> Result<(), ApiError> {
         self.check_not_lost(&self.allocations[&id].record)?;
         let entry = self.entry(id);
@@ -213,8 +213,7 @@ impl Service {
         Err(ApiError(ErrorKind::Conflict, line))
     }
 
-    /// Whether a request cannot be carried out while the allocation is being changed, because it changes who
-    /// owns it. The change is brought to an end first.
+    /// Whether a request has to wait until the change has ended, because the request changes the owner.
     pub(super) fn is_in_the_way(&mut self, id: AllocationId, request: &Request, fences: bool) -> bool {
         let record = &self.entry(id).record;
         let owner = record.owner.as_ref().map(|owner| owner.client);
@@ -224,13 +223,13 @@ impl Service {
                     fences || owner != Some(attach.client) && (attach.force || owner.is_none())
                 }
                 Request::Detach { client, .. } => owner == Some(*client),
-                // One that is asked to let go carries its change out first.
+                // An owner that is asked to let go finishes the change first.
                 Request::Transfer { transfer, .. } => transfer.force || owner.is_none(),
                 _ => false,
             }
     }
 
-    /// How far a change is, for those who look.
+    /// Progress of a change, for display.
     pub(super) fn view_change(&self, id: AllocationId) -> Option<ChangeState> {
         let entry = &self.allocations[&id];
         let change = entry.record.change.as_ref()?;
@@ -255,7 +254,7 @@ impl Service {
         })
     }
 
-    /// Answers who asked for a change that it is under way or over.
+    /// Answers the request that began the change: the change is under way or over.
     fn answer_change(&mut self, id: AllocationId) {
         if let Some(reply) = self.entry(id).side.reply.take() {
             let shown: Allocation = self.view(id);
@@ -263,7 +262,7 @@ impl Service {
         }
     }
 
-    /// Stores the record with a change in it; it counts from now on.
+    /// Stores the record with a change in it. The change counts once the record is durable.
     fn store_change(&mut self, id: AllocationId, record: AllocationRecord, after: AfterStore) {
         self.entry(id).work = Work::Storing;
         self.store_record(record, after);

@@ -1,4 +1,4 @@
-//! The turning point of a change, and its end.
+//! The switch of a change to its new side, and the end of the change.
 
 use xpm_protocol::api::allocator::ChangeKind;
 use xpm_protocol::api::event::EventKind;
@@ -10,17 +10,17 @@ use super::super::{AfterStore, Awaited, ReplyTo, Service, Work};
 use crate::store::Change;
 use crate::store::record::{AllocationRecord, Phase, Stage};
 
-/// How a change ended.
+/// Result of a change.
 #[derive(Debug)]
 pub(in super::super) enum Over {
-    /// It holds.
+    /// The new side holds.
     Done(Option<ReplyTo>),
-    /// All is as before, for this reason.
+    /// The old side stays, for this reason.
     Refused(String),
 }
 
 impl Service {
-    /// Everything is there: who owns the allocation carries the change out, or the appliances do.
+    /// All grants exist: the owner carries the change out, or, without an owner, the appliances do.
     pub(in super::super) fn change_is_open(&mut self, id: AllocationId) {
         let (record, change) = self.record_and_change(id);
         let what = describe(change.kind);
@@ -32,7 +32,7 @@ impl Service {
         self.carry_out(id);
     }
 
-    /// From now on the other side holds. Once this is durable it does so whatever happens.
+    /// Makes the other side the one that holds. Once this is durable, nothing reverts it.
     pub(in super::super) fn switch_change(&mut self, id: AllocationId, reply: Option<ReplyTo>) {
         let (mut record, mut change) = self.record_and_change(id);
         change.stage = Stage::Switched;
@@ -48,7 +48,7 @@ impl Service {
         if self.entry(id).record.owner.is_none() {
             return self.end_change(id, Over::Done(reply));
         }
-        // Before anything else is done to it: the owner has to hear that its change holds.
+        // Before any other work is done to the allocation, its owner has to hear that the change holds.
         self.entry(id).work = Work::Idle;
         if let Some(reply) = reply {
             self.answer_orders(reply, id);
@@ -56,8 +56,8 @@ impl Service {
         self.release_queue(id);
     }
 
-    /// Ends a change as its stage allows: one that holds, by giving the old side back; any other, by giving
-    /// the new one back. Who wanted to change the owner meanwhile waits for this.
+    /// Ends a change as its stage allows. A change that is `Switched` ends by giving the old side back, any other by
+    /// giving the new side back. A request that wants to change the owner waits for this.
     pub(in super::super) fn settle_change(&mut self, id: AllocationId) {
         let (record, change) = self.record_and_change(id);
         let over = match change.stage {
@@ -67,8 +67,8 @@ impl Service {
         self.end_change(id, over);
     }
 
-    /// Takes the change from the record. In the same step what only its other side had becomes a record of its own,
-    /// of what is to be given back.
+    /// Takes the change from the record. In the same step the grants that only its other side had become a record of
+    /// their own, to be given back.
     pub(in super::super) fn end_change(&mut self, id: AllocationId, over: Over) {
         let (mut record, change) = self.record_and_change(id);
         let mut rest = AllocationRecord {
@@ -89,7 +89,7 @@ impl Service {
         record.grants.iter_mut().for_each(|grant| grant.from = None);
         let mut batch = vec![Change::Allocation(Box::new(record.clone()))];
         if !rest.grants.is_empty() {
-            // Whoever reads the store finds both or neither.
+            // Both in one batch: a reader of the store finds both records or neither.
             match self.random_id() {
                 Ok(random) => rest.id = AllocationId::from_u128(random),
                 Err(error) => {

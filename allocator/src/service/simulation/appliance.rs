@@ -1,4 +1,4 @@
-//! An appliance with real bookkeeping and no memory.
+//! A simulated appliance: it keeps books of regions and grants, and has no memory.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -12,7 +12,7 @@ use super::super::{Answer, Call, CallError};
 use crate::store::ApplianceRecord;
 use crate::testing::appliance as an_appliance;
 
-/// An appliance as its interface describes it.
+/// State of an appliance, as its interface shows it.
 pub(super) struct Appliance {
     pub(super) record: ApplianceRecord,
     pub(super) capacity: u64,
@@ -22,11 +22,11 @@ pub(super) struct Appliance {
     next_region: u128,
     /// Bytes that were given back and are not cleared yet.
     pub(super) clearing: u64,
-    /// Whether what is given back stays to be cleared.
+    /// Whether memory that is given back stays uncleared.
     pub(super) slow: bool,
     pub(super) refusals: u32,
     pub(super) away: bool,
-    /// Who is connected, to any of its grants.
+    /// Lives that are connected to any of its grants.
     pub(super) living: Vec<Holder>,
 }
 
@@ -35,7 +35,7 @@ pub(super) struct Held {
     pub(super) len: u64,
     pub(super) until: Duration,
     pub(super) grant: Option<GrantId>,
-    /// What was written last, of all of it; 0: nothing, or zeros.
+    /// Stamp of the last write, which covered the whole region; 0: never written, or zeros.
     pub(super) content: u64,
 }
 

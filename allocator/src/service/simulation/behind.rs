@@ -1,4 +1,4 @@
-//! Metadata of yesterday, and metadata that cannot be written: one story each.
+//! Outdated metadata, and metadata that cannot be written: one test for each story.
 
 use std::time::Duration;
 
@@ -17,11 +17,11 @@ fn name(text: &str) -> Name {
 }
 
 #[test]
-fn metadata_of_yesterday_judge_and_change_nothing() {
+fn outdated_metadata_judge_and_change_nothing() {
     let mut world = World::new(&[256 * MIB; 2]);
     world.answer(create("a", 32, None)).unwrap();
     world.answer(attach("a", 1, false)).unwrap();
-    // Half made in the snapshot: to undo it would free what is in use since.
+    // Half made in the snapshot: undoing it would free memory that is in use since.
     world.ask(create("half", 32, None));
     world.step(0, super::world::Fate::Works);
     let yesterday = world.durable.clone();
@@ -54,7 +54,7 @@ fn metadata_of_yesterday_judge_and_change_nothing() {
     }
     let after: Vec<usize> = world.appliances.values().map(|one| one.grants.len()).collect();
     assert_eq!(before, after, "no appliance was told anything");
-    // With the metadata of today all is as it was.
+    // With the present metadata all is as it was.
     world.durable = today;
     world.crash(false);
     world.mend();
@@ -63,7 +63,7 @@ fn metadata_of_yesterday_judge_and_change_nothing() {
 }
 
 #[test]
-fn an_owner_can_be_the_one_who_knows() {
+fn an_owner_can_report_the_newer_state() {
     let mut world = World::new(&[256 * MIB]);
     world.answer(create("a", 32, None)).unwrap();
     world.answer(attach("a", 1, false)).unwrap();
@@ -80,7 +80,7 @@ fn an_owner_can_be_the_one_who_knows() {
 }
 
 #[test]
-fn without_room_it_answers_and_goes_on_when_there_is_some() {
+fn without_room_to_write_it_answers_and_later_goes_on() {
     let mut world = World::new(&[256 * MIB]);
     make(&mut world, asked("a", 32, "")).unwrap();
     world.event(Event::Writing(Some("the disk is full".to_owned())));

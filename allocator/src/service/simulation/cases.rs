@@ -1,4 +1,4 @@
-//! One story each.
+//! Creation, ownership, deletion and lost grants: one test for each story.
 
 use std::time::Duration;
 
@@ -25,7 +25,7 @@ fn map(result: Result<Outcome, ApiError>) -> Map {
 }
 
 #[test]
-fn made_attached_and_deleted() {
+fn an_allocation_is_made_attached_and_deleted() {
     let mut world = World::new(&[128 * MIB; 3]);
     world.answer(create("a", 96, Some(3))).unwrap();
     assert_eq!(kind(world.answer(create("a", 16, None))), ErrorKind::Conflict);
@@ -124,7 +124,7 @@ fn a_change_of_owner_waits_for_every_appliance() {
     world.check();
 }
 
-/// Does all that is pending; calls that raise an epoch end like this.
+/// Carries out all pending effects; calls that raise an epoch get this fate.
 fn finish_raising(world: &mut World, fate: Fate) {
     while !world.pending.is_empty() {
         let raises = |effect: &Effect| matches!(effect, Effect::Call(_, _, Call::Raise(..)));
@@ -135,7 +135,7 @@ fn finish_raising(world: &mut World, fate: Fate) {
     }
 }
 
-/// Answers a request; calls that raise an epoch end like this.
+/// Answers a request; calls that raise an epoch get this fate.
 fn raise(world: &mut World, request: Request, fate: Fate) -> Result<Outcome, ApiError> {
     let reply = world.ask(request);
     finish_raising(world, fate);
@@ -165,7 +165,7 @@ fn an_epoch_that_an_appliance_may_have_heard_of_keeps_its_keys() {
         world.answer(attach("a", 1, false)).unwrap();
         assert_eq!(kind(raise(&mut world, attach("a", 2, true), fate)), ErrorKind::Unavailable);
         let next = next_epoch(&mut world).unwrap();
-        // Both refuse the second time, and that says nothing of the first time.
+        // Both refuse the second time, which says nothing about the first calls: these may still arrive.
         raise(&mut world, attach("a", 2, true), Fate::Refused).unwrap_err();
         assert_eq!(next_epoch(&mut world), Some(next.clone()));
         world.arrive(0);
@@ -181,7 +181,7 @@ fn keys_that_a_recovery_made_are_not_dropped() {
     let mut world = World::new(&[64 * MIB]);
     world.answer(create("a", 64, None)).unwrap();
     world.answer(attach("a", 1, false)).unwrap();
-    // The client has no map any more: nobody knows the keys of this epoch.
+    // The client has lost its map, so no process knows the keys of this epoch.
     world.lose_disk(Vec::new());
     let next = next_epoch(&mut world);
     raise(&mut world, attach("a", 1, false), Fate::Refused).unwrap_err();
@@ -208,7 +208,7 @@ fn another_appliance_is_tried_once() {
 }
 
 #[test]
-fn two_at_once_do_not_book_the_same_memory() {
+fn two_creations_at_once_get_different_memory() {
     let mut world = World::new(&[64 * MIB; 4]);
     let replies: Vec<ReplyTo> = (0..6).map(|n| world.ask(create(&format!("a{n}"), 48, Some(3)))).collect();
     world.finish();
@@ -333,11 +333,11 @@ fn requests_for_one_allocation_wait_for_each_other() {
 }
 
 #[test]
-fn what_no_record_knows_is_freed_after_its_grace() {
+fn a_grant_without_record_is_freed_after_its_grace() {
     let mut world = World::new(&[64 * MIB; 2]);
     world.answer(create("a", 64, Some(2))).unwrap();
     world.answer(create("kept", 32, None)).unwrap();
-    // The metadata are of before.
+    // The metadata of before the creation of the second allocation.
     let mut loaded = world.durable.load().unwrap();
     loaded.allocations.retain(|record| record.name.as_str() == "kept");
     world.durable = crate::store::memory::MemoryStore::of(loaded);
@@ -369,7 +369,7 @@ fn what_no_record_knows_is_freed_after_its_grace() {
 }
 
 #[test]
-fn what_an_appliance_lost_is_told() {
+fn grants_that_an_appliance_lost_are_reported() {
     let mut world = World::new(&[64 * MIB; 2]);
     world.answer(create("a", 64, Some(2))).unwrap();
     let lost = |world: &mut World| match world.answer(Request::Allocations).unwrap() {

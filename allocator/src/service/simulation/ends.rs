@@ -1,4 +1,4 @@
-//! Time that does not count: one story each.
+//! Time that does not count against ends of allocations: one test for each story.
 
 use std::time::Duration;
 
@@ -28,7 +28,7 @@ fn ends(world: &mut World, of: &str) -> u64 {
     show(world, of).unwrap().lease.unwrap().ends
 }
 
-/// Another life of the allocator, with clocks of which days can be taken away.
+/// Restarts the allocator two days later.
 fn begin_anew_after_two_days(world: &mut World) {
     world.now += Duration::from_secs(2 * DAY.unsigned_abs());
     world.crash(false);
@@ -64,7 +64,7 @@ fn a_clock_that_is_set_takes_leases_with_it() {
         world.clock_ahead = ahead;
         pass(&mut world, 20);
         assert_eq!(ends(&mut world, "x"), before.saturating_add_signed(ahead));
-        // Events are kept over a restart, and each life tells what was announced before it once more.
+        // Events survive a restart, and each process announces once more what was announced before it.
         let told_before = told(&mut world, "lease-ended");
         world.crash(false);
         world.finish();
@@ -83,7 +83,7 @@ fn a_clock_that_is_set_takes_leases_with_it() {
 }
 
 #[test]
-fn an_owner_that_nobody_could_reach_gets_its_time() {
+fn an_unreachable_owner_gets_its_time() {
     let mut world = leased();
     pass(&mut world, 82);
     assert_eq!(told(&mut world, "lease-warning"), 1);
@@ -141,7 +141,7 @@ fn an_announced_end_is_not_hurried_by_a_restart() {
     world.crash(false);
     world.finish();
     assert_eq!(told(&mut world, "lease-moved"), 1, "by the absence: what a start tells is kept");
-    // They answered the new life's question; that is no sign that anybody reaches the allocator.
+    // The appliances answered the new process's question; that does not show that they can reach the allocator.
     world.appliances.values_mut().for_each(|one| one.away = true);
     pass(&mut world, 30);
     assert_eq!(state(&mut world, "x"), Some(AllocationState::Ready), "nobody was heard yet");

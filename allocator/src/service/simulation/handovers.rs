@@ -1,4 +1,5 @@
-//! Two allocations that go to and fro between two clients, together, whatever happens.
+//! Random scripts and single stories of two allocations that are handed over together between two clients, to and
+//! fro, with faults.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -53,7 +54,7 @@ enum Move {
     HandOver(usize, bool),
     Commit,
     RollBack,
-    /// A client asks for its orders, or for its keys where these say that it is the owner.
+    /// A client asks for its orders, or for its keys if the orders say that it is the owner.
     Asks(usize, usize),
     Writes(usize, usize, usize),
     Resize(usize, u64),
@@ -87,7 +88,7 @@ fn moves() -> impl Strategy<Value = Move> {
     ]
 }
 
-/// The part that a client has of one allocation.
+/// State of a client with regard to one allocation.
 #[derive(Default)]
 struct Has {
     map: Option<Map>,
@@ -218,7 +219,7 @@ impl Pair {
         let has = &mut self.has[of][client];
         match &orders.part {
             Some(Part::StandsBy) => has.map = None,
-            // A zombie: it keeps its keys, which nobody takes.
+            // The client keeps its old keys, which no appliance accepts.
             Some(Part::Holds { .. }) => {}
             None => {
                 let same = has.map.as_ref().is_some_and(|map| Some(map.epoch) == orders.epoch);
@@ -236,7 +237,7 @@ impl Pair {
         (held.key == grant.key).then(|| (grant.appliance, held.regions[slot.slot as usize]))
     }
 
-    /// A write lands where the appliance takes the client's key, which is nowhere while the client is not the owner.
+    /// A write lands if the appliance accepts the client's key; no appliance does while the client is not the owner.
     fn writes(&mut self, of: usize, client: usize, region: usize) {
         let Some(map) = &self.has[of][client].map else { return };
         let region = region % map.regions.len();
@@ -249,12 +250,12 @@ impl Pair {
         self.written.insert((of, region), stamp);
     }
 
-    /// At every moment both allocations have the same owner, and nothing that was written is gone.
+    /// At every moment both allocations have the same owner, and no written data are lost.
     fn check(&mut self) {
         let records = [self.record(0), self.record(1)];
         let owner = |record: &AllocationRecord| record.owner.as_ref().map(|owner| owner.client);
         let state = |record: &AllocationRecord| record.handover.as_ref().map(|one| one.state);
-        // An allocation that no appliance had heard of is out of a hand-over that failed, with the owner that it had.
+        // When a hand-over fails, an allocation whose appliances heard nothing leaves it and keeps its owner.
         assert_eq!(owner(&records[0]), owner(&records[1]), "one of them has another owner");
         let [first, second] = [state(&records[0]), state(&records[1])];
         let parted = first != second;
@@ -325,7 +326,7 @@ fn part(pair: &mut Pair, of: usize, client: usize) -> Result<Option<Part>, Error
 }
 
 #[test]
-fn there_and_back_and_for_good() {
+fn a_handover_is_rolled_back_or_committed() {
     let mut pair = Pair::new();
     ready(&mut pair);
     assert_eq!(part(&mut pair, 0, 1), Ok(Some(Part::StandsBy)));
@@ -354,7 +355,7 @@ fn there_and_back_and_for_good() {
 }
 
 #[test]
-fn what_cannot_be_handed_over_is_refused_before_anything_happens() {
+fn an_impossible_handover_is_refused_before_any_change() {
     let mut pair = Pair::new();
     let refused = |pair: &mut Pair, request| match pair.world.answer(request) {
         Err(error) => (error.0, error.1),
@@ -395,7 +396,7 @@ fn what_cannot_be_handed_over_is_refused_before_anything_happens() {
 }
 
 #[test]
-fn an_allocator_that_dies_in_between_gives_everything_back() {
+fn a_restart_during_a_handover_returns_everything() {
     for steps in 0..8 {
         let mut pair = Pair::new();
         ready(&mut pair);
@@ -418,7 +419,7 @@ fn an_allocator_that_dies_in_between_gives_everything_back() {
 }
 
 #[test]
-fn an_appliance_that_does_not_answer_holds_up_the_return_and_nothing_else() {
+fn a_silent_appliance_delays_only_the_return() {
     let mut pair = Pair::new();
     ready(&mut pair);
     let open = done(&mut pair, hand_over(&[0, 1], 1, false));
@@ -437,7 +438,7 @@ fn an_appliance_that_does_not_answer_holds_up_the_return_and_nothing_else() {
 }
 
 #[test]
-fn what_is_open_stays_so_and_is_a_problem_after_a_while() {
+fn an_open_handover_stays_open_and_becomes_a_problem() {
     let mut pair = Pair::new();
     ready(&mut pair);
     done(&mut pair, hand_over(&[0, 1], 1, false));

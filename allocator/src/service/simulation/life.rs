@@ -1,6 +1,6 @@
-//! One allocation that is resized, moved and handed over while two clients use it, whatever happens: with
-//! owners that carry changes out as xpm-blk does, and contents of regions, so that it is known whether
-//! what was written is still there.
+//! Random scripts around one allocation that is resized, moved and handed over while two clients use it. Owners carry
+//! changes out as xpm-blk does, and regions have contents, so that the test can check that written data are still
+//! there.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -28,20 +28,20 @@ enum Move {
     Transfer(u8, bool),
     Attach(u8, bool),
     Detach(u8),
-    /// A client asks for its orders and carries out what they say, a step at a time.
+    /// A client asks for its orders and carries them out, one step at a time.
     Owner(u8),
-    /// A client forgets what it was doing.
+    /// A client restarts and forgets what it was doing.
     Restart(u8),
     Write(u8, u8, bool),
     Steps(Vec<(usize, u8)>),
-    /// All that is pending is done, and goes well.
+    /// All pending effects are carried out without a fault.
     Finish,
     Tick(u64),
     Pass(u64),
     Arrive(usize),
     Away(u8, bool),
     Crash(bool),
-    /// The metadata are gone, and recovered from the network.
+    /// The metadata are lost, and recovered from the appliances and clients.
     LoseDisk,
 }
 
@@ -68,12 +68,12 @@ fn moves() -> impl Strategy<Value = Move> {
     ]
 }
 
-/// A client that owns the allocation, or thinks so.
+/// A client that owns the allocation, or believes so.
 #[derive(Default)]
 struct Owner {
     map: Option<Map>,
     change: Option<MapChange>,
-    /// All is copied, and writes go to both places.
+    /// All regions are copied, and writes go to both places.
     mirrored: bool,
     /// An answer that it waits for.
     asked: Option<ReplyTo>,
@@ -82,10 +82,10 @@ struct Owner {
 struct Life {
     world: World,
     owners: [Owner; 2],
-    /// What was written last to each region, by those who were told that it is.
+    /// Stamp of the last write to each region that was reported as done.
     written: BTreeMap<u32, u64>,
     stamp: u64,
-    /// Changes that an owner saw through.
+    /// Changes that an owner carried out to the end.
     seen_through: u32,
     lost_disk: bool,
 }
@@ -181,13 +181,14 @@ impl Life {
             Move::LoseDisk => self.lose_disk(),
             Move::Crash(arriving) => {
                 self.world.crash(arriving);
-                // Whoever waited asks again.
+                // Clients that waited for an answer ask again.
                 self.owners.iter_mut().for_each(|owner| owner.asked = None);
             }
         }
     }
 
-    /// What clients know is needed only while something is on its way.
+    /// Loses the disk. A record that is complete at the appliances must be recovered from them alone; the maps of clients
+    /// are needed only for a step under way.
     fn lose_disk(&mut self) {
         let record = self.durable().expect("nothing deletes it");
         let knows = |client: usize| {
@@ -200,7 +201,7 @@ impl Life {
             map.epoch == record.epoch && (map.version == record.version || record.change.is_some())
         };
         let has = |owner| clients.iter().any(|(id, map)| *id == owner && current(map));
-        // What no appliance heard, and no client has, is lost with the disk.
+        // A record that no appliance was told of, and whose map no client has, is lost with the disk.
         if !owner.is_some_and(has) && !self.world.is_told(&record) {
             return;
         }
@@ -221,7 +222,7 @@ impl Life {
         loaded.allocations.into_iter().find(|record| record.phase == Phase::Ready)
     }
 
-    /// An answer that is there, or the next thing to say.
+    /// Handles an answer that has come, or takes the next step.
     fn owner(&mut self, client: usize) {
         if self.owners[client].asked.is_some() {
             self.hear(client);
@@ -288,14 +289,14 @@ impl Life {
             }
         }
         if orders.hand_over.is_some() {
-            // It writes back, forgets, and says so.
+            // It writes back, forgets its map, and reports that.
             self.owners[client] = Owner::default();
             let id = ClientId::from_u128(client as u128);
             self.ask_of(client, Request::Report { name: name(), client: id, report: Report::HandedOver });
         }
     }
 
-    /// The region at a place of a map, if the appliance lets this key in now.
+    /// The region at a place of a map, if the appliance accepts the map's key now.
     fn place(&self, map: &Map, slot: RegionSlot) -> Option<(xpm_protocol::ApplianceId, RegionId)> {
         let grant = &map.grants[slot.grant as usize];
         let appliance = self.world.appliances.get(&grant.appliance).filter(|one| !one.away)?;
@@ -312,12 +313,12 @@ impl Life {
         held.unwrap().content = content;
     }
 
-    /// Copies what moves; looks whether what is to go is unused.
+    /// Copies the regions that move, and checks that regions to be removed are unused.
     fn copy(&mut self, client: usize, change: &MapChange) -> Result<(), String> {
         let now = self.owners[client].map.clone().ok_or("no map")?;
         for &region in &change.moved {
             let region = region as usize;
-            // Who was cut off and has not heard of it may have a map of long ago.
+            // A client that was cut off without hearing of it may have an outdated map.
             let from = *now.regions.get(region).ok_or("not in its map")?;
             let from = self.place(&now, from).ok_or("out of reach")?;
             let to = self.place(&change.next, change.next.regions[region]).ok_or("out of reach")?;
@@ -335,7 +336,7 @@ impl Life {
         Ok(())
     }
 
-    /// A write is told to be done only when it is at every place where it has to be.
+    /// A write is reported as done only once it is at every place where it has to be.
     fn write(&mut self, client: usize, region: u32, zeros: bool) {
         let owner = &self.owners[client];
         let Some(map) = &owner.map else { return };
@@ -354,7 +355,8 @@ impl Life {
         self.stamp += 1;
         let content = if zeros { 0 } else { self.stamp };
         places.into_iter().for_each(|place| self.set(place, content));
-        // Who was cut off may still reach what was given up; what that holds is nobody's.
+        // A client that was cut off may still reach a region that was given up; the region's content then counts for
+        // nothing.
         let counts =
             |record: AllocationRecord| record.epoch == epoch || (region as usize) < record.slots.len();
         if self.durable().is_some_and(counts) {
@@ -362,7 +364,7 @@ impl Life {
         }
     }
 
-    /// What was written is where the record says.
+    /// The last write of each region is where the record says.
     fn check(&mut self) {
         let record = self.durable().expect("nothing deletes it");
         for (region, slot) in (0..).zip(&record.slots) {
@@ -381,7 +383,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(1000))]
 
     #[test]
-    fn nothing_that_was_written_is_lost(script in prop::collection::vec(moves(), 20..160)) {
+    fn no_written_data_are_lost(script in prop::collection::vec(moves(), 20..160)) {
         let mut life = Life::new();
         for made in script {
             life.act(made);
@@ -389,7 +391,7 @@ proptest! {
         }
         life.world.mend();
         if life.lost_disk {
-            // What was given up and forgotten is garbage.
+            // Memory that was given up and forgotten is garbage by now.
             (0..12).for_each(|_| life.world.mend());
         }
         life.check();

@@ -1,4 +1,4 @@
-//! Two lives of one client.
+//! Two lives of one client, which compete for its allocation.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use super::super::{Outcome, Request};
 use super::world::World;
 use super::{MIB, attach, create, detach};
 
-/// Longer than an owner that lives is not heard.
+/// Longer than the pauses between requests of a living owner.
 const SILENCE: Duration = Duration::from_secs(40);
 
 const fn life(machine: u128, seat: u128, number: u64) -> Life {
@@ -27,7 +27,7 @@ const SAME_KERNEL: Life = life(1, 1, 4);
 const AFTER_A_REBOOT: Life = life(1, 2, 4);
 const COPY: Life = life(9, 9, 4);
 
-/// What became of a request: the epoch of the map, or how it was refused.
+/// The result of a request: the epoch of the map, or the kind of refusal.
 fn ask(world: &mut World, life: Life, request: Request) -> Result<u64, ErrorKind> {
     match world.answer(Request::As(life, Box::new(request))) {
         Ok(Outcome::Owned(owned)) => Ok(owned.map.epoch.0),
@@ -70,7 +70,7 @@ fn a_copy_is_refused_while_the_owner_is_heard_or_connected_and_then_fences_it() 
 }
 
 #[test]
-fn force_fences_the_first_one() {
+fn force_fences_the_present_life() {
     let mut world = owned();
     connect(&mut world, Some(FIRST));
     assert_eq!(ask(&mut world, COPY, attach("a", 1, true)), Ok(2));
@@ -113,7 +113,7 @@ fn a_copy_gives_nothing_back() {
 }
 
 #[test]
-fn a_client_that_says_no_life_is_taken_by_its_id() {
+fn a_client_without_life_is_identified_by_its_id() {
     let mut world = owned();
     assert!(world.answer(attach("a", 1, false)).is_ok());
     assert_eq!(ask(&mut world, COPY, attach("a", 1, false)), Ok(1), "nothing is known of the one before");

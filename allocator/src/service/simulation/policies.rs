@@ -1,4 +1,4 @@
-//! Documents at work: one story each.
+//! Documents at work: limits, leases, hours, rules and waiting; one test for each story.
 
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ use super::super::{Event, EventQuery, Outcome, Request};
 use super::world::World;
 use super::{MIB, attach, delete, detach};
 
-/// A world with documents.
+/// A world with the documents of `text`.
 pub(super) fn world(capacities: &[u64], text: &str) -> World {
     let mut world = World::new(capacities);
     let applied = apply(&mut world, text);
@@ -79,7 +79,7 @@ pub(super) fn kinds(world: &mut World) -> Vec<String> {
     }
 }
 
-/// Time passes in steps of a second, as ticks do.
+/// Lets time pass in steps of a second, as ticks do.
 pub(super) fn pass(world: &mut World, seconds: u64) {
     for _ in 0..seconds {
         world.now += Duration::from_secs(1);
@@ -140,7 +140,7 @@ fn a_limit_says_how_much_is_left() {
 }
 
 #[test]
-fn what_waits_is_served_by_priority() {
+fn waiting_requests_are_served_by_priority() {
     let mut world = world(&[128 * MIB], TWO);
     make(&mut world, asked("full", 128, "")).unwrap();
     assert_eq!(make(&mut world, waiting("one", 64, "")).unwrap().state, AllocationState::Waiting);
@@ -161,7 +161,7 @@ fn what_waits_is_served_by_priority() {
 }
 
 #[test]
-fn who_comes_later_does_not_take_it_away() {
+fn a_later_request_does_not_overtake() {
     let mut world = world(&[128 * MIB], TWO);
     make(&mut world, asked("a", 64, "")).unwrap();
     make(&mut world, waiting("large", 128, "high")).unwrap();
@@ -232,7 +232,7 @@ fn the_unimportant_give_way_with_notice() {
 }
 
 #[test]
-fn who_is_not_needed_any_more_stays() {
+fn a_victim_that_is_not_needed_stays() {
     let mut world = world(&[128 * MIB], TWO);
     make(&mut world, asked("victim", 64, "low")).unwrap();
     make(&mut world, asked("other", 64, "")).unwrap();
@@ -249,7 +249,8 @@ fn who_is_not_needed_any_more_stays() {
     assert!(show(&mut world, "victim").unwrap().ending.is_some());
     world.crash(false);
     world.finish();
-    // Up to ten seconds before the crash count as absence. Steps of a minute would each move the end, as they are late.
+    // Up to ten seconds before the crash count as absence. In steps of a minute, each step would be late and move the
+    // end.
     pass(&mut world, 140);
     world.mend();
     assert_eq!(
@@ -388,7 +389,7 @@ link-speed = 'client'
 }
 
 #[test]
-fn nearness_by_labels_and_by_round_trips() {
+fn locality_is_by_labels_or_round_trips() {
     let text = "
 [[appliance]]
 name = 'a1'
@@ -428,7 +429,7 @@ locality = { round-trip-max = '100us' }
 }
 
 #[test]
-fn head_room_drain_and_shares() {
+fn head_room_drain_and_shares_limit_placement() {
     let text = "
 [[appliance]]
 name = 'a1'
@@ -557,7 +558,7 @@ fn documents_in_use_stay() {
 }
 
 #[test]
-fn an_owner_that_leaves_makes_it_idle() {
+fn an_allocation_without_owner_is_idle() {
     let mut world = world(&[128 * MIB], TWO);
     make(&mut world, asked("a", 64, "low")).unwrap();
     make(&mut world, asked("b", 64, "low")).unwrap();
@@ -571,7 +572,7 @@ fn an_owner_that_leaves_makes_it_idle() {
 }
 
 #[test]
-fn who_waits_for_a_limit_holds_nothing() {
+fn a_request_that_waits_for_a_limit_keeps_no_memory() {
     let mut world = world(&[1024 * MIB], TWO);
     make(&mut world, asked("a", 128, "low")).unwrap();
     make(&mut world, waiting("over", 64, "low")).unwrap();

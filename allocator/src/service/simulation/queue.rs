@@ -1,4 +1,4 @@
-//! Requests that wait, and the first orders after a start: one story each.
+//! Requests that wait, and orders right after a start: one test for each story.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use super::world::World;
 use super::{INTERVAL, MIB, create, delete};
 
 #[test]
-fn smaller_ones_pass_while_the_rest_could_serve_the_first() {
+fn smaller_requests_pass_while_the_rest_could_serve_the_first() {
     let mut world = world(&[128 * MIB; 2], TWO);
     make(&mut world, asked("full", 192, "")).unwrap();
     assert_eq!(make(&mut world, waiting("large", 128, "")).unwrap().state, AllocationState::Waiting);
@@ -25,7 +25,7 @@ fn smaller_ones_pass_while_the_rest_could_serve_the_first() {
 }
 
 #[test]
-fn they_do_not_pass_for_ever() {
+fn smaller_requests_do_not_pass_for_ever() {
     let mut world = world(&[128 * MIB; 2], TWO);
     make(&mut world, asked("a", 128, "")).unwrap();
     make(&mut world, asked("b", 96, "")).unwrap();
@@ -44,7 +44,7 @@ fn they_do_not_pass_for_ever() {
 }
 
 #[test]
-fn a_request_that_waits_for_days_stops_nobody() {
+fn a_request_that_waits_for_days_blocks_no_other() {
     let mut world = world(&[128 * MIB], TWO);
     make(&mut world, asked("a", 64, "")).unwrap();
     let days = Create { wait: Some(Span(Duration::from_secs(720 * 3600))), ..asked("all", 128, "") };
@@ -60,7 +60,7 @@ fn a_request_that_waits_for_days_stops_nobody() {
 }
 
 #[test]
-fn a_request_that_was_taken_back_does_not_come_back() {
+fn a_cancelled_request_does_not_come_back() {
     let mut world = world(&[128 * MIB], TWO);
     make(&mut world, asked("full", 128, "")).unwrap();
     let again = |world: &mut World, id: u128, create: Create| {
@@ -80,7 +80,7 @@ fn a_request_that_was_taken_back_does_not_come_back() {
 }
 
 #[test]
-fn an_account_has_so_many_requests_that_wait() {
+fn waiting_requests_of_an_account_are_limited() {
     let text = "[[account]]\nname = 'a'\nwaiting-max = 2\n[[account]]\nname = 'b'\nwaiting-max = 0\n";
     let mut world = world(&[128 * MIB], text);
     make(&mut world, asked("full", 128, "")).unwrap();
@@ -111,7 +111,7 @@ fn the_first_orders_do_not_wait_for_ever() {
     world.answer(create("before", 32, Some(2))).unwrap();
     world.appliances.values_mut().next().unwrap().away = true;
     world.crash(false);
-    // What fits on those that answer is not kept waiting by one that does not.
+    // A request that fits on the answering appliances does not wait for a silent one.
     world.answer(create("fits", 16, None)).unwrap();
     let wide = world.ask(create("wide", 64, None));
     world.finish();
@@ -154,7 +154,7 @@ fn memory_that_was_promised_counts_once() {
     };
     world.answer(create("a", 64, None)).unwrap();
     assert_eq!(free(&mut world), ByteSize(192 * MIB));
-    // A heartbeat that tells of it already.
+    // A heartbeat that includes the promised memory already.
     world.pass(INTERVAL);
     world.finish();
     assert_eq!(free(&mut world), ByteSize(192 * MIB));

@@ -1,4 +1,4 @@
-//! Whatever happens.
+//! Random scripts of all requests and faults; at the end each allocation is whole or undone.
 
 use std::time::Duration;
 
@@ -25,7 +25,7 @@ enum Move {
     Crash(bool),
     Resize(u8, u64),
     Transfer(u8, u8, bool),
-    /// An owner says something; what it says may be out of place.
+    /// A report of an owner; it may not fit the present state.
     Report(u8, u8, u64, u8),
     Drain(u8, bool),
     Rebalance,
@@ -169,7 +169,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(1000))]
 
     #[test]
-    fn whole_or_undone_whatever_happens(script in prop::collection::vec(moves(), 1..60)) {
+    fn each_allocation_is_whole_or_undone(script in prop::collection::vec(moves(), 1..60)) {
         let mut world = super::policies::world(&[160 * MIB, 96 * MIB, 224 * MIB], DOCUMENTS);
         script.into_iter().for_each(|made| world.make(made));
         world.mend();

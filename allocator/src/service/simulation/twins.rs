@@ -15,7 +15,7 @@ fn life(machine: u128, seat: u128, number: u64) -> Option<Life> {
     Some(Life { machine, installation, seat: SeatId::from_u128(seat), number })
 }
 
-/// The heartbeat of the only appliance, in this life and at this port.
+/// A heartbeat of the only appliance, in this life and with this control port.
 fn beat(world: &World, life: Option<Life>, port: u16) -> Heartbeat {
     let mut beat = world.appliances.values().next().unwrap().heartbeat();
     (beat.info.life, beat.info.control) = (life, format!("http://10.0.0.1:{port}"));
@@ -27,7 +27,7 @@ fn hear(world: &mut World, life: Option<Life>, port: u16) -> Result<(), ErrorKin
     world.answer(Request::Heartbeat(Box::new(beat))).map(drop).map_err(|error| error.0)
 }
 
-/// A pool whose appliance is heard by these tests only.
+/// A pool whose appliance sends heartbeats only when a test does it.
 fn world() -> World {
     let mut world = World::new(&[64 * MIB]);
     world.appliances.values_mut().for_each(|one| one.away = true);

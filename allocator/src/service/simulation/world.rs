@@ -1,4 +1,4 @@
-//! Everything around the service.
+//! The world around the service: clock, disk, appliances and network.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
@@ -19,12 +19,12 @@ use crate::store::MetadataStore as _;
 use crate::store::memory::MemoryStore;
 use crate::store::record::{AllocationRecord, GrantRecord, Phase};
 
-/// What becomes of a call.
+/// Fate of a call.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Fate {
     Works,
     NeverArrives,
-    /// It is given up, and arrives afterwards.
+    /// The caller gives it up, and it arrives afterwards.
     ArrivesLate,
     AnswerIsLost,
     Refused,
@@ -34,16 +34,16 @@ pub(super) struct World {
     service: Service,
     pub(super) durable: MemoryStore,
     pub(super) now: Duration,
-    /// What the clock of the allocator's machine is ahead by, in seconds.
+    /// Seconds that the clock of the allocator's machine is ahead.
     pub(super) clock_ahead: i64,
     pub(super) appliances: BTreeMap<ApplianceId, Appliance>,
-    /// Calls that were given up and are still on their way.
+    /// Calls that the caller gave up and that are still on their way.
     late: Vec<(ApplianceId, Call)>,
     /// The newest state of the metadata that appliances heard of.
     heard: Option<MetadataState>,
-    /// How often the disk was lost. From then on records may be without the keys of their epoch, until the next one.
+    /// How often the disk was lost. After a loss, records may lack the keys of their epoch until the next epoch.
     losses: u8,
-    /// What the service wants done and is not done yet.
+    /// Effects of the service that are not carried out yet.
     pub(super) pending: VecDeque<Effect>,
     asked: u64,
     pub(super) open: BTreeSet<ReplyTo>,
@@ -70,7 +70,7 @@ impl World {
             let one = Appliance::new(index as u128 + 1, *capacity);
             world.appliances.insert(one.record.info.id, one);
         }
-        // A pool without a past is restored, too.
+        // A pool without stored state is restored, too.
         let loaded = world.durable.load().unwrap();
         let effects = world.service.restore(world.moment(), loaded);
         world.pending.extend(effects);
@@ -97,7 +97,7 @@ impl World {
         reply
     }
 
-    /// Every appliance that is there sends its heartbeat.
+    /// Every appliance that is not away sends its heartbeat.
     fn beat(&mut self) {
         let (now, heard) = (self.now, self.heard);
         let here = self.appliances.values_mut().filter(|one| !one.away);
@@ -114,7 +114,7 @@ impl World {
         }
     }
 
-    /// Does one thing that is pending: stores in order, calls in any order.
+    /// Carries out one pending effect: stores in order, calls in any order.
     pub(super) fn step(&mut self, choice: usize, fate: Fate) {
         let Some(effect) = self.take(choice) else { return };
         match effect {
@@ -139,7 +139,7 @@ impl World {
         }
     }
 
-    /// One of the calls that were given up arrives after all.
+    /// A call that was given up arrives after all.
     pub(super) fn arrive(&mut self, choice: usize) {
         if !self.late.is_empty() {
             let (id, call) = self.late.swap_remove(choice % self.late.len());
@@ -189,7 +189,7 @@ impl World {
         }
     }
 
-    /// One appliance writes what it has to another.
+    /// An appliance writes a run to another.
     fn copy(&mut self, from: ApplianceId, grant: GrantId, copy: &Copy) -> Result<Answer, CallError> {
         let refused = |line: &str| CallError::Refused(ErrorKind::Unavailable, line.into());
         let source = &self.appliances[&from];
@@ -215,7 +215,7 @@ impl World {
         panic!("it never comes to rest");
     }
 
-    /// The allocator is killed: what was not durable is gone, calls on their way may still arrive.
+    /// The allocator is killed: state that was not durable is lost, calls on their way may still arrive.
     pub(super) fn crash(&mut self, arriving: bool) {
         let late: Vec<Effect> = self.pending.drain(..).collect();
         self.open.clear();
@@ -234,13 +234,13 @@ impl World {
         }
     }
 
-    /// The allocator and its disk are gone. A new one is recovered from the appliances, all of which are there, and
-    /// from what clients have; that takes longer than any order is on its way.
+    /// The allocator and its disk are lost. A new allocator is recovered from the appliances, all of which answer,
+    /// and from the maps of clients; that takes longer than any call is on its way.
     pub(super) fn lose_disk(&mut self, clients: Vec<(ClientId, Map)>) {
         self.appliances.values_mut().for_each(|one| one.away = false);
         self.late.clear();
         self.losses += 1;
-        // Numbers of changes are told from those of before by the time.
+        // Changes of the new allocator are told apart from earlier ones by the time in their numbers.
         self.now += Duration::from_secs(1);
         let mut told = Told::default();
         for (id, one) in &self.appliances {
@@ -262,7 +262,7 @@ impl World {
         self.finish();
     }
 
-    /// Whether the appliances of an allocation know what it is.
+    /// Whether the appliances of an allocation have the descriptor of its present record.
     pub(super) fn is_told(&self, record: &AllocationRecord) -> bool {
         let told = |grant: &GrantRecord| {
             let held = self.appliances[&grant.appliance].grants.get(&grant.id);
@@ -277,7 +277,7 @@ impl World {
         self.event(Event::Tick);
     }
 
-    /// Everything is there again, and enough time passes for every undo.
+    /// Repairs all faults, and lets enough time pass for every undo.
     pub(super) fn mend(&mut self) {
         self.appliances.values_mut().for_each(|one| one.away = false);
         self.finish();
@@ -321,7 +321,7 @@ impl World {
         }
     }
 
-    /// That the service says that its metadata are of yesterday.
+    /// Whether the service reports that its metadata are outdated.
     pub(super) fn behind(&mut self) -> Option<Behind> {
         match self.answer(Request::Status).unwrap() {
             Outcome::Status(status) => status.behind,
