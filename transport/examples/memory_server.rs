@@ -1,5 +1,5 @@
-//! Serves 512 MiB of this process's memory at a unix socket, and at TCP if a second argument
-//! names an address: the server engine alone, for measuring it.
+//! Serves 512 MiB of this process's memory at a unix socket, and also over TCP if a second argument names an
+//! address: the server engine alone, for measuring it.
 
 #[path = "../tests/common/mod.rs"]
 mod common;

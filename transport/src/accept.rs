@@ -6,10 +6,10 @@ use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::task::JoinHandle;
 
-/// How long accepting pauses after an error such as «too many open files».
+/// How long accepting pauses after an error such as "too many open files".
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// A listening socket. Accepting ends when this is dropped; connections go on.
+/// A listening socket. Dropping it ends accepting; accepted connections stay open.
 #[derive(Debug)]
 pub struct Listener {
     task: JoinHandle<()>,
@@ -22,7 +22,8 @@ impl Drop for Listener {
 }
 
 impl Listener {
-    /// Has `accepted` called with each connection, on the tokio runtime that this is called in. It must not block.
+    /// Spawns a task on the current tokio runtime that calls `accepted` with each connection. `accepted` must
+    /// not block.
     pub(crate) fn start<L: Accept>(socket: L, accepted: impl Fn(L::Stream) + Send + 'static) -> Listener {
         let task = tokio::spawn(async move {
             loop {
@@ -39,7 +40,7 @@ impl Listener {
     }
 }
 
-/// A socket that such streams come out of.
+/// A listening socket that yields accepted streams.
 pub(crate) trait Accept: Send + Sync + 'static {
     type Stream: Send;
 

@@ -1,6 +1,6 @@
-//! Reaching the other end, within a limit of time: what the transports' clients have in common.
+//! Connecting to a server within a time limit: the functions that the clients of all transports share.
 //!
-//! Everything here blocks, and belongs on a thread that may wait; no data path uses it.
+//! All functions here block, and belong on a thread that may wait; no data path uses them.
 
 use std::io;
 use std::net::SocketAddr;
@@ -17,48 +17,48 @@ use rustix::net::{
 
 use crate::trusted;
 
-/// How long to wait before a unix socket whose queue of connections is full is tried again.
+/// Pause before `connect` is tried again on a unix socket whose backlog is full.
 const BACKLOG_PAUSE: Duration = Duration::from_millis(2);
 
-/// Time after which the next of several addresses is tried, while none before has answered.
+/// Delay before the next of several addresses is tried while no earlier address has answered (RFC 8305).
 const STAGGER: Duration = Duration::from_millis(250);
 
-/// Why there is no connection, and so what to do next.
+/// Why a connection attempt failed; the variant decides the next step.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
-    /// Nothing accepts connections there, or the connection broke: try again later.
+    /// Nothing accepts connections at the address, or the connection broke: try again later.
     #[error("cannot reach it: {0}")]
     Unreachable(#[source] io::Error),
-    /// It did not answer in time: try again later.
+    /// The server did not answer in time: try again later.
     #[error("it did not answer within the time limit")]
     TimedOut,
-    /// It has no export of this name: it restarted without the memory, or the grant was revoked.
+    /// The server has no export of this name: it restarted without the memory, or the grant was revoked.
     #[error("it has no such export")]
     UnknownExport,
-    /// It has the export, and a newer connection of the same session and queue: another process uses the same
-    /// ownership, or the numbers of this process are too low. Try again later, with a higher number.
+    /// The server has the export, and a newer connection of the same session and queue: another process uses
+    /// the same ownership, or the numbers of this process are too low. Try again later, with a higher number.
     #[error(
         "it has a newer connection of this queue: another process uses the same ownership of the allocation"
     )]
     Outdated,
-    /// It knows the export and does not give it to this client.
+    /// The server knows the export and does not give it to this client.
     #[error("it refuses the export: {0}")]
     Refused(String),
-    /// It asks for something that this client does not speak.
+    /// The server requires a protocol feature that this client lacks.
     #[error("it asks for what this client cannot do: {0}")]
     Unsupported(String),
-    /// This host lacks what it takes; the text says what.
+    /// This host lacks a prerequisite of the transport; the text names it.
     #[error("{0}")]
     Unavailable(String),
-    /// It does not follow the protocol; something else may listen there.
+    /// The server violates the protocol; another service may listen at this address.
     #[error("it does not follow the protocol: {0}")]
     Protocol(String),
-    /// The memory that it lends cannot be mapped into this process.
+    /// The memory that the server lends cannot be mapped into this process.
     #[error("cannot map its memory: {0}")]
     Memory(#[source] io::Error),
 }
 
-/// When a connection attempt has to be over.
+/// The time at which a connection attempt ends.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Deadline(Instant);
 
@@ -73,7 +73,7 @@ impl Deadline {
     }
 }
 
-/// A blocking TCP stream to `address`.
+/// Connects a blocking TCP stream to `address`.
 pub(crate) fn dial_tcp(address: SocketAddr, deadline: Deadline) -> Result<OwnedFd, ConnectError> {
     let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     let socket = nonblocking_socket(family)?;
@@ -89,7 +89,7 @@ pub(crate) fn dial_tcp(address: SocketAddr, deadline: Deadline) -> Result<OwnedF
     Ok(socket)
 }
 
-/// An attempt to reach one of several addresses.
+/// An attempt to connect to one of several addresses.
 struct Runner {
     address: SocketAddr,
     socket: OwnedFd,
@@ -112,7 +112,7 @@ impl Runner {
         if self.is_connected { PollFlags::IN } else { PollFlags::OUT }
     }
 
-    /// Its socket is ready. Whether its server said something.
+    /// Continues once the socket is ready. Returns whether the server has sent its first bytes.
     fn go_on(&mut self) -> Result<bool, ConnectError> {
         if !self.is_connected {
             sockopt::socket_error(&self.socket).and_then(|outcome| outcome).map_err(unreachable)?;
@@ -128,9 +128,10 @@ impl Runner {
     }
 }
 
-/// A blocking TCP stream to that of the addresses whose server speaks first, in a protocol where servers do. Each is tried
-/// [`STAGGER`] after the one before it, or at once when those before have failed (RFC 8305), so that one that is dead, or
-/// whose server stands still, costs that time.
+/// Connects to all of `addresses` in a race, and returns a blocking TCP stream to the server that sends
+/// first. For protocols in which the server speaks first. Each address is tried [`STAGGER`] after the
+/// previous one, or at once when all previous attempts have failed (RFC 8305), so that a dead or hanging
+/// server delays the connection by that time only.
 pub(crate) fn race_tcp(
     addresses: &[SocketAddr],
     deadline: Deadline,
@@ -175,7 +176,7 @@ pub(crate) fn race_tcp(
     }
 }
 
-/// Which of these have something to go on with, after at most `limit`.
+/// Returns for each runner whether its socket is ready, after at most `limit`.
 fn ready(running: &[Runner], limit: Duration) -> Result<Vec<bool>, ConnectError> {
     let timeout = Timespec::try_from(limit).map_err(|_| ConnectError::TimedOut)?;
     let mut watched: Vec<PollFd<'_>> =
@@ -187,9 +188,10 @@ fn ready(running: &[Runner], limit: Duration) -> Result<Vec<bool>, ConnectError>
     }
 }
 
-/// A blocking unix stream to the socket at `path`, which has to be one that can be trusted: see [`trusted`].
+/// Connects a blocking unix stream to the socket at `path`. Fails unless the path is trusted: see
+/// [`trusted`].
 pub(crate) fn dial_unix(path: &Path, deadline: Deadline) -> Result<OwnedFd, ConnectError> {
-    // One that is not there is no trap: its appliance has ended, or starts.
+    // A missing socket is not an attack: its appliance has ended, or is about to start.
     if let Err(error) = std::fs::symlink_metadata(path) {
         let what = format!("{}: {error}", path.display());
         return Err(ConnectError::Unreachable(io::Error::new(error.kind(), what)));
@@ -197,7 +199,8 @@ pub(crate) fn dial_unix(path: &Path, deadline: Deadline) -> Result<OwnedFd, Conn
     let path = trusted::socket(path).map_err(ConnectError::Unavailable)?;
     let address = SocketAddrUnix::new(&path).map_err(unreachable)?;
     let socket = nonblocking_socket(AddressFamily::UNIX)?;
-    // A unix socket connects at once or, when the listener's queue is full, not at all (connect(2)).
+    // `connect` on a unix socket never stays in progress: it succeeds, or fails with EAGAIN when the
+    // listener's backlog is full (connect(2)).
     while let Err(errno) = rustix::net::connect(&socket, &address) {
         match errno {
             Errno::AGAIN => std::thread::sleep(BACKLOG_PAUSE.min(deadline.rest()?)),
@@ -268,7 +271,7 @@ pub(crate) fn wait(
     }
 }
 
-/// The other end closed the connection when an answer was due.
+/// The error for a connection that the other end closed when an answer was due.
 pub(crate) fn closed() -> ConnectError {
     ConnectError::Unreachable(io::Error::new(io::ErrorKind::UnexpectedEof, "it closed the connection"))
 }

@@ -1,5 +1,5 @@
-//! Operations on external memory and how they end. The same words at every layer: a device's
-//! queue posts them to a volume, a volume to links, a server to a store.
+//! Operations on external memory and their results. Every layer uses these types: a device's queue posts
+//! operations to a volume, a volume to links, a server to a store.
 
 #![allow(unsafe_code)]
 
@@ -7,18 +7,19 @@ use std::ptr::NonNull;
 
 use xpm_protocol::nbd::Errno;
 
-/// Memory that an operation reads into or writes from, by address: it may be a device's buffer, a
-/// guest's memory or a mapping, which another party can change at any time, so it is never a slice.
+/// The memory that an operation reads into or writes from, as an address with a length. The memory may be a
+/// device's buffer, a guest's memory or a mapping that another party can change at any time, so an `IoBuf` is
+/// never a slice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct IoBuf {
     address: NonNull<u8>,
     len: usize,
 }
 
-// SAFETY: an `IoBuf` is an address and a length. That the memory behind it may be used from the
-// thread that the operation goes to is part of the contract of `IoBuf::new`.
+// SAFETY: an `IoBuf` is an address and a length. The contract of `IoBuf::new` guarantees that the memory may
+// be used from the thread that the operation goes to.
 unsafe impl Send for IoBuf {}
-// SAFETY: as for `Send`; all of its methods take it by value, so sharing it is copying it.
+// SAFETY: as for `Send`; all methods take `self` by value, so sharing an `IoBuf` is copying it.
 unsafe impl Sync for IoBuf {}
 
 impl IoBuf {
@@ -43,15 +44,15 @@ impl IoBuf {
         self.len
     }
 
-    /// Whether it has no bytes.
+    /// Whether the length is 0.
     pub const fn is_empty(self) -> bool {
         self.len == 0
     }
 
-    /// `len` bytes of it from `start`.
+    /// The part of `len` bytes that begins at byte `start`.
     ///
     /// # Panics
-    /// When they are not within the buffer.
+    /// When the part is not within the buffer.
     #[must_use]
     pub fn part(self, start: usize, len: usize) -> IoBuf {
         assert!(start.checked_add(len).is_some_and(|end| end <= self.len), "part outside of the buffer");
@@ -66,9 +67,9 @@ impl IoBuf {
     /// When the lengths differ.
     pub fn copy_to(self, target: IoBuf) {
         assert_eq!(self.len, target.len, "copy between buffers of different lengths");
-        // SAFETY: both are mapped for their whole length by the contract of `IoBuf::new`. `copy`
-        // allows them to overlap. Another process may change the source meanwhile: the bytes then
-        // are some mix of old and new, as for any device, and are not interpreted here.
+        // SAFETY: both are mapped for their whole length by the contract of `IoBuf::new`. `copy` allows them
+        // to overlap. Another process may change the source meanwhile: the copied bytes are then a mix of old
+        // and new, as with any device, and this function does not interpret them.
         unsafe { std::ptr::copy(self.as_ptr(), target.as_ptr(), self.len) }
     }
 
@@ -101,34 +102,34 @@ impl IoBuf {
     }
 }
 
-/// What an operation does.
+/// The kind of an operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Kind {
-    /// External memory into the buffer.
+    /// Copies external memory into the buffer.
     Read,
-    /// The buffer into external memory.
+    /// Copies the buffer into external memory.
     Write,
-    /// Gives the memory back; it reads as zeros afterwards.
+    /// Frees the memory of the range; the range reads as zeros afterwards.
     Trim,
-    /// Makes it read as zeros and keeps the memory.
+    /// Sets the range to zeros and keeps its memory.
     Zero,
-    /// Ends when all writes that ended before it was posted are where they are meant to be.
+    /// Ends when all writes that completed before this flush was posted have reached their destination.
     Flush,
 }
 
-/// One operation. Who posts it gets exactly one [`Completion`] with its token, or, when the link
-/// goes down, the news that none will come.
+/// An operation. Its poster receives exactly one [`Completion`] with its token or, when the link goes down,
+/// an error that says no completion will come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Operation {
-    /// What it does.
+    /// The kind of the operation.
     pub kind: Kind,
-    /// First byte, in the space of what it is posted to (volume, or export of a grant).
+    /// First byte, as an offset in the volume, or in the export of a grant, that the operation is posted to.
     pub offset: u64,
     /// Bytes; for reads and writes the length of the buffer; 0 for a flush.
     pub len: u64,
     /// The buffer of a read or a write; none for the others.
     pub buf: Option<IoBuf>,
-    /// Comes back in the completion.
+    /// Copied into the completion.
     pub token: u64,
 }
 
@@ -137,11 +138,11 @@ pub struct Operation {
 pub struct Completion {
     /// The operation's token.
     pub token: u64,
-    /// How it ended.
+    /// The result of the operation.
     pub result: Result<(), IoError>,
 }
 
-/// Why an operation failed. Small and without text: it is made on the data path.
+/// Why an operation failed. Small and without text, because it is created on the data path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
 pub enum IoError {
     /// The appliance could not be reached for longer than I/O is held.
@@ -153,22 +154,22 @@ pub enum IoError {
     /// The allocation belongs to another client now.
     #[error("the allocation belongs to another client now")]
     Fenced,
-    /// The other end had no memory left for it.
+    /// The appliance had no memory left for the operation.
     #[error("no memory left for it at the appliance")]
     NoSpace,
-    /// It lies outside of the volume or the export, or is not allowed there.
+    /// The operation lies outside of the volume or the export, or is not allowed there.
     #[error("outside of the volume, or not allowed on it")]
     Invalid,
-    /// The other end does not do this kind of operation.
+    /// The other end does not support this kind of operation.
     #[error("the other end does not do this kind of operation")]
     Unsupported,
-    /// The other end failed.
+    /// The other end reported an I/O error.
     #[error("the other end failed")]
     Failed,
 }
 
 impl IoError {
-    /// All of them.
+    /// All variants.
     pub const ALL: [IoError; 7] = [
         IoError::Unreachable,
         IoError::Lost,
@@ -179,12 +180,12 @@ impl IoError {
         IoError::Failed,
     ];
 
-    /// Whether trying again is of no use: what lies there is gone, or somebody else's.
+    /// Whether a retry is useless: the data are gone, or belong to another client.
     pub const fn is_final(self) -> bool {
         matches!(self, IoError::Lost | IoError::Fenced)
     }
 
-    /// What an NBD client is told.
+    /// The NBD error that is sent to a client for this error.
     pub const fn nbd(self) -> Errno {
         match self {
             IoError::Unreachable | IoError::Lost | IoError::Failed => Errno::Io,
@@ -195,7 +196,7 @@ impl IoError {
         }
     }
 
-    /// What an NBD server's error means.
+    /// The error that an NBD server's error stands for.
     pub const fn from_nbd(errno: Errno) -> IoError {
         match errno {
             Errno::NoSpace => IoError::NoSpace,
@@ -206,7 +207,7 @@ impl IoError {
         }
     }
 
-    /// The errno of errno(3) that the kernel is told.
+    /// The errno(3) value that is reported to the kernel for this error.
     pub const fn errno(self) -> i32 {
         match self {
             IoError::Unreachable | IoError::Lost | IoError::Failed | IoError::Fenced => libc::EIO,

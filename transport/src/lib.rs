@@ -1,11 +1,11 @@
 //! The data plane of xpm, both ends: nbd over TCP and unix sockets, shm, and rdma.
 //!
-//! * [`link`] is what a client sees of every transport: post, submit, poll, wait.
-//! * [`store`] is what a server of NBD connections is given to serve.
-//! * [`nbd`], [`shm`] and [`rdma`] are the transports.
+//! * [`link`]: the client's interface of every transport: post, submit, poll, wait.
+//! * [`store`]: the interface behind which a server of NBD connections finds the bytes that it serves.
+//! * [`nbd`], [`shm`] and [`rdma`]: the transports.
 //!
-//! Control work (handshakes, passing of memory) is done off the data path; what remains on it
-//! runs in one thread for each queue, without locks, allocations or log calls.
+//! Control work (handshakes, passing of memory) is done off the data path; the work on the data path runs in
+//! one thread for each queue, without locks, allocations or log calls.
 
 mod accept;
 pub mod connect;

@@ -1,8 +1,8 @@
-//! Names of hosts, resolved where nobody waits for long.
+//! Resolving host names without blocking a connection attempt for long.
 //!
-//! A name server that is gone makes resolving take ten seconds and more, and files of the system may have to be read. So
-//! it happens on a thread of its own, and a connector goes on with the addresses that it has. What is found too late
-//! for one attempt is there for the next.
+//! Resolving takes ten seconds and more when the name server is unreachable, and it may read system files. So
+//! it runs on a thread of its own, and a connector continues with the addresses that are known. Addresses
+//! that are found too late for one attempt are used by the next.
 
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 /// Stack of the thread, in bytes: glibc's resolver needs some tens of KiB.
 const STACK_LEN: usize = 256 << 10;
 
-/// Addresses of some names. Not for a data path: looking them up may block for as long as the caller allows.
+/// The addresses of some names. Not for a data path: a look-up may block for as long as the caller allows.
 #[derive(Debug, Default)]
 pub struct Names {
     shared: Arc<Shared>,
@@ -26,21 +26,22 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Found {
     is_running: bool,
-    /// Times that all were looked up.
+    /// How often all names were looked up.
     rounds: u64,
     addresses: Vec<SocketAddr>,
 }
 
 impl Shared {
-    /// Only assignments happen under the lock.
+    /// Critical sections consist of assignments only, so a poisoned lock is safe to use.
     fn lock(&self) -> MutexGuard<'_, Found> {
         self.found.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Names {
-    /// Begins to look names (`HOST:PORT`) up anew, waits for it for at most `patience`, and gives what is known of them:
-    /// of this time, or of the time before. Names that cannot be resolved now keep no address.
+    /// Starts a new look-up of `names` (`HOST:PORT`), waits at most `patience` for it, and returns the known
+    /// addresses, of this look-up or of the previous one. Names that cannot be resolved now contribute no
+    /// address.
     pub fn resolve(&self, names: &[String], patience: Duration) -> Vec<SocketAddr> {
         if names.is_empty() {
             return Vec::new();
@@ -61,14 +62,14 @@ impl Names {
         found.addresses.clone()
     }
 
-    /// False when the system has no more threads.
+    /// Returns false when the system cannot create another thread.
     fn start(&self, names: &[String]) -> bool {
         let (shared, names) = (self.shared.clone(), names.to_vec());
         let look = move || {
             let all: Vec<SocketAddr> =
                 names.iter().filter_map(|name| name.to_socket_addrs().ok()).flatten().collect();
             let mut found = shared.lock();
-            // A name server that is gone for a moment takes no address away.
+            // While the name server is unreachable, the known addresses stay.
             if !all.is_empty() {
                 found.addresses = all;
             }
@@ -84,7 +85,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_resolved_and_what_is_no_name_has_no_address() {
+    fn a_name_resolves_and_an_invalid_name_has_no_address() {
         let names = Names::default();
         let found =
             names.resolve(&["localhost:7".to_owned(), "no such host:7".to_owned()], Duration::from_secs(20));

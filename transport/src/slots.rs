@@ -1,6 +1,6 @@
-//! A table of fixed size, whose places are numbers that travel as tokens.
+//! A table of fixed size whose places are small numbers that can be used as tokens.
 
-/// Values by place; as many as the table was made for.
+/// Values by place, up to a capacity fixed at creation.
 pub struct Slots<T> {
     values: Box<[Option<T>]>,
     free: Vec<u32>,
@@ -28,10 +28,10 @@ impl<T> Slots<T> {
         self.values.len() - self.free.len()
     }
 
-    /// Puts a value into a free place, and says which.
+    /// Puts a value into a free place, and returns the place.
     ///
     /// # Panics
-    /// When the table is full, which the caller looks at before.
+    /// When the table is full; the caller checks [`Slots::is_full`] first.
     pub fn insert(&mut self, value: T) -> u32 {
         let place = self.free.pop().expect("the caller saw a free place");
         self.values[place as usize] = Some(value);
@@ -48,7 +48,7 @@ impl<T> Slots<T> {
         (0..).zip(&mut self.values).filter_map(|(place, value)| Some((place, value.as_mut()?)))
     }
 
-    /// Takes the value from a place, which is free then.
+    /// Removes the value from a place and frees the place.
     pub fn remove(&mut self, place: u32) -> Option<T> {
         let value = self.values.get_mut(place as usize)?.take()?;
         self.free.push(place);
@@ -61,7 +61,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_place_is_given_once_until_it_is_free() {
+    fn a_place_is_not_given_out_again_before_it_is_free() {
         let mut slots = Slots::new(2);
         let (a, b) = (slots.insert('a'), slots.insert('b'));
         assert!(slots.is_full());

@@ -1,14 +1,16 @@
-//! Copies from and to memory of which a page may be gone: an uncorrectable error of the hardware, or a file that was
-//! made shorter. Touching such a page is a SIGBUS. Here the copy ends with an error instead, and the process goes on.
+//! Copies from and to memory of which a page may be unusable: an uncorrectable error of the hardware, or a
+//! file that was made shorter. Touching such a page raises SIGBUS. The copies of this module return an error
+//! instead, and the process continues.
 //!
-//! A handler of SIGBUS sees whether the access was that of the one instruction which copies, and has the process go on
-//! behind it. Any other SIGBUS does what it would do without the handler. System calls that access such a page fail with
-//! EFAULT (recvmsg, sendmsg) or EIO (pread), and raise no signal.
+//! A handler of SIGBUS checks whether the faulting instruction is the one copy instruction of this module; if
+//! so, the process continues behind that instruction. Any other SIGBUS has the same effect as without the
+//! handler. System calls that access such a page fail with EFAULT (recvmsg, sendmsg) or EIO (pread), and
+//! raise no signal.
 //!
 //! On processors other than x86-64 these are plain copies, and such a page ends the process.
 //!
-//! Sources: sigaction(2), prctl(2) on `PR_MCE_KILL`; the *Intel SDM* on interrupted `REP MOVSB`: the registers say how
-//! much is left, and the address is that of the instruction.
+//! Sources: sigaction(2), prctl(2) on `PR_MCE_KILL`; the *Intel SDM* on interrupted `REP MOVSB`: the
+//! registers say how much is left, and the reported address is that of the instruction.
 
 #![allow(unsafe_code)]
 
@@ -22,8 +24,8 @@ use crate::io::IoBuf;
 pub struct BadMemory;
 
 impl IoBuf {
-    /// As [`IoBuf::copy_from_slice`], but bad memory is an error where [`survive`] was called. What was copied before it
-    /// stays.
+    /// As [`IoBuf::copy_from_slice`], but once [`survive`] was called, bad memory is an error. The bytes
+    /// copied before the bad page stay.
     ///
     /// # Errors
     /// [`BadMemory`].
@@ -32,12 +34,12 @@ impl IoBuf {
     /// When the lengths differ.
     pub fn try_copy_from_slice(self, bytes: &[u8]) -> Result<(), BadMemory> {
         assert_eq!(self.len(), bytes.len(), "copy between buffers of different lengths");
-        // SAFETY: the slice is readable, and the buffer mapped by the contract of `IoBuf::new`, if perhaps bad. They do
-        // not overlap by that contract, too.
+        // SAFETY: the slice is readable. The buffer is mapped by the contract of `IoBuf::new`, though its
+        // memory may be bad; by the same contract the two do not overlap.
         unsafe { copy(self.as_ptr(), bytes.as_ptr(), bytes.len()) }
     }
 
-    /// As [`IoBuf::copy_to_slice`], but bad memory is an error where [`survive`] was called.
+    /// As [`IoBuf::copy_to_slice`], but once [`survive`] was called, bad memory is an error.
     ///
     /// # Errors
     /// [`BadMemory`].
@@ -46,11 +48,12 @@ impl IoBuf {
     /// When the lengths differ.
     pub fn try_copy_to_slice(self, target: &mut [u8]) -> Result<(), BadMemory> {
         assert_eq!(self.len(), target.len(), "copy between buffers of different lengths");
-        // SAFETY: as above, with source and target exchanged.
+        // SAFETY: as in `try_copy_from_slice`, with source and target exchanged.
         unsafe { copy(target.as_mut_ptr(), self.as_ptr(), target.len()) }
     }
 
-    /// As [`IoBuf::copy_to`] for buffers that do not overlap, but bad memory is an error where [`survive`] was called.
+    /// As [`IoBuf::copy_to`] for buffers that do not overlap, but once [`survive`] was called, bad memory is
+    /// an error.
     ///
     /// # Errors
     /// [`BadMemory`].
@@ -59,11 +62,12 @@ impl IoBuf {
     /// When the lengths differ.
     pub fn try_copy_to(self, target: IoBuf) -> Result<(), BadMemory> {
         assert_eq!(self.len(), target.len(), "copy between buffers of different lengths");
-        // SAFETY: both are mapped by the contract of `IoBuf::new`, if perhaps bad.
+        // SAFETY: both are mapped by the contract of `IoBuf::new`, though their memory may be bad.
         unsafe { copy(target.as_ptr(), self.as_ptr(), self.len()) }
     }
 
-    /// As [`IoBuf::zero`], but bad memory is an error where [`survive`] was called. What was zeroed before it stays.
+    /// As [`IoBuf::zero`], but once [`survive`] was called, bad memory is an error. The bytes zeroed before
+    /// the bad page stay.
     ///
     /// # Errors
     /// [`BadMemory`].
@@ -83,10 +87,10 @@ mod machine {
 
     use super::BadMemory;
 
-    /// What a SIGBUS did before.
+    /// The previous action of SIGBUS.
     static BEFORE: OnceLock<libc::sigaction> = OnceLock::new();
 
-    // What is left to copy stays in RCX when the instruction is interrupted.
+    // RCX holds the number of bytes that are left to copy, also when the instruction is interrupted.
     std::arch::global_asm!(
         ".pushsection .text",
         ".hidden xpm_sound_copy",
@@ -113,7 +117,7 @@ mod machine {
     }
 
     /// # Safety
-    /// Both are mapped for `len` bytes, if perhaps bad, and do not overlap.
+    /// Both must be mapped for `len` bytes, though their memory may be bad, and must not overlap.
     pub(super) unsafe fn copy(target: *mut u8, source: *const u8, len: usize) -> Result<(), BadMemory> {
         // SAFETY: by the contract of this function; the direction flag is clear by the calling convention.
         match unsafe { xpm_sound_copy(target, source, len) } {
@@ -123,9 +127,11 @@ mod machine {
     }
 
     extern "C" fn on_bus_error(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
-        /// An error that was found, but that nobody accessed yet (`BUS_MCEERR_AO` of sigaction(2)).
+        /// A memory error that the hardware found before any thread accessed the page (`BUS_MCEERR_AO` of
+        /// sigaction(2)).
         const FOUND: c_int = 5;
-        // SAFETY: the kernel gives a handler with SA_SIGINFO both, for as long as it runs.
+        // SAFETY: the kernel passes valid pointers for both to a handler with SA_SIGINFO, for as long as the
+        // handler runs.
         let (context, code) = unsafe { (&mut *context.cast::<libc::ucontext_t>(), (*info).si_code) };
         let at = &mut context.uc_mcontext.gregs[libc::REG_RIP as usize];
         if *at as usize == xpm_sound_copy_at as *const () as usize {
@@ -135,15 +141,16 @@ mod machine {
         if code == FOUND {
             return;
         }
-        // The access happens again, and does what it did before there was this handler.
+        // The access happens again after the return, and has the effect of the previous action.
         if let Some(before) = BEFORE.get() {
-            // SAFETY: what was the action before may be it again; sigaction(2) is async-signal-safe.
+            // SAFETY: `before` is a valid action, as it was in effect before; sigaction(2) is
+            // async-signal-safe.
             unsafe { libc::sigaction(signal, before, std::ptr::null_mut()) };
         }
     }
 
     pub(super) fn survive() -> std::io::Result<()> {
-        // SAFETY: zeros are a sigaction: no flags, the default handler.
+        // SAFETY: all zeros are a valid sigaction: no flags, the default handler.
         let (mut action, mut before): (libc::sigaction, libc::sigaction) =
             unsafe { (std::mem::zeroed(), std::mem::zeroed()) };
         action.sa_sigaction = on_bus_error as *const () as usize;
@@ -179,11 +186,11 @@ mod machine {
 
 use machine::copy;
 
-/// From now on bad memory is an error of the copies of this module, for the whole process. For a program, not for a
-/// library: it sets the handler of SIGBUS.
+/// Makes bad memory an error of this module's copies, for the whole process. For programs, not for libraries:
+/// it installs the handler of SIGBUS.
 ///
 /// # Errors
-/// When the kernel does not take the handler.
+/// When the kernel refuses the handler.
 pub fn survive() -> io::Result<()> {
     machine::survive()
 }
@@ -198,7 +205,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_page_that_is_gone_is_an_error_and_the_others_are_not() {
+    fn copying_a_missing_page_fails_and_other_pages_still_work() {
         survive().unwrap();
         survive().unwrap();
         let file = tempfile::tempfile().unwrap();
@@ -208,7 +215,7 @@ mod tests {
         let address =
             unsafe { mmap(std::ptr::null_mut(), 8192, protection, MapFlags::SHARED, file.as_fd(), 0) }
                 .unwrap();
-        // SAFETY: it is mapped, and nobody has a reference to it.
+        // SAFETY: the memory is mapped, and no reference to it exists.
         let memory = unsafe { IoBuf::new(NonNull::new(address.cast()).unwrap(), 8192) };
         memory.try_copy_from_slice(&[7; 8192]).unwrap();
         file.set_len(4096).unwrap();

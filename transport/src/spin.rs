@@ -1,11 +1,12 @@
-//! How long to look again before blocking.
+//! [`Spin`]: how long a thread polls before it blocks.
 //!
-//! Blocking costs a wake-up (tens of microseconds), looking again costs a core. So a thread looks again for as long as it
-//! may when that would have saved it from blocking the last time, for half as long when it would not, and soon not at all.
+//! Blocking costs a wake-up (tens of microseconds), polling costs a core. So a thread polls for the longest
+//! allowed time when polling would have avoided its last block, for half of the previous time when it would
+//! not have, and after a few such waits not at all.
 
 use std::time::{Duration, Instant};
 
-/// Below one of so many parts of the longest time it is not looked at all.
+/// A polling time below this fraction of the longest (1/16) counts as zero.
 const LEAST_PART: u32 = 16;
 
 /// An adaptive busy wait of one thread.
@@ -17,12 +18,12 @@ pub struct Spin {
 }
 
 impl Spin {
-    /// A busy wait of at most `longest`; zero: none.
+    /// A busy wait of at most `longest`; zero disables polling.
     pub const fn new(longest: Duration) -> Spin {
         Spin { longest, now: longest, began: None }
     }
 
-    /// Something was there, whether it was looked or blocked for: the next wait starts anew.
+    /// Ends the wait: work arrived, while polling or while blocked. The next wait starts anew.
     pub fn reset(&mut self) {
         if let Some(began) = self.began.take() {
             self.learn(began.elapsed());
@@ -36,13 +37,14 @@ impl Spin {
         }
     }
 
-    /// Whether waits begin with looking at present.
+    /// Whether waits begin with polling at present.
     pub fn looks(&self) -> bool {
         !self.now.is_zero()
     }
 
-    /// After a turn that had something to do, or had not: whether to look again rather than block. Where waits do not
-    /// begin with looking, who had something to do need not look whether there is more of it: blocking tells.
+    /// Called after a turn; `busy` says whether the turn had work. Returns whether to poll again rather than
+    /// block. Where waits do not begin with polling, a busy turn need not poll for more work: the blocking
+    /// call reports it.
     pub fn looks_again(&mut self, busy: bool) -> bool {
         if busy {
             self.reset();
@@ -50,7 +52,8 @@ impl Spin {
         busy && self.looks() || self.goes_on()
     }
 
-    /// Nothing was there: whether to look again rather than block. The first call of a wait starts it.
+    /// No work was there: returns whether to poll again rather than block. The first call of a wait starts
+    /// its clock.
     pub fn goes_on(&mut self) -> bool {
         if self.longest.is_zero() {
             return false;
@@ -58,7 +61,7 @@ impl Spin {
         let now = Instant::now();
         let goes_on = now.duration_since(*self.began.get_or_insert(now)) < self.now;
         if goes_on {
-            // Who else wants this core gets it: the other end may run on it.
+            // Other threads that need this core get it: the other end may run on it.
             std::thread::yield_now();
         }
         goes_on
@@ -72,7 +75,7 @@ mod tests {
     const LONGEST: Duration = Duration::from_micros(160);
 
     #[test]
-    fn none_never_looks_again() {
+    fn zero_never_polls() {
         let mut spin = Spin::new(Duration::ZERO);
         assert!(!spin.goes_on());
         spin.reset();
@@ -80,7 +83,7 @@ mod tests {
     }
 
     #[test]
-    fn who_blocks_after_each_turn_looks_again_when_waits_are_short() {
+    fn polling_resumes_when_blocking_waits_are_short() {
         let mut spin = Spin::new(Duration::from_secs(3600));
         spin.now = Duration::ZERO;
         assert!(!spin.looks_again(true), "it blocks, without a look");
@@ -91,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wait_in_vain_halves_the_next_until_there_is_none() {
+    fn a_fruitless_poll_halves_the_next_until_polling_stops() {
         let mut spin = Spin::new(LONGEST);
         let mut seen = Vec::new();
         for _ in 0..6 {
@@ -105,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wait_lasts_until_something_was_there() {
+    fn a_wait_lasts_until_reset() {
         let mut spin = Spin::new(LONGEST);
         while spin.goes_on() {}
         std::thread::sleep(LONGEST);

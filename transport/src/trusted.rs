@@ -1,10 +1,12 @@
-//! Which unix sockets a client connects to.
+//! The check of a unix socket's path and of the peer that listens there, before a client sends a key.
 //!
-//! The path comes from the network: whoever can pose as an appliance of this host chooses it. And the first thing that is
-//! sent there is the key of a grant. So the socket has to be one that nobody but root, and the user of this process, can have put
-//! there: it and every directory above it belong to one of them, and nobody else may write to those. In a directory with
-//! the sticky bit (`/tmp`) others may write, but not replace what is not theirs; so it is good for directories below, and not for
-//! the socket itself. The process that listens has to be of one of them, too, before anything is sent.
+//! The path comes from the network: a party that can pose as an appliance of this host chooses it. And the
+//! first bytes that the client sends there are the key of a grant. So only root or the user of this process
+//! may be able to have put the socket there: the socket and every directory above it belong to one of these
+//! two, and no other user may write to those directories. In a directory with the sticky bit (`/tmp`) others
+//! may write, but not replace files of other users; so such a directory is accepted for directories below it,
+//! and not for the socket itself. The listening process has to belong to root or to the user of this process,
+//! too, before the client sends anything.
 
 use std::fs::Metadata;
 use std::os::fd::BorrowedFd;
@@ -18,10 +20,10 @@ const STICKY: u32 = 0o1000;
 const GROUP_WRITES: u32 = 0o020;
 const OTHERS_WRITE: u32 = 0o002;
 
-/// The path of a socket without symbolic links, if it can be trusted. Blocks for a moment.
+/// Returns the socket's path without symbolic links, if it can be trusted. Blocks for a moment.
 ///
 /// # Errors
-/// In one line: what is wrong with which part of it.
+/// In one line: the untrusted part of the path and the reason.
 pub(crate) fn socket(path: &Path) -> Result<PathBuf, String> {
     let at = |path: &Path, error: std::io::Error| format!("{}: {error}", path.display());
     let path = path.canonicalize().map_err(|error| at(path, error))?;
@@ -48,7 +50,7 @@ fn check(found: &Metadata, is_socket: bool, sticky_will_do: bool) -> Result<(), 
     if !is_trusted(owner) {
         return Err(format!("belongs to user {owner}, not to root or this process's user"));
     }
-    // Who may write to a socket may connect to it, and not replace it.
+    // Write permission on a socket allows connecting to it, and not replacing it.
     if is_socket || (sticky_will_do && mode & STICKY != 0) {
         return Ok(());
     }
@@ -63,10 +65,10 @@ fn is_trusted(user: u32) -> bool {
     user == 0 || user == geteuid().as_raw()
 }
 
-/// Whether the process that listens at the other end of a connected socket can be trusted.
+/// Checks that the process that listens at the other end of a connected socket can be trusted.
 ///
 /// # Errors
-/// In one line, whose it is.
+/// In one line: the user that the process belongs to.
 pub(crate) fn peer(socket: BorrowedFd<'_>) -> Result<(), String> {
     let peer =
         socket_peercred(socket).map_err(|error| format!("cannot tell who listens at a socket: {error}"))?;
@@ -93,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_that_others_can_replace_is_none() {
+    fn a_socket_that_others_can_replace_is_refused() {
         let directory = tempfile::tempdir().unwrap();
         let below = directory.path().join("run");
         fs::create_dir(&below).unwrap();
@@ -119,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn somebody_elses_socket_is_none() {
+    fn the_socket_of_another_user_is_refused() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("s");
         let _listener = UnixListener::bind(&path).unwrap();
@@ -130,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn the_own_user_is_trusted_as_a_peer() {
+    fn a_peer_of_the_same_user_is_trusted() {
         let (ours, _theirs) = UnixStream::pair().unwrap();
         peer(ours.as_fd()).unwrap();
     }

@@ -1,5 +1,5 @@
-//! The NBD client against servers that break the protocol, fail, stall or are not there. None may
-//! make it panic, hang, or complete an operation twice.
+//! The NBD client against servers that violate the protocol, fail, stall or do not exist. None of them may
+//! make the client panic, hang, or complete an operation twice.
 
 mod support;
 
@@ -17,7 +17,7 @@ fn read(memory: &Memory, token: u64) -> Operation {
     Operation { kind: Kind::Read, offset: 0, len: LEN as u64, buf: Some(memory.buf().part(0, LEN)), token }
 }
 
-/// Posts one read to a server that answers it by the script, and says how that went.
+/// Posts one read to a server that answers it by the script; returns the completions and the link's error.
 fn read_from(script: impl FnOnce(&mut Script, Asked) + Send + 'static) -> (Vec<Completion>, LinkDown) {
     let (server, mut link) = Scripted::linked(4, |end| {
         let asked = end.asked();
@@ -42,7 +42,7 @@ fn read_from(script: impl FnOnce(&mut Script, Asked) + Send + 'static) -> (Vec<C
 }
 
 #[test]
-fn replies_that_are_none() {
+fn invalid_replies() {
     let protocol = (Vec::new(), LinkDown::Protocol);
     let cookies: [fn(u64) -> u64; 5] = [
         |cookie| cookie + 1,
@@ -168,7 +168,7 @@ fn a_write_may_be_refused_while_it_is_sent() {
         let asked = end.asked();
         assert_eq!(asked.command, 1);
         end.reply(28, asked.cookie);
-        // The client has to wait for its bytes to be taken.
+        // The client has to wait until the server has received its bytes.
         std::thread::sleep(Duration::from_millis(50));
         end.receive(asked.len as usize);
         end.until_closed();
@@ -199,7 +199,7 @@ fn a_write_cannot_be_done_before_it_is_sent() {
 }
 
 #[test]
-fn a_server_that_pauses_stops_nothing_for_good() {
+fn a_server_that_pauses_delays_operations_only() {
     let (server, mut link) = Scripted::linked(2, |end| {
         std::thread::sleep(Duration::from_millis(100));
         let asked = end.asked();
@@ -219,7 +219,7 @@ fn a_server_that_pauses_stops_nothing_for_good() {
 }
 
 #[test]
-fn dropping_a_link_waits_for_nobody() {
+fn dropping_a_link_does_not_block() {
     let (server, mut link) = Scripted::linked(2, Script::until_closed);
     let memory = Memory::new(LONG);
     link.post(long_write(&memory)).unwrap();
@@ -284,7 +284,7 @@ fn a_slow_server_cannot_exceed_the_limit() {
 }
 
 #[test]
-fn nobody_there() {
+fn nothing_listens() {
     let folder = tempfile::TempDir::new().unwrap();
     for target in [Target::Tcp(free_address()), Target::Unix(folder.path().join("socket"))] {
         let error = connect(&target, &name(), support::LIMIT).expect_err("nobody listens");

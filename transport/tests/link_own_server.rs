@@ -35,7 +35,7 @@ fn model() {
 }
 
 #[test]
-fn what_was_in_flight_is_done_by_the_next_link() {
+fn operations_in_flight_are_done_by_the_next_link() {
     let fixture = Fixture::new(SIZE);
     let mut first = link(&fixture, 0, 1).unwrap();
     let mut other = link(&fixture, 1, 1).unwrap();

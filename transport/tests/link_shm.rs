@@ -80,7 +80,7 @@ impl Appliance {
         connect(&self.path, &key(), support::LIMIT)
     }
 
-    /// Memory that the regions hold, in bytes.
+    /// Memory that the regions use, in bytes.
     fn held(&self) -> u64 {
         let regions = self.grants.regions.lock().unwrap();
         regions.iter().map(|(memory, _)| fstat(memory).unwrap().st_blocks as u64 * 512).sum()
@@ -144,7 +144,7 @@ fn trim_gives_memory_back_across_regions() {
 }
 
 #[test]
-fn what_is_outside_is_refused() {
+fn operations_outside_the_grant_are_refused() {
     let appliance = Appliance::new(regions(&[MIB, MIB]));
     let mut link = ShmLink::new(appliance.connect().unwrap(), 2);
     let memory = Memory::new(4096);
@@ -193,7 +193,7 @@ fn a_wrong_key_is_an_unknown_grant() {
 }
 
 #[test]
-fn a_revoked_grant_is_let_go_of() {
+fn a_revoked_grant_is_unmapped() {
     let appliance = Appliance::new(regions(&[MIB]));
     let mut link = ShmLink::new(appliance.connect().unwrap(), 1);
     let mut busy = ShmLink::new(link.grant().clone(), 1);
@@ -203,7 +203,7 @@ fn a_revoked_grant_is_let_go_of() {
         let closing = scope.spawn(|| appliance.server.close_group(GROUP));
         assert!(support::readable(link.wait_fd().unwrap(), support::LIMIT));
         assert_eq!(link.poll(&mut Vec::new()), Err(LinkDown::Revoked));
-        // One that always has something to do notices it as well.
+        // A link that is never idle notices the revocation as well.
         let memory = Memory::new(1);
         let down = (0..10_000).find_map(|token| {
             let buf = Some(memory.buf());
@@ -223,7 +223,7 @@ fn a_revoked_grant_is_let_go_of() {
 }
 
 #[test]
-fn a_client_that_does_not_let_go_is_told_of() {
+fn a_client_that_does_not_unmap_is_reported() {
     let appliance = Appliance::new(regions(&[MIB]));
     let grant = appliance.connect().unwrap();
     appliance.wait_for_connections(1);
@@ -235,7 +235,7 @@ fn a_client_that_does_not_let_go_is_told_of() {
 }
 
 #[test]
-fn a_client_that_leaves_is_forgotten() {
+fn a_client_that_disconnects_is_removed() {
     let appliance = Appliance::new(regions(&[MIB]));
     let grants = [appliance.connect().unwrap(), appliance.connect().unwrap()];
     appliance.wait_for_connections(2);
@@ -244,7 +244,7 @@ fn a_client_that_leaves_is_forgotten() {
 }
 
 #[test]
-fn memory_that_could_be_cut_off_is_refused() {
+fn memory_that_can_shrink_is_refused() {
     let sealed = SealFlags::SHRINK | SealFlags::GROW;
     let longer = (region(MIB, sealed).0, 2 * MIB);
     let odd = region(MIB + 1, sealed);
@@ -268,7 +268,7 @@ fn garbage_is_dropped() {
         stream.write_all(garbage).unwrap();
         stream.shutdown(std::net::Shutdown::Write).unwrap();
         let mut answer = Vec::new();
-        // A reset is an end as well.
+        // A connection reset is an end as well.
         let _ = stream.read_to_end(&mut answer);
         assert_eq!(answer, b"");
     }

@@ -1,4 +1,4 @@
-//! A look at an export takes nothing from the client that entered it.
+//! Asking for the description of an export does not affect the client that entered the export.
 
 mod common;
 mod support;
@@ -19,7 +19,7 @@ use xpm_transport::nbd::server::{Exports, Opened};
 const SIZE: u64 = 16 << 20;
 const KEY: [u8; 32] = [3; 32];
 
-/// Memory under one key, which counts the clients that it lets in.
+/// Memory under one key; counts the clients that it admits.
 struct Counting {
     memory: MemoryExports,
     admitted: AtomicUsize,
@@ -43,7 +43,7 @@ fn visitor(machine: u128) -> Visitor {
 }
 
 #[test]
-fn looks_let_nobody_in_and_close_no_connection() {
+fn description_requests_admit_no_client_and_close_no_connection() {
     let fixture = Fixture::new(SIZE);
     let memory = MemoryExports { memory: fixture.memory, size: SIZE, alive: fixture.alive.clone() };
     let exports = Arc::new(Counting { memory, admitted: AtomicUsize::new(0) });
@@ -62,7 +62,8 @@ fn looks_let_nobody_in_and_close_no_connection() {
     let entered = connect_as(&target, &name(7), Some(&owner), LIMIT).unwrap();
     assert_eq!(exports.admitted.load(Ordering::Relaxed), 1);
 
-    // A newer connection of the queue would shut the first one out, an older one would be refused: a look is neither.
+    // A newer connection of the queue would shut out the first connection, and an older one would be refused;
+    // a description request has neither effect.
     for look in [ExportName { session: None, ..name(0) }, name(6), name(8)] {
         assert_eq!(describe(&target, &look, LIMIT).unwrap().size, SIZE);
         assert_eq!(describe_first(&[address], &look, LIMIT).unwrap().size, SIZE);

@@ -1,5 +1,5 @@
-//! The server engine against clients that follow the protocol, of this and other projects, and
-//! against some that do not.
+//! The server engine against clients that follow the protocol, of this and other projects, and against
+//! clients that violate it.
 
 #![allow(missing_docs)]
 
@@ -111,7 +111,7 @@ fn run(command: &mut Command) -> Output {
 }
 
 #[test]
-fn nbdinfo_sees_what_is_offered() {
+fn nbdinfo_sees_the_offered_features() {
     if !have("nbdinfo") {
         return;
     }
@@ -139,7 +139,7 @@ fn nbdinfo_sees_what_is_offered() {
     assert!(String::from_utf8(list.stdout).unwrap().contains("deferred"));
 }
 
-/// Random operations by libnbd, several in flight, against a model of its own.
+/// Random operations by libnbd, several in flight, compared with a model in the script.
 #[test]
 fn libnbd_and_a_model_agree() {
     if !have("nbdsh") {
@@ -186,7 +186,7 @@ assert h.pread(size, 0) == model
 "#;
     let fixture = Fixture::new(5 * MIB + 12345);
     for export in ["direct", "deferred"] {
-        // The distribution's Python has the module, another one in the path may not.
+        // The distribution's Python has the module; another Python in the path may not have it.
         run(Command::new("nbdsh").env("PATH", "/usr/bin:/bin").args([
             "-u",
             &fixture.uri(export),
@@ -220,7 +220,7 @@ fn qemu_copies_and_compares() {
 }
 
 #[test]
-fn what_is_refused_has_its_errno_and_the_connection_goes_on() {
+fn a_refused_request_has_its_errno_and_the_connection_stays_open() {
     let fixture = Fixture::new(MIB);
     for export in ["direct", "deferred"] {
         let mut client = Client::connect(&fixture, export).unwrap();
@@ -246,7 +246,7 @@ fn what_is_refused_has_its_errno_and_the_connection_goes_on() {
 fn a_write_longer_than_all_buffers_goes_through_them() {
     let options = ServerOptions { buffers_len: MIB as usize, ..Fixture::options() };
     let fixture = Fixture::with(8 * MIB, options);
-    // In flight are as many parts as there are buffers, and they end at the moment in which the last of them is sent.
+    // As many parts are in flight as there are buffers, and they end when the last of them is posted.
     let mut client = Client::connect(&fixture, "batches").unwrap();
     client.stream.set_write_timeout(Some(Duration::from_secs(20))).unwrap();
     for round in 1..=20_u8 {
@@ -260,7 +260,7 @@ fn a_write_longer_than_all_buffers_goes_through_them() {
 }
 
 #[test]
-fn rubbish_ends_the_connection_and_no_other() {
+fn invalid_bytes_end_their_connection_and_no_other() {
     let fixture = Fixture::new(MIB);
     let mut good = Client::connect(&fixture, "direct").unwrap();
     let mut bad = Client::connect(&fixture, "direct").unwrap();
@@ -279,7 +279,7 @@ fn rubbish_ends_the_connection_and_no_other() {
 }
 
 #[test]
-fn a_client_that_vanishes_in_the_middle_harms_no_other() {
+fn a_client_that_vanishes_during_a_request_harms_no_other() {
     let fixture = Fixture::new(64 * MIB);
     let mut good = Client::connect(&fixture, "deferred").unwrap();
     for export in ["direct", "deferred"] {
@@ -292,7 +292,7 @@ fn a_client_that_vanishes_in_the_middle_harms_no_other() {
         let mut writing = Client::connect(&fixture, export).unwrap();
         writing.send(Nbd::Write, 0, 8 << 20);
         writing.stream.write_all(&[3; 100_000]).unwrap();
-        // Others are served while these two do not move, and after they went.
+        // Other clients are served while these two are stuck, and after they disconnected.
         assert_eq!(good.write(MIB, &[5; 4096]), Ok(()));
         drop((reading, writing));
         assert_eq!(good.read(MIB, 4096), Ok(vec![5; 4096]));
@@ -317,9 +317,9 @@ fn a_group_is_closed_when_its_stores_die() {
     fixture.server.close_group(1);
     assert_eq!(fixture.server.connections(Some(1)), 0);
     assert!(client.is_closed());
-    // A handshake that was under way comes too late: its first request is not looked at.
+    // A handshake that was in progress finishes too late: the server does not process its first request.
     let mut late = Client::connect(&fixture, "direct").unwrap();
-    // It may be closed before the request is even sent.
+    // The connection may be closed before the request is even sent.
     let mut request = [2; REQUEST_LEN + 512];
     request[..REQUEST_LEN].copy_from_slice(&header(Nbd::Write, 0, 512));
     let _ = late.stream.write_all(&request);
@@ -338,7 +338,7 @@ fn a_newer_generation_shuts_out_the_older() {
     };
     let mut first = Client::connect(&fixture, &name(0, 1)).unwrap();
     let mut other = Client::connect(&fixture, &name(1, 1)).unwrap();
-    // Half of a write is on its way when the client connects anew.
+    // Half of a write is on its way when the client opens a new connection.
     first.send(Nbd::Write, 0, 8192);
     first.stream.write_all(&[1; 4096]).unwrap();
     let mut second = Client::connect(&fixture, &name(0, 2)).unwrap();

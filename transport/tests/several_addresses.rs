@@ -1,4 +1,4 @@
-//! A server with several addresses, of which some do not work.
+//! A server with several addresses, some of which do not work.
 
 mod common;
 mod support;
@@ -46,7 +46,8 @@ fn serve(fixture: &Fixture, exports: Arc<dyn Exports>) -> (Listener, SocketAddr)
     (fixture.server.listen_tcp(socket, exports).unwrap(), address)
 }
 
-/// A socket that takes no more connections: further ones are not answered, as behind a network that is gone.
+/// A socket that accepts no more connections: a further connection attempt gets no answer, as behind a broken
+/// network.
 struct Dead {
     address: SocketAddr,
     _listener: OwnedFd,
@@ -71,7 +72,7 @@ impl Dead {
 }
 
 #[test]
-fn a_dead_address_and_a_server_that_stands_still_cost_no_limit() {
+fn a_dead_address_and_a_hanging_server_do_not_use_up_the_limit() {
     let fixture = Fixture::new(SIZE);
     let (_listener, address) = serve(&fixture, exports(&fixture));
     let (dead, still) = (Dead::new(), TcpListener::bind("127.0.0.1:0").unwrap());
@@ -83,7 +84,7 @@ fn a_dead_address_and_a_server_that_stands_still_cost_no_limit() {
 }
 
 #[test]
-fn one_that_refuses_does_not_keep_another_from_being_asked() {
+fn a_refusing_address_does_not_keep_another_from_being_tried() {
     let fixture = Fixture::new(SIZE);
     let (_listener, address) = serve(&fixture, exports(&fixture));
     let (_other, without) = serve(&fixture, Arc::new(Nothing));

@@ -1,4 +1,4 @@
-//! Scatter and gather on a stream socket, over memory that is known by address.
+//! Scatter and gather on a stream socket, over memory that is given by address.
 
 #![allow(unsafe_code)]
 
@@ -11,23 +11,25 @@ use rustix::net::sockopt;
 
 use crate::io::IoBuf;
 
-/// Pieces in one call. More bring nothing: the socket buffer is full before.
+/// Most pieces in one call. More have no effect: the socket buffer is full before.
 const PIECES_MAX: usize = 64;
 
 /// Send buffer of a unix socket, in bytes.
 const UNIX_SEND_LEN: usize = 2 << 20;
 
-/// Gives a unix socket room for several long messages, as TCP makes by itself: else sender and receiver wake each other for
-/// each 200 KiB, which on a host whose processors are busy is a turn of others each time. More than net.core.wmem_max is for
-/// privileged processes; others get that.
+/// Enlarges the send buffer of a unix socket to hold several long messages, as TCP does by itself: otherwise
+/// sender and receiver wake each other for each 200 KiB, and on a host with busy processors each wake-up
+/// waits for a turn of other threads. A buffer above net.core.wmem_max needs privileges; other processes get
+/// that maximum.
 pub(crate) fn widen_unix(socket: BorrowedFd<'_>) -> rustix::io::Result<()> {
     sockopt::set_socket_send_buffer_size_force(socket, UNIX_SEND_LEN)
         .or_else(|_| sockopt::set_socket_send_buffer_size(socket, UNIX_SEND_LEN))
 }
 
-/// The pieces of memory of one call, in order. A kilobyte: it is filled where it lies, and never cleared or moved.
+/// The pieces of memory of one call, in order. The list takes one kilobyte: it is filled in place, and never
+/// cleared or moved.
 pub(crate) struct Pieces<'a> {
-    /// The first `count` are there.
+    /// The first `count` are initialized.
     list: [MaybeUninit<libc::iovec>; PIECES_MAX],
     count: usize,
     bytes: usize,
@@ -47,7 +49,7 @@ impl<'a> Pieces<'a> {
         self.count == PIECES_MAX
     }
 
-    /// Whether only one more piece finds room: the one of the receive buffer.
+    /// Whether there is room for only one more piece: the receive buffer.
     pub(crate) const fn is_nearly_full(&self) -> bool {
         self.count + 1 >= PIECES_MAX
     }
@@ -60,12 +62,12 @@ impl<'a> Pieces<'a> {
         self.push_raw(piece.as_mut_ptr(), piece.len());
     }
 
-    /// For [`send`] only: the bytes are not written to.
+    /// For [`send`] only: the bytes are only read.
     pub(crate) fn push_ref(&mut self, piece: &'a [u8]) {
         self.push_raw(piece.as_ptr().cast_mut(), piece.len());
     }
 
-    /// Empty pieces, and those beyond [`PIECES_MAX`], are left out.
+    /// Empty pieces, and pieces beyond [`PIECES_MAX`], are ignored.
     fn push_raw(&mut self, address: *mut u8, len: usize) {
         if len > 0 && !self.is_full() {
             self.list[self.count].write(libc::iovec { iov_base: address.cast(), iov_len: len });
@@ -77,23 +79,23 @@ impl<'a> Pieces<'a> {
     fn message(&self) -> libc::msghdr {
         // SAFETY: `msghdr` is a plain C struct for which all zeros is a valid, empty value.
         let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-        // Neither call writes to the list.
+        // Neither recvmsg nor sendmsg writes to the list.
         message.msg_iov = self.list.as_ptr().cast_mut().cast();
         message.msg_iovlen = self.count as _;
         message
     }
 }
 
-/// Receives into the pieces what is there; never blocks. 0 is the end of the stream.
+/// Receives the available bytes into the pieces; never blocks. 0 is the end of the stream.
 pub(crate) fn receive(socket: BorrowedFd<'_>, pieces: &mut Pieces<'_>) -> io::Result<usize> {
     let mut message = pieces.message();
-    // SAFETY: the message points to `count` iovecs, each of memory that is writable for its length:
-    // borrowed for as long as `pieces` lives, or mapped by the contract of `IoBuf::new`.
+    // SAFETY: the message points to `count` iovecs, each of memory that is writable for its length: borrowed
+    // for as long as `pieces` lives, or mapped by the contract of `IoBuf::new`.
     let received = unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, libc::MSG_DONTWAIT) };
     usize::try_from(received).map_err(|_| io::Error::last_os_error())
 }
 
-/// Sends of the pieces what the socket takes; never blocks, never raises SIGPIPE.
+/// Sends as many bytes of the pieces as the socket accepts; never blocks, never raises SIGPIPE.
 pub(crate) fn send(socket: BorrowedFd<'_>, pieces: &Pieces<'_>) -> io::Result<usize> {
     let message = pieces.message();
     // SAFETY: as in `receive`; sendmsg(2) only reads the memory.
@@ -101,13 +103,13 @@ pub(crate) fn send(socket: BorrowedFd<'_>, pieces: &Pieces<'_>) -> io::Result<us
         unsafe { libc::sendmsg(socket.as_raw_fd(), &message, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) };
     usize::try_from(sent).map_err(|_| io::Error::last_os_error())
 }
-/// Whether memory could not be accessed, rather than that anything is wrong with the socket.
+/// Whether the error is about inaccessible memory, and not about the socket.
 pub(super) fn is_bad_memory(error: &io::Error) -> bool {
     error.raw_os_error() == Some(libc::EFAULT)
 }
 
-/// Whether a socket that gave this error takes more later. No memory for the moment is no reason to give the
-/// connection up: under memory pressure, what it carries is needed to relieve it.
+/// Whether the socket will accept more later despite this error. A temporary lack of memory is no reason to
+/// close the connection: under memory pressure, the transfers on it are needed to relieve the pressure.
 pub(super) fn is_passing(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM))
 }

@@ -1,4 +1,4 @@
-//! Registered memory of a link, for the buffers that are not.
+//! Bounce buffers: registered memory of a link, through which the data of unregistered buffers are copied.
 
 use std::io;
 use std::sync::Arc;
@@ -7,14 +7,15 @@ use super::pages::Pages;
 use super::verbs::{Access, Domain, Registration};
 use crate::io::IoBuf;
 
-/// Length of a place, in bytes. Each queue has all of them for each appliance, in locked memory.
+/// Length of a bounce buffer, in bytes. Each queue has all of its bounce buffers for each appliance, in
+/// locked memory.
 const PLACE_LEN: usize = 8 << 10;
-/// Places of one link.
+/// Bounce buffers of one link.
 const PLACES: usize = 32;
 
-/// Places to copy through.
+/// The bounce buffers of a link.
 pub(super) struct Bounce {
-    // Before the pages, so that it does not outlive them.
+    // Dropped before the pages, because the registration must not outlive them.
     registration: Registration,
     pages: Pages,
     free: Vec<u32>,
@@ -27,8 +28,8 @@ impl Bounce {
         Ok(Bounce { registration, pages, free: (0..PLACES as u32).rev().collect() })
     }
 
-    /// A place for up to `len` bytes (its number, its memory, and its key), perhaps for fewer; none
-    /// when all are taken.
+    /// Takes a bounce buffer for up to `len` bytes; it may hold fewer. Returns its number, memory and key;
+    /// none when all are in use.
     pub(super) fn take(&mut self, len: usize) -> Option<(u32, IoBuf, u32)> {
         let place = *self.free.last()?;
         let piece = self.piece(place, len.min(PLACE_LEN));
@@ -37,7 +38,7 @@ impl Bounce {
         Some((place, piece, key))
     }
 
-    /// The memory of a place.
+    /// The memory of a bounce buffer.
     pub(super) fn piece(&self, place: u32, len: usize) -> IoBuf {
         self.pages.whole().part(place as usize * PLACE_LEN, len)
     }

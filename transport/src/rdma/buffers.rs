@@ -1,4 +1,4 @@
-//! The buffers of a queue, registered once for all of its links over one device.
+//! The buffers of a queue, registered once for all of the queue's links over the same device.
 
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -24,7 +24,8 @@ impl Buffers {
         self.registered.iter().find_map(|registered| registered.local_key(buffer))
     }
 
-    /// Registers a buffer, unless another link did. One that cannot be registered is copied.
+    /// Registers a buffer, unless another link has registered it already. The data of a buffer that cannot be
+    /// registered are copied.
     pub(super) fn register(&mut self, buffer: IoBuf) {
         match self.local.register(buffer) {
             Ok(registered) => self.registered.push(registered),
@@ -36,7 +37,7 @@ impl Buffers {
     }
 }
 
-/// A device as this process uses it as a client: one protection domain for all of its links.
+/// The client's view of a device: one protection domain for all links of this process over it.
 pub(super) struct LocalDevice {
     domain: Arc<Domain>,
     registered: Mutex<Vec<(IoBuf, Weak<Registration>)>>,
@@ -46,8 +47,8 @@ pub(super) struct LocalDevice {
 static DEVICES: Mutex<Vec<Weak<LocalDevice>>> = Mutex::new(Vec::new());
 
 impl LocalDevice {
-    /// The device that an identifier is bound to. `keeper` makes another identifier that is bound to
-    /// the same.
+    /// The device that an identifier is bound to. `keeper` creates another identifier that is bound to the
+    /// same device.
     pub(super) fn of(
         id: &Id,
         keeper: impl FnOnce() -> std::io::Result<Id>,

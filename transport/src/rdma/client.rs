@@ -1,4 +1,4 @@
-//! The client's end: connecting to a grant. Control plane: it blocks, allocates and logs.
+//! The client's end of RDMA: connecting to a grant. Control plane: it blocks, allocates and logs.
 
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
@@ -26,41 +26,41 @@ pub use crate::connect::ConnectError;
 use crate::connect::{Deadline, dial_tcp, wait};
 use crate::nbd::client::NbdLink;
 
-/// Bytes that a request is asked to be able to carry itself.
+/// The inline capacity that is requested for a work request, in bytes.
 const INLINE_WANTED: u32 = 128;
-/// Work requests beyond one for each operation: long operations are several.
+/// Work requests beyond one for each operation: a long operation needs several.
 const REQUESTS_MORE: usize = 64;
-/// Time between two looks for a completion while connecting.
+/// Time between two polls for a completion while connecting.
 const ASK_AGAIN: Duration = Duration::from_micros(50);
 
-/// Where to connect to, and as whom.
+/// The address to connect to, and the client's identity.
 #[derive(Debug, Clone)]
 pub struct Target<'a> {
     /// The appliance's listener.
     pub address: SocketAddr,
     /// The grant's key.
     pub key: &'a GrantKey,
-    /// The ownership that it is held by.
+    /// The epoch in which the client owns the grant.
     pub epoch: Epoch,
     /// The queue's session.
     pub session: SessionTag,
-    /// Longest time to connect.
+    /// Time limit for connecting.
     pub limit: Duration,
     /// Operations in flight; at least 1.
     pub depth: usize,
 }
 
-/// Connects to a grant, whose NBD connection `beside` becomes part of the link. Blocks, and ends
-/// within the target's limit; the appliance then has shut out the earlier connections of the same
-/// session and queue.
+/// Connects to a grant. The link takes over `beside`, an NBD connection to the same grant. Blocks, and ends
+/// within the target's limit; by then the appliance has closed the earlier connections of the same session
+/// and queue.
 ///
 /// # Errors
-/// See [`ConnectError`]. [`ConnectError::Unavailable`]: this host has no RDMA, or no RDMA device
-/// leads there.
+/// See [`ConnectError`]. [`ConnectError::Unavailable`]: this host has no RDMA, or no RDMA device reaches the
+/// address.
 pub fn connect(target: &Target<'_>, beside: NbdLink) -> Result<RdmaLink, ConnectError> {
     let deadline = Deadline::after(target.limit);
     let mut made = managed(target, deadline).or_else(|error| match error {
-        // The connection manager is missing here or there.
+        // The connection manager is missing on this host or at the appliance.
         ConnectError::Unavailable(_) | ConnectError::Unreachable(_) if !is_registering(&error) => {
             plain(target, deadline).map_err(|other| if is_final(&other) { other } else { error })
         }
@@ -80,21 +80,21 @@ pub fn connect(target: &Target<'_>, beside: NbdLink) -> Result<RdmaLink, Connect
         .map_err(ConnectError::Unreachable)
 }
 
-/// A connection, and what came with it.
+/// A new connection, and the results of connecting.
 struct Made {
     connection: Connection,
     welcome: Welcome,
     local: Arc<LocalDevice>,
-    /// As large as the device made it.
+    /// The actual size of the queue pair, as the device created it.
     size: Size,
 }
 
-/// The appliance answered, but not yes yet.
+/// Whether the appliance answered that it is still registering the grant's memory.
 fn is_registering(error: &ConnectError) -> bool {
     matches!(error, ConnectError::Unreachable(error) if error.kind() == std::io::ErrorKind::WouldBlock)
 }
 
-/// The appliance answered.
+/// Whether the appliance answered, so that another way of connecting is useless.
 fn is_final(error: &ConnectError) -> bool {
     is_registering(error)
         || matches!(
@@ -106,7 +106,7 @@ fn is_final(error: &ConnectError) -> bool {
         )
 }
 
-/// By the connection manager.
+/// Connects by the connection manager.
 fn managed(target: &Target<'_>, deadline: Deadline) -> Result<Made, ConnectError> {
     let events = Channel::new().map_err(|error| errors::no_rdma(&error))?;
     let mut id = Id::new(&events).map_err(|error| errors::no_rdma(&error))?;
@@ -127,7 +127,7 @@ fn managed(target: &Target<'_>, deadline: Deadline) -> Result<Made, ConnectError
     Ok(Made { connection, welcome, local, size: Size { inline, ..size } })
 }
 
-/// By messages over TCP, to the same address.
+/// Connects by messages over TCP, to the same address.
 fn plain(target: &Target<'_>, deadline: Deadline) -> Result<Made, ConnectError> {
     let control = dial_tcp(target.address, deadline)?;
     let own = exchange::own_address(&control).map_err(ConnectError::Unreachable)?;
@@ -146,7 +146,7 @@ fn plain(target: &Target<'_>, deadline: Deadline) -> Result<Made, ConnectError> 
     Ok(Made { connection, welcome, local, size: Size { inline, ..size } })
 }
 
-/// A completion queue for so many operations, and the size of its queue pair.
+/// Creates a completion queue for `depth` operations; also returns the size of its queue pair.
 fn queue(local: &LocalDevice, depth: usize) -> Result<(CompletionQueue, Size), ConnectError> {
     let device = local.domain().device();
     let limits = device.limits().map_err(ConnectError::Unreachable)?;
@@ -157,7 +157,7 @@ fn queue(local: &LocalDevice, depth: usize) -> Result<(CompletionQueue, Size), C
     Ok((completions, Size { requests, inline: INLINE_WANTED }))
 }
 
-/// Whether this host has RDMA at all; if not, why, in words that say what to do.
+/// Whether this host has RDMA at all; if not, the error names the reason and the remedy.
 ///
 /// # Errors
 /// The reason.
@@ -186,7 +186,7 @@ fn no_way(error: &std::io::Error) -> ConnectError {
     ConnectError::Unavailable(format!("no RDMA device of this host leads there ({error})"))
 }
 
-/// Another identifier on the device of one.
+/// Another identifier on the same device as `id`.
 fn keeper(id: &Id) -> std::io::Result<Id> {
     let mut address =
         id.local_address().ok_or_else(|| std::io::Error::other("the identifier has no address"))?;
@@ -196,7 +196,7 @@ fn keeper(id: &Id) -> std::io::Result<Id> {
     Ok(keeper)
 }
 
-/// Waits for an event of this kind.
+/// Waits for an event of kind `wanted`.
 fn expect(events: &Arc<Channel>, wanted: Kind, deadline: Deadline) -> Result<Event, ConnectError> {
     loop {
         match events.next().map_err(ConnectError::Unreachable)? {
@@ -258,7 +258,7 @@ fn read_table(
             }
         });
     if let Err(error) = outcome {
-        // After this, the device does not write to the pages any more.
+        // After this call, the device no longer writes to the pages.
         connection.pair.destroy();
         return Err(error);
     }
@@ -268,8 +268,8 @@ fn read_table(
     Ok(Table::new(entries, u32::from(welcome.region_shift)))
 }
 
-/// The status of the next completion. Asks again and again, for an event that nobody takes would wake the
-/// link for nothing later.
+/// The status of the next completion. Polls repeatedly rather than arming the queue: a completion event that
+/// nothing takes would wake the link later without reason.
 fn wait_for_one(completions: &mut CompletionQueue, deadline: Deadline) -> Result<u32, ConnectError> {
     loop {
         let mut found = None;

@@ -1,4 +1,4 @@
-//! librdmacm (rdma_cm(7)): addresses, listeners and connections.
+//! Safe wrapper of librdmacm (rdma_cm(7)): addresses, listeners and connections.
 
 #![allow(unsafe_code)]
 
@@ -17,58 +17,58 @@ use super::verbs::{CompletionQueue, Domain, check, complain, pointer, set_nonblo
 const OPTION_ID: i32 = 0;
 const OPTION_ID_REUSEADDR: i32 = 1;
 const OPTION_ID_ACK_TIMEOUT: i32 = 3;
-/// `RDMA_MAX_RESP_RES` and `RDMA_MAX_INIT_DEPTH`: as many reads at once as the devices can.
+/// `RDMA_MAX_RESP_RES` and `RDMA_MAX_INIT_DEPTH`: as many concurrent reads as the devices support.
 const READS_MAX: u8 = 0xff;
-/// Times that a request is sent again before the connection is given up, the most there is.
+/// Retransmissions of a request before the connection is given up; 7 is the maximum.
 pub(super) const RETRIES: u8 = 7;
-/// Time without an acknowledgement before a request is sent again: 4.096 us times two to this power,
-/// 0.27 s (IBTA 1, 9.9.1.4.1.1). With the retries, a silent appliance is noticed within seconds.
+/// Time without an acknowledgement before a request is sent again: 4.096 us times two to this power, 0.27 s
+/// (IBTA 1, 9.9.1.4.1.1). With [`RETRIES`], a silent appliance is noticed within seconds.
 pub(super) const ACK_TIMEOUT: u8 = 16;
 
-/// Where the events of identifiers come out.
+/// An event channel, which delivers the events of identifiers.
 pub(super) struct Channel {
     raw: NonNull<sys::rdma_event_channel>,
 }
 
-// SAFETY: librdmacm's calls are thread-safe, and events are taken by a read(2).
+// SAFETY: librdmacm's calls are thread-safe, and the channel is read with read(2).
 unsafe impl Send for Channel {}
 // SAFETY: as above.
 unsafe impl Sync for Channel {}
 
-/// What happened to an identifier.
+/// An event of an identifier.
 pub(super) struct Event {
-    /// What.
+    /// The kind of event.
     pub(super) kind: Kind,
-    /// Says of which identifier.
+    /// The identifier that the event is about.
     pub(super) id: Tag,
-    /// 0, an error number, or a reason of a rejection.
+    /// 0, an error number, or the reason of a rejection.
     pub(super) status: i32,
-    /// What the other end said, perhaps padded.
+    /// The other end's private data, possibly padded.
     pub(super) said: Vec<u8>,
-    /// The new identifier of a request for a connection.
+    /// The new identifier of a connection request.
     pub(super) request: Option<Id>,
 }
 
-/// The kinds of events that mean something here.
+/// The kinds of events that this module distinguishes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
     /// The address was found, and with it the device.
     AddressResolved,
-    /// The way was found.
+    /// The route was found.
     RouteResolved,
-    /// Someone asks for a connection.
+    /// A client requests a connection.
     Request,
-    /// The connection is there.
+    /// The connection is established.
     Established,
-    /// The other end rejected it.
+    /// The other end rejected the connection.
     Rejected,
-    /// An attempt failed: no such address, no way, nobody answers.
+    /// An attempt failed: no such address, no route, or no answer.
     Failed,
-    /// The connection is gone.
+    /// The connection is closed.
     Disconnected,
-    /// The device is gone.
+    /// The device was removed.
     DeviceRemoved,
-    /// Nothing that has to be done anything about.
+    /// An event that needs no action.
     Other,
 }
 
@@ -92,32 +92,32 @@ impl Kind {
     }
 }
 
-/// Names an identifier in events; good as long as the identifier lives.
+/// Names an identifier in events; valid as long as the identifier lives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Tag(usize);
 
 impl Channel {
     pub(super) fn new() -> io::Result<Arc<Channel>> {
-        // SAFETY: the call has no conditions.
+        // SAFETY: the call has no preconditions.
         let raw = pointer(unsafe { sys::rdma_create_event_channel() })?;
         let channel = Arc::new(Channel { raw });
         set_nonblocking(channel.as_fd())?;
         Ok(channel)
     }
 
-    /// The next event; none when there is none now.
+    /// Takes the next event; none when no event is pending.
     pub(super) fn next(self: &Arc<Channel>) -> io::Result<Option<Event>> {
         let mut raw = null_mut();
-        // SAFETY: the channel is alive, and the result is written to a variable that lives.
+        // SAFETY: the channel is alive, and the result is written to a live variable.
         match check(unsafe { sys::rdma_get_cm_event(self.raw.as_ptr(), &raw mut raw) }) {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
             Err(error) => return Err(error),
         }
         let raw = pointer(raw)?;
-        // SAFETY: the event is valid until it is acknowledged. Its parameters are those of a
-        // connection, as every identifier here is of RDMA_PS_TCP, and its private data are as many
-        // bytes as it says.
+        // SAFETY: the event is valid until it is acknowledged. Its parameters are those of a connection, as
+        // every identifier here is of RDMA_PS_TCP, and its private data have the length that the event
+        // states.
         let event = unsafe {
             let event = &*raw.as_ptr();
             let (data, len) = (event.param.conn.private_data, event.param.conn.private_data_len);
@@ -132,7 +132,7 @@ impl Channel {
             };
             Event { kind, id: Tag(event.id.addr()), status: event.status, said, request }
         };
-        // SAFETY: the event was taken above, once, and nothing refers to it any more.
+        // SAFETY: the event was taken above, once, and no reference to it is left.
         complain("an event", unsafe { sys::rdma_ack_cm_event(raw.as_ptr()) });
         Ok(Some(event))
     }
@@ -140,15 +140,15 @@ impl Channel {
 
 impl AsFd for Channel {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        // SAFETY: the channel, and so its descriptor, is open as long as this lives.
+        // SAFETY: the channel, and so its descriptor, is open as long as `self` lives.
         unsafe { BorrowedFd::borrow_raw((*self.raw.as_ptr()).fd as RawFd) }
     }
 }
 
 impl Drop for Channel {
     fn drop(&mut self) {
-        // SAFETY: every identifier holds the channel, so none is left, and all events that were taken
-        // are acknowledged.
+        // SAFETY: every identifier holds the channel, so no identifier is left, and all events that were
+        // taken are acknowledged.
         unsafe { sys::rdma_destroy_event_channel(self.raw.as_ptr()) }
     }
 }
@@ -157,13 +157,12 @@ impl Drop for Channel {
 pub(super) struct Id {
     raw: NonNull<sys::rdma_cm_id>,
     has_queue_pair: bool,
-    /// What the queue pair uses; dropped after it.
+    /// The domain that the queue pair uses; dropped after the queue pair.
     used: Option<Arc<Domain>>,
     _channel: Arc<Channel>,
 }
 
-// SAFETY: librdmacm's calls are thread-safe, and those that change the identifier take it
-// exclusively.
+// SAFETY: librdmacm's calls are thread-safe, and the calls that change the identifier take it exclusively.
 unsafe impl Send for Id {}
 // SAFETY: as above.
 unsafe impl Sync for Id {}
@@ -173,15 +172,14 @@ unsafe impl Sync for Id {}
 pub(super) struct Size {
     /// Work requests in flight.
     pub(super) requests: u32,
-    /// Bytes of a request that may be copied into it, as asked for; the device may give more or
-    /// refuse.
+    /// Inline capacity of a request in bytes, as requested; the device may give more, or refuse.
     pub(super) inline: u32,
 }
 
 impl Size {
-    /// A reliable connection of this size, which ends its requests in this queue.
+    /// Attributes of a reliable queue pair of this size that reports its completions to `completions`.
     pub(super) fn attributes(self, completions: &CompletionQueue) -> sys::ibv_qp_init_attr {
-        // SAFETY: the structure is numbers and pointers, for which zeros are values.
+        // SAFETY: the structure consists of numbers and pointers, for which zeros are valid.
         let mut wanted: sys::ibv_qp_init_attr = unsafe { std::mem::zeroed() };
         wanted.send_cq = completions.raw();
         wanted.recv_cq = completions.raw();
@@ -198,7 +196,7 @@ impl Size {
 impl Id {
     pub(super) fn new(channel: &Arc<Channel>) -> io::Result<Id> {
         let mut raw = null_mut();
-        // SAFETY: the channel is alive, and the result is written to a variable that lives.
+        // SAFETY: the channel is alive, and the result is written to a live variable.
         check(unsafe {
             sys::rdma_create_id(
                 channel.raw.as_ptr(),
@@ -214,22 +212,22 @@ impl Id {
         Id { raw, has_queue_pair: false, used: None, _channel: channel }
     }
 
-    /// Names it in events.
+    /// The name of this identifier in events.
     pub(super) fn tag(&self) -> Tag {
         Tag(self.raw.as_ptr().addr())
     }
 
-    /// The device's context, once it is bound to one.
+    /// The device's context, once the identifier is bound to a device.
     pub(super) fn context(&self) -> Option<NonNull<sys::ibv_context>> {
         // SAFETY: the identifier is alive.
         NonNull::new(unsafe { (*self.raw.as_ptr()).verbs })
     }
 
-    /// Binds it to a local address, and to a device if there is one behind that.
+    /// Binds the identifier to a local address, and to the device of that address if there is one.
     pub(super) fn bind(&self, address: SocketAddr) -> io::Result<()> {
         let yes = 1_i32;
-        // SAFETY: the identifier is alive, and the option's value is read during the call only. A
-        // refusal leaves the default.
+        // SAFETY: the identifier is alive, and the option's value is read during the call only. If the call
+        // is refused, the default stays.
         unsafe {
             sys::rdma_set_option(
                 self.raw.as_ptr(),
@@ -240,25 +238,25 @@ impl Id {
             );
         }
         let mut address = RawAddress::from(address);
-        // SAFETY: the identifier is alive, and the address, which is of a known family, is read during
-        // the call only.
+        // SAFETY: the identifier is alive, and the address, which is of a known family, is read during the
+        // call only.
         check(unsafe { sys::rdma_bind_addr(self.raw.as_ptr(), address.as_mut_ptr()) })
     }
 
-    /// Listens for requests, of which `backlog` may wait.
+    /// Listens for connection requests, of which up to `backlog` may be pending.
     pub(super) fn listen(&self, backlog: i32) -> io::Result<()> {
         // SAFETY: the identifier is alive.
         check(unsafe { sys::rdma_listen(self.raw.as_ptr(), backlog) })
     }
 
-    /// Its own address.
+    /// The identifier's own address.
     pub(super) fn local_address(&self) -> Option<SocketAddr> {
         // SAFETY: the identifier is alive; the address is storage for any family.
         let address = unsafe { (*self.raw.as_ptr()).route.addr.src_addr_union.src_storage };
         RawAddress { storage: address }.into()
     }
 
-    /// Begins to look for the device that leads to an address.
+    /// Starts looking for the device that reaches `target`.
     pub(super) fn resolve_address(&self, target: SocketAddr, limit: Duration) -> io::Result<()> {
         let mut target = RawAddress::from(target);
         // SAFETY: the identifier is alive, and the address is read during the call only.
@@ -267,14 +265,14 @@ impl Id {
         })
     }
 
-    /// Begins to look for the way.
+    /// Starts looking for the route.
     pub(super) fn resolve_route(&self, limit: Duration) -> io::Result<()> {
         // SAFETY: the identifier is alive.
         check(unsafe { sys::rdma_resolve_route(self.raw.as_ptr(), millis(limit)) })
     }
 
-    /// Makes the queue pair, in a domain of the identifier's device. `completions` has to live as
-    /// long as the queue pair. Gives the bytes that may be inline.
+    /// Creates the queue pair, in a domain of the identifier's device. `completions` has to live as long as
+    /// the queue pair. Returns the inline capacity in bytes.
     pub(super) fn make_queue_pair(
         &mut self,
         domain: &Arc<Domain>,
@@ -296,7 +294,7 @@ impl Id {
         NonNull::new(unsafe { (*self.raw.as_ptr()).qp }).filter(|_| self.has_queue_pair)
     }
 
-    /// Destroys the queue pair. When this returns, the device touches no buffer for it any more.
+    /// Destroys the queue pair. After this call, the device no longer accesses a buffer for it.
     pub(super) fn destroy_queue_pair(&mut self) {
         if std::mem::take(&mut self.has_queue_pair) {
             // SAFETY: the identifier is alive and has a queue pair.
@@ -305,11 +303,11 @@ impl Id {
         self.used = None;
     }
 
-    /// Asks the other end for the connection.
+    /// Requests the connection from the other end.
     pub(super) fn connect(&self, say: &[u8]) -> io::Result<()> {
         let timeout = ACK_TIMEOUT;
-        // SAFETY: the identifier is alive, and the option's value is read during the call only. An
-        // older kernel refuses it, and keeps its longer time.
+        // SAFETY: the identifier is alive, and the option's value is read during the call only. An older
+        // kernel refuses the option, and keeps its longer timeout.
         unsafe {
             sys::rdma_set_option(
                 self.raw.as_ptr(),
@@ -335,7 +333,7 @@ impl Id {
     /// Rejects a request.
     pub(super) fn reject(&self, say: &[u8]) -> io::Result<()> {
         let len = u8::try_from(say.len()).unwrap_or(u8::MAX);
-        // SAFETY: the identifier is alive, and so many bytes are read during the call only.
+        // SAFETY: the identifier is alive, and `len` bytes are read during the call only.
         check(unsafe { sys::rdma_reject(self.raw.as_ptr(), say.as_ptr().cast(), len) })
     }
 }
@@ -350,7 +348,7 @@ impl Drop for Id {
 }
 
 fn parameters(say: &[u8]) -> sys::rdma_conn_param {
-    // SAFETY: the structure is numbers and a pointer, for which zeros are values.
+    // SAFETY: the structure consists of numbers and a pointer, for which zeros are valid.
     let mut parameters: sys::rdma_conn_param = unsafe { std::mem::zeroed() };
     parameters.private_data = say.as_ptr().cast();
     parameters.private_data_len = u8::try_from(say.len()).unwrap_or(u8::MAX);
@@ -366,7 +364,7 @@ fn millis(limit: Duration) -> i32 {
     i32::try_from(limit.as_millis()).unwrap_or(i32::MAX).max(1)
 }
 
-/// An address as the libraries take it.
+/// An address in the form of the C libraries.
 struct RawAddress {
     storage: libc::sockaddr_storage,
 }
@@ -379,7 +377,7 @@ impl RawAddress {
 
 impl From<SocketAddr> for RawAddress {
     fn from(address: SocketAddr) -> RawAddress {
-        // SAFETY: the structure is plain numbers, for which zeros are values.
+        // SAFETY: the structure consists of plain numbers, for which zeros are valid.
         let mut storage: libc::sockaddr_storage = unsafe { std::mem::zeroed() };
         match address {
             SocketAddr::V4(address) => {
@@ -400,7 +398,7 @@ impl From<SocketAddr> for RawAddress {
                     sin6_addr: libc::in6_addr { s6_addr: address.ip().octets() },
                     sin6_scope_id: address.scope_id(),
                 };
-                // SAFETY: as above.
+                // SAFETY: as for IPv4.
                 unsafe { (&raw mut storage).cast::<libc::sockaddr_in6>().write(raw) }
             }
         }
@@ -413,14 +411,14 @@ impl From<RawAddress> for Option<SocketAddr> {
         let start = &raw const raw.storage;
         match i32::from(raw.storage.ss_family) {
             libc::AF_INET => {
-                // SAFETY: the family says that it is such an address, for which the storage is large
+                // SAFETY: the family says that the storage holds an IPv4 address, for which it is large
                 // enough and aligned.
                 let address = unsafe { start.cast::<libc::sockaddr_in>().read() };
                 let ip = Ipv4Addr::from(address.sin_addr.s_addr.to_ne_bytes());
                 Some(SocketAddr::new(IpAddr::V4(ip), u16::from_be(address.sin_port)))
             }
             libc::AF_INET6 => {
-                // SAFETY: as above.
+                // SAFETY: as for IPv4.
                 let address = unsafe { start.cast::<libc::sockaddr_in6>().read() };
                 let ip = Ipv6Addr::from(address.sin6_addr.s6_addr);
                 Some(SocketAddr::new(IpAddr::V6(ip), u16::from_be(address.sin6_port)))
@@ -430,10 +428,10 @@ impl From<RawAddress> for Option<SocketAddr> {
     }
 }
 
-/// The addresses of this host's network interfaces, without those of loopback and of one link only.
+/// The addresses of this host's network interfaces, without loopback and link-local addresses.
 pub(super) fn host_addresses() -> io::Result<Vec<IpAddr>> {
     let mut first = null_mut();
-    // SAFETY: the list is written to a variable that lives, and freed below.
+    // SAFETY: the list is written to a live variable, and freed below.
     check(unsafe { libc::getifaddrs(&raw mut first) })?;
     let mut found = Vec::new();
     let mut next: *const libc::ifaddrs = first;
@@ -446,7 +444,7 @@ pub(super) fn host_addresses() -> io::Result<Vec<IpAddr>> {
         }
         next = entry.ifa_next;
     }
-    // SAFETY: the list is freed once, and nothing refers to it any more.
+    // SAFETY: the list is freed once, and no reference to it is left.
     unsafe { libc::freeifaddrs(first) };
     found.retain(|ip| match ip {
         IpAddr::V4(ip) => !ip.is_loopback() && !ip.is_link_local(),
@@ -458,17 +456,17 @@ pub(super) fn host_addresses() -> io::Result<Vec<IpAddr>> {
 /// The IP address of a socket address; none for other families.
 ///
 /// # Safety
-/// It must point to an address with the length of its family.
+/// `address` must point to an address with the length of its family.
 unsafe fn ip_of(address: *const libc::sockaddr) -> Option<IpAddr> {
     // SAFETY: every address begins with its family.
     match i32::from(unsafe { (*address).sa_family }) {
         libc::AF_INET => {
-            // SAFETY: the family says so, and the caller that the length is right.
+            // SAFETY: the family is IPv4, and the caller guarantees the matching length.
             let address = unsafe { address.cast::<libc::sockaddr_in>().read_unaligned() };
             Some(IpAddr::V4(Ipv4Addr::from(address.sin_addr.s_addr.to_ne_bytes())))
         }
         libc::AF_INET6 => {
-            // SAFETY: as above.
+            // SAFETY: as for IPv4.
             let address = unsafe { address.cast::<libc::sockaddr_in6>().read_unaligned() };
             Some(IpAddr::V6(Ipv6Addr::from(address.sin6_addr.s6_addr)))
         }
@@ -481,7 +479,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn addresses_survive_the_libraries_form() {
+    fn addresses_survive_conversion_to_the_c_form() {
         for text in ["192.0.2.7:10810", "[2001:db8::7]:10810", "[fe80::1%3]:9"] {
             let address: SocketAddr = text.parse().unwrap();
             let back: Option<SocketAddr> = RawAddress::from(address).into();
@@ -494,12 +492,12 @@ mod tests {
     }
 
     #[test]
-    fn a_host_has_addresses_or_none_and_no_loopback() {
+    fn host_addresses_contain_no_loopback() {
         let addresses = host_addresses().unwrap();
         assert!(addresses.iter().all(|ip| !ip.is_loopback()));
     }
 
-    /// On a host without RDMA, all that is asked for is answered with an error, not with an end.
+    /// On a host without RDMA every call fails with an error, and none ends the process.
     #[test]
     fn without_rdma_there_is_an_error() {
         if let Err(error) = Channel::new() {

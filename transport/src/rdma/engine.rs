@@ -1,5 +1,5 @@
-//! Operations as work requests: cut where regions end, copied where a buffer is not registered, and ended in
-//! the order of posting. Knows no device.
+//! Operations as work requests: an operation is cut where regions end, its data are copied where the buffer
+//! is not registered, and parts complete in the order of posting. Knows no device.
 
 use std::collections::VecDeque;
 
@@ -8,39 +8,39 @@ use super::wire::Entry;
 use crate::io::{Completion, IoBuf, IoError, Kind, Operation};
 use crate::slots::Slots;
 
-/// A request of so many in a row is signalled, for the queue to drain while a long operation runs.
+/// Every 16th request in a row is signalled, so that the queue drains while a long operation runs.
 const SIGNAL_EVERY: u32 = 16;
 /// Longest access of one request, in bytes; devices take 1 GiB or more.
 const REQUEST_LEN_MAX: u64 = 16 << 20;
 
-/// How the device reaches memory of this end.
+/// How the device accesses memory of this end.
 pub(super) trait Reach {
-    /// The key of a buffer that is registered.
+    /// The key of a registered buffer.
     fn key(&self, buffer: IoBuf) -> Option<u32>;
 
-    /// A place to copy through, for up to `len` bytes: its number, its memory (perhaps less), and its
-    /// key. None when all are taken.
+    /// Takes a bounce buffer for up to `len` bytes. Returns its number, its memory (perhaps less) and its
+    /// key; none when all are in use.
     fn take(&mut self, len: usize) -> Option<(u32, IoBuf, u32)>;
 
-    /// The memory of a place that is taken.
+    /// The memory of a bounce buffer that is in use.
     fn piece(&self, place: u32, len: usize) -> IoBuf;
 
-    /// The place is free again.
+    /// Frees a bounce buffer.
     fn give_back(&mut self, place: u32);
 }
 
-/// What a connection's queue pair takes.
+/// The capacity of a connection's queue pair.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct QueueSize {
     /// Operations in flight.
     pub(super) depth: usize,
     /// Work requests in flight.
     pub(super) requests: usize,
-    /// Bytes that a request may carry itself.
+    /// Inline capacity of a request in bytes.
     pub(super) inline: usize,
 }
 
-/// Where the bytes of the export lie at the appliance.
+/// The addresses of the export's regions at the appliance.
 #[derive(Debug, Clone)]
 pub struct Table {
     entries: Box<[Entry]>,
@@ -63,11 +63,11 @@ impl Table {
         self.entries.is_empty()
     }
 
-    /// Address and key of the byte at `offset`, and how many follow in the same region.
+    /// Address and key of the byte at `offset`, and the number of bytes from there to the end of its region.
     fn at(&self, offset: u64) -> Option<(u64, u32, u64)> {
         let entry = self.entries.get((offset >> self.shift) as usize)?;
         let within = offset & ((1 << self.shift) - 1);
-        // An appliance can say any address; it means something at its end only.
+        // The appliance may send any address: only the appliance's device uses it.
         Some((entry.address.wrapping_add(within), entry.rkey, (1 << self.shift) - within))
     }
 }
@@ -79,9 +79,9 @@ pub(super) struct Engine {
     operations: Slots<Progress>,
     /// Operations with parts left to be cut, oldest first.
     cutting: VecDeque<u32>,
-    /// Parts in flight, in the order of their numbers, which is that in which they end.
+    /// Parts in flight, in the order of their numbers, in which they also end.
     parts: VecDeque<Part>,
-    /// Number of the first of them.
+    /// Number of the first part in `parts`.
     first: u64,
     unsignalled: u32,
 }
@@ -89,16 +89,16 @@ pub(super) struct Engine {
 struct Progress {
     operation: Operation,
     buf: IoBuf,
-    /// Bytes that parts were cut for.
+    /// Bytes for which parts were cut.
     cut: u64,
     /// Parts in flight.
     open: u32,
 }
 
-/// One work request.
+/// A work request.
 struct Part {
     operation: u32,
-    /// The place that it is copied through, and the memory that it is for.
+    /// The number of the bounce buffer, and the memory of the operation that the data belong to.
     bounce: Option<(u32, IoBuf)>,
 }
 
@@ -128,15 +128,15 @@ impl Engine {
         self.operations.used()
     }
 
-    /// Whether work requests are in flight.
+    /// Whether no work request is in flight.
     pub(super) fn is_idle(&self) -> bool {
         self.parts.is_empty()
     }
 
-    /// Takes a read or a write, for which there must be room.
+    /// Takes a read or a write; the caller has checked that there is room.
     ///
     /// # Errors
-    /// When it lies outside of the export, or its buffer is not of its length; it was not taken.
+    /// When the operation lies outside of the export, or its buffer has another length; it was not taken.
     pub(super) fn add(&mut self, operation: Operation) -> Result<(), IoError> {
         let inside = operation.offset.checked_add(operation.len).is_some_and(|end| end <= self.table.len());
         match operation.buf {
@@ -149,7 +149,8 @@ impl Engine {
         }
     }
 
-    /// The next work request, to be posted at once. None: there is none, or no room for it now.
+    /// The next work request, which the caller posts at once. None when no request is left, or there is no
+    /// room for it now.
     pub(super) fn next(&mut self, reach: &mut impl Reach) -> Option<Request> {
         let id = *self.cutting.front()?;
         if self.parts.len() >= self.size.requests {
@@ -172,7 +173,7 @@ impl Engine {
             self.cutting.pop_front();
         }
         self.unsignalled += 1;
-        // Room, in places or in the queue, comes back only with what is told.
+        // Bounce buffers and places in the queue are freed only by reported completions.
         let scarce = local.bounce.is_some() || self.parts.len() + 1 == self.size.requests;
         let signalled = is_last || scarce || self.unsignalled == SIGNAL_EVERY;
         if signalled {
@@ -191,7 +192,7 @@ impl Engine {
         })
     }
 
-    /// The work request of this number ended well, and so did all before it.
+    /// Ends the work requests up to number `last`, all of which succeeded.
     pub(super) fn end(&mut self, last: u64, reach: &mut impl Reach, ended: &mut Vec<Completion>) {
         while self.first <= last {
             let Some(part) = self.parts.pop_front() else { return };
@@ -212,7 +213,7 @@ impl Engine {
     }
 }
 
-/// The memory of this end that a request uses.
+/// The local memory of a request.
 struct Local {
     buffer: IoBuf,
     key: Option<u32>,
@@ -220,7 +221,8 @@ struct Local {
 }
 
 impl Local {
-    /// The buffer itself where it is registered, else a place, into which a write is copied.
+    /// The buffer itself if it is registered, else a bounce buffer, into which the data of a write are
+    /// copied.
     fn of(whole: IoBuf, is_read: bool, reach: &mut impl Reach) -> Option<Local> {
         if let Some(key) = reach.key(whole) {
             return Some(Local { buffer: whole, key: Some(key), bounce: None });
@@ -247,10 +249,10 @@ mod tests {
     const SHIFT: u32 = 12;
     const REGIONS: usize = 4;
     const PLACE_LEN: usize = 1000;
-    /// Address of a region at the appliance: nothing of the sort at this end.
+    /// Address of a region at the appliance; no memory of this process lies there.
     const ADDRESS: u64 = 1 << 40;
 
-    /// Memory that lives as long as the test.
+    /// Memory that lives until the process ends.
     struct Memory(NonNull<u8>, usize);
 
     impl Memory {
@@ -271,7 +273,7 @@ mod tests {
         }
     }
 
-    /// Nothing is registered, or all of one memory is; three places.
+    /// A test double with three bounce buffers, where either nothing or all of one memory is registered.
     struct Places {
         registered: Option<IoBuf>,
         memory: Memory,
@@ -306,7 +308,7 @@ mod tests {
         Engine::new(table, QueueSize { depth, requests: 16, inline })
     }
 
-    /// The appliance's device: regions by their addresses and keys.
+    /// The appliance's device: accesses regions by their addresses and keys.
     fn carry_out(request: &Request, regions: &mut [Vec<u8>]) {
         let region = request.remote_key as usize;
         let start = (request.address - ADDRESS * (region as u64 + 1)) as usize;
@@ -334,9 +336,9 @@ mod tests {
     }
 
     proptest! {
-        /// Operations one after the other, on registered memory or not, have the effect that they say.
+        /// Operations one after the other, on registered memory or not, have the requested effect.
         #[test]
-        fn bytes_go_where_they_belong(
+        fn bytes_reach_their_destination(
             ios in proptest::collection::vec(io(), 1..20), registered: bool, inline in 0_usize..200,
         ) {
             let size = REGIONS << SHIFT;
@@ -380,9 +382,10 @@ mod tests {
             prop_assert_eq!(places.free.len(), 3);
         }
 
-        /// Many at once: each ends once, and no more requests are in flight than the queue takes.
+        /// With many operations in flight, each ends once, and the queue's limit of requests in flight is
+        /// kept.
         #[test]
-        fn each_ends_once(lens in proptest::collection::vec(1_usize..5000, 1..30), batch in 1_usize..20) {
+        fn each_operation_ends_once(lens in proptest::collection::vec(1_usize..5000, 1..30), batch in 1_usize..20) {
             let own = Memory::new(5000);
             let mut places = Places { registered: None, memory: Memory::new(3 * PLACE_LEN), free: vec![0, 1, 2] };
             let mut engine = engine(30, 0);
@@ -419,7 +422,7 @@ mod tests {
     }
 
     #[test]
-    fn what_lies_outside_is_refused() {
+    fn operations_outside_the_export_are_refused() {
         let own = Memory::new(8192);
         let mut engine = engine(4, 0);
         let size = (REGIONS << SHIFT) as u64;

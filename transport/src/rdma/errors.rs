@@ -1,4 +1,4 @@
-//! What went wrong, and so what to do next.
+//! Translating the errors of RDMA to those of links and connection attempts.
 
 use std::io;
 
@@ -6,7 +6,7 @@ use super::wire::Refusal;
 use crate::connect::ConnectError;
 use crate::link::LinkDown;
 
-/// Statuses of `enum ibv_wc_status` (ibv_poll_cq(3)) that mean something here.
+/// The statuses of `enum ibv_wc_status` (ibv_poll_cq(3)) that this module distinguishes.
 mod status {
     pub(super) const LOC_LEN_ERR: u32 = 1;
     pub(super) const LOC_QP_OP_ERR: u32 = 2;
@@ -20,9 +20,9 @@ mod status {
 
 /// The state of a link whose work request failed.
 ///
-/// A refused access means that the key is good no more: the grant was revoked. What was never
-/// answered (retries exceeded), and what was flushed with the queue, is a broken connection. What only
-/// a wrong message can cause is a broken protocol.
+/// A refused access means that the key is no longer valid: the grant was revoked. An unanswered request
+/// (retries exceeded), and a request that was flushed with the queue, mean a broken connection. A status that
+/// only a wrong message can cause means a violated protocol.
 pub(super) const fn of_status(status: u32) -> LinkDown {
     match status {
         status::REM_ACCESS_ERR | status::REM_INV_REQ_ERR | status::REM_OP_ERR => LinkDown::Revoked,
@@ -45,7 +45,7 @@ pub(super) fn of_rejection(reason: i32, said: &[u8]) -> ConnectError {
     }
 }
 
-/// The same for what the appliance said.
+/// The error for a refusal by the appliance.
 pub(super) fn of_refusal(refusal: Refusal) -> ConnectError {
     match refusal {
         Refusal::Unknown => ConnectError::UnknownExport,
@@ -65,12 +65,12 @@ pub(super) fn of_refusal(refusal: Refusal) -> ConnectError {
     }
 }
 
-/// Why there is no RDMA on this host, in words that say what to do.
+/// The error for a host without RDMA; its text names the reason and the remedy.
 pub(super) fn no_rdma(error: &io::Error) -> ConnectError {
     ConnectError::Unavailable(explain(error))
 }
 
-/// The same as text.
+/// The text of [`no_rdma`].
 pub(super) fn explain(error: &io::Error) -> String {
     match error.raw_os_error() {
         Some(libc::EOPNOTSUPP) => {
@@ -90,7 +90,7 @@ pub(super) fn explain(error: &io::Error) -> String {
 mod tests {
     use super::*;
 
-    /// By the numbers of infiniband/verbs.h, so that a slip in the table is seen.
+    /// Compares with the numbers of infiniband/verbs.h, so that a mistake in the table shows.
     #[test]
     fn each_status_has_its_state() {
         use rdma_mummy_sys::ibv_wc_status as wc;
@@ -116,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn rejections_say_what_to_do_next() {
+    fn rejections_become_the_matching_connect_error() {
         let of = |refusal: Refusal| of_rejection(28, &refusal.encode());
         assert!(matches!(of(Refusal::Unknown), ConnectError::UnknownExport));
         assert!(
@@ -128,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_is_said_with_its_remedy() {
+    fn a_missing_part_is_named_with_its_remedy() {
         let text = |number| explain(&io::Error::from_raw_os_error(number));
         assert!(text(libc::EOPNOTSUPP).contains("librdmacm1"));
         assert!(text(libc::ENOSYS).contains("modprobe"));

@@ -1,5 +1,5 @@
-//! What the two ends tell each other over TCP where the connection manager cannot be used. The TCP connection
-//! stays for as long as the queue pairs do, and its end is theirs.
+//! The messages by which the two ends connect over TCP where the connection manager cannot be used. The TCP
+//! connection stays open for as long as the queue pairs exist; when it closes, they end.
 
 use std::io;
 use std::net::SocketAddr;
@@ -10,7 +10,8 @@ use rustix::net::getsockname;
 use super::wire::{ANSWER_LEN, ASK_LEN, End, Hello, Refusal, Welcome, decode_answer};
 use crate::connect::{ConnectError, Deadline, closed, receive_some, send_all};
 
-/// Says who asks, and where its queue pair is; gives where the other one is, and the table. Blocks.
+/// Sends the client's identity and the address of its queue pair; returns the appliance's queue pair and the
+/// table. Blocks.
 pub(super) fn ask(
     stream: BorrowedFd<'_>,
     hello: &Hello,
@@ -35,14 +36,14 @@ pub(super) fn ask(
     answer.map_err(super::errors::of_refusal)
 }
 
-/// Reads what a client asks.
+/// Decodes a client's request.
 pub(super) fn read_ask(bytes: &[u8; ASK_LEN]) -> Result<(Hello, End), Refusal> {
     let hello = Hello::decode(bytes)?;
     let end = bytes.last_chunk().and_then(End::decode).ok_or(Refusal::Version)?;
     Ok((hello, end))
 }
 
-/// A number for the first packet of a queue pair, that nobody can guess: 24 bits.
+/// An unpredictable number for the first packet of a queue pair: 24 bits.
 pub(super) fn first_packet() -> io::Result<u32> {
     let mut bytes = [0; 4];
     getrandom::fill(&mut bytes).map_err(|error| io::Error::other(error.to_string()))?;

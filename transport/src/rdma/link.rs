@@ -1,4 +1,4 @@
-//! A connection as a [`Link`].
+//! [`RdmaLink`]: a reliable RDMA connection as a [`Link`].
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -14,19 +14,22 @@ use crate::io::{Completion, IoBuf, Kind, Operation};
 use crate::link::{Full, Link, LinkDown};
 use crate::nbd::client::NbdLink;
 
-/// A busy link looks this often, in polls, for news beside its completions; an idle one each time.
+/// Polls between two checks for events other than completions on a busy link; an idle link checks at each
+/// poll.
 const LOOK_EVERY: u32 = 256;
 
-/// A [`Link`] over one reliable connection. Nothing is allocated after it was made, but for the
+/// A [`Link`] over one reliable connection. The link allocates nothing after its creation, except for the
 /// registration of a device's buffers.
 ///
-/// * Reads and writes are RDMA READ and WRITE, straight from and to registered buffers
-///   ([`Link::register`]); others go through a buffer of the link.
-/// * `Trim` and `Zero` need the appliance's processor: they go over the NBD connection that the link
-///   has beside, as does the news that the appliance has ended.
-/// * Completions are told by the wait descriptor only after [`Link::arm`].
+/// - Reads and writes are RDMA READ and WRITE, straight from and to registered buffers ([`Link::register`]);
+///   the data of
+/// other buffers go through a bounce buffer of the link.
+/// - `Trim` and `Zero` need the appliance's processor: they go over the link's additional NBD connection,
+///   which also reports
+/// when the appliance ends.
+/// - The wait descriptor reports completions only after [`Link::arm`].
 pub struct RdmaLink {
-    // First, so that nothing uses what follows.
+    // Dropped first: destroying the queue pair ends all use of the fields below.
     pair: Pair,
     completions: CompletionQueue,
     beside: NbdLink,
@@ -42,14 +45,14 @@ pub struct RdmaLink {
     down: Option<LinkDown>,
 }
 
-/// What a connection is made of.
+/// The parts of a connection.
 pub(super) struct Connection {
-    // First, so that nothing uses what follows.
+    // Dropped first: destroying the queue pair ends all use of the completion queue.
     pub(super) pair: Pair,
     pub(super) completions: CompletionQueue,
 }
 
-/// How the link's device reaches memory of this process.
+/// How the link's device accesses memory of this process.
 struct Local {
     buffers: Buffers,
     bounce: Bounce,
@@ -81,7 +84,7 @@ impl RdmaLink {
         (buffers, bounce): (Buffers, Bounce),
         size: QueueSize,
     ) -> io::Result<RdmaLink> {
-        // In this order, in which they are dropped backwards should something fail.
+        // Bound in this order because locals are dropped in reverse order should a later step fail.
         let Connection { completions, pair } = connection;
         let watch = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let data = EventData::new_u64(0);
@@ -107,13 +110,12 @@ impl RdmaLink {
         })
     }
 
-    /// Where the grant's bytes lie at the appliance.
+    /// The addresses of the grant's regions at the appliance.
     pub const fn table(&self) -> &Table {
         self.engine.table()
     }
 
-    /// Uses another table from now on. The appliance's end has to refuse what is not of the grant:
-    /// this is for tests of that.
+    /// Replaces the table. Only for tests that the appliance's device refuses accesses outside of the grant.
     pub fn replace_table(&mut self, table: Table) {
         self.engine.replace_table(table);
     }
@@ -122,7 +124,7 @@ impl RdmaLink {
         self.engine.in_flight() + self.ended.len() + self.beside_in_flight
     }
 
-    /// Makes work requests for as long as there is room for them.
+    /// Creates work requests for as long as there is room for them.
     fn cut(&mut self) {
         while let Some(request) = self.engine.next(&mut self.local) {
             self.batch.push(&request);
@@ -142,12 +144,12 @@ impl RdmaLink {
         }
     }
 
-    /// Takes the ends of work requests.
+    /// Processes the completions of work requests.
     fn reap(&mut self) {
         let (mut last, mut failed) = (None, None);
         let polled = self.completions.poll(|ended: Ended| match ended.status {
             0 => last = Some(ended.id),
-            // What follows the first failure was only flushed.
+            // Requests after the first failed one were only flushed.
             status => failed = failed.or(Some(status)),
         });
         if let Some(last) = last {
@@ -160,7 +162,7 @@ impl RdmaLink {
         }
     }
 
-    /// Looks for what happens seldom: news of the connection and of the one beside.
+    /// Checks for rare events, of the RDMA connection and of the NBD connection.
     fn look(&mut self) {
         self.polls += 1;
         let due =
@@ -183,7 +185,7 @@ impl RdmaLink {
     fn go_down(&mut self, why: LinkDown) {
         if self.down.is_none() {
             self.down = Some(why);
-            // After this, the device touches no buffer any more.
+            // After this call, the device no longer accesses a buffer.
             self.pair.destroy();
         }
     }
@@ -200,7 +202,7 @@ impl Link for RdmaLink {
         let taken = match operation.kind {
             Kind::Read | Kind::Write => self.engine.add(operation).map(|()| self.cut()),
             Kind::Flush => {
-                // What ended is in the appliance's memory.
+                // Completed accesses have already reached the appliance's memory.
                 self.ended.push(Completion { token: operation.token, result: Ok(()) });
                 Ok(())
             }
@@ -230,7 +232,7 @@ impl Link for RdmaLink {
             }
             self.reap();
         }
-        // Not when an access has just ended: looking costs as much as an access.
+        // Skipped when an access has just ended: the check costs as much as an access.
         if self.down.is_none() && (self.ended.is_empty() || self.beside_in_flight > 0) {
             self.look();
         }
@@ -256,7 +258,7 @@ impl Link for RdmaLink {
                 Ok(()) => self.armed = true,
                 Err(_) => self.go_down(LinkDown::Broken),
             }
-            // What came before is not told.
+            // Arming does not report completions that arrived before.
             if self.down.is_none() {
                 self.reap();
             }

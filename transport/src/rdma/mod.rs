@@ -3,17 +3,17 @@
 //!
 //! A client connects one reliable queue pair for each of its queues to each grant. After that, it reads and
 //! writes with RDMA READ and WRITE only, and no processor of the appliance takes part. The appliance
-//! registers the regions of a grant in a protection domain of the grant's own, so its keys are
-//! worthless on the connections of any other; revoking a grant deregisters first and then destroys the
-//! queue pairs.
+//! registers the regions of a grant in a protection domain of the grant's own, so the keys are useless on the
+//! connections of any other grant; revoking a grant deregisters the memory first and then destroys the queue
+//! pairs.
 //!
-//! Trimming, zeroing and the news that an appliance ended go over an NBD connection that each link has
-//! beside its queue pair.
+//! Trimming, zeroing and the notification that an appliance ended go over an NBD connection, which each link
+//! has in addition to its queue pair.
 //!
-//! * [`client::connect`] gives a [`client::RdmaLink`].
+//! * [`client::connect`] returns a [`client::RdmaLink`].
 //! * [`server::RdmaServer`] is the appliance's end.
-//! * [`wire`] is what the two tell each other.
-//! * [`inventory`] says which devices a machine has, and what they lack.
+//! * [`wire`] has the messages of the two ends.
+//! * [`inventory`] lists the devices of a machine, and the obstacles to using them.
 
 mod bounce;
 mod buffers;

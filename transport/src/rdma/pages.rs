@@ -1,4 +1,4 @@
-//! Anonymous memory of whole pages, for the device to read and write.
+//! Anonymous memory in whole pages, which the device reads and writes.
 
 #![allow(unsafe_code)]
 
@@ -15,7 +15,7 @@ pub(super) struct Pages {
     len: usize,
 }
 
-// SAFETY: the memory belongs to no thread, and is accessed through `IoBuf`s only.
+// SAFETY: the memory is not bound to a thread, and is accessed through `IoBuf`s only.
 unsafe impl Send for Pages {}
 // SAFETY: as above.
 unsafe impl Sync for Pages {}
@@ -24,14 +24,14 @@ impl Pages {
     /// At least `len` bytes, faulted in.
     pub(super) fn new(len: usize) -> io::Result<Pages> {
         let flags = MapFlags::PRIVATE | MapFlags::POPULATE;
-        // SAFETY: a new mapping at an address of the kernel's choice touches no memory in use.
+        // SAFETY: a new mapping at an address that the kernel chooses affects no memory in use.
         let start =
             unsafe { mmap_anonymous(std::ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, flags) }?;
         let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
         Ok(Pages { start, len })
     }
 
-    /// All of it; to be used no longer than `self` lives.
+    /// All of the memory; valid only while `self` lives.
     pub(super) const fn whole(&self) -> IoBuf {
         // SAFETY: the mapping is readable and writable and lives as long as `self`; no reference to
         // it is ever made.
@@ -41,8 +41,8 @@ impl Pages {
 
 impl Drop for Pages {
     fn drop(&mut self) {
-        // SAFETY: the mapping was made with this address and length, and whoever uses it keeps this
-        // alive.
+        // SAFETY: the mapping was created with this address and length, and every user of the memory keeps
+        // `self` alive.
         if let Err(error) = unsafe { munmap(self.start.as_ptr().cast(), self.len) } {
             tracing::warn!("cannot unmap a buffer: {error}");
         }

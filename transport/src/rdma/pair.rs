@@ -1,4 +1,4 @@
-//! A connected queue pair of the client, however it was connected.
+//! A connected queue pair of the client, made by the connection manager or over TCP.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
@@ -11,11 +11,11 @@ use rustix::net::{RecvFlags, recv};
 use super::cm::{Channel, Id, Kind};
 use super::plain::Pair as Plain;
 
-/// A queue pair, and what tells of its end.
+/// A queue pair, and the source that reports its end.
 pub(super) enum Pair {
-    /// By the connection manager.
+    /// Connected by the connection manager.
     Managed { id: Id, events: Arc<Channel> },
-    /// By messages over a TCP connection, which lasts as long.
+    /// Connected by messages over a TCP connection, which stays open as long.
     Plain { pair: Option<Plain>, control: OwnedFd },
 }
 
@@ -28,7 +28,7 @@ impl Pair {
         }
     }
 
-    /// Destroys it. When this returns, the device touches no buffer for it any more.
+    /// Destroys the queue pair. After this call, the device no longer accesses a buffer for it.
     pub(super) fn destroy(&mut self) {
         match self {
             Pair::Managed { id, .. } => id.destroy_queue_pair(),
@@ -36,7 +36,7 @@ impl Pair {
         }
     }
 
-    /// Readable when there may be news.
+    /// A descriptor that is readable when there may be an event.
     pub(super) fn news(&self) -> BorrowedFd<'_> {
         match self {
             Pair::Managed { events, .. } => events.as_fd(),
@@ -44,7 +44,7 @@ impl Pair {
         }
     }
 
-    /// Takes the news; true when they are that the connection is over.
+    /// Takes pending events; returns whether the connection is over.
     pub(super) fn is_over(&self) -> bool {
         match self {
             Pair::Managed { events, .. } => loop {
@@ -59,7 +59,7 @@ impl Pair {
                     Err(_) => return true,
                 }
             },
-            // The appliance has nothing more to say, so whatever there is, is the end.
+            // The appliance sends nothing more, so any event means the end.
             Pair::Plain { control, .. } => {
                 !matches!(recv(control, &mut [0; 1], RecvFlags::DONTWAIT), Err(Errno::AGAIN | Errno::INTR))
             }

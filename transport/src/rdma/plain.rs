@@ -1,5 +1,5 @@
-//! Queue pairs without the connection manager: ports and their identifiers, and the way of a queue pair to its
-//! working state (ibv_modify_qp(3)).
+//! Queue pairs without the connection manager: ports and their identifiers, and the steps that make a queue
+//! pair operational (ibv_modify_qp(3)).
 
 #![allow(unsafe_code)]
 
@@ -17,14 +17,14 @@ use super::wire::End;
 /// `IBV_GID_TYPE_ROCE_V2` and `IBV_LINK_LAYER_ETHERNET` of infiniband/verbs.h.
 const ROCE_V2: u32 = 2;
 const ETHERNET: u8 = 2;
-/// Reads at once: more gain nothing.
+/// Concurrent READs: more have no benefit.
 const READS_MAX: u8 = 16;
-/// Hops that packets may go.
+/// Hop limit of packets.
 const HOP_LIMIT: u8 = 64;
-/// Time that the other end waits when this one is not ready, code for 0.64 ms (IBTA 1, table 45).
+/// Time that the other end waits when this end is not ready, code for 0.64 ms (IBTA 1, table 45).
 const NOT_READY_TIMER: u8 = 12;
 
-/// A port of a device that works, with one of its global identifiers.
+/// An active port of a device, with one of its global identifiers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Port {
     number: u8,
@@ -36,10 +36,10 @@ pub(super) struct Port {
 }
 
 impl Port {
-    /// The ports of a device that are active: those of InfiniBand with their first identifier, those of Ethernet with
-    /// each of RoCE v2.
+    /// The active ports of a device: an InfiniBand port with its first identifier, an Ethernet port once with
+    /// each identifier of RoCE v2.
     pub(super) fn all(device: &Device) -> Vec<Port> {
-        // A device has at most 255 ports; those that it has not answer with an error.
+        // A device has at most 255 ports; a query for a missing port fails.
         let ports = (1..=u8::MAX).map_while(|number| Some((number, attributes(device, number)?)));
         let active = ports.filter(|(_, found)| found.state == sys::ibv_port_state::IBV_PORT_ACTIVE);
         active.flat_map(|(number, found)| Port::of(device, number, &found)).collect()
@@ -54,7 +54,7 @@ impl Port {
             .map(|(gid_index, entry)| Port {
                 number,
                 gid_index,
-                // SAFETY: the union's two forms are the same 16 bytes.
+                // SAFETY: both forms of the union are the same 16 bytes.
                 gid: unsafe { entry.gid.raw },
                 lid: found.lid,
                 mtu: u8::try_from(found.active_mtu).unwrap_or(1),
@@ -63,12 +63,12 @@ impl Port {
             .collect()
     }
 
-    /// The address that its identifier stands for.
+    /// The IP address that the identifier stands for.
     fn ip(&self) -> IpAddr {
         Ipv6Addr::from(self.gid).to_canonical()
     }
 
-    /// The device and port of an address of this host; a port of InfiniBand, where none has that address.
+    /// The device and port of an address of this host; an InfiniBand port if no port has that address.
     pub(super) fn find(devices: &[Arc<Device>], ip: IpAddr) -> Option<(Arc<Device>, Port)> {
         let all: Vec<_> = devices
             .iter()
@@ -80,7 +80,7 @@ impl Port {
 }
 
 fn attributes(device: &Device, port: u8) -> Option<sys::ibv_port_attr> {
-    // SAFETY: the structure is plain numbers, for which zeros are values.
+    // SAFETY: the structure consists of plain numbers, for which zeros are valid.
     let mut found: sys::ibv_port_attr = unsafe { std::mem::zeroed() };
     // SAFETY: the device is open, and `found` is written only during the call.
     check(unsafe { sys::ibv_query_port(device.raw(), port, &raw mut found) }).ok()?;
@@ -88,7 +88,7 @@ fn attributes(device: &Device, port: u8) -> Option<sys::ibv_port_attr> {
 }
 
 fn gid(device: &Device, port: u8, index: u8) -> Option<sys::ibv_gid_entry> {
-    // SAFETY: the structure is plain numbers, for which zeros are values.
+    // SAFETY: the structure consists of plain numbers, for which zeros are valid.
     let mut found: sys::ibv_gid_entry = unsafe { std::mem::zeroed() };
     // SAFETY: the device is open, and `found` is written only during the call.
     let status =
@@ -97,19 +97,20 @@ fn gid(device: &Device, port: u8, index: u8) -> Option<sys::ibv_gid_entry> {
     Some(found)
 }
 
-/// A queue pair that no identifier of the connection manager owns.
+/// A queue pair that belongs to no identifier of the connection manager.
 pub(super) struct Pair {
     raw: NonNull<sys::ibv_qp>,
     _domain: Arc<Domain>,
 }
 
-// SAFETY: verbs may be called from any thread; what changes the queue pair takes it exclusively.
+// SAFETY: verbs may be called from any thread; calls that change the queue pair take it exclusively.
 unsafe impl Send for Pair {}
 // SAFETY: as above.
 unsafe impl Sync for Pair {}
 
 impl Pair {
-    /// A queue pair in a domain. `completions` has to live as long. Gives the bytes that may be inline too.
+    /// Creates a queue pair in a domain. `completions` has to live as long. Also returns the inline capacity
+    /// in bytes.
     pub(super) fn new(
         domain: &Arc<Domain>,
         completions: &CompletionQueue,
@@ -125,7 +126,7 @@ impl Pair {
         self.raw
     }
 
-    /// This end, as the other one has to know it. Its first packet will have the number `packet`.
+    /// This end in the form that the other end needs. Its first packet will have the number `packet`.
     pub(super) fn end(&self, port: &Port, packet: u32) -> End {
         End {
             // SAFETY: the queue pair is alive.
@@ -138,7 +139,8 @@ impl Pair {
         }
     }
 
-    /// Connects it to the other end. It answers from now on, and may be posted on.
+    /// Connects the queue pair to the other end. From now on it answers requests, and requests may be posted
+    /// on it.
     pub(super) fn connect(&self, device: &Device, port: &Port, packet: u32, other: &End) -> io::Result<()> {
         use sys::ibv_access_flags as access;
         use sys::ibv_qp_attr_mask as mask;
@@ -200,14 +202,14 @@ impl Pair {
 }
 
 fn no_attributes() -> sys::ibv_qp_attr {
-    // SAFETY: the structure is numbers, and a union of such, for which zeros are values.
+    // SAFETY: the structure consists of numbers, and a union of numbers, for which zeros are valid.
     unsafe { std::mem::zeroed() }
 }
 
 impl Drop for Pair {
     fn drop(&mut self) {
-        // SAFETY: it was made here and is destroyed once. When this returns, the device touches no buffer for
-        // it any more.
+        // SAFETY: the queue pair was created by this type and is destroyed once. After this call, the device
+        // no longer accesses a buffer for it.
         complain("a queue pair", unsafe { sys::ibv_destroy_qp(self.raw.as_ptr()) });
     }
 }
@@ -217,7 +219,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_identifier_of_roce_is_an_address() {
+    fn a_roce_identifier_stands_for_an_ip_address() {
         let mut gid = [0; 16];
         gid[10..].copy_from_slice(&[0xff, 0xff, 192, 0, 2, 7]);
         let port = Port { number: 1, gid_index: 1, gid, lid: 0, mtu: 3, ethernet: true };

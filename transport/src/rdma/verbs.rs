@@ -1,5 +1,5 @@
-//! libibverbs (verbs(7)): protection domains, memory regions, completion queues and queue pairs, as
-//! owned values that are destroyed in the right order.
+//! Safe wrapper of libibverbs (verbs(7)): protection domains, memory regions, completion queues and queue
+//! pairs, as owned values that are destroyed in the right order.
 //!
 //! The libraries are loaded at run time; without them every constructor fails with `EOPNOTSUPP`.
 
@@ -16,7 +16,7 @@ use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use super::cm::Id;
 use crate::io::IoBuf;
 
-/// What a party may do with registered memory.
+/// The accesses that registered memory allows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Access {
     /// This end only.
@@ -49,16 +49,15 @@ pub(super) struct Device {
     keeper: Keeper,
 }
 
-/// Why a device stays open.
+/// The resource that keeps a device open.
 enum Keeper {
-    /// An identifier of the connection manager is bound to it, whose the context is.
+    /// The context belongs to the connection manager; this identifier is bound to the device.
     Manager(#[expect(dead_code, reason = "only held")] Id),
-    /// It was opened here.
+    /// This module opened the device.
     Own,
 }
 
-// SAFETY: verbs may be called from any thread (verbs(7) objects are thread-safe); the keeper is
-// only held.
+// SAFETY: verbs may be called from any thread (verbs(7) objects are thread-safe); the keeper is only held.
 unsafe impl Send for Device {}
 // SAFETY: as above.
 unsafe impl Sync for Device {}
@@ -70,15 +69,15 @@ pub(super) struct Limits {
     pub(super) work_requests: u32,
     /// Most entries of one completion queue.
     pub(super) completions: u32,
-    /// Most reads at once that a queue pair answers.
+    /// Most concurrent READs that a queue pair answers.
     pub(super) reads_answered: u8,
-    /// Most reads at once that a queue pair asks for.
+    /// Most concurrent READs that a queue pair issues.
     pub(super) reads_asked: u8,
 }
 
 impl Device {
-    /// The device that an identifier is bound to; the identifier is kept. None when it is bound to
-    /// none.
+    /// The device that the identifier `keeper` is bound to; the device keeps the identifier. None if it is
+    /// not bound to a device.
     pub(super) fn of(keeper: Id) -> Option<Arc<Device>> {
         Some(Arc::new(Device { context: keeper.context()?, keeper: Keeper::Manager(keeper) }))
     }
@@ -86,7 +85,7 @@ impl Device {
     /// All devices of this host that can be opened, without the connection manager.
     pub(super) fn all() -> io::Result<Vec<Arc<Device>>> {
         let mut count = 0;
-        // SAFETY: `count` is a place for one number.
+        // SAFETY: `count` is valid for writing one number.
         let list = pointer(unsafe { sys::ibv_get_device_list(&raw mut count) })?;
         let count = usize::try_from(count).unwrap_or(0);
         let open = |place| {
@@ -100,7 +99,7 @@ impl Device {
         Ok(devices)
     }
 
-    /// Whether it was opened here.
+    /// Whether this module opened the device.
     pub(super) const fn is_own(&self) -> bool {
         matches!(self.keeper, Keeper::Own)
     }
@@ -116,15 +115,15 @@ impl Device {
 
     /// Its name, like `mlx5_0`.
     pub(super) fn name(&self) -> String {
-        // SAFETY: the context is open as long as the keeper lives, its device is set at opening, and
-        // the name is a string that ends with a zero byte.
+        // SAFETY: the context is open as long as the keeper lives, its device is set at opening, and the name
+        // is a zero-terminated string.
         let name =
             unsafe { std::ffi::CStr::from_ptr(sys::ibv_get_device_name((*self.context.as_ptr()).device)) };
         name.to_string_lossy().into_owned()
     }
 
     pub(super) fn limits(&self) -> io::Result<Limits> {
-        // SAFETY: the structure is plain numbers, for which zeros are values.
+        // SAFETY: the structure consists of plain numbers, for which zeros are valid.
         let mut found: sys::ibv_device_attr = unsafe { std::mem::zeroed() };
         // SAFETY: the context is open, and `found` is written only during the call.
         check(unsafe { sys::ibv_query_device(self.context.as_ptr(), &raw mut found) })?;
@@ -140,13 +139,14 @@ impl Device {
 impl Drop for Device {
     fn drop(&mut self) {
         if self.is_own() {
-            // SAFETY: it was opened here, and everything of it holds it, so nothing is left.
+            // SAFETY: this module opened the device, and every object of the device holds it, so no object is
+            // left.
             complain("a device", unsafe { sys::ibv_close_device(self.context.as_ptr()) });
         }
     }
 }
 
-/// A protection domain: what is registered in it can be reached over its queue pairs only.
+/// A protection domain: memory that is registered in it can be accessed over the domain's queue pairs only.
 pub(super) struct Domain {
     raw: NonNull<sys::ibv_pd>,
     device: Arc<Device>,
@@ -175,13 +175,12 @@ impl Domain {
 
 impl Drop for Domain {
     fn drop(&mut self) {
-        // SAFETY: everything in the domain holds it, so nothing of it is left.
+        // SAFETY: every object in the domain holds it, so no object is left.
         complain("a protection domain", unsafe { sys::ibv_dealloc_pd(self.raw.as_ptr()) });
     }
 }
 
-/// Registered memory: pinned, and known to the device. Registering blocks for as long as it takes
-/// to fault the pages in.
+/// Registered memory: pinned, and known to the device. Registering blocks until all pages are faulted in.
 pub(super) struct Registration {
     raw: NonNull<sys::ibv_mr>,
     start: usize,
@@ -195,58 +194,58 @@ unsafe impl Send for Registration {}
 unsafe impl Sync for Registration {}
 
 impl Registration {
-    /// Registers a buffer, whose memory has to stay mapped as long as this lives. (The device keeps
-    /// the pages themselves even if not: it would then read and write memory that nobody sees.)
+    /// Registers a buffer, whose memory has to stay mapped as long as the registration lives. (The device
+    /// keeps the pages even after an unmap, but would then access pages that no process sees.)
     pub(super) fn new(domain: &Arc<Domain>, buffer: IoBuf, access: Access) -> io::Result<Registration> {
-        // SAFETY: the domain is alive. The range is mapped memory by the contract of `IoBuf`; the
-        // device accesses it only on behalf of work requests, whose buffers are `IoBuf`s too, and of
-        // the other end, which the caller wants.
+        // SAFETY: the domain is alive. The range is mapped memory by the contract of `IoBuf`. The device
+        // accesses the range only on behalf of work requests, whose buffers are `IoBuf`s too, and of the
+        // other end, which the caller permits.
         let raw =
             unsafe { sys::ibv_reg_mr(domain.raw(), buffer.as_ptr().cast(), buffer.len(), access.flags()) };
         let (start, len) = (buffer.as_ptr().addr(), buffer.len());
         Ok(Registration { raw: pointer(raw)?, start, len, _domain: domain.clone() })
     }
 
-    /// Key for this end, if the whole buffer is registered with it.
+    /// The key for this end, if the whole buffer is within the registration.
     pub(super) fn local_key(&self, buffer: IoBuf) -> Option<u32> {
         let start = buffer.as_ptr().addr().checked_sub(self.start)?;
-        // SAFETY: the region is registered as long as this lives.
+        // SAFETY: the region is registered as long as `self` lives.
         (start.checked_add(buffer.len())? <= self.len).then(|| unsafe { (*self.raw.as_ptr()).lkey })
     }
 
-    /// Key for the other end.
+    /// The key for the other end.
     pub(super) fn remote_key(&self) -> u32 {
-        // SAFETY: the region is registered as long as this lives.
+        // SAFETY: the region is registered as long as `self` lives.
         unsafe { (*self.raw.as_ptr()).rkey }
     }
 }
 
 impl Drop for Registration {
     fn drop(&mut self) {
-        // SAFETY: it was registered and is not deregistered twice.
+        // SAFETY: the memory is registered, and is not deregistered twice.
         complain("registered memory", unsafe { sys::ibv_dereg_mr(self.raw.as_ptr()) });
     }
 }
 
-/// How a work request ended.
+/// The completion of a work request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Ended {
-    /// What it was posted with.
+    /// The id that the request was posted with.
     pub(super) id: u64,
     /// The status of `enum ibv_wc_status`; 0: success.
     pub(super) status: u32,
 }
 
-/// A completion queue, and the descriptor that tells of completions.
+/// A completion queue, and the descriptor that reports completions.
 pub(super) struct CompletionQueue {
     raw: NonNull<sys::ibv_cq>,
     channel: NonNull<sys::ibv_comp_channel>,
-    /// Events taken and not acknowledged.
+    /// Events that were taken and not acknowledged yet.
     events: u32,
     _device: Arc<Device>,
 }
 
-// SAFETY: as for `Device`; methods that change it take it exclusively.
+// SAFETY: as for `Device`; methods that change the queue take it exclusively.
 unsafe impl Send for CompletionQueue {}
 
 /// Completions taken in one call.
@@ -273,12 +272,12 @@ impl CompletionQueue {
         Ok(queue)
     }
 
-    /// Gives each completion that is there to `each`. No system call on real hardware.
+    /// Passes each available completion to `each`. No system call on real hardware.
     pub(super) fn poll(&mut self, mut each: impl FnMut(Ended)) -> io::Result<()> {
         loop {
-            // SAFETY: the structure is plain numbers, for which zeros are values.
+            // SAFETY: the structure consists of plain numbers, for which zeros are valid.
             let mut found: [sys::ibv_wc; BATCH] = unsafe { std::mem::zeroed() };
-            // SAFETY: the queue is alive, and there is room for as many as are asked for.
+            // SAFETY: the queue is alive, and `found` has room for `BATCH` completions.
             let count = unsafe { sys::ibv_poll_cq(self.raw.as_ptr(), BATCH as i32, found.as_mut_ptr()) };
             let count = usize::try_from(count).map_err(|_| io::Error::from_raw_os_error(libc::EIO))?;
             for ended in found.iter().take(count) {
@@ -290,16 +289,18 @@ impl CompletionQueue {
         }
     }
 
-    /// Makes the descriptor readable with the next completion. One that came before is not told.
+    /// Makes the descriptor readable with the next completion. A completion that arrived before is not
+    /// reported.
     pub(super) fn arm(&mut self) -> io::Result<()> {
         // SAFETY: the queue is alive.
         check(unsafe { sys::ibv_req_notify_cq(self.raw.as_ptr(), 0) })
     }
 
-    /// Takes the news of a completion, after which the queue is no longer armed. False: there is none.
+    /// Takes the event of a completion; after it the queue is no longer armed. Returns false when there is no
+    /// event.
     pub(super) fn take_event(&mut self) -> bool {
         let (mut queue, mut context) = (null_mut(), null_mut());
-        // SAFETY: the channel is alive, and the results are written to variables that live.
+        // SAFETY: the channel is alive, and the results are written to live variables.
         let status =
             unsafe { sys::ibv_get_cq_event(self.channel.as_ptr(), &raw mut queue, &raw mut context) };
         if status != 0 {
@@ -313,7 +314,7 @@ impl CompletionQueue {
     }
 
     fn acknowledge(&mut self) {
-        // SAFETY: so many events were taken and not acknowledged.
+        // SAFETY: exactly `events` events were taken and not acknowledged yet.
         unsafe { sys::ibv_ack_cq_events(self.raw.as_ptr(), std::mem::take(&mut self.events)) }
     }
 
@@ -324,7 +325,7 @@ impl CompletionQueue {
 
 impl AsFd for CompletionQueue {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        // SAFETY: the channel, and so its descriptor, is open as long as this lives.
+        // SAFETY: the channel, and so its descriptor, is open as long as `self` lives.
         unsafe { BorrowedFd::borrow_raw((*self.channel.as_ptr()).fd as RawFd) }
     }
 }
@@ -332,8 +333,8 @@ impl AsFd for CompletionQueue {
 impl Drop for CompletionQueue {
     fn drop(&mut self) {
         self.acknowledge();
-        // SAFETY: its queue pair was destroyed before, all events are acknowledged, and the channel
-        // goes after the queue.
+        // SAFETY: the queue pair was destroyed before, all events are acknowledged, and the channel is
+        // destroyed after the queue.
         unsafe {
             complain("a completion queue", sys::ibv_destroy_cq(self.raw.as_ptr()));
             complain("a completion channel", sys::ibv_destroy_comp_channel(self.channel.as_ptr()));
@@ -344,30 +345,29 @@ impl Drop for CompletionQueue {
 /// A one-sided access.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Request {
-    /// Comes back in its completion.
+    /// Copied into its completion.
     pub(super) id: u64,
     /// READ into the buffer, or WRITE from it.
     pub(super) is_read: bool,
     /// Memory of this end; not empty, at most 1 GiB.
     pub(super) buffer: IoBuf,
-    /// The buffer's key; none: a WRITE whose bytes are copied into the request now.
+    /// The buffer's key; none for a WRITE whose bytes are copied into the request now.
     pub(super) local_key: Option<u32>,
     /// Address at the other end.
     pub(super) address: u64,
-    /// Key there.
+    /// The key at the other end.
     pub(super) remote_key: u32,
-    /// Whether its completion is told; an error always is.
+    /// Whether its completion is reported; an error always is.
     pub(super) signalled: bool,
 }
 
-/// Requests that are posted together: one call, one ring of the device's bell.
+/// Requests that are posted together: one call, one doorbell of the device.
 pub(super) struct Batch {
     requests: Vec<sys::ibv_send_wr>,
     pieces: Vec<sys::ibv_sge>,
 }
 
-// SAFETY: the pointers in the requests are set only for the time of `post`, and lead into the
-// batch itself.
+// SAFETY: the pointers in the requests are set only during `post`, and point into the batch itself.
 unsafe impl Send for Batch {}
 
 impl Batch {
@@ -380,7 +380,7 @@ impl Batch {
         self.requests.is_empty()
     }
 
-    /// Adds a request; there must be room for it.
+    /// Adds a request; the caller has checked that there is room.
     pub(super) fn push(&mut self, request: &Request) {
         debug_assert!(self.requests.len() < self.requests.capacity(), "more requests than room");
         self.pieces.push(sys::ibv_sge {
@@ -388,7 +388,7 @@ impl Batch {
             length: request.buffer.len() as u32,
             lkey: request.local_key.unwrap_or_default(),
         });
-        // SAFETY: the structure is plain numbers, unions of such and null pointers.
+        // SAFETY: the structure consists of plain numbers, unions of numbers, and null pointers.
         let mut posted: sys::ibv_send_wr = unsafe { std::mem::zeroed() };
         posted.wr_id = request.id;
         posted.num_sge = 1;
@@ -406,10 +406,10 @@ impl Batch {
         self.requests.push(posted);
     }
 
-    /// Posts all of it on a queue pair and empties the batch.
+    /// Posts all requests on a queue pair and empties the batch.
     ///
     /// # Errors
-    /// When the queue pair takes no more: it is broken then.
+    /// When the queue pair accepts no more requests; it is broken then.
     pub(super) fn post(&mut self, queue_pair: NonNull<sys::ibv_qp>) -> io::Result<()> {
         let count = self.requests.len();
         for index in 0..count {
@@ -432,7 +432,7 @@ impl Batch {
     }
 }
 
-/// The result of a call that gives 0 or an error number, or -1 with the number in `errno`.
+/// The result of a call that returns 0 or an error number, or -1 with the number in `errno`.
 pub(super) fn check(status: i32) -> io::Result<()> {
     match status {
         0 => Ok(()),
@@ -441,12 +441,12 @@ pub(super) fn check(status: i32) -> io::Result<()> {
     }
 }
 
-/// The result of a call that gives null for an error, with its number in `errno`.
+/// The result of a call that returns null for an error, with its number in `errno`.
 pub(super) fn pointer<T>(raw: *mut T) -> io::Result<NonNull<T>> {
     NonNull::new(raw).ok_or_else(io::Error::last_os_error)
 }
 
-/// Logs that something could not be destroyed, of which nothing more can be made.
+/// Logs that an object could not be destroyed; no other action is possible.
 pub(super) fn complain(what: &str, status: i32) {
     if let Err(error) = check(status) {
         tracing::warn!("cannot let go of {what}: {error}");

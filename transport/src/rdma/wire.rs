@@ -1,9 +1,9 @@
-//! What the two ends tell each other: private data of the connection manager, and the table of a
-//! grant's regions. All numbers are big-endian.
+//! The messages of the two ends: private data of the connection manager, and the table of a grant's regions.
+//! All numbers are big-endian.
 //!
-//! A client's request ([`Hello`]) fills the 56 bytes that the connection manager leaves of an
-//! InfiniBand CM REQ (IBTA 1, annex A11, IP addressing). The appliance answers with a [`Welcome`],
-//! which says where the table lies, or rejects with a [`Refusal`].
+//! A client's request ([`Hello`]) fills the 56 bytes that the connection manager leaves of an InfiniBand CM
+//! REQ (IBTA 1, annex A11, IP addressing). The appliance answers with a [`Welcome`], which contains the
+//! table's address, or rejects with a [`Refusal`].
 
 use xpm_protocol::nbd::SessionTag;
 use xpm_protocol::{Epoch, GrantKey};
@@ -21,21 +21,21 @@ pub const WELCOME_LEN: usize = 24;
 pub const REFUSAL_LEN: usize = 3;
 /// Length of an encoded [`Entry`] of the table.
 pub const ENTRY_LEN: usize = 16;
-/// Most regions of one grant: more than any appliance gives.
+/// Most regions of one grant: more than any appliance grants.
 pub const REGIONS_MAX: u32 = 1 << 16;
 
-/// A client asks for a grant.
+/// A client's request for a grant.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Hello {
     /// The grant's key.
     pub key: GrantKey,
-    /// The ownership that the client holds it by.
+    /// The epoch in which the client owns the grant.
     pub epoch: Epoch,
     /// The low half of the session's id.
     pub session: u64,
     /// The session's queue.
     pub queue: u16,
-    /// Shuts out earlier connections of the same session and queue.
+    /// The generation of the connection; it shuts out older connections of the same session and queue.
     pub generation: u32,
 }
 
@@ -64,10 +64,10 @@ impl Hello {
         bytes
     }
 
-    /// Reads a message, of which transports may have padded the end.
+    /// Decodes a message, whose end transports may have padded.
     ///
     /// # Errors
-    /// What to reject the client with.
+    /// The reason to reject the client with.
     pub fn decode(bytes: &[u8]) -> Result<Hello, Refusal> {
         let bytes: &[u8; HELLO_LEN] = bytes.first_chunk().ok_or(Refusal::Version)?;
         if bytes[0] != MAGIC || bytes[1] != VERSION {
@@ -83,17 +83,17 @@ impl Hello {
     }
 }
 
-/// As much of a session's id as there is room for.
+/// The part of a session's id that fits into the message.
 pub const fn short_session(id: u128) -> u64 {
     id as u64
 }
 
-/// The first `N` bytes, which the caller knows to be there.
+/// The first `N` bytes; the caller has checked the length.
 fn part<const N: usize>(bytes: &[u8]) -> [u8; N] {
     *bytes.first_chunk().expect("the length was looked at before")
 }
 
-/// Where the client finds the table of the grant's regions.
+/// The location of the table of the grant's regions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Welcome {
     /// Address of the table.
@@ -119,8 +119,8 @@ impl Welcome {
         bytes
     }
 
-    /// Reads a message, of which transports may have padded the end. None: it is not one, or it
-    /// says what cannot be.
+    /// Decodes a message, whose end transports may have padded. None when the bytes are no such message, or
+    /// contain an invalid value.
     pub fn decode(bytes: &[u8]) -> Option<Welcome> {
         let bytes: &[u8; WELCOME_LEN] = bytes.first_chunk()?;
         if bytes[0] != MAGIC || bytes[1] != VERSION {
@@ -143,9 +143,9 @@ impl Welcome {
 pub enum Refusal {
     /// No grant has this key in this epoch.
     Unknown,
-    /// The regions are being registered: ask again soon.
+    /// The regions are being registered: try again soon.
     NotReady,
-    /// The memory is shared with a process on the appliance's host, which does not go together.
+    /// The memory is shared with a process on the appliance's host, which excludes RDMA.
     Shared,
     /// The regions cannot be registered with this device.
     Failed,
@@ -153,7 +153,7 @@ pub enum Refusal {
     Version,
     /// Too many connections.
     Busy,
-    /// A newer connection of the same session and queue is there. Older servers say [`Refusal::Busy`].
+    /// A newer connection of the same session and queue exists. Older servers send [`Refusal::Busy`] instead.
     Outdated,
 }
 
@@ -172,8 +172,8 @@ impl Refusal {
         [MAGIC, VERSION, reason]
     }
 
-    /// Reads a message, of which transports may have padded the end. None: nothing of this
-    /// protocol, so the rejection is not the appliance's.
+    /// Decodes a message, whose end transports may have padded. None when the bytes are not of this protocol,
+    /// so that the rejection did not come from the appliance.
     pub fn decode(bytes: &[u8]) -> Option<Refusal> {
         match bytes {
             [MAGIC, VERSION, reason, ..] => match reason {
@@ -194,12 +194,12 @@ impl Refusal {
 
 /// Length of an encoded [`End`].
 pub const END_LEN: usize = 32;
-/// Length of what a client says over TCP: [`Hello`], then [`End`].
+/// Length of a client's request over TCP: [`Hello`], then [`End`].
 pub const ASK_LEN: usize = HELLO_LEN + END_LEN;
 /// Length of the answer over TCP: see [`encode_answer`].
 pub const ANSWER_LEN: usize = 1 + WELCOME_LEN + END_LEN;
 
-/// One end of a reliable connection that no connection manager makes.
+/// An end of a reliable connection that is made without the connection manager.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct End {
     /// Number of the queue pair, 24 bits.
@@ -210,7 +210,7 @@ pub struct End {
     pub lid: u16,
     /// Active MTU of the port, as `enum ibv_mtu` counts: 1 to 5 for 256 to 4096 bytes.
     pub mtu: u8,
-    /// Whether the port is one of RoCE.
+    /// Whether the port uses RoCE.
     pub ethernet: bool,
     /// Global identifier of the port.
     pub gid: [u8; 16],
@@ -229,7 +229,7 @@ impl End {
         bytes
     }
 
-    /// Reads a message. None: it says what cannot be.
+    /// Decodes a message. None when it contains an invalid value.
     pub fn decode(bytes: &[u8; END_LEN]) -> Option<End> {
         let end = End {
             number: u32::from_be_bytes(part(bytes)),
@@ -244,7 +244,7 @@ impl End {
     }
 }
 
-/// What an appliance answers over TCP: 1, welcome and end; or 0, refusal, and zeros.
+/// An appliance's answer over TCP: 1, welcome and end; or 0, refusal, and zeros.
 pub fn encode_answer(answer: Result<(Welcome, End), Refusal>) -> [u8; ANSWER_LEN] {
     let mut bytes = [0; ANSWER_LEN];
     match answer {
@@ -258,7 +258,7 @@ pub fn encode_answer(answer: Result<(Welcome, End), Refusal>) -> [u8; ANSWER_LEN
     bytes
 }
 
-/// Reads the answer. None: it is none.
+/// Decodes the answer. None when the bytes are no answer.
 pub fn decode_answer(bytes: &[u8; ANSWER_LEN]) -> Option<Result<(Welcome, End), Refusal>> {
     match bytes[0] {
         1 => {
@@ -271,17 +271,17 @@ pub fn decode_answer(bytes: &[u8; ANSWER_LEN]) -> Option<Result<(Welcome, End), 
     }
 }
 
-/// One region in the table.
+/// A region in the table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Entry {
     /// Its address at the appliance.
     pub address: u64,
-    /// Its key, good on connections of its grant only.
+    /// Its key, valid on connections of its grant only.
     pub rkey: u32,
 }
 
 impl Entry {
-    /// The entry as it lies in the table.
+    /// The entry's bytes in the table.
     pub fn encode(&self) -> [u8; ENTRY_LEN] {
         let mut bytes = [0; ENTRY_LEN];
         bytes[..8].copy_from_slice(&self.address.to_be_bytes());
@@ -289,7 +289,7 @@ impl Entry {
         bytes
     }
 
-    /// Reads an entry.
+    /// Decodes an entry.
     pub fn decode(bytes: &[u8; ENTRY_LEN]) -> Entry {
         Entry { address: u64::from_be_bytes(part(bytes)), rkey: u32::from_be_bytes(part(&bytes[8..])) }
     }
@@ -303,7 +303,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_was_said_is_heard(
+        fn messages_survive_encoding(
             key: [u8; 32], epoch: u64, id: u128, queue: u16, generation: u32, padding in 0_usize..200,
         ) {
             let session = SessionTag { id, queue, generation };
@@ -314,7 +314,7 @@ mod tests {
         }
 
         #[test]
-        fn any_bytes_are_read_or_refused(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+        fn any_bytes_are_decoded_or_refused(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             let _ = (Hello::decode(&bytes), Refusal::decode(&bytes));
             if let Some(welcome) = Welcome::decode(&bytes) {
                 prop_assert!((1..=REGIONS_MAX).contains(&welcome.regions));
@@ -323,7 +323,7 @@ mod tests {
         }
 
         #[test]
-        fn answers_over_tcp_are_read_or_refused(
+        fn tcp_answers_are_decoded_or_refused(
             bytes in proptest::array::uniform32(any::<u8>()), gid: [u8; 16], numbers in (0_u32..1 << 24, 0_u32..1 << 24),
             lid: u16, mtu in 1_u8..=5, ethernet: bool,
         ) {
@@ -345,7 +345,7 @@ mod tests {
         }
     }
 
-    /// The bytes are a protocol between versions of the program.
+    /// Different versions of the program exchange these bytes.
     #[test]
     fn the_layout_of_messages_stays() {
         let session =
@@ -366,7 +366,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_is_not_read() {
+    fn invalid_values_are_not_decoded() {
         let good = Welcome { table: 0, rkey: 0, regions: 1, region_shift: 24 };
         for bad in [
             Welcome { regions: 0, ..good },
@@ -381,7 +381,7 @@ mod tests {
     }
 
     #[test]
-    fn refusals_are_understood() {
+    fn refusals_are_decoded() {
         for refusal in [
             Refusal::Unknown,
             Refusal::NotReady,

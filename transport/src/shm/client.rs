@@ -1,4 +1,4 @@
-//! The client's end: asking for the memory of a grant, and using it.
+//! The client's end of shared memory: requesting the memory of a grant, and accessing it.
 
 use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
@@ -21,11 +21,11 @@ pub use crate::connect::ConnectError;
 use crate::connect::{Deadline, closed, dial_unix, receive_some, send_all, unreachable, wait};
 use crate::io::IoBuf;
 
-/// The memory of a grant, mapped. It is unmapped, and the appliance told so, when the last owner
-/// drops it.
+/// The mapped memory of a grant. When the last owner drops it, the memory is unmapped, and closing the
+/// connection notifies the appliance.
 #[derive(Debug)]
 pub struct ShmGrant {
-    // Before the connection, so that the memory is let go of before the appliance hears of it.
+    // Field order is drop order: the memory is unmapped before the appliance sees the connection close.
     mapping: Mapping,
     connection: OwnedFd,
 }
@@ -33,20 +33,21 @@ pub struct ShmGrant {
 /// Asks the appliance at the unix socket `path` for the memory of a grant and maps it, without
 /// touching it. Blocks, and ends within `limit`.
 ///
-/// A process that locks its memory (mlockall(2) with `MCL_FUTURE`) needs the right to lock as much
-/// as the grant has, though none of it gets locked.
+/// A process that locks its memory (mlockall(2) with `MCL_FUTURE`) needs a lock limit as large as the grant,
+/// though none of the grant's memory becomes locked.
 ///
 /// # Errors
-/// See [`ConnectError`]. Memory that could be cut off under the client's feet (no memfd, not sealed
-/// against shrinking, shorter than was said) is refused as [`ConnectError::Protocol`].
+/// See [`ConnectError`]. Memory whose pages the appliance could remove while the client uses them (no memfd,
+/// not sealed against shrinking, shorter than announced) is refused as [`ConnectError::Protocol`].
 pub fn connect(path: &Path, key: &GrantKey, limit: Duration) -> Result<Arc<ShmGrant>, ConnectError> {
     connect_as(path, key, None, limit)
 }
 
-/// As [`connect`], and says which life of a client asks. An appliance of before there were lives is asked again without.
+/// As [`connect`], but also sends which life of a client asks. An appliance of a version before lives existed
+/// is asked again without it.
 ///
 /// # Errors
-/// As of [`connect`]; [`ConnectError::Refused`] with the reason for a life that is not let in.
+/// As [`connect`]; [`ConnectError::Refused`] with the reason when the appliance does not admit this life.
 pub fn connect_as(
     path: &Path,
     key: &GrantKey,
@@ -107,8 +108,8 @@ fn receive_regions(
     let mut left = regions;
     while left > 0 {
         batch.receive(connection, left, deadline)?;
-        // Descriptors are closed as soon as they are mapped, so that a grant of thousands of
-        // regions does not need as many.
+        // Each descriptor is closed as soon as its region is mapped, so that a grant of thousands of regions
+        // does not need thousands of descriptors.
         for (memory, len) in batch.complete() {
             mapping.append(memory.as_fd(), len).map_err(append_error)?;
             left -= 1;
@@ -120,7 +121,7 @@ fn receive_regions(
     Ok(mapping)
 }
 
-/// Lengths and descriptors that were received and not mapped yet.
+/// Lengths and descriptors that were received and are not mapped yet.
 #[derive(Default)]
 struct Batch {
     lengths: Vec<u8>,
@@ -128,7 +129,8 @@ struct Batch {
 }
 
 impl Batch {
-    /// Receives something of the next regions, of which `left` are to come or in the batch.
+    /// Receives a part of the next regions. `left` counts the regions that are not mapped yet, including
+    /// those in the batch.
     fn receive(
         &mut self,
         connection: BorrowedFd<'_>,
@@ -162,7 +164,7 @@ impl Batch {
         Ok(())
     }
 
-    /// Takes the regions of which both parts are there.
+    /// Takes the regions whose length and descriptor have both arrived.
     fn complete(&mut self) -> Vec<(OwnedFd, u64)> {
         let count = self.memory.len().min(self.lengths.len() / LENGTH_LEN);
         let lengths: Vec<u8> = self.lengths.drain(..count * LENGTH_LEN).collect();
@@ -187,13 +189,13 @@ fn broken(what: &str) -> ConnectError {
 }
 
 impl ShmGrant {
-    /// Bytes of the grant's export: its regions in order.
+    /// Length of the grant's export (its regions in order), in bytes.
     pub const fn size(&self) -> u64 {
         self.mapping.len()
     }
 
-    /// The address of `len` bytes at `offset`, valid for as long as the grant lives; none when they
-    /// are not all within the export. The regions follow each other without gaps.
+    /// The address of `len` bytes at `offset`, valid for as long as the grant lives; none unless all of them
+    /// lie within the export. The regions follow each other without gaps.
     pub fn direct(&self, offset: u64, len: usize) -> Option<NonNull<u8>> {
         NonNull::new(self.part(offset, len as u64)?.as_ptr())
     }
@@ -202,7 +204,7 @@ impl ShmGrant {
     pub fn is_revoked(&self) -> bool {
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
         let watched = PollFd::from_borrowed_fd(self.connection.as_fd(), PollFlags::IN | PollFlags::RDHUP);
-        // The appliance has nothing to say, so whatever there is, is the end.
+        // The appliance sends nothing after the handshake, so any event means that it closed the connection.
         matches!(poll(&mut [watched], Some(&now)), Ok(1..))
     }
 

@@ -8,20 +8,20 @@ use super::client::ShmGrant;
 use crate::io::{Completion, IoBuf, IoError, Kind, Operation};
 use crate::link::{Full, Link, LinkDown};
 
-/// A busy link looks this often, in polls, whether the grant was revoked; an idle one each time.
+/// Polls between two checks for revocation on a busy link; an idle link checks at each poll.
 const LOOK_EVERY: u32 = 256;
 
-/// A [`Link`] to memory of the same host. Every operation is done when [`Link::post`] returns, at
-/// the speed of memory, and its completion comes out of the next [`Link::poll`].
+/// A [`Link`] to memory of the same host. Every operation is done when [`Link::post`] returns, at the speed
+/// of memory, and the next [`Link::poll`] returns its completion.
 ///
-/// The wait descriptor is readable only when the grant was revoked, never for completions: they are
-/// there already when a caller thinks of waiting.
+/// The wait descriptor becomes readable only when the grant was revoked, never for completions: these exist
+/// before a caller can begin to wait.
 #[derive(Debug)]
 pub struct ShmLink {
     grant: Arc<ShmGrant>,
     ended: Vec<Completion>,
     depth: usize,
-    /// Polls since the connection was looked at.
+    /// Polls since the connection was last checked.
     polls: u32,
     revoked: bool,
 }
@@ -33,7 +33,7 @@ impl ShmLink {
         ShmLink { grant, ended: Vec::with_capacity(depth), depth, polls: 0, revoked: false }
     }
 
-    /// The memory that it leads to.
+    /// The grant whose memory this link accesses.
     pub const fn grant(&self) -> &Arc<ShmGrant> {
         &self.grant
     }
@@ -70,7 +70,7 @@ impl Link for ShmLink {
         if self.ended.len() >= self.depth {
             return Err(Full);
         }
-        // After the link went down, the memory may be someone else's.
+        // After the link went down, the memory may belong to another client.
         if !self.revoked {
             let result = self.run(&operation);
             self.ended.push(Completion { token: operation.token, result });

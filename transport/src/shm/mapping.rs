@@ -1,4 +1,4 @@
-//! The memory of a grant's regions as one run of addresses.
+//! The memory of a grant's regions, mapped at consecutive addresses.
 
 #![allow(unsafe_code)]
 
@@ -13,28 +13,28 @@ use rustix::mm::{
 
 use crate::io::IoBuf;
 
-/// The run starts at a multiple of the largest page there is, so that memory of any page size can
-/// be mapped into it.
+/// Alignment of the first address in bytes: the largest page size, so that memory of any page size can be
+/// mapped.
 const ALIGNMENT: usize = 1 << 30;
 /// Type of a hugetlbfs file system (statfs(2)).
 const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
 
-/// Mapped memory, exclusively of sealed memfds: it stays accessible for as long as this lives.
+/// Mapped memory of sealed memfds only: it stays accessible for as long as this value lives.
 #[derive(Debug)]
 pub(super) struct Mapping {
-    /// What was reserved: the run and what was needed to align it.
+    /// The reserved addresses: the mapped range and the bytes needed to align it.
     reserved: (NonNull<u8>, usize),
     start: NonNull<u8>,
     len: usize,
     /// Bytes from `start` that are mapped.
     mapped: usize,
-    /// Whether some of it is hugetlb memory.
+    /// Whether some of the regions are hugetlb memory.
     huge: bool,
     page: usize,
 }
 
-// SAFETY: the addresses are valid in all threads, and what is behind them is accessed through
-// `IoBuf` only, never by reference. Changes of the mapping itself need `&mut`.
+// SAFETY: the addresses are valid in all threads, and the memory behind them is accessed through `IoBuf`
+// only, never by reference. Changes of the mapping itself need `&mut`.
 unsafe impl Send for Mapping {}
 // SAFETY: as above.
 unsafe impl Sync for Mapping {}
@@ -45,10 +45,11 @@ impl Mapping {
         let len = usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory)?;
         let whole = len.checked_add(ALIGNMENT).ok_or(io::ErrorKind::OutOfMemory)?;
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
-        // SAFETY: a new anonymous mapping, at addresses that the kernel chooses, harms no other.
+        // SAFETY: a new anonymous mapping at addresses that the kernel chooses affects no other mapping.
         let address = unsafe { mmap_anonymous(std::ptr::null_mut(), whole, ProtFlags::empty(), flags) }?;
         let address = NonNull::new(address.cast::<u8>()).ok_or(io::ErrorKind::OutOfMemory)?;
-        // SAFETY: the alignment needs at most `ALIGNMENT` bytes, by which more were reserved.
+        // SAFETY: the alignment needs at most `ALIGNMENT` bytes, and the reservation is larger than `len` by
+        // that much.
         let start = unsafe { address.add(address.as_ptr().align_offset(ALIGNMENT)) };
         let page = page_size();
         let mapping = Mapping { reserved: (address, whole), start, len, mapped: 0, huge: false, page };
@@ -56,10 +57,10 @@ impl Mapping {
         Ok(mapping)
     }
 
-    /// Maps the next region of `len` bytes behind those before it.
+    /// Maps the next region of `len` bytes behind the previous ones.
     ///
-    /// The file must be a memfd that cannot shrink and has this length: an access behind the end of
-    /// a file is a signal that kills (SIGBUS).
+    /// The file must be a memfd of this length that cannot shrink: an access behind the end of a file raises
+    /// SIGBUS, which kills the process.
     pub(super) fn append(&mut self, memory: BorrowedFd<'_>, len: u64) -> Result<(), AppendError> {
         let page = check(memory, len)?;
         let len = usize::try_from(len).map_err(|_| AppendError::Bad("a region of unreasonable length"))?;
@@ -69,20 +70,20 @@ impl Mapping {
         if !self.mapped.is_multiple_of(page) {
             return Err(AppendError::Bad("a region that is not aligned to its pages"));
         }
-        // SAFETY: `mapped` is at most `len`, so it stays in what was reserved.
+        // SAFETY: `mapped` is at most `len`, so the result stays within the reservation.
         let target = unsafe { self.start.add(self.mapped) };
         let flags = MapFlags::SHARED | MapFlags::FIXED;
-        // SAFETY: replaces a part of the reservation that nothing was mapped to and no address was
-        // given out for.
+        // SAFETY: replaces a part of the reservation that has no file mapped and whose addresses were never
+        // given out.
         unsafe { mmap(target.as_ptr().cast(), len, ProtFlags::empty(), flags, memory, 0) }
             .map_err(AppendError::system)?;
-        // A process that locks its memory would fault all of a mapping in at once, if it could be
-        // accessed from the start.
+        // If the mapping were accessible from the start, the kernel would fault all of it in for a process
+        // that locks its memory.
         self.unlock((target, len)).map_err(AppendError::System)?;
         let access = MprotectFlags::READ | MprotectFlags::WRITE;
-        // SAFETY: only widens access to the memory that was mapped just now.
+        // SAFETY: only widens access to the memory that was just mapped.
         unsafe { mprotect(target.as_ptr().cast(), len, access) }.map_err(AppendError::system)?;
-        // SAFETY: changes nothing but what a core dump holds: not the memory of another machine part.
+        // SAFETY: affects only the contents of a core dump, which leaves this memory of another process out.
         unsafe { madvise(target.as_ptr().cast(), len, Advice::LinuxDontDump) }
             .map_err(AppendError::system)?;
         self.huge |= page > self.page;
@@ -91,29 +92,29 @@ impl Mapping {
     }
 
     fn unlock(&self, (address, len): (NonNull<u8>, usize)) -> io::Result<()> {
-        // SAFETY: lets pages of our own mapping be paged; their content stays.
+        // SAFETY: allows the kernel to page out our own mapping; the content stays.
         Ok(unsafe { munlock(address.as_ptr().cast(), len) }?)
     }
 
-    /// Bytes that are mapped.
+    /// Mapped bytes.
     pub(super) const fn len(&self) -> u64 {
         self.mapped as u64
     }
 
-    /// `len` bytes at `offset`; none when they are not all mapped.
+    /// The `len` bytes at `offset`; none unless all of them are mapped.
     pub(super) fn part(&self, offset: u64, len: u64) -> Option<IoBuf> {
         let end = offset.checked_add(len)?;
         if end > self.mapped as u64 {
             return None;
         }
-        // SAFETY: within what is mapped, readable and writable, for as long as `self` lives, which
-        // whoever gets it keeps. No reference to it is ever made.
+        // SAFETY: the part is mapped, readable and writable for as long as `self` lives, and every holder of
+        // the `IoBuf` keeps `self` alive. No reference to the memory is ever made.
         Some(unsafe { IoBuf::new(self.start.add(offset as usize), len as usize) })
     }
 
-    /// Gives memory back: the bytes read as zeros afterwards. Pages that the part covers only in
-    /// part are kept, and those of hugetlb memory: a huge page that was given back may be gone when
-    /// it is needed again, and that is a SIGBUS.
+    /// Frees the memory of `part`: its bytes read as zeros afterwards. Pages that the part covers only partly
+    /// are zeroed and kept, and so is hugetlb memory: no huge page may be available when a freed one is
+    /// needed again, and that access raises SIGBUS.
     pub(super) fn trim(&self, part: IoBuf) {
         let address = part.as_ptr() as usize;
         let head = (address.next_multiple_of(self.page) - address).min(part.len());
@@ -126,8 +127,8 @@ impl Mapping {
     }
 
     fn remove(&self, part: IoBuf) -> io::Result<()> {
-        // SAFETY: MADV_REMOVE is fallocate(2) with PUNCH_HOLE and KEEP_SIZE on the memfds behind
-        // the range, which is within the mapping; the bytes become zeros, as a write would do it.
+        // SAFETY: MADV_REMOVE is fallocate(2) with PUNCH_HOLE and KEEP_SIZE on the memfds behind the range,
+        // which is within the mapping; the bytes become zeros, as a write would do it.
         Ok(unsafe { madvise(part.as_ptr().cast(), part.len(), Advice::LinuxRemove) }?)
     }
 }
@@ -135,8 +136,8 @@ impl Mapping {
 impl Drop for Mapping {
     fn drop(&mut self) {
         let (address, len) = self.reserved;
-        // SAFETY: the reservation is ours, and whoever was given an address in it borrowed `self`
-        // or keeps it alive. It fails only for addresses that mmap cannot have returned.
+        // SAFETY: the reservation is ours, and every holder of an address in it borrows `self` or keeps it
+        // alive. munmap fails only for addresses that mmap cannot have returned.
         let _ = unsafe { munmap(address.as_ptr().cast(), len) };
     }
 }
@@ -144,9 +145,9 @@ impl Drop for Mapping {
 /// Why memory was not mapped.
 #[derive(Debug)]
 pub(super) enum AppendError {
-    /// It is not what an appliance passes.
+    /// The memory violates the protocol's requirements.
     Bad(&'static str),
-    /// The kernel refused.
+    /// The kernel refused the mapping.
     System(io::Error),
 }
 
@@ -162,7 +163,7 @@ fn page_size() -> usize {
     usize::try_from(size).expect("a system has a page size")
 }
 
-/// Whether the descriptor is memory that can be accessed without fear; returns its page size.
+/// Checks that accesses to the descriptor's memory cannot fault; returns its page size.
 fn check(memory: BorrowedFd<'_>, len: u64) -> Result<usize, AppendError> {
     let Ok(seals) = fcntl_get_seals(memory) else {
         return Err(AppendError::Bad("a region that is no memfd"));

@@ -1,16 +1,16 @@
 //! Shared memory as a transport, for an appliance on the same host.
 //!
-//! The appliance passes the memory of a grant's regions to the client as sealed memfds over a unix
-//! socket; from then on the client loads and stores, and no message is sent for any operation.
+//! The appliance passes the memory of a grant's regions to the client as sealed memfds over a unix socket;
+//! from then on the client loads and stores, and no message is sent for any operation.
 //!
-//! **The connection is the grant.** It stays open and silent. When the appliance closes it, the
-//! grant was revoked or the appliance died; the client lets go of the memory and connects again to
-//! learn which. When the client closes it, it has let go of the memory.
+//! **The connection is the grant.** It stays open and silent. When the appliance closes it, the grant was
+//! revoked or the appliance died; the client unmaps the memory and connects again to learn which. When the
+//! client closes it, the client has unmapped the memory.
 //!
-//! **What sharing cannot do.** Memory that was passed cannot be taken back from a process that keeps
-//! its mapping: [`server::ShmServer::close_group`] says whether all clients let go. Memory of which
-//! that is not known must never be lent to another account; the appliance drops such a memfd and
-//! takes new memory.
+//! **Limit of sharing.** Memory that was passed cannot be taken back from a process that keeps its mapping:
+//! [`server::ShmServer::close_group`] reports how many clients did not unmap it. Unless this number is known
+//! to be 0, the memory must never be lent to another account; the appliance drops such a memfd and allocates
+//! new memory.
 //!
 //! ## Messages
 //! All numbers are big-endian.

@@ -1,11 +1,11 @@
-//! The messages of the handshake; the module's documentation above has the table.
+//! The messages of the handshake; [`super`] documents them in a table.
 
 use xpm_protocol::{GrantKey, Visitor};
 
 const MAGIC: [u8; 8] = *b"xpm-shm\0";
-/// Of a client that says nothing of itself.
+/// Version of a client that does not identify itself.
 const VERSION: u32 = 1;
-/// Of one that says which life of a client it is.
+/// Version of a client that sends which life of a client it is.
 const VERSION_WITH_VISITOR: u32 = 2;
 
 /// Bytes of a [`Hello`].
@@ -23,20 +23,20 @@ pub(super) const REGIONS_MAX: u32 = 1 << 16;
 /// Longest grant, in bytes: half of what the address space of a process has room for.
 pub(super) const GRANT_LEN_MAX: u64 = 1 << 46;
 
-/// What a client says.
+/// A client's first message.
 #[derive(Debug)]
 pub(super) struct Hello {
     pub(super) key: GrantKey,
-    /// Bytes of the visitor's text, which follows; 0: a client that says nothing of itself.
+    /// Length of the visitor's text that follows, in bytes; 0 for a client that does not identify itself.
     pub(super) visitor_len: u32,
 }
 
-/// Bytes that are no hello.
+/// Why bytes are no valid hello.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum BadHello {
-    /// Not of this protocol: no answer would be understood.
+    /// Not this protocol: the client would understand no answer.
     Magic,
-    /// Of another version of it.
+    /// An unknown version of this protocol.
     Version,
 }
 
@@ -51,7 +51,7 @@ impl Hello {
         bytes
     }
 
-    /// A hello of this visitor, if there is one.
+    /// The bytes of a hello, with the visitor's text if there is one.
     pub(super) fn encode(key: &GrantKey, visitor: Option<&Visitor>) -> Vec<u8> {
         let text = visitor.map(Visitor::to_string).unwrap_or_default();
         // A visitor's text is a few hundred bytes.
@@ -75,20 +75,20 @@ impl Hello {
     }
 }
 
-/// What the server answers.
+/// The server's answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Answer {
     /// The memory follows.
     Granted { regions: u32, len: u64 },
     /// There is no grant with this key.
     Unknown,
-    /// It does not speak the client's version.
+    /// The server does not speak the client's version.
     Version,
-    /// The grant is not for this client; why, follows as a text of so many bytes.
+    /// The grant is not for this client; the reason follows as a text of `text_len` bytes.
     Refused { text_len: u32 },
 }
 
-/// Bytes that are no answer.
+/// Why bytes are no valid answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct BadAnswer(pub(super) &'static str);
 
@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_message_is_refused() {
+    fn invalid_messages_are_refused() {
         let hello = Hello::encode(&GrantKey::from_bytes([1; 32]), None);
         let change = |at: usize| {
             let mut bytes: [u8; HELLO_LEN] = *hello.first_chunk().unwrap();

@@ -1,4 +1,4 @@
-//! A store of plain memory, served on a socket of its own: what the tests of the server talk to.
+//! A store of plain memory, served on a socket of its own, for the tests of the server.
 
 #![allow(dead_code, unsafe_code, missing_docs, unreachable_pub)]
 
@@ -14,7 +14,7 @@ use xpm_transport::io::{Completion, IoBuf, IoError, Kind, Operation};
 use xpm_transport::nbd::server::{Exports, Listener, Opened, Server, ServerOptions};
 use xpm_transport::store::{Extent, Posted, Store};
 
-/// Memory that lives as long as the test.
+/// Memory that lives until the process ends.
 #[derive(Clone, Copy)]
 pub struct Memory {
     base: IoBuf,
@@ -24,13 +24,13 @@ impl Memory {
     pub fn new(len: usize) -> Memory {
         let bytes: &'static mut [u8] = Box::leak(vec![0; len].into_boxed_slice());
         let base = NonNull::new(bytes.as_mut_ptr()).unwrap();
-        // SAFETY: leaked, so it stays; only reached through `IoBuf` from here on.
+        // SAFETY: the memory is leaked, so it stays mapped; from here on it is accessed through `IoBuf` only.
         Memory { base: unsafe { IoBuf::new(base, len) } }
     }
 
-    /// Copies what is there into `bytes`.
+    /// Copies the memory at `offset` into `bytes`.
     pub fn read(&self, offset: u64, bytes: &mut [u8]) {
-        // SAFETY: `bytes` is borrowed for the time of the copy and used by nobody else.
+        // SAFETY: `bytes` is borrowed exclusively for the time of the copy.
         let target = unsafe { IoBuf::new(NonNull::new(bytes.as_mut_ptr()).unwrap(), bytes.len()) };
         self.part(offset, bytes.len()).copy_to(target);
     }
@@ -40,21 +40,21 @@ impl Memory {
     }
 }
 
-/// How a store does its operations.
+/// How a store executes its operations.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
     /// In place.
     Direct,
-    /// Through buffers, ended by the next poll, `capacity` in flight.
+    /// Through buffers; the next poll ends the operations; `capacity` in flight.
     Deferred { capacity: usize },
-    /// Through buffers, ended when so many are in flight.
+    /// Through buffers; the operations end when `len` of them are in flight.
     Batches { len: usize },
 }
 
 pub struct MemoryStore {
     memory: Memory,
     mode: Mode,
-    /// Every second MiB says that it is a hole.
+    /// Whether every second MiB is reported as a hole.
     holes: bool,
     alive: Arc<AtomicBool>,
     pending: VecDeque<Completion>,
@@ -87,7 +87,7 @@ impl Store for MemoryStore {
     }
 
     fn direct(&mut self, offset: u64, len: usize) -> Option<IoBuf> {
-        // Pieces of 64 KiB, as of a striped volume.
+        // Pieces of 64 KiB, as on a striped volume.
         let piece = (1 << 16) - (offset as usize & 0xffff);
         self.is_direct().then(|| self.memory.part(offset, len.min(piece)))
     }
@@ -109,7 +109,7 @@ impl Store for MemoryStore {
     }
 
     fn poll(&mut self, completions: &mut Vec<Completion>) {
-        // A few at a time, the last first: completions come in any order.
+        // A few at a time, the last first, because completions may come in any order.
         let _ = rustix::io::read(&self.wake, &mut [0; 8]);
         if let Mode::Batches { len } = self.mode {
             if self.pending.len() >= len {
@@ -216,7 +216,7 @@ impl Fixture {
     }
 }
 
-/// Whether a program is there; tests that need one say so and pass without it.
+/// Whether a program is installed; a test that needs a missing program prints a line and passes without it.
 pub fn have(program: &str) -> bool {
     let found = std::env::var_os("PATH")
         .is_some_and(|path| std::env::split_paths(&path).any(|dir| Path::new(&dir).join(program).exists()));

@@ -1,4 +1,4 @@
-//! Memory that is only accessed by address, as devices' buffers are.
+//! Memory that is accessed by address only, like devices' buffers.
 
 #![allow(unsafe_code)]
 

@@ -1,5 +1,5 @@
-//! What the tests of the links share: memory for operations, a model to compare with, and the
-//! servers of other projects.
+//! Shared code of the links' tests: memory for operations, a model to compare with, and the servers of other
+//! projects.
 
 #![allow(dead_code, reason = "not every test uses all of it")]
 
@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use xpm_transport::{Completion, Link, LinkDown};
 
-/// Longest that anything here may take; a link that hangs fails its test after this.
+/// Time limit of every wait; a link that hangs fails its test after this.
 pub(crate) const LIMIT: Duration = Duration::from_secs(20);
 
 /// Waits for completions by the link's descriptor, until there is at least one, or the link is down.

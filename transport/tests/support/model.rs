@@ -7,7 +7,7 @@ use xpm_transport::{Completion, Kind, Link, Operation};
 
 use super::memory::Memory;
 
-/// What a test asks of a link.
+/// The parameters of a test.
 pub(crate) struct Shape {
     pub(crate) size: u64,
     pub(crate) depth: usize,
@@ -48,12 +48,12 @@ struct Run<'a> {
     shape: Shape,
 }
 
-/// Runs the operations with the depth kept full, and checks all that is read, and everything at
-/// the end.
+/// Runs the operations, always with `depth` of them in flight, and checks all data that are read, and all
+/// bytes at the end.
 pub(crate) fn check(link: &mut dyn Link, shape: Shape) {
     let random = Random::new(shape.seed);
     let mut run = Run { link, model: vec![0; shape.size as usize], flying: HashMap::new(), random, shape };
-    // What an earlier run left is overwritten.
+    // Data that an earlier run left are overwritten.
     run.one(Operation { kind: Kind::Zero, offset: 0, len: run.shape.size, buf: None, token: u64::MAX });
     let mut token = 0;
     while token < u64::from(run.shape.operations) {

@@ -1,4 +1,4 @@
-//! NBD servers of other projects, on sockets of the test's own.
+//! NBD servers of other projects, each on a socket of the test's own.
 
 use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
@@ -12,7 +12,7 @@ use xpm_transport::nbd::client::{Connected, Target, connect};
 
 use super::LIMIT;
 
-/// A running server; killed with the value.
+/// A running server; killed when this is dropped.
 pub(crate) struct Peer {
     child: Child,
     pub(crate) target: Target,
@@ -32,7 +32,7 @@ impl Peer {
         connect(&self.target, &name(), LIMIT).unwrap()
     }
 
-    /// `nbdkit` with a memory disk, filters and options given; none if it is not installed.
+    /// `nbdkit` with a memory disk and the given filters and options; none if it is not installed.
     pub(crate) fn nbdkit(tcp: bool, size: u64, filters: &[&str], options: &[&str]) -> Option<Peer> {
         Peer::start("nbdkit", tcp, |command, folder, target| {
             command.args(["--foreground", "--exit-with-parent"]);
@@ -101,7 +101,7 @@ pub(crate) fn name() -> ExportName {
     ExportName { key: GrantKey::from_bytes([0x5a; 32]), session: None }
 }
 
-/// An address that nobody listened on a moment ago.
+/// An address that was free a moment ago.
 pub(crate) fn free_address() -> SocketAddr {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
 }

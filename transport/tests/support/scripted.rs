@@ -1,4 +1,4 @@
-//! A fake NBD server: an honest handshake, written down byte by byte, and then a script.
+//! A fake NBD server: a correct handshake, written out byte by byte, followed by a script.
 
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -13,7 +13,7 @@ use super::peers::name;
 /// Size of the fake export.
 pub(crate) const SIZE: u64 = 64 << 20;
 
-/// A request, as far as scripts look at it.
+/// The fields of a request that scripts need.
 #[derive(Debug)]
 pub(crate) struct Asked {
     pub(crate) command: u16,
@@ -24,7 +24,7 @@ pub(crate) struct Asked {
 /// The server's end of the connection.
 pub(crate) struct Script(UnixStream);
 
-/// A server that takes one connection and runs a function on it.
+/// A server that accepts one connection and runs a function on it.
 pub(crate) struct Scripted {
     pub(crate) target: Target,
     thread: JoinHandle<()>,
@@ -58,7 +58,7 @@ impl Scripted {
         (server, NbdLink::new(connected, depth).unwrap())
     }
 
-    /// Waits for the end of the script, which may have failed.
+    /// Waits for the end of the script, and panics if the script panicked.
     pub(crate) fn join(self) {
         self.thread.join().unwrap();
     }
@@ -100,7 +100,7 @@ impl Script {
         self.0.write_all(bytes).unwrap();
     }
 
-    /// Sends to a client that may have left.
+    /// Sends to a client that may have disconnected; returns whether it succeeded.
     pub(crate) fn try_send(&mut self, bytes: &[u8]) -> bool {
         self.0.write_all(bytes).is_ok()
     }
@@ -111,7 +111,7 @@ impl Script {
         bytes
     }
 
-    /// Reads on until the client closes.
+    /// Reads until the client closes the connection.
     pub(crate) fn until_closed(&mut self) {
         let mut rest = Vec::new();
         let _ = self.0.read_to_end(&mut rest);

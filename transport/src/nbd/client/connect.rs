@@ -1,4 +1,4 @@
-//! Negotiating a connection to one export.
+//! Connecting to an NBD server and negotiating one export.
 
 use std::io;
 use std::net::SocketAddr;
@@ -16,13 +16,12 @@ use crate::connect::{
 };
 use crate::nbd::socket::widen_unix;
 
-/// Bytes read at once during the handshake.
+/// Bytes of one read during the handshake.
 const READ_LEN: usize = 4096;
-/// A TCP connection on which nothing was acknowledged for this long counts as dead
-/// (`TCP_USER_TIMEOUT` of tcp(7)): far above any pause of a living network, far below the hours of
-/// the system's default.
+/// A TCP connection on which no data was acknowledged for this long counts as dead (`TCP_USER_TIMEOUT` of
+/// tcp(7)): far above any pause of a working network, far below the hours of the system's default.
 const TCP_USER_TIMEOUT: Duration = Duration::from_secs(10);
-/// An idle connection is probed after this long, so that a dead peer is found without I/O too.
+/// Idle time after which a connection is probed, so that a dead peer is found without I/O too.
 const TCP_KEEPALIVE_IDLE: Duration = Duration::from_secs(5);
 /// Time between probes.
 const TCP_KEEPALIVE_INTERVAL: Duration = Duration::from_secs(2);
@@ -41,26 +40,27 @@ pub enum Target {
 pub struct Connected {
     /// The connection: blocking, closed on exec.
     pub stream: OwnedFd,
-    /// What the server says of the export.
+    /// The server's description of the export.
     pub info: ExportInfo,
 }
 
 /// Connects and negotiates. Blocks, and ends within `limit`, however slowly the server answers.
 ///
-/// A TCP connection has `TCP_NODELAY`, and a peer that is gone is noticed within ten seconds
-/// (`TCP_USER_TIMEOUT`, keepalive). Structured replies are not asked for: the kernel's nbd driver
-/// does not understand them, and for whole blocks of memory they only cost bytes.
-///
+/// A TCP connection has `TCP_NODELAY`, and a dead peer is noticed within ten seconds (`TCP_USER_TIMEOUT`,
+/// keepalive). The client does not request structured replies: the kernel's nbd driver does not understand
+/// them, and for whole blocks of memory they only add bytes.
 /// # Errors
 /// See [`ConnectError`]; the connection is closed.
 pub fn connect(target: &Target, name: &ExportName, limit: Duration) -> Result<Connected, ConnectError> {
     connect_to(target, &name.to_string(), limit)
 }
 
-/// As [`connect()`], and says which life of a client asks: an appliance lets in one life of a grant's owner only.
+/// As [`connect()`], but also sends which life of a client asks: an appliance admits only one life of a
+/// grant's owner.
 ///
 /// # Errors
-/// See [`ConnectError`]; [`ConnectError::Refused`] with the reason for a life that is not let in.
+/// See [`ConnectError`]; [`ConnectError::Refused`] with the reason when the appliance does not admit this
+/// life.
 pub fn connect_as(
     target: &Target,
     name: &ExportName,
@@ -70,11 +70,11 @@ pub fn connect_as(
     enter(target, &name.to_string(), visitor, limit)
 }
 
-/// As [`connect()`], to an export of any name, which need not be an appliance's: at most 4096 bytes
-/// without NUL, empty for the server's default export.
+/// As [`connect()`], to an export of any name, also of a server that is no appliance: at most 4096 bytes
+/// without NUL; the empty name selects the server's default export.
 ///
 /// # Errors
-/// See [`ConnectError`]; [`ConnectError::Refused`] for a name that the protocol does not have.
+/// See [`ConnectError`]; [`ConnectError::Refused`] for a name that the protocol does not allow.
 pub fn connect_to(target: &Target, export: &str, limit: Duration) -> Result<Connected, ConnectError> {
     enter(target, export, None, limit)
 }
@@ -102,11 +102,13 @@ fn enter(
     into_connected(stream)(agreed)
 }
 
-/// As [`connect()`], to whichever of several TCP addresses of one server answers first: one that is dead costs 250 ms. Where
-/// one refuses, the others are asked too. `name` is called for each handshake, for each has a generation of its own; `visitor` as of [`connect_as`].
+/// As [`connect()`], to the first of a server's TCP addresses that answers: a dead address costs 250 ms. When
+/// one address refuses, the others are tried too. `name` is called for each handshake, because each handshake
+/// needs its own generation; for `visitor` see [`connect_as`].
 ///
 /// # Errors
-/// See [`ConnectError`]: what the first one said that answered, or else why the last one could not be reached.
+/// See [`ConnectError`]: the first answer that was a refusal, or else the reason why the last address could
+/// not be reached.
 pub fn connect_first(
     addresses: &[SocketAddr],
     mut name: impl FnMut() -> ExportName,
@@ -135,11 +137,12 @@ pub fn connect_first(
     }
 }
 
-/// Asks a server for an export without entering it, and closes the connection: whether the server answers, and knows the
-/// export. No life of a client is named, so an appliance keeps the one that it let in. Blocks, and ends within `limit`.
+/// Asks a server for an export without entering the export, and closes the connection: this shows whether the
+/// server answers and knows the export. The request names no life of a client, so the life that an appliance
+/// admitted stays admitted. Blocks, and ends within `limit`.
 ///
 /// # Errors
-/// As of [`connect()`].
+/// As [`connect()`].
 pub fn describe(target: &Target, name: &ExportName, limit: Duration) -> Result<ExportInfo, ConnectError> {
     let deadline = Deadline::after(limit);
     let stream = match target {
@@ -150,10 +153,10 @@ pub fn describe(target: &Target, name: &ExportName, limit: Duration) -> Result<E
         .info)
 }
 
-/// As [`describe`], of whichever of several TCP addresses answers first.
+/// As [`describe`], of the first of several TCP addresses that answers.
 ///
 /// # Errors
-/// As of [`connect_first`].
+/// As [`connect_first`].
 pub fn describe_first(
     addresses: &[SocketAddr],
     name: &ExportName,

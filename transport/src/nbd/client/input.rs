@@ -1,4 +1,4 @@
-//! Replies on their way in.
+//! The client's receive path: replies, and the data of reads.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -10,20 +10,20 @@ use crate::io::{Completion, IoBuf, IoError};
 use crate::link::LinkDown;
 use crate::nbd::socket::{Pieces, receive};
 
-/// Bytes of the receive buffer: the replies of a deep queue of small reads come in one call. Of a
-/// long read at most this much is copied; the rest goes where it belongs directly.
+/// Length of the receive buffer in bytes: the replies of a deep queue of small reads arrive in one call. Of a
+/// long read at most this much is copied; the rest is received straight into the operation's buffer.
 const INPUT_LEN: usize = 64 << 10;
 
-/// Data of a read that is being received.
+/// The data of a read that is being received.
 #[derive(Debug, Clone, Copy)]
 struct Payload {
     part: u32,
-    /// Where the rest of it goes.
+    /// The part of the operation's buffer that is not filled yet.
     rest: IoBuf,
 }
 
-/// What was received and not understood yet: bytes `start..end` of the buffer, which belong to
-/// `payload` first, if there is one.
+/// Received bytes that are not processed yet: bytes `start..end` of the buffer. They belong to `payload`
+/// first, if there is one.
 #[derive(Debug)]
 pub(super) struct Input {
     buffer: Box<[u8]>,
@@ -37,7 +37,8 @@ impl Input {
         Input { buffer: vec![0; INPUT_LEN].into_boxed_slice(), start: 0, end: 0, payload: None }
     }
 
-    /// Receives what is there, and appends the operations that it ends to `ended`.
+    /// Receives the available bytes, and appends the completions of the operations that end by them to
+    /// `ended`.
     pub(super) fn receive(
         &mut self,
         socket: BorrowedFd<'_>,
@@ -55,15 +56,15 @@ impl Input {
                 },
             };
             self.digest(parts, ended)?;
-            // Less than there was room for: that was all.
+            // The call filled less than the room: the socket is empty.
             if received < wanted {
                 return Ok(());
             }
         }
     }
 
-    /// One call: the rest of the payload straight to where it goes, and what follows it into the
-    /// buffer. Returns the bytes asked for and received.
+    /// Makes one receive call: the rest of the payload goes straight to its destination, the bytes behind it
+    /// into the buffer. Returns the bytes asked for and the bytes received.
     fn fill(&mut self, socket: BorrowedFd<'_>) -> io::Result<(usize, usize)> {
         let mut pieces = Pieces::new();
         if let Some(payload) = &self.payload {
@@ -82,7 +83,7 @@ impl Input {
         Ok((wanted, received))
     }
 
-    /// Understands what was received, until a part of a header is left, or nothing.
+    /// Processes the received bytes until the buffer holds only a part of a header, or nothing.
     fn digest(&mut self, parts: &mut Parts, ended: &mut Vec<Completion>) -> Result<(), LinkDown> {
         loop {
             if let Some(payload) = self.payload {
@@ -128,7 +129,7 @@ impl Input {
         Ok(())
     }
 
-    /// Copies as much of a payload as is in the buffer; what is left of it is returned.
+    /// Copies as much of a payload as is in the buffer; returns the unfilled rest of `target`.
     fn copy(&mut self, target: IoBuf) -> IoBuf {
         let count = target.len().min(self.end - self.start);
         target.part(0, count).copy_from_slice(&self.buffer[self.start..self.start + count]);

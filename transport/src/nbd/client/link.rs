@@ -1,4 +1,4 @@
-//! A connection as a [`Link`].
+//! [`NbdLink`]: an NBD connection as a [`Link`].
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -18,19 +18,21 @@ use crate::nbd::socket::{Pieces, send};
 /// Most operations in flight.
 const DEPTH_MAX: usize = 1 << 16;
 
-/// A [`Link`] over one NBD connection. Nothing is allocated after it was made.
+/// A [`Link`] over one NBD connection. The link allocates nothing after its creation.
 ///
-/// * Operations longer than the server takes are split; each still ends once.
-/// * `Trim` is `NBD_CMD_TRIM`, whose bytes read as zeros afterwards on an appliance; the NBD
-///   protocol does not promise that of other servers. `Zero` is `NBD_CMD_WRITE_ZEROES` that keeps
-///   the memory.
-/// * What the export does not allow (range, alignment, command) is refused here, without a message.
-/// * A server that breaks the protocol (a reply to nothing, one reply too many, a wrong magic
-///   number) ends the link with [`LinkDown::Protocol`]; it cannot touch memory of operations that
-///   have ended, nor memory outside of those in flight.
+/// - Operations longer than the server's limit are split; each operation still completes once.
+/// - `Trim` is `NBD_CMD_TRIM`, whose bytes read as zeros afterwards on an appliance; the NBD protocol does
+///   not promise
+/// that of other servers. `Zero` is `NBD_CMD_WRITE_ZEROES` with the flag that keeps the memory.
+/// - Operations that the export does not allow (range, alignment, command) are refused here, without a
+///   message.
+/// - A server that violates the protocol (a reply to no request, one reply too many, a wrong magic number)
+///   ends the link
+/// with [`LinkDown::Protocol`]; such a server cannot change memory of operations that have ended, nor memory
+/// outside the buffers in flight.
 pub struct NbdLink {
     stream: OwnedFd,
-    /// Watches the stream, for room to send only while that is waited for, and the bell.
+    /// An epoll descriptor for the stream and the bell; it waits for room to send only while data is unsent.
     watch: OwnedFd,
     /// Readable while `ended` holds completions.
     bell: OwnedFd,
@@ -42,16 +44,16 @@ pub struct NbdLink {
     parts: Parts,
     output: Output,
     input: Input,
-    /// Completions of operations that ended without a reply being waited for.
+    /// Completions of operations that end without a reply from the server.
     ended: Vec<Completion>,
     down: Option<LinkDown>,
 }
 
 impl NbdLink {
-    /// A link for up to `depth` operations at once (1 to 65,536; others are brought into that
-    /// range).
+    /// A link for up to `depth` operations at once (clamped to 1 to 65,536).
     ///
     /// # Errors
+    /// When the process has no free descriptor.
     /// When the kernel has no descriptor left.
     pub fn new(connected: Connected, depth: usize) -> io::Result<NbdLink> {
         let Connected { stream, info } = connected;
@@ -78,7 +80,7 @@ impl NbdLink {
         })
     }
 
-    /// What the server says of the export.
+    /// The server's description of the export.
     pub const fn info(&self) -> &ExportInfo {
         &self.info
     }
@@ -88,7 +90,7 @@ impl NbdLink {
         self.watch_flow(flow.map_err(|_| LinkDown::Broken)?)
     }
 
-    /// Watches for room to send while there is something to send.
+    /// Lets epoll wait for room to send while unsent data is left.
     fn watch_flow(&mut self, flow: Flow) -> Result<(), LinkDown> {
         if flow == self.flow {
             return Ok(());
@@ -103,8 +105,8 @@ impl NbdLink {
         Ok(())
     }
 
-    /// Makes the wait descriptor readable while completions wait, or the news that the link went down: not all that
-    /// ends it shows at the socket. The bell cannot be full: it counts to one.
+    /// Makes the wait descriptor readable while completions wait or the link is down: not every cause that
+    /// takes the link down makes the socket readable. The bell's counter cannot overflow: it counts to one.
     fn ring(&mut self) {
         if !self.rung && (self.down.is_some() || !self.ended.is_empty()) {
             self.rung = rustix::io::write(&self.bell, &1_u64.to_ne_bytes()).is_ok();
@@ -157,7 +159,7 @@ impl Link for NbdLink {
 }
 
 impl Drop for NbdLink {
-    /// Takes leave, if the connection is in a state for it; the server closes it in any case.
+    /// Sends a disconnect request, if no request is half sent; the server closes the connection in any case.
     fn drop(&mut self) {
         if self.down.is_none() && self.output.is_between_requests() {
             let leave = Request {
@@ -171,7 +173,7 @@ impl Drop for NbdLink {
             leave.encode(&mut header);
             let mut pieces = Pieces::new();
             pieces.push_ref(&header);
-            // Best effort: the end of the stream says the same.
+            // Best effort: the end of the stream has the same effect.
             let _ = send(self.stream.as_fd(), &pieces);
         }
     }

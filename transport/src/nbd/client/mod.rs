@@ -1,8 +1,8 @@
 //! The client's end of the NBD transport.
 //!
-//! [`connect()`] negotiates one connection to one grant's export, [`connect_to()`] to that of any
-//! server, blocking and limited in time. What they return either becomes an [`NbdLink`], or its stream
-//! is given to the kernel's nbd driver.
+//! [`connect()`] negotiates one connection to one grant's export, [`connect_to()`] to an export of any
+//! server; both block, and end within a time limit. Their result either becomes an [`NbdLink`], or its stream
+//! is passed to the kernel's nbd driver.
 
 mod connect;
 mod input;

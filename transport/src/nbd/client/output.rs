@@ -1,4 +1,4 @@
-//! Requests on their way out.
+//! The client's send path: requests, and the data of writes.
 
 use std::collections::VecDeque;
 use std::io;
@@ -10,16 +10,16 @@ use super::parts::Parts;
 use crate::io::{Completion, IoBuf};
 use crate::nbd::socket::{Pieces, is_passing, send};
 
-/// The parts to be sent, in order. A payload goes to the socket straight from the operation's
-/// buffer.
+/// The parts that are to be sent, in order. The data of a write goes to the socket straight from the
+/// operation's buffer.
 #[derive(Debug)]
 pub(super) struct Output {
     queue: VecDeque<u32>,
-    /// Bytes of the first that were sent.
+    /// Bytes of the first part that are sent already.
     sent: usize,
 }
 
-/// Whether the socket took everything.
+/// The state of the socket after a send.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Flow {
     Free,
@@ -31,12 +31,13 @@ impl Output {
         Output { queue: VecDeque::with_capacity(depth as usize), sent: 0 }
     }
 
-    /// Whether no request is half sent.
+    /// Whether no request is sent only in part.
     pub(super) fn is_between_requests(&self) -> bool {
         self.queue.is_empty()
     }
 
-    /// Sends what the socket takes; what ends by that is appended to `ended`.
+    /// Sends as much as the socket accepts, and appends the completions of the operations that end by it to
+    /// `ended`.
     pub(super) fn send(
         &mut self,
         socket: BorrowedFd<'_>,

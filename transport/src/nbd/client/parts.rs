@@ -1,9 +1,9 @@
-//! The operations in flight, and the requests that they were split into.
+//! The operations in flight, and the requests (parts) that they are split into.
 //!
-//! Both tables have as many slots as the link's depth and never grow. Most operations are one
-//! part; a long one takes part slots as they become free, first posted first served. A request's
-//! cookie is its slot and the slot's generation, which changes with each use: a reply with a cookie
-//! that was never sent, or was answered before, is found out.
+//! Both tables have as many slots as the link's depth and never grow. Most operations consist of one part; a
+//! long operation takes part slots as they become free, in the order of posting. A request's cookie contains
+//! its slot and the slot's generation, which changes with each use: so a reply is detected as invalid when
+//! its cookie was never sent or was answered before.
 
 use std::collections::VecDeque;
 
@@ -13,38 +13,38 @@ use super::plan::Plan;
 use crate::io::{Completion, IoBuf, IoError, Kind, Operation};
 use crate::slots::Slots;
 
-/// What goes with a request's header.
+/// The data of a request.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Data {
     None,
     /// Follows the request.
     Send(IoBuf),
-    /// Follows the reply, if that is no error.
+    /// Follows the reply, unless the reply is an error.
     Receive(IoBuf),
 }
 
-/// One request.
+/// A request.
 struct Part {
     generation: u32,
     busy: bool,
-    /// All of it was handed to the kernel.
+    /// The kernel has accepted all of its bytes.
     sent: bool,
-    /// The server refused it before all of it was sent.
+    /// The server refused the request before all of it was sent.
     refused: Option<IoError>,
     operation: u32,
     header: [u8; REQUEST_LEN],
     data: Data,
 }
 
-/// One operation.
+/// An operation.
 struct Owner {
     operation: Operation,
     plan: Plan,
-    /// Bytes that parts were made for.
+    /// Bytes for which parts exist already.
     planned: u64,
-    /// All parts were made.
+    /// All parts have been created.
     complete: bool,
-    /// Parts that were made and not answered.
+    /// Parts that were created and not answered yet.
     open: u32,
     error: Option<IoError>,
 }
@@ -58,7 +58,7 @@ pub(super) struct Parts {
     owners: Slots<Owner>,
     parts: Vec<Part>,
     parts_free: Vec<u32>,
-    /// Operations that want more parts.
+    /// Operations that need more parts.
     waiting: VecDeque<u32>,
 }
 
@@ -89,14 +89,14 @@ impl Parts {
     /// Takes an operation.
     ///
     /// # Panics
-    /// When as many as the depth are in flight, which the caller looks at before.
+    /// When the number of operations in flight equals the depth; the caller checks this first.
     pub(super) fn add(&mut self, operation: Operation, plan: Plan) {
         let owner = Owner { operation, plan, planned: 0, complete: false, open: 0, error: None };
         let slot = self.owners.insert(owner);
         self.waiting.push_back(slot);
     }
 
-    /// Makes the next part, if an operation wants one and a slot is free.
+    /// Creates the next part, if an operation needs one and a slot is free.
     pub(super) fn next(&mut self) -> Option<u32> {
         let slot = *self.waiting.front()?;
         let number = self.parts_free.pop()?;
@@ -112,7 +112,7 @@ impl Parts {
         Some(number)
     }
 
-    /// The header of a part, and what is sent behind it.
+    /// The header of a part, and the data that is sent behind it.
     pub(super) fn to_send(&self, number: u32) -> (&[u8; REQUEST_LEN], Option<IoBuf>) {
         let part = &self.parts[number as usize];
         match part.data {
@@ -121,7 +121,8 @@ impl Parts {
         }
     }
 
-    /// All of a part was sent; it may have been refused already.
+    /// Records that all of a part was sent. The server may have refused the part already; then the part ends
+    /// now.
     pub(super) fn sent(&mut self, number: u32) -> Option<Completion> {
         let part = &mut self.parts[number as usize];
         part.sent = true;
@@ -131,7 +132,7 @@ impl Parts {
         }
     }
 
-    /// The part that a successful reply answers, and where its data goes.
+    /// The part that a successful reply answers, and the destination of its data.
     pub(super) fn data_of(&self, cookie: u64) -> Result<(u32, Option<IoBuf>), Unasked> {
         let number = self.find(cookie)?;
         let part = &self.parts[number as usize];
@@ -142,8 +143,8 @@ impl Parts {
         }
     }
 
-    /// A reply said that a request failed. A write may be refused while its bytes are still on
-    /// their way: its buffer is needed until they are out, so it ends then.
+    /// Handles a reply with an error. A server may refuse a write before all of its bytes are sent: the
+    /// buffer is needed until they are sent, so the write ends then.
     pub(super) fn refused(&mut self, cookie: u64, error: IoError) -> Result<Option<Completion>, Unasked> {
         let number = self.find(cookie)?;
         let part = &mut self.parts[number as usize];
@@ -157,7 +158,7 @@ impl Parts {
         }
     }
 
-    /// A part was answered, with all of its data.
+    /// Records that a part was answered, with all of its data.
     pub(super) fn done(&mut self, number: u32) -> Option<Completion> {
         self.end(number, None)
     }
@@ -178,7 +179,8 @@ impl Parts {
         owner.open -= 1;
         owner.error = owner.error.or(error);
         if owner.error.is_some() && !owner.complete {
-            // No more parts. Only the first in line has some made and some not.
+            // No further parts are created. Only the first operation in `waiting` can have some of its parts
+            // and not all.
             owner.complete = true;
             let first = self.waiting.pop_front();
             debug_assert_eq!(first, Some(slot), "parts are made for the first in line");
@@ -193,7 +195,7 @@ impl Parts {
 }
 
 impl Owner {
-    /// Cuts the next part off: writes its header and says what goes with it.
+    /// Cuts the next part off: writes its header and returns its data.
     fn cut(&mut self, cookie: u64, header: &mut [u8; REQUEST_LEN]) -> Data {
         let Operation { kind, offset, len, buf, .. } = self.operation;
         let (offset, length) = match kind {
@@ -237,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_operation_completes_once_and_lets_others_in() {
+    fn a_long_operation_completes_once_and_does_not_block_others() {
         let mut parts = Parts::new(2);
         add(&mut parts, 25, 7);
         add(&mut parts, 5, 8);
@@ -275,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn bogus_cookies_are_found_out() {
+    fn invalid_cookies_are_detected() {
         let mut parts = Parts::new(2);
         assert_eq!(parts.data_of(0), Err(Unasked));
         add(&mut parts, 5, 7);

@@ -1,14 +1,14 @@
-//! How operations become requests: which command, and in parts of which length.
+//! Translating operations to NBD requests: the command, its flags, and the longest part.
 
 use xpm_protocol::nbd::{Command, CommandFlags, ExportInfo, PAYLOAD_MAX, TransmissionFlags};
 
 use crate::io::{IoError, Kind, Operation};
 
-/// Longest request without a payload, in bytes: a length that fits the 32 bits of the wire, is a
-/// multiple of any block size and is taken by every server.
+/// Longest request without a payload, in bytes. The length fits the 32 bits of the wire, is a multiple of any
+/// block size, and every server accepts it.
 const BARE_MAX: u64 = 1 << 30;
 
-/// What an operation becomes.
+/// The form of an operation's requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Plan {
     pub(super) command: Command,
@@ -17,7 +17,7 @@ pub(super) struct Plan {
     pub(super) step: u64,
 }
 
-/// What an export allows.
+/// The limits of an export.
 #[derive(Debug, Clone)]
 pub(super) struct Limits {
     size: u64,
@@ -34,11 +34,11 @@ impl Limits {
         Limits { size: info.size, flags: info.flags, block_min, payload_max }
     }
 
-    /// The plan for an operation, or how it ended without one.
+    /// The plan for an operation; an error is the operation's result when no request is needed.
     pub(super) fn plan(&self, operation: &Operation) -> Result<Plan, Result<(), IoError>> {
         let has = |flag| self.flags.contains(flag);
         if operation.kind == Kind::Flush {
-            // A server without FLUSH has nothing to flush: its answered writes are in place.
+            // A server without FLUSH has no write cache: its answered writes are in place.
             let plan = Plan { command: Command::Flush, flags: CommandFlags::NONE, step: 0 };
             return if has(TransmissionFlags::SEND_FLUSH) { Ok(plan) } else { Err(Ok(())) };
         }
@@ -88,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_the_server_offers_is_sent() {
+    fn only_commands_that_the_server_offers_are_sent() {
         let bare = limits(TransmissionFlags::HAS_FLAGS, BlockSizes::DEFAULT);
         let unsupported = Err(Err(IoError::Unsupported));
         assert_eq!(bare.plan(&operation(Kind::Trim, 0, 4096)), unsupported);

@@ -1,10 +1,10 @@
-//! One connection in the transmission phase: requests in, replies out, by one thread, without a
-//! copy where the store's memory can be reached.
+//! One connection in the transmission phase. One thread reads its requests and sends its replies, without a
+//! copy where the store's memory can be accessed in place.
 //!
-//! Reads of a direct store are sent from its memory, writes received into it. For other stores
-//! reads and writes pass through the connection's own buffers. A write longer than such a buffer
-//! may be is cut into parts. A longer read waits until nothing else is in flight, and is then
-//! fetched and sent part by part, since a reply's data must not be interrupted by another reply.
+//! Reads of a direct store are sent from its memory, writes are received into it. With other stores, reads
+//! and writes pass through the connection's own buffers. A write longer than the longest such buffer is cut
+//! into parts. A longer read waits until no other request is in flight, and is then fetched and sent part by
+//! part, since no other reply may interrupt a reply's data.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -22,13 +22,13 @@ use crate::io::Kind;
 use crate::nbd::socket::{self, Pieces};
 use crate::store::Store;
 
-/// Receives in one turn, so that a busy connection does not keep others of its loop waiting.
+/// Most receive calls in one turn, so that a busy connection does not keep the others of its loop waiting.
 const ROUNDS_MAX: usize = 16;
-/// A write's payload that is refused is still read over, up to this many bytes; beyond it the
-/// connection is closed, for the client cannot be understood any more.
+/// The payload of a refused write is still read and discarded, up to this many bytes. For a longer payload
+/// the connection is closed, because the next request cannot be found without reading over it.
 const DISCARD_MAX: u32 = 64 << 20;
 
-/// What a connection is made of once its handshake is over.
+/// The parts of a connection whose handshake is over.
 pub(super) struct Ready {
     pub(super) stream: Arc<OwnedFd>,
     pub(super) store: Box<dyn Store>,
@@ -36,53 +36,53 @@ pub(super) struct Ready {
     pub(super) structured: bool,
     /// The id of the context `base:allocation`, if it was negotiated.
     pub(super) base_allocation: Option<u32>,
-    /// What the client sent behind its handshake.
+    /// Bytes that the client sent behind its handshake.
     pub(super) leftover: Vec<u8>,
     /// Bytes of buffers; 0 for a store that is always direct.
     pub(super) buffers_len: usize,
 }
 
-/// The connection is over.
+/// Why the connection is over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Closed {
-    /// The client left, or the store is not to be served any more.
+    /// The client disconnected, or the store may not be served any more.
     Left,
-    /// The client broke the protocol.
+    /// The client violated the protocol.
     Protocol,
 }
 
-/// Why nothing more is looked at now.
+/// Why no further request is processed now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stall {
-    /// More bytes must come.
+    /// More bytes have to arrive.
     Input,
-    /// Replies must go out first.
+    /// Replies have to be sent first.
     Output,
-    /// Operations at the store must end first.
+    /// Operations at the store have to end first.
     Store,
 }
 
-/// What came of one receive.
+/// The result of one receive call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Received {
     Nothing,
     Some,
-    /// All that there was room for: more may be there.
+    /// The room is full: the socket may hold more.
     Full,
 }
 
-/// A read that passes through buffers; while it is here, no request behind it is looked at.
+/// A read that passes through buffers; while it is in progress, no later request is processed.
 struct Streaming {
     request: Request,
-    /// Bytes that were asked for and came.
+    /// Bytes that were fetched already.
     done: u32,
 }
 
 pub(super) struct Connection {
-    // The fields are dropped in this order: the store may use buffers until it is gone.
+    // Field order is drop order: the store may use buffers until it is dropped.
     store: Box<dyn Store>,
     deferred: Deferred,
-    /// Shared for moments only, with who asks whether the other end lives.
+    /// Shared only briefly, with the check whether the other end is alive.
     stream: Arc<OwnedFd>,
     info: ExportInfo,
     structured: bool,
@@ -93,7 +93,7 @@ pub(super) struct Connection {
     output: Output,
     leaving: bool,
     blocked: bool,
-    /// What the store was told last of what is done in place.
+    /// The last value that was passed to [`Store::in_place`].
     in_place: bool,
     stall: Stall,
 }
@@ -126,17 +126,17 @@ impl Connection {
         self.store.wait_fd()
     }
 
-    /// Whether it waits for the client to send.
+    /// Whether the connection waits for bytes from the client.
     pub(super) fn wants_input(&self) -> bool {
         self.stall == Stall::Input && !self.leaving
     }
 
-    /// Whether it waits for the client to receive.
+    /// Whether the connection waits until the client has received replies.
     pub(super) fn wants_output(&self) -> bool {
         self.blocked
     }
 
-    /// Does all that can be done now, but takes its turn with other connections.
+    /// Does all work that is possible now, up to a limit that gives other connections their turn.
     pub(super) fn serve(&mut self, counters: &LoopCounters) -> Result<(), Closed> {
         if !self.store.alive() {
             return Err(Closed::Left);
@@ -219,7 +219,7 @@ impl Connection {
         Ok(if received == wanted { Received::Full } else { Received::Some })
     }
 
-    /// Looks at what was received until something is missing.
+    /// Processes received bytes until a resource is missing, which is returned.
     fn process(&mut self, counters: &LoopCounters) -> Result<Stall, Closed> {
         loop {
             if let Some(ended) = self.deferred.retry(&mut *self.store) {
@@ -272,7 +272,7 @@ impl Connection {
             }
             Command::WriteZeroes => return self.start(&request, Kind::Trim, counters),
             Command::BlockStatus => self.block_status(&request),
-            // All of the memory is in memory.
+            // All of the export is in memory already.
             Command::Cache => self.succeed(request.command, request.cookie, 0, counters),
             Command::Disconnect | Command::Other(_) => {}
         }
@@ -327,7 +327,7 @@ impl Connection {
         });
     }
 
-    /// An operation without a buffer.
+    /// Starts an operation without a buffer.
     fn start(&mut self, request: &Request, kind: Kind, counters: &LoopCounters) -> Result<(), Closed> {
         let range = match kind {
             Kind::Flush => (kind, 0, 0),
@@ -340,7 +340,7 @@ impl Connection {
         }
     }
 
-    /// Brings the payload of a write forward.
+    /// Continues the payload of a write.
     fn take_payload(&mut self, counters: &LoopCounters) -> Result<Option<Stall>, Closed> {
         let Some(incoming) = &mut self.incoming else { return Ok(None) };
         if let Target::Parts { filling: filling @ None, .. } = &mut incoming.target {
@@ -379,12 +379,12 @@ impl Connection {
         Ok(None)
     }
 
-    /// What has to happen before a buffer is free.
+    /// The event that has to happen before a buffer is free.
     fn buffers_stall(&self) -> Stall {
         if self.output.is_empty() { Stall::Store } else { Stall::Output }
     }
 
-    /// Posts the next part of a read, if one is due.
+    /// Posts the next part of a streamed read, if one is due.
     fn stream_next(&mut self, counters: &LoopCounters) -> Result<Option<Stall>, Closed> {
         let Some(Streaming { request, done }) = &self.streaming else { return Ok(None) };
         let (request, done) = (*request, *done);
@@ -406,7 +406,7 @@ impl Connection {
         }
     }
 
-    /// Answers all requests that have ended. True when an operation has.
+    /// Answers all requests that have ended. Returns true when at least one operation has ended.
     fn collect(&mut self, counters: &LoopCounters) -> Result<bool, Closed> {
         let any = self.deferred.poll(&mut *self.store);
         while let Some(ended) = self.deferred.next_ended() {
@@ -430,8 +430,7 @@ impl Connection {
             }
             Ok(None) => self.succeed(ended.command, ended.cookie, ended.length, counters),
             Err(error) => {
-                // A reply that is partly sent says that it went well: only the end of the
-                // connection takes it back.
+                // A reply that is partly sent already says success: only closing the connection revokes it.
                 if ended.streamed && self.streaming.take().is_some_and(|streaming| streaming.done > 0) {
                     return Err(Closed::Left);
                 }
@@ -441,7 +440,7 @@ impl Connection {
         Ok(())
     }
 
-    /// The next `len` bytes of the read that streams have come. True when they are the first.
+    /// Records that the next `len` bytes of the streamed read arrived. Returns true when they are the first.
     fn streamed(&mut self, len: u32, counters: &LoopCounters) -> bool {
         let Some(streaming) = &mut self.streaming else { return false };
         streaming.done += len;

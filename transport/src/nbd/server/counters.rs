@@ -1,10 +1,10 @@
-//! What passed through a server: the only trace that the data path leaves.
+//! Counters of the requests that a server handled: the only record that the data path keeps.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use xpm_protocol::api::appliance::Counters;
 
-/// Counters that one loop thread adds to and anyone reads.
+/// Counters that one loop thread increments and any thread reads.
 #[derive(Debug, Default)]
 pub(super) struct LoopCounters {
     pub(super) reads: AtomicU64,

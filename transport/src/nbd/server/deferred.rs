@@ -1,4 +1,4 @@
-//! Requests whose operations end later: what is in flight at the store, and the buffers it uses.
+//! Requests whose operations end later: the operations in flight at the store, and the buffers that they use.
 
 use std::io;
 
@@ -9,7 +9,7 @@ use crate::io::{Completion, IoBuf, IoError, Kind, Operation};
 use crate::slots::Slots;
 use crate::store::{Posted, Store};
 
-/// Operations of one connection in flight at its store.
+/// Most operations of one connection in flight at its store.
 const OPERATIONS_MAX: usize = 128;
 /// Longest part of a request, in bytes.
 const PART_LEN_MAX: usize = 1 << 20;
@@ -20,19 +20,19 @@ pub(super) type Buffer = (Run, IoBuf);
 /// How a request relates to its operations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Extent {
-    /// It is one operation.
+    /// The request is one operation.
     Whole,
-    /// More operations follow until [`Deferred::last`].
+    /// More operations follow, up to the one announced by [`Deferred::last`].
     Growing,
-    /// It is one part of a longer read, which is counted elsewhere.
+    /// The request is one part of a longer read, whose progress [`super::connection`] counts.
     Streamed,
 }
 
-/// A request that is over, and the data of a read that went well.
+/// A request that is over, and the data of a successful read.
 pub(super) struct Ended {
     pub(super) cookie: u64,
     pub(super) offset: u64,
-    /// It is a part of a longer read.
+    /// Whether it is a part of a longer read.
     pub(super) streamed: bool,
     pub(super) command: Command,
     pub(super) length: u32,
@@ -44,7 +44,7 @@ struct Pending {
     command: Command,
     offset: u64,
     length: u32,
-    /// Operations of it in flight.
+    /// Its operations in flight.
     operations: u32,
     extent: Extent,
     result: Result<(), IoError>,
@@ -55,15 +55,15 @@ struct InFlight {
     buffer: Option<Buffer>,
 }
 
-/// Everything of one connection that is in flight.
+/// All requests and operations of one connection that are in flight.
 pub(super) struct Deferred {
     pub(super) buffers: Option<Buffers>,
     requests: Slots<Pending>,
     operations: Slots<InFlight>,
     completions: Vec<Completion>,
-    /// The store had no room for it; it goes before any other.
+    /// An operation for which the store had no room; it is posted before any other.
     refused: Option<Operation>,
-    /// Something was posted since the last submit.
+    /// Whether an operation was posted since the last submit.
     posted: bool,
 }
 
@@ -94,7 +94,7 @@ impl Deferred {
         !self.operations.is_full() && self.refused.is_none()
     }
 
-    /// The longest buffer for a request of which `remaining` bytes are left.
+    /// The length of the longest buffer for a request of which `remaining` bytes are left.
     pub(super) fn part_len(&self, remaining: u32) -> usize {
         let longest = self.buffers.as_ref().map_or(PART_LEN_MAX, Buffers::run_len_max);
         (remaining as usize).min(PART_LEN_MAX).min(longest)
@@ -110,7 +110,7 @@ impl Deferred {
         }
     }
 
-    /// A request that is over when its operations are; the caller saw that there is room.
+    /// Begins a request that is over when its operations are; the caller has checked that there is room.
     pub(super) fn begin(&mut self, request: &Request, extent: Extent) -> u32 {
         self.requests.insert(Pending {
             cookie: request.cookie,
@@ -123,15 +123,15 @@ impl Deferred {
         })
     }
 
-    /// The next operation of the request is its last.
+    /// Announces that the next operation of the request is its last.
     pub(super) fn last(&mut self, request: u32) {
         if let Some(pending) = self.requests.get_mut(request) {
             pending.extent = Extent::Whole;
         }
     }
 
-    /// Posts an operation of a request; the caller saw that there is room. The request, if it is
-    /// over at once.
+    /// Posts an operation of a request; the caller has checked that there is room. Returns the request if it
+    /// is over at once.
     pub(super) fn post(
         &mut self,
         store: &mut dyn Store,
@@ -147,7 +147,7 @@ impl Deferred {
         self.give(store, Operation { kind, offset, len, buf, token })
     }
 
-    /// Posts what the store had no room for.
+    /// Posts the operation for which the store had no room.
     pub(super) fn retry(&mut self, store: &mut dyn Store) -> Option<Ended> {
         let operation = self.refused.take()?;
         self.give(store, operation)
@@ -165,7 +165,7 @@ impl Deferred {
         }
     }
 
-    /// Sends what was posted. False when there was nothing.
+    /// Sends the posted operations. Returns false when there were none.
     pub(super) fn submit(&mut self, store: &mut dyn Store) -> bool {
         let posted = std::mem::take(&mut self.posted);
         if posted {
@@ -174,8 +174,8 @@ impl Deferred {
         posted
     }
 
-    /// Fetches completions for [`Deferred::next_ended`]. True when there were any: what ends with them is not always a
-    /// request, but always leaves room.
+    /// Fetches completions for [`Deferred::next_ended`]. Returns true when there were any: a completion does
+    /// not always end a request, but always frees room.
     pub(super) fn poll(&mut self, store: &mut dyn Store) -> bool {
         if self.operations.used() > 0 || store.wait_fd().is_some() {
             store.poll(&mut self.completions);
@@ -183,7 +183,7 @@ impl Deferred {
         !self.completions.is_empty()
     }
 
-    /// The next request that is over by what [`Deferred::poll`] fetched.
+    /// The next request that is over by the completions that [`Deferred::poll`] fetched.
     pub(super) fn next_ended(&mut self) -> Option<Ended> {
         while let Some(completion) = self.completions.pop() {
             if let Some(ended) = self.end(completion) {

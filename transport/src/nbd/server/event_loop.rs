@@ -1,8 +1,8 @@
-//! A loop thread: all connections given to it, from the first request to the last reply.
+//! A loop thread: serves all connections that it is given, from the first request to the last reply.
 //!
-//! It waits with epoll(7), level-triggered. After work it looks again without sleeping for as long
-//! as the next request is likely to come (`spin`), and yields the core between two looks, since a
-//! wake-up costs more than a request; when requests come seldom it sleeps at once.
+//! The loop waits with epoll(7), level-triggered. After work it polls without sleeping for as long as the
+//! next request is likely to come ([`crate::spin`]), and yields the core between two polls, since a wake-up
+//! costs more than a request; when requests are rare it sleeps at once.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -20,16 +20,16 @@ use crate::spin::Spin;
 
 /// Events fetched at once.
 const EVENTS_MAX: usize = 64;
-/// The mailbox's mark among the events.
+/// The mailbox's token among the events.
 const MAILBOX: u64 = u64::MAX;
 
-/// What other threads tell a loop; never on the path of an I/O.
+/// A message from another thread to a loop; never on the path of an I/O.
 pub(super) enum Letter {
     /// Serve this connection.
     Adopt(ConnectionId, Box<Connection>),
     /// Close this one.
     Close(ConnectionId),
-    /// Show that the loop turns.
+    /// Answer, to show that the loop makes progress.
     Poke,
     /// Close all and end.
     Stop,
@@ -49,7 +49,7 @@ impl Mailbox {
 
     pub(super) fn send(&self, letter: Letter) {
         self.letters.lock().unwrap_or_else(PoisonError::into_inner).push(letter);
-        // The counter of an eventfd overflows after 2^64 - 2 letters only; else a write succeeds.
+        // The counter of an eventfd overflows only after 2^64 - 2 letters; before that a write succeeds.
         let _ = rustix::io::write(&self.bell, &1_u64.to_ne_bytes());
     }
 
@@ -88,14 +88,14 @@ impl EventLoop {
         Ok(EventLoop { epoll, mailbox, registry, counters, spin, served: Vec::new(), stopping: false })
     }
 
-    /// Serves until told to stop.
+    /// Serves until a [`Letter::Stop`] arrives.
     pub(super) fn run(mut self) {
         let mut events = Vec::with_capacity(EVENTS_MAX);
         let mut spin = Spin::new(self.spin);
         while !self.stopping {
             events.clear();
             if let Err(error) = wait(self.epoll.as_fd(), &mut spin, &mut events) {
-                // epoll_wait(2) fails only when its arguments are wrong, which they are not.
+                // epoll_wait(2) fails only for invalid arguments, and these are valid.
                 tracing::error!(%error, "waiting for connections failed");
                 return;
             }
@@ -112,10 +112,10 @@ impl EventLoop {
         }
     }
 
-    /// Serves the connection at a place. It may be gone by an earlier event of the same batch.
+    /// Serves the connection at a place, which may be empty after an earlier event of the same batch.
     fn serve(&mut self, place: usize) {
         let Some(Some(served)) = self.served.get_mut(place) else { return };
-        // A fault in one connection's code ends that connection, not the others of the loop.
+        // A panic in one connection's code ends that connection, not the others of the loop.
         let turn = catch_unwind(AssertUnwindSafe(|| served.connection.serve(&self.counters)));
         let ended = match turn {
             Ok(Ok(())) => watch(self.epoll.as_fd(), served, place).err().map(|_| Closed::Left),
@@ -132,7 +132,7 @@ impl EventLoop {
 
     fn drop_at(&mut self, place: usize) {
         let Some(served) = self.served[place].take() else { return };
-        // Closing the descriptors takes them out of the epoll set.
+        // Closing the descriptors removes them from the epoll set.
         drop(served.connection);
         self.registry.gone(served.id);
     }
@@ -169,14 +169,14 @@ impl EventLoop {
         });
         self.served[place] = Some(Served { id, connection, watched });
         match added {
-            // The handshake may have left requests over.
+            // The handshake may have read requests already.
             Ok(()) => self.serve(place),
             Err(_) => self.drop_at(place),
         }
     }
 }
 
-/// Tells epoll what the connection waits for, if that changed.
+/// Updates the events that epoll reports for the connection, if they changed.
 fn watch(epoll: BorrowedFd<'_>, served: &mut Served, place: usize) -> io::Result<()> {
     let mut wanted = EventFlags::empty();
     wanted.set(EventFlags::IN, served.connection.wants_input());
@@ -190,7 +190,7 @@ fn watch(epoll: BorrowedFd<'_>, served: &mut Served, place: usize) -> io::Result
 
 const NOT_AT_ALL: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
 
-/// Waits by looking again for a while, then by sleeping.
+/// Waits: polls for a while, then sleeps.
 fn wait(epoll: BorrowedFd<'_>, spin: &mut Spin, events: &mut Vec<epoll::Event>) -> io::Result<()> {
     loop {
         if spin.looks() && fetch(epoll, events, Some(&NOT_AT_ALL))? {

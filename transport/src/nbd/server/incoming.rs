@@ -1,4 +1,4 @@
-//! The payload of a write on its way into the store's memory, into buffers, or nowhere.
+//! The payload of a write, received into the store's memory, into buffers, or discarded.
 
 use xpm_protocol::nbd::Errno;
 
@@ -7,7 +7,7 @@ use super::input::Input;
 use crate::nbd::socket::Pieces;
 use crate::store::Store;
 
-/// A payload of which `remaining` bytes have not come yet; the next one belongs to `offset`.
+/// A payload of which `remaining` bytes have not arrived yet; the next byte belongs to `offset`.
 pub(super) struct Incoming {
     pub(super) cookie: u64,
     pub(super) length: u32,
@@ -16,13 +16,13 @@ pub(super) struct Incoming {
     pub(super) target: Target,
 }
 
-/// Where the payload goes.
+/// The destination of the payload.
 pub(super) enum Target {
     /// Straight into the store's memory.
     Direct,
     /// Into buffers, one after the other, for this request.
     Parts { request: u32, filling: Option<Filling> },
-    /// Nowhere: the request is refused with this.
+    /// Discarded: the request is refused with this error.
     Nowhere(Errno),
 }
 
@@ -32,12 +32,12 @@ pub(super) struct Filling {
     pub(super) filled: usize,
 }
 
-/// The store stopped to be direct in the middle of a request, or its memory is bad.
+/// The store ceased to be direct in the middle of a request, or its memory is bad.
 pub(super) struct NotDirect;
 
 impl Incoming {
-    /// Adds the memory that the next bytes belong into. Bytes of it: what comes beyond them is the
-    /// next request, or has to be looked at by [`Incoming::copy`].
+    /// Adds the destination of the next payload bytes to `pieces`, and returns its length. Received bytes
+    /// beyond that length belong to the next request, or have to be passed to [`Incoming::copy`].
     pub(super) fn pieces(&self, store: &mut dyn Store, pieces: &mut Pieces<'_>) -> usize {
         match &self.target {
             Target::Direct => {
@@ -57,7 +57,8 @@ impl Incoming {
         pieces.bytes()
     }
 
-    /// `count` bytes were received into what [`Incoming::pieces`] gave, or copied there.
+    /// Records that `count` bytes were received into the memory that [`Incoming::pieces`] gave, or were
+    /// copied there.
     pub(super) fn advance(&mut self, count: usize) {
         debug_assert!(count <= self.remaining as usize, "no more than the payload");
         self.offset += count as u64;
@@ -67,7 +68,7 @@ impl Incoming {
         }
     }
 
-    /// Moves payload bytes that are in the receive buffer already to where they belong.
+    /// Moves payload bytes that are in the receive buffer already to their destination.
     pub(super) fn copy(&mut self, input: &mut Input, store: &mut dyn Store) -> Result<(), NotDirect> {
         while self.remaining > 0 && input.len() > 0 {
             let there = input.len().min(self.remaining as usize);

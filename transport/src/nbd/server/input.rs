@@ -1,10 +1,10 @@
-//! What a connection has received and not looked at yet.
+//! The receive buffer of a connection.
 
-/// Bytes of one receive buffer. All requests of a deep queue of small writes come in one call;
-/// of a large write only the first of it is copied, the rest goes where it belongs directly.
+/// Length of a receive buffer in bytes. All requests of a deep queue of small writes arrive in one call; of a
+/// large write only the first bytes are copied, the rest is received straight to its destination.
 const INPUT_LEN: usize = 128 << 10;
 
-/// A receive buffer: bytes `start..end` are there.
+/// A receive buffer: bytes `start..end` are received and not processed yet.
 pub(super) struct Input {
     bytes: Box<[u8]>,
     start: usize,
@@ -13,7 +13,7 @@ pub(super) struct Input {
 
 impl Input {
     /// # Panics
-    /// When more bytes are given than a handshake can leave over.
+    /// When `already_there` is longer than the buffer; a handshake leaves fewer bytes over.
     pub(super) fn new(already_there: &[u8]) -> Input {
         let mut bytes = vec![0; INPUT_LEN].into_boxed_slice();
         bytes[..already_there.len()].copy_from_slice(already_there);
@@ -24,19 +24,19 @@ impl Input {
         self.end - self.start
     }
 
-    /// The first `N` bytes, when they are there.
+    /// The first `N` bytes, when they have arrived.
     pub(super) fn peek<const N: usize>(&self) -> Option<[u8; N]> {
         self.bytes[self.start..self.end].first_chunk().copied()
     }
 
-    /// Takes up to `max` bytes away.
+    /// Removes and returns up to `max` bytes.
     pub(super) fn take(&mut self, max: usize) -> &[u8] {
         let first = self.start;
         self.start += max.min(self.len());
         &self.bytes[first..self.start]
     }
 
-    /// Where the next bytes go. Never empty unless a whole buffer waits.
+    /// The room for the next bytes. Empty only when a whole buffer waits to be processed.
     pub(super) fn room(&mut self) -> &mut [u8] {
         if self.start == self.end {
             (self.start, self.end) = (0, 0);
@@ -47,7 +47,7 @@ impl Input {
         &mut self.bytes[self.end..]
     }
 
-    /// `count` bytes were put into [`Input::room`].
+    /// Records that `count` bytes were put into [`Input::room`].
     pub(super) fn filled(&mut self, count: usize) {
         self.end += count;
         debug_assert!(self.end <= self.bytes.len(), "received within the room");

@@ -1,4 +1,4 @@
-//! Accepting and negotiating, on the control plane.
+//! Accepting connections and negotiating exports, on the control plane.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -17,15 +17,16 @@ use crate::accept::{Accept, Listener};
 use crate::handshakes::{FIRST_MESSAGE, Ticket};
 use crate::nbd::socket::widen_unix;
 
-/// Bytes read at once during a handshake.
+/// Bytes of one read during a handshake.
 const READ_LEN: usize = 4096;
-/// After this long without an answer to what was sent, a TCP peer counts as gone.
+/// A TCP peer that does not acknowledge sent data for this long counts as dead.
 const TCP_USER_TIMEOUT_MS: u32 = 30_000;
-/// An idle connection is probed after this long, and then this often, so that a host that is gone is found without I/O too.
+/// An idle connection is probed after this time, and then at this interval, so that a dead host is found
+/// without I/O too.
 pub(super) const TCP_KEEPALIVE_IDLE: Duration = Duration::from_secs(5);
 const TCP_KEEPALIVE_INTERVAL: Duration = Duration::from_secs(2);
 
-/// A stream that can be negotiated on and then handed to a loop.
+/// A stream on which a handshake runs before it is passed to a loop.
 trait Stream: AsyncRead + AsyncWrite + Unpin + Send + Sized + 'static {
     fn origin(&self) -> Origin;
     fn tune(&self) -> io::Result<()>;
@@ -34,11 +35,11 @@ trait Stream: AsyncRead + AsyncWrite + Unpin + Send + Sized + 'static {
 
 impl Stream for TcpStream {
     fn origin(&self) -> Origin {
-        // Of one that is gone already it does not matter.
+        // For a peer that has disconnected already the origin does not matter.
         self.peer_addr().map_or(Origin::Local, |address| address.ip().into())
     }
 
-    /// No delay of small replies; a peer that vanished is noticed.
+    /// Small replies are sent without delay; a peer that vanished is noticed.
     fn tune(&self) -> io::Result<()> {
         self.set_nodelay(true)?;
         sockopt::set_socket_keepalive(self.as_fd(), true)?;
@@ -68,7 +69,7 @@ impl Stream for UnixStream {
 }
 
 impl Server {
-    /// Accepts clients of a TCP socket, on the tokio runtime that this is called in.
+    /// Accepts clients of a TCP socket on the current tokio runtime.
     ///
     /// # Errors
     /// When the socket cannot be watched.
@@ -81,7 +82,7 @@ impl Server {
         Ok(self.listen(TcpListener::from_std(listener)?, exports))
     }
 
-    /// Accepts clients of a unix socket, on the tokio runtime that this is called in.
+    /// Accepts clients of a unix socket on the current tokio runtime.
     ///
     /// # Errors
     /// When the socket cannot be watched.
@@ -100,7 +101,7 @@ impl Server {
     }
 
     fn accepted<S: Stream>(&self, stream: S, exports: &Arc<dyn Exports>) {
-        // Dropping the stream closes it.
+        // When all places are taken, returning drops the stream, which closes it.
         if self.connections(None) < self.inner.options.connections_max {
             let origin = stream.origin();
             self.inner
@@ -110,7 +111,7 @@ impl Server {
     }
 }
 
-/// One handshake, limited in time.
+/// Runs one handshake within the time limit.
 async fn handshake<S: Stream>(server: Server, mut stream: S, exports: Arc<dyn Exports>, ticket: Ticket) {
     let limit = server.inner.options.handshake;
     match tokio::time::timeout(limit, negotiate(&server, &mut stream, &exports, ticket)).await {
@@ -127,8 +128,8 @@ async fn handshake<S: Stream>(server: Server, mut stream: S, exports: Arc<dyn Ex
     }
 }
 
-/// Until there is an export, or none and the connection is to be closed. The ticket is given back when the client has
-/// entered an export, for it named that by its key.
+/// Runs until an export was entered; `None` when the connection is to be closed instead. The ticket is
+/// dropped when the client has entered an export, because the export's name contains its key.
 async fn negotiate<S: Stream>(
     server: &Server,
     stream: &mut S,
@@ -186,18 +187,19 @@ async fn negotiate<S: Stream>(
     }
 }
 
-/// What a name leads to.
+/// The result of looking an export's name up.
 enum Found {
     /// No export, or none for this client.
     Nothing(NoExport),
-    /// An export, with the place of the connection that enters it.
+    /// An export, with the registered place of the connection if it enters the export.
     Export(Opened, Option<Place>),
     /// An export that has a newer connection of the same session and queue.
     Outdated,
 }
 
-/// Opens an export. When it is entered (by this visitor, if it said who it is) rather than asked about, the client is let in or
-/// refused, the connection gets its place, and the one that it replaces is shut out, before it is answered.
+/// Opens an export. When the client enters it (as a visitor, if it named one) rather than asks about it,
+/// three steps happen before the answer: the client is admitted or refused, the connection gets its place,
+/// and the older connection that it replaces is closed.
 async fn open(
     server: Server,
     exports: Arc<dyn Exports>,

@@ -1,8 +1,8 @@
-//! A server of the NBD protocol: of an appliance's grants, and of volumes for any NBD client.
+//! A server of the NBD protocol, used for an appliance's grants and for volumes that any NBD client may use.
 //!
-//! A connection is accepted and negotiated on the control plane (tokio, with limits on time and
-//! number), then handed once to a loop thread, which serves it to its end: no request changes
-//! threads. There is one loop for each core.
+//! A connection is accepted and negotiated on the control plane (tokio, with limits on time and number), then
+//! passed once to a loop thread, which serves it to its end: no request changes threads. There is one loop
+//! for each core.
 
 mod buffers;
 mod connection;
@@ -36,27 +36,29 @@ pub use crate::accept::Listener;
 use crate::handshakes::{Handshakes, PLACES_MAX};
 use crate::store::Store;
 
-/// Stack of a loop thread, in bytes; xpm-blk locks all of it. Measured in a debug build: 92 KiB are used at most.
+/// Stack of a loop thread, in bytes; xpm-blk locks all of it. A debug build uses at most 92 KiB (measured).
 const STACK_LEN: usize = 256 << 10;
 
-/// How a server runs.
+/// The configuration of a server.
 #[derive(Debug, Clone)]
 pub struct ServerOptions {
-    /// Name of its threads, at most 12 bytes, for people who look at them.
+    /// Prefix of its threads' names, at most 12 bytes; process tools show it.
     pub name: &'static str,
     /// Loop threads; at least 1.
     pub loops: usize,
     /// Longest busy poll after work, before a loop sleeps. Zero: sleep at once.
     pub spin: Duration,
-    /// Longest time that a handshake may take; the client has to say something within two seconds of it.
+    /// Time limit of a handshake; the client has to send its first message within the first two seconds.
     pub handshake: Duration,
-    /// Clients at once that have not entered an export. Where there is no place for one more, the oldest is closed: of
-    /// those of its address if these have a quarter of the places. Fewer where the process may have few descriptors.
+    /// Most clients at once that have not entered an export. When all places are taken, the oldest such
+    /// client is closed: the oldest of the new client's address if that address has a quarter of the places.
+    /// Fewer where the process's descriptor limit is low.
     pub handshakes_max: usize,
-    /// Clients at once that have entered an export; while there are as many, one more is closed as soon as it is accepted.
+    /// Most clients at once that have entered an export; beyond that, a new client is closed as soon as it is
+    /// accepted.
     pub connections_max: usize,
-    /// Bytes of buffers for each connection whose store is not direct, locked if the process locks
-    /// its memory; 0 when all stores are direct. Half of it bounds the longest part of a request.
+    /// Bytes of buffers for each connection whose store is not direct, locked if the process locks its
+    /// memory; 0 when all stores are direct. Half of this length is the upper limit of a request's part.
     pub buffers_len: usize,
 }
 
@@ -74,30 +76,31 @@ impl Default for ServerOptions {
     }
 }
 
-/// What clients may ask for, on the control plane.
+/// The exports that clients may ask for; used on the control plane.
 pub trait Exports: Send + Sync + 'static {
-    /// Opens the export of this name for one connection; none if there is no such export. May take
-    /// a moment, but must not wait for the network.
+    /// Opens the export of this name for one connection; none if there is no such export. May block briefly,
+    /// but must not wait for the network.
     fn open(&self, name: &str) -> Option<Opened>;
 
-    /// Lets a client in, which said which life of a client it is, if it did. Called after [`Exports::open`] for clients that
-    /// enter the export, before anything of theirs is served. May block for some seconds.
+    /// Admits a client; `visitor` is the life of a client that it names, if it names one. Called after
+    /// [`Exports::open`] for clients that enter the export, before any of their requests is served. May block
+    /// for some seconds.
     ///
     /// # Errors
-    /// Why it is not let in, in one line for the client.
+    /// The reason of the refusal, as one line for the client.
     fn admit(&self, opened: &Opened, visitor: Option<&Visitor>) -> Result<(), String> {
         let _ = (opened, visitor);
         Ok(())
     }
 
-    /// Whether a client that was let in still is. Called when its connection can be found by
-    /// [`Server::close_others`], so that one which was overtaken meanwhile is not served.
+    /// Whether an admitted client still is admitted. Called when its connection can be found by
+    /// [`Server::close_others`], so that a client that was replaced meanwhile is not served.
     fn is_admitted(&self, opened: &Opened, visitor: Option<&Visitor>) -> bool {
         let _ = (opened, visitor);
         true
     }
 
-    /// The names for a client that asks for a list; none to refuse it.
+    /// The names of all exports for a client that asks for a list; none to refuse the request.
     fn list(&self) -> Option<Vec<String>> {
         None
     }
@@ -105,13 +108,13 @@ pub trait Exports: Send + Sync + 'static {
 
 /// An export opened for one connection.
 pub struct Opened {
-    /// What the client is told of it.
+    /// The description that the client receives.
     pub info: ExportInfo,
-    /// Its bytes.
+    /// The export's bytes.
     pub store: Box<dyn Store>,
-    /// What [`Server::close_group`] closes together: a grant, or a device.
+    /// The grant or device, as the unit that [`Server::close_group`] closes.
     pub group: u128,
-    /// Whose connection it is, if the client said so: a newer generation shuts out the older.
+    /// The session of the client, if it sent one: a newer generation of a session replaces the older one.
     pub session: Option<SessionTag>,
 }
 
@@ -123,7 +126,8 @@ struct Inner {
     handshakes: Handshakes,
 }
 
-/// A loop thread, for a watchdog: one that turns answers each [`LoopWatch::poke`]. It keeps no server alive.
+/// A handle of a loop thread for a watchdog: a loop that makes progress answers each [`LoopWatch::poke`]. The
+/// handle keeps no server alive.
 pub struct LoopWatch {
     name: String,
     mailbox: Arc<Mailbox>,
@@ -136,19 +140,20 @@ impl LoopWatch {
         &self.name
     }
 
-    /// Asks for one more answer. Returns at once.
+    /// Requests one more answer. Returns at once.
     pub fn poke(&self) {
         self.mailbox.send(Letter::Poke);
     }
 
-    /// Answers since the start. The loop gives them where it also takes events of its connections.
+    /// Number of answers since the start. The loop answers at the point where it also takes events of its
+    /// connections.
     pub fn answers(&self) -> u64 {
         self.counters.answers.load(Ordering::Relaxed)
     }
 }
 
-/// A running server. Clones are the same server; its threads end with the last of them, and its
-/// connections with them.
+/// A running server. Clones share the same server; dropping the last clone ends the threads and the
+/// connections.
 #[derive(Clone)]
 pub struct Server {
     inner: Arc<Inner>,
@@ -158,7 +163,7 @@ impl Server {
     /// Starts the loop threads.
     ///
     /// # Errors
-    /// When the kernel gives no descriptor or thread.
+    /// When the kernel provides no descriptor or thread.
     pub fn start(options: ServerOptions) -> io::Result<Server> {
         let loops = options.loops.max(1);
         let registry = Arc::new(Registry::new(loops));
@@ -185,42 +190,42 @@ impl Server {
         Ok(Server { inner: Arc::new(inner) })
     }
 
-    /// Serves a stream that is in the transmission phase already, without structured replies: the
-    /// other end of a socket pair that the kernel's nbd driver was given.
+    /// Serves a stream that is in the transmission phase already, without structured replies: one end of a
+    /// socket pair whose other end the kernel's nbd driver has.
     ///
     /// # Errors
-    /// When there is no memory for its buffers, or the descriptor is not a stream socket.
+    /// When there is no memory for the buffers, or the descriptor is not a stream socket.
     pub fn adopt(&self, stream: OwnedFd, opened: Opened) -> io::Result<()> {
         let outdated = |_| io::Error::other("a newer connection of the same session is there");
         let place = self.register(opened.group, opened.session, None).map_err(outdated)?;
         self.take(stream, opened, place, Negotiated::default())
     }
 
-    /// Closes all connections of the group; blocks until no loop thread touches their stores any
-    /// more, which is as long as a loop's turn takes. To keep new ones out, let [`Store::alive`]
-    /// of the group's stores turn false before.
+    /// Closes all connections of the group. Blocks until no loop thread accesses their stores any more, which
+    /// takes up to one turn of a loop. To keep new connections out, let [`Store::alive`] of the group's
+    /// stores turn false before.
     pub fn close_group(&self, group: u128) {
         self.inner.registry.close_group(group, &self.inner.mailboxes);
     }
 
-    /// Connections now, of one group or of all.
+    /// Current number of connections, of one group or of all.
     pub fn connections(&self, group: Option<u128>) -> usize {
         self.inner.registry.count(group)
     }
 
-    /// Clients of the group that are other lives than this one, on other seats, and whose hosts answer now. Blocks for up to
-    /// three seconds: a host that does not answer is asked for as long.
+    /// Clients of the group that are other lives than `life`, on other seats, and whose hosts answer now.
+    /// Blocks for up to three seconds, the time limit for a host that does not answer.
     pub fn living(&self, group: u128, life: &Life) -> Vec<Visitor> {
         pulse::answering(&self.inner.registry.others(group, life))
     }
 
-    /// Closes the connections of all other lives than this one. Blocks like [`Server::close_group`]. Connections
-    /// that did not say a life stay.
+    /// Closes the connections of all lives other than `life`. Blocks like [`Server::close_group`].
+    /// Connections that did not name a life stay open.
     pub fn close_others(&self, group: u128, life: &Life) {
         self.inner.registry.close_others(group, life, &self.inner.mailboxes);
     }
 
-    /// All loops, for a watchdog.
+    /// Handles of all loops, for a watchdog.
     pub fn loops(&self) -> Vec<LoopWatch> {
         let Inner { options, mailboxes, counters, .. } = &*self.inner;
         let both = mailboxes.iter().cloned().zip(counters.iter().cloned()).enumerate();
@@ -232,14 +237,14 @@ impl Server {
         .collect()
     }
 
-    /// What passed since the start.
+    /// Sums of the requests that were handled since the start.
     pub fn counters(&self) -> Counters {
         let mut sum = Counters::default();
         self.inner.counters.iter().for_each(|counters| counters.add_to(&mut sum));
         sum
     }
 
-    /// Registers a connection, and shuts out the one that it replaces. Blocks like
+    /// Registers a connection, and closes the older connection that it replaces. Blocks like
     /// [`Server::close_group`].
     fn register(
         &self,
@@ -251,7 +256,7 @@ impl Server {
         Ok(Place { server: self.clone(), id, settled: false })
     }
 
-    /// Hands a connection to its loop. One that was closed during its handshake is dropped.
+    /// Passes a connection to its loop. A connection that was closed during its handshake is dropped.
     fn take(
         &self,
         stream: OwnedFd,
@@ -283,7 +288,7 @@ fn loop_name(options: &ServerOptions, number: usize) -> String {
     format!("{}-{number}", options.name)
 }
 
-/// A registered connection that has no loop yet; given up when dropped.
+/// A registered connection that has no loop yet; dropping it removes the registration.
 struct Place {
     server: Server,
     id: ConnectionId,
@@ -298,7 +303,7 @@ impl Drop for Place {
     }
 }
 
-/// What a handshake agreed on beside the export.
+/// The results of a handshake beside the export.
 #[derive(Default)]
 struct Negotiated {
     structured: bool,

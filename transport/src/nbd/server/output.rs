@@ -1,6 +1,6 @@
-//! What a connection has still to send: reply headers, runs of external memory, and buffers, in
-//! order. Memory of a direct store is looked up only when it is sent, so that a reply of any
-//! length takes two places here.
+//! The send queue of a connection: reply headers, runs of external memory, and buffers, in order. The memory
+//! of a direct store is looked up only when it is sent, so that a reply of any length takes two places in the
+//! queue.
 
 use std::collections::VecDeque;
 use std::io;
@@ -13,8 +13,8 @@ use crate::store::Store;
 
 /// Room for one reply header, with the extents of a block status reply behind it.
 pub(super) const HEAD_LEN: usize = 128;
-/// Pieces that may wait, two for a reply at most. A client that asks on without reading is not
-/// listened to beyond it.
+/// Most pieces in the queue; a reply takes at most two. When a client sends requests without reading replies,
+/// the server stops reading its requests at this limit.
 const PIECES_MAX: usize = 512;
 
 #[derive(Debug, Clone, Copy)]
@@ -41,16 +41,16 @@ pub(super) struct Output {
     pieces: VecDeque<Piece>,
     /// Bytes of the first piece that are sent already.
     sent: usize,
-    /// Pieces that are memory of the store.
+    /// Number of pieces that are memory of the store.
     directs: usize,
 }
 
-/// How far [`Output::flush`] came.
+/// The result of [`Output::flush`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Flushed {
     /// Everything is sent.
     All,
-    /// The socket takes no more now.
+    /// The socket accepts no more bytes now.
     Blocked,
 }
 
@@ -69,12 +69,12 @@ impl Output {
         self.pieces.is_empty()
     }
 
-    /// Whether replies to all that may be in flight still find room beside `in_flight` others.
+    /// Whether the queue has room for one more reply beside those of `in_flight` requests.
     pub(super) fn has_room(&self, in_flight: usize) -> bool {
         self.pieces.len() + 2 * (in_flight + 1) <= PIECES_MAX
     }
 
-    /// Queues the first `len` bytes that `write` put into the header.
+    /// Queues the first `len` bytes of a header; `write` fills the header and returns `len`.
     pub(super) fn head(&mut self, write: impl FnOnce(&mut [u8; HEAD_LEN]) -> usize) {
         let slot = self.head_next % PIECES_MAX;
         let len = write(&mut self.heads[slot]);
@@ -83,12 +83,12 @@ impl Output {
         self.pieces.push_back(Piece::Head { slot: slot as u32, len: len as u32 });
     }
 
-    /// Whether memory of the store waits to be sent.
+    /// Whether memory of the store is queued.
     pub(super) fn has_direct(&self) -> bool {
         self.directs > 0
     }
 
-    /// Memory of the store that waits to be sent: offsets and lengths.
+    /// Calls `each` with offset and length of the store's memory that is queued.
     pub(super) fn for_each_direct(&self, mut each: impl FnMut(u64, u64)) {
         for piece in &self.pieces {
             if let Piece::Direct { offset, len } = piece {
@@ -106,7 +106,7 @@ impl Output {
         self.pieces.push_back(Piece::Buffer { run, buf });
     }
 
-    /// Sends what the socket takes and frees the buffers that are through.
+    /// Sends as much as the socket accepts, and frees the buffers that are sent.
     pub(super) fn flush(
         &mut self,
         socket: BorrowedFd<'_>,

@@ -1,8 +1,8 @@
-//! Whether the host at the other end of a connection lives, as its kernel says: TCP answers a probe.
+//! Detects whether the host at the other end of a connection is alive: its kernel answers a TCP probe.
 //!
-//! A process that ended has closed its connections, so what is open belongs to a process that lives, or to a host that
-//! stands still, is cut off, or is gone. Of these the kernel of a host that is there acknowledges a keepalive probe within a
-//! round trip, and one that was started again answers with a reset.
+//! A process that ended has closed its connections, so an open connection belongs to a live process, or to a
+//! host that is suspended, cut off, or gone. The kernel of a running host acknowledges a keepalive probe
+//! within a round trip, and the kernel of a rebooted host answers with a reset.
 
 #![allow(unsafe_code)]
 
@@ -19,13 +19,13 @@ use xpm_protocol::Visitor;
 
 use super::listen::TCP_KEEPALIVE_IDLE;
 
-/// How long a host is waited for; a probe is sent after a second without traffic at the latest.
+/// Time to wait for a host; a probe is sent at the latest after a second without traffic.
 const LIMIT: Duration = Duration::from_secs(3);
-/// The shortest time without traffic after which the kernel probes.
+/// The shortest idle time after which the kernel sends a probe.
 const PROBE_AFTER: Duration = Duration::from_secs(1);
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
-/// Those of the clients that answer. Returns with the first one that does, and after [`LIMIT`] at the latest. Blocks.
+/// Returns the clients that answer: when the first one does, and at the latest after [`LIMIT`]. Blocks.
 pub(super) fn answering(clients: &[(Visitor, Weak<OwnedFd>)]) -> Vec<Visitor> {
     let start = Instant::now();
     let probe = |stream: &OwnedFd, idle| {
@@ -61,13 +61,13 @@ pub(super) fn answering(clients: &[(Visitor, Weak<OwnedFd>)]) -> Vec<Visitor> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Pulse {
     Answers,
-    /// Nothing was heard since the probe.
+    /// No traffic arrived since the probe.
     Silent,
     /// Closed by the other end.
     Ended,
 }
 
-/// What was heard since `start`.
+/// Evaluates the traffic that arrived since `start`.
 fn pulse(stream: BorrowedFd<'_>, start: Instant) -> Pulse {
     if has_ended(stream) {
         return Pulse::Ended;
@@ -87,7 +87,7 @@ fn has_ended(stream: BorrowedFd<'_>) -> bool {
     poll(&mut fds, Some(&now)).is_ok() && fds[0].revents().intersects(ended)
 }
 
-/// By `TCP_INFO` of tcp(7).
+/// Time since the last acknowledgement, by `TCP_INFO` of tcp(7).
 fn since_last_acknowledgement(stream: BorrowedFd<'_>) -> io::Result<Duration> {
     let mut info = MaybeUninit::<libc::tcp_info>::zeroed();
     let mut len = size_of::<libc::tcp_info>() as libc::socklen_t;
@@ -104,7 +104,7 @@ fn since_last_acknowledgement(stream: BorrowedFd<'_>) -> io::Result<Duration> {
     if result != 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: it is made of numbers, all of them zero where the kernel wrote nothing.
+    // SAFETY: the struct consists of numbers, all of them zero where the kernel wrote nothing.
     let info = unsafe { info.assume_init() };
     Ok(Duration::from_millis(info.tcpi_last_ack_recv.into()))
 }
@@ -128,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn an_idle_peer_answers_and_one_that_closed_does_not() {
+    fn an_idle_peer_answers_and_a_closed_connection_does_not() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let there = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (here, _) = listener.accept().unwrap();
@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_on_this_kernel_lives_while_its_end_is_open() {
+    fn a_local_peer_is_alive_while_its_end_is_open() {
         let (here, there) = UnixStream::pair().unwrap();
         let (here, clients) = client(here.into());
         assert_eq!(answering(&clients).len(), 1);

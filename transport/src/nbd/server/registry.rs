@@ -1,5 +1,5 @@
-//! Which connections there are, so that those of a grant can be closed, and a client's old one
-//! before its new one is let in.
+//! The registry of a server's connections. With it, all connections of a grant can be closed, and a client's
+//! old connection is closed before its new one is admitted.
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
@@ -10,7 +10,7 @@ use xpm_protocol::{Life, Visitor};
 
 use super::event_loop::{Letter, Mailbox};
 
-/// Number of a connection; never used twice.
+/// Number of a connection; never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) struct ConnectionId(u64);
 
@@ -20,7 +20,7 @@ struct Entry {
     visitor: Option<Visitor>,
     /// Its socket, once a loop serves it.
     stream: Weak<OwnedFd>,
-    /// Which loop serves it; none while its handshake is going on.
+    /// The loop that serves it; none while its handshake is in progress.
     home: Option<usize>,
 }
 
@@ -34,17 +34,17 @@ impl Entry {
 struct State {
     last: u64,
     entries: HashMap<ConnectionId, Entry>,
-    /// Connections of each loop.
+    /// Number of connections of each loop.
     load: Vec<usize>,
 }
 
-/// All connections of a server. Locked on the control path only: when one comes or goes.
+/// All connections of a server. Locked on the control path only: when a connection is added or removed.
 pub(super) struct Registry {
     state: Mutex<State>,
     left: Condvar,
 }
 
-/// A connection of the same session and queue with the same or a newer generation is there.
+/// A connection of the same session and queue with the same or a newer generation exists.
 #[derive(Debug)]
 pub(super) struct Outdated;
 
@@ -54,14 +54,14 @@ impl Registry {
         Registry { state: Mutex::new(state), left: Condvar::new() }
     }
 
-    /// The state is whole whenever the lock is free, so a panic elsewhere does not spoil it.
+    /// Every critical section leaves the state valid, so a poisoned lock is safe to use.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Registers a connection whose handshake is going on. Before it is answered, older connections
-    /// of the same session and queue are closed, and waited for until they are gone: a request that
-    /// one of them still had in its socket cannot land behind those of the new one.
+    /// Registers a connection whose handshake is in progress. Before the handshake is answered, older
+    /// connections of the same session and queue are closed, and this function waits until they are gone: a
+    /// request that an old connection still had in its socket cannot land behind those of the new one.
     pub(super) fn register(
         &self,
         group: u128,
@@ -88,8 +88,8 @@ impl Registry {
         Ok(own)
     }
 
-    /// The handshake is over: the loop with the fewest connections gets it. None when it was closed
-    /// meanwhile.
+    /// Called when the handshake is over: assigns the loop with the fewest connections. None when the
+    /// connection was closed meanwhile.
     pub(super) fn settle(&self, id: ConnectionId, stream: Weak<OwnedFd>) -> Option<usize> {
         let mut state = self.lock();
         let home = (0..state.load.len()).min_by_key(|home| state.load[*home])?;
@@ -99,7 +99,8 @@ impl Registry {
         Some(home)
     }
 
-    /// It was dropped, by its loop or before it had one: nothing touches its store any more.
+    /// Removes a connection that was dropped, by its loop or before it had one: no thread accesses its store
+    /// any more.
     pub(super) fn gone(&self, id: ConnectionId) {
         let mut state = self.lock();
         if let Some(home) = state.entries.remove(&id).and_then(|entry| entry.home) {
@@ -117,25 +118,26 @@ impl Registry {
         }
     }
 
-    /// The connections of a group that other lives have, on other seats.
+    /// The connections of a group that belong to other lives, on other seats.
     pub(super) fn others(&self, group: u128, life: &Life) -> Vec<(Visitor, Weak<OwnedFd>)> {
         let state = self.lock();
         let others = state.entries.values().filter(|entry| entry.is_of_other(group, life));
         others.filter_map(|entry| Some((entry.visitor.clone()?, entry.stream.clone()))).collect()
     }
 
-    /// Closes them, and waits until nothing touches their stores.
+    /// Closes the connections that [`Registry::others`] returns, and waits until no thread accesses their
+    /// stores.
     pub(super) fn close_others(&self, group: u128, life: &Life, mailboxes: &[Arc<Mailbox>]) {
         self.close(self.lock(), mailboxes, |_, entry| entry.is_of_other(group, life));
     }
 
-    /// Closes the connections of a group and waits until nothing touches their stores.
+    /// Closes the connections of a group, and waits until no thread accesses their stores.
     pub(super) fn close_group(&self, group: u128, mailboxes: &[Arc<Mailbox>]) {
         self.close(self.lock(), mailboxes, |_, entry| entry.group == group);
     }
 
-    /// Closes connections. Those without a loop have not touched their store, and will not: they are
-    /// forgotten, and so refused when their handshake is over.
+    /// Closes connections. A connection without a loop has not accessed its store, and will not: its entry is
+    /// removed, so that the connection is refused at the end of its handshake.
     fn close(
         &self,
         mut state: MutexGuard<'_, State>,

@@ -1,4 +1,4 @@
-//! Replies as bytes, each written into the room for one header; all return its length.
+//! Encoding replies. Each function writes into the room for one header and returns the length in bytes.
 
 use xpm_protocol::nbd::{
     CHUNK_HEADER_LEN, ChunkHeader, ChunkType, CommandFlags, EXTENT_LEN, Errno, Request, SIMPLE_REPLY_LEN,
@@ -12,7 +12,8 @@ type Head = [u8; HEAD_LEN];
 
 /// Where the extents of a block status chunk begin: behind the header and the context's id.
 const EXTENTS_START: usize = CHUNK_HEADER_LEN + 4;
-/// Extents in one reply. A client asks on for those behind; a swap or file system never does.
+/// Most extents in one reply. A client asks again for the extents behind them; swap and file systems never
+/// do.
 const EXTENTS_MAX: usize = (HEAD_LEN - EXTENTS_START) / EXTENT_LEN;
 
 pub(super) fn simple(head: &mut Head, cookie: u64, error: Option<Errno>) -> usize {
@@ -28,14 +29,14 @@ pub(super) fn data(head: &mut Head, cookie: u64, offset: u64, length: u32) -> us
     put(head, CHUNK_HEADER_LEN, &offset.to_be_bytes())
 }
 
-/// A chunk that says that the request failed, without a message.
+/// A chunk that reports an error, without a message.
 pub(super) fn error(head: &mut Head, cookie: u64, errno: Errno) -> usize {
     chunk(head, ChunkType::Error, cookie, 6);
     let end = put(head, CHUNK_HEADER_LEN, &errno.to_wire().to_be_bytes());
     put(head, end, &0_u16.to_be_bytes())
 }
 
-/// The extents of a block status request, as many as find room.
+/// The extents of a block status request, as many as fit.
 pub(super) fn block_status(head: &mut Head, request: &Request, context: u32, store: &mut dyn Store) -> usize {
     let most = if request.flags.contains(CommandFlags::REQ_ONE) { 1 } else { EXTENTS_MAX };
     let mut end = put(head, CHUNK_HEADER_LEN, &context.to_be_bytes());
@@ -45,7 +46,7 @@ pub(super) fn block_status(head: &mut Head, request: &Request, context: u32, sto
             break;
         }
         let extent = store.extent(offset, left);
-        // Extents are at most what was asked for, which is a number of 32 bits.
+        // An extent is at most as long as the request, whose length has 32 bits.
         let len = extent.len.clamp(1, left);
         let state = if extent.hole { STATE_HOLE | STATE_ZERO } else { 0 };
         end = put(head, end, &(len as u32).to_be_bytes());

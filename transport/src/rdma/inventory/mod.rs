@@ -1,7 +1,7 @@
-//! The RDMA devices of this machine as plain data, and what stands in the way of using them.
+//! The RDMA devices of this machine as plain data, and the obstacles to using them.
 //!
-//! `sysfs` reads what the kernel says in files, of any tree of files; `query` asks the library for
-//! limits, which no file holds. Nothing here changes the machine.
+//! `sysfs` reads the kernel's files below any root directory; `query` asks the library for limits, which no
+//! file contains. These functions do not change the machine.
 
 mod query;
 mod sysfs;
@@ -12,12 +12,12 @@ use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
 
-/// What a machine has for RDMA.
+/// The RDMA equipment of a machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Inventory {
     /// The libraries that could be loaded.
     pub libraries: Libraries,
-    /// The kernel's parts that are there.
+    /// The available parts of the kernel's RDMA support.
     pub kernel: Kernel,
     /// The device file of the connection manager, `/dev/infiniband/rdma_cm`.
     pub manager: Node,
@@ -25,7 +25,7 @@ pub struct Inventory {
     pub devices: Vec<Device>,
 }
 
-/// The libraries of rdma-core, which are loaded when a program starts, if they are there.
+/// The libraries of rdma-core; a program loads them at its start if they are installed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Libraries {
     /// `libibverbs.so.1`.
@@ -41,16 +41,16 @@ pub struct Kernel {
     pub core: bool,
     /// `ib_uverbs`: processes can use them.
     pub verbs: bool,
-    /// What the library got instead of a list of devices, other than that there is no `ib_uverbs`.
+    /// The error, other than a missing `ib_uverbs`, with which the library failed to list devices.
     pub failed: Option<Errno>,
 }
 
 /// A device file that a process opens.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Node {
-    /// Where it is to be.
+    /// The expected path.
     pub path: PathBuf,
-    /// What came of opening it.
+    /// The result of opening it.
     pub access: Access,
 }
 
@@ -59,28 +59,29 @@ pub struct Node {
 pub enum Access {
     /// It can be opened.
     Usable,
-    /// It is not there.
+    /// The file does not exist.
     Missing,
-    /// It is there, but not for this process: its mode, or a rule for the process's devices.
+    /// The file exists, but this process may not open it: its mode, or a device rule for the process, forbids
+    /// it.
     Denied,
-    /// It cannot be opened for another reason.
+    /// The file cannot be opened for another reason.
     Failed(Errno),
 }
 
 /// An RDMA device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Device {
-    /// The kernel's name of it, such as `mlx5_0`.
+    /// The kernel's name of the device, such as `mlx5_0`.
     pub name: String,
-    /// The kernel's driver, such as `mlx5_core`, `rxe` or `siw`, where it can be told.
+    /// The kernel's driver, such as `mlx5_core`, `rxe` or `siw`, where it is known.
     pub driver: Option<String>,
-    /// Done by the processor over a network device (rxe, siw) rather than by a card.
+    /// Implemented by the processor over a network device (rxe, siw) rather than by a card.
     pub software: bool,
-    /// The GUID of the node; none while it has not been set.
+    /// The GUID of the node; none until it is set.
     pub node_guid: Option<Guid>,
     /// Its device file, `/dev/infiniband/uverbsN`; none while `ib_uverbs` does not show it.
     pub node: Option<Node>,
-    /// What it can do.
+    /// The device's limits.
     pub limits: Result<Limits, NoLimits>,
     /// Its ports by number.
     pub ports: Vec<Port>,
@@ -90,7 +91,7 @@ pub struct Device {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Guid(pub u64);
 
-/// What a device can do, by `ibv_query_device(3)`. Nothing is promised for all of it at once.
+/// The limits of a device, by `ibv_query_device(3)`. They need not be reachable all at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
     /// Longest memory region in bytes.
@@ -101,13 +102,13 @@ pub struct Limits {
     pub max_pd: u32,
     /// Queue pairs.
     pub max_qp: u32,
-    /// Work requests that wait in one queue of a queue pair.
+    /// Outstanding work requests in one queue of a queue pair.
     pub max_qp_wr: u32,
     /// Completions in one completion queue.
     pub max_cqe: u32,
-    /// READs that one queue pair answers at a time.
+    /// READs that one queue pair answers concurrently.
     pub max_qp_rd_atom: u32,
-    /// READs that one queue pair has under way at a time.
+    /// READs that one queue pair issues concurrently.
     pub max_qp_init_rd_atom: u32,
 }
 
@@ -118,7 +119,7 @@ pub enum NoLimits {
     Unasked,
     /// The library has no provider for this device's driver.
     NoProvider,
-    /// The kernel has the device and offers no verbs of it: it is being removed.
+    /// The kernel has the device but offers no verbs for it: the device is being removed.
     Leaving,
     /// The device could not be opened or did not answer.
     Failed(Errno),
@@ -129,17 +130,17 @@ pub enum NoLimits {
 pub struct Port {
     /// Its number, from 1.
     pub number: u8,
-    /// What state its link is in.
+    /// The state of its link.
     pub state: PortState,
-    /// What kind of network it is on; none when the kernel names another.
+    /// Its kind of network; none for a kind that this program does not know.
     pub link_layer: Option<LinkLayer>,
     /// Longest payload of a packet in bytes, 256 to 4096; none when the device was not asked.
     pub mtu: Option<u32>,
     /// The link's speed in the kernel's words, such as `100 Gb/sec (4X EDR)`.
     pub rate: Option<String>,
-    /// Its addresses by index, without those that are not in use.
+    /// Its addresses by index, without unused entries.
     pub gids: Vec<Gid>,
-    /// The network devices over it: those of its addresses, or IP over InfiniBand's.
+    /// The network devices over the port: those of its addresses, or those of IP over InfiniBand.
     pub net_devices: Vec<String>,
 }
 
@@ -150,7 +151,7 @@ pub enum PortState {
     Down,
     /// A link that no subnet manager has set up yet.
     Initializing,
-    /// Set up by the subnet manager, and waiting for it.
+    /// Set up by the subnet manager, which has not activated it yet.
     Armed,
     /// Data can pass.
     Active,
@@ -172,17 +173,17 @@ pub enum LinkLayer {
 /// An address of a port.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Gid {
-    /// Its place in the port's table.
+    /// Its index in the port's table.
     pub index: u32,
-    /// The address; that of an IPv4 address is mapped, `::ffff:10.0.0.1`.
+    /// The address; an IPv4 address is mapped, `::ffff:10.0.0.1`.
     pub gid: Ipv6Addr,
-    /// What packets to it look like.
+    /// The format of packets to it.
     pub kind: GidKind,
-    /// The network device whose address it is.
+    /// The network device that has this address.
     pub net_device: Option<String>,
 }
 
-/// What packets to a [`Gid`] look like.
+/// The format of packets to a [`Gid`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum GidKind {
     /// InfiniBand's own.
@@ -195,14 +196,14 @@ pub enum GidKind {
     Iwarp,
 }
 
-/// What stands in the way of RDMA on a machine. Displayed, it is a clause that says so.
+/// An obstacle to RDMA on a machine. Its text is a clause that describes the obstacle.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Obstacle {
     /// The kernel's RDMA support is neither loaded nor built in.
     NoKernelSupport,
     /// The kernel has no RDMA device.
     NoDevice,
-    /// There are devices, but `ib_uverbs` is not loaded.
+    /// The kernel has devices, but `ib_uverbs` is not loaded.
     NoVerbs,
     /// `libibverbs.so.1` could not be loaded.
     NoVerbsLibrary,
@@ -210,27 +211,26 @@ pub enum Obstacle {
     NoManagerLibrary,
     /// The library could not list the devices.
     NotListed(Errno),
-    /// A device file cannot be used: never one that [`Access::Usable`] is true of.
+    /// A device file cannot be used; its access is never [`Access::Usable`].
     Node(Node),
     /// The library has no provider for this device.
     NoProvider(String),
-    /// The kernel offers no verbs of this device: it is being removed.
+    /// The kernel offers no verbs for this device: the device is being removed.
     Leaving(String),
     /// This device cannot be opened or does not answer.
     NotOpened(String, Errno),
-    /// Devices are there, but no port of them is active.
+    /// The machine has devices, but none of their ports is active.
     NoActivePort,
 }
 
-/// Whether the kernel has an RDMA device; whether it can be used is another question. Reads one
-/// directory.
+/// Whether the kernel has an RDMA device, usable or not. Reads one directory.
 pub fn any_device() -> bool {
     sysfs::any_device(Path::new("/"))
 }
 
 impl Inventory {
-    /// Reads this machine's. Opens each device and its connection manager and closes them again, which takes
-    /// some milliseconds; not for the data path.
+    /// Reads the inventory of this machine. Opens each device and its connection manager and closes them
+    /// again, which takes some milliseconds; not for the data path.
     pub fn read() -> Inventory {
         let mut inventory = sysfs::read(Path::new("/"));
         inventory.libraries = query::libraries();
@@ -243,7 +243,7 @@ impl Inventory {
         inventory
     }
 
-    /// Adds what the library said of the devices.
+    /// Adds the library's answers to the devices.
     fn merge(&mut self, listed: &[query::Listed]) {
         for device in &mut self.devices {
             let listed = listed.iter().find(|listed| listed.name == device.name);
@@ -256,16 +256,15 @@ impl Inventory {
         }
     }
 
-    /// Whether there is a device that can be used through the connection manager, with a port that
-    /// data can pass.
+    /// Whether at least one device is usable through the connection manager and has an active port.
     pub fn is_usable(&self) -> bool {
         self.libraries.manager
             && self.manager.access == Access::Usable
             && self.devices.iter().any(|device| device.limits.is_ok() && device.is_active())
     }
 
-    /// What stands in the way, what has to be mended first coming first. Empty when all is there;
-    /// one device may be of use while another has an obstacle: see [`Inventory::is_usable`].
+    /// The obstacles, in the order in which they have to be removed. Empty when there is none; one device may
+    /// be usable while another has an obstacle: see [`Inventory::is_usable`].
     pub fn obstacles(&self) -> Vec<Obstacle> {
         let mut found = Vec::new();
         if !self.kernel.core {
@@ -321,15 +320,15 @@ impl Device {
         }
     }
 
-    /// Whether data can pass one of its ports.
+    /// Whether at least one of its ports is active.
     pub fn is_active(&self) -> bool {
         self.ports.iter().any(|port| port.state == PortState::Active)
     }
 }
 
 impl Gid {
-    /// The IP address that the GID stands for, which the connection manager is called by. None for
-    /// InfiniBand's and iWARP's, which stand for none.
+    /// The IP address that the GID stands for; the connection manager uses this address. None for GIDs of
+    /// InfiniBand and iWARP, which stand for no IP address.
     pub fn address(&self) -> Option<IpAddr> {
         match self.kind {
             GidKind::RoceV1 | GidKind::RoceV2 => Some(self.gid.to_canonical()),
@@ -419,7 +418,7 @@ mod tests {
         refused.merge(&[listed("mlx5_0", Err(Errno::NOMEM))]);
         assert_eq!(refused.obstacles(), [Obstacle::NotOpened("mlx5_0".into(), Errno::NOMEM)]);
 
-        // What may not be opened is said once.
+        // A device that may not be opened is reported once.
         let mut denied = machine();
         let node = Node { path: "/dev/infiniband/uverbs0".into(), access: Access::Denied };
         denied.devices[0].node = Some(node.clone());
@@ -428,7 +427,7 @@ mod tests {
     }
 
     #[test]
-    fn every_part_that_is_missing_is_said() {
+    fn every_missing_part_is_reported() {
         let mut without_libraries = machine();
         without_libraries.libraries = Libraries::default();
         assert_eq!(without_libraries.obstacles(), [Obstacle::NoVerbsLibrary, Obstacle::NoManagerLibrary]);
@@ -444,7 +443,7 @@ mod tests {
         assert_eq!(without_verbs.obstacles(), [Obstacle::NoVerbs]);
     }
 
-    /// Without a device, its files and ports are not missed.
+    /// On a machine without devices, missing device files and ports are no obstacles.
     #[test]
     fn a_machine_without_devices_has_one_obstacle() {
         let mut none = machine();

@@ -1,4 +1,4 @@
-//! What the library says of devices: limits, and the MTUs of ports, which no file holds.
+//! Asking the library about devices: their limits, and the MTUs of ports, which no file contains.
 
 #![allow(unsafe_code)]
 
@@ -26,7 +26,7 @@ pub(super) struct Listed {
     pub(super) answer: Result<Answer, Errno>,
 }
 
-/// What a device answered.
+/// A device's answer.
 pub(super) struct Answer {
     pub(super) vendor_id: u32,
     pub(super) limits: Limits,
@@ -34,7 +34,7 @@ pub(super) struct Answer {
     pub(super) mtus: Vec<Option<u32>>,
 }
 
-/// The driver that a vendor id stands for, if it does its work in software.
+/// The software driver that a vendor id stands for; none for hardware.
 pub(super) fn software_driver(vendor_id: u32) -> Option<&'static str> {
     match vendor_id {
         VENDOR_RXE => Some("rxe"),
@@ -43,18 +43,19 @@ pub(super) fn software_driver(vendor_id: u32) -> Option<&'static str> {
     }
 }
 
-/// Which libraries are there.
+/// The libraries that could be loaded.
 pub(super) fn libraries() -> Libraries {
-    // SAFETY: both take any number and touch nothing. The binding returns null without a library.
+    // SAFETY: both functions take any number and access no memory. The binding returns null without a
+    // library.
     let (verbs, manager) = unsafe { (ibv_wc_status_str(0), rdma_event_str(0)) };
     Libraries { verbs: !verbs.is_null(), manager: !manager.is_null() }
 }
 
-/// Opens each device of the library's list, by name, and asks it.
+/// Opens each device of the library's list, and asks for its limits.
 ///
 /// # Errors
-/// ENOSYS: the kernel lets no process use RDMA devices. EOPNOTSUPP: there is no library. Others as the
-/// system has them. A device's own error stands with it.
+/// ENOSYS: the kernel lets no process use RDMA devices. EOPNOTSUPP: there is no library. Other errors are the
+/// system's. An error of one device is part of its entry.
 pub(super) fn devices() -> Result<Vec<Listed>, Errno> {
     let list = List::get()?;
     Ok(list.devices().iter().map(|device| Listed { name: name(*device), answer: ask(*device) }).collect())
@@ -69,33 +70,33 @@ struct List {
 impl List {
     fn get() -> Result<List, Errno> {
         let mut count = 0;
-        // SAFETY: `count` is a place for one number.
+        // SAFETY: `count` is valid for writing one number.
         let first = unsafe { ibv_get_device_list(&raw mut count) };
         let first = NonNull::new(first).ok_or_else(last_errno)?;
         Ok(List { first, len: usize::try_from(count).unwrap_or(0) })
     }
 
     fn devices(&self) -> &[*mut ibv_device] {
-        // SAFETY: the library said that so many pointers lie there, and they stay until `drop`.
+        // SAFETY: the library reported `len` pointers at this address, and they stay valid until `drop`.
         unsafe { std::slice::from_raw_parts(self.first.as_ptr(), self.len) }
     }
 }
 
 impl Drop for List {
     fn drop(&mut self) {
-        // SAFETY: the list came from ibv_get_device_list, and no pointer out of it is kept; the devices
-        // that were opened are closed.
+        // SAFETY: the list came from ibv_get_device_list, and no pointer from it is kept; all opened devices
+        // are closed.
         unsafe { ibv_free_device_list(self.first.as_ptr()) };
     }
 }
 
 fn name(device: *mut ibv_device) -> String {
-    // SAFETY: the device is in a list that was not freed.
+    // SAFETY: the device is in a list that is not freed yet.
     let name = unsafe { ibv_get_device_name(device) };
     if name.is_null() {
         return String::new();
     }
-    // SAFETY: a string with its end, a part of the device.
+    // SAFETY: a zero-terminated string, which is part of the device.
     unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned()
 }
 
@@ -114,31 +115,33 @@ struct Context(NonNull<ibv_context>);
 
 impl Context {
     fn open(device: *mut ibv_device) -> Result<Context, Errno> {
-        // SAFETY: the device is in a list that was not freed.
+        // SAFETY: the device is in a list that is not freed yet.
         let context = unsafe { ibv_open_device(device) };
         NonNull::new(context).map(Context).ok_or_else(last_errno)
     }
 
     fn attributes(&self) -> Result<ibv_device_attr, Errno> {
         let mut attributes = MaybeUninit::<ibv_device_attr>::zeroed();
-        // SAFETY: an open device, and a place for the answer.
+        // SAFETY: the device is open, and `attributes` is valid for writing the answer.
         check(unsafe { ibv_query_device(self.0.as_ptr(), attributes.as_mut_ptr()) })?;
-        // SAFETY: numbers only, of which zero is one; what the library did not write is zero.
+        // SAFETY: the structure consists of numbers, for which zero is valid; fields that the library did not
+        // write are zero.
         Ok(unsafe { attributes.assume_init() })
     }
 
     fn mtu(&self, port: u8) -> Option<u32> {
         let mut attributes = MaybeUninit::<ibv_port_attr>::zeroed();
-        // SAFETY: an open device, and a place for the answer.
+        // SAFETY: the device is open, and `attributes` is valid for writing the answer.
         check(unsafe { ibv_query_port(self.0.as_ptr(), port, attributes.as_mut_ptr()) }).ok()?;
-        // SAFETY: numbers only, of which zero is one; what the library did not write is zero.
+        // SAFETY: the structure consists of numbers, for which zero is valid; fields that the library did not
+        // write are zero.
         mtu_bytes(unsafe { attributes.assume_init() }.active_mtu)
     }
 }
 
 impl Drop for Context {
     fn drop(&mut self) {
-        // SAFETY: open, and nothing was made with it. An error leaves nothing to do.
+        // SAFETY: the device is open, and no object was created with it. An error needs no action.
         unsafe { ibv_close_device(self.0.as_ptr()) };
     }
 }
@@ -172,7 +175,7 @@ fn check(result: i32) -> Result<(), Errno> {
 }
 
 fn last_errno() -> Errno {
-    // The library may fail without a reason.
+    // The library may fail without setting errno.
     Errno::from_io_error(&std::io::Error::last_os_error())
         .filter(|errno| errno.raw_os_error() != 0)
         .unwrap_or(Errno::IO)
@@ -189,14 +192,14 @@ mod tests {
     }
 
     #[test]
-    fn results_of_both_kinds_are_errors() {
+    fn both_kinds_of_error_results_are_recognized() {
         assert_eq!(check(0), Ok(()));
         assert_eq!(check(95), Err(Errno::OPNOTSUPP));
         assert!(check(-1).is_err());
     }
 
     #[test]
-    fn this_machine_answers_or_says_why_not() {
+    fn this_machine_answers_or_returns_an_error() {
         let listed = devices();
         if !libraries().verbs {
             assert_eq!(listed.err(), Some(Errno::OPNOTSUPP));

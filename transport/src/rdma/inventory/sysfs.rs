@@ -1,5 +1,5 @@
-//! What the kernel says of RDMA devices in files (`Documentation/ABI/stable/sysfs-class-infiniband`).
-//! Whatever a file holds, the answer is a value or none.
+//! Reading the kernel's files about RDMA devices (`Documentation/ABI/stable/sysfs-class-infiniband`). Any
+//! content of a file becomes a value or none, never an error.
 
 use std::fs::{self, OpenOptions};
 use std::net::Ipv6Addr;
@@ -17,7 +17,7 @@ const ARPHRD_INFINIBAND: &str = "32";
 /// RDMA_NODE_RNIC (`rdma/ib_verbs.h`): the type of a node that speaks iWARP.
 const NODE_RNIC: u8 = 4;
 
-/// What `sys` and `dev` below `root` say. Nothing is known of libraries and limits then.
+/// The inventory according to `sys` and `dev` below `root`. Libraries and limits are not filled in yet.
 pub(super) fn read(root: &Path) -> Inventory {
     let class = root.join("sys/class");
     let nodes = nodes(root);
@@ -38,7 +38,7 @@ pub(super) fn any_device(root: &Path) -> bool {
     fs::read_dir(root.join("sys/class/infiniband")).is_ok_and(|mut devices| devices.next().is_some())
 }
 
-/// The device files, by the device that each is for.
+/// The device files, each with the name of its device.
 fn nodes(root: &Path) -> Vec<(String, Node)> {
     let class = root.join("sys/class/infiniband_verbs");
     let of = |name: String| Some((line(&class.join(&name).join("ibdev"))?, node(root, &name)));
@@ -47,7 +47,7 @@ fn nodes(root: &Path) -> Vec<(String, Node)> {
 
 fn node(root: &Path, name: &str) -> Node {
     let path = root.join("dev/infiniband").join(name);
-    // Only opening it shows whether a rule for the process's devices forbids it.
+    // Only opening the file shows whether a device rule for the process forbids it.
     let opened = OpenOptions::new().read(true).write(true).open(&path);
     let access = opened.map_or_else(|error| refusal(Errno::from_io_error(&error)), |_| Access::Usable);
     Node { path, access }
@@ -55,7 +55,7 @@ fn node(root: &Path, name: &str) -> Node {
 
 fn refusal(errno: Option<Errno>) -> Access {
     match errno {
-        // A device file whose driver went away, or was never loaded.
+        // A device file whose driver was removed, or never loaded.
         Some(Errno::NOENT | Errno::NODEV | Errno::NXIO) => Access::Missing,
         Some(Errno::ACCESS | Errno::PERM) => Access::Denied,
         other => Access::Failed(other.unwrap_or(Errno::IO)),
@@ -111,7 +111,7 @@ fn port(device: &Path, name: &str, iwarp: bool) -> Option<Port> {
     })
 }
 
-/// The addresses in use: the others are zero, or their attributes cannot be read.
+/// The addresses in use. Unused entries are zero, or their attributes cannot be read.
 fn gids(port: &Path, link_layer: Option<LinkLayer>, iwarp: bool) -> Vec<Gid> {
     let mut gids: Vec<Gid> =
         names(&port.join("gids")).iter().filter_map(|name| gid(port, name, link_layer, iwarp)).collect();
@@ -121,7 +121,7 @@ fn gids(port: &Path, link_layer: Option<LinkLayer>, iwarp: bool) -> Vec<Gid> {
 
 fn gid(port: &Path, name: &str, link_layer: Option<LinkLayer>, iwarp: bool) -> Option<Gid> {
     let index = name.parse().ok()?;
-    // Of a table of a thousand, few are set.
+    // A table may have a thousand entries, of which few are set.
     let gid = line(&port.join("gids").join(name))?.parse().ok().filter(|gid| !is_unset(*gid))?;
     let kind = match (link_layer, iwarp) {
         (_, true) => GidKind::Iwarp,
@@ -132,7 +132,7 @@ fn gid(port: &Path, name: &str, link_layer: Option<LinkLayer>, iwarp: bool) -> O
     Some(Gid { index, gid, kind, net_device })
 }
 
-/// An InfiniBand port shows its subnet's prefix before it has a number of its own.
+/// An InfiniBand port shows its subnet's prefix even before it has a number of its own.
 fn is_unset(gid: Ipv6Addr) -> bool {
     gid.segments()[4..] == [0; 4]
 }
@@ -175,12 +175,12 @@ fn state(text: &str) -> PortState {
     }
 }
 
-/// The number of `4: ACTIVE`.
+/// The leading number of a text like `4: ACTIVE`.
 fn number(text: &str) -> Option<u8> {
     text.split_once(':')?.0.trim().parse().ok()
 }
 
-/// `0002:c903:0021:b3a0`; none for the GUID of all zeros, which is one that was not set.
+/// Parses `0002:c903:0021:b3a0`; none for the GUID of all zeros, which means unset.
 fn guid(text: &str) -> Option<Guid> {
     let mut bits = 0_u64;
     let mut parts = 0;
@@ -330,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn iwarp_is_told_from_roce() {
+    fn iwarp_is_distinguished_from_roce() {
         let tree = soft_roce();
         tree.write(&format!("{RXE}/node_type"), "4: RNIC\n");
         let gids = tree.read().devices.remove(0).ports.remove(0).gids;
@@ -380,7 +380,7 @@ mod tests {
     }
 
     proptest! {
-        // Each makes a tree of files.
+        // Each case creates a tree of files.
         #![proptest_config(ProptestConfig::with_cases(64))]
 
         #[test]

@@ -1,4 +1,4 @@
-//! How the parts of an inventory are written.
+//! The textual forms of the parts of an inventory.
 
 use std::fmt;
 
@@ -79,7 +79,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn guids_as_the_kernel_writes_them() {
+    fn guids_have_the_kernels_form() {
         assert_eq!(Guid(0x0002_c903_0021_b3a0).to_string(), "0002:c903:0021:b3a0");
     }
 }

@@ -1,4 +1,4 @@
-//! Who is let in.
+//! Admission: checks a client's request, and accepts or rejects its connection.
 
 use std::io;
 use std::net::TcpStream;
@@ -13,28 +13,29 @@ use super::Shared;
 use super::grant::DeviceGrant;
 use super::state::{Connection, Ending, Held, Key, Phase, State};
 
-/// Most connections: each costs the device a queue pair.
+/// Most connections: each uses one of the device's queue pairs.
 const CONNECTIONS_MAX: usize = 1 << 14;
-/// The size of a queue pair that only answers.
+/// The size of a queue pair that only answers requests.
 const ANSWERING: Size = Size { requests: 1, inline: 0 };
 
 impl Shared {
-    /// Lets a client in or rejects it. `said` comes from anyone.
+    /// Admits or rejects a client. `said` is untrusted input.
     pub(super) fn decide(&self, id: Id, said: &[u8]) {
         let mut id = Some(id);
         let Err(refusal) = self.admit(&mut id, said) else { return };
         tracing::debug!(?refusal, "a client is rejected");
         if let Some(id) = id {
-            // It may be gone.
+            // The client may have disconnected.
             let _ = id.reject(&refusal.encode());
         }
     }
 
-    /// Takes the identifier when the client is let in.
+    /// Takes the identifier out of `id` when the client is admitted.
     fn admit(&self, id: &mut Option<Id>, said: &[u8]) -> Result<(), Refusal> {
         let hello = Hello::decode(said)?;
         let group = self.grants.find(&hello.key).ok_or(Refusal::Unknown)?;
-        // Held to the end: a revocation comes before all of this or after.
+        // Locked until the end of the function, so that a revocation happens entirely before or after the
+        // admission.
         let mut state = self.lock();
         check(&state, group, &hello)?;
         let mut own = id.take().ok_or(Refusal::Failed)?;
@@ -52,7 +53,7 @@ impl Shared {
                 return Err(refusal);
             }
         };
-        // What the queue's earlier connections left behind must not land any more.
+        // Late requests of the queue's earlier connections must not land any more.
         state.shut_out(group, hello.session, hello.queue, hello.generation);
         if own.accept(&welcome.encode()).is_ok() {
             state.add(connection(Held::Managed(own), group, &hello));
@@ -60,7 +61,8 @@ impl Shared {
         Ok(())
     }
 
-    /// Lets a client in that came over TCP. The caller sends the answer, and says when the client leaves.
+    /// Admits a client that connected over TCP. The caller sends the answer, and reports when the client
+    /// disconnects.
     pub(super) fn admit_plain(
         &self,
         hello: &Hello,
@@ -72,7 +74,8 @@ impl Shared {
         let ip = stream.local_addr().map_err(|_| Refusal::Failed)?.ip();
         let (device, port) = PlainPort::find(&devices, ip).ok_or(Refusal::Failed)?;
         let control = stream.try_clone().map_err(|_| Refusal::Failed)?;
-        // Held to the end: a revocation comes before all of this or after.
+        // Locked until the end of the function, so that a revocation happens entirely before or after the
+        // admission.
         let mut state = self.lock();
         check(&state, group, hello)?;
         let grant = ready(&state, group, |known| std::ptr::eq(known, &raw const *device))?;
@@ -84,7 +87,7 @@ impl Shared {
             Ok((pair, end))
         })?;
         let welcome = grant.welcome();
-        // What the queue's earlier connections left behind must not land any more.
+        // Late requests of the queue's earlier connections must not land any more.
         state.shut_out(group, hello.session, hello.queue, hello.generation);
         let key = state.add(connection(Held::Plain(pair, Ending(control.into())), group, hello));
         Ok((key, welcome, end))
@@ -105,10 +108,10 @@ impl Shared {
     }
 }
 
-/// Whether a client may come in.
+/// Checks whether a client may connect.
 fn check(state: &State, group: u128, hello: &Hello) -> Result<(), Refusal> {
     match state.phase_in(group, hello.epoch) {
-        // The grant is known, so it is only a moment until its registration begins.
+        // The grant is known, so its registration will begin in a moment.
         None if state.phase(group).is_none() => Err(Refusal::NotReady),
         None => Err(Refusal::Unknown),
         Some(Phase::Registering) => Err(Refusal::NotReady),
@@ -126,7 +129,7 @@ fn check(state: &State, group: u128, hello: &Hello) -> Result<(), Refusal> {
     }
 }
 
-/// What is registered of a group with a device.
+/// The registration of a group with a device.
 fn ready(state: &State, group: u128, is_device: impl Fn(&Device) -> bool) -> Result<&DeviceGrant, Refusal> {
     let Some(Phase::Ready(grants)) = state.phase(group) else { return Err(Refusal::NotReady) };
     grants.iter().find(|grant| is_device(grant.device())).ok_or(Refusal::Failed)

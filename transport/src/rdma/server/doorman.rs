@@ -1,7 +1,7 @@
-//! The thread that lets clients in over TCP, where the connection manager cannot be used.
+//! The thread that accepts clients over TCP, where the connection manager cannot be used.
 //!
-//! It talks to anyone, so a client has little time, there are few that have not said what they want, and none
-//! holds another up.
+//! Any host may connect, so a client has little time to send its request, the number of clients that have not
+//! sent one is limited, and no client delays another.
 
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
@@ -19,19 +19,19 @@ use super::Shared;
 use super::state::Key;
 use crate::handshakes::places;
 
-/// How long a client may take to say what it wants.
+/// Time that a client has to send its request.
 const ASKING_MAX: Duration = Duration::from_secs(2);
 /// Pause after a client could not be accepted.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
-/// Clients that have not said it yet, at most; for one more, the oldest is closed.
+/// Most clients that have not sent their request; for one more, the oldest is closed.
 const PENDING_MAX: usize = 256;
 
 pub(super) struct Doorman {
     listeners: Vec<TcpListener>,
     pending: Vec<Pending>,
-    /// The places of those pending.
+    /// The places of the pending clients.
     gate: Gate<Entry>,
-    /// Connections that were let in, to hear their end.
+    /// Admitted connections, watched for their end.
     inside: Vec<(Key, OwnedFd)>,
     /// Readable when the thread has to end.
     over: Arc<OwnedFd>,
@@ -77,7 +77,8 @@ impl Doorman {
         }
     }
 
-    /// Waits; gives which of listeners, pending and inside are ready, in this order. None: it is over.
+    /// Waits; returns which of listeners, pending and admitted connections are ready, in this order. None
+    /// when the server ends.
     fn wait(&self) -> Option<Vec<bool>> {
         let now = Instant::now();
         let next = self.pending.iter().map(|pending| pending.until.saturating_duration_since(now)).min();
@@ -88,7 +89,7 @@ impl Doorman {
         let mut watched: Vec<PollFd<'_>> =
             streams.map(|stream| PollFd::from_borrowed_fd(stream, PollFlags::IN)).collect();
         watched.push(PollFd::from_borrowed_fd(self.over.as_fd(), PollFlags::IN));
-        // A failure is an interruption, after which nothing is ready.
+        // An error is an interruption; in that case no stream is marked ready.
         let _ = poll(&mut watched, limit.as_ref());
         let over = watched.pop().is_none_or(|over| !over.revents().is_empty());
         (!over).then(|| watched.iter().map(|stream| !stream.revents().is_empty()).collect())
@@ -96,7 +97,7 @@ impl Doorman {
 
     fn greet(&mut self, listener: usize) {
         let Ok((stream, address)) = self.listeners[listener].accept() else {
-            // Mostly for want of descriptors, which does not pass by asking again at once.
+            // Usually the process is out of descriptors; an immediate retry would fail too.
             return std::thread::sleep(ACCEPT_PAUSE);
         };
         if stream.set_nodelay(true).is_err() {
@@ -145,7 +146,7 @@ impl Doorman {
     fn answer(&mut self, stream: TcpStream, asked: &[u8; ASK_LEN], shared: &Shared) {
         let admitted = read_ask(asked).and_then(|(hello, end)| shared.admit_plain(&hello, &end, &stream));
         let answer = admitted.as_ref().map(|(_, welcome, end)| (*welcome, *end)).map_err(|refusal| *refusal);
-        // Shorter than any socket buffer, so it goes at once or not at all.
+        // The answer is shorter than any socket buffer, so it is sent at once or not at all.
         let sent = send(&stream, &encode_answer(answer), SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
         if let Ok((key, _, _)) = admitted {
             match sent {

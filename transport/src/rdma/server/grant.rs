@@ -1,4 +1,4 @@
-//! The memory of a grant as one device knows it.
+//! The memory of a grant, registered with one device.
 
 use std::io;
 use std::sync::Arc;
@@ -8,13 +8,13 @@ use super::super::verbs::{Access, Device, Domain, Registration};
 use super::super::wire::{ENTRY_LEN, Entry, Welcome};
 use crate::io::IoBuf;
 
-/// Memory that is lent, and stays mapped and where it is for as long as this lives.
+/// Lent memory, which stays mapped at the same address for as long as the value lives.
 pub trait Lent: Send + Sync {
-    /// All of it; its length is a power of two.
+    /// All of the memory; its length is a power of two.
     fn buffer(&self) -> IoBuf;
 }
 
-/// Work for the thread that registers.
+/// A job for the registration thread.
 pub(super) enum Job {
     Register { group: u128, ticket: u64, regions: Vec<Arc<dyn Lent>> },
     Stop,
@@ -22,7 +22,7 @@ pub(super) enum Job {
 
 /// A grant's regions, registered in a protection domain of its own.
 pub(super) struct DeviceGrant {
-    // In this order: first nobody reaches it any more, then the memory may go.
+    // Field order is drop order: the registrations end before the memory is released.
     _regions: Vec<Registration>,
     table: Registration,
     table_pages: Pages,
@@ -34,8 +34,8 @@ pub(super) struct DeviceGrant {
 }
 
 impl DeviceGrant {
-    /// Registers regions of one length; at least one. Ends with [`io::ErrorKind::Interrupted`] when
-    /// it is not wanted any more.
+    /// Registers regions of equal length; at least one. Fails with [`io::ErrorKind::Interrupted`] as soon as
+    /// `wanted` returns false.
     pub(super) fn register(
         device: &Arc<Device>,
         memory: &[Arc<dyn Lent>],
@@ -75,7 +75,7 @@ impl DeviceGrant {
         &self.domain
     }
 
-    /// What a client is told.
+    /// The message with which a client is admitted.
     pub(super) fn welcome(&self) -> Welcome {
         Welcome {
             table: self.table_pages.whole().as_ptr().addr() as u64,

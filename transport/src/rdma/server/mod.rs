@@ -1,12 +1,12 @@
-//! The appliance's end: listens for clients, registers the memory of grants, and revokes it.
+//! The appliance's end of RDMA: listens for clients, registers the memory of grants, and revokes it.
 //!
-//! Nothing here is on the path of an access: that is between the client and the device. Three threads
-//! do the work: one answers the connection manager, one lets clients in over TCP, one registers memory.
+//! This code is not on the path of an access, which involves the client and the device only. Three threads do
+//! the work: one answers the connection manager, one admits clients over TCP, one registers memory.
 //!
-//! **Fencing.** [`RdmaServer::close_group`] deregisters the grant's memory: when it returns, nothing of the
-//! grant is reachable any more. Its queue pairs, which lead nowhere then, are destroyed a little later, so that a
-//! client which goes on learns by a refused access what happened. [`RdmaServer::shut_out`] destroys the queue
-//! pairs of a queue's earlier connections at once, for the memory stays registered.
+//! **Fencing.** [`RdmaServer::close_group`] deregisters the grant's memory: when it returns, no memory of the
+//! grant can be accessed any more. The grant's queue pairs, useless by then, are destroyed a little later, so
+//! that a client which goes on learns of the revocation by a refused access. [`RdmaServer::shut_out`]
+//! destroys the queue pairs of a queue's earlier connections at once, because the memory stays registered.
 
 mod admit;
 mod doorman;
@@ -35,34 +35,34 @@ use super::plain::Port as PlainPort;
 use super::verbs::{CompletionQueue, Device};
 use super::wire::short_session;
 
-/// Requests for connections that may wait.
+/// Most pending connection requests.
 const BACKLOG: i32 = 128;
 
-/// What clients may connect to.
+/// The grants that clients may connect to.
 pub trait Grants: Send + Sync {
-    /// The group of the grant with this key, if it lets clients in.
+    /// The group of the grant with this key, if the grant admits clients.
     fn find(&self, key: &GrantKey) -> Option<u128>;
 }
 
-/// Serves grants by RDMA. Its threads, and all that is registered, end when it is dropped.
+/// Serves grants by RDMA. Dropping it ends its threads and all registrations.
 pub struct RdmaServer {
     shared: Arc<Shared>,
     addresses: Vec<SocketAddr>,
-    /// Readable when the doorman has to end.
+    /// Readable when the doorman thread has to end.
     over: Arc<OwnedFd>,
     threads: Vec<JoinHandle<()>>,
 }
 
 struct Shared {
-    // First, for what it holds uses what follows.
+    // Dropped first, because its contents use the fields below.
     state: Mutex<State>,
     _listeners: Vec<Listener>,
     ports: Vec<Port>,
-    /// None: there is no connection manager.
+    /// None when there is no connection manager.
     events: Option<Arc<Channel>>,
     grants: Arc<dyn Grants>,
     jobs: Sender<Job>,
-    /// Readable when the thread that answers has something to look at.
+    /// Readable when the answering thread has work.
     bell: OwnedFd,
     stopped: AtomicBool,
 }
@@ -73,19 +73,20 @@ struct Listener {
     address: SocketAddr,
 }
 
-/// A device that something listens on.
+/// A device with at least one listener.
 struct Port {
-    /// Of all queue pairs; nothing ever ends in it, for they only answer.
+    /// The completion queue of all queue pairs. It never receives a completion, for these queue pairs only
+    /// answer.
     completions: Mutex<CompletionQueue>,
     device: Arc<Device>,
 }
 
 impl RdmaServer {
-    /// Listens at an address, or, where its IP address is unspecified (`0.0.0.0`), at every
-    /// address of this host behind which there is an RDMA device.
+    /// Listens at an address or, if its IP address is unspecified (`0.0.0.0`), at every address of this host
+    /// that belongs to an RDMA device.
     ///
     /// # Errors
-    /// Why there is no RDMA, in words that say what to do.
+    /// The reason why RDMA is not available, and the remedy.
     pub fn start(address: SocketAddr, grants: Arc<dyn Grants>) -> Result<RdmaServer, String> {
         RdmaServer::listen(address, grants).map_err(|error| errors::explain(&error))
     }
@@ -93,7 +94,7 @@ impl RdmaServer {
     fn listen(address: SocketAddr, grants: Arc<dyn Grants>) -> io::Result<RdmaServer> {
         let door = match Door::managed(address) {
             Ok(door) => door,
-            // Without the connection manager, clients are let in over TCP alone.
+            // Without the connection manager, clients are admitted over TCP only.
             Err(error) => Door::plain(address).ok().filter(|door| !door.addresses.is_empty()).ok_or(error)?,
         };
         let (door, doors) = door.open()?;
@@ -119,55 +120,57 @@ impl RdmaServer {
         Ok(())
     }
 
-    /// Where it listens.
+    /// The addresses that the server listens at.
     pub fn addresses(&self) -> Vec<SocketAddr> {
         self.addresses.clone()
     }
 
-    /// The names of the devices that it listens on.
+    /// The names of the devices with listeners.
     pub fn devices(&self) -> Vec<String> {
         self.shared.ports.iter().map(|port| port.device.name()).collect()
     }
 
-    /// Begins to register the memory of a grant, its regions in order and of one length; clients are
-    /// let in when that is done. A grant that is open already is closed first.
+    /// Starts registering the memory of a grant: its regions in order and of equal length. Clients are
+    /// admitted when all of it is registered. A grant that is open already is closed first.
     pub fn open_group(&self, group: u128, epoch: Epoch, regions: Vec<Arc<dyn Lent>>) {
         self.close_group(group);
         let ticket = self.shared.lock().begin(group, epoch);
-        // Nobody hears it only when the thread has ended with the server.
+        // Fails only when the thread has ended with the server.
         let _ = self.shared.jobs.send(Job::Register { group, ticket, regions });
     }
 
     /// Revokes a grant. When this returns, no access of its clients lands any more. Blocks for up to some
-    /// milliseconds for each region.
+    /// milliseconds per region.
     pub fn close_group(&self, group: u128) {
         self.shared.lock().close(group);
         self.shared.ring();
     }
 
-    /// The same, for memory that is about to be shared with a process of this host: clients are told so.
+    /// As [`RdmaServer::close_group`], for memory that is about to be shared with a process of this host;
+    /// clients receive this reason.
     pub fn withdraw(&self, group: u128) {
         self.shared.lock().withdraw(group);
         self.shared.ring();
     }
 
-    /// Destroys the connections of a session's queue that are older than this one.
+    /// Destroys the connections of the session's queue that are older than `session`.
     pub fn shut_out(&self, group: u128, session: SessionTag) {
         let SessionTag { id, queue, generation } = session;
         self.shared.lock().shut_out(group, short_session(id), queue, generation);
     }
 
-    /// Destroys all connections of a group; those that come after are let in.
+    /// Destroys all connections of a group; later connections are admitted.
     pub fn shut_all_out(&self, group: u128) {
         self.shared.lock().shut_all_out(group);
     }
 
-    /// Connections of a group, or of all.
+    /// Number of connections, of one group or of all.
     pub fn connections(&self, group: Option<u128>) -> usize {
         self.shared.lock().connections(group)
     }
 
-    /// Whether clients of the group are let in. None: not registered, and not being registered.
+    /// Whether clients of the group are admitted. None when the group's memory is neither registered nor
+    /// being registered.
     pub fn is_ready(&self, group: u128) -> Option<bool> {
         self.shared.lock().phase(group).map(|phase| matches!(phase, Phase::Ready(_)))
     }
@@ -180,14 +183,14 @@ impl Drop for RdmaServer {
         let _ = rustix::io::write(&self.over, &1_u64.to_ne_bytes());
         let _ = self.shared.jobs.send(Job::Stop);
         for thread in self.threads.drain(..) {
-            // A panic of it was reported when it happened.
+            // A panic of the thread was reported when it happened.
             let _ = thread.join();
         }
         self.shared.lock().close_all();
     }
 }
 
-/// Where clients come in.
+/// The endpoints at which clients connect.
 struct Door {
     addresses: Vec<SocketAddr>,
     listeners: Vec<Listener>,
@@ -196,7 +199,7 @@ struct Door {
 }
 
 impl Door {
-    /// By the connection manager.
+    /// Endpoints with the connection manager.
     fn managed(address: SocketAddr) -> io::Result<Door> {
         let events = Channel::new()?;
         let (mut listeners, mut ports) = (Vec::new(), Vec::<Port>::new());
@@ -219,7 +222,7 @@ impl Door {
         Ok(Door { addresses, listeners, ports, events: Some(events) })
     }
 
-    /// Over TCP alone.
+    /// Endpoints over TCP only.
     fn plain(address: SocketAddr) -> io::Result<Door> {
         let devices = Device::all()?;
         let mut ips = candidates(address.ip())?;
@@ -229,7 +232,7 @@ impl Door {
         Ok(Door { addresses, listeners: Vec::new(), ports, events: None })
     }
 
-    /// Listens over TCP too, at the same addresses. Where that cannot be, the connection manager has to do.
+    /// Listens over TCP too, at the same addresses. Where this fails, only the connection manager is used.
     fn open(mut self) -> io::Result<(Door, Vec<TcpListener>)> {
         let mut opened = Vec::new();
         for address in &self.addresses {
@@ -285,17 +288,17 @@ impl Port {
 }
 
 impl Shared {
-    /// The state is whole whenever the lock is free, so a panic elsewhere does not spoil it.
+    /// Every critical section leaves the state valid, so a poisoned lock is safe to use.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn ring(&self) {
-        // It cannot be full: it is read whenever it is not empty.
+        // The counter cannot overflow: the thread reads it whenever it is not zero.
         let _ = rustix::io::write(&self.bell, &1_u64.to_ne_bytes());
     }
 
-    /// Answers the connection manager until the server ends, and tidies up.
+    /// Answers the connection manager until the server ends, and destroys expired connections.
     fn answer(&self) {
         loop {
             let tidied = self.lock().tidy();
@@ -304,7 +307,7 @@ impl Shared {
             watched.extend(
                 self.events.iter().map(|events| PollFd::from_borrowed_fd(events.as_fd(), PollFlags::IN)),
             );
-            // A failure is an interruption, after which looking once more does no harm.
+            // An error is an interruption; one more turn of the loop is harmless.
             let _ = poll(&mut watched, limit.as_ref());
             let _ = rustix::io::read(&self.bell, &mut [0; 8]);
             if self.stopped.load(Ordering::SeqCst) {
@@ -338,7 +341,7 @@ impl Shared {
         }
     }
 
-    /// Registers what it is asked to, until the server ends.
+    /// Executes registration jobs until the server ends.
     fn register_all(&self, work: &Receiver<Job>) {
         while let Ok(Job::Register { group, ticket, regions }) = work.recv() {
             let wanted = || self.lock().is_wanted(group, ticket);

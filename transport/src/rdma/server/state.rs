@@ -1,4 +1,4 @@
-//! Which grants are registered, and who is connected to them.
+//! The registered grants and their connections.
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
@@ -18,8 +18,8 @@ const REFUSING: Duration = Duration::from_secs(2);
 pub(super) struct State {
     connections: HashMap<Key, Connection>,
     plain: u64,
-    /// Connections whose keys are good no more, and until when they are kept: a client that goes on is told
-    /// by a refused access what happened, not by silence.
+    /// Connections whose keys are no longer valid, with the time until which they are kept: so a client that
+    /// goes on learns of the revocation by a refused access, not by silence.
     refusing: Vec<(Instant, Key, Connection)>,
     grants: HashMap<u128, Grant>,
     tickets: u64,
@@ -31,15 +31,15 @@ struct Grant {
     phase: Phase,
 }
 
-/// How far a grant is.
+/// The phase of a grant.
 pub(super) enum Phase {
     /// Its memory is being registered.
     Registering,
-    /// Clients are let in, over any of these devices.
+    /// Clients are admitted, over any of these devices.
     Ready(Vec<DeviceGrant>),
     /// Its memory could not be registered.
     Failed,
-    /// It is used as shared memory.
+    /// The memory is shared with a process of this host.
     Withdrawn,
 }
 
@@ -50,18 +50,19 @@ pub(super) enum Key {
     Plain(u64),
 }
 
-/// A connection's queue pair, and what it lasts as long as.
+/// A connection's queue pair, and the resources that live as long.
 pub(super) enum Held {
     Managed(Id),
     Plain(#[expect(dead_code, reason = "only held")] Pair, #[expect(dead_code, reason = "only held")] Ending),
 }
 
-/// A TCP connection whose other end learns that this one is dropped, also while another thread waits on it.
+/// A TCP connection that is shut down on drop, so that the other end notices even while another thread waits
+/// on it.
 pub(super) struct Ending(pub(super) OwnedFd);
 
 impl Drop for Ending {
     fn drop(&mut self) {
-        // It may be over already.
+        // The connection may be closed already.
         let _ = shutdown(&self.0, Shutdown::Both);
     }
 }
@@ -76,7 +77,7 @@ pub(super) struct Connection {
 }
 
 impl State {
-    /// Begins a grant; gives the ticket that its registration has to show.
+    /// Begins a grant; returns the ticket that its registration has to present.
     pub(super) fn begin(&mut self, group: u128, epoch: Epoch) -> u64 {
         self.tickets += 1;
         let ticket = self.tickets;
@@ -84,14 +85,14 @@ impl State {
         ticket
     }
 
-    /// Whether a registration still matters.
+    /// Whether a registration is still needed.
     pub(super) fn is_wanted(&self, group: u128, ticket: u64) -> bool {
         self.grants
             .get(&group)
             .is_some_and(|grant| grant.ticket == ticket && matches!(grant.phase, Phase::Registering))
     }
 
-    /// Ends a registration; what is not wanted any more is dropped.
+    /// Ends a registration; the result is dropped if it is no longer needed.
     pub(super) fn finish(&mut self, group: u128, ticket: u64, phase: Phase) {
         if self.is_wanted(group, ticket)
             && let Some(grant) = self.grants.get_mut(&group)
@@ -104,13 +105,13 @@ impl State {
         self.grants.get(&group).map(|grant| &grant.phase)
     }
 
-    /// The grant's phase, if it is of this epoch.
+    /// The grant's phase, if the grant has this epoch.
     pub(super) fn phase_in(&self, group: u128, epoch: Epoch) -> Option<&Phase> {
         self.grants.get(&group).filter(|grant| grant.epoch == epoch).map(|grant| &grant.phase)
     }
 
     pub(super) fn close(&mut self, group: u128) {
-        // Deregistered now: no access that begins after this lands.
+        // Dropping the grant deregisters its memory: no access that begins after this lands.
         drop(self.grants.remove(&group));
         self.refuse(group);
     }
@@ -128,7 +129,7 @@ impl State {
         self.refusing.extend(closed.map(|(key, connection)| (until, key, connection)));
     }
 
-    /// Destroys the connections that have refused for long enough. Gives the time to the next.
+    /// Destroys the connections whose time to refuse is over. Returns the time until the next one expires.
     pub(super) fn tidy(&mut self) -> Option<Duration> {
         let now = Instant::now();
         self.refusing.retain(|(until, ..)| *until > now);
@@ -141,7 +142,7 @@ impl State {
         self.refusing.clear();
     }
 
-    /// Whether there is a connection of the same queue that is newer than this one, or the same.
+    /// Whether a connection of the same queue exists that is as new as `generation` or newer.
     pub(super) fn is_stale(&self, group: u128, session: u64, queue: u16, generation: u32) -> bool {
         self.connections
             .values()
@@ -170,7 +171,7 @@ impl State {
         key
     }
 
-    /// The client of a connection has gone.
+    /// Removes a connection whose client disconnected.
     pub(super) fn left(&mut self, key: Key) {
         self.connections.remove(&key);
         self.refusing.retain(|(_, known, _)| *known != key);
@@ -200,7 +201,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn generations_go_round() {
+    fn generations_wrap_around() {
         assert!(is_newer(2, 1) && !is_newer(1, 2) && !is_newer(1, 1));
         assert!(is_newer(0, u32::MAX) && !is_newer(u32::MAX, 0));
     }
@@ -221,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_that_was_withdrawn_stays_so() {
+    fn withdrawn_memory_stays_withdrawn() {
         let mut state = State::default();
         let ticket = state.begin(1, Epoch(1));
         state.withdraw(1);

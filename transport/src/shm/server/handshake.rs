@@ -1,4 +1,4 @@
-//! One client's handshake.
+//! The handshake of one client: reads its key, checks its life, and passes the memory.
 
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
@@ -18,17 +18,17 @@ use super::{Inner, ShmExport};
 use crate::handshakes::{FIRST_MESSAGE, Ticket};
 use crate::shm::wire::{Answer, BATCH_MAX, BadHello, HELLO_LEN, Hello, LENGTH_LEN, TEXT_LEN_MAX};
 
-/// How long to wait when as many descriptors are on their way as the process may have.
+/// Pause before the next try when the limit of descriptors in transit is reached.
 const PASS_PAUSE: Duration = Duration::from_millis(5);
 
-/// What a client has that was let in.
+/// The resources of an admitted client, held until it disconnects.
 pub(super) struct Inside {
     _registered: Registered,
     _permit: OwnedSemaphorePermit,
 }
 
-/// Until the memory was passed, or none and the connection is to be closed. The ticket is given back when the client
-/// has shown a key.
+/// Runs until the memory was passed; `None` when the client was refused and the connection is to be closed.
+/// The ticket is dropped once the client has shown a valid key.
 pub(super) async fn handshake(
     inner: &Arc<Inner>,
     stream: &Arc<UnixStream>,
@@ -52,12 +52,12 @@ pub(super) async fn handshake(
     let Ok(permit) = inner.limit.clone().try_acquire_owned() else { return Ok(None) };
     drop(ticket);
     let registered = Registered::new(inner.clone(), export.group, visitor.clone(), stream.clone());
-    // If the grant was revoked meanwhile, this is seen here, or close_group sees the connection.
+    // A revocation that happened meanwhile is seen here, unless `close_group` already saw the connection.
     match open(inner, &hello.key).await {
         Some(again) if again.group == export.group => {}
         _ => return refuse(stream, Answer::Unknown).await,
     }
-    // If another life was let in meanwhile, this is seen here, or that one saw the connection.
+    // Another life that was admitted meanwhile is seen here, unless its admission already saw the connection.
     if let Err(why) = admit(inner, &hello.key, visitor).await {
         return refuse_because(stream, &why).await;
     }
@@ -70,7 +70,7 @@ async fn open(inner: &Arc<Inner>, key: &GrantKey) -> Option<ShmExport> {
     tokio::task::spawn_blocking(move || inner.exports.open(&key)).await.ok().flatten()
 }
 
-/// What stands where a visitor should is none.
+/// The bytes in the visitor's place are no visitor.
 struct NoVisitor;
 
 async fn read_visitor(stream: &UnixStream, len: u32) -> io::Result<Result<Option<Visitor>, NoVisitor>> {
@@ -124,7 +124,7 @@ async fn pass_batch(stream: &UnixStream, batch: &[(Arc<OwnedFd>, u64)]) -> io::R
             Err(error) => return Err(error),
         }
     };
-    // The descriptors went with the first byte.
+    // The kernel passed the descriptors with the first byte.
     write_all(stream, &lengths[sent..]).await
 }
 

@@ -1,4 +1,4 @@
-//! The appliance's end: passing the memory of grants to clients of the same host.
+//! The appliance's end of shared memory: passing the memory of grants to clients of the same host.
 
 mod handshake;
 mod registry;
@@ -19,30 +19,31 @@ use self::registry::Registry;
 pub use crate::accept::Listener;
 use crate::handshakes::{Handshakes, Ticket};
 
-/// Clients at once that have memory; one more is closed as soon as it has shown its key.
+/// Most clients with memory at once; a further client is closed as soon as it has shown its key.
 const CONNECTIONS_MAX: usize = 1024;
-/// Clients at once that have not shown a key; for one more, the oldest is closed.
+/// Most clients at once that have not shown a key; for a further client the oldest is closed.
 const HANDSHAKES_MAX: usize = 256;
-/// Longest time that passing the memory may take.
+/// Time limit for passing the memory.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
-/// How long the clients of a revoked grant are given to let go of its memory.
+/// Time that the clients of a revoked grant have to unmap its memory.
 const LEAVE_LIMIT: Duration = Duration::from_secs(1);
 
 /// The grants that clients may ask for.
 pub trait ShmExports: Send + Sync + 'static {
-    /// The memory of the grant with this key; none if there is no such grant. Keys have to be
-    /// compared in constant time, or be looked up by a hash of them. May take a moment, but must
-    /// not wait for the network.
+    /// The memory of the grant with this key; none if there is no such grant. Keys have to be compared in
+    /// constant time, or be looked up by a hash of them. May block briefly, but must not wait for the
+    /// network.
     ///
-    /// It is asked twice for each connection: again after the connection can be found by
-    /// [`ShmServer::close_group`], so that a grant that is revoked meanwhile is not passed.
+    /// It is called twice for each connection: the second time after the connection can be found by
+    /// [`ShmServer::close_group`], so that the memory of a grant that is revoked meanwhile is not passed.
     fn open(&self, key: &GrantKey) -> Option<ShmExport>;
 
-    /// Lets a client in, which said which life of a client it is, if it did. Asked before [`ShmExports::open`], and again
-    /// after the connection can be found by [`ShmServer::living`]. May block for some seconds.
+    /// Admits a client; `visitor` is the life of a client that it names, if it names one. Called before
+    /// [`ShmExports::open`], and again after the connection can be found by [`ShmServer::living`]. May block
+    /// for some seconds.
     ///
     /// # Errors
-    /// Why it is not let in, in one line for the client.
+    /// The reason of the refusal, as one line for the client.
     fn admit(&self, key: &GrantKey, visitor: Option<&Visitor>) -> Result<(), String> {
         let _ = (key, visitor);
         Ok(())
@@ -52,10 +53,10 @@ pub trait ShmExports: Send + Sync + 'static {
 /// The memory of a grant.
 #[derive(Debug, Clone)]
 pub struct ShmExport {
-    /// What [`ShmServer::close_group`] closes together: the grant.
+    /// The grant, as the unit that [`ShmServer::close_group`] closes.
     pub group: u128,
-    /// Its regions in order, with their lengths in bytes: memfds of exactly that length, sealed
-    /// against shrinking (`F_SEAL_SHRINK`); clients refuse others.
+    /// Its regions in order, with their lengths in bytes: memfds of exactly that length, sealed against
+    /// shrinking (`F_SEAL_SHRINK`); clients refuse others.
     pub regions: Vec<(Arc<OwnedFd>, u64)>,
 }
 
@@ -66,7 +67,7 @@ struct Inner {
     handshakes: Handshakes,
 }
 
-/// A server of shared memory. Clones are the same server.
+/// A server of shared memory. Clones share the same server.
 #[derive(Clone)]
 pub struct ShmServer {
     inner: Arc<Inner>,
@@ -80,8 +81,8 @@ impl ShmServer {
         ShmServer { inner: Arc::new(Inner { exports, registry: Registry::default(), limit, handshakes }) }
     }
 
-    /// Accepts clients, on the tokio runtime that this is called in. Who may connect is the
-    /// business of the socket file's mode; who gets memory is decided by the key.
+    /// Accepts clients on the current tokio runtime. The socket file's mode limits which users may connect;
+    /// the key decides which client gets memory.
     ///
     /// # Errors
     /// When the socket cannot be watched.
@@ -92,23 +93,23 @@ impl ShmServer {
         Ok(Listener::start(listener, move |stream| accepted(&inner, stream)))
     }
 
-    /// Tells the clients of a grant to let go of its memory, and waits for it up to a second.
-    /// [`ShmExports::open`] must not give the grant out any more when this is called. Blocks: not
-    /// for a thread of the runtime.
+    /// Asks the clients of a grant to unmap its memory, and waits up to a second for them. Before this is
+    /// called, [`ShmExports::open`] must already refuse the grant. Blocks, so never call it on a thread of
+    /// the runtime.
     ///
-    /// Returns the number of clients that did not let go. They may still read and write the memory:
-    /// unless it is 0, it must not be lent again.
+    /// Returns the number of clients that did not unmap the memory. They may still read and write it: unless
+    /// the number is 0, the memory must not be lent again.
     pub fn close_group(&self, group: u128) -> usize {
         self.inner.registry.close_group(group, LEAVE_LIMIT)
     }
 
-    /// Clients of the group that are other lives than this one, on other seats. They live: they have their connection
-    /// open, on this kernel.
+    /// Clients of the group that are other lives than `life`, on other seats. Their connections are open, and
+    /// both ends share a kernel, so these clients are alive.
     pub fn living(&self, group: u128, life: &Life) -> Vec<Visitor> {
         self.inner.registry.others(group, life)
     }
 
-    /// Connections now, of one group or of all.
+    /// Current number of connections, of one group or of all.
     pub fn connections(&self, group: Option<u128>) -> usize {
         self.inner.registry.count(group)
     }
@@ -118,7 +119,7 @@ fn accepted(inner: &Arc<Inner>, stream: UnixStream) {
     inner.handshakes.begin(Origin::Local, |ticket| serve(inner.clone(), stream, ticket));
 }
 
-/// One connection, from the handshake until the client leaves.
+/// Serves one connection, from the handshake until the client disconnects.
 async fn serve(inner: Arc<Inner>, stream: UnixStream, ticket: Ticket) {
     let stream = Arc::new(stream);
     match tokio::time::timeout(HANDSHAKE_LIMIT, handshake(&inner, &stream, ticket)).await {
@@ -129,7 +130,7 @@ async fn serve(inner: Arc<Inner>, stream: UnixStream, ticket: Ticket) {
     }
 }
 
-/// The client has nothing to say, so whatever it sends, is the end.
+/// Waits until the client disconnects. It has nothing to send, so any received byte ends the connection too.
 async fn until_left(stream: &UnixStream) {
     while stream.readable().await.is_ok() {
         match stream.try_read(&mut [0; 1]) {

@@ -1,4 +1,4 @@
-//! Which clients have which memory.
+//! The registry of connections: which client has the memory of which group.
 
 use std::collections::HashMap;
 use std::os::fd::AsFd;
@@ -31,7 +31,7 @@ pub(super) struct Registry {
 }
 
 impl Registry {
-    /// The state is whole whenever the lock is free, so a panic elsewhere does not spoil it.
+    /// Every critical section leaves the state valid, so a poisoned lock is safe to use.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -41,7 +41,7 @@ impl Registry {
         state.connections.values().filter(|entry| group.is_none_or(|group| entry.group == group)).count()
     }
 
-    /// Other lives than this one that have memory of the group, on other seats.
+    /// The lives other than `life`, on other seats, that have memory of the group.
     pub(super) fn others(&self, group: u128, life: &Life) -> Vec<Visitor> {
         let state = self.lock();
         let there =
@@ -55,7 +55,8 @@ impl Registry {
     /// Asks the clients of a group to leave, and returns how many have not within `limit`.
     pub(super) fn close_group(&self, group: u128, limit: Duration) -> usize {
         let mut there = self.streams(group);
-        // Half closed: the client sees the end, and we still see it leave.
+        // A half-closed stream: the client sees the end of the stream, and the server still sees the client
+        // disconnect.
         there.iter().for_each(|stream| close(stream, Shutdown::Write));
         let deadline = Instant::now() + limit;
         while !there.is_empty() && Instant::now() < deadline {
@@ -74,18 +75,18 @@ impl Registry {
 }
 
 fn close(stream: &UnixStream, how: Shutdown) {
-    // Fails only when the other end is gone already.
+    // Fails only when the client has already closed its end.
     let _ = shutdown(stream, how);
 }
 
-/// Waits until one of the clients closed its end, or the time is up.
+/// Waits until one of the clients closed its end, or the deadline passed.
 fn wait_for_one(streams: &[Arc<UnixStream>], deadline: Instant) {
     let rest = deadline.saturating_duration_since(Instant::now());
     let Ok(timeout) = Timespec::try_from(rest) else { return };
-    // A closed end is reported in any case.
+    // poll(2) always reports a closed end, so no event is requested.
     let mut watched: Vec<PollFd<'_>> =
         streams.iter().map(|stream| PollFd::from_borrowed_fd(stream.as_fd(), PollFlags::empty())).collect();
-    // An error is an interruption; the caller looks at each and at the time.
+    // The only error is an interruption; the caller checks each stream and the time.
     let _ = poll(&mut watched, Some(&timeout));
 }
 
@@ -95,7 +96,7 @@ fn has_left(stream: &UnixStream) -> bool {
     poll(&mut watched, Some(&now)).is_ok() && watched[0].revents().contains(PollFlags::HUP)
 }
 
-/// A connection's place in the registry, for as long as it lives.
+/// A connection's entry in the registry, removed when this is dropped.
 pub(super) struct Registered {
     inner: Arc<Inner>,
     number: u64,
