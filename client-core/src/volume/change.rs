@@ -1,16 +1,16 @@
 //! Changing a volume while it is used: it grows, shrinks, or some of its regions move.
 //!
-//! Who carries a change out goes step by step, and the channels follow:
+//! The caller performs a change in steps, and the channels follow:
 //!
-//! 1. [`Volume::change`]: the channels get their ways to grants that are new.
-//! 2. [`Change::copy`]: regions that move are copied, run by run. Writes to the run that is being
-//!    copied wait, writes to what is copied go to both places.
-//! 3. [`Change::firm`]: all is copied; from now on a write ends only when it is at both places. Now the
+//! 1. [`Volume::change`]: the channels receive paths to the new grants.
+//! 2. [`Change::copy`]: regions that move are copied, run by run. Writes to the run that is being copied
+//!    wait, writes to bytes that are copied already go to both places.
+//! 3. [`Change::firm`]: all bytes are copied; from now on a write ends only when both places have it. Now the
 //!    change may be recorded as done.
-//! 4. [`Change::switch`]: reads go to the new places, and nothing goes to the old ones.
+//! 4. [`Change::switch`]: reads go to the new places, and no I/O goes to the old ones.
 //!
-//! Until the last step it can be dropped, and all is as before. No step holds I/O up, but for the writes
-//! to one run.
+//! Until the last step the change can be dropped, which restores the state before it. No step delays I/O,
+//! except for writes to the run that is being copied.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -25,17 +25,17 @@ use super::plan::{MapError, Plan};
 use super::port::Port;
 use super::{Live, Underway, Volume};
 
-/// How long the channels have for one step.
+/// Time limit of the channels for one step.
 const STEP_LIMIT: Duration = Duration::from_secs(10);
 const LOOK_AGAIN: Duration = Duration::from_millis(1);
 
-/// Why a change cannot be carried out. The volume is as it was, unless it says something else.
+/// Why a change failed. The volume is as before the change, unless the variant says otherwise.
 #[derive(Debug, thiserror::Error)]
 pub enum ChangeError {
-    /// The new map cannot be.
+    /// The new map is invalid.
     #[error("the map to change to cannot be used: {0}")]
     Map(#[from] MapError),
-    /// The new map has another layout, or moves more than it says.
+    /// The new map has another layout, or moves regions that the order does not name.
     #[error("the map to change to does not follow from the present one: {0}")]
     Unfit(String),
     /// No thread could be started.
@@ -46,10 +46,10 @@ pub enum ChangeError {
     NotReady {
         /// The appliance.
         appliance: String,
-        /// What the last attempt said.
+        /// The error of the last attempt.
         reason: String,
     },
-    /// I/O did not come to the point where the change could go on.
+    /// Operations in flight did not end in time, so that the change could not continue.
     #[error(
         "I/O on the volume did not let it go on for {0:?}: an appliance may be out of reach, or a client of a socket slow"
     )]
@@ -62,27 +62,27 @@ pub enum ChangeError {
     NewPlace,
 }
 
-/// A run of a region that is to be copied, on its old and new place.
+/// A run of a region that is to be copied, with its old and new place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Run {
     /// The region, by its place in the allocation.
     pub region: u32,
-    /// Grant that it lies in, and first byte in its export.
+    /// The grant that the run lies in, and the run's first byte in the grant's export.
     pub from: (GrantId, u64),
-    /// Grant that it goes to, and first byte in its export.
+    /// The grant that the run goes to, and the run's first byte in the grant's export.
     pub to: (GrantId, u64),
     /// Bytes.
     pub len: u64,
 }
 
-/// A change that is being carried out. Dropping it before [`Change::switch`] undoes it.
+/// A change in progress. Dropping it before [`Change::switch`] undoes it.
 pub struct Change {
     volume: Volume,
     plan: Arc<Plan>,
     moves: Arc<Moves>,
-    /// Numbers of the ways that are new.
+    /// Numbers of the new paths.
     added: Vec<u32>,
-    /// By number of a way.
+    /// Grants by the numbers of their paths.
     grants: Vec<Option<GrantId>>,
     switched: bool,
 }
@@ -94,12 +94,11 @@ impl std::fmt::Debug for Change {
 }
 
 impl Volume {
-    /// Begins a change to `next`, a map of the same allocation: `moved` are the regions that lie at
-    /// another place there and have to be copied. Waits until new appliances are connected, for at most
-    /// `limit`, and until another change has ended.
+    /// Begins a change to `next`, a map of the same allocation: `moved` are the regions that lie at another
+    /// place in `next` and have to be copied. Waits until new appliances are connected, for at most `limit`.
     ///
     /// # Errors
-    /// See [`ChangeError`].
+    /// See [`ChangeError`]; [`ChangeError::Unfit`] also while another change is in progress.
     pub fn change(&self, next: &Map, moved: &[u32], limit: Duration) -> Result<Change, ChangeError> {
         let until = Instant::now() + limit;
         let plan = Plan::new(next)?;
@@ -112,8 +111,8 @@ impl Volume {
         Ok(change)
     }
 
-    /// Goes on with a change that was firm when the volume was closed: to be called before there are channels.
-    /// Writes go to both places from the first one on.
+    /// Resumes a change that was firm when the volume was closed. To be called before a channel exists; from
+    /// the first write on, writes go to both places.
     ///
     /// # Errors
     /// See [`ChangeError`].
@@ -126,7 +125,7 @@ impl Volume {
         Ok(change)
     }
 
-    /// Adds what is new, and tells the channels.
+    /// Adds the new paths, and sends the channels their orders.
     fn begin(&self, next: &Map, plan: Plan, moved: &[u32]) -> Result<(Change, Vec<Told>), ChangeError> {
         let shared = &self.inner.shared;
         let mut live = shared.live();
@@ -193,13 +192,13 @@ impl Change {
         self.moves.all().iter().map(|one| one.region)
     }
 
-    /// Copies every region that moves, in runs of at most `run_len` bytes. `copy` is called for each
-    /// run, blocks until it is copied, and says why it could not be; while it does, writes to that run
-    /// wait. `between` is called after each run, with the bytes that are copied and those to copy in all;
-    /// it may sleep, and says why the change is off.
+    /// Copies every region that moves, in runs of at most `run_len` bytes. `copy` is called for each run; it
+    /// blocks until the run is copied, or returns why it could not be copied; meanwhile, writes to the run
+    /// wait. `between` is called after each run, with the number of bytes copied so far and the total; it may
+    /// sleep, and returns an error to cancel the change.
     ///
     /// # Errors
-    /// What `copy` or `between` said, or that I/O did not let it go on.
+    /// The error of `copy` or `between`, or [`ChangeError::Stuck`].
     pub fn copy(
         &self,
         run_len: u64,
@@ -243,11 +242,11 @@ impl Change {
         self.tell(|| Order::Progress(progress.clone()))
     }
 
-    /// All is copied: from now on a write ends only when it is at both places, and nothing goes beyond the new
-    /// size.
+    /// Makes the change firm, after all bytes are copied: from now on a write ends only when both places have
+    /// it, and no I/O goes beyond the new size.
     ///
     /// # Errors
-    /// When some write is not: the change has to be given up.
+    /// When a write failed at the new place: the change has to be dropped.
     pub fn firm(&self) -> Result<(), ChangeError> {
         if let Some(change) = &mut self.live().change {
             change.firm = Some(self.plan.size());
@@ -259,12 +258,14 @@ impl Change {
         }
     }
 
-    /// Ends the change: the new places hold. Blocks until every channel reads there, and then until nothing is in flight at
-    /// the old ones, however long that takes: only then may what lay there be used for something else.
+    /// Ends the change: the new places are valid. Blocks until every channel reads there, and then until no
+    /// operation is in flight at the old places, however long that takes: only then may their memory be used
+    /// for another purpose.
     pub fn switch(mut self) {
         self.switched = true;
         let plan = self.plan.clone();
-        // One channel must not read at the old place what another one has written to the new one only.
+        // All channels must read at the new places before one of them may write to these only; else another
+        // channel would read stale data at the old place.
         let mut live = self.live();
         if let Some(change) = &mut live.change {
             change.reads = Some(plan.clone());
@@ -283,7 +284,7 @@ impl Change {
         self.end(&plan);
     }
 
-    /// Stops what leads to places that are not used any more.
+    /// Stops the paths to grants without regions in `plan`.
     fn end(&self, plan: &Plan) {
         let used = |number: usize| plan.slots().iter().any(|slot| slot.grant as usize == number);
         let mut live = self.live();
@@ -325,7 +326,7 @@ impl Change {
         wait_all(&told)
     }
 
-    /// Where no queue is there, a probe tells whether the appliances can be reached.
+    /// Creates a probe when no channel exists, so that the state of the appliances stays known.
     fn watch_again(&self) {
         let inner = &self.volume.inner;
         if inner.shared.live().members.iter().all(|member| member.mailbox.is_closed()) {
@@ -348,7 +349,7 @@ impl Drop for Change {
             }
         }
         drop(live);
-        // They carry it out sooner or later; nothing is left to be done here.
+        // The channels execute the order sooner or later, and no other work is left here.
         let _ = wait_all(&told);
         self.watch_again();
     }
@@ -362,14 +363,14 @@ fn wait_all(told: &[Told]) -> Result<(), ChangeError> {
     }
 }
 
-/// Waits for as long as it takes; says now and then that it does.
+/// Waits without a limit; logs repeatedly that it still waits.
 fn wait_long(told: &[Told]) {
     while let Err(error) = wait_all(told) {
         tracing::warn!("a change of a volume waits for its end: {error}");
     }
 }
 
-/// Connectors to the new grants, all or none.
+/// Starts connectors to the new grants: all of them, or none on an error.
 fn start_all(
     next: &Map,
     new: &[(u32, usize)],
@@ -388,8 +389,8 @@ fn start_all(
     Ok(connectors)
 }
 
-/// Numbers of the ways to a map's grants, in their order, and of those which are new the number and the
-/// place in the map. Numbers that nobody has any more are used again.
+/// Returns the numbers of the paths to a map's grants, in their order, and for each new path its number and
+/// the grant's place in the map. Free numbers are reused.
 fn number_ways(live: &Live, next: &Map) -> (Vec<u32>, Vec<(u32, usize)>) {
     let mut free = live.ways.iter().enumerate().filter(|(_, way)| way.is_none()).map(|(number, _)| number);
     let mut end = live.ways.len();
@@ -410,7 +411,7 @@ fn number_ways(live: &Live, next: &Map) -> (Vec<u32>, Vec<(u32, usize)>) {
     (numbers, new)
 }
 
-/// The moves that lead from one plan to another.
+/// The moves from one plan to another.
 fn moves(now: &Plan, next: &Plan, moved: &[u32]) -> Result<Moves, ChangeError> {
     if !now.has_layout_of(next) {
         return Err(ChangeError::Unfit("another layout or region size".to_owned()));

@@ -1,5 +1,5 @@
-//! A volume: an allocation in use at this client. What it looks like can change while it is used; see
-//! [`Volume::change`].
+//! [`Volume`]: an allocation in use at this client. Its size and the places of its regions can change while
+//! it is used; see [`Volume::change`].
 
 mod change;
 mod channel;
@@ -36,51 +36,52 @@ pub(crate) use self::port::Bell;
 use self::port::Port;
 pub use self::trust::{REFUSAL_LIMIT, Trust};
 
-/// Numbers of queues from this one on are given by who uses the volume.
+/// The user of the volume gives queue numbers from this one on; the volume itself gives the lower ones.
 const QUEUES_NUMBERED: u16 = 1 << 15;
 
-/// How a volume is used.
+/// The parameters of a volume's use.
 #[derive(Debug, Clone)]
 pub struct VolumeOptions {
     /// How long I/O is held while an appliance cannot be reached.
     pub hold: Hold,
-    /// The only transport to use; none: the best for each appliance.
+    /// The only transport to use; none: the best one for each appliance.
     pub transport: Option<TransportKind>,
-    /// Transports that are not used unless by `transport`.
+    /// Transports that are used only if `transport` names them.
     pub forbidden: Vec<TransportKind>,
-    /// Longest time that one attempt to connect may take.
+    /// Time limit of a connection attempt.
     pub connect_limit: Duration,
-    /// Operations in flight on one channel.
+    /// Most operations in flight on one channel.
     pub depth: usize,
-    /// Random number of this use of the allocation: appliances tell its connections from those of
-    /// an earlier one by it.
+    /// Random number of this use of the allocation: appliances distinguish its connections from those of an
+    /// earlier use by it.
     pub session: u128,
-    /// Its first connections are newer than those with a lower number, and of the same session and queue: these
-    /// are shut out. 0 where no earlier use has this session.
+    /// Generation of the first connections. They are newer than connections of the same session and queue
+    /// with a lower generation, which the appliances close. 0 where no earlier use has this session.
     pub generation: u32,
     /// The kernel that this process runs on; none if unknown.
     pub host: Option<HostId>,
-    /// How long an appliance has to refuse a grant, while no allocator says anything, before I/O to it fails;
-    /// [`REFUSAL_LIMIT`] is the usual value.
+    /// How long an appliance has to refuse a grant, while no allocator answers, before I/O to the appliance
+    /// fails; [`REFUSAL_LIMIT`] is the usual value.
     pub refusal_limit: Duration,
-    /// Which life of the client this is. An appliance lets one life of it in, and those that follow it; none: it is not asked.
+    /// The life of the client. An appliance admits one life of a client, and the lives that follow it. None:
+    /// connections name no life, and appliances do not check it.
     pub visitor: Option<Visitor>,
-    /// Why it is opened held: no appliance is connected, and all I/O waits, whatever `hold` says, until
-    /// [`Volume::go_on`]. None: it is not.
+    /// Opens the volume held, for this reason: no appliance is connected, and all I/O waits, whatever `hold`
+    /// says, until [`Volume::go_on`]. None: the volume connects at once.
     pub held: Option<String>,
-    /// As of [`Volume::set_contested`].
+    /// The initial value of [`Volume::set_contested`].
     pub contested: bool,
 }
 
 /// Why a volume cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    /// The map cannot be.
+    /// The map is invalid.
     #[error("the map of allocation `{name}` cannot be used: {source}")]
     Map {
         /// The allocation.
         name: String,
-        /// What is wrong.
+        /// The defect of the map.
         source: MapError,
     },
     /// No thread could be started.
@@ -91,28 +92,28 @@ pub enum OpenError {
     NotReady {
         /// The appliance.
         appliance: String,
-        /// How long it was waited for.
+        /// The time limit.
         limit: Duration,
-        /// What the last attempt said.
+        /// The error of the last attempt.
         reason: String,
     },
 }
 
-/// What a volume is doing.
+/// The state of a volume.
 #[derive(Debug, Clone)]
 pub struct VolumeStatus {
     /// Whether I/O passes.
     pub state: DeviceState,
-    /// The ways to its appliances, in the order of the map's grants.
+    /// The paths to its appliances, in the order of the map's grants.
     pub links: Vec<LinkStatus>,
-    /// What passed since it was opened.
+    /// Counts of the operations since the volume was opened.
     pub counters: Counters,
     /// Operations in flight.
     pub in_flight: u64,
 }
 
-/// An allocation in use. Clones are the same volume; its connections end with the last of them and
-/// of its channels.
+/// An allocation in use. Clones share the same volume; dropping the last clone and the last channel closes
+/// the connections.
 #[derive(Clone)]
 pub struct Volume {
     inner: Arc<Inner>,
@@ -122,55 +123,55 @@ struct Inner {
     shared: Arc<Shared>,
     options: VolumeOptions,
     links: LinkOptions,
-    /// Of the allocation.
+    /// Name of the allocation.
     name: String,
-    /// Slabs with names, as they were when it was opened.
+    /// Named slabs, as of the time when the volume was opened.
     slabs: SlabMap,
     queues: AtomicU16,
-    /// A channel without I/O, from the start until there is another one: it connects, so that it is
-    /// known whether the appliances can be reached before somebody has to wait for them.
+    /// A channel without I/O, which exists until the first other channel is made: it connects, so that the
+    /// state of the appliances is known before a user has to wait for them.
     probe: Mutex<Option<Channel>>,
 }
 
-/// What channels use of the volume.
+/// The state that channels share with the volume.
 struct Shared {
     live: Mutex<Live>,
     tallies: Mutex<Tallies>,
 }
 
-/// What holds now, and what is being changed of it.
+/// The valid plan and its paths, and the change in progress.
 struct Live {
     plan: Arc<Plan>,
-    /// By the numbers that the plan uses for grants; none where one ended.
+    /// Paths by the numbers that the plan uses for grants; none where a path ended.
     ways: Vec<Option<Arc<Connector>>>,
     members: Vec<Member>,
     change: Option<Underway>,
 }
 
-/// A channel, as far as changes concern it.
+/// The part of a channel that a change needs.
 struct Member {
     queue: u16,
     mailbox: Arc<Mailbox>,
 }
 
-/// What a channel that is made during a change has to know.
+/// The state of a change that a channel needs when it is created during the change.
 #[derive(Clone, Default)]
 struct Underway {
     progress: Option<Progress>,
-    /// Nothing goes beyond this offset any more, and a write counts only when it is at both places.
+    /// No I/O goes beyond this offset any more, and a write ends only when both places have it.
     firm: Option<u64>,
-    /// Where to read, while writes go to both places.
+    /// The plan for reads, while writes go to both places.
     reads: Option<Arc<Plan>>,
 }
 
-/// Counters of the channels that are open, and the sum of those that are closed.
+/// Counters of the open channels, and the sum of the counters of closed ones.
 #[derive(Default)]
 struct Tallies {
     open: Vec<Arc<Tally>>,
     closed: Counters,
 }
 
-/// Counters of one channel, written by its thread.
+/// Counters of one channel, written by the channel's thread only.
 #[derive(Default)]
 struct Tally {
     reads: AtomicU64,
@@ -183,11 +184,11 @@ struct Tally {
 }
 
 impl Volume {
-    /// Checks the map and begins to connect; does not wait for that. I/O on channels is held until
-    /// the appliances that it concerns are connected.
+    /// Checks the map and begins to connect, without waiting for it. I/O on channels waits until the
+    /// appliances that it needs are connected.
     ///
     /// # Errors
-    /// [`OpenError::Map`], or [`OpenError::Thread`] when the system has no more threads.
+    /// [`OpenError::Map`], or [`OpenError::Thread`] when the system cannot create another thread.
     pub fn open(map: &Map, options: VolumeOptions) -> Result<Volume, OpenError> {
         let plan = Plan::new(map).map_err(|source| OpenError::Map { name: map.name.to_string(), source })?;
         let links = LinkOptions {
@@ -196,7 +197,7 @@ impl Volume {
             transport: options.transport,
             forbidden: options.forbidden.clone(),
             limit: options.connect_limit,
-            // One of a channel's operations can have many legs on one link.
+            // An operation of a channel can have many legs on one link.
             depth: options.depth * 2,
             session: options.session,
             generation: options.generation,
@@ -213,7 +214,7 @@ impl Volume {
         let live = Live { plan: Arc::new(plan), ways: Vec::new(), members: Vec::new(), change: None };
         let shared = Arc::new(Shared { live: Mutex::new(live), tallies: Mutex::default() });
         for grant in &map.grants {
-            // A failure drops `shared`, which stops those that run.
+            // An error drops `shared`, which stops the connectors that run already.
             let connector = Connector::start(grant.clone(), links.clone()).map_err(OpenError::Thread)?;
             shared.live().ways.push(Some(connector));
         }
@@ -226,12 +227,12 @@ impl Volume {
         Ok(Volume { inner: Arc::new(inner) })
     }
 
-    /// Size in bytes; a change can make it another.
+    /// Size in bytes; a change can alter it.
     pub fn size(&self) -> u64 {
         self.inner.shared.live().plan.size()
     }
 
-    /// Whether a change waits until channels have followed, which a look at them lets them.
+    /// Whether a change waits for channels to follow; a poll of each channel lets them follow.
     pub(crate) fn waits_for_channels(&self) -> bool {
         self.inner.shared.live().members.iter().any(|member| member.mailbox.is_waited_for())
     }
@@ -241,39 +242,39 @@ impl Volume {
         &self.inner.name
     }
 
-    /// Slabs with names, as they were when it was opened.
+    /// Named slabs, as of the time when the volume was opened.
     pub(crate) fn slabs(&self) -> &SlabMap {
         &self.inner.slabs
     }
 
-    /// Operations that each channel takes at once.
+    /// Most operations in flight on each channel.
     pub(crate) fn depth(&self) -> usize {
         self.inner.options.depth
     }
 
-    /// A channel for one more queue.
+    /// Creates a channel for one more queue.
     ///
     /// # Errors
-    /// When the kernel gives no descriptor.
+    /// When the process has no free descriptor.
     pub fn channel(&self) -> io::Result<Channel> {
         let channel = self.inner.channel()?;
         *self.inner.probe() = None;
         Ok(channel)
     }
 
-    /// A channel for the queue that has this number in every use of the allocation with this session: its
-    /// connections shut out those of the queue's earlier channels, also of a process that died. There must be one
-    /// at a time.
+    /// Creates a channel for the queue that has this number in every use of the allocation with this session.
+    /// The connections of the channel shut out those of the queue's earlier channels, also of a process that
+    /// died. Only one channel of a queue may exist at a time.
     ///
     /// # Errors
-    /// When the kernel gives no descriptor.
+    /// When the process has no free descriptor.
     pub fn channel_of(&self, queue: u16) -> io::Result<Channel> {
         let channel = self.inner.channel_numbered(QUEUES_NUMBERED | queue)?;
         *self.inner.probe() = None;
         Ok(channel)
     }
 
-    /// Waits until every appliance is connected once, by a channel of its own which it then drops.
+    /// Waits until every appliance is connected once, by a temporary channel of its own.
     ///
     /// # Errors
     /// [`OpenError::NotReady`] when an appliance is not connected in time, or does not know the grant.
@@ -296,17 +297,18 @@ impl Volume {
         }
     }
 
-    /// Whether an appliance says that it does not know the grant: there is no use in waiting for it at the start.
+    /// Whether an appliance answers that it does not know the grant: waiting for this appliance at the start
+    /// is useless.
     fn is_refused(&self) -> bool {
         self.troubles().iter().any(|trouble| trouble.refused)
     }
 
-    /// Whether some of it lies on the appliance of this name.
+    /// Whether some regions lie on the appliance of this name.
     pub fn is_on(&self, appliance: &Name) -> bool {
         self.connectors().iter().any(|connector| connector.grant().appliance_name == *appliance)
     }
 
-    /// The grants that it leads to now.
+    /// The grants that the volume has paths to now.
     pub(crate) fn grants(&self) -> Vec<Grant> {
         self.connectors().iter().map(|connector| connector.grant().clone()).collect()
     }
@@ -315,25 +317,25 @@ impl Volume {
         self.inner.shared.live().ways.iter().flatten().cloned().collect()
     }
 
-    /// An appliance does not come back: I/O that it has or would have ends with an error, from now on and for good. `why` is
-    /// what people are told. Whether that is news. Returns at once.
+    /// Gives an appliance up for good: from now on, pending and new I/O to it ends with an error. `why` is
+    /// shown to operators. Returns whether the appliance was not given up before. Does not block.
     pub fn give_up(&self, appliance: ApplianceId, why: &str) -> bool {
         let connectors = self.connectors();
         let of_it = connectors.iter().filter(|connector| connector.grant().appliance == appliance);
         of_it.fold(false, |news, connector| connector.give_up(why) | news)
     }
 
-    /// Lets go of every appliance, and has all I/O wait, whatever limit there is for that, until [`Volume::go_on`] or
-    /// [`Volume::end_all`]. `why` is what people are told. Returns at once.
+    /// Disconnects every appliance, and makes all I/O wait, whatever its time limit, until [`Volume::go_on`]
+    /// or [`Volume::end_all`]. `why` is shown to operators. Does not block.
     pub fn hold_all(&self, why: &str) {
         self.connectors().iter().for_each(|connector| connector.hold(why));
     }
 
-    /// Connects by the keys and addresses of this map; what waits goes on. The map has to be that of the same regions.
-    /// Returns at once.
+    /// Connects by the keys and addresses of this map, and resumes the waiting I/O. The map must contain the
+    /// same grants and have the same size. Does not block.
     ///
     /// # Errors
-    /// When it is not; nothing has changed then.
+    /// When the map differs in grants or size; the volume is unchanged then.
     pub fn go_on(&self, map: &Map) -> Result<(), ChangeError> {
         let connectors = self.connectors();
         let grant_of = |connector: &Arc<Connector>| {
@@ -350,23 +352,24 @@ impl Volume {
         Ok(())
     }
 
-    /// All I/O ends with an error, from now on and for good. `why` is what people are told. Returns at once.
+    /// From now on all I/O ends with an error, for good. `why` is shown to operators. Does not block.
     pub fn end_all(&self, why: &str) {
         for connector in self.connectors() {
             connector.give_up(why);
         }
     }
 
-    /// Whether another client may have the allocation and give it back: then refusals of appliances, however long they last,
-    /// end no I/O. Only the allocator's word does.
+    /// Sets whether another client may have the allocation and give it back. While this is true, refusals of
+    /// appliances end no I/O, however long they last; only the allocator's answer does.
     pub fn set_contested(&self, contested: bool) {
         self.connectors().iter().for_each(|connector| connector.set_contested(contested));
     }
 
-    /// What the volume is doing. Takes locks that no I/O waits for.
+    /// The state of the volume. Takes locks that no I/O waits for.
     pub fn status(&self) -> VolumeStatus {
         if let Some(probe) = &mut *self.inner.probe() {
-            // It posts nothing, so this gives nothing; it notices links that came or went.
+            // The probe posts no operation, so polling it returns no completion; it updates the state of the
+            // links.
             probe.arm();
             probe.poll(&mut Vec::new());
         }
@@ -410,7 +413,8 @@ impl Inner {
             Hold::Forever => None,
             Hold::For(span) => Some(span.0),
         };
-        // Under the lock: it takes part in a change from its next step on, and knows the steps before.
+        // Locked until the channel is a member: the channel takes part in a change from the change's next
+        // step on, and learns the earlier steps here.
         let mut live = self.shared.live();
         let port = |connector: &Option<Arc<Connector>>| {
             (Arc::new(Port::new(queue, mailbox.bell().clone())), connector.clone())
@@ -439,7 +443,7 @@ impl Inner {
 }
 
 impl Shared {
-    /// Only assignments happen under the lock.
+    /// Critical sections consist of assignments only, so a poisoned lock is safe to use.
     fn live(&self) -> std::sync::MutexGuard<'_, Live> {
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -468,7 +472,7 @@ impl Shared {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        // Whoever watches over the volume has nothing to do any more.
+        // Wakes the task that guards the volume: its work is over.
         self.links.alarm.notify_one();
     }
 }

@@ -1,8 +1,8 @@
-//! Regions that move to other places while they are in use: what has to be written where.
+//! Regions that move to other places while they are in use: determines the places that each write goes to.
 //!
-//! Regions move one after the other, and each from its start to its end, in runs. What is below the
-//! run has been copied, so it is written to both places; the run itself is locked while it is copied,
-//! so writes to it wait; what lies above is written to the old place only. Reads go to the old place.
+//! Regions move one after the other, and each from its start to its end, in runs. Bytes below the current run
+//! are copied already, so writes to them go to both places. The current run is locked while it is copied, so
+//! writes to it wait. Writes above it go to the old place only. Reads go to the old place.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,21 +14,21 @@ use super::plan::Leg;
 /// A region that moves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Move {
-    /// Its place in the allocation.
+    /// The region, by its place in the allocation.
     pub(super) region: u32,
-    /// Where it is: way, and place in the grant.
+    /// The old place: number of the path, and region within the grant.
     pub(super) from: RegionSlot,
-    /// Where it goes.
+    /// The new place.
     pub(super) to: RegionSlot,
 }
 
-/// The regions that move in one change; the same for every channel.
+/// The regions that move in one change; shared by all channels.
 #[derive(Debug)]
 pub(super) struct Moves {
-    /// By place in the allocation.
+    /// Numbers of the moves, by the region's place in the allocation.
     numbers: Box<[Option<u32>]>,
     moves: Box<[Move]>,
-    /// A write to a new place failed: the change cannot go on.
+    /// Whether a write to a new place failed, so that the change cannot continue.
     failed: AtomicBool,
 }
 
@@ -53,33 +53,32 @@ impl Moves {
         self.failed.load(Ordering::Acquire)
     }
 
-    /// Where a region goes that was at this place.
+    /// The new place of the region at the old place `from`.
     pub(super) fn target(&self, from: RegionSlot) -> Option<RegionSlot> {
         self.moves.iter().find(|one| one.from == from).map(|one| one.to)
     }
 }
 
-/// How far a change is: the region that is being copied, what of it has been, and the run that is
-/// locked.
+/// The progress of a change: the region that is being copied, its bytes that are copied, and the locked run.
 #[derive(Debug, Clone)]
 pub(super) struct Progress {
     pub(super) moves: Arc<Moves>,
-    /// Number of the region among those that move; all are copied when there is no such number.
+    /// Number of the region among those that move; when no region has this number, all are copied.
     pub(super) number: u32,
-    /// Bytes of it that are copied.
+    /// Bytes of the region that are copied.
     pub(super) done: u64,
-    /// End of the locked run, which begins at `done`; the same where nothing is locked.
+    /// End of the locked run, which begins at `done`; equal to `done` when no run is locked.
     pub(super) locked: u64,
 }
 
-/// What becomes of a leg that changes something.
+/// The treatment of a leg that changes data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Fate {
-    /// It goes to the old place only.
+    /// The leg goes to the old place only.
     Old,
-    /// It goes to the old place, and this leg to the new one.
+    /// The leg goes to the old place, and the contained leg to the new place.
     Both(Leg),
-    /// It waits.
+    /// The leg waits.
     Later,
 }
 
@@ -88,7 +87,7 @@ impl Progress {
         Progress { moves, number: 0, done: 0, locked: 0 }
     }
 
-    /// What becomes of a leg that changes something.
+    /// The treatment of a leg that changes data.
     pub(super) fn fate(&self, leg: &Leg, region_len: u64) -> Fate {
         let number = self.moves.numbers.get(leg.region as usize).copied().flatten();
         let Some(number) = number else { return Fate::Old };
@@ -109,13 +108,13 @@ impl Progress {
         Fate::Both(Leg { grant, offset, len: leg.len.min(done - start), ..*leg })
     }
 
-    /// Whether a leg of this region and range within it touches the locked run.
+    /// Whether a leg of this region and range within the region touches the locked run.
     pub(super) fn touches_lock(&self, region: u32, start: u64, len: u64) -> bool {
         let current = self.moves.moves.get(self.number as usize);
         current.is_some_and(|one| one.region == region && overlaps(start, len, self.done, self.locked))
     }
 
-    /// The same without a lock.
+    /// The same progress without a locked run.
     pub(super) fn unlocked(&self) -> Progress {
         Progress { locked: self.done, ..self.clone() }
     }
@@ -143,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_copied_is_written_to_both_places() {
+    fn copied_bytes_are_written_to_both_places() {
         let both = |region: u32, slot: u64, start: u64, len: u64| {
             Fate::Both(Leg { region, grant: 3, offset: slot * LEN + start, len, start: 0 })
         };

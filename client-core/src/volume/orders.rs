@@ -1,5 +1,5 @@
-//! What a channel is told to change, by who changes the volume. A channel looks only when its bell
-//! rings: no I/O touches any of this while nothing changes.
+//! The orders by which a change of the volume instructs a channel. A channel reads its orders only when its
+//! bell rings: while no change is in progress, no I/O touches this state.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,29 +11,30 @@ use super::moves::Progress;
 use super::plan::Plan;
 use super::port::{Bell, Port};
 
-/// A way to one more grant.
+/// A path to an additional grant.
 pub(super) struct NewWay {
-    /// Its number.
+    /// The number of the path.
     pub(super) number: u32,
     pub(super) port: Arc<Port>,
     pub(super) connector: Arc<Connector>,
 }
 
-/// What a channel is told. It is carried out when the channel says so; each one after the other.
+/// An order to a channel. Orders are executed one after the other; the channel reports each one as done.
 pub(super) enum Order {
-    /// A change begins: here are ways to new grants. Nothing is done in place from now on; carried out
-    /// when nothing that was begun so is unfinished.
+    /// A change begins, with these paths to new grants. From now on no memory is accessed in place. Done when
+    /// no access that began in place is unfinished.
     Begin(Vec<NewWay>),
-    /// The change is so far; carried out when no write to the locked run is in flight.
+    /// The change has made this progress. Done when no write to the locked run is in flight.
     Progress(Progress),
-    /// From now on a write counts only when it is at both places, and nothing goes beyond so many bytes; carried
-    /// out when nothing is in flight there.
+    /// From now on a write ends only when both places have it, and no I/O goes beyond this offset in bytes.
+    /// Done when no operation is in flight beyond it.
     Firm(u64),
-    /// Reads go where this plan says, for it has all; writes still go to both places.
+    /// Reads follow this plan, whose places have all data; writes still go to both places.
     Read(Arc<Plan>),
-    /// This is the plan now, and all channels read by it; carried out when nothing is in flight at ways without regions, which end.
+    /// This is the plan now, and all channels already read by it. Done when no operation is in flight on
+    /// paths without regions; these paths then end.
     Switch(Arc<Plan>),
-    /// The change is off: all is as before it.
+    /// The change is cancelled: the state before it is restored.
     Abort,
 }
 
@@ -44,11 +45,11 @@ struct Inbox {
     done: u64,
 }
 
-/// The meeting place of one channel and who changes the volume.
+/// The meeting place of a channel and the thread that changes the volume.
 pub(super) struct Mailbox {
     inbox: Mutex<Inbox>,
     changed: Condvar,
-    /// The channel is gone.
+    /// Whether the channel was dropped.
     closed: AtomicBool,
     bell: Arc<Bell>,
 }
@@ -58,12 +59,12 @@ impl Mailbox {
         Mailbox { inbox: Mutex::default(), changed: Condvar::new(), closed: AtomicBool::new(false), bell }
     }
 
-    /// Only assignments happen under the lock.
+    /// Critical sections consist of assignments only, so a poisoned lock is safe to use.
     fn lock(&self) -> MutexGuard<'_, Inbox> {
         self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Tells the channel. What [`Mailbox::wait`] is to be given.
+    /// Sends an order to the channel. Returns the number to pass to [`Mailbox::wait`].
     pub(super) fn tell(&self, order: Order) -> u64 {
         let mut inbox = self.lock();
         inbox.orders.push_back(order);
@@ -74,7 +75,7 @@ impl Mailbox {
         number
     }
 
-    /// Whether it was told something that is not carried out.
+    /// Whether an order was sent that is not done yet.
     pub(super) fn is_waited_for(&self) -> bool {
         let inbox = self.lock();
         inbox.done < inbox.told && !self.is_closed()
@@ -84,7 +85,7 @@ impl Mailbox {
         self.closed.load(Ordering::Acquire)
     }
 
-    /// Waits until so many orders are carried out, or the channel is gone. False when it is too late.
+    /// Waits until the order with this number is done, or the channel is dropped. Returns false on a timeout.
     pub(super) fn wait(&self, number: u64, until: Instant) -> bool {
         let mut inbox = self.lock();
         while inbox.done < number && !self.closed.load(Ordering::Acquire) {
@@ -101,23 +102,23 @@ impl Mailbox {
         &self.bell
     }
 
-    /// The channel's side: the next order.
+    /// Called by the channel: takes the next order.
     pub(super) fn next(&self) -> Option<Order> {
         self.lock().orders.pop_front()
     }
 
-    /// The channel's side: whether the next order ends whatever is being waited for.
+    /// Called by the channel: whether the next order cancels the one that is being waited for.
     pub(super) fn is_aborted(&self) -> bool {
         matches!(self.lock().orders.front(), Some(Order::Abort))
     }
 
-    /// The channel's side: one more order is carried out.
+    /// Called by the channel: one more order is done.
     pub(super) fn done(&self) {
         self.lock().done += 1;
         self.changed.notify_all();
     }
 
-    /// The channel's side: it is dropped.
+    /// Called by the channel when it is dropped.
     pub(super) fn close(&self) {
         self.closed.store(true, Ordering::Release);
         drop(self.lock());

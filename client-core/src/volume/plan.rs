@@ -1,8 +1,8 @@
-//! Where the bytes of an allocation lie: from an operation on the volume to operations on grants.
+//! The geometry of an allocation: maps an operation on the volume to operations on grants.
 //!
-//! Pure, and without allocation. Reads and writes become one leg for each stripe unit that they touch.
-//! Trims and zeros become one leg for each region, however many units lie in it: what a run of the
-//! volume has of one region is a run of that region.
+//! Pure, and without memory allocation. A read or write becomes one leg for each stripe unit that it touches.
+//! A trim or zero becomes one leg for each region, however many units lie in the region: the part of a
+//! contiguous range of the volume that lies in one region is contiguous in that region.
 
 use std::collections::HashSet;
 
@@ -11,51 +11,51 @@ use xpm_protocol::layout::LayoutError;
 use xpm_protocol::units::is_region_len;
 use xpm_transport::io::Kind;
 
-/// What is wrong with a map.
+/// A defect of a map.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum MapError {
-    /// The region size is no power of two in its range.
+    /// The region size is not a power of two in the allowed range.
     #[error("its region size, {0} bytes, is not a power of two from 16 MiB to 64 GiB")]
     RegionLen(u64),
-    /// The layout cannot be.
+    /// The layout is invalid.
     #[error("{0}")]
     Layout(#[from] LayoutError),
-    /// The size is nothing, or more than the regions hold.
+    /// The size is zero, or more than the regions hold.
     #[error("its size of {size} bytes does not fit its {regions} regions")]
     Size {
         /// The size in bytes.
         size: u64,
-        /// How many regions there are.
+        /// Number of regions.
         regions: usize,
     },
-    /// The regions do not make whole rows.
+    /// The number of regions is no multiple of the row length.
     #[error("its {regions} regions do not make whole rows of {columns}")]
     Rows {
-        /// How many regions there are.
+        /// Number of regions.
         regions: usize,
-        /// How many there are in a row.
+        /// Number of regions in a row.
         columns: u32,
     },
     /// A region is not in any grant.
     #[error("its region {0} is in no grant")]
     Slot(usize),
-    /// Two regions are the same.
+    /// A region occurs twice.
     #[error("its region {0} is there twice")]
     Twice(usize),
 }
 
-/// A part of an operation that concerns one grant.
+/// The part of an operation that goes to one grant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Leg {
-    /// Which region, by its place in the allocation.
+    /// The region, by its place in the allocation.
     pub region: u32,
-    /// Which grant.
+    /// The number of the grant.
     pub grant: u32,
     /// First byte in the grant's export.
     pub offset: u64,
     /// Bytes.
     pub len: u64,
-    /// First byte in the operation's buffer; means nothing for legs of trims and zeros.
+    /// First byte in the operation's buffer; meaningless for trims and zeros.
     pub start: u64,
 }
 
@@ -70,11 +70,11 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// The geometry that a map describes. A map comes from the network: everything is checked here,
-    /// and nothing after.
+    /// The geometry that a map describes. Maps come from the network: this function checks the map
+    /// completely, and later code checks no part of it again.
     ///
     /// # Errors
-    /// [`MapError`] says what cannot be.
+    /// The [`MapError`] names the defect.
     pub fn new(map: &Map) -> Result<Plan, MapError> {
         let region_len = map.region_len.0;
         if !is_region_len(region_len) {
@@ -118,8 +118,8 @@ impl Plan {
         self.leg(row * self.columns + column, turn * self.unit + in_unit, len.min(self.unit - in_unit))
     }
 
-    /// The leg of a trim or zero of `len` bytes at `offset` on the region of this index; none if it
-    /// has no part in it.
+    /// The leg of a trim or zero of `len` bytes at `offset` on the region of this index; none if no byte of
+    /// the range lies in the region.
     fn region_leg(&self, region: u64, offset: u64, len: u64) -> Option<Leg> {
         let row_start = region / self.columns * self.columns * self.region_len;
         let row_len = self.columns * self.region_len;
@@ -129,7 +129,7 @@ impl Plan {
         (end > first).then(|| self.leg(region, first, end - first))
     }
 
-    /// Bytes of a row's first `position` that lie in this column.
+    /// The number of bytes in this column among the first `position` bytes of a row.
     fn bytes_before(&self, column: u64, position: u64) -> u64 {
         let turn_len = self.columns * self.unit;
         let rest = position % turn_len;
@@ -142,7 +142,7 @@ impl Plan {
         Leg { region: region as u32, grant, offset, len, start: 0 }
     }
 
-    /// The same geometry, with other numbers of grants: `numbers` has one for each grant of the map.
+    /// The same geometry with other grant numbers: `numbers` has one for each grant of the map.
     pub(super) fn renumbered(mut self, numbers: &[u32]) -> Plan {
         for slot in &mut self.slots {
             slot.grant = numbers[slot.grant as usize];
@@ -150,7 +150,7 @@ impl Plan {
         self
     }
 
-    /// Whether bytes lie over regions in the same way.
+    /// Whether bytes are distributed over regions in the same way.
     pub(super) fn has_layout_of(&self, other: &Plan) -> bool {
         (self.columns, self.unit, self.region_len) == (other.columns, other.unit, other.region_len)
     }
@@ -160,12 +160,13 @@ impl Plan {
         self.region_len
     }
 
-    /// Where each region lies, in the allocation's order.
+    /// The place of each region, in the allocation's order.
     pub(super) fn slots(&self) -> &[RegionSlot] {
         &self.slots
     }
 
-    /// A cursor over the legs of an operation, which lies within the volume.
+    /// A cursor over the legs of an operation; the caller has checked that the operation lies within the
+    /// volume.
     pub fn legs(&self, kind: Kind, offset: u64, len: u64) -> Legs {
         let next = match kind {
             Kind::Read | Kind::Write => 0,
@@ -176,13 +177,13 @@ impl Plan {
     }
 }
 
-/// A cursor over the legs of one operation: a value, so that an operation can wait in the middle.
+/// A cursor over the legs of one operation. It is a value, so that an operation can pause between two legs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Legs {
     kind: Kind,
     offset: u64,
     len: u64,
-    /// Bytes done (read, write) or next region (trim, zero).
+    /// Bytes done (read, write) or the next region (trim, zero).
     next: u64,
 }
 

@@ -1,5 +1,5 @@
-//! Where a channel and the connector of one grant meet: the channel asks for a link, the connector
-//! delivers it. Nothing here is touched by an I/O while its link is up.
+//! The meeting place of a channel and the connector of one grant: the channel requests a link, the connector
+//! delivers it. While a link is up, no I/O touches this state.
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
@@ -9,25 +9,26 @@ use std::time::Instant;
 use xpm_protocol::api::blk::LinkState;
 use xpm_transport::link::Link;
 
-/// What the connector brings.
+/// A delivery of the connector.
 pub(super) enum Delivery {
-    /// A link, for use from now on.
+    /// A link, to be used from now on.
     Link(Box<dyn Link>),
-    /// The link that there may be is none any more, and no proof of anything: I/O waits for the next one.
+    /// The present link may not be used any more, though the memory may be intact: I/O waits for the next
+    /// link.
     Held,
-    /// It is proven that the memory is gone.
+    /// The memory is proven to be lost.
     Lost,
-    /// Nothing has answered at the other end of the link since then, for as long as I/O is to be held.
+    /// The appliance has not answered since this time, which is longer than I/O is to be held.
     Stalled(Instant),
 }
 
-/// A channel's bell: rings when a delivery is there.
+/// A channel's bell: it rings when a delivery is available.
 ///
-/// The flag is up whenever the descriptor stays readable: it is raised after the write and lowered
-/// before the read. The other way round, a ring between the two leaves the descriptor readable with
-/// nothing to take, and a thread that waits for it never sleeps again. What remains possible is a flag
-/// that is up for a ring already heard, which costs one look at the ports, and a wake-up just before
-/// the flag is up, which repeats until it is: whoever waits must watch the level, not the edge.
+/// The flag is up whenever the descriptor stays readable: it is raised after the write and lowered before the
+/// read. In the opposite order, a ring between the two steps leaves the descriptor readable with nothing to
+/// take, and a thread that waits for it never sleeps again. Two harmless cases remain: a flag that is up for
+/// a ring already taken, which costs one check of the ports; and a wake-up just before the flag is up, which
+/// repeats until the flag is up. So a waiting thread must watch the level, not the edge.
 pub(crate) struct Bell {
     fd: OwnedFd,
     rung: AtomicBool,
@@ -45,17 +46,17 @@ impl Bell {
     }
 
     pub(crate) fn ring(&self) {
-        // Only an overflow after 2^64 - 2 rings could fail.
+        // The write could fail only on an overflow, after 2^64 - 2 rings.
         let _ = rustix::io::write(&self.fd, &1_u64.to_ne_bytes());
         self.rung.store(true, Ordering::Release);
     }
 
-    /// Whether it rang since the last time this was asked. One load when it did not.
+    /// Whether the bell rang since the last call. A single atomic load when it did not.
     pub(crate) fn take(&self) -> bool {
         if !self.rung.load(Ordering::Acquire) {
             return false;
         }
-        // One thread only lowers it, so it is still up.
+        // Only this thread lowers the flag, so it is still up.
         self.rung.swap(false, Ordering::AcqRel);
         let _ = rustix::io::read(&self.fd, &mut [0_u8; 8]);
         true
@@ -66,9 +67,9 @@ impl Bell {
 pub(super) struct Port {
     /// Queue number of the channel within the volume.
     pub(super) queue: u16,
-    /// The channel has no link.
+    /// Whether the channel has no link.
     wanted: AtomicBool,
-    /// The channel is gone.
+    /// Whether the channel was dropped.
     closed: AtomicBool,
     delivery: Mutex<Option<Delivery>>,
     bell: Arc<Bell>,
@@ -94,24 +95,25 @@ impl Port {
         }
     }
 
-    /// The channel's side: the link is gone. The connector is woken by its caller.
+    /// Called by the channel: its link is gone. The caller also wakes the connector.
     pub(super) fn want(&self) {
         self.set_state(LinkState::Connecting);
         self.wanted.store(true, Ordering::Release);
     }
 
-    /// The channel's side: it has a link. It may have asked for one after this one was on its way.
+    /// Called by the channel: it has a link. The channel may have requested another one while this link was
+    /// being delivered.
     pub(super) fn satisfied(&self) {
         self.wanted.store(false, Ordering::Release);
     }
 
-    /// The channel's side: what was delivered.
+    /// Called by the channel: takes the delivery.
     pub(super) fn take(&self) -> Option<Delivery> {
-        // The connector holds the lock for the time of an assignment only.
+        // The connector holds the lock only for an assignment.
         self.delivery.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    /// The channel's side: it is dropped.
+    /// Called by the channel when it is dropped.
     pub(super) fn close(&self) {
         self.closed.store(true, Ordering::Release);
     }
@@ -120,7 +122,7 @@ impl Port {
         self.closed.load(Ordering::Acquire)
     }
 
-    /// Whether the channel is there and has no link, and none is on its way to it.
+    /// Whether the channel exists, has no link, and no link is on its way to it.
     pub(super) fn misses_link(&self) -> bool {
         self.is_wanted() && !self.is_closed()
     }
@@ -129,7 +131,7 @@ impl Port {
         self.wanted.load(Ordering::Acquire)
     }
 
-    /// The connector's side. After `Lost` it goes on trying; the channel is told once.
+    /// Called by the connector. After `Lost` the connector keeps trying; it notifies the channel only once.
     pub(super) fn deliver(&self, delivery: Delivery) {
         match delivery {
             Delivery::Link(_) => {
@@ -160,12 +162,12 @@ impl Port {
         self.state.store(encode(state), Ordering::Release);
     }
 
-    /// When the state changed last.
+    /// Time of the last change of state.
     pub(super) fn since(&self) -> Instant {
         self.epoch + std::time::Duration::from_nanos(self.since.load(Ordering::Relaxed))
     }
 
-    /// Links delivered so far.
+    /// Number of links delivered so far.
     pub(super) fn links(&self) -> u64 {
         self.links.load(Ordering::Relaxed)
     }
@@ -186,7 +188,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_bell_that_was_taken_is_silent() {
+    fn a_bell_whose_ring_was_taken_is_not_readable() {
         const ROUNDS: u64 = 20_000;
         let bell = Bell::new().unwrap();
         let (asked, rung) = (AtomicU64::new(0), AtomicU64::new(0));
@@ -195,7 +197,8 @@ mod tests {
                 std::thread::yield_now();
             }
         };
-        // Checked after the thread has ended: a failure within the scope would wait for it for ever.
+        // Checked after the thread has ended: a failing assertion within the scope would wait for the thread
+        // for ever.
         let mut stuck = 0;
         std::thread::scope(|scope| {
             scope.spawn(|| {
@@ -211,7 +214,7 @@ mod tests {
                     std::thread::yield_now();
                 }
                 wait_for(&rung, round);
-                // Once more at most, then there is nothing to wake up for.
+                // A further take may return true once; after that the descriptor must not be readable.
                 bell.take();
                 stuck += u64::from(rustix::io::read(&bell.fd, &mut [0_u8; 8]) != Err(Errno::AGAIN));
             }

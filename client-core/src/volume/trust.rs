@@ -1,8 +1,8 @@
-//! When a refusal is believed.
+//! Decides when a refusal by an appliance is believed.
 //!
-//! An appliance answers "no such export" after it lost the memory, but also while it takes its memory back after a
-//! restart, and whoever can redirect packets can forge this answer. So one such answer holds I/O and ends nothing.
-//!
+//! An appliance answers "no such export" after it lost the memory, but also while it restores its memory
+//! after a restart; and an attacker who can redirect packets can forge this answer. So a single refusal makes
+//! I/O wait, and ends no I/O.
 //! ```text
 //!            refused                      refused, several times over the limit,
 //!   trusted ---------> refused ----------------------------------------------+
@@ -14,68 +14,70 @@
 
 use std::time::{Duration, Instant};
 
-/// How long refusals have to last before they count without the allocator's word.
+/// How long refusals have to last before they count without the allocator's confirmation.
 pub const REFUSAL_LIMIT: Duration = Duration::from_secs(30);
-/// Refusals within that time at least.
+/// Least number of refusals within that time.
 const REFUSALS_MIN: u32 = 3;
 
-/// What is known of one grant's refusals. See the module's documentation.
+/// The refusals of one grant, and the allocator's statements about it. See the module's documentation.
 #[derive(Debug)]
 pub struct Trust {
     limit: Duration,
-    /// Time of the first refusal since the last connection, and refusals since.
+    /// Time of the first refusal since the last connection, and the number of refusals since.
     refused: Option<(Instant, u32)>,
-    /// When the allocator said last that the ownership holds.
+    /// Time of the allocator's last statement that the ownership is valid.
     heard: Option<Instant>,
-    /// What the allocator said instead.
+    /// The allocator's statement that the grant's memory is gone, if that was its last one.
     gone: Option<String>,
-    /// No refusal counts, however long they last: another client may have the allocation and give it back.
+    /// Whether refusals never count, however long they last, because another client may have the allocation
+    /// and give it back.
     word_only: bool,
 }
 
 impl Trust {
-    /// A grant that nobody has refused. `limit` is [`REFUSAL_LIMIT`] except in tests and where an operator says so.
+    /// The state of a grant without refusals. `limit` is [`REFUSAL_LIMIT`] except in tests and where an
+    /// operator sets another value.
     pub const fn new(limit: Duration) -> Trust {
         Trust { limit, refused: None, heard: None, gone: None, word_only: false }
     }
 
-    /// Whether only the allocator's word ends I/O from now on.
+    /// Sets whether only the allocator's statement ends I/O.
     pub const fn set_word_only(&mut self, word_only: bool) {
         self.word_only = word_only;
     }
 
-    /// Whether I/O waits for the allocator's word, however long that takes.
+    /// Whether I/O waits for the allocator's statement, however long that takes.
     pub const fn waits_for_word(&self) -> bool {
         self.word_only && self.refused.is_some()
     }
 
-    /// The appliance let us in: who knows the key has the data.
+    /// The appliance admitted the client: an appliance that knows the key has the data.
     pub fn connected(&mut self) {
         (self.refused, self.gone) = (None, None);
     }
 
-    /// The appliance says that it does not know the grant.
+    /// The appliance answered that it does not know the grant.
     pub fn refused(&mut self, now: Instant) {
         let (since, count) = self.refused.unwrap_or((now, 0));
         self.refused = Some((since, count.saturating_add(1)));
     }
 
-    /// Whether the appliance's last word was a refusal.
+    /// Whether the appliance's last answer was a refusal.
     pub const fn is_refused(&self) -> bool {
         self.refused.is_some()
     }
 
-    /// The allocator says that the ownership holds, and that the memory is there.
+    /// The allocator states that the ownership is valid, and that the memory exists.
     pub fn holds(&mut self, now: Instant) {
         (self.heard, self.gone) = (Some(now), None);
     }
 
-    /// The allocator says that what the grant is of is lost, deleted, or another client's.
+    /// The allocator states that the grant's allocation or memory is lost, deleted, or another client's.
     pub fn gone(&mut self, why: &str) {
         self.gone = Some(why.to_owned());
     }
 
-    /// Why I/O ends. None: it is held.
+    /// The reason why I/O ends. None: I/O waits.
     pub fn lost(&self, now: Instant) -> Option<String> {
         if let Some(why) = &self.gone {
             return Some(why.clone());
@@ -110,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn one_refusal_ends_nothing_and_many_do_so_after_the_limit() {
+    fn one_refusal_ends_no_io_and_many_do_after_the_limit() {
         let (mut trust, start) = (Trust::new(LIMIT), Instant::now());
         trust.refused(start);
         assert_eq!(trust.lost(start + LIMIT * 10), None, "one answer");
@@ -120,7 +122,7 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_in_between_begins_it_anew() {
+    fn a_connection_resets_the_refusals() {
         let (mut trust, start) = (Trust::new(LIMIT), Instant::now());
         let middle = refused_until(&mut trust, start, LIMIT / 2);
         trust.connected();
@@ -130,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_contested_ends_by_the_allocators_word_only() {
+    fn io_to_a_contested_allocation_ends_only_by_the_allocators_answer() {
         let (mut trust, start) = (Trust::new(LIMIT), Instant::now());
         trust.set_word_only(true);
         let now = refused_until(&mut trust, start, LIMIT * 100);
@@ -146,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn the_allocator_is_believed_at_once() {
+    fn the_allocators_answer_counts_at_once() {
         let (mut trust, start) = (Trust::new(LIMIT), Instant::now());
         let now = refused_until(&mut trust, start, LIMIT * 2);
         trust.holds(now - Duration::from_secs(1));
