@@ -58,11 +58,11 @@ pub(super) fn map(layout: Layout, rows: u32, grants: u32, size: u64) -> Map {
     }
 }
 
-/// The memory of one grant, and whether it is still known.
+/// The memory of one grant.
 type Export = Arc<Mutex<Vec<u8>>>;
 
-/// A link whose operations take effect at some time between post and completion, in any order, and
-/// which goes down after a number of polls.
+/// A link whose operations take effect at some time between post and completion, in any order, and which goes
+/// down after a number of polls.
 struct FaultyLink {
     export: Export,
     pending: Vec<Operation>,
@@ -105,7 +105,7 @@ impl Link for FaultyLink {
 
     fn poll(&mut self, completions: &mut Vec<Completion>) -> Result<(), LinkDown> {
         if self.polls_left == 0 {
-            // Some of what was in flight happened all the same.
+            // Some of the operations in flight took effect nevertheless.
             let happened = self.random(self.pending.len() + 1);
             self.pending.iter().take(happened).for_each(|operation| self.carry_out(operation));
             return Err(LinkDown::Broken);
@@ -127,12 +127,12 @@ impl Link for FaultyLink {
     }
 
     fn direct(&self, _: u64, _: usize) -> Option<NonNull<u8>> {
-        // Polled whenever something is in flight; the address is not used.
+        // The channel polls this link whenever operations are in flight; the address is not used.
         Some(NonNull::dangling())
     }
 }
 
-/// A channel whose connectors are played by the test.
+/// A channel whose connectors are simulated by the test.
 struct Bed {
     channel: Channel,
     ports: Vec<Arc<Port>>,
@@ -173,7 +173,7 @@ impl Bed {
         Bed { channel, ports, mailbox, options, exports: map.grants.iter().map(export).collect() }
     }
 
-    /// Gives each port that wants one a link that lasts for so many polls.
+    /// Delivers a link that lasts for `polls` polls to each port that requests one.
     fn connect(&self, polls: u32, depth: usize) {
         for (port, export) in self.ports.iter().zip(&self.exports) {
             if port.is_wanted() && port.state() != LinkState::Lost {
@@ -189,14 +189,15 @@ impl Bed {
         }
     }
 
-    /// Whether who waits is woken.
+    /// Whether a waiting thread would be woken.
     fn is_told(&mut self) -> bool {
         self.channel.arm();
         let mut waits = [PollFd::from_borrowed_fd(self.channel.wait_fd(), PollFlags::IN)];
         event::poll(&mut waits, Some(&Timespec::default())).unwrap() > 0
     }
 
-    /// Posts, and polls when there is something to do until all have ended. Results by token.
+    /// Posts the operations, and polls when there is work to do, until all have ended. Returns the results by
+    /// token.
     fn run(&mut self, operations: &[Operation], mut between: impl FnMut(&Bed)) -> Vec<Result<(), IoError>> {
         let mut results: Vec<Option<Result<(), IoError>>> = vec![None; operations.len()];
         let mut completions = Vec::new();
@@ -228,7 +229,7 @@ impl Bed {
 }
 
 fn buffer(bytes: &mut [u8]) -> Option<IoBuf> {
-    // SAFETY: the tests keep the bytes until the operation has ended, and look at them only then.
+    // SAFETY: the tests keep the bytes until the operation has ended, and read them only then.
     Some(unsafe { IoBuf::new(NonNull::new(bytes.as_mut_ptr()).unwrap(), bytes.len()) })
 }
 
@@ -263,7 +264,7 @@ proptest! {
         let mut bed = Bed::new(&map(layout, 3 / layout.columns(), 2, size), depth, None);
         let mut model = vec![0_u8; size as usize];
         for (number, batch) in batches.into_iter().enumerate() {
-            // One after the other, so that overlapping ones have an order.
+            // One after the other, so that overlapping operations have an order.
             for piece in &batch {
                 let mut bytes = vec![number as u8 + 1; piece.len as usize];
                 let buf = if piece.kind == Kind::Write { buffer(&mut bytes) } else { None };
@@ -274,7 +275,7 @@ proptest! {
                 let value = if piece.kind == Kind::Write { number as u8 + 1 } else { 0 };
                 model[piece.offset as usize..(piece.offset + piece.len) as usize].fill(value);
             }
-            // Reads of the same places, all at once.
+            // Reads of the same ranges, all at once.
             let mut places: Vec<Vec<u8>> = batch.iter().map(|piece| vec![0xee; piece.len as usize]).collect();
             let reads: Vec<Operation> = (0..).zip(batch.iter().zip(&mut places)).map(|(token, (piece, bytes))| {
                 Operation { kind: Kind::Read, offset: piece.offset, len: piece.len, buf: buffer(bytes), token }
@@ -289,7 +290,7 @@ proptest! {
     }
 
     #[test]
-    fn every_byte_has_one_place(
+    fn every_byte_has_exactly_one_place(
         columns in 1..5_u32,
         unit_order in 12..25_u32,
         grants in 1..4_u32,
@@ -301,7 +302,8 @@ proptest! {
         let size = (u64::from(rows * columns) * REGION).min(3 * REGION);
         let len = len.min(size - offset);
         let plan = Plan::new(&map(layout, rows, grants, size)).unwrap();
-        // Legs of a read are in order and without gaps, and each byte is where one alone would be.
+        // The legs of a read are in order and without gaps, and each byte lies where a read of that byte
+        // alone would find it.
         let mut covered = 0;
         let mut legs = plan.legs(Kind::Read, offset, len);
         let mut by_place = Vec::new();
@@ -317,7 +319,7 @@ proptest! {
         prop_assert_eq!(covered, len);
         by_place.sort_unstable();
         prop_assert!(by_place.windows(2).all(|two| two[0].0 != two[1].0 || two[0].2 <= two[1].1), "no byte is twice");
-        // Legs of a trim are the same bytes, few.
+        // The legs of a trim cover the same bytes, with few legs.
         let mut trims = Vec::new();
         let mut legs = plan.legs(Kind::Trim, offset, len);
         while let Some(leg) = legs.next(&plan) {
@@ -373,7 +375,7 @@ fn a_lost_grant_fails_at_once_and_comes_back() {
 }
 
 #[test]
-fn what_is_held_too_long_fails_and_what_lies_outside_is_refused() {
+fn operations_held_too_long_fail_and_operations_outside_are_refused() {
     let mut bed = Bed::new(&map(Layout::Linear, 1, 1, REGION), 4, Some(Duration::from_millis(40)));
     let mut bytes = vec![1; 4096];
     let write = Operation { kind: Kind::Write, offset: 0, len: 4096, buf: buffer(&mut bytes), token: 0 };
@@ -391,7 +393,7 @@ fn what_is_held_too_long_fails_and_what_lies_outside_is_refused() {
 }
 
 #[test]
-fn maps_that_cannot_be() {
+fn invalid_maps_are_refused() {
     let good = map(Layout::Striped { columns: 2, unit: 65_536 }, 2, 2, 3 * REGION);
     assert!(Plan::new(&good).is_ok());
     let check = |change: &dyn Fn(&mut Map)| {
@@ -410,7 +412,7 @@ fn maps_that_cannot_be() {
     assert!(matches!(check(&unit), MapError::Layout(_)));
 }
 
-/// A move of one region that the test carries out: the places of it before and after.
+/// A move of one region that the test performs: the old and the new place of the region.
 struct Mover {
     moves: Arc<Moves>,
     progress: Progress,
@@ -432,7 +434,7 @@ enum MoverStep {
 const RUN: u64 = 4 << 20;
 
 impl Mover {
-    /// Adds a grant with one region to the bed, to which region 1 of the allocation is to move.
+    /// Adds a grant with one region to the bed; region 1 of the allocation moves to it.
     fn begin(bed: &mut Bed, map: &Map) -> (Mover, Arc<Plan>) {
         let mut next = map.clone();
         let number = next.grants.len() as u32;
@@ -451,7 +453,7 @@ impl Mover {
         (Mover { moves, progress, told, step: MoverStep::Begin }, Arc::new(Plan::new(&next).unwrap()))
     }
 
-    /// The next step, when the last one is carried out.
+    /// Performs the next step once the last one is done.
     fn turn(&mut self, bed: &Bed, plan: &Arc<Plan>, abort_at: u64) {
         if !bed.mailbox.wait(self.told, std::time::Instant::now()) {
             return;
@@ -502,8 +504,8 @@ impl Mover {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(20))]
 
-    /// Writes to different places at once, while a region moves, or begins to and is left: what is read
-    /// is what was written, and after a move the old place is not used any more.
+    /// Writes to different places at once, while a region moves, or begins to move and the change is
+    /// cancelled: reads return the written data, and after a move no read goes to the old place.
     #[test]
     fn a_region_moves_under_writes_on_failing_links(
         polls in 1..40_u32,
@@ -517,7 +519,7 @@ proptest! {
         let mut bed = Bed::new(&map, depth, None);
         let mut model = vec![0_u8; size as usize];
         let (mut mover, plan) = Mover::begin(&mut bed, &map);
-        // Four lanes over the edges of the runs that are copied; one operation in each at a time.
+        // Four lanes over the edges of the copied runs; each lane has one operation at a time.
         let lane = |number: u64, piece: &Piece| {
             let start = REGION - RUN / 4 + number * RUN;
             let offset = piece.offset % RUN;
@@ -557,7 +559,7 @@ proptest! {
             }
         }
         if abort_at == u64::MAX {
-            // Nobody reads from the old place any more.
+            // No channel may read from the old place any more.
             bed.exports[1].lock().unwrap()[..REGION as usize].fill(0xee);
         }
         let mut bytes = vec![0; size as usize];
@@ -569,10 +571,10 @@ proptest! {
     }
 }
 
-/// At the end of a change one channel is a step further than another for a while: what one has written is read by the
-/// other all the same.
+/// At the end of a change one channel is a step ahead of another for a while; each still reads the data that
+/// the other one has written.
 #[test]
-fn channels_that_are_a_step_apart_read_what_each_other_wrote() {
+fn channels_a_step_apart_read_each_others_writes() {
     let map = map(Layout::Linear, 3, 2, 3 * REGION);
     let mut beds = [Bed::new(&map, 8, None), Bed::new(&map, 8, None)];
     let (mover, plan) = Mover::begin(&mut beds[0], &map);

@@ -11,37 +11,37 @@ use super::super::orders::{NewWay, Order};
 use super::super::plan::{Leg, Plan};
 use super::{Channel, LegState, Part, Way};
 
-/// A change, as far as the channel has heard of it.
+/// The channel's view of a change.
 pub(super) struct Following {
-    /// From the beginning of a change to its end: nothing is done in place.
+    /// Whether a change is in progress: no memory is accessed in place.
     changing: bool,
-    /// Something that began in place is unfinished.
+    /// Whether an access that began in place is unfinished.
     pub(super) in_place: bool,
-    /// How far the copying is, once it has begun.
+    /// The progress of copying, once it has begun.
     progress: Option<Progress>,
-    /// A write counts only when it is at both places.
+    /// Whether a write ends only when both places have it.
     firm: bool,
-    /// Nothing goes beyond this offset.
+    /// No I/O goes beyond this offset.
     limit: u64,
-    /// The new plan holds: what the old places say counts no more.
+    /// Whether the new plan is valid: results of the old places no longer count.
     switched: bool,
-    /// Where to read, while it is another place than the first of those that are written to.
+    /// The plan for reads, while it differs from the first of the two places that writes go to.
     pub(super) reads: Option<Arc<Plan>>,
-    /// Legs that wait for the end of a lock, oldest first; of twins, the one to the old place.
+    /// Legs that wait for the end of a lock, oldest first; of a pair of twins, the leg to the old place.
     parked: VecDeque<u32>,
     waiting: Option<Waiting>,
 }
 
-/// What an order waits for.
+/// The condition that an order waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Waiting {
-    /// Nothing in place is unfinished.
+    /// No access in place is unfinished.
     InPlace,
     /// No write to the locked run is in flight.
     Lock,
-    /// Nothing is in flight beyond so many bytes.
+    /// No operation is in flight beyond this offset in bytes.
     Beyond(u64),
-    /// Nothing is in flight at ways without regions.
+    /// No operation is in flight on paths without regions.
     Retired,
 }
 
@@ -60,7 +60,7 @@ impl Following {
         }
     }
 
-    /// What a channel has to know that is made during a change.
+    /// The state of a change in progress, for a channel that is created during the change.
     pub(super) fn join(&mut self, underway: Underway) {
         let Underway { progress, firm, reads } = underway;
         (self.changing, self.progress, self.firm) = (true, progress, firm.is_some());
@@ -68,7 +68,7 @@ impl Following {
         self.reads = reads;
     }
 
-    /// Whether a request may go so far.
+    /// Whether a request lies below the limit.
     pub(super) fn allows(&self, offset: u64, len: u64) -> bool {
         offset.saturating_add(len) <= self.limit
     }
@@ -81,7 +81,7 @@ impl Following {
         self.waiting.is_some()
     }
 
-    /// What becomes of a leg.
+    /// The treatment of a leg.
     pub(super) fn fate(&self, kind: Kind, leg: &Leg, region_len: u64) -> Fate {
         match &self.progress {
             Some(progress) if kind != Kind::Read => progress.fate(leg, region_len),
@@ -89,8 +89,8 @@ impl Following {
         }
     }
 
-    /// How the end of a leg counts for its request: what fails at the new place makes the change fail
-    /// rather than the request, as long as the old place has it all.
+    /// The result of a leg as it counts for its request: an error at the new place fails the change rather
+    /// than the request, as long as the old place has all data.
     pub(super) fn counts(&self, part: Part, result: Result<(), IoError>) -> Result<(), IoError> {
         match (part, &self.progress) {
             (Part::New, Some(progress)) if result.is_err() && !self.firm => {
@@ -104,7 +104,7 @@ impl Following {
 }
 
 impl Channel {
-    /// Carries out what the channel was told, as far as it can be.
+    /// Executes the channel's orders, as far as their conditions hold.
     pub(super) fn take_orders(&mut self) {
         loop {
             if let Some(waiting) = self.following.waiting {
@@ -181,22 +181,22 @@ impl Channel {
         for NewWay { number, port, connector } in ways {
             let way = Way::new(port, Some(connector), legs);
             match self.ways.get_mut(number as usize) {
-                // The place of one that ended.
+                // The place of a path that ended.
                 Some(place) => *place = way,
                 None => self.ways.push(way),
             }
         }
         self.find_only();
-        // Links may be there already.
+        // Links may have been delivered already.
         self.take_deliveries();
     }
 
-    /// Gives a leg that changes something its twin at the new place. While the run is locked both wait.
+    /// Adds the twin at the new place to a leg that changes data. While the run is locked, both wait.
     pub(super) fn add_twin(&mut self, id: u32, leg: &Leg, fate: Fate) {
         let Some(request) = self.legs.get_mut(id).map(|state| state.request) else { return };
         let twin_leg = match fate {
             Fate::Both(twin) => twin,
-            // It is made what it has to be when the lock ends.
+            // The end of the lock replaces the twin's operation by the right one.
             Fate::Later | Fate::Old => *leg,
         };
         let twin = self.add_leg(request, &twin_leg, Part::New);
@@ -215,7 +215,7 @@ impl Channel {
         self.start(twin);
     }
 
-    /// Starts what waited for the end of a lock.
+    /// Starts the legs that waited for the end of a lock.
     fn unpark(&mut self) {
         for _ in 0..self.following.parked.len() {
             let Some(id) = self.following.parked.pop_front() else { return };
@@ -258,7 +258,7 @@ impl Channel {
         self.legs.iter_mut().any(|(_, leg)| touches(leg))
     }
 
-    /// From now on the new plan holds: what was at both places is at the new one.
+    /// From now on the new plan is valid: the new places have all data of the old ones.
     fn switch(&mut self, plan: Arc<Plan>) {
         self.plan = plan;
         self.following.reads = None;
@@ -271,8 +271,8 @@ impl Channel {
         }
     }
 
-    /// What has not been sent to the old place of a region that moved is done at the new one: a read is
-    /// sent there, and of a write the twin does it.
+    /// Redirects the legs that were not sent to the old place of a moved region: a read is sent to the new
+    /// place; a write ends, because its twin performs it at the new place.
     pub(super) fn turn_to_new(&mut self) {
         let Some(progress) = self.following.progress.clone() else { return };
         let region_len = self.plan.region_len();
@@ -293,7 +293,8 @@ impl Channel {
                             u64::from(to.slot) * region_len + leg.operation.offset % region_len;
                         self.start(id);
                     }
-                    // The same memory through another grant: only the old way knows what it has done.
+                    // The same memory through another grant: only the old path knows which operations have
+                    // taken effect.
                     (None, _) => self.ways[way].held.push_back(id),
                 }
             }
@@ -315,7 +316,7 @@ impl Channel {
         self.end_change();
     }
 
-    /// All is as before the change.
+    /// Restores the state before the change.
     fn abort(&mut self) {
         self.following.progress = self.following.progress.take().map(|progress| Progress {
             number: 0,
@@ -329,7 +330,7 @@ impl Channel {
             let way = &mut self.ways[number];
             if way.connector.is_some() && !regions.iter().any(|slot| slot.grant as usize == number) {
                 way.close();
-                // With the link its buffers are free.
+                // Dropping the links releases their buffers.
                 (way.connector, way.link, way.last_direct) = (None, None, None);
                 way.in_flight = 0;
                 way.held.clear();

@@ -1,17 +1,18 @@
-//! One queue's way into a volume: cuts operations into legs, keeps them until they have ended, and
+//! A queue's interface to a volume: it cuts operations into legs, keeps the legs until they have ended, and
 //! posts them again when a link is replaced.
 //!
-//! **Exactly once.** A request leaves its table with its one completion; it stays until each of its
-//! legs has ended, and a leg leaves its table when its link completes it, or when it is given up
-//! because its grant is lost or was out of reach for too long.
+//! **Exactly once.** A request leaves its table with its single completion. It stays there until each of its
+//! legs has ended. A leg leaves its table when its link completes it, or when it is given up because its
+//! grant is lost or was out of reach for too long.
 //!
-//! **Order.** Legs are numbered as they are cut. When a link goes down, those in flight on it go back
-//! in front of those held, in the order of their numbers, and nothing newer is posted on the next link
-//! before them. So a write that is repeated never lands behind one that was posted after it had been
-//! answered; what the old connection may still have in its socket is shut out by the appliance.
+//! **Order.** Legs are numbered as they are cut. When a link goes down, the legs in flight on it are put in
+//! front of the held legs, in the order of their numbers, and no newer leg is posted on the next link before
+//! them. So a repeated write never lands behind a write that was posted after the first one had been
+//! answered. The appliance discards requests that the old connection may still have in its socket.
 //!
-//! **Changes.** While regions move, a leg that changes something may have a twin, which does the same at
-//! the new place; see `moves.rs` for which, and `change.rs` for how a channel follows a change.
+//! **Changes.** While regions move, a leg that changes data may have a twin, which makes the same change at
+//! the new place; `moves.rs` determines which legs have one, and `change.rs` describes how a channel follows
+//! a change.
 
 mod change;
 mod store;
@@ -41,13 +42,13 @@ use super::plan::{Leg, Legs, Plan};
 use super::port::{Delivery, Port};
 use super::{Shared, Tally};
 
-/// Legs in flight or held for each request that may be in flight.
+/// Legs in flight or held, for each request that may be in flight.
 const LEGS_PER_REQUEST: usize = 4;
-/// Polls after which epoll is asked about links that do not need it for their completions.
+/// Number of polls after which epoll is queried about links that do not need it for their completions.
 const ASK_EVERY: u32 = 64;
-/// Events of links looked at in one poll; more come with the next.
+/// Most events of links that one poll handles; the next poll handles the rest.
 const EVENTS_MAX: usize = 32;
-/// Marks of the descriptors in the epoll set that are no link's.
+/// Tokens in the epoll set of the descriptors that belong to no link.
 const BELL: u64 = u64::MAX;
 const TIMER: u64 = u64::MAX - 1;
 
@@ -55,13 +56,13 @@ struct Request {
     token: u64,
     kind: Kind,
     len: u64,
-    /// First byte behind it.
+    /// The first byte behind the request.
     end: u64,
     buf: Option<IoBuf>,
     legs: Legs,
     /// Legs that were cut and have not ended.
     open: u32,
-    /// No leg is left to be cut.
+    /// Whether all legs are cut.
     cut: bool,
     result: Result<(), IoError>,
 }
@@ -75,31 +76,31 @@ struct LegState {
     grant: u32,
     operation: Operation,
     posted: bool,
-    /// It waits for the end of a lock.
+    /// Whether the leg waits for the end of a lock.
     parked: bool,
     part: Part,
 }
 
-/// What a leg does of what has to be done.
+/// Which copy of a dual write this leg performs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Part {
-    /// All.
+    /// The leg is no dual write.
     Whole,
-    /// The old place; this leg does the new one.
+    /// The copy at the old place; the contained leg performs the one at the new place.
     Old(u32),
-    /// The new place.
+    /// The copy at the new place.
     New,
 }
 
-/// The way to one grant.
+/// The path to one grant.
 struct Way {
     port: Arc<Port>,
-    /// Makes its links; none where no region is left behind it.
+    /// The connector that makes the path's links; none when no region of the grant is left.
     connector: Option<Arc<Connector>>,
-    /// No region of the plan lies behind it: it ends when what is in flight has ended.
+    /// No region of the plan lies on the path: the path ends when its operations in flight have ended.
     retired: bool,
     link: Option<Box<dyn Link>>,
-    /// The last link, when it gave memory in place: what began on it can be finished.
+    /// The last link that gave memory in place: an access that began on it can be finished.
     last_direct: Option<Box<dyn Link>>,
     /// Legs that wait for a link, oldest first.
     held: VecDeque<u32>,
@@ -107,16 +108,16 @@ struct Way {
     lost: bool,
     down_since: Instant,
     submit: bool,
-    /// Something ended before the link was armed.
+    /// Whether a completion arrived before the link was armed.
     early: bool,
 }
 
-/// One queue's way into a volume. Owned by one thread; see the module's documentation.
+/// A queue's interface to a volume. Owned by one thread; see the module's documentation.
 pub struct Channel {
     plan: Arc<Plan>,
     shared: Arc<Shared>,
     ways: Vec<Way>,
-    /// The one way with regions, if there is only one.
+    /// The only path with regions, if there is only one.
     only: Option<usize>,
     mailbox: Arc<Mailbox>,
     following: Following,
@@ -128,14 +129,14 @@ pub struct Channel {
     /// Requests with legs left to be cut, oldest first.
     cutting: VecDeque<u32>,
     ended: VecDeque<Completion>,
-    /// What is in flight or ended and not fetched never exceeds it, so `ended` never grows.
+    /// Limit of the completions that are in flight or ended and not fetched, so that `ended` never grows.
     ended_max: usize,
     link_completions: Vec<Completion>,
-    /// Offered to each link for registration.
+    /// Memory that is offered to each link for registration.
     buffers: Vec<IoBuf>,
-    /// Whether links tell of their completions, since the last poll.
+    /// Whether links report their completions, since the last poll.
     armed: bool,
-    /// Polls since epoll was asked.
+    /// Polls since epoll was last queried.
     polls: u32,
     number: u64,
     hold: Option<Duration>,
@@ -143,7 +144,7 @@ pub struct Channel {
 }
 
 impl Channel {
-    /// A channel whose links the connectors deliver to these ports.
+    /// A channel with these ports, to which the connectors deliver links.
     pub(super) fn new(
         plan: Arc<Plan>,
         shared: Arc<Shared>,
@@ -189,11 +190,11 @@ impl Channel {
         Ok(channel)
     }
 
-    /// Takes an operation on the volume. It ends by a completion out of [`Channel::poll`], also when
-    /// it lies outside of the volume. Never blocks.
+    /// Takes an operation on the volume. [`Channel::poll`] returns its completion, also when the operation
+    /// lies outside of the volume. Never blocks.
     ///
     /// # Errors
-    /// [`Full`] when as many are in flight as the channel was made for; it was not taken.
+    /// [`Full`] when the channel's limit of operations in flight is reached; the operation was not taken.
     pub fn post(&mut self, operation: Operation) -> Result<(), Full> {
         if self.requests.is_full() || self.requests.used() + self.ended.len() >= self.ended_max {
             return Err(Full);
@@ -223,7 +224,7 @@ impl Channel {
         Ok(())
     }
 
-    /// Sends what was posted. Completions may be there right after; [`Channel::poll`] gives them.
+    /// Sends the posted operations. Completions may be available at once; [`Channel::poll`] returns them.
     pub fn submit(&mut self) {
         for way in &mut self.ways {
             if std::mem::take(&mut way.submit)
@@ -239,8 +240,9 @@ impl Channel {
         self.turn(true, completions);
     }
 
-    /// Like [`Channel::poll`], but appends only what is known without asking a socket: what ended as it was
-    /// submitted, or by RDMA. For who was not told by [`Channel::wait_fd`], and will wait for it.
+    /// Like [`Channel::poll`], but skips the socket reads: it appends only the completions of operations that
+    /// ended during their submission, or by RDMA. For a queue that received no event of [`Channel::wait_fd`],
+    /// and will wait for one.
     pub fn poll_untold(&mut self, completions: &mut Vec<Completion>) {
         self.turn(false, completions);
     }
@@ -251,7 +253,7 @@ impl Channel {
             self.take_orders();
         }
         self.poll_links(told);
-        // It may end the last one that an order waits for.
+        // A cut may end the last operation that an order waits for.
         self.cut();
         if self.following.is_waiting() {
             self.take_orders();
@@ -264,16 +266,17 @@ impl Channel {
         completions.extend(self.ended.drain(..));
     }
 
-    /// Offers memory that many operations will use, so that transports need not copy. It has to stay
-    /// mapped until the channel is dropped. Blocks for as long as it takes to register it; where that
-    /// cannot be, it is copied.
+    /// Offers memory that many operations will use, so that transports need not copy. The memory has to stay
+    /// mapped until the channel is dropped. Blocks until it is registered; data of memory that cannot be
+    /// registered are copied.
     pub fn register(&mut self, buffer: IoBuf) {
         self.ways.iter_mut().filter_map(|way| way.link.as_mut()).for_each(|link| link.register(buffer));
         self.buffers.push(buffer);
     }
 
-    /// To be called before waiting for [`Channel::wait_fd`]: makes it tell of all that ends from now on,
-    /// and of what has ended already. Until the next poll; who polls again and again need not call it.
+    /// Makes [`Channel::wait_fd`] report all operations that end from now on, and those that have ended
+    /// already. To be called before waiting; the effect lasts until the next poll. A thread that polls
+    /// without waiting need not call it.
     pub fn arm(&mut self) {
         self.armed = true;
         for way in &mut self.ways {
@@ -281,7 +284,7 @@ impl Channel {
                 way.early = false;
                 continue;
             };
-            // What memory in place was asked has ended, also when a poll asked it last.
+            // Operations on memory in place have ended already, also those that the last poll posted.
             way.early |= link.arm() || way.in_flight > 0 && link.direct(0, 1).is_some();
         }
         if !self.ended.is_empty() || self.ways.iter().any(|way| way.early) {
@@ -289,13 +292,13 @@ impl Channel {
         }
     }
 
-    /// Readable, after [`Channel::arm`], when [`Channel::poll`] has something to do. To be watched by
-    /// level, not by edge.
+    /// After [`Channel::arm`], readable when [`Channel::poll`] has work to do. To be watched by level, not by
+    /// edge.
     pub fn wait_fd(&self) -> BorrowedFd<'_> {
         self.epoll.as_fd()
     }
 
-    /// What a channel has to know that is made during a change.
+    /// Passes the state of a change in progress to a channel that is created during the change.
     pub(super) fn join(&mut self, underway: super::Underway) {
         self.following.join(underway);
     }
@@ -305,7 +308,7 @@ impl Channel {
         self.requests.used()
     }
 
-    /// As if the link to this grant had gone down.
+    /// Acts as if the link to this grant had gone down.
     #[cfg(test)]
     pub(super) fn ways_down(&mut self, grant: usize) {
         self.disconnect(grant);
@@ -314,7 +317,7 @@ impl Channel {
     /// Cuts legs of the oldest requests for as long as there is room for them.
     fn cut(&mut self) {
         while let Some(&request) = self.cutting.front() {
-            // A leg may have a twin.
+            // Room for two: a leg may have a twin.
             while self.legs.free() >= 2 {
                 let Some(pending) = self.requests.get_mut(request) else { break };
                 let plan = match (&self.following.reads, pending.kind) {
@@ -360,7 +363,7 @@ impl Channel {
         })
     }
 
-    /// Posts a new leg, or holds it, or gives it up.
+    /// Posts a new leg, holds it, or gives it up.
     fn start(&mut self, id: u32) {
         let Some(leg) = self.legs.get_mut(id) else { return };
         let way = &mut self.ways[leg.grant as usize];
@@ -401,7 +404,7 @@ impl Channel {
                 Some(Delivery::Lost) => self.lose(grant),
                 Some(Delivery::Held) => {
                     self.drop_link(grant);
-                    // It may have had one that took effect a moment ago.
+                    // The channel may have had a link whose delivery took effect a moment ago.
                     self.want(grant);
                 }
                 Some(Delivery::Stalled(since)) => {
@@ -415,7 +418,7 @@ impl Channel {
     }
 
     fn connect(&mut self, grant: usize, mut link: Box<dyn Link>) {
-        // One that comes while there is another takes its place; nobody is asked for a third.
+        // A link that arrives while another one exists replaces it; no third link is requested.
         self.drop_link(grant);
         self.buffers.iter().for_each(|buffer| link.register(*buffer));
         let watched = link.wait_fd().map_or(Ok(()), |fd| {
@@ -434,7 +437,7 @@ impl Channel {
         }
     }
 
-    /// Posts held legs, oldest first, for as long as the link takes them.
+    /// Posts held legs, oldest first, for as long as the link accepts them.
     fn post_held(&mut self, grant: usize) {
         let way = &mut self.ways[grant];
         while let Some(&id) = way.held.front() {
@@ -449,7 +452,7 @@ impl Channel {
         }
     }
 
-    /// The link is gone, and another one is asked for.
+    /// Drops the link and requests another one.
     fn disconnect(&mut self, grant: usize) {
         if self.drop_link(grant) {
             self.want(grant);
@@ -465,19 +468,19 @@ impl Channel {
         }
     }
 
-    /// Lets go of the link, if there is one: what was in flight on it is held again.
+    /// Drops the link, if there is one; the legs in flight on it are held again.
     fn drop_link(&mut self, grant: usize) -> bool {
         let way = &mut self.ways[grant];
         let Some(link) = way.link.take() else { return false };
         if link.direct(0, 1).is_some() {
-            // It stays mapped, but no event of it counts any more.
+            // The link stays mapped, but its events are ignored from now on.
             if let Some(fd) = link.wait_fd() {
                 let _ = epoll::delete(&self.epoll, fd);
             }
             way.last_direct = Some(link);
         }
         way.in_flight = 0;
-        // The connection may have broken only some time after nothing passed any more.
+        // The connection may have broken some time after the appliance stopped answering.
         let stopped = way.connector.as_ref().and_then(|connector| connector.silent_since());
         way.down_since = stopped.unwrap_or_else(Instant::now);
         for (id, leg) in self.legs.iter_mut() {
@@ -505,8 +508,8 @@ impl Channel {
         }
     }
 
-    /// Polls the links that have something; those of sockets only when epoll has `told`, or may have. With a single
-    /// one, asking it is cheaper than asking epoll about it.
+    /// Polls the links that have work; links over sockets only when epoll reported an event (`told`), or may
+    /// have one. A single link is polled without epoll, because polling it is cheaper than querying epoll.
     fn poll_links(&mut self, told: bool) {
         if let Some(only) = self.only {
             let way = &mut self.ways[only];
@@ -516,7 +519,8 @@ impl Channel {
             }
             return;
         }
-        // Links that end all at once have nothing to tell, and quiet ones tell only those who wait.
+        // Links that complete operations at once have no events, and quiet links report events only to a
+        // waiting thread.
         let mut silent = true;
         for grant in 0..self.ways.len() {
             let way = &mut self.ways[grant];
@@ -538,7 +542,7 @@ impl Channel {
         }
     }
 
-    /// Polls the links that epoll tells of.
+    /// Polls the links that epoll reports.
     fn poll_told(&mut self) {
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
         let mut room = [MaybeUninit::uninit(); EVENTS_MAX];
@@ -565,14 +569,14 @@ impl Channel {
         }
     }
 
-    /// Gives up what was held for longer than the operator allows.
+    /// Gives up the legs that were held for longer than the operator's limit.
     fn give_up_late(&mut self) {
         let Some(hold) = self.hold else { return };
         let _ = rustix::io::read(&self.timer, &mut [0_u8; 8]);
         for grant in 0..self.ways.len() {
             let way = &mut self.ways[grant];
             if way.connector.as_ref().is_some_and(|connector| connector.suspends_limit()) {
-                // Its time begins when the wait ends.
+                // The time limit begins when the suspension ends.
                 way.down_since = Instant::now();
                 continue;
             }
@@ -582,7 +586,7 @@ impl Channel {
         }
     }
 
-    /// Lets the timer tick while a way is down and I/O is not held for ever.
+    /// Runs the timer while a path is down, unless I/O is held without a limit.
     fn set_timer(&mut self) {
         let down = |way: &Way| way.connector.is_some() && way.link.is_none() && !way.lost;
         let wanted = self.hold.is_some() && self.ways.iter().any(down);
@@ -600,7 +604,7 @@ impl Channel {
 }
 
 impl Way {
-    /// A way without a link; its tables hold so many legs.
+    /// A path without a link, whose tables hold `legs` legs.
     fn new(port: Arc<Port>, connector: Option<Arc<Connector>>, legs: usize) -> Way {
         Way {
             port,
@@ -617,12 +621,12 @@ impl Way {
         }
     }
 
-    /// Whether its completions come by a socket, which its link has to ask.
+    /// Whether completions arrive over a socket, which the link has to read.
     fn has_socket(&self) -> bool {
         self.link.as_ref().is_some_and(|link| !link.is_quiet() && link.direct(0, 1).is_none())
     }
 
-    /// Nobody is asked for a link any more.
+    /// Stops requesting links.
     fn close(&self) {
         self.port.close();
         if let Some(connector) = &self.connector {
@@ -630,7 +634,7 @@ impl Way {
         }
     }
 
-    /// Posts a leg; false when there is no link or no room on it.
+    /// Posts a leg; returns false when there is no link, or no room on it.
     fn post(&mut self, leg: &mut LegState, id: u32) -> bool {
         let Some(link) = &mut self.link else { return false };
         if link.post(Operation { token: u64::from(id), ..leg.operation }).is_err() {
@@ -647,7 +651,7 @@ fn check(plan: &Plan, operation: &Operation) -> Result<(), IoError> {
     let buffer_fits = match (operation.kind, operation.buf) {
         (Kind::Read | Kind::Write, Some(buf)) => buf.len() as u64 == operation.len,
         (Kind::Trim | Kind::Zero, None) => true,
-        // A flush has nothing to do: a write that ended is in the appliance's memory.
+        // A flush is complete at once: a write that ended is in the appliance's memory.
         (Kind::Flush, None) => return Ok(()),
         _ => false,
     };

@@ -1,4 +1,4 @@
-//! A channel behind an NBD server of this process.
+//! A channel as the store of an NBD server in this process.
 
 use std::os::fd::BorrowedFd;
 
@@ -23,7 +23,7 @@ impl Store for Channel {
 
     fn direct(&mut self, offset: u64, len: usize) -> Option<IoBuf> {
         if !self.plan.contains(offset, len as u64) {
-            // The allocation was shrunk, and the other end has not heard of it.
+            // The allocation was shrunk, and the client of the server has not learned of it yet.
             return None;
         }
         let leg = self.plan.first_leg(offset, len as u64);
@@ -45,7 +45,8 @@ impl Store for Channel {
 
     fn poll(&mut self, completions: &mut Vec<Completion>) {
         Channel::poll(self, completions);
-        // The server's loop, which polls after it submitted, waits now, or asks its epoll, which is the same here.
+        // After submitting and polling, the server's loop either waits or queries its epoll set; both need an
+        // armed channel.
         Channel::arm(self);
     }
 
@@ -63,9 +64,9 @@ mod direct {
     /// The link's memory as a buffer.
     pub(super) fn buffer(link: &dyn Link, offset: u64, len: usize) -> Option<IoBuf> {
         let address = link.direct(offset, len)?;
-        // SAFETY: the link says that `len` bytes at `address` are its memory for as long as it lives;
-        // the channel keeps it, or one of the same grant, until the channel is dropped, and the
-        // caller of `Store::direct` uses the buffer at once and not after.
+        // SAFETY: the link guarantees that `len` bytes at `address` are its memory for as long as it lives.
+        // The channel keeps the link, or another one of the same grant, until the channel is dropped, and the
+        // caller of `Store::direct` uses the buffer at once and not later.
         Some(unsafe { IoBuf::new(address, len) })
     }
 }

@@ -1,4 +1,4 @@
-//! A link to the grant's appliance, by each transport.
+//! Makes a link to the grant's appliance by each transport.
 
 use std::collections::HashSet;
 use std::io;
@@ -17,18 +17,18 @@ use xpm_transport::shm::client::ShmLink;
 
 use super::Work;
 
-/// How long to wait for an appliance that is still registering the memory; the next transport is used
-/// meanwhile.
+/// How long to wait for an appliance that is still registering the memory; after that the next transport is
+/// used.
 const REGISTERING_MAX: Duration = Duration::from_secs(2);
-/// How long names are waited for where addresses are known, and did not work.
+/// How long to wait for names when addresses are known that did not work.
 const NAMES_PATIENCE: Duration = Duration::from_secs(1);
-/// Longest time that one attempt by RDMA may take: there is another way to go.
+/// Time limit of a connection attempt by RDMA; it is short because NBD is available, too.
 const RDMA_LIMIT: Duration = Duration::from_secs(2);
-/// Time between two questions whether it is done.
+/// Pause before the appliance is asked again whether the memory is registered.
 const REGISTERING_PAUSE: Duration = Duration::from_millis(20);
 
 impl Work {
-    /// A link by this transport.
+    /// Makes a link by this transport.
     pub(super) fn by(&mut self, transport: TransportKind, queue: u16) -> Result<Box<dyn Link>, ConnectError> {
         match transport {
             TransportKind::Shm => self.shm(),
@@ -75,7 +75,8 @@ impl Work {
     ) -> Result<RdmaLink, ConnectError> {
         let start = Instant::now();
         loop {
-            // First: it shuts out what the queue's earlier connections left behind.
+            // The NBD connection is made first, because it shuts out late requests of the queue's earlier
+            // connections.
             let beside = self.tcp(queue)?;
             let options = &self.connector.options;
             let (key, epoch) = (self.connector.key(), self.connector.epoch());
@@ -120,8 +121,8 @@ impl Work {
         NbdLink::new(connected, options.depth).map_err(ConnectError::Unreachable)
     }
 
-    /// Where the appliance is reached by TCP, names included. A name is waited for only where nothing else is known, or
-    /// worked the last time.
+    /// The TCP addresses of the appliance, those of its names included. Names are waited for only when no
+    /// other address is known, or the known addresses did not work the last time.
     fn addresses(&self) -> Vec<SocketAddr> {
         let Endpoints { mut nbd, names, .. } = self.connector.endpoints();
         let patience = match (nbd.is_empty(), self.connector.trouble().is_some()) {
@@ -136,8 +137,9 @@ impl Work {
         nbd
     }
 
-    /// Whether the appliance answers and knows the grant, by the way that its links go. Where I/O passes though no appliance
-    /// answers, this is so too. Which life of the client asks is not said: a look takes nothing from the life that was let in.
+    /// Checks whether the appliance answers and knows the grant, over the transport that its links use.
+    /// Transports on which I/O works without an answer from the appliance always succeed. The request names
+    /// no life of the client, so the life that the appliance admitted stays admitted.
     pub(super) fn ask(&self, limit: Duration) -> Result<(), ConnectError> {
         let name = ExportName { key: self.connector.key(), session: None };
         let first_choice = self.connector.first_choice();
@@ -152,13 +154,14 @@ impl Work {
                 let path = needed(self.connector.endpoints().nbd_unix, "a unix socket")?;
                 describe(&Target::Unix(path), &name, limit).map(drop)
             }
-            // Its memory is here, or its device answers.
+            // The memory is mapped here, or the appliance's device answers.
             TransportKind::Shm | TransportKind::Rdma => Ok(()),
         }
     }
 
     fn nbd(&mut self, target: &Target, queue: u16) -> Result<NbdLink, ConnectError> {
-        // Each connection is newer than all before it, so the appliance shuts those of this queue out.
+        // Each connection has a higher generation than all before it, so the appliance closes the earlier
+        // ones of this queue.
         self.generation = self.generation.wrapping_add(1);
         let options = &self.connector.options;
         let name = ExportName { key: self.connector.key(), session: Some(self.session(queue)) };

@@ -1,5 +1,5 @@
-//! The connector: one thread for each grant of a volume, which makes links when channels ask for them.
-//! Control plane: it may block, allocate and log. `dial.rs` has how a link is made by each transport.
+//! The connector: one thread for each grant of a volume, which makes links when channels request them.
+//! Control plane: it may block, allocate and log. `dial.rs` makes links by each transport.
 
 mod dial;
 
@@ -27,64 +27,65 @@ use crate::owner::{Trouble, Word};
 const PAUSE_MIN: Duration = Duration::from_millis(50);
 /// Longest pause between attempts while the appliance is out of reach.
 const PAUSE_MAX: Duration = Duration::from_secs(2);
-/// Pause between attempts after the appliance said that it does not know the grant. It may be taking
-/// its memory back after a restart. Trying again is safe: an appliance that lost the memory lost the
-/// key with it, so one that knows the key has the data.
+/// Pause between attempts after the appliance answered that it does not know the grant; it may be restoring
+/// its memory after a restart. Trying again is safe: an appliance that lost the memory lost the key with it,
+/// so an appliance that knows the key has the data.
 const PAUSE_LOST: Duration = Duration::from_secs(3);
-/// Shortest and longest time between two tries of a better transport than the one in use.
+/// Shortest and longest time between two attempts to use a better transport than the present one.
 const BETTER_AFTER: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(60));
 /// Stack of the thread, in bytes; a process that serves swap has all of it locked.
 const STACK_LEN: usize = 512 << 10;
-/// The queue of connections that only find out whether there is a way.
+/// The queue number of connections that only test whether a transport works.
 const PROBE_QUEUE: u16 = u16::MAX;
 
-/// What is said while an appliance refuses.
+/// The reason that is shown while an appliance refuses.
 const REFUSED: &str = "the appliance does not know the grant; I/O waits for the allocator's word on it";
-/// How often an appliance is looked at whose links are there, and how long it has to answer: so that what is shown is at most 10 s old.
+/// Interval between two checks of an appliance whose links are up, and the time limit of a check: so the
+/// state shown is at most 10 s old.
 const LOOK: (Duration, Duration) = (Duration::from_secs(3), Duration::from_secs(4));
-/// The same at least, where I/O is held for a short time only.
+/// Lower limit of both times, for a volume that holds I/O only briefly.
 const LOOK_MIN: Duration = Duration::from_millis(250);
 
-/// How often to look, and how long to wait for an answer.
+/// The interval between two checks, and the time limit of a check.
 fn look_times(hold: Option<Duration>) -> (Duration, Duration) {
     let share = hold.map_or(Duration::MAX, |hold| (hold / 4).max(LOOK_MIN));
     (LOOK.0.min(share), LOOK.1.min(share))
 }
 
-/// How links are made.
+/// The parameters of links.
 #[derive(Debug, Clone)]
 pub(super) struct LinkOptions {
     pub(super) host: Option<HostId>,
     pub(super) epoch: Epoch,
-    /// The only one to use.
+    /// The only transport to use.
     pub(super) transport: Option<TransportKind>,
-    /// Those not to use where nothing is said.
+    /// Transports not to use unless `transport` names them.
     pub(super) forbidden: Vec<TransportKind>,
     pub(super) limit: Duration,
     pub(super) depth: usize,
     pub(super) session: u128,
-    /// Connections count from here.
+    /// Generation of the first connection; later ones count up from it.
     pub(super) generation: u32,
-    /// How long refusals have to last where no allocator says anything.
+    /// How long refusals have to last before they count, where no allocator answers.
     pub(super) refusal_limit: Duration,
-    /// How long I/O is held; none: for ever.
+    /// How long I/O is held; none: without a limit.
     pub(super) hold: Option<Duration>,
     /// Notified when a path begins to fail, or to be refused.
     pub(super) alarm: Arc<Notify>,
-    /// Which life of the client asks.
+    /// The life of the client that connections name.
     pub(super) visitor: Option<Visitor>,
-    /// Why it begins held.
+    /// The reason for starting held; none: not held.
     pub(super) held: Option<String>,
-    /// Only the allocator's word ends I/O.
+    /// Whether only the allocator's statement ends I/O.
     pub(super) contested: bool,
 }
 
-/// That an appliance does not answer while its links are there.
+/// The state of an appliance that does not answer though its links are up.
 #[derive(Debug)]
 struct Silent {
     since: Instant,
     reason: String,
-    /// It was reached, and says that it does not know the grant.
+    /// Whether the appliance was reached and answered that it does not know the grant.
     refused: bool,
 }
 
@@ -92,38 +93,41 @@ struct State {
     ports: Vec<Arc<Port>>,
     woken: bool,
     stopped: bool,
-    /// Where the appliance is reached now.
+    /// The present addresses of the appliance.
     endpoints: Endpoints,
-    /// The endpoints are new: no pause is to be made before they are tried.
+    /// Whether the endpoints are new, so that they are tried without a pause.
     moved: bool,
     trust: Trust,
-    /// Since when every attempt failed.
+    /// Start of the time in which every attempt failed.
     failing: Option<Instant>,
-    /// Since when looks at the appliance behind links that seem to work have failed, and why.
+    /// Start and reason of the time in which checks of an appliance with working links failed.
     silent: Option<Silent>,
-    /// The last attempt to enter was refused, as of a copy of a client. A look does not enter, so it cannot tell that this is over.
+    /// Whether the last attempt to enter the export was refused, as for a copied client. A check does not
+    /// enter the export, so it cannot tell that this state is over.
     turned_away: bool,
     transport: Option<TransportKind>,
     reason: Option<String>,
-    /// How the last attempt ended, and when; counts while no channel is open.
+    /// Result and time of the last attempt; used while no channel is open.
     last: Option<(LinkState, Instant)>,
-    /// Why the appliance is given up: no link is made any more, and every channel is told that all is lost.
+    /// Why the appliance is given up: no link is made any more, and every channel receives
+    /// [`Delivery::Lost`].
     given_up: Option<String>,
-    /// Why no link is made, and all I/O waits, however long.
+    /// Why no link is made and all I/O waits, without a limit.
     held: Option<String>,
     key: GrantKey,
     epoch: Epoch,
-    /// Key and epoch are new since the last attempt to connect: what was made by the old ones does not count.
+    /// Whether key and epoch changed since the last attempt to connect: links made with the old ones are
+    /// discarded.
     renewed: bool,
 }
 
-/// What the connector's thread shares with channels and with those who ask for its status.
+/// The state that the connector's thread shares with channels and with readers of its status.
 pub(super) struct Connector {
     grant: Grant,
     options: LinkOptions,
     state: Mutex<State>,
     wake: Condvar,
-    /// I/O waits, whatever limit there is for that. For channels, which take no lock.
+    /// Whether I/O waits beyond the operator's limit. Atomic, because channels take no lock.
     suspends: AtomicBool,
 }
 
@@ -164,7 +168,7 @@ impl Connector {
         connector
     }
 
-    /// Only assignments happen under the lock, so a panic elsewhere leaves the state whole.
+    /// Critical sections consist of assignments only, so a poisoned lock is safe to use.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -179,8 +183,8 @@ impl Connector {
         self.wake();
     }
 
-    /// The appliance does not come back: I/O to it ends with an error from now on, whatever an attempt to connect is
-    /// waiting for. For good. Whether that is news.
+    /// Gives the appliance up for good: from now on its I/O ends with an error, whatever an attempt to
+    /// connect is waiting for. Returns whether the appliance was not given up before.
     pub(super) fn give_up(&self, why: &str) -> bool {
         let mut state = self.lock();
         if state.given_up.is_some() {
@@ -196,7 +200,7 @@ impl Connector {
         true
     }
 
-    /// No link is used or made from now on, and all I/O waits, whatever limit there is for that; until
+    /// From now on no link is used or made, and all I/O waits, whatever its time limit, until
     /// [`Connector::go_on`].
     pub(super) fn hold(&self, why: &str) {
         let mut state = self.lock();
@@ -210,7 +214,7 @@ impl Connector {
         self.drop_links(&mut state);
     }
 
-    /// Links are made again, by this key and at this address.
+    /// Makes links again, with the key and the addresses of `grant`.
     pub(super) fn go_on(&self, grant: &Grant, epoch: Epoch) {
         let mut state = self.lock();
         (state.key, state.epoch, state.endpoints) = (grant.key.clone(), epoch, grant.endpoints.clone());
@@ -221,14 +225,14 @@ impl Connector {
         self.drop_links(&mut state);
     }
 
-    /// Whether only the allocator's word ends I/O from now on.
+    /// Sets whether only the allocator's statement ends I/O.
     pub(super) fn set_contested(&self, contested: bool) {
         let mut state = self.lock();
         state.trust.set_word_only(contested);
         self.note_suspension(&state);
     }
 
-    /// Has every channel let go of the link that it has.
+    /// Makes every channel drop its link.
     fn drop_links(&self, state: &mut State) {
         self.note_suspension(state);
         state.ports.iter().filter(|port| !port.is_closed()).for_each(|port| port.deliver(Delivery::Held));
@@ -240,7 +244,7 @@ impl Connector {
         self.suspends.store(state.held.is_some() || state.trust.waits_for_word(), Ordering::Release);
     }
 
-    /// Whether I/O waits longer than the operator's limit.
+    /// Whether I/O waits beyond the operator's limit.
     pub(super) fn suspends_limit(&self) -> bool {
         self.suspends.load(Ordering::Acquire)
     }
@@ -253,8 +257,8 @@ impl Connector {
         self.lock().epoch
     }
 
-    /// Some port wants a link, or was closed. The one lock that a channel takes, and only when a
-    /// link went down.
+    /// Notifies the thread that a port requests a link, or was closed. This is the only lock that a channel
+    /// takes, and only when a link went down.
     pub(super) fn wake(&self) {
         self.lock().woken = true;
         self.wake.notify_all();
@@ -273,7 +277,7 @@ impl Connector {
         self.lock().endpoints.clone()
     }
 
-    /// That the path does not work, for who asks the allocator about it.
+    /// The trouble of the path, for a guard that asks the allocator about it; none while the path works.
     pub(super) fn trouble(&self) -> Option<Trouble> {
         let state = self.lock();
         if state.given_up.is_some() || state.held.is_some() {
@@ -285,7 +289,7 @@ impl Connector {
         Some(Trouble { grant: self.grant.id, appliance: self.grant.appliance, refused, since })
     }
 
-    /// What the allocator says. A path that works is not touched: the appliance knows the grant.
+    /// Takes the allocator's answer. A path that works is not changed: its appliance knows the grant.
     pub(super) fn hear(&self, word: &Word) {
         let mut state = self.lock();
         let now = Instant::now();
@@ -313,8 +317,8 @@ impl Connector {
         self.wake.notify_all();
     }
 
-    /// Ends the I/O of queues without a link if it is proven that there will be none. Under the lock that links are
-    /// delivered under, so a queue that just got one keeps it.
+    /// Ends the I/O of queues without a link if it is proven that they will get none. Runs under the lock
+    /// that links are delivered under, so a queue that just received a link keeps it.
     fn tell_if_lost(&self, state: &mut State, now: Instant) -> bool {
         if state.given_up.is_some() {
             return true;
@@ -327,7 +331,7 @@ impl Connector {
         if state.reason.as_ref() != Some(&why) {
             tracing::error!(appliance = %self.grant.appliance_name, reason = %why, "I/O to the appliance fails");
         }
-        // A link that is there, of an appliance that refuses the grant, is one whose end nobody has seen yet.
+        // When the appliance refuses the grant, a link that still exists has ended without notice.
         let all = state.silent.as_ref().is_some_and(|silent| silent.refused);
         state.note(LinkState::Lost, None, Some(why));
         let losing = state.ports.iter().filter(|port| port.misses_link() || (all && !port.is_closed()));
@@ -335,7 +339,7 @@ impl Connector {
         true
     }
 
-    /// Whether every queue that there is has its link.
+    /// Whether every queue has its link.
     pub(super) fn is_up(&self) -> bool {
         let state = self.lock();
         state.ports.iter().all(|port| port.is_closed() || port.state() == LinkState::Up)
@@ -368,7 +372,7 @@ impl Connector {
         }
     }
 
-    /// Since when the appliance has not answered, where it is known that it does not.
+    /// The time since which the appliance has not answered, if it is known not to answer.
     pub(super) fn silent_since(&self) -> Option<Instant> {
         self.lock().silent.as_ref().map(|silent| silent.since)
     }
@@ -412,38 +416,38 @@ fn whole_millis(duration: Duration) -> Duration {
     Duration::from_millis(u64::try_from(duration.as_millis()).unwrap_or(u64::MAX))
 }
 
-/// The connector's thread.
+/// The state of the connector's thread.
 struct Work {
     connector: Arc<Connector>,
-    /// Memory of the grant, shared by the links of all queues.
+    /// The mapped memory of the grant, shared by the links of all queues.
     shm: Weak<ShmGrant>,
     generation: u32,
     pause: Duration,
-    /// That the best transport cannot be had.
+    /// Set while the best transport does not work.
     worse: Option<Worse>,
     names: Names,
-    /// When the appliance is looked at next.
+    /// Time of the next check of the appliance.
     look_due: Instant,
     random: u64,
 }
 
-/// Why the best transport is not used, and when it is tried again; until then no queue tries it, for that may
-/// take its whole limit of time.
+/// Why the best transport is not used, and when it is tried again; until then no queue tries it, because an
+/// attempt may take its whole time limit.
 struct Worse {
     reason: String,
     due: Instant,
     pause: Duration,
 }
 
-/// What the thread has to do next.
+/// The thread's next action.
 enum Next {
-    /// This port wants a link.
+    /// Make a link for this port.
     Connect(Arc<Port>),
-    /// A better transport is due to be tried.
+    /// Try a better transport.
     Better,
-    /// It is time to look whether the appliance is there.
+    /// Check whether the appliance answers.
     Look,
-    /// The volume is closed.
+    /// End, because the volume is closed.
     Stop,
 }
 
@@ -487,7 +491,7 @@ impl Work {
         self.tell_change(transport, reason.as_deref());
         let mut state = self.connector.lock();
         if state.given_up.is_some() || state.held.is_some() || state.renewed {
-            // A link that was on its way is none any more.
+            // A link that was being made in the meantime is discarded.
             return;
         }
         state.trust.connected();
@@ -498,7 +502,7 @@ impl Work {
         port.deliver(Delivery::Link(link));
     }
 
-    /// Says which transport is used, when it is not the one of before.
+    /// Logs the transport when it is another one than before.
     fn tell_change(&self, transport: TransportKind, reason: Option<&str>) {
         let name = &self.connector.grant.appliance_name;
         let before = self.connector.lock().transport;
@@ -511,7 +515,7 @@ impl Work {
         }
     }
 
-    /// Waits for something to do.
+    /// Waits for the next action.
     fn next(&mut self) -> Next {
         let connector = self.connector.clone();
         let mut state = connector.lock();
@@ -521,7 +525,7 @@ impl Work {
             }
             state.ports.retain(|port| !port.is_closed());
             if std::mem::take(&mut state.renewed) {
-                // What was mapped by the old key is another one's now.
+                // The mapping made with the old key may be another client's memory now.
                 (self.shm, self.pause, self.worse) = (Weak::new(), PAUSE_MIN, None);
             }
             if state.held.is_some() && state.given_up.is_none() {
@@ -529,7 +533,7 @@ impl Work {
                 continue;
             }
             if state.given_up.is_some() {
-                // A channel that had a link asks for another one when it lets go of that.
+                // A channel that had a link requests another one when it drops the link.
                 let ports = state.ports.iter();
                 ports.filter(|port| port.is_wanted()).for_each(|port| port.deliver(Delivery::Lost));
             } else if let Some(port) = state.ports.iter().find(|port| port.is_wanted()) {
@@ -540,7 +544,7 @@ impl Work {
                 state = connector.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
                 continue;
             }
-            // Without queues there is nothing to be moved to a better transport.
+            // Without queues no link can be moved to a better transport.
             let better = self.worse.as_ref().map(|worse| worse.due).filter(|_| !state.ports.is_empty());
             let now = Instant::now();
             if better.is_some_and(|due| due <= now) {
@@ -555,8 +559,8 @@ impl Work {
         }
     }
 
-    /// Looks whether the appliance behind the links is there and knows the grant, though nobody may use them. By a
-    /// connection of its own, which enters no export: no I/O is touched.
+    /// Checks whether the appliance behind the links answers and knows the grant, even if the links are idle.
+    /// The check uses a connection of its own, which enters no export, so it affects no I/O.
     fn look(&mut self) {
         let (every, limit) = look_times(self.connector.options.hold);
         let begun = Instant::now();
@@ -570,10 +574,10 @@ impl Work {
             if state.silent.take().is_some() {
                 tracing::info!(appliance = %self.connector.grant.appliance_name, "the appliance answers again");
             }
-            // Refusals that a look has seen are over.
+            // A successful check resets the refusals of earlier checks.
             state.trust.connected();
             if state.ports.is_empty() && !state.turned_away {
-                // Nobody has a link; what is shown is how it would be.
+                // No channel has a link; the status shows the state that a link would have.
                 state.failing = None;
                 state.note(LinkState::Up, None, None);
             }
@@ -600,7 +604,7 @@ impl Work {
         if !self.connector.tell_if_lost(&mut state, now)
             && self.connector.options.hold.is_some_and(|hold| now.saturating_duration_since(since) >= hold)
         {
-            // I/O on these links hangs, and may fail by now.
+            // I/O on these links hangs, and its time limit has passed.
             let with_link = state.ports.iter().filter(|port| port.state() == LinkState::Up);
             with_link.for_each(|port| port.deliver(Delivery::Stalled(since)));
         }
@@ -610,8 +614,8 @@ impl Work {
         }
     }
 
-    /// Moves all queues to a better transport, if there is a way by now. It is found out by a connection
-    /// that no queue uses, so that those in use are not disturbed in vain.
+    /// Moves all queues to a better transport, if it works by now. A connection that no queue uses tests it
+    /// first, so that the links in use are disturbed only when it works.
     fn improve(&mut self) {
         if let Some(worse) = &mut self.worse {
             worse.pause = (worse.pause * 2).min(BETTER_AFTER.1);
@@ -625,14 +629,14 @@ impl Work {
         for port in ports.iter().filter(|port| !port.is_closed()) {
             match self.by(best, port.queue) {
                 Ok(link) => self.deliver(port, Made { link, transport: best, reason: None }),
-                // It and those after it are tried again when that is due.
+                // This queue and the later ones are tried again when the next attempt is due.
                 Err(_) => return,
             }
         }
         self.worse = None;
     }
 
-    /// An attempt failed. I/O goes on to wait, unless it is proven that the memory is gone.
+    /// Handles a failed attempt. I/O continues to wait, unless it is proven that the memory is gone.
     fn failed(&mut self, port: &Arc<Port>, error: &ConnectError) {
         let refused = matches!(error, ConnectError::UnknownExport);
         let name = &self.connector.grant.appliance_name;
@@ -667,17 +671,17 @@ impl Work {
         self.sleep(longest);
     }
 
-    /// Others have their turn before this port has it again.
+    /// Moves the port to the end of the list, so that other ports have their turn before it.
     fn put_last(&self, port: &Arc<Port>) {
         let mut state = self.connector.lock();
         state.ports.retain(|other| !Arc::ptr_eq(other, port));
         state.ports.push(port.clone());
     }
 
-    /// Sleeps for half of `longest` to all of it, so that clients of a dead appliance do not come
-    /// back all at once. Ends early when the volume is closed, or the appliance has other addresses.
+    /// Sleeps for half of `longest` up to all of it, so that the clients of a failed appliance do not
+    /// reconnect all at once. Ends early when the volume is closed, or the appliance has other addresses.
     fn sleep(&mut self, longest: Duration) {
-        // xorshift: any spread will do.
+        // xorshift: any distribution is good enough.
         self.random ^= self.random << 13;
         self.random ^= self.random >> 7;
         self.random ^= self.random << 17;
@@ -697,7 +701,7 @@ impl Work {
         }
     }
 
-    /// The best link that can be had, and why it is not a better one.
+    /// Makes the best link that works; the result also says why it is not a better one.
     fn connect(&mut self, queue: u16) -> Result<Made, ConnectError> {
         let mut failure = ConnectError::Unreachable(io::Error::other("every transport to it is forbidden"));
         let choices = self.connector.choices();
@@ -722,13 +726,13 @@ impl Work {
                 }
             }
         }
-        // When there is a way again, the best comes first again.
+        // When the appliance is reachable again, the best transport is tried first.
         self.worse = None;
         Err(failure)
     }
 }
 
-/// A link, by which transport it is, and why it is not a better one.
+/// A link with its transport, and the reason why no better transport is used.
 struct Made {
     link: Box<dyn Link>,
     transport: TransportKind,

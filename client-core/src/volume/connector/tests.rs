@@ -12,7 +12,7 @@ use super::*;
 
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// An appliance of one export without memory, or of none.
+/// An appliance with one export, which has no memory, or with no export.
 struct Appliance(bool);
 
 struct Nothing;
@@ -47,7 +47,7 @@ struct Bed {
 }
 
 impl Bed {
-    /// Some queues that want a link to an appliance, which says that it has RDMA too.
+    /// Queues that request a link to an appliance, which also advertises RDMA.
     fn new(knows_grant: bool, transport: Option<TransportKind>, forbidden: Vec<TransportKind>) -> Bed {
         Bed::with(knows_grant, transport, forbidden, Duration::from_millis(400))
     }
@@ -135,7 +135,7 @@ fn options(
 }
 
 #[test]
-fn the_best_transport_that_can_be_comes_first() {
+fn the_best_working_transport_is_used() {
     use TransportKind::{NbdTcp, NbdUnix, Rdma, Shm};
     let choices = |host: u128, only, forbidden: &[TransportKind]| {
         let options = options(Some(HostId::from_u128(host)), only, forbidden.to_vec());
@@ -152,7 +152,7 @@ fn the_best_transport_that_can_be_comes_first() {
 }
 
 #[test]
-fn every_queue_hears_that_the_grant_is_lost_when_that_is_proven() {
+fn every_queue_is_notified_when_the_grant_is_proven_lost() {
     let bed = Bed::new(false, None, vec![TransportKind::Rdma]);
     let begin = Instant::now();
     assert!(bed.delivered().iter().all(|delivery| matches!(delivery, Delivery::Lost)));
@@ -173,7 +173,7 @@ fn refused() -> Bed {
 }
 
 #[test]
-fn the_allocators_word_ends_io_at_once() {
+fn the_allocators_answer_ends_io_at_once() {
     let words = [
         Word::Holds { lost: vec![GrantId::from_u128(1)], endpoints: Default::default() },
         Word::Ended { why: "it was deleted".to_owned(), recorded: false },
@@ -187,8 +187,8 @@ fn the_allocators_word_ends_io_at_once() {
 }
 
 #[test]
-fn an_allocator_without_records_ends_nothing_that_no_appliance_refuses() {
-    // Nobody listens there.
+fn an_allocator_without_records_ends_no_io_unless_an_appliance_refuses() {
+    // A port that no server listens on.
     let socket = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = socket.local_addr().unwrap();
     drop(socket);
@@ -232,7 +232,7 @@ fn an_appliance_is_found_at_its_new_address() {
 }
 
 #[test]
-fn a_worse_transport_says_why_it_is_used() {
+fn a_worse_transport_is_reported_with_its_reason() {
     let bed = Bed::new(true, None, Vec::new());
     assert!(bed.delivered().iter().all(|delivery| matches!(delivery, Delivery::Link(_))));
     let status = bed.connector.status();
@@ -241,7 +241,7 @@ fn a_worse_transport_says_why_it_is_used() {
 }
 
 #[test]
-fn a_transport_that_is_forced_is_not_left() {
+fn a_forced_transport_is_kept() {
     let bed = Bed::new(true, Some(TransportKind::Rdma), Vec::new());
     let start = Instant::now();
     while bed.connector.status().reason.is_none() {
@@ -253,7 +253,7 @@ fn a_transport_that_is_forced_is_not_left() {
     assert!(bed.ports.iter().all(|port| port.take().is_none()));
 }
 
-/// An appliance that keeps who connected.
+/// An appliance that records the sessions that connect.
 #[derive(Default)]
 struct Recorder(Mutex<Vec<SessionTag>>);
 
@@ -266,7 +266,7 @@ impl Exports for Recorder {
 }
 
 #[test]
-fn a_queue_that_has_a_number_shuts_out_those_of_earlier_lives() {
+fn a_numbered_queue_shuts_out_its_connections_of_earlier_lives() {
     use super::super::{Volume, VolumeOptions};
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     let _handshakes = runtime.enter();
