@@ -15,7 +15,7 @@ use xpm_protocol::{ClientId, Name};
 use crate::owner::{Follower, Known, Owner};
 use crate::volume::{OpenError, REFUSAL_LIMIT, Volume, VolumeOptions};
 
-/// Which allocation is used, and how.
+/// The allocation to use, and the parameters of its use.
 #[derive(Clone)]
 pub struct AttachOptions {
     /// The allocators, of which one leads.
@@ -24,29 +24,31 @@ pub struct AttachOptions {
     pub token: Option<Token>,
     /// The allocation.
     pub name: Name,
-    /// Who this is. None: somebody new, who is the owner until [`Attachment::detach`]; after a crash others need `force`.
-    /// A program that gives the same one again after a crash is let in again.
+    /// The client's id. None creates a new client, which is the owner until [`Attachment::detach`]; after a
+    /// crash, other clients then need `force`. A program that passes the same id again after a crash becomes
+    /// the owner again.
     pub client: Option<ClientId>,
-    /// What it is used as, for people.
+    /// The purpose of the use, for display.
     pub purpose: String,
-    /// Takes it from another owner, who is cut off.
+    /// Takes the allocation from another owner, who is cut off.
     pub force: bool,
-    /// The only transport to use; none: the best for each appliance.
+    /// The only transport to use; none: the best one for each appliance.
     pub transport: Option<TransportKind>,
     /// How long I/O is held while an appliance cannot be reached.
     pub hold: Hold,
-    /// Longest time until every appliance has to be connected.
+    /// Time limit for connecting to every appliance.
     pub limit: Duration,
-    /// Operations in flight on one channel, at least 16.
+    /// Most operations in flight on one channel, at least 16.
     pub depth: usize,
 }
 
 impl AttachOptions {
-    /// The usual way to use an allocation, at the allocators and with the token that the environment (`XPM_ALLOCATOR`,
-    /// `XPM_TOKEN_FILE`), `~/.config/xpm/xpm.toml` or `/etc/xpm/xpm.toml` names. Reads files, so it blocks.
+    /// Default options for an allocation, with the allocators and the token that the environment
+    /// (`XPM_ALLOCATOR`, `XPM_TOKEN_FILE`), `~/.config/xpm/xpm.toml` or `/etc/xpm/xpm.toml` names. Reads
+    /// files, so it blocks.
     ///
     /// # Errors
-    /// When none of them names an allocator, or a file that is named cannot be used.
+    /// When none of them names an allocator, or a named file cannot be used.
     pub fn configured(name: Name) -> Result<AttachOptions, SettingsError> {
         let settings = Settings::load()?;
         let token = settings.token()?;
@@ -54,7 +56,7 @@ impl AttachOptions {
         Ok(AttachOptions { token, ..AttachOptions::new(allocator, name) })
     }
 
-    /// The usual way to use an allocation.
+    /// Default options for an allocation.
     pub fn new(allocator: Urls, name: Name) -> AttachOptions {
         AttachOptions {
             allocator,
@@ -71,10 +73,10 @@ impl AttachOptions {
     }
 }
 
-/// Why an allocation is not this program's.
+/// Why a program could not become the owner of an allocation.
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {
-    /// The URL of an allocator cannot be used.
+    /// The URL of an allocator is invalid.
     #[error("{0}")]
     Url(String),
     /// The allocator refused, or did not answer.
@@ -83,14 +85,14 @@ pub enum AttachError {
     /// The appliances cannot be used.
     #[error(transparent)]
     Open(#[from] OpenError),
-    /// The system refused something.
+    /// A system call failed.
     #[error("{0}")]
     System(std::io::Error),
 }
 
-/// Ownership of an allocation. It lasts until [`Attachment::detach`], also beyond the end of the process. While it
-/// is there, and the allocation was opened by it, what the allocator orders is carried out: regions move to other
-/// appliances while they are used.
+/// Ownership of an allocation. It lasts until [`Attachment::detach`], even beyond the end of the process.
+/// While the attachment exists and its volume is open, it executes the allocator's orders: regions move to
+/// other appliances while they are used.
 pub struct Attachment {
     owner: Owner,
     map: Map,
@@ -98,45 +100,45 @@ pub struct Attachment {
 }
 
 impl Attachment {
-    /// Becomes the owner, and connects to the appliances. Blocks until that is done.
+    /// Becomes the owner, and connects to the appliances. Blocks until all are connected.
     ///
     /// # Errors
-    /// [`AttachError`]; nothing is owned then, unless the allocator could not be told so.
+    /// [`AttachError`]; the ownership is given back then, unless the allocator cannot be reached.
     pub fn attach(options: &AttachOptions) -> Result<(Attachment, Volume), AttachError> {
         let mut attachment = Attachment::own(options)?;
         match attachment.open(options) {
             Ok(volume) => Ok((attachment, volume)),
             Err(error) => {
-                // It was not used.
+                // The allocation was not used.
                 let _ = attachment.detach();
                 Err(error)
             }
         }
     }
 
-    /// Becomes the owner, and no more: for one who hands the map to a process that is to use it by
+    /// Becomes the owner without connecting: for a program that passes the map to a process which uses it by
     /// [`Attachment::adopt`].
     ///
     /// # Errors
-    /// [`AttachError`]; nothing is owned then.
+    /// [`AttachError`]; the program is not the owner then.
     pub fn own(options: &AttachOptions) -> Result<Attachment, AttachError> {
         let owner = owner(options)?;
         let map = block_on(owner.own(&options.name, options.purpose.clone(), options.force))?;
         Ok(Attachment { owner, map, follower: None })
     }
 
-    /// Uses an allocation that another process has become the owner of, as the client that `options` name: one
-    /// process may do so. Asks no allocator.
+    /// Uses an allocation that another process has become the owner of, as the client that `options` name.
+    /// Only one process may do so. Asks no allocator.
     ///
     /// # Errors
-    /// [`AttachError`]; it is still owned.
+    /// [`AttachError`]; the ownership stays.
     pub fn adopt(options: &AttachOptions, map: Map) -> Result<(Attachment, Volume), AttachError> {
         let mut attachment = Attachment { owner: owner(options)?, map, follower: None };
         let volume = attachment.open(options)?;
         Ok((attachment, volume))
     }
 
-    /// Connects to the appliances, and carries out what the allocator orders from then on.
+    /// Connects to the appliances, and executes the allocator's orders from then on.
     fn open(&mut self, options: &AttachOptions) -> Result<Volume, AttachError> {
         let volume = Volume::open(
             &self.map,
@@ -150,7 +152,7 @@ impl Attachment {
                 generation: 0,
                 host: Some(self.owner.host),
                 refusal_limit: REFUSAL_LIMIT,
-                // Its map is in no file, so no copy of it can come back with the same keys.
+                // The map is in no file, so no copy of it can come back with the same keys.
                 visitor: None,
                 held: None,
                 contested: false,
@@ -163,25 +165,26 @@ impl Attachment {
         Ok(volume)
     }
 
-    /// Where the allocation lay when it was attached, with its keys: whoever has it can use the allocation.
+    /// The map as of the time of attaching, with its keys: a process that has the map can use the allocation.
     pub const fn map(&self) -> &Map {
         &self.map
     }
 
-    /// Who owns it, as the allocator knows it.
+    /// The owner, as recorded by the allocator.
     pub(crate) const fn owner(&self) -> &Owner {
         &self.owner
     }
 
-    /// Who this is.
+    /// The client's id.
     pub const fn client(&self) -> ClientId {
         self.owner.client
     }
 
-    /// Gives the allocation back: to be called when nothing uses it any more. Blocks until the allocator has answered.
+    /// Gives the allocation back. To be called when the program has stopped using it. Blocks until the
+    /// allocator has answered.
     ///
     /// # Errors
-    /// [`AttachError::Allocator`]: it stays this program's then.
+    /// [`AttachError::Allocator`]: the program is still the owner then.
     pub fn detach(mut self) -> Result<(), AttachError> {
         self.follower = None;
         block_on(self.owner.disown(&self.map.name))
@@ -207,7 +210,7 @@ fn owner(options: &AttachOptions) -> Result<Owner, AttachError> {
     })
 }
 
-/// On a thread of its own: the caller may be within a runtime.
+/// Runs the future on a thread of its own, because the caller may be within a runtime.
 pub(crate) fn block_on<T: Send>(
     future: impl Future<Output = Result<T, ClientError>> + Send,
 ) -> Result<T, AttachError> {

@@ -1,7 +1,8 @@
-//! A program that uses an allocation itself carries out what the allocator orders: its regions move while it goes on.
+//! Follows the allocator's orders for a program that uses an allocation itself: its regions move while the
+//! program uses them.
 //!
-//! Nothing of a change is written down: who ends with a change firm had written everything to both places, and
-//! writes nothing any more, so whichever map holds then has it all.
+//! A change is not recorded on disk. A program that ends after it made a change firm had written all data to
+//! both places, and writes nothing any more, so each of the two maps has all data, whichever becomes valid.
 
 use std::io;
 use std::sync::Arc;
@@ -16,10 +17,10 @@ use xpm_protocol::api::allocator::{ChangeKind, MapChange, Report};
 use super::{CONNECT_LIMIT, Guard, Guarded, Heard, Known, Mover, Owner};
 use crate::volume::{Change, ChangeError, Volume};
 
-/// How often orders are asked for that were not heard of.
+/// Interval of asking for orders whose events were missed.
 const ASK_EVERY: Duration = Duration::from_secs(10);
 
-/// A thread that carries orders out, until it is dropped.
+/// A thread that executes the allocator's orders, until it is dropped.
 pub(crate) struct Follower {
     ending: Arc<Ending>,
     thread: Option<JoinHandle<()>>,
@@ -33,7 +34,7 @@ struct Ending {
 }
 
 impl Follower {
-    /// Follows for a volume of whose map this is known.
+    /// Starts following for a volume with this map.
     pub(crate) fn new(owner: Owner, name: Name, known: Known, volume: Volume) -> io::Result<Follower> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let ending = Arc::new(Ending::default());
@@ -59,14 +60,14 @@ impl Drop for Follower {
         self.ending.wake.notify_one();
         self.ending.lost.notify_one();
         if let Some(thread) = self.thread.take() {
-            // A panic of it has been told already.
+            // A panic of the thread was reported already.
             let _ = thread.join();
         }
     }
 }
 
-/// Hears of appliances that are given up. Apart from what else is ordered: a change that waits for such an appliance
-/// goes on only when this is heard.
+/// Receives the news of appliances that the operator gave up. Separate from the other orders: a change that
+/// waits for such an appliance continues only after this news.
 struct Lost {
     owner: Owner,
     name: Name,
@@ -98,8 +99,8 @@ impl Lost {
     }
 }
 
-/// Says what a program that may be ended by it has to be told: in its log, or, where it has none, as most programs that use
-/// the C library, on standard error.
+/// Reports a line to a program that may be killed by its subject: in the program's log, or on standard error
+/// if it has no log, as most programs that use the C library.
 fn tell(line: &str) {
     match tracing::dispatcher::has_been_set() {
         true => tracing::error!("{line}"),
@@ -110,9 +111,9 @@ fn tell(line: &str) {
 struct Follow {
     owner: Owner,
     name: Name,
-    /// Of the map that it began with.
+    /// The knowledge at the time of the first map.
     known: Known,
-    /// Version of the map that is used.
+    /// Version of the present map.
     version: Arc<AtomicU64>,
     volume: Volume,
     ending: Arc<Ending>,
@@ -134,7 +135,7 @@ impl Follow {
         }
     }
 
-    /// Until there may be orders for this allocation.
+    /// Waits until there may be orders for this allocation.
     async fn hear(&self, listener: &mut super::Listener) {
         loop {
             let heard = listener.hear().await;
@@ -158,7 +159,7 @@ impl Follow {
         match orders.change {
             Some(change) if !change.switched => self.carry_out(change).await,
             Some(_) => self.catch_up().await,
-            // A map of ours that is newer wins over an allocator whose metadata are of yesterday.
+            // A newer map of this client wins over an allocator whose metadata are older.
             None if orders.version > self.version() => self.catch_up().await,
             None => {}
         }
@@ -174,12 +175,12 @@ impl Follow {
             Ok(under_way) => match self.holds(&change).await {
                 Some(true) => match self.switch(under_way, &change).await {
                     Some(report) => report,
-                    // What the old map had must not be used for something else.
+                    // The memory of the old map must not be used for another purpose.
                     None => return,
                 },
-                // Dropped, it is undone.
+                // Dropping the change undoes it.
                 Some(false) => return blocking(move || drop(under_way)).await.unwrap_or(()),
-                // Either map may hold: until the process ends, what is still written goes to both places.
+                // Either map may become valid: until the process ends, its writes go to both places.
                 None => return std::mem::forget(under_way),
             },
             Err(why) => {
@@ -193,7 +194,7 @@ impl Follow {
         }
     }
 
-    /// Copies what moves; from then on writes go to both places.
+    /// Copies the regions that move; afterwards writes go to both places.
     async fn make_firm(&self, change: &MapChange) -> Result<Change, String> {
         if change.kind == ChangeKind::Shrink {
             return Err(
@@ -211,7 +212,7 @@ impl Follow {
         firm.await?.map_err(|error: ChangeError| error.to_string())
     }
 
-    /// Whether a firm change holds. None: the program ended before the allocator answered.
+    /// Whether a firm change is valid. None when the program ended before the allocator answered.
     async fn holds(&self, change: &MapChange) -> Option<bool> {
         let report = Report::Ready { number: change.number };
         tokio::select! {
@@ -236,7 +237,7 @@ impl Follow {
         Some(Report::Done { number: change.number, how })
     }
 
-    /// The map that holds is another than ours, with nothing to copy.
+    /// Follows the valid map of the allocator when it is another one than ours and nothing has to be copied.
     async fn catch_up(&mut self) {
         let Ok(map) = self.owner.own(&self.name, "a mapping".to_owned(), false).await else { return };
         let number = map.version;
@@ -258,7 +259,7 @@ impl Follow {
     }
 }
 
-/// Asks the allocator about paths that do not work, until it is aborted.
+/// Asks the allocator about paths that do not work, until the task is aborted.
 async fn watch(guard: Guard, known: Known, version: Arc<AtomicU64>, volume: Volume) {
     let alarm = volume.alarm();
     loop {
@@ -271,7 +272,7 @@ async fn watch(guard: Guard, known: Known, version: Arc<AtomicU64>, volume: Volu
     }
 }
 
-/// On a thread that may block.
+/// Runs the work on a thread that may block.
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, String> {
     tokio::task::spawn_blocking(work).await.map_err(|error| format!("a control task failed: {error}"))
 }

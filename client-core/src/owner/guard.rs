@@ -1,5 +1,5 @@
-//! Asking the allocator about paths that do not work: whether what lies behind them is lost, and where the appliance
-//! is now. Off the path of every I/O. An allocator that does not answer changes nothing.
+//! Asking the allocator about paths that do not work: whether the memory behind them is lost, and the present
+//! addresses of the appliance. Off the path of every I/O. An allocator that does not answer changes nothing.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -15,17 +15,17 @@ use xpm_protocol::{AllocationId, ApplianceId, Epoch, GrantId, Name, Succession};
 
 use super::Owner;
 
-/// How long a path has to be down before the allocator is asked; a refusal is asked about at once.
+/// How long a path has to be down before the allocator is asked; a refusal leads to a question at once.
 const DOWN_MIN: Duration = Duration::from_secs(2);
 /// Pause between two questions while an appliance refuses, and while paths are only down.
 const AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(4));
 
-/// Something with paths to appliances, which may need the allocator's word.
+/// An object with paths to appliances that may need the allocator's statement.
 pub trait Guarded: Send + Sync {
     /// The paths that do not work. Takes locks that no I/O waits for.
     fn troubles(&self) -> Vec<Trouble>;
 
-    /// What the allocator says.
+    /// Takes the allocator's statement.
     fn hear(&self, word: &Word);
 
     /// Notified when a path begins to fail, or to be refused.
@@ -35,47 +35,47 @@ pub trait Guarded: Send + Sync {
 /// A path that does not work.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Trouble {
-    /// Where it leads.
+    /// The grant that the path leads to.
     pub grant: GrantId,
     /// The appliance that has the grant.
     pub appliance: ApplianceId,
-    /// The appliance was reached and says that it does not know the grant.
+    /// Whether the appliance was reached and answered that it does not know the grant.
     pub refused: bool,
-    /// Since when it does not work.
+    /// The time when the path began to fail.
     pub since: Instant,
 }
 
-/// What the allocator says of an ownership.
+/// A statement of the allocator about an ownership.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Word {
-    /// It holds.
+    /// The ownership is valid.
     Holds {
         /// Grants whose memory their appliances lost.
         lost: Vec<GrantId>,
-        /// Where each grant is reached now.
+        /// The present addresses of each grant.
         endpoints: BTreeMap<GrantId, Endpoints>,
     },
-    /// Another client has it now and may give it back, or gets it soon: I/O waits.
+    /// Another client has the allocation now and may give it back, or will get it soon: I/O waits.
     Waits {
-        /// What this client has of it.
+        /// This client's part in the transfer.
         part: Part,
     },
-    /// It has ended.
+    /// The ownership has ended.
     Ended {
         /// Why, in one line.
         why: String,
-        /// A record of the allocation says so. Else a record is missing, which counts only where the appliance
-        /// refuses the grant, too: an allocator that lost its metadata has no records.
+        /// Whether a record of the allocation says so. Otherwise a record is missing; that counts only where
+        /// the appliance refuses the grant, too, because an allocator that lost its metadata has no records.
         recorded: bool,
     },
 }
 
-/// What an owner knows of its allocation.
+/// An owner's knowledge of its allocation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Known {
     /// The allocation.
     pub id: AllocationId,
-    /// Its ownership counter.
+    /// The epoch of its ownership.
     pub epoch: Epoch,
     /// Version of its map.
     pub version: u64,
@@ -87,7 +87,7 @@ impl From<&Map> for Known {
     }
 }
 
-/// Asks for one owner about one allocation.
+/// Asks the allocator on behalf of one owner about one allocation.
 pub struct Guard {
     owner: Owner,
     name: Name,
@@ -99,8 +99,8 @@ impl Guard {
         Guard { owner, name }
     }
 
-    /// Asks the allocator if a path needs it, and tells the answer to `subject`. What was answered, and when this is
-    /// to be called again; none: not before the alarm.
+    /// Asks the allocator if a path needs its statement, and passes the answer to `subject`. Returns the
+    /// answer, and the time until the next call; none: call again only after the alarm.
     pub async fn look(&self, known: Known, subject: &dyn Guarded) -> (Option<Word>, Option<Duration>) {
         let troubles = subject.troubles();
         let refused: Vec<GrantId> = troubles.iter().filter(|one| one.refused).map(|one| one.grant).collect();
@@ -117,12 +117,13 @@ impl Guard {
         (word, Some(again))
     }
 
-    /// What the allocator says of the ownership, whatever the paths do; none as of [`Guard::look`].
+    /// The allocator's statement about the ownership, whatever the state of the paths; none as in
+    /// [`Guard::look`].
     pub async fn word(&self, known: Known) -> Option<Word> {
         self.ask(known, &[]).await
     }
 
-    /// What the allocator says; none where it cannot be reached, or is not to be believed.
+    /// The allocator's statement; none when the allocator cannot be reached, or its statement does not count.
     async fn ask(&self, known: Known, refused: &[GrantId]) -> Option<Word> {
         let orders = match refused {
             [] => self.owner.orders(&self.name).await,
@@ -141,7 +142,7 @@ impl Guard {
         }
     }
 
-    /// The allocator says that this client does not own the allocation: who does?
+    /// Handles the answer that this client does not own the allocation: asks for the owner.
     async fn whose(&self, known: Known) -> Option<Word> {
         let path = format!("/v1/allocations/{}", self.name);
         let found: Allocation = self.owner.allocator.get(&path).await.ok()?;
@@ -163,12 +164,12 @@ impl Guard {
     }
 }
 
-/// What orders say of the ownership; none where they do not count.
+/// The statement in an answer about orders; none when the answer does not count.
 fn word_of(known: Known, orders: Orders) -> Option<Word> {
     if let Some(part) = orders.part {
         return (!is_behind(known, orders.epoch?, None)).then_some(Word::Waits { part });
     }
-    // An allocator that does not know these fields does not say what is lost.
+    // An allocator of an older version sends no such fields, and so makes no statement about lost memory.
     let (epoch, lost) = (orders.epoch?, orders.lost?);
     match is_behind(known, epoch, Some(orders.version)) {
         true => None,
@@ -176,19 +177,20 @@ fn word_of(known: Known, orders: Orders) -> Option<Word> {
     }
 }
 
-/// Whether an allocator's record is older than what this owner has seen: its metadata are of an earlier time. Its word
-/// on what is lost, deleted or another's does not count then. The one place that decides this.
+/// Whether an allocator's record is older than the owner's knowledge, because its metadata are of an earlier
+/// time. Then its statements about lost, deleted or transferred allocations do not count. This is the only
+/// function that decides that.
 fn is_behind(known: Known, epoch: Epoch, version: Option<u64>) -> bool {
     epoch < known.epoch || version.is_some_and(|version| version < known.version)
 }
 
-/// Whether an allocation of this client belongs to another life of it, which is no successor of this one: a copy of the client
-/// took it by force.
+/// Whether an allocation of this client belongs to another life of the client that does not succeed this one:
+/// a copy of the client took the allocation by force.
 fn is_another_life(of: &Owner, owner: &api::Owner) -> bool {
     of.life.zip(owner.life).is_some_and(|(of, owner)| owner.after(&of) != Succession::Same)
 }
 
-/// Text of another machine, fit to be shown.
+/// A text from another machine, cleaned for display: no control characters, at most 100 characters.
 fn one_line(text: &str) -> String {
     text.chars().filter(|one| !one.is_control()).take(100).collect()
 }
@@ -220,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn the_word_of_an_allocator_that_is_behind_does_not_count() {
+    fn an_allocator_with_outdated_metadata_is_not_believed() {
         let lost = Some(vec![GrantId::from_u128(1)]);
         let word = |epoch, version| word_of(KNOWN, orders(Some(epoch), version, lost.clone()));
         assert!(matches!(word(3, 7), Some(Word::Holds { lost, .. }) if lost.len() == 1));
@@ -230,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn who_may_get_it_back_waits() {
+    fn a_client_that_may_get_the_allocation_back_waits() {
         let part = Part::Holds { handover: HandoverId::from_u128(1), to: "b".to_owned() };
         let handed = |epoch| Orders { part: Some(part.clone()), ..orders(Some(epoch), 7, None) };
         assert_eq!(word_of(KNOWN, handed(4)), Some(Word::Waits { part: part.clone() }));
@@ -238,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn an_allocator_that_does_not_say_what_is_lost_says_nothing() {
+    fn an_answer_without_the_lost_grants_is_no_statement() {
         assert_eq!(word_of(KNOWN, orders(None, 7, None)), None);
         assert_eq!(word_of(KNOWN, orders(Some(3), 7, None)), None);
     }

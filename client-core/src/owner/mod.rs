@@ -1,4 +1,4 @@
-//! What the owner of allocations and the allocator say to each other. None of it is on the path of an I/O: an
+//! The exchange between the owner of allocations and the allocator. It is never on the path of an I/O: an
 //! allocator that does not answer changes nothing.
 
 mod follow;
@@ -22,66 +22,67 @@ pub(crate) use self::follow::Follower;
 pub use self::guard::{Guard, Guarded, Known, Trouble, Word};
 pub use self::mover::{Mover, TailError};
 
-/// How long new appliances have to be connected.
+/// Time limit for connecting to new appliances.
 pub const CONNECT_LIMIT: Duration = Duration::from_secs(20);
-/// How long the allocator may take to make somebody the owner: memory that was shared is moved then.
+/// Time limit of the allocator for making a client the owner: it is long because shared memory is moved then.
 const OWN_LIMIT: Duration = Duration::from_secs(60);
-/// First and longest pause before the allocator is asked again.
+/// Shortest and longest pause before the allocator is asked again.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
-/// Longest answer to a question for events, and the pause after a failure.
+/// Time limit of a request for events, and the pause after a failure.
 const LISTEN_LIMIT: Duration = Duration::from_secs(40);
 const LISTEN_AGAIN: Duration = Duration::from_secs(1);
 
 /// Most grants named in one question.
 const DOUBTS_MAX: usize = 256;
 
-/// How an allocation is taken.
+/// The way in which an allocation is taken.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Taking {
-    /// From another owner, who is cut off.
+    /// Whether to take it from another owner, who is cut off.
     pub force: bool,
-    /// Memory that cannot be moved away from the owner before is replaced by zeros.
+    /// Whether memory that cannot be moved away from the previous owner is replaced by zeros.
     pub lose: bool,
-    /// What one that shows a block device says of its block size.
+    /// The block size that a client which shows a block device wishes for.
     pub blocks: Option<BlockWish>,
-    /// It has the map of this epoch already, with its keys, and only wants to be known as the owner. The map that is answered is
-    /// not to be used then: its keys may be made up.
+    /// The epoch whose map, with its keys, the client has already; the client only wants to be recorded as
+    /// the owner. Then the map in the answer must not be used, because its keys may be made up.
     pub has: Option<Epoch>,
 }
 
-/// Somebody who owns allocations, or is about to.
+/// A client that owns allocations, or is about to.
 #[derive(Clone)]
 pub struct Owner {
     /// The allocators, of which one leads.
     pub allocator: Client,
-    /// The secret of the control plane, which appliances are shown, too.
+    /// The token of the control plane, which is also shown to appliances.
     pub token: Option<Token>,
-    /// Who this is.
+    /// The client's id.
     pub client: ClientId,
-    /// The host that it runs on.
+    /// The host that the client runs on.
     pub host: HostId,
-    /// That host's name, for people.
+    /// That host's name, for display.
     pub host_name: String,
-    /// The life of the client that this is: the allocator lets one life own an allocation at a time. None: it is not known, so
-    /// that the client's id alone counts.
+    /// The life of the client: the allocator lets one life own an allocation at a time. None when it is not
+    /// known, so that the client's id alone counts.
     pub life: Option<Life>,
-    /// The newest state of the allocator's metadata that it heard of.
+    /// The newest state of the allocator's metadata that this client has seen.
     pub known: Arc<KnownMetadata>,
 }
 
 impl Owner {
-    /// Becomes the owner of an allocation: its map, with the keys. `force` takes it from another owner.
+    /// Becomes the owner of an allocation. Returns its map, with the keys. `force` takes it from another
+    /// owner.
     ///
     /// # Errors
-    /// What the allocator said, or that it did not answer.
+    /// The allocator's refusal, or a failure to reach it.
     pub async fn own(&self, name: &Name, purpose: String, force: bool) -> Result<Map, ClientError> {
         self.own_with(name, purpose, Taking { force, ..Taking::default() }).await
     }
 
-    /// The same, with all that can be said about it.
+    /// As [`Owner::own`], with all parameters.
     ///
     /// # Errors
-    /// As of [`Owner::own`].
+    /// As [`Owner::own`].
     pub async fn own_with(&self, name: &Name, purpose: String, how: Taking) -> Result<Map, ClientError> {
         let Taking { force, lose, blocks, has } = how;
         let attach = Attach {
@@ -100,7 +101,8 @@ impl Owner {
         let path =
             has.map_or_else(|| path.clone(), |Epoch(epoch)| with_query(&path, &format!("has={epoch}")));
         let owned: Owned = match allocator.put(&path, &attach).await {
-            // An allocator of a version that knows no block sizes refuses the field. Such a one is asked without it.
+            // An allocator of a version without block sizes refuses the field; then it is asked again without
+            // the field.
             Err(ClientError::Refused(body))
                 if blocks.is_some() && body.error.contains("unknown field `blocks`") =>
             {
@@ -112,10 +114,10 @@ impl Owner {
         Ok(owned.map)
     }
 
-    /// Stands by to take an allocation over from its owner: its map, without keys.
+    /// Stands by to take an allocation over from its owner. Returns its map, without keys.
     ///
     /// # Errors
-    /// As of [`Owner::own`].
+    /// As [`Owner::own`].
     pub async fn stand_by(&self, name: &Name, purpose: String, how: Taking) -> Result<Map, ClientError> {
         let Taking { force, lose, blocks, has: _ } = how;
         let (client, host, host_name) = (self.client, self.host, self.host_name.clone());
@@ -147,18 +149,18 @@ impl Owner {
         Ok(self.allocator.get::<Allocation>(&format!("/v1/allocations/{name}")).await?.slabs)
     }
 
-    /// Makes this the map of them, if it follows the one that the allocator has.
+    /// Replaces the map of named slabs, if this map follows the one that the allocator has.
     ///
     /// # Errors
-    /// As of [`Owner::own`]; without an answer it may be the map, or not.
+    /// As [`Owner::own`]; without an answer the map may have been replaced or not.
     pub async fn set_slabs(&self, name: &Name, slabs: &SlabMap) -> Result<SlabMap, ClientError> {
         self.allocator.put(&self.path(&format!("/v1/allocations/{name}/slabs/{}", self.client)), slabs).await
     }
 
-    /// What the allocator wants done.
+    /// The allocator's orders.
     ///
     /// # Errors
-    /// As of [`Owner::own`].
+    /// As [`Owner::own`].
     pub async fn orders(&self, name: &Name) -> Result<Orders, ClientError> {
         let mut path = self.path(&format!("/v1/allocations/{name}/orders/{}", self.client));
         if let Some(MetadataState { pool, number }) = self.known.get() {
@@ -169,10 +171,11 @@ impl Owner {
         Ok(orders)
     }
 
-    /// The same, with the grants that appliances refuse to this owner: the allocator asks those appliances at once.
+    /// As [`Owner::orders`], with the grants that appliances refuse to this owner: the allocator asks those
+    /// appliances at once.
     ///
     /// # Errors
-    /// As of [`Owner::own`].
+    /// As [`Owner::own`].
     pub async fn orders_about(&self, name: &Name, refused: &[GrantId]) -> Result<Orders, ClientError> {
         let refused: Vec<String> = refused.iter().take(DOUBTS_MAX).map(ToString::to_string).collect();
         let path = self.path(&format!("/v1/allocations/{name}/orders/{}", self.client));
@@ -182,8 +185,8 @@ impl Owner {
         Ok(orders)
     }
 
-    /// Says the keys of an ownership where its orders ask for them. The orders after that; those that were given, where the
-    /// allocator did not hear it.
+    /// Sends the keys of an ownership if its orders request them. Returns the orders after that, or the given
+    /// orders if the allocator did not receive the keys.
     pub async fn tell_keys<'a>(
         &self,
         name: &Name,
@@ -204,10 +207,10 @@ impl Owner {
         }
     }
 
-    /// Says how that goes.
+    /// Reports the state of executing an order.
     ///
     /// # Errors
-    /// As of [`Owner::own`].
+    /// As [`Owner::own`].
     pub async fn say(&self, name: &Name, report: &Report) -> Result<Orders, ClientError> {
         let path = self.path(&format!("/v1/allocations/{name}/orders/{}", self.client));
         let orders: Orders = self.allocator.post(&path, report).await?;
@@ -215,7 +218,8 @@ impl Owner {
         Ok(orders)
     }
 
-    /// Says something that the allocator has to hear. None where it answers that the allocation is not this owner's.
+    /// Repeats a report until the allocator has received it. None when the allocator answers that this client
+    /// does not own the allocation.
     pub async fn say_until_heard(&self, name: &Name, report: &Report) -> Option<Orders> {
         let mut pause = PAUSE.0;
         loop {
@@ -232,7 +236,7 @@ impl Owner {
         }
     }
 
-    /// Listens to what happens.
+    /// Starts listening to events.
     pub fn listen(&self) -> Listener {
         Listener { allocator: self.allocator.clone().with_limit(LISTEN_LIMIT), after: None }
     }
@@ -243,12 +247,12 @@ fn with_query(path: &str, more: &str) -> String {
     format!("{path}{mark}{more}")
 }
 
-/// What people are told of an appliance that the operator has given up.
+/// The text that is shown for an appliance that the operator has given up.
 pub fn lost_on(name: &Name) -> String {
     format!("lost on {name}: the operator has given that appliance up")
 }
 
-/// Whether a refusal says what holds, and not only that nobody could say it now.
+/// Whether a refusal is a definite answer, and not only the statement that no answer is possible now.
 pub(crate) const fn is_final(kind: ErrorKind) -> bool {
     !matches!(
         kind,
@@ -256,17 +260,18 @@ pub(crate) const fn is_final(kind: ErrorKind) -> bool {
     )
 }
 
-/// What an owner is told of.
+/// News for an owner.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Heard {
-    /// Of this allocation there may be orders, or it may not be this owner's any more, or not whole.
+    /// There may be orders for this allocation, or it may belong to another owner now, or may not be whole
+    /// any more.
     Allocation(Name),
-    /// The appliance of this name has other addresses.
+    /// The addresses of the appliance of this name changed.
     Appliance(Name),
 }
 
 impl Heard {
-    /// What an event says to owners, if anything.
+    /// The news of an event for owners, if there is any.
     fn of(event: &Event) -> Option<Heard> {
         let subject = event.subject.clone();
         match event.kind.as_str() {
@@ -281,16 +286,16 @@ impl Heard {
     }
 }
 
-/// Hears of orders at once.
+/// Receives the news of orders without delay.
 pub struct Listener {
     allocator: Client,
-    /// Number of the last event heard.
+    /// Number of the last event received.
     after: Option<u64>,
 }
 
 impl Listener {
-    /// Waits until there is news for owners, or for half a minute. What happened before the first
-    /// call, and what cannot be heard, is not told: orders are to be asked for now and then.
+    /// Waits until there is news for owners, or for half a minute. Events before the first call are not
+    /// reported, and events may be missed, so the caller has to ask for orders from time to time as well.
     pub async fn hear(&mut self) -> Vec<Heard> {
         let path = match self.after {
             Some(number) => format!("/v1/events?after={number}&wait=true"),

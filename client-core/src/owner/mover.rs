@@ -1,4 +1,5 @@
-//! What a change asks of the appliances: to copy runs of regions to each other, and to say what a run holds.
+//! The requests of a change to appliances: to copy runs of regions to each other, and to describe the content
+//! of a run.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -15,20 +16,21 @@ use xpm_protocol::{ByteSize, GrantId, Name};
 use super::Owner;
 use crate::volume::{Change, ChangeError, Run};
 
-/// Bytes that are copied, and locked, at once.
+/// Length of a run in bytes: the unit that is copied, and locked, at once.
 const RUN_LEN: u64 = 16 << 20;
-/// Bytes of them that are copied, and then compared, by one order.
+/// Length of a piece in bytes: the unit that one order copies, and then compares.
 const PIECE_LEN: u64 = 4 << 20;
-/// Pieces that are under way at a time: one is compared while another one is copied.
+/// Concurrent pieces: one is compared while another one is copied.
 const LANES: u64 = 2;
-/// Least of it, where copying is throttled.
+/// Shortest run in bytes, where copying is throttled.
 const RUN_LEN_MIN: u64 = 256 << 10;
-/// Longest time that one run may take: writes to it wait.
+/// Time limit for one run: writes to it wait.
 const RUN_LIMIT: Duration = Duration::from_secs(10);
-/// How often the allocator is told how far it is.
+/// Interval of the progress reports to the allocator.
 const TELL_EVERY: Duration = Duration::from_secs(1);
 
-/// Speaks to the appliances of a change. Blocks; to be used on a thread that may, within a tokio runtime.
+/// Sends a change's requests to appliances. Blocks; to be used on a thread that may block, within a tokio
+/// runtime.
 pub struct Mover<'a> {
     owner: &'a Owner,
     change: &'a MapChange,
@@ -53,32 +55,33 @@ pub enum TailError {
         /// Bytes of pages that are not zeros.
         data: ByteSize,
     },
-    /// An appliance did not tell.
+    /// An appliance did not describe its content.
     #[error("cannot see what is beyond the new size: {0}")]
     Unseen(String),
 }
 
 impl<'a> Mover<'a> {
-    /// One for a change that is ordered.
+    /// A mover for a change that the allocator ordered.
     pub fn new(owner: &'a Owner, change: &'a MapChange) -> Mover<'a> {
         let grants = change.next.grants.iter().map(|grant| (grant.id, grant)).collect();
         Mover { owner, change, grants, clients: Mutex::default(), end: None }
     }
 
-    /// Copying is off when this becomes true.
+    /// Makes copying stop when `end` becomes true.
     pub const fn with_end(mut self, end: &'a AtomicBool) -> Mover<'a> {
         self.end = Some(end);
         self
     }
 
-    /// Copies everything that moves, no faster than the change says, and tells the allocator how far it is. Blocks.
+    /// Copies all regions that move, no faster than the change allows, and reports the progress to the
+    /// allocator. Blocks.
     ///
     /// # Errors
-    /// As of [`Change::copy`].
+    /// As [`Change::copy`].
     pub fn copy(&self, change: &Change) -> Result<(), ChangeError> {
         let began = Instant::now();
         let rate = self.change.rate.map(|rate| rate.0.max(1));
-        // Short runs at a low rate: a run that is being copied is not written to.
+        // At a low rate the runs are short, because writes to a run wait while it is copied.
         let run_len =
             rate.map_or(RUN_LEN, |rate| (rate / 16).next_power_of_two().clamp(RUN_LEN_MIN, RUN_LEN));
         let mut told = began;
@@ -102,8 +105,8 @@ impl<'a> Mover<'a> {
         )
     }
 
-    /// Tells how far it is. Where the allocator answers that there is no such change any more, it is off; where
-    /// it does not answer, nothing stops.
+    /// Reports the progress. When the allocator answers that the change does not exist any more, copying is
+    /// cancelled; when it does not answer, copying continues.
     fn tell(&self, bytes: u64) -> Result<(), String> {
         let report = Report::Copied { number: self.change.number, bytes };
         let said = Handle::current().block_on(self.owner.say(&self.change.next.name, &report));
@@ -115,7 +118,7 @@ impl<'a> Mover<'a> {
         }
     }
 
-    /// Copies a run, in pieces where it is long.
+    /// Copies a run, in pieces if it is long.
     fn copy_run(&self, run: &Run) -> Result<(), String> {
         let lanes = LANES.min(run.len.div_ceil(PIECE_LEN));
         let (next, runtime) = (AtomicU64::new(0), Handle::current());
@@ -126,7 +129,7 @@ impl<'a> Mover<'a> {
                     return Ok(());
                 }
                 let copied = self.copy_piece(&runtime, run, start, PIECE_LEN.min(run.len - start));
-                // The others end, too.
+                // On an error the other lanes end, too.
                 copied.inspect_err(|_| next.store(run.len, Ordering::Relaxed))?;
             }
         };
@@ -158,10 +161,10 @@ impl<'a> Mover<'a> {
         }
     }
 
-    /// Looks whether all that lies beyond `size` is zeros. Blocks.
+    /// Checks that all bytes beyond `size` are zeros. Blocks.
     ///
     /// # Errors
-    /// [`TailError::InTheWay`] with what is not.
+    /// [`TailError::InTheWay`] with the data that are there.
     pub fn check_tail(&self, map: &Map, size: u64) -> Result<(), TailError> {
         let (region_len, runtime) = (map.region_len.0, Handle::current());
         for (region, slot) in (0..).zip(&map.regions) {
