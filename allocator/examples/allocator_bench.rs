@@ -1,7 +1,7 @@
-//! Measures decisions, durable allocations, memory and restart with pools of several sizes; a JSON
-//! object a line. The service, the store and its writer are the real ones; appliances are answered
-//! for, in this process, so that what is measured is the allocator. Other numbers of appliances than
-//! 100, 1,000 and 10,000 can be given.
+//! Measures decisions, durable allocations, memory and restart with pools of several sizes; prints one JSON object
+//! per line. The service, the store and its writer are the real ones. This process answers the calls to appliances
+//! itself, so that only the allocator is measured. Arguments replace the default numbers of appliances: 100, 1,000
+//! and 10,000.
 
 use std::collections::HashMap;
 use std::error::Error;
@@ -45,7 +45,7 @@ fn measure(appliances: u64) -> Result<(), Failed> {
     let mut pool = Pool::start(appliances, RedbStore::open(directory.path())?)?;
     pool.apply();
     pool.beat_all();
-    // Nobody is a newcomer any more.
+    // An hour later no appliance counts as a newcomer.
     pool.unix += 3600;
     let allocations = appliances * FILL / REGIONS;
     let filled = pool.make(allocations)?;
@@ -84,7 +84,7 @@ fn measure(appliances: u64) -> Result<(), Failed> {
     Ok(())
 }
 
-/// The service with everything around it.
+/// The service with its writer, clients and simulated appliances.
 struct Pool {
     service: Service,
     writer: Writer,
@@ -121,7 +121,7 @@ impl Pool {
         })
     }
 
-    /// Accounts with limits, and a strategy whose rules look at all that rules can look at.
+    /// Applies accounts with limits, and a strategy whose rules use every kind of condition.
     fn apply(&mut self) {
         let mut text = STRATEGY.to_owned();
         for number in 0..self.accounts {
@@ -131,7 +131,7 @@ impl Pool {
                 number % 1000
             ));
         }
-        // Files are limited in size, as operators' are.
+        // Files are limited in size, so the text is applied in parts.
         for (number, part) in split(&text, 900_000).into_iter().enumerate() {
             let files =
                 vec![PolicyFile { name: format!("part{number}"), format: PolicyFormat::Toml, text: part }];
@@ -154,7 +154,7 @@ impl Pool {
         Moment { at: Duration::from_secs(1), unix: self.unix }
     }
 
-    /// Asks and carries everything out that follows.
+    /// Asks, and carries out all effects that follow.
     fn ask(&mut self, request: Request) -> Vec<Outcome> {
         let effects = self.event(request);
         let mut answers = Vec::new();
@@ -173,7 +173,7 @@ impl Pool {
         self.service.handle(self.moment(), Event::Request(ReplyTo(self.replies), request))
     }
 
-    /// Stores are handed over, calls answered at once. Returns how many stores are on their way.
+    /// Hands stores over and answers calls at once. Returns how many stores are under way.
     fn carry_out(&mut self, effects: Vec<Effect>, answers: &mut Vec<Outcome>) -> usize {
         let mut open = 0;
         let mut queue = effects;
@@ -238,7 +238,7 @@ impl Pool {
         }
     }
 
-    /// Makes allocations with as many at once as there are clients; how many a second were durable.
+    /// Makes allocations, as many at once as there are clients. Returns how many per second became durable.
     fn make(&mut self, count: u64) -> Result<f64, Failed> {
         let began = Instant::now();
         let (mut begun, mut open, mut answers) = (0, 0, Vec::new());
@@ -250,7 +250,7 @@ impl Pool {
                 open += self.carry_out(effects, &mut answers);
             }
             if begun % 4096 == 0 {
-                // As often as in life, or more often.
+                // At least as often as in operation.
                 self.beat_all_now();
             }
             let ticket = self.stored.recv()?;
@@ -267,7 +267,7 @@ impl Pool {
         Ok(count as f64 / began.elapsed().as_secs_f64())
     }
 
-    /// Heartbeats that change nothing are answered without the store.
+    /// Heartbeats without a change are answered without the store.
     fn beat_all_now(&mut self) {
         let mut answers = Vec::new();
         for at in 0..self.appliances.len() {
@@ -277,7 +277,7 @@ impl Pool {
         }
     }
 
-    /// The time of a decision with its explanation, as it would be recorded; nothing is made.
+    /// Times of decisions with their explanations, as they would be recorded; nothing is made.
     fn decide(&mut self) -> Vec<Duration> {
         let mut times = Vec::with_capacity(DECISIONS);
         for _ in 0..DECISIONS {
@@ -293,7 +293,7 @@ impl Pool {
         times
     }
 
-    /// The time from a request to its intent, with decision and explanation, ready to be made durable.
+    /// Times from a request to its intent, with decision and explanation, ready to be made durable.
     fn begin(&mut self) -> Result<Vec<Duration>, Failed> {
         let mut times = Vec::with_capacity(DECISIONS);
         for _ in 0..DECISIONS {
@@ -314,7 +314,7 @@ impl Pool {
         Ok(times)
     }
 
-    /// The time of a dry run that tells of every appliance.
+    /// Time of a dry run that explains the verdict on every appliance.
     fn explain_all(&mut self) -> Duration {
         let create = self.create();
         let began = Instant::now();
@@ -352,7 +352,7 @@ name = 'lease'
 lease = { duration = '30days' }
 ";
 
-/// Whole documents in parts of at most so many bytes.
+/// Splits the text between documents into parts of at most `most` bytes.
 fn split(text: &str, most: usize) -> Vec<String> {
     let mut parts = vec![String::new()];
     for document in text.split_inclusive("}\n") {

@@ -16,23 +16,23 @@ use crate::service::{Answer, Call, CallError, Raising, Target};
 
 /// Time limit of a request that needs little work.
 const LIMIT: Duration = Duration::from_secs(3);
-/// What a reservation may take longer for each GiB: regions that were not ready are made then.
+/// Additional time of a reservation per GiB, since regions that are not ready are prepared then.
 const LIMIT_PER_GIB: Duration = Duration::from_millis(250);
-/// Most that a reservation may take; less than the shortest time to live of one.
+/// Longest time of a reservation; shorter than the shortest `reserve_ttl`.
 const LIMIT_MAX: Duration = Duration::from_secs(20);
-/// What raising an epoch may take longer for each GiB: memory that was shared is moved then.
+/// Additional time for raising an epoch per GiB, since memory that was shared is moved then.
 const RAISE_PER_GIB: Duration = Duration::from_secs(2);
-/// Most that it may take: the control interface of an appliance answers within a minute.
+/// Longest time for raising an epoch: the control interface of an appliance answers within a minute.
 const RAISE_MAX: Duration = Duration::from_secs(55);
-/// Longest time for finding out which lives are connected: the hosts of those have three seconds to answer.
+/// Time limit of asking which lives are connected: the appliance gives their hosts three seconds to answer.
 const LIMIT_LIVING: Duration = Duration::from_secs(6);
-/// Longest time for copying one run.
+/// Time limit of copying one run.
 const LIMIT_COPY: Duration = Duration::from_secs(60);
-/// Rounds of a purge: one gives everything back, the second sees that nothing is left. More are
-/// needed only while something is still on its way.
+/// Rounds of a purge: the first gives everything back, the second finds that nothing is left. More are needed only
+/// while an earlier call is still on its way.
 const PURGE_ROUNDS_MAX: usize = 4;
 
-/// Calls any appliance. Cheap to clone.
+/// Client of all appliances. Cheap to clone.
 #[derive(Debug, Clone)]
 pub(crate) struct Appliances {
     token: Option<Token>,
@@ -43,7 +43,7 @@ impl Appliances {
         Appliances { token }
     }
 
-    /// Carries out one call.
+    /// Makes one call.
     pub(crate) async fn call(&self, target: &Target, call: Call) -> Result<Answer, CallError> {
         let client = Client::new(&target.control, self.token.clone())
             .map_err(|error| CallError::Failed(error.to_string()))?;
@@ -71,8 +71,8 @@ impl Appliances {
     }
 }
 
-/// Gives orders to one appliance, with the state of the metadata that they come from: an allocator that lives only for one
-/// order leaves a trace of what it made durable.
+/// Client of one appliance that sends the state of the metadata along with each order. So even an allocator that dies
+/// after one order leaves a trace of its durable state.
 struct Ordering {
     client: Client,
     metadata: Option<MetadataState>,
@@ -95,7 +95,7 @@ impl Ordering {
         self.client.delete(&self.path(path)).await
     }
 
-    /// In the query, which appliances of before this do not look at.
+    /// Adds the state as a query, which older appliances ignore.
     fn path(&self, path: &str) -> String {
         let Some(MetadataState { pool, number }) = self.metadata else { return path.to_owned() };
         let mark = if path.contains('?') { '&' } else { '?' };
@@ -151,7 +151,7 @@ async fn purge(client: &Ordering, allocation: AllocationId, grant: GrantId) -> R
     Err(CallError::Failed("it still has regions of the allocation".to_owned()))
 }
 
-/// What is not there any more need not be deleted.
+/// Deleting succeeds also if the object is gone already.
 fn gone(result: Result<(), ClientError>) -> Result<(), CallError> {
     match result.map_err(failed) {
         Err(CallError::Refused(ErrorKind::NotFound, _)) => Ok(()),
@@ -161,7 +161,7 @@ fn gone(result: Result<(), ClientError>) -> Result<(), CallError> {
 
 fn failed(error: ClientError) -> CallError {
     match error {
-        // Given up or broken inside the appliance: whether it was carried out is open.
+        // Abandoned or broken inside the appliance: the call may have been carried out.
         ClientError::Refused(body) if matches!(body.kind, ErrorKind::Internal | ErrorKind::Unavailable) => {
             CallError::Failed(body.error)
         }

@@ -17,17 +17,17 @@ use crate::service::Settings;
 const DAY: Duration = Duration::from_secs(24 * 3600);
 /// Time between heartbeats.
 const HEARTBEAT: Duration = Duration::from_secs(5);
-/// The same where there are several allocators, so that a new leader soon knows the appliances.
+/// The same with several allocators: shorter, so that a new leader soon knows the appliances.
 const HEARTBEAT_OF_SEVERAL: Duration = Duration::from_secs(1);
-/// Grace of an allocation that gives way, where nobody says another.
+/// Default time of grace of an allocation that gives way.
 const RECLAIM_GRACE: Duration = Duration::from_secs(300);
-/// Time between two looks at what an appliance has, where nobody says another.
+/// Default time between two checks of an appliance's grants.
 const RECONCILE: Duration = Duration::from_secs(60);
-/// How long garbage is left alone, where nobody says otherwise.
+/// Default time for which garbage is kept.
 const GARBAGE_GRACE: Duration = Duration::from_secs(3600);
-/// How often etcd forgets earlier values, where nobody says otherwise.
+/// Default interval at which etcd's history is compacted.
 const COMPACT_EVERY: Duration = Duration::from_secs(300);
-/// How long decisions are kept, where nobody says otherwise.
+/// Default time for which decisions are kept.
 const KEEP_DECISIONS: Duration = Duration::from_secs(400 * 24 * 3600);
 
 /// The allocator of xpm: knows the memory appliances, decides which of them serve an allocation,
@@ -35,81 +35,81 @@ const KEEP_DECISIONS: Duration = Duration::from_secs(400 * 24 * 3600);
 #[derive(Debug, Parser)]
 #[command(name = "xpm-allocator", version, max_term_width = 100)]
 pub struct Options {
-    /// Where to listen: ADDRESS:PORT or unix:/PATH [default: 127.0.0.1:7700]
+    /// Address to listen at: ADDRESS:PORT or unix:/PATH [default: 127.0.0.1:7700]
     #[arg(long, value_name = "PLACE")]
     listen: Option<Place>,
     /// Directory of the metadata [default: /var/lib/xpm-allocator]
     #[arg(long, value_name = "DIRECTORY", conflicts_with = "store")]
     data: Option<PathBuf>,
-    /// Keeps the metadata in etcd instead, where several allocators share it and one of them leads:
+    /// Keep the metadata in etcd instead, which several allocators share, one of them as leader:
     /// etcd://HOST:PORT[,HOST:PORT...][/PREFIX]
     #[arg(long, value_name = "ETCD")]
     store: Option<Address>,
-    /// With --store: the URL that clients and appliances reach this allocator by
-    /// [default: http:// and where it listens]
+    /// With --store: URL by which clients and appliances reach this allocator [default: http:// and the address that
+    /// it listens at]
     #[arg(long, value_name = "URL")]
     advertise: Option<String>,
-    /// File with the token that every request must show, and that appliances are shown
+    /// File with the token that every request must carry, and that is sent to appliances
     #[arg(long, value_name = "FILE")]
     token_file: Option<PathBuf>,
-    /// Listen for other machines without a token: anybody who reaches the port gives orders
+    /// Listen for other machines without a token: whoever reaches the port can give orders
     #[arg(long)]
     insecure: bool,
-    /// Time between heartbeats of an appliance; three without one and it counts as silent
-    /// [default: 5s, with --store 1s]
+    /// Time between heartbeats of an appliance; after three intervals without one it counts as silent [default: 5s,
+    /// with --store 1s]
     #[arg(long, value_name = "DURATION")]
     heartbeat: Option<Span>,
-    /// How long appliances keep what is reserved while an allocation is made [default: 60s]
+    /// How long appliances keep reserved memory while an allocation is made [default: 60s]
     #[arg(long, value_name = "DURATION")]
     reserve_ttl: Option<Span>,
-    /// How long an allocation that gives way to a request of a higher priority has until its memory
-    /// is freed [default: 5m]
+    /// Time of grace of an allocation that gives way to a request of a higher priority, until its memory is freed
+    /// [default: 5m]
     #[arg(long, value_name = "DURATION")]
     reclaim_grace: Option<Span>,
     /// How long decisions are kept for `xpm alloc explain` [default: 400days]
     #[arg(long, value_name = "DURATION")]
     keep_decisions: Option<Span>,
-    /// Time between two looks at what each appliance has [default: 60s]
+    /// Time between two checks of each appliance's grants [default: 60s]
     #[arg(long, value_name = "DURATION")]
     reconcile: Option<Span>,
-    /// How long memory that an appliance has granted and no record knows is left alone before it is freed
-    /// [default: 1h]
+    /// How long memory that an appliance has granted and no record knows is kept before it is freed [default: 1h]
     #[arg(long, value_name = "DURATION")]
     garbage_grace: Option<Span>,
-    /// With --store: how often what etcd keeps of earlier values is forgotten, for the whole of etcd [default: 5m]
+    /// With --store: interval at which etcd's history is compacted, for the whole etcd cluster [default: 5m]
     #[arg(long, value_name = "DURATION")]
     compact_every: Option<Span>,
-    /// Announces this allocator on its network to appliances of this group that look for one
-    /// (`xpm-appliance --discover`), by multicast DNS
+    /// Announce this allocator by multicast DNS to appliances of this group that look for an allocator
+    /// (`xpm-appliance --discover`)
     #[arg(long, value_name = "GROUP", num_args = 0..=1, require_equals = true, default_missing_value = "default")]
     announce: Option<Name>,
-    /// Configuration file (TOML); options of the command line win over it
+    /// Configuration file (TOML); options of the command line take precedence
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     #[command(subcommand)]
     task: Option<Task>,
 }
 
-/// What is done instead of serving.
+/// A task that the program does instead of serving.
 #[derive(Debug, Clone, PartialEq, Eq, Subcommand)]
 pub enum Task {
-    /// Puts a backup (`xpm backup`) into an empty data directory or etcd, and ends
+    /// Put a backup (`xpm backup`) into an empty data directory or etcd, and exit
     ///
-    /// What was made, moved or handed over since the backup is unknown to it. The allocator notices that as soon as an
-    /// appliance is heard, and changes nothing until `recover` was run.
+    /// The restored metadata lack all allocations that were made, moved or handed over since the backup. The
+    /// allocator notices that as soon as it hears an appliance, and changes nothing until `recover` was run.
     Restore {
         /// The backup
         file: PathBuf,
-        /// The backup holds, whatever happened since: what it does not know is taken for garbage and freed
+        /// Take the backup as valid, whatever happened since: memory that it does not know counts as garbage and is
+        /// freed
         #[arg(long)]
         accept_loss: bool,
     },
-    /// Makes the metadata anew out of what appliances and clients know, and ends
+    /// Rebuild the metadata from what appliances and clients know, and exit
     ///
-    /// In place of metadata that are there, damaged or of yesterday: documents stay, and a copy of the file is kept.
-    /// Nothing in use is disturbed. Appliances tell what each grant is part of; the state directories of
-    /// xpm-blk (or copies of them) tell the keys of what is in use. Where keys are missing, the owner is asked
-    /// for them once the allocator runs; without an owner they are made anew when the allocation is attached next.
+    /// Existing metadata, damaged or outdated, are replaced: documents stay, and a copy of the file is kept. Nothing
+    /// in use is disturbed. Appliances report which allocation each grant belongs to; the state directories of
+    /// xpm-blk (or copies of them) contain the keys of allocations in use. If keys are missing, the owner is asked
+    /// for them once the allocator runs; without an owner, new keys are made when the allocation is attached next.
     Recover {
         /// Control interface of an appliance; can be given several times
         #[arg(long = "from-network", value_name = "URL", required = true, num_args = 1..)]
@@ -117,22 +117,22 @@ pub enum Task {
         /// State directory of an xpm-blk, such as /var/lib/xpm-blk; can be given several times
         #[arg(long, value_name = "DIRECTORY")]
         client_state: Vec<PathBuf>,
-        /// Goes on where an appliance does not answer. What is on that one alone is not recovered, and is taken for
-        /// garbage when it is back
+        /// Go on although an appliance does not answer. Allocations that only this appliance knows are not recovered,
+        /// and count as garbage when it is back
         #[arg(long)]
         partial: bool,
     },
-    /// Moves the metadata from --data to etcd, or from --store to a directory, and ends
+    /// Move the metadata from --data to etcd, or from --store to a directory, and exit
     ///
-    /// The new place has to be empty, and no allocator may run on either. The old place stays as it is.
+    /// The new place has to be empty, and no allocator may run on either place. The old place stays unchanged.
     Migrate {
-        /// Where to: `etcd://HOST:PORT[,HOST:PORT...][/PREFIX]` or a directory
+        /// Destination: `etcd://HOST:PORT[,HOST:PORT...][/PREFIX]` or a directory
         #[arg(long, value_name = "PLACE")]
         to: String,
     },
 }
 
-/// The configuration file: the same options, each with the name of its flag.
+/// The configuration file: the same options, each named like its flag.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct FileOptions {
@@ -152,12 +152,12 @@ struct FileOptions {
     announce: Option<Name>,
 }
 
-/// What the allocator runs with.
+/// The effective configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
-    /// Where it listens.
+    /// Address to listen at.
     pub listen: Place,
-    /// Where the metadata is.
+    /// Place of the metadata.
     pub storage: Storage,
     /// File with the token.
     pub token_file: Option<PathBuf>,
@@ -168,32 +168,32 @@ pub struct Config {
     /// How long reservations are kept; 30 s to 1 h, so that no appliance undoes a reservation
     /// while the allocator may still commit it.
     pub reserve_ttl: Duration,
-    /// How long an allocation that gives way has until its memory is freed.
+    /// Time of grace of an allocation that gives way, until its memory is freed.
     pub reclaim_grace: Duration,
     /// How long decisions are kept; at least a day.
     pub keep_decisions: Duration,
-    /// Time between two looks at what an appliance has; 1 s to 1 h.
+    /// Time between two checks of an appliance's grants; 1 s to 1 h.
     pub reconcile: Duration,
-    /// How long memory that no record knows is left alone.
+    /// How long memory that no record knows is kept.
     pub garbage_grace: Duration,
-    /// With etcd, how often its history is forgotten; 1 s to 1 h.
+    /// With etcd, the interval at which its history is compacted; 1 s to 1 h.
     pub compact_every: Duration,
-    /// Group of appliances that it announces itself to.
+    /// Group of appliances to which the allocator announces itself.
     pub announce: Option<Name>,
-    /// What is done instead of serving.
+    /// A task to do instead of serving.
     pub task: Option<Task>,
 }
 
-/// Where the metadata is.
+/// Place of the metadata.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Storage {
     /// In a file of this directory.
     Data(PathBuf),
     /// In etcd, shared by several allocators.
     Etcd {
-        /// Where etcd is.
+        /// Address of etcd.
         address: Address,
-        /// URL that others reach this allocator by, where it is not where it listens.
+        /// URL by which others reach this allocator, if it is not the address that it listens at.
         advertise: Option<String>,
     },
 }
@@ -208,13 +208,13 @@ impl std::fmt::Display for Storage {
 }
 
 impl Options {
-    /// Reads the configuration file, if one is named, and puts both together.
+    /// Reads the configuration file, if one is named, and merges it with the command line.
     pub fn resolve(self) -> anyhow::Result<Config> {
         let file = match &self.config {
             Some(path) => xpm_control::config::load::<FileOptions>(path)?,
             None => FileOptions::default(),
         };
-        // On the command line, either of both wins over either of both in the file.
+        // `data` or `store` on the command line replaces both in the file.
         let (data, store) = match (self.data, self.store) {
             (None, None) => (file.data, file.store),
             said => said,
@@ -286,7 +286,7 @@ impl Config {
         self.token_file.as_deref().map(Token::load).transpose().context("no usable token")
     }
 
-    /// What the service has to know.
+    /// The settings of the service.
     pub fn settings(&self) -> Settings {
         Settings {
             interval: self.heartbeat,
@@ -333,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn etcd_instead_of_a_directory() {
+    fn etcd_replaces_the_directory() {
         let config = resolve(&["--store", "etcd://a:1,b:2"]).unwrap();
         let address: Address = "etcd://a:1,b:2/xpm".parse().unwrap();
         assert_eq!(config.storage, Storage::Etcd { address, advertise: None });
@@ -356,7 +356,7 @@ mod tests {
     }
 
     #[test]
-    fn mistakes_are_named() {
+    fn mistakes_are_reported() {
         for (text, part) in [
             ("listn = 'a'", "listn"),
             ("heartbeat = 5", ":1:"),

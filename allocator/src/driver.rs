@@ -1,9 +1,9 @@
 //! The task that owns the service: it feeds events in and carries effects out.
 //!
-//! The task itself waits for nothing but the next event: stores go to the writer's thread, calls
-//! to tasks of their own. When the store fails, what is on disk is unknown, so the daemon ends
-//! and the next start reads the truth; the data path does not need it meanwhile. Where it only has no room, or waits for
-//! etcd, whoever asked for a change is told so, and the service goes on to answer.
+//! The task waits only for the next event: stores go to the writer's thread, calls to tasks of their own. When the
+//! store fails, the state on disk is unknown, so the daemon exits and the next start reads the true state; the data
+//! path does not need the daemon meanwhile. When the store only has no room, or waits for etcd, requests for changes
+//! are refused with that reason, and the service goes on answering others.
 
 use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
@@ -24,9 +24,9 @@ use crate::appliances::Appliances;
 use crate::service::{Effect, Event, Moment, Outcome, ReplyTo, Request, Service, Settings};
 use crate::store::{Decisions, MetadataStore, StoreError, Writer};
 
-/// How often the service looks at the time.
+/// Interval of the service's ticks.
 const TICK: Duration = Duration::from_millis(500);
-/// Most requests that wait to be looked at; each takes microseconds.
+/// Most requests in the queue to the service; each takes microseconds.
 const REQUESTS_MAX: usize = 1024;
 
 /// Most decisions about one name that are shown.
@@ -39,12 +39,12 @@ type Question = (Request, oneshot::Sender<Result<Outcome, ApiError>>);
 pub(crate) struct Handle {
     requests: mpsc::Sender<Question>,
     decisions: Arc<dyn Decisions>,
-    /// Why it answers no more.
+    /// Why the service answers no more.
     over: Arc<OnceLock<String>>,
 }
 
 impl Handle {
-    /// Asks and waits for the answer. What was asked goes on when the caller stops waiting.
+    /// Sends a request and waits for the answer. The request is carried out even if the caller stops waiting.
     pub(crate) async fn ask(&self, request: Request) -> Result<Outcome, ApiError> {
         let (answer, answered) = oneshot::channel();
         let ending = || {
@@ -65,7 +65,7 @@ impl Handle {
     }
 }
 
-/// The running task; it ends when this is dropped, and calls that are on their way with it.
+/// The running task. Dropping it ends the task and the calls that are under way.
 #[derive(Debug)]
 pub(crate) struct Driver {
     task: JoinHandle<anyhow::Error>,
@@ -87,7 +87,7 @@ impl Driver {
     }
 }
 
-/// Loads what is remembered and starts the task. Blocks while it loads.
+/// Loads the stored state and starts the task. Blocks while it loads.
 pub(crate) fn start(
     settings: Settings,
     token: Option<Token>,
@@ -105,7 +105,7 @@ pub(crate) fn start(
     let decisions = Arc::from(store.decisions());
     let told = results.clone();
     let tell = move |why| {
-        // The daemon may be ending.
+        // If the daemon is ending, the receiver is gone.
         let _ = told.send(Back::Writing(why));
     };
     let writer = Writer::start(store, Box::new(tell)).context("cannot start the thread of the metadata")?;
@@ -125,17 +125,17 @@ pub(crate) fn start(
     Ok((Handle { requests, decisions, over }, Driver { task }))
 }
 
-/// What comes back from outside: any number, but each was asked for by the service.
+/// Results that come back to the service; unbounded, but the service asked for each of them.
 enum Back {
     Event(Event),
     Writing(Option<String>),
     StoreFailed(StoreError),
 }
 
-/// Who waits for an answer.
+/// A requester that waits for an answer.
 struct Asker {
     answer: oneshot::Sender<Result<Outcome, ApiError>>,
-    /// They want something changed.
+    /// The request is for a change.
     changes: bool,
 }
 
@@ -174,7 +174,7 @@ impl Running {
                         Event::Writing(why)
                     }
                     Back::StoreFailed(error) => {
-                        // Nobody else sets it.
+                        // Nothing else sets it, so this cannot fail.
                         let _ = self.over.set(xpm_control::error_line(&error));
                         return error.into();
                     }
@@ -196,11 +196,12 @@ impl Running {
         reply
     }
 
-    /// What was asked for is kept, and carried out when it can be written down: nobody waits for that.
+    /// Answers the requesters of changes. Their requests are kept and carried out once they can be written, but no
+    /// requester waits for that.
     fn tell_those_who_wait(&mut self, why: &str) {
         for (_, asker) in self.waiting.extract_if(|_, asker| asker.changes) {
             let line = format!("{why}. What was asked may be carried out then: look before you ask again");
-            // Whoever asked may have stopped waiting.
+            // The requester may have stopped waiting.
             let _ = asker.answer.send(Err(ApiError(ErrorKind::Unavailable, line)));
         }
     }
@@ -210,7 +211,7 @@ impl Running {
             match effect {
                 Effect::Reply(reply, result) => {
                     if let Some(asker) = self.waiting.remove(&reply) {
-                        // Whoever asked may have stopped waiting.
+                        // The requester may have stopped waiting.
                         let _ = asker.answer.send(result);
                     }
                 }
@@ -219,7 +220,7 @@ impl Running {
                     let done = move |result: Result<(), StoreError>| {
                         let back =
                             result.map_or_else(Back::StoreFailed, |()| Back::Event(Event::Stored(ticket)));
-                        // The daemon may be ending.
+                        // If the daemon is ending, the receiver is gone.
                         let _ = results.send(back);
                     };
                     self.writer.write(batch, Box::new(done));

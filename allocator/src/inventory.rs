@@ -1,12 +1,11 @@
-//! The appliances that are known, what they said last, and what was promised on them since.
+//! The known appliances, their last reports, and the memory that was promised on them since.
 //!
-//! What an appliance says about its free memory is old when it arrives. A promise (memory that an
-//! allocation is going to take or has just taken) is therefore deducted until a sample is at hand
-//! that was certainly taken later. Heartbeats of one appliance follow each other, so a heartbeat
-//! was sampled after the one before it was answered; an answer to our own question was sampled
-//! after the question was asked. Time here is the count of the service's events.
+//! An appliance's report of its free memory is old when it arrives. A promise (memory that an allocation is going to
+//! take or has just taken) is therefore deducted until there is a sample that was certainly taken later. Heartbeats
+//! of one appliance follow each other, so a heartbeat was sampled after the previous one was answered; the answer to
+//! a question of ours was sampled after the question was asked. Time here is the count of the service's events.
 //!
-//! What decisions see of all this is kept in a [`Pool`], changed with each piece of news.
+//! Decisions read a [`Pool`], which is updated with each report.
 
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
@@ -24,7 +23,7 @@ use crate::strategy::{Candidate, Pool};
 /// Heartbeat intervals without a heartbeat after which an appliance counts as silent.
 pub(crate) const INTERVALS_MAX: u32 = 3;
 
-/// What one heartbeat may have to tell, lines and bytes of each; and lines that are remembered.
+/// Limits on the warnings of one heartbeat: lines, and bytes of each line; and lines that are remembered.
 const WARNINGS_MAX: usize = 16;
 const WARNING_LEN_MAX: usize = 1000;
 const WARNED_MAX: usize = 256;
@@ -43,30 +42,30 @@ struct Entry {
     status: Status,
     /// When it registered first, seconds since 1970.
     since: u64,
-    /// When its last heartbeat came, or its last answer to the question whether it is there.
+    /// Time of its last heartbeat, or of its last answer to the question whether it is there.
     heard: Option<Duration>,
-    /// When its last heartbeat came.
+    /// Time of its last heartbeat.
     came: Option<Duration>,
     /// Event of the last heartbeat.
     heard_event: u64,
     /// `status` was sampled after this event.
     sampled_after: u64,
-    /// Event of the last answer to a question of our own.
+    /// Event of the last answer to a question of ours.
     answered: u64,
-    /// It has changed at this event in a way that `status` does not show.
+    /// Event at which it changed in a way that `status` does not show.
     doubtful: Option<u64>,
-    /// Whether the log says that it is up.
+    /// Whether the last event reported it as up.
     told_up: bool,
     promises: HashMap<AllocationId, Promise>,
-    /// What allocations were promised of its link, in bits a second.
+    /// Speed of its link that is promised to allocations, in bits per second.
     link_promised: u64,
-    /// What it has told its operator, as of its last heartbeat.
+    /// Its warnings to the operator, as of its last heartbeat.
     warned: Vec<String>,
-    /// Errors lately: half of them are forgotten with each heartbeat.
+    /// Recent errors; each heartbeat halves the count.
     errors: u64,
-    /// That it is being emptied.
+    /// Set while it is being emptied.
     drain: Option<DrainRecord>,
-    /// Since when it is given up, seconds since 1970.
+    /// When it was given up, seconds since 1970.
     given_up: Option<u64>,
     profile: Option<ApplianceProfile>,
 }
@@ -74,32 +73,32 @@ struct Entry {
 #[derive(Debug)]
 struct Promise {
     bytes: u64,
-    /// Event at which the appliance was known to count the memory itself.
+    /// Event from which the appliance counts the memory itself.
     settled: Option<u64>,
 }
 
-/// What a heartbeat changed.
+/// Changes that a heartbeat brought.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Heard {
-    /// The appliance is new or describes itself differently: it is to be remembered.
+    /// The appliance is new or describes itself differently: its record has to be stored.
     pub changed: bool,
-    /// It was not heard before, or silent.
+    /// It was unknown or silent before.
     pub back: bool,
-    /// What it tells its operator and did not tell before; not more than a few at a time.
+    /// Its new warnings to the operator; only a few at a time.
     pub warnings: Vec<String>,
-    /// It is known, and reached at other places than before.
+    /// It was known, and its addresses have changed.
     pub moved: bool,
-    /// It started again, or has fewer grants than it said last.
+    /// It was restarted, or reports fewer grants than before.
     pub has_less: bool,
 }
 
 impl Inventory {
-    /// No appliances. `interval` is the time between heartbeats.
+    /// An empty inventory. `interval` is the time between heartbeats.
     pub fn new(interval: Duration) -> Inventory {
         Inventory { interval, appliances: BTreeMap::new(), pool: Pool::default() }
     }
 
-    /// Adds an appliance as it is remembered; it is silent until it is heard.
+    /// Adds an appliance from its record; it is silent until it is heard.
     pub fn restore(&mut self, record: ApplianceRecord) {
         let ApplianceRecord { info, status, since, drain, given_up } = record;
         let id = info.id;
@@ -126,7 +125,7 @@ impl Inventory {
         entry.warned = status.warnings.iter().take(WARNED_MAX).cloned().collect();
         let has_less = known && (status.uptime < entry.status.uptime || status.grants < entry.status.grants);
         let status = match known && entry.heard_event < entry.answered {
-            // It may have been on its way while the appliance answered, and be older than that answer.
+            // The heartbeat may have been on its way while the appliance answered, and be older than that answer.
             true => with_memory_of(&status, &entry.status),
             false => {
                 entry.sampled_after = if known { entry.heard_event } else { 0 };
@@ -147,7 +146,7 @@ impl Inventory {
         Heard { changed, back, warnings, moved, has_less }
     }
 
-    /// Takes the first answer of an appliance after a start: it is there. Returns whether it was not heard before.
+    /// Takes the first answer of an appliance after a start. Returns whether it was not heard before.
     pub fn greet(&mut self, id: ApplianceId, now: Duration, asked: u64, event: u64, status: Status) -> bool {
         let was_up = self.state(id, now) == Some(ApplianceState::Up);
         if let Some(entry) = self.appliances.get_mut(&id) {
@@ -157,7 +156,8 @@ impl Inventory {
         !was_up && self.state(id, now) == Some(ApplianceState::Up)
     }
 
-    /// Takes the answer to a question that was asked at the event `asked`; it came at the event `now`.
+    /// Takes the answer to a question. The question was asked at the event `asked`; the answer came at the event
+    /// `now`.
     pub fn sample(&mut self, id: ApplianceId, asked: u64, now: u64, status: Status) {
         let Some(entry) = self.appliances.get_mut(&id).filter(|entry| entry.sampled_after <= asked) else {
             return;
@@ -174,7 +174,7 @@ impl Inventory {
         self.pool.remove(id);
     }
 
-    /// Gives each appliance the profile of its name.
+    /// Gives each appliance the profile for its name.
     pub fn profile<'a>(&mut self, profile: impl Fn(&Name) -> Option<&'a ApplianceProfile>) {
         let ids: Vec<ApplianceId> = self.appliances.keys().copied().collect();
         for id in ids {
@@ -182,7 +182,7 @@ impl Inventory {
         }
     }
 
-    /// Gives one appliance the profile of its name.
+    /// Gives one appliance the profile for its name.
     pub fn profile_one<'a>(
         &mut self,
         id: ApplianceId,
@@ -203,8 +203,8 @@ impl Inventory {
         });
     }
 
-    /// From this event on the appliance counts the promised memory itself, as taken or, where it
-    /// was given back, as what it is then.
+    /// From this event on the appliance counts the promised memory itself: as taken, or, if the memory was given
+    /// back, in its new state.
     pub fn settle(&mut self, allocation: AllocationId, id: ApplianceId, event: u64) {
         self.change(id, |entry| {
             entry.doubtful = Some(event);
@@ -214,14 +214,14 @@ impl Inventory {
         });
     }
 
-    /// The promise is off: the memory was never taken.
+    /// Cancels a promise: the memory was never taken.
     pub fn forget(&mut self, allocation: AllocationId, id: ApplianceId) {
         self.change(id, |entry| {
             entry.promises.remove(&allocation);
         });
     }
 
-    /// Promises speed of the link of an appliance, in bits a second, or gives it back.
+    /// Promises speed of an appliance's link, in bits per second, or takes the promise back.
     pub fn promise_link(&mut self, id: ApplianceId, more: LinkSpeed, back: bool) {
         self.change(id, |entry| {
             entry.link_promised = match back {
@@ -231,12 +231,12 @@ impl Inventory {
         });
     }
 
-    /// The appliance did not do what it was asked to.
+    /// Counts an error of the appliance.
     pub fn blame(&mut self, id: ApplianceId) {
         self.change(id, |entry| entry.errors = entry.errors.saturating_add(1));
     }
 
-    /// Changes what an appliance has, not what it is, and brings the pool up to date.
+    /// Changes the present state of an appliance, not its lasting properties, and updates the pool.
     fn change(&mut self, id: ApplianceId, change: impl FnOnce(&mut Entry)) {
         let patience = self.interval * INTERVALS_MAX;
         if let Some(entry) = self.appliances.get_mut(&id) {
@@ -252,7 +252,7 @@ impl Inventory {
         }
     }
 
-    /// Whether the appliance is heard; none when it is unknown.
+    /// Whether the appliance is up or silent; none if it is unknown.
     pub fn state(&self, id: ApplianceId, now: Duration) -> Option<ApplianceState> {
         self.appliances.get(&id).map(|entry| self.state_of(entry, now))
     }
@@ -268,7 +268,7 @@ impl Inventory {
         }
     }
 
-    /// Whether it is up and has reached this process itself lately. That it answers does not show that anybody can reach
+    /// Whether it is up and has sent a heartbeat lately. Its answers to our questions do not show that it can reach
     /// the allocator.
     pub fn reaches_us(&self, id: ApplianceId, now: Duration) -> bool {
         let Some(entry) = self.appliances.get(&id) else { return false };
@@ -276,7 +276,8 @@ impl Inventory {
         entry.came.is_some_and(lately) && self.state_of(entry, now) == ApplianceState::Up
     }
 
-    /// Whether it was heard lately, or may be there unheard because this process started only lately, and is not given up.
+    /// Whether it was heard lately and is not given up. If this process started only lately, an appliance that was
+    /// not heard yet counts, too.
     pub fn may_be_up(&self, id: ApplianceId, now: Duration) -> bool {
         let is_lately = |entry: &Entry| {
             entry.given_up.is_none()
@@ -292,12 +293,12 @@ impl Inventory {
         others.map(|(_, entry)| &entry.info).find(|info| self.may_be_up(info.id, now))
     }
 
-    /// Who the appliance is.
+    /// The appliance's description of itself.
     pub fn info(&self, id: ApplianceId) -> Option<&Info> {
         self.appliances.get(&id).map(|entry| &entry.info)
     }
 
-    /// What is remembered of it.
+    /// Its record.
     pub fn record(&self, id: ApplianceId) -> Option<ApplianceRecord> {
         self.appliances.get(&id).map(|entry| ApplianceRecord {
             info: entry.info.clone(),
@@ -308,17 +309,17 @@ impl Inventory {
         })
     }
 
-    /// What is remembered of all.
+    /// The records of all appliances.
     pub fn records(&self) -> Vec<ApplianceRecord> {
         self.appliances.keys().filter_map(|id| self.record(*id)).collect()
     }
 
-    /// That it is being emptied.
+    /// Its drain, if it is being emptied.
     pub fn draining(&self, id: ApplianceId) -> Option<DrainRecord> {
         self.appliances.get(&id).and_then(|entry| entry.drain)
     }
 
-    /// From now on it is, or is no longer, being emptied: it gets nothing new meanwhile.
+    /// Begins or ends the emptying of an appliance; it gets nothing new meanwhile.
     pub fn set_draining(&mut self, id: ApplianceId, drain: Option<DrainRecord>) {
         if let Some(entry) = self.appliances.get_mut(&id) {
             entry.drain = drain;
@@ -326,12 +327,12 @@ impl Inventory {
         }
     }
 
-    /// Since when it is given up, seconds since 1970: it counts for nothing until it has cleared what it had.
+    /// Since when it is given up, seconds since 1970. It serves no allocation until it has cleared its old memory.
     pub fn given_up(&self, id: ApplianceId) -> Option<u64> {
         self.appliances.get(&id).and_then(|entry| entry.given_up)
     }
 
-    /// From now on it is, or is no longer, given up.
+    /// Marks an appliance as given up, or removes the mark.
     pub fn set_given_up(&mut self, id: ApplianceId, since: Option<u64>) {
         if let Some(entry) = self.appliances.get_mut(&id) {
             entry.given_up = since;
@@ -351,12 +352,12 @@ impl Inventory {
         self.appliances.iter().filter_map(|(id, entry)| Some((*id, entry.drain?))).collect()
     }
 
-    /// Its name, or its id where it is unknown.
+    /// Its name, or its id if it is unknown.
     pub fn name(&self, id: ApplianceId) -> String {
         self.info(id).map_or_else(|| id.to_string(), |info| info.name.to_string())
     }
 
-    /// The appliances that have fallen silent since this was asked last.
+    /// The appliances that have fallen silent since the last call.
     pub fn fallen_silent(&mut self, now: Duration) -> Vec<ApplianceId> {
         let limit = self.interval * INTERVALS_MAX;
         let silent = |entry: &Entry| entry.heard.is_none_or(|heard| now.saturating_sub(heard) > limit);
@@ -368,8 +369,8 @@ impl Inventory {
         .collect()
     }
 
-    /// The appliances that are up and may have more than they said: something was given back there,
-    /// or is being cleared, or a promise may be counted twice.
+    /// The appliances that are up and may have more free memory than they reported: memory was given back there, or
+    /// is being cleared, or a promise may be counted twice.
     pub fn doubtful(&self, now: Duration) -> Vec<ApplianceId> {
         let doubtful = |entry: &Entry| {
             entry.doubtful.is_some() || !entry.promises.is_empty() || clearing(&entry.status) > 0
@@ -381,7 +382,7 @@ impl Inventory {
         found.map(|(id, _)| *id).collect()
     }
 
-    /// How much of the memory of the appliances that are up is in use.
+    /// Share of the memory of the appliances that are up that is in use.
     pub fn used(&self, now: Duration) -> Percent {
         let up = self.pool.iter().filter(|one| one.up_until >= now);
         let (capacity, free) = up.fold((0_u128, 0_u128), |(capacity, free), one| {
@@ -391,12 +392,12 @@ impl Inventory {
         Percent::new(percent as u8).unwrap_or_default()
     }
 
-    /// The appliances as decisions see them.
+    /// The appliances in the form that decisions read.
     pub fn pool(&self) -> &Pool {
         &self.pool
     }
 
-    /// The appliances as they are shown; `regions` counts those of the record.
+    /// The appliances as the API shows them; `regions` counts the regions of the records.
     pub fn list(&self, now: Duration, regions: &HashMap<ApplianceId, u64>) -> Vec<Appliance> {
         let shown = |(id, entry): (&ApplianceId, &Entry)| Appliance {
             info: entry.info.clone(),
@@ -440,7 +441,7 @@ impl Entry {
         self.doubtful = self.doubtful.filter(|&event| event > sampled_after);
     }
 
-    /// What may be used of it at all, in bytes.
+    /// Memory that may be used at all, in bytes.
     fn usable(&self) -> u64 {
         let capacity = self.status.capacity.0;
         let Some(profile) = &self.profile else { return capacity };
@@ -448,13 +449,13 @@ impl Entry {
         capacity.saturating_sub(profile.head_room.map_or(0, |room| room.of(capacity)))
     }
 
-    /// What may still be asked for: what it said, less what must stay free, less promises.
+    /// Memory that may still be requested: free memory by its report, less head-room, less promises.
     fn free(&self) -> u64 {
         let kept = self.status.capacity.0.saturating_sub(self.usable());
         self.unpromised().saturating_sub(kept)
     }
 
-    /// What it said, less promises.
+    /// Free memory by its report, less promises.
     fn unpromised(&self) -> u64 {
         let promised = self.promises.values().map(|promise| promise.bytes).fold(0, u64::saturating_add);
         self.status.free.0.saturating_sub(promised)
@@ -468,7 +469,7 @@ impl Entry {
         self.profile.as_ref().and_then(|profile| profile.link_speed).or(self.info.link_speed)
     }
 
-    /// How idle its link is, in thousandths; wholly, where that is unknown.
+    /// Idle share of its link, in thousandths; 1000 if unknown.
     fn idle(&self) -> u16 {
         match (self.status.traffic, self.link_speed()) {
             (Some(traffic), Some(speed)) if speed.0 > 0 => {
@@ -478,7 +479,7 @@ impl Entry {
         }
     }
 
-    /// What changes from one heartbeat to the next.
+    /// Updates the fields that change from one heartbeat to the next.
     fn tell(&self, one: &mut Candidate, patience: Duration) {
         one.up_until = self.up_until(patience);
         one.free = self.free();
@@ -488,7 +489,7 @@ impl Entry {
         one.health = self.health();
     }
 
-    /// Never heard is zero; everything else is not.
+    /// Until when it counts as up. Only "never heard" is zero.
     fn up_until(&self, patience: Duration) -> Duration {
         self.heard
             .filter(|_| self.given_up.is_none())
@@ -521,19 +522,19 @@ impl Entry {
     }
 }
 
-/// A status with what another one says of memory.
+/// `status` with the memory figures of `other`.
 fn with_memory_of(status: &Status, other: &Status) -> Status {
     let Status { granted, reserved, free, ready, regions, grants, .. } = *other;
     Status { granted, reserved, free, ready, regions, grants, ..status.clone() }
 }
 
-/// What is neither used nor free.
+/// Memory that is neither used nor free: it is being cleared.
 fn clearing(status: &Status) -> u64 {
     let used = [status.granted, status.reserved, status.free];
     used.iter().fold(status.capacity.0, |rest, part| rest.saturating_sub(part.0))
 }
 
-/// The same without fractions of a millisecond, which no reader needs.
+/// The span without fractions of a millisecond, which no reader needs.
 pub(crate) fn whole_millis(span: Duration) -> Duration {
     Duration::from_millis(u64::try_from(span.as_millis()).unwrap_or(u64::MAX))
 }
@@ -565,7 +566,7 @@ mod tests {
     }
 
     #[test]
-    fn silent_after_three_intervals() {
+    fn an_appliance_is_silent_after_three_intervals() {
         let mut inventory = Inventory::new(TICK);
         inventory.restore(appliance(1));
         let id = appliance(1).info.id;
@@ -610,7 +611,7 @@ mod tests {
     }
 
     #[test]
-    fn a_heartbeat_that_may_be_older_than_an_answer_says_nothing_of_memory() {
+    fn memory_figures_of_a_heartbeat_older_than_an_answer_are_ignored() {
         let (mut inventory, allocation, id) = promised();
         inventory.settle(allocation, id, 2);
         inventory.sample(id, 3, 4, heartbeat(40).status);

@@ -1,10 +1,9 @@
-//! One of several allocators leads: it alone has a service. The others answer every request with
-//! where the leader is.
+//! Runs one of several allocators. Only the leader has a service; the others answer every request with the leader's
+//! URL.
 //!
-//! What a leader knows is dropped when its term ends, however that comes about; a new leader loads
-//! all of it. So an allocator that lost its office goes on as one that follows, in the same process.
-//! What it asked of appliances and is still on its way does no harm: it was durable before it was
-//! asked, as after a crash.
+//! The service is dropped when the term ends, for whatever reason; a new leader loads everything from the store. So
+//! an allocator that lost the leadership becomes a follower in the same process. Its calls to appliances that are
+//! still under way do no harm: their intents were durable before they were sent, as before a crash.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,27 +22,27 @@ use crate::store::etcd::{EtcdStore, ReadOnly};
 /// Pause after a term that ended by a fault, so that another allocator can try.
 const PAUSE: Duration = Duration::from_millis(500);
 
-/// An allocator that leads at times.
+/// An allocator that takes turns as follower and leader.
 pub(crate) struct Candidate {
     pub(crate) settings: Settings,
     pub(crate) token: Option<Token>,
     pub(crate) office: Office,
     pub(crate) election: Arc<Election>,
     pub(crate) url: String,
-    /// How often history of etcd is forgotten.
+    /// Interval at which etcd's history is compacted.
     pub(crate) compact_every: Duration,
 }
 
-/// Why a term ended.
+/// Result of a term.
 enum Ended {
     /// This allocator may lead again later.
     Over(String),
-    /// It cannot lead.
+    /// This allocator is unfit to lead.
     Unfit(anyhow::Error),
 }
 
 impl Candidate {
-    /// Follows and leads by turns. Resolves only when this allocator is unfit to lead, with the reason.
+    /// Follows and leads by turns. Returns only when this allocator is unfit to lead, with the reason.
     pub(crate) async fn run(self) -> anyhow::Error {
         let compactor = Compactor::new(self.election.etcd().clone(), self.compact_every);
         tokio::select! {
@@ -92,7 +91,7 @@ impl Candidate {
                 continue;
             }
             reading = None;
-            // What etcd's trouble is may differ with each try.
+            // The error text of etcd may differ with each attempt, so only its kind is compared.
             let kind = std::mem::discriminant(&seen);
             let (line, leader, duty) = self.describe(seen);
             if known.as_ref() != Some(&(kind, leader.clone())) {
@@ -103,7 +102,8 @@ impl Candidate {
         }
     }
 
-    /// etcd has no room, so none can be elected: nothing changes, and everybody may answer with what is there.
+    /// etcd has no room, so no leader can be elected: this allocator answers from the stored state and changes
+    /// nothing.
     async fn read_only(&self, why: &str) -> Option<Driver> {
         tracing::error!("{why}");
         let (settings, token, etcd) = (self.settings, self.token.clone(), self.election.etcd().clone());
@@ -122,8 +122,8 @@ impl Candidate {
         }
     }
 
-    /// What is seen in a line, and where requests are sent. A key with this one's own URL is of its
-    /// last life and runs out.
+    /// Describes what was seen in a line, with the URL to send requests to. If the leader's key has our own URL, it
+    /// is left from our earlier process and will run out.
     fn describe(&self, seen: Seen) -> (String, Option<String>, Duty) {
         let none = |line: String| (line, None, Duty::Follow(None));
         match seen {
@@ -157,7 +157,7 @@ impl Candidate {
         ended(driver.failed().await)
     }
 
-    /// Loads everything; reading blocks, so a thread of its own does it.
+    /// Loads everything, in a thread of its own because reading blocks.
     async fn start(&self, term: &Term) -> anyhow::Result<(Handle, Driver)> {
         let (settings, token) = (self.settings, self.token.clone());
         let (etcd, revision) = (self.election.etcd().clone(), term.revision());

@@ -1,10 +1,10 @@
-//! The allocator: it knows the appliances, decides which of them serve an allocation, and
-//! remembers. Nothing on the data path ever waits for it.
+//! The allocator: it knows the appliances, decides which of them serve an allocation, and keeps the records. Nothing
+//! on the data path ever waits for it.
 //!
-//! A request walks `server` (HTTP) -> `driver` (the one task that owns the service) ->
-//! [`service`] (decisions, no I/O) -> [`strategy`] (pure) and back out as effects, which the
-//! driver carries out: [`store`] makes changes durable, `appliances` calls the appliances. Where there are
-//! several allocators, `leadership` starts and drops all of that, as [`etcd`] elects this one or another.
+//! A request walks `server` (HTTP) -> `driver` (the one task that owns the service) -> [`service`] (decisions, no
+//! I/O) -> [`strategy`] (pure) and back out as effects. The driver carries these out: [`store`] makes changes
+//! durable, `appliances` calls the appliances. With several allocators, `leadership` starts the driver when [`etcd`]
+//! elects this one, and drops it when the term ends.
 
 #![forbid(unsafe_code)]
 
@@ -40,10 +40,10 @@ use crate::config::{Config, Storage};
 use crate::etcd::{Address, Election, Etcd};
 use crate::leadership::Candidate;
 
-/// What is asked of the service to see that it lives.
+/// Request by which the watchdog checks that the service is alive.
 const STATUS: &str = "/v1/status";
 
-/// Runs the allocator until a signal ends it, or does the task that it is started for.
+/// Runs the allocator until a signal ends it, or does the one task that it was started for.
 pub async fn run(config: Config) -> anyhow::Result<()> {
     if let Some(task) = &config.task {
         return task::carry_out(task, &config).await;
@@ -109,7 +109,7 @@ async fn run_as_one_of_several(
     ended
 }
 
-/// The URL that others reach this allocator by.
+/// The URL by which others reach this allocator.
 fn own_url(config: &Config, advertise: Option<&str>, listener: &Listener) -> String {
     match (advertise, listener.address()) {
         (Some(url), _) => url.to_owned(),
@@ -118,7 +118,7 @@ fn own_url(config: &Config, advertise: Option<&str>, listener: &Listener) -> Str
     }
 }
 
-/// Announces the URL to those who look for it, where that is wanted.
+/// Announces the URL by multicast DNS, if configured.
 fn announced(config: &Config, url: &str) -> anyhow::Result<Option<Announcement>> {
     let Some(group) = &config.announce else { return Ok(None) };
     let Place::Tcp(address) = &config.listen else {

@@ -19,7 +19,7 @@ fn run(options: Options) -> anyhow::Result<()> {
         .build()
         .context("cannot start the runtime")?;
     let ended = runtime.block_on(xpm_allocator::run(config));
-    // A thread that waits for etcd is not waited for.
+    // The exit does not wait for a thread that waits for etcd.
     runtime.shutdown_timeout(std::time::Duration::from_secs(1));
     ended
 }

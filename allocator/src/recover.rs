@@ -1,10 +1,10 @@
-//! `xpm-allocator recover`: metadata made anew out of what appliances and clients know.
+//! `xpm-allocator recover`: rebuilds the metadata from what appliances and clients know.
 //!
-//! An appliance keeps with each grant what it is part of: the allocator's record of it, without keys. A client
-//! keeps the maps of what it uses, with keys. Nothing is asked of either but to tell, and nothing is freed:
-//! what is in use goes on to be used. Where no client tells the keys of an allocation, its owner is asked
-//! for them later, or they are made anew at every appliance when it is attached next. Whoever is known to use an allocation, or is seen to, is its owner, so
-//! that nobody takes or deletes it unawares.
+//! An appliance keeps a descriptor with each grant: the allocator's record of the allocation, without keys. A client
+//! keeps the maps of the allocations that it uses, with keys. Recovery only reads from both and frees nothing, so
+//! allocations in use stay in use. If no client has the keys of an allocation, its owner is asked for them later, or
+//! new keys are made at every appliance when the allocation is attached next. A client that is known or seen to use
+//! an allocation becomes its owner, so that no other client takes or deletes it by mistake.
 
 mod rebuild;
 #[cfg(test)]
@@ -24,33 +24,33 @@ use xpm_protocol::{AllocationId, ClientId, Epoch, GrantId, GrantKey};
 use crate::store::AllocationRecord;
 use crate::store::{Loaded, backup::Backup};
 
-/// Where to look.
+/// Sources of a recovery.
 #[derive(Debug, Clone, Default)]
 pub struct Sources {
     /// Control interfaces of appliances.
     pub appliances: Vec<String>,
     /// State directories of xpm-blk, or copies of them.
     pub client_state: Vec<PathBuf>,
-    /// Whether to go on without what some appliance has, because it does not answer.
+    /// Whether to go on without the grants of an appliance that does not answer.
     pub partial: bool,
-    /// Shown to appliances.
+    /// Token that is sent to appliances.
     pub token: Option<Token>,
-    /// Keys of grants that are known from older metadata, each with the epoch that it is of.
+    /// Keys of grants from older metadata, each with its epoch.
     pub keys: BTreeMap<GrantId, (Epoch, GrantKey)>,
 }
 
-/// What was found.
+/// Result of a recovery.
 #[derive(Debug)]
 pub struct Recovered {
     /// The metadata.
     pub backup: Backup,
-    /// What an operator has to know, a line each.
+    /// Messages for the operator, a line each.
     pub lines: Vec<String>,
-    /// The newest states of the metadata that appliances heard of.
+    /// The newest states of the metadata that each appliance has heard of.
     pub heard: Vec<MetadataState>,
 }
 
-/// What was told.
+/// All that the sources reported.
 #[derive(Debug, Default)]
 pub(crate) struct Told {
     grants: BTreeMap<GrantId, Grant>,
@@ -61,18 +61,18 @@ pub(crate) struct Told {
     lines: Vec<String>,
 }
 
-/// A map, and who has it; none where that cannot be known.
+/// A map, and the client that has it; none if the client is unknown.
 #[derive(Debug)]
 struct ClientMap {
     client: Option<ClientId>,
     map: Map,
 }
 
-/// Asks every source and puts together what they say.
+/// Asks every source and combines the answers.
 ///
 /// # Errors
-/// When an appliance does not answer, unless that is accepted; when a client's directory cannot be read, or no random
-/// number can be had.
+/// When an appliance does not answer, unless `partial` is set; when a client's directory cannot be read, or there are
+/// no random numbers.
 pub async fn recover(sources: &Sources, unix: u64) -> anyhow::Result<Recovered> {
     let mut told = Told { keys: sources.keys.clone(), ..Told::default() };
     for url in &sources.appliances {
@@ -80,7 +80,7 @@ pub async fn recover(sources: &Sources, unix: u64) -> anyhow::Result<Recovered> 
             Err(error) if sources.partial => {
                 told.lines.push(format!("appliance {url} tells nothing: {error}"));
             }
-            // What is on it alone would be taken for garbage when it is back, and freed.
+            // Grants that only this appliance knows would count as garbage once it is back, and would be freed.
             Err(error) => bail!(
                 "appliance {url} tells nothing: {error}; bring it back, or go on with --partial, without what it has"
             ),
@@ -108,7 +108,7 @@ impl Told {
         Ok(())
     }
 
-    /// Takes what the appliance at this URL says of a grant.
+    /// Takes a grant that the appliance at this URL reported.
     pub(crate) fn take(&mut self, url: &str, grant: Grant) {
         let record = grant.descriptor.as_deref().map(serde_json::from_str::<AllocationRecord>);
         match record {
@@ -166,7 +166,7 @@ impl Told {
     }
 }
 
-/// Of a record of xpm-blk, what is of interest here.
+/// The fields of an xpm-blk record that recovery needs.
 #[derive(Deserialize)]
 struct Kept {
     map: Map,

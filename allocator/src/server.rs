@@ -26,10 +26,10 @@ type Done = Result<NoContent, ApiError>;
 /// Largest body, in bytes: a set of documents.
 const BODY_LEN_MAX: usize = 4 << 20;
 
-/// Most connections: each client that listens to events has one.
+/// Most connections: each client that follows events has one.
 const CONNECTIONS_MAX: usize = 16_384;
 
-/// Most grants that one question can name as refused.
+/// Most refused grants that one doubt can name.
 const DOUBTS_MAX: usize = 256;
 
 /// Query of a removal.
@@ -55,7 +55,7 @@ struct All {
     all: bool,
 }
 
-/// Query for orders: the newest state of the metadata that the owner heard of.
+/// Query for orders: the newest state of the metadata that the owner has heard of.
 #[derive(Debug, Deserialize)]
 struct Known {
     pool: Option<PoolId>,
@@ -67,7 +67,7 @@ struct Known {
 #[serde(deny_unknown_fields)]
 struct After {
     after: Option<u64>,
-    /// Whether to wait for an event where there is none yet.
+    /// Whether to wait for an event if there is none yet.
     #[serde(default)]
     wait: bool,
     /// `NAME`, or `KIND/NAME` as in problems.
@@ -99,7 +99,7 @@ impl After {
 /// Query of an owner. Owners of later versions may add to it.
 #[derive(Debug, Deserialize)]
 struct Doubt {
-    /// Grants that their appliances refuse to the owner, with commas in between.
+    /// Grants that their appliances refuse to the owner, separated by commas.
     #[serde(default)]
     refused: String,
 }
@@ -112,16 +112,16 @@ impl Doubt {
     }
 }
 
-/// Query of an owner that has a map already, with its keys, and wants to be known: the epoch of that map.
+/// Query of an owner that has a map with its keys, and only wants to be registered: the epoch of that map.
 #[derive(Debug, Deserialize)]
 struct Has {
     has: Option<Epoch>,
 }
 
-/// Query of what an owner asks.
+/// Query of requests that an owner makes.
 #[derive(Debug, Deserialize)]
 struct OfLife {
-    /// Which life of the client it is.
+    /// The life of the client that asks.
     life: Option<Life>,
 }
 
@@ -134,12 +134,12 @@ impl OfLife {
     }
 }
 
-/// The control interface, ready to be served.
+/// The control interface.
 pub(crate) fn scaffold(handle: Handle, token: Option<Token>) -> Server {
     Server::new(all_routes(handle), token, limits())
 }
 
-/// The control interface of one of several allocators.
+/// The control interface of one of several allocators, which serves only as leader.
 pub(crate) fn with_office(office: &Office, token: Option<Token>) -> Server {
     Server::with_office(office, token, limits())
 }
@@ -148,7 +148,7 @@ fn limits() -> Limits {
     Limits { body_len_max: BODY_LEN_MAX, connections_max: CONNECTIONS_MAX, ..Limits::default() }
 }
 
-/// Everything that can be asked of a service.
+/// All routes to the service.
 pub(crate) fn all_routes(handle: Handle) -> Router {
     routes(handle.clone())
         .merge(document_routes(handle.clone()))
@@ -248,7 +248,7 @@ fn document_routes(handle: Handle) -> Router {
         )
 }
 
-/// What happens to allocations and appliances later in their lives.
+/// Routes for changes during the life of allocations and appliances.
 fn life_routes(handle: Handle) -> Router {
     let ask = move |request| {
         let handle = handle.clone();
@@ -400,7 +400,7 @@ fn more_routes(handle: Handle) -> Router {
         )
 }
 
-/// A heartbeat as a request, if it fits its path and can be answered to.
+/// A heartbeat as a request, if its id fits the path and the allocator can call its appliance.
 fn checked(id: ApplianceId, heartbeat: Heartbeat) -> Result<Request, ApiError> {
     let invalid = |line: String| Err(ApiError(ErrorKind::Invalid, line));
     if id != heartbeat.info.id {

@@ -1,5 +1,5 @@
-//! What is done instead of serving: metadata are restored, recovered, or moved to another place. A task has its store for
-//! itself: a file is locked, and on etcd the task takes the office of the leader.
+//! Tasks that run instead of the daemon: metadata are restored, recovered, or moved to another place. A task has its
+//! store for itself: a file is locked, and on etcd the task becomes the leader.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -17,17 +17,17 @@ use crate::store::etcd::EtcdStore;
 use crate::store::redb::{FILE_NAME, RedbStore};
 use crate::store::{Change, Loaded, MetadataStore, StoreError};
 
-/// How long a task waits for the office of the leader; the lease of an allocator that was killed runs out before.
+/// How long a task waits to become the leader; the lease of a killed allocator runs out sooner.
 const OFFICE_LIMIT: Duration = Duration::from_secs(6);
-/// Who has the office meanwhile.
+/// The leader's name during a task, in place of a URL.
 const OFFICE_NAME: &str = "a task of xpm-allocator";
-/// How far metadata that were made anew are ahead of everything that anybody can have heard of.
+/// Distance in batch numbers by which rebuilt metadata are ahead of every state that others may have heard of.
 const AHEAD: u64 = 1 << 20;
 
 /// Carries out a task.
 ///
 /// # Errors
-/// When it cannot be done. Then nothing has changed, unless the line says so.
+/// When the task fails. Then nothing has changed, unless the message says otherwise.
 pub(crate) async fn carry_out(task: &Task, config: &Config) -> anyhow::Result<()> {
     let storage = &config.storage;
     match task {
@@ -57,8 +57,8 @@ async fn restore(file: &Path, accept_loss: bool, storage: &Storage) -> anyhow::R
     Ok(())
 }
 
-/// Puts what the network knows in place of what is there. Documents and appliances stay, as far as they can be read, and
-/// so do keys that still hold.
+/// Replaces the present metadata by what the network knows. Documents and appliances are kept as far as they can be
+/// read, and so are keys that are still valid.
 async fn recover(mut sources: Sources, storage: &Storage) -> anyhow::Result<()> {
     let unix = now();
     let kept = set_aside(storage, unix).await?;
@@ -107,7 +107,8 @@ async fn recover(mut sources: Sources, storage: &Storage) -> anyhow::Result<()> 
     Ok(())
 }
 
-/// What is on an appliance that is not asked would be taken for garbage, and freed.
+/// Requires all known appliances to be named: the grants of an appliance that is not asked would count as garbage,
+/// and be freed.
 fn check_named(there: &Loaded, sources: &Sources) -> anyhow::Result<()> {
     let named = |url: &str| sources.appliances.iter().any(|one| one.trim_end_matches('/') == url);
     let missing = there.appliances.iter().map(|one| &one.info).find(|info| !named(&info.control));
@@ -122,7 +123,7 @@ fn check_named(there: &Loaded, sources: &Sources) -> anyhow::Result<()> {
     }
 }
 
-/// The state to go on from: that of the pool that appliances know, or else of what was there.
+/// The state to continue from: that of the pool that most appliances know, or else that of the present metadata.
 fn newest(there: Option<MetadataState>, heard: &[MetadataState]) -> Option<MetadataState> {
     let mut count: BTreeMap<_, usize> = BTreeMap::new();
     heard.iter().for_each(|state| *count.entry(state.pool).or_default() += 1);
@@ -132,7 +133,8 @@ fn newest(there: Option<MetadataState>, heard: &[MetadataState]) -> Option<Metad
     Some(MetadataState { pool, number: numbers.max().unwrap_or(0).saturating_add(AHEAD) })
 }
 
-/// Copies everything to an empty place, and leaves a note at the old one that nothing is started on it by mistake.
+/// Copies everything to an empty place, and leaves a note at the old place so that no allocator is started on it by
+/// mistake.
 async fn migrate(from: &Storage, to: &Storage) -> anyhow::Result<()> {
     ensure!(from != to, "the metadata are in {from} already");
     if let Storage::Data(directory) = from {
@@ -158,7 +160,8 @@ async fn migrate(from: &Storage, to: &Storage) -> anyhow::Result<()> {
         Ok((allocations, state))
     })
     .await?;
-    // The old place is older than the new one from now on: who starts an allocator on it is told so by appliances.
+    // The old place counts as outdated from now on: an allocator that is started on it learns that from the
+    // appliances.
     let ahead = state.map(|state| MetadataState { number: state.number.saturating_add(AHEAD), ..state });
     with_store(to, move |store| Ok(store.commit(&[ahead.map(Change::State).into_iter().collect()])?)).await?;
     println!(
@@ -168,7 +171,7 @@ async fn migrate(from: &Storage, to: &Storage) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A place as the command line has it: `etcd://...` or a directory.
+/// A place as on the command line: `etcd://...` or a directory.
 fn place(text: &str) -> anyhow::Result<Storage> {
     if text.starts_with("etcd://") {
         let address: Address = text.parse().context("--to")?;
@@ -177,7 +180,7 @@ fn place(text: &str) -> anyhow::Result<Storage> {
     Ok(Storage::Data(PathBuf::from(text)))
 }
 
-/// Does something with a store that nobody else has meanwhile.
+/// Does some work with a store that no other process has meanwhile.
 async fn with_store<T: Send + 'static>(
     storage: &Storage,
     work: impl FnOnce(&mut dyn MetadataStore) -> anyhow::Result<T> + Send + 'static,
@@ -222,7 +225,8 @@ async fn set_aside(storage: &Storage, unix: u64) -> anyhow::Result<Option<PathBu
     if !file.exists() {
         return Ok(None);
     }
-    // Locked while an allocator runs on it; a file that is damaged is not, and may not open at all.
+    // The file is locked while an allocator runs on it. The check does not open the database, since a damaged one may
+    // not open.
     RedbStore::check_unused(directory)?;
     let copy = directory.join(format!("{FILE_NAME}.before-recovery-{unix}"));
     std::fs::copy(&file, &copy)
@@ -230,7 +234,7 @@ async fn set_aside(storage: &Storage, unix: u64) -> anyhow::Result<Option<PathBu
     Ok(Some(copy))
 }
 
-/// Removes a file that cannot be read; a copy of it is kept.
+/// Removes an unreadable file; a copy of it was kept.
 fn make_room(storage: &Storage, error: &anyhow::Error) -> anyhow::Result<()> {
     match storage {
         Storage::Data(directory) => RedbStore::clear(directory)

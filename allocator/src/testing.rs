@@ -48,7 +48,7 @@ pub(crate) fn allocation(number: u128, name: &str) -> AllocationRecord {
     }
 }
 
-/// An appliance that has nothing.
+/// An appliance without grants.
 pub(crate) fn appliance(number: u128) -> ApplianceRecord {
     let endpoints = Endpoints {
         host: HostId::from_u128(1),

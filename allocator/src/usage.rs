@@ -1,5 +1,5 @@
-//! What accounts, clients and strategies have: exact at every moment, for it is counted by the one
-//! owner of all records, when a record begins to hold its name and when it ceases to.
+//! Memory in use by accounts, clients and strategies. The figures are exact at every moment: the one owner of all
+//! records updates them when a record begins and when it ceases to hold its name.
 
 use std::collections::HashMap;
 
@@ -19,9 +19,9 @@ pub struct Usage {
 /// A sum over allocations.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Count {
-    /// Memory that they take, in bytes.
+    /// Memory that these allocations take, in bytes.
     pub bytes: u64,
-    /// How many they are.
+    /// Number of these allocations.
     pub allocations: u64,
 }
 
@@ -41,7 +41,7 @@ impl Usage {
         }
     }
 
-    /// Counts it no longer; it was counted before.
+    /// Counts an allocation no longer. It must have been counted.
     pub fn remove(&mut self, record: &AllocationRecord) {
         for name in charged(record) {
             let count = self.counts.entry(name.clone()).or_default();
@@ -64,18 +64,18 @@ impl Usage {
         }
     }
 
-    /// What one has.
+    /// Usage of one account, client or strategy.
     pub fn of(&self, kind: Kind, name: &Name) -> Count {
-        // A key has to be made for the look-up; it is a short text.
+        // The look-up needs a key; its text is short.
         self.counts.get(&DocumentName { kind, name: name.clone() }).copied().unwrap_or_default()
     }
 
-    /// What an account has on each appliance, in bytes; none where it has nothing.
+    /// Memory of an account on each appliance, in bytes; none if it has no memory.
     pub fn on_appliances(&self, account: &Name) -> Option<&HashMap<ApplianceId, u64>> {
         self.on_appliances.get(account)
     }
 
-    /// Everybody who has something.
+    /// All that have memory.
     pub fn all(&self) -> impl Iterator<Item = (&DocumentName, Count)> {
         self.counts.iter().map(|(name, count)| (name, *count))
     }

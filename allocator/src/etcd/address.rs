@@ -1,22 +1,21 @@
-//! Where etcd is, as an operator writes it.
+//! Address of an etcd cluster, as an operator writes it.
 
 use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, de};
 
-/// What keys begin with where nobody says otherwise.
+/// Default prefix of keys.
 const PREFIX_DEFAULT: &str = "xpm";
 
-/// The members of an etcd cluster and what keys begin with there, written
-/// `etcd://HOST:PORT[,HOST:PORT...][/PREFIX]`.
+/// The members of an etcd cluster and the prefix of keys there, written `etcd://HOST:PORT[,HOST:PORT...][/PREFIX]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Address {
     members: Vec<String>,
     prefix: String,
 }
 
-/// A text that is no address of etcd.
+/// The text is no address of etcd.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{text}` is no store ({reason}): write etcd://HOST:PORT[,HOST:PORT...][/PREFIX]")]
 pub struct ParseAddressError {
@@ -30,7 +29,7 @@ impl Address {
         self.members.iter().map(|member| format!("http://{member}"))
     }
 
-    /// What keys begin with: a slash, and what follows it, without one at the end.
+    /// Prefix of keys: begins with a slash, does not end with one.
     pub fn prefix(&self) -> &str {
         &self.prefix
     }
@@ -84,7 +83,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn addresses_as_people_write_them() {
+    fn usual_addresses_are_parsed() {
         for (text, shown) in [
             ("etcd://a:2379", "etcd://a:2379/xpm"),
             ("etcd://10.0.0.1:1,[::1]:2/", "etcd://10.0.0.1:1,[::1]:2/xpm"),
@@ -100,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn mistakes_are_named() {
+    fn mistakes_are_reported() {
         for text in [
             "",
             "a:1",

@@ -1,8 +1,10 @@
-//! etcd keeps every earlier value of a key until it is told to forget them. Nobody needs those of an allocator.
+//! Compacts etcd's history: etcd keeps every earlier value of a key until it is compacted, and an allocator never
+//! reads earlier values.
 //!
-//! So every allocator on one etcd forgets, every few minutes, what is older than that, as the API server of Kubernetes does:
-//! a key has the revision up to which history goes next time, and who changes that key first compacts. A compaction is of
-//! the whole cluster, whoever else uses it.
+//! So every allocator on an etcd cluster compacts, every few minutes, the history older than that, by the method of
+//! the API server of Kubernetes: a key holds the revision up to which the next compaction goes, and the allocator
+//! that is first to change this key compacts. A compaction covers the whole cluster, including the keys of other
+//! programs.
 
 use std::time::Duration;
 
@@ -10,9 +12,9 @@ use etcd_client::{Client, Compare, CompareOp, GetOptions, Txn, TxnOp, TxnOpRespo
 
 use super::{Etcd, EtcdError};
 
-/// Key of the revision up to which history goes next time. Its version counts compactions.
+/// Key of the revision up to which the next compaction goes. Its version counts compactions.
 const KEY: &str = "compaction";
-/// How long a request may take.
+/// Time limit of a request.
 const LIMIT: Duration = Duration::from_secs(5);
 
 /// Compacts from time to time.
@@ -20,7 +22,7 @@ const LIMIT: Duration = Duration::from_secs(5);
 pub(crate) struct Compactor {
     etcd: Etcd,
     every: Duration,
-    /// Version of the key at the last look, and the revision of etcd then.
+    /// Version of the key at the last turn, and the revision of etcd then.
     seen: (i64, i64),
 }
 
@@ -29,7 +31,7 @@ impl Compactor {
         Compactor { etcd, every, seen: (0, 0) }
     }
 
-    /// Compacts for ever.
+    /// Compacts at intervals, for ever.
     pub(crate) async fn run(mut self) {
         loop {
             tokio::time::sleep(self.every).await;
@@ -49,7 +51,7 @@ impl Compactor {
         let taken = self.etcd.ask(LIMIT, async |mut member: Client| member.txn(take.clone()).await).await;
         let taken = match taken {
             Ok(taken) => taken,
-            // Without room the key cannot be changed. To forget twice does no harm.
+            // Without room the key cannot be changed. Compacting twice does no harm.
             Err(error) if error.full().is_some() && revision > 0 => return self.compact(revision).await,
             Err(error) => return Err(error),
         };
@@ -57,7 +59,7 @@ impl Compactor {
         if taken.succeeded() {
             self.seen = (version + 1, now);
             return match revision {
-                // The first look of this allocator.
+                // The first turn of this allocator.
                 0 => Ok(()),
                 revision => self.compact(revision).await,
             };
@@ -67,7 +69,7 @@ impl Compactor {
             Some(TxnOpResponse::Get(found)) => found.kvs().first().map(etcd_client::KeyValue::version),
             _ => None,
         };
-        // Another allocator was first; or it is the first look.
+        // Another allocator was first; or it is the first turn.
         self.seen = (found.unwrap_or(0), now);
         Ok(())
     }
@@ -77,7 +79,7 @@ impl Compactor {
             self.etcd.ask(LIMIT, async |mut member: Client| member.compact(revision, None).await).await;
         match done {
             Ok(_) => tracing::debug!("etcd has forgotten what was before revision {revision}"),
-            // Somebody else did so already.
+            // Another allocator compacted already.
             Err(EtcdError::Refused { .. }) => {}
             Err(error) => return Err(error),
         }

@@ -1,9 +1,9 @@
-//! Which of several allocators leads: the one whose lease the leader's key is bound to.
+//! Elects the leader of several allocators: the leader is the allocator whose lease the leader's key is bound to.
 //!
-//! The leader keeps its lease alive and looks whether the key is still its own. As long as that was
-//! so a moment ago it may answer; a while before the lease can have run out it stops. Whoever takes
-//! the key after that finds nobody else who answers. What the leader writes does not depend on
-//! clocks: each write names the revision that its key was created at ([`Term::revision`]).
+//! The leader renews its lease and checks that the key is still its own. It may answer requests as long as the last
+//! check is recent; it stops a margin before the lease can run out. So an allocator that takes the key afterwards is
+//! the only one that answers. The leader's writes do not depend on clocks: each write is conditional on the revision
+//! at which its key was created ([`Term::revision`]).
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
@@ -19,16 +19,16 @@ use super::{Etcd, EtcdError};
 pub(crate) const LEADER_KEY: &str = "leader";
 /// Time to live of the leader's lease, in seconds.
 const TTL_S: i64 = 3;
-/// How long before the lease can have run out the leader stops to answer.
+/// How long before its lease can run out the leader stops answering.
 const MARGIN: Duration = Duration::from_millis(500);
 /// How often the lease is renewed.
 const RENEW_EVERY: Duration = Duration::from_millis(600);
-/// How often those who follow look for the leader.
+/// How often followers look for the leader.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
-/// How long a request of the election may take.
+/// Time limit of a request of the election.
 const LIMIT: Duration = Duration::from_secs(2);
 
-/// An allocator that would lead.
+/// An allocator that takes part in the election.
 #[derive(Debug)]
 pub struct Election {
     etcd: Etcd,
@@ -36,18 +36,18 @@ pub struct Election {
     lease: AtomicI64,
 }
 
-/// What one that follows sees.
+/// The state that a follower sees.
 #[derive(Debug)]
 pub enum Seen {
     /// The leader is at this URL.
     Leader(String),
-    /// None leads now.
+    /// There is no leader now.
     Nobody,
-    /// etcd does not say.
+    /// etcd did not answer.
     Trouble(EtcdError),
 }
 
-/// The time that this allocator leads.
+/// The period during which this allocator leads.
 #[derive(Debug, Clone)]
 pub struct Term {
     revision: i64,
@@ -55,7 +55,7 @@ pub struct Term {
     validity: Arc<Validity>,
 }
 
-/// Until when the lease cannot have run out.
+/// Until when the lease cannot run out.
 #[derive(Debug)]
 struct Validity {
     since: Instant,
@@ -68,7 +68,7 @@ impl Validity {
         self.until_ms.fetch_max(until.as_millis() as u64, Ordering::SeqCst);
     }
 
-    /// How long it has been over; none while it is not.
+    /// How long the validity is over; none while it lasts.
     fn over_for(&self) -> Option<Duration> {
         let until = Duration::from_millis(self.until_ms.load(Ordering::SeqCst));
         self.since.elapsed().checked_sub(until)
@@ -76,12 +76,12 @@ impl Validity {
 }
 
 impl Term {
-    /// The revision that the leader's key was created at: it tells this term from all others.
+    /// The revision at which the leader's key was created: it identifies the term.
     pub fn revision(&self) -> i64 {
         self.revision
     }
 
-    /// Whether this allocator may answer.
+    /// Whether this allocator may answer requests.
     pub fn holds(&self) -> bool {
         self.validity.over_for().is_none()
     }
@@ -98,7 +98,7 @@ impl Election {
         &self.etcd
     }
 
-    /// Waits until this allocator leads, and tells what it sees meanwhile.
+    /// Waits until this allocator leads, and reports what it sees meanwhile.
     pub async fn campaign(&self, mut tell: impl FnMut(Seen)) -> Term {
         loop {
             match self.run().await {
@@ -108,10 +108,11 @@ impl Election {
         }
     }
 
-    /// Tries once to lead. What is seen instead is told a moment later, so that this can be called again and again.
+    /// Tries once to become the leader. A failure is returned after a pause, so that the caller can simply call
+    /// again.
     ///
     /// # Errors
-    /// Who leads, or why none does.
+    /// The leader, or why there is none.
     pub async fn run(&self) -> Result<Term, Seen> {
         let seen = match self.look().await {
             Ok(Some(url)) => Seen::Leader(url),
@@ -126,7 +127,8 @@ impl Election {
         Err(seen)
     }
 
-    /// Keeps the term, until it is over; says why it is. While etcd is silent the term may go on: only etcd knows.
+    /// Renews the term until it is over, and returns the reason. While etcd is silent the term may go on: only etcd
+    /// knows.
     pub async fn keep(&self, term: &Term) -> String {
         let mut silent = false;
         loop {
@@ -151,8 +153,8 @@ impl Election {
         }
     }
 
-    /// Gives the leadership back, if this allocator has it, so that another need not wait for the
-    /// lease to run out.
+    /// Gives the leadership back, if this allocator has it, so that another allocator need not wait for the lease to
+    /// run out.
     pub async fn resign(&self) {
         let lease = self.lease.swap(0, Ordering::SeqCst);
         if lease != 0 {
@@ -175,7 +177,7 @@ impl Election {
         self.etcd.ask(LIMIT, async |mut member: Client| member.get(key.as_str(), None).await).await
     }
 
-    /// Takes the leader's key if nobody has it.
+    /// Takes the leader's key if no allocator has it.
     async fn stand(&self) -> Result<Option<Term>, EtcdError> {
         let since = Instant::now();
         let granted =
@@ -201,7 +203,7 @@ impl Election {
         Ok(Some(Term { revision, lease, validity }))
     }
 
-    /// Whether the key is still this term's after its lease was renewed.
+    /// Renews the lease, and returns whether the key is still this term's.
     async fn renew(&self, term: &Term) -> Result<bool, EtcdError> {
         let renewed = self
             .etcd
@@ -220,7 +222,8 @@ fn ttl() -> Duration {
     Duration::from_secs(TTL_S.unsigned_abs())
 }
 
-/// The revision of the leader's key if this lease has it, now or by an earlier try of the same.
+/// The revision of the leader's key if this lease holds it, from this attempt or from an earlier one that seemed to
+/// fail.
 fn revision_of(answer: &TxnResponse, lease: i64) -> Option<i64> {
     if answer.succeeded() {
         return answer.header().map(etcd_client::ResponseHeader::revision);

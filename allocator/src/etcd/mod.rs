@@ -1,5 +1,5 @@
-//! etcd, as far as the allocator needs it: its members, of which some may be down, and the election
-//! of one leader among several allocators.
+//! Client of etcd: requests to a cluster of which some members may be down, the election of one leader among several
+//! allocators, and the compaction of history.
 
 mod address;
 mod compaction;
@@ -16,13 +16,13 @@ pub(crate) use compaction::Compactor;
 pub(crate) use election::LEADER_KEY;
 pub use election::{Election, Seen, Term};
 
-/// How long one member has to answer before the next one is asked.
+/// Time limit of one member, before the next one is asked.
 const TRY_LIMIT: Duration = Duration::from_millis(800);
 /// Pause after a member that did not answer.
 const PAUSE: Duration = Duration::from_millis(50);
-/// Code of gRPC with which etcd says that it has no room.
+/// gRPC code with which etcd reports that it has no room.
 const RESOURCE_EXHAUSTED: i32 = 8;
-/// Codes of gRPC that another member would answer with, too: the request is at fault.
+/// gRPC codes that every member would return: the request itself is at fault.
 const FINAL_CODES: [i32; 7] = [3, 5, 7, 8, 9, 12, 16];
 
 /// A cluster. Cheap to clone.
@@ -33,7 +33,7 @@ pub struct Etcd {
     preferred: Arc<AtomicUsize>,
 }
 
-/// Why etcd did not do what it was asked.
+/// Why etcd did not carry out a request.
 #[derive(Debug, thiserror::Error)]
 pub enum EtcdError {
     /// The address cannot be used.
@@ -53,10 +53,10 @@ pub enum EtcdError {
         store: String,
         /// The time.
         limit: Duration,
-        /// What the last try said.
+        /// Error of the last attempt.
         last: String,
     },
-    /// It was refused.
+    /// etcd refused the request.
     #[error("{store} refused")]
     Refused {
         /// The address.
@@ -67,12 +67,12 @@ pub enum EtcdError {
 }
 
 impl EtcdError {
-    /// Whether it may answer later: nothing was refused.
+    /// Whether a later request may succeed: nothing was refused.
     pub fn is_silent(&self) -> bool {
         matches!(self, EtcdError::Silent { .. })
     }
 
-    /// Why nothing can be written, where etcd has no room left (its alarm NOSPACE).
+    /// If etcd has no room left (its alarm NOSPACE): the reason to show.
     pub fn full(&self) -> Option<String> {
         let EtcdError::Refused { store, source: Error::GRpcStatus(status) } = self else { return None };
         let full = i32::from(status.code()) == RESOURCE_EXHAUSTED && status.message().contains("space");
@@ -92,7 +92,7 @@ impl std::fmt::Debug for Etcd {
 }
 
 impl Etcd {
-    /// Speaks to the members at this address. Sends nothing yet; must be called within a runtime.
+    /// A client of the members at this address. Sends nothing yet; must be called within a runtime.
     pub async fn new(address: Address) -> Result<Etcd, EtcdError> {
         let mut members = Vec::new();
         for url in address.urls() {
@@ -103,18 +103,18 @@ impl Etcd {
         Ok(Etcd { address: Arc::new(address), members: members.into(), preferred: Arc::default() })
     }
 
-    /// Its address, as it is written.
+    /// The address of the cluster in its written form.
     pub fn store(&self) -> String {
         self.address.to_string()
     }
 
-    /// A key of the allocator's.
+    /// The full key of this name.
     pub fn key(&self, name: &str) -> String {
         format!("{}/{name}", self.address.prefix())
     }
 
-    /// Asks one member after the other until one answers or the time is over. A request may be
-    /// carried out more than once, and late.
+    /// Asks one member after the other until one answers or the time is over. The request may be carried out more
+    /// than once, and late.
     pub(crate) async fn ask<T>(
         &self,
         limit: Duration,
@@ -142,7 +142,7 @@ impl Etcd {
     }
 }
 
-/// Whether every member would answer so.
+/// Whether every member would return this error.
 fn is_final(error: &Error) -> bool {
     match error {
         Error::GRpcStatus(status) => FINAL_CODES.contains(&i32::from(status.code())),

@@ -1,4 +1,4 @@
-//! Documents as decisions need them.
+//! Documents in the form in which decisions use them.
 
 use std::cell::Cell;
 use std::fmt;
@@ -9,7 +9,7 @@ use xpm_protocol::{ByteSize, Name, Percent};
 
 use super::Windows;
 
-/// A strategy, ready to be followed.
+/// A strategy, prepared for evaluation.
 #[derive(Debug, Clone)]
 pub struct CompiledStrategy {
     /// Its name.
@@ -20,28 +20,28 @@ pub struct CompiledStrategy {
     pub rules: Vec<CompiledRule>,
 }
 
-/// A rule, ready to be looked at.
+/// A rule, prepared for evaluation.
 #[derive(Debug, Clone)]
 pub struct CompiledRule {
-    /// What follows.
+    /// The effects of the rule.
     pub rule: Arc<Rule>,
-    /// When.
+    /// The condition of the rule.
     pub when: CompiledCondition,
 }
 
 /// An account, with its hours in their time zone.
 #[derive(Debug, Clone)]
 pub struct CompiledAccount {
-    /// What it says.
+    /// The document.
     pub account: Arc<Account>,
-    /// When it gets memory; always where there are none.
+    /// When it gets memory; none means always.
     pub hours: Option<Windows>,
 }
 
 /// A condition, with its times in their time zone.
 #[derive(Debug, Clone)]
 pub struct CompiledCondition {
-    /// Without the conditions in it, and with its names in order.
+    /// The condition without its inner conditions, with its names sorted.
     condition: Condition,
     time: Option<Windows>,
     all: Vec<CompiledCondition>,
@@ -49,29 +49,29 @@ pub struct CompiledCondition {
     not: Option<Box<CompiledCondition>>,
 }
 
-/// What conditions are about.
+/// The facts that conditions are evaluated against.
 #[derive(Clone)]
 #[allow(missing_debug_implementations)]
 pub struct Facts<'a> {
     /// Now, seconds since 1970.
     pub unix: i64,
-    /// Who is charged.
+    /// The account that is charged.
     pub account: Option<&'a Name>,
     /// The labels of the account.
     pub account_labels: &'a Labels,
-    /// Who is going to use it.
+    /// The client that is going to use the allocation.
     pub client: Option<&'a Name>,
     /// The labels of the client.
     pub client_labels: &'a Labels,
     /// The labels of the request.
     pub labels: &'a Labels,
-    /// How much is asked for, in bytes.
+    /// Requested size in bytes.
     pub size: u64,
-    /// How it is going to be used.
+    /// How the allocation is going to be used.
     pub access: Access,
-    /// How much of the pool is in use; found out only where a condition asks.
+    /// Share of the pool in use; computed only if a condition needs it.
     pub pool_used: &'a dyn Fn() -> Percent,
-    /// What the account has, in bytes.
+    /// Memory that the account has, in bytes.
     pub account_used: u64,
 }
 
@@ -106,8 +106,8 @@ impl CompiledAccount {
     }
 }
 
-/// The windows, if any. Zones were known when the document was applied; one that a newer table of
-/// zones dropped is told of and taken as UTC.
+/// The windows, if any. The time zone was known when the document was applied. If a newer time zone table lacks it, a
+/// warning is logged and UTC is used.
 fn windows(zone: Option<&str>, windows: &[Window]) -> Option<Windows> {
     if windows.is_empty() {
         return None;
@@ -133,7 +133,7 @@ impl CompiledCondition {
         }
     }
 
-    /// Whether it holds, or the first part that does not.
+    /// Whether the condition holds; if not, the first part that does not.
     pub fn evaluate(&self, facts: &Facts<'_>) -> Result<(), Miss> {
         let condition = &self.condition;
         let missed = Cell::new(None);
@@ -174,7 +174,7 @@ impl CompiledCondition {
         }
     }
 
-    /// What takes longer.
+    /// Evaluates the slower parts.
     fn evaluate_more(&self, facts: &Facts<'_>) -> Result<(), Miss> {
         if self.time.as_ref().is_some_and(|time| !time.contains(facts.unix)) {
             return Err(Miss("another time of day or week"));
@@ -192,7 +192,7 @@ impl CompiledCondition {
     }
 }
 
-/// What a condition says itself.
+/// The condition without its inner conditions.
 fn own_part(condition: &Condition) -> Condition {
     let sorted = |names: &[Name]| {
         let mut names = names.to_vec();

@@ -1,8 +1,8 @@
-//! Documents: what operators decide beforehand, as the allocator keeps it.
+//! Documents: rules, limits and profiles that operators set beforehand, as the allocator keeps them.
 //!
-//! A set of files is read (`read.rs`), checked as a whole together with what is there already
-//! (`validate.rs`), and becomes the next [`Policy`] or a list of problems; nothing in between. What
-//! decisions need of it is made ready once (`compiled.rs`, `windows.rs`).
+//! A set of files is read (`read.rs`) and checked as a whole, together with the existing documents (`validate.rs`).
+//! The result is either the next [`Policy`] or a list of problems. The parts that decisions use are prepared once
+//! (`compiled.rs`, `windows.rs`).
 
 mod compiled;
 mod read;
@@ -26,7 +26,7 @@ use read::Document;
 
 /// Most documents that are kept.
 const DOCUMENTS_MAX: usize = 10_000;
-/// Most bytes of all documents that are kept, with their texts.
+/// Most bytes of all documents with their texts.
 const BYTES_MAX: usize = 16 << 20;
 
 /// All documents. Cheap enough to copy when an operator changes one.
@@ -34,20 +34,20 @@ const BYTES_MAX: usize = 16 << 20;
 pub struct Policy {
     revision: u64,
     documents: BTreeMap<DocumentName, Content>,
-    /// Their texts, of those that have one of their present version.
+    /// The texts of documents, for those whose text is of the present version.
     written: BTreeMap<DocumentName, Written>,
     strategies: HashMap<Name, CompiledStrategy>,
     accounts: HashMap<Name, CompiledAccount>,
 }
 
-/// What applying files comes to.
+/// The result of applying files.
 #[derive(Debug, Default)]
 pub struct Plan {
-    /// What is wrong. Nothing may be changed unless this is empty.
+    /// Problems of the files. Nothing may be changed unless this is empty.
     pub problems: Vec<Problem>,
-    /// What is done to each document of the files.
+    /// The change to each document of the files.
     pub changes: Vec<DocumentChange>,
-    /// The documents afterwards; none where there are problems.
+    /// The documents afterwards; none if there are problems.
     pub next: Option<Policy>,
     /// The documents that are new or different, with their versions.
     pub documents: Vec<Content>,
@@ -56,7 +56,7 @@ pub struct Plan {
 }
 
 impl Policy {
-    /// The documents of an earlier life, which were valid then.
+    /// The documents of an earlier process, which were valid then.
     pub fn load(revision: u64, documents: Documents, written: Vec<Written>) -> Policy {
         let documents: BTreeMap<DocumentName, Content> =
             documents.into_contents().map(|content| (content.document_name(), content)).collect();
@@ -82,7 +82,7 @@ impl Policy {
         self
     }
 
-    /// Grows with each change.
+    /// Number of the present version of all documents; grows with each change.
     pub fn revision(&self) -> u64 {
         self.revision
     }
@@ -92,12 +92,12 @@ impl Policy {
         self.documents.values().cloned().collect()
     }
 
-    /// The texts of documents, of those that have one.
+    /// The texts of the documents that have one.
     pub fn written(&self) -> Vec<Written> {
         self.written.values().cloned().collect()
     }
 
-    /// What all documents take, texts included, in bytes.
+    /// Size of all documents, texts included, in bytes.
     fn bytes(&self) -> usize {
         let documents = self.documents.values().map(|one| toml_of(one).len());
         let written = self.written.values().map(|one| one.before.len() + one.text.len() + one.after.len());
@@ -134,7 +134,7 @@ impl Policy {
         self.documents.get(&DocumentName { kind, name: name.clone() })
     }
 
-    /// Soft and hard limit of an account, a client, or a strategy's rules that always apply.
+    /// Soft and hard limit of an account, a client, or a strategy (of its rules that always apply).
     pub fn limits(&self, of: &DocumentName) -> (Option<ByteSize>, Option<ByteSize>) {
         match self.documents.get(of) {
             Some(Content::Account(account)) => (account.soft_limit, account.hard_limit),
@@ -151,10 +151,10 @@ impl Policy {
         }
     }
 
-    /// What applying the files would come to.
+    /// The result that applying the files would have.
     pub fn plan(&self, files: &[PolicyFile], usage: &Usage) -> Plan {
         let found = read::read(files);
-        // What cannot be read may be what others name: such names are not said to lead nowhere.
+        // Documents that cannot be read may be ones that others name, so such names are not reported as missing.
         let mut problems = validate::validate(self, &found, usage);
         let read::Read { documents, problems: unread, .. } = found;
         problems.extend(unread);
@@ -202,7 +202,7 @@ impl Policy {
                 before: before.map(toml_of).unwrap_or_default(),
                 after: toml_of(&content),
             });
-            // A document that comes alone was edited, and keeps its place in its file.
+            // A document that is applied alone was edited, and keeps its position in its file.
             let place = self.written.get(&name).filter(|_| alone).map(|one| one.position);
             let written =
                 written.map(|one| Written { version, position: place.unwrap_or(one.position), ..one });
@@ -212,7 +212,7 @@ impl Policy {
                     plan.written.push(one);
                 }
                 Some(_) => {}
-                // The text of before says something else, unless only its form changed.
+                // The old text contradicts the new document, unless only the form changed.
                 None if !same => drop(next.written.remove(&name)),
                 None => {}
             }
@@ -229,7 +229,7 @@ impl Policy {
         plan
     }
 
-    /// Why these documents are more than the allocator keeps.
+    /// Why these documents exceed the limit, if they do.
     fn too_much(&self) -> Option<String> {
         let bytes = self.bytes();
         (bytes > BYTES_MAX).then(|| {
@@ -238,7 +238,7 @@ impl Policy {
         })
     }
 
-    /// The documents without one. `used` says who uses it besides other documents.
+    /// The documents without `name`. `used` describes its users other than documents, if any.
     pub fn remove(
         &self,
         name: &DocumentName,
@@ -298,7 +298,7 @@ fn names_account(condition: &xpm_protocol::policy::Condition, name: &Name) -> bo
 /// A document as a file that can be applied, without its version.
 fn toml_of(content: &Content) -> String {
     let documents = Documents::from_iter([content.clone().with_version(None)]);
-    // Documents are made of what TOML can say.
+    // Documents consist of values that TOML can express, so this cannot fail.
     toml::to_string_pretty(&documents).unwrap_or_default()
 }
 

@@ -1,18 +1,18 @@
-//! Times of day, by the clock of a time zone.
+//! Windows of time: times of day and days of the week, by the clock of a time zone.
 
 use jiff::civil::{Date, DateTime, Weekday};
 use jiff::tz::TimeZone;
 use jiff::{Timestamp, ToSpan as _};
 use xpm_protocol::policy::{Day, Window};
 
-/// Days that are looked ahead: windows repeat each week, but one (or the time between two) may be
-/// left out where clocks are put forward; then it is a week later.
+/// Days to look ahead. Windows repeat each week; but a window, or the gap between two, may be skipped when clocks are
+/// put forward, and then comes a week later.
 const AHEAD: [i32; 2] = [9, 16];
-/// Changes of a zone's clock that are looked at ahead; there are two a year.
+/// Clock changes of a zone to look ahead; there are two a year.
 const TRANSITIONS: usize = 4;
 
-/// Windows in a time zone. It is the clock on the wall that counts: a time that is left out when
-/// clocks are put forward never comes, one that comes twice is in a window both times.
+/// Windows in a time zone, by local time: a time that is skipped when clocks are put forward never comes, and a time
+/// that occurs twice is in its window both times.
 #[derive(Debug, Clone)]
 pub struct Windows {
     zone: TimeZone,
@@ -20,7 +20,7 @@ pub struct Windows {
 }
 
 impl Windows {
-    /// The windows in the zone of this IANA name; none is UTC. Fails where the zone is unknown.
+    /// The windows in the zone of this IANA name; without a name, UTC. None if the zone is unknown.
     pub fn new(zone: Option<&str>, windows: &[Window]) -> Option<Windows> {
         let zone = match zone {
             None => TimeZone::UTC,
@@ -36,12 +36,12 @@ impl Windows {
         self.windows.iter().any(|window| holds(window, now.weekday(), minute))
     }
 
-    /// The first moment after this one that is in no window; none where one is always open.
+    /// The first moment after `unix` that is in no window; none if some window is always open.
     pub fn next_close(&self, unix: i64) -> Option<i64> {
         self.next(unix, false)
     }
 
-    /// The first moment after this one that is in a window; none where none ever opens.
+    /// The first moment after `unix` that is in a window; none if no window ever opens.
     pub fn next_open(&self, unix: i64) -> Option<i64> {
         self.next(unix, true)
     }
@@ -51,7 +51,7 @@ impl Windows {
         AHEAD.into_iter().find_map(|days| find(self.changes(unix, days)))
     }
 
-    /// A moment, as the clock of the zone shows it.
+    /// The moment as local time of the zone.
     pub fn shown(&self, unix: i64) -> String {
         let zone = self.zone.iana_name().unwrap_or("UTC").to_owned();
         self.wall(unix).map_or_else(String::new, |now| format!("{} ({zone})", now.strftime("%a %F %H:%M")))
@@ -61,8 +61,8 @@ impl Windows {
         Timestamp::from_second(unix).ok().map(|moment| self.zone.to_datetime(moment))
     }
 
-    /// The moments of so many days after this one at which a window may begin or end, in order: those at which the
-    /// clock shows its edges, and those at which the clock itself is changed.
+    /// The moments in the next `days` days at which a window may begin or end, in order: those at which local time
+    /// reaches an edge, and those at which the clock itself is changed.
     fn changes(&self, unix: i64, days: i32) -> Vec<i64> {
         let Some(now) = self.wall(unix) else { return Vec::new() };
         let mut moments: Vec<i64> = Vec::new();
@@ -78,7 +78,7 @@ impl Windows {
             let changes = self.zone.following(moment).take(TRANSITIONS);
             moments.extend(changes.map(|change| change.timestamp().as_second()));
         }
-        // Clocks may be changed months ahead: not all edges until then are among these.
+        // Clock changes may lie months ahead, beyond the days whose edges are included.
         let end = unix.saturating_add(i64::from(days) * 86_400);
         moments.retain(|&moment| moment > unix && moment <= end);
         moments.sort_unstable();
@@ -86,8 +86,7 @@ impl Windows {
         moments
     }
 
-    /// The moments at which the clock shows this minute of this day: one, or two where it is put
-    /// back.
+    /// The moments at which local time reaches this minute of this day: one, or two if the clock is put back.
     fn moments(&self, day: Date, minute: u16) -> Vec<i64> {
         let wall = day.at(0, 0, 0, 0).checked_add(i64::from(minute).minutes());
         let Ok(wall) = wall else { return Vec::new() };
@@ -140,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn a_time_that_is_left_out_never_comes() {
+    fn a_skipped_time_never_comes() {
         let windows = berlin(&[(&[], "02:15", "03:30")]);
         assert!(!windows.contains(SPRING + 2 * HOUR - 1), "01:59:59");
         assert!(windows.contains(SPRING + 2 * HOUR), "03:00, right after 01:59:59");
@@ -151,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn a_time_that_comes_twice_is_in_both_times() {
+    fn a_repeated_time_is_in_its_window_both_times() {
         let windows = berlin(&[(&[Day::Sun], "02:15", "02:45")]);
         let first = AUTUMN + 2 * HOUR + 900;
         assert_eq!(windows.next_open(AUTUMN), Some(first));
@@ -162,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn over_midnight_and_over_the_week() {
+    fn windows_span_midnight_and_the_week() {
         let night = berlin(&[(&[Day::Sun], "22:00", "06:00")]);
         let monday = AUTUMN + 25 * HOUR;
         assert!(night.contains(monday + 5 * HOUR), "it began on Sunday");
@@ -181,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_left_out_comes_a_week_later() {
+    fn a_skipped_window_comes_a_week_later() {
         let week = 7 * 24 * HOUR;
         let night = berlin(&[(&[Day::Sun], "02:15", "02:45")]);
         let before = SPRING - week + 3 * HOUR;
@@ -197,13 +196,13 @@ mod tests {
     }
 
     #[test]
-    fn zones() {
+    fn unknown_zones_are_refused() {
         assert!(Windows::new(Some("Mars/Olympus"), &[]).is_none());
         assert!(Windows::new(None, &[]).unwrap().next_open(0).is_none());
     }
 
     proptest! {
-        /// Minute by minute, the obvious way.
+        /// Checks each minute by itself.
         #[test]
         fn edges_are_where_it_changes(start in SPRING - 90_000..SPRING + 90_000_i64, from in 0..1440_u16, len in 1..1440_u16) {
             let clock = |minutes: u16| format!("{:02}:{:02}", minutes / 60, minutes % 60);

@@ -1,4 +1,4 @@
-//! Records out of what was told.
+//! Rebuilds records from what appliances and clients reported.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -15,18 +15,18 @@ use crate::store::record::{
 /// Fills with random bytes fit for keys.
 pub(crate) type Dice<'a> = &'a mut dyn FnMut(&mut [u8]) -> std::io::Result<()>;
 
-/// Stands for a client that uses an allocation and is not known.
+/// Stands for an unknown client that uses an allocation.
 const NOBODY_KNOWN: ClientId = ClientId::from_u128(0);
 
-/// A client may have heard of changes of which no appliance has. So that no number is used for two of them, they go on
-/// from the time of the recovery, in seconds since 1970 shifted by this.
+/// A client may have heard of changes that no appliance knows. So that no change number is used twice, numbers
+/// continue from the time of the recovery, in seconds since 1970, shifted left by this.
 const CHANGES_SHIFT: u32 = 20;
 
 impl Told {
-    /// Records of what is there, and what is to be said about it, a line each.
+    /// Rebuilds the records, and returns messages about them, a line each.
     ///
     /// # Errors
-    /// When no random number can be had.
+    /// When there are no random numbers.
     pub(crate) fn put_together(
         self,
         unix: u64,
@@ -40,7 +40,7 @@ impl Told {
         let mut newest: Vec<AllocationRecord> =
             records.into_values().filter_map(|told| told.into_iter().max_by_key(age)).collect();
         newest.extend(undescribed.into_iter().filter_map(|of| site.of_map(&of.map)));
-        // Who was first keeps its name.
+        // Of two allocations with one name, the older one keeps it.
         newest.sort_by_key(|record| (record.created, record.id));
         let mut whole = Vec::with_capacity(newest.len());
         for record in newest {
@@ -52,8 +52,9 @@ impl Told {
     }
 }
 
-/// The larger, the newer: a change of owner, then a change of place, then what happens within both. Within one
-/// ownership nobody has it first, then whom it was handed to, then the owner with its keys, then nobody.
+/// Order of descriptors by age; the larger is the newer. First the epoch, then the changes, then events within both.
+/// Within one epoch an allocation first has no owner, then an owner without keys, then an owner with its keys, and
+/// then no owner again.
 fn age(record: &AllocationRecord) -> (Epoch, u64, u64, bool, u8, u64, u64) {
     let owned = match (&record.owner, record.revealed) {
         (None, false) => 0,
@@ -65,20 +66,20 @@ fn age(record: &AllocationRecord) -> (Epoch, u64, u64, bool, u8, u64, u64) {
     (record.epoch, record.changes, record.version, record.change.is_none(), owned, record.slabs.number, ends)
 }
 
-/// What is there, and what was built on it.
+/// The grants that appliances have, and the records that were built on them.
 struct Site {
     there: BTreeMap<GrantId, Grant>,
     names: BTreeSet<Name>,
-    /// By the region, the name of the allocation that has it.
+    /// Name of the allocation that has the region, by region.
     regions: BTreeMap<RegionId, Name>,
-    /// Keys of older metadata, each with the epoch that it is of.
+    /// Keys from older metadata, each with its epoch.
     keys: BTreeMap<GrantId, (Epoch, GrantKey)>,
     lines: Vec<String>,
     unix: u64,
 }
 
 impl Site {
-    /// The record as it holds now; none where it contradicts another one.
+    /// The record as it is valid now; none if it contradicts another one.
     fn rebuild(
         &mut self,
         newest: AllocationRecord,
@@ -96,7 +97,8 @@ impl Site {
         self.report(&record, map);
         self.find_owner(&mut record, map);
         self.find_keys(&mut record, map, dice)?;
-        // An open hand-over is committed or rolled back by the client that began it. Where keys have to be made anew, an attach ends it.
+        // An open hand-over is committed or rolled back by the client that began it. If new keys have to be made, an
+        // attach ends it.
         let owner = record.owner.as_ref().map(|owner| owner.client);
         let is_open = |one: &HandoverRecord| one.state == HandoverState::Open && owner == Some(one.to.client);
         record.handover = record.handover.take().filter(|one| record.next.is_none() && is_open(one));
@@ -110,7 +112,7 @@ impl Site {
         Ok(Some(record))
     }
 
-    /// A record of what only a client describes; none where an appliance did not tell its regions.
+    /// A record of an allocation that only a client's map describes; none if an appliance did not report its regions.
     fn of_map(&mut self, map: &Map) -> Option<AllocationRecord> {
         let Some(grants) = self.grants_of(map) else {
             let line = format!("a client has `{}`, and not all that it has was told by appliances", map.name);
@@ -146,7 +148,7 @@ impl Site {
         })
     }
 
-    /// The grants of a map, if appliances told the regions of all of them.
+    /// The grants of a map, if appliances reported the regions of all of them.
     fn grants_of(&self, map: &Map) -> Option<Vec<GrantRecord>> {
         let grant = |of: &allocator::Grant| {
             let there = self.there.get(&of.id).filter(|grant| grant.allocation == map.id)?;
@@ -157,8 +159,8 @@ impl Site {
         map.grants.iter().map(grant).collect()
     }
 
-    /// Of a change that was not over, the side that holds: the one that its owner has, which may not have heard yet
-    /// that the other does, and writes to both until then; or else the one that is there.
+    /// Settles an unfinished change: keeps the side in the owner's map. The owner may not have heard yet that the
+    /// other side holds, and writes to both sides until then. Without such a map, keeps the side whose grants exist.
     fn settle(&self, mut record: AllocationRecord, map: Option<&ClientMap>) -> AllocationRecord {
         record.phase = Phase::Ready;
         record.next = None;
@@ -173,7 +175,7 @@ impl Site {
         if let Some(map) = map.map(|of| &of.map).filter(|_| version > Some(record.version))
             && let Some(grants) = self.grants_of(map)
         {
-            // Appliances did not hear of the last change.
+            // The appliances did not hear of the last change.
             (record.size, record.version) = (map.size.0, map.version);
             (record.grants, record.slots) = (grants, map.regions.clone());
         }
@@ -182,7 +184,7 @@ impl Site {
         record
     }
 
-    /// Whether the other side of a change holds, and as which version of the map. `version` is the owner's.
+    /// Whether the other side of a change holds, and its version of the map. `version` is that of the owner's map.
     fn other_side(
         &self,
         record: &AllocationRecord,
@@ -190,7 +192,7 @@ impl Site {
         version: Option<u64>,
     ) -> Option<u64> {
         let all = |grants: &[GrantRecord]| grants.iter().all(|grant| self.there.contains_key(&grant.id));
-        // A side is given back only when the other one holds, whether its owner has heard of that or not.
+        // A side is given back only once the other one holds, whether the owner has heard of that or not.
         let (here, there) = (all(&record.grants), all(&change.grants));
         match change.stage {
             Stage::Preparing => None,
@@ -233,7 +235,7 @@ impl Site {
         }
     }
 
-    /// What is missing, and what contradicts itself.
+    /// Reports missing grants and contradictions.
     fn report(&mut self, record: &AllocationRecord, map: Option<&ClientMap>) {
         let name = &record.name;
         let missing: Vec<&GrantRecord> =
@@ -261,7 +263,7 @@ impl Site {
         }
     }
 
-    /// Who has the keys is the owner; so is whoever is seen to use it, known or not.
+    /// The client that has the keys is the owner; so is any client that is seen to use the allocation, known or not.
     fn find_owner(&mut self, record: &mut AllocationRecord, map: Option<&ClientMap>) {
         let told = map.filter(|of| of.map.epoch == record.epoch);
         let by = match (told.and_then(|of| of.client), &record.owner) {
@@ -286,7 +288,8 @@ impl Site {
         there.any(|grant| grant.connections > 0)
     }
 
-    /// The keys as the client has them; where it has not, or not of this ownership, new ones for the next.
+    /// Takes the keys from the client's map. If there is none, or it is of another epoch, makes new keys for the next
+    /// epoch.
     fn find_keys(
         &self,
         record: &mut AllocationRecord,
@@ -310,7 +313,7 @@ impl Site {
             let keys = record.grants.iter().map(|_| random_key(dice)).collect::<anyhow::Result<_>>()?;
             record.next = Some(NextEpoch { epoch: record.epoch.next(), keys });
         }
-        // Where appliances differ, an owner has keys for some of them only.
+        // If the appliances are at different epochs, an owner has keys for some of them only.
         record.keyless = !all && self.epochs(&record.grants).all(|epoch| epoch == record.epoch);
         Ok(())
     }

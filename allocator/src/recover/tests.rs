@@ -1,4 +1,4 @@
-//! What was told, and what becomes of it.
+//! Tests of recovery: reports of appliances and clients, and the records that follow from them.
 
 use xpm_protocol::api::allocator::{ChangeKind, Map, Owner};
 use xpm_protocol::api::appliance::Grant;
@@ -11,7 +11,7 @@ use crate::testing::allocation;
 const NOW: u64 = 1000;
 const CLIENT: ClientId = ClientId::from_u128(7);
 
-/// What the appliance has of a record, which has one grant, as it says it.
+/// The grant of a record with one grant, as its appliance reports it.
 fn grant(record: &AllocationRecord) -> Grant {
     let grant = &record.grants[0];
     Grant {
@@ -70,18 +70,18 @@ fn told(grants: Vec<Grant>, maps: Vec<Map>) -> (Vec<AllocationRecord>, String) {
 }
 
 #[test]
-fn all_is_as_it_was_where_the_client_tells_too() {
+fn all_is_as_before_if_the_client_has_its_map() {
     let mut record = AllocationRecord { owner: owner(CLIENT), revealed: true, ..allocation(1, "a") };
     record.terms.reclaimable = true;
     record.terms.account = Some("batch".parse().unwrap());
     let (records, lines) = told(vec![grant(&record)], vec![map(&record)]);
-    // No number of a change is used a second time.
+    // No change number is used a second time.
     assert_eq!(records, [AllocationRecord { changes: NOW << 20, ..record }]);
     assert!(lines.contains("`a` of 256MiB is recovered\n"), "{lines}");
 }
 
 #[test]
-fn who_has_the_keys_is_the_owner_though_no_appliance_was_told() {
+fn a_client_with_the_keys_is_the_owner_though_no_appliance_knows() {
     let record = allocation(1, "a");
     let (records, _) = told(vec![grant(&record)], vec![map(&record)]);
     let by = records[0].owner.as_ref().unwrap();
@@ -91,7 +91,7 @@ fn who_has_the_keys_is_the_owner_though_no_appliance_was_told() {
 }
 
 #[test]
-fn what_is_in_use_by_who_knows_whom_is_nobodys_to_take() {
+fn an_allocation_used_by_an_unknown_client_has_an_owner() {
     let record = allocation(1, "a");
     let used = Grant { connections: 2, ..grant(&record) };
     let (records, lines) = told(vec![used], Vec::new());
@@ -102,7 +102,7 @@ fn what_is_in_use_by_who_knows_whom_is_nobodys_to_take() {
 }
 
 #[test]
-fn keys_that_nobody_tells_are_made_anew_with_the_next_owner() {
+fn missing_keys_are_made_anew_for_the_next_epoch() {
     let record = AllocationRecord { owner: owner(CLIENT), revealed: true, ..allocation(1, "a") };
     let old = AllocationRecord { epoch: Epoch(0), ..record.clone() };
     for maps in [Vec::new(), vec![map(&old)]] {
@@ -116,7 +116,7 @@ fn keys_that_nobody_tells_are_made_anew_with_the_next_owner() {
 }
 
 #[test]
-fn of_what_appliances_say_the_newest_holds() {
+fn the_newest_descriptor_counts() {
     let made = allocation(1, "a");
     let owned = AllocationRecord { owner: owner(CLIENT), revealed: true, ..made.clone() };
     let left = AllocationRecord { owner: None, ..owned.clone() };
@@ -134,7 +134,7 @@ fn of_what_appliances_say_the_newest_holds() {
 }
 
 #[test]
-fn a_change_of_owner_that_broke_off_is_told_and_ends_with_the_next() {
+fn an_unfinished_change_of_owner_is_reported_and_ends_with_the_next() {
     let mut record = allocation(1, "a");
     let mut second = record.grants[0].clone();
     (second.id, second.regions) = (GrantId::from_u128(2), vec![RegionId::from_u128(2)]);
@@ -148,7 +148,7 @@ fn a_change_of_owner_that_broke_off_is_told_and_ends_with_the_next() {
 }
 
 #[test]
-fn what_is_missing_is_told_and_not_thrown_away() {
+fn missing_grants_are_reported_and_stay_in_the_record() {
     let mut record = allocation(1, "a");
     let mut second = record.grants[0].clone();
     (second.id, second.regions) = (GrantId::from_u128(2), vec![RegionId::from_u128(2)]);
@@ -159,7 +159,7 @@ fn what_is_missing_is_told_and_not_thrown_away() {
 }
 
 #[test]
-fn what_is_claimed_twice_is_the_first_ones() {
+fn a_region_claimed_twice_belongs_to_the_older_allocation() {
     let first = allocation(1, "a");
     let mut second = AllocationRecord { created: 2, ..allocation(2, "b") };
     second.grants[0].regions = first.grants[0].regions.clone();
@@ -169,7 +169,7 @@ fn what_is_claimed_twice_is_the_first_ones() {
 }
 
 #[test]
-fn the_first_one_keeps_a_name_that_two_have() {
+fn the_older_of_two_allocations_keeps_the_name() {
     let second = AllocationRecord { created: 2, ..allocation(1, "a") };
     let (records, lines) = told(vec![grant(&second), grant(&allocation(2, "a"))], Vec::new());
     let names: Vec<_> = records.iter().map(|one| (one.id.as_u128(), one.name.to_string())).collect();
@@ -178,7 +178,7 @@ fn the_first_one_keeps_a_name_that_two_have() {
 }
 
 #[test]
-fn the_map_of_a_client_stands_in_for_what_appliances_do_not_say() {
+fn a_client_map_replaces_missing_descriptors() {
     let record = allocation(1, "a");
     let silent = Grant { descriptor: None, ..grant(&record) };
     let (records, _) = told(vec![silent.clone()], vec![map(&record)]);
@@ -192,7 +192,7 @@ fn the_map_of_a_client_stands_in_for_what_appliances_do_not_say() {
     }
 }
 
-/// A record with a change to another grant, and what appliances have of both sides.
+/// A record with a change to another grant, and the grants of both sides as the appliance reports them.
 fn changing(stage: Stage) -> (AllocationRecord, Grant, Grant) {
     let mut record = AllocationRecord { changes: 1, ..allocation(1, "a") };
     let mut other = record.grants[0].clone();
@@ -221,7 +221,7 @@ fn grant_of(told: &(Vec<AllocationRecord>, String)) -> u128 {
 }
 
 #[test]
-fn of_a_change_the_side_holds_that_the_client_has_or_else_that_is_there() {
+fn a_change_keeps_the_side_of_the_client_map_or_of_existing_grants() {
     let (record, now, other) = changing(Stage::Open);
     assert_eq!(grant_of(&told(vec![now.clone(), other.clone()], Vec::new())), 1);
     assert_eq!(grant_of(&told(vec![other.clone()], Vec::new())), 2, "what was before is given back already");
@@ -233,7 +233,7 @@ fn of_a_change_the_side_holds_that_the_client_has_or_else_that_is_there() {
 }
 
 #[test]
-fn a_change_that_holds_is_not_turned_back_but_for_an_owner_that_has_not_heard_of_it() {
+fn a_switched_change_is_reverted_only_for_an_owner_that_has_not_heard() {
     let (mut record, now, other) = changing(Stage::Switched);
     let old = map(&record);
     record.version = 1;
@@ -261,7 +261,7 @@ fn a_change_that_was_not_ready_is_given_up() {
 }
 
 #[tokio::test]
-async fn an_appliance_that_does_not_answer_is_left_out_only_where_that_is_said() {
+async fn a_silent_appliance_is_left_out_only_with_partial() {
     let closed = std::net::TcpListener::bind("127.0.0.1:0").and_then(|one| one.local_addr()).unwrap();
     let mut sources = Sources { appliances: vec![format!("http://{closed}")], ..Sources::default() };
     let error = recover(&sources, NOW).await.unwrap_err().to_string();
@@ -272,7 +272,7 @@ async fn an_appliance_that_does_not_answer_is_left_out_only_where_that_is_said()
 }
 
 #[tokio::test]
-async fn the_state_of_a_client_says_who_it_is() {
+async fn the_state_directory_of_a_client_has_its_id() {
     let record = allocation(1, "a");
     let directory = tempfile::tempdir().unwrap();
     let devices = directory.path().join("devices");

@@ -5,7 +5,6 @@
 //! must be right at the moment when it becomes the owner. The present owner is told of the standby, writes down that
 //! it has to hold its I/O when appliances refuse it, and reports that: only then can the allocation be handed over
 //! (`handover.rs`).
-//! then can the allocation be handed over (`handover.rs`).
 
 use xpm_control::server::ApiError;
 use xpm_protocol::api::ErrorKind;

@@ -1,4 +1,4 @@
-//! All that is remembered, but for decisions, as one file.
+//! Backups: all stored metadata except decisions, in one file.
 
 use std::io::Write as _;
 use std::os::unix::fs::OpenOptionsExt as _;
@@ -12,20 +12,20 @@ use xpm_protocol::policy::Documents;
 
 use super::{AllocationRecord, ApplianceRecord, Batch, Change, Loaded, MetadataStore, PolicyChange, SCHEMA};
 
-/// Form of the file.
+/// Version of the file format.
 const FORMAT: u32 = 1;
 
 /// A backup. Serialized it holds the keys of all grants.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Backup {
-    /// Form of the file; 1.
+    /// Version of the file format; 1.
     pub format: u32,
     /// Schema of the records.
     pub schema: u64,
     /// When it was made, seconds since 1970.
     pub made: u64,
-    /// Every allocation, those being made and deleted included.
+    /// Every allocation, including those being made or deleted.
     pub allocations: Vec<AllocationRecord>,
     /// Every appliance.
     pub appliances: Vec<ApplianceRecord>,
@@ -36,7 +36,7 @@ pub struct Backup {
     /// Texts of documents.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub written: Vec<Written>,
-    /// Which metadata these are, and of which change; unknown where an older program made it.
+    /// Id and state of the metadata; unknown if an older program made the backup.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub metadata: Option<MetadataState>,
 }
@@ -48,7 +48,7 @@ struct AnyBackup {
 }
 
 impl Backup {
-    /// What is remembered now.
+    /// A backup of the loaded metadata.
     pub fn new(made: u64, loaded: Loaded) -> Backup {
         let Loaded { allocations, appliances, documents, revision, written, alive: _, events: _, state } =
             loaded;
@@ -65,10 +65,10 @@ impl Backup {
         }
     }
 
-    /// Reads a file.
+    /// Reads a backup file.
     ///
     /// # Errors
-    /// When it is no backup, or of a newer program.
+    /// When the file is no backup, or was written by a newer program.
     pub fn read(path: &Path) -> anyhow::Result<Backup> {
         let what = || format!("{} is no backup of an allocator", path.display());
         let text =
@@ -87,7 +87,7 @@ impl Backup {
     /// Writes a new file, of mode 0600.
     ///
     /// # Errors
-    /// When it is there already, or cannot be written.
+    /// When the file exists already, or cannot be written.
     pub fn write(&self, path: &Path) -> anyhow::Result<()> {
         let what = || format!("cannot write {}", path.display());
         let mut open = std::fs::OpenOptions::new();
@@ -96,10 +96,10 @@ impl Backup {
         file.sync_all().with_context(what)
     }
 
-    /// Puts it into a store, which has to be empty.
+    /// Writes the backup into a store, which has to be empty.
     ///
     /// # Errors
-    /// When something is in it, or it cannot be written; then nothing has changed.
+    /// When the store is not empty, or cannot be written; then nothing has changed.
     pub fn restore<S: MetadataStore + ?Sized>(self, store: &mut S) -> anyhow::Result<()> {
         let there = store.load()?;
         let empty = there.allocations.is_empty() && there.appliances.is_empty() && there.revision == 0;
@@ -110,7 +110,7 @@ impl Backup {
         Ok(store.commit(&[self.into_batch()])?)
     }
 
-    /// All of it as changes.
+    /// The whole content as changes.
     pub fn into_batch(self) -> Batch {
         let mut batch: Vec<Change> = Vec::new();
         batch.extend(self.allocations.into_iter().map(|record| Change::Allocation(Box::new(record))));
@@ -122,7 +122,7 @@ impl Backup {
             written: self.written,
         };
         batch.push(Change::Policy(Box::new(policy)));
-        // From then on the allocator was not there.
+        // Time after the backup counts as absence of the allocator.
         batch.extend((self.made > 0).then_some(Change::Alive(self.made)));
         batch.extend(self.metadata.map(Change::State));
         batch
@@ -138,7 +138,7 @@ mod tests {
     use crate::testing::{allocation, appliance};
 
     #[test]
-    fn what_is_backed_up_is_restored_into_an_empty_store_only() {
+    fn a_backup_is_restored_only_into_an_empty_store() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("backup");
         let loaded = Loaded {

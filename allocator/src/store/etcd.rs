@@ -1,9 +1,9 @@
-//! Metadata in etcd, written by the one of several allocators that leads.
+//! Metadata in etcd, written by the leader of several allocators.
 //!
-//! Each transaction compares two keys: that of the leader, which must have been created at the
-//! revision that this term began with, and a sequence, which must have the value that the last
-//! transaction gave it. So the write of a deposed leader fails, whenever it arrives, and so does one
-//! that was sent twice because the first answer did not come.
+//! Each transaction compares two keys: the leader's key, which must have been created at the revision at which this
+//! term began, and a sequence key, which must have the value that the last transaction gave it. So the write of a
+//! deposed leader fails, whenever it arrives, and so does a write that was sent twice because the first answer did
+//! not arrive.
 
 mod entries;
 mod journal;
@@ -31,30 +31,30 @@ use self::entries::{
 use super::{Batch, Change, Decisions, Loaded, MetadataStore, SCHEMA, StoreError, new_pool};
 use crate::etcd::{Etcd, EtcdError, LEADER_KEY};
 
-/// How long a read or a write may take, all tries together.
+/// Time limit of a read or a write, all attempts together.
 const LIMIT: Duration = Duration::from_secs(8);
-/// Keys that are read at once.
+/// Number of keys that one request reads.
 const PAGE: i64 = 256;
 /// Largest answer that is read, in bytes.
 const ANSWER_LEN_MAX: usize = 1 << 30;
 
-/// Metadata in etcd, as long as a term lasts. Its methods must not be called by a thread that runs
-/// asynchronous tasks.
+/// Metadata in etcd, for the duration of one term. Its methods must not be called by a thread that runs asynchronous
+/// tasks.
 #[derive(Debug)]
 pub struct EtcdStore {
     etcd: Etcd,
     runtime: Handle,
-    /// The revision that the leader's key was created at.
+    /// The revision at which the leader's key was created.
     term: i64,
-    /// The value of the sequence's key; none before the first write of all.
+    /// The value of the sequence key; none before the very first write.
     sequence: Option<String>,
-    /// Writes of this term.
+    /// Number of writes in this term.
     writes: u64,
-    /// Batches that were committed, in all terms.
+    /// Number of batches that were committed, in all terms.
     number: u64,
 }
 
-/// Reads decisions beside the one who writes.
+/// Reads decisions beside the writer.
 #[derive(Debug)]
 struct EtcdDecisions {
     etcd: Etcd,
@@ -62,8 +62,7 @@ struct EtcdDecisions {
 }
 
 impl EtcdStore {
-    /// Opens the store for the term that began at this revision. Finishes what the last leader left
-    /// half done.
+    /// Opens the store for the term that began at this revision. Finishes a journal that the last leader left.
     pub fn open(etcd: Etcd, term: i64, runtime: &Handle) -> Result<EtcdStore, StoreError> {
         let mut store =
             EtcdStore { etcd, runtime: runtime.clone(), term, sequence: None, writes: 0, number: 0 };
@@ -90,7 +89,7 @@ impl EtcdStore {
         }
     }
 
-    /// Gives metadata that an older program made, or that are new, an id.
+    /// Gives the metadata an id if they are new or were written by an older program.
     async fn settle_pool(&mut self) -> Result<(), StoreError> {
         let number = text_at(&self.etcd, NUMBER_KEY).await?;
         let number = number.map(|text| decode(&self.etcd, NUMBER_KEY, text.as_bytes())).transpose()?;
@@ -102,7 +101,7 @@ impl EtcdStore {
         self.write(Entries::from([(POOL_KEY.to_owned(), Some(pool.to_string()))])).await
     }
 
-    /// Writes entries that fit in one transaction.
+    /// Writes entries that fit into one transaction.
     async fn write(&mut self, entries: Entries) -> Result<(), StoreError> {
         if entries.is_empty() {
             return Ok(());
@@ -140,7 +139,7 @@ impl EtcdStore {
             .or_else([TxnOp::get(leader, None), TxnOp::get(sequence, None)])
     }
 
-    /// Whether an earlier try of the same transaction was carried out.
+    /// Whether an earlier attempt of the same transaction was carried out.
     fn was_written(&self, answer: &TxnResponse, next: &str) -> bool {
         let responses = answer.op_responses();
         let [TxnOpResponse::Get(leader), TxnOpResponse::Get(sequence)] = responses.as_slice() else {
@@ -185,7 +184,7 @@ impl EtcdStore {
         Ok(entries)
     }
 
-    /// Removes old decisions. It need not be atomic: nothing else depends on them.
+    /// Removes old decisions. This need not be atomic: nothing else depends on them.
     async fn forget_decisions(&mut self, unix: u64) -> Result<(), StoreError> {
         let keys = keys_below(&self.etcd, DECISIONS).await?;
         let old = keys.into_iter().filter(|key| !is_since(key, unix));
@@ -217,7 +216,8 @@ impl EtcdStore {
     }
 }
 
-/// Metadata in etcd without an office: they are read, and nothing is written. For a time in which nobody can.
+/// Read access to metadata in etcd without being the leader, for a time in which etcd has no room and no leader can
+/// be elected.
 #[derive(Debug)]
 pub struct ReadOnly {
     store: EtcdStore,
@@ -225,7 +225,7 @@ pub struct ReadOnly {
 }
 
 impl ReadOnly {
-    /// Sends nothing yet. `why` is said to whoever wants something changed.
+    /// Sends nothing yet. `why` is the reason in refusals of changes.
     pub fn new(etcd: Etcd, runtime: &Handle, why: String) -> ReadOnly {
         let store =
             EtcdStore { etcd, runtime: runtime.clone(), term: 0, sequence: None, writes: 0, number: 0 };
@@ -267,7 +267,7 @@ impl MetadataStore for EtcdStore {
         let (runtime, number) = (self.runtime.clone(), self.number);
         let written = runtime.block_on(self.write_batches(batches));
         if written.is_err() {
-            // The same batches may come again, and count once.
+            // The same batches may be committed again, and count once.
             self.number = number;
         }
         written
@@ -313,7 +313,7 @@ async fn text_at(etcd: &Etcd, name: &str) -> Result<Option<String>, StoreError> 
     Ok(found.kvs().first().map(|entry| String::from_utf8_lossy(entry.value()).into_owned()))
 }
 
-/// Every entry whose key begins so, a page at a time. Nobody but this leader writes meanwhile.
+/// Every entry whose key begins with the prefix, read page by page. Only this leader could write meanwhile.
 async fn entries_below(etcd: &Etcd, name: &str, options: GetOptions) -> Result<Vec<KeyValue>, StoreError> {
     let mut from = etcd.key(name).into_bytes();
     let end = after(&from);
@@ -334,7 +334,7 @@ async fn entries_below(etcd: &Etcd, name: &str, options: GetOptions) -> Result<V
     }
 }
 
-/// The first key that does not begin so, for what ends with a slash.
+/// The first key after all keys with this prefix, which ends with a slash.
 fn after(prefix: &[u8]) -> Vec<u8> {
     let mut end = prefix.to_vec();
     if let Some(last) = end.last_mut() {
@@ -343,7 +343,7 @@ fn after(prefix: &[u8]) -> Vec<u8> {
     end
 }
 
-/// The keys below a name, without the prefix of all.
+/// The keys below a name, without the allocator's prefix.
 async fn keys_below(etcd: &Etcd, name: &str) -> Result<Vec<String>, StoreError> {
     let entries = entries_below(etcd, name, GetOptions::new().with_keys_only()).await?;
     let prefix = etcd.key("");
@@ -356,7 +356,7 @@ async fn read_below<T: DeserializeOwned>(etcd: &Etcd, name: &str) -> Result<Vec<
     entries.iter().map(|entry| decode_entry(etcd, entry)).collect()
 }
 
-/// Those of the values below a name that can be read: nothing depends on the others.
+/// The readable values below a name: nothing depends on the others.
 async fn beside<T: DeserializeOwned>(etcd: &Etcd, name: &str) -> Result<Vec<T>, StoreError> {
     let entries = entries_below(etcd, name, GetOptions::new()).await?;
     Ok(entries.iter().filter_map(|entry| serde_json::from_slice(entry.value()).ok()).collect())

@@ -1,7 +1,7 @@
-//! A panic of the database becomes an error.
+//! Turns a panic of the database into an error.
 //!
-//! redb trusts its file: a bit that flipped there can make it panic in any call. What it was doing is over then, and the
-//! store is not used any more.
+//! redb trusts its file: a flipped bit in the file can make any call panic. The call is over then, and the store is
+//! not used any more.
 
 use std::any::Any;
 use std::cell::Cell;
@@ -12,14 +12,14 @@ use std::sync::Once;
 use super::StoreError;
 
 thread_local! {
-    /// A panic of this thread becomes an error, and is not printed.
+    /// Set while a panic of this thread becomes an error, and is not printed.
     static GUARDED: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Does something with the database.
+/// Does some work with the database.
 ///
 /// # Errors
-/// Those of `work`, and that it panicked.
+/// Those of `work`, or that it panicked.
 pub(super) fn guarded<T>(
     path: &Path,
     doing: &str,
@@ -27,7 +27,7 @@ pub(super) fn guarded<T>(
 ) -> Result<T, StoreError> {
     be_quiet();
     let before = GUARDED.replace(true);
-    // Whoever gets the error uses nothing of it any more.
+    // After an error the caller does not use the database any more.
     let done = panic::catch_unwind(AssertUnwindSafe(work));
     GUARDED.set(before);
     done.unwrap_or_else(|panic| {
@@ -36,7 +36,7 @@ pub(super) fn guarded<T>(
     })
 }
 
-/// Lets go of a database, whatever comes of it.
+/// Drops a database, ignoring any panic.
 pub(super) fn let_go<T>(database: T) {
     be_quiet();
     let before = GUARDED.replace(true);

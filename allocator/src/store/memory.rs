@@ -1,4 +1,4 @@
-//! A store that forgets everything when it is dropped, for tests of the service.
+//! A store in memory, for tests of the service. It is lost when it is dropped.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -79,7 +79,7 @@ impl MetadataStore for MemoryStore {
 }
 
 impl MemoryStore {
-    /// One that has this.
+    /// A store with this content.
     #[cfg(test)]
     pub(crate) fn of(loaded: Loaded) -> MemoryStore {
         let mut store = MemoryStore::default();
@@ -135,7 +135,7 @@ impl MemoryStore {
 
 impl MemoryDecisions {
     fn with<T>(&self, work: impl FnOnce(&mut BTreeMap<(Name, u64), Decision>) -> T) -> T {
-        // A panic of another test thread does not make the map wrong.
+        // A panic of another test thread leaves the map consistent.
         work(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }

@@ -1,7 +1,7 @@
-//! What the allocator remembers, and where.
+//! Stores: where the allocator keeps its metadata.
 //!
-//! The service decides on changes; a store makes whole batches of them durable. `docs/metadata.md`
-//! describes the stored form.
+//! The service decides on changes; a store makes whole batches of them durable. `docs/metadata.md` describes the
+//! stored form.
 
 pub mod backup;
 pub mod etcd;
@@ -25,29 +25,30 @@ use xpm_protocol::{AllocationId, ApplianceId, Name, PoolId};
 pub use record::{AllocationRecord, ApplianceRecord};
 pub use writer::{Tell, Writer};
 
-/// Version of the stored form. A store of a newer one is refused.
+/// Version of the stored form. A store of a newer version is refused.
 ///
 /// - 1: tables `meta`, `allocations`, `appliances`; values in JSON.
-/// - 2: tables `documents` and `decisions`; allocations have terms. A store of schema 1 is read as
-///   one without documents and decisions, and its allocations as without terms.
-/// - 3: allocations have a map version, changes and a change, grants the one that they take over from,
-///   appliances a drain. A store of schema 2 is read as one without any of these.
-/// - 4: allocations have slabs with names. A store of schema 3 is read as one without any.
-/// - 5: values in the file end with a checksum. Those of an older one get theirs at the first start. Allocations have a block
-///   size, and appliances that are given up; appliances may be given up. Allocations have a client that stands by, and a hand-over.
+/// - 2: tables `documents` and `decisions`; allocations have terms. A store of schema 1 is read as without documents
+///   and decisions, and its allocations as without terms.
+/// - 3: allocations have a map version, changes and a change; grants have the grant that they take over from;
+///   appliances have a drain. A store of schema 2 is read as without any of these.
+/// - 4: allocations have named slabs. A store of schema 3 is read as without any.
+/// - 5: values in the file end with a checksum. Values of an older file get theirs at the first start. Allocations
+///   have a block size, appliances that are given up, a client that stands by, and a hand-over; appliances may be
+///   given up.
 pub const SCHEMA: u64 = 5;
 
 /// From this schema on values in the file have a checksum.
 const SCHEMA_SEALED: u64 = 5;
 
-/// One change of what is remembered.
+/// A change of the metadata.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Change {
-    /// The allocation is like this now.
+    /// The new record of an allocation.
     Allocation(Box<AllocationRecord>),
     /// The allocation is gone.
     AllocationGone(AllocationId),
-    /// The appliance is like this now.
+    /// The new record of an appliance.
     Appliance(Box<ApplianceRecord>),
     /// The appliance is gone.
     ApplianceGone(ApplianceId),
@@ -56,15 +57,16 @@ pub enum Change {
     /// A decision was made. The number orders the decisions about one name: the moment in seconds
     /// since 1970 times 2^20, and a count.
     Decision(u64, Box<Decision>),
-    /// Something happened.
+    /// A new event.
     Event(Box<Event>),
-    /// The event of this number is forgotten.
+    /// The event of this number is deleted.
     EventGone(u64),
-    /// Decisions that were made before this moment, seconds since 1970, are forgotten.
+    /// Decisions that were made before this moment, seconds since 1970, are deleted.
     DecisionsBefore(u64),
-    /// The allocator was there at this moment, seconds since 1970: from then on until it is there again no time counts.
+    /// The allocator was running at this moment, seconds since 1970. The time from then until it runs again counts as
+    /// absence.
     Alive(u64),
-    /// The metadata are in this state now: they were restored or recovered.
+    /// The metadata have this state now: they were restored or recovered.
     State(MetadataState),
 }
 
@@ -84,10 +86,10 @@ pub struct PolicyChange {
 /// Changes that become durable together or not at all.
 pub type Batch = Vec<Change>;
 
-/// All that is remembered.
+/// All stored metadata, except decisions.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Loaded {
-    /// Every allocation, those being made and deleted included.
+    /// Every allocation, including those being made or deleted.
     pub allocations: Vec<AllocationRecord>,
     /// Every appliance.
     pub appliances: Vec<ApplianceRecord>,
@@ -95,38 +97,38 @@ pub struct Loaded {
     pub documents: Documents,
     /// The revision of the documents.
     pub revision: u64,
-    /// When the allocator was there last, seconds since 1970; unknown where an older program wrote.
+    /// When the allocator was running last, seconds since 1970; unknown if an older program wrote the store.
     pub alive: Option<u64>,
-    /// Texts of documents, also of versions that are not the present ones.
+    /// Texts of documents, including those of outdated versions.
     pub written: Vec<Written>,
-    /// Events that are kept, in no certain order. Those that cannot be read are left out.
+    /// Events that are kept, in no particular order. Unreadable events are left out.
     pub events: Vec<Event>,
-    /// Which metadata these are, and how many batches were committed. Each batch of [`MetadataStore::commit`] counts.
+    /// Id of the metadata, and the number of committed batches. Each batch of [`MetadataStore::commit`] counts.
     pub state: Option<MetadataState>,
 }
 
-/// An id for metadata that have none.
+/// An id for metadata without one.
 fn new_pool(path: &Path) -> Result<PoolId, StoreError> {
     let random = xpm_control::random::u128();
     random.map(PoolId::from_u128).map_err(|source| StoreError::Directory { path: path.to_owned(), source })
 }
 
-/// Keeps metadata. Its methods block.
+/// A store of metadata. Its methods block.
 pub trait MetadataStore: Send + 'static {
-    /// Reads everything.
+    /// Reads everything except decisions.
     fn load(&mut self) -> Result<Loaded, StoreError>;
 
-    /// Makes the batches durable, in order, all together. After an error it is unknown whether
-    /// they are, and the store must not be written again before it is opened anew.
+    /// Makes the batches durable, in order, all together. After an error it is unknown whether they are durable, and
+    /// the store must not be written again before it is opened anew.
     fn commit(&mut self, batches: &[Batch]) -> Result<(), StoreError>;
 
-    /// Makes the store fit to be written again after [`Self::commit`] failed in a way that passes
-    /// ([`StoreError::passing`]). The same batches can be committed again then.
+    /// Makes the store fit for writing again after [`Self::commit`] failed with a passing error
+    /// ([`StoreError::passing`]). Then the same batches can be committed again.
     fn reopen(&mut self) -> Result<(), StoreError> {
         Ok(())
     }
 
-    /// Why it cannot be written from the start, if it cannot.
+    /// If the store was opened read-only: the reason.
     fn is_read_only(&self) -> Option<String> {
         None
     }
@@ -134,13 +136,13 @@ pub trait MetadataStore: Send + 'static {
     /// Every recorded decision with its number.
     fn all_decisions(&mut self) -> Result<Vec<(u64, Decision)>, StoreError>;
 
-    /// What reads decisions while another thread writes.
+    /// A reader of decisions, for use while another thread writes.
     fn decisions(&self) -> Box<dyn Decisions>;
 }
 
 /// Reads recorded decisions. Its methods block.
 pub trait Decisions: fmt::Debug + Send + Sync {
-    /// The decisions about a name, the newest first, at most so many.
+    /// The newest `most` decisions about a name, the newest first.
     fn about(&self, name: &Name, most: usize) -> Result<Vec<Decision>, StoreError>;
 }
 
@@ -157,13 +159,13 @@ pub enum StoreError {
         /// Why.
         source: std::io::Error,
     },
-    /// Another process has it open.
+    /// Another process has the store open.
     #[error("another allocator uses {path}; stop that one, or name another directory with --data")]
     Locked {
         /// The file.
         path: PathBuf,
     },
-    /// A newer program wrote it.
+    /// A newer program wrote the store.
     #[error(
         "{path} was written by a newer xpm-allocator (schema {found}, this one knows {known}); nothing was changed; start \
          the newer program"
@@ -176,13 +178,13 @@ pub enum StoreError {
         /// The newest schema that this program knows.
         known: u64,
     },
-    /// There is no room to write. That may pass.
+    /// There is no room to write. This may pass.
     #[error("{why}")]
     Full {
-        /// Where, and what to do.
+        /// The place, and the remedy.
         why: String,
     },
-    /// The file of a pool is not there.
+    /// The file of a pool is missing.
     #[error(
         "{path} is gone, and {mark} says that a pool was made there: restore it, make it anew with `xpm-allocator recover \
          --from-network URL...`, or remove {mark} where a new pool is to begin"
@@ -190,37 +192,37 @@ pub enum StoreError {
     Gone {
         /// The file.
         path: PathBuf,
-        /// What says so.
+        /// The file that says that a pool was made.
         mark: PathBuf,
     },
-    /// The database refuses.
+    /// The database failed.
     #[error(
         "cannot {doing} {path}; if it is damaged, `xpm-allocator recover --from-network URL...` makes it anew from what appliances \
          know"
     )]
     Database {
-        /// What was tried: `open`, `read`, `write`.
+        /// The failed action: `open`, `read`, `write`.
         doing: &'static str,
         /// The file.
         path: PathBuf,
         /// Why.
         source: Box<::redb::Error>,
     },
-    /// etcd does not do what it is asked.
+    /// etcd did not carry out a request.
     #[error("cannot {doing} the metadata")]
     Etcd {
-        /// What was tried: `read`, `write`.
+        /// The failed action: `read`, `write`.
         doing: &'static str,
         /// Why.
         source: Box<crate::etcd::EtcdError>,
     },
-    /// Another allocator leads. Nothing was written.
+    /// Another allocator is the leader. Nothing was written.
     #[error("another allocator leads now, by {store}: this one writes no more")]
     Deposed {
         /// The address of etcd.
         store: String,
     },
-    /// A value is not what this program writes.
+    /// A value is not in the form that this program writes.
     #[error(
         "{path} is damaged: {what}; `xpm-allocator recover --from-network URL...` makes the metadata anew from what appliances \
          know, or restore a backup"
@@ -228,13 +230,13 @@ pub enum StoreError {
     Damaged {
         /// The file.
         path: PathBuf,
-        /// Where, and what.
+        /// The place and the damage.
         what: String,
     },
 }
 
 impl StoreError {
-    /// Why nothing can be written now, if that may pass by itself.
+    /// Why nothing can be written now, if the error may pass by itself.
     pub fn passing(&self) -> Option<String> {
         match self {
             StoreError::Full { why } => Some(why.clone()),

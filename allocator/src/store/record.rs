@@ -1,4 +1,4 @@
-//! The stored values. They change only together with [`super::SCHEMA`].
+//! The stored records. They change only together with [`super::SCHEMA`].
 
 use std::collections::BTreeSet;
 
@@ -14,13 +14,13 @@ use xpm_protocol::{
     RegionId,
 };
 
-/// An allocation. `Debug` shows no keys.
+/// The record of an allocation. `Debug` shows no keys.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct AllocationRecord {
     /// Its id.
     pub id: AllocationId,
-    /// Its name. While it is deleted or undone, another allocation may have the same.
+    /// Its name. While it is deleted or undone, another allocation may have the same name.
     pub name: Name,
     /// Its size in bytes, whole pages.
     pub size: u64,
@@ -28,90 +28,90 @@ pub struct AllocationRecord {
     pub layout: Layout,
     /// Length of each region in bytes.
     pub region_len: u64,
-    /// When it was asked for, seconds since 1970.
+    /// When it was requested, seconds since 1970.
     pub created: u64,
-    /// How far it is.
+    /// Its phase.
     pub phase: Phase,
-    /// Ownership counter, as every appliance of it has it, except while `next` is set.
+    /// Ownership counter, the same at each of its appliances, except while `next` is set.
     pub epoch: Epoch,
     /// The client that uses it.
     pub owner: Option<Owner>,
-    /// Whether any client was ever given the keys of this epoch.
+    /// Whether a client was ever given the keys of this epoch.
     pub revealed: bool,
-    /// The next ownership, while it is or may be known to some appliances and not to all.
+    /// The next ownership, while some of its appliances have or may have it, and not all.
     pub next: Option<NextEpoch>,
-    /// What is held on each appliance.
+    /// Its grants, one per appliance.
     pub grants: Vec<GrantRecord>,
-    /// The regions in order, as places in the grants.
+    /// The regions in order, as indices into the grants.
     pub slots: Vec<RegionSlot>,
-    /// On what terms it was made.
+    /// The terms on which it was made.
     #[serde(default)]
     pub terms: Terms,
-    /// Since when nobody uses it, seconds since 1970; of no meaning while it has an owner.
+    /// Since when it has no owner, seconds since 1970; meaningless while it has one.
     #[serde(default)]
     pub idle_since: u64,
-    /// That it gives way to a request of a higher priority.
+    /// Set when it gives way to a request of a higher priority.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reclaim: Option<Reclaim>,
-    /// Number of the change that led to where it lies; 0: it lies where it was made.
+    /// Number of the change that led to its present place; 0: it is where it was made.
     #[serde(default)]
     pub version: u64,
-    /// Changes that were begun, given up ones included.
+    /// Number of changes that were begun, given-up ones included.
     #[serde(default)]
     pub changes: u64,
-    /// A change of where it lies that is not over.
+    /// A change of its place that is not over.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub change: Option<Box<ChangeRecord>>,
-    /// Slabs with names.
+    /// Its named slabs.
     #[serde(default, skip_serializing_if = "SlabMap::is_empty")]
     pub slabs: SlabMap,
-    /// Appliances of it whose memory the operator has given up.
+    /// Its appliances whose memory the operator has given up.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub given_up: BTreeSet<ApplianceId>,
-    /// Logical block size of its devices; none of one that was made before there was a choice.
+    /// Logical block size of its devices; none if it was made before block sizes could be chosen.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub block_size: Option<BlockSize>,
     /// The client that stands by to take it over.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub standby: Option<Box<Standby>>,
-    /// The hand-over that it is part of, which is not over.
+    /// The unfinished hand-over that it is part of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub handover: Option<Box<HandoverRecord>>,
-    /// Its keys are made up, because the metadata were recovered and nobody told them, and no appliance can have heard of
-    /// `next`: its owner may still tell them.
+    /// Its keys are placeholders: the metadata were recovered without them, and no appliance can have heard of
+    /// `next`. Its owner may still report the right keys.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub keyless: bool,
 }
 
-/// A hand-over of this allocation, and of all others with the same id, to the client that stood by. The records of all of
-/// them change together, in one batch.
+/// A hand-over of this allocation, and of all others with the same hand-over id, to the client that stood by. Their
+/// records change together, in one batch.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct HandoverRecord {
     /// Its id.
     pub id: HandoverId,
-    /// How far it is; none of the states of what is over.
+    /// Its state; never a state of a finished hand-over.
     pub state: HandoverState,
     /// The owner before it.
     pub from: Owner,
     /// The owner after it.
     pub to: Owner,
-    /// Since when, seconds since 1970.
+    /// When it began, seconds since 1970.
     pub since: u64,
 }
 
-/// A change of where an allocation lies, which is not over. It has two sides: what the record says otherwise
-/// holds, and this is the other side: what is to come, and from [`Stage::Switched`] on what was before.
+/// An unfinished change of an allocation's place. It has two sides: the allocation record's own fields are the side
+/// that holds, and this is the other side: until [`Stage::Switched`] the new side, from then on the old one.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ChangeRecord {
     /// The version of the map after it.
     pub number: u64,
-    /// What it is for.
+    /// Its kind.
     pub kind: ChangeKind,
-    /// How far it is.
+    /// Its stage.
     pub stage: Stage,
-    /// Since when, seconds since 1970.
+    /// When it began, seconds since 1970.
     pub since: u64,
     /// Size of the other side in bytes.
     pub size: u64,
@@ -119,59 +119,59 @@ pub struct ChangeRecord {
     pub grants: Vec<GrantRecord>,
     /// Regions of the other side, in order.
     pub slots: Vec<RegionSlot>,
-    /// Regions that are copied, by their places.
+    /// Indices of the regions that are copied.
     pub moved: Vec<u32>,
-    /// Most bytes a second to copy with.
+    /// Highest rate of copying, in bytes per second.
     pub rate: Option<u64>,
 }
 
-/// How far a change is.
+/// Stage of a change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Stage {
-    /// New grants are being made. Not to be found after a start: it is given up then.
+    /// New grants are being made. A restart gives such a change up.
     Preparing,
-    /// All grants are there; who owns the allocation carries the change out.
+    /// All grants exist; the owner carries the change out.
     Open,
-    /// It holds; the owner may use the old side a moment longer.
+    /// The new side holds; the owner may use the old side a moment longer.
     Switched,
 }
 
-/// On what terms an allocation was made. They stay when documents change.
+/// The terms on which an allocation was made. They stay when documents change.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Terms {
-    /// Who it is charged to.
+    /// The account that it is charged to.
     pub account: Option<Name>,
     /// The client that it was made for.
     pub client: Option<Name>,
-    /// The strategies whose rules made it, the first one first; it counts for the limits of each.
+    /// The strategies whose rules made it, the first one first; it counts for the limits of each of them.
     pub strategies: Vec<Name>,
     /// Its labels.
     pub labels: Labels,
     /// Whether it may be reclaimed.
     pub reclaimable: bool,
-    /// What is promised to it of the link of each of its appliances.
+    /// Speed that is promised to it on the link of each of its appliances.
     pub link_speed: Option<LinkSpeed>,
-    /// How long it may be used.
+    /// How long it may exist.
     pub lease: Option<LeaseRecord>,
 }
 
-/// How long an allocation may be used. Moments are seconds since 1970, times are in seconds.
+/// How long an allocation may exist. Moments are seconds since 1970, spans are in seconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LeaseRecord {
-    /// What ends: the lease, or the hours of the account.
+    /// Whether its lease ends, or the hours of its account.
     pub reason: EndReason,
     /// When it ends.
     pub ends: u64,
-    /// How long before it is announced.
+    /// How long before its end the end is announced.
     pub warning: u64,
-    /// How long after it the memory is freed.
+    /// How long after its end the memory is freed.
     pub grace: u64,
-    /// What a renewal gives.
+    /// Span that a renewal gives.
     pub duration: u64,
-    /// It never ends later than this.
+    /// Latest end that renewals can give.
     pub total_ends: Option<u64>,
     /// Whether it can be renewed.
     pub renewable: bool,
@@ -183,13 +183,13 @@ impl LeaseRecord {
         self.ends.saturating_add(self.grace)
     }
 
-    /// From when the end is announced.
+    /// When the end is announced.
     pub fn warns(&self) -> u64 {
         self.ends.saturating_sub(self.warning)
     }
 }
 
-/// That an allocation gives way. Moments are seconds since 1970.
+/// Announcement that an allocation gives way. Moments are seconds since 1970.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Reclaim {
@@ -201,12 +201,11 @@ pub struct Reclaim {
     pub frees: u64,
 }
 
-/// How far an allocation is.
+/// Phase of an allocation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Phase {
-    /// The intent: appliances may hold reservations or grants of it. Not to be found after a
-    /// start: it is undone then.
+    /// The intent is recorded: appliances may have reservations or grants of it. A restart undoes such an allocation.
     Creating,
     /// Whole: every grant is committed.
     Ready,
@@ -216,7 +215,7 @@ pub enum Phase {
     Undoing,
 }
 
-/// What is held on one appliance.
+/// The memory of an allocation on one appliance.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GrantRecord {
@@ -224,13 +223,13 @@ pub struct GrantRecord {
     pub id: GrantId,
     /// The appliance.
     pub appliance: ApplianceId,
-    /// The secret of the present epoch.
+    /// The secret key of the present epoch.
     pub key: GrantKey,
-    /// How many regions it has.
+    /// Number of its regions.
     pub count: u32,
-    /// The regions in the order of the export's offsets; empty before all are reserved.
+    /// The regions, in the order of offsets in the export; empty until all are reserved.
     pub regions: Vec<RegionId>,
-    /// The grant whose regions it takes over, while a change is not over.
+    /// During a change, the grant from which it takes its regions over.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub from: Option<GrantId>,
 }
@@ -245,86 +244,86 @@ pub struct NextEpoch {
     pub keys: Vec<GrantKey>,
 }
 
-/// An appliance as it was heard when its description changed last.
+/// An appliance as of its last change of description.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ApplianceRecord {
-    /// Who it is and where it is reached.
+    /// Its identity and addresses.
     pub info: appliance::Info,
-    /// What it had then.
+    /// Its status at that time.
     pub status: appliance::Status,
     /// When it registered first, seconds since 1970.
     #[serde(default)]
     pub since: u64,
-    /// That it is being emptied.
+    /// Set while it is being emptied.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub drain: Option<DrainRecord>,
-    /// Since when it is given up, seconds since 1970: what it has is to be cleared before it lends again.
+    /// Since when it is given up, seconds since 1970: its memory has to be cleared before it lends again.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub given_up: Option<u64>,
 }
 
-/// That an appliance is being emptied.
+/// Drain of an appliance: its regions move to others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DrainRecord {
-    /// Since when, seconds since 1970.
+    /// When it began, seconds since 1970.
     pub since: u64,
-    /// Most bytes a second that one allocation's data is copied with.
+    /// Highest rate of copying for each allocation, in bytes per second.
     pub rate: Option<u64>,
-    /// Nothing new is begun.
+    /// No further move is begun.
     pub paused: bool,
 }
 
 impl AllocationRecord {
-    /// The logical block size, also of one that was made before there was a choice: it has the size of the form that its
-    /// owner shows.
+    /// The logical block size. An allocation from before block sizes could be chosen has the size of the form that
+    /// its owner shows.
     pub fn block_size(&self) -> Option<BlockSize> {
         let shown = || self.owner.as_ref()?.purpose.parse::<Form>().ok()?.block_size_of_before();
         self.block_size.or_else(shown)
     }
 
-    /// Bytes that its grant takes on an appliance.
+    /// Bytes of a grant.
     pub fn bytes_of(&self, grant: &GrantRecord) -> u64 {
         u64::from(grant.count) * self.region_len
     }
 
-    /// Bytes that it takes in all; while it grows or shrinks, of the larger side.
+    /// Bytes that it takes in all; during a change of size, those of the larger side.
     pub fn taken(&self) -> u64 {
         let other = self.change.as_ref().map_or(0, |change| change.slots.len());
         self.slots.len().max(other) as u64 * self.region_len
     }
 
-    /// The places of its regions on an appliance.
+    /// Indices of its regions on an appliance.
     pub fn regions_on(&self, appliance: ApplianceId) -> Vec<usize> {
         let on = |slot: &RegionSlot| self.grants[slot.grant as usize].appliance == appliance;
         self.slots.iter().enumerate().filter(|(_, slot)| on(slot)).map(|(region, _)| region).collect()
     }
 
-    /// Bytes that its regions hold.
+    /// Bytes that its regions can hold.
     pub fn room(&self) -> u64 {
         self.slots.len() as u64 * self.region_len
     }
 
-    /// Every grant that appliances may have of it.
+    /// Every grant of it that appliances may have.
     pub fn known_grants(&self) -> impl Iterator<Item = &GrantRecord> + Clone {
         let other = self.change.iter().flat_map(|change| &change.grants);
         let new = other.filter(|grant| self.grants.iter().all(|known| known.id != grant.id));
         self.grants.iter().chain(new)
     }
 
-    /// Every grant with memory of its own: without those that take regions over from one that is there.
+    /// Every grant with memory of its own, that is, without grants that take over regions of an existing one.
     pub fn memory_grants(&self) -> impl Iterator<Item = &GrantRecord> + Clone {
         self.known_grants()
             .filter(|grant| grant.from.is_none_or(|from| self.known_grants().all(|other| other.id != from)))
     }
 
-    /// The appliances that may have something of it.
+    /// The appliances that may have memory of it.
     pub fn appliances(&self) -> BTreeSet<ApplianceId> {
         self.known_grants().map(|grant| grant.appliance).collect()
     }
 
-    /// What appliances keep of it for an allocator that lost its metadata: everything but keys. None where that is too
-    /// long.
+    /// The descriptor that appliances keep, for an allocator that lost its metadata: everything but keys. None if it
+    /// is too long.
     pub fn descriptor(&self) -> Option<String> {
         let hide = |grants: &mut Vec<GrantRecord>| {
             grants.iter_mut().for_each(|grant| grant.key = GrantKey::from_bytes([0; 32]));
@@ -338,7 +337,7 @@ impl AllocationRecord {
         (text.len() <= appliance::DESCRIPTOR_LEN_MAX).then_some(text)
     }
 
-    /// It is to end: nobody owns it, and all that appliances may have of it is in its grants.
+    /// Ends the allocation: it has no owner, and every grant that appliances may have is in `grants`.
     pub fn end(&mut self) {
         self.phase = Phase::Deleting;
         self.owner = None;
@@ -353,7 +352,7 @@ impl AllocationRecord {
         self.known_grants().find(|grant| grant.appliance == appliance)
     }
 
-    /// Whether its name is taken by it: nobody else may have it.
+    /// Whether it holds its name, so that no other allocation may have the name.
     pub fn holds_name(&self) -> bool {
         matches!(self.phase, Phase::Creating | Phase::Ready)
     }

@@ -1,7 +1,7 @@
 //! Metadata in one redb file, `allocator.redb` of the data directory.
 //!
-//! Each value ends with a checksum over it, its table and its key: a bit that flipped is found when the value is read, and
-//! never taken for metadata.
+//! Each value ends with a checksum over the value, its table and its key: a flipped bit is found when the value is
+//! read, and such a value is never used.
 
 mod base;
 mod seal;
@@ -35,7 +35,8 @@ use super::{
 
 /// Name of the file in the data directory.
 pub const FILE_NAME: &str = "allocator.redb";
-/// Name of the file that says that a pool was made in the directory: without it, a missing file is a new pool.
+/// Name of the file that marks a directory in which a pool was made. A missing database file in an unmarked directory
+/// means a new pool.
 pub const MARK_NAME: &str = "allocator.pool";
 
 const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
@@ -47,7 +48,7 @@ const DOCUMENTS: TableDefinition<'_, (&str, &str), &[u8]> = TableDefinition::new
 const WRITTEN: TableDefinition<'_, (&str, &str), &[u8]> = TableDefinition::new("written");
 /// By name and number.
 const DECISIONS: TableDefinition<'_, (&str, u64), &[u8]> = TableDefinition::new("decisions");
-/// By number. A store without it has no events yet: older programs neither make nor read it.
+/// By number. Older programs neither make nor read this table, so a store may lack it and have no events yet.
 const EVENTS: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("events");
 /// Key in `META` of the version of the stored form.
 const SCHEMA_KEY: &str = "schema";
@@ -56,10 +57,10 @@ const REVISION_KEY: &str = "revision";
 /// Keys in `META` of the pool's id, in two halves, and of the count of batches.
 const POOL_KEYS: [&str; 2] = ["pool-high", "pool-low"];
 const NUMBER_KEY: &str = "number";
-/// Key in `META` of the moment at which the allocator was there last.
+/// Key in `META` of the time at which the allocator was running last.
 const ALIVE_KEY: &str = "alive";
 
-/// Metadata in a redb file, which it holds locked.
+/// Metadata in a redb file, which is locked meanwhile.
 #[derive(Debug)]
 pub struct RedbStore {
     base: Arc<Base>,
@@ -67,17 +68,17 @@ pub struct RedbStore {
     number: u64,
 }
 
-/// Reads decisions beside the one who writes.
+/// Reads decisions beside the writer.
 #[derive(Debug)]
 struct RedbDecisions(Arc<Base>);
 
 impl RedbStore {
-    /// Opens the store in the directory, and makes both where they are missing: the directory
-    /// with mode 0700 and the file, which holds keys, with mode 0600.
+    /// Opens the store in the directory. If they are missing, makes the directory with mode 0700 and the file, which
+    /// holds keys, with mode 0600.
     ///
     /// # Errors
-    /// When the file is damaged, empty, or gone from a directory that had one; of a newer program; in use; or when
-    /// there is no room to make it.
+    /// When the file is damaged, empty, or missing from a directory that had one; when a newer program wrote it; when
+    /// it is in use; or when there is no room to make it.
     pub fn open(directory: &Path) -> Result<RedbStore, StoreError> {
         let unusable = |source| StoreError::Directory { path: directory.to_owned(), source };
         DirBuilder::new().recursive(true).mode(0o700).create(directory).map_err(unusable)?;
@@ -89,10 +90,10 @@ impl RedbStore {
         Ok(store)
     }
 
-    /// Refuses a directory whose file another process has open, whatever is in that file.
+    /// Refuses a directory whose file another process has open, whatever the file contains.
     ///
     /// # Errors
-    /// That, or that the file cannot be opened.
+    /// When the file is in use or cannot be opened.
     pub fn check_unused(directory: &Path) -> Result<(), StoreError> {
         let path = directory.join(FILE_NAME);
         let file = OpenOptions::new().read(true).write(true).open(&path);
@@ -103,10 +104,10 @@ impl RedbStore {
         }
     }
 
-    /// Removes a file that cannot be read, and that a pool was made here.
+    /// Removes an unreadable file, and the mark that a pool was made here.
     ///
     /// # Errors
-    /// When it cannot be removed.
+    /// When a file cannot be removed.
     pub fn clear(directory: &Path) -> io::Result<()> {
         for name in [FILE_NAME, MARK_NAME] {
             match std::fs::remove_file(directory.join(name)) {
@@ -117,7 +118,8 @@ impl RedbStore {
         Ok(())
     }
 
-    /// Says in the directory that a pool was made there. Without room for that it is said at the next start.
+    /// Marks the directory as one in which a pool was made. If there is no room for the mark, the next start makes
+    /// it.
     fn mark(&self, directory: &Path) {
         let path = directory.join(MARK_NAME);
         if path.exists() {
@@ -134,7 +136,7 @@ impl RedbStore {
         }
     }
 
-    /// Refuses a newer schema before anything is written; brings an older one up to date.
+    /// Refuses a newer schema before anything is written, and updates an older one.
     fn settle_schema(&self) -> Result<(), StoreError> {
         match self.base.read(schema)? {
             Some(found) if found > SCHEMA => {
@@ -147,7 +149,7 @@ impl RedbStore {
                     if found < SCHEMA_SEALED { seal_all(transaction) } else { Ok(()) }
                 })
             }),
-            // A new file has one from the start.
+            // A new file has a version from the start.
             None => {
                 let what = "it has no version".to_owned();
                 Err(StoreError::Damaged { path: self.base.path().to_owned(), what })
@@ -155,7 +157,7 @@ impl RedbStore {
         }
     }
 
-    /// Values of a table that older programs do not have, without those that cannot be read.
+    /// The readable values of a table that older programs do not have.
     fn read_beside<K: Key + 'static, T: DeserializeOwned>(
         &self,
         table: TableDefinition<'static, K, &'static [u8]>,
@@ -173,7 +175,7 @@ impl RedbStore {
         })
     }
 
-    /// Gives metadata that an older program made, or that are new, an id.
+    /// Gives the metadata an id if they are new or were written by an older program.
     fn settle_pool(&mut self) -> Result<(), StoreError> {
         self.number = self.read_meta(NUMBER_KEY)?.unwrap_or(0);
         if self.read_meta(POOL_KEYS[0])?.is_some() {
@@ -320,7 +322,7 @@ fn schema(database: &Database) -> Result<Option<u64>, redb::Error> {
     }
 }
 
-/// The count of batches, as far as it can be read.
+/// The number of batches, if it can be read.
 fn number_in(database: &Database) -> Result<Option<u64>, redb::Error> {
     let transaction = database.begin_read()?;
     match transaction.open_table(META) {
@@ -330,7 +332,7 @@ fn number_in(database: &Database) -> Result<Option<u64>, redb::Error> {
     }
 }
 
-/// The default durability: it returns after the data is on disk (fdatasync).
+/// Commits with redb's default durability: returns after the data are on disk (fdatasync).
 fn write(
     database: &Database,
     change: impl FnOnce(&WriteTransaction) -> Result<(), redb::Error>,
@@ -355,7 +357,7 @@ fn put_pool(meta: &mut Table<'_, &'static str, u64>, pool: PoolId) -> Result<(),
     Ok(())
 }
 
-/// Gives every value its checksum, which older schemas lack.
+/// Adds a checksum to every value; values of older schemas lack it.
 fn seal_all(transaction: &WriteTransaction) -> Result<(), redb::Error> {
     for (table, name) in [(ALLOCATIONS, "allocations"), (APPLIANCES, "appliances")] {
         let mut table = transaction.open_table(table)?;
@@ -466,7 +468,7 @@ impl<'t> Tables<'t> {
     }
 }
 
-/// Whether a stored decision was made at this moment or later; one that cannot be read goes.
+/// Whether a stored decision was made at this moment or later; an unreadable decision counts as old.
 fn is_since(value: &[u8], unix: u64) -> bool {
     let value = if is_sealed(value) { &value[..value.len() - seal::LEN] } else { value };
     serde_json::from_slice::<Decision>(value).is_ok_and(|decision| decision.at >= unix)

@@ -1,4 +1,4 @@
-//! What every store has to do, whatever it keeps things in.
+//! Tests that every kind of store has to pass.
 
 use serde_json::json;
 use xpm_protocol::api::allocator::{Event, MetadataState};
@@ -8,8 +8,8 @@ use xpm_protocol::policy::{Content, Documents};
 use super::{Batch, Change, Loaded, MetadataStore, PolicyChange};
 use crate::testing::{allocation, appliance};
 
-/// `open` opens the same store each time; the one before is dropped then.
-pub(crate) fn what_is_committed_is_there_after_reopening<S: MetadataStore>(mut open: impl FnMut() -> S) {
+/// `open` opens the same store each time; the previous one is dropped by then.
+pub(crate) fn committed_changes_are_there_after_reopening<S: MetadataStore>(mut open: impl FnMut() -> S) {
     let (first, second) = (allocation(1, "a"), allocation(2, "b"));
     let mut store = open();
     let made = store.load().unwrap();
@@ -22,7 +22,7 @@ pub(crate) fn what_is_committed_is_there_after_reopening<S: MetadataStore>(mut o
     store.commit(&batches).unwrap();
     drop(store);
     let mut store = open();
-    // Each batch counts, across lives.
+    // Each batch counts, also those of earlier openings.
     let state = MetadataState { number: first_state.number + 2, ..first_state };
     let left = Loaded {
         allocations: vec![second],
@@ -90,7 +90,7 @@ fn policy(revision: u64, changed: Documents, gone: Documents) -> Batch {
     vec![Change::Policy(Box::new(PolicyChange { revision, changed, gone, written: Vec::new() }))]
 }
 
-/// So many accounts.
+/// Documents: this number of accounts.
 fn documents(count: usize) -> Documents {
     let accounts: Vec<_> = (0..count).map(|number| json!({ "name": format!("account{number}") })).collect();
     serde_json::from_value(json!({ "account": accounts })).unwrap()

@@ -1,8 +1,7 @@
-//! The thread that writes: batches that wait while one commit is on its way to the disk share the
-//! next one.
+//! The thread that writes to the store: batches that arrive during one commit share the next one.
 //!
-//! Where a commit fails in a way that passes (a full disk, etcd out of reach), the same batches are tried again until they
-//! are durable, and whoever asked is told meanwhile.
+//! If a commit fails with an error that may pass (a full disk, etcd out of reach), the same batches are tried again
+//! until they are durable, and requesters are told meanwhile.
 
 use std::io;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -16,20 +15,20 @@ const BATCHES_MAX: usize = 1024;
 
 /// Pause before a commit is tried again.
 const PAUSE: Duration = Duration::from_millis(300);
-/// How long a writer that is dropped waits for what it was handed.
+/// How long dropping a writer waits for pending batches.
 const END_LIMIT: Duration = Duration::from_secs(4);
 
 type Done = Box<dyn FnOnce(Result<(), StoreError>) + Send>;
 
-/// Is told why nothing can be written now, and, with none, that it can again.
+/// Called with the reason when nothing can be written now, and with none when writing works again.
 pub type Tell = Box<dyn Fn(Option<String>) + Send>;
 
-/// Hands batches to the thread that owns the store. Dropping it waits for all that were handed
-/// over, but not for long: what is away then stays undone, as after a crash.
+/// Queue to the thread that owns the store. Dropping it waits for all pending batches, but not for long: batches that
+/// are pending after that are lost, as in a crash.
 #[derive(Debug)]
 pub struct Writer {
     queue: Option<Sender<(Batch, Done)>>,
-    /// Tries are given up when this is dropped.
+    /// Dropped to make the thread give up retries.
     stop: Option<Sender<()>>,
     /// Closed when the thread has ended.
     ended: Receiver<()>,
@@ -48,13 +47,12 @@ impl Writer {
         Ok(Writer { queue: Some(queue), stop: Some(stop), ended })
     }
 
-    /// Queues a batch; does not block. `done` is called when it is durable, or with the error of
-    /// the store, after which nothing more is written.
-    /// Batches become durable in the order of these calls. After an error was reported once,
-    /// `done` is dropped without being called.
+    /// Queues a batch; does not block. `done` is called when the batch is durable, or with the error of the store,
+    /// after which nothing more is written. Batches become durable in the order of these calls. After an error was
+    /// reported once, `done` is dropped without being called.
     pub fn write(&self, batch: Batch, done: Box<dyn FnOnce(Result<(), StoreError>) + Send>) {
         if let Some(queue) = &self.queue {
-            // The thread ends early only after an error, which was reported then.
+            // The thread ends early only after an error, which it has reported.
             let _ = queue.send((batch, done));
         }
     }
@@ -63,7 +61,7 @@ impl Writer {
 impl Drop for Writer {
     fn drop(&mut self) {
         (self.queue, self.stop) = (None, None);
-        // Not joined: a thread that waits for etcd, or for a disk that hangs, would keep the process from ending.
+        // Not joined: a thread that waits for etcd, or for a disk that hangs, would keep the process from exiting.
         let _ = self.ended.recv_timeout(END_LIMIT);
     }
 }
@@ -80,7 +78,7 @@ fn run(
         match commit(&mut store, &batches, stopped, tell) {
             Ok(()) => dones.into_iter().for_each(|done| done(Ok(()))),
             Err(error) => {
-                // One report is enough: whoever gets it ends the program.
+                // A single report is enough: the program exits after it.
                 if let Some(done) = dones.into_iter().next() {
                     done(Err(error));
                 }
@@ -90,7 +88,7 @@ fn run(
     }
 }
 
-/// Commits, however long that takes while it may still succeed.
+/// Commits, and retries as long as it may still succeed.
 fn commit(
     store: &mut impl MetadataStore,
     batches: &[Batch],
@@ -129,7 +127,7 @@ mod tests {
     use crate::store::Change;
     use crate::testing::allocation;
 
-    /// A store of which only the commits are of interest: what becomes of one.
+    /// A store whose commits call this function.
     struct Fake<F>(F);
 
     impl<F: FnMut(&[Batch]) -> Result<(), StoreError> + Send + 'static> MetadataStore for Fake<F> {
@@ -150,7 +148,7 @@ mod tests {
         }
     }
 
-    /// Reports the size of each commit, and waits for leave to go on.
+    /// Reports the size of each commit, and waits for permission to go on.
     fn gated(commits: Sender<usize>, leave: Receiver<bool>) -> impl MetadataStore {
         Fake(move |batches: &[Batch]| {
             commits.send(batches.len()).unwrap();
@@ -161,7 +159,7 @@ mod tests {
         })
     }
 
-    /// Has no room the first times.
+    /// Fails for lack of room the first times.
     fn full(mut times: u32) -> impl MetadataStore {
         Fake(move |_: &[Batch]| {
             times = times.saturating_sub(1);
@@ -177,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn those_that_wait_share_a_commit() {
+    fn waiting_batches_share_a_commit() {
         let (commits, sizes) = mpsc::channel();
         let (permit, leave) = mpsc::channel();
         let (order, done) = mpsc::channel();
@@ -212,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn what_has_no_room_is_written_when_there_is_some() {
+    fn a_batch_without_room_is_written_when_there_is_room() {
         let (news, told) = mpsc::channel();
         let (order, done) = mpsc::channel();
         let writer = Writer::start(full(3), Box::new(move |why| news.send(why).unwrap())).unwrap();
@@ -222,7 +220,7 @@ mod tests {
         assert!(done.recv().unwrap());
         let writer = Writer::start(full(u32::MAX), Box::new(|_| {})).unwrap();
         writer.write(batch(1), Box::new(|_| {}));
-        // It is not waited for without end.
+        // The drop does not wait for ever.
         drop(writer);
     }
 }

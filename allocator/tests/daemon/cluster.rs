@@ -1,4 +1,4 @@
-//! An allocator and appliances as processes with directories of their own; all end with this.
+//! An allocator and appliances as processes, each with a directory of its own. All end when the cluster is dropped.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -13,8 +13,7 @@ use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{Appliance, Status};
 use xpm_protocol::api::appliance;
 
-/// How long something may take that has no time limit of its own. Only a failing test waits so
-/// long.
+/// Time limit of waits that have none of their own. Only a failing test waits so long.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 pub(crate) struct Cluster {
@@ -25,7 +24,7 @@ pub(crate) struct Cluster {
 }
 
 impl Cluster {
-    /// Starts everything and waits until all appliances are up.
+    /// Starts all processes and waits until all appliances are up.
     pub(crate) async fn start(appliances: usize, memory: u64) -> Cluster {
         let directory = tempfile::tempdir().unwrap();
         let mut cluster = Cluster { directory, allocator: None, url: String::new(), appliances: Vec::new() };
@@ -38,7 +37,7 @@ impl Cluster {
         cluster
     }
 
-    /// Starts the allocator, at the address that it had before if it had one.
+    /// Starts the allocator, at its earlier address if it had one.
     pub(crate) async fn start_allocator(&mut self, more: &[&str]) {
         let log = self.directory.path().join("allocator.log");
         let listen = match self.url.strip_prefix("http://") {
@@ -148,12 +147,12 @@ impl Drop for Cluster {
 }
 
 fn end(mut child: Child) {
-    // It may have ended by itself.
+    // The process may have ended by itself.
     let _ = child.kill();
     let _ = child.wait();
 }
 
-/// The address that the allocator's log names, once it does.
+/// The address that the allocator's log names, once the log has it.
 fn listens_at(log: &Path) -> Option<String> {
     let text = std::fs::read_to_string(log).ok()?;
     let (_, rest) = text.split_once("listens at ")?;
@@ -166,8 +165,9 @@ pub(crate) fn allocator_command() -> Command {
     command
 }
 
-/// The appliance beside the allocator: that of the build of the whole workspace, or one that is built now where only this package was,
-/// for cargo makes only the binaries of the package that is tested. By itself it is built with other features, and with it all that it needs.
+/// The appliance program next to the allocator program: the one from a build of the whole workspace. If only this
+/// package was built, it is built here, because cargo builds only the programs of the tested package. Then it is
+/// built with other features, and all its dependencies with it.
 fn appliance_binary() -> &'static Path {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
     BINARY.get_or_init(|| {
@@ -187,7 +187,7 @@ fn appliance_binary() -> &'static Path {
     })
 }
 
-/// Waits until it is so.
+/// Waits until the condition holds.
 pub(crate) async fn eventually(what: &str, mut holds: impl AsyncFnMut() -> bool) {
     let wait = async {
         while !holds().await {

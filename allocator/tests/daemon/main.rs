@@ -1,4 +1,4 @@
-//! The real allocator with real appliances, as processes.
+//! Tests of the real allocator with real appliances, as processes.
 
 mod cluster;
 
@@ -58,7 +58,7 @@ async fn a_killed_allocator_forgets_nothing() {
 }
 
 #[tokio::test]
-async fn regions_are_spread() {
+async fn regions_are_spread_over_appliances() {
     let cluster = Cluster::start(3, 64 * MIB).await;
     let client = cluster.client();
     let linear: Allocation = client.post("/v1/allocations", &create("linear", 32, None)).await.unwrap();
@@ -77,7 +77,7 @@ async fn regions_are_spread() {
 }
 
 #[tokio::test]
-async fn what_is_refused() {
+async fn impossible_requests_are_refused() {
     let cluster = Cluster::start(2, 64 * MIB).await;
     let client = cluster.client();
     client.post::<_, Allocation>("/v1/allocations", &create("a", 16, None)).await.unwrap();
@@ -147,7 +147,7 @@ async fn a_half_made_allocation_is_undone() {
     })
     .await;
     cluster.nothing_used().await;
-    // What was given back counts as free when the appliances have cleared it and said so.
+    // Memory that was given back counts as free once the appliances have cleared it and reported that.
     eventually("the allocator knows that all is free", async || {
         let appliances = client.get::<Vec<Appliance>>("/v1/appliances").await.unwrap();
         appliances.iter().map(|appliance| appliance.status.free.0).sum::<u64>() == 128 * MIB
@@ -180,7 +180,7 @@ async fn a_silent_appliance_serves_nobody_and_can_be_forgotten() {
 }
 
 #[test]
-fn what_keeps_it_from_starting() {
+fn an_unusable_configuration_keeps_it_from_starting() {
     let directory = tempfile::tempdir().unwrap();
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let place = taken.local_addr().unwrap().to_string();

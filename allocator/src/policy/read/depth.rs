@@ -1,16 +1,15 @@
-//! How deep a TOML text goes, before a parser walks into it.
+//! Checks the nesting depth of a TOML text before a parser descends into it.
 //!
-//! Values lie in each other by brackets and by the dots of keys. The parser limits each of the two,
-//! not their product, and values are dropped one inside the other: a text of a few kilobytes could
-//! use up the stack.
+//! Values nest by brackets and by the dots of keys. The parser limits each of the two but not their product, and
+//! nested values are dropped recursively: a text of a few kilobytes could use up the stack.
 
-/// How deep values may lie in each other. Deeper than any document goes.
+/// Largest nesting depth; more than any document needs.
 pub(super) const DEPTH_MAX: usize = 40;
 /// Most dots of one key.
 const DOTS_MAX: usize = 16;
 
-/// The position at which a text goes too deep. Texts and comments do not count. What passes goes at
-/// most [`DEPTH_MAX`] deep below a key at the top, and that key is at most [`DOTS_MAX`] deep.
+/// The position at which a text nests too deeply. Strings and comments are skipped. A text that passes nests at most
+/// [`DEPTH_MAX`] deep below a key at the top, and that key is at most [`DOTS_MAX`] deep.
 pub(super) fn too_deep(text: &str) -> Option<usize> {
     let bytes = text.as_bytes();
     let (mut at, mut depth) = (0, Depth::default());
@@ -36,11 +35,11 @@ pub(super) fn too_deep(text: &str) -> Option<usize> {
 
 #[derive(Default)]
 struct Depth {
-    /// What each open bracket adds: itself and the dots of the key before it.
+    /// Depth that each open bracket adds: itself and the dots of the key before it.
     open: Vec<usize>,
-    /// The sum of these.
+    /// Sum of `open`.
     below: usize,
-    /// Dots of the key that is read, and of a number behind it.
+    /// Dots of the key that is being read; dots of a number after it count, too.
     dots: usize,
 }
 
@@ -68,8 +67,8 @@ fn end_of_line(bytes: &[u8], at: usize) -> usize {
     bytes[at..].iter().position(|&byte| byte == b'\n').map_or(bytes.len(), |len| at + len)
 }
 
-/// The position behind a text that begins here: `"..."` and `'...'` end on their line, `"""..."""`
-/// and `'''...'''` where three quotes come, of which the last ones count.
+/// The position after a string that begins here. `"..."` and `'...'` end on their line; `"""..."""` and `'''...'''`
+/// end at three quotes, of a longer run at the last three.
 fn end_of_text(bytes: &[u8], at: usize, quote: u8) -> usize {
     let long = bytes[at..].starts_with(&[quote; 3]);
     let mut at = at + if long { 3 } else { 1 };
@@ -94,7 +93,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn texts_and_comments_do_not_count() {
+    fn strings_and_comments_do_not_count() {
         let (dots, brackets) = (".".repeat(100), "[".repeat(100));
         for text in [
             format!("# {dots}{brackets}\na = 1"),
@@ -110,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn what_goes_too_deep() {
+    fn texts_that_nest_too_deeply_are_found() {
         let (dots, brackets) = ("a.".repeat(17), "[".repeat(41));
         for text in [
             brackets.clone(),

@@ -1,4 +1,4 @@
-//! JSON as values with lines.
+//! Reads JSON as a tree of values with their lines.
 
 use jsonc_parser::ast;
 use jsonc_parser::common::Ranged as _;
@@ -10,7 +10,7 @@ use super::lines::{Index, Lines};
 use super::{Parsed, listed};
 
 pub(super) fn parse(text: &str) -> Parsed {
-    // The one parser says what JSON is (and limits how deep it goes), the other one where things are.
+    // `serde_json` decides what JSON is, and limits the depth; the second parser tells positions.
     serde_json::from_str::<Value>(text)
         .map_err(|error| (error.line() as u64, format!("this is not JSON: {error}")))?;
     let index = Index::new(text);
@@ -21,7 +21,7 @@ pub(super) fn parse(text: &str) -> Parsed {
     from_value(&tree, &index)
 }
 
-/// Where documents stand in a text: kind, first byte and the byte behind the last one, in the order of the text.
+/// Positions of the documents in a text: kind, first byte and end, in the order of the text.
 pub(super) fn spans(text: &str) -> Vec<(Kind, usize, usize)> {
     let parsed = parse_to_ast(text, &CollectOptions::default(), &ParseOptions::default());
     let Some(ast::Value::Object(kinds)) = parsed.ok().and_then(|tree| tree.value) else { return Vec::new() };

@@ -1,8 +1,8 @@
-//! Where values stand in a text.
+//! Lines of values in a text.
 
 use std::collections::BTreeMap;
 
-/// The line of a value, and of the values in it.
+/// The line of a value, and of its inner values.
 #[derive(Debug, Default)]
 pub(super) struct Lines {
     pub(super) line: u64,
@@ -15,7 +15,7 @@ impl Lines {
         Lines { line, ..Lines::default() }
     }
 
-    /// The line of a key below this value; of the innermost part that is there.
+    /// The line of a key below this value, or of its innermost part that exists.
     pub(super) fn of(&self, key: &str) -> u64 {
         let (mut here, mut rest) = (self, key);
         while let Some((next, behind)) = here.below(rest) {
@@ -24,21 +24,21 @@ impl Lines {
         here.line
     }
 
-    /// The value that a key begins with, and the rest of the key.
+    /// The value that the key begins with, and the rest of the key.
     fn below<'k>(&self, key: &'k str) -> Option<(&Lines, &'k str)> {
         let key = key.strip_prefix('.').unwrap_or(key);
         if let Some(index) = key.strip_prefix('[') {
             let (index, rest) = index.split_once(']')?;
             return Some((self.list.get(index.parse::<usize>().ok()?)?, rest));
         }
-        // A name may have dots itself: the longest that is there counts.
+        // A name may itself have dots: the longest existing name counts.
         let ends = key.char_indices().filter(|(_, c)| matches!(c, '.' | '[')).map(|(at, _)| at);
         let ends = ends.chain([key.len()]).filter(|&end| end > 0);
         ends.rev().find_map(|end| Some((self.table.get(&key[..end])?, &key[end..])))
     }
 }
 
-/// The lines of a text by position.
+/// Line ends of a text, to find the line of a position.
 pub(super) struct Index(Vec<usize>);
 
 impl Index {
@@ -62,7 +62,7 @@ mod tests {
     }
 
     #[test]
-    fn the_innermost_part_that_is_there() {
+    fn the_line_of_the_innermost_existing_part_counts() {
         let labels = table(3, vec![("a", Lines::at(4)), ("a.b", Lines::at(5))]);
         let list = Lines { line: 6, table: BTreeMap::new(), list: vec![Lines::at(7), labels] };
         let whole = table(1, vec![("rule", list)]);
@@ -85,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_by_position() {
+    fn positions_have_lines() {
         let index = Index::new("a\nbc\n\nd");
         let lines: Vec<u64> = (0..8).map(|at| index.line(at)).collect();
         assert_eq!(lines, [1, 1, 2, 2, 2, 3, 4, 4]);

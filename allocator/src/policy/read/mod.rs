@@ -1,7 +1,7 @@
-//! Files of documents, as values with the lines that they come from.
+//! Reads files of documents as values with the lines that they come from.
 //!
-//! TOML and JSON become the same tree of values, and a tree of lines beside it; what is found out
-//! about a value later is told by its key, and the line is looked up then.
+//! TOML and JSON become the same tree of values, with a tree of lines beside it. A problem names the key of its
+//! value, and the line is looked up then.
 
 mod depth;
 mod json;
@@ -24,12 +24,12 @@ use written::Pieces;
 const FILES_MAX: usize = 64;
 /// Most bytes of all files together, with their names.
 const BYTES_MAX: usize = 1 << 20;
-/// Most values in all files together. Fewer than as many bytes can hold, for a value in memory is
-/// much larger than the shortest one that can be written.
+/// Most values in all files together. This is a limit of its own, for a value in memory is much larger than the
+/// shortest one in a text.
 const VALUES_MAX: usize = 100_000;
-/// Most problems of one document that are told at once.
+/// Most problems of one document that are reported at once.
 const DOCUMENT_PROBLEMS_MAX: usize = 20;
-/// Most problems that are told at once.
+/// Most problems that are reported at once.
 pub(super) const PROBLEMS_MAX: usize = 100;
 /// Most characters of a file's name, a key or a text in a problem.
 const SHOWN_MAX: usize = 400;
@@ -38,12 +38,12 @@ const SHOWN_MAX: usize = 400;
 #[derive(Debug, Clone)]
 pub(super) struct Document {
     pub(super) content: Content,
-    /// Its text, where the file can be taken apart.
+    /// Its text, if the file can be cut into pieces.
     pub(super) written: Option<Written>,
     origin: Origin,
 }
 
-/// Where a document comes from.
+/// Origin of a document.
 #[derive(Debug, Clone)]
 struct Origin {
     file: Arc<str>,
@@ -53,7 +53,7 @@ struct Origin {
 }
 
 impl Document {
-    /// A problem with a key of the document, such as `rule[0].when`.
+    /// A problem with a key of this document, such as `rule[0].when`.
     pub(super) fn problem(&self, key: &str, text: &str) -> Problem {
         self.origin.problem(key, text)
     }
@@ -66,19 +66,19 @@ impl Origin {
     }
 }
 
-/// What files have.
+/// Contents of the files.
 #[derive(Default)]
 pub(super) struct Read {
     /// The documents that can be read.
     pub(super) documents: Vec<Document>,
     pub(super) problems: Vec<Problem>,
-    /// Names of documents that are there and cannot be read.
+    /// Names of documents that exist in the files and cannot be read.
     pub(super) broken: HashSet<DocumentName>,
-    /// A file cannot be read at all, so that any name may be in it.
+    /// Some file cannot be read at all, so any document may be in it.
     pub(super) unknown: bool,
 }
 
-/// Reads all files. Where there are problems, the documents are not all.
+/// Reads all files. If there are problems, `documents` is incomplete.
 pub(super) fn read(files: &[PolicyFile]) -> Read {
     let bytes: usize = files.iter().map(|file| file.name.len() + file.text.len()).sum();
     if files.len() > FILES_MAX || bytes > BYTES_MAX {
@@ -96,7 +96,7 @@ pub(super) fn read(files: &[PolicyFile]) -> Read {
     found.read
 }
 
-/// A problem with everything that was given.
+/// A problem with all files together.
 pub(super) fn whole_file(files: &[PolicyFile], text: &str) -> Problem {
     problem(files.first().map_or("", |file| &file.name), 0, "", text)
 }
@@ -105,7 +105,7 @@ fn problem(file: &str, line: u64, key: &str, text: &str) -> Problem {
     Problem { file: shown(file), line, key: shown(key), text: shown(text) }
 }
 
-/// As one line that is not too long.
+/// The text as one line of limited length.
 fn shown(text: &str) -> String {
     let mut line = text.split_whitespace().collect::<Vec<_>>().join(" ");
     if let Some((end, _)) = line.char_indices().nth(SHOWN_MAX) {
@@ -206,7 +206,7 @@ impl Found {
     }
 }
 
-/// Everything that is wrong with a document: what was found is taken out, and the rest is looked at again.
+/// All problems of a document: each value with a problem is removed, and the rest is read again.
 fn all_problems(kind: Kind, mut value: Value, first: (String, String)) -> Vec<(String, String)> {
     let mut problems = vec![first];
     while problems.len() < DOCUMENT_PROBLEMS_MAX {
@@ -215,7 +215,7 @@ fn all_problems(kind: Kind, mut value: Value, first: (String, String)) -> Vec<(S
             break;
         }
         match document(kind, value.clone()) {
-            // What is missing may be missing because it was taken out.
+            // A field may be missing because it was removed here.
             Err((key, text))
                 if !text.starts_with("missing field") && !problems.iter().any(|(known, _)| *known == key) =>
             {
@@ -227,7 +227,7 @@ fn all_problems(kind: Kind, mut value: Value, first: (String, String)) -> Vec<(S
     problems
 }
 
-/// Takes the value of a key such as `rule[0].when.size-min` out. Returns whether it was there and nothing else moved by that.
+/// Removes the value of a key such as `rule[0].when.size-min`. Returns whether it existed and no other value moved.
 fn take_out(value: &mut Value, key: &str) -> bool {
     let pointer = key.replace(['.', '['], "/").replace(']', "");
     let (above, last) =
@@ -235,7 +235,7 @@ fn take_out(value: &mut Value, key: &str) -> bool {
     let above = if above.is_empty() { String::new() } else { format!("/{above}") };
     match value.pointer_mut(&above) {
         Some(Value::Object(table)) => table.remove(last).is_some(),
-        // Only the last one of a list: the others keep their places, by which problems are told.
+        // Only the last value of a list: the others have to keep their indices, which problems refer to.
         Some(Value::Array(list)) if last.parse().is_ok_and(|index: usize| index + 1 == list.len()) => {
             list.pop().is_some()
         }
@@ -243,7 +243,7 @@ fn take_out(value: &mut Value, key: &str) -> bool {
     }
 }
 
-/// The document, or the key of what is wrong with it and why.
+/// The document, or the key and the reason of its first problem.
 fn document(kind: Kind, value: Value) -> Result<Content, (String, String)> {
     if depth_of(&value) > depth::DEPTH_MAX {
         return Err((String::new(), too_deep_text()));
@@ -256,7 +256,7 @@ fn document(kind: Kind, value: Value) -> Result<Content, (String, String)> {
     }
 }
 
-/// How deep values lie in this one, itself included.
+/// Nesting depth of the value, itself included.
 fn depth_of(value: &Value) -> usize {
     1 + match value {
         Value::Array(list) => list.iter().map(depth_of).max().unwrap_or(0),
@@ -279,7 +279,7 @@ fn count(value: &Value) -> usize {
 
 fn typed<T: DeserializeOwned>(value: Value) -> Result<T, (String, String)> {
     if value.is_array() {
-        // It would be taken as a list of the values of all keys.
+        // The deserializer would take a list as the values of all keys in order.
         return Err((String::new(), "a document is a table of keys, not a list".to_owned()));
     }
     serde_path_to_error::deserialize(value).map_err(|error| {

@@ -1,4 +1,4 @@
-//! TOML as values with lines.
+//! Reads TOML as a tree of values with their lines.
 
 use serde_json::Value;
 use toml::Spanned;
@@ -26,7 +26,7 @@ fn from_table(table: &DeTable<'_>, line: u64, index: &Index) -> Parsed {
     let mut lines = Lines::at(line);
     for (key, value) in table {
         let (value, mut below) = from_value(value, index)?;
-        // The line of a value is the one of its key, which may stand before it.
+        // The line of a value is that of its key, which may stand before the value.
         below.line = index.line(key.span().start).min(below.line.max(1));
         let name = key.get_ref().to_string();
         lines.table.insert(name.clone(), below);

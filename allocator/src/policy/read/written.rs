@@ -1,8 +1,9 @@
 //! The text of each document of a file, as its author wrote it.
 //!
-//! A file is cut into pieces, one for each document, that are the file again when they are put together. To a document belong
-//! the comments directly above it; what stands in between is kept beside it. Each piece is read by itself, and is
-//! kept only if it says what the whole file says: a form that cannot be cut (`account = [{...}]` in TOML) has no pieces.
+//! A file is cut into pieces, one for each document; joined, they give the file again. The comments directly above a
+//! document belong to it, and text between documents is kept beside the document. Each piece is read by itself, and
+//! is kept only if it gives the same document as the whole file: a form that cannot be cut (`account = [{...}]` in
+//! TOML) has no pieces.
 
 use std::collections::HashMap;
 
@@ -12,14 +13,14 @@ use xpm_protocol::policy::{Content, DocumentName, Kind};
 
 use super::{document, json, toml};
 
-/// The piece of each document, by its kind and its place among those of its kind.
+/// The piece of each document, by its kind and its index among documents of that kind.
 pub(super) type Pieces = HashMap<(Kind, usize), Piece>;
 
 /// A piece of a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Piece {
     format: PolicyFormat,
-    /// Its place in the file.
+    /// Position among the pieces of the file.
     position: u64,
     before: String,
     text: String,
@@ -27,7 +28,7 @@ pub(super) struct Piece {
 }
 
 impl Piece {
-    /// As it is kept for a document, if it says what that says.
+    /// The piece as it is stored for a document, if it gives the same content.
     pub(super) fn of(self, content: &Content) -> Option<Written> {
         let DocumentName { kind, name } = content.document_name();
         if self.format == PolicyFormat::Toml && !says(&self.text, content) {
@@ -73,7 +74,7 @@ pub(super) fn pieces(file: &PolicyFile) -> Pieces {
     pieces
 }
 
-/// Whether a text is just this document.
+/// Whether the text contains just this document.
 fn says(text: &str, content: &Content) -> bool {
     let Ok((Value::Object(mut kinds), _)) = toml::parse(text) else { return false };
     let list = kinds.remove(content.kind().as_str());
@@ -86,12 +87,13 @@ fn says(text: &str, content: &Content) -> bool {
     }
 }
 
-/// `xpm edit` adds the version that was read, so that two who edit do not undo each other; it is not the author's.
+/// Removes the line that `xpm edit` adds: the version that was read, so that two editors do not undo each other's
+/// changes. It is not the author's text.
 fn without_edit_mark(text: &str) -> String {
     text.split_inclusive('\n').filter(|line| !line.trim_end().ends_with(EDIT_MARK)).collect()
 }
 
-/// Where documents stand in a text of TOML: kind, first byte and the byte behind the last one.
+/// Positions of the documents in a TOML text: kind, first byte and end.
 fn of_toml(text: &str) -> Vec<(Kind, usize, usize)> {
     let mut lines: Vec<(usize, &str)> = Vec::new();
     let mut at = 0;
@@ -103,7 +105,7 @@ fn of_toml(text: &str) -> Vec<(Kind, usize, usize)> {
     let is_blank = |index: usize| lines[index].1.trim().is_empty();
     let headers: Vec<(usize, Kind)> =
         lines.iter().enumerate().filter_map(|(index, (_, line))| Some((index, header(line)?))).collect();
-    // The line of the first comment directly above each.
+    // For each header, the first line of the comments directly above it.
     let starts: Vec<usize> = headers
         .iter()
         .map(|(header, _)| {
@@ -122,7 +124,7 @@ fn of_toml(text: &str) -> Vec<(Kind, usize, usize)> {
     found
 }
 
-/// The kind of the document that a line begins.
+/// The kind of the document whose header this line is.
 fn header(line: &str) -> Option<Kind> {
     let line = line.split('#').next().unwrap_or_default().trim();
     line.strip_prefix("[[")?.strip_suffix("]]")?.trim().parse().ok()
@@ -145,7 +147,7 @@ mod tests {
     const TEXT: &str = "# The pool.\n\n# Batch jobs:\n# at night.\n[[account]] # b\nname = 'b'\n[[account.hours]]\nfrom = '1:00'\n# tail\n\n\n# Detached.\n\n[[strategy]]\nname = 's'\n\n[[account]]\nname = 'a'\n# end\n\n# bye\n";
 
     #[test]
-    fn pieces_are_the_file() {
+    fn joined_pieces_give_the_file() {
         let pieces = pieces(&file(PolicyFormat::Toml, TEXT));
         assert_eq!(whole(&pieces), TEXT);
         let text = |kind, index| pieces[&(kind, index)].text.as_str();
@@ -162,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_say_the_same_is_not_kept() {
+    fn a_piece_with_other_content_is_not_kept() {
         let content =
             document(Kind::Account, serde_json::json!({ "name": "a", "description": "x\n[[account]]\n" }))
                 .unwrap();

@@ -1,10 +1,10 @@
-//! Files that are made to be too much.
+//! Files that exceed limits of size, depth or number.
 
 use std::time::{Duration, Instant};
 
 use super::*;
 
-/// Time for one of them, with a machine under load in mind: what grows beyond all bounds takes more.
+/// Time limit for one file, with a machine under load in mind; an unlimited computation takes longer.
 const SOON: Duration = Duration::from_secs(20);
 
 fn refused(file: PolicyFile, part: &str) {
@@ -16,7 +16,7 @@ fn refused(file: PolicyFile, part: &str) {
 }
 
 #[test]
-fn what_goes_deep_is_refused() {
+fn deep_nesting_is_refused() {
     let rule = "[[strategy]]\nname='s'\n[[strategy.rule]]\nname='a'\nlast=true\n";
     let key = "a.".repeat(15) + "a";
     let tables = |key: &str, times: usize| format!("{key}={}1{}", "{a=".repeat(times), "}".repeat(times));
@@ -52,14 +52,14 @@ fn json_strategy(when: &str) -> PolicyFile {
 }
 
 #[test]
-fn conditions_lie_eight_deep_at_most() {
+fn conditions_nest_eight_deep_at_most() {
     let nested = |depth: usize| "{\"not\":".repeat(depth - 1) + "{\"size-min\":1}" + &"}".repeat(depth - 1);
     assert_eq!(problems(&Policy::default(), json_strategy(&nested(8))), [] as [&str; 0]);
     refused(json_strategy(&nested(9)), "conditions lie more than 8 deep");
 }
 
 #[test]
-fn too_much_is_refused() {
+fn too_many_documents_are_refused() {
     refused(toml(&"[[account]]\nname='a'\n".repeat(40_000)), "there twice");
     refused(toml(&"x".repeat((1 << 20) + 1)), "1048576 bytes");
     refused(PolicyFile { name: "x".repeat(1 << 20), ..toml("x") }, "1048576 bytes");
@@ -87,7 +87,7 @@ fn large_strategies_are_refused() {
     refused(toml(&text), "5000 selectors");
 }
 
-/// A problem does not say more than was asked.
+/// A problem text is limited in length, whatever the input.
 #[test]
 fn problems_are_short() {
     let text = format!("[[account]]\nname='a'\n{}=1\n", "k".repeat(100_000));
@@ -106,21 +106,21 @@ fn end(name: &str) -> String {
     format!("[[strategy]]\nname='{name}'\n")
 }
 
-/// A chain of `s0` to the one of this number.
+/// A chain from `s0` to the strategy of this number.
 fn chain(last: u32) -> String {
     let links = (0..last).map(|one| link(&format!("s{one}"), &format!("s{}", one + 1)));
     links.collect::<String>() + &end(&format!("s{last}"))
 }
 
 #[test]
-fn chains_end() {
+fn chains_must_end() {
     assert!(problems(&Policy::default(), toml(&chain(8))).is_empty());
     refused(toml(&chain(9)), "9 times by this: at most 8");
     refused(toml(&chain(5000)), "at most 8");
 }
 
 #[test]
-fn chains_with_strategies_that_are_there() {
+fn chains_include_existing_strategies() {
     let policy = applied(&chain(8));
     let longer = link("s8", "s9") + &end("s9");
     assert!(problems(&policy, toml(&longer))[0].starts_with("5 strategy[0].rule[0].use: "));
@@ -134,9 +134,9 @@ fn chains_with_strategies_that_are_there() {
     }
 }
 
-/// There are 20 to the power of 9 ways through these.
+/// There are 20 to the power of 9 paths through these strategies.
 #[test]
-fn many_ways_are_looked_at_once() {
+fn many_paths_are_checked_in_one_walk() {
     let mut text = String::new();
     for (layer, number) in (0..10).flat_map(|layer| (0..20).map(move |number| (layer, number))) {
         text += &end(&format!("s{layer}-{number}"));

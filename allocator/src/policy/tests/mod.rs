@@ -20,14 +20,14 @@ fn json(text: &str) -> PolicyFile {
     file(PolicyFormat::Json, text)
 }
 
-/// Documents that are there.
+/// A policy with the documents of `text`.
 fn applied(text: &str) -> Policy {
     let plan = Policy::default().plan(&[toml(text)], &Usage::default());
     assert_eq!(plan.problems, []);
     plan.next.unwrap()
 }
 
-/// The problems as `line key: text`.
+/// The problems, each as `line key: text`.
 fn problems(policy: &Policy, file: PolicyFile) -> Vec<String> {
     let plan = policy.plan(&[file], &Usage::default());
     assert!(plan.next.is_none() || plan.problems.is_empty(), "all or nothing");
@@ -104,7 +104,7 @@ fn documents_are_made_changed_and_left_alone() {
 }
 
 #[test]
-fn what_is_read_back_can_be_applied_again() {
+fn documents_read_back_can_be_applied_again() {
     let policy = applied(POOL);
     let text = toml::to_string_pretty(&policy.documents()).unwrap();
     let plan = policy.plan(&[toml(&text)], &Usage::default());
@@ -115,7 +115,7 @@ fn what_is_read_back_can_be_applied_again() {
 }
 
 #[test]
-fn two_operators_at_once() {
+fn the_second_of_two_operators_is_refused() {
     let policy = applied(POOL);
     let mine = toml("[[account]]\nname = 'batch'\nversion = 1\npriority = 5\n");
     let theirs = toml("[[account]]\nname = 'batch'\nversion = 1\npriority = 6\n");
@@ -131,7 +131,7 @@ fn two_operators_at_once() {
 }
 
 #[test]
-fn removing() {
+fn documents_in_use_are_not_removed() {
     let policy = applied(POOL);
     let refused = |name: &DocumentName, version, used: Option<&str>| {
         let error = policy.remove(name, version, used.map(str::to_owned)).unwrap_err();
@@ -162,7 +162,7 @@ fn removing() {
 }
 
 #[test]
-fn lines_of_json() {
+fn problems_in_json_have_lines() {
     let text = "{\n  \"account\": [\n    {\"name\": \"a\",\n     \"lease\": {\n       \"duration\": \"1h\",\n       \"warning\": \"2h\"}}\n  ]\n}";
     assert!(problems(&Policy::default(), json(text))[0].starts_with("6 account[0].lease.warning: "));
     for (text, part) in [
@@ -178,7 +178,7 @@ fn lines_of_json() {
 }
 
 #[test]
-fn all_files_are_looked_at() {
+fn all_files_are_checked() {
     let files = [
         toml("[[account]]\nname = 1\n[[client]]\nname = 2\n"),
         json("{"),
@@ -189,7 +189,7 @@ fn all_files_are_looked_at() {
 }
 
 #[test]
-fn conditions() {
+fn conditions_hold_or_name_the_part_that_does_not() {
     use xpm_protocol::policy::{Access, Labels};
     let text = r#"
 [[account]]
@@ -206,7 +206,7 @@ when = { account = ["batch"], labels = { job = "x" }, size-min = "1GiB", access 
     let (batch, job, bad) = ("batch".parse().unwrap(), pairs("job=x"), pairs("rack=bad"));
     let none = Labels::new();
     let good = Facts {
-        // A Thursday.
+        // Midnight on a Thursday.
         unix: 0,
         account: Some(&batch),
         account_labels: &none,
@@ -242,7 +242,7 @@ fn pairs(text: &str) -> xpm_protocol::policy::Labels {
     [(key.parse().unwrap(), value.parse().unwrap())].into()
 }
 
-/// The example that people copy from.
+/// People copy this example.
 #[test]
 fn the_example_of_the_manual_can_be_applied() {
     let manual = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/strategies.md");
@@ -251,7 +251,7 @@ fn the_example_of_the_manual_can_be_applied() {
     assert!(applied(example).strategy(&"default".parse().unwrap()).is_some());
 }
 
-/// Every key is in the manual.
+/// Every key of the schema is in the manual.
 #[test]
 fn the_manual_has_every_key() {
     let manual = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/strategies.md");
@@ -267,7 +267,7 @@ fn the_manual_has_every_key() {
     assert!(missing.is_empty(), "not in docs/strategies.md: {missing:?}");
 }
 
-/// The published schema is that of the types. `UPDATE_SCHEMA=1` writes it anew.
+/// The published schema is the one of the types. `UPDATE_SCHEMA=1` writes it anew.
 #[test]
 fn the_published_schema_is_current() {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/policy.schema.json");

@@ -2,7 +2,7 @@
 
 use super::*;
 
-/// Each problem with its line and key, in both forms.
+/// Each problem of the table, in TOML and in JSON.
 #[test]
 fn problems_have_line_and_key() {
     let policy = applied(POOL);
@@ -84,7 +84,7 @@ fn problems_have_line_and_key() {
 }
 
 #[test]
-fn problems_of_strategies() {
+fn problems_of_strategies_have_line_and_key() {
     let policy = applied(POOL);
     let two = "[[strategy]]\nname = 's'\n[[strategy.rule]]\nname = 'a'\n";
     for (rule, line, key, part) in [
@@ -192,7 +192,7 @@ fn check(policy: &Policy, text: &str, line: u64, key: &str, part: &str) {
     }
 }
 
-/// The line of a key in JSON as it is printed: what is there is marked, and the mark looked for.
+/// The line of a key in printed JSON: the value is replaced by a mark, and the mark is searched.
 fn line_in_json(value: &serde_json::Value, key: &str) -> u64 {
     let mut marked = value.clone();
     let pointer = format!("/{}", key.replace(['.', '['], "/").replace(']', ""));
@@ -201,9 +201,9 @@ fn line_in_json(value: &serde_json::Value, key: &str) -> u64 {
     text.lines().position(|line| line.contains("@@")).unwrap() as u64 + 1
 }
 
-/// What is allowed, though it looks odd.
+/// Documents that are allowed, though they look odd.
 #[test]
-fn what_is_no_problem() {
+fn odd_but_valid_documents_are_accepted() {
     let policy = applied(POOL);
     let rule = "[[strategy]]\nname = 's'\n[[strategy.rule]]\nname = 'r'\n";
     let another = "[[strategy.rule]]\nname = 'r2'\n";
@@ -226,7 +226,7 @@ fn what_is_no_problem() {
 }
 
 #[test]
-fn limits_below_present_use() {
+fn limits_below_present_use_are_reported() {
     let mut record = crate::testing::allocation(1, "a");
     record.terms.account = Some("batch".parse().unwrap());
     record.terms.client = Some("db1".parse().unwrap());

@@ -1,4 +1,4 @@
-//! What is written can be read: the same document comes back.
+//! A document that is written and read again is the same document.
 
 use xpm_protocol::api::appliance::Medium;
 use xpm_protocol::policy::{
@@ -9,7 +9,7 @@ use xpm_protocol::{LinkSpeed, Span};
 
 use super::*;
 
-/// Makes choices from a number.
+/// Source of pseudo-random choices.
 struct Seed(u64);
 
 impl Seed {
@@ -98,7 +98,7 @@ impl Seed {
         }
     }
 
-    /// A condition with others in it, so many deep.
+    /// A condition with inner conditions, nested `deep` levels.
     fn condition(&mut self, deep: u32) -> Condition {
         let inner = |seed: &mut Seed| match deep {
             0 => Vec::new(),
@@ -237,7 +237,7 @@ fn back(file: &PolicyFile) -> Vec<Content> {
 
 proptest! {
     #[test]
-    fn what_is_written_can_be_read(seed: u64) {
+    fn a_written_document_reads_back_the_same(seed: u64) {
         let mut seed = Seed(seed);
         for document in [
             Content::Strategy(seed.strategy()),

@@ -1,4 +1,4 @@
-//! Strategies that go on with each other: they come to an end, and soon.
+//! Checks chains of strategies that continue with each other: they must end, after a limited number of links.
 
 use std::collections::HashMap;
 
@@ -7,22 +7,22 @@ use xpm_protocol::policy::{Content, DocumentName, Strategy};
 
 use crate::policy::Policy;
 
-/// Most times that strategies go on with each other.
+/// Most links of a chain of strategies.
 const LINKS_MAX: usize = 8;
 
-/// How all strategies, those of the files and those that are there, go on with each other.
+/// How all strategies, new and existing, continue with each other.
 ///
-/// Each is looked at once, from those that go on with none backwards: there can be as many ways
-/// through them as rules to the power of [`LINKS_MAX`].
+/// Each strategy is visited once, backwards from those that do not continue: the number of paths through them can be
+/// the number of rules to the power of [`LINKS_MAX`].
 pub(super) struct Chains<'a> {
     places: HashMap<&'a Name, Place>,
 }
 
 #[derive(Debug, Clone, Copy, Default)]
 struct Place {
-    /// Links of the longest way on from here; none where a way leads into a circle.
+    /// Links of the longest path from here; none if a path leads into a cycle.
     on: Option<usize>,
-    /// Links of the longest way to here; none where a circle leads here.
+    /// Links of the longest path to here; none if a cycle leads here.
     before: Option<usize>,
 }
 
@@ -34,7 +34,7 @@ impl<'a> Chains<'a> {
         let mut links = Links::new();
         for content in there {
             if let Content::Strategy(strategy) = content {
-                // One of the files takes the place of the one that is there.
+                // A strategy of the files replaces an existing one of the same name.
                 links.insert(&strategy.name, nexts(strategy));
             }
         }
@@ -51,7 +51,7 @@ impl<'a> Chains<'a> {
         Chains { places: links.keys().map(|&name| (name, place(name))).collect() }
     }
 
-    /// What is wrong with a strategy going on with another.
+    /// The problem of a strategy that continues with another, if there is one.
     pub(super) fn problem(&self, from: &Name, to: &Name) -> Option<String> {
         let place = |name| self.places.get(name).copied().unwrap_or_default();
         match (place(from).before, place(to).on) {
@@ -74,8 +74,7 @@ fn nexts(strategy: &Strategy) -> Vec<&Name> {
     nexts
 }
 
-/// The longest way along `links` from each that comes to an end; `back` are the same links, turned
-/// round.
+/// The longest path along `links` from each strategy whose paths all end; `back` are the same links, reversed.
 fn longest<'a>(links: &Links<'a>, back: &Links<'a>) -> HashMap<&'a Name, usize> {
     let mut open: HashMap<&Name, usize> = links.iter().map(|(&name, nexts)| (name, nexts.len())).collect();
     let mut ready: Vec<&'a Name> =

@@ -1,12 +1,12 @@
-//! Conditions: whether they can hold.
+//! Checks conditions: whether they can hold at all.
 
 use xpm_protocol::policy::{Condition, Kind};
 
 use super::Check;
 
 impl Check<'_> {
-    /// A condition and those in it. `depth` is 1 for the outermost one; no condition that is read
-    /// lies so deep that going on below the limit would matter.
+    /// Checks a condition and its inner conditions. `depth` is 1 for the outermost condition. The recursion itself is
+    /// safe: the reader limits how deep conditions nest.
     pub(super) fn condition(&mut self, key: &str, condition: &Condition, depth: usize) {
         if depth > Condition::DEPTH_MAX {
             let text = format!("conditions lie more than {} deep in each other", Condition::DEPTH_MAX);
@@ -35,7 +35,7 @@ impl Check<'_> {
         }
     }
 
-    /// The least is not above the most.
+    /// Each minimum must not exceed its maximum.
     fn bounds(&mut self, key: &str, condition: &Condition) {
         let apart = [
             ("size-min", above(condition.size_min, condition.size_max)),
@@ -60,7 +60,7 @@ fn above<T: PartialOrd>(least: Option<T>, most: Option<T>) -> bool {
     least.zip(most).is_some_and(|(least, most)| least > most)
 }
 
-/// How many conditions there are: this one and those in it.
+/// Number of conditions: this one and all inner ones.
 pub(super) fn count(condition: &Condition) -> usize {
     let inner = condition.all.iter().chain(&condition.any).chain(condition.not.as_deref());
     1 + inner.map(count).sum::<usize>()

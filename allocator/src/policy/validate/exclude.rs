@@ -1,11 +1,11 @@
-//! Rules that exclude each other: no appliance could ever serve.
+//! Finds rules that contradict each other, so that no appliance could ever serve.
 
 use xpm_protocol::policy::{Rule, Selector, Strategy};
 
 use super::Check;
 
 impl Check<'_> {
-    /// A rule is looked at by itself, and with each rule before it that always applies.
+    /// Compares each rule with itself, and with each earlier rule that always applies.
     pub(super) fn contradictions(&mut self, strategy: &Strategy) {
         let mut always: Vec<&Rule> = Vec::new();
         for (index, rule) in strategy.rules.iter().enumerate() {
@@ -43,7 +43,7 @@ impl Check<'_> {
     }
 }
 
-/// Whether everything that fits `inner` fits `outer` too.
+/// Whether every appliance that fits `inner` also fits `outer`.
 fn covers(outer: &Selector, inner: &Selector) -> bool {
     within(&outer.appliances, &inner.appliances)
         && outer.labels.iter().all(|(key, value)| inner.labels.get(key) == Some(value))
@@ -52,12 +52,12 @@ fn covers(outer: &Selector, inner: &Selector) -> bool {
         && outer.rdma.is_none_or(|rdma| inner.rdma == Some(rdma))
 }
 
-/// Whether what is one of `inner` is one of `outer`; nothing said is everything.
+/// Whether `inner` is a subset of `outer`; an empty list means "any".
 fn within<T: PartialEq>(outer: &[T], inner: &[T]) -> bool {
     outer.is_empty() || (!inner.is_empty() && inner.iter().all(|one| outer.contains(one)))
 }
 
-/// Whether nothing can fit both.
+/// Whether no appliance can fit both selectors.
 fn excludes(a: &Selector, b: &Selector) -> bool {
     apart(&a.appliances, &b.appliances)
         || a.labels.iter().any(|(key, value)| b.labels.get(key).is_some_and(|other| other != value))

@@ -1,9 +1,8 @@
-//! Whether documents make sense, each by itself and all together.
+//! Checks documents, each by itself and all together.
 //!
-//! The files are looked at as they would be with what is there already: a name must lead to a
-//! document of the files or to one that is there. Accounts and strategies that are named must exist.
-//! Clients and appliances need not: they come and go, and conditions and selectors that name them
-//! hold once they are there.
+//! The new documents are checked together with the existing ones: accounts and strategies that are named must be
+//! among them. Clients and appliances need not exist: they come and go, and conditions and selectors that name them
+//! apply once they exist.
 
 mod chain;
 mod condition;
@@ -25,7 +24,7 @@ use crate::usage::Usage;
 
 use chain::Chains;
 
-/// All problems of documents that were read, with those that are there already.
+/// All problems of the documents that were read, checked together with existing documents.
 pub(super) fn validate(policy: &Policy, read: &Read, usage: &Usage) -> Vec<Problem> {
     let documents = &read.documents;
     let mut problems = Vec::new();
@@ -49,17 +48,17 @@ pub(super) fn validate(policy: &Policy, read: &Read, usage: &Usage) -> Vec<Probl
     problems
 }
 
-/// What documents are looked at against.
+/// The documents and the usage that a document is checked against.
 struct World<'a> {
     policy: &'a Policy,
     usage: &'a Usage,
     new: HashMap<DocumentName, &'a Content>,
     chains: Chains<'a>,
-    /// What could not be read besides.
+    /// The other contents of the files: documents that could not be read.
     read: &'a Read,
 }
 
-/// Looks at one document.
+/// The check of one document.
 struct Check<'a> {
     world: &'a World<'a>,
     document: &'a Document,
@@ -77,12 +76,12 @@ impl Check<'_> {
         }
     }
 
-    /// Says what is wrong with a key of the document, such as `rule[0].when`.
+    /// Reports a problem with a key of the document, such as `rule[0].when`.
     fn say(&mut self, key: impl AsRef<str>, text: impl AsRef<str>) {
         self.problems.push(self.document.problem(key.as_ref(), text.as_ref()));
     }
 
-    /// Two operators at once: the second one must look at what the first one did.
+    /// If two operators change a document at once, the second one has to see the first one's version.
     fn version(&mut self) {
         let name = self.document.content.document_name();
         let has = self.world.policy.documents.get(&name).and_then(Content::version);
@@ -101,7 +100,7 @@ impl Check<'_> {
         }
     }
 
-    /// A name must lead somewhere.
+    /// A named document must exist.
     fn exists(&mut self, key: impl AsRef<str>, kind: Kind, name: &Name) {
         let document = DocumentName { kind, name: name.clone() };
         let World { new, policy, read, .. } = self.world;
@@ -151,13 +150,13 @@ impl Check<'_> {
         self.duration("ramp-up", appliance.ramp_up);
     }
 
-    /// The limits of an account or a client.
+    /// Checks the limits of an account or a client.
     fn own_limits(&mut self, soft: Option<ByteSize>, hard: Option<ByteSize>) {
         self.limits(("soft-limit", soft), ("hard-limit", hard));
         self.present_use("hard-limit", hard);
     }
 
-    /// A soft limit lies below the hard one.
+    /// A soft limit must not exceed the hard limit.
     fn limits(&mut self, soft: (&str, Option<ByteSize>), hard: (&str, Option<ByteSize>)) {
         self.size(soft.0, soft.1);
         self.size(hard.0, hard.1);
@@ -169,7 +168,7 @@ impl Check<'_> {
         }
     }
 
-    /// A hard limit lies above what is in use already.
+    /// A hard limit must not be below the present use.
     fn present_use(&mut self, key: &str, hard: Option<ByteSize>) {
         let name = self.document.content.document_name();
         let used = self.world.usage.of(name.kind, &name.name).bytes;
@@ -195,7 +194,7 @@ impl Check<'_> {
     }
 }
 
-/// A size so that it means the same when it is read again.
+/// A size in a form that reads back as the same number of bytes.
 fn exact(bytes: u64) -> String {
     let shown = ByteSize(bytes).to_string();
     match shown.parse::<ByteSize>() {

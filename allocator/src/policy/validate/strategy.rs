@@ -1,4 +1,4 @@
-//! Strategies and their rules.
+//! Checks strategies and their rules.
 
 use std::collections::BTreeSet;
 
@@ -14,7 +14,7 @@ use super::{Check, condition};
 
 /// Most rules of a strategy.
 const RULES_MAX: usize = 1000;
-/// Most conditions of a strategy, with those in others.
+/// Most conditions of a strategy, inner ones included.
 const CONDITIONS_MAX: usize = 10_000;
 /// Most selectors in `forbid` and `prefer` of a strategy.
 const SELECTORS_MAX: usize = 5000;
@@ -57,7 +57,7 @@ impl Check<'_> {
         true
     }
 
-    /// Rules have names of their own, and each is reached.
+    /// Rule names must be unique, and each rule must be reachable.
     fn order(&mut self, strategy: &Strategy) {
         let mut names = BTreeSet::new();
         let mut end: Option<&Name> = None;
@@ -205,7 +205,7 @@ impl Check<'_> {
     }
 }
 
-/// A rule of the same name and condition that does nothing.
+/// A rule with the same name and condition and no effect.
 fn nothing(rule: &Rule) -> Rule {
     Rule {
         name: rule.name.clone(),

@@ -1,4 +1,4 @@
-//! Sizes, durations, leases and times of day.
+//! Checks sizes, durations, leases and times of day.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use xpm_protocol::{ByteSize, Span};
 use super::Check;
 use crate::policy::Windows;
 
-/// Largest size in a document, in bytes: the largest number that TOML can say.
+/// Largest size in a document, in bytes: the largest integer of TOML.
 const SIZE_MAX: u64 = i64::MAX as u64;
 /// Longest duration in a document: a hundred years.
 const DURATION_MAX: Duration = Duration::from_secs(100 * 365 * 86_400);
@@ -49,7 +49,7 @@ impl Check<'_> {
         }
     }
 
-    /// Windows under `name`, with their time zone beside them, in the table `base`.
+    /// Checks the windows under the key `name` of the table `base`, with the time zone beside them.
     pub(super) fn windows(&mut self, base: &str, name: &str, zone: Option<&str>, windows: &[Window]) {
         let dot = if base.is_empty() { "" } else { "." };
         let key = format!("{base}{dot}time-zone");

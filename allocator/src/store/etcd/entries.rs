@@ -1,4 +1,4 @@
-//! Changes as entries of etcd: keys below the prefix, and the same values in JSON as in the file.
+//! Changes as entries of etcd: keys below the prefix, and the same JSON values as in the file.
 
 use std::collections::BTreeMap;
 
@@ -21,15 +21,15 @@ pub(super) const DECISIONS: &str = "decisions/";
 pub(super) const WRITTEN: &str = "written/";
 pub(super) const EVENTS: &str = "events/";
 
-/// Most entries of one transaction; etcd takes 128 operations where nobody configures it.
+/// Most entries of one transaction; etcd's default limit is 128 operations.
 const ENTRIES_MAX: usize = 120;
-/// Most bytes of one transaction's entries; etcd takes 1.5 MiB where nobody configures it.
+/// Most bytes of one transaction's entries; etcd's default limit is 1.5 MiB.
 const BYTES_MAX: usize = 1 << 20;
-/// Lowest bit of the moment in a decision's number.
+/// Lowest bit of the time in a decision's number.
 const MOMENT_SHIFT: u32 = 20;
 
-/// What is to be written: a value for each key, or none where the key goes. A later change of a key
-/// takes the place of an earlier one, for etcd takes each key once in a transaction.
+/// Entries to write: a value for each key, or none if the key is removed. A later change of a key replaces an earlier
+/// one, because etcd accepts each key once in a transaction.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Entries {
     all: BTreeMap<String, Option<String>>,
@@ -58,12 +58,12 @@ impl Entries {
         }
     }
 
-    /// Whether etcd takes them in one transaction, as far as there is more than one of them.
+    /// Whether etcd accepts all entries in one transaction. A single entry always counts as fitting.
     pub(super) fn fit(&self) -> bool {
         self.all.len() <= 1 || (self.all.len() <= ENTRIES_MAX && self.bytes <= BYTES_MAX)
     }
 
-    /// Adds those after these if both certainly fit into one transaction; else gives them back.
+    /// Adds `more` if both certainly fit into one transaction; otherwise returns it.
     pub(super) fn join(&mut self, more: Entries) -> Option<Entries> {
         let fit = self.all.len() + more.all.len() <= ENTRIES_MAX && self.bytes + more.bytes <= BYTES_MAX;
         if !fit && !self.is_empty() {
@@ -77,7 +77,7 @@ impl Entries {
         self.all
     }
 
-    /// The same in parts that fit, each into one transaction or one value.
+    /// The entries in parts that each fit into one transaction or one value.
     pub(super) fn into_parts(self) -> Vec<Entries> {
         let mut parts = Vec::new();
         let mut last = Entries::default();
@@ -90,7 +90,7 @@ impl Entries {
         parts
     }
 
-    /// Adds a change; forgetting decisions is none of keys that are known.
+    /// Adds a change. Deleting old decisions adds nothing, because their keys are not known here.
     pub(super) fn add(&mut self, change: &Change) -> Result<(), serde_json::Error> {
         match change {
             Change::Allocation(record) => self.put(allocation_key(record.id.as_u128()), encode(record)?),
@@ -152,12 +152,12 @@ fn event_key(number: u64) -> String {
     format!("{EVENTS}{number:016x}")
 }
 
-/// What the keys of all decisions about a name begin with.
+/// Prefix of the keys of all decisions about a name.
 pub(super) fn decisions_about(name: &Name) -> String {
     format!("{DECISIONS}{name}/")
 }
 
-/// Whether the decision of this key was made at this moment or later; one without a number was not.
+/// Whether the decision of this key was made at this moment or later; a key without a number counts as old.
 pub(super) fn is_since(key: &str, unix: u64) -> bool {
     let number = key.rsplit('/').next().and_then(|number| u64::from_str_radix(number, 16).ok());
     number.is_some_and(|number| number >> MOMENT_SHIFT >= unix)
@@ -173,7 +173,7 @@ mod tests {
     use crate::testing::allocation;
 
     #[test]
-    fn a_later_change_takes_the_place_of_an_earlier_one() {
+    fn a_later_change_replaces_an_earlier_one() {
         let record = allocation(1, "a");
         let mut entries = Entries::default();
         entries.add(&Change::Allocation(Box::new(record.clone()))).unwrap();
@@ -184,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_too_much_for_one_transaction_is_parted_in_order() {
+    fn entries_beyond_one_transaction_are_split_in_order() {
         let many = Entries::from((0..301).map(|number| (format!("{number:03}"), Some(String::new()))));
         assert!(!many.fit());
         let parts = many.into_parts();
@@ -194,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn the_number_of_a_decision_tells_its_moment() {
+    fn the_number_of_a_decision_contains_its_time() {
         let key = format!("decisions/a/{:016x}", (1000_u64 << 20) | 7);
         assert!(is_since(&key, 1000) && !is_since(&key, 1001) && !is_since("decisions/a/x", 0));
     }

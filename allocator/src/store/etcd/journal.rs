@@ -1,8 +1,8 @@
 //! Batches that are too large for one transaction.
 //!
-//! Their entries are written to a journal first, a part in each transaction; the key that says how
-//! many parts there are makes the batch durable. Then the parts are carried out, and the journal goes.
-//! Who takes office carries out a journal that is complete, and drops one that is not.
+//! Their entries are first written to a journal, one part per transaction. The key that states the number of parts
+//! makes the batch durable. Then the parts are carried out, and the journal is removed. A new leader carries out a
+//! complete journal, and drops an incomplete one.
 
 use std::collections::BTreeMap;
 
@@ -13,11 +13,11 @@ use etcd_client::GetOptions;
 
 /// Key of the number of parts of a complete journal.
 pub(super) const COMPLETE_KEY: &str = "journal-complete";
-/// What the keys of the parts begin with.
+/// Prefix of the keys of the parts.
 pub(super) const PARTS: &str = "journal/";
 
 impl EtcdStore {
-    /// Writes entries that do not fit in one transaction, all or none.
+    /// Writes entries that do not fit into one transaction, all or none.
     pub(super) async fn write_by_journal(&mut self, entries: Entries) -> Result<(), StoreError> {
         let parts = entries.into_parts();
         for (number, part) in parts.iter().enumerate() {
@@ -32,7 +32,7 @@ impl EtcdStore {
         self.carry_out(parts).await
     }
 
-    /// Carries out what the last leader left complete, drops what it did not.
+    /// Carries out a complete journal of the last leader, and drops an incomplete one.
     pub(super) async fn finish_journal(&mut self) -> Result<(), StoreError> {
         let Some(count) = text_at(&self.etcd, COMPLETE_KEY).await? else {
             return self.drop_parts().await;

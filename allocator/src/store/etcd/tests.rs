@@ -1,4 +1,4 @@
-//! Against a real etcd.
+//! Tests of the store and the election with a real etcd.
 
 use tokio::runtime::Runtime;
 use xpm_tests::etcd::Etcd as Cluster;
@@ -9,7 +9,7 @@ use crate::etcd::{Election, Term};
 use crate::store::suite;
 use crate::testing::allocation;
 
-/// An etcd, and what runs its clients.
+/// A real etcd, and the runtime of its clients.
 struct Scene {
     runtime: Runtime,
     cluster: Cluster,
@@ -57,11 +57,11 @@ fn names(store: &mut EtcdStore) -> Vec<String> {
 }
 
 #[test]
-fn it_does_what_every_store_does() {
+fn the_store_passes_the_common_suite() {
     let scene = Scene::new(1);
     let election = scene.election("http://a:1");
     let term = scene.win(&election);
-    suite::what_is_committed_is_there_after_reopening(|| scene.open(&election, &term).unwrap());
+    suite::committed_changes_are_there_after_reopening(|| scene.open(&election, &term).unwrap());
 }
 
 #[test]
@@ -72,7 +72,7 @@ fn a_deposed_leader_cannot_write_and_the_next_has_all() {
     let mut deposed = scene.open(&old, &term).unwrap();
     deposed.commit(&[batch(1, "a")]).unwrap();
     scene.resign(&old);
-    // Already nobody leads: even so it is refused.
+    // There is no leader any more: even so the write is refused.
     assert!(matches!(deposed.commit(&[batch(2, "b")]), Err(StoreError::Deposed { .. })));
     let next = scene.win(&new);
     assert!(next.revision() > term.revision());
@@ -96,7 +96,7 @@ fn a_write_that_arrives_late_or_twice_changes_nothing() {
         let sent = etcd.ask(LIMIT, async |mut member: Client| member.txn(transaction.clone()).await);
         scene.runtime.block_on(sent).unwrap().succeeded()
     };
-    // The first try arrives, its answer does not; the second finds that it is done.
+    // The first attempt arrives, but not its answer; the second attempt finds that the write is done.
     assert!(send(&late));
     scene.runtime.block_on(store.write(entries)).unwrap();
     store.commit(&[batch(1, "new")]).unwrap();
@@ -141,7 +141,7 @@ fn a_newer_schema_is_refused_and_left_alone() {
 }
 
 #[test]
-fn more_than_a_page_is_read() {
+fn more_than_one_page_is_read() {
     let scene = Scene::new(1);
     let election = scene.election("http://a:1");
     let term = scene.win(&election);
@@ -153,7 +153,7 @@ fn more_than_a_page_is_read() {
 }
 
 #[test]
-fn a_leader_that_etcd_does_not_answer_stops_before_its_lease_can_have_run_out() {
+fn a_leader_without_answers_of_etcd_stops_before_its_lease_ends() {
     let mut scene = Scene::new(1);
     let election = scene.election("http://a:1");
     let begun = std::time::Instant::now();
@@ -166,7 +166,7 @@ fn a_leader_that_etcd_does_not_answer_stops_before_its_lease_can_have_run_out() 
             xpm_tests::wait_until("it stops", || !term.holds());
             begun.elapsed()
         });
-        // It tries on for a while: the lease may be there still when etcd is back.
+        // It keeps trying for a while: the lease may still exist when etcd is back.
         assert!(scene.runtime.block_on(keep).is_err());
         stopped.join().unwrap()
     });
@@ -174,7 +174,7 @@ fn a_leader_that_etcd_does_not_answer_stops_before_its_lease_can_have_run_out() 
 }
 
 #[test]
-fn one_of_three_members_may_go() {
+fn one_of_three_members_may_fail() {
     let mut scene = Scene::new(3);
     let election = scene.election("http://a:1");
     let term = scene.win(&election);

@@ -1,4 +1,5 @@
-//! The file and its database: opened with care, shared by the writer and readers, and opened anew after there was no room.
+//! The file and its database: opened with checks, shared by the writer and readers, and reopened after a lack of
+//! room.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -13,13 +14,13 @@ use super::super::StoreError;
 use super::super::guard::{guarded, let_go};
 use super::{FILE_NAME, MARK_NAME, number_in};
 
-/// Memory for the database's pages, in bytes. Everything is read once, at the start, and what is written is
-/// small.
+/// Memory for the database's pages, in bytes. A small cache suffices: everything is read once, at the start, and
+/// writes are small.
 const CACHE_LEN: usize = 32 << 20;
-/// Longest file that is read through at each start, in bytes: a second of a slow disk.
+/// Longest file that is checked as a whole at each start, in bytes: a second of reading on a slow disk.
 const CHECKED_LEN_MAX: u64 = 256 << 20;
 
-/// See the module.
+/// The database and its path; see the module.
 #[derive(Debug)]
 pub(super) struct Base {
     path: PathBuf,
@@ -28,11 +29,11 @@ pub(super) struct Base {
 
 #[derive(Debug)]
 enum Opened {
-    /// It can be read and written.
+    /// Readable and writable.
     File(Held),
     /// A copy in memory: there was no room to open the file.
     Copy(Held),
-    /// It could not be opened anew.
+    /// Reopening failed.
     Not,
 }
 
@@ -46,7 +47,7 @@ impl Drop for Held {
 }
 
 impl Base {
-    /// Opens the file of the directory, or makes it with what `fill` writes.
+    /// Opens the file in the directory; if there is none, makes one and lets `fill` write its content.
     pub(super) fn open(
         directory: &Path,
         fill: impl FnOnce(&Database) -> Result<(), redb::Error>,
@@ -77,13 +78,13 @@ impl Base {
         &self.path
     }
 
-    /// Why it cannot be written, where it is a copy in memory.
+    /// If the database is a copy in memory: why it cannot be written.
     pub(super) fn is_copy(&self) -> Option<String> {
         let opened = self.opened.read().unwrap_or_else(PoisonError::into_inner);
         matches!(&*opened, Opened::Copy(_)).then(|| full(&self.path).to_string())
     }
 
-    /// Reads.
+    /// Runs a read.
     pub(super) fn read<T>(
         &self,
         work: impl FnOnce(&Database) -> Result<T, redb::Error>,
@@ -95,7 +96,7 @@ impl Base {
         }
     }
 
-    /// Writes. After there was no room, nothing is written before [`Base::reopen`].
+    /// Runs a write. After a write failed for lack of room, all writes fail until [`Base::reopen`].
     pub(super) fn write<T>(
         &self,
         work: impl FnOnce(&Database) -> Result<T, redb::Error>,
@@ -107,10 +108,10 @@ impl Base {
         }
     }
 
-    /// Opens the file anew: redb writes no more after a write failed.
+    /// Reopens the file, because redb refuses further writes after a failed one.
     pub(super) fn reopen(&self) -> Result<(), StoreError> {
         let mut opened = self.opened.write().unwrap_or_else(PoisonError::into_inner);
-        // The lock of the file goes with the old one.
+        // The old database has to be dropped first, because it holds the lock of the file.
         if let Opened::File(_) = &*opened {
             *opened = Opened::Not;
         }
@@ -129,7 +130,7 @@ impl Base {
     }
 }
 
-/// Makes a new file beside its place and puts it there when it is whole.
+/// Makes a new file under another name, and renames it to its place when it is complete.
 fn make(
     directory: &Path,
     path: &Path,
@@ -175,7 +176,7 @@ fn open_failed(path: &Path, error: DatabaseError) -> StoreError {
     }
 }
 
-/// Reads the whole file through. What redb repairs is fine, unless commits were lost over it.
+/// Checks the whole file. A repair by redb is accepted, unless it lost commits.
 fn check(path: &Path, database: &mut Database) -> Result<(), StoreError> {
     let number = number_in(database).map_err(|error| failed(path, "read", error))?;
     match database.check_integrity() {
@@ -191,13 +192,13 @@ fn check(path: &Path, database: &mut Database) -> Result<(), StoreError> {
                 }
             }
         }
-        // Not its fault, and not known.
+        // Lack of room says nothing about the file.
         Err(DatabaseError::Storage(StorageError::Io(error))) if is_full(&error) => Ok(()),
         Err(error) => Err(open_failed(path, error)),
     }
 }
 
-/// A copy in memory, for a file that cannot be opened without room to repair it.
+/// A copy in memory, for a file that cannot be opened because a repair would need room.
 fn copy(path: &Path) -> Result<Database, StoreError> {
     let directory = path.parent().unwrap_or(Path::new("/"));
     let bytes =

@@ -1,9 +1,9 @@
-//! Checksums of stored values: XXH3, 64 bits, over the table, the key and the value, as a line break and 16 hexadecimal
-//! digits behind the value. JSON as it is written here has no line break.
+//! Checksums of stored values: XXH3, 64 bits, over the table, the key and the value. The checksum is appended to the
+//! value as a line break and 16 hexadecimal digits. The JSON of values contains no line break.
 
 use xxhash_rust::xxh3::Xxh3;
 
-/// Length of what is behind a value, in bytes.
+/// Length of the appended checksum, in bytes.
 pub(super) const LEN: usize = 17;
 
 /// The value with its checksum.
@@ -22,7 +22,7 @@ pub(super) fn unseal<'v>(table: &str, key: &[u8], value: &'v [u8]) -> Option<&'v
     (said[1..] == *format!("{:016x}", sum(table, key, value)).as_bytes()).then_some(value)
 }
 
-/// Whether there is a checksum.
+/// Whether the value has a checksum.
 pub(super) fn is_sealed(value: &[u8]) -> bool {
     value.len().checked_sub(LEN).is_some_and(|at| value[at] == b'\n')
 }
@@ -35,17 +35,17 @@ fn sum(table: &str, key: &[u8], value: &[u8]) -> u64 {
     sum.digest()
 }
 
-/// The key of a record as its checksum and messages have it.
+/// The key of a record, in the form for checksums and messages.
 pub(super) fn number_key(key: u128) -> Vec<u8> {
     format!("{key:032x}").into_bytes()
 }
 
-/// The same for a document.
+/// The key of a document, in the same form.
 pub(super) fn document_key((kind, name): (&str, &str)) -> Vec<u8> {
     format!("{kind}\0{name}").into_bytes()
 }
 
-/// The same for a decision.
+/// The key of a decision, in the same form.
 pub(super) fn decision_key((name, number): (&str, u64)) -> Vec<u8> {
     format!("{name}\0{number:016x}").into_bytes()
 }

@@ -7,10 +7,10 @@ use crate::store::{AllocationRecord, suite};
 use crate::testing::allocation;
 
 #[test]
-fn what_is_committed_is_there_after_reopening() {
+fn committed_changes_are_there_after_reopening() {
     let directory = tempfile::tempdir().unwrap();
     let data = directory.path().join("new/data");
-    suite::what_is_committed_is_there_after_reopening(|| RedbStore::open(&data).unwrap());
+    suite::committed_changes_are_there_after_reopening(|| RedbStore::open(&data).unwrap());
     let mode = std::fs::metadata(data.join(FILE_NAME)).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
 }
@@ -36,7 +36,7 @@ fn a_file_that_is_empty_or_gone_is_no_new_pool() {
 }
 
 #[test]
-fn only_one_has_it() {
+fn only_one_process_has_the_file() {
     let directory = tempfile::tempdir().unwrap();
     let _first = RedbStore::open(directory.path()).unwrap();
     let error = RedbStore::open(directory.path()).unwrap_err();
@@ -58,7 +58,7 @@ fn a_newer_schema_is_refused_and_left_alone() {
     }
 }
 
-/// An allocation as schema 1 has it.
+/// An allocation in the form of schema 1.
 const FIRST_ALLOCATION: &str = r#"{"id":"00000000000000000000000000000001","name":"a","size":268435456,
     "layout":{"kind":"linear"},"region_len":268435456,"created":1,"phase":"ready","epoch":1,"owner":null,
     "revealed":false,"next":null,"grants":[{"id":"00000000000000000000000000000001",
@@ -67,7 +67,7 @@ const FIRST_ALLOCATION: &str = r#"{"id":"00000000000000000000000000000001","name
     "regions":["00000000000000000000000000000001"]}],"slots":[{"grant":0,"slot":0}]}"#;
 
 #[test]
-fn a_store_of_schema_1_is_taken_over() {
+fn a_store_of_schema_1_is_updated() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join(FILE_NAME);
     let database = Database::create(&path).unwrap();
@@ -88,7 +88,7 @@ fn a_store_of_schema_1_is_taken_over() {
 }
 
 #[test]
-fn what_is_no_database_is_refused_and_left_alone() {
+fn a_file_that_is_no_database_is_refused_and_left_alone() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join(FILE_NAME);
     std::fs::write(&path, "something else, and rather important").unwrap();
@@ -105,7 +105,7 @@ fn what_is_no_database_is_refused_and_left_alone() {
 }
 
 #[test]
-fn a_directory_that_cannot_be_made() {
+fn an_impossible_directory_is_an_error() {
     let line = RedbStore::open(Path::new("/proc/xpm")).unwrap_err().to_string();
     assert!(line.contains("/proc/xpm") && line.contains("--data"), "{line}");
 }
