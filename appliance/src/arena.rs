@@ -1,8 +1,8 @@
-//! The memory that is lent: where regions come from, and how they are made ready.
+//! The lent memory: where regions come from, and how they are prepared.
 //!
-//! A region is *made* (a descriptor and a mapping, all zeros), then *faulted in* (each page is
-//! there and locked, so that no I/O ever waits for the host's memory management), and when it is
-//! deleted *cleared*, after which it may be lent again.
+//! A region is *made* (a descriptor and a mapping, all zeros), then *faulted in* (each page is resident and
+//! locked, so that no I/O ever waits for the host's memory management). When it is deleted, it is *cleared*,
+//! after which it may be lent again.
 
 mod bad;
 mod carve;
@@ -30,14 +30,14 @@ use self::memory::{MOVE_LEN, Place, Way};
 use crate::host::MemInfo;
 use crate::keep::{MemfdId, Stored};
 
-/// What the name of a region's memfd begins with; its number follows.
+/// Prefix of the name of a region's memfd; the region's number follows.
 const NAME: &str = "xpm-region-";
 
-/// What is left of the host's available memory, in bytes, however much is asked for: below it, the
+/// Bytes of the host's available memory that are never lent, whatever an order asks for: below this, the
 /// kernel would rather kill processes than let the region be filled.
 const HOST_MARGIN: u64 = 64 << 20;
 
-/// What lent memory lies on.
+/// The storage of lent memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Backing {
     /// A sealed memfd of base pages for each region.
@@ -48,17 +48,17 @@ pub enum Backing {
     File(PathBuf),
 }
 
-/// Why there is no memory for a region, or none at all.
+/// Why the memory of a region could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum ArenaError {
     /// The kernel refused a step.
     #[error("cannot {step} for {len} of memory", len = ByteSize(*.len))]
     Kernel {
-        /// What was tried.
+        /// The step that failed.
         step: &'static str,
-        /// How much it was for, in bytes.
+        /// The length of the memory, in bytes.
         len: u64,
-        /// Why not.
+        /// The kernel's error.
         source: io::Error,
     },
     /// The host has too little memory left.
@@ -67,9 +67,9 @@ pub enum ArenaError {
         ByteSize(*.available), ByteSize(*.asked)
     )]
     Host {
-        /// What the host has, in bytes.
+        /// Available memory of the host, in bytes.
         available: u64,
-        /// What is asked for, in bytes.
+        /// The requested length, in bytes.
         asked: u64,
     },
     /// A cgroup of this process has too low a limit.
@@ -78,13 +78,13 @@ pub enum ArenaError {
         ByteSize(*.limit), .file.display(), ByteSize(*.available), ByteSize(*.asked)
     )]
     Limit {
-        /// The file that sets it.
+        /// The file that contains the limit.
         file: PathBuf,
         /// The limit, in bytes.
         limit: u64,
-        /// What is left of it, in bytes.
+        /// The unused part of the limit, in bytes.
         available: u64,
-        /// What is asked for, in bytes.
+        /// The requested length, in bytes.
         asked: u64,
     },
     /// The host has too few free huge pages.
@@ -95,9 +95,9 @@ pub enum ArenaError {
     HugePages {
         /// Free huge pages, in bytes.
         free: u64,
-        /// What is asked for, in bytes.
+        /// The requested length, in bytes.
         asked: u64,
-        /// Huge pages that would do.
+        /// The number of huge pages that would suffice.
         pages: u64,
     },
     /// The backing file cannot be used.
@@ -105,16 +105,16 @@ pub enum ArenaError {
     File {
         /// The file.
         path: PathBuf,
-        /// What is wrong, and what to do instead.
+        /// The defect of the file, and the remedy.
         reason: String,
     },
-    /// The backing file has no run of free bytes that is long enough.
+    /// The backing file has no contiguous free range of this length.
     #[error(
         "no {} of the backing file are free in one piece; use regions of one size, or smaller ones",
         ByteSize(*.0)
     )]
     Fragmented(u64),
-    /// A move failed, and so did the way back.
+    /// Moving a region's content failed, and so did moving it back.
     #[error(
         "the content of {} was lost in part when it was moved: this host ran out of memory on the way",
         ByteSize(*.0)
@@ -128,29 +128,29 @@ enum Kind {
     File(Arc<BackingFile>),
 }
 
-/// Makes the memory of regions. It does not count what it has made: the ledger of regions does.
+/// Makes the memory of regions. The arena does not count the memory that it made: the ledger of regions does.
 pub struct Arena {
     kind: Kind,
     lock: AtomicBool,
-    /// What is made and not faulted in yet, in bytes: the host still counts it as available.
+    /// Memory that is made and not faulted in yet, in bytes: the host still counts it as available.
     promised: Arc<AtomicU64>,
 }
 
 impl Arena {
-    /// Looks whether `capacity` bytes can be had, and opens the backing file if there is one.
-    /// Without `lock`, regions are faulted in but may be swapped out by the host.
+    /// Checks that this host can provide `capacity` bytes, and opens the backing file if there is one.
+    /// Without `lock`, regions are faulted in but the host may swap them out.
     ///
     /// # Errors
-    /// When this host cannot give that much.
+    /// When this host cannot provide that much memory.
     pub fn new(backing: &Backing, capacity: u64, lock: bool) -> Result<Arena, ArenaError> {
         Arena::with_held(backing, capacity, lock, 0)
     }
 
-    /// The same, where `held` bytes of the capacity are there already: the memory of an earlier life.
-    /// They are used by clients, so it is no error then that the host has not as much more.
+    /// As [`Arena::new`], where `held` bytes of the capacity exist already: the memory of an earlier life.
+    /// Clients use it, so a host without as much additional memory is no error then.
     ///
     /// # Errors
-    /// When this host cannot give that much.
+    /// When this host cannot provide that much memory.
     pub fn with_held(backing: &Backing, capacity: u64, lock: bool, held: u64) -> Result<Arena, ArenaError> {
         let more = capacity.saturating_sub(held);
         let kind = match backing {
@@ -166,7 +166,7 @@ impl Arena {
             Backing::File(path) => {
                 let file = BackingFile::open(path, capacity)?;
                 if lock && file.is_cached() {
-                    // Its pages are those of the page cache, and locked there.
+                    // The pages of the file are page cache, and locked there.
                     check_limits(capacity, HOST_MARGIN, 0)?;
                 }
                 Kind::File(Arc::new(file))
@@ -183,10 +183,10 @@ impl Arena {
         }
     }
 
-    /// Takes a region's memfd of an earlier life back.
+    /// Takes back a region's memfd from an earlier life.
     ///
     /// # Errors
-    /// When it is none of that length, as one line.
+    /// When it is no memfd of that length, as one line.
     pub(crate) fn take_back(
         &self,
         (id, fd): (MemfdId, OwnedFd),
@@ -208,15 +208,15 @@ impl Arena {
             return Err("a memfd that was kept is not sealed".to_owned());
         }
         let way = if is_huge(&fd).map_err(failed)? { Way::Overwrite } else { Way::Punch };
-        // What is faulted in again is there already, so nothing of the host is promised.
+        // Faulting it in again needs no new memory of the host, so nothing is added to the promised memory.
         let memory = Memory::map(Arc::new(fd), Place { start: 0, len }, way, Arc::default(), None);
         Ok(memory.map_err(failed)?.taken_back(id, shared, stored))
     }
 
-    /// Takes a part of the backing file back that a region of an earlier life lies in.
+    /// Takes back the part of the backing file that holds a region of an earlier life.
     ///
     /// # Errors
-    /// When it cannot be, as one line.
+    /// The reason why this is impossible, as one line.
     pub(crate) fn take_back_part(&self, start: u64, len: u64) -> Result<Memory, String> {
         let file = self.file().ok_or("it lies in a file, and `--backing` is none")?;
         let kept = file.take_at(start, len).ok_or("the backing file is too short for it")?;
@@ -224,19 +224,20 @@ impl Arena {
             .map_err(|error| format!("its part of the backing file cannot be mapped: {error}"))
     }
 
-    /// Whether a limit of a cgroup leaves room for what was promised and is not in memory yet, `missing` bytes.
+    /// Checks that the limits of this process's cgroups leave room for the promised memory that is not
+    /// resident yet, `missing` bytes.
     ///
     /// # Errors
-    /// The limit that does not.
+    /// The limit that is too low.
     pub fn check_limits(&self, missing: u64) -> Result<(), ArenaError> {
         match &self.kind {
             Kind::Memfd => check_limits(missing, HOST_MARGIN / 2, 0),
-            // Not counted by these limits, or there before anything was lent.
+            // Huge pages are not counted by these limits, and a file is locked before any of it is lent.
             Kind::Huge | Kind::File(_) => Ok(()),
         }
     }
 
-    /// What the memory lies on, for the allocator.
+    /// The kind of storage, for the allocator.
     pub fn medium(&self) -> Medium {
         match self.kind {
             Kind::Memfd => Medium::Memory,
@@ -245,14 +246,14 @@ impl Arena {
         }
     }
 
-    /// Whether a region's descriptor may be passed to another process. The descriptor of a backing
-    /// file would give it the regions of all others too.
+    /// Whether a region's descriptor may be passed to another process. The descriptor of a backing file would
+    /// give access to all other regions, too.
     pub fn is_shareable(&self) -> bool {
         !matches!(self.kind, Kind::File(_))
     }
 
-    /// Makes a region of `len` bytes, all zeros, not faulted in yet. `leaving` bytes of other regions
-    /// are just being given back to the host.
+    /// Makes a region of `len` bytes, all zeros, not faulted in yet. `leaving` counts the bytes of other
+    /// regions that are just being returned to the host.
     ///
     /// # Errors
     /// When the host has no memory, address space or descriptor left for it.
@@ -263,7 +264,7 @@ impl Arena {
                 self.make_memfd(len, MemfdFlags::empty(), Way::Punch)
             }
             Kind::Huge => self.make_memfd(len, MemfdFlags::HUGETLB, Way::Overwrite).map_err(|error| {
-                // The mapping reserves its huge pages; ENOMEM says that too few are left.
+                // The mapping reserves its huge pages; ENOMEM means that too few are left.
                 check_huge(len).err().unwrap_or(error)
             }),
             Kind::File(file) => {
@@ -282,34 +283,34 @@ impl Arena {
         }
     }
 
-    /// Whether a region of `len` bytes can be moved now, as far as can be told before.
+    /// Checks, as far as possible in advance, that a region of `len` bytes can be moved now.
     ///
     /// # Errors
-    /// Why not.
+    /// The reason why it cannot be moved.
     pub fn can_move(&self, len: u64) -> Result<(), ArenaError> {
         match self.kind {
-            // A piece at a time takes what the one before gave.
+            // Each piece takes the memory that the previous piece freed.
             Kind::Memfd => check_host(MOVE_LEN, HOST_MARGIN, 0),
             Kind::Huge => check_huge(len),
-            // Never shared, for its descriptor would give all other regions away too.
+            // Never shared, because its descriptor would give access to all other regions, too.
             Kind::File(_) => Ok(()),
         }
     }
 
-    /// How many regions may be moved at the same time.
+    /// Most regions that may be moved at the same time.
     pub(crate) fn moves_max(&self) -> usize {
         match self.kind {
             Kind::Memfd => usize::MAX,
-            // Each needs all of its new pages before the old ones are free.
+            // Each region needs all of its new pages before the old ones are free.
             Kind::Huge | Kind::File(_) => 1,
         }
     }
 
-    /// Moves a region's content to new memory, a piece at a time, so that hardly more memory is held
-    /// meanwhile; the old one is all zeros afterwards. Blocks for about a second for each GiB.
+    /// Moves a region's content to new memory, a piece at a time, so that the move needs little additional
+    /// memory; the old memory is all zeros afterwards. Blocks for about a second per GiB.
     ///
     /// # Errors
-    /// When there is no new memory; then nothing was moved, unless the error is [`ArenaError::Torn`].
+    /// When there is no new memory; then the content is unmoved, unless the error is [`ArenaError::Torn`].
     pub fn relocate(&self, old: &Memory) -> Result<Memory, ArenaError> {
         if old.is_torn() {
             return Err(ArenaError::Torn(old.len()));
@@ -323,16 +324,17 @@ impl Arena {
         Ok(new)
     }
 
-    /// New memory, all zeros, in place of a region's whose content is given up.
+    /// Makes new memory, all zeros, for a region whose content is discarded.
     ///
     /// # Errors
-    /// When there is no new memory; the content is gone all the same.
+    /// When there is no new memory; the content is discarded all the same.
     pub fn replace(&self, old: &Memory) -> Result<Memory, ArenaError> {
         old.give_up();
         self.make_for_move(old.len())
     }
 
-    /// It takes what the old memory gives, so it is not asked whether the host has as much again.
+    /// The new memory takes the pages that the old memory frees, so this does not check whether the host has
+    /// as much again.
     fn make_for_move(&self, len: u64) -> Result<Memory, ArenaError> {
         match self.kind {
             Kind::Memfd => self.make_memfd(len, MemfdFlags::empty(), Way::Punch),
@@ -340,9 +342,8 @@ impl Arena {
         }
     }
 
-    /// Faults the region in and locks it, in steps, until it is done (true) or `until` has passed
-    /// (false; the next call goes on). Its content does not change. Blocks for about a second for
-    /// each GiB.
+    /// Faults the region in and locks it, in steps, until it is done (true) or `until` has passed (false; the
+    /// next call continues). The content does not change. Blocks for about a second per GiB.
     ///
     /// # Errors
     /// When the host has no memory left for it.
@@ -356,7 +357,7 @@ impl Arena {
         Ok(done)
     }
 
-    /// Warns once if the kernel does not allow it: memory that is swapped out is slow, not lost.
+    /// Warns once if the kernel refuses to lock: memory that is swapped out is slow, not lost.
     fn lock(&self, memory: &Memory) {
         match memory.lock() {
             Ok(()) => {}
@@ -374,8 +375,8 @@ impl Arena {
         let name = format!("{NAME}{}", String::from(id));
         let fd = open_memfd(&name, kind).map_err(|error| kernel("make a memfd", len, error))?;
         ftruncate(&fd, len).map_err(|error| kernel("set the size of a memfd", len, error))?;
-        // Sealed, so that no process that it is passed to can make this one fault (SIGBUS) by
-        // truncating it.
+        // Sealed, so that no process that receives the descriptor can truncate the memfd and make this
+        // process fault (SIGBUS).
         fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
             .map_err(|error| kernel("seal a memfd", len, error))?;
         let memory = Memory::map(Arc::new(fd), Place { start: 0, len }, way, self.promised.clone(), None);
@@ -383,7 +384,7 @@ impl Arena {
     }
 }
 
-/// The number in the name of a region's memfd; none for any other name, as `/proc/PID/fd` shows it.
+/// The number in the name of a region's memfd, as `/proc/PID/fd` shows the name; none for any other name.
 pub(crate) fn memfd_id(name: &str) -> Option<MemfdId> {
     let number = name.strip_prefix("/memfd:")?.strip_prefix(NAME)?.strip_suffix(" (deleted)")?;
     MemfdId::try_from(number.to_owned()).ok()
@@ -395,7 +396,7 @@ fn is_huge(fd: &OwnedFd) -> Result<bool, Errno> {
     Ok(fstatfs(fd)?.f_type.cast_unsigned() == HUGETLBFS)
 }
 
-/// With memory of an earlier life, what was found is said and is no error: its users wait for it.
+/// With memory of an earlier life, an error is only logged: the clients of that memory wait for it.
 fn unless_held(found: Result<(), ArenaError>, held: u64) -> Result<(), ArenaError> {
     match found {
         Err(error) if held > 0 => {
@@ -407,11 +408,11 @@ fn unless_held(found: Result<(), ArenaError>, held: u64) -> Result<(), ArenaErro
 }
 
 pub(crate) fn open_memfd(name: &str, kind: MemfdFlags) -> Result<OwnedFd, Errno> {
-    /// `MFD_NOEXEC_SEAL` of linux/memfd.h: nobody can run its content as a program.
+    /// `MFD_NOEXEC_SEAL` of linux/memfd.h: the content cannot be executed as a program.
     const NOEXEC_SEAL: MemfdFlags = MemfdFlags::from_bits_retain(8);
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | kind;
     match memfd_create(name, flags | NOEXEC_SEAL) {
-        // Before Linux 6.3 the flag is not known.
+        // The flag is unknown before Linux 6.3.
         Err(Errno::INVAL) => memfd_create(name, flags),
         result => result,
     }
@@ -421,19 +422,19 @@ fn kernel(step: &'static str, len: u64, error: Errno) -> ArenaError {
     ArenaError::Kernel { step, len, source: error.into() }
 }
 
-/// Filling memory that the host does not have, or that a cgroup does not allow, ends with the kernel killing processes,
-/// not with an error; so it is looked up before.
+/// Checks in advance that the host has the memory and that the cgroups allow it: filling memory beyond that
+/// ends with the kernel killing processes, not with an error.
 fn check_host(asked: u64, margin: u64, leaving: u64) -> Result<(), ArenaError> {
     match MemInfo::read() {
         Ok(info) if info.available.saturating_add(leaving) < asked.saturating_add(margin) => {
             Err(ArenaError::Host { available: info.available, asked })
         }
-        // Without /proc nothing is known, and the kernel decides.
+        // Without /proc the available memory is unknown, and the kernel decides.
         _ => check_limits(asked, margin, leaving),
     }
 }
 
-/// The limits of the cgroups that this process is in.
+/// Checks the limits of the cgroups that this process is in.
 fn check_limits(asked: u64, margin: u64, leaving: u64) -> Result<(), ArenaError> {
     let limit = Spare::open().ok().and_then(|mut spare| spare.tightest());
     match limit {

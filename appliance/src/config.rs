@@ -1,4 +1,4 @@
-//! What the operator says: on the command line, in a file, or nothing, and what follows from it.
+//! The configuration: the command line, a TOML file, the defaults, and the values that follow from them.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -24,26 +24,25 @@ const STATE_DIR: &str = "/var/lib/xpm-appliance";
 const CONTROL_PORT: u16 = 7701;
 /// Port of the NBD protocol (IANA).
 const NBD_PORT: u16 = 10809;
-/// Longest busy poll where nobody asks for another one.
+/// Longest busy poll by default.
 const SPIN_DEFAULT: Duration = Duration::from_micros(50);
-/// Longest busy poll that makes sense: beyond it, a core is burnt for nothing.
+/// Longest useful busy poll: a longer one wastes a core.
 const SPIN_MAX: Duration = Duration::from_millis(10);
 /// Most loop threads.
 const THREADS_MAX: usize = 1024;
-/// What is kept ready at least, if there is as much, in bytes.
+/// Least memory that is kept ready, if the appliance lends as much, in bytes.
 const READY_MIN: u64 = 1 << 30;
 
 /// Lends this machine's memory to other machines.
 ///
-/// The memory is given to clients by an allocator, in regions, as exports of the NBD protocol over
-/// TCP and unix sockets, and to clients on this machine also as shared memory. What is lent outlives
-/// a restart by systemd, and is gone when the unit is stopped: do that only when `xpm appliance list` shows
-/// no regions on it.
+/// An allocator gives the memory to clients in regions, as exports of the NBD protocol over TCP and unix
+/// sockets, and to clients on this machine also as shared memory. Lent memory survives a restart by systemd,
+/// and is lost when the unit is stopped: stop the unit only when `xpm appliance list` shows no regions on it.
 #[derive(Debug, Clone, Parser)]
 #[command(name = "xpm-appliance", version)]
 pub struct Cli {
-    /// Reads settings from this TOML file. Its keys are the long options without the dashes in
-    /// front; what is given on the command line wins.
+    /// Reads settings from this TOML file. Its keys are the long options without the leading dashes; options
+    /// on the command line win.
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
 
@@ -51,7 +50,7 @@ pub struct Cli {
     settings: Settings,
 }
 
-/// What can be set, on the command line or in the file.
+/// The settings, on the command line or in the file.
 #[derive(Debug, Clone, Default, Args, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct Settings {
@@ -64,9 +63,8 @@ pub struct Settings {
     #[arg(long)]
     huge: bool,
 
-    /// Takes the memory from `memfd` (the default) or from `file:PATH`: a DAX device, or a file, of
-    /// which a process alone has the use. Memory of a file is not shared with clients on this
-    /// machine.
+    /// Takes the memory from `memfd` (the default) or from `file:PATH`: a DAX device, or a file that no other
+    /// process uses. Memory of a file is not shared with clients on this machine.
     #[arg(long, value_name = "memfd|file:PATH", value_parser = parse_backing)]
     #[serde(deserialize_with = "deserialize_backing")]
     backing: Option<Backing>,
@@ -87,9 +85,9 @@ pub struct Settings {
     #[serde(deserialize_with = "one_or_several")]
     nbd: Vec<SocketAddr>,
 
-    /// Serves regions by RDMA: `auto` (the default) at port 10810 of every address behind which there is
-    /// an RDMA device, or at this address, or `off`. A region is reached only with the key of its grant.
-    /// The data is not encrypted.
+    /// Serves regions by RDMA: `auto` (the default) at port 10810 of every address that belongs to an RDMA
+    /// device, or at this address, or `off`. A region is reached only with the key of its grant. The data is
+    /// not encrypted.
     #[arg(long, value_name = "auto|off|ADDRESS:PORT", value_parser = parse_rdma)]
     #[serde(deserialize_with = "deserialize_rdma")]
     rdma: Option<Rdma>,
@@ -98,12 +96,12 @@ pub struct Settings {
     #[arg(long, value_name = "PATH")]
     unix: Option<PathBuf>,
 
-    /// Gives the memory of regions to clients on this machine at this unix socket.
-    /// [default: shm.sock in --run-dir]
+    /// Passes the memory of regions to clients on this machine at this unix socket. [default: shm.sock in
+    /// --run-dir]
     #[arg(long, value_name = "PATH")]
     shm: Option<PathBuf>,
 
-    /// Makes the unix sockets in this directory. [default: /run/xpm-appliance]
+    /// Creates the unix sockets in this directory. [default: /run/xpm-appliance]
     #[arg(long, value_name = "DIR")]
     run_dir: Option<PathBuf>,
 
@@ -111,32 +109,33 @@ pub struct Settings {
     #[arg(long, value_name = "DIR")]
     state: Option<PathBuf>,
 
-    /// Registers with the allocator at this URL, for example http://10.0.0.1:7700. Where there are
-    /// several allocators of which one leads: with all of them, with commas in between.
+    /// Registers with the allocator at this URL, for example http://10.0.0.1:7700. With several allocators,
+    /// of which one leads: the URLs of all of them, separated by commas.
     #[arg(long, value_name = "URL[,URL...]")]
     allocator: Option<Urls>,
-    /// Looks for allocators on this network that announce themselves (`xpm-allocator --announce`), of this group,
-    /// and registers with them. A token is shown to whoever answers: for networks that you trust.
+    /// Looks for allocators of this group that announce themselves on this network (`xpm-allocator
+    /// --announce`), and registers with them. The token is sent to any host that answers: use this on trusted
+    /// networks only.
     #[arg(long, value_name = "GROUP", num_args = 0..=1, require_equals = true, default_missing_value = "default", conflicts_with = "allocator")]
     discover: Option<Name>,
 
-    /// Tells clients and the allocator to reach this machine by this name or address; can be given several times, the best
-    /// first. Clients try the next one 250 ms after the one before, and resolve names anew each time. By default it is the
-    /// address that this machine has towards the allocator.
+    /// Tells clients and the allocator to reach this machine by this name or address; can be given several
+    /// times, the best first. Clients try each one 250 ms after the previous one, and resolve names anew each
+    /// time. The default is the address from which this machine reaches the allocator.
     #[arg(long, value_name = "HOST|IP[:PORT]")]
     #[serde(deserialize_with = "one_or_several")]
     advertise: Vec<String>,
 
-    /// Calls the appliance so. [default: the host's name]
+    /// Sets the name of the appliance. [default: the host's name]
     #[arg(long, value_name = "NAME")]
     name: Option<Name>,
 
-    /// Says something about this machine that strategies can ask for, such as rack=r1; can be given
-    /// several times. `site`, `row`, `rack` and `host` say where it is.
+    /// Adds a label that strategies can ask for, such as rack=r1; can be given several times. The labels
+    /// `site`, `row`, `rack` and `host` give the machine's location.
     #[arg(long, value_name = "KEY=VALUE")]
     label: Vec<Label>,
 
-    /// Takes the link to have this speed, for example 25Gbps. By default it is asked of the kernel.
+    /// Sets the speed of the link, for example 25Gbps. By default the kernel is asked.
     #[arg(long, value_name = "SPEED")]
     link_speed: Option<LinkSpeed>,
 
@@ -145,9 +144,9 @@ pub struct Settings {
     #[arg(long, value_name = "SIZE")]
     region_size: Option<ByteSize>,
 
-    /// Keeps this much free memory ready: cleared, faulted in and locked. More makes large
-    /// allocations faster; less leaves more to this machine while nobody uses it. [default: an
-    /// eighth of --memory, at least 1GiB, at most --memory]
+    /// Keeps this much free memory ready: cleared, faulted in and locked. More makes large allocations
+    /// faster; less leaves more to this machine while no client uses the memory. [default: an eighth of
+    /// --memory, at least 1GiB, at most --memory]
     #[arg(long, value_name = "SIZE")]
     ready: Option<ByteSize>,
 
@@ -155,13 +154,13 @@ pub struct Settings {
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
 
-    /// Lets a thread that has just worked look for more work for this long before it sleeps; 0s is
-    /// kind to other programs, more is faster. [default: 50us]
+    /// Lets a thread that has just worked poll for more work for this long before it sleeps; 0s leaves more
+    /// processor time to other programs, a longer time is faster. [default: 50us]
     #[arg(long, value_name = "TIME")]
     spin: Option<Span>,
 
-    /// Reads the token of the control plane from this file (mode 0600): whoever gives orders must
-    /// show it, and it is shown to the allocator.
+    /// Reads the token of the control plane from this file (mode 0600): orders must carry it, and it is sent
+    /// to the allocator.
     #[arg(long, value_name = "FILE")]
     token_file: Option<PathBuf>,
 
@@ -173,24 +172,24 @@ pub struct Settings {
 /// Where RDMA is served.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Rdma {
-    /// Wherever this host has it.
+    /// At all RDMA addresses of this host, if there are any.
     Auto,
     /// Nowhere.
     Off,
-    /// Here, and it is an error when that cannot be.
+    /// At this address; failing to listen there is an error.
     At(SocketAddr),
 }
 
-/// Everything settled and checked.
+/// The complete, checked configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
-    /// What is lent in all, in bytes.
+    /// Lent memory in all, in bytes.
     pub capacity: u64,
-    /// What it lies on.
+    /// The storage of the memory.
     pub backing: Backing,
-    /// Whether it is locked.
+    /// Whether the memory is locked.
     pub lock: bool,
-    /// What is kept ready.
+    /// The memory that is kept ready.
     pub stock: Stock,
     /// The control interface.
     pub listen: Place,
@@ -200,21 +199,21 @@ pub struct Config {
     pub rdma: Rdma,
     /// NBD over a unix socket.
     pub unix: PathBuf,
-    /// Socket that passes memory.
+    /// Unix socket that passes memory.
     pub shm: PathBuf,
-    /// Where the id is kept.
+    /// The state directory.
     pub state: PathBuf,
     /// Base URLs of the allocators.
     pub allocator: Option<Urls>,
-    /// Group of the allocators that are looked for on the network.
+    /// Group of the allocators to look for on the network.
     pub discover: Option<Name>,
-    /// Names and addresses to be reached by, the best first.
+    /// Names and addresses of this host for others, the best first.
     pub advertise: Vec<String>,
     /// The appliance's name.
     pub name: Name,
-    /// What its operator calls it and where it is.
+    /// Its labels, as set by the operator.
     pub labels: Labels,
-    /// Speed of its link, where the operator says it.
+    /// Speed of its link, if the operator set it.
     pub link_speed: Option<LinkSpeed>,
     /// Loop threads.
     pub threads: usize,
@@ -222,15 +221,15 @@ pub struct Config {
     pub spin: Duration,
     /// The token's file.
     pub token_file: Option<PathBuf>,
-    /// No token is needed.
+    /// Whether orders are accepted without a token.
     pub insecure: bool,
 }
 
 impl Cli {
-    /// Reads the file, if there is one, and settles everything. Blocks.
+    /// Reads the file, if there is one, and determines all values. Blocks.
     ///
     /// # Errors
-    /// One line: which setting, what is wrong, what to do instead.
+    /// One line: the setting, the defect, and the remedy.
     pub fn settle(self) -> anyhow::Result<Config> {
         let settings = match &self.config {
             Some(path) => self.settings.over(xpm_control::config::load(path)?),
@@ -241,7 +240,7 @@ impl Cli {
 }
 
 impl Settings {
-    /// These, and where they say nothing, those of `file`.
+    /// These settings, completed by those of `file`.
     fn over(self, file: Settings) -> Settings {
         Settings {
             memory: self.memory.or(file.memory),
@@ -360,12 +359,12 @@ fn backing(asked: Option<Backing>, huge: bool) -> anyhow::Result<Backing> {
     }
 }
 
-/// Clients are told the path, and have working directories of their own.
+/// Clients receive the path, and have working directories of their own.
 fn absolute(path: &Path) -> anyhow::Result<PathBuf> {
     std::path::absolute(path).with_context(|| format!("cannot tell where {} is", path.display()))
 }
 
-/// The host's name up to its first dot, as a name.
+/// The host's name up to its first dot.
 fn host_name() -> anyhow::Result<Name> {
     let host = xpm_control::host::host_name().context("cannot find this host's name: give --name NAME")?;
     let short = host.split('.').next().unwrap_or_default();
@@ -385,7 +384,7 @@ fn deserialize_backing<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Opt
     parse_backing(&String::deserialize(deserializer)?).map(Some).map_err(serde::de::Error::custom)
 }
 
-/// A value or a list of values, as in a file.
+/// One value or a list of values, as the file may have.
 fn one_or_several<'de, D, T>(deserializer: D) -> Result<Vec<T>, D::Error>
 where
     D: Deserializer<'de>,

@@ -20,16 +20,16 @@ use xpm_protocol::{ApplianceId, GrantId, Life, PoolId, RegionId};
 use crate::copier::{self, Copier, CopyError};
 use crate::regions::{Table, TableError};
 
-/// What the data plane counts.
+/// Counts of the data plane.
 pub trait Traffic: Send + Sync {
-    /// Connections now.
+    /// Current number of connections.
     fn connections(&self) -> usize;
 
-    /// What passed since the start.
+    /// Counters since the start.
     fn counters(&self) -> Counters;
 }
 
-/// What orders are about.
+/// The appliance, as the subject of orders.
 pub struct Appliance {
     id: Option<ApplianceId>,
     table: Table,
@@ -40,28 +40,28 @@ pub struct Appliance {
 }
 
 impl Appliance {
-    /// The appliance of this table and data plane, started now.
+    /// An appliance with this table and data plane, started now.
     ///
     /// # Errors
-    /// When the kernel gives no random number.
+    /// When the kernel provides no random number.
     pub fn new(table: Table, traffic: Box<dyn Traffic>) -> std::io::Result<Appliance> {
         let known = KnownMetadata::default();
         Ok(Appliance { id: None, table, traffic, copier: Copier::new()?, started: Instant::now(), known })
     }
 
-    /// The same with its id, which its status names.
+    /// Sets its id, which the status shows.
     #[must_use]
     pub fn with_id(self, id: ApplianceId) -> Appliance {
         Appliance { id: Some(id), ..self }
     }
 
-    /// The same, with what an earlier life heard of the allocator's metadata.
+    /// Sets the state of the allocator's metadata that an earlier life has seen.
     #[must_use]
     pub fn with_known(self, known: KnownMetadata) -> Appliance {
         Appliance { known, ..self }
     }
 
-    /// The newest state of the allocator's metadata that it heard of.
+    /// The newest state of the allocator's metadata that this appliance has seen.
     pub fn known(&self) -> &KnownMetadata {
         &self.known
     }
@@ -71,7 +71,7 @@ impl Appliance {
         &self.table
     }
 
-    /// What it has and does.
+    /// The status: memory, grants and traffic.
     pub fn status(&self) -> Status {
         let free = self.table.look_at_limits();
         let summary = self.table.summary();
@@ -140,8 +140,8 @@ async fn reserve(
     Ok(Json(reservation.await?.hand_over()))
 }
 
-/// Regions that nobody was told of yet: when who ordered them goes away before, they are free again
-/// at once, and not only when their time is over.
+/// Regions whose ids no client has received yet: if the client disconnects before, they are free again at
+/// once, and not only when their reservation expires.
 struct Reservation {
     table: Table,
     regions: Vec<Region>,
@@ -156,7 +156,7 @@ impl Reservation {
 impl Drop for Reservation {
     fn drop(&mut self) {
         for region in &self.regions {
-            // It is not in a grant: nobody knows its id.
+            // The region is in no grant, because no client knows its id.
             let _ = self.table.delete_region(region.id);
         }
     }
@@ -176,7 +176,7 @@ async fn grants(appliance: Shared) -> Result<Json<Vec<Grant>>, ApiError> {
     on_table(appliance, |table| Ok(table.grants())).await.map(Json)
 }
 
-/// Query of an order: the newest state of the metadata of the allocator that gives it.
+/// The query of an order: the newest state of the metadata of the allocator that sends it.
 #[derive(Deserialize)]
 struct Ordered {
     pool: Option<PoolId>,
@@ -184,7 +184,7 @@ struct Ordered {
 }
 
 impl Ordered {
-    /// Remembers it before the order is carried out. Blocks on a small file where there is news.
+    /// Remembers the state before the order is executed. Blocks on writing a small file if the state is new.
     async fn hear(self, State(appliance): &Shared) -> Result<(), ApiError> {
         let state = self.pool.zip(self.number).map(|(pool, number)| MetadataState { pool, number });
         let appliance = Arc::clone(appliance);
@@ -192,7 +192,8 @@ impl Ordered {
     }
 }
 
-/// Whether content may be given up that cannot be kept from its old owner otherwise. Later allocators may add to the query.
+/// Whether content may be discarded that cannot be protected from its old owner otherwise. Later allocators
+/// may add to the query.
 #[derive(Deserialize)]
 struct Lose {
     #[serde(default)]
@@ -254,7 +255,7 @@ fn not_copied(error: CopyError) -> ApiError {
     ApiError(kind, error.to_string())
 }
 
-/// Carries an order out on a thread that may block, and to its end even if who gave it goes away.
+/// Executes an order on a thread that may block, and completes it even if its sender disconnects.
 async fn on_table<T: Send + 'static>(
     State(appliance): Shared,
     order: impl FnOnce(&Table) -> Result<T, TableError> + Send + 'static,
@@ -277,7 +278,7 @@ mod tests {
     use crate::ledger::Stock;
 
     #[test]
-    fn a_reservation_that_nobody_hears_of_is_undone() {
+    fn a_reservation_that_reaches_no_client_is_undone() {
         const LEN: u64 = 16 << 20;
         let arena = Arena::new(&Backing::Memfd, 2 * LEN, true).unwrap();
         let table = Table::start(arena, 2 * LEN, Stock { region_len: LEN, target: 0 }).unwrap();

@@ -1,8 +1,8 @@
-//! Copying what a grant holds into a grant of another appliance, and saying what a run of bytes holds.
-//! The data goes from here to there by NBD, and through no client.
+//! Copying the content of a grant into a grant of another appliance, and describing the content of a range.
+//! The data goes from this appliance to the other by NBD, and through no client.
 //!
-//! An order is about some MiB, which its giver keeps unchanged meanwhile. Connections are kept for the
-//! next order for a moment. Everything here blocks, on threads for it.
+//! An order covers some MiB, which the client that orders it keeps unchanged meanwhile. Connections are kept
+//! for a moment for the next order. All functions block, and run on threads of their own.
 
 use std::collections::HashMap;
 use std::io;
@@ -23,21 +23,21 @@ use xxhash_rust::xxh3::Xxh3;
 
 use crate::lease::Lease;
 
-/// Bytes of one write.
+/// Length of one write in bytes.
 const WRITE_LEN: u64 = 512 << 10;
-/// Bytes that are looked at in one piece.
+/// Length of the pieces in which content is examined, in bytes.
 const LOOK_LEN: usize = 64 << 10;
 /// Writes in flight.
 const DEPTH: usize = 16;
-/// Longest time that connecting may take, and that nothing is answered.
+/// Time limit for connecting, and for waiting without any answer.
 const LIMIT: Duration = Duration::from_secs(5);
-/// How long a connection is kept for the next order.
+/// How long an idle connection is kept for the next order.
 const KEEP: Duration = Duration::from_secs(10);
 
-/// Why an order was not carried out.
+/// Why an order failed.
 #[derive(Debug, thiserror::Error)]
 pub enum CopyError {
-    /// It asks for what cannot be.
+    /// The order is invalid.
     #[error("{0}")]
     Invalid(String),
     /// The grant was revoked meanwhile.
@@ -49,31 +49,31 @@ pub enum CopyError {
     /// The connection to the target broke, or it refused a write.
     #[error("the appliance that is copied to did not take it: {0}")]
     Target(String),
-    /// The kernel does not give the content of the memory.
+    /// The kernel could not read the memory.
     #[error("the memory cannot be read: {0}; look at the host's log")]
     Memory(Errno),
 }
 
-/// Carries copies out.
+/// Executes copy orders.
 pub struct Copier {
-    /// Connections to each target, by its key.
+    /// Lanes of each target, by the key of the target's grant.
     targets: Mutex<HashMap<GrantKey, Lanes>>,
     session: u128,
     generations: std::sync::atomic::AtomicU32,
 }
 
-/// Copies into one target at a time. Each has a number, its *lane*: a connection that takes the place of a broken one on
-/// a lane shuts that one out of the target, so that nothing of it arrives late.
+/// The concurrent copies into one target. Each has a number, its *lane*: a new connection on a lane replaces
+/// a broken one, which the target then closes, so that no request of the broken one arrives late.
 #[derive(Default)]
 struct Lanes {
-    /// Those that have a connection, or an order, by bits.
+    /// Lanes with a connection or an order, as bits.
     taken: u64,
     /// Connections that no order uses, by their lanes.
     idle: Vec<(u16, NbdLink, Instant)>,
 }
 
 impl Lanes {
-    /// Connections that were kept for long enough go.
+    /// Closes connections that were idle for too long.
     fn prune(&mut self) {
         let taken = &mut self.taken;
         self.idle.retain(|(lane, _, since)| {
@@ -85,10 +85,10 @@ impl Lanes {
 }
 
 impl Copier {
-    /// One without connections.
+    /// A copier without connections.
     ///
     /// # Errors
-    /// When the kernel gives no random number.
+    /// When the kernel provides no random number.
     pub fn new() -> io::Result<Copier> {
         Ok(Copier {
             targets: Mutex::default(),
@@ -97,8 +97,8 @@ impl Copier {
         })
     }
 
-    /// Writes what the range holds into the target, and says what that was. Blocks until the target has
-    /// answered all of it.
+    /// Writes the content of the range into the target, and returns its digest. Blocks until the target has
+    /// answered all writes.
     ///
     /// # Errors
     /// See [`CopyError`]; some of the range may have been written.
@@ -106,7 +106,7 @@ impl Copier {
         check(lease, order.range)?;
         let (lane, kept) = self.take(&order.key)?;
         let copy = |mut link: NbdLink| copy_by(&mut link, lease, order).map(|digest| (digest, link));
-        // One that was kept may have died since.
+        // A kept connection may have broken meanwhile.
         let copied = match kept.map(copy) {
             Some(Err(CopyError::Target(_))) | None => self.connect(order, lane).and_then(copy),
             Some(copied) => copied,
@@ -119,7 +119,7 @@ impl Copier {
         copied
     }
 
-    /// A lane, and its connection if there is one.
+    /// Takes a lane, with its connection if there is one.
     fn take(&self, key: &GrantKey) -> Result<(u16, Option<NbdLink>), CopyError> {
         let mut targets = self.targets();
         let lanes = targets.entry(key.clone()).or_default();
@@ -179,10 +179,10 @@ fn copy_by(link: &mut NbdLink, lease: &Lease, order: &Copy) -> Result<Digest, Co
     Ok(digest.end())
 }
 
-/// Says what a run of a grant holds. Blocks for as long as it takes to look at it.
+/// The digest of a range of a grant. Blocks while the range is read.
 ///
 /// # Errors
-/// When the range cannot be, or the grant is revoked meanwhile.
+/// When the range is invalid, or the grant is revoked meanwhile.
 pub fn digest(lease: &Lease, range: Range) -> Result<Digest, CopyError> {
     check(lease, range)?;
     let mut digest = Digesting::new();
@@ -203,7 +203,7 @@ fn check(lease: &Lease, range: Range) -> Result<(), CopyError> {
     Ok(())
 }
 
-/// What was looked at so far.
+/// The state of a digest in progress.
 struct Digesting {
     hash: Xxh3,
     data: u64,
@@ -216,14 +216,14 @@ impl Digesting {
         Digesting { hash: Xxh3::new(), data: 0, last: None, local: vec![0; LOOK_LEN] }
     }
 
-    /// Looks at a run of bytes. Whether any of them is not zero.
+    /// Adds a range to the digest. Returns whether any of its bytes is not zero.
     fn look(&mut self, lease: &Lease, offset: u64, len: u64) -> Result<bool, CopyError> {
         let before = self.data;
         let (mut offset, end) = (offset, offset + len);
         let mut local = std::mem::take(&mut self.local);
         while offset < end {
             let _step = lease.begin_step().ok_or(CopyError::Revoked)?;
-            // No such piece lies in two regions, whose lengths are powers of two.
+            // Such a piece never spans two regions, because their lengths are powers of two.
             let within = LOOK_LEN - offset as usize % LOOK_LEN;
             let bytes = &mut local[..within.min((end - offset) as usize)];
             if !lease.is_sound(false, offset, bytes.len() as u64) {
@@ -259,7 +259,7 @@ impl Digesting {
 struct Writes<'a> {
     link: &'a mut NbdLink,
     open: usize,
-    /// When something was answered last.
+    /// Time of the last answer.
     told: Instant,
 }
 
@@ -286,7 +286,7 @@ impl Writes<'_> {
         Ok(())
     }
 
-    /// Takes answers, and waits for one if there is none.
+    /// Handles answers, and waits for one if there is none.
     fn turn(&mut self, patience: Duration) -> Result<(), CopyError> {
         let target = |line: String| CopyError::Target(line);
         let mut completions = Vec::with_capacity(DEPTH);
@@ -321,7 +321,7 @@ impl Writes<'_> {
     }
 }
 
-/// Finds the lease that an order is about.
+/// Finds the lease that an order refers to.
 pub(crate) fn lease_of(table: &crate::regions::Table, id: GrantId) -> Result<Arc<Lease>, CopyError> {
     table.lease(id).ok_or_else(|| CopyError::Invalid(format!("there is no grant {id} here")))
 }

@@ -1,5 +1,5 @@
-//! The program's life: everything is opened before anything is served, so that what is wrong is
-//! said at the start.
+//! The life of the program: it opens all resources before it serves clients, so that every defect is reported
+//! at the start.
 
 use std::net::{Ipv6Addr, SocketAddr};
 use std::os::unix::fs::DirBuilderExt as _;
@@ -36,10 +36,10 @@ use crate::serve::GrantExports;
 use crate::share::SharedGrants;
 use crate::state::StateDir;
 
-/// Port of RDMA where nobody asks for another one; the one after NBD's.
+/// Default port of RDMA; the one after NBD's.
 const RDMA_PORT: u16 = 10810;
 
-/// How often the limits of the process's memory are looked at.
+/// Interval of checking the limits of the process's memory.
 const LIMITS_EVERY: Duration = Duration::from_secs(1);
 
 /// Runs the daemon until SIGTERM or SIGINT.
@@ -47,7 +47,7 @@ const LIMITS_EVERY: Duration = Duration::from_secs(1);
 /// # Errors
 /// When it cannot start.
 pub fn run(config: Config) -> anyhow::Result<()> {
-    // Before any other descriptor is opened.
+    // Must run before any other descriptor is opened.
     let handed = Handed::take();
     sound::survive().context("cannot go on when memory is found to be bad")?;
     host::raise_limits();
@@ -107,7 +107,7 @@ async fn serve(config: Config, handed: Handed) -> anyhow::Result<()> {
     });
     tokio::select! {
         () = ended => {}
-        // The table answers.
+        // The service manager is notified only while the table answers.
         () = prove_alive(manager.as_deref(), || answers(routes.clone(), "/v1/status")) => {}
     }
     watch.abort();
@@ -123,7 +123,7 @@ async fn serve(config: Config, handed: Handed) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A limit may be lowered at any time, and whoever does so is not told what that means.
+/// A limit may be lowered at any time, and nothing warns the administrator who does it.
 async fn watch_limits(appliance: Arc<Appliance>) {
     loop {
         tokio::time::sleep(LIMITS_EVERY).await;
@@ -132,7 +132,7 @@ async fn watch_limits(appliance: Arc<Appliance>) {
     }
 }
 
-/// Says what of an earlier life is there.
+/// Logs the memory that was taken back from an earlier life.
 fn tell_returned(table: &Table, capacity: u64) {
     let summary = table.summary();
     if summary.grants > 0 {
@@ -151,7 +151,7 @@ fn tell_returned(table: &Table, capacity: u64) {
     }
 }
 
-/// Sockets that listen, before anything is served.
+/// Listening sockets, opened before clients are served.
 struct DataPlane {
     tcp: Vec<std::net::TcpListener>,
     addresses: Vec<SocketAddr>,
@@ -159,7 +159,7 @@ struct DataPlane {
     shm: UnixListener,
 }
 
-/// What serves; ends when dropped.
+/// The running servers; they end when this is dropped.
 struct Serving {
     plane: Plane,
     _nbd: Vec<NbdListener>,
@@ -211,7 +211,7 @@ impl DataPlane {
     }
 }
 
-/// Listens for clients by RDMA, where it is wanted and can be had.
+/// Listens for RDMA clients, if it is configured and available.
 fn serve_rdma(wanted: Rdma, table: &Table) -> anyhow::Result<Option<Arc<RdmaServer>>> {
     let (address, needed) = match wanted {
         Rdma::Off => return Ok(None),
@@ -321,7 +321,7 @@ fn warn_of_loss(appliance: &Appliance) {
     }
 }
 
-/// They would only have to be recognised as stale later.
+/// A remaining socket would have to be recognised as stale later.
 fn remove_sockets(config: &Config) {
     for path in [&config.unix, &config.shm] {
         let _ = std::fs::remove_file(path);

@@ -1,4 +1,4 @@
-//! What this host has, and what it thinks of this process.
+//! The host's memory, and the host's settings for this process.
 
 use std::fs;
 use std::io;
@@ -6,12 +6,12 @@ use std::io;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use xpm_control::proc::meminfo;
 
-/// The memory of this host, in bytes where the name does not say otherwise.
+/// The memory of this host, in bytes unless the name says otherwise.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct MemInfo {
-    /// What processes can have without swapping (proc_meminfo(5), `MemAvailable`).
+    /// Memory that processes can get without swapping (proc_meminfo(5), `MemAvailable`).
     pub available: u64,
-    /// Free huge pages of the default size, less those reserved already.
+    /// Free huge pages of the default size, without those reserved already, in bytes.
     pub huge_free: u64,
     /// Huge pages of the default size, as a number.
     pub huge_total: u64,
@@ -20,7 +20,7 @@ pub struct MemInfo {
 }
 
 impl MemInfo {
-    /// Asks the kernel.
+    /// Reads `/proc/meminfo`.
     ///
     /// # Errors
     /// When `/proc` is not mounted.
@@ -40,12 +40,12 @@ impl MemInfo {
     }
 }
 
-/// Asks the kernel to kill any other process first when memory runs out: the pages of other
-/// machines' processes live here. Warns where that is not allowed.
+/// Asks the kernel to kill any other process first when memory runs out, because the pages of other machines'
+/// processes live here. Logs a warning if that is not allowed.
 ///
-/// Its memory is not locked as a whole (mlockall(2)): with `MCL_FUTURE` each region would be
-/// populated and locked inside of mmap(2), which would undo the work in background steps and make
-/// what clients trimmed resident again; regions are locked one by one instead, on fault.
+/// The process's memory is not locked as a whole (mlockall(2)): with `MCL_FUTURE` each region would be
+/// populated and locked inside of mmap(2), which would defeat the work in background steps and make trimmed
+/// memory resident again. Instead, regions are locked one by one, on fault.
 pub fn avoid_oom_killer() {
     if let Err(error) = fs::write("/proc/self/oom_score_adj", "-1000") {
         tracing::warn!(
@@ -55,11 +55,11 @@ pub fn avoid_oom_killer() {
     }
 }
 
-/// Raises the memory that this process may lock to what it is allowed to. Where the soft limit is as high already, nothing
-/// changes.
+/// Raises the soft limit of locked memory to the hard limit. No effect where the soft limit is as high
+/// already.
 pub fn raise_limits() {
     let limit = getrlimit(Resource::Memlock);
-    // What cannot be raised is noticed, and said, when it is used up.
+    // A limit that cannot be raised is reported when it is exhausted.
     let _ = setrlimit(Resource::Memlock, Rlimit { current: limit.maximum, ..limit });
 }
 

@@ -1,17 +1,17 @@
-//! What outlives the process: the memory that is lent, and the grants that say whose it is.
+//! State that outlives the process: the lent memory, and the grants that say which client it belongs to.
 //!
-//! Memory is known to its clients by the key of a grant, and by nothing else: an appliance that knows the key has the
-//! data. So a grant is taken back only when its record and all of its memory are those of the last moment of the
-//! life before; else neither is, and its clients are told that it is unknown.
+//! A client knows its memory by the key of a grant only: an appliance that knows the key has the data. So a
+//! grant is taken back only when its record and all of its memory are those of the last moment of the
+//! previous life; otherwise neither is taken back, and the grant's clients learn that it is unknown.
 //!
-//! * Memfds and their record, two memfds too, are kept by the service manager (`vault`). They come and go
-//!   together: no record outlives its memory.
-//! * A backing file and its record, two files in the state directory, are bound by the content's number in the
-//!   file's superblock. They count while the same kernel runs, since its page cache has all that was written, or
-//!   when the file was closed.
+//! * The service manager keeps memfds and their record, which consists of two memfds, too (`vault`). They are added and
+//!   removed together: no record outlives its memory.
+//! * A backing file and its record, two files in the state directory, are bound by the content's number in the file's
+//!   superblock. They are valid while the same kernel runs, since its page cache has all written data, or when the file was
+//!   closed.
 //!
-//! Each change of a grant is recorded before anybody is told of it, and before the memory is used for
-//! anything else: a life that ends at any moment leaves either what was before the change, or what is after it.
+//! Each change of a grant is recorded before a client learns of it, and before the memory is used for another
+//! purpose: a life that ends at any moment leaves either the state before the change or the state after it.
 
 mod journal;
 mod record;
@@ -37,22 +37,22 @@ pub(crate) use self::vault::{Stored, Vault};
 use crate::arena::{self, Arena, BackingFile, Left, Memory, Superblock};
 use crate::ledger::Grant;
 
-/// Names of the record's memfds in the store, and the end of those of the memfds themselves.
+/// Names of the record's memfds in the store, and also the suffixes of the memfds' own names.
 const LEDGERS: [&str; 2] = ["ledger-0", "ledger-1"];
-/// What the names of the record's memfds begin with.
+/// Prefix of the names of the record's memfds.
 const LEDGER_PREFIX: &str = "/memfd:xpm-";
-/// The content that the record belongs to where it comes and goes with its memory.
+/// The content's number of a record that is stored together with its memory.
 const MEMFDS: u128 = 0;
 /// Names of the record's files.
 const FILES: [&str; 2] = ["grants-0", "grants-1"];
 
-/// Why nothing can be kept, in a way that must not be passed over.
+/// Errors of keeping state that must not be ignored.
 #[derive(Debug, thiserror::Error)]
 pub enum KeepError {
     /// No random number.
     #[error("cannot get a random number")]
     Random(#[source] io::Error),
-    /// Which kernel runs is not known.
+    /// The running kernel's id is unknown.
     #[error("cannot tell which kernel this is, and with it whether the content of a file is whole")]
     Kernel(#[source] io::Error),
     /// The file would count as closed while it is in use.
@@ -60,7 +60,7 @@ pub enum KeepError {
     Superblock {
         /// The backing file.
         path: std::path::PathBuf,
-        /// Why not.
+        /// The error of the write.
         source: io::Error,
     },
 }
@@ -72,14 +72,14 @@ pub struct Keeper {
     file: Option<Arc<BackingFile>>,
 }
 
-/// What was taken back of the life before.
+/// The state that was taken back from the previous life.
 #[derive(Default)]
 pub struct Returned {
     /// Grants, in the order in which they were made.
     pub(crate) grants: Vec<ReturnedGrant>,
     /// Grants that were deleted.
     pub(crate) gone: Vec<GrantId>,
-    /// What the operator is to know of it.
+    /// Lines for the operator.
     pub(crate) warnings: Vec<String>,
 }
 
@@ -88,25 +88,25 @@ pub(crate) struct ReturnedGrant {
     pub(crate) id: GrantId,
     pub(crate) grant: Grant,
     pub(crate) memories: Vec<(RegionId, Arc<Memory>)>,
-    /// Lets nobody in.
+    /// Whether the grant admits no client.
     pub(crate) closed: bool,
     /// The life of its owner that holds it.
     pub(crate) holder: Option<Visitor>,
 }
 
-/// What the service manager handed over at the start.
+/// The descriptors that the service manager passed at the start.
 #[derive(Default)]
 pub struct Handed {
     regions: HashMap<MemfdId, (String, OwnedFd)>,
     ledgers: [Option<OwnedFd>; 2],
-    /// There are two of one, of which one is outdated.
+    /// Whether two descriptors have the same identity, so that one of them is outdated.
     is_ambiguous: bool,
-    /// Of what is nothing of an appliance's, names in the store, and what they are.
+    /// Descriptors that do not belong to an appliance: their names in the store, and what they are.
     strangers: Vec<(String, String)>,
 }
 
 impl Handed {
-    /// Takes it: once, before this process opens any descriptor.
+    /// Takes the descriptors. To be called once, before this process opens any descriptor.
     pub fn take() -> Handed {
         Handed::sort(handed::take())
     }
@@ -134,7 +134,7 @@ impl Handed {
         handed
     }
 
-    /// The memory that it holds already, in bytes.
+    /// The memory that the descriptors hold, in bytes.
     pub fn held(&self) -> u64 {
         let blocks = |(_, fd): &(String, OwnedFd)| rustix::fs::fstat(fd).map_or(0, |stat| stat.st_blocks);
         self.regions.values().map(|region| blocks(region).cast_unsigned() * 512).sum()
@@ -142,16 +142,16 @@ impl Handed {
 }
 
 impl Keeper {
-    /// Keeps nothing.
+    /// A keeper that keeps nothing.
     pub fn none() -> Keeper {
         Keeper { journal: Mutex::new(None), vault: None, file: None }
     }
 
-    /// Takes back what an earlier life left, as far as it is whole, and keeps from now on. What is lost
-    /// is said.
+    /// Takes back the state that an earlier life left, as far as it is complete, and records changes from now
+    /// on. Losses are logged.
     ///
     /// # Errors
-    /// When what is kept from now on could be mistaken for something else.
+    /// When the state recorded from now on could be mistaken for another one.
     pub fn open(
         arena: &Arena,
         state: &Path,
@@ -173,35 +173,35 @@ impl Keeper {
         }
     }
 
-    /// Whether anything outlives the process.
+    /// Whether state outlives the process.
     pub fn keeps(&self) -> bool {
         self.lock().is_some()
     }
 
-    /// Where the memfds of regions are kept.
+    /// The store of the regions' memfds.
     pub(crate) fn vault(&self) -> Option<&Arc<Vault>> {
         self.vault.as_ref()
     }
 
-    /// From now on memory that is given up is let go, as all is known that is in use.
+    /// From now on, dropped memory is removed from the store: by now all memory in use is known.
     pub fn begin(&self) {
         if let Some(vault) = &self.vault {
             vault.let_go(true);
         }
     }
 
-    /// The process is ending: memory is no longer let go, whoever drops it.
+    /// Called when the process ends: dropped memory is no longer removed from the store.
     pub fn end(&self) {
         if let Some(vault) = &self.vault {
             vault.let_go(false);
         }
     }
 
-    /// Marks the backing file as closed, when nobody writes to it any more. Whether a restart of the
-    /// machine keeps what is in it.
+    /// Marks the backing file as closed, when no client writes to it any more. Returns whether its content
+    /// survives a restart of the machine.
     ///
     /// # Errors
-    /// When the disk does not take it.
+    /// When the disk does not store the data.
     pub fn close(&self) -> io::Result<bool> {
         let journal = self.lock();
         let Some((journal, file)) = journal.as_ref().zip(self.file.as_ref()) else { return Ok(false) };
@@ -209,18 +209,19 @@ impl Keeper {
         file.set_superblock(Superblock { content: journal.content(), left })
     }
 
-    /// A grant is so from now on. Before anybody is told.
+    /// Records the present state of a grant. To be called before a client learns of it.
     pub(crate) fn put(&self, grant: SavedGrant) {
         self.change(|journal| journal.put(grant));
     }
 
-    /// A grant is not there any more, or is not kept. Before its memory is used for anything else.
+    /// Records that a grant was deleted, or is not kept. To be called before its memory is used for another
+    /// purpose.
     pub(crate) fn delete(&self, id: GrantId) {
         self.change(|journal| journal.delete(id));
     }
 
-    /// A record that lacks a change would have other people's memory served as someone's own, so it is
-    /// given up.
+    /// A record that lacks a change could give one client's memory to another. So when a change cannot be
+    /// written, the record is destroyed.
     fn change(&self, change: impl FnOnce(&mut Journal) -> io::Result<()>) {
         let mut guard = self.lock();
         let Some(journal) = guard.as_mut() else { return };
@@ -228,7 +229,7 @@ impl Keeper {
             tracing::error!(
                 "the record of what is lent cannot be written ({error}): what is lent does not outlive this process"
             );
-            // Each of these alone has it not be believed.
+            // Each of these steps alone makes the record invalid.
             let content = !journal.content();
             let destroyed = journal.destroy();
             let renamed = self
@@ -251,7 +252,7 @@ impl Keeper {
 }
 
 impl Vault {
-    /// Lets go all that was handed over.
+    /// Removes all descriptors that were passed from the store.
     fn forget(&self, handed: Handed) {
         let held = handed.held();
         if !handed.regions.is_empty() {
@@ -279,7 +280,7 @@ fn tell_strangers(strangers: &[(String, String)]) {
     }
 }
 
-/// Memfds and their record, which come and go together.
+/// Takes back memfds and their record, which are stored and removed together.
 fn of_memfds(arena: &Arena, vault: Arc<Vault>, mut handed: Handed) -> (Keeper, Returned) {
     let held = handed.held();
     let mut names: HashMap<MemfdId, String> =
@@ -319,9 +320,9 @@ fn of_memfds(arena: &Arena, vault: Arc<Vault>, mut handed: Handed) -> (Keeper, R
     for (_, memory) in returned.grants.iter().flat_map(|grant| &grant.memories) {
         memory.memfd().and_then(|id| names.remove(&id));
     }
-    // What is left is in no grant.
+    // The remaining memfds are in no grant.
     let strangers = handed.strangers.iter().map(|(name, _)| name);
-    // With the name of the record, the record would be let go too.
+    // Removing the name of the record would remove the record, too.
     let strangers = strangers.filter(|name| !LEDGERS.contains(&name.as_str()));
     names.values().chain(strangers).for_each(|name| vault.remove(name));
     let journal = journal.map_or_else(|| new_memfds(&vault), Ok);
@@ -343,7 +344,7 @@ fn new_memfds(vault: &Vault) -> Result<Journal, JournalError> {
     Journal::create([make(first)?, make(second)?], MEMFDS)
 }
 
-/// A backing file and its record in the state directory.
+/// Takes back a backing file and its record in the state directory.
 fn of_file(arena: &Arena, file: Arc<BackingFile>, state: &Path) -> Result<(Keeper, Returned), KeepError> {
     let kernel = xpm_control::host::host_id().map_err(KeepError::Kernel)?.as_u128();
     let found = file.superblock();
@@ -385,7 +386,8 @@ fn of_file(arena: &Arena, file: Arc<BackingFile>, state: &Path) -> Result<(Keepe
             (journal.ok(), Returned::default(), Vec::new())
         }
     };
-    // From here on it is in use, and no longer what was closed; without a record, nobody's.
+    // From here on the file is in use, and no longer as it was closed; without a record, its content belongs
+    // to no grant.
     let content = journal.as_ref().map_or(0, Journal::content);
     file.set_superblock(Superblock { content, left: Left::Open(kernel) })
         .map_err(|source| KeepError::Superblock { path: file.path().to_owned(), source })?;
@@ -394,15 +396,15 @@ fn of_file(arena: &Arena, file: Arc<BackingFile>, state: &Path) -> Result<(Keepe
     Ok((keeper, Returned { warnings, ..returned }))
 }
 
-/// It is used as it is where it cannot be written anew.
+/// A record that cannot be rewritten is used as it is.
 fn renew(journal: &mut Journal) {
     if let Err(error) = journal.renew() {
         tracing::warn!("the record of what is lent cannot be written anew: {error}");
     }
 }
 
-/// Says which grants are lost because their record is damaged. Nobody gets their memory before it is cleared: it is not
-/// taken back, and what is made of it begins with zeros.
+/// The lines about grants that are lost because their record is damaged. Their memory is not taken back, and
+/// memory made in its place begins with zeros, so no client sees the old content.
 fn tell_damaged(content: &Content) -> Vec<String> {
     let line = |(id, name): &(GrantId, xpm_protocol::Name)| {
         format!(
@@ -414,7 +416,7 @@ fn tell_damaged(content: &Content) -> Vec<String> {
     lines
 }
 
-/// They hold keys.
+/// Mode 0600, because the files contain keys.
 fn open_files(state: &Path) -> io::Result<[File; 2]> {
     let open = |name: &str| {
         let mut options = OpenOptions::new();
@@ -424,7 +426,7 @@ fn open_files(state: &Path) -> io::Result<[File; 2]> {
     Ok([open(first)?, open(second)?])
 }
 
-/// The grants of which all memory is there, and the ids of the others, which are told of as lost.
+/// The grants whose memory is complete, and the ids of the others, which are reported as lost.
 fn take_back(
     content: Content,
     mut memory_of: impl FnMut(&SavedRegion) -> Result<Memory, String>,

@@ -1,5 +1,5 @@
-//! Pages of a region of which the content is gone: an uncorrectable error of the hardware, or a file that was made
-//! shorter behind this process's back. They cost what was in them and no more.
+//! The pages of a region whose content is lost: by an uncorrectable error of the hardware, or because another
+//! process truncated the file. Only the content of these pages is lost.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
@@ -7,10 +7,10 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use xpm_protocol::units::PAGE_LEN;
 
-/// Bad pages, by their numbers.
+/// The numbers of bad pages.
 #[derive(Debug, Default)]
 pub(super) struct Bad {
-    /// Looked at by the data path, which takes the lock only where there are some.
+    /// Read by the data path, which takes the lock only when this is true.
     any: AtomicBool,
     pages: Mutex<BTreeSet<u64>>,
 }
@@ -20,7 +20,7 @@ impl Bad {
         self.any.load(SeqCst)
     }
 
-    /// Those that have bytes in a range.
+    /// The bad pages that overlap the range.
     pub(super) fn within(&self, offset: u64, len: u64) -> Vec<u64> {
         if !self.has_any() || len == 0 {
             return Vec::new();
@@ -29,7 +29,7 @@ impl Bad {
         self.lock().range(offset / PAGE_LEN..=last).copied().collect()
     }
 
-    /// Whether it is new.
+    /// Adds a page; returns whether it was not known before.
     pub(super) fn add(&self, page: u64) -> bool {
         let is_new = self.lock().insert(page);
         self.any.store(true, SeqCst);

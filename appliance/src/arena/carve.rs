@@ -1,13 +1,13 @@
-//! Which bytes of one long run belong to whom.
+//! Dividing one long range of bytes into pieces.
 
 use std::collections::BTreeMap;
 
-/// The free parts of a run of bytes. Lengths are powers of two, and a piece lies at a multiple of its own length where that
-/// can be: else small pieces would leave gaps in which no large one fits, although there is as much free memory. Of
-/// the free parts in which it fits so, the smallest one is taken.
+/// The free parts of a range of bytes. Lengths are powers of two, and a piece lies at a multiple of its own
+/// length where possible: otherwise small pieces would leave gaps in which no large piece fits, although
+/// enough memory is free. A piece is taken from the smallest free part in which it fits aligned.
 #[derive(Debug)]
 pub(super) struct Carver {
-    /// Start to length. No two touch.
+    /// Start to length. No two parts touch.
     free: BTreeMap<u64, u64>,
 }
 
@@ -17,7 +17,7 @@ impl Carver {
         Carver { free: BTreeMap::from([(0, len)]) }
     }
 
-    /// Takes `len` bytes in one piece; their start, or none if no piece is long enough.
+    /// Takes `len` contiguous bytes. Returns their start, or none if no free part is long enough.
     pub(super) fn take(&mut self, len: u64) -> Option<u64> {
         let aligned = self.free.iter().filter_map(|(&start, &found)| {
             let at = start.checked_next_multiple_of(len)?;
@@ -28,7 +28,7 @@ impl Carver {
         self.take_at(start, len).then_some(start)
     }
 
-    /// Takes exactly these bytes; whether they were free.
+    /// Takes exactly these bytes; returns whether they were free.
     pub(super) fn take_at(&mut self, start: u64, len: u64) -> bool {
         let Some(end) = start.checked_add(len) else { return false };
         let Some((&before, &found)) = self.free.range(..=start).next_back() else { return false };
@@ -45,7 +45,7 @@ impl Carver {
         true
     }
 
-    /// Gives back what [`Carver::take`] or [`Carver::take_at`] gave.
+    /// Returns a piece that [`Carver::take`] or [`Carver::take_at`] gave.
     pub(super) fn give(&mut self, start: u64, len: u64) {
         let (mut start, mut len) = (start, len);
         if let Some(after) = self.free.remove(&(start + len)) {
@@ -79,7 +79,8 @@ mod tests {
     }
 
     proptest! {
-        /// Against a bitmap: pieces never overlap, lie inside, and all comes back whole.
+        /// Against a bitmap: pieces never overlap and lie inside the range, and the whole range is free again
+        /// at the end.
         #[test]
         fn pieces_never_overlap(steps in prop::collection::vec((0..3_u8, 1_u64..20, any::<prop::sample::Index>()), 1..200)) {
             const LEN: usize = 64;

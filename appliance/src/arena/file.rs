@@ -1,14 +1,15 @@
-//! A file or a device that all regions lie in, behind a superblock that says whose content it is.
+//! A file or a device that contains all regions, behind a superblock that identifies its content.
 //!
 //! The superblock, all numbers little-endian:
 //!
 //! | offset | bytes | what |
+//! | offset | bytes | what |
 //! |---|---|---|
 //! | 0 | 16 | `xpm appliance v1` |
-//! | 16 | 16 | the content's number: random, another one each time that what was there before is given up |
-//! | 32 | 8 | 1: in use; 2: closed, all of it on the disk |
+//! | 16 | 16 | the content's number: random; a new one each time that the previous content is discarded |
+//! | 32 | 8 | 1: in use; 2: closed, with all data on the disk |
 //! | 40 | 16 | in use: the id of the running kernel; closed: XXH3-64 of the record of grants |
-//! | 56 | 8 | XXH3-64 of the 56 bytes before |
+//! | 56 | 8 | XXH3-64 of the preceding 56 bytes |
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -30,26 +31,26 @@ use super::ArenaError;
 use super::carve::Carver;
 use super::memory::{Memory, Place, Way};
 
-/// What lies before the regions, in bytes: as much as a DAX device maps at once.
+/// Length of the area before the regions, in bytes: one mapping unit of a DAX device.
 const HEAD_LEN: u64 = 2 << 20;
 const MAGIC: &[u8; 16] = b"xpm appliance v1";
 const SUPERBLOCK_LEN: usize = 64;
 
-/// Whose content the file has, and whether it is whole.
+/// Identifies the content of the file, and its state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Superblock {
     /// The content's number.
     pub(crate) content: u128,
-    /// How it was left.
+    /// The state in which it was left.
     pub(crate) left: Left,
 }
 
-/// How content was left.
+/// The state in which content was left.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Left {
-    /// In use: it is whole as long as the kernel runs that has this id, and perhaps not after that.
+    /// In use: the content is complete as long as the kernel with this id runs, and possibly not after that.
     Open(u128),
-    /// All of it is on the disk, and this is the digest of the record of grants.
+    /// All data are on the disk; the number is the digest of the record of grants.
     Closed(u64),
 }
 
@@ -60,7 +61,7 @@ pub(crate) struct BackingFile {
     carver: Arc<Mutex<Carver>>,
 }
 
-/// A part of the file that is in use; gives it back when dropped.
+/// A part of the file that is in use; dropping it frees the part.
 pub(super) struct Kept {
     carver: Arc<Mutex<Carver>>,
     start: u64,
@@ -68,7 +69,7 @@ pub(super) struct Kept {
 }
 
 impl BackingFile {
-    /// Opens it for this process alone, and makes a regular file as long as `capacity`.
+    /// Opens the file exclusively, and extends a regular file to `capacity`.
     pub(super) fn open(path: &Path, capacity: u64) -> Result<BackingFile, ArenaError> {
         let unfit = |reason: String| ArenaError::File { path: path.to_owned(), reason };
         let file = open_own(path).map_err(unfit)?;
@@ -91,30 +92,30 @@ impl BackingFile {
         let place = Place { start: 0, len: HEAD_LEN };
         let head = Memory::map(fd.clone(), place, Way::File, Arc::default(), None)
             .map_err(|error| unfit(format!("cannot map it: {error}")))?;
-        // All of it: what is behind the capacity may hold regions of a life that lent more.
+        // The whole file: regions of an earlier life that lent more may lie behind the capacity.
         let carver = Arc::new(Mutex::new(Carver::new(len - HEAD_LEN)));
         Ok(BackingFile { path: path.to_owned(), fd, head, carver })
     }
 
-    /// Where it is.
+    /// The path of the file.
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Whether its pages are copies in this host's memory, as those of a DAX device are not.
+    /// Whether its pages are copies in this host's memory, as opposed to those of a DAX device.
     pub(super) fn is_cached(&self) -> bool {
         fstat(&*self.fd).is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) != FileType::CharacterDevice)
     }
 
-    /// What it says of itself, if it says anything.
+    /// The superblock, if there is a valid one.
     pub(crate) fn superblock(&self) -> Option<Superblock> {
         let mut bytes = [0; SUPERBLOCK_LEN];
         self.head.at(0, SUPERBLOCK_LEN).copy_to_slice(&mut bytes);
         Superblock::decode(&bytes)
     }
 
-    /// Has it say this of itself, on the disk too. Content counts as closed only where the disk can be told to
-    /// take it: whether it was.
+    /// Writes the superblock, also to the disk. Content counts as closed only if the disk can be told to
+    /// store it: returns whether it was stored.
     pub(crate) fn set_superblock(&self, superblock: Superblock) -> io::Result<bool> {
         let closed = matches!(superblock.left, Left::Closed(_));
         if closed && !self.sync()? {
@@ -124,7 +125,7 @@ impl BackingFile {
         self.sync()
     }
 
-    /// Has the disk take all of it; whether there is a way to have that (a DAX device has none).
+    /// Writes all data to the disk; returns false when the file has no way to do that (a DAX device).
     fn sync(&self) -> io::Result<bool> {
         match fsync(&*self.fd) {
             Ok(()) => Ok(true),
@@ -144,7 +145,7 @@ impl BackingFile {
         self.fd.clone()
     }
 
-    /// Takes `len` bytes in one piece: their start, and what gives them back.
+    /// Takes `len` contiguous bytes: returns their start, and the value that frees them.
     pub(super) fn take(&self, len: u64) -> Result<(u64, Kept), ArenaError> {
         let mut carver = self.carver.lock().unwrap_or_else(PoisonError::into_inner);
         let start = carver.take(len).ok_or(ArenaError::Fragmented(len))?;
@@ -190,12 +191,12 @@ impl Drop for Kept {
     }
 }
 
-/// Opens a file that is this user's alone, or makes one. It holds other people's memory: for nobody else to read or write,
-/// and not in a place that somebody else chose by a symbolic link.
+/// Opens or creates a file that belongs to this user alone. The file holds other clients' memory: no other
+/// user may read or write it, and no other user may have chosen its place by a symbolic link.
 fn open_own(path: &Path) -> Result<File, String> {
     let mut options = OpenOptions::new();
     options.read(true).write(true).create(true).truncate(false).mode(0o600);
-    // Links of udev, to a device by its name.
+    // A link made by udev leads to a device by its name.
     let is_link_to_device = path.starts_with("/dev")
         && std::fs::metadata(path).is_ok_and(|metadata| !metadata.is_file() && !metadata.is_dir());
     if !is_link_to_device {
@@ -230,7 +231,7 @@ fn open_own(path: &Path) -> Result<File, String> {
     Ok(file)
 }
 
-/// Its length in bytes; a regular file is made long enough first.
+/// The file's length in bytes; a regular file is extended first.
 fn prepare(file: &File, capacity: u64) -> Result<u64, String> {
     let metadata = file.metadata().map_err(|error| error.to_string())?;
     let kind = metadata.file_type();
@@ -251,7 +252,7 @@ fn prepare(file: &File, capacity: u64) -> Result<u64, String> {
     }
 }
 
-/// The group of a device is an administrator's, as `disk` is.
+/// The group of a device is chosen by an administrator, as `disk` is.
 fn check_device(mode: u32) -> Result<(), String> {
     match mode & 0o007 {
         0 => Ok(()),
@@ -259,8 +260,8 @@ fn check_device(mode: u32) -> Result<(), String> {
     }
 }
 
-/// Takes the blocks of the file system now: a page of a file that finds no block later ends the
-/// process that touches it (SIGBUS).
+/// Reserves the blocks of the file system now: a page of a file that finds no block later ends the process
+/// that touches it (SIGBUS).
 fn reserve(file: &File, capacity: u64) -> Result<(), String> {
     match fallocate(file, FallocateFlags::empty(), 0, capacity) {
         Ok(()) => Ok(()),
@@ -284,7 +285,7 @@ mod tests {
     const LEN: u64 = 16 << 20;
 
     #[test]
-    fn the_superblock_stays_and_a_torn_one_is_none() {
+    fn the_superblock_is_kept_and_a_torn_one_is_invalid() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("memory");
         for left in [Left::Open(u128::MAX), Left::Closed(u64::MAX)] {

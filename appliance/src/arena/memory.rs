@@ -19,31 +19,31 @@ use super::bad::Bad;
 use super::file::Kept;
 use crate::keep::{MemfdId, SavedPlace, Stored, Vault};
 
-/// How much is faulted in at a time, in bytes: some milliseconds of work.
+/// Bytes that are faulted in at a time: some milliseconds of work.
 const STEP_LEN: u64 = 8 << 20;
 
-/// How much is moved at a time, in bytes.
+/// Bytes that are moved at a time.
 pub(super) const MOVE_LEN: u64 = 4 << 20;
-/// How much of that is copied by one call, in bytes.
+/// Bytes of these that one call copies.
 const COPY_LEN: usize = 256 << 10;
 
-/// Where a region lies in its file, in bytes.
+/// The place of a region in its file, in bytes.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Place {
     pub(super) start: u64,
     pub(super) len: u64,
 }
 
-/// How a part of a region becomes zeros.
+/// How a part of a region is set to zeros.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Way {
-    /// A hole is punched; its pages go back to the host.
+    /// By punching a hole; the pages return to the host.
     Punch,
-    /// Zeros are written. For huge pages: a hole would give its page back to the pool, which may be
-    /// empty when the page is touched again, and that would end the process (SIGBUS).
+    /// By writing zeros. For huge pages: a hole would return its page to the pool, which may be empty when
+    /// the page is touched again, and that would end the process (SIGBUS).
     Overwrite,
-    /// The file's blocks are marked as zeros but stay reserved, for the same reason; a file system
-    /// that cannot do that punches a hole, and what cannot do either is overwritten.
+    /// By marking the file's blocks as zeros while they stay reserved, for the same reason. A file system
+    /// without that operation punches a hole, and without both operations zeros are written.
     File,
 }
 
@@ -55,27 +55,28 @@ pub struct Memory {
     way: Way,
     /// Bytes from the start that are faulted in.
     faulted: AtomicU64,
-    /// Of all regions of the arena, what is not faulted in yet, in bytes.
+    /// Memory of all regions of the arena that is not faulted in yet, in bytes.
     promised: Arc<AtomicU64>,
-    /// Its descriptor was given to another process.
+    /// Whether its descriptor was given to another process.
     shared: AtomicBool,
-    /// Devices that have its pages registered: as long as there are any, no page may be exchanged.
+    /// Number of devices with its pages registered: unless it is 0, no page may be replaced.
     pins: AtomicU32,
-    /// Its content is half in other memory and cannot be put together again.
+    /// Whether its content lies partly in other memory and cannot be reassembled.
     torn: AtomicBool,
-    /// Something was trimmed, or may have been in an earlier life, so that holes are not faulted in: they were given back.
+    /// Whether some of it was trimmed, or may have been in an earlier life: then holes are not faulted in,
+    /// because they were freed on purpose.
     holes_stay: AtomicBool,
     /// The number in the name of its memfd.
     memfd: Option<MemfdId>,
     /// Its place in the store of the service manager.
     stored: OnceLock<Stored>,
-    /// Pages whose content is gone.
+    /// Pages whose content is lost.
     bad: Bad,
-    /// Its part of a backing file.
+    /// Its part of the backing file.
     kept: Option<Kept>,
 }
 
-// SAFETY: the mapping belongs to no thread, and is accessed through raw pointers and the kernel only,
+// SAFETY: the mapping is not bound to a thread, and is accessed through raw pointers and the kernel only,
 // never through references: races on the bytes of a region are between its users, as on any disk.
 unsafe impl Send for Memory {}
 // SAFETY: as above.
@@ -91,7 +92,7 @@ impl Memory {
     ) -> Result<Memory, Errno> {
         let len = usize::try_from(place.len).map_err(|_| Errno::NOMEM)?;
         let protection = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: a new mapping at an address of the kernel's choice touches no memory in use.
+        // SAFETY: a new mapping at an address that the kernel chooses affects no memory in use.
         let base =
             unsafe { mmap(std::ptr::null_mut(), len, protection, MapFlags::SHARED, &*fd, place.start) }?;
         let base: NonNull<u8> = NonNull::new(base.cast()).ok_or(Errno::NOMEM)?;
@@ -119,13 +120,13 @@ impl Memory {
         })
     }
 
-    /// The same, of a memfd with this number in its name.
+    /// Sets the number in the name of its memfd.
     pub(super) fn of_memfd(mut self, id: MemfdId) -> Memory {
         self.memfd = Some(id);
         self
     }
 
-    /// The same, taken back from an earlier life, with its place in the store.
+    /// Marks the memory as taken back from an earlier life, with its place in the store.
     pub(super) fn taken_back(mut self, id: MemfdId, shared: bool, stored: Option<Stored>) -> Memory {
         self.memfd = Some(id);
         self.holes_stay = AtomicBool::new(self.way == Way::Punch);
@@ -134,25 +135,26 @@ impl Memory {
         self
     }
 
-    /// Where a later life finds it, after it was put where it is kept; none where that cannot be.
+    /// Stores its descriptor, if necessary. Returns the place where a later life finds the memory; none when
+    /// it cannot be stored.
     pub(crate) fn keep(&self, vault: Option<&Arc<Vault>>) -> Option<SavedPlace> {
         if self.way == Way::File {
             return Some(SavedPlace::File(self.place.start));
         }
         let (id, vault) = (self.memfd?, vault?);
         if self.stored.get().is_none() {
-            // Under the lock of the table, so that nobody else has it stored meanwhile.
+            // The caller holds the table's lock, so no other thread stores it concurrently.
             let _ = self.stored.set(vault.store(self.fd.as_fd())?);
         }
         Some(SavedPlace::Memfd(id))
     }
 
-    /// The number in the name of its memfd, if it is one.
+    /// The number in the name of its memfd, if it is a memfd.
     pub(crate) fn memfd(&self) -> Option<MemfdId> {
         self.memfd
     }
 
-    /// Whether its content is not whole any more.
+    /// Whether its content is no longer complete.
     pub(crate) fn is_torn(&self) -> bool {
         self.torn.load(SeqCst)
     }
@@ -163,8 +165,8 @@ impl Memory {
         self.place.len
     }
 
-    /// The memory from `offset` (below the region's length), as far as it goes and at most `len`
-    /// bytes. The caller keeps this object alive for as long as it uses it.
+    /// The memory from `offset` (below the region's length) to the end of the region, at most `len` bytes.
+    /// The caller keeps this object alive for as long as it uses the memory.
     pub fn at(&self, offset: u64, len: usize) -> IoBuf {
         assert!(offset < self.place.len, "offset outside of the region");
         let len = (self.place.len - offset).min(len as u64) as usize;
@@ -173,21 +175,22 @@ impl Memory {
         unsafe { IoBuf::new(self.base.add(offset as usize), len) }
     }
 
-    /// Reads from `offset` (below the region's length) into `bytes`, up to the end of the region at most. Other than a look through the
-    /// mapping this takes no memory where nothing was ever written. Blocks while the kernel brings pages in.
+    /// Reads from `offset` (below the region's length) into `bytes`, at most up to the end of the region.
+    /// Unlike an access to the mapping, this allocates no memory where nothing was ever written. Blocks while
+    /// the kernel brings pages in.
     ///
     /// # Errors
-    /// What pread(2) says.
+    /// The error of pread(2).
     pub fn read(&self, offset: u64, bytes: &mut [u8]) -> Result<(), Errno> {
         let len = self.place.len.saturating_sub(offset).min(bytes.len() as u64) as usize;
         let (mut done, rest) = (0, &mut bytes[..len]);
         while done < len {
             match pread(&*self.fd, &mut rest[done..], self.place.start + offset + done as u64) {
-                // A file that was made shorter behind our back.
+                // Another process truncated the file.
                 Ok(0) => return Err(Errno::IO),
                 Ok(read) => done += read,
                 Err(Errno::INTR) => {}
-                // A DAX device can be mapped only; it has no holes either.
+                // A DAX device can be mapped only; it also has no holes.
                 Err(Errno::INVAL) if done == 0 => {
                     return self.at(offset, len).try_copy_to_slice(rest).map_err(|_| Errno::IO);
                 }
@@ -197,15 +200,15 @@ impl Memory {
         Ok(())
     }
 
-    /// Whether a read or write of these bytes can be done. A page that is bad can be written to as a whole, where another
-    /// one can take its place.
+    /// Whether a read or write of these bytes is possible. A bad page can be written if the write covers all
+    /// of it and the kernel can replace it.
     pub fn is_sound(&self, write: bool, offset: u64, len: u64) -> bool {
         let bad = self.bad.within(offset, len);
         let covers = |page: u64| page * PAGE_LEN >= offset && (page + 1) * PAGE_LEN <= offset + len;
         bad.into_iter().all(|page| write && covers(page) && self.renew_page(page))
     }
 
-    /// Looks which pages with bytes in a range are bad. Those that were not known to be.
+    /// Checks the pages of a range. Returns the bad ones that were not known before.
     pub fn find_bad(&self, offset: u64, len: u64) -> Vec<u64> {
         let last = (offset + len.max(1) - 1).min(self.len() - 1) / PAGE_LEN;
         (offset / PAGE_LEN..=last).filter(|page| !self.is_good(*page) && self.bad.add(*page)).collect()
@@ -218,12 +221,13 @@ impl Memory {
 
     fn is_good(&self, page: u64) -> bool {
         let mut byte = [0];
-        // The kernel says it of a page of a file, and the access itself of one that is only mapped.
+        // For a page of a file the kernel returns an error; for a page that is only mapped the access itself
+        // fails.
         self.read(page * PAGE_LEN, &mut byte).is_ok()
             && self.at(page * PAGE_LEN, 1).try_copy_to_slice(&mut byte).is_ok()
     }
 
-    /// Has the kernel give another page in place of a bad one. Whether it is good.
+    /// Makes the kernel replace a bad page. Returns whether the new page is good.
     fn renew_page(&self, page: u64) -> bool {
         if self.way == Way::Overwrite || !self.give_back(page * PAGE_LEN, PAGE_LEN) || !self.is_good(page) {
             return false;
@@ -232,21 +236,21 @@ impl Memory {
         true
     }
 
-    /// The region's descriptor, to be passed to another process. From now on the region counts as
-    /// shared: it is never lent to anyone else.
+    /// The region's descriptor, to be passed to another process. From now on the region counts as shared: it
+    /// is never lent to another client.
     pub fn share(&self) -> Arc<OwnedFd> {
         self.shared.store(true, SeqCst);
         self.fd.clone()
     }
 
-    /// Whether another process may have it mapped, be it one that closed its connection or that connected to an
-    /// earlier life of this appliance: a mapping stays as long as that process wants.
+    /// Whether another process may have it mapped, also a process that closed its connection, or that
+    /// connected to an earlier life of this appliance: a mapping stays as long as that process wants.
     pub fn is_shared(&self) -> bool {
         self.shared.load(SeqCst)
     }
 
-    /// From now until [`Memory::unpin`], its pages stay what they are, also when they are trimmed: a
-    /// device goes on with those that it was told.
+    /// Keeps all pages in place until [`Memory::unpin`], also when they are trimmed: a device continues to
+    /// use the pages that it registered.
     pub fn pin(&self) {
         self.pins.fetch_add(1, SeqCst);
     }
@@ -256,7 +260,7 @@ impl Memory {
         self.pins.fetch_sub(1, SeqCst);
     }
 
-    /// Memory that it really holds, in bytes: the pages of a memfd that are there, else all.
+    /// Memory that the region occupies, in bytes: the resident pages of a memfd, otherwise its length.
     pub fn resident(&self) -> u64 {
         match self.way {
             Way::Punch => {
@@ -266,8 +270,9 @@ impl Memory {
         }
     }
 
-    /// Makes the range read as zeros and gives its memory back where the backing can and no device has
-    /// it registered. What is not faulted in yet is not faulted in after that, but for the step that is under way.
+    /// Makes the range read as zeros, and frees its memory where the backing can and no device has it
+    /// registered. Afterwards, pages that are not faulted in yet are not faulted in any more, except by the
+    /// step in progress.
     pub fn trim(&self, offset: u64, len: u64) {
         self.holes_stay.store(true, SeqCst);
         let end = offset + len;
@@ -287,7 +292,7 @@ impl Memory {
         }
     }
 
-    /// Writes zeros over the range; where its memory is bad, that is known from then on.
+    /// Writes zeros over the range; bad pages that this finds are recorded.
     pub fn zero(&self, offset: u64, len: u64) {
         if len > 0 && self.at(offset, len as usize).try_zero().is_err() {
             for page in self.find_bad(offset, len) {
@@ -296,8 +301,8 @@ impl Memory {
         }
     }
 
-    /// Makes the whole region zeros, for processes that still have it mapped too. It has to be
-    /// faulted in again.
+    /// Sets the whole region to zeros, also for processes that still have it mapped. It has to be faulted in
+    /// again.
     pub fn clear(&self) {
         if self.way != Way::Overwrite {
             self.set_faulted(0);
@@ -306,11 +311,11 @@ impl Memory {
         self.holes_stay.store(false, SeqCst);
     }
 
-    /// Moves the content to `target`, which is a memfd of the same kind and length and all zeros, and leaves zeros.
-    /// Holes stay holes.
+    /// Moves the content to `target`, which is a memfd of the same kind and length and all zeros, and leaves
+    /// zeros. Holes stay holes.
     ///
     /// # Errors
-    /// When there is no memory for it. The content is where it was then, unless the memory is torn.
+    /// When there is no memory for it. The content is unmoved then, unless the memory is torn.
     pub(super) fn move_to(&self, target: &Memory) -> Result<(), Errno> {
         let mut moved = 0;
         let result = self.move_pieces(target, &mut moved, self.len());
@@ -320,7 +325,7 @@ impl Memory {
         if result.is_ok() && self.way == Way::Overwrite {
             self.give_up();
         }
-        // What is a hole now is to stay one.
+        // Present holes have to stay holes.
         target.holes_stay.store(true, SeqCst);
         if result.is_ok() {
             target.set_faulted(target.len());
@@ -328,13 +333,13 @@ impl Memory {
         result
     }
 
-    /// Moves what lies before `end`; `offset` is how far it came.
+    /// Moves the bytes before `end`; `offset` is the progress.
     fn move_pieces(&self, target: &Memory, offset: &mut u64, end: u64) -> Result<(), Errno> {
         while *offset < end {
             let extent = self.extent(*offset, MOVE_LEN.min(end - *offset));
             if !extent.hole {
                 self.copy_piece(target, *offset, extent.len)?;
-                // They are there; so that they are locked too.
+                // The pages exist already; this locks them, too.
                 target.populate(*offset, extent.len)?;
                 match self.way {
                     Way::Punch => self.punch(*offset, extent.len)?,
@@ -349,7 +354,7 @@ impl Memory {
 
     fn copy_piece(&self, target: &Memory, offset: u64, len: u64) -> Result<(), Errno> {
         if self.way == Way::Overwrite {
-            // Huge pages cannot be written by a call; the mapping of the target has all of its pages reserved.
+            // Huge pages cannot be written by a system call; all pages of the target's mapping are reserved.
             let copied = self.at(offset, len as usize).try_copy_to(target.at(offset, len as usize));
             return copied.map_err(|_| Errno::IO);
         }
@@ -363,7 +368,7 @@ impl Memory {
                         self.copy_piece(target, offset + page, PAGE_LEN)?;
                     }
                 }
-                // What was in it is gone, there as here.
+                // The content of the page is lost in both places.
                 Err(Errno::IO) => drop(target.bad.add(offset / PAGE_LEN)),
                 read => read.and_then(|()| target.write(offset, part))?,
             }
@@ -372,7 +377,7 @@ impl Memory {
         Ok(())
     }
 
-    /// Writes without touching the mapping: where there is no memory, that is an error and no signal.
+    /// Writes without touching the mapping, so that a lack of memory is an error and no signal.
     fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), Errno> {
         let mut done = 0;
         while done < bytes.len() {
@@ -386,23 +391,23 @@ impl Memory {
         Ok(())
     }
 
-    /// Gives pages of a memfd back to the host, whoever has them mapped. Of huge pages only those that this process
-    /// does not touch any more: there may be no other ones for it.
+    /// Returns pages of a memfd to the host, whichever process has them mapped. Huge pages only when this
+    /// process does not touch them any more: the pool may have no replacement.
     fn punch(&self, offset: u64, len: u64) -> Result<(), Errno> {
         self.holes_stay.store(true, SeqCst);
         let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         fallocate(&*self.fd, punch, self.place.start + offset, len)
     }
 
-    /// Makes it zeros for those who have it mapped, and gives its pages back to the host. This process must not touch
-    /// it any more.
+    /// Sets the memory to zeros for all processes that have it mapped, and returns its pages to the host.
+    /// This process must not touch the memory any more.
     pub(crate) fn give_up(&self) {
         if self.way == Way::File || self.punch(0, self.len()).is_err() {
             self.clear();
         }
     }
 
-    /// Whether the range now is zeros without its memory.
+    /// Frees the memory of the range; returns whether the range now reads as zeros without memory.
     fn give_back(&self, offset: u64, len: u64) -> bool {
         if self.pins.load(SeqCst) > 0 {
             return false;
@@ -420,11 +425,11 @@ impl Memory {
         }
     }
 
-    /// How the bytes at `offset` are held, for at most `len` bytes.
+    /// How the bytes at `offset` are stored, for at most `len` bytes.
     pub fn extent(&self, offset: u64, len: u64) -> Extent {
         let len = len.min(self.len() - offset);
         let data = Extent { len, hole: false };
-        // Where every page is there, the kernel need not look for one that is not.
+        // When all pages are resident, the kernel need not search for holes.
         if self.way == Way::Overwrite || (self.way == Way::Punch && self.resident() == self.len()) {
             return data;
         }
@@ -465,13 +470,13 @@ impl Memory {
 
     fn set_faulted(&self, now: u64) {
         let before = self.faulted.swap(now, Relaxed);
-        // Modulo 2^64, so that it grows when less is faulted in than before.
+        // Modulo 2^64, so that the sum grows when less is faulted in than before.
         self.promised.fetch_sub(now.wrapping_sub(before), Relaxed);
     }
 
     fn populate(&self, offset: u64, len: u64) -> Result<(), Errno> {
-        // The pages of a file are read, not written: writing would send the whole file to its disk
-        // once more for nothing.
+        // The pages of a file are read, not written: writing would send the whole file to its disk once more
+        // for no benefit.
         let advice = match self.way {
             Way::File => Advice::LinuxPopulateRead,
             Way::Punch | Way::Overwrite => Advice::LinuxPopulateWrite,
@@ -479,7 +484,7 @@ impl Memory {
         let buffer = self.at(offset, len as usize);
         // SAFETY: the range is within the mapping; populating does not change its content.
         match unsafe { madvise(buffer.as_ptr().cast(), buffer.len(), advice) } {
-            // Before Linux 5.14 the advice is not known.
+            // The advice is unknown before Linux 5.14.
             Err(Errno::INVAL) => {
                 touch(buffer);
                 Ok(())
@@ -488,7 +493,7 @@ impl Memory {
         }
     }
 
-    /// Keeps the pages that are there, and those that come, in memory. A hole stays a hole.
+    /// Locks the resident pages, and later ones when they are faulted in. A hole stays a hole.
     pub(super) fn lock(&self) -> Result<(), Errno> {
         let all = self.at(0, self.len() as usize);
         // SAFETY: the range is the mapping.
@@ -496,11 +501,11 @@ impl Memory {
     }
 }
 
-/// Faults each page in without changing it, also while others write there.
+/// Faults each page in without changing it, even while other threads write there.
 fn touch(buffer: IoBuf) {
     for offset in (0..buffer.len()).step_by(PAGE_LEN as usize) {
         // SAFETY: the address is within the buffer, which is mapped and writable by the contract of
-        // `IoBuf::new`, and an atomic byte has no alignment; others access it as raw memory.
+        // `IoBuf::new`, and an atomic byte has no alignment; other parties access it as raw memory.
         let byte = unsafe { AtomicU8::from_ptr(buffer.part(offset, 1).as_ptr()) };
         byte.fetch_or(0, Relaxed);
     }
@@ -510,11 +515,11 @@ impl Drop for Memory {
     fn drop(&mut self) {
         self.set_faulted(self.len());
         if self.has_bad() {
-            // Nobody is lent what lies there.
+            // A part with bad pages is never lent again.
             std::mem::forget(self.kept.take());
         }
-        // SAFETY: the mapping was made with this address and length, and whoever uses its memory
-        // keeps this object alive.
+        // SAFETY: the mapping was created with this address and length, and every user of the memory keeps
+        // this object alive.
         if let Err(error) = unsafe { munmap(self.base.as_ptr().cast(), self.place.len as usize) } {
             tracing::error!("cannot unmap a region: {error}");
         }
@@ -542,7 +547,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bad_page_is_as_good_as_new_once_another_one_is_in_its_place() {
+    fn a_replaced_bad_page_is_usable_again() {
         let memory = Arena::new(&Backing::Memfd, 16 << 20, false).unwrap().make(16 << 20, 0).unwrap();
         memory.at(4096, 4).copy_from_slice(b"page");
         memory.bad.add(1);

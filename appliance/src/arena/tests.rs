@@ -7,7 +7,7 @@ use super::*;
 const MIB: u64 = 1 << 20;
 const LEN: u64 = 16 * MIB;
 
-/// An arena of each kind that this host can give, and what keeps it.
+/// An arena of each kind that this host supports, with the directory that it needs.
 fn arenas() -> Vec<(&'static str, Arena, Option<tempfile::TempDir>)> {
     let directory = tempfile::tempdir().unwrap();
     let file = Backing::File(directory.path().join("memory"));
@@ -15,7 +15,7 @@ fn arenas() -> Vec<(&'static str, Arena, Option<tempfile::TempDir>)> {
         ("memfd", Arena::new(&Backing::Memfd, 2 * LEN, true).unwrap(), None),
         ("file", Arena::new(&file, 2 * LEN, true).unwrap(), Some(directory)),
     ];
-    // Tests run side by side, so there have to be enough for all of them.
+    // Tests run concurrently, so there have to be enough huge pages for all of them.
     match Arena::new(&Backing::HugeMemfd, 16 * LEN, true) {
         Ok(arena) => arenas.push(("huge", arena, None)),
         Err(error) => println!("huge pages are left out: {error}"),
@@ -31,7 +31,7 @@ fn write(memory: &Memory, offset: u64, bytes: &[u8]) {
 fn read(memory: &Memory, offset: u64, len: usize) -> Vec<u8> {
     let mut bytes = vec![0xaa; len];
     let start = std::ptr::NonNull::new(bytes.as_mut_ptr()).unwrap();
-    // SAFETY: the vector lives longer than the copy, and nothing else uses it meanwhile.
+    // SAFETY: the vector lives longer than the copy, and is not used otherwise meanwhile.
     let target = unsafe { IoBuf::new(start, len) };
     memory.at(offset, len).copy_to(target);
     bytes
@@ -75,7 +75,7 @@ fn a_part_of_a_file_that_is_lent_again_is_zeros() {
 }
 
 #[test]
-fn faulting_in_does_not_change_the_content_and_goes_on_where_it_was() {
+fn faulting_in_keeps_the_content_and_resumes_where_it_stopped() {
     let arena = Arena::new(&Backing::Memfd, 64 * MIB, true).unwrap();
     let memory = arena.make(64 * MIB, 0).unwrap();
     write(&memory, 40 * MIB, b"content");
@@ -87,7 +87,7 @@ fn faulting_in_does_not_change_the_content_and_goes_on_where_it_was() {
 }
 
 #[test]
-fn what_is_trimmed_before_it_was_faulted_in_stays_given_back() {
+fn memory_trimmed_before_it_was_faulted_in_stays_free() {
     let arena = Arena::new(&Backing::Memfd, 64 * MIB, true).unwrap();
     let memory = arena.make(64 * MIB, 0).unwrap();
     assert!(!arena.fault_in(&memory, Some(Instant::now())).unwrap());
@@ -159,7 +159,7 @@ fn relocated_memory_is_out_of_reach_of_the_old_mapping() {
 }
 
 #[test]
-fn what_is_promised_and_not_there_yet_is_counted() {
+fn promised_memory_that_is_not_resident_is_counted() {
     let arena = Arena::new(&Backing::Memfd, 2 * LEN, true).unwrap();
     let promised = || arena.promised.load(Relaxed);
     let (first, second) = (arena.make(LEN, 0).unwrap(), arena.make(LEN, 0).unwrap());
@@ -204,7 +204,7 @@ fn too_much_is_refused_with_a_remedy() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 
-    /// Trims and zero writes of any alignment, against a plain vector.
+    /// Trims and zero writes of any alignment, compared with a plain vector.
     #[test]
     fn trims_and_zeros_touch_what_they_should(
         ranges in prop::collection::vec((any::<bool>(), 0_u64..40_000, 0_u64..20_000), 1..12),

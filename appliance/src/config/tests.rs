@@ -14,7 +14,7 @@ fn file(text: &str) -> Result<Settings, xpm_control::config::ConfigError> {
 }
 
 #[test]
-fn what_follows_from_the_memory_alone() {
+fn defaults_follow_from_the_memory_size() {
     let config = cli("--memory 64GiB --name a").unwrap();
     assert_eq!(config.stock, Stock { region_len: 256 << 20, target: 8 << 30 });
     assert_eq!(config.backing, Backing::Memfd);
@@ -26,7 +26,7 @@ fn what_follows_from_the_memory_alone() {
 }
 
 #[test]
-fn complaints_say_what_to_do() {
+fn complaints_name_the_remedy() {
     for (arguments, words) in [
         ("", "give --memory SIZE"),
         ("--memory 0", "at least 16MiB"),
@@ -52,7 +52,7 @@ fn complaints_say_what_to_do() {
 }
 
 #[test]
-fn rdma_is_served_where_it_can_be_unless_said_otherwise() {
+fn rdma_is_served_automatically_unless_configured() {
     let of = |words: &str| cli(&format!("--memory 1GiB --name a {words}")).unwrap().rdma;
     assert_eq!(of(""), Rdma::Auto);
     assert_eq!(of("--rdma off"), Rdma::Off);

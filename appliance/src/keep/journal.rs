@@ -1,25 +1,27 @@
-//! The grants of an appliance as they were at its last change, in two files of which one counts.
+//! The journal of an appliance's grants, as of their last change: two files, of which one is valid.
 //!
-//! A change is appended; when most of what is there is outdated, the other file is written anew with a higher
-//! generation, its head last, and counts from then on. What is appended is there before anybody is told of the
-//! change. So a process that ends at any moment leaves a whole journal, but for an end that is torn: that change was
-//! told to nobody. These files are not for the loss of power: memory of memfds is gone with them then, and a backing
-//! file counts only with the digest that was taken when it was closed.
+//! A change is appended. When most of the file is outdated, the other file is rewritten with a higher
+//! generation, its head last, and is valid from then on. An entry is appended before a client learns of the
+//! change. So a process that ends at any moment leaves a complete journal, possibly with a torn end, and no
+//! client has learned of that last change. The files need not survive a loss of power: the memory of memfds
+//! is lost with them then, and a backing file is valid only with the digest that was taken when it was
+//! closed.
 //!
 //! The form, all numbers little-endian:
 //!
 //! | offset | bytes | what |
 //! |---|---|---|
-//! | 0 | 16 | `xpm grants v1`, filled up with zeros |
-//! | 16 | 8 | generation; the file with the higher one counts |
-//! | 24 | 16 | the content that it belongs to |
-//! | 40 | 8 | XXH3-64 of the 40 bytes before |
+//! | 0 | 16 | `xpm grants v1`, padded with zeros |
+//! | 16 | 8 | generation; the file with the higher one is valid |
+//! | 24 | 16 | the number of the content that the journal belongs to |
+//! | 40 | 8 | XXH3-64 of the preceding 40 bytes |
 //! | 48 | | entries, each of them twice: 4 bytes length, 8 bytes XXH3-64, and JSON of that length |
 //!
-//! A bit that is flipped costs nothing: an entry that is damaged lies beside its twin, and the file that does not count
-//! has a copy of the other one's head, at byte 48 behind zeros. Where twins are both damaged, and in a journal of before
-//! 0.2, which has each entry once, the grant that the entry is about is lost; where that cannot be told, all grants that
-//! were recorded before it are, since the entry may have said that the memory of any of them is somebody else's now.
+//! A flipped bit loses no data: a damaged entry lies beside its twin, and the invalid file has a copy of the
+//! valid one's head, at byte 48 behind zeros. If both twins are damaged, or the entry of a journal from
+//! before 0.2, which has each entry once, the grant that the entry is about is lost. If that grant cannot be
+//! determined, all grants that were recorded before the entry are lost, since the entry may have given the
+//! memory of any of them to another client.
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::fs::File;
@@ -34,29 +36,30 @@ use super::record::{Entry, SavedGrant};
 const MAGIC: &[u8; 16] = b"xpm grants v1\0\0\0";
 const HEAD_LEN: u64 = 48;
 const FRAME_LEN: usize = 12;
-/// How many bits of an entry or head may differ from its twin; entries about different things differ in more.
+/// How many bits of an entry or head may differ from its twin; entries about different subjects differ in
+/// more.
 const FLIPPED_MAX: u32 = 16;
-/// What may be outdated before the other file is written anew, beside as much as counts, in bytes.
+/// Outdated bytes that are allowed beyond the size of the valid entries before the other file is rewritten.
 const SLACK_LEN: u64 = 256 << 10;
-/// How many deleted grants are remembered, as the ledger does.
+/// How many deleted grants are remembered; the ledger remembers as many.
 const GONE_MAX: usize = 1 << 14;
 
-/// Why a journal cannot be believed.
+/// Why a journal is not valid.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum JournalError {
-    /// It cannot be read or written.
+    /// The files cannot be read or written.
     #[error("the record of whose it is cannot be read or written")]
     Io(#[from] io::Error),
-    /// There is none.
+    /// There is no journal.
     #[error("the record of whose it is was not kept with it")]
     Missing,
-    /// It is not whole.
+    /// The journal is damaged.
     #[error("the record of whose it is is damaged at byte {0}")]
     Damaged(u64),
-    /// It is for other memory.
+    /// The journal belongs to other content.
     #[error("the record of whose it is is not of this content")]
     Other,
-    /// The memory may have lost something since.
+    /// The memory may have lost data since.
     #[error("it was not closed before this machine was restarted; stop the appliance before the machine")]
     NotClosed,
 }
@@ -66,12 +69,12 @@ pub(super) struct Journal {
     active: usize,
     generation: u64,
     content: u128,
-    /// Where the next entry goes.
+    /// Offset of the next entry.
     end: u64,
     live: Live,
 }
 
-/// What counts: the grants in the order in which they were made, as text, and those deleted lately.
+/// The valid entries: the grants in the order of creation, as text, and the grants that were deleted lately.
 #[derive(Default)]
 struct Live {
     grants: BTreeMap<u64, Vec<u8>>,
@@ -82,10 +85,10 @@ struct Live {
     gone_known: HashSet<GrantId>,
 }
 
-/// What a journal says.
+/// The content of a journal.
 #[derive(Debug, Default)]
 pub(super) struct Content {
-    /// The grants in the order in which they were made.
+    /// The grants in the order of creation.
     pub(super) grants: Vec<SavedGrant>,
     /// Grants that were deleted lately.
     pub(super) gone: Vec<GrantId>,
@@ -94,7 +97,7 @@ pub(super) struct Content {
 }
 
 impl Journal {
-    /// An empty journal in these files, whatever they hold.
+    /// Creates an empty journal in these files, whatever their content.
     pub(super) fn create(files: [File; 2], content: u128) -> Result<Journal, JournalError> {
         for file in &files {
             file.set_len(0)?;
@@ -105,7 +108,7 @@ impl Journal {
         Ok(journal)
     }
 
-    /// The journal that these files hold, and what it says. An end that is torn is cut off.
+    /// Opens the journal in these files, and returns its content. A torn end is cut off.
     pub(super) fn open(files: [File; 2], content: u128) -> Result<(Journal, Content), JournalError> {
         let mut heads = Vec::new();
         for (index, file) in files.iter().enumerate() {
@@ -123,12 +126,12 @@ impl Journal {
         Ok((journal, said))
     }
 
-    /// The content that it belongs to.
+    /// The number of the content that the journal belongs to.
     pub(super) fn content(&self) -> u128 {
         self.content
     }
 
-    /// A grant is there now, or as it is now.
+    /// Records a new or changed grant.
     pub(super) fn put(&mut self, grant: SavedGrant) -> io::Result<()> {
         let id = grant.id;
         let text = serde_json::to_vec(&Entry::Put(grant))?;
@@ -137,32 +140,32 @@ impl Journal {
         self.compact_if_worth_it()
     }
 
-    /// A grant is deleted.
+    /// Records that a grant was deleted.
     pub(super) fn delete(&mut self, id: GrantId) -> io::Result<()> {
         self.append(&serde_json::to_vec(&Entry::Delete(id))?)?;
         self.live.delete(id);
         self.compact_if_worth_it()
     }
 
-    /// Nothing of it counts any more.
+    /// Makes the journal invalid.
     pub(super) fn destroy(&mut self) -> io::Result<()> {
         self.files.iter().try_for_each(|file| file.set_len(0))
     }
 
-    /// Makes it survive the loss of power from now on, if nothing is changed; its digest.
+    /// Makes the journal survive a loss of power, unless it is changed after this call. Returns its digest.
     pub(super) fn seal(&self) -> io::Result<u64> {
         self.files[self.active].sync_all()?;
         self.digest()
     }
 
-    /// The digest of what counts.
+    /// The digest of the valid entries.
     pub(super) fn digest(&self) -> io::Result<u64> {
         let mut bytes = vec![0; usize::try_from(self.end).map_err(io::Error::other)?];
         self.files[self.active].read_exact_at(&mut bytes, 0)?;
         Ok(xxh3_64(&bytes))
     }
 
-    /// Writes it anew, with each entry twice, whatever it was found like.
+    /// Rewrites the journal, with each entry twice, whatever form it had.
     pub(super) fn renew(&mut self) -> io::Result<()> {
         self.compact()
     }
@@ -225,7 +228,7 @@ impl Journal {
         }
         let head = head(generation, self.content);
         file.write_all_at(&head, 0)?;
-        // From here on it counts. The other one has nothing to say but what this one's head is.
+        // From here on the new file is valid. The old file keeps only a copy of the new file's head.
         let old = &self.files[self.active];
         (self.active, self.generation, self.end) = (other, generation, end);
         old.set_len(0)?;
@@ -266,7 +269,7 @@ impl Live {
     }
 }
 
-/// What is being read.
+/// The state of reading a journal.
 struct Replay<'a> {
     live: &'a mut Live,
     said: BTreeMap<u64, SavedGrant>,
@@ -274,7 +277,7 @@ struct Replay<'a> {
 }
 
 impl Replay<'_> {
-    /// None for what is no entry.
+    /// None when the text is no entry.
     fn apply(&mut self, text: &[u8]) -> Option<()> {
         match serde_json::from_slice(text).ok()? {
             Entry::Put(grant) => {
@@ -293,7 +296,7 @@ impl Replay<'_> {
         Some(())
     }
 
-    /// An entry is damaged: what it was about is lost.
+    /// Handles a damaged entry: the grant that it was about is lost.
     fn lose(&mut self, frame: &[u8]) {
         let about = self.said.values().map(|grant| grant.id).find(|id| names(frame, *id));
         let lost: Vec<(GrantId, Name)> = self
@@ -311,14 +314,14 @@ impl Replay<'_> {
     }
 }
 
-/// Whether the text of a damaged entry begins with what an entry about this grant begins with.
+/// Whether the text of a damaged entry begins like an entry about this grant.
 fn names(frame: &[u8], id: GrantId) -> bool {
     let text = String::from_utf8_lossy(frame.get(FRAME_LEN..).unwrap_or_default());
     text.starts_with(&format!("{{\"put\":{{\"id\":\"{id}\""))
         || text.starts_with(&format!("{{\"delete\":\"{id}\""))
 }
 
-/// Where the frame at `at` ends, if there is a whole one.
+/// The end of the frame at `at`, if it is complete and valid.
 fn frame_end(bytes: &[u8], at: usize) -> Option<usize> {
     let (len, digest) = split_frame(bytes.get(at..at + FRAME_LEN)?.try_into().ok()?);
     let end = (at + FRAME_LEN).checked_add(len as usize)?;
@@ -331,7 +334,7 @@ fn is_twin(damaged: &[u8], whole: &[u8]) -> bool {
             <= FLIPPED_MAX
 }
 
-/// The frame, if nothing of it is damaged but its length.
+/// The frame with its length corrected, if only the length is damaged.
 fn with_right_length(frame: &[u8]) -> Option<Vec<u8>> {
     let (_, digest) = split_frame(frame.get(..FRAME_LEN)?.try_into().ok()?);
     let text = &frame[FRAME_LEN..];
@@ -339,7 +342,7 @@ fn with_right_length(frame: &[u8]) -> Option<Vec<u8>> {
     (xxh3_64(text) == digest).then(|| [&len.to_le_bytes()[..], &frame[4..]].concat())
 }
 
-/// Whether the end of the file is a frame that was not written to its end.
+/// Whether the end of the file is an incomplete frame.
 fn is_torn(rest: &[u8]) -> bool {
     let frame: Option<&[u8; FRAME_LEN]> = rest.get(..FRAME_LEN).and_then(|frame| frame.try_into().ok());
     frame.is_none_or(|frame| split_frame(frame).0 as usize > rest.len() - FRAME_LEN)
@@ -373,7 +376,8 @@ fn head(generation: u64, content: u128) -> [u8; HEAD_LEN as usize] {
     head
 }
 
-/// Generation and content, if there is a head. One that is damaged is repaired by its copy in the other file.
+/// Generation and content of the head, if there is one. A damaged head is repaired from its copy in the other
+/// file.
 fn read_head(file: &File, other: &File) -> Result<Option<(u64, u128)>, JournalError> {
     let Some(mut found) = head_at(file, 0)? else { return Ok(None) };
     if split_head(&found).is_none()
@@ -385,7 +389,7 @@ fn read_head(file: &File, other: &File) -> Result<Option<(u64, u128)>, JournalEr
         found = copy;
     }
     match split_head(&found) {
-        // Written last: it is not there before the rest is.
+        // The head is written last: it is missing until the rest exists.
         None if found == [0; HEAD_LEN as usize] => Ok(None),
         None => Err(JournalError::Damaged(0)),
         head => Ok(head),
@@ -430,7 +434,7 @@ mod tests {
     }
 
     proptest! {
-        /// Against a list: whatever is done, the next life is told the same, in the order of making.
+        /// Against a list: after any changes, the next life reads the same grants, in the order of creation.
         #[test]
         fn the_next_life_knows_what_this_one_did(steps in prop::collection::vec((any::<bool>(), 1_u128..6, 1_u64..9), 1..120)) {
             let mut journal = Journal::create(files(), 7).unwrap();
@@ -438,7 +442,7 @@ mod tests {
             for (put, id, epoch) in steps {
                 let id = GrantId::from_u128(id);
                 if put {
-                    // Long, so that the files take turns.
+                    // The entries are long, so that the files take turns.
                     journal.put(grant(id, epoch, 30_000)).unwrap();
                     match model.iter_mut().find(|(other, _)| *other == id) {
                         Some(known) => known.1 = epoch,
@@ -456,7 +460,7 @@ mod tests {
     }
 
     #[test]
-    fn a_torn_end_is_a_change_that_nobody_was_told_of() {
+    fn a_torn_end_is_an_unpublished_change() {
         let mut journal = Journal::create(files(), 7).unwrap();
         let id = GrantId::from_u128(1);
         journal.put(grant(id, 1, 0)).unwrap();
@@ -469,7 +473,7 @@ mod tests {
         for torn in end..journal.end {
             file.write_all_at(&last, end).unwrap();
             file.set_len(torn).unwrap();
-            // Nobody was told of it, so it may be there or not.
+            // No client has learned of the change, so either state is right.
             let epoch = if torn < once { 1 } else { 2 };
             assert_eq!(told(&journal).unwrap(), [(id, epoch)], "{torn}");
         }
@@ -497,7 +501,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bit_that_is_flipped_costs_nothing() {
+    fn a_flipped_bit_loses_no_data() {
         let mut journal = Journal::create(files(), 7).unwrap();
         journal.put(grant(GrantId::from_u128(1), 1, 0)).unwrap();
         journal.put(grant(GrantId::from_u128(2), 1, 0)).unwrap();
@@ -512,7 +516,7 @@ mod tests {
         }
     }
 
-    /// As a program of before wrote it: each entry once, and two heads.
+    /// A journal as an earlier version of the program wrote it: each entry once, and two heads.
     fn of_before(entries: &[Entry]) -> Journal {
         let journal = Journal::create(files(), 7).unwrap();
         let file = active(&journal);
@@ -530,7 +534,7 @@ mod tests {
     }
 
     #[test]
-    fn a_journal_of_before_is_read_and_loses_what_a_damaged_entry_is_about() {
+    fn an_old_journal_is_read_and_a_damaged_entry_loses_its_grant_only() {
         let id = GrantId::from_u128;
         let put = |number, epoch| Entry::Put(grant(id(number), epoch, 0));
         let journal = || of_before(&[put(1, 1), put(2, 1), put(1, 2), put(3, 1)]);
@@ -540,7 +544,7 @@ mod tests {
         let mut renewed = Journal::open(again(&whole), 7).unwrap().0;
         renewed.renew().unwrap();
         assert_eq!(told(&renewed).unwrap(), expected);
-        // All of them take too long.
+        // Testing all bits would take too long.
         for bit in (8 * HEAD_LEN..8 * whole.end).step_by(11) {
             let damaged = journal();
             flip(&active(&damaged), bit);
@@ -550,7 +554,7 @@ mod tests {
             for (known, _) in expected {
                 let there = found.iter().any(|(id, _)| *id == known);
                 let said = content.damaged.iter().any(|(id, _)| *id == known);
-                // What was never read of is not known to be missing.
+                // A grant whose entry was never read is not known to be missing.
                 assert!(there != said || known != id(1), "bit {bit}: {known}");
             }
         }
@@ -560,7 +564,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_of_another_content_is_not_believed() {
+    fn a_journal_of_another_content_is_refused() {
         let journal = Journal::create(files(), 7).unwrap();
         assert!(matches!(Journal::open(again(&journal), 8), Err(JournalError::Other)));
     }
@@ -580,7 +584,7 @@ mod tests {
     }
 
     #[test]
-    fn the_digest_is_of_what_counts() {
+    fn the_digest_covers_the_valid_entries() {
         let mut journal = Journal::create(files(), 7).unwrap();
         journal.put(grant(GrantId::from_u128(1), 1, 0)).unwrap();
         let sealed = journal.seal().unwrap();

@@ -1,17 +1,18 @@
-//! Grants as they are written down for the next life of the appliance. These are not the live ones: their form stays.
+//! The form in which grants are stored for the next life of the appliance. It is separate from the live
+//! structures, because it must not change.
 
 use serde::{Deserialize, Serialize};
 use xpm_protocol::{AllocationId, Epoch, GrantId, GrantKey, Name, RegionId, Visitor};
 
-/// A change of what there is.
+/// A change of the stored grants.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum Entry {
-    /// The grant is as this says.
+    /// The grant exists with this content.
     Put(SavedGrant),
-    /// It was deleted.
+    /// The grant was deleted.
     Delete(GrantId),
-    /// These were deleted lately.
+    /// These grants were deleted lately.
     Gone(Vec<GrantId>),
 }
 
@@ -36,11 +37,11 @@ pub(crate) struct SavedGrant {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Condition {
-    /// It lets clients in.
+    /// It admits clients.
     Open,
-    /// It lets nobody in until the order that closed it is repeated.
+    /// It admits no client until the order that closed it is repeated.
     Closed,
-    /// Its content is on the way from one memory to another, so it is whole in neither.
+    /// Its content is being moved from one memory to another, so it is complete in neither.
     Moving,
 }
 
@@ -48,14 +49,14 @@ pub(crate) enum Condition {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct SavedRegion {
     pub(crate) id: RegionId,
-    /// In bytes.
+    /// Length in bytes.
     pub(crate) len: u64,
     pub(crate) place: SavedPlace,
-    /// Another process may have it mapped.
+    /// Whether another process may have it mapped.
     pub(crate) shared: bool,
 }
 
-/// Where a region's memory is found again.
+/// Where a region's memory can be found again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum SavedPlace {
@@ -108,7 +109,7 @@ pub(super) mod tests {
         }
     }
 
-    /// Another life of the program, perhaps a newer one, has to read it.
+    /// Another life of the program, possibly a newer version, has to read it.
     #[test]
     fn the_form_stays() {
         let text = serde_json::to_string(&Entry::Put(grant(GrantId::from_u128(3), 4, 0))).unwrap();

@@ -1,4 +1,4 @@
-//! Descriptors of regions in the store of the service manager.
+//! The descriptors of regions in the store of the service manager.
 
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
@@ -7,31 +7,32 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use xpm_control::manager::Manager;
 
-/// Most regions that are kept. The names of all have to fit into one variable of the environment, for
-/// which the kernel has 128 KiB.
+/// Most regions that are stored. The names of all have to fit into one environment variable, for which the
+/// kernel allows 128 KiB.
 pub(crate) const SLOTS_MAX: u32 = 16_000;
-/// What the names of regions begin with in the store.
+/// Prefix of the names of regions in the store.
 const PREFIX: &str = "r";
 
-/// The store, as far as it holds regions.
+/// The part of the store that holds regions.
 pub(crate) struct Vault {
     manager: Arc<Manager>,
     slots: Mutex<Slots>,
-    /// Whether what is dropped is let go: not before all is taken back, and not while the process ends.
+    /// Whether dropped descriptors are removed from the store: not before all memory is taken back, and not
+    /// while the process ends.
     lets_go: AtomicBool,
 }
 
 #[derive(Default)]
 struct Slots {
-    /// Free ones below `next`; all from there on are free.
+    /// Free slots below `next`; all slots from `next` on are free.
     free: BTreeSet<u32>,
     next: u32,
     most: u32,
-    /// Was said to be full.
+    /// Whether it was logged that the store is full.
     said: bool,
 }
 
-/// A place in the store. The descriptor is let go when this is dropped.
+/// A place in the store. Dropping it removes the descriptor from the store.
 pub(crate) struct Stored {
     vault: Arc<Vault>,
     slot: u32,
@@ -48,7 +49,7 @@ impl Slots {
         slot < self.next && !self.free.contains(&slot)
     }
 
-    /// Whether this one was free, which it is no longer.
+    /// Takes this slot; returns whether it was free.
     fn claim(&mut self, slot: u32) -> bool {
         if slot < self.next {
             return self.free.remove(&slot);
@@ -60,19 +61,19 @@ impl Slots {
 }
 
 impl Vault {
-    /// The store, with places for `most` regions, or as many as can be.
+    /// A store with places for `most` regions, up to [`SLOTS_MAX`].
     pub(crate) fn new(manager: Arc<Manager>, most: Option<u32>) -> Arc<Vault> {
         let most = most.unwrap_or(SLOTS_MAX).min(SLOTS_MAX);
         let slots = Mutex::new(Slots { most, ..Slots::default() });
         Arc::new(Vault { manager, slots, lets_go: AtomicBool::new(false) })
     }
 
-    /// From now on, or no longer, what is dropped is let go.
+    /// Sets whether dropped descriptors are removed from the store.
     pub(crate) fn let_go(&self, does: bool) {
         self.lets_go.store(does, SeqCst);
     }
 
-    /// Has a region's descriptor kept; none when there is no place.
+    /// Stores a region's descriptor; none when there is no free place.
     pub(crate) fn store(self: &Arc<Vault>, descriptor: BorrowedFd<'_>) -> Option<Stored> {
         let mut slots = self.lock();
         let slot = slots.take();
@@ -93,13 +94,13 @@ impl Vault {
         None
     }
 
-    /// The place of a descriptor that was handed over under this name, if it is one of a region.
+    /// The place of a descriptor that was passed under this name, if the name is one of a region.
     pub(crate) fn taken_back(self: &Arc<Vault>, name: &str) -> Option<Stored> {
         let slot = slot_of(name)?;
         self.lock().claim(slot).then(|| Stored { vault: self.clone(), slot })
     }
 
-    /// Lets go what was handed over under this name, unless the name is in use too for what is needed.
+    /// Removes a descriptor that was passed under this name, unless the name is also in use for a needed one.
     pub(crate) fn remove(&self, name: &str) {
         let slots = self.lock();
         if slot_of(name).is_some_and(|slot| slots.is_used(slot)) {
@@ -111,7 +112,7 @@ impl Vault {
         }
     }
 
-    /// Has a descriptor kept under a name of its own, in place of what was kept under it.
+    /// Stores a descriptor under a name of its own, in place of the previous one.
     pub(crate) fn replace(&self, name: &str, descriptor: &OwnedFd) -> std::io::Result<()> {
         self.manager.remove(name)?;
         self.manager.store(name, descriptor.as_fd())
@@ -124,9 +125,9 @@ impl Vault {
 
 impl Drop for Stored {
     fn drop(&mut self) {
-        // Under the lock: the name is used again only after this.
+        // Under the lock: the name is reused only after this.
         let mut slots = self.vault.lock();
-        // A process that panics ends, and its next life takes back what it can.
+        // A process that panics ends, and its next life takes back as much as possible.
         if !self.vault.lets_go.load(SeqCst) || std::thread::panicking() {
             slots.free.insert(self.slot);
             return;
