@@ -1,4 +1,4 @@
-//! A grant's memory, as those who serve it hold it.
+//! [`Lease`]: a grant's memory, as its servers hold it.
 
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
@@ -11,16 +11,15 @@ use xpm_transport::store::Extent;
 
 use crate::arena::Memory;
 
-/// The memory of one grant during one epoch. When it is revoked, its connections are closed by the
-/// server, and work in the background ends by itself: then nothing writes to the memory through this
-/// lease any more.
+/// The memory of one grant during one epoch. When the lease is revoked, the server closes its connections,
+/// and background work ends by itself; after that, no code writes to the memory through this lease.
 pub struct Lease {
     grant: GrantId,
     regions: Vec<Arc<Memory>>,
     /// Base-2 logarithm of the regions' length.
     shift: u32,
     revoked: AtomicBool,
-    /// Read-locked by work in the background, for short steps.
+    /// Read-locked by background work, for short steps.
     gate: RwLock<()>,
 }
 
@@ -47,26 +46,26 @@ impl Lease {
         (self.regions.len() as u64) << self.shift
     }
 
-    /// Whether it still holds.
+    /// Whether the lease is still valid.
     pub fn is_alive(&self) -> bool {
         !self.revoked.load(SeqCst)
     }
 
-    /// Ends it, and waits for the end of the steps that are being done in the background.
+    /// Revokes the lease, and waits until the background steps in progress have ended.
     pub fn revoke(&self) {
         self.revoked.store(true, SeqCst);
         drop(self.gate.write().unwrap_or_else(PoisonError::into_inner));
     }
 
-    /// Begins a step of work in the background; none when it is revoked. The step ends when the
-    /// guard is dropped, which should be soon.
+    /// Begins a step of background work; none when the lease is revoked. The step ends when the guard is
+    /// dropped, which should happen soon.
     pub fn begin_step(&self) -> Option<RwLockReadGuard<'_, ()>> {
         let step = self.gate.read().unwrap_or_else(PoisonError::into_inner);
-        // A revocation that this does not see waits for the guard.
+        // If this load does not see a revocation, the revocation waits for the guard.
         self.is_alive().then_some(step)
     }
 
-    /// The memory at `offset` of the export, as far as it lies in one piece and at most `len` bytes.
+    /// The memory at `offset` of the export, as far as it is contiguous, at most `len` bytes.
     pub fn at(&self, offset: u64, len: usize) -> Option<IoBuf> {
         let region = self.regions.get((offset >> self.shift) as usize)?;
         Some(region.at(self.within(offset), len))
@@ -75,7 +74,7 @@ impl Lease {
     /// Reads from `offset` on, within one region; see [`Memory::read`].
     ///
     /// # Errors
-    /// What the kernel says.
+    /// The kernel's error.
     pub fn read(&self, offset: u64, bytes: &mut [u8]) -> Result<(), Errno> {
         match self.regions.get((offset >> self.shift) as usize) {
             Some(region) => region.read(self.within(offset), bytes),
@@ -83,7 +82,7 @@ impl Lease {
         }
     }
 
-    /// Whether a read or write of these bytes can be done; see [`Memory::is_sound`].
+    /// Whether a read or write of these bytes is possible; see [`Memory::is_sound`].
     pub fn is_sound(&self, write: bool, offset: u64, len: u64) -> bool {
         if !self.regions.iter().any(|memory| memory.has_bad()) {
             return true;
@@ -93,7 +92,8 @@ impl Lease {
         sound
     }
 
-    /// Pages with bytes in a range that are bad and were not known to be, by their first bytes in the export.
+    /// Checks the pages of a range. Returns the bad ones that were not known before, by their first bytes in
+    /// the export.
     pub fn find_bad(&self, offset: u64, len: u64) -> Vec<u64> {
         let (mut found, mut start) = (Vec::new(), offset);
         self.for_each_part(offset, len, |memory, within, part| {
@@ -104,7 +104,7 @@ impl Lease {
         found
     }
 
-    /// How the bytes at `offset` are held; the answer ends with the region.
+    /// How the bytes at `offset` are stored; the extent ends with the region at the latest.
     pub fn extent(&self, offset: u64, len: u64) -> Extent {
         match self.regions.get((offset >> self.shift) as usize) {
             Some(region) => region.extent(self.within(offset), len),
@@ -112,7 +112,7 @@ impl Lease {
         }
     }
 
-    /// Gives `each` the parts of a range, one region at a time: the region, the offset in it, and
+    /// Calls `each` for the parts of a range, one region at a time, with the region, the offset in it, and
     /// the length.
     pub fn for_each_part(&self, offset: u64, len: u64, mut each: impl FnMut(&Memory, u64, u64)) {
         let (mut offset, end) = (offset, offset.saturating_add(len).min(self.len()));

@@ -1,12 +1,13 @@
-//! Which region is used for what: pure bookkeeping, told the time and told what was made.
+//! The ledger: the use of each region. Pure bookkeeping; the caller passes the time and the memory that it
+//! made.
 //!
 //! Invariants, kept by each operation:
-//! * the lengths of all regions, and of those being made, are together no more than the capacity, unless
-//!   an earlier life lent more: then nothing is added until they are; and what leaves to make room for others does so before they can be granted;
-//! * a region in a grant is in one, or also in the one that takes it over, and a grant's regions are
-//!   all there;
-//! * a grant that was deleted is not made again: an order to make it may have been on its way;
-//! * a region that was in a grant comes back only by [`Ledger::cleared`], under a new id.
+//! * the lengths of all regions, and of those being made, are in sum no more than the capacity, unless an earlier life lent
+//!   more: then no region is added until they are; and regions that leave to make room for others are gone before the others
+//!   can be granted;
+//! * a region in a grant is in one grant, or also in the grant that takes it over, and all regions of a grant exist;
+//! * a deleted grant is never made again, because an order to make it may still be in transit;
+//! * a region that was in a grant becomes usable again only by [`Ledger::cleared`], under a new id.
 
 mod grants;
 
@@ -20,18 +21,18 @@ use xpm_protocol::{AllocationId, GrantId, RegionId};
 
 pub use self::grants::{Change, Grant};
 
-/// Why something is refused.
+/// Why an order is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
     /// There is not enough free memory.
     #[error("{} is asked for and {} is free here: ask for less, or delete what is not needed", ByteSize(*.asked), ByteSize(*.free))]
     NoSpace {
-        /// What is asked for, in bytes.
+        /// The requested memory, in bytes.
         asked: u64,
-        /// What is free, in bytes.
+        /// The free memory, in bytes.
         free: u64,
     },
-    /// A region is not there, or its reservation is over.
+    /// The region does not exist, or its reservation has expired.
     #[error("there is no region {0} here, or its reservation is over: reserve again")]
     UnknownRegion(RegionId),
     /// A region is in a grant.
@@ -42,10 +43,10 @@ pub enum Refusal {
         /// The grant that it is in.
         grant: GrantId,
     },
-    /// It contradicts what is there.
+    /// The order contradicts the present state.
     #[error("{0}")]
     Conflict(String),
-    /// It contradicts itself.
+    /// The order contradicts itself.
     #[error("{0}")]
     Invalid(String),
 }
@@ -57,20 +58,20 @@ pub struct Region<M> {
     pub len: u64,
     /// Its memory; none while it is being cleared or dropped.
     pub memory: Option<M>,
-    /// What it is used for.
+    /// Its use.
     pub state: State,
 }
 
-/// What a region is used for.
+/// The use of a region.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
-    /// Faulted in and all zeros; belongs to nobody.
+    /// Faulted in and all zeros; belongs to no client.
     Ready,
-    /// Belongs to an allocation until a time.
+    /// Belongs to an allocation until the reservation expires.
     Reserved {
         /// The allocation.
         allocation: AllocationId,
-        /// When the reservation is over.
+        /// The expiry of the reservation.
         until: Instant,
     },
     /// In a grant.
@@ -80,12 +81,12 @@ pub enum State {
         /// The grant.
         grant: GrantId,
     },
-    /// To be cleared, or to be dropped.
+    /// To be cleared or dropped.
     Clearing,
 }
 
 impl State {
-    /// As the control interface calls it.
+    /// The name of the state in the control interface.
     pub fn name(self) -> RegionState {
         match self {
             State::Ready => RegionState::Ready,
@@ -96,7 +97,7 @@ impl State {
     }
 }
 
-/// Sums, in bytes.
+/// Sums of region lengths by use, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Totals {
     /// In grants.
@@ -112,41 +113,41 @@ pub struct Totals {
 }
 
 impl Totals {
-    /// What exists or is being made.
+    /// Memory that exists or is being made.
     pub fn used(self) -> u64 {
         self.granted + self.reserved + self.clearing + self.ready + self.stocking
     }
 }
 
-/// What is kept ready ahead of need.
+/// The stock: memory that is kept ready ahead of need.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stock {
     /// Size of the regions, in bytes.
     pub region_len: u64,
-    /// How much, in bytes; whole regions.
+    /// The size of the stock in bytes; a multiple of the region size.
     pub target: u64,
 }
 
-/// How a reservation is to be met.
+/// How a reservation is to be satisfied.
 #[derive(Debug)]
 pub struct Plan<M> {
     allocation: AllocationId,
     region_len: u64,
-    /// Ready regions, taken already.
+    /// Ready regions that the plan has taken.
     ready: Vec<RegionId>,
-    /// How many have to be made.
+    /// Number of regions that have to be made.
     pub make: usize,
-    /// Ready regions of other sizes that make room, with their lengths. To be dropped; each one that
-    /// is, is told by [`Ledger::left`].
+    /// Ready regions of other sizes that make room, with their lengths. The caller drops them, and reports
+    /// each dropped one by [`Ledger::left`].
     pub leaving: Vec<(M, u64)>,
 }
 
-/// A reservation cannot be planned now.
+/// Why a reservation cannot be planned now.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum NoPlan {
-    /// Free memory is just being made into the stock: look again when that is done.
+    /// Free memory is being made into stock: try again when that is done.
     Wait,
-    /// It is refused.
+    /// The reservation is refused.
     Refused(Refusal),
 }
 
@@ -159,14 +160,14 @@ pub struct Ledger<M> {
     grants: BTreeMap<GrantId, Grant>,
     gone: grants::Gone,
     totals: Totals,
-    /// Dropped to make room for others, and not gone yet, in bytes.
+    /// Memory that was dropped to make room for others and is not gone yet, in bytes.
     leaving: u64,
     ids: Ids,
-    /// The region that was given out last to be cleared.
+    /// The region that was returned last by [`Ledger::take_clearing`].
     last_clearing: RegionId,
 }
 
-/// Region ids: each differs from all others of this life, and, as it starts at a random number,
+/// Generates region ids: each differs from all others of this life, and, as the ids start at a random number,
 /// from those of other lives.
 #[derive(Debug)]
 struct Ids {
@@ -176,7 +177,7 @@ struct Ids {
 
 impl Ids {
     fn next(&mut self) -> RegionId {
-        /// Odd, so that multiples of it repeat only after 2^128, and look different to people.
+        /// Odd, so that its multiples repeat only after 2^128; and large, so that ids look different.
         const STRIDE: u128 = 0x9e37_79b9_7f4a_7c15_f39c_c060_5ced_c835;
         self.count += 1;
         RegionId::from_u128(self.start.wrapping_add(self.count.wrapping_mul(STRIDE)))
@@ -184,7 +185,7 @@ impl Ids {
 }
 
 impl<M: Clone> Ledger<M> {
-    /// An empty ledger of `capacity` bytes; `random` is where region ids start.
+    /// An empty ledger of `capacity` bytes; region ids start at `random`.
     pub fn new(capacity: u64, stock: Stock, random: u128) -> Ledger<M> {
         Ledger {
             capacity,
@@ -199,23 +200,24 @@ impl<M: Clone> Ledger<M> {
         }
     }
 
-    /// What it lends in all, in bytes: what it may, or what it lent already when it was told to lend less.
+    /// Memory that the appliance lends in all, in bytes: its capacity, or the memory lent already if that is
+    /// more after the capacity was lowered.
     pub fn capacity(&self) -> u64 {
         let Totals { granted, reserved, clearing, .. } = self.totals;
         self.capacity.max(granted + reserved + clearing)
     }
 
-    /// What is kept ready.
+    /// The stock's parameters.
     pub fn stock(&self) -> Stock {
         self.stock
     }
 
-    /// Sums now.
+    /// The present sums.
     pub fn totals(&self) -> Totals {
         self.totals
     }
 
-    /// What may still be asked for, in bytes.
+    /// Memory that can still be reserved, in bytes.
     pub fn free(&self) -> u64 {
         let Totals { granted, reserved, clearing, .. } = self.totals;
         self.capacity.saturating_sub(granted + reserved + clearing)
@@ -231,10 +233,10 @@ impl<M: Clone> Ledger<M> {
         self.regions.get(&id)
     }
 
-    /// Plans a reservation: takes ready regions of the length, and counts those to be made.
+    /// Plans a reservation: takes ready regions of the length, and counts the regions that have to be made.
     ///
     /// # Errors
-    /// When too little memory is free, or none can be told yet.
+    /// When too little memory is free, or when that cannot be determined yet.
     pub fn plan(
         &mut self,
         allocation: AllocationId,
@@ -253,14 +255,14 @@ impl<M: Clone> Ledger<M> {
         let make = count - ready.len();
         let leaving = self.make_room(make as u64 * region_len, region_len)?;
         for id in &ready {
-            // Without an end until the whole reservation is there.
+            // Without an expiry until the whole reservation is complete.
             self.set_state(*id, State::Reserved { allocation, until: far_future() });
         }
         self.totals.reserved += make as u64 * region_len;
         Ok(Plan { allocation, region_len, ready, make, leaving })
     }
 
-    /// Takes ready regions of other lengths out until `needed` bytes of the capacity are unused.
+    /// Removes ready regions of other lengths until `needed` bytes of the capacity are unused.
     fn make_room(&mut self, needed: u64, region_len: u64) -> Result<Vec<(M, u64)>, NoPlan> {
         let unused = self.capacity.saturating_sub(self.totals.used());
         let (mut room, mut victims) = (unused, Vec::new());
@@ -283,7 +285,7 @@ impl<M: Clone> Ledger<M> {
         Ok(leaving)
     }
 
-    /// Takes all ready regions out, to be dropped as those of [`Plan::leaving`].
+    /// Removes all ready regions; the caller drops them like those of [`Plan::leaving`].
     pub fn take_ready(&mut self) -> Vec<(M, u64)> {
         let ready = self.regions().filter(|(_, region)| region.state == State::Ready);
         let ids: Vec<RegionId> = ready.map(|(id, _)| id).collect();
@@ -294,18 +296,18 @@ impl<M: Clone> Ledger<M> {
         leaving
     }
 
-    /// What leaves to make room, in bytes. While it is not 0, nothing is granted, and what was made
+    /// Memory that leaves to make room, in bytes. While this is not 0, no region is granted, and memory made
     /// in its place is not faulted in.
     pub fn leaving(&self) -> u64 {
         self.leaving
     }
 
-    /// Memory of this length that made room is gone.
+    /// Reports that memory of this length which made room is gone.
     pub fn left(&mut self, len: u64) {
         self.leaving -= len;
     }
 
-    /// Ends a reservation well: what had to be made is there. The regions, in order.
+    /// Completes a reservation: the planned regions are made. Returns the ids of the regions, in order.
     pub fn reserved(&mut self, plan: Plan<M>, made: Vec<M>, until: Instant) -> Vec<RegionId> {
         debug_assert_eq!(made.len(), plan.make, "as many as planned");
         let state = State::Reserved { allocation: plan.allocation, until };
@@ -320,13 +322,13 @@ impl<M: Clone> Ledger<M> {
         ids
     }
 
-    /// Ends a reservation badly: what had to be made could not be, and what was made is gone.
+    /// Cancels a reservation whose regions could not all be made; those that were made are gone.
     pub fn abandon(&mut self, plan: Plan<M>) {
         self.totals.reserved -= plan.make as u64 * plan.region_len;
         plan.ready.into_iter().for_each(|id| self.undo(id));
     }
 
-    /// Undoes reservations that are over. Whether there were any.
+    /// Undoes expired reservations. Returns whether there were any.
     pub fn expire(&mut self, now: Instant) -> bool {
         let over = |region: &Region<M>| matches!(region.state, State::Reserved { until, .. } if until <= now);
         let ids: Vec<RegionId> =
@@ -335,7 +337,7 @@ impl<M: Clone> Ledger<M> {
         !ids.is_empty()
     }
 
-    /// When the next reservation is over.
+    /// The expiry of the next reservation.
     pub fn next_expiry(&self) -> Option<Instant> {
         let untils = self.regions.values().filter_map(|region| match region.state {
             State::Reserved { until, .. } => Some(until),
@@ -344,8 +346,8 @@ impl<M: Clone> Ledger<M> {
         untils.min()
     }
 
-    /// A reserved region is nobody's again. It was in no grant, so it is still all zeros; but under
-    /// its old id, whoever let the reservation end could still commit it.
+    /// Makes a reserved region ready again. It was in no grant, so it is still all zeros. It gets a new id,
+    /// because the client that let the reservation expire could still commit the old one.
     fn undo(&mut self, id: RegionId) {
         if let Some(region) = self.remove(id) {
             let id = self.ids.next();
@@ -353,10 +355,10 @@ impl<M: Clone> Ledger<M> {
         }
     }
 
-    /// Deletes a reservation's region. One that is not there counts as deleted.
+    /// Deletes a reserved region. A region that does not exist counts as deleted.
     ///
     /// # Errors
-    /// When it is in a grant.
+    /// When the region is in a grant.
     pub fn delete_region(&mut self, id: RegionId) -> Result<(), Refusal> {
         match self.regions.get(&id).map(|region| region.state) {
             Some(State::Granted { grant, .. }) => Err(Refusal::InGrant { region: id, grant }),
@@ -368,9 +370,9 @@ impl<M: Clone> Ledger<M> {
         }
     }
 
-    /// A region to be cleared, with its memory, which is the caller's until it says
-    /// [`Ledger::cleared`], [`Ledger::dropped`] or [`Ledger::not_yet`]. They take turns, so that one
-    /// that cannot be cleared yet holds no other up.
+    /// Returns a region that has to be cleared, with its memory, which belongs to the caller until it calls
+    /// [`Ledger::cleared`], [`Ledger::dropped`] or [`Ledger::not_yet`]. The regions take turns, so that a
+    /// region that cannot be cleared yet does not delay the others.
     pub fn take_clearing(&mut self) -> Option<(RegionId, M)> {
         let waiting = |(_, region): &(&RegionId, &Region<M>)| {
             region.state == State::Clearing && region.memory.is_some()
@@ -383,7 +385,7 @@ impl<M: Clone> Ledger<M> {
         Some((id, memory))
     }
 
-    /// A region that is ready and not wanted so, as [`Ledger::take_clearing`] gives one.
+    /// Returns a ready region that the stock does not need, in the way of [`Ledger::take_clearing`].
     pub fn take_surplus(&mut self) -> Option<(RegionId, M)> {
         let Stock { region_len, target } = self.stock;
         let too_much = self.totals.ready > target;
@@ -401,7 +403,7 @@ impl<M: Clone> Ledger<M> {
         len == self.stock.region_len && ready + stocking + len <= self.stock.target
     }
 
-    /// The region is cleared and faulted in again: it is ready.
+    /// Reports that the region is cleared and faulted in again: it is ready.
     pub fn cleared(&mut self, id: RegionId, memory: M) {
         if let Some(region) = self.remove(id) {
             let id = self.ids.next();
@@ -409,25 +411,25 @@ impl<M: Clone> Ledger<M> {
         }
     }
 
-    /// So many bytes can be lent no more.
+    /// Lowers the capacity by memory that can never be lent again.
     pub fn lose_capacity(&mut self, len: u64) {
         self.capacity = self.capacity.saturating_sub(len);
     }
 
-    /// The region's memory is gone.
+    /// Reports that the region's memory is gone.
     pub fn dropped(&mut self, id: RegionId) {
         self.remove(id);
     }
 
-    /// The region cannot be cleared yet.
+    /// Reports that the region cannot be cleared yet.
     pub fn not_yet(&mut self, id: RegionId, memory: M) {
         if let Some(region) = self.regions.get_mut(&id) {
             region.memory = Some(memory);
         }
     }
 
-    /// Whether a region is to be made for the stock; if so, its length, which now counts as used
-    /// until [`Ledger::stocked`].
+    /// Starts making a region for the stock, if one is needed. Returns its length, which counts as used until
+    /// [`Ledger::stocked`].
     pub fn start_stocking(&mut self) -> Option<u64> {
         let len = self.stock.region_len;
         if !self.wants(len) || self.totals.used() + len > self.capacity {
@@ -437,7 +439,7 @@ impl<M: Clone> Ledger<M> {
         Some(len)
     }
 
-    /// A region for the stock was made, or could not be.
+    /// Reports that a region for the stock was made, or could not be made.
     pub fn stocked(&mut self, memory: Option<M>) {
         let len = self.stock.region_len;
         self.totals.stocking -= len;
@@ -474,7 +476,7 @@ impl<M: Clone> Ledger<M> {
     }
 }
 
-/// Later than any reservation ends.
+/// A time after the end of every reservation.
 fn far_future() -> Instant {
     Instant::now() + Duration::from_secs(365 * 24 * 3600)
 }

@@ -1,10 +1,10 @@
 //! The memory appliance: lends this machine's memory.
 //!
-//! * [`arena`] is the memory: where regions come from, and how they are cleared.
-//! * [`ledger`] keeps the books, [`regions`] puts memory and threads behind them.
-//! * [`keep`] has both outlive the process.
-//! * [`serve`] gives grants to clients by NBD, [`share`] as shared memory, [`rdma`] by RDMA.
-//! * [`control`] takes orders over HTTP, [`register`] tells the allocator.
+//! * [`arena`]: the memory, where regions come from, and how they are cleared.
+//! * [`ledger`] is the bookkeeping, [`regions`] adds memory and threads to it.
+//! * [`keep`] makes both outlive the process.
+//! * [`serve`] serves grants to clients by NBD, [`share`] as shared memory, [`rdma`] by RDMA.
+//! * [`control`] takes orders over HTTP, [`register`] sends heartbeats to the allocator.
 //! * [`config`] and [`daemon`] are the program.
 
 pub mod arena;

@@ -1,4 +1,4 @@
-//! Grants by RDMA, for clients whose reads and writes no processor of this machine sees.
+//! Serving grants by RDMA, to clients whose reads and writes involve no processor of this machine.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use crate::arena::Memory;
 use crate::lease::Lease;
 use crate::regions::{Fence, Table};
 
-/// The grants of a table, to be found by their keys.
+/// The grants of a table, looked up by their keys.
 pub struct RdmaGrants(pub Table);
 
 impl Grants for RdmaGrants {
@@ -19,7 +19,7 @@ impl Grants for RdmaGrants {
     }
 }
 
-/// Memory with its pages kept as they are.
+/// Memory whose pages are pinned.
 struct Pinned(Arc<Memory>);
 
 impl Pinned {
@@ -31,7 +31,7 @@ impl Pinned {
 
 impl Lent for Pinned {
     fn buffer(&self) -> IoBuf {
-        // A region is as long as an address space allows: it is mapped.
+        // A region is mapped, so its length fits into an address.
         self.0.at(0, self.0.len() as usize)
     }
 }
@@ -42,7 +42,7 @@ impl Drop for Pinned {
     }
 }
 
-/// Registers the memory of grants that open, and revokes those that close.
+/// Registers the memory of grants when they open, and revokes them when they close.
 pub struct RdmaFence(pub Arc<RdmaServer>);
 
 impl Fence for RdmaFence {
@@ -60,7 +60,8 @@ impl Fence for RdmaFence {
         self.0.open_group(lease.grant().as_u128(), epoch, regions);
     }
 
-    /// Those of the life that enters come after it was let in over NBD.
+    /// RDMA connections of the admitted life are made after that life was admitted over NBD, so all present
+    /// ones can be closed.
     fn close_others(&self, group: u128, _: &Life) {
         self.0.shut_all_out(group);
     }

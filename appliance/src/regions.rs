@@ -1,5 +1,5 @@
-//! The table of regions and grants: the ledger, the memory behind it, and the clients that are shut
-//! out before a grant changes. Only the control plane and new connections come here.
+//! The table of regions and grants: the ledger, the memory behind it, and the fences that shut clients out
+//! before a grant changes. Used by the control plane and by new connections only.
 
 mod fence;
 mod holders;
@@ -28,47 +28,48 @@ use crate::lease::Lease;
 use crate::ledger::{Change, Ledger, NoPlan, Plan, Refusal, Stock, Totals};
 use crate::warnings::{Topic, Warnings};
 
-/// Most regions that one order asks for.
+/// Most regions of one order.
 const COUNT_MAX: u32 = 4096;
-/// What this process itself may need next, in bytes.
+/// Memory that this process itself may need next, in bytes.
 const LIMIT_LEAST: u64 = 1 << 20;
-/// What is left of a cgroup's limit whatever is lent, in bytes.
+/// The part of a cgroup's limit that is never lent, in bytes.
 const LIMIT_MARGIN: u64 = 64 << 20;
-/// Longest time that a reservation lives.
+/// Longest lifetime of a reservation.
 const TTL_MAX: Duration = Duration::from_secs(3600);
-/// Threads that make, fault in and clear regions, at most: more of them only wait for memory.
+/// Most threads that make, fault in and clear regions: more threads would only wait for memory.
 const WORKERS_MAX: usize = 4;
 
 /// Why an order is refused.
 #[derive(Debug, thiserror::Error)]
 pub enum TableError {
-    /// The books are against it.
+    /// The ledger refuses the order.
     #[error(transparent)]
     Refused(#[from] Refusal),
-    /// The host has no memory for it.
+    /// The host has no memory for the order.
     #[error("this appliance cannot make the memory ready")]
     Memory(#[from] ArenaError),
-    /// A process that has the memory of a grant mapped may keep it so, and the memory cannot be moved away from it.
+    /// A process that has the memory of a grant mapped may keep it mapped, and the memory cannot be moved
+    /// away from it.
     #[error(
         "a process on this host was given the memory of the grant and may have it mapped, and the memory cannot be moved \
          away from it; free memory on this host and try again, or take the allocation with --force --lose: then its new \
          owner gets zeros in place of that memory"
     )]
     Unmovable(#[source] ArenaError),
-    /// The same, noticed when some of it was moved already.
+    /// As [`TableError::Unmovable`], found when a part of the memory was moved already.
     #[error(
         "a process on this host was given the memory of the grant and may have it mapped, and not all of the memory could \
          be moved away from it: nobody can use the grant until this is repeated; free memory on this host first, or use \
          --force --lose: then its new owner gets zeros in place of what could not be moved"
     )]
     HalfMoved(#[source] ArenaError),
-    /// Another order on the same thing takes too long.
+    /// Another order on the same grant or memory takes too long.
     #[error("another order on the same grant or memory is still running: try again")]
     Busy,
 }
 
 impl TableError {
-    /// As the control interface answers it.
+    /// The kind of error that the control interface returns.
     pub fn kind(&self) -> ErrorKind {
         match self {
             TableError::Refused(Refusal::NoSpace { .. })
@@ -83,7 +84,7 @@ impl TableError {
     }
 }
 
-/// The table. Clones are the same one; its threads end some time after the last.
+/// The table. Clones share the same table; its threads end some time after the last clone is dropped.
 #[derive(Clone)]
 pub struct Table {
     shared: Arc<Shared>,
@@ -93,15 +94,16 @@ impl Table {
     /// An empty table of `capacity` bytes, and the threads that keep its stock.
     ///
     /// # Errors
-    /// When the kernel gives no random number or thread.
+    /// When the kernel provides no random number or thread.
     pub fn start(arena: Arena, capacity: u64, stock: Stock) -> io::Result<Table> {
         Table::start_with(arena, capacity, stock, Keeper::none(), Returned::default())
     }
 
-    /// The same with what an earlier life left, and what is recorded for the next one.
+    /// As [`Table::start`], with the state that an earlier life left, and a keeper that records changes for
+    /// the next life.
     ///
     /// # Errors
-    /// When the kernel gives no random number or thread.
+    /// When the kernel provides no random number or thread.
     pub fn start_with(
         arena: Arena,
         capacity: u64,
@@ -143,19 +145,20 @@ impl Table {
         Ok(Table { shared })
     }
 
-    /// Adds a fence: it is closed before a grant changes.
+    /// Adds a fence, which shuts clients out before a grant changes.
     pub fn add_fence(&self, fence: Arc<dyn Fence>) {
         self.shared.fences.lock().unwrap_or_else(PoisonError::into_inner).push(fence);
     }
 
-    /// Tells the fences of the grants that were taken back. After they were added, before clients come.
+    /// Notifies the fences of the grants that were taken back. To be called after the fences were added,
+    /// before clients connect.
     pub fn open_returned(&self) {
         let ids: Vec<GrantId> = self.shared.lock().ledger.grants().map(|(id, _)| id).collect();
         ids.into_iter().for_each(|id| self.shared.opened(id));
     }
 
-    /// Ends well: what is lent stays for the next life, where it can. Clients must not be let in any more;
-    /// those that are there are shut out where that is needed. Blocks.
+    /// Ends the table for a restart: lent memory stays for the next life where possible. The caller no longer
+    /// admits clients; present ones are shut out where that is needed. Blocks.
     pub fn end(&self) {
         self.shared.keeper.end();
         if self.shared.arena.file().is_none() {
@@ -169,22 +172,22 @@ impl Table {
         }
     }
 
-    /// Whether what is lent outlives this process, if it is started again.
+    /// Whether lent memory outlives this process if the process is started again.
     pub fn is_kept(&self) -> bool {
         self.shared.keeper.keeps()
     }
 
-    /// What the memory lies on.
+    /// The source of the memory.
     pub fn arena(&self) -> &Arena {
         &self.shared.arena
     }
 
-    /// Resolves when grants changed since the last time.
+    /// Resolves when grants have changed since the last call.
     pub async fn news(&self) {
         self.shared.news.notified().await;
     }
 
-    /// Reserves regions, all zeros. What is not ready is made now, which blocks for up to some
+    /// Reserves regions, all zeros. Regions that are not ready are made now, which blocks for up to some
     /// seconds.
     ///
     /// # Errors
@@ -192,7 +195,7 @@ impl Table {
     pub fn reserve(&self, order: &Reserve) -> Result<Vec<api::Region>, TableError> {
         let len = order.region_len.0;
         check_order(order)?;
-        // Not even what is ready, where the next page may have this process killed.
+        // Not even ready regions are granted when the next page could get this process killed.
         self.shared.arena.check_limits(LIMIT_LEAST)?;
         let (plan, leaving) = self.plan(order)?;
         let made = match self.make(&plan, len, leaving) {
@@ -212,8 +215,8 @@ impl Table {
         Ok(regions)
     }
 
-    /// What the order lacks. Regions of other sizes that lie in the same file give their places first; where what is free
-    /// of it is in too many pieces then, everything that is ready and nobody's does.
+    /// Makes the regions that the order lacks. With a backing file, leaving regions of other sizes free their
+    /// places first; if the free space is too fragmented even then, all ready regions leave.
     fn make(&self, plan: &Plan<Arc<Memory>>, len: u64, leaving: u64) -> Result<Vec<Arc<Memory>>, ArenaError> {
         if self.shared.arena.file().is_none() || plan.make == 0 {
             return self.shared.make(plan.make, len, leaving);
@@ -233,7 +236,7 @@ impl Table {
         }
     }
 
-    /// How the order is met, and how many bytes are on their way out.
+    /// Plans the order. Also returns the number of bytes that are leaving.
     fn plan(&self, order: &Reserve) -> Result<(Plan<Arc<Memory>>, u64), TableError> {
         let limit = Instant::now() + TURN_LIMIT;
         let mut state = self.shared.lock();
@@ -263,7 +266,7 @@ impl Table {
         self.shared.warnings.lines()
     }
 
-    /// Some of these bytes of a grant could not be accessed: says which, in the log and to the allocator.
+    /// Reports that some of these bytes of a grant could not be accessed, in the log and to the allocator.
     pub fn found_bad(&self, lease: &Lease, offset: u64, len: u64) {
         let pages = lease.find_bad(offset, len);
         let (Some(first), Some(last)) = (pages.first(), pages.last()) else { return };
@@ -286,8 +289,8 @@ impl Table {
         self.shared.news.notify_one();
     }
 
-    /// Looks whether the limits of the cgroups still allow what is lent, and says when that changes. How much of what is
-    /// free can be lent now, in bytes.
+    /// Checks whether the limits of the cgroups still allow the lent memory, and logs changes. Returns how
+    /// much of the free memory can be lent now, in bytes.
     pub fn look_at_limits(&self) -> u64 {
         let Summary { totals, capacity, free, resident, .. } = self.summary();
         let missing = capacity.saturating_sub(resident + totals.ready + totals.reserved);
@@ -317,29 +320,29 @@ impl Table {
         state.ledger.regions().filter_map(|(id, _)| state.region(id)).collect()
     }
 
-    /// Deletes a region that is reserved; one that is not there counts as deleted.
+    /// Deletes a reserved region. A region that does not exist counts as deleted.
     ///
     /// # Errors
-    /// When it is in a grant.
+    /// When the region is in a grant.
     pub fn delete_region(&self, id: RegionId) -> Result<(), TableError> {
         self.shared.lock().ledger.delete_region(id)?;
         self.shared.changed.notify_all();
         Ok(())
     }
 
-    /// Makes a grant of reserved regions, or raises the epoch of one, for which its clients are
-    /// shut out first; blocks for that, and for about a second for each GiB of memory that was shared.
+    /// Makes a grant of reserved regions, or raises the epoch of a grant, for which its clients are shut out
+    /// first. Blocks for that, and for about a second per GiB of memory that was shared.
     ///
     /// # Errors
-    /// When it contradicts itself or what is there, or memory that was shared cannot be moved.
+    /// When the commit contradicts itself or the present state, or shared memory cannot be moved.
     pub fn commit(&self, id: GrantId, commit: &Commit) -> Result<api::Grant, TableError> {
         self.commit_with(id, commit, false)
     }
 
-    /// The same; with `lose`, memory that was shared and cannot be moved is replaced by zeros.
+    /// As [`Table::commit`]; with `lose`, shared memory that cannot be moved is replaced by zeros.
     ///
     /// # Errors
-    /// As of [`Table::commit`].
+    /// As [`Table::commit`].
     pub fn commit_with(&self, id: GrantId, commit: &Commit, lose: bool) -> Result<api::Grant, TableError> {
         let mut state = self.shared.turn(id)?;
         state.ledger.expire(Instant::now());
@@ -356,7 +359,8 @@ impl Table {
                 let lease = state.leases.get(&id).cloned();
                 let others = state.outdated_with(id, commit.epoch);
                 if !lose && let Some(Err(error)) = lease.as_ref().map(|lease| self.shared.can_move(lease)) {
-                    // Before anybody was shut out, and before anybody saw that it was closing: who has it goes on.
+                    // No client was shut out yet, and none has seen the closing state, so the present owner
+                    // continues.
                     state.ledger.set_closing(id, false);
                     return Err(TableError::Unmovable(error));
                 }
@@ -373,7 +377,7 @@ impl Table {
                     true => self.shared.record_sharing(&state, id),
                     false => self.shared.record(&state, id),
                 }
-                // Also when it failed: others may take their turn.
+                // Also after a failure: other orders may take their turn.
                 self.shared.changed.notify_all();
                 renewed.map_err(TableError::HalfMoved)?;
             }
@@ -421,22 +425,23 @@ impl Table {
         })
     }
 
-    /// Deletes a grant: shuts its clients out, which it blocks for, and has its regions cleared.
-    /// One that is not there counts as deleted.
+    /// Deletes a grant: shuts its clients out, which blocks, and lets its regions be cleared. A grant that
+    /// does not exist counts as deleted.
     ///
     /// # Errors
-    /// When another order on it takes too long.
+    /// When another order on the grant takes too long.
     pub fn delete_grant(&self, id: GrantId) -> Result<(), TableError> {
         let mut state = self.shared.turn(id)?;
         state.ledger.set_closing(id, true);
         let lease = state.leases.remove(&id);
         drop(state);
         if let Some(lease) = lease {
-            // Who still has it mapped sees zeros soon, and what was shared is never lent again.
+            // A process that still has the memory mapped will see zeros soon, and shared memory is never lent
+            // again.
             self.shared.shut_out(&lease);
         }
         let mut state = self.shared.lock();
-        // Before its memory is used for anything else.
+        // Recorded before the memory is used for another purpose.
         self.shared.keeper.delete(id);
         state.ledger.delete_grant(id);
         state.holders.remove(&id);
@@ -446,20 +451,20 @@ impl Table {
         Ok(())
     }
 
-    /// The lease of a grant, if it lets clients in.
+    /// The lease of a grant, if the grant admits clients.
     pub fn lease(&self, id: GrantId) -> Option<Arc<Lease>> {
         let state = self.shared.lock();
         state.leases.get(&id).filter(|lease| lease.is_alive()).cloned()
     }
 
-    /// The lease of the grant with this key, if it lets clients in.
+    /// The lease of the grant with this key, if the grant admits clients.
     pub fn open(&self, key: &GrantKey) -> Option<Arc<Lease>> {
         let state = self.shared.lock();
         let id = state.ledger.find(key)?;
         state.leases.get(&id).filter(|lease| lease.is_alive()).cloned()
     }
 
-    /// The same for a process that is given the memory itself; none where that cannot be.
+    /// As [`Table::open`], for a process that receives the memory itself; none where that is not possible.
     pub fn open_shared(&self, key: &GrantKey) -> Option<(GrantId, Vec<SharedRegion>)> {
         if !self.shared.arena.is_shareable() {
             return None;
@@ -467,13 +472,13 @@ impl Table {
         let state = self.shared.lock();
         let id = state.ledger.find(key)?;
         let lease = state.leases.get(&id).filter(|lease| lease.is_alive())?;
-        // A process that has it mapped can exchange its pages, which a device would not see.
+        // A process that has the memory mapped can replace its pages, which a device would not notice.
         self.shared.sharing(id);
-        // Under the lock: once the grant is closing, it is known which of its regions are shared.
+        // Under the lock: when the grant begins to close, it is known which of its regions are shared.
         let is_new = lease.regions().iter().any(|memory| !memory.is_shared());
         let regions = lease.regions().iter().map(|memory| (memory.share(), memory.len())).collect();
         if is_new {
-            // Also in the next life.
+            // So that the next life knows it, too.
             self.shared.record_sharing(&state, id);
         }
         Some((id, regions))
@@ -502,20 +507,20 @@ impl Table {
 /// A region's descriptor and length in bytes.
 pub type SharedRegion = (Arc<std::os::fd::OwnedFd>, u64);
 
-/// What a table holds; bytes where nothing else is said.
+/// Sums of a table, in bytes unless the field says otherwise.
 #[derive(Debug, Clone, Copy)]
 pub struct Summary {
     /// By use.
     pub totals: Totals,
-    /// What is lent in all.
+    /// Memory that the appliance lends in all.
     pub capacity: u64,
-    /// What may still be asked for.
+    /// Memory that can still be reserved.
     pub free: u64,
-    /// What granted regions really hold.
+    /// Resident memory of granted regions.
     pub resident: u64,
-    /// Regions in grants, as a number.
+    /// Number of regions in grants.
     pub regions: usize,
-    /// Grants, as a number.
+    /// Number of grants.
     pub grants: usize,
 }
 

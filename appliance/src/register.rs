@@ -1,4 +1,4 @@
-//! Tells the allocator that this appliance is there, and what it has.
+//! Registers this appliance with the allocator, and sends heartbeats with its status.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
@@ -21,58 +21,59 @@ use xpm_protocol::{ApplianceId, HostId, Life, LinkSpeed, Name};
 
 use crate::control::Appliance;
 
-/// Time between heartbeats where the allocator says nothing else.
+/// Time between heartbeats unless the allocator sets another one.
 const INTERVAL_DEFAULT: Duration = Duration::from_secs(5);
-/// Shortest and longest time between heartbeats, whatever the allocator says.
+/// Shortest and longest time between heartbeats that the allocator can set.
 const INTERVAL_RANGE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(300));
-/// Longest time between two tries to reach an allocator that does not answer.
+/// Longest pause before an allocator that does not answer is tried again.
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
-/// The same where there are several allocators: soon one of them leads again.
+/// The same with several allocators: another one will lead soon.
 const BACKOFF_MAX_OF_SEVERAL: Duration = Duration::from_millis(500);
-/// The same where the allocator refuses this appliance: it takes it when another one has been silent for a while.
+/// The same when the allocator refuses this appliance: it accepts it after the other one has been silent for
+/// a while.
 const BACKOFF_MAX_OF_REFUSED: Duration = Duration::from_secs(5);
-/// How long a heartbeat may take where another allocator may lead by now.
+/// Time limit of a heartbeat when another allocator may lead by now.
 const LIMIT_OF_SEVERAL: Duration = Duration::from_secs(3);
-/// From how much the time between tries grows.
+/// First pause between tries; it grows from there.
 const BACKOFF_MIN: Duration = Duration::from_millis(250);
-/// How long an answer is waited for when an allocator is looked for, and the pause after that.
+/// How long a search for allocators waits for answers, and the pause after it.
 const DISCOVER_LIMIT: Duration = Duration::from_secs(10);
 const DISCOVER_AGAIN: Duration = Duration::from_secs(1);
 /// Longest text of an error that is logged, in bytes.
 const ERROR_LEN_MAX: usize = 500;
-/// Changes that come this close together are told together.
+/// Changes within this time are reported together.
 const GATHER: Duration = Duration::from_millis(20);
 
-/// What does not change while the daemon runs.
+/// The properties that do not change while the daemon runs.
 #[derive(Debug, Clone)]
 pub struct Identity {
     /// The appliance's id.
     pub id: ApplianceId,
-    /// The life that this process is.
+    /// The life of the appliance that this process is.
     pub life: Life,
     /// Its name.
     pub name: Name,
     /// The running kernel.
     pub host: HostId,
-    /// What its memory lies on.
+    /// The kind of storage of its memory.
     pub medium: Medium,
     /// Size of the regions that it keeps ready, in bytes.
     pub region_len: u64,
-    /// Where the control interface listens.
+    /// The address of the control interface.
     pub control: Place,
-    /// Where NBD is served; at least one address.
+    /// The addresses of NBD; at least one.
     pub nbd: Vec<SocketAddr>,
-    /// Where RDMA is served, if it is.
+    /// The addresses of RDMA, if it is served.
     pub rdma: Vec<SocketAddr>,
     /// Unix socket of NBD.
     pub nbd_unix: PathBuf,
     /// Socket that passes memory, if there is one.
     pub shm: Option<PathBuf>,
-    /// Names and addresses that others reach this host by, the best first.
+    /// Names and addresses of this host for others, the best first.
     pub advertise: Vec<String>,
-    /// What its operator calls it and where it is.
+    /// Its labels, as set by the operator.
     pub labels: Labels,
-    /// Speed of its link, where the operator says it.
+    /// Speed of its link, if the operator set it.
     pub link_speed: Option<LinkSpeed>,
 }
 
@@ -91,7 +92,7 @@ pub async fn run(client: Client, identity: Identity, appliance: Arc<Appliance>) 
     }
 }
 
-/// Looks for allocators on the network until there are some, and registers with them; until cancelled.
+/// Looks for allocators on the network until it finds some, and registers with them; until cancelled.
 pub async fn look_for(group: Name, token: Option<Token>, identity: Identity, appliance: Arc<Appliance>) {
     let mut said = false;
     loop {
@@ -134,7 +135,7 @@ async fn beat(
         Ok(HeartbeatAnswer { interval, .. }) if interval.0.is_zero() => Ok(INTERVAL_DEFAULT),
         Ok(HeartbeatAnswer { interval, .. }) => Ok(interval.0.clamp(INTERVAL_RANGE.0, INTERVAL_RANGE.1)),
         Err(error) => {
-            // The daemon that answers there may say anything.
+            // The text comes from the network, so it is shortened.
             let line = short_line(&xpm_control::error_line(&error), ERROR_LEN_MAX);
             Err(if error.kind() == ErrorKind::Conflict {
                 Unheard::Refused(line)
@@ -145,12 +146,12 @@ async fn beat(
     }
 }
 
-/// Why the allocator did not take a heartbeat.
+/// Why the allocator did not accept a heartbeat.
 #[derive(Debug)]
 enum Unheard {
-    /// It cannot be reached, or cannot take one now.
+    /// The allocator cannot be reached, or cannot accept a heartbeat now.
     Away(String),
-    /// It takes none of this appliance: another one has its id or its name.
+    /// The allocator accepts no heartbeat of this appliance: another one has its id or its name.
     Refused(String),
 }
 
@@ -161,7 +162,8 @@ struct Meter {
 }
 
 impl Meter {
-    /// Traffic since the last call, the busier direction; none at first, or where the link has none.
+    /// The traffic since the last call, of the busier direction; none at first, or when the link has no
+    /// counters.
     fn traffic(&mut self, address: IpAddr) -> Option<LinkSpeed> {
         let name = link::link_of(address)?;
         let (now, bytes) = (Instant::now(), link::bytes(&name)?);
@@ -173,18 +175,18 @@ impl Meter {
     }
 }
 
-/// Whether the allocator is heard; logs when that changes.
+/// Whether the allocator accepts heartbeats; logs changes of that.
 #[derive(Debug, Default)]
 struct LinkState {
-    /// In a row.
+    /// Number of consecutive failures.
     failures: u32,
     registered: bool,
-    /// The log says that the allocator refuses this appliance.
+    /// Whether it was logged that the allocator refuses this appliance.
     refused: bool,
 }
 
 impl LinkState {
-    /// How long to wait after a heartbeat that went so.
+    /// How long to wait after a heartbeat with this result.
     fn after(&mut self, client: &Client, beat: Result<Duration, Unheard>) -> Duration {
         match beat {
             Ok(interval) => {
@@ -219,24 +221,23 @@ impl LinkState {
     }
 }
 
-/// How long to wait after this many failures in a row: any time up to a limit that doubles up to
-/// `most`, so that many appliances do not come back to an allocator all at once. `share` is from 0 to
-/// 1.
+/// How long to wait after this many consecutive failures: a random time below a limit that doubles up to
+/// `most`, so that many appliances do not reconnect to an allocator all at once. `share` is from 0 to 1.
 fn backoff(failures: u32, most: Duration, share: f64) -> Duration {
     let limit = BACKOFF_MIN.saturating_mul(1 << failures.min(16)).min(most);
-    // Not quite zero, so that nothing spins.
+    // Not quite zero, so that no loop runs without a pause.
     limit.mul_f64(share.clamp(0.0, 1.0)).max(BACKOFF_MIN / 10)
 }
 
 fn random_share() -> f64 {
-    // Without random numbers the wait is as long as it can be.
+    // Without random numbers the wait has its maximum.
     xpm_control::random::bytes::<4>()
         .map_or(1.0, |bytes| f64::from(u32::from_ne_bytes(bytes)) / f64::from(u32::MAX))
 }
 
 impl Identity {
-    /// Whether the allocator at this URL is on another machine, which cannot reach what is told to
-    /// it. A name counts as another machine's.
+    /// Whether the allocator at this URL is on another machine, which cannot reach the local addresses that
+    /// it would be given. A host name counts as another machine.
     pub fn is_local_only(&self, allocator: &str) -> bool {
         let Some(authority) = allocator.strip_prefix("http://") else { return false };
         let local = authority.starts_with("127.")
@@ -247,13 +248,13 @@ impl Identity {
             && self.nbd.iter().all(|one| one.ip().to_canonical().is_loopback())
     }
 
-    /// What others are told. Looked up anew each time, for addresses change.
+    /// The information for other machines. Determined anew each time, because addresses change.
     async fn info(&self, client: &Client) -> Result<Info, String> {
         let addresses = self.addresses(client).await?;
         let first = addresses.first().ok_or("this host has no address to be reached by")?.ip();
         let control = match &self.control {
             Place::Tcp(address) => {
-                // A control interface for this machine alone is not reached by any other name.
+                // A control interface on the loopback address is not reachable by any other name.
                 let host = self.advertise.first().map(|one| host_of(one).to_owned());
                 let host = host.filter(|_| !address.ip().to_canonical().is_loopback());
                 let ip = if address.ip().is_unspecified() { first } else { address.ip() };
@@ -287,14 +288,14 @@ impl Identity {
         self.nbd.first().map_or(0, SocketAddr::port)
     }
 
-    /// What `--advertise` says by names, with ports.
+    /// The names in `--advertise`, with ports.
     fn names(&self) -> Vec<String> {
         let named = self.advertise.iter().filter(|one| host_of(one).parse::<IpAddr>().is_err());
         named.map(|one| format!("{}:{}", host_of(one), port_of(one).unwrap_or(self.port()))).collect()
     }
 
-    /// The addresses of the NBD ports, in order of preference. A name that cannot be resolved now is left out, as long as
-    /// there is another address.
+    /// The addresses of the NBD ports, in order of preference. A name that cannot be resolved now is skipped,
+    /// as long as there is another address.
     async fn addresses(&self, client: &Client) -> Result<Vec<SocketAddr>, String> {
         if self.advertise.is_empty() {
             return self.own_addresses(client).await;
@@ -313,7 +314,8 @@ impl Identity {
         if all.is_empty() { Err(failure) } else { Ok(without_repeats(all)) }
     }
 
-    /// Those that it listens at; in place of "all of this machine", the one that it has towards the allocator.
+    /// The addresses that it listens at; an unspecified address is replaced by the one from which this host
+    /// reaches the allocator.
     async fn own_addresses(&self, client: &Client) -> Result<Vec<SocketAddr>, String> {
         let mut all = Vec::new();
         for address in &self.nbd {
@@ -346,7 +348,7 @@ fn host_of(advertised: &str) -> &str {
     host.trim_start_matches('[').trim_end_matches(']')
 }
 
-/// Its port; none where there is none, as in an address of version 6 without brackets.
+/// The port; none if the text has none, as an IPv6 address without brackets.
 fn port_of(advertised: &str) -> Option<u16> {
     let (host, port) = advertised.rsplit_once(':')?;
     let is_port = !host.contains(':') || host.ends_with(']');
@@ -355,7 +357,7 @@ fn port_of(advertised: &str) -> Option<u16> {
 
 fn host_port(host: Option<String>, ip: IpAddr, port: u16) -> String {
     match host {
-        // An address of version 6 stands in brackets.
+        // An IPv6 address is written in brackets.
         Some(host) => match host.parse::<IpAddr>() {
             Ok(ip) => SocketAddr::new(ip, port).to_string(),
             Err(_) => format!("{host}:{port}"),
@@ -364,8 +366,8 @@ fn host_port(host: Option<String>, ip: IpAddr, port: u16) -> String {
     }
 }
 
-/// The address that this host has towards another. Sends nothing: a connected UDP socket only has
-/// its route looked up.
+/// The address from which this host reaches another. Sends no packet: connecting a UDP socket only looks up
+/// its route.
 async fn towards(base: &str) -> Result<IpAddr, String> {
     let Some(authority) = base.strip_prefix("http://") else { return Ok(Ipv4Addr::LOCALHOST.into()) };
     let authority = authority.split('/').next().unwrap_or_default();
@@ -415,7 +417,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_advertised_has_a_host_and_perhaps_a_port() {
+    fn an_advertised_place_has_a_host_and_an_optional_port() {
         let parts = |text| (host_of(text), port_of(text));
         assert_eq!(parts("box"), ("box", None));
         assert_eq!(parts("box.lan:7"), ("box.lan", Some(7)));

@@ -15,7 +15,7 @@ use crate::lease::Lease;
 use crate::regions::Table;
 use crate::sweeper::{Done, INLINE_LEN_MAX, Job, Sweeper, sweep};
 
-/// What every export can do. All connections see the same memory, so a client may use several.
+/// The capabilities of every export. All connections see the same memory, so a client may use several.
 const FLAGS: TransmissionFlags = TransmissionFlags::HAS_FLAGS
     .with(TransmissionFlags::SEND_FLUSH)
     .with(TransmissionFlags::SEND_FUA)
@@ -25,7 +25,7 @@ const FLAGS: TransmissionFlags = TransmissionFlags::HAS_FLAGS
     .with(TransmissionFlags::SEND_CACHE)
     .with(TransmissionFlags::CAN_MULTI_CONN);
 
-/// The grants of a table as exports. Their names are secret, so they are not listed.
+/// The grants of a table as exports. Their names contain keys, so they are not listed.
 pub struct GrantExports {
     table: Table,
     sweeper: Sweeper,
@@ -33,18 +33,17 @@ pub struct GrantExports {
 }
 
 impl GrantExports {
-    /// The grants of this table, which are also served by RDMA if that is given.
+    /// The grants of this table; `rdma` is given if they are also served by RDMA.
     ///
     /// # Errors
-    /// When the kernel gives no thread for long operations.
+    /// When the kernel provides no thread for long operations.
     pub fn new(table: Table, rdma: Option<Arc<RdmaServer>>) -> io::Result<GrantExports> {
         Ok(GrantExports { table, sweeper: Sweeper::start()?, rdma })
     }
 }
 
 impl Exports for GrantExports {
-    /// A name that is no name, a key that is unknown and a grant that is closing are all the same:
-    /// no export.
+    /// An invalid name, an unknown key and a closing grant get the same answer: no export.
     fn open(&self, name: &str) -> Option<Opened> {
         let name: ExportName = name.parse().ok()?;
         let lease = self.table.open(&name.key)?;
@@ -70,7 +69,7 @@ impl Exports for GrantExports {
             self.table.admit(GrantId::from_u128(opened.group), visitor)?;
         }
         if let (Some(rdma), Some(session)) = (&self.rdma, opened.session) {
-            // What the queue posted before must not land after this.
+            // RDMA requests that the queue posted before must not land after this.
             rdma.shut_out(opened.group, session);
         }
         Ok(())
@@ -81,11 +80,11 @@ impl Exports for GrantExports {
     }
 }
 
-/// A grant's memory, for one connection.
+/// A grant's memory, as the store of one connection.
 struct GrantStore {
     lease: Arc<Lease>,
     done: Arc<Done>,
-    /// Operations that the sweeper has.
+    /// Number of operations at the sweeper.
     pending: usize,
     sweeper: Sweeper,
     table: Table,
@@ -134,15 +133,15 @@ impl Store for GrantStore {
     fn post(&mut self, operation: Operation) -> Posted {
         match operation.kind {
             Kind::Trim | Kind::Zero => self.sweep(operation),
-            // What was written is where it is meant to be: in memory.
+            // Written data have reached their destination: memory.
             Kind::Flush => Posted::Done(Ok(())),
-            // The server reads and writes by itself.
+            // The server reads and writes the memory itself.
             Kind::Read | Kind::Write => Posted::Done(Err(IoError::Unsupported)),
         }
     }
 
     fn poll(&mut self, completions: &mut Vec<Completion>) {
-        // Seldom: looking is a system call.
+        // Skipped while no operation is pending, because it costs a system call.
         if self.pending > 0 {
             let before = completions.len();
             self.done.take(completions);

@@ -1,11 +1,11 @@
-//! Grants as shared memory, for clients on the same host.
+//! Serving grants as shared memory, to clients on the same host.
 
 use xpm_protocol::{GrantKey, Visitor};
 use xpm_transport::shm::server::{ShmExport, ShmExports};
 
 use crate::regions::Table;
 
-/// The grants of a table, as memory to be passed.
+/// The grants of a table, as memory that is passed to clients.
 pub struct SharedGrants(pub Table);
 
 impl ShmExports for SharedGrants {

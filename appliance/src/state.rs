@@ -10,7 +10,7 @@ use xpm_control::life::{self, Origin};
 use xpm_control::state;
 use xpm_protocol::{ApplianceId, Life};
 
-/// Version of the state's form.
+/// Version of the state file's form.
 const VERSION: u32 = 1;
 const FILE: &str = "appliance.json";
 
@@ -20,11 +20,11 @@ pub enum StateError {
     /// It cannot be read or written.
     #[error("cannot {step} the state directory {path}; choose another one with --state DIR")]
     Io {
-        /// What was tried.
+        /// The step that failed.
         step: &'static str,
         /// The directory.
         path: PathBuf,
-        /// Why not.
+        /// The system's error.
         source: io::Error,
     },
     /// Another process uses it.
@@ -43,22 +43,22 @@ pub enum StateError {
         /// Its version.
         found: u32,
     },
-    /// Its content cannot be understood.
+    /// Its content is invalid.
     #[error("{path} is damaged ({reason}): restore it, or remove it, and the appliance becomes a new one")]
     Damaged {
         /// The file.
         path: PathBuf,
-        /// What is wrong.
+        /// The defect.
         reason: String,
     },
 }
 
-/// The state directory, held by this process alone as long as this lives.
+/// The state directory, locked by this process as long as this lives.
 #[derive(Debug)]
 pub struct StateDir {
     /// The appliance's id.
     pub id: ApplianceId,
-    /// The life that began when it was opened.
+    /// The life that began when the directory was opened.
     pub life: Life,
     _lock: File,
 }
@@ -75,10 +75,11 @@ struct Content {
 }
 
 impl StateDir {
-    /// Opens the directory, makes it and the id at first, and begins a life of the appliance. Blocks.
+    /// Opens the directory, creates it and the id if they do not exist, and begins a life of the appliance.
+    /// Blocks.
     ///
     /// # Errors
-    /// When it is in use, of a newer version, damaged, or cannot be accessed.
+    /// When the directory is in use, of a newer version, damaged, or cannot be accessed.
     pub fn open(path: &Path) -> Result<StateDir, StateError> {
         let failed = |step| move |source| StateError::Io { step, path: path.to_owned(), source };
         DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(failed("make"))?;
@@ -93,7 +94,8 @@ impl StateDir {
             }
             Err(error) => return Err(failed("read")(error)),
         };
-        // A copy stays the same appliance: the allocator knows whether the one before is there, and refuses the copy.
+        // A copied directory keeps the id: the allocator knows whether the original appliance is alive, and
+        // refuses the copy then.
         let begun =
             life::begin(path, &lock, || Ok(false)).map_err(failed("begin a life of the appliance with"))?;
         if begun.origin == Origin::Copied {
@@ -107,7 +109,7 @@ impl StateDir {
     }
 }
 
-/// The version is looked at first: the rest of a newer state may look different.
+/// The version is checked first, because the rest of a newer file may have another form.
 fn parse(path: &Path, bytes: &[u8]) -> Result<ApplianceId, StateError> {
     let damaged =
         |error: serde_json::Error| StateError::Damaged { path: path.join(FILE), reason: error.to_string() };
@@ -142,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_understood_is_left_alone() {
+    fn an_unknown_or_damaged_state_is_left_unchanged() {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join(FILE);
         for (content, word) in [

@@ -1,10 +1,9 @@
-//! Trims and zero writes that take long: they go to a thread of their own, so that the loop thread
-//! keeps serving the other connections. `swapon -d` trims a whole device at once, and freeing the
-//! pages of a GiB takes some 50 ms.
+//! Trims and zero writes that take long run on a thread of their own, so that the loop thread continues to
+//! serve the other connections. `swapon -d` trims a whole device at once, and freeing the pages of a GiB
+//! takes some 50 ms.
 //!
-//! A job ends with the connection that it came from, and with the lease: nothing of it happens after
-//! the store was dropped or the lease revoked, so it cannot land behind what a newer connection or
-//! owner writes.
+//! A job ends with its connection, and with its lease: it changes nothing after the store was dropped or the
+//! lease revoked, so it cannot overwrite data of a newer connection or owner.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -16,14 +15,14 @@ use xpm_transport::{Completion, IoError, Kind};
 
 use crate::lease::Lease;
 
-/// Longest operation that a loop thread does by itself, in bytes: a fraction of a millisecond.
+/// Longest operation that a loop thread executes itself, in bytes: a fraction of a millisecond.
 pub(crate) const INLINE_LEN_MAX: u64 = 4 << 20;
-/// How much is done between two looks at whether it is still wanted, in bytes: about a millisecond.
+/// Length of a step in bytes: about a millisecond. Between steps, the job checks whether it is cancelled.
 const STEP_LEN: u64 = 16 << 20;
-/// Jobs that wait at most; further ones are done by the loop thread.
+/// Most waiting jobs; the loop thread executes further ones.
 const JOBS_MAX: usize = 1024;
 
-/// One operation.
+/// A trim or zero write.
 pub(crate) struct Job {
     /// The memory.
     pub(crate) lease: Arc<Lease>,
@@ -33,21 +32,21 @@ pub(crate) struct Job {
     pub(crate) offset: u64,
     /// Bytes.
     pub(crate) len: u64,
-    /// Of the completion.
+    /// The token of the completion.
     pub(crate) token: u64,
-    /// Where the completion goes.
+    /// The receiver of the completion.
     pub(crate) done: Arc<Done>,
 }
 
-/// Where the completions of one connection's jobs are collected.
+/// Collects the completions of one connection's jobs.
 pub(crate) struct Done {
     completions: Mutex<Vec<Completion>>,
     event: OwnedFd,
-    /// Whether the connection is gone; locked during each step of its jobs.
+    /// Whether the connection is closed; locked during each step of its jobs.
     cancelled: Mutex<bool>,
 }
 
-/// Takes jobs. Its thread ends with the last clone.
+/// The queue of jobs. Its thread ends when the last clone is dropped.
 #[derive(Clone)]
 pub(crate) struct Sweeper {
     jobs: SyncSender<Job>,
@@ -57,14 +56,14 @@ impl Sweeper {
     /// Starts the thread.
     ///
     /// # Errors
-    /// When the kernel gives no thread.
+    /// When the kernel provides no thread.
     pub(crate) fn start() -> io::Result<Sweeper> {
         let (jobs, inbox) = sync_channel(JOBS_MAX);
         std::thread::Builder::new().name("sweeper".into()).spawn(move || run(&inbox))?;
         Ok(Sweeper { jobs })
     }
 
-    /// Takes a job, or gives it back when too many wait. Never blocks.
+    /// Takes a job, or returns it when too many wait. Never blocks.
     pub(crate) fn post(&self, job: Job) -> Result<(), Box<Job>> {
         self.jobs.try_send(job).map_err(|error| match error {
             TrySendError::Full(job) | TrySendError::Disconnected(job) => Box::new(job),
@@ -79,7 +78,7 @@ fn run(inbox: &Receiver<Job>) {
     }
 }
 
-/// Does the operation, unless it is cancelled or the lease ends meanwhile.
+/// Executes the operation, unless it is cancelled or the lease is revoked meanwhile.
 pub(crate) fn sweep(job: &Job) -> Result<(), IoError> {
     let (mut offset, end) = (job.offset, job.offset + job.len);
     while offset < end {
@@ -95,7 +94,7 @@ pub(crate) fn sweep(job: &Job) -> Result<(), IoError> {
         });
         offset += len;
     }
-    // What could not be made zeros reads as an error, and not as what was there before.
+    // Bytes that could not be set to zeros read as an error, and not as their old content.
     match job.lease.is_sound(false, job.offset, job.len) {
         true => Ok(()),
         false => Err(IoError::Failed),
@@ -106,26 +105,27 @@ impl Done {
     /// An empty collection.
     ///
     /// # Errors
-    /// When the kernel gives no descriptor.
+    /// When the process has no free descriptor.
     pub(crate) fn new() -> io::Result<Done> {
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         Ok(Done { completions: Mutex::new(Vec::new()), event, cancelled: Mutex::new(false) })
     }
 
-    /// Ends all jobs of the connection; waits for the step that is being done.
+    /// Cancels all jobs of the connection, and waits for the step in progress.
     pub(crate) fn cancel(&self) {
         *self.cancelled.lock().unwrap_or_else(PoisonError::into_inner) = true;
     }
 
-    /// Readable when [`Done::take`] has something to give.
+    /// Readable when [`Done::take`] has completions.
     pub(crate) fn event(&self) -> &OwnedFd {
         &self.event
     }
 
-    /// Moves what is there to the end of `completions`.
+    /// Moves the collected completions to the end of `completions`.
     pub(crate) fn take(&self, completions: &mut Vec<Completion>) {
         let mut done = self.lock();
-        // Empty is fine. The event says no more than the list: who has all that is to come does not look again.
+        // The event may be unset. It carries no more information than the list, so resetting it before the
+        // list is taken loses none.
         let _ = rustix::io::read(&self.event, &mut [0; 8]);
         completions.append(&mut done);
     }
@@ -133,7 +133,7 @@ impl Done {
     fn add(&self, completion: Completion) {
         let mut done = self.lock();
         done.push(completion);
-        // Fails only when the counter is at its end, and then the event is readable.
+        // Fails only when the counter is at its maximum, and then the event is readable.
         let _ = rustix::io::write(&self.event, &1_u64.to_ne_bytes());
     }
 

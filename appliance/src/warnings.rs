@@ -1,20 +1,20 @@
-//! What the operator should know of this appliance, for its status.
+//! Lines for the operator, shown in the status.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Most lines: one that does not come to an end is worse than none.
+/// Most lines, because an endless list is worse than none.
 const LINES_MAX: usize = 64;
 
-/// Lines by what they are about.
+/// Lines by topic.
 #[derive(Debug, Default)]
 pub(crate) struct Warnings(Mutex<Vec<(Topic, String)>>);
 
-/// What a line is about.
+/// The topic of a line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Topic {
     /// The limits of the process's memory; at most one line.
     Limit,
-    /// Something that happened, and stays true until the process ends.
+    /// An event whose effect lasts until the process ends.
     Happened,
 }
 
@@ -24,7 +24,7 @@ impl Warnings {
         self.lock().iter().map(|(_, line)| line.clone()).collect()
     }
 
-    /// Adds a line about something that happened. Whether it is new.
+    /// Adds a line about an event; returns whether the line is new.
     pub(crate) fn add(&self, line: String) -> bool {
         let mut lines = self.lock();
         let is_new = lines.iter().all(|(_, known)| *known != line);
@@ -34,11 +34,11 @@ impl Warnings {
         is_new
     }
 
-    /// The line about a topic is this one. Whether there was none.
+    /// Sets the line of a topic; returns whether there was none.
     pub(crate) fn set(&self, topic: Topic, line: String) -> bool {
         let mut lines = self.lock();
         match lines.iter_mut().find(|(of, _)| *of == topic) {
-            // The numbers in it change all the time.
+            // The numbers in the line change all the time.
             Some(_) => false,
             None => {
                 lines.push((topic, line));
@@ -47,7 +47,7 @@ impl Warnings {
         }
     }
 
-    /// There is nothing to say of a topic any more. Whether there was.
+    /// Removes the line of a topic; returns whether there was one.
     pub(crate) fn clear(&self, topic: Topic) -> bool {
         let mut lines = self.lock();
         let before = lines.len();

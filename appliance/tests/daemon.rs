@@ -1,4 +1,4 @@
-//! The program itself: its control interface, and its exports under NBD clients of other projects.
+//! The program: its control interface, and its exports used by NBD clients of other projects.
 
 mod harness;
 
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use xpm_protocol::api::ErrorKind;
 
 #[test]
-fn orders_that_are_wrong_get_one_clear_answer() {
+fn invalid_orders_get_one_clear_answer() {
     let daemon = Daemon::start(&["--memory", "64MiB"]);
     for (method, path, body, kind, word) in [
         ("POST", "/v1/regions", "{", ErrorKind::Invalid, "EOF"),
@@ -30,13 +30,13 @@ fn orders_that_are_wrong_get_one_clear_answer() {
 }
 
 #[test]
-fn what_is_not_there_and_what_is_too_much() {
+fn unknown_ids_and_excessive_orders() {
     let daemon = Daemon::start(&["--memory", "64MiB"]);
     let unknown = format!("{:032x}", 99);
     let commit = daemon.commit_body(1, 1, std::slice::from_ref(&unknown));
     let (status, answer) = daemon.raw("PUT", &format!("/v1/grants/{:032x}", 1), &commit.to_string());
     assert_eq!((status, &answer["kind"]), (404, &json!("not-found")), "{answer}");
-    // What is not there counts as deleted.
+    // Deleting an unknown id succeeds.
     assert_eq!(daemon.raw("DELETE", &format!("/v1/regions/{unknown}"), "").0, 204);
     assert_eq!(daemon.raw("DELETE", &format!("/v1/grants/{unknown}"), "").0, 204);
     let (status, answer) = daemon.raw("POST", "/v1/regions", &daemon.reserve_body(5, LEN).to_string());
@@ -48,7 +48,7 @@ fn what_is_not_there_and_what_is_too_much() {
 }
 
 #[test]
-fn a_token_is_wanted_where_one_is_set() {
+fn a_token_is_required_where_one_is_set() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("token");
     let token = "0123456789abcdef0123456789abcdef";
@@ -64,7 +64,7 @@ fn a_token_is_wanted_where_one_is_set() {
     }
 }
 
-/// The token of a pool is changed while all of it runs: both are accepted for a while.
+/// The token of a pool is changed while all daemons run: they accept both tokens for a while.
 #[test]
 fn a_hang_up_reads_the_token_anew() {
     let directory = tempfile::tempdir().unwrap();
@@ -114,9 +114,10 @@ fn a_hang_up_reads_the_level_of_the_log_anew() {
 }
 
 #[test]
-fn no_signal_but_those_that_are_meant_to_ends_it() {
+fn only_the_intended_signals_end_it() {
     let daemon = Daemon::start(&["--memory", "16MiB"]);
-    // SIGHUP, QUIT, USR1, USR2, PIPE, ALRM, STKFLT, XCPU, XFSZ, VTALRM, PROF, IO, PWR, the real-time ones' ends.
+    // SIGHUP, QUIT, USR1, USR2, PIPE, ALRM, STKFLT, XCPU, XFSZ, VTALRM, PROF, IO, PWR, and the first and last
+    // real-time signals.
     for number in [1, 3, 10, 12, 13, 14, 16, 24, 25, 26, 27, 29, 30, 34, 64] {
         daemon.signal(number);
         assert_eq!(daemon.get("/v1/status")["capacity"], 16 * MIB, "signal {number} ended it");
@@ -137,7 +138,7 @@ fn nbd_clients_of_other_projects_use_a_grant_by_its_key() {
         }
         assert_eq!(export["block_size_minimum"], 1, "{export}");
         assert_eq!(export["block_size_maximum"], 32 << 20, "{export}");
-        // Across the border of the two regions, and by parts of pages.
+        // Across the border of the two regions, and with parts of pages.
         let script = [
             "write -P 5 15M 2M",
             "read -P 5 15M 2M",
@@ -153,7 +154,7 @@ fn nbd_clients_of_other_projects_use_a_grant_by_its_key() {
 }
 
 #[test]
-fn a_copy_comes_back_as_it_went() {
+fn a_copy_is_read_back_unchanged() {
     let daemon = Daemon::start(&["--memory", "64MiB"]);
     daemon.grant(1, 1, 2);
     let directory = tempfile::tempdir().unwrap();
@@ -211,7 +212,7 @@ fn a_deleted_region_is_cleared_before_it_is_lent_again() {
 }
 
 #[test]
-fn trim_lowers_what_is_resident() {
+fn trim_lowers_resident_memory() {
     let daemon = Daemon::start(&["--memory", "64MiB"]);
     daemon.grant(1, 1, 4);
     assert_eq!(daemon.get("/v1/status")["resident"], 64 * MIB);
@@ -254,7 +255,7 @@ fn a_client_on_the_same_host_has_the_memory_itself() {
     let uri = daemon.tcp_uri(&key(1));
     let said = run("qemu-io", &["-f", "raw", "-r", "-c", &format!("read -v {} 4", LEN + 5), &uri]);
     assert!(said.contains("70 61 67 65"), "NBD sees what was stored: {said}");
-    // That qemu-io has left is noticed a moment later.
+    // The server notices a moment later that qemu-io has disconnected.
     daemon.wait("it is the only one", |_| daemon.get("/v1/grants")[0]["connections"] == 1);
     assert!(harness::Shared::open(&daemon, &key(2)).is_err(), "a wrong key was let in");
 
@@ -268,9 +269,9 @@ fn a_client_on_the_same_host_has_the_memory_itself() {
     assert!(!said.contains("verification failed"), "{said}");
 }
 
-/// Whether a process still has memory mapped is not known by its connection: it has closed that, or not.
+/// A process may keep the memory mapped whether or not it closed its connection.
 #[test]
-fn a_process_that_keeps_memory_mapped_neither_sees_nor_changes_what_the_next_owner_has() {
+fn a_process_that_keeps_memory_mapped_cannot_access_the_next_owners_data() {
     let mut ways = vec![(true, "--no-lock"), (false, "--no-lock")];
     match xpm_appliance::host::MemInfo::read().unwrap().huge_free >= 64 * MIB {
         true => ways.extend([(true, "--huge"), (false, "--huge")]),
@@ -295,9 +296,9 @@ fn a_process_that_keeps_memory_mapped_neither_sees_nor_changes_what_the_next_own
     }
 }
 
-/// A file that is made shorter has pages that nothing can access, as memory with an error that cannot be corrected.
+/// A truncated file has pages that cannot be accessed, like memory with an uncorrectable error.
 #[test]
-fn bad_memory_costs_the_pages_that_are_bad_and_nothing_else() {
+fn bad_memory_affects_only_the_bad_pages() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("memory");
     let backing = format!("file:{}", path.display());
@@ -316,11 +317,11 @@ fn bad_memory_costs_the_pages_that_are_bad_and_nothing_else() {
     let ids = daemon.grant(1, 1, 2);
     let uri = daemon.tcp_uri(&key(1));
     run("qemu-io", &["-f", "raw", "-c", "write -P 7 0 32M", &uri]);
-    // The last two pages of the file: they belong to one of the two regions, in whichever order these were made.
+    // The last two pages of the file: they belong to one of the two regions, whichever was made last.
     let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
     file.set_len(std::fs::metadata(&path).unwrap().len() - 8192).unwrap();
     let bad = [LEN - 8192, 2 * LEN - 8192].into_iter().find(|bad| {
-        // The first time it is found out, which ends the connection.
+        // The first access finds the bad pages, which ends the connection.
         let _ = Command::new("qemu-io").args(["-f", "raw", "-c", &format!("read {bad} 8k"), &uri]).output();
         daemon.log().contains(&format!("from byte {bad} to byte {}", bad + 8191))
     });
@@ -338,7 +339,7 @@ fn bad_memory_costs_the_pages_that_are_bad_and_nothing_else() {
     let beat = beats.join().unwrap();
     let line = beat["status"]["warnings"][0].as_str().unwrap();
     assert!(line.contains("`a`") && line.contains(&bad.to_string()), "{line}");
-    // What comes back is cleared, but for what cannot be, which is lent to nobody.
+    // The freed regions are cleared, except for the bad one, which is never lent again.
     assert_eq!(daemon.raw("DELETE", &format!("/v1/grants/{:032x}", 1), "").0, 204);
     daemon.wait("the good region is ready again", |status| status["ready"] == LEN);
     assert_eq!(ids.len(), 2);
@@ -364,13 +365,13 @@ fn regions_of_another_size_are_carved_from_the_ready_memory_of_a_file() {
     };
     let small = reserve_of(&daemon, 3, 16 * MIB);
     assert_eq!(daemon.raw("DELETE", &format!("/v1/regions/{}", small[1]), "").0, 204);
-    // Smaller ones that are ready make room for a larger one, too.
+    // Smaller ready regions make room for a larger one, too.
     let large = reserve_of(&daemon, 1, 128 * MIB);
     let body = daemon.commit_body(1, 1, &large).to_string();
     assert_eq!(daemon.raw("PUT", &format!("/v1/grants/{:032x}", 1), &body).0, 200);
     let said = run("qemu-io", &["-f", "raw", "-c", "read -P 0 0 128M", &daemon.tcp_uri(&key(1))]);
     assert!(!said.contains("verification failed"), "{said}");
-    // What is ready in small pieces leaves room for large ones beside each other.
+    // Small ready regions leave room for large ones beside each other.
     let file = format!("file:{}", directory.path().join("other").display());
     let sizes = ["--memory", "256MiB", "--ready", "32MiB", "--region-size", "16MiB"];
     let daemon = Daemon::start(&[&sizes, ["--backing", &file].as_slice()].concat());
@@ -412,7 +413,7 @@ fn a_backing_file_that_others_can_reach_is_refused() {
 }
 
 #[test]
-fn a_start_that_cannot_be_says_why_in_one_line() {
+fn a_failed_start_reports_the_reason_in_one_line() {
     let daemon = Daemon::start(&["--memory", "16MiB"]);
     let nbd = daemon.nbd.to_string();
     let shared_state = daemon.directory.path().join("state");
@@ -453,7 +454,7 @@ fn heartbeats_survive_an_absent_allocator() {
     assert_eq!(first["info"]["control"], format!("http://{}", daemon.control));
     assert_eq!(first["info"]["endpoints"]["nbd"][0], daemon.nbd.to_string());
     assert_eq!(first["status"]["capacity"], 32 * MIB);
-    // The next one is a minute away, unless a grant changes.
+    // The next heartbeat would come in a minute, but a change of grants triggers it.
     daemon.grant(1, 1, 1);
     assert_eq!(harness::heartbeat(&listener, "60s")["status"]["grants"], 1);
 }
@@ -518,7 +519,7 @@ fn a_grant_takes_regions_over_from_another() {
         let said = run("qemu-io", &["-f", "raw", "-r", "-c", at, &uri]);
         assert!(!said.contains("verification failed"), "{said}");
     }
-    // The one that took over goes again: nothing happened.
+    // The grant that took over is deleted again: the regions stay with the first.
     assert_eq!(daemon.raw("DELETE", &format!("/v1/grants/{:032x}", 2), "").0, 204);
     assert_eq!(take(3, 3, &kept, 1).0, 200);
     assert_eq!(daemon.raw("DELETE", &format!("/v1/grants/{:032x}", 1), "").0, 204);

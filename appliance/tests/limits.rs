@@ -1,4 +1,4 @@
-//! The program in a cgroup with a limit: of version 1 or 2, whichever this machine has for memory.
+//! The program in a cgroup with a limit, of the cgroup version that this machine uses for memory.
 
 mod harness;
 
@@ -20,7 +20,7 @@ fn more_memory_than_a_cgroup_allows_is_refused_with_the_number() {
 }
 
 #[test]
-fn a_limit_that_is_lowered_is_loud_and_takes_no_memory_that_is_lent() {
+fn a_lowered_limit_is_reported_and_lent_memory_stays() {
     let Some(group) = Group::make("lowered") else { return };
     let daemon = Daemon::start_in(&group.procs(), &["--memory", "256MiB", "--ready", "32MiB"]);
     daemon.grant(1, 1, 2);
@@ -42,7 +42,7 @@ fn a_limit_that_is_lowered_is_loud_and_takes_no_memory_that_is_lent() {
     daemon.grant(2, 2, 12);
 }
 
-/// There is no room for the piece that a move needs.
+/// The limit leaves no room for the piece that a move needs.
 #[test]
 fn shared_memory_that_cannot_be_moved_stays_with_its_owner_unless_it_may_be_lost() {
     let Some(group) = Group::make("unmovable") else { return };

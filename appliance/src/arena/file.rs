@@ -3,7 +3,6 @@
 //! The superblock, all numbers little-endian:
 //!
 //! | offset | bytes | what |
-//! | offset | bytes | what |
 //! |---|---|---|
 //! | 0 | 16 | `xpm appliance v1` |
 //! | 16 | 16 | the content's number: random; a new one each time that the previous content is discarded |

@@ -8,26 +8,26 @@ use xpm_protocol::{AllocationId, Epoch, GrantId, GrantKey, Name, RegionId};
 
 use super::{Ledger, Refusal, Region, State};
 
-/// A grant.
+/// A grant: the right of an allocation's owner to use regions, with a key.
 #[derive(Debug, Clone)]
 pub struct Grant {
     /// The allocation that it is part of.
     pub allocation: AllocationId,
     /// The allocation's name.
     pub name: Name,
-    /// The ownership that it is for.
+    /// The epoch of the ownership that it is for.
     pub epoch: Epoch,
-    /// The secret that clients show.
+    /// The secret key that clients send.
     pub key: GrantKey,
     /// Its regions, in the order of the export's offsets; all of one length.
     pub regions: Vec<RegionId>,
-    /// What it is part of, as the allocator said.
+    /// The part of the allocation that it is, as described by the allocator.
     pub descriptor: Option<String>,
-    /// Its clients are being shut out: nobody is let in.
+    /// Whether its clients are being shut out, so that no client is admitted.
     pub closing: bool,
 }
 
-/// Grants that were deleted lately, or were to be before they were made.
+/// Grants that were deleted lately, or whose deletion was ordered before they were made.
 #[derive(Debug, Default)]
 pub(super) struct Gone {
     known: HashSet<GrantId>,
@@ -36,7 +36,7 @@ pub(super) struct Gone {
 }
 
 impl Gone {
-    /// How many are remembered: more than orders can be on their way.
+    /// How many are remembered: more than there can be orders in transit.
     const MAX: usize = 1 << 14;
 
     fn add(&mut self, id: GrantId) {
@@ -51,15 +51,15 @@ impl Gone {
     }
 }
 
-/// What a commit means.
+/// The effect of a commit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Change {
-    /// The grant is new, and is made now.
+    /// The grant is new, and is created now.
     Made,
     /// The same content was committed before.
     Nothing,
-    /// The epoch is higher: the grant is closing, and after its clients were shut out,
-    /// [`Ledger::renew`] ends that.
+    /// The epoch is higher: the grant is closing, and when its clients are shut out, [`Ledger::renew`]
+    /// completes the change.
     Renew,
 }
 
@@ -74,11 +74,10 @@ impl<M: Clone> Ledger<M> {
         self.grants.iter().map(|(id, grant)| (*id, grant))
     }
 
-    /// The grant that has this key and lets clients in.
+    /// The grant that has this key and admits clients.
     ///
-    /// Each grant's key is compared in full and in constant time, and none ends the search early:
-    /// how long it takes says nothing of any key. There are few grants, and this is asked once a
-    /// connection.
+    /// Each grant's key is compared in full and in constant time, and no match ends the search early, so the
+    /// duration reveals nothing about any key. There are few grants, and this runs once per connection.
     pub fn find(&self, key: &GrantKey) -> Option<GrantId> {
         let mut found = None;
         for (id, grant) in &self.grants {
@@ -89,11 +88,11 @@ impl<M: Clone> Ledger<M> {
         found
     }
 
-    /// Makes reserved regions a grant, or looks what a repeated or newer commit means. The grant
+    /// Turns reserved regions into a grant, or determines the effect of a repeated or newer commit. The grant
     /// must not be closing.
     ///
     /// # Errors
-    /// When it contradicts itself or what is there.
+    /// When the commit contradicts itself or the present state.
     pub fn commit(&mut self, id: GrantId, commit: &Commit) -> Result<Change, Refusal> {
         if commit.descriptor.as_ref().is_some_and(|text| text.len() > DESCRIPTOR_LEN_MAX) {
             return Err(Refusal::Invalid(format!("a descriptor is at most {DESCRIPTOR_LEN_MAX} bytes long")));
@@ -106,7 +105,8 @@ impl<M: Clone> Ledger<M> {
             Some(grant) => {
                 let change = compare(id, grant, commit)?;
                 if change == Change::Nothing && commit.descriptor.is_some() {
-                    // The name is for people: with the descriptor comes the one that it has now.
+                    // The name is for display: it is replaced by the present name when a descriptor is
+                    // committed.
                     grant.descriptor = commit.descriptor.clone();
                     grant.name = commit.name.clone();
                 }
@@ -119,7 +119,7 @@ impl<M: Clone> Ledger<M> {
         }
     }
 
-    /// Ends what a commit with a higher epoch began: its epoch, key and name hold from now on.
+    /// Completes a commit with a higher epoch: its epoch, key and name are valid from now on.
     pub fn renew(&mut self, id: GrantId, commit: &Commit) {
         if let Some(grant) = self.grants.get_mut(&id) {
             grant.epoch = commit.epoch;
@@ -130,22 +130,22 @@ impl<M: Clone> Ledger<M> {
         }
     }
 
-    /// Nobody is let in with the grant, or again.
+    /// Sets whether the grant is closing and so admits no client.
     pub fn set_closing(&mut self, id: GrantId, closing: bool) {
         if let Some(grant) = self.grants.get_mut(&id) {
             grant.closing = closing;
         }
     }
 
-    /// Removes a grant, whose regions are to be cleared unless another one has them too. Its clients
-    /// were shut out before.
+    /// Removes a grant; its regions are to be cleared unless another grant has them too. The caller has shut
+    /// out its clients.
     pub fn delete_grant(&mut self, id: GrantId) {
         self.gone.add(id);
         let Some(grant) = self.grants.remove(&id) else { return };
         for region in grant.regions {
             match self.regions.get(&region).map(|region| region.state) {
                 Some(State::Granted { grant, .. }) if grant == id => {}
-                // It was taken over.
+                // Another grant took the region over.
                 _ => continue,
             }
             let state = match self.grants.iter().find(|(_, grant)| grant.regions.contains(&region)) {
@@ -156,8 +156,8 @@ impl<M: Clone> Ledger<M> {
         }
     }
 
-    /// Takes a grant of an earlier life back, with its regions. Of a region that several have, the last one
-    /// to come back is the one that took it over.
+    /// Takes back a grant of an earlier life, with its regions. If several grants have a region, the last one
+    /// that is taken back is the one that took the region over.
     pub fn take_back(&mut self, id: GrantId, grant: Grant, memories: Vec<(RegionId, u64, M)>) {
         let state = State::Granted { allocation: grant.allocation, grant: id };
         for (region, len, memory) in memories {
@@ -172,14 +172,14 @@ impl<M: Clone> Ledger<M> {
         ids.into_iter().for_each(|id| self.gone.add(id));
     }
 
-    /// The grants that have any of these regions.
+    /// The grants that have at least one of these regions.
     pub fn sharing(&self, regions: &[RegionId]) -> Vec<GrantId> {
         let wanted: HashSet<&RegionId> = regions.iter().collect();
         let has = |grant: &Grant| grant.regions.iter().any(|region| wanted.contains(region));
         self.grants().filter(|(_, grant)| has(grant)).map(|(id, _)| id).collect()
     }
 
-    /// Puts other memory behind a region of a grant.
+    /// Replaces the memory of a granted region.
     pub fn replace_memory(&mut self, id: RegionId, memory: M) {
         if let Some(region) = self.regions.get_mut(&id) {
             region.memory = Some(memory);
@@ -227,7 +227,7 @@ impl<M: Clone> Ledger<M> {
                 State::Granted { grant, allocation }
                     if commit.from == Some(grant) && allocation == commit.allocation =>
                 {
-                    // Whoever has the one may have its memory mapped.
+                    // A client of one grant may have the other's memory mapped.
                     if self.grants.get(&grant).is_some_and(|from| from.epoch != commit.epoch) {
                         return Err(Refusal::Conflict(format!(
                             "grant {grant} is of another epoch: its regions are taken over by a grant of the same one"
@@ -245,7 +245,7 @@ impl<M: Clone> Ledger<M> {
         Ok(())
     }
 
-    /// A key that two grants had would lead to either.
+    /// If two grants had the same key, it would lead to either.
     fn check_key(&self, id: GrantId, commit: &Commit) -> Result<(), Refusal> {
         let same = |grant: &Grant| bool::from(grant.key.as_bytes().ct_eq(commit.key.as_bytes()));
         match self.grants.iter().any(|(other, grant)| *other != id && same(grant)) {

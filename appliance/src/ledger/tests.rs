@@ -12,7 +12,7 @@ const UNIT: u64 = 16 << 20;
 const CAPACITY: u64 = 16 * UNIT;
 const STOCK: Stock = Stock { region_len: 2 * UNIT, target: 6 * UNIT };
 
-/// Memory that says how much of it there is, and whether a client wrote to it.
+/// A test double for memory, which records its length and whether a client wrote to it.
 struct Token {
     len: u64,
     dirty: AtomicBool,
@@ -75,7 +75,7 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// A ledger, what happens around it, and what must hold.
+/// A ledger, its environment, and the checks of its invariants.
 struct World {
     ledger: Ledger<Arc<Token>>,
     now: Instant,
@@ -83,7 +83,7 @@ struct World {
     plans: Vec<(Plan<Arc<Token>>, u64)>,
     stocking: usize,
     keys: u64,
-    /// Every id that was ever lent out, by whom it was reserved.
+    /// Every id that was ever lent, with the allocation that reserved it.
     seen: BTreeMap<RegionId, AllocationId>,
 }
 
@@ -135,7 +135,7 @@ impl World {
                 let ids: Vec<_> = self.ledger.regions().map(|(id, region)| (id, region.state)).collect();
                 if !ids.is_empty() {
                     let (id, state) = ids[which.index(ids.len())];
-                    // A reservation that is still being made has no id that anyone knows.
+                    // The id of a reservation that is still being made is known to no client.
                     if !self.plans.iter().any(|(plan, _)| plan.ready.contains(&id)) {
                         let refused = self.ledger.delete_region(id).is_err();
                         assert_eq!(refused, matches!(state, State::Granted { .. }));
@@ -270,7 +270,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
 
     #[test]
-    fn the_books_are_right_whatever_happens(steps in prop::collection::vec(step(), 1..150)) {
+    fn the_invariants_hold_after_any_steps(steps in prop::collection::vec(step(), 1..150)) {
         let mut world = World::new();
         for step in steps {
             world.act(&step);
@@ -344,7 +344,7 @@ fn ready_regions_make_room_for_other_sizes() {
 }
 
 #[test]
-fn a_region_that_cannot_be_cleared_yet_holds_no_other_up() {
+fn a_region_that_cannot_be_cleared_yet_does_not_delay_others() {
     let (mut ledger, ids, _) = with_reserved(3);
     let grant = GrantId::from_u128(1);
     ledger.commit(grant, &commit_of(AllocationId::from_u128(1), 1, 1, ids.clone())).unwrap();

@@ -8,51 +8,51 @@ use super::shared::Shared;
 use crate::arena::{ArenaError, Memory};
 use crate::lease::Lease;
 
-/// Shuts the clients of a grant out.
+/// A server that can shut the clients of a grant out.
 pub trait Fence: Send + Sync {
-    /// Closes the connections of the group; returns when they touch nothing any more, or with the
-    /// number of clients of which that is not known.
+    /// Closes the connections of the group. Returns, when their accesses have ended, the number of clients
+    /// that may still access the memory.
     fn close_group(&self, group: u128) -> usize;
 
-    /// Connections of the group.
+    /// Number of the group's connections.
     fn connections(&self, group: u128) -> usize;
 
-    /// A grant lets clients in from now on, in this epoch.
+    /// A grant admits clients from now on, in this epoch.
     fn opened(&self, lease: &Arc<Lease>, epoch: Epoch) {
         let _ = (lease, epoch);
     }
 
-    /// Clients of the group that are other lives than this one, on other seats, and whose hosts answer. May block for
-    /// three seconds.
+    /// Clients of the group that are other lives than `life`, on other seats, and whose hosts answer. May
+    /// block for three seconds.
     fn living(&self, group: u128, life: &Life) -> Vec<Visitor> {
         let _ = (group, life);
         Vec::new()
     }
 
-    /// Closes the connections of all other lives than this one.
+    /// Closes the connections of all lives other than `life`.
     fn close_others(&self, group: u128, life: &Life) {
         let _ = (group, life);
     }
 
-    /// The memory of the group is about to be given to a process of this host.
+    /// The memory of the group is about to be passed to a process of this host.
     fn sharing(&self, group: u128) {
         let _ = group;
     }
 }
 
-/// The memory of a lease whose clients were shut out, in order, and why not all of it could be moved
-/// that had to be.
+/// The memory of a lease whose clients were shut out, in order, and the reason if some of it could not be
+/// moved though it had to be.
 #[derive(Default)]
 pub(super) struct Moved {
     pub(super) memories: Vec<Arc<Memory>>,
-    /// Whether any of it was.
+    /// Whether any of it was moved.
     pub(super) has_moved: bool,
-    /// What was replaced by zeros, in bytes.
+    /// Memory that was replaced by zeros, in bytes.
     pub(super) lost: u64,
     pub(super) error: Option<ArenaError>,
 }
 
-/// One region of these.
+/// The new memory of one region.
 struct Place {
     memory: Arc<Memory>,
     lost: u64,
@@ -64,17 +64,17 @@ impl Shared {
         self.fences.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Tells the fences that a grant lets clients in.
+    /// Notifies the fences that a grant admits clients.
     pub(super) fn opened(&self, id: GrantId) {
         let state = self.lock();
         let lease = state.leases.get(&id).filter(|lease| lease.is_alive()).cloned();
         let Some((lease, grant)) = lease.zip(state.ledger.grant(id)) else { return };
-        // Under the lock: a change of the grant comes before all of this or after.
+        // Under the lock: a change of the grant happens entirely before or after this.
         self.fences().iter().for_each(|fence| fence.opened(&lease, grant.epoch));
     }
 
-    /// Closes all connections of all grants, and returns when there are none. New ones must not come any
-    /// more.
+    /// Closes all connections of all grants, and returns when there are none. The caller has stopped
+    /// admitting new ones.
     pub(super) fn close_connections(&self) {
         let groups: Vec<GrantId> = self.lock().ledger.grants().map(|(id, _)| id).collect();
         for id in groups {
@@ -92,7 +92,8 @@ impl Shared {
         self.fences().iter().map(|fence| fence.connections(id.as_u128()) as u64).sum()
     }
 
-    /// Ends a lease and shuts its clients out. How many may still have its memory mapped.
+    /// Revokes a lease and shuts its clients out. Returns the number of clients that may still have its
+    /// memory mapped.
     pub(super) fn shut_out(&self, lease: &Lease) -> usize {
         lease.revoke();
         self.fences().iter().map(|fence| fence.close_group(lease.grant().as_u128())).sum()
@@ -106,9 +107,10 @@ impl Shared {
         }
     }
 
-    /// Ends a lease, shuts its clients out, and moves what was ever shared with another process to where that one
-    /// cannot reach it: it cannot be made to unmap, closing its connection says nothing, and its late writes must not
-    /// land. With `lose`, what cannot be moved is replaced by zeros.
+    /// Revokes a lease, shuts its clients out, and moves memory that was ever shared to a place that the
+    /// sharing process cannot access: that process cannot be made to unmap, its closed connection proves
+    /// nothing, and its late writes must not land. With `lose`, memory that cannot be moved is replaced by
+    /// zeros.
     pub(super) fn move_away(&self, lease: &Lease, lose: bool) -> Moved {
         self.shut_out(lease);
         let regions = lease.regions();
@@ -116,7 +118,7 @@ impl Shared {
         if !has_moved {
             return Moved { memories: regions.to_vec(), ..Moved::default() };
         }
-        // Half of it is in one place then and half in the other.
+        // During the move, a part of the content is in each place.
         self.record_moving(&self.lock(), lease.grant());
         let threads = self.workers.min(self.arena.moves_max()).max(1);
         let places: Vec<Place> = std::thread::scope(|scope| {
@@ -140,7 +142,7 @@ impl Shared {
         moved
     }
 
-    /// Where a region is from now on.
+    /// Determines the new memory of a region.
     fn place(&self, memory: &Arc<Memory>, lose: bool) -> Place {
         if !memory.is_shared() {
             return Place { memory: memory.clone(), lost: 0, error: None };

@@ -1,5 +1,6 @@
-//! Which life of a client holds a grant. Each grant lets in one life, and the ones that follow it: of two copies of a client
-//! the first one comes in, and the second one is told who is there. A new epoch begins anew.
+//! The life of a client that holds a grant. Each grant admits one life, and its successors: of two copies of
+//! a client the first one is admitted, and the second one is refused with the name of the first. A new epoch
+//! resets the holder.
 
 use std::sync::MutexGuard;
 use std::time::{Duration, Instant};
@@ -11,17 +12,18 @@ use super::Table;
 use super::shared::Shared;
 use super::state::State;
 
-/// How long the life that holds a grant has to be absent until another life may follow it whose order is not known by a lock: far
-/// longer than a client takes to come back after its process or this appliance was started again.
+/// How long the holding life has to be absent before another life may follow it whose order is not proven by
+/// a lock: far longer than a client takes to reconnect after its process or this appliance was restarted.
 const ABSENT_MIN: Duration = Duration::from_secs(10);
 
 impl Table {
-    /// Lets a life of the grant's owner in, and records that for the next life of this appliance. Where another one holds the
-    /// grant whose end is not known, its connections are asked whether their hosts live, which can take three seconds. Where
-    /// none does, for ten seconds, the new one holds the grant, and those connections are closed.
+    /// Admits a life of the grant's owner, and records that for the next life of this appliance. If another
+    /// life holds the grant whose end is not proven, its connections are checked for live hosts, which can
+    /// take three seconds. If none is alive for ten seconds, the new life becomes the holder, and those
+    /// connections are closed.
     ///
     /// # Errors
-    /// Who holds it, in one line.
+    /// The present holder, in one line.
     pub fn admit(&self, id: GrantId, visitor: &Visitor) -> Result<(), String> {
         let state = self.shared.lock();
         let Some(grant) = state.ledger.grant(id) else { return Ok(()) };
@@ -62,14 +64,15 @@ impl Table {
         Ok(())
     }
 
-    /// Whether a life that was let in is still the one that holds the grant.
+    /// Whether an admitted life still holds the grant.
     pub fn is_admitted(&self, id: GrantId, visitor: &Visitor) -> bool {
         let state = self.shared.lock();
         let holds = |holder: &Visitor| matches!(visitor.life.after(&holder.life), Succession::Same);
         state.holders.get(&id).is_none_or(holds)
     }
 
-    /// Other lives than this one that have connections to a grant and whose hosts answer now. Blocks for up to three seconds.
+    /// Other lives than `life` that have connections to a grant and whose hosts answer now. Blocks for up to
+    /// three seconds.
     pub fn living(&self, id: GrantId, life: &Life) -> Vec<Holder> {
         let holder = |visitor: Visitor| Holder { life: visitor.life, host_name: visitor.host_name };
         self.shared.living(id, life).into_iter().map(holder).collect()

@@ -1,4 +1,4 @@
-//! What a table's clones and threads share, and how they take turns.
+//! The state that a table's clones and threads share, and the turns of orders on it.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -13,20 +13,20 @@ use crate::arena::{Arena, ArenaError, Memory};
 use crate::keep::{Condition, Keeper, SavedGrant, SavedRegion};
 use crate::warnings::Warnings;
 
-/// How long an order waits until what it asked for is faulted in; the rest follows while it is in
-/// use already. On a busy host faulting in takes a second for each few hundred MiB, and who orders
+/// How long an order waits until its memory is faulted in; the rest is faulted in while the memory is in use
+/// already. On a busy host faulting in takes a second for each few hundred MiB, and the sender of an order
 /// gives up after some seconds.
 const FAULT_LIMIT: Duration = Duration::from_millis(300);
-/// How long an order waits for another one that changes the same thing.
+/// How long an order waits for another one that changes the same grant.
 pub(super) const TURN_LIMIT: Duration = Duration::from_secs(30);
 
 pub(super) struct Shared {
     pub(super) state: Mutex<State>,
-    /// Something changed that someone may wait for, or there is something to do.
+    /// Notified when a state changes that a thread may wait for, or when there is work.
     pub(super) changed: Condvar,
     pub(super) arena: Arena,
     pub(super) fences: Mutex<Vec<Arc<dyn Fence>>>,
-    /// For the heartbeat.
+    /// Notified for the heartbeat.
     pub(super) news: Notify,
     pub(super) workers: usize,
     pub(super) keeper: Keeper,
@@ -34,12 +34,12 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    /// The state is whole whenever the lock is free, so a panic elsewhere does not spoil it.
+    /// Every critical section leaves the state valid, so a poisoned lock is safe to use.
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until something changes, and not beyond `limit`.
+    /// Waits for a change, until `limit`.
     pub(super) fn wait<'a>(
         &self,
         state: MutexGuard<'a, State>,
@@ -52,13 +52,13 @@ impl Shared {
         Ok(self.sleep(state, left))
     }
 
-    /// Waits until something changes, and not longer than `limit`.
+    /// Waits for a change, for at most `limit`.
     pub(super) fn sleep<'a>(&self, state: MutexGuard<'a, State>, limit: Duration) -> MutexGuard<'a, State> {
         self.changed.wait_timeout(state, limit).unwrap_or_else(PoisonError::into_inner).0
     }
 
-    /// The state, when no other order is changing the grant and all memory that may be in use is
-    /// within the capacity.
+    /// Waits until no other order changes the grant and all memory that may be in use is within the capacity;
+    /// returns the locked state.
     pub(super) fn turn(&self, id: GrantId) -> Result<MutexGuard<'_, State>, TableError> {
         let limit = Instant::now() + TURN_LIMIT;
         let mut state = self.lock();
@@ -68,7 +68,7 @@ impl Shared {
         Ok(state)
     }
 
-    /// Waits until what makes room for others is gone, but not for ever.
+    /// Waits until the memory that makes room for others is gone, up to a time limit.
     pub(super) fn wait_left(&self) {
         let limit = Instant::now() + TURN_LIMIT;
         let mut state = self.lock();
@@ -80,7 +80,7 @@ impl Shared {
         }
     }
 
-    /// Records a grant for the next life, as it is now. Before anybody is told of it.
+    /// Records the present state of a grant for the next life. To be called before a client learns of it.
     pub(super) fn record(&self, state: &State, id: GrantId) {
         let is_open = state.leases.get(&id).is_some_and(|lease| lease.is_alive());
         self.record_as(state, id, if is_open { Condition::Open } else { Condition::Closed });
@@ -93,29 +93,29 @@ impl Shared {
         let condition = if is_torn(state, id) { Condition::Moving } else { condition };
         match saved(state, id, condition, &self.keeper) {
             Some(grant) => self.keeper.put(grant),
-            // Its memory is in no store, or it is not there.
+            // A part of the memory is in no store, or the grant does not exist.
             None => self.keeper.delete(id),
         }
     }
 
-    /// The same of all grants that have a region of this one: what is true of a region's memory changed.
+    /// Records all grants that have a region of this one: a property of a region's memory changed.
     pub(super) fn record_sharing(&self, state: &State, id: GrantId) {
         sharing(state, id).into_iter().for_each(|id| self.record(state, id));
     }
 
-    /// Records that the content of a grant's regions is about to be on its way.
+    /// Records that the content of a grant's regions is about to move.
     pub(super) fn record_moving(&self, state: &State, id: GrantId) {
         sharing(state, id).into_iter().for_each(|id| self.record_as(state, id, Condition::Moving));
     }
 
-    /// Grants changed: wakes who waits for that.
+    /// Notifies the threads that wait for a change of grants.
     pub(super) fn tell(&self) {
         self.changed.notify_all();
         self.news.notify_one();
     }
 
-    /// Makes regions, and faults them in for as long as an order may take; not while `leaving` bytes
-    /// of others are on their way out to make room for them.
+    /// Makes regions, and faults them in for as long as an order may take; does not fault in while `leaving`
+    /// bytes of other regions are leaving to make room.
     pub(super) fn make(&self, count: usize, len: u64, leaving: u64) -> Result<Vec<Arc<Memory>>, ArenaError> {
         let until = Instant::now() + FAULT_LIMIT;
         let made = (0..count).map(|_| self.arena.make(len, leaving).map(Arc::new));
@@ -148,14 +148,14 @@ fn sharing(state: &State, id: GrantId) -> Vec<GrantId> {
     state.ledger.grant(id).map(|grant| state.ledger.sharing(&grant.regions)).unwrap_or_default()
 }
 
-/// Whether the content of a grant is not whole, nor will be.
+/// Whether the content of a grant is incomplete for good.
 fn is_torn(state: &State, id: GrantId) -> bool {
     let regions = state.ledger.grant(id).map(|grant| grant.regions.as_slice()).unwrap_or_default();
     let memories = regions.iter().filter_map(|region| state.ledger.region(*region)?.memory.as_ref());
     memories.into_iter().any(|memory| memory.is_torn())
 }
 
-/// None where some of it is not kept.
+/// None when some of the grant's memory is not stored.
 fn saved(state: &State, id: GrantId, condition: Condition, keeper: &Keeper) -> Option<SavedGrant> {
     let grant = state.ledger.grant(id)?;
     let one = |id: &RegionId| {

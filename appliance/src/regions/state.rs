@@ -1,4 +1,4 @@
-//! What the table's lock protects.
+//! The state under the table's lock.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Weak};
@@ -17,19 +17,19 @@ use crate::ledger::Ledger;
 pub(super) struct State {
     pub(super) ledger: Ledger<Arc<Memory>>,
     pub(super) leases: HashMap<GrantId, Arc<Lease>>,
-    /// Which life of its owner holds each grant that one has entered.
+    /// The life of its owner that holds each grant, for grants that were entered.
     pub(super) holders: HashMap<GrantId, Visitor>,
-    /// Since when the one that holds a grant was found absent by another life.
+    /// The time when another life found the holder of a grant absent.
     pub(super) absent: HashMap<GrantId, Instant>,
-    /// Orders that wait for memory which is being made for the stock.
+    /// Number of orders that wait for memory which is being made for the stock.
     pub(super) orders_waiting: usize,
-    /// To be dropped, with their lengths, to make room for others.
+    /// Memory to be dropped to make room for others, with its length.
     pub(super) leaving: VecDeque<(Arc<Memory>, u64)>,
-    /// Lent, but not wholly faulted in. Weak, so that they hold nothing up that is to be cleared.
+    /// Lent memory that is not completely faulted in. Weak references, so that they do not delay clearing.
     pub(super) to_fault: VecDeque<Weak<Memory>>,
-    /// After a failure, no stocking until then.
+    /// After a failure, no stocking until this time.
     pub(super) stock_again: Option<Instant>,
-    /// After a region could not be cleared because someone still held it.
+    /// After a region could not be cleared because it was still in use, no clearing until this time.
     pub(super) clear_again: Option<Instant>,
 }
 
@@ -48,12 +48,12 @@ impl State {
             state: region.state.name(),
             allocation,
             grant,
-            // A region without memory at hand is being cleared right now.
+            // A region whose memory is taken is being cleared right now.
             resident: ByteSize(region.memory.as_ref().map_or(region.len, |memory| memory.resident())),
         })
     }
 
-    /// Puts what an earlier life left into the books.
+    /// Adds the grants of an earlier life to the ledger.
     pub(super) fn take_back(&mut self, returned: Returned) {
         self.ledger.remember_gone(returned.gone);
         for ReturnedGrant { id, grant, memories, closed, holder } in returned.grants {
@@ -68,8 +68,8 @@ impl State {
         }
     }
 
-    /// Ends a change of epoch. Where memory could not be moved away from a process that has it
-    /// mapped, the grant stays closed to everyone until the order is repeated with success.
+    /// Completes a change of epoch. If memory could not be moved away from a process that has it mapped, the
+    /// grant stays closed to all clients until the order is repeated with success.
     pub(super) fn renew(&mut self, id: GrantId, commit: &Commit, moved: Moved) -> Result<(), ArenaError> {
         let regions = self.ledger.grant(id).map(|grant| grant.regions.clone()).unwrap_or_default();
         for (region, memory) in regions.into_iter().zip(moved.memories) {
@@ -80,7 +80,7 @@ impl State {
         match moved.error {
             None => {
                 self.ledger.renew(id, commit);
-                // Whoever has the new key comes in first.
+                // The first life with the new key becomes the holder.
                 self.holders.remove(&id);
                 self.absent.remove(&id);
                 Ok(())
@@ -93,7 +93,8 @@ impl State {
         }
     }
 
-    /// Leases of other grants with regions of this one, whose owner is outdated when this one's epoch is raised.
+    /// Leases of other grants that have regions of this one, and whose owners are outdated once this grant's
+    /// epoch is raised.
     pub(super) fn outdated_with(&self, id: GrantId, epoch: Epoch) -> Vec<Arc<Lease>> {
         let regions = self.ledger.grant(id).map(|grant| grant.regions.as_slice()).unwrap_or_default();
         let mut others = self.ledger.sharing(regions);

@@ -12,7 +12,7 @@ use crate::ledger::Grant;
 const LEN: u64 = 16 << 20;
 const GRANT: GrantId = GrantId::from_u128(1);
 
-/// Counts what it was asked to close, and says how many clients did not let go.
+/// Counts the calls to close a group, and reports a set number of clients that did not let go.
 #[derive(Default)]
 struct CountingFence(AtomicUsize, AtomicUsize);
 
@@ -64,7 +64,7 @@ fn open(table: &Table, key: u8) -> Option<Arc<Lease>> {
     table.open(&GrantKey::from_bytes([key; 32]))
 }
 
-/// Waits for the table's threads; a test that waits too long has failed.
+/// Waits for the table's threads; the test fails after a time limit.
 fn eventually(what: &str, condition: impl Fn() -> bool) {
     let limit = Instant::now() + Duration::from_secs(30);
     while !condition() {
@@ -92,7 +92,7 @@ fn the_stock_is_made_ahead_of_need() {
 }
 
 #[test]
-fn orders_that_make_no_sense_are_refused() {
+fn invalid_orders_are_refused() {
     let (table, _) = table_of(&Backing::Memfd, 1);
     let second = Duration::from_secs(1);
     for bad in [
@@ -119,16 +119,16 @@ fn a_reservation_without_a_grant_is_undone() {
 }
 
 #[test]
-fn memory_that_cannot_be_made_is_an_answer() {
+fn a_failure_to_make_memory_is_reported() {
     let directory = tempfile::tempdir().unwrap();
     let (table, _) = table_of(&Backing::File(directory.path().join("memory")), 4);
     eventually("four ready regions", || all_ready(&table));
     let regions = table.reserve(&order(4, LEN, Duration::from_secs(60))).unwrap();
-    // Two free ones that do not touch: the first and the third of the file, in the order made.
+    // Two free regions that do not touch: the first and the third of the file, in the order of creation.
     table.delete_region(regions[0].id).unwrap();
     table.delete_region(regions[2].id).unwrap();
     let result = table.reserve(&order(1, 2 * LEN, Duration::from_secs(60)));
-    // Whether they touch depends on which thread made which; either way the books stay right.
+    // Whether they touch depends on which thread made which region; the sums are right in either case.
     match result {
         Ok(regions) => assert_eq!(regions[0].len.0, 2 * LEN),
         Err(error) => assert_eq!(error.kind(), ErrorKind::NoSpace),
@@ -176,7 +176,7 @@ fn memory_that_was_shared_is_moved_whether_or_not_the_process_is_still_connected
     }
 }
 
-/// Whoever has the other one's key may have the memory, too.
+/// A client with the other grant's key may have the memory, too.
 #[test]
 fn a_raised_epoch_closes_other_grants_of_its_regions() {
     let (table, _) = table_of(&Backing::Memfd, 2);
@@ -191,7 +191,7 @@ fn a_raised_epoch_closes_other_grants_of_its_regions() {
 }
 
 #[test]
-fn what_was_shared_is_cleared_and_never_lent_again() {
+fn shared_memory_is_cleared_and_never_lent_again() {
     let (table, _) = table_of(&Backing::Memfd, 1);
     eventually("one ready region", || all_ready(&table));
     granted(&table, 1);
@@ -250,7 +250,8 @@ fn regions_of_another_size_take_the_place_of_ready_ones() {
     eventually("all faulted in", || table.summary().resident == 8 * LEN);
 }
 
-/// A process that came to an earlier life has the memory mapped, and nobody knows of it any more.
+/// A process that connected to an earlier life may have the memory mapped, and no connection shows it any
+/// more.
 #[test]
 fn memory_that_was_shared_in_an_earlier_life_is_moved_away() {
     for (shared, moved) in [(true, true), (false, false)] {

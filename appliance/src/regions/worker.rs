@@ -1,4 +1,4 @@
-//! The threads that work ahead of need: they clear what was deleted, and keep the stock.
+//! The threads that work ahead of need: they clear deleted regions, and keep the stock.
 
 use std::io;
 use std::sync::{Arc, PoisonError, Weak};
@@ -10,13 +10,13 @@ use super::shared::Shared;
 use super::state::State;
 use crate::arena::Memory;
 
-/// Longest sleep: after it, a thread looks whether the table is still used.
+/// Longest sleep: after it, a thread checks whether the table is still used.
 const SLEEP_MAX: Duration = Duration::from_secs(1);
-/// How long to wait after the host had no memory for the stock.
+/// Pause after the host had no memory for the stock.
 const STOCK_PAUSE: Duration = Duration::from_secs(10);
-/// How long to wait for a connection's last hold on a region that is to be cleared.
+/// Pause while a connection still uses a region that is to be cleared.
 const CLEAR_PAUSE: Duration = Duration::from_millis(20);
-/// How long a thread works on one lent region before it looks for more urgent work.
+/// How long a thread works on one lent region before it checks for more urgent work.
 const FAULT_STEP: Duration = Duration::from_millis(50);
 
 enum Job {
@@ -42,7 +42,7 @@ pub(super) fn spawn(number: usize, shared: Weak<Shared>) -> io::Result<()> {
 }
 
 impl Shared {
-    /// Something to do, or none after a sleep.
+    /// The next job; none after a sleep.
     fn next_job(&self) -> Option<Job> {
         let mut state = self.lock();
         let now = Instant::now();
@@ -76,7 +76,7 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    /// It counts as gone when nobody holds it any more, be it a thread that is faulting it in.
+    /// Memory counts as gone when no thread holds it any more, also no thread that is faulting it in.
     fn leave(&self, memory: Arc<Memory>, len: u64) {
         match Arc::try_unwrap(memory) {
             Ok(memory) => {
@@ -109,8 +109,8 @@ impl Shared {
         state.clear_again = Some(Instant::now() + CLEAR_PAUSE);
     }
 
-    /// Zeros for everyone who still has it mapped; then it is lent again only if no other process
-    /// ever had it, and once no connection holds it any more.
+    /// Sets the memory to zeros, also for processes that still have it mapped. It is lent again only if no
+    /// other process ever had it, and only when no connection holds it any more.
     fn clear(&self, id: RegionId, memory: Arc<Memory>) {
         let memory = match Arc::try_unwrap(memory) {
             Ok(memory) => memory,
@@ -123,7 +123,7 @@ impl Shared {
         }
         memory.clear();
         if memory.has_bad() && self.arena.file().is_some() {
-            // Its place in the file is used no more.
+            // Its place in the file is never used again.
             self.lock().ledger.lose_capacity(memory.len());
         }
         let wanted = !memory.has_bad() && self.lock().ledger.wants(memory.len());
@@ -150,8 +150,8 @@ impl Shared {
         self.lock().ledger.stocked(made);
     }
 
-    /// The region, faulted in; or, when an order waits for memory, as it is: the rest is done when
-    /// that is served. None when the host has no memory for it.
+    /// The region, faulted in; or, when an order waits for memory, as it is: then the rest is faulted in
+    /// after that order. None when the host has no memory for it.
     fn fault_in_for_stock(&self, memory: Memory) -> Option<Arc<Memory>> {
         loop {
             match self.arena.fault_in(&memory, Some(Instant::now() + FAULT_STEP)) {

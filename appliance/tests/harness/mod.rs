@@ -1,4 +1,4 @@
-//! Starts the program on free ports, and speaks to it.
+//! Starts the program on free ports, and sends it requests.
 
 #![allow(dead_code, reason = "not each file of tests uses all of it")]
 
@@ -15,7 +15,7 @@ use xpm_transport::{Completion, IoBuf, Kind, Link as _, Operation};
 pub(crate) const MIB: u64 = 1 << 20;
 /// Size of the regions in these tests.
 pub(crate) const LEN: u64 = 16 * MIB;
-/// A test that waits longer has failed.
+/// Time limit of every wait; the test fails after it.
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// The key of this number, as text.
@@ -23,7 +23,7 @@ pub(crate) fn key(number: u64) -> String {
     format!("{number:064x}")
 }
 
-/// Runs a program that must end well; what it printed.
+/// Runs a program that must succeed; returns its output.
 pub(crate) fn run(program: &str, arguments: &[&str]) -> String {
     let output =
         Command::new(program).args(arguments).output().unwrap_or_else(|error| panic!("{program}: {error}"));
@@ -39,7 +39,7 @@ fn command(arguments: &[&str]) -> Command {
     command
 }
 
-/// The daemon's defaults are for one on each machine; these let several live side by side.
+/// The daemon's default places allow one daemon per machine; these allow several.
 fn with_own_places(directory: &tempfile::TempDir, arguments: &[&str]) -> Command {
     let mut command = command(arguments);
     let place = |name: &str| directory.path().join(name).display().to_string();
@@ -50,7 +50,7 @@ fn with_own_places(directory: &tempfile::TempDir, arguments: &[&str]) -> Command
         ("--state", place("state")),
         ("--region-size", "16MiB".to_owned()),
     ] {
-        // Beside a memory size that is refused, a region size would only hide why.
+        // With an invalid memory size, a region size would only hide the reason.
         let hides = option == "--region-size" && arguments.contains(&"0");
         if !hides && !arguments.contains(&option) {
             command.args([option, &value]);
@@ -59,7 +59,7 @@ fn with_own_places(directory: &tempfile::TempDir, arguments: &[&str]) -> Command
     command
 }
 
-/// The same command, run in the cgroup that lists its processes in this file.
+/// The same command, run in the cgroup whose list of processes is this file.
 fn in_group(procs: &str, command: &Command) -> Command {
     let mut inside = Command::new("sh");
     inside.args(["-c", "echo $$ >\"$0\" && exec \"$@\"", procs]).arg(command.get_program());
@@ -67,13 +67,13 @@ fn in_group(procs: &str, command: &Command) -> Command {
     inside
 }
 
-/// What a daemon says that cannot start.
+/// The error of a daemon that cannot start.
 pub(crate) fn complaint(arguments: &[&str]) -> String {
     let directory = tempfile::tempdir().unwrap();
     complaint_of(with_own_places(&directory, arguments), arguments)
 }
 
-/// The same in a cgroup.
+/// As [`complaint`], in a cgroup.
 pub(crate) fn complaint_in(procs: &str, arguments: &[&str]) -> String {
     let directory = tempfile::tempdir().unwrap();
     complaint_of(in_group(procs, &with_own_places(&directory, arguments)), arguments)
@@ -88,7 +88,7 @@ fn complaint_of(mut command: Command, arguments: &[&str]) -> String {
     lines[0].to_owned()
 }
 
-/// What a daemon says, as it comes.
+/// Collects a daemon's output as it arrives.
 fn collect(child: &mut Child) -> Arc<Mutex<String>> {
     let log = Arc::new(Mutex::new(String::new()));
     let (stderr, sink) = (child.stderr.take().unwrap(), log.clone());
@@ -107,12 +107,12 @@ pub(crate) struct Daemon {
     pub(crate) control: SocketAddr,
     pub(crate) nbd: SocketAddr,
     pub(crate) directory: tempfile::TempDir,
-    /// Shown with each request, if not empty.
+    /// The token that each request carries, if not empty.
     pub(crate) token: String,
 }
 
 impl Daemon {
-    /// Starts one and waits until all of its memory is ready.
+    /// Starts a daemon and waits until all of its memory is ready.
     pub(crate) fn start(arguments: &[&str]) -> Daemon {
         Daemon::start_with_token(arguments, "")
     }
@@ -123,7 +123,7 @@ impl Daemon {
         Daemon::spawn(command, directory, token)
     }
 
-    /// Starts one in a cgroup, and does not wait for its memory.
+    /// Starts a daemon in a cgroup, and does not wait for its memory.
     pub(crate) fn start_in(procs: &str, arguments: &[&str]) -> Daemon {
         let directory = tempfile::tempdir().unwrap();
         let command = in_group(procs, &with_own_places(&directory, arguments));
@@ -141,14 +141,15 @@ impl Daemon {
             rest.split([' ', ',']).next().unwrap().parse().unwrap()
         };
         (daemon.control, daemon.nbd) = (address("control at "), address("NBD at "));
-        // Its stock, or all of it.
+        // Waits for its stock or for all of its memory.
         daemon.wait("memory is ready", |status| {
             status["ready"] == status["capacity"] || daemon.has_option("--ready")
         });
         daemon
     }
 
-    /// Starts one whose log has the level that a file says; it is there when it says nothing for long enough to listen.
+    /// Starts a daemon whose log level a file sets; the daemon has started when it stays silent for long
+    /// enough to listen.
     pub(crate) fn start_with_level(level: &std::path::Path, arguments: &[&str]) -> Daemon {
         let directory = tempfile::tempdir().unwrap();
         let mut command = with_own_places(&directory, arguments);
@@ -174,7 +175,7 @@ impl Daemon {
         words.split(|byte| *byte == 0).any(|word| word == option.as_bytes())
     }
 
-    /// Sends it a signal, by its number.
+    /// Sends the daemon a signal, by its number.
     pub(crate) fn signal(&self, number: i32) {
         run("kill", &[&format!("-{number}"), &self.child.id().to_string()]);
     }
@@ -192,12 +193,12 @@ impl Daemon {
         }
     }
 
-    /// All that it said.
+    /// The daemon's whole log.
     pub(crate) fn log(&self) -> String {
         self.log.lock().unwrap().clone()
     }
 
-    /// Waits for a status.
+    /// Waits for a status that fulfils the condition.
     pub(crate) fn wait(&self, what: &str, condition: impl Fn(&Value) -> bool) {
         let limit = Instant::now() + LIMIT;
         loop {
@@ -216,7 +217,7 @@ impl Daemon {
         answer
     }
 
-    /// One request; its status and what was answered.
+    /// Sends one request; returns the status and the answer.
     pub(crate) fn raw(&self, method: &str, path: &str, body: &str) -> (u16, Value) {
         let mut stream = self.send(method, path, body);
         let mut answer = String::new();
@@ -253,7 +254,7 @@ impl Daemon {
         })
     }
 
-    /// Makes a grant of new regions; their ids.
+    /// Makes a grant of new regions; returns their ids.
     pub(crate) fn grant(&self, grant: u128, key_number: u64, count: u32) -> Vec<String> {
         let (status, answer) = self.raw("POST", "/v1/regions", &self.reserve_body(count, LEN).to_string());
         assert_eq!(status, 200, "{answer}");
@@ -276,7 +277,7 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        // It may have ended by itself, which the test noticed.
+        // The daemon may have ended by itself, which the test noticed.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -294,7 +295,7 @@ impl Shell {
         Shell::start("import nbd, sys\nh = nbd.NBD()\nh.connect_uri(sys.argv[1])\n", &[uri])
     }
 
-    /// A shell that begins with these lines.
+    /// A shell that executes these lines first.
     fn start(lines: &str, arguments: &[&str]) -> Shell {
         const LOOP: &str = "for line in sys.stdin:\n  try:\n    exec(line)\n    print('fine', flush=True)\n  \
                             except Exception as e:\n    print('nbd.Error', e, flush=True)\n";
@@ -309,7 +310,7 @@ impl Shell {
         Shell { child, input, output: BufReader::new(output) }
     }
 
-    /// Runs a line, which must go well, or fail with `error`.
+    /// Runs a line, which must succeed, or fail with `error`.
     pub(crate) fn say(&mut self, line: &str, error: &str) {
         writeln!(self.input, "{line}").unwrap();
         let mut answer = String::new();
@@ -326,11 +327,11 @@ impl Drop for Shell {
     }
 }
 
-/// A process on the same host that was given a grant's memory, and keeps it mapped whatever it is told.
+/// A process on the same host that received a grant's memory and keeps it mapped in any case.
 pub(crate) struct Keeper(Shell);
 
 impl Keeper {
-    /// Closes its connection, if `disconnected`.
+    /// With `disconnected`, the process closes its connection.
     pub(crate) fn open(daemon: &Daemon, key: &str, disconnected: bool) -> Keeper {
         const OPEN: &str = "import mmap, socket\nsaid = socket.socket(socket.AF_UNIX)\nsaid.connect(sys.argv[1])\n\
                             said.sendall(b'xpm-shm\\0' + (1).to_bytes(4, 'big') + bytes(4) + bytes.fromhex(sys.argv[2]))\n\
@@ -352,7 +353,7 @@ impl Keeper {
         self.0.say(&format!("kept[{region}][:{}] = b'{text}'", text.len()), "");
     }
 
-    /// What a region begins with has to be this.
+    /// Checks that a region begins with this text.
     pub(crate) fn sees(&mut self, region: usize, text: &str) {
         let line =
             format!("want = b'{text}'; assert kept[{region}][:len(want)] == want, kept[{region}][:16]");
@@ -376,7 +377,7 @@ impl Shared {
     pub(crate) fn write(&mut self, offset: u64, bytes: &[u8]) {
         let mut bytes = bytes.to_vec();
         let start = std::ptr::NonNull::new(bytes.as_mut_ptr()).unwrap();
-        // SAFETY: the vector lives until the completion is there, and nothing else uses it.
+        // SAFETY: the vector lives until the completion arrives, and is not used otherwise meanwhile.
         let buf = Some(unsafe { IoBuf::new(start, bytes.len()) });
         let operation = Operation { kind: Kind::Write, offset, len: bytes.len() as u64, buf, token: 7 };
         self.link.post(operation).unwrap();
@@ -386,7 +387,7 @@ impl Shared {
         assert_eq!(completions, [Completion { token: 7, result: Ok(()) }]);
     }
 
-    /// Waits until the appliance took the grant back.
+    /// Waits until the appliance revoked the grant.
     pub(crate) fn wait_down(&mut self) {
         let limit = Instant::now() + LIMIT;
         while self.link.poll(&mut Vec::new()).is_ok() {
@@ -396,7 +397,7 @@ impl Shared {
     }
 }
 
-/// Takes one heartbeat as an allocator does, and answers it.
+/// Accepts one heartbeat like an allocator, and answers it.
 pub(crate) fn heartbeat(listener: &TcpListener, interval: &str) -> Value {
     let (mut stream, _) = listener.accept().unwrap();
     stream.set_read_timeout(Some(LIMIT)).unwrap();
