@@ -19,26 +19,26 @@ const DEPTHS: std::ops::RangeInclusive<u16> = 1..=1024;
 /// Fewest and most queues of one device.
 const QUEUES: std::ops::RangeInclusive<u16> = 1..=64;
 
-/// Requests in flight on one queue of a file, and memory for their buffers in bytes, where nothing else is asked for.
+/// Default depth of one queue of a file, and default memory for the queue's buffers in bytes.
 const FILE_DEPTH: u16 = 32;
 const FILE_BUFFER_LEN: u64 = 4 << 20;
 
 /// Shortest and longest `hang-limit`, in seconds.
 const HANG_LIMITS: std::ops::RangeInclusive<u64> = 3..=3600;
 
-/// The configuration, with every default filled in.
+/// The configuration, including all defaults.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct Config {
-    /// The daemon that it is for.
+    /// The daemon that the configuration is for.
     #[serde(skip)]
     pub program: Program,
     /// Base URLs of the allocators.
     pub allocator: Urls,
     /// The control socket; by default the daemon's own below /run/xpm.
     pub control: Option<PathBuf>,
-    /// Directory of what is kept across restarts: this client's id, and the maps of what is shown; by default the
-    /// daemon's own below /var/lib/xpm.
+    /// The state directory, which keeps this client's id and the maps of shown allocations across restarts;
+    /// by default the daemon's own below /var/lib/xpm.
     pub state: Option<PathBuf>,
     /// File with the allocator's token, of mode 0600.
     pub token_file: Option<PathBuf>,
@@ -54,32 +54,33 @@ pub struct Config {
     pub spin: Span,
     /// Threads that serve the forms `nbd` and `nbd-socket`; by default one for each core, at most 4.
     pub threads: Option<u16>,
-    /// Transports that are not used unless a device asks for one of them.
+    /// Transports that are used only if a device asks for one of them.
     pub forbid_transports: Vec<TransportKind>,
-    /// How long the appliances may take to be connected when a device is attached.
+    /// Time limit for connecting to the appliances when a device is attached.
     pub connect_limit: Span,
-    /// How long an appliance has to say that it does not know an allocation, while no allocator says anything, before I/O
-    /// to it fails.
+    /// How long an appliance has to answer that it does not know an allocation, while no allocator answers,
+    /// before I/O to it fails.
     pub refusal_limit: Span,
     /// How long the process waits for the users of its devices after the first SIGTERM, before a
     /// second one makes it end in spite of them.
     pub stop_limit: Span,
-    /// Keep a second process ready that goes on when this one dies; by default where the kernel's ublk devices can outlive
-    /// their server.
+    /// Whether to keep a second process ready that takes over when this one dies; by default where the
+    /// kernel's ublk devices can outlive their server.
     pub standby: Option<bool>,
-    /// Memory that a standby holds to give it back to the kernel when it has to go on.
+    /// Memory that a standby holds and returns to the kernel when it takes over.
     pub standby_reserve: ByteSize,
-    /// How long a thread of the data plane, the process that serves or the one that stands by may be silent before it is
-    /// killed, and another one goes on; in whole seconds.
+    /// How long a thread of the data plane, the serving process or the standby may be silent before it is
+    /// killed and another one takes over; in whole seconds.
     pub hang_limit: Span,
-    /// Changed pages of one file that the kernel keeps before their writers wait: what the links write within the time
-    /// that a move of a virtual machine may stand still.
+    /// Changed pages of one file that the kernel keeps before their writers wait: as much as the links write
+    /// within the time that a moving virtual machine may be paused.
     pub dirty_budget: ByteSize,
-    /// Show devices that can carry swap although the process is not safe for it.
+    /// Whether to show devices that can carry swap although the process is not safe for it.
     pub allow_unsafe_swap: bool,
-    /// Take guest memory of a vhost-user front end that can be cut off while it is used.
+    /// Whether to accept guest memory of a vhost-user front end that can shrink while it is used.
     pub allow_unsealed: bool,
-    /// Show an allocation at a TCP address that other machines reach, where anybody can read and write it.
+    /// Whether to show an allocation at a TCP address that other machines reach, where any client can read
+    /// and write it.
     pub insecure: bool,
     /// Devices that are attached at start.
     pub device: Vec<AttachDevice>,
@@ -119,7 +120,7 @@ impl Config {
     /// Reads a file. Blocks.
     ///
     /// # Errors
-    /// With the file and the line, and what could be there instead.
+    /// The file, the line, and the allowed values.
     pub fn load(program: Program, path: &Path) -> Result<Config, ConfigError> {
         let config: Config = xpm_control::config::load(path)?;
         Ok(Config { program, ..config })
@@ -138,10 +139,10 @@ impl Config {
         }
     }
 
-    /// Checks what the file's syntax does not.
+    /// Checks the conditions that the file's syntax does not.
     ///
     /// # Errors
-    /// One line: the key, its value, and what can be there.
+    /// One line: the key, its value, and the allowed values.
     pub fn check(&self) -> Result<(), String> {
         if let Some(name) = self.first_named_twice() {
             return Err(format!("`device`: {name} is listed twice; list each allocation once"));
@@ -192,17 +193,18 @@ impl Config {
         self.state.clone().unwrap_or_else(|| self.program.state())
     }
 
-    /// The shape of a device that is asked for.
+    /// The parameters of a requested device.
     pub fn shape(&self, device: &AttachDevice, number: Option<u32>) -> Shape {
         let queues = match device.form {
             Form::Ublk => self.queues.unwrap_or_else(|| cores().min(4)),
-            // The kernel has one queue of requests for a mount, which all threads read from.
+            // The kernel has one queue of requests for a mount, and all threads read from it.
             Form::File(_) => self.queues.unwrap_or_else(|| cores().min(2)),
             // See the reasons at `frontend::kernel_nbd`.
             Form::Nbd | Form::NbdDirect | Form::NbdSocket(_) => 1,
             Form::VhostUser(_) => vhost_user::QUEUES_DEFAULT,
         };
-        // Page faults are small, and what the kernel writes back it sends one after the other: more buffers would only be locked.
+        // Page faults are small, and the kernel writes back sequentially: more buffers would only be locked
+        // without benefit.
         let (depth, buffer_len) = match device.form {
             Form::File(_) => (self.depth.min(FILE_DEPTH), self.buffer.0.min(FILE_BUFFER_LEN)),
             _ => (self.depth, self.buffer.0),
@@ -218,13 +220,14 @@ impl Config {
         }
     }
 
-    /// Longest busy wait of a thread: none on a machine with one core, where it would only keep the
-    /// others from running.
+    /// Longest busy wait of a thread: none on a machine with one core, where it would only keep other threads
+    /// from running.
     pub fn spin(&self) -> Duration {
         if cores() == 1 { Duration::ZERO } else { self.spin.0 }
     }
 
-    /// Looks, one in each second, without a sign of life after which somebody hangs.
+    /// Consecutive checks, one per second, without a sign of life after which a thread or process counts as
+    /// hung.
     pub(crate) fn silence_max(&self) -> u32 {
         self.hang_limit.0.as_secs() as u32
     }
@@ -235,10 +238,10 @@ impl Config {
     }
 }
 
-/// Checks what a request for a device can say beyond its types.
+/// Checks the conditions on a request for a device that its types do not.
 ///
 /// # Errors
-/// One line: the field, its value, and what can be there.
+/// One line: the field, its value, and the allowed values.
 pub fn check_device(device: &AttachDevice) -> Result<(), String> {
     device.queues.map_or(Ok(()), |queues| check_queues("queues", queues))?;
     device.depth.map_or(Ok(()), |depth| check_depth("depth", depth))
@@ -321,14 +324,14 @@ mod tests {
     }
 
     #[test]
-    fn nothing_said_is_a_configuration() {
+    fn an_empty_file_is_a_valid_configuration() {
         let config = parse("").unwrap();
         assert_eq!(config, Config::default());
         config.check().unwrap();
     }
 
     #[test]
-    fn errors_name_the_place_and_the_way_out() {
+    fn errors_name_the_place_and_the_remedy() {
         let error = xpm_control::error_line(&parse("depth = 1\nqueus = 2\n").unwrap_err());
         assert!(
             error.contains("blk.toml:2") && error.contains("queus") && error.contains("queues"),
@@ -356,7 +359,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_text_is_answered(text in ".{0,200}") {
+        fn any_text_is_parsed_or_refused(text in ".{0,200}") {
             let _ = parse(&text).map(|config| config.check());
         }
     }

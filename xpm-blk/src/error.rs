@@ -1,11 +1,11 @@
-//! Why something about a device did not go: what, where, and what to do instead.
+//! The error of an operation on a device: the failed operation, its place, and the remedy.
 
 use std::fmt;
 use std::io;
 
 use xpm_protocol::api::ErrorKind;
 
-/// An error of a device, as one line for people and a kind for programs.
+/// An error of a device, as one line for display and a kind for programs.
 #[derive(Debug)]
 pub struct DeviceError {
     kind: ErrorKind,
@@ -15,17 +15,17 @@ pub struct DeviceError {
 }
 
 impl DeviceError {
-    /// An error of this kind; `what` says what it is about and what to do.
+    /// An error of this kind; `what` describes the failure and the remedy.
     pub fn new(kind: ErrorKind, what: impl Into<String>) -> DeviceError {
         DeviceError { kind, what: what.into(), source: None, remedy: None }
     }
 
-    /// This machine lacks something; `remedy` says how to get it.
+    /// This machine lacks a feature; `remedy` says how to get it.
     pub fn unsupported(what: impl Into<String>, remedy: &'static str) -> DeviceError {
         DeviceError { kind: ErrorKind::Unsupported, what: what.into(), source: None, remedy: Some(remedy) }
     }
 
-    /// What kind of error it is.
+    /// The kind of the error.
     pub const fn kind(&self) -> ErrorKind {
         self.kind
     }
@@ -50,12 +50,12 @@ impl fmt::Display for DeviceError {
     }
 }
 
-// The source is part of the line that `Display` gives, and so is not given a second time.
+// `Display` includes the source, so `source` does not return it again.
 impl std::error::Error for DeviceError {}
 
-/// Says at what step an error of the system came up.
+/// Adds the failed step to an error of the system.
 pub(crate) trait Step {
-    /// What it becomes.
+    /// The resulting type.
     type Output;
 
     /// `what` names the operation and its object, like `open /dev/ublkc0`.
@@ -90,7 +90,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_line_with_cause_and_remedy() {
+    fn an_error_is_one_line_with_cause_and_remedy() {
         let error = io::Error::from_raw_os_error(libc::EACCES).at("open /dev/x");
         assert_eq!(error.to_string(), "open /dev/x: Permission denied (os error 13)");
         assert_eq!(error.kind(), ErrorKind::Unsupported);

@@ -1,13 +1,13 @@
-//! What an NBD client, the kernel's among them, is told of a volume.
+//! The description of a volume for NBD clients, including the kernel.
 
 use xpm_client::Volume;
 use xpm_protocol::BlockSize;
 use xpm_protocol::nbd::{BlockSizes, ExportInfo, PAYLOAD_MAX, TransmissionFlags};
 
-/// Size, flags and block sizes of a volume. No cache is between a write's end and the memory it
-/// goes to, so a flush has nothing to do and several connections see the same bytes; flush and
-/// FUA are offered for clients that insist on them. The smallest block is the allocation's logical block; requests of other
-/// lengths are served as well, for clients that do not ask.
+/// Size, flags and block sizes of a volume. There is no cache between the end of a write and the memory that
+/// it goes to, so a flush has no effect and several connections see the same bytes; flush and FUA are offered
+/// for clients that require them. The smallest block is the allocation's logical block; requests of other
+/// lengths are served as well, for clients that ignore it.
 pub(crate) fn info(volume: &Volume, block_size: Option<BlockSize>) -> ExportInfo {
     let flags = TransmissionFlags::HAS_FLAGS
         .with(TransmissionFlags::SEND_FLUSH)
@@ -23,8 +23,8 @@ pub(crate) fn info(volume: &Volume, block_size: Option<BlockSize>) -> ExportInfo
     }
 }
 
-/// What the kernel's nbd driver is told: the same without flush and FUA, which it would send for
-/// every barrier of a file system although they do nothing.
+/// The flags for the kernel's nbd driver: as in [`info`], but without flush and FUA, which the driver would
+/// send for every barrier of a file system although they have no effect.
 pub(crate) fn kernel_flags() -> TransmissionFlags {
     TransmissionFlags::HAS_FLAGS
         .with(TransmissionFlags::SEND_TRIM)

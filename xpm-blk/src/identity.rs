@@ -1,4 +1,4 @@
-//! Which life of this client a process is part of; see [`xpm_control::life`].
+//! The life of this client that a process is part of; see [`xpm_control::life`].
 
 use std::fs::{self, File};
 use std::io;
@@ -11,9 +11,9 @@ use crate::error::{DeviceError, Step};
 
 const CLIENT_ID: &str = "client-id";
 
-/// Begins the next life with a state directory that this process has the lock of. Where the directory came from another
-/// machine and shows nothing, it becomes a client of its own: an image of a machine was made, and this is one of its copies.
-/// Blocks until all is on disk.
+/// Begins the next life with a state directory whose lock this process has. If the directory came from
+/// another machine and shows no device, this becomes a new client: the directory is a copy from a machine's
+/// image. Blocks until the result is on disk.
 pub(crate) fn begin_life(directory: &Path, lock: &File) -> Result<Life, DeviceError> {
     let becomes_new = || {
         let is_unused = is_unused(directory)?;
@@ -37,7 +37,7 @@ pub(crate) fn begin_life(directory: &Path, lock: &File) -> Result<Life, DeviceEr
     Ok(life)
 }
 
-/// Whether it shows nothing and owes nothing.
+/// Whether the directory has no shown device and no allocation to give back.
 fn is_unused(directory: &Path) -> io::Result<bool> {
     for inside in ["devices", "owed"] {
         match fs::read_dir(directory.join(inside)) {
@@ -68,7 +68,7 @@ mod tests {
         begin_life(directory, &File::create(directory.join("lock")).unwrap()).unwrap()
     }
 
-    /// As if the directory had been used on another machine.
+    /// Makes the directory look as if it had been used on another machine.
     fn move_away(directory: &Path) {
         let path = directory.join(life::FILE_NAME);
         let mut known: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();

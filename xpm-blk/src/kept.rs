@@ -1,5 +1,5 @@
-//! Descriptors that the service manager keeps for the next life of this daemon, where neither a standby nor a
-//! successor goes on: those of mounts (sd_notify(3), `FDSTORE=1`).
+//! The descriptors that the service manager keeps for the next life of this daemon, for when neither a
+//! standby nor a successor takes over: those of mounts (sd_notify(3), `FDSTORE=1`).
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 
@@ -9,16 +9,16 @@ use xpm_protocol::Name;
 
 use crate::records::{Follower, Record};
 
-/// What stands before the name of an allocation in the name of its descriptor.
+/// Prefix of the descriptors' names; the allocation's name follows.
 const PREFIX: &str = "mount-";
 
-/// The descriptors that it kept, by the name of the allocation. Nothing at further calls.
+/// The descriptors that it kept, by the name of the allocation. Further calls return none.
 pub(crate) fn handed() -> impl Iterator<Item = (Name, OwnedFd)> {
     let left = handed::take().into_iter();
     left.filter_map(|(name, descriptor)| Some((name.strip_prefix(PREFIX)?.parse().ok()?, descriptor)))
 }
 
-/// Has it keep them.
+/// Lets the service manager keep the descriptors.
 pub(crate) struct Depositor(pub(crate) Manager);
 
 impl Follower for Depositor {
@@ -34,7 +34,7 @@ impl Follower for Depositor {
     }
 
     fn removed(&mut self, name: &Name) -> bool {
-        // It may have none of this name.
+        // The service manager may have none of this name.
         let _ = self.0.remove(&format!("{PREFIX}{name}"));
         true
     }

@@ -2,13 +2,13 @@
 //!
 //! * [`program`]: which of the two daemons a process is.
 //! * [`start`], [`config`] and [`lifecycle`]: from the command line to a running daemon and its end.
-//! * [`xpm_safety`]: what makes the process fit to serve swap.
-//! * [`standby`]: the second process, which goes on when this one dies.
-//! * [`daemon`] and [`control`]: which allocations are shown, and how that is changed.
-//! * [`frontend`]: the forms in which they are shown.
+//! * [`xpm_safety`]: makes the process fit to serve swap.
+//! * [`standby`]: the second process, which takes over when this one dies.
+//! * [`daemon`] and [`control`]: the set of shown allocations, and its changes.
+//! * [`frontend`]: the forms in which allocations are shown.
 //!
-//! The data path of a request: `frontend/ublk/queue.rs` (or the NBD server of `xpm_transport`) to a
-//! channel of `xpm_client`, and back by the same objects. The control plane never is on it.
+//! The data path of a request: from `frontend/ublk/queue.rs` (or the NBD server of `xpm_transport`) to a
+//! channel of `xpm_client`, and back through the same objects. The control plane is never on this path.
 
 pub mod config;
 pub mod control;

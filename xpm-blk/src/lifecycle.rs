@@ -1,5 +1,5 @@
-//! The life of the process: made safe for swap, started, and ended without taking a device away
-//! from its users.
+//! The life of the process: it is made safe for swap, started, and ended without taking a device away from
+//! its users.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -33,39 +33,42 @@ use crate::standby::waiting::{Outcome, Post, nobody};
 
 /// Stack of a thread of the data plane, in bytes; all of it is locked.
 pub(crate) const STACK_LEN: usize = 256 << 10;
-/// Stack of a thread of the control plane, in bytes; all of it is locked. Measured in a debug build that attaches, resizes and
-/// moves: 220 KiB are used at most.
+/// Stack of a thread of the control plane, in bytes; all of it is locked. A debug build that attaches,
+/// resizes and moves uses at most 220 KiB (measured).
 const CONTROL_STACK_LEN: usize = 512 << 10;
-/// Threads for control work that blocks: one device whose start waits must not stop the others.
+/// Threads for control work that blocks: a device whose start blocks must not stop the others.
 const BLOCKING_THREADS_MAX: usize = 32;
-/// How long a device may take to be opened before it counts as one that holds its I/O.
+/// How long opening a device may take before the device counts as holding its I/O.
 const OPEN_LIMIT: Duration = Duration::from_secs(5);
-/// How long a request waits where there are several allocators and none leads.
+/// How long a request waits when none of several allocators leads.
 const LEADER_LIMIT: Duration = Duration::from_secs(8);
-/// Threads that may block which are there from the start, and how long idle ones stay: for ever.
+/// Number of threads for blocking work that are started at once, and how long idle ones stay: practically for
+/// ever.
 const THREADS_READY: usize = 4;
 const KEEP_ALIVE: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
-/// How long what was taken over is served before a standby for this process is started: a service manager has started one
-/// by then that wants to serve, and is one.
+/// How long devices that were taken over are served before a standby for this process is started: if a
+/// service manager starts a process that wants to serve, it has done so by then, and that process is the
+/// standby.
 const STANDBY_DELAY: Duration = Duration::from_secs(5);
-/// How long a process whose state directory is another one's looks for that one, and its pause between two looks.
+/// How long a process whose state directory is in use looks for the serving process, and the pause between
+/// two tries.
 const SUCCESSION_LIMIT: Duration = Duration::from_secs(10);
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
-/// How often the users of devices are looked at while the process waits for them to end.
+/// Interval of checking the users of devices while the process waits for them to end.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
-/// Runs the daemon until it is told to end: at once, or, with `stands_by`, as the standby of the process at standard
-/// input. Where another process serves with the same state, this one becomes its successor. Must be called while the
-/// process has one thread.
+/// Runs the daemon until it is told to end: directly, or, with `stands_by`, as the standby of the process at
+/// standard input. If another process serves with the same state, this one becomes its successor. Must be
+/// called while the process has one thread.
 ///
 /// # Errors
-/// Why it cannot start, or is not wanted, in one line.
+/// Why it cannot start, or is not needed, in one line.
 pub fn run(config: &Config, stands_by: bool) -> Result<(), DeviceError> {
     config.check().map_err(|error| DeviceError::new(ErrorKind::Invalid, error))?;
     let mut post = announce(config, stands_by)?;
     if stands_by {
-        // It was started by a path without a name; whoever looks for this program by its name finds it. Not being found is no
-        // reason not to run.
+        // The process was started by a path without a name; the name lets tools find it. An error is
+        // harmless.
         let name = std::ffi::CString::new(config.program.name()).unwrap_or_default();
         let _ = rustix::thread::set_name(&name);
     }
@@ -77,14 +80,14 @@ pub fn run(config: &Config, stands_by: bool) -> Result<(), DeviceError> {
     ended
 }
 
-/// Tells the process that serves, if there is one, that this process is there. This comes before anything that takes
-/// memory: a process that serves starts a standby of its own unless it knows of another process, and a machine that is
-/// short of memory has none for three.
+/// Announces this process to the serving process, if there is one. This happens before any step that
+/// allocates memory: a serving process starts its own standby unless it knows of another process, and a
+/// machine that is short of memory has no room for three.
 fn announce(config: &Config, stands_by: bool) -> Result<Option<Post>, DeviceError> {
     if stands_by {
         return Post::of_parent().map(Some);
     }
-    // A directory that cannot be used is found, and said, when it is opened.
+    // A directory that cannot be used is reported when it is opened.
     let post = Post::of_successor(&config.state()).unwrap_or_default();
     if let Some(post) = &post {
         post.wait_for_answer();
@@ -128,12 +131,12 @@ fn serve_or_wait(runtime: &Runtime, config: &Config, post: &mut Option<Post>) ->
     }
 }
 
-/// Where a process begins.
+/// The state that a process begins with.
 struct Origin {
     records: Records,
-    /// Its devices have users who wait.
+    /// Whether users wait for its devices.
     takes_over: bool,
-    /// It was told to end before it began.
+    /// Whether it was told to end before it began.
     ends: bool,
 }
 
@@ -143,7 +146,7 @@ impl Origin {
     }
 }
 
-/// What a process has before it has the state directory.
+/// The parts of a process before it has the state directory.
 struct Parts {
     config: Config,
     allocator: Client,
@@ -151,7 +154,7 @@ struct Parts {
     server: Server,
     host: HostId,
     host_name: String,
-    /// Whether this process is to have a standby; none: as soon as devices of this kernel outlive their server.
+    /// Whether this process keeps a standby; none: as soon as devices of this kernel outlive their server.
     standby: Option<bool>,
 }
 
@@ -166,7 +169,7 @@ fn runtime() -> std::io::Result<Runtime> {
         .build()
 }
 
-/// Has the threads started that may block.
+/// Starts the threads for blocking work.
 async fn warm_up() {
     let all_there = Arc::new(std::sync::Barrier::new(THREADS_READY));
     let threads: Vec<_> = (0..THREADS_READY)
@@ -191,8 +194,8 @@ async fn serve(parts: Parts, origin: Origin) -> Result<(), DeviceError> {
     if !takes_over && let Some(missing) = safety::missing(&program.safety()) {
         tracing::warn!("not safe for swap: {missing}");
     }
-    // What is taken over comes before the socket, which is a file; a process that begins looks first whether it may
-    // have that.
+    // Devices are taken over before the socket is created, because the socket is a file; a process that
+    // begins creates the socket first, to check whether it may have it.
     let listener = (!takes_over).then(|| listen(&control_path)).transpose()?;
     if program == Program::Fs
         && let Some(manager) = Manager::from_environment()
@@ -204,7 +207,7 @@ async fn serve(parts: Parts, origin: Origin) -> Result<(), DeviceError> {
         daemon.take_over().await;
     }
     match daemon.restore() {
-        // What is served goes on being served, come what may.
+        // Devices that are served stay served, whatever error occurs.
         Err(error) if takes_over => tracing::error!("{error}"),
         restored => restored?,
     }
@@ -239,13 +242,13 @@ async fn serve(parts: Parts, origin: Origin) -> Result<(), DeviceError> {
     Ok(())
 }
 
-/// Resolves when the process may end, which it does then, whatever is away.
+/// Waits until the process may end, and then ends it even if a part of it is stuck.
 async fn end(ending: Ending<'_>, shutdown: &mut Shutdown, told: bool) {
     ending.wait(shutdown, told).await;
     end_in_time();
 }
 
-/// For a process that others depend on already.
+/// Repeats until the socket exists, for a process that users depend on already.
 async fn listen_in_the_end(control: &Path) -> Listener {
     let mut said = false;
     loop {
@@ -312,8 +315,8 @@ fn daemon_parts(parts: Parts, records: Records, takes_over: bool) -> Result<daem
     Ok(daemon::Parts { owner, records, keeper, server, config })
 }
 
-/// Ends the process as it stands, so that another one can go on. Not by `abort`: the kernel would wait until every thread
-/// is there for the core dump, and one that hangs is why this is called.
+/// Kills the process in its present state, so that another one can take over. Not by `abort`: for the core
+/// dump the kernel would wait for every thread, and this is called because a thread hangs.
 pub(crate) fn die() -> ! {
     xpm_control::log::flush();
     loop {
@@ -321,7 +324,8 @@ pub(crate) fn die() -> ! {
     }
 }
 
-/// Ends the process when it is dropped: what a thread has that must not end alone, and forgets when it may.
+/// Kills the process when it is dropped. A thread that must not end alone holds this, and forgets it when it
+/// may end.
 pub(crate) struct DieOnDrop;
 
 impl Drop for DieOnDrop {
@@ -330,19 +334,21 @@ impl Drop for DieOnDrop {
     }
 }
 
-/// How the process comes to its end.
+/// The procedure that ends the process.
 struct Ending<'a> {
     daemon: &'a Arc<Daemon>,
-    /// How long after the first signal a second one counts.
+    /// Time after the first signal from which a second one counts.
     limit: Duration,
     manager: Option<&'a Manager>,
 }
 
 impl Ending<'_> {
-    /// Resolves when the process may end: told so, and nobody uses a device that it serves; or told so
-    /// a second time, the limit or more after the first. While devices are in use, and a standby is ready, that one goes
-    /// on with them, and the process ends by itself; one that was `told` by its predecessor leaves it to nobody, and so does
-    /// one that is told because the machine goes down: what ends after it, as the network, has to stay until nobody uses a device.
+    /// Resolves when the process may end: it was told to, and no device that it serves is in use; or it was
+    /// told a second time, the limit or more after the first. While devices are in use and a standby is
+    /// ready, the standby takes over, and this process ends by itself. Two processes hand over to no standby:
+    /// a process that was told to end by its predecessor (`told`), and a process that ends because the
+    /// machine shuts down. In the latter case, services that end after it, such as the network, have to stay
+    /// until no device is in use.
     async fn wait(self, shutdown: &mut Shutdown, told: bool) {
         let signal = if told { "its predecessor was told to end" } else { shutdown.signalled().await };
         if let Some(manager) = self.manager {

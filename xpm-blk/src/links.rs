@@ -1,9 +1,9 @@
-//! Stable names of devices: `/dev/xpm/NAME`, NAME being the allocation's.
+//! Stable names of devices: `/dev/xpm/NAME`, where NAME is the allocation's name.
 //!
-//! Where udev runs, it makes the links, by `udev/60-xpm.rules`. Of a device that appears the rules know only what the kernel
-//! says: a number (ublk), or the identifier that was given to the nbd driver. The rest they read from a file of that name in
-//! [`DIRECTORY`], which is there before the device is. Where no udev runs, the links are made here. A link is a help: what
-//! cannot be made is logged, and the device works without it.
+//! If udev runs, it creates the links, by `udev/60-xpm.rules`. The rules know of a device only the kernel's
+//! information: a number (ublk), or the identifier that was given to the nbd driver. They read the rest from
+//! a file of that name in [`DIRECTORY`], which exists before the device appears. If no udev runs, this module
+//! creates the links. Links are optional: an error is logged, and the device works without the link.
 
 use std::fs;
 use std::io;
@@ -14,27 +14,27 @@ use xpm_protocol::Name;
 
 /// A file for each device: `XPM_NAME=NAME`.
 const DIRECTORY: &str = "/run/xpm/udev";
-/// Where the links are.
+/// The directory of the links.
 const LINKS: &str = "/dev/xpm";
-/// There while udev runs.
+/// Exists while udev runs.
 const UDEV: &str = "/run/udev/control";
 
-/// What names one device: the file for udev, and the link.
+/// The names of one device: the file for udev, and the link.
 #[derive(Debug)]
 pub(crate) struct Label {
-    /// What the rules know the device by.
+    /// The number or identifier by which the rules know the device.
     key: String,
     name: Name,
 }
 
 impl Label {
-    /// That of a device which is known by `key`. Nothing is written yet: a device that is taken over has all of it, and who
-    /// takes over swap must not touch a file.
+    /// The label of the device that the rules know by `key`. Writes nothing yet: a device that is taken over
+    /// has its files already, and a process that takes over swap must not touch a file.
     pub(crate) fn new(key: &str, name: &Name) -> Label {
         Label { key: key.to_owned(), name: name.clone() }
     }
 
-    /// Says, before the device appears, whose it is. Blocks for a moment.
+    /// Writes the file for udev before the device appears. Blocks for a moment.
     pub(crate) fn announce(&self) {
         let (file, name) = (self.file(), &self.name);
         let written = || -> io::Result<()> {
@@ -48,7 +48,7 @@ impl Label {
         }
     }
 
-    /// The device is there, as `/dev/DISK`.
+    /// Creates the link to the new device `/dev/DISK`.
     pub(crate) fn link(&self, disk: &str) {
         if udev_runs() {
             return;
@@ -64,7 +64,7 @@ impl Label {
         }
     }
 
-    /// The device is gone.
+    /// Removes the file and the link of a removed device.
     pub(crate) fn remove(&self, disk: &str) {
         let _ = fs::remove_file(self.file());
         let link = self.place();
@@ -83,7 +83,7 @@ impl Label {
     }
 }
 
-/// A device that is known by `key` is gone, of which nobody remembers the name.
+/// Removes the file and the link of a removed device known by `key`, whose name is read from the file.
 pub(crate) fn forget(key: &str, disk: &str) {
     let said = fs::read_to_string(Path::new(DIRECTORY).join(key)).unwrap_or_default();
     let name = said.lines().find_map(|line| line.strip_prefix("XPM_NAME=")?.parse().ok());

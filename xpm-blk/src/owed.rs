@@ -1,11 +1,13 @@
-//! What this client owes the allocator: an allocation that was detached here, and not given back there, because it did not
-//! answer. Kept in the state directory, one file for each, until the allocator has it.
+//! The allocations that this client owes to the allocator: each was detached here and not given back yet,
+//! because the allocator did not answer. Stored in the state directory, one file for each, until the
+//! allocator has it back.
 //!
 //! ```text
 //! detach:  file `owed/NAME.json` -> record removed -> allocator told -> file removed
 //! ```
 //!
-//! Whatever dies in between, the next process of this client goes on: a device with both files was taken away already.
+//! If the process dies in between, the next process of this client continues: a device with both files was
+//! removed already.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -22,21 +24,22 @@ use crate::error::{DeviceError, Step};
 
 pub(crate) const DIRECTORY: &str = "owed";
 
-/// An allocation that is to be given back.
+/// An allocation that has to be given back.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Owed {
     name: Name,
-    /// Since when, seconds since 1970.
+    /// Since this time, in seconds since 1970.
     since: u64,
-    /// Appliances that the operator gave up here, which the allocator has to know before it has the allocation back.
+    /// Appliances that the operator gave up here; the allocator has to learn of them before it gets the
+    /// allocation back.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     given_up: Vec<ApplianceId>,
-    /// Why the allocator does not have it yet.
+    /// Why the allocation was not given back yet.
     #[serde(skip)]
     reason: String,
 }
 
-/// All that is owed, as it is on disk.
+/// All owed allocations, as they are on disk.
 #[derive(Debug)]
 pub(crate) struct Debts {
     directory: PathBuf,
@@ -44,7 +47,7 @@ pub(crate) struct Debts {
 }
 
 impl Debts {
-    /// Those that are found in a state directory. A file that is none is left where it is, and logged. Blocks.
+    /// The owed allocations in a state directory. An invalid file is left where it is, and logged. Blocks.
     pub(crate) fn load(state: &Path) -> Debts {
         let directory = state.join(DIRECTORY);
         let entries = fs::read_dir(&directory).into_iter().flatten().flatten();
@@ -60,12 +63,12 @@ impl Debts {
         Debts { directory, owed }
     }
 
-    /// Nothing.
+    /// An empty set.
     pub(crate) fn none(state: &Path) -> Debts {
         Debts { directory: state.join(DIRECTORY), owed: BTreeMap::new() }
     }
 
-    /// Keeps one more. Blocks until it is on disk.
+    /// Adds an allocation. Blocks until it is on disk.
     pub(crate) fn add(&mut self, name: &Name, given_up: Vec<ApplianceId>) -> Result<(), DeviceError> {
         let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let one = Owed { name: name.clone(), since, given_up, reason: String::new() };
@@ -78,7 +81,7 @@ impl Debts {
         Ok(())
     }
 
-    /// The allocator has it, or it is used again. Blocks.
+    /// Removes an allocation that the allocator has back, or that is used again. Blocks.
     pub(crate) fn settle(&mut self, name: &Name) {
         if self.owed.remove(name).is_none() {
             return;
@@ -91,7 +94,7 @@ impl Debts {
         }
     }
 
-    /// Says why the allocator does not have it; whether that is new.
+    /// Stores why the allocation was not given back; returns whether this is the first reason.
     pub(crate) fn explain(&mut self, name: &Name, reason: String) -> bool {
         let Some(one) = self.owed.get_mut(name) else { return false };
         let is_new = one.reason.is_empty();
@@ -103,7 +106,7 @@ impl Debts {
         self.owed.keys().cloned().collect()
     }
 
-    /// Appliances that were given up of an allocation that is owed.
+    /// Appliances that were given up of an owed allocation.
     pub(crate) fn given_up(&self, name: &Name) -> Vec<ApplianceId> {
         self.owed.get(name).map(|one| one.given_up.clone()).unwrap_or_default()
     }
@@ -112,7 +115,7 @@ impl Debts {
         self.owed.contains_key(name)
     }
 
-    /// For those who look.
+    /// The debts as the status shows them.
     pub(crate) fn shown(&self) -> Vec<blk::Owed> {
         let one = |owed: &Owed| blk::Owed {
             allocation: owed.name.clone(),
@@ -132,7 +135,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_owed_outlives_the_process_until_it_is_settled() {
+    fn a_debt_outlives_the_process_until_it_is_settled() {
         let state = tempfile::tempdir().unwrap();
         let name: Name = "a".parse().unwrap();
         let mut debts = Debts::load(state.path());

@@ -1,5 +1,6 @@
-//! The two daemons that this library is. They share code and no process: a virtual machine whose memory `xpm-fs` serves may
-//! have a disk that `xpm-blk` serves, and a thread of the one may wait for a page that the other one has to bring.
+//! The two daemons in this library. They share code and no process: a virtual machine whose memory `xpm-fs`
+//! serves may have a disk that `xpm-blk` serves, and a thread of one daemon may wait for a page that the
+//! other has to load.
 
 use std::path::PathBuf;
 
@@ -28,7 +29,7 @@ impl Program {
         }
     }
 
-    /// Where its configuration is looked for when nobody says otherwise; the file may be missing.
+    /// The default path of its configuration; the file may be missing.
     pub const fn config_path(self) -> &'static str {
         match self {
             Program::Blk => "/etc/xpm/blk.toml",
@@ -36,7 +37,7 @@ impl Program {
         }
     }
 
-    /// Its control socket where the configuration names none.
+    /// Its default control socket.
     pub(crate) fn control(self) -> PathBuf {
         match self {
             Program::Blk => "/run/xpm/blk.sock".into(),
@@ -44,7 +45,7 @@ impl Program {
         }
     }
 
-    /// Its state directory where the configuration names none.
+    /// Its default state directory.
     pub(crate) fn state(self) -> PathBuf {
         match self {
             Program::Blk => "/var/lib/xpm/blk".into(),
@@ -52,7 +53,7 @@ impl Program {
         }
     }
 
-    /// The word of the command that speaks to it: `xpm blk` or `xpm fs`.
+    /// The subcommand of `xpm` that controls it: `xpm blk` or `xpm fs`.
     pub(crate) const fn word(self) -> &'static str {
         match self {
             Program::Blk => "blk",
@@ -60,7 +61,7 @@ impl Program {
         }
     }
 
-    /// What it tells the service manager of itself.
+    /// Its description for the service manager.
     pub(crate) const fn purpose(self) -> &'static str {
         match self {
             Program::Blk => "Shows external memory as block devices",
@@ -68,7 +69,7 @@ impl Program {
         }
     }
 
-    /// Refuses a form that the other daemon shows.
+    /// Refuses a form that only the other daemon shows.
     ///
     /// # Errors
     /// [`ErrorKind::Invalid`] with the command for it.
@@ -85,7 +86,8 @@ impl Program {
         Err(DeviceError::new(ErrorKind::Invalid, what))
     }
 
-    /// Makes this process fit to serve what memory is reclaimed to. Must be called while the process has one thread.
+    /// Makes this process fit to serve a target of memory reclaim. Must be called while the process has one
+    /// thread.
     pub(crate) fn set_up(self) {
         match self {
             Program::Blk => safety::set_up(self.name()),
@@ -93,7 +95,7 @@ impl Program {
         }
     }
 
-    /// What [`Program::set_up`] did, as the kernel has it now.
+    /// The present state in the kernel of the settings that [`Program::set_up`] made.
     pub(crate) fn safety(self) -> Vec<SafetyItem> {
         match self {
             Program::Blk => safety::items(),

@@ -1,12 +1,12 @@
-//! What is kept across restarts, in the state directory:
+//! The state that is kept across restarts, in the state directory:
 //!
-//! * `client-id`: who this client is to the allocator.
-//! * `identity.json`: the machine and the installation that it was last used on and by, and the number of the last life.
-//! * `devices/NAME.json`: each allocation that is shown, with its map. Holds keys: mode 0600.
+//! * `client-id`: the id of this client for the allocator.
+//! * `identity.json`: the machine and the installation that used the directory last, and the number of the last life.
+//! * `devices/NAME.json`: each allocation that is shown, with its map. Contains keys: mode 0600.
 //! * `owed/NAME.json`: an allocation that is detached and that the allocator does not know of yet; see [`crate::owed`].
-//! * `lock`: held by the process that uses the directory.
+//! * `lock`: locked by the process that uses the directory.
 //!
-//! A file is written beside its place, synced and renamed over it, so that it is whole at any time.
+//! A file is written beside its place, synced and renamed over it, so that it is complete at any time.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -28,55 +28,57 @@ use crate::frontend::first_generation;
 use crate::frontend::fuse::Mounted;
 use crate::identity;
 
-/// Version 1: the first. 2: with a change that is being carried out. 3: with a generation, and ublk devices that outlive
-/// their server. 4: of an allocation that this client may not own, see [`Role`].
+/// Version 1: the first. 2: with a change in progress. 3: with a generation, and ublk devices that outlive
+/// their server. 4: for an allocation that this client may not own, see [`Role`].
 pub(crate) const VERSION: u32 = 4;
-/// The version of a record of an owner: older programs understand it.
+/// The version of an owner's record, which older programs understand.
 const VERSION_OF_OWNER: u32 = 3;
 
-/// Numbers of connections between the first ones of two lives of a device. A life uses as many beyond the seconds that
-/// it lasts only if an appliance that can be reached sends it away again and again.
+/// Number of generations between the first connections of two lives of a device. A life needs more only if it
+/// lasts longer than that many seconds, or if a reachable appliance disconnects it again and again.
 const LIFE_GENERATIONS: u32 = 1 << 12;
-/// The same, where lives may have begun that were not written down.
+/// The same, where lives may have begun that were not recorded.
 const LIVES_GENERATIONS: u32 = 1 << 16;
 
-/// An allocation that is shown, with all that is needed to show it again.
+/// A shown allocation, with all information to show it again.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Record {
     pub(crate) version: u32,
-    /// What was asked for.
+    /// The request that attached it.
     pub(crate) request: AttachDevice,
-    /// Where the allocation lies.
+    /// The map of the allocation.
     pub(crate) map: Map,
-    /// Number of the device's connections, for forms whose connections outlive the process.
+    /// Session number of the device's connections, for forms whose connections outlive the process.
     pub(crate) session: u128,
-    /// Number of the first of the connections of this life of the device: higher than all of those before.
+    /// Generation of the first connection of this life of the device: higher than all earlier ones.
     #[serde(default)]
     pub(crate) generation: u32,
-    /// Number of the kernel's device, to be had again.
+    /// Number of the kernel's device, which a later life requests again.
     pub(crate) number: Option<u32>,
-    /// A change of the map of which it is not known whether it holds: all is copied, and writes go to both places.
+    /// A firm change of the map, if it is not known yet whether it is valid: all data are copied, and writes
+    /// go to both places.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) change: Option<Box<MapChange>>,
     /// The life that showed it last.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) life: Option<Life>,
-    /// It was never shown: who asked for it waits, or was told that it failed. A later life undoes it.
+    /// Whether it was never shown: the client that requested it waits, or received an error. A later life
+    /// undoes it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub(crate) pending: bool,
-    /// Appliances that the operator has given up, with what people are told: they are never used again, also if they come
-    /// back.
+    /// Appliances that the operator has given up, with the displayed reasons: they are never used again, even
+    /// if they come back.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub(crate) given_up: BTreeMap<ApplianceId, String>,
-    /// Of a file: what its mount was made with; none before it is mounted.
+    /// Of a file: the parameters of its mount; none before it is mounted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) mounted: Option<Mounted>,
-    /// What this client has of the allocation.
+    /// This client's role for the allocation.
     #[serde(default, skip_serializing_if = "Role::is_owner")]
     pub(crate) role: Role,
 }
 
-/// What this client has of an allocation that it shows.
+/// The role of this client for an allocation that it shows.
 ///
 /// ```text
 ///    attach                                        attach --standby
@@ -89,18 +91,19 @@ pub(crate) struct Record {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Role {
-    /// It owns it.
+    /// The client owns the allocation.
     #[default]
     Owner,
-    /// The same, and another client may have it one day and give it back: that appliances refuse it proves nothing.
+    /// The client owns the allocation, and another client may get it one day and give it back: refusals by
+    /// appliances prove nothing.
     Contested,
-    /// It stands by, and has no keys.
+    /// The client stands by, and has no keys.
     StandsBy,
-    /// It was the owner, and may be again. Its keys are those of before.
+    /// The client was the owner, and may be again. Its keys are the old ones.
     HandedOver {
         /// The hand-over.
         handover: HandoverId,
-        /// The new owner's host, for people.
+        /// The new owner's host, for display.
         to: String,
     },
 }
@@ -123,7 +126,7 @@ impl Role {
         }
     }
 
-    /// For those who look.
+    /// The role as the status shows it.
     pub(crate) fn shown(&self) -> Option<DeviceRole> {
         match self {
             Role::Owner | Role::Contested => None,
@@ -153,21 +156,22 @@ impl Record {
         }
     }
 
-    /// Whether this state directory, on this machine, showed it: so it may be shown again with no word of the allocator.
+    /// Whether this state directory, on this machine, showed it last: then it may be shown again without the
+    /// allocator.
     pub(crate) fn is_of(&self, life: Option<&Life>) -> bool {
-        // One of before there were lives says nothing.
+        // A record from before lives existed does not say.
         let (Some(shown), Some(life)) = (&self.life, life) else { return true };
         (shown.machine, shown.installation) == (life.machine, life.installation)
     }
 
-    /// Its logical block size: the allocation's, or what the operator said, or that of the form, in which it was written to
-    /// before there was a choice. None where clients choose.
+    /// The logical block size: the allocation's, or the operator's choice, or the one of the form, with which
+    /// the device was written to before there was a choice. None where clients choose.
     pub(crate) fn block_size(&self) -> Option<BlockSize> {
         let of_form = || self.request.form.block_size_of_before();
         self.map.block_size.or(self.request.block_size).or_else(of_form)
     }
 
-    /// The kernel's disk that it was shown as before, if that may be there still.
+    /// The kernel's disk that it was shown as, if that may still exist.
     pub(crate) fn left_disk(&self) -> Option<String> {
         let number = self.number?;
         let disk = match self.request.form {
@@ -178,7 +182,7 @@ impl Record {
         crate::sysfs::path(&disk, "").exists().then_some(disk)
     }
 
-    /// Another process shows it from here on. `told` is how it knows of the life before.
+    /// Another process shows it from here on. `told` is the source of its knowledge about the previous life.
     pub(crate) fn begin_life(&mut self, told: Told) {
         let past = match told {
             Told::ByItself => LIFE_GENERATIONS,
@@ -188,12 +192,12 @@ impl Record {
     }
 }
 
-/// Who told a process what the one before it did.
+/// The source of a process's knowledge about the one before it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Told {
-    /// That process.
+    /// The previous process.
     ByItself,
-    /// What is on disk, where the last lives may not be.
+    /// The disk, where the last lives may be missing.
     ByDisk,
 }
 
@@ -202,7 +206,8 @@ struct AnyRecord {
     version: u32,
 }
 
-/// The state directory, held by this process alone; or by it and the one standby that goes on when it dies.
+/// The state directory, used by this process alone, or by it and the one standby that takes over when it
+/// dies.
 pub(crate) struct Records {
     directory: PathBuf,
     lock: File,
@@ -211,35 +216,35 @@ pub(crate) struct Records {
     kept: Mutex<Kept>,
 }
 
-/// What is on disk, and who follows it.
+/// The state on disk, and its followers.
 #[derive(Default)]
 struct Kept {
     records: BTreeMap<Name, Record>,
-    /// Descriptors that a device is served by, beside its record.
+    /// Descriptors that devices are served by.
     descriptors: BTreeMap<Name, OwnedFd>,
     followers: Vec<Box<dyn Follower>>,
 }
 
-/// Hears of every change before whoever makes it goes on.
+/// Receives every change before its author continues.
 pub(crate) trait Follower: Send {
-    /// A record is kept from now on as it is here. False when the follower is gone.
+    /// A record has this content from now on. Returns false when the follower is gone.
     fn kept(&mut self, record: &Record) -> bool;
-    /// A device is served by this descriptor, which the next process needs to go on with it.
+    /// A device is served by this descriptor, which the next process needs to take the device over.
     fn descriptor(&mut self, name: &Name, descriptor: BorrowedFd<'_>) -> bool;
-    /// A record and its descriptor are no longer kept.
+    /// A record and its descriptor are removed.
     fn removed(&mut self, name: &Name) -> bool;
 }
 
-/// Whose the state directory is.
+/// The user of the state directory.
 pub(crate) enum Taken {
-    /// This process's.
+    /// This process.
     Mine(Box<Records>),
-    /// Another one's.
+    /// Another process.
     Others,
 }
 
 impl Records {
-    /// Opens the directory, which is made with mode 0700 if it is not there. Blocks.
+    /// Opens the directory, which is created with mode 0700 if it does not exist. Blocks.
     pub(crate) fn open(directory: &Path) -> Result<Taken, DeviceError> {
         let at = || format!("open the state directory {}", directory.display());
         fs::DirBuilder::new().recursive(true).mode(0o700).create(directory.join("devices")).at(at())?;
@@ -250,12 +255,13 @@ impl Records {
         Ok(Taken::Mine(Box::new(Records { directory, lock, client, life: Some(life), kept })))
     }
 
-    /// The life of this client that this process is part of; none where an xpm-blk of before there were lives handed over.
+    /// The life of this client that this process is part of; none when an xpm-blk from before lives existed
+    /// handed over.
     pub(crate) const fn life(&self) -> Option<&Life> {
         self.life.as_ref()
     }
 
-    /// The directory as a process left it that has died, with the lock that it gave to this one. Reads nothing.
+    /// The directory as a dead process left it, with the lock that it gave to this process. Reads no file.
     pub(crate) fn inherit(
         directory: &Path,
         lock: OwnedFd,
@@ -272,12 +278,13 @@ impl Records {
         }
     }
 
-    /// The lock of the directory: who has it, or has been given it by one who had it, may go on when that one is dead.
+    /// The lock of the directory: a process that has it, or received it from the process that had it, may
+    /// take over when that one is dead.
     pub(crate) fn lock(&self) -> BorrowedFd<'_> {
         self.lock.as_fd()
     }
 
-    /// Tells a follower of all records, and of each change from now on.
+    /// Sends all records, and each later change, to a follower.
     pub(crate) fn follow(&self, mut follower: Box<dyn Follower>) {
         let mut kept = self.kept();
         let told = kept.records.values().all(|record| follower.kept(record))
@@ -290,23 +297,23 @@ impl Records {
         }
     }
 
-    /// Takes descriptors over that an earlier process left, by the name of the allocation.
+    /// Takes over descriptors that an earlier process left, by the name of the allocation.
     pub(crate) fn adopt(&self, left: impl IntoIterator<Item = (Name, OwnedFd)>) {
         self.kept().descriptors.extend(left);
     }
 
-    /// The descriptor that a device is served by; none where no process has left one.
+    /// The descriptor that a device is served by; none when no process has left one.
     ///
     /// # Errors
-    /// When the kernel gives no further descriptor.
+    /// When the process has no free descriptor.
     pub(crate) fn descriptor(&self, name: &Name) -> io::Result<Option<OwnedFd>> {
         self.kept().descriptors.get(name).map(OwnedFd::try_clone).transpose()
     }
 
-    /// Keeps the descriptor that a device is served by, and tells whoever follows.
+    /// Stores the descriptor that a device is served by, and notifies the followers.
     ///
     /// # Errors
-    /// When the kernel gives no further descriptor.
+    /// When the process has no free descriptor.
     pub(crate) fn keep_descriptor(&self, name: &Name, descriptor: BorrowedFd<'_>) -> io::Result<()> {
         let kept_one = descriptor.try_clone_to_owned()?;
         let mut kept = self.kept();
@@ -315,7 +322,7 @@ impl Records {
         Ok(())
     }
 
-    /// While what it returns lives, no change is written or told to anybody: whoever makes one waits.
+    /// While the returned value lives, no change is written or passed to followers: its author waits.
     pub(crate) fn freeze(&self) -> impl Sized + '_ {
         self.kept()
     }
@@ -324,7 +331,7 @@ impl Records {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// This client's id; made from `random` the first time. Blocks, unless it is known.
+    /// This client's id; created from `random` the first time. Blocks, unless it is known.
     pub(crate) fn client_id(&self, random: u128) -> Result<ClientId, DeviceError> {
         match self.client.get() {
             Some(client) => Ok(*client),
@@ -352,7 +359,7 @@ impl Records {
         }
     }
 
-    /// Every record: as it was given to this process, or else as it is on disk. A file that is none is left where it
+    /// Every record: as this process received it, or else as it is on disk. An invalid file is left where it
     /// is, and logged. Blocks.
     ///
     /// # Errors
@@ -366,7 +373,7 @@ impl Records {
         Ok(records)
     }
 
-    /// What this process was given.
+    /// The records that this process received from its predecessor.
     pub(crate) fn inherited(&self) -> Vec<Record> {
         self.kept().records.values().cloned().collect()
     }
@@ -396,7 +403,7 @@ impl Records {
         Ok(records)
     }
 
-    /// Keeps a record. Blocks until it is on disk, and until whoever follows has been told.
+    /// Saves a record. Blocks until it is on disk, and until the followers have received it.
     pub(crate) fn save(&self, record: &Record) -> Result<(), DeviceError> {
         let name = &record.request.name;
         let version = if record.role.is_owner() { VERSION_OF_OWNER } else { VERSION };
@@ -409,7 +416,7 @@ impl Records {
         Ok(())
     }
 
-    /// Forgets a record. Blocks.
+    /// Removes a record. Blocks.
     pub(crate) fn remove(&self, name: &Name) -> Result<(), DeviceError> {
         let path = self.path(name);
         let mut kept = self.kept();
@@ -486,7 +493,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_kept_comes_back_and_is_secret() {
+    fn saved_records_are_read_back_and_secret() {
         let directory = tempfile::tempdir().unwrap();
         let records = open(directory.path());
         records.save(&record("a")).unwrap();
@@ -500,7 +507,7 @@ mod tests {
     }
 
     #[test]
-    fn an_older_program_reads_what_it_understands_and_no_more() {
+    fn an_older_program_reads_only_versions_that_it_knows() {
         let directory = tempfile::tempdir().unwrap();
         let records = open(directory.path());
         let version = |role: Role| {
@@ -528,7 +535,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let first = open(directory.path());
         assert!(matches!(Records::open(directory.path()).unwrap(), Taken::Others));
-        // The one that it was given to holds it as well.
+        // The process that received the lock holds it as well.
         let given = first.lock().try_clone_to_owned().unwrap();
         drop(first);
         assert!(matches!(Records::open(directory.path()).unwrap(), Taken::Others));
@@ -537,7 +544,7 @@ mod tests {
     }
 
     #[test]
-    fn lives_are_in_order_however_fast_they_follow() {
+    fn generations_of_lives_are_ordered_even_in_quick_succession() {
         let mut record = record("a");
         let mut last = record.generation;
         for told in [Told::ByItself, Told::ByItself, Told::ByDisk] {
@@ -553,7 +560,7 @@ mod tests {
     }
 
     #[test]
-    fn a_follower_hears_everything_until_it_is_gone() {
+    fn a_follower_receives_every_change_until_it_is_gone() {
         struct Heard(std::sync::mpsc::Sender<String>);
         impl Follower for Heard {
             fn kept(&mut self, record: &Record) -> bool {
@@ -602,7 +609,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_text_is_answered(text in ".{0,120}") {
+        fn any_text_is_parsed_or_refused(text in ".{0,120}") {
             let _ = parse(&text);
         }
     }

@@ -1,4 +1,4 @@
-//! Shows what a record says, by the front end of its form.
+//! Shows a record's allocation, by the front end of its form.
 
 use std::os::fd::OwnedFd;
 use std::time::Duration;
@@ -20,22 +20,22 @@ use crate::frontend::vhost_user::VhostUserBlk;
 use crate::frontend::{Shape, Shown};
 use crate::records::Record;
 
-/// When the appliances have to be there.
+/// When the appliances have to be connected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Readiness {
-    /// Later will do, and nothing may be waited for that is not the device itself: its users have no memory left perhaps.
+    /// Later; and showing may wait for the device itself only, because its users may have no memory left.
     TakenOver,
-    /// Before the device is shown: somebody waits for an answer.
+    /// Before the device is shown: a client waits for the answer.
     Required,
-    /// Later will do: the device was there before, and its I/O is held meanwhile.
+    /// Later: the device existed before, and its I/O is held meanwhile.
     Later,
 }
 
-/// What is shown, and the change that goes on with it.
+/// The shown device, and its change in progress.
 pub(crate) type ShownWith = (Box<dyn Shown>, Option<Change>);
 
-/// Shows the allocation of a record. Where a change of it was firm, writes go to both places from the first one
-/// on. Blocks; must be called within a tokio runtime.
+/// Shows the allocation of a record. If the record has a firm change, writes go to both places from the first
+/// write on. Blocks; must be called within a tokio runtime.
 pub(crate) fn show(
     record: &Record,
     config: &Config,
@@ -83,7 +83,7 @@ pub(crate) fn show(
             Box::new(FuseFile::show(volume, &shape, mounting)?)
         }
         Form::NbdSocket(place) => {
-            // One that was shown before may be in use.
+            // A socket that was shown before may be in use.
             let insecure = config.insecure || readiness != Readiness::Required;
             let (name, blocks) = (request.name.as_str(), shape.block_size);
             Box::new(NbdSocket::show((name, blocks), place, volume, server.clone(), group, insecure)?)
@@ -92,7 +92,7 @@ pub(crate) fn show(
     Ok((shown, change))
 }
 
-/// Ends what the kernel still has of a device that leads to an appliance without this process.
+/// Removes the kernel's remains of a device that leads to an appliance without this process.
 pub(crate) fn end_left(record: &Record, client: ClientId) -> Result<(), DeviceError> {
     NbdDevice::end_left(client, &record.map)
 }
@@ -106,11 +106,12 @@ fn open(
 ) -> Result<Volume, DeviceError> {
     let limit: Duration = config.connect_limit.0;
     let (session, generation) = match record.request.form {
-        // What it had sent before it died is submitted again, and must not land behind that.
+        // The requests of the earlier life are submitted again; its own late requests must not land behind
+        // these.
         Form::VhostUser(_) | Form::Ublk | Form::Nbd | Form::NbdDirect | Form::File(_) => {
             (record.session, record.generation)
         }
-        // A new one for each life of this process: clients submit nothing again by themselves.
+        // A new session for each life of this process: clients do not repeat requests by themselves.
         Form::NbdSocket(_) => (xpm_control::random::u128().at("make a session number")?, 0),
     };
     let options = VolumeOptions {
@@ -133,7 +134,7 @@ fn open(
     for (appliance, why) in &record.given_up {
         volume.give_up(*appliance, why);
     }
-    // One that stands by cannot be connected before it is the owner.
+    // A standby cannot connect before it is the owner.
     if readiness == Readiness::Required && record.role.waits().is_none() {
         volume.wait_ready(limit).map_err(|error| {
             DeviceError::new(ErrorKind::Unavailable, format!("allocation {name}: {error}"))

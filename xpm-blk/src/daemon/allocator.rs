@@ -1,4 +1,4 @@
-//! What the daemon asks of the allocator: to own an allocation, and to own it no more.
+//! The daemon's requests to the allocator: to own an allocation, to stand by for it, and to give it back.
 
 use std::sync::PoisonError;
 
@@ -16,7 +16,7 @@ use crate::owed::Debts;
 use crate::records::Record;
 
 impl Daemon {
-    /// Stands by for an allocation. Its map, without keys.
+    /// Stands by for an allocation. Returns its map, without keys.
     pub(super) async fn stand_by(&self, request: &AttachDevice) -> Result<Map, DeviceError> {
         let AttachDevice { name, form, force, block_size, .. } = request;
         let blocks = block_size.map_or(BlockWish::Kept, BlockWish::Is);
@@ -24,7 +24,8 @@ impl Daemon {
         self.owner.stand_by(name, form.to_string(), how).await.map_err(|error| refused(&error))
     }
 
-    /// The same for a device that is not shown yet. What was owed of the allocation is not owed any more.
+    /// As [`Daemon::stand_by`], for a device that is not shown yet. A pending give-back of the allocation is
+    /// cancelled.
     pub(super) async fn stand_by_anew(&self, request: &AttachDevice) -> Result<Map, DeviceError> {
         let mut debts = self.debts.lock().await;
         let map = self.stand_by(request).await?;
@@ -37,7 +38,7 @@ impl Daemon {
         self.own_with(request, None).await
     }
 
-    /// `has` is the epoch of a map that is here already; the one that is answered is not to be used then.
+    /// `has` is the epoch of a map that exists here already; then the map in the answer must not be used.
     async fn own_with(&self, request: &AttachDevice, has: Option<Epoch>) -> Result<Map, DeviceError> {
         let AttachDevice { name, form, force, lose, block_size, .. } = request;
         let blocks = block_size.map_or(BlockWish::Kept, BlockWish::Is);
@@ -48,8 +49,8 @@ impl Daemon {
         Ok(map)
     }
 
-    /// Whether the allocator knows that this life has the allocation. Tells it so first, where it was shown from a record: what a
-    /// life says that it does not know is not heard.
+    /// Whether the allocator knows that this life has the allocation. Registers it first if it was shown from
+    /// a record, because the allocator ignores statements of a life that it does not know.
     pub(super) async fn is_registered(&self, record: &Record) -> bool {
         let request = &record.request;
         if matches!(self.registered().get(&request.name), Some(None)) {
@@ -64,7 +65,8 @@ impl Daemon {
         false
     }
 
-    /// Becomes the owner for a device that is not shown yet. What was owed of it is not owed any more.
+    /// Becomes the owner for a device that is not shown yet. A pending give-back of the allocation is
+    /// cancelled.
     pub(super) async fn own_anew(&self, request: &AttachDevice) -> Result<Map, DeviceError> {
         let mut debts = self.debts.lock().await;
         let map = self.own(request).await?;
@@ -73,7 +75,7 @@ impl Daemon {
         Ok(map)
     }
 
-    /// Notes that an allocation is to be given back: from now on it is, whatever dies.
+    /// Records that an allocation has to be given back: from now on it will be, whichever process dies.
     pub(super) async fn owe(&self, name: &Name, given_up: Vec<ApplianceId>) {
         let mut debts = self.debts.lock().await;
         if let Err(error) = debts.add(name, given_up) {
@@ -84,14 +86,14 @@ impl Daemon {
         self.show_debts(&debts);
     }
 
-    /// Gives an allocation back that is owed. Where the allocator does not answer, it is told later.
+    /// Gives an allocation back that was detached. If the allocator does not answer, this is repeated later.
     pub(super) async fn give_back(&self, name: &Name) {
         let mut debts = self.debts.lock().await;
         self.deliver(&mut debts, name).await;
         self.show_debts(&debts);
     }
 
-    /// Gives back what is owed of allocations that have no device here.
+    /// Gives back all detached allocations that have no device here.
     pub(super) async fn give_all_back(&self) {
         let mut debts = self.debts.lock().await;
         for name in debts.names() {
@@ -104,12 +106,13 @@ impl Daemon {
 
     async fn deliver(&self, debts: &mut Debts, name: &Name) {
         for appliance in debts.given_up(name) {
-            // One that cannot be told so, but can take the allocation back, is of a version that knows of no such thing.
+            // An allocator that refuses this report, but can take the allocation back, is of a version
+            // without this report.
             let _ = self.owner.say(name, &Report::GaveUp { appliance }).await;
         }
         let error = match self.owner.disown(name).await {
             Ok(()) => return debts.settle(name),
-            // There is nothing to give back.
+            // The allocator has no allocation of this client to take back.
             Err(error) if is_settled(error.kind()) => {
                 tracing::warn!("allocation {name} is not given back: {}", error_line(&error));
                 return debts.settle(name);
@@ -128,7 +131,7 @@ impl Daemon {
     }
 }
 
-/// Whether a refusal says what holds, so that asking again brings nothing else.
+/// Whether a refusal is definite, so that repeating the request is useless.
 const fn is_settled(kind: ErrorKind) -> bool {
     matches!(kind, ErrorKind::NotFound | ErrorKind::Conflict | ErrorKind::Invalid | ErrorKind::Denied)
 }

@@ -1,4 +1,4 @@
-//! Attaching: own the allocation, remember it, show it; and undo what was done when a step fails.
+//! Attaching: owns the allocation, records it and shows it; undoes the earlier steps when a step fails.
 
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -16,16 +16,16 @@ use crate::records::{Record, Role};
 use crate::show::{Readiness, show};
 
 impl Daemon {
-    /// Shows an allocation. Runs to its end even if nobody waits for it any more.
+    /// Shows an allocation. Runs to its end even if its caller no longer waits.
     ///
     /// # Errors
-    /// What is wrong with the request, the allocator's refusal, or what this machine lacks.
+    /// The defect of the request, the allocator's refusal, or the feature that this machine lacks.
     pub async fn attach(self: &Arc<Daemon>, request: AttachDevice) -> Result<Device, DeviceError> {
         self.config.program.check(&request.form)?;
         check_device(&request).map_err(|error| DeviceError::new(ErrorKind::Invalid, error))?;
         self.check_safety(&request.form)?;
         if let Form::NbdSocket(place) = &request.form {
-            // Before anything is asked of the allocator.
+            // Checked before the allocator is asked.
             check_exposure(place, self.config.insecure)?;
         }
         if request.standby && !can_stand_by(&request.form) {
@@ -76,7 +76,8 @@ impl Daemon {
             Role::StandsBy => self.stand_by_anew(&request).await?,
             _ => self.own_anew(&request).await?,
         };
-        // It was meant for this time: a copy of the record must not take the allocation from anybody.
+        // These flags apply to this attach only: a copy of the record must not take the allocation from
+        // another client.
         (request.force, request.lose, request.standby) = (false, false, false);
         if let Some(slab) = map.slabs.slabs.keys().next() {
             let line = format!(
@@ -104,8 +105,8 @@ impl Daemon {
         }
     }
 
-    /// Shows what a record says and fills its slot. The record is kept before anything is shown, so
-    /// that nothing is ever shown that a restart would not find.
+    /// Shows a record's allocation and fills its slot. The record is saved before the allocation is shown, so
+    /// that a restart finds every allocation that was ever shown.
     pub(super) async fn show(
         self: &Arc<Daemon>,
         record: Record,
@@ -119,7 +120,7 @@ impl Daemon {
         Ok(attached)
     }
 
-    /// Forgets the record of an attachment that did not come about. That of a device which was there before stays.
+    /// Removes the record of a failed attachment. The record of a device that existed before stays.
     fn undo_record(&self, record: &Record) {
         if record.pending
             && let Err(error) = self.records.remove(&record.request.name)
@@ -129,7 +130,8 @@ impl Daemon {
     }
 
     fn show_and_keep(&self, mut record: Record, readiness: Readiness) -> Result<Arc<Attached>, DeviceError> {
-        // What was taken over is written down when its users have it again: a file may need their memory.
+        // The record of a device that was taken over is written only after its users have it again: writing
+        // may need their memory.
         let first = readiness != Readiness::TakenOver;
         if first {
             record.pending = readiness == Readiness::Required;
@@ -150,7 +152,7 @@ impl Daemon {
         ) {
             Ok(shown) => shown,
             Err(error) => {
-                // A device that was there before is tried again; a new one never was.
+                // A device that existed before is tried again; a new device is forgotten.
                 self.undo_record(&record);
                 return Err(error);
             }
@@ -160,7 +162,7 @@ impl Daemon {
         if let Some(descriptor) = shown.descriptor()
             && let Err(error) = self.records.keep_descriptor(&name, descriptor)
         {
-            // Only what comes after this process lacks it.
+            // Only the successors of this process lack the descriptor.
             tracing::error!("allocation {name}: {error}: nothing can take it over");
         }
         let new = std::mem::take(&mut record.pending);
@@ -173,7 +175,7 @@ impl Daemon {
                 self.undo_record(&record);
                 return Err(error);
             }
-            // It was kept before, and only its number may be another one now, which is a wish.
+            // The record was saved before; only the number may differ, which is a preference.
             tracing::error!("{error}");
         }
         tracing::info!("allocation {} is shown at {}", record.request.name, shown.path());

@@ -1,4 +1,4 @@
-//! Detaching: refused while somebody uses the device, unless forced.
+//! Detaching: refused while the device is in use, unless forced.
 
 use std::sync::Arc;
 use std::thread;
@@ -13,15 +13,14 @@ use crate::error::DeviceError;
 use crate::records::Record;
 use crate::usage;
 
-/// Requests that take longer than this count as users.
+/// Requests in flight for longer than this count as use.
 const MOMENT: Duration = Duration::from_secs(1);
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
-/// Clients of a socket that stay for longer than this use it.
+/// Clients that stay connected to a socket for longer than this count as users.
 const LOOK: Duration = Duration::from_secs(2);
 
 impl Daemon {
-    /// Takes a device away and gives its allocation back. Runs to its end even if nobody waits for
-    /// it any more.
+    /// Removes a device and gives its allocation back. Runs to its end even if its caller no longer waits.
     ///
     /// # Errors
     /// [`ErrorKind::InUse`] with the users, unless `force` is set.
@@ -62,10 +61,10 @@ impl Daemon {
         removed
     }
 
-    /// Ends all I/O of a device with an error, for good. It stays until it is detached.
+    /// Ends all I/O of a device with an error, for good. The device stays until it is detached.
     ///
     /// # Errors
-    /// When it is not shown, or its form has no such thing.
+    /// When the device is not shown, or its form cannot do this.
     pub async fn abort(self: &Arc<Daemon>, name: &Name) -> Result<Device, DeviceError> {
         let Some(Slot::Shown(attached)) = self.slots().get(name).cloned() else {
             return Err(self.unknown(name));
@@ -76,11 +75,11 @@ impl Daemon {
         Ok(self.view_of(&attached))
     }
 
-    /// What the kernel caches of a device's data, after it was dropped where that is wanted. Blocks until what changed is
-    /// written back then.
+    /// The state of the kernel's cache of a device's data; with `drop`, after the cache was dropped, which
+    /// blocks until changed data are written back.
     ///
     /// # Errors
-    /// When it is not shown, or its form has no cache of its own.
+    /// When the device is not shown, or its form has no cache of its own.
     pub async fn cache(self: &Arc<Daemon>, name: &Name, drop: bool) -> Result<Cache, DeviceError> {
         let Some(Slot::Shown(attached)) = self.slots().get(name).cloned() else {
             return Err(self.unknown(name));
@@ -94,7 +93,7 @@ impl Daemon {
         DeviceError::new(ErrorKind::NotFound, what)
     }
 
-    /// Marks the slot and returns what it was.
+    /// Marks the slot as busy and returns its previous state.
     fn begin_detach(&self, name: &Name) -> Result<Slot, DeviceError> {
         let mut slots = self.slots();
         match slots.get(name) {
@@ -114,8 +113,8 @@ impl Daemon {
         }
     }
 
-    /// Devices that somebody uses and that need this process, with their users; at the end of the
-    /// process. Can wait for the devices' I/O.
+    /// Used devices that need this process, with their users; called at the end of the process. Can wait for
+    /// the devices' I/O.
     pub(crate) fn in_use(&self) -> Vec<String> {
         let slots: Vec<Slot> = self.slots().values().cloned().collect();
         let needed = slots.iter().filter_map(|slot| match slot {
@@ -125,7 +124,7 @@ impl Daemon {
         let shown = needed
             .filter(|attached| attached.shown.disk().is_some() || attached.shown.descriptor().is_some())
             .map(|attached| (attached.shown.path(), users_of(attached, true)));
-        // The users of a device that is not served again yet wait for just that.
+        // The users of a device that is not served yet wait for it to be served.
         let waiting = slots.iter().filter(|slot| !matches!(slot, Slot::Shown(_))).filter_map(|slot| {
             let disk = slot.record().filter(|record| record.request.form == Form::Ublk)?.left_disk()?;
             Some((format!("/dev/{disk}"), usage::users(&disk)))
@@ -137,8 +136,8 @@ impl Daemon {
             .collect()
     }
 
-    /// Takes every device away at the end of the process, and keeps their records, so that the next
-    /// one shows them again. What outlives the process, or waits for the next one, is left alone while it is used.
+    /// Removes every device at the end of the process, and keeps the records, so that the next process shows
+    /// the devices again. A used device that outlives the process, or waits for the next one, is left alone.
     pub(crate) fn take_all_away(&self) {
         let slots = std::mem::take(&mut *self.slots());
         for (name, slot) in slots {
@@ -175,7 +174,7 @@ fn take_away(attached: &Attached, force: bool) -> Result<(), DeviceError> {
     attached.shown.hide(force && stuck)
 }
 
-/// A client that only looks at a socket, as `nbdinfo` does, is gone in a moment.
+/// A client that only queries a socket, such as `nbdinfo`, disconnects within a moment.
 fn wait_for_looks(attached: &Attached) {
     let limit = Instant::now() + LOOK;
     while attached.shown.clients() > 0 && Instant::now() < limit {
@@ -183,7 +182,7 @@ fn wait_for_looks(attached: &Attached) {
     }
 }
 
-/// Refuses to forget a device that is not served, and that the kernel keeps for its users.
+/// Refuses to forget a device that is not served but that the kernel keeps for its users.
 fn check_left(record: &Record) -> Result<(), DeviceError> {
     let Some(disk) = record.left_disk() else { return Ok(()) };
     let mut users = usage::users(&disk);
@@ -200,8 +199,8 @@ fn check_left(record: &Record) -> Result<(), DeviceError> {
     Err(DeviceError::new(ErrorKind::InUse, what))
 }
 
-/// Requests that are in flight for longer than a moment: with them the device cannot be taken away
-/// without failing them, because its end waits for theirs.
+/// Number of requests that are in flight for longer than a moment: with them the device cannot be removed
+/// without failing them, because its removal waits for them.
 fn in_flight_still(attached: &Attached) -> u64 {
     let limit = Instant::now() + MOMENT;
     loop {
@@ -237,7 +236,7 @@ fn refusal(attached: &Attached, users: &[String]) -> DeviceError {
     DeviceError::new(ErrorKind::InUse, what)
 }
 
-/// What to do where I/O waits for an appliance: the end of a line.
+/// The advice for I/O that waits for an appliance, as the end of a line.
 fn advice_for_silent(name: &Name) -> String {
     format!(
         ". Appliance {name} does not answer: if that machine never comes back, `xpm appliance forget {name} --lost` gives its \
@@ -245,8 +244,8 @@ fn advice_for_silent(name: &Name) -> String {
     )
 }
 
-/// Who uses a device now. `thorough` also looks for programs that have it open, which waits for those who only look at it, and
-/// for who opened it for himself alone, which can wait for the device's I/O.
+/// The present users of a device. `thorough` also looks for programs that have it open; this waits for
+/// programs that only query the device or opened it exclusively, and so can wait for the device's I/O.
 pub(super) fn users_of(attached: &Attached, thorough: bool) -> Vec<String> {
     let Some(disk) = attached.shown.disk() else {
         let form = attached.record().request.form;

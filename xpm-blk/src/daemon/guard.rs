@@ -1,5 +1,5 @@
-//! The allocator's word on devices whose paths do not work: whether their memory is lost, and where it is now. What
-//! changed of the addresses is kept in the record, so that a restart knows it too.
+//! Asks the allocator about devices whose paths do not work: whether their memory is lost, and for the
+//! present addresses. Changed addresses are saved in the record, so that a restart knows them.
 
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -10,7 +10,7 @@ use super::{Attached, Daemon, Slot, blocking};
 use crate::records::Record;
 
 impl Daemon {
-    /// Watches over a device on a task of its own, until it is gone.
+    /// Guards a device in a task of its own, until the device is gone.
     pub(super) fn guard(self: &Arc<Daemon>, attached: &Arc<Attached>) {
         let Some(alarm) = attached.shown.guarded().map(xpm_client::owner::Guarded::alarm) else { return };
         let guard = Guard::new(self.owner.clone(), attached.record().request.name);
@@ -25,7 +25,7 @@ impl Daemon {
         });
     }
 
-    /// Has the devices looked after that something is heard of.
+    /// Triggers the guards of the devices that the news concern.
     pub(super) fn sound_alarms(&self, heard: &Heard) {
         for (name, slot) in &*self.slots() {
             let Slot::Shown(attached) = slot else { continue };
@@ -42,9 +42,9 @@ impl Daemon {
     }
 }
 
-/// Asks once, if there is reason to. When to ask again; none when the device is gone.
+/// Asks once, if there is a reason. Returns the time until the next call; none when the device is gone.
 async fn look(daemon: &Arc<Daemon>, guard: &Guard, attached: &Weak<Attached>) -> Option<Duration> {
-    /// A device that works is looked at now and then only, to see that it is gone.
+    /// A device that works is checked only at this interval, to notice that it is gone.
     const IDLE: Duration = Duration::from_secs(60);
     let attached = attached.upgrade()?;
     let known = Known::from(&attached.record().map);
@@ -65,7 +65,7 @@ async fn look(daemon: &Arc<Daemon>, guard: &Guard, attached: &Weak<Attached>) ->
 
 type Endpoints = std::collections::BTreeMap<xpm_protocol::GrantId, xpm_protocol::api::appliance::Endpoints>;
 
-/// Whether any of a record's grants is reached elsewhere now.
+/// Updates the addresses of a record's grants; returns whether any changed.
 fn move_grants(record: &mut Record, endpoints: &Endpoints) -> bool {
     let mut has_moved = false;
     for grant in &mut record.map.grants {

@@ -1,8 +1,8 @@
-//! Standing by for an allocation, and being handed over while it is in use. `records.rs` has the states.
+//! Standing by for an allocation, and handing it over while it is in use. `records.rs` has the states.
 //!
-//! What the device may do is decided by the allocator alone. Its word is heard by event, by asking now and then, and because
-//! appliances refuse the keys of before; until it is heard, I/O waits. What is told is written down before I/O goes on, and I/O
-//! is stopped before it is written down.
+//! Only the allocator decides the role of a device. Its statement arrives by event, by regular questions, and
+//! because appliances refuse the old keys; until it arrives, I/O waits. A new role is recorded before I/O
+//! resumes, and I/O is stopped before the role is recorded.
 
 use std::sync::Arc;
 
@@ -19,7 +19,8 @@ use crate::error::DeviceError;
 use crate::records::{Record, Role};
 
 impl Daemon {
-    /// Follows the allocator's word that this client has only so much of an allocation: its I/O waits from now on.
+    /// Follows the allocator's statement that this client has only this part in an allocation: its I/O waits
+    /// from now on.
     pub(super) async fn take_part(self: &Arc<Daemon>, attached: &Arc<Attached>, part: Part) {
         let role = match part {
             Part::StandsBy => Role::StandsBy,
@@ -45,7 +46,8 @@ impl Daemon {
         }
     }
 
-    /// For a device that stands by: goes on where this client is the owner now, and else sees to it that it still stands by.
+    /// For a standby device: begins if this client is the owner now, and otherwise ensures that it still
+    /// stands by.
     pub(super) async fn stand_by_or_begin(self: &Arc<Daemon>, attached: &Arc<Attached>) {
         let record = attached.record();
         let name = &record.request.name;
@@ -55,7 +57,7 @@ impl Daemon {
                 Some(Part::StandsBy) => {}
                 Some(part) => self.take_part(attached, part).await,
             },
-            // It was withdrawn, or the allocator lost what it knew.
+            // The standby was withdrawn, or the allocator lost its records.
             Err(error) if error.kind() == ErrorKind::Conflict => {
                 let Err(error) = self.stand_by(&record.request).await else { return };
                 tracing::warn!("allocation {name} does not stand by here any more: {error}");
@@ -67,7 +69,8 @@ impl Daemon {
         }
     }
 
-    /// For a device that was handed over: goes on where the hand-over was rolled back, and ends where it was committed.
+    /// For a device that was handed over: resumes if the hand-over was rolled back, and ends if it was
+    /// committed.
     pub(super) async fn wait_or_go_on(self: &Arc<Daemon>, attached: &Arc<Attached>) {
         let record = attached.record();
         let name = record.request.name.clone();
@@ -75,7 +78,7 @@ impl Daemon {
         match guard.word(Known::from(&record.map)).await {
             Some(Word::Holds { .. }) => self.begin(attached, true).await,
             Some(Word::Ended { why, recorded: true }) => self.end_handed_over(attached, &why).await,
-            // One that lost its metadata has no record, and ends nothing.
+            // An allocator that lost its metadata has no record; its answer ends no device.
             Some(Word::Ended { why, recorded: false }) => {
                 tracing::warn!("{why}; its device here waits until it is detached by force");
             }
@@ -83,7 +86,8 @@ impl Daemon {
         }
     }
 
-    /// A hand-over was undone before this owner heard of it: the allocation is its own, and appliances know the new keys only.
+    /// Handles a hand-over that was undone before this owner learned of it: the allocation is its own, and
+    /// appliances accept the new keys only.
     pub(super) async fn renew(self: &Arc<Daemon>, attached: &Arc<Attached>, contested: bool) {
         if let Some(volume) = attached.shown.volume() {
             volume.hold_all("its appliances have new keys, which are asked for");
@@ -91,7 +95,7 @@ impl Daemon {
         self.begin(attached, contested).await;
     }
 
-    /// This client owns the allocation: gets its keys, and lets I/O go on.
+    /// Handles that this client owns the allocation: gets its keys, and resumes I/O.
     async fn begin(self: &Arc<Daemon>, attached: &Arc<Attached>, contested: bool) {
         let record = attached.record();
         let name = record.request.name.clone();
@@ -126,7 +130,8 @@ impl Daemon {
         volume.go_on(&map).map_err(refused)
     }
 
-    /// Writes down whether another client may have the allocation one day, and tells the allocator that this is done.
+    /// Records whether another client may get the allocation one day, and reports to the allocator that this
+    /// is done.
     pub(super) async fn note_contested(self: &Arc<Daemon>, attached: &Arc<Attached>, contested: bool) {
         let role = if contested { Role::Contested } else { Role::Owner };
         let record = attached.record();
@@ -145,21 +150,22 @@ impl Daemon {
             }
             Volume::set_contested(&volume, contested);
         }
-        // Also when it was written down before: the allocator may not know that.
+        // Also when it was recorded before, because the allocator may not know that.
         if contested {
             let _ = self.owner.say(name, &Report::Holds).await;
         }
     }
 
-    /// The allocation is another client's for good.
+    /// Handles that the allocation belongs to another client for good.
     async fn end_handed_over(self: &Arc<Daemon>, attached: &Arc<Attached>, why: &str) {
         let Record { request, .. } = attached.record();
         tracing::info!("{why}, for good: its device here ends");
         if let Some(volume) = attached.shown.volume() {
             volume.end_all(why);
         }
-        // A kernel device stays until nobody uses it. Users of a socket or a file are cut off with it: it must be out of the way
-        // when the allocation comes back, and programs that are about to end still have the file open.
+        // A kernel device stays until it has no users. Users of a socket or a file are disconnected with it:
+        // it must be gone when the allocation comes back, and programs that are about to end still have the
+        // file open.
         let by_force = matches!(request.form, Form::NbdSocket(_) | Form::VhostUser(_) | Form::File(_));
         if let Err(error) = self.detach(request.name.clone(), by_force).await {
             tracing::warn!("allocation {}: {error}", request.name);

@@ -1,6 +1,7 @@
-//! Says in the log how devices fare, by their names: that I/O is held, lost, failed, or passes again.
+//! Logs the state of devices, by their names: that I/O is held, lost, failed, or works again.
 //!
-//! It looks rather than being told: what passes I/O never waits for somebody who writes a line.
+//! It polls the state rather than receiving notifications: code on the I/O path never waits for a line to be
+//! written.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -12,21 +13,22 @@ use xpm_protocol::api::blk::{DeviceState, LinkState};
 use super::{Attached, Daemon, Slot, blocking};
 use crate::frontend::Health;
 
-/// How often it looks.
+/// Polling interval.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
-/// A device that has just been shown, by this process or the first time, may connect for so long without a word.
+/// How long a device that was just shown, by this process or for the first time, may be connecting before
+/// that is logged.
 const BEGINS: Duration = Duration::from_secs(1);
-/// Shortest time between two lines about I/O of one device that failed.
+/// Shortest time between two lines about failed I/O of one device.
 const QUIET: Duration = Duration::from_secs(10);
 
-/// Looks and says, until it is dropped.
+/// Polls and logs, until it is dropped.
 pub(crate) async fn run(daemon: Arc<Daemon>) {
     let mut known: BTreeMap<Name, Known> = BTreeMap::new();
     loop {
         tokio::time::sleep(LOOK_EVERY).await;
         let shown = daemon.shown();
         known.retain(|name, _| shown.iter().any(|(other, _)| other == name));
-        // What is asked of the kernel may take a moment.
+        // Queries to the kernel may block for a moment.
         let looked = blocking(move || {
             let look = |(name, attached): (Name, Arc<Attached>)| {
                 let health = attached.shown.health();
@@ -53,7 +55,7 @@ impl Daemon {
     }
 }
 
-/// What was said last of a device.
+/// The last state of a device that was logged.
 struct Known {
     state: DeviceState,
     since: Instant,
@@ -85,7 +87,7 @@ impl Known {
     }
 }
 
-/// The appliances in this state, with the reasons.
+/// The appliances whose links are in this state, with the reasons.
 fn of(health: &Health, state: LinkState) -> String {
     let links = health.links.iter().filter(|link| link.state == state);
     let one = |link: &xpm_protocol::api::blk::LinkStatus| match &link.reason {

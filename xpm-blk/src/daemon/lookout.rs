@@ -1,6 +1,6 @@
-//! What the daemon hears of the allocator by asking: that an allocation is going to end. And what it
-//! tells: how this host is linked to the appliances. Both are off the data path, and an allocator
-//! that does not answer changes nothing.
+//! Regular exchanges with the allocator. The daemon asks whether an allocation is going to end, and reports
+//! how this host is linked to the appliances. Both are off the data path, and an allocator that does not
+//! answer changes nothing.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,12 +12,12 @@ use xpm_protocol::api::allocator::{Allocation, Appliance, Client, Ending};
 
 use super::Daemon;
 
-/// How often allocations are asked after.
+/// Interval of asking about the allocations.
 const ASK_EVERY: Duration = Duration::from_secs(10);
-/// How often this host tells what it found out about itself.
+/// Interval of reporting facts about this host.
 const TELL_EVERY: Duration = Duration::from_secs(300);
 
-/// Asks and tells until it is dropped.
+/// Asks and reports until it is dropped.
 pub(crate) async fn run(daemon: Arc<Daemon>) {
     let mut told: Option<Instant> = None;
     loop {
@@ -31,7 +31,7 @@ pub(crate) async fn run(daemon: Arc<Daemon>) {
     }
 }
 
-/// Listens to what happens, until it is dropped, so that orders are heard at once.
+/// Listens to events, until it is dropped, so that orders are noticed without delay.
 pub(crate) async fn follow(daemon: Arc<Daemon>) {
     let mut listener = daemon.owner.listen();
     loop {
@@ -66,7 +66,7 @@ impl Daemon {
         }
     }
 
-    /// Logs an end that is announced, once, and keeps it for those who look.
+    /// Logs an announced end, once, and stores it for the status.
     fn hear_end(&self, name: Name, ending: Option<Ending>) {
         let mut endings = self.endings();
         let known = endings.get(&name).map(|ending| (ending.reason, ending.frees));
@@ -86,7 +86,8 @@ impl Daemon {
         }
     }
 
-    /// Whether the allocator took it. A host whose name is no name for a client tells nothing.
+    /// Reports the facts; returns whether the allocator accepted them. A host whose name is not valid for a
+    /// client reports none.
     async fn tell_facts(&self) -> bool {
         let Ok(name) = facts::client_name() else { return true };
         let appliances: Result<Vec<Appliance>, _> = self.owner.allocator.get("/v1/appliances").await;

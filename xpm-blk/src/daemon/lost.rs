@@ -1,5 +1,5 @@
-//! An appliance that does not come back: I/O to it ends, for good. The operator says so to the allocator, whose word is heard
-//! by event or by asking, or, where the allocator cannot be reached, to this daemon.
+//! Giving up an appliance that does not come back: I/O to it ends for good. The operator tells the allocator,
+//! whose statement arrives by event or by question, or this daemon if the allocator cannot be reached.
 
 use std::sync::Arc;
 
@@ -18,8 +18,8 @@ use crate::records::Record;
 use crate::show::end_left;
 
 impl Daemon {
-    /// Tells the allocator what an allocation is shown as, and gives up what it says is lost. On a task of its own: a change
-    /// that is being carried out may wait for just that.
+    /// Reports the use of an allocation to the allocator, and gives up the appliances that its answer names.
+    /// In a task of its own: a change in progress may wait for exactly that.
     pub(super) fn look_for_losses(self: &Arc<Daemon>, name: &Name) {
         let (daemon, name) = (Arc::clone(self), name.clone());
         let attached = match self.slots().get(&name).cloned() {
@@ -47,7 +47,7 @@ impl Daemon {
         });
     }
 
-    /// The same for a device that is not served now, and whose I/O the kernel may hold.
+    /// As [`Daemon::look_for_losses`], for a device that is not served now and whose I/O the kernel may hold.
     async fn look_waiting(self: &Arc<Daemon>, name: &Name) {
         let Ok(orders) = self.owner.orders(name).await else { return };
         let Some(Slot::Waiting(waiting)) = self.slots().get(name).cloned() else { return };
@@ -57,7 +57,8 @@ impl Daemon {
         }
     }
 
-    /// Tells the allocator of appliances that the operator gave up here. The record remembers them until it has heard.
+    /// Reports the appliances that the operator gave up here. The record keeps them until the allocator has
+    /// received the report.
     async fn tell_given_up(&self, record: &Record, mut orders: Orders) -> Orders {
         for appliance in record.given_up.keys() {
             if orders.given_up.iter().any(|known| known.appliance == *appliance) {
@@ -66,7 +67,8 @@ impl Daemon {
             let report = Report::GaveUp { appliance: *appliance };
             match self.owner.say(&record.request.name, &report).await {
                 Ok(new) => orders = new,
-                // Also one of a version that does not want to know; it is told again with the next question.
+                // Also an allocator of a version without this report; the report is repeated with the next
+                // question.
                 Err(error) => tracing::debug!("allocation {}: {}", record.request.name, error_line(&error)),
             }
         }
@@ -81,7 +83,7 @@ impl Daemon {
         }
         let new = Waiting { record: record.clone(), reason: why.clone(), since: waiting.since };
         {
-            // Somebody may be showing it by now: then it is looked at again soon.
+            // Another task may be showing the device by now; then it is checked again soon.
             let mut slots = self.slots();
             match slots.get(name) {
                 Some(Slot::Waiting(now)) if Arc::ptr_eq(now, &waiting) => {
@@ -106,7 +108,7 @@ impl Daemon {
 
     async fn orders_with_use(&self, name: &Name, used: DeviceUse) -> Result<Orders, ClientError> {
         match self.owner.say(name, &Report::Used(used)).await {
-            // An allocator of a version that does not want to know.
+            // An allocator of a version without this report.
             Err(ClientError::Refused(body)) if body.kind == ErrorKind::Invalid => {
                 self.owner.orders(name).await
             }
@@ -114,8 +116,8 @@ impl Daemon {
         }
     }
 
-    /// Gives up an appliance of an allocation. What cannot be written down is done all the same: the allocator says it
-    /// again after a restart, or the operator.
+    /// Gives up an appliance of an allocation. Continues even if that cannot be recorded: after a restart,
+    /// the allocator or the operator repeats it.
     async fn give_up(&self, attached: &Arc<Attached>, appliance: ApplianceId, lender: Name) {
         let mut record = attached.record();
         let why = lost_on(&lender);
@@ -140,11 +142,11 @@ impl Daemon {
         }
     }
 
-    /// Gives up an appliance, by its name or id, here and now: for when the allocator cannot be reached. What is shown is
-    /// returned of each device that had memory on it.
+    /// Gives up an appliance at once, by its name or id, for when the allocator cannot be reached. Returns
+    /// the state of each device that had memory on it.
     ///
     /// # Errors
-    /// [`ErrorKind::NotFound`] where no device has memory on it, [`ErrorKind::InUse`] while it answers.
+    /// [`ErrorKind::NotFound`] when no device has memory on it, [`ErrorKind::InUse`] while it answers.
     pub async fn lose(self: &Arc<Daemon>, lender: &str) -> Result<Vec<Device>, DeviceError> {
         let slots: Vec<(Name, Slot)> =
             self.slots().iter().map(|(name, slot)| (name.clone(), slot.clone())).collect();

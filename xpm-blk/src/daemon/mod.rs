@@ -1,7 +1,7 @@
-//! The daemon's devices: one owner of which allocations are shown, and of every change to that.
+//! The daemon's devices: the only owner of the set of shown allocations, and of every change to it.
 //!
-//! Each allocation has a slot from the moment that somebody asks for it until it is gone. What
-//! takes time happens with the slot marked, outside of the lock, on threads that may block.
+//! Each allocation has a slot from the first request until it is gone. Steps that take time run with the slot
+//! marked as busy, outside of the lock, on threads that may block.
 
 mod allocator;
 mod attach;
@@ -44,20 +44,21 @@ pub struct Daemon {
     keeper: Keeper,
     server: Server,
     slots: Mutex<BTreeMap<Name, Slot>>,
-    /// Allocations that are going to end.
+    /// Allocations whose end is announced.
     endings: Mutex<BTreeMap<Name, Ending>>,
-    /// Allocations that this life told the allocator that it has: none, or why the allocator did not take that.
+    /// Allocations that this life registered with the allocator: none, or why the allocator refused.
     registered: Mutex<BTreeMap<Name, Option<String>>>,
-    /// What is to be given back. Held while the allocator is told of it, or of the opposite.
+    /// Allocations that have to be given back. Locked while the allocator is told to take one back, or to
+    /// assign it anew.
     debts: tokio::sync::Mutex<Debts>,
-    /// The same, for those who look.
+    /// A copy of the debts for the status.
     owed: Mutex<Vec<Owed>>,
-    /// Allocations whose orders are being carried out, and whether there may be new ones since.
+    /// Allocations whose orders are being executed, and whether new orders may have arrived since.
     obeying: Mutex<BTreeMap<Name, bool>>,
     started: Instant,
 }
 
-/// What a daemon is made of.
+/// The parts that a daemon is made of.
 pub(crate) struct Parts {
     pub(crate) config: Config,
     pub(crate) owner: Owner,
@@ -68,9 +69,9 @@ pub(crate) struct Parts {
 
 #[derive(Clone)]
 enum Slot {
-    /// Somebody works on it.
+    /// An operation works on it.
     Busy(Busy),
-    /// It was shown before the restart and is not yet again, for this reason.
+    /// It was shown before the restart and is not shown again yet, for this reason.
     Waiting(Arc<Waiting>),
     /// It is shown.
     Shown(Arc<Attached>),
@@ -78,9 +79,9 @@ enum Slot {
 
 #[derive(Clone)]
 struct Busy {
-    /// What they do.
+    /// The operation in progress.
     doing: &'static str,
-    /// What was shown, or is to be shown again.
+    /// The record of the device that was shown, or is to be shown again.
     before: Option<Box<Record>>,
 }
 
@@ -102,12 +103,12 @@ struct Waiting {
 
 /// A shown allocation.
 struct Attached {
-    /// As it is on disk.
+    /// The record, as it is on disk.
     record: Mutex<Record>,
     shown: Box<dyn Shown>,
-    /// Held while a record is written, so that the last one that is kept is the one on disk.
+    /// Locked while a record is written, so that the last change is the one on disk.
     keeping: Mutex<()>,
-    /// A change that is firm: writes go to both places until it is known which holds.
+    /// A firm change: writes go to both places until it is known which map is valid.
     change: Mutex<Option<Change>>,
     since: Instant,
 }
@@ -127,10 +128,10 @@ impl Attached {
         Ok(())
     }
 
-    /// Keeps the record with what `amend` changes of it, on disk first. False where that changes nothing.
+    /// Saves the record as `amend` changes it, on disk first. Returns false when `amend` changes nothing.
     fn amend(&self, records: &Records, amend: impl FnOnce(&mut Record) -> bool) -> Result<bool, DeviceError> {
         let _keeping = self.keeping.lock().unwrap_or_else(PoisonError::into_inner);
-        // Under the lock: what somebody else keeps meanwhile is not written over.
+        // Under the lock, so that no concurrent change is overwritten.
         let mut record = self.record();
         if !amend(&mut record) {
             return Ok(false);
@@ -140,7 +141,7 @@ impl Attached {
         Ok(true)
     }
 
-    /// Writes the record down once more.
+    /// Writes the unchanged record once more.
     fn write_down(&self, records: &Records) -> Result<(), DeviceError> {
         let _keeping = self.keeping.lock().unwrap_or_else(PoisonError::into_inner);
         records.save(&self.record())
@@ -171,7 +172,7 @@ impl Daemon {
         }
     }
 
-    /// What the daemon is doing.
+    /// The status of the daemon.
     pub fn status(&self) -> Status {
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -186,7 +187,7 @@ impl Daemon {
         }
     }
 
-    /// Who goes on when this process ends.
+    /// The keeper of the standby.
     pub(crate) const fn keeper(&self) -> &Keeper {
         &self.keeper
     }
@@ -234,7 +235,7 @@ impl Daemon {
     }
 }
 
-/// Runs what may block, on a thread for that.
+/// Runs work that may block, on a thread for that.
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, DeviceError> + Send + 'static,
 ) -> Result<T, DeviceError> {

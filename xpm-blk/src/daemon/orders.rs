@@ -1,9 +1,9 @@
-//! Carrying out what the allocator orders of an owner: to let an allocation go, and to follow a change of
-//! where it lies. I/O goes on meanwhile, and waits for no answer of the allocator.
+//! Executing the allocator's orders to an owner: to give an allocation up, and to follow a change of the
+//! places of its regions. I/O continues meanwhile, and waits for no answer of the allocator.
 //!
-//! Of a change that is firm it is written down before the allocator is told so: from then on only the allocator
-//! knows whether the old or the new map holds, and after a restart writes go to both places until it
-//! has answered.
+//! A firm change is recorded before the allocator learns that it is firm: from then on only the allocator
+//! knows whether the old or the new map is valid, and after a restart writes go to both places until the
+//! allocator has answered.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -21,8 +21,8 @@ use crate::error::{DeviceError, Step};
 use crate::records::Role;
 
 impl Daemon {
-    /// Asks for the orders of a device and carries them out, on a task of their own. While that is being done already, it is
-    /// done once more afterwards.
+    /// Asks for the orders of a device and executes them, in a task of their own. If that task runs already,
+    /// it repeats once more.
     pub(super) fn obey(self: &Arc<Daemon>, name: &Name) {
         if !matches!(self.slots().get(name), Some(Slot::Shown(_))) {
             return;
@@ -63,7 +63,7 @@ impl Daemon {
             Role::Owner | Role::Contested => {}
         }
         if !self.is_registered(&attached.record()).await {
-            // It may be handed over.
+            // The allocation may have been handed over.
             if let Ok(Orders { part: Some(part), .. }) = self.owner.orders(&name).await {
                 self.take_part(&attached, part).await;
             }
@@ -87,18 +87,18 @@ impl Daemon {
         }
         match orders.change {
             Some(change) => self.carry_out(&attached, change).await,
-            // A map of ours that is newer wins over an allocator whose metadata are of yesterday.
+            // A newer map of this client wins over an allocator whose metadata are older.
             None if orders.version > attached.record().map.version => self.catch_up(&attached).await,
             None => {}
         }
     }
 
-    /// Carries a change out up to where it is firm, and then to its end.
+    /// Executes a change until it is firm, and then to its end.
     async fn carry_out(self: &Arc<Daemon>, attached: &Arc<Attached>, change: MapChange) {
         let name = attached.record().request.name;
         let number = change.number;
         if change.switched {
-            // It was carried out by an earlier life, which had written so much down.
+            // An earlier life executed the change and recorded that.
             return self.catch_up(attached).await;
         }
         tracing::info!("allocation {name} is changed: {:?} to {}", change.kind, change.next.size);
@@ -117,7 +117,7 @@ impl Daemon {
         }
     }
 
-    /// Asks whether a firm change holds, and ends it so or so.
+    /// Asks whether a firm change is valid, and ends it either way.
     async fn finish_firm(self: &Arc<Daemon>, attached: &Arc<Attached>) {
         let record = attached.record();
         let Some(change) = record.change.clone() else { return };
@@ -140,11 +140,11 @@ impl Daemon {
         }
     }
 
-    /// The map that holds is another than ours, with nothing to copy.
+    /// Follows the allocator's valid map when it is another one than ours and nothing has to be copied.
     async fn catch_up(self: &Arc<Daemon>, attached: &Arc<Attached>) {
         let record = attached.record();
         let name = record.request.name.clone();
-        // The order to take it by force was for the moment of the attach.
+        // The flag to take it by force applied to the attach only.
         let request = AttachDevice { force: false, lose: false, ..record.request.clone() };
         let Ok(map) = self.own(&request).await else { return };
         if map.version < record.map.version {
@@ -169,17 +169,17 @@ impl Daemon {
         }
     }
 
-    /// Lets an allocation go to another client: writes back what the kernel holds, takes the device away, and says
-    /// so. Refused while somebody uses the device.
+    /// Gives an allocation up to another client: writes back the kernel's changed data, removes the device,
+    /// and reports that. Refused while the device is in use.
     async fn hand_over(self: &Arc<Daemon>, attached: &Arc<Attached>, hand_over: &HandOver) {
         let name = attached.record().request.name;
         tracing::info!("allocation {name} is to go to client {}", hand_over.to);
         if let Some(disk) = attached.shown.disk().map(|disk| format!("/dev/{disk}")) {
-            // Also where it fails: what is refused then is refused by the detaching.
+            // An error is ignored: if the device cannot be removed, detaching refuses.
             let _ =
                 blocking(move || File::open(&disk).and_then(|disk| disk.sync_all()).at("write back")).await;
         }
-        // Detached by its owner it goes to the one who is to have it.
+        // When its owner detaches the allocation, it goes to the client that is to have it.
         if let Err(error) = self.detach(name.clone(), false).await {
             let why = error.to_string();
             tracing::warn!("allocation {name} is kept: {why}");
@@ -188,7 +188,7 @@ impl Daemon {
     }
 }
 
-/// Copies what moves, and writes down that the change is firm.
+/// Copies the regions that move, and records that the change is firm.
 fn make_firm(
     daemon: &Daemon,
     attached: &Attached,
@@ -229,7 +229,7 @@ fn make_firm(
     Ok(())
 }
 
-/// A device that is used as swap has its size in its header, and a ublk device keeps the one that it was made with.
+/// A device used as swap has its size in its header, and a ublk device keeps the size that it was made with.
 fn check_shrink(attached: &Attached) -> Result<(), DeviceError> {
     let users = super::detach::users_of(attached, false);
     if users.iter().any(|user| user == "swap") {
@@ -247,7 +247,7 @@ fn check_shrink(attached: &Attached) -> Result<(), DeviceError> {
     }
 }
 
-/// The change holds: turns to the new map. What became of the device, where there is something to say.
+/// The change is valid: switches to the new map. Returns a remark about the device, if there is one.
 fn switch(daemon: &Daemon, attached: &Attached, change: &MapChange) -> Result<Option<String>, DeviceError> {
     attached
         .keep_with(&daemon.records, |record| (record.map, record.change) = (change.next.clone(), None))?;
@@ -261,7 +261,7 @@ fn switch(daemon: &Daemon, attached: &Attached, change: &MapChange) -> Result<Op
     }
 }
 
-/// The change does not hold: all is as before.
+/// The change is not valid: restores the state before it.
 fn give_up(daemon: &Daemon, attached: &Attached, change: &MapChange) -> Result<Option<String>, DeviceError> {
     drop(attached.change().take());
     attached.keep_with(&daemon.records, |record| record.change = None)?;

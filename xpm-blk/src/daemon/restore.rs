@@ -1,5 +1,5 @@
-//! After a restart: show again what was shown before, with no help of the allocator; then attach
-//! what the configuration lists.
+//! After a restart: shows again all devices that were shown before, without the allocator; then attaches the
+//! devices in the configuration.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,14 +18,14 @@ use crate::program::Program;
 use crate::records::{Record, Told};
 use crate::show::Readiness;
 
-/// How long the first devices that are taken over are waited for before others follow.
+/// How long the first devices that are taken over may take before the others follow.
 const FIRST_LIMIT: Duration = Duration::from_secs(5);
 const PAUSE_FIRST: Duration = Duration::from_millis(200);
 const PAUSE_LONGEST: Duration = Duration::from_secs(15);
 
 impl Daemon {
-    /// Starts to show every record, and then every device of the configuration that is in none,
-    /// again and again until it is shown or detached. Returns at once.
+    /// Starts to show every record, and then every device of the configuration without a record, repeatedly
+    /// until it is shown or detached. Does not block.
     ///
     /// # Errors
     /// When the records cannot be used.
@@ -34,7 +34,7 @@ impl Daemon {
         let (pending, mut records): (Vec<Record>, Vec<Record>) =
             self.records.load()?.into_iter().partition(|record| record.pending);
         pending.iter().for_each(|record| self.undo(record));
-        // It was taken away, and the process ended before its record was removed.
+        // The device was removed, and the process ended before its record was removed.
         let left: Vec<Name> = records.iter().map(|record| record.request.name.clone()).collect();
         for name in left.iter().filter(|name| debts.has(name) && self.is_new(name)) {
             self.records.remove(name)?;
@@ -72,7 +72,7 @@ impl Daemon {
         Ok(())
     }
 
-    /// An attachment that an earlier life did not bring to its end is none.
+    /// Undoes an attachment that an earlier life did not complete.
     fn undo(self: &Arc<Daemon>, record: &Record) {
         let name = record.request.name.clone();
         let given_up = record.given_up.keys().copied().collect();
@@ -91,9 +91,9 @@ impl Daemon {
         !self.slots().contains_key(name)
     }
 
-    /// Goes on with everything that a dead process showed, those devices first that this host may need to go on itself.
-    /// Reads and writes no file before those are there, or do not come. After that, [`Daemon::restore`] finds what there is
-    /// besides.
+    /// Takes over all devices of a dead process, first those that this host may need to continue at all.
+    /// Reads and writes no file before these are shown or have failed. After that, [`Daemon::restore`] finds
+    /// the other devices.
     pub(crate) async fn take_over(self: &Arc<Daemon>) {
         let (first, later): (Vec<Record>, Vec<Record>) = self
             .records
@@ -122,7 +122,7 @@ impl Daemon {
         });
     }
 
-    /// Keeps the record of a device that was taken over.
+    /// Writes the record of a device that was taken over.
     async fn write_down(self: &Arc<Daemon>, name: &Name) {
         let Some(Slot::Shown(attached)) = self.slots().get(name).cloned() else { return };
         let daemon = Arc::clone(self);
@@ -137,10 +137,10 @@ impl Daemon {
         self.set(&record.request.name, Some(Slot::Waiting(Arc::new(waiting))));
     }
 
-    /// A record of another machine, or of another installation, is shown when the allocator says that it may be: there,
-    /// the device may be in use.
+    /// A record of another machine, or of another installation, is shown only if the allocator permits it,
+    /// because the device may be in use there.
     async fn may_show(&self, record: &mut Record) -> Result<(), DeviceError> {
-        // What waits for the allocator's word is asked about when it is shown.
+        // A device that waits for the allocator's statement asks for it when it is shown.
         if record.is_of(self.owner.life.as_ref()) || record.role.waits().is_some() {
             return Ok(());
         }
@@ -150,7 +150,7 @@ impl Daemon {
             let what = format!("it was shown on another machine ({shown}) and is not shown here: {error}");
             DeviceError::new(error.kind(), what)
         })?;
-        // What was firm there was decided there.
+        // A change that was firm there was decided there.
         *record = Record { map, change: None, life: self.owner.life, ..record.clone() };
         Ok(())
     }
@@ -160,7 +160,7 @@ impl Daemon {
         let since = Instant::now();
         let mut pause = PAUSE_FIRST;
         loop {
-            // As it is known now: an appliance of it may have been given up.
+            // The latest record: an appliance of it may have been given up since.
             let Some(mut record) = self.mark_busy(&name) else { return };
             let may = match readiness {
                 Readiness::TakenOver => Ok(()),
@@ -183,7 +183,7 @@ impl Daemon {
         }
     }
 
-    /// Its record; none when the slot was detached meanwhile.
+    /// Marks the slot as busy and returns its record; none when the slot was detached meanwhile.
     fn mark_busy(&self, name: &Name) -> Option<Record> {
         let mut slots = self.slots();
         let Some(Slot::Waiting(waiting)) = slots.get(name) else { return None };

@@ -1,4 +1,4 @@
-//! What the control interface shows of devices.
+//! The view of devices in the control interface.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -55,8 +55,8 @@ impl Daemon {
         }
     }
 
-    /// A device that is not shown again yet, or no longer, has no path; the reason stands at its
-    /// links.
+    /// The view of a device that is not shown again yet, or no longer: it has no path, and the reason is
+    /// shown at its links.
     fn view_without_path(&self, record: &Record, reason: &str, since: Instant) -> Device {
         let since = whole_seconds(since);
         let links = record.map.grants.iter().map(|grant| LinkStatus {
