@@ -7,7 +7,7 @@ use xpm_blk::program::Program;
 use xpm_blk::start::{self, Options};
 
 /// Shows allocations of external memory as block devices: ublk, the kernel's nbd, NBD sockets, or
-/// vhost-user-blk disks of virtual machines. `xpm blk attach` tells it what to show.
+/// vhost-user-blk disks of virtual machines. `xpm blk attach` selects the allocations to show.
 #[derive(Debug, Parser)]
 #[command(name = "xpm-blk", version)]
 struct Args {

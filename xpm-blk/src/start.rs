@@ -15,26 +15,27 @@ pub struct Options {
     /// Configuration file [default: the one in /etc/xpm, if there is one]
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// The control socket, in place of the configuration's
+    /// The control socket, instead of the configuration's
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
-    /// Base URL of the allocator, in place of the configuration's; of several, all with commas in
-    /// between
+    /// Base URL of the allocator, instead of the configuration's; URLs of several allocators are separated by
+    /// commas
     #[arg(long, value_name = "URL[,URL...]")]
     allocator: Option<Urls>,
-    /// Directory of what is kept across restarts, in place of the configuration's
+    /// State directory, which is kept across restarts, instead of the configuration's
     #[arg(long, value_name = "DIRECTORY")]
     state: Option<PathBuf>,
-    /// File of mode 0600 with the token that the allocator wants
+    /// File of mode 0600 with the token that the allocator requires
     #[arg(long, value_name = "FILE")]
     token_file: Option<PathBuf>,
-    /// Shows what can carry swap, or what memory is reclaimed to, although this process is not safe for it
+    /// Shows devices that can carry swap, or that memory is reclaimed to, although this process is not safe
+    /// for it
     #[arg(long)]
     allow_unsafe_swap: bool,
     /// Only checks the configuration
     #[arg(long)]
     check: bool,
-    /// Goes on when the process at standard input dies; for the daemon itself
+    /// Takes over when the process at standard input dies; for the daemon itself
     #[arg(long, hide = true)]
     stand_by: bool,
 }
@@ -42,7 +43,7 @@ pub struct Options {
 /// Runs a daemon until it is told to end. Must be called while the process has one thread.
 ///
 /// # Errors
-/// Why it cannot start, or is not wanted.
+/// Why it cannot start, or is not needed.
 pub fn run(program: Program, options: Options) -> anyhow::Result<()> {
     let (checked, stands_by) = (options.check, options.stand_by);
     let config = configure(program, options)?;

@@ -1,4 +1,4 @@
-//! What the kernel shows of block devices under `/sys/block`.
+//! The kernel's files about block devices under `/sys/block`.
 
 use std::fs;
 use std::path::PathBuf;
@@ -6,13 +6,14 @@ use std::time::Duration;
 
 use xpm_protocol::api::appliance::Counters;
 
-/// Longest request that is worth building, in KiB; what swap writes at most.
+/// Longest useful request, in KiB: swap writes at most this much at once.
 const REQUEST_KIB: u64 = 1024;
 
-/// Sets a new disk up as memory wants it: no scheduler (there is no head to move), not rotational,
-/// no entropy from it, requests of up to 1 MiB. And writes are not held back for the sake of reads, where the kernel does
-/// that (`Documentation/ABI/stable/sysfs-block`, `wbt_lat_usec`): after a pause, as when another process takes a device
-/// over, it would let through few at a time. What cannot be set is logged: the disk works without it.
+/// Configures a new disk for memory as its storage: no scheduler (there is no head to move), not rotational,
+/// no entropy from it, requests of up to 1 MiB. Write throttling in favour of reads is disabled, where the
+/// kernel has it (`Documentation/ABI/stable/sysfs-block`, `wbt_lat_usec`): after a pause, as when another
+/// process takes a device over, the kernel would let only few writes through at a time. An error is logged:
+/// the disk works without the setting.
 pub(crate) fn tune(disk: &str) {
     let longest = number(disk, "queue/max_hw_sectors_kb").unwrap_or(REQUEST_KIB).min(REQUEST_KIB);
     let longest = longest.to_string();
@@ -30,7 +31,7 @@ pub(crate) fn tune(disk: &str) {
     }
 }
 
-/// Sets how often the driver looks after a request that is not answered. Those that are on the way keep what they had.
+/// Sets how often the driver checks for unanswered requests. Requests in flight keep the previous interval.
 pub(crate) fn set_look_interval(disk: &str, interval: Duration) {
     set(disk, "io_timeout", &interval.as_millis().to_string());
 }
@@ -42,7 +43,7 @@ fn set(disk: &str, setting: &str, value: &str) {
     }
 }
 
-/// Has udev look at a disk whose node stays while it becomes another one, as those of the nbd driver do.
+/// Makes udev process a disk again whose node stays while its content is replaced, as with the nbd driver.
 pub(crate) fn tell_change(disk: &str) {
     let path = path(disk, "uevent");
     if let Err(error) = fs::write(&path, "change") {
@@ -55,7 +56,7 @@ pub(crate) fn path(disk: &str, file: &str) -> PathBuf {
     PathBuf::from("/sys/block").join(disk).join(file)
 }
 
-/// The text of a file of a disk, without blanks around it.
+/// The text of a file of a disk, without surrounding blanks.
 pub(crate) fn text(disk: &str, file: &str) -> Option<String> {
     fs::read_to_string(path(disk, file)).ok().map(|text| text.trim().to_owned())
 }
@@ -65,7 +66,7 @@ pub(crate) fn number(disk: &str, file: &str) -> Option<u64> {
     text(disk, file)?.parse().ok()
 }
 
-/// What passed through a disk, as the kernel counts it (`Documentation/block/stat.rst`).
+/// The kernel's counters of a disk (`Documentation/block/stat.rst`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct Statistics {
     pub(crate) reads: u64,
@@ -81,7 +82,7 @@ impl Statistics {
         text(disk, "stat").and_then(|text| Statistics::parse(&text)).unwrap_or_default()
     }
 
-    /// What passed since `before`; what is in flight is in flight.
+    /// The difference to `before`; the number of requests in flight is the present one.
     pub(crate) fn since(self, before: Statistics) -> Statistics {
         Statistics {
             reads: self.reads.saturating_sub(before.reads),
@@ -93,7 +94,7 @@ impl Statistics {
         }
     }
 
-    /// As the control interface counts.
+    /// The counters in the form of the control interface.
     pub(crate) fn counters(self) -> Counters {
         Counters {
             reads: self.reads,
@@ -113,7 +114,7 @@ impl Statistics {
             writes: *fields.get(4)?,
             write_sectors: *fields.get(6)?,
             in_flight: *fields.get(8)?,
-            // Since Linux 4.18.
+            // Present since Linux 4.18.
             discards: fields.get(11).copied().unwrap_or_default(),
         })
     }

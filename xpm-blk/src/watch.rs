@@ -1,10 +1,11 @@
-//! Whether the threads of the data plane turn.
+//! Detects threads of the data plane that hang.
 //!
-//! A thread that hangs leaves every task that uses its device in an endless wait, and nothing ends it: the process lives.
-//! So each of them is poked every second, and answers where it also takes requests, without a lock: queues of devices
-//! by a [`Pulse`], the loops that serve NBD by a [`LoopWatch`].
-//! One that stays silent for too long ends the process, and the standby, or the next process, goes on with the
-//! device. Silence is counted in looks and not by the clock: while the whole machine stands still nobody looks either.
+//! A thread that hangs leaves every task that uses its device in an endless wait, and no event ends this: the
+//! process is alive. So each thread is poked every second, and answers at the point where it also takes
+//! requests, without a lock: queues of devices by a [`Pulse`], the loops that serve NBD by a [`LoopWatch`]. A
+//! thread that stays silent for too long ends the process, and the standby, or the next process, takes the
+//! device over. Silence is counted in checks and not by the clock: while the whole machine stands still, no
+//! check runs either.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -14,7 +15,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use rustix::event::{EventfdFlags, eventfd};
 use xpm_transport::nbd::server::LoopWatch;
 
-/// What a thread shows that it turns by.
+/// A thread's means of showing that it makes progress.
 #[derive(Debug)]
 pub(crate) struct Pulse {
     name: String,
@@ -23,14 +24,14 @@ pub(crate) struct Pulse {
     answers: AtomicU64,
 }
 
-/// Those of all threads that are watched.
+/// The pulses of all watched threads.
 static PULSES: Mutex<Vec<Weak<Pulse>>> = Mutex::new(Vec::new());
 
 impl Pulse {
-    /// One for a thread of this name, watched for as long as somebody has it.
+    /// A pulse for a thread of this name, watched for as long as it is referenced.
     ///
     /// # Errors
-    /// When the kernel gives no descriptor.
+    /// When the process has no free descriptor.
     pub(crate) fn new(name: String) -> io::Result<Arc<Pulse>> {
         let poke = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let pulse = Arc::new(Pulse { name, poke, asked: AtomicBool::new(false), answers: AtomicU64::new(0) });
@@ -38,37 +39,39 @@ impl Pulse {
         Ok(pulse)
     }
 
-    /// Readable when the thread is to answer.
+    /// Readable when the thread has to answer.
     pub(crate) fn poked(&self) -> BorrowedFd<'_> {
         self.poke.as_fd()
     }
 
-    /// The same, for a thread that looks at each turn and not only when the descriptor is readable.
+    /// As [`Pulse::answer`], for a thread that checks at each turn and not only when the descriptor is
+    /// readable.
     pub(crate) fn answer_if_asked(&self) {
         if self.asked.load(Ordering::Acquire) {
             self.answer();
         }
     }
 
-    /// The thread's answer: it turns.
+    /// The thread's answer, which shows that it makes progress.
     pub(crate) fn answer(&self) {
         self.asked.store(false, Ordering::Relaxed);
-        // Nothing to read means that it was read before; the answer counts all the same.
+        // The descriptor may be unreadable because it was read before; the answer counts all the same.
         let _ = rustix::io::read(&self.poke, &mut [0_u8; 8]);
         self.answers.fetch_add(1, Ordering::Relaxed);
     }
 
     fn poke(&self) {
-        // A counter that is full is readable as well.
+        // The write fails only when the counter is full, and then the descriptor is readable as well.
         let _ = rustix::io::write(&self.poke, &1_u64.to_ne_bytes());
-        // After it: a thread that reads first would find the descriptor readable with nobody asking, again and again.
+        // Set after the write: a thread that reads in between would otherwise find the descriptor readable
+        // again and again without a request.
         self.asked.store(true, Ordering::Release);
     }
 }
 
-/// Who looks.
+/// Checks the threads.
 pub(crate) struct Watchdog {
-    /// Looks without an answer after which a thread hangs.
+    /// Consecutive checks without an answer after which a thread counts as hung.
     looks_max: u32,
     watched: Vec<Watched>,
 }
@@ -85,12 +88,13 @@ struct Watched {
 }
 
 impl Watchdog {
-    /// One that looks at these loops, and at every thread that has a [`Pulse`].
+    /// A watchdog for these loops, and for every thread that has a [`Pulse`].
     pub(crate) fn new(looks_max: u32, loops: Vec<LoopWatch>) -> Watchdog {
         Watchdog { looks_max, watched: loops.into_iter().map(Who::Loop).map(Watched::new).collect() }
     }
 
-    /// Looks at every thread, and pokes it for the next look. The name of one that hangs, if any does.
+    /// Checks every thread, and pokes it for the next check. Returns the name of a thread that hangs, if
+    /// there is one.
     pub(crate) fn look(&mut self) -> Option<String> {
         self.take_new();
         let mut hanging = None;
@@ -115,7 +119,8 @@ impl Watched {
         Watched { who, answers: 0, silent: 0 }
     }
 
-    /// Looks, and pokes for the next look; for how many looks it has been silent, if it is still there.
+    /// Checks the thread, and pokes it for the next check. Returns the number of silent checks; none when the
+    /// thread has ended.
     fn look(&mut self) -> Option<u32> {
         let answers = match &self.who {
             Who::Queue(pulse) => {

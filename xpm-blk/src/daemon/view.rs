@@ -19,7 +19,7 @@ impl Daemon {
         slots.iter().filter_map(|slot| self.view(slot)).collect()
     }
 
-    /// One device.
+    /// A device, by name.
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`](xpm_protocol::api::ErrorKind).

@@ -1,9 +1,9 @@
-//! Memory that a standby holds, to give it back to the kernel when it has to go on.
+//! Memory that a standby holds, and returns to the kernel when it takes over.
 //!
-//! While nobody served the swap, those who reclaim memory have used up what the kernel keeps for such times, down to less than a
-//! real-time thread may take. Given back at once, this memory would go to whoever asks first, which is a program that
-//! wants more than there is. Given back in slices, it is below the reserve, where ordinary programs get nothing, and
-//! threads of this process do.
+//! While the swap had no server, threads that reclaim memory have used up the kernel's reserve for such
+//! times, to less than a real-time thread may take. If this memory were returned at once, it would go to the
+//! first that asks, which is a program that wants more memory than there is. Returned in slices, it stays
+//! below the reserve, where ordinary programs get none, and threads of this process do.
 
 #![allow(unsafe_code)]
 
@@ -18,20 +18,20 @@ use xpm_safety as safety;
 
 use crate::lifecycle::STACK_LEN;
 
-/// One slice, in bytes; a multiple of any page length.
+/// Length of a slice in bytes; a multiple of any page length.
 const SLICE_LEN: usize = 512 << 10;
-/// From one slice to the next: a connection is made in less.
+/// Time between two slices; making a connection takes less.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// The memory, held by a thread that is there before there is a need. Dropping it gives all back at once.
+/// The memory, held by a thread that exists before it is needed. Dropping it returns all memory at once.
 pub(super) struct Ballast(Sender<()>);
 
 impl Ballast {
-    /// So much, in bytes, faulted in. Blocks until it is there.
+    /// Holds `len` bytes, faulted in. Blocks until they are.
     pub(super) fn new(len: usize) -> io::Result<Ballast> {
         let (tell, told) = channel();
         if len > 0 {
-            // The thread is started after that: it gives memory back when this process serves.
+            // The thread is started after that, because it runs when this process serves.
             let held = safety::while_others_serve(|| Held::new(len.next_multiple_of(SLICE_LEN)))?;
             let thread = thread::Builder::new().name("xpm-ballast".to_owned()).stack_size(STACK_LEN);
             thread.spawn(move || held.keep(&told))?;
@@ -39,9 +39,9 @@ impl Ballast {
         Ok(Ballast(tell))
     }
 
-    /// Returns at once.
+    /// Starts returning the memory in slices. Does not block.
     pub(super) fn give_back_slowly(self) {
-        // Nobody hears it where nothing is held.
+        // Fails only when no memory is held, so that there is no thread.
         let _ = self.0.send(());
     }
 }
@@ -51,13 +51,13 @@ struct Held {
     len: usize,
 }
 
-// SAFETY: the mapping belongs to this value alone, whichever thread has that.
+// SAFETY: the mapping belongs to this value alone, whichever thread owns it.
 unsafe impl Send for Held {}
 
 impl Held {
     fn new(len: usize) -> io::Result<Held> {
         let flags = MapFlags::PRIVATE | MapFlags::POPULATE;
-        // SAFETY: a new anonymous mapping at a place that the kernel chooses; nothing refers to it.
+        // SAFETY: a new anonymous mapping at a place that the kernel chooses; no reference to it exists.
         let address =
             unsafe { mmap_anonymous(std::ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, flags) }?;
         Ok(Held { address, len })
@@ -71,11 +71,12 @@ impl Held {
         }
     }
 
-    /// The last `len` bytes.
+    /// Unmaps the last `len` bytes.
     fn give_back(&mut self, len: usize) {
         let len = len.min(self.len);
         self.len -= len;
-        // SAFETY: the end of the mapping that this value owns, to which nothing refers; it is no part of it from here on.
+        // SAFETY: the end of the mapping that this value owns, to which no reference exists; from here on it
+        // is no part of the value.
         let _ = unsafe { munmap(self.address.byte_add(self.len), len) };
     }
 }
@@ -107,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_to_hold_is_no_error() {
+    fn a_length_of_zero_is_no_error() {
         Ballast::new(0).unwrap().give_back_slowly();
     }
 }

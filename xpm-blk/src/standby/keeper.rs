@@ -1,8 +1,8 @@
-//! The side of the process that serves: it keeps a standby, tells it everything, and hands over to it or to a newer
-//! process when that is wanted. The same thread looks whether the data plane turns.
+//! The serving process's side of the standby: keeps a standby, sends it all records, and hands over to it or
+//! to a newer process on request. The same thread runs the watchdog of the data plane.
 //!
-//! Of all others at most one is *armed*: it has the lock of the state directory, and goes on when this process is dead.
-//! Before another one is armed, the first is dead. So there are never two that go on.
+//! At most one other process is *armed*: it has the lock of the state directory, and takes over when this
+//! process is dead. Before another one is armed, the first one has died. So two processes never take over.
 
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -31,14 +31,14 @@ use crate::program::Program;
 use crate::records::{self, Follower, Record, Records};
 use crate::watch::Watchdog;
 
-/// Pause before a standby that ended is replaced; it doubles up to the second.
+/// Shortest and longest pause before a standby that ended is replaced; the pause doubles.
 const PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
-/// How long the end of this process may take once another one goes on.
+/// Time limit for ending this process once another one takes over.
 const END_LIMIT: Duration = Duration::from_secs(3);
-/// How many times as long as others somebody may be silent who is not ready yet.
+/// Factor on the limit of silence for a process that is not ready yet.
 const FILLING: u32 = 8;
 
-/// What it is asked to do, and what it tells.
+/// The handle of the keeper's thread: takes requests, and shows the standby's status.
 pub(crate) struct Keeper {
     shared: Arc<Shared>,
     thread: Mutex<Option<JoinHandle<()>>>,
@@ -46,35 +46,35 @@ pub(crate) struct Keeper {
 
 struct Shared {
     wake: OwnedFd,
-    /// To hand over to the standby, which then ends when nothing is in use.
+    /// Whether to hand over to the standby, which then ends when no device is in use.
     leave: AtomicBool,
     stop: AtomicBool,
     status: Mutex<Standby>,
 }
 
-/// How it is done.
+/// The parameters of the keeper.
 pub(crate) struct Settings {
     pub(crate) program: Program,
-    /// Whether a standby of its own is kept; none: from when the kernel's devices outlive their server, for its driver may be
-    /// loaded at any time.
+    /// Whether a standby is kept; none: from the time when the kernel's devices can outlive their server,
+    /// because the driver may be loaded at any time.
     pub(crate) standby: Option<bool>,
-    /// Seconds of silence after which somebody hangs.
+    /// Seconds of silence after which a process or thread counts as hung.
     pub(crate) silence_max: u32,
     pub(crate) state: PathBuf,
     pub(crate) client: ClientId,
-    /// How long the first standby is waited with: what was taken over has to be served first.
+    /// Delay before the first standby is started: devices that were taken over have to be served first.
     pub(crate) delay: Duration,
 }
 
 impl Keeper {
-    /// Starts the thread, which also looks whether these loops turn.
+    /// Starts the thread, which also watches these loops.
     pub(crate) fn start(
         settings: Settings,
         records: Arc<Records>,
         loops: Vec<LoopWatch>,
     ) -> Result<Keeper, DeviceError> {
         let at = || "start what keeps a standby";
-        // A mount outlives its server on every kernel that is served.
+        // A mount outlives its server on every supported kernel.
         let wanted =
             settings.standby.unwrap_or_else(|| settings.program == Program::Fs || ublk::can_recover());
         let state = if wanted { StandbyState::Starting } else { StandbyState::Off };
@@ -105,18 +105,19 @@ impl Keeper {
         Ok(Keeper { shared, thread: Mutex::new(Some(thread)) })
     }
 
-    /// Whether there is a standby, as people and programs are told.
+    /// The status of the standby.
     pub(crate) fn status(&self) -> Standby {
         self.shared.status().clone()
     }
 
-    /// Ends this process if a standby can go on at once; it ends when nothing is in use any more. Returns at once.
+    /// Ends this process if a standby can take over at once; the standby ends when no device is in use any
+    /// more. Does not block.
     pub(crate) fn leave(&self) {
         self.shared.leave.store(true, Ordering::Relaxed);
         self.shared.wake();
     }
 
-    /// Ends the standby, and waits for that: nobody goes on.
+    /// Ends the standby, and waits for its end: no process takes over.
     pub(crate) fn stop(&self) {
         self.shared.stop.store(true, Ordering::Relaxed);
         self.shared.wake();
@@ -129,7 +130,7 @@ impl Keeper {
 
 impl Shared {
     fn wake(&self) {
-        // A counter that is full wakes as well.
+        // A full counter makes the descriptor readable as well.
         let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
     }
 
@@ -138,29 +139,29 @@ impl Shared {
     }
 }
 
-/// Somebody who stands by.
+/// A process that stands by.
 struct Peer {
     sender: Sender,
     receiver: Receiver,
     pid: u32,
     process: Process,
-    /// It has the lock.
+    /// Whether it has the lock.
     armed: bool,
-    /// Memory that it has locked, once it is ready.
+    /// Its locked memory in bytes, once it is ready.
     ready: Option<u64>,
-    /// Looks since it was last heard.
+    /// Checks since its last message.
     silent: u32,
 }
 
-/// What is known of its process.
+/// The handle of its process.
 enum Process {
     Child(Child),
-    /// Somebody else's child, by a pidfd.
+    /// A child of another process, by a pidfd.
     Other(OwnedFd),
 }
 
 impl Peer {
-    /// No more is said to it. It is dead when this returns if it is a child, or was armed.
+    /// Closes the connection. When this returns, the process is dead if it is a child or was armed.
     fn end(mut self) {
         self.sender.close();
         // An error means that it is dead already.
@@ -180,7 +181,7 @@ impl Peer {
     }
 }
 
-/// Tells one who stands by.
+/// Sends the records to a process that stands by.
 struct Teller(Sender);
 
 impl Follower for Teller {
@@ -198,7 +199,7 @@ impl Follower for Teller {
 }
 
 impl Teller {
-    /// One that did not hear something is none any more.
+    /// Returns false when a message was not sent; such a process no longer counts as a follower.
     fn say(&self, message: &ToStandby) -> bool {
         self.say_with(message, None)
     }
@@ -212,7 +213,7 @@ impl Teller {
     }
 }
 
-/// Who has something to say.
+/// The role of a process that stands by.
 #[derive(Clone, Copy)]
 enum Who {
     Standby,
@@ -221,20 +222,20 @@ enum Who {
 
 struct Work {
     settings: Settings,
-    /// A standby of its own is kept.
+    /// Whether a standby is kept.
     wanted: bool,
     records: Arc<Records>,
     shared: Arc<Shared>,
     watchdog: Watchdog,
-    /// Where newer processes come to.
+    /// The socket at which newer processes connect.
     listener: Option<UnixListener>,
-    /// The armed one.
+    /// The armed process.
     standby: Option<Peer>,
     /// A newer process, which is not armed before it takes over.
     successor: Option<Peer>,
-    /// One that is being started, which takes memory, and so perhaps long.
+    /// A standby that is being started, which allocates memory and so may take long.
     starting: Option<JoinHandle<io::Result<Peer>>>,
-    /// When a standby is started, where there is none.
+    /// When the next standby is started if there is none.
     due: Instant,
     pause: Duration,
 }
@@ -282,7 +283,7 @@ impl Work {
         for who in [Who::Standby, Who::Successor] {
             let Some(peer) = self.peer(who) else { continue };
             peer.silent += 1;
-            // One that fills its memory may have to wait for swap, which this process serves.
+            // A process that is locking its memory may have to wait for swap, which this process serves.
             let silence_max = if peer.ready.is_some() { silence_max } else { silence_max * FILLING };
             if peer.silent > silence_max {
                 self.lose(who, "it hangs");
@@ -293,7 +294,7 @@ impl Work {
             }
         }
         self.take_started();
-        // One that wants to serve is one more to take memory, and stands by as well.
+        // A process that wants to serve allocates memory too, and stands by as well.
         let missing = self.standby.is_none() && self.starting.is_none() && self.successor.is_none();
         if !self.wanted && self.settings.standby.is_none() && ublk::is_there() && ublk::can_recover() {
             tracing::info!("the kernel has ublk devices now: a standby is kept from here on");
@@ -339,15 +340,15 @@ impl Work {
         }
     }
 
-    /// One that is being started, and is not wanted any more, is ended before anything else happens.
+    /// Ends a standby that is being started and is not needed any more, before any other step.
     fn end_started(&mut self) {
         if let Some(Ok(Ok(peer))) = self.starting.take().map(JoinHandle::join) {
             peer.end();
         }
     }
 
-    /// Makes room for a successor, which is armed in the place of a standby: of two processes that fill their memory at
-    /// once, one is more than a machine that is short of memory can bear. A standby that is ready stays.
+    /// Makes room for a successor, which is armed instead of a standby: if two processes lock memory at once,
+    /// that is one more than a machine that is short of memory can bear. A standby that is ready stays.
     fn end_unready_standby(&mut self) {
         self.end_started();
         if let Some(standby) = self.standby.take_if(|standby| standby.ready.is_none()) {
@@ -365,7 +366,7 @@ impl Work {
         *self.shared.status() = Standby { state: StandbyState::Starting, pid: None, locked: ByteSize(0) };
     }
 
-    /// One is no more. A standby is dead when this returns, and can be replaced.
+    /// Handles the loss of a process. A standby is dead when this returns, and can be replaced.
     fn lose(&mut self, who: Who, why: &str) {
         let Some(peer) = self.peer(who).take() else { return };
         let pid = peer.pid;
@@ -379,7 +380,7 @@ impl Work {
         }
     }
 
-    /// Waits until somebody has something to say, or for that time.
+    /// Waits for a message, or until this time.
     fn wait(&mut self, until: Instant) {
         let left = until.saturating_duration_since(Instant::now());
         let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
@@ -447,7 +448,7 @@ impl Work {
         *self.shared.status() = Standby { state: StandbyState::Ready, pid: Some(pid), locked };
     }
 
-    /// Tells one that stands by all that there is, and a standby that it goes on when this process is dead.
+    /// Sends all records to a process that stands by, and arms it unless the other one is armed.
     fn tell(&mut self, who: Who) -> io::Result<()> {
         let records = Arc::clone(&self.records);
         let (pid, client) = (std::process::id(), self.settings.client);
@@ -467,11 +468,11 @@ impl Work {
         self.arm(who)
     }
 
-    /// Has one go on when this process is dead. No other one does.
+    /// Arms a process, so that it takes over when this process is dead. No other process is armed.
     fn arm(&mut self, who: Who) -> io::Result<()> {
         let records = Arc::clone(&self.records);
         let Some(peer) = self.peer(who) else { return Ok(()) };
-        // Also where it is not known whether it arrived.
+        // Set before the send, because after an error it is unknown whether the lock arrived.
         peer.armed = true;
         peer.sender.send(&ToStandby::Lock, Some(records.lock()))
     }
@@ -491,7 +492,7 @@ impl Work {
         }
     }
 
-    /// Arms the successor, in place of the standby, and ends.
+    /// Arms the successor, instead of the standby, and ends.
     fn hand_over(&mut self) {
         let records = Arc::clone(&self.records);
         let frozen = records.freeze();
@@ -506,13 +507,13 @@ impl Work {
         }
         let Some(successor) = &self.successor else { return };
         let pid = successor.pid;
-        // It goes on when this process is dead, whether or not it hears this.
+        // The successor takes over when this process is dead, whether or not it receives this message.
         let _ = successor.sender.send(&ToStandby::Go { ends: false }, None);
         tracing::info!("process {pid} takes over");
         end();
     }
 
-    /// Has the standby go on, if it can.
+    /// Lets the standby take over, if it is ready.
     fn leave(&mut self) {
         let records = Arc::clone(&self.records);
         let Some(standby) = self.standby.as_ref().filter(|standby| standby.ready.is_some()) else { return };
@@ -533,8 +534,8 @@ impl Peer {
         Ok(Peer { sender, receiver, pid, process, armed: false, ready: None, silent: 0 })
     }
 
-    /// One that connected: of the same user only. It says something before it is armed, and so is known to live with this
-    /// number when its pidfd is there.
+    /// A process that connected; only the same user is accepted. It sends a message before it is armed, so
+    /// when its pidfd is opened, the process is known to be alive under this number.
     fn connected(socket: UnixStream) -> io::Result<Peer> {
         let peer = socket_peercred(&socket)?;
         if peer.uid != geteuid() {
@@ -556,13 +557,13 @@ impl Peer {
     }
 }
 
-/// Starts another process of this program, also where that file has been replaced since.
+/// Starts another process of this program, even if the program's file has been replaced since.
 fn spawn() -> io::Result<Peer> {
     let (ours, theirs) = UnixStream::pair()?;
     let arguments = std::env::args_os().skip(1).filter(|argument| argument != ARGUMENT);
     let mut command = Command::new("/proc/self/exe");
     command.args(arguments).arg(ARGUMENT).stdin(Stdio::from(OwnedFd::from(theirs)));
-    // The service manager listens to its main process, and knows no other.
+    // The service manager accepts messages of its main process only.
     for variable in
         ["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"]
     {
@@ -576,7 +577,7 @@ fn listen(state: &Path) -> io::Result<UnixListener> {
     use std::os::unix::fs::PermissionsExt;
 
     let path = socket_path(state);
-    // Who has the lock of the directory is the only one to listen there.
+    // Only the process with the lock of the directory listens there.
     match std::fs::remove_file(&path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
@@ -586,7 +587,7 @@ fn listen(state: &Path) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
-/// Ends this process, for another one goes on as soon as it is dead.
+/// Ends this process; another one takes over as soon as it is dead.
 fn end() -> ! {
     xpm_control::log::flush();
     let killer = thread::Builder::new().spawn(|| {

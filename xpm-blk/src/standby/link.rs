@@ -1,5 +1,5 @@
-//! What a serving process and one that stands by say to each other, over a unix socket: messages as JSON, each after its
-//! length, and with one of them the lock of the state directory.
+//! The messages between a serving process and one that stands by, over a unix socket: JSON, each message
+//! after its length, and with one of them the lock of the state directory.
 
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
@@ -17,16 +17,16 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use xpm_protocol::{ClientId, Life, Name};
 
-/// How long the other end may take to hear a message, or to say the rest of one.
+/// Time limit for the other end to receive a message, or to send the rest of one.
 const LIMIT: Duration = Duration::from_secs(5);
 /// Longest message, in bytes: the map of 16384 regions is a few megabytes.
 const LEN_MAX: usize = 64 << 20;
 
-/// What the one who serves says.
+/// A message of the serving process.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum ToStandby {
-    /// The first word: who serves, the version of its records, who it is to the allocator, and in which life, which goes on in
-    /// the process that takes over.
+    /// The first message: the serving process, the version of its records, the client's id for the allocator,
+    /// and the client's life, which continues in the process that takes over.
     Hello {
         pid: u32,
         records: u32,
@@ -36,34 +36,37 @@ pub(super) enum ToStandby {
     },
     /// A record, as it is on disk from now on.
     Record(String),
-    /// With the descriptor that serves the device of this name.
+    /// Sent with the descriptor that serves the device of this name.
     Descriptor(Name),
-    /// One that is no longer there.
+    /// The record of this name was removed.
     Removed(Name),
-    /// All that there is has been told.
+    /// All present records have been sent.
     Told,
-    /// With the lock: it goes on when the one who serves is dead.
+    /// Sent with the lock: the receiver takes over when the serving process is dead.
     Lock,
-    /// The one who serves is about to end, so that it goes on: until nothing is in use, where `ends` is set.
+    /// The serving process is about to end, so that the receiver takes over; with `ends`, until no device is
+    /// in use.
     Go { ends: bool },
-    /// The one who serves lives.
+    /// The serving process is alive.
     Beat,
-    /// It is not to stand by, for this reason.
+    /// The receiver is not needed as a standby, for this reason.
     Refused(String),
 }
 
-/// What one that stands by says.
+/// A message of a process that stands by.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum FromStandby {
-    /// The first word: who it is, whether it wants to serve as soon as it can, and the newest records that it reads.
+    /// The first message: its process, whether it wants to serve as soon as possible, and the newest version
+    /// of records that it reads.
     Hello { pid: u32, successor: bool, records: u32 },
-    /// It can go on from now on, with this memory locked, in bytes. One that wants to serve asks for it thereby.
+    /// It can take over from now on, with this memory locked, in bytes. From a successor, this is the request
+    /// to serve.
     Ready { locked: u64 },
-    /// It lives.
+    /// It is alive.
     Beat,
 }
 
-/// The sending half, shared by those who have something to say.
+/// The sending half, shared by all senders.
 #[derive(Debug, Clone)]
 pub(super) struct Sender(Arc<Mutex<UnixStream>>);
 
@@ -80,8 +83,8 @@ pub(super) fn split(socket: UnixStream) -> io::Result<(Sender, Receiver)> {
 }
 
 impl Sender {
-    /// Says something, with a descriptor if one is given. Blocks until there is room for it, but not for long; after an
-    /// error nothing more can be said.
+    /// Sends a message, with a descriptor if one is given. Blocks until there is room for it, up to a time
+    /// limit; after an error no more messages can be sent.
     pub(super) fn send(&self, message: &impl Serialize, passed: Option<BorrowedFd<'_>>) -> io::Result<()> {
         let text = serde_json::to_vec(message)?;
         let len = u32::try_from(text.len()).map_err(|_| io::ErrorKind::InvalidInput)?.to_le_bytes();
@@ -102,7 +105,7 @@ impl Sender {
         socket.write_all(&text)
     }
 
-    /// Nothing more is said, by nobody.
+    /// Closes the connection for all holders of the sending half.
     pub(super) fn close(&self) {
         let socket = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let _ = socket.shutdown(std::net::Shutdown::Both);
@@ -110,12 +113,13 @@ impl Sender {
 }
 
 impl Receiver {
-    /// The socket, to be waited for.
+    /// The socket, to be polled.
     pub(super) const fn socket(&self) -> &UnixStream {
         &self.0
     }
 
-    /// The next message, and what was passed with it. `UnexpectedEof` when the other end is gone.
+    /// The next message, and the descriptor that was passed with it. `UnexpectedEof` when the other end is
+    /// closed.
     pub(super) fn receive<T: DeserializeOwned>(&mut self) -> io::Result<(T, Option<OwnedFd>)> {
         let mut len = [0; 4];
         let (mut read, mut passed) = (0, None);
@@ -161,7 +165,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn messages_arrive_in_order_and_the_lock_with_its_own() {
+    fn messages_arrive_in_order_and_the_lock_with_its_message() {
         let (here, there) = UnixStream::pair().unwrap();
         let (sender, _) = split(here).unwrap();
         let (_, mut receiver) = split(there).unwrap();
@@ -185,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn rubbish_is_refused() {
+    fn invalid_messages_are_refused() {
         for bytes in [&[255; 8][..], &[2, 0, 0, 0, b'{', b'x']] {
             let (mut here, there) = UnixStream::pair().unwrap();
             let (_, mut receiver) = split(there).unwrap();

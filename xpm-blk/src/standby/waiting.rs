@@ -23,14 +23,15 @@ use crate::frontend::{buffers, fuse, ublk};
 use crate::records::{self, Record};
 use xpm_safety as safety;
 
-/// Heap for what is made when this process goes on: volumes, links with their buffers, tasks. In bytes.
+/// Heap for the objects that are created when this process takes over: volumes, links with their buffers,
+/// tasks. In bytes.
 const HEAP_LEN: usize = 8 << 20;
-/// How long the process that serves may take to make room for a successor: it ends a standby that is not ready.
+/// Time limit of the serving process for making room for a successor: it ends a standby that is not ready.
 const ANSWER_LIMIT: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
-/// Pause between two looks for the death of a process that has closed its end.
+/// Pause between two checks for the death of a process that has closed its end.
 const CLOSED_PAUSE: Duration = Duration::from_millis(1);
 
-/// The way to the process that serves.
+/// The connection to the serving process.
 pub(crate) struct Post {
     sender: Sender,
     receiver: Receiver,
@@ -39,41 +40,41 @@ pub(crate) struct Post {
     successor: bool,
 }
 
-/// What became of the wait.
+/// The result of the wait.
 pub(crate) enum Outcome {
-    /// The one that served is dead, and this process goes on.
+    /// The serving process is dead, and this process takes over.
     GoOn(Inheritance),
-    /// It is gone, but perhaps another one goes on: to be looked at anew.
+    /// The serving process is gone, but another one may have taken over: check again.
     LookAgain,
-    /// This process is not wanted.
+    /// This process is not needed.
     End(String),
 }
 
-/// What a dead process left to this one.
+/// The state that a dead process left to this one.
 pub(crate) struct Inheritance {
     /// The lock of the state directory.
     pub(crate) lock: OwnedFd,
     pub(crate) client: ClientId,
-    /// The life that goes on; none where an xpm-blk of before there were lives hands over.
+    /// The life that continues; none when an xpm-blk from before lives existed hands over.
     pub(crate) life: Option<Life>,
     pub(crate) records: BTreeMap<Name, Record>,
     pub(crate) descriptors: BTreeMap<Name, OwnedFd>,
-    /// The one before was told to end: this one ends when nothing is in use.
+    /// Whether the predecessor was told to end: then this process ends when no device is in use.
     pub(crate) ends: bool,
 }
 
 impl Post {
-    /// That of a standby, whose parent is at the other end of its standard input.
+    /// The connection of a standby, whose parent is at the other end of its standard input.
     pub(crate) fn of_parent() -> Result<Post, DeviceError> {
         let socket = io::stdin().as_fd().try_clone_to_owned().at("take over standard input")?;
         Post::new(socket.into(), false)
     }
 
-    /// That of a process which found the state directory in use: none when nobody listens there.
+    /// The connection of a process that found the state directory in use; none when no process listens there.
     pub(crate) fn of_successor(state: &Path) -> Result<Option<Post>, DeviceError> {
         match UnixStream::connect(socket_path(state)) {
             Ok(socket) => match Post::new(socket, true) {
-                // It has died since.
+                // The serving process has died meanwhile.
                 Err(_) => Ok(None),
                 post => post.map(Some),
             },
@@ -96,17 +97,17 @@ impl Post {
         Ok(Post { sender, receiver, serving, serving_pid, successor })
     }
 
-    /// Blocks until the process that serves has answered or is dead, for 10 s at most. By then no third process is filling
-    /// its memory.
+    /// Blocks until the serving process has answered or is dead, at most 10 s. By then no third process is
+    /// allocating its memory.
     pub(crate) fn wait_for_answer(&self) {
         let mut watched =
             [PollFd::new(&self.serving, PollFlags::IN), PollFd::new(self.receiver.socket(), PollFlags::IN)];
-        // An error or silence is noticed by the wait that follows.
+        // The wait that follows notices an error or silence.
         let _ = poll(&mut watched, Some(&ANSWER_LIMIT));
     }
 
-    /// Stands by until that is over, and holds memory meanwhile that is given back to the kernel from then on, for what it
-    /// needs itself to go on. Blocks.
+    /// Stands by until that ends. Holds memory meanwhile, which is returned to the kernel afterwards, because
+    /// the kernel needs memory for the takeover, too. Blocks.
     pub(crate) fn wait(self, config: &Config) -> Outcome {
         safety::while_others_serve(|| safety::reserve_heap(HEAP_LEN));
         let silence_max = config.silence_max();
@@ -148,11 +149,11 @@ struct Watch<'a> {
     descriptors: BTreeMap<Name, OwnedFd>,
     lock: Option<OwnedFd>,
     ends: bool,
-    /// All records that there were have been told.
+    /// Whether all present records have been received.
     told: bool,
-    /// What is set aside may no longer fit.
+    /// Whether the prepared resources may no longer fit.
     changed: bool,
-    /// Looks since the one that serves was last heard.
+    /// Checks since the last message of the serving process.
     silent: u32,
     silence_max: u32,
     tick: Instant,
@@ -162,7 +163,7 @@ impl Watch<'_> {
     fn run(mut self) -> Outcome {
         loop {
             let (dead, heard) = self.sleep();
-            // What it said before it died counts, the lock first of all.
+            // Messages that it sent before its death count, above all the lock.
             if heard && let Some(outcome) = self.hear_all(dead) {
                 return outcome;
             }
@@ -182,7 +183,7 @@ impl Watch<'_> {
         }
     }
 
-    /// Waits; whether the one that serves is dead, and whether it has said something.
+    /// Waits; returns whether the serving process is dead, and whether it has sent a message.
     fn sleep(&self) -> (bool, bool) {
         let left = self.tick.saturating_duration_since(Instant::now());
         let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
@@ -196,15 +197,15 @@ impl Watch<'_> {
         (!watched[0].revents().is_empty(), !watched[1].revents().is_empty())
     }
 
-    /// Hears what there is; all of it when nothing more can come.
+    /// Handles the messages that have arrived; after the death of the sender, all of them.
     fn hear_all(&mut self, dead: bool) -> Option<Outcome> {
         loop {
             match self.hear() {
                 Ok(None) => {}
                 Ok(Some(outcome)) => return Some(outcome),
                 Err(_) if dead => return None,
-                // The other end is closed. An armed one waits for the death that is behind it, for it is killed itself when
-                // it is not wanted; a successor comes again.
+                // The other end is closed. An armed process waits for the death that causes this, because it
+                // would be killed if it were not needed; a successor connects again.
                 Err(_) if self.lock.is_none() && self.post.successor => return Some(Outcome::LookAgain),
                 Err(_) => {
                     std::thread::sleep(CLOSED_PAUSE);
@@ -222,7 +223,7 @@ impl Watch<'_> {
         self.silent = 0;
         match message {
             ToStandby::Hello { pid, .. } if pid != self.post.serving_pid.as_raw_pid().cast_unsigned() => {
-                // The process that was there is not the one that answers.
+                // The process that had the lock is not the one that answers.
                 return Ok(Some(Outcome::LookAgain));
             }
             ToStandby::Hello { records, .. } if records > records::VERSION => {
@@ -257,12 +258,12 @@ impl Watch<'_> {
         Ok(None)
     }
 
-    /// Says that this process lives, and sees whether the other one does.
+    /// Sends a sign of life, and checks for one of the serving process.
     fn look(&mut self) {
-        // One that cannot be told is found by its silence.
+        // A process that cannot receive is detected by its silence.
         let _ = self.post.sender.send(&FromStandby::Beat, None);
         self.silent += 1;
-        // A successor leaves it to the standby, if there is one.
+        // A successor waits longer, so that the standby acts first, if there is one.
         let silence_max = if self.lock.is_some() { self.silence_max } else { self.silence_max * 2 };
         if self.silent > silence_max && (self.lock.is_some() || self.post.successor) {
             tracing::error!(
@@ -271,13 +272,13 @@ impl Watch<'_> {
                 self.post.serving_pid.as_raw_pid(),
                 self.silent
             );
-            // One that is dead already is what is wanted.
+            // An error means that the process is dead already.
             let _ = pidfd_send_signal(&self.post.serving, Signal::KILL);
             self.silent = 0;
         }
     }
 
-    /// Has ready what the devices take.
+    /// Prepares the resources that the devices need.
     fn prepare(&mut self) -> Result<(), DeviceError> {
         self.changed = false;
         let shape = |record: &Record| self.config.shape(&record.request, record.number);
@@ -307,7 +308,7 @@ impl Watch<'_> {
     }
 }
 
-/// Nobody to take over from, although somebody has the state directory.
+/// The error when the state directory is in use but no process hands over.
 pub(crate) fn nobody(config: &Config) -> DeviceError {
     let what = format!(
         "the state directory {} is in use by another {}, which cannot hand over: give each its own `state`",

@@ -1,4 +1,4 @@
-//! Who uses a block device now: swap, file systems, other devices, programs.
+//! The present users of a block device: swap, file systems, other devices, programs.
 
 mod mounts;
 mod openers;
@@ -19,10 +19,10 @@ pub(crate) struct DeviceNumber {
     pub(crate) minor: u32,
 }
 
-/// Loop devices on loop devices, at most.
+/// Longest chain of loop devices on loop devices.
 const LOOPS_MAX: usize = 8;
 
-/// Who uses the disk or one of its partitions, each as `swap`, `mounted at /mnt`, `held by dm-0` or
+/// The users of the disk or of one of its partitions, each as `swap`, `mounted at /mnt`, `held by dm-0` or
 /// `held by loop0 (mounted at /mnt)`. Does no I/O on the disk, and so never blocks on it.
 pub(crate) fn users(disk: &str) -> Vec<String> {
     users_beneath(disk, LOOPS_MAX)
@@ -46,13 +46,13 @@ fn users_beneath(disk: &str, loops_max: usize) -> Vec<String> {
     users
 }
 
-/// Programs that have the disk or one of its partitions open, for writing or for longer than a look, as
-/// `opened by qemu (process 7)`. Waits for looks to end, a few seconds at most. Does no I/O on the disk.
+/// Programs that have the disk or one of its partitions open, for writing or for longer than a query, as
+/// `opened by qemu (process 7)`. Waits for queries to end, a few seconds at most. Does no I/O on the disk.
 pub(crate) fn openers(disk: &str) -> Vec<String> {
     openers::of(&numbers_of(&parts(disk)))
 }
 
-/// Loop devices whose backing file is one of these parts: the kernel counts them among nobody's holders.
+/// Loop devices whose backing file is one of these parts: the kernel does not list them as holders.
 fn loops_on(parts: &[String], numbers: &[DeviceNumber]) -> Vec<String> {
     let disks = fs::read_dir("/sys/block").into_iter().flatten().flatten();
     let names = disks.filter_map(|disk| disk.file_name().into_string().ok());
@@ -74,8 +74,8 @@ fn held_by_loop(name: &str, loops_max: usize) -> String {
     }
 }
 
-/// What is to be said of a disk that lost its server and that no record wants; none when nobody uses it, and it is not `held`,
-/// which is asked when no user is known by name.
+/// The line about a disk that lost its server and that no record needs; none when the disk has no users and
+/// is not `held`, which is only called when no user is known by name.
 pub(crate) fn left_in_use(disk: &str, held: fn(&str) -> bool) -> Option<String> {
     let users = users(disk);
     if users.is_empty() && !held(disk) {
@@ -88,15 +88,16 @@ pub(crate) fn left_in_use(disk: &str, held: fn(&str) -> bool) -> Option<String> 
     ))
 }
 
-/// Whether somebody has the disk open for himself alone, as mounts of any mount namespace, swap
-/// and other devices do. Opens the disk, and so can wait for its I/O.
+/// Whether the disk is opened exclusively, as by mounts of any mount namespace, swap and other devices. Opens
+/// the disk, and so can wait for its I/O.
 pub(crate) fn is_claimed(disk: &str) -> bool {
     let opened =
         fs::OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(Path::new("/dev").join(disk));
     matches!(opened, Err(error) if error.kind() == io::ErrorKind::ResourceBusy)
 }
 
-/// Whether any process has the disk or a part of it open, or sees it mounted. Does no I/O on the disk, as [`is_claimed`] may.
+/// Whether any process has the disk or a part of it open, or sees it mounted. Unlike [`is_claimed`], does no
+/// I/O on the disk.
 pub(crate) fn is_open(disk: &str) -> bool {
     let numbers = numbers_of(&parts(disk));
     let is_one = |path: &Path| openers::block_number(path).is_some_and(|number| numbers.contains(&number));
@@ -128,8 +129,8 @@ fn holders(part: &str) -> Vec<String> {
     entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect()
 }
 
-/// Whether a path of the swap table means one of the parts of a disk: by its device number, or, as
-/// the path may be one of another mount namespace or root, by the kernel's name at its end.
+/// Whether a path of the swap table refers to one of the parts of a disk: by its device number, or, as the
+/// path may belong to another mount namespace or root, by the kernel's name at its end.
 fn is_one_of(path: &Path, parts: &[String], numbers: &[DeviceNumber]) -> bool {
     let name = path.file_name().and_then(|name| name.to_str());
     let named = parts.iter().any(|part| part.rsplit('/').next() == name);
@@ -164,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn swap_on_a_disk_is_known_by_name_where_the_path_leads_nowhere() {
+    fn swap_on_a_disk_is_recognized_by_name_when_its_path_does_not_exist() {
         let parts = ["ublkb0".to_owned(), "ublkb0/ublkb0p1".to_owned()];
         for path in ["/dev/ublkb0", "/elsewhere/dev/ublkb0", "/dev/ublkb0p1"] {
             assert!(is_one_of(Path::new(path), &parts, &[]), "{path}");
@@ -200,7 +201,7 @@ mod tests {
 
     impl Holder {
         fn of(node: &str, how: &str) -> Holder {
-            // It reads a line from us when it has opened it.
+            // The script reads a line from the test once it has opened the device.
             let script = format!("exec 7{how}{node}; echo; read -r line");
             let mut command = Command::new("bash");
             let mut child =
@@ -247,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_that_is_not_there_has_no_users() {
+    fn a_missing_disk_has_no_users() {
         assert!(users("no-such-disk").is_empty());
         assert!(!is_claimed("no-such-disk"));
     }

@@ -1,13 +1,13 @@
-//! `/proc/PID/mountinfo` (proc_pid_mountinfo(5)).
+//! Parsing `/proc/PID/mountinfo` (proc_pid_mountinfo(5)).
 
 use xpm_control::proc::unescape;
 
 use super::{DeviceNumber, parse_number};
 
-/// Where file systems on one of these devices are mounted.
+/// The mount points of file systems on one of these devices.
 ///
-/// By the device number of the file system; btrfs shows a number of its own there, so the mount
-/// source's path is not looked at either: such a device is found by its exclusive opener.
+/// Compares the device number of the file system. btrfs shows a number of its own there, and the path of the
+/// mount source is not compared either: such a device is found by its exclusive opener.
 pub(super) fn of(table: &str, numbers: &[DeviceNumber]) -> Vec<String> {
     table
         .lines()
@@ -20,7 +20,7 @@ pub(super) fn of(table: &str, numbers: &[DeviceNumber]) -> Vec<String> {
         .collect()
 }
 
-/// What is mounted, where that is a path.
+/// The mount sources that are paths.
 pub(super) fn sources(table: &str) -> impl Iterator<Item = String> {
     let source = |line: &str| line.split_once(" - ")?.1.split_ascii_whitespace().nth(1).map(unescape);
     table.lines().filter_map(source).filter(|source| source.starts_with('/'))
@@ -52,7 +52,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_table_is_read(table in "[0-9: /a\\\\\n-]{0,200}") {
+        fn any_table_is_parsed(table in "[0-9: /a\\\\\n-]{0,200}") {
             let _ = of(&table, &[DeviceNumber { major: 0, minor: 0 }]);
             let _ = sources(&table).count();
         }

@@ -1,7 +1,7 @@
 //! Programs that have a block device open, as `/proc/PID/fd` and `/proc/PID/fdinfo` show them (proc_pid_fd(5)).
 //!
-//! Nothing here does I/O on the device. What the kernel itself has open is not seen: `sysfs` shows other devices on top, and
-//! an exclusive open of ours finds the rest.
+//! These functions do no I/O on the device. Opens by the kernel itself are not visible here: `sysfs` shows
+//! other devices on top, and an exclusive open finds the rest.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -13,10 +13,10 @@ use rustix::fs::{AtFlags, CWD, FileType, StatxFlags, statx};
 
 use super::DeviceNumber;
 
-/// An open for reading only that lasts longer than this is a use. Shorter ones are looks: udev and blkid take them whenever
-/// a device changes.
+/// An open for reading only counts as use when it lasts longer than this. Shorter ones are queries: udev and
+/// blkid make them whenever a device changes.
 const LOOK: Duration = Duration::from_secs(2);
-/// Looks that never end, one after the other, are a use as well.
+/// A series of queries without a gap counts as use after this time.
 const LOOKS: Duration = Duration::from_secs(4);
 const AGAIN: Duration = Duration::from_millis(100);
 
@@ -30,7 +30,8 @@ struct Opener {
 /// Process and descriptor.
 type Place = (u32, u32);
 
-/// Who has one of these devices open: for writing, or for longer than a look. Waits for looks to end.
+/// The programs that have one of these devices open: for writing, or for longer than a query. Waits for
+/// queries to end.
 pub(super) fn of(numbers: &[DeviceNumber]) -> Vec<String> {
     settled(|| now(numbers), Instant::now())
 }
@@ -87,7 +88,8 @@ fn writes(info: &str) -> bool {
     flags & i64::from(libc::O_ACCMODE) != i64::from(libc::O_RDONLY)
 }
 
-/// The number of the block device that a path leads to. Asks no server of a network file system.
+/// The number of the block device that a path leads to. Sends no request to the server of a network file
+/// system.
 pub(super) fn block_number(path: &Path) -> Option<DeviceNumber> {
     let found = statx(CWD, path, AtFlags::STATX_DONT_SYNC, StatxFlags::TYPE).ok()?;
     let is_block = FileType::from_raw_mode(found.stx_mode.into()) == FileType::BlockDevice;
@@ -114,12 +116,12 @@ mod tests {
     }
 
     #[test]
-    fn looks_are_waited_for_and_uses_are_named() {
+    fn queries_are_waited_for_and_users_are_named() {
         let opener = |writes| Opener { name: "x".to_owned(), writes };
         let all = |list: &[(u32, bool)]| -> BTreeMap<Place, Opener> {
             list.iter().map(|(pid, writes)| ((*pid, 3), opener(*writes))).collect()
         };
-        // Two looks, of which each ends.
+        // Two queries, each of which ends.
         let mut looks =
             vec![all(&[]), all(&[(2, false)]), all(&[(1, false), (2, false)]), all(&[(1, false)])];
         let found = settled(|| looks.pop().expect("it looks until nobody has it open"), Instant::now());
