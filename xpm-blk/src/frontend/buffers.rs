@@ -1,4 +1,4 @@
-//! The buffers of a queue's requests, and memory for them that is there before it is needed.
+//! The buffers of a queue's requests, and memory for them that is allocated in advance.
 
 #![allow(unsafe_code)]
 
@@ -15,23 +15,23 @@ pub(crate) struct Mapping {
     len: usize,
 }
 
-// SAFETY: a mapping belongs to the process, not to the thread that made it, and is accessed only
-// through its owner.
+// SAFETY: a mapping belongs to the process, not to the thread that made it, and is accessed only through its
+// owner.
 unsafe impl Send for Mapping {}
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: address and length are those of the mapping that this value owns. An error would
-        // mean that it is not mapped, and leaves nothing to do.
+        // SAFETY: address and length are those of the mapping that this value owns. An error would mean that
+        // it is not mapped, and needs no action.
         let _ = unsafe { munmap(self.address.as_ptr().cast(), self.len) };
     }
 }
 
 impl Mapping {
-    /// Takes a mapping over.
+    /// Takes ownership of a mapping.
     ///
     /// # Safety
-    /// `len` bytes are mapped at `address`, and only this value undoes that.
+    /// `len` bytes must be mapped at `address`, and only this value may unmap them.
     pub(crate) const unsafe fn own(address: NonNull<u8>, len: usize) -> Mapping {
         Mapping { address, len }
     }
@@ -42,19 +42,19 @@ impl Mapping {
     }
 }
 
-/// The buffers of a queue's tags: one run of memory, page aligned and faulted in.
+/// The buffers of a queue's tags: one contiguous, page-aligned range of memory, faulted in.
 pub(crate) struct Buffers {
     mapping: Mapping,
     each_len: usize,
 }
 
-/// Memory of queues that are to come: a process that takes devices over may find none.
+/// Memory for future queues: a process that takes devices over may be unable to allocate any.
 static SET_ASIDE: Mutex<Vec<Mapping>> = Mutex::new(Vec::new());
 
-/// Has memory for buffers of these lengths ready, in bytes, and no more than that.
+/// Prepares memory for buffers of these lengths in bytes, and frees prepared memory beyond that.
 ///
 /// # Errors
-/// When there is none; some of it may be there.
+/// When there is no memory; a part of it may be prepared.
 pub(crate) fn set_aside(mut lens: Vec<usize>) -> io::Result<()> {
     let mut ready = SET_ASIDE.lock().unwrap_or_else(PoisonError::into_inner);
     ready.retain(|mapping| {
@@ -77,7 +77,7 @@ impl Mapping {
     /// New memory, faulted in.
     fn anonymous(len: usize) -> io::Result<Mapping> {
         let flags = MapFlags::PRIVATE | MapFlags::POPULATE;
-        // SAFETY: a new anonymous mapping at a place that the kernel chooses.
+        // SAFETY: a new anonymous mapping at an address that the kernel chooses.
         let address =
             unsafe { mmap_anonymous(std::ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, flags) }?;
         let address = NonNull::new(address.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
@@ -86,35 +86,36 @@ impl Mapping {
 }
 
 impl Buffers {
-    /// Buffers of `each_len` bytes for `depth` tags, of memory that was set aside where that fits.
+    /// Buffers of `each_len` bytes for `depth` tags; uses prepared memory of the right length if there is
+    /// any.
     pub(crate) fn new(depth: u16, each_len: usize) -> io::Result<Buffers> {
         let len = usize::from(depth) * each_len;
         let mapping = take_aside(len).map_or_else(|| Mapping::anonymous(len), Ok)?;
         Ok(Buffers { mapping, each_len })
     }
 
-    /// The buffer of a tag. It may be used in operations while this value lives, which the queue
-    /// sees to: its channel, and with it every operation, is dropped before its buffers.
+    /// The buffer of a tag. Operations may use it while this value lives, which the queue guarantees: it
+    /// drops its channel, and with it every operation, before its buffers.
     ///
     /// # Panics
     /// When there is no such tag.
     pub(crate) fn of(&self, tag: u16) -> IoBuf {
         let start = usize::from(tag) * self.each_len;
         assert!(start + self.each_len <= self.mapping.len, "tag {tag} has no buffer");
-        // SAFETY: within the mapping (asserted), which is readable and writable and lives until
-        // after the channel that operations with this buffer are posted to. No reference to it is
-        // ever made: the kernel and the transports access it by address.
+        // SAFETY: within the mapping (asserted), which is readable and writable and lives until after the
+        // channel that operations with this buffer are posted to. No reference to it is ever made: the kernel
+        // and the transports access it by address.
         unsafe { IoBuf::new(self.mapping.address.add(start), self.each_len) }
     }
 
-    /// All of them, to be registered with transports.
+    /// The whole memory, to be registered with transports.
     pub(crate) const fn all(&self) -> IoBuf {
         // SAFETY: the mapping is readable and writable and lives until after the channel that it is
         // registered with, as for `Buffers::of`.
         unsafe { IoBuf::new(self.mapping.address, self.mapping.len) }
     }
 
-    /// The address of a tag's buffer, as the kernel takes it.
+    /// The address of a tag's buffer, in the kernel's form.
     pub(crate) fn address(&self, tag: u16) -> u64 {
         self.of(tag).as_ptr().addr() as u64
     }
@@ -136,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_that_was_set_aside_is_used_once() {
+    fn prepared_memory_is_used_once() {
         set_aside(vec![5 << 12, 5 << 12]).unwrap();
         set_aside(vec![6 << 12, 5 << 12]).unwrap();
         let place = || {

@@ -1,5 +1,5 @@
-//! The forms in which an allocation is shown: each front end turns a [`Volume`] (or, for
-//! `nbd-direct`, the map itself) into something with a path, and takes it away again.
+//! The forms in which an allocation is shown. Each front end turns a [`Volume`] (or, for `nbd-direct`, the
+//! map itself) into an object with a path, and removes that object again.
 
 pub(crate) mod fuse;
 pub mod kernel_nbd;
@@ -23,7 +23,7 @@ use xpm_protocol::{ApplianceId, BlockSize, Name};
 use self::fuse::Mounted;
 use crate::error::DeviceError;
 
-/// How a device is made, with every default resolved.
+/// The parameters of a device, including all defaults.
 #[derive(Debug, Clone)]
 pub struct Shape {
     /// Queues; at least 1.
@@ -34,16 +34,15 @@ pub struct Shape {
     pub spin: Duration,
     /// Memory for the buffers of one queue, in bytes.
     pub buffer_len: u64,
-    /// The number that the device had before (`N` of `/dev/ublkbN` or `/dev/nbdN`), to be had
-    /// again if it can.
+    /// The number that the device had before (`N` of `/dev/ublkbN` or `/dev/nbdN`), which is requested again.
     pub number: Option<u32>,
     /// The allocation's name, for links to the device.
     pub name: Name,
-    /// Logical block size; none where clients choose.
+    /// Logical block size; none if clients choose.
     pub block_size: Option<BlockSize>,
 }
 
-/// An allocation that is shown. Dropping it without [`Shown::hide`] leaves what the kernel has.
+/// A shown allocation. Dropping it without [`Shown::hide`] leaves the kernel's objects in place.
 pub(crate) trait Shown: Send + Sync {
     /// The device node, or the socket.
     fn path(&self) -> String;
@@ -51,18 +50,18 @@ pub(crate) trait Shown: Send + Sync {
     /// The kernel's name of the block device (`ublkb0`); none for a socket.
     fn disk(&self) -> Option<&str>;
 
-    /// Number to ask for when the device is made again.
+    /// Number to request when the device is created again.
     fn number(&self) -> Option<u32>;
 
-    /// How I/O is going.
+    /// The state of I/O.
     fn health(&self) -> Health;
 
-    /// Clients that are connected, for forms that clients connect to.
+    /// Number of connected clients, for forms that clients connect to.
     fn clients(&self) -> usize {
         0
     }
 
-    /// Whether the device goes on to serve I/O when this process ends.
+    /// Whether the device continues to serve I/O when this process ends.
     fn outlives_process(&self) -> bool {
         false
     }
@@ -72,12 +71,12 @@ pub(crate) trait Shown: Send + Sync {
         false
     }
 
-    /// The descriptor that the next process needs, beside the record, to go on with it.
+    /// The descriptor that the next process needs, beside the record, to take the device over.
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         None
     }
 
-    /// Of a file: what its mount was made with.
+    /// Of a file: the parameters of its mount.
     fn mounted(&self) -> Option<Mounted> {
         None
     }
@@ -90,33 +89,33 @@ pub(crate) trait Shown: Send + Sync {
     /// Ends all I/O of its users with an error, at once and for good.
     ///
     /// # Errors
-    /// When the form has no such thing.
+    /// When the form does not support this.
     fn abort(&self) -> Result<(), DeviceError> {
         Err(DeviceError::unsupported("only a file can be aborted", "use `xpm blk detach NAME --force`"))
     }
 
-    /// What the kernel caches of its data; where `drop` is set, after changed pages were written back and all were dropped that
-    /// nobody touched meanwhile. Blocks for as long as that takes.
+    /// The kernel's cache of its data; with `drop`, after changed pages were written back and all pages were
+    /// dropped that were not used meanwhile. Blocks until that is done.
     ///
     /// # Errors
-    /// When the form has no cache that belongs to it alone.
+    /// When the form has no cache of its own.
     fn cache(&self, drop: bool) -> Result<Cache, DeviceError> {
         let _ = drop;
         Err(DeviceError::unsupported("only a file has a cache of its own", "use blockdev --flushbufs"))
     }
 
-    /// The volume behind it; none where the kernel or a client goes to the appliance itself.
+    /// The volume behind it; none if the kernel or a client connects to the appliance itself.
     fn volume(&self) -> Option<&Volume> {
         None
     }
 
-    /// What the allocator's word on the paths to the appliances is told to.
+    /// The object that receives the allocator's statements about the paths to the appliances.
     fn guarded(&self) -> Option<&dyn Guarded> {
         self.volume().map(|volume| volume as &dyn Guarded)
     }
 
-    /// The allocation has this size now: makes the device follow. In one line, what became of it where it
-    /// cannot, or not wholly. Blocks.
+    /// Adjusts the device to a new size of the allocation. Returns one line about the result if the device
+    /// cannot follow completely. Blocks.
     ///
     /// # Errors
     /// When the kernel refuses; the device has its old size.
@@ -125,35 +124,35 @@ pub(crate) trait Shown: Send + Sync {
         Ok(None)
     }
 
-    /// Whether the device can become smaller while it is there.
+    /// Whether the device can shrink while it exists.
     fn can_shrink(&self) -> bool {
         true
     }
 
-    /// An appliance does not come back: I/O that it has or would have ends with an error, for good. `why` is what people are
-    /// told.
+    /// Gives an appliance up for good: its pending and new I/O ends with an error. `why` is shown to
+    /// operators.
     fn give_up(&self, appliance: ApplianceId, why: &str) {
         if let Some(volume) = self.volume() {
             volume.give_up(appliance, why);
         }
     }
 
-    /// Takes the device away and waits until nothing uses its volume any more. Waits for I/O in
-    /// flight, unless `give_up` is set: then that I/O fails.
+    /// Removes the device and waits until its volume is not used any more. Waits for I/O in flight, unless
+    /// `give_up` is set: then that I/O fails.
     ///
     /// # Errors
-    /// When the kernel refuses; the device is then still there.
+    /// When the kernel refuses; the device still exists then.
     fn hide(&self, give_up: bool) -> Result<(), DeviceError>;
 }
 
-/// How I/O of a device is going.
+/// The state of a device's I/O.
 #[derive(Debug, Clone)]
 pub struct Health {
     /// Whether I/O passes.
     pub state: DeviceState,
     /// The appliances behind the device.
     pub links: Vec<LinkStatus>,
-    /// What passed since it was attached.
+    /// Counters since it was attached.
     pub counters: Counters,
     /// Requests in flight.
     pub in_flight: u64,
@@ -171,10 +170,10 @@ impl Health {
     }
 }
 
-/// Whether this kernel can have a form's device. Blocks for a moment.
+/// Whether this kernel supports a form. Blocks for a moment.
 ///
 /// # Errors
-/// [`ErrorKind::Unsupported`](xpm_protocol::api::ErrorKind) with what is missing.
+/// [`ErrorKind::Unsupported`](xpm_protocol::api::ErrorKind) with the missing part.
 pub fn check_support(form: &Form) -> Result<(), DeviceError> {
     match form {
         Form::Ublk => ublk::check_support(),
@@ -184,27 +183,29 @@ pub fn check_support(form: &Form) -> Result<(), DeviceError> {
     }
 }
 
-/// Whether this host may have to write to a form's device before it has memory again, as to swap or as back to a file,
-/// and so needs a process that is safe for it. A guest's swap is no part of what this host needs to go on.
+/// Whether this host may have to write to a form's device before it can free memory, as with swap or the
+/// write-back of a file. Such a device needs a process that is safe for swap. A guest's swap is not needed by
+/// this host.
 pub const fn can_carry_swap(form: &Form) -> bool {
     !matches!(form, Form::NbdSocket(_) | Form::VhostUser(_))
 }
 
-/// Whether a form can be shown while its I/O waits for the allocation: a kernel looks for partitions on each new device, and
-/// would wait with it.
+/// Whether a form can be shown while its I/O waits for the allocation: on each new block device, the kernel
+/// looks for partitions, and would block on that.
 pub const fn can_stand_by(form: &Form) -> bool {
     matches!(form, Form::NbdSocket(_) | Form::VhostUser(_) | Form::File(_))
 }
 
-/// Seconds since 1970: higher than any generation that an earlier process of this device used, unless two of them began
-/// within a moment, or the clock was set back; [`crate::records::Record::begin_life`] sees to that.
+/// Seconds since 1970: higher than any generation that an earlier process of this device used, unless two of
+/// them began within a moment, or the clock was set back; [`crate::records::Record::begin_life`] handles
+/// these cases.
 pub(crate) fn first_generation() -> u32 {
     let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |age| age.as_secs());
     seconds as u32
 }
 
-/// Longest read or write of one request, in bytes: the buffers of a queue's tags together take
-/// `buffer_len`, each at least 64 KiB (32 KiB is what swap reads) and at most 1 MiB.
+/// Longest read or write of one request, in bytes: the buffers of a queue's tags together take `buffer_len`,
+/// each at least 64 KiB (swap reads 32 KiB) and at most 1 MiB.
 pub(crate) fn io_len_max(buffer_len: u64, depth: u16) -> u32 {
     let each = (buffer_len / u64::from(depth)).clamp(64 << 10, 1 << 20);
     1 << each.ilog2()

@@ -1,4 +1,4 @@
-//! Unix sockets that front ends listen at.
+//! Unix sockets at which front ends listen.
 
 use std::fmt;
 use std::io;
@@ -10,7 +10,7 @@ use xpm_protocol::api::ErrorKind;
 
 use crate::error::{DeviceError, Step};
 
-/// Binds a unix socket of mode 0600. A socket that nobody listens at any more is replaced.
+/// Binds a unix socket of mode 0600. A socket at which no process listens any more is replaced.
 pub(super) fn bind(path: &Path) -> io::Result<UnixListener> {
     let is_socket = std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
     if is_socket
@@ -23,7 +23,7 @@ pub(super) fn bind(path: &Path) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
-/// Why it is not possible to listen there.
+/// The error when listening is not possible.
 pub(super) fn refused(error: io::Error, place: impl fmt::Display) -> DeviceError {
     match error.kind() {
         io::ErrorKind::AddrInUse => DeviceError::new(
@@ -39,7 +39,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_dead_socket_is_replaced_and_nothing_else() {
+    fn only_a_dead_socket_is_replaced() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("s");
         let first = bind(&path).unwrap();

@@ -1,5 +1,5 @@
-//! Form `nbd-direct`: the kernel gets connections that lead to the appliance itself. No process of
-//! this machine is on the way of an I/O; this one only replaces connections that died.
+//! Form `nbd-direct`: the kernel gets connections that lead to the appliance itself. No process of this
+//! machine takes part in an I/O; this process only replaces connections that broke.
 
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
@@ -32,15 +32,15 @@ use crate::error::{DeviceError, Step};
 use crate::frontend::Health;
 use crate::sysfs::Statistics;
 
-/// Longest time for one connection and its handshake.
+/// Time limit for a connection and its handshake.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 
-/// How long an appliance has to answer a look at it.
+/// Time limit for an appliance to answer a check.
 const ASK_LIMIT: Duration = Duration::from_secs(4);
-/// How long names are waited for where addresses are known, and did not work.
+/// How long to wait for names when addresses are known that did not work.
 const NAMES_PATIENCE: Duration = Duration::from_secs(1);
 
-/// Leads to the one appliance of an allocation.
+/// The source of sockets that lead to the one appliance of an allocation.
 pub(super) struct Direct {
     grant: Grant,
     transport: Option<TransportKind>,
@@ -51,15 +51,15 @@ pub(super) struct Direct {
     generation: AtomicU32,
     flags: TransmissionFlags,
     sockets: Mutex<Vec<Option<OwnedFd>>>,
-    /// Those before, which the kernel may not have let go of wholly.
+    /// The previous sockets, which the kernel may not have released completely.
     replaced: Mutex<Vec<Option<OwnedFd>>>,
     link: Mutex<Link>,
     alarm: Arc<Notify>,
-    /// Sockets given to the kernel since the start.
+    /// Number of sockets passed to the kernel since the start.
     given: AtomicU64,
 }
 
-/// A way to the appliance.
+/// A path to the appliance.
 #[derive(Debug, Clone)]
 enum Way {
     Tcp(Endpoints),
@@ -72,26 +72,26 @@ struct Link {
     transport: TransportKind,
     reason: Option<String>,
     trust: Trust,
-    /// Since when every attempt failed.
+    /// Start of the time in which every attempt failed.
     failing: Option<Instant>,
-    /// The appliance is given up: nothing changes any more.
+    /// Whether the appliance is given up, so that the state no longer changes.
     given_up: bool,
 }
 
 impl Direct {
-    /// Limit of one request: what was sent on a connection that died is sent again on another when this is over,
-    /// so this is the pause when an appliance is restarted.
+    /// Time limit of a request: a request sent on a connection that broke is sent again on another one after
+    /// this time, so this is also the pause when an appliance is restarted.
     ///
-    /// One connection's requests are sent again on its replacement only, before which the appliance shut the old one
-    /// out. With several, they are sent again on the next one that lives, which shuts nothing out: then the
-    /// limit is longer than TCP takes to give up on a silent peer (see `xpm_transport::nbd::client`), so that nothing is
-    /// left in the old connection's queue.
+    /// With one connection, its requests are sent again on its replacement only, and before that the
+    /// appliance has closed the old one. With several, they are sent again on the next working connection,
+    /// which closes no old one: therefore the limit is longer than TCP takes to give up on a silent peer (see
+    /// `xpm_transport::nbd::client`), so that the old connection's queue is empty.
     pub(super) const fn timeout(queues: u16) -> Duration {
         Duration::from_secs(if queues == 1 { 10 } else { 15 })
     }
 
-    /// The session names the connections of this device for as long as the device lives, across restarts of this process;
-    /// those of this life begin with its generation.
+    /// The session names the connections of this device for as long as the device exists, across restarts of
+    /// this process; the connections of this life begin with its generation.
     ///
     /// # Errors
     /// [`ErrorKind::Invalid`] when the allocation is not linear on one appliance.
@@ -128,7 +128,8 @@ impl Direct {
         })
     }
 
-    /// Asks the appliance what its export can do, and whether it holds `size` bytes.
+    /// Asks the appliance for the capabilities of its export, and whether the export has at least `size`
+    /// bytes.
     pub(super) fn probe(&mut self, size: u64) -> Result<(), DeviceError> {
         let queues = self.sockets().len();
         let Connected { info, .. } = self.connect(0)?;
@@ -177,8 +178,8 @@ impl Direct {
         Err(last.unwrap_or_else(|| self.error(ErrorKind::Internal, "it has no address")))
     }
 
-    /// Where it is reached by TCP, names included. A name is waited for only where nothing else is known, or worked
-    /// the last time.
+    /// The TCP addresses of the appliance, those of its names included. Names are waited for only when no
+    /// other address is known, or the known addresses did not work the last time.
     fn addresses(&self, endpoints: &Endpoints) -> Vec<SocketAddr> {
         let patience = match (endpoints.nbd.is_empty(), self.link().failing.is_some()) {
             (true, _) => CONNECT_LIMIT,
@@ -206,7 +207,7 @@ impl Direct {
         link.note(LinkState::Up, transport, None);
     }
 
-    /// I/O goes on to wait, unless it is proven that the memory is gone.
+    /// Handles a failed attempt. I/O continues to wait, unless it is proven that the memory is gone.
     fn failed(&self, transport: TransportKind, error: &ConnectError) -> DeviceError {
         let refused = matches!(error, ConnectError::UnknownExport);
         let now = Instant::now();
@@ -332,16 +333,16 @@ impl Source for Direct {
 
     fn socket(&self, queue: u16) -> Result<OwnedFd, DeviceError> {
         if let Some(before) = self.sockets()[usize::from(queue)].take() {
-            // Closed with the next one only: see `Wiring::reconfigure`.
+            // Closed only together with the next one: see `Wiring::reconfigure`.
             self.replaced.lock().unwrap_or_else(PoisonError::into_inner)[usize::from(queue)] = Some(before);
         }
         let Connected { stream, .. } = self.connect(queue)?;
-        // The driver sets its own time limit on each socket that it takes: that is how `dead`
-        // knows a socket that it dropped.
+        // The driver sets its own time limit on each socket that it takes: `dead` recognizes a dropped socket by
+        // the missing limit.
         set_socket_timeout(&stream, Timeout::Send, None).at("prepare a socket for the kernel")?;
         set_socket_timeout(&stream, Timeout::Recv, None).at("prepare a socket for the kernel")?;
-        // What the kernel's receiver waits for is not in the file's flags; a blocking file is what
-        // every other client hands over.
+        // Whether the kernel's receiver blocks does not depend on the file's flags, but every other client
+        // passes a blocking file.
         rustix::io::ioctl_fionbio(&stream, false).at("prepare a socket for the kernel")?;
         self.sockets()[usize::from(queue)] = Some(stream.try_clone().at("duplicate a socket")?);
         self.given.fetch_add(1, Ordering::Relaxed);
@@ -389,7 +390,8 @@ impl Source for Direct {
             link.note(LinkState::Lost, transport, Some(why.to_owned()));
             link.given_up = true;
         }
-        // The driver says good-bye on each socket, behind what it is sending there: that must not wait for the peer.
+        // The driver sends a disconnect on each socket, behind the data in transit: this must not wait for
+        // the peer.
         for socket in self.sockets().iter().flatten() {
             let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Both);
         }
@@ -401,7 +403,7 @@ impl Source for Direct {
     }
 }
 
-/// Whether the kernel took a socket and its connection still stands.
+/// Whether the kernel took the socket and its connection still works.
 fn is_served(socket: &OwnedFd) -> bool {
     let mut fds = [PollFd::new(socket, PollFlags::RDHUP)];
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
@@ -409,7 +411,7 @@ fn is_served(socket: &OwnedFd) -> bool {
     !hung_up && socket_timeout(socket.as_fd(), Timeout::Send).is_ok_and(|limit| limit.is_some())
 }
 
-/// The export of one grant is the whole allocation only when it is linear on one appliance, with
+/// The grant whose export is the whole allocation: this requires a linear allocation on one appliance, with
 /// its regions in the order of the grant.
 fn the_only_grant(map: &Map) -> Result<&Grant, DeviceError> {
     let refuse = |why: String| {

@@ -15,29 +15,29 @@ use crate::export;
 use crate::frontend::Health;
 use crate::sysfs::Statistics;
 
-/// How long appliances are waited for that have to shut out an earlier process.
+/// How long to wait for appliances to close the connections of an earlier process.
 const SHUT_OUT_WITHIN: Duration = Duration::from_secs(2);
 
 /// Serves a volume to the kernel.
 pub(super) struct Local {
     server: Server,
     volume: Volume,
-    /// Names the device's connections at the server, each queue's by its number more.
+    /// Group number of the first queue's connections at the server; each further queue adds its number.
     group: u128,
     queues: u16,
 }
 
 impl Local {
-    /// No limit of one request: with one socket, the kernel then only looks every [`Local::LOOK_EVERY`] whether the
-    /// request's socket was replaced, and never kills a connection because I/O is held.
+    /// No time limit of a request: with one socket the kernel then only checks every [`Local::LOOK_EVERY`]
+    /// whether the request's socket was replaced, and never closes a connection because I/O is held.
     pub(super) const TIMEOUT_OF_ONE: Option<Duration> = None;
 
-    /// How often the kernel looks whether a request's socket was replaced: the pause when this process was. The kernel
-    /// logs a line each time for a request that waits.
+    /// How often the kernel checks whether a request's socket was replaced; this is the pause when this
+    /// process is replaced. The kernel logs a line at each check of a waiting request.
     pub(super) const LOOK_EVERY: Duration = Duration::from_secs(5);
 
-    /// With several sockets the kernel moves a request that took too long to another one, while
-    /// the first may still carry it out: so late that only a dead process is meant.
+    /// With several sockets the kernel moves a request that took too long to another socket, while the first
+    /// one may still execute it: the limit is so long that only a dead process reaches it.
     pub(super) const TIMEOUT_OF_SEVERAL: Option<Duration> = Some(Duration::from_secs(24 * 3600));
 
     pub(super) fn new(server: Server, volume: Volume, group: u128, queues: u16) -> Local {
@@ -58,12 +58,14 @@ impl Source for Local {
         let step = || format!("serve queue {queue} of a kernel nbd device");
         let (kernel, ours) =
             socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).at(step())?;
-        // The kernel submits again what it had no answer to. So nothing that the queue's earlier channel sent may land any more,
-        // also if that was another process's; and there may be one channel of a queue at a time.
+        // The kernel repeats requests that had no answer. So no late request of the queue's earlier channel
+        // may land any more, also if another process sent it; and a queue may have only one channel at a
+        // time.
         self.server.close_group(self.group_of(queue));
         let channel = self.volume.channel_of(queue).at(step())?;
         let opened = Opened {
-            // The kernel knows the size by netlink, also when it changes; the channel checks what it asks for.
+            // The kernel learns the size and its changes by netlink; the channel checks the range of each
+            // request.
             info: ExportInfo { size: i64::MAX as u64, ..export::info(&self.volume, None) },
             store: Box::new(channel),
             group: self.group_of(queue),
@@ -73,7 +75,7 @@ impl Source for Local {
         Ok(kernel)
     }
 
-    /// An appliance shuts out a queue's earlier connection when it has the next one.
+    /// An appliance closes a queue's earlier connection when it accepts the next one.
     fn shut_out_all(&self) {
         if self.queues > 1
             && let Err(error) = self.volume.wait_ready(SHUT_OUT_WITHIN)
@@ -82,12 +84,13 @@ impl Source for Local {
         }
     }
 
-    /// The server sees the end of each socket that the kernel let go of, also of one that it never took.
+    /// The server notices the end of each socket that the kernel released, also of a socket that it never
+    /// took.
     fn dead(&self) -> Vec<u16> {
         (0..self.queues).filter(|queue| self.server.connections(Some(self.group_of(*queue))) == 0).collect()
     }
 
-    /// The kernel's numbers: the server goes past the volume where it accesses memory in place.
+    /// The kernel's counters, because the server bypasses the volume where it accesses memory in place.
     fn health(&self, statistics: Statistics) -> Health {
         let health = Health::of(&self.volume);
         let counters = Counters { errors: health.counters.errors, ..statistics.counters() };

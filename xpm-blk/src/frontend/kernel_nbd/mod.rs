@@ -1,12 +1,12 @@
 //! Devices of the kernel's own nbd driver, made by netlink.
 //!
-//! Both forms are the same to the kernel and differ in where its sockets lead: to this process
-//! (`nbd`) or to the appliance itself (`nbd-direct`). The driver gives its sockets memory reserves
-//! (SOCK_MEMALLOC), which no user process can give to its own: swap over `nbd-direct` needs
-//! no memory of any process to be written.
+//! Both forms are the same to the kernel and differ in the destination of its sockets: this process (`nbd`)
+//! or the appliance itself (`nbd-direct`). The driver gives its sockets access to memory reserves
+//! (SOCK_MEMALLOC), which no user process can do with its own: writing swap over `nbd-direct` needs no memory
+//! of any process.
 //!
-//! The number of sockets is the number of hardware queues. One is the default: a request then never
-//! changes to another socket while the first may still carry it out.
+//! The number of sockets is the number of hardware queues. The default is one: then a request never moves to
+//! another socket while the first one may still execute it.
 
 mod direct;
 mod local;
@@ -38,7 +38,7 @@ use crate::error::{DeviceError, Step};
 use crate::links::Label;
 use crate::sysfs::{self, Statistics};
 
-/// How long requests wait for a new connection when they are never to fail: ten years.
+/// How long requests that never fail wait for a new connection: ten years.
 const FOREVER: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 
 /// A device of the kernel's nbd driver.
@@ -46,20 +46,20 @@ pub struct NbdDevice {
     wiring: Wiring,
     disk: String,
     label: Label,
-    /// The driver's devices count on over their uses.
+    /// The counters at the start, because the driver's devices continue counting over several uses.
     before: Statistics,
     source: Arc<dyn Source>,
     watcher: Mutex<Option<Watcher>>,
-    /// Held while the driver is given sockets or told to end; true once it was told so.
+    /// Locked while the driver is given sockets or told to end; true once it was told to end.
     ended: Arc<Mutex<bool>>,
     outlives_process: bool,
 }
 
-/// How a device hangs together with the driver.
+/// The connection between a device and the driver.
 #[derive(Debug, Clone)]
 struct Wiring {
     index: u32,
-    /// See [`identifier`]: what the driver wants to see again before it takes new sockets.
+    /// See [`identifier`]: the driver requires it before it accepts new sockets.
     identifier: String,
     timeout: Option<Duration>,
     dead_timeout: Duration,
@@ -67,15 +67,15 @@ struct Wiring {
     block_len: u64,
 }
 
-/// How long the kernel's receiver of a connection has to leave it when it has ended.
+/// How long the kernel's receiver of an ended connection has to stop using it.
 const RECEIVER_LEAVES: Duration = Duration::from_millis(200);
 
 impl Wiring {
-    /// Gives the device sockets in place of dead ones.
+    /// Replaces dead sockets of the device.
     ///
-    /// Linux 6.12 frees a socket that is replaced although its receiver may still wait there, when it was the sender who
-    /// found it dead (`nbd_reconnect_socket` in drivers/block/nbd.c), and follows a null pointer then. So the receiver,
-    /// which the end of the connection wakes, gets time to leave.
+    /// Linux 6.12 frees a replaced socket although its receiver may still wait there, if the sender noticed
+    /// that the socket is dead (`nbd_reconnect_socket` in drivers/block/nbd.c), and then follows a null
+    /// pointer. So the receiver, which the end of the connection wakes, gets time to leave.
     fn reconfigure(&self, control: &mut NbdControl, sockets: &[BorrowedFd<'_>]) -> Result<(), DeviceError> {
         thread::sleep(RECEIVER_LEAVES);
         let timeouts = (self.timeout, self.dead_timeout);
@@ -85,36 +85,36 @@ impl Wiring {
     }
 }
 
-/// What both forms need to know of an allocation.
+/// The parameters of an allocation that both forms need.
 #[derive(Debug, Clone, Copy)]
 pub struct Shared<'a> {
-    /// Whose it is.
+    /// The client that shows it.
     pub client: ClientId,
-    /// Which life of the client shows it.
+    /// The life of the client that shows it.
     pub visitor: Option<&'a Visitor>,
-    /// Where the allocation lies.
+    /// The map of the allocation.
     pub map: &'a Map,
     /// How long I/O waits while the other end cannot be reached.
     pub hold: Hold,
-    /// How long refusals of an appliance have to last before they count without the allocator's word.
+    /// How long refusals of an appliance have to last before they count without the allocator's confirmation.
     pub refusal_limit: Duration,
 }
 
 /// Whether this kernel has its nbd driver loaded.
 ///
 /// # Errors
-/// [`ErrorKind::Unsupported`](xpm_protocol::api::ErrorKind) with what is missing.
+/// [`ErrorKind::Unsupported`](xpm_protocol::api::ErrorKind) with the missing part.
 pub fn check_support() -> Result<(), DeviceError> {
     NbdControl::open().map(drop)
 }
 
 impl NbdDevice {
-    /// Form `nbd`: `server` serves `volume` to the kernel; `group` names the device's connections
-    /// at the server. A device of this allocation that another process left is taken over with
-    /// the requests that wait in it.
+    /// Form `nbd`: `server` serves `volume` to the kernel; `group` names the device's connections at the
+    /// server. If another process left a device of this allocation, it is taken over together with its
+    /// waiting requests.
     ///
     /// # Errors
-    /// `ErrorKind::Unsupported` where the driver is not loaded.
+    /// `ErrorKind::Unsupported` if the driver is not loaded.
     pub fn show(
         shared: Shared<'_>,
         volume: Volume,
@@ -127,12 +127,13 @@ impl NbdDevice {
         NbdDevice::start(shared, timeout, source, shape, false)
     }
 
-    /// Form `nbd-direct`: the sockets lead to the allocation's one appliance. The session is a random number that the device
-    /// keeps across restarts of this process, and its generation is newer than those of its earlier lives.
+    /// Form `nbd-direct`: the sockets lead to the allocation's one appliance. The session is a random number
+    /// that the device keeps across restarts of this process, and its generation is newer than those of its
+    /// earlier lives.
     ///
     /// # Errors
-    /// `ErrorKind::Invalid` when the allocation is not linear on one appliance,
-    /// `ErrorKind::Unavailable` when that cannot be reached.
+    /// `ErrorKind::Invalid` when the allocation is not linear on one appliance, `ErrorKind::Unavailable` when
+    /// the appliance cannot be reached.
     pub fn show_direct(
         shared: Shared<'_>,
         session: (u128, u32),
@@ -147,7 +148,7 @@ impl NbdDevice {
     /// Ends the device of this allocation that an earlier process left, if there is one: its I/O fails.
     ///
     /// # Errors
-    /// When the driver cannot be told so.
+    /// When the driver refuses.
     pub fn end_left(client: ClientId, map: &Map) -> Result<(), DeviceError> {
         match device_of(&identifier(client, map)) {
             Some(index) => NbdControl::open()?.disconnect(index).at(format!("disconnect /dev/nbd{index}")),
@@ -186,8 +187,8 @@ impl NbdDevice {
         let before = Statistics::of(&disk);
         let ended = Arc::new(Mutex::new(false));
         let watcher = Watcher::start(wiring.clone(), Arc::clone(&source), Arc::clone(&ended))?;
-        // The kernel waits for all requests before it changes a setting, and those of a device that was taken over may wait
-        // for what this process has yet to do; it keeps the settings that it has.
+        // The kernel waits for all requests before it changes a setting, and requests of a device that was
+        // taken over may wait for later steps of this process; such a device keeps its settings.
         if is_new {
             sysfs::tune(&disk);
             if wiring.timeout.is_none() {
@@ -217,7 +218,7 @@ fn dead_timeout(hold: Hold) -> Duration {
     }
 }
 
-/// Takes over the device that already shows this allocation, or makes one.
+/// Takes over the device that already shows this allocation, or creates one.
 fn connect(wiring: &mut Wiring, size: u64, source: &dyn Source, shape: &Shape) -> Result<(), DeviceError> {
     let mut control = NbdControl::open()?;
     let left = device_of(&wiring.identifier);
@@ -240,7 +241,7 @@ fn connect(wiring: &mut Wiring, size: u64, source: &dyn Source, shape: &Shape) -
         identifier: &wiring.identifier,
     };
     let index = control.connect(&request, &sockets).or_else(|error| match request.index.take() {
-        // Somebody was faster with the number that the device had before.
+        // Another program took the device's previous number.
         Some(_) => control.connect(&request, &sockets),
         None => Err(error),
     });
@@ -248,12 +249,12 @@ fn connect(wiring: &mut Wiring, size: u64, source: &dyn Source, shape: &Shape) -
     Ok(())
 }
 
-/// What the driver knows a device by: `xpm-CLIENT-ALLOCATION-EPOCH`.
+/// The identifier of a device in the driver: `xpm-CLIENT-ALLOCATION-EPOCH`.
 pub(crate) fn identifier(client: ClientId, map: &Map) -> String {
     format!("{}{}-{}", mark_of(client), map.id, map.epoch)
 }
 
-/// How the identifiers of all devices of a client begin.
+/// The prefix of the identifiers of all devices of a client.
 fn mark_of(client: ClientId) -> String {
     format!("xpm-{}-", &client.to_string()[..8])
 }
@@ -300,8 +301,8 @@ impl Shown for NbdDevice {
         self.source.guarded()
     }
 
-    /// The driver holds requests while it changes the size. What answers those that are in flight are other
-    /// threads of this process, which is locked in memory.
+    /// The driver holds requests while it changes the size. Other threads of this process, which is locked in
+    /// memory, answer the requests in flight.
     fn resize(&self, size: u64) -> Result<Option<String>, DeviceError> {
         let Wiring { index, identifier, block_len, .. } = &self.wiring;
         let size = size / block_len * block_len;
@@ -317,8 +318,8 @@ impl Shown for NbdDevice {
         true
     }
 
-    /// The driver holds the requests of a device that leads to the appliance itself, and ends them when it is told that the
-    /// device ends. Its node stays for as long as somebody has it open.
+    /// The driver holds the requests of a device that leads to the appliance itself, and fails them when the
+    /// device is ended. The device's node stays for as long as a program has it open.
     fn give_up(&self, appliance: ApplianceId, why: &str) {
         if let Some(volume) = self.source.volume() {
             volume.give_up(appliance, why);
@@ -341,7 +342,7 @@ impl Shown for NbdDevice {
             watcher.stop();
         }
         let index = self.wiring.index;
-        // One that was ended may be somebody else's device by now.
+        // A device that was ended may belong to another program by now.
         let ended = *self.ended.lock().unwrap_or_else(PoisonError::into_inner);
         if !ended || device_of(&self.wiring.identifier) == Some(index) {
             NbdControl::open()?.disconnect(index).at(format!("disconnect /dev/nbd{index}"))?;

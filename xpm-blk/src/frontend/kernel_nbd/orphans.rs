@@ -1,4 +1,4 @@
-//! Devices of earlier lives that no record wants any more.
+//! Removing devices of earlier lives that no record needs any more.
 
 use std::path::Path;
 
@@ -9,8 +9,8 @@ use super::{connected, mark_of};
 use crate::error::Step as _;
 use crate::{links, sysfs, usage};
 
-/// Disconnects devices of this client that are none of `wanted`, by their identifiers, if nobody uses them and the process
-/// that made them is gone. Returns what it did, a line for each. Blocks.
+/// Disconnects unused devices of this client whose identifiers are not in `wanted` and whose creating process
+/// has ended. Returns a line for each step. Blocks.
 pub fn remove(client: ClientId, wanted: &[String]) -> Vec<String> {
     let mark = mark_of(client);
     let is_orphan = |(index, identifier): &(u32, String)| {
@@ -39,7 +39,7 @@ fn remove_one(index: u32, identifier: &str) -> String {
     }
 }
 
-/// Whether the process that made the device is there; it may be just about to record it.
+/// Whether the process that created the device is alive; it may be about to record the device.
 fn maker_lives(index: u32) -> bool {
     sysfs::text(&format!("nbd{index}"), "pid").is_some_and(|pid| Path::new("/proc").join(pid).exists())
 }

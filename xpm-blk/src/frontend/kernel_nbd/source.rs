@@ -1,4 +1,4 @@
-//! Where the sockets of a kernel nbd device lead.
+//! [`Source`]: supplies the sockets of a kernel nbd device.
 
 use std::os::fd::OwnedFd;
 
@@ -9,50 +9,49 @@ use crate::error::DeviceError;
 use crate::frontend::Health;
 use crate::sysfs::Statistics;
 
-/// Supplies the kernel with connected sockets, at first and in place of dead ones.
+/// Supplies the kernel with connected sockets, at first and to replace dead ones.
 ///
-/// Called from control threads and from the device's watcher, never from two at once for one
-/// queue.
+/// Called by control threads and by the device's watcher, never concurrently for one queue.
 pub(super) trait Source: Send + Sync {
-    /// Transmission flags that hold for every socket.
+    /// Transmission flags that apply to every socket.
     fn server_flags(&self) -> u16;
 
-    /// A connected socket for this queue, in the transmission phase. What the queue's last socket
-    /// left behind is shut out before.
+    /// A connected socket for this queue, in the transmission phase. Late requests of the queue's previous
+    /// socket are shut out before it is returned.
     ///
     /// # Errors
-    /// Why there is none now; trying again may help.
+    /// The reason why no socket is available now; a later attempt may succeed.
     fn socket(&self, queue: u16) -> Result<OwnedFd, DeviceError>;
 
-    /// Waits until what an earlier process sent on any queue is shut out, by appliances that can be reached. The kernel may
-    /// submit a request of one queue again on another.
+    /// Waits until late requests of an earlier process on any queue are shut out, by all appliances that can
+    /// be reached. Needed because the kernel may repeat a request of one queue on another.
     fn shut_out_all(&self) {}
 
     /// Queues whose last socket is dead or was not taken by the kernel.
     fn dead(&self) -> Vec<u16>;
 
-    /// Looks whether the appliance at the other end of sockets that seem to work is there, where no volume does so. Blocks for
-    /// some seconds at most.
+    /// Checks whether the appliance behind working sockets answers, if no volume does so. Blocks for some
+    /// seconds at most.
     fn look(&self) {}
 
-    /// How I/O of the device is going, of which the kernel counted `statistics`.
+    /// The state of the device's I/O; `statistics` are the kernel's counters.
     fn health(&self, statistics: Statistics) -> Health;
 
-    /// Lets nothing more pass where the sockets lead to an appliance that is given up; `why` is what people are told. Gives
-    /// whether they do, and so the device has to end.
+    /// Stops all transfers if the sockets lead to an appliance that is given up; `why` is shown to operators.
+    /// Returns whether they do, so that the device has to end.
     fn give_up(&self, why: &str) -> bool {
         let _ = why;
         false
     }
 
-    /// The volume that is served; none where the sockets lead to the appliance.
+    /// The volume that is served; none if the sockets lead to the appliance.
     fn volume(&self) -> Option<&Volume>;
 
-    /// What the allocator's word on the paths to the appliances is told to.
+    /// The object that receives the allocator's statements about the paths to the appliances.
     fn guarded(&self) -> Option<&dyn Guarded> {
         self.volume().map(|volume| volume as &dyn Guarded)
     }
 
-    /// Ends what serves the sockets; called after the kernel let go of them.
+    /// Ends the server of the sockets; called after the kernel released them.
     fn close(&self);
 }

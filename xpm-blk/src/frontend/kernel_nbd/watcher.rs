@@ -1,9 +1,9 @@
 //! Replaces the dead sockets of a kernel nbd device.
 //!
-//! The kernel tells of a dead link by multicast; what is dead is then looked up at the source, as
-//! it is once a second anyway, so that no lost message costs a connection. The kernel fills
-//! only slots that it knows to be dead, and drops other sockets without a word: one that it
-//! dropped shows at the source as dead again, and is replaced once more.
+//! The kernel reports a dead link by multicast. The watcher then asks the source for dead sockets; it also
+//! does so once a second, so that a lost message costs no connection. The kernel fills only slots that it
+//! knows to be dead, and silently drops other sockets: such a socket appears as dead at the source again, and
+//! is replaced once more.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -19,7 +19,7 @@ use crate::error::{DeviceError, Step};
 use crate::lifecycle;
 
 const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// How often the appliance is looked at whose sockets seem to work.
+/// Interval of checking the appliance behind working sockets.
 const ASK_EVERY: Duration = Duration::from_secs(3);
 const PAUSE_FIRST: Duration = Duration::from_millis(50);
 const PAUSE_LONGEST: Duration = Duration::from_secs(3);
@@ -56,7 +56,7 @@ impl Watcher {
 
     /// Ends the watcher and waits for it.
     pub(super) fn stop(self) {
-        // An eventfd that is never read takes the number.
+        // The write succeeds: the eventfd is never read and its counter does not overflow.
         let _ = rustix::io::write(&self.stop, &1_u64.to_ne_bytes());
         let _ = self.thread.join();
     }
@@ -67,9 +67,9 @@ struct Work {
     links: DeadLinks,
     wiring: Wiring,
     source: Arc<dyn Source>,
-    /// The device was told to end: it gets no socket any more.
+    /// Whether the device was told to end, so that it gets no more sockets.
     ended: Arc<Mutex<bool>>,
-    /// What was logged last, so that a lasting trouble is logged once.
+    /// The last logged error, so that a lasting error is logged once.
     worry: Option<String>,
 }
 

@@ -24,11 +24,11 @@ pub struct NbdSocket {
 }
 
 impl NbdSocket {
-    /// Listens. The allocation is the export of its name, and the default one; clients that ask are told its block size. Must be called
-    /// within a tokio runtime.
+    /// Listens. The allocation is the export of its name, and the default export; clients that ask for the
+    /// block size receive it. Must be called within a tokio runtime.
     ///
     /// # Errors
-    /// [`ErrorKind::Conflict`](xpm_protocol::api::ErrorKind) when somebody else listens there.
+    /// [`ErrorKind::Conflict`](xpm_protocol::api::ErrorKind) when another process listens there.
     pub fn show(
         (name, block_size): (&str, Option<BlockSize>),
         place: &SocketPlace,
@@ -59,10 +59,11 @@ impl NbdSocket {
     }
 }
 
-/// Refuses an address that other machines reach: the export has no secret, so whoever connects reads and writes it.
+/// Refuses an address that other machines reach: the export has no secret, so any client that connects can
+/// read and write it.
 ///
 /// # Errors
-/// [`ErrorKind::Denied`] with what to do instead.
+/// [`ErrorKind::Denied`] with the remedy.
 pub(crate) fn check_exposure(place: &SocketPlace, insecure: bool) -> Result<(), DeviceError> {
     let SocketPlace::Tcp(address) = place else { return Ok(()) };
     match Place::Tcp(*address).check_exposure(false, insecure) {
@@ -140,7 +141,7 @@ impl Shown for NbdSocket {
         drop(listener);
         self.server.close_group(self.group);
         if let SocketPlace::Unix(path) = &self.place {
-            // Gone already is as good.
+            // The file may be gone already.
             let _ = std::fs::remove_file(path);
         }
         Ok(())

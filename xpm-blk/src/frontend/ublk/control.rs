@@ -1,5 +1,5 @@
-//! Control commands of ublk: one at a time, each waited for. They can block for as long as the
-//! device has I/O in flight, and are called from control threads only.
+//! Control commands of ublk, one at a time, each waited for. They can block for as long as the device has I/O
+//! in flight, and are called by control threads only.
 
 #![allow(unsafe_code)]
 
@@ -22,10 +22,10 @@ pub(super) struct Control {
 const MODPROBE: &str = "load the kernel's module with `modprobe ublk_drv` (Linux 6.5 or newer, CONFIG_BLK_DEV_UBLK), \
                         or show the allocation as nbd or nbd-socket";
 
-/// One that is open already, for a process that takes devices over.
+/// A control device opened in advance, for a process that takes devices over.
 static SET_ASIDE: Mutex<Option<Control>> = Mutex::new(None);
 
-/// Has the control device open ahead of need.
+/// Opens the control device in advance.
 ///
 /// # Errors
 /// As for [`Control::open`].
@@ -38,10 +38,10 @@ pub(super) fn set_aside() -> Result<(), DeviceError> {
 }
 
 impl Control {
-    /// The control device, opened now or ahead.
+    /// The control device, opened now or in advance.
     ///
     /// # Errors
-    /// [`DeviceError::Unsupported`] where the kernel has no ublk or no io_uring for this process.
+    /// [`DeviceError::Unsupported`] if the kernel has no ublk, or no io_uring for this process.
     pub(super) fn open() -> Result<Control, DeviceError> {
         let ready = SET_ASIDE.lock().unwrap_or_else(PoisonError::into_inner).take();
         ready.map_or_else(Control::open_new, Ok)
@@ -80,14 +80,14 @@ impl Control {
         Ok(u64::from_ne_bytes(features))
     }
 
-    /// Adds a device; returns what became of `info`, its number among it.
+    /// Adds a device; returns `info` as the kernel completed it, including the device's number.
     pub(super) fn add(&mut self, info: DeviceInfo) -> Result<DeviceInfo, DeviceError> {
         let mut bytes = info.encode();
         self.command(uapi::ADD_DEV, info.device, &mut bytes, 0).at("add a ublk device")?;
         Ok(DeviceInfo::decode(&bytes))
     }
 
-    /// What the kernel knows of a device; none when there is no such device.
+    /// The kernel's information about a device; none when the device does not exist.
     pub(super) fn info(&mut self, device: u32) -> Result<Option<DeviceInfo>, DeviceError> {
         let mut bytes = [0; DeviceInfo::LEN];
         match self.command(uapi::GET_DEV_INFO, device, &mut bytes, 0) {
@@ -97,7 +97,7 @@ impl Control {
         }
     }
 
-    /// Sets size and limits of a device that was not started yet.
+    /// Sets size and limits of a device before it is started.
     pub(super) fn set_params(&mut self, device: u32, params: Params) -> Result<(), DeviceError> {
         self.command(uapi::SET_PARAMS, device, &mut params.encode(), 0)
             .at(format!("set the parameters of ublk device {device}"))
@@ -120,14 +120,14 @@ impl Control {
     /// Begins to give a device another server.
     ///
     /// # Errors
-    /// `EBUSY` while the server before is not wholly gone, `EINVAL` where this was begun before and no queue has been
-    /// fetched since.
+    /// `EBUSY` while the previous server is not completely gone, `EINVAL` if this was begun before and no
+    /// queue has been fetched since.
     pub(super) fn start_recovery(&mut self, device: u32) -> io::Result<()> {
         self.command(uapi::START_USER_RECOVERY, device, &mut [], 0)
     }
 
-    /// Ends it: requests come from here on, those of the server before among them. Waits until every tag of every
-    /// queue was fetched.
+    /// Completes the recovery: from here on requests arrive, including those of the previous server. Waits
+    /// until every tag of every queue was fetched.
     pub(super) fn end_recovery(&mut self, device: u32) -> Result<(), DeviceError> {
         let pid = u64::from(std::process::id());
         self.command(uapi::END_USER_RECOVERY, device, &mut [], pid)
@@ -149,8 +149,8 @@ impl Control {
         let entry = opcode::UringCmd80::new(types::Fd(self.file.as_raw_fd()), number)
             .cmd(ControlCommand { device, buffer, data }.encode())
             .build();
-        // SAFETY: the descriptor is open while `self` lives. The command's buffer is borrowed for
-        // the whole call, which does not return before the command has completed.
+        // SAFETY: the descriptor is open while `self` lives. The command's buffer is borrowed for the whole
+        // call, which does not return before the command has completed.
         unsafe { self.ring.submission().push(&entry) }.map_err(|_| io::ErrorKind::ResourceBusy)?;
         let completion = loop {
             let submitted = self.ring.submit_and_wait(1);
@@ -160,7 +160,7 @@ impl Control {
             match submitted {
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // Without a completion the kernel may still use the buffer: nothing can be undone.
+                // Without a completion the kernel may still use the buffer, so the call cannot return.
                 Err(error) => {
                     tracing::error!(%error, "io_uring failed under a ublk control command");
                     std::process::abort();

@@ -1,17 +1,17 @@
-//! What the kernel keeps for us in each of our devices, so that they are known as ours later.
+//! A mark that the kernel stores in each of our devices, so that they can be recognized later.
 
 use xpm_protocol::ClientId;
 
-/// That of devices that were made before a mark said whose they are: `xpm-blk1`.
+/// The mark of devices from before marks named their client: `xpm-blk1`.
 const OLD: u64 = u64::from_be_bytes(*b"xpm-blk1");
 const PREFIX: u64 = (b'x' as u64) << 8 | b'p' as u64;
 
-/// `xp`, 16 bits of who the client is, and 32 bits of the device's session, which no other device has.
+/// `xp`, 16 bits of the client's id, and 32 bits of the device's session, which no other device has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Mark(u64);
 
 impl Mark {
-    /// That of a device of a client with a session.
+    /// The mark of a client's device with this session.
     pub fn new(client: ClientId, session: u128) -> Mark {
         Mark(PREFIX << 48 | fold::<16>(client.as_u128()) << 32 | fold::<32>(session))
     }
@@ -21,12 +21,13 @@ impl Mark {
     }
 }
 
-/// Whether a device with this mark was made by an xpm-blk with the state of this client, or by an older one.
+/// Whether a device with this mark was created by an xpm-blk with the state of this client, or by an older
+/// version.
 pub(super) fn is_of(mark: u64, client: ClientId) -> bool {
     mark == OLD || mark >> 32 == Mark::new(client, 0).0 >> 32
 }
 
-/// All bits of a random number, in `BITS`.
+/// Folds all bits of a random number into `BITS` bits.
 fn fold<const BITS: u32>(number: u128) -> u64 {
     let mask = (1_u128 << BITS) - 1;
     let folded = (0..128 / BITS).fold(0, |folded, part| folded ^ (number >> (part * BITS)) & mask);
@@ -38,7 +39,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_mark_tells_clients_and_sessions_apart() {
+    fn a_mark_distinguishes_clients_and_sessions() {
         let (one, other) = (ClientId::from_u128(7 << 40), ClientId::from_u128(8 << 90));
         let mark = Mark::new(one, u128::MAX << 3);
         assert!(is_of(mark.bits(), one) && !is_of(mark.bits(), other));

@@ -25,24 +25,24 @@ impl Descriptors {
         let len = (usize::from(depth) * uapi::DESCRIPTOR_LEN).next_multiple_of(rustix::param::page_size());
         let flags = MapFlags::SHARED | MapFlags::POPULATE;
         let offset = uapi::descriptors_offset(queue);
-        // SAFETY: a new mapping at a place that the kernel chooses; it aliases nothing of ours.
+        // SAFETY: a new mapping at an address that the kernel chooses; it aliases no other memory.
         let address = unsafe { mmap(std::ptr::null_mut(), len, ProtFlags::READ, flags, device, offset) }?;
         let address = NonNull::new(address.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
-        // SAFETY: the mapping was just made with this length, and nothing else undoes it.
+        // SAFETY: the mapping was just created with this length, and only this value unmaps it.
         let mapping = unsafe { Mapping::own(address, len) };
         Ok(Descriptors { mapping, depth })
     }
 
-    /// What the kernel asks of a tag.
+    /// The kernel's request for a tag.
     ///
     /// # Panics
     /// When the queue has no such tag.
     pub(super) fn get(&self, tag: u16) -> Descriptor {
         assert!(tag < self.depth, "tag {tag} of a queue of depth {}", self.depth);
         let place = self.mapping.address().as_ptr().wrapping_add(usize::from(tag) * uapi::DESCRIPTOR_LEN);
-        // SAFETY: the tag is below the depth (asserted), so the 24 bytes at its place are within
-        // the mapping and aligned to 8. The reads are volatile because the kernel writes there;
-        // it does so before it completes the fetch of the tag, which the caller has seen.
+        // SAFETY: the tag is below the depth (asserted), so the 24 bytes at its place are within the mapping
+        // and aligned to 8. The reads are volatile because the kernel writes there; it does so before it
+        // completes the fetch of the tag, which the caller has seen.
         unsafe {
             Descriptor {
                 op_flags: place.cast::<u32>().read_volatile(),

@@ -22,16 +22,16 @@ use crate::frontend::Shape;
 use crate::lifecycle;
 use crate::watch::Pulse;
 
-/// What a device is served with.
+/// The resources that serve a device.
 pub(super) struct Minder {
     pub(super) volume: Volume,
     pub(super) shape: Shape,
     pub(super) info: DeviceInfo,
-    /// What the device shows, in bytes.
+    /// The size of the device in bytes.
     pub(super) size: u64,
-    /// Readable once every request is to fail.
+    /// Readable once every request has to fail.
     pub(super) give_up: Arc<OwnedFd>,
-    /// The device is being stopped from here.
+    /// Whether this process is stopping the device.
     pub(super) hidden: Arc<AtomicBool>,
 }
 
@@ -42,11 +42,12 @@ struct Running {
 }
 
 impl Minder {
-    /// Has the queues served by threads of their own, and by others should the kernel end those: the thread that sees to that
-    /// ends when the device has stopped. Blocks until all tags are fetched.
+    /// Serves the queues by threads of their own, and by new threads if the kernel ends the first ones. A
+    /// supervising thread does the latter; it ends when the device has stopped. Blocks until all tags are
+    /// fetched.
     ///
     /// # Errors
-    /// When a queue cannot be served; none is then.
+    /// When a queue cannot be served; then no queue is served.
     pub(super) fn start(self) -> Result<JoinHandle<()>, DeviceError> {
         let (tell, told) = sync_channel(1);
         let name = format!("xpm-ublk{}", self.info.device);
@@ -71,7 +72,7 @@ impl Minder {
                 // A panic of a queue has ended the process already.
                 let _ = thread.join();
             }
-            // Before the kernel can give the device another server, even this process.
+            // Closed before the kernel can give the device another server, even this process.
             drop(running.device);
             if self.hidden.load(Ordering::Relaxed) {
                 return;
@@ -91,7 +92,8 @@ impl Minder {
         }
     }
 
-    /// Serves the device anew, whose fetches the kernel has ended; none where the device is no more.
+    /// Serves the device again after the kernel ended its fetches; none when the device does not exist any
+    /// more.
     fn go_on(&self) -> Result<Option<Running>, DeviceError> {
         let device = self.info.device;
         let mut control = Control::open()?;
@@ -152,7 +154,7 @@ impl Minder {
             return Err(error);
         }
         if let Err(error) = hear_all(Ok(())) {
-            // Some of its queues are fetched, which only the end of this process undoes.
+            // Some of its queues are fetched; only the end of this process undoes that.
             tracing::error!("{error}");
             lifecycle::die();
         }
@@ -160,8 +162,8 @@ impl Minder {
     }
 }
 
-/// Opens `/dev/ublkcN`, which the kernel makes with the device; where udev makes the nodes, it may
-/// take a moment.
+/// Opens `/dev/ublkcN`, which the kernel creates with the device; if udev creates the nodes, it may take a
+/// moment.
 fn open_device(number: u32) -> Result<OwnedFd, DeviceError> {
     let path = format!("/dev/ublkc{number}");
     let limit = Instant::now() + Duration::from_secs(3);

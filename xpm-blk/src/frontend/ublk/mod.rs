@@ -1,15 +1,16 @@
-//! ublk: a block device of the kernel that this process serves, over the bare interface of
+//! ublk: a block device of the kernel that this process serves, over the plain interface of
 //! `linux/ublk_cmd.h`.
 //!
-//! Requests come with their data in a buffer of ours for each tag: the kernel copies between it
-//! and the pages of the request, and the transport sends from and receives into it. That is one
-//! copy more than `UBLK_F_USER_COPY` needs towards shared memory, and one system call per request
-//! fewer; at the 4 KiB and 32 KiB of swap the call costs more than the copy.
+//! The data of requests are in a buffer of ours for each tag: the kernel copies between the buffer and the
+//! pages of the request, and the transport sends from and receives into the buffer. Towards shared memory,
+//! this is one copy more than `UBLK_F_USER_COPY` needs, and one system call per request less; at the 4 KiB
+//! and 32 KiB of swap the call costs more than the copy.
 //!
-//! Where the kernel can have it so, a device outlives its server (`UBLK_F_USER_RECOVERY`): I/O waits for the next one, which
-//! is also asked what the dead one had in flight (`_REISSUE`). `recovery.rs` is how a device gets another server,
-//! `orphans.rs` what becomes of those that nobody wants. That the dead server's late writes do not land behind the
-//! new one's is seen to by the channels: a queue's have the same number and session in each life, and a higher generation.
+//! Where the kernel supports it, a device outlives its server (`UBLK_F_USER_RECOVERY`): I/O waits for the
+//! next server, which also receives the requests that the dead server had in flight (`_REISSUE`).
+//! `recovery.rs` gives a device another server, `orphans.rs` removes devices that no record needs. The
+//! channels ensure that late writes of the dead server do not land behind those of the new one: a queue's
+//! channel has the same number and session in each life, and a higher generation.
 
 mod control;
 mod mark;
@@ -43,40 +44,41 @@ use crate::error::{DeviceError, Step};
 use crate::links::Label;
 use crate::{lifecycle, sysfs};
 
-/// Physical blocks are of 4096 bytes also where logical ones are smaller, so that file systems and swap align to pages.
+/// Physical blocks have 4096 bytes even where logical ones are smaller, so that file systems and swap align
+/// to pages.
 const PHYSICAL_BLOCK_SHIFT: u8 = 12;
 
-/// The block layer's own limit of one request is 4 GiB less a sector; whole pages of that.
+/// The block layer limits a request to 4 GiB less a sector; this is the limit in whole pages.
 const DISCARD_SECTORS_MAX: u32 = (u32::MAX >> 9) & !7;
 
-/// How often the kernel looks after a request that is not answered. When a server dies all of whose requests of a queue are on
-/// their way, Linux before 6.16 notices by this only (`ublk_timeout` in drivers/block/ublk_drv.c), and nobody can go on
-/// before; of a server that lives it has no effect.
+/// How often the kernel checks for unanswered requests. When a server dies while all requests of a queue are
+/// in flight, Linux before 6.16 notices only by this check (`ublk_timeout` in drivers/block/ublk_drv.c), and
+/// no other server can take over before. It has no effect on a server that is alive.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// A ublk device that this process serves.
 pub struct UblkDevice {
     number: u32,
     disk: String,
-    /// What it shows, in bytes: what the volume had when it was made.
+    /// The size of the device in bytes: the volume's size when the device was created.
     size: u64,
-    /// It outlives its server.
+    /// Whether it outlives its server.
     recoverable: bool,
     volume: Volume,
     label: Label,
     give_up: Arc<OwnedFd>,
     hidden: Arc<AtomicBool>,
-    /// What keeps it served; none once it is hidden.
+    /// The thread that keeps it served; none once it is hidden.
     minder: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl UblkDevice {
-    /// Shows a volume: by the device with this mark that a dead process left, or by a new one. Blocks until the device
-    /// can be used, which for a kernel that looks for partitions means until its first reads have ended, and for a device
-    /// that was left until its server is wholly gone.
+    /// Shows a volume: by the device with this mark that a dead process left, or by a new one. Blocks until
+    /// the device can be used: for a new device until the kernel's first reads, which look for partitions,
+    /// have ended; for a device that was left until its server is completely gone.
     ///
     /// # Errors
-    /// [`ErrorKind::Unsupported`](xpm_protocol::api::ErrorKind) where there is no ublk.
+    /// [`ErrorKind::Unsupported`](xpm_protocol::api::ErrorKind) if there is no ublk.
     pub fn show(volume: Volume, shape: &Shape, mark: Mark) -> Result<UblkDevice, DeviceError> {
         let mut control = Control::open()?;
         if let Some(left) = recovery::find(&mut control, shape.number, mark)? {
@@ -139,7 +141,8 @@ impl UblkDevice {
         recovery::start(control, left.device)?;
         let device = UblkDevice::serve(volume, shape, left, size)?;
         if let Err(error) = control.end_recovery(left.device) {
-            // With its queues fetched and no way on, the next process has to do better.
+            // The device's queues are fetched and this process cannot continue, so another process has to
+            // try.
             tracing::error!("{error}; ending, so that another process can take the device over");
             lifecycle::die();
         }
@@ -147,7 +150,7 @@ impl UblkDevice {
         Ok(device)
     }
 
-    /// Has the queues of a device served, which the kernel has not started or not gone on with.
+    /// Serves the queues of a device that the kernel has not started, or whose recovery is not complete.
     fn serve(volume: Volume, shape: &Shape, info: DeviceInfo, size: u64) -> Result<UblkDevice, DeviceError> {
         let give_up = Arc::new(eventfd(0, EventfdFlags::CLOEXEC).at("make an eventfd")?);
         let hidden = Arc::new(AtomicBool::new(false));
@@ -174,7 +177,7 @@ impl UblkDevice {
         })
     }
 
-    /// Has the kernel stop the device, and waits for its threads.
+    /// Makes the kernel stop the device, and waits for its threads.
     fn stop(&self, control: &mut Control) -> Result<(), DeviceError> {
         self.hidden.store(true, Ordering::Relaxed);
         let stopped = control.stop(self.number);
@@ -260,15 +263,15 @@ impl Shown for UblkDevice {
     }
 }
 
-/// Whether this kernel has ublk, and lets this process have it.
+/// Whether this kernel has ublk, and this process may use it.
 ///
 /// # Errors
-/// [`ErrorKind::Unsupported`](xpm_protocol::api::ErrorKind) with what is missing.
+/// [`ErrorKind::Unsupported`](xpm_protocol::api::ErrorKind) with the missing part.
 pub fn check_support() -> Result<(), DeviceError> {
     Control::open()?.features().map(drop)
 }
 
-/// Whether the driver is loaded. One look at a name.
+/// Whether the driver is loaded. Checks one path.
 pub fn is_there() -> bool {
     std::path::Path::new(uapi::CONTROL_PATH).exists()
 }
@@ -293,7 +296,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn without_ublk_the_error_says_what_to_load() {
+    fn without_ublk_the_error_names_the_module_to_load() {
         if std::path::Path::new(uapi::CONTROL_PATH).exists() {
             return;
         }

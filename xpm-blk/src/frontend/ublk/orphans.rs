@@ -1,4 +1,4 @@
-//! Devices of earlier lives that no record wants any more.
+//! Removing devices of earlier lives that no record needs any more.
 
 use std::path::Path;
 
@@ -10,8 +10,8 @@ use super::mark::{self, Mark};
 use super::uapi::{self, DeviceInfo};
 use crate::{links, usage};
 
-/// Deletes devices of this client that have lost their server and are none of `wanted`, if nobody uses them. Returns what
-/// it did, a line for each. Blocks.
+/// Deletes unused devices of this client that have lost their server and whose marks are not in `wanted`.
+/// Returns a line for each step. Blocks.
 pub fn remove(client: ClientId, wanted: &[Mark]) -> Vec<String> {
     let Ok(mut control) = Control::open() else { return Vec::new() };
     let is_orphan = |info: &DeviceInfo| {

@@ -1,9 +1,9 @@
-//! One queue of a ublk device: a thread that owns its ring, its buffers and its channel.
+//! A queue of a ublk device: a thread that owns its ring, its buffers and its channel.
 //!
-//! Each tag is, at any time, *fetched* (the kernel has our fetch and will complete it with the
-//! next request), *busy* (the request is with the channel) or *ended* (the device stops). The
-//! thread ends when every tag has. It never takes a lock, allocates or logs on the way of a
-//! request, and waits at one place only: in the ring, for the kernel and the channel alike.
+//! Each tag is, at any time, *fetched* (the kernel has our fetch and will complete it with the next request),
+//! *busy* (the request is with the channel) or *ended* (the device stops). The thread ends when every tag has
+//! ended. On the path of a request, it never takes a lock, allocates or logs, and it waits at one place only:
+//! in the ring, for the kernel and the channel alike.
 
 use std::collections::VecDeque;
 use std::io;
@@ -23,7 +23,7 @@ use crate::frontend::buffers::Buffers;
 use crate::lifecycle::DieOnDrop;
 use crate::watch::Pulse;
 
-/// What a queue is made of.
+/// The parts of a queue.
 pub(super) struct QueueParts {
     pub(super) id: u16,
     pub(super) depth: u16,
@@ -33,15 +33,16 @@ pub(super) struct QueueParts {
     pub(super) io_len_max: u32,
     /// The device file.
     pub(super) device: Arc<OwnedFd>,
-    /// Readable once every request is to fail: the device goes although I/O is held.
+    /// Readable once every request has to fail: the device is removed although I/O is held.
     pub(super) give_up: Arc<OwnedFd>,
     pub(super) channel: Channel,
     pub(super) spin: Spin,
     pub(super) pulse: Arc<Pulse>,
 }
 
-/// Has all queues of a device fetch at the same time, or none. While a device gets another server, the kernel must not
-/// see that server die with some of its queues fetched and others not: Linux 6.12 then follows a null pointer.
+/// Makes either all queues of a device fetch at the same time, or none. While a device gets another server,
+/// the kernel must not see that server die with some of its queues fetched and others not: Linux 6.12 then
+/// follows a null pointer.
 #[derive(Debug, Default)]
 pub(super) struct Gate {
     open: Mutex<Option<bool>>,
@@ -49,7 +50,7 @@ pub(super) struct Gate {
 }
 
 impl Gate {
-    /// Lets all go on, or end.
+    /// Lets all queues continue, or end.
     pub(super) fn decide(&self, open: bool) {
         *self.open.lock().unwrap_or_else(PoisonError::into_inner) = Some(open);
         self.decided.notify_all();
@@ -66,11 +67,11 @@ impl Gate {
     }
 }
 
-/// Runs a queue until its device is stopped. Sends twice how it goes: when it is made, and, after the gate, when its
-/// first fetches are with the kernel.
+/// Runs a queue until its device is stopped. Sends its state twice: when it is created, and, after the gate,
+/// when its first fetches are with the kernel.
 ///
-/// A failure after that, or a panic, ends the whole process: a process that lives on with a dead
-/// queue would leave every task that uses the device in an endless wait.
+/// A failure after that, or a panic, ends the whole process: a process that lives on with a dead queue would
+/// leave every task that uses the device in an endless wait.
 pub(super) fn run(parts: QueueParts, gate: &Gate, ready: &SyncSender<io::Result<()>>) {
     let alive = DieOnDrop;
     let id = parts.id;
@@ -99,12 +100,12 @@ enum Tag {
     Ended,
 }
 
-/// What came out of the ring.
+/// The events that came out of the ring.
 #[derive(Debug, Clone, Copy, Default)]
 struct Seen {
-    /// Anything.
+    /// Any event.
     any: bool,
-    /// That the channel has something to do.
+    /// The channel has work.
     channel: bool,
 }
 
@@ -112,14 +113,14 @@ struct Queue {
     id: u16,
     size: u64,
     io_len_max: u64,
-    // Before the buffers: dropping it ends the use of them.
+    // Dropped before the buffers, which ends their use.
     channel: Option<Channel>,
     ring: Ring,
     descriptors: Descriptors,
     buffers: Buffers,
     tags: Vec<Tag>,
     ended: usize,
-    /// Busy tags that the channel had no room for.
+    /// Busy tags for which the channel had no room.
     waiting: VecDeque<u16>,
     completions: Vec<Completion>,
     give_up: Arc<OwnedFd>,
@@ -161,7 +162,7 @@ impl Queue {
     }
 
     fn serve(&mut self) -> io::Result<()> {
-        // The ring tells of the channel only when it is waited for.
+        // The ring reports the channel only when the queue waits for it.
         let mut looking = true;
         loop {
             let seen = self.take_events()?;
@@ -186,7 +187,7 @@ impl Queue {
         self.ring.wait()
     }
 
-    /// Takes what the ring has.
+    /// Handles the events in the ring.
     fn take_events(&mut self) -> io::Result<Seen> {
         let mut seen = Seen::default();
         while let Some(event) = self.ring.next() {
@@ -247,8 +248,8 @@ impl Queue {
         }
     }
 
-    /// Submits what was posted, and takes what the channel has done, with what its sockets have if that was `told`
-    /// or may be so; true when there was anything.
+    /// Submits the posted operations, and handles the channel's completions; reads its sockets only if `told`
+    /// says that the channel's descriptor was reported or may be ready. Returns whether there were any.
     fn take_completions(&mut self, told: bool) -> io::Result<bool> {
         let mut any = false;
         while let Some(channel) = &mut self.channel {
@@ -293,8 +294,8 @@ impl Queue {
         uapi::IoCommand { queue: self.id, tag, result, address: self.buffers.address(tag) }
     }
 
-    /// Drops the channel, so that nothing uses a buffer any more, and fails what is in flight and
-    /// all that still comes.
+    /// Drops the channel, so that no operation uses a buffer any more, and fails the requests in flight and
+    /// all later ones.
     fn give_up(&mut self) -> io::Result<()> {
         self.channel = None;
         self.waiting.clear();

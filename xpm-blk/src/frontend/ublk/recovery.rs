@@ -1,4 +1,4 @@
-//! A device gets another server.
+//! Recovery: giving a device another server.
 
 use std::fs;
 use std::io;
@@ -14,18 +14,18 @@ use crate::error::{DeviceError, Step};
 use crate::frontend::{Shape, io_len_max};
 use crate::lifecycle::STACK_LEN;
 
-/// How long a server that has died may take to be wholly gone, before the caller is told and tries again.
+/// How long a dead server may take to be completely gone, before the caller gets an error and tries again.
 const GONE_LIMIT: Duration = Duration::from_secs(60);
-/// Reading or writing it waits for a turn of the kernel's common work queue on each processor
+/// Reading or writing this file waits for a turn of the kernel's common work queue on each processor
 /// (`Documentation/admin-guide/sysctl/vm.rst`, and `vmstat_refresh` in mm/vmstat.c).
 const TURN_OF_WORK: &str = "/proc/sys/vm/stat_refresh";
-/// How long that may take, and the pause after it, in which what has its turn ends.
+/// Time limit for that turn, and the pause after it, in which the queued work ends.
 const SETTLE: (Duration, Duration) = (Duration::from_millis(500), Duration::from_millis(10));
-/// First and longest pause between two looks whether it is.
+/// Shortest and longest pause between two tries.
 const PAUSES: (Duration, Duration) = (Duration::from_micros(200), Duration::from_millis(20));
 
-/// The device with this mark, looked for at `number` first. One that the kernel has given up is deleted and counts as
-/// none.
+/// Finds the device with this mark, first at `number`. A device that the kernel has given up is deleted and
+/// counts as none.
 pub(super) fn find(
     control: &mut Control,
     number: Option<u32>,
@@ -48,7 +48,8 @@ pub(super) fn find(
     }
 }
 
-/// Has the kernel forget the server of a device, as soon as that is wholly gone, and with it what was to be done about its death.
+/// Makes the kernel forget the server of a device, as soon as the server is completely gone, together with
+/// its queued work about the server's death.
 pub(super) fn start(control: &mut Control, device: u32) -> Result<(), DeviceError> {
     let since = Instant::now();
     let mut pause = PAUSES.0;
@@ -62,7 +63,7 @@ pub(super) fn start(control: &mut Control, device: u32) -> Result<(), DeviceErro
         };
         match error.raw_os_error() {
             Some(libc::EBUSY) if since.elapsed() < GONE_LIMIT => {}
-            // It was begun by a process that died before it had fetched anything.
+            // The recovery was begun by a process that died before it had fetched a tag.
             Some(libc::EINVAL) if is_quiesced(control, device)? => return Ok(()),
             Some(libc::EBUSY) => {
                 let error = io::Error::from(io::ErrorKind::TimedOut);
@@ -75,17 +76,18 @@ pub(super) fn start(control: &mut Control, device: u32) -> Result<(), DeviceErro
     }
 }
 
-/// Lets the driver end what it began when the server died. Linux 6.12 asks for that once for each queue
-/// (`ublk_uring_cmd_cancel_fn`), on the common work queue: what has its turn only when the next server has fetched, ends
-/// the fetches of that one.
+/// Lets the driver complete the work that it queued when the server died. Linux 6.12 queues it once for each
+/// queue of the device (`ublk_uring_cmd_cancel_fn`), on the common work queue: work that runs only after the
+/// next server has fetched ends the fetches of that server.
 fn settle() {
     let (done, told) = sync_channel(1);
     let turn = move || {
-        // Where it cannot be had, the pause has to do.
+        // If this file cannot be written, the pause has to suffice.
         let _ = fs::write(TURN_OF_WORK, "1");
         let _ = done.send(());
     };
-    // Apart, for a limit: the workers may wait for memory, and so for this device.
+    // On a separate thread, to have a time limit: the kernel's workers may wait for memory, and so for this
+    // device.
     if thread::Builder::new().name("xpm-settle".to_owned()).stack_size(STACK_LEN).spawn(turn).is_ok() {
         let _ = told.recv_timeout(SETTLE.0);
     }
@@ -96,8 +98,8 @@ fn is_quiesced(control: &mut Control, device: u32) -> Result<bool, DeviceError> 
     Ok(control.info(device)?.is_some_and(|info| info.state == uapi::STATE_QUIESCED))
 }
 
-/// Has the control device ready for taking over devices of these shapes. Returns the lengths of the buffers that their
-/// queues need, in bytes. Blocks.
+/// Prepares the control device for taking over devices of these shapes. Returns the lengths of the buffers
+/// that their queues need, in bytes. Blocks.
 ///
 /// # Errors
 /// When there is no ublk.

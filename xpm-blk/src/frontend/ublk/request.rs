@@ -1,9 +1,9 @@
-//! From what the kernel asks of a tag to an operation on the volume, and back: the edge where
-//! ublk's names stop.
+//! Translates the kernel's request for a tag to an operation on the volume, and the result back. Names of
+//! ublk are not used beyond this module.
 
 use xpm_transport::io::{IoBuf, IoError, Kind};
 
-/// `struct ublksrv_io_desc`, read out of the memory that the kernel shares.
+/// `struct ublksrv_io_desc`, read from the memory that the kernel shares.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Descriptor {
     /// Operation in the low byte, flags above it.
@@ -19,12 +19,12 @@ const OP_WRITE: u32 = 1;
 const OP_FLUSH: u32 = 2;
 const OP_DISCARD: u32 = 3;
 const OP_WRITE_ZEROES: u32 = 5;
-/// `UBLK_IO_F_NOUNMAP`: zeros are to be written, memory is not to be given back.
+/// `UBLK_IO_F_NOUNMAP`: zeros have to be written, the memory must not be freed.
 const F_NOUNMAP: u32 = 1 << 15;
 
 const SECTOR_SHIFT: u32 = 9;
 
-/// What is asked for.
+/// A valid request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Request {
     pub(super) kind: Kind,
@@ -38,13 +38,13 @@ impl Request {
     /// The request of a descriptor, within a device of `size` bytes and buffers of `io_len_max`.
     ///
     /// # Errors
-    /// [`IoError::Invalid`] for what lies outside, [`IoError::Unsupported`] for an operation that
+    /// [`IoError::Invalid`] for a range outside of the device, [`IoError::Unsupported`] for an operation that
     /// the device's parameters do not offer.
     pub(super) fn decode(descriptor: Descriptor, size: u64, io_len_max: u64) -> Result<Request, IoError> {
         let kind = match descriptor.op_flags & 0xff {
             OP_READ => Kind::Read,
             OP_WRITE => Kind::Write,
-            // Its start sector is no place on the device.
+            // The start sector of a flush is no place on the device.
             OP_FLUSH => return Ok(Request { kind: Kind::Flush, offset: 0, len: 0 }),
             OP_DISCARD => Kind::Trim,
             OP_WRITE_ZEROES if descriptor.op_flags & F_NOUNMAP == 0 => Kind::Trim,
@@ -61,12 +61,12 @@ impl Request {
         Ok(Request { kind, offset, len })
     }
 
-    /// The part of the tag's buffer that it uses.
+    /// The part of the tag's buffer that the request uses.
     pub(super) fn buffer(&self, whole: IoBuf) -> Option<IoBuf> {
         matches!(self.kind, Kind::Read | Kind::Write).then(|| whole.part(0, self.len as usize))
     }
 
-    /// What the kernel is told at the end: bytes done, or a negative errno.
+    /// The result for the kernel: bytes done, or a negative errno.
     pub(super) fn answer(&self, result: Result<(), IoError>) -> i32 {
         match (result, self.kind) {
             (Ok(()), Kind::Read | Kind::Write) => self.len as i32,
@@ -127,7 +127,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_is_asked_stays_within_the_device(op_flags: u32, start: u64, sectors: u32) {
+        fn any_request_stays_within_the_device(op_flags: u32, start: u64, sectors: u32) {
             if let Ok(request) = decode(op_flags, start, sectors) {
                 prop_assert!(request.offset + request.len <= SIZE);
                 if matches!(request.kind, Kind::Read | Kind::Write) {

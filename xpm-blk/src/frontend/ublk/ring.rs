@@ -10,20 +10,20 @@ use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
 use super::uapi::{IoCommand, RES_ABORT};
 
-/// What came out of the ring.
+/// An event from the ring.
 #[derive(Debug)]
 pub(super) enum Event {
-    /// The kernel asks something of a tag.
+    /// The kernel has a request for a tag.
     Request(u16),
-    /// The device stops: the tag will not be asked again.
+    /// The device stops: the tag gets no more requests.
     Ended(u16),
-    /// The channel has something to do.
+    /// The channel has work.
     Channel,
-    /// Everything is to fail.
+    /// Every request has to fail.
     GiveUp,
-    /// Somebody wants to see that the thread turns.
+    /// The watchdog checks whether the thread makes progress.
     Poked,
-    /// The kernel refused a command, which none of ours should be.
+    /// The kernel refused a command; this indicates a defect of this program.
     Failed(io::Error),
 }
 
@@ -35,14 +35,14 @@ const POKED: u64 = 3 << 32;
 pub(super) struct Ring {
     ring: IoUring,
     device: Arc<OwnedFd>,
-    /// A wait for the channel's descriptor is with the kernel.
+    /// Whether a poll of the channel's descriptor is with the kernel.
     channel_watched: bool,
 }
 
 impl Ring {
     /// A ring for `depth` tags of an open device file, used by the calling thread only.
     pub(super) fn new(device: Arc<OwnedFd>, depth: u16) -> io::Result<Ring> {
-        // Every tag has at most one command, and there are three waits.
+        // Every tag has at most one command, and there are three polls.
         let entries = (u32::from(depth) + 3).next_power_of_two();
         let ring = IoUring::builder()
             .setup_single_issuer()
@@ -61,19 +61,19 @@ impl Ring {
         self.push(&entry)
     }
 
-    /// Has [`Event::GiveUp`] come once `fd` is readable. `fd` must stay open while the ring lives.
+    /// Reports [`Event::GiveUp`] once `fd` is readable. `fd` must stay open while the ring lives.
     pub(super) fn watch_give_up(&mut self, fd: BorrowedFd<'_>) -> io::Result<()> {
         self.push(&poll_entry(fd, GIVE_UP))
     }
 
-    /// Has [`Event::Poked`] come once `fd` is readable. `fd` must stay open while the ring lives.
+    /// Reports [`Event::Poked`] once `fd` is readable. `fd` must stay open while the ring lives.
     pub(super) fn watch_pokes(&mut self, fd: BorrowedFd<'_>) -> io::Result<()> {
         self.push(&poll_entry(fd, POKED))
     }
 
-    /// Has [`Event::Channel`] come once `fd` is readable. A wait that is still there is kept: one
-    /// at a time is enough, because the descriptor stays the same. The wait looks at the state
-    /// of the descriptor when it begins, so nothing that came before it is missed.
+    /// Reports [`Event::Channel`] once `fd` is readable. A pending poll is kept: one at a time is enough,
+    /// because the descriptor stays the same. A poll checks the state of the descriptor when it begins, so it
+    /// misses no earlier event.
     pub(super) fn watch_channel(&mut self, fd: BorrowedFd<'_>) -> io::Result<()> {
         if !self.channel_watched {
             self.push(&poll_entry(fd, CHANNEL))?;
@@ -82,12 +82,12 @@ impl Ring {
         Ok(())
     }
 
-    /// Hands to the kernel what was queued, and lets it run what it has for this thread.
+    /// Passes the queued entries to the kernel, and lets the kernel run its work for this thread.
     pub(super) fn submit(&mut self) -> io::Result<()> {
         self.enter(0)
     }
 
-    /// Like [`Ring::submit`], then blocks until an event is there.
+    /// Like [`Ring::submit`], then blocks until there is an event.
     pub(super) fn wait(&mut self) -> io::Result<()> {
         self.enter(1)
     }
@@ -95,7 +95,7 @@ impl Ring {
     fn enter(&mut self, wanted: usize) -> io::Result<()> {
         match self.ring.submit_and_wait(wanted) {
             Ok(_) => Ok(()),
-            // Interrupted, or the completions are to be taken first: the caller comes again.
+            // Interrupted, or completions have to be taken first: the caller repeats the call.
             Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EBUSY | libc::EAGAIN)) => {
                 Ok(())
             }
@@ -103,7 +103,7 @@ impl Ring {
         }
     }
 
-    /// The next event that is there.
+    /// The next event, if there is one.
     pub(super) fn next(&mut self) -> Option<Event> {
         let completion: cqueue::Entry = self.ring.completion().next()?;
         let result = completion.result();
@@ -123,9 +123,9 @@ impl Ring {
     }
 
     fn push(&mut self, entry: &squeue::Entry) -> io::Result<()> {
-        // SAFETY: the entries of this module name descriptors that stay open while the ring lives
-        // (the device file by `self`, the others by the callers' contract), and buffers of the
-        // queue, which outlive the ring's commands: its thread ends when every tag has ended.
+        // SAFETY: the entries of this module name descriptors that stay open while the ring lives (the device
+        // file by `self`, the others by the callers' contract), and buffers of the queue, which outlive the
+        // ring's commands: the queue's thread ends when every tag has ended.
         if unsafe { self.ring.submission().push(entry) }.is_ok() {
             return Ok(());
         }

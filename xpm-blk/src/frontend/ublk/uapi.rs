@@ -1,10 +1,10 @@
-//! The kernel's names and bytes for ublk, as in `linux/ublk_cmd.h` of Linux 6.12.
+//! The kernel's names and byte layouts for ublk, as in `linux/ublk_cmd.h` of Linux 6.12.
 //!
-//! Everything that crosses to the kernel is built as an array of bytes of the structure's size, so
-//! that no layout of a Rust type has to agree with C; the offsets are those of the header.
-//! Numbers are in the machine's own byte order, as for any structure in memory.
+//! Every structure for the kernel is built as an array of bytes of the structure's size, so that no layout of
+//! a Rust type has to agree with C; the offsets are those of the header. Numbers are in the machine's own
+//! byte order, as for any structure in memory.
 
-/// The control device; there once the module `ublk_drv` is loaded.
+/// The control device; it exists once the module `ublk_drv` is loaded.
 pub(super) const CONTROL_PATH: &str = "/dev/ublk-control";
 
 const fn ioctl(direction: u32, number: u32, size: u32) -> u32 {
@@ -41,28 +41,28 @@ pub(super) const FETCH_REQ: u32 = ioctl(READ_WRITE, 0x20, IO_LEN);
 /// `UBLK_U_IO_COMMIT_AND_FETCH_REQ`
 pub(super) const COMMIT_AND_FETCH_REQ: u32 = ioctl(READ_WRITE, 0x21, IO_LEN);
 
-/// `UBLK_IO_RES_ABORT`: what a fetch ends with when the device stops.
+/// `UBLK_IO_RES_ABORT`: the result of a fetch when the device stops.
 pub(super) const RES_ABORT: i32 = -libc::ENODEV;
 
 /// `UBLK_F_USER_RECOVERY`: the device outlives its server.
 pub(super) const F_USER_RECOVERY: u64 = 1 << 3;
-/// `UBLK_F_USER_RECOVERY_REISSUE`: what its server had in flight is asked of the next one.
+/// `UBLK_F_USER_RECOVERY_REISSUE`: requests that its server had in flight go to the next server.
 pub(super) const F_USER_RECOVERY_REISSUE: u64 = 1 << 4;
 /// `UBLK_F_CMD_IOCTL_ENCODE`
 pub(super) const F_CMD_IOCTL_ENCODE: u64 = 1 << 6;
 
 /// `UBLK_S_DEV_DEAD`
 pub(super) const STATE_DEAD: u16 = 0;
-/// `UBLK_S_DEV_QUIESCED`: its server is gone, and it waits for another one.
+/// `UBLK_S_DEV_QUIESCED`: its server is gone, and the device waits for another one.
 pub(super) const STATE_QUIESCED: u16 = 2;
 
-/// `UBLK_MAX_QUEUE_DEPTH`: the place of a queue's descriptors in the device file is made for it.
+/// `UBLK_MAX_QUEUE_DEPTH`: determines the distance of the queues' descriptors in the device file.
 const QUEUE_DEPTH_MAX: u64 = 4096;
 
 /// Length of one `struct ublksrv_io_desc`.
 pub(super) const DESCRIPTOR_LEN: usize = 24;
 
-/// Where the descriptors of a queue start in the device file, in bytes.
+/// The offset of a queue's descriptors in the device file, in bytes.
 pub(super) const fn descriptors_offset(queue: u16) -> u64 {
     queue as u64 * (QUEUE_DEPTH_MAX * DESCRIPTOR_LEN as u64).next_multiple_of(4096)
 }
@@ -70,7 +70,7 @@ pub(super) const fn descriptors_offset(queue: u16) -> u64 {
 /// `struct ublksrv_ctrl_cmd`, in the 80 bytes that a submission entry of 128 bytes has for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct ControlCommand {
-    /// The device; `u32::MAX` when the kernel shall choose, or for none.
+    /// The device; `u32::MAX` to let the kernel choose, or for none.
     pub(super) device: u32,
     /// Address and length of the command's buffer.
     pub(super) buffer: (u64, u16),
@@ -82,7 +82,7 @@ impl ControlCommand {
     pub(super) fn encode(self) -> [u8; 80] {
         let mut bytes = [0; 80];
         bytes[0..4].copy_from_slice(&self.device.to_ne_bytes());
-        // `queue_id`: -1, none of the commands here is for one queue.
+        // `queue_id`: -1, because none of the commands here is for a single queue.
         bytes[4..6].copy_from_slice(&u16::MAX.to_ne_bytes());
         bytes[6..8].copy_from_slice(&self.buffer.1.to_ne_bytes());
         bytes[8..16].copy_from_slice(&self.buffer.0.to_ne_bytes());
@@ -113,7 +113,7 @@ impl IoCommand {
     }
 }
 
-/// `struct ublksrv_ctrl_dev_info`, as far as it is used.
+/// `struct ublksrv_ctrl_dev_info`; only the fields that are used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct DeviceInfo {
     pub(super) queues: u16,
@@ -122,10 +122,10 @@ pub(super) struct DeviceInfo {
     pub(super) state: u16,
     pub(super) io_len_max: u32,
     pub(super) device: u32,
-    /// Filled in by the kernel: the process that serves it.
+    /// Filled in by the kernel: the process that serves the device.
     pub(super) pid: i32,
     pub(super) flags: u64,
-    /// `ublksrv_flags`: kept by the kernel for the server, and not looked at.
+    /// `ublksrv_flags`: stored by the kernel for the server, and not interpreted.
     pub(super) mark: u64,
 }
 
@@ -177,15 +177,15 @@ impl Params {
     const TYPE_BASIC: u32 = 1;
     const TYPE_DISCARD: u32 = 2;
 
-    /// The attributes stay zero: not rotational, writable, and without a volatile cache, because a
-    /// write is where it is meant to be when it ends.
+    /// The attributes stay zero: not rotational, writable, and without a volatile cache, because a write has
+    /// reached its destination when it ends.
     pub(super) fn encode(self) -> [u8; Params::LEN] {
         let mut bytes = [0; Params::LEN];
         bytes[0..4].copy_from_slice(&(Params::LEN as u32).to_ne_bytes());
         bytes[4..8].copy_from_slice(&(Params::TYPE_BASIC | Params::TYPE_DISCARD).to_ne_bytes());
         bytes[12] = self.logical_block_shift;
         bytes[13] = self.physical_block_shift;
-        // Best and smallest sensible request: a physical block.
+        // Optimal and minimal request size: a physical block.
         bytes[14] = self.physical_block_shift;
         bytes[15] = self.physical_block_shift;
         bytes[16..20].copy_from_slice(&self.sectors_max.to_ne_bytes());
@@ -199,7 +199,7 @@ impl Params {
         bytes
     }
 
-    /// The length of the buffer as `GET_PARAMS` takes it, which is also the whole of what is asked for.
+    /// An empty buffer for `GET_PARAMS`; its length field determines how much the kernel returns.
     pub(super) fn empty() -> [u8; Params::LEN] {
         let mut bytes = [0; Params::LEN];
         bytes[0..4].copy_from_slice(&(Params::LEN as u32).to_ne_bytes());
@@ -227,7 +227,7 @@ mod tests {
 
     #[test]
     fn command_numbers_are_those_of_the_header() {
-        // _IOWR('u', 0x04, struct ublksrv_ctrl_cmd) and its siblings, as a C compiler gives them.
+        // _IOWR('u', 0x04, struct ublksrv_ctrl_cmd) and the like, as a C compiler computes them.
         assert_eq!(ADD_DEV, 0xc020_7504);
         assert_eq!(GET_FEATURES, 0x8020_7513);
         assert_eq!(GET_DEV_INFO, 0x8020_7502);

@@ -5,7 +5,7 @@
 pub(super) const TYPE_ERROR: u16 = 2;
 /// `NLM_F_REQUEST | NLM_F_ACK`
 const FLAGS_REQUEST_ACK: u16 = 1 | 4;
-/// `NLM_F_CAPPED`, in an error message: the request is not repeated in it.
+/// `NLM_F_CAPPED`, in an error message: the message does not repeat the request.
 const FLAG_CAPPED: u16 = 0x100;
 /// `NLM_F_ACK_TLVS`, in an error message: attributes follow.
 const FLAG_ACK_TLVS: u16 = 0x200;
@@ -13,7 +13,7 @@ const FLAG_ACK_TLVS: u16 = 0x200;
 const ERROR_ATTRIBUTE_TEXT: u16 = 1;
 /// `NLA_F_NESTED`
 const NESTED: u16 = 1 << 15;
-/// What of an attribute's type is its number (`NLA_TYPE_MASK`).
+/// The bits of an attribute's type that are its number (`NLA_TYPE_MASK`).
 const TYPE_MASK: u16 = 0x3fff;
 
 const HEADER_LEN: usize = 16;
@@ -49,7 +49,7 @@ impl Request {
         self
     }
 
-    /// A text with the zero at its end that the kernel wants.
+    /// A text with the terminating zero that the kernel requires.
     pub(super) fn text(mut self, kind: u16, value: &str) -> Request {
         let mut bytes = value.as_bytes().to_vec();
         bytes.push(0);
@@ -83,7 +83,7 @@ impl Request {
     }
 }
 
-/// One message of the kernel.
+/// A message of the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Message<'a> {
     pub(super) kind: u16,
@@ -92,12 +92,12 @@ pub(super) struct Message<'a> {
     body: &'a [u8],
 }
 
-/// How a request ended.
+/// The result of a request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Outcome {
     /// A positive errno; 0 for success.
     pub(super) errno: i32,
-    /// The kernel's reason, where it gives one.
+    /// The kernel's reason, if it gives one.
     pub(super) reason: Option<String>,
 }
 
@@ -108,7 +108,7 @@ impl<'a> Message<'a> {
         Some((head[0], Attributes(rest)))
     }
 
-    /// The outcome, if this is the message that tells it.
+    /// The result, if this message contains one.
     pub(super) fn outcome(&self) -> Option<Outcome> {
         if self.kind != TYPE_ERROR {
             return None;
@@ -127,7 +127,7 @@ impl<'a> Message<'a> {
     }
 }
 
-/// The messages of one datagram. Ends at the first that is not whole.
+/// The messages of one datagram, up to the first incomplete one.
 pub(super) fn messages(datagram: &[u8]) -> impl Iterator<Item = Message<'_>> {
     let mut rest = datagram;
     std::iter::from_fn(move || {
@@ -149,7 +149,7 @@ pub(super) fn messages(datagram: &[u8]) -> impl Iterator<Item = Message<'_>> {
 pub(super) struct Attributes<'a>(&'a [u8]);
 
 impl<'a> Attributes<'a> {
-    /// Number and payload of each, up to the first that is not whole.
+    /// Number and payload of each attribute, up to the first incomplete one.
     pub(super) fn iter(self) -> impl Iterator<Item = (u16, &'a [u8])> {
         let mut rest = self.0;
         std::iter::from_fn(move || {
@@ -225,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_written_can_be_read() {
+    fn a_written_message_can_be_parsed() {
         let bytes = Request::new(0x1c, 5, 3, 1).u32(1, 7).text(2, "a").nested(3, |n| n.u32(4, 8)).finish();
         let message = messages(&bytes).next().unwrap();
         let (command, attributes) = message.generic().unwrap();
@@ -254,7 +254,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_datagram_is_read_without_panic(bytes in prop::collection::vec(any::<u8>(), 0..256)) {
+        fn any_datagram_is_parsed_without_panic(bytes in prop::collection::vec(any::<u8>(), 0..256)) {
             for message in messages(&bytes) {
                 let _ = message.outcome();
                 if let Some((_, attributes)) = message.generic() {

@@ -1,5 +1,5 @@
-//! The kernel's nbd driver by generic netlink (`linux/nbd-netlink.h`): connect, reconfigure,
-//! disconnect, status, and the news of dead connections.
+//! The kernel's nbd driver by generic netlink (`linux/nbd-netlink.h`): connect, reconfigure, disconnect,
+//! status, and notifications of dead connections.
 
 mod message;
 mod socket;
@@ -12,7 +12,7 @@ use self::message::{Attributes, Message, Outcome, Request, messages};
 use self::socket::Socket;
 use crate::error::{DeviceError, Step};
 
-/// `GENL_ID_CTRL`, and what of its family is used.
+/// `GENL_ID_CTRL`, and the parts of its family that are used here.
 const CONTROL_FAMILY: u16 = 16;
 const CONTROL_GET_FAMILY: u8 = 3;
 const CONTROL_FAMILY_ID: u16 = 1;
@@ -46,13 +46,13 @@ const SOCK_FD: u16 = 1;
 const DEVICE_INDEX: u16 = 1;
 const DEVICE_CONNECTED: u16 = 2;
 
-/// A disconnect waits in the kernel for the connections' receivers.
+/// Time limit of an answer: a disconnect waits in the kernel for the connections' receivers.
 const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 
 const MODPROBE: &str = "load the kernel's module with `modprobe nbd` (CONFIG_BLK_DEV_NBD), \
                         or show the allocation as ublk or nbd-socket";
 
-/// What a device is made of.
+/// The parameters of a new device.
 pub(super) struct Connect<'a> {
     /// Number of the device; none: the kernel chooses.
     pub(super) index: Option<u32>,
@@ -60,13 +60,13 @@ pub(super) struct Connect<'a> {
     pub(super) size: u64,
     /// Logical block size in bytes.
     pub(super) block_len: u64,
-    /// Limit of one request; none: no limit.
+    /// Time limit of a request; none: no limit.
     pub(super) timeout: Option<Duration>,
     /// How long requests wait for a new connection when all are dead.
     pub(super) dead_timeout: Duration,
     /// Transmission flags of the server.
     pub(super) server_flags: u16,
-    /// What has to be shown again to reconfigure it.
+    /// The identifier that is required to reconfigure the device.
     pub(super) identifier: &'a str,
 }
 
@@ -100,8 +100,8 @@ impl NbdControl {
         }
     }
 
-    /// Makes a device of connected sockets, each with its server already in the transmission
-    /// phase; returns its number. The kernel takes the sockets over; ours may be closed.
+    /// Creates a device from connected sockets, whose servers are in the transmission phase already; returns
+    /// its number. The kernel keeps the sockets; ours may be closed.
     pub(super) fn connect(&mut self, connect: &Connect<'_>, sockets: &[BorrowedFd<'_>]) -> io::Result<u32> {
         let request = connect_request(self.family, self.next(), connect, sockets);
         let mut index = connect.index;
@@ -113,8 +113,8 @@ impl NbdControl {
         index.ok_or_else(|| io::Error::other("the driver did not say which device it made"))
     }
 
-    /// Gives a device sockets in place of dead ones. Those that it has no place for are dropped by
-    /// the kernel without a word. Without a limit of one request (`timeouts.0`) that of the device stays.
+    /// Replaces dead sockets of a device. The kernel silently drops sockets for which it has no place.
+    /// Without a request time limit (`timeouts.0`) the device's limit stays.
     pub(super) fn reconfigure(
         &mut self,
         index: u32,
@@ -132,7 +132,7 @@ impl NbdControl {
         self.ask(with_sockets(request, sockets), |_| ())
     }
 
-    /// Changes the size of a device, in bytes; whole blocks.
+    /// Changes the size of a device, in bytes; a multiple of the block length.
     pub(super) fn resize(&mut self, index: u32, identifier: &str, size: u64) -> io::Result<()> {
         let request = Request::new(self.family, self.next(), COMMAND_RECONFIGURE, FAMILY_VERSION)
             .u32(INDEX, index)
@@ -141,7 +141,7 @@ impl NbdControl {
         self.ask(request, |_| ())
     }
 
-    /// Takes a device down; its requests in flight fail.
+    /// Disconnects a device; its requests in flight fail.
     pub(super) fn disconnect(&mut self, index: u32) -> io::Result<()> {
         let request =
             Request::new(self.family, self.next(), COMMAND_DISCONNECT, FAMILY_VERSION).u32(INDEX, index);
@@ -161,7 +161,7 @@ impl NbdControl {
         Ok(connected)
     }
 
-    /// Has this connection hear of dead links too; from then on it is used for nothing else.
+    /// Makes this connection receive notifications of dead links; from then on it is used only for that.
     pub(super) fn listen(self) -> io::Result<DeadLinks> {
         let group = self.group.ok_or_else(|| io::Error::other("the nbd driver has no multicast group"))?;
         self.socket.join(group)?;
@@ -188,14 +188,14 @@ impl NbdControl {
     }
 }
 
-/// News of dead links.
+/// Notifications of dead links.
 pub(super) struct DeadLinks {
     socket: Socket,
     family: u16,
 }
 
 impl DeadLinks {
-    /// Numbers of the devices of which a link died since the last call. Never blocks.
+    /// Numbers of the devices with a link that died since the last call. Never blocks.
     pub(super) fn take(&mut self) -> Vec<u32> {
         let mut devices = Vec::new();
         while let Ok(datagram) = self.socket.receive_now() {
@@ -226,7 +226,7 @@ fn connect_request(family: u16, sequence: u32, connect: &Connect<'_>, sockets: &
         .u64(BLOCK_SIZE_BYTES, connect.block_len)
         .u64(TIMEOUT, connect.timeout.map_or(0, |limit| limit.as_secs()))
         .u64(SERVER_FLAGS, u64::from(connect.server_flags))
-        // Neither destroyed on disconnect nor disconnected on the last close.
+        // The device is neither destroyed on disconnect nor disconnected on the last close.
         .u64(CLIENT_FLAGS, 0)
         .u64(DEAD_CONN_TIMEOUT, connect.dead_timeout.as_secs())
         .text(BACKEND_IDENTIFIER, connect.identifier);
@@ -329,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn without_the_driver_the_error_says_what_to_load() {
+    fn without_the_driver_the_error_names_the_module_to_load() {
         if std::path::Path::new("/sys/module/nbd").exists() {
             return;
         }

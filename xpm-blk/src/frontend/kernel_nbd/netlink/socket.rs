@@ -12,7 +12,8 @@ use rustix::net::{
     sockopt::{Timeout, set_socket_timeout},
 };
 
-/// Longest message that the nbd driver or the control family sends, with room to spare.
+/// Length of the receive buffer in bytes: more than the longest message of the nbd driver or the control
+/// family.
 const DATAGRAM_LEN_MAX: usize = 32 << 10;
 
 pub(super) struct Socket {
@@ -21,28 +22,27 @@ pub(super) struct Socket {
 }
 
 impl Socket {
-    /// A socket on which an answer is waited for at most this long.
+    /// A socket whose receive calls wait at most `limit` for an answer.
     pub(super) fn open(limit: Duration) -> io::Result<Socket> {
         let flags = SocketFlags::CLOEXEC;
         let fd = socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, Some(netlink::GENERIC))?;
         bind(&fd, &SocketAddrNetlink::new(0, 0))?;
         set_socket_timeout(&fd, Timeout::Recv, Some(limit))?;
         let socket = Socket { fd, datagram: vec![0; DATAGRAM_LEN_MAX] };
-        // The kernel's reasons as text, and errors without the request repeated: niceties, which
-        // an older kernel may refuse.
+        // The kernel's reasons as text, and errors that do not repeat the request: optional, because an older
+        // kernel may refuse the options.
         let _ = socket.set(libc::NETLINK_EXT_ACK, 1);
         let _ = socket.set(libc::NETLINK_CAP_ACK, 1);
         Ok(socket)
     }
 
-    /// Has the messages of a multicast group come too.
+    /// Makes the socket receive the messages of a multicast group, too.
     pub(super) fn join(&self, group: u32) -> io::Result<()> {
         self.set(libc::NETLINK_ADD_MEMBERSHIP, group as libc::c_int)
     }
 
     fn set(&self, option: libc::c_int, value: libc::c_int) -> io::Result<()> {
-        // SAFETY: the option takes an int, whose address and length are given; the descriptor is
-        // open.
+        // SAFETY: the option takes an int, whose address and length are passed; the descriptor is open.
         let result = unsafe {
             libc::setsockopt(
                 self.fd.as_raw_fd(),
@@ -60,12 +60,12 @@ impl Socket {
         Ok(())
     }
 
-    /// The next datagram. Blocks up to the socket's limit.
+    /// The next datagram. Blocks up to the socket's time limit.
     pub(super) fn receive(&mut self) -> io::Result<&[u8]> {
         self.receive_with(RecvFlags::empty())
     }
 
-    /// The next datagram that is there already.
+    /// The next datagram that has arrived already. Never blocks.
     pub(super) fn receive_now(&mut self) -> io::Result<&[u8]> {
         self.receive_with(RecvFlags::DONTWAIT)
     }
