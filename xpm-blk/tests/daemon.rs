@@ -1,5 +1,5 @@
-//! The program over its real control socket, with no allocator to be reached: what it says then,
-//! what it refuses, and how it ends.
+//! The program over its real control socket, with no reachable allocator: its answers, its refusals, and its
+//! end.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
@@ -11,7 +11,7 @@ use xpm_control::client::{Client, ClientError};
 use xpm_protocol::api::blk::{Device, Status};
 use xpm_protocol::api::{ErrorBody, ErrorKind};
 
-/// Far more than anything here takes.
+/// A time limit far above any duration here.
 const LIMIT: Duration = Duration::from_secs(60);
 
 struct Blk {
@@ -56,7 +56,7 @@ impl Drop for Blk {
     }
 }
 
-/// xpm-blk with everything in a directory, and an allocator at a port where none listens.
+/// xpm-blk with all files in a directory, and an allocator at a port where no server listens.
 fn command(directory: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_xpm-blk"));
     let config = directory.join("blk.toml");
@@ -80,7 +80,7 @@ async fn attach(client: &Client, request: serde_json::Value) -> Result<Device, C
 }
 
 #[tokio::test]
-async fn status_and_the_list_of_nothing() {
+async fn status_and_an_empty_list() {
     let blk = Blk::start();
     let client = blk.client();
     let status: Status = client.get("/v1/status").await.unwrap();
@@ -124,7 +124,7 @@ async fn refusals() {
 }
 
 #[tokio::test]
-async fn a_kernel_without_the_drivers_is_told_apart() {
+async fn a_kernel_without_the_drivers_is_recognized() {
     if Path::new("/dev/ublk-control").exists() || Path::new("/sys/module/nbd").exists() {
         eprintln!("skipped: this kernel has the drivers");
         return;
@@ -137,7 +137,7 @@ async fn a_kernel_without_the_drivers_is_told_apart() {
 }
 
 #[test]
-fn a_signal_ends_it_and_its_socket_and_directory_serve_the_next() {
+fn a_signal_ends_it_and_the_next_process_reuses_its_socket_and_directory() {
     let blk = Blk::start();
     let status = |process: &mut Command| process.status().unwrap();
     let state = blk.directory.path().join("another-state");
@@ -172,7 +172,7 @@ fn the_configuration_is_checked_and_errors_are_one_line() {
 }
 
 #[test]
-fn a_state_directory_of_a_newer_version_is_left_alone() {
+fn a_state_directory_of_a_newer_version_is_left_unchanged() {
     let directory = tempfile::tempdir().unwrap();
     let devices = directory.path().join("state/devices");
     std::fs::create_dir_all(&devices).unwrap();

@@ -1,30 +1,30 @@
-//! From a chain of descriptors to the memory that it means.
+//! Walks a chain of descriptors and collects the memory that it describes.
 //!
-//! A chain is walked once. Its descriptors may be anything: the walk is bounded, and ends with pieces of guest
-//! memory only.
+//! A chain is walked once. Its descriptors may contain anything: the walk is bounded, and yields pieces of
+//! guest memory only.
 
 use xpm_transport::io::IoBuf;
 
 use super::memory::{GuestMemory, Window};
 use super::ring::{Broken, Descriptor, Ring};
 
-/// Buffers that a request can have; the guest is told (`seg_max`).
+/// Most buffers of a request; the guest receives this number (`seg_max`).
 pub(super) const SEGMENTS_MAX: u32 = 126;
-/// Pieces of one kind that are kept: a buffer that reaches over the border of two regions is two.
+/// Most pieces of each direction: a buffer that crosses the border of two regions becomes two pieces.
 pub(super) const PIECES_MAX: usize = SEGMENTS_MAX as usize + 34;
-/// Descriptors of an indirect table that are looked at.
+/// Most descriptors of an indirect table that are read.
 const TABLE_MAX: usize = 1024;
 
-/// The memory of a chain. Made once for each queue, and used again and again.
+/// The memory of a chain. Created once for each queue, and reused for every request.
 #[derive(Debug)]
 pub(super) struct Pieces {
-    /// What the driver wrote.
+    /// Buffers that the driver wrote.
     pub(super) readable: Vec<IoBuf>,
-    /// What the driver wants written, without the last byte.
+    /// Buffers that the device has to write, without the last byte.
     pub(super) writable: Vec<IoBuf>,
-    /// A part of it is not in guest memory, or it has more pieces than it may.
+    /// Whether a part is not in guest memory, or the chain has too many pieces.
     pub(super) faulty: bool,
-    /// The last piece to be written; none where that is not memory.
+    /// The last piece to be written; none if it is not in guest memory.
     last: Option<IoBuf>,
 }
 
@@ -38,11 +38,11 @@ impl Pieces {
         }
     }
 
-    /// Walks the chain of a head. Returns the byte for its status, which is the last one that the driver wants
-    /// written.
+    /// Walks the chain of a head. Returns the byte for its status, which is the last byte that the device has
+    /// to write.
     ///
     /// # Errors
-    /// A chain without such a byte, or that is no chain.
+    /// When the chain has no such byte, or is invalid.
     pub(super) fn walk(&mut self, ring: &Ring, memory: &GuestMemory, head: u16) -> Result<IoBuf, Broken> {
         self.readable.clear();
         self.writable.clear();
@@ -52,7 +52,7 @@ impl Pieces {
         let last = self.last.ok_or(Broken("a request with no byte for its status"))?;
         let status = last.part(last.len() - 1, 1);
         match self.writable.last_mut() {
-            // The piece that holds it is among those kept, and goes where it has no other byte.
+            // The piece with the status byte is among those kept; it is removed if it has no other byte.
             Some(kept) if *kept == last && last.len() > 1 => *kept = last.part(0, last.len() - 1),
             Some(kept) if *kept == last => drop(self.writable.pop()),
             _ => {}
@@ -63,7 +63,7 @@ impl Pieces {
     fn walk_ring(&mut self, ring: &Ring, memory: &GuestMemory, head: u16) -> Result<(), Broken> {
         let (table, count) = ring.table();
         let mut index = usize::from(head);
-        // A chain has no descriptor twice, so one that goes on after so many is a loop.
+        // A chain contains no descriptor twice, so a longer one is a loop.
         for _ in 0..count {
             let descriptor = read(table, count, index)?;
             if descriptor.has(Descriptor::INDIRECT) {
@@ -191,7 +191,7 @@ mod tests {
         assert_eq!((lengths(&pieces.readable), lengths(&pieces.writable)), (vec![16], vec![512]));
         let (status, _) = walk(&driver, Features::default(), 0);
         assert!(status.is_err(), "it was not agreed on");
-        // A loop, a table in a table, one outside of memory, lengths that cannot be.
+        // A loop, a table in a table, a table outside of memory, invalid lengths.
         driver.describe(0x8000, 1, inner(0xb000, 1, Descriptor::WRITE | Descriptor::NEXT, 2));
         assert!(walk(&driver, ALL, 0).0.is_err());
         driver.describe(0x8000, 0, inner(0x8000, 48, Descriptor::INDIRECT, 0));
@@ -203,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn chains_that_are_none() {
+    fn invalid_chains_are_refused() {
         let driver = Driver::new(4);
         let at = driver.descriptors();
         let looped = Descriptor { address: 0x8000, len: 16, flags: Descriptor::NEXT, next: 0 };
@@ -222,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn data_that_is_nowhere_is_told() {
+    fn buffers_outside_of_memory_are_reported() {
         let driver = Driver::new(16);
         for (address, len) in [(1 << 50, 512), ((1 << 20) - 256, 512), (u64::MAX - 10, 512), (0, u32::MAX)] {
             driver.chain(0, &[(0x8000, 16, false), (address, len, true), (0xb000, 1, true)]);
@@ -232,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn more_buffers_than_there_may_be_are_told() {
+    fn too_many_buffers_are_reported() {
         let driver = Driver::new(256);
         let mut buffers = vec![(0x8000, 16, false)];
         buffers.extend(std::iter::repeat_n((0x9000, 512, true), PIECES_MAX + 10));
@@ -261,7 +261,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_is_in_the_table_only_guest_memory_comes_of_it(
+        fn any_table_yields_only_guest_memory(
             direct in prop::collection::vec(descriptor(), 16),
             indirect in prop::collection::vec(descriptor(), 64),
             head in 0..16_u16,

@@ -1,15 +1,17 @@
-//! What the guest's driver is told of the device: features, and the configuration space (virtio 1.2, 5.2.4).
+//! The device's description for the guest's driver: features, and the configuration space (virtio 1.2,
+//! 5.2.4).
 
 use xpm_protocol::BlockSize;
 
 use super::chain::SEGMENTS_MAX;
 use super::request::RANGES_MAX;
 
-/// Length of a physical block in bytes, also where logical ones are smaller: file systems and swap align to pages.
+/// Length of a physical block in bytes, even where logical ones are smaller: file systems and swap align to
+/// pages.
 const PHYSICAL_BLOCK_LEN: u32 = 4096;
-/// Sectors that a range to be discarded should be aligned to.
+/// Preferred alignment of a discarded range, in sectors.
 const DISCARD_ALIGNMENT: u32 = 8;
-/// Longest range of a discard: whole pages of what a Linux block layer asks for at most.
+/// Longest range of a discard, in sectors: the whole pages of the longest request of a Linux block layer.
 const RANGE_SECTORS_MAX: u32 = (u32::MAX >> 9) & !7;
 
 /// Feature bits.
@@ -22,15 +24,15 @@ pub(super) mod feature {
     const MQ: u64 = 1 << 12;
     const DISCARD: u64 = 1 << 13;
     const WRITE_ZEROES: u64 = 1 << 14;
-    /// Descriptors can be tables.
+    /// Descriptors can be tables (indirect descriptors).
     pub(in super::super) const INDIRECT_DESC: u64 = 1 << 28;
-    /// Each side says when it wants to be notified.
+    /// Each side states the index at which it wants to be notified.
     pub(in super::super) const EVENT_IDX: u64 = 1 << 29;
-    /// The front end knows the protocol's own features.
+    /// The front end supports the protocol's own features.
     pub(in super::super) const PROTOCOL_FEATURES: u64 = 1 << 30;
     const VERSION_1: u64 = 1 << 32;
 
-    /// Everything that is offered. No write cache can be switched on or off: there is none.
+    /// All offered features. There is no write cache, so none can be switched.
     pub(in super::super) const ALL: u64 = SEG_MAX
         | BLK_SIZE
         | FLUSH
@@ -44,10 +46,10 @@ pub(super) mod feature {
         | VERSION_1;
 }
 
-/// Length of the part that has a meaning.
+/// Length of the used part in bytes.
 const LEN: usize = 60;
 
-/// The configuration space of a device of `size` bytes with so many queues.
+/// The configuration space of a device of `size` bytes with `queues` queues.
 fn space(size: u64, queues: u16, block_size: BlockSize) -> [u8; LEN] {
     let mut space = [0; LEN];
     let mut put = |place: usize, bytes: &[u8]| space[place..place + bytes.len()].copy_from_slice(bytes);
@@ -61,12 +63,12 @@ fn space(size: u64, queues: u16, block_size: BlockSize) -> [u8; LEN] {
     put(44, &DISCARD_ALIGNMENT.to_le_bytes());
     put(48, &RANGE_SECTORS_MAX.to_le_bytes());
     put(52, &RANGES_MAX.to_le_bytes());
-    // Zeroing may give memory back.
+    // Zeroing may free memory.
     put(56, &[1]);
     space
 }
 
-/// A part of it; what lies behind its end is zero.
+/// A part of the configuration space; bytes behind its end are zero.
 pub(super) fn part((size, queues, block_size): (u64, u16, BlockSize), offset: u32, len: u32) -> Vec<u8> {
     let space = space(size, queues, block_size);
     let at =

@@ -1,12 +1,13 @@
-//! What happens when guest memory is gone: its device fails, and nothing else.
+//! Handles the loss of guest memory: its device fails, and no other.
 //!
-//! An access behind the end of a file, to a huge page that the pool does not have, or to memory with an error that
-//! cannot be corrected raises SIGBUS, which would end the process with every device of the host. The handler here looks whether the address
-//! is guest memory. If so, it maps zeros over the page and marks the memory as failed, which its queues see before they take
-//! the next request. Any other SIGBUS has the effect that it had before.
+//! An access behind the end of a file, to a huge page that the pool does not have, or to memory with an
+//! uncorrectable error raises SIGBUS, which would end the process with every device of the host. This handler
+//! checks whether the address is guest memory. If so, it maps zeros over the page and marks the memory as
+//! failed, which the device's queues notice before they take the next request. Any other SIGBUS has the same
+//! effect as without the handler.
 //!
-//! The handler calls what is async-signal-safe only: atomics, and the system calls mmap(2), munlock(2), mprotect(2),
-//! sigaction(2) and raise(3).
+//! The handler uses async-signal-safe operations only: atomics, and the system calls mmap(2), munlock(2),
+//! mprotect(2), sigaction(2) and raise(3).
 
 #![allow(unsafe_code)]
 
@@ -18,8 +19,8 @@ use std::sync::{Arc, OnceLock};
 /// Most mappings of guest memory in this process.
 const ENTRIES: usize = 4096;
 
-/// A mapping that is guarded. Free while `address` is [`FREE`]; being filled while it is [`TAKEN`]. Whoever sees another
-/// address sees the rest.
+/// A guarded mapping. The entry is free while `address` is [`FREE`], and being filled while it is [`TAKEN`].
+/// A reader that sees another address also sees the other fields.
 struct Entry {
     address: AtomicUsize,
     len: AtomicUsize,
@@ -39,22 +40,22 @@ static TABLE: [Entry; ENTRIES] = [const {
     }
 }; ENTRIES];
 
-/// What was done with SIGBUS before.
+/// The previous action of SIGBUS.
 static BEFORE: OnceLock<libc::sigaction> = OnceLock::new();
 
-/// A mapping that a SIGBUS in it costs its device only, until this is dropped, which has to be before it is unmapped.
+/// Guards a mapping: a SIGBUS in it fails only its device. Has to be dropped before the mapping is unmapped.
 #[derive(Debug)]
 pub(super) struct Guarded {
     place: usize,
-    /// Kept for the handler.
+    /// Kept alive for the handler.
     _failed: Arc<AtomicBool>,
 }
 
 impl Guarded {
-    /// Guards a mapping of pages of `page` bytes. `failed` is set when a page of it is gone.
+    /// Guards a mapping of pages of `page` bytes. `failed` is set when one of its pages is lost.
     ///
     /// # Errors
-    /// When there are too many, or the handler cannot be installed.
+    /// When there are too many mappings, or the handler cannot be installed.
     pub(super) fn new(
         address: usize,
         len: usize,
@@ -80,7 +81,7 @@ impl Guarded {
 
 impl Drop for Guarded {
     fn drop(&mut self) {
-        // Nothing touches the mapping any more, so no handler is at work for it.
+        // The mapping is no longer accessed, so no handler is running for it.
         TABLE[self.place].address.store(FREE, Ordering::Release);
     }
 }
@@ -94,11 +95,12 @@ fn install() -> io::Result<()> {
     let (mut action, mut before): (libc::sigaction, libc::sigaction) = unsafe { std::mem::zeroed() };
     action.sa_sigaction = on_sigbus as *const () as usize;
     action.sa_flags = libc::SA_SIGINFO | libc::SA_RESTART;
-    // SAFETY: reads what is done with SIGBUS now into a struct of this function.
+    // SAFETY: reads the present action of SIGBUS into a struct of this function.
     if unsafe { libc::sigaction(libc::SIGBUS, ptr::null(), &raw mut before) } != 0 {
         return Err(io::Error::last_os_error());
     }
-    // Before the handler needs it. Of two threads, the one that comes second installs the same once more.
+    // Set before the handler needs it. If two threads get here, the second one installs the same handler
+    // again.
     let _ = BEFORE.set(before);
     // SAFETY: the handler is async-signal-safe (see the module's documentation) and stays for the process's life.
     match unsafe { libc::sigaction(libc::SIGBUS, &raw const action, ptr::null_mut()) } {
@@ -111,17 +113,17 @@ extern "C" fn on_sigbus(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc
     // SAFETY: the kernel passes a valid siginfo to a handler with SA_SIGINFO; the location of errno is this thread's.
     let (code, address, errno) =
         unsafe { ((*info).si_code, (*info).si_addr() as usize, *libc::__errno_location()) };
-    // Codes above 0 are the kernel's own, with an address.
+    // Positive codes come from the kernel and have an address.
     let is_handled = code > 0 && TABLE.iter().any(|entry| entry.replace(address));
     // SAFETY: as above.
     unsafe { *libc::__errno_location() = errno };
     if is_handled {
-        // The access is repeated.
+        // The access is repeated after the return.
         return;
     }
     let Some(before) = BEFORE.get() else { return };
-    // SAFETY: puts back what was there, which was valid then. The access is repeated and has its effect; a signal that was
-    // sent has to be sent again.
+    // SAFETY: restores the previous action, which was valid. The access is repeated and has its effect; a
+    // signal that was sent by a process has to be raised again.
     unsafe {
         libc::sigaction(libc::SIGBUS, before, ptr::null_mut());
         if code <= 0 {
@@ -131,7 +133,7 @@ extern "C" fn on_sigbus(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc
 }
 
 impl Entry {
-    /// Maps zeros over the page at an address, if that is in this mapping.
+    /// Maps zeros over the page at an address, if the address is in this mapping.
     fn replace(&self, address: usize) -> bool {
         let start = self.address.load(Ordering::Acquire);
         let len = self.len.load(Ordering::Relaxed);
@@ -140,13 +142,14 @@ impl Entry {
         }
         let page = self.page.load(Ordering::Relaxed);
         let failed = self.failed.load(Ordering::Relaxed);
-        // SAFETY: `Guarded` keeps the flag for as long as the entry has an address, and it is not dropped while its
-        // mapping is accessed, which is what brought this thread here.
+        // SAFETY: `Guarded` keeps the flag alive for as long as the entry has an address, and it is not
+        // dropped while its mapping is accessed, which is the case now.
         unsafe { (*failed).store(true, Ordering::Release) };
         let first = (address - start) / page * page + start;
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
-        // SAFETY: replaces pages of a mapping of guest memory, which is accessed by address only. It is made accessible
-        // after it was unlocked, for this process locks what it maps, and a page can have 1 GiB.
+        // SAFETY: replaces pages of a mapping of guest memory, which is accessed by address only. It becomes
+        // accessible only after it was unlocked, because this process locks its mappings, and a page can have
+        // 1 GiB.
         unsafe {
             let place = first as *mut libc::c_void;
             let mapped = libc::mmap(place, page, libc::PROT_NONE, flags, -1, 0);

@@ -1,5 +1,6 @@
-//! Which requests are in flight, in memory that the front end keeps when this process dies (vhost-user,
-//! "Inflight I/O tracking"). The next process submits again what is marked, in the order in which it came.
+//! The requests in flight, marked in memory that the front end keeps when this process dies (vhost-user,
+//! "Inflight I/O tracking"). The next process submits the marked requests again, in the order of their
+//! arrival.
 //!
 //! Each queue has 64 bytes of alignment and, for a ring of n entries, 16 + 16 n bytes:
 //!
@@ -10,7 +11,7 @@
 //! | 10 | entries, 16 bits |
 //! | 12 | head of the last chain that was used, 16 bits |
 //! | 14 | index of the used ring after it, 16 bits |
-//! | 16 + 16 i | for the chain whose head is i: in flight (8 bits), 5 bytes of nothing, next used with it (16 bits), when it came (64 bits) |
+//! | 16 + 16 i | chain with head i: in flight (8 bits), 5 unused bytes, next used (16 bits), arrival order (64 bits) |
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -43,7 +44,7 @@ pub(super) struct Inflight {
     entries: u16,
 }
 
-/// What a front end is told of the memory, and says of it.
+/// The description of the memory, as exchanged with a front end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct InflightInfo {
     pub(super) len: u64,
@@ -62,10 +63,10 @@ impl InflightInfo {
     }
 }
 
-/// New memory for so many queues.
+/// Creates memory for `queues` queues.
 ///
 /// # Errors
-/// When it cannot be, or there cannot be such queues.
+/// When it cannot be created, or the numbers are invalid.
 pub(super) fn create(queues: u16, entries: u16) -> io::Result<(InflightInfo, OwnedFd)> {
     let len = (len_of_queue(entries) * usize::from(queues)) as u64;
     let info = InflightInfo { len, offset: 0, queues, entries };
@@ -77,10 +78,10 @@ pub(super) fn create(queues: u16, entries: u16) -> io::Result<(InflightInfo, Own
 }
 
 impl Inflight {
-    /// Maps what a front end passes.
+    /// Maps the memory that a front end passes.
     ///
     /// # Errors
-    /// When it is not what it says.
+    /// When the memory does not match its description.
     pub(super) fn map(info: InflightInfo, file: &OwnedFd, terms: &Terms) -> io::Result<Inflight> {
         info.check()?;
         let needed = (len_of_queue(info.entries) * usize::from(info.queues)) as u64;
@@ -93,10 +94,10 @@ impl Inflight {
         Ok(Inflight { region, queues: info.queues, entries: info.entries })
     }
 
-    /// Tracking of a queue whose ring has `size` entries.
+    /// The tracking of a queue whose ring has `size` entries.
     ///
     /// # Errors
-    /// When it has no room for it.
+    /// When the memory has no room for it.
     pub(super) fn queue(&self, index: u16, size: u16) -> Result<Tracker, Broken> {
         let len = len_of_queue(self.entries);
         let start = len as u64 * u64::from(index);
@@ -117,17 +118,17 @@ pub(super) struct Tracker {
     counter: u64,
 }
 
-/// What an earlier life left.
+/// The state that an earlier life left.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Recovered {
-    /// Heads of chains to be submitted again, in this order.
+    /// Heads of the chains to be submitted again, in this order.
     pub(super) heads: Vec<u16>,
     /// Index of the next available entry; none in new memory.
     pub(super) next_available: Option<u16>,
 }
 
 impl Tracker {
-    /// Takes over what is there; `used` is the index of the used ring.
+    /// Takes over the present marks; `used` is the index of the used ring.
     pub(super) fn recover(&mut self, used: u16) -> Result<Recovered, Broken> {
         if self.window.load16(VERSION, Ordering::Acquire) == 0 {
             self.window.store16(ENTRIES, self.size, Ordering::Relaxed);
@@ -147,7 +148,7 @@ impl Tracker {
         Ok(Recovered { heads, next_available })
     }
 
-    /// The process died between using chains and taking their marks away.
+    /// Completes the work of a process that died between using chains and removing their marks.
     fn finish_last(&self, used: u16) -> Result<(), Broken> {
         let mut head = self.window.load16(LAST, Ordering::Acquire);
         let count = used.wrapping_sub(self.window.load16(USED, Ordering::Acquire));
@@ -172,25 +173,25 @@ impl Tracker {
     }
 
     fn mark(&self, head: u16, marked: bool) {
-        // With a store that others see in its order among the stores around it: the byte and the one behind it.
+        // One store, ordered among the surrounding ones, writes the byte and the one behind it.
         self.window.store16(entry(head), u16::from(marked), Ordering::Release);
     }
 
-    /// A chain was taken from the available ring.
+    /// Marks a chain that was taken from the available ring.
     pub(super) fn begin(&mut self, head: u16) {
         self.window.store64(entry(head) + 8, self.counter);
         self.counter = self.counter.wrapping_add(1);
         self.mark(head, true);
     }
 
-    /// A chain is about to be put into the used ring.
+    /// Records that a chain is about to be put into the used ring.
     pub(super) fn ending(&mut self, head: u16) {
         let last = self.window.load16(LAST, Ordering::Relaxed);
         self.window.store16(entry(head) + 6, last, Ordering::Relaxed);
         self.window.store16(LAST, head, Ordering::Release);
     }
 
-    /// It is there, and the ring's index is `used` now.
+    /// Records that the chain is in the used ring, whose index is now `used`.
     pub(super) fn ended(&mut self, head: u16, used: u16) {
         self.mark(head, false);
         self.window.store16(USED, used, Ordering::Release);
@@ -218,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_in_flight_comes_back_in_its_order() {
+    fn requests_in_flight_are_recovered_in_order() {
         let inflight = inflight();
         let mut queue = inflight.queue(1, 8).unwrap();
         assert_eq!(queue.recover(0).unwrap(), Recovered { heads: vec![], next_available: None });
@@ -236,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn a_death_at_any_step_of_an_end_is_made_good() {
+    fn a_death_at_any_step_of_a_completion_is_recovered() {
         let inflight = inflight();
         let mut queue = inflight.queue(1, 8).unwrap();
         queue.recover(9).unwrap();
@@ -250,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_that_is_not_right_is_refused() {
+    fn invalid_memory_is_refused() {
         let (info, file) = create(2, 8).unwrap();
         for bad in [
             InflightInfo { len: info.len - 1, ..info },
@@ -270,7 +271,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_is_in_it_what_comes_back_is_of_the_ring(bytes in prop::collection::vec(any::<u8>(), 144), used: u16) {
+        fn any_content_yields_only_heads_of_the_ring(bytes in prop::collection::vec(any::<u8>(), 144), used: u16) {
             let inflight = inflight();
             let window = Window::new(&inflight.region, len_of_queue(8) as u64, 144).unwrap();
             window.write(0, &bytes);

@@ -1,12 +1,13 @@
 //! The guest's memory in this process.
 //!
-//! The front end passes files that guest memory lies in; their pages are mapped here and are the buffers of
-//! the guest's I/O. Both the guest and its monitor can change them at any time, so they are accessed by
-//! address only: as an [`IoBuf`], or by the atomic and copying accessors of a [`Window`].
+//! The front end passes the files that contain guest memory; this module maps their pages, which are the
+//! buffers of the guest's I/O. Both the guest and its monitor can change them at any time, so they are
+//! accessed by address only: as an [`IoBuf`], or by the atomic and copying accessors of a [`Window`].
 //!
-//! An access behind the end of a file raises SIGBUS. So a file has to be as long as what is said to be in it, and sealed
-//! against shrinking (`F_SEAL_SHRINK`; QEMU's `memory-backend-memfd` does that), unless the operator allows others
-//! (`allow-unsealed`). Where memory is gone all the same, its device fails, and no other (`fault.rs`).
+//! An access behind the end of a file raises SIGBUS. So a file has to be as long as its description says, and
+//! sealed against shrinking (`F_SEAL_SHRINK`; QEMU's `memory-backend-memfd` does that), unless the operator
+//! allows other files (`allow-unsealed`). If memory is lost nevertheless, its device fails, and no other
+//! (`fault.rs`).
 
 #![allow(unsafe_code)]
 
@@ -26,10 +27,10 @@ use super::fault::Guarded;
 /// Type of a hugetlbfs file system (statfs(2)).
 const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
 
-/// A run of guest memory, as a front end describes it.
+/// A contiguous range of guest memory, as a front end describes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct RegionInfo {
-    /// First address for the guest.
+    /// First address in the guest.
     pub(super) guest: u64,
     /// Length in bytes.
     pub(super) len: u64,
@@ -39,12 +40,12 @@ pub(super) struct RegionInfo {
     pub(super) offset: u64,
 }
 
-/// What guest memory has to be, and who is told when it is gone.
+/// The requirements on guest memory, and the flag that reports its loss.
 #[derive(Debug, Clone)]
 pub(super) struct Terms {
-    /// Files that their owner can make shorter are taken.
+    /// Whether files that their owner can truncate are accepted.
     pub(super) allow_unsealed: bool,
-    /// Set when a page of the memory is gone: it reads as zeros from then on.
+    /// Set when a page of the memory is lost: it reads as zeros from then on.
     pub(super) failed: Arc<AtomicBool>,
 }
 
@@ -62,35 +63,36 @@ impl Terms {
     }
 }
 
-/// A mapping, undone when dropped.
+/// A mapping, unmapped when dropped.
 #[derive(Debug)]
 struct Mapping {
-    /// Dropped before it is unmapped.
+    /// Dropped before the memory is unmapped.
     guarded: Option<Guarded>,
     address: NonNull<u8>,
     len: usize,
 }
 
-// SAFETY: a mapping belongs to the process, not to the thread that made it; what is in it is accessed by
+// SAFETY: a mapping belongs to the process, not to the thread that made it; its content is accessed by
 // address only.
 unsafe impl Send for Mapping {}
-// SAFETY: as above; nothing is changed through a shared reference but the memory behind it, by atomic or
-// copying accesses.
+// SAFETY: as for `Send`; through a shared reference only the memory behind it changes, by atomic or copying
+// accesses.
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Maps a part of a file, neither locked nor faulted in: the memory is somebody else's, and this process
-    /// locks what it maps.
+    /// Maps a part of a file, neither locked nor faulted in: the memory belongs to the guest's monitor, and
+    /// this process locks its mappings.
     fn of(file: &OwnedFd, offset: u64, len: usize, page: usize, terms: &Terms) -> io::Result<Mapping> {
         let flags = MapFlags::SHARED | MapFlags::NORESERVE;
-        // SAFETY: a new mapping at a place that the kernel chooses; it aliases nothing of ours.
+        // SAFETY: a new mapping at an address that the kernel chooses; it aliases no other memory.
         let address =
             unsafe { mmap(std::ptr::null_mut(), len, ProtFlags::empty(), flags, file.as_fd(), offset) }?;
         let address = NonNull::new(address.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
         let mut mapping = Mapping { guarded: None, address, len };
         mapping.guarded = Some(Guarded::new(address.addr().get(), len, page, &terms.failed)?);
-        // Accessible only after it is unlocked: a locked mapping that can be accessed is faulted in as a whole.
-        // SAFETY: the range is the mapping that was just made, and no other.
+        // Accessible only after it is unlocked: a locked mapping that can be accessed is faulted in
+        // completely.
+        // SAFETY: the range is the mapping that was just created.
         unsafe {
             munlock(address.as_ptr().cast(), len)?;
             mprotect(address.as_ptr().cast(), len, MprotectFlags::READ | MprotectFlags::WRITE)?;
@@ -103,16 +105,16 @@ impl Drop for Mapping {
     fn drop(&mut self) {
         self.guarded = None;
         // SAFETY: address and length are those of the mapping that this value owns. An error would mean that
-        // it is not mapped, and leaves nothing to do.
+        // it is not mapped, and needs no action.
         let _ = unsafe { munmap(self.address.as_ptr().cast(), self.len) };
     }
 }
 
-/// A run of guest memory that is mapped.
+/// A mapped range of guest memory.
 #[derive(Debug)]
 pub(super) struct Region {
     info: RegionInfo,
-    /// Where it starts within the mapping.
+    /// Offset of its start within the mapping.
     lead: usize,
     mapping: Mapping,
 }
@@ -121,7 +123,7 @@ impl Region {
     /// Maps a region.
     ///
     /// # Errors
-    /// When it cannot be, the file is shorter than what is said to be in it, or the terms do not allow it.
+    /// When the mapping fails, the file is shorter than described, or the terms do not allow it.
     pub(super) fn map(info: RegionInfo, file: &OwnedFd, terms: &Terms) -> io::Result<Region> {
         let bad = |what: &str| io::Error::new(io::ErrorKind::InvalidInput, what.to_owned());
         let end = info.offset.checked_add(info.len).ok_or_else(|| bad("a region beyond all addresses"))?;
@@ -147,12 +149,12 @@ impl Region {
         Ok(Region { info, lead: (info.offset - first) as usize, mapping })
     }
 
-    /// What it was described as.
+    /// The front end's description.
     pub(super) const fn info(&self) -> RegionInfo {
         self.info
     }
 
-    /// `len` bytes from `start` of the region.
+    /// The address of `len` bytes from `start` of the region.
     fn at(&self, start: u64, len: usize) -> NonNull<u8> {
         let within = start.checked_add(len as u64).is_some_and(|end| end <= self.info.len);
         assert!(within, "{len} bytes at {start} of a region of {}", self.info.len);
@@ -161,15 +163,15 @@ impl Region {
     }
 
     fn buffer(&self, start: u64, len: usize) -> IoBuf {
-        // SAFETY: the bytes are within the mapping (`at` asserts it), which is readable and writable. Whoever
-        // posts an operation with it keeps the memory until the operation has ended: a queue keeps the
-        // `GuestMemory` that it takes buffers from until its channel has given up all of them. No reference to
-        // guest memory is ever made.
+        // SAFETY: the bytes are within the mapping (`at` asserts it), which is readable and writable. The
+        // poster of an operation keeps the memory until the operation has ended: a queue keeps the
+        // `GuestMemory` that its buffers come from until its channel has released all of them. No reference
+        // to guest memory is ever made.
         unsafe { IoBuf::new(self.at(start, len), len) }
     }
 }
 
-/// All memory of a guest that the front end shares. Clones of the [`Arc`]s in it keep regions mapped.
+/// All memory of a guest that the front end shares. Clones of its [`Arc`]s keep regions mapped.
 #[derive(Debug, Clone, Default)]
 pub(super) struct GuestMemory {
     regions: Vec<Arc<Region>>,
@@ -179,7 +181,7 @@ impl GuestMemory {
     /// Memory of these regions.
     ///
     /// # Errors
-    /// When two of them have a guest address in common.
+    /// When two of them share a guest address.
     pub(super) fn new(mut regions: Vec<Arc<Region>>) -> io::Result<GuestMemory> {
         regions.sort_unstable_by_key(|region| region.info.guest);
         let overlap = |pair: &[Arc<Region>]| pair[0].info.guest + pair[0].info.len > pair[1].info.guest;
@@ -200,7 +202,7 @@ impl GuestMemory {
         (guest - region.info.guest < region.info.len).then_some(region)
     }
 
-    /// The longest run of the `len` bytes at a guest address that lies in one piece; none where there is no
+    /// The longest contiguous part of the `len` bytes at a guest address, from its start; none if there is no
     /// memory. `len` has to be more than 0. The buffer may be used while this memory is kept.
     pub(super) fn piece(&self, guest: u64, len: u64) -> Option<IoBuf> {
         let region = self.find(guest)?;
@@ -209,13 +211,13 @@ impl GuestMemory {
         Some(region.buffer(start, usize::try_from(len).ok()?))
     }
 
-    /// The `len` bytes at a guest address, which have to lie in one piece.
+    /// The `len` bytes at a guest address, which have to be contiguous.
     pub(super) fn window_of_guest(&self, guest: u64, len: usize) -> Option<Window> {
         let region = self.find(guest)?;
         Window::new(region, guest - region.info.guest, len)
     }
 
-    /// The `len` bytes at an address of the front end's process, which have to lie in one piece.
+    /// The `len` bytes at an address of the front end's process, which have to be contiguous.
     pub(super) fn window_of_user(&self, user: u64, len: usize) -> Option<Window> {
         let within = |region: &&Arc<Region>| {
             user.checked_sub(region.info.user).is_some_and(|start| start < region.info.len)
@@ -225,7 +227,7 @@ impl GuestMemory {
     }
 }
 
-/// A piece of shared memory for structures that another party reads and writes at the same time.
+/// A piece of shared memory, for structures that another party accesses concurrently.
 #[derive(Debug, Clone)]
 pub(super) struct Window {
     region: Arc<Region>,
@@ -234,13 +236,13 @@ pub(super) struct Window {
 }
 
 impl Window {
-    /// `len` bytes from `start` of a region; none where it has not so many.
+    /// `len` bytes from `start` of a region; none if the region is shorter.
     pub(super) fn new(region: &Arc<Region>, start: u64, len: usize) -> Option<Window> {
         let end = start.checked_add(len as u64)?;
         (end <= region.info.len).then(|| Window { region: Arc::clone(region), start, len })
     }
 
-    /// Whether its first byte is at a multiple of `alignment`, here.
+    /// Whether the address of its first byte in this process is a multiple of `alignment`.
     pub(super) fn is_aligned(&self, alignment: usize) -> bool {
         self.region.at(self.start, self.len).addr().get().is_multiple_of(alignment)
     }
@@ -254,8 +256,8 @@ impl Window {
     }
 
     fn word(&self, offset: usize) -> &AtomicU16 {
-        // SAFETY: two bytes within the mapping, aligned (`at` asserts both), which this window keeps; an atomic
-        // may be changed by others at any time.
+        // SAFETY: two bytes within the mapping, aligned (`at` asserts both), which this window keeps; other
+        // parties may change an atomic at any time.
         unsafe { AtomicU16::from_ptr(self.at(offset, 2, 2).as_ptr().cast()) }
     }
 
@@ -264,7 +266,7 @@ impl Window {
         unsafe { AtomicU64::from_ptr(self.at(offset, 8, 8).as_ptr().cast()) }
     }
 
-    /// The little-endian 16-bit word at `offset`, which has to be within it and aligned.
+    /// The little-endian 16-bit word at `offset`, which has to be within the window and aligned.
     pub(super) fn load16(&self, offset: usize, order: Ordering) -> u16 {
         u16::from_le(self.word(offset).load(order))
     }
@@ -274,17 +276,17 @@ impl Window {
         self.word(offset).store(value.to_le(), order);
     }
 
-    /// The 64-bit word of this machine's order at `offset`.
+    /// The 64-bit word at `offset`, in this machine's byte order.
     pub(super) fn load64(&self, offset: usize) -> u64 {
         self.long(offset).load(Ordering::Acquire)
     }
 
-    /// Stores a 64-bit word of this machine's order.
+    /// Stores a 64-bit word in this machine's byte order.
     pub(super) fn store64(&self, offset: usize, value: u64) {
         self.long(offset).store(value, Ordering::Release);
     }
 
-    /// Copies the bytes at `offset`. Each may be changed by others meanwhile.
+    /// Copies the bytes at `offset`. Other parties may change them meanwhile.
     pub(super) fn read(&self, offset: usize, bytes: &mut [u8]) {
         self.buffer(offset, bytes.len()).copy_to_slice(bytes);
     }
@@ -297,7 +299,7 @@ impl Window {
     fn buffer(&self, offset: usize, len: usize) -> IoBuf {
         let address = self.at(offset, len, 1);
         // SAFETY: within the mapping (`at` asserts it), which this window keeps for as long as the buffer is
-        // used: it is private to the two methods above.
+        // used: the buffer is private to the two methods above.
         unsafe { IoBuf::new(address, len) }
     }
 }
@@ -308,7 +310,7 @@ pub(super) mod tests {
 
     use super::*;
 
-    /// A memfd of so many bytes that stays as long.
+    /// A memfd of this length that cannot shrink.
     pub(in super::super) fn memfd(len: u64) -> OwnedFd {
         let file = unsealed(len);
         fcntl_add_seals(&file, SealFlags::SHRINK).unwrap();
@@ -321,13 +323,13 @@ pub(super) mod tests {
         file
     }
 
-    /// What a device asks for where the operator says nothing.
+    /// The default requirements.
     pub(in super::super) fn terms() -> Terms {
         Terms { allow_unsealed: false, failed: Arc::default() }
     }
 
     #[test]
-    fn memory_that_can_be_cut_off_is_refused_and_where_it_is_allowed_costs_no_more_than_its_device() {
+    fn unsealed_memory_is_refused_and_if_allowed_its_loss_fails_only_its_device() {
         let file = unsealed(0x4000);
         let info = RegionInfo { guest: 0, len: 0x4000, user: 0, offset: 0 };
         let refused = Region::map(info, &file, &terms()).unwrap_err().to_string();
@@ -356,8 +358,8 @@ pub(super) mod tests {
         assert_eq!(&there, b"here");
     }
 
-    /// Guest memory of regions at these guest addresses with these lengths; in the front end each is 1 TiB
-    /// further on.
+    /// Guest memory of regions at these guest addresses with these lengths; in the front end, each region
+    /// lies 1 TiB higher.
     pub(in super::super) fn memory(regions: &[(u64, u64)]) -> GuestMemory {
         let total = regions.iter().map(|(_, len)| len).sum();
         let file = memfd(total);
@@ -371,7 +373,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn addresses_are_found_and_what_is_not_there_is_not() {
+    fn addresses_in_memory_are_found_and_others_are_not() {
         let memory = memory(&[(0x10_0000, 0x4000), (0, 0x3000), (0x10_4000, 0x1000)]);
         assert_eq!(memory.piece(0, 0x1000).unwrap().len(), 0x1000);
         assert_eq!(memory.piece(0x2fff, 0x1000).unwrap().len(), 1, "up to the end of its region");
@@ -412,7 +414,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_region_that_starts_within_a_page_is_where_it_is() {
+    fn a_region_that_starts_within_a_page_has_the_right_address() {
         let file = memfd(0x3000);
         let whole = RegionInfo { guest: 0, len: 0x3000, user: 0, offset: 0 };
         let whole = GuestMemory::new(vec![Arc::new(Region::map(whole, &file, &terms()).unwrap())]).unwrap();
@@ -441,7 +443,7 @@ pub(super) mod tests {
 
     #[test]
     #[should_panic(expected = "of a window of")]
-    fn nothing_beyond_a_window_is_reached() {
+    fn accesses_beyond_a_window_panic() {
         memory(&[(0, 0x1000)]).window_of_guest(0, 4).unwrap().load16(3, Ordering::Relaxed);
     }
 }

@@ -1,7 +1,7 @@
-//! Messages of the vhost-user protocol, as a back-end gets and gives them (QEMU, docs/interop/vhost-user.rst).
+//! The messages of the vhost-user protocol, from the back-end's side (QEMU, docs/interop/vhost-user.rst).
 //!
-//! A message is a header of three 32-bit words (request, flags, length of what follows), its body, and file
-//! descriptors beside its first byte. All numbers are of this machine's order.
+//! A message is a header of three 32-bit words (request, flags, length of the body), its body, and file
+//! descriptors that are passed with its first byte. All numbers are in this machine's byte order.
 
 use std::io::{self, IoSlice, IoSliceMut, Read};
 use std::mem::MaybeUninit;
@@ -30,24 +30,24 @@ const NEED_REPLY: u32 = 1 << 3;
 
 /// Feature bits of the protocol.
 pub(super) mod protocol {
-    /// Several queues.
+    /// Several queues are supported.
     pub(in super::super) const MQ: u64 = 1;
     /// Every message can be acknowledged.
     pub(in super::super) const REPLY_ACK: u64 = 1 << 3;
-    /// A socket for messages of the back-end.
+    /// The back-end can send messages over a socket of its own.
     pub(in super::super) const BACKEND_REQ: u64 = 1 << 5;
-    /// The configuration space comes from the back-end.
+    /// The back-end provides the configuration space.
     pub(in super::super) const CONFIG: u64 = 1 << 9;
     /// Requests in flight are marked in shared memory.
     pub(in super::super) const INFLIGHT_SHMFD: u64 = 1 << 12;
-    /// Memory comes and goes region by region.
+    /// Memory regions are added and removed individually.
     pub(in super::super) const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
 }
 
 /// `VHOST_USER_BACKEND_CONFIG_CHANGE_MSG`.
 const BACKEND_CONFIG_CHANGE: u32 = 2;
 
-/// What a front end asks for.
+/// A front end's request.
 #[derive(Debug)]
 pub(super) enum Request {
     GetFeatures,
@@ -76,26 +76,26 @@ pub(super) enum Request {
     RemMemReg(RegionInfo),
 }
 
-/// A request, and what an answer to it needs.
+/// A request, and the data that its answer needs.
 #[derive(Debug)]
 pub(super) struct Message {
     pub(super) request: Request,
     pub(super) answered: Answered,
 }
 
-/// What an answer needs of its message.
+/// The data of a message that its answer needs.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Answered {
     code: u32,
     /// Length of its body.
     len: usize,
-    /// The front end wants to know how it went.
+    /// Whether the front end wants to know the result.
     acknowledge: bool,
 }
 
 impl Answered {
-    /// Whether the front end can be told that its request was refused: it asked how it went, and waits for nothing
-    /// else.
+    /// Whether the front end can learn that its request was refused: it asked for the result, and expects no
+    /// other answer.
     pub(super) const fn can_be_refused(&self) -> bool {
         self.acknowledge && !matches!(self.code, 1 | 11 | 15 | 17 | 24 | 31 | 36)
     }
@@ -110,15 +110,15 @@ pub(super) enum ReceiveError {
     /// The socket failed.
     #[error("the front end's socket: {0}")]
     Socket(#[from] io::Error),
-    /// A request was refused, and the protocol has no other way to say so.
+    /// A request was refused, and the protocol has no other way to report that.
     #[error("refused to its front end: {0}")]
     Refused(String),
-    /// It is not of the protocol.
+    /// The request violates the protocol.
     #[error("request {code} of the front end is not of the vhost-user protocol as it was agreed on: {what}")]
     Malformed {
         /// The request's number.
         code: u32,
-        /// What is wrong.
+        /// The defect.
         what: &'static str,
     },
 }
@@ -177,7 +177,7 @@ impl Body<'_> {
         if self.0.len() == len { Ok(()) } else { Err("its length is wrong") }
     }
 
-    /// The word at `place`, 0 behind the end.
+    /// The word at `place`; 0 behind the end.
     fn word(&self, place: usize) -> u32 {
         self.long_or_word::<4>(place).map_or(0, u32::from_ne_bytes)
     }
@@ -215,7 +215,7 @@ impl Body<'_> {
     }
 
     fn inflight(&self) -> Result<InflightInfo, &'static str> {
-        // Some front ends pad it to a multiple of eight.
+        // Some front ends pad the body to a multiple of eight bytes.
         if self.0.len() != 20 && self.0.len() != 24 {
             return Err("its length is wrong");
         }
@@ -253,7 +253,7 @@ fn parse(code: u32, body: &Body<'_>, files: Vec<OwnedFd>) -> Result<Request, &'s
         8 => body.vring_state().map(|(index, size)| Request::SetVringNum(index, size))?,
         9 => {
             body.has(40)?;
-            // The second word has a flag for the log of migrations, which is not offered.
+            // The second word has a flag for the migration log, which is not offered.
             let addresses =
                 Addresses { descriptors: body.long(8), used: body.long(16), available: body.long(24) };
             Request::SetVringAddr(index(body.word(0))?, addresses)
@@ -309,10 +309,10 @@ fn vring_file(
     Ok(((number & 0xff) as u16, file))
 }
 
-/// What a request is answered with.
+/// The answer to a request.
 #[derive(Debug)]
 pub(super) enum Reply {
-    /// Nothing but how it went.
+    /// No answer except the result, if the front end asked for it.
     Done,
     Number(u64),
     VringState(u16, u32),
@@ -323,7 +323,8 @@ pub(super) enum Reply {
     Inflight(InflightInfo, OwnedFd),
 }
 
-/// Sends the answer to a message. Of a request that was refused the front end hears only if it wants to.
+/// Sends the answer to a message. The front end learns that a request was refused only if it asked for the
+/// result.
 pub(super) fn answer(socket: &UnixStream, message: &Answered, reply: Option<&Reply>) -> io::Result<()> {
     let body = match reply {
         None | Some(Reply::Done) if !message.acknowledge => return Ok(()),
@@ -346,7 +347,7 @@ pub(super) fn answer(socket: &UnixStream, message: &Answered, reply: Option<&Rep
             &info.offset.to_ne_bytes(),
             &info.queues.to_ne_bytes(),
             &info.entries.to_ne_bytes(),
-            // Padded as the front end pads it.
+            // Padded like the front end's message.
             &[0; 4][..message.len.saturating_sub(20).min(4)],
         ]
         .concat(),
@@ -358,8 +359,8 @@ pub(super) fn answer(socket: &UnixStream, message: &Answered, reply: Option<&Rep
     send(socket, message.code, VERSION | REPLY, &body, file, SendFlags::NOSIGNAL)
 }
 
-/// Tells the front end, on the socket that it gave for that, to read the configuration space again. Does not wait
-/// for it.
+/// Tells the front end, on the socket that it passed for this purpose, to read the configuration space again.
+/// Does not wait for it.
 pub(super) fn tell_config_change(socket: &UnixStream) -> io::Result<()> {
     send(socket, BACKEND_CONFIG_CHANGE, VERSION, &[], None, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)
 }
@@ -426,7 +427,7 @@ mod tests {
     }
 
     #[test]
-    fn how_it_went_is_told_to_those_who_ask() {
+    fn results_are_sent_to_front_ends_that_ask() {
         let (ours, mut theirs) = pair();
         for (flags, reply) in [(1, Some(&Reply::Done)), (1, None), (9, Some(&Reply::Done)), (9, None)] {
             theirs.write_all(&message(3, flags, &[])).unwrap();
@@ -441,7 +442,7 @@ mod tests {
     }
 
     #[test]
-    fn descriptors_come_along() {
+    fn descriptors_arrive_with_their_message() {
         let (ours, theirs) = pair();
         let file = memfd(4096);
         let region = [0_u64, 4096, 0, 0].map(u64::to_ne_bytes).concat();

@@ -1,22 +1,22 @@
 //! A vhost-user-blk back-end at a unix socket: the disk of a virtual machine.
 //!
-//! The front end (the machine's monitor) passes the guest's memory as files. Rings and buffers are used where they
-//! are: what a guest reads or writes is posted to the channel of its queue with guest memory as the buffer, piece
-//! by piece, and nothing of it is copied here.
+//! The front end (the machine's monitor) passes the guest's memory as files. Rings and buffers are used in
+//! place: the data of a guest's read or write are posted to the channel of its queue with guest memory as the
+//! buffer, piece by piece, and are not copied here.
 //!
-//! * `message.rs`: the protocol's messages; `session.rs`: what they ask for.
-//! * `memory.rs`: guest memory; `fault.rs`: where it is gone; `ring.rs`, `chain.rs`, `request.rs`: from a ring to operations, each checking what
-//!   a guest may have written there.
-//! * `inflight.rs`: marks of what is in flight, which outlive this process.
+//! * `message.rs`: the protocol's messages; `session.rs`: their execution.
+//! * `memory.rs`: guest memory; `fault.rs`: its loss; `ring.rs`, `chain.rs`, `request.rs`: from a ring to operations, each of
+//!   which checks the data that a guest may have written.
+//! * `inflight.rs`: marks of requests in flight, which outlive this process.
 //! * `queue.rs`: the thread of a queue.
 //!
-//! When this process dies and comes back, the socket does too. The front end connects again (QEMU with
-//! `reconnect=1`), passes the marks, and what is marked is submitted again. What the dead process had sent to an
-//! appliance cannot land behind that: a queue's channel has the same number in each life, and so its new
-//! connections shut the old ones out.
+//! When this process dies and is restarted, it creates the socket again. The front end reconnects (QEMU with
+//! `reconnect=1`) and passes the marks, and the marked requests are submitted again. Late requests of the
+//! dead process cannot land at an appliance behind these: a queue's channel has the same number in each life,
+//! and so its new connections shut the old ones out.
 //!
-//! One front end is served at a time. The crates `vhost` and `vhost-user-backend` are not used here: the latter
-//! has no tracking of requests in flight, and neither can tell a front end that the size has changed.
+//! One front end is served at a time. The crates `vhost` and `vhost-user-backend` are not used here: the
+//! latter does not track requests in flight, and neither can notify a front end of a changed size.
 
 mod chain;
 mod config;
@@ -50,7 +50,7 @@ use super::{Health, Shape, Shown, socket};
 use crate::error::{DeviceError, Step};
 use crate::lifecycle;
 
-/// Most queues of a guest where nothing is said: QEMU gives it one for each of its processors.
+/// Most queues of a guest by default: QEMU gives it one for each of its processors.
 pub const QUEUES_DEFAULT: u16 = 16;
 
 /// A socket at which an allocation is a vhost-user-blk device.
@@ -66,7 +66,7 @@ impl VhostUserBlk {
     /// Listens.
     ///
     /// # Errors
-    /// [`ErrorKind::Conflict`] when somebody else listens there.
+    /// [`ErrorKind::Conflict`] when another process listens there.
     pub fn show(
         name: &str,
         path: &Path,
@@ -105,7 +105,7 @@ impl VhostUserBlk {
     }
 }
 
-/// The name of an allocation as a guest sees it; the start of a longer one.
+/// The name of an allocation for the guest, truncated if it is longer.
 fn id(name: &str) -> [u8; ID_LEN] {
     let mut id = [0; ID_LEN];
     let len = name.len().min(ID_LEN);
@@ -113,28 +113,28 @@ fn id(name: &str) -> [u8; ID_LEN] {
     id
 }
 
-/// Serves front ends, one after the other, on a thread of its own. No I/O passes it.
+/// Serves front ends, one after the other, on a thread of its own. No I/O passes through it.
 struct Server {
-    /// Readable when it has to end.
+    /// Readable when the thread has to end.
     stop: OwnedFd,
     ended: AtomicBool,
-    /// At the end, what is in flight is not waited for.
+    /// Whether the end does not wait for requests in flight.
     give_up: AtomicBool,
     connected: AtomicUsize,
-    /// The front end's socket, to be shut down when the thread has to end.
+    /// The front end's socket, which is shut down when the thread has to end.
     connection: Mutex<Option<UnixStream>>,
 }
 
-/// What came first.
+/// The first event.
 enum Event {
     Stop,
     NewFrontEnd,
     Message,
-    /// Nothing, for as long as was to be waited.
+    /// No event within the time limit.
     Nothing,
 }
 
-/// A front end that has sent nothing for so long waits for no answer.
+/// A front end that has sent no message for this long is waiting for no answer.
 const QUIET: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 
 impl Server {
@@ -156,7 +156,7 @@ impl Server {
         self.connection.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Serves a front end until it goes or has to.
+    /// Serves a front end until it disconnects or has to be disconnected.
     fn serve(
         &self,
         socket: &UnixStream,
@@ -176,7 +176,7 @@ impl Server {
                 tracing::info!("allocation {}: its vhost-user front end is gone", device.name);
                 Ok(())
             }
-            // It was shut down from here.
+            // This process shut the connection down.
             Err(_) if self.ended.load(Ordering::Relaxed) => Ok(()),
             outcome => outcome,
         }
@@ -189,8 +189,9 @@ impl Server {
         session: &mut Session,
         device: &Device,
     ) -> Result<(), ReceiveError> {
-        // One that was connected before keeps the size that it read then, which may have changed since. It is told when it is
-        // quiet: QEMU 7.2 mixes up the answers when it reads the configuration space within another request.
+        // A front end that was connected before keeps the size that it read then, which may have changed
+        // since. It is notified only when it is quiet: QEMU 7.2 mixes up the answers when it reads the
+        // configuration space within another request.
         let mut told = false;
         loop {
             let quiet = (!told && session.serves()).then_some(&QUIET);
@@ -244,19 +245,19 @@ impl Server {
                 _ if ready(0) => return Event::Stop,
                 _ if ready(2) => return Event::Message,
                 _ if ready(1) => return Event::NewFrontEnd,
-                // Without memory it cannot wait.
+                // Without memory poll(2) fails.
                 _ => thread::sleep(Duration::from_millis(100)),
             }
         }
     }
 
-    /// Has the thread end.
+    /// Makes the thread end.
     fn end(&self, give_up: bool) -> io::Result<()> {
         self.give_up.store(give_up, Ordering::Relaxed);
         self.ended.store(true, Ordering::Relaxed);
         rustix::io::write(self.stop.as_fd(), &1_u64.to_ne_bytes())?;
         if let Some(socket) = &*self.connection() {
-            // It may be waiting for the rest of a message.
+            // The thread may be waiting for the rest of a message.
             let _ = socket.shutdown(std::net::Shutdown::Both);
         }
         Ok(())
@@ -304,14 +305,14 @@ impl Shown for VhostUserBlk {
 
     fn hide(&self, give_up: bool) -> Result<(), DeviceError> {
         self.stop(give_up)?;
-        // Gone already is as good.
+        // The file may be gone already.
         let _ = std::fs::remove_file(&self.path);
         Ok(())
     }
 }
 
 impl VhostUserBlk {
-    /// Disconnects the front end, and waits until nothing is served any more.
+    /// Disconnects the front end, and waits until no queue is served any more.
     fn stop(&self, give_up: bool) -> Result<(), DeviceError> {
         self.server.end(give_up).at(format!("stop serving {}", self.path.display()))?;
         let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();

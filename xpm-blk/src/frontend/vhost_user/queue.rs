@@ -1,13 +1,13 @@
-//! One queue of a device: a thread that owns its ring and its channel.
+//! A queue of a device: a thread that owns its ring and its channel.
 //!
-//! A request is known by the head of its chain. The thread takes requests off the ring, posts their parts, with
-//! the guest's memory as buffers, and puts them into the used ring when all parts have ended. It never takes a
-//! lock, allocates or logs on the way of a request, and waits at one place only, for the guest, the channel and
-//! orders alike.
+//! A request is identified by the head of its chain. The thread takes requests from the ring, posts their
+//! parts, with the guest's memory as buffers, and puts them into the used ring when all parts have ended. On
+//! the path of a request, it never takes a lock, allocates or logs, and it waits at one place only, for the
+//! guest, the channel and orders alike.
 //!
-//! A guest that breaks the rules gets its ring broken: what is in flight ends, and nothing more is taken until the
-//! device is reset. A panic ends the queue, not the process: of the devices that the process serves only this
-//! one's guest has a part in it.
+//! When a guest violates the rules, its ring is broken: requests in flight end, and no more are taken until
+//! the device is reset. A panic ends the queue, not the process, because the guest of this one device may
+//! have caused it.
 
 use std::collections::VecDeque;
 use std::io;
@@ -33,26 +33,26 @@ use super::ring::{Broken, Parts, Ring};
 use crate::lifecycle;
 use crate::watch::Pulse;
 
-/// Why a ring is broken whose guest has lost memory.
+/// The reason for breaking a ring whose guest has lost memory.
 const MEMORY_GONE: Broken =
     Broken("guest memory is gone under it: the machine has to connect again with whole memory");
-/// Marks the channel among the events.
+/// The channel's token among the events.
 const CHANNEL: u64 = 1;
 
-/// What a queue is made of.
+/// The parts of a queue.
 pub(super) struct QueueParts {
     pub(super) name: String,
     pub(super) ring: Ring,
     pub(super) memory: Arc<GuestMemory>,
-    /// Set when some of it is gone.
+    /// Set when some of the memory is lost.
     pub(super) memory_failed: Arc<AtomicBool>,
-    /// Readable when the guest has made something available.
+    /// Readable when the guest has made requests available.
     pub(super) kick: Arc<OwnedFd>,
-    /// To be written when something was used.
+    /// Written when requests were used.
     pub(super) call: Option<Arc<OwnedFd>>,
-    /// To be written when the ring breaks.
+    /// Written when the ring breaks.
     pub(super) error: Option<Arc<OwnedFd>>,
-    /// Marks of what is in flight, and what an earlier life left in flight.
+    /// The marks of requests in flight, and the heads that an earlier life left in flight.
     pub(super) tracker: Option<Tracker>,
     pub(super) left: Vec<u16>,
     pub(super) channel: Channel,
@@ -61,7 +61,7 @@ pub(super) struct QueueParts {
     pub(super) pulse: Arc<Pulse>,
 }
 
-/// What all queues of a device have to know.
+/// The properties of a device that its queues need.
 #[derive(Debug)]
 pub(super) struct DeviceFacts {
     /// Size in bytes.
@@ -70,24 +70,25 @@ pub(super) struct DeviceFacts {
     pub(super) id: [u8; ID_LEN],
 }
 
-/// What a queue is told while it runs.
+/// An order to a running queue.
 pub(super) enum Order {
     Call(Option<Arc<OwnedFd>>),
     Error(Option<Arc<OwnedFd>>),
-    /// Guest memory is another one, and the ring lies there. Told when nothing more is taken by the old one.
+    /// Guest memory was replaced, and the ring lies in the new one. Acknowledged when the queue takes no more
+    /// requests from the old memory.
     Memory(Arc<GuestMemory>, Parts, SyncSender<()>),
-    /// Takes nothing more and ends: when nothing is in flight any more, or after this time.
+    /// Take no more requests, and end: when no request is in flight any more, or after this time.
     Stop(Duration),
 }
 
-/// Orders that were not carried out.
+/// Orders that were not executed yet.
 struct Inbox {
     orders: Mutex<VecDeque<Order>>,
     told: AtomicBool,
     event: OwnedFd,
 }
 
-/// A queue that runs.
+/// A running queue.
 pub(super) struct Worker {
     inbox: Arc<Inbox>,
     thread: JoinHandle<u16>,
@@ -98,7 +99,7 @@ impl Worker {
     /// Starts a queue.
     ///
     /// # Errors
-    /// When there is no thread or no descriptor for it, or it cannot be kicked by its descriptor.
+    /// When the system provides no thread or descriptor, or the kick descriptor cannot be polled.
     pub(super) fn start(parts: QueueParts) -> io::Result<Worker> {
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let inbox = Arc::new(Inbox { orders: Mutex::default(), told: AtomicBool::new(false), event });
@@ -113,20 +114,20 @@ impl Worker {
         Ok(Worker { inbox, thread, next_available })
     }
 
-    /// Tells it something.
+    /// Sends an order.
     pub(super) fn tell(&self, order: Order) {
         self.inbox.orders.lock().unwrap_or_else(PoisonError::into_inner).push_back(order);
         self.inbox.told.store(true, Ordering::Release);
-        // Only an overflow after 2^64 - 2 orders could fail.
+        // The write could fail only on an overflow, after 2^64 - 2 orders.
         let _ = rustix::io::write(&self.inbox.event, &1_u64.to_ne_bytes());
     }
 
-    /// Whether it has not ended.
+    /// Whether the queue has not ended.
     pub(super) fn is_running(&self) -> bool {
         !self.thread.is_finished()
     }
 
-    /// Waits for its end, after [`Order::Stop`]; the next entry to be taken of its ring.
+    /// Waits for the end of the queue, after [`Order::Stop`]; returns the next entry to be taken of its ring.
     pub(super) fn join(self) -> u16 {
         self.thread.join().unwrap_or_else(|_| {
             tracing::error!("a queue of a vhost-user device failed; its requests in flight stay marked");
@@ -139,9 +140,9 @@ impl Worker {
 struct Slot {
     busy: bool,
     parts: Vec<Part>,
-    /// Parts that were posted.
+    /// Number of parts that were posted.
     posted: usize,
-    /// Of these, those that have not ended.
+    /// Number of posted parts that have not ended.
     open: usize,
     status: Option<IoBuf>,
     written: u32,
@@ -149,7 +150,7 @@ struct Slot {
 }
 
 struct Queue {
-    // Before the memory: dropping it ends the use of guest memory.
+    // Dropped before the memory, which ends the use of guest memory.
     channel: Channel,
     ring: Ring,
     memory: Arc<GuestMemory>,
@@ -157,10 +158,10 @@ struct Queue {
     /// Memory that was replaced while requests in flight could use it.
     replaced: Vec<Arc<GuestMemory>>,
     tracker: Option<Tracker>,
-    /// By the head of their chains.
+    /// Indexed by the heads of their chains.
     slots: Vec<Slot>,
     in_flight: usize,
-    /// Requests with parts that the channel had no room for, oldest first.
+    /// Requests with parts for which the channel had no room, oldest first.
     waiting: VecDeque<u16>,
     completions: Vec<Completion>,
     pieces: Pieces,
@@ -170,7 +171,7 @@ struct Queue {
     device: Arc<DeviceFacts>,
     inbox: Arc<Inbox>,
     epoll: OwnedFd,
-    /// Keeps what the epoll set watches.
+    /// Keeps the descriptor open that the epoll set watches.
     _kick: Arc<OwnedFd>,
     spin: Spin,
     pulse: Arc<Pulse>,
@@ -182,7 +183,8 @@ struct Queue {
 impl Queue {
     fn new(parts: QueueParts, inbox: Arc<Inbox>) -> io::Result<Queue> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        // By edge: then it need not be read, and its owner may have made it one that blocks.
+        // Edge-triggered: then the descriptor need not be read, which could block, since its owner may have
+        // made it blocking.
         epoll::add(&epoll, parts.kick.as_fd(), EventData::new_u64(0), EventFlags::IN | EventFlags::ET)?;
         epoll::add(&epoll, parts.channel.wait_fd(), EventData::new_u64(CHANNEL), EventFlags::IN)?;
         epoll::add(&epoll, &inbox.event, EventData::new_u64(2), EventFlags::IN)?;
@@ -218,7 +220,7 @@ impl Queue {
             _kick: parts.kick,
             spin: parts.spin,
             pulse: parts.pulse,
-            // What an earlier life used may not have been told.
+            // The guest may not have been notified of requests that an earlier life used.
             used: true,
             broken: false,
             stop_at: None,
@@ -232,7 +234,7 @@ impl Queue {
                 self.break_ring(broken);
             }
         }
-        // Whether the channel's sockets may have something without having told.
+        // Whether the channel's sockets may be ready without a reported event.
         let mut looking = true;
         loop {
             let taken = self.take_available();
@@ -244,20 +246,22 @@ impl Queue {
             self.take_orders();
             self.pulse.answer_if_asked();
             if self.stop_at.is_some_and(|at| self.in_flight == 0 || Instant::now() >= at) {
-                // What is in flight still stays marked; dropping the channel ends its use of guest memory.
+                // Requests that are still in flight stay marked; dropping the channel ends its use of guest
+                // memory.
                 return self.ring.next_available();
             }
             looking = self.spin.looks_again(taken || ended) || self.wait();
         }
     }
 
-    /// Takes what the guest made available; true when there was anything.
+    /// Takes the requests that the guest made available; returns whether there were any.
     fn take_available(&mut self) -> bool {
         if self.broken || self.stop_at.is_some() {
             return false;
         }
         let mut any = false;
-        // No more at once than the ring has: a guest that goes on and on must not keep orders waiting.
+        // At most as many as the ring has, so that a guest which adds requests continuously does not delay
+        // orders.
         for _ in 0..self.ring.size() {
             let taken = match self.ring.pop() {
                 Ok(None) => return any,
@@ -288,7 +292,7 @@ impl Queue {
         let size = self.device.size.load(Ordering::Relaxed);
         let outcome = request::decode(&self.pieces, size, &self.device.id, &mut self.scratch);
         let slot = &mut self.slots[usize::from(head)];
-        // By this the request's parts are in a slot, and an empty list is here.
+        // The slot gets the request's parts, and the scratch list becomes the empty one.
         std::mem::swap(&mut slot.parts, &mut self.scratch);
         (slot.busy, slot.posted, slot.open) = (true, 0, 0);
         (slot.status, slot.result) = (Some(status), Ok(()));
@@ -308,7 +312,7 @@ impl Queue {
         Ok(())
     }
 
-    /// Posts what is left of a request's parts; false when the channel has no room for all of them.
+    /// Posts the remaining parts of a request; returns false when the channel has no room for all of them.
     fn post(&mut self, head: u16) -> bool {
         let slot = &mut self.slots[usize::from(head)];
         while let Some(&Part { kind, offset, len, buf }) = slot.parts.get(slot.posted) {
@@ -321,8 +325,8 @@ impl Queue {
         true
     }
 
-    /// Submits what was posted, and takes what the channel has done, with what its sockets have if that was `told`
-    /// or may be so; true when there was anything.
+    /// Submits the posted operations, and handles the channel's completions; reads its sockets only if `told`
+    /// says that the channel's descriptor was reported or may be ready. Returns whether there were any.
     fn take_completions(&mut self, told: bool) -> bool {
         let mut any = false;
         loop {
@@ -378,7 +382,7 @@ impl Queue {
         self.used = true;
     }
 
-    /// Notifies the guest of what was used, if it wants to be.
+    /// Notifies the guest of used requests, if it wants notifications.
     fn tell_guest(&mut self) {
         if std::mem::take(&mut self.used) && self.ring.wants_call() {
             signal(self.call.as_deref());
@@ -387,7 +391,7 @@ impl Queue {
 
     fn break_ring(&mut self, broken: Broken) {
         self.broken = true;
-        // Zeros in place of a ring break it as well.
+        // Zeros in place of a ring break the ring as well.
         let broken = if self.memory_failed.load(Ordering::Acquire) { MEMORY_GONE } else { broken };
         tracing::warn!(
             "{}: the ring is broken: {broken}; it is not served until the guest resets the device",
@@ -407,14 +411,14 @@ impl Queue {
                 None => return,
                 Some(Order::Call(call)) => {
                     self.call = call;
-                    // What was told to the one before may have been lost.
+                    // A notification over the previous descriptor may have been lost.
                     signal(self.call.as_deref());
                 }
                 Some(Order::Error(error)) => self.error = error,
                 Some(Order::Memory(memory, parts, done)) => {
                     self.replaced.push(std::mem::replace(&mut self.memory, memory));
                     self.ring.replace(parts);
-                    // It has room for this, or nobody waits any more.
+                    // The channel has room for this message, unless its receiver no longer waits.
                     let _ = done.try_send(());
                 }
                 Some(Order::Stop(limit)) => self.stop_at = Some(Instant::now() + limit),
@@ -422,14 +426,15 @@ impl Queue {
         }
     }
 
-    /// Waits for anything; true when the channel may have something.
+    /// Waits for an event; returns whether the channel may be ready.
     fn wait(&mut self) -> bool {
         if self.in_flight == 0 {
             self.replaced.clear();
         }
         let serving = !self.broken && self.stop_at.is_none();
         if serving && self.ring.ask_for_kicks() {
-            // Nobody was asked: a guest that goes on and on must not keep completions waiting either.
+            // Requests are available already. Returns without polling, so that a guest which adds requests
+            // continuously does not delay completions.
             return true;
         }
         self.channel.arm();
@@ -437,7 +442,7 @@ impl Queue {
         let left = left
             .map(|left| Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) });
         let mut room = [MaybeUninit::uninit(); 4];
-        // Whatever it is, the next turn looks at everything else.
+        // Whichever event it is, the next turn checks all other sources.
         let told = epoll::wait(&self.epoll, &mut room, left.as_ref())
             .is_ok_and(|(events, _)| events.iter().any(|event| event.data.u64() == CHANNEL));
         if serving {
@@ -449,7 +454,7 @@ impl Queue {
 
 fn signal(event: Option<&OwnedFd>) {
     if let Some(event) = event {
-        // It fails when it is signalled as often as it can be, or was closed by its owner: as good.
+        // An error is harmless: the counter is full, or the owner closed the descriptor.
         let _ = rustix::io::write(event, &1_u64.to_ne_bytes());
     }
 }

@@ -1,11 +1,11 @@
-//! From the memory of a chain to what is asked of the volume: the edge where virtio-blk's names stop
-//! (virtio 1.2, 5.2.6).
+//! Translates the memory of a chain to operations on the volume. Names of virtio-blk are not used beyond this
+//! module (virtio 1.2, 5.2.6).
 
 use xpm_transport::io::{IoBuf, IoError, Kind};
 
 use super::chain::{PIECES_MAX, Pieces};
 
-/// How a request ended, as its status byte says it.
+/// The result of a request, as its status byte.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Status(pub(super) u8);
 
@@ -14,7 +14,7 @@ impl Status {
     pub(super) const FAILED: Status = Status(1);
     pub(super) const UNSUPPORTED: Status = Status(2);
 
-    /// What the guest is told of an operation's end.
+    /// The status for the result of an operation.
     pub(super) const fn of(result: Result<(), IoError>) -> Status {
         match result {
             Ok(()) => Status::OK,
@@ -38,20 +38,20 @@ const T_GET_ID: u32 = 8;
 const T_DISCARD: u32 = 11;
 const T_WRITE_ZEROES: u32 = 13;
 
-/// `VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP`: the memory may be given back.
+/// `VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP`: the memory may be freed.
 const FLAG_UNMAP: u32 = 1;
 
 const HEADER_LEN: usize = 16;
 const SEGMENT_LEN: usize = 16;
-/// Longest name that a guest can ask for.
+/// Length of the field for the device's name in bytes.
 pub(super) const ID_LEN: usize = 20;
-/// Ranges of one discard or write-zeroes request; the guest is told.
+/// Most ranges of one discard or write-zeroes request; the guest receives this number.
 pub(super) const RANGES_MAX: u32 = 32;
 
 const SECTOR_SHIFT: u32 = 9;
 const SECTOR_LEN: u64 = 1 << SECTOR_SHIFT;
 
-/// One operation of a request.
+/// An operation of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Part {
     pub(super) kind: Kind,
@@ -63,12 +63,12 @@ pub(super) struct Part {
 /// Most parts of a request.
 pub(super) const PARTS_MAX: usize = PIECES_MAX;
 
-/// What becomes of a request.
+/// The result of decoding a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Outcome {
-    /// Its parts are to be posted; so many bytes of guest memory are written then.
+    /// The parts have to be posted; they write `written` bytes of guest memory.
     Post { written: u32 },
-    /// It has ended, and so many bytes were written.
+    /// The request has ended, and `written` bytes of guest memory were written.
     Ended { status: Status, written: u32 },
 }
 
@@ -76,7 +76,8 @@ const fn failed(status: Status) -> Outcome {
     Outcome::Ended { status, written: 0 }
 }
 
-/// Decodes a request to a device of `size` bytes that is called `id`. `parts` gets what is to be posted.
+/// Decodes a request to a device of `size` bytes that is called `id`. Puts the operations to be posted into
+/// `parts`.
 pub(super) fn decode(pieces: &Pieces, size: u64, id: &[u8; ID_LEN], parts: &mut Vec<Part>) -> Outcome {
     parts.clear();
     let mut header = [0; HEADER_LEN];
@@ -107,15 +108,15 @@ pub(super) fn decode(pieces: &Pieces, size: u64, id: &[u8; ID_LEN], parts: &mut 
     }
 }
 
-/// The bytes of some pieces, one after the other.
+/// Reads the bytes of several pieces, one after the other.
 struct Reader<'a> {
     pieces: &'a [IoBuf],
-    /// Bytes of the first piece that were read.
+    /// Bytes of the first piece that were read already.
     start: usize,
 }
 
 impl Reader<'_> {
-    /// Fills `bytes`; false where there are not so many.
+    /// Fills `bytes`; returns false if there are not enough bytes.
     fn read(&mut self, mut bytes: &mut [u8]) -> bool {
         while !bytes.is_empty() {
             let Some((&first, rest)) = self.pieces.split_first() else { return false };
@@ -135,7 +136,7 @@ impl Reader<'_> {
         self.pieces.iter().map(|piece| piece.len() as u64).sum::<u64>() - self.start as u64
     }
 
-    /// What is left, piece by piece.
+    /// The unread bytes, piece by piece.
     fn rest(&self) -> impl Iterator<Item = IoBuf> {
         let part = |(index, piece): (usize, &IoBuf)| match index {
             0 => piece.part(self.start, piece.len() - self.start),
@@ -145,7 +146,7 @@ impl Reader<'_> {
     }
 }
 
-/// Bytes that a read writes to guest memory, where it goes well.
+/// Adds the operations of a read or write. Returns the bytes of guest memory that a read writes on success.
 fn data(
     kind: Kind,
     offset: Option<u64>,
@@ -222,7 +223,7 @@ mod tests {
         [sector.to_le_bytes().as_slice(), &sectors.to_le_bytes(), &flags.to_le_bytes()].concat()
     }
 
-    /// Decodes a request with this input, and buffers to be written of these lengths before its status.
+    /// Decodes a request with this input, and with writable buffers of these lengths before its status.
     fn run(input: &[u8], output: &[u32]) -> (Outcome, Vec<Part>) {
         run_in(&Driver::new(16), input, output)
     }
@@ -276,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_fails() {
+    fn invalid_requests_fail() {
         let last = SIZE / 512 - 1;
         assert!(matches!(run(&header(T_IN, last), &[512]).0, Outcome::Post { .. }));
         let range = |sector, sectors| [header(T_DISCARD, 0), segment(sector, sectors, 0)].concat();
@@ -309,7 +310,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_is_asked_stays_within_the_device(
+        fn any_request_stays_within_the_device(
             kind in prop_oneof![0..16_u32, any::<u32>()],
             sector in prop_oneof![0..(SIZE / 512 + 10), any::<u64>()],
             body in prop::collection::vec(any::<u8>(), 0..2048),

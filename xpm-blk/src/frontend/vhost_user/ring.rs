@@ -1,21 +1,21 @@
-//! A split virtqueue, the device's side (virtio 1.2, 2.7): what the driver made available, and what was used.
+//! A split virtqueue, the device's side (virtio 1.2, 2.7): the available and the used ring.
 //!
-//! The driver can write anything at any time. Everything read here is read once, and checked before it is
-//! used; what cannot be is [`Broken`].
+//! The driver can write anything at any time. Every value is read once, and checked before it is used; an
+//! invalid value makes the ring [`Broken`].
 
 use std::fmt;
 use std::sync::atomic::{Ordering, fence};
 
 use super::memory::{GuestMemory, Window};
 
-/// Longest ring that is served; QEMU's longest.
+/// Longest supported ring; also QEMU's longest.
 pub(super) const SIZE_MAX: u16 = 1024;
 
 const DESCRIPTOR_LEN: usize = 16;
-/// Flags of the two rings: the other side wants no notification.
+/// Flag of both rings: the other side wants no notification.
 const NO_NOTIFY: u16 = 1;
 
-/// What a driver did that it must not do; its ring is not looked at any more.
+/// The rule that a driver violated; its ring is not read any more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Broken(pub(super) &'static str);
 
@@ -25,7 +25,7 @@ impl fmt::Display for Broken {
     }
 }
 
-/// Where a ring lies, by addresses of the front end's process.
+/// The addresses of a ring in the front end's process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Addresses {
     pub(super) descriptors: u64,
@@ -42,7 +42,7 @@ pub(super) struct Parts {
 }
 
 impl Parts {
-    /// Finds the parts of a ring of `size` entries; the reason where they are not in guest memory.
+    /// Finds the parts of a ring of `size` entries; fails if they are not in guest memory.
     pub(super) fn find(memory: &GuestMemory, addresses: Addresses, size: u16) -> Result<Parts, Broken> {
         let size = usize::from(size);
         let part = |address, len, alignment, what| {
@@ -82,14 +82,14 @@ pub(super) struct Descriptor {
 }
 
 impl Descriptor {
-    /// Another one follows.
+    /// Another descriptor follows.
     pub(super) const NEXT: u16 = 1;
-    /// The device writes to it.
+    /// The device writes to the buffer.
     pub(super) const WRITE: u16 = 2;
-    /// It is a table of descriptors.
+    /// The buffer is a table of descriptors.
     pub(super) const INDIRECT: u16 = 4;
 
-    /// Descriptor `index` of a table; none beyond its end.
+    /// Descriptor `index` of a table; none beyond the table's end.
     pub(super) fn read(table: &Window, count: usize, index: usize) -> Option<Descriptor> {
         if index >= count {
             return None;
@@ -105,22 +105,22 @@ impl Descriptor {
         })
     }
 
-    /// Whether it has this flag.
+    /// Whether the descriptor has this flag.
     pub(super) const fn has(&self, flag: u16) -> bool {
         self.flags & flag != 0
     }
 }
 
-/// What the driver and the device agreed on.
+/// The features that the driver and the device agreed on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Features {
-    /// Each side says at which index it wants to be notified.
+    /// Each side states the index at which it wants to be notified.
     pub(super) event_index: bool,
     /// Descriptors can be tables.
     pub(super) indirect: bool,
 }
 
-/// A ring that is served.
+/// A ring in service.
 #[derive(Debug)]
 pub(super) struct Ring {
     size: u16,
@@ -128,30 +128,30 @@ pub(super) struct Ring {
     features: Features,
     next_available: u16,
     next_used: u16,
-    /// Index of the used ring when the driver was asked last whether to notify it.
+    /// Index of the used ring at the last call of [`Ring::wants_call`].
     asked_at: Option<u16>,
 }
 
 impl Ring {
-    /// A ring of `size` entries (a power of two, at most [`SIZE_MAX`]), of which the next to be taken is
-    /// `next_available`.
+    /// A ring of `size` entries (a power of two, at most [`SIZE_MAX`]); `next_available` is the next entry to
+    /// be taken.
     pub(super) fn new(size: u16, parts: Parts, features: Features, next_available: u16) -> Ring {
         debug_assert!(size.is_power_of_two() && size <= SIZE_MAX);
         let next_used = parts.used.load16(2, Ordering::Acquire);
         Ring { size, parts, features, next_available, next_used, asked_at: None }
     }
 
-    /// Its entries.
+    /// Number of entries.
     pub(super) const fn size(&self) -> u16 {
         self.size
     }
 
-    /// What was agreed on.
+    /// The agreed features.
     pub(super) const fn features(&self) -> Features {
         self.features
     }
 
-    /// The same ring at another place of this process.
+    /// Moves the ring to other addresses of this process.
     pub(super) fn replace(&mut self, parts: Parts) {
         self.parts = parts;
     }
@@ -183,12 +183,12 @@ impl Ring {
         Ok(Some(head))
     }
 
-    /// The table of descriptors, and how many there are.
+    /// The table of descriptors, and their number.
     pub(super) fn table(&self) -> (&Window, usize) {
         (&self.parts.descriptors, usize::from(self.size))
     }
 
-    /// Gives a chain back to the driver, of which `written` bytes were written.
+    /// Returns a chain to the driver; the device has written `written` bytes.
     pub(super) fn push(&mut self, head: u16, written: u32) {
         let place = usize::from(self.next_used % self.size);
         let mut element = [0; 8];
@@ -196,13 +196,14 @@ impl Ring {
         element[4..].copy_from_slice(&written.to_le_bytes());
         self.parts.used.write(4 + 8 * place, &element);
         self.next_used = self.next_used.wrapping_add(1);
-        // After the element, and after what the chain's buffers got.
+        // Stored after the element, and after the data in the chain's buffers.
         self.parts.used.store16(2, self.next_used, Ordering::Release);
     }
 
-    /// Whether the driver wants to be notified of what was used since this was asked last.
+    /// Whether the driver wants to be notified of the requests used since the last call.
     pub(super) fn wants_call(&mut self) -> bool {
-        // What was used has to be seen by a driver that does not want to be notified as yet.
+        // The used index has to be visible before the driver's wish is read: a driver that wants no
+        // notification yet must see it.
         fence(Ordering::SeqCst);
         let (new, old) = (self.next_used, self.asked_at.replace(self.next_used));
         if !self.features.event_index {
@@ -212,7 +213,8 @@ impl Ring {
         old.is_none_or(|old| passes(event, new, old))
     }
 
-    /// Asks the driver to kick when it has more. True when it has already: nothing may come of it then.
+    /// Asks the driver to kick when it adds requests. Returns true when it has added some already, which may
+    /// cause no kick.
     pub(super) fn ask_for_kicks(&mut self) -> bool {
         match self.features.event_index {
             true => {
@@ -221,21 +223,21 @@ impl Ring {
             }
             false => self.parts.used.store16(0, 0, Ordering::Relaxed),
         }
-        // The driver either sees this, or what it made available before is seen here.
+        // Either the driver sees this request, or this code sees the entries that the driver added before.
         fence(Ordering::SeqCst);
         self.parts.available.load16(2, Ordering::Acquire) != self.next_available
     }
 
-    /// Tells the driver that its ring is looked at without kicks.
+    /// Tells the driver that its ring is polled without kicks.
     pub(super) fn decline_kicks(&mut self) {
-        // With event indices it kicks once for each time that it is asked to.
+        // With event indices, the driver kicks once for each request to do so.
         if !self.features.event_index {
             self.parts.used.store16(0, NO_NOTIFY, Ordering::Relaxed);
         }
     }
 }
 
-/// Whether going from `old` to `new` an index passes `event` (virtio 1.2, 2.7.7.2).
+/// Whether an index that goes from `old` to `new` passes `event` (virtio 1.2, 2.7.7.2).
 const fn passes(event: u16, new: u16, old: u16) -> bool {
     new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
 }
@@ -250,8 +252,8 @@ pub(super) mod tests {
     const AVAILABLE: u64 = 0x2000;
     const USED: u64 = 0x3000;
 
-    /// The driver's side of a ring in the first 16 KiB of guest memory at 0; there are 1 MiB at 0 and another
-    /// region behind a hole.
+    /// The driver's side of a ring in the first 16 KiB of guest memory at 0. The memory has 1 MiB at 0 and
+    /// another region behind a hole.
     pub(in super::super) struct Driver {
         pub(in super::super) memory: GuestMemory,
         pub(in super::super) size: u16,
@@ -292,7 +294,7 @@ pub(super) mod tests {
             self.write(table + 16 * u64::from(index), &bytes);
         }
 
-        /// Writes a chain of `(address, length, writable)` into the ring's table from `first` on.
+        /// Writes a chain of `(address, length, writable)` into the ring's table, starting at `first`.
         pub(in super::super) fn chain(&self, first: u16, buffers: &[(u64, u32, bool)]) {
             for (index, &(address, len, writable)) in (first..).zip(buffers) {
                 let last = usize::from(index - first) + 1 == buffers.len();
@@ -321,7 +323,7 @@ pub(super) mod tests {
     const EVENTS: Features = Features { event_index: true, indirect: true };
 
     #[test]
-    fn what_is_offered_is_taken_and_what_is_used_is_given_back() {
+    fn available_chains_are_taken_and_used_chains_are_returned() {
         let mut driver = Driver::new(8);
         let mut ring = driver.ring(Features::default());
         assert_eq!(ring.pop(), Ok(None));
@@ -337,7 +339,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn indices_that_cannot_be_break_the_ring() {
+    fn invalid_indices_break_the_ring() {
         let mut driver = Driver::new(8);
         let mut ring = driver.ring(Features::default());
         driver.set_available(9);
@@ -371,7 +373,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_driver_is_called_when_it_wants_to_be() {
+    fn a_driver_is_notified_when_it_wants_to_be() {
         let driver = Driver::new(8);
         let mut ring = driver.ring(Features::default());
         ring.push(0, 0);
@@ -395,7 +397,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn kicks_are_asked_for_and_nothing_is_missed() {
+    fn kicks_are_requested_and_no_request_is_missed() {
         let mut driver = Driver::new(8);
         let mut ring = driver.ring(EVENTS);
         assert!(!ring.ask_for_kicks());
@@ -414,7 +416,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn events_pass_also_where_indices_go_round() {
+    fn events_pass_also_when_indices_wrap_around() {
         assert!(passes(5, 6, 5));
         assert!(!passes(5, 5, 4));
         assert!(passes(u16::MAX, 0, u16::MAX));

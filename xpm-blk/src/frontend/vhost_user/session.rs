@@ -1,8 +1,9 @@
-//! A front end that is connected: what it said of the guest's memory and rings, and the queues that run.
+//! The session of a connected front end: its description of the guest's memory and rings, and the running
+//! queues.
 //!
-//! A ring is served from the moment that the front end has said all that is needed: where it lies, a kick, and
-//! that it is enabled. Whatever changes of that stops the queue first, which ends when nothing is in flight any
-//! more; only the call, the error and the memory can change while it runs.
+//! A ring is served once the front end has sent all necessary data: its place, a kick descriptor, and that it
+//! is enabled. A change of these stops the queue first, which ends when no request is in flight any more;
+//! only the call descriptor, the error descriptor and the memory can change while it runs.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -23,12 +24,12 @@ use super::queue::{DeviceFacts, Order, QueueParts, Worker};
 use super::ring::{Addresses, Broken, Features, Parts, Ring, SIZE_MAX};
 use crate::watch::Pulse;
 
-/// How long a queue that is stopped waits for what is in flight. Longer than any I/O takes that is not held; and
-/// the monitor of the guest stands still meanwhile.
+/// How long a queue that is stopped waits for requests in flight. Longer than any I/O takes unless it is
+/// held; the guest's monitor is blocked meanwhile.
 const DRAIN_LIMIT: Duration = Duration::from_secs(5);
-/// How often it is looked whether a queue that does not answer has failed.
+/// Interval of checking whether a queue that does not answer has failed.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
-/// Regions of guest memory, as QEMU has them at most.
+/// Most regions of guest memory; QEMU's limit.
 const REGIONS_MAX: usize = 509;
 
 const PROTOCOL_FEATURES: u64 = protocol::MQ
@@ -38,7 +39,7 @@ const PROTOCOL_FEATURES: u64 = protocol::MQ
     | protocol::INFLIGHT_SHMFD
     | protocol::CONFIGURE_MEM_SLOTS;
 
-/// What a device is, for all front ends that come and go.
+/// The properties of a device, shared by all its front ends.
 pub(super) struct Device {
     /// The allocation's name.
     pub(super) name: String,
@@ -50,9 +51,10 @@ pub(super) struct Device {
     pub(super) block_size: BlockSize,
     /// Longest busy wait of a queue.
     pub(super) spin: Duration,
-    /// Guest memory that can be cut off is taken.
+    /// Whether guest memory that can shrink is accepted.
     pub(super) allow_unsealed: bool,
-    /// Where the front end that is connected wants to hear of a change of the configuration space.
+    /// The socket on which the connected front end wants to be notified of changes of the configuration
+    /// space.
     pub(super) listener: Mutex<Option<UnixStream>>,
 }
 
@@ -61,7 +63,7 @@ impl Device {
         self.listener.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Has the front end read the configuration space again; none where it does not listen.
+    /// Makes the front end read the configuration space again; none if it has no such socket.
     pub(super) fn tell_config_change(&self) -> Option<io::Result<()>> {
         self.listener().as_ref().map(message::tell_config_change)
     }
@@ -70,26 +72,26 @@ impl Device {
 /// Why a request is refused, in one line.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Refused {
-    /// There is no such queue.
+    /// The queue does not exist.
     #[error("queue {index} of a device with {queues}: give the guest no more, or attach with --queues")]
     NoQueue {
-        /// The one that was asked for.
+        /// The requested queue.
         index: u16,
-        /// How many there are.
+        /// Number of queues.
         queues: u16,
     },
-    /// A value that cannot be.
+    /// An invalid value.
     #[error("{0}")]
     Invalid(String),
     /// The ring cannot be used.
     #[error("{0}")]
     Ring(Broken),
-    /// The system refused something.
+    /// A system call failed.
     #[error("{0}")]
     System(#[from] io::Error),
 }
 
-/// A ring as the front end describes it.
+/// The front end's description of a ring.
 #[derive(Default)]
 struct Vring {
     size: u16,
@@ -103,12 +105,12 @@ struct Vring {
     worker: Option<Worker>,
 }
 
-/// One connection of a front end.
+/// A connection of a front end.
 pub(super) struct Session {
     device: Arc<Device>,
     features: u64,
     memory: Arc<GuestMemory>,
-    /// What its memory has to be.
+    /// The requirements on its memory.
     terms: Terms,
     inflight: Option<Inflight>,
     vrings: Vec<Vring>,
@@ -121,15 +123,15 @@ impl Session {
         Session { device, features: 0, memory: Arc::default(), terms, inflight: None, vrings }
     }
 
-    /// Whether a queue is served.
+    /// Whether at least one queue is served.
     pub(super) fn serves(&self) -> bool {
         self.vrings.iter().any(|vring| vring.worker.is_some())
     }
 
-    /// Carries out a request.
+    /// Executes a request.
     ///
     /// # Errors
-    /// When it is refused; nothing has changed then, but that its queue may have stopped.
+    /// When it is refused; then nothing has changed, except that its queue may have stopped.
     pub(super) fn handle(&mut self, request: Request) -> Result<Reply, Refused> {
         match request {
             Request::GetFeatures => return Ok(Reply::Number(feature::ALL)),
@@ -201,10 +203,10 @@ impl Session {
         Ok(Reply::Done)
     }
 
-    /// Stops every queue; what is in flight may take so long.
+    /// Stops every queue, and waits up to `limit` for requests in flight.
     pub(super) fn stop_all(&mut self, limit: Duration) {
         let running = || self.vrings.iter().filter_map(|vring| vring.worker.as_ref());
-        // All at once: one that waits must not make the next one wait as long again.
+        // All at once, so that the waits do not add up.
         running().for_each(|worker| worker.tell(Order::Stop(limit)));
         self.vrings.iter_mut().for_each(Vring::join);
     }
@@ -213,7 +215,8 @@ impl Session {
         if features & !feature::ALL != 0 {
             return Err(Refused::Invalid(format!("features {features:#x}, which are not offered")));
         }
-        // A driver that does not read the block size takes it for 512 bytes. None is agreed on while there is no driver.
+        // A driver that does not read the block size assumes 512 bytes. No features are agreed on while there
+        // is no driver.
         let blind = features != 0 && features & feature::BLK_SIZE == 0;
         if blind && self.device.block_size != BlockSize::B512 {
             return Err(Refused::Invalid(format!(
@@ -233,7 +236,7 @@ impl Session {
         self.vrings.get_mut(usize::from(index)).ok_or(Refused::NoQueue { index, queues })
     }
 
-    /// A ring that is not served now.
+    /// A ring that is not in service now.
     fn stopped(&mut self, index: u16) -> Result<&mut Vring, Refused> {
         let vring = self.vring(index)?;
         vring.tell(Order::Stop(DRAIN_LIMIT));
@@ -277,7 +280,7 @@ impl Session {
         self.use_memory(GuestMemory::new(regions)?)
     }
 
-    /// Turns to another memory. A ring that is not in it is not served any more.
+    /// Switches to other memory. A ring that does not lie in it is no longer served.
     fn use_memory(&mut self, memory: GuestMemory) -> Result<(), Refused> {
         self.memory = Arc::new(memory);
         let mut outcome = Ok(());
@@ -297,7 +300,7 @@ impl Session {
                 }
             }
         }
-        // The guest may use new memory, or its monitor free the old, as soon as this is answered.
+        // Once this is answered, the guest may use new memory, and its monitor may free the old memory.
         for (index, told) in waiting {
             let runs = || self.vrings[index].worker.as_ref().is_some_and(Worker::is_running);
             while told.recv_timeout(LOOK_AGAIN).is_err() && runs() {}
@@ -305,7 +308,7 @@ impl Session {
         outcome
     }
 
-    /// Serves a ring, if all that it needs is there.
+    /// Serves a ring, if all necessary data have arrived.
     fn serve(&mut self, index: u16) -> Result<(), Refused> {
         let always = self.features & feature::PROTOCOL_FEATURES == 0;
         let vring = self.vring(index)?;
@@ -357,7 +360,7 @@ impl Session {
 }
 
 impl Vring {
-    /// Tells its queue, if that runs.
+    /// Sends an order to its queue, if the queue runs.
     fn tell(&self, order: Order) {
         if let Some(worker) = &self.worker {
             worker.tell(order);
