@@ -78,9 +78,9 @@ pub struct Settings {
     #[arg(long, value_name = "PLACE")]
     listen: Option<Place>,
 
-    /// Serves regions by NBD at this TCP address; can be given several times, for several networks or for IPv4 and IPv6.
-    /// Any address may be used: a region is reached only with the key of its grant. The data is not encrypted.
-    /// [default: 127.0.0.1:10809]
+    /// Serves regions by NBD at this TCP address; can be given several times, for several networks or for IPv4
+    /// and IPv6. Any address may be used: a region is reached only with the key of its grant. The data is not
+    /// encrypted. [default: 127.0.0.1:10809]
     #[arg(long, value_name = "ADDRESS:PORT")]
     #[serde(deserialize_with = "one_or_several")]
     nbd: Vec<SocketAddr>,

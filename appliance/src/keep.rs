@@ -4,11 +4,11 @@
 //! grant is taken back only when its record and all of its memory are those of the last moment of the
 //! previous life; otherwise neither is taken back, and the grant's clients learn that it is unknown.
 //!
-//! * The service manager keeps memfds and their record, which consists of two memfds, too (`vault`). They are added and
-//!   removed together: no record outlives its memory.
-//! * A backing file and its record, two files in the state directory, are bound by the content's number in the file's
-//!   superblock. They are valid while the same kernel runs, since its page cache has all written data, or when the file was
-//!   closed.
+//! * The service manager keeps memfds and their record, which consists of two memfds, too (`vault`). They are
+//!   added and removed together: no record outlives its memory.
+//! * A backing file and its record, two files in the state directory, are bound by the content's number in
+//!   the file's superblock. They are valid while the same kernel runs, since its page cache has all written
+//!   data, or when the file was closed.
 //!
 //! Each change of a grant is recorded before a client learns of it, and before the memory is used for another
 //! purpose: a life that ends at any moment leaves either the state before the change or the state after it.

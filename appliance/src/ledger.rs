@@ -2,10 +2,11 @@
 //! made.
 //!
 //! Invariants, kept by each operation:
-//! * the lengths of all regions, and of those being made, are in sum no more than the capacity, unless an earlier life lent
-//!   more: then no region is added until they are; and regions that leave to make room for others are gone before the others
-//!   can be granted;
-//! * a region in a grant is in one grant, or also in the grant that takes it over, and all regions of a grant exist;
+//! * the lengths of all regions, and of those being made, are in sum no more than the capacity, unless an
+//!   earlier life lent more: then no region is added until they are; and regions that leave to make room for
+//!   others are gone before the others can be granted;
+//! * a region in a grant is in one grant, or also in the grant that takes it over, and all regions of a grant
+//!   exist;
 //! * a deleted grant is never made again, because an order to make it may still be in transit;
 //! * a region that was in a grant becomes usable again only by [`Ledger::cleared`], under a new id.
 

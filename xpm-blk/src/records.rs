@@ -1,9 +1,11 @@
 //! The state that is kept across restarts, in the state directory:
 //!
 //! * `client-id`: the id of this client for the allocator.
-//! * `identity.json`: the machine and the installation that used the directory last, and the number of the last life.
+//! * `identity.json`: the machine and the installation that used the directory last, and the number of the
+//!   last life.
 //! * `devices/NAME.json`: each allocation that is shown, with its map. Contains keys: mode 0600.
-//! * `owed/NAME.json`: an allocation that is detached and that the allocator does not know of yet; see [`crate::owed`].
+//! * `owed/NAME.json`: an allocation that is detached and that the allocator does not know of yet; see
+//!   [`crate::owed`].
 //! * `lock`: locked by the process that uses the directory.
 //!
 //! A file is written beside its place, synced and renamed over it, so that it is complete at any time.

@@ -14,15 +14,15 @@ use xpm_protocol::{Name, Percent};
 
 use crate::policy::{AREA_LEN_MIN, Rules};
 
-/// Where the configuration is looked for when nobody says otherwise.
+/// The default path of the configuration.
 pub const PATH_DEFAULT: &str = "/etc/xpm/swapd.toml";
 
 /// Highest priority that swapon(2) takes.
 const PRIORITY_MAX: u16 = 32_767;
-/// Longest time of a stall in one window of a second that makes sense as a threshold.
+/// Highest sensible pressure threshold: time of a stall in one window of a second.
 const PRESSURE_MAX: Duration = Duration::from_millis(900);
 
-/// The configuration, with every default filled in.
+/// The configuration, including all defaults.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct Config {
@@ -34,23 +34,23 @@ pub struct Config {
     pub blk: PathBuf,
     /// This daemon's control socket.
     pub control: PathBuf,
-    /// Directory of what is kept across restarts.
+    /// The state directory, which is kept across restarts.
     pub state: PathBuf,
-    /// Swap that is there at once.
+    /// Swap that exists from the start.
     pub base: ByteSize,
-    /// Never more swap than this.
+    /// Upper limit of swap.
     pub maximum: ByteSize,
     /// Priority against other swap.
     pub priority: u16,
-    /// Time between two looks at the machine's memory.
+    /// Time between two checks of the machine's memory.
     pub look: Span,
-    /// Control groups that are kept out of swap.
+    /// Control groups that are excluded from swap.
     pub protect: Vec<String>,
-    /// When it grows, and by how much.
+    /// The conditions and steps of growing.
     pub grow: GrowConfig,
-    /// When it shrinks.
+    /// The conditions of shrinking.
     pub shrink: ShrinkConfig,
-    /// What areas are made of.
+    /// The parameters of areas.
     pub device: DeviceConfig,
     /// The last resort.
     pub fallback: Option<FallbackConfig>,
@@ -58,59 +58,59 @@ pub struct Config {
     pub tune: TuneConfig,
 }
 
-/// When swap grows, and by how much.
+/// The conditions and steps of growing.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct GrowConfig {
-    /// When less of it than this is free.
+    /// Grow when less swap than this is free.
     pub free_below: Amount,
-    /// When tasks waited so long for memory within a second, and less than `pressure_free_below` is
-    /// free; 0s: never for that.
+    /// Grow when tasks waited this long for memory within a second and less than `pressure_free_below` is
+    /// free; 0s disables this.
     pub pressure: Span,
     /// See `pressure`.
     pub pressure_free_below: Amount,
-    /// The first step; each further one is twice as large, until it was calm.
+    /// The first step; each further one is twice as large, until memory was calm.
     pub step: ByteSize,
     /// The largest step.
     pub step_max: ByteSize,
 }
 
-/// When swap shrinks.
+/// The conditions of shrinking.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct ShrinkConfig {
-    /// After it was calm for so long.
+    /// Shrink after memory was calm for this long.
     pub after: Span,
-    /// Memory that stays available when what was swapped out comes back.
+    /// Memory that has to stay available when swapped-out pages come back.
     pub margin: Amount,
 }
 
-/// What areas are made of.
+/// The parameters of areas.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct DeviceConfig {
-    /// As what allocations are shown.
+    /// The form in which allocations are shown.
     #[serde(rename = "as")]
     pub form: Form,
-    /// Stripe over this many regions.
+    /// Number of regions to stripe over.
     pub stripe: Option<u32>,
     /// Stripe unit.
     pub stripe_unit: Option<ByteSize>,
     /// Size of a region.
     pub region_size: Option<ByteSize>,
-    /// Who they are charged to.
+    /// The account that allocations are charged to.
     pub account: Option<Name>,
     /// The strategy.
     pub strategy: Option<Name>,
     /// The client; by default this host's name.
     pub client: Option<Name>,
-    /// For conditions of rules.
+    /// Labels for the conditions of rules.
     pub labels: Labels,
-    /// Way to the appliances.
+    /// Transport to the appliances.
     pub transport: Option<TransportKind>,
     /// How long I/O is held while an appliance cannot be reached.
     pub hold: Hold,
-    /// Give back what is no longer swapped out.
+    /// Whether to free memory of pages that are no longer swapped out.
     pub discard: bool,
 }
 
@@ -123,34 +123,34 @@ pub struct FallbackConfig {
     /// Its priority, lower than that of external memory.
     #[serde(default)]
     pub priority: u16,
-    /// The size of the file that is made where there is none.
+    /// The size of the file to create if it does not exist.
     #[serde(default)]
     pub size: Option<ByteSize>,
 }
 
-/// Settings of the kernel that matter to swap over a network.
+/// Settings of the kernel that affect swap over a network.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct TuneConfig {
-    /// What is done about them.
+    /// The treatment of the settings.
     pub mode: Tune,
     /// `vm.page-cluster`: pages that are read at once, as a power of two; 0 to 10.
     pub page_cluster: Option<u8>,
     /// `vm.watermark_scale_factor`: how early memory is freed in the background; 1 to 3000.
     pub watermark_scale_factor: Option<u16>,
-    /// Whether zswap is to compress pages before they go over the network.
+    /// Whether zswap compresses pages before they go over the network.
     pub zswap: Option<bool>,
 }
 
-/// What is done about settings of the kernel.
+/// The treatment of settings of the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Tune {
-    /// `xpm swap status` says what differs.
+    /// `xpm swap status` shows deviations.
     Advise,
-    /// They are set, and put back when this is no longer asked for.
+    /// The settings are written, and restored when they are no longer configured.
     Set,
-    /// Nothing.
+    /// The settings are ignored.
     Off,
 }
 
@@ -239,15 +239,15 @@ impl Config {
     /// Reads a file. Blocks.
     ///
     /// # Errors
-    /// With the file and the line, and what could be there instead.
+    /// The file, the line, and the allowed values.
     pub fn load(path: &Path) -> Result<Config, ConfigError> {
         xpm_control::config::load(path)
     }
 
-    /// Checks what the file's syntax does not.
+    /// Checks the conditions that the file's syntax does not.
     ///
     /// # Errors
-    /// One line: the key, its value, and what can be there.
+    /// One line: the key, its value, and the allowed values.
     pub fn check(&self) -> Result<(), String> {
         self.check_sizes()?;
         self.check_device()?;
@@ -359,7 +359,7 @@ impl Config {
         }
     }
 
-    /// What the policy decides by.
+    /// The rules of the policy.
     pub fn rules(&self) -> Rules {
         Rules {
             base: self.base.0,
@@ -443,7 +443,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_name_the_place_and_the_way_out() {
+    fn errors_name_the_place_and_the_remedy() {
         let error = xpm_control::error_line(&parse("maximum = \"1GiB\"\n[grow]\nstepp = 1\n").unwrap_err());
         assert!(
             error.contains("swapd.toml:3") && error.contains("stepp") && error.contains("step-max"),

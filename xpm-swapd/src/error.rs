@@ -1,4 +1,4 @@
-//! Why something did not go: what, where, and what to do instead.
+//! The error of an operation: the failure, its place, and the remedy.
 
 use std::fmt;
 use std::io;
@@ -7,7 +7,7 @@ use xpm_control::client::ClientError;
 use xpm_control::error_line;
 use xpm_protocol::api::ErrorKind;
 
-/// An error as one line for people and a kind for programs.
+/// An error, as one line for display and a kind for programs.
 #[derive(Debug, Clone)]
 pub struct Error {
     kind: ErrorKind,
@@ -29,22 +29,22 @@ impl Error {
         Error::new(ErrorKind::Internal, line)
     }
 
-    /// What kind of error it is.
+    /// The kind of the error.
     pub const fn kind(&self) -> ErrorKind {
         self.kind
     }
 
-    /// Whether less would perhaps be given.
+    /// Whether a smaller request might be granted.
     pub(crate) fn is_refusal(&self) -> bool {
         matches!(self.kind, ErrorKind::NoSpace | ErrorKind::Denied)
     }
 
-    /// Whether it is certain that what was asked for was not begun.
+    /// Whether it is certain that the request was not begun.
     pub(crate) const fn nothing_done(&self) -> bool {
         self.nothing_done
     }
 
-    /// What a daemon answered, or why it did not.
+    /// A daemon's refusal, or the failure to reach it.
     pub(crate) fn of(who: &str, error: &ClientError) -> Error {
         let nothing_done = matches!(error, ClientError::Refused(_) | ClientError::Unreachable { .. });
         Error { nothing_done, ..Error::new(error.kind(), format!("{who}: {}", error_line(error))) }
@@ -59,9 +59,9 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {}
 
-/// Says at what step an error of the system came up.
+/// Adds the failed step to an error of the system.
 pub(crate) trait Step {
-    /// What it becomes.
+    /// The resulting type.
     type Output;
 
     /// `what` names the operation and its object, like `open /dev/ublkb0`.

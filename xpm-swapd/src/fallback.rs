@@ -1,5 +1,5 @@
-//! The last resort: a local file or partition that is swap with a lower priority than external memory,
-//! for the day when there is none of that.
+//! The last resort: a local file or partition that is swap with a lower priority than external memory, for
+//! when no external memory is available.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
@@ -15,14 +15,14 @@ use crate::os::header::{self, Content};
 use crate::os::{area, table};
 use crate::state::AreaId;
 
-/// What is written at once when a file is made.
+/// Bytes that are written at once when a file is created.
 const PIECE_LEN: usize = 1 << 20;
 
-/// Makes sure that the last resort is on, with a priority below `above`. Blocks, and for long where a
-/// file has to be made. The id of a file that was made, which is to be remembered.
+/// Ensures that the last resort is on, with a priority below `above`. Blocks, and for long if a file has to
+/// be created. Returns the id of a created file, which the caller has to remember.
 ///
 /// # Errors
-/// When it cannot be on, with what to do.
+/// When it cannot be on, with the remedy.
 pub(crate) fn keep(
     wanted: &FallbackConfig,
     above: u16,
@@ -64,7 +64,7 @@ pub(crate) fn keep(
     Ok(made)
 }
 
-/// Makes the file, of zeros that are written: the kernel wants no holes.
+/// Creates the file, of written zeros: the kernel accepts no holes.
 fn make(wanted: &FallbackConfig) -> Result<AreaId, Error> {
     let path = &wanted.path;
     let at = || format!("make {}", path.display());
@@ -78,7 +78,7 @@ fn make(wanted: &FallbackConfig) -> Result<AreaId, Error> {
     let beside = path.with_extension("xpm-new");
     let written = write_zeros(&beside, size.0).and_then(|()| fs::rename(&beside, path));
     if written.is_err() {
-        // What is there of it is of no use, and takes the place of others.
+        // An incomplete file is useless, and takes space.
         let _ = fs::remove_file(&beside);
     }
     written.at(at())?;
@@ -97,7 +97,7 @@ fn write_zeros(path: &Path, len: u64) -> io::Result<()> {
     file.sync_all()
 }
 
-/// Refuses what cannot be swap without harm.
+/// Refuses files that cannot be swap without harm.
 fn check(path: &Path) -> Result<(), Error> {
     let shown = path.display();
     let file = File::open(path).at(format!("open {shown}"))?;
@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_ours_is_left() {
+    fn data_of_others_are_left_alone() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("file");
         let wanted = |size| FallbackConfig { path: path.clone(), priority: 1, size };

@@ -1,5 +1,5 @@
-//! The life of the process: made fit for the moment when there is no memory, started, and ended with
-//! every area left on, or off where the machine goes down.
+//! The life of the process: it is made fit for a lack of memory, started, and ended with every area left on,
+//! or off if the machine shuts down.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -28,13 +28,13 @@ use crate::state::Store;
 
 /// Stack of a thread, in bytes; all of it is locked.
 const STACK_LEN: usize = 512 << 10;
-/// Threads for what blocks: an area's header, the last resort, and one more of each that hangs.
+/// Threads for blocking work: an area's header, the last resort, and one more of each that hangs.
 const BLOCKING_THREADS_MAX: usize = 8;
-/// They stay, for at the moment of need there may be no memory for new ones.
+/// Idle threads stay, because there may be no memory for new ones when they are needed.
 const KEEP_ALIVE: Duration = Duration::from_secs(u32::MAX as u64);
-/// How long a request waits where there are several allocators and none leads.
+/// How long a request waits when none of several allocators leads.
 const LEADER_LIMIT: Duration = Duration::from_secs(8);
-/// How often the service manager is told how it is.
+/// Interval of reporting the status to the service manager.
 const TELL_EVERY: Duration = Duration::from_secs(15);
 /// Longest part of a host's name in the names of areas.
 const HOST_LEN_MAX: usize = Name::LEN_MAX - "swap--9999".len();
@@ -101,7 +101,7 @@ async fn serve(config: Config, hand: Hand) -> Result<(), Error> {
     Ok(())
 }
 
-/// Says how it is, as long as somebody listens. Never ends.
+/// Reports the status as long as there is a service manager. Never ends.
 async fn tell(daemon: &Daemon, manager: Option<&Manager>) {
     loop {
         tokio::time::sleep(TELL_EVERY).await;
@@ -151,7 +151,7 @@ fn watch(config: &Config, notify: &Arc<Notify>) -> Option<Watch> {
         .ok()
 }
 
-/// This host in the names of areas.
+/// This host's part in the names of areas.
 fn host_part() -> String {
     let name = facts::client_name().map_or_else(|_| "host".to_owned(), |name| name.to_string());
     name.chars().take(HOST_LEN_MAX).collect()

@@ -1,4 +1,4 @@
-//! The daemon that looks after a machine's swap on external memory.
+//! The daemon that manages a machine's swap on external memory.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -17,26 +17,26 @@ struct Args {
     /// Configuration file
     #[arg(long, value_name = "FILE", default_value = PATH_DEFAULT)]
     config: PathBuf,
-    /// The control socket, in place of the configuration's
+    /// The control socket, instead of the configuration's
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
-    /// The control socket of xpm-blk, in place of the configuration's
+    /// The control socket of xpm-blk, instead of the configuration's
     #[arg(long, value_name = "PATH")]
     blk: Option<PathBuf>,
-    /// Base URL of the allocator, in place of the configuration's; of several, all with commas in
-    /// between
+    /// Base URL of the allocator, instead of the configuration's; URLs of several allocators are separated by
+    /// commas
     #[arg(long, value_name = "URL[,URL...]")]
     allocator: Option<Urls>,
-    /// Directory of what is kept across restarts, in place of the configuration's
+    /// State directory, which is kept across restarts, instead of the configuration's
     #[arg(long, value_name = "DIRECTORY")]
     state: Option<PathBuf>,
-    /// File of mode 0600 with the token that the allocator wants
+    /// File of mode 0600 with the token that the allocator requires
     #[arg(long, value_name = "FILE")]
     token_file: Option<PathBuf>,
-    /// Swap that is there at once, in place of the configuration's
+    /// Swap that exists from the start, instead of the configuration's
     #[arg(long, value_name = "SIZE")]
     base: Option<ByteSize>,
-    /// Never more swap than this, in place of the configuration's
+    /// Upper limit of swap, instead of the configuration's
     #[arg(long, value_name = "SIZE")]
     maximum: Option<ByteSize>,
     /// Only checks the configuration

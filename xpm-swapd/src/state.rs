@@ -1,9 +1,9 @@
-//! What is kept across restarts: `state.json` in the state directory, and `lock`, which is held by the
-//! process that uses the directory.
+//! The state that is kept across restarts: `state.json` in the state directory, and `lock`, which the process
+//! that uses the directory locks.
 //!
-//! The file is written beside its place, synced and renamed over it, so that it is whole at any time.
-//! What is about to be made is written down before it is begun, and what is taken away is forgotten when
-//! it is gone: so no crash leaves anything behind that the next life does not know.
+//! The file is written beside its place, synced and renamed over it, so that it is complete at any time. An
+//! area is recorded before it is made, and its record is removed after the area is gone: so no crash leaves
+//! an area behind that the next life does not know.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -24,23 +24,23 @@ use crate::os::header::Uuid;
 /// Version 1: the first.
 const VERSION: u32 = 1;
 
-/// Everything that is kept.
+/// The whole stored state.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct State {
     version: u32,
     /// The areas.
     pub(crate) areas: Vec<Record>,
-    /// Names that others have taken.
+    /// Names that other users have taken.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(crate) foreign: Vec<Name>,
     /// The next step, in bytes; 0: the first one.
     pub(crate) next_step: ByteSize,
-    /// That the policy rests.
+    /// Set while the policy rests.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) rest: Option<Rest>,
-    /// Settings that were changed, by their files.
+    /// Changed settings, by their files.
     pub(crate) settings: BTreeMap<PathBuf, Changed>,
-    /// The file that was made as the last resort.
+    /// The file that was created as the last resort.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) fallback: Option<Made>,
 }
@@ -48,19 +48,20 @@ pub(crate) struct State {
 /// An area.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Record {
-    /// Its allocation.
+    /// The name of its allocation.
     pub(crate) name: Name,
     /// Its size.
     pub(crate) size: ByteSize,
-    /// What its allocation's label and its swap header say, so that nothing of others is taken for it.
+    /// The id in its allocation's label and in its swap header, so that no other allocation or swap is
+    /// mistaken for it.
     pub(crate) id: AreaId,
-    /// Why it is there.
+    /// Why it was made.
     pub(crate) origin: Origin,
-    /// How far it is.
+    /// Its stage.
     pub(crate) stage: Stage,
 }
 
-/// How far an area is.
+/// The stage of an area.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Stage {
@@ -73,11 +74,11 @@ pub(crate) enum Stage {
         /// The device.
         path: String,
     },
-    /// It is being taken away.
+    /// It is being removed.
     Leaving {
-        /// Because of calm; else because it has to.
+        /// Whether it is only not needed; otherwise it has to be removed.
         calm: bool,
-        /// Where it was on last.
+        /// The path where it was last on.
         path: Option<String>,
     },
 }
@@ -86,32 +87,32 @@ pub(crate) enum Stage {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct AreaId(#[serde(with = "hex")] pub(crate) Uuid);
 
-/// That the policy rests while this kernel runs.
+/// The policy's rest, valid while this kernel runs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Rest {
-    /// Why.
+    /// The reason.
     pub(crate) why: String,
     /// The kernel.
     pub(crate) boot: HostId,
-    /// It began with a draining of everything, and ends when that is stopped.
+    /// Whether it began with draining all areas; then it ends when that is cancelled.
     pub(crate) by_drain: bool,
 }
 
 /// A setting that was changed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Changed {
-    /// What it was before.
+    /// The previous value.
     pub(crate) before: String,
-    /// What was written.
+    /// The written value.
     pub(crate) wrote: String,
 }
 
-/// A file that was made.
+/// A file that was created.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Made {
-    /// Where.
+    /// Its path.
     pub(crate) path: PathBuf,
-    /// What its header says.
+    /// The id in its header.
     pub(crate) id: AreaId,
 }
 
@@ -133,17 +134,17 @@ mod hex {
 }
 
 impl AreaId {
-    /// A new one.
+    /// A new random id.
     pub(crate) fn random() -> Result<AreaId, Error> {
         xpm_control::random::bytes().map(AreaId).at("make an id")
     }
 
-    /// As the label of an allocation.
+    /// The id as the label of an allocation.
     pub(crate) fn label(self) -> Name {
         format!("{:032x}", u128::from_be_bytes(self.0)).parse().expect("digits are a name")
     }
 
-    /// As a UUID is written.
+    /// The id in the notation of a UUID.
     pub(crate) fn uuid(self) -> String {
         let hex = format!("{:032x}", u128::from_be_bytes(self.0));
         [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]].join("-")
@@ -168,7 +169,7 @@ impl State {
         self.areas.iter().find(|area| area.name == *name)
     }
 
-    /// Says how far an area is, if it is still there.
+    /// Sets the stage of an area, if it still exists.
     pub(crate) fn set_stage(&mut self, name: &Name, stage: Stage) {
         if let Some(area) = self.areas.iter_mut().find(|area| area.name == *name) {
             area.stage = stage;
@@ -185,7 +186,7 @@ pub(crate) struct Store {
 }
 
 impl Store {
-    /// Opens the directory, which is made with mode 0700 if it is not there. Blocks.
+    /// Opens the directory, which is created with mode 0700 if it does not exist. Blocks.
     pub(crate) fn open(directory: &Path) -> Result<Store, Error> {
         let at = || format!("open the state directory {}", directory.display());
         fs::DirBuilder::new().recursive(true).mode(0o700).create(directory).at(at())?;
@@ -199,15 +200,15 @@ impl Store {
         Ok(Store { directory: directory.to_owned(), state: Mutex::new(state), _lock: lock })
     }
 
-    /// A copy of what is known.
+    /// A copy of the state.
     pub(crate) fn get(&self) -> State {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Changes something, on disk first. Blocks.
+    /// Changes the state, on disk first. Blocks.
     ///
     /// # Errors
-    /// When it cannot be written; then nothing has changed.
+    /// When the state cannot be written; then it is unchanged.
     pub(crate) fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> Result<T, Error> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let mut next = state.clone();
@@ -251,7 +252,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_changed_is_there_in_the_next_life() {
+    fn changes_are_there_in_the_next_life() {
         let directory = tempfile::tempdir().unwrap();
         let store = Store::open(directory.path()).unwrap();
         assert!(Store::open(directory.path()).unwrap_err().to_string().contains("another xpm-swapd"));
@@ -271,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn a_state_that_cannot_be_read_is_not_written_over() {
+    fn an_unreadable_state_is_not_overwritten() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("state.json");
         for text in ["", "{", "{\"version\":2,\"areas\":[],\"next_step\":0,\"settings\":{}}"] {

@@ -1,5 +1,5 @@
-//! What is looked after besides areas: settings of the kernel, control groups that are kept out of swap,
-//! and the last resort.
+//! Regular work besides areas: settings of the kernel, control groups that are excluded from swap, and the
+//! last resort.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -16,13 +16,13 @@ use crate::error::Error;
 use crate::fallback;
 use crate::state::{Changed, Made};
 
-/// Time between two looks at everything.
+/// Interval of checking everything.
 const HOUSEKEEPING_EVERY: Duration = Duration::from_secs(30);
 
 const CGROUPS: &str = "/sys/fs/cgroup";
 const SWAP_MAX: &str = "memory.swap.max";
 
-/// A setting as it is wanted.
+/// A configured setting.
 struct Wanted {
     path: PathBuf,
     value: String,
@@ -31,7 +31,7 @@ struct Wanted {
 }
 
 impl Daemon {
-    /// Looks after everything beside the loop, when it is time for that.
+    /// Starts the housekeeping beside the loop, when it is due.
     pub(super) fn begin_housekeeping(self: &Arc<Daemon>) {
         let mut live = self.live();
         let due = live.kept_house.is_none_or(|kept| kept.elapsed() >= HOUSEKEEPING_EVERY);
@@ -59,7 +59,7 @@ impl Daemon {
         self.keep_fallback().await;
     }
 
-    /// Sets what is to be set, and puts back what is to be set no more.
+    /// Writes the configured settings, and restores those that are no longer configured.
     fn keep_settings(&self) -> Result<Vec<Setting>, Error> {
         let wanted = wanted(&self.config);
         let kept = self.store.get().settings;
@@ -67,7 +67,8 @@ impl Daemon {
             if wanted.iter().any(|one| one.set && one.path == *path) {
                 continue;
             }
-            // Unless somebody else changed it meanwhile, or it is gone with its control group.
+            // A setting that another program changed meanwhile, or that is gone with its control group, is
+            // left alone.
             if read(path).as_deref() == Some(changed.wrote.as_str()) {
                 tracing::info!("{} is put back to {}", path.display(), changed.before);
                 if let Err(error) = fs::write(path, &changed.before) {
@@ -83,7 +84,7 @@ impl Daemon {
         let Wanted { path, value, set, mut note } = wanted;
         let mut found = read(&path);
         if let Some(before) = found.clone().filter(|found| set && *found != value) {
-            // Written down first, so that it can be put back whatever happens.
+            // The old value is recorded first, so that it can be restored after any failure.
             if !kept.contains_key(&path) {
                 let changed = Changed { before: before.clone(), wrote: value.clone() };
                 self.store.change(|state| state.settings.insert(path.clone(), changed).map(drop))?;
@@ -130,7 +131,7 @@ fn read(path: &Path) -> Option<String> {
 }
 
 fn wanted(config: &Config) -> Vec<Wanted> {
-    // Of those that nobody named, what is not here needs no protection.
+    // Groups of the default list that do not exist here need no protection.
     let by_default = config.protect == Config::default().protect;
     let groups = config.protect.iter().filter(|group| !by_default || cgroup(group).is_dir());
     let groups = groups.map(|group| Wanted {
@@ -172,7 +173,7 @@ fn tuned(tune: &TuneConfig) -> Vec<Wanted> {
     settings.into_iter().flatten().collect()
 }
 
-/// The directory of a control group: a path below the root, or a unit of systemd.
+/// The directory of a control group, which is a path below the root or a unit of systemd.
 fn cgroup(name: &str) -> PathBuf {
     let root = Path::new(CGROUPS);
     let below = name.trim_start_matches('/');

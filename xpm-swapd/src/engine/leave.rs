@@ -1,5 +1,5 @@
-//! Taking an area away: swapoff, device, allocation, record. Each step looks first whether it is done.
-//! Until swapoff has ended it can be stopped, and the area stays as it was.
+//! Removing an area: swapoff, device, allocation, record. Each step first checks whether it is done. Until
+//! swapoff has ended it can be cancelled, and the area stays as it was.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -17,21 +17,21 @@ use crate::os::table;
 use crate::policy::Cause;
 use crate::state::{Record, Stage};
 
-/// How often the one who does swapoff is told to stop, until it does.
+/// Interval of signalling the swapoff process to stop, until it does.
 const STOP_EVERY: Duration = Duration::from_millis(100);
-/// How often a device is tried to be removed that somebody just looks at, as udev does.
+/// How often removing a device is tried while another program, such as udev, queries it.
 const DETACH_TRIES: u32 = 10;
 const DETACH_PAUSE: Duration = Duration::from_millis(300);
-/// How long an order may take.
+/// Time limit of an order.
 const ORDER_LIMIT: Duration = Duration::from_secs(60);
-/// How long to wait before swapoff is tried again while the machine goes down.
+/// Pause before swapoff is tried again while the machine shuts down.
 const AGAIN: Duration = Duration::from_millis(500);
 
-/// What the log and the status call taking away.
+/// The name of removing in the log and the status.
 pub(super) const DRAIN: &str = "drain";
 
 impl Daemon {
-    /// Begins to take an area away, beside the loop.
+    /// Starts removing an area, beside the loop.
     pub(super) fn begin_leave(self: &Arc<Daemon>, name: &Name, cause: Cause, why: &str) -> Result<(), Error> {
         let calm = cause == Cause::Calm;
         let state = self.store.get();
@@ -55,7 +55,8 @@ impl Daemon {
         Ok(())
     }
 
-    /// Goes on with what an earlier life, or an earlier try, began. An area that was only not needed stays.
+    /// Continues a removal that an earlier life or an earlier try began. An area that was only not needed is
+    /// kept instead.
     pub(super) fn go_on_leaving(self: &Arc<Daemon>, record: &Record) -> Result<(), Error> {
         match (&record.stage, self.entry(record)) {
             (Stage::Leaving { calm: true, .. }, Some(entry)) => {
@@ -66,8 +67,9 @@ impl Daemon {
         }
     }
 
-    /// Turns all areas off and keeps them, for the machine goes down: xpm-blk and the network end after this process.
-    /// systemd turns swap off at the same time, for as long as it thinks right; so this goes on until there is none.
+    /// Turns all areas off and keeps their records, because the machine shuts down: xpm-blk and the network
+    /// end after this process. systemd turns swap off at the same time, and gives up after its own time
+    /// limit; so this continues until no area is on.
     pub(crate) async fn turn_all_off(&self) {
         for record in &self.store.get().areas {
             let Some(path) = self.path(record) else { continue };
@@ -103,7 +105,7 @@ impl Daemon {
         self.wake();
     }
 
-    /// Whether it is off; false when it was told to stop.
+    /// Turns the area off; returns false when that was cancelled.
     async fn turn_off(&self, record: &Record, path: &str, stop: &AtomicBool) -> Result<bool, Error> {
         let ended = self.turn_off_unless_told(path, stop).await;
         if ended == Ended::Off {
@@ -151,7 +153,7 @@ impl Daemon {
                 let deleted = client.delete(&format!("/v1/allocations/{name}")).await;
                 not_there_is_fine(deleted.map_err(|error| Error::of("allocator", &error)))?;
             }
-            // Of somebody else by now.
+            // The allocation belongs to another user by now.
             Ok(None) => {}
             Err(error) => not_there_is_fine(Err(error))?,
         }

@@ -1,5 +1,5 @@
-//! What there is: by the kernel's tables each time, by xpm-blk and the allocator every few seconds,
-//! and at once when something happened to one of the allocations.
+//! Determines the present state: from the kernel's tables each time, from xpm-blk and the allocator every few
+//! seconds, and without delay when an event concerns one of the allocations.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,21 +16,21 @@ use crate::os::table;
 use crate::policy::{Area, Cause, Phase, Reading, Standing};
 use crate::state::{Record, Rest, Stage, State};
 
-/// How often xpm-blk is asked for its devices.
+/// Interval of asking xpm-blk for its devices.
 const ASK_BLK_EVERY: Duration = Duration::from_secs(5);
-/// How often the allocator is asked after the allocations.
+/// Interval of asking the allocator for the allocations.
 const ASK_ALLOCATOR_EVERY: Duration = Duration::from_secs(10);
 /// Pause before an allocator that did not answer is listened to again.
 const LISTEN_PAUSE: Duration = Duration::from_secs(5);
-/// How long an answer may take that waits for something to happen.
+/// Time limit of an answer that waits for an event.
 const LISTEN_LIMIT: Duration = Duration::from_secs(30);
 
 impl Daemon {
-    /// What the machine looks like now.
+    /// The present state of the machine.
     pub(super) fn look(self: &Arc<Daemon>) -> Result<Reading, Error> {
         let names: Vec<Name> = self.store.get().areas.into_iter().map(|area| area.name).collect();
         let due = |asked: Option<Instant>, every| asked.is_none_or(|asked| asked.elapsed() >= every);
-        // Beside the loop, for who is asked may take long to answer.
+        // Beside the loop, because an answer may take long.
         if due(self.live().asked_blk, ASK_BLK_EVERY) {
             self.live().asked_blk = Some(Instant::now());
             tokio::spawn(Arc::clone(self).ask_blk(names.clone()));
@@ -52,7 +52,7 @@ impl Daemon {
         Ok(self.reading(&state, pressed))
     }
 
-    /// What was seen last, for the policy.
+    /// The last known state, for the policy.
     pub(super) fn reading(&self, state: &State, pressed: bool) -> Reading {
         let others: u64 = self.others(state).iter().map(|entry| entry.size.saturating_sub(entry.used)).sum();
         let fallback = self.fallback_entry().map_or(0, |entry| entry.size.saturating_sub(entry.used));
@@ -75,19 +75,20 @@ impl Daemon {
         swaps.into_iter().filter(|entry| ours.iter().all(|one| one.path != entry.path)).collect()
     }
 
-    /// The line of the last resort in the table of swap.
+    /// The last resort's entry in the table of swap.
     pub(super) fn fallback_entry(&self) -> Option<Swap> {
         let path = self.config.fallback.as_ref()?.path.to_str()?.to_owned();
         table::find(&self.live().swaps, &path).cloned()
     }
 
-    /// The line of an area in the table of swap: by where it was turned on, or where xpm-blk shows it.
+    /// An area's entry in the table of swap: by the path where it was turned on, or where xpm-blk shows it.
     pub(super) fn entry(&self, area: &Record) -> Option<Swap> {
         let path = self.path(area)?;
         table::find(&self.live().swaps, &path).cloned()
     }
 
-    /// Where an area is: where xpm-blk shows it, or, while that does not answer, where it was turned on.
+    /// The path of an area: where xpm-blk shows it, or, while xpm-blk does not answer, where it was turned
+    /// on.
     pub(super) fn path(&self, area: &Record) -> Option<String> {
         let seen = self.live().seen.get(&area.name).and_then(|seen| seen.path.clone());
         seen.or_else(|| match &area.stage {
@@ -97,7 +98,7 @@ impl Daemon {
         })
     }
 
-    /// What there is, for the policy.
+    /// The present areas, for the policy.
     pub(super) fn standing(&self, state: &State) -> Standing {
         let areas = state.areas.iter().map(|record| self.area(record)).collect();
         let live = self.live();
@@ -176,7 +177,7 @@ impl Daemon {
         }
     }
 
-    /// An end that is announced. Where a longer lease can be had, that is asked for once.
+    /// Handles an announced end. If a longer lease is possible, it is requested once.
     async fn hear_end(&self, name: &Name, allocation: Allocation) {
         let what = format!("end of {name}");
         let Some(ending) = allocation.ending else {
@@ -205,8 +206,8 @@ impl Daemon {
         self.wake();
     }
 
-    /// Listens to the allocator until it is dropped, and has it asked at once when something happened
-    /// to an allocation.
+    /// Listens to the allocator until it is dropped, and lets the allocator be asked without delay when an
+    /// event concerns an allocation.
     pub(crate) async fn listen(self: Arc<Daemon>) {
         let client = self.allocator.clone().with_limit(LISTEN_LIMIT);
         let mut last: Option<u64> = None;
@@ -217,7 +218,7 @@ impl Daemon {
             };
             let heard: Result<Vec<Event>, _> = client.get(&path).await;
             let Ok(events) = heard else {
-                // It may count anew when it is there again.
+                // The allocator may number events anew when it is back.
                 last = None;
                 tokio::time::sleep(LISTEN_PAUSE).await;
                 continue;
@@ -233,14 +234,14 @@ impl Daemon {
         }
     }
 
-    /// An area that this kernel had on, and has not any more, was turned off by somebody else: by hand,
-    /// or because the machine ends. Then nothing is done until that one says so.
+    /// Handles an area that was on under this kernel and is off now: another program or person turned it off,
+    /// by hand or because the machine shuts down. The daemon then does nothing until that party resumes it.
     pub(super) fn notice_what_others_turned_off(&self) -> Result<(), Error> {
         let state = self.store.get();
         if state.rest.is_some() {
             return Ok(());
         }
-        // Read after the records, for an area is recorded as on after it is.
+        // Read after the records, because an area is recorded as on only after it is on.
         self.live().swaps = proc::swaps().at("read /proc/swaps")?;
         let off = state.areas.iter().find(|area| {
             matches!(&area.stage, Stage::On { boot, .. } if *boot == self.boot) && self.entry(area).is_none()
@@ -256,7 +257,7 @@ impl Daemon {
         self.store.change(|state| state.rest = Some(rest))
     }
 
-    /// What a refusal means to an area's allocation: whether it is not there.
+    /// Whether a refusal means that an area's allocation does not exist.
     pub(super) fn is_not_there(error: &Error) -> bool {
         error.kind() == ErrorKind::NotFound
     }

@@ -1,6 +1,5 @@
-//! Making an area: intent, allocation, device, header, on. Each step looks first whether it is done, so
-//! that any number of lives can make one area together, and one life can make it again after the machine
-//! was restarted.
+//! Making an area: intent, allocation, device, header, on. Each step first checks whether it is done, so that
+//! several lives can make one area together, and a life can make it again after a restart of the machine.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -21,20 +20,20 @@ use crate::os::{area, table};
 use crate::policy::{AREA_LEN_MIN, step_after};
 use crate::state::{AreaId, Record, Stage};
 
-/// The label by which an allocation of this daemon is known.
+/// The label that marks an allocation of this daemon.
 const LABEL: &str = "xpm-swapd";
-/// How long an order to the allocator or to xpm-blk may take.
+/// Time limit of an order to the allocator or to xpm-blk.
 const ORDER_LIMIT: Duration = Duration::from_secs(60);
-/// How often a size that is refused is halved.
+/// How often a refused size is halved.
 const HALVINGS: u32 = 2;
 /// Largest number of an area.
 const NUMBER_MAX: u32 = 9999;
 
-/// What the log and the status call growing.
+/// The name of growing in the log and the status.
 pub(super) const GROW: &str = "grow";
 
 impl Daemon {
-    /// Writes down that an area is to be made, under the first number that is free.
+    /// Records that an area is to be made, under the first free number.
     pub(super) fn intend(&self, size: u64, origin: Origin) -> Result<Record, Error> {
         let id = AreaId::random()?;
         let host = self.host.clone();
@@ -50,17 +49,17 @@ impl Daemon {
         record.ok_or_else(|| Error::internal(format!("there is no free name `swap-{}-N`", self.host)))
     }
 
-    /// Makes an area, or goes on making it, beside the loop.
+    /// Makes an area, or continues making it, beside the loop.
     pub(super) fn begin_make(self: &Arc<Daemon>, record: Record) {
         self.live().making = Some(record.name.clone());
         let daemon = Arc::clone(self);
         tokio::spawn(async move {
-            // What failed is known to the loop by its troubles.
+            // The loop learns of a failure by its trouble entry.
             let _ = daemon.make(record).await;
         });
     }
 
-    /// Makes an area to its end, and takes it back where that fails.
+    /// Makes an area completely, and removes it again if that fails.
     pub(super) async fn make(self: &Arc<Daemon>, record: Record) -> Result<Record, Error> {
         let name = record.name.clone();
         let origin = record.origin;
@@ -80,7 +79,7 @@ impl Daemon {
             }
             Err(error) if self.store.get().foreign.contains(&name) => tracing::warn!("{error}"),
             Err(error) => {
-                // Who asks by hand is told, and may ask for less.
+                // A request by hand gets the error as its answer, and may ask for less.
                 if origin != Origin::Hand {
                     let pause = self.pause_of(GROW);
                     self.trouble(GROW, &error.to_string(), Some(pause));
@@ -113,10 +112,10 @@ impl Daemon {
         Ok(Record { stage, ..record })
     }
 
-    /// The allocation: made, or found to be the one that was made.
+    /// The allocation: creates it, or finds the one that was created already.
     async fn allocate(&self, mut record: Record) -> Result<Record, Error> {
         if !matches!(record.stage, Stage::Making) {
-            // xpm-blk shows it again by itself, and the allocator need not be there.
+            // xpm-blk shows the allocation again by itself, and the allocator need not be reachable.
             return Ok(record);
         }
         let mut halvings = if record.origin == Origin::Hand { 0 } else { HALVINGS };
@@ -135,7 +134,7 @@ impl Daemon {
                         }
                         return Err(error);
                     }
-                    // A refusal that lasts is tried again and again, and was said.
+                    // A lasting refusal is tried again and again, and was logged the first time.
                     if !self.is_troubled(GROW) {
                         tracing::warn!("{}: {error}; half of it is asked for", record.name);
                     }
@@ -166,7 +165,7 @@ impl Daemon {
         let device = &self.config.device;
         let mut labels: Labels = device.labels.clone();
         labels.insert(LABEL.parse().expect("it is a name"), record.id.label());
-        // The kernel talks to one appliance, so all of it is one region.
+        // The kernel connects to one appliance only, so the allocation is one region.
         let whole = || record.size.0.next_power_of_two().clamp(REGION_LEN_MIN, REGION_LEN_MAX);
         let region_len =
             device.region_size.or_else(|| (device.form == Form::NbdDirect).then(|| ByteSize(whole())));
@@ -182,8 +181,8 @@ impl Daemon {
         }
     }
 
-    /// An allocation of this name is there. It is ours when it has our label; else the name is taken,
-    /// and is not tried again.
+    /// Handles that an allocation of this name exists. It is ours if it has our label; otherwise the name is
+    /// taken, and is not tried again.
     async fn check_ours(&self, record: &Record, refusal: &Error) -> Result<(), Error> {
         match self.is_ours(record).await? {
             Some(AllocationState::Ready) => Ok(()),
@@ -206,7 +205,7 @@ impl Daemon {
         }
     }
 
-    /// How far the allocation of an area is; none where it is of others.
+    /// The state of an area's allocation; none if it belongs to another user.
     pub(super) async fn is_ours(&self, record: &Record) -> Result<Option<AllocationState>, Error> {
         let found: Result<Allocation, _> =
             self.allocator.get(&format!("/v1/allocations/{}", record.name)).await;
@@ -215,7 +214,7 @@ impl Daemon {
         Ok((label == Some(&record.id.label())).then_some(found.state))
     }
 
-    /// The device's path: of a device that is there, or a new one.
+    /// The path of the device: of an existing device, or of a new one.
     async fn attach(&self, record: &Record) -> Result<String, Error> {
         let name = &record.name;
         let found: Result<Device, _> = self.blk.get(&format!("/v1/devices/{name}")).await;
@@ -247,8 +246,8 @@ impl Daemon {
     }
 }
 
-/// Turns swap on at a device that shows our allocation, unless it is on. Nothing of others is ever
-/// written over.
+/// Turns swap on at a device that shows our allocation, unless it is on. Never overwrites data of other
+/// users.
 fn turn_on(path: &Path, id: AreaId, priority: u16, discard: bool) -> Result<(), Error> {
     let shown = path.display();
     let swaps = proc::swaps().at("read /proc/swaps")?;
@@ -269,7 +268,7 @@ fn foreign(path: &Path, what: &str) -> Error {
     Error::conflict(format!("{} has {what}: it is left as it is", path.display()))
 }
 
-/// Runs what may block, on a thread for that.
+/// Runs work that may block, on a thread for that.
 pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Error> + Send + 'static,
 ) -> Result<T, Error> {

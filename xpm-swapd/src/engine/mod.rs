@@ -1,11 +1,11 @@
-//! The daemon: one loop that looks, decides and begins what was decided; what takes time runs beside
-//! it, one area being made and one being taken away at most.
+//! The daemon: one loop that checks, decides and starts the decided action. Actions that take time run beside
+//! the loop; at most one area is being made and one is being removed.
 //!
-//! * `look`: what there is, from the kernel, xpm-blk and the allocator.
-//! * `make`: an area, from a name to swap that is on.
-//! * `leave`: an area, from swap that is on to nothing.
-//! * `orders`: what is asked for by hand.
-//! * `view`: what the control interface shows.
+//! * `look`: the present state, from the kernel, xpm-blk and the allocator.
+//! * `make`: makes an area, from a name to swap that is on.
+//! * `leave`: removes an area.
+//! * `orders`: requests by hand.
+//! * `view`: the view of the control interface.
 //! * `housekeeping`: settings, control groups, the last resort.
 
 mod housekeeping;
@@ -54,7 +54,7 @@ pub struct Daemon {
     started: Instant,
 }
 
-/// What a daemon is made of.
+/// The parts that a daemon is made of.
 pub(crate) struct Parts {
     pub(crate) config: Config,
     pub(crate) host: String,
@@ -67,12 +67,12 @@ pub(crate) struct Parts {
     pub(crate) notify: Arc<Notify>,
 }
 
-/// What is known now, and is found out again after a restart.
+/// The state in memory, which is determined again after a restart.
 #[derive(Default)]
 struct Live {
-    /// What xpm-blk and the allocator say of areas.
+    /// The states of areas according to xpm-blk and the allocator.
     seen: BTreeMap<Name, Seen>,
-    /// When they were asked last.
+    /// When they were last asked.
     asked_blk: Option<Instant>,
     asked_allocator: Option<Instant>,
     swaps: Vec<Swap>,
@@ -81,11 +81,11 @@ struct Live {
     calm_since: Duration,
     make_not_before: Duration,
     drain_not_before: Duration,
-    /// When areas are tried to be turned on again that were on before the machine was started again.
+    /// The next time to turn areas on again that were on before the machine was restarted.
     again: BTreeMap<Name, Duration>,
     making: Option<Name>,
     leaving: Option<Job>,
-    /// Areas that are to be taken away by hand, in turn.
+    /// Areas to be removed by hand, in order.
     waiting: VecDeque<Name>,
     troubles: Troubles,
     decision: Option<(Decision, Instant)>,
@@ -94,17 +94,17 @@ struct Live {
     keeping_house: bool,
 }
 
-/// What others say of an area.
+/// The state of an area according to xpm-blk and the allocator.
 #[derive(Debug, Clone, Default)]
 struct Seen {
     path: Option<String>,
     device: Option<DeviceState>,
     ending: Option<Ending>,
-    /// The end for which a longer lease was asked for.
+    /// The end for which a longer lease was requested.
     renewed: Option<u64>,
 }
 
-/// An area that is being taken away.
+/// An area that is being removed.
 struct Job {
     name: Name,
     why: String,
@@ -136,25 +136,25 @@ impl Daemon {
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Time since the daemon started, as the policy counts it.
+    /// Time since the daemon started, as the policy uses it.
     fn now(&self) -> Duration {
         self.started.elapsed()
     }
 
-    /// Has the loop turn at once.
+    /// Makes the loop run its next turn at once.
     fn wake(&self) {
         self.notify.notify_one();
     }
 
-    /// Ends a rest of an earlier boot: whoever asked for it meant the machine as it was then.
+    /// Ends a rest from an earlier boot: it was requested for the machine before its restart.
     ///
     /// # Errors
-    /// When it cannot be written down.
+    /// When the change cannot be recorded.
     pub(crate) fn settle(&self) -> Result<(), Error> {
         self.store.change(|state| state.rest.take_if(|rest| rest.boot != self.boot).map(drop).unwrap_or(()))
     }
 
-    /// Looks and acts until it is dropped.
+    /// Checks and acts until it is dropped.
     pub(crate) async fn run(self: Arc<Daemon>) {
         loop {
             if let Err(error) = self.turn() {
@@ -182,7 +182,7 @@ impl Daemon {
         self.tell_wish(&decision);
         if standing.next_step != state.next_step.0 {
             let (before, next) = (state.next_step, standing.next_step);
-            // Unless a step came to an end meanwhile.
+            // Skipped if a step was completed meanwhile.
             self.store.change(|state| {
                 if state.next_step == before {
                     state.next_step.0 = next;
@@ -192,7 +192,7 @@ impl Daemon {
         self.act(decision)
     }
 
-    /// Nothing that was refused is a trouble any more when it is no longer wanted.
+    /// Clears the troubles of refused requests that are no longer wanted.
     fn tell_wish(&self, decision: &Decision) {
         const MAXIMUM: &str = "maximum";
         if decision.wish != Wish::Forbidden {
@@ -241,7 +241,7 @@ impl Daemon {
         Ok(())
     }
 
-    /// Goes on with what an earlier life, or an earlier try, left half done.
+    /// Continues actions that an earlier life or an earlier try left incomplete.
     fn go_on(self: &Arc<Daemon>) -> Result<(), Error> {
         let state = self.store.get();
         let (now, rests) = (self.now(), state.rest.is_some());
@@ -264,7 +264,7 @@ impl Daemon {
         Ok(())
     }
 
-    /// Whether an area is to be turned on now: it never was, or the machine was started again since.
+    /// Whether an area has to be turned on now: it never was, or the machine was restarted since.
     fn is_unfinished(&self, area: &Record) -> bool {
         let due = self.live().again.get(&area.name).is_none_or(|again| *again <= self.now());
         match &area.stage {

@@ -1,4 +1,4 @@
-//! What is asked for by hand.
+//! Requests by hand.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -14,16 +14,16 @@ use crate::error::Error;
 use crate::policy::{AREA_LEN_MIN, AREAS_MAX, Cause, Phase, Standing, fits_all};
 use crate::state::{Record, Rest, Stage};
 
-/// How long who asks by hand waits while another area is being made.
+/// How long a request by hand waits while another area is being made.
 const TURN_LIMIT: Duration = Duration::from_secs(30);
 const TURN_PAUSE: Duration = Duration::from_millis(50);
 
 impl Daemon {
-    /// Makes an area that stays until it is taken away by hand. Runs to its end even if nobody waits for
-    /// it any more.
+    /// Makes an area that stays until it is removed by hand. Runs to its end even if its caller no longer
+    /// waits.
     ///
     /// # Errors
-    /// When it would be too much, or what the allocator or xpm-blk refuse.
+    /// When the maximum would be exceeded, or the allocator or xpm-blk refuses.
     pub(crate) async fn grow(self: &Arc<Daemon>, asked: Grow) -> Result<Area, Error> {
         let size = asked.size.0.checked_next_multiple_of(AREA_LEN_MIN).unwrap_or(u64::MAX);
         loop {
@@ -34,14 +34,14 @@ impl Daemon {
             let made = tokio::spawn(async move { daemon.make(record).await });
             match made.await.map_err(|error| Error::internal(format!("a task failed: {error}")))? {
                 Ok(made) => return Ok(self.view_of(&made)),
-                // The name was of others, and the next one is tried.
+                // The name belonged to another user, so the next one is tried.
                 Err(_) if self.store.get().foreign.contains(&name) => {}
                 Err(error) => return Err(error),
             }
         }
     }
 
-    /// Waits while another area is being made, and writes down that this one is next.
+    /// Waits while another area is being made, and records that this one is next.
     async fn wait_turn(&self, size: u64) -> Result<Record, Error> {
         let deadline = Instant::now() + TURN_LIMIT;
         loop {
@@ -88,10 +88,10 @@ impl Daemon {
         }
     }
 
-    /// Takes the emptiest areas away that together are no larger than asked for, and not part of the base.
+    /// Removes the emptiest areas that together are no larger than requested, and not part of the base.
     ///
     /// # Errors
-    /// When there are none, or what they hold fits nowhere.
+    /// When there are none, or their contents fit nowhere else.
     pub(crate) fn shrink(self: &Arc<Daemon>, asked: Shrink) -> Result<Vec<Name>, Error> {
         let standing = self.standing(&self.store.get());
         let mut areas: Vec<_> = standing.areas.iter().filter(|area| area.phase == Phase::On).collect();
@@ -121,10 +121,10 @@ impl Daemon {
         self.take_away(&standing, chosen)
     }
 
-    /// Takes areas away; with all of them, the policy rests from then on.
+    /// Removes areas; if all are removed, the policy rests from then on.
     ///
     /// # Errors
-    /// When one is not there, or what they hold fits nowhere.
+    /// When an area does not exist, or the contents fit nowhere else.
     pub(crate) fn drain(self: &Arc<Daemon>, asked: &Drain) -> Result<Vec<Name>, Error> {
         let state = self.store.get();
         let standing = self.standing(&state);
@@ -180,7 +180,7 @@ impl Daemon {
         Ok(chosen)
     }
 
-    /// Begins with the next area that is to be taken away by hand.
+    /// Starts removing the next area that is to be removed by hand.
     pub(super) fn begin_next_by_hand(self: &Arc<Daemon>) -> Result<(), Error> {
         let name = {
             let mut live = self.live();
@@ -194,10 +194,10 @@ impl Daemon {
         self.begin_leave(&name, Cause::Hand, "asked for by hand")
     }
 
-    /// Areas that are being taken away, or wait for that, stay.
+    /// Cancels all removals in progress and waiting: their areas stay.
     ///
     /// # Errors
-    /// When it cannot be written down.
+    /// When the change cannot be recorded.
     pub(crate) fn stop_draining(&self) -> Result<(), Error> {
         let mut live = self.live();
         live.waiting.clear();
@@ -210,10 +210,10 @@ impl Daemon {
         Ok(())
     }
 
-    /// Follows the policy again, and turns on what others turned off.
+    /// Follows the policy again, and turns areas on again that others turned off.
     ///
     /// # Errors
-    /// When it cannot be written down.
+    /// When the change cannot be recorded.
     pub(crate) fn resume(&self) -> Result<(), Error> {
         let state = self.store.get();
         let off: Vec<Name> = state

@@ -1,4 +1,4 @@
-//! What does not go as it should: said once in the log, loudly, and shown for as long as it lasts.
+//! Troubles: conditions that are logged once, loudly, and shown for as long as they last.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -8,7 +8,7 @@ use xpm_protocol::units::Span;
 
 use super::Daemon;
 
-/// First pause after something was refused; each further one is twice as long.
+/// First pause after a refusal; each further one is twice as long.
 const PAUSE_FIRST: Duration = Duration::from_secs(1);
 /// Longest pause.
 const PAUSE_LONGEST: Duration = Duration::from_secs(60);
@@ -24,7 +24,7 @@ struct Trouble {
 }
 
 impl Daemon {
-    /// Something does not go. It is said in the log when it is new.
+    /// Records a trouble. A new trouble is logged.
     pub(super) fn trouble(&self, what: &str, why: &str, pause: Option<Duration>) {
         let mut live = self.live();
         let again = pause.map(|pause| Instant::now() + pause);
@@ -42,19 +42,19 @@ impl Daemon {
         }
     }
 
-    /// Whether it does not go.
+    /// Whether this trouble is present.
     pub(super) fn is_troubled(&self, what: &str) -> bool {
         self.live().troubles.0.contains_key(what)
     }
 
-    /// It is over.
+    /// Ends a trouble.
     pub(super) fn well(&self, what: &str) {
         if self.live().troubles.0.remove(what).is_some() {
             tracing::info!("{what}: it is over");
         }
     }
 
-    /// How long it is to be waited before something is tried again that did not go now either.
+    /// How long to wait before the next try, including the try that just failed.
     pub(super) fn pause_of(&self, what: &str) -> Duration {
         let tries = self.live().troubles.0.get(what).map_or(0, |trouble| trouble.tries);
         let doublings = u32::try_from(tries).unwrap_or(u32::MAX).min(10);
@@ -74,7 +74,7 @@ impl Daemon {
     }
 }
 
-/// For people.
+/// A duration for display.
 pub(super) fn whole_seconds(time: Duration) -> Span {
     Span(Duration::from_secs(time.as_secs()))
 }

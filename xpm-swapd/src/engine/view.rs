@@ -1,4 +1,4 @@
-//! What the control interface shows.
+//! The view of the control interface.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use crate::policy::Action;
 use crate::state::{Record, Stage};
 
 impl Daemon {
-    /// Everything.
+    /// The complete status.
     pub(crate) fn status(&self) -> Status {
         let state = self.store.get();
         let others = self.others(&state).into_iter().map(|entry| Other {
@@ -41,7 +41,7 @@ impl Daemon {
         }
     }
 
-    /// In a line, for the service manager.
+    /// The status as one line, for the service manager.
     pub(crate) fn line(&self) -> String {
         let state = self.store.get();
         let entries: Vec<_> = state.areas.iter().filter_map(|area| self.entry(area)).collect();

@@ -1,17 +1,17 @@
-//! The process that does swapoff(2).
+//! The process that executes swapoff(2).
 //!
-//! swapoff reads everything back, and takes as long as that takes; a thread of the daemon in it could
-//! not be told to stop. So a child does it, which is forked ahead of need and waits on a socket:
+//! swapoff reads everything back, and blocks for that time; a thread of the daemon in this call could not be
+//! cancelled. So a child executes it, which is forked in advance and waits on a socket:
 //!
-//! * a signal makes it give up, and the area stays as it was. The kernel looks for signals between two
-//!   processes whose pages it reads back (`try_to_unuse` in mm/swapfile.c), so with one large process it may
-//!   have come to its end before;
+//! * a signal cancels it, and the area stays as it was. The kernel checks for signals between two processes
+//!   whose pages it reads back (`try_to_unuse` in mm/swapfile.c), so with one large process it may complete
+//!   before it notices;
 //! * it ends with the daemon, and swapoff with it;
-//! * it has the daemon's OOM score and cgroup. The kernel still may choose it when memory runs out (it
-//!   prefers a process in swapoff, `oom_task_origin` in mm/oom_kill.c), which again leaves the area as
-//!   it was; the daemon then forks the next one.
+//! * it has the daemon's OOM score and cgroup. The kernel may still kill it when memory runs out (it prefers
+//!   a process in swapoff, `oom_task_origin` in mm/oom_kill.c), which again leaves the area as it was; the
+//!   daemon then forks the next one.
 //!
-//! It may wait for I/O as ordinary processes do, for it is not on the way of any page.
+//! The child may wait for I/O like ordinary processes, because it is not on the path of any page.
 
 #![allow(unsafe_code)]
 
@@ -28,28 +28,28 @@ use tokio::sync::oneshot;
 
 /// Longest path.
 const PATH_LEN_MAX: usize = 4096;
-/// Stack of the thread that speaks to the child; all of it is locked.
+/// Stack of the thread that communicates with the child; all of it is locked.
 const STACK_LEN: usize = 128 << 10;
 /// `PR_SET_IO_FLUSHER` of prctl(2).
 const PR_SET_IO_FLUSHER: libc::c_int = 57;
 
-/// Does swapoff. One order at a time; further ones wait.
+/// Executes swapoff. One order at a time; further ones wait.
 #[derive(Debug, Clone)]
 pub struct Hand {
     orders: Sender<Order>,
     child: Arc<AtomicI32>,
 }
 
-/// How a swapoff ended.
+/// The result of a swapoff.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ended {
-    /// It is off.
+    /// The area is off.
     Off,
-    /// It was told to stop, and is on as before.
+    /// It was cancelled, and the area is on as before.
     Stopped,
-    /// The kernel ended it for want of memory, and it is on as before.
+    /// The kernel killed the child for lack of memory, and the area is on as before.
     Killed,
-    /// The kernel refused it, with this number of an error.
+    /// The kernel refused it with this error number.
     Refused(i32),
 }
 
@@ -62,13 +62,13 @@ impl Hand {
     /// Forks the first child.
     ///
     /// # Errors
-    /// When there can be no child or no thread for it.
+    /// When the child or its thread cannot be created.
     pub fn start() -> io::Result<Hand> {
         let (orders, waiting) = channel();
         let child = Arc::new(AtomicI32::new(0));
         let shared = Arc::clone(&child);
         let (told, hears) = channel();
-        // A child ends with the thread that forked it (PR_SET_PDEATHSIG), so that is one that stays.
+        // A child ends with the thread that forked it (PR_SET_PDEATHSIG), so this thread must stay.
         thread::Builder::new().name("xpm-swapoff".to_owned()).stack_size(STACK_LEN).spawn(move || {
             let first = Child::fork();
             let _ = told.send(first.as_ref().map(|_| ()).map_err(|error| io::Error::from(error.kind())));
@@ -80,7 +80,7 @@ impl Hand {
         Ok(Hand { orders, child })
     }
 
-    /// Turns an area off. It is on as before unless this says [`Ended::Off`].
+    /// Turns an area off. The area is on as before unless the result is [`Ended::Off`].
     pub async fn turn_off(&self, path: PathBuf) -> Ended {
         let (answer, hears) = oneshot::channel();
         match self.orders.send(Order { path, answer }) {
@@ -89,12 +89,13 @@ impl Hand {
         }
     }
 
-    /// Has the swapoff that runs give up. It may come before the child is in it: to be said again until
-    /// that ended.
+    /// Cancels the running swapoff. The signal may arrive before the child is in the call, so the caller has
+    /// to repeat it until the swapoff has ended.
     pub fn stop(&self) {
         let pid = self.child.load(Ordering::Acquire);
         if pid > 0 {
-            // SAFETY: takes numbers only. The child is not waited for before its number is taken away.
+            // SAFETY: takes numbers only. The pid is removed before the child is waited for, so it is still
+            // the child's.
             unsafe { libc::kill(pid, libc::SIGUSR1) };
         }
     }
@@ -130,10 +131,10 @@ impl Child {
     fn fork() -> io::Result<Child> {
         let (socket, theirs) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
-        // SAFETY: getpid has no conditions.
+        // SAFETY: getpid has no preconditions.
         let parent = unsafe { libc::getpid() };
-        // SAFETY: other threads of this process may hold any lock, so until it ends the child does
-        // nothing but system calls on its own stack.
+        // SAFETY: other threads of this process may hold any lock, so until it ends the child only makes
+        // system calls on its own stack.
         match unsafe { libc::fork() } {
             -1 => Err(io::Error::last_os_error()),
             0 => be_the_child(theirs.as_raw_fd(), parent),
@@ -175,12 +176,12 @@ impl Drop for Child {
 
 extern "C" fn nothing(_: libc::c_int) {}
 
-/// What the child does until it ends: system calls alone.
+/// The child's code until it ends: system calls only.
 fn be_the_child(socket: RawFd, parent: libc::pid_t) -> ! {
     let mut path = [0_u8; PATH_LEN_MAX + 1];
-    // SAFETY: system calls with numbers, and with pointers into this function's own frame, which are
-    // long enough for the lengths given; `nothing` is a function that may be a handler. Descriptor 3
-    // belongs to nobody else in this process, for it has a single thread that uses no other.
+    // SAFETY: system calls with numbers, and with pointers into this function's own frame, which are long
+    // enough for the given lengths; `nothing` is a valid handler function. No other code in this process uses
+    // descriptor 3, because its single thread uses no other descriptor.
     unsafe {
         libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
         if libc::getppid() != parent {
@@ -189,7 +190,7 @@ fn be_the_child(socket: RawFd, parent: libc::pid_t) -> ! {
         for signal in [libc::SIGTERM, libc::SIGINT] {
             libc::signal(signal, libc::SIG_DFL);
         }
-        // Without SA_RESTART, so that it ends what waits.
+        // Without SA_RESTART, so that the signal interrupts blocking calls.
         let mut action: libc::sigaction = std::mem::zeroed();
         action.sa_sigaction = nothing as *const () as usize;
         libc::sigaction(libc::SIGUSR1, &raw const action, std::ptr::null_mut());
@@ -222,18 +223,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_no_swap_is_refused_and_a_child_that_dies_is_replaced() {
+    fn a_path_without_swap_is_refused_and_a_dead_child_is_replaced() {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         let hand = Hand::start().unwrap();
         let file = tempfile::NamedTempFile::new().unwrap();
         let off = || runtime.block_on(hand.turn_off(file.path().to_owned()));
         let refused = off();
         assert!(matches!(refused, Ended::Refused(libc::EINVAL | libc::EPERM)), "{refused:?}");
-        // Told to stop while there is nothing to stop, it goes on.
+        // A stop without a running swapoff has no effect.
         hand.stop();
         assert_eq!(off(), refused);
         let pid = hand.child.load(Ordering::Acquire);
-        // SAFETY: takes numbers only; the child is the hand's.
+        // SAFETY: takes numbers only; the child belongs to `hand`.
         unsafe { libc::kill(pid, libc::SIGKILL) };
         std::thread::sleep(std::time::Duration::from_millis(100));
         assert_eq!(off(), Ended::Killed);

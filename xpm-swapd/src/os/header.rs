@@ -1,8 +1,8 @@
-//! The header of a swap area, and what else may be on a device.
+//! The header of a swap area, and recognizing other content of a device.
 //!
-//! The header is version 1 of `union swap_header` in include/linux/swap.h: after 1024 bytes for boot
-//! blocks come version, last page, number of bad pages, UUID and label; the last ten bytes of the page
-//! are the magic. As mkswap(8) writes it.
+//! The header is version 1 of `union swap_header` in include/linux/swap.h, as mkswap(8) writes it: after 1024
+//! bytes for boot blocks follow version, last page, number of bad pages, UUID and label; the last ten bytes
+//! of the page are the magic.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -19,26 +19,26 @@ const INFO: usize = 1024;
 const UUID: usize = INFO + 12;
 const LABEL_AT: usize = UUID + 16;
 const LABEL_LEN: usize = 16;
-/// Bytes at both ends of a device in which signatures are looked for.
+/// Bytes at both ends of a device in which signatures are searched.
 const LOOKED_AT: u64 = 256 << 10;
 
 /// UUID of an area.
 pub type Uuid = [u8; 16];
 
-/// What is on a device.
+/// The content of a device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Content {
-    /// Nothing but zeros at both ends.
+    /// Only zeros at both ends.
     Blank,
-    /// A swap area of this daemon's.
+    /// A swap area of this daemon.
     Ours(Uuid),
-    /// Swap that somebody else made.
+    /// Swap that another program made.
     Swap,
-    /// Something else, as people call it.
+    /// Other content, with its common name.
     Foreign(&'static str),
 }
 
-/// Looks what is on a device or file. Blocks for its I/O.
+/// Determines the content of a device or file. Blocks for its I/O.
 ///
 /// # Errors
 /// When it cannot be read.
@@ -53,10 +53,11 @@ pub fn look(path: &Path) -> io::Result<Content> {
     Ok(recognize(&head, &tail, page_size()))
 }
 
-/// Writes the header of an area as long as the device or file, and has it written through. The caller
-/// has looked that nothing of others is there. Blocks for its I/O.
+/// Writes and syncs the header of an area as long as the device or file. The caller has checked that no data
+/// of others are there. Blocks for its I/O.
 ///
 /// # Errors
+/// When the header cannot be written, or the device is too short for swap.
 /// When it cannot be written, or is too short for swap.
 pub fn write(path: &Path, uuid: &Uuid) -> io::Result<()> {
     let file = OpenOptions::new().read(true).write(true).open(path)?;
@@ -67,12 +68,12 @@ pub fn write(path: &Path, uuid: &Uuid) -> io::Result<()> {
     file.sync_all()
 }
 
-/// Length of a device or file in bytes: where its end is.
+/// Length of a device or file in bytes, found by seeking to its end.
 fn length(file: &File) -> io::Result<u64> {
     Ok(rustix::fs::seek(file, rustix::fs::SeekFrom::End(0))?)
 }
 
-/// The header of an area of `len` bytes; none where that is less than ten pages, as the kernel wants.
+/// The header of an area of `len` bytes; none if that is less than the kernel's minimum of ten pages.
 fn make(len: u64, uuid: &Uuid, page: usize) -> Option<Vec<u8>> {
     let pages = len / page as u64;
     let last = u32::try_from(pages.checked_sub(1)?).unwrap_or(u32::MAX);
@@ -88,7 +89,7 @@ fn make(len: u64, uuid: &Uuid, page: usize) -> Option<Vec<u8>> {
     Some(header)
 }
 
-/// Signatures, by place and bytes, of what people keep on disks (as libblkid knows them).
+/// Signatures of common content of disks, by offset and bytes (as libblkid knows them).
 const SIGNATURES: [(usize, &[u8], &str); 11] = [
     (1024 + 56, &[0x53, 0xEF], "an ext2, ext3 or ext4 file system"),
     (0, b"XFSB", "an XFS file system"),
@@ -141,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_is_recognized() {
+    fn a_written_header_is_recognized() {
         let file = device(1 << 20);
         assert_eq!(look(file.path()).unwrap(), Content::Blank);
         write(file.path(), &ID).unwrap();
@@ -150,9 +151,9 @@ mod tests {
         assert_eq!(look(device(0).path()).unwrap(), Content::Blank);
     }
 
-    /// The same as mkswap(8) writes, byte by byte.
+    /// Compares with the bytes that mkswap(8) writes.
     #[test]
-    fn it_is_what_mkswap_writes() {
+    fn the_header_equals_that_of_mkswap() {
         if Command::new("mkswap").arg("--version").output().is_err() {
             eprintln!("skipped: mkswap is not installed");
             return;
@@ -169,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn what_others_made_is_left() {
+    fn content_of_others_is_recognized() {
         for (place, bytes, what) in SIGNATURES {
             let file = device(1 << 20);
             file.as_file().write_all_at(bytes, place as u64).unwrap();
@@ -187,7 +188,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_are_answered(head in prop::collection::vec(any::<u8>(), 0..5000)) {
+        fn any_bytes_are_classified(head in prop::collection::vec(any::<u8>(), 0..5000)) {
             let _ = recognize(&head, &[], 4096);
         }
     }

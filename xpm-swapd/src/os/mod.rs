@@ -1,10 +1,10 @@
-//! The edge to the kernel: what it says of memory and swap, and what it is told.
+//! The edge to the kernel: reading its state of memory and swap, and controlling it.
 //!
-//! * [`table`]: what the kernel's tables of swap and of memory say of one thing.
-//! * [`pressure`]: `/proc/pressure/memory`, waited for.
-//! * [`header`]: the header of a swap area, and what else may be on a device.
+//! * [`table`]: entries of the kernel's tables of swap and of memory.
+//! * [`pressure`]: waiting for events of `/proc/pressure/memory`.
+//! * [`header`]: the header of a swap area, and recognizing other content of a device.
 //! * `area`: swapon(2).
-//! * [`hand`]: the process that does swapoff(2).
+//! * [`hand`]: the process that executes swapoff(2).
 
 pub mod area;
 pub mod hand;

@@ -1,4 +1,4 @@
-//! Memory pressure (Documentation/accounting/psi.rst of the kernel): the kernel says when tasks had to
+//! Memory pressure (Documentation/accounting/psi.rst of the kernel): the kernel notifies when tasks had to
 //! wait for memory for too long.
 
 use std::fs::{self, File, OpenOptions};
@@ -17,18 +17,18 @@ const WINDOW: Duration = Duration::from_secs(1);
 /// Stack of the thread that waits; all of it is locked.
 const STACK_LEN: usize = 128 << 10;
 
-/// Hears when the threshold is passed.
+/// Records when the threshold is exceeded.
 #[derive(Debug)]
 pub struct Watch {
     passed: Arc<AtomicBool>,
 }
 
 impl Watch {
-    /// Asks the kernel to say when tasks waited for `stall` within a second, and from then on wakes
-    /// `notify` each time, at most once a second.
+    /// Requests a notification from the kernel when tasks waited for `stall` within a second, and from then
+    /// on wakes `notify` each time, at most once a second.
     ///
     /// # Errors
-    /// When the kernel does not tell: it has no PSI, or it is off (`psi=1` turns it on).
+    /// When the kernel does not support this: it has no PSI, or PSI is off (`psi=1` turns it on).
     pub fn start(stall: Duration, notify: Arc<Notify>) -> io::Result<Watch> {
         let trigger = ask(stall)?;
         let passed = Arc::new(AtomicBool::new(false));
@@ -42,7 +42,7 @@ impl Watch {
         Ok(Watch { passed })
     }
 
-    /// Whether it was passed since this was asked last.
+    /// Whether the threshold was exceeded since the last call.
     pub fn take(&self) -> bool {
         self.passed.swap(false, Ordering::Relaxed)
     }
@@ -50,12 +50,12 @@ impl Watch {
 
 fn ask(stall: Duration) -> io::Result<File> {
     let mut file = OpenOptions::new().read(true).write(true).open(FILE)?;
-    // The kernel wants the whole order in one write, with a zero at its end.
+    // The kernel requires the whole order in one write, with a terminating zero.
     file.write_all(format!("some {} {}\0", stall.as_micros(), WINDOW.as_micros()).as_bytes())?;
     Ok(file)
 }
 
-/// Waits for the next time. False when there will be none.
+/// Waits for the next notification. Returns false when there will be none.
 fn wait(trigger: &File) -> bool {
     let mut wanted = [PollFd::new(trigger, PollFlags::PRI)];
     loop {
@@ -67,8 +67,8 @@ fn wait(trigger: &File) -> bool {
     }
 }
 
-/// The share of the last ten seconds in which some task waited, in hundredths of a percent; none where
-/// the kernel does not tell.
+/// The share of the last ten seconds in which some task waited, in hundredths of a percent; none if the
+/// kernel does not report it.
 pub fn some_avg10() -> Option<u64> {
     parse(&fs::read_to_string(FILE).ok()?)
 }

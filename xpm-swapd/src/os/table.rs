@@ -1,4 +1,4 @@
-//! What the tables of swap (proc_swaps(5)) and of memory (proc_meminfo(5)) say of one thing.
+//! Reading the kernel's tables of swap (proc_swaps(5)) and of memory (proc_meminfo(5)).
 
 use std::fs;
 use std::io;
@@ -7,7 +7,7 @@ use std::path::Path;
 
 use xpm_control::proc::{Swap, meminfo};
 
-/// What `/proc/meminfo` says, in bytes.
+/// Values of `/proc/meminfo`, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Memory {
     /// `MemTotal`.
@@ -16,7 +16,7 @@ pub struct Memory {
     pub available: u64,
 }
 
-/// Memory as it is now.
+/// The present state of memory.
 ///
 /// # Errors
 /// When it cannot be read.
@@ -26,7 +26,7 @@ pub fn memory() -> io::Result<Memory> {
         .ok_or_else(|| io::Error::other("/proc/meminfo says neither MemTotal nor MemAvailable"))
 }
 
-/// The line of a device or file, which may have other names.
+/// The entry of a device or file, which may have other names.
 pub fn find<'a>(swaps: &'a [Swap], path: &str) -> Option<&'a Swap> {
     let by_name = swaps.iter().find(|swap| swap.path == path);
     by_name.or_else(|| {
@@ -35,7 +35,7 @@ pub fn find<'a>(swaps: &'a [Swap], path: &str) -> Option<&'a Swap> {
     })
 }
 
-/// What a path leads to: the number of a device, or file system and inode of a file.
+/// The identity of a path's target: the number of a device, or file system and inode of a file.
 fn identity(path: &str) -> Option<(bool, u64, u64)> {
     let found = fs::metadata(Path::new(path)).ok()?;
     match found.file_type().is_block_device() {

@@ -1,7 +1,7 @@
 //! The decision.
 //!
-//! Growing looks at what is free in the daemon's own areas. Shrinking wants a quarter more left free
-//! than growing asks for, and time: so what was just taken away is never what is missing next.
+//! Growing considers the free space in the daemon's own areas. Shrinking requires a quarter more free space
+//! than growing does, and time: so the next step never needs what was just removed.
 
 use xpm_protocol::api::swapd::Origin;
 use xpm_protocol::units::ByteSize;
@@ -10,11 +10,11 @@ use super::{
     AREA_LEN_MIN, AREAS_MAX, Action, Area, Cause, Decision, Phase, Reading, Rules, Standing, Wish, fits,
 };
 
-/// This part more than what growing asks for has to be free after shrinking.
+/// The additional free space that shrinking requires, as a fraction (1/4) of what growing requires.
 const EASE: u64 = 4;
 
-/// Decides what is to be done now. One thing at a time: an area is made while none is being made, and
-/// taken away while none is.
+/// Decides the next action. One at a time: an area is made only while none is being made, and removed only
+/// while none is being removed.
 pub fn decide(rules: &Rules, standing: &Standing, reading: &Reading) -> Decision {
     if standing.rests {
         return rest(rules, standing, reading);
@@ -38,7 +38,7 @@ pub fn decide(rules: &Rules, standing: &Standing, reading: &Reading) -> Decision
     Decision { action: Action::Hold, reason, wish: most }
 }
 
-/// While the policy rests, only what would be lost otherwise is taken away.
+/// While the policy rests, only areas are removed that would be lost otherwise.
 fn rest(rules: &Rules, standing: &Standing, reading: &Reading) -> Decision {
     for step in [lost, ending] {
         if let Verdict::Do(action @ Action::Drain { .. }, reason) = step(rules, standing, reading) {
@@ -48,7 +48,7 @@ fn rest(rules: &Rules, standing: &Standing, reading: &Reading) -> Decision {
     Decision { action: Action::Hold, reason: "the policy rests".to_owned(), wish: Wish::None }
 }
 
-/// Remembers of a reading and a decision what later decisions need.
+/// Stores the parts of a reading and a decision that later decisions need.
 pub fn observe(rules: &Rules, standing: &mut Standing, reading: &Reading, action: &Action) {
     let wanted = reading.pressed || wants(rules, standing, reading).is_some();
     if wanted || *action != Action::Hold || standing.making || standing.leaving().is_some() {
@@ -62,14 +62,15 @@ pub fn observe(rules: &Rules, standing: &mut Standing, reading: &Reading, action
     }
 }
 
-/// The step after one of this size, in bytes: it counts when that one is on, not when it was refused.
+/// The step after one of this size, in bytes. The caller uses it when that step's area is on, not when it was
+/// refused.
 pub fn step_after(rules: &Rules, size: u64) -> u64 {
     size.saturating_mul(2).clamp(rules.step, rules.step_max)
 }
 
 enum Verdict {
     Do(Action, String),
-    /// It is not done, though it would be wanted.
+    /// The action is wanted but not possible now.
     Not(Wish, String),
     Nothing,
 }
@@ -78,7 +79,7 @@ fn drain(area: &Area, cause: Cause, reason: String) -> Verdict {
     Verdict::Do(Action::Drain { name: area.name.clone(), cause }, reason)
 }
 
-/// An area whose memory is gone is left: what is written to it would be lost.
+/// An area whose memory is lost is removed, because data written to it would be lost.
 fn lost(_: &Rules, standing: &Standing, reading: &Reading) -> Verdict {
     let area = standing.areas.iter().find(|area| area.lost && area.phase == Phase::On);
     match area {
@@ -89,7 +90,7 @@ fn lost(_: &Rules, standing: &Standing, reading: &Reading) -> Verdict {
     }
 }
 
-/// An area whose allocation is going to end is left in time, after room was made where it is needed.
+/// An area whose allocation is going to end is removed in time, after room was made if that is needed.
 fn ending(rules: &Rules, standing: &Standing, reading: &Reading) -> Verdict {
     let area = standing.areas.iter().find(|area| area.ending && area.phase == Phase::On);
     let Some(area) = area else { return Verdict::Nothing };
@@ -126,7 +127,8 @@ fn grow(rules: &Rules, standing: &Standing, reading: &Reading) -> Verdict {
     }
     let step = standing.next_step.clamp(rules.step, rules.step_max);
     match make(rules, standing, reading, step, Origin::Step, reason) {
-        // There is still some: that pressure asks for more than the operator allows is told by the decision alone.
+        // There is still some free swap: only the decision shows that pressure asks for more than the
+        // operator allows.
         Verdict::Not(Wish::Forbidden, reason) if !runs_low(rules, standing) => {
             Verdict::Not(Wish::None, reason)
         }
@@ -138,12 +140,13 @@ fn runs_low(rules: &Rules, standing: &Standing) -> bool {
     standing.free() < rules.free_below.of(standing.lasting_size())
 }
 
-/// Why more is wanted, if it is.
+/// The reason for wanting more swap, if there is one.
 fn wants(rules: &Rules, standing: &Standing, reading: &Reading) -> Option<String> {
     let (free, size) = (standing.free(), standing.lasting_size());
     let not_on: u64 =
         standing.lasting().filter(|area| area.phase == Phase::NotOn).map(|area| area.size).sum();
-    // What is coming counts as there: it is a matter of a moment, or of a trouble that is told.
+    // Areas that are being made count as free: they will be on in a moment, or there is a trouble, which is
+    // shown.
     let free = free + not_on;
     let below = rules.free_below.of(size);
     if free < below {
@@ -166,7 +169,7 @@ fn wants(rules: &Rules, standing: &Standing, reading: &Reading) -> Option<String
     })
 }
 
-/// Makes an area of `size` or of what the maximum leaves.
+/// Makes an area of `size`, or of the rest that the maximum allows.
 fn make(
     rules: &Rules,
     standing: &Standing,
@@ -208,14 +211,14 @@ fn shrink(rules: &Rules, standing: &Standing, reading: &Reading) -> Verdict {
     }
 }
 
-/// Whether the base and enough that is free are left without it.
+/// Whether the base and enough free space are left without the area.
 fn can_spare(rules: &Rules, standing: &Standing, reading: &Reading, area: &Area) -> bool {
     let size = standing.lasting_size() - area.size;
     let free = standing.free().saturating_sub(area.free());
     let below = rules.free_below.of(size);
     let needed = (below + below / EASE).max(rules.pressure_free_below.of(size));
     let enough = match size {
-        // The last one goes when nothing of it is missed: what growing asks for must be nothing.
+        // The last area is removed only when none of it is needed: growing must then require no free space.
         0 => rules.free_below.of(0) == 0,
         _ => free >= area.used && free - area.used >= needed,
     };

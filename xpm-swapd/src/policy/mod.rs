@@ -1,10 +1,10 @@
-//! What is to be done about the machine's swap: a pure function of the rules, of what there is, and
-//! of what was seen.
+//! Decides the next action on the machine's swap: a pure function of the rules, of the present areas, and of
+//! the readings.
 //!
-//! * [`Rules`]: what the operator wants.
-//! * [`Standing`]: what there is, and what is remembered between two decisions.
-//! * [`Reading`]: what the machine looks like now.
-//! * [`decide`]: what follows from that, with its reason.
+//! * [`Rules`]: the operator's settings.
+//! * [`Standing`]: the present areas, and the state between two decisions.
+//! * [`Reading`]: the present state of the machine.
+//! * [`decide`]: the decision, with its reason.
 
 mod decide;
 #[cfg(test)]
@@ -18,49 +18,49 @@ use xpm_protocol::{Name, api::swapd::Origin};
 
 pub use decide::{decide, observe, step_after};
 
-/// Smallest area that is made, in bytes: the smallest region.
+/// Smallest area in bytes: the smallest region.
 pub const AREA_LEN_MIN: u64 = REGION_LEN_MIN;
-/// Most areas at once. The kernel has places for about 23 to 29 swap areas (`MAX_SWAPFILES` in
-/// include/linux/swap.h, by its configuration), of which some are left to others.
+/// Most areas at once. The kernel supports about 23 to 29 swap areas (`MAX_SWAPFILES` in
+/// include/linux/swap.h, depending on its configuration), of which some are left to others.
 pub const AREAS_MAX: usize = 16;
 
-/// What the operator wants. Sizes are in bytes.
+/// The operator's settings. Sizes are in bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rules {
-    /// There at once.
+    /// Swap that exists from the start.
     pub base: u64,
-    /// Never more than this.
+    /// Upper limit of swap.
     pub maximum: u64,
-    /// It grows when less than this is free.
+    /// Grow when less than this is free.
     pub free_below: Amount,
-    /// It grows under pressure when less than this is free.
+    /// Grow under pressure when less than this is free.
     pub pressure_free_below: Amount,
     /// The first step.
     pub step: u64,
     /// The largest step.
     pub step_max: u64,
-    /// It shrinks after so much calm.
+    /// Shrink after memory was calm for this long.
     pub shrink_after: Duration,
-    /// Memory that stays available when what was swapped out comes back.
+    /// Memory that has to stay available when swapped-out pages come back.
     pub margin: Amount,
 }
 
-/// What there is, and what is remembered. Moments are times since the daemon started.
+/// The present areas, and the state between two decisions. Times are durations since the daemon started.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Standing {
     /// The areas.
     pub areas: Vec<Area>,
     /// The next step, in bytes; 0: the first one.
     pub next_step: u64,
-    /// Since when it is calm: nothing was wanted, and nothing changed.
+    /// Start of the calm: since then no more swap was wanted, and no area changed.
     pub calm_since: Duration,
-    /// Nothing is done by itself.
+    /// Whether the policy rests, so that it takes no action by itself.
     pub rests: bool,
-    /// An area is being made.
+    /// Whether an area is being made.
     pub making: bool,
-    /// Nothing is made before.
+    /// No area is made before this time.
     pub make_not_before: Duration,
-    /// Nothing is taken away before.
+    /// No area is removed before this time.
     pub drain_not_before: Duration,
 }
 
@@ -71,131 +71,131 @@ pub struct Area {
     pub name: Name,
     /// Its size in bytes.
     pub size: u64,
-    /// What of it is in use, in bytes.
+    /// Used bytes.
     pub used: u64,
-    /// Why it is there.
+    /// Why it was made.
     pub origin: Origin,
-    /// How far it is.
+    /// Its phase.
     pub phase: Phase,
-    /// Its allocation is going to end.
+    /// Whether its allocation is going to end.
     pub ending: bool,
-    /// Its memory is gone.
+    /// Whether its memory is lost.
     pub lost: bool,
 }
 
-/// How far an area is.
+/// The phase of an area.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
-    /// It is not on: being made, or turned off by somebody else.
+    /// It is not on: it is being made, or others turned it off.
     NotOn,
     /// It is on.
     On,
-    /// It is being taken away, because of calm or because it has to.
+    /// It is being removed, for this cause.
     Leaving(Cause),
-    /// It is off, and has to be given back still.
+    /// It is off, and its allocation has to be given back.
     Gone,
 }
 
-/// Why an area is taken away.
+/// Why an area is removed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Cause {
     /// It is not needed.
     Calm,
     /// Its allocation is going to end.
     Ending,
-    /// Its memory is gone.
+    /// Its memory is lost.
     Lost,
-    /// By hand.
+    /// An operator requested it.
     Hand,
 }
 
-/// What the machine looks like. Sizes are in bytes.
+/// The present state of the machine. Sizes are in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Reading {
     /// Time since the daemon started.
     pub now: Duration,
     /// Memory of the machine.
     pub memory: u64,
-    /// What of it could be had without swapping.
+    /// Memory that is available without swapping.
     pub available: u64,
-    /// Free swap that others made, the last resort left out.
+    /// Free swap of others, without the last resort.
     pub others_free: u64,
     /// Free swap of the last resort.
     pub fallback_free: u64,
-    /// The threshold of memory pressure was passed since the last look.
+    /// Whether the threshold of memory pressure was exceeded since the last check.
     pub pressed: bool,
 }
 
-/// What is to be done.
+/// An action.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Action {
-    /// Nothing.
+    /// No action.
     Hold,
-    /// An area of this size is made.
+    /// Make an area of this size.
     Make {
-        /// In bytes.
+        /// The size in bytes.
         size: u64,
-        /// Why.
+        /// The reason for making it.
         origin: Origin,
     },
-    /// An area is taken away.
+    /// Remove an area.
     Drain {
-        /// Which one.
+        /// The area.
         name: Name,
-        /// Why.
+        /// The cause.
         cause: Cause,
     },
-    /// An area that is being taken away stays.
+    /// Cancel the removal of an area.
     Stay {
-        /// Which one.
+        /// The area.
         name: Name,
     },
 }
 
-/// What is to be done, and why, in one line.
+/// An action, and its reason in one line.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Decision {
-    /// What.
+    /// The action.
     pub action: Action,
-    /// Why.
+    /// The reason.
     pub reason: String,
-    /// Whether more is wanted than is made now.
+    /// Whether more swap is wanted than is made now.
     pub wish: Wish,
 }
 
-/// Whether more is wanted than is made now.
+/// Whether more swap is wanted than is made now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Wish {
-    /// It is not.
+    /// No more is wanted.
     None,
-    /// It is, and is tried later.
+    /// More is wanted, and is tried later.
     Later,
-    /// It is, and the operator's rules do not allow it.
+    /// More is wanted, and the operator's rules do not allow it.
     Forbidden,
 }
 
 impl Standing {
-    /// Bytes of all areas, also of those that are leaving.
+    /// Size of all areas in bytes, including those being removed.
     pub fn size(&self) -> u64 {
         self.areas.iter().map(|area| area.size).sum()
     }
 
-    /// Areas that pages go to, and will.
+    /// Areas that receive pages now or soon, and are not being removed.
     fn lasting(&self) -> impl Iterator<Item = &Area> {
         self.areas.iter().filter(|area| area.lasts())
     }
 
-    /// Bytes that are free in areas that last.
+    /// Free bytes in lasting areas.
     pub fn free(&self) -> u64 {
         self.lasting().filter(|area| area.phase == Phase::On).map(Area::free).sum()
     }
 
-    /// Bytes of areas that last.
+    /// Size of the lasting areas in bytes.
     pub fn lasting_size(&self) -> u64 {
         self.lasting().map(|area| area.size).sum()
     }
 
-    /// The area that is being taken away by itself or by hand.
+    /// The area that is being removed, by the policy or by hand.
     pub fn leaving(&self) -> Option<(&Area, Cause)> {
         self.areas.iter().find_map(|area| match area.phase {
             Phase::Leaving(cause) => Some((area, cause)),
@@ -214,18 +214,18 @@ impl Area {
     }
 }
 
-/// Whether what an area holds fits elsewhere: into other swap, or into memory with the margin left.
+/// Whether the content of an area fits elsewhere: into other swap, or into memory with the margin left.
 ///
 /// # Errors
-/// In one line, what there is and what is needed.
+/// In one line, the available and the needed room.
 pub fn fits(rules: &Rules, standing: &Standing, reading: &Reading, area: &Area) -> Result<(), String> {
     fits_all(rules, standing, reading, std::slice::from_ref(&area.name))
 }
 
-/// Whether what some areas hold together fits elsewhere, as [`fits`] says it.
+/// Whether the contents of several areas together fit elsewhere, as in [`fits`].
 ///
 /// # Errors
-/// In one line, what there is and what is needed.
+/// In one line, the available and the needed room.
 pub fn fits_all(rules: &Rules, standing: &Standing, reading: &Reading, names: &[Name]) -> Result<(), String> {
     let is_one = |area: &&Area| names.contains(&area.name);
     let used: u64 = standing.areas.iter().filter(is_one).map(|area| area.used).sum();

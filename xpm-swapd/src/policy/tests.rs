@@ -1,4 +1,4 @@
-//! Single decisions, and a machine in miniature under any load.
+//! Single decisions, and a simulated machine under any load.
 
 use std::time::Duration;
 
@@ -55,7 +55,7 @@ fn made(standing: &Standing, reading: &Reading) -> Option<u64> {
 }
 
 #[test]
-fn the_base_is_there_at_once() {
+fn the_base_exists_at_once() {
     assert_eq!(made(&standing(vec![]), &at(0)), Some(64));
     assert_eq!(made(&standing(vec![area(1, 64, 0, Origin::Base)]), &at(0)), None);
     let refused = Standing { make_not_before: Duration::from_secs(5), ..standing(vec![]) };
@@ -99,7 +99,7 @@ fn steps_double_up_to_the_largest_and_the_maximum() {
 }
 
 #[test]
-fn a_maximum_is_a_trouble_when_swap_runs_low_and_not_for_pressure_alone() {
+fn the_maximum_is_a_trouble_when_swap_runs_low_but_not_for_pressure_alone() {
     let pressed = Reading { pressed: true, ..at(1) };
     for (used, wish) in [(600, Wish::None), (900, Wish::Forbidden)] {
         let full = standing(vec![area(1, 1024, used, Origin::Base)]);
@@ -117,7 +117,7 @@ fn it_shrinks_by_the_emptiest_after_calm_when_that_fits() {
         Action::Drain { name, cause: Cause::Calm } => name.to_string(),
         other => panic!("{other:?}: {}", decision.reason),
     };
-    // Without the third, 35 of 128 are used: more than half is free. Without the second one as well.
+    // Without the third area, 35 of 128 are used: more than half is free. The same holds without the second.
     assert_eq!(drained(decide(&rules(), &calm, &at(30))), "swap-h-3");
     let full = Reading { available: 0, ..at(30) };
     assert_eq!(drained(decide(&rules(), &calm, &full)), "swap-h-3", "there is room in other areas");
@@ -128,13 +128,13 @@ fn it_shrinks_by_the_emptiest_after_calm_when_that_fits() {
 }
 
 #[test]
-fn what_is_made_by_hand_or_is_the_base_stays() {
+fn areas_made_by_hand_and_the_base_stay() {
     let areas = vec![area(1, 64, 0, Origin::Base), area(2, 64, 0, Origin::Hand)];
     assert_eq!(decide(&rules(), &standing(areas), &at(100)).action, Action::Hold);
 }
 
 #[test]
-fn a_shrink_is_given_up_when_more_is_wanted() {
+fn shrinking_is_cancelled_when_more_is_wanted() {
     let mut areas = vec![area(1, 64, 60, Origin::Base), area(2, 64, 20, Origin::Step)];
     areas[1].phase = Phase::Leaving(Cause::Calm);
     let decision = decide(&rules(), &standing(areas.clone()), &at(1));
@@ -145,7 +145,7 @@ fn a_shrink_is_given_up_when_more_is_wanted() {
 }
 
 #[test]
-fn an_area_that_is_going_to_end_is_left_in_time() {
+fn an_area_that_is_going_to_end_is_removed_in_time() {
     let mut areas = vec![area(1, 64, 60, Origin::Base), area(2, 128, 10, Origin::Step)];
     areas[0].ending = true;
     let decision = decide(&rules(), &standing(areas.clone()), &at(1));
@@ -157,7 +157,7 @@ fn an_area_that_is_going_to_end_is_left_in_time() {
 }
 
 #[test]
-fn an_area_whose_memory_is_gone_is_left_at_once() {
+fn an_area_whose_memory_is_lost_is_removed_at_once() {
     let mut areas = vec![area(1, 64, 60, Origin::Base)];
     areas[0].lost = true;
     let decision = decide(&rules(), &standing(areas), &Reading { available: 0, ..at(0) });
@@ -165,10 +165,10 @@ fn an_area_whose_memory_is_gone_is_left_at_once() {
 }
 
 #[test]
-fn who_rests_does_nothing() {
+fn a_resting_policy_takes_no_action() {
     let rests = Standing { rests: true, ..standing(vec![]) };
     assert_eq!(decide(&rules(), &rests, &at(100)).action, Action::Hold);
-    // But for what would be lost.
+    // Except for areas that would be lost.
     let mut areas = vec![area(1, 64, 10, Origin::Base)];
     areas[0].ending = true;
     let rests = Standing { rests: true, ..standing(areas) };
@@ -177,8 +177,8 @@ fn who_rests_does_nothing() {
     assert_eq!(decide(&rules(), &rests, &full).action, Action::Hold, "nothing is made");
 }
 
-/// A machine in miniature: a load that wants memory, areas that fill in order, and what the daemon
-/// does in answer, done at once or after some looks.
+/// A simulated machine: a load that wants memory, areas that fill in order, and the daemon's actions,
+/// executed at once or after some checks.
 struct Machine {
     rules: Rules,
     standing: Standing,
@@ -195,7 +195,7 @@ impl Machine {
         Machine { rules, standing, memory: 512 * MIB, now: 0, made: 0, job: None, last_make: None }
     }
 
-    /// One look at a load of `wanted` bytes; what was decided.
+    /// One check with a load of `wanted` bytes; returns the decided action.
     fn look(&mut self, wanted: u64, delay: u64) -> Action {
         self.now += 1;
         self.finish();
@@ -286,8 +286,8 @@ impl Machine {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
 
-    /// Under any load: never beyond the maximum, never away what does not fit or was just made; and
-    /// when the load stays as it is, nothing is done any more after a while.
+    /// Under any load: the maximum is kept, no area is removed whose content does not fit or that was just
+    /// made; and when the load stays constant, the actions cease after a while.
     #[test]
     fn it_follows_any_load_and_comes_to_rest(
         base in 0_u64..5,
@@ -318,9 +318,10 @@ proptest! {
         }
     }
 
-    /// While the pool gives and the maximum allows, what is swapped out has room, with some to spare.
+    /// While the pool grants and the maximum allows, there is room for the swapped-out pages, with some to
+    /// spare.
     #[test]
-    fn there_is_room_for_what_is_wanted(mib in 0_u64..2000) {
+    fn there_is_room_for_the_wanted_swap(mib in 0_u64..2000) {
         let rules = Rules { maximum: 8192 * MIB, ..rules() };
         let mut machine = Machine::new(rules);
         for _ in 0..200 {

@@ -5,8 +5,8 @@
 //! buffer, piece by piece, and are not copied here.
 //!
 //! * `message.rs`: the protocol's messages; `session.rs`: their execution.
-//! * `memory.rs`: guest memory; `fault.rs`: its loss; `ring.rs`, `chain.rs`, `request.rs`: from a ring to operations, each of
-//!   which checks the data that a guest may have written.
+//! * `memory.rs`: guest memory; `fault.rs`: its loss; `ring.rs`, `chain.rs`, `request.rs`: from a ring to
+//!   operations, each of which checks the data that a guest may have written.
 //! * `inflight.rs`: marks of requests in flight, which outlive this process.
 //! * `queue.rs`: the thread of a queue.
 //!
