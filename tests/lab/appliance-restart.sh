@@ -22,17 +22,12 @@ swapped_at_least() {
 
 # Appliances that the allocation lies on.
 places() {
-    xpm alloc show "$name" --json | python3 -c '
-import json, sys
-print(*sorted({one["appliance_name"] for one in json.load(sys.stdin)["regions"]}))'
+    xpm alloc show "$name" --json | jq -r '[.regions[].appliance_name] | unique | join(" ")'
 }
 
-# device_says EXPRESSION: a value of what xpm-blk says of the device.
+# device_says FILTER: jq's filter on the state that xpm-blk reports of the device.
 device_says() {
-    xpm blk show "$name" --json | python3 -c "
-import json, sys
-device = json.load(sys.stdin)
-print($1)"
+    xpm blk show "$name" --json | jq -r "$1"
 }
 
 # replace HOW NAME: and a moment in which the load goes on.
@@ -61,16 +56,16 @@ for ((round = 1; round <= rounds; round++)); do
     done
     if ((round % 2)); then replace kill allocator; else replace restart allocator; fi
     note "round $round of $rounds: $(swapped) MiB are swapped out, links were made anew" \
-        "$(device_says 'sum(link["reconnects"] for link in device["links"])') times"
+        "$(device_says '[.links[].reconnects] | add') times"
 done
 : >$over
 wait $hog || fail "memhog: $(cat $hog_out)"
 tail -n 1 $hog_out
-[ "$(device_says 'device["counters"]["errors"]')" -eq 0 ] || fail "I/O failed: $(xpm blk show "$name" --json)"
-[ "$(device_says 'device["state"]')" = live ] || fail "not live: $(xpm blk show "$name" --json)"
+[ "$(device_says '.counters.errors // 0')" -eq 0 ] || fail "I/O failed: $(xpm blk show "$name" --json)"
+[ "$(device_says '.state')" = live ] || fail "not live: $(xpm blk show "$name" --json)"
 replaced=$(wc -w <<<"$held")
 replaced=$((replaced * rounds * 2))
-[ "$(device_says 'sum(link["reconnects"] for link in device["links"])')" -ge $replaced ] ||
+[ "$(device_says '[.links[].reconnects] | add')" -ge $replaced ] ||
     fail "links saw less than $replaced lives: $(xpm blk show "$name" --json)"
 wait_for 20 xpm fsck
 swap_off "$form"

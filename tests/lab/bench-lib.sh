@@ -23,7 +23,7 @@ start_site() {
 
 # xpm_device DEVICE FORM [OPTION...]: an allocation of $SIZE_MIB MiB in that form takes its turns.
 xpm_device() {
-    xpm alloc create "$1" --size ${SIZE_MIB}MiB
+    xpm alloc create "$1" --size "${SIZE_MIB}MiB"
     device_of[$1]=$(xpm blk attach "$1" --as "$2" "${@:3}")
 }
 
@@ -81,20 +81,13 @@ measure() {
     fio --name=bench --filename="${device_of[$1]}" --rw="$rw" --bs=$block --iodepth="$depth" --ioengine=io_uring \
         --direct=1 --time_based --runtime="$SECONDS_EACH" --randrepeat=0 --clat_percentiles=0 --lat_percentiles=1 \
         --output-format=json --output=/tmp/fio.json
-    python3 - "$1" "$2" <<'PYTHON'
-import json, sys
-device, load = sys.argv[1:]
-job = json.load(open("/tmp/fio.json"))["jobs"][0]
-side = job[load.split("-")[0]]
-if load.endswith("-seq"):
-    print(device, load, "mib_s", round(side["bw_bytes"] / (1 << 20), 1))
-else:
-    # With the submission: some drivers do their work in it.
-    percentile = side["lat_ns"]["percentile"]
-    print(device, load, "p50_us", percentile["50.000000"] / 1000)
-    print(device, load, "p99_us", percentile["99.000000"] / 1000)
-    print(device, load, "iops", round(side["iops"]))
-PYTHON
+    # The latency includes the submission, since some drivers do their work in it.
+    jq -r --arg device "$1" --arg load "$2" '
+        .jobs[0][$load | split("-")[0]] |
+        if $load | endswith("-seq") then "mib_s \(.bw_bytes / 1048576 * 10 | round / 10)"
+        else "p50_us \(.lat_ns.percentile["50.000000"] / 1000)", "p99_us \(.lat_ns.percentile["99.000000"] / 1000)",
+            "iops \(.iops | round)"
+        end | "\($device) \($load) \(.)"' /tmp/fio.json
 }
 
 # The medians of what `measure` said, from /tmp/results.

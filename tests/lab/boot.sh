@@ -40,10 +40,7 @@ UNIT
 }
 
 swapd_is_on() {
-    xpm swap status --json | python3 -c '
-import json, sys
-areas = json.load(sys.stdin)["areas"]
-sys.exit([area["state"] for area in areas] != ["on"])'
+    xpm swap status --json | jq -e '[.areas[].state] == ["on"]'
 }
 
 # What udev made of a device.
@@ -100,6 +97,7 @@ check_last() {
     swapd=$(grep -n 'Stopped.*xpm-swapd\.service' "$journal" | tail -n 1 | cut -d: -f1)
     blk=$(grep -n 'Stopped.*xpm-blk\.service' "$journal" | tail -n 1 | cut -d: -f1)
     network=$(grep -n 'Stopping.*lab-network\.service\|Stopped.*lab-network\.service' "$journal" | head -n 1 | cut -d: -f1)
+    # shellcheck disable=SC2015 # `fail` ends the scenario
     [ "${swap:-0}" -gt 0 ] && [ "${mount:-0}" -gt 0 ] && [ "${blk:-0}" -gt "$swap" ] && [ "$blk" -gt "$mount" ] && [ "${network:-0}" -gt "$blk" ] &&
         [ "${swapd:-0}" -gt 0 ] && [ "$blk" -gt "$swapd" ] ||
         fail "not in order: swapoff in line ${swap:-none} of $journal, umount in ${mount:-none}, the end of xpm-swapd in ${swapd:-none}, of xpm-blk in ${blk:-none}, of the network in ${network:-none}"

@@ -4,9 +4,7 @@
 
 # Names of the appliances that an allocation lies on.
 places() {
-    xpm alloc show "$1" --json | python3 -c '
-import json, sys
-print(*sorted({one["appliance_name"] for one in json.load(sys.stdin)["regions"]}))'
+    xpm alloc show "$1" --json | jq -r '[.regions[].appliance_name] | unique | join(" ")'
 }
 
 dmesg_start
@@ -31,11 +29,8 @@ done
 : >/run/lab/drained
 wait $hog || fail "memhog: $(cat /run/lab/hog.out)"
 tail -n 2 /run/lab/hog.out
-xpm blk show swap-ublk --json | python3 -c '
-import json, sys
-device = json.load(sys.stdin)
-sys.exit(f"errors: {device}" if device["counters"]["errors"] or device["state"] != "live" else 0)' ||
-    fail "I/O failed"
+xpm blk show swap-ublk --json | jq -e '.counters.errors == 0 and .state == "live"' >/dev/null ||
+    fail "I/O failed: $(xpm blk show swap-ublk --json)"
 swap_off ublk
 dmesg_clean
 note "done"

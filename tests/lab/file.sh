@@ -23,11 +23,7 @@ manage_fs() {
 # Fields of the daemon's status: the process that serves, and its standby if that is ready.
 find_fs() {
     local status
-    status=$( (xpm status --json 2>/dev/null || true) | python3 -c '
-import json, sys
-status = json.load(sys.stdin)["fs"]
-standby = status.get("standby") or {}
-print(status["pid"], standby.get("pid") if standby.get("state") == "ready" else "")') || return 1
+    status=$( (xpm status --json 2>/dev/null || true) | jq -er '.fs | select(.pid) | "\(.pid) \(.standby | if .state == "ready" then .pid else "" end)"') || return 1
     read -r serving standby <<<"$status"
     [ -n "$serving" ]
 }

@@ -4,19 +4,17 @@
 form=$1
 name=swap-$form
 
-# of COMMAND EXPRESSION: a value of what a command says in JSON, as `said`.
+# of COMMAND FILTER: jq's filter on the JSON that a command of `xpm` prints.
 of() {
-    xpm $1 --json | python3 -c "
-import json, sys
-said = json.load(sys.stdin)
-print($2)"
+    # shellcheck disable=SC2086
+    xpm $1 --json | jq -r "$2"
 }
 
 says() {
     local found
     found=$(of "$1" "$2")
     echo "$1: $2 is $found"
-    [ "$found" = True ]
+    [ "$found" = true ]
 }
 
 swapped_at_least() {
@@ -34,7 +32,7 @@ is_over() {
 blk_settings=$small_blk
 start_blk
 swap_on "$form" 256MiB --region-size 256MiB
-lender=$(of "alloc show $name" 'said["regions"][0]["appliance_name"]')
+lender=$(of "alloc show $name" '.regions[0].appliance_name')
 note "swap on $device, whose memory is on $lender"
 # What is swapped out is this program's alone. The kernel may end it, as any program, when nothing of it can be swapped out.
 make_group hog memory.max=48M
@@ -46,8 +44,8 @@ hog=$!
 wait_for 120 swapped_at_least 40000
 
 printf '\n@lab freeze %s\n' "$lender"
-wait_for 60 says "appliance show $lender" 'said["state"] == "silent"'
-wait_for 60 says "blk show $name" 'said["in_flight"] > 0'
+wait_for 60 says "appliance show $lender" '.state == "silent"'
+wait_for 60 says "blk show $name" '.in_flight > 0'
 note "$lender is silent, and I/O waits"
 refused "xpm appliance forget $lender --lost" xpm appliance forget "$lender"
 refused "xpm appliance forget $lender --lost" xpm alloc delete "$name"
@@ -64,7 +62,7 @@ take_swap_off "$device"
 note "given up, and swapoff is through $(awk -v began="$began" '{print $1 - began}' /proc/uptime) s later"
 wait_for 20 is_over "$hog"
 wait "$hog" && fail "the program ended well, without its memory: $(cat /run/lab/hog.out)"
-wait_for 10 says "blk show $name" 'said["in_flight"] == 0 and said["state"] == "lost"'
+wait_for 10 says "blk show $name" '.in_flight == 0 and .state == "lost"'
 xpm blk list | grep "lost on $lender" || fail "the list does not say so"
 xpm alloc list | grep "lost on $lender" || fail "the list of allocations does not say so"
 detach "$name"
@@ -77,5 +75,5 @@ swap_off "$form"
 note "swap on the other appliance did its work"
 
 printf '\n@lab thaw %s\n' "$lender"
-wait_for 60 says "appliance show $lender" 'said["state"] == "up" and said["status"]["granted"] == 0'
+wait_for 60 says "appliance show $lender" '.state == "up" and .status.granted == 0'
 note "$lender is back, cleared"

@@ -219,9 +219,7 @@ dmesg_clean() {
 
 # Bytes that granted regions hold at all appliances together.
 resident() {
-    xpm appliance list --json | python3 -c '
-import json, sys
-print(sum(appliance["status"]["resident"] for appliance in json.load(sys.stdin)))'
+    xpm appliance list --json | jq '[.[].status.resident] | add // 0'
 }
 
 # resident_at_most BYTES: whether no more is held. The allocator learns it with the heartbeats.

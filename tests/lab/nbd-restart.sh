@@ -28,10 +28,10 @@ replace_blk() {
 }
 
 is_live() {
-    xpm blk show "$1" --json | python3 -c "
-import json, sys
-device = json.load(sys.stdin)
-sys.exit(str(device) if (device['state'], device['path']) != ('live', '$device') else 0)"
+    local found
+    found=$(xpm blk show "$1" --json | jq -r '"\(.state) \(.path)"')
+    echo "$1: $found"
+    [ "$found" = "live $device" ]
 }
 
 # replace_all NAME PID: xpm-blk and the appliance, in rounds, while the process goes on.
@@ -51,9 +51,7 @@ replace_all() {
 
 # Where an allocation of one region lies.
 place() {
-    xpm alloc show "$1" --json | python3 -c '
-import json, sys
-print(json.load(sys.stdin)["regions"][0]["appliance_name"])'
+    xpm alloc show "$1" --json | jq -r '.regions[0].appliance_name'
 }
 
 # The load and, when all has been replaced, its end.
@@ -102,6 +100,7 @@ swap_off "$form"
 
 # One that no record speaks of is left while somebody has it, and said; and taken away when nobody uses it.
 attach orphan 64MiB "$form" --region-size 64MiB
+# shellcheck disable=SC2217 # The open descriptor uses the device.
 sleep infinity <"$device" &
 holder=$!
 kill -9 "$blk_pid"

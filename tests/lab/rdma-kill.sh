@@ -3,13 +3,13 @@
 
 # no_link_up NAME
 no_link_up() {
-    shown "$1" links
-    [ "$(shown "$1" 'any(link["state"] == "up" for link in links)')" = False ]
+    shown "$1" .links
+    [ "$(shown "$1" 'any(.links[]; .state == "up")')" = false ]
 }
 
 is_lost() {
-    shown "$1" device
-    [ "$(shown "$1" 'device["state"]')" = lost ]
+    shown "$1" .
+    [ "$(shown "$1" '.state')" = lost ]
 }
 
 # What was in flight does not stay so.
@@ -21,7 +21,7 @@ load_ended() {
 start_pool 128MiB a1 a2
 attach old 16MiB ublk --region-size 16MiB
 all_rdma old 1
-victim=$(shown old 'links[0]["appliance_name"]')
+victim=$(shown old '.links[0].appliance_name')
 dd if=/dev/urandom of="$device" bs=1M count=16 oflag=direct status=none
 fio --name=load --filename="$device" --rw=randrw --bs=16k --iodepth=8 --direct=1 --ioengine=libaio \
     --time_based --runtime=120 >/run/lab/fio.out 2>&1 &
@@ -32,7 +32,7 @@ disown "${appliance_pid[$victim]}"
 kill -KILL "${appliance_pid[$victim]}"
 note "$victim is killed"
 wait_for 15 no_link_up old
-note "the client knows it: $(shown old 'links[0]["reason"]')"
+note "the client knows it: $(shown old '.links[0].reason')"
 kill -0 $fio_pid || fail "I/O was not held: $(tail -n 5 /run/lab/fio.out)"
 
 start_appliance "$victim" 128MiB
@@ -48,7 +48,7 @@ detach old
 wait_for 20 registered "$victim" 2
 attach new 64MiB ublk --stripe 2
 all_rdma new 2
-shown new '[link["appliance_name"] for link in links]' | grep "$victim" || fail "$victim lends nothing"
+shown new '.links[].appliance_name' | grep "$victim" || fail "$victim lends nothing"
 load "$device" 16 --do_verify=1
 note "$victim lends memory again"
 detach new

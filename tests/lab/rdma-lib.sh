@@ -74,24 +74,23 @@ registered() {
 
 # counted NAME: the sum of a counter over all appliances, as of their last heartbeats.
 counted() {
-    xpm appliance list --json | python3 -c '
-import json, sys
-print(sum(appliance["status"]["counters"][sys.argv[1]] for appliance in json.load(sys.stdin)))' "$1"
+    xpm appliance list --json | jq --arg name "$1" '[.[].status.counters[$name]] | add // 0'
 }
 
-# shown NAME EXPRESSION: prints Python's expression on the device that `xpm blk show` shows, or its links.
+# shown NAME FILTER: jq's filter on the device that `xpm blk show` shows.
 shown() {
-    xpm blk show "$1" --json | python3 -c '
-import json, sys
-device = json.load(sys.stdin)
-links = device["links"]
-eval(f"print({sys.argv[1]})")' "$2"
+    xpm blk show "$1" --json | jq -r "$2"
+}
+
+# links_are NAME: how many links the device has, and the transports and states that they have.
+links_are() {
+    shown "$1" '"\(.links | length) \([.links[] | .transport + " " + .state] | unique | join(" "))"'
 }
 
 # all_rdma NAME COUNT: the device has so many links, all of them up and RDMA.
 all_rdma() {
     local found
-    found=$(shown "$1" 'len(links), *{link["transport"] + " " + link["state"] for link in links}')
+    found=$(links_are "$1")
     [ "$found" = "$2 rdma up" ] || fail "the links of $1 are: $found"
 }
 
@@ -103,9 +102,7 @@ nothing_left() {
 }
 
 granted_none() {
-    xpm appliance list --json | python3 -c '
-import json, sys
-sys.exit("regions are granted" if any(appliance["status"]["granted"] for appliance in json.load(sys.stdin)) else 0)'
+    xpm appliance list --json | jq -e 'all(.[]; .status.granted == 0)'
 }
 
 # The appliances' own count of what they answered.

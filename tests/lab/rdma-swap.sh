@@ -5,11 +5,11 @@
 swap_round() {
     local name=$1 mb=$2 before
     shift 2
-    before=$(shown "$name" 'device["counters"]["read_bytes"]')
+    before=$(shown "$name" '.counters.read_bytes')
     swapon "$@" "$device"
     (in_group "$group" memhog "$mb" --seed "$RANDOM" --passes 1 --run 64)
     swapoff "$device"
-    local read=$((($(shown "$name" 'device["counters"]["read_bytes"]') - before) / 1048576))
+    local read=$((($(shown "$name" '.counters.read_bytes') - before) / 1048576))
     note "swap${*:+ $*}: $read MiB were read back"
     [ $read -ge 64 ] || fail "that is too little for a test"
     all_rdma "$name" 2

@@ -61,7 +61,7 @@ note "ext4 and swap: verified"
 rm /run/lab/managed
 old=$serving
 kill -TERM "$serving"
-wait $manager || true
+wait "$manager" || true
 [ ! -e /proc/"$old" ] || fail "the process that was told to end is still there"
 wait_for 60 find_blk
 find_blk
@@ -106,7 +106,7 @@ python3 -c 'import os, sys, time; os.open(sys.argv[1], os.O_RDONLY | os.O_EXCL);
 holder=$!
 rm /run/lab/managed
 kill_both
-wait $manager || true
+wait "$manager" || true
 rm /var/lib/xpm-blk/devices/fs.json
 with_another_life
 [ -b "$fs" ] || fail "a device in use was taken away"

@@ -61,11 +61,7 @@ manage_blk() {
 # The process that serves and the one that is ready to go on, in $serving and $standby.
 find_blk() {
     local status
-    status=$( (xpm status --json 2>/dev/null || true) | python3 -c '
-import json, sys
-status = json.load(sys.stdin)["blk"]
-standby = status.get("standby") or {}
-print(status["pid"], standby.get("pid") if standby.get("state") == "ready" else "")') || return 1
+    status=$( (xpm status --json 2>/dev/null || true) | jq -er '.blk | select(.pid) | "\(.pid) \(.standby | if .state == "ready" then .pid else "" end)"') || return 1
     read -r serving standby <<<"$status"
     [ -n "$serving" ]
 }
@@ -126,9 +122,7 @@ base = "1GiB"
 maximum = "1GiB"
 TOML
     start_swapd
-    read -r name device <<<"$(xpm swap status --json | python3 -c '
-import json, sys
-print(*[(area["name"], area["path"]) for area in json.load(sys.stdin)["areas"]][0])')"
+    read -r name device <<<"$(xpm swap status --json | jq -r '.areas[0] | "\(.name) \(.path)"')"
     note "xpm-swapd has put swap on $device, $(awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo) MiB of memory"
 }
 
@@ -147,10 +141,7 @@ end_swapd() {
 }
 
 base_is_on() {
-    xpm swap status --json | python3 -c '
-import json, sys
-areas = json.load(sys.stdin)["areas"]
-sys.exit(len(areas) != 1 or areas[0]["state"] != "on")'
+    xpm swap status --json | jq -e '[.areas[].state] == ["on"]'
 }
 
 no_blk_left() {
@@ -173,12 +164,12 @@ start_hogs() {
 }
 
 hogs_live() {
-    kill -0 $hogs 2>/dev/null || fail "a program ended: $(cat /run/lab/hogs.log)"
+    kill -0 "$hogs" 2>/dev/null || fail "a program ended: $(cat /run/lab/hogs.log)"
 }
 
 end_hogs() {
     : >/run/lab/enough
-    wait $hogs || fail "a program found bad pages: $(cat /run/lab/hogs.log)"
+    wait "$hogs" || fail "a program found bad pages: $(cat /run/lab/hogs.log)"
     passes=$(grep -c ' 0 bad' /run/lab/hogs.log)
     [ "$passes" -gt 0 ] || fail "no pass was ended"
     ! grep ' bad' /run/lab/hogs.log | grep -v ' 0 bad' || fail "bad pages, see above"
@@ -193,21 +184,19 @@ watch_gaps() {
 
 end_gaps() {
     : >/run/lab/gaps.end
-    wait $gaps || fail "$(cat /run/lab/gaps.log)"
+    wait "$gaps" || fail "$(cat /run/lab/gaps.log)"
 }
 
 # no_errors NAME: no request of the device ended with an error, by xpm-blk's own account.
 no_errors() {
-    xpm blk show "$1" --json | python3 -c '
-import json, sys
-errors = json.load(sys.stdin)["counters"].get("errors", 0)
-sys.exit(f"{errors} requests ended with errors" if errors else 0)' || fail "requests failed"
+    xpm blk show "$1" --json | jq -e '(.counters.errors // 0) == 0' >/dev/null ||
+        fail "requests failed: $(xpm blk show "$1" --json)"
 }
 
 stop_managed_blk() {
     wait_standby
     rm -f /run/lab/managed
     kill -TERM "$serving"
-    wait $manager || true
+    wait "$manager" || true
     wait_for 10 no_blk_left
 }

@@ -9,20 +9,17 @@ MIB=$((1 << 20))
 # Each safety item holds, and the device is set up for swap.
 doctor_is_content() {
     xpm doctor
-    xpm doctor --json | python3 -c '
-import json, sys
-report = json.load(sys.stdin)
-found = {check["item"]: check["severity"] for check in report["checks"]}
-wanted = ["mlockall", "io-flusher", "oom-score-adj", "mount-namespace", "cgroup-swap-max", "memory-reserve", "real-time"]
-wanted += ["scheduler", "rotational", "discard", "state", "used by"]
-bad = [item for item in wanted if found.get(item) != "ok"]
-sys.exit(f"not ok: {bad}" if bad or not report["safe"] else 0)' || fail "xpm doctor is not content"
+    local bad
+    bad=$(xpm doctor --json | jq -r '
+        . as $report | [.checks[] | {(.item): .severity}] | add as $found |
+        ["mlockall", "io-flusher", "oom-score-adj", "mount-namespace", "cgroup-swap-max", "memory-reserve", "real-time",
+            "scheduler", "rotational", "discard", "state", "used by"] |
+        map(select($found[.] != "ok")) + if $report.safe then [] else ["safe"] end | join(", ")')
+    [ -z "$bad" ] || fail "xpm doctor is not content with: $bad"
 }
 
 standby_ready() {
-    (xpm status --json || true) | python3 -c '
-import json, sys
-sys.exit((json.load(sys.stdin)["blk"].get("standby") or {}).get("state") != "ready")'
+    (xpm status --json || true) | jq -e '.blk.standby.state == "ready"'
 }
 
 # How much was swapped out since the guest began, in MiB.
@@ -53,11 +50,13 @@ if [ "$form" = nbd-direct ]; then
     wait_for 120 standby_ready
     stopped=$(pgrep -x xpm-blk)
     [ "$(wc -w <<<"$stopped")" -eq 2 ] || fail "not two processes of xpm-blk, but $stopped"
+    # shellcheck disable=SC2086 # two processes
     kill -STOP $stopped
 fi
 before=$(swapped_out)
 memhog 260 --seed "$RANDOM" --passes 1 --run 64
 swapped=$(($(swapped_out) - before))
+# shellcheck disable=SC2086 # two processes
 [ -z "$stopped" ] || kill -CONT $stopped
 note "$swapped MiB were swapped out"
 [ $swapped -ge 120 ] || fail "that is too little for a test"

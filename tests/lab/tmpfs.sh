@@ -10,7 +10,7 @@ start_blk
 swap_on ublk 1GiB --stripe 2
 mkdir -p /mnt/tmpfs
 mount -t tmpfs -o size=$((FILES * FILE_MIB + 50))M tmpfs /mnt/tmpfs
-cd /mnt/tmpfs
+cd /mnt/tmpfs || exit
 
 for ((file = 1; file <= FILES; file++)); do
     head -c ${FILE_MIB}M /dev/urandom | tee "$file" | md5sum | sed "s/-/$file/" >>/run/lab/sums

@@ -23,16 +23,14 @@ work() {
     device=$(xpm blk attach "$1" --as ublk)
     load "$device" 16 --do_verify=1
     xpm alloc resize "$1" 128MiB >/dev/null
-    size=$(xpm alloc list --json | python3 -c '
-import json, sys
-print([one["size"] for one in json.load(sys.stdin) if one["name"] == sys.argv[1]][0])' "$1")
+    size=$(xpm alloc list --json | jq --arg name "$1" '.[] | select(.name == $name).size')
     [ "$size" = $((128 << 20)) ] || fail "$1 has $size bytes after it was resized"
     detach "$1"
 }
 
 upgrade_blk() {
     blk_program=$LAB_BIN/xpm-blk
-    echo "$blk_program" >$blk_program_file
+    echo "$blk_program" >"$blk_program_file"
     replace_blk
     # The manager starts today's program from now on, and that takes over in its turn.
     [ "$(readlink /proc/"$serving"/exe)" = "$(readlink -f "$blk_program")" ] ||
@@ -47,7 +45,7 @@ upgrade_swapd() {
 
 mount --make-rshared /
 dmesg_start
-echo "$blk_program" >$blk_program_file
+echo "$blk_program" >"$blk_program_file"
 start_managed_blk
 wait_standby
 modprobe ext4

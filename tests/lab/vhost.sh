@@ -31,7 +31,7 @@ modprobe ext4
 find_disk || fail "no disk has the allocation's name"
 queue=/sys/block/${device#/dev/}/queue
 [ "$(blockdev --getsize64 "$device")" -eq $((1 << 30)) ] || fail "$device has another size than its allocation"
-[ "$(ls "${queue%/queue}/mq" | wc -l)" -eq 2 ] || fail "$device has not a queue for each processor"
+[ "$(find "${queue%/queue}/mq" -mindepth 1 -maxdepth 1 | wc -l)" -eq 2 ] || fail "$device has not a queue for each processor"
 [ "$(cat "$queue/physical_block_size")" -eq 4096 ] || fail "$device does not say that its blocks are pages"
 [ "$(cat "$queue/discard_max_bytes")" -gt 0 ] || fail "$device takes no discards"
 [ "$(cat "$queue/write_zeroes_max_bytes")" -gt 0 ] || fail "$device takes no zeroing"
