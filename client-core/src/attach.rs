@@ -171,7 +171,7 @@ impl Attachment {
     }
 
     /// The owner, as recorded by the allocator.
-    pub(crate) const fn owner(&self) -> &Owner {
+    pub const fn owner(&self) -> &Owner {
         &self.owner
     }
 
@@ -211,7 +211,10 @@ fn owner(options: &AttachOptions) -> Result<Owner, AttachError> {
 }
 
 /// Runs the future on a thread of its own, because the caller may be within a runtime.
-pub(crate) fn block_on<T: Send>(
+///
+/// # Errors
+/// The error of the future, and [`AttachError::System`] when no runtime can be made.
+pub fn block_on<T: Send>(
     future: impl Future<Output = Result<T, ClientError>> + Send,
 ) -> Result<T, AttachError> {
     std::thread::scope(|scope| {

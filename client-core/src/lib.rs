@@ -1,16 +1,14 @@
-//! Client library of xpm: external memory as volumes of blocks, and as slabs carved out of regions.
+//! The core of every client of xpm: becoming the owner of an allocation, and using it as a volume of blocks.
 //!
 //! * [`Attachment`]: becoming the owner of an allocation.
 //! * [`owner`]: what owners and the allocator say to each other.
 //! * [`volume`]: an allocation in use. A [`Volume`] is shared, and gives one [`Channel`] for each queue.
-//! * [`mapping`]: an allocation at addresses, with local memory as its cache.
-//! * [`slab`]: pieces of regions, carved out with no message to anyone.
+//!
+//! Programs that map an allocation use the crate `xpm_mapping`, which re-exports what they need of this one.
 
-mod attach;
-pub mod mapping;
+pub mod attach;
 pub mod owner;
-mod signals;
-pub mod slab;
+pub mod signals;
 pub mod volume;
 
 // What options and answers of this library are made of.

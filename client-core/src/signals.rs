@@ -6,7 +6,7 @@
 use std::mem::MaybeUninit;
 
 /// Acts; threads that are started meanwhile have all signals blocked.
-pub(crate) fn blocked<T>(act: impl FnOnce() -> T) -> T {
+pub fn blocked<T>(act: impl FnOnce() -> T) -> T {
     let (mut all, mut before) =
         (MaybeUninit::<libc::sigset_t>::zeroed(), MaybeUninit::<libc::sigset_t>::zeroed());
     // SAFETY: the sets are this function's; zeros are a set.

@@ -8,8 +8,7 @@ use std::sync::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use xpm_client::Attachment;
-use xpm_client::mapping::{Advice, Mapping, Space};
+use xpm_mapping::{Advice, Attachment, Mapping, Space};
 use xpm_protocol::api::run::Account;
 
 use crate::adopted::{self, Copied};

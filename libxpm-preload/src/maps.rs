@@ -5,7 +5,7 @@ use std::ffi::{c_int, c_void};
 use std::ops::Range;
 
 use libc::{off_t, off64_t};
-use xpm_client::mapping::Advice;
+use xpm_mapping::Advice;
 
 use crate::external::{self, External, Local, PAGE};
 use crate::{adopted, process, threads};

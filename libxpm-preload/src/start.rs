@@ -14,9 +14,8 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::thread::futex;
-use xpm_client::mapping::{Budget, Faults, Space, SpaceOptions};
-use xpm_client::{AttachOptions, Attachment};
 use xpm_control::token::Token;
+use xpm_mapping::{AttachOptions, Attachment, Budget, Faults, Space, SpaceOptions};
 use xpm_protocol::api::run::{Account, Place, Run, VARIABLE};
 use xpm_protocol::policy::Amount;
 

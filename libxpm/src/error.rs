@@ -4,8 +4,7 @@ use std::cell::RefCell;
 use std::ffi::{CString, c_char, c_int};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use xpm_client::AttachError;
-use xpm_client::mapping::{MapError, NamedSlabError};
+use xpm_mapping::{AttachError, MapError, NamedSlabError};
 
 thread_local! {
     static LAST: RefCell<CString> = RefCell::default();

@@ -1,4 +1,4 @@
-//! The C library: [`xpm_client::mapping`] for programs in C, C++ and whatever can call C. `include/xpm.h` is made from
+//! The C library: [`xpm_mapping`] for programs in C, C++ and whatever can call C. `include/xpm.h` is made from
 //! this by cbindgen, so what C programmers have to know is said at each function.
 
 #![allow(unsafe_code)]

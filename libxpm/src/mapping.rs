@@ -4,7 +4,7 @@ use std::ffi::{c_int, c_void};
 use std::mem::MaybeUninit;
 use std::sync::Arc;
 
-use xpm_client::mapping::{Advice, Mapping};
+use ::xpm_mapping::{Advice, Mapping};
 
 use crate::error::{Error, boxed, status};
 

@@ -4,10 +4,9 @@ use std::ffi::{CStr, c_char, c_int};
 use std::mem::{MaybeUninit, offset_of};
 use std::path::PathBuf;
 
-use xpm_client::AttachOptions;
-use xpm_client::mapping::{Budget, Faults, SpaceOptions};
 use xpm_control::error_line;
 use xpm_control::settings::Settings;
+use xpm_mapping::{AttachOptions, Budget, Faults, SpaceOptions};
 use xpm_protocol::Name;
 
 use crate::error::Error;

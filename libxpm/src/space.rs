@@ -4,8 +4,7 @@ use std::collections::BTreeMap;
 use std::ffi::{c_char, c_int, c_void};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use xpm_client::Attachment;
-use xpm_client::mapping::{Access, Buffer, MappingStats, NamedSlabs, Space};
+use ::xpm_mapping::{Access, Attachment, Buffer, MappingStats, NamedSlabs, Space};
 
 use crate::error::{Error, boxed, pointer, status};
 use crate::mapping::xpm_mapping;

@@ -6,8 +6,7 @@ use std::io::{BufRead as _, BufReader};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::atomic::AtomicU64;
 
-use xpm_client::mapping::{Budget, Faults, Mapping, SpaceOptions};
-use xpm_client::{AttachOptions, Attachment, Volume};
+use xpm_mapping::{AttachOptions, Attachment, Budget, Faults, Mapping, SpaceOptions, Volume};
 use xpm_protocol::api::blk::TransportKind;
 
 use crate::Cluster;

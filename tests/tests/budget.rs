@@ -8,8 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use xpm_client::Attachment;
-use xpm_client::mapping::{Budget, Faults, Space, SpaceOptions};
+use xpm_mapping::{Attachment, Budget, Faults, Space, SpaceOptions};
 use xpm_tests::mapping::{Dice, MIB, attach_options, own_process, words};
 use xpm_tests::{Cluster, wait_until};
 

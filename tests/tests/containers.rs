@@ -6,7 +6,7 @@ use std::ptr::NonNull;
 
 use allocator_api2::alloc::{Allocator as _, Layout};
 use allocator_api2::vec::Vec as VecIn;
-use xpm_client::mapping::{Advice, Array, Faults, MapError, Space};
+use xpm_mapping::{Advice, Array, Faults, MapError, Space};
 use xpm_tests::Cluster;
 use xpm_tests::mapping::{Dice, MIB, PAGE, attached, options};
 

@@ -6,8 +6,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use xpm_client::Attachment;
-use xpm_client::mapping::{Access, Advice, Faults, Space};
+use xpm_mapping::{Access, Advice, Attachment, Faults, Space};
 use xpm_protocol::api::blk::TransportKind;
 use xpm_tests::mapping::{MIB, PAGE, attach_options, options, own_process, words};
 use xpm_tests::{Cluster, have, wait_until};

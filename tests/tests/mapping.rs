@@ -8,8 +8,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use xpm_client::Attachment;
-use xpm_client::mapping::{Access, Advice, Faults, MapError, Mapping, MappingStats, Space};
+use xpm_mapping::{Access, Advice, Attachment, Faults, MapError, Mapping, MappingStats, Space};
 use xpm_protocol::api::blk::TransportKind;
 use xpm_tests::Cluster;
 use xpm_tests::mapping::{Dice, MIB, PAGE, attach_options, attached, in_own_process, options, words};
@@ -83,7 +82,7 @@ fn against_a_shadow_while(mappings: &[&Mapping], meanwhile: impl FnOnce(&dyn Fn(
 }
 
 /// A space with 4 MiB of local memory, what is kept of it, and a slab.
-fn ranges(volume: xpm_client::Volume, faults: Faults) -> (Space, Mapping, Mapping) {
+fn ranges(volume: xpm_mapping::Volume, faults: Faults) -> (Space, Mapping, Mapping) {
     let space = Space::open(volume, &options(4 * MIB, faults, 32 * MIB)).expect("a space");
     let kept = space.map(0..32 * MIB, Access::ReadWrite).expect("a range");
     let slab = space.carve(16 * MIB).expect("a slab");

@@ -5,7 +5,7 @@ use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use rustix::process::Signal;
-use xpm_client::mapping::{Faults, Mapping, Space};
+use xpm_mapping::{Faults, Mapping, Space};
 use xpm_protocol::api::blk::TransportKind;
 use xpm_tests::Cluster;
 use xpm_tests::mapping::{MIB, PAGE, attached, options, words};

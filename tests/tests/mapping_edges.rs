@@ -10,8 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use io_uring::{IoUring, opcode, types};
-use xpm_client::Attachment;
-use xpm_client::mapping::{Access, Advice, Faults, MapError, Space, SpaceOptions};
+use xpm_mapping::{Access, Advice, Attachment, Faults, MapError, Space, SpaceOptions};
 use xpm_protocol::api::blk::{Hold, TransportKind};
 use xpm_protocol::units::Span;
 use xpm_tests::Cluster;

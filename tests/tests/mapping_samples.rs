@@ -37,7 +37,7 @@ fn well(output: &Output) {
 
 #[test]
 fn rust() {
-    is_example("rust", "client-core/examples/external.rs");
+    is_example("rust", "mapping/examples/external.rs");
     let cluster = cluster();
     let mut command = Command::new(programs().join("examples/external"));
     command.arg("v").env("XPM_ALLOCATOR", cluster.allocator_url());

@@ -2,11 +2,11 @@
 
 use std::sync::atomic::Ordering;
 
-use xpm_client::mapping::{Access, Faults, Mapping, NamedSlabs, Space};
+use xpm_mapping::{Access, Faults, Mapping, NamedSlabs, Space};
 use xpm_tests::Cluster;
 use xpm_tests::mapping::{MIB, attached, options, words};
 
-fn space_of(volume: xpm_client::Volume, faults: Faults) -> Space {
+fn space_of(volume: xpm_mapping::Volume, faults: Faults) -> Space {
     Space::open(volume, &options(32 * MIB, faults, 0)).expect("a space")
 }
 

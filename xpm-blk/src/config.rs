@@ -102,7 +102,7 @@ impl Default for Config {
             threads: None,
             forbid_transports: Vec::new(),
             connect_limit: Span(Duration::from_secs(10)),
-            refusal_limit: Span(xpm_client::volume::REFUSAL_LIMIT),
+            refusal_limit: Span(xpm_client_core::volume::REFUSAL_LIMIT),
             stop_limit: Span(Duration::from_secs(30)),
             standby: None,
             standby_reserve: ByteSize(32 << 20),

@@ -1,6 +1,6 @@
 //! The description of a volume for NBD clients, including the kernel.
 
-use xpm_client::Volume;
+use xpm_client_core::Volume;
 use xpm_protocol::BlockSize;
 use xpm_protocol::nbd::{BlockSizes, ExportInfo, PAYLOAD_MAX, TransmissionFlags};
 

@@ -8,7 +8,7 @@
 //! * [`frontend`]: the forms in which allocations are shown.
 //!
 //! The data path of a request: from `frontend/ublk/queue.rs` (or the NBD server of `xpm_transport`) to a
-//! channel of `xpm_client`, and back through the same objects. The control plane is never on this path.
+//! channel of `xpm_client_core`, and back through the same objects. The control plane is never on this path.
 
 pub mod config;
 pub mod control;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use tokio::runtime::{Builder, Runtime};
 use tokio::task::spawn_blocking;
-use xpm_client::owner::Owner;
+use xpm_client_core::owner::Owner;
 use xpm_control::client::Client;
 use xpm_control::known::KnownMetadata;
 use xpm_control::listen::{Listener, Place};

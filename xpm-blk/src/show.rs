@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-use xpm_client::{Change, Volume, VolumeOptions};
+use xpm_client_core::{Change, Volume, VolumeOptions};
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::MapChange;
 use xpm_protocol::api::blk::{Form, Hold};

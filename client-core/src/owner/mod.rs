@@ -253,7 +253,7 @@ pub fn lost_on(name: &Name) -> String {
 }
 
 /// Whether a refusal is a definite answer, and not only the statement that no answer is possible now.
-pub(crate) const fn is_final(kind: ErrorKind) -> bool {
+pub const fn is_final(kind: ErrorKind) -> bool {
     !matches!(
         kind,
         ErrorKind::Unavailable | ErrorKind::NotLeader | ErrorKind::Internal | ErrorKind::Unauthorized

@@ -233,22 +233,22 @@ impl Volume {
     }
 
     /// Whether a change waits for channels to follow; a poll of each channel lets them follow.
-    pub(crate) fn waits_for_channels(&self) -> bool {
+    pub fn waits_for_channels(&self) -> bool {
         self.inner.shared.live().members.iter().any(|member| member.mailbox.is_waited_for())
     }
 
     /// Name of the allocation.
-    pub(crate) fn name(&self) -> &str {
+    pub fn name(&self) -> &str {
         &self.inner.name
     }
 
     /// Named slabs, as of the time when the volume was opened.
-    pub(crate) fn slabs(&self) -> &SlabMap {
+    pub fn slabs(&self) -> &SlabMap {
         &self.inner.slabs
     }
 
     /// Most operations in flight on each channel.
-    pub(crate) fn depth(&self) -> usize {
+    pub fn depth(&self) -> usize {
         self.inner.options.depth
     }
 

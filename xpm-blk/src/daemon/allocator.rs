@@ -2,7 +2,7 @@
 
 use std::sync::PoisonError;
 
-use xpm_client::owner::Taking;
+use xpm_client_core::owner::Taking;
 use xpm_control::client::ClientError;
 use xpm_control::error_line;
 use xpm_protocol::api::ErrorKind;

@@ -4,7 +4,7 @@
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use xpm_client::owner::{Guard, Heard, Known, Word};
+use xpm_client_core::owner::{Guard, Heard, Known, Word};
 
 use super::{Attached, Daemon, Slot, blocking};
 use crate::records::Record;
@@ -12,7 +12,9 @@ use crate::records::Record;
 impl Daemon {
     /// Guards a device in a task of its own, until the device is gone.
     pub(super) fn guard(self: &Arc<Daemon>, attached: &Arc<Attached>) {
-        let Some(alarm) = attached.shown.guarded().map(xpm_client::owner::Guarded::alarm) else { return };
+        let Some(alarm) = attached.shown.guarded().map(xpm_client_core::owner::Guarded::alarm) else {
+            return;
+        };
         let guard = Guard::new(self.owner.clone(), attached.record().request.name);
         let (daemon, attached) = (Arc::clone(self), Arc::downgrade(attached));
         tokio::spawn(async move {

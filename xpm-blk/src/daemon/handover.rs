@@ -6,8 +6,8 @@
 
 use std::sync::Arc;
 
-use xpm_client::Volume;
-use xpm_client::owner::{Guard, Known, Word};
+use xpm_client_core::Volume;
+use xpm_client_core::owner::{Guard, Known, Word};
 use xpm_protocol::GrantKey;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{Map, Part, Report};

@@ -5,7 +5,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use xpm_client::owner::Heard;
+use xpm_client_core::owner::Heard;
 use xpm_control::facts;
 use xpm_protocol::Name;
 use xpm_protocol::api::allocator::{Allocation, Appliance, Client, Ending};

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use xpm_client::owner::lost_on;
+use xpm_client_core::owner::lost_on;
 use xpm_control::client::ClientError;
 use xpm_control::error_line;
 use xpm_protocol::api::ErrorKind;

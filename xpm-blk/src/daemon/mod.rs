@@ -19,8 +19,8 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use xpm_client::Change;
-use xpm_client::owner::Owner;
+use xpm_client_core::Change;
+use xpm_client_core::owner::Owner;
 use xpm_protocol::Name;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::Ending;

@@ -9,8 +9,8 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::sync::{Arc, MutexGuard, PoisonError};
 
-use xpm_client::owner::{CONNECT_LIMIT, Mover, TailError};
-use xpm_client::{Change, ChangeError};
+use xpm_client_core::owner::{CONNECT_LIMIT, Mover, TailError};
+use xpm_client_core::{Change, ChangeError};
 use xpm_protocol::Name;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{ChangeKind, HandOver, MapChange, Orders, Report};

@@ -14,8 +14,8 @@ mod socket;
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use xpm_client::Volume;
-use xpm_client::owner::Guarded;
+use xpm_client_core::Volume;
+use xpm_client_core::owner::Guarded;
 use xpm_protocol::api::appliance::Counters;
 use xpm_protocol::api::blk::{Cache, DeviceState, Form, LinkStatus};
 use xpm_protocol::{ApplianceId, BlockSize, Name};

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Parser, ValueEnum};
 use rustix::event::{PollFd, PollFlags, poll};
-use xpm_client::{Volume, VolumeOptions};
+use xpm_client_core::{Volume, VolumeOptions};
 use xpm_control::client::Client;
 use xpm_protocol::api::allocator::{Attach, Grant, Map};
 use xpm_protocol::api::blk::{Hold, LinkState, TransportKind};
@@ -155,7 +155,7 @@ fn attach(name: &str) -> Result<()> {
 /// Opens all of an allocation, and how long that took until the last link was up.
 fn open(map: &Map, session: u128) -> Result<(Volume, Duration)> {
     let options = VolumeOptions {
-        refusal_limit: xpm_client::volume::REFUSAL_LIMIT,
+        refusal_limit: xpm_client_core::volume::REFUSAL_LIMIT,
         visitor: None,
         held: None,
         contested: false,

@@ -3,8 +3,7 @@
 use std::sync::atomic::Ordering;
 
 use anyhow::{Result, ensure};
-use xpm_client::mapping::{Access, Faults, Mapping, Space};
-use xpm_client::{Attachment, Volume};
+use xpm_mapping::{Access, Attachment, Faults, Mapping, Space, Volume};
 use xpm_protocol::api::blk::{LinkState, TransportKind};
 use xpm_tests::mapping::{Dice, MIB, PAGE, attach_options, options, words};
 

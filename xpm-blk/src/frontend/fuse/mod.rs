@@ -30,7 +30,7 @@ use std::thread::{self, JoinHandle};
 
 use rustix::event::{EventfdFlags, eventfd};
 use serde::{Deserialize, Serialize};
-use xpm_client::Volume;
+use xpm_client_core::Volume;
 use xpm_fuse::wire::{ROOT_ID, notify};
 use xpm_fuse::{BdiSettings, Connection, Device, Mount, RootKind};
 use xpm_protocol::api::ErrorKind;

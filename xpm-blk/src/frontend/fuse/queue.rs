@@ -20,7 +20,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::SyncSender;
 
 use rustix::event::epoll::{self, EventData, EventFlags};
-use xpm_client::Channel;
+use xpm_client_core::Channel;
 use xpm_fuse::wire::{FallocateMode, Operation, Request, Unique, reply};
 use xpm_fuse::{Device, Errno};
 use xpm_transport::io::{Completion, IoError, Kind, Operation as Io};

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt::{Timeout, set_socket_timeout, socket_timeout};
 use tokio::sync::Notify;
-use xpm_client::owner::{Guarded, Trouble, Word};
-use xpm_client::volume::Trust;
+use xpm_client_core::owner::{Guarded, Trouble, Word};
+use xpm_client_core::volume::Trust;
 use xpm_protocol::Visitor;
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{Grant, Map, RegionSlot};
@@ -300,7 +300,7 @@ impl Guarded for Direct {
 }
 
 impl Source for Direct {
-    fn volume(&self) -> Option<&xpm_client::Volume> {
+    fn volume(&self) -> Option<&xpm_client_core::Volume> {
         None
     }
 

@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-use xpm_client::Volume;
+use xpm_client_core::Volume;
 use xpm_protocol::api::appliance::Counters;
 use xpm_protocol::nbd::ExportInfo;
 use xpm_transport::nbd::server::{Opened, Server};

@@ -20,8 +20,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use xpm_client::Volume;
-use xpm_client::owner::Guarded;
+use xpm_client_core::Volume;
+use xpm_client_core::owner::Guarded;
 use xpm_protocol::api::allocator::Map;
 use xpm_protocol::api::blk::{Hold, TransportKind};
 use xpm_protocol::{ApplianceId, ClientId, Visitor};

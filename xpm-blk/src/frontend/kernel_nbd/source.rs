@@ -2,8 +2,8 @@
 
 use std::os::fd::OwnedFd;
 
-use xpm_client::Volume;
-use xpm_client::owner::Guarded;
+use xpm_client_core::Volume;
+use xpm_client_core::owner::Guarded;
 
 use crate::error::DeviceError;
 use crate::frontend::Health;

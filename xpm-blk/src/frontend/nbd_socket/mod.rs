@@ -3,7 +3,7 @@
 use std::net::TcpListener;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use xpm_client::Volume;
+use xpm_client_core::Volume;
 use xpm_control::listen::Place;
 use xpm_protocol::BlockSize;
 use xpm_protocol::api::ErrorKind;

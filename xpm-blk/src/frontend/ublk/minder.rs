@@ -9,7 +9,7 @@ use std::sync::mpsc::sync_channel;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use xpm_client::Volume;
+use xpm_client_core::Volume;
 use xpm_protocol::api::ErrorKind;
 use xpm_transport::spin::Spin;
 

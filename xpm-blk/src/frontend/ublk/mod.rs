@@ -30,7 +30,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
-use xpm_client::Volume;
+use xpm_client_core::Volume;
 use xpm_protocol::api::ErrorKind;
 
 use self::control::Control;

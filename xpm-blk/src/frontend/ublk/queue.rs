@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
-use xpm_client::Channel;
+use xpm_client_core::Channel;
 use xpm_transport::io::{Completion, IoError, Kind, Operation};
 use xpm_transport::spin::Spin;
 

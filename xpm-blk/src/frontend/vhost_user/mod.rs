@@ -39,7 +39,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
-use xpm_client::Volume;
+use xpm_client_core::Volume;
 use xpm_protocol::api::ErrorKind;
 
 use self::message::ReceiveError;

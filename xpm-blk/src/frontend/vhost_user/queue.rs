@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::event::{EventfdFlags, Timespec, eventfd};
-use xpm_client::Channel;
+use xpm_client_core::Channel;
 use xpm_transport::io::{Completion, IoBuf, IoError, Operation};
 use xpm_transport::spin::Spin;
 

@@ -12,7 +12,7 @@ use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use xpm_client::Volume;
+use xpm_client_core::Volume;
 use xpm_protocol::BlockSize;
 use xpm_transport::spin::Spin;
 

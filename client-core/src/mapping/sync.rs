@@ -1,3 +1,0 @@
-//! Atomics; a test with a model checker has its own in their place.
-
-pub(super) use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};

@@ -1,0 +1,15 @@
+//! What the program has: spaces, mappings, slabs, arrays.
+
+pub(crate) mod array;
+pub(crate) mod buffer;
+pub(crate) mod carver;
+pub(crate) mod error;
+pub(crate) mod mapping;
+pub(crate) mod named;
+pub(crate) mod open;
+pub(crate) mod options;
+pub mod slab;
+pub(crate) mod space;
+
+/// Bytes of 2 MiB: what parts of an allocation with different uses are multiples of.
+pub const CHUNK_LEN: u64 = crate::pager::CHUNK as u64 * crate::page::window::PAGE as u64;

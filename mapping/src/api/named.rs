@@ -1,0 +1,233 @@
+//! Slabs with names: what they hold stays when the program ends, and is found again by name.
+//!
+//! Where they are is kept by the allocator, with the allocation: one message for each that is made or removed, none for
+//! using them. Whoever owns the allocation next has them, on whatever host.
+
+use std::collections::BTreeMap;
+use std::sync::{MutexGuard, PoisonError};
+
+use xpm_control::client::ClientError;
+use xpm_protocol::api::allocator::{NAMED_SLAB_LEN_MIN, SlabMap, SlabPlace};
+use xpm_protocol::{ByteSize, Name};
+
+use super::carver::Carver;
+use super::error::MapError;
+use super::mapping::Mapping;
+use super::options::Access;
+use super::slab::{Slab, SlabError};
+use super::space::Space;
+use crate::page::window::PAGE;
+use xpm_client_core::attach::block_on;
+use xpm_client_core::owner::{Owner, is_final};
+use xpm_client_core::{AttachError, Attachment};
+
+/// Why a slab with a name cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum NamedSlabError {
+    /// The allocator refused, or did not answer.
+    #[error(transparent)]
+    Allocator(#[from] AttachError),
+    /// It cannot be carved out, or mapped.
+    #[error(transparent)]
+    Map(#[from] MapError),
+    /// There is one.
+    #[error("there is a slab `{0}` already: use it, remove it, or choose another name")]
+    Exists(Name),
+    /// There is none.
+    #[error("there is no slab `{0}`; `xpm alloc show` lists those that there are")]
+    Missing(Name),
+    /// It is in use.
+    #[error("slab `{0}` is mapped: drop its mapping first")]
+    Mapped(Name),
+    /// Somebody changed them since the allocation was attached.
+    #[error("the named slabs of `{0}` are not what they were when it was attached: attach it again")]
+    Changed(Name),
+    /// Nobody knows whether it was made, or removed.
+    #[error(
+        "the allocator did not say whether slab `{name}` was made or removed ({error}): attach the allocation again to see"
+    )]
+    Unknown {
+        /// The slab.
+        name: Name,
+        /// What went wrong.
+        error: AttachError,
+    },
+}
+
+/// The slabs of a space that have names.
+pub struct NamedSlabs {
+    space: Space,
+    owner: Owner,
+    allocation: Name,
+}
+
+/// Slabs with names that a space has.
+#[derive(Default)]
+pub(crate) struct Known {
+    map: SlabMap,
+    /// Their places in the space, so that nothing else is carved there.
+    places: BTreeMap<Name, Slab>,
+}
+
+impl Known {
+    /// Takes their places in a space in which nothing is carved.
+    pub(crate) fn place(map: &SlabMap, carver: &mut Carver) -> Result<Known, MapError> {
+        let mut places = BTreeMap::new();
+        for (name, place) in &map.slabs {
+            let (at, len) = (place.offset, place.len);
+            // The allocator is not trusted to have places of whole chunks only.
+            let whole = at.0.is_multiple_of(NAMED_SLAB_LEN_MIN) && len.0 >= NAMED_SLAB_LEN_MIN;
+            match carver.carve_at(at.0, len.0) {
+                Ok(slab) if whole => _ = places.insert(name.clone(), slab),
+                _ => {
+                    return Err(MapError::Invalid(format!(
+                        "slab `{name}` of {len} at {at} has no place in this space: open it with as much to keep as when \
+                         the slab was made"
+                    )));
+                }
+            }
+        }
+        Ok(Known { map: map.clone(), places })
+    }
+
+    /// First page and count of each.
+    pub(crate) fn parts(&self) -> impl Iterator<Item = (u32, u32)> + '_ {
+        self.map.slabs.values().map(pages_of)
+    }
+}
+
+impl NamedSlabs {
+    /// Those of a space of the attached allocation. Blocks until the allocator has said that they are what the space has.
+    ///
+    /// # Errors
+    /// [`NamedSlabError::Allocator`] or [`NamedSlabError::Changed`].
+    pub fn open(attachment: &Attachment, space: &Space) -> Result<NamedSlabs, NamedSlabError> {
+        let (owner, allocation) = (attachment.owner().clone(), attachment.map().name.clone());
+        let known = space.inner.named.lock().unwrap_or_else(PoisonError::into_inner);
+        match block_on(owner.slabs(&allocation))? == known.map {
+            true => Ok(NamedSlabs { space: space.clone(), owner, allocation }),
+            false => Err(NamedSlabError::Changed(allocation)),
+        }
+    }
+
+    /// Names and lengths in bytes of those that there are.
+    pub fn list(&self) -> Vec<(Name, u64)> {
+        self.known().map.slabs.iter().map(|(name, place)| (name.clone(), place.len.0)).collect()
+    }
+
+    /// Makes one of at least `len` bytes, rounded up to a power of two and to 2 MiB, which holds zeros, and maps it. Blocks
+    /// until the allocator has it written down: from then on it stays until it is removed, whatever happens here.
+    ///
+    /// # Errors
+    /// [`NamedSlabError`]; there is none then, except with [`NamedSlabError::Unknown`].
+    pub fn create(&self, name: &Name, len: u64) -> Result<Mapping, NamedSlabError> {
+        let mut known = self.known();
+        if known.map.slabs.contains_key(name) {
+            return Err(NamedSlabError::Exists(name.clone()));
+        }
+        let carved = self.space.inner.carver().carve(len.max(NAMED_SLAB_LEN_MIN));
+        let (slab, offset) = carved.map_err(MapError::from)?;
+        let place = SlabPlace { offset: ByteSize(offset), len: ByteSize(slab.len) };
+        let made = self.begin(&place).and_then(|()| {
+            let mut map = known.map.clone();
+            map.number += 1;
+            map.slabs.insert(name.clone(), place);
+            self.record(map, name)
+        });
+        match made {
+            Ok(map) => {
+                known.map = map;
+                known.places.insert(name.clone(), slab);
+                self.map(&place, Access::ReadWrite)
+            }
+            // Its place stays taken: it may be there.
+            Err(error @ NamedSlabError::Unknown { .. }) => Err(error),
+            Err(error) => {
+                self.end(&place, slab)?;
+                Err(error)
+            }
+        }
+    }
+
+    /// Maps one with what it holds.
+    ///
+    /// # Errors
+    /// [`NamedSlabError::Missing`], or [`NamedSlabError::Map`] while another mapping of it is there.
+    pub fn get(&self, name: &Name, access: Access) -> Result<Mapping, NamedSlabError> {
+        let known = self.known();
+        let place = known.map.slabs.get(name).ok_or_else(|| NamedSlabError::Missing(name.clone()))?;
+        self.map(place, access)
+    }
+
+    /// Removes one; what it held is forgotten. Blocks until the allocator has that written down.
+    ///
+    /// # Errors
+    /// [`NamedSlabError`]; it is there as before, except with [`NamedSlabError::Unknown`].
+    pub fn remove(&self, name: &Name) -> Result<(), NamedSlabError> {
+        let mut known = self.known();
+        let place = *known.map.slabs.get(name).ok_or_else(|| NamedSlabError::Missing(name.clone()))?;
+        let (first, _) = pages_of(&place);
+        if self.space.inner.mapped().contains_key(&first) {
+            return Err(NamedSlabError::Mapped(name.clone()));
+        }
+        let mut map = known.map.clone();
+        map.number += 1;
+        map.slabs.remove(name);
+        known.map = self.record(map, name)?;
+        match known.places.remove(name) {
+            Some(slab) => self.end(&place, slab),
+            None => Ok(()),
+        }
+    }
+
+    /// Has the allocator write a map down. Where it does not say whether it did, it is asked what it has.
+    fn record(&self, map: SlabMap, name: &Name) -> Result<SlabMap, NamedSlabError> {
+        let error = match block_on(self.owner.set_slabs(&self.allocation, &map)) {
+            Ok(map) => return Ok(map),
+            Err(error) => error,
+        };
+        if matches!(&error, AttachError::Allocator(ClientError::Refused(body)) if is_final(body.kind)) {
+            return Err(error.into());
+        }
+        // What has not arrived may still arrive.
+        match block_on(self.owner.slabs(&self.allocation)) {
+            Ok(has) if has == map => Ok(map),
+            _ => Err(NamedSlabError::Unknown { name: name.clone(), error }),
+        }
+    }
+
+    /// What was nobody's holds zeros, also where it is looked at in external memory.
+    fn begin(&self, place: &SlabPlace) -> Result<(), NamedSlabError> {
+        let (first, pages) = pages_of(place);
+        self.space.inner.calls().forget(first, pages);
+        self.space.inner.calls().trim(first, pages).map_err(MapError::from)?;
+        // Zeros that were brought ahead of need meanwhile are what is there, too.
+        self.space.inner.pager.set_kept(first, pages);
+        Ok(())
+    }
+
+    /// It is nobody's again.
+    fn end(&self, place: &SlabPlace, slab: Slab) -> Result<(), NamedSlabError> {
+        let (first, pages) = pages_of(place);
+        let inner = &self.space.inner;
+        inner.pager.set_fresh(first, pages);
+        inner.calls().forget(first, pages);
+        // Not given back now is given back with the allocation.
+        let _ = inner.calls().trim(first, pages);
+        let freed: Result<(), SlabError> = inner.carver().slabs.free(slab);
+        Ok(freed.map_err(MapError::from)?)
+    }
+
+    fn map(&self, place: &SlabPlace, access: Access) -> Result<Mapping, NamedSlabError> {
+        let (first, pages) = pages_of(place);
+        Ok(self.space.map_pages(first, first + pages, access)?)
+    }
+
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.space.inner.named.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn pages_of(place: &SlabPlace) -> (u32, u32) {
+    ((place.offset.0 / PAGE as u64) as u32, (place.len.0 / PAGE as u64) as u32)
+}

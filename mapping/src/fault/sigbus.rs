@@ -1,0 +1,307 @@
+//! Faults that are ended by the thread that makes them, in its handler of SIGBUS.
+//!
+//! The handler does nothing that the interrupted code could be in the middle of: it allocates nothing, and the
+//! locks that it takes are held by this library only, which never touches a window. Errors of other origin, and
+//! pages whose content cannot be had, go to the handler that was there before.
+//!
+//! It runs on the stack of the thread, not on an alternate one, which may be too short for it: it takes about 4 KiB
+//! besides the registers that the kernel saves.
+//!
+//! Sources: signal-safety(7), sigaction(2), UFFD_FEATURE_SIGBUS in ioctl_userfaultfd(2).
+
+#![allow(unsafe_code)]
+
+use std::cell::UnsafeCell;
+use std::ffi::c_void;
+use std::io;
+use std::mem::MaybeUninit;
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use crate::fault::fetch::{Fate, Fetcher};
+use crate::page::word::Residency;
+use crate::pager::Shared;
+use crate::say::say;
+
+/// The address is one at which there is nothing; see sigaction(2).
+const BUS_ADRERR: i32 = 2;
+/// Windows of one process.
+const WINDOWS: usize = 64;
+/// How long a thread looks for its page before it sleeps.
+const SPIN: Duration = Duration::from_micros(200);
+
+/// Fetchers for whichever threads fault: each is one thread's at a time.
+pub(crate) struct Seats {
+    pager: Shared,
+    seats: Box<[Seat]>,
+    /// Threads that are in here.
+    inside: AtomicU32,
+}
+
+struct Seat {
+    taken: AtomicBool,
+    fetcher: UnsafeCell<Fetcher>,
+}
+
+// SAFETY: a fetcher is used by the one who turned `taken` to true only.
+unsafe impl Sync for Seat {}
+
+static TABLE: [AtomicPtr<Seats>; WINDOWS] = [const { AtomicPtr::new(std::ptr::null_mut()) }; WINDOWS];
+static BEFORE: OnceLock<libc::sigaction> = OnceLock::new();
+static INSTALLING: Mutex<()> = Mutex::new(());
+
+/// Windows whose faults the handler ends; they stop when this is dropped.
+pub(crate) struct Registered {
+    seats: *mut Seats,
+    place: usize,
+}
+
+// SAFETY: it owns the seats, which can be shared and sent.
+unsafe impl Send for Registered {}
+// SAFETY: it gives no access to them.
+unsafe impl Sync for Registered {}
+
+impl Registered {
+    pub(crate) fn new(pager: Shared, fetchers: Vec<Fetcher>) -> io::Result<Registered> {
+        install()?;
+        let seat = |fetcher| Seat { taken: AtomicBool::new(false), fetcher: UnsafeCell::new(fetcher) };
+        let seats = fetchers.into_iter().map(seat).collect();
+        let seats = Box::into_raw(Box::new(Seats { pager, seats, inside: AtomicU32::new(0) }));
+        for (place, entry) in TABLE.iter().enumerate() {
+            let empty = std::ptr::null_mut();
+            if entry.compare_exchange(empty, seats, Ordering::SeqCst, Ordering::Relaxed).is_ok() {
+                return Ok(Registered { seats, place });
+            }
+        }
+        // SAFETY: made above, and in no table.
+        drop(unsafe { Box::from_raw(seats) });
+        Err(io::Error::other(format!("this process has {WINDOWS} windows with faults in line already")))
+    }
+
+    /// Lets the channels of the seats that nobody has do what they were told.
+    pub(crate) fn tend(&self) {
+        // SAFETY: made by `new`, and freed when this is dropped.
+        let seats = unsafe { &*self.seats };
+        for seat in &seats.seats {
+            seat.take(|fetcher| _ = fetcher.poll());
+        }
+    }
+}
+
+impl Seat {
+    /// Acts with the fetcher, unless somebody else has it.
+    fn take<T>(&self, act: impl FnOnce(&mut Fetcher) -> T) -> Option<T> {
+        if self.taken.load(Ordering::Relaxed) || self.taken.swap(true, Ordering::Acquire) {
+            return None;
+        }
+        // SAFETY: `taken` was turned to true here, so nobody else uses it.
+        let done = act(unsafe { &mut *self.fetcher.get() });
+        self.taken.store(false, Ordering::Release);
+        Some(done)
+    }
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        TABLE[self.place].store(std::ptr::null_mut(), Ordering::SeqCst);
+        // SAFETY: made by `new`, and freed below.
+        let seats = unsafe { &*self.seats };
+        // In this order: a thread goes from the table to the seats.
+        while INSIDE.load(Ordering::SeqCst) > 0 || seats.inside.load(Ordering::SeqCst) > 0 {
+            std::thread::yield_now();
+        }
+        // SAFETY: it is in no table, and no thread is in it.
+        drop(unsafe { Box::from_raw(self.seats) });
+    }
+}
+
+/// Threads that look at the table.
+static INSIDE: AtomicU32 = AtomicU32::new(0);
+
+fn install() -> io::Result<()> {
+    let _installing = INSTALLING.lock().unwrap_or_else(PoisonError::into_inner);
+    if BEFORE.get().is_some() {
+        return Ok(());
+    }
+    // SAFETY: zeros are a sigaction: no flags, the default handler.
+    let mut ours: libc::sigaction = unsafe { MaybeUninit::zeroed().assume_init() };
+    ours.sa_sigaction = on_sigbus as *const () as usize;
+    ours.sa_flags = libc::SA_SIGINFO;
+    // SAFETY: as above.
+    let mut before: libc::sigaction = unsafe { MaybeUninit::zeroed().assume_init() };
+    // SAFETY: the set is ours.
+    unsafe { libc::sigfillset(&mut ours.sa_mask) };
+    // What was there is known before the handler can run.
+    // SAFETY: asks only.
+    if unsafe { libc::sigaction(libc::SIGBUS, std::ptr::null(), &mut before) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let _ = BEFORE.set(before);
+    // SAFETY: the handler is one for SA_SIGINFO, and safe in a signal (see the module's documentation).
+    match unsafe { libc::sigaction(libc::SIGBUS, &ours, std::ptr::null_mut()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+extern "C" fn on_sigbus(signal: i32, info: *mut libc::siginfo_t, context: *mut c_void) {
+    // SAFETY: the kernel gives a siginfo_t, with an address for SIGBUS, and errno is this thread's.
+    let (address, errno) = unsafe { ((*info).si_addr() as usize, *libc::__errno_location()) };
+    // SAFETY: the kernel gives a ucontext_t of this thread.
+    let write = unsafe { is_write(context) };
+    // Broken memory is no fault that could be ended here.
+    // SAFETY: as above.
+    let ended = unsafe { (*info).si_code } == BUS_ADRERR && end_fault(address, write);
+    // SAFETY: as above.
+    unsafe { *libc::__errno_location() = errno };
+    if !ended {
+        pass_on(signal, info, context);
+    }
+}
+
+/// Whether the access was a write.
+///
+/// # Safety
+/// `context` must point to the ucontext_t of a page fault.
+#[cfg(target_arch = "x86_64")]
+unsafe fn is_write(context: *mut c_void) -> bool {
+    // SAFETY: by the caller's word. Bit 1 of the error code of a page fault: Intel SDM, volume 3, section 4.7.
+    let registers = unsafe { &(*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs };
+    registers[libc::REG_ERR as usize] & 2 != 0
+}
+
+/// It is not known here: the content tells later.
+#[cfg(not(target_arch = "x86_64"))]
+unsafe fn is_write(_context: *mut c_void) -> bool {
+    false
+}
+
+fn end_fault(address: usize, write: bool) -> bool {
+    INSIDE.fetch_add(1, Ordering::SeqCst);
+    let mut ended = false;
+    for entry in &TABLE {
+        let seats = entry.load(Ordering::SeqCst);
+        // SAFETY: whoever takes it out of the table frees it when nobody is inside any more.
+        let Some(seats) = (unsafe { seats.as_ref() }) else { continue };
+        if let Some(page) = seats.pager.window.page_of(address) {
+            seats.inside.fetch_add(1, Ordering::SeqCst);
+            INSIDE.fetch_sub(1, Ordering::SeqCst);
+            ended = seats.end(page, write);
+            seats.inside.fetch_sub(1, Ordering::SeqCst);
+            return ended;
+        }
+    }
+    INSIDE.fetch_sub(1, Ordering::SeqCst);
+    ended
+}
+
+/// To whoever handled SIGBUS before.
+fn pass_on(signal: i32, info: *mut libc::siginfo_t, context: *mut c_void) {
+    let Some(before) = BEFORE.get() else { return };
+    match before.sa_sigaction {
+        libc::SIG_DFL | libc::SIG_IGN => {
+            // SAFETY: the kernel gives a siginfo_t.
+            let (address, code) = unsafe { ((*info).si_addr() as usize, (*info).si_code) };
+            say(format_args!(
+                "xpm: SIGBUS at 0x{address:x} (code {code}), which is no page of a window in line"
+            ));
+            // The access is made again, and ends the program by its own fault.
+            // SAFETY: the default action, for a signal of this thread's own making.
+            unsafe { libc::signal(signal, libc::SIG_DFL) };
+        }
+        handler if before.sa_flags & libc::SA_SIGINFO != 0 => {
+            type Handler = extern "C" fn(i32, *mut libc::siginfo_t, *mut c_void);
+            // SAFETY: it was installed as such a handler.
+            let handler: Handler = unsafe { std::mem::transmute::<usize, Handler>(handler) };
+            handler(signal, info, context);
+        }
+        handler => {
+            // SAFETY: it was installed as such a handler.
+            let handler: extern "C" fn(i32) =
+                unsafe { std::mem::transmute::<usize, extern "C" fn(i32)>(handler) };
+            handler(signal);
+        }
+    }
+}
+
+impl Seats {
+    /// Ends a fault. False where the page's content cannot be had.
+    fn end(&self, page: u32, write: bool) -> bool {
+        loop {
+            let fate = self.seated(|fetcher| {
+                let (fate, ahead) = fetcher.fault(page, write);
+                if let Some(ahead) = ahead {
+                    self.pager.ask(ahead);
+                }
+                if fate == Fate::Coming {
+                    wait(fetcher);
+                }
+                fate
+            });
+            match fate {
+                Fate::Done => return true,
+                // Whether it came is seen when it is touched.
+                Fate::Coming => match self.pager.pages.state(page) {
+                    state
+                        if state.residency() == Residency::Absent
+                            && state.has(crate::page::word::POISONED) =>
+                    {
+                        self.pager.complain(page);
+                        return false;
+                    }
+                    _ => return true,
+                },
+                Fate::Poisoned => {
+                    self.pager.complain(page);
+                    return false;
+                }
+                Fate::Choked => {
+                    self.pager.complain_of_room(page);
+                    return false;
+                }
+                Fate::Busy => self.pager.wait_for(page),
+                Fate::Later => self.pager.room.wait(),
+            }
+        }
+    }
+
+    fn seated<T>(&self, mut act: impl FnMut(&mut Fetcher) -> T) -> T {
+        // SAFETY: takes nothing and changes nothing.
+        let start = unsafe { libc::sched_getcpu() }.max(0) as usize;
+        loop {
+            for step in 0..self.seats.len() {
+                let seat = &self.seats[(start + step) % self.seats.len()];
+                if let Some(done) = seat.take(&mut act) {
+                    return done;
+                }
+            }
+            std::thread::yield_now();
+        }
+    }
+}
+
+/// Until all that is on its way is there.
+fn wait(fetcher: &mut Fetcher) {
+    let since = Instant::now();
+    let mut looks = 0_u32;
+    loop {
+        fetcher.poll();
+        if fetcher.is_idle() {
+            return;
+        }
+        looks += 1;
+        if looks.is_multiple_of(16) {
+            if since.elapsed() < SPIN {
+                std::thread::yield_now();
+            } else {
+                fetcher.arm();
+                let channel = fetcher.wait_fd();
+                let mut fds = [PollFd::new(&channel, PollFlags::IN)];
+                let _ = poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 50_000_000 }));
+            }
+        }
+    }
+}

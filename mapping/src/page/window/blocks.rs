@@ -1,0 +1,96 @@
+//! Pages that have left, in runs, for the next ones to be read into.
+
+use std::io;
+use std::ops::Range;
+
+use crossbeam_queue::ArrayQueue;
+use xpm_transport::IoBuf;
+
+use super::{PAGE, Staging, dont_need};
+
+/// Pages of a block.
+pub(crate) const BLOCK: u32 = 64;
+
+/// A run of addresses for [`BLOCK`] pages, of which the first `missing` are not there. Whoever has it has the addresses to itself.
+#[derive(Debug)]
+pub(crate) struct Block {
+    address: usize,
+    pub(crate) missing: u32,
+    buffer: IoBuf,
+}
+
+impl Block {
+    /// Memory of its first pages, all of which are there.
+    pub(crate) fn buffer(&self, pages: u32) -> IoBuf {
+        debug_assert_eq!(self.missing, 0, "only full blocks are given out");
+        self.buffer.part(0, pages as usize * PAGE)
+    }
+
+    pub(crate) fn address_of(&self, index: u32) -> usize {
+        self.address + index as usize * PAGE
+    }
+
+    /// Lets all of its pages go.
+    pub(crate) fn wipe(&mut self) {
+        // Without, the next move to it is refused, and wipes it again.
+        dont_need(self.address, BLOCK as usize * PAGE);
+        self.missing = BLOCK;
+    }
+}
+
+pub(crate) struct Blocks {
+    full: ArrayQueue<Block>,
+    /// Those of which pages are missing.
+    hollow: ArrayQueue<Block>,
+    /// Where they are.
+    memory: Staging,
+}
+
+impl Blocks {
+    /// So many of them, with no page. `register` is given their addresses.
+    pub(crate) fn new(
+        count: usize,
+        register: impl FnOnce(usize, usize) -> io::Result<()>,
+    ) -> io::Result<Blocks> {
+        let count = count.max(1);
+        let len = BLOCK as usize * PAGE;
+        let memory = Staging::new(count * len)?;
+        let all = memory.all();
+        register(all.as_ptr() as usize, all.len())?;
+        let blocks = Blocks { full: ArrayQueue::new(count), hollow: ArrayQueue::new(count), memory };
+        for index in 0..count {
+            let buffer = all.part(index * len, len);
+            blocks.give(Block { address: buffer.as_ptr() as usize, missing: BLOCK, buffer });
+        }
+        Ok(blocks)
+    }
+
+    pub(crate) fn addresses(&self) -> Range<usize> {
+        let all = self.memory.all();
+        all.as_ptr() as usize..all.as_ptr() as usize + all.len()
+    }
+
+    /// One that has all of its pages.
+    pub(crate) fn take_full(&self) -> Option<Block> {
+        self.full.pop()
+    }
+
+    /// One of which pages are missing.
+    pub(crate) fn take_hollow(&self) -> Option<Block> {
+        self.hollow.pop()
+    }
+
+    pub(crate) fn give(&self, block: Block) {
+        let queue = if block.missing == 0 { &self.full } else { &self.hollow };
+        let given = queue.push(block);
+        debug_assert!(given.is_ok(), "there are no more blocks than places");
+    }
+
+    /// Gives the memory of full blocks back.
+    pub(crate) fn trim(&self) {
+        while let Some(mut block) = self.full.pop() {
+            block.wipe();
+            self.give(block);
+        }
+    }
+}

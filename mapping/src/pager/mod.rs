@@ -1,0 +1,550 @@
+//! What all threads of a pager share: the window, its pages, how much local memory is left, and what is
+//! known of the ranges that are mapped.
+
+pub(crate) mod prefetch;
+pub(crate) mod room;
+pub(crate) mod stats;
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering, fence};
+use std::sync::{Arc, Mutex};
+
+use crossbeam_queue::ArrayQueue;
+use rustix::thread::futex;
+use xpm_transport::{IoBuf, IoError};
+use xxhash_rust::xxh3::xxh3_64_with_seed;
+
+use self::prefetch::{Ahead, Habit, Prefetcher};
+use self::room::Room;
+use self::stats::{MappingStats, Tallies, count};
+use crate::page::window::{self, PAGE, Window};
+use crate::page::word::{Claim, DIRTY, MARK, POISONED, Pages, QUEUED, Residency, State, TOUCHED, WRITTEN};
+use crate::say::say;
+use crate::wake::Bell;
+
+/// Pages of which something is known together: 2 MiB.
+pub(crate) const CHUNK: u32 = 512;
+/// Pages that came and that the evictor has not heard of.
+const ARRIVALS: usize = 1 << 14;
+/// Rows of pages that somebody should fetch.
+const ASKED: usize = 64;
+
+/// The chunk belongs to slabs: a page of it that was not written holds zeros.
+const FRESH: u32 = 1 << 0;
+/// It is never written, so never dirty.
+const READ_ONLY: u32 = 1 << 1;
+const SEQUENTIAL: u32 = 1 << 2;
+const RANDOM: u32 = 1 << 3;
+
+/// Who brings the page when one is touched that is not there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Faults {
+    /// The thread that touched it, in a handler of SIGBUS: the quickest way, with no hand-over between threads. System
+    /// calls that are given absent pages fail with EFAULT.
+    Inline,
+    /// So many threads of the library, at least one. Everything that can touch memory may touch it, system
+    /// calls included.
+    Handled(usize),
+}
+
+impl Faults {
+    pub(crate) const fn has_handlers(self) -> bool {
+        matches!(self, Faults::Handled(_))
+    }
+}
+
+/// Where the content of an absent page is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Source {
+    /// Nowhere: it is zeros.
+    Zeros,
+    /// In external memory, at this page.
+    At(u32),
+}
+
+impl Source {
+    /// Whether the content of the page that is `count` behind the one whose this is lies so far behind it.
+    pub(crate) fn goes_on(self, page: Source, count: u32) -> bool {
+        match (self, page) {
+            (Source::Zeros, Source::Zeros) => true,
+            (Source::At(first), Source::At(page)) => page == first + count,
+            _ => false,
+        }
+    }
+}
+
+#[derive(Default)]
+struct Chunk {
+    flags: AtomicU32,
+    /// Where the content of what was not written is, as one more than a number of a page; 0 for nowhere else.
+    lent: AtomicU32,
+    /// First page behind what is lent: from there on it is zeros.
+    lent_end: AtomicU32,
+}
+
+/// What became of a fault without a look at external memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Local {
+    /// The page is there now. What its mark asks for.
+    Done(Option<Ahead>),
+    /// Somebody else is about it, and will wake those who wait.
+    Busy,
+    /// No room is left in local memory.
+    NoRoom,
+    /// Its content cannot be had.
+    Poisoned,
+    /// No room is left, and none can be made: the program has pinned all that is local, and the machine has no more.
+    Choked,
+    /// The page is the caller's now, who is to fetch it from there.
+    Fetch(u32),
+}
+
+/// What could be claimed before it is touched.
+pub(crate) enum Early<T> {
+    /// This is the caller's now.
+    Yours(T),
+    /// It is there already, or somebody else is about it.
+    Nothing,
+    /// No room is left in local memory for what nobody waits for.
+    NoRoom,
+}
+
+/// Most lines that are written about accesses which fail: the first ones tell why.
+const COMPLAINTS_MAX: u32 = 16;
+
+pub(crate) struct Pager {
+    /// Of the allocation.
+    pub(crate) name: Box<str>,
+    pub(crate) window: Window,
+    pub(crate) pages: Pages,
+    pub(crate) faults: Faults,
+    chunks: Box<[Chunk]>,
+    pub(crate) room: Room,
+    /// Pages that came: the number below, and above it when it left before.
+    pub(crate) arrivals: ArrayQueue<u64>,
+    pub(crate) asked: ArrayQueue<Ahead>,
+    pub(crate) evictor: Bell,
+    /// One for each thread that fetches.
+    pub(crate) fetchers: Vec<Bell>,
+    prefetcher: Mutex<Prefetcher>,
+    pub(crate) tallies: Tallies,
+    stopped: AtomicBool,
+    complaints: AtomicU32,
+    /// Why content could not be had when that was last so: one more than the place in [`IoError::ALL`]; 0: it always could.
+    lost: AtomicUsize,
+    /// Digests cannot be foreseen by whoever makes the content.
+    seed: u64,
+    zeros: u64,
+}
+
+impl Pager {
+    pub(crate) fn new(
+        name: &str,
+        window: Window,
+        faults: Faults,
+        budget: usize,
+        fetchers: usize,
+        seed: u64,
+    ) -> std::io::Result<Pager> {
+        let count = window.len() / PAGE;
+        let chunks = count.div_ceil(CHUNK as usize);
+        Ok(Pager {
+            name: name.into(),
+            complaints: AtomicU32::new(0),
+            lost: AtomicUsize::new(0),
+            pages: Pages::new(window::zeros32(count), window::zeros64(count)),
+            window,
+            faults,
+            chunks: (0..chunks).map(|_| Chunk::default()).collect(),
+            room: Room::new(budget),
+            arrivals: ArrayQueue::new(ARRIVALS),
+            asked: ArrayQueue::new(ASKED),
+            evictor: Bell::new()?,
+            fetchers: (0..fetchers).map(|_| Bell::new()).collect::<std::io::Result<_>>()?,
+            prefetcher: Mutex::default(),
+            tallies: Tallies::default(),
+            stopped: AtomicBool::new(false),
+            seed,
+            zeros: xxh3_64_with_seed(&[0; PAGE], seed),
+        })
+    }
+
+    pub(crate) fn stop(&self) {
+        self.stopped.store(true, Ordering::Release);
+        self.evictor.ring();
+        self.fetchers.iter().for_each(Bell::ring);
+    }
+
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.stopped.load(Ordering::Acquire)
+    }
+
+    fn chunk(&self, page: u32) -> &Chunk {
+        &self.chunks[(page / CHUNK) as usize]
+    }
+
+    fn flags(&self, page: u32) -> u32 {
+        self.chunk(page).flags.load(Ordering::Relaxed)
+    }
+
+    fn flag(&self, first: u32, count: u32, set: u32, clear: u32) {
+        if count == 0 {
+            return;
+        }
+        for chunk in &self.chunks[(first / CHUNK) as usize..=((first + count - 1) / CHUNK) as usize] {
+            let change = |flags: u32| Some(flags & !clear | set);
+            let _ = chunk.flags.fetch_update(Ordering::Relaxed, Ordering::Relaxed, change);
+        }
+    }
+
+    /// Pages of a slab: what was not written is zeros.
+    pub(crate) fn set_fresh(&self, first: u32, count: u32) {
+        self.flag(first, count, FRESH, 0);
+    }
+
+    /// Pages with content of before in external memory.
+    pub(crate) fn set_kept(&self, first: u32, count: u32) {
+        self.flag(first, count, 0, FRESH);
+        // As in `set_lent`.
+        fence(Ordering::SeqCst);
+    }
+
+    /// What was not written of whole chunks is where these pages have it, and zeros behind them; none: at its own place
+    /// again. Pages that came before have to be forgotten afterwards.
+    pub(crate) fn set_lent(&self, first: u32, count: u32, source: Option<&Range<u32>>) {
+        for chunk in first / CHUNK..=(first + count - 1) / CHUNK {
+            let at = |source: &Range<u32>| source.start + (chunk * CHUNK - first) + 1;
+            let known = &self.chunks[chunk as usize];
+            known.lent_end.store(source.map_or(0, |source| source.end), Ordering::Relaxed);
+            known.lent.store(source.map_or(0, at), Ordering::Release);
+        }
+        // Who claims a page looks here after that, and who forgets it at the page: one of them sees the other.
+        fence(Ordering::SeqCst);
+    }
+
+    pub(crate) fn set_read_only(&self, first: u32, count: u32, read_only: bool) {
+        let (set, clear) = if read_only { (READ_ONLY, 0) } else { (0, READ_ONLY) };
+        self.flag(first, count, set, clear);
+    }
+
+    pub(crate) fn set_habit(&self, first: u32, count: u32, habit: Habit) {
+        let set = match habit {
+            Habit::Normal => 0,
+            Habit::Sequential => SEQUENTIAL,
+            Habit::Random => RANDOM,
+        };
+        self.flag(first, count, set, (SEQUENTIAL | RANDOM) & !set);
+    }
+
+    fn habit(&self, page: u32) -> Habit {
+        match self.flags(page) & (SEQUENTIAL | RANDOM) {
+            SEQUENTIAL => Habit::Sequential,
+            RANDOM => Habit::Random,
+            _ => Habit::Normal,
+        }
+    }
+
+    pub(crate) fn source(&self, page: u32, state: State) -> Source {
+        if state.has(WRITTEN) {
+            return Source::At(page);
+        }
+        fence(Ordering::SeqCst);
+        let chunk = self.chunk(page);
+        match chunk.lent.load(Ordering::Acquire) {
+            0 if self.flags(page) & FRESH != 0 => Source::Zeros,
+            0 => Source::At(page),
+            lent => self.lent_by(lent - 1 + page % CHUNK, chunk.lent_end.load(Ordering::Relaxed)),
+        }
+    }
+
+    fn lent_by(&self, page: u32, end: u32) -> Source {
+        if page >= end || !self.pages.state(page).has(WRITTEN) && self.flags(page) & FRESH != 0 {
+            return Source::Zeros;
+        }
+        Source::At(page)
+    }
+
+    /// The digest of a page's content, which nobody changes meanwhile.
+    pub(crate) fn digest_of(&self, content: IoBuf) -> u64 {
+        window::digest(content, self.seed)
+    }
+
+    /// Whether a page on the shelf, which the caller has to itself, differs from what external memory holds.
+    pub(crate) fn is_dirty(&self, page: u32, state: State) -> bool {
+        // What could not be written when it was dropped is still to be, also where it is only read now.
+        state.has(DIRTY)
+            || self.may_be_dirty(page, state)
+                && self.digest_of(self.window.shelved(page, 1)) != self.pages.stamp(page)
+    }
+
+    /// Whether it can be dirty at all.
+    pub(crate) fn may_be_dirty(&self, page: u32, state: State) -> bool {
+        state.has(DIRTY) || self.flags(page) & READ_ONLY == 0
+    }
+
+    /// Ends a fault with what is in local memory, or says what is to be done.
+    pub(crate) fn fault(&self, page: u32, write: bool) -> Local {
+        let state = match self.pages.claim(page, |_| true, true) {
+            Claim::Yours(state) => state,
+            Claim::Not(_) | Claim::Busy => return Local::Busy,
+        };
+        match state.residency() {
+            Residency::Absent => self.absent(page, write, state),
+            _ => {
+                let shelved = state.residency() == Residency::Shelved;
+                if shelved {
+                    self.window.show(page, 1);
+                } else if state.has(POISONED) || !self.window.settle(page) {
+                    self.release(page, Residency::Mapped, POISONED, 0);
+                    return Local::Poisoned;
+                }
+                let touched = if shelved { TOUCHED } else { 0 };
+                let dirty = if write && shelved { DIRTY } else { 0 };
+                self.release(page, Residency::Mapped, touched | dirty, MARK);
+                count(&self.tallies.touched, u64::from(shelved));
+                let asks = state.has(MARK).then(|| self.prefetcher.try_lock().ok()?.touched(page));
+                Local::Done(asks.flatten().and_then(|ahead| self.bounded(page, ahead)))
+            }
+        }
+    }
+
+    fn absent(&self, page: u32, write: bool, state: State) -> Local {
+        if state.has(POISONED) {
+            self.release(page, Residency::Absent, 0, 0);
+            return Local::Poisoned;
+        }
+        if !self.room.take() {
+            let choked = self.room.is_exhausted();
+            self.release(page, Residency::Absent, 0, 0);
+            if choked {
+                return Local::Choked;
+            }
+            self.evictor.ring();
+            count(&self.tallies.waits, 1);
+            return Local::NoRoom;
+        }
+        if self.room.is_short() {
+            self.evictor.ring();
+        }
+        count(&self.tallies.faults, 1);
+        match self.source(page, state) {
+            Source::At(at) => Local::Fetch(at),
+            Source::Zeros => {
+                self.put_zeros(page, 1, write);
+                Local::Done(self.ahead(page))
+            }
+        }
+    }
+
+    /// Makes an absent page the caller's before it is touched; says where its content is.
+    pub(crate) fn claim_early(&self, page: u32) -> Early<Source> {
+        if !self.room.take_spare() {
+            return Early::NoRoom;
+        }
+        let absent = |state: State| state.residency() == Residency::Absent && !state.has(POISONED);
+        match self.pages.claim(page, absent, false) {
+            Claim::Yours(state) => Early::Yours(self.source(page, state)),
+            Claim::Not(_) | Claim::Busy => {
+                self.room.give(1);
+                Early::Nothing
+            }
+        }
+    }
+
+    /// What was claimed early is left as it was.
+    pub(crate) fn give_back(&self, page: u32) {
+        self.release(page, Residency::Absent, 0, 0);
+        self.room.give(1);
+    }
+
+    /// Spares the first touch of a new slab the fault, where there is room.
+    pub(crate) fn begin_slab(&self, page: u32) {
+        match self.claim_early(page) {
+            Early::Yours(Source::Zeros) => self.put_zeros(page, 1, false),
+            Early::Yours(Source::At(_)) => self.give_back(page),
+            Early::Nothing | Early::NoRoom => {}
+        }
+    }
+
+    /// What should be fetched beside a page that was missing.
+    pub(crate) fn ahead(&self, page: u32) -> Option<Ahead> {
+        let mut prefetcher = self.prefetcher.try_lock().ok()?;
+        prefetcher.limit(self.room.budget());
+        prefetcher.fault(page, self.habit(page)).and_then(|ahead| self.bounded(page, ahead))
+    }
+
+    /// Rows end where what is kept does, and slabs begin: those are somebody else's.
+    fn bounded(&self, page: u32, ahead: Ahead) -> Option<Ahead> {
+        let end = self.pages.count().min(ahead.first.saturating_add(ahead.count));
+        let fresh = |page: u32| self.flags(page) & FRESH;
+        if ahead.stride != 1 || ahead.first >= end {
+            return Some(ahead);
+        }
+        let chunks = ahead.first / CHUNK..=(end - 1) / CHUNK;
+        let bound = chunks.map(|chunk| chunk * CHUNK).find(|first| fresh(*first) != fresh(page));
+        let count = bound.map_or(ahead.count, |bound| bound.saturating_sub(ahead.first));
+        (count > 0).then_some(Ahead { count, ..ahead })
+    }
+
+    /// Has the threads fetch what will be needed. What they cannot take is fetched when it is touched.
+    pub(crate) fn ask(&self, ahead: Ahead) {
+        let (first, second) = ahead.halves();
+        for (part, fetcher) in [Some(first), second].into_iter().flatten().zip(self.fetchers.iter().cycle()) {
+            if self.asked.push(part).is_ok() {
+                fetcher.ring();
+            }
+        }
+    }
+
+    /// What was to be fetched ahead is not.
+    pub(crate) fn forgo(&self, ahead: Ahead) {
+        if let Ok(mut prefetcher) = self.prefetcher.try_lock() {
+            prefetcher.forgo(ahead);
+        }
+    }
+
+    /// Fills pages that the caller has with zeros.
+    pub(crate) fn put_zeros(&self, first: u32, run: u32, write: bool) {
+        self.window.fill_zeros(first, run);
+        for page in first..first + run {
+            let left = self.pages.stamp(page);
+            self.pages.set_stamp(page, self.zeros);
+            self.came(page, Residency::Mapped, if write { DIRTY } else { 0 }, left);
+        }
+        count(&self.tallies.zeroed, u64::from(run));
+    }
+
+    /// To be called before fetched content of a page is shown, which the caller has. When the page left before.
+    pub(crate) fn comes(&self, page: u32, content: IoBuf, write: bool) -> u64 {
+        let left = self.pages.stamp(page);
+        if !write && self.flags(page) & READ_ONLY == 0 {
+            self.pages.set_stamp(page, self.digest_of(content));
+        }
+        left
+    }
+
+    /// A page that the caller has is in local memory from now on.
+    pub(crate) fn is_here(&self, page: u32, write: bool, mark: bool, left: u64) {
+        match mark {
+            true => self.came(page, Residency::Shelved, MARK, left),
+            false => self.came(page, Residency::Mapped, if write { DIRTY } else { 0 }, left),
+        }
+    }
+
+    fn came(&self, page: u32, residency: Residency, set: u32, left: u64) {
+        let queued = self.pages.mark(page, QUEUED, 0).has(QUEUED);
+        self.release(page, residency, set, TOUCHED | if set & DIRTY == 0 { DIRTY } else { 0 });
+        if queued {
+            return;
+        }
+        let arrival = u64::from(page) | (left & 0xffff_ffff) << 32;
+        while self.arrivals.push(arrival).is_err() && !self.is_stopped() {
+            self.evictor.ring();
+            std::thread::yield_now();
+        }
+        if self.arrivals.len() > ARRIVALS / 2 {
+            self.evictor.ring();
+        }
+    }
+
+    /// The content of pages that the caller has cannot be had.
+    pub(crate) fn fail(&self, first: u32, run: u32, error: IoError, prefetch: bool) {
+        count(&self.tallies.errors, 1);
+        self.set_lost(error);
+        for page in first..first + run {
+            if !prefetch && self.faults.has_handlers() {
+                self.complain(page);
+                let _ = self.window.uffd.poison(self.window.address_of(page), PAGE);
+            }
+            self.release(page, Residency::Absent, if prefetch { 0 } else { POISONED }, 0);
+        }
+        self.room.give(run as usize);
+        self.wake_starving();
+    }
+
+    /// Takes the mark away from an absent page that there was no room for it. False where that has to be tried again.
+    pub(crate) fn unchoke(&self, page: u32) -> bool {
+        match self.pages.claim(page, |state| state.residency() == Residency::Absent, false) {
+            Claim::Yours(state) => {
+                if !state.has(POISONED) {
+                    self.window.heal(page);
+                }
+                self.release(page, Residency::Absent, 0, 0);
+                true
+            }
+            Claim::Not(_) => true,
+            Claim::Busy => false,
+        }
+    }
+
+    /// Remembers why content cannot be had.
+    pub(crate) fn set_lost(&self, error: IoError) {
+        let place = IoError::ALL.iter().position(|known| *known == error);
+        self.lost.store(place.map_or(0, |place| place + 1), Ordering::Relaxed);
+    }
+
+    /// Says why an access to a page is a SIGBUS, or an error of a system call, before it is. Allocates nothing.
+    pub(crate) fn complain(&self, page: u32) {
+        let gone = self.pages.state(page).residency() == Residency::Mapped;
+        let lost = self.lost.load(Ordering::Relaxed).checked_sub(1).and_then(|place| IoError::ALL.get(place));
+        match lost {
+            _ if gone => {
+                self.complain_of(page, &"the program threw it away by a call of its own, such as madvise(2)");
+            }
+            Some(error) => self.complain_of(page, error),
+            None => self.complain_of(page, &"its content cannot be had"),
+        }
+    }
+
+    /// The same of a page for which there is no room.
+    pub(crate) fn complain_of_room(&self, page: u32) {
+        let why = "all local memory is pinned by the program (io_uring, RDMA, O_DIRECT), and the machine has no more: choose more local memory";
+        self.complain_of(page, &why);
+    }
+
+    fn complain_of(&self, page: u32, why: &dyn std::fmt::Display) {
+        if self.complaints.fetch_add(1, Ordering::Relaxed) < COMPLAINTS_MAX {
+            let (address, name) = (self.window.address_of(page), &self.name);
+            say(format_args!(
+                "xpm: SIGBUS for accesses to 0x{address:x}, page {page} of allocation `{name}`: {why}"
+            ));
+        }
+    }
+
+    /// Gives a page back that the caller has, and wakes who waits for it.
+    pub(crate) fn release(&self, page: u32, residency: Residency, set: u32, clear: u32) {
+        if self.pages.release(page, residency, |state| state.without(clear).with(set)) {
+            self.window.uffd.wake(self.window.address_of(page), PAGE);
+            let _ = futex::wake(self.pages.word(page), futex::Flags::PRIVATE, u32::MAX);
+        }
+    }
+
+    /// Waits for a page that was busy when it was last looked at, for a moment at most.
+    pub(crate) fn wait_for(&self, page: u32) {
+        let word = self.pages.word(page);
+        for _ in 0..64 {
+            if self.pages.state(page).residency() != Residency::Busy {
+                return;
+            }
+            std::hint::spin_loop();
+        }
+        let now = word.load(Ordering::Acquire);
+        if self.pages.state(page).residency() == Residency::Busy {
+            let limit = rustix::event::Timespec { tv_sec: 0, tv_nsec: 2_000_000 };
+            let _ = futex::wait(word, futex::Flags::PRIVATE, now, Some(&limit));
+        }
+    }
+
+    pub(crate) fn stats(&self) -> MappingStats {
+        self.tallies.stats(&self.room)
+    }
+
+    /// After room was given back: those who wait for it try again.
+    pub(crate) fn wake_starving(&self) {
+        if self.room.freed() {
+            self.fetchers.iter().for_each(Bell::ring);
+        }
+    }
+}
+
+pub(crate) type Shared = Arc<Pager>;
