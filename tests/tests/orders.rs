@@ -7,6 +7,8 @@ use std::net::TcpStream;
 use std::process::Stdio;
 
 use serde_json::Value;
+use xpm_client::owner::{Heard, Listener};
+use xpm_control::client::Client;
 use xpm_tests::{Cluster, wait_until};
 
 const MIB: u64 = 1 << 20;
@@ -24,6 +26,27 @@ fn places(allocation: &Value) -> Vec<String> {
     names.sort();
     names.dedup();
     names
+}
+
+/// An owner that hears of an order only while it listens would carry out what it missed when it asks by the clock, much later.
+#[test]
+fn a_listener_that_was_out_of_touch_reports_that_it_missed_events() {
+    let mut cluster = Cluster::start(1);
+    let allocator = Client::new(&cluster.allocator_url(), None).unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let mut listener = Listener::new(&allocator);
+    let mut hear = || loop {
+        match runtime.block_on(listener.hear()) {
+            heard if heard.is_empty() => {}
+            heard => return heard,
+        }
+    };
+    assert_eq!(hear(), [Heard::Missed], "events from before the first call");
+    cluster.ok(&["alloc", "create", "v", "--size", "16MiB"]);
+    cluster.ok(&["alloc", "delete", "v"]);
+    assert_eq!(hear(), [Heard::Allocation("v".parse().unwrap())]);
+    cluster.restart_allocator();
+    assert_eq!(hear(), [Heard::Missed], "events from while the allocator was away");
 }
 
 #[test]

@@ -82,10 +82,14 @@ impl Lost {
             self.look().await;
             tokio::select! {
                 () = self.ending.lost.notified() => return,
-                () = async { while !listener.hear().await.contains(&Heard::Allocation(self.name.clone())) {} } => {}
+                () = async { while !listener.hear().await.iter().any(|heard| self.concerns(heard)) {} } => {}
                 () = tokio::time::sleep(ASK_EVERY) => {}
             }
         }
+    }
+
+    fn concerns(&self, heard: &Heard) -> bool {
+        matches!(heard, Heard::Missed) || matches!(heard, Heard::Allocation(name) if *name == self.name)
     }
 
     async fn look(&self) {
@@ -142,7 +146,7 @@ impl Follow {
             if heard.iter().any(|one| matches!(one, Heard::Appliance(name) if self.volume.is_on(name))) {
                 self.volume.alarm().notify_one();
             }
-            if heard.contains(&Heard::Allocation(self.name.clone())) {
+            if heard.contains(&Heard::Missed) || heard.contains(&Heard::Allocation(self.name.clone())) {
                 return self.volume.alarm().notify_one();
             }
         }

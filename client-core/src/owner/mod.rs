@@ -238,7 +238,7 @@ impl Owner {
 
     /// Starts listening to events.
     pub fn listen(&self) -> Listener {
-        Listener { allocator: self.allocator.clone().with_limit(LISTEN_LIMIT), after: None }
+        Listener::new(&self.allocator)
     }
 }
 
@@ -268,6 +268,8 @@ pub enum Heard {
     Allocation(Name),
     /// The addresses of the appliance of this name changed.
     Appliance(Name),
+    /// The listener begins to listen, or was out of touch with the allocator: anything may have happened before.
+    Missed,
 }
 
 impl Heard {
@@ -294,8 +296,14 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// Waits until there is news for owners, or for half a minute. Events before the first call are not
-    /// reported, and events may be missed, so the caller has to ask for orders from time to time as well.
+    /// Listens at the allocator that this client asks.
+    pub fn new(allocator: &Client) -> Listener {
+        Listener { allocator: allocator.clone().with_limit(LISTEN_LIMIT), after: None }
+    }
+
+    /// Waits until there is news for owners, or for half a minute. The first call, and the first one that
+    /// reaches an allocator after one that did not, returns [`Heard::Missed`] at once: events from before
+    /// are not reported, so the caller has to ask for orders.
     pub async fn hear(&mut self) -> Vec<Heard> {
         let path = match self.after {
             Some(number) => format!("/v1/events?after={number}&wait=true"),
@@ -306,8 +314,11 @@ impl Listener {
             tokio::time::sleep(LISTEN_AGAIN).await;
             return Vec::new();
         };
-        let is_new = self.after.is_some();
-        self.after = Some(events.last().map_or(self.after.unwrap_or(0), |event| event.number));
-        events.iter().filter(|_| is_new).filter_map(Heard::of).collect()
+        let before = self.after;
+        self.after = Some(events.last().map_or(before.unwrap_or(0), |event| event.number));
+        if before.is_none() {
+            return vec![Heard::Missed];
+        }
+        events.iter().filter_map(Heard::of).collect()
     }
 }

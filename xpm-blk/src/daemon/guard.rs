@@ -32,6 +32,7 @@ impl Daemon {
         for (name, slot) in &*self.slots() {
             let Slot::Shown(attached) = slot else { continue };
             let concerns = match heard {
+                Heard::Missed => true,
                 Heard::Allocation(of) => of == name,
                 Heard::Appliance(of) => {
                     attached.record().map.grants.iter().any(|one| one.appliance_name == *of)

@@ -37,9 +37,13 @@ pub(crate) async fn follow(daemon: Arc<Daemon>) {
     loop {
         for heard in listener.hear().await {
             daemon.sound_alarms(&heard);
-            if let Heard::Allocation(name) = heard {
-                daemon.look_for_losses(&name);
-                daemon.obey(&name);
+            match heard {
+                Heard::Allocation(name) => {
+                    daemon.look_for_losses(&name);
+                    daemon.obey(&name);
+                }
+                Heard::Missed => daemon.look_for_orders(),
+                Heard::Appliance(_) => {}
             }
         }
     }
