@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process};
-use xpm_tests::{Cluster, have, rounds, wait_until};
+use xpm_tests::{Cluster, have, wait_until};
 
 const PYTHON: &str = "/usr/bin/python3";
 
@@ -308,7 +308,7 @@ fn gcc() {
     }
     let cluster = Cluster::start(1);
     let (source, program) = (cluster.dir().join("many.c"), cluster.dir().join("many").display().to_string());
-    let functions = rounds(1500, 4000);
+    let functions = xpm_tests::rounds(1500, 4000);
     let mut text = String::from("#include <stdio.h>\n");
     for i in 0..functions {
         text += &format!(
