@@ -7,7 +7,7 @@ use std::net::TcpStream;
 use std::process::Stdio;
 
 use serde_json::Value;
-use xpm_client::owner::{Heard, Listener};
+use xpm_client_core::owner::{Heard, Listener};
 use xpm_control::client::Client;
 use xpm_tests::{Cluster, wait_until};
 
