@@ -12,6 +12,7 @@ pub mod manager;
 pub mod mapped;
 pub mod mapping;
 pub mod several;
+pub mod tools;
 pub mod verified;
 pub mod vhost;
 pub mod vm;
@@ -29,6 +30,7 @@ use tempfile::TempDir;
 
 use crate::clock::Sees;
 use crate::manager::ServiceManager;
+pub use crate::tools::{have, have_by_chance, skip_without};
 
 /// Longest wait for anything that has to happen.
 pub const LIMIT: Duration = Duration::from_secs(30);
@@ -46,16 +48,6 @@ pub fn rounds<T>(short: T, long: T) -> T {
 pub fn programs() -> PathBuf {
     let me = std::env::current_exe().expect("a process knows its program");
     me.ancestors().nth(2).expect("target/PROFILE/deps/TEST").to_owned()
-}
-
-/// Whether a program of the system is there; says so when not.
-pub fn have(program: &str) -> bool {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let found = std::env::split_paths(&path).any(|dir| dir.join(program).is_file());
-    if !found {
-        eprintln!("skipped: {program} is not installed");
-    }
-    found
 }
 
 /// A port that nobody listened on a moment ago.

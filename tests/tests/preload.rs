@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::{Command, Output};
 
-use xpm_tests::Cluster;
+use xpm_tests::{Cluster, skip_without};
 
 /// What `xpm run -v` said of a program.
 #[derive(Debug, Default)]
@@ -123,8 +123,7 @@ fn arrays_of_numpy() {
     let python = |script| Command::new("/usr/bin/python3").args(["-c", script]).output().expect("python3");
     let known = "import importlib.util, sys; sys.exit(importlib.util.find_spec('numpy') is None)";
     if !python(known).status.success() {
-        eprintln!("skipped: numpy is not installed");
-        return;
+        return skip_without("numpy");
     }
     let cluster = Cluster::start(1);
     // What is external is told apart by the flag of memory that is registered with userfaultfd; see proc_pid_smaps(5).

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process};
-use xpm_tests::{Cluster, have, wait_until};
+use xpm_tests::{Cluster, have, have_by_chance, skip_without, wait_until};
 
 const PYTHON: &str = "/usr/bin/python3";
 
@@ -42,15 +42,6 @@ impl Account {
 
 fn rounds() -> usize {
     std::env::var("XPM_TEST_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(1)
-}
-
-/// Whether a program is here; says so where it is not.
-fn here(program: &str) -> bool {
-    let found = have(program);
-    if !found {
-        eprintln!("skipped: {program} is not installed (cargo xtask setup)");
-    }
-    found
 }
 
 fn command(cluster: &Cluster, program: &[&str]) -> Command {
@@ -119,7 +110,7 @@ fn sum_of(path: &Path) -> String {
 
 #[test]
 fn memcached_with_locked_memory() {
-    if !here("memcached") {
+    if !have("memcached") {
         return;
     }
     let cluster = Cluster::start(1);
@@ -166,7 +157,7 @@ open(sys.argv[1], 'w').write(str(right))
 
 #[test]
 fn node() {
-    if !here("node") {
+    if !have_by_chance("node") {
         return;
     }
     let cluster = Cluster::start(1);
@@ -190,7 +181,7 @@ console.log(bad, sum, crypto.createHash('sha256').update(all[3]).digest('hex') =
 
 #[test]
 fn java() {
-    if !here("java") || !here("javac") {
+    if !have_by_chance("java") || !have_by_chance("javac") {
         return;
     }
     let cluster = Cluster::start(1);
@@ -247,7 +238,7 @@ print(db.execute('select k, i from t order by k desc, i limit 1 offset 500000').
 
 #[test]
 fn sqlite() {
-    if !here("sqlite3") {
+    if !have("sqlite3") {
         return;
     }
     let cluster = Cluster::start(1);
@@ -268,7 +259,7 @@ select count(*), sum(k), max(m) from t;";
 
 #[test]
 fn git() {
-    if !here("git") {
+    if !have("git") {
         return;
     }
     let cluster = Cluster::start(1);
@@ -303,7 +294,7 @@ fn git() {
 
 #[test]
 fn gcc() {
-    if !here("gcc") {
+    if !have("gcc") {
         return;
     }
     let cluster = Cluster::start(1);
@@ -330,7 +321,7 @@ fn gcc() {
 
 #[test]
 fn nginx() {
-    if !here("nginx") {
+    if !have("nginx") {
         return;
     }
     let cluster = Cluster::start(1);
@@ -362,7 +353,7 @@ for _ in range(3):
 #[test]
 fn redis_with_bgsave() {
     let program = "/usr/bin/redis-check-rdb";
-    if !here(program) {
+    if !have(program) {
         return;
     }
     let cluster = Cluster::start(1);
@@ -400,8 +391,7 @@ fn postgres() {
         .ok()
         .and_then(|mut all| Some(all.next()?.ok()?.path().join("bin")))
     else {
-        eprintln!("skipped: postgresql is not installed (cargo xtask setup)");
-        return;
+        return skip_without("postgresql");
     };
     let cluster = Cluster::start(1);
     let data = tempfile::tempdir().expect("a directory");
@@ -460,7 +450,7 @@ fn postgres() {
 /// It asks for no large pieces: all is local, and that is said.
 #[test]
 fn openssh() {
-    if !here("/usr/sbin/sshd") || !here("ssh") {
+    if !have("/usr/sbin/sshd") || !have("ssh") {
         return;
     }
     let cluster = Cluster::start(1);
