@@ -8,6 +8,7 @@ mod package;
 mod sanitize;
 mod setup;
 mod test;
+mod tidy;
 mod util;
 
 use std::process::ExitCode;
@@ -35,6 +36,8 @@ enum Command {
     Test(test::Args),
     /// Run the libraries' unit tests, and end-to-end tests of what has unsafe code, under AddressSanitizer; builds everything once more.
     Sanitize(sanitize::Args),
+    /// Check the form of the source tree: comments, documents, links, scripts.
+    Tidy(tidy::Args),
     /// Make Debian packages of everything.
     Package(package::Args),
     /// Measure xpm and its peers in the same run, and print ratios.
@@ -60,6 +63,7 @@ fn run(command: Command) -> Result<bool> {
         Command::Lab(args) => lab::main(&args),
         Command::Test(args) => test::main(&args),
         Command::Sanitize(args) => sanitize::main(&args),
+        Command::Tidy(args) => tidy::main(&args),
         Command::Package(args) => package::main(&args),
         Command::Bench(args) => bench::main(&args),
     }

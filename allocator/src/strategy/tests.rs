@@ -1,3 +1,5 @@
+//! Decisions over snapshots, against a slow model and in single cases.
+
 use std::collections::HashMap;
 
 use proptest::prelude::*;

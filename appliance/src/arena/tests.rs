@@ -1,3 +1,5 @@
+//! Arenas of each backing: content, limits and errors.
+
 use proptest::prelude::*;
 use xpm_transport::IoBuf;
 use xpm_transport::store::Extent;

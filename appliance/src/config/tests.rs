@@ -1,3 +1,5 @@
+//! Configuration files and flags: defaults, limits and refusals.
+
 use super::*;
 
 fn cli(arguments: &str) -> anyhow::Result<Config> {

@@ -1,3 +1,5 @@
+//! The ledger of grants: reservations, commits, epochs and expiry.
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 

@@ -1,3 +1,5 @@
+//! The table of regions with real memory: grants, fences, moves and clearing.
+
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
 use xpm_protocol::api::appliance::RegionState as ApiState;

@@ -1,3 +1,5 @@
+//! The document of an account: limits of a group of clients.
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 

@@ -1,3 +1,5 @@
+//! The document of an appliance: labels, link and medium.
+
 use std::fmt;
 use std::str::FromStr;
 

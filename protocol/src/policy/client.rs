@@ -1,3 +1,5 @@
+//! The document of a client: labels, link and limits.
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 

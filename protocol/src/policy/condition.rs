@@ -1,3 +1,5 @@
+//! Conditions of rules, and the selectors of labels in them.
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 

@@ -1,3 +1,5 @@
+//! The content of one document of any kind.
+
 use super::{Account, ApplianceProfile, ClientProfile, DocumentName, Documents, Kind, Strategy};
 use crate::Name;
 

@@ -1,3 +1,5 @@
+//! Hours of the week in which something is allowed.
+
 use std::fmt;
 use std::str::FromStr;
 

@@ -1,3 +1,5 @@
+//! The document of a strategy: rules about placement, limits, leases and layout.
+
 use std::fmt;
 use std::str::FromStr;
 

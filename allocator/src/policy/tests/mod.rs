@@ -1,3 +1,5 @@
+//! Documents: which are accepted, how each mistake is reported, and the committed schema.
+
 use proptest::prelude::*;
 use xpm_protocol::Percent;
 use xpm_protocol::api::policy::PolicyFormat;

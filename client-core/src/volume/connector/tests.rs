@@ -1,3 +1,5 @@
+//! A connector against servers that refuse, vanish and come back.
+
 use std::net::{SocketAddr, TcpListener};
 
 use xpm_protocol::api::appliance::Endpoints;

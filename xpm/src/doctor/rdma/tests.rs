@@ -1,3 +1,5 @@
+//! Findings of `xpm doctor` about RDMA devices, from inventories.
+
 use serde_json::json;
 use xpm_transport::rdma::inventory::{GidKind, Guid, Kernel, Libraries};
 
