@@ -40,7 +40,7 @@ impl Account {
     }
 }
 
-fn rounds() -> usize {
+fn repeats() -> usize {
     std::env::var("XPM_TEST_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(1)
 }
 
@@ -172,7 +172,7 @@ const sum = f.reduce((a, b) => a + b, 0);
 console.log(bad, sum, crypto.createHash('sha256').update(all[3]).digest('hex') === crypto.createHash('sha256').update(make(4)).digest('hex'));
 ";
     let right = "0 2199022206976 true\n";
-    for _ in 0..rounds() {
+    for _ in 0..repeats() {
         let (said, account) = run(&cluster, &["node", "-e", script]);
         assert_eq!(said, right);
         account.at_least("node", 64);
@@ -229,7 +229,7 @@ print(db.execute('select count(*), sum(k), count(distinct k) from t').fetchone()
 print(db.execute('select k, i from t order by k desc, i limit 1 offset 500000').fetchone())
 ";
     let right = python(script, &[]);
-    for _ in 0..rounds() {
+    for _ in 0..repeats() {
         let (said, account) = run(&cluster, &[PYTHON, "-c", script]);
         assert_eq!(said, right);
         account.at_least("duckdb", 32);
