@@ -64,6 +64,22 @@ pub struct Region<M> {
 }
 
 /// The use of a region.
+///
+/// ```text
+///            made ahead of need
+///                   |
+///                   v    reserve             commit
+///       +-------> Ready ---------> Reserved ---------> Granted
+///       |           |                 |                   |
+///       | cleared   | no longer       | expired, or       | grant deleted, or moved away
+///       | (kept)    | needed          | region deleted    | from memory that was shared
+///       |           v                 v                   v
+///       +-------- Clearing <----------+-------------------+
+///                   |
+///                   v cleared and not kept, or the memory was shared: dropped
+/// ```
+///
+/// Only `Clearing` leads back to `Ready`, so a client never receives the content of another client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
     /// Faulted in and all zeros; belongs to no client.

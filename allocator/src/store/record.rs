@@ -202,6 +202,24 @@ pub struct Reclaim {
 }
 
 /// Phase of an allocation.
+///
+/// ```text
+///   create: the intent is durable
+///            |
+///            v      every grant is committed, and the map is durable
+///        Creating -------------------------------------------------> Ready
+///            |                                                         |
+///            | a step failed, or the                                   | delete, the end of a lease,
+///            | allocator restarted                                     | or a reclaim
+///            v                                                         v
+///         Undoing                                                   Deleting
+///            |                                                         |
+///            +----> the record is removed when every appliance <-------+
+///                   has given the memory back
+/// ```
+///
+/// Each arrow is one write to the store. Appliances are called only after the write before has become durable, so a
+/// crash leaves a record that names everything that may exist.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Phase {

@@ -9,6 +9,20 @@
 //! A newer process that finds the state directory in use asks the serving process to be its *successor*: it
 //! stands by in the same way, but takes over as soon as it is ready. This is how the program is upgraded.
 //!
+//! ```text
+//!              starts a child                  memory is locked, records are here
+//!   main ---------------------> standby filling ----------------------------------> standby ready
+//!    |                                                                                   |
+//!    |  dies, hangs (the standby kills it), or hands over because it is told to end      |
+//!    |                                                                                   v
+//!    +-------------------------------------------------------------------> it becomes main, and
+//!    |                                                                     starts a standby of its own
+//!    |
+//!    |  a newer process announces itself: the standby ends, the newer process fills its memory
+//!    +---------------> successor filling ---> successor ready ---> main gives it the lock and ends;
+//!                                                                  the successor becomes main
+//! ```
+//!
 //! The process that may serve is the holder of the lock of the state directory, once the process that gave it
 //! the lock is dead. That death is detected by a pidfd, and includes the death of all threads; the kernel's
 //! remaining clean-up (an open ublk device) is waited for where it matters. A process gives the lock to at

@@ -89,6 +89,24 @@ struct Silent {
     refused: bool,
 }
 
+/// The life of the path to one appliance, for one grant. All queues of a volume share it; each has a link of its own.
+///
+/// ```text
+///                  links are made            the connection breaks, or checks fail
+///   Connecting ------------------------> Up ---------------------------------------+
+///     ^  |  ^                                                                      |
+///     |  |  +----------------------------------------------------------------------+
+///     |  |        I/O is held, and posted again in order on the next link
+///     |  |
+///     |  +-- the time of `hold` has passed --> I/O ends with an error; connecting continues
+///     |  |
+///     |  +-- the allocator reports the end of the ownership, refusals last for `refusal-limit`,
+///     |  |   or the appliance is given up ---> Lost: no link is made, all I/O ends with an error
+///     |  |
+///     +--+-- new address (`moved`), new key and epoch (`renewed`): try again without a pause
+/// ```
+///
+/// While `held` is set (a hand-over), no link is made and I/O waits without a limit.
 struct State {
     ports: Vec<Arc<Port>>,
     woken: bool,
