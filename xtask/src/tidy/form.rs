@@ -93,7 +93,10 @@ fn changelog(file: &File) -> Vec<Finding> {
         } else if line.starts_with("###") {
             let place = SECTIONS.iter().position(|name| *name == line);
             match place {
-                None => bad("a section is `### Added`, `### Changed` or `### Fixed`"),
+                None => {
+                    bad("a section is `### Added`, `### Changed` or `### Fixed`");
+                    section = section.or(Some(0));
+                }
                 Some(place) if section.is_some_and(|last| last >= place) => {
                     bad("sections are in the wrong order");
                 }
