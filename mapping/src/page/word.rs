@@ -8,6 +8,21 @@
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 
 /// Where a page's content is.
+///
+/// ```text
+///                     fault: zeros, or a READ and UFFDIO_COPY
+///          +------------------------ Busy ----------------------> Mapped (in the window)
+///          |                                                        |      ^
+///          |                                      evictor: S3-FIFO  |      | touched again: a cheap
+///        Absent                                   names the page    v      | fault, so it is used
+///          ^                                                       Shelved (inactive list)
+///          |                                                          |
+///          +------------------------ Busy <---------------------------+
+///             written first if its digest differs from its stamp        not touched there
+/// ```
+///
+/// Every arrow passes through `Busy`: a thread claims the page, changes it, and releases it into its next state. A
+/// fetch that fails releases the page as `Absent` with [`POISONED`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Residency {
     /// In external memory only, or it was never written.
