@@ -1,8 +1,8 @@
-//! What a child of fork(2) has of its parent's external memory: a copy in local memory, at the same addresses, where that is no more
-//! than may be local. Otherwise nothing is there ([`crate::process`]).
+//! What a child of fork(2) has of its parent's external memory: a copy in local memory, at the same addresses, where
+//! that is no more than may be local. Otherwise nothing is there ([`crate::process`]).
 //!
-//! The copies are made before the fork, by the thread that serves, at addresses that the child inherits; the child moves them to where
-//! they belong, and the parent lets them go.
+//! The copies are made before the fork, by the thread that serves, at addresses that the child inherits; the child
+//! moves them to where they belong, and the parent lets them go.
 
 use std::cell::Cell;
 use std::collections::BTreeMap;

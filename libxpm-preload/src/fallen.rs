@@ -1,5 +1,6 @@
-//! Says why a child of fork(2) ends that touches external memory of its parent. The child has no connection and no descriptor of
-//! this library's; its standard error may be anything. So the handler of SIGSEGV tells `xpm run`, which says it.
+//! Says why a child of fork(2) ends that touches external memory of its parent. The child has no connection and no
+//! descriptor of this library's; its standard error may be anything. So the handler of SIGSEGV tells `xpm run`, which
+//! says it.
 
 use std::ffi::c_void;
 use std::fmt::Write as _;

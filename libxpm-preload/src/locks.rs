@@ -1,5 +1,5 @@
-//! mlockall(2): locks what is local, and leaves external memory to its budget. Done by the kernel alone it would bring all of external
-//! memory in, page by page.
+//! mlockall(2): locks what is local, and leaves external memory to its budget. Done by the kernel alone it would
+//! bring all of external memory in, page by page.
 
 use std::ffi::c_int;
 use std::ops::Range;

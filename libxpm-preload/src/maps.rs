@@ -39,7 +39,8 @@ fn stays_local(prot: c_int, flags: c_int) -> Option<Local> {
     })
 }
 
-/// The program puts memory at an address that is external: new zeros, or an address range that is only reserved. Nothing else can be there.
+/// The program puts memory at an address that is external: new zeros, or an address range that is only reserved.
+/// Nothing else can be there.
 ///
 /// # Safety
 /// As of mmap(2) with MAP_FIXED.

@@ -1,9 +1,9 @@
 //! Whether this process is the one that it was: a child of fork(2) has a copy of this library's tables, and nothing of
 //! the external memory that they are about.
 //!
-//! A page that the kernel wipes in children tells, whatever made the child: fork(3), _Fork(3) or clone(2). The addresses of the
-//! parent's external memory are *dead* in the child: they are reserved without any access, so that nothing else comes to lie
-//! there, which would be taken for external memory.
+//! A page that the kernel wipes in children tells, whatever made the child: fork(3), _Fork(3) or clone(2). The
+//! addresses of the parent's external memory are *dead* in the child: they are reserved without any access, so that
+//! nothing else comes to lie there, which would be taken for external memory.
 
 use std::ops::Range;
 use std::ptr::null_mut;

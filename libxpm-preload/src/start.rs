@@ -1,5 +1,5 @@
-//! How a process comes to external memory: the first time that it wants a large piece, a thread of this library asks `xpm run`
-//! for it, and then serves the process for as long as that lives.
+//! How a process comes to external memory: the first time that it wants a large piece, a thread of this library asks
+//! `xpm run` for it, and then serves the process for as long as that lives.
 //!
 //! ```text
 //!   NOBODY --(XPM_RUN is set)--> IDLE --(a large piece)--> STARTING --(all is well)--> READY
@@ -32,8 +32,8 @@ const FAILED: u32 = 4;
 /// How long it is until a process asks again that was refused, at first; each time twice as long, up to the most.
 const AGAIN: Duration = Duration::from_secs(1);
 const AGAIN_DOUBLINGS: u32 = 5;
-/// How long the program waits for the loader's lock to be free. A thread of the program that asks for memory while it has that lock (a
-/// library's initialisation) cannot wait for a thread that needs it, too: that piece is local.
+/// How long the program waits for the loader's lock to be free. A thread of the program that asks for memory while it
+/// has that lock (a library's initialisation) cannot wait for a thread that needs it, too: that piece is local.
 const LOADER_MAX: Duration = Duration::from_millis(500);
 /// How long the program waits for the rest: longer than it may take to connect to the appliances.
 const START_MAX: Duration = Duration::from_secs(20);

@@ -1,8 +1,9 @@
 //! A table of descriptors that the program cannot reach.
 //!
-//! Any thread of a program can close or replace any number of the table that its threads share, at any time, by a system call that
-//! nobody sees. So this library has all of its descriptors in another table: a thread that leaves the program's table opens them, and
-//! the threads that it starts share its table with it. See unshare(2), close_range(2).
+//! Any thread of a program can close or replace any number of the table that its threads share, at any time, by a
+//! system call that nobody sees. So this library has all of its descriptors in another table: a thread that leaves
+//! the program's table opens them, and the threads that it starts share its table with it. See unshare(2),
+//! close_range(2).
 
 use std::io;
 use std::os::fd::{AsRawFd as _, IntoRawFd as _, OwnedFd};
@@ -12,7 +13,8 @@ use rustix::fs::{MemfdFlags, Mode, OFlags, memfd_create, open};
 use rustix::io::fcntl_dupfd_cloexec;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
-/// Gives the calling thread a table of its own, which holds nothing but three descriptors that swallow what is written to them.
+/// Gives the calling thread a table of its own, which holds nothing but three descriptors that swallow what is
+/// written to them.
 pub(crate) fn leave() -> io::Result<()> {
     // SAFETY: closes descriptors of the new table only, in which nobody has any.
     let left = unsafe { libc::syscall(libc::SYS_close_range, 0, u32::MAX, libc::CLOSE_RANGE_UNSHARE) };
@@ -28,8 +30,8 @@ pub(crate) fn leave() -> io::Result<()> {
     keep_pair()
 }
 
-/// Numbers of a pair of sockets that tokio makes once in a process, and each of its runtimes copies: that of signals, which this library
-/// does not use. A child of fork(2) has these numbers in its memory, and its new table has not.
+/// Numbers of a pair of sockets that tokio makes once in a process, and each of its runtimes copies: that of signals,
+/// which this library does not use. A child of fork(2) has these numbers in its memory, and its new table has not.
 static PAIR: [AtomicI32; 2] = [const { AtomicI32::new(-1) }; 2];
 /// No number of a new table is as high.
 const HIGH: i32 = 64;

@@ -1,5 +1,5 @@
-//! Which threads are this library's. What the C library allocates for them, such as lists of what to do at their end, must
-//! not be in external memory, nor in an allocator of the program whose tables are.
+//! Which threads are this library's. What the C library allocates for them, such as lists of what to do at their end,
+//! must not be in external memory, nor in an allocator of the program whose tables are.
 
 use std::cell::Cell;
 use std::ffi::{c_int, c_void};

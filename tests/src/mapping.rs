@@ -58,8 +58,8 @@ impl Dice {
     }
 }
 
-/// Starts an ignored test of this test program in a process of its own, with the allocator's URL in `XPM_TEST_ALLOCATOR`; gives its
-/// output as lines.
+/// Starts an ignored test of this test program in a process of its own, with the allocator's URL in
+/// `XPM_TEST_ALLOCATOR`; gives its output as lines.
 ///
 /// # Panics
 /// When it cannot be started.

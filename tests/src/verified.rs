@@ -1,7 +1,8 @@
-//! A load that verifies what it reads, on a device of form `nbd-socket`: each block holds its number and the count of its
-//! writes, so a block that is stale, lost or another one's is told from a good one.
+//! A load that verifies what it reads, on a device of form `nbd-socket`: each block holds its number and the count of
+//! its writes, so a block that is stale, lost or another one's is told from a good one.
 //!
-//! It speaks NBD by itself (the baseline of the NBD protocol: `NBD_OPT_EXPORT_NAME`, simple replies), one request at a time.
+//! It speaks NBD by itself (the baseline of the NBD protocol: `NBD_OPT_EXPORT_NAME`, simple replies), one request at
+//! a time.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;

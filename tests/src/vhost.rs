@@ -354,7 +354,8 @@ impl Guest {
         }
     }
 
-    /// Waits until the device has used so many requests, and looks when it is called only; their slots, lengths and status.
+    /// Waits until the device has used so many requests, and looks when it is called only; their slots, lengths and
+    /// status.
     ///
     /// # Panics
     /// When it does not.

@@ -193,7 +193,8 @@ fn without_room_in_etcd_reading_goes_on_and_the_remedy_is_named() {
     let refused = several.xpm(&["alloc", "create", "more", "--size", "16MiB"]);
     let line = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(!refused.status.success() && line.contains("etcdctl alarm disarm"), "{line}");
-    // The remedy. Without `physical` the compaction goes on after its answer, and the defragmentation finds nothing to free.
+    // The remedy. Without `physical` the compaction goes on after its answer, and the defragmentation finds nothing
+    // to free.
     let status = several.etcd.ask(0, "/v3/maintenance/status", "{}").unwrap();
     let revision = status["header"]["revision"].as_str().unwrap();
     several

@@ -1,5 +1,5 @@
-//! A budget of local memory that is a share of what is free: on a machine and in a cgroup that say what a test writes, and in a real
-//! cgroup where one can be made.
+//! A budget of local memory that is a share of what is free: on a machine and in a cgroup that say what a test
+//! writes, and in a real cgroup where one can be made.
 
 use std::fmt::Write as _;
 use std::fs;

@@ -29,7 +29,8 @@ fn copy_state(cluster: &Cluster, devices: &[&str]) -> PathBuf {
     to
 }
 
-/// Starts xpm-blk with a copy; with another `/etc/machine-id` in a mount namespace of its own where it is another machine.
+/// Starts xpm-blk with a copy; with another `/etc/machine-id` in a mount namespace of its own where it is another
+/// machine.
 fn start_copy(cluster: &Cluster, state: &Path, is_another_machine: bool) -> Copy {
     let dir = cluster.dir();
     let config = dir.join("blk2.toml");

@@ -38,7 +38,8 @@ fn containers_in_external_memory() {
     assert_eq!(space.free_bytes(), free);
 }
 
-/// An array that grows to many times the budget does so where it is; where it cannot, its content is not brought into local memory.
+/// An array that grows to many times the budget does so where it is; where it cannot, its content is not brought into
+/// local memory.
 fn grows(faults: Faults) {
     let cluster = Cluster::start(1);
     cluster.ok(&["alloc", "create", "v", "--size", "128MiB", "--region-size", "128MiB"]);

@@ -1,4 +1,5 @@
-//! The file of the metadata is damaged, or the disk is full: the allocator refuses with the way out, or goes on to answer.
+//! The file of the metadata is damaged, or the disk is full: the allocator refuses with the way out, or goes on to
+//! answer.
 
 #![allow(missing_docs)]
 

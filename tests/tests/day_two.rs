@@ -1,5 +1,5 @@
-//! The second day of a pool: ordinary trouble, one after the other, while two clients verify what they read. No byte may be
-//! wrong, no request fail, and nothing may end in a state that only `--force` resolves.
+//! The second day of a pool: ordinary trouble, one after the other, while two clients verify what they read. No byte
+//! may be wrong, no request fail, and nothing may end in a state that only `--force` resolves.
 
 use std::io::Write;
 use std::net::TcpStream;

@@ -264,8 +264,8 @@ impl Load {
     }
 }
 
-/// One thread's part: its own run of pages. Every second thread has its pages leave the cache, so that what it reads comes
-/// from external memory; half of the threads use a mapping.
+/// One thread's part: its own run of pages. Every second thread has its pages leave the cache, so that what it reads
+/// comes from external memory; half of the threads use a mapping.
 fn load(path: &Path, number: u64, stop: &AtomicBool, done: &AtomicU64) -> Result<(), String> {
     let file = OpenOptions::new().read(true).write(true).open(path).map_err(|error| error.to_string())?;
     let first = number * Load::PAGES;

@@ -18,7 +18,8 @@ use xpm_transport::nbd::client::Target;
 /// A connection waits for a second where the server's queue is full.
 const THREADS: u8 = 32;
 
-/// Holds connections to a port that say `words` and nothing more, and makes those anew that are closed; until it is dropped.
+/// Holds connections to a port that say `words` and nothing more, and makes those anew that are closed; until it is
+/// dropped.
 struct Flood {
     over: Arc<AtomicBool>,
     /// Connections that were made, or tried.

@@ -1,5 +1,5 @@
-//! Allocations in use go to a client that stands by, and back, while both have devices: nobody's I/O fails, and exactly one of
-//! them owns them, whoever is killed when.
+//! Allocations in use go to a client that stands by, and back, while both have devices: nobody's I/O fails, and
+//! exactly one of them owns them, whoever is killed when.
 
 use std::path::PathBuf;
 use std::process::Output;
@@ -362,7 +362,8 @@ fn the_allocator_dies_at_each_step() {
     assert_eq!(pair.cluster.json(&["blk", "show", "ram"])["counters"]["errors"], 0);
 }
 
-/// No proof that an appliance gives ends the I/O of who may get its allocation back, also when no allocator can be asked.
+/// No proof that an appliance gives ends the I/O of who may get its allocation back, also when no allocator can be
+/// asked.
 #[test]
 fn the_old_owner_waits_while_no_allocator_answers() {
     let mut pair = Pair::new();

@@ -4,8 +4,8 @@
 
 use xpm_tests::{Cluster, Daemon};
 
-/// What an xpm-blk with one device may have of anonymous memory, all of it locked: heap, stacks and buffers. Its program and
-/// libraries, which depend on the build, come on top.
+/// What an xpm-blk with one device may have of anonymous memory, all of it locked: heap, stacks and buffers. Its
+/// program and libraries, which depend on the build, come on top.
 const ANONYMOUS_MAX_KIB: u64 = 13 << 10;
 
 fn field_kib(daemon: &Daemon, name: &str) -> u64 {

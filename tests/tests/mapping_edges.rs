@@ -1,4 +1,5 @@
-//! External memory at addresses, at the edges: what is asked for that cannot be, and what a program does to its pages by calls of its own.
+//! External memory at addresses, at the edges: what is asked for that cannot be, and what a program does to its pages
+//! by calls of its own.
 
 #![allow(unsafe_code)]
 
@@ -53,7 +54,8 @@ fn what_cannot_be() {
     Attachment::attach(&other).expect("it is its own");
 }
 
-/// Where userfaultfd(2) is forbidden altogether, as by the seccomp profile of a container, nothing can be mapped, and that is said.
+/// Where userfaultfd(2) is forbidden altogether, as by the seccomp profile of a container, nothing can be mapped, and
+/// that is said.
 #[test]
 fn no_permission_for_userfaultfd() {
     let cluster = Cluster::start(1);
@@ -84,8 +86,8 @@ fn without_userfaultfd() {
     }
 }
 
-/// From now on this thread, and those that it starts, get EPERM for the call and for the request to `/dev/userfaultfd`, or for what is
-/// more than user mode only.
+/// From now on this thread, and those that it starts, get EPERM for the call and for the request to
+/// `/dev/userfaultfd`, or for what is more than user mode only.
 fn forbid_userfaultfd(all: bool) -> std::io::Result<()> {
     const NEW: u32 = 0xaa00;
     const USER_MODE_ONLY: u32 = 1;
@@ -226,8 +228,8 @@ fn pages_that_are_pinned_stay_where_they_are() {
     );
 }
 
-/// A page that the program threw away by madvise(2), which it must not do, is an error of calls and a SIGBUS of accesses. Nobody
-/// waits for it for ever, and nobody sees zeros.
+/// A page that the program threw away by madvise(2), which it must not do, is an error of calls and a SIGBUS of
+/// accesses. Nobody waits for it for ever, and nobody sees zeros.
 #[test]
 fn a_page_that_was_thrown_away_is_an_error_and_a_signal() {
     if !moves_pages() {
@@ -345,7 +347,8 @@ fn what_is_cleared_while_it_is_written_to_stays_what_it_is() {
     }
 }
 
-/// What an access was refused, for its appliance was away for longer than I/O is held, is there again after a call that had it.
+/// What an access was refused, for its appliance was away for longer than I/O is held, is there again after a call
+/// that had it.
 #[test]
 fn a_call_that_has_a_page_mends_it_for_accesses() {
     let mut cluster = Cluster::start_kept(&[vec![]]);

@@ -43,7 +43,8 @@ fn ok(output: &Output) {
     assert!(output.status.success(), "{said:?}");
 }
 
-/// Nothing is left of what was run: its memory is given back when it ends, and its record goes when that is written down.
+/// Nothing is left of what was run: its memory is given back when it ends, and its record goes when that is written
+/// down.
 fn nothing_left(cluster: &Cluster) {
     let list = || cluster.json(&["alloc", "list"]);
     let given_back = |one: &serde_json::Value| one["state"] == "deleting";

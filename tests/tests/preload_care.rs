@@ -108,7 +108,8 @@ fn processes_one_after_the_other() {
     well(&run(&cluster, ("192MiB", "8MiB"), &[PYTHON, "-c", &script]), 40);
 }
 
-/// What a child of fork(2) maps itself does not come to lie where its parent's external memory is, and a child that touches that is told of.
+/// What a child of fork(2) maps itself does not come to lie where its parent's external memory is, and a child that
+/// touches that is told of.
 #[test]
 fn children_know_what_is_theirs() {
     let cluster = Cluster::start(1);

@@ -1,4 +1,5 @@
-//! One xpm-blk serves and another one stands by: real processes, with a guest's driver and NBD sockets on their devices.
+//! One xpm-blk serves and another one stands by: real processes, with a guest's driver and NBD sockets on their
+//! devices.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;

@@ -1,4 +1,5 @@
-//! Metadata of yesterday: a snapshot of the allocator's machine is reverted, or an old copy restored. Nobody loses memory.
+//! Metadata of yesterday: a snapshot of the allocator's machine is reverted, or an old copy restored. Nobody loses
+//! memory.
 
 #![allow(missing_docs)]
 

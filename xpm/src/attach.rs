@@ -19,7 +19,8 @@ pub(crate) async fn once(blk: &Daemon, request: &AttachDevice) -> anyhow::Result
     device.with_context(|| format!("cannot attach `{}` as {}", request.name, request.form))
 }
 
-/// Has the allocation shown in this form: content with a device that is there, and trying for `wait` what may succeed later.
+/// Has the allocation shown in this form: content with a device that is there, and trying for `wait` what may succeed
+/// later.
 pub(crate) async fn ensure(blk: &Daemon, request: &AttachDevice, wait: Duration) -> anyhow::Result<Device> {
     let begun = Instant::now();
     let mut said = false;

@@ -1,8 +1,8 @@
 //! Hibernation with swap on a device of xpm-blk.
 //!
 //! The kernel freezes all processes, and then makes room by swapping out (`hibernate_preallocate_memory` in
-//! kernel/power/snapshot.c). A ublk device is served by one of those processes, and a device of the kernel's nbd driver by one
-//! of them or by the network, which is suspended as well: the kernel waits for ever.
+//! kernel/power/snapshot.c). A ublk device is served by one of those processes, and a device of the kernel's nbd
+//! driver by one of them or by the network, which is suspended as well: the kernel waits for ever.
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
@@ -20,7 +20,8 @@ const GUARDS: [&str; 2] = [
 /// Devices of the kernel on which a device is built (dm-crypt on LVM on a RAID), at most.
 const LAYERS_MAX: usize = 8;
 
-/// Whether swap is on a device that does not outlast the freezing of processes, or on a file or a device above such a one.
+/// Whether swap is on a device that does not outlast the freezing of processes, or on a file or a device above such a
+/// one.
 pub(crate) fn is_endangered(swap: &Swap) -> bool {
     is_of_xpm(&swap.path)
         || swap.path.starts_with("/dev/xpm/")

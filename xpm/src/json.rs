@@ -1,8 +1,8 @@
 //! JSON for programs, as docs/json.md describes it: the daemons' messages with the unit of each number in its key, and
 //! moments as RFC 3339 has them.
 //!
-//! A message says a unit by its type, which JSON does not have. So the keys are listed here; the tests of `document` compare
-//! the lists with the types, and docs/json.md with both.
+//! A message says a unit by its type, which JSON does not have. So the keys are listed here; the tests of `document`
+//! compare the lists with the types, and docs/json.md with both.
 
 #[cfg(test)]
 mod document;

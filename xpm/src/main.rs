@@ -76,7 +76,8 @@ fn print_help() -> ExitCode {
     }
 }
 
-/// Help and version go to standard output. A mistake is told in the form that was asked for, as far as that can be seen.
+/// Help and version go to standard output. A mistake is told in the form that was asked for, as far as that can be
+/// seen.
 fn usage(error: &clap::Error) -> ExitCode {
     let words: Vec<String> = std::env::args().collect();
     let json = words.windows(2).any(|two| matches!(two[0].as_str(), "-o" | "--output") && two[1] == "json")

@@ -132,7 +132,8 @@ pub(crate) fn warn(text: &str) {
     eprintln!("xpm: warning: {}", one_line(text));
 }
 
-/// `text` after `first`, in lines of at most `width` columns that are broken at spaces; further lines stand below its start.
+/// `text` after `first`, in lines of at most `width` columns that are broken at spaces; further lines stand below its
+/// start.
 pub(crate) fn wrapped(first: &str, text: &str, width: usize) -> String {
     let indent = first.chars().count();
     let mut lines = first.to_owned();

@@ -1,4 +1,5 @@
-//! An allocator that refuses connections may be starting: it is asked again for a time, and the person who waits is told.
+//! An allocator that refuses connections may be starting: it is asked again for a time, and the person who waits is
+//! told.
 
 use std::io;
 use std::sync::Arc;
@@ -31,7 +32,8 @@ impl Patience {
         Patience::new(Duration::ZERO)
     }
 
-    /// Makes the request until it reaches the daemon, or the time is over. What may have been carried out is never made twice.
+    /// Makes the request until it reaches the daemon, or the time is over. What may have been carried out is never
+    /// made twice.
     pub(crate) async fn ask<T, F: Future<Output = Result<T, ClientError>>>(
         &self,
         who: &Who,

@@ -9,8 +9,8 @@ use crate::output::{WIDTH, one_line, wrapped};
 /// Columns of the severity in front of a problem.
 const SEVERITY: usize = 10;
 
-/// The exit status that tells the worst of them: 0 for nothing or what is only worth knowing, 1 for a warning, 2 for what is
-/// critical.
+/// The exit status that tells the worst of them: 0 for nothing or what is only worth knowing, 1 for a warning, 2 for
+/// what is critical.
 pub(crate) fn exit(problems: &[Problem]) -> ExitCode {
     ExitCode::from(match xpm_protocol::api::health::worst(problems) {
         None | Some(Severity::Info) => 0,

@@ -1,6 +1,6 @@
 //! `xpm run`: a program whose large pieces of memory are external. It takes an allocation for it, starts it with
-//! libxpm-preload.so, lends the memory to whichever process of it asks first ([`landlord`]), and gives the allocation back
-//! when the program has ended and no process has the memory any more.
+//! libxpm-preload.so, lends the memory to whichever process of it asks first ([`landlord`]), and gives the allocation
+//! back when the program has ended and no process has the memory any more.
 
 mod landlord;
 mod reach;
@@ -34,7 +34,8 @@ const LIBRARIES: [&str; 2] = ["libxpm_preload.so", "../lib/xpm/libxpm-preload.so
 const LIBRARY: &str = "XPM_PRELOAD";
 /// How often it is looked whether the program has ended.
 const LOOK_EVERY: Duration = Duration::from_millis(10);
-/// How long after the program has ended another process of it may ask for the memory, and when it is said that one still has it.
+/// How long after the program has ended another process of it may ask for the memory, and when it is said that one
+/// still has it.
 const SAY_AFTER: Duration = Duration::from_secs(1);
 /// Exit statuses of env(1): the program cannot be given memory, cannot be started, or is not there.
 const NO_MEMORY: u8 = 125;

@@ -18,7 +18,8 @@ const PAUSE: Duration = Duration::from_secs(1);
 pub(crate) async fn create(allocator: &Daemon, create: Create, output: Output) -> anyhow::Result<Allocation> {
     let until = create.wait.map(|wait| Instant::now() + wait.0);
     let path = format!("/v1/allocations/{}", create.name);
-    // With an id of its own it is the same request when it is made again, also for an allocator that was asked to forget it.
+    // With an id of its own it is the same request when it is made again, also for an allocator that was asked to
+    // forget it.
     let request = RequestId::from_u128(u128::from_ne_bytes(xpm_control::random::bytes()?));
     let order = format!("/v1/allocations?request={request}");
     let mut asked: Allocation = allocator.post(&order, &create).await?;

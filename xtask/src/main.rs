@@ -34,7 +34,8 @@ enum Command {
     Lab(lab::Args),
     /// Build everything, run all tests, then the lab.
     Test(test::Args),
-    /// Run the libraries' unit tests, and end-to-end tests of what has unsafe code, under AddressSanitizer; builds everything once more.
+    /// Run the libraries' unit tests, and end-to-end tests of what has unsafe code, under AddressSanitizer; builds
+    /// everything once more.
     Sanitize(sanitize::Args),
     /// Check the form of the source tree: comments, documents, links, scripts.
     Tidy(tidy::Args),

@@ -1,8 +1,9 @@
 //! `cargo xtask sanitize`: the layers with unsafe code under AddressSanitizer.
 //!
-//! The stable toolchain has the sanitizer's runtime, and uses it where it is told that it may use what is unstable. The standard
-//! library is as it was installed, so what goes wrong within it is found at the calls that the C library serves only. Programs,
-//! libraries and tests lie in a target directory of their own, since none of them fits to what is built otherwise.
+//! The stable toolchain has the sanitizer's runtime, and uses it where it is told that it may use what is unstable.
+//! The standard library is as it was installed, so what goes wrong within it is found at the calls that the C library
+//! serves only. Programs, libraries and tests lie in a target directory of their own, since none of them fits to what
+//! is built otherwise.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,7 +14,8 @@ use anyhow::{Context as _, Result};
 
 use crate::{setup, util};
 
-/// The only target whose programs this command runs, and names: flags for the target are then not those of build scripts.
+/// The only target whose programs this command runs, and names: flags for the target are then not those of build
+/// scripts.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// End-to-end tests that go through unsafe code at both ends: pages that come and go, and the appliance's memory.
@@ -25,7 +27,8 @@ const REPLACES: &str = "xpm-preload";
 /// Locks all of its memory, which would be the sanitizer's shadow of all addresses, too: as it is built otherwise.
 const LOCKS: &str = "xpm-blk";
 
-/// - SIGBUS is how absent pages tell of themselves, and SIGSEGV is what some tests expect: their handlers are those of the programs.
+/// - SIGBUS is how absent pages tell of themselves, and SIGSEGV is what some tests expect: their handlers are those
+///   of the programs.
 /// - Tests forget what they own, as a crash would.
 const OPTIONS: &str = "handle_sigbus=0:allow_user_segv_handler=1:detect_leaks=0:abort_on_error=1";
 
@@ -49,8 +52,8 @@ pub(crate) fn main(args: &Args) -> Result<bool> {
     let _ = fs::remove_dir_all(&reports);
     fs::create_dir_all(&reports).with_context(|| format!("cannot make {}", reports.display()))?;
 
-    // The daemons of the end-to-end tests, together with the tests: by itself either would be built with other features, and all that
-    // they depend on twice.
+    // The daemons of the end-to-end tests, together with the tests: by itself either would be built with other
+    // features, and all that they depend on twice.
     util::run(cargo(&directory, "build").args(["--workspace", "--lib", "--bins"]).args(selected(args)))?;
     util::build(&util::target_dir()?, false)?;
     let place = directory.join(TARGET).join("debug").join(LOCKS);
@@ -93,7 +96,8 @@ fn cargo(directory: &Path, command: &str) -> Command {
     cargo
 }
 
-/// Prints what the sanitizer wrote, of daemons too, whose end a test may have taken for granted; says how many there are.
+/// Prints what the sanitizer wrote, of daemons too, whose end a test may have taken for granted; says how many there
+/// are.
 fn print(reports: &Path) -> Result<usize> {
     let files: Vec<PathBuf> = fs::read_dir(reports)?.flatten().map(|entry| entry.path()).collect();
     for file in &files {

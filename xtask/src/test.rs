@@ -60,8 +60,8 @@ fn cargo_tests(all: bool) -> Result<bool> {
     Ok(long.env(EXTENT, "all").status()?.success() && passed)
 }
 
-/// The command that runs tests: with nextest and these options of it when it is installed, or else by cargo with those of
-/// the test programs.
+/// The command that runs tests: with nextest and these options of it when it is installed, or else by cargo with
+/// those of the test programs.
 fn tests(nextest: &[&str], plain: &[&str]) -> Command {
     let mut command = util::command("cargo");
     command.current_dir(util::repository());

@@ -1,6 +1,6 @@
 //! `iogap DEVICE FILE`: how long I/O on a block device stands still. Reads 4 KiB past the page cache every few
-//! milliseconds, at places all over the device, until FILE is there; then prints the longest reads in milliseconds, and when since the
-//! start of the machine the longest of all began. Ends with status 1 when a read failed.
+//! milliseconds, at places all over the device, until FILE is there; then prints the longest reads in milliseconds,
+//! and when since the start of the machine the longest of all began. Ends with status 1 when a read failed.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Seek, SeekFrom};

@@ -1,10 +1,10 @@
-//! `memhog MB [--seed N] [--passes N] [--until FILE] [--run PAGES] [--map FILE]`: uses memory, and checks that it keeps what was
-//! written. With `--map` the memory is that of a file, mapped and shared.
+//! `memhog MB [--seed N] [--passes N] [--until FILE] [--run PAGES] [--map FILE]`: uses memory, and checks that it
+//! keeps what was written. With `--map` the memory is that of a file, mapped and shared.
 //!
-//! Each page gets a pattern of its own that no compression makes smaller and that depends on the
-//! page's number and the seed, so that a lost, stale or exchanged page is found. Then all pages
-//! are verified in random order, as often as asked and until a file is there, one by one or in runs of some pages (the order
-//! of the runs is random then). Ends with status 1 when a page was bad.
+//! Each page gets a pattern of its own that no compression makes smaller and that depends on the page's number and
+//! the seed, so that a lost, stale or exchanged page is found. Then all pages are verified in random order, as often
+//! as asked and until a file is there, one by one or in runs of some pages (the order of the runs is random then).
+//! Ends with status 1 when a page was bad.
 
 use std::num::NonZeroUsize;
 use std::path::PathBuf;

@@ -1,13 +1,14 @@
-//! `supervise SOCKET PROGRAM [ARGUMENT...]`: a service manager of one daemon, for whoever cannot be one: it hears the daemon
-//! on this notification socket and keeps what the daemon hands over for its next life, as systemd does.
+//! `supervise SOCKET PROGRAM [ARGUMENT...]`: a service manager of one daemon, for whoever cannot be one: it hears the
+//! daemon on this notification socket and keeps what the daemon hands over for its next life, as systemd does.
 //!
 //! It does what the lines of its standard input wish:
 //!
 //! - `kill [SECONDS]`: kills the daemon as `kill -9` does, and starts it again after so many seconds (0).
 //! - `restart [SECONDS]`: tells it to end (SIGTERM), and starts it again so long after it has.
 //!
-//! Each time that the daemon says that it is ready, a line says `ready PID`. The end of the input ends the daemon in order, and
-//! then this program; so does a daemon that ends unasked, with status 1. What the daemon prints goes to standard error.
+//! Each time that the daemon says that it is ready, a line says `ready PID`. The end of the input ends the daemon in
+//! order, and then this program; so does a daemon that ends unasked, with status 1. What the daemon prints goes to
+//! standard error.
 
 use std::io::BufRead as _;
 use std::os::fd::AsFd as _;

@@ -109,9 +109,9 @@ Examples:
     },
     /// Hands allocations in use over to a client that stands by for them, without a detach.
     ///
-    /// All of them change owner at once, or none does. The owner of before waits with its I/O, which never fails, until the
-    /// hand-over is committed or rolled back: committed, its devices end; rolled back, it goes on, and the other client
-    /// stands by again. Nothing but these orders ends a hand-over.
+    /// All of them change owner at once, or none does. The owner of before waits with its I/O, which never fails,
+    /// until the hand-over is committed or rolled back: committed, its devices end; rolled back, it goes on, and the
+    /// other client stands by again. Nothing but these orders ends a hand-over.
     #[command(after_help = "\
 Examples:
   On host2:
@@ -183,8 +183,8 @@ pub(crate) struct CreateArgs {
     /// Size of a region: a power of two from 16MiB to 64GiB. [default: the allocator's choice]
     #[arg(long, value_name = "SIZE", value_parser = region_size)]
     pub(crate) region_size: Option<ByteSize>,
-    /// Logical block size of its devices in bytes, for good: 4096, or 512 for what needs such a device, as a disk that a BIOS
-    /// boots from. [default: 4096]
+    /// Logical block size of its devices in bytes, for good: 4096, or 512 for what needs such a device, as a disk
+    /// that a BIOS boots from. [default: 4096]
     #[arg(long, value_name = "BYTES")]
     pub(crate) block_size: Option<BlockSize>,
     /// The account that it is charged to. [default: that of the client, if it has one]

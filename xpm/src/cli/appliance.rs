@@ -42,9 +42,9 @@ pub(crate) enum ApplianceCommand {
     /// Refused while it holds regions of an allocation. An appliance that still runs registers
     /// again with its next heartbeat.
     ///
-    /// With --lost its memory is given up, for good: I/O that waits for it ends with an error at every client, devices and
-    /// allocations are `lost on` it, and if the machine comes back, it clears its memory before it lends again. For a
-    /// machine that is never coming back, since nothing else ends that wait.
+    /// With --lost its memory is given up, for good: I/O that waits for it ends with an error at every client,
+    /// devices and allocations are `lost on` it, and if the machine comes back, it clears its memory before it lends
+    /// again. For a machine that is never coming back, since nothing else ends that wait.
     #[command(after_help = "Examples:
   It is empty:
     xpm appliance forget rack1-a

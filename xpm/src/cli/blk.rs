@@ -84,7 +84,8 @@ pub(crate) struct AttachArgs {
     /// What to show it as: ublk, nbd, nbd-direct, nbd-socket=/PATH, nbd-socket=ADDRESS:PORT or vhost-user=/PATH.
     #[arg(long = "as", value_name = "FORM")]
     pub(crate) form: Form,
-    /// Queues, each with a thread of its own, 1 to 64. For vhost-user the most that a guest can have. [default: for ublk one for each core, at most 4; for vhost-user 16; else 1]
+    /// Queues, each with a thread of its own, 1 to 64. For vhost-user the most that a guest can have. [default: for
+    /// ublk one for each core, at most 4; for vhost-user 16; else 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     pub(crate) queues: Option<u16>,
     /// Requests in flight on one queue, 1 to 1024. [default: 128]
@@ -104,18 +105,19 @@ pub(crate) struct AttachArgs {
     /// Takes the allocation from another owner, whose I/O fails from then on.
     #[arg(long)]
     pub(crate) force: bool,
-    /// With --force: takes zeros in place of memory that was shared with a process of the appliance's host and cannot be
-    /// moved away from it. Without this the allocation stays with its owner.
+    /// With --force: takes zeros in place of memory that was shared with a process of the appliance's host and cannot
+    /// be moved away from it. Without this the allocation stays with its owner.
     #[arg(long, requires = "force")]
     pub(crate) lose: bool,
-    /// Stands by to take the allocation over from the client that uses it: the device is there, and its I/O waits until `xpm
-    /// alloc handover` makes this client the owner. For nbd-socket and vhost-user.
+    /// Stands by to take the allocation over from the client that uses it: the device is there, and its I/O waits
+    /// until `xpm alloc handover` makes this client the owner. For nbd-socket and vhost-user.
     #[arg(long, conflicts_with_all = ["lose", "ensure"])]
     pub(crate) standby: bool,
     /// Succeeds as well when it is shown in this form already, and waits while it is being shown. For services.
     #[arg(long)]
     pub(crate) ensure: bool,
-    /// With --ensure: how long it is tried again while xpm-blk, the allocator or an appliance cannot be reached. [default: 0s]
+    /// With --ensure: how long it is tried again while xpm-blk, the allocator or an appliance cannot be reached.
+    /// [default: 0s]
     #[arg(long, value_name = "TIME", requires = "ensure")]
     pub(crate) wait: Option<Span>,
 }

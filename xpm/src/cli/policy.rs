@@ -26,8 +26,8 @@ pub(crate) struct GetArgs {
     /// The document's name; all of the kind when it is left out.
     #[arg(add = any_document())]
     pub(crate) name: Option<Name>,
-    /// The documents that this file names, as the allocator has them: the file itself, while nothing was changed since it
-    /// was applied.
+    /// The documents that this file names, as the allocator has them: the file itself, while nothing was changed
+    /// since it was applied.
     #[arg(long, short, value_name = "FILE", conflicts_with = "kind")]
     pub(crate) file: Option<PathBuf>,
 }

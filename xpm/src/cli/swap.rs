@@ -27,8 +27,8 @@ pub(crate) struct SwapArgs {
 pub(crate) enum SwapCommand {
     /// Shows the areas of swap, what of them is used, the policy, and what was decided last and why.
     ///
-    /// The exit status is 1 when something does not go as it should: memory that was refused, an allocation that is going to
-    /// end; 2 when it is critical: memory that is lost, an xpm-blk that does not answer.
+    /// The exit status is 1 when something does not go as it should: memory that was refused, an allocation that is
+    /// going to end; 2 when it is critical: memory that is lost, an xpm-blk that does not answer.
     #[command(after_help = "Example:\n  xpm swap status && echo all is well")]
     Status,
     /// Makes more swap, which stays until it is taken away by hand.

@@ -1,5 +1,5 @@
-//! docs/json.md is what the types say: its tables are made of the sources of the messages, by their fields, comments and types.
-//! `XPM_WRITE_JSON_DOCUMENT=1 cargo test -p xpm` writes them anew.
+//! docs/json.md is what the types say: its tables are made of the sources of the messages, by their fields, comments
+//! and types. `XPM_WRITE_JSON_DOCUMENT=1 cargo test -p xpm` writes them anew.
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};

@@ -1,5 +1,5 @@
-//! Who has the external memory: one process at a time, the first that asks for it. When that process has ended, the memory
-//! is for the next one, with keys of another epoch, so that nothing of the earlier one can reach it.
+//! Who has the external memory: one process at a time, the first that asks for it. When that process has ended, the
+//! memory is for the next one, with keys of another epoch, so that nothing of the earlier one can reach it.
 
 use std::io::{self, IoSlice, Write as _};
 use std::mem::MaybeUninit;

@@ -3,8 +3,8 @@
 //! 1. Copying: an appliance is emptied of an allocation that is full and in use, into memory that is ready, against the
 //!    rate of plain NBD writes to an appliance in the same run.
 //! 2. Latency of small I/O while an appliance is emptied at a limited rate, against that of the same I/O alone.
-//! 3. Handing an allocation over, with its owner alive: 64 regions, as 64 GiB in regions of 1 GiB have. No data moves, so
-//!    regions of 256 MiB do.
+//! 3. Handing an allocation over, with its owner alive: 64 regions, as 64 GiB in regions of 1 GiB have. No data
+//!    moves, so regions of 256 MiB do.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};

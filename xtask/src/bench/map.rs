@@ -1,14 +1,16 @@
 //! Bench `map`: external memory at addresses.
 //!
-//! 1. A fault, in line and by a handler, over each transport, against its floor in the same run: a fault of userfaultfd that is ended by
-//!    a bare read of 4 KiB by the transport and a copy, on memory of the kind that the library uses on this kernel.
-//! 2. Touches in a row and at random with budgets of a part of the data, against the kernel's swap to zram and its page cache of a
-//!    file of nbdfuse, each in a memory cgroup that has as much.
+//! 1. A fault, in line and by a handler, over each transport, against its floor in the same run: a fault of
+//!    userfaultfd that is ended by a bare read of 4 KiB by the transport and a copy, on memory of the kind that the
+//!    library uses on this kernel.
+//! 2. Touches in a row and at random with budgets of a part of the data, against the kernel's swap to zram and its
+//!    page cache of a file of nbdfuse, each in a memory cgroup that has as much.
 //! 3. Faults a second for several threads, with one handler, and with one for each as far as there are processors.
 //! 4. A scan in a row against what the transport reads in a row.
 //! 5. Carving a slab, to its first byte.
-//! 6. Memory that mapping takes beside the pages that are local, by two sizes: what is fixed, what comes with each GiB that is mapped, and
-//!    both of the larger size right after a scan, when memory of pages that have left is kept for the next ones.
+//! 6. Memory that mapping takes beside the pages that are local, by two sizes: what is fixed, what comes with each
+//!    GiB that is mapped, and both of the larger size right after a scan, when memory of pages that have left is kept
+//!    for the next ones.
 //! 7. Programs under `xpm run` with half of the external memory that they touch local, against the same by themselves.
 
 use std::collections::BTreeMap;

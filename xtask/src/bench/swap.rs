@@ -1,4 +1,5 @@
-//! Bench `swap`: how long one program takes that has half of the memory that it needs, on swap of every kind, in one guest.
+//! Bench `swap`: how long one program takes that has half of the memory that it needs, on swap of every kind, in one
+//! guest.
 
 use anyhow::Result;
 

@@ -6,8 +6,8 @@ use super::guest::{Comparison, Figures};
 use super::load::Metric;
 use super::report::Report;
 
-/// A disk of xpm's, one that it is compared with, and the least ratio: what serves from memory of its own process or host
-/// against shared memory, and what goes over the network against TCP.
+/// A disk of xpm's, one that it is compared with, and the least ratio: what serves from memory of its own process or
+/// host against shared memory, and what goes over the network against TCP.
 const CONTESTS: [(&str, &str, Option<f64>); 5] = [
     ("vhost-shm", "qsd-memory", Some(1.0)),
     ("vhost-shm", "qsd-null", None),

@@ -292,8 +292,8 @@ impl<'a> Cluster<'a> {
         Ok(())
     }
 
-    /// Has the daemon of this name, `allocator` or `appliance-N`, end and start again: killed as by `kill -9`, or in order
-    /// (`restart`), with so many seconds between; `upgrade` is a restart as the program of this build.
+    /// Has the daemon of this name, `allocator` or `appliance-N`, end and start again: killed as by `kill -9`, or in
+    /// order (`restart`), with so many seconds between; `upgrade` is a restart as the program of this build.
     pub(crate) fn replace(&mut self, how: &str, name: &str, seconds: &str) -> Result<()> {
         let mut how = how;
         if how == "upgrade" {

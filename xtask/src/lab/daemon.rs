@@ -49,8 +49,8 @@ impl Daemon {
         Ok(Daemon { name: name.to_owned(), child, log, service: None })
     }
 
-    /// Starts a daemon by its service manager, `command`, and waits until it is ready. The number of its lives is always
-    /// in `lives`, in a file that has its name.
+    /// Starts a daemon by its service manager, `command`, and waits until it is ready. The number of its lives is
+    /// always in `lives`, in a file that has its name.
     pub(super) fn start_service(
         dir: &Path,
         lives: &Path,

@@ -13,8 +13,8 @@ const COMMIT: &str = "cb8ba7c";
 /// The programs that a pool has.
 const PROGRAMS: [&str; 5] = ["xpm-allocator", "xpm-appliance", "xpm-blk", "xpm-swapd", "xpm"];
 
-/// The directory of the earlier programs, which are built into the lab's cache unless they are there already. Blocks for
-/// the minutes that the build takes.
+/// The directory of the earlier programs, which are built into the lab's cache unless they are there already. Blocks
+/// for the minutes that the build takes.
 ///
 /// # Errors
 /// When the history has no such commit (a shallow clone), or the commit does not build.

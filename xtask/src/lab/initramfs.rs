@@ -13,7 +13,8 @@ use crate::util;
 const MODULES: [&str; 3] = ["9p", "9pnet_virtio", "overlay"];
 /// What a guest that keeps its files on a disk needs besides.
 const DISK_MODULES: [&str; 2] = ["virtio_blk", "ext4"];
-/// ext4 needs this one without saying so in `modules.dep`, where CRC32C is a module at all: in Linux 6.12, no longer in 7.3.
+/// ext4 needs this one without saying so in `modules.dep`, where CRC32C is a module at all: in Linux 6.12, no longer
+/// in 7.3.
 const CRC32C: &str = "crc32c_generic";
 
 const DIRECTORY: u32 = 0o040_755;

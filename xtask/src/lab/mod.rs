@@ -62,8 +62,8 @@ pub(crate) struct Args {
     /// Use programs built with --release.
     #[arg(long)]
     release: bool,
-    /// The guest's kernel: `6.12`, Debian 12's; `newest`, that of the backports for Debian 13; or the directory in which
-    /// somebody unpacked the packages of a kernel, which has `boot` or `usr` in it.
+    /// The guest's kernel: `6.12`, Debian 12's; `newest`, that of the backports for Debian 13; or the directory in
+    /// which somebody unpacked the packages of a kernel, which has `boot` or `usr` in it.
     #[arg(long, default_value = "6.12", value_name = "6.12|newest|PATH")]
     kernel: Source,
 }
@@ -289,8 +289,8 @@ impl Lab {
         Ok(reports)
     }
 
-    /// The Debian packages where the guest finds them; where they are what is tested, as Debian wants them, and in a second
-    /// version.
+    /// The Debian packages where the guest finds them; where they are what is tested, as Debian wants them, and in a
+    /// second version.
     fn make_packages(&self, dir: &Path, scenarios: &[&'static Scenario]) -> Result<()> {
         let tested = scenarios.iter().any(|scenario| scenario.script == "packages.sh");
         for version in if tested { &["1", "2"][..] } else { &["1"] } {

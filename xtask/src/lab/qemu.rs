@@ -37,9 +37,9 @@ pub(crate) enum Accelerator {
     Tcg,
 }
 
-/// The emulated processor. Five-level page tables would only make each emulated page walk longer. And QEMU 7.2 leaves wrong flags
-/// behind cmpxchg16b, which the kernel allocates memory with where there is one: an interrupt right there ends the guest with a
-/// double fault, once in hours.
+/// The emulated processor. Five-level page tables would only make each emulated page walk longer. And QEMU 7.2 leaves
+/// wrong flags behind cmpxchg16b, which the kernel allocates memory with where there is one: an interrupt right there
+/// ends the guest with a double fault, once in hours.
 const EMULATED: &str = "max,la57=off,cx16=off";
 
 impl Accelerator {
@@ -109,9 +109,9 @@ impl Guest<'_> {
         }
         command.args(self.accelerator.words(self.threads)).arg("-m").arg(format!("{}M", self.memory_mib));
         command.arg("-kernel").arg(self.kernel.image()).arg("-initrd").arg(self.initramfs);
-        // tsc=reliable: on a busy host the kernel else takes the TSC, which is the host's clock, for broken, and asks the
-        // HPET from then on, for which each question leaves the guest. transparent_hugepage=never: an emulated processor
-        // that clears 2 MiB in one go was taken for locked up more than once (khugepaged, 22 s).
+        // tsc=reliable: on a busy host the kernel else takes the TSC, which is the host's clock, for broken, and asks
+        // the HPET from then on, for which each question leaves the guest. transparent_hugepage=never: an emulated
+        // processor that clears 2 MiB in one go was taken for locked up more than once (khugepaged, 22 s).
         command.arg("-append").arg(format!(
             "console=ttyS0 loglevel=6 sysctl.kernel.sysrq=1 panic=-1 oops=panic tsc=reliable transparent_hugepage=never \
              sysctl.kernel.hung_task_panic=1 sysctl.kernel.hung_task_timeout_secs={HUNG_TASK_SECONDS} {kernel_words}"
@@ -134,8 +134,8 @@ impl Guest<'_> {
     }
 
     /// Adds the memory, which servers of disks can map. All of it is there before the guest runs: a host that is
-    /// itself a virtual machine may have to ask for each page that was free, and the guest's processors would stand still
-    /// meanwhile.
+    /// itself a virtual machine may have to ask for each page that was free, and the guest's processors would stand
+    /// still meanwhile.
     fn add_memory(&self, command: &mut Command) {
         let (kind, share) = match self.disk.is_some() || !self.disks.is_empty() {
             true => ("memfd", "on"),

@@ -21,7 +21,8 @@ use crate::util;
 const BOOT_TIME_MAX: Duration = Duration::from_secs(300);
 /// How long a guest may take from the end of a scenario to the next one, or to be off.
 const PAUSE_TIME_MAX: Duration = Duration::from_secs(30);
-/// Last lines of a failed scenario that the summary repeats: the output of two guests is mixed, and a summary is read alone.
+/// Last lines of a failed scenario that the summary repeats: the output of two guests is mixed, and a summary is read
+/// alone.
 const LAST_LINES: usize = 20;
 /// Lines of the kernel's console that a failure shows.
 const CONSOLE_LINES: usize = 25;
@@ -201,8 +202,8 @@ impl<'a> Watch<'a> {
     }
 
     /// Takes one line: a marker of the runner (`@lab begin NAME`, `@lab end NAME STATUS`), a wish of the scenario, or
-    /// output of it. Wishes are `@lab kill-blk` for the host's xpm-blk, and `@lab kill|restart|upgrade NAME SECONDS` for
-    /// `allocator` and `appliance-N`: so long they are away. A script has `on_host` for these, in `lib.sh`. After
+    /// output of it. Wishes are `@lab kill-blk` for the host's xpm-blk, and `@lab kill|restart|upgrade NAME SECONDS`
+    /// for `allocator` and `appliance-N`: so long they are away. A script has `on_host` for these, in `lib.sh`. After
     /// `@lab freeze NAME` one stands still, and looks dead to all others, until `@lab thaw NAME`.
     fn take(&mut self, line: &str, cluster: &mut Cluster<'_>) {
         let words: Vec<&str> = line.split_whitespace().collect();

@@ -91,8 +91,8 @@ const RDMA: Scenario = Scenario {
     ..BASE
 };
 
-/// What the scenarios with xpm-swapd have in common: a small guest, and a pool that can be filled. They run when they are
-/// named: a program of three times the memory takes minutes in an emulated guest.
+/// What the scenarios with xpm-swapd have in common: a small guest, and a pool that can be filled. They run when they
+/// are named: a program of three times the memory takes minutes in an emulated guest.
 const SWAPD: Scenario = Scenario {
     group: "swapd",
     memory_mib: 384,
@@ -460,7 +460,8 @@ fn daemons_live(cluster: &mut Cluster<'_>) -> Result<()> {
     cluster.check_alive()
 }
 
-/// The host's xpm-blk was killed in the middle of requests, the one that is there now served the guest to its end, and nothing is left.
+/// The host's xpm-blk was killed in the middle of requests, the one that is there now served the guest to its end,
+/// and nothing is left.
 fn disk_served(cluster: &mut Cluster<'_>) -> Result<()> {
     let (kills, again) = (cluster.blk_lives() - 1, cluster.submitted_again());
     println!("[vhost] xpm-blk was killed {kills} times, and {again} requests were submitted again");

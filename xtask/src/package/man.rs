@@ -154,7 +154,8 @@ impl Writer {
         }
     }
 
-    /// A row of a table: its first cell is a term, the last one says what it is; what is between has its heading before it.
+    /// A row of a table: its first cell is a term, the last one says what it is; what is between has its heading
+    /// before it.
     fn row(&mut self) {
         let cells = std::mem::take(&mut self.cells);
         let Some((term, rest)) = cells.split_first() else { return };

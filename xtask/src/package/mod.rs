@@ -1,6 +1,8 @@
-//! `cargo xtask package`: Debian packages of the programs, with units, rules, manual pages, completions and configuration.
+//! `cargo xtask package`: Debian packages of the programs, with units, rules, manual pages, completions and
+//! configuration.
 //!
-//! Each package is a tree of files that is made here, out of this build and of `packaging/`, and `dpkg-deb` makes the package.
+//! Each package is a tree of files that is made here, out of this build and of `packaging/`, and `dpkg-deb` makes the
+//! package.
 
 mod contents;
 mod deb;

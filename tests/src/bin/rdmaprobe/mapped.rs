@@ -1,4 +1,5 @@
-//! An allocation at addresses, over RDMA: pages that are touched, and calls on memory that is registered and memory that is not.
+//! An allocation at addresses, over RDMA: pages that are touched, and calls on memory that is registered and memory
+//! that is not.
 
 use std::sync::atomic::Ordering;
 

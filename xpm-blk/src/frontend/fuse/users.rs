@@ -9,8 +9,8 @@ use std::path::Path;
 use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
 
-/// Users of the mount at a path, each as `opened by qemu (process 7)`; a mapping whose descriptor is closed has no name. Asks
-/// the server of the mount nothing.
+/// Users of the mount at a path, each as `opened by qemu (process 7)`; a mapping whose descriptor is closed has no
+/// name. Asks the server of the mount nothing.
 pub(super) fn of(path: &Path) -> Vec<String> {
     if !is_busy(path) {
         return Vec::new();
@@ -25,8 +25,8 @@ pub(super) fn of(path: &Path) -> Vec<String> {
 
 /// Whether anything of the mount is open or mapped.
 ///
-/// umount2(2) with MNT_EXPIRE unmounts at its second call in a row only, and refuses a mount that is in use at the first.
-/// Looking at the path before and after it makes every call a first one.
+/// umount2(2) with MNT_EXPIRE unmounts at its second call in a row only, and refuses a mount that is in use at the
+/// first. Looking at the path before and after it makes every call a first one.
 fn is_busy(path: &Path) -> bool {
     let look = || drop(look_at(path));
     look();
