@@ -218,7 +218,7 @@ impl Arena {
     /// # Errors
     /// The reason why this is impossible, as one line.
     pub(crate) fn take_back_part(&self, start: u64, len: u64) -> Result<Memory, String> {
-        let file = self.file().ok_or("it lies in a file, and `--backing` is none")?;
+        let file = self.file().ok_or("it lies in a file, and `--backing` names no file")?;
         let kept = file.take_at(start, len).ok_or("the backing file is too short for it")?;
         Memory::map(file.fd(), Place { start, len }, Way::File, Arc::default(), Some(kept))
             .map_err(|error| format!("its part of the backing file cannot be mapped: {error}"))
@@ -400,7 +400,7 @@ fn is_huge(fd: &OwnedFd) -> Result<bool, Errno> {
 fn unless_held(found: Result<(), ArenaError>, held: u64) -> Result<(), ArenaError> {
     match found {
         Err(error) if held > 0 => {
-            tracing::warn!("{error}; serving what is lent already");
+            tracing::warn!("{error}; continuing to serve the memory that is lent already");
             Ok(())
         }
         result => result,

@@ -59,7 +59,7 @@ pub struct Settings {
     memory: Option<ByteSize>,
 
     /// Lends huge pages instead of base pages. They must have been set aside before
-    /// (vm.nr_hugepages), and what clients trim stays here.
+    /// (vm.nr_hugepages), and memory that clients trim is not returned to this machine.
     #[arg(long)]
     huge: bool,
 

@@ -129,7 +129,7 @@ impl Copier {
         }
         let lane = lanes.taken.trailing_ones();
         if lane == u64::BITS {
-            let line = "too many copies into one grant at a time: wait for those under way";
+            let line = "too many concurrent copies into one grant: wait for the present ones to end";
             return Err(CopyError::Invalid(line.to_owned()));
         }
         lanes.taken |= 1 << lane;

@@ -49,7 +49,7 @@ const LIMITS_EVERY: Duration = Duration::from_secs(1);
 pub fn run(config: Config) -> anyhow::Result<()> {
     // Must run before any other descriptor is opened.
     let handed = Handed::take();
-    sound::survive().context("cannot go on when memory is found to be bad")?;
+    sound::survive().context("cannot install the handler for bad memory")?;
     host::raise_limits();
     host::avoid_oom_killer();
     let runtime = tokio::runtime::Builder::new_multi_thread()

@@ -53,10 +53,10 @@ pub enum KeepError {
     #[error("cannot get a random number")]
     Random(#[source] io::Error),
     /// The running kernel's id is unknown.
-    #[error("cannot tell which kernel this is, and with it whether the content of a file is whole")]
+    #[error("cannot determine the running kernel, and so whether the content of a file is complete")]
     Kernel(#[source] io::Error),
     /// The file would count as closed while it is in use.
-    #[error("cannot write the superblock of {path}: what is lent would be taken for whole when it is not")]
+    #[error("cannot write the superblock of {path}: an incomplete content would later be taken for complete")]
     Superblock {
         /// The backing file.
         path: std::path::PathBuf,
@@ -227,7 +227,8 @@ impl Keeper {
         let Some(journal) = guard.as_mut() else { return };
         if let Err(error) = change(journal) {
             tracing::error!(
-                "the record of what is lent cannot be written ({error}): what is lent does not outlive this process"
+                "the record of lent memory cannot be written ({error}): lent memory does not outlive this \
+                 process"
             );
             // Each of these steps alone makes the record invalid.
             let content = !journal.content();
@@ -359,7 +360,7 @@ fn of_file(arena: &Arena, file: Arc<BackingFile>, state: &Path) -> Result<(Keepe
     let opened = opened.and_then(|opened| {
         let told = |error: &JournalError| {
             let (path, why) = (file.path().display(), xpm_control::error_line(error));
-            tracing::warn!("what this appliance lent in {path} before is lost: {why}");
+            tracing::warn!("the memory that this appliance lent in {path} before is lost: {why}");
         };
         opened.inspect_err(told).ok()
     });
@@ -399,7 +400,7 @@ fn of_file(arena: &Arena, file: Arc<BackingFile>, state: &Path) -> Result<(Keepe
 /// A record that cannot be rewritten is used as it is.
 fn renew(journal: &mut Journal) {
     if let Err(error) = journal.renew() {
-        tracing::warn!("the record of what is lent cannot be written anew: {error}");
+        tracing::warn!("the record of lent memory cannot be rewritten: {error}");
     }
 }
 

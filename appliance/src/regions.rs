@@ -167,8 +167,8 @@ impl Table {
         self.shared.close_connections();
         match self.shared.keeper.close() {
             Ok(true) => {}
-            Ok(false) => tracing::warn!("what is lent outlives this process, but no restart of this machine"),
-            Err(error) => tracing::error!("what is lent outlives no restart of this machine: {error}"),
+            Ok(false) => tracing::warn!("lent memory outlives this process, but no restart of this machine"),
+            Err(error) => tracing::error!("lent memory does not outlive a restart of this machine: {error}"),
         }
     }
 

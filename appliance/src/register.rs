@@ -201,7 +201,8 @@ impl LinkState {
             Err(Unheard::Refused(line)) => {
                 if !std::mem::replace(&mut self.refused, true) {
                     tracing::error!(
-                        "the allocator refuses this appliance, which lends nothing until it is taken: {line}"
+                        "the allocator refuses this appliance, which lends nothing until it is accepted: \
+                         {line}"
                     );
                 }
                 self.failures = self.failures.saturating_add(1);
@@ -373,7 +374,12 @@ async fn towards(base: &str) -> Result<IpAddr, String> {
     let authority = authority.split('/').next().unwrap_or_default();
     let has_port = authority.rsplit(':').next().is_some_and(|port| port.parse::<u16>().is_ok());
     let target = if has_port { authority.to_owned() } else { format!("{authority}:80") };
-    let failed = |error: std::io::Error| format!("cannot tell this host's address towards {base}: {error}");
+    let failed = |error: std::io::Error| {
+        format!(
+            "cannot determine the address from which this host reaches \
+             {base}: {error}"
+        )
+    };
     let peers: Vec<SocketAddr> = tokio::net::lookup_host(target).await.map_err(failed)?.collect();
     let mut last = std::io::Error::from(std::io::ErrorKind::AddrNotAvailable);
     for peer in peers {

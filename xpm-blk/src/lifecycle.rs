@@ -387,7 +387,8 @@ impl Ending<'_> {
             self.limit
         );
         if let Some(manager) = self.manager {
-            manager.status(&format!("Told to end; waits until nobody uses {}", in_use.join("; ")));
+            manager
+                .status(&format!("Told to end; waits until {} are not in use any more", in_use.join("; ")));
         }
     }
 }

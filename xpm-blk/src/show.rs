@@ -64,7 +64,7 @@ pub(crate) fn show(
     let volume = open(record, config, (hold, visitor), &shape, readiness)?;
     let resume = |change: &MapChange| {
         volume.resume(&change.next, &change.moved).map_err(|error| {
-            DeviceError::new(ErrorKind::Internal, format!("go on with a change of {}: {error}", request.name))
+            DeviceError::new(ErrorKind::Internal, format!("resume a change of {}: {error}", request.name))
         })
     };
     let change = record.change.as_deref().map(resume).transpose()?;

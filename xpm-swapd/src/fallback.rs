@@ -53,7 +53,10 @@ pub(crate) fn keep(
             header::write(path, &id.0).at(format!("write the swap header of {shown}"))?;
         }
         (Content::Blank, None) => {
-            return Err(Error::conflict(format!("{shown} is no swap: say `mkswap {shown}`, it is yours")));
+            return Err(Error::conflict(format!(
+                "{shown} is no swap area: run `mkswap {shown}` if its \
+                 content is not needed"
+            )));
         }
         (Content::Foreign(what), _) => {
             return Err(Error::conflict(format!("{shown} has {what}: it is left as it is; name another")));

@@ -92,7 +92,7 @@ async fn serve(config: Config, hand: Hand) -> Result<(), Error> {
     working.iter().for_each(JoinHandle::abort);
     let stops = manager.is_some() && spawn_blocking(machine_stops).await.unwrap_or_default();
     if stops {
-        tracing::info!("the machine goes down: turning swap off, so that what serves it can end");
+        tracing::info!("the machine goes down: turning swap off, so that its servers can end");
         daemon.turn_all_off().await;
     } else {
         end_in_time();
@@ -145,7 +145,8 @@ fn watch(config: &Config, notify: &Arc<Notify>) -> Option<Watch> {
     watch
         .inspect_err(|error| {
             tracing::warn!(
-                "the kernel does not tell memory pressure ({error}): swap grows by what is free of it alone; boot with psi=1"
+                "the kernel does not report memory pressure ({error}): swap grows only when little of it is \
+                 free; boot with psi=1"
             );
         })
         .ok()

@@ -192,7 +192,8 @@ impl Store {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(directory).at(at())?;
         let Some(lock) = state::lock(directory).at(at())? else {
             return Err(Error::conflict(format!(
-                "the state directory {} is in use by another xpm-swapd: one looks after a machine's swap",
+                "the state directory {} is in use by another xpm-swapd: only one may manage a machine's \
+                 swap",
                 directory.display()
             )));
         };
@@ -241,7 +242,7 @@ fn read(path: &Path) -> Result<State, Error> {
     match state.version {
         VERSION => Ok(state),
         version => Err(Error::internal(format!(
-            "{} is of version {version}, which this xpm-swapd does not know: start the newer one",
+            "{} is of version {version}, which this xpm-swapd does not know: start the newer version",
             path.display()
         ))),
     }

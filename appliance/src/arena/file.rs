@@ -211,7 +211,8 @@ fn open_own(path: &Path) -> Result<File, String> {
     let (mode, owner, me) = (metadata.mode() & 0o777, metadata.uid(), geteuid().as_raw());
     if owner != me && owner != 0 {
         return Err(format!(
-            "it belongs to user {owner}, who could read and change all that is lent: chown it to user {me}, or choose another one"
+            "it belongs to user {owner}, who could read and change all lent memory: chown it to user {me}, \
+             or choose another file"
         ));
     }
     let path = path.display();
@@ -224,7 +225,7 @@ fn open_own(path: &Path) -> Result<File, String> {
         ));
     }
     if mode & 0o055 != 0 {
-        tracing::warn!("{path} has mode {mode:04o}, so others could read all that is lent: it is 0600 now");
+        tracing::warn!("{path} has mode {mode:04o}, so others could read all lent memory: it is 0600 now");
         fchmod(&file, Mode::RUSR | Mode::WUSR).map_err(|error| format!("cannot chmod it: {error}"))?;
     }
     Ok(file)
@@ -255,7 +256,7 @@ fn prepare(file: &File, capacity: u64) -> Result<u64, String> {
 fn check_device(mode: u32) -> Result<(), String> {
     match mode & 0o007 {
         0 => Ok(()),
-        _ => Err(format!("everybody can use this device (mode {:04o}): chmod o= it", mode & 0o777)),
+        _ => Err(format!("every user can access this device (mode {:04o}): chmod o= it", mode & 0o777)),
     }
 }
 

@@ -96,7 +96,7 @@ impl Memory {
         let base =
             unsafe { mmap(std::ptr::null_mut(), len, protection, MapFlags::SHARED, &*fd, place.start) }?;
         let base: NonNull<u8> = NonNull::new(base.cast()).ok_or(Errno::NOMEM)?;
-        // Other people's memory has no business in a core dump, and writing it would hold up the next life.
+        // Memory of other clients must not be in a core dump, and writing it would delay the next life.
         // SAFETY: the range is the mapping, and the advice changes nothing that can be read there.
         if let Err(error) = unsafe { madvise(base.as_ptr().cast(), len, Advice::LinuxDontDump) } {
             tracing::debug!(%error, "a region would be part of a core dump");

@@ -89,7 +89,7 @@ impl Vault {
             ),
         };
         if !std::mem::replace(&mut slots.said, true) {
-            tracing::warn!("some of what is lent will not outlive this process: {refused}");
+            tracing::warn!("some of the lent memory will not outlive this process: {refused}");
         }
         None
     }
@@ -108,7 +108,10 @@ impl Vault {
         }
         match self.manager.remove(name) {
             Ok(()) => {}
-            Err(error) => tracing::warn!("the service manager keeps `{name}`, which nobody needs: {error}"),
+            Err(error) => tracing::warn!(
+                "the service manager still keeps `{name}`, which is not needed any \
+                 more: {error}"
+            ),
         }
     }
 
@@ -137,7 +140,8 @@ impl Drop for Stored {
                 slots.free.insert(self.slot);
             }
             Err(error) => tracing::warn!(
-                "the service manager keeps memory that nobody needs until this appliance is started again: {error}"
+                "the service manager keeps memory that is not needed any more until this appliance is \
+                 started again: {error}"
             ),
         }
     }

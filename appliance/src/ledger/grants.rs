@@ -273,7 +273,7 @@ fn compare(id: GrantId, grant: &Grant, commit: &Commit) -> Result<Change, Refusa
     let same_key = bool::from(grant.key.as_bytes().ct_eq(commit.key.as_bytes()));
     match commit.epoch > grant.epoch {
         true if same_key => Err(Refusal::Conflict(
-            "a higher epoch needs another key, or the old owner would be let in".into(),
+            "a higher epoch needs another key, or the old owner would be admitted".into(),
         )),
         true => Ok(Change::Renew),
         false if same_key => Ok(Change::Nothing),

@@ -247,7 +247,7 @@ impl Follow {
         let number = map.version;
         if number < self.version() {
             return tracing::error!(
-                "the allocator has an older map of allocation {}: its metadata are of yesterday; ours stays",
+                "the allocator has an older map of allocation {}: its metadata are outdated, so ours stays",
                 self.name
             );
         }

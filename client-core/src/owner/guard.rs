@@ -148,7 +148,10 @@ impl Guard {
         let found: Allocation = self.owner.allocator.get(&path).await.ok()?;
         let ended = |why: String, recorded| Some(Word::Ended { why, recorded });
         if found.id != known.id {
-            return ended(format!("allocation `{}` was deleted, and is another one now", self.name), false);
+            return ended(
+                format!("allocation `{}` was deleted, and another allocation has its name now", self.name),
+                false,
+            );
         }
         let by = match found.owner {
             Some(owner) if owner.client == self.owner.client && !is_another_life(&self.owner, &owner) => {

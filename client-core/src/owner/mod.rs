@@ -125,7 +125,7 @@ impl Owner {
         self.allocator.put(&self.path(&format!("/v1/allocations/{name}/standby")), &attach).await
     }
 
-    /// In the query, which allocators of before there were lives do not look at.
+    /// Adds the life as a query parameter, which allocators from before lives existed ignore.
     fn path(&self, path: &str) -> String {
         match &self.life {
             Some(life) => format!("{path}?life={life}"),

@@ -56,7 +56,7 @@ pub enum TailError {
         data: ByteSize,
     },
     /// An appliance did not describe its content.
-    #[error("cannot see what is beyond the new size: {0}")]
+    #[error("cannot check the data beyond the new size: {0}")]
     Unseen(String),
 }
 
@@ -155,7 +155,7 @@ impl<'a> Mover<'a> {
         match sent.xxh3 == arrived.xxh3 {
             true => Ok(()),
             false => Err(format!(
-                "what appliance `{}` has after copying is not what was sent: look at its memory",
+                "appliance `{}` has other data after copying than were sent: check its memory",
                 target.appliance_name
             )),
         }

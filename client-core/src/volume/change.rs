@@ -36,7 +36,7 @@ pub enum ChangeError {
     #[error("the map to change to cannot be used: {0}")]
     Map(#[from] MapError),
     /// The new map has another layout, or moves regions that the order does not name.
-    #[error("the map to change to does not follow from the present one: {0}")]
+    #[error("the new map does not fit the present one: {0}")]
     Unfit(String),
     /// No thread could be started.
     #[error("cannot start a thread that connects to an appliance: {0}")]
@@ -51,7 +51,8 @@ pub enum ChangeError {
     },
     /// Operations in flight did not end in time, so that the change could not continue.
     #[error(
-        "I/O on the volume did not let it go on for {0:?}: an appliance may be out of reach, or a client of a socket slow"
+        "operations in flight did not end within {0:?}, so the change was not continued: an appliance may \
+         be out of reach, or a client of a socket slow"
     )]
     Stuck(Duration),
     /// A run could not be copied.
@@ -418,10 +419,12 @@ fn moves(now: &Plan, next: &Plan, moved: &[u32]) -> Result<Moves, ChangeError> {
     }
     let one = |&region: &u32| {
         let at = |plan: &Plan| plan.slots().get(region as usize).copied();
-        let (from, to) = at(now)
-            .zip(at(next))
-            .filter(|(from, to)| from != to)
-            .ok_or_else(|| ChangeError::Unfit(format!("region {region} is said to move, and does not")))?;
+        let (from, to) = at(now).zip(at(next)).filter(|(from, to)| from != to).ok_or_else(|| {
+            ChangeError::Unfit(format!(
+                "region {region} is listed as moved, but has the same \
+                 place in the new map"
+            ))
+        })?;
         Ok(Move { region, from, to })
     };
     let moves = moved.iter().map(one).collect::<Result<Vec<_>, ChangeError>>()?;

@@ -123,7 +123,7 @@ fn managed(target: &Target<'_>, deadline: Deadline) -> Result<Made, ConnectError
     let hello = Hello::new(target.key.clone(), target.epoch, target.session);
     id.connect(&hello.encode()).map_err(ConnectError::Unreachable)?;
     let said = expect(events, Kind::Established, deadline)?.said;
-    let welcome = Welcome::decode(&said).ok_or_else(|| broken("an answer that is none"))?;
+    let welcome = Welcome::decode(&said).ok_or_else(|| broken("an invalid answer"))?;
     Ok(Made { connection, welcome, local, size: Size { inline, ..size } })
 }
 

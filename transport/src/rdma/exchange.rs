@@ -32,7 +32,7 @@ pub(super) fn ask(
         }
     }
     let answer = decode_answer(&answer)
-        .ok_or_else(|| ConnectError::Protocol("an answer that is none of xpm's RDMA protocol".to_owned()))?;
+        .ok_or_else(|| ConnectError::Protocol("an answer that is not of xpm's RDMA protocol".to_owned()))?;
     answer.map_err(super::errors::of_refusal)
 }
 

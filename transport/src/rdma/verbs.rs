@@ -449,7 +449,7 @@ pub(super) fn pointer<T>(raw: *mut T) -> io::Result<NonNull<T>> {
 /// Logs that an object could not be destroyed; no other action is possible.
 pub(super) fn complain(what: &str, status: i32) {
     if let Err(error) = check(status) {
-        tracing::warn!("cannot let go of {what}: {error}");
+        tracing::warn!("cannot destroy {what}: {error}");
     }
 }
 

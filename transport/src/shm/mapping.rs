@@ -173,7 +173,7 @@ fn check(memory: BorrowedFd<'_>, len: u64) -> Result<usize, AppendError> {
     }
     let size = fstat(memory).map_err(AppendError::system)?.st_size;
     if len == 0 || u64::try_from(size) != Ok(len) {
-        return Err(AppendError::Bad("a memfd of another length than was said"));
+        return Err(AppendError::Bad("a memfd of another length than announced"));
     }
     let file_system = fstatfs(memory).map_err(AppendError::system)?;
     let page =

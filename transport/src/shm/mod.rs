@@ -18,7 +18,7 @@
 //! | from | bytes | what |
 //! |---|---|---|
 //! | client | 8 | `"xpm-shm\0"` |
-//! | | 4 | version: 1, or 2 of a client that says which life it is |
+//! | | 4 | version: 1, or 2 from a client that sends its life |
 //! | | 4 | version 1: 0; version 2: bytes of its [`Visitor`](xpm_protocol::Visitor), 1 to 1024 |
 //! | | 32 | the grant's key |
 //! | | (version 2) | the visitor, as text |

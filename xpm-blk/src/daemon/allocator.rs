@@ -121,7 +121,8 @@ impl Daemon {
         };
         if debts.explain(name, error.clone()) || !debts.has(name) {
             tracing::warn!(
-                "allocation {name} could not be given back: {error}; it is when the allocator answers"
+                "allocation {name} could not be given back: {error}; this is repeated until the allocator \
+                 answers"
             );
         }
     }

@@ -42,7 +42,7 @@ impl Daemon {
             record.role = role;
         });
         if let Err(error) = kept.await {
-            tracing::error!("allocation {name}: {error}; it is asked for again at the next start");
+            tracing::error!("allocation {name}: {error}; its keys are requested again at the next start");
         }
     }
 

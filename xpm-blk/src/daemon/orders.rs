@@ -149,7 +149,8 @@ impl Daemon {
         let Ok(map) = self.own(&request).await else { return };
         if map.version < record.map.version {
             return tracing::error!(
-                "the allocator has an older map of allocation {name}: its metadata are of yesterday; ours stays"
+                "the allocator has an older map of allocation {name}: its metadata are outdated, so ours \
+                 stays"
             );
         }
         let (daemon, attached_too) = (Arc::clone(self), Arc::clone(attached));

@@ -73,7 +73,7 @@ impl Keeper {
         records: Arc<Records>,
         loops: Vec<LoopWatch>,
     ) -> Result<Keeper, DeviceError> {
-        let at = || "start what keeps a standby";
+        let at = || "start the thread that keeps a standby";
         // A mount outlives its server on every supported kernel.
         let wanted =
             settings.standby.unwrap_or_else(|| settings.program == Program::Fs || ublk::can_recover());

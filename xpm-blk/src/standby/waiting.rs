@@ -293,7 +293,7 @@ impl Watch<'_> {
         })?;
         safety::use_reserve();
         let locked = safety::locked_bytes();
-        self.post.sender.send(&FromStandby::Ready { locked }, None).at("tell that it is ready")
+        self.post.sender.send(&FromStandby::Ready { locked }, None).at("report that this process is ready")
     }
 
     fn go_on(self) -> Outcome {

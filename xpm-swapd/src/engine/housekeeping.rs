@@ -157,7 +157,7 @@ fn tuned(tune: &TuneConfig) -> Vec<Wanted> {
         one(
             "/proc/sys/vm/page-cluster",
             number(tune.page_cluster.map(u16::from)),
-            "pages that are read from swap at once, as a power of two: one round trip for all of them",
+            "pages that one read from swap brings, as a power of two: one round trip for all of them",
         ),
         one(
             "/proc/sys/vm/watermark_scale_factor",

@@ -122,7 +122,10 @@ impl Daemon {
             }
             Ended::Killed => Err(Error::new(
                 ErrorKind::NoSpace,
-                format!("swapoff of {path} was ended by the kernel for want of memory; it is on as before"),
+                format!(
+                    "swapoff of {path} was ended by the kernel for lack of memory; the area is on as \
+                 before"
+                ),
             )),
             Ended::Refused(number) => {
                 let why = std::io::Error::from_raw_os_error(number);

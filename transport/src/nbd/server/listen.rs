@@ -219,7 +219,7 @@ async fn open(
         match exports.is_admitted(&opened, visitor.as_ref()) {
             true => Found::Export(opened, Some(place)),
             false => {
-                let why = "another life of this client was let in just now";
+                let why = "another life of this client was admitted just now";
                 Found::Nothing(NoExport::Refused(why.to_owned()))
             }
         }

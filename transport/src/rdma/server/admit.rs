@@ -102,7 +102,7 @@ impl Shared {
             self.ports.iter().find(|port| std::ptr::eq(&*port.device, device)).ok_or(Refusal::Failed)?;
         let completions = port.completions.lock().unwrap_or_else(PoisonError::into_inner);
         make(&completions).map_err(|error| {
-            tracing::warn!("a client cannot be let in by RDMA: {error}");
+            tracing::warn!("a client cannot be admitted by RDMA: {error}");
             Refusal::Failed
         })
     }

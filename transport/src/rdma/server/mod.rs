@@ -314,7 +314,7 @@ impl Shared {
                 return;
             }
             if let Err(error) = self.events.as_ref().map_or(Ok(()), |events| self.take_all(events)) {
-                tracing::error!("no more clients are let in by the RDMA connection manager: {error}");
+                tracing::error!("the RDMA connection manager admits no more clients: {error}");
                 return;
             }
         }

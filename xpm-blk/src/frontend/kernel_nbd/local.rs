@@ -80,7 +80,10 @@ impl Source for Local {
         if self.queues > 1
             && let Err(error) = self.volume.wait_ready(SHUT_OUT_WITHIN)
         {
-            tracing::warn!("goes on before all of an earlier process is shut out: {error}");
+            tracing::warn!(
+                "continuing before all appliances have closed the connections of an earlier \
+                 process: {error}"
+            );
         }
     }
 

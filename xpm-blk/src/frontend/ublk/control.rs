@@ -131,7 +131,7 @@ impl Control {
     pub(super) fn end_recovery(&mut self, device: u32) -> Result<(), DeviceError> {
         let pid = u64::from(std::process::id());
         self.command(uapi::END_USER_RECOVERY, device, &mut [], pid)
-            .at(format!("go on with ublk device {device}"))
+            .at(format!("complete the recovery of ublk device {device}"))
     }
 
     /// Stops a device: removes the disk, waits for its I/O, and ends every fetch.

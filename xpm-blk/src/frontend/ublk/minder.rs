@@ -88,7 +88,7 @@ impl Minder {
                     lifecycle::die();
                 }
             };
-            tracing::warn!("the kernel had ended the service of ublk device {device}; it goes on");
+            tracing::warn!("the kernel had ended the service of ublk device {device}; it is served again");
         }
     }
 

@@ -68,7 +68,7 @@ impl Pieces {
             let descriptor = read(table, count, index)?;
             if descriptor.has(Descriptor::INDIRECT) {
                 if !ring.features().indirect || descriptor.has(Descriptor::NEXT) {
-                    return Err(Broken("a table of descriptors where there must be none"));
+                    return Err(Broken("an indirect table where none is allowed"));
                 }
                 return self.walk_table(memory, descriptor);
             }
@@ -108,7 +108,7 @@ impl Pieces {
     fn add(&mut self, memory: &GuestMemory, descriptor: Descriptor) -> Result<(), Broken> {
         let writable = descriptor.has(Descriptor::WRITE);
         if !writable && (self.last.is_some() || !self.writable.is_empty()) {
-            return Err(Broken("a buffer to be read behind one to be written"));
+            return Err(Broken("a readable buffer behind a writable one"));
         }
         let (mut address, mut left) = (descriptor.address, u64::from(descriptor.len));
         while left > 0 {

@@ -244,7 +244,7 @@ fn parse(code: u32, body: &Body<'_>, files: Vec<OwnedFd>) -> Result<Request, &'s
         5 => {
             let count = body.word(0) as usize;
             if count > FILES_MAX || files.len() != count {
-                return Err("it has not one descriptor for each region");
+                return Err("it does not have one descriptor for each region");
             }
             body.has(8 + count * REGION_LEN)?;
             let region = |(place, file)| (body.region(8 + place * REGION_LEN), file);

@@ -201,7 +201,7 @@ impl Server {
                     told = true;
                     if let Some(Err(error)) = device.tell_config_change() {
                         tracing::warn!(
-                            "allocation {}: its front end could not be told of its size: {error}",
+                            "allocation {}: its front end could not be notified of its size: {error}",
                             device.name
                         );
                     }
@@ -297,7 +297,7 @@ impl Shown for VhostUserBlk {
         match self.device.tell_config_change() {
             Some(Ok(())) => Ok(None),
             Some(Err(error)) => {
-                Ok(Some(format!("the virtual machine could not be told of its new size: {error}")))
+                Ok(Some(format!("the virtual machine could not be notified of its new size: {error}")))
             }
             None => Ok(Some("the virtual machine sees the new size when it is started again".to_owned())),
         }

@@ -220,7 +220,8 @@ impl Session {
         let blind = features != 0 && features & feature::BLK_SIZE == 0;
         if blind && self.device.block_size != BlockSize::B512 {
             return Err(Refused::Invalid(format!(
-                "a guest whose driver cannot do blocks of {} bytes: give it an allocation of `xpm alloc create --block-size 512`",
+                "a guest whose driver does not support blocks of {} bytes: give it an allocation of `xpm \
+                 alloc create --block-size 512`",
                 self.device.block_size
             )));
         }
