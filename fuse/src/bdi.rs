@@ -4,7 +4,8 @@ use std::fs;
 use std::io;
 use std::path::PathBuf;
 
-/// The kernel's record of what backs a file system (*backing device info*): its read-ahead and its share of dirty memory.
+/// The kernel's record of what backs a file system (*backing device info*): its read-ahead and its share of dirty
+/// memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Bdi {
     major: u32,
@@ -13,8 +14,8 @@ pub struct Bdi {
 
 /// Settings to be made; what is None stays.
 ///
-/// FUSE begins with `strict_limit` and a `max_ratio` of 1 %, which on a small machine throttles writers to almost nothing. A
-/// *dirty budget* in bytes is `max_ratio` 100, `strict_limit` and `max_bytes`.
+/// FUSE begins with `strict_limit` and a `max_ratio` of 1 %, which on a small machine throttles writers to almost
+/// nothing. A *dirty budget* in bytes is `max_ratio` 100, `strict_limit` and `max_bytes`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct BdiSettings {
     /// The most that is read ahead, in KiB.
@@ -23,8 +24,8 @@ pub struct BdiSettings {
     pub strict_limit: Option<bool>,
     /// The share of the machine's limit of dirty memory, in per cent, 0 to 100.
     pub max_ratio: Option<u8>,
-    /// The same in bytes. The kernel keeps it as a millionth of the machine's limit, and so rounds it. Written last, it replaces
-    /// `max_ratio`.
+    /// The same in bytes. The kernel keeps it as a millionth of the machine's limit, and so rounds it. Written last,
+    /// it replaces `max_ratio`.
     pub max_bytes: Option<u64>,
 }
 
@@ -36,8 +37,8 @@ impl Bdi {
     /// Makes these settings, which takes root.
     ///
     /// # Errors
-    /// `NotFound` where the mount has ended; InvalidInput where the kernel refuses a value. What was written before the
-    /// error stays.
+    /// `NotFound` where the mount has ended; InvalidInput where the kernel refuses a value. Values written before the
+    /// error stay.
     pub fn set(&self, settings: &BdiSettings) -> io::Result<()> {
         let BdiSettings { read_ahead_kb, strict_limit, max_ratio, max_bytes } = *settings;
         self.write("read_ahead_kb", read_ahead_kb)?;
@@ -46,7 +47,8 @@ impl Bdi {
         self.write("strict_limit", strict_limit.map(u8::from))
     }
 
-    /// The settings as the kernel has them; None where it does not have one (`strict_limit` and `max_bytes` are of Linux 6.2).
+    /// The settings as the kernel has them; None where it does not have one (`strict_limit` and `max_bytes` are of
+    /// Linux 6.2).
     ///
     /// # Errors
     /// `NotFound` where the mount has ended.

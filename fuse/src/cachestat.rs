@@ -31,7 +31,7 @@ struct Range {
 /// The number of the call on every architecture.
 const SYS_CACHESTAT: libc::c_long = 451;
 
-/// What is cached of a range of an open file, in bytes; with a `len` of 0 up to its end.
+/// The cached part of a range of an open file, in bytes; with a `len` of 0 up to its end.
 ///
 /// Asks the file's server nothing and waits for nobody.
 ///

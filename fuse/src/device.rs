@@ -6,16 +6,18 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::{Errno, FdFlags};
 
-/// The one descriptor of a connection. Requests are read and replies are written by any thread of any process that has it.
+/// The one descriptor of a connection. Requests are read and replies are written by any thread of any process that
+/// has it.
 ///
-/// It does not block: it is polled for POLLIN where there is no request, and POLLERR says that the connection has ended.
-/// The connection ends when the mount ends, when it is aborted, or when the last process that has the descriptor closes it.
+/// It does not block: it is polled for POLLIN where there is no request, and POLLERR says that the connection has
+/// ended. The connection ends when the mount ends, when it is aborted, or when the last process that has the
+/// descriptor closes it.
 #[derive(Debug)]
 pub struct Device {
     fd: OwnedFd,
 }
 
-/// What reading from the device came to.
+/// The result of reading from the device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Received {
     /// A request of so many bytes.
@@ -35,12 +37,12 @@ pub enum Gone {
     Aborted,
 }
 
-/// What became of a reply.
+/// The result of sending a reply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sent {
     /// The kernel took it.
     Taken,
-    /// Nobody waits for it: the request was interrupted, is answered, or was ended by an abort.
+    /// No request waits for it: the request was interrupted, is answered, or was ended by an abort.
     Unwanted,
 }
 
@@ -51,8 +53,8 @@ impl Device {
         Ok(Device { fd: rustix::fs::open("/dev/fuse", flags, Mode::empty())? })
     }
 
-    /// The descriptor of a connection that another process served or serves. It is set not to block, which counts for all
-    /// who have it.
+    /// The descriptor of a connection that another process served or serves. It is set not to block, which counts for
+    /// all who have it.
     ///
     /// # Errors
     /// Those of fcntl(2).
@@ -73,8 +75,8 @@ impl Device {
         Ok(Device { fd: rustix::io::fcntl_dupfd_cloexec(&self.fd, 3)? })
     }
 
-    /// The next request. The buffer has at least [`read_buffer_len`](crate::wire::read_buffer_len) bytes, else the kernel
-    /// says EINVAL. Does not wait for a request.
+    /// The next request. The buffer has at least [`read_buffer_len`](crate::wire::read_buffer_len) bytes, else the
+    /// kernel says EINVAL. Does not wait for a request.
     ///
     /// # Errors
     /// Those of read(2) that concern neither one request nor the connection's end.
@@ -112,7 +114,8 @@ impl Device {
         self.send(&[IoSlice::new(reply)])
     }
 
-    /// Sends a notification: of [`wire::notify`](crate::wire::notify), and data that follow. Blocks as that module says.
+    /// Sends a notification: of [`wire::notify`](crate::wire::notify), and data that follow. Blocks as that module
+    /// says.
     ///
     /// # Errors
     /// The notification's result.

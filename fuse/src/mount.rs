@@ -9,7 +9,7 @@ use rustix::mount::{MountFlags, UnmountFlags};
 
 use crate::Device;
 
-/// What the root of a mount is, and so what its mount point must be.
+/// The kind of the root of a mount, which its mount point must have as well.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RootKind {
     /// A directory.
@@ -23,13 +23,13 @@ pub enum RootKind {
 pub struct Mount<'a> {
     /// Where: a directory, or a file, as `root` says.
     pub at: &'a Path,
-    /// What is shown as the mount's source, such as `xpm:NAME`.
+    /// The mount's source as shown by the kernel, such as `xpm:NAME`.
     pub source: &'a str,
-    /// What the root is. GETATTR of node 1 must say the same kind.
+    /// The kind of the root. GETATTR of node 1 must say the same kind.
     pub root: RootKind,
     /// Permissions of the root until its attributes are first asked for.
     pub mode: u32,
-    /// Who may use the mount without `allow_other`.
+    /// The user who may use the mount without `allow_other`.
     pub uid: u32,
     /// The group of who may.
     pub gid: u32,

@@ -1,15 +1,15 @@
-//! What a connection can do, agreed upon in its first request.
+//! The capabilities of a connection, negotiated in its first request.
 
 use crate::wire::{Init, InitFlags, InitReply, MINOR};
 
-/// What the user asks of the kernel.
+/// The capabilities that the user requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Wanted {
     /// Data of the longest WRITE, in bytes, at least 4096.
     pub max_write: u32,
     /// Pages of the longest READ or WRITE. The kernel lowers it to `fs.fuse.max_pages_limit`, 256 as a rule.
     pub max_pages: u16,
-    /// The most that the kernel reads ahead, in bytes. What counts in the end is [`Bdi`](crate::Bdi), too.
+    /// The most that the kernel reads ahead, in bytes. The final limit also depends on [`Bdi`](crate::Bdi).
     pub max_readahead: u32,
     /// Requests that nobody waits for (write-back, read-ahead) that may be under way at a time, at least 1.
     pub max_background: u16,
@@ -17,12 +17,13 @@ pub struct Wanted {
     pub congestion_threshold: u16,
 }
 
-/// What was agreed upon. A successor needs it, as there is no second INIT: it is to be kept with the descriptor.
+/// The result of the negotiation. A successor needs it, as there is no second INIT: it is to be kept with the
+/// descriptor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Negotiated {
     /// Minor version of protocol 7.
     pub minor: u32,
-    /// What both sides can do.
+    /// The capabilities of both sides.
     pub flags: InitFlags,
     /// The most that is read ahead, in bytes.
     pub max_readahead: u32,
@@ -36,8 +37,8 @@ pub struct Negotiated {
     pub congestion_threshold: u16,
 }
 
-/// The kernel cannot do what external memory as a file needs. INIT is to be answered with an error, EPROTO, upon which the
-/// mount refuses everything, and the mount is to be undone.
+/// The kernel cannot do what external memory as a file needs. INIT is to be answered with an error, EPROTO, upon
+/// which the mount refuses everything, and the mount is to be undone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
     /// It is another protocol.
@@ -64,10 +65,10 @@ pub enum Refused {
     ),
 }
 
-/// What a connection must have but HAS_RESEND.
+/// The flags that a connection must have, without HAS_RESEND.
 ///
-/// WRITEBACK_CACHE is more than a matter of speed: without it memory reclaim in a cgroup of version 1 waits for write-back of
-/// these pages (Linux 6.16), and a server in the same cgroup waits for itself.
+/// WRITEBACK_CACHE is more than a matter of speed: without it memory reclaim in a cgroup of version 1 waits for
+/// write-back of these pages (Linux 6.16), and a server in the same cgroup waits for itself.
 const NEEDED: [(InitFlags, &str); 4] = [
     (InitFlags::WRITEBACK_CACHE, "the write-back cache (FUSE_WRITEBACK_CACHE)"),
     (InitFlags::MAX_PAGES, "requests of more than 32 pages (FUSE_MAX_PAGES)"),
@@ -75,11 +76,12 @@ const NEEDED: [(InitFlags, &str); 4] = [
     (InitFlags::EXPLICIT_INVAL_DATA, "invalidation by notification only (FUSE_EXPLICIT_INVAL_DATA)"),
 ];
 
-/// What is taken where the kernel has it.
+/// Flags that are used if the kernel offers them.
 ///
-/// Not among them: AUTO_INVAL_DATA, as only the server knows when cached pages are no longer right; HANDLE_KILLPRIV_V2, as
-/// without it the kernel removes set-user-ID bits itself, by SETATTR; ATOMIC_O_TRUNC, as a SETATTR is fenced like any
-/// other; SETXATTR_EXT and SECURITY_CTX, as there are no extended attributes; OVER_IO_URING, which loses writes.
+/// Not among them: AUTO_INVAL_DATA, as only the server knows when cached pages are no longer right;
+/// HANDLE_KILLPRIV_V2, as without it the kernel removes set-user-ID bits itself, by SETATTR; ATOMIC_O_TRUNC, as a
+/// SETATTR is fenced like any other; SETXATTR_EXT and SECURITY_CTX, as there are no extended attributes;
+/// OVER_IO_URING, which loses writes.
 const WELCOME: InitFlags = InitFlags::ASYNC_READ
     .with(InitFlags::ASYNC_DIO)
     .with(InitFlags::PARALLEL_DIROPS)
@@ -91,7 +93,7 @@ const WELCOME: InitFlags = InitFlags::ASYNC_READ
 const MINOR_MIN: u32 = 31;
 
 impl Negotiated {
-    /// What the kernel offers and the user wants.
+    /// The flags that the kernel offers and the user requests.
     ///
     /// # Errors
     /// [`Refused`].

@@ -1,4 +1,4 @@
-//! What a child of fork(2) has of its parent's external memory: a copy in local memory, at the same addresses, where
+//! The parent's external memory in a child of fork(2): a copy in local memory, at the same addresses, where
 //! that is no more than may be local. Otherwise nothing is there ([`crate::process`]).
 //!
 //! The copies are made before the fork, by the thread that serves, at addresses that the child inherits; the child
@@ -70,7 +70,7 @@ impl Drop for Local {
 }
 
 thread_local! {
-    /// What was copied for the fork that this thread is about to make.
+    /// The copy for the fork that this thread is about to make.
     static COPIED: Cell<Option<Vec<Copied>>> = const { Cell::new(None) };
 }
 

@@ -27,10 +27,10 @@ static EXTERNAL: AtomicPtr<External> = AtomicPtr::new(null_mut());
 /// Addresses that may be external; none until there are some.
 static START: AtomicUsize = AtomicUsize::new(0);
 static END: AtomicUsize = AtomicUsize::new(0);
-/// What is shorter is local: all, unless `xpm run` started the program.
+/// Shorter pieces are local: all of them, unless `xpm run` started the program.
 static THRESHOLD: AtomicUsize = AtomicUsize::new(usize::MAX);
 
-/// What is external in this process.
+/// The external memory of this process.
 pub(crate) struct External {
     space: Space,
     /// Carries orders of the allocator out, for as long as the process lives.
@@ -88,7 +88,7 @@ pub(crate) fn program() -> String {
     name.trim_end().to_owned()
 }
 
-/// What there is, in a process that has it.
+/// The external memory, in a process that has it.
 pub(crate) fn get() -> Option<&'static External> {
     process::look();
     // SAFETY: made by `install`, and never freed.
@@ -187,7 +187,7 @@ impl External {
         let used = self.used.fetch_add(mapping.len() as u64, Ordering::Relaxed) + mapping.len() as u64;
         self.most.fetch_max(used, Ordering::Relaxed);
         let address = mapping.as_ptr().as_ptr().expose_provenance();
-        // What malloc_usable_size(3) says may be used.
+        // The length that malloc_usable_size(3) returns may be used.
         let len = if heap { mapping.len() } else { len.next_multiple_of(PAGE) };
         let piece = Piece { mapping, len, gone: Vec::new(), protected: false, heap };
         self.pieces().insert(address, piece);
@@ -216,7 +216,7 @@ impl External {
             let mut pieces = self.pieces();
             let Some(piece) = pieces.get_mut(&address) else { return };
             if len < piece.len {
-                // What is asked for again later has to be zeros.
+                // Memory that is allocated again later has to be zeros.
                 let _ = piece.mapping.clear(len..piece.len);
             }
             piece.len = len;
@@ -279,7 +279,7 @@ impl External {
         });
     }
 
-    /// What may be done with parts has changed.
+    /// The protection of parts has changed.
     pub(crate) fn set_protected(&self, addresses: &Range<usize>) {
         let mut pieces = self.pieces();
         for (address, _) in parts(&pieces, addresses) {

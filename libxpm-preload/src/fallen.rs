@@ -12,7 +12,7 @@ use xpm_protocol::api::run::FELL;
 use crate::{process, start};
 
 static SAID: AtomicBool = AtomicBool::new(false);
-/// What was there before, which only the one thread of a new child writes.
+/// The previous action, which only the one thread of a new child writes.
 static mut BEFORE: MaybeUninit<libc::sigaction> = MaybeUninit::zeroed();
 
 /// In a new child, while it has one thread.

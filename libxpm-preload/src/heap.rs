@@ -1,5 +1,5 @@
-//! malloc(3) and its family. What is at least as long as the threshold is external, if it can be; the rest goes to whom
-//! it would have gone to.
+//! malloc(3) and its family. A piece that is at least as long as the threshold is external, if possible; the rest
+//! goes to the allocator that the program would have used.
 
 use std::alloc::{GlobalAlloc, Layout};
 use std::ffi::{CStr, c_int, c_void};
@@ -19,7 +19,7 @@ unsafe extern "C" {
     fn __libc_free(old: *mut c_void);
 }
 
-/// What glibc's malloc aligns to.
+/// The alignment of glibc's malloc.
 const ALIGN: usize = 16;
 
 // SAFETY: glibc's functions do what GlobalAlloc asks for, of memory of their own.
@@ -162,7 +162,7 @@ pub unsafe extern "C" fn malloc(len: usize) -> *mut c_void {
 /// As of calloc(3).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn calloc(count: usize, len: usize) -> *mut c_void {
-    // External memory is zeros at first. What is too long for a number is refused by the next one.
+    // External memory is zeros at first. A length that overflows is refused by the next allocator.
     let external = count.checked_mul(len).and_then(|all| external_for(1, all));
     // SAFETY: by the caller's word.
     external.unwrap_or_else(|| unsafe { next_calloc()(count, len) })
@@ -292,7 +292,7 @@ pub unsafe extern "C" fn aligned_alloc(align: usize, len: usize) -> *mut c_void 
 /// As of posix_memalign(3).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn posix_memalign(to: *mut *mut c_void, align: usize, len: usize) -> c_int {
-    // What cannot be is refused by the next one.
+    // An impossible request is refused by the next allocator.
     match align.is_power_of_two().then(|| external_for(align, len)).flatten() {
         Some(new) => {
             // SAFETY: by the caller's word it can be written to.

@@ -14,7 +14,7 @@ pub(crate) struct Lease {
     stream: UnixStream,
 }
 
-/// What comes with the right.
+/// The data that comes with the right.
 pub(crate) struct Terms {
     pub(crate) lease: Lease,
     pub(crate) run: Run,
@@ -41,7 +41,8 @@ impl Lease {
         Ok(Some(Terms { lease: Lease { stream }, run, messages }))
     }
 
-    /// Says what was used. What does not fit into the socket's buffer is not said: the next account has more.
+    /// Says what was used. A report that does not fit into the socket's buffer is dropped: the next report contains
+    /// its numbers.
     pub(crate) fn say(&self, account: &Account) {
         let Ok(mut line) = serde_json::to_vec(account) else { return };
         line.push(b'\n');

@@ -39,7 +39,7 @@ pub unsafe extern "C" fn mlockall(flags: c_int) -> c_int {
     if locked != 0 || flags & libc::MCL_FUTURE == 0 {
         return locked;
     }
-    // What is mapped later is locked as it is used: to fill it at once would fill external memory that is opened then.
+    // Later mappings are locked as they are used: to fill it at once would fill external memory that is opened then.
     kernel(libc::MCL_FUTURE | libc::MCL_ONFAULT)
 }
 
@@ -83,7 +83,7 @@ fn mapping(line: &str) -> Option<(Range<usize>, bool)> {
     (!special).then_some((edge(start)?..edge(end)?, !rest.starts_with("---")))
 }
 
-/// What is left of a range without others, which are in order.
+/// The parts of a range that are outside of other ranges, which are in order.
 fn without(range: &Range<usize>, others: &[Range<usize>]) -> Vec<Range<usize>> {
     let (mut at, mut left) = (range.start, Vec::new());
     for other in others.iter().filter(|other| other.start < range.end && other.end > range.start) {

@@ -10,7 +10,7 @@ use xpm_mapping::Advice;
 use crate::external::{self, External, Local, PAGE};
 use crate::{adopted, process, threads};
 
-/// What else may be asked for of a mapping that becomes external.
+/// Further flags that a mapping which becomes external may have.
 const HARMLESS: c_int =
     libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_POPULATE | libc::MAP_NONBLOCK;
 

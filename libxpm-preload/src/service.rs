@@ -1,4 +1,4 @@
-//! What a thread of the program wants done by this library, a thread of this library does: only those can use the
+//! Requests of the program's threads are performed by threads of this library: only these threads can use the
 //! library's descriptors ([`crate::table`]). Callers wait by futexes, which need none.
 
 use std::collections::VecDeque;
@@ -14,7 +14,7 @@ pub(crate) struct Service {
     work: Condvar,
 }
 
-/// What a job came to.
+/// The result of a job.
 struct Slot<T> {
     done: Mutex<Option<T>>,
     told: Condvar,

@@ -91,7 +91,7 @@ fn since_start() -> u64 {
     START.get_or_init(Instant::now).elapsed().as_nanos() as u64
 }
 
-/// What is external in this process, which is asked for if need be. None where it cannot be had now.
+/// The external memory of this process, which is requested if necessary. None where it cannot be had now.
 pub(crate) fn get_or_ask() -> Option<&'static External> {
     let state = STATE.load(Ordering::Acquire);
     if state == READY {

@@ -1,4 +1,4 @@
-//! Which threads are this library's. What the C library allocates for them, such as lists of what to do at their end,
+//! Which threads are this library's. Memory that the C library allocates for them, such as lists of exit handlers,
 //! must not be in external memory, nor in an allocator of the program whose tables are.
 
 use std::cell::Cell;

@@ -48,7 +48,7 @@ pub(crate) fn main(args: &Args) -> Result<bool> {
     let start = Instant::now();
     let directory = util::target_dir()?.join("sanitize");
     let reports = directory.join("reports");
-    // Those of the last run.
+    // The reports of the last run.
     let _ = fs::remove_dir_all(&reports);
     fs::create_dir_all(&reports).with_context(|| format!("cannot make {}", reports.display()))?;
 

@@ -11,7 +11,7 @@ pub(crate) struct Package {
     /// A program of it, or the path of another file; the package counts as installed when this is
     /// found.
     probe: &'static str,
-    /// What it is needed for.
+    /// The purpose of the package.
     purpose: &'static str,
 }
 
@@ -19,7 +19,7 @@ const fn package(name: &'static str, probe: &'static str, purpose: &'static str)
     Package { name, probe, purpose }
 }
 
-/// What building the programs needs besides Rust; no RDMA package is among it.
+/// Packages that building the programs needs besides Rust; no RDMA package is among them.
 const BUILD: [Package; 4] = [
     package("clang", "clang", "build: reads the headers of the RDMA libraries' binding"),
     package("cmake", "cmake", "build: of the RDMA libraries' binding"),

@@ -38,7 +38,7 @@ impl FileKind {
     }
 }
 
-/// What stat(2) says of a file.
+/// The attributes that stat(2) returns for a file.
 ///
 /// With [`InitFlags::WRITEBACK_CACHE`](super::InitFlags::WRITEBACK_CACHE) the kernel keeps size, mtime and ctime of a
 /// regular file that is cached itself, and ignores those of a reply until the file's inode leaves its cache.

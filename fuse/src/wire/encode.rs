@@ -1,6 +1,6 @@
 //! Writing numbers to the front of a buffer.
 
-/// A buffer that is filled from its begin. Who makes one knows that all of it fits.
+/// A buffer that is filled from its begin. The caller knows that all of the content fits.
 pub(super) struct Out<'b> {
     buffer: &'b mut [u8],
     len: usize,

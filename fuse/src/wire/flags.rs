@@ -42,7 +42,7 @@ macro_rules! flags {
 }
 
 flags! {
-    /// What the kernel offers in INIT, and what is accepted in the reply; bits 32 and up are its field `flags2`.
+    /// Flags that the kernel offers in INIT and that the reply accepts; bits 32 and up are its field `flags2`.
     InitFlags: u64 {
         /// Several reads of one file at a time.
         ASYNC_READ = 1 << 0;
@@ -84,7 +84,7 @@ flags! {
     OpenFlags: u32 {
         /// Past the page cache.
         DIRECT_IO = 1 << 0;
-        /// What is cached of the file stays; without it opening the file drops its clean pages.
+        /// Cached pages of the file stay; without it opening the file drops its clean pages.
         KEEP_CACHE = 1 << 1;
         /// A directory's listing is cached.
         CACHE_DIR = 1 << 3;
@@ -134,7 +134,7 @@ flags! {
 }
 
 flags! {
-    /// What fallocate(2) is to do.
+    /// The operation of fallocate(2).
     FallocateMode: u32 {
         /// The size stays.
         KEEP_SIZE = 1 << 0;

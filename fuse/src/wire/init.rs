@@ -4,7 +4,7 @@ use super::cursor::{Cursor, Fault};
 use super::encode::Out;
 use super::flags::InitFlags;
 
-/// What the kernel offers.
+/// The kernel's offer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Init {
     /// Version of the protocol, 7.
@@ -13,7 +13,7 @@ pub struct Init {
     pub minor: u32,
     /// The most that is read ahead, in bytes.
     pub max_readahead: u32,
-    /// What the kernel can do.
+    /// The capabilities of the kernel.
     pub flags: InitFlags,
 }
 
@@ -27,14 +27,14 @@ impl Init {
     }
 }
 
-/// What is answered to INIT.
+/// The reply to INIT.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct InitReply {
     /// Minor version of protocol 7.
     pub minor: u32,
     /// The most that the kernel may read ahead, in bytes.
     pub max_readahead: u32,
-    /// What is accepted of the kernel's flags.
+    /// The accepted ones of the kernel's flags.
     pub flags: InitFlags,
     /// Requests that nobody waits for (write-back, read-ahead) that may be under way at a time.
     pub max_background: u16,

@@ -1,5 +1,5 @@
-//! Messages to the kernel that no request asked for. Each is one write(2) or writev(2) to the device, and its effect is there
-//! when the call returns; its error is the notification's result.
+//! Messages to the kernel that no request asked for. Each is one write(2) or writev(2) to the device, and its effect
+//! is there when the call returns; its error is the notification's result.
 
 use super::encode::Out;
 use super::reply::raw_header;
@@ -17,7 +17,8 @@ mod code {
 /// Bytes that a notification with a name has at most.
 pub const NAMED_LEN_MAX: usize = OUT_HEADER_LEN + 24 + NAME_LEN_MAX + 1;
 
-/// All requests that were read from the device and are not answered are delivered again, with bit 63 of their number set.
+/// All requests that were read from the device and are not answered are delivered again, with bit 63 of their number
+/// set.
 ///
 /// This is the first thing that a successor sends, before it reads a request: of what it has read itself it would get
 /// a second delivery. No other process may read from the connection or have writes under way for it any more.
@@ -25,11 +26,11 @@ pub fn resend() -> [u8; OUT_HEADER_LEN] {
     raw_header(OUT_HEADER_LEN as u32, code::RESEND, 0)
 }
 
-/// A file's attributes are no longer right, nor the pages that are cached of a range, in bytes: with a negative `offset` no
-/// pages, with a `len` of 0 all pages from `offset` on.
+/// A file's attributes are no longer right, nor the pages that are cached of a range, in bytes: with a negative
+/// `offset` no pages, with a `len` of 0 all pages from `offset` on.
 ///
-/// Dirty pages are written first, by WRITE requests, and pages that are being read are waited for: whoever sends this must
-/// not be the one who has to serve them. The kernel does not tell whether pages were left:
+/// Dirty pages are written first, by WRITE requests, and pages that are being read are waited for: whoever sends this
+/// must not be the one who has to serve them. The kernel does not tell whether pages were left:
 /// [`cachestat`](crate::cachestat) does. ENOENT says that the kernel does not know the file.
 pub fn inval_inode(nodeid: u64, offset: i64, len: i64) -> [u8; OUT_HEADER_LEN + 24] {
     fixed(code::INVAL_INODE, 0, |out| {
@@ -53,9 +54,9 @@ pub fn delete<'b>(buffer: &'b mut [u8; NAMED_LEN_MAX], parent: u64, child: u64, 
     })
 }
 
-/// What precedes `size` bytes of data (in the same writev(2)) that go into the page cache, from a byte on, as if they had
-/// been read. A page that is dirty is overwritten: the caller knows that none is. Memory is taken of the calling process's
-/// cgroup.
+/// The head that precedes `size` bytes of data (in the same writev(2)) that go into the page cache, from a byte on,
+/// as if they had been read. A page that is dirty is overwritten: the caller knows that none is. Memory is taken of
+/// the calling process's cgroup.
 pub fn store(nodeid: u64, offset: u64, size: u32) -> [u8; OUT_HEADER_LEN + 24] {
     fixed(code::STORE, size, |out| {
         out.u64(nodeid).u64(offset).u32(size).u32(0);

@@ -1,4 +1,4 @@
-//! What is asked of the file system.
+//! The operations that the kernel requests of the file system.
 
 use super::cursor::{Cursor, Fault};
 use super::flags::{FallocateMode, RenameFlags, SetattrValid, WriteFlags};
@@ -10,7 +10,8 @@ mod opcode;
 /// Bytes of the longest target of a symbolic link: PATH_MAX without NUL.
 const TARGET_LEN_MAX: usize = 4095;
 
-/// One operation with its arguments. The file or directory is that of the request's header unless a field names another.
+/// One operation with its arguments. The file or directory is that of the request's header unless a field names
+/// another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[expect(
     missing_docs,
@@ -19,7 +20,7 @@ const TARGET_LEN_MAX: usize = 4095;
 pub enum Operation<'a> {
     /// The first request: to be negotiated.
     Init(Init),
-    /// The last one. Nobody waits for its reply.
+    /// The last one. The kernel does not wait for its reply.
     Destroy,
     /// The file of this name: an entry, or ENOENT. Counts one look-up of the file.
     Lookup { name: Name<'a> },
@@ -63,7 +64,7 @@ pub enum Operation<'a> {
     Release(Release),
     /// One of the descriptors of an open file was closed.
     Flush { fh: u64, lock_owner: u64 },
-    /// What was written is to be durable.
+    /// Written data shall become durable.
     Fsync { fh: u64, data_only: bool },
     /// Opens a directory.
     Opendir(Open),
@@ -169,11 +170,11 @@ pub struct Fallocate {
     pub offset: u64,
     /// How many bytes.
     pub length: u64,
-    /// What is done to them.
+    /// The operation on them.
     pub mode: FallocateMode,
 }
 
-/// What lseek(2) looks for.
+/// The target of lseek(2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Whence {
     /// The next byte that has data.
@@ -426,7 +427,7 @@ fn create<'a>(body: &mut Cursor<'a>) -> Result<Create<'a>, Fault> {
 
 fn tmpfile<'a>(body: &mut Cursor<'a>) -> Result<Operation<'a>, Fault> {
     let (flags, mode, umask) = (body.u32()?, body.u32()?, body.u32()?);
-    // What follows the flags of HANDLE_KILLPRIV_V2 is the kernel's word for "no name", a slash.
+    // The text after the flags of HANDLE_KILLPRIV_V2 is the kernel's word for "no name", a slash.
     body.skip(4)?;
     Ok(Operation::Tmpfile { flags, mode, umask })
 }

@@ -1,7 +1,7 @@
 //! Replies. Each is one write(2) or writev(2) to the device: a header, and what the operation has.
 //!
-//! Replies of fixed length are arrays, to be sent from where they are or copied to where the caller likes. The data of a
-//! READ follow a [`header`] of theirs.
+//! Replies of fixed length are arrays, to be sent from where they are or copied to where the caller likes. The data
+//! of a READ follow a [`header`] of theirs.
 
 use rustix::io::Errno;
 
@@ -35,8 +35,8 @@ impl Validity {
 /// A file that was looked up or made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Entry {
-    /// By which the kernel names the file in requests. 0 in the reply to LOOKUP: there is no such name, which the kernel
-    /// remembers as long as `entry_valid`. 0 in a listing: this is no look-up.
+    /// By which the kernel names the file in requests. 0 in the reply to LOOKUP: there is no such name, which the
+    /// kernel remembers as long as `entry_valid`. 0 in a listing: this is no look-up.
     pub nodeid: u64,
     /// Tells files apart that have the same node id one after the other.
     pub generation: u64,
@@ -62,9 +62,9 @@ pub struct Opened {
 pub struct Statfs {
     /// All blocks, of `frsize` bytes.
     pub blocks: u64,
-    /// Those that are free.
+    /// Free blocks.
     pub bfree: u64,
-    /// Those that are free to users.
+    /// Blocks that are free to users.
     pub bavail: u64,
     /// Inodes, of which `ffree` are free.
     pub files: u64,
@@ -131,8 +131,8 @@ pub fn create(unique: Unique, entry: &Entry, opened: Opened) -> [u8; OUT_HEADER_
     })
 }
 
-/// Answers WRITE and COPY_FILE_RANGE: so many bytes are written. The kernel takes fewer than it asked for as an error of
-/// those pages that are left.
+/// Answers WRITE and COPY_FILE_RANGE: so many bytes are written. The kernel takes fewer than it asked for as an error
+/// of those pages that are left.
 pub fn written(unique: Unique, size: u32) -> [u8; OUT_HEADER_LEN + 8] {
     fixed(unique, |out| {
         out.u32(size).u32(0);

@@ -3,7 +3,7 @@
 use super::cursor::Cursor;
 use super::{Fault, IN_HEADER_LEN, Operation};
 
-/// What a request and its reply have in common.
+/// The common parts of a request and its reply.
 ///
 /// A request that is delivered again after [`notify::resend`](super::notify::resend) has bit 63 set, and otherwise the
 /// same number. The reply has the number as it came, bit 63 included.
@@ -34,18 +34,18 @@ impl Unique {
     }
 }
 
-/// What every request begins with.
+/// The head of every request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Header {
     /// The number of the operation.
     pub opcode: u32,
-    /// What the reply is to name.
+    /// The number that the reply has to repeat.
     pub unique: Unique,
     /// The file or directory in question; 0 where there is none.
     pub nodeid: u64,
-    /// Who asks. Of a WRITE out of the page cache it is not the one who wrote.
+    /// The user that sends the request. Of a WRITE out of the page cache it is not the user that wrote.
     pub uid: u32,
-    /// The group of who asks.
+    /// The group of the sender.
     pub gid: u32,
     /// The thread that asks; 0 where it is the kernel itself, or is in another namespace of processes.
     pub pid: u32,
@@ -54,9 +54,9 @@ pub struct Header {
 /// A request of the kernel's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Request<'a> {
-    /// Who asks about which file.
+    /// The process and the file.
     pub header: Header,
-    /// What is asked.
+    /// The operation.
     pub operation: Operation<'a>,
 }
 
@@ -68,7 +68,7 @@ pub struct Malformed {
     pub unique: Option<Unique>,
     /// The operation's number, where it could be read.
     pub opcode: Option<u32>,
-    /// What is wrong.
+    /// The fault.
     pub fault: Fault,
 }
 

@@ -1,4 +1,4 @@
-//! What is not a request.
+//! Bytes that are not a request.
 
 use proptest::prelude::*;
 use xpm_fuse::wire::{Fault, Header, Malformed, Name, Operation, Request};

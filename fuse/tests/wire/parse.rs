@@ -101,7 +101,7 @@ fn of_open_files() {
     check("FUSE_COPY_FILE_RANGE", 47, Operation::CopyFileRange(copy));
 }
 
-/// Those of one layout with another number, and those without arguments.
+/// Operations of one layout with another number, and operations without arguments.
 #[test]
 fn relatives() {
     let parse = |message: &str, opcode: u8, check: fn(Operation<'_>) -> bool| {

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::report::{Report, Row};
 
-/// What may be at most with ten thousand appliances, by metric.
+/// Upper limits with ten thousand appliances, by metric.
 const GOALS: [(&str, f64); 4] =
     [("decision p50", 100.0), ("decision p99", 1000.0), ("memory", 1024.0), ("restart", 5000.0)];
 

@@ -18,7 +18,7 @@ const ROUNDS: usize = 3;
 const SECONDS: u32 = 2;
 const SIZE: (&str, u64) = ("512M", 512 << 20);
 
-/// Who is measured, against whom, and how much better it has to be.
+/// The measured device, its peer, and the required ratio.
 struct Contest<'a> {
     /// Where xpm's programs are.
     bin: &'a std::path::Path,

@@ -1,4 +1,4 @@
-//! Who loads the servers.
+//! The client that loads the servers.
 
 use std::path::Path;
 
@@ -16,7 +16,7 @@ pub(crate) enum Client {
     Nbdload,
 }
 
-/// What one run of a client says.
+/// The report of one run of a client.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Sample {
     /// Of the load's metric.

@@ -27,7 +27,7 @@ pub(crate) fn run(uri: &str, load: Load, size: &str, seconds: u32) -> Result<Sam
     sample(&report["jobs"][0], load).with_context(|| format!("fio's report on {uri} lacks figures"))
 }
 
-/// What a job's part of the report says.
+/// One job of the report.
 fn sample(job: &Value, load: Load) -> Option<Sample> {
     let part = &job[if load.rw.ends_with("read") { "read" } else { "write" }];
     let value = match load.metric {

@@ -47,7 +47,7 @@ pub(crate) struct Comparison {
     pub(crate) peer: &'static str,
     /// As the row has it.
     pub(crate) load: &'static str,
-    /// What follows the device's name in that of the figure.
+    /// The part of the figure's name that follows the device's name.
     pub(crate) figure: String,
     pub(crate) metric: Metric,
     /// The least ratio.

@@ -19,7 +19,7 @@ use crate::util;
 
 /// Size of the allocation that is copied, in MiB.
 const COPY_MIB: u64 = 2048;
-/// What is copied a second where that is limited, in MiB.
+/// The limited rate of copying, in MiB per second.
 const RATE_MIB: u64 = 64;
 const ROUNDS: usize = 3;
 /// Seconds of small I/O.

@@ -13,7 +13,7 @@ pub(crate) struct Load {
     pub(crate) metric: Metric,
 }
 
-/// What counts of a load.
+/// The metric of a load.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Metric {
     /// Median latency of a request; smaller is better.

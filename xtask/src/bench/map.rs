@@ -153,7 +153,7 @@ impl Medians<'_> {
             .with_context(|| format!("map_bench did not measure {case}, {metric}"))
     }
 
-    /// Those of one metric, by case.
+    /// The figures of one metric, by case.
     fn all_of(&self, metric: &str) -> impl Iterator<Item = (&str, f64)> {
         let of_it = self.0.iter().filter(move |((_, other), _)| other == metric);
         of_it.map(|((case, _), values)| (case.as_str(), median(values)))

@@ -15,7 +15,7 @@ use super::servers::Process;
 /// External memory that a program is given, and what of it is more local memory than any of them touches.
 const SIZE: &str = "2GiB";
 const ALL: u64 = 1 << 30;
-/// What is touched at least: else something is not external that should be.
+/// The lower limit of touched memory: below it something is not external that should be.
 const TOUCHED_MIN: u64 = 64 << 20;
 /// How often it is looked how much of it is local.
 const LOOK_EVERY: Duration = Duration::from_millis(10);
@@ -33,7 +33,7 @@ struct Program {
     work: Work,
 }
 
-/// What is timed of a program.
+/// The timed part of a program.
 enum Work {
     /// All of it.
     Whole,

@@ -8,7 +8,7 @@ use super::report::{Report, Row};
 
 /// The least ratio of latencies: xpm's median is at most 1.15 times the peer's.
 const LATENCY_GOAL: f64 = 1.0 / 1.15;
-/// What attaching 1 GiB may take at most, in milliseconds.
+/// The upper limit of attaching 1 GiB, in milliseconds.
 const ATTACH_GOAL_MS: f64 = 5.0;
 
 /// Loads of the scenario's script, and the program to compare with; `ib_write_lat` cannot wait for events.

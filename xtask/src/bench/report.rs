@@ -1,4 +1,4 @@
-//! What a benchmark says: rows for people, or one JSON object a line.
+//! The output of a benchmark: rows for people, or one JSON object a line.
 
 use serde::Serialize;
 
@@ -10,7 +10,7 @@ pub(crate) struct Row {
     pub(crate) metric: &'static str,
     pub(crate) unit: &'static str,
     pub(crate) xpm: f64,
-    /// Who it is compared with; none where a figure stands alone.
+    /// The peer; none where a figure stands alone.
     pub(crate) peer: Option<String>,
     pub(crate) peer_value: Option<f64>,
     pub(crate) ratio: Option<f64>,

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::report::{Report, Row};
 
-/// What one call may take at most, in nanoseconds, with a million live slabs.
+/// The upper limit of one call, in nanoseconds, with a million live slabs.
 const GOAL_NS: f64 = 200.0;
 
 /// Runs the measuring program of the client library, which prints a JSON object a line with a

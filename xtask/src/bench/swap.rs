@@ -11,9 +11,9 @@ use super::report::Report;
 const OURS: [&str; 3] = ["ublk-tcp", "ublk-shm", "nbd-direct"];
 /// xpm's devices whose daemons are on the host, where nothing is emulated: they compare with a disk of the host only.
 const ON_HOST: [&str; 2] = ["vhost-tcp", "vhost-shm"];
-/// What else gives a program memory of another machine; xpm is to be ahead of each.
+/// Other ways to give a program memory of another machine; xpm has to be faster than each.
 const REMOTE: [&str; 3] = ["nbd-tcp", "nbd-unix", "nvme-tcp"];
-/// What has the memory, or a disk, in the same machine.
+/// Devices with the memory, or a disk, in the same machine.
 const LOCAL: [&str; 2] = ["zram", "brd"];
 /// A disk of the host.
 const DISK: &str = "virtio-file";

@@ -1,4 +1,4 @@
-//! What the demo says: steps, the commands as an operator would type them, and checks.
+//! The output of the demo: steps, the commands as an operator would type them, and checks.
 
 use std::cell::{Cell, RefCell};
 use std::path::Path;

@@ -28,7 +28,7 @@ pub(super) struct Runner {
     dir: PathBuf,
 }
 
-/// What a command wrote and how it ended.
+/// The output of a command, and its exit status.
 #[derive(Debug)]
 pub(super) struct Finished {
     pub(super) status: ExitStatus,

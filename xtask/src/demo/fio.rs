@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::site::Site;
 use crate::util;
 
-/// What fio is pointed at.
+/// The target of fio.
 #[derive(Debug, Clone)]
 pub(super) enum Target {
     /// An NBD server, through fio's own NBD client.
@@ -118,7 +118,7 @@ fn report(output: &str) -> Result<Value> {
     }
 }
 
-/// What fio measured in one direction.
+/// The figures of fio in one direction.
 #[derive(Debug, PartialEq)]
 struct Figures {
     iops: f64,

@@ -1,4 +1,4 @@
-//! What every form of device goes through: checked load, a dead allocator, figures, TRIM.
+//! The checks of every form of device: checked load, a dead allocator, figures, TRIM.
 
 use anyhow::Result;
 
@@ -25,7 +25,7 @@ pub(super) fn survive_the_allocator(site: &Site, target: &Target) -> Result<()> 
     site.account.check(known, "the restarted allocator knows the allocation")
 }
 
-/// Throughput and latencies. What they are worth depends on this machine.
+/// Throughput and latencies. Their value depends on this machine.
 pub(super) fn figures(site: &Site, target: &Target) -> Result<()> {
     let why = "By fio, for orientation: daemons, load generator and device share this machine's processors.";
     site.account.step("Measure throughput and latency", why);

@@ -1,4 +1,4 @@
-//! One daemon on the host. Those of which scenarios see several lives have a small service manager each
+//! One daemon on the host. Daemons of which scenarios see several lives have a small service manager each
 //! (`supervise` of the tests), which keeps for the next life what the daemon hands over.
 
 use std::fs::{self, File};

@@ -30,7 +30,7 @@ pub(crate) enum Disk {
     File,
 }
 
-/// What QEMU's storage daemon stores to.
+/// The storage of QEMU's storage daemon.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Storage {
     /// Nothing: reads are zeros.
@@ -128,7 +128,7 @@ pub(super) fn memory_file(dir: &Path) -> PathBuf {
     Path::new("/dev/shm").join(format!("xpm-lab-{run}"))
 }
 
-/// What the guest is told: `SLOT:NAME` of each disk.
+/// The text for the guest: `SLOT:NAME` of each disk.
 pub(super) fn list(disks: &[Disk]) -> String {
     let slots =
         disks.iter().enumerate().map(|(index, disk)| format!("{:x}:{}", SLOT_FIRST + index, disk.name()));

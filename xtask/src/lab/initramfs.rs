@@ -9,9 +9,9 @@ use anyhow::{Context, Result, ensure};
 use super::kernel::Kernel;
 use crate::util;
 
-/// What must be in the kernel before the host's root can be mounted.
+/// The modules that are needed to mount the host's root.
 const MODULES: [&str; 3] = ["9p", "9pnet_virtio", "overlay"];
-/// What a guest that keeps its files on a disk needs besides.
+/// Further modules of a guest that keeps its files on a disk.
 const DISK_MODULES: [&str; 2] = ["virtio_blk", "ext4"];
 /// ext4 needs this one without saying so in `modules.dep`, where CRC32C is a module at all: in Linux 6.12, no longer
 /// in 7.3.

@@ -168,7 +168,7 @@ struct Suite {
     options: Vec<String>,
     /// A regular expression for the names of the packages with a bootable image.
     pattern: &'static str,
-    /// What comes before the release in the names of all packages of a kernel, that with the image first.
+    /// The part before the release in the names of all packages of a kernel, the package with the image first.
     prefixes: &'static [&'static str],
     /// How to make apt know such packages where it does not.
     remedy: &'static str,

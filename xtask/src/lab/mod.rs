@@ -179,7 +179,7 @@ fn join(boots: ScopedJoinHandle<'_, Result<Vec<Report>>>) -> Result<Vec<Report>>
     boots.join().unwrap_or_else(|_| bail!("a thread of the lab panicked"))
 }
 
-/// What all boots of a run share.
+/// The state that all boots of a run share.
 struct Lab {
     programs: PathBuf,
     /// Programs of an earlier commit, where a scenario upgrades them.

@@ -28,7 +28,7 @@ const ROOT_DISK_LEN: u64 = 2 << 30;
 /// Time for the kernel to answer a key.
 const KEY_TIME: Duration = Duration::from_secs(4);
 
-/// What runs the guest's instructions.
+/// The accelerator that runs the guest's instructions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Accelerator {
     /// The processor.
@@ -60,7 +60,7 @@ impl Accelerator {
     }
 }
 
-/// What the processors of an emulated guest run on.
+/// The threads that run the processors of an emulated guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Threads {
     /// All on one thread of the host, in turns of up to 100 ms. Safe: with a thread each, QEMU before 8.1 can run a
@@ -80,9 +80,9 @@ pub(crate) struct Guest<'a> {
     pub(crate) initramfs: &'a Path,
     /// Its memory in MiB.
     pub(crate) memory_mib: u32,
-    /// What runs it.
+    /// The accelerator.
     pub(crate) accelerator: Accelerator,
-    /// What its processors run on.
+    /// The threads of its processors.
     pub(crate) threads: Threads,
     /// Where the kernel's messages go.
     pub(crate) console: PathBuf,

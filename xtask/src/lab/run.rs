@@ -38,7 +38,7 @@ pub(crate) struct Report {
     pub(crate) time: Duration,
     /// Why it failed, if it did.
     pub(crate) failure: Option<String>,
-    /// What followed `BENCH ` in lines that it printed.
+    /// The text after `BENCH ` in lines that it printed.
     pub(crate) tagged: Vec<String>,
     /// The last lines that it printed, at most [`LAST_LINES`].
     pub(crate) last: VecDeque<String>,
@@ -51,7 +51,7 @@ impl Report {
     }
 }
 
-/// What a boot needs besides the guest.
+/// The surroundings of a boot besides the guest.
 pub(crate) struct Place<'a> {
     /// The network.
     pub(crate) netns: &'a Netns,
@@ -172,7 +172,7 @@ struct Running {
     scenario: &'static Scenario,
     since: Instant,
     tagged: Vec<String>,
-    /// What its script said last when it failed (`fail` in `lib.sh`).
+    /// The last message of its script when it failed (`fail` in `lib.sh`).
     complaint: Option<String>,
     last: VecDeque<String>,
 }

@@ -10,7 +10,7 @@ use super::disk::{Disk, Storage};
 pub(crate) struct Scenario {
     /// Its name on the command line.
     pub(crate) name: &'static str,
-    /// What it shows, in one line.
+    /// The property that it shows, in one line.
     pub(crate) about: &'static str,
     /// Scenarios of one group need the same guest and the same appliances, and run one after the
     /// other in one boot. After a failure the rest of the group gets a fresh one.
@@ -42,11 +42,11 @@ pub(crate) struct Scenario {
     pub(crate) long: bool,
     /// Whether it runs programs of this project.
     pub(crate) needs_programs: bool,
-    /// What must be so on the host when the guest is done.
+    /// The condition on the host when the guest is done.
     pub(crate) check: fn(&mut Cluster<'_>) -> Result<()>,
 }
 
-/// What most scenarios have in common.
+/// The common settings of most scenarios.
 const BASE: Scenario = Scenario {
     name: "",
     about: "",
@@ -67,20 +67,20 @@ const BASE: Scenario = Scenario {
     check: nothing_left,
 };
 
-/// What the scenarios have in common in which a small guest has swap on each form of device.
+/// The common settings of scenarios in which a small guest has swap on each form of device.
 const SWAP: Scenario = Scenario { group: "swap", memory_mib: 256, ..BASE };
 
-/// What the scenarios have in common in which daemons on the host are replaced under a guest that is short of memory.
+/// The common settings of scenarios in which daemons on the host are replaced under a guest that is short of memory.
 const RESTART: Scenario = Scenario { group: "restart", memory_mib: 256, seconds_max: 900, ..BASE };
 
-/// What the scenarios have in common in which xpm-blk is replaced too; the memory cgroup of the load is what is short.
+/// The common settings of scenarios in which xpm-blk is replaced too; only the memory cgroup of the load is short.
 const NBD: Scenario = Scenario { group: "nbd", seconds_max: 900, ..BASE };
 
-/// What both lengths of the loop of kills have in common.
+/// The common settings of both lengths of the loop of kills.
 const KILL_LOOP: Scenario =
     Scenario { group: "kill-loop", memory_mib: 256, script: "kill-loop.sh", seconds_max: 1200, ..BASE };
 
-/// What the scenarios with RDMA have in common: both ends are in the guest.
+/// The common settings of scenarios with RDMA: both ends are in the guest.
 const RDMA: Scenario = Scenario {
     group: "rdma",
     alone: true,
@@ -91,7 +91,7 @@ const RDMA: Scenario = Scenario {
     ..BASE
 };
 
-/// What the scenarios with xpm-swapd have in common: a small guest, and a pool that can be filled. They run when they
+/// The common settings of scenarios with xpm-swapd: a small guest, and a pool that can be filled. They run when they
 /// are named: a program of three times the memory takes minutes in an emulated guest.
 const SWAPD: Scenario = Scenario {
     group: "swapd",
@@ -103,7 +103,7 @@ const SWAPD: Scenario = Scenario {
     ..BASE
 };
 
-/// What the scenarios with systemd have in common. They run only when they are named, for the time they take.
+/// The common settings of scenarios with systemd. They run only when they are named, for the time they take.
 /// Emulated, systemd and dpkg take minutes: a start with what is done after it 5 on a quiet machine, the first one 8.
 const BOOT: Scenario =
     Scenario { group: "boot", memory_mib: 768, systemd: true, seconds_max: 1500, long: true, ..BASE };

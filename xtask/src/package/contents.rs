@@ -1,4 +1,4 @@
-//! What is in each package.
+//! The content of each package.
 
 use std::fs;
 use std::path::{Path, PathBuf};

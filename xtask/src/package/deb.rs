@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use super::contents::Package;
 use crate::util;
 
-/// Who answers for the packages.
+/// The maintainer of the packages.
 const MAINTAINER: &str = "The authors of xpm <maintainers@xpm.example.org>";
 
 /// Version of the packages, and when that was made.
@@ -88,7 +88,7 @@ fn control(package: &Package, version: &Version, arch: &str, work: &Path) -> Res
     Ok(control)
 }
 
-/// What the package's programs and libraries need, as dpkg-shlibdeps finds it.
+/// The dependencies of the package's programs and libraries, as dpkg-shlibdeps finds them.
 fn libraries(package: &Package, work: &Path) -> Result<Option<String>> {
     if package.binaries.is_empty() {
         return Ok(None);

@@ -7,7 +7,7 @@ use pulldown_cmark::{Event, HeadingLevel, Options, Parser, Tag, TagEnd};
 pub(crate) struct Page<'a> {
     pub(crate) name: &'a str,
     pub(crate) section: u8,
-    /// What it is about, in half a sentence.
+    /// Its subject, in half a sentence.
     pub(crate) summary: &'a str,
     /// Its Markdown. Headings of level 2 are its sections; what comes before them is the description.
     pub(crate) text: &'a str,
@@ -43,7 +43,7 @@ pub(crate) fn render(page: &Page<'_>) -> String {
     out
 }
 
-/// What text is before it stands in a page: nothing in it is a request or an escape.
+/// Escapes text for a page, so that no part of it is a request or an escape.
 fn escaped(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for c in text.chars() {

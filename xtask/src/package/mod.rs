@@ -36,7 +36,7 @@ pub(crate) struct Args {
     no_lintian: bool,
 }
 
-/// What Debian lets a version end with (deb-version(7)).
+/// The characters that Debian accepts at the end of a version (deb-version(7)).
 fn parse_suffix(text: &str) -> Result<String, String> {
     let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '+' | '.' | '~');
     match text.chars().all(allowed) {
@@ -73,7 +73,7 @@ pub(crate) fn make(programs: &Path, suffix: &str, output: &Path, small: bool) ->
 /// Has lintian look at packages; false when it finds an error.
 pub(crate) fn lintian(packages: &[PathBuf]) -> Result<bool> {
     let mut lintian = util::command("lintian");
-    // Who is root may be told so; what is told is the packages' own.
+    // Lintian may report that it runs as root; its reports about the packages count.
     lintian.args(["--allow-root", "--tag-display-limit", "0", "--fail-on", "error"]).args(packages);
     Ok(lintian.status().context("cannot run lintian")?.success())
 }

@@ -37,7 +37,7 @@ impl Stage {
     pub(crate) fn program(&self, from: &Path, to: &str, is_library: bool) -> Result<()> {
         let mode = if is_library { FILE } else { PROGRAM };
         let file = self.place(from, to, mode)?;
-        // What only the linker or a reader of symbols needs is not needed either.
+        // Sections that only the linker or a reader of symbols needs are removed as well.
         let strip = ["--strip-unneeded", "--remove-section=.comment", "--remove-section=.note"];
         util::output(util::command("strip").args(strip).arg(file)).map(drop)
     }

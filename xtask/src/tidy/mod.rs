@@ -38,7 +38,8 @@ pub(crate) struct Args {
     path: String,
 }
 
-/// What a finding violates. The variants' names, in lower case with hyphens, are the names in `xtask/tidy.limits`.
+/// The rule that a finding violates. The variants' names, in lower case with hyphens, are the names in
+/// `xtask/tidy.limits`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 enum Rule {
     /// A sentence in a comment or document begins with a bare What, Who, Whose, Nobody or Those.
