@@ -109,7 +109,7 @@ int main(int argc, char **argv)
 	close_all();
 	for (size_t page = 0; page < PAGES; page++)
 		CHECK(words[page * 512] == word(page, 3));
-	// What the program did not write is in none of its files.
+	// No file of the program contains bytes that the program did not write.
 	for (int i = 0; i < FILES; i++) {
 		name_of(name, i);
 		CHECK(stat(name, &status) == 0 && status.st_size == 0);

@@ -1,4 +1,4 @@
-// What a program may do with large pieces of memory, by malloc and by mmap, under `xpm run`.
+// Operations of a program on large pieces of memory, by malloc and by mmap, under `xpm run`.
 
 #define _GNU_SOURCE
 #include <malloc.h>
@@ -120,7 +120,7 @@ static void maps(void)
 	CHECK(zeros(again, 4 * MIB));
 	again[0] = 1;
 	munmap(again, 4 * MIB);
-	// What stays local.
+	// Pieces that stay local.
 	char *guard = mmap(NULL, 4 * MIB, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	CHECK(guard != MAP_FAILED && mprotect(guard, MIB, PROT_READ | PROT_WRITE) == 0);
 	guard[0] = 1;
@@ -174,7 +174,7 @@ static void children(void)
 
 	fill(kept, 2 * MIB, 19);
 	CHECK(system("true") == 0);
-	// What it asks for itself is local, and what it gives back of its parent's is nothing.
+	// Memory that it allocates is local, and it frees nothing of its parent's memory.
 	pid_t pid = fork();
 	if (pid == 0) {
 		uint64_t *own = malloc(2 * MIB);

@@ -44,7 +44,7 @@ int main(void)
 	CHECK(syscall(SYS_io_uring_register, ring, IORING_REGISTER_BUFFERS, &buffer, 1) == 0);
 	for (size_t i = 0; i < WORDS; i += 64)
 		CHECK(words[i] == i * 3);
-	// What else it has comes and goes meanwhile.
+	// Its other pages are fetched and evicted meanwhile.
 	uint64_t *other = malloc(OTHER);
 
 	CHECK(other);

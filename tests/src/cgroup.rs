@@ -40,14 +40,14 @@ impl Group {
         self.limit
     }
 
-    /// What its processes use, in bytes.
+    /// Memory that its processes use, in bytes.
     pub fn used(&self) -> u64 {
         let file = if self.limit == "memory.max" { "memory.current" } else { "memory.usage_in_bytes" };
         let text = std::fs::read_to_string(self.dir.join(file)).unwrap();
         text.trim().parse().unwrap()
     }
 
-    /// Takes a process into it. What that one uses already counts where it was.
+    /// Takes a process into it. Memory that this process uses already still counts for its old cgroup.
     pub fn take(&self, process: u32) {
         std::fs::write(self.procs(), process.to_string()).unwrap();
     }

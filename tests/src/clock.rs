@@ -9,7 +9,7 @@ const LIBRARY: &str = "faketime/libfaketimeMT.so.1";
 /// File with the difference to the real time.
 const FILE: &str = "clock";
 
-/// What a daemon sees of the time that the file of its directory says.
+/// The time that a daemon sees: that of the file in its directory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sees {
     /// Another time of day, as after a change of the clock by hand. Spans are measured by the real clock.

@@ -87,7 +87,7 @@ impl Etcd {
         self.dir.path().join(format!("m{number}"))
     }
 
-    /// What a member answers to a request of its gateway, as JSON; none where it does not answer.
+    /// The reply of a member to a request of its gateway, as JSON; none where it does not reply.
     pub fn ask(&self, number: usize, path: &str, body: &str) -> Option<Value> {
         let answer = crate::http(self.members[number].port, "POST", path, body).ok()?;
         serde_json::from_str(answer.split_once("\r\n\r\n")?.1).ok()
@@ -167,7 +167,7 @@ fn start_member(dir: &Path, number: usize, (port, peer): (u16, u16), all: &str, 
         .expect("etcd can be started")
 }
 
-/// What a member answers, if it is JSON.
+/// The reply of a member, if it is JSON.
 fn ask(port: u16, method: &str, path: &str) -> Option<Value> {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
     stream.set_read_timeout(Some(LIMIT)).ok()?;

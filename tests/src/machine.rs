@@ -4,7 +4,7 @@ use std::path::Path;
 
 use crate::{Daemon, programs};
 
-/// What `/etc/machine-id` holds on the other machine.
+/// The content of `/etc/machine-id` on the other machine.
 const MACHINE_ID: &str = "0123456789abcdef0123456789abcdef\n";
 
 /// Starts a program of this project with another `/etc/machine-id`, in a mount namespace of its own; its output is in

@@ -19,7 +19,7 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg}
 /// Longest message, in bytes.
 const MESSAGE_MAX: usize = 4096;
 
-/// What the manager knows of its daemon.
+/// The manager's state of its daemon.
 #[derive(Default)]
 struct Known {
     store: Vec<(String, OwnedFd)>,

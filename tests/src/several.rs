@@ -109,7 +109,7 @@ impl Several {
         leader.expect("it was found")
     }
 
-    /// What an allocator answers to a request for its status: the HTTP status, none where it does not.
+    /// The reply of an allocator to a request for its status: the HTTP status, none where it does not.
     pub fn status_code(&self, number: usize) -> Option<u16> {
         http_answer(self.ports[number], "/v1/status").ok()?.split(' ').nth(1)?.parse().ok()
     }

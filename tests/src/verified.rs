@@ -163,7 +163,7 @@ impl Load {
     }
 }
 
-/// What a block holds after so many writes.
+/// The content of a block after so many writes.
 fn content(block: usize, version: u64) -> Vec<u8> {
     let words = [block as u64, version].map(u64::to_le_bytes).concat();
     words.iter().copied().cycle().take(BLOCK_LEN).collect()

@@ -28,7 +28,7 @@ pub const MEMORY: u64 = 16 << 20;
 /// Where the test's data may lie: behind all rings and headers.
 pub const DATA: u64 = 4 << 20;
 
-/// What the guest's addresses are more in the monitor's process.
+/// The offset of the guest's addresses in the monitor's process.
 const USER: u64 = 1 << 40;
 /// Room of one queue's structures.
 const QUEUE: u64 = 0x1_0000;
@@ -331,7 +331,7 @@ impl Guest {
         self.table(queue) + 0x3000 + u64::from(slot) * 32
     }
 
-    /// What was used of a queue since this was asked last: slots and lengths.
+    /// The entries of a queue used since the last call: slots and lengths.
     pub fn used(&mut self, queue: usize) -> Vec<(u16, u32)> {
         let at = self.table(queue) + 0x2000;
         let word = |bytes: &[u8]| u32::from_le_bytes(bytes.try_into().expect("four bytes"));

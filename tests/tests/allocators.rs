@@ -186,7 +186,7 @@ fn without_room_in_etcd_reading_goes_on_and_the_remedy_is_named() {
     assert!(reads(&several));
     let status = several.xpm(&["status"]);
     assert!(String::from_utf8_lossy(&status.stdout).contains("NOSPACE"), "{status:?}");
-    // Nobody can be elected now, and everybody may read.
+    // No allocator can be elected now, and all of them may read.
     several.allocators[0].kill();
     several.restart(0);
     wait_until("it answers", || several.xpm(&["alloc", "show", "kept"]).status.success());

@@ -47,7 +47,7 @@ fn an_attachment_that_fails_in_a_full_directory_is_undone() {
     };
     cluster.restart_blk();
     let form = format!("nbd-socket={}", cluster.dir().join("disk.sock").display());
-    // What an owner hears of the allocator's metadata has its file from the first attachment on.
+    // The file with the state of the allocator's metadata exists from the first attachment on.
     cluster.ok(&["blk", "attach", "disk", "--as", &form]);
     cluster.ok(&["blk", "detach", "disk"]);
     state.fill();

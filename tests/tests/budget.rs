@@ -12,9 +12,9 @@ use xpm_mapping::{Attachment, Budget, Faults, Space, SpaceOptions};
 use xpm_tests::mapping::{Dice, MIB, attach_options, own_process, words};
 use xpm_tests::{Cluster, wait_until};
 
-/// What the program below has at addresses.
+/// The memory that the program below has at addresses.
 const LEN: u64 = 64 * MIB;
-/// What a share does not shrink below.
+/// The lower limit of a share.
 const LEAST: u64 = 16 * MIB;
 
 #[test]
@@ -41,7 +41,7 @@ fn a_share_follows_what_is_free_and_gives_way_under_pressure() {
     program.ends_well();
 }
 
-/// What is taken beside external memory takes its share, long before it would be too much for the cgroup.
+/// Other memory reduces the share, long before it would be too much for the cgroup.
 #[test]
 fn in_a_cgroup_it_makes_room_for_what_is_beside_it() {
     const LIMIT: u64 = 192;
@@ -116,7 +116,7 @@ impl Stage {
         }
     }
 
-    /// What goes before the words of a program that is to see it.
+    /// The words before the command line of a program that sees the limit.
     fn enter(&self) -> Vec<String> {
         let mut script = String::new();
         for (from, to) in [
@@ -196,7 +196,7 @@ impl Program {
         self.answer(word)
     }
 
-    /// What follows on a word.
+    /// The text after a word.
     fn answer(&mut self, word: &str) -> String {
         let found = self.answers.find_map(|line| Some(line.strip_prefix(word)?.trim().to_owned()));
         found.unwrap_or_else(|| panic!("it ended before it said `{word}`"))

@@ -212,7 +212,7 @@ fn after_a_reboot_devices_come_back_without_the_allocator() {
     write(&uri);
     cluster.allocator.kill();
     cluster.blk.kill();
-    // What a reboot is to an appliance: the same machine and installation, and another seat.
+    // A reboot, as an appliance sees it: the same machine and installation, and another seat.
     let copy = start_copy(&cluster, &copy_state(&cluster, &["a"]), false);
     wait_until("the appliance lets it in", || copy.writes("a"));
     // The one that it followed is let in no more.

@@ -1,4 +1,4 @@
-//! What the operator's command says of a pool of real daemons, and how it waits for an allocator that starts.
+//! The operator's command with a pool of real daemons, and how it waits for an allocator that starts.
 
 use std::io::{BufRead as _, BufReader};
 use std::process::Stdio;

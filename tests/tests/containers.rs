@@ -51,7 +51,7 @@ fn grows(faults: Faults) {
     let words = 3 << 19;
     array.extend(0..words);
     assert_eq!(array.as_ptr(), at, "it has grown where it was, from 4 MiB to 16");
-    // What is behind it is taken.
+    // The addresses behind it are taken.
     let behind = space.carve(16 * MIB).expect("a slab");
     assert_eq!(behind.as_ptr().as_ptr() as usize, at as usize + (16 << 20));
     let before = space.stats();
@@ -154,7 +154,7 @@ fn what_a_block_grows_by_is_zeros() {
         assert!(bytes(block)[from..to].iter().all(|byte| *byte == 0), "{from} to {to}");
         bytes(block)[..to].fill(1);
     }
-    // What is cut off, and comes back, is zeros again.
+    // A part that is cut off and added again is zeros.
     // SAFETY: as above.
     let short = unsafe { heap.shrink(block.cast(), layout(4 << 20), layout(1 << 20)) }.expect("it shrinks");
     // SAFETY: as above.
@@ -188,7 +188,7 @@ fn what_arrays_cannot_be_told() {
     assert!(error.contains("raise the budget"), "{error}");
     array.allocator().flush(&array).expect("it can be written");
     array.allocator().advise(&array, Advice::DontNeed).expect("it can leave");
-    // What is pinned stays, and zeros that came ahead of need are behind the array.
+    // Pinned pages stay, and pages of zeros that were prefetched are behind the array.
     assert!((2 * 4096..64 * 4096).contains(&space.stats().resident), "{:?}", space.stats());
     let faults = space.stats().faults;
     assert!(array[..1024].iter().copied().eq(0..1024));

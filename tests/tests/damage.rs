@@ -27,7 +27,7 @@ fn names(answer: &str) -> Option<Vec<String>> {
     Some(list.as_array()?.iter().filter_map(|one| one["name"].as_str().map(str::to_owned)).collect())
 }
 
-/// Runs an allocator on the directory and has it read and write. What it said, and the names that it knew.
+/// Runs an allocator on the directory and has it read and write. Its message, and the names that it knew.
 fn try_out(data: &Path, log: &Path) -> (String, Option<Vec<String>>) {
     let port = free_port();
     let mut child: Child = Command::new(programs().join("xpm-allocator"))
@@ -70,7 +70,7 @@ fn one_flipped_bit_is_refused_with_the_way_out_or_does_no_harm() {
     }
     cluster.ok(&["alloc", "delete", "three"]);
     cluster.allocator.stop();
-    // Nobody is to be told anything by an allocator that is tried out.
+    // A trial run of an allocator must not notify anyone.
     cluster.appliances.iter_mut().for_each(Daemon::kill);
     let whole = std::fs::read(cluster.data().join("allocator.redb")).unwrap();
     let used: Vec<usize> = (0..whole.len()).filter(|&at| whole[at] != 0).collect();

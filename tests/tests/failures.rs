@@ -27,7 +27,7 @@ fn verified_load(cluster: &Cluster, uri: &str, seconds: u32) -> Child {
         .unwrap()
 }
 
-/// What state the device is in; empty while it is not there.
+/// The state of the device; empty while it does not exist.
 fn state(cluster: &Cluster, name: &str) -> String {
     let devices = cluster.json(&["blk", "list"]);
     let device = devices.as_array().and_then(|devices| devices.iter().find(|device| device["name"] == name));

@@ -179,7 +179,7 @@ fn permissions_are_those_of_the_file_below() {
         (facts.len(), facts.mode() & 0o7777, facts.uid(), facts.gid()),
         (16 * MIB, 0o640, 65_534, 65_533)
     );
-    // What holds something is not covered.
+    // A directory that is not empty is not mounted over.
     let full = site.path("full");
     std::fs::write(&full, "words").unwrap();
     site.cluster.ok(&["alloc", "create", "full", "--size", "16MiB"]);

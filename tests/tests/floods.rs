@@ -114,7 +114,7 @@ fn half_open_handshakes_keep_no_client_out() {
     cluster.restart_appliance(0);
     let output = std::process::Command::new("qemu-io").args(["-f", "raw", &uri, "-c", "write 0 1M"]).output();
     assert!(output.expect("qemu-io starts").status.success());
-    // Those that the restart had closed are there again.
+    // The connections that the restart had closed are there again.
     wait_until("the flood is there again", || flood.begun() >= 9_000);
     let record = std::fs::read_to_string(cluster.dir().join("blk/devices/v.json")).expect("a record");
     let record: serde_json::Value = serde_json::from_str(&record).expect("it is JSON");

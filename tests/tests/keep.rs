@@ -1,4 +1,4 @@
-//! What an appliance lends outlives its process, or is known to be lost.
+//! Lent memory outlives the appliance's process, or is known to be lost.
 
 #![allow(missing_docs)]
 
@@ -314,7 +314,7 @@ fn an_old_owner_of_an_earlier_life_is_shut_out() {
     let new = format!("nbd+unix:///kept?socket={}", socket.display());
     io(&new, "read -P 9 0 64M").unwrap();
     io(&new, "write -P 4 0 64M").unwrap();
-    // What the old owner still writes into what it has mapped reaches nobody.
+    // Writes of the old owner into its mapping reach no other owner.
     let mut late =
         Command::new("qemu-io").args(["-f", "raw", &uri, "-c", "write -P 1 0 64M"]).spawn().unwrap();
     cluster.blk.signal(rustix::process::Signal::CONT);

@@ -88,7 +88,7 @@ fn drained_under_verify(transport: &str) {
     assert_eq!((&device["state"], &device["counters"]["errors"]), (&"live".into(), &0.into()), "{device}");
     let links = device["links"].as_array().expect("links").len();
     assert_eq!(links, after.len(), "the old way is gone: {device}");
-    // What the old life wrote down is enough for the next one.
+    // The records of the old life suffice for the next one.
     let mut cluster = cluster;
     let marked = ["write -P 7 5M 20M", "write -P 9 100M 64k"];
     let (wrote, said) = qemu_io(&uri, &marked);

@@ -4,7 +4,7 @@
 
 use xpm_tests::{Cluster, Daemon};
 
-/// What an xpm-blk with one device may have of anonymous memory, all of it locked: heap, stacks and buffers. Its
+/// The limit of anonymous memory of an xpm-blk with one device, all of it locked: heap, stacks and buffers. Its
 /// program and libraries, which depend on the build, come on top.
 const ANONYMOUS_MAX_KIB: u64 = 13 << 10;
 

@@ -47,7 +47,7 @@ fn with_nobody_there(faults: Faults, transport: TransportKind) {
         let space = space.clone();
         move || slabs.send(carved(&space))
     });
-    // Who waited for a message would wait for ever.
+    // A thread that waited for a message would wait for ever.
     let slabs = carved_ones.recv_timeout(Duration::from_secs(10)).expect("it waits for nobody");
     let stats = space.stats();
     assert!(stats.fetched == 0 && stats.written == 0 && stats.faults == 0, "{stats:?}");

@@ -179,7 +179,7 @@ fn moves_pages() -> bool {
     moves
 }
 
-/// What a device writes to a page arrives, also where that page is locked, and so not moved like others.
+/// A device's write to a page arrives, also where the page is locked, and so is not moved like others.
 #[test]
 fn pages_that_are_pinned_stay_where_they_are() {
     if !moves_pages() {
@@ -229,7 +229,7 @@ fn pages_that_are_pinned_stay_where_they_are() {
 }
 
 /// A page that the program threw away by madvise(2), which it must not do, is an error of calls and a SIGBUS of
-/// accesses. Nobody waits for it for ever, and nobody sees zeros.
+/// accesses. No thread waits for it for ever, and no thread sees zeros.
 #[test]
 fn a_page_that_was_thrown_away_is_an_error_and_a_signal() {
     if !moves_pages() {
@@ -254,7 +254,7 @@ fn throws_a_page_away() {
     let inline = std::env::var("XPM_TEST_FAULTS").is_ok_and(|faults| faults == "inline");
     let faults = if inline { Faults::Inline } else { Faults::Handled(1) };
     let mut to_attach = attach_options(&url, "v");
-    // Those before it ended without giving it back.
+    // The threads before it ended without giving it back.
     to_attach.force = true;
     let (_attachment, volume) = Attachment::attach(&to_attach).expect("it can be attached");
     let space = Space::open(volume, &options(MIB, faults, 0)).expect("a space");
@@ -305,7 +305,7 @@ fn throws_a_page_away() {
     println!("there is {}", word.load(Ordering::Relaxed));
 }
 
-/// What is made zeros while others write to it holds, after that, either zeros or what was written, and keeps that.
+/// A page that is cleared while others write to it then holds either zeros or the written bytes, and keeps them.
 #[test]
 fn what_is_cleared_while_it_is_written_to_stays_what_it_is() {
     // A few times as many pages as can be local: they leave, and come back, while the rest of the slab takes its time.
@@ -347,8 +347,8 @@ fn what_is_cleared_while_it_is_written_to_stays_what_it_is() {
     }
 }
 
-/// What an access was refused, for its appliance was away for longer than I/O is held, is there again after a call
-/// that had it.
+/// A page whose access failed, since its appliance was away for longer than I/O is held, is accessible again after a
+/// call that fetched it.
 #[test]
 fn a_call_that_has_a_page_mends_it_for_accesses() {
     let mut cluster = Cluster::start_kept(&[vec![]]);

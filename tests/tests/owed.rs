@@ -1,4 +1,4 @@
-//! What a daemon owes the allocator is recorded, and delivered later.
+//! A message that a daemon owes the allocator is recorded, and delivered later.
 
 use serde_json::Value;
 use xpm_tests::{Cluster, wait_until};

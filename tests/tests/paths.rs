@@ -1,4 +1,4 @@
-//! What is shown of the ways to appliances is true, though nobody uses them.
+//! The shown state of paths to appliances is true, also of paths without I/O.
 
 #![allow(missing_docs)]
 

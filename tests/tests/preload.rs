@@ -5,7 +5,7 @@ use std::process::{Command, Output};
 
 use xpm_tests::{Cluster, skip_without};
 
-/// What `xpm run -v` said of a program.
+/// The report of `xpm run -v` about a program.
 #[derive(Debug, Default)]
 struct Account {
     /// How much of its memory was external at most, in MiB.
@@ -95,7 +95,7 @@ fn sort_of_a_file_that_is_larger_than_its_local_memory() {
     ok(&output);
     numbers.sort_unstable();
     assert!(std::fs::read_to_string(&sorted).expect("a file") == lines(&numbers));
-    // What was read first had left when it was sorted.
+    // The pages that were read first had been evicted when they were sorted.
     assert!(account.external >= 16 && account.fetched > LOCAL / 4096, "{account:?}");
     nothing_left(&cluster);
 }
@@ -127,7 +127,7 @@ fn arrays_of_numpy() {
         return skip_without("numpy");
     }
     let cluster = Cluster::start(1);
-    // What is external is told apart by the flag of memory that is registered with userfaultfd; see proc_pid_smaps(5).
+    // External memory is recognised by the flag of memory that is registered with userfaultfd; see proc_pid_smaps(5).
     let script = "\
 import numpy
 def is_external(array):

@@ -42,7 +42,7 @@ fn run(cluster: &Cluster, (size, local): (&str, &str), program: &[&str]) -> Outp
     cluster.command(&words).output().expect("it can be started")
 }
 
-/// What ended well, with so many MiB external at least; what it said.
+/// The output of a program that succeeded with at least so many MiB external.
 fn well(output: &Output, external: u64) -> String {
     let said = said(output);
     assert!(output.status.success(), "{} {said}", String::from_utf8_lossy(&output.stdout));
@@ -108,7 +108,7 @@ fn processes_one_after_the_other() {
     well(&run(&cluster, ("192MiB", "8MiB"), &[PYTHON, "-c", &script]), 40);
 }
 
-/// What a child of fork(2) maps itself does not come to lie where its parent's external memory is, and a child that
+/// Mappings of a child of fork(2) never lie where its parent's external memory is, and a child that
 /// touches that is told of.
 #[test]
 fn children_know_what_is_theirs() {
@@ -139,7 +139,7 @@ assert big.count(b'x') == len(big) // 4096
     assert!(said.contains("a child of fork(2) and touched external memory of its parent"), "{said}");
 }
 
-/// What is no more than may be local a child has a copy of, and what the child does with that is the child's.
+/// A child has a copy of memory that is no more than may be local, and its changes are its own.
 #[test]
 fn children_have_copies_of_little() {
     let cluster = Cluster::start(1);

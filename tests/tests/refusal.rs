@@ -1,4 +1,4 @@
-//! What it takes to end I/O: one answer that an export does not exist proves nothing.
+//! The proof that ends I/O: one answer that an export does not exist proves nothing.
 
 #![allow(missing_docs)]
 
@@ -20,7 +20,7 @@ fn begin(uri: &str, command: &str) -> Child {
     qemu_io(uri, command).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("qemu-io starts")
 }
 
-/// What a finished qemu-io said.
+/// The output of a finished qemu-io.
 fn said(child: Child) -> String {
     let output = child.wait_with_output().expect("it ends");
     String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)

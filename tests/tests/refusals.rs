@@ -1,4 +1,4 @@
-//! What is refused: each with one clear line, nothing lost, everything alive.
+//! Refusals: each with one clear line, nothing lost, everything alive.
 
 #![allow(missing_docs)]
 

@@ -55,7 +55,7 @@ fn no_daemon_ends_by_a_hang_up_or_any_other_signal_that_is_not_meant_to_end_it()
     for daemon in daemons {
         wait_until("it says that it read its files anew", || daemon.log().contains("SIGHUP: reading"));
     }
-    // What answers now has seen all of the signals.
+    // A daemon that answers now has seen all of the signals.
     wait_until("all answer", || {
         let status = cluster.json(&["status"]);
         status["blk"]["pid"] == cluster.blk.pid() && status["blk"]["standby"]["pid"] == standby

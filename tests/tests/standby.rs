@@ -137,7 +137,7 @@ fn kill_9_again_and_again_and_the_standby_goes_on() {
         assert_eq!(guest.run(0, (blk::READ, 0), &[(DATA, 4096, true)]).1, blk::OK);
         assert!(guest.read(DATA, 4096) == [7; 4096]);
     }
-    // What changed after the standby was ready is known to it, with nothing read from disk.
+    // The standby knows changes made after it was ready, without reading from disk.
     site.ready();
     site.disk("late");
     guest.disconnect();

@@ -1,4 +1,4 @@
-//! Who gets which memory, with real daemons and the operator's command: a test for each claim of
+//! Placement and limits, with real daemons and the operator's command: a test for each claim of
 //! docs/strategies.md, which names the commands.
 
 #![allow(missing_docs)]
@@ -318,7 +318,7 @@ fn claim_7_limits_hold_when_many_ask_and_the_allocator_dies() {
         let all = cluster.json(&["usage"]);
         all.as_array().unwrap().iter().find(|one| one["name"] == "a").unwrap()["used"].as_u64().unwrap()
     };
-    // What was not finished is undone soon.
+    // Unfinished work is undone soon.
     let taken = |cluster: &Cluster| {
         let all = cluster.json(&["alloc", "list"]);
         let ready = all.as_array().unwrap().iter().filter(|one| one["state"] == "ready");

@@ -156,7 +156,7 @@ fn what_this_machine_lacks_is_told_once_and_nothing_is_left() {
         1,
         "{log}"
     );
-    // What was made for it is taken back each time.
+    // The parts made for it are removed each time.
     wait_until("nothing is left", || allocations(&cluster).is_empty());
     assert!(swapd.refused(&["grow", "32MiB"]).contains("ublk"));
     wait_until("nothing is left", || allocations(&cluster).is_empty());

@@ -134,7 +134,7 @@ fn requests_in_flight_are_submitted_again_after_kill_9() {
     assert_eq!(guest.run(0, (blk::WRITE, 0), &[(DATA, 64 << 10, false)]).1, blk::OK);
     assert_eq!(guest.run(1, (blk::FLUSH, 0), &[]).1, blk::OK);
     for round in 0..3_u8 {
-        // Nobody answers: all that is asked for stays in flight.
+        // There is no reply: all requests stay in flight.
         cluster.appliances.iter().for_each(Daemon::freeze);
         for slot in 0..8_u16 {
             let at = DATA + (1 << 20) + u64::from(slot) * 4096;
@@ -261,7 +261,7 @@ fn rubbish_breaks_the_guests_own_ring_and_nothing_else() {
     guest.write(DATA, &pattern(5, 4096));
     assert_eq!(guest.run(0, (blk::WRITE, 0), &[(DATA, 4096, false)]).1, blk::OK);
 
-    // What has a status byte gets an error there.
+    // A request with a status byte gets an error there.
     for (what, request, data) in [
         ("a buffer outside of memory", (blk::READ, 0), (1 << 50, 4096, true)),
         ("a buffer that reaches out of it", (blk::READ, 0), ((16 << 20) - 512, 4096, true)),
@@ -278,7 +278,7 @@ fn rubbish_breaks_the_guests_own_ring_and_nothing_else() {
     guest.offer(0, 0);
     assert_eq!(guest.wait(0, 1)[0].2, blk::FAILED, "a header that is too short");
 
-    // What has none breaks the ring. The other queue and the other device go on, and so does it after a reset.
+    // A request without one breaks the ring. The other queue and the other device go on, and so does it after a reset.
     let table = guest.table(0);
     type Rubbish<'a> = &'a dyn Fn(&mut Guest);
     let breaks: [(&str, Rubbish<'_>); 6] = [

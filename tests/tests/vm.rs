@@ -47,7 +47,7 @@ fn a_machine_moves_there_and_back_and_through_a_file() {
     resumed.goes_on();
 }
 
-/// What is left of a move that broke, from which the machine goes on here.
+/// The state after a broken move, from which the machine continues here.
 fn goes_on_here(
     site: &Site,
     rule: Break,

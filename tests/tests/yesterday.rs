@@ -1,4 +1,4 @@
-//! Metadata of yesterday: a snapshot of the allocator's machine is reverted, or an old copy restored. Nobody loses
+//! Metadata of yesterday: a snapshot of the allocator's machine is reverted, or an old copy restored. No client loses
 //! memory.
 
 #![allow(missing_docs)]

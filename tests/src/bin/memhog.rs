@@ -20,7 +20,7 @@ const PAGE_WORDS: usize = PAGE_BYTES / size_of::<u64>();
 /// Bad pages that are shown one by one.
 const SHOWN_MAX: usize = 10;
 
-/// What the command line asks for.
+/// The options of the command line.
 #[derive(Debug, PartialEq, Eq)]
 struct Options {
     pages: usize,
@@ -82,7 +82,7 @@ fn run(options: &Options) -> Result<usize> {
     Ok((1..).take_while(|pass| is_asked(*pass)).map(|pass| verify(options, &memory, pass)).sum())
 }
 
-/// What is filled.
+/// The memory to fill.
 enum Memory {
     Own(Vec<u64>),
     Mapped(Mapped),

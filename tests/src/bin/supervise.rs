@@ -7,7 +7,7 @@
 //! - `restart [SECONDS]`: tells it to end (SIGTERM), and starts it again so long after it has.
 //!
 //! Each time that the daemon says that it is ready, a line says `ready PID`. The end of the input ends the daemon in
-//! order, and then this program; so does a daemon that ends unasked, with status 1. What the daemon prints goes to
+//! order, and then this program; so does a daemon that ends unasked, with status 1. The daemon's output goes to
 //! standard error.
 
 use std::io::BufRead as _;
@@ -57,7 +57,7 @@ fn run(words: &[String]) -> Result<()> {
     }
 }
 
-/// What is to be done with the daemon.
+/// The order for the daemon.
 #[derive(Debug, PartialEq)]
 struct Wish {
     signal: Signal,

@@ -16,7 +16,7 @@ use crate::times::Times;
 /// A server that answers nothing for this long is given up.
 const SILENCE_MAX: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 
-/// What was measured.
+/// The measurements.
 pub(crate) struct Measured {
     /// Of each operation, from its post to its end.
     pub(crate) times: Times,

@@ -27,7 +27,7 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 struct Args {
     /// `nbd://HOST[:PORT]/EXPORT` or `nbd+unix:///EXPORT?socket=PATH`
     uri: String,
-    /// What to do; writes change the export.
+    /// The operation; writes change the export.
     #[arg(long, value_enum, default_value_t = Direction::Read)]
     op: Direction,
     /// Bytes of one operation, up to 1 MiB.

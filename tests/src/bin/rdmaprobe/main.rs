@@ -25,7 +25,7 @@ use xpm_transport::rdma::client::{ConnectError, RdmaLink, Target, connect};
 use xpm_transport::{IoBuf, Kind, Link, LinkDown, Operation};
 
 const LIMIT: Duration = Duration::from_secs(10);
-/// What tests of fencing write and look at.
+/// The memory that tests of fencing write and read.
 const AREA: usize = 1 << 20;
 
 /// Probes the RDMA links of allocations.

@@ -73,7 +73,7 @@ fn value(page: usize, word: usize) -> u64 {
     ((page as u64) << 20 | word as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1
 }
 
-/// What is put is there for calls and for touches, and nothing beside it has changed.
+/// Calls and touches see the bytes that were put, and no neighbouring byte has changed.
 fn calls(space: &Space, mapping: &Mapping) -> Result<()> {
     let mut dice = Dice(11);
     let mut registered = space.buffer(CALL)?;
