@@ -7,25 +7,25 @@ use serde::{Deserialize, Serialize};
 
 use crate::text::serde_as_text;
 
-/// The logical block size of an allocation, as every device form of it shows. Partition tables and file systems count in
-/// it: they are unreadable on a device of the other size. A number of bytes in JSON and TOML.
+/// The logical block size of an allocation, the same for every device form. Partition tables and file systems count
+/// in blocks: they are unreadable on a device with the other size. A number of bytes in JSON and TOML.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(try_from = "u32", into = "u32")]
 pub enum BlockSize {
-    /// 512 bytes: for what was made for such a device, and for disks that a BIOS boots from.
+    /// 512 bytes: for data from such a device, and for disks that a BIOS boots from.
     B512,
     /// 4096 bytes, a page.
     #[default]
     B4096,
 }
 
-/// A number that is no block size.
+/// The number is no block size.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{0}` is no block size: it is 512 or 4096")]
 pub struct ParseBlockSizeError(String);
 
 impl BlockSize {
-    /// In bytes.
+    /// The size in bytes.
     pub const fn bytes(self) -> u32 {
         match self {
             BlockSize::B512 => 512,
@@ -67,15 +67,16 @@ impl fmt::Display for BlockSize {
     }
 }
 
-/// What a client that attaches an allocation as a block device says about block sizes. Written `kept`, `512` or `4096`.
+/// A client's wish for the block size, when it attaches an allocation as a block device. Written `kept`, `512` or
+/// `4096`.
 ///
-/// A client that says nothing shows no block device, or is of a version that chose the size by the form
+/// A client without a wish shows no block device, or is of a version that chose the size by the form
 /// ([`Form::block_size_of_before`](crate::api::blk::Form::block_size_of_before)).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BlockWish {
-    /// It shows the size that the allocation has.
+    /// The block size that the allocation has.
     Kept,
-    /// The operator says that this is the size.
+    /// This block size, by order of the operator.
     Is(BlockSize),
 }
 
@@ -106,7 +107,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_number_in_json_and_nothing_but_two_of_them() {
+    fn only_two_numbers_are_block_sizes_in_json() {
         assert_eq!(serde_json::to_string(&BlockSize::B512).unwrap(), "512");
         assert_eq!(serde_json::from_str::<BlockSize>("4096").unwrap(), BlockSize::B4096);
         assert!(serde_json::from_str::<BlockSize>("1024").unwrap_err().to_string().contains("512 or 4096"));

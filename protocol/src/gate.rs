@@ -1,17 +1,18 @@
-//! Places for peers that have not proved themselves: pure bookkeeping, shared by everything that listens.
+//! Limits on connections that have not proved themselves: pure bookkeeping, shared by all listeners.
 //!
-//! Whoever reaches a port can open connections and say nothing. So connections without proof (a key, a token) have places of
-//! their own, apart from those of peers that proved themselves. Each address has a share of them. A newcomer is never turned away: where
-//! there is no place for it, the oldest connection without proof is closed, of the same address if that has used its
-//! share up. An honest peer proves itself within milliseconds, and so is seldom the oldest.
+//! Anybody who reaches a port can open connections and stay silent. So connections without proof (a key, a token)
+//! have a limited number of places, apart from connections with proof. Each address may use a share of these places.
+//! A new connection is never refused: if there is no place for it, the oldest connection without proof is closed, one
+//! of the same address if that address has used up its share. An honest peer proves itself within milliseconds, and
+//! so is seldom the oldest.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 
-/// Where a peer comes from, as far as it counts: an address of version 4, or the network of 64 bits of one of version 6.
+/// Origin of a peer for the shares: an IPv4 address, or the /64 network of an IPv6 address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Origin {
-    /// A unix socket: who may connect is decided by its file.
+    /// A unix socket: the permissions of its file decide who may connect.
     Local,
     /// IPv4, and IPv4 within IPv6.
     V4(u32),
@@ -32,7 +33,7 @@ impl From<IpAddr> for Origin {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Entry(u64);
 
-/// Connections without proof, and what closes each: a `P`.
+/// Connections without proof. A `P` is what closes one.
 #[derive(Debug)]
 pub struct Gate<P> {
     places: usize,
@@ -43,20 +44,20 @@ pub struct Gate<P> {
 }
 
 impl<P> Gate<P> {
-    /// A gate with so many places, at least 1, of which one network address has at most a quarter. Peers of unix sockets
-    /// have all of them.
+    /// A gate with this many places, at least 1. One network address may use at most a quarter of them; peers of unix
+    /// sockets may use all of them.
     pub fn new(places: usize) -> Gate<P> {
         let places = places.max(1);
         let share = places.div_ceil(4);
         Gate { places, share, last: 0, waiting: BTreeMap::new(), of_origin: HashMap::new() }
     }
 
-    /// The number that the next connection gets.
+    /// The number of the next connection.
     pub const fn next(&self) -> Entry {
         Entry(self.last + 1)
     }
 
-    /// A connection came. What has to be closed in its place, if anything.
+    /// Registers a new connection. Returns the connection that has to be closed in its place, if any.
     pub fn enter(&mut self, origin: Origin, peer: P) -> Option<P> {
         let own = self.of_origin.get(&origin).copied().unwrap_or(0);
         let has_share = origin != Origin::Local && own >= self.share;
@@ -72,7 +73,7 @@ impl<P> Gate<P> {
         closed
     }
 
-    /// A connection proved itself, or ended. None: it has left before.
+    /// Removes a connection that proved itself or ended. None if it was removed before.
     pub fn leave(&mut self, entry: Entry) -> Option<P> {
         let (origin, peer) = self.waiting.remove(&entry)?;
         if let Some(count) = self.of_origin.get_mut(&origin) {
@@ -84,24 +85,24 @@ impl<P> Gate<P> {
         Some(peer)
     }
 
-    /// Whether this connection is one of them.
+    /// Whether this connection is registered.
     pub fn has(&self, entry: Entry) -> bool {
         self.waiting.contains_key(&entry)
     }
 
-    /// Connections without proof.
+    /// Number of connections without proof.
     pub fn len(&self) -> usize {
         self.waiting.len()
     }
 
-    /// Whether a connection is in the way of others: half of the places are taken, or the whole share of its origin.
+    /// Whether a connection is in the way of others: half of the places are in use, or the whole share of its origin.
     pub fn is_in_the_way(&self, entry: Entry) -> bool {
         let Some((origin, _)) = self.waiting.get(&entry) else { return false };
         let own = self.of_origin.get(origin).copied().unwrap_or(0);
         self.waiting.len() * 2 >= self.places || *origin != Origin::Local && own >= self.share
     }
 
-    /// Whether there are none.
+    /// Whether there is no connection without proof.
     pub fn is_empty(&self) -> bool {
         self.waiting.is_empty()
     }
@@ -118,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn origins_are_what_one_host_has() {
+    fn an_origin_is_what_one_host_controls() {
         assert_eq!(of("10.0.0.1"), of("::ffff:10.0.0.1"));
         assert_ne!(of("10.0.0.1"), of("10.0.0.2"));
         assert_eq!(of("fd00::1"), of("fd00::2:3"));

@@ -7,7 +7,7 @@ use serde::{Deserialize, Deserializer, Serialize, de};
 
 use crate::text::serde_as_text;
 
-/// A text that is not the id, name or number that it should be.
+/// The text is not a valid id, name or number.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{text}` is not {expected}")]
 pub struct ParseIdError {
@@ -15,7 +15,7 @@ pub struct ParseIdError {
     expected: &'static str,
 }
 
-/// How much of a refused text an error repeats, in characters.
+/// Longest part of a refused text that an error repeats, in characters.
 const SHOWN_MAX: usize = 80;
 
 impl ParseIdError {
@@ -31,12 +31,12 @@ macro_rules! hex_id {
         pub struct $name(u128);
 
         impl $name {
-            /// The id with this number. Random numbers come from the caller: this crate makes none.
+            /// The id with this number. The caller provides random numbers: this crate makes none.
             pub const fn from_u128(number: u128) -> $name {
                 $name(number)
             }
 
-            /// The number behind the id.
+            /// The number of the id.
             pub const fn as_u128(self) -> u128 {
                 self.0
             }
@@ -71,73 +71,74 @@ macro_rules! hex_id {
 }
 
 hex_id!(
-    /// One appliance, for as long as its state directory lives.
+    /// An appliance, for as long as its state directory exists.
     ApplianceId,
     "an appliance id (32 hexadecimal digits)"
 );
 hex_id!(
-    /// One region on one appliance; never used a second time.
+    /// A region on an appliance; never reused.
     RegionId,
     "a region id (32 hexadecimal digits)"
 );
 hex_id!(
-    /// One allocation; its name may be given to another one after it is deleted, its id never.
+    /// An allocation. Its name may be reused after it is deleted, its id never.
     AllocationId,
     "an allocation id (32 hexadecimal digits)"
 );
 hex_id!(
-    /// What one client holds on one appliance for one allocation.
+    /// A client's memory on one appliance for one allocation.
     GrantId,
     "a grant id (32 hexadecimal digits)"
 );
 hex_id!(
-    /// A machine (process) that uses external memory.
+    /// A client: a process on some machine that uses external memory.
     ClientId,
     "a client id (32 hexadecimal digits)"
 );
 hex_id!(
-    /// The metadata of one pool, from their making on: a copy of them has the same.
+    /// The metadata of one pool, from their creation on; a copy of them has the same id.
     PoolId,
     "a pool id (32 hexadecimal digits)"
 );
 hex_id!(
-    /// One running kernel: `/proc/sys/kernel/random/boot_id` without its dashes. Two processes
-    /// that read the same one can share memory.
+    /// A running kernel: `/proc/sys/kernel/random/boot_id` without its dashes. Two processes that read the same id
+    /// can share memory.
     HostId,
     "a host id (32 hexadecimal digits)"
 );
 
 hex_id!(
-    /// One request for an allocation, made by who asks: asked again it is the same request, and once it was
-    /// taken back it stays so.
+    /// A request for an allocation; the requester makes the id. With the same id it is the same request when it is
+    /// repeated, and a cancelled request stays cancelled.
     RequestId,
     "a request id (32 hexadecimal digits)"
 );
 hex_id!(
-    /// One hand-over of allocations from a client to another one that stands by.
+    /// A hand-over of allocations from a client to another one that stands by.
     HandoverId,
     "a hand-over id (32 hexadecimal digits)"
 );
 hex_id!(
-    /// One machine: a hash of its `/etc/machine-id`, which itself is not to be shown to others (machine-id(5)).
+    /// A machine: a hash of its `/etc/machine-id`, which itself must not be shown to others (machine-id(5)).
     MachineId,
     "a machine id (32 hexadecimal digits)"
 );
 hex_id!(
-    /// One state directory: the random number that was written into it when it was made; a copy has the same. 0: a
-    /// program without one.
+    /// A state directory: the random number that was written into it when it was made; a copy has the same one. 0: a
+    /// program without a state directory.
     InstallationId,
     "an installation id (32 hexadecimal digits)"
 );
 hex_id!(
-    /// The right to serve with one state directory on one running kernel: a hash of the boot id and of the file that is
-    /// locked. At most one process has it at a time. No copy of the directory, and no other kernel, has the same.
+    /// The right to serve with one state directory on one running kernel: a hash of the boot id and of the locked
+    /// file. At most one process has it at a time. A copy of the directory has another one, and so has another
+    /// kernel.
     SeatId,
     "a seat id (32 hexadecimal digits)"
 );
 
-/// Counter of an allocation's ownership. Starts at 1 and only grows; an appliance refuses access
-/// with an older one.
+/// Counter of an allocation's ownership. It starts at 1 and only grows; an appliance refuses access with an older
+/// epoch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Epoch(pub u64);
@@ -159,8 +160,8 @@ impl fmt::Display for Epoch {
     }
 }
 
-/// A name that a person gave to an allocation or an appliance: 1 to 64 of `A-Z a-z 0-9 . _ -`,
-/// not starting with a dot or a dash, so that it is safe in a path, a unit name and a URL.
+/// A name that a person gave to an object, such as an allocation or an appliance: 1 to 64 of `A-Z a-z 0-9 . _ -`, not
+/// starting with a dot or a dash, so that it is safe in a path, a unit name and a URL.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(transparent)]
 pub struct Name(String);

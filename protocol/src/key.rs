@@ -5,18 +5,18 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
-/// The secret key of a grant: 256 random bits. Whoever knows it can use the grant's regions, so
-/// it is never printed by `Debug`; [`GrantKey::reveal`] is the one way to its text.
+/// The secret key of a grant: 256 random bits. Whoever knows it can use the grant's regions, so `Debug` never prints
+/// it; only [`GrantKey::reveal`] gives its text.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct GrantKey([u8; 32]);
 
-/// A text that is no grant key. It does not repeat the text, which may be most of a secret.
+/// The text is no grant key. The error does not repeat the text, which may be most of a secret.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("not a grant key (64 hexadecimal digits)")]
 pub struct ParseKeyError;
 
 impl GrantKey {
-    /// In place of a key, where one is not to be known. No grant has it.
+    /// Placeholder for a hidden key. No grant has it.
     pub const NONE: GrantKey = GrantKey([0; 32]);
 
     /// The key with these bytes, which must come from a cryptographic random source.
@@ -88,7 +88,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn text_round_trip_and_no_leak() {
+    fn the_text_round_trips_and_does_not_leak() {
         let key = GrantKey::from_bytes(std::array::from_fn(|i| i as u8 * 7));
         assert_eq!(key.reveal().parse::<GrantKey>().unwrap(), key);
         assert_eq!(key.reveal().to_uppercase().parse::<GrantKey>().unwrap(), key);

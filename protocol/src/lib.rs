@@ -1,8 +1,7 @@
-//! What the parts of xpm say to each other, as types: ids, units, the control plane's messages
-//! and the NBD wire codec.
+//! The messages between the parts of xpm as types: ids, units, the control plane's messages and the NBD wire codec.
 //!
-//! Nothing here does I/O, reads a clock or makes randomness; whoever decodes a message with this
-//! crate holds a valid value afterwards and need not check it again.
+//! This crate does no I/O, reads no clock and makes no random numbers. A decoded message is a valid value and need
+//! not be checked again.
 
 #![forbid(unsafe_code)]
 

@@ -1,5 +1,5 @@
-//! Who owns an allocation, more exactly than by the client's id: a client on a machine, in one of its lives. A copy of a
-//! client's state directory has the same id; it does not have the same machine, or else not the same seat.
+//! Lives: an allocation is owned by a client on one machine in one of its lives, which is more exact than the
+//! client's id. A copy of a client's state directory has the same client id, but another machine or another seat.
 
 use std::fmt;
 use std::str::FromStr;
@@ -12,22 +12,22 @@ use crate::text::serde_as_text;
 /// Longest host name of a visitor, in bytes.
 const HOST_NAME_MAX: usize = 64;
 
-/// One life of a client. Written as `MACHINE.INSTALLATION.SEAT.NUMBER`: three times 32 hexadecimal digits, and a decimal
-/// number.
+/// One life of a client. Written as `MACHINE.INSTALLATION.SEAT.NUMBER`: three times 32 hexadecimal digits, and a
+/// decimal number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Life {
     /// The machine that it runs on.
     pub machine: MachineId,
-    /// Its state directory, copies of it included.
+    /// Its state directory, or a copy of it.
     pub installation: InstallationId,
-    /// Its state directory on the running kernel, without copies.
+    /// Its state directory on the running kernel; a copy has another seat.
     pub seat: SeatId,
-    /// Counts the starts with this state directory, from 1. It is on disk before it is used. 0 where there is no state
+    /// Number of the start with this state directory, from 1. It is on disk before it is used. 0 without a state
     /// directory.
     pub number: u64,
 }
 
-/// What a life is to the one that holds an allocation.
+/// Relation of a life to the life that holds an allocation.
 ///
 /// ```text
 ///                   same machine and installation?
@@ -40,22 +40,22 @@ pub struct Life {
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Succession {
-    /// The same life, or the one that follows it under the lock of the same state directory: the process before it has
-    /// ended, because only one process has the lock.
+    /// The same life, or a later one under the lock of the same state directory: the earlier process has ended,
+    /// because only one process can have the lock.
     Same,
-    /// A life that is over: a later one has had the lock since.
+    /// An earlier life: a later one has had the lock since.
     Past,
-    /// The machine was started again, or this is a copy of all of it. It may follow only if the life that holds the
-    /// allocation has ended.
+    /// The machine was restarted, or this is a copy of the whole machine. The life may follow only if the holding
+    /// life has ended.
     IfEnded,
-    /// A copy: another life has used this number.
+    /// A copy: another life has used this number already.
     Copy,
     /// Another machine, or another installation with the same client id.
     Stranger,
 }
 
 impl Life {
-    /// What `self` is to `holder`.
+    /// The relation of `self` to `holder`.
     pub fn after(&self, holder: &Life) -> Succession {
         if (self.machine, self.installation) != (holder.machine, holder.installation) {
             return Succession::Stranger;
@@ -84,7 +84,7 @@ impl fmt::Display for Life {
     }
 }
 
-/// A text that is no life.
+/// The text is no life.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("this is not a life (MACHINE.INSTALLATION.SEAT.NUMBER)")]
 pub struct ParseLifeError;
@@ -107,7 +107,7 @@ impl FromStr for Life {
             seat: next()?.parse()?,
             number: next()?.parse().map_err(|_| ParseLifeError)?,
         };
-        // The reader of numbers takes a sign and leading zeros.
+        // The parser of numbers also accepts a sign and leading zeros.
         let is_canonical = parts.next().is_none() && life.to_string() == text.to_ascii_lowercase();
         if is_canonical { Ok(life) } else { Err(ParseLifeError) }
     }
@@ -115,17 +115,17 @@ impl FromStr for Life {
 
 serde_as_text!(Life);
 
-/// A life that asks to be let in, with the name of its host. Written as the life, a space, and the name.
+/// A life that asks for access, with the name of its host. Written as the life, a space, and the name.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Visitor {
-    /// Who it is.
+    /// The life.
     pub life: Life,
-    /// Where it runs, for people: at most 64 bytes, without control characters.
+    /// Its host, for people: at most 64 bytes, without control characters.
     pub host_name: String,
 }
 
 impl Visitor {
-    /// The name is cut to the length that is allowed.
+    /// A visitor; the name is cut to the allowed length.
     pub fn new(life: Life, host_name: &str) -> Visitor {
         let mut name = String::new();
         for one in host_name.chars().filter(|one| !one.is_control()) {
@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn only_who_has_the_lock_follows_at_once() {
+    fn only_a_life_with_the_same_lock_follows_at_once() {
         let holder = life(1, 2, 3, 5);
         for (other, is) in [
             (life(1, 2, 3, 5), Succession::Same),

@@ -1,4 +1,4 @@
-//! JSON Schema of the types that are written as text.
+//! JSON Schema for types that are written as text.
 
 use std::borrow::Cow;
 

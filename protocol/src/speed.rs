@@ -1,12 +1,12 @@
-//! Speeds of links and shares of a whole, as people write them.
+//! Speeds of links, and percentages, with their text forms.
 
 use std::fmt;
 use std::str::FromStr;
 
 use crate::text::serde_as_text;
 
-/// The speed of a network link in bits a second. Written `10Gbps`, `2.5Gbps`, `100Mbps`: powers of
-/// 1000, as link speeds are.
+/// The speed of a network link in bits per second. Written `10Gbps`, `2.5Gbps`, `100Mbps`, in powers of 1000, as
+/// usual for links.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct LinkSpeed(pub u64);
 
@@ -14,7 +14,7 @@ pub struct LinkSpeed(pub u64);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Percent(u8);
 
-/// A text that is no speed or no share.
+/// The text is no speed or no percentage.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{text}` is not {expected}")]
 pub struct ParseSpeedError {
@@ -57,7 +57,7 @@ fn parse_speed(text: &str) -> Option<LinkSpeed> {
     digits.checked_mul(10_u64.checked_pow(zeros - fraction.len() as u32)?).map(LinkSpeed)
 }
 
-/// Exact: the largest unit in which it has at most one decimal place.
+/// Exact, in the largest unit in which the number has at most one decimal place.
 impl fmt::Display for LinkSpeed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let exact = |zeros: u32| self.0 >= 10_u64.pow(zeros) && self.0.is_multiple_of(10_u64.pow(zeros - 1));
@@ -75,17 +75,17 @@ impl fmt::Display for LinkSpeed {
 }
 
 impl Percent {
-    /// The share, if it is 0 to 100.
+    /// A percentage, if the number is 0 to 100.
     pub const fn new(percent: u8) -> Option<Percent> {
         if percent <= 100 { Some(Percent(percent)) } else { None }
     }
 
-    /// Its number, 0 to 100.
+    /// The number, 0 to 100.
     pub const fn get(self) -> u8 {
         self.0
     }
 
-    /// This share of `whole`, rounded down.
+    /// This percentage of `whole`, rounded down.
     pub fn of(self, whole: u64) -> u64 {
         (u128::from(whole) * u128::from(self.0) / 100) as u64
     }
@@ -117,7 +117,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn speeds_as_people_write_them() {
+    fn speeds_are_parsed_and_printed() {
         for (text, bits, shown) in [
             ("10Gbps", 10_000_000_000, "10Gbps"),
             ("2.5Gbit", 2_500_000_000, "2.5Gbps"),
@@ -135,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn shares() {
+    fn percentages_are_parsed_and_printed() {
         assert_eq!("25%".parse::<Percent>().unwrap().of(1000), 250);
         assert_eq!("100 %".parse::<Percent>().unwrap().of(u64::MAX), u64::MAX);
         for bad in ["25", "101%", "-1%", "1.5%", "%"] {

@@ -1,13 +1,12 @@
-//! Text: values that JSON and TOML have as a text, the way people write them, and text from others
-//! that is shown, logged or kept.
+//! Texts: values that JSON and TOML represent as text, and texts of other parties that are shown, logged or kept.
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Deserializer, de};
 
-/// `text` as one printable line: white space of any kind is one space, and what is not printed (control
-/// characters, marks that change the direction of text, invisible characters) is `?`. So text from others
-/// steers no terminal, forges no line of a log, and looks like what it is.
+/// `text` as one printable line: any white space becomes one space, and unprintable characters (control characters,
+/// marks that change the direction of text, invisible characters) become `?`. So a text of another party cannot steer
+/// a terminal or forge a line of a log, and looks like what it is.
 pub fn one_line(text: &str) -> String {
     let mut line = String::with_capacity(text.len());
     for word in text.split(|c: char| c.is_whitespace()).filter(|word| !word.is_empty()) {
@@ -19,7 +18,7 @@ pub fn one_line(text: &str) -> String {
     line
 }
 
-/// The same of a text that usually is one already.
+/// The same for a text that usually is one printable line already.
 pub fn into_line(text: String) -> String {
     let is_line = text.chars().all(|c| is_printed(c) && (c == ' ' || !c.is_whitespace()));
     if is_line { text } else { one_line(&text) }
@@ -34,7 +33,7 @@ pub fn short_line(text: &str, most: usize) -> String {
     }
 }
 
-/// Whether a character leaves a mark where it stands and changes nothing around it.
+/// Whether a character is visible and has no effect on the text around it.
 fn is_printed(c: char) -> bool {
     let invisible = matches!(c,
         '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
@@ -42,18 +41,18 @@ fn is_printed(c: char) -> bool {
     !c.is_control() && !invisible
 }
 
-/// Reads a text that is for people only, as one printable line; for `#[serde(deserialize_with)]`.
+/// Reads a text for people as one printable line; for `#[serde(deserialize_with)]`.
 pub fn line<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
     String::deserialize(deserializer).map(|text| one_line(&text))
 }
 
-/// The same for a text that may be missing.
+/// The same for an optional text.
 pub fn maybe_line<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
     Ok(Option::<String>::deserialize(deserializer)?.map(|text| one_line(&text)))
 }
 
-/// Reads a path that may be missing. One that does not print as it is, is refused: it would be shown as
-/// another one than it is.
+/// Reads an optional path. A path with unprintable characters is refused, because it would be shown as a different
+/// path.
 pub fn maybe_path<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<PathBuf>, D::Error> {
     let path = Option::<PathBuf>::deserialize(deserializer)?;
     match &path {
@@ -65,7 +64,7 @@ pub fn maybe_path<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<P
     }
 }
 
-/// Serde of types by their `Display` and `FromStr`.
+/// Serde for types by their `Display` and `FromStr`.
 macro_rules! serde_as_text {
     ($($name:ident),+) => {$(
         impl ::serde::Serialize for $name {
@@ -90,7 +89,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn text_of_others_is_one_printable_line() {
+    fn text_of_other_parties_becomes_one_printable_line() {
         assert_eq!(one_line("a\nb\t c\x1b[31m\r\n"), "a b c?[31m");
         assert_eq!(one_line("web\u{2028} INFO forged\u{202e}"), "web INFO forged?");
         assert_eq!(one_line("Zürich 東京 🙂"), "Zürich 東京 🙂");
@@ -108,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_read_is_printable() {
+    fn deserialized_text_is_printable() {
         let told: Told = serde_json::from_str(r#"{"text":"a\n INFO b","path":"/run/x"}"#).unwrap();
         assert_eq!((told.text.as_str(), told.path), ("a INFO b", Some("/run/x".into())));
         assert!(serde_json::from_str::<Told>(r#"{"text":"","path":"/run/\u001b[2J"}"#).is_err());

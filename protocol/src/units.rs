@@ -1,4 +1,4 @@
-//! Sizes and durations as people write them.
+//! Sizes and durations with their text forms.
 
 use std::fmt;
 use std::str::FromStr;
@@ -8,13 +8,13 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 use crate::text::serde_as_text;
 
-/// Bytes of the smallest piece that devices and slabs deal in.
+/// Length in bytes of a page, the smallest unit of devices and slabs.
 pub const PAGE_LEN: u64 = 4096;
 /// Smallest region, in bytes.
 pub const REGION_LEN_MIN: u64 = 16 << 20;
 /// Largest region, in bytes.
 pub const REGION_LEN_MAX: u64 = 64 << 30;
-/// Region size where nobody asks for another one, in bytes.
+/// Default region size, in bytes.
 pub const REGION_LEN_DEFAULT: u64 = 256 << 20;
 
 /// Whether `len` may be the length of a region: a power of two, 16 MiB to 64 GiB.
@@ -22,12 +22,12 @@ pub const fn is_region_len(len: u64) -> bool {
     len.is_power_of_two() && len >= REGION_LEN_MIN && len <= REGION_LEN_MAX
 }
 
-/// A number of bytes. Written `4096`, `64MiB`, `1.5GiB` or `2T`: the suffixes K, M, G, T, P, with
-/// or without `i` and `B`, in either case, are powers of 1024, as for the memory that they count.
+/// A number of bytes. Written `4096`, `64MiB`, `1.5GiB` or `2T`: the suffixes K, M, G, T, P, with or without `i` and
+/// `B`, in either case, are powers of 1024, as is usual for memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct ByteSize(pub u64);
 
-/// A text that is no size, with the reason.
+/// The text is no size; with the reason.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{text}` is not a size: {reason}; write it like 4096, 64MiB, 1.5GiB or 2T")]
 pub struct ParseSizeError {
@@ -82,8 +82,8 @@ fn suffix_shift(suffix: &str) -> Option<u32> {
     })
 }
 
-/// The exact size when it has a short form (`1.5GiB`), else rounded to two places (`1.37GiB`).
-/// For people; programs get the number.
+/// The exact size if it has a short form (`1.5GiB`), else rounded to two decimal places (`1.37GiB`). For people;
+/// programs get the number.
 impl fmt::Display for ByteSize {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (unit, shift) = [("PiB", 50), ("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)]
@@ -100,7 +100,7 @@ impl fmt::Display for ByteSize {
     }
 }
 
-/// In JSON and TOML a size is a number of bytes, or a text as people write it.
+/// In JSON and TOML a size is a number of bytes, or a text such as `64MiB`.
 impl Serialize for ByteSize {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.serialize_u64(self.0)
@@ -133,11 +133,11 @@ impl<'de> Deserialize<'de> for ByteSize {
     }
 }
 
-/// A duration as people write it: `250ms`, `30s`, `5m`, `1h30m`.
+/// A duration, written `250ms`, `30s`, `5m`, `1h30m`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Span(pub Duration);
 
-/// A text that is no duration.
+/// The text is no duration.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{text}` is not a duration: write it like 250ms, 30s, 5m or 1h30m")]
 pub struct ParseSpanError {
@@ -169,7 +169,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_as_people_write_them() {
+    fn sizes_are_parsed() {
         for (text, bytes) in [
             ("0", 0),
             ("4096", 4096),
@@ -186,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_size() {
+    fn invalid_sizes_are_refused() {
         for text in ["", "GiB", "-1", "1.G", "1..5G", ".5G", "1X", "1iB", "17000P", "1.5B", "0x10", "1e3"] {
             let error = text.parse::<ByteSize>().unwrap_err();
             assert!(error.to_string().contains("write it like"), "{text}");
@@ -194,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes_for_people() {
+    fn sizes_are_printed_short_or_rounded() {
         for (bytes, text) in [(0, "0B"), (1023, "1023B"), (3 << 29, "1.5GiB"), (1 << 40, "1TiB")] {
             assert_eq!(ByteSize(bytes).to_string(), text);
         }
@@ -203,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes_in_json() {
+    fn sizes_are_read_from_json_numbers_and_texts() {
         assert_eq!(serde_json::from_str::<ByteSize>("\"64MiB\"").unwrap(), ByteSize(64 << 20));
         assert_eq!(serde_json::from_str::<ByteSize>("512").unwrap(), ByteSize(512));
         assert!(serde_json::from_str::<ByteSize>("-1").is_err());

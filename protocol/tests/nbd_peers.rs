@@ -1,5 +1,5 @@
-//! The client's side of the codec against servers of other projects, over real sockets. A server that is
-//! not installed is left out, with a word about it.
+//! Tests of the client's codec against servers of other projects, over real sockets. A server that is not installed
+//! is skipped with a message.
 
 #![allow(missing_docs)]
 
@@ -17,7 +17,7 @@ use xpm_protocol::nbd::{
 
 const SIZE: u64 = 1 << 20;
 
-/// A server of a MiB of zeros, named `disk`, ended with the value.
+/// A server with a MiB of zeros named `disk`. Its process ends when the value is dropped.
 struct Peer {
     process: Child,
     dir: PathBuf,
@@ -32,7 +32,8 @@ impl Drop for Peer {
 }
 
 impl Peer {
-    /// None if the program is not installed. `arguments` makes them of the socket and an empty file.
+    /// Starts the server; none if the program is not installed. `arguments` makes its arguments from the socket and
+    /// an empty file.
     fn start(program: &str, test: &str, arguments: fn(&Path, &Path) -> Vec<String>) -> Option<Peer> {
         let dir = std::env::temp_dir().join(format!("xpm-{program}-{test}-{}", std::process::id()));
         std::fs::create_dir_all(&dir).unwrap();
@@ -84,7 +85,7 @@ impl Peer {
         let wishes =
             Wishes { export: export.to_owned(), structured: rich, base_allocation: rich, visitor: None };
         let mut handshake = ClientHandshake::new(wishes);
-        // A small buffer cuts messages in two.
+        // A small buffer splits messages.
         let mut buffer = [0; 7];
         loop {
             let step = handshake.step();
@@ -105,12 +106,12 @@ struct Client {
     cookie: u64,
 }
 
-/// What the replies to one request said.
+/// The combined replies to one request.
 #[derive(Debug, Default, PartialEq)]
 struct Answer {
     error: Option<Errno>,
     data: Vec<u8>,
-    /// Context, and length and state of each extent.
+    /// For each extent: context, length and state.
     extents: Vec<(u32, u32, u32)>,
 }
 
@@ -128,7 +129,7 @@ impl Client {
         answer
     }
 
-    /// One reply or chunk; says whether it was the last.
+    /// Reads one simple reply or chunk; returns whether it was the last.
     fn reply(&mut self, request: &Request, read_len: u32, answer: &mut Answer) -> bool {
         let mut bytes = [0; CHUNK_HEADER_LEN];
         self.stream.read_exact(&mut bytes[..SIMPLE_REPLY_LEN]).unwrap();
@@ -176,7 +177,7 @@ impl Client {
     }
 }
 
-/// Writes, reads, asks how it is held, and provokes an error.
+/// Writes, reads, asks for block status, and provokes an error.
 fn exercise(peer: &Peer, rich: bool) {
     let (stream, agreed) = peer.negotiate("disk", rich).unwrap();
     assert_eq!(agreed.info.size, SIZE);
@@ -199,27 +200,27 @@ fn exercise(peer: &Peer, rich: bool) {
         assert_eq!(extents, [(context, SIZE as u32, STATE_HOLE | STATE_ZERO)]);
     }
     assert_eq!(client.ask(Command::Read, SIZE, 512, &[]).error, Some(Errno::Invalid));
-    // The specification wants ENOSPC, and nbdkit says it; qemu-nbd 7.2 says EINVAL.
+    // The specification requires ENOSPC, and nbdkit sends it; qemu-nbd 7.2 sends EINVAL.
     let error = client.ask(Command::Write, SIZE, 512, &[0; 512]).error;
     assert!(matches!(error, Some(Errno::NoSpace | Errno::Invalid)), "{error:?}");
 }
 
 #[test]
-fn nbdkit_is_understood() {
+fn the_client_works_with_nbdkit() {
     let Some(peer) = Peer::nbdkit("understood") else { return };
     exercise(&peer, false);
     exercise(&peer, true);
 }
 
 #[test]
-fn qemu_nbd_is_understood() {
+fn the_client_works_with_qemu_nbd() {
     let Some(peer) = Peer::qemu_nbd("understood") else { return };
     exercise(&peer, false);
     exercise(&peer, true);
 }
 
 #[test]
-fn qemu_nbd_refuses_what_it_does_not_have() {
+fn qemu_nbd_refuses_an_unknown_export() {
     let Some(peer) = Peer::qemu_nbd("refuses") else { return };
     for rich in [false, true] {
         let refused = peer.negotiate("topsecret", rich).map(|_| ());

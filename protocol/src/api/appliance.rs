@@ -9,20 +9,19 @@
 //! | `GET /v1/grants` | | list of [`Grant`] |
 //! | `PUT /v1/grants/{id}?lose=BOOL` | [`Commit`] | [`Grant`] |
 //! | `DELETE /v1/grants/{id}` | | nothing; revokes, then clears and frees the regions |
-//! | `GET /v1/grants/{id}/living/{life}` | | list of [`Holder`]: other lives than this one that are connected and answer; takes up to 3 s |
+//! | `GET /v1/grants/{id}/living/{life}` | | list of [`Holder`]: lives other than this one that are connected and answer; takes up to 3 s |
 //! | `POST /v1/grants/{id}/copies` | [`struct@Copy`] | [`Digest`] of what was copied |
 //! | `POST /v1/grants/{id}/digests` | [`Range`] | [`Digest`] |
 //!
-//! Orders (`POST`, `PUT`, `DELETE`) may have `pool=ID&number=N` in their query: the newest state of the allocator's metadata, which
-//! the appliance remembers. Appliances of before 0.2 ignore it.
+//! Orders (`POST`, `PUT`, `DELETE`) may have `pool=ID&number=N` in their query: the newest state of the allocator's
+//! metadata, which the appliance remembers. Appliances of versions before 0.2 ignore it.
 //!
-//! Memory is given in two phases: regions are reserved with a time limit, and stay only if a
-//! grant takes them before it ends. `PUT` and `DELETE` are idempotent.
+//! Memory is given in two phases: regions are reserved with a time limit, and stay only if a grant takes them before
+//! it ends. `PUT` and `DELETE` are idempotent.
 //!
-//! Memory that was ever given to a process of the appliance's host (shared memory) is moved when the epoch of its
-//! grant is raised, because that process can keep it mapped. Where it cannot be moved, the order is refused as
-//! `no-space` and nothing is changed; with `lose=true` the grant gets zeros in its place. Appliances of before 0.2
-//! ignore `lose`.
+//! Memory that was ever shared with a process on the appliance's host is moved when the epoch of its grant is raised,
+//! because that process can keep it mapped. If it cannot be moved, the order is refused as `no-space` and nothing is
+//! changed; with `lose=true` the grant gets zeros in its place. Appliances of versions before 0.2 ignore `lose`.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -37,7 +36,7 @@ use crate::text;
 use crate::units::{ByteSize, Span};
 use crate::{AllocationId, ApplianceId, Epoch, GrantId, GrantKey, HostId, Life, Name, RegionId};
 
-/// Who an appliance is and where it is reached; part of each heartbeat.
+/// Identity and addresses of an appliance; part of each heartbeat.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Info {
     /// The appliance's id, kept in its state directory.
@@ -49,27 +48,27 @@ pub struct Info {
     pub version: String,
     /// Base URL of its control interface.
     pub control: String,
-    /// Where its regions are reached.
+    /// Addresses of its data plane.
     pub endpoints: Endpoints,
-    /// What the lent memory lies on.
+    /// Medium of the lent memory.
     pub medium: Medium,
     /// Size of the regions that it keeps ready, in bytes.
     pub region_len: ByteSize,
-    /// What its operator calls it and where it is; see [`crate::policy::Labels`].
+    /// Labels that its operator gave it; see [`crate::policy::Labels`].
     #[serde(default, skip_serializing_if = "Labels::is_empty")]
     pub labels: Labels,
     /// Speed of the link behind its first address, if it is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub link_speed: Option<LinkSpeed>,
-    /// Its machine, its state directory and its start: what tells a copy of the appliance from the appliance. None in
+    /// Its machine, its state directory and its start, by which a copy of the appliance is told apart. None in
     /// versions before 0.2.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub life: Option<Life>,
 }
 
 impl Info {
-    /// Where it is, for people: the address of its control interface, and the machine with the number of its life where
-    /// they are known.
+    /// Where it is, for people: the address of its control interface, and, if known, the machine and the number of
+    /// its life.
     pub fn place(&self) -> String {
         let control = text::short_line(&self.control, CONTROL_LEN_MAX);
         match &self.life {
@@ -82,18 +81,18 @@ impl Info {
 /// Longest address of a control interface that is shown, in characters.
 const CONTROL_LEN_MAX: usize = 200;
 
-/// Where the data plane of an appliance is reached.
+/// Addresses of an appliance's data plane.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Endpoints {
-    /// The kernel that the appliance runs on: on the same one, memory can be shared.
+    /// The kernel that the appliance runs on: a client on the same kernel can share memory with it.
     pub host: HostId,
     /// NBD over TCP: addresses that clients connect to, in order of preference.
     pub nbd: Vec<SocketAddr>,
-    /// NBD over TCP: `HOST:PORT` by names that the operator gave, which a client resolves anew each time that it connects. What
-    /// they led to at the appliance is among `nbd`, for clients that do not know this field.
+    /// NBD over TCP: `HOST:PORT` by names that the operator gave, which a client resolves at each connection. The
+    /// addresses that the appliance itself resolved them to are also in `nbd`, for clients without this field.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub names: Vec<String>,
-    /// RDMA: addresses for the RDMA connection manager, in order of preference; none: no RDMA there.
+    /// RDMA: addresses for the RDMA connection manager, in order of preference; empty without RDMA.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub rdma: Vec<SocketAddr>,
     /// NBD over a unix socket, for clients of the same host.
@@ -104,7 +103,7 @@ pub struct Endpoints {
     pub shm: Option<PathBuf>,
 }
 
-/// What lent memory lies on.
+/// Medium of lent memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Medium {
@@ -116,48 +115,48 @@ pub enum Medium {
     File,
 }
 
-/// What an appliance has and does; part of each heartbeat.
+/// Memory and activity of an appliance; part of each heartbeat.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
     /// Its id; none in answers of versions before 0.2.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<ApplianceId>,
-    /// Memory that it lends in all, in bytes.
+    /// All memory that it lends, in bytes.
     pub capacity: ByteSize,
     /// Memory of regions in grants, in bytes.
     pub granted: ByteSize,
     /// Memory of regions reserved and in no grant yet, in bytes.
     pub reserved: ByteSize,
-    /// Memory that may still be asked for, in bytes: capacity less granted and reserved, and less
-    /// what deleted regions still hold until they are cleared.
+    /// Memory that may still be requested, in bytes: capacity less granted and reserved, and less the memory of
+    /// deleted regions until it is cleared.
     pub free: ByteSize,
-    /// Of the free memory, what is cleared, faulted in and locked already, in bytes.
+    /// Part of the free memory that is cleared, faulted in and locked already, in bytes.
     pub ready: ByteSize,
-    /// Memory that granted regions really hold, in bytes: what clients trimmed is not in it.
+    /// Memory that granted regions really occupy, in bytes: trimmed parts are not included.
     pub resident: ByteSize,
-    /// Regions in grants.
+    /// Number of regions in grants.
     pub regions: u64,
-    /// Grants.
+    /// Number of grants.
     pub grants: u64,
-    /// Connections of the data plane.
+    /// Number of connections of the data plane.
     pub connections: u64,
     /// Time since the daemon started.
     pub uptime: Span,
-    /// Traffic on its link lately, the busier direction, if it is known.
+    /// Recent traffic on its link, of the busier direction, if it is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub traffic: Option<LinkSpeed>,
-    /// What passed since the daemon started.
+    /// Counters since the daemon started.
     pub counters: Counters,
-    /// What its operator should know, one line each: a limit that was lowered, memory that went bad, a record that was
-    /// damaged. Lines stay as long as they are true; the allocator tells an event for each new one.
+    /// Warnings for its operator, one line each: a limit that was lowered, a memory error, a damaged record. A line
+    /// stays as long as it is true; the allocator reports an event for each new one.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
-    /// The newest state of an allocator's metadata that it heard of.
+    /// The newest state of an allocator's metadata that it has heard of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub metadata: Option<MetadataState>,
 }
 
-/// Counters of the data plane since the daemon started; bytes where the name says so.
+/// Counters of the data plane since the daemon started.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Counters {
@@ -180,7 +179,7 @@ pub struct Counters {
 /// A life of a client that has connections to a grant.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Holder {
-    /// Which one.
+    /// The life.
     pub life: Life,
     /// Its host, for people.
     pub host_name: String,
@@ -193,17 +192,17 @@ impl Holder {
     }
 }
 
-/// Asks for regions. They are undone when no grant takes them before `ttl` is over.
+/// Reserves regions. The reservation is undone if no grant takes the regions before `ttl` is over.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Reserve {
     /// The allocation that the regions are for.
     pub allocation: AllocationId,
-    /// How many; 1 or more.
+    /// Number of regions; 1 or more.
     pub count: u32,
-    /// Size of each, in bytes; a power of two, 16 MiB to 64 GiB.
+    /// Size of each region in bytes; a power of two, 16 MiB to 64 GiB.
     pub region_len: ByteSize,
-    /// How long they stay without a grant.
+    /// How long they stay reserved without a grant.
     pub ttl: Span,
 }
 
@@ -214,7 +213,7 @@ pub struct Region {
     pub id: RegionId,
     /// Its size in bytes.
     pub len: ByteSize,
-    /// What it is used for.
+    /// Its state.
     pub state: RegionState,
     /// The allocation that it is reserved or granted for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -222,15 +221,15 @@ pub struct Region {
     /// The grant that it belongs to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub grant: Option<GrantId>,
-    /// Memory that it really holds, in bytes.
+    /// Memory that it really occupies, in bytes.
     pub resident: ByteSize,
 }
 
-/// What a region is used for.
+/// State of a region.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum RegionState {
-    /// Cleared, faulted in, locked; belongs to nobody.
+    /// Cleared, faulted in, locked; free.
     Ready,
     /// Reserved with a time limit.
     Reserved,
@@ -240,10 +239,9 @@ pub enum RegionState {
     Clearing,
 }
 
-/// Makes reserved regions a grant. The export's offsets run over the regions in the given order.
-/// The same grant id with the same content again changes nothing; with a higher epoch, key and
-/// epoch are replaced after every connection of the old epoch was closed; with a lower one it is
-/// refused.
+/// Makes reserved regions a grant. The export's offsets run over the regions in the given order. Repeating the order
+/// with the same grant id and content changes nothing. With a higher epoch, key and epoch are replaced after every
+/// connection of the old epoch was closed; a lower epoch is refused.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Commit {
@@ -253,16 +251,16 @@ pub struct Commit {
     pub name: Name,
     /// The ownership that the grant is for.
     pub epoch: Epoch,
-    /// The secret that clients show.
+    /// The secret key that clients show.
     pub key: GrantKey,
     /// The regions, in the order of the export's offsets; 1 or more.
     pub regions: Vec<RegionId>,
-    /// A grant of the same allocation whose regions it may take over. What it takes is in both until
-    /// one of them is deleted, and stays as it is.
+    /// A grant of the same allocation whose regions this grant may take over. Such regions are in both grants until
+    /// one of them is deleted, and keep their content.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub from: Option<GrantId>,
-    /// What the grant is part of, for an allocator that lost its metadata: at most [`DESCRIPTOR_LEN_MAX`] bytes that
-    /// only allocators read. A repeated order replaces it.
+    /// Description of the allocation, for an allocator that lost its metadata: at most [`DESCRIPTOR_LEN_MAX`] bytes
+    /// that only allocators read. A repeated order replaces it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub descriptor: Option<String>,
 }
@@ -276,18 +274,18 @@ pub const DESCRIPTOR_LEN_MAX: usize = 256 << 10;
 pub struct Range {
     /// First byte.
     pub offset: u64,
-    /// Bytes; 1 or more.
+    /// Number of bytes; 1 or more.
     pub len: u64,
 }
 
-/// Asks an appliance to write what a run of a grant holds into a grant of another appliance. What is
-/// all zeros is not written: the target has to read as zeros there.
+/// Copies a run of a grant into a grant of another appliance. Pages of zeros are not written: the target has to read
+/// as zeros there.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Copy {
-    /// What to copy; within one region, and at most [`COPY_LEN_MAX`].
+    /// The run to copy; within one region, and at most [`COPY_LEN_MAX`].
     pub range: Range,
-    /// Where the target's appliance is reached by NBD, in order of preference.
+    /// NBD addresses of the target's appliance, in order of preference.
     pub nbd: Vec<SocketAddr>,
     /// The target's key.
     pub key: GrantKey,
@@ -295,15 +293,15 @@ pub struct Copy {
     pub to: u64,
 }
 
-/// Most bytes that one [`struct@Copy`] or [`Range`] is about.
+/// Most bytes of one [`struct@Copy`] or [`Range`].
 pub const COPY_LEN_MAX: u64 = 64 << 20;
 
-/// What a run of bytes holds.
+/// Digest of a run of bytes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Digest {
-    /// XXH3, 128 bits, of its bytes, in hexadecimal digits.
+    /// XXH3, 128 bits, of the bytes, in hexadecimal digits.
     pub xxh3: String,
-    /// Pages of 4096 bytes in it that are not all zeros, in bytes.
+    /// Total size of its pages of 4096 bytes that are not all zeros, in bytes.
     pub data: ByteSize,
     /// First byte of the last such page, from the start of the export.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -325,14 +323,14 @@ pub struct Grant {
     pub regions: Vec<RegionId>,
     /// Size of the export: the regions together, in bytes.
     pub len: ByteSize,
-    /// Memory that its regions really hold, in bytes.
+    /// Memory that its regions really occupy, in bytes.
     pub resident: ByteSize,
-    /// Connections that use it now.
+    /// Number of connections that use it now.
     pub connections: u64,
-    /// What it is part of, as the allocator said.
+    /// Description of the allocation, as the allocator sent it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub descriptor: Option<String>,
-    /// In the answer to an order with `lose`: how much of it was replaced by zeros, in bytes.
+    /// In the answer to an order with `lose`: bytes that were replaced by zeros.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lost: Option<ByteSize>,
 }

@@ -7,10 +7,10 @@
 //! | `POST /v1/devices` | [`AttachDevice`] | [`Device`] |
 //! | `GET /v1/devices/{name}` | | [`Device`] |
 //! | `DELETE /v1/devices/{name}?force=true` | | nothing; refused while it is used, unless forced |
-//! | `PUT /v1/devices/{name}/abort` | | [`Device`]; all its I/O ends with an error. Of xpm-fs only |
-//! | `GET /v1/devices/{name}/cache` | | [`Cache`] of this machine's kernel. Of xpm-fs only |
-//! | `PUT /v1/devices/{name}/cache` | | [`Cache`] that is left when changed pages were written back and all were dropped. Of xpm-fs only |
-//! | `PUT /v1/lost/{appliance}` | | list of [`Device`]s with memory on it, which is given up; refused while it answers. By name or id |
+//! | `PUT /v1/devices/{name}/abort` | | [`Device`]; all its I/O ends with an error. Only xpm-fs |
+//! | `GET /v1/devices/{name}/cache` | | [`Cache`]: its pages in this machine's page cache. Only xpm-fs |
+//! | `PUT /v1/devices/{name}/cache` | | [`Cache`] that is left after changed pages were written back and all were dropped. Only xpm-fs |
+//! | `PUT /v1/lost/{appliance}` | | list of [`Device`]s with memory on the appliance, by its name or id; the memory is given up. Refused while the appliance answers |
 
 use std::fmt;
 use std::path::PathBuf;
@@ -28,22 +28,21 @@ use crate::{ApplianceId, BlockSize, ClientId, Epoch, Name};
 pub struct AttachDevice {
     /// The allocation.
     pub name: Name,
-    /// As what.
+    /// The form of the device.
     #[serde(rename = "as")]
     pub form: Form,
-    /// Queues; default: one for each core, at most 4, for ublk, and one for the kernel's nbd, so that
-    /// no request moves to another socket while the first may still carry it out. For vhost-user the most that a
-    /// guest can have; default 16.
+    /// Number of queues. Default for ublk: one per core, at most 4. Default for the kernel's nbd: one, so that no
+    /// request moves to another socket while the first may still carry it out. For vhost-user: the most that a guest
+    /// can have; default 16.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub queues: Option<u16>,
-    /// Requests in flight on one queue; 1 to 1024, default 128.
+    /// Most requests in flight on one queue; 1 to 1024, default 128.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub depth: Option<u16>,
-    /// Way to the appliances; default: the best one for each.
+    /// Transport to the appliances; default: the best one for each appliance.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub transport: Option<TransportKind>,
-    /// How long I/O is held while an appliance cannot be reached, before it fails; default: the
-    /// daemon's setting.
+    /// How long I/O is held while an appliance cannot be reached, before it fails; default: the daemon's setting.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hold: Option<Hold>,
     /// Take the allocation from another owner.
@@ -52,17 +51,18 @@ pub struct AttachDevice {
     /// Take zeros in place of memory that cannot be moved away from a process that it was shared with.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub lose: bool,
-    /// Logical block size, 512 or 4096: needed once for an allocation that was made before block sizes could be chosen.
-    /// Every other allocation has its own, and another one is refused.
+    /// Logical block size, 512 or 4096: needed once for an allocation that was made before block sizes could be
+    /// chosen. All other allocations have a block size, and a different one is refused.
     #[serde(default, rename = "block-size", skip_serializing_if = "Option::is_none")]
     pub block_size: Option<BlockSize>,
-    /// Stand by to take it over from its owner: the device is there, and all its I/O waits until this client is the owner.
+    /// Stand by to take the allocation over from its owner: the device exists, and all its I/O waits until this
+    /// client is the owner.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub standby: bool,
 }
 
 impl AttachDevice {
-    /// The allocation of this name in this form, with every default.
+    /// The allocation of this name in this form, with all defaults.
     pub const fn new(name: Name, form: Form) -> AttachDevice {
         AttachDevice {
             name,
@@ -82,9 +82,9 @@ impl AttachDevice {
 /// How long I/O is held while an appliance cannot be reached. Written `forever` or as a duration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Hold {
-    /// For ever: an error on swap is worse than a wait.
+    /// For ever: on swap an error is worse than a wait.
     Forever,
-    /// This long, then it fails with EIO.
+    /// For this long; then the I/O fails with EIO.
     For(Span),
 }
 
@@ -96,7 +96,7 @@ pub enum Form {
     Ublk,
     /// A device of the kernel's nbd driver, served by xpm-blk over socket pairs.
     Nbd,
-    /// A device of the kernel's nbd driver that talks to the appliance itself.
+    /// A device of the kernel's nbd driver, which connects to the appliance directly.
     NbdDirect,
     /// An NBD server at a unix socket path or TCP address.
     NbdSocket(SocketPlace),
@@ -106,7 +106,7 @@ pub enum Form {
     File(PathBuf),
 }
 
-/// Where an NBD socket listens.
+/// Address at which an NBD socket listens.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum SocketPlace {
     /// A unix socket.
@@ -115,7 +115,7 @@ pub enum SocketPlace {
     Tcp(std::net::SocketAddr),
 }
 
-/// A text that is no form, hold or transport; the message lists what can be written.
+/// The text is no form, hold or transport; the message lists the valid texts.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{text}` is not {expected}")]
 pub struct ParseBlkError {
@@ -146,7 +146,8 @@ const FORMS: &str = "a device form: ublk, nbd, nbd-direct, nbd-socket=/ABSOLUTE/
                      vhost-user=/ABSOLUTE/PATH or file=/ABSOLUTE/PATH";
 
 impl Form {
-    /// The logical block size that this form had before the allocation had one; none for a socket whose clients choose.
+    /// The logical block size of this form for allocations without one of their own; none for a socket whose clients
+    /// choose.
     pub const fn block_size_of_before(&self) -> Option<BlockSize> {
         match self {
             Form::Ublk | Form::VhostUser(_) => Some(BlockSize::B512),
@@ -259,12 +260,12 @@ pub enum TransportKind {
     NbdTcp,
 }
 
-/// A device.
+/// A device, as xpm-blk or xpm-fs shows it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Device {
     /// The allocation that it shows.
     pub name: Name,
-    /// As what.
+    /// Its form.
     #[serde(rename = "as")]
     pub form: Form,
     /// Its node (`/dev/ublkb0`) or its socket.
@@ -273,34 +274,34 @@ pub struct Device {
     pub size: ByteSize,
     /// The allocation's epoch that it uses.
     pub epoch: Epoch,
-    /// Queues.
+    /// Number of queues.
     pub queues: u16,
-    /// Requests in flight on one queue at most.
+    /// Most requests in flight on one queue.
     pub depth: u16,
     /// Whether I/O passes.
     pub state: DeviceState,
     /// The appliances behind it.
     pub links: Vec<LinkStatus>,
-    /// Who holds it now: `swap`, `mounted at /mnt`, `held by dm-0`, `2 NBD clients`.
+    /// Its present users: `swap`, `mounted at /mnt`, `held by dm-0`, `2 NBD clients`.
     pub users: Vec<String>,
-    /// What passed since it was attached.
+    /// Counters since it was attached.
     pub counters: super::appliance::Counters,
-    /// Requests in flight now.
+    /// Number of requests in flight.
     pub in_flight: u64,
     /// Time since it was attached.
     pub age: Span,
-    /// That its allocation is going to end, as the allocator said last, with what can be done.
+    /// The announced end of its allocation, as the allocator reported it last, with the remedy.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ending: Option<String>,
-    /// Its logical block size in bytes; none where clients choose.
+    /// Its logical block size in bytes; none if its clients choose.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub block_size: Option<BlockSize>,
-    /// What this client has of the allocation; none: it is the owner.
+    /// The role of this client in the allocation; none: it is the owner.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub role: Option<DeviceRole>,
 }
 
-/// What a client has of an allocation that it shows and does not own.
+/// The role of a client in an allocation that it shows and does not own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum DeviceRole {
@@ -310,14 +311,14 @@ pub enum DeviceRole {
     HandedOver,
 }
 
-/// Pages of a file that the kernel of this machine has in its page cache.
+/// Pages of a file in the page cache of this machine's kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cache {
-    /// All of them, in bytes.
+    /// All pages, in bytes.
     pub cached: ByteSize,
-    /// Those that changed and are not being written back, in bytes.
+    /// Changed pages that are not being written back, in bytes.
     pub dirty: ByteSize,
-    /// Those that are being written back, in bytes.
+    /// Pages that are being written back, in bytes.
     pub writeback: ByteSize,
 }
 
@@ -325,28 +326,28 @@ pub struct Cache {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum DeviceState {
-    /// It does.
+    /// I/O passes.
     Live,
     /// An appliance is out of reach: I/O to it is held.
     Holding,
-    /// Memory is gone: I/O to it fails.
+    /// Memory is lost: I/O to it fails.
     Lost,
 }
 
-/// The way to one appliance.
+/// The link to one appliance.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LinkStatus {
     /// The appliance.
     pub appliance: ApplianceId,
     /// Its name.
     pub appliance_name: Name,
-    /// The transport in use, or tried.
+    /// The transport in use, or being tried.
     pub transport: TransportKind,
     /// Whether I/O passes.
     pub state: LinkState,
     /// Time in this state.
     pub since: Span,
-    /// Times that it was connected again.
+    /// Number of reconnections.
     pub reconnects: u64,
     /// Why it is not up, or why no better transport is used.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -357,15 +358,15 @@ pub struct LinkStatus {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum LinkState {
-    /// It does.
+    /// I/O passes.
     Up,
-    /// It is being connected again; I/O is held.
+    /// Reconnecting; I/O is held.
     Connecting,
-    /// The appliance no longer knows the grant: its memory is gone, or the ownership passed on.
+    /// The appliance no longer knows the grant: its memory is lost, or the ownership has passed on.
     Lost,
 }
 
-/// What xpm-blk is doing.
+/// Status of the daemon.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
     /// Version of the program.
@@ -378,33 +379,33 @@ pub struct Status {
     pub uptime: Span,
     /// The allocator's URL.
     pub allocator: String,
-    /// Devices.
+    /// Number of devices.
     pub devices: u64,
     /// Whether swap on its devices is safe, item by item.
     pub safety: Vec<SafetyItem>,
-    /// The process that goes on when this one dies; none of a daemon that has no such thing.
+    /// The process that takes over when this one dies; none of a daemon without a standby.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub standby: Option<Standby>,
-    /// Allocations that were detached here while the allocator did not answer: it is told when it does.
+    /// Allocations that were detached here while the allocator did not answer; they are given back once it answers.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub owed: Vec<Owed>,
 }
 
-/// An allocation that is to be given back.
+/// An allocation that still has to be given back to the allocator.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Owed {
     /// Its name.
     pub allocation: Name,
-    /// Since when, seconds since 1970.
+    /// When it was detached, seconds since 1970.
     pub since: u64,
-    /// Why the allocator does not have it yet; empty before it was asked.
+    /// Why it is not given back yet; empty before the first attempt.
     pub reason: String,
 }
 
-/// A process that goes on when the one that serves dies.
+/// A process that takes over when the serving one dies.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Standby {
-    /// Whether there is one.
+    /// Whether it is ready.
     pub state: StandbyState,
     /// Its process id, once it runs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -413,29 +414,29 @@ pub struct Standby {
     pub locked: ByteSize,
 }
 
-/// Whether a standby can go on.
+/// State of a standby.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum StandbyState {
-    /// None is wanted.
+    /// No standby is configured.
     Off,
-    /// Not yet, or not any more: one is being started.
+    /// A standby is being started.
     Starting,
-    /// At once.
+    /// It can take over at once.
     Ready,
 }
 
 /// One condition of swap safety, as read back from the kernel.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SafetyItem {
-    /// Which one: `mlockall`, `io-flusher`, `oom-score-adj`, `mount-namespace`, `cgroup-swap-max`,
+    /// The condition: `mlockall`, `io-flusher`, `oom-score-adj`, `mount-namespace`, `cgroup-swap-max`,
     /// `memory-reserve`, `real-time`.
     pub item: String,
-    /// Whether it holds.
+    /// Whether it is met.
     pub ok: bool,
-    /// What was read back.
+    /// The value that was read back.
     pub found: String,
-    /// What to do when it does not hold.
+    /// What to do if it is not met.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub remedy: Option<String>,
 }
@@ -445,7 +446,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn forms_as_people_write_them() {
+    fn forms_are_parsed_and_printed() {
         for text in [
             "ublk",
             "nbd",
@@ -478,7 +479,7 @@ mod tests {
     }
 
     #[test]
-    fn holds() {
+    fn holds_are_parsed_and_printed() {
         assert_eq!("forever".parse::<Hold>().unwrap(), Hold::Forever);
         assert_eq!("5m".parse::<Hold>().unwrap().to_string(), "5m");
         assert!("soon".parse::<Hold>().is_err());

@@ -1,4 +1,4 @@
-//! Why an allocation lies where it lies, or could not be made.
+//! Recorded decisions: why an allocation lies where it lies, or could not be made.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -11,112 +11,112 @@ use crate::speed::LinkSpeed;
 use crate::units::ByteSize;
 use crate::{AllocationId, ApplianceId, Name};
 
-/// One decision of the allocator, with all that it was made from. It stays readable after the
-/// allocation and the documents are gone.
+/// A decision of the allocator, with all its inputs. It stays readable after the allocation and the documents are
+/// gone.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Decision {
-    /// When, seconds since 1970.
+    /// Time, seconds since 1970.
     pub at: u64,
     /// The allocation's name.
     pub name: Name,
-    /// Its id, where one was made.
+    /// Id of the allocation, if one was made.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allocation: Option<AllocationId>,
-    /// What was asked for, in one line.
+    /// The request in one line.
     pub request: String,
-    /// Size that was asked for, in bytes.
+    /// Requested size, in bytes.
     pub size: ByteSize,
-    /// Decides between appliances of equal score. The same inputs and seed give the same decision.
+    /// Seed that decides between appliances of equal score. The same inputs and seed give the same decision.
     pub seed: u64,
     /// Revision of the documents.
     pub revision: u64,
     /// The documents that took part, each with its version.
     pub documents: Vec<DocumentVersion>,
-    /// The strategy that it began with; none where no document is named `default`.
+    /// The first strategy; none if the request names none and no document is named `default`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub strategy: Option<Name>,
-    /// The rules in the order in which they were looked at.
+    /// The rules in the order in which they were evaluated.
     pub rules: Vec<RuleTrace>,
-    /// What the rules and profiles came to, a line each.
+    /// Combined demands of rules and profiles, a line each.
     pub demands: Vec<String>,
-    /// The limits that it was measured against.
+    /// The limits that the request was measured against.
     pub limits: Vec<LimitCheck>,
-    /// How many appliances were looked at.
+    /// Number of appliances that were considered.
     pub appliances_total: u64,
-    /// The appliances: those that serve, the best of the others, examples of those that cannot. A
-    /// dry run shows all.
+    /// The appliances: those that serve, the best of the other usable ones, and examples of those that cannot serve.
+    /// A dry run shows all.
     pub appliances: Vec<ApplianceTrace>,
-    /// How many appliances were rejected, by reason.
+    /// Number of rejected appliances, by reason.
     pub rejected: Vec<RejectedCount>,
-    /// What it came to.
+    /// The result.
     pub outcome: DecisionOutcome,
-    /// What the one who asked should know although it was made.
+    /// Warnings for the requester of an allocation that was made.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
 }
 
-/// A document as it was.
+/// A document at the time of the decision.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DocumentVersion {
-    /// Which.
+    /// The document.
     #[serde(flatten)]
     pub document: DocumentName,
     /// Its version.
     pub version: u64,
 }
 
-/// One rule that was looked at.
+/// A rule that was evaluated.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RuleTrace {
-    /// The strategy that it is of.
+    /// The strategy that it belongs to.
     pub strategy: Name,
     /// The rule.
     pub rule: Name,
     /// Whether it applies.
     pub applies: bool,
-    /// What it does, or which condition does not hold.
+    /// Its effect, or the condition that does not hold.
     pub why: String,
 }
 
-/// One limit.
+/// A limit that the request was measured against.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LimitCheck {
-    /// Whose: `account batch`, `client db1`, `strategy default`.
+    /// The limited document: `account batch`, `client db1`, `strategy default`.
     pub of: String,
-    /// What they have already, in bytes.
+    /// Its present usage, in bytes.
     pub used: ByteSize,
-    /// What this takes, in bytes.
+    /// Size of this request, in bytes.
     pub asked: ByteSize,
-    /// Beyond it, with a warning.
+    /// Beyond this limit, requests are served with a warning.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub soft: Option<ByteSize>,
-    /// Beyond it, refused.
+    /// Beyond this limit, requests are refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hard: Option<ByteSize>,
 }
 
-/// One appliance.
+/// The verdict on one appliance.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ApplianceTrace {
     /// Its id.
     pub id: ApplianceId,
     /// Its name.
     pub name: Name,
-    /// Whether it can serve, and how much it is wanted.
+    /// Whether it can serve, and its score.
     pub verdict: Verdict,
 }
 
-/// Whether an appliance can serve, and how much it is wanted.
+/// Whether an appliance can serve, and its score.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "verdict", rename_all = "kebab-case")]
 pub enum Verdict {
-    /// It cannot.
+    /// It cannot serve.
     Rejected(Rejection),
-    /// It can.
+    /// It can serve.
     Scored {
-        /// Sum of the parts, as a share of what newcomers get.
+        /// Sum of the parts, reduced for a newcomer.
         score: u64,
-        /// What the score comes from.
+        /// Parts of the score.
         parts: Vec<ScorePart>,
         /// Regions that it gets.
         regions: u64,
@@ -127,13 +127,13 @@ pub enum Verdict {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "reason", rename_all = "kebab-case")]
 pub enum Rejection {
-    /// It is not heard.
+    /// It is silent.
     Silent,
-    /// The operator empties it.
+    /// The operator is emptying it.
     Drained,
     /// It refused this request, or did not answer.
     Failed,
-    /// A rule requires something else.
+    /// A rule's requirement is not met.
     NotRequired {
         /// The rule.
         rule: String,
@@ -145,44 +145,44 @@ pub enum Rejection {
     },
     /// It is too far away.
     TooFar {
-        /// What they have in common.
+        /// Nearest level at which it and the client have the same label.
         common: Option<Level>,
-        /// What they must have.
+        /// Level at which they must have the same label.
         within: Level,
     },
     /// The round trip takes too long, or was not measured.
     TooSlow {
-        /// Measured, in nanoseconds.
+        /// Measured time, in nanoseconds.
         round_trip: Option<u64>,
-        /// At most, in nanoseconds.
+        /// Longest allowed time, in nanoseconds.
         most: u64,
     },
     /// Its link is not fast enough, or its speed is unknown.
     LinkTooSlow {
-        /// Its speed.
+        /// Speed of its link.
         has: Option<LinkSpeed>,
-        /// What is asked for.
+        /// Demanded speed.
         asked: LinkSpeed,
     },
-    /// Its link is promised to others.
+    /// The speed of its link is promised to other allocations.
     LinkPromised {
-        /// What is not promised.
+        /// Speed that is not promised.
         left: LinkSpeed,
-        /// What is asked for.
+        /// Demanded speed.
         asked: LinkSpeed,
     },
-    /// The account has its share of it.
+    /// The account has used up its share of the appliance.
     ShareUsed {
-        /// What the account has on it, in bytes.
+        /// Memory of the account on it, in bytes.
         used: ByteSize,
-        /// What it may have, in bytes.
+        /// Memory that the account may have on it, in bytes.
         most: ByteSize,
     },
-    /// What is free there is meant for a request that waits and comes first.
+    /// Its free memory is kept for a waiting request that comes first.
     Held,
-    /// It has no room for one region.
+    /// It has no room for a single region.
     Full {
-        /// Memory that it may still give, in bytes: free, less what is promised and its head-room.
+        /// Memory that it can still give, in bytes: free memory less promises and head-room.
         free: ByteSize,
         /// Length of a region in bytes.
         region: ByteSize,
@@ -192,48 +192,48 @@ pub enum Rejection {
 /// A part of a score.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ScorePart {
-    /// What it is for: `free`, `load`, `health`, `near`, or the preference's rule.
+    /// Its subject: `free`, `load`, `health`, `near`, or the preference's rule.
     pub of: Cow<'static, str>,
-    /// How much was got, in thousandths of the weight.
+    /// Achieved share of the weight, in thousandths.
     pub share: u16,
     /// The weight.
     pub weight: u16,
 }
 
-/// How many appliances were rejected for one reason.
+/// Number of appliances rejected for one reason.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RejectedCount {
     /// The reason, in a few words.
     pub reason: String,
-    /// How many.
+    /// Number of appliances.
     pub appliances: u64,
 }
 
-/// What a decision came to.
+/// Result of a decision.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "outcome", rename_all = "kebab-case")]
 pub enum DecisionOutcome {
-    /// A place was found.
+    /// A placement was found.
     Placed {
-        /// Regions.
+        /// Number of regions.
         regions: u64,
-        /// Length of each in bytes.
+        /// Length of each region in bytes.
         region_len: ByteSize,
-        /// Appliances.
+        /// Number of appliances.
         appliances: u64,
     },
-    /// No place was found.
+    /// No placement was found.
     Refused {
-        /// What kind of refusal it is.
+        /// Kind of the refusal.
         kind: ErrorKind,
         /// Why, in one line.
         why: String,
-        /// The smallest changes that would make it succeed, each by itself; the smallest first.
+        /// The smallest changes that would each let the request succeed; the smallest first.
         remedies: Vec<String>,
     },
 }
 
-/// What it says after the name of the appliance.
+/// The reason as a predicate, to follow the name of the appliance.
 impl fmt::Display for Rejection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let micros = |nanos: &u64| nanos.div_ceil(1000);

@@ -4,8 +4,8 @@ use std::fmt;
 
 macro_rules! kinds {
     ($($(#[$doc:meta])* $name:ident = $text:literal;)+) => {
-        /// What happened. On the wire a kind is its text, so that readers understand newer allocators;
-        /// `docs/life.md` lists all of them.
+        /// Kind of an event. On the wire a kind is its text, so that readers understand newer allocators;
+        /// `docs/life.md` lists all kinds.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
         pub enum EventKind {
             $($(#[$doc])* $name,)+
@@ -30,31 +30,31 @@ kinds! {
     ApplianceUp = "appliance-up";
     /// An appliance is not heard any more.
     ApplianceSilent = "appliance-silent";
-    /// An appliance has something to say to its operator: bad memory, a limit that was lowered, a damaged record.
+    /// An appliance has a warning for its operator: bad memory, a limit that was lowered, a damaged record.
     ApplianceWarning = "appliance-warning";
-    /// An appliance is reached at other addresses than before.
+    /// An appliance has other addresses than before.
     ApplianceMoved = "appliance-moved";
-    /// An appliance was refused that has the id or the name of another one that is up.
+    /// An appliance was refused because another one that is up has the same id or name.
     ApplianceRefused = "appliance-refused";
-    /// An operator had an appliance forgotten.
+    /// An operator made the allocator forget an appliance.
     ApplianceForgotten = "appliance-forgotten";
     /// The operator gave an appliance up.
     ApplianceLost = "appliance-lost";
-    /// An allocation had memory on an appliance that was given up.
+    /// An allocation lost memory on an appliance that was given up.
     LenderLost = "lender-lost";
-    /// The emptying of an appliance began, was held up or ended.
+    /// The emptying of an appliance began, was paused or ended.
     Drain = "drain";
     /// An allocation was made.
     Created = "created";
     /// An allocation is being given back.
     Deleted = "deleted";
-    /// A client uses an allocation.
+    /// A client has become the owner of an allocation.
     Attached = "attached";
-    /// An allocation has another name.
+    /// An allocation was renamed.
     Renamed = "renamed";
-    /// A copy of the client that uses an allocation asked for it.
+    /// A copy of the owning client asked for its allocation, and was refused.
     CopyRefused = "copy-refused";
-    /// No client uses an allocation any more.
+    /// An allocation has no owner any more.
     Detached = "detached";
     /// A request waits for its turn.
     Waiting = "waiting";
@@ -62,27 +62,27 @@ kinds! {
     Served = "served";
     /// A request that waited was refused.
     Refused = "refused";
-    /// A request that waited was taken back.
+    /// A request that waited was cancelled.
     Cancelled = "cancelled";
-    /// A resize or a move can be carried out.
+    /// A resize or a move is ready to be carried out.
     ChangeOpen = "change-open";
-    /// A resize or a move holds.
+    /// A resize or a move is done.
     Changed = "changed";
     /// A resize or a move was given up.
     ChangeRefused = "change-refused";
-    /// An allocation is to go to another client.
+    /// The owner of an allocation is asked to let go, because another client is to get it.
     HandOver = "hand-over";
-    /// An allocation has gone to another client.
+    /// An allocation has gone to its new owner.
     HandedOver = "handed-over";
     /// A client stands by to take an allocation over.
     Standby = "standby";
     /// A client does not stand by any more.
     StandbyGone = "standby-gone";
-    /// An allocation in use has another owner, and the one before it waits whether it stays so.
+    /// Allocations in use have another owner; the earlier owner waits for commit or rollback.
     HandoverOpen = "handover-open";
-    /// A hand-over was not possible: all is as before, or will be.
+    /// A hand-over was not possible: the allocations stay with their owner, or return to it.
     HandoverFailed = "handover-failed";
-    /// A hand-over is for good.
+    /// A hand-over was committed: the new owner keeps the allocations for good.
     HandoverCommitted = "handover-committed";
     /// A hand-over is rolled back: the old owner gets the allocation again.
     HandoverReturning = "handover-returning";
@@ -92,27 +92,28 @@ kinds! {
     CutOff = "cut-off";
     /// A new owner got zeros in place of memory that could not be moved away from the old one.
     ContentLost = "content-lost";
-    /// The end of a lease comes near.
+    /// The end of a lease is near.
     LeaseWarning = "lease-warning";
     /// A lease has ended.
     LeaseEnded = "lease-ended";
-    /// The end of an account's hours comes near.
+    /// The end of an account's hours is near.
     HoursWarning = "hours-warning";
     /// The hours of an account have ended.
     HoursEnded = "hours-ended";
-    /// The end of an allocation moved, by time that does not count.
+    /// The end of an allocation moved, because some time does not count against it.
     LeaseMoved = "lease-moved";
-    /// The metadata are older than what appliances or owners heard of: nothing is judged or changed.
+    /// The metadata are older than a state that appliances or owners reported: the allocator judges and changes
+    /// nothing.
     MetadataBehind = "metadata-behind";
     /// The metadata cannot be written: the allocator answers, and changes nothing.
     MetadataReadOnly = "metadata-read-only";
     /// The metadata can be written again.
     MetadataWritable = "metadata-writable";
-    /// The clock of the allocator's machine jumped: nothing is judged by it yet.
+    /// The clock of the allocator's machine jumped: the allocator does not judge by it yet.
     ClockJumped = "clock-jumped";
-    /// The clock is right again.
+    /// The clock is back at the expected time.
     ClockBack = "clock-back";
-    /// The clock stays as it jumped: its time holds.
+    /// The clock kept to its new time, which is taken.
     ClockSet = "clock-set";
     /// A lease was renewed.
     Renewed = "renewed";
@@ -122,11 +123,11 @@ kinds! {
     ReclaimNotice = "reclaim-notice";
     /// An allocation that was to give way stays.
     ReclaimWithdrawn = "reclaim-withdrawn";
-    /// An appliance has memory that no record knows.
+    /// An appliance has a grant that no record knows.
     GarbageFound = "garbage-found";
-    /// Memory that no record knows was freed.
+    /// The memory of a grant without a record was freed.
     GarbageFreed = "garbage-freed";
-    /// An appliance does not have any more what an allocation had there.
+    /// An appliance has lost the memory of an allocation.
     Lost = "lost";
 }
 

@@ -1,19 +1,19 @@
 //! Problems that daemons and the command report, each with a stable code.
 //!
-//! A code never changes its meaning and is never used again for something else. `docs/health.md`
-//! explains each: what it means and what to do.
+//! A code never changes its meaning and is never reused for another problem. `docs/health.md` explains each: its
+//! meaning and the remedy.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// How bad a problem is. The order is from harmless to bad.
+/// Severity of a problem, ordered from harmless to bad.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Severity {
-    /// Worth knowing; everything works as it was asked to.
+    /// Worth knowing; everything works as requested.
     Info,
-    /// Something will go wrong, or works less well than it should, unless somebody acts.
+    /// Something will fail, or works less well than it should, unless somebody acts.
     Warning,
     /// Something fails or is lost now, or is about to be.
     Critical,
@@ -41,13 +41,13 @@ impl fmt::Display for Severity {
 pub struct Problem {
     /// The code of a [`Check`]. A text, so that a command understands daemons that are newer.
     pub code: String,
-    /// How bad it is.
+    /// How bad the problem is.
     pub severity: Severity,
-    /// What it is about, as `KIND/NAME`: `appliance/pool1`, `allocation/db`, `device//dev/ublkb0`.
+    /// The affected object, as `KIND/NAME`: `appliance/pool1`, `allocation/db`, `device//dev/ublkb0`.
     pub object: String,
     /// What is wrong, in one line.
     pub summary: String,
-    /// What to do about it, in one line; empty where nothing has to be done.
+    /// What to do about it, in one line; empty if nothing has to be done.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub remedy: String,
 }
@@ -64,32 +64,32 @@ impl Problem {
         }
     }
 
-    /// The same with what to do about it.
+    /// The same problem with a remedy.
     #[must_use]
     pub fn with_remedy(self, remedy: impl Into<String>) -> Problem {
         Problem { remedy: remedy.into(), ..self }
     }
 
-    /// The same with another severity than usual.
+    /// The same problem with another severity.
     #[must_use]
     pub fn with_severity(self, severity: Severity) -> Problem {
         Problem { severity, ..self }
     }
 
-    /// Whether it is one of this check.
+    /// Whether this check found the problem.
     pub fn is(&self, check: Check) -> bool {
         self.code == check.code()
     }
 }
 
-/// The worst severity of some problems; none where there is no problem.
+/// The worst severity of these problems; none if there is no problem.
 pub fn worst<'a>(problems: impl IntoIterator<Item = &'a Problem>) -> Option<Severity> {
     problems.into_iter().map(|problem| problem.severity).max()
 }
 
 macro_rules! checks {
     ($($(#[$doc:meta])* $name:ident = $code:literal, $severity:ident;)+) => {
-        /// What is looked at, by the code of the problem that it finds.
+        /// A check, named by the code of the problem that it finds.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
         pub enum Check {
             $($(#[$doc])* $name,)+
@@ -119,9 +119,9 @@ macro_rules! checks {
 checks! {
     /// No allocator answers.
     AllocatorUnreachable = "ALLOCATOR_UNREACHABLE", Critical;
-    /// Of several allocators none leads.
+    /// None of several allocators is the leader.
     AllocatorNoLeader = "ALLOCATOR_NO_LEADER", Critical;
-    /// Of several allocators one does not answer.
+    /// Some of several allocators do not answer.
     AllocatorDown = "ALLOCATOR_DOWN", Warning;
     /// The allocator started a moment ago and has not heard every appliance yet.
     AllocatorStarting = "ALLOCATOR_STARTING", Info;
@@ -133,17 +133,17 @@ checks! {
     ClockJumped = "CLOCK_JUMPED", Warning;
     /// An appliance is not heard. Critical while an allocation has memory on it.
     ApplianceSilent = "APPLIANCE_SILENT", Warning;
-    /// An appliance asks to be taken that has the id or the name of another one that is up.
+    /// An appliance asks to be accepted although another one that is up has the same id or name.
     ApplianceRefused = "APPLIANCE_REFUSED", Warning;
     /// An appliance is being emptied.
     ApplianceDraining = "APPLIANCE_DRAINING", Info;
-    /// An appliance is being emptied, and what is left finds no other place.
+    /// An appliance is being emptied, and there is no place for its remaining regions.
     ApplianceDrainStuck = "APPLIANCE_DRAIN_STUCK", Warning;
-    /// The memory limit of an appliance is lower than what it lends.
+    /// The memory limit of an appliance is lower than the memory that it lends.
     ApplianceMemoryLimit = "APPLIANCE_MEMORY_LIMIT", Critical;
     /// An uncorrectable memory error hit lent memory.
     AppliancePoison = "APPLIANCE_POISON", Critical;
-    /// An appliance has memory granted that no record knows.
+    /// An appliance has a grant that no record knows.
     GarbageFound = "GARBAGE_FOUND", Warning;
     /// An allocation has lost memory.
     AllocationLost = "ALLOCATION_LOST", Critical;
@@ -155,7 +155,7 @@ checks! {
     AllocationDeleting = "ALLOCATION_DELETING", Info;
     /// The last change of an allocation was not carried out.
     ChangeRefused = "CHANGE_REFUSED", Warning;
-    /// A hand-over has been neither committed nor rolled back for a while, or cannot be rolled back.
+    /// A hand-over has been open for long without commit or rollback, or cannot be rolled back.
     HandoverOpen = "HANDOVER_OPEN", Warning;
     /// A request waits for its turn.
     RequestWaiting = "REQUEST_WAITING", Info;
@@ -167,27 +167,27 @@ checks! {
     DeviceHolding = "DEVICE_HOLDING", Warning;
     /// A device has lost memory: its I/O fails.
     DeviceLost = "DEVICE_LOST", Critical;
-    /// A device reaches an appliance by a worse transport than it could.
+    /// A device reaches an appliance by a worse transport than it could use.
     DeviceSlowPath = "DEVICE_SLOW_PATH", Warning;
-    /// Swap is on a device, and this host is not fit for that.
+    /// Swap is on a device, and this host does not meet the conditions for that.
     SwapUnsafe = "SWAP_UNSAFE", Critical;
-    /// xpm-blk serves devices that need a standby, and has none that is ready.
+    /// xpm-blk serves devices that need a standby, and has no standby that is ready.
     StandbyMissing = "STANDBY_MISSING", Warning;
-    /// Swap is on a device that looks like one of xpm-blk, which does not answer.
+    /// Swap is on a device that looks like one of xpm-blk, and xpm-blk does not answer.
     SwapOrphan = "SWAP_ORPHAN", Warning;
-    /// The kernel's settings of a device are not those that it is best with.
+    /// The kernel's settings of a device are not the recommended ones.
     DeviceSettings = "DEVICE_SETTINGS", Warning;
-    /// A device takes or gets no discards, so memory is never given back.
+    /// A device accepts or receives no discards, so memory is never given back.
     DeviceNoDiscard = "DEVICE_NO_DISCARD", Warning;
     /// The kernel is too old for a form of device, or its version is not understood.
     HostKernel = "HOST_KERNEL", Warning;
-    /// io_uring is forbidden or not there, which ublk needs.
+    /// io_uring, which ublk needs, is forbidden or missing.
     HostIoUring = "HOST_IO_URING", Info;
-    /// There is no userfaultfd, which memory at addresses needs.
+    /// userfaultfd, which mapped memory needs, is missing.
     HostUserfaultfd = "HOST_USERFAULTFD", Warning;
-    /// ublk devices cannot be had.
+    /// ublk devices are not available.
     HostUblk = "HOST_UBLK", Info;
-    /// Devices of the kernel's nbd driver cannot be had.
+    /// Devices of the kernel's nbd driver are not available.
     HostNbd = "HOST_NBD", Info;
     /// The shell lacks rights that xpm-blk needs.
     HostPrivileges = "HOST_PRIVILEGES", Warning;
@@ -195,33 +195,33 @@ checks! {
     HostMemlock = "HOST_MEMLOCK", Warning;
     /// Control groups cannot keep xpm-blk out of swap.
     HostCgroup = "HOST_CGROUP", Warning;
-    /// Swap is read in runs of a length that is slow.
+    /// Swap is read ahead in runs of a length that is slow.
     HostPageCluster = "HOST_PAGE_CLUSTER", Warning;
     /// Pages are compressed twice before they are swapped out.
     HostCompressedSwap = "HOST_COMPRESSED_SWAP", Warning;
-    /// The machine may hibernate, and would not come back where its swap is on ublk.
+    /// The machine may hibernate, and would not resume if its swap is on ublk.
     HostHibernation = "HOST_HIBERNATION", Warning;
     /// The machine has no memory to lend.
     HostNothingToLend = "HOST_NOTHING_TO_LEND", Warning;
     /// Memory cannot be shared between processes of this machine.
     HostSharedMemory = "HOST_SHARED_MEMORY", Info;
-    /// Something of RDMA is missing or not as good as it could be.
+    /// A part of RDMA is missing, or not as good as it could be.
     HostRdma = "HOST_RDMA", Info;
-    /// Something else of this machine.
+    /// Another property of this machine.
     HostOther = "HOST_OTHER", Info;
-    /// xpm-swapd is refused more swap, or cannot make it.
+    /// xpm-swapd gets no more swap, or cannot set it up.
     SwapNotGrown = "SWAP_NOT_GROWN", Warning;
     /// Swap runs low, and its maximum is reached.
     SwapAtMaximum = "SWAP_AT_MAXIMUM", Warning;
-    /// An area of swap cannot be taken away.
+    /// A swap area cannot be taken away.
     SwapNotDrained = "SWAP_NOT_DRAINED", Warning;
-    /// The local last resort of swap cannot be had.
+    /// The local fallback swap cannot be used.
     SwapNoFallback = "SWAP_NO_FALLBACK", Warning;
-    /// xpm-swapd has another trouble, which its summary says.
+    /// xpm-swapd has another problem, which its summary describes.
     SwapTrouble = "SWAP_TROUBLE", Warning;
-    /// Two allocations have one region.
+    /// Two allocations have the same region.
     RegionShared = "REGION_SHARED", Critical;
-    /// An appliance has an allocation in another epoch than is recorded.
+    /// An appliance has an allocation at another epoch than the record.
     EpochDiffers = "EPOCH_DIFFERS", Critical;
     /// `xpm fsck` could not ask an appliance.
     ApplianceUnchecked = "APPLIANCE_UNCHECKED", Warning;

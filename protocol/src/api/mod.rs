@@ -1,7 +1,7 @@
 //! The control plane's messages: JSON over HTTP under `/v1`, one module per daemon.
 //!
-//! Unknown fields of requests are refused, so that a misspelt option is never ignored; unknown
-//! fields of answers are skipped, so that a newer daemon can say more.
+//! Unknown fields of requests are refused, so that a misspelt option is never ignored. Unknown fields of answers are
+//! skipped, so that a newer daemon can send more.
 
 pub mod allocator;
 pub mod appliance;
@@ -15,15 +15,15 @@ pub mod swapd;
 
 use serde::{Deserialize, Serialize};
 
-/// The version part of every path.
+/// Prefix of every path.
 pub const VERSION: &str = "v1";
 
-/// What a daemon answers with any status of 300 or above.
+/// Body of every answer with a status of 300 or above.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ErrorBody {
-    /// What kind of refusal it is, for programs.
+    /// Kind of the refusal, for programs.
     pub kind: ErrorKind,
-    /// One line: what, where, and what to do instead.
+    /// Message in one line: what, where, and what to do instead.
     #[serde(deserialize_with = "crate::text::line")]
     pub error: String,
 }
@@ -36,22 +36,22 @@ pub enum ErrorKind {
     Invalid,
     /// No or a wrong token (401).
     Unauthorized,
-    /// The operator's documents do not allow it: a limit, hours, a rule (403).
+    /// The operator's documents forbid it: a limit, hours, a rule (403).
     Denied,
-    /// The named thing is not there (404).
+    /// The named object does not exist (404).
     NotFound,
-    /// A thing of that name is there already, or changed meanwhile (409).
+    /// An object of that name exists already, or changed meanwhile (409).
     Conflict,
-    /// It is in use; the message says by whom and whether force is possible (409).
+    /// The object is in use; the message says by whom and whether force is possible (409).
     InUse,
     /// Not enough memory, or too few appliances (507).
     NoSpace,
-    /// This machine lacks what is needed (501).
+    /// This machine lacks a required feature (501).
     Unsupported,
-    /// A part that is needed is not reachable now; trying again may help (503).
+    /// A required part is not reachable now; trying again may help (503).
     Unavailable,
-    /// This allocator does not lead: ask the one that does, which the header `Location` names with
-    /// status 307, or the next one of those that are known (503).
+    /// This allocator is not the leader: ask the leader, which the header `Location` names (status 307), or the next
+    /// known allocator (503).
     NotLeader,
     /// A fault of the daemon itself (500).
     Internal,

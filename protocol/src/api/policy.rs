@@ -11,44 +11,44 @@ pub struct Policy {
     pub revision: u64,
     /// The documents, each with its version.
     pub documents: Documents,
-    /// Their texts, of those that were applied in a form that can be taken apart.
+    /// The texts of the documents that were applied in a form that can be cut into pieces.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub written: Vec<Written>,
 }
 
-/// A document as its author wrote it. The pieces of a file, in the order of their positions and each as `before`, `text`
-/// and `after`, are the file.
+/// A document as its author wrote it. The pieces of a file, joined in the order of their positions, each as `before`,
+/// `text` and `after`, give the file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Written {
-    /// Which.
+    /// The document.
     #[serde(flatten)]
     pub document: DocumentName,
-    /// The version that this is the text of.
+    /// The version of the document that has this text.
     pub version: u64,
-    /// How it is written.
+    /// Format of the text.
     pub format: PolicyFormat,
-    /// Its place among the documents of its file.
+    /// Its position among the documents of its file.
     pub position: u64,
-    /// What stood between the document before it and this one.
+    /// Text between the previous document and this one.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub before: String,
     /// Its text, with the comments directly above it.
     pub text: String,
-    /// What stood behind the last document of the file.
+    /// Text after the last document of the file.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub after: String,
 }
 
-/// Ends a line of TOML that `xpm edit` added: the version that was read. It is not kept with the text.
+/// Marks a line of TOML that `xpm edit` added: the version that was read. The line is not kept with the text.
 pub const EDIT_MARK: &str = "# xpm edit";
 
-/// Applies files of documents: all of them or, where anything is wrong, none.
+/// Applies files of documents: all of them or, if there is any problem, none.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Apply {
     /// The files.
     pub files: Vec<PolicyFile>,
-    /// Only says what would change.
+    /// Only report what would change.
     #[serde(default)]
     pub dry_run: bool,
 }
@@ -57,15 +57,15 @@ pub struct Apply {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PolicyFile {
-    /// What it is called, for messages.
+    /// Its name, for messages.
     pub name: String,
-    /// How it is written.
+    /// Its format.
     pub format: PolicyFormat,
-    /// What is in it.
+    /// Its content.
     pub text: String,
 }
 
-/// How a file of documents is written.
+/// Format of a file of documents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum PolicyFormat {
@@ -75,54 +75,54 @@ pub enum PolicyFormat {
     Json,
 }
 
-/// What came of applying.
+/// Result of applying files.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Applied {
     /// The revision now.
     pub revision: u64,
-    /// What is wrong with the files; nothing was changed unless this is empty.
+    /// Problems of the files; nothing was changed unless this is empty.
     pub problems: Vec<Problem>,
-    /// What was changed, or would be.
+    /// The changes that were made, or would be made.
     pub changes: Vec<DocumentChange>,
 }
 
-/// Something that is wrong with a file.
+/// A problem with a file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Problem {
     /// The file.
     pub file: String,
-    /// The line in it, from 1; 0 where it is about the whole file.
+    /// Its line, from 1; 0 if it concerns the whole file.
     pub line: u64,
-    /// The key, such as `account[2].hours[0].from`; empty where the file cannot be read at all.
+    /// Its key, such as `account[2].hours[0].from`; empty if the file cannot be read at all.
     pub key: String,
-    /// What is wrong and what to do instead, in one line.
+    /// Description with the remedy, in one line.
     pub text: String,
 }
 
-/// A document that is applied.
+/// The change of one document.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DocumentChange {
-    /// Which.
+    /// The document.
     #[serde(flatten)]
     pub document: DocumentName,
-    /// What is done to it.
+    /// The kind of change.
     pub action: ChangeAction,
     /// Its version afterwards.
     pub version: u64,
-    /// As it was, in TOML; empty where it is new.
+    /// The document before, in TOML; empty if it is new.
     pub before: String,
-    /// As it is then, in TOML.
+    /// The document after, in TOML.
     pub after: String,
 }
 
-/// What is done to a document.
+/// Kind of change of a document.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ChangeAction {
-    /// It is new.
+    /// The document is new.
     Created,
-    /// It is different.
+    /// The document differs from before.
     Changed,
-    /// It is the same; its version stays.
+    /// The document is the same; its version stays.
     Unchanged,
 }

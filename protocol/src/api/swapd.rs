@@ -3,7 +3,7 @@
 //! | method and path | body | answer |
 //! |---|---|---|
 //! | `GET /v1/status` | | [`Status`] |
-//! | `POST /v1/grow` | [`Grow`] | [`Area`]: the new one, which is on |
+//! | `POST /v1/grow` | [`Grow`] | [`Area`]: the new area, which is on |
 //! | `POST /v1/shrink` | [`Shrink`] | list of the names of areas that are being taken away |
 //! | `POST /v1/drain` | [`Drain`] | list of the names of areas that are being taken away |
 //! | `DELETE /v1/drain` | | nothing; areas that were being taken away stay |
@@ -15,19 +15,19 @@ use super::blk::{DeviceState, Form, SafetyItem};
 use crate::Name;
 use crate::units::{ByteSize, Span};
 
-/// Asks for more swap, which stays until it is taken away by hand.
+/// Adds swap, which stays until it is taken away by hand.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Grow {
-    /// By how much, in bytes.
+    /// Size of the added swap in bytes.
     pub size: ByteSize,
 }
 
-/// Takes the emptiest areas away whose sizes together are at most this much.
+/// Takes away the emptiest areas whose sizes together are at most `size`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Shrink {
-    /// At most so much, in bytes.
+    /// Largest sum of their sizes, in bytes.
     pub size: ByteSize,
 }
 
@@ -35,13 +35,13 @@ pub struct Shrink {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Drain {
-    /// By the names of their allocations or the paths of their devices.
+    /// Names of their allocations or paths of their devices.
     pub areas: Vec<String>,
-    /// All of them; from then on the policy rests.
+    /// All areas; from then on the policy is suspended.
     pub all: bool,
 }
 
-/// What xpm-swapd has, sees and does.
+/// Status of xpm-swapd.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
     /// Version of the program.
@@ -50,50 +50,50 @@ pub struct Status {
     pub pid: u32,
     /// Time since it started.
     pub uptime: Span,
-    /// The policy, in numbers.
+    /// The policy.
     pub policy: Policy,
-    /// Its areas.
+    /// The areas of xpm-swapd.
     pub areas: Vec<Area>,
-    /// Swap that others made.
+    /// Swap that xpm-swapd did not make.
     pub others: Vec<Other>,
-    /// The last resort, where there is to be one.
+    /// The local fallback swap, if it is configured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fallback: Option<Fallback>,
     /// Memory of the machine.
     pub memory: Memory,
     /// Memory pressure.
     pub pressure: Pressure,
-    /// What was decided last, and why.
+    /// The last decision, and its reason.
     pub decision: Decision,
-    /// That the policy rests.
+    /// Present while the policy is suspended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rest: Option<Rest>,
-    /// What does not go as it should. Empty when all is well.
+    /// Present problems. Empty if all is well.
     pub troubles: Vec<Trouble>,
-    /// Settings of the kernel and of control groups.
+    /// Checked settings of the kernel and of control groups.
     pub settings: Vec<Setting>,
-    /// Whether the daemon is fit for the moment when there is no memory, item by item.
+    /// Whether the daemon can go on when memory runs out, item by item.
     pub safety: Vec<SafetyItem>,
 }
 
-/// The policy that is followed.
+/// The policy in effect.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Policy {
-    /// There at once, in bytes.
+    /// Size of swap that is always present, in bytes.
     pub base: ByteSize,
-    /// Never more than this, in bytes.
+    /// Largest total size of its areas, in bytes.
     pub maximum: ByteSize,
-    /// Priority of its areas against other swap.
+    /// Priority of its areas, against other swap.
     pub priority: u16,
-    /// The next step when it grows, in bytes.
+    /// Size of the next step of growth, in bytes.
     pub next_step: ByteSize,
-    /// It grows when less than this is free now, in bytes.
+    /// It grows when less swap than this is free, in bytes.
     pub free_below: ByteSize,
-    /// It shrinks after so much calm.
+    /// It shrinks after this much time of calm.
     pub shrink_after: Span,
 }
 
-/// Swap on one allocation.
+/// A swap area: swap on one allocation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Area {
     /// The allocation.
@@ -101,164 +101,164 @@ pub struct Area {
     /// The device, while there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub path: Option<String>,
-    /// As what it is shown.
+    /// Form of the device.
     #[serde(rename = "as")]
     pub form: Form,
     /// Its size in bytes.
     pub size: ByteSize,
-    /// What of it is in use, in bytes.
+    /// Used part, in bytes.
     pub used: ByteSize,
-    /// How far it is.
+    /// Its state.
     pub state: AreaState,
-    /// Why it is there.
+    /// Reason for which it was made.
     pub origin: Origin,
-    /// Whether I/O passes, as xpm-blk says.
+    /// State of its device, by xpm-blk.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub device: Option<DeviceState>,
     /// The UUID in its swap header.
     pub uuid: String,
-    /// That it is being taken away, or waits for that.
+    /// Present while it is being taken away, or waits for that.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub leaving: Option<Leaving>,
-    /// That its allocation is going to end.
+    /// Present if its allocation is going to end: the announcement.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ending: Option<String>,
 }
 
-/// How far an area is.
+/// State of an area.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum AreaState {
-    /// It is being made, or made again after a restart of the machine.
+    /// It is being made, or made again after the machine was restarted.
     Making,
     /// It is on.
     On,
     /// It is being taken away.
     Leaving,
-    /// It was turned off by somebody else.
+    /// It was turned off by another program.
     Off,
-    /// It is off for good, and its memory is given back.
+    /// It is off for good, and its memory was given back.
     Gone,
 }
 
-/// Why an area is there.
+/// Reason for which an area was made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Origin {
     /// Part of the base.
     Base,
-    /// Added as it was needed, and taken away when it is not.
+    /// Added when it was needed, and taken away when it is not.
     Step,
-    /// Asked for by hand.
+    /// Requested by hand.
     Hand,
 }
 
-/// How far the taking away of an area is.
+/// Progress of taking an area away.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Leaving {
-    /// Why, in one line.
+    /// Reason, in one line.
     pub why: String,
-    /// What was in use when it began, in bytes.
+    /// Used bytes when it began.
     pub from: ByteSize,
-    /// Time since then.
+    /// Time since it began.
     pub since: Span,
 }
 
-/// Swap that is none of xpm-swapd's.
+/// Swap that xpm-swapd did not make.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Other {
     /// Its device or file.
     pub path: String,
     /// Its size in bytes.
     pub size: ByteSize,
-    /// What of it is in use, in bytes.
+    /// Used part, in bytes.
     pub used: ByteSize,
     /// Its priority.
     pub priority: i32,
 }
 
-/// The last resort.
+/// The local fallback swap.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fallback {
     /// Its file or partition.
     pub path: String,
     /// Whether it is on.
     pub on: bool,
-    /// Its size in bytes, when it is on.
+    /// Its size in bytes, while it is on.
     pub size: ByteSize,
-    /// What of it is in use, in bytes.
+    /// Used part, in bytes.
     pub used: ByteSize,
-    /// Its priority as the kernel has it.
+    /// Its priority in the kernel.
     pub priority: i32,
 }
 
 /// Memory of the machine, in bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Memory {
-    /// All.
+    /// All memory.
     pub total: ByteSize,
-    /// What could be had without swapping (`MemAvailable`).
+    /// Memory available without swapping (`MemAvailable`).
     pub available: ByteSize,
 }
 
-/// Memory pressure by the kernel's account.
+/// Memory pressure, as the kernel reports it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pressure {
-    /// Whether the kernel tells it.
+    /// Whether the kernel reports it.
     pub told: bool,
-    /// Share of time of the last ten seconds in which some task waited for memory, in hundredths of a percent.
+    /// Share of the last ten seconds in which some task waited for memory, in hundredths of a percent.
     pub some_avg10: u64,
-    /// Time since the threshold was passed last.
+    /// Time since the threshold was exceeded last.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last: Option<Span>,
 }
 
-/// What was decided.
+/// A decision of the policy.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Decision {
-    /// What is done.
+    /// The action.
     pub action: String,
-    /// Why.
+    /// The reason.
     pub reason: String,
-    /// Time since it was decided so first.
+    /// Time since this decision was made first.
     pub since: Span,
 }
 
-/// That the policy rests: nothing is made or taken away until it is told to go on.
+/// The policy is suspended: no area is made or taken away until it is resumed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rest {
-    /// Why, in one line, with what ends it.
+    /// Reason, in one line, with what ends the suspension.
     pub why: String,
 }
 
-/// Something that does not go as it should.
+/// A present problem.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Trouble {
-    /// What: `grow`, `drain`, `xpm-blk`, `fallback`, `area NAME`, ...
+    /// Its subject: `grow`, `drain`, `xpm-blk`, `fallback`, `area NAME`, ...
     pub what: String,
-    /// Why, in one line.
+    /// Reason, in one line.
     pub why: String,
     /// Time since it began.
     pub since: Span,
-    /// Times that it was tried.
+    /// Number of attempts.
     pub tries: u64,
-    /// Time until it is tried again.
+    /// Time until the next attempt.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub again: Option<Span>,
 }
 
-/// A setting that is looked after.
+/// A setting that xpm-swapd checks.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Setting {
     /// Its file.
     pub path: String,
-    /// What it is.
+    /// Its present value.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub found: Option<String>,
-    /// What it should be.
+    /// The wanted value.
     pub wanted: String,
-    /// Whether it is so.
+    /// Whether it has the wanted value.
     pub ok: bool,
-    /// What it is for, or why it cannot be so.
+    /// Purpose of the setting, or why it cannot be changed.
     pub note: String,
 }

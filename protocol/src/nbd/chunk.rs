@@ -1,68 +1,67 @@
-//! What follows the headers of structured reply chunks ("Structured reply types" of the
-//! specification).
+//! Bodies of structured reply chunks ("Structured reply types" of the specification).
 //!
-//! A client asks [`ChunkHeader::body`] what is to come before it receives any of it, so that data
-//! can go straight to where it is wanted.
+//! A client calls [`ChunkHeader::body`] to learn the form of a body before it receives it, so that data can be
+//! received directly into their final buffer.
 
 use super::constants::STRING_MAX;
 use super::errno::Errno;
 use super::reply::{ChunkHeader, ChunkType};
 
-/// Bytes of the offset ahead of a chunk's data.
+/// Length of the offset before a chunk's data, in bytes.
 pub const DATA_OFFSET_LEN: usize = 8;
-/// Bytes of a hole's body.
+/// Length of a hole's body, in bytes.
 pub const HOLE_LEN: usize = 12;
-/// Bytes of one extent in a block status chunk.
+/// Length of one extent in a block status chunk, in bytes.
 pub const EXTENT_LEN: usize = 8;
-/// Bytes of the context's id ahead of the extents.
+/// Length of the context's id before the extents, in bytes.
 pub const CONTEXT_LEN: usize = 4;
-/// Most extents that are taken in one chunk; servers in use send no more.
+/// Most extents that are accepted in one chunk; known servers send no more.
 pub const EXTENTS_MAX: u32 = 1 << 20;
-/// Longest body of an error that is taken, in bytes: a message and what else may stand there.
+/// Longest error body that is accepted, in bytes: a message and possibly other fields.
 pub const ERROR_LEN_MAX: u32 = 8 << 10;
 
-/// State of an extent in `base:allocation`: it holds nothing.
+/// State of an extent in `base:allocation`: it occupies no storage.
 pub const STATE_HOLE: u32 = 1 << 0;
 /// State of an extent in `base:allocation`: it reads as zeros.
 pub const STATE_ZERO: u32 = 1 << 1;
 
 const ERROR_FIXED_LEN: usize = 6;
 
-/// A chunk that the specification does not allow; the connection has to be closed.
+/// The specification does not allow the chunk; the connection has to be closed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the server sent a malformed reply chunk: {0}")]
 pub struct BadChunk(&'static str);
 
-/// What follows a chunk's header.
+/// Form of a chunk's body.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ChunkBody {
-    /// Nothing.
+    /// No body.
     None,
-    /// [`DATA_OFFSET_LEN`] bytes, the offset of the data as a big-endian number, then `length` bytes of
-    /// data, at least one.
+    /// [`DATA_OFFSET_LEN`] bytes with the offset of the data as a big-endian number, then `length` bytes of data, at
+    /// least one.
     Data {
-        /// Bytes of data.
+        /// Length of the data in bytes.
         length: u32,
     },
     /// [`HOLE_LEN`] bytes, for [`Hole::decode`].
     Hole,
-    /// [`CONTEXT_LEN`] bytes, then as many times [`EXTENT_LEN`]; all for [`BlockStatus::decode`].
+    /// [`CONTEXT_LEN`] bytes, then `extents` times [`EXTENT_LEN`] bytes; all together for [`BlockStatus::decode`].
     BlockStatus {
-        /// Extents; 1 to [`EXTENTS_MAX`].
+        /// Number of extents; 1 to [`EXTENTS_MAX`].
         extents: u32,
     },
-    /// So many bytes, at most [`ERROR_LEN_MAX`], for [`ErrorChunk::decode`].
+    /// `length` bytes, at most [`ERROR_LEN_MAX`], for [`ErrorChunk::decode`].
     Error {
-        /// Bytes of it.
+        /// Length of the body in bytes.
         length: u32,
     },
 }
 
 impl ChunkHeader {
-    /// What follows this header.
+    /// The form of the body that follows this header.
     ///
     /// # Errors
-    /// [`BadChunk`] when kind, length and flags do not fit, or the kind is unknown and no error.
+    /// [`BadChunk`] when kind, length and flags contradict each other, or when the kind is unknown and not an error.
     #[inline]
     pub const fn body(&self) -> Result<ChunkBody, BadChunk> {
         let length = self.length;
@@ -95,12 +94,12 @@ impl ChunkHeader {
     }
 }
 
-/// Bytes that read as zeros and were not sent.
+/// A run of bytes that read as zeros and were not sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Hole {
     /// First byte in the export.
     pub offset: u64,
-    /// Bytes, at least one.
+    /// Length in bytes, at least one.
     pub length: u32,
 }
 
@@ -119,7 +118,7 @@ impl Hole {
         Ok(Hole { offset: u64::from_be_bytes(*offset), length })
     }
 
-    /// Writes it.
+    /// Writes the hole.
     #[inline]
     pub fn encode(&self, bytes: &mut [u8; HOLE_LEN]) {
         bytes[..8].copy_from_slice(&self.offset.to_be_bytes());
@@ -127,12 +126,12 @@ impl Hole {
     }
 }
 
-/// Bytes that are held in one way.
+/// A run of bytes in the same state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StatusExtent {
-    /// Bytes, at least one.
+    /// Length in bytes, at least one.
     pub length: u32,
-    /// How; of `base:allocation`, [`STATE_HOLE`] and [`STATE_ZERO`].
+    /// State; in `base:allocation`, [`STATE_HOLE`] and [`STATE_ZERO`].
     pub state: u32,
 }
 
@@ -143,7 +142,7 @@ impl StatusExtent {
         StatusExtent { length: u32::from_be_bytes([*l0, *l1, *l2, *l3]), state: u32::from_be_bytes(*state) }
     }
 
-    /// Writes it.
+    /// Writes the extent.
     #[inline]
     pub fn encode(&self, bytes: &mut [u8; EXTENT_LEN]) {
         bytes[..4].copy_from_slice(&self.length.to_be_bytes());
@@ -151,7 +150,7 @@ impl StatusExtent {
     }
 }
 
-/// How bytes from a request's offset on are held, in one context.
+/// States of the bytes from a request's offset on, in one context.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BlockStatus<'a> {
     /// The context's id.
@@ -163,7 +162,7 @@ impl<'a> BlockStatus<'a> {
     /// Reads the whole body of a block status chunk.
     ///
     /// # Errors
-    /// [`BadChunk`] when there is no extent, or an empty one, or half of one.
+    /// [`BadChunk`] when there is no extent, an empty extent, or an incomplete extent.
     pub fn decode(bytes: &'a [u8]) -> Result<BlockStatus<'a>, BadChunk> {
         let (context, extents) =
             bytes.split_first_chunk::<CONTEXT_LEN>().ok_or(BadChunk("extents without their context"))?;
@@ -177,7 +176,7 @@ impl<'a> BlockStatus<'a> {
         Ok(BlockStatus { context: u32::from_be_bytes(*context), extents })
     }
 
-    /// The extents, in their order; together they may be shorter or longer than what was asked for.
+    /// The extents in order; together they may be shorter or longer than the requested range.
     pub fn extents(&self) -> impl ExactSizeIterator<Item = StatusExtent> + use<'a> {
         self.extents.iter().map(StatusExtent::decode)
     }
@@ -190,13 +189,13 @@ pub struct ErrorChunk<'a> {
     pub error: Errno,
     /// A text for people; empty if there is none.
     pub message: &'a str,
-    /// Where it failed, in the export.
+    /// Offset in the export at which it failed.
     pub offset: Option<u64>,
 }
 
 impl<'a> ErrorChunk<'a> {
-    /// Reads the whole body of an error chunk of this kind. What an unknown kind has behind its
-    /// message is not looked at; a message that is no text counts as none.
+    /// Reads the whole body of an error chunk of this kind. In a chunk of unknown kind, bytes after the message are
+    /// ignored; a message that is not UTF-8 counts as empty.
     ///
     /// # Errors
     /// [`BadChunk`] when the message does not fit into the body.
@@ -215,20 +214,20 @@ impl<'a> ErrorChunk<'a> {
             _ => None,
         };
         Ok(ErrorChunk {
-            // 0 is no error, and has no place here.
+            // 0 would mean success, which an error chunk cannot report.
             error: Errno::from_wire(u32::from_be_bytes([*e0, *e1, *e2, *e3])).unwrap_or(Errno::Invalid),
             message: std::str::from_utf8(message).unwrap_or(""),
             offset: offset.map(u64::from_be_bytes),
         })
     }
 
-    /// The kind of chunk that says this.
+    /// The kind of chunk for this error.
     pub const fn kind(&self) -> ChunkType {
         if self.offset.is_some() { ChunkType::ErrorOffset } else { ChunkType::Error }
     }
 
-    /// Writes the body and returns its length, which the chunk's header needs; none when there is no
-    /// room, or the message is longer than the protocol allows.
+    /// Writes the body and returns its length, which the chunk's header needs. None if there is no room, or if the
+    /// message is longer than the protocol allows.
     pub fn encode(&self, bytes: &mut [u8]) -> Option<usize> {
         let message_end = ERROR_FIXED_LEN + self.message.len();
         let end = message_end + self.offset.map_or(0, |_| 8);

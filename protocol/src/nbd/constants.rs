@@ -1,6 +1,5 @@
-//! The numbers of the wire, under the names that the specification gives them ("Values", and the
-//! magic numbers of "Protocol phases"). Tools and tests that look at bytes need them; everyone else
-//! uses the types of this codec.
+//! The numbers of the wire, under the names that the specification gives them ("Values", and the magic numbers of
+//! "Protocol phases"). They are for tools and tests that work on bytes; other code uses the types of this codec.
 
 /// First number of a server's greeting, ASCII `NBDMAGIC`.
 pub const NBD_MAGIC: u64 = 0x4e42_444d_4147_4943;
@@ -17,10 +16,10 @@ pub const STRUCTURED_REPLY_MAGIC: u32 = 0x668e_33ef;
 
 /// Handshake flag: the server speaks fixed newstyle.
 pub const FLAG_FIXED_NEWSTYLE: u16 = 1 << 0;
-/// Handshake flag: the server can leave out the zeroes behind the answer to `OPT_EXPORT_NAME`.
+/// Handshake flag: the server can omit the zeroes after the answer to `OPT_EXPORT_NAME`.
 pub const FLAG_NO_ZEROES: u16 = 1 << 1;
 
-/// Option: enter an export; no answer but the export itself, or a closed connection.
+/// Option: enter an export; the answer is the export itself, or a closed connection.
 pub const OPT_EXPORT_NAME: u32 = 1;
 /// Option: end the handshake.
 pub const OPT_ABORT: u32 = 2;
@@ -32,17 +31,17 @@ pub const OPT_STARTTLS: u32 = 5;
 pub const OPT_INFO: u32 = 6;
 /// Option: describe an export and enter it.
 pub const OPT_GO: u32 = 7;
-/// Option: replies to be structured.
+/// Option: use structured replies.
 pub const OPT_STRUCTURED_REPLY: u32 = 8;
 /// Option: list metadata contexts.
 pub const OPT_LIST_META_CONTEXT: u32 = 9;
 /// Option: choose metadata contexts.
 pub const OPT_SET_META_CONTEXT: u32 = 10;
-/// Option: headers with lengths of 64 bits.
+/// Option: use headers with 64-bit lengths.
 pub const OPT_EXTENDED_HEADERS: u32 = 11;
 
-/// Option of xpm's own: the [`Visitor`](crate::Visitor) that asks, as text, before it enters an export. Servers that do not
-/// know it answer so ([`REP_ERR_UNSUP`]), and the client goes on without.
+/// xpm's own option: sends the client's [`Visitor`](crate::Visitor) as text, before it enters an export. Servers that
+/// do not know the option answer [`REP_ERR_UNSUP`], and the client goes on without it.
 pub const OPT_XPM_LIFE: u32 = 0x7870_6d01;
 
 /// Reply to an option: accepted, or complete.
@@ -61,9 +60,9 @@ pub const REP_ERR_UNSUP: u32 = REP_ERR + 1;
 pub const REP_ERR_POLICY: u32 = REP_ERR + 2;
 /// Reply to an option: malformed, or out of place.
 pub const REP_ERR_INVALID: u32 = REP_ERR + 3;
-/// Reply to an option: not on this platform.
+/// Reply to an option: not available on this platform.
 pub const REP_ERR_PLATFORM: u32 = REP_ERR + 4;
-/// Reply to an option: not without TLS.
+/// Reply to an option: TLS is required.
 pub const REP_ERR_TLS_REQD: u32 = REP_ERR + 5;
 /// Reply to an option: no such export.
 pub const REP_ERR_UNKNOWN: u32 = REP_ERR + 6;
@@ -87,22 +86,22 @@ pub const INFO_BLOCK_SIZE: u16 = 3;
 pub const CMD_READ: u16 = 0;
 /// Command: write bytes.
 pub const CMD_WRITE: u16 = 1;
-/// Command: the end of the connection.
+/// Command: close the connection.
 pub const CMD_DISC: u16 = 2;
 /// Command: make answered writes stable.
 pub const CMD_FLUSH: u16 = 3;
-/// Command: forget bytes.
+/// Command: discard bytes.
 pub const CMD_TRIM: u16 = 4;
 /// Command: make bytes ready for reading.
 pub const CMD_CACHE: u16 = 5;
 /// Command: write zeroes.
 pub const CMD_WRITE_ZEROES: u16 = 6;
-/// Command: tell how bytes are held.
+/// Command: report the states of bytes.
 pub const CMD_BLOCK_STATUS: u16 = 7;
 
 /// Flag of a chunk: the last one of its reply.
 pub const REPLY_FLAG_DONE: u16 = 1 << 0;
-/// Chunk: no more than the end.
+/// Chunk: only the end of the reply.
 pub const REPLY_TYPE_NONE: u16 = 0;
 /// Chunk: data at an offset.
 pub const REPLY_TYPE_OFFSET_DATA: u16 = 1;
@@ -119,10 +118,10 @@ pub const REPLY_TYPE_ERROR_OFFSET: u16 = REPLY_TYPE_ERR + 2;
 
 /// Longest string, in bytes ("Conventions").
 pub const STRING_MAX: usize = 4096;
-/// Text of the reply `REP_ERR_POLICY` to a connection whose session and queue have a newer one. The client compares the
-/// part before the colon.
+/// Text of the reply `REP_ERR_POLICY` to a connection whose session and queue have a newer one. The client compares
+/// the part before the colon.
 pub const OUTDATED: &str = "outdated: a newer connection of this session and queue is there";
-/// Zeroes behind the answer to `OPT_EXPORT_NAME`, unless both sides want none.
+/// Number of zeroes after the answer to `OPT_EXPORT_NAME`, unless both sides omit them.
 pub const EXPORT_NAME_ZEROES: usize = 124;
-/// The metadata context that says what is allocated and what reads as zeroes.
+/// The metadata context that reports which bytes are allocated and which read as zeroes.
 pub const BASE_ALLOCATION: &str = "base:allocation";

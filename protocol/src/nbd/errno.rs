@@ -1,7 +1,6 @@
 //! Error values of the wire.
 
-/// An error as the protocol numbers it ("Error values" of the specification). The numbers are
-/// Linux', on every system.
+/// An error of the protocol ("Error values" of the specification). The numbers are those of Linux, on every system.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
 #[repr(u32)]
 pub enum Errno {
@@ -23,7 +22,7 @@ pub enum Errno {
     /// `NBD_EOVERFLOW`: the request or its answer is too long.
     #[error("EOVERFLOW: the request or its answer is too long")]
     Overflow = 75,
-    /// `NBD_ENOTSUP`: the request cannot be done in the way that was asked for.
+    /// `NBD_ENOTSUP`: the request cannot be done in the requested way.
     #[error("ENOTSUP: the request cannot be done in the way that was asked for")]
     NotSupported = 95,
     /// `NBD_ESHUTDOWN`: the server is going down.
@@ -38,8 +37,8 @@ impl Errno {
         self as u32
     }
 
-    /// What a number on the wire means; as the specification asks, unknown ones are `EINVAL`.
-    /// None for 0, which is success.
+    /// The error of a number on the wire; by the specification, an unknown number counts as `EINVAL`. None for 0,
+    /// which is success.
     #[inline]
     pub const fn from_wire(number: u32) -> Option<Errno> {
         Some(match number {

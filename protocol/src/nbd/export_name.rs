@@ -1,35 +1,34 @@
-//! Names of an appliance's exports: the key of a grant, and whose connection it is.
+//! Names of an appliance's exports: the key of a grant, and the tag of the connection.
 
 use std::fmt;
 use std::str::FromStr;
 
 use crate::GrantKey;
 
-/// Which connection of a client this is. Of one session and queue, the connection of a newer
-/// generation replaces that of an older one: the server closes the old one before it lets the new
-/// one in, so that a request which the old one left behind cannot land later.
+/// Identifies a connection of a client. Within a session and queue, a connection of a newer generation replaces an
+/// older one: the server closes the old connection before it accepts the new one, so that a request left on the old
+/// one cannot take effect later.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct SessionTag {
     /// Random number of the client's use of the allocation.
     pub id: u128,
     /// Queue within it.
     pub queue: u16,
-    /// Counts the connections of that queue.
+    /// Number of the connection among those of that queue.
     pub generation: u32,
 }
 
-/// The name of a grant's export: `KEY` or `KEY.SESSION.QUEUE.GENERATION`, with 64 and 32
-/// hexadecimal digits and two decimal numbers. It is a secret: `Debug` does not print the key.
+/// The name of a grant's export: `KEY` or `KEY.SESSION.QUEUE.GENERATION`, with 64 and 32 hexadecimal digits and two
+/// decimal numbers. It is a secret: `Debug` does not print the key.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ExportName {
     /// The grant's key.
     pub key: GrantKey,
-    /// Whose connection it is; none for clients that are not xpm's.
+    /// Tag of the connection; none for clients other than xpm's.
     pub session: Option<SessionTag>,
 }
 
-/// A text that is no export name of an appliance. It does not repeat the text, which may be a
-/// secret.
+/// The text is no export name of an appliance. The error does not repeat the text, which may be a secret.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("not the name of a grant's export")]
 pub struct ParseExportNameError;

@@ -1,7 +1,7 @@
-//! The NBD wire codec: the standard protocol (fixed newstyle, with simple and structured replies) as
-//! types and pure functions, server's side and client's side.
+//! The NBD wire codec: the standard protocol (fixed newstyle, with simple and structured replies) as types and pure
+//! functions, for servers and clients.
 //!
-//! Source: `doc/proto.md` of the NetworkBlockDevice project; sections are named where it matters.
+//! Source: `doc/proto.md` of the NetworkBlockDevice project; comments name its sections where needed.
 
 pub mod constants;
 pub mod handshake;

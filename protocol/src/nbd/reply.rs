@@ -3,25 +3,25 @@
 use super::constants::*;
 use super::errno::Errno;
 
-/// Bytes of a simple reply, without the data that follows that of a read.
+/// Length of a simple reply in bytes, without the data after the reply to a read.
 pub const SIMPLE_REPLY_LEN: usize = 16;
-/// Bytes of a structured reply chunk's header.
+/// Length of a structured reply chunk's header in bytes.
 pub const CHUNK_HEADER_LEN: usize = 20;
 
-/// Flag of a chunk: no other follows for its request.
+/// Flag of a chunk: it is the last one of its reply.
 pub const CHUNK_DONE: u16 = REPLY_FLAG_DONE;
 
-/// A simple reply; the data of a successful read follows it.
+/// A simple reply; after the reply to a successful read, the data follow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SimpleReply {
-    /// None: it went well.
+    /// The error; none on success.
     pub error: Option<Errno>,
-    /// The request's mark.
+    /// The cookie of the request.
     pub cookie: u64,
 }
 
 impl SimpleReply {
-    /// Writes it.
+    /// Writes the reply.
     #[inline]
     pub fn encode(&self, bytes: &mut [u8; SIMPLE_REPLY_LEN]) {
         bytes[..4].copy_from_slice(&SIMPLE_REPLY_MAGIC.to_be_bytes());
@@ -33,19 +33,19 @@ impl SimpleReply {
 /// Kinds of chunks (`NBD_REPLY_TYPE_*`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ChunkType {
-    /// No more than the request's end.
+    /// Only the end of the reply.
     None,
     /// Data at an offset.
     OffsetData,
     /// Zeros at an offset.
     OffsetHole,
-    /// Extents.
+    /// States of extents.
     BlockStatus,
     /// The request failed.
     Error,
     /// The request failed at an offset.
     ErrorOffset,
-    /// A kind that this library does not know; an error if `is_error`.
+    /// A kind that this library does not know; it is an error if `is_error` returns true.
     Other(u16),
 }
 
@@ -76,27 +76,27 @@ impl ChunkType {
         }
     }
 
-    /// Whether it says that the request failed.
+    /// Whether the chunk reports that the request failed.
     pub const fn is_error(self) -> bool {
         self.to_wire() & REPLY_TYPE_ERR != 0
     }
 }
 
-/// The header of a chunk; `length` bytes follow.
+/// The header of a chunk; a body of `length` bytes follows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ChunkHeader {
-    /// No other chunk follows for the request.
+    /// Whether this is the last chunk of the reply.
     pub done: bool,
-    /// What follows.
+    /// Kind of the chunk.
     pub kind: ChunkType,
-    /// The request's mark.
+    /// The cookie of the request.
     pub cookie: u64,
-    /// Bytes that follow.
+    /// Length of the body in bytes.
     pub length: u32,
 }
 
 impl ChunkHeader {
-    /// Writes it.
+    /// Writes the header.
     #[inline]
     pub fn encode(&self, bytes: &mut [u8; CHUNK_HEADER_LEN]) {
         bytes[..4].copy_from_slice(&STRUCTURED_REPLY_MAGIC.to_be_bytes());
@@ -116,14 +116,13 @@ pub enum ReplyHeader {
     Chunk(ChunkHeader),
 }
 
-/// The bytes are no reply: whatever follows cannot be understood.
+/// The bytes are no reply: the rest of the stream cannot be understood.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("not a reply: its magic number is wrong")]
 pub struct BadReplyMagic;
 
 impl ReplyHeader {
-    /// Reads a header from the start of `bytes`, and says how long it is; none when more bytes are
-    /// needed.
+    /// Reads a header from the start of `bytes`, and returns it with its length; none if more bytes are needed.
     ///
     /// # Errors
     /// [`BadReplyMagic`]: the connection has to be closed.
@@ -143,7 +142,7 @@ impl ReplyHeader {
         }
     }
 
-    /// The mark of the request that is answered.
+    /// The cookie of the answered request.
     #[inline]
     pub const fn cookie(&self) -> u64 {
         match self {
@@ -152,9 +151,9 @@ impl ReplyHeader {
         }
     }
 
-    /// Bytes that follow the header, where `read_len` is the length of the read that is answered, and
-    /// 0 for any other command. A simple reply does not say it; [`ChunkHeader::body`] says of a chunk
-    /// what they are.
+    /// Number of bytes that follow the header. `read_len` is the length of the answered read, and 0 for any other
+    /// command: a simple reply does not contain that length. For a chunk, [`ChunkHeader::body`] tells the form of
+    /// these bytes.
     #[inline]
     pub const fn payload_len(&self, read_len: u32) -> u32 {
         match self {

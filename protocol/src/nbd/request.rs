@@ -4,7 +4,7 @@ use super::constants::*;
 use super::errno::Errno;
 use super::export::{ExportInfo, TransmissionFlags};
 
-/// Bytes of a request's header.
+/// Length of a request's header in bytes.
 pub const REQUEST_LEN: usize = 28;
 
 /// Command flags (`NBD_CMD_FLAG_*`).
@@ -12,70 +12,70 @@ pub const REQUEST_LEN: usize = 28;
 pub struct CommandFlags(u16);
 
 impl CommandFlags {
-    /// None.
+    /// No flags.
     pub const NONE: CommandFlags = CommandFlags(0);
-    /// Not answered before it is on stable storage.
+    /// Answer only once the data are on stable storage.
     pub const FUA: CommandFlags = CommandFlags(1 << 0);
-    /// Zeros without giving memory back.
+    /// Write zeros without releasing storage.
     pub const NO_HOLE: CommandFlags = CommandFlags(1 << 1);
-    /// Data of a read in one chunk.
+    /// Send the data of a read in one chunk.
     pub const DF: CommandFlags = CommandFlags(1 << 2);
-    /// One extent only.
+    /// Report only one extent.
     pub const REQ_ONE: CommandFlags = CommandFlags(1 << 3);
-    /// Zeros only if that is faster than a write.
+    /// Write zeros only if that is faster than a normal write.
     pub const FAST_ZERO: CommandFlags = CommandFlags(1 << 4);
 
-    /// The flags of these bits, known or not.
+    /// The flags with these bits, known or not.
     #[inline]
     pub const fn from_bits(bits: u16) -> CommandFlags {
         CommandFlags(bits)
     }
 
-    /// As bits on the wire.
+    /// The bits on the wire.
     #[inline]
     pub const fn bits(self) -> u16 {
         self.0
     }
 
-    /// Whether all of `other` are set.
+    /// Whether all flags of `other` are set.
     #[inline]
     pub const fn contains(self, other: CommandFlags) -> bool {
         self.0 & other.0 == other.0
     }
 
-    /// Whether there are flags beside `allowed`.
+    /// Whether there are flags other than `allowed`.
     #[inline]
     const fn exceeds(self, allowed: u16) -> bool {
         self.0 & !allowed != 0
     }
 
-    /// With those of `other` as well.
+    /// These flags and those of `other`.
     #[must_use]
     pub const fn with(self, other: CommandFlags) -> CommandFlags {
         CommandFlags(self.0 | other.0)
     }
 }
 
-/// What a request asks for (`NBD_CMD_*`).
+/// A command (`NBD_CMD_*`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Command {
-    /// Bytes of the export.
+    /// Read bytes of the export.
     Read,
-    /// Bytes to the export; they follow the header.
+    /// Write bytes to the export; they follow the header.
     Write,
-    /// The end of the connection; never answered.
+    /// Close the connection; never answered.
     Disconnect,
-    /// Answered writes become stable.
+    /// Make answered writes stable.
     Flush,
-    /// Bytes that nobody needs any more.
+    /// Discard bytes.
     Trim,
-    /// Bytes that will be needed soon.
+    /// Prefetch bytes.
     Cache,
-    /// Zeros to the export.
+    /// Write zeros to the export.
     WriteZeroes,
-    /// How bytes are held.
+    /// Report the states of bytes.
     BlockStatus,
-    /// A command that the specification does not have, or that is not for servers of today.
+    /// A command that the specification lacks, or that only other kinds of servers have.
     Other(u16),
 }
 
@@ -114,19 +114,19 @@ impl Command {
 /// A request's header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Request {
-    /// How.
+    /// Command flags.
     pub flags: CommandFlags,
-    /// What.
+    /// The command.
     pub command: Command,
-    /// The client's mark, repeated in the reply.
+    /// The client's cookie, which the reply repeats.
     pub cookie: u64,
     /// First byte.
     pub offset: u64,
-    /// Bytes.
+    /// Length in bytes.
     pub length: u32,
 }
 
-/// The header does not start as a request: whatever follows cannot be understood.
+/// The header does not start as a request: the rest of the stream cannot be understood.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("not a request: its magic number is wrong")]
 pub struct BadRequestMagic;
@@ -163,17 +163,17 @@ impl Request {
         bytes[24..].copy_from_slice(&self.length.to_be_bytes());
     }
 
-    /// Whether a server may do what is asked, on this export and with what was negotiated
-    /// (structured replies; the context `base:allocation`).
+    /// Whether a server may carry the request out, on this export and with these negotiated features (structured
+    /// replies; the context `base:allocation`).
     ///
     /// # Errors
-    /// What the client has to be answered.
+    /// The error to answer.
     #[inline]
     pub fn check(&self, export: &ExportInfo, structured: bool, base_allocation: bool) -> Result<(), Errno> {
         use TransmissionFlags as Has;
         let fua = if export.flags.contains(Has::SEND_FUA) { CommandFlags::FUA.0 } else { 0 };
         let (offered, allowed) = match self.command {
-            // It has no answer, so there is nobody to tell that it is malformed.
+            // This command has no answer, so a malformed one cannot be refused.
             Command::Disconnect => return Ok(()),
             Command::Read if structured => (true, fua | CommandFlags::DF.0),
             Command::Read | Command::Write => (true, fua),
@@ -197,7 +197,7 @@ impl Request {
         }
     }
 
-    /// Whether bytes of a reply, as its chunks give them, lie within what was asked for.
+    /// Whether bytes of a reply chunk lie within the requested range.
     #[inline]
     pub const fn covers(&self, offset: u64, length: u32) -> bool {
         match offset.checked_sub(self.offset) {

@@ -7,24 +7,24 @@ use super::{Labels, LinkDemand, Window};
 use crate::Name;
 use crate::units::{ByteSize, Span};
 
-/// Who memory is charged to.
+/// An account, to which memory is charged.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Account {
     /// Its name.
     pub name: Name,
-    /// For people.
+    /// A description for people.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub description: String,
-    /// The version that this replaces; given by the allocator. With it, applying is refused when
-    /// somebody else changed the document meanwhile; without it, the last one to apply wins.
+    /// The version that this document replaces; the allocator sets it. With a version, the document is refused if it
+    /// was changed meanwhile; without one, the last change wins.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub version: Option<u64>,
-    /// For conditions of rules.
+    /// Labels for conditions of rules.
     #[serde(default, skip_serializing_if = "Labels::is_empty")]
     pub labels: Labels,
-    /// 0 to 1000, larger is more important: the order of requests that wait, and who gives way to
-    /// whom when the pool is short.
+    /// Priority, 0 to 1000; larger is more important. It orders the requests that wait, and decides which allocation
+    /// gives way to which when the pool is short.
     #[serde(default = "priority_default")]
     #[schemars(range(min = 0, max = 1000))]
     pub priority: u16,
@@ -37,16 +37,16 @@ pub struct Account {
     /// The strategy of requests that name none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub strategy: Option<Name>,
-    /// Time zone of `hours`, by its IANA name; UTC where none is given.
+    /// Time zone of `hours`, by its IANA name; default: UTC.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub time_zone: Option<String>,
-    /// When memory may be asked for and attached; always where none is given.
+    /// When memory may be requested and attached; default: always.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub hours: Vec<Window>,
-    /// What becomes of allocations when the hours end.
+    /// Fate of allocations when the hours end.
     #[serde(default)]
     pub at_close: AtClose,
-    /// How long allocations may be used; for ever where none is given.
+    /// How long allocations may exist; default: for ever.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lease: Option<LeaseTerms>,
     /// The link speed that allocations of this account get.
@@ -56,15 +56,15 @@ pub struct Account {
     /// priority.
     #[serde(default)]
     pub reclaimable: bool,
-    /// Most requests of this account that wait for their turn at the same time; 100 where none is given.
+    /// Most requests of this account that wait for their turn at the same time; default: 100.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub waiting_max: Option<u32>,
 }
 
-/// Most requests of an account that says none, and of all without an account, that wait at the same time.
+/// Default limit of waiting requests of an account, and their limit for all requests without an account together.
 pub const WAITING_MAX_DEFAULT: u32 = 100;
 
-/// Priority of accounts that say none, and of requests without an account.
+/// Default priority of an account, and priority of requests without an account.
 pub const PRIORITY_DEFAULT: u16 = 100;
 /// Highest priority.
 pub const PRIORITY_MAX: u16 = 1000;
@@ -73,31 +73,31 @@ fn priority_default() -> u16 {
     PRIORITY_DEFAULT
 }
 
-/// What becomes of allocations when the hours of their account end.
+/// Fate of allocations when the hours of their account end.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum AtClose {
-    /// They stay; nothing new is made or attached.
+    /// They stay; no new allocation is made or attached.
     #[default]
     Keep,
-    /// They end, as a lease does: with warning before and grace after.
+    /// They end, as by a lease: with a warning before and a time of grace after.
     End,
 }
 
-/// How long an allocation may be used, and how its end comes.
+/// How long an allocation may exist, and how it ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct LeaseTerms {
-    /// Time from the making, or the last renewal, to the end.
+    /// Time from the creation, or from the last renewal, to the end.
     pub duration: Span,
-    /// The end is announced this long before; a tenth of the duration where it is not given.
+    /// How long before the end it is announced; default: a tenth of the duration.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub warning: Option<Span>,
-    /// After the end the owner has this long to leave; then it is cut off and the memory is freed.
-    /// 10 minutes where it is not given.
+    /// How long after the end the owner may still use it; then the owner is cut off and the memory is freed. Default:
+    /// 10 minutes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub grace: Option<Span>,
-    /// With all renewals, no longer than this.
+    /// Longest time including all renewals.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub total_max: Option<Span>,
     /// Whether it can be renewed.
@@ -105,7 +105,7 @@ pub struct LeaseTerms {
     pub renewable: bool,
 }
 
-/// Grace of a lease that says none, in seconds.
+/// Default time of grace of a lease, in seconds.
 pub const GRACE_DEFAULT_SECS: u64 = 600;
 
 fn yes() -> bool {
@@ -113,7 +113,7 @@ fn yes() -> bool {
 }
 
 impl LeaseTerms {
-    /// How long before its end it is announced, in seconds.
+    /// How long before its end the end is announced, in seconds.
     pub fn warning_secs(&self) -> u64 {
         self.warning.map_or(self.duration.0.as_secs() / 10, |span| span.0.as_secs())
     }

@@ -15,50 +15,49 @@ use crate::units::{ByteSize, Span};
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct ApplianceProfile {
-    /// Its name, as it registers. It need not be there yet.
+    /// The name under which it registers. It need not be registered yet.
     pub name: Name,
-    /// For people.
+    /// A description for people.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub description: String,
-    /// The version that this replaces; see [`super::Account::version`].
+    /// The version that this document replaces; see [`super::Account::version`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub version: Option<u64>,
-    /// What it is and where: `site`, `row`, `rack` and `host` count for distances. They win over
-    /// those that it registers with.
+    /// Labels; `site`, `row`, `rack` and `host` give its position for distances. They override the labels that it
+    /// registers with.
     #[serde(default, skip_serializing_if = "Labels::is_empty")]
     pub labels: Labels,
-    /// What stays free of its memory, whatever is asked for.
+    /// Part of its memory that always stays free.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub head_room: Option<Amount>,
-    /// At most this much of its memory is used.
+    /// Most of its memory that is used.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub capacity: Option<ByteSize>,
-    /// The speed of its link, instead of the one that it found out itself.
+    /// The speed of its link, in place of the speed that it detected itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub link_speed: Option<LinkSpeed>,
-    /// It serves no new allocations.
+    /// Whether it is drained: it serves no new allocations.
     #[serde(default)]
     pub drain: bool,
-    /// Time after its first registration in which it comes to be wanted as much as the others;
-    /// 10 minutes where it is not given.
+    /// Time after its first registration during which its score grows to the full value; default: 10 minutes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ramp_up: Option<Span>,
 }
 
-/// Time in which a newcomer comes to be wanted as much as the others where nobody says another, in seconds.
+/// Default time during which the score of a new appliance grows to the full value, in seconds.
 pub const RAMP_UP_DEFAULT_SECS: u64 = 600;
 
 /// A number of bytes, or a share of the whole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Amount {
-    /// So many bytes.
+    /// A number of bytes.
     Bytes(ByteSize),
-    /// This share.
+    /// A percentage of the whole.
     Share(Percent),
 }
 
 impl Amount {
-    /// The amount in bytes, of `whole` bytes.
+    /// The amount in bytes, out of `whole` bytes.
     pub fn of(self, whole: u64) -> u64 {
         match self {
             Amount::Bytes(size) => size.0,
@@ -134,8 +133,8 @@ impl JsonSchema for Amount {
     }
 }
 
-/// How near two machines are: the narrowest of these labels that they have in common, where all
-/// wider ones that both have are the same.
+/// How near two machines are: the narrowest of these labels that they have in common, if all wider labels that both
+/// have are the same, too.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Level {
@@ -149,7 +148,7 @@ pub enum Level {
     Site,
 }
 
-/// The levels from near to far; each is the name of a label.
+/// The levels from near to far; each is the key of a label.
 pub const LEVELS: [Level; 4] = [Level::Host, Level::Rack, Level::Row, Level::Site];
 
 impl Level {

@@ -12,21 +12,21 @@ use crate::units::ByteSize;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct ClientProfile {
-    /// Its name: what it calls itself, by default its host's name.
+    /// The name under which it reports itself; by default its host's name.
     pub name: Name,
-    /// For people.
+    /// A description for people.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub description: String,
-    /// The version that this replaces; see [`super::Account::version`].
+    /// The version that this document replaces; see [`super::Account::version`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub version: Option<u64>,
-    /// What it is and where: `site`, `row`, `rack` and `host` count for distances.
+    /// Labels; `site`, `row`, `rack` and `host` give its position for distances.
     #[serde(default, skip_serializing_if = "Labels::is_empty")]
     pub labels: Labels,
     /// The account of its requests that name none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub account: Option<Name>,
-    /// The speed of its link, instead of the one that it found out itself.
+    /// The speed of its link, in place of the speed that it detected itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub own_link_speed: Option<LinkSpeed>,
     /// The link speed that its allocations get.

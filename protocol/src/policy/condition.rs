@@ -8,7 +8,7 @@ use crate::Name;
 use crate::speed::Percent;
 use crate::units::ByteSize;
 
-/// When a rule applies: where everything that is said holds. Nothing said: always.
+/// When a rule applies: all given parts of the condition have to hold. An empty condition always holds.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct Condition {
@@ -27,19 +27,19 @@ pub struct Condition {
     /// The client has all these labels.
     #[serde(skip_serializing_if = "Labels::is_empty")]
     pub client_labels: Labels,
-    /// At least this much is asked for.
+    /// The requested size is at least this.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub size_min: Option<ByteSize>,
-    /// At most this much is asked for.
+    /// The requested size is at most this.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub size_max: Option<ByteSize>,
-    /// It is to be used in one of these ways.
+    /// The allocation is going to be used in one of these ways.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub access: Vec<Access>,
-    /// It is one of these times.
+    /// The present time is in one of these windows.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub time: Vec<Window>,
-    /// Time zone of `time`, by its IANA name; UTC where none is given.
+    /// Time zone of `time`, by its IANA name; default: UTC.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub time_zone: Option<String>,
     /// At least this share of the pool (the appliances that are up) is in use.
@@ -48,28 +48,28 @@ pub struct Condition {
     /// At most this share of the pool is in use.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pool_used_max: Option<Percent>,
-    /// The account has at least this much already.
+    /// The account already has at least this much memory.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub account_used_min: Option<ByteSize>,
-    /// The account has at most this much already.
+    /// The account already has at most this much memory.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub account_used_max: Option<ByteSize>,
-    /// All of these hold.
+    /// All of these conditions hold.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub all: Vec<Condition>,
-    /// One of these holds.
+    /// At least one of these conditions holds.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub any: Vec<Condition>,
-    /// This does not hold.
+    /// This condition does not hold.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub not: Option<Box<Condition>>,
 }
 
 impl Condition {
-    /// How deep conditions may lie in each other.
+    /// How deep conditions may nest.
     pub const DEPTH_MAX: usize = 8;
 
-    /// Whether nothing is said: it always holds.
+    /// Whether the condition is empty, so that it always holds.
     pub fn is_always(&self) -> bool {
         *self == Condition::default()
     }
@@ -89,7 +89,7 @@ pub enum Access {
 }
 
 impl Access {
-    /// Whether it is the usual way.
+    /// Whether it is the usual access, as a block device.
     pub fn is_block(&self) -> bool {
         *self == Access::Block
     }

@@ -39,7 +39,7 @@ impl Content {
         DocumentName { kind: self.kind(), name: self.name().clone() }
     }
 
-    /// Its version, where it says one.
+    /// Its version, if it has one.
     pub fn version(&self) -> Option<u64> {
         match self {
             Content::Strategy(one) => one.version,
@@ -49,7 +49,7 @@ impl Content {
         }
     }
 
-    /// The same with another version, or with none.
+    /// The same document with another version, or without one.
     #[must_use]
     pub fn with_version(mut self, version: Option<u64>) -> Content {
         match &mut self {

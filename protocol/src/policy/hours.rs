@@ -8,18 +8,18 @@ use serde::{Deserialize, Serialize};
 
 use crate::text::serde_as_text;
 
-/// A time of day on some days of the week, by the clock of a time zone: where clocks are put
-/// forward or back, it is what a clock on the wall shows that counts.
+/// A time of day on some days of the week, by the clock of a time zone. When clocks are put forward or back, local
+/// time counts.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Window {
-    /// Days on which it begins; every day where none is given.
+    /// Days on which it begins; default: every day.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub days: Vec<Day>,
-    /// When it begins, `HH:MM`; 00:00 where it is not given.
+    /// When it begins, `HH:MM`; default: 00:00.
     #[serde(default)]
     pub from: TimeOfDay,
-    /// When it ends, `HH:MM`, up to 24:00. Not later than `from`: it ends on the next day.
+    /// When it ends, `HH:MM`, up to 24:00. If this is not later than `from`, it ends on the next day.
     #[serde(default = "midnight")]
     pub to: TimeOfDay,
 }
@@ -104,7 +104,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn times_of_day() {
+    fn times_of_day_are_parsed_and_printed() {
         assert_eq!("08:30".parse::<TimeOfDay>().unwrap().minutes(), 510);
         assert_eq!("24:00".parse::<TimeOfDay>().unwrap(), TimeOfDay::MIDNIGHT);
         assert_eq!(TimeOfDay::MIDNIGHT.to_string(), "24:00");

@@ -1,9 +1,9 @@
-//! What operators decide beforehand: strategies, accounts, and profiles of clients and appliances.
+//! Documents, which operators set beforehand: strategies, accounts, and profiles of clients and appliances.
 //!
-//! They are *documents*: written in TOML or JSON, applied to the allocator, versioned there, read
-//! back and edited. A file holds any number of them ([`Documents`]). The types here say which keys
-//! there are and what single values may be; what documents mean together (names that exist,
-//! contradictions, time zones) the allocator checks when they are applied.
+//! Documents are written in TOML or JSON, applied to the allocator, versioned there, read back and edited. A file
+//! holds any number of them ([`Documents`]). The types here define the keys and the range of each single value. The
+//! allocator checks the documents against each other (names that exist, contradictions, time zones) when they are
+//! applied.
 
 mod account;
 mod appliance;
@@ -34,8 +34,7 @@ pub use strategy::{
     LayoutRule, LimitRule, LinkDemand, Locality, Preference, Rule, Selector, Strategy, WEIGHT_MAX, Weights,
 };
 
-/// Labels: what an operator calls properties of a thing. `site`, `row`, `rack` and `host` say where
-/// it is.
+/// Labels: properties that an operator gives to an object. `site`, `row`, `rack` and `host` give its position.
 pub type Labels = BTreeMap<Name, Name>;
 
 /// Most labels of an appliance or of a request.
@@ -44,9 +43,9 @@ pub const LABELS_MAX: usize = 64;
 /// One label, written `KEY=VALUE`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Label {
-    /// What it is about.
+    /// The property.
     pub key: Name,
-    /// What it is.
+    /// Its value.
     pub value: Name,
 }
 
@@ -72,20 +71,20 @@ impl FromIterator<Label> for Labels {
     }
 }
 
-/// The documents of a file, or all that the allocator has.
+/// The documents of a file, or all documents of the allocator.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Documents {
-    /// How requests are answered.
+    /// Strategies: how requests are answered.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub strategy: Vec<Strategy>,
-    /// Who memory is charged to.
+    /// Accounts, to which memory is charged.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub account: Vec<Account>,
     /// Machines that use external memory.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub client: Vec<ClientProfile>,
-    /// Machines that lend it.
+    /// Machines that lend memory.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub appliance: Vec<ApplianceProfile>,
 }
@@ -93,7 +92,7 @@ pub struct Documents {
 /// JSON Schema of a file of documents.
 pub fn schema() -> String {
     let schema = schemars::schema_for!(Documents);
-    // A schema is made of what JSON can say.
+    // A schema consists of values that JSON can express, so this cannot fail.
     serde_json::to_string_pretty(&schema).unwrap_or_default()
 }
 
@@ -127,7 +126,7 @@ impl Kind {
 }
 
 impl Documents {
-    /// Whether there are none.
+    /// Whether there are no documents.
     pub fn is_empty(&self) -> bool {
         *self == Documents::default()
     }
@@ -139,7 +138,7 @@ impl fmt::Display for Kind {
     }
 }
 
-/// A text that is no kind of document.
+/// The text is no kind of document.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{0}` is no kind of document: there are strategy, account, client and appliance")]
 pub struct ParseKindError(String);
@@ -153,12 +152,12 @@ impl FromStr for Kind {
     }
 }
 
-/// Names a document.
+/// Kind and name of a document.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct DocumentName {
     /// Its kind.
     pub kind: Kind,
-    /// Its name; one of its kind has it.
+    /// Its name; unique within its kind.
     pub name: Name,
 }
 

@@ -13,21 +13,21 @@ use crate::speed::{LinkSpeed, Percent};
 use crate::text::serde_as_text;
 use crate::units::{ByteSize, Span};
 
-/// How requests are answered: an ordered list of rules.
+/// A strategy: how requests are answered, as an ordered list of rules.
 ///
-/// Every rule whose condition holds applies, in order. What rules require, forbid, prefer and limit
-/// adds up: no rule undoes an earlier one. Of what can be only once (layout, link speed, locality,
-/// lease, weights, reclaimable) each value comes from the first rule that says it. A rule with `last` ends the
-/// list; one with `use` goes on with another strategy instead of the rest.
+/// Every rule whose condition holds applies, in order. The requirements, prohibitions, preferences and limits of all
+/// applied rules count together: no rule undoes an earlier one. A single value (layout, link speed, locality, lease,
+/// weights, reclaimable) comes from the first applied rule that sets it. A rule with `last` ends the list; a rule
+/// with `use` continues with another strategy instead of the remaining rules.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Strategy {
-    /// Its name. The one named `default` is used where nothing names another.
+    /// Its name. The strategy named `default` is used if nothing names another one.
     pub name: Name,
-    /// For people.
+    /// A description for people.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub description: String,
-    /// The version that this replaces; see [`super::Account::version`].
+    /// The version that this document replaces; see [`super::Account::version`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub version: Option<u64>,
     /// The rules in order.
@@ -35,52 +35,52 @@ pub struct Strategy {
     pub rules: Vec<Rule>,
 }
 
-/// One rule: a condition, and what follows where it holds.
+/// A rule: a condition, and its effects when the condition holds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Rule {
     /// Its name, for explanations; unique in its strategy.
     pub name: Name,
-    /// When it applies; always where nothing is said.
+    /// When the rule applies; default: always.
     #[serde(default, skip_serializing_if = "Condition::is_always")]
     pub when: Condition,
-    /// The request is refused with this text.
+    /// Refuses the request with this text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refuse: Option<String>,
-    /// Only appliances that fit this serve.
+    /// Only appliances that fit this selector serve.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub require: Option<Selector>,
-    /// Appliances that fit one of these do not serve.
+    /// Appliances that fit one of these selectors do not serve.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub forbid: Vec<Selector>,
-    /// Appliances that fit these are wanted more.
+    /// Appliances that fit these selectors get a higher score.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub prefer: Vec<Preference>,
-    /// How much may be asked for and held.
+    /// Limits on the size of requests and on the memory of all allocations.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limit: Option<LimitRule>,
     /// The layout of requests that leave it open.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub layout: Option<LayoutRule>,
-    /// The link speed that appliances must have, and have free.
+    /// The link speed that appliances must have, and must have free.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub link_speed: Option<LinkDemand>,
     /// How near to the client appliances must be.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub locality: Option<Locality>,
-    /// What counts how much among the appliances that can serve.
+    /// Weights of the parts of a score.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub weights: Option<Weights>,
-    /// How long the allocation may be used.
+    /// How long the allocation may exist.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lease: Option<LeaseTerms>,
     /// Whether the allocation may be reclaimed, with notice, for requests of a higher priority.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reclaimable: Option<bool>,
-    /// Goes on with this strategy instead of the rest.
+    /// Continues with this strategy instead of the remaining rules.
     #[serde(default, rename = "use", skip_serializing_if = "Option::is_none")]
     pub use_strategy: Option<Name>,
-    /// Where it applies, no later rule does.
+    /// If this rule applies, no later rule does.
     #[serde(default, skip_serializing_if = "is_false")]
     pub last: bool,
 }
@@ -89,53 +89,54 @@ fn is_false(value: &bool) -> bool {
     !value
 }
 
-/// Which appliances: those that fit everything that is said.
+/// Selects appliances that fit all given parts.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct Selector {
-    /// It is one of these.
+    /// The appliance is one of these.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub appliances: Vec<Name>,
-    /// It has all these labels.
+    /// The appliance has all these labels.
     #[serde(skip_serializing_if = "Labels::is_empty")]
     pub labels: Labels,
-    /// Its memory lies on one of these.
+    /// Its memory has one of these media.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub medium: Vec<Medium>,
     /// Its link is at least this fast.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub link_speed_min: Option<LinkSpeed>,
-    /// It can be reached by RDMA, or cannot.
+    /// Whether it must be reachable by RDMA, or must not be.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rdma: Option<bool>,
 }
 
-/// Appliances that are wanted more.
+/// Appliances that get a higher score.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Preference {
-    /// Which.
+    /// The selected appliances.
     #[serde(default)]
     pub select: Selector,
-    /// How much more, 1 to 1000: points that they get in full.
+    /// Weight of the preference, 1 to 1000: points that these appliances get.
     #[schemars(range(min = 1, max = 1000))]
     pub weight: u16,
 }
 
-/// How much may be asked for and held under a strategy.
+/// Limits under a strategy.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct LimitRule {
     /// Largest single allocation.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub size_max: Option<ByteSize>,
-    /// All allocations of the strategy together: beyond it, with a warning and reclaimable.
+    /// Sum over all allocations of the strategy: beyond this, allocations are made with a warning and are
+    /// reclaimable.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub soft: Option<ByteSize>,
-    /// All allocations of the strategy together: beyond it, refused.
+    /// Sum over all allocations of the strategy: beyond this, requests are refused.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hard: Option<ByteSize>,
-    /// One account's share of one appliance's memory.
+    /// Largest share of one appliance's memory for one account.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub appliance_share: Option<Percent>,
 }
@@ -144,7 +145,7 @@ pub struct LimitRule {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct LayoutRule {
-    /// Stripe over this many regions; 1: linear.
+    /// Number of regions to stripe over; 1: linear.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stripe: Option<u32>,
     /// Stripe unit, a power of two from 4 KiB.
@@ -153,18 +154,18 @@ pub struct LayoutRule {
     /// Size of a region, a power of two from 16 MiB to 64 GiB.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub region_size: Option<ByteSize>,
-    /// Whether the regions of a linear allocation go to as many appliances as there are, rather than to one that holds
-    /// all of them.
+    /// Whether the regions of a linear allocation go to as many appliances as possible, rather than to one appliance
+    /// that holds all of them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub spread: Option<bool>,
 }
 
-/// A link speed that appliances must have and have free.
+/// A link speed that appliances must have, and must have free.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LinkDemand {
-    /// This much.
+    /// This speed.
     Speed(LinkSpeed),
-    /// As much as the client's own link has.
+    /// The speed of the client's own link.
     Client,
 }
 
@@ -206,28 +207,28 @@ impl JsonSchema for LinkDemand {
     }
 }
 
-/// How near to the client appliances must be. An appliance or a client without the labels counts as
-/// far away, one whose round-trip time was not measured as too slow.
+/// How near to the client appliances must be. An appliance or a client without position labels counts as far away; an
+/// appliance whose round-trip time was not measured counts as too slow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Locality {
-    /// At least in the same host, rack, row or site as the client.
+    /// Level at which appliance and client must have the same label.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub within: Option<Level>,
-    /// At most this round-trip time, as the client measured it.
+    /// Longest round-trip time, as measured by the client.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub round_trip_max: Option<Span>,
 }
 
-/// What counts how much among the appliances that can serve; each 0 to 1000.
+/// Weights of the parts of a score; each 0 to 1000.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct Weights {
-    /// Free memory, against the one that has most.
+    /// Free memory, relative to the appliance that has most.
     pub free: u16,
-    /// Little traffic, against the speed of its link.
+    /// Idle share of its link.
     pub load: u16,
-    /// No errors lately.
+    /// Few recent errors.
     pub health: u16,
     /// Nearness to the client.
     pub near: u16,

@@ -1,4 +1,4 @@
-//! The client's handshake, against servers of every kind of manners.
+//! Tests of the client's handshake, also against servers that break the protocol.
 
 use xpm_protocol::nbd::constants::*;
 use xpm_protocol::nbd::handshake::client::{Agreed, ClientHandshake, HandshakeError, Wishes};
@@ -25,7 +25,7 @@ fn info_block(min: u32, preferred: u32, max: u32) -> Vec<u8> {
     data
 }
 
-/// What comes of a handshake in which the server says these things, one after the other.
+/// The result of a handshake in which the server sends these messages, one after the other.
 fn hear(handshake: &mut ClientHandshake, messages: &[Vec<u8>]) -> Result<Option<Agreed>, HandshakeError> {
     let mut agreed = handshake.step()?;
     for message in messages {
@@ -35,7 +35,7 @@ fn hear(handshake: &mut ClientHandshake, messages: &[Vec<u8>]) -> Result<Option<
     Ok(agreed)
 }
 
-/// The server's answer to GO is these replies.
+/// The result if the server answers GO with these replies.
 fn go(replies: &[(u32, Vec<u8>)]) -> Result<Option<Agreed>, HandshakeError> {
     let mut messages = vec![hex(GREETING)];
     messages.extend(replies.iter().map(|(kind, data)| reply(OPT_GO, *kind, data)));
@@ -43,7 +43,7 @@ fn go(replies: &[(u32, Vec<u8>)]) -> Result<Option<Agreed>, HandshakeError> {
 }
 
 #[test]
-fn what_is_sent_is_golden() {
+fn the_bytes_sent_are_golden() {
     let mut client = ClientHandshake::new(wishes(true));
     assert_eq!(client.step(), Ok(None));
     assert!(client.take_output().is_empty(), "the server speaks first");
@@ -71,7 +71,7 @@ fn what_is_sent_is_golden() {
 }
 
 #[test]
-fn it_goes_without_what_the_server_does_not_have() {
+fn it_does_without_unsupported_features() {
     let mut client = ClientHandshake::new(wishes(true));
     let messages = [
         hex(GREETING),
@@ -82,7 +82,7 @@ fn it_goes_without_what_the_server_does_not_have() {
     let agreed = hear(&mut client, &messages).unwrap().unwrap();
     assert_eq!((agreed.structured, agreed.base_allocation), (false, None));
     assert_eq!(agreed.info.block, BlockSizes::DEFAULT);
-    // DF means nothing without structured replies, nor fast zeroes without zeroes.
+    // DF requires structured replies, and FAST_ZERO requires WRITE_ZEROES.
     assert_eq!(agreed.info.flags, TransmissionFlags::HAS_FLAGS);
 }
 
@@ -129,7 +129,7 @@ fn old_servers_are_asked_by_name() {
 }
 
 #[test]
-fn refusals_are_told_apart_and_said_goodbye_to() {
+fn refusals_are_told_apart_and_answered_with_abort() {
     let cases = [
         (REP_ERR_UNKNOWN, HandshakeError::UnknownExport),
         (REP_ERR_POLICY, HandshakeError::Policy("not (the name) for you".to_owned())),
@@ -162,7 +162,7 @@ fn other_services_are_recognised_by_their_first_byte() {
 }
 
 #[test]
-fn names_that_the_protocol_does_not_have_are_not_sent() {
+fn invalid_names_are_not_sent() {
     for export in ["a".repeat(4097), "a\0b".to_owned()] {
         let mut client = ClientHandshake::new(Wishes { export, ..wishes(false) });
         client.receive(&hex(GREETING));
@@ -172,7 +172,7 @@ fn names_that_the_protocol_does_not_have_are_not_sent() {
 }
 
 #[test]
-fn servers_that_break_the_protocol_are_left() {
+fn a_server_that_breaks_the_protocol_is_an_error() {
     let ack = (REP_ACK, Vec::new());
     let export = (REP_INFO, info_export(1 << 20, 1));
     let cases = [

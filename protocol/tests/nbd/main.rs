@@ -1,4 +1,4 @@
-//! The NBD codec against the specification: golden bytes, tables of cases, and properties.
+//! Tests of the NBD codec against the specification: golden bytes, tables of cases, and properties.
 
 #![allow(missing_docs)]
 

@@ -1,4 +1,4 @@
-//! Both handshakes with each other, and each with rubbish.
+//! Tests of both handshakes with each other, and of each with random input.
 
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -7,7 +7,7 @@ use xpm_protocol::nbd::handshake::server::{Negotiated, ServerHandshake, Step};
 
 use crate::wire::{Server, context_data, info, info_data, option};
 
-/// Lets the two talk, in pieces of these lengths, until both are done or one of them gives up.
+/// Passes bytes between the two, in pieces of these lengths, until both are done or one of them gives up.
 fn talk(wishes: Wishes, lengths: &[usize]) -> (Result<Agreed, HandshakeError>, Option<Negotiated>) {
     let mut lengths = lengths.iter().copied().cycle();
     let mut client = ClientHandshake::new(wishes);
@@ -39,7 +39,7 @@ fn talk(wishes: Wishes, lengths: &[usize]) -> (Result<Agreed, HandshakeError>, O
 
 proptest! {
     #[test]
-    fn they_agree(structured: bool, base_allocation: bool, lengths in vec(1_usize..40, 1..20)) {
+    fn client_and_server_agree(structured: bool, base_allocation: bool, lengths in vec(1_usize..40, 1..20)) {
         let wishes = Wishes { export: "disk".to_owned(), structured, base_allocation, visitor: None };
         let (agreed, negotiated) = talk(wishes, &lengths);
         let (agreed, negotiated) = (agreed.unwrap(), negotiated.unwrap());
@@ -54,7 +54,7 @@ proptest! {
     }
 
     #[test]
-    fn they_disagree(structured: bool, name in "[a-z]{0,9}", lengths in vec(1_usize..40, 1..20)) {
+    fn an_unknown_export_fails_on_both_sides(structured: bool, name in "[a-z]{0,9}", lengths in vec(1_usize..40, 1..20)) {
         prop_assume!(name != "disk");
         let wishes = Wishes { export: name, structured, base_allocation: structured, visitor: None };
         let (agreed, negotiated) = talk(wishes, &lengths);
@@ -62,8 +62,8 @@ proptest! {
         prop_assert_eq!(negotiated, None);
     }
 
-    /// Whatever comes, the server does not panic, holds no more than came, and what it says does
-    /// not grow beyond what options can ask for.
+    /// Whatever the input, the server does not panic, holds at most the received bytes, and its output is bounded by
+    /// what options can ask for.
     #[test]
     fn the_server_survives(pieces in vec(server_input(), 0..60), greeted in any::<bool>()) {
         let mut server = if greeted { Server::greeted() } else { Server::new() };
@@ -99,7 +99,7 @@ proptest! {
     }
 }
 
-/// Options, some of them as they should be.
+/// Options, some of them valid.
 fn server_input() -> impl Strategy<Value = Vec<u8>> {
     let name = || prop_oneof![Just("disk".to_owned()), "\\PC{0,6}"];
     let number = || prop_oneof![0_u32..12, any::<u32>()];
@@ -115,7 +115,7 @@ fn server_input() -> impl Strategy<Value = Vec<u8>> {
     ]
 }
 
-/// Greetings and replies, some of them as they should be.
+/// Greetings and replies, some of them valid.
 fn client_input() -> impl Strategy<Value = Vec<u8>> {
     let kind = prop_oneof![0_u32..6, (0_u32..10).prop_map(|kind| kind | 1 << 31), any::<u32>()];
     prop_oneof![

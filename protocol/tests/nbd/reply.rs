@@ -1,4 +1,4 @@
-//! Replies: their bytes, and what a client takes.
+//! Tests of replies: their bytes, and which of them a client accepts.
 
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -59,7 +59,7 @@ fn chunk_headers_are_golden() {
 }
 
 #[test]
-fn a_header_is_not_read_before_it_is_there() {
+fn an_incomplete_header_is_not_read() {
     for whole in
         [hex("67446698 00000000 0102030405060708"), hex("668e33ef 0001 0000 0102030405060708 00000000")]
     {
@@ -72,7 +72,7 @@ fn a_header_is_not_read_before_it_is_there() {
 }
 
 #[test]
-fn bodies_are_what_kind_and_length_say() {
+fn the_form_of_a_body_follows_from_kind_and_length() {
     use ChunkType::*;
     let good = [
         (header(None, true, 0), ChunkBody::None),
@@ -144,7 +144,7 @@ fn errors_are_golden() {
     assert_eq!(&bytes[..len], hex("00000005 0004 676f6e65 0000000000004000"));
     assert_eq!(error.kind(), ChunkType::ErrorOffset);
     assert_eq!(ErrorChunk::decode(ChunkType::ErrorOffset, &bytes[..len]), Ok(error));
-    // What an unknown kind has behind its message is not looked at.
+    // Bytes after the message of an unknown kind are ignored.
     let unknown = ErrorChunk { offset: None, ..error };
     assert_eq!(ErrorChunk::decode(ChunkType::Other(0x8009), &bytes[..len]), Ok(unknown));
     for cut in 0..len {
@@ -163,7 +163,7 @@ fn errors_are_golden() {
 
 proptest! {
     #[test]
-    fn headers_come_back(bytes in vec(any::<u8>(), 0..24), magic in 0..3) {
+    fn headers_round_trip(bytes in vec(any::<u8>(), 0..24), magic in 0..3) {
         let mut bytes = bytes;
         let start = [hex("67446698"), hex("668e33ef"), Vec::new()][magic as usize].clone();
         bytes.splice(..start.len().min(bytes.len()), start);
@@ -186,7 +186,7 @@ proptest! {
     }
 
     #[test]
-    fn errors_come_back(message in "\\PC{0,50}", offset: Option<u64>, number in 1_u32..200) {
+    fn errors_round_trip(message in "\\PC{0,50}", offset: Option<u64>, number in 1_u32..200) {
         let error = Errno::from_wire(number).unwrap();
         let chunk = ErrorChunk { error, message: &message, offset };
         let mut bytes = [0; 300];
@@ -197,7 +197,7 @@ proptest! {
     }
 
     #[test]
-    fn random_bodies_are_no_trouble(bytes in vec(any::<u8>(), 0..80), offset: bool) {
+    fn random_bodies_do_not_panic(bytes in vec(any::<u8>(), 0..80), offset: bool) {
         let kind = if offset { ChunkType::ErrorOffset } else { ChunkType::Error };
         if let Ok(chunk) = ErrorChunk::decode(kind, &bytes) {
             prop_assert!(chunk.message.len() + 6 <= bytes.len());

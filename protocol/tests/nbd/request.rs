@@ -1,4 +1,4 @@
-//! Requests: their bytes, and which of them a server may do.
+//! Tests of requests: their bytes, and which of them a server accepts.
 
 use proptest::prelude::*;
 use xpm_protocol::nbd::{
@@ -19,7 +19,7 @@ fn any_request() -> impl Strategy<Value = Request> {
         |(flags, command, cookie, offset, length)| {
             let mut bytes = hex("25609513");
             bytes.extend(flags.to_be_bytes());
-            // Most are commands that there are.
+            // Most numbers are known commands.
             bytes.extend((if flags % 8 == 0 { command } else { command % 8 }).to_be_bytes());
             bytes.extend(cookie.to_be_bytes());
             bytes.extend(offset.to_be_bytes());
@@ -69,10 +69,10 @@ fn errnos_are_golden() {
     }
 }
 
-/// "Error values" and "Request types" of the specification, on an export of 10 MiB, blocks of 512 bytes
-/// and payloads of at most 1 MiB, everything negotiated.
+/// By "Error values" and "Request types" of the specification, on an export of 10 MiB with blocks of 512 bytes and
+/// payloads of at most 1 MiB, all features negotiated.
 #[test]
-fn what_is_checked_is_what_the_specification_says() {
+fn checks_follow_the_specification() {
     use Command::*;
     use CommandFlags as F;
     let export = info(SIZE);
@@ -105,13 +105,13 @@ fn what_is_checked_is_what_the_specification_says() {
         (Write, none, u64::MAX - 511, 1024, no_space),
         (WriteZeroes, none, u64::MAX - 511, 1024, no_space),
         (Trim, none, u64::MAX - 511, 1024, invalid),
-        // Nothing at all is asked for.
+        // An empty range.
         (Read, none, 0, 0, invalid),
         (Write, none, 0, 0, invalid),
         (Trim, none, 0, 0, invalid),
         (WriteZeroes, none, 0, 0, invalid),
         (BlockStatus, none, 0, 0, invalid),
-        // Against the block sizes.
+        // Violations of the block sizes.
         (Read, none, 1, 512, invalid),
         (Read, none, 0, 511, invalid),
         (Write, none, 511, 512, invalid),
@@ -124,7 +124,7 @@ fn what_is_checked_is_what_the_specification_says() {
         (Flush, none, 0, 512, invalid),
         (Flush, none, 512, 0, invalid),
         (Flush, F::FUA, 0, 0, ok),
-        // FUA is for all, the other flags for their command.
+        // FUA is valid for all commands, the other flags only for theirs.
         (Read, F::FUA, 0, 512, ok),
         (Write, F::FUA, 0, 512, ok),
         (Trim, F::FUA, 0, 512, ok),
@@ -140,10 +140,10 @@ fn what_is_checked_is_what_the_specification_says() {
         (Cache, F::DF, 0, 512, invalid),
         (Read, F::from_bits(1 << 5), 0, 512, invalid),
         (Write, F::from_bits(1 << 15), 0, 512, invalid),
-        // What nobody knows, or is for servers of other kinds.
+        // Unknown commands, and commands for other kinds of servers.
         (Other(8), none, 0, 512, invalid),
         (Other(u16::MAX), none, 0, 512, invalid),
-        // Nobody is there to be told.
+        // Disconnect has no answer, so its flags and range are not checked.
         (Disconnect, F::DF, 9, 9, ok),
     ];
     for (command, flags, offset, length, expected) in cases {
@@ -153,7 +153,7 @@ fn what_is_checked_is_what_the_specification_says() {
 }
 
 #[test]
-fn what_was_not_offered_is_refused() {
+fn commands_that_were_not_offered_are_refused() {
     use Command::*;
     use TransmissionFlags as Has;
     let all = info(SIZE);
@@ -194,20 +194,20 @@ fn a_read_only_export_is_not_changed() {
 
 proptest! {
     #[test]
-    fn requests_come_back(request in any_request()) {
+    fn requests_round_trip(request in any_request()) {
         let mut bytes = [0; REQUEST_LEN];
         request.encode(&mut bytes);
         prop_assert_eq!(Request::decode(&bytes), Ok(request));
     }
 
     #[test]
-    fn random_bytes_are_no_trouble(bytes: [u8; REQUEST_LEN]) {
+    fn random_bytes_do_not_panic(bytes: [u8; REQUEST_LEN]) {
         let _ = Request::decode(&bytes);
     }
 
-    /// Whatever passes lies within the export and what was offered. Half of the requests are plausible.
+    /// An accepted request lies within the export and uses only offered features. Half of the requests are plausible.
     #[test]
-    fn what_passes_is_safe(
+    fn accepted_requests_are_safe(
         request in any_request(),
         plausible: bool,
         size in 0_u64..1 << 33,

@@ -1,4 +1,4 @@
-//! The server's handshake, byte by byte.
+//! Tests of the server's handshake, byte by byte.
 
 use xpm_protocol::nbd::TransmissionFlags;
 use xpm_protocol::nbd::constants::*;
@@ -55,7 +55,7 @@ fn an_export_by_name_is_golden() {
 }
 
 #[test]
-fn unknown_client_flags_and_rubbish_close() {
+fn unknown_client_flags_and_invalid_bytes_close() {
     for bytes in [&4_u32.to_be_bytes()[..], &0x8000_0001_u32.to_be_bytes(), b"GET / HTTP/1.1\r\n\r\n"] {
         let (output, step) = Server::new().send(bytes);
         assert!(output.is_empty() && matches!(step, Step::Close(CloseReason::Protocol(_))), "{step:?}");
@@ -65,7 +65,7 @@ fn unknown_client_flags_and_rubbish_close() {
 }
 
 #[test]
-fn what_is_unknown_is_unsupported_and_the_next_option_understood() {
+fn an_unknown_option_is_unsupported_and_the_next_one_works() {
     let mut server = Server::greeted();
     for number in [0, 4, OPT_STARTTLS, OPT_EXTENDED_HEADERS, 77, u32::MAX] {
         for data in [&b""[..], b"some data"] {
@@ -76,7 +76,7 @@ fn what_is_unknown_is_unsupported_and_the_next_option_understood() {
 }
 
 #[test]
-fn abort_is_acknowledged_whatever_comes_with_it() {
+fn abort_is_acknowledged_with_any_data() {
     for data in [&b""[..], b"bye", &[7; 100_000]] {
         let (output, step) = Server::greeted().send(&option(OPT_ABORT, data));
         assert_eq!(output, reply(OPT_ABORT, REP_ACK, b""));
@@ -95,7 +95,7 @@ fn lists_are_given_or_refused() {
 }
 
 #[test]
-fn information_is_what_was_asked_for() {
+fn information_is_sent_as_requested() {
     let mut server = Server::greeted();
     let asks = [INFO_NAME, INFO_DESCRIPTION, INFO_BLOCK_SIZE, INFO_EXPORT, 99];
     let answers = server.ask(OPT_INFO, &info_data("disk", &asks));
@@ -130,7 +130,7 @@ fn malformed_requests_for_information_are_invalid() {
 }
 
 #[test]
-fn structured_replies_bring_df() {
+fn df_is_announced_with_structured_replies() {
     let mut server = Server::greeted();
     assert_eq!(server.kinds(OPT_STRUCTURED_REPLY, b"x"), [REP_ERR_INVALID]);
     let df = TransmissionFlags::SEND_DF.bits();
@@ -176,7 +176,7 @@ fn contexts_need_structured_replies() {
     }
 }
 
-/// The last setting counts, of the export that is entered, and one that fails leaves none.
+/// The last setting counts, for the entered export, and a failed setting leaves none.
 #[test]
 fn contexts_count_for_the_export_that_they_were_set_for() {
     let set = |export: &str, query: &str| option(OPT_SET_META_CONTEXT, &context_data(export, &[query]));
@@ -207,7 +207,7 @@ fn contexts_count_for_the_export_that_they_were_set_for() {
 }
 
 #[test]
-fn long_options_are_read_over_and_longer_ones_close() {
+fn long_options_are_skipped_and_longer_ones_close() {
     let mut server = Server::greeted();
     assert_eq!(server.kinds(OPT_GO, &[0; 100_000]), [REP_ERR_TOO_BIG]);
     assert_eq!(server.kinds(OPT_STRUCTURED_REPLY, b""), [REP_ACK]);

@@ -1,4 +1,4 @@
-//! Messages made by hand, so that the codec is not tested against itself.
+//! Messages built by hand, so that the codec is not tested against itself.
 
 use xpm_protocol::nbd::handshake::server::{NoExport, ServerHandshake, Step};
 use xpm_protocol::nbd::{BlockSizes, ExportInfo, TransmissionFlags};
@@ -16,7 +16,7 @@ pub(crate) fn info(size: u64) -> ExportInfo {
     ExportInfo { size, flags, block, description: Some("a disk".to_owned()) }
 }
 
-/// Bytes from hexadecimal digits; spaces are for the reader.
+/// Bytes from hexadecimal digits; spaces are ignored.
 pub(crate) fn hex(text: &str) -> Vec<u8> {
     let digits: Vec<u32> = text.chars().filter_map(|c| c.to_digit(16)).collect();
     assert_eq!(digits.len(), text.chars().filter(|c| !c.is_whitespace()).count());
@@ -62,7 +62,7 @@ pub(crate) fn string(text: &str) -> Vec<u8> {
     data
 }
 
-/// Replies in what a server sent: option, kind, data.
+/// The replies in a server's output: option, kind, data.
 pub(crate) fn replies(mut bytes: &[u8]) -> Vec<(u32, u32, Vec<u8>)> {
     let number = |bytes: &[u8]| u32::from_be_bytes(bytes.try_into().unwrap());
     let mut found = Vec::new();
@@ -79,26 +79,26 @@ pub(crate) fn replies(mut bytes: &[u8]) -> Vec<(u32, u32, Vec<u8>)> {
 pub(crate) struct Server {
     pub(crate) handshake: ServerHandshake,
     pub(crate) lists: bool,
-    /// Names that were looked up, and whether the client was to enter them.
+    /// Names that were looked up, and whether the client wanted to enter them.
     pub(crate) opened: Vec<(String, bool)>,
 }
 
 impl Server {
-    /// Its greeting is taken already.
+    /// A server whose greeting has been taken.
     pub(crate) fn new() -> Server {
         let mut handshake = ServerHandshake::new();
         handshake.take_output();
         Server { handshake, lists: true, opened: Vec::new() }
     }
 
-    /// The client has sent its flags, too.
+    /// A server to which the client has sent its flags.
     pub(crate) fn greeted() -> Server {
         let mut server = Server::new();
         assert_eq!(server.send(&3_u32.to_be_bytes()), (Vec::new(), Step::Input));
         server
     }
 
-    /// What comes back for these bytes, and what the server waits for then.
+    /// Sends these bytes. Returns the answer, and the step at which the server waits then.
     pub(crate) fn send(&mut self, bytes: &[u8]) -> (Vec<u8>, Step) {
         self.handshake.receive(bytes);
         let mut step = self.handshake.step();

@@ -1,4 +1,5 @@
-//! Changes of where an allocation lies, and what its owner is told to do for them.
+//! Messages about changes of an allocation's place and size, about emptying and rebalancing appliances, and about the
+//! owner's part in them.
 
 use std::collections::BTreeMap;
 
@@ -8,22 +9,22 @@ use super::{DeviceUse, Endpoints, Map, MetadataState, Part};
 use crate::units::{ByteSize, Span};
 use crate::{ApplianceId, ClientId, Epoch, GrantId, GrantKey, Name};
 
-/// How far the emptying of an appliance is.
+/// Progress of emptying an appliance.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DrainState {
-    /// Since when, seconds since 1970.
+    /// When it began, seconds since 1970.
     pub since: u64,
-    /// Most bytes a second that one allocation's data is copied with; none: as fast as it goes.
+    /// Highest rate of copying for each allocation, in bytes per second; none: without a limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rate: Option<ByteSize>,
-    /// Nothing new is begun.
+    /// No further move is begun.
     pub paused: bool,
-    /// Memory of allocations on it that is still to move, in bytes.
+    /// Memory of allocations on the appliance that is still to move, in bytes.
     pub left: ByteSize,
-    /// How long the rest takes at the speed of late, if that is known.
+    /// How long the rest takes at the present speed, if that is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub eta: Option<Span>,
-    /// Why it does not go on, if it does not.
+    /// Why it stands still, if it does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stuck: Option<String>,
 }
@@ -36,14 +37,14 @@ pub struct Rename {
     pub to: Name,
 }
 
-/// Empties an appliance: its regions move to others, while they are used. Again with other settings: they hold
-/// from the next allocation on.
+/// Empties an appliance: its regions move to others, while they are in use. When it is repeated with other settings,
+/// these apply from the next allocation on.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Drain {
-    /// Most bytes a second that one allocation's data is copied with; 64 KiB or more.
+    /// Highest rate of copying for each allocation, in bytes per second; 64 KiB or more.
     pub rate: Option<ByteSize>,
-    /// Begin nothing new until this is said again without.
+    /// Begin no further move, until the request is repeated without this flag.
     pub paused: bool,
 }
 
@@ -51,31 +52,31 @@ pub struct Drain {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Rebalance {
-    /// Only say what would be moved.
+    /// Only report what would be moved.
     pub dry_run: bool,
-    /// Most bytes a second that data is copied with; 64 KiB or more.
+    /// Highest rate of copying for each allocation, in bytes per second; 64 KiB or more.
     pub rate: Option<ByteSize>,
 }
 
-/// Holds a rebalancing up, or lets it go on.
+/// Pauses a rebalancing, or lets it go on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Pause {
-    /// Begin nothing new.
+    /// Begin no further move.
     pub paused: bool,
 }
 
-/// What a rebalancing moves. It lives as long as the allocator's process: what is on its way is finished after
-/// a restart, and nothing new is begun.
+/// The plan of a rebalancing. It lasts as long as the allocator's process: after a restart, moves under way are
+/// finished, and no further one is begun.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RebalancePlan {
-    /// What is to be moved still, in this order.
+    /// Moves that are still to be made, in this order.
     pub moves: Vec<PlannedMove>,
     /// Bytes that were moved already.
     pub moved: ByteSize,
-    /// Nothing new is begun.
+    /// No further move is begun.
     pub paused: bool,
-    /// How long the rest takes at the speed of late, if that is known.
+    /// How long the rest takes at the present speed, if that is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub eta: Option<Span>,
 }
@@ -85,15 +86,15 @@ pub struct RebalancePlan {
 pub struct PlannedMove {
     /// The allocation.
     pub allocation: Name,
-    /// From where.
+    /// The appliance that the regions leave.
     pub from: Name,
-    /// To where.
+    /// The appliance that they move to.
     pub to: Name,
-    /// Bytes.
+    /// Size of the regions, in bytes.
     pub bytes: ByteSize,
 }
 
-/// Asks for another size of an allocation, in use or not.
+/// Resizes an allocation, in use or not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Resize {
@@ -101,127 +102,128 @@ pub struct Resize {
     pub size: ByteSize,
 }
 
-/// Hands an allocation over to another client; its data stays where it is.
+/// Hands an allocation over to another client; its data stay where they are.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Transfer {
-    /// The new owner: a client's id, or the name under which it told of itself.
+    /// The new owner: a client's id, or the name under which it reported itself.
     pub to: String,
-    /// How long the present owner has to write back what it holds and to agree; default 30 s, at most 50 s.
+    /// How long the present owner may take to write back its data and let go; default 30 s, at most 50 s.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deadline: Option<Span>,
-    /// Do not ask the present owner, and do not mind what it says: it is dead, or is to be cut off.
+    /// Do not ask the present owner, and ignore its refusal: it is dead, or is to be cut off.
     #[serde(default)]
     pub force: bool,
-    /// Where memory was shared with a process of the appliance's host and cannot be moved away from it, the new owner
-    /// gets zeros in its place; without this such a transfer is refused.
+    /// If memory was shared with a process on the appliance's host and cannot be moved away from it, the new owner
+    /// gets zeros in place of that memory; without this flag such a transfer is refused.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub lose: bool,
 }
 
-/// What the owner of an allocation is to do.
+/// Orders to the owner of an allocation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Orders {
-    /// Version of the map that holds. An owner that has an older one, and no change to carry out, has to attach
-    /// again to get it.
+    /// Version of the valid map. An owner that has an older one, and no change to carry out, has to attach again to
+    /// get the new map.
     pub version: u64,
-    /// Where the allocation lies is to change.
+    /// A change of the allocation's place that the owner has to carry out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub change: Option<MapChange>,
-    /// The allocation goes to another client.
+    /// The owner is asked to let go, because the allocation goes to another client.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hand_over: Option<HandOver>,
-    /// The ownership counter that holds. None: the allocator is older than this field.
+    /// The valid ownership counter. None: the allocator is older than this field.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub epoch: Option<Epoch>,
-    /// Grants that their appliances do not have any more: what lay there is lost. None: the allocator is older than
-    /// this field, and does not say.
+    /// Grants that their appliances do not have any more: the data there are lost. None: the allocator is older than
+    /// this field, and does not report lost grants.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lost: Option<Vec<GrantId>>,
-    /// Where each grant of the map is reached now, for an owner whose map has an older address.
+    /// Present addresses of each grant of the map, for an owner whose map has older ones.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub endpoints: BTreeMap<GrantId, Endpoints>,
     /// The newest state of the allocator's metadata that is durable.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub metadata: Option<MetadataState>,
-    /// Appliances whose memory the operator has given up: I/O to it ends with an error, for good, also if the appliance
-    /// comes back.
+    /// Appliances whose memory the operator has given up: I/O to them fails, for good, even if the appliance comes
+    /// back.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub given_up: Vec<LostLender>,
-    /// What the one who asks has of it; none: it is the owner.
+    /// The role of the client that asks, if it is not the owner.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub part: Option<Part>,
-    /// Another client stands by, or may have to give it back: no refusal of an appliance proves that an ownership has
-    /// ended, only the allocator's word does.
+    /// Another client stands by, or may have to give the allocation back. Therefore a refusal by an appliance does
+    /// not prove that an ownership has ended; only the allocator's word does.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub contested: bool,
-    /// The metadata were recovered without the keys of this ownership: the owner is to say them ([`Report::Keys`]).
+    /// The metadata were recovered without the keys of this ownership: the owner has to report them
+    /// ([`Report::Keys`]).
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub wants_keys: bool,
 }
 
-/// An appliance that does not come back.
+/// An appliance whose memory was given up.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LostLender {
-    /// Which one.
+    /// Its id.
     pub appliance: ApplianceId,
     /// Its name.
     pub name: Name,
 }
 
-/// A change of where an allocation lies, which its owner carries out.
+/// A change of an allocation's place, which its owner carries out.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MapChange {
-    /// Counts the changes of the allocation; the version of the map after it.
+    /// Number of the change among the changes of the allocation; also the version of the map after it.
     pub number: u64,
-    /// What it is for.
+    /// Its kind.
     pub kind: ChangeKind,
-    /// The map after it.
+    /// The map after the change.
     pub next: Map,
-    /// Regions that have to be copied to where they lie in the new map, by their places in the allocation.
+    /// Regions that have to be copied to their new place, by their indices in the allocation.
     pub moved: Vec<u32>,
-    /// Control interfaces of the appliances that the copied regions are on, by grants of both maps.
+    /// Control interfaces of the appliances of the copied regions, by grants of both maps.
     pub control: BTreeMap<GrantId, String>,
-    /// Most bytes a second to copy with.
+    /// Highest rate of copying, in bytes per second.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rate: Option<ByteSize>,
-    /// It is recorded as done: the new map holds, and the owner has to confirm that it uses nothing else.
+    /// The change is recorded as done: the new map is valid, and the owner has to confirm that it uses nothing else.
     pub switched: bool,
 }
 
-/// What a change is for.
+/// Kind of a change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ChangeKind {
     /// The allocation becomes larger.
     Grow,
-    /// It becomes smaller.
+    /// The allocation becomes smaller.
     Shrink,
     /// Regions move to other appliances.
     Move,
 }
 
-/// That an allocation goes to another client.
+/// An allocation goes to another client.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HandOver {
     /// The new owner.
     pub to: ClientId,
-    /// When the present owner is cut off whatever it does, seconds since 1970.
+    /// When the present owner is cut off in any case, seconds since 1970.
     pub until: u64,
 }
 
-/// What the owner of an allocation says to its orders.
+/// A report of the owner about its orders.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Report {
-    /// So many bytes of those that are to be copied are.
+    /// Progress of copying.
     Copied {
         /// The change.
         number: u64,
-        /// Bytes so far.
+        /// Bytes copied so far.
         bytes: u64,
     },
-    /// All is copied and written to both places: the new map may hold.
+    /// All regions are copied, and writes go to both places: the new map may become valid.
     Ready {
         /// The change.
         number: u64,
@@ -230,7 +232,7 @@ pub enum Report {
     Done {
         /// The change.
         number: u64,
-        /// What became of the device, in one line, where there is something to say.
+        /// How the device followed the change, in one line, if there is anything to report.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         how: Option<String>,
     },
@@ -238,49 +240,49 @@ pub enum Report {
     Refused {
         /// The change.
         number: u64,
-        /// Why, in one line, with what to do.
+        /// Why, in one line, with the remedy.
         why: String,
     },
-    /// What the allocation is shown as, and who uses that. Said now and then, for the operator.
+    /// The device that the allocation is shown as, and its users. Sent now and then, for the operator.
     Used(DeviceUse),
-    /// The keys of this ownership, for an allocator that asked for them. Not counted unless the epoch holds and all grants
-    /// of the map are there.
+    /// The keys of this ownership, for an allocator that asked for them. They are ignored unless the epoch is the
+    /// valid one and all grants of the map are included.
     Keys {
         /// The ownership.
         epoch: Epoch,
         /// The key of each grant.
         keys: BTreeMap<GrantId, GrantKey>,
     },
-    /// The operator of this client gave an appliance up here: I/O to what lay there has failed since, for good.
+    /// The operator of this client has given up an appliance here: I/O to it has failed since, for good.
     GaveUp {
-        /// Which one.
+        /// The appliance.
         appliance: ApplianceId,
     },
-    /// Everything is written back, and nothing uses the allocation any more.
+    /// All data are written back, and nothing uses the allocation any more.
     HandedOver,
-    /// The owner has written down that the allocation is contested ([`Orders::contested`]): from now on it holds its I/O
-    /// until the allocator says whose it is.
+    /// The owner has written down that the allocation is contested ([`Orders::contested`]): from now on, when
+    /// appliances refuse it, it holds its I/O until the allocator says who the owner is.
     Holds,
     /// The allocation is in use and cannot be handed over.
     Kept {
-        /// Why, in one line, with what to do.
+        /// Why, in one line, with the remedy.
         why: String,
     },
 }
 
-/// How far a change of an allocation is.
+/// Progress of a change of an allocation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ChangeState {
-    /// What it is for.
+    /// Its kind.
     pub kind: ChangeKind,
-    /// Since when, seconds since 1970.
+    /// When it began, seconds since 1970.
     pub since: u64,
     /// The size after it, in bytes.
     pub size: ByteSize,
     /// Bytes that have to be copied.
     pub bytes: ByteSize,
-    /// Bytes that are.
+    /// Bytes that are copied so far.
     pub copied: ByteSize,
-    /// Where it is, in one line.
+    /// Its present stage, in one line.
     pub text: String,
 }

@@ -1,16 +1,16 @@
-//! How far an allocator's metadata are, so that metadata of yesterday are noticed.
+//! The state of an allocator's metadata, by which outdated metadata are noticed.
 
 use serde::{Deserialize, Serialize};
 
 use crate::PoolId;
 
-/// A state of the metadata of a pool. The allocator tells appliances and owners the newest one that is durable, they keep
-/// the newest one that they heard of, and tell it back.
+/// A state of the metadata of a pool. The allocator sends its newest durable state to appliances and owners. They
+/// keep the newest state that they have heard of, and report it back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct MetadataState {
     /// The pool that the metadata are of.
     pub pool: PoolId,
-    /// Counts the changes that became durable.
+    /// Number of batches of changes that became durable.
     pub number: u64,
 }
 
@@ -21,14 +21,14 @@ impl MetadataState {
     }
 }
 
-/// That an allocator's metadata are older than what appliances or owners heard of: a snapshot of its machine was reverted,
-/// or an old copy was restored. What such an allocator says of an allocation proves nothing.
+/// Reported when an allocator's metadata are older than a state that appliances or owners have heard of: a snapshot
+/// of its machine was reverted, or an old copy was restored. Its answers about an allocation prove nothing.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Behind {
-    /// The newest number that somebody heard of.
+    /// The newest number that was reported.
     pub heard: u64,
-    /// Who heard of it.
+    /// The appliance or owner that reported it.
     pub who: String,
-    /// In one line, with what to do.
+    /// Explanation with the remedy, in one line.
     pub text: String,
 }

@@ -6,47 +6,47 @@
 //! | `PUT /v1/appliances/{id}` | [`Heartbeat`] | [`HeartbeatAnswer`] |
 //! | `GET /v1/appliances` | | list of [`Appliance`] |
 //! | `DELETE /v1/appliances/{id}` | | nothing; refused while it holds regions of an allocation |
-//! | `POST /v1/appliances/{id}/loss` | | list of [`Allocation`]s that lose memory: it is given up, for good. Refused while it is heard |
-//! | `POST /v1/allocations?request=ID` | [`Create`] | [`Allocation`]; with a [`RequestId`], who asks again asks for the same, and not again for what was taken back |
+//! | `POST /v1/appliances/{id}/loss` | | list of [`Allocation`]s that lose memory: the appliance is given up, for good. Refused while it is heard |
+//! | `POST /v1/allocations?request=ID` | [`Create`] | [`Allocation`]; repeated with the same [`RequestId`] it is the same request, and one that was cancelled stays cancelled |
 //! | `GET /v1/allocations` | | list of [`Allocation`] |
 //! | `GET /v1/allocations/{name}` | | [`Allocation`] |
 //! | `DELETE /v1/allocations/{name}?force=true` | | nothing; refused while attached, unless forced |
 //! | `PUT /v1/allocations/{name}/owner` | [`Attach`] | [`Map`] |
-//! | `DELETE /v1/allocations/{name}/owner/{client}` | | nothing; a client that stands by does so no more |
+//! | `DELETE /v1/allocations/{name}/owner/{client}` | | nothing; also ends the standby of a client that stands by |
 //! | `PUT /v1/allocations/{name}/standby` | [`Attach`] | [`Map`] without keys: the client stands by to take it over |
 //! | `POST /v1/allocations/{name}/renewal` | [`Renew`] | [`Allocation`] |
 //! | `PUT /v1/allocations/{name}/size` | [`Resize`] | [`Allocation`] |
 //! | `PUT /v1/allocations/{name}/name` | [`Rename`] | [`Allocation`]; refused while a client uses it |
 //! | `POST /v1/allocations/{name}/transfer` | [`Transfer`] | [`Allocation`] |
-//! | `POST /v1/handovers` | [`HandOverAll`] | [`Handover`]: the allocations have their new owner, all of them; else none has, and the old one goes on |
+//! | `POST /v1/handovers` | [`HandOverAll`] | [`Handover`]: all of the allocations have the new owner; on an error none has, and the old owner goes on |
 //! | `GET /v1/handovers` | | list of [`Handover`]s that are not over |
-//! | `POST /v1/handovers/{id}/commit` | | [`Handover`]: the old owner ends. By the id, or by the name of an allocation in it |
-//! | `POST /v1/handovers/{id}/rollback` | | [`Handover`]: the old owner has them again, and goes on |
-//! | `GET /v1/allocations/{name}/orders/{client}?refused=GRANT,GRANT&pool=ID&number=N` | | [`Orders`]: what the owner is to do; the appliances of grants that refuse the owner are asked at once what they have; `pool` and `number` are the newest [`MetadataState`] that it heard of |
+//! | `POST /v1/handovers/{id}/commit` | | [`Handover`]: the old owner ends. `id` is the hand-over's id, or the name of an allocation in it |
+//! | `POST /v1/handovers/{id}/rollback` | | [`Handover`]: the old owner has the allocations again, and goes on |
+//! | `GET /v1/allocations/{name}/orders/{client}?refused=GRANT,GRANT&pool=ID&number=N` | | [`Orders`] to the owner; `refused`: grants that refuse the owner, whose appliances are asked at once for their grants; `pool` and `number`: the newest [`MetadataState`] that the owner has heard of |
 //! | `POST /v1/allocations/{name}/orders/{client}` | [`Report`] | [`Orders`] |
 //! | `POST /v1/appliances/{id}/drain` | [`Drain`] | [`Appliance`] |
-//! | `DELETE /v1/appliances/{id}/drain` | | nothing; what has moved stays where it is |
+//! | `DELETE /v1/appliances/{id}/drain` | | nothing; regions that have moved stay where they are |
 //! | `POST /v1/rebalance` | [`Rebalance`] | [`RebalancePlan`]; nothing is done on a dry run |
 //! | `GET /v1/rebalance` | | [`RebalancePlan`] |
 //! | `PUT /v1/rebalance` | [`Pause`] | [`RebalancePlan`] |
-//! | `DELETE /v1/rebalance` | | nothing; the region that is on its way stays where it is |
+//! | `DELETE /v1/rebalance` | | nothing; the move under way is finished |
 //! | `GET /v1/allocations/{name}/decisions` | | list of [`Decision`](super::decision::Decision), the newest first |
 //! | `POST /v1/decisions?all=true` | [`Create`] | [`Decision`](super::decision::Decision): a dry run, nothing is made; with `all` every appliance is named |
 //! | `GET /v1/metrics` | | text for Prometheus |
-//! | `GET /v1/backup` | | all metadata but decisions, with the keys of all grants, as `xpm-allocator restore` takes it |
+//! | `GET /v1/backup` | | all metadata except decisions, with the keys of all grants, for `xpm-allocator restore` |
 //! | `GET /v1/garbage` | | list of [`Garbage`] |
 //! | `GET /v1/usage` | | list of [`Usage`] |
 //! | `PUT /v1/clients/{name}` | [`ClientFacts`] | [`Client`] |
 //! | `GET /v1/clients` | | list of [`Client`] |
-//! | `GET /v1/events?after=N&wait=true&object=NAME&kind=A,B&limit=N` | | list of [`Event`], at most [`EVENTS_PAGE_MAX`]: those with a larger number, the oldest first, or without `after` the newest; of what has the name, of these kinds; with `wait`, up to 20 s until there is one |
+//! | `GET /v1/events?after=N&wait=true&object=NAME&kind=A,B&limit=N` | | list of [`Event`], at most [`EVENTS_PAGE_MAX`]: those with a larger number, the oldest first, or without `after` the newest; only those of this object and of these kinds; with `wait`, up to 20 s until there is one |
 //! | `GET /v1/policy` | | [`Policy`](super::policy::Policy) |
 //! | `POST /v1/policy` | [`Apply`](super::policy::Apply) | [`Applied`](super::policy::Applied) |
-//! | `DELETE /v1/policy/{kind}/{name}?version=N` | | nothing; refused while it is in use or, with a version, when it has another |
+//! | `DELETE /v1/policy/{kind}/{name}?version=N` | | nothing; refused while it is in use, and, with a version, if it has another one |
 
 //!
-//! Whatever an owner asks (the paths with `owner`, `orders` and `slabs`), it may say which life of its client it is, by the query
-//! `life=`[`Life`]: one life owns an allocation at a time. What another life of the same client asks is refused while the
-//! first one is heard, or connected to an appliance of it.
+//! A request of an owner (the paths with `owner`, `orders` and `slabs`) may name the life of its client, by the query
+//! `life=`[`Life`]. One life owns an allocation at a time. A request of another life of the same client is refused
+//! while the owning life is heard, or is connected to an appliance of the allocation.
 
 mod change;
 mod handover;
@@ -79,20 +79,20 @@ pub use self::handover::{
 pub use self::metadata::{Behind, MetadataState};
 pub use self::slabs::{NAMED_SLAB_LEN_MIN, NAMED_SLABS_MAX, SlabMap, SlabPlace};
 
-/// What an appliance sends at first and then regularly: registration and heartbeat are one, so
-/// that an allocator which forgot everything learns it again.
+/// Sent by an appliance at its start and then regularly. Registration and heartbeat are one message, so that an
+/// allocator which lost its state learns everything again.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Heartbeat {
-    /// Who it is.
+    /// Identity and addresses of the appliance.
     pub info: appliance::Info,
-    /// What it has.
+    /// Its memory and activity.
     pub status: appliance::Status,
 }
 
-/// How the allocator answers a heartbeat.
+/// Answer of the allocator to a heartbeat.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HeartbeatAnswer {
-    /// When the next one is expected.
+    /// Time until the next heartbeat is expected.
     pub interval: Span,
     /// The newest state of the allocator's metadata that is durable.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -102,21 +102,21 @@ pub struct HeartbeatAnswer {
 /// An appliance as the allocator sees it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Appliance {
-    /// Who it is.
+    /// Identity and addresses of the appliance.
     pub info: appliance::Info,
-    /// What it said last.
+    /// Its last status.
     pub status: appliance::Status,
     /// Whether it is heard.
     pub state: ApplianceState,
-    /// Time since it was heard last; none after a restart of the allocator until it is.
+    /// Time since it was heard last; none if it was not heard since the allocator started.
     pub silent: Option<Span>,
-    /// Regions of allocations on it, by the allocator's record.
+    /// Regions of allocations on it, by the allocator's records.
     pub regions: u64,
-    /// That it is being emptied.
+    /// Present while it is being emptied.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub drain: Option<DrainState>,
-    /// Since when it is given up, seconds since 1970: the operator said that its memory is lost. It lends nothing before it
-    /// has cleared what it had.
+    /// When it was given up, seconds since 1970: the operator declared its memory lost. It lends nothing before it
+    /// has cleared its memory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub given_up: Option<u64>,
 }
@@ -131,7 +131,7 @@ pub enum ApplianceState {
     Silent,
 }
 
-/// Asks for an allocation.
+/// Creates an allocation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Create {
@@ -139,7 +139,7 @@ pub struct Create {
     pub name: Name,
     /// Its size in bytes; rounded up to whole pages of 4096.
     pub size: ByteSize,
-    /// Stripe over this many regions, on as many appliances as there are; none or 1: linear.
+    /// Number of regions to stripe over, on as many appliances as possible; none or 1: linear.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stripe: Option<u32>,
     /// Stripe unit in bytes; default 64 KiB.
@@ -148,16 +148,16 @@ pub struct Create {
     /// Size of a region in bytes; by default the allocator chooses.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub region_len: Option<ByteSize>,
-    /// Who it is charged to; the client's account where it is not given.
+    /// Account that is charged; default: the client's account.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub account: Option<Name>,
-    /// The client that is going to use it: where it is counts for locality and link speed.
+    /// The client that is going to use it; its position and link count for locality and link speed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub client: Option<Name>,
-    /// The strategy; by default the account's, or else the one named `default`.
+    /// The strategy; default: the account's, or else the strategy named `default`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub strategy: Option<Name>,
-    /// For conditions of rules.
+    /// Labels for conditions of rules.
     #[serde(default, skip_serializing_if = "Labels::is_empty")]
     pub labels: Labels,
     /// How it is going to be used.
@@ -166,10 +166,10 @@ pub struct Create {
     /// It may be reclaimed, with notice, for requests of a higher priority.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub reclaimable: bool,
-    /// A shorter lease than the strategy's or the account's.
+    /// Duration of the lease, if it is to be shorter than that of the strategy or account.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lease: Option<Span>,
-    /// Where it cannot be made now, it waits this long for its turn.
+    /// If the allocation cannot be made now: how long the request waits for its turn.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub wait: Option<Span>,
     /// Logical block size of its devices, in bytes; default 4096.
@@ -178,7 +178,7 @@ pub struct Create {
 }
 
 impl Create {
-    /// Asks for `size` bytes and leaves everything else open.
+    /// Requests `size` bytes and leaves everything else to the defaults.
     pub fn new(name: Name, size: ByteSize) -> Create {
         Create {
             name,
@@ -222,7 +222,7 @@ pub struct Allocation {
     /// The client that stands by to take it over.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub standby: Option<Standby>,
-    /// The hand-over that it is part of, which is not over.
+    /// The unfinished hand-over that it is part of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub handover: Option<HandoverPart>,
     /// Its regions in order, by appliance name for people and id for programs.
@@ -232,7 +232,7 @@ pub struct Allocation {
     /// Memory that it takes, in bytes: whole rows of whole regions.
     #[serde(default)]
     pub taken: ByteSize,
-    /// Who it is charged to.
+    /// Account that is charged.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub account: Option<Name>,
     /// The client that it was made for.
@@ -250,63 +250,63 @@ pub struct Allocation {
     /// Link speed that is promised to it on each of its appliances.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub link_speed: Option<LinkSpeed>,
-    /// How long it may be used.
+    /// How long it may exist.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lease: Option<Lease>,
-    /// That it is going to end, and why.
+    /// Its announced end, and the reason.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ending: Option<Ending>,
-    /// Its place among the requests that wait, or why it was refused after waiting.
+    /// Its place among the waiting requests, or why it was refused after waiting.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub waiting: Option<Waiting>,
-    /// That it is being changed.
+    /// The change that is under way.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub change: Option<ChangeState>,
-    /// What the owner says of the last change that it carried out.
+    /// The owner's report on the last change that it carried out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub followed: Option<String>,
-    /// Names of the appliances that have lost what it had there.
+    /// Names of the appliances that have lost its memory.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub lost: Vec<String>,
-    /// What its owner shows it as, and who uses that, as the owner said last.
+    /// The device that its owner shows it as, with the users, by the owner's last report.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub used: Option<DeviceUse>,
     /// Why the last change was not carried out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refused: Option<String>,
-    /// What the one who asked for it should know, right after it was made.
+    /// Warnings for the requester, right after the creation.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
-    /// Slabs with names, which its owners carved out of it.
+    /// Named slabs, which its owners carved out of it.
     #[serde(default, skip_serializing_if = "SlabMap::is_empty")]
     pub slabs: SlabMap,
-    /// Logical block size of its devices, in bytes; none where it was made before there was a choice, and is not known
-    /// yet.
+    /// Logical block size of its devices, in bytes; none if it was made before block sizes could be chosen, and its
+    /// size is not known yet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub block_size: Option<BlockSize>,
 }
 
-/// How long an allocation may be used. Moments are seconds since 1970.
+/// How long an allocation may exist. Moments are seconds since 1970.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Lease {
-    /// When it ends unless it is renewed: from then on nobody can attach it.
+    /// When it ends unless it is renewed: from then on no new client can attach.
     pub ends: u64,
-    /// When the memory is freed; whoever uses it then is cut off.
+    /// When the memory is freed; a client that uses it then is cut off.
     pub frees: u64,
     /// Whether it can be renewed.
     pub renewable: bool,
 }
 
-/// That an allocation is going to end. Moments are seconds since 1970.
+/// The announced end of an allocation. Moments are seconds since 1970.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ending {
-    /// Why.
+    /// The reason.
     pub reason: EndReason,
-    /// Since when it is announced.
+    /// When it was announced.
     pub since: u64,
-    /// When the memory is freed; whoever uses it then is cut off.
+    /// When the memory is freed; a client that uses it then is cut off.
     pub frees: u64,
-    /// In one line, with what can be done.
+    /// Explanation in one line, with the remedy.
     pub text: String,
 }
 
@@ -322,31 +322,31 @@ pub enum EndReason {
     Reclaim,
 }
 
-/// A request that waits, or has waited.
+/// A request that waits, or was refused after it had waited.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Waiting {
-    /// How many are served first; none once it was refused.
+    /// Number of requests that are served before it; none once it was refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub before: Option<u64>,
     /// Priority of its account.
     pub priority: u16,
-    /// Since when, seconds since 1970.
+    /// When it began to wait, seconds since 1970.
     pub since: u64,
-    /// Until when at most, seconds since 1970.
+    /// Until when it waits at most, seconds since 1970.
     pub until: u64,
     /// Why it cannot be made now, in one line.
     #[serde(deserialize_with = "text::line")]
     pub why: String,
-    /// The request, where who asked named it.
+    /// Id of the request, if the requester gave one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub request: Option<RequestId>,
 }
 
-/// Asks for a longer lease.
+/// Renews a lease.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Renew {
-    /// For this long from now; for the terms' whole duration where it is not given.
+    /// Duration from now; default: the whole duration of the terms.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub duration: Option<Span>,
 }
@@ -360,35 +360,35 @@ pub struct Garbage {
     pub appliance_name: String,
     /// The grant.
     pub grant: GrantId,
-    /// The name of the allocation that it was of.
+    /// Name of the allocation that the grant was part of.
     pub name: Name,
     /// Its memory in bytes.
     pub bytes: ByteSize,
-    /// Since when it is known, seconds since 1970.
+    /// Since when the grant is known, seconds since 1970.
     pub since: u64,
     /// When it is freed unless its record is found, seconds since 1970.
     pub frees: u64,
 }
 
-/// What an account, a client or a strategy has.
+/// Usage of an account, a client or a strategy.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Usage {
-    /// Whose.
+    /// The account, client or strategy.
     #[serde(flatten)]
     pub of: DocumentName,
     /// Memory that its allocations take, in bytes.
     pub used: ByteSize,
     /// Its allocations.
     pub allocations: u64,
-    /// Beyond it, with a warning.
+    /// Beyond this limit, requests are served with a warning.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub soft_limit: Option<ByteSize>,
-    /// Beyond it, refused.
+    /// Beyond this limit, requests are refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hard_limit: Option<ByteSize>,
 }
 
-/// What a client found out about itself.
+/// Facts that a client reports about itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ClientFacts {
@@ -410,28 +410,29 @@ pub struct ClientFacts {
 pub struct Client {
     /// Its name.
     pub name: Name,
-    /// What it said last.
+    /// The facts of its last report.
     pub facts: ClientFacts,
-    /// When, seconds since 1970.
+    /// Time of its last report, seconds since 1970.
     pub heard: u64,
 }
 
-/// Most events of one answer; who wants more asks again, after the last one.
+/// Most events of one answer. A client that wants more asks again, after the last one.
 pub const EVENTS_PAGE_MAX: usize = 500;
 
-/// Something that happened.
+/// An event.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Event {
-    /// Its number: in order from 1, over restarts and changes of the leader. They begin anew where the metadata were lost.
+    /// Its number: counted from 1, across restarts and changes of the leader. Numbers begin anew if the metadata were
+    /// lost.
     pub number: u64,
-    /// When, seconds since 1970.
+    /// Time, seconds since 1970.
     pub at: u64,
-    /// What kind: the text of an [`EventKind`](super::event::EventKind), or one of a newer allocator.
+    /// Its kind: the text of an [`EventKind`](super::event::EventKind), or a kind of a newer allocator.
     #[serde(deserialize_with = "text::line")]
     pub kind: String,
-    /// The name of what it happened to.
+    /// The name of its object.
     pub subject: Name,
-    /// In one line.
+    /// Description in one line.
     #[serde(deserialize_with = "text::line")]
     pub text: String,
 }
@@ -440,9 +441,9 @@ pub struct Event {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum AllocationState {
-    /// Asked for, and not made yet: it waits for its turn.
+    /// Requested, and not made yet: it waits for its turn.
     Waiting,
-    /// Asked for, and refused after it had waited.
+    /// Requested, and refused after it had waited.
     Refused,
     /// Being made: reserved, not yet committed everywhere.
     Creating,
@@ -463,7 +464,7 @@ pub struct RegionPlace {
     pub appliance_name: Name,
 }
 
-/// Who uses an allocation.
+/// The client that uses an allocation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Owner {
     /// The client.
@@ -471,12 +472,12 @@ pub struct Owner {
     /// Its host's name, for people.
     #[serde(deserialize_with = "text::line")]
     pub host_name: String,
-    /// What it uses it as, for people: `ublk`, `nbd-direct`, ...
+    /// Form of its use, for people: `ublk`, `nbd-direct`, ...
     #[serde(deserialize_with = "text::line")]
     pub purpose: String,
-    /// Since when, seconds since 1970.
+    /// When it became the owner, seconds since 1970.
     pub since: u64,
-    /// The life of the client that has it; none of a client that does not say so.
+    /// The life of the client that owns it; none for a client that sends no life.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub life: Option<Life>,
 }
@@ -497,13 +498,13 @@ impl Owner {
 pub struct DeviceUse {
     /// Its node, or its socket.
     pub device: String,
-    /// Who uses it: `swap`, `mounted at /mnt`.
+    /// Its users: `swap`, `mounted at /mnt`.
     #[serde(default)]
     pub users: Vec<String>,
 }
 
-/// A client asks to be the owner of an allocation. Refused while another client is, unless
-/// `force` is set: then the epoch is raised at every appliance first, which cuts the other off.
+/// Makes a client the owner of an allocation. Refused while another client is the owner, unless `force` is set: then
+/// the epoch is raised at every appliance first, which cuts the other client off.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Attach {
@@ -514,23 +515,23 @@ pub struct Attach {
     /// Its host's name, for people.
     #[serde(deserialize_with = "text::line")]
     pub host_name: String,
-    /// What it uses the allocation as, for people.
+    /// Form of its use, for people.
     #[serde(deserialize_with = "text::line")]
     pub purpose: String,
     /// Take it from another owner.
     #[serde(default)]
     pub force: bool,
-    /// Where memory was shared with a process of the appliance's host and cannot be moved away from it, take zeros in
-    /// its place; without this such a change of owner is refused.
+    /// If memory was shared with a process on the appliance's host and cannot be moved away from it, take zeros in
+    /// its place; without this flag such a change of owner is refused.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub lose: bool,
-    /// What the client says about block sizes, where it shows a block device.
+    /// The client's wish for a block size, if it shows a block device.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub blocks: Option<BlockWish>,
 }
 
-/// All that a client needs to use an allocation with no more help of the allocator. Holds keys:
-/// kept in files of mode 0600 only.
+/// All that a client needs to use an allocation without further help of the allocator. A map contains keys: it is
+/// kept only in files of mode 0600.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Map {
     /// The allocation's name.
@@ -539,7 +540,7 @@ pub struct Map {
     pub id: AllocationId,
     /// Its epoch.
     pub epoch: Epoch,
-    /// Number of the change that led to where it lies.
+    /// Number of the change that led to its present place.
     #[serde(default)]
     pub version: u64,
     /// Its size in bytes.
@@ -552,19 +553,19 @@ pub struct Map {
     pub grants: Vec<Grant>,
     /// The regions in order: whole rows of the layout.
     pub regions: Vec<RegionSlot>,
-    /// Slabs with names, whose content is not to be written over.
+    /// Named slabs, whose content must not be overwritten.
     #[serde(default, skip_serializing_if = "SlabMap::is_empty")]
     pub slabs: SlabMap,
-    /// Logical block size of its devices, in bytes; none from an allocator of a version that knew of none, and for an
-    /// allocation whose size is not known.
+    /// Logical block size of its devices, in bytes; none from an allocator of a version without block sizes, and for
+    /// an allocation whose block size is not known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub block_size: Option<BlockSize>,
 }
 
-/// The answer to a client that owns an allocation now. Clients of before 0.2 read it as the map.
+/// Answer to a client that owns an allocation now. Clients of versions before 0.2 read it as the map.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Owned {
-    /// Where the allocation lies.
+    /// The allocation's map.
     #[serde(flatten)]
     pub map: Map,
     /// The newest state of the allocator's metadata that is durable.
@@ -572,7 +573,7 @@ pub struct Owned {
     pub metadata: Option<MetadataState>,
 }
 
-/// What the client holds on one appliance.
+/// The client's grant on one appliance.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Grant {
     /// Its id.
@@ -581,15 +582,15 @@ pub struct Grant {
     pub appliance: ApplianceId,
     /// Its name.
     pub appliance_name: Name,
-    /// Where it is reached.
+    /// Addresses of its data plane.
     pub endpoints: Endpoints,
-    /// The secret to show.
+    /// The secret that the client shows to the appliance.
     pub key: GrantKey,
-    /// Regions in the grant.
+    /// Number of regions in the grant.
     pub regions: u32,
 }
 
-/// One region of an allocation, as a place in a grant.
+/// Place of one region of an allocation: a slot of a grant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RegionSlot {
     /// Index into [`Map::grants`].
@@ -598,7 +599,7 @@ pub struct RegionSlot {
     pub slot: u32,
 }
 
-/// What the allocator is doing.
+/// Status of the allocator.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
     /// Version of the program.
@@ -609,22 +610,23 @@ pub struct Status {
     pub appliances_up: u64,
     /// Appliances that are silent.
     pub appliances_silent: u64,
-    /// Allocations.
+    /// Number of allocations.
     pub allocations: u64,
     /// Memory of all appliances that are up, in bytes.
     pub capacity: ByteSize,
-    /// What of it is free, in bytes.
+    /// Free memory of these appliances, in bytes.
     pub free: ByteSize,
-    /// What is wrong, or worth knowing, of the pool and of what lies on it.
+    /// Problems and notes about the pool and its allocations.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub problems: Vec<Problem>,
     /// The newest state of its metadata that is durable.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub metadata: Option<MetadataState>,
-    /// That its metadata are of yesterday: it judges and changes nothing, and refuses every question about one allocation.
+    /// Set if its metadata are outdated: it judges and changes nothing, and refuses every question about a single
+    /// allocation.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub behind: Option<Behind>,
-    /// Why its metadata cannot be written now: it answers, and changes nothing.
+    /// Set while its metadata cannot be written: the reason. It answers, and changes nothing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub read_only: Option<String>,
 }

@@ -1,4 +1,4 @@
-//! Slabs of an allocation that have names.
+//! Named slabs of an allocation.
 
 use std::collections::BTreeMap;
 
@@ -7,23 +7,23 @@ use serde::{Deserialize, Serialize};
 use crate::Name;
 use crate::units::ByteSize;
 
-/// Most slabs with names in one allocation.
+/// Most named slabs in one allocation.
 pub const NAMED_SLABS_MAX: usize = 256;
-/// A slab with a name starts at a multiple of this many bytes, and has as many or more.
+/// A named slab starts at a multiple of this many bytes, and is at least as long.
 pub const NAMED_SLAB_LEN_MIN: u64 = 2 << 20;
 
-/// Slabs of an allocation that have names: what they hold stays when the program that carved them ends. The allocator
-/// keeps where they are, and no more.
+/// The named slabs of an allocation. Their content stays when the program that carved them ends. The allocator keeps
+/// only their places.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SlabMap {
-    /// Counts the changes of the map. Who changes it says the number after the one that is known.
+    /// Number of changes of the map. A change must have the number after the known one.
     pub number: u64,
-    /// Where they are, by name: at most [`NAMED_SLABS_MAX`].
+    /// Their places, by name: at most [`NAMED_SLABS_MAX`].
     pub slabs: BTreeMap<Name, SlabPlace>,
 }
 
-/// Where a slab with a name is.
+/// Place of a named slab.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SlabPlace {
@@ -34,20 +34,20 @@ pub struct SlabPlace {
 }
 
 impl SlabMap {
-    /// Whether there never was a slab with a name.
+    /// Whether there never was a named slab.
     pub fn is_empty(&self) -> bool {
         self.number == 0 && self.slabs.is_empty()
     }
 
-    /// First byte behind all of them.
+    /// First byte after all named slabs.
     pub fn end(&self) -> u64 {
         self.slabs.values().map(|place| place.offset.0.saturating_add(place.len.0)).max().unwrap_or(0)
     }
 
-    /// Whether there can be such a map in an allocation of `size` bytes.
+    /// Whether the map is valid in an allocation of `size` bytes.
     ///
     /// # Errors
-    /// What is wrong with it, in one line.
+    /// The first fault of the map, in one line.
     pub fn check(&self, size: u64) -> Result<(), String> {
         if self.slabs.len() > NAMED_SLABS_MAX {
             return Err(format!("an allocation has at most {NAMED_SLABS_MAX} slabs with names"));

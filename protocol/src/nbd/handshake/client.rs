@@ -7,23 +7,23 @@ use crate::life::Visitor;
 use crate::nbd::constants::*;
 use crate::nbd::export::{BlockSizes, ExportInfo, TransmissionFlags};
 
-/// Longest data of an option's reply that is taken, in bytes.
+/// Longest data of a reply to an option that is accepted, in bytes.
 const REPLY_LEN_MAX: u32 = 64 << 10;
-/// Longest text of a server that is repeated in an error, in characters.
+/// Longest part of a server's text that an error repeats, in characters.
 const SHOWN_MAX: usize = 400;
-/// Replies to one option; a server that sends more is not believed.
+/// Most replies to one option; a server that sends more violates the protocol.
 const REPLIES_MAX: u32 = 64;
 
-/// What to ask a server for.
+/// A client's requests to a server.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Wishes {
     /// The export's name; at most 4096 bytes, without NUL.
     pub export: String,
-    /// Structured replies, if the server has them.
+    /// Use structured replies, if the server supports them.
     pub structured: bool,
-    /// The context `base:allocation`, if the server has it; needs `structured`.
+    /// Use the context `base:allocation`, if the server supports it; needs `structured`.
     pub base_allocation: bool,
-    /// Who asks, for a server that lets in one life of a client only.
+    /// The life of this client, for a server that accepts only one life of a client.
     pub visitor: Option<Visitor>,
 }
 
@@ -38,7 +38,7 @@ impl fmt::Debug for Wishes {
     }
 }
 
-/// What was agreed.
+/// Result of the negotiation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Agreed {
     /// The export.
@@ -47,7 +47,7 @@ pub struct Agreed {
     pub structured: bool,
     /// The id of the context `base:allocation`.
     pub base_allocation: Option<u32>,
-    /// Bytes behind the handshake; none, from a server that follows the protocol.
+    /// Bytes received after the handshake; empty if the server follows the protocol.
     pub leftover: Vec<u8>,
 }
 
@@ -57,29 +57,29 @@ pub enum HandshakeError {
     /// The server does not have the export, or hides it.
     #[error("the server has no such export")]
     UnknownExport,
-    /// The server has the export, and a newer connection of the same session and queue. Older servers say
+    /// The server has the export, but also a newer connection of the same session and queue. Older servers report
     /// [`HandshakeError::UnknownExport`] in this case.
     #[error("the server has a newer connection of the same session and queue")]
     Outdated,
-    /// The server does not give it to this client.
+    /// The server refuses this client.
     #[error("the server refuses by policy: {0}")]
     Policy(String),
-    /// The server wants TLS.
+    /// The server requires TLS.
     #[error("the server wants TLS, which xpm's NBD client does not speak")]
     TlsRequired,
-    /// Something else answers there.
+    /// The peer is not an NBD server.
     #[error("this is no NBD server of the newstyle protocol")]
     NotNbd,
     /// The server is going down.
     #[error("the server is going down")]
     ShuttingDown,
-    /// The protocol has no such names.
+    /// The name is not valid in the protocol.
     #[error("the export's name is too long for the protocol, or contains a NUL")]
     BadName,
     /// The server closed the connection.
     #[error("the server closed the connection during the handshake")]
     Closed,
-    /// The server refused in another way.
+    /// The server refused for another reason.
     #[error("the server refused the export: {0}")]
     Refused(String),
     /// The server does not follow the protocol.
@@ -94,14 +94,14 @@ enum Waiting {
     Structured,
     Context,
     Go,
-    /// For the answer to the old form, which has no header.
+    /// For the answer to `OPT_EXPORT_NAME`, which has no header.
     ByName,
 }
 
 /// A handshake in progress.
 pub struct ClientHandshake {
     wishes: Wishes,
-    /// The export is entered, not only described.
+    /// Whether the export is to be entered, not only described.
     enters: bool,
     waiting: Waiting,
     input: Vec<u8>,
@@ -138,28 +138,27 @@ impl ClientHandshake {
         }
     }
 
-    /// A new handshake that only asks what the export is, and enters none: `OPT_INFO`. A server that does not know that
-    /// option is asked to let the client enter.
+    /// A new handshake that only asks for a description of the export, by `OPT_INFO`. A server that does not know
+    /// that option is asked to let the client enter.
     pub fn describing(wishes: Wishes) -> ClientHandshake {
         ClientHandshake { enters: false, ..ClientHandshake::new(wishes) }
     }
 
-    /// Bytes that the server sent.
+    /// Takes bytes that the server sent.
     pub fn receive(&mut self, bytes: &[u8]) {
         self.input.extend_from_slice(bytes);
     }
 
-    /// Bytes for the server, to be sent before more are waited for.
+    /// Returns bytes for the server, to be sent before waiting for more.
     pub fn take_output(&mut self) -> Vec<u8> {
         std::mem::take(&mut self.output)
     }
 
-    /// Goes on; none when more bytes are needed.
+    /// Continues the handshake; none if more bytes are needed.
     ///
     /// # Errors
-    /// When there will be no agreement; the connection has to be closed. Where the server refused, the
-    /// output holds the farewell (`OPT_ABORT`) that a polite client sends before, without waiting for
-    /// an answer.
+    /// When the negotiation has failed; the connection has to be closed. If the server refused, the output holds an
+    /// `OPT_ABORT` that a polite client sends first, without waiting for an answer.
     pub fn step(&mut self) -> Result<Option<Agreed>, HandshakeError> {
         loop {
             let went_on = match self.waiting {
@@ -179,7 +178,7 @@ impl ClientHandshake {
         }
     }
 
-    /// What it means that the server closed the connection while more bytes were waited for.
+    /// The error if the server closed the connection while the client waited for more bytes.
     pub fn closed(&self) -> HandshakeError {
         match self.waiting {
             Waiting::ByName => HandshakeError::UnknownExport,
@@ -192,7 +191,7 @@ impl ClientHandshake {
             return Err(HandshakeError::BadName);
         }
         let mut reader = Reader(&self.input);
-        // Some other service may say less than a greeting's length and then wait.
+        // Another service may send less than a whole greeting and then wait, so each byte is checked as it comes.
         if self.input.iter().zip(NBD_MAGIC.to_be_bytes()).any(|(got, wanted)| *got != wanted) {
             return Err(HandshakeError::NotNbd);
         }
@@ -302,13 +301,13 @@ impl ClientHandshake {
                 self.ask(OPT_ABORT, &[]);
                 return Err(HandshakeError::ShuttingDown);
             }
-            // A server that does not know of lives lets everybody in who has the key.
+            // A server that does not know lives accepts every client that has the key.
             (Waiting::Visitor, REP_ACK | REP_ERR_UNSUP) => self.ask_for_export(),
             (Waiting::Visitor, kind) if kind & REP_ERR != 0 => {
                 self.ask(OPT_ABORT, &[]);
                 return Err(self.refusal(kind, data));
             }
-            // Whatever the reason, it goes without, and without contexts that came ahead of an error.
+            // Whatever the reason, the client goes on without it, and ignores contexts that came before an error.
             (Waiting::Structured | Waiting::Context, kind) if kind & REP_ERR != 0 => {
                 self.base_allocation = None;
                 self.ask_to_go();
@@ -399,7 +398,7 @@ impl ClientHandshake {
         }
     }
 
-    /// A server's text as it may be shown. Servers like to repeat the name, which may be a secret.
+    /// A server's text, fit for display. Servers often repeat the export's name, which may be a secret.
     fn shown(&self, text: &[u8]) -> String {
         let text = printable(&String::from_utf8_lossy(text));
         let text = match printable(&self.wishes.export) {

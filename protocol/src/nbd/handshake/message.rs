@@ -2,7 +2,7 @@
 
 use crate::nbd::constants::*;
 
-/// Reads big-endian numbers and strings off a message.
+/// Reads big-endian numbers and strings from a message.
 pub(super) struct Reader<'a>(pub(super) &'a [u8]);
 
 impl<'a> Reader<'a> {
@@ -30,7 +30,7 @@ impl<'a> Reader<'a> {
         self.chunk().map(u64::from_be_bytes)
     }
 
-    /// A string behind its length of 32 bits.
+    /// A string that follows its 32-bit length.
     pub(super) fn string(&mut self) -> Option<&'a str> {
         let len = self.u32()? as usize;
         string(self.take(len)?)
@@ -41,7 +41,7 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// A string as the protocol has them: UTF-8 without NUL, of limited length.
+/// A valid string of the protocol: UTF-8 without NUL, of limited length.
 pub(super) fn string(bytes: &[u8]) -> Option<&str> {
     std::str::from_utf8(bytes).ok().filter(|text| is_string(text))
 }
@@ -50,7 +50,7 @@ pub(super) fn is_string(text: &str) -> bool {
     text.len() <= STRING_MAX && !text.contains('\0')
 }
 
-/// Adds a string behind its length. Callers pass texts that were checked, or are short.
+/// Appends a length and the string. Callers pass checked or short texts.
 pub(super) fn put_string(output: &mut Vec<u8>, text: &str) {
     output.extend((text.len() as u32).to_be_bytes());
     output.extend_from_slice(text.as_bytes());
@@ -71,7 +71,7 @@ pub(super) fn put_reply(output: &mut Vec<u8>, option: u32, kind: u32, data: &[u8
     output.extend_from_slice(data);
 }
 
-/// The data of `OPT_INFO` and `OPT_GO`: an export's name, and the kinds of information wanted.
+/// The data of `OPT_INFO` and `OPT_GO`: an export's name, and the kinds of information requested.
 pub(super) fn parse_info(data: &[u8]) -> Option<(String, Vec<u16>)> {
     let mut reader = Reader(data);
     let name = reader.string()?.to_owned();

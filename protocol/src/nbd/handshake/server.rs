@@ -7,16 +7,16 @@ use crate::life::Visitor;
 use crate::nbd::constants::*;
 use crate::nbd::export::{ExportInfo, TransmissionFlags};
 
-/// Longest data of an option that is looked at, in bytes: two strings and some numbers fit.
+/// Longest data of an option that is parsed, in bytes: enough for two strings and some numbers.
 const OPTION_LEN_MAX: u32 = 16 << 10;
-/// Longest data of an option that is read over, in bytes; beyond it the connection is closed.
+/// Longest data of an option that is skipped, in bytes; with more the connection is closed.
 const OPTION_SKIP_MAX: u32 = 1 << 20;
-/// Options of one handshake; a client needs fewer than ten.
+/// Most options of one handshake; a client needs fewer than ten.
 const OPTIONS_MAX: u32 = 64;
 /// Context ids are the server's choice.
 const BASE_ALLOCATION_ID: u32 = 1;
 
-/// What the handshake needs next.
+/// The next input that the handshake needs, or its end.
 #[derive(Clone, PartialEq, Eq)]
 pub enum Step {
     /// More bytes of the client, by [`ServerHandshake::receive`].
@@ -25,9 +25,9 @@ pub enum Step {
     Open(String),
     /// The names of all exports, by [`ServerHandshake::listed`].
     List,
-    /// Nothing: the handshake is over, the output has to be sent and requests follow.
+    /// No input: the handshake is over, the output has to be sent, and requests follow.
     Ready(Negotiated),
-    /// Nothing: the output has to be sent and the connection closed.
+    /// No input: the output has to be sent and the connection closed.
     Close(CloseReason),
 }
 
@@ -43,7 +43,7 @@ impl fmt::Debug for Step {
     }
 }
 
-/// What was agreed.
+/// Result of the negotiation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Negotiated {
     /// The export.
@@ -52,23 +52,23 @@ pub struct Negotiated {
     pub structured: bool,
     /// The id of the context `base:allocation`, if the client chose it.
     pub base_allocation: Option<u32>,
-    /// Bytes behind the handshake: the first requests.
+    /// Bytes received after the handshake: the first requests.
     pub leftover: Vec<u8>,
 }
 
 /// Why a handshake ends without an export.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
 pub enum CloseReason {
-    /// The client said so.
+    /// The client ended the handshake.
     #[error("the client ended the handshake")]
     Aborted,
-    /// It named an export that is not there, in the form that has no other answer.
+    /// The client named a missing export by `OPT_EXPORT_NAME`, which has no other answer than to close.
     #[error("the client named an unknown export")]
     UnknownExport,
-    /// A newer connection of its session and queue is there, and it used the form that has no other answer.
+    /// There is a newer connection of the same session and queue, and the client used `OPT_EXPORT_NAME`.
     #[error("the client has a newer connection")]
     Outdated,
-    /// It does not follow the protocol.
+    /// The client does not follow the protocol.
     #[error("the client broke the protocol: {0}")]
     Protocol(&'static str),
 }
@@ -79,13 +79,13 @@ enum Waiting {
     Flags,
     /// For an option.
     Option,
-    /// For an option's data to pass by.
+    /// For the rest of an option's data that is skipped.
     Skip { option: u32, left: u32 },
-    /// For the caller.
+    /// For the caller's answer about an export.
     Export(Asked),
-    /// For the caller.
+    /// For the caller's list of exports.
     Names,
-    /// For nothing.
+    /// The handshake is over.
     Over,
 }
 
@@ -95,8 +95,8 @@ enum Asked {
     Info { go: bool, name: bool, description: bool },
 }
 
-/// A handshake in progress. Bounded: beside what was received and not looked at yet, it holds no more
-/// than one option.
+/// A handshake in progress. Its memory is bounded: besides received bytes that are not parsed yet, it holds at most
+/// one option.
 pub struct ServerHandshake {
     waiting: Waiting,
     input: Vec<u8>,
@@ -104,7 +104,7 @@ pub struct ServerHandshake {
     options: u32,
     no_zeroes: bool,
     structured: bool,
-    /// The export that contexts were set for.
+    /// The export for which contexts were set.
     context_export: Option<String>,
     asked_name: String,
     visitor: Option<Visitor>,
@@ -113,9 +113,9 @@ pub struct ServerHandshake {
 /// Why a client does not get an export.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum NoExport {
-    /// It is not there, or not to be seen.
+    /// The export does not exist, or is hidden.
     Unknown,
-    /// It is there and not for this client, for this reason.
+    /// The export exists but is refused to this client, for this reason.
     Refused(String),
 }
 
@@ -151,17 +151,17 @@ impl ServerHandshake {
         }
     }
 
-    /// Bytes that the client sent.
+    /// Takes bytes that the client sent.
     pub fn receive(&mut self, bytes: &[u8]) {
         self.input.extend_from_slice(bytes);
     }
 
-    /// Bytes for the client, to be sent before the next step is asked for.
+    /// Returns bytes for the client, to be sent before the next step.
     pub fn take_output(&mut self) -> Vec<u8> {
         std::mem::take(&mut self.output)
     }
 
-    /// Goes on until something is needed.
+    /// Continues until an input is needed.
     pub fn step(&mut self) -> Step {
         loop {
             let step = match self.waiting {
@@ -178,20 +178,20 @@ impl ServerHandshake {
         }
     }
 
-    /// Whether the export of [`Step::Open`] is to be entered as well, rather than described only
-    /// (`OPT_INFO`). One that is only described may be asked for again, and need not be opened.
+    /// Whether the export of [`Step::Open`] is to be entered, not only described (`OPT_INFO`). An export that is only
+    /// described may be asked for again, and need not be opened.
     pub fn enters(&self) -> bool {
         matches!(self.waiting, Waiting::Export(Asked::ByName | Asked::Info { go: true, .. }))
     }
 
-    /// Which life of a client asks, if it said so.
+    /// The life of the client, if it sent one.
     pub const fn visitor(&self) -> Option<&Visitor> {
         self.visitor.as_ref()
     }
 
     /// Answers [`Step::Open`].
     ///
-    /// `info` is the export, or what the client is told in its place.
+    /// `info` is the export, or the reason that the client gets instead.
     pub fn found(&mut self, info: Result<&ExportInfo, &NoExport>) -> Option<Step> {
         let Waiting::Export(asked) = self.waiting else { return None };
         self.waiting = Waiting::Option;
@@ -221,8 +221,8 @@ impl ServerHandshake {
         None
     }
 
-    /// Answers [`Step::Open`] for an export that is there, and that has a newer connection of the client's session and
-    /// queue. Only a client that named the export by its key hears this.
+    /// Answers [`Step::Open`] for an existing export that has a newer connection of the client's session and queue.
+    /// Only a client that named the export by its key gets this answer.
     pub fn outdated(&mut self) -> Option<Step> {
         let Waiting::Export(asked) = self.waiting else { return None };
         self.waiting = Waiting::Option;
@@ -235,7 +235,7 @@ impl ServerHandshake {
         None
     }
 
-    /// Answers [`Step::List`]. None: the client is told that policy forbids it.
+    /// Answers [`Step::List`]. None: policy forbids listing.
     pub fn listed(&mut self, names: Option<&[String]>) {
         if self.waiting != Waiting::Names {
             return;
@@ -304,9 +304,9 @@ impl ServerHandshake {
             OPT_EXPORT_NAME => {
                 return Some(self.close(CloseReason::Protocol("a name of unreasonable length")));
             }
-            // Its data does not matter.
+            // The data of this option are irrelevant.
             OPT_ABORT => return self.answer(option, &[]),
-            // One that fails replaces what was set before, too.
+            // A failed setting of contexts also clears the earlier one.
             OPT_SET_META_CONTEXT => self.context_export = None,
             _ => {}
         }
@@ -409,7 +409,7 @@ impl ServerHandshake {
         self.reply(option, REP_ACK, &[]);
     }
 
-    /// DF is announced together with structured replies, and only then.
+    /// DF is announced only together with structured replies.
     fn flags_for(&self, info: &ExportInfo) -> TransmissionFlags {
         info.flags
             .with(TransmissionFlags::HAS_FLAGS)
