@@ -1,13 +1,12 @@
 //! The client of a daemon's control interface: JSON over HTTP/1.1, over TCP or a unix socket.
 //!
-//! Where there are several of a kind, of which one leads, a client knows all of them: it asks first
-//! the one that answered last, goes where a redirect leads if that is one of those it knows (for the
-//! token is sent there), and else to the next one. It goes on only where it is certain that the
-//! request was not carried out.
+//! A client may know several daemons of one kind, of which one leads. It first asks the daemon that answered last. On
+//! a redirect it goes to the leader, if that is one of the daemons that it knows (the token is sent there); otherwise
+//! it goes to the next daemon. It tries another daemon only if the request was certainly not carried out.
 //!
-//! Each request has a connection of its own: orders are few, and none ever fails because an idle
-//! connection had been closed meanwhile. Cancelling a request (dropping its future) closes the
-//! connection; whether the daemon carried it out is then unknown, as after a time-out.
+//! Each request has a connection of its own: requests are few, and none fails because an idle connection was closed
+//! meanwhile. Cancelling a request (dropping its future) closes the connection; then it is unknown whether the daemon
+//! carried the request out, as after a time-out.
 
 mod answer;
 mod place;
@@ -31,17 +30,17 @@ use self::place::{Place, Places, Way};
 use crate::token::Token;
 use crate::urls::Urls;
 
-/// Time limit of a request where nobody sets another one.
+/// Default time limit of a request.
 pub const LIMIT_DEFAULT: Duration = Duration::from_secs(10);
 /// Largest answer that is read, in bytes.
 pub const ANSWER_LEN_MAX: usize = 64 << 20;
 
 /// Pause before all daemons are asked again.
 const PAUSE: Duration = Duration::from_millis(200);
-/// How long a connection may take where another daemon can be asked instead.
+/// Time limit of a connection attempt if another daemon can be asked instead.
 const CONNECT_LIMIT: Duration = Duration::from_secs(2);
 
-/// Speaks to one daemon, or to the one of several that leads. Cheap to clone.
+/// Client of one daemon, or of the leader of several. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Client {
     places: Arc<Places>,
@@ -50,11 +49,11 @@ pub struct Client {
     patience: Duration,
 }
 
-/// Why a request brought no answer that can be used. Only after [`ClientError::Refused`] and
-/// [`ClientError::Unreachable`] is it certain that the daemon did not carry it out.
+/// Why a request got no usable answer. Only after [`ClientError::Refused`] and [`ClientError::Unreachable`] is it
+/// certain that the daemon did not carry the request out.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// The daemon refused it; the message is the daemon's own.
+    /// The daemon refused the request, with this message.
     #[error("{}", .0.error)]
     Refused(ErrorBody),
     /// No connection could be made.
@@ -65,7 +64,7 @@ pub enum ClientError {
         /// Why.
         source: io::Error,
     },
-    /// The connection broke after the request was begun.
+    /// The connection broke after the request was sent in part or whole.
     #[error("the connection to {url} broke before the answer came")]
     Lost {
         /// Base URL of the daemon.
@@ -73,16 +72,17 @@ pub enum ClientError {
         /// Why.
         source: hyper::Error,
     },
-    /// The time limit was over.
+    /// The time limit expired.
     #[error("no answer came within the time limit")]
     TimedOut,
-    /// What answers there does not speak as xpm does.
+    /// The peer does not answer as xpm does.
     #[error("{0}")]
     NotXpm(String),
 }
 
 impl ClientError {
-    /// What kind of error it is to the one who asked the daemon that sent the request.
+    /// The kind of error that a daemon reports to its own requester, if its request to another daemon failed with
+    /// this.
     pub const fn kind(&self) -> ErrorKind {
         match self {
             ClientError::Refused(body) if matches!(body.kind, ErrorKind::NotLeader) => ErrorKind::Unavailable,
@@ -101,7 +101,7 @@ impl Client {
         Ok(Client::of(vec![Place::parse(base)?], token))
     }
 
-    /// A client of the one that leads of the daemons at these URLs. Sends nothing yet.
+    /// A client of the leader among the daemons at these URLs. Sends nothing yet.
     pub fn one_of(urls: &Urls, token: Option<Token>) -> Result<Client, BaseUrlError> {
         let places: Result<Vec<Place>, _> = urls.iter().map(Place::parse).collect();
         Ok(Client::of(places?, token))
@@ -112,15 +112,15 @@ impl Client {
         Client { places: Arc::new(places), token, limit: LIMIT_DEFAULT, patience: Duration::ZERO }
     }
 
-    /// The same with another time limit for each request, from connecting to the whole answer.
+    /// The same client with another time limit per request, from connecting to the whole answer.
     #[must_use]
     pub fn with_limit(mut self, limit: Duration) -> Client {
         self.limit = limit;
         self
     }
 
-    /// The same, but where it knows several daemons and none of them leads, a request waits so long
-    /// for one that does, within its time limit.
+    /// The same client, but if it knows several daemons and none of them leads, a request waits this long for a
+    /// leader, within its time limit.
     #[must_use]
     pub fn with_patience(mut self, patience: Duration) -> Client {
         self.patience = patience;
@@ -180,7 +180,7 @@ impl Client {
     ) -> Result<T, ClientError> {
         let order = Order { method, path, body: body.map(Bytes::from) };
         match self.exchange_once(&order).await {
-            // The token of the pool was changed meanwhile, and this process was not told.
+            // The pool's token may have changed without a signal to this process.
             Err(ClientError::Refused(body))
                 if body.kind == ErrorKind::Unauthorized && self.has_newer_token() =>
             {
@@ -222,7 +222,7 @@ impl Client {
         }
     }
 
-    /// Asks one after the other until one takes the request.
+    /// Asks the daemons one after the other until one of them takes the request.
     async fn ask(&self, order: &Order<'_>) -> Result<(&Place, Answer), ClientError> {
         let mut untried = self.places.in_order();
         let mut refused = None;
@@ -244,7 +244,7 @@ impl Client {
                 },
             }
         }
-        // One that answers knows more than one that does not.
+        // A refusal of a daemon that answers says more than "unreachable".
         Err(refused.or(unreachable).unwrap_or(ClientError::TimedOut))
     }
 
@@ -295,7 +295,7 @@ impl Client {
     }
 }
 
-/// What is asked.
+/// A request to be sent.
 struct Order<'a> {
     method: Method,
     path: &'a str,

@@ -1,4 +1,4 @@
-//! Configuration files: TOML, read into a struct of the daemon.
+//! Configuration files: TOML, read into a struct that the daemon defines.
 
 use std::fs;
 use std::io;
@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 /// Why a configuration file cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// It cannot be read.
+    /// The file cannot be read.
     #[error("cannot read the configuration file {path}")]
     Unreadable {
         /// The file.
@@ -17,7 +17,7 @@ pub enum ConfigError {
         /// Why.
         source: io::Error,
     },
-    /// It does not say what the daemon understands.
+    /// The file is malformed or has unknown keys.
     #[error("{path}:{line}:{column}: {reason}{at}", path = path.display())]
     Malformed {
         /// The file.
@@ -26,9 +26,9 @@ pub enum ConfigError {
         line: usize,
         /// Column in characters, from 1.
         column: usize,
-        /// What is wrong, in one line.
+        /// The fault, in one line.
         reason: String,
-        /// The text of the line, as ` (in `...`)`; empty when the line is.
+        /// The text of the line, as ` (in `...`)`; empty if the line is.
         at: String,
     },
 }
@@ -41,7 +41,7 @@ pub fn load<T: DeserializeOwned>(path: &Path) -> Result<T, ConfigError> {
     parse(path, &text)
 }
 
-/// [`load`] with the file's text at hand.
+/// Like [`load`], for a file that was read already.
 pub fn parse<T: DeserializeOwned>(path: &Path, text: &str) -> Result<T, ConfigError> {
     toml::from_str(text).map_err(|error| malformed(path, text, &error))
 }
@@ -80,7 +80,7 @@ mod tests {
     }
 
     #[test]
-    fn a_good_file() {
+    fn a_valid_file_is_read() {
         let sample: Sample = parse(Path::new("x"), "listen = 'a'\nqueues = 3\n").unwrap();
         assert_eq!(sample, Sample { listen: "a".into(), queues: 3 });
     }
@@ -102,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_file() {
+    fn a_missing_file_is_an_error() {
         let error = load::<Sample>(Path::new("/nonexistent.toml")).unwrap_err();
         assert!(error.to_string().contains("/nonexistent.toml"));
     }

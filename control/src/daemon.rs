@@ -1,4 +1,4 @@
-//! What every daemon's `main` does around its work.
+//! The frame of every daemon's `main`: command line, log, signals, exit status.
 
 use std::error::Error;
 use std::process::ExitCode;
@@ -8,8 +8,9 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::{error_line, log, man, shutdown};
 
-/// Prints the manual page where that is asked for; else reads the command line, starts the log and does the work. An error of
-/// it is said in one line on standard error, behind the command's name, and makes the exit status 1. Starts no thread.
+/// Prints the manual page if that is requested. Otherwise reads the command line, starts the log and does the work.
+/// An error of the work is printed on standard error in one line, after the command's name, and makes the exit status
+/// 1. Starts no thread.
 pub fn main<A: Parser, E: Into<Box<dyn Error + Send + Sync>>>(
     work: impl FnOnce(A) -> Result<(), E>,
 ) -> ExitCode {
@@ -29,15 +30,15 @@ pub fn main<A: Parser, E: Into<Box<dyn Error + Send + Sync>>>(
     }
 }
 
-/// As many descriptors as this process is allowed: each connection takes one or two, and those that only knock at a door get
-/// a part of them (`server`, and the servers of `xpm-transport`).
+/// Raises the limit of descriptors to what this process is allowed: each connection takes one or two, and connections
+/// that have not proved themselves get a part of them (`server`, and the servers of `xpm-transport`).
 fn raise_open_files() {
-    /// Beyond it nothing is gained, and who closes all descriptors that there can be takes long.
+    /// More brings nothing, and a program that closes every possible descriptor takes long with a high limit.
     const ENOUGH: u64 = 1 << 20;
     let limit = getrlimit(Resource::Nofile);
     let most = limit.maximum.map_or(ENOUGH, |most| most.min(ENOUGH));
     if limit.current.is_some_and(|current| current < most) {
-        // What cannot be raised is noticed when it is used up: further connections wait.
+        // If the limit cannot be raised, that shows only once it is reached: further connections wait.
         let _ = setrlimit(Resource::Nofile, Rlimit { current: Some(most), ..limit });
     }
 }

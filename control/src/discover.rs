@@ -1,6 +1,6 @@
-//! Finding allocators on a LAN by DNS-SD over multicast DNS (RFC 6762, RFC 6763): who serves announces
-//! its URL, and who looks for it asks the network. Nothing here is a secret, and nothing that is heard is
-//! trusted further than an address that an operator might have typed.
+//! Finds allocators on a LAN by DNS-SD over multicast DNS (RFC 6762, RFC 6763): an allocator announces its URL, and
+//! an appliance queries the network for it. Nothing here is secret, and an answer is trusted no more than an address
+//! that an operator might have typed.
 
 use std::time::{Duration, Instant};
 
@@ -12,11 +12,11 @@ use crate::urls::Urls;
 
 /// The service's type.
 const SERVICE: &str = "_xpm-allocator._tcp.local.";
-/// After the first one is found, others of the same group may answer for so long.
+/// How long to wait for further allocators of the group after the first answer.
 const OTHERS: Duration = Duration::from_secs(1);
-/// Most URLs that are taken of one group.
+/// Most URLs that are accepted for one group.
 const URLS_MAX: usize = 8;
-/// Longest URL that is taken, in bytes.
+/// Longest URL that is accepted, in bytes.
 const URL_LEN_MAX: usize = 200;
 
 /// Multicast DNS cannot be used here.
@@ -43,12 +43,13 @@ impl std::fmt::Debug for Announcement {
 
 impl Drop for Announcement {
     fn drop(&mut self) {
-        // Who looks for it notices all the same when its time to live is over.
+        // If this fails, the announcement still ends with its time to live.
         let _ = self.daemon.shutdown();
     }
 }
 
-/// Announces the URL of a control interface to those who look for this group. A thread of its own answers.
+/// Announces the URL of a control interface to programs that look for this group. A thread of its own answers their
+/// queries.
 ///
 /// # Errors
 /// When the machine has no network interface for it.
@@ -62,7 +63,7 @@ pub fn announce(url: &str, port: u16, group: &Name, unique: u128) -> Result<Anno
     Ok(Announcement { daemon })
 }
 
-/// The URLs that are announced for this group; none when nobody answers within `limit`.
+/// The URLs that are announced for this group; none if there is no answer within `limit`.
 ///
 /// # Errors
 /// When the machine has no network interface for it.
@@ -85,7 +86,7 @@ pub async fn find(group: &Name, limit: Duration) -> Result<Option<Urls>, Discove
     Ok(found.join(",").parse().ok())
 }
 
-/// The URL of an answer that is about this group.
+/// The URL of an answer, if it is for this group.
 fn url_of(event: &ServiceEvent, group: &Name) -> Option<String> {
     let ServiceEvent::ServiceResolved(service) = event else { return None };
     let of_group = service.get_property_val_str("group") == Some(group.as_str());
@@ -102,7 +103,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_announced_is_found_by_its_group() {
+    async fn an_announcement_is_found_by_its_group() {
         let unique = crate::random::u128().unwrap();
         let ours = group(&format!("g{:016x}", unique as u64));
         let _first = announce("http://127.0.0.1:7700", 7700, &ours, unique).unwrap();

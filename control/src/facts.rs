@@ -1,4 +1,4 @@
-//! What a client finds out about itself: its link, and how far away appliances are.
+//! Facts that a client finds out about itself: the speed of its link, and round-trip times to appliances.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -11,22 +11,22 @@ use xpm_protocol::{ApplianceId, Name};
 
 use crate::{host, link};
 
-/// Tries of each round trip, of which the shortest counts: the others waited for something.
+/// Number of measurements of each round trip. The shortest counts, because longer ones include waiting.
 const TRIES: usize = 3;
-/// Longest try; one that takes longer is no round trip that anybody wants.
+/// Time limit of a measurement; a longer round trip is useless anyway.
 const TRY_LIMIT: Duration = Duration::from_millis(500);
-/// Most appliances that are tried: in a larger pool, labels say what is near.
+/// Most appliances that are measured: in a larger pool, labels describe nearness.
 const TARGETS_MAX: usize = 512;
-/// Most appliances that are tried at the same time.
+/// Most appliances that are measured at the same time.
 const AT_ONCE: usize = 32;
 
-/// What this host calls itself as a client: its host name. Fails where that is no name.
+/// The name of this host as a client: its host name. Fails if the host name is not a valid name.
 pub fn client_name() -> io::Result<Name> {
     host::host_name()?.parse().map_err(io::Error::other)
 }
 
-/// Finds out about this host: the speed of the link towards the allocator, and the round-trip times
-/// to the appliances that are up, by TCP connections. Takes up to some seconds.
+/// Finds out facts about this host: the speed of the link towards the allocator, and the round-trip times of TCP
+/// connections to the appliances that are up. Takes up to some seconds.
 pub async fn find(allocator: &str, appliances: &[Appliance]) -> io::Result<ClientFacts> {
     let up = appliances.iter().filter(|one| one.state == ApplianceState::Up);
     let mut targets =
@@ -54,7 +54,7 @@ pub async fn find(allocator: &str, appliances: &[Appliance]) -> io::Result<Clien
     Ok(facts)
 }
 
-/// The shortest of some tries to connect, in nanoseconds: a connection takes one round trip.
+/// The shortest time of several connection attempts, in nanoseconds: a connection takes one round trip.
 async fn round_trip(address: SocketAddr) -> Option<u64> {
     let mut shortest = None;
     for _ in 0..TRIES {
@@ -68,8 +68,8 @@ async fn round_trip(address: SocketAddr) -> Option<u64> {
     shortest
 }
 
-/// The address that this host has towards appliances, or else towards the allocator. Nothing is
-/// sent: a connected UDP socket only has its route looked up.
+/// The address of this host towards appliances, or else towards the allocator. Sends nothing: connecting a UDP socket
+/// only looks its route up.
 async fn own_address(allocator: &str, appliances: &[Appliance]) -> Option<IpAddr> {
     let first = appliances.iter().find_map(|one| one.info.endpoints.nbd.first().copied());
     let target = match first {
@@ -100,7 +100,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn facts_without_appliances() {
+    async fn facts_are_found_without_appliances() {
         let facts = find("http://127.0.0.1:1", &[]).await.unwrap();
         assert_eq!(facts.host, host::host_id().unwrap());
         assert!(facts.round_trips.is_empty());

@@ -1,4 +1,4 @@
-//! The descriptors that the service manager hands over at the start: those that it kept, and sockets that it listens at
+//! Descriptors that the service manager passes at the start: descriptors that it kept, and listening sockets
 //! (sd_listen_fds(3)).
 
 #![allow(unsafe_code)]
@@ -15,21 +15,21 @@ use rustix::net::sockopt::socket_acceptconn;
 
 use crate::manager;
 
-/// Number of the first one.
+/// Number of the first passed descriptor.
 const FIRST: RawFd = 3;
 
-/// Those that nobody has taken yet.
+/// Descriptors that were not taken yet.
 struct Handed {
     kept: Vec<(String, OwnedFd)>,
     listening: Vec<OwnedFd>,
 }
 
-/// Takes those that are no listening sockets, with their names. Nothing at further calls.
+/// Takes the descriptors that are not listening sockets, with their names. Further calls return nothing.
 pub fn take() -> Vec<(String, OwnedFd)> {
     std::mem::take(&mut handed().kept)
 }
 
-/// Takes the socket that listens at this address.
+/// Takes the listening socket of this address.
 pub(crate) fn tcp(address: SocketAddr) -> Option<io::Result<TcpListener>> {
     let at = |socket: &OwnedFd| {
         let listener = TcpListener::from(socket.try_clone().ok()?);
@@ -38,7 +38,7 @@ pub(crate) fn tcp(address: SocketAddr) -> Option<io::Result<TcpListener>> {
     listening(|socket| at(socket).is_some()).map(|socket| socket.map(TcpListener::from))
 }
 
-/// Takes the socket that listens at this path.
+/// Takes the listening socket of this path.
 pub(crate) fn unix(path: &Path) -> Option<io::Result<UnixListener>> {
     let at = |socket: &OwnedFd| {
         let address = UnixListener::from(socket.try_clone().ok()?).local_addr().ok()?;
@@ -54,7 +54,7 @@ fn listening(is_it: impl Fn(&OwnedFd) -> bool) -> Option<io::Result<OwnedFd>> {
     Some(rustix::io::ioctl_fionbio(&socket, true).map(|()| socket).map_err(Into::into))
 }
 
-/// All of them, owned from the first call on.
+/// All passed descriptors, owned from the first call on.
 fn handed() -> MutexGuard<'static, Handed> {
     static HANDED: OnceLock<Mutex<Handed>> = OnceLock::new();
     let all = HANDED.get_or_init(|| {
@@ -67,13 +67,14 @@ fn handed() -> MutexGuard<'static, Handed> {
     all.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// None where there is no such descriptor: then whoever set the environment was wrong.
+/// None if there is no such descriptor: then the environment was wrong.
 fn own(number: RawFd) -> Option<OwnedFd> {
-    // SAFETY: the borrowed value does not leave this function, and the kernel says whether the number
-    // is a descriptor: one that is none is an error, not undefined.
+    // SAFETY: the borrowed value does not leave this function, and the kernel checks the number: for a number without
+    // a descriptor it returns an error, without undefined behaviour.
     let borrowed = unsafe { BorrowedFd::borrow_raw(number) };
     fcntl_setfd(borrowed, FdFlags::CLOEXEC).ok()?;
-    // SAFETY: it is open, as was just seen; the environment says that it is for this process, which is its only owner,
-    // since numbers are taken once: it was open when this process began, so nothing else in it got that number.
+    // SAFETY: the descriptor is open, as the call above showed. The environment passes it to this process, and each
+    // number is taken only once. It was open when the process began, so no other part of the process got that number.
+    // So this process is its only owner.
     Some(unsafe { OwnedFd::from_raw_fd(number) })
 }

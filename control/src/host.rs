@@ -1,4 +1,4 @@
-//! Who this host is.
+//! Identity of this host: kernel, machine, name, and the lives of its programs.
 
 use std::fs::{self, File};
 use std::io;
@@ -7,37 +7,37 @@ use std::os::unix::fs::MetadataExt as _;
 use xpm_protocol::{HostId, InstallationId, Life, MachineId, SeatId};
 use xxhash_rust::xxh3::Xxh3;
 
-/// Id of the running kernel. Two processes that read the same one can share memory.
+/// Id of the running kernel. Two processes that read the same id can share memory.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 /// Id of the installed system; see machine-id(5).
 const MACHINE_ID: &str = "/etc/machine-id";
 /// Name of this host, as `uname -n` prints it.
 const HOST_NAME: &str = "/proc/sys/kernel/hostname";
 
-/// The id of the running kernel: its boot id without dashes (random(4)). Fails where `/proc` is
-/// not mounted.
+/// The id of the running kernel: its boot id without dashes (random(4)). Fails if `/proc` is not mounted.
 pub fn host_id() -> io::Result<HostId> {
     let text = read(BOOT_ID)?;
     let digits: String = text.trim().chars().filter(|&c| c != '-').collect();
     digits.parse().map_err(|_| io::Error::other(format!("{BOOT_ID} holds no boot id: `{}`", text.trim())))
 }
 
-/// The name of this host. Fails where `/proc` is not mounted.
+/// The name of this host. Fails if `/proc` is not mounted.
 pub fn host_name() -> io::Result<String> {
     Ok(read(HOST_NAME)?.trim().to_owned())
 }
 
-/// This machine, by `/etc/machine-id`. Machines without one (containers, as a rule) are all the same.
+/// The id of this machine, from `/etc/machine-id`. All machines without that file (usually containers) have the same
+/// id.
 pub fn machine_id() -> MachineId {
-    // A file that cannot be read is as good as none.
+    // An unreadable file counts as missing.
     let text = fs::read_to_string(MACHINE_ID).unwrap_or_default();
     MachineId::from_u128(digest(&[b"xpm machine", text.trim().as_bytes()]))
 }
 
-/// The seat of a directory on the running kernel, by the file in it that is locked. Blocks on the file system.
+/// The seat of a directory on the running kernel, from the locked file in it. Blocks on the file system.
 ///
 /// # Errors
-/// When the file cannot be looked at, or `/proc` is not mounted.
+/// When the file's metadata cannot be read, or `/proc` is not mounted.
 pub fn seat_of(lock: &File) -> io::Result<SeatId> {
     let file = lock.metadata()?;
     let (device, inode) = (file.dev().to_ne_bytes(), file.ino().to_ne_bytes());
@@ -45,7 +45,7 @@ pub fn seat_of(lock: &File) -> io::Result<SeatId> {
     Ok(SeatId::from_u128(digest(&[b"xpm seat", &host, &device, &inode])))
 }
 
-/// The life of a program without a state directory: all of one kernel are one.
+/// The life of a program without a state directory: all such programs on one kernel share it.
 ///
 /// # Errors
 /// When `/proc` is not mounted.
@@ -62,7 +62,7 @@ pub fn life_of_kernel() -> io::Result<Life> {
 fn digest(parts: &[&[u8]]) -> u128 {
     let mut hash = Xxh3::new();
     for part in parts {
-        // With its length, so that no two lists of parts look the same.
+        // Each part is hashed with its length, so that different lists of parts differ.
         hash.update(&(part.len() as u64).to_le_bytes());
         hash.update(part);
     }
@@ -79,7 +79,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_same_each_time() {
+    fn the_identity_is_the_same_each_time() {
         assert_eq!(host_id().unwrap(), host_id().unwrap());
         assert_ne!(host_id().unwrap().as_u128(), 0);
         assert!(!host_name().unwrap().is_empty());

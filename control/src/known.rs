@@ -1,4 +1,4 @@
-//! The newest state of the allocator's metadata that a daemon heard of.
+//! The newest state of the allocator's metadata that a daemon has heard of.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,8 +9,8 @@ use xpm_protocol::api::allocator::MetadataState;
 /// Name of the file in a state directory.
 pub const FILE_NAME: &str = "metadata-known.json";
 
-/// What was heard, in memory and, where a file is named, on disk. It is not synced: it has to outlive the process, and
-/// what it protects is memory, which does not outlive the machine either.
+/// The newest known state, in memory and, if a file is named, on disk. The file is not synced: it only has to outlive
+/// the process, because the memory that it protects does not outlive the machine either.
 #[derive(Debug, Default)]
 pub struct KnownMetadata {
     file: Option<PathBuf>,
@@ -18,7 +18,7 @@ pub struct KnownMetadata {
 }
 
 impl KnownMetadata {
-    /// What an earlier life left in this directory. A file that cannot be read counts as none. Blocks.
+    /// Loads the state that an earlier process left in this directory. An unreadable file counts as missing. Blocks.
     pub fn load(directory: &Path) -> KnownMetadata {
         let file = directory.join(FILE_NAME);
         let text = fs::read_to_string(&file).ok();
@@ -31,7 +31,8 @@ impl KnownMetadata {
         *self.lock()
     }
 
-    /// Keeps what an allocator says, unless something newer of the same pool is known. Writes a small file at times.
+    /// Keeps the state that an allocator reports, unless a newer state of the same pool is known. May write a small
+    /// file.
     pub fn hear(&self, heard: Option<MetadataState>) {
         let Some(heard) = heard else { return };
         let mut state = self.lock();

@@ -1,10 +1,10 @@
-//! What xpm's daemons and commands share on the control plane: an HTTP/JSON client and server
-//! scaffold, the token, configuration files, settings of command and libraries, state directories, logs, random ids, what the kernel says of swap and memory,
-//! and who this host is.
+//! Shared parts of xpm's daemons and commands on the control plane: an HTTP/JSON client and server scaffold, the
+//! token, configuration files, settings of command and libraries, state directories, logs, random ids, the kernel's
+//! figures on swap and memory, and the identity of this host.
 //!
-//! Nothing here is on the data path. Everything that touches the network is asynchronous and ends
-//! within a time limit; everything that reads a file blocks and belongs to the start of a program, but for [`state`] and
-//! [`proc`], which are of use at any time. Unsafe code is in [`handed`] alone.
+//! Nothing here is on the data path. All network operations are asynchronous and have a time limit. Functions that
+//! read files block and belong to the start of a program, except [`state`] and [`proc`], which can be used at any
+//! time. Only [`handed`] contains unsafe code.
 
 #![deny(unsafe_code)]
 

@@ -1,8 +1,8 @@
-//! Which life of a client or an appliance a process is part of.
+//! Begins the life of a client or an appliance.
 //!
-//! A life begins when a process takes the lock of the state directory, and goes on in the processes that it hands the lock to. Its
-//! number is on disk before it is used. So of two copies of a state directory each begins a life of the same number, and a
-//! daemon that let one of them in refuses the other.
+//! A life begins when a process takes the lock of the state directory, and continues in processes to which it hands
+//! the lock. Its number is on disk before it is used. So each of two copies of a state directory begins a life of the
+//! same number, and a daemon that has accepted one of them refuses the other.
 
 use std::fs::{self, File};
 use std::io;
@@ -16,7 +16,7 @@ use crate::{host, random, state};
 /// Name of the file in a state directory.
 pub const FILE_NAME: &str = "identity.json";
 
-/// A life, and where its state directory was before.
+/// A new life, and where its state directory comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Begun {
     /// The life.
@@ -30,9 +30,9 @@ pub struct Begun {
 pub enum Origin {
     /// It was made here, or used here last.
     Here,
-    /// It was used on another machine last, and holds something: the installation stays the same.
+    /// It was used on another machine last, and is not empty: the installation id stays the same.
     Copied,
-    /// It was used on another machine last, and holds nothing: the installation is a new one.
+    /// It was used on another machine last, and is empty: it gets a new installation id.
     Image,
 }
 
@@ -44,11 +44,12 @@ struct Identity {
     life: u64,
 }
 
-/// Begins the next life with a state directory that this process has the lock of. `becomes_new` is asked where the directory
-/// came from another machine: whether it holds nothing, so that a new installation begins. Blocks until all is on disk.
+/// Begins the next life with a state directory whose lock this process has. If the directory came from another
+/// machine, `becomes_new` is asked whether it is empty, so that a new installation begins. Blocks until all is on
+/// disk.
 ///
 /// # Errors
-/// When the identity in the directory cannot be read or written, each with the file that is concerned.
+/// When the identity in the directory cannot be read or written; the error names the file.
 pub fn begin(
     directory: &Path,
     lock: &File,
@@ -88,7 +89,7 @@ fn read(path: &Path) -> io::Result<Option<Identity>> {
     identity.map(Some).map_err(|error| named(&error, &step))
 }
 
-/// The same error, with what was tried.
+/// The same error with the failed step.
 fn named(error: &io::Error, step: &str) -> io::Error {
     io::Error::new(error.kind(), format!("{step}: {error}"))
 }
@@ -101,7 +102,7 @@ mod tests {
         begin(directory, &File::create(directory.join("lock")).unwrap(), || Ok(becomes_new))
     }
 
-    /// As if the directory had been used on another machine.
+    /// Makes the directory look as if it had been used on another machine.
     fn move_away(directory: &Path) {
         let path = directory.join(FILE_NAME);
         let known = read(&path).unwrap().unwrap();
@@ -119,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_of_another_machine_goes_on_unless_it_holds_nothing() {
+    fn a_directory_of_another_machine_keeps_its_installation_unless_empty() {
         let directory = tempfile::tempdir().unwrap();
         let first = begin_with(directory.path(), false).unwrap();
         move_away(directory.path());
@@ -133,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_read_is_not_begun_with() {
+    fn an_unreadable_identity_begins_no_life() {
         let directory = tempfile::tempdir().unwrap();
         fs::write(directory.path().join(FILE_NAME), "{").unwrap();
         let line = begin_with(directory.path(), false).unwrap_err().to_string();

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use xpm_protocol::LinkSpeed;
 
-/// Where the kernel describes links.
+/// The kernel's directory of links.
 const SYSFS: &str = "/sys/class/net";
 
 /// The name of the link that has this address.
@@ -16,20 +16,20 @@ pub fn link_of(address: IpAddr) -> Option<String> {
     links.into_iter().find(|link| link.ip() == address.to_canonical()).map(|link| link.name)
 }
 
-/// The speed of the link that has this address, where there is one and it has a speed: neither
-/// loopback nor links between namespaces have.
+/// The speed of the link that has this address, if there is such a link and it has a speed; loopback and links
+/// between namespaces have none.
 pub fn speed_of(address: IpAddr) -> Option<LinkSpeed> {
     speed(Path::new(SYSFS), &link_of(address)?)
 }
 
-/// The speed of a link. The kernel says it in Mbit/s, -1 where it does not know it.
+/// The speed of a link. The kernel states it in Mbit/s, and as -1 if it is unknown.
 fn speed(sysfs: &Path, link: &str) -> Option<LinkSpeed> {
     let text = fs::read_to_string(sysfs.join(link).join("speed")).ok()?;
     let mbits: u64 = text.trim().parse().ok().filter(|&mbits| mbits > 0)?;
     mbits.checked_mul(1_000_000).map(LinkSpeed)
 }
 
-/// Bytes that passed a link since it came up: received and sent.
+/// Bytes received and sent over a link since it came up.
 pub fn bytes(link: &str) -> Option<(u64, u64)> {
     bytes_of(Path::new(SYSFS), link)
 }
@@ -47,7 +47,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn speeds_as_the_kernel_says_them() {
+    fn speeds_of_the_kernel_are_parsed() {
         let sysfs = tempfile::tempdir().unwrap();
         for (link, text, speed_) in
             [("a", "10000\n", Some(10_000_000_000)), ("b", "-1\n", None), ("c", "", None), ("d", "0", None)]
@@ -60,7 +60,7 @@ mod tests {
     }
 
     #[test]
-    fn traffic() {
+    fn traffic_of_a_link_is_counted() {
         let sysfs = tempfile::tempdir().unwrap();
         let statistics = sysfs.path().join("a/statistics");
         fs::create_dir_all(&statistics).unwrap();

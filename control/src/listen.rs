@@ -1,4 +1,4 @@
-//! Where a control interface listens, and who may reach it there.
+//! Addresses at which a control interface listens, and the check that only the right peers can reach them.
 
 use std::fmt;
 use std::fs::Permissions;
@@ -14,10 +14,10 @@ use tokio::net::{TcpListener, UnixListener};
 
 use crate::handed;
 
-/// Connections that may wait to be accepted.
+/// Most connections that wait to be accepted.
 const BACKLOG: i32 = 4096;
 
-/// A place to listen at. Written `ADDRESS:PORT`, `unix:/a/path` or `/a/path`.
+/// An address to listen at. Written `ADDRESS:PORT`, `unix:/a/path` or `/a/path`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Place {
     /// A TCP address; port 0 takes any free one.
@@ -26,7 +26,7 @@ pub enum Place {
     Unix(PathBuf),
 }
 
-/// A text that is no place to listen at.
+/// The text is no address to listen at.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "`{0}` is no place to listen at: write ADDRESS:PORT (127.0.0.1:7700, [::]:7700) or unix:/ABSOLUTE/PATH"
@@ -36,18 +36,18 @@ pub struct ParsePlaceError(String);
 /// Why a daemon cannot listen.
 #[derive(Debug, thiserror::Error)]
 pub enum ListenError {
-    /// Somebody else listens there.
+    /// Another process listens there.
     #[error("cannot listen at {0}: it is in use by another process; stop that one, or choose another place")]
     InUse(Place),
-    /// The kernel refuses it.
+    /// The kernel refused it.
     #[error("cannot listen at {place}")]
     Refused {
-        /// Where.
+        /// The address.
         place: Place,
         /// Why.
         source: io::Error,
     },
-    /// Anybody on the network could give orders.
+    /// Whoever can reach the address could give orders.
     #[error(
         "{0} can be reached from other machines, and no token is set, so anybody could give orders: give --token-file \
          FILE, or listen at 127.0.0.1, or accept it with --insecure"
@@ -56,7 +56,7 @@ pub enum ListenError {
 }
 
 impl Place {
-    /// Refuses a place that other machines reach when there is no token, unless `insecure`.
+    /// Refuses an address that other machines can reach if there is no token, unless `insecure`.
     pub fn check_exposure(&self, has_token: bool, insecure: bool) -> Result<(), ListenError> {
         match self {
             Place::Tcp(address) if !address.ip().to_canonical().is_loopback() && !has_token && !insecure => {
@@ -66,8 +66,8 @@ impl Place {
         }
     }
 
-    /// Starts to listen; where the service manager listens there for this process, by its socket. A unix socket that nobody
-    /// listens at any more is replaced. Must be called within a tokio runtime.
+    /// Starts to listen. If the service manager listens at the address for this process, takes its socket. A stale
+    /// unix socket is replaced. Must be called within a tokio runtime.
     pub fn bind(&self) -> Result<Listener, ListenError> {
         match self {
             Place::Tcp(address) => bind_tcp(*address).map(Listener::Tcp),
@@ -84,9 +84,9 @@ fn bind_tcp(address: SocketAddr) -> io::Result<TcpListener> {
     if let Some(listener) = handed::tcp(address) {
         return TcpListener::from_std(listener?);
     }
-    // The standard library sets SO_REUSEADDR, so that a restart does not wait for old connections.
+    // The standard library sets SO_REUSEADDR, so a restart need not wait for old connections.
     let listener = std::net::TcpListener::bind(address)?;
-    // The standard library lets 128 wait to be accepted, which a burst of clients fills; the kernel has a limit of its own.
+    // The standard library's backlog is 128, which a burst of clients fills; the kernel applies its own limit.
     rustix::net::listen(&listener, BACKLOG)?;
     listener.set_nonblocking(true)?;
     TcpListener::from_std(listener)
@@ -102,7 +102,7 @@ fn bind_unix(path: &Path) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
-/// Removes the socket of a process that is gone; anything else is left and reported.
+/// Removes the socket of a dead process; anything else is left and reported.
 fn remove_stale(path: &Path) -> io::Result<()> {
     match std::fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -119,17 +119,17 @@ fn remove_stale(path: &Path) -> io::Result<()> {
     }
 }
 
-/// A socket that listens.
+/// A listening socket.
 #[derive(Debug)]
 pub enum Listener {
-    /// On TCP.
+    /// A TCP socket.
     Tcp(TcpListener),
-    /// On a unix socket.
+    /// A unix socket.
     Unix(UnixListener),
 }
 
 impl Listener {
-    /// The TCP address, with the real port where 0 was asked for; none for a unix socket.
+    /// The TCP address, with the actual port if port 0 was requested; none for a unix socket.
     pub fn address(&self) -> Option<SocketAddr> {
         match self {
             Listener::Tcp(listener) => listener.local_addr().ok(),
@@ -176,7 +176,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn places_as_people_write_them() {
+    fn places_are_parsed_and_printed() {
         for text in ["127.0.0.1:7700", "[::1]:1", "unix:/run/a.sock"] {
             assert_eq!(text.parse::<Place>().unwrap().to_string(), text);
         }
@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn a_place_for_the_network_wants_a_token() {
+    fn a_place_for_the_network_requires_a_token() {
         let everywhere: Place = "0.0.0.0:1".parse().unwrap();
         assert!(everywhere.check_exposure(false, false).unwrap_err().to_string().contains("--token-file"));
         assert!(everywhere.check_exposure(true, false).is_ok());

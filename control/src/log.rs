@@ -12,27 +12,28 @@ use tracing_subscriber::EnvFilter;
 /// the form of tracing-subscriber's `EnvFilter`.
 pub const LEVEL_VARIABLE: &str = "XPM_LOG";
 
-/// The level of all daemons that have none in their environment. Read anew at SIGHUP, which an environment cannot be.
+/// File with the level of all daemons that have none in their environment. Unlike the environment, it can be read
+/// again at SIGHUP.
 pub const LEVEL_FILE: &str = "/etc/xpm/log-level";
-/// The level where nobody asks for one.
+/// Default level.
 const LEVEL_DEFAULT: &str = "info";
 
-/// Lines that wait for the thread that writes them; what is beyond is lost.
+/// Most lines that wait for the writing thread; further lines are dropped.
 const LINES_MAX: usize = 4096;
 /// Longest wait until all lines are written.
 const FLUSH_LIMIT: Duration = Duration::from_secs(1);
 
-/// Where lines go once they are written by a thread of their own.
+/// Queue to the writing thread, once there is one.
 static QUEUE: OnceLock<SyncSender<Entry>> = OnceLock::new();
 
 enum Entry {
     Line(Vec<u8>),
-    /// All before it are written.
+    /// All lines before this entry are written.
     Flush(SyncSender<()>),
 }
 
-/// From here on a thread of its own writes the lines, so that nobody who has something to say waits for the file or the
-/// reader of it, whose memory may be swapped out to a device that waits for whoever has something to say.
+/// Starts a thread that writes the log lines from now on. So no logging thread waits for the log file or for the
+/// reader of the log, whose memory may be swapped out to a device that waits for the logging thread.
 ///
 /// # Errors
 /// When no thread can be started.
@@ -42,12 +43,12 @@ pub fn detach() -> io::Result<()> {
         .name("xpm-log".to_owned())
         .stack_size(256 << 10)
         .spawn(move || write_lines(&receiver))?;
-    // A second queue has no sender, and its thread ends.
+    // If there was a queue already, this one has no sender, and its thread ends.
     let _ = QUEUE.set(sender);
     Ok(())
 }
 
-/// Waits until what was said so far is written, but not for long.
+/// Waits until all lines so far are written, but at most [`FLUSH_LIMIT`].
 pub fn flush() {
     let Some(queue) = QUEUE.get() else { return };
     let (written, wait) = sync_channel(1);
@@ -59,21 +60,21 @@ pub fn flush() {
 fn write_lines(entries: &Receiver<Entry>) {
     for entry in entries {
         match entry {
-            // There is nobody to tell that it cannot be written.
+            // A write error cannot be reported anywhere.
             Entry::Line(line) => drop(io::stderr().write_all(&line)),
             Entry::Flush(written) => drop(written.send(())),
         }
     }
 }
 
-/// Takes lines of the log.
+/// Receives the lines of the log.
 struct Lines;
 
 impl Write for Lines {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let line = one_line(bytes);
         match QUEUE.get() {
-            // One that finds no place is lost.
+            // A line is dropped if the queue is full.
             Some(queue) => drop(queue.try_send(Entry::Line(line.into_owned()))),
             None => io::stderr().write_all(&line)?,
         }
@@ -85,12 +86,12 @@ impl Write for Lines {
     }
 }
 
-/// Changes the level of the log that runs.
+/// Changes the level of the running log.
 type SetLevel = Box<dyn Fn(EnvFilter) -> Result<(), String> + Send + Sync>;
 
 static LEVEL: OnceLock<SetLevel> = OnceLock::new();
 
-/// The level that is asked for, and where: by the variable, a file that it names, or the file for all daemons.
+/// The wanted level and its source: the variable, a file that the variable names, or the file for all daemons.
 struct Wanted {
     text: String,
     source: String,
@@ -108,7 +109,7 @@ impl Wanted {
         }
     }
 
-    /// What to log, and why that is not what was asked for.
+    /// The filter to use, and why it differs from the wanted level, if it does.
     fn filter(&self) -> (EnvFilter, Option<String>) {
         match self.text.as_str() {
             "" => (EnvFilter::new(LEVEL_DEFAULT), None),
@@ -124,14 +125,14 @@ impl Wanted {
     }
 }
 
-/// The first line; a file that cannot be read asks for nothing.
+/// The first line; an unreadable file counts as empty.
 fn read_level(path: &str) -> String {
     let text = std::fs::read_to_string(path).unwrap_or_default();
     text.lines().next().unwrap_or_default().trim().to_owned()
 }
 
-/// An entry of the log as one line, whoever wrote the text that is in it: a second line would look like an entry of
-/// its own. The formatter writes each entry at once, with one line break at its end, and escapes what steers terminals.
+/// A log entry as one line, whatever text it contains: a second line would look like an entry of its own. The
+/// formatter writes each entry at once, with one line break at its end, and escapes terminal control characters.
 fn one_line(entry: &[u8]) -> Cow<'_, [u8]> {
     let body = entry.strip_suffix(b"\n").unwrap_or(entry);
     let breaks = |byte: &u8| matches!(byte, b'\n' | b'\r');
@@ -143,21 +144,21 @@ fn one_line(entry: &[u8]) -> Cow<'_, [u8]> {
     Cow::Owned(line)
 }
 
-/// Whether standard error is the journal's, as it says by a variable (systemd.exec(5), `$JOURNAL_STREAM`): device and inode.
+/// Whether standard error goes to the journal, by the device and inode in `$JOURNAL_STREAM` (systemd.exec(5)).
 fn is_journal() -> bool {
     let Ok(stream) = std::env::var("JOURNAL_STREAM") else { return false };
     let ours = rustix::fs::fstat(io::stderr()).map(|found| format!("{}:{}", found.st_dev, found.st_ino));
     ours.is_ok_and(|ours| ours == stream)
 }
 
-/// Starts the log at level `info`, or at what `XPM_LOG` says: a level, or `@PATH` for a file that holds it. Where the
-/// variable is not set, `/etc/xpm/log-level` counts if it is there. A second call changes nothing.
-/// Lines carry the time, in UTC, unless they go to the journal, which adds its own; and colours at a terminal.
+/// Starts the log at level `info`, or at the level in `XPM_LOG`: a level, or `@PATH` for a file that contains it. If
+/// the variable is not set, `/etc/xpm/log-level` counts if it exists. A second call changes nothing. Lines carry the
+/// time in UTC, unless they go to the journal, which adds its own; at a terminal they are coloured.
 pub fn init() {
     let (filter, complaint) = Wanted::find().filter();
     let terminal = io::stderr().is_terminal();
     let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(|| Lines).with_ansi(terminal);
-    // Only a logger that is set already makes this fail, and that one is then used.
+    // This fails only if a logger is set already; that logger is then used.
     let _ = match is_journal() {
         false => {
             let lines = lines.with_filter_reloading();
@@ -178,11 +179,11 @@ pub fn init() {
 }
 
 fn set_level_by(set: impl Fn(EnvFilter) -> Result<(), String> + Send + Sync + 'static) {
-    // A second log is not used.
+    // If a second log is set up, the first one stays in use.
     let _ = LEVEL.set(Box::new(set));
 }
 
-/// Reads the level anew from where [`init`] took it, and says in the log what it is. Blocks.
+/// Reads the level again from the source that [`init`] used, and logs it. Blocks.
 pub fn reload() {
     let Some(set) = LEVEL.get() else { return };
     let wanted = Wanted::find();

@@ -1,9 +1,9 @@
-//! Manual pages of daemons, made of their command lines.
+//! Manual pages of daemons, made from their command lines.
 
 use std::io::{self, Write as _};
 
-/// Where the first argument of the process is `--man`: prints the manual page of a daemon's command (section 8), and
-/// gives whether that went well. For who makes packages; `--help` does not show it.
+/// If the first argument of the process is `--man`, prints the manual page of a daemon's command (section 8) and
+/// returns whether that succeeded. It is for package builds; `--help` does not show it.
 pub(crate) fn print_if_asked(command: impl FnOnce() -> clap::Command) -> Option<bool> {
     (std::env::args_os().nth(1)? == "--man").then(|| print(command()).is_ok())
 }

@@ -1,6 +1,6 @@
-//! What a daemon and the service manager that started it (systemd) say to each other: that it is
-//! ready, that it lives, and which descriptors are kept for its next life (sd_notify(3),
-//! sd_listen_fds(3)). Where no service manager is, nothing is said.
+//! Messages between a daemon and the service manager that started it (systemd): readiness, the watchdog, and
+//! descriptors that are kept for the daemon's next process (sd_notify(3), sd_listen_fds(3)). Without a service
+//! manager nothing is sent.
 
 use std::ffi::OsString;
 use std::io::{self, IoSlice};
@@ -17,9 +17,9 @@ use rustix::net::{
     SocketType, sendmsg_addr, socket_with,
 };
 
-/// How long a message may wait for a service manager that is busy.
+/// How long a message may wait for a busy service manager.
 const SEND_LIMIT: Duration = Duration::from_secs(5);
-/// How many times a daemon says that it lives in the time after which it would count as hung.
+/// Number of watchdog messages within the time-out of the watchdog.
 const PINGS: u32 = 3;
 
 /// The service manager that started this process.
@@ -30,8 +30,8 @@ pub struct Manager {
 }
 
 impl Manager {
-    /// The one that `NOTIFY_SOCKET` names. None where there is none; one that cannot be reached is
-    /// said in the log and counts as none.
+    /// The service manager that `NOTIFY_SOCKET` names, if any. A service manager that cannot be reached is logged and
+    /// counts as none.
     pub fn from_environment() -> Option<Manager> {
         let name = std::env::var_os("NOTIFY_SOCKET").filter(|name| !name.is_empty())?;
         match Manager::at(&name) {
@@ -57,12 +57,12 @@ impl Manager {
         Ok(Manager { socket, address })
     }
 
-    /// The daemon serves from now on, and this is what it says of itself.
+    /// The daemon serves from now on; `status` is shown to operators.
     pub fn ready(&self, status: &str) {
         self.say(&format!("READY=1\nSTATUS={}", one_line(status)));
     }
 
-    /// What the daemon says of itself.
+    /// Status of the daemon, shown to operators.
     pub fn status(&self, status: &str) {
         self.say(&format!("STATUS={}", one_line(status)));
     }
@@ -72,20 +72,20 @@ impl Manager {
         self.say("STOPPING=1");
     }
 
-    /// The daemon lives.
+    /// The daemon is alive (watchdog).
     pub fn alive(&self) {
         self.say("WATCHDOG=1");
     }
 
-    /// Has a descriptor kept for the next life of this daemon, under a name that is none yet.
+    /// Has a descriptor kept for the next process of this daemon, under an unused name.
     ///
     /// # Errors
-    /// When the message cannot be sent. Whether there is a place for it is not told.
+    /// When the message cannot be sent. The service manager does not report whether it had room for the descriptor.
     pub fn store(&self, name: &str, descriptor: BorrowedFd<'_>) -> io::Result<()> {
         self.send(&format!("FDSTORE=1\nFDPOLL=0\nFDNAME={name}"), &[descriptor])
     }
 
-    /// Has the descriptors of this name let go.
+    /// Has the descriptors of this name released.
     ///
     /// # Errors
     /// When the message cannot be sent.
@@ -93,7 +93,7 @@ impl Manager {
         self.send(&format!("FDSTOREREMOVE=1\nFDNAME={name}"), &[])
     }
 
-    /// Says something of which nothing depends.
+    /// Sends a message whose loss does no harm.
     fn say(&self, message: &str) {
         if let Err(error) = self.send(message, &[]) {
             tracing::debug!(%error, "the service manager does not listen");
@@ -116,14 +116,14 @@ impl Manager {
     }
 }
 
-/// Whether the machine is going down, by systemd's word (`systemctl is-system-running`): then it is not a restart of this
-/// daemon alone that it is told to end. Blocks until systemd has answered; false where there is none.
+/// Whether the whole machine is shutting down, by systemd's report (`systemctl is-system-running`), as opposed to a
+/// stop of this daemon alone. Blocks until systemd has answered; false without systemd.
 pub fn machine_stops() -> bool {
     let asked = Command::new("systemctl").arg("is-system-running").stdin(Stdio::null()).output();
     asked.is_ok_and(|answer| answer.stdout.trim_ascii() == b"stopping")
 }
 
-/// How often this daemon has to say that it lives, if it has to (`WATCHDOG_USEC`).
+/// Interval at which this daemon has to send watchdog messages, if it has to (`WATCHDOG_USEC`).
 pub fn watchdog() -> Option<Duration> {
     let value = |name| std::env::var(name).ok()?.parse::<u64>().ok();
     let mine = value("WATCHDOG_PID").is_none_or(|pid| pid == u64::from(std::process::id()));
@@ -134,8 +134,8 @@ fn interval(limit_us: u64) -> Option<Duration> {
     (limit_us > 0).then(|| (Duration::from_micros(limit_us) / PINGS).max(Duration::from_millis(1)))
 }
 
-/// The names of the descriptors that the service manager handed over, the first of which is number 3
-/// (`LISTEN_FDS`). Empty when they are meant for another process.
+/// The names of the passed descriptors, the first of which has number 3 (`LISTEN_FDS`). Empty if they are meant for
+/// another process.
 pub(crate) fn handed() -> Vec<String> {
     let value = |name| std::env::var(name).unwrap_or_default();
     names(&value("LISTEN_PID"), &value("LISTEN_FDS"), &value("LISTEN_FDNAMES"), std::process::id())
@@ -154,8 +154,8 @@ fn names(pid: &str, count: &str, names: &str, me: u32) -> Vec<String> {
         .collect()
 }
 
-/// Says that this daemon lives, as often as it has to, each time that `proof` ended well: that should do what
-/// the daemon is there for. Never ends; says nothing where nobody asks.
+/// Sends watchdog messages at the required interval, each time after `proof` succeeded; `proof` should exercise the
+/// daemon's purpose. Never returns; sends nothing if no watchdog is configured.
 pub async fn prove_alive<F: Future<Output = bool>>(manager: Option<&Manager>, mut proof: impl FnMut() -> F) {
     let (Some(manager), Some(interval)) = (manager, watchdog()) else { return std::future::pending().await };
     loop {
@@ -180,7 +180,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_handed_over_has_names() {
+    fn passed_descriptors_have_names() {
         assert_eq!(names("7", "2", "a:b", 7), ["a", "b"]);
         assert_eq!(names("7", "3", "a", 7), ["a", "unknown", "unknown"]);
         assert_eq!(names("7", "1", "a:b", 7), ["a"]);
@@ -190,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn it_says_that_it_lives_more_often_than_it_has_to() {
+    fn watchdog_messages_come_more_often_than_required() {
         assert_eq!(interval(0), None);
         assert_eq!(interval(30_000_000), Some(Duration::from_secs(10)));
     }

@@ -1,36 +1,36 @@
-//! Tables of the kernel that more than one program reads: `/proc/swaps` (proc_swaps(5)) and `/proc/meminfo`
-//! (proc_meminfo(5)), and paths as such tables have them.
+//! Tables of the kernel that several programs read: `/proc/swaps` (proc_swaps(5)) and `/proc/meminfo`
+//! (proc_meminfo(5)), and the escapes_are_decoded of paths in such tables.
 
 use std::fs;
 use std::io;
 
-/// What the kernel puts behind the path of a swap whose name is gone, a blank in front.
+/// Suffix that the kernel adds to the path of a swap whose file was deleted, starting with a blank.
 const DELETED: &str = r"\040(deleted)";
 
-/// One line of `/proc/swaps`. Sizes are in bytes.
+/// A line of `/proc/swaps`. Sizes are in bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Swap {
-    /// The device or file. One whose name is gone is still swap, under its old path.
+    /// The device or file. A deleted file is still swap, under its old path.
     pub path: String,
     /// Its size, without the header.
     pub size: u64,
-    /// What of it is in use.
+    /// Used part.
     pub used: u64,
     /// Its priority.
     pub priority: i32,
 }
 
-/// Everything that is swap now. Lines that are not understood are left out.
+/// All swap that is on now. Lines that cannot be parsed are left out.
 ///
 /// # Errors
 /// When the table cannot be read.
 pub fn swaps() -> io::Result<Vec<Swap>> {
-    // The kernel does not escape what is not UTF-8 in the name of a file; such a line must not hide the others.
+    // The kernel does not escape file names that are not UTF-8; such a line must not hide the others.
     fs::read("/proc/swaps").map(|table| parse_swaps(&String::from_utf8_lossy(&table)))
 }
 
-/// A number in the text of `/proc/meminfo`: bytes where the line ends in kB, else the bare count. None where there is no such line, or
-/// it says something else.
+/// A number in the text of `/proc/meminfo`: in bytes if the line ends in kB, else the bare count. None if the line is
+/// missing or malformed.
 pub fn meminfo(text: &str, key: &str) -> Option<u64> {
     let value = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))?;
     let mut words = value.split_whitespace();
@@ -42,8 +42,8 @@ pub fn meminfo(text: &str, key: &str) -> Option<u64> {
     }
 }
 
-/// Undoes the octal escapes (`\040` for a blank) that the kernel writes into paths, those of proc_pid_mountinfo(5) among
-/// them. What is no escape stays as it is.
+/// Decodes the octal escapes_are_decoded (`\040` for a blank) that the kernel writes into paths, also in proc_pid_mountinfo(5).
+/// Other text stays unchanged.
 pub fn unescape(text: &str) -> String {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
@@ -60,7 +60,7 @@ pub fn unescape(text: &str) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-/// The first line is the table's head.
+/// The first line is the table's header.
 fn parse_swaps(table: &str) -> Vec<Swap> {
     table.lines().skip(1).filter_map(parse_swap).collect()
 }
@@ -83,7 +83,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_real_table() {
+    fn a_real_table_is_parsed() {
         let table = "Filename\t\t\t\tType\t\tSize\t\tUsed\t\tPriority\n\
                      /dev/ublkb0                             partition\t1048572\t\t12\t\t-2\n\
                      /swap\\040file\\134                      file\t\t1024\t\t0\t\t5\n\
@@ -95,19 +95,19 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_line_is_left_out() {
+    fn malformed_lines_are_left_out() {
         assert!(parse_swaps("").is_empty());
         let table = "head\n/dev/x partition a b c\nrubbish\n/y partition 99999999999999999999 0 1\n";
         assert!(parse_swaps(table).is_empty());
     }
 
     #[test]
-    fn the_table_of_this_machine() {
+    fn the_table_of_this_machine_is_parsed() {
         assert!(swaps().is_ok());
     }
 
     #[test]
-    fn numbers_of_memory() {
+    fn numbers_of_meminfo_are_parsed() {
         let text = "MemTotal:       24576000 kB\nHugePages_Total:       8\nHugepagesize:       2048 kB\nBad: x kB\nOdd: 3 MB\n";
         assert_eq!(meminfo(text, "MemTotal"), Some(24_576_000 * 1024));
         assert_eq!(meminfo(text, "HugePages_Total"), Some(8));
@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn escapes() {
+    fn escapes_are_decoded() {
         assert_eq!(unescape(r"/mnt/a\040b\134c"), r"/mnt/a b\c");
         for none in [r"\04", r"\999", r"\400", r"\+12", r"\"] {
             assert_eq!(unescape(none), none);

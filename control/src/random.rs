@@ -2,7 +2,7 @@
 
 use std::io;
 
-/// 128 random bits, for an id. Blocks only before the kernel's source is seeded, early at boot.
+/// 128 random bits, for an id. Blocks only until the kernel's source is seeded, early at boot.
 pub fn u128() -> io::Result<u128> {
     Ok(u128::from_ne_bytes(bytes()?))
 }

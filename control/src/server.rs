@@ -1,9 +1,9 @@
-//! The scaffold of a daemon's control interface: routes of the daemon inside, and around them the
-//! token, limits on size, time and connections, and errors in the one form of the protocol.
+//! The scaffold of a daemon's control interface: the daemon's routes, surrounded by the token check, limits on size,
+//! time and connections, and the protocol's one form of errors.
 //!
-//! A client that sends too slowly, too much or nothing at all costs one connection for a limited
-//! time and harms no other. When a client goes away, the future of its handler is dropped: a
-//! handler that must finish hands its work to a task.
+//! A client that sends too slowly, too much or nothing at all uses one connection for a limited time and harms no
+//! other client. When a client goes away, the future of its handler is dropped: a handler that must finish hands its
+//! work to a task.
 
 mod admission;
 mod extract;
@@ -46,8 +46,8 @@ use crate::token::Token;
 /// Pause after an accept that failed.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 
-/// Whether routes answer a request for this path with anything but that they cannot: the proof that who
-/// carries orders out is there. Of no use where a token is asked for; give what is inside.
+/// Whether the routes answer a request for this path with anything but a server error: this proves that the part that
+/// carries requests out is alive. Give the inner routes, because a token check would answer first.
 pub async fn answers(routes: Router, path: &'static str) -> bool {
     let mut request = Request::new(Body::empty());
     *request.uri_mut() = Uri::from_static(path);
@@ -55,7 +55,7 @@ pub async fn answers(routes: Router, path: &'static str) -> bool {
     !answered.unwrap_or_else(|never| match never {}).status().is_server_error()
 }
 
-/// What one client may take.
+/// Limits on clients.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
     /// Time until the head of a request is complete, also on an idle connection.
@@ -66,16 +66,17 @@ pub struct Limits {
     pub request: Duration,
     /// Largest body, in bytes.
     pub body_len_max: usize,
-    /// Time until a connection has shown the token; until it has made a request, where none is wanted. While most places for such
-    /// connections are free, as long as `head`: on a machine that is short of memory a command may take seconds between
-    /// connecting and asking, and its order must not be cut off.
+    /// Time until a connection has shown the token, or, without a token, has sent a request. While most places for
+    /// such connections are free, `head` counts instead: on a machine that is short of memory, a command may take
+    /// seconds between connecting and sending its request, and must not be cut off.
     pub first: Duration,
-    /// Most connections at once that have not; for one more, the oldest is closed: of those of its address, if these have
-    /// a quarter of the places. Fewer where the process may have few descriptors.
+    /// Most connections at once that have not shown the token. For a further one, the oldest is closed; if its
+    /// address has a quarter of the places already, the oldest of that address. The limit is lower if the process may
+    /// open few descriptors.
     pub strangers_max: usize,
-    /// Most connections at once that have shown the token; requests of further ones wait.
+    /// Most connections at once that have shown the token; requests on further connections wait.
     pub connections_max: usize,
-    /// Time that running requests have to finish when the daemon ends.
+    /// Time for running requests to finish when the daemon ends.
     pub drain: Duration,
 }
 
@@ -94,7 +95,7 @@ impl Default for Limits {
     }
 }
 
-/// A control interface that can be served.
+/// A control interface, ready to serve.
 #[derive(Debug, Clone)]
 pub struct Server {
     routes: Router,
@@ -107,7 +108,7 @@ impl Server {
         Server::around(complete(routes), token, limits)
     }
 
-    /// The same for a daemon that leads at times: requests are answered as its office says.
+    /// The same for a daemon that is the leader only at times: its office decides how requests are answered.
     pub fn with_office(office: &Office, token: Option<Token>, limits: Limits) -> Server {
         Server::around(office.routes(), token, limits)
     }
@@ -125,8 +126,8 @@ impl Server {
         Server { routes, limits }
     }
 
-    /// Serves until `shutdown` resolves and the requests running then are answered, or their time
-    /// for that is over. Cancelling it (dropping the future) closes all connections.
+    /// Serves until `shutdown` resolves, and then until running requests are answered or their time is over.
+    /// Cancelling (dropping the future) closes all connections.
     pub async fn serve(self, listener: Listener, shutdown: impl Future<Output = ()>) {
         let (stop, stopping) = watch::channel(false);
         let mut connections = JoinSet::new();
@@ -142,7 +143,7 @@ impl Server {
             }
         }
         drop(listener);
-        // Nobody receives where no connection is open.
+        // The send fails if no connection is open.
         let _ = stop.send(true);
         let drained = async { while connections.join_next().await.is_some() {} };
         if tokio::time::timeout(self.limits.drain, drained).await.is_err() {
@@ -193,7 +194,7 @@ impl Server {
             }
         };
         tokio::select! {
-            // First: what has arrived in time counts, however late this is looked at.
+            // Polled first: a request that arrived in time counts, even if this task runs late.
             biased;
             ended = connection.as_mut() => return ended,
             () = stop => {}
@@ -209,7 +210,7 @@ enum Stream {
     Unix(UnixStream),
 }
 
-/// Accepts the next connection, and tells where it comes from: nothing for a unix socket.
+/// Accepts the next connection, with the address of its peer; none for a unix socket.
 async fn accept(listener: &Listener) -> (Stream, Option<SocketAddr>) {
     loop {
         let accepted = match listener {
@@ -223,13 +224,13 @@ async fn accept(listener: &Listener) -> (Stream, Option<SocketAddr>) {
         match accepted {
             Ok((stream, peer)) => {
                 if let Stream::Tcp(stream) = &stream {
-                    // Without it an answer is only late.
+                    // Without TCP_NODELAY an answer is only late.
                     let _ = stream.set_nodelay(true);
                 }
                 return (stream, peer);
             }
             Err(error) => {
-                // Out of descriptors, for example: other connections end, and then it goes on.
+                // For example, no descriptors are left: other connections end, and then accepting works again.
                 tracing::warn!("cannot accept a control connection: {error}");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
@@ -249,7 +250,7 @@ async fn unknown_path(request: Request) -> ApiError {
     )
 }
 
-/// Answers 405 with kind `invalid`: the protocol has no kind of its own for it.
+/// Answers 405 with kind `invalid`: the protocol has no separate kind for it.
 async fn wrong_method(request: Request) -> Response {
     let line = format!("{} has no {}", request.uri().path(), request.method());
     let body = ErrorBody { kind: ErrorKind::Invalid, error: line };
@@ -270,7 +271,7 @@ async fn limit_time(
     })
 }
 
-/// A request that comes so far has shown the token, where one is wanted.
+/// A request that gets here has shown the token, if one is required.
 async fn admit(request: Request, next: Next) -> Response {
     if let Some(standing) = request.extensions().get::<Arc<Standing>>().cloned() {
         standing.prove().await;

@@ -1,7 +1,9 @@
-//! What the command and the libraries are told once for a machine and for a user: where the allocators are, where the token is.
+//! Settings of the command and the libraries that are set once for a machine or a user: the URLs of the allocators,
+//! and the token file.
 //!
-//! The order, the first that says something wins: an option of the call, the environment ([`ALLOCATOR_VARIABLE`],
-//! [`TOKEN_VARIABLE`]), the user's file, the machine's file. [`FILE_VARIABLE`] names one file in place of both.
+//! The first source that has a setting wins, in this order: an option of the call, the environment
+//! ([`ALLOCATOR_VARIABLE`], [`TOKEN_VARIABLE`]), the user's file, the machine's file. [`FILE_VARIABLE`] names one
+//! file in place of both files.
 
 use std::env;
 use std::io;
@@ -15,26 +17,26 @@ use crate::urls::{ParseUrlsError, Urls};
 
 /// The machine's file.
 pub const MACHINE_FILE: &str = "/etc/xpm/xpm.toml";
-/// Environment variable with a file that is read in place of the machine's and the user's; empty: no file is read.
+/// Environment variable with a file that replaces the machine's and the user's file; empty: no file is read.
 pub const FILE_VARIABLE: &str = "XPM_CONFIG";
-/// Environment variable with the URLs of the allocators, with commas in between.
+/// Environment variable with the URLs of the allocators, separated by commas.
 pub const ALLOCATOR_VARIABLE: &str = "XPM_ALLOCATOR";
 /// Environment variable with the path of the token file.
 pub const TOKEN_VARIABLE: &str = "XPM_TOKEN_FILE";
 
-/// The keys of the files. Each may be missing.
+/// The keys of the files. All are optional.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Settings {
-    /// The allocators, of which one leads.
+    /// The allocators, one of which leads.
     pub allocator: Option<Urls>,
-    /// File of mode 0600 with the token. A relative path starts at the directory of the file that says it.
+    /// File of mode 0600 with the token. A relative path starts at the directory of the settings file.
     pub token_file: Option<PathBuf>,
-    /// How the command prints its answers.
+    /// Form in which the command prints its answers.
     pub output: Option<OutputForm>,
 }
 
-/// How the command prints an answer.
+/// Form in which the command prints an answer.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum OutputForm {
@@ -52,16 +54,16 @@ pub enum OutputForm {
 /// Why settings cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum SettingsError {
-    /// A file cannot be used.
+    /// A settings file cannot be used.
     #[error(transparent)]
     File(#[from] ConfigError),
-    /// [`ALLOCATOR_VARIABLE`] holds no URLs.
+    /// [`ALLOCATOR_VARIABLE`] contains no valid URLs.
     #[error("{ALLOCATOR_VARIABLE}: {0}")]
     Allocator(ParseUrlsError),
     /// The token file cannot be used.
     #[error(transparent)]
     Token(#[from] TokenError),
-    /// No allocator is named anywhere.
+    /// No source names an allocator.
     #[error(
         "no allocator is named: set {ALLOCATOR_VARIABLE} in the environment, or `allocator` in ~/.config/xpm/xpm.toml or \
          {MACHINE_FILE}"
@@ -73,7 +75,7 @@ impl Settings {
     /// The settings of the files and of the environment. Blocks.
     ///
     /// # Errors
-    /// When a file is there and cannot be read or is malformed, or the environment names no URLs.
+    /// When an existing file is unreadable or malformed, or the environment names no valid URLs.
     pub fn load() -> Result<Settings, SettingsError> {
         let files = Settings::of_files()?;
         let text = |name: &str| env::var(name).ok().filter(|text| !text.is_empty());
@@ -89,7 +91,7 @@ impl Settings {
     /// The settings of the files alone. Blocks.
     ///
     /// # Errors
-    /// When a file is there and cannot be read or is malformed, or [`FILE_VARIABLE`] names one that is not there.
+    /// When an existing file is unreadable or malformed, or [`FILE_VARIABLE`] names a missing file.
     pub fn of_files() -> Result<Settings, ConfigError> {
         if let Some(path) = env::var_os(FILE_VARIABLE) {
             return if path.is_empty() { Ok(Settings::default()) } else { Settings::read(Path::new(&path)) };
@@ -113,7 +115,7 @@ impl Settings {
         Ok(settings)
     }
 
-    /// These settings, and where they say nothing, those below them.
+    /// These settings; keys without a value are taken from `below`.
     #[must_use]
     pub fn over(self, below: Settings) -> Settings {
         Settings {
@@ -123,12 +125,12 @@ impl Settings {
         }
     }
 
-    /// Whether they say both where the allocators are and where the token is.
+    /// Whether both the allocators and the token file are set.
     pub fn is_whole(&self) -> bool {
         self.allocator.is_some() && self.token_file.is_some()
     }
 
-    /// The token, if a file of one is named. Blocks.
+    /// The token, if a token file is set. Blocks.
     ///
     /// # Errors
     /// When the file cannot be used.
@@ -137,14 +139,14 @@ impl Settings {
     }
 }
 
-/// `xpm/xpm.toml` in the user's directory of settings (XDG Base Directory Specification).
+/// `xpm/xpm.toml` in the user's configuration directory (XDG Base Directory Specification).
 fn user_file() -> Option<PathBuf> {
     let absolute = |name: &str| env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     let directory = absolute("XDG_CONFIG_HOME").or_else(|| Some(absolute("HOME")?.join(".config")))?;
     Some(directory.join("xpm/xpm.toml"))
 }
 
-/// Whether there is no such file, rather than one that cannot be read.
+/// Whether the file is missing, as opposed to unreadable.
 fn is_missing(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
 }
@@ -163,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_user_says_wins_key_by_key() {
+    fn the_user_file_wins_key_by_key() {
         let machine =
             settings("allocator = 'http://a:1'\ntoken-file = '/etc/xpm/token'\noutput = 'json'").unwrap();
         let user = settings("allocator = ['http://b:1', 'http://c:1']").unwrap();
@@ -182,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn mistakes_are_told_with_file_and_line() {
+    fn mistakes_are_reported_with_file_and_line() {
         for (text, part) in [
             ("allocator = 'http://a:1'\ntoken = 'x'\n", "xpm.toml:2:1: "),
             ("\n\noutput = 'xml'\n", "xpm.toml:3:10: "),

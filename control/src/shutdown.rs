@@ -1,11 +1,11 @@
-//! The wish that a daemon ends, and other signals.
+//! Signals: orderly shutdown of a daemon, reload, and protection against others.
 //!
 //! | signal | what a daemon does |
 //! |---|---|
-//! | SIGTERM, SIGINT | ends, with the care that it has |
-//! | SIGHUP | reads its token file and the log's level anew, and goes on |
+//! | SIGTERM, SIGINT | ends in an orderly way |
+//! | SIGHUP | reads its token file and the log's level again, and goes on |
 //! | all others that end a process by default and can be caught | nothing |
-//! | SIGKILL; SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGABRT, SIGSYS, SIGTRAP | ends: they cannot be caught, or say that it is broken |
+//! | SIGKILL; SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGABRT, SIGSYS, SIGTRAP | ends: they cannot be caught, or report a fault of the process |
 
 use std::io;
 use std::sync::Arc;
@@ -22,21 +22,21 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 const OTHERS: [i32; 2] = [16, 30];
 const REAL_TIME: std::ops::RangeInclusive<i32> = 34..=64;
 
-/// From now on no signal ends the process but those that are meant to (see the table above), nor those that say that it
-/// is broken. Programs that it starts are not affected. Starts no thread and opens no descriptor.
+/// From now on a signal ends the process only if it is meant to (see the table above), or if it reports a fault of
+/// the process. Programs that the process starts are not affected. Starts no thread and opens no descriptor.
 pub fn survive_signals() {
     let named =
         [SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF, SIGIO, SIGPIPE, SIGXCPU, SIGXFSZ];
     let caught = Arc::new(AtomicBool::new(false));
     for number in named.into_iter().chain(OTHERS).chain(REAL_TIME) {
-        // A handler rather than SIG_IGN, which programs that are started would inherit.
+        // A handler instead of SIG_IGN, because started programs would inherit SIG_IGN.
         if let Err(error) = signal_hook::flag::register(number, Arc::clone(&caught)) {
             tracing::debug!("signal {number} keeps its effect: {error}");
         }
     }
 }
 
-/// SIGTERM and SIGINT, caught from [`Shutdown::catch`] on.
+/// SIGTERM and SIGINT, caught since [`Shutdown::catch`].
 #[derive(Debug)]
 pub struct Shutdown {
     terminate: Signal,
@@ -55,8 +55,8 @@ impl Shutdown {
         })
     }
 
-    /// Resolves with the signal's name when one arrives, also one that arrived before. While this is waited for, SIGHUP
-    /// has the token file and the log's level read anew.
+    /// Resolves with the signal's name when a signal arrives, or has arrived before. While this future is polled,
+    /// SIGHUP makes the daemon read the token file and the log level again.
     pub async fn signalled(&mut self) -> &'static str {
         loop {
             tokio::select! {
@@ -79,11 +79,11 @@ async fn reload() {
     }
 }
 
-/// How long a daemon that may end has for it, whatever it waits for then.
+/// Longest time that an ending daemon takes, whatever it waits for.
 pub const END_LIMIT: Duration = Duration::from_secs(9);
 
-/// From now on the process ends within [`END_LIMIT`], with exit status 0: what has not come to its end by then hangs on
-/// something that is away, and is dealt with at the next start, as after a crash.
+/// From now on the process ends within [`END_LIMIT`], with exit status 0. Work that is unfinished by then waits for
+/// something that is away, and is handled at the next start, as after a crash.
 pub fn end_in_time() {
     let ended = std::thread::Builder::new().name("ending".to_owned()).spawn(|| {
         std::thread::sleep(END_LIMIT);
@@ -91,6 +91,6 @@ pub fn end_in_time() {
         crate::log::flush();
         std::process::exit(0);
     });
-    // Without a thread it ends as soon as it can.
+    // Without the thread, the process ends as soon as it can.
     drop(ended);
 }

@@ -1,5 +1,5 @@
-//! What memory this process could still have, and how long programs wait for some: of the machine, and of the
-//! cgroups that the process is in, of both versions, where they have limits.
+//! Memory that this process could still get, and how long programs wait for memory: of the machine, and of the
+//! cgroups (both versions) that the process is in, if they have limits.
 //!
 //! Sources: proc_meminfo(5), cgroups(7); Documentation/accounting/psi.rst, Documentation/admin-guide/cgroup-v2.rst and
 //! Documentation/admin-guide/cgroup-v1/memory.rst of Linux.
@@ -9,33 +9,33 @@ use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
-/// Where cgroups are: those of version 2, or those of version 1 in a directory for each controller.
+/// Directory of the cgroups: those of version 2, or a directory for each controller of version 1.
 const GROUPS: &str = "sys/fs/cgroup";
 const MEMORY_V1: &str = "sys/fs/cgroup/memory";
-/// Each of these files is shorter.
+/// Longer than each of the files read here, in bytes.
 const TEXT_MAX: usize = 16 << 10;
-/// A limit of version 1 from here on is none: the kernel shows the largest number of pages that there can be.
+/// A version 1 limit of this size or more means no limit: the kernel shows the largest possible number of pages.
 const LIMIT_V1_MAX: u64 = 1 << 62;
 
-/// Looks at files that stay open.
+/// Reads the figures from files that stay open.
 pub struct Spare {
     root: PathBuf,
     meminfo: File,
-    /// None in kernels without PSI; what is available decides then.
+    /// None in kernels without PSI; then only available memory counts.
     pressure: Option<File>,
-    /// What tells the cgroups of this process, and what it told.
+    /// The file that names the cgroups of this process, and its last content.
     place: Option<File>,
     told: String,
     groups: Vec<Group>,
     text: Vec<u8>,
 }
 
-/// What there is to be had.
+/// Present figures.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Seen {
-    /// Bytes that are free, or easily become it.
+    /// Bytes that are free or can easily be freed.
     pub available: u64,
-    /// Percent of the last ten seconds in which some program waited for memory.
+    /// Percentage of the last ten seconds in which some program waited for memory.
     pub pressure: f64,
 }
 
@@ -45,19 +45,19 @@ impl Seen {
     }
 }
 
-/// The limit of a cgroup.
+/// The memory limit of a cgroup.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Limit {
     /// The file that sets it.
     pub file: PathBuf,
-    /// In bytes.
+    /// The limit in bytes.
     pub limit: u64,
-    /// What is left of it, in bytes: what only caches files counts as left.
+    /// Bytes left of it; memory that only caches files counts as left.
     pub available: u64,
 }
 
 impl Spare {
-    /// That of this process.
+    /// Opens the files for this process.
     ///
     /// # Errors
     /// When `/proc` is not mounted.
@@ -65,7 +65,7 @@ impl Spare {
         Spare::at(Path::new("/"))
     }
 
-    /// The same, where `root` is where proc and sys are.
+    /// The same, with `proc` and `sys` under `root`.
     ///
     /// # Errors
     /// When there is no `proc/meminfo`.
@@ -81,7 +81,7 @@ impl Spare {
         })
     }
 
-    /// What there is now. None where the machine does not say.
+    /// The present figures. None if the machine does not report them.
     pub fn look(&mut self) -> Option<Seen> {
         self.follow();
         let text = &mut self.text;
@@ -90,15 +90,15 @@ impl Spare {
         Some(self.groups.iter().filter_map(|group| group.look(text)).fold(machine, Seen::and))
     }
 
-    /// Of the limits of the cgroups that this process is in, and of those above, the one of which least is left. None
-    /// where there is no limit.
+    /// Of the limits on this process's cgroups and their parents, the limit with the least memory left. None if there
+    /// is no limit.
     pub fn tightest(&mut self) -> Option<Limit> {
         self.follow();
         let text = &mut self.text;
         self.groups.iter().filter_map(|group| group.limit(text)).min_by_key(|limit| limit.available)
     }
 
-    /// A process may be taken to another cgroup.
+    /// Follows the process into another cgroup, to which it may have been moved.
     fn follow(&mut self) {
         let told = self.place.as_ref().and_then(|place| read(place, &mut self.text)).unwrap_or_default();
         if told == self.told && !self.groups.is_empty() {
@@ -122,12 +122,12 @@ struct Group {
     current: File,
     stat: Option<File>,
     pressure: Option<File>,
-    /// What caches are called in its statistics.
+    /// Names of caches in its statistics.
     caches: &'static [&'static str],
 }
 
 impl Group {
-    /// None without the controller of memory.
+    /// None without the memory controller.
     fn open(dir: &Path) -> Option<Group> {
         let file = |name: &str| File::open(dir.join(name)).ok();
         let limit = |name: &str| Some((dir.join(name), file(name)?));
@@ -140,7 +140,7 @@ impl Group {
         })
     }
 
-    /// The same of version 1.
+    /// The same for version 1.
     fn open_v1(dir: &Path) -> Option<Group> {
         let file = |name: &str| File::open(dir.join(name)).ok();
         Some(Group {
@@ -152,7 +152,7 @@ impl Group {
         })
     }
 
-    /// None where there is no limit.
+    /// None if there is no limit.
     fn look(&self, text: &mut [u8]) -> Option<Seen> {
         let Limit { available, .. } = self.limit(text)?;
         Some(Seen { available, pressure: waiting_of(self.pressure.as_ref(), text) })
@@ -163,7 +163,7 @@ impl Group {
         let limits = self.limits.iter().filter_map(|(path, file)| Some((number(file)?, path)));
         let (limit, file) = limits.filter(|(limit, _)| *limit < LIMIT_V1_MAX).min()?;
         let used = number(&self.current)?;
-        // As of the machine, what only caches files counts as available.
+        // As for the whole machine, memory that only caches files counts as available.
         let stat = self.stat.as_ref().and_then(|stat| read(stat, text));
         let caches = stat.map_or(0, |stat| caches(stat, self.caches));
         Some(Limit {
@@ -174,7 +174,7 @@ impl Group {
     }
 }
 
-/// What a file holds now, from its start.
+/// Present content of a file, from its start.
 fn read<'a>(file: &File, text: &'a mut [u8]) -> Option<&'a str> {
     let len = file.read_at(text, 0).ok()?;
     std::str::from_utf8(&text[..len]).ok()
@@ -186,7 +186,7 @@ fn own(table: &str) -> Option<&str> {
     Some(path.trim_end_matches(" (deleted)"))
 }
 
-/// The same of version 1 that limits memory (`4:memory:/a/b`).
+/// The path of the version 1 cgroup that limits memory (`4:memory:/a/b`).
 fn own_v1(table: &str) -> Option<&str> {
     let of_memory = |line: &&str| {
         line.split(':').nth(1).is_some_and(|controllers| controllers.split(',').any(|one| one == "memory"))
@@ -201,7 +201,7 @@ fn available(text: &str) -> Option<u64> {
     Some(line.split_whitespace().next()?.parse::<u64>().ok()? << 10)
 }
 
-/// Bytes of a memory.stat that are given back when memory is short.
+/// Bytes in a memory.stat that the kernel frees when memory is short.
 fn caches(text: &str, names: &[&str]) -> u64 {
     let cached = |line: &str| {
         let (name, bytes) = line.split_once(' ')?;
@@ -214,7 +214,7 @@ fn waiting_of(file: Option<&File>, text: &mut [u8]) -> f64 {
     file.and_then(|file| read(file, text)).and_then(waiting).unwrap_or(0.0)
 }
 
-/// Percent of the last ten seconds in which some program waited for memory.
+/// Percentage of the last ten seconds in which some program waited for memory.
 fn waiting(text: &str) -> Option<f64> {
     let line = text.lines().find(|line| line.starts_with("some "))?;
     line.split_whitespace().find_map(|word| word.strip_prefix("avg10="))?.parse().ok()
@@ -226,7 +226,7 @@ mod tests {
 
     use super::*;
 
-    /// Files of a machine with 8 GiB to spare, on which this process is in the cgroup a/b.
+    /// Files of a machine with 8 GiB to spare, with this process in the cgroup a/b.
     fn machine() -> tempfile::TempDir {
         let dir = tempfile::tempdir().unwrap();
         let write = |path: &str, text: &str| {
@@ -255,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_limit_it_is_the_machine() {
+    fn without_a_limit_the_machine_counts() {
         let dir = machine();
         let mut spare = Spare::at(dir.path()).unwrap();
         assert_eq!(spare.look(), Some(Seen { available: 8 << 30, pressure: 2.5 }));
@@ -268,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn the_least_of_what_limits_counts() {
+    fn the_tightest_limit_counts() {
         let dir = machine();
         let mut spare = Spare::at(dir.path()).unwrap();
         let mut after = |path: &str, text: &str| {
@@ -317,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn a_process_may_be_taken_elsewhere() {
+    fn a_process_may_be_moved_to_another_cgroup() {
         let dir = machine();
         let mut spare = Spare::at(dir.path()).unwrap();
         set(&dir, "sys/fs/cgroup/c/memory.max", "2147483648\n");
@@ -329,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_kernel_says() {
+    fn the_kernels_figures_are_parsed() {
         let text = "some avg10=12.34 avg60=1.00 avg300=0.10 total=9\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=1\n";
         assert_eq!(waiting(text), Some(12.34));
         assert_eq!(waiting("nonsense"), None);

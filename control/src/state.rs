@@ -1,5 +1,5 @@
-//! State directories: what keeps two processes out of one, and files that are whole at any time, also when the power fails.
-//! Everything here blocks.
+//! State directories: a lock that keeps a second process out, and files that are complete at any time, even after a
+//! power failure. All functions here block.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
@@ -9,8 +9,8 @@ use std::path::Path;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 
-/// Locks the directory, by the file `lock` in it (flock(2)), until the file that is given is closed everywhere. None where
-/// another process has it.
+/// Locks the directory, by the file `lock` in it (flock(2)), until all descriptors of the returned file are closed.
+/// None if another process has the lock.
 ///
 /// # Errors
 /// When the file cannot be made or locked.
@@ -24,17 +24,17 @@ pub fn lock(directory: &Path) -> io::Result<Option<File>> {
     }
 }
 
-/// Puts a file of mode 0600 in place of the one at `path`: it is written beside it, with the extension `new`, synced, and
-/// renamed over it.
+/// Replaces the file at `path` by a file of mode 0600: the new one is written beside it, with the extension `new`,
+/// synced, and renamed over it.
 ///
 /// # Errors
-/// When it cannot be written. Where only the last step failed, the sync of the directory, the new file is there and may be
-/// gone after a power failure; else the old one is.
+/// When the file cannot be written. If only the last step failed, the sync of the directory, the new file is there
+/// and may be lost in a power failure; otherwise the old file is there.
 pub fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let beside = path.with_extension("new");
     let written = write_beside(&beside, bytes).and_then(|()| fs::rename(&beside, path));
     if written.is_err() {
-        // Half a file, in a directory that may be full.
+        // An incomplete file, in a directory that may be full.
         let _ = fs::remove_file(&beside);
     }
     written?;
@@ -54,7 +54,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_at_a_time() {
+    fn only_one_process_gets_the_lock() {
         let directory = tempfile::tempdir().unwrap();
         let held = lock(directory.path()).unwrap();
         assert!(held.is_some());

@@ -1,4 +1,4 @@
-//! The token: the secret that all parts of one xpm installation share on the control plane.
+//! The token: the secret that all parts of an xpm installation share on the control plane.
 
 use std::fmt;
 use std::fs::File;
@@ -14,11 +14,11 @@ pub const LEN_MIN: usize = 16;
 /// Longest token, in characters.
 pub const LEN_MAX: usize = 512;
 
-/// A bearer token (RFC 6750). `Debug` does not show it. Clones are the same token: when its file is read anew
+/// A bearer token (RFC 6750). `Debug` does not show it. Clones share the token: when its file is read again
 /// ([`Token::reload`]), all of them change.
 ///
-/// A file may hold two, one a line, so that the token of a pool can be changed while the pool runs: the first one is
-/// shown to others, both are taken from others.
+/// A file may contain two tokens, one per line, so that the token of a pool can be changed while the pool runs: the
+/// first is sent to others, both are accepted from others.
 #[derive(Clone)]
 pub struct Token(Arc<Shared>);
 
@@ -36,7 +36,7 @@ struct Words {
 /// Tokens that came from files, for [`reload_all`].
 static LOADED: Mutex<Vec<Weak<Shared>>> = Mutex::new(Vec::new());
 
-/// Reads all token files anew that this process uses, and says in the log what came of it. Blocks.
+/// Reads all token files of this process again, and logs the result. Blocks.
 pub fn reload_all() {
     let tokens: Vec<Token> = {
         let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
@@ -60,7 +60,7 @@ pub fn reload_all() {
 /// Why a token file cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum TokenError {
-    /// There is none.
+    /// The file does not exist.
     #[error(
         "there is no token file {path}; copy the one of the allocator's machine, or for the first machine make one: \
          (umask 077; openssl rand -hex 32 >{path})"
@@ -69,7 +69,8 @@ pub enum TokenError {
         /// The file.
         path: PathBuf,
     },
-    /// There is one, and it cannot be read. The advice must not be a command that makes one: that would overwrite it.
+    /// The file exists and cannot be read. The advice must not be a command that makes a token: it would overwrite
+    /// the file.
     #[error("cannot read the token file {path} ({why}); {}", remedy(.why))]
     Unreadable {
         /// The file.
@@ -77,7 +78,7 @@ pub enum TokenError {
         /// Why.
         why: io::Error,
     },
-    /// Others than its owner can use it.
+    /// Users other than its owner can access it.
     #[error("the token file {path} has mode {mode:04o}, so others can use the secret: chmod 600 {path}")]
     Exposed {
         /// The file.
@@ -85,7 +86,7 @@ pub enum TokenError {
         /// Its permission bits.
         mode: u32,
     },
-    /// Its content is no token.
+    /// The file contains no token.
     #[error(
         "the token file {path} must hold one line of {LEN_MIN} to {LEN_MAX} visible ASCII characters, or two while the token \
          is being changed: the new one, which is sent, and the old one, which is accepted too"
@@ -97,8 +98,7 @@ pub enum TokenError {
 }
 
 impl Token {
-    /// Reads a token from a file of mode 0600 or stricter. White space around it is not part of
-    /// it. Blocks.
+    /// Reads a token from a file of mode 0600 or stricter. Surrounding white space is ignored. Blocks.
     pub fn load(path: &Path) -> Result<Token, TokenError> {
         let words = RwLock::new(Words::load(path)?);
         let token = Token(Arc::new(Shared { words, path: Some(path.to_owned()) }));
@@ -106,16 +106,16 @@ impl Token {
         Ok(token)
     }
 
-    /// The token with this text: 16 to 512 visible ASCII characters, else none.
+    /// The token with this text: 16 to 512 visible ASCII characters, otherwise none.
     pub fn new(text: &str) -> Option<Token> {
         let words = RwLock::new(Words { first: word(text)?, second: None });
         Some(Token(Arc::new(Shared { words, path: None })))
     }
 
-    /// Reads its file anew; whether it is another token now. One that came from no file stays. Blocks.
+    /// Reads its file again; returns whether the token changed. A token without a file stays. Blocks.
     ///
     /// # Errors
-    /// When the file holds none; the token stays as it was.
+    /// When the file contains no token; the present token stays.
     pub fn reload(&self) -> Result<bool, TokenError> {
         let Some(path) = &self.0.path else { return Ok(false) };
         let words = Words::load(path)?;
@@ -128,8 +128,8 @@ impl Token {
         self.words().first
     }
 
-    /// Whether `shown` is the token, or the other one that is accepted, in a time that does not tell how much of it is
-    /// right.
+    /// Whether `shown` is the token or the second accepted one. The time that this takes does not depend on how much
+    /// of `shown` is right.
     pub fn matches(&self, shown: &[u8]) -> bool {
         let Words { first, second } = self.words();
         let is = |word: &str| word.as_bytes().ct_eq(shown);
@@ -167,7 +167,7 @@ impl Words {
     }
 }
 
-/// What helps where a token file is there and cannot be read.
+/// The remedy for a token file that exists and cannot be read.
 fn remedy(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::PermissionDenied => {
@@ -247,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn no_token_in_it() {
+    fn a_file_without_a_token_is_refused() {
         for content in ["", "short", "two words two words", &"x".repeat(600), &"0123456789abcdef\n".repeat(3)]
         {
             let (_directory, path) = file(content, 0o600);
@@ -256,11 +256,11 @@ mod tests {
     }
 
     #[test]
-    fn advice_to_make_one_is_given_only_where_there_is_none() {
+    fn advice_to_make_a_token_is_given_only_if_the_file_is_missing() {
         let missing = Token::load(Path::new("/nonexistent")).unwrap_err().to_string();
         assert!(missing.contains("openssl rand"), "{missing}");
         let (directory, _path) = file("0123456789abcdef\n", 0o600);
-        // A directory can be opened and not be read; others must not be able to, which is refused before.
+        // Reading a directory as a file fails. Its mode must be strict, because a lax mode is refused before reading.
         std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o700)).unwrap();
         let unreadable = Token::load(directory.path()).unwrap_err().to_string();
         assert!(unreadable.starts_with("cannot read") && !unreadable.contains("openssl"), "{unreadable}");

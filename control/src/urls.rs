@@ -1,4 +1,4 @@
-//! Where the allocators are, as an operator writes it.
+//! URLs of the allocators, as an operator writes them.
 
 use std::fmt;
 use std::str::FromStr;
@@ -7,27 +7,27 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 use crate::client::{BaseUrlError, Client};
 
-/// URLs of daemons of which one leads, at least one. Written with commas in between, in a
-/// configuration file also as a list.
+/// URLs of daemons of which one leads; at least one URL. Written with commas in between, in a configuration file also
+/// as a list.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Urls(Vec<String>);
 
-/// A text that is no list of URLs.
+/// The text is no list of URLs.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ParseUrlsError {
-    /// One is no URL of a control interface.
+    /// Some URL is no URL of a control interface.
     #[error(transparent)]
     Bad(#[from] BaseUrlError),
-    /// There is none.
+    /// The list is empty.
     #[error("no URL is given: write http://HOST:PORT, and several with commas in between")]
     Empty,
-    /// One is there twice.
+    /// A URL occurs twice.
     #[error("`{0}` is given twice: give the URL of each allocator once")]
     Twice(String),
 }
 
 impl Urls {
-    /// Each of them.
+    /// The URLs in order.
     pub fn iter(&self) -> impl Iterator<Item = &str> {
         self.0.iter().map(String::as_str)
     }
@@ -68,7 +68,7 @@ impl Serialize for Urls {
     }
 }
 
-/// As it stands in a file.
+/// The two forms in a file.
 #[derive(Deserialize)]
 #[serde(untagged, expecting = "expected a URL, or a list of URLs")]
 enum Written {
@@ -98,7 +98,7 @@ mod tests {
     }
 
     #[test]
-    fn one_or_several_as_people_write_them() {
+    fn one_or_several_urls_are_parsed() {
         for (text, urls) in [
             ("allocator = 'http://a:1'", "http://a:1"),
             ("allocator = 'http://a:1, http://b:1/'", "http://a:1,http://b:1"),
@@ -110,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn mistakes_are_named() {
+    fn mistakes_are_reported() {
         for (text, part) in [
             ("allocator = []", "no URL"),
             ("allocator = ['http://a:1', 'http://a:1/']", "twice"),

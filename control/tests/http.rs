@@ -1,4 +1,4 @@
-//! Client and server against each other, and each against a badly behaved peer, over real sockets.
+//! Tests of client and server with each other, and of each with a peer that breaks the protocol, over real sockets.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -33,7 +33,7 @@ fn routes() -> Router {
         .route("/v1/never", get(|| async { std::future::pending::<()>().await }))
 }
 
-/// A server that ends when this is dropped.
+/// A server that ends when this value is dropped.
 struct Running {
     address: SocketAddr,
     _stop: oneshot::Sender<()>,
@@ -57,7 +57,7 @@ impl Running {
         Client::new(&format!("http://{}", self.address), token.and_then(Token::new)).unwrap()
     }
 
-    /// Sends bytes as they are and reads until the server closes.
+    /// Sends raw bytes, and reads until the server closes.
     async fn raw(&self, request: &str) -> String {
         let mut stream = TcpStream::connect(self.address).await.unwrap();
         stream.write_all(request.as_bytes()).await.unwrap();
@@ -93,7 +93,7 @@ async fn unix_sockets_work_too() {
 }
 
 #[tokio::test]
-async fn a_token_is_wanted() {
+async fn a_token_is_required() {
     let server = Running::start(Some("0123456789abcdef"), Limits::default());
     for token in [None, Some("0123456789abcdeX"), Some("0123456789abcdef0")] {
         for path in ["/v1/name/a", "/v1/unknown"] {
@@ -122,7 +122,7 @@ async fn refusals_have_one_form() {
 }
 
 #[tokio::test]
-async fn queries_are_not_ignored() {
+async fn unknown_queries_are_refused() {
     let server = Running::start(None, Limits::default());
     let client = server.client(None);
     assert!(client.get::<bool>("/v1/forced?force=true").await.unwrap());
@@ -132,7 +132,7 @@ async fn queries_are_not_ignored() {
 }
 
 #[tokio::test]
-async fn a_body_can_be_too_large() {
+async fn a_body_that_is_too_large_is_refused() {
     let server = Running::start(None, Limits { body_len_max: 1000, ..Limits::default() });
     let (kind, line) =
         refusal(server.client(None).post::<_, Note>("/v1/echo", &Note { text: "x".repeat(2000) }).await);
@@ -189,9 +189,9 @@ async fn connections_are_limited_and_the_next_one_waits() {
     drop(idle);
 }
 
-/// On a machine that swaps, seconds may lie between the connection of a command and its order.
+/// On a machine that swaps, seconds may pass between the connection of a command and its request.
 #[tokio::test]
-async fn who_is_slow_to_ask_is_answered_while_nobody_is_kept_out() {
+async fn a_slow_client_is_answered_while_places_are_free() {
     let limits = Limits { strangers_max: 8, first: Duration::from_millis(20), ..Limits::default() };
     let server = Running::start(None, limits);
     let ask = async |mut slow: TcpStream| {
@@ -203,14 +203,14 @@ async fn who_is_slow_to_ask_is_answered_while_nobody_is_kept_out() {
     };
     let connect = || TcpStream::connect(server.address);
     assert!(ask(connect().await.unwrap()).await);
-    // A quarter of the places is the share of one address.
+    // The share of one address is a quarter of the places.
     let slow = connect().await.unwrap();
     let _other = connect().await.unwrap();
     assert!(!ask(slow).await);
 }
 
 #[tokio::test]
-async fn connections_that_say_nothing_keep_nobody_out() {
+async fn silent_connections_keep_no_client_out() {
     let limits = Limits { strangers_max: 8, connections_max: 8, ..Limits::default() };
     let server = Running::start(Some("0123456789abcdef"), limits);
     let mut idle = Vec::new();
@@ -218,7 +218,7 @@ async fn connections_that_say_nothing_keep_nobody_out() {
         idle.push(TcpStream::connect(server.address).await.unwrap());
     }
     assert!(server.client(Some("0123456789abcdef")).get::<Name>("/v1/name/a").await.is_ok());
-    // Nor do those that show a wrong token and stay.
+    // Connections that show a wrong token and stay do not keep others out either.
     for stream in &mut idle[38..] {
         let _ =
             stream.write_all(b"GET /v1/name/b HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer x\r\n\r\n").await;
@@ -236,7 +236,7 @@ async fn connections_that_say_nothing_keep_nobody_out() {
 }
 
 #[tokio::test]
-async fn nobody_there() {
+async fn an_unreachable_server_is_an_error() {
     let address = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
     let url = format!("http://{address}");
     let error = Client::new(&url, None).unwrap().get::<()>("/v1/status").await.unwrap_err();
@@ -249,7 +249,7 @@ async fn nobody_there() {
 }
 
 #[tokio::test]
-async fn something_else_answers() {
+async fn a_peer_of_another_protocol_is_an_error() {
     for answer in [
         "SSH-2.0-OpenSSH\r\n",
         "HTTP/1.1 500 No\r\nContent-Length: 2\r\n\r\nhi",
@@ -269,7 +269,7 @@ async fn something_else_answers() {
 }
 
 #[tokio::test]
-async fn a_connection_that_breaks() {
+async fn a_broken_connection_is_an_error() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     tokio::spawn(async move {
@@ -314,9 +314,9 @@ async fn running_requests_are_answered_at_the_end() {
     server.await.unwrap();
 }
 
-/// A program that nobody can send a signal reads its file anew when it is refused.
+/// A program that nobody can send a signal to reads its token file again when it is refused.
 #[tokio::test]
-async fn a_client_with_a_token_of_before_reads_its_file_anew() {
+async fn a_client_with_an_old_token_reads_its_file_again() {
     use std::os::unix::fs::PermissionsExt as _;
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("token");

@@ -1,4 +1,4 @@
-//! A client that knows several daemons of which one leads.
+//! Tests of a client that knows several daemons of which one leads.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -21,7 +21,7 @@ fn token_of(text: &str) -> Token {
     Token::new(text).unwrap()
 }
 
-/// A daemon with an office; it ends when this is dropped.
+/// A daemon with an office; it ends when this value is dropped.
 struct Running {
     address: SocketAddr,
     office: Office,
@@ -43,7 +43,7 @@ impl Running {
         format!("http://{}", self.address)
     }
 
-    /// Makes it lead; the switch ends that it may.
+    /// Makes it the leader; setting the flag to false ends that.
     fn lead(&self) -> Arc<AtomicBool> {
         let me = self.address.port();
         let routes = Router::new()
@@ -69,7 +69,7 @@ fn refusal<T: std::fmt::Debug>(result: Result<T, ClientError>) -> (ErrorKind, St
 }
 
 #[tokio::test]
-async fn a_follower_sends_to_the_leader_and_the_client_stays_there() {
+async fn a_follower_redirects_to_the_leader_and_the_client_stays_there() {
     let (first, second, third) = (Running::start(None), Running::start(None), Running::start(None));
     third.lead();
     first.office.set(Duty::Follow(Some(third.url())));
@@ -81,7 +81,7 @@ async fn a_follower_sends_to_the_leader_and_the_client_stays_there() {
 }
 
 #[tokio::test]
-async fn the_next_one_is_asked_where_one_is_gone_or_knows_no_leader() {
+async fn the_next_daemon_is_asked_if_one_is_gone_or_knows_no_leader() {
     let (follower, leader) = (Running::start(None), Running::start(None));
     leader.lead();
     let gone = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
@@ -90,7 +90,7 @@ async fn the_next_one_is_asked_where_one_is_gone_or_knows_no_leader() {
 }
 
 #[tokio::test]
-async fn where_nobody_leads_the_refusal_says_so() {
+async fn without_a_leader_the_refusal_says_so() {
     let follower = Running::start(None);
     let gone = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
     let client = client(&[format!("http://{gone}"), follower.url()]);
@@ -129,7 +129,7 @@ async fn the_token_goes_to_known_daemons_only() {
 }
 
 #[tokio::test]
-async fn a_follower_wants_the_token_too() {
+async fn a_follower_requires_the_token_too() {
     let follower = Running::start(Some("another-secret-of-others"));
     follower.office.set(Duty::Follow(Some("http://127.0.0.1:1".to_owned())));
     let (kind, line) = refusal(client(&[follower.url()]).get::<u16>("/v1/who").await);
@@ -137,7 +137,7 @@ async fn a_follower_wants_the_token_too() {
 }
 
 #[tokio::test]
-async fn one_whose_office_is_over_answers_nothing() {
+async fn a_former_leader_answers_no_request() {
     let daemon = Running::start(None);
     let valid = daemon.lead();
     let client = client(&[daemon.url()]);
@@ -148,7 +148,7 @@ async fn one_whose_office_is_over_answers_nothing() {
 }
 
 #[tokio::test]
-async fn after_one_that_hangs_the_next_is_asked() {
+async fn after_a_daemon_that_hangs_the_next_is_asked() {
     let deaf = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let leader = Running::start(None);
     leader.lead();

@@ -1,5 +1,5 @@
-//! A cgroup without swap: pages of this process that are not locked, of its page tables' helpers
-//! and of what it maps later, are never swapped out to the device that it serves.
+//! A cgroup without swap: pages of this process that are not locked, pages of its helpers, and pages that it maps later
+//! are never swapped out to the device that it serves.
 
 use std::fs;
 use std::io;
@@ -10,8 +10,9 @@ use xpm_protocol::api::blk::SafetyItem;
 const ROOT: &str = "/sys/fs/cgroup";
 const LIMIT: &str = "memory.swap.max";
 
-/// Stays in the process's own cgroup if that has the limit, as that of a standby has, or if the process has it to itself (as
-/// under a service manager) and can set it; else goes to a new one of this name below the root.
+/// Stays in the process's own cgroup if that has the limit already (as the cgroup of a standby has), or if the
+/// process has the cgroup to itself (as under a service manager) and can set the limit. Otherwise moves to a new
+/// cgroup of this name below the root.
 pub(super) fn enter(name: &str) {
     if let Err(error) = try_enter(name) {
         tracing::warn!("cgroup without swap: {error}");

@@ -1,14 +1,14 @@
-//! What makes this process safe to serve swap: set up once, before any thread starts, in an order
-//! that matters, and read back from the kernel whenever somebody asks.
+//! Makes this process safe to serve swap: everything is set up once, before any thread starts, in an order that
+//! matters, and can be read back from the kernel at any time.
 //!
-//! The process takes nothing of the kernel's reserve to begin with. Its memory is locked first, so that nothing it
-//! does from then on can need the device that it serves. Then its allocations are kept from waiting for I/O, the kernel
-//! from choosing it as a victim, its mounts from those of others, and its pages from swap. Last, when it has all memory
-//! that it needs to begin, it gets a part of the kernel's reserve: what it took before would be missing to the one that
-//! serves now.
+//! At first the process takes nothing of the kernel's memory reserve. Its memory is locked first, so that nothing it
+//! does later can need the device that it serves. Then its allocations are kept from waiting for I/O, it is taken out
+//! of the OOM killer's choice, its mounts are separated from those of others, and its pages are kept out of swap.
+//! Last, when it has all memory that it needs at the start, it may use a part of the kernel's reserve: any part taken
+//! earlier would be missing to the process that serves now.
 //!
-//! A process that looks after swap without serving it needs less: it stays among the others' mounts,
-//! and takes nothing of the reserve from those who serve.
+//! A process that looks after swap without serving it needs less: it stays in the common mount namespace, and takes
+//! nothing of the reserve from processes that serve.
 
 mod cgroup;
 mod memory;
@@ -18,14 +18,15 @@ mod reserve;
 
 use xpm_protocol::api::blk::SafetyItem;
 
-/// Sets every item up, as far as the kernel lets it. Must be called while the process has a single
-/// thread: flags of a process here are those of its first thread, which later ones inherit. Where the process has no
-/// cgroup of its own it gets one of this name.
+/// Sets up every item, as far as the kernel permits. Must be called while the process has a single thread: the flags
+/// of a process are in fact those of its first thread, which later threads inherit. If the process has no cgroup of
+/// its own, it gets one of this name.
 pub fn set_up(cgroup: &str) {
     set_up_with(cgroup, namespace::leave);
 }
 
-/// Like [`set_up`], for a process that serves files: its mounts have to be seen by others, so it stays among theirs.
+/// Like [`set_up`], for a process that serves files: other processes have to see its mounts, so it stays in their
+/// mount namespace.
 pub fn set_up_for_files(cgroup: &str) {
     set_up_with(cgroup, || {});
 }
@@ -42,7 +43,7 @@ fn set_up_with(cgroup: &str, leave_mounts: fn()) {
     reserve::raise();
 }
 
-/// Every item of [`set_up_for_files`] as the kernel has it now.
+/// The present state of every item of [`set_up_for_files`], read from the kernel.
 pub fn file_items() -> Vec<SafetyItem> {
     vec![
         memory::locked(),
@@ -54,19 +55,19 @@ pub fn file_items() -> Vec<SafetyItem> {
     ]
 }
 
-/// Gives the threads that there are, and those that they start, a part of the kernel's reserve of memory. To be called when
-/// everything is there that can be there before it is needed.
+/// Gives all threads, and threads that they start, a part of the kernel's reserve of memory. To be called when
+/// everything that can be allocated in advance is allocated.
 pub fn use_reserve() {
     reserve::set_real_time();
 }
 
-/// Has so much heap ready, in bytes, that what a process needs to go on comes from it.
+/// Prepares this much free heap, in bytes, for the memory that a process needs later to go on.
 pub fn reserve_heap(len: usize) {
     memory::reserve_heap(len);
 }
 
-/// Has the calling thread do what needs much memory, while another process serves: its allocations may wait for I/O meanwhile.
-/// No thread is to be started in it, which would be left so.
+/// Runs work that needs much memory while another process serves: its allocations may wait for I/O meanwhile. Do not
+/// spawn threads inside: they would inherit the cleared flag.
 pub fn while_others_serve<T>(fill: impl FnOnce() -> T) -> T {
     process::set_io_flusher(false);
     let filled = fill();
@@ -74,12 +75,12 @@ pub fn while_others_serve<T>(fill: impl FnOnce() -> T) -> T {
     filled
 }
 
-/// Memory of this process that is locked, in bytes; 0 where the kernel does not say.
+/// Locked memory of this process, in bytes; 0 if the kernel does not report it.
 pub fn locked_bytes() -> u64 {
     memory::locked_bytes()
 }
 
-/// Like [`set_up`], what a process needs that looks after swap and serves none.
+/// Like [`set_up`], for a process that looks after swap and serves none.
 pub fn set_up_keeper(cgroup: &str) {
     memory::prepare_heap();
     memory::lock();
@@ -89,12 +90,12 @@ pub fn set_up_keeper(cgroup: &str) {
     memory::fault_in_stack();
 }
 
-/// Every item of [`set_up_keeper`] as the kernel has it now.
+/// The present state of every item of [`set_up_keeper`], read from the kernel.
 pub fn keeper_items() -> Vec<SafetyItem> {
     vec![memory::locked(), process::io_flusher(), process::oom_score(), cgroup::swap_max()]
 }
 
-/// Every item as the kernel has it now.
+/// The present state of every item of [`set_up`], read from the kernel.
 pub fn items() -> Vec<SafetyItem> {
     vec![
         memory::locked(),
@@ -107,7 +108,7 @@ pub fn items() -> Vec<SafetyItem> {
     ]
 }
 
-/// The items that do not hold, as one line for an error; none when all hold.
+/// The items that are not met, as one line for an error; none if all are met.
 pub fn missing(items: &[SafetyItem]) -> Option<String> {
     let missing: Vec<String> = items
         .iter()
@@ -120,7 +121,7 @@ pub fn missing(items: &[SafetyItem]) -> Option<String> {
     (!missing.is_empty()).then(|| missing.join(", "))
 }
 
-/// An item that was read back as `found`, or could not be read.
+/// An item with its state `found`, or with the error of reading it.
 fn item(name: &str, found: Result<(bool, String), String>, remedy: &str) -> SafetyItem {
     let (ok, found) = found.unwrap_or_else(|error| (false, error));
     SafetyItem { item: name.to_owned(), ok, found, remedy: (!ok).then(|| remedy.to_owned()) }
@@ -131,7 +132,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_item_is_read_and_those_that_do_not_hold_have_a_remedy() {
+    fn every_item_is_read_and_unmet_items_have_a_remedy() {
         let items = items();
         let names: Vec<&str> = items.iter().map(|item| item.item.as_str()).collect();
         assert_eq!(
@@ -146,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_in_one_line() {
+    fn unmet_items_are_listed_in_one_line() {
         let good = item("a", Ok((true, "fine".to_owned())), "-");
         let bad = item("b", Err("not there".to_owned()), "do this");
         assert_eq!(missing(std::slice::from_ref(&good)), None);

@@ -8,16 +8,16 @@ use std::hint::black_box;
 use rustix::mm::{MlockAllFlags, mlockall};
 use xpm_protocol::api::blk::SafetyItem;
 
-/// Heap that is there, locked and faulted in, from the start. Measured in xpm-blk with two devices on sockets, of which one was
-/// resized and moved: 0.9 MiB are used at most.
+/// Heap that is locked and faulted in from the start, in bytes. Measured in xpm-blk with two devices on sockets, one
+/// of which was resized and moved: 0.9 MiB are used at most.
 const HEAP_LEN: usize = 4 << 20;
-/// What the heap grows by once a standby has its own.
+/// Growth of the heap once a standby has its own, in bytes.
 const GROWTH_LEN: usize = 256 << 10;
-/// Stack of the first thread that is faulted in.
+/// Part of the first thread's stack that is faulted in, in bytes.
 const STACK_LEN: usize = 128 << 10;
 
-/// Has the allocator keep what it got: memory that was given back would have to be had again,
-/// at a time when there may be none.
+/// Makes the allocator keep its memory: memory that was given back would have to be requested again, possibly when
+/// there is none.
 pub(super) fn prepare_heap() {
     #[cfg(target_env = "gnu")]
     // SAFETY: mallopt(3) only sets parameters of the allocator; no other thread runs yet.
@@ -25,7 +25,7 @@ pub(super) fn prepare_heap() {
         libc::mallopt(libc::M_ARENA_MAX, 1);
         libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
         libc::mallopt(libc::M_TOP_PAD, HEAP_LEN as libc::c_int);
-        // Large pieces as well come from what was kept, rather than from a new mapping each.
+        // Large pieces, too, come from kept memory, and not from a new mapping each.
         libc::mallopt(libc::M_MMAP_MAX, 0);
     }
 }
@@ -34,15 +34,14 @@ pub(super) fn lock() {
     if let Err(error) = mlockall(MlockAllFlags::CURRENT | MlockAllFlags::FUTURE) {
         tracing::warn!("mlockall: {error}");
     }
-    // The allocator asks the kernel for HEAP_LEN more than this takes, locks it thereby, and keeps
-    // it for later.
+    // The allocator requests HEAP_LEN more than this from the kernel, which locks it, and keeps it for later.
     drop(black_box(vec![1_u8; 64 << 10]));
 }
 
-/// Has so much free heap that is locked and faulted in, in bytes, and from then on lets the heap grow by little at a time: who
-/// goes on when memory has run out must not ask for megabytes to have a few bytes.
+/// Prepares this much free heap, in bytes, locked and faulted in. From then on the heap grows in small steps: a
+/// process that goes on when memory has run out must not request megabytes for a few bytes.
 pub(super) fn reserve_heap(len: usize) {
-    // First, so that the heap grows by what is missing, and not by HEAP_LEN more.
+    // Set first, so that the heap grows by the missing part, without another HEAP_LEN.
     #[cfg(target_env = "gnu")]
     // SAFETY: mallopt(3) only sets a parameter of the allocator, and takes its lock.
     unsafe {

@@ -1,5 +1,5 @@
-//! A mount namespace of its own, so that a file system on a device of this process is never kept
-//! alive by the process that serves it: its exit would then wait for itself.
+//! A mount namespace of its own, so that this process does not keep a file system on its own device mounted:
+//! otherwise its exit would wait for itself.
 
 use std::fs;
 use std::path::PathBuf;
@@ -12,8 +12,8 @@ use xpm_protocol::api::blk::SafetyItem;
 /// The namespace that the process was started in.
 static STARTED_IN: OnceLock<Option<PathBuf>> = OnceLock::new();
 
-/// Leaves the namespace of the others. Unmounts of theirs still reach this one, so that nothing
-/// stays mounted here that they took away; mounts made here do not reach them.
+/// Leaves the common mount namespace. Unmounts there still propagate into this namespace, so that nothing stays
+/// mounted here that was unmounted there; mounts made here do not propagate back.
 pub(super) fn leave() {
     STARTED_IN.get_or_init(current);
     let flags = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
@@ -25,8 +25,8 @@ pub(super) fn leave() {
 
 #[allow(unsafe_code)]
 fn separate() -> rustix::io::Result<()> {
-    // SAFETY: of a mount namespace only; file descriptors stay shared. The process has a single
-    // thread, so no thread is left behind in the old one.
+    // SAFETY: unshares only the mount namespace; file descriptors stay shared. The process has a single thread, so no
+    // thread is left behind in the old namespace.
     unsafe { unshare_unsafe(UnshareFlags::NEWNS) }
 }
 

@@ -1,4 +1,4 @@
-//! Flags of the process: no I/O under its allocations, no victim of the kernel.
+//! Flags of the process: its allocations do no I/O, and the OOM killer does not choose it.
 
 #![allow(unsafe_code)]
 
@@ -14,8 +14,8 @@ const PR_GET_IO_FLUSHER: libc::c_int = 58;
 const OOM_SCORE_FILE: &str = "/proc/self/oom_score_adj";
 const OOM_SCORE: &str = "-1000";
 
-/// Allocations of this process must not wait for I/O, which may be I/O that it serves itself, and
-/// its writes are throttled by themselves only.
+/// Keeps allocations of this process from waiting for I/O, which it may serve itself, and lets its writes be
+/// throttled only by their own device.
 pub(super) fn set_io_flusher(on: bool) {
     // SAFETY: takes numbers only; the last three arguments must be zero.
     if unsafe { libc::prctl(PR_SET_IO_FLUSHER, libc::c_ulong::from(on), 0, 0, 0) } != 0 {
@@ -32,7 +32,7 @@ pub(super) fn io_flusher() -> SafetyItem {
     super::item("io-flusher", found, "run as root, or give CAP_SYS_RESOURCE")
 }
 
-/// The kernel shall kill any other process before this one.
+/// Makes the kernel kill any other process before this one.
 pub(super) fn set_oom_score() {
     if let Err(error) = fs::write(OOM_SCORE_FILE, OOM_SCORE) {
         tracing::warn!("{OOM_SCORE_FILE}: {error}");

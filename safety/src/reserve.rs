@@ -1,11 +1,10 @@
-//! Memory that is left for this process when there is none.
+//! Memory that is left for this process when the machine has none.
 //!
-//! Sending a page that is swapped out takes memory for the socket's buffers. When the machine has
-//! none, an ordinary thread that asks for some waits for the kernel to swap pages out, which is
-//! what this process should be doing: nothing moves any more. A real-time thread may use half of
-//! the kernel's reserve (`gfp_to_alloc_flags` and `__zone_watermark_ok` in the kernel's
-//! mm/page_alloc.c), so the threads of this process are real-time, at the lowest priority, and the
-//! reserve is made large enough for full socket buffers of the connections to some appliances.
+//! Sending a swapped-out page takes memory for the socket's buffers. When the machine has none, an ordinary thread
+//! that allocates waits for the kernel to swap pages out, which needs this process: a deadlock. A real-time thread
+//! may use half of the kernel's reserve (`gfp_to_alloc_flags` and `__zone_watermark_ok` in the kernel's
+//! mm/page_alloc.c). So the threads of this process are real-time, at the lowest priority, and the reserve is made
+//! large enough for full socket buffers of the connections to some appliances.
 
 #![allow(unsafe_code)]
 
@@ -16,14 +15,14 @@ use xpm_protocol::api::blk::SafetyItem;
 
 /// The reserve in KiB; see proc_sys_vm(5).
 const RESERVE_FILE: &str = "/proc/sys/vm/min_free_kbytes";
-/// The reserve that is wanted, in KiB: twice 32 MiB, which is eight send buffers of the 4 MiB that
-/// tcp(7) names as the usual maximum.
+/// The wanted reserve, in KiB: twice 32 MiB, which is eight send buffers of the 4 MiB that tcp(7) names as the usual
+/// maximum.
 const RESERVE_KIB: u64 = 64 << 10;
-/// No more than this part of the machine's memory is made reserve.
+/// Divisor of the machine's memory that limits the reserve.
 const RESERVE_PART: u64 = 10;
 
-/// Makes the calling thread an ordinary one. A child of a real-time thread is one itself, and would fill its memory from the
-/// reserve of those that serve.
+/// Makes the calling thread an ordinary one. A child of a real-time thread starts as a real-time thread, and would
+/// fill its memory from the reserve of the serving processes.
 pub(super) fn leave_alone() {
     let priority = libc::sched_param { sched_priority: 0 };
     // SAFETY: the structure lives through the call.
@@ -32,9 +31,9 @@ pub(super) fn leave_alone() {
     }
 }
 
-/// Makes every thread of the process, and those that they start from now on, real-time ones.
+/// Makes every thread of the process, and threads that they start later, real-time threads.
 pub(super) fn set_real_time() {
-    // Until no thread is found that is not one: another thread may have started it meanwhile.
+    // Repeats until all threads are real-time: another thread may have started a new one meanwhile.
     while let Some(changed) = set_all() {
         if !changed {
             return;
@@ -42,7 +41,7 @@ pub(super) fn set_real_time() {
     }
 }
 
-/// Whether there was a thread to change; none when that cannot be done.
+/// Returns whether there was a thread to change; none if that is not permitted.
 fn set_all() -> Option<bool> {
     let mut changed = false;
     for entry in fs::read_dir("/proc/self/task").ok()?.flatten() {
@@ -58,7 +57,7 @@ fn set_all() -> Option<bool> {
             continue;
         }
         let error = io::Error::last_os_error();
-        // One that has ended needs nothing.
+        // A thread that has ended needs nothing.
         if error.raw_os_error() != Some(libc::ESRCH) {
             tracing::warn!("SCHED_RR: {error}");
             return None;
@@ -67,7 +66,7 @@ fn set_all() -> Option<bool> {
     Some(changed)
 }
 
-/// The policy of the calling thread.
+/// The scheduling policy of the calling thread.
 pub(super) fn real_time() -> SafetyItem {
     // SAFETY: takes a number only; 0 means the calling thread.
     let found = match unsafe { libc::sched_getscheduler(0) } {
@@ -90,7 +89,7 @@ fn name(policy: libc::c_int) -> String {
     }
 }
 
-/// Raises the kernel's reserve to what is wanted; never lowers it.
+/// Raises the kernel's reserve to the wanted size; never lowers it.
 pub(super) fn raise() {
     let Ok((found, wanted)) = read() else { return };
     if found >= wanted {
@@ -108,7 +107,7 @@ pub(super) fn kept_free() -> SafetyItem {
     super::item("memory-reserve", found, "run as root, or raise the setting vm.min_free_kbytes")
 }
 
-/// The reserve as it is and as it is wanted, in KiB.
+/// The present and the wanted reserve, in KiB.
 fn read() -> Result<(u64, u64), String> {
     let reserve = fs::read_to_string(RESERVE_FILE).map_err(|error| format!("{RESERVE_FILE}: {error}"))?;
     let found = reserve.trim().parse().map_err(|_| format!("{RESERVE_FILE} is not a number"))?;

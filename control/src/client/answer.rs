@@ -1,4 +1,4 @@
-//! One exchange over a connection: a request out, an answer in, and what can be wrong with it.
+//! An exchange over a connection: one request, its answer, and the errors of both.
 
 use std::error::Error as _;
 use std::io;
@@ -16,7 +16,7 @@ use xpm_protocol::api::{ErrorBody, ErrorKind};
 use super::place::Place;
 use super::{ANSWER_LEN_MAX, ClientError};
 
-/// What was answered.
+/// The answer to a request.
 pub(super) struct Answer {
     status: StatusCode,
     pub(super) location: Option<String>,
@@ -24,7 +24,7 @@ pub(super) struct Answer {
 }
 
 impl Answer {
-    /// The refusal of a daemon that does not lead.
+    /// The refusal of a daemon that is not the leader.
     pub(super) fn not_leader(&self) -> Option<ErrorBody> {
         if self.status.is_success() {
             return None;
@@ -48,8 +48,8 @@ where
         collect(place, response).await
     };
     let mut answer = pin!(answer);
-    // The connection moves the bytes. Where it ends first, what has arrived by then still
-    // makes the answer; if it does not, the connection knows better than the request why.
+    // The connection task moves the bytes. If it ends first, the bytes that have arrived may still be a whole answer;
+    // otherwise the connection's error is more precise than the request's.
     tokio::select! {
         result = &mut answer => result,
         ended = connection => match (answer.await, ended) {
@@ -79,7 +79,7 @@ pub(super) fn decode<T: DeserializeOwned>(place: &Place, answer: &Answer) -> Res
             Err(_) => not_xpm(place, &format!("it answers {status} and not as xpm does")),
         });
     }
-    // An answer without content (204) stands for JSON's null, so that `()` can be taken.
+    // An answer without content (204) is read as JSON's null, so that `()` can be taken.
     let body: &[u8] = if body.is_empty() { b"null" } else { body };
     serde_json::from_slice(body)
         .map_err(|error| not_xpm(place, &format!("its answer cannot be read: {error}")))
@@ -96,8 +96,8 @@ pub(super) fn not_xpm(place: &Place, what: &str) -> ClientError {
     ClientError::NotXpm(format!("{}: {what}", place.base))
 }
 
-/// Whether the peer broke the rules of HTTP, rather than the connection. A peer that speaks first
-/// is found out before or after the request was taken, and hyper tells that in different ways.
+/// Whether the peer violated HTTP, as opposed to a broken connection. A peer that speaks first is detected before or
+/// after the request was taken, and hyper reports the two cases differently.
 fn is_foreign(error: &hyper::Error) -> bool {
     let source = error.source();
     if let Some(cause) = source.and_then(|source| source.downcast_ref::<hyper::Error>()) {

@@ -1,11 +1,11 @@
-//! Where daemons are: one, or several of which one leads.
+//! Addresses of daemons: one, or several of which one leads.
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use hyper::Uri;
 
-/// A text that is no base URL of a control interface.
+/// The text is no base URL of a control interface.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "`{base}` is no address of a control interface ({reason}): write http://HOST:PORT or unix:/ABSOLUTE/PATH"
@@ -15,7 +15,7 @@ pub struct BaseUrlError {
     reason: &'static str,
 }
 
-/// Where one daemon is.
+/// Address of one daemon.
 #[derive(Debug)]
 pub(super) struct Place {
     pub(super) base: String,
@@ -35,7 +35,7 @@ impl Place {
         Ok(Place { base: base.trim_end_matches('/').to_owned(), way })
     }
 
-    /// What stands in the header `Host`.
+    /// Value of the header `Host`.
     pub(super) fn host(&self) -> &str {
         match &self.way {
             Way::Tcp { authority, .. } => authority,
@@ -43,13 +43,13 @@ impl Place {
         }
     }
 
-    /// Whether a URL leads to this daemon.
+    /// Whether a URL points to this daemon.
     fn leads_to(&self, url: &str) -> bool {
         url.strip_prefix(&self.base).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
     }
 }
 
-/// One daemon or more, and which of them is asked first. Never empty.
+/// One daemon or several, and which of them is asked first. Never empty.
 #[derive(Debug)]
 pub(super) struct Places {
     all: Vec<Place>,
@@ -57,7 +57,7 @@ pub(super) struct Places {
 }
 
 impl Places {
-    /// None where there is no place.
+    /// None if `all` is empty.
     pub(super) fn new(all: Vec<Place>) -> Option<Places> {
         (!all.is_empty()).then_some(Places { all, preferred: AtomicUsize::new(0) })
     }
@@ -66,7 +66,7 @@ impl Places {
         &self.all
     }
 
-    /// The one that is asked first.
+    /// Index of the daemon that is asked first.
     pub(super) fn preferred(&self) -> usize {
         self.preferred.load(Ordering::Relaxed) % self.all.len()
     }
@@ -75,13 +75,13 @@ impl Places {
         self.preferred.store(place, Ordering::Relaxed);
     }
 
-    /// The places in the order in which they are asked.
+    /// Indices of the daemons in the order in which they are asked.
     pub(super) fn in_order(&self) -> Vec<usize> {
         let first = self.preferred();
         (0..self.all.len()).map(|place| (first + place) % self.all.len()).collect()
     }
 
-    /// The place that a URL leads to, if it is one of these.
+    /// Index of the daemon that a URL points to, if it is one of these.
     pub(super) fn find(&self, url: &str) -> Option<usize> {
         self.all.iter().position(|place| place.leads_to(url))
     }
@@ -116,7 +116,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn base_urls() {
+    fn base_urls_are_parsed() {
         for good in ["http://127.0.0.1:7700", "http://[::1]:7700/", "http://host.example:80", "unix:/run/x"] {
             assert!(Place::parse(good).is_ok(), "{good}");
         }

@@ -1,5 +1,5 @@
-//! Connections that have not shown the token have places of their own, so that whoever only reaches the port keeps nobody
-//! out who has it.
+//! Limits connections that have not shown the token to places of their own, so that a peer without the token cannot
+//! keep out a peer that has it.
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,11 +11,11 @@ use xpm_protocol::gate::{Entry, Gate, Origin};
 
 use super::Limits;
 
-/// Which part of the descriptors that the process may have is for strangers: a daemon that listens at several ports keeps
-/// half of them for all else.
+/// Divisor of the process's descriptors that gives the places for connections without the token: a daemon that
+/// listens at several ports keeps half of its descriptors for other uses.
 const SHARE_OF_DESCRIPTORS: usize = 8;
 
-/// Who is at one server.
+/// The connections of one server.
 #[derive(Debug)]
 pub(super) struct Admission {
     strangers: Mutex<Gate<AbortHandle>>,
@@ -30,12 +30,13 @@ impl Admission {
         Arc::new(Admission { strangers: Mutex::new(Gate::new(places)), known })
     }
 
-    /// The gate is whole whenever the lock is free.
+    /// The gate is consistent whenever the lock is free.
     fn lock(&self) -> MutexGuard<'_, Gate<AbortHandle>> {
         self.strangers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Has `spawn` begin to serve a connection. Where there is no place for it, the oldest stranger is closed.
+    /// Lets `spawn` begin to serve a connection. If there is no place for it, the oldest connection without the token
+    /// is closed.
     pub(super) fn begin(
         self: &Arc<Self>,
         peer: Option<SocketAddr>,
@@ -45,7 +46,7 @@ impl Admission {
         let mut gate = self.lock();
         let standing =
             Arc::new(Standing { admission: self.clone(), entry: gate.next(), permit: OnceCell::new() });
-        // If it ends at once, it waits for the lock before it leaves.
+        // If the task ends at once, it waits for the lock before it leaves the gate.
         let task = spawn(standing);
         let closed = gate.enter(origin, task);
         drop(gate);
@@ -56,7 +57,7 @@ impl Admission {
     }
 }
 
-/// What one connection is to the server, for as long as it lives.
+/// State of one connection at the server, for its lifetime.
 #[derive(Debug)]
 pub(super) struct Standing {
     admission: Arc<Admission>,
@@ -65,7 +66,8 @@ pub(super) struct Standing {
 }
 
 impl Standing {
-    /// It has shown the token, or none is wanted: it leaves the strangers, and waits for its place among the others.
+    /// The connection has shown the token, or none is required: it leaves the gate, and waits for its place among the
+    /// proven connections.
     pub(super) async fn prove(&self) {
         let permit = async {
             self.admission.lock().leave(self.entry);
@@ -74,12 +76,12 @@ impl Standing {
         self.permit.get_or_init(|| permit).await;
     }
 
-    /// Whether it is in the way of other strangers.
+    /// Whether it is in the way of other connections without the token.
     pub(super) fn is_in_the_way(&self) -> bool {
         self.admission.lock().is_in_the_way(self.entry)
     }
 
-    /// Whether it is none of the strangers any more.
+    /// Whether it has left the gate.
     pub(super) fn is_proved(&self) -> bool {
         !self.admission.lock().has(self.entry)
     }

@@ -1,4 +1,4 @@
-//! What handlers take out of a request, refused in the one form of the protocol.
+//! Extractors for handlers; a refusal has the protocol's one form of errors.
 
 use axum::extract::rejection::{JsonRejection, PathRejection};
 use axum::extract::{FromRequest, FromRequestParts, Request};
@@ -11,10 +11,10 @@ use xpm_protocol::api::ErrorKind;
 
 use super::{ApiError, Limits};
 
-/// A JSON body, taken or given.
+/// A JSON body of a request or an answer.
 ///
-/// The content type `application/json` is required: a web page cannot make a browser send it to
-/// another site without asking first, so no page gives orders to a daemon on its reader's machine.
+/// The content type `application/json` is required: a web page cannot make a browser send it to another site without
+/// that site's permission, so no page can give orders to a daemon on its reader's machine.
 #[derive(Debug, Clone, Copy)]
 pub struct Json<T>(pub T);
 
@@ -64,7 +64,7 @@ fn refused_path(rejection: &PathRejection) -> ApiError {
     ApiError(ErrorKind::Invalid, rejection.body_text())
 }
 
-/// The query, such as `?after=7`. A misspelt key is refused where the type denies unknown ones.
+/// The query, such as `?after=7`. A misspelt key is refused if the type denies unknown keys.
 #[derive(Debug, Clone, Copy)]
 pub struct Query<T>(pub T);
 
@@ -79,8 +79,7 @@ impl<T: DeserializeOwned + Send, S: Send + Sync> FromRequestParts<S> for Query<T
     }
 }
 
-/// Whether the query says `force=true`. Any other query is refused, so that a misspelt one is
-/// never ignored.
+/// Whether the query is `force=true`. Any other query is refused, so that a misspelt one is never ignored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Force(pub bool);
 

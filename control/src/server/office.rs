@@ -1,4 +1,4 @@
-//! A daemon that leads at times, and at other times sends those who ask to the one that leads.
+//! A daemon that is the leader at times, and at other times redirects requests to the leader.
 
 use std::fmt;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -14,23 +14,23 @@ use xpm_protocol::api::{ErrorBody, ErrorKind};
 
 use super::complete;
 
-/// What a daemon does that may lead. Cheap to clone; all clones are the same.
+/// The present duty of a daemon that may lead. Cheap to clone; all clones are the same office.
 #[derive(Debug, Clone)]
 pub struct Office(Arc<RwLock<Duty>>);
 
-/// What a daemon does with requests.
+/// How a daemon answers requests.
 #[derive(Clone)]
 pub enum Duty {
-    /// It leads.
+    /// It is the leader.
     Lead {
-        /// What answers.
+        /// Routes that answer.
         routes: Router,
-        /// Whether it still does: looked at for each request.
+        /// Whether it is still the leader: checked for each request.
         holds: Arc<dyn Fn() -> bool + Send + Sync>,
     },
-    /// It sends everybody to this one, if it knows one that leads.
+    /// It redirects requests to the leader at this URL, if it knows one.
     Follow(Option<String>),
-    /// It cannot lead now, and says why.
+    /// It cannot lead now, for this reason.
     Wait(String),
 }
 
@@ -45,22 +45,23 @@ impl fmt::Debug for Duty {
 }
 
 impl Office {
-    /// A daemon that follows nobody yet.
+    /// A daemon that follows and knows no leader yet.
     pub fn new() -> Office {
         Office(Arc::new(RwLock::new(Duty::Follow(None))))
     }
 
-    /// Changes what it does, for every request from now on.
+    /// Changes its duty, for every request from now on.
     pub fn set(&self, duty: Duty) {
         let duty = match duty {
             Duty::Lead { routes, holds } => Duty::Lead { routes: complete(routes), holds },
             other @ (Duty::Follow(_) | Duty::Wait(_)) => other,
         };
-        // Nothing panics while it holds the lock.
+        // No code panics while it holds the lock.
         *self.0.write().unwrap_or_else(PoisonError::into_inner) = duty;
     }
 
-    /// Whether who leads can be asked for this path ([`super::answers`]); one that follows has nobody to ask.
+    /// Whether the leader's routes answer this path ([`super::answers`]). True for a follower, which has no routes to
+    /// check.
     pub async fn answers(&self, path: &'static str) -> bool {
         match self.duty() {
             Duty::Lead { routes, holds } if holds() => super::answers(routes, path).await,
