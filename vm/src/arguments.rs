@@ -1,4 +1,5 @@
-//! QEMU's command line: what of the user's arguments cannot be, and what is added to them.
+//! QEMU's command line: refuses arguments of the user that cannot work, and adds the arguments that external RAM
+//! needs.
 
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
@@ -9,24 +10,25 @@ use crate::place::Place;
 
 /// Id of the RAM's backend.
 pub const RAM: &str = "xpm-ram";
-/// Id of the backend of what can be plugged.
+/// Id of the backend of memory that can be plugged.
 pub const PLUGGED: &str = "xpm-plugged";
 /// Id of the virtio-mem device.
 pub const VIRTIO_MEM: &str = "xpm-mem";
 
-/// How QEMU starts.
+/// The way in which QEMU starts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Start {
     /// The guest boots.
     Boot,
-    /// QEMU waits for the state of a machine, and does not run it by itself.
+    /// QEMU waits for the state of a machine, and does not run the machine by itself.
     Incoming,
 }
 
-/// Refuses arguments that contradict what will be added. Returns warnings about those that forbid a migration.
+/// Refuses arguments that contradict those that will be added. Returns warnings about arguments that prevent a
+/// migration.
 ///
 /// # Errors
-/// The first argument that cannot be, with the reason.
+/// The first argument that cannot be used, with the reason.
 pub fn check(arguments: &[OsString]) -> Result<Vec<String>, Error> {
     let mut warnings = Vec::new();
     for (index, word) in arguments.iter().enumerate() {
@@ -43,14 +45,14 @@ pub fn check(arguments: &[OsString]) -> Result<Vec<String>, Error> {
     Ok(warnings)
 }
 
-/// The name of an option: QEMU takes one dash and two.
+/// The name of an option; QEMU accepts one dash or two.
 fn option_of(word: &OsStr) -> Option<String> {
     let text = word.to_str()?;
     let name = text.strip_prefix("--").or_else(|| text.strip_prefix('-'))?;
     (!name.is_empty()).then(|| name.to_owned())
 }
 
-/// Why an option cannot be given.
+/// Why an option cannot be used.
 fn conflict(option: &str, value: &str) -> Option<&'static str> {
     let has_key = |key: &str| value.split(',').any(|part| part.split('=').next() == Some(key));
     let device = || value.split(',').next().unwrap_or_default();
@@ -93,7 +95,8 @@ fn obstacle(option: &str, value: &str) -> Option<String> {
     Some(format!("`-{option} {value}`: this machine will not move to another host: {text}"))
 }
 
-/// What is added to the user's arguments. It comes behind them, so that its devices take no place that the user's had before.
+/// The added arguments. They follow the user's, so that their devices do not take addresses that the user's devices
+/// had before.
 pub fn added(place: &Place, files: &[MemoryFile], sizes: Sizes, start: Start) -> Vec<OsString> {
     let mut words: Vec<OsString> = Vec::new();
     let mut add = |option: &str, value: OsString| words.extend([OsString::from(option), value]);
@@ -136,16 +139,16 @@ fn joined(parts: &[&OsStr]) -> OsString {
     parts.iter().copied().collect()
 }
 
-/// A path in a list that commas separate.
+/// A path as an item of a list separated by commas.
 fn escaped(path: &Path) -> OsString {
     match path.to_str() {
         Some(text) => text.replace(',', ",,").into(),
-        // QEMU takes any bytes; a comma in such a path is refused by it.
+        // QEMU accepts any bytes, but refuses a path like this if it contains a comma.
         None => path.as_os_str().to_owned(),
     }
 }
 
-/// The version that `QEMU --version` printed.
+/// The version in the output of `QEMU --version`.
 pub(crate) fn parse_version(text: &str) -> Option<(u64, u64)> {
     let version = text.split_once("version ")?.1;
     let mut numbers = version.split(|c: char| !c.is_ascii_digit()).map_while(|number| number.parse().ok());
@@ -195,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_added() {
+    fn the_added_arguments_follow_from_the_terms() {
         let place = Place::below("/run/x".as_ref(), &"vm1".parse().unwrap());
         let sizes = Sizes { memory: ByteSize(1 << 30), maximum: Some(ByteSize(3 << 30)) };
         let files = [
@@ -222,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn versions() {
+    fn versions_of_qemu_are_parsed() {
         let debian = "QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18+b2)\nCopyright";
         assert_eq!(parse_version(debian), Some((7, 2)));
         assert_eq!(parse_version("QEMU emulator version 10.0.2 (x)"), Some((10, 0)));

@@ -1,5 +1,5 @@
-//! The memory cgroup of a virtual machine: it bounds the local memory that the machine takes, which is the page cache of its
-//! RAM file and QEMU's own memory. Works with cgroup v1 and v2. Everything here blocks.
+//! The memory cgroup of a virtual machine. It limits the machine's local memory, which is the page cache of its RAM
+//! file and QEMU's own memory. Works with cgroup v1 and v2. All functions here block.
 
 use std::fs;
 use std::io;
@@ -11,11 +11,11 @@ use xpm_protocol::ByteSize;
 use crate::Error;
 
 const ROOT: &str = "/sys/fs/cgroup";
-/// How often, and with which pause, a cgroup is removed whose last process has just ended.
+/// How often to try to remove a cgroup whose last process has just ended, and the pause between attempts.
 const REMOVE_TRIES: u32 = 50;
 const REMOVE_PAUSE: Duration = Duration::from_millis(20);
 
-/// The hierarchy that has the memory controller.
+/// The version of the hierarchy that has the memory controller.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Version {
     V1,
@@ -23,7 +23,7 @@ enum Version {
 }
 
 impl Version {
-    /// The root of the hierarchy, below the mount point of all.
+    /// The root of the hierarchy, below the common mount point.
     fn root(self, mounted: &Path) -> PathBuf {
         match self {
             Version::V1 => mounted.join("memory"),
@@ -39,10 +39,10 @@ impl Version {
     }
 }
 
-/// Makes a cgroup of this name with a limit of its memory.
+/// Makes a cgroup of this name with a memory limit.
 ///
 /// # Errors
-/// When there is no memory controller, it cannot be used by this user, or there is such a cgroup with processes in it.
+/// When there is no memory controller, this user cannot use it, or a cgroup of this name has processes.
 pub fn make(name: &str, limit: ByteSize) -> Result<PathBuf, Error> {
     make_below(Path::new(ROOT), name, limit).map_err(|why| {
         Error::Machine(format!(
@@ -60,7 +60,7 @@ fn make_below(mounted: &Path, name: &str, limit: ByteSize) -> Result<PathBuf, St
     }
     let path = root.join(name);
     match fs::create_dir(&path) {
-        // One that was left by a machine of before; it goes only if it is empty.
+        // Left by an earlier machine; it is replaced only if it is empty.
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
             fs::remove_dir(&path)
                 .and_then(|()| fs::create_dir(&path))
@@ -106,10 +106,10 @@ pub fn enter(cgroup: &Path) -> Result<(), Error> {
         .map_err(|why| Error::Machine(format!("cannot enter the memory cgroup: {why}")))
 }
 
-/// Removes a cgroup whose processes have ended. One that is not there is removed already.
+/// Removes a cgroup whose processes have ended. A missing cgroup counts as removed.
 ///
 /// # Errors
-/// When a process is left in it for longer than a second.
+/// When a process remains in it for longer than a second.
 pub fn remove(cgroup: &Path) -> Result<(), Error> {
     let mut tried = 0;
     loop {
@@ -132,7 +132,7 @@ pub fn remove(cgroup: &Path) -> Result<(), Error> {
 mod tests {
     use super::*;
 
-    /// A tree that looks like the kernel's.
+    /// A directory tree that looks like the kernel's.
     fn tree(files: &[(&str, &str)]) -> tempfile::TempDir {
         let root = tempfile::tempdir().unwrap();
         for (file, content) in files {
@@ -160,8 +160,8 @@ mod tests {
     }
 
     #[test]
-    fn one_that_is_in_use_is_not_taken() {
-        // A file in it stands for a process, for it keeps the directory from being removed.
+    fn a_cgroup_in_use_is_not_taken() {
+        // A file stands for a process, because it keeps the directory from being removed.
         let v1 = tree(&[("memory/memory.limit_in_bytes", "1"), ("memory/vm/process", "")]);
         assert!(make_below(v1.path(), "vm", ByteSize(4096)).unwrap_err().contains("is in use"));
     }

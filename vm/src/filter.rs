@@ -1,8 +1,9 @@
-//! The filter that keeps QEMU from asking for huge pages.
+//! The seccomp filter that keeps QEMU from requesting huge pages.
 //!
-//! QEMU advises MADV_HUGEPAGE for all RAM and has no option against it. On a mapped file, Linux 5.18 and later then reads 2 to
-//! 4 MiB for each page that is missing, even where read-ahead is off (`do_sync_mmap_readahead` in mm/filemap.c): random accesses
-//! became 67 times slower. The advice is only a hint, so the filter reports success for it and nothing is done.
+//! QEMU advises MADV_HUGEPAGE for all RAM and has no option against it. For a mapped file, Linux 5.18 and later then
+//! reads 2 to 4 MiB for each missing page, even with read-ahead off (`do_sync_mmap_readahead` in mm/filemap.c):
+//! random accesses became 67 times slower. The advice is only a hint, so the filter reports success without executing
+//! the call.
 
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
@@ -11,15 +12,15 @@ use seccompiler::{
 
 use crate::Error;
 
-/// Place of the advice among the arguments of madvise(2).
+/// Index of the advice among the arguments of madvise(2).
 const ADVICE: u8 = 2;
 
-/// Installs the filter for this thread and all programs that it will execute. It stays for ever, and from now on no program
-/// that is executed gains privileges (PR_SET_NO_NEW_PRIVS), which an unprivileged filter requires. The process must have no
-/// other thread.
+/// Installs the filter for this thread and all programs that it will execute. The filter cannot be removed, and
+/// executed programs gain no privileges from now on (PR_SET_NO_NEW_PRIVS), which the kernel requires for an
+/// unprivileged filter. The process must have no other thread.
 ///
 /// # Errors
-/// When the kernel has no seccomp filters, or this processor is not known.
+/// When the kernel has no seccomp filters, or this processor architecture is unknown.
 pub fn refuse_huge_pages() -> Result<(), Error> {
     let failed = |why: &dyn std::fmt::Display| {
         Error::Machine(format!(
@@ -36,7 +37,7 @@ fn program() -> Result<BpfProgram, seccompiler::Error> {
     let condition = SeccompCondition::new(ADVICE, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, advice)?;
     let rules = [(libc::SYS_madvise, vec![SeccompRule::new(vec![condition])?])];
     let arch = TargetArch::try_from(std::env::consts::ARCH)?;
-    // An error number of 0: the call is not made, and returns 0.
+    // Error number 0: the call is not executed, and returns 0.
     let filter =
         SeccompFilter::new(rules.into_iter().collect(), SeccompAction::Allow, SeccompAction::Errno(0), arch)?;
     Ok(BpfProgram::try_from(filter)?)
@@ -50,16 +51,17 @@ mod tests {
 
     const LEN: usize = 4 << 20;
 
-    /// Maps some memory, asks for huge pages, and returns whether the kernel has noted it. Forgets the memory.
+    /// Maps some memory, requests huge pages for it, and returns whether the kernel has noted the request. Unmaps the
+    /// memory.
     #[expect(unsafe_code, reason = "mapping memory")]
     fn is_advised() -> bool {
         // SAFETY: the mapping is new, and nothing refers to it.
         let at =
             unsafe { mmap_anonymous(std::ptr::null_mut(), LEN, ProtFlags::READ, MapFlags::PRIVATE) }.unwrap();
-        // SAFETY: it is that mapping; the advice changes no content.
+        // SAFETY: `at` is that mapping; the advice changes no content.
         unsafe { madvise(at, LEN, Advice::LinuxHugepage) }.unwrap();
         let table = std::fs::read_to_string("/proc/thread-self/smaps").unwrap();
-        // SAFETY: as above; nothing refers to it.
+        // SAFETY: as above; nothing refers to the mapping.
         unsafe { munmap(at, LEN) }.unwrap();
         let start = format!("{:x}-", at.addr());
         let mut lines = table.lines().skip_while(|line| !line.starts_with(&start));
@@ -68,8 +70,8 @@ mod tests {
     }
 
     #[test]
-    fn the_advice_is_taken_and_not_followed() {
-        // In a thread, as the filter stays.
+    fn the_advice_succeeds_without_effect() {
+        // In a thread of its own, because the filter cannot be removed.
         let (before, after) = std::thread::spawn(|| {
             let before = is_advised();
             refuse_huge_pages().unwrap();

@@ -1,10 +1,10 @@
-//! Virtual machines of QEMU whose RAM is external memory: started, resized, suspended, and moved to another host without
-//! copying their RAM.
+//! Virtual machines of QEMU whose RAM is external memory: they are started, resized, suspended, and moved to another
+//! host without copying their RAM.
 //!
-//! QEMU maps a file as the guest's RAM ([`memory`]). The page cache of that file is the machine's local memory, which a cgroup
-//! bounds ([`cgroup`]). Everything else is control: nothing here is on the path of a page.
+//! QEMU maps a file as the guest's RAM ([`memory`]). The page cache of that file is the machine's local memory, which
+//! a cgroup limits ([`cgroup`]). All other modules are control: no module here is on the path of a page.
 //!
-//! Unsafe code is in [`memory`] alone, for a system call that no library has.
+//! Only [`memory`] contains unsafe code, for a system call that no library has.
 
 #![deny(unsafe_code)]
 
@@ -26,35 +26,35 @@ pub mod xml;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// Why something could not be done with a virtual machine. Each text is one line that says what to do.
+/// Why an operation on a virtual machine failed. Each text is one line that says what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The command asks for what cannot be.
+    /// The command's arguments are invalid.
     #[error("{0}")]
     Usage(String),
-    /// This host, or a machine on it, is not as it has to be.
+    /// This host, or a machine on it, is not in the required state.
     #[error("{0}")]
     Machine(String),
-    /// The other host refused, failed or is silent.
+    /// The other host refused, failed or does not answer.
     #[error("{0}")]
     Peer(String),
-    /// A file.
+    /// An operation on a file failed.
     #[error("cannot {what} {path}: {why}")]
     Io {
-        /// What was to be done.
+        /// The operation.
         what: &'static str,
-        /// With which file.
+        /// The file.
         path: PathBuf,
-        /// Why it could not.
+        /// The cause.
         why: io::Error,
     },
-    /// QEMU.
+    /// A QMP command failed.
     #[error(transparent)]
     Qmp(#[from] qmp::QmpError),
 }
 
 impl Error {
-    /// A failure at `path`, for `map_err`.
+    /// An error at `path`, for `map_err`.
     pub(crate) fn io(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
         move |why| Error::Io { what, path: path.to_owned(), why }
     }

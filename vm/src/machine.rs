@@ -1,4 +1,4 @@
-//! The life of a machine on this host: from the start of its QEMU to the end of its traces.
+//! The life of a machine on this host, from the start of its QEMU to the removal of its files.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -16,34 +16,35 @@ use crate::process::Process;
 use crate::qmp::{Qmp, Version};
 use crate::{Error, verbs};
 
-/// What QEMU takes of its own beside the guest's RAM, where nothing else is said.
+/// Default memory for QEMU itself, beside the guest's RAM.
 pub const OVERHEAD: ByteSize = ByteSize(256 << 20);
 /// How long QEMU may take until its monitor answers.
 const START_LIMIT: Duration = Duration::from_secs(60);
-/// How often it is looked whether QEMU has ended.
+/// Interval of the checks whether QEMU has ended.
 const LOOK_EVERY: Duration = Duration::from_millis(10);
-/// The first version of QEMU whose virtio-mem leaves RAM alone that a machine brings along. Older ones punch all of it out of the
-/// file when they start, also where they wait for a machine (7.2 was seen to, 10.0 not; the change is in 8.1).
+/// The first version of QEMU whose virtio-mem keeps the RAM of an arriving machine. Older versions punch all of it
+/// out of the file at their start, even while they wait for a machine (7.2 was seen to do so, 10.0 not; the change is
+/// in 8.1).
 const VIRTIO_MEM_MOVES: (u64, u64) = (8, 1);
 
-/// What a machine is started with.
+/// The terms on which a machine is started.
 #[derive(Debug, Clone)]
 pub struct Terms {
     /// Its name.
     pub name: Name,
-    /// Below which directory its own is.
+    /// The directory that contains the directories of machines.
     pub root: PathBuf,
     /// Its RAM.
     pub sizes: Sizes,
-    /// Local memory that it may take; none leaves it unbounded.
+    /// Limit of its local memory; none: unlimited.
     pub local: Option<ByteSize>,
-    /// What QEMU may take beside.
+    /// Memory for QEMU itself, beside the RAM.
     pub overhead: ByteSize,
-    /// The files of its RAM, as [`Sizes::of_files`] has them.
+    /// The files of its RAM, with the sizes of [`Sizes::of_files`].
     pub files: Vec<MemoryFile>,
-    /// The allocations that are shown as these files; none where they are ordinary files.
+    /// The allocations behind these files; empty for ordinary files.
     pub allocations: Vec<Name>,
-    /// Lets QEMU ask for huge pages.
+    /// Whether QEMU may request huge pages.
     pub huge_pages: bool,
     /// QEMU and its arguments.
     pub program: Vec<OsString>,
@@ -52,13 +53,13 @@ pub struct Terms {
 }
 
 impl Terms {
-    /// Refuses terms that contradict themselves, before anything is made for them. Returns what the user is to be told.
+    /// Refuses contradictory terms, before anything is made for them. Returns warnings for the user.
     ///
     /// # Errors
     /// The first contradiction.
     pub fn check(&self, start: Start) -> Result<Vec<String>, Error> {
         let Sizes { memory, maximum } = self.sizes;
-        // QEMU's unit of RAM of all machines that have virtio-mem.
+        // QEMU's unit of RAM on all machine types with virtio-mem.
         const UNIT: u64 = 2 << 20;
         if memory.0 == 0 || memory.0 % UNIT != 0 {
             return Err(Error::Usage(format!("--memory {memory} is no multiple of {}", ByteSize(UNIT))));
@@ -86,26 +87,27 @@ impl Terms {
     }
 }
 
-/// A machine that this process looks after.
+/// A machine that this process supervises.
 #[derive(Debug)]
 pub struct Guarded {
     /// Its directory.
     pub place: Place,
-    /// What is known of it.
+    /// Its record.
     pub machine: Machine,
     /// QEMU.
     pub child: Child,
-    /// What is to be told the user.
+    /// Warnings for the user.
     pub warnings: Vec<String>,
     _lock: File,
 }
 
 impl Guarded {
-    /// Starts QEMU and waits until its monitor answers; with the monitor for changes.
+    /// Starts QEMU and waits until its monitor answers. Returns the machine, with a connection to the monitor for
+    /// changes.
     ///
     /// # Errors
-    /// When the terms contradict themselves, such a machine is here already, or QEMU does not start. Nothing is left then, but for
-    /// files of RAM.
+    /// When the terms contradict themselves, a machine of this name is here already, or QEMU does not start. Then
+    /// nothing is left except files of RAM.
     pub async fn start(terms: &Terms, start: Start) -> Result<(Guarded, Qmp), Error> {
         let warnings = terms.check(start)?;
         let place = Place::below(&terms.root, &terms.name);
@@ -171,7 +173,7 @@ impl Guarded {
         Ok(qmp)
     }
 
-    /// Records how far the machine has got.
+    /// Records the machine's stage.
     ///
     /// # Errors
     /// When the record cannot be written.
@@ -185,7 +187,8 @@ impl Guarded {
         ended(self.machine.qemu).await;
     }
 
-    /// Ends QEMU, if it has not, and removes all traces but for the RAM's files. The last stage that was recorded. Blocks.
+    /// Ends QEMU, if it has not ended, and removes all files of the machine except its RAM. Returns the last recorded
+    /// stage. Blocks.
     pub fn end(mut self) -> Option<Stage> {
         let _ = self.child.kill();
         let _ = self.child.wait();
@@ -221,7 +224,7 @@ fn spawn(terms: &Terms, words: &[OsString], place: &Place, machine: &mut Machine
     Ok(child)
 }
 
-/// Replaces this process by a program that cannot ask for huge pages, in a memory cgroup. It returns when that fails.
+/// Replaces this process by a program that cannot request huge pages, in a memory cgroup. Returns only on failure.
 pub fn run_as(program: &[OsString], cgroup: Option<&Path>, huge_pages: bool) -> Error {
     use std::os::unix::process::CommandExt as _;
     let prepared = cgroup.map_or(Ok(()), cgroup::enter);
@@ -237,7 +240,7 @@ pub fn run_as(program: &[OsString], cgroup: Option<&Path>, huge_pages: bool) -> 
     Error::io("start", Path::new(program))(error)
 }
 
-/// Waits until a process has ended; for ever where it cannot be watched.
+/// Waits until a process has ended; for ever if the process cannot be watched.
 async fn ended(process: Option<Process>) {
     let Some(process) = process else { return std::future::pending().await };
     let Some(descriptor) = process.open() else { return };
@@ -246,7 +249,7 @@ async fn ended(process: Option<Process>) {
     }
 }
 
-/// Refuses a QEMU whose virtio-mem would delete the RAM of a machine that arrives.
+/// Refuses a QEMU whose virtio-mem would delete the RAM of an arriving machine.
 fn check_virtio_mem(program: &OsString) -> Result<(), Error> {
     let output =
         Command::new(program).arg("--version").output().map_err(Error::io("start", Path::new(program)))?;
@@ -265,7 +268,7 @@ fn check_virtio_mem(program: &OsString) -> Result<(), Error> {
     }
 }
 
-/// Tells a QEMU whose machine is elsewhere to quit, and kills it when it does not. Returns when it has ended.
+/// Tells a QEMU whose machine is elsewhere to quit, and kills it if it does not. Returns when it has ended.
 ///
 /// # Errors
 /// When it cannot be ended.
@@ -280,7 +283,7 @@ pub(crate) async fn quit(qmp: &mut Qmp, process: Process) -> Result<(), Error> {
     )))
 }
 
-/// A version as people write it.
+/// A version in its usual text form.
 pub fn version_text((major, minor, micro): Version) -> String {
     format!("{major}.{minor}.{micro}")
 }
@@ -305,7 +308,7 @@ mod tests {
     }
 
     #[test]
-    fn terms_that_contradict_themselves() {
+    fn contradictory_terms_are_refused() {
         assert!(terms().check(Start::Boot).is_ok());
         let refused = |change: &dyn Fn(&mut Terms), text: &str| {
             let mut terms = terms();

@@ -1,4 +1,4 @@
-//! The files that are a machine's RAM, and what this host has cached of them. Everything here blocks.
+//! The files that are a machine's RAM, and this host's page cache of them. All functions here block.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -12,42 +12,43 @@ use xpm_protocol::ByteSize;
 
 use crate::Error;
 
-/// Most rounds of writing back while the guest runs.
+/// Most rounds of write-back while the guest runs.
 const ROUNDS_MAX: u32 = 8;
-/// A round that was this short leaves little to write when the guest has stopped.
+/// After a round as short as this, little is left to write once the guest is stopped.
 const ROUND_SHORT: Duration = Duration::from_millis(5);
 
 /// A file of RAM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryFile {
-    /// Where it is.
+    /// Its path.
     pub path: PathBuf,
     /// Its size.
     pub size: ByteSize,
 }
 
-/// What RAM a machine has.
+/// The RAM of a machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Sizes {
-    /// RAM that it has when it starts.
+    /// RAM at the start.
     pub memory: ByteSize,
-    /// What it can have after [`crate::resize`], as a whole.
+    /// Largest total RAM after [`crate::resize`].
     pub maximum: Option<ByteSize>,
 }
 
 impl Sizes {
-    /// The sizes of the machine's files: the one of what it starts with, and the one of what can be plugged.
+    /// The sizes of the machine's files: one for the RAM at the start, and one for memory that can be plugged.
     pub fn of_files(self) -> Vec<ByteSize> {
         let more = self.maximum.map(|maximum| ByteSize(maximum.0.saturating_sub(self.memory.0)));
         std::iter::once(self.memory).chain(more).collect()
     }
 }
 
-/// Ordinary files as a machine's RAM, made where they are not there yet: `path`, and the one beside it with `.plugged` at its end.
-/// Both hosts of a migration must have them at hand with the same content at any time: two machines on one host, for tests.
+/// Ordinary files as a machine's RAM, which are made if they are missing: `path`, and a second one whose name adds
+/// `.plugged`. Both hosts of a migration must see the same content in them at any time: this is for tests with two
+/// machines on one host.
 ///
 /// # Errors
-/// When a file cannot be made, or one is there that has another size.
+/// When a file cannot be made, or an existing file has another size.
 pub fn plain_files(path: &Path, sizes: Sizes) -> Result<Vec<MemoryFile>, Error> {
     let path = absolute(path)?;
     let mut more = path.clone().into_os_string();
@@ -83,20 +84,20 @@ fn ensure_plain(file: &MemoryFile) -> Result<(), Error> {
     opened.set_len(file.size.0).map_err(Error::io("set the size of", path))
 }
 
-/// The files of a machine, open to be written back.
+/// The files of a machine, open for write-back.
 #[derive(Debug)]
 pub struct Cache {
     files: Vec<(PathBuf, File)>,
 }
 
-/// What this host has cached of a machine's RAM, in pages.
+/// This host's page cache of a machine's RAM, in pages.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Cached {
-    /// All that is cached.
+    /// All cached pages.
     pub pages: u64,
-    /// What is not written back.
+    /// Pages that are not written back.
     pub dirty: u64,
-    /// What is being written back.
+    /// Pages that are being written back.
     pub writeback: u64,
 }
 
@@ -113,11 +114,11 @@ impl Cache {
         Ok(Cache { files: files.iter().map(open).collect::<Result<_, Error>>()? })
     }
 
-    /// Writes back what is dirty while the guest goes on, until a round is short or brings nothing any more, so that little is
-    /// left to write when the guest has stopped. Returns the number of rounds.
+    /// Writes dirty pages back while the guest runs, until a round is short or no longer improves, so that little is
+    /// left to write once the guest is stopped. Returns the number of rounds.
     ///
     /// # Errors
-    /// When the kernel reports a failure of writing back.
+    /// When the kernel reports a failed write-back.
     pub fn flush_ahead(&self) -> Result<u32, Error> {
         let mut before = Duration::MAX;
         for round in 1..=ROUNDS_MAX {
@@ -132,18 +133,18 @@ impl Cache {
         Ok(ROUNDS_MAX)
     }
 
-    /// Writes back all that is dirty.
+    /// Writes all dirty pages back.
     ///
     /// # Errors
-    /// When the kernel reports a failure of writing back.
+    /// When the kernel reports a failed write-back.
     pub fn flush(&self) -> Result<(), Error> {
         self.files.iter().try_for_each(|(path, file)| file.sync_all().map_err(Error::io("write back", path)))
     }
 
-    /// What is cached now.
+    /// The pages that are cached now.
     ///
     /// # Errors
-    /// When the kernel cannot tell (cachestat(2), Linux 6.5).
+    /// When the kernel does not support cachestat(2), which needs Linux 6.5.
     pub fn look(&self) -> Result<Cached, Error> {
         let mut sum = Cached::default();
         for (path, file) in &self.files {
@@ -161,10 +162,10 @@ impl Cache {
         Ok(sum)
     }
 
-    /// Proves that nothing of the RAM is only in this host's cache.
+    /// Proves that no page of the RAM is only in this host's cache.
     ///
     /// # Errors
-    /// When something is, or the kernel cannot tell.
+    /// When some page is, or the kernel cannot report it.
     pub fn prove_clean(&self) -> Result<(), Error> {
         let cached = self.look()?;
         match (cached.dirty, cached.writeback) {
@@ -196,13 +197,13 @@ struct Cachestat {
     recently_evicted: u64,
 }
 
-/// Number of cachestat(2), on all architectures but alpha.
+/// Number of cachestat(2), on all architectures except alpha.
 const SYS_CACHESTAT: libc::c_long = 451;
 
-/// What is cached of a whole file.
+/// The cached pages of a whole file.
 #[expect(unsafe_code, reason = "neither the standard library nor rustix has cachestat(2)")]
 fn cachestat(file: &File) -> io::Result<Cached> {
-    // A length of 0 means up to the end.
+    // A length of 0 means "up to the end".
     let range = CachestatRange { off: 0, len: 0 };
     let mut stat = Cachestat::default();
     // SAFETY: the kernel reads `range` and writes `stat`, which have its layouts and live longer than the call.

@@ -1,10 +1,10 @@
-//! Who may use a machine's RAM while the machine moves.
+//! The right to use a machine's RAM, while the machine moves.
 
 use xpm_protocol::ClientId;
 
 use crate::Error;
 
-/// Moves the right to read and write a machine's RAM from this host to the destination. What is done with it:
+/// Moves the right to read and write a machine's RAM from this host to the destination. The order of calls:
 ///
 /// ```text
 ///          switch()              commit()
@@ -13,48 +13,50 @@ use crate::Error;
 ///    └── roll_back() ───┘
 /// ```
 ///
-/// In the window the destination reads and writes, and accesses of the source wait: they are neither served nor refused, so
-/// that a source that gets its RAM back goes on as if nothing had been.
+/// In the window the destination reads and writes, and accesses of the source wait: they are neither served nor
+/// refused, so that a source that gets its RAM back goes on as if nothing had happened.
 #[expect(
     async_fn_in_trait,
     reason = "one task drives a migration; its futures need not be sent to other threads"
 )]
 pub trait Ownership {
-    /// Prepares the switch while the machine runs, and refuses a destination that cannot have the RAM. `heir` is the client that
-    /// stands by there; none where the RAM is an ordinary file there.
+    /// Prepares the switch while the machine runs, and refuses a destination that cannot get the RAM. `heir` is the
+    /// client that stands by there; none if the RAM is an ordinary file there.
     ///
     /// # Errors
-    /// When the RAM cannot be given to it.
+    /// When the RAM cannot be given to the destination.
     async fn prepare(&mut self, heir: Option<ClientId>) -> Result<(), Error>;
 
-    /// Gives the RAM to the destination. The source has stopped, and nothing of the RAM is only in its cache. When this fails,
-    /// the source still owns it.
+    /// Gives the RAM to the destination. The machine is stopped at the source, and no page of the RAM is only in the
+    /// source's cache. On failure the source still owns the RAM.
     ///
     /// # Errors
-    /// When it could not be given.
+    /// When the RAM could not be given.
     async fn switch(&mut self) -> Result<(), Error>;
 
-    /// Drops what this host has cached of the RAM. Called in the window; may take long, and runs while the machine's state is sent.
+    /// Drops this host's cache of the RAM. Called in the window; may take long, and runs while the machine's state is
+    /// sent.
     ///
     /// # Errors
-    /// When something is left in the cache.
+    /// When pages are left in the cache.
     async fn discard(&mut self) -> Result<(), Error>;
 
-    /// Closes the window: the source never has the RAM again, and its accesses fail from now on. The machine runs at the
-    /// destination.
+    /// Closes the window: the source can never get the RAM back, and its accesses fail from now on. The machine runs
+    /// at the destination.
     ///
     /// # Errors
-    /// When it could not be closed. The destination owns the RAM anyway.
+    /// When the window could not be closed. The destination owns the RAM anyway.
     async fn commit(&mut self) -> Result<(), Error>;
 
     /// Gives the RAM back to the source. The machine never ran at the destination, and will not.
     ///
     /// # Errors
-    /// When it could not be given back; the source must stay stopped.
+    /// When the RAM could not be given back; the source must stay stopped.
     async fn roll_back(&mut self) -> Result<(), Error>;
 }
 
-/// The RAM is a file that both machines have through one page cache, so nothing has an owner and nothing has to be dropped.
+/// The RAM is a file that both machines access through one page cache, so there is no owner to change and no cache to
+/// drop.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Plain;
 

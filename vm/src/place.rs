@@ -1,5 +1,5 @@
-//! What is known of the machines of this host: a directory for each, with its record and its sockets. The record is written
-//! before what it tells of is done. Everything here blocks.
+//! Records of the machines of this host: a directory for each, with its record and its sockets. A record is written
+//! before the step that it describes. All functions here block.
 
 use std::fs::{self, DirBuilder, File};
 use std::io;
@@ -14,7 +14,7 @@ use crate::Error;
 use crate::memory::{MemoryFile, Sizes};
 use crate::process::Process;
 
-/// Where the machines' directories are.
+/// Directory that contains the machines' directories.
 pub const DEFAULT: &str = "/run/xpm/vm";
 
 const RECORD: &str = "machine.json";
@@ -23,29 +23,29 @@ const RECORD: &str = "machine.json";
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Place(PathBuf);
 
-/// What is known of a machine.
+/// The record of a machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Machine {
     /// Its name.
     pub name: Name,
-    /// How far its life on this host has got.
+    /// Its stage on this host.
     pub stage: Stage,
-    /// The process of QEMU; none before it was started.
+    /// The process of QEMU; none before the start.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub qemu: Option<Process>,
-    /// The command that looks after it.
+    /// The command that supervises it.
     pub command: Process,
-    /// RAM that it starts with.
+    /// RAM at the start.
     pub size: ByteSize,
-    /// RAM that it can have.
+    /// Largest total RAM.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub maximum: Option<ByteSize>,
-    /// Local memory that it may take, without that of QEMU itself; none where it is not bounded.
+    /// Limit of its local memory, without QEMU's own; none: unlimited.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub local: Option<ByteSize>,
     /// The files of its RAM.
     pub files: Vec<MemoryFile>,
-    /// The allocations that are shown as these files; none where they are ordinary files.
+    /// The allocations behind these files; empty for ordinary files.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub allocations: Vec<Name>,
     /// Its memory cgroup.
@@ -55,7 +55,7 @@ pub struct Machine {
     pub arguments: Vec<String>,
 }
 
-/// How far the life of a machine on this host has got.
+/// Stage of a machine on this host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "kind")]
 pub enum Stage {
@@ -63,27 +63,28 @@ pub enum Stage {
     Starting,
     /// The machine is here.
     Here,
-    /// QEMU waits for the state of a machine of another host or of a file. It runs nothing before it has all of it.
+    /// QEMU waits for the state of a machine, from another host or from a file. It runs nothing before it has the
+    /// whole state.
     Incoming,
-    /// The machine is on its way to another host, and may be stopped here. It does not run there.
+    /// The machine is being moved to another host, and may be stopped here. It does not run there.
     Leaving(Destination),
-    /// The other host was told to run the machine. It is stopped here.
+    /// The other host was ordered to run the machine. It is stopped here.
     Gone(Destination),
     /// The machine runs at the other host, or its state is in a file. QEMU is ending.
     Left,
 }
 
-/// Where a machine goes.
+/// Destination of a machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Destination {
     /// Address and port of `xpm vm receive`, or a path.
     pub to: String,
-    /// The attempt, a random number as text.
+    /// Id of the attempt: a random number as text.
     pub session: String,
 }
 
 impl Machine {
-    /// RAM that it has and can have.
+    /// RAM at the start, and largest total RAM.
     pub fn sizes(&self) -> Sizes {
         Sizes { memory: self.size, maximum: self.maximum }
     }
@@ -105,25 +106,25 @@ impl Place {
         &self.0
     }
 
-    /// QEMU's monitor for the command that changes the machine.
+    /// Socket of QEMU's monitor for the command that changes the machine.
     pub fn drive(&self) -> PathBuf {
         self.0.join("drive.qmp")
     }
 
-    /// QEMU's monitor for commands that look.
+    /// Socket of QEMU's monitor for commands that only read.
     pub fn look(&self) -> PathBuf {
         self.0.join("look.qmp")
     }
 
-    /// The socket by which QEMU gives or takes a machine's state.
+    /// The socket by which QEMU sends or receives a machine's state.
     pub fn state(&self) -> PathBuf {
         self.0.join("state.sock")
     }
 
-    /// Makes the directory, for this user alone, and locks it for the command that looks after the machine.
+    /// Makes the directory, for this user alone, and locks it for the command that supervises the machine.
     ///
     /// # Errors
-    /// When it cannot be made, or another command looks after a machine of this name.
+    /// When it cannot be made, or another command supervises a machine of this name.
     pub fn make(&self) -> Result<File, Error> {
         self.make_directory(&self.0)?;
         self.lock_in(&self.0, "looks after")
@@ -132,7 +133,7 @@ impl Place {
     /// Locks the machine for a command that changes it.
     ///
     /// # Errors
-    /// When another command does.
+    /// When another command has this lock.
     pub fn lock_to_change(&self) -> Result<File, Error> {
         let directory = self.0.join("change");
         self.make_directory(&directory)?;
@@ -157,10 +158,10 @@ impl Place {
         }
     }
 
-    /// Reads the record; none where there is no machine.
+    /// Reads the record; none if there is no machine.
     ///
     /// # Errors
-    /// When it cannot be read or understood.
+    /// When it cannot be read or parsed.
     pub fn load(&self) -> Result<Option<Machine>, Error> {
         let path = self.0.join(RECORD);
         let bytes = match fs::read(&path) {
@@ -175,10 +176,10 @@ impl Place {
         })
     }
 
-    /// Reads the record of a machine that must be there, with its QEMU.
+    /// Reads the record of a machine that must exist, with a running QEMU.
     ///
     /// # Errors
-    /// As [`Place::load`], and when there is none or its QEMU has ended.
+    /// As for [`Place::load`], and when there is no record or its QEMU has ended.
     pub fn load_alive(&self) -> Result<Machine, Error> {
         let shown = self.0.display();
         match self.load()? {
@@ -202,10 +203,10 @@ impl Place {
         state::write(&path, &bytes).map_err(Error::io("write", &path))
     }
 
-    /// Removes what is left of a machine whose QEMU has ended, but for the directory and its lock.
+    /// Removes the files of a machine whose QEMU has ended, except the directory and its lock.
     ///
     /// # Errors
-    /// When something cannot be removed.
+    /// When a file cannot be removed.
     pub fn clear(&self, machine: &Machine) -> Result<(), Error> {
         if let Some(cgroup) = &machine.cgroup {
             crate::cgroup::remove(cgroup)?;
@@ -219,10 +220,10 @@ impl Place {
         Ok(())
     }
 
-    /// Removes all that is left of a machine whose QEMU has ended.
+    /// Removes all files of a machine whose QEMU has ended, with the directory.
     ///
     /// # Errors
-    /// When something cannot be removed.
+    /// When a file cannot be removed.
     pub fn remove(&self, machine: &Machine) -> Result<(), Error> {
         self.clear(machine)?;
         match fs::remove_dir_all(&self.0) {
@@ -232,13 +233,13 @@ impl Place {
     }
 }
 
-/// Whether a file that is open is the one at `path`.
+/// Whether an open file is the one at `path`.
 fn is_at(file: &File, path: &Path) -> bool {
     let id = |metadata: &fs::Metadata| (metadata.dev(), metadata.ino());
     matches!((file.metadata(), fs::metadata(path)), (Ok(one), Ok(other)) if id(&one) == id(&other))
 }
 
-/// All machines of this host by their names, with those whose record cannot be read left out.
+/// All machines of this host by name, except those whose record cannot be read.
 ///
 /// # Errors
 /// When the directory cannot be read.
@@ -296,7 +297,7 @@ mod tests {
     }
 
     #[test]
-    fn a_broken_record_is_told() {
+    fn a_damaged_record_is_an_error() {
         let root = tempfile::tempdir().unwrap();
         let place = Place::below(root.path(), &"vm1".parse().unwrap());
         let _lock = place.make().unwrap();

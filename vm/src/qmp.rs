@@ -1,8 +1,8 @@
-//! QMP, the control protocol of QEMU (its docs/interop/qmp-spec.rst): JSON objects, one a line, over a unix socket.
+//! QMP, the control protocol of QEMU (its docs/interop/qmp-spec.rst): JSON objects, one per line, over a unix socket.
 //!
-//! One [`Qmp`] has one connection and one command at a time. Events that arrive while an answer is read are kept in their
-//! order for [`Qmp::event`]. A monitor of QEMU serves one connection at a time, so whoever holds a [`Qmp`] has the monitor to
-//! itself.
+//! A [`Qmp`] has one connection and runs one command at a time. Events that arrive while an answer is awaited are
+//! kept in order for [`Qmp::event`]. A monitor of QEMU serves one connection at a time, so a [`Qmp`] has its monitor
+//! for itself.
 
 use std::collections::VecDeque;
 use std::io;
@@ -14,16 +14,16 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::UnixStream;
 use tokio::time::{Instant, timeout_at};
 
-/// How long QEMU may take for a greeting or an answer. Commands return at once; what takes long is told by events.
+/// Time limit of QEMU's greeting and of an answer. Commands return at once; events report the end of long operations.
 pub const ANSWER_LIMIT: Duration = Duration::from_secs(20);
-/// The longest line of QEMU that is read. The answers to the commands of this crate have some kilobytes.
+/// The longest line that is read from QEMU. Answers to the commands of this crate have some kilobytes.
 const LINE_MAX: usize = 4 << 20;
-/// Events that are kept. QEMU limits the rate of those that could come often.
+/// Most events that are kept. QEMU limits the rate of frequent events.
 const EVENTS_MAX: usize = 4096;
-/// Pause between two attempts to connect to the socket of a QEMU that starts.
+/// Pause between attempts to connect to the socket of a starting QEMU.
 const CONNECT_AGAIN: Duration = Duration::from_millis(5);
 
-/// Why QEMU did not do what it was asked.
+/// Why QEMU did not execute a command.
 #[derive(Debug, thiserror::Error)]
 pub enum QmpError {
     /// The socket cannot be reached.
@@ -39,7 +39,7 @@ pub enum QmpError {
     Closed {
         /// The socket.
         path: PathBuf,
-        /// The command, or what was waited for.
+        /// The command, or the awaited event.
         during: String,
     },
     /// No answer in time.
@@ -49,9 +49,9 @@ pub enum QmpError {
     Silent {
         /// The socket.
         path: PathBuf,
-        /// The command, or what was waited for.
+        /// The command, or the awaited event.
         during: String,
-        /// How long was waited.
+        /// The time limit.
         limit: Duration,
     },
     /// QEMU refused the command.
@@ -62,12 +62,12 @@ pub enum QmpError {
         /// QEMU's text.
         reason: String,
     },
-    /// The other side does not speak QMP.
+    /// The peer does not speak QMP.
     #[error("what answers at {path} is not QMP: {why}")]
     NotQmp {
         /// The socket.
         path: PathBuf,
-        /// What is wrong.
+        /// The fault.
         why: String,
     },
 }
@@ -77,12 +77,12 @@ pub enum QmpError {
 pub struct Event {
     /// Its name, such as `STOP`.
     pub name: String,
-    /// What belongs to it; null where there is nothing.
+    /// Its data; null if it has none.
     pub data: Value,
 }
 
 impl Event {
-    /// The status that a `MIGRATION` event tells.
+    /// The status in a `MIGRATION` event.
     pub fn migration_status(&self) -> Option<&str> {
         (self.name == "MIGRATION").then(|| self.data["status"].as_str())?
     }
@@ -96,7 +96,7 @@ pub type Version = (u64, u64, u64);
 pub struct Qmp {
     path: PathBuf,
     stream: UnixStream,
-    /// What was received and is not a whole line yet. Kept here so that a read that is given up loses nothing.
+    /// Received bytes that are not a whole line yet. Kept here so that a cancelled read loses nothing.
     received: Vec<u8>,
     events: VecDeque<Event>,
     command_last: u64,
@@ -104,10 +104,11 @@ pub struct Qmp {
 }
 
 impl Qmp {
-    /// Connects, trying for `limit` while there is no socket yet or nobody accepts at it, and negotiates.
+    /// Connects and negotiates. Retries for `limit` while the socket does not exist or does not accept.
     ///
     /// # Errors
-    /// When it cannot be reached within the limit, or the greeting or the answer to it does not come.
+    /// When the socket cannot be reached within the limit, or the greeting or the answer to the negotiation is
+    /// missing.
     pub async fn connect(path: &Path, limit: Duration) -> Result<Qmp, QmpError> {
         let until = Instant::now() + limit;
         let stream = loop {
@@ -138,12 +139,12 @@ impl Qmp {
         Ok(qmp)
     }
 
-    /// QEMU's version, as it was greeted with.
+    /// QEMU's version, from its greeting.
     pub fn version(&self) -> Version {
         self.version
     }
 
-    /// Executes a command and returns what QEMU returned.
+    /// Executes a command and returns its result.
     ///
     /// # Errors
     /// When QEMU refuses it, ends, or does not answer within [`ANSWER_LIMIT`].
@@ -164,7 +165,7 @@ impl Qmp {
             if let Some(event) = event(&answer) {
                 self.keep(event);
             } else if answer["id"].as_u64() != Some(id) {
-                // The answer to a command whose limit had passed.
+                // An answer to an earlier command, whose limit had passed.
             } else if answer.get("error").is_some() {
                 let reason = answer["error"]["desc"].as_str().unwrap_or("without a reason").to_owned();
                 return Err(QmpError::Refused { command: command.to_owned(), reason });
@@ -174,9 +175,9 @@ impl Qmp {
         }
     }
 
-    /// The next event for which `pick` returns something, from those that are kept and those that come within `limit`. Those
-    /// before it are dropped. `what` names in an error what was waited for. Nothing is lost when the wait is given up, but for
-    /// dropped events.
+    /// Returns the next event for which `pick` returns a value, from the kept events and those that arrive within
+    /// `limit`. Events before it are dropped. `what` names the awaited event in an error. Cancelling loses nothing
+    /// except dropped events.
     ///
     /// # Errors
     /// When QEMU ends, or the limit passes.
@@ -202,7 +203,7 @@ impl Qmp {
         }
     }
 
-    /// Forgets the events that are kept.
+    /// Drops the kept events.
     pub fn forget_events(&mut self) {
         self.events.clear();
     }
@@ -249,13 +250,13 @@ impl Qmp {
     }
 }
 
-/// The event that a line tells, where it tells one.
+/// The event in a line, if it is one.
 fn event(line: &Value) -> Option<Event> {
     let name = line.get("event")?.as_str()?.to_owned();
     Some(Event { name, data: line.get("data").cloned().unwrap_or_default() })
 }
 
-/// The start of a line that was not understood.
+/// The start of a line that could not be parsed.
 fn shown(line: &[u8]) -> String {
     let start: String = String::from_utf8_lossy(line).chars().take(80).collect();
     format!("it says `{}`", start.trim_end().escape_debug())
@@ -270,7 +271,7 @@ mod tests {
 
     const GREETING: &str = r#"{"QMP":{"version":{"qemu":{"micro":22,"minor":2,"major":7},"package":""},"capabilities":["oob"]}}"#;
 
-    /// A monitor that sends `lines` after each command that it reads, with the command's id in the place of `ID`.
+    /// A monitor that sends `lines` after each command that it reads, with the command's id in place of `ID`.
     async fn monitor(lines: &'static [&'static str]) -> Result<Qmp, QmpError> {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("qmp");
@@ -291,7 +292,7 @@ mod tests {
                 }
                 write.write_all(b"\n").await.unwrap();
             }
-            // Stays open until the other side closes, unless the list ends with this.
+            // Stays open until the other side closes, unless the list ends with `{}`.
             if lines.last() != Some(&"{}") {
                 let _ = commands.next_line().await;
             }
@@ -300,7 +301,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn commands_and_events() {
+    async fn answers_and_events_are_told_apart() {
         let lines = &[
             GREETING,
             r#"{"return":{},"id":ID}"#,
@@ -318,7 +319,7 @@ mod tests {
         let error = qmp.execute("device_del", json!({"id": "x"})).await.unwrap_err().to_string();
         assert_eq!(error, "QEMU refused `device_del`: no such thing");
         let limit = Duration::from_secs(5);
-        // The ones that came before the answer are first.
+        // Events that came before the answer are first.
         assert_eq!(qmp.event("any", limit, |event| Some(event.name.clone())).await.unwrap(), "STOP");
         let completed =
             |event: &Event| event.migration_status().filter(|status| *status == "completed").map(drop);
@@ -329,7 +330,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_end_and_what_is_not_qmp() {
+    async fn a_closed_connection_and_a_foreign_protocol_are_errors() {
         let error = monitor(&["SSH-2.0-OpenSSH_9.2"]).await.unwrap_err().to_string();
         assert!(error.contains("is not QMP: it says `SSH-2.0"), "{error}");
         let error = monitor(&["{}"]).await.unwrap_err().to_string();

@@ -1,4 +1,5 @@
-//! How much RAM a machine has: by its virtio-mem device, whose driver in the guest plugs and unplugs what it is asked for.
+//! Resizes a machine's RAM by its virtio-mem device, whose driver in the guest plugs and unplugs the requested
+//! memory.
 
 use std::time::Duration;
 
@@ -14,27 +15,27 @@ use crate::qmp::{Qmp, QmpError};
 
 const MONITOR_LIMIT: Duration = Duration::from_secs(5);
 
-/// What a machine has of the RAM that it can have.
+/// Plugged RAM of a machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Plugged {
-    /// RAM that it has in all.
+    /// Total RAM now.
     pub size: ByteSize,
-    /// RAM that it was asked to have in all.
+    /// Requested total RAM.
     pub asked: ByteSize,
 }
 
 impl Plugged {
-    /// Whether the guest has done what it was asked.
+    /// Whether the guest has followed the request.
     pub fn is_done(self) -> bool {
         self.size == self.asked
     }
 }
 
-/// Asks the guest to have this much RAM in all, and waits for it for at most `limit`. Returns what it has then; a guest that has
-/// no free memory to give up, or no driver, does not follow.
+/// Requests this much total RAM from the guest, and waits for at most `limit`. Returns the RAM after that; a guest
+/// without a driver, or without free memory to give up, does not follow.
 ///
 /// # Errors
-/// When the machine cannot have this much, or QEMU refuses it.
+/// When the machine cannot have this much, or QEMU refuses the request.
 pub async fn resize(place: &Place, size: ByteSize, limit: Duration) -> Result<Plugged, Error> {
     let _lock = place.lock_to_change()?;
     let machine = place.load_alive()?;
@@ -85,7 +86,7 @@ fn check(machine: &Machine, size: ByteSize) -> Result<(), Error> {
     Ok(())
 }
 
-/// What a machine with a virtio-mem device has.
+/// The RAM of a machine with a virtio-mem device.
 ///
 /// # Errors
 /// When QEMU does not answer.

@@ -1,8 +1,8 @@
-//! A machine in a file: its RAM stays where it is, and only the state of its devices is written.
+//! Suspends a machine to a file: its RAM stays where it is, and only the state of its devices is written.
 //!
-//! The file begins with a block of 4096 bytes, a header as JSON that is filled up with blanks; behind it is what QEMU
-//! sends. It is written beside its place and renamed when it is whole. A state fits the RAM only once: as soon as a machine runs
-//! again, its RAM changes. So the file is renamed to `FILE.resumed` before the machine runs.
+//! The file begins with a block of 4096 bytes, a JSON header padded with blanks; QEMU's state follows. The file is
+//! written under another name and renamed when it is complete. A state matches the RAM only once: as soon as the
+//! machine runs again, its RAM changes. So the file is renamed to `FILE.resumed` before the machine runs.
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
@@ -31,32 +31,32 @@ const HEAD_LEN: usize = 4096;
 const FORMAT: u32 = 1;
 const MONITOR_LIMIT: Duration = Duration::from_secs(5);
 
-/// The start of a state file.
+/// The header of a state file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Head {
-    /// The version of the form.
+    /// Version of the format.
     #[serde(rename = "xpm-vm-state")]
     pub format: u32,
     /// The machine's name.
     pub name: Name,
-    /// RAM that it starts with.
+    /// RAM at the start.
     pub size: ByteSize,
-    /// RAM that it can have.
+    /// Largest total RAM.
     pub maximum: Option<ByteSize>,
     /// The version of QEMU that wrote it.
     pub qemu: Version,
-    /// The machine was paused, and will be.
+    /// Whether the machine was paused; a paused machine stays paused after it is resumed.
     pub paused: bool,
-    /// Length of the state.
+    /// Length of the state in bytes.
     pub len: u64,
     /// XXH3-64 of the state.
     pub digest: u64,
 }
 
-/// Stops a machine and writes its state to a new file; returns its length. Its QEMU has ended then.
+/// Stops a machine and writes its state to a new file; returns the length of the state. Then its QEMU has ended.
 ///
 /// # Errors
-/// When it could not be written; the machine goes on then.
+/// When the state could not be written; then the machine goes on.
 pub async fn suspend(place: &Place, file: &Path) -> Result<u64, Error> {
     let _lock = place.lock_to_change()?;
     let mut machine = place.load_alive()?;
@@ -142,7 +142,7 @@ async fn write(
     Ok(len)
 }
 
-/// The machine goes on, as its state could not be written. What to tell the user.
+/// Lets the machine go on, because its state could not be written. Returns the error for the user.
 async fn go_on(place: &Place, machine: &mut Machine, qmp: &mut Qmp, paused: bool, error: Error) -> Error {
     let name = machine.name.clone();
     let going = async {
@@ -162,10 +162,10 @@ async fn go_on(place: &Place, machine: &mut Machine, qmp: &mut Qmp, paused: bool
     }
 }
 
-/// The RAM of the machine `name`, as the file of its state has it.
+/// The RAM of the machine `name`, from the file of its state.
 ///
 /// # Errors
-/// When it is no such file, or is damaged.
+/// When the file is no state of this machine, or is damaged.
 pub fn sizes(file: &Path, name: &Name) -> Result<Sizes, Error> {
     let (head, _) = open(file)?;
     match head.name == *name {
@@ -178,10 +178,10 @@ pub fn sizes(file: &Path, name: &Name) -> Result<Sizes, Error> {
     }
 }
 
-/// Starts a machine that was suspended, with the RAM that [`sizes`] tells.
+/// Starts a suspended machine, with the RAM that [`sizes`] returns.
 ///
 /// # Errors
-/// When it could not be started. The file is at its place then and fits, unless the text says otherwise.
+/// When it could not be started. Then the file is at its place and still valid, unless the text says otherwise.
 pub async fn resume(terms: &Terms, file: &Path) -> Result<Guarded, Error> {
     let (head, mut state) = open(file)?;
     let (mut guarded, mut qmp) = Guarded::start(terms, Start::Incoming).await?;
@@ -221,7 +221,7 @@ async fn load(
         if count == 0 {
             break;
         }
-        // QEMU that has refused the state says why by its status.
+        // A QEMU that has refused the state reports the reason in its migration status.
         if to.write_all(&buffer[..count]).await.is_err() {
             break;
         }
@@ -245,7 +245,7 @@ async fn load(
     Ok(())
 }
 
-/// Opens a state file, checks it, and leaves it at the start of the state.
+/// Opens a state file, checks it, and seeks to the start of the state.
 fn open(path: &Path) -> Result<(Head, File), Error> {
     let read = |why| Error::io("read", path)(why);
     let mut file = File::open(path).map_err(read)?;
@@ -282,7 +282,7 @@ fn open(path: &Path) -> Result<(Head, File), Error> {
 impl Head {
     fn to_block(&self) -> Result<Vec<u8>, Error> {
         let mut block = serde_json::to_vec(self).map_err(|error| Error::Machine(error.to_string()))?;
-        // A name has at most 64 bytes, and the rest is numbers.
+        // This fits: a name has at most 64 bytes, and the other fields are numbers.
         block.resize(HEAD_LEN - 1, b' ');
         block.push(b'\n');
         Ok(block)

@@ -1,4 +1,4 @@
-//! The commands of QMP that this crate uses, by what they are for.
+//! The QMP commands that this crate uses, named by their purpose.
 
 use std::path::Path;
 use std::time::Duration;
@@ -9,14 +9,15 @@ use xpm_protocol::Name;
 use crate::Error;
 use crate::qmp::{Event, Qmp, QmpError};
 
-/// How long a machine may take to stop: QEMU waits for requests of the guest that are under way at its disks.
+/// How long a machine may take to stop: QEMU waits for the guest's disk requests under way.
 pub(crate) const STOP_LIMIT: Duration = Duration::from_secs(30);
-/// How long a migration may take for its next state. RAM is not sent, so all of it takes less than a second.
+/// How long a migration may take for its next status. RAM is not sent, so the whole migration takes less than a
+/// second.
 pub(crate) const STATE_LIMIT: Duration = Duration::from_secs(60);
-/// How long a QEMU that was told to quit may take.
+/// How long QEMU may take to quit.
 pub(crate) const QUIT_LIMIT: Duration = Duration::from_secs(10);
 
-/// What a migration is done with.
+/// Kind of a migration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Way {
     /// To another QEMU that answers, with a stop before the devices are sent.
@@ -32,7 +33,7 @@ impl Qmp {
         Ok(status["status"].as_str().unwrap_or_default().to_owned())
     }
 
-    /// Stops the machine, and returns when no processor of it runs and no request of it is under way.
+    /// Stops the machine. Returns when none of its processors runs and none of its requests is under way.
     pub(crate) async fn stop(&mut self) -> Result<(), QmpError> {
         self.forget_events();
         self.execute("stop", json!({})).await?;
@@ -46,7 +47,7 @@ impl Qmp {
         self.event("cont", STOP_LIMIT, named("RESUME")).await
     }
 
-    /// Sets how the next migration is done. RAM in shared files always stays where it is.
+    /// Configures the next migration. RAM in shared files always stays where it is.
     pub(crate) async fn set_way(&mut self, way: Way, outgoing: bool) -> Result<(), QmpError> {
         let capability = |name: &str, state: bool| json!({"capability": name, "state": state});
         let capabilities = [
@@ -58,18 +59,19 @@ impl Qmp {
         self.execute("migrate-set-capabilities", json!({"capabilities": capabilities})).await.map(drop)
     }
 
-    /// Why QEMU cannot migrate this machine; empty where it can.
+    /// Why QEMU cannot migrate this machine; empty if it can.
     async fn obstacles(&mut self) -> Result<Vec<String>, QmpError> {
         let migration = self.execute("query-migrate", json!({})).await?;
         let reasons = migration["blocked-reasons"].as_array().cloned().unwrap_or_default();
         Ok(reasons.iter().filter_map(Value::as_str).map(str::to_owned).collect())
     }
 
-    /// Whether the machine can leave this QEMU: by `what` (`migrate machine `x``), which QEMU may refuse, and only while it runs or is
-    /// paused; `only` says so behind its state. Whether it is paused.
+    /// Checks that the machine can leave this QEMU: QEMU must not refuse the operation `what` (such as `migrate
+    /// machine `x``), and the machine must run or be paused; otherwise the error ends with `only`. Returns whether it
+    /// is paused.
     ///
     /// # Errors
-    /// Why it cannot.
+    /// Why it cannot leave.
     pub(crate) async fn may_leave(&mut self, what: &str, name: &Name, only: &str) -> Result<bool, Error> {
         let obstacles = self.obstacles().await?;
         if !obstacles.is_empty() {
@@ -89,19 +91,19 @@ impl Qmp {
         Ok(self.execute("migrate", json!({"uri": uri})).await.map(drop)?)
     }
 
-    /// Starts to listen for a machine's state at a unix socket.
+    /// Makes QEMU listen for a machine's state at a unix socket.
     pub(crate) async fn migrate_from(&mut self, socket: &Path) -> Result<(), Error> {
         self.forget_events();
         let uri = uri(socket)?;
         Ok(self.execute("migrate-incoming", json!({"uri": uri})).await.map(drop)?)
     }
 
-    /// Goes on with a migration that waits before the devices are sent.
+    /// Continues a migration that waits before the devices are sent.
     pub(crate) async fn migrate_continue(&mut self) -> Result<(), QmpError> {
         self.execute("migrate-continue", json!({"state": "pre-switchover"})).await.map(drop)
     }
 
-    /// Waits until the migration has this state.
+    /// Waits until the migration has this status.
     ///
     /// # Errors
     /// When it fails or is cancelled, with QEMU's reason.
@@ -121,14 +123,15 @@ impl Qmp {
         Err(Error::Machine(format!("QEMU's migration is {found}: {reason}")))
     }
 
-    /// Ends a migration that is under way, and waits until it has ended. One that has completed or failed stays so.
+    /// Cancels a migration that is under way, and waits until it has ended. A completed or failed migration stays as
+    /// it is.
     pub(crate) async fn migrate_cancel(&mut self) -> Result<(), Error> {
         self.execute("migrate_cancel", json!({})).await?;
         loop {
             let migration = self.execute("query-migrate", json!({})).await?;
             match migration["status"].as_str() {
                 None | Some("none" | "completed" | "failed" | "cancelled")
-                    // QEMU sets the machine's status a moment after that of the migration.
+                    // QEMU sets the machine's status a moment after the migration's.
                     if self.status().await? != "finish-migrate" =>
                 {
                     return Ok(());
@@ -147,7 +150,7 @@ impl Qmp {
     }
 }
 
-/// Takes an event of this name.
+/// Matches an event of this name.
 pub(crate) fn named(name: &str) -> impl FnMut(&Event) -> Option<()> {
     move |event| (event.name == name).then_some(())
 }

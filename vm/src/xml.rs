@@ -1,4 +1,4 @@
-//! The same machine for libvirt: the parts of a domain's XML that make its RAM external.
+//! XML for libvirt: the parts of a domain that make its RAM external.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -7,26 +7,26 @@ use xpm_protocol::{ByteSize, Name};
 
 use crate::place::Place;
 
-/// What the XML is made of.
+/// The parameters of the XML.
 #[derive(Debug, Clone)]
 pub struct Domain<'a> {
     /// The machine's name.
     pub name: &'a Name,
-    /// Its RAM.
+    /// Size of its RAM.
     pub memory: ByteSize,
-    /// Local memory that it may take.
+    /// Limit of its local memory.
     pub local: Option<ByteSize>,
-    /// What QEMU may take beside.
+    /// Memory for QEMU itself, beside the RAM.
     pub overhead: ByteSize,
-    /// Where the monitors' sockets are to be.
+    /// Place of the monitors' sockets.
     pub place: &'a Place,
-    /// The directory below which libvirt makes files of RAM.
+    /// The directory in which libvirt makes files of RAM.
     pub backing_directory: &'a Path,
     /// The program that starts QEMU.
     pub emulator: &'a Path,
 }
 
-/// A domain with these parts, and what has to be set beside it in comments.
+/// A domain with these parts. Settings that are needed outside the domain are described in comments.
 pub fn domain(domain: &Domain<'_>) -> String {
     let mut text = String::new();
     let kib = |size: ByteSize| size.0 >> 10;
@@ -71,7 +71,7 @@ pub fn domain(domain: &Domain<'_>) -> String {
     text
 }
 
-/// A text as it may stand in XML: in an attribute, an element, or a comment.
+/// A text with escapes for XML: for an attribute, an element, or a comment.
 fn escaped(text: &str) -> String {
     text.replace('&', "&amp;")
         .replace('<', "&lt;")
@@ -85,7 +85,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_parts_are_there() {
+    fn the_xml_has_all_parts() {
         let name = "vm1".parse().unwrap();
         let place = Place::below(Path::new("/run/xpm/vm"), &name);
         let text = domain(&Domain {
@@ -110,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn no_path_ends_a_text() {
+    fn a_path_cannot_break_out_of_a_text() {
         assert_eq!(escaped("/a'/><!-- b -->"), "/a&apos;/&gt;&lt;!-&#45; b -&#45;&gt;");
     }
 }

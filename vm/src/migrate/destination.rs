@@ -19,18 +19,18 @@ use crate::place::Stage;
 use crate::qmp::Qmp;
 use crate::verbs::Way;
 
-/// Connections that have not said yet what they are for.
+/// Most connections that have not stated their purpose yet.
 const OPENING_MAX: usize = 16;
-/// How long the outcome of an attempt that failed late can be asked for.
+/// How long the source can ask for the outcome of an attempt that failed late.
 const LINGER: Duration = Duration::from_secs(15);
 
-/// Where machines are received.
+/// The listener at which machines arrive.
 pub struct Door {
     visits: mpsc::Receiver<Visit>,
     address: SocketAddr,
 }
 
-/// A connection that showed the token and said what it is for.
+/// A connection that showed the token and stated its purpose.
 struct Visit {
     conn: Conn,
     purpose: Purpose,
@@ -40,11 +40,11 @@ impl Door {
     /// Starts to listen.
     ///
     /// # Errors
-    /// When the address cannot be had, or others can reach it and there is no token.
+    /// When the address cannot be used, or other hosts can reach it and there is no token.
     pub async fn open(at: SocketAddr, token: Option<Token>) -> Result<Door, Error> {
         let exposed = Listen::Tcp(at).check_exposure(token.is_some(), false);
         exposed.map_err(|error| {
-            // The text of the daemons offers an option that this command does not have.
+            // The daemons' error text names an option that this command does not have.
             Error::Usage(error.to_string().replace(", or accept it with --insecure", ""))
         })?;
         let cannot = |why: std::io::Error| Error::Machine(format!("cannot listen at {at}: {why}"));
@@ -55,19 +55,19 @@ impl Door {
         Ok(Door { visits, address })
     }
 
-    /// Where it listens.
+    /// The address at which it listens.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 }
 
-/// Takes connections and has each one say what it is for.
+/// Accepts connections and reads the purpose of each.
 async fn accept(listener: TcpListener, token: Option<Token>, visits: mpsc::Sender<Visit>) {
     let places = Arc::new(Semaphore::new(OPENING_MAX));
     loop {
         let Ok(permit) = places.clone().acquire_owned().await else { return };
         let Ok((stream, peer)) = listener.accept().await else {
-            // No descriptors are left; some may be soon.
+            // For example, no descriptors are left; some may be free soon.
             tokio::time::sleep(Duration::from_millis(100)).await;
             continue;
         };
@@ -97,12 +97,12 @@ fn refusal(opening: &Opening, token: Option<&Token>) -> Option<String> {
     })
 }
 
-/// Waits for a machine and takes it over. `heir` is the client of this host that stands by for its RAM; none where that is an ordinary
-/// file. `waiting` is called once, when a machine can come. It returns when the machine is here;
-/// questions of the source about it are answered for as long as the runtime lives.
+/// Waits for a machine and takes it over. `heir` is the client of this host that stands by for its RAM; none if the
+/// RAM is an ordinary file. `waiting` is called once, when a machine can arrive. Returns when the machine is here;
+/// later questions of the source about the machine are answered for as long as the runtime lives.
 ///
 /// # Errors
-/// When an attempt failed. The machine is not here then, never will be, and its QEMU here has ended.
+/// When an attempt failed. Then the machine is not here and never will be, and its QEMU here has ended.
 pub async fn receive(
     guarded: Guarded,
     mut qmp: Qmp,
@@ -126,7 +126,7 @@ pub async fn receive(
     let Arrival { mut control, mut door, session, may_be_ordered, mut asking, .. } = arrival;
     match came {
         Ok(()) => {
-            // When it is lost, the source asks.
+            // If this answer is lost, the source asks.
             let _ = control.send(&Answer::Running).await;
             tokio::spawn(
                 async move { while answer(&mut door, &session, &Answer::Running).await.is_some() {} },
@@ -134,7 +134,7 @@ pub async fn receive(
             Ok(guarded)
         }
         Err(error) => {
-            // First its end, then the word that it has ended.
+            // QEMU ends first; only then the source is told that it has ended.
             guarded.end();
             let never = Answer::Never { why: format!("the destination failed: {error}") };
             let _ = control.send(&never).await;
@@ -142,7 +142,8 @@ pub async fn receive(
             for conn in &mut asking {
                 is_told |= conn.send(&never).await.is_ok();
             }
-            // A source that heard it says so. One that did not may ask, since it does not go on without an answer.
+            // A source that received the answer says so. A source that did not may ask, because it does not go on
+            // without an answer.
             if may_be_ordered && !is_told && control.receive::<Order>(STEP_LIMIT).await.is_err() {
                 let _ = tokio::time::timeout(LINGER, answer(&mut door, &session, &never)).await;
             }
@@ -151,7 +152,7 @@ pub async fn receive(
     }
 }
 
-/// Waits until somebody was told how the attempt has ended. None when nobody can ask any more.
+/// Waits until the source was told how the attempt ended. None if no source can ask any more.
 async fn answer(door: &mut Door, session: &str, outcome: &Answer) -> Option<()> {
     loop {
         let mut visit = door.visits.recv().await?;
@@ -172,7 +173,7 @@ async fn answer(door: &mut Door, session: &str, outcome: &Answer) -> Option<()> 
 }
 
 impl Door {
-    /// Waits for a machine that can come.
+    /// Waits for the offer of a machine that can be accepted.
     async fn offer(&mut self, guarded: &Guarded, qmp: &Qmp) -> Result<(Conn, Offer), Error> {
         loop {
             let visit = tokio::select! {
@@ -195,7 +196,7 @@ impl Door {
     }
 }
 
-/// Why a machine cannot come.
+/// Why a machine cannot be accepted.
 fn mismatch(offer: &Offer, guarded: &Guarded, qmp: &Qmp) -> Option<String> {
     let machine = &guarded.machine;
     if offer.name != machine.name {
@@ -232,9 +233,9 @@ struct Arrival<'a> {
     control: Conn,
     door: Door,
     session: String,
-    /// The source may have sent its order, so it may have to ask how this ended.
+    /// The source may have sent its order, and so may have to ask for the outcome.
     may_be_ordered: bool,
-    /// Who wants to know the outcome.
+    /// Connections that wait for the outcome.
     asking: Vec<Conn>,
 }
 
@@ -259,7 +260,7 @@ impl Arrival<'_> {
             Order::Run { paused } => paused,
             Order::GiveUp => return Err(given_up()),
         };
-        // From here on the connection's end changes nothing.
+        // From here on the end of the connection changes nothing.
         guarded.set_stage(Stage::Here)?;
         if paused {
             return Ok(());
@@ -267,7 +268,7 @@ impl Arrival<'_> {
         Ok(self.qmp.cont().await?)
     }
 
-    /// The connection that brings the state.
+    /// Waits for the connection that brings the state.
     async fn state(&mut self) -> Result<Conn, Error> {
         let Arrival { control, door, session, asking, .. } = self;
         let limit = tokio::time::sleep(STEP_LIMIT);
@@ -288,7 +289,7 @@ impl Arrival<'_> {
         }
     }
 
-    /// The source's order.
+    /// Waits for the source's order.
     async fn order(&mut self) -> Result<Order, Error> {
         loop {
             tokio::select! {
@@ -302,7 +303,7 @@ impl Arrival<'_> {
     }
 }
 
-/// Does `work` unless the source gives up, or is gone.
+/// Runs `work`, unless the source gives up or is gone.
 async fn unless_given_up<T>(
     control: &mut Conn,
     door: &mut Door,
@@ -323,8 +324,8 @@ async fn unless_given_up<T>(
     }
 }
 
-/// A connection that came while a machine arrives: a question about it shows that its source has lost the control connection and
-/// goes on without this host.
+/// Handles a connection that comes while a machine arrives. A question about this attempt shows that the source has
+/// lost the control connection and goes on without this host.
 async fn visited(mut visit: Visit, session: &str, asking: &mut Vec<Conn>) -> Result<(), Error> {
     let reply = match &visit.purpose {
         Purpose::Ask { session: asked } if asked == session => {

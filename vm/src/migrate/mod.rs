@@ -1,8 +1,9 @@
-//! Moving a machine to another host, without its RAM.
+//! Moves a machine to another host, without its RAM.
 //!
-//! The command `xpm vm receive` ([`destination`]) waits with a QEMU that has the same RAM file; `xpm vm migrate` ([`source`])
-//! drives the move. What they say to each other is in `wire.rs`. The machine is stopped before anything is handed over, and on
-//! either side only a command lets it run: QEMU by itself never does, whatever happens to the other side or to the commands.
+//! The command `xpm vm receive` ([`destination`]) waits with a QEMU that has the same RAM file; `xpm vm migrate`
+//! ([`source`]) drives the move. Their messages are in `wire.rs`. The machine is stopped before anything is handed
+//! over, and on either side only a command lets it run: QEMU never runs it by itself, whatever happens to the other
+//! side or to the commands.
 
 pub mod destination;
 pub mod settle;

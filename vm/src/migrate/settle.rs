@@ -1,5 +1,5 @@
-//! A migration that stopped in between, since a command or a host died: finding out where the machine is, and ending it at the
-//! other place.
+//! Settles a migration that was interrupted because a command or a host died: finds out where the machine is, and
+//! ends it at the other place.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -16,32 +16,32 @@ use crate::{Error, machine};
 
 const MONITOR_LIMIT: Duration = Duration::from_secs(5);
 
-/// What the destination says of an attempt.
+/// The destination's report on an attempt.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Outcome {
-    /// The machine is there.
+    /// The machine runs at the destination.
     Running,
-    /// It is not, and will not be.
+    /// The machine does not run at the destination, and will not.
     Never,
-    /// Nobody says, for this reason.
+    /// There is no answer, for this reason.
     Unknown(String),
 }
 
-/// Where the user knows the machine to be.
+/// The user's knowledge of where the machine is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Known {
-    /// It runs at the destination, or ran there: its RAM is no longer what the state here belongs to.
+    /// It runs or ran at the destination: the state here no longer matches its RAM.
     Gone,
-    /// It never ran there, and the QEMU there has ended.
+    /// It never ran at the destination, and the QEMU there has ended.
     NotThere,
 }
 
-/// What was settled.
+/// The result of settling.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Settled {
     /// The machine goes on here.
     Here,
-    /// It is at its destination, and has ended here.
+    /// The machine is at its destination, and has ended here.
     Gone,
 }
 
@@ -60,7 +60,7 @@ pub(crate) async fn ask(to: SocketAddr, token: Option<&Token>, session: &str) ->
     }
 }
 
-/// What to do with a machine that is not simply here.
+/// Advice for a machine that is not simply here.
 pub(crate) fn advice(machine: &Machine) -> String {
     let name = &machine.name;
     match &machine.stage {
@@ -77,10 +77,10 @@ pub(crate) fn advice(machine: &Machine) -> String {
     }
 }
 
-/// Finishes a migration whose command has ended in between.
+/// Finishes a migration whose command ended before the migration did.
 ///
 /// # Errors
-/// When the other host has to be asked and does not answer, and `known` does not say where the machine is.
+/// When the other host has to be asked and does not answer, and `known` does not state where the machine is.
 pub async fn settle<O: Ownership>(
     place: &Place,
     token: Option<&Token>,
@@ -95,7 +95,7 @@ pub async fn settle<O: Ownership>(
         (Stage::Here, _) => return Ok(Settled::Here),
         (Stage::Starting | Stage::Incoming, _) => return Err(Error::Machine(advice(&machine))),
         (Stage::Left, _) => true,
-        // It was not ordered to run there, so it does not.
+        // The destination was never ordered to run the machine, so it does not.
         (Stage::Leaving(_), Some(Known::Gone)) => {
             return Err(Error::Usage(format!(
                 "machine `{name}` was never handed over: run `xpm vm settle {name}`"
@@ -137,7 +137,7 @@ pub async fn settle<O: Ownership>(
     Ok(Settled::Here)
 }
 
-/// Ends the QEMU of a machine that is elsewhere, and what is left of it when nobody looks after it here.
+/// Ends the QEMU of a machine that is elsewhere, and removes its files if no command supervises it here.
 pub(crate) async fn end_here(
     place: &Place,
     machine: &mut Machine,

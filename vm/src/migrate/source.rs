@@ -21,36 +21,36 @@ use crate::process::Process;
 use crate::qmp::Qmp;
 use crate::verbs::Way;
 
-/// How long QEMU's monitor may take to be free.
+/// How long QEMU's monitor may take to become free.
 const MONITOR_LIMIT: Duration = Duration::from_secs(5);
-/// How long the destination may take to say that its QEMU has ended. It does not matter for safety.
+/// How long to wait for the destination's report that its QEMU has ended. Safety does not depend on it.
 const GIVE_UP_LIMIT: Duration = Duration::from_secs(5);
 
-/// What a move is asked for with.
+/// Parameters of a move.
 #[derive(Debug, Clone)]
 pub struct Request {
-    /// Where `xpm vm receive` listens.
+    /// Address at which `xpm vm receive` listens.
     pub to: SocketAddr,
     /// The pool's token.
     pub token: Option<Token>,
-    /// Drops this host's cache before the state is sent, rather than meanwhile.
+    /// Drop this host's cache before the state is sent, instead of at the same time.
     pub strict: bool,
 }
 
-/// What a move came to.
+/// Figures of a finished move.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Moved {
-    /// From the stop here until the machine ran there.
+    /// Time from the stop here until the machine ran there.
     pub down: Duration,
-    /// Of the whole command.
+    /// Time of the whole command.
     pub total: Duration,
     /// Bytes of state that were sent.
     pub sent: u64,
-    /// Rounds of writing back before the stop.
+    /// Rounds of write-back before the stop.
     pub rounds: u32,
 }
 
-/// How far a move has got. What is done when the next step fails depends on it alone.
+/// Progress of a move. The reaction to a failure of the next step depends only on it.
 ///
 /// ```text
 ///             stop          pre-switchover,          switch         completed,            order to run        it runs there
@@ -64,24 +64,24 @@ pub struct Moved {
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Step {
-    /// The machine runs here, or is paused as its user wants it.
+    /// The machine runs here, or is paused as its user wants.
     Running,
-    /// It is stopped by us.
+    /// This command has stopped the machine.
     Stopped,
-    /// QEMU waits before the devices are sent, and nothing of the RAM is only in the cache here.
+    /// QEMU waits before sending the devices, and no page of the RAM is only in the cache here.
     Quiet,
     /// The destination owns the RAM.
     Owned,
-    /// The destination has all of the state. QEMU is frozen here.
+    /// The destination has the whole state. QEMU is frozen here.
     Sent,
-    /// The destination was told to run the machine, and may do so.
+    /// The destination was ordered to run the machine, and may do so.
     Ordered,
 }
 
-/// Moves a machine away from this host. It returns when the machine runs there and its QEMU here has ended.
+/// Moves a machine away from this host. Returns when the machine runs there and its QEMU here has ended.
 ///
 /// # Errors
-/// When it could not be moved. The text says whether the machine runs on here, or what has to be done.
+/// When it could not be moved. The text states whether the machine runs on here, or what has to be done.
 pub async fn migrate<O: Ownership>(
     place: &Place,
     request: &Request,
@@ -105,10 +105,10 @@ pub async fn migrate<O: Ownership>(
     Ok(Moved { down, total: begun.elapsed(), sent, rounds })
 }
 
-/// How long a machine was down, the bytes of its state, and the rounds of writing back before.
+/// Downtime, bytes of state, and rounds of write-back before the stop.
 type Numbers = (Duration, u64, u32);
 
-/// A machine on its way.
+/// A machine that is being moved.
 struct Leaving<'a> {
     place: &'a Place,
     machine: Machine,
@@ -118,15 +118,15 @@ struct Leaving<'a> {
     session: String,
     control: Conn,
     step: Step,
-    /// A migration was started at QEMU.
+    /// A migration was started in QEMU.
     is_sending: bool,
-    /// Whether its user had it paused.
+    /// Whether its user had paused it.
     paused: bool,
     stopped: Instant,
 }
 
 impl<'a> Leaving<'a> {
-    /// Everything that can be refused before the machine is touched.
+    /// Makes all checks that can refuse the move, before the machine is touched.
     async fn begin(
         place: &'a Place,
         machine: Machine,
@@ -170,7 +170,8 @@ impl<'a> Leaving<'a> {
         })
     }
 
-    /// All steps up to the answer that the machine runs there: the time that it was down, the bytes sent, the rounds.
+    /// All steps up to the answer that the machine runs there. Returns downtime, bytes sent, and rounds of
+    /// write-back.
     async fn advance(&mut self, request: &Request, ownership: &mut impl Ownership) -> Result<Numbers, Error> {
         let destination = self.destination(request);
         self.set_stage(Stage::Leaving(destination))?;
@@ -178,23 +179,24 @@ impl<'a> Leaving<'a> {
         let listener = tunnel::listen(&self.place.state())?;
 
         self.stopped = Instant::now();
-        // Before the command: an answer that is lost means that it may have stopped.
+        // Set before the command: if its answer is lost, the machine may have stopped.
         self.step = Step::Stopped;
         if !self.paused {
             self.qmp.stop().await?;
         }
-        // While QEMU connects and compares what both sides can, the last changes are written.
+        // While QEMU connects and compares the capabilities of both sides, the last changes are written back.
         self.is_sending = true;
         self.qmp.migrate_to(&self.place.state()).await?;
         let carried = self.open_tunnel(&listener, request).await?;
         self.cache.flush()?;
         self.qmp.migration_is("pre-switchover").await?;
         self.step = Step::Quiet;
-        // What devices wrote as they were stopped.
+        // Pages that devices wrote while they were being stopped.
         self.cache.flush()?;
         self.cache.prove_clean()?;
 
-        // Before it is done, as it may be done when it fails; to take the RAM back that was not given changes nothing.
+        // Set before the switch, because a failed switch may have taken effect. Taking back RAM that was not given
+        // changes nothing.
         self.step = Step::Owned;
         ownership.switch().await?;
         let (down, discarded) = if request.strict {
@@ -205,22 +207,22 @@ impl<'a> Leaving<'a> {
             (down?, discarded)
         };
         if let Err(error) = discarded {
-            // The machine runs at its destination, which owns the RAM; the cache here is of no use to anybody.
+            // The machine runs at its destination, which owns the RAM; the cache here is useless now.
             eprintln!("xpm: warning: {error}");
         }
         let sent = match tokio::time::timeout(GIVE_UP_LIMIT, carried).await {
             Ok(Ok(Ok((sent, _)))) => sent,
-            // The machine has moved; the count is for people.
+            // The machine has moved; the count is only for display.
             _ => 0,
         };
         Ok((down, sent, rounds))
     }
 
-    /// Sends the state and has the destination run the machine. How long the machine was down.
+    /// Sends the state and orders the destination to run the machine. Returns the downtime.
     async fn hand_over(&mut self, request: &Request) -> Result<Duration, Error> {
         self.qmp.migrate_continue().await?;
         self.qmp.migration_is("completed").await?;
-        // It has sent everything, and must never run on RAM that may be another's.
+        // QEMU has sent everything, and must never run on RAM that another host may own.
         self.process.signal(Signal::STOP);
         match self.control.receive(STEP_LIMIT).await? {
             Answer::Loaded => {}
@@ -231,7 +233,7 @@ impl<'a> Leaving<'a> {
 
         let destination = self.destination(request);
         self.set_stage(Stage::Gone(destination))?;
-        // Before it is sent: what was given to the kernel may arrive.
+        // Set before the order is sent: bytes that were given to the kernel may arrive.
         self.step = Step::Ordered;
         self.control.send(&Order::Run { paused: self.paused }).await?;
         match self.control.receive(STEP_LIMIT).await? {
@@ -245,7 +247,7 @@ impl<'a> Leaving<'a> {
         Ok(self.stopped.elapsed())
     }
 
-    /// Joins QEMU's connection and one to the destination.
+    /// Joins QEMU's connection to a connection to the destination.
     async fn open_tunnel(
         &self,
         listener: &UnixListener,
@@ -262,7 +264,7 @@ impl<'a> Leaving<'a> {
 
     /// The machine runs there: ends it here.
     async fn finish(mut self, ownership: &mut impl Ownership) -> Result<(), Error> {
-        // The destination owns the RAM whatever comes of this.
+        // The destination owns the RAM, whether the commit succeeds or not.
         let committed = ownership.commit().await;
         settle::end_here(self.place, &mut self.machine, self.process, Some(&mut self.qmp)).await?;
         committed.map_err(|error| {
@@ -272,10 +274,10 @@ impl<'a> Leaving<'a> {
         })
     }
 
-    /// Goes back as far as is safe; not at all when the machine runs at its destination in spite of the error.
+    /// Goes back as far as is safe. Does nothing if the machine runs at its destination in spite of the error.
     ///
     /// # Errors
-    /// What to tell the user, where it does not run there for sure.
+    /// The error for the user, unless the machine certainly runs there.
     async fn undo(
         &mut self,
         error: Error,
@@ -298,7 +300,8 @@ impl<'a> Leaving<'a> {
             }
         }
         if self.control.send(&Order::GiveUp).await.is_ok() {
-            // Only so that its QEMU has ended when this command has; it cannot run the machine without an order.
+            // Waits only so that the QEMU there has ended when this command ends; it cannot run the machine without
+            // an order.
             let _ = self.control.receive::<Answer>(GIVE_UP_LIMIT).await;
         }
         Err(match self.go_on_here(ownership).await {
@@ -310,7 +313,7 @@ impl<'a> Leaving<'a> {
         })
     }
 
-    /// Lets the machine go on where it was.
+    /// Lets the machine go on here.
     async fn go_on_here(&mut self, ownership: &mut impl Ownership) -> Result<(), Error> {
         self.process.signal(Signal::CONT);
         if self.is_sending {

@@ -1,5 +1,5 @@
-//! Carries a machine's state between QEMU's unix socket and a connection or a file. QEMU itself listens to no network, so nobody
-//! but the authenticated other side can give it a state, and what was sent is counted.
+//! Carries a machine's state between QEMU's unix socket and a connection or a file. QEMU itself does not listen on
+//! the network, so only the authenticated other side can send it a state, and the sent bytes are counted.
 
 use std::path::Path;
 use std::time::Duration;
@@ -13,14 +13,14 @@ use crate::Error;
 /// How long QEMU may take to connect after it was told to.
 const ACCEPT_LIMIT: Duration = Duration::from_secs(20);
 
-/// Listens where QEMU will connect to.
+/// Listens at the socket that QEMU will connect to.
 pub(crate) fn listen(socket: &Path) -> Result<UnixListener, Error> {
-    // Of an attempt of before.
+    // A socket left by an earlier attempt.
     let _ = std::fs::remove_file(socket);
     UnixListener::bind(socket).map_err(Error::io("listen at", socket))
 }
 
-/// The connection of QEMU.
+/// Accepts QEMU's connection.
 pub(crate) async fn accept(listener: &UnixListener) -> Result<UnixStream, Error> {
     match timeout(ACCEPT_LIMIT, listener.accept()).await {
         Ok(Ok((stream, _))) => Ok(stream),
@@ -29,8 +29,8 @@ pub(crate) async fn accept(listener: &UnixListener) -> Result<UnixStream, Error>
     }
 }
 
-/// Carries bytes both ways until both sides have ended. Returns how many came from QEMU, and from the other side, where `early`
-/// was received already.
+/// Carries bytes in both directions until both sides have ended. `early` are bytes that were received from the other
+/// side already. Returns the number of bytes from QEMU, and from the other side.
 pub(crate) async fn carry(
     mut qemu: UnixStream,
     mut network: TcpStream,

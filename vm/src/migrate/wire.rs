@@ -1,7 +1,7 @@
-//! What the two commands of a migration say to each other: JSON, one message a line, over TCP.
+//! Messages between the two commands of a migration: JSON, one message per line, over TCP.
 //!
-//! The destination listens. Each connection begins with an [`Opening`], which shows the pool's token where there is one. Three
-//! kinds of connection are told apart by it:
+//! The destination listens. Each connection begins with an [`Opening`], which contains the pool's token if there is
+//! one, and which tells the three kinds of connection apart:
 //!
 //! ```text
 //! move:   source  Opening::Move ─────────────▶  destination
@@ -14,8 +14,9 @@
 //!                 ◀── Running or Never                        final: what the destination has said it keeps to
 //! ```
 //!
-//! The destination runs the machine only by an order that came on the connection that began the move. When that connection ends
-//! before, it never runs it. So a source whose order was not sent yet may run the machine again, whatever happens there.
+//! The destination runs the machine only by an order on the connection that began the move. If that connection ends
+//! before the order, the destination never runs the machine. So a source whose order was not sent yet may run the
+//! machine again, whatever happens at the destination.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -35,24 +36,24 @@ use crate::qmp::Version;
 pub(crate) const VERSION: u32 = 1;
 /// The longest message, in bytes.
 const LINE_MAX: usize = 16 << 10;
-/// How long a connection may take to be made, and to say what it is for.
+/// Time limit of connecting and of stating the purpose.
 pub(crate) const OPEN_LIMIT: Duration = Duration::from_secs(10);
-/// How long a step of the other side may take.
+/// Time limit of a step of the other side.
 pub(crate) const STEP_LIMIT: Duration = Duration::from_secs(60);
 
 /// The first message of a connection.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Opening {
-    /// Of the messages.
+    /// Version of the messages.
     pub(crate) version: u32,
     /// The pool's token.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) token: Option<String>,
-    /// What the connection is for.
+    /// Purpose of the connection.
     pub(crate) purpose: Purpose,
 }
 
-/// What a connection is for.
+/// Purpose of a connection.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "kind")]
 pub(crate) enum Purpose {
@@ -63,79 +64,79 @@ pub(crate) enum Purpose {
         /// The attempt.
         session: String,
     },
-    /// To hear how an attempt ended whose connection broke.
+    /// To ask for the outcome of an attempt whose connection broke.
     Ask {
         /// The attempt.
         session: String,
     },
 }
 
-/// A machine that wants to come.
+/// A machine that is offered to the destination.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Offer {
-    /// The attempt, a random number as text.
+    /// Id of the attempt: a random number as text.
     pub(crate) session: String,
     /// The machine's name.
     pub(crate) name: Name,
-    /// RAM that it starts with.
+    /// RAM at the start.
     pub(crate) size: ByteSize,
-    /// RAM that it can have.
+    /// Largest total RAM.
     #[serde(default)]
     pub(crate) maximum: Option<ByteSize>,
-    /// The version of QEMU that it comes from.
+    /// The version of QEMU at the source.
     pub(crate) qemu: Version,
 }
 
-/// What the destination says.
+/// A message of the destination.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "kind")]
 pub(crate) enum Answer {
     /// It is ready for the state.
     Ready {
-        /// The client that stands by for the RAM; none where that is an ordinary file.
+        /// The client that stands by for the RAM; none if the RAM is an ordinary file.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         heir: Option<ClientId>,
     },
-    /// It does not take this machine. It goes on waiting.
+    /// It refuses this machine, and goes on waiting for another.
     Refused {
         /// Why.
         why: String,
     },
-    /// All of the state has arrived.
+    /// The whole state has arrived.
     Loaded,
-    /// The machine runs there, or is paused there as it was.
+    /// The machine runs at the destination, or is paused there as before.
     Running,
-    /// The machine does not run there, and will not: its QEMU has ended.
+    /// The machine does not run at the destination, and will not: its QEMU has ended.
     Never {
         /// Why.
         why: String,
     },
 }
 
-/// What the source orders.
+/// An order of the source.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "kind")]
 pub(crate) enum Order {
     /// Take the machine over.
     Run {
-        /// It was paused before, and stays so.
+        /// Whether it was paused before, and stays paused.
         paused: bool,
     },
     /// Give the attempt up.
     GiveUp,
 }
 
-/// A connection that speaks in lines.
+/// A connection that carries messages as lines.
 #[derive(Debug)]
 pub(crate) struct Conn {
     peer: String,
     stream: TcpStream,
-    /// What was received and not used yet. Kept here so that a read that is given up loses nothing.
+    /// Received bytes that are not used yet. Kept here so that a cancelled read loses nothing.
     received: Vec<u8>,
 }
 
 impl Conn {
-    /// Connects and opens.
+    /// Connects and sends the opening.
     pub(crate) async fn open(to: SocketAddr, token: Option<&Token>, purpose: Purpose) -> Result<Conn, Error> {
         let until = Instant::now() + OPEN_LIMIT;
         let unreachable = |why: &dyn std::fmt::Display| {
@@ -153,7 +154,7 @@ impl Conn {
 
     /// A connection that was accepted.
     pub(crate) fn new(stream: TcpStream, peer: SocketAddr) -> Conn {
-        // Messages are small and answers are waited for.
+        // Messages are small, and each side waits for answers.
         let _ = stream.set_nodelay(true);
         Conn { peer: peer.to_string(), stream, received: Vec::new() }
     }
@@ -169,7 +170,7 @@ impl Conn {
         }
     }
 
-    /// Receives a message. Nothing is lost when the wait is given up.
+    /// Receives a message. Cancelling loses nothing.
     pub(crate) async fn receive<T: DeserializeOwned>(&mut self, limit: Duration) -> Result<T, Error> {
         let until = Instant::now() + limit;
         loop {
@@ -190,7 +191,7 @@ impl Conn {
         }
     }
 
-    /// The bare connection, with what was received of what follows the opening.
+    /// The bare connection, with the bytes that were received after the opening.
     pub(crate) fn into_stream(self) -> (TcpStream, Vec<u8>) {
         (self.stream, self.received)
     }
@@ -218,7 +219,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn lines_and_what_follows_them() {
+    async fn lines_and_the_bytes_after_them_are_received() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let to = listener.local_addr().unwrap();
         let sending = tokio::spawn(async move {
@@ -242,7 +243,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_message_without_an_end_is_given_up() {
+    async fn a_message_without_an_end_is_refused() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let mut sender = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
         let (stream, peer) = listener.accept().await.unwrap();
