@@ -121,9 +121,7 @@ async fn commit_grant(
     let grant: Grant = client.put(&format!("/v1/grants/{id}{query}"), commit).await.map_err(failed)?;
     match grant.epoch == commit.epoch && grant.regions == commit.regions {
         true => Ok(grant.lost.map_or(Answer::Done, |lost| Answer::Lost(lost.0))),
-        false => {
-            Err(CallError::Failed("it made another grant than the one that it was asked for".to_owned()))
-        }
+        false => Err(CallError::Failed("it made another grant than the requested one".to_owned())),
     }
 }
 

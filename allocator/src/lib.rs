@@ -126,7 +126,7 @@ fn announced(config: &Config, url: &str) -> anyhow::Result<Option<Announcement>>
     };
     anyhow::ensure!(
         !url.contains("//0.0.0.0") && !url.contains("//[::]"),
-        "others cannot be told to reach this allocator at {url}: give --listen with one of this machine's addresses"
+        "other machines cannot reach this allocator at {url}: give --listen with one of this machine's addresses"
     );
     let announcement = discover::announce(url, address.port(), group, random::u128()?);
     announcement.map(Some).context("--announce")

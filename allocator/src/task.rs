@@ -73,7 +73,7 @@ async fn recover(mut sources: Sources, storage: &Storage) -> anyhow::Result<()> 
                 return Err(error);
             }
             make_room(storage, &error)?;
-            println!("what was there cannot be read, and is not used: {error:#}");
+            println!("the present metadata cannot be read, and are not used: {error:#}");
             Loaded::default()
         }
     };
@@ -101,7 +101,7 @@ async fn recover(mut sources: Sources, storage: &Storage) -> anyhow::Result<()> 
     })
     .await?;
     if let Some(kept) = kept {
-        println!("what was there before is in {}", kept.display());
+        println!("the earlier metadata are kept in {}", kept.display());
     }
     println!("{allocations} allocations are in {storage}");
     Ok(())
@@ -165,8 +165,8 @@ async fn migrate(from: &Storage, to: &Storage) -> anyhow::Result<()> {
     let ahead = state.map(|state| MetadataState { number: state.number.saturating_add(AHEAD), ..state });
     with_store(to, move |store| Ok(store.commit(&[ahead.map(Change::State).into_iter().collect()])?)).await?;
     println!(
-        "{allocations} allocations are in {to} now. Start the allocator there, with the same options otherwise; {from} is as it \
-         was, and is of yesterday from now on"
+        "{allocations} allocations are in {to} now. Start the allocator there, with the same options otherwise; {from} is \
+         unchanged, and outdated from now on"
     );
     Ok(())
 }

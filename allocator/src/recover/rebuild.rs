@@ -245,8 +245,8 @@ impl Site {
             let on = Vec::from_iter(on).join(", ");
             let (lost, all) = (missing.len(), record.grants.len());
             self.lines.push(format!(
-                "`{name}` lacks {lost} of its {all} grants, which nobody told: that memory is lost unless it is on an \
-                 appliance that was not asked ({on})"
+                "`{name}` lacks {lost} of its {all} grants, which no appliance reported: that memory is lost unless it is on \
+                 an appliance that was not asked ({on})"
             ));
         }
         if self.epochs(&record.grants).any(|epoch| epoch != record.epoch) {
@@ -273,7 +273,7 @@ impl Site {
             (None, None) if told.is_none() && !self.is_used(record) => return,
             (None, None) => {
                 self.lines.push(format!(
-                    "`{}` is in use, and nobody told by whom: it is attached or deleted only with force",
+                    "`{}` is in use by an unknown client: it is attached or deleted only with force",
                     record.name
                 ));
                 NOBODY_KNOWN

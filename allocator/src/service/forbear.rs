@@ -41,7 +41,7 @@ impl Service {
         let by = |ahead: i64| {
             let how = if ahead < 0 { "behind" } else { "ahead of" };
             format!(
-                "{} {how} what the clock that measures spans says",
+                "{} {how} the time by the monotonic clock",
                 Span(Duration::from_secs(ahead.unsigned_abs()))
             )
         };

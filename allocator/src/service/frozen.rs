@@ -28,7 +28,7 @@ impl Service {
             return;
         }
         let text = format!(
-            "the metadata of this allocator are of yesterday: they are at change {}, and {who} heard of change {}. A snapshot \
+            "the metadata of this allocator are outdated: they are at change {}, and {who} heard of change {}. A snapshot \
              was reverted, or an old copy restored. Nothing is judged or changed; I/O goes on. Stop this allocator, run \
              `xpm-allocator recover --from-network URL...` with the control interface of each appliance, and start it again",
             ours.number, heard.number

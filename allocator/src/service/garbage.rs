@@ -196,7 +196,7 @@ impl Service {
             }
             let name = self.entry(of).record.name.clone();
             let line = format!(
-                "`{name}` has lost what it had on appliance {}: that does not have it any more",
+                "`{name}` has lost what it had on appliance {}: the appliance does not have it any more",
                 self.inventory.name(id)
             );
             tracing::warn!("{line}");

@@ -157,9 +157,8 @@ impl Service {
             }
             self.check_not_lost(record)?;
             let Some(owner) = &record.owner else {
-                let line = format!(
-                    "`{name}` is in use by nobody: detach the client that stands by, and attach it there"
-                );
+                let line =
+                    format!("`{name}` has no owner: detach the client that stands by, and attach it there");
                 return refused(ErrorKind::Conflict, line);
             };
             let is_it = |standby: &Standby| {
@@ -279,7 +278,7 @@ impl Service {
                 Step::Opened => (
                     EventKind::HandoverOpen,
                     format!(
-                        "`{name}` belongs to {to} now; {from} waits whether that stays so (hand-over {id})"
+                        "`{name}` belongs to {to} now; {from} waits for the commit or rollback of hand-over {id}"
                     ),
                 ),
                 Step::Committed => (
@@ -441,7 +440,7 @@ impl Service {
                 self.refuse(
                     before,
                     ErrorKind::Conflict,
-                    "somebody else has asked for the same since".to_owned(),
+                    "another request for the same has come since".to_owned(),
                 );
             }
             return;

@@ -113,7 +113,7 @@ impl Service {
             }
             Some(Step::Verify { xxh3, .. }) if xxh3 != digest.xxh3 => {
                 return Err(
-                    "what was copied is not what was there; look at the memory of both appliances".to_owned()
+                    "the copy differs from the original; check the memory of both appliances".to_owned()
                 );
             }
             Some(Step::Verify { len, .. }) => entry.side.copied += len,

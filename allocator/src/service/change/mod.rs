@@ -196,7 +196,7 @@ impl Service {
             )
         } else if entry.record.keyless {
             format!(
-                "`{name}` was recovered without its keys: its owner is asked for them within 10 s (an xpm-blk of before 0.2 has to \
+                "`{name}` was recovered without its keys: its owner is asked for them within 10 s (an xpm-blk older than 0.2 has to \
                  attach it again); try again"
             )
         } else if let Some(standby) = &entry.record.standby {
@@ -239,9 +239,9 @@ impl Service {
             (Stage::Open, Some(owner)) => format!("{} carries it out", owner.host_name),
             (Stage::Open, None) => "appliances copy".to_owned(),
             (Stage::Switched, Some(owner)) => {
-                format!("it holds; {} lets go of what was before", owner.host_name)
+                format!("it is done; {} releases the old regions", owner.host_name)
             }
-            (Stage::Switched, None) => "it holds; what was before is given back".to_owned(),
+            (Stage::Switched, None) => "it is done; the old regions are given back".to_owned(),
         };
         let switched = change.stage == Stage::Switched;
         Some(ChangeState {
