@@ -45,7 +45,7 @@ pub enum OutputForm {
     Text,
     /// The same with all columns, however long the lines become.
     Wide,
-    /// One JSON value for programs.
+    /// A JSON value for programs.
     Json,
     /// The same value as YAML.
     Yaml,

@@ -12,7 +12,7 @@ use crate::text::serde_as_text;
 /// Longest host name of a visitor, in bytes.
 const HOST_NAME_MAX: usize = 64;
 
-/// One life of a client. Written as `MACHINE.INSTALLATION.SEAT.NUMBER`: three times 32 hexadecimal digits, and a
+/// A life of a client. Written as `MACHINE.INSTALLATION.SEAT.NUMBER`: three times 32 hexadecimal digits, and a
 /// decimal number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Life {

@@ -1,4 +1,4 @@
-//! Decisions over snapshots, against a slow model and in single cases.
+//! Tests of decisions: examples, and properties over random pools and demands.
 
 use std::collections::HashMap;
 

@@ -49,7 +49,7 @@ impl Place {
     }
 }
 
-/// One daemon or several, and which of them is asked first. Never empty.
+/// The known daemons, one or several, and which of them is asked first. Never empty.
 #[derive(Debug)]
 pub(super) struct Places {
     all: Vec<Place>,

@@ -206,7 +206,7 @@ pub struct Reserve {
     pub ttl: Span,
 }
 
-/// One region.
+/// A region.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Region {
     /// Its id.

@@ -426,7 +426,7 @@ pub enum StandbyState {
     Ready,
 }
 
-/// One condition of swap safety, as read back from the kernel.
+/// A condition of swap safety, as read back from the kernel.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SafetyItem {
     /// The condition: `mlockall`, `io-flusher`, `oom-score-adj`, `mount-namespace`, `cgroup-swap-max`,
@@ -436,7 +436,7 @@ pub struct SafetyItem {
     pub ok: bool,
     /// The value that was read back.
     pub found: String,
-    /// What to do if it is not met.
+    /// Remedy if it is not met.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub remedy: Option<String>,
 }

@@ -36,7 +36,7 @@ impl fmt::Display for Severity {
     }
 }
 
-/// One problem.
+/// A problem.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Problem {
     /// The code of a [`Check`]. A text, so that a command understands daemons that are newer.
@@ -45,9 +45,9 @@ pub struct Problem {
     pub severity: Severity,
     /// The affected object, as `KIND/NAME`: `appliance/pool1`, `allocation/db`, `device//dev/ublkb0`.
     pub object: String,
-    /// What is wrong, in one line.
+    /// Description in one line.
     pub summary: String,
-    /// What to do about it, in one line; empty if nothing has to be done.
+    /// Remedy in one line; empty if nothing has to be done.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub remedy: String,
 }

@@ -53,7 +53,7 @@ pub struct Apply {
     pub dry_run: bool,
 }
 
-/// One file of documents.
+/// A file of documents.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PolicyFile {

@@ -1,4 +1,4 @@
-//! The document of an account: limits of a group of clients.
+//! The document `account`, to which memory is charged: its limits, hours and lease.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

@@ -1,4 +1,4 @@
-//! The document of an appliance: labels, link and medium.
+//! The document `appliance`: settings of an operator for a machine that lends memory.
 
 use std::fmt;
 use std::str::FromStr;

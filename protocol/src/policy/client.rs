@@ -1,4 +1,4 @@
-//! The document of a client: labels, link and limits.
+//! The document `client`: settings of an operator for a machine that uses external memory.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

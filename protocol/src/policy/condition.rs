@@ -1,4 +1,4 @@
-//! Conditions of rules, and the selectors of labels in them.
+//! Conditions of rules, and the kinds of access that they can ask for.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

@@ -1,9 +1,9 @@
-//! The content of one document of any kind.
+//! Documents of any kind as one type, and their names and versions.
 
 use super::{Account, ApplianceProfile, ClientProfile, DocumentName, Documents, Kind, Strategy};
 use crate::Name;
 
-/// One document of any kind.
+/// A document of any kind.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub enum Content {

@@ -1,4 +1,4 @@
-//! Hours of the week in which something is allowed.
+//! Windows of time in documents: times of day on days of the week.
 
 use std::fmt;
 use std::str::FromStr;

@@ -40,7 +40,7 @@ pub type Labels = BTreeMap<Name, Name>;
 /// Most labels of an appliance or of a request.
 pub const LABELS_MAX: usize = 64;
 
-/// One label, written `KEY=VALUE`.
+/// A label, written `KEY=VALUE`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Label {
     /// The property.

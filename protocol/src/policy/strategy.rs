@@ -1,4 +1,4 @@
-//! The document of a strategy: rules about placement, limits, leases and layout.
+//! The document `strategy`: rules by which requests are answered, and their parts.
 
 use std::fmt;
 use std::str::FromStr;

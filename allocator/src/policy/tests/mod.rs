@@ -1,4 +1,4 @@
-//! Documents: which are accepted, how each mistake is reported, and the committed schema.
+//! Tests of documents: applying, reading back, removing, conditions, and the published schema.
 
 use proptest::prelude::*;
 use xpm_protocol::Percent;

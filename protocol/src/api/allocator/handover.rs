@@ -27,7 +27,7 @@ pub struct HandOverAll {
     /// The allocations; at most [`HANDOVER_NAMES_MAX`], each once.
     pub names: Vec<Name>,
     /// The new owner, which stands by for all of them: a host by its name, a client's id, or the name under which a
-    /// client reported itself. One host may have several clients.
+    /// client reported itself. A host may have several clients.
     pub to: String,
     /// Do it even if the present owner has not written down that a client stands by: the owner is dead, or its I/O
     /// may fail.

@@ -45,7 +45,7 @@
 
 //!
 //! A request of an owner (the paths with `owner`, `orders` and `slabs`) may name the life of its client, by the query
-//! `life=`[`Life`]. One life owns an allocation at a time. A request of another life of the same client is refused
+//! `life=`[`Life`]. Only one life owns an allocation at a time. A request of another life of the same client is refused
 //! while the owning life is heard, or is connected to an appliance of the allocation.
 
 mod change;
@@ -549,7 +549,7 @@ pub struct Map {
     pub layout: Layout,
     /// Size of each region in bytes.
     pub region_len: ByteSize,
-    /// One grant or more for each appliance that has regions of it.
+    /// At least one grant for each appliance that has regions of it.
     pub grants: Vec<Grant>,
     /// The regions in order: whole rows of the layout.
     pub regions: Vec<RegionSlot>,
