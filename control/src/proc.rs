@@ -1,5 +1,5 @@
 //! Tables of the kernel that several programs read: `/proc/swaps` (proc_swaps(5)) and `/proc/meminfo`
-//! (proc_meminfo(5)), and the escapes_are_decoded of paths in such tables.
+//! (proc_meminfo(5)), and the escapes of paths in such tables.
 
 use std::fs;
 use std::io;
@@ -42,7 +42,7 @@ pub fn meminfo(text: &str, key: &str) -> Option<u64> {
     }
 }
 
-/// Decodes the octal escapes_are_decoded (`\040` for a blank) that the kernel writes into paths, also in proc_pid_mountinfo(5).
+/// Decodes the octal escapes (`\040` for a blank) that the kernel writes into paths, also in proc_pid_mountinfo(5).
 /// Other text stays unchanged.
 pub fn unescape(text: &str) -> String {
     let mut bytes = Vec::with_capacity(text.len());

@@ -44,8 +44,8 @@ pub struct Gate<P> {
 }
 
 impl<P> Gate<P> {
-    /// A gate with this many places, at least 1. A single network address may use at most a quarter of them; peers of unix
-    /// sockets may use all of them.
+    /// A gate with this many places, at least 1. A single network address may use at most a quarter of them; peers
+    /// of unix sockets may use all of them.
     pub fn new(places: usize) -> Gate<P> {
         let places = places.max(1);
         let share = places.div_ceil(4);

@@ -71,7 +71,7 @@ impl Layout {
         in_row / turn_len * unit + if rest < unit { rest } else { unit }
     }
 
-    /// Checks the fields_out_of_range_are_refused stated at the fields.
+    /// Checks the ranges stated at the fields.
     pub fn check(&self, region_len: u64) -> Result<(), LayoutError> {
         match *self {
             Layout::Linear => Ok(()),

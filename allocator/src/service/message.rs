@@ -164,7 +164,7 @@ pub enum Request {
     },
 }
 
-/// Which events a query wants.
+/// The events that a query wants.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct EventQuery {
     /// Events with a larger number, the oldest first; without it, the newest events.

@@ -356,7 +356,7 @@ fn check(record: &AllocationRecord, attach: &Attach) -> Result<(), ApiError> {
 /// The block size of an allocation from this attachment on.
 ///
 /// A client that sends no block size shows the size of its form. That is right for allocations from before block
-/// sizes were recorded, and for allocations that were never written to; for others it would show the data with the
+/// sizes could be chosen, and for allocations that were never written to; for others it would show the data with the
 /// wrong block size.
 pub(super) fn block_size(record: &AllocationRecord, attach: &Attach) -> Result<Option<BlockSize>, ApiError> {
     let Ok(form) = attach.purpose.parse::<Form>() else { return Ok(record.block_size()) };

@@ -9,7 +9,7 @@
 //! request is served as long as the rest of the pool could still serve the first one once all other memory is given
 //! back. Allocations that were made since the first request began to wait count as kept, so that small requests
 //! cannot overtake it for ever. Memory on an appliance that cannot serve the first request at all is not kept for it.
-//! It keeps memory for at most [`HOLD_MAX`], so that a request that waits for days blocks no other.
+//! The first request keeps memory for at most [`HOLD_MAX`], so that a request that waits for days blocks no other.
 //!
 //! The queue is in memory only: after a restart, waiting clients ask again.
 

@@ -90,7 +90,7 @@ pub struct Needs {
     pub share: Option<Percent>,
     /// Weights of the parts of a score.
     pub weights: Weights,
-    /// Where the client is.
+    /// Position of the client.
     pub position: Position,
     /// Most bytes that may be taken, counted in whole regions.
     pub taken_max: Option<u64>,

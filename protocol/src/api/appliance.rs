@@ -67,7 +67,7 @@ pub struct Info {
 }
 
 impl Info {
-    /// Where it is, for people: the address of its control interface, and, if known, the machine and the number of
+    /// Its place, for people: the address of its control interface, and, if known, the machine and the number of
     /// its life.
     pub fn place(&self) -> String {
         let control = text::short_line(&self.control, CONTROL_LEN_MAX);

@@ -27,7 +27,7 @@ pub const YES: u8 = b'Y';
 /// Another process has the memory, or no process can have it now.
 pub const NO: u8 = b'N';
 
-/// Where and from which size on to ask for memory.
+/// The socket to ask for memory, and the size from which on to ask.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Place {
     /// Name of the abstract socket, without the leading zero byte.

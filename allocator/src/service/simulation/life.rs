@@ -187,8 +187,8 @@ impl Life {
         }
     }
 
-    /// Loses the disk. A record that is complete at the appliances must be recovered from them alone; the maps of clients
-    /// are needed only for a step under way.
+    /// Loses the disk. A record that is complete at the appliances must be recovered from them alone; the maps of
+    /// clients are needed only for a step under way.
     fn lose_disk(&mut self) {
         let record = self.durable().expect("nothing deletes it");
         let knows = |client: usize| {

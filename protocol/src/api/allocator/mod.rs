@@ -453,7 +453,7 @@ pub enum AllocationState {
     Deleting,
 }
 
-/// Where one region of an allocation lies.
+/// Place of one region of an allocation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RegionPlace {
     /// The region.
@@ -626,7 +626,7 @@ pub struct Status {
     /// allocation.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub behind: Option<Behind>,
-    /// Set while its metadata cannot be written: the reason. It answers, and changes nothing.
+    /// Set while its metadata cannot be written: the reason. The allocator answers, and changes nothing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub read_only: Option<String>,
 }
