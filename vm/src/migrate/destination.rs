@@ -224,8 +224,10 @@ fn mismatch(offer: &Offer, guarded: &Guarded, qmp: &Qmp) -> Option<String> {
 /// ```text
 ///   (offer) ──▶ Ready is sent ──▶ state arrives ──▶ Loaded is sent ──▶ ordered ──▶ runs
 ///                     │                 │                  │
-///                     └─────────────────┴──────────────────┴──▶ the control connection ends, the source gives up or asks,
-///                                                               or QEMU fails: QEMU is killed and never runs here
+///                     └─────────────────┴──────────────────┘
+///                                       ▼
+///       the control connection ends, or the source gives up or asks, or QEMU fails:
+///       QEMU is killed; the machine never runs here
 /// ```
 struct Arrival<'a> {
     qmp: &'a mut Qmp,

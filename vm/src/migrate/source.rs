@@ -53,14 +53,14 @@ pub struct Moved {
 /// Progress of a move. The reaction to a failure of the next step depends only on it.
 ///
 /// ```text
-///             stop          pre-switchover,          switch         completed,            order to run        it runs there
-///   Running ───────▶ Stopped ──────────────▶ Quiet ─────────▶ Owned ──────────▶ Sent ────────────────▶ Ordered ──────▶ (gone)
-///      ▲                │      nothing dirty   │                │    loaded there │                       │
-///      └────────────────┴──────────────────────┘                │                 │                       │ it never will
-///      └──────────── cont ──────────── the RAM is taken back ───┴─────────────────┴───────────────────────┤
-///                                                                                                        │ no answer
-///                                                                                                        ▼
-///                                                          stopped here, and `xpm vm settle` is the way out
+///           stop          pre-switchover,          switch         completed,          order to run     it runs there
+/// Running ───────▶ Stopped ──────────────▶ Quiet ─────────▶ Owned ──────────▶ Sent ──────────────▶ Ordered ───▶ (gone)
+///    ▲                │      nothing dirty   │                │    loaded there │                     │
+///    └────────────────┴──────────────────────┘                │                 │                     │ it never will
+///    └──────────── cont ──────────── the RAM is taken back ───┴─────────────────┴─────────────────────┤
+///                                                                                                    │ no answer
+///                                                                                                    ▼
+///                                                      stopped here, and `xpm vm settle` is the way out
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Step {
