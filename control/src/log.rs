@@ -48,7 +48,7 @@ pub fn detach() -> io::Result<()> {
     Ok(())
 }
 
-/// Waits until all lines so far are written, but at most [`FLUSH_LIMIT`].
+/// Waits until all lines so far are written, but at most a second.
 pub fn flush() {
     let Some(queue) = QUEUE.get() else { return };
     let (written, wait) = sync_channel(1);

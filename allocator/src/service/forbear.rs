@@ -170,7 +170,7 @@ impl Service {
         moved
     }
 
-    /// Notes that this client sent a request as an owner.
+    /// Notes that this client, which owns an allocation or wants to, was heard.
     pub(super) fn hear_owner(&mut self, client: ClientId) {
         self.owners_heard.insert(client, self.now.at);
     }

@@ -54,7 +54,7 @@ pub(super) struct Waiter {
     since: u64,
     until: u64,
     why: String,
-    /// It is being placed now, and may turn into an allocation.
+    /// It is being placed, or its allocation is being made.
     tried: bool,
     /// When it was refused, seconds since 1970.
     refused: Option<u64>,
