@@ -5,7 +5,8 @@
 //! | SIGTERM, SIGINT | ends in an orderly way |
 //! | SIGHUP | reads its token file and the log's level again, and goes on |
 //! | all others that end a process by default and can be caught | nothing |
-//! | SIGKILL; SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGABRT, SIGSYS, SIGTRAP | ends: they cannot be caught, or report a fault of the process |
+//! | SIGKILL | ends: it cannot be caught |
+//! | SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGABRT, SIGSYS, SIGTRAP | ends: they report a fault of the process |
 
 use std::io;
 use std::sync::Arc;

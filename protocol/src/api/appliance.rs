@@ -9,7 +9,7 @@
 //! | `GET /v1/grants` | | list of [`Grant`] |
 //! | `PUT /v1/grants/{id}?lose=BOOL` | [`Commit`] | [`Grant`] |
 //! | `DELETE /v1/grants/{id}` | | nothing; revokes, then clears and frees the regions |
-//! | `GET /v1/grants/{id}/living/{life}` | | list of [`Holder`]: lives other than this one that are connected and answer; takes up to 3 s |
+//! | `GET /v1/grants/{id}/living/{life}` | | list of [`Holder`]: other lives that are connected and answer; up to 3 s |
 //! | `POST /v1/grants/{id}/copies` | [`struct@Copy`] | [`Digest`] of what was copied |
 //! | `POST /v1/grants/{id}/digests` | [`Range`] | [`Digest`] |
 //!

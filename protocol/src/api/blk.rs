@@ -9,8 +9,10 @@
 //! | `DELETE /v1/devices/{name}?force=true` | | nothing; refused while it is used, unless forced |
 //! | `PUT /v1/devices/{name}/abort` | | [`Device`]; all its I/O ends with an error. Only xpm-fs |
 //! | `GET /v1/devices/{name}/cache` | | [`Cache`]: its pages in this machine's page cache. Only xpm-fs |
-//! | `PUT /v1/devices/{name}/cache` | | [`Cache`] that is left after changed pages were written back and all were dropped. Only xpm-fs |
-//! | `PUT /v1/lost/{appliance}` | | list of [`Device`]s with memory on the appliance, by its name or id; the memory is given up. Refused while the appliance answers |
+//! | `PUT /v1/devices/{name}/cache` | | [`Cache`] that is left after write-back and drop. Only xpm-fs |
+//! | `PUT /v1/lost/{appliance}` | | list of [`Device`]s with memory there, which is given up |
+//!
+//! `appliance` is a name or an id. Giving up its memory is refused while the appliance answers.
 
 use std::fmt;
 use std::path::PathBuf;

@@ -6,8 +6,8 @@
 //! | `PUT /v1/appliances/{id}` | [`Heartbeat`] | [`HeartbeatAnswer`] |
 //! | `GET /v1/appliances` | | list of [`Appliance`] |
 //! | `DELETE /v1/appliances/{id}` | | nothing; refused while it holds regions of an allocation |
-//! | `POST /v1/appliances/{id}/loss` | | list of [`Allocation`]s that lose memory: the appliance is given up, for good. Refused while it is heard |
-//! | `POST /v1/allocations?request=ID` | [`Create`] | [`Allocation`]; repeated with the same [`RequestId`] it is the same request, and one that was cancelled stays cancelled |
+//! | `POST /v1/appliances/{id}/loss` | | list of [`Allocation`]s that lose memory (1) |
+//! | `POST /v1/allocations?request=ID` | [`Create`] | [`Allocation`] (2) |
 //! | `GET /v1/allocations` | | list of [`Allocation`] |
 //! | `GET /v1/allocations/{name}` | | [`Allocation`] |
 //! | `DELETE /v1/allocations/{name}?force=true` | | nothing; refused while attached, unless forced |
@@ -18,12 +18,13 @@
 //! | `PUT /v1/allocations/{name}/size` | [`Resize`] | [`Allocation`] |
 //! | `PUT /v1/allocations/{name}/name` | [`Rename`] | [`Allocation`]; refused while a client uses it |
 //! | `POST /v1/allocations/{name}/transfer` | [`Transfer`] | [`Allocation`] |
-//! | `POST /v1/handovers` | [`HandOverAll`] | [`Handover`]: all of the allocations have the new owner; on an error none has, and the old owner goes on |
+//! | `POST /v1/handovers` | [`HandOverAll`] | [`Handover`] of all these allocations; on an error, of none |
 //! | `GET /v1/handovers` | | list of [`Handover`]s that are not over |
-//! | `POST /v1/handovers/{id}/commit` | | [`Handover`]: the old owner ends. `id` is the hand-over's id, or the name of an allocation in it |
-//! | `POST /v1/handovers/{id}/rollback` | | [`Handover`]: the old owner has the allocations again, and goes on |
-//! | `GET /v1/allocations/{name}/orders/{client}?refused=GRANT,GRANT&pool=ID&number=N` | | [`Orders`] to the owner; `refused`: grants that refuse the owner, whose appliances are asked at once for their grants; `pool` and `number`: the newest [`MetadataState`] that the owner has heard of |
+//! | `POST /v1/handovers/{id}/commit` | | [`Handover`]: the old owner ends (3) |
+//! | `POST /v1/handovers/{id}/rollback` | | [`Handover`]: the old owner goes on (3) |
+//! | `GET /v1/allocations/{name}/orders/{client}?refused=GRANT,GRANT&pool=ID&number=N` | | [`Orders`] (4) |
 //! | `POST /v1/allocations/{name}/orders/{client}` | [`Report`] | [`Orders`] |
+//! | `PUT /v1/allocations/{name}/slabs/{client}` | [`SlabMap`] | [`SlabMap`] |
 //! | `POST /v1/appliances/{id}/drain` | [`Drain`] | [`Appliance`] |
 //! | `DELETE /v1/appliances/{id}/drain` | | nothing; regions that have moved stay where they are |
 //! | `POST /v1/rebalance` | [`Rebalance`] | [`RebalancePlan`]; nothing is done on a dry run |
@@ -31,18 +32,26 @@
 //! | `PUT /v1/rebalance` | [`Pause`] | [`RebalancePlan`] |
 //! | `DELETE /v1/rebalance` | | nothing; the move under way is finished |
 //! | `GET /v1/allocations/{name}/decisions` | | list of [`Decision`](super::decision::Decision), the newest first |
-//! | `POST /v1/decisions?all=true` | [`Create`] | [`Decision`](super::decision::Decision): a dry run, nothing is made; with `all` every appliance is named |
+//! | `POST /v1/decisions?all=true` | [`Create`] | [`Decision`](super::decision::Decision) of a dry run (5) |
 //! | `GET /v1/metrics` | | text for Prometheus |
 //! | `GET /v1/backup` | | all metadata except decisions, with the keys of all grants, for `xpm-allocator restore` |
 //! | `GET /v1/garbage` | | list of [`Garbage`] |
 //! | `GET /v1/usage` | | list of [`Usage`] |
 //! | `PUT /v1/clients/{name}` | [`ClientFacts`] | [`Client`] |
 //! | `GET /v1/clients` | | list of [`Client`] |
-//! | `GET /v1/events?after=N&wait=true&object=NAME&kind=A,B&limit=N` | | list of [`Event`], at most [`EVENTS_PAGE_MAX`]: those with a larger number, the oldest first, or without `after` the newest; only those of this object and of these kinds; with `wait`, up to 20 s until there is one |
+//! | `GET /v1/events?after=N&wait=true&object=NAME&kind=A,B&limit=N` | | list of [`Event`] (6) |
 //! | `GET /v1/policy` | | [`Policy`](super::policy::Policy) |
 //! | `POST /v1/policy` | [`Apply`](super::policy::Apply) | [`Applied`](super::policy::Applied) |
-//! | `DELETE /v1/policy/{kind}/{name}?version=N` | | nothing; refused while it is in use, and, with a version, if it has another one |
-
+//! | `DELETE /v1/policy/{kind}/{name}?version=N` | | nothing; refused while in use, or if its version is another one |
+//!
+//! 1. The appliance is given up, for good. Refused while it is heard.
+//! 2. Repeated with the same [`RequestId`] it is the same request, and a cancelled request stays cancelled.
+//! 3. `id` is the hand-over's id, or the name of an allocation in it.
+//! 4. `refused`: grants that refuse the owner, whose appliances are asked at once for their grants. `pool` and
+//!    `number`: the newest [`MetadataState`] that the owner has heard of.
+//! 5. Nothing is made. With `all`, every appliance is named.
+//! 6. At most [`EVENTS_PAGE_MAX`]: those with a larger number, the oldest first, or without `after` the newest. Only
+//!    events of this object and of these kinds. With `wait`, the answer waits up to 20 s until there is an event.
 //!
 //! A request of an owner (the paths with `owner`, `orders` and `slabs`) may name the life of its client, by the query
 //! `life=`[`Life`]. Only one life owns an allocation at a time. A request of another life of the same client is refused
