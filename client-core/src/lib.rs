@@ -11,7 +11,7 @@ pub mod owner;
 pub mod signals;
 pub mod volume;
 
-// What options and answers of this library are made of.
+// The types of this library's options and answers.
 pub use xpm_control::token::{Token, TokenError};
 pub use xpm_control::urls::{ParseUrlsError, Urls};
 pub use xpm_protocol::api::allocator::Map;
