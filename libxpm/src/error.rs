@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::ffi::{CString, c_char, c_int};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use xpm_mapping::{AttachError, MapError, NamedSlabError};
+use xpm_mapping::{AttachError, MapError, NamedSlabError, PageError};
 
 thread_local! {
     static LAST: RefCell<CString> = RefCell::default();
@@ -61,6 +61,12 @@ impl From<NamedSlabError> for Error {
             NamedSlabError::Unknown { .. } => libc::EHOSTUNREACH,
         };
         Error(number, error.to_string())
+    }
+}
+
+impl From<PageError> for Error {
+    fn from(error: PageError) -> Error {
+        Error(libc::EIO, error.to_string())
     }
 }
 

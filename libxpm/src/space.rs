@@ -253,6 +253,20 @@ pub unsafe extern "C" fn xpm_free_bytes(space: *const xpm_space) -> u64 {
     unsafe { known(space) }.map_or(0, |known| known.space.free_bytes())
 }
 
+/// Says why a page of the space could last not be used, and so why an access was a SIGBUS: -EIO, and xpm_last_error() has the line;
+/// 0 when all pages could be used. Not for a handler of that signal: call it outside of one, or read the line on standard error.
+///
+/// # Safety
+/// As of xpm_carve().
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xpm_space_error(space: *const xpm_space) -> c_int {
+    // SAFETY: by the caller's word.
+    status(|| match unsafe { known(space) }?.space.last_error() {
+        Some(error) => Err(error.into()),
+        None => Ok(()),
+    })
+}
+
 /// Writes what happened so far, and what is there, to `statistics`.
 ///
 /// # Safety

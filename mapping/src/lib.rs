@@ -11,7 +11,8 @@
 //!
 //! **Errors.** Calls return them. Where there is only an access, it waits while an appliance is out of reach (for
 //! as long as the volume holds I/O), and is a SIGBUS when the content cannot be had any more: the
-//! memory is lost, or belongs to another client. A program that has a handler of SIGBUS gets it there. In
+//! memory is lost, or belongs to another client. A program that has a handler of SIGBUS gets it there; [`Space::last_error`] tells it
+//! why, and so does a line on standard error. In
 //! [`Faults::Handled`] on kernels without UFFDIO_POISON (before Linux 6.6) such an access waits, and
 //! is tried again each second.
 //!
@@ -41,6 +42,8 @@ pub use xpm_client_core::{
 };
 
 pub use self::api::CHUNK_LEN;
+pub use xpm_transport::IoError;
+
 pub use self::api::array::{Array, SpaceAllocator};
 pub use self::api::buffer::Buffer;
 pub use self::api::error::MapError;
@@ -51,4 +54,5 @@ pub use self::api::slab;
 pub use self::api::space::Space;
 pub use self::evict::budget::Budget;
 pub use self::pager::Faults;
+pub use self::pager::errors::{Cause, ErrorCounts, PageError};
 pub use self::pager::stats::MappingStats;

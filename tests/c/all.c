@@ -132,6 +132,7 @@ int main(int argc, char **argv)
 	CHECK(xpm_set_budget(space, 4 * MIB) == 0 && xpm_set_budget(space, 0) == -EINVAL);
 	CHECK(xpm_stats(space, &statistics) == 0 && statistics.budget == 4 * MIB && statistics.written > 0);
 	CHECK(xpm_stats(space, NULL) == -EINVAL);
+	CHECK(xpm_space_error(space) == 0 && xpm_space_error(NULL) == -EINVAL);
 	struct xpm_mapping *named = xpm_slab_create(space, "words", 3 * MIB);
 	CHECK(named && xpm_length(named) == 4 * MIB);
 	CHECK(!xpm_slab_create(space, "words", 1) && errno == EEXIST);

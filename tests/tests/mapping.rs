@@ -3,12 +3,14 @@
 #![allow(unsafe_code)]
 
 use std::io::Write as _;
-use std::os::unix::process::ExitStatusExt as _;
 use std::process::Command;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use xpm_mapping::{Access, Advice, Attachment, Faults, MapError, Mapping, MappingStats, Space};
+use xpm_mapping::{
+    Access, Advice, Attachment, Cause, Faults, IoError, MapError, Mapping, MappingStats, PageError, Space,
+};
 use xpm_protocol::api::blk::TransportKind;
 use xpm_tests::Cluster;
 use xpm_tests::mapping::{Dice, MIB, PAGE, attach_options, attached, in_own_process, options, words};
@@ -485,25 +487,28 @@ fn long_calls_and_accesses_see_the_same() {
 }
 
 /// What a program sees when one of two appliances lost its memory: calls fail, and an access is a SIGBUS, which goes to the
-/// handler that was there before. What lies on the other one is there, although all of local memory was of what is lost and changed.
+/// handler that was there before, and which learns why. What lies on the other one is there, although all of local memory was of what is lost and changed.
 fn program_whose_memory_is_lost(url: &str, faults: Faults) {
+    static SPACE: OnceLock<Space> = OnceLock::new();
     extern "C" fn on_sigbus(_: i32) {
+        let why = SPACE.get().and_then(Space::last_error);
+        let known = why == Some(PageError { offset: 0, cause: Cause::Io(IoError::Lost) });
         // SAFETY: it ends the process, and nothing else.
-        unsafe { libc::_exit(42) };
+        unsafe { libc::_exit(if known { 42 } else { 43 }) };
     }
-    if faults == Faults::Inline {
-        // SAFETY: the handler does nothing but to end the process.
-        unsafe { libc::signal(libc::SIGBUS, on_sigbus as *const () as usize) };
-    }
+    // SAFETY: the handler reads atomics and ends the process.
+    unsafe { libc::signal(libc::SIGBUS, on_sigbus as *const () as usize) };
     let mut to_attach = attach_options(url, "v");
     // In memory that is shared with it, what a killed appliance had is there until that is noticed.
     to_attach.transport = Some(TransportKind::NbdTcp);
     let (_attachment, volume) = Attachment::attach(&to_attach).expect("it can be attached");
     let space = Space::open(volume, &options(4 * MIB, faults, 16 * MIB)).expect("a space");
+    let space = SPACE.get_or_init(|| space);
     let range = space.map(0..16 * MIB, Access::ReadWrite).expect("a range");
     let words = words(&range);
     words.iter().for_each(|word| word.store(7, Ordering::Relaxed));
     range.advise(0..range.len(), Advice::DontNeed).expect("it can be written");
+    assert_eq!((space.last_error(), space.stats().causes.of(Cause::Io(IoError::Lost))), (None, 0));
     // Every other unit of the stripe lies on the appliance that is lost: what is local is of those, and changed.
     let units = |first| words.chunks(UNIT / 8).skip(first).step_by(2).flatten().step_by(PAGE / 8);
     units(0).for_each(|word| word.store(8, Ordering::Relaxed));
@@ -512,6 +517,8 @@ fn program_whose_memory_is_lost(url: &str, faults: Faults) {
     // The first of them have left.
     let refused = range.get(0, &mut [0; 8]).expect_err("it is lost");
     assert!(matches!(refused, MapError::Io(_)), "{refused}");
+    assert_eq!(space.last_error().map(|error| error.cause), Some(Cause::Io(IoError::Lost)));
+    assert!(space.stats().causes.of(Cause::Io(IoError::Lost)) > 0);
     let unwritten = space.flush().expect_err("what is changed cannot be written");
     println!("refused: {refused}, {unwritten}");
     assert!(
@@ -557,10 +564,7 @@ fn loses_its_memory(inline: bool) {
     assert!(rest.iter().any(|line| line.starts_with("refused: ")), "{rest:?}");
     assert!(rest.iter().any(|line| line == "the others are whole"), "{rest:?}");
     assert!(!rest.iter().any(|line| line.starts_with("there is")), "never zeros, or anything else: {rest:?}");
-    match inline {
-        true => assert_eq!(ended.code(), Some(42), "the handler that was there before: {rest:?}"),
-        false => assert_eq!(ended.signal(), Some(libc::SIGBUS), "{rest:?}"),
-    }
+    assert_eq!(ended.code(), Some(42), "the handler that was there before learns why: {rest:?}");
 }
 
 #[test]

@@ -17,6 +17,7 @@ use crate::fault::calls::Calls;
 use crate::fault::sigbus::Registered;
 use crate::page::uffd::Reach;
 use crate::page::window::{PAGE, Window};
+use crate::pager::errors::PageError;
 use crate::pager::stats::MappingStats;
 use crate::pager::{CHUNK, Shared};
 use xpm_client_core::volume::Volume;
@@ -165,6 +166,13 @@ impl Space {
     /// What happened so far, and what is there.
     pub fn stats(&self) -> MappingStats {
         self.inner.pager.stats()
+    }
+
+    /// Why a page could last not be brought into local memory, or not be written to external memory; none: all could. This is
+    /// how a program learns the cause of a SIGBUS. Takes no lock and allocates nothing, so a handler of that signal may call it.
+    /// Content that was only fetched ahead and failed is not here, for it is tried again; [`MappingStats::causes`] counts it.
+    pub fn last_error(&self) -> Option<PageError> {
+        self.inner.pager.errors.last()
     }
 
     /// Writes all that was changed to external memory, and waits until it is there.

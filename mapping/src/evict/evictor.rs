@@ -13,6 +13,7 @@ use crate::page::window::PAGE;
 use crate::page::word::runs;
 use crate::page::word::{Claim, DIRTY, MARK, PINNED, POISONED, QUEUED, Residency, TOUCHED, WRITTEN};
 use crate::pager::Shared;
+use crate::pager::errors::Once;
 use crate::pager::stats::count;
 use crate::say::say;
 use xpm_client_core::volume::Channel;
@@ -323,12 +324,17 @@ impl Evictor {
                 }
                 Err(error) => {
                     count(&self.pager.tallies.errors, 1);
-                    self.pager.set_lost(error);
+                    self.pager.failed(first, error);
                     let now = Some(Instant::now());
                     if error.is_final() {
                         self.lost = now;
                         // It would hold the room of those that can still be had.
                         if run == 1 {
+                            let name = &self.pager.name;
+                            self.pager.errors.log_once(Once::Unwritten, format_args!(
+                                "xpm: page {first} of allocation `{name}` was changed and cannot be written, so accesses to it are a \
+                                 SIGBUS from now on (others like it are not listed): {error}"
+                            ));
                             // What it held is gone, also where external memory never had it: it is no zeros.
                             self.let_go(first, run, POISONED | WRITTEN);
                             continue;

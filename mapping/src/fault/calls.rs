@@ -112,6 +112,10 @@ impl Calls {
         loop {
             self.channel.poll(&mut self.ended);
             if let Some(ended) = self.ended.pop() {
+                if let Err(error) = ended.result {
+                    count(&self.pager.tallies.errors, 1);
+                    self.pager.failed((offset / PAGE as u64) as u32, error);
+                }
                 return ended.result;
             }
             self.channel.arm();

@@ -52,6 +52,7 @@ pub(crate) fn run(mut fetcher: Fetcher, number: usize) {
         for fault in &faults[..read] {
             any = true;
             let Some(page) = pager.window.page_of(fault.address) else {
+                pager.complain_of_own(fault.address);
                 pager.window.refuse(fault.address);
                 continue;
             };

@@ -1,12 +1,13 @@
 //! What all threads of a pager share: the window, its pages, how much local memory is left, and what is
 //! known of the ranges that are mapped.
 
+pub(crate) mod errors;
 pub(crate) mod prefetch;
 pub(crate) mod room;
 pub(crate) mod stats;
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering, fence};
 use std::sync::{Arc, Mutex};
 
 use crossbeam_queue::ArrayQueue;
@@ -14,12 +15,12 @@ use rustix::thread::futex;
 use xpm_transport::{IoBuf, IoError};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
+use self::errors::{Cause, Errors, Once};
 use self::prefetch::{Ahead, Habit, Prefetcher};
 use self::room::Room;
 use self::stats::{MappingStats, Tallies, count};
 use crate::page::window::{self, PAGE, Window};
 use crate::page::word::{Claim, DIRTY, MARK, POISONED, Pages, QUEUED, Residency, State, TOUCHED, WRITTEN};
-use crate::say::say;
 use crate::wake::Bell;
 
 /// Pages of which something is known together: 2 MiB.
@@ -109,9 +110,6 @@ pub(crate) enum Early<T> {
     NoRoom,
 }
 
-/// Most lines that are written about accesses which fail: the first ones tell why.
-const COMPLAINTS_MAX: u32 = 16;
-
 pub(crate) struct Pager {
     /// Of the allocation.
     pub(crate) name: Box<str>,
@@ -129,9 +127,7 @@ pub(crate) struct Pager {
     prefetcher: Mutex<Prefetcher>,
     pub(crate) tallies: Tallies,
     stopped: AtomicBool,
-    complaints: AtomicU32,
-    /// Why content could not be had when that was last so: one more than the place in [`IoError::ALL`]; 0: it always could.
-    lost: AtomicUsize,
+    pub(crate) errors: Errors,
     /// Digests cannot be foreseen by whoever makes the content.
     seed: u64,
     zeros: u64,
@@ -150,8 +146,7 @@ impl Pager {
         let chunks = count.div_ceil(CHUNK as usize);
         Ok(Pager {
             name: name.into(),
-            complaints: AtomicU32::new(0),
-            lost: AtomicUsize::new(0),
+            errors: Errors::default(),
             pages: Pages::new(window::zeros32(count), window::zeros64(count)),
             window,
             faults,
@@ -450,7 +445,10 @@ impl Pager {
     /// The content of pages that the caller has cannot be had.
     pub(crate) fn fail(&self, first: u32, run: u32, error: IoError, prefetch: bool) {
         count(&self.tallies.errors, 1);
-        self.set_lost(error);
+        match prefetch {
+            true => self.errors.count(Cause::Io(error)),
+            false => self.failed(first, error),
+        }
         for page in first..first + run {
             if !prefetch && self.faults.has_handlers() {
                 self.complain(page);
@@ -477,38 +475,45 @@ impl Pager {
         }
     }
 
-    /// Remembers why content cannot be had.
-    pub(crate) fn set_lost(&self, error: IoError) {
-        let place = IoError::ALL.iter().position(|known| *known == error);
-        self.lost.store(place.map_or(0, |place| place + 1), Ordering::Relaxed);
+    /// Records why an operation on external memory for this page failed.
+    pub(crate) fn failed(&self, page: u32, error: IoError) {
+        self.errors.record(page, Cause::Io(error));
     }
 
     /// Says why an access to a page is a SIGBUS, or an error of a system call, before it is. Allocates nothing.
     pub(crate) fn complain(&self, page: u32) {
-        let gone = self.pages.state(page).residency() == Residency::Mapped;
-        let lost = self.lost.load(Ordering::Relaxed).checked_sub(1).and_then(|place| IoError::ALL.get(place));
-        match lost {
-            _ if gone => {
-                self.complain_of(page, &"the program threw it away by a call of its own, such as madvise(2)");
+        // A page that should be in the window and is not was discarded there.
+        if self.pages.state(page).residency() == Residency::Mapped {
+            self.errors.record(page, Cause::Discarded);
+        }
+        match self.errors.cause_of(page) {
+            Some(cause) => {
+                self.errors.remember(page, cause);
+                self.complain_of(page, &cause);
             }
-            Some(error) => self.complain_of(page, error),
             None => self.complain_of(page, &"its content cannot be had"),
         }
     }
 
+    /// Says once that an address of the library's own was touched: whoever touched it gets a SIGBUS.
+    pub(crate) fn complain_of_own(&self, address: usize) {
+        let name = &self.name;
+        self.errors.log_once(Once::OwnAddress, format_args!(
+            "xpm: SIGBUS for an access to 0x{address:x}, which only the library may touch, beside allocation `{name}`"
+        ));
+    }
+
     /// The same of a page for which there is no room.
     pub(crate) fn complain_of_room(&self, page: u32) {
-        let why = "all local memory is pinned by the program (io_uring, RDMA, O_DIRECT), and the machine has no more: choose more local memory";
-        self.complain_of(page, &why);
+        self.errors.record(page, Cause::NoRoom);
+        self.complain_of(page, &Cause::NoRoom);
     }
 
     fn complain_of(&self, page: u32, why: &dyn std::fmt::Display) {
-        if self.complaints.fetch_add(1, Ordering::Relaxed) < COMPLAINTS_MAX {
-            let (address, name) = (self.window.address_of(page), &self.name);
-            say(format_args!(
-                "xpm: SIGBUS for accesses to 0x{address:x}, page {page} of allocation `{name}`: {why}"
-            ));
-        }
+        let (address, name) = (self.window.address_of(page), &self.name);
+        self.errors.log(format_args!(
+            "xpm: SIGBUS for accesses to 0x{address:x}, page {page} of allocation `{name}`: {why}"
+        ));
     }
 
     /// Gives a page back that the caller has, and wakes who waits for it.
@@ -536,7 +541,7 @@ impl Pager {
     }
 
     pub(crate) fn stats(&self) -> MappingStats {
-        self.tallies.stats(&self.room)
+        self.tallies.stats(&self.room, self.errors.counts())
     }
 
     /// After room was given back: those who wait for it try again.

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::errors::ErrorCounts;
 use super::room::Room;
 use crate::page::window::PAGE;
 
@@ -31,6 +32,8 @@ pub struct MappingStats {
     pub waits: u64,
     /// Operations on external memory that failed.
     pub errors: u64,
+    /// The same by cause, and accesses that failed for a cause of another kind.
+    pub causes: ErrorCounts,
 }
 
 #[derive(Default)]
@@ -51,7 +54,7 @@ pub(crate) fn count(counter: &AtomicU64, by: u64) {
 }
 
 impl Tallies {
-    pub(crate) fn stats(&self, room: &Room) -> MappingStats {
+    pub(crate) fn stats(&self, room: &Room, causes: ErrorCounts) -> MappingStats {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         MappingStats {
             budget: (room.budget() * PAGE) as u64,
@@ -65,6 +68,7 @@ impl Tallies {
             written: get(&self.written),
             waits: get(&self.waits),
             errors: get(&self.errors),
+            causes,
         }
     }
 }

@@ -1,0 +1,198 @@
+//! Why pages could not be brought or written: counted by cause, remembered, and logged.
+//!
+//! Everything here may run in a handler of SIGBUS: it takes no lock and allocates nothing.
+
+use std::fmt::{self, Display};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+
+use xpm_transport::IoError;
+
+use crate::page::window::PAGE;
+use crate::say::say;
+
+/// Most lines that are written about accesses that fail: the first ones say why.
+const LINES_MAX: u32 = 16;
+/// Failed pages whose causes are remembered.
+const RECENT: usize = 16;
+const CAUSES: usize = IoError::ALL.len() + 2;
+
+/// Why a page could not be brought into local memory, or written to external memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
+pub enum Cause {
+    /// The operation on external memory failed.
+    #[error("{0}")]
+    Io(IoError),
+    /// The program discarded the page by a call of its own, such as madvise(2), and with it what it had written.
+    #[error("the program threw it away by a call of its own, such as madvise(2)")]
+    Discarded,
+    /// No local memory is left for it, and none can be freed.
+    #[error(
+        "all local memory is pinned by the program (io_uring, RDMA, O_DIRECT), and the machine has no more: choose more local memory"
+    )]
+    NoRoom,
+}
+
+impl Cause {
+    /// All causes.
+    pub fn all() -> impl Iterator<Item = Cause> {
+        IoError::ALL.into_iter().map(Cause::Io).chain([Cause::Discarded, Cause::NoRoom])
+    }
+
+    fn index(self) -> usize {
+        match self {
+            Cause::Io(error) => IoError::ALL.iter().position(|known| *known == error).unwrap_or(CAUSES - 3),
+            Cause::Discarded => CAUSES - 2,
+            Cause::NoRoom => CAUSES - 1,
+        }
+    }
+
+    fn of_index(index: usize) -> Option<Cause> {
+        match index {
+            _ if index < IoError::ALL.len() => Some(Cause::Io(IoError::ALL[index])),
+            _ if index == CAUSES - 2 => Some(Cause::Discarded),
+            _ if index == CAUSES - 1 => Some(Cause::NoRoom),
+            _ => None,
+        }
+    }
+}
+
+/// A page that could not be brought or written, and why.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PageError {
+    /// Byte of the allocation at which the page begins.
+    pub offset: u64,
+    /// Why.
+    pub cause: Cause,
+}
+
+impl Display for PageError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the page at byte {} of the allocation cannot be used: {}", self.offset, self.cause)
+    }
+}
+
+impl std::error::Error for PageError {}
+
+/// How often pages could not be brought or written, by cause.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ErrorCounts([u64; CAUSES]);
+
+impl ErrorCounts {
+    /// How often this was the cause.
+    pub fn of(&self, cause: Cause) -> u64 {
+        self.0[cause.index()]
+    }
+}
+
+/// What is logged once, since it can concern many pages.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Once {
+    /// An address that only the library may touch was touched. The kernel touches all of them in mlockall(2).
+    OwnAddress,
+    /// A changed page could not be written before its memory was lost.
+    Unwritten,
+}
+
+/// What the pager knows of errors. A remembered one is the number of the page above the index of the cause and one.
+#[derive(Default)]
+pub(crate) struct Errors {
+    counts: [AtomicU64; CAUSES],
+    recent: [AtomicU64; RECENT],
+    /// Errors that were remembered, ever.
+    seen: AtomicUsize,
+    lines: AtomicU32,
+    /// What of [`Once`] was logged.
+    logged: [AtomicBool; 2],
+}
+
+impl Errors {
+    /// Counts an error of which no access or call of the program depends: what is fetched ahead is tried again when it is touched.
+    pub(crate) fn count(&self, cause: Cause) {
+        self.counts[cause.index()].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Counts the error, and remembers it as that of the page.
+    pub(crate) fn record(&self, page: u32, cause: Cause) {
+        self.count(cause);
+        self.remember(page, cause);
+    }
+
+    /// Remembers the error as that of the page, whose cause was counted before.
+    pub(crate) fn remember(&self, page: u32, cause: Cause) {
+        let word = u64::from(page) << 8 | (cause.index() as u64 + 1);
+        let place = self.seen.load(Ordering::Relaxed) % RECENT;
+        self.recent[place].store(word, Ordering::Relaxed);
+        self.seen.fetch_add(1, Ordering::Release);
+    }
+
+    /// Why this page could last not be used; where that is not remembered any more, why another page could not.
+    pub(crate) fn cause_of(&self, page: u32) -> Option<Cause> {
+        self.latest(|(known, _)| known == page).or_else(|| self.latest(|_| true)).map(|(_, cause)| cause)
+    }
+
+    /// The last error.
+    pub(crate) fn last(&self) -> Option<PageError> {
+        let (page, cause) = self.latest(|_| true)?;
+        Some(PageError { offset: u64::from(page) * PAGE as u64, cause })
+    }
+
+    fn latest(&self, wanted: impl Fn((u32, Cause)) -> bool) -> Option<(u32, Cause)> {
+        let seen = self.seen.load(Ordering::Acquire);
+        let places = (0..seen.min(RECENT)).map(|back| (seen - 1 - back) % RECENT);
+        let words = places.map(|place| self.recent[place].load(Ordering::Relaxed));
+        let known = words.filter_map(|word| {
+            Some(((word >> 8) as u32, Cause::of_index(((word & 0xff) as usize).checked_sub(1)?)?))
+        });
+        known.into_iter().find(|one| wanted(*one))
+    }
+
+    pub(crate) fn counts(&self) -> ErrorCounts {
+        ErrorCounts(std::array::from_fn(|index| self.counts[index].load(Ordering::Relaxed)))
+    }
+
+    /// Writes a line to standard error, unless enough were written.
+    pub(crate) fn log(&self, line: fmt::Arguments<'_>) {
+        if self.lines.fetch_add(1, Ordering::Relaxed) < LINES_MAX {
+            say(line);
+        }
+    }
+
+    /// Writes a line to standard error that is written once.
+    pub(crate) fn log_once(&self, what: Once, line: fmt::Arguments<'_>) {
+        if !self.logged[what as usize].swap(true, Ordering::Relaxed) {
+            say(line);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_page_has_its_own_cause() {
+        let errors = Errors::default();
+        assert_eq!((errors.last(), errors.cause_of(3)), (None, None));
+        errors.record(3, Cause::Io(IoError::Fenced));
+        errors.record(7, Cause::Discarded);
+        assert_eq!(errors.cause_of(3), Some(Cause::Io(IoError::Fenced)));
+        assert_eq!(errors.last(), Some(PageError { offset: 7 * PAGE as u64, cause: Cause::Discarded }));
+        errors.record(3, Cause::Io(IoError::Lost));
+        assert_eq!(errors.cause_of(3), Some(Cause::Io(IoError::Lost)), "the last one counts");
+        (100..100 + RECENT as u32).for_each(|page| errors.record(page, Cause::NoRoom));
+        assert_eq!(errors.cause_of(3), Some(Cause::NoRoom), "the last of another page");
+    }
+
+    #[test]
+    fn causes_are_counted_apart() {
+        let errors = Errors::default();
+        for cause in Cause::all() {
+            assert_eq!(Cause::of_index(cause.index()), Some(cause));
+            (0..=cause.index()).for_each(|_| errors.count(cause));
+        }
+        for cause in Cause::all() {
+            assert_eq!(errors.counts().of(cause), cause.index() as u64 + 1);
+        }
+        assert_eq!(errors.last(), None, "only counted");
+    }
+}
