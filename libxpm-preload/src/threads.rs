@@ -27,13 +27,15 @@ pub(crate) fn starting<T>(act: impl FnOnce() -> T) -> T {
     done
 }
 
-/// Acts; threads that are started meanwhile have all signals blocked: they run no handler of the program.
+/// Acts; threads that are started meanwhile have all signals blocked but SIGBUS: they run no handler of the program.
 pub(crate) fn without_signals<T>(act: impl FnOnce() -> T) -> T {
     let mut sets = [const { MaybeUninit::<libc::sigset_t>::zeroed() }; 2];
     let [all, before] = &mut sets;
     // SAFETY: the sets are this function's; zeros are a set.
     unsafe {
         libc::sigfillset(all.as_mut_ptr());
+        // A copy from memory of an appliance can raise it, and its handler makes an error of that (`xpm_transport::sound`).
+        libc::sigdelset(all.as_mut_ptr(), libc::SIGBUS);
         libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), before.as_mut_ptr());
     }
     let done = act();

@@ -1,12 +1,16 @@
 //! A lender that never comes back: the operator gives its memory up, and nothing waits for it any more.
 
+#![allow(unsafe_code)]
+
 use std::io::Write as _;
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use xpm_mapping::{Access, Advice, Attachment, Faults, Space};
+use rustix::mm::{MapFlags, ProtFlags, mmap};
+use xpm_mapping::{Access, Advice, Attachment, Cause, Faults, IoError, PageError, Space};
 use xpm_protocol::api::blk::TransportKind;
 use xpm_tests::mapping::{MIB, PAGE, attach_options, options, own_process, words};
 use xpm_tests::{Cluster, have, wait_until};
@@ -183,4 +187,69 @@ fn a_program_whose_lender_is_given_up_is_told_why_it_ends() {
     assert_eq!(ended.signal(), Some(libc::SIGBUS), "{rest:?}");
     let said = std::fs::read_to_string(&log).expect("its log");
     assert!(said.contains("lost on a0"), "{said}");
+}
+
+static SPACE: OnceLock<Space> = OnceLock::new();
+
+/// A program's own handler of SIGBUS: ends the program, with a status that says whether it learned the cause.
+extern "C" fn on_sigbus(_: i32) {
+    let why = SPACE.get().and_then(Space::last_error);
+    let known = why == Some(PageError { offset: MIB, cause: Cause::Io(IoError::BadMemory) });
+    // SAFETY: it ends the process, and nothing else.
+    unsafe { libc::_exit(if known { 42 } else { 43 }) };
+}
+
+/// Puts an empty file in the place of the appliance's memory.
+fn break_shared_memory() {
+    let maps = std::fs::read_to_string("/proc/self/maps").expect("the maps of this process");
+    let shared = |line: &&str| line.contains("/memfd:") && line.contains("rw-s");
+    let file = tempfile::tempfile().expect("a file");
+    let mut broken = 0;
+    for line in maps.lines().filter(shared) {
+        let (start, end) = line.split(' ').next().and_then(|range| range.split_once('-')).expect("a range");
+        let at = |text| usize::from_str_radix(text, 16).expect("an address");
+        let (start, len) = (at(start), at(end) - at(start));
+        let (access, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::FIXED);
+        // SAFETY: no reference to the appliance's memory exists.
+        unsafe { mmap(start as *mut std::ffi::c_void, len, access, flags, &file, 0) }.expect("it is mapped");
+        broken += 1;
+    }
+    assert!(broken > 0, "no memory of an appliance is mapped: {maps}");
+}
+
+#[test]
+#[ignore = "is run by another test, in a process of its own"]
+fn with_memory_that_cannot_be_accessed() {
+    let Ok(url) = std::env::var("XPM_TEST_ALLOCATOR") else { return };
+    let in_line = std::env::var_os("XPM_TEST_INLINE").is_some();
+    let faults = if in_line { Faults::Inline } else { Faults::Handled(1) };
+    // SAFETY: the handler reads atomics and ends the process.
+    unsafe { libc::signal(libc::SIGBUS, on_sigbus as *const () as usize) };
+    let mut to_attach = attach_options(&url, if in_line { "inline" } else { "handled" });
+    to_attach.transport = Some(TransportKind::Shm);
+    let (_attachment, volume) = Attachment::attach(&to_attach).expect("it can be attached");
+    let space = Space::open(volume, &options(MIB, faults, 4 * MIB)).expect("a space");
+    let space = SPACE.get_or_init(|| space);
+    let range = space.map(0..4 * MIB, Access::ReadWrite).expect("a range");
+    let words = words(&range);
+    words.iter().for_each(|word| word.store(7, Ordering::Relaxed));
+    range.advise(0..range.len(), Advice::DontNeed).expect("it can leave");
+    break_shared_memory();
+    let refused = range.get(2 * MIB as usize, &mut [0; PAGE]).expect_err("it cannot be read");
+    println!("refused: {refused}");
+    println!("there is {}", words[MIB as usize / 8].load(Ordering::Relaxed));
+}
+
+#[test]
+fn memory_of_an_appliance_that_cannot_be_accessed_is_an_error() {
+    let cluster = Cluster::start(1);
+    for (name, environment) in [("handled", &[][..]), ("inline", &[("XPM_TEST_INLINE", "1")])] {
+        cluster.ok(&["alloc", "create", name, "--size", "16MiB"]);
+        let (mut program, lines) =
+            own_process(&cluster, "with_memory_that_cannot_be_accessed", &[], environment);
+        let said: Vec<String> = lines.collect();
+        let ended = program.wait().expect("it ends");
+        assert_eq!(ended.code(), Some(42), "{name}: {ended}, {said:?}");
+        assert!(said.iter().any(|line| line.starts_with("refused: ") && line.contains("cannot be accessed")));
+    }
 }

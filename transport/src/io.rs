@@ -163,6 +163,10 @@ pub enum IoError {
     /// The other end does not support this kind of operation.
     #[error("the other end does not do this kind of operation")]
     Unsupported,
+    /// A page of the appliance's memory, mapped here, cannot be accessed: the hardware reports an error, or its
+    /// file was made shorter.
+    #[error("the appliance's memory cannot be accessed: a page of it is bad, or its file was made shorter")]
+    BadMemory,
     /// The other end reported an I/O error.
     #[error("the other end failed")]
     Failed,
@@ -170,13 +174,14 @@ pub enum IoError {
 
 impl IoError {
     /// All variants.
-    pub const ALL: [IoError; 7] = [
+    pub const ALL: [IoError; 8] = [
         IoError::Unreachable,
         IoError::Lost,
         IoError::Fenced,
         IoError::NoSpace,
         IoError::Invalid,
         IoError::Unsupported,
+        IoError::BadMemory,
         IoError::Failed,
     ];
 
@@ -188,7 +193,7 @@ impl IoError {
     /// The NBD error that is sent to a client for this error.
     pub const fn nbd(self) -> Errno {
         match self {
-            IoError::Unreachable | IoError::Lost | IoError::Failed => Errno::Io,
+            IoError::Unreachable | IoError::Lost | IoError::BadMemory | IoError::Failed => Errno::Io,
             IoError::Fenced => Errno::Shutdown,
             IoError::NoSpace => Errno::NoSpace,
             IoError::Invalid => Errno::Invalid,
@@ -210,7 +215,9 @@ impl IoError {
     /// The errno(3) value that is reported to the kernel for this error.
     pub const fn errno(self) -> i32 {
         match self {
-            IoError::Unreachable | IoError::Lost | IoError::Failed | IoError::Fenced => libc::EIO,
+            IoError::Unreachable | IoError::Lost | IoError::BadMemory | IoError::Failed | IoError::Fenced => {
+                libc::EIO
+            }
             IoError::NoSpace => libc::ENOSPC,
             IoError::Invalid => libc::EINVAL,
             IoError::Unsupported => libc::EOPNOTSUPP,

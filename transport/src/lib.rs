@@ -8,6 +8,7 @@
 //! one thread for each queue, without locks, allocations or log calls.
 
 mod accept;
+pub mod chain;
 pub mod connect;
 mod handshakes;
 pub mod io;

@@ -2,15 +2,14 @@
 //! file that was made shorter. Touching such a page raises SIGBUS. The copies of this module return an error
 //! instead, and the process continues.
 //!
-//! A handler of SIGBUS checks whether the faulting instruction is the one copy instruction of this module; if
-//! so, the process continues behind that instruction. Any other SIGBUS has the same effect as without the
-//! handler. System calls that access such a page fail with EFAULT (recvmsg, sendmsg) or EIO (pread), and
+//! A handler of SIGBUS checks whether the faulting instruction belongs to the copy function of this module; if
+//! so, that function returns an error. Any other SIGBUS goes to the handler that was there before. System calls that access such a page fail with EFAULT (recvmsg, sendmsg) or EIO (pread), and
 //! raise no signal.
 //!
 //! On processors other than x86-64 these are plain copies, and such a page ends the process.
 //!
-//! Sources: sigaction(2), prctl(2) on `PR_MCE_KILL`; the *Intel SDM* on interrupted `REP MOVSB`: the
-//! registers say how much is left, and the reported address is that of the instruction.
+//! Sources: sigaction(2), prctl(2) on `PR_MCE_KILL`; the *Intel SDM* on faults: the reported address is that of
+//! the instruction, also of an interrupted `REP MOVSB`.
 
 #![allow(unsafe_code)]
 
@@ -83,37 +82,57 @@ impl IoBuf {
 #[cfg(target_arch = "x86_64")]
 mod machine {
     use std::ffi::{c_int, c_void};
-    use std::sync::OnceLock;
 
     use super::BadMemory;
+    use crate::chain::Chain;
 
-    /// The previous action of SIGBUS.
-    static BEFORE: OnceLock<libc::sigaction> = OnceLock::new();
+    static CHAIN: Chain = Chain::new();
 
-    // RCX holds the number of bytes that are left to copy, also when the instruction is interrupted.
+    // A leaf without a stack frame, so the handler can continue at any of its instructions behind them. The
+    // loop is as fast as memcpy(3) for a page; `rep movsb` alone is not on emulated processors.
     std::arch::global_asm!(
         ".pushsection .text",
         ".hidden xpm_sound_copy",
-        ".hidden xpm_sound_copy_at",
         ".hidden xpm_sound_copy_end",
+        ".hidden xpm_sound_copy_failed",
         ".globl xpm_sound_copy",
-        ".globl xpm_sound_copy_at",
         ".globl xpm_sound_copy_end",
+        ".globl xpm_sound_copy_failed",
         ".p2align 4",
         "xpm_sound_copy:",
+        "cmp rdx, 64",
+        "jb 3f",
+        ".p2align 4",
+        "2:",
+        "movups xmm0, [rsi]",
+        "movups xmm1, [rsi + 16]",
+        "movups xmm2, [rsi + 32]",
+        "movups xmm3, [rsi + 48]",
+        "movups [rdi], xmm0",
+        "movups [rdi + 16], xmm1",
+        "movups [rdi + 32], xmm2",
+        "movups [rdi + 48], xmm3",
+        "add rsi, 64",
+        "add rdi, 64",
+        "sub rdx, 64",
+        "cmp rdx, 64",
+        "jae 2b",
+        "3:",
         "mov rcx, rdx",
-        "xpm_sound_copy_at:",
         "rep movsb",
         "xpm_sound_copy_end:",
-        "mov rax, rcx",
+        "xor eax, eax",
+        "ret",
+        "xpm_sound_copy_failed:",
+        "mov eax, 1",
         "ret",
         ".popsection",
     );
 
     unsafe extern "C" {
-        fn xpm_sound_copy(target: *mut u8, source: *const u8, len: usize) -> usize;
-        fn xpm_sound_copy_at();
+        fn xpm_sound_copy(target: *mut u8, source: *const u8, len: usize) -> u32;
         fn xpm_sound_copy_end();
+        fn xpm_sound_copy_failed();
     }
 
     /// # Safety
@@ -132,38 +151,23 @@ mod machine {
         const FOUND: c_int = 5;
         // SAFETY: the kernel passes valid pointers for both to a handler with SA_SIGINFO, for as long as the
         // handler runs.
-        let (context, code) = unsafe { (&mut *context.cast::<libc::ucontext_t>(), (*info).si_code) };
-        let at = &mut context.uc_mcontext.gregs[libc::REG_RIP as usize];
-        if *at as usize == xpm_sound_copy_at as *const () as usize {
-            *at = xpm_sound_copy_end as *const () as usize as i64;
+        let (registers, code) =
+            unsafe { (&mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs, (*info).si_code) };
+        let at = &mut registers[libc::REG_RIP as usize];
+        let copy = xpm_sound_copy as *const () as usize..xpm_sound_copy_end as *const () as usize;
+        if copy.contains(&(*at as usize)) {
+            *at = xpm_sound_copy_failed as *const () as usize as i64;
             return;
         }
         if code == FOUND {
             return;
         }
-        // The access happens again after the return, and has the effect of the previous action.
-        if let Some(before) = BEFORE.get() {
-            // SAFETY: `before` is a valid action, as it was in effect before; sigaction(2) is
-            // async-signal-safe.
-            unsafe { libc::sigaction(signal, before, std::ptr::null_mut()) };
-        }
+        // SAFETY: the arguments are the kernel's.
+        unsafe { CHAIN.pass_on(signal, info, context) };
     }
 
     pub(super) fn survive() -> std::io::Result<()> {
-        // SAFETY: all zeros are a valid sigaction: no flags, the default handler.
-        let (mut action, mut before): (libc::sigaction, libc::sigaction) =
-            unsafe { (std::mem::zeroed(), std::mem::zeroed()) };
-        action.sa_sigaction = on_bus_error as *const () as usize;
-        action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
-        if BEFORE.get().is_some() {
-            return Ok(());
-        }
-        // SAFETY: both point to a sigaction; the handler calls nothing that is not async-signal-safe.
-        if unsafe { libc::sigaction(libc::SIGBUS, &raw const action, &raw mut before) } == 0 {
-            BEFORE.get_or_init(|| before);
-            return Ok(());
-        }
-        Err(std::io::Error::last_os_error())
+        CHAIN.install(libc::SIGBUS, on_bus_error)
     }
 }
 
@@ -186,8 +190,9 @@ mod machine {
 
 use machine::copy;
 
-/// Makes bad memory an error of this module's copies, for the whole process. For programs, not for libraries:
-/// it installs the handler of SIGBUS.
+/// Makes bad memory an error of this module's copies, for the whole process: installs a handler of SIGBUS that
+/// passes on what is not its own. A program that installs a handler afterwards has to do the same. A thread that
+/// blocks SIGBUS is ended by it nevertheless.
 ///
 /// # Errors
 /// When the kernel refuses the handler.

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fstat, ftruncate, memfd_create};
-use rustix::mm::{MlockAllFlags, mlockall, munlockall};
+use rustix::mm::{MapFlags, MlockAllFlags, ProtFlags, mlockall, mmap, munlockall};
 use support::memory::Memory;
 use support::model::{Shape, check};
 use tempfile::TempDir;
@@ -326,4 +326,24 @@ fn locking_of_memory_does_not_fault_it_in() {
     assert_eq!(appliance.held(), 0);
     assert!(grant.direct(0, 128 << 20).is_some());
     assert!(!grant.is_revoked());
+}
+
+/// The file of a region is sealed against shrinking, so a file that is too short takes the place of a page here; a
+/// page that the hardware reports as bad raises the same signal.
+#[test]
+fn a_page_that_cannot_be_accessed_is_an_error_of_its_operations() {
+    let appliance = Appliance::new(regions(&[MIB]));
+    let grant = appliance.connect().unwrap();
+    let file = tempfile::tempfile().unwrap();
+    let page = grant.direct(8192, 4096).unwrap().as_ptr();
+    let (access, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::FIXED);
+    #[allow(unsafe_code)]
+    // SAFETY: the page is a part of the grant's mapping, to which no reference exists.
+    unsafe { mmap(page.cast(), 4096, access, flags, &file, 0) }.unwrap();
+    let mut link = ShmLink::new(grant, 4);
+    let memory = Memory::new(16_384);
+    for kind in [Kind::Read, Kind::Write, Kind::Zero] {
+        assert_eq!(run(&mut link, kind, 0, Some(&memory), 16_384), Err(IoError::BadMemory), "{kind:?}");
+        run(&mut link, kind, 12_288, Some(&Memory::new(4096)), 4096).unwrap();
+    }
 }

@@ -14,12 +14,12 @@
 use std::cell::UnsafeCell;
 use std::ffi::c_void;
 use std::io;
-use std::mem::MaybeUninit;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, Ordering};
-use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use xpm_transport::chain::Chain;
 
 use crate::fault::fetch::{Fate, Fetcher};
 use crate::page::word::Residency;
@@ -50,8 +50,7 @@ struct Seat {
 unsafe impl Sync for Seat {}
 
 static TABLE: [AtomicPtr<Seats>; WINDOWS] = [const { AtomicPtr::new(std::ptr::null_mut()) }; WINDOWS];
-static BEFORE: OnceLock<libc::sigaction> = OnceLock::new();
-static INSTALLING: Mutex<()> = Mutex::new(());
+static CHAIN: Chain = Chain::new();
 
 /// Windows whose faults the handler ends; they stop when this is dropped.
 pub(crate) struct Registered {
@@ -66,7 +65,7 @@ unsafe impl Sync for Registered {}
 
 impl Registered {
     pub(crate) fn new(pager: Shared, fetchers: Vec<Fetcher>) -> io::Result<Registered> {
-        install()?;
+        CHAIN.install(libc::SIGBUS, on_sigbus)?;
         let seat = |fetcher| Seat { taken: AtomicBool::new(false), fetcher: UnsafeCell::new(fetcher) };
         let seats = fetchers.into_iter().map(seat).collect();
         let seats = Box::into_raw(Box::new(Seats { pager, seats, inside: AtomicU32::new(0) }));
@@ -121,32 +120,6 @@ impl Drop for Registered {
 /// Threads that look at the table.
 static INSIDE: AtomicU32 = AtomicU32::new(0);
 
-fn install() -> io::Result<()> {
-    let _installing = INSTALLING.lock().unwrap_or_else(PoisonError::into_inner);
-    if BEFORE.get().is_some() {
-        return Ok(());
-    }
-    // SAFETY: zeros are a sigaction: no flags, the default handler.
-    let mut ours: libc::sigaction = unsafe { MaybeUninit::zeroed().assume_init() };
-    ours.sa_sigaction = on_sigbus as *const () as usize;
-    ours.sa_flags = libc::SA_SIGINFO;
-    // SAFETY: as above.
-    let mut before: libc::sigaction = unsafe { MaybeUninit::zeroed().assume_init() };
-    // SAFETY: the set is ours.
-    unsafe { libc::sigfillset(&mut ours.sa_mask) };
-    // What was there is known before the handler can run.
-    // SAFETY: asks only.
-    if unsafe { libc::sigaction(libc::SIGBUS, std::ptr::null(), &mut before) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    let _ = BEFORE.set(before);
-    // SAFETY: the handler is one for SA_SIGINFO, and safe in a signal (see the module's documentation).
-    match unsafe { libc::sigaction(libc::SIGBUS, &ours, std::ptr::null_mut()) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
 extern "C" fn on_sigbus(signal: i32, info: *mut libc::siginfo_t, context: *mut c_void) {
     // SAFETY: the kernel gives a siginfo_t, with an address for SIGBUS, and errno is this thread's.
     let (address, errno) = unsafe { ((*info).si_addr() as usize, *libc::__errno_location()) };
@@ -198,32 +171,13 @@ fn end_fault(address: usize, write: bool) -> bool {
     ended
 }
 
-/// To whoever handled SIGBUS before.
+/// To the handler before this one.
 fn pass_on(signal: i32, info: *mut libc::siginfo_t, context: *mut c_void) {
-    let Some(before) = BEFORE.get() else { return };
-    match before.sa_sigaction {
-        libc::SIG_DFL | libc::SIG_IGN => {
-            // SAFETY: the kernel gives a siginfo_t.
-            let (address, code) = unsafe { ((*info).si_addr() as usize, (*info).si_code) };
-            say(format_args!(
-                "xpm: SIGBUS at 0x{address:x} (code {code}), which is no page of a window in line"
-            ));
-            // The access is made again, and ends the program by its own fault.
-            // SAFETY: the default action, for a signal of this thread's own making.
-            unsafe { libc::signal(signal, libc::SIG_DFL) };
-        }
-        handler if before.sa_flags & libc::SA_SIGINFO != 0 => {
-            type Handler = extern "C" fn(i32, *mut libc::siginfo_t, *mut c_void);
-            // SAFETY: it was installed as such a handler.
-            let handler: Handler = unsafe { std::mem::transmute::<usize, Handler>(handler) };
-            handler(signal, info, context);
-        }
-        handler => {
-            // SAFETY: it was installed as such a handler.
-            let handler: extern "C" fn(i32) =
-                unsafe { std::mem::transmute::<usize, extern "C" fn(i32)>(handler) };
-            handler(signal);
-        }
+    // SAFETY: the kernel gives a siginfo_t, and the arguments are the kernel's.
+    let (address, code, passed) =
+        unsafe { ((*info).si_addr() as usize, (*info).si_code, CHAIN.pass_on(signal, info, context)) };
+    if !passed {
+        say(format_args!("xpm: SIGBUS at 0x{address:x} (code {code}), which is no page of a window in line"));
     }
 }
 

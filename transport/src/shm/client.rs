@@ -20,6 +20,7 @@ use super::wire::{ANSWER_LEN, Answer, BATCH_MAX, Hello, LENGTH_LEN, TEXT_LEN_MAX
 pub use crate::connect::ConnectError;
 use crate::connect::{Deadline, closed, dial_unix, receive_some, send_all, unreachable, wait};
 use crate::io::IoBuf;
+use crate::sound::{self, BadMemory};
 
 /// The mapped memory of a grant. When the last owner drops it, the memory is unmapped, and closing the
 /// connection notifies the appliance.
@@ -54,6 +55,9 @@ pub fn connect_as(
     visitor: Option<&Visitor>,
     limit: Duration,
 ) -> Result<Arc<ShmGrant>, ConnectError> {
+    // A page of the appliance's memory can turn out to be bad: that is an error of an operation, and must not
+    // end this process.
+    sound::survive().map_err(ConnectError::Memory)?;
     let deadline = Deadline::after(limit);
     let connection = dial_unix(path, deadline)?;
     send_all(connection.as_fd(), &Hello::encode(key, visitor), deadline)?;
@@ -217,7 +221,7 @@ impl ShmGrant {
         self.mapping.part(offset, len)
     }
 
-    pub(super) fn trim(&self, part: IoBuf) {
-        self.mapping.trim(part);
+    pub(super) fn trim(&self, part: IoBuf) -> Result<(), BadMemory> {
+        self.mapping.trim(part)
     }
 }

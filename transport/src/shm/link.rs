@@ -7,6 +7,7 @@ use std::sync::Arc;
 use super::client::ShmGrant;
 use crate::io::{Completion, IoBuf, IoError, Kind, Operation};
 use crate::link::{Full, Link, LinkDown};
+use crate::sound::BadMemory;
 
 /// Polls between two checks for revocation on a busy link; an idle link checks at each poll.
 const LOOK_EVERY: u32 = 256;
@@ -44,12 +45,12 @@ impl ShmLink {
         }
         let part = self.grant.part(operation.offset, operation.len).ok_or(IoError::Invalid)?;
         match operation.kind {
-            Kind::Read => part.copy_to(buffer(operation)?),
-            Kind::Write => buffer(operation)?.copy_to(part),
+            Kind::Read => part.try_copy_to(buffer(operation)?),
+            Kind::Write => buffer(operation)?.try_copy_to(part),
             Kind::Trim => self.grant.trim(part),
-            Kind::Zero | Kind::Flush => part.zero(),
+            Kind::Zero | Kind::Flush => part.try_zero(),
         }
-        Ok(())
+        .map_err(|BadMemory| IoError::BadMemory)
     }
 
     fn look(&mut self) {

@@ -12,6 +12,7 @@ use rustix::mm::{
 };
 
 use crate::io::IoBuf;
+use crate::sound::BadMemory;
 
 /// Alignment of the first address in bytes: the largest page size, so that memory of any page size can be
 /// mapped.
@@ -115,15 +116,15 @@ impl Mapping {
     /// Frees the memory of `part`: its bytes read as zeros afterwards. Pages that the part covers only partly
     /// are zeroed and kept, and so is hugetlb memory: no huge page may be available when a freed one is
     /// needed again, and that access raises SIGBUS.
-    pub(super) fn trim(&self, part: IoBuf) {
+    pub(super) fn trim(&self, part: IoBuf) -> Result<(), BadMemory> {
         let address = part.as_ptr() as usize;
         let head = (address.next_multiple_of(self.page) - address).min(part.len());
         let pages = (part.len() - head) & !(self.page - 1);
         if self.huge || pages == 0 || self.remove(part.part(head, pages)).is_err() {
-            return part.zero();
+            return part.try_zero();
         }
-        part.part(0, head).zero();
-        part.part(head + pages, part.len() - head - pages).zero();
+        part.part(0, head).try_zero()?;
+        part.part(head + pages, part.len() - head - pages).try_zero()
     }
 
     fn remove(&self, part: IoBuf) -> io::Result<()> {

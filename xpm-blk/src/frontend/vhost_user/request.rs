@@ -25,6 +25,7 @@ impl Status {
                 | IoError::Fenced
                 | IoError::NoSpace
                 | IoError::Invalid
+                | IoError::BadMemory
                 | IoError::Failed,
             ) => Status::FAILED,
         }
