@@ -182,6 +182,13 @@ int xpm_set_budget(struct xpm_space *space, uint64_t bytes);
 // As of xpm_carve().
 uint64_t xpm_free_bytes(const struct xpm_space *space);
 
+// Says why a page of the space could last not be used, and so why an access was a SIGBUS: -EIO, and xpm_last_error() has the line;
+// 0 when all pages could be used. Not for a handler of that signal: call it outside of one, or read the line on standard error.
+//
+// # Safety
+// As of xpm_carve().
+int xpm_space_error(const struct xpm_space *space);
+
 // Writes what happened so far, and what is there, to `statistics`.
 //
 // # Safety
