@@ -168,7 +168,7 @@ impl Space {
         self.inner.pager.stats()
     }
 
-    /// Why a page could last not be brought into local memory, or not be written to external memory; none: all could. This is
+    /// Why an access or a call could last not be served, or, where all could, a page not be written; none: nothing failed. This is
     /// how a program learns the cause of a SIGBUS. Takes no lock and allocates nothing, so a handler of that signal may call it.
     /// Content that was only fetched ahead and failed is not here, for it is tried again; [`MappingStats::causes`] counts it.
     pub fn last_error(&self) -> Option<PageError> {

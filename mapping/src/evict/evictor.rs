@@ -13,7 +13,7 @@ use crate::page::window::PAGE;
 use crate::page::word::runs;
 use crate::page::word::{Claim, DIRTY, MARK, PINNED, POISONED, QUEUED, Residency, TOUCHED, WRITTEN};
 use crate::pager::Shared;
-use crate::pager::errors::Once;
+use crate::pager::errors::{Cause, Once};
 use crate::pager::stats::count;
 use crate::say::say;
 use xpm_client_core::volume::Channel;
@@ -324,7 +324,7 @@ impl Evictor {
                 }
                 Err(error) => {
                     count(&self.pager.tallies.errors, 1);
-                    self.pager.failed(first, error);
+                    self.pager.errors.record_write(first, Cause::Io(error));
                     let now = Some(Instant::now());
                     if error.is_final() {
                         self.lost = now;

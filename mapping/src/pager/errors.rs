@@ -93,13 +93,13 @@ pub(crate) enum Once {
     Unwritten,
 }
 
-/// What the pager knows of errors. A remembered one is the number of the page above the index of the cause and one.
+/// What the pager knows of errors.
 #[derive(Default)]
 pub(crate) struct Errors {
     counts: [AtomicU64; CAUSES],
-    recent: [AtomicU64; RECENT],
-    /// Errors that were remembered, ever.
-    seen: AtomicUsize,
+    accesses: Ring,
+    /// Of pages that left local memory, so nothing waited for them. Apart, for there can be many at once.
+    writes: Ring,
     lines: AtomicU32,
     /// What of [`Once`] was logged.
     logged: [AtomicBool; 2],
@@ -119,31 +119,30 @@ impl Errors {
 
     /// Remembers the error as that of the page, whose cause was counted before.
     pub(crate) fn remember(&self, page: u32, cause: Cause) {
-        let word = u64::from(page) << 8 | (cause.index() as u64 + 1);
-        let place = self.seen.load(Ordering::Relaxed) % RECENT;
-        self.recent[place].store(word, Ordering::Relaxed);
-        self.seen.fetch_add(1, Ordering::Release);
+        self.accesses.push(page, cause);
+    }
+
+    /// Counts the error, and remembers it as that of a page that could not be written when it left local memory.
+    pub(crate) fn record_write(&self, page: u32, cause: Cause) {
+        self.count(cause);
+        self.writes.push(page, cause);
     }
 
     /// Why this page could last not be used; where that is not remembered any more, why another page could not.
     pub(crate) fn cause_of(&self, page: u32) -> Option<Cause> {
-        self.latest(|(known, _)| known == page).or_else(|| self.latest(|_| true)).map(|(_, cause)| cause)
+        let of_page = |ring: &Ring| ring.latest(|known| known == page);
+        let found = of_page(&self.accesses).or_else(|| of_page(&self.writes)).or_else(|| self.latest());
+        found.map(|(_, cause)| cause)
     }
 
-    /// The last error.
+    /// The last error of an access or a call; where there was none, of a write.
     pub(crate) fn last(&self) -> Option<PageError> {
-        let (page, cause) = self.latest(|_| true)?;
+        let (page, cause) = self.latest()?;
         Some(PageError { offset: u64::from(page) * PAGE as u64, cause })
     }
 
-    fn latest(&self, wanted: impl Fn((u32, Cause)) -> bool) -> Option<(u32, Cause)> {
-        let seen = self.seen.load(Ordering::Acquire);
-        let places = (0..seen.min(RECENT)).map(|back| (seen - 1 - back) % RECENT);
-        let words = places.map(|place| self.recent[place].load(Ordering::Relaxed));
-        let known = words.filter_map(|word| {
-            Some(((word >> 8) as u32, Cause::of_index(((word & 0xff) as usize).checked_sub(1)?)?))
-        });
-        known.into_iter().find(|one| wanted(*one))
+    fn latest(&self) -> Option<(u32, Cause)> {
+        self.accesses.latest(|_| true).or_else(|| self.writes.latest(|_| true))
     }
 
     pub(crate) fn counts(&self) -> ErrorCounts {
@@ -165,6 +164,32 @@ impl Errors {
     }
 }
 
+/// The last errors. One is the number of the page, above the index of the cause and one.
+#[derive(Default)]
+struct Ring {
+    words: [AtomicU64; RECENT],
+    /// Errors that were remembered, ever.
+    seen: AtomicUsize,
+}
+
+impl Ring {
+    fn push(&self, page: u32, cause: Cause) {
+        let place = self.seen.load(Ordering::Relaxed) % RECENT;
+        self.words[place].store(u64::from(page) << 8 | (cause.index() as u64 + 1), Ordering::Relaxed);
+        self.seen.fetch_add(1, Ordering::Release);
+    }
+
+    fn latest(&self, wanted: impl Fn(u32) -> bool) -> Option<(u32, Cause)> {
+        let seen = self.seen.load(Ordering::Acquire);
+        let places = (0..seen.min(RECENT)).map(|back| (seen - 1 - back) % RECENT);
+        places.map(|place| self.words[place].load(Ordering::Relaxed)).find_map(|word| {
+            let page = (word >> 8) as u32;
+            let cause = Cause::of_index(((word & 0xff) as usize).checked_sub(1)?)?;
+            wanted(page).then_some((page, cause))
+        })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -181,6 +206,13 @@ mod tests {
         assert_eq!(errors.cause_of(3), Some(Cause::Io(IoError::Lost)), "the last one counts");
         (100..100 + RECENT as u32).for_each(|page| errors.record(page, Cause::NoRoom));
         assert_eq!(errors.cause_of(3), Some(Cause::NoRoom), "the last of another page");
+        errors.record_write(3, Cause::Io(IoError::Failed));
+        assert_eq!(errors.cause_of(3), Some(Cause::Io(IoError::Failed)));
+        assert_eq!(
+            errors.last().map(|last| last.cause),
+            Some(Cause::NoRoom),
+            "writes do not push accesses out"
+        );
     }
 
     #[test]
