@@ -22,11 +22,9 @@ const LOOK_EVERY: u32 = 256;
 /// registration of a device's buffers.
 ///
 /// - Reads and writes are RDMA READ and WRITE, straight from and to registered buffers ([`Link::register`]);
-///   the data of
-/// other buffers go through a bounce buffer of the link.
+///   the data of other buffers go through a bounce buffer of the link.
 /// - `Trim` and `Zero` need the appliance's processor: they go over the link's additional NBD connection,
-///   which also reports
-/// when the appliance ends.
+///   which also reports when the appliance ends.
 /// - The wait descriptor reports completions only after [`Link::arm`].
 pub struct RdmaLink {
     // Dropped first: destroying the queue pair ends all use of the fields below.

@@ -22,14 +22,12 @@ const DEPTH_MAX: usize = 1 << 16;
 ///
 /// - Operations longer than the server's limit are split; each operation still completes once.
 /// - `Trim` is `NBD_CMD_TRIM`, whose bytes read as zeros afterwards on an appliance; the NBD protocol does
-///   not promise
-/// that of other servers. `Zero` is `NBD_CMD_WRITE_ZEROES` with the flag that keeps the memory.
+///   not promise that of other servers. `Zero` is `NBD_CMD_WRITE_ZEROES` with the flag that keeps the memory.
 /// - Operations that the export does not allow (range, alignment, command) are refused here, without a
 ///   message.
 /// - A server that violates the protocol (a reply to no request, one reply too many, a wrong magic number)
-///   ends the link
-/// with [`LinkDown::Protocol`]; such a server cannot change memory of operations that have ended, nor memory
-/// outside the buffers in flight.
+///   ends the link with [`LinkDown::Protocol`]; such a server cannot change memory of operations that have ended, nor
+///   memory outside the buffers in flight.
 pub struct NbdLink {
     stream: OwnedFd,
     /// An epoll descriptor for the stream and the bell; it waits for room to send only while data is unsent.
