@@ -9,7 +9,7 @@ use xpm_transport::slots::Slots;
 use crate::page::window::{BLOCK, Block, PAGE, Staging};
 use crate::pager::prefetch::Ahead;
 use crate::pager::stats::count;
-use crate::pager::{CHUNK, Early, Local, Shared, Source};
+use crate::pager::{CHUNK, NoRoom, Outcome, Shared, Source};
 use xpm_client_core::volume::{Channel, Volume};
 
 /// Pages that are on their way, one behind the other.
@@ -20,23 +20,6 @@ struct Run {
     write: bool,
     mark: Option<u32>,
     prefetch: bool,
-}
-
-/// What became of a fault.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Fate {
-    /// The page is there.
-    Done,
-    /// It is on its way here.
-    Coming,
-    /// Somebody else is about it.
-    Busy,
-    /// There is no room in local memory, or too much is on its way.
-    Later,
-    /// Its content cannot be had.
-    Poisoned,
-    /// There will be no room.
-    Choked,
 }
 
 /// Shortest run that is read into a block: moving one page costs as much as copying it.
@@ -66,22 +49,15 @@ impl Fetcher {
         Ok(Fetcher { pager, channel, staging, blocks, run, open: Slots::new(depth), ended })
     }
 
-    /// Begins to end a fault; what should be fetched besides is returned.
-    pub(crate) fn fault(&mut self, page: u32, write: bool) -> (Fate, Option<Ahead>) {
+    /// Begins to serve a fault; also returns which pages should be fetched ahead.
+    pub(crate) fn fault(&mut self, page: u32, write: bool) -> (Outcome, Option<Ahead>) {
         if self.open.is_full() {
-            return (Fate::Later, None);
+            return (Outcome::Later, None);
         }
-        match self.pager.fault(page, write) {
-            Local::Done(ahead) => (Fate::Done, ahead),
-            Local::Busy => (Fate::Busy, None),
-            Local::NoRoom => (Fate::Later, None),
-            Local::Poisoned => (Fate::Poisoned, None),
-            Local::Choked => (Fate::Choked, None),
-            Local::Fetch(at) => {
-                self.fetch(Run { first: page, count: 1, write, mark: None, prefetch: false }, at);
-                (Fate::Coming, self.pager.ahead(page))
-            }
-        }
+        let (outcome, ahead) = self.pager.fault(page, write);
+        let Outcome::Coming(at) = outcome else { return (outcome, ahead) };
+        self.fetch(Run { first: page, count: 1, write, mark: None, prefetch: false }, at);
+        (outcome, self.pager.ahead(page))
     }
 
     /// Fetches what will be needed, as far as there is room, and not too much is on its way; gives the rest back.
@@ -96,12 +72,12 @@ impl Fetcher {
             }
             let longest = if ahead.stride == 1 { left.min(self.run) } else { 1 };
             let (run, source) = match self.claim_run(page as u32, longest) {
-                Early::Yours(run) => run,
-                Early::NoRoom => {
+                Ok(Some(run)) => run,
+                Err(NoRoom) => {
                     self.pager.evictor.ring();
                     return Some(rest);
                 }
-                Early::Nothing => {
+                Ok(None) => {
                     (page, left) = (page + i64::from(ahead.stride), left - 1);
                     continue;
                 }
@@ -122,26 +98,25 @@ impl Fetcher {
 
     /// Makes absent pages the caller's that lie one behind the other, here and where their content is: how many, and
     /// where that of the first one is.
-    fn claim_run(&self, first: u32, longest: u32) -> Early<(u32, Source)> {
+    fn claim_run(&self, first: u32, longest: u32) -> Result<Option<(u32, Source)>, NoRoom> {
         let pager = &self.pager;
         let end = pager.pages.count().min(first + longest).min((first / CHUNK + 1) * CHUNK);
         let (mut run, mut kind) = (0, None::<Source>);
         for page in first..end {
             match pager.claim_early(page) {
-                Early::Yours(source) if kind.is_none_or(|kind| kind.goes_on(source, run)) => {
+                Ok(Some(source)) if kind.is_none_or(|kind| kind.goes_on(source, run)) => {
                     kind.get_or_insert(source);
                     run += 1;
                 }
-                Early::Yours(_) => {
+                Ok(Some(_)) => {
                     pager.give_back(page);
                     break;
                 }
-                Early::Nothing if run == 0 => return Early::Nothing,
-                Early::NoRoom if run == 0 => return Early::NoRoom,
-                _ => break,
+                Err(NoRoom) if run == 0 => return Err(NoRoom),
+                Ok(None) | Err(NoRoom) => break,
             }
         }
-        kind.map_or(Early::Nothing, |kind| Early::Yours((run, kind)))
+        Ok(kind.map(|kind| (run, kind)))
     }
 
     /// The caller saw a free place.

@@ -4,8 +4,9 @@ use std::collections::VecDeque;
 use std::os::fd::AsFd as _;
 use std::time::{Duration, Instant};
 
-use crate::fault::fetch::{Fate, Fetcher};
+use crate::fault::fetch::Fetcher;
 use crate::page::uffd::{Fault, Refused};
+use crate::pager::Outcome;
 use crate::pager::prefetch::Ahead;
 use crate::pager::stats::count;
 
@@ -41,7 +42,7 @@ pub(crate) fn run(mut fetcher: Fetcher, number: usize) {
         for _ in 0..later.len() {
             let Some((page, write)) = later.pop_front() else { break };
             match serve(&mut fetcher, page, write, &mut sick) {
-                Fate::Later => {
+                Outcome::Later => {
                     later.push_front((page, write));
                     break;
                 }
@@ -56,7 +57,7 @@ pub(crate) fn run(mut fetcher: Fetcher, number: usize) {
                 pager.window.refuse(fault.address);
                 continue;
             };
-            if !later.is_empty() || serve(&mut fetcher, page, fault.write, &mut sick) == Fate::Later {
+            if !later.is_empty() || serve(&mut fetcher, page, fault.write, &mut sick) == Outcome::Later {
                 later.push_back((page, fault.write));
             }
         }
@@ -107,13 +108,13 @@ impl Sick {
     }
 }
 
-fn serve(fetcher: &mut Fetcher, page: u32, write: bool, sick: &mut Sick) -> Fate {
-    let (fate, ahead) = fetcher.fault(page, write);
+fn serve(fetcher: &mut Fetcher, page: u32, write: bool, sick: &mut Sick) -> Outcome {
+    let (outcome, ahead) = fetcher.fault(page, write);
     if let Some(ahead) = ahead {
         // What there is no room for just now, another thread may fetch.
         let _ = fetcher.prefetch(ahead).map(|rest| fetcher.pager.asked.push(rest));
     }
-    if fate == Fate::Choked {
+    if outcome == Outcome::Choked {
         let pager = &fetcher.pager;
         pager.complain_of_room(page);
         match pager.window.uffd.poison(pager.window.address_of(page), crate::page::window::PAGE) {
@@ -121,7 +122,7 @@ fn serve(fetcher: &mut Fetcher, page: u32, write: bool, sick: &mut Sick) -> Fate
             Err(_) => sick.waiting.push((page, write)),
         }
     }
-    if fate == Fate::Poisoned {
+    if outcome == Outcome::Poisoned {
         let pager = &fetcher.pager;
         let address = pager.window.address_of(page);
         count(&pager.tallies.errors, 1);
@@ -133,7 +134,7 @@ fn serve(fetcher: &mut Fetcher, page: u32, write: bool, sick: &mut Sick) -> Fate
             sick.waiting.push((page, write));
         }
     }
-    fate
+    outcome
 }
 
 fn sleep(fetcher: &mut Fetcher, number: usize, handles: bool, soon: bool) {

@@ -21,9 +21,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use xpm_transport::chain::Chain;
 
-use crate::fault::fetch::{Fate, Fetcher};
+use crate::fault::fetch::Fetcher;
 use crate::page::word::Residency;
-use crate::pager::Shared;
+use crate::pager::{Outcome, Shared};
 use crate::say::say;
 
 /// The address is one at which there is nothing; see sigaction(2).
@@ -185,20 +185,20 @@ impl Seats {
     /// Ends a fault. False where the page's content cannot be had.
     fn end(&self, page: u32, write: bool) -> bool {
         loop {
-            let fate = self.seated(|fetcher| {
-                let (fate, ahead) = fetcher.fault(page, write);
+            let outcome = self.seated(|fetcher| {
+                let (outcome, ahead) = fetcher.fault(page, write);
                 if let Some(ahead) = ahead {
                     self.pager.ask(ahead);
                 }
-                if fate == Fate::Coming {
+                if matches!(outcome, Outcome::Coming(_)) {
                     wait(fetcher);
                 }
-                fate
+                outcome
             });
-            match fate {
-                Fate::Done => return true,
+            match outcome {
+                Outcome::Done => return true,
                 // Whether it came is seen when it is touched.
-                Fate::Coming => match self.pager.pages.state(page) {
+                Outcome::Coming(_) => match self.pager.pages.state(page) {
                     state
                         if state.residency() == Residency::Absent
                             && state.has(crate::page::word::POISONED) =>
@@ -208,16 +208,16 @@ impl Seats {
                     }
                     _ => return true,
                 },
-                Fate::Poisoned => {
+                Outcome::Poisoned => {
                     self.pager.complain(page);
                     return false;
                 }
-                Fate::Choked => {
+                Outcome::Choked => {
                     self.pager.complain_of_room(page);
                     return false;
                 }
-                Fate::Busy => self.pager.wait_for(page),
-                Fate::Later => self.pager.room.wait(),
+                Outcome::Busy => self.pager.wait_for(page),
+                Outcome::Later => self.pager.room.wait(),
             }
         }
     }

@@ -83,32 +83,26 @@ struct Chunk {
     lent_end: AtomicU32,
 }
 
-/// What became of a fault without a look at external memory.
+/// How far a fault is served. What the claim of a page word returns is [`Claim`]; this is what follows from it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Local {
-    /// The page is there now. What its mark asks for.
-    Done(Option<Ahead>),
-    /// Somebody else is about it, and will wake those who wait.
+pub(crate) enum Outcome {
+    /// The page is in the window.
+    Done,
+    /// Its content has to come from this page of external memory. From the pager: the caller owns the page and has to
+    /// read it; from a fetcher: the read is in flight.
+    Coming(u32),
+    /// Another thread owns the page, and wakes the threads that wait for it.
     Busy,
-    /// No room is left in local memory.
-    NoRoom,
-    /// Its content cannot be had.
+    /// No room is left in local memory, or too many reads are in flight: try again when some room is free.
+    Later,
+    /// The content of the page is lost.
     Poisoned,
-    /// No room is left, and none can be made: the program has pinned all that is local, and the machine has no more.
+    /// No room is left and none can be made: the program has pinned all local pages, and the machine has no more memory.
     Choked,
-    /// The page is the caller's now, who is to fetch it from there.
-    Fetch(u32),
 }
 
-/// What could be claimed before it is touched.
-pub(crate) enum Early<T> {
-    /// This is the caller's now.
-    Yours(T),
-    /// It is there already, or somebody else is about it.
-    Nothing,
-    /// No room is left in local memory for what nobody waits for.
-    NoRoom,
-}
+/// No room is left in local memory for pages that no access waits for.
+pub(crate) struct NoRoom;
 
 pub(crate) struct Pager {
     /// Of the allocation.
@@ -278,10 +272,10 @@ impl Pager {
     }
 
     /// Ends a fault with what is in local memory, or says what is to be done.
-    pub(crate) fn fault(&self, page: u32, write: bool) -> Local {
+    pub(crate) fn fault(&self, page: u32, write: bool) -> (Outcome, Option<Ahead>) {
         let state = match self.pages.claim(page, |_| true, true) {
             Claim::Yours(state) => state,
-            Claim::Not(_) | Claim::Busy => return Local::Busy,
+            Claim::Not(_) | Claim::Busy => return (Outcome::Busy, None),
         };
         match state.residency() {
             Residency::Absent => self.absent(page, write, state),
@@ -291,57 +285,58 @@ impl Pager {
                     self.window.show(page, 1);
                 } else if state.has(POISONED) || !self.window.settle(page) {
                     self.release(page, Residency::Mapped, POISONED, 0);
-                    return Local::Poisoned;
+                    return (Outcome::Poisoned, None);
                 }
                 let touched = if shelved { TOUCHED } else { 0 };
                 let dirty = if write && shelved { DIRTY } else { 0 };
                 self.release(page, Residency::Mapped, touched | dirty, MARK);
                 count(&self.tallies.touched, u64::from(shelved));
                 let asks = state.has(MARK).then(|| self.prefetcher.try_lock().ok()?.touched(page));
-                Local::Done(asks.flatten().and_then(|ahead| self.bounded(page, ahead)))
+                (Outcome::Done, asks.flatten().and_then(|ahead| self.bounded(page, ahead)))
             }
         }
     }
 
-    fn absent(&self, page: u32, write: bool, state: State) -> Local {
+    fn absent(&self, page: u32, write: bool, state: State) -> (Outcome, Option<Ahead>) {
         if state.has(POISONED) {
             self.release(page, Residency::Absent, 0, 0);
-            return Local::Poisoned;
+            return (Outcome::Poisoned, None);
         }
         if !self.room.take() {
             let choked = self.room.is_exhausted();
             self.release(page, Residency::Absent, 0, 0);
             if choked {
-                return Local::Choked;
+                return (Outcome::Choked, None);
             }
             self.evictor.ring();
             count(&self.tallies.waits, 1);
-            return Local::NoRoom;
+            return (Outcome::Later, None);
         }
         if self.room.is_short() {
             self.evictor.ring();
         }
         count(&self.tallies.faults, 1);
         match self.source(page, state) {
-            Source::At(at) => Local::Fetch(at),
+            Source::At(at) => (Outcome::Coming(at), None),
             Source::Zeros => {
                 self.put_zeros(page, 1, write);
-                Local::Done(self.ahead(page))
+                (Outcome::Done, self.ahead(page))
             }
         }
     }
 
-    /// Makes an absent page the caller's before it is touched; says where its content is.
-    pub(crate) fn claim_early(&self, page: u32) -> Early<Source> {
+    /// Claims an absent page before it is touched, and returns where its content is; none when the page is local
+    /// already, or another thread owns it.
+    pub(crate) fn claim_early(&self, page: u32) -> Result<Option<Source>, NoRoom> {
         if !self.room.take_spare() {
-            return Early::NoRoom;
+            return Err(NoRoom);
         }
         let absent = |state: State| state.residency() == Residency::Absent && !state.has(POISONED);
         match self.pages.claim(page, absent, false) {
-            Claim::Yours(state) => Early::Yours(self.source(page, state)),
+            Claim::Yours(state) => Ok(Some(self.source(page, state))),
             Claim::Not(_) | Claim::Busy => {
                 self.room.give(1);
-                Early::Nothing
+                Ok(None)
             }
         }
     }
@@ -355,9 +350,9 @@ impl Pager {
     /// Spares the first touch of a new slab the fault, where there is room.
     pub(crate) fn begin_slab(&self, page: u32) {
         match self.claim_early(page) {
-            Early::Yours(Source::Zeros) => self.put_zeros(page, 1, false),
-            Early::Yours(Source::At(_)) => self.give_back(page),
-            Early::Nothing | Early::NoRoom => {}
+            Ok(Some(Source::Zeros)) => self.put_zeros(page, 1, false),
+            Ok(Some(Source::At(_))) => self.give_back(page),
+            Ok(None) | Err(NoRoom) => {}
         }
     }
 
