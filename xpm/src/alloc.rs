@@ -109,7 +109,7 @@ async fn create(args: CreateArgs, allocator: &Daemon, output: Output) -> anyhow:
     let name = create.name.clone();
     let made = waiting::create(allocator, create, output).await;
     if explained {
-        // What was asked for comes first; without it there is just no explanation.
+        // The requested value comes first; without it there is no explanation.
         for decision in decisions(allocator, &name).await.unwrap_or_default().iter().take(1) {
             eprint!("{}", explain::decision(decision));
         }

@@ -104,7 +104,7 @@ mod tests {
         let (local, encrypted) = (device("dm-0", &["sda"]), device("dm-1", &["md0"]));
         assert!(is_on_xpm(&encrypted, LAYERS_MAX));
         assert!(!is_on_xpm(&local, LAYERS_MAX) && !is_on_xpm(&disk, LAYERS_MAX));
-        // What a loop of links cannot do is to go on for ever.
+        // A loop of links must not make it run for ever.
         let endless = device("dm-2", &["dm-2"]);
         assert!(!is_on_xpm(&endless, LAYERS_MAX));
     }

@@ -1,4 +1,4 @@
-//! What happens to allocations and appliances while they are in use: resizing, handing over, emptying,
+//! Changes of allocations and appliances in use: resizing, handing over, emptying,
 //! rebalancing. All of it goes on when this command ends; the commands wait to tell how it ends.
 
 use std::io::Write as _;
@@ -26,7 +26,7 @@ const PAUSE: Duration = Duration::from_millis(200);
 const HINT_EVERY: Duration = Duration::from_secs(2);
 /// How long something may stand still before that counts as its end.
 const STUCK_AFTER: Duration = Duration::from_secs(60);
-/// What an order takes beyond its deadline.
+/// The time that an order may take beyond its deadline.
 const BEYOND_DEADLINE: Duration = Duration::from_secs(60);
 /// Deadline of a hand-over where nobody says it.
 const DEADLINE: Duration = Duration::from_secs(30);

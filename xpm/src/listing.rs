@@ -8,7 +8,7 @@ use crate::cli::ListArgs;
 use crate::output::{Output, WIDTH, shortened};
 use crate::table::{Align, Table};
 
-/// What a list of `T` shows of each.
+/// The columns of a list of `T`.
 pub(crate) struct Column<T> {
     pub(crate) name: &'static str,
     pub(crate) align: Align,
@@ -38,17 +38,17 @@ impl<T> Column<T> {
         Column { name, align: Align::Right, wide: true, cell }
     }
 
-    /// What it is sorted by.
+    /// The sort key.
     fn key(&self) -> String {
         self.name.to_ascii_lowercase().replace(' ', "-")
     }
 }
 
-/// What a column says of one thing.
+/// The text of a column for one item.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Cell {
     text: String,
-    /// What it is sorted by where the text says less.
+    /// The sort key, where the text is not enough.
     rank: u64,
 }
 
@@ -64,7 +64,7 @@ impl Cell {
         Cell { text: text.to_string(), rank }
     }
 
-    /// What is not there.
+    /// An absent value.
     pub(crate) fn none() -> Cell {
         Cell::text("")
     }
@@ -77,7 +77,7 @@ impl Cell {
 /// A list of things of one kind.
 pub(crate) struct Listing<T: 'static> {
     pub(crate) columns: &'static [Column<T>],
-    /// What is said in the place of an empty table.
+    /// The text in place of an empty table.
     pub(crate) empty: &'static str,
 }
 

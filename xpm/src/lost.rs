@@ -38,7 +38,7 @@ pub(crate) async fn forget(
     })
 }
 
-/// What its user has to do now: the kernel goes on writing to swap, in vain.
+/// The required action of its user: the kernel goes on writing to swap, in vain.
 fn advice(lost: &Allocation) -> String {
     let (Some(owner), Some(used)) = (&lost.owner, &lost.used) else { return String::new() };
     match used.users.iter().any(|user| user == "swap") {

@@ -88,7 +88,7 @@ fn usage(error: &clap::Error) -> ExitCode {
         eprintln!("{:#}", json::told("usage", &output::one_line(line)));
         return ExitCode::from(USAGE);
     }
-    // Nobody reads it: there is nobody to tell.
+    // No reader is left, so there is nothing to report.
     let _ = error.print();
     ExitCode::from(if error.use_stderr() { USAGE } else { 0 })
 }

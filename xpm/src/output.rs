@@ -8,14 +8,14 @@ pub(crate) use xpm_protocol::text::one_line;
 
 use crate::json;
 
-/// What the answers of a command are written as.
+/// The form of a command's output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Form {
     /// Text for people, in lines of at most [`WIDTH`] columns.
     Text,
     /// Text for people, with all there is.
     Wide,
-    /// What docs/json.md describes.
+    /// The form that docs/json.md describes.
     Json,
     /// The same, as YAML.
     Yaml,

@@ -32,8 +32,8 @@ impl Patience {
         Patience::new(Duration::ZERO)
     }
 
-    /// Makes the request until it reaches the daemon, or the time is over. What may have been carried out is never
-    /// made twice.
+    /// Makes the request until it reaches the daemon, or the time is over. A request that may have been carried out
+    /// is never repeated.
     pub(crate) async fn ask<T, F: Future<Output = Result<T, ClientError>>>(
         &self,
         who: &Who,

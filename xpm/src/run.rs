@@ -29,7 +29,7 @@ use crate::setup::Setup;
 /// Least local memory, and least threshold.
 const LOCAL_MIN: u64 = 256 << 10;
 const THRESHOLD_MIN: u64 = 64 << 10;
-/// What the library is called where it is built, and where it is installed, from where this command is.
+/// The file name of the library where it is built, and its place where it is installed, relative to this command.
 const LIBRARIES: [&str; 2] = ["libxpm_preload.so", "../lib/xpm/libxpm-preload.so"];
 const LIBRARY: &str = "XPM_PRELOAD";
 /// How often it is looked whether the program has ended.
@@ -146,7 +146,7 @@ async fn with_allocation(
     })
 }
 
-/// What became of the program.
+/// The end of the program.
 enum Ended {
     By(ExitStatus),
     /// The exit status that says so.
@@ -201,7 +201,7 @@ fn say(args: &RunArgs, accounts: &[(i32, Account)]) {
     }
 }
 
-/// What is preloaded already comes behind.
+/// Libraries that are preloaded already come behind.
 fn preloads(library: &std::path::Path) -> std::ffi::OsString {
     let mut all = library.as_os_str().to_owned();
     if let Some(others) = std::env::var_os("LD_PRELOAD") {
@@ -211,7 +211,7 @@ fn preloads(library: &std::path::Path) -> std::ffi::OsString {
     all
 }
 
-/// Signals that are for the program. Those of a terminal reach it anyway, and must not end this command before it.
+/// Signals that are for the program. Signals of a terminal reach it anyway, and must not end this command before it.
 pub(crate) struct Signals {
     term: tokio::signal::unix::Signal,
     hang_up: tokio::signal::unix::Signal,

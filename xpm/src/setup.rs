@@ -1,4 +1,4 @@
-//! What this run of the command works with: its options, and where they say nothing, the settings of user and machine.
+//! The settings of this run of the command: its options, then the settings of user and machine.
 
 use std::path::PathBuf;
 use std::time::Duration;

@@ -78,7 +78,7 @@ async fn leave(daemon: &Daemon, names: Vec<Name>, no_wait: bool, output: Output)
     bail!("{} stays: {why}", names.join(", "))
 }
 
-/// Those that stay, when nothing more is being taken away.
+/// The areas that stay, when no area is being removed any more.
 async fn watch(daemon: &Daemon, names: &[Name]) -> anyhow::Result<Vec<Name>> {
     let terminal = std::io::stderr().is_terminal();
     let mut still = 0;

@@ -58,7 +58,7 @@ pub(crate) struct ForgetArgs {
     /// Its name or its id.
     #[arg(add = appliances())]
     pub(crate) name: String,
-    /// What it holds is lost: gives it up. Shows who is hit, and asks.
+    /// Its memory is lost: gives it up. Shows who is hit, and asks.
     #[arg(long)]
     pub(crate) lost: bool,
     /// Does not ask.

@@ -81,7 +81,7 @@ pub(crate) struct AttachArgs {
     /// The name of the allocation.
     #[arg(add = allocations())]
     pub(crate) name: Name,
-    /// What to show it as: ublk, nbd, nbd-direct, nbd-socket=/PATH, nbd-socket=ADDRESS:PORT or vhost-user=/PATH.
+    /// The form of the device: ublk, nbd, nbd-direct, nbd-socket=/PATH, nbd-socket=ADDRESS:PORT or vhost-user=/PATH.
     #[arg(long = "as", value_name = "FORM")]
     pub(crate) form: Form,
     /// Queues, each with a thread of its own, 1 to 64. For vhost-user the most that a guest can have. [default: for

@@ -19,7 +19,7 @@ pub(crate) struct RunArgs {
     /// that is free, such as 25%, which becomes less when memory is short.
     #[arg(long, value_name = "SIZE|PERCENT")]
     pub(crate) local: Amount,
-    /// What is asked for in shorter pieces stays local.
+    /// Shorter pieces stay local.
     #[arg(long, value_name = "SIZE", default_value = "1MiB")]
     pub(crate) threshold: ByteSize,
     /// Threads that bring pages.
@@ -28,7 +28,7 @@ pub(crate) struct RunArgs {
     /// Way to the appliances: shm, rdma, nbd-unix or nbd-tcp. [default: the best for each]
     #[arg(long, value_name = "KIND")]
     pub(crate) transport: Option<TransportKind>,
-    /// Who it is charged to.
+    /// The account that it is charged to.
     #[arg(long, value_name = "NAME", add = accounts())]
     pub(crate) account: Option<Name>,
     /// Says at the end how much was external.

@@ -40,7 +40,7 @@ pub(crate) enum SwapCommand {
     },
     /// Takes the emptiest areas away that together are no larger than SIZE.
     ///
-    /// Refused where what they hold does not fit into other swap and memory. What is the base stays.
+    /// Refused where what they hold does not fit into other swap and memory. The base stays.
     #[command(after_help = "Example:\n  xpm swap shrink 8GiB")]
     Shrink {
         /// At most so much, like 1GiB.

@@ -10,7 +10,7 @@ use crate::{age, blk, status};
 
 const DAEMON: &str = "xpm-blk";
 
-/// What xpm-blk and the kernel say of this host's devices.
+/// The state of this host's devices, from xpm-blk and the kernel.
 pub(super) struct Host {
     /// xpm-blk's own account; none when it does not run here.
     blk: Result<Option<(Status, Vec<Device>)>, String>,

@@ -1,4 +1,4 @@
-//! What a machine is fit for: for lending, for each form of device, for swap.
+//! The capabilities of a machine: for lending, for each form of device, for swap.
 
 use xpm_protocol::ByteSize;
 
@@ -18,7 +18,7 @@ const CAP_SYS_RESOURCE: u32 = 24;
 
 /// First kernel with all of ublk that xpm-blk needs (UBLK_U_CMD_GET_FEATURES).
 const UBLK_SINCE: (u32, u32) = (6, 5);
-/// What ublk learned later that matters here, by the first kernel that has it.
+/// Later features of ublk that matter here, by the first kernel that has them.
 const UBLK_FEATURES: [((u32, u32), &str); 4] = [
     ((6, 1), "user recovery"),
     ((6, 13), "fail-io"),
@@ -205,7 +205,7 @@ fn memory_lock(machine: &Machine) -> Check {
     memlock(machine, SWAP, "too little to lock a daemon")
 }
 
-/// What may be locked or pinned, and what it means that there is a limit.
+/// The limit of locked and pinned memory, and its meaning.
 pub(super) fn memlock(machine: &Machine, group: &str, meaning: &str) -> Check {
     let item = "memlock limit";
     let unlimited_by_right = machine.capabilities.is_some_and(|held| held & (1 << CAP_IPC_LOCK) != 0);
@@ -280,7 +280,7 @@ fn memory_to_lend(machine: &Machine) -> Check {
     let item = "memory";
     match (machine.memory_available, machine.memory_total) {
         (Some(available), Some(total)) if available > total / LENDER_SHARE => {
-            // What is left to the machine itself keeps its caches alive.
+            // The memory that is left to the machine holds its caches.
             let spare = (available - total / LENDER_SHARE) >> 20 << 20;
             let found = format!(
                 "{} of {} is available; up to {} may be lent",

@@ -1,4 +1,4 @@
-//! What the kernel's text files say. Whatever a file holds, the answer is a value or none.
+//! Parsers of the kernel's text files. Whatever a file holds, the answer is a value or none.
 
 /// Major and minor version of a kernel release such as `6.12.48+deb12-amd64`.
 pub(super) fn kernel_version(release: &str) -> Option<(u32, u32)> {

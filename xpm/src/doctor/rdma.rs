@@ -1,4 +1,4 @@
-//! What a machine has for RDMA, and what mends what it lacks. RDMA is a choice: a machine without it is
+//! The RDMA devices of a machine, and remedies for missing parts. RDMA is a choice: a machine without it is
 //! as it should be, and nothing here is unsafe, for volumes go over TCP where RDMA does not work.
 
 mod facts;
@@ -18,7 +18,7 @@ const RDMA: &str = "RDMA";
 
 /// Payload of the longest packets that RDMA has: a page of memory in one.
 const MTU_MAX: u32 = 4096;
-/// What a network device has to carry for [`MTU_MAX`], headers included.
+/// The MTU that a network device needs for [`MTU_MAX`], headers included.
 const NET_DEVICE_MTU: u32 = 4200;
 
 /// Every check of RDMA.

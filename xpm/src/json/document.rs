@@ -11,7 +11,7 @@ use super::documented;
 /// Everything below this line is made of the sources.
 const MARK: &str = "<!-- made of the types -->\n";
 
-/// What is printed, by the file that says it.
+/// The printed types, by the file that defines them.
 const TYPES: &[(&str, &[&str])] = &[
     ("xpm/src/status.rs", &["Overview"]),
     ("protocol/src/api/health.rs", &["Problem", "Severity"]),
@@ -206,7 +206,7 @@ fn kebab(word: &str) -> String {
     kebab
 }
 
-/// What the type says of a field: a value of it, and how its key has to end.
+/// The properties of a field by its type: a value, and the required end of its key.
 fn unit(field: &Field, moments: bool) -> (Value, &'static str) {
     let kind = field.kind.as_str();
     let whole = |word: &str| kind == word || kind == format!("Option<{word}>");
@@ -261,7 +261,7 @@ fn printed(of: &str, field: &Field, moments: bool) -> (String, String) {
     (key, kind)
 }
 
-/// What JSON calls a type.
+/// The JSON name of a type.
 fn word(kind: &str) -> String {
     let inner = |outer: &str| kind.strip_prefix(outer).and_then(|rest| rest.strip_suffix('>'));
     if let Some(kind) = inner("Option<") {

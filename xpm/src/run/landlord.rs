@@ -1,5 +1,5 @@
-//! Who has the external memory: one process at a time, the first that asks for it. When that process has ended, the
-//! memory is for the next one, with keys of another epoch, so that nothing of the earlier one can reach it.
+//! The holder of the external memory: one process at a time, the first that asks for it. When that process has ended,
+//! the memory is for the next one, with keys of another epoch, so that nothing of the earlier one can reach it.
 
 use std::io::{self, IoSlice, Write as _};
 use std::mem::MaybeUninit;
@@ -32,7 +32,7 @@ const ENDING: Duration = Duration::from_millis(100);
 /// How long a process has for its first line.
 const FIRST_MAX: Duration = Duration::from_secs(2);
 
-/// What the memory is given with.
+/// The message that grants the memory.
 pub(super) struct Terms {
     pub(super) allocator: Daemon,
     /// As the owner of the allocation; each process is a client of its own.
@@ -50,10 +50,10 @@ struct Holder {
 
 struct State {
     run: Run,
-    /// Nobody has used the keys yet.
+    /// No process has used the keys yet.
     fresh: bool,
     holder: Option<Holder>,
-    /// Nobody gets it any more.
+    /// No further process gets it.
     ended: bool,
     accounts: Vec<(i32, Account)>,
 }
@@ -206,7 +206,7 @@ impl Landlord {
         }
     }
 
-    /// Gives ownership back. What was used, by process.
+    /// Gives ownership back. The used memory, by process.
     pub(super) async fn end(&self) -> Vec<(i32, Account)> {
         let mut state = self.state.lock().await;
         state.ended = true;

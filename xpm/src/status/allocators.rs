@@ -63,7 +63,7 @@ impl Allocator {
         }
     }
 
-    /// What is wrong with it, if anything is.
+    /// Its problem, if it has one.
     pub(super) fn problem(&self) -> Option<Problem> {
         let reason = self.reason.as_ref().filter(|_| self.role == Role::Silent)?;
         Some(Problem::new(Check::AllocatorDown, format!("allocator/{}", self.url), reason.clone()))

@@ -1,4 +1,4 @@
-//! What goes wrong, each told in one line with what to do.
+//! Failures: each is reported in one line with its remedy.
 
 use std::os::unix::fs::PermissionsExt;
 use std::process::Stdio;

@@ -1,5 +1,6 @@
-//! What people see, whole: each output is compared with a file of tests/golden, and no line is longer than a terminal.
-//! `XPM_WRITE_GOLDEN=1 cargo test -p xpm` writes the files anew; look at the difference before you commit it.
+//! The whole output for people: each output is compared with a file of tests/golden, and no line is longer than a
+//! terminal. `XPM_WRITE_GOLDEN=1 cargo test -p xpm` writes the files anew; look at the difference before you commit
+//! it.
 
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -138,7 +139,7 @@ fn doctor_on_devices() {
     assert_eq!(run.code, 2, "{}", run.out);
     let long: Vec<&str> = run.out.lines().filter(|line| line.chars().count() > WIDTH).collect();
     assert!(long.is_empty(), "{long:#?}");
-    // What is above is about the machine that this test runs on.
+    // The part above describes the machine that this test runs on.
     let devices = run.out.find("\nxpm-blk\n").map(|start| &run.out[start + 1..]).unwrap_or_default();
     // Where lines are broken depends on the longest item, which may be one of this machine.
     let mut whole: Vec<String> = Vec::new();

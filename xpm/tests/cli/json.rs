@@ -1,4 +1,4 @@
-//! What is printed for programs has no key that docs/json.md does not describe.
+//! The JSON output has no key that docs/json.md does not describe.
 
 use std::collections::BTreeSet;
 

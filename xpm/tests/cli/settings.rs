@@ -34,7 +34,7 @@ fn the_user_s_file_names_allocator_token_and_form() {
     assert_eq!(run(&|_| ()).ok(), "[]\n");
     let headers = script.seen()[0].headers.to_ascii_lowercase();
     assert!(headers.contains("authorization: bearer 0123456789abcdef-of-the-user"), "{headers}");
-    // What is said nearer wins.
+    // The nearer setting wins.
     assert!(run(&|command| _ = command.args(["-o", "text"])).ok().starts_with("No allocations"));
     run(&|command| _ = command.env("XPM_ALLOCATOR", "nonsense")).fails_json("failed", "--allocator");
     fs::write(&file, "allocator = 'http://127.0.0.1:1'\ntoken = 'x'\n").unwrap();

@@ -10,7 +10,7 @@ use std::thread;
 
 use serde_json::Value;
 
-/// What a request got wrong or right: its first line and headers, and its body.
+/// A received request: its first line and headers, and its body.
 #[derive(Debug, Clone)]
 pub(crate) struct Request {
     /// `GET /v1/status`.
@@ -122,7 +122,7 @@ pub(crate) struct Host {
     pub(crate) blk: PathBuf,
 }
 
-/// What a run printed and how it ended.
+/// The output of a run and its exit status.
 pub(crate) struct Run {
     pub(crate) out: String,
     pub(crate) err: String,
