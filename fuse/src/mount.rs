@@ -54,7 +54,7 @@ pub enum MountError {
         at: PathBuf,
         /// The kernel's error.
         errno: Errno,
-        /// What to do, or empty.
+        /// The remedy, or empty.
         hint: &'static str,
     },
     /// umount2(2) refused.
@@ -64,7 +64,7 @@ pub enum MountError {
         at: PathBuf,
         /// The kernel's error.
         errno: Errno,
-        /// What to do, or empty.
+        /// The remedy, or empty.
         hint: &'static str,
     },
 }

@@ -10,7 +10,7 @@ MIB=$((1 << 20))
 over=/run/over
 hog_out=/run/lab/hog.out
 
-# What the swap device holds, in MiB.
+# The used part of the swap device, in MiB.
 swapped() {
     awk -v device="$device" '$1 == device {print int($4 / 1024)}' /proc/swaps
 }

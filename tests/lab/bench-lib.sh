@@ -1,4 +1,4 @@
-# What the benchmarks of block devices share: xpm's daemons in the guest, and devices that take turns under fio. Sourced by them
+# The common part of the benchmarks of block devices: xpm's daemons in the guest, and devices that take turns under fio. Sourced by them
 # after lib.sh, with ROUNDS and SECONDS_EACH set.
 declare -A device_of
 

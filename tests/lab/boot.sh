@@ -43,7 +43,7 @@ swapd_is_on() {
     xpm swap status --json | jq -e '[.areas[].state] == ["on"]'
 }
 
-# What udev made of a device.
+# The links and properties that udev gave a device.
 check_device() {
     local name=$1 disk properties
     disk=$(basename "$(readlink -f "/dev/xpm/$name")")
@@ -141,7 +141,7 @@ systemctl stop hog
 xpm swap drain --all
 systemctl disable -q --now xpm-swapd
 systemctl disable -q xpm-blk@swap0 xpm-blk@data dev-xpm-swap0.swap
-# Who needs a device goes with it.
+# The users of a device end with it.
 systemctl stop xpm-blk@swap0 xpm-blk@data
 ! grep -q /dev/ /proc/swaps || fail "swap is still on"
 ! mountpoint -q /mnt/data || fail "/mnt/data is still mounted"

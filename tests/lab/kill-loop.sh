@@ -6,7 +6,7 @@
 rounds=$1
 HOG_MB=330
 
-# What can happen to a process, one function each; they take turns.
+# Events that can happen to a process, one function each; they take turns.
 kill_serving() { kill_blk serving KILL; }
 kill_standby() { kill_blk standby KILL; }
 stop_serving() { kill_blk serving STOP; }

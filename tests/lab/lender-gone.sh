@@ -34,7 +34,7 @@ start_blk
 swap_on "$form" 256MiB --region-size 256MiB
 lender=$(of "alloc show $name" '.regions[0].appliance_name')
 note "swap on $device, whose memory is on $lender"
-# What is swapped out is this program's alone. The kernel may end it, as any program, when nothing of it can be swapped out.
+# Only this program's memory is swapped out. The kernel may end it, as any program, when nothing of it can be swapped out.
 make_group hog memory.max=48M
 (
     echo 0 >/proc/self/oom_score_adj

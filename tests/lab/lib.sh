@@ -1,4 +1,4 @@
-# What the scenarios share. Sourced by each of them; needs bash.
+# The common part of the scenarios. Sourced by each of them; needs bash.
 set -euo pipefail
 
 fail() {
@@ -199,10 +199,10 @@ check_fs() {
     esac || fail "the check of $1 found: $(tail -n 20 /run/lab/check.out)"
 }
 
-# What the kernel says when something is wrong.
+# Kernel messages that mean a fault.
 dmesg_bad='I/O error|blocked for more than|Read-error|Write-error|BUG:|WARNING:|Oops|rcu.*stall|EXT4-fs (error|warning)|XFS.*(orruption|shut ?down)|Out of memory|oom-kill'
 
-# What the kernel says from here on is looked at by dmesg_clean.
+# dmesg_clean checks the kernel's messages from here on.
 dmesg_start() {
     dmesg_mark="lab: $LAB_NAME begins, $EPOCHREALTIME"
     echo "$dmesg_mark" >/dev/kmsg

@@ -5,7 +5,7 @@
 export XPM_ALLOCATOR=http://127.0.0.1:7700
 names=(xpm-client xpm-appliance xpm-allocator libxpm0 libxpm0-dev)
 
-# What bears xpm's name in the places where packages and daemons put things, of those that the machine has.
+# Files with xpm's name in the places where packages and daemons put things, of those that the machine has.
 traces() {
     find /etc /run /var/lib /var/cache /usr/bin /usr/sbin /usr/include /usr/lib/systemd /usr/lib/udev /usr/lib/sysusers.d \
         /usr/lib/tmpfiles.d /usr/share/man/man[138] /usr/share/bash-completion /usr/share/zsh /usr/share/fish \
@@ -99,7 +99,7 @@ for unit in xpm-allocator xpm-appliance xpm-blk; do
 done
 [ -e /etc/xpm/appliance.toml ] || fail "removing took the operator's configuration away"
 purge_packages
-# What the operator wrote is the operator's.
+# Files of the operator stay.
 [ -e /etc/xpm/blk.d/data.conf ] || fail "purging took away what is not the packages'"
 rm /etc/xpm/blk.d/data.conf
 rmdir /etc/xpm/blk.d /etc/xpm

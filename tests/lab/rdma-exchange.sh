@@ -24,7 +24,7 @@ used() {
 dmesg_start
 start_pool 192MiB a1 a2
 mv $manager $manager.away
-# What xpm-blk has open of the manager it keeps, but it asks anew for each connection.
+# xpm-blk keeps its open descriptors of the manager, but it asks anew for each connection.
 used client "the client has no connection manager"
 for name in a1 a2; do
     kill "${appliance_pid[$name]}"

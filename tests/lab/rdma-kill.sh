@@ -12,7 +12,7 @@ is_lost() {
     [ "$(shown "$1" '.state')" = lost ]
 }
 
-# What was in flight does not stay so.
+# Requests in flight end.
 load_ended() {
     xpm blk show old --json
     ! kill -0 $fio_pid

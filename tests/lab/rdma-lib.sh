@@ -1,4 +1,4 @@
-# What the RDMA scenarios share. Soft-RoCE gives the guest's network device verbs; the allocator and
+# The common part of the RDMA scenarios. Soft-RoCE gives the guest's network device verbs; the allocator and
 # the appliances run in the guest too, for both ends need such a device.
 . "$LAB_SCRIPTS/lib.sh"
 

@@ -91,7 +91,7 @@ has_swapped() {
 # Process $old is gone.
 is_replaced() { [ ! -e "/proc/$old" ]; }
 
-# What its manager does on a restart: tells the main process to end, and starts another one. Until the old process is gone, it
+# A restart as its manager performs it: tells the main process to end, and starts another one. Until the old process is gone, it
 # says that all is as it was.
 restart_blk() {
     local old=$serving

@@ -64,7 +64,7 @@ modprobe ext4
 # A program may ask for more than is there now.
 sysctl -qw vm.overcommit_memory=1
 
-# What others made: swap of lower priority, and a name that xpm-swapd would have taken.
+# Things made by others: swap of lower priority, and a name that xpm-swapd would have taken.
 attach others 64MiB ublk
 others=$device
 mkswap -L others "$others" >/dev/null

@@ -8,7 +8,7 @@
 blk_program=$LAB_EARLIER_BIN/xpm-blk
 swapd_program=$LAB_EARLIER_BIN/xpm-swapd
 
-# What one of the operator's programs says must hold for both: old `xpm` with new daemons, and new `xpm` with old ones.
+# The output of the operator's program must hold for both: old `xpm` with new daemons, and new `xpm` with old ones.
 each_xpm() {
     local command
     for command in "$LAB_EARLIER_BIN/xpm" "$LAB_BIN/xpm"; do

@@ -227,7 +227,7 @@ fn documents_are_limited_in_number() {
     assert!(cluster.ok(&["get", "client"]).contains("no client"), "none of them is there");
 }
 
-/// What the command prints, byte for byte.
+/// The command's output, byte for byte.
 fn printed(cluster: &Cluster, arguments: &[&str]) -> String {
     let output = cluster.xpm(arguments);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

@@ -1,6 +1,6 @@
 //! `xpm run`: programs as they are, each with a workload whose result is checked. `XPM_TEST_ROUNDS=N` has each done N times.
 //!
-//! What the account of `-v` calls external is compared with what the program asked for in large pieces that stay local; reserved addresses are not
+//! The external memory in the report of `-v` is compared with what the program asked for in large pieces that stay local; reserved addresses are not
 //! memory.
 
 use std::path::Path;
@@ -11,12 +11,12 @@ use xpm_tests::{Cluster, have, have_by_chance, skip_without, wait_until};
 
 const PYTHON: &str = "/usr/bin/python3";
 
-/// What `xpm run -v` said.
+/// The report of `xpm run -v`.
 #[derive(Debug, Default)]
 struct Account {
     /// Most of one process, in MiB.
     external: u64,
-    /// What was asked for in large pieces that stay local, in MiB.
+    /// Large pieces that stay local, in MiB.
     local: u64,
     said: String,
 }

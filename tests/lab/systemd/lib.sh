@@ -1,4 +1,4 @@
-# What the scenarios with systemd share. Sourced after lib.sh.
+# The common part of the scenarios with systemd. Sourced after lib.sh.
 
 # next_stage NAME: how often the scenario has restarted the machine; an error when it restarted by itself.
 next_stage() {
