@@ -27,8 +27,8 @@ impl Connection {
     /// stat(2) would ask the server, which may hang; statx(2) with AT_STATX_DONT_SYNC does not.
     ///
     /// # Errors
-    /// `NotFound` where no FUSE file system is mounted there; those of resolving the path; where the control files of FUSE
-    /// cannot be mounted.
+    /// `NotFound` where no FUSE file system is mounted there; those of resolving the path; where the control files of
+    /// FUSE cannot be mounted.
     pub fn at(path: &Path) -> io::Result<Connection> {
         let flags = AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT;
         let stat = rustix::fs::statx(CWD, path, flags, StatxFlags::empty())?;
@@ -71,8 +71,8 @@ impl Connection {
         text.trim().parse().map_err(|_| io::Error::other(format!("\"waiting\" says {:?}", text.trim())))
     }
 
-    /// Ends the connection at once: whoever waits for an answer gets an error, data that are dirty in the page cache are lost,
-    /// and every later use of the mount fails (ENOTCONN). The mount itself stays, to be unmounted.
+    /// Ends the connection at once: whoever waits for an answer gets an error, data that are dirty in the page cache
+    /// are lost, and every later use of the mount fails (ENOTCONN). The mount itself stays, to be unmounted.
     ///
     /// # Errors
     /// As [`waiting`](Connection::waiting).

@@ -34,7 +34,8 @@ pub(crate) fn without_signals<T>(act: impl FnOnce() -> T) -> T {
     // SAFETY: the sets are this function's; zeros are a set.
     unsafe {
         libc::sigfillset(all.as_mut_ptr());
-        // A copy from memory of an appliance can raise it, and its handler makes an error of that (`xpm_transport::sound`).
+        // A copy from memory of an appliance can raise it, and its handler makes an error of that
+        // (`xpm_transport::sound`).
         libc::sigdelset(all.as_mut_ptr(), libc::SIGBUS);
         libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), before.as_mut_ptr());
     }

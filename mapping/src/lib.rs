@@ -1,7 +1,7 @@
 //! External memory at addresses of this process: the library for programs.
 //!
-//! This crate is all that a program depends on: what it needs of the client core (becoming the owner of an allocation, and what the
-//! options are made of) is re-exported here.
+//! This crate is all that a program depends on: what it needs of the client core (becoming the owner of an
+//! allocation, and what the options are made of) is re-exported here.
 //!
 //! A [`Space`] shows an allocation as one range of addresses, the *window*. Touching a page brings it
 //! into local memory, of which no more than the [`Budget`] is used; what has not been used for longest leaves
@@ -9,12 +9,11 @@
 //! slabs that are carved out with no message to anyone ([`Space::carve`]), ranges of the allocation whose content
 //! stays ([`Space::map`]), and private copies of others ([`Space::private_copy`]).
 //!
-//! **Errors.** Calls return them. Where there is only an access, it waits while an appliance is out of reach (for
-//! as long as the volume holds I/O), and is a SIGBUS when the content cannot be had any more: the
-//! memory is lost, or belongs to another client. A program that has a handler of SIGBUS gets it there; [`Space::last_error`] tells it
-//! why, and so does a line on standard error. In
-//! [`Faults::Handled`] on kernels without UFFDIO_POISON (before Linux 6.6) such an access waits, and
-//! is tried again each second.
+//! **Errors.** Calls return them. Where there is only an access, it waits while an appliance is out of reach (for as
+//! long as the volume holds I/O), and is a SIGBUS when the content cannot be had any more: the memory is lost, or
+//! belongs to another client. A program that has a handler of SIGBUS gets it there; [`Space::last_error`] tells it
+//! why, and so does a line on standard error. In [`Faults::Handled`] on kernels without UFFDIO_POISON (before Linux
+//! 6.6) such an access waits, and is tried again each second.
 //!
 //! **fork and exec.** A child has nothing at the window's addresses: touching them is a SIGSEGV. Nothing of it
 //! survives an exec.

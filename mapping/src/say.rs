@@ -1,5 +1,5 @@
-//! Lines for people that are written where nothing may be allocated, and nothing locked: in a handler of a signal, and by threads
-//! that others wait for.
+//! Lines for people that are written where nothing may be allocated, and nothing locked: in a handler of a signal,
+//! and by threads that others wait for.
 
 #![allow(unsafe_code)]
 

@@ -2,9 +2,9 @@
 //! file that was made shorter. Touching such a page raises SIGBUS. The copies of this module return an error
 //! instead, and the process continues.
 //!
-//! A handler of SIGBUS checks whether the faulting instruction is the one copy instruction of this module; if
-//! so, the process continues behind that instruction. Any other SIGBUS goes to the handler that was there before. System calls that access such a page fail with EFAULT (recvmsg, sendmsg) or EIO (pread), and
-//! raise no signal.
+//! A handler of SIGBUS checks whether the faulting instruction is the one copy instruction of this module; if so, the
+//! process continues behind that instruction. Any other SIGBUS goes to the handler that was there before. System
+//! calls that access such a page fail with EFAULT (recvmsg, sendmsg) or EIO (pread), and raise no signal.
 //!
 //! On processors other than x86-64 these are plain copies, and such a page ends the process.
 //!

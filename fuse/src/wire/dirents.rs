@@ -33,7 +33,8 @@ impl<'b> Dirents<'b> {
         Dirents { buffer: &mut buffer[..len], len: OUT_HEADER_LEN }
     }
 
-    /// An entry of READDIR. `next` is the position that a later request names to have what follows this entry; it is not 0.
+    /// An entry of READDIR. `next` is the position that a later request names to have what follows this entry; it is
+    /// not 0.
     ///
     /// # Errors
     /// [`Full`]; the reply is as before.

@@ -1,5 +1,5 @@
-//! The floor of a fault: one of userfaultfd, on memory of the kind that the library has behind its window, that is ended by a bare read
-//! of the transport and a copy, and by nothing else.
+//! The floor of a fault: one of userfaultfd, on memory of the kind that the library has behind its window, that is
+//! ended by a bare read of the transport and a copy, and by nothing else.
 
 use std::ptr::{NonNull, null_mut};
 use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
@@ -27,7 +27,7 @@ struct Register(u64, u64, u64, u64);
 #[repr(C)]
 struct Copy(u64, u64, u64, u64, i64);
 
-/// What ends a fault in line; one thread at a time makes them.
+/// The SIGBUS handler's state for a fault in line; one thread at a time makes faults.
 static BRINGER: AtomicPtr<Bringer> = AtomicPtr::new(null_mut());
 
 /// Measures it. Each page of the volume begins with its number plus one.
@@ -129,8 +129,8 @@ fn touches(window: usize) {
 }
 
 extern "C" fn on_sigbus(_: i32, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
-    // SAFETY: set before the handler was installed, and used by the one thread that touches the window; the kernel gives an address
-    // for SIGBUS.
+    // SAFETY: set before the handler was installed, and used by the one thread that touches the window; the kernel
+    // gives an address for SIGBUS.
     unsafe { (*BRINGER.load(Ordering::Relaxed)).bring((*info).si_addr() as usize) };
 }
 

@@ -1,6 +1,7 @@
-//! Measures direct mapping beside its floor, for `cargo xtask bench map`: `map_bench memory URL NAME MODE MIB PART` the memory that it
-//! takes, `map_bench URL NAME TRANSPORT MODE` everything else. `map_bench kernel PART [FILE]` touches memory that the
-//! kernel takes away and brings back, anonymous or of a file, in a cgroup that lets it have PART percent. Prints a JSON object a line.
+//! Measures direct mapping beside its floor, for `cargo xtask bench map`: `map_bench memory URL NAME MODE MIB PART`
+//! the memory that it takes, `map_bench URL NAME TRANSPORT MODE` everything else. `map_bench kernel PART [FILE]`
+//! touches memory that the kernel takes away and brings back, anonymous or of a file, in a cgroup that lets it have
+//! PART percent. Prints a JSON object a line.
 
 #![allow(unsafe_code)]
 
@@ -178,7 +179,8 @@ fn raw(volume: &Volume) -> Outcome<()> {
     Ok(())
 }
 
-/// One read, to its end; nothing else is on its way. Who has to answer may need the processor, as where the library waits.
+/// One read, to its end; nothing else is on its way. Who has to answer may need the processor, as where the library
+/// waits.
 fn read(channel: &mut Channel, offset: u64, buf: IoBuf, ended: &mut Vec<Completion>) -> Outcome<()> {
     let len = buf.len() as u64;
     channel
@@ -249,7 +251,8 @@ fn scan(mapping: &Mapping) -> Outcome<()> {
     Ok(mapping.advise(0..mapping.len(), Advice::Normal)?)
 }
 
-/// In a row, with half of it local, where each page that comes has the memory of one that leaves. Bytes are read once to get there.
+/// In a row, with half of it local, where each page that comes has the memory of one that leaves. Bytes are read once
+/// to get there.
 fn scan_pressed(space: &Space, mapping: &Mapping) -> Outcome<()> {
     mapping.advise(0..mapping.len(), Advice::DontNeed)?;
     mapping.advise(0..mapping.len(), Advice::Sequential)?;

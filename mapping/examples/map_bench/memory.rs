@@ -10,8 +10,8 @@ use super::{MIB, Outcome, PAGE, attach, is_shared, say, words};
 /// How long nothing leaves or comes before the library is at rest: longer than it keeps memory of pages that have left.
 const CALM: Duration = Duration::from_secs(1);
 
-/// Writes to each page of `mib` MiB, of which `part` percent may be local, and reads them in a row. Says what this process has then, and
-/// at rest, that it had not before the space was opened, less the pages that are local.
+/// Writes to each page of `mib` MiB, of which `part` percent may be local, and reads them in a row. Says what this
+/// process has then, and at rest, that it had not before the space was opened, less the pages that are local.
 pub(super) fn run(url: &str, name: &str, faults: Faults, mib: u64, part: u64) -> Outcome<()> {
     let (attachment, volume) = attach(url, name, "tcp")?;
     let (before, len) = (taken()?, mib * MIB);
@@ -47,7 +47,8 @@ fn settle(space: &Space) -> Outcome<()> {
     Ok(())
 }
 
-/// Bytes of private memory and of page tables that this process has. External memory itself, which a transport may map, is neither.
+/// Bytes of private memory and of page tables that this process has. External memory itself, which a transport may
+/// map, is neither.
 fn taken() -> Outcome<u64> {
     let kib = |file: &str, key: &str| -> Outcome<u64> {
         let text = std::fs::read_to_string(file)?;

@@ -3,9 +3,10 @@
 //! Blocks of half a page and more are slabs. Smaller ones are pieces of slabs of 64 KiB, of one length each,
 //! whose free pieces are remembered in local memory: freeing one touches no external page.
 //!
-//! A block that grows does so where it is, as long as what is behind it is free. Where it has to go elsewhere it goes to the longest
-//! free run, so that this happens seldom, and what it holds is copied by the library, in runs that take no room in local
-//! memory: a container of many times the budget that grows pushes nothing out, and faults on nothing.
+//! A block that grows does so where it is, as long as what is behind it is free. Where it has to go elsewhere it goes
+//! to the longest free run, so that this happens seldom, and what it holds is copied by the library, in runs that
+//! take no room in local memory: a container of many times the budget that grows pushes nothing out, and faults on
+//! nothing.
 
 #![allow(unsafe_code)]
 
@@ -26,10 +27,10 @@ use super::space::Space;
 
 /// A growable array in external memory: [`Space::array`] makes one. It is a `Vec`, with all that one can do.
 ///
-/// Growing takes no page of what it holds into local memory: it is done in place as far as addresses behind it are free, at no cost, and
-/// by the library's own copy where they are not. [`Space::array`] with a capacity keeps addresses for it from the start. `push`
-/// and the like end the program when the allocation has no more room, as everywhere in Rust; `try_reserve` before
-/// them returns that as an error.
+/// Growing takes no page of what it holds into local memory: it is done in place as far as addresses behind it are
+/// free, at no cost, and by the library's own copy where they are not. [`Space::array`] with a capacity keeps
+/// addresses for it from the start. `push` and the like end the program when the allocation has no more room, as
+/// everywhere in Rust; `try_reserve` before them returns that as an error.
 ///
 /// ```no_run
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -61,8 +62,8 @@ const ALIGN_MAX: usize = 4096;
 /// Gives memory of a [`Space`] to containers, by the interface of the crate `allocator-api2`:
 /// `allocator_api2::vec::Vec::new_in(space.allocator())` is an array that grows in external memory. Clones give from
 /// the same. Alignments of more than a page cannot be had. Memory that was never written holds zeros, so
-/// `allocate_zeroed` of long blocks costs nothing. Blocks of half a page and more grow as an [`Array`] does, and give back what they
-/// shrink by.
+/// `allocate_zeroed` of long blocks costs nothing. Blocks of half a page and more grow as an [`Array`] does, and give
+/// back what they shrink by.
 #[derive(Clone)]
 pub struct SpaceAllocator {
     inner: Arc<Heap>,
@@ -95,7 +96,8 @@ impl SpaceAllocator {
         &self.inner.space
     }
 
-    /// Says how elements will be used that are in memory of this allocator: [`Mapping::advise`] of the pages that they are in, whole.
+    /// Says how elements will be used that are in memory of this allocator: [`Mapping::advise`] of the pages that
+    /// they are in, whole.
     ///
     /// # Errors
     /// Those of [`Mapping::advise`], and [`MapError::Invalid`] where they are in other memory.
@@ -103,8 +105,8 @@ impl SpaceAllocator {
         self.inner.part_of(elements)?.map_or(Ok(()), |(mapping, range)| mapping.advise(range, advice))
     }
 
-    /// Writes what was changed of elements that are in memory of this allocator to external memory, and waits until it is
-    /// there: they need not be written any more when they leave local memory.
+    /// Writes what was changed of elements that are in memory of this allocator to external memory, and waits until
+    /// it is there: they need not be written any more when they leave local memory.
     ///
     /// # Errors
     /// [`MapError::Io`], and [`MapError::Invalid`] where they are in other memory.
@@ -122,7 +124,8 @@ impl Space {
     /// An empty array, with addresses for so many elements. No message to anyone, and no page is taken.
     ///
     /// # Errors
-    /// [`MapError::Slab`] when no free run is that long; [`MapError::Invalid`] for elements that are aligned to more than a page.
+    /// [`MapError::Slab`] when no free run is that long; [`MapError::Invalid`] for elements that are aligned to more
+    /// than a page.
     pub fn array<T>(&self, capacity: usize) -> Result<Array<T>, MapError> {
         if align_of::<T>() > ALIGN_MAX {
             return Err(MapError::Invalid(format!(
@@ -162,7 +165,7 @@ impl Heap {
         block
     }
 
-    /// Makes a slab longer or shorter, where it is if it can. What is new of it holds zeros.
+    /// Makes a slab longer or shorter, where it is if it can. The new part holds zeros.
     fn resize_long(&self, address: usize, len: u64) -> Option<NonNull<[u8]>> {
         // Not under the lock: nobody else has this one, and copying takes its time.
         let mut mapping = self.blocks().long.remove(&address)?;
@@ -293,7 +296,7 @@ unsafe impl Allocator for SpaceAllocator {
         old: Layout,
         new: Layout,
     ) -> Result<NonNull<[u8]>, AllocError> {
-        // What a slab grows by holds zeros.
+        // The added part of a slab holds zeros.
         // SAFETY: by the caller's word.
         unsafe { self.resize(pointer, old, new, |new| self.allocate_zeroed(new)) }
     }

@@ -8,9 +8,10 @@ use super::error::{MapError, system};
 use super::space::Space;
 use crate::page::window::{PAGE, Staging};
 
-/// Memory for [`Mapping::get`](crate::Mapping::get) and [`Mapping::put`](crate::Mapping::put) that is registered with the transports, so that none
-/// has to copy: over RDMA the appliance's memory is read into it and written from it directly. Local memory besides the budget,
-/// locked where RDMA is used. What it holds at first is not said. Its space ends after it.
+/// Memory for [`Mapping::get`](crate::Mapping::get) and [`Mapping::put`](crate::Mapping::put) that is registered with
+/// the transports, so that none has to copy: over RDMA the appliance's memory is read into it and written from it
+/// directly. Local memory besides the budget, locked where RDMA is used. Its first content is undefined. Its space
+/// ends after it.
 pub struct Buffer {
     space: Space,
     memory: Option<Staging>,
@@ -18,8 +19,8 @@ pub struct Buffer {
 }
 
 impl Space {
-    /// Memory of `len` bytes, in a power of two of them, that transports use as it is. Blocks for as long as it takes to register it; what was
-    /// dropped is used again, and is given back with the space.
+    /// Memory of `len` bytes, in a power of two of them, that transports use as it is. Blocks for as long as it takes
+    /// to register it; what was dropped is used again, and is given back with the space.
     ///
     /// # Errors
     /// [`MapError::Invalid`] for no bytes, [`MapError::System`] where the system has no memory.

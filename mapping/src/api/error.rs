@@ -49,9 +49,9 @@ pub enum MapError {
     /// The system refused something else.
     #[error("cannot {what}: {error}")]
     System {
-        /// What was about to be done.
+        /// The operation that failed.
         what: &'static str,
-        /// What it said.
+        /// Its error.
         error: std::io::Error,
     },
     /// The program threw a page away that it had changed, by a call of its own.

@@ -25,7 +25,7 @@ pub(crate) struct Part {
     pub(crate) offset: u64,
     pub(crate) len: u64,
     pub(crate) kind: Kind,
-    /// What it is a copy of.
+    /// The source of the copy.
     pub(crate) _of: Option<Arc<Part>>,
 }
 
@@ -37,8 +37,8 @@ pub(crate) enum Kind {
 }
 
 impl Mapping {
-    /// Its first byte, at the start of a page. Valid, for reads and, unless it is read-only, for writes, until the mapping is
-    /// dropped; nothing else in Rust refers to this memory.
+    /// Its first byte, at the start of a page. Valid, for reads and, unless it is read-only, for writes, until the
+    /// mapping is dropped; nothing else in Rust refers to this memory.
     pub fn as_ptr(&self) -> NonNull<u8> {
         self.part.space.inner.pager.window.pointer(self.part.offset as usize)
     }
@@ -75,12 +75,13 @@ impl Mapping {
         Ok(self.part.space.inner.calls().flush(first, pages)?)
     }
 
-    /// Makes a slab at least `len` bytes long, or shorter, where it is: its address stays, and so does what it holds. What is new of
-    /// it holds zeros, what is cut off is forgotten. No message to anyone but for giving memory back.
+    /// Makes a slab at least `len` bytes long, or shorter, where it is: its address stays, and so does what it holds.
+    /// A part that is added holds zeros; a part that is cut off is discarded. No message to anyone but for giving
+    /// memory back.
     ///
     /// # Errors
-    /// [`MapError::Slab`] where what is behind it is in another slab, or it does not lie where one of that length can: it is as
-    /// before. [`MapError::Invalid`] where it is no slab, or a private copy is read from it.
+    /// [`MapError::Slab`] where what is behind it is in another slab, or it does not lie where one of that length
+    /// can: it is as before. [`MapError::Invalid`] where it is no slab, or a private copy is read from it.
     pub fn resize(&mut self, len: u64) -> Result<(), MapError> {
         let (Kind::Slab(slab), now) = (self.part.kind, self.part.len) else {
             return Err(MapError::Invalid("only a slab can be resized: map a longer range".to_owned()));
@@ -127,8 +128,8 @@ impl Mapping {
         Ok(())
     }
 
-    /// Makes bytes of a slab zeros again, in whole pages: those at the edges are included. Local memory that they had is
-    /// free then, and external memory, too.
+    /// Makes bytes of a slab zeros again, in whole pages: those at the edges are included. Local memory that they had
+    /// is free then, and external memory, too.
     ///
     /// # Errors
     /// [`MapError::Range`] outside of it, [`MapError::Invalid`] where it is no slab.
@@ -146,8 +147,9 @@ impl Mapping {
         Ok(())
     }
 
-    /// Copies bytes out of it, without a fault: what is not in local memory is read into `buf` itself, up to 256 KiB at a time, and takes no
-    /// room. Over RDMA it is copied once more unless it is a [`Buffer`](crate::Buffer). Blocks until they are there.
+    /// Copies bytes out of it, without a fault: what is not in local memory is read into `buf` itself, up to 256 KiB
+    /// at a time, and takes no room. Over RDMA it is copied once more unless it is a [`Buffer`](crate::Buffer).
+    /// Blocks until they are there.
     ///
     /// # Errors
     /// [`MapError::Range`] outside of it, or [`MapError::Io`].
@@ -169,8 +171,8 @@ impl Mapping {
         Ok(with_target(buf, |buf| calls.get(self.part.offset as usize + offset, buf))?)
     }
 
-    /// Copies bytes into it, without a fault: what is not in local memory is written to external memory from where it is, as
-    /// [`Mapping::get`] reads. Blocks until it is there.
+    /// Copies bytes into it, without a fault: what is not in local memory is written to external memory from where it
+    /// is, as [`Mapping::get`] reads. Blocks until it is there.
     ///
     /// # Errors
     /// [`MapError::Range`] outside of it, [`MapError::Invalid`] when it is read-only, or [`MapError::Io`].
@@ -200,7 +202,8 @@ impl Mapping {
         Ok(())
     }
 
-    /// Pages that the call has to itself must not be touched by it, and others of windows may be away when a transport does.
+    /// Pages that the call has to itself must not be touched by it, and others of windows may be away when a
+    /// transport does.
     fn check_call<B>(&self, offset: usize, buf: &[B]) -> Result<(), MapError> {
         self.pages_of(&(offset..offset.saturating_add(buf.len())))?;
         let addresses = buf.as_ptr_range();
@@ -255,7 +258,7 @@ impl Drop for Part {
         inner.pager.set_habit(first, pages, Habit::Normal);
         match self.kind {
             Kind::Range(access) => {
-                // What cannot be written is gone with its appliance; flush tells whoever wants to know.
+                // Pages that cannot be written are lost with their appliance; `flush` reports that.
                 let _ = inner.calls().dont_need(first, pages);
                 inner.calls().heal(first, pages);
                 if access == Access::ReadOnly {

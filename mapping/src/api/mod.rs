@@ -1,4 +1,4 @@
-//! What the program has: spaces, mappings, slabs, arrays.
+//! The interface for programs: spaces, mappings, slabs, arrays.
 
 pub(crate) mod array;
 pub(crate) mod buffer;

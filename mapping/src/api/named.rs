@@ -42,14 +42,14 @@ pub enum NamedSlabError {
     /// Somebody changed them since the allocation was attached.
     #[error("the named slabs of `{0}` are not what they were when it was attached: attach it again")]
     Changed(Name),
-    /// Nobody knows whether it was made, or removed.
+    /// It is unknown whether it was made, or removed.
     #[error(
         "the allocator did not say whether slab `{name}` was made or removed ({error}): attach the allocation again to see"
     )]
     Unknown {
         /// The slab.
         name: Name,
-        /// What went wrong.
+        /// The error.
         error: AttachError,
     },
 }
@@ -97,7 +97,8 @@ impl Known {
 }
 
 impl NamedSlabs {
-    /// Those of a space of the attached allocation. Blocks until the allocator has said that they are what the space has.
+    /// The named slabs of a space of the attached allocation. Blocks until the allocator has said that they are what
+    /// the space has.
     ///
     /// # Errors
     /// [`NamedSlabError::Allocator`] or [`NamedSlabError::Changed`].
@@ -115,8 +116,9 @@ impl NamedSlabs {
         self.known().map.slabs.iter().map(|(name, place)| (name.clone(), place.len.0)).collect()
     }
 
-    /// Makes one of at least `len` bytes, rounded up to a power of two and to 2 MiB, which holds zeros, and maps it. Blocks
-    /// until the allocator has it written down: from then on it stays until it is removed, whatever happens here.
+    /// Makes one of at least `len` bytes, rounded up to a power of two and to 2 MiB, which holds zeros, and maps it.
+    /// Blocks until the allocator has it written down: from then on it stays until it is removed, whatever happens
+    /// here.
     ///
     /// # Errors
     /// [`NamedSlabError`]; there is none then, except with [`NamedSlabError::Unknown`].
@@ -189,14 +191,14 @@ impl NamedSlabs {
         if matches!(&error, AttachError::Allocator(ClientError::Refused(body)) if is_final(body.kind)) {
             return Err(error.into());
         }
-        // What has not arrived may still arrive.
+        // A request that has not arrived may still arrive.
         match block_on(self.owner.slabs(&self.allocation)) {
             Ok(has) if has == map => Ok(map),
             _ => Err(NamedSlabError::Unknown { name: name.clone(), error }),
         }
     }
 
-    /// What was nobody's holds zeros, also where it is looked at in external memory.
+    /// Memory that had no owner holds zeros, also where it is looked at in external memory.
     fn begin(&self, place: &SlabPlace) -> Result<(), NamedSlabError> {
         let (first, pages) = pages_of(place);
         self.space.inner.calls().forget(first, pages);

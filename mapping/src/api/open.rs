@@ -22,7 +22,8 @@ use crate::page::uffd::{self, Backing, FEATURE_SIGBUS, Uffd};
 use crate::page::window::{BLOCK, PAGE, Window};
 use crate::pager::{Faults, Pager, Shared};
 
-/// Blocks of pages that have left and are kept for the next ones: one of so many in the budget, and most of them (12 MiB).
+/// Blocks of pages that have left and are kept for the next ones: one of so many in the budget, and most of them (12
+/// MiB).
 const BLOCKS_PART: usize = 16;
 const BLOCKS_MAX: usize = 48;
 
@@ -30,8 +31,8 @@ const BLOCKS_MAX: usize = 48;
 const AHEAD_THREADS: usize = 2;
 
 impl Space {
-    /// Shows an allocation at addresses. Reserves addresses, and memory for what is known of each page (12 bytes, and 9 in slabs, where
-    /// pages are used); starts threads. Brings no page.
+    /// Shows an allocation at addresses. Reserves addresses, and memory for what is known of each page (12 bytes, and
+    /// 9 in slabs, where pages are used); starts threads. Brings no page.
     ///
     /// # Errors
     /// [`MapError::Invalid`] for options that cannot be, [`MapError::Userfaultfd`], or what the system refuses.
@@ -118,8 +119,8 @@ fn check_kept(kept: u64, size: u64) -> Result<(), MapError> {
     }
 }
 
-/// Chooses what pages are in local memory: those that can be moved, where the kernel does that. `XPM_WINDOW` in the environment, `private` or
-/// `shared`, has the one or the other, for tests and comparisons.
+/// Chooses what pages are in local memory: those that can be moved, where the kernel does that. `XPM_WINDOW` in the
+/// environment, `private` or `shared`, has the one or the other, for tests and comparisons.
 fn window(len: usize, wanted: u64, budget: usize) -> Result<Window, MapError> {
     let open = |backing| {
         let uffd = Uffd::new(wanted, backing).map_err(MapError::Userfaultfd)?;

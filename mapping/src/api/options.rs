@@ -8,19 +8,19 @@ use crate::pager::Faults;
 pub struct SpaceOptions {
     /// Local memory that it may use.
     pub budget: Budget,
-    /// Who brings pages.
+    /// The threads that fetch pages.
     pub faults: Faults,
-    /// Bytes at the start of the allocation whose content stays, for [`Space::map`](crate::Space::map); a multiple of 2 MiB, or all. What
-    /// lies behind is for slabs.
+    /// Bytes at the start of the allocation whose content stays, for [`Space::map`](crate::Space::map); a multiple of
+    /// 2 MiB, or all. The rest is for slabs.
     pub kept: u64,
 }
 
-/// What a mapping lets the program do.
+/// The accesses that a mapping permits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Access {
     /// Writing is a SIGSEGV.
     ReadOnly,
-    /// What is written goes to external memory when it leaves local memory, or with a flush.
+    /// Writes go to external memory when their page leaves local memory, or with a flush.
     ReadWrite,
 }
 

@@ -50,7 +50,7 @@ pub enum SlabError {
     RegionInUse(u32),
 }
 
-/// What a page is the first of, one byte for each page: the order in the low bits.
+/// The slab that begins at a page, one byte for each page: the order in the low bits.
 const FREE: u8 = 0x40;
 const USED: u8 = 0x80;
 const ORDER: u8 = 0x1f;
@@ -133,8 +133,8 @@ impl SlabAllocator {
         Err(SlabError::NoSpace(len))
     }
 
-    /// Carves out the slab of exactly `len` bytes, a power of two, at `offset` of a region, a multiple of `len`: one that
-    /// is known from before.
+    /// Carves out the slab of exactly `len` bytes, a power of two, at `offset` of a region, a multiple of `len`: one
+    /// that is known from before.
     ///
     /// # Errors
     /// [`SlabError::NoSpace`] when some of it is in another slab; [`SlabError::Length`], [`SlabError::NoRegion`], and
@@ -179,11 +179,13 @@ impl SlabAllocator {
         Ok(Slab { region: number as u32, offset: u64::from(page) * PAGE_LEN, len: PAGE_LEN << order })
     }
 
-    /// Makes a slab longer or shorter where it is, so that it has at least `len` bytes. What is cut off is free.
+    /// Makes a slab longer or shorter where it is, so that it has at least `len` bytes. The part that is cut off is
+    /// free.
     ///
     /// # Errors
-    /// [`SlabError::NoSpace`] where it would have to lie elsewhere: some of what is behind it is in another slab, or it does not lie
-    /// at a multiple of the new length. [`SlabError::Length`], and [`SlabError::NotAllocated`] for anything that is not a slab in use.
+    /// [`SlabError::NoSpace`] where it would have to lie elsewhere: some of what is behind it is in another slab, or
+    /// it does not lie at a multiple of the new length. [`SlabError::Length`], and [`SlabError::NotAllocated`] for
+    /// anything that is not a slab in use.
     pub fn resize(&mut self, slab: Slab, len: u64) -> Result<Slab, SlabError> {
         let order = order_of(len).ok_or(SlabError::Length(len))?;
         let (region, page, now) = self.in_use(slab)?;

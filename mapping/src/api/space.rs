@@ -120,9 +120,9 @@ impl Space {
         Ok(self.mapping(start, len, Kind::Range(access)))
     }
 
-    /// A slab with what another mapping holds now, page by page as it is used: writes go to the slab only. The other one must
-    /// be flushed, must not be written to while this one is there, or this one may show either, and is not given back before it. Behind
-    /// the length of the other one are zeros.
+    /// A slab with what another mapping holds now, page by page as it is used: writes go to the slab only. The other
+    /// one must be flushed, must not be written to while this one is there, or this one may show either, and is not
+    /// given back before it. Behind the length of the other one are zeros.
     ///
     /// # Errors
     /// [`MapError::Slab`], [`MapError::Io`] when the other one cannot be flushed; [`MapError::Invalid`] when it is
@@ -168,9 +168,10 @@ impl Space {
         self.inner.pager.stats()
     }
 
-    /// Why an access or a call could last not be served, or, where all could, a page not be written; none: nothing failed. This is
-    /// how a program learns the cause of a SIGBUS. Takes no lock and allocates nothing, so a handler of that signal may call it.
-    /// Content that was only fetched ahead and failed is not here, for it is tried again; [`MappingStats::causes`] counts it.
+    /// Why an access or a call could last not be served, or, where all could, a page not be written; none: nothing
+    /// failed. This is how a program learns the cause of a SIGBUS. Takes no lock and allocates nothing, so a handler
+    /// of that signal may call it. Content that was only fetched ahead and failed is not here, for it is tried again;
+    /// [`MappingStats::causes`] counts it.
     pub fn last_error(&self) -> Option<PageError> {
         self.inner.pager.errors.last()
     }
@@ -208,8 +209,8 @@ impl Space {
         self.inner.inline.is_none() && self.inner.pager.window.uffd.reach == Reach::Kernel
     }
 
-    /// A slab that is longer than another one, with what that one holds, where it can grow furthest. Nobody may use the other
-    /// one meanwhile.
+    /// A slab that is longer than another one, with what that one holds, where it can grow furthest. Nobody may use
+    /// the other one meanwhile.
     pub(crate) fn moved_to_grow(&self, from: &Mapping, len: u64) -> Result<Mapping, MapError> {
         let (slab, offset) = self.inner.carver().carve_to_grow(len)?;
         let to = self.mapping(offset, slab.len, Kind::Slab(slab));

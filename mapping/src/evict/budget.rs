@@ -8,7 +8,7 @@ use xpm_control::spare::{Seen, Spare};
 
 /// Percent of the time that programs may wait for memory.
 const PRESSURE_MAX: f64 = 10.0;
-/// What a share does not shrink below where nobody says another size, in bytes.
+/// The default lower limit of a share, in bytes.
 const LEAST: u64 = 16 << 20;
 
 /// Local memory that a mapping may use as cache.
@@ -16,9 +16,9 @@ const LEAST: u64 = 16 << 20;
 pub enum Budget {
     /// So many bytes, at least [`Budget::MIN`].
     Fixed(u64),
-    /// A part of the memory that is available to this process, on the machine and in its cgroups, looked at twice a second.
-    /// While programs wait for memory for more than a tenth of the time, and not less and less, an eighth is taken
-    /// away each time; otherwise it grows by a sixteenth, or shrinks by an eighth, towards the share.
+    /// A part of the memory that is available to this process, on the machine and in its cgroups, looked at twice a
+    /// second. While programs wait for memory for more than a tenth of the time, and not less and less, an eighth is
+    /// taken away each time; otherwise it grows by a sixteenth, or shrinks by an eighth, towards the share.
     Share {
         /// How much of what is available, from above 0 to 1.
         share: f64,
@@ -33,7 +33,8 @@ impl Budget {
     /// Least local memory in bytes.
     pub const MIN: u64 = 256 << 10;
 
-    /// A share in percent, 1 to 100, of the memory that is available: at least 16 MiB, and no more than there is to map.
+    /// A share in percent, 1 to 100, of the memory that is available: at least 16 MiB, and no more than there is to
+    /// map.
     pub fn percent(percent: u8) -> Budget {
         Budget::Share { share: f64::from(percent) / 100.0, min: LEAST, max: u64::MAX }
     }
@@ -78,7 +79,7 @@ pub(crate) struct Governor {
     budget: Budget,
     /// None where nothing is to be followed.
     spare: Option<Spare>,
-    /// What it was before.
+    /// Its previous value.
     pressure: f64,
 }
 
@@ -126,7 +127,7 @@ impl Governor {
         (next != now && !leaves).then_some(next)
     }
 
-    /// The share in pages. What is used here already would be available without.
+    /// The share in pages. Memory that this mapping uses already would be available without it.
     fn goal(&self, available: u64, resident: usize) -> usize {
         let Budget::Share { share, .. } = self.budget else { return 0 };
         ((available as f64 + (resident * PAGE) as f64) * share) as usize / PAGE

@@ -32,10 +32,11 @@ pub(crate) const DEPTH: usize = 16;
 const RELAX: Duration = Duration::from_millis(50);
 /// How long nothing is written after a write failed.
 const BACK_OFF: Duration = Duration::from_millis(200);
-/// How long pages are written one by one after some of a run turned out to be lost: a run can lie on several appliances, and
-/// what is on those that are well is not given up.
+/// How long pages are written one by one after some of a run turned out to be lost: a run can lie on several
+/// appliances, and what is on those that are well is not given up.
 const ONE_BY_ONE: Duration = Duration::from_secs(1);
-/// How long nothing can be taken out of the window, while somebody waits for room, until pages beyond the budget are used.
+/// How long nothing can be taken out of the window, while somebody waits for room, until pages beyond the budget are
+/// used.
 const STUCK: Duration = Duration::from_millis(100);
 /// What is left to others when that is done, in bytes.
 const LEFT: u64 = 64 << 20;
@@ -116,8 +117,8 @@ impl Evictor {
         }
     }
 
-    /// Nothing could be taken away just now. Where that is since all is pinned, those who wait get pages beyond the budget as long as
-    /// the machine has some. How long to sleep.
+    /// Nothing could be taken away just now. Where that is since all is pinned, those who wait get pages beyond the
+    /// budget as long as the machine has some. How long to sleep.
     fn is_stuck(&mut self) -> Duration {
         let held = self.held > 0 && self.writes.used() == 0 && self.failed.is_none();
         let room = &self.pager.room;

@@ -12,9 +12,9 @@
 
 use std::collections::VecDeque;
 
-/// What part of all pages the small queue keeps: one of so many.
+/// The share of the small queue: one page of so many.
 const SMALL_PART: usize = 10;
-/// What part of all pages the shelf has.
+/// The share of the inactive list.
 const SHELF_PART: usize = 8;
 
 /// The order in which pages go. Knows numbers of pages only.

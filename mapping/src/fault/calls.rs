@@ -254,7 +254,8 @@ impl Calls {
         Ok(())
     }
 
-    /// Pages that are the caller's, all in the window or all on the shelf, leave local memory, but for those that were written to.
+    /// Pages that are the caller's, all in the window or all on the shelf, leave local memory, but for those that
+    /// were written to.
     fn send_away(&self, first: u32, states: &[State]) {
         let pager = &self.pager;
         let count = states.len() as u32;
@@ -293,7 +294,8 @@ impl Calls {
         if !self.forget(first, pages) {
             return;
         }
-        // What was written again before external memory was made zeros may have been taken there, and back, before that.
+        // What was written again before external memory was made zeros may have been taken there, and back, before
+        // that.
         let pager = self.pager.clone();
         for page in first..first + pages {
             if pager.pages.state(page).residency() != Residency::Absent {
@@ -337,8 +339,8 @@ impl Calls {
         written
     }
 
-    /// Copies what pages of a slab hold to those of another one, by way of the staging memory: what is not in local memory takes no room
-    /// there. Nobody uses either meanwhile, and the other one has held nothing but zeros so far.
+    /// Copies what pages of a slab hold to those of another one, by way of the staging memory: what is not in local
+    /// memory takes no room there. Nobody uses either meanwhile, and the other one has held nothing but zeros so far.
     pub(crate) fn transfer(&mut self, from: u32, to: u32, pages: u32) -> Result<(), CallError> {
         let pager = self.pager.clone();
         let mut at = 0;
@@ -353,8 +355,8 @@ impl Calls {
         Ok(())
     }
 
-    /// Calls `act` with pages that lie one behind the other, and are the caller's meanwhile: as many at a time as are in one place, in external
-    /// memory or, where none is said, in local memory.
+    /// Calls `act` with pages that lie one behind the other, and are the caller's meanwhile: as many at a time as are
+    /// in one place, in external memory or, where none is said, in local memory.
     fn with_run(
         &mut self,
         first: u32,
@@ -386,7 +388,8 @@ impl Calls {
         result
     }
 
-    /// Makes a page the caller's, however long that takes: what another channel needs to let it go, this one lets happen.
+    /// Makes a page the caller's, however long that takes: what another channel needs to let it go, this one lets
+    /// happen.
     fn claim(&mut self, page: u32) -> State {
         loop {
             match self.pager.pages.claim(page, |_| true, true) {
@@ -520,7 +523,8 @@ impl Calls {
         Ok(())
     }
 
-    /// Memory of the program's that transports use as it is. There are few lengths, so that what was given back is used again.
+    /// Memory of the program's that transports use as it is. There are few lengths, so that what was given back is
+    /// used again.
     pub(crate) fn take_buffer(&mut self, len: usize) -> io::Result<Staging> {
         if let Some(index) = self.buffers.iter().position(|buffer| buffer.all().len() == len) {
             return Ok(self.buffers.swap_remove(index));

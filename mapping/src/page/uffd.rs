@@ -1,7 +1,7 @@
 //! userfaultfd(2): what this library uses of it, as safe calls on a descriptor.
 //!
-//! Sources: userfaultfd(2), ioctl_userfaultfd(2), include/uapi/linux/userfaultfd.h of Linux 6.12; mm/userfaultfd.c for what
-//! UFFDIO_MOVE refuses.
+//! Sources: userfaultfd(2), ioctl_userfaultfd(2), include/uapi/linux/userfaultfd.h of Linux 6.12; mm/userfaultfd.c
+//! for what UFFDIO_MOVE refuses.
 
 #![allow(unsafe_code)]
 
@@ -122,7 +122,7 @@ pub(crate) enum Reach {
     UserOnly,
 }
 
-/// What memory the descriptor is for.
+/// The memory that the descriptor is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Backing {
     /// Shared memory that is mapped twice.
@@ -140,7 +140,7 @@ impl Backing {
     }
 }
 
-/// What went wrong with one page or run.
+/// The error of one page or run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Refused {
     /// Something is there already.
@@ -209,15 +209,15 @@ impl Uffd {
         }
     }
 
-    /// Moves pages from one registered range to missing pages of another, and wakes who waits for these. Nobody can have
-    /// written to a page that is moved without the write being moved with it.
+    /// Moves pages from one registered range to missing pages of another, and wakes who waits for these. A write to a
+    /// page that is moved is always moved with it.
     pub(crate) fn move_pages(&self, to: usize, from: usize, len: usize) -> Result<(), Partly> {
         let (mut at, mut idle) = (0, 0);
         while at < len {
             let (to, from) = ((to + at) as u64, (from + at) as u64);
             let mut arg = CopyArg { to, from, len: (len - at) as u64, mode: 0, copied: 0 };
-            // SAFETY: the argument is what UFFDIO_MOVE takes. Only the window, its shelf and its blocks are registered, about whose
-            // content Rust knows nothing, and the kernel refuses others.
+            // SAFETY: the argument is what UFFDIO_MOVE takes. Only the window, its shelf and its blocks are
+            // registered, about whose content Rust knows nothing, and the kernel refuses others.
             let errno = unsafe { self.ioctl(UFFDIO_MOVE, (&raw mut arg).cast()) };
             let moved = done(errno, arg.copied).map_err(|why| Partly { done: at, why })? as usize;
             at += moved;

@@ -1,9 +1,9 @@
-//! What is known of each page: one word, and a stamp.
+//! The state of each page: one word, and a stamp.
 //!
-//! **Who may change what.** Whoever turns a page's residency to [`Residency::Busy`] has it to itself until it
-//! turns it to something else; only then may its content, its place in the window, and its stamp change.
-//! Who finds a page busy marks it as waited for, and is woken by the one who has it. Nobody has one page and
-//! waits for another, but for calls (`io.rs`), of which there is one at a time.
+//! **Ownership.** A thread that turns a page's residency to [`Residency::Busy`] has it to itself until it turns it to
+//! something else; only then may its content, its place in the window, and its stamp change. A thread that finds a
+//! page busy marks it as waited for, and is woken by the thread that has claimed it. No thread waits for a second
+//! page while it has one, except calls (`fault/calls.rs`), of which there is one at a time.
 
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 

@@ -106,7 +106,8 @@ pub(crate) struct Errors {
 }
 
 impl Errors {
-    /// Counts an error of which no access or call of the program depends: what is fetched ahead is tried again when it is touched.
+    /// Counts an error of which no access or call of the program depends: what is fetched ahead is tried again when
+    /// it is touched.
     pub(crate) fn count(&self, cause: Cause) {
         self.counts[cause.index()].fetch_add(1, Ordering::Relaxed);
     }

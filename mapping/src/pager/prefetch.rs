@@ -1,4 +1,4 @@
-//! What to fetch before it is asked for.
+//! The choice of pages to fetch ahead of their faults.
 //!
 //! A few *streams* are followed at a time. A fault where a stream was expected to go on confirms it, and
 //! doubles how far it is fetched ahead; so does touching its mark, a page in the middle of what was
@@ -17,16 +17,16 @@ const HISTORY: usize = 8;
 const STRIDE_MAX: i64 = 64;
 /// Pages that a stream is first fetched ahead.
 const WINDOW_MIN: u32 = 4;
-/// Most pages that a stream is fetched ahead: 4 MiB. Waking a thread and fetching the first of them takes about as long as touching
-/// 300 in a row.
+/// Most pages that a stream is fetched ahead: 4 MiB. Waking a thread and fetching the first of them takes about as
+/// long as touching 300 in a row.
 pub(crate) const WINDOW_MAX: u32 = 1024;
-/// What part of the local memory a stream may be fetched ahead: one of so many.
+/// The share of local memory that may be fetched ahead for a stream: one page of so many.
 const WINDOW_PART: usize = 16;
 
 /// Fewest pages that two threads fetch sooner than one.
 const HALVED_MIN: u32 = 128;
 
-/// What the program said of how it will use a range.
+/// The program's advice about a range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) enum Habit {
     /// Nothing.

@@ -1,4 +1,4 @@
-//! What a thread of a pager waits by.
+//! The wait primitive of a pager's threads.
 
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::time::Duration;

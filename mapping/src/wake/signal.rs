@@ -1,7 +1,7 @@
 //! Whether a thread was told something, and whether it has to be woken for that.
 //!
-//! Who tells looks whether the other one sleeps after it has told, and who goes to sleep looks whether it was told after it has
-//! said so: one of them sees the other (as Dekker's algorithm has it).
+//! Who tells looks whether the other one sleeps after it has told, and who goes to sleep looks whether it was told
+//! after it has said so: one of them sees the other (as Dekker's algorithm has it).
 
 use crate::sync::{AtomicBool, Ordering, fence};
 

@@ -11,7 +11,8 @@ use super::{PAGE, Staging, dont_need};
 /// Pages of a block.
 pub(crate) const BLOCK: u32 = 64;
 
-/// A run of addresses for [`BLOCK`] pages, of which the first `missing` are not there. Whoever has it has the addresses to itself.
+/// A run of addresses for [`BLOCK`] pages, of which the first `missing` are not there. Whoever has it has the
+/// addresses to itself.
 #[derive(Debug)]
 pub(crate) struct Block {
     address: usize,
@@ -40,7 +41,7 @@ impl Block {
 
 pub(crate) struct Blocks {
     full: ArrayQueue<Block>,
-    /// Those of which pages are missing.
+    /// The blocks of which pages are missing.
     hollow: ArrayQueue<Block>,
     /// Where they are.
     memory: Staging,

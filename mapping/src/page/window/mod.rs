@@ -1,10 +1,12 @@
 //! The window of an allocation: its bytes at addresses, and what of them is in local memory.
 //!
-//! The program sees the *window*, where pages come and go. A page that is taken out of it, and has not left local memory, is on the
-//! *shelf*, at addresses that the library alone knows: nobody can write to it any more. What is between differs by what the kernel has:
+//! The program sees the *window*, where pages come and go. A page that is taken out of it, and has not left local
+//! memory, is on the *shelf*, at addresses that the library alone knows: nobody can write to it any more. What is
+//! between differs by what the kernel has:
 //!
-//! - [`Memory::Private`] (Linux 6.8 and later): both are anonymous memory, and pages are moved from one to the other. Those that have left
-//!   make up blocks, into which the next ones are read, so that the kernel need not make new ones.
+//! - [`Memory::Private`] (Linux 6.8 and later): both are anonymous memory, and pages are moved from one to the other.
+//!   Those that have left make up blocks, into which the next ones are read, so that the kernel need not make new
+//!   ones.
 //! - [`Memory::Shared`]: both are mappings of one memfd. A page is taken out of one page table and stays in the file.
 
 #![allow(unsafe_code)]
@@ -62,8 +64,8 @@ unsafe impl Send for Window {}
 unsafe impl Sync for Window {}
 
 impl Window {
-    /// Reserves addresses for `len` bytes, a multiple of the page length, and registers them. Takes no memory. `blocks`: how many runs of
-    /// pages that have left are kept for the next ones, where pages are moved.
+    /// Reserves addresses for `len` bytes, a multiple of the page length, and registers them. Takes no memory.
+    /// `blocks`: how many runs of pages that have left are kept for the next ones, where pages are moved.
     pub(crate) fn new(len: usize, uffd: Uffd, backing: Backing, blocks: usize) -> io::Result<Window> {
         let file = match backing {
             Backing::Shared => {
@@ -125,8 +127,8 @@ impl Window {
                 let Err(Partly { done, .. }) = self.uffd.copy(self.address_of(first), content) else {
                     return;
                 };
-                // The file has something there, which can only be what a read ahead of the kernel put: one by one. What is shown
-                // already may have been written to.
+                // The file has something there, which can only be what a read ahead of the kernel put: one by one. A
+                // page that is in the window may have been written to.
                 for index in done / PAGE..content.len() / PAGE {
                     let page = first + index as u32;
                     self.keep(page, content.part(index * PAGE, PAGE));
@@ -170,7 +172,8 @@ impl Window {
         }
     }
 
-    /// Moves the pages of a block to absent pages, where the program sees them, but for one that is put onto the shelf. Wakes who waits for them.
+    /// Moves the pages of a block to absent pages, where the program sees them, but for one that is put onto the
+    /// shelf. Wakes who waits for them.
     pub(crate) fn fill_from(&self, first: u32, count: u32, shelved: Option<u32>, block: Block) {
         let Memory::Private(private) = &self.memory else { return };
         private.empty(&self.uffd, block, count, |index| match shelved == Some(first + index) {
@@ -194,8 +197,8 @@ impl Window {
         unsafe { IoBuf::new(self.shelf.add(start), len) }
     }
 
-    /// Copies what pages in the window hold, which are the caller's. The program may write to them meanwhile. False where one of them
-    /// is gone, as [`Window::settle`] has it.
+    /// Copies what pages in the window hold, which are the caller's. The program may write to them meanwhile. False
+    /// where one of them is gone, as [`Window::settle`] has it.
     #[must_use]
     pub(crate) fn read(&self, first: u32, to: IoBuf) -> bool {
         let count = (to.len() / PAGE) as u32;
@@ -238,8 +241,9 @@ impl Window {
         }
     }
 
-    /// Makes sure that a page can be used that should be where the program sees it, and wakes who waits for it. False where it is gone: the
-    /// program threw it away by a call of its own. That is told once; from then on touching it is a SIGBUS, for zeros would be wrong.
+    /// Makes sure that a page can be used that should be where the program sees it, and wakes who waits for it. False
+    /// where it is gone: the program threw it away by a call of its own. That is told once; from then on touching it
+    /// is a SIGBUS, for zeros would be wrong.
     #[must_use]
     pub(crate) fn settle(&self, page: u32) -> bool {
         match &self.memory {
@@ -256,8 +260,8 @@ impl Window {
         }
     }
 
-    /// Takes pages out of the window, those that the program has locked, too, to the shelf. Says how many it took, from the first one on:
-    /// the one behind these cannot be taken now.
+    /// Takes pages out of the window, those that the program has locked, too, to the shelf. Says how many it took,
+    /// from the first one on: the one behind these cannot be taken now.
     #[must_use]
     pub(crate) fn hide(&self, first: u32, count: u32) -> u32 {
         match &self.memory {
@@ -301,8 +305,8 @@ impl Window {
         }
     }
 
-    /// Somebody touches addresses that are registered and not the window: the kernel, when all of the process's memory is locked, or a
-    /// debugger. It is told that there is nothing.
+    /// Somebody touches addresses that are registered and not the window: the kernel, when all of the process's
+    /// memory is locked, or a debugger. It is told that there is nothing.
     pub(crate) fn refuse(&self, address: usize) {
         let page = address / PAGE * PAGE;
         let _ = self.uffd.poison(page, PAGE);
@@ -369,8 +373,8 @@ fn map(len: usize, file: Option<&OwnedFd>) -> io::Result<NonNull<u8>> {
         None => unsafe { mmap_anonymous(std::ptr::null_mut(), len, prot, flags | MapFlags::PRIVATE) }?,
     };
     let mapped = NonNull::new(address.cast::<u8>()).ok_or(io::ErrorKind::OutOfMemory)?;
-    // SAFETY: just mapped. A child would share the file, and fill holes of it with zeros, and pages that it shares cannot be moved: it
-    // gets nothing.
+    // SAFETY: just mapped. A child would share the file, and fill holes of it with zeros, and pages that it shares
+    // cannot be moved: it gets nothing.
     unsafe { madvise(address, len, Advice::LinuxDontFork) }.inspect_err(|_| unmap(mapped, len))?;
     let access = MprotectFlags::READ | MprotectFlags::WRITE;
     // SAFETY: just mapped.
@@ -395,14 +399,14 @@ fn lock_when_used(page: &Staging) -> bool {
 
 /// Whether the program has locked a page of a window by mlock(2).
 fn is_locked(address: usize) -> bool {
-    // Says that it is not used much, of which the kernel will hear nothing where it is locked (`can_madv_lru_vma()` in mm/madvise.c).
-    // SAFETY: a page of a window; its content stays.
+    // Says that it is not used much, of which the kernel will hear nothing where it is locked (`can_madv_lru_vma()`
+    // in mm/madvise.c). SAFETY: a page of a window; its content stays.
     let told = unsafe { madvise(address as *mut std::ffi::c_void, PAGE, Advice::LinuxCold) };
     told == Err(rustix::io::Errno::INVAL)
 }
 
-/// Takes pages out of the page table, those that the program has locked, too. False where the kernel does not do it (locked pages
-/// before Linux 5.18): some may still be there then.
+/// Takes pages out of the page table, those that the program has locked, too. False where the kernel does not do it
+/// (locked pages before Linux 5.18): some may still be there then.
 fn dont_need(address: usize, len: usize) -> bool {
     let address = address as *mut std::ffi::c_void;
     // SAFETY: pages of a window, its shelf or its blocks, about whose content Rust knows nothing.

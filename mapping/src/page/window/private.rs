@@ -1,12 +1,13 @@
 //! A window of anonymous memory: pages are moved from place to place, by UFFDIO_MOVE.
 //!
-//! A page is moved with what was last written to it, so nothing can be lost between. The kernel does not move what somebody
-//! has pinned (io_uring, O_DIRECT), which stays where it is; nor from or to memory of other protection, or that is locked on one side only. What is
-//! locked is moved by way of a page that is locked, too, so that the kernel sees whether somebody has pinned it. What may not be written to, and so
-//! is pinned by nobody who writes, is protected against writes that were allowed meanwhile, copied, and let go.
+//! A page is moved with what was last written to it, so nothing can be lost between. The kernel does not move what
+//! somebody has pinned (io_uring, O_DIRECT), which stays where it is; nor from or to memory of other protection, or
+//! that is locked on one side only. What is locked is moved by way of a page that is locked, too, so that the kernel
+//! sees whether somebody has pinned it. What may not be written to, and so is pinned by nobody who writes, is
+//! protected against writes that were allowed meanwhile, copied, and let go.
 //!
-//! What the kernel goes on reading without having pinned it (vmsplice, MSG_ZEROCOPY) nobody tells us: its memory is the next page's when it has left.
-//! `docs/mapping.md` forbids that.
+//! What the kernel goes on reading without having pinned it (vmsplice, MSG_ZEROCOPY) nobody tells us: its memory is
+//! the next page's when it has left. `docs/mapping.md` forbids that.
 //!
 //! Source: mm/userfaultfd.c of Linux 6.12, validate_move_areas() and move_pages_pte().
 
@@ -31,7 +32,8 @@ pub(crate) struct Private {
     memory: File,
     /// Where nobody but this library should have put anything.
     shelf: Range<usize>,
-    /// A page that is locked, where the process may lock one: what is locked comes by there. Missing when nobody has it.
+    /// A page that is locked, where the process may lock one: what is locked comes by there. Missing when nobody has
+    /// it.
     lock: Option<Mutex<Staging>>,
 }
 
@@ -49,7 +51,7 @@ impl Private {
         let blocks = Blocks::new(blocks, |address, len| uffd.register_private(address, len))?;
         let lock = Staging::new(PAGE)?;
         uffd.register_private(lock.all().as_ptr() as usize, PAGE)?;
-        // Who may not lock has no locked pages, either.
+        // A process that may not lock has no locked pages, either.
         let lock = lock_when_used(&lock).then(|| Mutex::new(lock));
         let shelf = parts[1].as_ptr() as usize;
         Ok(Private { blocks, filling: Mutex::new(None), memory, shelf: shelf..shelf + len, lock })
@@ -96,8 +98,8 @@ impl Private {
         }
     }
 
-    /// Copies from pages that are there. False where one is not: the program threw it away by a call of its own. Of several, one by one
-    /// tells which.
+    /// Copies from pages that are there. False where one is not: the program threw it away by a call of its own. Of
+    /// several, one by one tells which.
     pub(crate) fn read(&self, uffd: &Uffd, from: usize, to: IoBuf) -> bool {
         // SAFETY: mapped by the contract of `IoBuf::new`, and the caller's alone, so it may be a slice for this moment.
         let bytes = unsafe { std::slice::from_raw_parts_mut(to.as_ptr(), to.len()) };
