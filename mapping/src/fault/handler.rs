@@ -10,11 +10,11 @@ use crate::pager::Outcome;
 use crate::pager::prefetch::Ahead;
 use crate::pager::stats::count;
 
-/// How long it looks for something to do before it sleeps: about what waking it costs.
-/// Always so long: what learns from waits (`xpm_transport::spin`) stopped looking after a few long ones, and as each fault then
-/// waited for a wake-up, never began again (a fault over a unix socket took 83 us in place of 30). Nor longer: in a virtual machine whose
-/// host takes 300 to 500 us to run a processor again, 200 us here hid some of that (p99 of faults over sockets), and took the processor
-/// from scans (284 MiB/s in place of 700 to 1,300 in one run of four).
+/// How long it looks for something to do before it sleeps: about what waking it costs. Always so long: what learns
+/// from waits (`xpm_transport::spin`) stopped looking after a few long ones, and as each fault then waited for a
+/// wake-up, never began again (a fault over a unix socket took 83 us in place of 30). Nor longer: in a virtual
+/// machine whose host takes 300 to 500 us to run a processor again, 200 us here hid some of that (p99 of faults over
+/// sockets), and took the processor from scans (284 MiB/s in place of 700 to 1,300 in one run of four).
 const SPIN: Duration = Duration::from_micros(50);
 /// How long what is fetched ahead waits for room while it gets none.
 const REST_MAX: Duration = Duration::from_millis(20);

@@ -97,7 +97,8 @@ pub(crate) enum Outcome {
     Later,
     /// The content of the page is lost.
     Poisoned,
-    /// No room is left and none can be made: the program has pinned all local pages, and the machine has no more memory.
+    /// No room is left and none can be made: the program has pinned all local pages, and the machine has no more
+    /// memory.
     Choked,
 }
 

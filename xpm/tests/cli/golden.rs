@@ -29,7 +29,8 @@ fn check_narrow(name: &str, text: &str) {
     check(name, text);
 }
 
-/// A moment so many seconds from now, whole hours: half a minute is added, so that what is shown is the same for that long.
+/// A moment so many seconds from now, whole hours: half a minute is added, so that what is shown is the same for that
+/// long.
 fn ahead(seconds: u64) -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs() + seconds + 30
 }
