@@ -198,7 +198,7 @@ impl Config {
         let queues = match device.form {
             Form::Ublk => self.queues.unwrap_or_else(|| cores().min(4)),
             // The kernel has one queue of requests for a mount, and all threads read from it.
-            Form::File(_) => self.queues.unwrap_or_else(|| cores().min(2)),
+            Form::File(_) | Form::Tree(_) | Form::InTree(_) => self.queues.unwrap_or_else(|| cores().min(2)),
             // See the reasons at `frontend::kernel_nbd`.
             Form::Nbd | Form::NbdDirect | Form::NbdSocket(_) => 1,
             Form::VhostUser(_) => vhost_user::QUEUES_DEFAULT,
@@ -206,7 +206,9 @@ impl Config {
         // Page faults are small, and the kernel writes back sequentially: more buffers would only be locked
         // without benefit.
         let (depth, buffer_len) = match device.form {
-            Form::File(_) => (self.depth.min(FILE_DEPTH), self.buffer.0.min(FILE_BUFFER_LEN)),
+            Form::File(_) | Form::Tree(_) | Form::InTree(_) => {
+                (self.depth.min(FILE_DEPTH), self.buffer.0.min(FILE_BUFFER_LEN))
+            }
             _ => (self.depth, self.buffer.0),
         };
         Shape {

@@ -23,7 +23,7 @@ use xpm_transport::nbd::server::{Server, ServerOptions};
 
 use crate::config::Config;
 use crate::control;
-use crate::daemon::{self, Daemon, herald, lookout};
+use crate::daemon::{self, Daemon, herald, lookout, trees};
 use crate::error::{DeviceError, Step};
 use crate::kept::{self, Depositor};
 use crate::program::Program;
@@ -203,6 +203,7 @@ async fn serve(parts: Parts, origin: Origin) -> Result<(), DeviceError> {
         records.follow(Box::new(Depositor(manager)));
     }
     let daemon = Arc::new(Daemon::new(daemon_parts(parts, records, takes_over)?));
+    let trees = tokio::spawn(trees::tend(Arc::clone(&daemon)));
     if takes_over {
         daemon.take_over().await;
     }
@@ -232,6 +233,7 @@ async fn serve(parts: Parts, origin: Origin) -> Result<(), DeviceError> {
     lookout.abort();
     follower.abort();
     herald.abort();
+    trees.abort();
     let work = tokio::task::spawn_blocking(move || {
         daemon.keeper().stop();
         daemon.take_all_away();

@@ -75,10 +75,11 @@ impl Program {
     /// [`ErrorKind::Invalid`] with the command for it.
     pub(crate) fn check(self, form: &Form) -> Result<(), DeviceError> {
         let what = match (self, form) {
-            (Program::Blk, Form::File(_)) => {
+            (Program::Blk, form) if form.is_of_files() => {
                 "xpm-fs shows allocations as files, not xpm-blk: use `xpm fs attach NAME --at PATH`"
             }
-            (Program::Fs, Form::File(_)) | (Program::Blk, _) => return Ok(()),
+            (Program::Blk, _) => return Ok(()),
+            (Program::Fs, form) if form.is_of_files() => return Ok(()),
             (Program::Fs, _) => {
                 "xpm-blk shows allocations as devices and sockets, not xpm-fs: use `xpm blk attach NAME --as FORM`"
             }

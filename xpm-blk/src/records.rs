@@ -179,7 +179,9 @@ impl Record {
         let disk = match self.request.form {
             Form::Ublk => format!("ublkb{number}"),
             Form::Nbd | Form::NbdDirect => format!("nbd{number}"),
-            Form::NbdSocket(_) | Form::VhostUser(_) | Form::File(_) => return None,
+            Form::NbdSocket(_) | Form::VhostUser(_) | Form::File(_) | Form::Tree(_) | Form::InTree(_) => {
+                return None;
+            }
         };
         crate::sysfs::path(&disk, "").exists().then_some(disk)
     }

@@ -12,6 +12,7 @@ use xpm_transport::nbd::server::Server;
 
 use crate::config::Config;
 use crate::error::{DeviceError, Step};
+use crate::frontend::fuse::tree::{TreeFile, TreeMount, Trees};
 use crate::frontend::fuse::{FuseFile, Mounting};
 use crate::frontend::kernel_nbd::{NbdDevice, Shared};
 use crate::frontend::nbd_socket::NbdSocket;
@@ -40,7 +41,7 @@ pub(crate) fn show(
     record: &Record,
     config: &Config,
     (client, visitor): (ClientId, Option<&Visitor>),
-    server: &Server,
+    (server, trees): (&Server, &Trees),
     (readiness, left): (Readiness, Option<OwnedFd>),
 ) -> Result<ShownWith, DeviceError> {
     let request = &record.request;
@@ -82,6 +83,12 @@ pub(crate) fn show(
             let mounting = Mounting { name, path, left, dirty_budget: config.dirty_budget.0 };
             Box::new(FuseFile::show(volume, &shape, mounting)?)
         }
+        Form::Tree(path) => {
+            let (name, left) = (request.name.as_str(), left.zip(record.mounted));
+            let mounting = Mounting { name, path, left, dirty_budget: config.dirty_budget.0 };
+            Box::new(TreeMount::show(volume, &shape, mounting, (trees, &config.state()))?)
+        }
+        Form::InTree(tree) => Box::new(TreeFile::show(&request.name, volume, trees.tree(tree))?),
         Form::NbdSocket(place) => {
             // A socket that was shown before may be in use.
             let insecure = config.insecure || readiness != Readiness::Required;
@@ -108,9 +115,13 @@ fn open(
     let (session, generation) = match record.request.form {
         // The requests of the earlier life are submitted again; its own late requests must not land behind
         // these.
-        Form::VhostUser(_) | Form::Ublk | Form::Nbd | Form::NbdDirect | Form::File(_) => {
-            (record.session, record.generation)
-        }
+        Form::VhostUser(_)
+        | Form::Ublk
+        | Form::Nbd
+        | Form::NbdDirect
+        | Form::File(_)
+        | Form::Tree(_)
+        | Form::InTree(_) => (record.session, record.generation),
         // A new session for each life of this process: clients do not repeat requests by themselves.
         Form::NbdSocket(_) => (xpm_control::random::u128().at("make a session number")?, 0),
     };

@@ -99,7 +99,7 @@ fn next_steps(device: &Device) -> String {
         }
         Form::NbdSocket(SocketPlace::Tcp(address)) => format!("look at it:   nbdinfo nbd://{address}\n"),
         // xpm-blk shows none; `xpm fs` says what to do with one.
-        Form::File(_) => String::new(),
+        Form::File(_) | Form::Tree(_) | Form::InTree(_) => String::new(),
         Form::VhostUser(_) => format!(
             "QEMU:         -object memory-backend-memfd,id=ram,size=SIZE,share=on -machine memory-backend=ram \\\n\
              \x20             -chardev socket,id={name},path={path},reconnect=1 \\\n\
@@ -160,6 +160,8 @@ fn form(form: &Form) -> &'static str {
         Form::NbdSocket(_) => "nbd-socket",
         Form::VhostUser(_) => "vhost-user",
         Form::File(_) => "file",
+        Form::Tree(_) => "tree",
+        Form::InTree(_) => "in a tree",
     }
 }
 

@@ -12,6 +12,8 @@ use crate::output::Output;
 use crate::table::fields;
 use crate::{attach, lost};
 
+mod trees;
+
 /// Directory of files that have no other path.
 pub(crate) const FILES: &str = "/run/xpm/fs";
 
@@ -34,8 +36,21 @@ pub(crate) async fn run(command: FsCommand, daemons: &Daemons, output: Output) -
             ));
             Ok(())
         }
+        FsCommand::Mount(args) => {
+            let device = trees::mount(args, &daemons.allocator()?, &fs).await?;
+            output.print(&device, |device| device.path.clone())?;
+            output.hint(&format!("unmount it:  xpm fs unmount {}\n", device.path));
+            Ok(())
+        }
+        FsCommand::Unmount { tree, force } => {
+            let name = trees::mounted(&tree, &fs).await?;
+            blk::detach(&fs, &name, force, output).await
+        }
         FsCommand::List(args) => {
-            blk::FILES.print(fs.devices().await?, &args, output)?;
+            let mut devices = fs.devices().await?;
+            // Files of a tree are seen in the tree; `xpm fs show NAME.NUMBER` shows one.
+            devices.retain(|device| !matches!(device.form, Form::InTree(_)));
+            blk::FILES.print(devices, &args, output)?;
             blk::warn_of_debts(&fs).await;
             Ok(())
         }

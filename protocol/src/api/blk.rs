@@ -106,6 +106,10 @@ pub enum Form {
     VhostUser(PathBuf),
     /// A file at a path, which xpm-fs serves.
     File(PathBuf),
+    /// A tree of files at a path, which xpm-fs serves. The allocation carries its name; each file has one of its own.
+    Tree(PathBuf),
+    /// What holds the data of a file in the tree of this name.
+    InTree(Name),
 }
 
 /// Address at which an NBD socket listens.
@@ -145,7 +149,7 @@ impl FromStr for Form {
 }
 
 const FORMS: &str = "a device form: ublk, nbd, nbd-direct, nbd-socket=/ABSOLUTE/PATH, nbd-socket=ADDRESS:PORT, \
-                     vhost-user=/ABSOLUTE/PATH or file=/ABSOLUTE/PATH";
+                     vhost-user=/ABSOLUTE/PATH, file=/ABSOLUTE/PATH or tree=/ABSOLUTE/PATH";
 
 impl Form {
     /// The logical block size of this form for allocations without one of their own; none for a socket whose clients
@@ -154,8 +158,13 @@ impl Form {
         match self {
             Form::Ublk | Form::VhostUser(_) => Some(BlockSize::B512),
             Form::Nbd | Form::NbdDirect => Some(BlockSize::B4096),
-            Form::NbdSocket(_) | Form::File(_) => None,
+            Form::NbdSocket(_) | Form::File(_) | Form::Tree(_) | Form::InTree(_) => None,
         }
+    }
+
+    /// Whether xpm-fs shows it, and not xpm-blk.
+    pub const fn is_of_files(&self) -> bool {
+        matches!(self, Form::File(_) | Form::Tree(_) | Form::InTree(_))
     }
 
     fn parse_socket(text: &str) -> Option<Form> {
@@ -163,6 +172,8 @@ impl Form {
             ("nbd-socket", place) => SocketPlace::parse(place).map(Form::NbdSocket),
             ("vhost-user", path) => path.starts_with('/').then(|| Form::VhostUser(path.into())),
             ("file", path) => path.starts_with('/').then(|| Form::File(path.into())),
+            ("tree", path) => path.starts_with('/').then(|| Form::Tree(path.into())),
+            ("in-tree", name) => name.parse().ok().map(Form::InTree),
             _ => None,
         }
     }
@@ -195,6 +206,8 @@ impl fmt::Display for Form {
             Form::NbdSocket(place) => write!(f, "nbd-socket={place}"),
             Form::VhostUser(path) => write!(f, "vhost-user={}", path.display()),
             Form::File(path) => write!(f, "file={}", path.display()),
+            Form::Tree(path) => write!(f, "tree={}", path.display()),
+            Form::InTree(name) => write!(f, "in-tree={name}"),
         }
     }
 }

@@ -147,7 +147,7 @@ impl Daemon {
             &record,
             &self.config,
             (self.owner.client, visitor.as_ref()),
-            &self.server,
+            (&self.server, &self.trees),
             (readiness, left),
         ) {
             Ok(shown) => shown,

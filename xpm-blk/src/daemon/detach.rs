@@ -26,7 +26,16 @@ impl Daemon {
     /// [`ErrorKind::InUse`] with the users, unless `force` is set.
     pub async fn detach(self: &Arc<Daemon>, name: Name, force: bool) -> Result<(), DeviceError> {
         let daemon = Arc::clone(self);
-        let task = tokio::spawn(async move { daemon.detach_now(&name, force).await });
+        let task = tokio::spawn(async move {
+            daemon.detach_now(&name, force).await?;
+            // Of a tree that is gone; none of anything else.
+            for file in daemon.files_of(&name) {
+                if let Err(error) = daemon.detach_now(&file, true).await {
+                    tracing::warn!("{error}");
+                }
+            }
+            Ok(())
+        });
         match task.await {
             Ok(result) => result,
             Err(error) => Err(DeviceError::new(ErrorKind::Internal, format!("detaching failed: {error}"))),
@@ -218,7 +227,7 @@ fn refusal(attached: &Attached, users: &[String]) -> DeviceError {
     let way_out = match request.form {
         Form::NbdSocket(_) => "disconnect them".to_owned(),
         Form::VhostUser(_) => "shut it down, or take the disk out of it".to_owned(),
-        Form::File(_) => "end these programs".to_owned(),
+        Form::File(_) | Form::Tree(_) => "end these programs".to_owned(),
         _ if users.iter().any(|user| user.starts_with("held by loop")) => {
             "run `umount` on what is mounted and `losetup --detach` on the loop device".to_owned()
         }
@@ -250,7 +259,7 @@ pub(super) fn users_of(attached: &Attached, thorough: bool) -> Vec<String> {
     let Some(disk) = attached.shown.disk() else {
         let form = attached.record().request.form;
         return match (form, attached.shown.clients()) {
-            (Form::File(_), _) => attached.shown.users(),
+            (Form::File(_) | Form::Tree(_) | Form::InTree(_), _) => attached.shown.users(),
             (_, 0) => Vec::new(),
             (Form::VhostUser(_), _) => vec!["a virtual machine".to_owned()],
             (_, 1) => vec!["1 NBD client".to_owned()],

@@ -13,6 +13,7 @@ pub(crate) mod lookout;
 mod lost;
 mod orders;
 mod restore;
+pub(crate) mod trees;
 mod view;
 
 use std::collections::BTreeMap;
@@ -31,6 +32,7 @@ use xpm_transport::nbd::server::Server;
 
 use crate::config::Config;
 use crate::error::DeviceError;
+use crate::frontend::fuse::tree::Trees;
 use crate::frontend::{self, Shown};
 use crate::owed::Debts;
 use crate::records::{Record, Records};
@@ -53,6 +55,8 @@ pub struct Daemon {
     debts: tokio::sync::Mutex<Debts>,
     /// A copy of the debts for the status.
     owed: Mutex<Vec<Owed>>,
+    /// Trees of files.
+    trees: Trees,
     /// Allocations whose orders are being executed, and whether new orders may have arrived since.
     obeying: Mutex<BTreeMap<Name, bool>>,
     started: Instant,
@@ -167,6 +171,7 @@ impl Daemon {
             debts: tokio::sync::Mutex::new(Debts::none(&state)),
             owed: Mutex::default(),
             registered: Mutex::default(),
+            trees: Trees::new(),
             obeying: Mutex::default(),
             started: Instant::now(),
         }
@@ -228,7 +233,7 @@ impl Daemon {
                     "memory is reclaimed to {form}, and this process is not safe for that: {missing}. Mend it and start {} \
                      again{}, or accept it with `allow-unsafe-swap = true`",
                     self.config.program.name(),
-                    if matches!(form, Form::File(_)) { "" } else { ", show it as nbd-socket" }
+                    if form.is_of_files() { "" } else { ", show it as nbd-socket" }
                 ),
             )),
         }

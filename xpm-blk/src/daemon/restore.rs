@@ -100,7 +100,7 @@ impl Daemon {
             .inherited()
             .into_iter()
             .filter(|record| !record.pending)
-            .partition(|record| matches!(record.request.form, Form::Ublk | Form::File(_)));
+            .partition(|record| record.request.form == Form::Ublk || record.request.form.is_of_files());
         let (done, mut all_done) = mpsc::channel::<()>(1);
         for (record, done) in first.into_iter().map(|record| (record, Some(done.clone()))) {
             self.go_on_with(record, done);

@@ -179,7 +179,7 @@ pub fn check_support(form: &Form) -> Result<(), DeviceError> {
         Form::Ublk => ublk::check_support(),
         Form::Nbd | Form::NbdDirect => kernel_nbd::check_support(),
         Form::NbdSocket(_) | Form::VhostUser(_) => Ok(()),
-        Form::File(_) => fuse::check_support(),
+        Form::File(_) | Form::Tree(_) | Form::InTree(_) => fuse::check_support(),
     }
 }
 

@@ -26,7 +26,30 @@ Examples:
     qemu-system-x86_64 -m 4G -machine memory-backend=ram \\
       -object memory-backend-file,id=ram,size=4G,mem-path=/run/xpm/vm1,share=on ...")]
     Attach(FsAttachArgs),
-    /// Lists the files of this host. `-o wide` shows more.
+    /// Mounts a tree: a directory in which each file that holds data has an allocation of its own.
+    ///
+    /// Creating and writing a file takes memory of the appliances, ftruncate(2) sizes it, and removing the file gives it
+    /// back. The tree and its files stay when it is unmounted. Needs Linux 6.9 or later.
+    #[command(after_help = "\
+Examples:
+  xpm fs mount /srv/far
+  cp big.db /srv/far/ && df -h /srv/far
+  xpm fs unmount /srv/far          # the files stay
+  xpm fs mount /srv/far            # and are there again")]
+    Mount(FsMountArgs),
+    /// Unmounts a tree. Its files and their data stay.
+    ///
+    /// Refused while a program uses it, unless forced: then all I/O on it fails.
+    #[command(visible_alias = "umount", after_help = "Example:\n  xpm fs unmount /srv/far")]
+    Unmount {
+        /// The directory, or the name of the tree.
+        #[arg(value_name = "DIR|NAME", value_hint = clap::ValueHint::DirPath)]
+        tree: PathBuf,
+        /// Unmounts it even while it is used.
+        #[arg(long)]
+        force: bool,
+    },
+    /// Lists the files and trees of this host. `-o wide` shows more.
     #[command(visible_alias = "ls")]
     List(ListArgs),
     /// Shows one file: its state, its users, and the way to each appliance.
@@ -112,4 +135,27 @@ pub(crate) struct FsAttachArgs {
     /// With --ensure: how long it is tried again while xpm-fs, the allocator or an appliance cannot be reached. [default: 0s]
     #[arg(long, value_name = "TIME", requires = "ensure")]
     pub(crate) wait: Option<Span>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct FsMountArgs {
+    /// The directory, empty or not there yet.
+    #[arg(value_name = "DIR", value_hint = clap::ValueHint::DirPath)]
+    pub(crate) directory: PathBuf,
+    /// The name of the tree, up to 40 characters; allocations of its files are called NAME.NUMBER. [default: the directory's]
+    #[arg(long)]
+    pub(crate) name: Option<Name>,
+    /// Who the memory of its files is charged to. [default: the client's account]
+    #[arg(long, value_name = "NAME")]
+    pub(crate) account: Option<Name>,
+    /// Threads that serve it, 1 to 64. [default: one for each core, at most 2]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub(crate) queues: Option<u16>,
+    /// Way to the appliances: shm, rdma, nbd-unix or nbd-tcp. [default: the best for each]
+    #[arg(long, value_name = "KIND")]
+    pub(crate) transport: Option<TransportKind>,
+    /// How long I/O waits for an appliance that cannot be reached: `forever` or like 5m. [default: the setting of
+    /// xpm-fs]
+    #[arg(long, value_name = "LIMIT")]
+    pub(crate) hold: Option<Hold>,
 }

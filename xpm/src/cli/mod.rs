@@ -23,7 +23,7 @@ pub(crate) use appliance::{ApplianceCommand, DrainArgs, ForgetArgs, RebalanceArg
 pub(crate) use blk::{AttachArgs, BlkCommand, GiveUpArgs};
 pub(crate) use client::ClientCommand;
 pub(crate) use events::EventsArgs;
-pub(crate) use fs::{FsAttachArgs, FsCommand};
+pub(crate) use fs::{FsAttachArgs, FsCommand, FsMountArgs};
 pub(crate) use list::ListArgs;
 pub(crate) use policy::{ApplyArgs, DeleteArgs, EditArgs, GetArgs};
 pub(crate) use run::RunArgs;

@@ -2,7 +2,7 @@
 
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{Allocation, Appliance, ApplianceState};
-use xpm_protocol::api::blk::{Device, DeviceState, Form, LinkState, Status};
+use xpm_protocol::api::blk::{Device, DeviceState, LinkState, Status};
 use xpm_protocol::api::health::{Check, Problem, Severity};
 
 use super::is_swap;
@@ -47,7 +47,7 @@ pub(super) fn of_older_allocator(
 
 pub(super) fn of_device(device: &Device) -> Option<Problem> {
     let name = &device.name;
-    let word = if matches!(device.form, Form::File(_)) { "fs" } else { "blk" };
+    let word = if device.form.is_of_files() { "fs" } else { "blk" };
     let (check, what, remedy) = match device.state {
         DeviceState::Live => return None,
         DeviceState::Holding => (

@@ -79,7 +79,7 @@ impl File {
             return refuse(Errno::STALE);
         }
         match request.operation {
-            Operation::Init(init) => match Negotiated::new(&init, &self.wanted()) {
+            Operation::Init(init) => match Negotiated::new(&init, &wanted(self.mounted.io_len)) {
                 Ok(negotiated) => Answer::of(reply::init(unique, &negotiated.reply())),
                 Err(refused) => {
                     tracing::error!("{refused}");
@@ -111,17 +111,6 @@ impl File {
             | Operation::Mkdir { .. }
             | Operation::Opendir(_) => refuse(Errno::NOTDIR),
             _ => refuse(Errno::NOSYS),
-        }
-    }
-
-    fn wanted(&self) -> Wanted {
-        let io_len = self.mounted.io_len;
-        Wanted {
-            max_write: io_len,
-            max_pages: (io_len / BLOCK_LEN) as u16,
-            max_readahead: 0,
-            max_background: BACKGROUND_MAX,
-            congestion_threshold: BACKGROUND_MAX,
         }
     }
 
@@ -189,18 +178,29 @@ impl File {
     }
 }
 
-fn now() -> Timestamp {
+/// What is asked of the kernel for a mount whose requests have data of at most `io_len` bytes.
+pub(super) fn wanted(io_len: u32) -> Wanted {
+    Wanted {
+        max_write: io_len,
+        max_pages: (io_len / BLOCK_LEN) as u16,
+        max_readahead: 0,
+        max_background: BACKGROUND_MAX,
+        congestion_threshold: BACKGROUND_MAX,
+    }
+}
+
+pub(super) fn now() -> Timestamp {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     Timestamp { seconds: since.as_secs().cast_signed(), nanoseconds: since.subsec_nanos() }
 }
 
 /// Times before 1970 and after 2554 become the nearest one that there is.
-fn to_nanoseconds(time: Timestamp) -> u64 {
+pub(super) fn to_nanoseconds(time: Timestamp) -> u64 {
     let seconds = u64::try_from(time.seconds).unwrap_or_default();
     seconds.saturating_mul(1_000_000_000).saturating_add(u64::from(time.nanoseconds))
 }
 
-fn from_nanoseconds(nanoseconds: u64) -> Timestamp {
+pub(super) fn from_nanoseconds(nanoseconds: u64) -> Timestamp {
     Timestamp {
         seconds: (nanoseconds / 1_000_000_000).cast_signed(),
         nanoseconds: (nanoseconds % 1_000_000_000) as u32,

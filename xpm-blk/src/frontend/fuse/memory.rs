@@ -69,6 +69,14 @@ impl Requests {
         }
     }
 
+    /// Puts a request into a buffer that was received before.
+    ///
+    /// # Panics
+    /// When the buffer is lent, or is shorter.
+    pub(super) fn put(&mut self, tag: u16, request: &[u8]) {
+        self.own(tag, REQUEST, request.len()).copy_from_slice(request);
+    }
+
     /// The request that was read into a buffer.
     ///
     /// # Panics

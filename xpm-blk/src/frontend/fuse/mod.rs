@@ -12,16 +12,18 @@
 //!
 //! * `memory.rs`: the buffers of a queue. `queue.rs`: its thread. `file.rs`: what is asked besides data. `users.rs`: who has
 //!   the file open.
+//! * `tree/`: a directory in which each file has an allocation of its own.
 
 mod file;
 mod memory;
 mod queue;
+pub(crate) mod tree;
 mod users;
 
 use std::fs;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, sync_channel};
@@ -44,6 +46,9 @@ use super::{Health, Shape, Shown, io_len_max};
 use crate::error::{DeviceError, Step};
 use crate::lifecycle;
 use crate::watch::Pulse;
+
+/// Length of a page, in bytes: what the appliance gives back at a time.
+const PAGE: u64 = 4096;
 
 /// What a mount was made with; a successor needs it, for there is no second negotiation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -88,25 +93,15 @@ impl FuseFile {
     pub(crate) fn show(
         volume: Volume,
         shape: &Shape,
-        mounting: Mounting<'_>,
+        mut mounting: Mounting<'_>,
     ) -> Result<FuseFile, DeviceError> {
         let path = mounting.path;
-        let left = mounting.left.and_then(|(device, mounted)| {
-            // Where the mount is gone its descriptor serves nobody.
-            Some((device, mounted, Connection::at(path).ok()?))
-        });
-        let takes_over = left.is_some();
-        let (device, mounted, connection) = match left {
-            Some((device, mounted, connection)) => {
-                tracing::info!("taking over the mount at {}", path.display());
-                (Device::from_fd(device).at("take over a mount")?, mounted, connection)
-            }
-            None => mount(mounting.name, path, io_len_max(shape.buffer_len, shape.depth))?,
-        };
+        let Prepared { device, mounted, connection, takes_over } =
+            prepare(&mut mounting, shape, RootKind::File)?;
         let shown = FuseFile::serve(volume, shape, (path, device), mounted, connection, takes_over);
         match shown {
             Ok(shown) => {
-                shown.limit(mounting.dirty_budget);
+                limit(connection, path, mounting.dirty_budget);
                 match takes_over {
                     true => Ok(shown),
                     false => shown.begin().map(|()| shown),
@@ -157,11 +152,7 @@ impl FuseFile {
             queues: Mutex::default(),
         };
         if takes_over {
-            // Before anything is read here: that would be sent again as well.
-            shown
-                .device
-                .notify(&[IoSlice::new(&notify::resend())])
-                .at(format!("{}: have requests sent again", path.display()))?;
+            resend(&shown.device, path)?;
         }
         let started: Vec<_> =
             (0..shape.queues).map(|number| shown.start(number, shape)).collect::<Result<_, _>>()?;
@@ -195,27 +186,66 @@ impl FuseFile {
         Ok(told)
     }
 
-    /// Page faults read what is asked for and nothing around it, and dirty memory has a budget of its own: the kernel's
-    /// default for FUSE is 1 % of the machine's limit, which throttles writers to almost nothing.
-    fn limit(&self, dirty_budget: u64) {
-        let settings = BdiSettings {
-            read_ahead_kb: Some(0),
-            strict_limit: Some(true),
-            max_ratio: Some(100),
-            max_bytes: Some(dirty_budget),
-        };
-        if let Err(error) = self.connection.bdi().set(&settings) {
-            tracing::warn!("{}: the limits of its page cache could not be set: {error}", self.path.display());
-        }
-    }
-
     fn has_ended(&self) -> bool {
         self.ended.load(Ordering::Acquire)
     }
 }
 
-/// Mounts a file, on an empty one that is made where there is none.
-fn mount(name: &str, path: &Path, io_len: u32) -> Result<(Device, Mounted, Connection), DeviceError> {
+/// A mount that is about to be served.
+struct Prepared {
+    device: Device,
+    mounted: Mounted,
+    connection: Connection,
+    /// Another process served it.
+    takes_over: bool,
+}
+
+/// The mount that a dead process left, or else a new one.
+fn prepare(mounting: &mut Mounting<'_>, shape: &Shape, root: RootKind) -> Result<Prepared, DeviceError> {
+    let path = mounting.path;
+    let left = mounting.left.take().and_then(|(device, mounted)| {
+        // Where the mount is gone its descriptor serves nobody.
+        Some((device, mounted, Connection::at(path).ok()?))
+    });
+    let takes_over = left.is_some();
+    let (device, mounted, connection) = match left {
+        Some((device, mounted, connection)) => {
+            tracing::info!("taking over the mount at {}", path.display());
+            (Device::from_fd(device).at("take over a mount")?, mounted, connection)
+        }
+        None => mount(mounting.name, path, root, io_len_max(shape.buffer_len, shape.depth))?,
+    };
+    Ok(Prepared { device, mounted, connection, takes_over })
+}
+
+/// Has the kernel send again what a dead process had read and not answered. Before anything is read here: that would be
+/// sent again as well.
+fn resend(device: &Device, path: &Path) -> Result<(), DeviceError> {
+    let sent = device.notify(&[IoSlice::new(&notify::resend())]);
+    sent.at(format!("{}: have requests sent again", path.display()))
+}
+
+/// Page faults read what is asked for and nothing around it, and dirty memory has a budget of its own: the kernel's
+/// default for FUSE is 1 % of the machine's limit, which throttles writers to almost nothing.
+fn limit(connection: Connection, path: &Path, dirty_budget: u64) {
+    let settings = BdiSettings {
+        read_ahead_kb: Some(0),
+        strict_limit: Some(true),
+        max_ratio: Some(100),
+        max_bytes: Some(dirty_budget),
+    };
+    if let Err(error) = connection.bdi().set(&settings) {
+        tracing::warn!("{}: the limits of its page cache could not be set: {error}", path.display());
+    }
+}
+
+/// Mounts a file or a tree, on an empty file or a directory that is made where there is none.
+fn mount(
+    name: &str,
+    path: &Path,
+    root: RootKind,
+    io_len: u32,
+) -> Result<(Device, Mounted, Connection), DeviceError> {
     let at = || format!("mount {}", path.display());
     if let Some(directory) = path.parent() {
         fs::create_dir_all(directory).at(format!("make {}", directory.display()))?;
@@ -234,14 +264,27 @@ fn mount(name: &str, path: &Path, io_len: u32) -> Result<(Device, Mounted, Conne
         );
         return Err(DeviceError::new(ErrorKind::Conflict, what));
     }
-    match fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path) {
+    let made = match root {
+        RootKind::File => {
+            fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map(drop)
+        }
+        RootKind::Directory => fs::DirBuilder::new().mode(0o755).create(path),
+    };
+    match made {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error.at(at())),
         _ => {}
     }
     let below = fs::symlink_metadata(path).at(at())?;
-    if !below.is_file() || below.len() > 0 {
+    let wrong = match root {
+        RootKind::File => (!below.is_file() || below.len() > 0).then_some("an empty file"),
+        RootKind::Directory => {
+            let is_empty = || fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_none());
+            (!below.is_dir() || !is_empty()).then_some("an empty directory")
+        }
+    };
+    if let Some(wanted) = wrong {
         let what = format!(
-            "{} exists and is not an empty file, which the mount would cover: give a path where nothing is",
+            "{} exists and is not {wanted}, which the mount would cover: give a path where nothing is",
             path.display()
         );
         return Err(DeviceError::new(ErrorKind::Conflict, what));
@@ -251,7 +294,7 @@ fn mount(name: &str, path: &Path, io_len: u32) -> Result<(Device, Mounted, Conne
     let device = xpm_fuse::mount(&Mount {
         at: path,
         source: &format!("xpm:{name}"),
-        root: RootKind::File,
+        root,
         mode: mounted.mode,
         uid: 0,
         gid: 0,
@@ -267,6 +310,33 @@ fn mount(name: &str, path: &Path, io_len: u32) -> Result<(Device, Mounted, Conne
             Err(error.at(at()))
         }
     }
+}
+
+/// Ends a mount. With `force` its I/O fails, and what programs have open of it ends; `give_up` is what wakes its queues.
+fn unmount_or_abort(
+    path: &Path,
+    connection: Connection,
+    give_up: &OwnedFd,
+    force: bool,
+) -> Result<(), DeviceError> {
+    if force {
+        rustix::io::write(give_up, &1_u64.to_ne_bytes()).at("wake the queues")?;
+    }
+    let unmounted = match force {
+        // What programs have open ends with the connection.
+        true => xpm_fuse::unmount_lazily(path),
+        false => xpm_fuse::unmount(path),
+    };
+    // Somebody else may have done it.
+    if let Err(error) = unmounted
+        && Connection::at(path).is_ok()
+    {
+        return Err(DeviceError::new(ErrorKind::InUse, error.to_string()));
+    }
+    if force {
+        let _ = connection.abort();
+    }
+    Ok(())
 }
 
 /// Removes a mount that nobody uses yet.
@@ -383,23 +453,7 @@ impl Shown for FuseFile {
     }
 
     fn hide(&self, give_up: bool) -> Result<(), DeviceError> {
-        if give_up {
-            rustix::io::write(&*self.give_up, &1_u64.to_ne_bytes()).at("wake the queues")?;
-        }
-        let unmounted = match give_up {
-            // What programs have open ends with the connection.
-            true => xpm_fuse::unmount_lazily(&self.path),
-            false => xpm_fuse::unmount(&self.path),
-        };
-        // Somebody else may have done it.
-        if let Err(error) = unmounted
-            && Connection::at(&self.path).is_ok()
-        {
-            return Err(DeviceError::new(ErrorKind::InUse, error.to_string()));
-        }
-        if give_up {
-            let _ = self.connection.abort();
-        }
+        unmount_or_abort(&self.path, self.connection, &self.give_up, give_up)?;
         let queues = std::mem::take(&mut *self.queues.lock().unwrap_or_else(PoisonError::into_inner));
         for queue in queues {
             if queue.join().is_err() {

@@ -26,13 +26,12 @@ use xpm_fuse::{Device, Errno};
 use xpm_transport::io::{Completion, IoError, Kind, Operation as Io};
 use xpm_transport::spin::Spin;
 
+use super::PAGE;
 use super::file::File;
 use super::memory::Requests;
 use crate::lifecycle::DieOnDrop;
 use crate::watch::Pulse;
 
-/// Length of a page, in bytes: what the appliance gives back at a time.
-const PAGE: u64 = 4096;
 /// Marks of the descriptors in the epoll set.
 const DEVICE: u64 = 0;
 const CHANNEL: u64 = 1;

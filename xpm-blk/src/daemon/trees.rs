@@ -1,0 +1,225 @@
+//! What trees of files want of the allocator: allocations that are made, shown, grown and freed, each on a task of its
+//! own, so that no file waits for that of another one.
+//!
+//! An allocator that does not answer is asked again, for as long as it takes: what a program has written waits meanwhile, as
+//! it does for an appliance. What it refuses is told to the tree, and so to the program.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use xpm_control::client::ClientError;
+use xpm_control::error_line;
+use xpm_protocol::Name;
+use xpm_protocol::api::ErrorKind;
+use xpm_protocol::api::allocator::{self, Allocation, Create, Resize};
+use xpm_protocol::api::blk::{AttachDevice, Form};
+use xpm_protocol::units::ByteSize;
+
+use super::Daemon;
+use crate::error::DeviceError;
+use crate::frontend::fuse::tree::{Fate, Wish};
+
+const PAUSE_FIRST: Duration = Duration::from_millis(50);
+const PAUSE_LONGEST: Duration = Duration::from_secs(5);
+/// How often it is looked whether an allocation has grown, and whether it still is to.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+const ASK_EVERY: Duration = Duration::from_secs(2);
+
+/// Fulfils the wishes of all trees until it is dropped.
+pub(crate) async fn tend(daemon: Arc<Daemon>) {
+    let Some(mut wishes) = daemon.trees.wishes() else { return };
+    while let Some((tree, wish)) = wishes.recv().await {
+        tokio::spawn(Arc::clone(&daemon).fulfil(tree, wish));
+    }
+}
+
+impl Daemon {
+    async fn fulfil(self: Arc<Daemon>, name: Name, wish: Wish) {
+        let tree = self.trees.tree(&name);
+        let fate = match wish {
+            Wish::Make { store, size } => {
+                let made = match tree.allocation(store) {
+                    Ok(file) => self.make_file(&name, &file, size).await,
+                    Err(error) => Err(error),
+                };
+                Fate::Made { store, made: said(made) }
+            }
+            Wish::Show { store } => {
+                let shown = match tree.allocation(store) {
+                    Ok(file) => self.show_file(&name, &file).await,
+                    Err(error) => Err(error),
+                };
+                match shown {
+                    // It says itself that it is shown.
+                    Ok(()) => return,
+                    error => Fate::Made { store, made: said(error) },
+                }
+            }
+            Wish::Grow { store, size } => {
+                let grown = match tree.allocation(store) {
+                    Ok(file) => self.grow_file(&file, size, || tree.capacity(store)).await,
+                    Err(error) => Err(error),
+                };
+                Fate::Grown { store, grown: said(grown) }
+            }
+            Wish::Free { store } => {
+                let Ok(file) = tree.allocation(store) else { return };
+                self.free_file(&file).await;
+                Fate::Freed { store }
+            }
+            Wish::Look => {
+                let status = self.owner.allocator.get::<allocator::Status>("/v1/status").await;
+                Fate::Seen { space: status.ok().map(|status| (status.capacity.0, status.free.0)) }
+            }
+        };
+        tree.tell(fate);
+    }
+
+    async fn make_file(self: &Arc<Daemon>, tree: &Name, file: &Name, size: u64) -> Result<(), DeviceError> {
+        let mut patience = Patience::default();
+        loop {
+            let made = match self.owner.allocator.get::<Allocation>(&format!("/v1/allocations/{tree}")).await
+            {
+                Ok(of_tree) => {
+                    let create =
+                        Create { account: of_tree.account, ..Create::new(file.clone(), ByteSize(size)) };
+                    self.owner.allocator.post::<_, Allocation>("/v1/allocations", &create).await.map(drop)
+                }
+                Err(error) => Err(error),
+            };
+            match made {
+                Ok(()) => break,
+                // An answer was lost: numbers are given once, so that it is this one.
+                Err(error) if error.kind() == ErrorKind::Conflict => break,
+                Err(error) => patience.with(file, refused(&error)).await?,
+            }
+        }
+        self.show_file(tree, file).await
+    }
+
+    async fn show_file(self: &Arc<Daemon>, tree: &Name, file: &Name) -> Result<(), DeviceError> {
+        let mut patience = Patience::default();
+        loop {
+            if self.slots().contains_key(file) {
+                // It is shown, or about to be.
+                return Ok(());
+            }
+            // As the tree is shown itself.
+            let of_tree = self.slots().get(tree).and_then(super::Slot::record);
+            let request = AttachDevice::new(file.clone(), Form::InTree(tree.clone()));
+            let request = match of_tree.map(|record| record.request) {
+                Some(like) => AttachDevice {
+                    queues: like.queues,
+                    depth: like.depth,
+                    transport: like.transport,
+                    hold: like.hold,
+                    ..request
+                },
+                None => request,
+            };
+            match self.attach(request).await {
+                Ok(_) => return Ok(()),
+                Err(error) => patience.with(file, error).await?,
+            }
+        }
+    }
+
+    async fn grow_file(
+        self: &Arc<Daemon>,
+        file: &Name,
+        size: u64,
+        capacity: impl Fn() -> Option<u64>,
+    ) -> Result<(), DeviceError> {
+        let has_grown = || capacity().is_some_and(|capacity| capacity >= size);
+        let mut patience = Patience::default();
+        while !has_grown() {
+            let path = format!("/v1/allocations/{file}/size");
+            let order = Resize { size: ByteSize(size) };
+            match self.owner.allocator.put::<_, Allocation>(&path, &order).await {
+                Ok(_) => {}
+                // It is being changed already.
+                Err(error) if matches!(error.kind(), ErrorKind::Conflict | ErrorKind::InUse) => {
+                    patience.pause(file, &refused(&error)).await;
+                    continue;
+                }
+                Err(error) => {
+                    patience.with(file, refused(&error)).await?;
+                    continue;
+                }
+            }
+            self.obey(file);
+            let since = Instant::now();
+            while !has_grown() && since.elapsed() < ASK_EVERY {
+                tokio::time::sleep(LOOK_EVERY).await;
+            }
+        }
+        Ok(())
+    }
+
+    async fn free_file(self: &Arc<Daemon>, file: &Name) {
+        let mut patience = Patience::default();
+        loop {
+            match self.detach(file.clone(), true).await {
+                Ok(()) => break,
+                Err(error) if error.kind() == ErrorKind::NotFound => break,
+                Err(error) => patience.pause(file, &error).await,
+            }
+        }
+        loop {
+            match self.owner.allocator.delete(&format!("/v1/allocations/{file}")).await {
+                Ok(()) => return,
+                Err(error) if error.kind() == ErrorKind::NotFound => return,
+                Err(error) => patience.pause(file, &refused(&error)).await,
+            }
+        }
+    }
+
+    /// Takes the files of a tree away that is not mounted any more. Their allocations stay.
+    pub(super) fn files_of(&self, tree: &Name) -> Vec<Name> {
+        let is_of = |slot: &super::Slot| {
+            slot.record().is_some_and(|record| record.request.form == Form::InTree(tree.clone()))
+        };
+        self.slots().iter().filter(|(_, slot)| is_of(slot)).map(|(name, _)| name.clone()).collect()
+    }
+}
+
+fn said(done: Result<(), DeviceError>) -> Result<(), ErrorKind> {
+    done.map_err(|error| {
+        tracing::error!("{error}");
+        error.kind()
+    })
+}
+
+fn refused(error: &ClientError) -> DeviceError {
+    DeviceError::new(error.kind(), format!("allocator: {}", error_line(error)))
+}
+
+/// Trying again, less and less often.
+#[derive(Default)]
+struct Patience {
+    pause: Duration,
+}
+
+impl Patience {
+    /// Waits before another try of what may succeed later.
+    ///
+    /// # Errors
+    /// What cannot.
+    async fn with(&mut self, file: &Name, error: DeviceError) -> Result<(), DeviceError> {
+        match error.kind() {
+            ErrorKind::Unavailable | ErrorKind::NotLeader => {
+                self.pause(file, &error).await;
+                Ok(())
+            }
+            kind => Err(DeviceError::new(kind, format!("allocation {file}: {error}"))),
+        }
+    }
+
+    async fn pause(&mut self, file: &Name, error: &DeviceError) {
+        self.pause = (self.pause * 2).clamp(PAUSE_FIRST, PAUSE_LONGEST);
+        if self.pause == PAUSE_LONGEST {
+            tracing::warn!("allocation {file}: {error}; trying again");
+        }
+        tokio::time::sleep(self.pause).await;
+    }
+}
