@@ -24,6 +24,9 @@ const PAUSE_LONGEST: Duration = Duration::from_secs(5);
 /// How often it is looked whether an allocation has grown, and whether it still is to.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 const ASK_EVERY: Duration = Duration::from_secs(2);
+/// Pause before what did not fit is asked for again, and how long it is, while an appliance is silent that may have room.
+const ROOM_PAUSE: Duration = Duration::from_millis(300);
+const ROOM_LIMIT: Duration = Duration::from_secs(30);
 
 /// Fulfils the wishes of all trees until it is dropped.
 pub(crate) async fn tend(daemon: Arc<Daemon>) {
@@ -76,7 +79,7 @@ impl Daemon {
     }
 
     async fn make_file(self: &Arc<Daemon>, tree: &Name, file: &Name, size: u64) -> Result<(), DeviceError> {
-        let mut patience = Patience::default();
+        let (mut patience, mut scarce) = (Patience::default(), None);
         loop {
             let made = match self.owner.allocator.get::<Allocation>(&format!("/v1/allocations/{tree}")).await
             {
@@ -91,6 +94,7 @@ impl Daemon {
                 Ok(()) => break,
                 // An answer was lost: numbers are given once, so that it is this one.
                 Err(error) if error.kind() == ErrorKind::Conflict => break,
+                Err(error) if self.may_find_room(&error, &mut scarce).await => {}
                 Err(error) => patience.with(file, refused(&error)).await?,
             }
         }
@@ -130,8 +134,9 @@ impl Daemon {
         size: u64,
         capacity: impl Fn() -> Option<u64>,
     ) -> Result<(), DeviceError> {
-        let has_grown = || capacity().is_some_and(|capacity| capacity >= size);
-        let mut patience = Patience::default();
+        // One that is gone meanwhile is as good: nobody waits for its room.
+        let has_grown = || capacity().is_none_or(|capacity| capacity >= size);
+        let (mut patience, mut scarce) = (Patience::default(), None);
         while !has_grown() {
             let path = format!("/v1/allocations/{file}/size");
             let order = Resize { size: ByteSize(size) };
@@ -142,6 +147,7 @@ impl Daemon {
                     patience.pause(file, &refused(&error)).await;
                     continue;
                 }
+                Err(error) if self.may_find_room(&error, &mut scarce).await => continue,
                 Err(error) => {
                     patience.with(file, refused(&error)).await?;
                     continue;
@@ -154,6 +160,23 @@ impl Daemon {
             }
         }
         Ok(())
+    }
+
+    /// Whether there may be room soon for what did not fit: an appliance that was silent for a moment has it again. Waits
+    /// for that moment. A program that wrote would lose what it wrote by an error.
+    async fn may_find_room(&self, error: &ClientError, since: &mut Option<Instant>) -> bool {
+        if error.kind() != ErrorKind::NoSpace {
+            return false;
+        }
+        let first = since.is_none();
+        let asked = since.get_or_insert_with(Instant::now);
+        let status = self.owner.allocator.get::<allocator::Status>("/v1/status").await;
+        let is_silent = status.is_ok_and(|status| status.appliances_silent > 0);
+        let again = first || is_silent && asked.elapsed() < ROOM_LIMIT;
+        if again {
+            tokio::time::sleep(ROOM_PAUSE).await;
+        }
+        again
     }
 
     async fn free_file(self: &Arc<Daemon>, file: &Name) {
@@ -169,12 +192,16 @@ impl Daemon {
             match self.owner.allocator.delete(&format!("/v1/allocations/{file}")).await {
                 Ok(()) => return,
                 Err(error) if error.kind() == ErrorKind::NotFound => return,
-                Err(error) => patience.pause(file, &refused(&error)).await,
+                Err(error) => {
+                    // An earlier life died when it had become the owner and had not written that down yet.
+                    let _ = self.owner.disown(file).await;
+                    patience.pause(file, &refused(&error)).await;
+                }
             }
         }
     }
 
-    /// Takes the files of a tree away that is not mounted any more. Their allocations stay.
+    /// Allocations of files in this tree that are shown, or are about to be.
     pub(super) fn files_of(&self, tree: &Name) -> Vec<Name> {
         let is_of = |slot: &super::Slot| {
             slot.record().is_some_and(|record| record.request.form == Form::InTree(tree.clone()))

@@ -779,6 +779,8 @@ const fn refusal(kind: ErrorKind) -> Errno {
     match kind {
         ErrorKind::NoSpace => Errno::NOSPC,
         ErrorKind::Denied => Errno::DQUOT,
+        // More regions than an allocation may have.
+        ErrorKind::Invalid => Errno::FBIG,
         _ => Errno::IO,
     }
 }

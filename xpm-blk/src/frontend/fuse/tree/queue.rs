@@ -500,10 +500,7 @@ impl Queue {
     fn take_completions(&mut self, told: bool) -> io::Result<bool> {
         let mut any = false;
         for slot in 0..self.ways.len() {
-            loop {
-                let Some(way) = self.ways[slot].as_mut().filter(|way| way.in_flight > 0 || way.told) else {
-                    break;
-                };
+            while let Some(way) = self.ways[slot].as_mut().filter(|way| way.in_flight > 0 || way.told) {
                 way.channel.submit();
                 way.armed = false;
                 match std::mem::take(&mut way.told) || told {
