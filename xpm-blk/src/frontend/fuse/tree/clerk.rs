@@ -12,6 +12,9 @@
 //!
 //! Whatever comes for a file that is not settled, and needs its size or its room, waits in the order in which it came.
 
+mod attributes;
+mod fates;
+
 use std::collections::{HashMap, VecDeque};
 use std::path::Path;
 use std::sync::Arc;
@@ -20,17 +23,14 @@ use std::thread;
 
 use rustix::io::Errno;
 use tokio::sync::mpsc::UnboundedSender;
-use xpm_fuse::wire::reply::{self, Opened, Statfs, Validity};
-use xpm_fuse::wire::{
-    Attr, FallocateMode, FileKind, OpenFlags, Operation, Request, Setattr, TimeOrNow, Timestamp, Unique,
-    notify,
-};
+use xpm_fuse::wire::reply::{self, Opened, Validity};
+use xpm_fuse::wire::{FallocateMode, OpenFlags, Operation, Request, Setattr, Unique, notify};
 use xpm_fuse::{Device, Negotiated};
 use xpm_protocol::Name;
 use xpm_protocol::api::ErrorKind;
 use xpm_transport::io::{IoError, Kind as IoKind};
 
-use super::super::file::{from_nanoseconds, now, to_nanoseconds, wanted};
+use super::super::file::{now, to_nanoseconds, wanted};
 use super::super::{Mounted, PAGE};
 use super::journal::Journal;
 use super::queue::{Inbox, Item};
@@ -72,6 +72,8 @@ pub(super) enum Note {
     /// The mount has ended.
     Stop,
 }
+
+pub(super) use self::attributes::kind;
 
 pub(super) struct ClerkParts {
     pub(super) tree: Arc<Tree>,
@@ -595,83 +597,6 @@ impl Clerk {
         Ok(())
     }
 
-    fn node_of(&self, store: u64) -> Option<u64> {
-        self.table.nodes().find(|(_, node)| node.store == store).map(|(number, _)| number)
-    }
-
-    fn shown(&mut self, store: u64) -> Result<(), Errno> {
-        let Some(number) = self.node_of(store) else { return Ok(()) };
-        let is_growing = matches!(self.work.get(&number), Some(Work { step: Step::Growing, .. }));
-        if self.look_at(number) && is_growing {
-            return self.settle(number);
-        }
-        Ok(())
-    }
-
-    fn fate(&mut self, fate: Fate) -> Result<(), Errno> {
-        match fate {
-            Fate::Made { store, made } => {
-                let Some(number) = self.node_of(store) else { return Ok(()) };
-                let wanted = self.table.store(store) == Some(StoreState::Wanted);
-                match made {
-                    Ok(()) => {
-                        if wanted {
-                            let made = self.commit(&[Change::Store { store, is: StoreState::Made }]);
-                            if let Err(errno) = made.and_then(|()| self.sync()) {
-                                return self.refuse(number, errno);
-                            }
-                        }
-                        self.look_at(number);
-                        self.settle(number)
-                    }
-                    Err(kind) => {
-                        if wanted {
-                            let node = self.table.node(number).cloned();
-                            let is = node.map(|node| Node { store: 0, ..node });
-                            let node = is.map(|is| Change::Node { node: number, is });
-                            let doomed = Change::Store { store, is: StoreState::Doomed };
-                            let changes: Vec<Change> = node.into_iter().chain([doomed]).collect();
-                            if self.commit(&changes).is_ok() {
-                                let _ = self.free(number, store);
-                            }
-                        }
-                        self.refuse(number, refusal(kind))
-                    }
-                }
-            }
-            Fate::Grown { store, grown } => {
-                let Some(number) = self.node_of(store) else { return Ok(()) };
-                match grown {
-                    Ok(()) => {
-                        self.look_at(number);
-                        self.settle(number)
-                    }
-                    Err(kind) => self.refuse(number, refusal(kind)),
-                }
-            }
-            Fate::Freed { store } => {
-                let _ = self.commit(&[Change::NoStore { store }]);
-                Ok(())
-            }
-            Fate::Seen { space } => {
-                self.space = space.unwrap_or(self.space);
-                let blocks = |bytes: u64| bytes / PAGE;
-                let sizes = Statfs {
-                    blocks: blocks(self.space.0),
-                    bfree: blocks(self.space.1),
-                    bavail: blocks(self.space.1),
-                    files: self.table.nodes().count() as u64 + blocks(self.space.1),
-                    ffree: blocks(self.space.1),
-                    bsize: PAGE as u32,
-                    frsize: PAGE as u32,
-                    namelen: xpm_fuse::wire::NAME_LEN_MAX as u32,
-                };
-                let looking = std::mem::take(&mut self.looking);
-                looking.into_iter().try_for_each(|unique| self.send(&reply::statfs(unique, &sizes)))
-            }
-        }
-    }
-
     /// The kernel forgets a file: its channels are not needed, and where it has no name it may be gone.
     fn forget(&mut self, number: u64) {
         match self.table.node(number) {
@@ -695,66 +620,6 @@ impl Clerk {
         }
         Ok(())
     }
-
-    fn tell_attributes(&self, unique: Unique, number: u64) -> Result<(), Errno> {
-        match self.attributes(number) {
-            Some(attributes) => self.send(&reply::attr(unique, &attributes, ATTRIBUTES)),
-            None => self.send(&reply::error(unique, Errno::STALE)),
-        }
-    }
-
-    fn tell_change(&self, unique: Unique, number: u64, done: Result<(), Errno>) -> Result<(), Errno> {
-        match done {
-            Ok(()) => self.tell_attributes(unique, number),
-            Err(errno) => self.send(&reply::error(unique, errno)),
-        }
-    }
-
-    /// As stat(2) shows them.
-    pub(super) fn attributes(&self, number: u64) -> Option<Attr> {
-        let node = self.table.node(number)?;
-        let size = match node.kind {
-            Kind::File => node.size,
-            Kind::Symlink => node.target.as_bytes().len() as u64,
-            Kind::Directory => PAGE,
-        };
-        // All of an allocation is reserved, whether anything was written there or not.
-        let taken = if node.store == 0 { 0 } else { self.tree.capacity(node.store).unwrap_or(size) };
-        Some(Attr {
-            ino: number,
-            size,
-            blocks: taken / 512,
-            atime: from_nanoseconds(node.accessed),
-            mtime: from_nanoseconds(node.modified),
-            ctime: from_nanoseconds(node.changed),
-            mode: kind(node.kind).mode_bits() | node.mode,
-            nlink: self.table.links(number),
-            uid: node.uid,
-            gid: node.gid,
-            blksize: PAGE as u32,
-        })
-    }
-
-    /// All but the size.
-    fn set_attributes(&mut self, number: u64, change: &Setattr) -> Result<(), Errno> {
-        let node = self.table.node(number).ok_or(Errno::STALE)?.clone();
-        let time = |wanted: Option<TimeOrNow>, before: u64| match wanted {
-            Some(TimeOrNow::Now) => to_nanoseconds(now()),
-            Some(TimeOrNow::At(time)) => to_nanoseconds(time),
-            None => before,
-        };
-        let changed: Timestamp = change.ctime.unwrap_or_else(now);
-        let is = Node {
-            mode: change.mode.map_or(node.mode, |mode| mode & 0o7777),
-            uid: change.uid.unwrap_or(node.uid),
-            gid: change.gid.unwrap_or(node.gid),
-            accessed: time(change.atime, node.accessed),
-            modified: time(change.mtime, node.modified),
-            changed: to_nanoseconds(changed),
-            ..node
-        };
-        self.commit(&[Change::Node { node: number, is }])
-    }
 }
 
 /// Sets KEEP_SIZE in a FALLOCATE, whose mode is behind the header, the handle, the offset and the length.
@@ -763,25 +628,6 @@ fn keep_size(bytes: &mut [u8]) {
     let mode = FallocateMode::ZERO_RANGE.with(FallocateMode::KEEP_SIZE).bits();
     if let Some(place) = bytes.get_mut(MODE..MODE + 4) {
         place.copy_from_slice(&mode.to_ne_bytes());
-    }
-}
-
-pub(super) const fn kind(kind: Kind) -> FileKind {
-    match kind {
-        Kind::File => FileKind::Regular,
-        Kind::Directory => FileKind::Directory,
-        Kind::Symlink => FileKind::Symlink,
-    }
-}
-
-/// What a program is told when the allocator refuses.
-const fn refusal(kind: ErrorKind) -> Errno {
-    match kind {
-        ErrorKind::NoSpace => Errno::NOSPC,
-        ErrorKind::Denied => Errno::DQUOT,
-        // More regions than an allocation may have.
-        ErrorKind::Invalid => Errno::FBIG,
-        _ => Errno::IO,
     }
 }
 
