@@ -30,6 +30,7 @@ use xpm_protocol::Name;
 use xpm_protocol::api::ErrorKind;
 use xpm_transport::io::{IoError, Kind as IoKind};
 
+pub(super) use self::attributes::kind;
 use super::super::file::{now, to_nanoseconds, wanted};
 use super::super::{Mounted, PAGE};
 use super::journal::Journal;
@@ -72,8 +73,6 @@ pub(super) enum Note {
     /// The mount has ended.
     Stop,
 }
-
-pub(super) use self::attributes::kind;
 
 pub(super) struct ClerkParts {
     pub(super) tree: Arc<Tree>,
