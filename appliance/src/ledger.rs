@@ -2,9 +2,9 @@
 //! made.
 //!
 //! Invariants, kept by each operation:
-//! * the lengths of all regions, and of those being made, are in sum no more than the capacity, unless an
-//!   earlier life lent more: then no region is added until they are; and regions that leave to make room for
-//!   others are gone before the others can be granted;
+//! * the lengths of all regions, and of those being made, are in sum no more than the capacity. If an earlier life
+//!   lent more, no region is added until the sum is within the capacity. Regions that leave to make room for others
+//!   are gone before the others can be granted;
 //! * a region in a grant is in one grant, or also in the grant that takes it over, and all regions of a grant
 //!   exist;
 //! * a deleted grant is never made again, because an order to make it may still be in transit;

@@ -3,6 +3,7 @@
 //! An appliance answers "no such export" after it lost the memory, but also while it restores its memory
 //! after a restart; and an attacker who can redirect packets can forge this answer. So a single refusal makes
 //! I/O wait, and ends no I/O.
+//!
 //! ```text
 //!            refused                      refused, several times over the limit,
 //!   trusted ---------> refused ----------------------------------------------+

@@ -21,8 +21,9 @@ use crate::sync::{AtomicU32, AtomicU64, Ordering};
 ///             written first if its digest differs from its stamp        not touched there
 /// ```
 ///
-/// Every arrow passes through `Busy`: a thread claims the page, changes it, and releases it into its next state. A
-/// fetch that fails releases the page as `Absent` with [`POISONED`].
+/// Every arrow passes through `Busy`: a thread claims the page, changes it, and releases it into its next state. If
+/// the fetch for a fault fails, the page is released as `Absent` with [`POISONED`]; if a fetch ahead of a fault
+/// fails, it is released as plain `Absent`, and the next fault tries again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Residency {
     /// In external memory only, or it was never written.

@@ -7,8 +7,8 @@ use super::pages::Pages;
 use super::verbs::{Access, Domain, Registration};
 use crate::io::IoBuf;
 
-/// Length of a bounce buffer, in bytes. Each queue has all of its bounce buffers for each appliance, in
-/// locked memory.
+/// Length of a bounce buffer, in bytes. Each queue has [`PLACES`] bounce buffers for each appliance, in locked
+/// memory: so they are short.
 const PLACE_LEN: usize = 8 << 10;
 /// Bounce buffers of one link.
 const PLACES: usize = 32;

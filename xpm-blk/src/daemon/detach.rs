@@ -253,8 +253,9 @@ fn advice_for_silent(name: &Name) -> String {
     )
 }
 
-/// The present users of a device. `thorough` also looks for programs that have it open; this waits for
-/// programs that only query the device or opened it exclusively, and so can wait for the device's I/O.
+/// The present users of a device. With `thorough`, also two searches that can block: the search for programs that
+/// have the device open waits until programs that only query it are done, and the search for a program that opened
+/// it exclusively opens the device itself, which can wait for the device's I/O.
 pub(super) fn users_of(attached: &Attached, thorough: bool) -> Vec<String> {
     let Some(disk) = attached.shown.disk() else {
         let form = attached.record().request.form;

@@ -399,8 +399,9 @@ fn lock_when_used(page: &Staging) -> bool {
 
 /// Whether the program has locked a page of a window by mlock(2).
 fn is_locked(address: usize) -> bool {
-    // Says that it is not used much, of which the kernel will hear nothing where it is locked (`can_madv_lru_vma()`
-    // in mm/madvise.c). SAFETY: a page of a window; its content stays.
+    // MADV_COLD marks the page as rarely used. The kernel refuses that for locked pages (EINVAL,
+    // `can_madv_lru_vma()` in mm/madvise.c), which shows the lock.
+    // SAFETY: a page of a window; its content stays.
     let told = unsafe { madvise(address as *mut std::ffi::c_void, PAGE, Advice::LinuxCold) };
     told == Err(rustix::io::Errno::INVAL)
 }

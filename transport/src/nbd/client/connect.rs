@@ -49,6 +49,7 @@ pub struct Connected {
 /// A TCP connection has `TCP_NODELAY`, and a dead peer is noticed within ten seconds (`TCP_USER_TIMEOUT`,
 /// keepalive). The client does not request structured replies: the kernel's nbd driver does not understand
 /// them, and for whole blocks of memory they only add bytes.
+///
 /// # Errors
 /// See [`ConnectError`]; the connection is closed.
 pub fn connect(target: &Target, name: &ExportName, limit: Duration) -> Result<Connected, ConnectError> {

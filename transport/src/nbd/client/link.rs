@@ -26,8 +26,8 @@ const DEPTH_MAX: usize = 1 << 16;
 /// - Operations that the export does not allow (range, alignment, command) are refused here, without a
 ///   message.
 /// - A server that violates the protocol (a reply to no request, one reply too many, a wrong magic number)
-///   ends the link with [`LinkDown::Protocol`]; such a server cannot change memory of operations that have ended, nor
-///   memory outside the buffers in flight.
+///   ends the link with [`LinkDown::Protocol`]; such a server can change neither memory of operations that have
+///   ended, nor memory outside the buffers in flight.
 pub struct NbdLink {
     stream: OwnedFd,
     /// An epoll descriptor for the stream and the bell; it waits for room to send only while data is unsent.
@@ -51,8 +51,7 @@ impl NbdLink {
     /// A link for up to `depth` operations at once (clamped to 1 to 65,536).
     ///
     /// # Errors
-    /// When the process has no free descriptor.
-    /// When the kernel has no descriptor left.
+    /// When the process or the kernel has no free descriptor.
     pub fn new(connected: Connected, depth: usize) -> io::Result<NbdLink> {
         let Connected { stream, info } = connected;
         let depth = depth.clamp(1, DEPTH_MAX);
