@@ -4,7 +4,7 @@
  *   gcc -m32 -march=i686 -O2 -ffreestanding -fno-pic -fno-stack-protector -nostdlib -static -Wl,-Ttext=0x100000 verify.c
  *
  * It fills all memory from 4 MiB up to what the boot loader says there is, then verifies every word of it for ever and
- * rewrites each tenth page in each pass, and says after each pass on the serial port:
+ * rewrites each tenth page in each pass (with -DEACH=2 each second one), and says after each pass on the serial port:
  *   pass 17 pages 15360 bad 0
  *
  * A page's content follows from its number and from the pass that wrote it last, and that pass follows from the pass now.
@@ -14,7 +14,11 @@
 
 typedef unsigned int u32;
 
-enum { PAGE = 4096, WORDS = PAGE / 4, FIRST = 4 << 20, EACH = 10, COM1 = 0x3f8, LINE_STATUS = COM1 + 5 };
+#ifndef EACH
+#define EACH 10
+#endif
+
+enum { PAGE = 4096, WORDS = PAGE / 4, FIRST = 4 << 20, COM1 = 0x3f8, LINE_STATUS = COM1 + 5 };
 
 /* Not in memory; see above. */
 register u32 pass asm("ebx");

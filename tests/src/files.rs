@@ -52,6 +52,11 @@ impl Files {
         Files { daemon, config: cluster.dir().join("fs2.toml"), directory: cluster.dir().to_owned() }
     }
 
+    /// An xpm-fs that was started otherwise, with this configuration, whose mounts are below a directory.
+    pub fn of(daemon: Daemon, config: PathBuf, directory: PathBuf) -> Files {
+        Files { daemon, config, directory }
+    }
+
     /// All its processes.
     ///
     /// # Panics

@@ -11,6 +11,7 @@ pub mod machine;
 pub mod manager;
 pub mod mapped;
 pub mod mapping;
+pub mod netns;
 pub mod several;
 pub mod tools;
 pub mod verified;

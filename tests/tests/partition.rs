@@ -7,23 +7,12 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use serde_json::Value;
+use xpm_tests::netns::{self, done};
 use xpm_tests::{Daemon, free_port, have, programs, wait_until};
-
-/// Runs a command that has to go well.
-fn done(program: &str, words: &[&str]) {
-    let output =
-        Command::new(program).args(words).output().unwrap_or_else(|error| panic!("{program}: {error}"));
-    assert!(
-        output.status.success(),
-        "{program} {}: {}",
-        words.join(" "),
-        String::from_utf8_lossy(&output.stderr)
-    );
-}
 
 /// A namespace with two links to this one: by the first it reaches the allocator, by the second the appliance.
 struct Namespace {
-    name: String,
+    inside: netns::Namespace,
     links: [String; 2],
     /// This end of each link.
     here: [Ipv4Addr; 2],
@@ -48,31 +37,21 @@ impl Namespace {
         let number = std::process::id() * 2 + MADE.fetch_add(1, Ordering::Relaxed);
         let (name, links) = (format!("xpm-test-{number}"), [format!("xt{number}a"), format!("xt{number}b")]);
         let here = [0, 1].map(|link| address(number, link, 1));
-        done("ip", &["netns", "add", &name]);
-        // From here on it is removed whatever happens; its ends of the links go with it.
-        let namespace = Namespace { name, links, here };
+        let namespace = Namespace { inside: netns::Namespace::new(&name), links, here };
         for (index, link) in namespace.links.iter().enumerate() {
             let there = format!("eth{index}");
-            let words =
-                ["link", "add", link, "type", "veth", "peer", "name", &there, "netns", &namespace.name];
-            done("ip", &words);
+            done("ip", &["link", "add", link, "type", "veth", "peer", "name", &there, "netns", &name]);
             done("ip", &["addr", "add", &format!("{}/30", here[index]), "dev", link]);
             done("ip", &["link", "set", link, "up"]);
             let address = format!("{}/30", address(number, index, 2));
-            done("ip", &["-n", &namespace.name, "addr", "add", &address, "dev", &there]);
-            done("ip", &["-n", &namespace.name, "link", "set", &there, "up"]);
+            namespace.inside.ip(&format!("addr add {address} dev {there}"));
+            namespace.inside.ip(&format!("link set {there} up"));
         }
         namespace
     }
 
     fn set(&self, link: usize, state: &str) {
         done("ip", &["link", "set", &self.links[link], state]);
-    }
-}
-
-impl Drop for Namespace {
-    fn drop(&mut self) {
-        let _ = Command::new("ip").args(["netns", "delete", &self.name]).status();
     }
 }
 
@@ -122,7 +101,7 @@ impl Site {
         let config = configure(dir.path(), "old", &allocator);
         let mut command = Command::new("ip");
         command
-            .args(["netns", "exec", &namespace.name])
+            .args(["netns", "exec", namespace.inside.name()])
             .arg(programs().join("xpm-blk"))
             .arg("--config")
             .arg(config);

@@ -4,7 +4,10 @@
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
 
+use xpm_protocol::Name;
+
 use crate::Error;
+use crate::disk::Disk;
 use crate::memory::{MemoryFile, Sizes};
 use crate::place::Place;
 
@@ -14,6 +17,8 @@ pub const RAM: &str = "xpm-ram";
 pub const PLUGGED: &str = "xpm-plugged";
 /// Id of the virtio-mem device.
 pub const VIRTIO_MEM: &str = "xpm-mem";
+/// Ids of disks start with this, and a number follows.
+pub const DISK: &str = "xpm-disk";
 
 /// The way in which QEMU starts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -97,7 +102,13 @@ fn obstacle(option: &str, value: &str) -> Option<String> {
 
 /// The added arguments. They follow the user's, so that their devices do not take addresses that the user's devices
 /// had before.
-pub fn added(place: &Place, files: &[MemoryFile], sizes: Sizes, start: Start) -> Vec<OsString> {
+pub fn added(
+    place: &Place,
+    files: &[MemoryFile],
+    disks: &[Disk],
+    sizes: Sizes,
+    start: Start,
+) -> Vec<OsString> {
     let mut words: Vec<OsString> = Vec::new();
     let mut add = |option: &str, value: OsString| words.extend([OsString::from(option), value]);
     let ids = [RAM, PLUGGED];
@@ -123,6 +134,17 @@ pub fn added(place: &Place, files: &[MemoryFile], sizes: Sizes, start: Start) ->
     if sizes.maximum.is_some() {
         add("-device", format!("virtio-mem-pci,id={VIRTIO_MEM},memdev={PLUGGED},requested-size=0").into());
     }
+    for (index, disk) in disks.iter().enumerate() {
+        let (id, name) = (format!("{DISK}{index}"), &disk.name);
+        let start =
+            format!("driver=nbd,node-name={id},export={name},discard=unmap,server.type=unix,server.path=");
+        add("-blockdev", joined(&[OsStr::new(&start), &escaped(&disk.socket)]));
+        // Without a geometry QEMU reads the first sector when it starts, which would wait for ever where this host only
+        // stands by. Guests address a disk by sectors; these are the numbers that every large disk tells.
+        let geometry = "cyls=16383,heads=16,secs=63";
+        let serial = serial(name);
+        add("-device", format!("virtio-blk-pci,drive={id},id={id}-device,serial={serial},{geometry}").into());
+    }
     for (id, path) in [("xpm-drive", place.drive()), ("xpm-look", place.look())] {
         let start = format!("socket,id={id},server=on,wait=off,path=");
         add("-chardev", joined(&[OsStr::new(&start), &escaped(&path)]));
@@ -133,6 +155,14 @@ pub fn added(place: &Place, files: &[MemoryFile], sizes: Sizes, start: Start) ->
         words.push("-S".into());
     }
     words
+}
+
+/// The serial number by which a guest finds the disk (`/dev/disk/by-id/virtio-SERIAL`): the start of the allocation's
+/// name.
+fn serial(name: &Name) -> &str {
+    // Names are ASCII.
+    let name = name.as_str();
+    &name[..name.len().min(20)]
 }
 
 fn joined(parts: &[&OsStr]) -> OsString {
@@ -205,7 +235,8 @@ mod tests {
             MemoryFile { path: "/a,b/ram".into(), size: ByteSize(1 << 30) },
             MemoryFile { path: "/a,b/ram.plugged".into(), size: ByteSize(2 << 30) },
         ];
-        let line: Vec<String> = added(&place, &files, sizes, Start::Incoming)
+        let disks = [Disk { name: "data".parse().unwrap(), socket: "/a,b/data.sock".into() }];
+        let line: Vec<String> = added(&place, &files, &disks, sizes, Start::Incoming)
             .into_iter()
             .map(|word| word.into_string().unwrap())
             .collect();
@@ -215,12 +246,14 @@ mod tests {
             "id=xpm-plugged,size=2147483648,share=on,prealloc=off,discard-data=off,reserve=off,mem-path=",
             "-machine memory-backend=xpm-ram -m size=1048576K,maxmem=3145728K",
             "-device virtio-mem-pci,id=xpm-mem,memdev=xpm-plugged,requested-size=0",
+            "-blockdev driver=nbd,node-name=xpm-disk0,export=data,discard=unmap,server.type=unix,server.path=/a,,b/data.sock ",
+            "-device virtio-blk-pci,drive=xpm-disk0,id=xpm-disk0-device,serial=data,cyls=16383",
             "path=/run/x/vm1/drive.qmp",
             "-incoming defer -S",
         ] {
             assert!(line.contains(part), "{part} is not in {line}");
         }
-        let plain = added(&place, &files[..1], Sizes { maximum: None, ..sizes }, Start::Boot);
+        let plain = added(&place, &files[..1], &[], Sizes { maximum: None, ..sizes }, Start::Boot);
         assert!(!plain.iter().any(|word| word == "-incoming" || word == "-device"));
     }
 

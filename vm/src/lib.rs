@@ -10,6 +10,7 @@
 
 pub mod arguments;
 pub mod cgroup;
+pub mod disk;
 pub mod filter;
 pub mod machine;
 pub mod memory;

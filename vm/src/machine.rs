@@ -10,6 +10,7 @@ use xpm_protocol::{ByteSize, Name};
 
 use crate::arguments::{self, Start};
 use crate::cgroup;
+use crate::disk::Disk;
 use crate::memory::{MemoryFile, Sizes};
 use crate::place::{Machine, Place, Stage};
 use crate::process::Process;
@@ -44,6 +45,8 @@ pub struct Terms {
     pub files: Vec<MemoryFile>,
     /// The allocations behind these files; empty for ordinary files.
     pub allocations: Vec<Name>,
+    /// Its disks that move with it.
+    pub disks: Vec<Disk>,
     /// Whether QEMU may request huge pages.
     pub huge_pages: bool,
     /// QEMU and its arguments.
@@ -131,6 +134,7 @@ impl Guarded {
             local: terms.local,
             files: terms.files.clone(),
             allocations: terms.allocations.clone(),
+            disks: terms.disks.clone(),
             cgroup: None,
             arguments: Vec::new(),
         };
@@ -139,7 +143,7 @@ impl Guarded {
             machine.cgroup = Some(cgroup::make(&name, ByteSize(local.0 + terms.overhead.0))?);
         }
         let mut words = terms.program.clone();
-        words.extend(arguments::added(&place, &machine.files, terms.sizes, start));
+        words.extend(arguments::added(&place, &machine.files, &machine.disks, terms.sizes, start));
         machine.arguments = words.iter().map(|word| word.to_string_lossy().into_owned()).collect();
         let started = spawn(terms, &words, &place, &mut machine);
         let child = match started {

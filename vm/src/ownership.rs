@@ -4,7 +4,17 @@ use xpm_protocol::ClientId;
 
 use crate::Error;
 
-/// Moves the right to read and write a machine's RAM from this host to the destination. The order of calls:
+/// The clients of a destination that stand by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Heirs {
+    /// For the RAM; none where that is an ordinary file there.
+    pub ram: Option<ClientId>,
+    /// For the disks that move with it; none where there is none.
+    pub disks: Option<ClientId>,
+}
+
+/// Moves the right to read and write a machine's RAM, and the disks that move with it, from this host to the
+/// destination. The order of calls:
 ///
 /// ```text
 ///          switch()              commit()
@@ -20,12 +30,11 @@ use crate::Error;
     reason = "one task drives a migration; its futures need not be sent to other threads"
 )]
 pub trait Ownership {
-    /// Prepares the switch while the machine runs, and refuses a destination that cannot get the RAM. `heir` is the
-    /// client that stands by there; none if the RAM is an ordinary file there.
+    /// Prepares the switch while the machine runs, and refuses a destination that cannot get the RAM and the disks.
     ///
     /// # Errors
-    /// When the RAM cannot be given to the destination.
-    async fn prepare(&mut self, heir: Option<ClientId>) -> Result<(), Error>;
+    /// When they cannot be given to the destination.
+    async fn prepare(&mut self, heirs: Heirs) -> Result<(), Error>;
 
     /// Gives the RAM to the destination. The machine is stopped at the source, and no page of the RAM is only in the
     /// source's cache. On failure the source still owns the RAM.
@@ -61,8 +70,8 @@ pub trait Ownership {
 pub struct Plain;
 
 impl Ownership for Plain {
-    async fn prepare(&mut self, heir: Option<ClientId>) -> Result<(), Error> {
-        match heir {
+    async fn prepare(&mut self, heirs: Heirs) -> Result<(), Error> {
+        match heirs.ram {
             None => Ok(()),
             Some(_) => Err(Error::Peer(
                 "the destination was started without --file, and here the RAM is an ordinary file: give the same file there".to_owned(),

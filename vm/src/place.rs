@@ -11,6 +11,7 @@ use xpm_control::state;
 use xpm_protocol::{ByteSize, Name};
 
 use crate::Error;
+use crate::disk::Disk;
 use crate::memory::{MemoryFile, Sizes};
 use crate::process::Process;
 
@@ -48,6 +49,9 @@ pub struct Machine {
     /// The allocations behind these files; empty for ordinary files.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub allocations: Vec<Name>,
+    /// Its disks that move with it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<Disk>,
     /// Its memory cgroup.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cgroup: Option<PathBuf>,
@@ -269,6 +273,7 @@ mod tests {
             local: None,
             files: vec![MemoryFile { path: "/x".into(), size: ByteSize(1 << 30) }],
             allocations: Vec::new(),
+            disks: Vec::new(),
             cgroup: None,
             arguments: vec!["qemu".into()],
         }

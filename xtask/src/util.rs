@@ -75,6 +75,17 @@ fn shown(command: &Command) -> String {
     words.map(OsStr::to_string_lossy).collect::<Vec<_>>().join(" ")
 }
 
+/// Memory that programs of this machine can get, in bytes.
+pub(crate) fn available_memory() -> Result<u64> {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
+    available(&meminfo).context("/proc/meminfo does not say what is available")
+}
+
+fn available(meminfo: &str) -> Option<u64> {
+    let value = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    value.split_whitespace().next()?.parse::<u64>().ok()?.checked_mul(1024)
+}
+
 /// A duration as `12.3 s` or `4 min 05 s`.
 pub(crate) fn human_time(time: Duration) -> String {
     let seconds = time.as_secs();
@@ -99,5 +110,13 @@ mod tests {
         let error = output(Command::new("sh").args(["-c", "echo no such thing >&2; exit 3"])).unwrap_err();
         let text = error.to_string();
         assert!(text.contains("no such thing") && text.contains("exit status: 3"), "{text}");
+    }
+
+    #[test]
+    fn available_memory_is_read() {
+        assert_eq!(available("MemTotal: 9 kB\nMemAvailable:   4 kB\n"), Some(4096));
+        for bad in ["", "MemAvailable:", "MemAvailable: x kB", "MemAvailable: 18446744073709551615 kB"] {
+            assert_eq!(available(bad), None, "{bad}");
+        }
     }
 }

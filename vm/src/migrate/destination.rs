@@ -9,12 +9,13 @@ use tokio::net::{TcpListener, UnixStream};
 use tokio::sync::{Semaphore, mpsc};
 use xpm_control::listen::Place as Listen;
 use xpm_control::token::Token;
-use xpm_protocol::ClientId;
+use xpm_protocol::Name;
 
 use crate::Error;
 use crate::machine::{Guarded, version_text};
 use crate::migrate::tunnel;
 use crate::migrate::wire::{Answer, Conn, OPEN_LIMIT, Offer, Opening, Order, Purpose, STEP_LIMIT, VERSION};
+use crate::ownership::Heirs;
 use crate::place::Stage;
 use crate::qmp::Qmp;
 use crate::verbs::Way;
@@ -97,9 +98,9 @@ fn refusal(opening: &Opening, token: Option<&Token>) -> Option<String> {
     })
 }
 
-/// Waits for a machine and takes it over. `heir` is the client of this host that stands by for its RAM; none if the
-/// RAM is an ordinary file. `waiting` is called once, when a machine can arrive. Returns when the machine is here;
-/// later questions of the source about the machine are answered for as long as the runtime lives.
+/// Waits for a machine and takes it over. `heirs` are the clients of this host that stand by. `waiting` is called
+/// once, when a machine can arrive. Returns when the machine is here; later questions of the source about the machine
+/// are answered for as long as the runtime lives.
 ///
 /// # Errors
 /// When an attempt failed. Then the machine is not here and never will be, and its QEMU here has ended.
@@ -107,7 +108,7 @@ pub async fn receive(
     guarded: Guarded,
     mut qmp: Qmp,
     mut door: Door,
-    heir: Option<ClientId>,
+    heirs: Heirs,
     waiting: impl FnOnce(SocketAddr),
 ) -> Result<Guarded, Error> {
     waiting(door.address);
@@ -121,7 +122,7 @@ pub async fn receive(
     };
     let session = offer.session.clone();
     let mut arrival =
-        Arrival { qmp: &mut qmp, heir, control, door, session, may_be_ordered: false, asking: Vec::new() };
+        Arrival { qmp: &mut qmp, heirs, control, door, session, may_be_ordered: false, asking: Vec::new() };
     let came = arrival.advance(&mut guarded).await;
     let Arrival { mut control, mut door, session, may_be_ordered, mut asking, .. } = arrival;
     match came {
@@ -213,6 +214,15 @@ fn mismatch(offer: &Offer, guarded: &Guarded, qmp: &Qmp) -> Option<String> {
             text(machine.size, machine.maximum)
         ));
     }
+    let disks: Vec<&Name> = machine.disks.iter().map(|disk| &disk.name).collect();
+    if !offer.disks.iter().eq(disks.iter().copied()) {
+        let text = |names: &[&Name]| match names {
+            [] => "no --disk".to_owned(),
+            names => names.iter().map(|name| format!("--disk {name}")).collect::<Vec<_>>().join(" "),
+        };
+        let there: Vec<&Name> = offer.disks.iter().collect();
+        return Some(format!("it has {}, and here is {}", text(&there), text(&disks)));
+    }
     let (there, here) = (offer.qemu, qmp.version());
     ((there.0, there.1) > (here.0, here.1)).then(|| {
         format!("it comes from QEMU {}, and here is the older {}", version_text(there), version_text(here))
@@ -231,7 +241,7 @@ fn mismatch(offer: &Offer, guarded: &Guarded, qmp: &Qmp) -> Option<String> {
 /// ```
 struct Arrival<'a> {
     qmp: &'a mut Qmp,
-    heir: Option<ClientId>,
+    heirs: Heirs,
     control: Conn,
     door: Door,
     session: String,
@@ -246,7 +256,8 @@ impl Arrival<'_> {
         let socket = guarded.place.state();
         self.qmp.set_way(Way::Move, false).await?;
         self.qmp.migrate_from(&socket).await?;
-        self.control.send(&Answer::Ready { heir: self.heir }).await?;
+        let Heirs { ram: heir, disks: disk_heir } = self.heirs;
+        self.control.send(&Answer::Ready { heir, disk_heir }).await?;
 
         let state = self.state().await?;
         let qemu = UnixStream::connect(&socket).await.map_err(Error::io("connect to QEMU at", &socket))?;

@@ -8,5 +8,6 @@
 pub mod destination;
 pub mod settle;
 pub mod source;
+pub mod timeline;
 pub(crate) mod tunnel;
 mod wire;

@@ -13,9 +13,10 @@ use xpm_protocol::Name;
 use crate::Error;
 use crate::memory::Cache;
 use crate::migrate::settle::{self, Outcome};
+use crate::migrate::timeline::{Timeline, Waited};
 use crate::migrate::tunnel;
 use crate::migrate::wire::{Answer, Conn, Offer, Order, Purpose, STEP_LIMIT};
-use crate::ownership::Ownership;
+use crate::ownership::{Heirs, Ownership};
 use crate::place::{Destination, Machine, Place, Stage};
 use crate::process::Process;
 use crate::qmp::Qmp;
@@ -38,7 +39,7 @@ pub struct Request {
 }
 
 /// Figures of a finished move.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Moved {
     /// Time from the stop here until the machine ran there.
     pub down: Duration,
@@ -48,6 +49,8 @@ pub struct Moved {
     pub sent: u64,
     /// Rounds of write-back before the stop.
     pub rounds: u32,
+    /// The steps that the machine waited for while it was stopped, in order.
+    pub steps: Vec<Waited>,
 }
 
 /// Progress of a move. The reaction to a failure of the next step depends only on it.
@@ -101,8 +104,9 @@ pub async fn migrate<O: Ownership>(
         Ok(moved) => moved,
         Err(error) => leaving.undo(error, request, &mut ownership).await?,
     };
+    let steps = leaving.timeline.steps();
     leaving.finish(&mut ownership).await?;
-    Ok(Moved { down, total: begun.elapsed(), sent, rounds })
+    Ok(Moved { down, total: begun.elapsed(), sent, rounds, steps })
 }
 
 /// Downtime, bytes of state, and rounds of write-back before the stop.
@@ -123,6 +127,7 @@ struct Leaving<'a> {
     /// Whether its user had paused it.
     paused: bool,
     stopped: Instant,
+    timeline: Timeline,
 }
 
 impl<'a> Leaving<'a> {
@@ -144,11 +149,14 @@ impl<'a> Leaving<'a> {
             name: machine.name.clone(),
             size: machine.size,
             maximum: machine.maximum,
+            disks: machine.disks.iter().map(|disk| disk.name.clone()).collect(),
             qemu: qmp.version(),
         };
         let mut control = Conn::open(request.to, request.token.as_ref(), Purpose::Move(offer)).await?;
         match control.receive(STEP_LIMIT).await? {
-            Answer::Ready { heir } => ownership.prepare(heir).await?,
+            Answer::Ready { heir, disk_heir } => {
+                ownership.prepare(Heirs { ram: heir, disks: disk_heir }).await?;
+            }
             Answer::Refused { why } | Answer::Never { why } => {
                 return Err(Error::Peer(format!("{} does not take it: {why}", request.to)));
             }
@@ -167,6 +175,7 @@ impl<'a> Leaving<'a> {
             is_sending: false,
             paused,
             stopped: Instant::now(),
+            timeline: Timeline::begin(),
         })
     }
 
@@ -179,28 +188,36 @@ impl<'a> Leaving<'a> {
         let listener = tunnel::listen(&self.place.state())?;
 
         self.stopped = Instant::now();
+        self.timeline = Timeline::begin();
         // Set before the command: if its answer is lost, the machine may have stopped.
         self.step = Step::Stopped;
         if !self.paused {
             self.qmp.stop().await?;
         }
+        self.timeline.mark("stop");
         // While QEMU connects and compares the capabilities of both sides, the last changes are written back.
         self.is_sending = true;
         self.qmp.migrate_to(&self.place.state()).await?;
         let carried = self.open_tunnel(&listener, request).await?;
+        self.timeline.mark("connect");
         self.cache.flush()?;
+        self.timeline.mark("write-back");
         self.qmp.migration_is("pre-switchover").await?;
+        self.timeline.mark("pre-switchover");
         self.step = Step::Quiet;
         // Pages that devices wrote while they were being stopped.
         self.cache.flush()?;
         self.cache.prove_clean()?;
+        self.timeline.mark("prove-clean");
 
         // Set before the switch, because a failed switch may have taken effect. Taking back RAM that was not given
         // changes nothing.
         self.step = Step::Owned;
         ownership.switch().await?;
+        self.timeline.mark("switch");
         let (down, discarded) = if request.strict {
             ownership.discard().await?;
+            self.timeline.mark("discard");
             (self.hand_over(request).await?, Ok(()))
         } else {
             let (down, discarded) = tokio::join!(self.hand_over(request), ownership.discard());
@@ -224,12 +241,14 @@ impl<'a> Leaving<'a> {
         self.qmp.migration_is("completed").await?;
         // QEMU has sent everything, and must never run on RAM that another host may own.
         self.process.signal(Signal::STOP);
+        self.timeline.mark("send");
         match self.control.receive(STEP_LIMIT).await? {
             Answer::Loaded => {}
             Answer::Never { why } => return Err(Error::Peer(why)),
             other => return Err(unexpected(&other)),
         }
         self.step = Step::Sent;
+        self.timeline.mark("load");
 
         let destination = self.destination(request);
         self.set_stage(Stage::Gone(destination))?;
@@ -244,6 +263,7 @@ impl<'a> Leaving<'a> {
             }
             other => return Err(unexpected(&other)),
         }
+        self.timeline.mark("run");
         Ok(self.stopped.elapsed())
     }
 

@@ -83,6 +83,9 @@ pub(crate) struct Offer {
     /// Largest total RAM.
     #[serde(default)]
     pub(crate) maximum: Option<ByteSize>,
+    /// Its disks that move with it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) disks: Vec<Name>,
     /// The version of QEMU at the source.
     pub(crate) qemu: Version,
 }
@@ -96,6 +99,9 @@ pub(crate) enum Answer {
         /// The client that stands by for the RAM; none if the RAM is an ordinary file.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         heir: Option<ClientId>,
+        /// The client that stands by for the disks; none where there is none.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        disk_heir: Option<ClientId>,
     },
     /// It refuses this machine, and goes on waiting for another.
     Refused {

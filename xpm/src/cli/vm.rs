@@ -122,6 +122,10 @@ pub(crate) struct QemuArgs {
     /// when they are not there]
     #[arg(long, value_name = "FILE")]
     pub(crate) file: Option<PathBuf>,
+    /// An allocation that is a virtio-blk disk of the machine, by an NBD socket of this host's xpm-blk. It moves with
+    /// the machine, and has to be there. Can be given several times; in the same order at both ends of a move.
+    #[arg(long = "disk", value_name = "ALLOCATION", conflicts_with = "file")]
+    pub(crate) disks: Vec<Name>,
     /// Local memory that the machine's RAM may take. [default: what this host has free]
     #[arg(long, value_name = "SIZE")]
     pub(crate) local: Option<ByteSize>,

@@ -78,7 +78,7 @@ const TYPES: &[(&str, &[&str])] = &[
     ("xpm/src/doctor/mod.rs", &["Report", "Check", "Verdict"]),
     ("xpm/src/fsck.rs", &["Findings"]),
     ("xpm/src/swap.rs", &["Shown"]),
-    ("xpm/src/vm/mod.rs", &["Shown", "Migration"]),
+    ("xpm/src/vm/mod.rs", &["Shown", "Migration", "MigrationStep"]),
     ("vm/src/resize.rs", &["Plugged"]),
     (
         "protocol/src/api/swapd.rs",

@@ -1,4 +1,5 @@
-//! How a machine's RAM becomes files: ordinary ones, or allocations that xpm-fs of this host shows.
+//! How a machine's RAM becomes files: ordinary ones, or allocations that xpm-fs of this host shows. And how its disks
+//! that move with it become sockets of xpm-blk.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -7,10 +8,12 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::{Allocation, Create};
-use xpm_protocol::api::blk::{AttachDevice, Device, Form};
-use xpm_protocol::{ByteSize, ClientId, Name};
+use xpm_protocol::api::blk::{AttachDevice, Device, Form, SocketPlace};
+use xpm_protocol::{ByteSize, Name};
+use xpm_vm::disk::Disk;
 use xpm_vm::machine::{Guarded, Terms};
 use xpm_vm::memory::{MemoryFile, plain_files};
+use xpm_vm::ownership::Heirs;
 
 use crate::attach;
 use crate::connect::{Daemon, Daemons};
@@ -21,13 +24,17 @@ const FILES: &str = ".ram";
 /// How long xpm-fs is asked again while it starts.
 const ATTACH_WAIT: Duration = Duration::from_secs(10);
 
-/// A machine's RAM on this host.
+/// A machine's RAM on this host, and its disks that move with it.
 pub(super) struct Ram {
-    /// Whom to tell that allocations are not used any more.
-    fs: Option<Daemon>,
-    heir: Option<ClientId>,
-    /// Those that were shown for this machine.
-    allocations: Vec<Name>,
+    heirs: Heirs,
+    /// What was shown for this machine, and who shows it.
+    shown: Vec<(Daemon, Name)>,
+}
+
+/// The disks of a machine, by the allocations that its user named.
+pub(super) fn disks(names: &[Name], root: &Path) -> Vec<Disk> {
+    let socket = |name: &Name| root.join(FILES).join(format!("{name}.nbd"));
+    names.iter().map(|name| Disk { name: name.clone(), socket: socket(name) }).collect()
 }
 
 impl Ram {
@@ -37,24 +44,48 @@ impl Ram {
         file: Option<&Path>,
         daemons: &Daemons,
     ) -> anyhow::Result<Ram> {
+        let mut ram = Ram { heirs: Heirs::default(), shown: Vec::new() };
         if let Some(file) = file {
             terms.files = plain_files(file, terms.sizes)?;
-            return Ok(Ram { fs: None, heir: None, allocations: Vec::new() });
+            return Ok(ram);
         }
+        match ram.show_all(terms, daemons).await {
+            Ok(()) => Ok(ram),
+            Err(error) => {
+                ram.give_back().await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn show_all(&mut self, terms: &mut Terms, daemons: &Daemons) -> anyhow::Result<()> {
         let names = names(&terms.name)?;
         let (allocator, fs) = (daemons.allocator()?, daemons.fs()?);
-        let mut ram = Ram { fs: Some(fs.clone()), heir: None, allocations: Vec::new() };
+        make_directory(&terms.root)?;
         for (name, size) in names.into_iter().zip(terms.sizes.of_files()) {
-            match ram.show(&allocator, &fs, &name, size, &terms.root).await {
-                Ok(path) => terms.files.push(MemoryFile { path, size }),
-                Err(error) => {
-                    ram.give_back().await;
-                    return Err(error);
-                }
-            }
+            let path = self.show(&allocator, &fs, &name, size, &terms.root).await?;
+            terms.files.push(MemoryFile { path, size });
             terms.allocations.push(name);
         }
-        Ok(ram)
+        for disk in &mut terms.disks {
+            let blk = daemons.blk()?;
+            let request =
+                AttachDevice::new(disk.name.clone(), Form::NbdSocket(SocketPlace::Unix(disk.socket.clone())));
+            if let Ok(there) = blk.get::<Device>(&format!("/v1/devices/{}", disk.name)).await {
+                if !matches!(there.form, Form::NbdSocket(_)) || there.path == "-" {
+                    bail!(
+                        "disk `{}` is shown by xpm-blk as {}, and the machine reaches it by NBD: detach it, or leave --disk out",
+                        disk.name,
+                        there.form
+                    );
+                }
+                disk.socket = there.path.into();
+                continue;
+            }
+            attach::ensure(&blk, &request, ATTACH_WAIT).await?;
+            self.shown.push((blk, disk.name.clone()));
+        }
+        Ok(())
     }
 
     /// Has an allocation shown as a file. One that is shown already stays so after the machine.
@@ -73,10 +104,8 @@ impl Ram {
             return Ok(there.path.into());
         }
         let path = root.join(FILES).join(name.as_str());
-        std::fs::create_dir_all(root.join(FILES))
-            .with_context(|| format!("cannot make {}", root.join(FILES).display()))?;
         attach::ensure(fs, &AttachDevice::new(name.clone(), Form::File(path.clone())), ATTACH_WAIT).await?;
-        self.allocations.push(name.clone());
+        self.shown.push((fs.clone(), name.clone()));
         Ok(path)
     }
 
@@ -89,32 +118,47 @@ impl Ram {
         if file.is_some() {
             return Ram::get(terms, file, daemons).await;
         }
-        let names = names(&terms.name)?;
-        let fs = daemons.fs()?;
-        let heir = fs.blk_status().await?.client;
-        let mut ram = Ram { fs: Some(fs.clone()), heir: Some(heir), allocations: Vec::new() };
-        let directory = terms.root.join(FILES);
-        std::fs::create_dir_all(&directory)
-            .with_context(|| format!("cannot make {}", directory.display()))?;
-        for (name, size) in names.into_iter().zip(terms.sizes.of_files()) {
-            let path = directory.join(name.as_str());
-            let request =
-                AttachDevice { standby: true, ..AttachDevice::new(name.clone(), Form::File(path.clone())) };
-            let shown = fs.post::<_, Device>("/v1/devices", &request).await;
-            if let Err(failure) = shown {
+        let mut ram = Ram { heirs: Heirs::default(), shown: Vec::new() };
+        match ram.stand_by(terms, daemons).await {
+            Ok(()) => Ok(ram),
+            Err(error) => {
                 ram.give_back().await;
-                return Err(failure).with_context(|| format!("this host cannot stand by for `{name}`"));
+                Err(error)
             }
-            terms.files.push(MemoryFile { path, size });
-            terms.allocations.push(name.clone());
-            ram.allocations.push(name);
         }
-        Ok(ram)
     }
 
-    /// The client of this host that stands by for the RAM.
-    pub(super) fn heir(&self) -> Option<ClientId> {
-        self.heir
+    async fn stand_by(&mut self, terms: &mut Terms, daemons: &Daemons) -> anyhow::Result<()> {
+        let names = names(&terms.name)?;
+        let fs = daemons.fs()?;
+        self.heirs.ram = Some(fs.blk_status().await?.client);
+        make_directory(&terms.root)?;
+        for (name, size) in names.into_iter().zip(terms.sizes.of_files()) {
+            let path = terms.root.join(FILES).join(name.as_str());
+            self.stand_by_for(&fs, &name, Form::File(path.clone())).await?;
+            terms.files.push(MemoryFile { path, size });
+            terms.allocations.push(name);
+        }
+        for disk in &terms.disks {
+            let blk = daemons.blk()?;
+            self.heirs.disks = Some(blk.blk_status().await?.client);
+            let form = Form::NbdSocket(SocketPlace::Unix(disk.socket.clone()));
+            self.stand_by_for(&blk, &disk.name, form).await?;
+        }
+        Ok(())
+    }
+
+    async fn stand_by_for(&mut self, daemon: &Daemon, name: &Name, form: Form) -> anyhow::Result<()> {
+        let request = AttachDevice { standby: true, ..AttachDevice::new(name.clone(), form) };
+        let shown = daemon.post::<_, Device>("/v1/devices", &request).await;
+        shown.with_context(|| format!("this host cannot stand by for `{name}`"))?;
+        self.shown.push((daemon.clone(), name.clone()));
+        Ok(())
+    }
+
+    /// The clients of this host that stand by.
+    pub(super) fn heirs(&self) -> Heirs {
+        self.heirs
     }
 
     /// Stays with a machine until it has ended, and gives its RAM back.
@@ -133,16 +177,22 @@ impl Ram {
 
     /// The allocations stay; another host can have them.
     async fn give_back(&self) {
-        let Some(fs) = &self.fs else { return };
-        for name in &self.allocations {
-            if let Err(error) = fs.delete(&format!("/v1/devices/{name}")).await
+        for (daemon, name) in &self.shown {
+            if let Err(error) = daemon.delete(&format!("/v1/devices/{name}")).await
                 // What went to another host has ended here.
                 && !error.is(ErrorKind::NotFound)
             {
-                output::warn(&format!("`{name}` is still shown here: {error}; run `xpm fs detach {name}`"));
+                output::warn(&format!(
+                    "`{name}` is still shown here: {error}; run `xpm fs detach {name}`, or `xpm blk detach {name}` for a disk"
+                ));
             }
         }
     }
+}
+
+fn make_directory(root: &Path) -> anyhow::Result<()> {
+    let directory = root.join(FILES);
+    std::fs::create_dir_all(&directory).with_context(|| format!("cannot make {}", directory.display()))
 }
 
 /// The allocations of a machine.

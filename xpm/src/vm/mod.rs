@@ -18,6 +18,7 @@ use xpm_vm::memory::{Cache, Sizes};
 use xpm_vm::migrate::destination::{self, Door};
 use xpm_vm::migrate::settle::{self, Known, Settled};
 use xpm_vm::migrate::source;
+use xpm_vm::migrate::timeline::Waited;
 use xpm_vm::ownership::Plain;
 use xpm_vm::place::{self, Machine, Place, Stage};
 use xpm_vm::qmp::Qmp;
@@ -32,7 +33,7 @@ use crate::output::{self, Output};
 use crate::run::{Signals, code_of};
 use crate::setup::Setup;
 use crate::table;
-use crate::vm::memory::Ram;
+use crate::vm::memory::{Ram, disks};
 use crate::vm::ownership::HandOver;
 
 /// How long QEMU's monitor for looks is waited for. Another command that looks may have it for a moment.
@@ -88,6 +89,20 @@ struct Migration {
     total_ms: u64,
     /// Bytes of its state that were sent.
     sent: ByteSize,
+    /// The steps that it waited for while it was stopped, in order.
+    steps: Vec<MigrationStep>,
+}
+
+/// A step of a move while the machine is stopped.
+#[derive(Debug, Serialize)]
+struct MigrationStep {
+    /// `stop`: QEMU stops it. `connect`: QEMU reaches the destination. `write-back`, `pre-switchover`, `prove-clean`:
+    /// changed pages are written back. `switch`: the RAM changes its owner. `discard`: with `--strict`, this host's
+    /// cache is dropped. `send`, `load`: the state of its devices is sent, and loaded. `run`: it is ordered to run
+    /// there, and does.
+    step: &'static str,
+    /// How long that took, in microseconds.
+    took_us: u64,
 }
 
 const MACHINES: Listing<Shown> = Listing {
@@ -185,6 +200,7 @@ fn terms(name: &Name, root: &Path, sizes: Sizes, args: QemuArgs) -> anyhow::Resu
         overhead: args.overhead,
         files: Vec::new(),
         allocations: Vec::new(),
+        disks: disks(&args.disks, root),
         huge_pages: args.huge_pages,
         program: args.program,
         command: std::env::current_exe().context("cannot find out where this command is")?,
@@ -229,7 +245,7 @@ async fn arrive(terms: &Terms, door: Door, ram: &Ram, output: Output) -> Result<
     let process = guarded.machine.qemu;
     let mut signals = Signals::new().map_err(|error| xpm_vm::Error::Machine(error.to_string()))?;
     let waiting = |address| output.hint(&format!("`{}` is waited for at {address}", terms.name));
-    let receiving = destination::receive(guarded, qmp, door, ram.heir(), waiting);
+    let receiving = destination::receive(guarded, qmp, door, ram.heirs(), waiting);
     tokio::pin!(receiving);
     loop {
         tokio::select! {
@@ -258,6 +274,7 @@ async fn migrate(
         down_ms: millis(moved.down),
         total_ms: millis(moved.total),
         sent: ByteSize(moved.sent),
+        steps: moved.steps.iter().map(step).collect(),
     };
     output.print(&migration, |migration| {
         format!(
@@ -265,7 +282,17 @@ async fn migrate(
             migration.name, migration.to, migration.down_ms, migration.total_ms, migration.sent.0
         )
     })?;
+    let steps = migration.steps.iter();
+    let steps: Vec<String> = steps
+        .map(|step| format!("{} {}.{}", step.step, step.took_us / 1000, step.took_us / 100 % 10))
+        .collect();
+    output.hint(&format!("stopped for, in ms:  {}", steps.join(", ")));
     Ok(ExitCode::SUCCESS)
+}
+
+fn step(waited: &Waited) -> MigrationStep {
+    let took_us = u64::try_from(waited.took.as_micros()).unwrap_or(u64::MAX);
+    MigrationStep { step: waited.step, took_us }
 }
 
 fn millis(time: Duration) -> u64 {

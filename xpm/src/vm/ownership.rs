@@ -7,7 +7,7 @@ use xpm_protocol::api::allocator::{Allocation, HandOverAll, Handover};
 use xpm_protocol::api::blk::Cache;
 use xpm_protocol::{ClientId, Name};
 use xpm_vm::Error;
-use xpm_vm::ownership::Ownership;
+use xpm_vm::ownership::{Heirs, Ownership};
 use xpm_vm::place::Place;
 
 use crate::connect::{Daemon, Daemons, Failure};
@@ -23,37 +23,40 @@ const RETURN_LIMIT: Duration = Duration::from_secs(60);
 pub(super) struct HandOver {
     allocator: Daemon,
     fs: Daemon,
+    /// xpm-blk of this host, where the machine has disks that move with it.
+    blk: Option<Daemon>,
+    /// The allocations of the RAM.
     names: Vec<Name>,
-    /// Who stands by; known after `prepare`.
-    heir: Option<ClientId>,
+    /// Those of the disks.
+    disks: Vec<Name>,
+    /// To whom they go, as the allocator understands it; known after `prepare`.
+    to: String,
 }
 
 impl Ownership for HandOver {
-    async fn prepare(&mut self, heir: Option<ClientId>) -> Result<(), Error> {
-        let Some(heir) = heir else {
+    async fn prepare(&mut self, heirs: Heirs) -> Result<(), Error> {
+        let Some(heir) = heirs.ram else {
             return Err(Error::Peer(
                 "the destination was started with --file, and here the RAM is an allocation: leave --file out there".to_owned(),
             ));
         };
-        self.heir = Some(heir);
+        self.to = heir.to_string();
         let until = Instant::now() + NOTED_LIMIT;
         for name in &self.names {
-            while !self.is_noted(name, heir).await? {
-                if Instant::now() >= until {
-                    return Err(Error::Machine(format!(
-                        "xpm-fs of this host has not noted within {NOTED_LIMIT:?} that the destination stands by for `{name}`: is it \
-                         running?"
-                    )));
-                }
-                tokio::time::sleep(LOOK_EVERY).await;
-            }
+            self.wait_until_noted(name, heir, until).await?;
+        }
+        for name in &self.disks {
+            let Some(heir) = heirs.disks else {
+                return Err(Error::Peer(format!("the destination does not stand by for the disk `{name}`")));
+            };
+            // RAM and disks go to two clients, xpm-fs and xpm-blk, of one host.
+            self.to = self.wait_until_noted(name, heir, until).await?;
         }
         Ok(())
     }
 
     async fn switch(&mut self) -> Result<(), Error> {
-        let to = self.heir.map(|heir| heir.to_string()).unwrap_or_default();
-        let order = HandOverAll { names: self.names.clone(), to, force: false };
+        let order = HandOverAll { names: self.all(), to: self.to.clone(), force: false };
         self.allocator.post::<_, Handover>("/v1/handovers", &order).await.map(drop).map_err(of_allocator)
     }
 
@@ -89,17 +92,32 @@ impl Ownership for HandOver {
 impl HandOver {
     /// Of the machine at this place; none where its RAM is not allocations.
     pub(super) fn of(place: &Place, daemons: &Daemons) -> anyhow::Result<Option<HandOver>> {
-        let names = place.load()?.map(|machine| machine.allocations).unwrap_or_default();
-        if names.is_empty() {
+        let Some(machine) = place.load()?.filter(|machine| !machine.allocations.is_empty()) else {
             return Ok(None);
-        }
-        Ok(Some(HandOver { allocator: daemons.allocator()?, fs: daemons.fs()?, names, heir: None }))
+        };
+        let disks: Vec<Name> = machine.disks.into_iter().map(|disk| disk.name).collect();
+        let blk = if disks.is_empty() { None } else { Some(daemons.blk()?) };
+        let (allocator, fs) = (daemons.allocator()?, daemons.fs()?);
+        Ok(Some(HandOver { allocator, fs, blk, names: machine.allocations, disks, to: String::new() }))
     }
 
-    /// Fails unless this host's xpm-fs owns all of the RAM.
+    /// RAM and disks.
+    fn all(&self) -> Vec<Name> {
+        self.names.iter().chain(&self.disks).cloned().collect()
+    }
+
+    /// Fails unless this host owns all of the RAM and of the disks.
     async fn check_owned(&self) -> Result<(), Error> {
-        let own = self.fs.blk_status().await.map_err(of_allocator)?.client;
-        for name in &self.names {
+        self.check_owned_by(&self.fs, &self.names).await?;
+        match &self.blk {
+            Some(blk) => self.check_owned_by(blk, &self.disks).await,
+            None => Ok(()),
+        }
+    }
+
+    async fn check_owned_by(&self, daemon: &Daemon, names: &[Name]) -> Result<(), Error> {
+        let own = daemon.blk_status().await.map_err(of_allocator)?.client;
+        for name in names {
             let allocation: Allocation =
                 self.allocator.get(&format!("/v1/allocations/{name}")).await.map_err(of_allocator)?;
             if allocation.owner.is_none_or(|owner| owner.client != own) {
@@ -109,12 +127,25 @@ impl HandOver {
         Ok(())
     }
 
-    async fn is_noted(&self, name: &Name, heir: ClientId) -> Result<bool, Error> {
-        let allocation: Allocation =
-            self.allocator.get(&format!("/v1/allocations/{name}")).await.map_err(of_allocator)?;
-        match allocation.standby {
-            Some(standby) if standby.client.client == heir => Ok(standby.noted),
-            _ => Err(Error::Peer(format!("the destination does not stand by for `{name}`"))),
+    /// Waits until the owner of an allocation has noted that this client stands by for it; the client's host.
+    async fn wait_until_noted(&self, name: &Name, heir: ClientId, until: Instant) -> Result<String, Error> {
+        loop {
+            let allocation: Allocation =
+                self.allocator.get(&format!("/v1/allocations/{name}")).await.map_err(of_allocator)?;
+            match allocation.standby {
+                Some(standby) if standby.client.client == heir && standby.noted => {
+                    return Ok(standby.client.host_name);
+                }
+                Some(standby) if standby.client.client == heir => {}
+                _ => return Err(Error::Peer(format!("the destination does not stand by for `{name}`"))),
+            }
+            if Instant::now() >= until {
+                return Err(Error::Machine(format!(
+                    "the daemon of this host that shows `{name}` has not noted within {NOTED_LIMIT:?} that the destination stands by \
+                     for it: is it running?"
+                )));
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
         }
     }
 

@@ -6,11 +6,11 @@ mod filesystem;
 mod fio;
 mod interrupt;
 mod load;
+mod machine;
 mod site;
 mod socket;
 mod swap;
 
-use std::fs;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -103,13 +103,13 @@ fn tell(site: &Site, args: &Args) -> Result<()> {
     allocate(site)?;
     let device = attach(site, form)?;
     use_it(site, &device)?;
-    take_down(site, &device)
+    take_down(site, &device)?;
+    machine::workload(site)
 }
 
 /// The appliances' memory and the programs' have to fit into this machine.
 fn has_room(site: &Site) -> Result<()> {
-    let meminfo = fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
-    let available = available(&meminfo).context("/proc/meminfo does not say what is available")?;
+    let available = util::available_memory()?;
     let needed = site.size * 2 + 256 * MIB;
     if available < needed {
         bail!(
@@ -119,11 +119,6 @@ fn has_room(site: &Site) -> Result<()> {
         );
     }
     Ok(())
-}
-
-fn available(meminfo: &str) -> Option<u64> {
-    let value = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    value.split_whitespace().next()?.parse::<u64>().ok()?.checked_mul(1024)
 }
 
 fn allocate(site: &Site) -> Result<()> {
@@ -240,13 +235,5 @@ mod tests {
         assert_eq!(size_word(96 * MIB), "96MiB");
         assert_eq!("nbd".parse::<Form>(), Ok(Form::Nbd));
         assert!("nbd-direct".parse::<Form>().is_err());
-    }
-
-    #[test]
-    fn available_memory() {
-        assert_eq!(available("MemTotal: 9 kB\nMemAvailable:   4 kB\n"), Some(4096));
-        for bad in ["", "MemAvailable:", "MemAvailable: x kB", "MemAvailable: 18446744073709551615 kB"] {
-            assert_eq!(available(bad), None, "{bad}");
-        }
     }
 }

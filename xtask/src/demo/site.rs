@@ -90,6 +90,8 @@ impl Site {
             "-p",
             "xpm-blk",
             "-p",
+            "xpm-fs",
+            "-p",
             "xpm",
             "-p",
             "xpm-tests",
@@ -180,6 +182,57 @@ impl Site {
 
     fn blk_socket(&self) -> PathBuf {
         self.dir().join("blk.sock")
+    }
+
+    /// Starts the xpm-fs of a "host", which reaches appliances over TCP alone.
+    pub(super) fn start_files(&self, host: &str) -> Result<()> {
+        let config = self.dir().join(format!("{host}.toml"));
+        let text = format!(
+            "allocator = \"http://{}\"\ncontrol = {:?}\nstate = {:?}\nstandby = false\nallow-unsafe-swap = true\n\
+             forbid-transports = [\"shm\", \"nbd-unix\"]\n",
+            self.allocator,
+            self.files_socket(host).display().to_string(),
+            self.dir().join(host).display().to_string(),
+        );
+        fs::write(&config, text)?;
+        self.start_daemon(host, self.program("xpm-fs").arg("--config").arg(config))?;
+        self.wait_until("xpm-fs did not answer", || {
+            Ok(self
+                .runner
+                .output(
+                    self.program("xpm").env("XPM_FS", self.files_socket(host)).args(["fs", "list"]),
+                    LIMIT,
+                )
+                .is_ok())
+        })
+    }
+
+    fn files_socket(&self, host: &str) -> PathBuf {
+        self.dir().join(format!("{host}.sock"))
+    }
+
+    /// `xpm vm` at a "host".
+    pub(super) fn vm_command(&self, host: &str, words: &[&str]) -> Command {
+        let mut xpm = self.program("xpm");
+        xpm.env("XPM_ALLOCATOR", format!("http://{}", self.allocator)).env("XPM_FS", self.files_socket(host));
+        xpm.args(["vm", "--dir"]).arg(self.dir().join(format!("{host}-vm"))).args(words);
+        xpm
+    }
+
+    /// Runs it for all to see; what it printed.
+    pub(super) fn vm(&self, host: &str, words: &[&str]) -> Result<String> {
+        self.run(&mut self.vm_command(host, words))
+    }
+
+    /// The machines of a "host".
+    pub(super) fn vm_list(&self, host: &str) -> Result<Value> {
+        let output = self.runner.output(&mut self.vm_command(host, &["-o", "json", "list"]), LIMIT)?;
+        serde_json::from_str(&output).context("xpm printed no JSON")
+    }
+
+    /// Runs the operator's command, without showing it.
+    pub(super) fn xpm_quietly(&self, words: &[&str]) -> Result<String> {
+        self.runner.output(&mut self.xpm_command(words), LIMIT)
     }
 
     fn xpm_command(&self, words: &[&str]) -> Command {
@@ -332,7 +385,8 @@ fn lent(size: u64) -> u64 {
     (size * 3 / 2).div_ceil(u64::from(APPLIANCES)).next_multiple_of(64 * MIB)
 }
 
-fn free_port() -> Result<u16> {
+/// A port that nobody listened on a moment ago.
+pub(super) fn free_port() -> Result<u16> {
     Ok(TcpListener::bind("127.0.0.1:0").context("cannot find a free port")?.local_addr()?.port())
 }
 

@@ -1,19 +1,24 @@
-//! Virtual machines for tests: a guest that verifies its memory (guest/verify.c), commands that look after it, and a network
-//! between two of them that breaks where a test wants it to.
+//! Virtual machines for tests: a guest that verifies its memory (guest/verify.c), commands that look after it, and a
+//! network between two of them that breaks where a test wants it to.
+
+mod hosts;
+mod monitor;
+mod wire;
 
 use std::fs::File;
-use std::io::{Read as _, Write as _};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex};
 
 use serde_json::Value;
 
+pub use self::hosts::{Hosts, Requests};
+pub use self::monitor::{Monitor, Plain};
+pub use self::wire::{Break, Wire};
+
 use crate::files::can_mount;
-use crate::{Cluster, LIMIT, free_port, have, programs, wait_until};
+use crate::{Cluster, free_port, have, programs, wait_until};
 
 /// The machine's RAM.
 const MEMORY: &str = "64MiB";
@@ -34,6 +39,11 @@ pub fn can_start_external() -> bool {
     can_start()
 }
 
+/// Whether there can be two hosts with networks of their own; says so when not.
+pub fn can_have_hosts() -> bool {
+    have("ip") && have("nsenter") && can_start_external()
+}
+
 /// Two "hosts" of one machine, with one RAM for both.
 pub struct Site {
     dir: tempfile::TempDir,
@@ -43,7 +53,10 @@ pub struct Site {
     environment: Vec<(String, String)>,
     /// Of those that start QEMU.
     options: Vec<String>,
-    /// Held by one site at a time: an emulated processor takes all of a real one, and two of them leave nothing to the daemons.
+    /// The words that start a program at host `a` and `b`, and their addresses; none where both are this machine.
+    hosts: Option<[(Vec<String>, Ipv4Addr); 2]>,
+    /// Held by one site at a time: an emulated processor takes all of a real one, and two of them leave nothing to the
+    /// daemons.
     _alone: File,
 }
 
@@ -83,6 +96,19 @@ impl Site {
         Site::build(dir, memory, environment.to_vec(), options.collect())
     }
 
+    /// The RAM is an allocation that two hosts reach over their networks.
+    ///
+    /// # Panics
+    /// When the guest cannot be built.
+    pub fn between(hosts: &Hosts, memory: &'static str, options: &[&str]) -> Site {
+        let options = options.iter().map(|word| (*word).to_owned());
+        let dir = tempfile::tempdir_in(hosts.dir()).expect("a directory");
+        let mut site = Site::build(dir, memory, hosts.environment("a"), options.collect());
+        let host = |name| (hosts.namespace(name).words().to_vec(), hosts.address(name));
+        site.hosts = Some([host("a"), host("b")]);
+        site
+    }
+
     /// Builds the guest.
     fn build(
         dir: tempfile::TempDir,
@@ -99,7 +125,7 @@ impl Site {
         let built =
             Command::new("gcc").args(flags.split_whitespace()).arg("-o").arg(&kernel).arg(source).status();
         assert!(built.is_ok_and(|status| status.success()), "the guest cannot be built");
-        Site { dir, kernel, memory, environment, options, _alone: alone }
+        Site { dir, kernel, memory, environment, options, hosts: None, _alone: alone }
     }
 
     /// The directory of everything.
@@ -116,16 +142,51 @@ impl Site {
     }
 
     fn prepare(&self, host: &str, arguments: &[&str]) -> Command {
-        let mut command = Command::new(programs().join("xpm"));
+        let mut command = self.at(host, &programs().join("xpm"));
         command.arg("vm").arg("--dir").arg(self.dir().join(host)).args(arguments);
         // Settings and a token of the machine that tests run on are not theirs.
         command.env_remove("XPM_TOKEN_FILE").env("XPM_CONFIG", "/dev/null").stdin(Stdio::null());
         for (key, value) in &self.environment {
-            // Host `b` has an xpm-fs of its own.
-            let value = if host == "b" { value.replace("/fs.sock", "/fs2.sock") } else { value.clone() };
+            // Host `b` has daemons of its own.
+            let value = match host {
+                "b" => value.replace("/fs.sock", "/fs2.sock").replace("/blk.sock", "/blk2.sock"),
+                _ => value.clone(),
+            };
             command.env(key, value);
         }
         command
+    }
+
+    /// A program at a host.
+    fn at(&self, host: &str, program: &Path) -> Command {
+        match &self.hosts {
+            None => Command::new(program),
+            Some([a, b]) => {
+                let (words, _) = if host == "a" { a } else { b };
+                let mut command = Command::new(&words[0]);
+                command.args(&words[1..]).arg(program);
+                command
+            }
+        }
+    }
+
+    /// Where a host is reached.
+    pub fn address(&self, host: &str) -> Ipv4Addr {
+        match &self.hosts {
+            None => Ipv4Addr::LOCALHOST,
+            Some([a, b]) => {
+                if host == "a" {
+                    a.1
+                } else {
+                    b.1
+                }
+            }
+        }
+    }
+
+    /// The guest, as QEMU's `-kernel`.
+    pub fn kernel(&self) -> &Path {
+        &self.kernel
     }
 
     /// Starts the machine at a host.
@@ -143,7 +204,7 @@ impl Site {
     /// Waits for the machine at a host; with the port.
     pub fn receive(&self, host: &str, more: &[&str]) -> (Guest, u16) {
         let port = free_port();
-        let listen = format!("127.0.0.1:{port}");
+        let listen = format!("{}:{port}", self.address(host));
         let memory = if more.contains(&"--memory") { &[][..] } else { &["--memory", self.memory] };
         let words = [&["receive", NAME, "--listen", &listen], memory].concat();
         let guest = self.start(host, &words, more);
@@ -156,7 +217,7 @@ impl Site {
         let id = COUNT.fetch_add(1, Ordering::Relaxed);
         let serial = self.dir().join(format!("serial{id}"));
         let mut command = self.prepare(host, words);
-        if !more.contains(&"--file") {
+        if !more.contains(&"--file") && !more.contains(&"--disk") {
             command.args(&self.options);
         }
         command.args(more).args(["--", "qemu-system-x86_64", "-display", "none", "-nodefaults"]);
@@ -173,7 +234,15 @@ impl Site {
     /// # Panics
     /// When the command cannot be started.
     pub fn migrate(&self, host: &str, port: u16) -> Child {
-        let to = format!("127.0.0.1:{port}");
+        self.migrate_to(host, Ipv4Addr::LOCALHOST, port)
+    }
+
+    /// The same to an address.
+    ///
+    /// # Panics
+    /// When the command cannot be started.
+    pub fn migrate_to(&self, host: &str, address: Ipv4Addr, port: u16) -> Child {
+        let to = format!("{address}:{port}");
         let mut command = self.prepare(host, &["-o", "json", "migrate", NAME, "--to", &to]);
         command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the command can be started")
     }
@@ -219,14 +288,7 @@ impl Guest {
     /// # Panics
     /// When it found a bad page.
     pub fn passes(&self) -> u64 {
-        let text = std::fs::read_to_string(&self.serial).unwrap_or_default();
-        // The last line may not be whole.
-        let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
-        for line in whole.lines() {
-            assert!(line.ends_with(" bad 0"), "the guest says: {line}");
-        }
-        let last = whole.lines().last().and_then(|line| line.split(' ').nth(1));
-        last.and_then(|pass| pass.parse().ok()).unwrap_or(0)
+        passes(&self.serial)
     }
 
     /// Waits until it has verified all its memory as it is now, and returns its passes.
@@ -245,6 +307,15 @@ impl Guest {
         let record = std::fs::read(self.dir.join(NAME).join("machine.json")).ok()?;
         let record: Value = serde_json::from_slice(&record).ok()?;
         record["qemu"]["id"].as_i64()?.try_into().ok()
+    }
+
+    /// Whether its QEMU is there, running or not.
+    pub fn qemu_is_alive(&self) -> bool {
+        self.qemu().is_some_and(|process| {
+            let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
+            // proc_pid_stat(5): the state follows the name, which ends with a bracket.
+            stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('Z'))
+        })
     }
 
     /// Kills the command as `kill -9` does, and not its QEMU.
@@ -269,10 +340,30 @@ impl Guest {
         self.child.wait().expect("a child can be waited for")
     }
 
+    /// A second connection to its QEMU, beside the one of the commands.
+    ///
+    /// # Panics
+    /// When its QEMU has ended.
+    pub fn monitor(&self) -> Monitor {
+        Monitor::connect(&self.dir.join(NAME).join("look.qmp"))
+    }
+
     /// What it printed on standard error.
     pub fn said(&self) -> String {
         std::fs::read_to_string(&self.said).unwrap_or_default()
     }
+}
+
+/// Passes that a guest with this serial port has made.
+fn passes(serial: &Path) -> u64 {
+    let text = std::fs::read_to_string(serial).unwrap_or_default();
+    // The last line may not be whole.
+    let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
+    for line in whole.lines() {
+        assert!(line.ends_with(" bad 0"), "the guest says: {line}");
+    }
+    let last = whole.lines().last().and_then(|line| line.split(' ').nth(1));
+    last.and_then(|pass| pass.parse().ok()).unwrap_or(0)
 }
 
 impl Drop for Guest {
@@ -285,117 +376,4 @@ impl Drop for Guest {
             eprintln!("--- {} said:\n{}", self.dir.display(), self.said());
         }
     }
-}
-
-/// Where a [`Wire`] breaks: at a message that contains a text.
-#[derive(Debug, Clone, Copy)]
-pub struct Break {
-    /// The message.
-    pub at: &'static str,
-    /// Whether it still arrives.
-    pub passes: bool,
-    /// Whether what stands is cut then. Else it only stands still while the test does something.
-    pub cuts: bool,
-    /// Whether new connections can be made afterwards.
-    pub heals: bool,
-}
-
-/// A network between two hosts. It carries what is sent until a message comes at which it breaks, and tells the test.
-pub struct Wire {
-    port: u16,
-    broken: Receiver<()>,
-    go_on: Sender<()>,
-}
-
-struct Broken {
-    rule: Break,
-    /// Told when it breaks, and waited for before anything else happens.
-    tell: Sender<()>,
-    go_on: Mutex<Receiver<()>>,
-    streams: Mutex<Vec<TcpStream>>,
-    is_broken: Mutex<bool>,
-}
-
-impl Wire {
-    /// A network to the port `to` that breaks as `rule` says. What comes of the message at which it breaks waits for
-    /// [`Wire::broke`]'s end.
-    ///
-    /// # Panics
-    /// When no port can be had.
-    pub fn to(to: u16, rule: Break) -> Wire {
-        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
-        let port = listener.local_addr().expect("an address").port();
-        let ((tell, broken), (go_on, wait)) = (channel(), channel());
-        let state = Arc::new(Broken {
-            rule,
-            tell,
-            go_on: Mutex::new(wait),
-            streams: Mutex::default(),
-            is_broken: Mutex::default(),
-        });
-        std::thread::spawn(move || {
-            for from in listener.incoming().flatten() {
-                let is_broken = *state.is_broken.lock().expect("no panic") && state.rule.cuts;
-                let Ok(other) = TcpStream::connect(("127.0.0.1", to)) else { continue };
-                if is_broken && !rule.heals {
-                    continue;
-                }
-                let both = [(&from, &other), (&other, &from)];
-                for (from, to) in both.map(|(from, to)| (from.try_clone(), to.try_clone())) {
-                    let (Ok(from), Ok(to)) = (from, to) else { continue };
-                    let state = Arc::clone(&state);
-                    std::thread::spawn(move || carry(from, to, &state));
-                }
-                if !is_broken {
-                    state.streams.lock().expect("no panic").extend([from, other]);
-                }
-            }
-        });
-        Wire { port, broken, go_on }
-    }
-
-    /// Where it is reached.
-    pub fn port(&self) -> u16 {
-        self.port
-    }
-
-    /// Waits until it breaks; does `meanwhile` before either side can see that.
-    ///
-    /// # Panics
-    /// When it does not break.
-    pub fn broke(&self, meanwhile: impl FnOnce()) {
-        self.broken.recv_timeout(LIMIT).expect("the message comes");
-        meanwhile();
-        let _ = self.go_on.send(());
-    }
-}
-
-/// Carries what comes until the rule says otherwise.
-fn carry(mut from: TcpStream, mut to: TcpStream, state: &Broken) {
-    let mut buffer = vec![0; 64 << 10];
-    // A message is short and sent as a whole, so it comes as a whole.
-    while let Ok(count @ 1..) = from.read(&mut buffer) {
-        let came = &buffer[..count];
-        let text = String::from_utf8_lossy(came);
-        let breaks = text.contains(state.rule.at) && !*state.is_broken.lock().expect("no panic");
-        if breaks {
-            *state.is_broken.lock().expect("no panic") = true;
-            if state.rule.passes {
-                let _ = to.write_all(came);
-            }
-            let _ = state.tell.send(());
-            let _ = state.go_on.lock().expect("no panic").recv_timeout(LIMIT);
-            if !state.rule.cuts {
-                continue;
-            }
-            for stream in state.streams.lock().expect("no panic").drain(..) {
-                let _ = stream.shutdown(Shutdown::Both);
-            }
-            return;
-        }
-        if to.write_all(came).is_err() {
-            break;
-        }
-    }
-    let _ = to.shutdown(Shutdown::Write);
 }
