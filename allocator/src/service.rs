@@ -76,7 +76,7 @@ pub use message::{
 
 /// Most requests that wait for one allocation while other work is done to it.
 const QUEUE_MAX: usize = 32;
-/// Longest free text (host name, purpose) of an owner, in bytes. Only people read it.
+/// Longest text about an owner (host name, purpose), in bytes.
 const TEXT_LEN_MAX: usize = 256;
 
 /// Settings of the operator.
@@ -198,7 +198,7 @@ struct Entry {
     described: Option<describe::Fingerprint>,
     /// When its owner was heard last, by the service's clock.
     owner_heard: Duration,
-    /// The life that was refused last: each is told of once.
+    /// The life that was refused last. An event reports each refused life once.
     refused: Option<Life>,
 }
 

@@ -139,7 +139,8 @@ pub(super) fn ask(world: &World<'_>, create: &Create) -> Result<Asked, String> {
     })
 }
 
-/// Finds the documents that the request names, directly or through its client.
+/// Finds the documents of a request: those that it names, else the account of its client, the strategy of its account,
+/// and at last the strategy named `default`.
 fn who<'a>(world: &World<'a>, create: &Create) -> Result<Who<'a>, String> {
     let client = create.client.as_ref().and_then(|name| world.policy.client(name));
     let account = create.account.as_ref().or(client.and_then(|one| one.account.as_ref()));
@@ -196,7 +197,7 @@ fn denied(merged: &Merged, demand: &Demand) -> Option<Refusal> {
     })
 }
 
-/// A demand for distance cannot be met if no document says where the client is.
+/// A demand for nearness (`locality.within`) cannot be met if no document says where the client is.
 fn nowhere(merged: &Merged, who: &Who<'_>, create: &Create) -> Option<Refusal> {
     let within = merged.needs.within?;
     let says = |labels: &Labels| {

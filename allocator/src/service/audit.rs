@@ -200,7 +200,8 @@ impl Service {
         self.store(vec![change], Awaited::Nothing);
     }
 
-    /// The number of a decision. Decisions about one name are ordered by time and, within a second, by events.
+    /// The change that stores a decision. Its number orders the decisions about one name by time and, within a second,
+    /// by events.
     pub(super) fn decision_change(&mut self, decision: Decision) -> Change {
         let number = (self.now.unix << 20) | (self.clock & 0xf_ffff);
         Change::Decision(number, Box::new(decision))

@@ -522,8 +522,8 @@ impl Service {
                 .all(|one| self.allocations[one].record.appliances().into_iter().all(up))
     }
 
-    /// Takes up a hand-over that an earlier process did not finish. No client has the keys that it was about to give
-    /// out, so the old owner gets them.
+    /// Takes up a hand-over that an earlier process left in `Raising` or `Returning`. No client has the keys of its
+    /// next epoch yet, so the old owner gets them. An `Open` hand-over stays open: only an order ends it.
     pub(super) fn restore_handover(&mut self, record: &mut AllocationRecord, until: Duration) {
         let Some(handover) = &mut record.handover else { return };
         if handover.state == HandoverState::Raising {

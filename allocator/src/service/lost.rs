@@ -10,8 +10,8 @@
 //! it. An owner is told only of marks in its allocation's record, so it never hears of a mark that a crash can undo.
 //! The mark of an allocation is permanent: data on that appliance stay lost even if the machine returns, for the
 //! owner has had I/O errors since and may have written elsewhere. The mark of the appliance ends when the machine is
-//! heard again and every grant that it still had is revoked, which clears the memory; until then it serves no
-//! allocation.
+//! heard again and every grant that it still had is revoked, which clears the memory. Until then the appliance does not
+//! count as up, and gets no allocation.
 
 use xpm_control::server::ApiError;
 use xpm_protocol::api::ErrorKind;

@@ -261,7 +261,8 @@ pub enum Call {
     Copy(GrantId, appliance_api::Copy),
     /// Ask for the digest of a run of the grant.
     Digest(GrantId, appliance_api::Range),
-    /// Ask which lives other than this one are connected to the grant.
+    /// Ask which lives other than this one are connected to the grant, and have a host that answers. A connection alone
+    /// proves nothing: its host may be dead.
     Living(GrantId, Life),
 }
 
@@ -289,7 +290,7 @@ pub enum Answer {
     Grants(Vec<appliance_api::Grant>),
     /// Digest of a run.
     Digest(appliance_api::Digest),
-    /// Lives that are connected to the grant.
+    /// Lives that are connected to the grant, and whose hosts answer.
     Living(Vec<appliance_api::Holder>),
 }
 

@@ -351,7 +351,8 @@ impl Service {
     }
 
     /// Ends transfers whose time is over. An owner that was heard is cut off, because it knows of the order. An owner
-    /// that was not heard keeps the allocation: it may be out of reach and still writing.
+    /// that was not heard may be dead, or out of reach and still writing. It keeps the allocation, and the transfer is
+    /// refused: only an order with `force` cuts it off.
     pub(super) fn run_hand_overs(&mut self) {
         let now = self.now.at;
         let late = |entry: &super::Entry| entry.hand_over.as_ref().is_some_and(|one| one.until.0 <= now);

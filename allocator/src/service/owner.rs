@@ -122,7 +122,7 @@ impl Service {
         self.store_record(record, AfterStore::Owned(reply));
     }
 
-    /// Records the next epoch. An epoch that is recorded already is used as it is, with its keys.
+    /// Records the next epoch. If one is recorded already, it is used with its keys, since no client was given them.
     pub(super) fn begin_raise(&mut self, reply: ReplyTo, id: AllocationId, owner: Owner, how: Raised) {
         let Raised { handed_over, lose, block_size } = how;
         if !handed_over {

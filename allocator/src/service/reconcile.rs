@@ -69,8 +69,8 @@ impl Service {
         }
     }
 
-    /// How long known appliances are waited for after a start. Their reports on the state of the metadata have to
-    /// come first: a step that is half done by outdated metadata may be in use since.
+    /// How long known appliances are waited for after a start. Their reports on the state of the metadata have to come
+    /// first: if the metadata are outdated, memory that they list as half done may be in use since.
     fn patience(&self) -> Duration {
         self.settings.interval * PATIENCE
     }

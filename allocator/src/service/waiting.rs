@@ -282,7 +282,7 @@ impl Service {
     }
 
     /// The appliances that are kept for the first request that lacks room, if it comes before this one and if this
-    /// placement would make it impossible to serve it even after all other memory is given back.
+    /// placement would leave too little for the first request even after all other memory is given back.
     pub(super) fn kept_for_the_first(
         &self,
         name: &Name,

@@ -153,8 +153,8 @@ impl Service {
         asking::ask(&self.world(&pool_used), &wish.create)
     }
 
-    /// Decides. Free memory is not given to a request if that would keep the first waiting request from ever being
-    /// served.
+    /// Decides about a request. If its placement would leave too little for the first waiting request, even after all
+    /// other memory is given back, the decision is made again without the memory that is kept for the first request.
     fn look_for(&mut self, wish: &Wish, mut asked: Asked, all: bool) -> Looked {
         asked.demand.seed = self.clock;
         asked.demand.home.clone_from(&wish.home);

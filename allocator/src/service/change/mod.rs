@@ -1,7 +1,7 @@
 //! Changes where an allocation lies while it is in use: growing, shrinking, moving.
 //!
-//! A change has two sides (`ChangeRecord`). The record's own side holds until `Switched`; the other side is made
-//! beside it.
+//! A change has two sides (`ChangeRecord`). The side in the allocation's own fields is always the valid one. The other
+//! side is in the field `change`: the new side at first, and the old side from `Switched` on.
 //!
 //! 1. The change is recorded as `Preparing`. The grants that only the new side has are made: of new regions, or of
 //!    regions that they take over from a grant that loses some (`make.rs`).
@@ -262,7 +262,7 @@ impl Service {
         }
     }
 
-    /// Stores the record with a change in it. The change counts once the record is durable.
+    /// Stores the record with a new state of its change. The new state takes effect once the record is durable.
     fn store_change(&mut self, id: AllocationId, record: AllocationRecord, after: AfterStore) {
         self.entry(id).work = Work::Storing;
         self.store_record(record, after);

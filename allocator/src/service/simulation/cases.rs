@@ -337,7 +337,7 @@ fn a_grant_without_record_is_freed_after_its_grace() {
     let mut world = World::new(&[64 * MIB; 2]);
     world.answer(create("a", 64, Some(2))).unwrap();
     world.answer(create("kept", 32, None)).unwrap();
-    // The metadata of before the creation of the second allocation.
+    // The metadata lack `a`, as a copy from before its creation would.
     let mut loaded = world.durable.load().unwrap();
     loaded.allocations.retain(|record| record.name.as_str() == "kept");
     world.durable = crate::store::memory::MemoryStore::of(loaded);

@@ -240,7 +240,8 @@ impl World {
         self.appliances.values_mut().for_each(|one| one.away = false);
         self.late.clear();
         self.losses += 1;
-        // Changes of the new allocator are told apart from earlier ones by the time in their numbers.
+        // The recovery numbers changes from its own time on (`CHANGES_SHIFT`). The clock has to move, or a number of an
+        // earlier change could be used again.
         self.now += Duration::from_secs(1);
         let mut told = Told::default();
         for (id, one) in &self.appliances {
