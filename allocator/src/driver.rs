@@ -2,8 +2,9 @@
 //!
 //! The task waits only for the next event: stores go to the writer's thread, calls to tasks of their own. When the
 //! store fails, the state on disk is unknown, so the daemon exits and the next start reads the true state; the data
-//! path does not need the daemon meanwhile. When the store only has no room, or waits for etcd, requests for changes
-//! are refused with that reason, and the service goes on answering others.
+//! path does not need the daemon meanwhile. When the store only has no room, or waits for etcd, requesters of changes
+//! get that reason as an error, although their changes are kept and may be carried out later. The service goes on to
+//! answer other requests.
 
 use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};

@@ -327,7 +327,7 @@ impl Inventory {
         }
     }
 
-    /// Since when it is given up, seconds since 1970. It serves no allocation until it has cleared its old memory.
+    /// Since when it is given up, seconds since 1970. It gets no allocation until it has cleared its old memory.
     pub fn given_up(&self, id: ApplianceId) -> Option<u64> {
         self.appliances.get(&id).and_then(|entry| entry.given_up)
     }
@@ -382,7 +382,7 @@ impl Inventory {
         found.map(|(id, _)| *id).collect()
     }
 
-    /// Share of the memory of the appliances that are up that is in use.
+    /// Share of memory that is in use, over all appliances that are up.
     pub fn used(&self, now: Duration) -> Percent {
         let up = self.pool.iter().filter(|one| one.up_until >= now);
         let (capacity, free) = up.fold((0_u128, 0_u128), |(capacity, free), one| {
@@ -397,7 +397,7 @@ impl Inventory {
         &self.pool
     }
 
-    /// The appliances as the API shows them; `regions` counts the regions of the records.
+    /// The appliances as the API shows them. `regions`: how many regions the records have on each appliance.
     pub fn list(&self, now: Duration, regions: &HashMap<ApplianceId, u64>) -> Vec<Appliance> {
         let shown = |(id, entry): (&ApplianceId, &Entry)| Appliance {
             info: entry.info.clone(),

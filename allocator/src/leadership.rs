@@ -3,7 +3,8 @@
 //!
 //! The service is dropped when the term ends, for whatever reason; a new leader loads everything from the store. So
 //! an allocator that lost the leadership becomes a follower in the same process. Its calls to appliances that are
-//! still under way do no harm: their intents were durable before they were sent, as before a crash.
+//! still under way do no harm: their intents were durable before they were sent, and the next leader
+//! settles them as after a crash.
 
 use std::sync::Arc;
 use std::time::Duration;

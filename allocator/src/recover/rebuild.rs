@@ -52,9 +52,9 @@ impl Told {
     }
 }
 
-/// Order of descriptors by age; the larger is the newer. First the epoch, then the changes, then events within both.
-/// Within one epoch an allocation first has no owner, then an owner without keys, then an owner with its keys, and
-/// then no owner again.
+/// Order of descriptors by age; the larger is the newer. First the epoch counts, then the number of changes of place,
+/// then the steps within both. Within one epoch an allocation first has no owner, then an owner without keys (after a
+/// transfer), then an owner with its keys, and then no owner again.
 fn age(record: &AllocationRecord) -> (Epoch, u64, u64, bool, u8, u64, u64) {
     let owned = match (&record.owner, record.revealed) {
         (None, false) => 0,

@@ -40,9 +40,9 @@ pub struct AllocationRecord {
     pub revealed: bool,
     /// The next ownership, while some of its appliances have or may have it, and not all.
     pub next: Option<NextEpoch>,
-    /// Its grants, one per appliance.
+    /// Its grants: one or more on each of its appliances.
     pub grants: Vec<GrantRecord>,
-    /// The regions in order, as indices into the grants.
+    /// The regions in order, each as a grant (by index) and a slot of that grant.
     pub slots: Vec<RegionSlot>,
     /// The terms on which it was made.
     #[serde(default)]

@@ -74,15 +74,15 @@ pub struct Demand {
 /// Demands of rules and profiles.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Needs {
-    /// Selectors that an appliance must all fit, each with its rule.
+    /// Selectors, each with its rule. An appliance must fit all of them.
     pub require: Vec<(String, Selector)>,
-    /// Selectors of which an appliance may fit none, each with its rule.
+    /// Selectors, each with its rule. An appliance must fit none of them.
     pub forbid: Vec<(String, Selector)>,
     /// Selectors that raise an appliance's score, each with its rule.
     pub prefer: Vec<(String, Preference)>,
     /// Speed that an appliance's link must have, and must have free for the columns that it serves.
     pub link_speed: Option<LinkSpeed>,
-    /// Level at which the appliance and the client must have the same label.
+    /// The appliance and the client must have the same label at this level or at a nearer one.
     pub within: Option<Level>,
     /// Longest round trip to an appliance, in nanoseconds.
     pub round_trip_max: Option<u64>,
@@ -94,7 +94,8 @@ pub struct Needs {
     pub position: Position,
     /// Most bytes that may be taken, counted in whole regions.
     pub taken_max: Option<u64>,
-    /// Whether a linear allocation is spread over many appliances, instead of lying on one that holds all of it.
+    /// Whether a linear allocation is spread over as many appliances as possible, instead of lying on one that holds
+    /// all of it.
     pub spread: bool,
     /// The documents that set these demands.
     pub sources: Sources,

@@ -44,7 +44,7 @@ pub struct Candidate {
     pub link_promised: LinkSpeed,
     /// Idle share of its link, in thousandths.
     pub idle: u16,
-    /// Share of the recent time without errors, in thousandths.
+    /// How free it is of recent errors, in thousandths: 1000 without errors, and 1000 / (n + 1) after n of them.
     pub health: u16,
     /// When it registered first, seconds since 1970.
     pub since: u64,
@@ -65,7 +65,7 @@ pub(super) struct Hot {
     pub(super) health: u16,
 }
 
-/// The fields that few decisions read.
+/// The fields that not every decision reads.
 #[derive(Debug)]
 pub(super) struct Cold {
     pub(super) candidate: Candidate,
@@ -113,7 +113,7 @@ pub struct Position([u32; 4]);
 #[derive(Debug, Clone)]
 pub(super) struct Chosen<'a> {
     selector: &'a Selector,
-    /// None if no appliance has one of the labels.
+    /// Numbers of the selector's labels. None if there is a label among them that no appliance has.
     labels: Option<Vec<u32>>,
 }
 

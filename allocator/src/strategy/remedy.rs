@@ -144,7 +144,8 @@ fn slower(snapshot: &Snapshot<'_>, placement: &Placement, of: &str) -> String {
     }
 }
 
-/// How much more memory a usable appliance would need; none if the draw falls on no appliance.
+/// Names how much memory is missing: the size in regions of the shortest length, less the room of all usable
+/// appliances. None if a limit would refuse the request anyway, or if the room of all together would suffice.
 fn memory(snapshot: &Snapshot<'_>, demand: &Demand) -> Option<String> {
     let filter = Filter::new(snapshot, demand);
     let smallest = size::lengths(demand)?.last().copied()?;

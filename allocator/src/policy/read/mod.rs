@@ -24,8 +24,8 @@ use written::Pieces;
 const FILES_MAX: usize = 64;
 /// Most bytes of all files together, with their names.
 const BYTES_MAX: usize = 1 << 20;
-/// Most values in all files together. This is a limit of its own, for a value in memory is much larger than the
-/// shortest one in a text.
+/// Most values in all files together. [`BYTES_MAX`] alone would allow too many: a value in memory is much larger than
+/// the shortest one in a text.
 const VALUES_MAX: usize = 100_000;
 /// Most problems of one document that are reported at once.
 const DOCUMENT_PROBLEMS_MAX: usize = 20;
