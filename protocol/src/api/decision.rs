@@ -32,7 +32,7 @@ pub struct Decision {
     pub revision: u64,
     /// The documents that took part, each with its version.
     pub documents: Vec<DocumentVersion>,
-    /// The first strategy; none if the request names none and no document is named `default`.
+    /// The first strategy; none if neither request nor account names one and no document is named `default`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub strategy: Option<Name>,
     /// The rules in the order in which they were evaluated.
@@ -147,7 +147,7 @@ pub enum Rejection {
     TooFar {
         /// Nearest level at which it and the client have the same label.
         common: Option<Level>,
-        /// Level at which they must have the same label.
+        /// They must have the same label at this level or at a nearer one.
         within: Level,
     },
     /// The round trip takes too long, or was not measured.
