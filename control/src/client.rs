@@ -1,8 +1,8 @@
 //! The client of a daemon's control interface: JSON over HTTP/1.1, over TCP or a unix socket.
 //!
 //! A client may know several daemons of one kind, of which one leads. It first asks the daemon that answered last. On
-//! a redirect it goes to the leader, if that is one of the daemons that it knows (the token is sent there); otherwise
-//! it goes to the next daemon. It tries another daemon only if the request was certainly not carried out.
+//! a redirect it goes to the leader, if that is one of the daemons that it knows (others must not get the token);
+//! otherwise it goes to the next daemon. It tries another daemon only if the request was certainly not carried out.
 //!
 //! Each request has a connection of its own: requests are few, and none fails because an idle connection was closed
 //! meanwhile. Cancelling a request (dropping its future) closes the connection; then it is unknown whether the daemon
@@ -81,8 +81,8 @@ pub enum ClientError {
 }
 
 impl ClientError {
-    /// The kind of error that a daemon reports to its own requester, if its request to another daemon failed with
-    /// this.
+    /// For a daemon that asked another daemon and got this error: the kind of error that it reports to its own
+    /// requester.
     pub const fn kind(&self) -> ErrorKind {
         match self {
             ClientError::Refused(body) if matches!(body.kind, ErrorKind::NotLeader) => ErrorKind::Unavailable,

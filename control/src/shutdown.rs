@@ -1,4 +1,4 @@
-//! Signals: orderly shutdown of a daemon, reload, and protection against others.
+//! Signals: orderly shutdown of a daemon, reload, and protection against all other signals.
 //!
 //! | signal | what a daemon does |
 //! |---|---|

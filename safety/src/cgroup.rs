@@ -1,5 +1,5 @@
-//! A cgroup without swap: pages of this process that are not locked, pages of its helpers, and pages that it maps later
-//! are never swapped out to the device that it serves.
+//! A cgroup without swap: pages that are not locked are never swapped out to the device that this process serves. These
+//! are pages of this process, and all pages of processes that it starts, which do not inherit the lock (mlockall(2)).
 
 use std::fs;
 use std::io;

@@ -37,7 +37,8 @@ pub trait Ownership {
     async fn prepare(&mut self, heirs: Heirs) -> Result<(), Error>;
 
     /// Gives the RAM to the destination. The machine is stopped at the source, and no page of the RAM is only in the
-    /// source's cache. On failure the source still owns the RAM.
+    /// source's cache. A failed switch may have taken effect, if only its answer was lost: the caller has to call
+    /// [`Ownership::roll_back`] before it lets the machine go on.
     ///
     /// # Errors
     /// When the RAM could not be given.

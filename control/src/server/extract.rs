@@ -79,7 +79,8 @@ impl<T: DeserializeOwned + Send, S: Send + Sync> FromRequestParts<S> for Query<T
     }
 }
 
-/// Whether the query is `force=true`. Any other query is refused, so that a misspelt one is never ignored.
+/// Whether the query is `force=true`. The queries `force=true`, `force=false` and none are accepted. Any other query is
+/// refused, so that a misspelt one is never ignored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Force(pub bool);
 

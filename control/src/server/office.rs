@@ -60,8 +60,8 @@ impl Office {
         *self.0.write().unwrap_or_else(PoisonError::into_inner) = duty;
     }
 
-    /// Whether the leader's routes answer this path ([`super::answers`]). True for a follower, which has no routes to
-    /// check.
+    /// Whether the leader's routes answer this path ([`super::answers`]). True for a daemon that is not the
+    /// leader, because it has no routes to check.
     pub async fn answers(&self, path: &'static str) -> bool {
         match self.duty() {
             Duty::Lead { routes, holds } if holds() => super::answers(routes, path).await,

@@ -179,8 +179,8 @@ impl<'a> Leaving<'a> {
         })
     }
 
-    /// All steps up to the answer that the machine runs there. Returns downtime, bytes sent, and rounds of
-    /// write-back.
+    /// Carries out all steps, up to the destination's answer that the machine runs there. Returns the downtime, the
+    /// bytes sent, and the rounds of write-back.
     async fn advance(&mut self, request: &Request, ownership: &mut impl Ownership) -> Result<Numbers, Error> {
         let destination = self.destination(request);
         self.set_stage(Stage::Leaving(destination))?;
