@@ -305,6 +305,7 @@ mod tests {
             overhead: OVERHEAD,
             files: Vec::new(),
             allocations: Vec::new(),
+            disks: Vec::new(),
             huge_pages: false,
             program: vec!["true".into()],
             command: "/bin/false".into(),
