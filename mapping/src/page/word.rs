@@ -28,33 +28,34 @@ use crate::sync::{AtomicU32, AtomicU64, Ordering};
 pub(crate) enum Residency {
     /// In external memory only, or it was never written.
     Absent,
-    /// Somebody has it to itself.
+    /// A thread owns the page.
     Busy,
     /// In local memory, and in the window.
     Mapped,
-    /// In local memory, and not in the window: touching it tells that it is used.
+    /// In local memory, and not in the window: a touch is a fault, which shows that the page is in use.
     Shelved,
 }
 
 const RESIDENCY: u32 = 0b11;
-/// It has to be written before it may go. Without, its stamp is the digest of what external memory holds.
+/// The page has to be written before it may leave local memory. Without this bit, the stamp of a local page is the
+/// digest of its content in external memory.
 pub(crate) const DIRTY: u32 = 1 << 2;
-/// Its own place in external memory holds its content, or did once.
+/// The page was written to its own place in external memory at least once.
 pub(crate) const WRITTEN: u32 = 1 << 3;
-/// It was touched while it was on the shelf.
+/// The page was touched while it was on the shelf.
 pub(crate) const TOUCHED: u32 = 1 << 4;
-/// Touching it asks for the pages behind it.
+/// A touch of this page starts fetching the pages behind it.
 pub(crate) const MARK: u32 = 1 << 5;
-/// Somebody waits until it is not busy.
+/// At least one thread waits until the page is not busy.
 const WAITED: u32 = 1 << 6;
-/// Its content cannot be had.
+/// The content of the page is lost, or could not be fetched: an access raises SIGBUS.
 pub(crate) const POISONED: u32 = 1 << 7;
-/// It stays in local memory.
+/// The page must stay in local memory.
 pub(crate) const PINNED: u32 = 1 << 8;
-/// It is in a queue of the policy.
+/// The page is in a queue of the eviction policy.
 pub(crate) const QUEUED: u32 = 1 << 9;
 
-/// The word of a page, as it was when it was looked at.
+/// The value of a page's word at the time of the load.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct State(u32);
 
@@ -91,21 +92,21 @@ impl State {
     }
 }
 
-/// How it went to claim a page.
+/// The result of claiming a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Claim {
-    /// It is the caller's; this is what it was.
+    /// The caller owns the page now; this was its state.
     Yours(State),
-    /// It is not what the caller wanted.
+    /// The page is not in a wanted state.
     Not(State),
-    /// Somebody else has it, and will wake those who wait.
+    /// Another thread owns the page, and wakes the threads that wait for it.
     Busy,
 }
 
 pub(crate) struct Pages {
     states: Box<[AtomicU32]>,
-    /// Of a page in local memory that is not dirty, the digest of what external memory holds; of an absent
-    /// one, when it left.
+    /// For a local page that is not dirty, the digest of its content in external memory. For an absent page, the
+    /// stamp of its last departure (see `s3fifo::Policy::goes`); 0 for none.
     stamps: Box<[AtomicU64]>,
 }
 
@@ -122,7 +123,7 @@ impl Pages {
         State(self.states[page as usize].load(Ordering::Acquire))
     }
 
-    /// Makes a page the caller's, if it is where the caller wants it. `wait`: a busy one is marked as waited for.
+    /// Claims a page if `wanted` accepts its state. With `wait`, a busy page is marked as waited for.
     pub(crate) fn claim(&self, page: u32, wanted: impl Fn(State) -> bool, wait: bool) -> Claim {
         let word = &self.states[page as usize];
         let mut now = word.load(Ordering::Acquire);
@@ -142,7 +143,8 @@ impl Pages {
         }
     }
 
-    /// Gives a page back that the caller has; `change` says how it is left. True when somebody waits for it.
+    /// Releases a page that the caller owns; `change` determines its other bits. Returns true when a thread waits for
+    /// the page.
     #[must_use]
     pub(crate) fn release(&self, page: u32, residency: Residency, change: impl Fn(State) -> State) -> bool {
         let word = &self.states[page as usize];
@@ -157,7 +159,7 @@ impl Pages {
         }
     }
 
-    /// Sets and clears bits of a page that others may change at the same time.
+    /// Sets and clears bits of a page, whose word other threads may change concurrently. Returns the state before.
     pub(crate) fn mark(&self, page: u32, set: u32, clear: u32) -> State {
         let word = &self.states[page as usize];
         let mut now = word.load(Ordering::Relaxed);
@@ -174,18 +176,18 @@ impl Pages {
         self.stamps[page as usize].load(Ordering::Relaxed)
     }
 
-    /// By the one who has the page.
+    /// Sets the stamp; only for the owner of the page.
     pub(crate) fn set_stamp(&self, page: u32, stamp: u64) {
         self.stamps[page as usize].store(stamp, Ordering::Relaxed);
     }
 
-    /// The word, for those who wait until it changes.
+    /// The word, for a futex wait until it changes.
     pub(crate) fn word(&self, page: u32) -> &AtomicU32 {
         &self.states[page as usize]
     }
 }
 
-/// Pages that lie one behind the other, as pairs of the first one and the count.
+/// Splits sorted page numbers into runs of consecutive pages: pairs of first page and count.
 pub(crate) fn runs(sorted: &[u32], longest: u32) -> impl Iterator<Item = (u32, u32)> + '_ {
     let mut rest = sorted;
     std::iter::from_fn(move || {

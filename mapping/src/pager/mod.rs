@@ -1,5 +1,5 @@
-//! What all threads of a pager share: the window, its pages, how much local memory is left, and what is
-//! known of the ranges that are mapped.
+//! The state that all threads of a pager share: the window, the words of its pages, the amount of free local memory,
+//! and the properties of the mapped ranges.
 
 pub(crate) mod errors;
 pub(crate) mod prefetch;
@@ -23,28 +23,28 @@ use crate::page::window::{self, PAGE, Window};
 use crate::page::word::{Claim, DIRTY, MARK, POISONED, Pages, QUEUED, Residency, State, TOUCHED, WRITTEN};
 use crate::wake::Bell;
 
-/// Pages of which something is known together: 2 MiB.
+/// Pages that share one entry of range properties (see `Chunk`): 2 MiB.
 pub(crate) const CHUNK: u32 = 512;
-/// Pages that came and that the evictor has not heard of.
+/// Most pages that have arrived in local memory and that the evictor has not taken into its queues yet.
 const ARRIVALS: usize = 1 << 14;
-/// Rows of pages that somebody should fetch.
+/// Most pending requests to fetch pages ahead.
 const ASKED: usize = 64;
 
-/// The chunk belongs to slabs: a page of it that was not written holds zeros.
+/// The chunk belongs to slabs: an unwritten page holds zeros, whatever external memory contains.
 const FRESH: u32 = 1 << 0;
-/// It is never written, so never dirty.
+/// The chunk is mapped read-only, so its pages never become dirty.
 const READ_ONLY: u32 = 1 << 1;
 const SEQUENTIAL: u32 = 1 << 2;
 const RANDOM: u32 = 1 << 3;
 
-/// Who brings the page when one is touched that is not there.
+/// Which thread fetches a page when an absent page is touched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Faults {
-    /// The thread that touched it, in a handler of SIGBUS: the quickest way, with no hand-over between threads. System
-    /// calls that are given absent pages fail with EFAULT.
+    /// The thread that touched the page, in a handler of SIGBUS: the fastest way, without a hand-over between threads.
+    /// A system call that accesses an absent page fails with EFAULT.
     Inline,
-    /// So many threads of the library, at least one. Everything that can touch memory may touch it, system
-    /// calls included.
+    /// This number of threads of the library, at least one. Every access may touch an absent page, also one by a
+    /// system call.
     Handled(usize),
 }
 
@@ -54,17 +54,18 @@ impl Faults {
     }
 }
 
-/// Where the content of an absent page is.
+/// The place of an absent page's content.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Source {
-    /// Nowhere: it is zeros.
+    /// No place: the content is zeros.
     Zeros,
     /// In external memory, at this page.
     At(u32),
 }
 
 impl Source {
-    /// Whether the content of the page that is `count` behind the one whose this is lies so far behind it.
+    /// Whether `page`, the source of the page that lies `count` pages behind the page with this source, continues
+    /// this source, so that one operation can cover both.
     pub(crate) fn goes_on(self, page: Source, count: u32) -> bool {
         match (self, page) {
             (Source::Zeros, Source::Zeros) => true,
@@ -77,9 +78,10 @@ impl Source {
 #[derive(Default)]
 struct Chunk {
     flags: AtomicU32,
-    /// Where the content of what was not written is, as one more than a number of a page; 0 for nowhere else.
+    /// For a private copy: one more than the number of the page that has the content of the chunk's first page, for
+    /// as long as the copy's page is unwritten. 0: the chunk is no copy.
     lent: AtomicU32,
-    /// First page behind what is lent: from there on it is zeros.
+    /// First page behind the copied range: pages of the copy from there on are zeros.
     lent_end: AtomicU32,
 }
 
@@ -106,25 +108,26 @@ pub(crate) enum Outcome {
 pub(crate) struct NoRoom;
 
 pub(crate) struct Pager {
-    /// Of the allocation.
+    /// Name of the allocation.
     pub(crate) name: Box<str>,
     pub(crate) window: Window,
     pub(crate) pages: Pages,
     pub(crate) faults: Faults,
     chunks: Box<[Chunk]>,
     pub(crate) room: Room,
-    /// Pages that came: the number below, and above it when it left before.
+    /// Pages that arrived: the low 32 bits have the page's number, the high 32 bits the stamp of its last departure.
     pub(crate) arrivals: ArrayQueue<u64>,
     pub(crate) asked: ArrayQueue<Ahead>,
     pub(crate) evictor: Bell,
-    /// One for each thread that fetches.
+    /// One bell for each thread that fetches.
     pub(crate) fetchers: Vec<Bell>,
     prefetcher: Mutex<Prefetcher>,
     pub(crate) tallies: Tallies,
     stopped: AtomicBool,
     pub(crate) errors: Errors,
-    /// Digests cannot be foreseen by whoever makes the content.
+    /// Random, so that a program which chooses page contents cannot construct two with the same digest.
     seed: u64,
+    /// The digest of a page of zeros.
     zeros: u64,
 }
 
@@ -187,20 +190,21 @@ impl Pager {
         }
     }
 
-    /// Pages of a slab: what was not written is zeros.
+    /// Marks pages of a slab: unwritten pages are zeros.
     pub(crate) fn set_fresh(&self, first: u32, count: u32) {
         self.flag(first, count, FRESH, 0);
     }
 
-    /// Pages with content of before in external memory.
+    /// Marks pages whose earlier content in external memory is valid.
     pub(crate) fn set_kept(&self, first: u32, count: u32) {
         self.flag(first, count, 0, FRESH);
         // As in `set_lent`.
         fence(Ordering::SeqCst);
     }
 
-    /// What was not written of whole chunks is where these pages have it, and zeros behind them; none: at its own place
-    /// again. Pages that came before have to be forgotten afterwards.
+    /// Makes whole chunks a private copy of `source`: an unwritten page has the content of its counterpart in
+    /// `source`, and zeros behind the end of `source`. None: the chunks are no copy any more. The caller has to
+    /// forget the pages that are already local afterwards.
     pub(crate) fn set_lent(&self, first: u32, count: u32, source: Option<&Range<u32>>) {
         for chunk in first / CHUNK..=(first + count - 1) / CHUNK {
             let at = |source: &Range<u32>| source.start + (chunk * CHUNK - first) + 1;
@@ -208,7 +212,9 @@ impl Pager {
             known.lent_end.store(source.map_or(0, |source| source.end), Ordering::Relaxed);
             known.lent.store(source.map_or(0, at), Ordering::Release);
         }
-        // Who claims a page looks here after that, and who forgets it at the page: one of them sees the other.
+        // Pairs with the fence in `source`: a thread that claims a page reads `lent` afterwards, and the caller reads
+        // the page's word after this store. So either that thread sees the new value, or the caller sees the page
+        // and forgets it.
         fence(Ordering::SeqCst);
     }
 
@@ -254,25 +260,26 @@ impl Pager {
         Source::At(page)
     }
 
-    /// The digest of a page's content, which nobody changes meanwhile.
+    /// The digest of a page's content, which must not change meanwhile.
     pub(crate) fn digest_of(&self, content: IoBuf) -> u64 {
         window::digest(content, self.seed)
     }
 
-    /// Whether a page on the shelf, which the caller has to itself, differs from what external memory holds.
+    /// Whether a page on the shelf differs from external memory. The caller owns the page.
     pub(crate) fn is_dirty(&self, page: u32, state: State) -> bool {
-        // What could not be written when it was dropped is still to be, also where it is only read now.
+        // A page that could not be written when its last mapping was dropped is still dirty, even if its range is
+        // mapped read-only now.
         state.has(DIRTY)
             || self.may_be_dirty(page, state)
                 && self.digest_of(self.window.shelved(page, 1)) != self.pages.stamp(page)
     }
 
-    /// Whether it can be dirty at all.
+    /// Whether the page can be dirty at all.
     pub(crate) fn may_be_dirty(&self, page: u32, state: State) -> bool {
         state.has(DIRTY) || self.flags(page) & READ_ONLY == 0
     }
 
-    /// Ends a fault with what is in local memory, or says what is to be done.
+    /// Serves a fault from local memory, or returns the next step. The second value are pages to fetch ahead.
     pub(crate) fn fault(&self, page: u32, write: bool) -> (Outcome, Option<Ahead>) {
         let state = match self.pages.claim(page, |_| true, true) {
             Claim::Yours(state) => state,
@@ -342,13 +349,13 @@ impl Pager {
         }
     }
 
-    /// What was claimed early is left as it was.
+    /// Releases a page of [`Pager::claim_early`] unchanged.
     pub(crate) fn give_back(&self, page: u32) {
         self.release(page, Residency::Absent, 0, 0);
         self.room.give(1);
     }
 
-    /// Spares the first touch of a new slab the fault, where there is room.
+    /// Makes the first page of a new slab local, if there is room, so that its first access causes no fault.
     pub(crate) fn begin_slab(&self, page: u32) {
         match self.claim_early(page) {
             Ok(Some(Source::Zeros)) => self.put_zeros(page, 1, false),
@@ -357,14 +364,14 @@ impl Pager {
         }
     }
 
-    /// What should be fetched beside a page that was missing.
+    /// The pages to fetch ahead after a fault on `page`.
     pub(crate) fn ahead(&self, page: u32) -> Option<Ahead> {
         let mut prefetcher = self.prefetcher.try_lock().ok()?;
         prefetcher.limit(self.room.budget());
         prefetcher.fault(page, self.habit(page)).and_then(|ahead| self.bounded(page, ahead))
     }
 
-    /// Rows end where what is kept does, and slabs begin: those are somebody else's.
+    /// Cuts `ahead` at the border between the kept range and the slabs: pages behind the border have another use.
     fn bounded(&self, page: u32, ahead: Ahead) -> Option<Ahead> {
         let end = self.pages.count().min(ahead.first.saturating_add(ahead.count));
         let fresh = |page: u32| self.flags(page) & FRESH;
@@ -377,7 +384,8 @@ impl Pager {
         (count > 0).then_some(Ahead { count, ..ahead })
     }
 
-    /// Has the threads fetch what will be needed. What they cannot take is fetched when it is touched.
+    /// Asks the fetching threads for these pages. Pages for which their queue has no place are fetched when they are
+    /// touched.
     pub(crate) fn ask(&self, ahead: Ahead) {
         let (first, second) = ahead.halves();
         for (part, fetcher) in [Some(first), second].into_iter().flatten().zip(self.fetchers.iter().cycle()) {
@@ -387,14 +395,14 @@ impl Pager {
         }
     }
 
-    /// What was to be fetched ahead is not.
+    /// Tells the prefetcher that these pages are not fetched ahead.
     pub(crate) fn forgo(&self, ahead: Ahead) {
         if let Ok(mut prefetcher) = self.prefetcher.try_lock() {
             prefetcher.forgo(ahead);
         }
     }
 
-    /// Fills pages that the caller has with zeros.
+    /// Fills pages that the caller owns with zeros, and releases them.
     pub(crate) fn put_zeros(&self, first: u32, run: u32, write: bool) {
         self.window.fill_zeros(first, run);
         for page in first..first + run {
@@ -405,7 +413,8 @@ impl Pager {
         count(&self.tallies.zeroed, u64::from(run));
     }
 
-    /// To be called before fetched content of a page is shown, which the caller has. When the page left before.
+    /// Stores the digest of fetched content. To be called by the owner of the page before the content is put into
+    /// the window. Returns the stamp of the page's last departure.
     pub(crate) fn comes(&self, page: u32, content: IoBuf, write: bool) -> u64 {
         let left = self.pages.stamp(page);
         if !write && self.flags(page) & READ_ONLY == 0 {
@@ -414,7 +423,8 @@ impl Pager {
         left
     }
 
-    /// A page that the caller has is in local memory from now on.
+    /// Releases a page that is in local memory from now on: with `mark` on the shelf, else in the window. `left` is
+    /// the stamp that [`Pager::comes`] returned.
     pub(crate) fn is_here(&self, page: u32, write: bool, mark: bool, left: u64) {
         match mark {
             true => self.came(page, Residency::Shelved, MARK, left),
@@ -438,7 +448,8 @@ impl Pager {
         }
     }
 
-    /// The content of pages that the caller has cannot be had.
+    /// Handles a failed fetch of pages that the caller owns. For a fault the pages become poisoned; for a fetch ahead
+    /// they only become absent again.
     pub(crate) fn fail(&self, first: u32, run: u32, error: IoError, prefetch: bool) {
         count(&self.tallies.errors, 1);
         match prefetch {
@@ -456,7 +467,8 @@ impl Pager {
         self.wake_starving();
     }
 
-    /// Takes the mark away from an absent page that there was no room for it. False where that has to be tried again.
+    /// Removes the poison from an absent page that had no room. Returns false when another thread owns the page, so
+    /// that the caller has to try again.
     pub(crate) fn unchoke(&self, page: u32) -> bool {
         match self.pages.claim(page, |state| state.residency() == Residency::Absent, false) {
             Claim::Yours(state) => {
@@ -476,7 +488,7 @@ impl Pager {
         self.errors.record(page, Cause::Io(error));
     }
 
-    /// Says why an access to a page is a SIGBUS, or an error of a system call, before it is. Allocates nothing.
+    /// Logs why an access to a page will raise SIGBUS, or fail in a system call. Allocates nothing.
     pub(crate) fn complain(&self, page: u32) {
         // A page that should be in the window and is not was discarded there.
         if self.pages.state(page).residency() == Residency::Mapped {
@@ -491,7 +503,7 @@ impl Pager {
         }
     }
 
-    /// Says once that an address of the library's own was touched: whoever touched it gets a SIGBUS.
+    /// Logs once that an address was touched which only the library may touch: that access raises SIGBUS.
     pub(crate) fn complain_of_own(&self, address: usize) {
         let name = &self.name;
         self.errors.log_once(Once::OwnAddress, format_args!(
@@ -499,7 +511,7 @@ impl Pager {
         ));
     }
 
-    /// The same of a page for which there is no room.
+    /// As [`Pager::complain`], for a page without room.
     pub(crate) fn complain_of_room(&self, page: u32) {
         self.errors.record(page, Cause::NoRoom);
         self.complain_of(page, &Cause::NoRoom);
@@ -512,7 +524,7 @@ impl Pager {
         ));
     }
 
-    /// Gives a page back that the caller has, and wakes who waits for it.
+    /// Releases a page that the caller owns, and wakes the threads that wait for it.
     pub(crate) fn release(&self, page: u32, residency: Residency, set: u32, clear: u32) {
         if self.pages.release(page, residency, |state| state.without(clear).with(set)) {
             self.window.uffd.wake(self.window.address_of(page), PAGE);
@@ -520,7 +532,7 @@ impl Pager {
         }
     }
 
-    /// Waits for a page that was busy when it was last looked at, for a moment at most.
+    /// Waits for a busy page, for at most 2 ms.
     pub(crate) fn wait_for(&self, page: u32) {
         let word = self.pages.word(page);
         for _ in 0..64 {
@@ -540,7 +552,7 @@ impl Pager {
         self.tallies.stats(&self.room, self.errors.counts())
     }
 
-    /// After room was given back: those who wait for it try again.
+    /// Wakes the threads that wait for room, to be called after room was freed.
     pub(crate) fn wake_starving(&self) {
         if self.room.freed() {
             self.fetchers.iter().for_each(Bell::ring);

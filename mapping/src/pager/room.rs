@@ -1,26 +1,27 @@
-//! How much local memory is used, how much may be, and waiting for some.
+//! The accounting of local memory, and waiting for free memory.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 
 use rustix::thread::futex;
 
-/// How much local memory is used, and how much may be.
+/// The local memory in use and its limits, in pages.
 pub(crate) struct Room {
     resident: AtomicUsize,
     budget: AtomicUsize,
-    /// Pages that stay.
+    /// Pages that must stay in local memory.
     pinned: AtomicUsize,
-    /// A fault found no room.
+    /// Whether a fault found no room.
     starving: AtomicBool,
-    /// What is fetched ahead did.
+    /// Whether a fetch ahead found no room.
     wanting: AtomicBool,
-    /// Pages beyond the budget that are used for now, since the program has pinned what is within.
+    /// Pages that may be used beyond the budget for now, because the program has pinned the pages within the budget.
     excess: AtomicUsize,
-    /// Nor are there any.
+    /// Whether the machine has no memory for `excess` either.
     exhausted: AtomicBool,
-    /// Counts up whenever there is room again.
+    /// Incremented whenever room is free again; waiting threads sleep on it (futex).
     sequence: AtomicU32,
-    /// Pages that should be free: few, so that what fits stays, and more while that is not enough.
+    /// Pages that the evictor keeps free. Few, so that as many pages as possible stay local; it grows while threads
+    /// find no room, and is halved regularly.
     reserve: AtomicUsize,
 }
 
@@ -60,7 +61,7 @@ impl Room {
         self.resident.load(Ordering::Relaxed)
     }
 
-    /// Room for one page.
+    /// Takes room for one page, for a fault. Returns false when there is none.
     pub(crate) fn take(&self) -> bool {
         self.take_below(self.limit(), &self.starving)
     }
@@ -73,13 +74,13 @@ impl Room {
         self.excess.load(Ordering::Relaxed)
     }
 
-    /// How many pages may be used beyond the budget.
+    /// Sets how many pages may be used beyond the budget.
     pub(crate) fn set_excess(&self, pages: usize) {
         self.exhausted.store(false, Ordering::Relaxed);
         self.excess.store(pages, Ordering::Relaxed);
     }
 
-    /// No room can be made for those who wait for some.
+    /// Records that no room can be made for the waiting faults.
     pub(crate) fn set_exhausted(&self) {
         self.exhausted.store(true, Ordering::Relaxed);
     }
@@ -88,12 +89,12 @@ impl Room {
         self.exhausted.load(Ordering::Relaxed)
     }
 
-    /// Whether somebody waits for room.
+    /// Whether a fault waits for room.
     pub(crate) fn is_starving(&self) -> bool {
         self.starving.load(Ordering::Relaxed)
     }
 
-    /// The same, for what can do without: leaves some.
+    /// Takes room for one page that no access waits for. Leaves half of the reserve for faults.
     pub(crate) fn take_spare(&self) -> bool {
         let budget = self.budget();
         self.take_below(budget - self.reserve(budget) / 2, &self.wanting)
@@ -118,7 +119,7 @@ impl Room {
         self.resident() + self.reserve(budget) > budget
     }
 
-    /// Whether it has made enough.
+    /// Whether the evictor has made enough room.
     pub(crate) fn is_ample(&self) -> bool {
         let budget = self.budget();
         self.resident() + 2 * self.reserve(budget) <= budget
@@ -128,12 +129,13 @@ impl Room {
         self.reserve.load(Ordering::Relaxed).clamp(reserve_min(budget), reserve_max(budget))
     }
 
-    /// Whether less of a reserve is enough shows when there is less.
+    /// Halves the reserve: only a smaller reserve shows whether it is large enough.
     pub(crate) fn relax(&self) {
         self.reserve.store(self.reserve(self.budget()) / 2, Ordering::Relaxed);
     }
 
-    /// Tells the threads of the program that found no room. True when anybody did.
+    /// Wakes the program's threads that found no room. Returns true when a fault or a fetch ahead found none; then the
+    /// reserve doubles.
     pub(crate) fn freed(&self) -> bool {
         let starving = self.starving.swap(false, Ordering::SeqCst);
         if starving {
@@ -147,10 +149,11 @@ impl Room {
         any
     }
 
-    /// Waits until there may be room again, for a moment at most.
+    /// Waits until there may be room again, for at most 1 ms.
     pub(crate) fn wait(&self) {
         let now = self.sequence.load(Ordering::Acquire);
-        // After `take` said that somebody starves: whoever gave room back before sees that, or this sees the room.
+        // `take` set `starving` before this load. So either the thread that frees room sees `starving`, or this load
+        // sees the freed room.
         if self.resident.load(Ordering::SeqCst) >= self.limit() {
             let limit = rustix::event::Timespec { tv_sec: 0, tv_nsec: 1_000_000 };
             let _ = futex::wait(&self.sequence, futex::Flags::PRIVATE, now, Some(&limit));
@@ -158,12 +161,12 @@ impl Room {
     }
 }
 
-/// Fewest pages that should be free of so many.
+/// Lower limit of the reserve, for a budget in pages.
 fn reserve_min(budget: usize) -> usize {
     (budget / 1024).clamp(4, 64)
 }
 
-/// Most of them.
+/// Upper limit of the reserve, for a budget in pages.
 fn reserve_max(budget: usize) -> usize {
     (budget / 32).clamp(4, 1024)
 }

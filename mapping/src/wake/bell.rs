@@ -7,7 +7,8 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use crate::wake::signal::Signal;
 
-/// Rung by whoever has something to do for a thread; costs a system call only when that one sleeps.
+/// A bell of one thread: other threads ring it when they have work for that thread. Ringing costs a system call only
+/// when the thread sleeps.
 pub(crate) struct Bell {
     fd: OwnedFd,
     signal: Signal,
@@ -21,17 +22,17 @@ impl Bell {
 
     pub(crate) fn ring(&self) {
         if self.signal.tell() {
-            // Only an overflow after 2^64 - 2 rings could fail.
+            // The write could fail only on an overflow, after 2^64 - 2 rings.
             let _ = rustix::io::write(&self.fd, &1_u64.to_ne_bytes());
         }
     }
 
-    /// Whether it rang since this was last asked. One load when it did not.
+    /// Whether the bell rang since the last call. A single load when it did not.
     pub(crate) fn take(&self) -> bool {
         self.signal.take()
     }
 
-    /// Sleeps until it rings, or one of `others` is readable, or for so long. By its one thread.
+    /// Sleeps until the bell rings, one of `others` is readable, or `limit` has passed. Only for the bell's thread.
     pub(crate) fn wait(&self, others: &[BorrowedFd<'_>], limit: Duration) {
         if !self.signal.may_sleep() {
             return;

@@ -1,7 +1,7 @@
-//! Whether a thread was told something, and whether it has to be woken for that.
+//! A flag that notifies a thread, and shows whether the thread has to be woken for it.
 //!
-//! Who tells looks whether the other one sleeps after it has told, and who goes to sleep looks whether it was told
-//! after it has said so: one of them sees the other (as Dekker's algorithm has it).
+//! The notifying thread sets `told` and then reads `asleep`. The waiting thread sets `asleep` and then reads `told`.
+//! So at least one of the two sees the other's flag (as in Dekker's algorithm), and no notification is lost.
 
 use crate::sync::{AtomicBool, Ordering, fence};
 
@@ -15,21 +15,23 @@ impl Signal {
         Signal { told: AtomicBool::new(false), asleep: AtomicBool::new(false) }
     }
 
-    /// Tells. True when the other one has to be woken: it sleeps, or is about to.
+    /// Notifies the waiting thread. Returns true when that thread has to be woken: it sleeps, or is about to.
     #[must_use]
     pub(crate) fn tell(&self) -> bool {
-        // Not a store: who takes what two have told has to see what both did before.
+        // A swap and not a store: when two threads notify, the waiting thread has to see the writes that both made
+        // before.
         self.told.swap(true, Ordering::AcqRel);
         fence(Ordering::SeqCst);
         self.asleep.load(Ordering::Relaxed)
     }
 
-    /// Whether it was told something since this was last asked.
+    /// Whether a notification arrived since the last call.
     pub(crate) fn take(&self) -> bool {
         self.told.load(Ordering::Relaxed) && self.told.swap(false, Ordering::AcqRel)
     }
 
-    /// Says that it is about to sleep. False when it was told something: then it must not.
+    /// Announces that the waiting thread is about to sleep. Returns false when a notification is pending: then it must
+    /// not sleep.
     #[must_use]
     pub(crate) fn may_sleep(&self) -> bool {
         self.asleep.store(true, Ordering::Relaxed);
