@@ -8,8 +8,8 @@
 //!
 //! The life of an allocation: `Creating` is recorded, regions are reserved, grants committed, `Ready` recorded
 //! (`commit.rs`); each change of owner after the first raises the epoch (`owner.rs`); `Deleting` or `Undoing` is
-//! recorded, grants are revoked, the record is removed (`purge.rs`). A restart settles steps that it finds half done
-//! in `reconcile.rs`.
+//! recorded, grants are revoked, the record is removed (`purge.rs`). `reconcile.rs` settles the steps that a restart
+//! finds half done.
 //!
 //! A request is first evaluated under the documents (`asking.rs`), then against the appliances (`wish.rs`), and the
 //! decision is recorded (`audit.rs`). A request may wait for its turn (`waiting.rs`), and an allocation may end by

@@ -16,7 +16,8 @@ use crate::store::record::DrainRecord;
 /// Most allocations that move at the same time, for drains and rebalancing together.
 pub(super) const MOVES_MAX: usize = 2;
 /// Pause before the next move of an allocation whose move was refused. If no place was found, the first retry comes
-/// after [`SOON`]: the appliances' reports of free memory are some moments old.
+/// after [`SOON`], because the appliances' reports of free memory are some moments old; each further pause is twice as
+/// long, up to this one.
 pub(super) const AGAIN: Duration = Duration::from_secs(30);
 /// Pause before the first retry if no place was found.
 const SOON: Duration = Duration::from_secs(1);

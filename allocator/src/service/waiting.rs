@@ -281,8 +281,9 @@ impl Service {
         self.place(wish);
     }
 
-    /// The appliances that are kept for the first request that lacks room, if it comes before this one and if this
-    /// placement would leave too little for the first request even after all other memory is given back.
+    /// The appliances that are kept for the first request that lacks room. None if that request comes after this one,
+    /// has kept memory for [`HOLD_MAX`] seconds, or would fit beside this placement once all memory is given back that
+    /// was allocated before it began to wait.
     pub(super) fn kept_for_the_first(
         &self,
         name: &Name,

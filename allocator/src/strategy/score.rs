@@ -1,8 +1,8 @@
 //! The score of an appliance.
 //!
 //! A score is the sum of weighted parts, each a share in thousandths. A newcomer gets a fraction of its score, which
-//! grows from a tenth to all of it, so that an empty new appliance does not attract every allocation before it has
-//! shown that it works.
+//! grows from a tenth to all of it. Otherwise an empty new appliance would attract every allocation before it has shown
+//! that it works.
 
 use std::borrow::Cow;
 
