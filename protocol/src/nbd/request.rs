@@ -75,7 +75,7 @@ pub enum Command {
     WriteZeroes,
     /// Report the states of bytes.
     BlockStatus,
-    /// A command that the specification lacks, or that only other kinds of servers have.
+    /// Any other command: the specification lacks it, or has it only as an extension (such as RESIZE).
     Other(u16),
 }
 

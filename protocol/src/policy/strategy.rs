@@ -212,7 +212,7 @@ impl JsonSchema for LinkDemand {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Locality {
-    /// Level at which appliance and client must have the same label.
+    /// Appliance and client must have the same label at this level or at a nearer one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub within: Option<Level>,
     /// Longest round-trip time, as measured by the client.
