@@ -1,4 +1,5 @@
-//! Addresses at which a control interface listens, and the check that only the right peers can reach them.
+//! Addresses at which a control interface listens, and the check that an address which other machines can reach has a
+//! token.
 
 use std::fmt;
 use std::fs::Permissions;

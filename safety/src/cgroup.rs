@@ -10,9 +10,9 @@ use xpm_protocol::api::blk::SafetyItem;
 const ROOT: &str = "/sys/fs/cgroup";
 const LIMIT: &str = "memory.swap.max";
 
-/// Stays in the process's own cgroup if that has the limit already (as the cgroup of a standby has), or if the
-/// process has the cgroup to itself (as under a service manager) and can set the limit. Otherwise moves to a new
-/// cgroup of this name below the root.
+/// Keeps the process out of swap. It stays in its own cgroup if that has the limit already, as the cgroup of a standby
+/// has. It also stays, and sets the limit, if it has the cgroup to itself, as under a service manager. Otherwise it
+/// moves to a new cgroup of this name below the root.
 pub(super) fn enter(name: &str) {
     if let Err(error) = try_enter(name) {
         tracing::warn!("cgroup without swap: {error}");
