@@ -1,4 +1,4 @@
-//! Pages that have left, in runs, for the next ones to be read into.
+//! Blocks: runs of pages that have left local memory, which are kept so that later pages can be read into them.
 
 use std::io;
 use std::ops::Range;
@@ -11,8 +11,8 @@ use super::{PAGE, Staging, dont_need};
 /// Pages of a block.
 pub(crate) const BLOCK: u32 = 64;
 
-/// A run of addresses for [`BLOCK`] pages, of which the first `missing` are not there. Whoever has it has the
-/// addresses to itself.
+/// A run of addresses for [`BLOCK`] pages, of which the first `missing` are absent. The holder of the value is the only
+/// user of the addresses.
 #[derive(Debug)]
 pub(crate) struct Block {
     address: usize,
@@ -21,7 +21,7 @@ pub(crate) struct Block {
 }
 
 impl Block {
-    /// Memory of its first pages, all of which are there.
+    /// Memory of its first pages, all of which are present.
     pub(crate) fn buffer(&self, pages: u32) -> IoBuf {
         debug_assert_eq!(self.missing, 0, "only full blocks are given out");
         self.buffer.part(0, pages as usize * PAGE)
@@ -31,9 +31,9 @@ impl Block {
         self.address + index as usize * PAGE
     }
 
-    /// Lets all of its pages go.
+    /// Frees all of its pages.
     pub(crate) fn wipe(&mut self) {
-        // Without, the next move to it is refused, and wipes it again.
+        // An error is ignored: the next move to the block is refused then, and wipes it again.
         dont_need(self.address, BLOCK as usize * PAGE);
         self.missing = BLOCK;
     }
@@ -41,14 +41,14 @@ impl Block {
 
 pub(crate) struct Blocks {
     full: ArrayQueue<Block>,
-    /// The blocks of which pages are missing.
+    /// The blocks with absent pages.
     hollow: ArrayQueue<Block>,
-    /// Where they are.
+    /// The addresses of all blocks.
     memory: Staging,
 }
 
 impl Blocks {
-    /// So many of them, with no page. `register` is given their addresses.
+    /// Creates `count` blocks without pages. `register` is called with their addresses.
     pub(crate) fn new(
         count: usize,
         register: impl FnOnce(usize, usize) -> io::Result<()>,
@@ -71,12 +71,12 @@ impl Blocks {
         all.as_ptr() as usize..all.as_ptr() as usize + all.len()
     }
 
-    /// One that has all of its pages.
+    /// Takes a block whose pages are all present.
     pub(crate) fn take_full(&self) -> Option<Block> {
         self.full.pop()
     }
 
-    /// One of which pages are missing.
+    /// Takes a block with absent pages.
     pub(crate) fn take_hollow(&self) -> Option<Block> {
         self.hollow.pop()
     }
@@ -87,7 +87,7 @@ impl Blocks {
         debug_assert!(given.is_ok(), "there are no more blocks than places");
     }
 
-    /// Gives the memory of full blocks back.
+    /// Frees the memory of full blocks.
     pub(crate) fn trim(&self) {
         while let Some(mut block) = self.full.pop() {
             block.wipe();

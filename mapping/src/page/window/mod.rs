@@ -1,13 +1,13 @@
-//! The window of an allocation: its bytes at addresses, and what of them is in local memory.
+//! The window of an allocation: its bytes at addresses, and the local memory behind them.
 //!
-//! The program sees the *window*, where pages come and go. A page that is taken out of it, and has not left local
-//! memory, is on the *shelf*, at addresses that the library alone knows: nobody can write to it any more. What is
-//! between differs by what the kernel has:
+//! The program accesses the *window*, in which pages appear and disappear. A page that was taken out of the window and
+//! is still in local memory is on the *shelf* (the inactive list), at addresses that only the library knows: the
+//! program can no longer write to it. How a page gets from one to the other depends on the kernel:
 //!
-//! - [`Memory::Private`] (Linux 6.8 and later): both are anonymous memory, and pages are moved from one to the other.
-//!   Those that have left make up blocks, into which the next ones are read, so that the kernel need not make new
-//!   ones.
-//! - [`Memory::Shared`]: both are mappings of one memfd. A page is taken out of one page table and stays in the file.
+//! - [`Memory::Private`] (Linux 6.8 and later): both are anonymous memory, and pages are moved between them. Pages that
+//!   leave local memory form blocks, into which later pages are read, so that the kernel need not allocate new pages.
+//! - [`Memory::Shared`]: both are mappings of one memfd. A page is removed from the window's page table and stays in
+//!   the file.
 
 #![allow(unsafe_code)]
 
@@ -37,9 +37,9 @@ use crate::page::uffd::{Backing, Partly, Uffd};
 /// Length of a page of memory in bytes.
 pub(crate) const PAGE: usize = PAGE_LEN as usize;
 
-/// As MADV_DONTNEED, of locked pages as well; see madvise(2).
+/// Like MADV_DONTNEED, also for locked pages; see madvise(2).
 const MADV_DONTNEED_LOCKED: i32 = 24;
-/// Pages of zeros that are put into place in one go.
+/// Most pages that one call fills with zeros.
 const ZEROS: usize = 16;
 static ZERO_PAGES: [u8; ZEROS * PAGE] = [0; ZEROS * PAGE];
 
@@ -49,7 +49,7 @@ pub(crate) struct Window {
     shelf: NonNull<u8>,
     len: usize,
     memory: Memory,
-    /// Goes last: until then an absent page is a fault.
+    /// Dropped last: until then a touch of an absent page is a fault.
     _anchor: Option<Anchor>,
 }
 
@@ -58,14 +58,14 @@ enum Memory {
     Private(Box<Private>),
 }
 
-// SAFETY: the addresses stay mapped until it is dropped; what is done with them is by system calls and by `IoBuf`s.
+// SAFETY: the addresses stay mapped until the value is dropped, and are used only by system calls and by `IoBuf`s.
 unsafe impl Send for Window {}
 // SAFETY: as for `Send`.
 unsafe impl Sync for Window {}
 
 impl Window {
     /// Reserves addresses for `len` bytes, a multiple of the page length, and registers them. Takes no memory.
-    /// `blocks`: how many runs of pages that have left are kept for the next ones, where pages are moved.
+    /// `blocks`: number of blocks that keep pages for reuse, with [`Memory::Private`].
     pub(crate) fn new(len: usize, uffd: Uffd, backing: Backing, blocks: usize) -> io::Result<Window> {
         let file = match backing {
             Backing::Shared => {
@@ -119,7 +119,7 @@ impl Window {
         self.address() + page as usize * PAGE
     }
 
-    /// Puts content at absent pages, where the program sees it, and wakes who waits for them.
+    /// Puts content into absent pages of the window, and wakes the threads that wait for them.
     pub(crate) fn fill(&self, first: u32, content: IoBuf) {
         match &self.memory {
             Memory::Private(private) => private.copy(&self.uffd, self.address_of(first), content),
@@ -127,8 +127,9 @@ impl Window {
                 let Err(Partly { done, .. }) = self.uffd.copy(self.address_of(first), content) else {
                     return;
                 };
-                // The file has something there, which can only be what a read ahead of the kernel put: one by one. A
-                // page that is in the window may have been written to.
+                // The file has a page there already, which only a read-ahead of the kernel can have put there. So the
+                // rest is filled page by page. The first `done` bytes are in the window already, where the program may
+                // have written to them.
                 for index in done / PAGE..content.len() / PAGE {
                     let page = first + index as u32;
                     self.keep(page, content.part(index * PAGE, PAGE));
@@ -138,7 +139,7 @@ impl Window {
         }
     }
 
-    /// Puts zeros at absent pages, where the program sees them, and wakes who waits for them.
+    /// Puts zeros into absent pages of the window, and wakes the threads that wait for them.
     pub(crate) fn fill_zeros(&self, first: u32, count: u32) {
         match &self.memory {
             Memory::Private(_) => {
@@ -157,7 +158,7 @@ impl Window {
         }
     }
 
-    /// A block to read pages into; none where there is none, or pages are not moved.
+    /// Takes a block to read pages into; none if no block is full, or with [`Memory::Shared`].
     pub(crate) fn take_block(&self) -> Option<Block> {
         match &self.memory {
             Memory::Private(private) => private.blocks.take_full(),
@@ -165,15 +166,15 @@ impl Window {
         }
     }
 
-    /// Gives a block back that was not used.
+    /// Returns an unused block.
     pub(crate) fn give_block(&self, block: Block) {
         if let Memory::Private(private) = &self.memory {
             private.blocks.give(block);
         }
     }
 
-    /// Moves the pages of a block to absent pages, where the program sees them, but for one that is put onto the
-    /// shelf. Wakes who waits for them.
+    /// Moves the pages of a block to absent pages of the window, except page `shelved`, which goes to the shelf. Wakes
+    /// the threads that wait for them.
     pub(crate) fn fill_from(&self, first: u32, count: u32, shelved: Option<u32>, block: Block) {
         let Memory::Private(private) = &self.memory else { return };
         private.empty(&self.uffd, block, count, |index| match shelved == Some(first + index) {
@@ -182,7 +183,7 @@ impl Window {
         });
     }
 
-    /// Puts content of an absent page onto the shelf.
+    /// Puts the content of an absent page onto the shelf.
     pub(crate) fn keep(&self, page: u32, content: IoBuf) {
         match &self.memory {
             Memory::Private(private) => private.copy(&self.uffd, self.shelf_of(page), content),
@@ -190,15 +191,16 @@ impl Window {
         }
     }
 
-    /// The content of pages on the shelf, for the one who has them to itself.
+    /// The content of pages on the shelf; only for their owner.
     pub(crate) fn shelved(&self, first: u32, count: u32) -> IoBuf {
         let (start, len) = self.bytes(first, count);
-        // SAFETY: the shelf stays mapped as long as the window, which whoever posts I/O on it keeps.
+        // SAFETY: the shelf stays mapped as long as the window lives, and a thread that posts I/O on it keeps the
+        // window alive.
         unsafe { IoBuf::new(self.shelf.add(start), len) }
     }
 
-    /// Copies what pages in the window hold, which are the caller's. The program may write to them meanwhile. False
-    /// where one of them is gone, as [`Window::settle`] has it.
+    /// Copies the content of pages in the window that the caller owns. The program may write to them meanwhile. Returns
+    /// false if the program discarded one of them, see [`Window::settle`].
     #[must_use]
     pub(crate) fn read(&self, first: u32, to: IoBuf) -> bool {
         let count = (to.len() / PAGE) as u32;
@@ -211,7 +213,7 @@ impl Window {
         }
     }
 
-    /// Changes what a page in the window holds, which is the caller's. False where it is gone.
+    /// Writes `bytes` into a page in the window that the caller owns. Returns false if the program discarded the page.
     #[must_use]
     pub(crate) fn write(&self, page: u32, within: usize, bytes: IoBuf) -> bool {
         let (start, len) = self.bytes(page, 1);
@@ -219,12 +221,12 @@ impl Window {
             return false;
         }
         let base = if matches!(self.memory, Memory::Private(_)) { self.window } else { self.shelf };
-        // SAFETY: mapped as long as the window, and the page is there as long as it is the caller's.
+        // SAFETY: mapped as long as the window lives, and the page is present as long as the caller owns it.
         bytes.copy_to(unsafe { IoBuf::new(base.add(start), len) }.part(within, bytes.len()));
         true
     }
 
-    /// Takes pages from the shelf to where the program sees them, and wakes who waits for them.
+    /// Moves pages from the shelf to the window, and wakes the threads that wait for them.
     pub(crate) fn show(&self, first: u32, count: u32) {
         match &self.memory {
             Memory::Private(private) => {
@@ -241,18 +243,19 @@ impl Window {
         }
     }
 
-    /// Makes sure that a page can be used that should be where the program sees it, and wakes who waits for it. False
-    /// where it is gone: the program threw it away by a call of its own. That is told once; from then on touching it
-    /// is a SIGBUS, for zeros would be wrong.
+    /// Ensures that a page whose state is [`Residency::Mapped`](crate::page::word::Residency::Mapped) can be accessed,
+    /// and wakes the threads that wait for it. Returns false if the page is gone: the program discarded it by a call
+    /// of its own. This is returned only once; from then on an access raises SIGBUS, because zeros would be wrong
+    /// content.
     #[must_use]
     pub(crate) fn settle(&self, page: u32) -> bool {
         match &self.memory {
             Memory::Private(_) => {
                 let _ = self.uffd.protect(self.address_of(page), PAGE, false);
-                // Refused where it is there.
+                // The kernel refuses to poison a page that is present.
                 self.uffd.poison(self.address_of(page), PAGE).is_err()
             }
-            // The kernel may have swapped it.
+            // The kernel may have swapped the page out.
             Memory::Shared(_) => {
                 self.show(page, 1);
                 true
@@ -260,8 +263,8 @@ impl Window {
         }
     }
 
-    /// Takes pages out of the window, those that the program has locked, too, to the shelf. Says how many it took,
-    /// from the first one on: the one behind these cannot be taken now.
+    /// Moves pages from the window to the shelf, also pages that the program has locked. Returns how many it moved,
+    /// starting with the first; the next page cannot be moved now.
     #[must_use]
     pub(crate) fn hide(&self, first: u32, count: u32) -> u32 {
         match &self.memory {
@@ -269,13 +272,13 @@ impl Window {
                 let len = count as usize * PAGE;
                 (private.hide(&self.uffd, self.address_of(first), self.shelf_of(first), len) / PAGE) as u32
             }
-            // Of a shared mapping of a file this takes page table entries only.
+            // With a shared mapping of a file, this removes the page table entries only.
             Memory::Shared(_) if dont_need(self.address_of(first), count as usize * PAGE) => count,
             Memory::Shared(_) => 0,
         }
     }
 
-    /// Lets pages on the shelf go, and keeps their memory for the next ones where it can. By one thread only.
+    /// Removes pages from the shelf, and keeps their memory for later pages if possible. Only for one thread at a time.
     pub(crate) fn recycle(&self, first: u32, count: u32) {
         match &self.memory {
             Memory::Private(private) => {
@@ -285,14 +288,14 @@ impl Window {
         }
     }
 
-    /// Gives memory back that is kept for the next pages.
+    /// Frees the memory that is kept for later pages.
     pub(crate) fn trim(&self) {
         if let Memory::Private(private) = &self.memory {
             private.blocks.trim();
         }
     }
 
-    /// Lets pages go, wherever they are.
+    /// Frees the memory of pages, in the window or on the shelf.
     pub(crate) fn discard(&self, first: u32, count: u32) {
         match &self.memory {
             Memory::Private(_) => {
@@ -305,8 +308,8 @@ impl Window {
         }
     }
 
-    /// Somebody touches addresses that are registered and not the window: the kernel, when all of the process's
-    /// memory is locked, or a debugger. It is told that there is nothing.
+    /// Answers a touch of registered addresses outside of the window, by the kernel when it locks all memory of the
+    /// process, or by a debugger: it fails, as if no memory were there.
     pub(crate) fn refuse(&self, address: usize) {
         let page = address / PAGE * PAGE;
         let _ = self.uffd.poison(page, PAGE);
@@ -323,7 +326,7 @@ impl Window {
         all
     }
 
-    /// Takes the mark away that an absent page's content cannot be had.
+    /// Removes the poison from an absent page.
     pub(crate) fn heal(&self, page: u32) {
         dont_need(self.address_of(page), PAGE);
     }
@@ -340,7 +343,7 @@ impl Window {
         self.shelf.as_ptr() as usize + page as usize * PAGE
     }
 
-    /// Whether the program may write to these pages of the window.
+    /// Sets whether the program may write to these pages of the window.
     pub(crate) fn set_writable(&self, first: u32, count: u32, writable: bool) -> io::Result<()> {
         let (start, len) = self.bytes(first, count);
         let flags = if writable { MprotectFlags::READ | MprotectFlags::WRITE } else { MprotectFlags::READ };
@@ -362,9 +365,9 @@ impl Drop for Window {
     }
 }
 
-/// Maps so many bytes, of a file or anonymous, that a child does not get.
+/// Maps `len` bytes, of a file or anonymous, which a child process does not inherit.
 fn map(len: usize, file: Option<&OwnedFd>) -> io::Result<NonNull<u8>> {
-    // Without access at first: after mlockall(2) with MCL_FUTURE the kernel would fill all of it now.
+    // Without access at first: after mlockall(2) with MCL_FUTURE the kernel would fault all of it in now.
     let (prot, flags) = (ProtFlags::empty(), MapFlags::NORESERVE);
     let address = match file {
         // SAFETY: a new mapping at an address of the kernel's choice.
@@ -373,27 +376,29 @@ fn map(len: usize, file: Option<&OwnedFd>) -> io::Result<NonNull<u8>> {
         None => unsafe { mmap_anonymous(std::ptr::null_mut(), len, prot, flags | MapFlags::PRIVATE) }?,
     };
     let mapped = NonNull::new(address.cast::<u8>()).ok_or(io::ErrorKind::OutOfMemory)?;
-    // SAFETY: just mapped. A child would share the file, and fill holes of it with zeros, and pages that it shares
-    // cannot be moved: it gets nothing.
+    // A child must not inherit it: the child would share the file and fill its holes with zeros, and pages that two
+    // processes share cannot be moved.
+    // SAFETY: just mapped.
     unsafe { madvise(address, len, Advice::LinuxDontFork) }.inspect_err(|_| unmap(mapped, len))?;
     let access = MprotectFlags::READ | MprotectFlags::WRITE;
     // SAFETY: just mapped.
     unsafe { munlock(address, len).and_then(|()| mprotect(address, len, access)) }
         .inspect_err(|_| unmap(mapped, len))?;
-    // A huge page would be more than the one that is counted. A kernel without them refuses.
+    // A huge page would use more memory than the single page that is counted. A kernel without huge pages refuses the
+    // advice.
     // SAFETY: just mapped.
     let _ = unsafe { madvise(address, len, Advice::LinuxNoHugepage) };
     Ok(mapped)
 }
 
 fn unmap(address: NonNull<u8>, len: usize) {
-    // SAFETY: mapped by `map`, and nobody uses it any more.
+    // SAFETY: mapped by `map`, and not used any more.
     unsafe { munmap(address.as_ptr().cast(), len) }.ok();
 }
 
-/// Locks a page as soon as there is one. False where the process may not.
+/// Locks a page as soon as it is faulted in. Returns false if the process may not lock memory.
 fn lock_when_used(page: &Staging) -> bool {
-    // SAFETY: mapped, and nobody's.
+    // SAFETY: mapped, and not in use yet.
     unsafe { mlock_with(page.address.as_ptr().cast(), page.len, MlockFlags::ONFAULT) }.is_ok()
 }
 
@@ -406,8 +411,8 @@ fn is_locked(address: usize) -> bool {
     told == Err(rustix::io::Errno::INVAL)
 }
 
-/// Takes pages out of the page table, those that the program has locked, too. False where the kernel does not do it
-/// (locked pages before Linux 5.18): some may still be there then.
+/// Removes pages from the page table, also pages that the program has locked. Returns false if the kernel refuses
+/// (locked pages before Linux 5.18); some pages may still be present then.
 fn dont_need(address: usize, len: usize) -> bool {
     let address = address as *mut std::ffi::c_void;
     // SAFETY: pages of a window, its shelf or its blocks, about whose content Rust knows nothing.
@@ -416,10 +421,10 @@ fn dont_need(address: usize, len: usize) -> bool {
         || unsafe { libc::madvise(address, len, MADV_DONTNEED_LOCKED) } == 0
 }
 
-/// Zeros for so many pages, or as many as are put into place in one go.
+/// Zeros for `pages` pages, at most [`ZEROS`].
 fn zeros(pages: usize) -> IoBuf {
     let start = NonNull::from(&ZERO_PAGES).cast::<u8>();
-    // SAFETY: it is there for ever, and nobody writes to it: the buffer is only copied from.
+    // SAFETY: the static lives for ever and is never written: the buffer is only copied from.
     unsafe { IoBuf::new(start, pages.min(ZEROS) * PAGE) }
 }
 
@@ -429,9 +434,9 @@ pub(crate) struct Staging {
     len: usize,
 }
 
-// SAFETY: an address that stays mapped until it is dropped.
+// SAFETY: an address that stays mapped until the value is dropped.
 unsafe impl Send for Staging {}
-// SAFETY: as for `Send`; it gives `IoBuf`s only.
+// SAFETY: as for `Send`; the value gives out `IoBuf`s only.
 unsafe impl Sync for Staging {}
 
 impl Staging {
@@ -445,51 +450,52 @@ impl Staging {
         Ok(Staging { address, len })
     }
 
-    /// All of it.
+    /// The whole memory.
     pub(crate) fn all(&self) -> IoBuf {
-        // SAFETY: mapped until it is dropped; whoever posts I/O on it keeps it longer.
+        // SAFETY: mapped until the value is dropped; a poster of I/O on it keeps the value longer.
         unsafe { IoBuf::new(self.address, self.len) }
     }
 }
 
 impl Drop for Staging {
     fn drop(&mut self) {
-        // SAFETY: mapped by `new`, and nobody uses it any more.
+        // SAFETY: mapped by `new`, and not used any more.
         unsafe { munmap(self.address.as_ptr().cast(), self.len) }.ok();
     }
 }
 
-/// Calls `act`, which waits for the I/O that it begins, with memory that it may write any bytes to.
+/// Calls `act` with memory to which it may write any bytes. `act` has to wait for the I/O that it begins.
 pub(crate) fn with_target<B: Copy, T>(bytes: &mut [B], act: impl FnOnce(IoBuf) -> T) -> T {
     const { assert!(size_of::<B>() == 1, "bytes") };
-    // SAFETY: the caller's alone until this returns, when no operation is on its way any more.
+    // SAFETY: borrowed exclusively until this returns, and no operation is in flight then.
     act(unsafe { IoBuf::new(NonNull::from(&mut *bytes).cast(), bytes.len()) })
 }
 
-/// The same with memory that it only reads, as writes to external memory do.
+/// As [`with_target`], with memory that `act` only reads, as writes to external memory do.
 pub(crate) fn with_source<T>(bytes: &[u8], act: impl FnOnce(IoBuf) -> T) -> T {
-    // What cannot be read is a SIGBUS or SIGSEGV here, as anywhere, and not an error of a connection.
+    // Touches each page, so that unreadable memory raises SIGBUS or SIGSEGV here, as with any access, and does not
+    // become an error of a connection.
     bytes.iter().step_by(PAGE).chain(bytes.last()).for_each(|byte| _ = std::hint::black_box(*byte));
-    // SAFETY: nobody changes it until this returns, when no operation is on its way any more.
+    // SAFETY: borrowed, so unchanged until this returns, and no operation is in flight then.
     act(unsafe { IoBuf::new(NonNull::from(bytes).cast(), bytes.len()) })
 }
 
-/// XXH3 of a buffer that nobody changes meanwhile: staging memory, or pages that are in the file only.
+/// XXH3 of a buffer that does not change meanwhile: staging memory, or pages that are not in the window.
 pub(crate) fn digest(content: IoBuf, seed: u64) -> u64 {
-    // SAFETY: mapped and readable by the contract of `IoBuf::new`. Nobody changes it, for the caller has the pages
-    // to itself, and none of them is in the window, or it is a copy; so it may be a slice for this moment.
+    // SAFETY: mapped and readable by the contract of `IoBuf::new`. It does not change, because the caller owns the
+    // pages and none of them is in the window, or because it is a copy; so it may be a slice during this call.
     let bytes = unsafe { std::slice::from_raw_parts(content.as_ptr(), content.len()) };
     xxh3_64_with_seed(bytes, seed)
 }
 
-/// Words of zero, which take memory only where they are written.
+/// Words of zero, which use memory only where they are written.
 pub(crate) fn zeros32(count: usize) -> Box<[AtomicU32]> {
     let words = Box::into_raw(vec![0_u32; count].into_boxed_slice());
     // SAFETY: `AtomicU32` has the size, alignment and bit validity of `u32`.
     unsafe { Box::from_raw(words as *mut [AtomicU32]) }
 }
 
-/// The same of 64 bits.
+/// As [`zeros32`], with words of 64 bits.
 pub(crate) fn zeros64(count: usize) -> Box<[AtomicU64]> {
     let words = Box::into_raw(vec![0_u64; count].into_boxed_slice());
     // SAFETY: `AtomicU64` has the size, alignment and bit validity of `u64` (on all 64-bit Linux).

@@ -1,13 +1,16 @@
-//! A window of anonymous memory: pages are moved from place to place, by UFFDIO_MOVE.
+//! A window of anonymous memory: pages are moved between window, shelf and blocks by UFFDIO_MOVE.
 //!
-//! A page is moved with what was last written to it, so nothing can be lost between. The kernel does not move what
-//! somebody has pinned (io_uring, O_DIRECT), which stays where it is; nor from or to memory of other protection, or
-//! that is locked on one side only. What is locked is moved by way of a page that is locked, too, so that the kernel
-//! sees whether somebody has pinned it. What may not be written to, and so is pinned by nobody who writes, is
-//! protected against writes that were allowed meanwhile, copied, and let go.
+//! A page is moved together with the last write to it, so no write can be lost. The kernel refuses to move a page that
+//! is pinned (io_uring, O_DIRECT): it stays in place. The kernel also refuses to move a page between ranges with
+//! different protection, or if only one side is locked. For these cases:
 //!
-//! What the kernel goes on reading without having pinned it (vmsplice, MSG_ZEROCOPY) nobody tells us: its memory is
-//! the next page's when it has left. `docs/mapping.md` forbids that.
+//! - A locked page is moved over an intermediate page that is locked, too, so that the kernel still checks whether the
+//!   page is pinned.
+//! - A page that the program may not write to cannot be pinned for writing. It is write-protected, in case writes were
+//!   allowed meanwhile, then copied, and removed.
+//!
+//! The kernel does not report pages that it continues to read without a pin (vmsplice, MSG_ZEROCOPY): when such a page
+//! has left, its memory is reused for another page. `docs/mapping.md` forbids these calls.
 //!
 //! Source: mm/userfaultfd.c of Linux 6.12, validate_move_areas() and move_pages_pte().
 
@@ -26,14 +29,14 @@ use crate::page::uffd::{Partly, Refused, Uffd};
 
 pub(crate) struct Private {
     pub(crate) blocks: Blocks,
-    /// The block that is being filled with pages that left.
+    /// The block that is being filled with departing pages.
     filling: Mutex<Option<Block>>,
-    /// All of this process: reading here finds pages that the program may not read, too.
+    /// `/proc/self/mem`: a read of it also returns pages that the program may not read.
     memory: File,
-    /// Where nobody but this library should have put anything.
+    /// The addresses of the shelf, where only this library puts pages.
     shelf: Range<usize>,
-    /// A page that is locked, where the process may lock one: what is locked comes by there. Missing when nobody has
-    /// it.
+    /// The intermediate page for locked pages, which is locked itself; none if the process may not lock memory. Absent
+    /// while it is not in use.
     lock: Option<Mutex<Staging>>,
 }
 
@@ -51,13 +54,13 @@ impl Private {
         let blocks = Blocks::new(blocks, |address, len| uffd.register_private(address, len))?;
         let lock = Staging::new(PAGE)?;
         uffd.register_private(lock.all().as_ptr() as usize, PAGE)?;
-        // A process that may not lock has no locked pages, either.
+        // A process that may not lock memory has no locked pages either.
         let lock = lock_when_used(&lock).then(|| Mutex::new(lock));
         let shelf = parts[1].as_ptr() as usize;
         Ok(Private { blocks, filling: Mutex::new(None), memory, shelf: shelf..shelf + len, lock })
     }
 
-    /// Addresses of its own besides the window and the shelf.
+    /// The library's addresses besides the window and the shelf.
     pub(crate) fn reserved(&self) -> Vec<Range<usize>> {
         let lock = self.lock.as_ref().map(|lock| {
             let start = lock.lock().unwrap_or_else(PoisonError::into_inner).all().as_ptr() as usize;
@@ -66,7 +69,7 @@ impl Private {
         [Some(self.blocks.addresses()), lock].into_iter().flatten().collect()
     }
 
-    /// Copies content to missing pages, and wakes who waits for them.
+    /// Copies content to absent pages, and wakes the threads that wait for them.
     pub(crate) fn copy(&self, uffd: &Uffd, to: usize, content: IoBuf) {
         let mut at = 0;
         while at < content.len() {
@@ -74,7 +77,7 @@ impl Private {
             let Err(Partly { done, why }) = uffd.copy(to + at, rest) else { return };
             at += done;
             let why = match why {
-                // A mark that there is nothing (`Window::refuse`), for there is no page of this library's.
+                // A poison mark of `Window::refuse`: this library has no page there.
                 Refused::Exists if self.shelf.contains(&(to + at)) => {
                     dont_need(to + at, PAGE);
                     match uffd.copy(to + at, content.part(at, PAGE)) {
@@ -82,7 +85,7 @@ impl Private {
                         Err(Partly { why, .. }) => why,
                     }
                 }
-                // Parts of the run are of different protection, or locked: one by one.
+                // Parts of the run have another protection, or are locked: page by page.
                 Refused::Other(libc::ENOENT) => match uffd.copy(to + at, content.part(at, PAGE)) {
                     Ok(()) => Refused::Exists,
                     Err(Partly { why, .. }) => why,
@@ -90,18 +93,19 @@ impl Private {
                 why => why,
             };
             match why {
-                // No memory just now: the kernel makes some, or ends somebody.
+                // No memory now: the kernel will free some, or kill a process.
                 Refused::Other(libc::ENOMEM) => std::thread::yield_now(),
-                // Done, or the program did something to these addresses by itself, which is told when they are touched.
+                // Done, or the program changed these addresses by a call of its own; the next touch reports that.
                 _ => at += PAGE,
             }
         }
     }
 
-    /// Copies from pages that are there. False where one is not: the program threw it away by a call of its own. Of
-    /// several, one by one tells which.
+    /// Copies the content of present pages. Returns false if one of them is absent: the program discarded it by a call
+    /// of its own. To find that one among several, call this for each page.
     pub(crate) fn read(&self, uffd: &Uffd, from: usize, to: IoBuf) -> bool {
-        // SAFETY: mapped by the contract of `IoBuf::new`, and the caller's alone, so it may be a slice for this moment.
+        // SAFETY: mapped by the contract of `IoBuf::new`, and used by the caller only, so it may be a slice during this
+        // call.
         let bytes = unsafe { std::slice::from_raw_parts_mut(to.as_ptr(), to.len()) };
         if self.memory.read_exact_at(bytes, from as u64).is_ok() {
             return true;
@@ -109,10 +113,11 @@ impl Private {
         if to.len() > PAGE {
             return false;
         }
-        // Touching what is not there would be a fault that waits for the caller, who has the page to itself.
+        // A touch of an absent page would be a fault that waits for the page's owner, which is the caller: a deadlock.
+        // So the poison, which the kernel refuses for a present page, tests first.
         let there = uffd.poison(from, PAGE).is_err();
         if let Some(from) = NonNull::new(from as *mut u8).filter(|_| there) {
-            // SAFETY: pages of the window, which are there as long as they are the caller's.
+            // SAFETY: pages of the window, which are present as long as the caller owns them.
             unsafe { IoBuf::new(from, to.len()) }.copy_to(to);
         }
         there
@@ -125,21 +130,21 @@ impl Private {
             let Err(Partly { done, .. }) = uffd.move_pages(to + at, from + at, len - at) else { return };
             at += done;
             let Some(page) = NonNull::new((from + at) as *mut u8) else { return };
-            // SAFETY: a page of the shelf that is the caller's.
+            // SAFETY: a page of the shelf that the caller owns.
             self.copy(uffd, to + at, unsafe { IoBuf::new(page, PAGE) });
             dont_need(from + at, PAGE);
             at += PAGE;
         }
     }
 
-    /// Moves pages from the window to the shelf; says how many bytes.
+    /// Moves pages from the window to the shelf; returns the number of bytes moved.
     pub(crate) fn hide(&self, uffd: &Uffd, from: usize, to: usize, len: usize) -> usize {
         let mut at = 0;
         while at < len {
             let Err(Partly { done, why }) = uffd.move_pages(to + at, from + at, len - at) else { return len };
             at += done;
             if why == Refused::Exists {
-                // A mark that there is nothing, as in `copy`.
+                // A poison mark, as in `copy`.
                 dont_need(to + at, PAGE);
                 if uffd.move_pages(to + at, from + at, PAGE).is_err() {
                     return at;
@@ -160,7 +165,7 @@ impl Private {
         len
     }
 
-    /// Takes one page to the shelf that the program has locked.
+    /// Moves one page that the program has locked to the shelf.
     fn move_locked(&self, uffd: &Uffd, from: usize, to: usize) -> bool {
         let Some(lock) = &self.lock else { return false };
         let lock = lock.lock().unwrap_or_else(PoisonError::into_inner);
@@ -175,20 +180,20 @@ impl Private {
                 dont_need(between.as_ptr() as usize, PAGE);
                 false
             }
-            // It is locked and may not be written to.
+            // The page is locked, and the program may not write to it.
             Err(Partly { why: Refused::Other(libc::EINVAL), .. }) => self.take_out(uffd, from, to),
             Err(_) => false,
         }
     }
 
-    /// Takes one page to the shelf that is of another protection.
+    /// Moves one page that has another protection to the shelf.
     fn take_out(&self, uffd: &Uffd, from: usize, to: usize) -> bool {
         if uffd.protect(from, PAGE, true).is_err() {
             return false;
         }
         let mut content = [0; PAGE];
         let read = self.memory.read_exact_at(&mut content, from as u64).is_ok();
-        // SAFETY: it is there until this function ends.
+        // SAFETY: `content` lives until the end of this function.
         let taken =
             read && uffd.copy(to, unsafe { IoBuf::new(NonNull::from(&mut content).cast(), PAGE) }).is_ok();
         if taken && dont_need(from, PAGE) {
@@ -201,7 +206,7 @@ impl Private {
         false
     }
 
-    /// Makes blocks of pages of the shelf.
+    /// Moves pages of the shelf into blocks; pages for which there is no block are freed.
     pub(crate) fn recycle(&self, uffd: &Uffd, from: usize, len: usize) {
         let mut filling = self.filling.lock().unwrap_or_else(PoisonError::into_inner);
         let mut at = 0;
@@ -230,7 +235,7 @@ impl Private {
         }
     }
 
-    /// Moves the first pages of a block to missing pages, and gives the block back.
+    /// Moves the first `count` pages of a block to absent pages at the addresses `to`, and returns the block.
     pub(crate) fn empty(&self, uffd: &Uffd, mut block: Block, count: u32, to: impl Fn(u32) -> usize) {
         let (mut at, mut torn) = (0, false);
         while at < count {
