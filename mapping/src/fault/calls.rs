@@ -1,5 +1,5 @@
-//! Operations on external memory that a call of the program waits for: flush, get and put, and pages that are
-//! brought or sent away on demand.
+//! Operations on external memory that a call of the program waits for: flush, get, put, and advice that brings pages
+//! into local memory or removes them.
 
 use std::io;
 
@@ -14,17 +14,17 @@ use crate::pager::stats::count;
 use crate::pager::{Shared, Source};
 use xpm_client_core::volume::{Channel, Volume};
 
-/// Pages that are copied and written in one go.
+/// Most pages of one operation.
 const RUN: usize = 64;
-/// Operations on their way.
+/// Most operations in flight.
 pub(crate) const DEPTH: usize = 4;
 
-/// Why a call could not be carried out.
+/// Why a call failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum CallError {
     /// The operation on external memory failed.
     Io(IoError),
-    /// The program threw this page away by a call of its own, and with it what it had changed.
+    /// The program discarded this page by a call of its own, and with it the changes in the page.
     Gone(u32),
 }
 
@@ -34,7 +34,7 @@ impl From<IoError> for CallError {
     }
 }
 
-/// Copies what pages hold that are the caller's, one behind the other. Gives back those that are gone.
+/// Copies the content of consecutive pages that the caller owns. Returns the pages that the program has discarded.
 fn read(window: &Window, pages: &[(u32, State)], to: IoBuf) -> Vec<u32> {
     let (mut at, mut gone) = (0, Vec::new());
     for run in pages.chunk_by(|(_, one), (_, other)| one.residency() == other.residency()) {
@@ -58,15 +58,15 @@ fn read(window: &Window, pages: &[(u32, State)], to: IoBuf) -> Vec<u32> {
     gone
 }
 
-/// A part of a buffer, and where it belongs in the window.
+/// A part of a buffer, and its place in the window.
 enum Piece {
-    /// From a page on, whole pages, as many as are carried out in one go at most.
+    /// Whole pages, starting at this page; at most [`RUN`].
     Pages(u32, IoBuf),
-    /// Within a page.
+    /// Bytes within a page: page, offset in the page.
     Bytes(u32, usize, IoBuf),
 }
 
-/// What a buffer that belongs to `offset` of the window consists of.
+/// Splits a buffer that belongs to `offset` of the window at page borders.
 fn pieces(offset: usize, buf: IoBuf) -> impl Iterator<Item = Piece> {
     let mut at = 0;
     std::iter::from_fn(move || {
@@ -80,12 +80,12 @@ fn pieces(offset: usize, buf: IoBuf) -> impl Iterator<Item = Piece> {
     })
 }
 
-/// One call at a time uses it.
+/// The resources of calls. A lock around it lets one call at a time use it.
 pub(crate) struct Calls {
     pager: Shared,
     channel: Channel,
     staging: Staging,
-    /// Those that the program gave back; registered, as all that it has.
+    /// Buffers that the program has returned. They stay registered, like those in use.
     buffers: Vec<Staging>,
     ended: Vec<Completion>,
 }
@@ -98,12 +98,12 @@ impl Calls {
         Ok(Calls { pager, channel, staging, buffers: Vec::new(), ended: Vec::with_capacity(2 * DEPTH) })
     }
 
-    /// Lets the channel do what it was told.
+    /// Lets the channel execute its orders.
     pub(crate) fn tend(&mut self) {
         self.channel.poll(&mut self.ended);
     }
 
-    /// One operation, to its end.
+    /// Executes one operation, and waits for its end.
     fn carry_out(&mut self, kind: Kind, offset: u64, len: u64, buf: Option<IoBuf>) -> Result<(), IoError> {
         let operation = Operation { kind, offset, len, buf, token: 0 };
         let posted = self.channel.post(operation);
@@ -124,7 +124,7 @@ impl Calls {
         }
     }
 
-    /// Writes what was changed of these pages, and makes it durable as far as the appliances are.
+    /// Writes the changed pages of the range to external memory, and flushes them there.
     pub(crate) fn flush(&mut self, first: u32, pages: u32) -> Result<(), CallError> {
         let pager = self.pager.clone();
         let mut batch: Vec<(u32, State)> = Vec::with_capacity(RUN);
@@ -156,11 +156,11 @@ impl Calls {
         Ok(self.carry_out(Kind::Flush, 0, 0, None)?)
     }
 
-    /// Writes pages that are the caller's, one behind the other, and gives them back.
+    /// Writes the changed ones of consecutive pages that the caller owns, and releases all of them.
     fn write_back(&mut self, batch: &mut Vec<(u32, State)>) -> Result<(), CallError> {
         let Some((first, _)) = batch.first().copied() else { return Ok(()) };
         let pager = self.pager.clone();
-        // Those that can be seen may change meanwhile: what is written is what the digest is of.
+        // The program may change pages in the window meanwhile. So a copy is written, and the digest is of that copy.
         let copy = self.staging.all().part(0, batch.len() * PAGE);
         let gone = read(&pager.window, batch, copy);
         let digests: Vec<u64> =
@@ -201,13 +201,13 @@ impl Calls {
         result
     }
 
-    /// Asks for pages, without waiting for them.
+    /// Requests pages, without waiting for them.
     pub(crate) fn will_need(&mut self, first: u32, pages: u32) -> Result<(), CallError> {
         let mut first = first;
         let end = first + pages;
         while first < end {
             let count = (end - first).min(crate::pager::prefetch::WINDOW_MAX);
-            // What does not fit is brought when it is touched.
+            // Pages for which the queue has no place are fetched when they are touched.
             if self
                 .pager
                 .asked
@@ -222,7 +222,7 @@ impl Calls {
         Ok(())
     }
 
-    /// Takes pages out of local memory, what was changed written first.
+    /// Removes pages from local memory, after changed pages were written.
     pub(crate) fn dont_need(&mut self, first: u32, pages: u32) -> Result<(), CallError> {
         self.flush(first, pages)?;
         let pager = self.pager.clone();
@@ -254,8 +254,8 @@ impl Calls {
         Ok(())
     }
 
-    /// Pages that are the caller's, all in the window or all on the shelf, leave local memory, but for those that
-    /// were written to.
+    /// Removes pages that the caller owns from local memory, except pages that have changed. All of the pages are in
+    /// the window, or all on the shelf.
     fn send_away(&self, first: u32, states: &[State]) {
         let pager = &self.pager;
         let count = states.len() as u32;
@@ -283,19 +283,20 @@ impl Calls {
         }
     }
 
-    /// Makes pages that nobody has in local memory zeros in external memory.
+    /// Sets pages to zeros in external memory; none of them may be in local memory.
     pub(crate) fn trim(&mut self, first: u32, pages: u32) -> Result<(), IoError> {
         let (offset, len) = (u64::from(first) * PAGE as u64, u64::from(pages) * PAGE as u64);
         self.carry_out(Kind::Trim, offset, len, None)
     }
 
-    /// Makes pages of a slab zeros that somebody may use meanwhile.
+    /// Sets pages of a slab to zeros, while the program may use them.
     pub(crate) fn clear(&mut self, first: u32, pages: u32) {
         if !self.forget(first, pages) {
             return;
         }
-        // What was written again before external memory was made zeros may have been taken there, and back, before
-        // that.
+        // The program may have written to a page again, and the page may have been written to external memory and
+        // fetched back, all before external memory was set to zeros. Its digest is then that of lost content: so all
+        // local pages count as dirty.
         let pager = self.pager.clone();
         for page in first..first + pages {
             if pager.pages.state(page).residency() != Residency::Absent {
@@ -305,7 +306,7 @@ impl Calls {
         }
     }
 
-    /// Forgets pages of a slab that nobody uses any more. Whether external memory had any of them.
+    /// Discards pages of a slab that is not used any more. Returns whether external memory had any of them.
     pub(crate) fn forget(&mut self, first: u32, pages: u32) -> bool {
         let pager = self.pager.clone();
         let mut written = false;
@@ -316,7 +317,7 @@ impl Calls {
                 continue;
             }
             let state = self.claim(page);
-            // Also what was being written just now.
+            // Read after the claim, so that a write-back that was in flight counts too.
             written |= state.has(WRITTEN);
             if state.residency() == Residency::Absent {
                 if state.has(POISONED) {
@@ -333,14 +334,14 @@ impl Calls {
         self.discard(&mut local);
         pager.wake_starving();
         if written {
-            // What cannot be given back now is given back with the allocation.
+            // External memory that cannot be freed now is freed with the allocation.
             let _ = self.trim(first, pages);
         }
         written
     }
 
-    /// Copies what pages of a slab hold to those of another one, by way of the staging memory: what is not in local
-    /// memory takes no room there. Nobody uses either meanwhile, and the other one has held nothing but zeros so far.
+    /// Copies pages of a slab to pages of another one, through the staging memory: absent pages take no room in local
+    /// memory. The program uses neither slab meanwhile, and the other slab has held only zeros so far.
     pub(crate) fn transfer(&mut self, from: u32, to: u32, pages: u32) -> Result<(), CallError> {
         let pager = self.pager.clone();
         let mut at = 0;
@@ -355,8 +356,8 @@ impl Calls {
         Ok(())
     }
 
-    /// Calls `act` with pages that lie one behind the other, and are the caller's meanwhile: as many at a time as are
-    /// in one place, in external memory or, where none is said, in local memory.
+    /// Claims consecutive pages, and calls `act` with each run of them whose content lies in one place: in external
+    /// memory at the passed source, or, with `None`, in local memory. Releases the pages at the end.
     fn with_run(
         &mut self,
         first: u32,
@@ -366,7 +367,7 @@ impl Calls {
         let pager = self.pager.clone();
         let claimed: Vec<(u32, State)> =
             (first..first + count).map(|page| (page, self.claim(page))).collect();
-        // Of a private copy it may change meanwhile: it is asked once.
+        // The source of a private copy's page may change meanwhile, so it is read only once.
         let places: Vec<Option<Source>> = claimed
             .iter()
             .map(|(page, state)| {
@@ -388,8 +389,8 @@ impl Calls {
         result
     }
 
-    /// Makes a page the caller's, however long that takes: what another channel needs to let it go, this one lets
-    /// happen.
+    /// Claims a page, however long that takes. Polls the channel meanwhile: a change of the volume waits for every
+    /// channel, so the page's owner might otherwise never release it.
     fn claim(&mut self, page: u32) -> State {
         loop {
             match self.pager.pages.claim(page, |_| true, true) {
@@ -400,18 +401,18 @@ impl Calls {
         }
     }
 
-    /// Remembers pages that are gone, which are the caller's.
+    /// Marks discarded pages, which the caller owns, as poisoned.
     fn gone(&self, pages: &[u32]) -> Result<(), CallError> {
         pages.iter().for_each(|page| _ = self.pager.pages.mark(*page, POISONED, 0));
         pages.first().map_or(Ok(()), |page| Err(CallError::Gone(*page)))
     }
 
-    /// Writes what pages hold that are the caller's, and all of which are in one place, to others that nobody uses.
+    /// Writes the content of pages that the caller owns, all from one place, to unused pages.
     fn copy_out(&mut self, from: &[(u32, State)], place: Option<Source>, to: u32) -> Result<(), CallError> {
         let len = from.len() * PAGE;
         let buf = self.staging.all().part(0, len);
         match place {
-            // As it is there, too.
+            // The target pages are zeros, too.
             Some(Source::Zeros) => return Ok(()),
             Some(Source::At(at)) => {
                 self.carry_out(Kind::Read, u64::from(at) * PAGE as u64, len as u64, Some(buf))?;
@@ -421,7 +422,7 @@ impl Calls {
         self.carry_out(Kind::Write, u64::from(to) * PAGE as u64, len as u64, Some(buf))?;
         let pager = self.pager.clone();
         for page in to..to + from.len() as u32 {
-            // Zeros that were brought ahead of need.
+            // Only zeros that were fetched ahead can be there.
             if self.claim(page).residency() != Residency::Absent {
                 pager.window.discard(page, 1);
                 pager.room.give(1);
@@ -432,7 +433,7 @@ impl Calls {
         Ok(())
     }
 
-    /// Pages that are the caller's, one behind the other, are in local memory no more.
+    /// Removes consecutive pages that the caller owns from local memory.
     fn discard(&self, pages: &mut Vec<u32>) {
         let Some(first) = pages.first().copied() else { return };
         self.pager.window.discard(first, pages.len() as u32);
@@ -453,12 +454,12 @@ impl Calls {
         }
     }
 
-    /// Looks once more, when they are used next, for pages whose content could not be had.
+    /// Removes the poison from absent pages, so that the next access tries to fetch them again.
     pub(crate) fn heal(&mut self, first: u32, pages: u32) {
         for page in first..first + pages {
             if self.pager.pages.state(page).has(POISONED) {
                 let state = self.claim(page);
-                // What the program threw away stays so: there would be old bytes.
+                // A page that the program discarded stays poisoned: external memory has only its old content.
                 let clear = if state.residency() == Residency::Absent { POISONED } else { 0 };
                 if clear != 0 {
                     self.pager.window.heal(page);
@@ -468,7 +469,7 @@ impl Calls {
         }
     }
 
-    /// Brings pages, and keeps them. They are pinned one by one: each is there when it is.
+    /// Brings pages into local memory and pins them, one by one.
     pub(crate) fn pin(&mut self, first: u32, pages: u32) -> Result<(), CallError> {
         let pager = self.pager.clone();
         let mut marked = Vec::new();
@@ -479,7 +480,8 @@ impl Calls {
             loop {
                 let state = self.claim(page);
                 if state.residency() != Residency::Absent {
-                    // System calls may use it, also where they must not find it missing.
+                    // The page has to be in the window: system calls may use pinned pages, even where a system call
+                    // on an absent page fails.
                     if state.residency() == Residency::Shelved {
                         pager.window.show(page, 1);
                     } else if state.has(POISONED) || !pager.window.settle(page) {
@@ -497,7 +499,7 @@ impl Calls {
                     continue;
                 }
                 if state.has(POISONED) {
-                    // Looks once more.
+                    // Tries once more to fetch it.
                     pager.window.heal(page);
                 }
                 match pager.source(page, state) {
@@ -523,8 +525,8 @@ impl Calls {
         Ok(())
     }
 
-    /// Memory of the program's that transports use as it is. There are few lengths, so that what was given back is
-    /// used again.
+    /// Takes a buffer for the program that is registered with the transports. There are few lengths, so that returned
+    /// buffers can be reused.
     pub(crate) fn take_buffer(&mut self, len: usize) -> io::Result<Staging> {
         if let Some(index) = self.buffers.iter().position(|buffer| buffer.all().len() == len) {
             return Ok(self.buffers.swap_remove(index));
@@ -534,12 +536,13 @@ impl Calls {
         Ok(buffer)
     }
 
-    /// What was taken: it stays registered, and so mapped, for as long as there is the channel.
+    /// Returns a buffer. It stays registered, and so mapped, for as long as the channel exists.
     pub(crate) fn give_buffer(&mut self, buffer: Staging) {
         self.buffers.push(buffer);
     }
 
-    /// Copies bytes from `offset` of the window to a buffer that nobody else uses: of absent pages by reading into it.
+    /// Copies bytes from `offset` of the window to a buffer that only the caller uses; absent pages are read into the
+    /// buffer directly.
     pub(crate) fn get(&mut self, offset: usize, buf: IoBuf) -> Result<(), CallError> {
         for piece in pieces(offset, buf) {
             match piece {
@@ -564,7 +567,7 @@ impl Calls {
         })
     }
 
-    /// What absent pages hold, the first of which has this source.
+    /// Reads the content of absent pages, the first of which has this source, into `to`.
     fn bring(&mut self, source: Source, to: IoBuf) -> Result<(), CallError> {
         match source {
             Source::Zeros => to.zero(),
@@ -575,7 +578,8 @@ impl Calls {
         Ok(())
     }
 
-    /// Copies bytes that nobody changes to `offset` of the window: to absent pages by writing them from where they are.
+    /// Copies bytes, which must not change meanwhile, to `offset` of the window; for absent pages they are written to
+    /// external memory directly.
     pub(crate) fn put(&mut self, offset: usize, bytes: IoBuf) -> Result<(), CallError> {
         for piece in pieces(offset, bytes) {
             match piece {
@@ -605,7 +609,7 @@ impl Calls {
         })
     }
 
-    /// Writes to a page in local memory that is the caller's.
+    /// Writes to a local page that the caller owns.
     fn put_local(&self, page: u32, state: State, within: usize, from: IoBuf) -> Result<(), CallError> {
         if state.residency() != Residency::Mapped {
             from.copy_to(self.pager.window.shelved(page, 1).part(within, from.len()));
@@ -615,7 +619,7 @@ impl Calls {
         Ok(())
     }
 
-    /// Writes whole pages to external memory that are the caller's, one behind the other, and not in local memory.
+    /// Writes whole consecutive pages, which are absent and which the caller owns, to external memory.
     fn put_absent(&mut self, run: &[(u32, State)], from: IoBuf) -> Result<(), CallError> {
         self.carry_out(Kind::Write, u64::from(run[0].0) * PAGE as u64, from.len() as u64, Some(from))?;
         for (page, state) in run {

@@ -1,4 +1,4 @@
-//! Bringing pages from external memory into the window. A fetcher is one thread's at a time.
+//! Fetching pages from external memory into the window. One thread at a time uses a fetcher.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -12,7 +12,7 @@ use crate::pager::stats::count;
 use crate::pager::{CHUNK, NoRoom, Outcome, Shared, Source};
 use xpm_client_core::volume::{Channel, Volume};
 
-/// Pages that are on their way, one behind the other.
+/// Consecutive pages that are being fetched.
 #[derive(Debug, Clone, Copy)]
 struct Run {
     first: u32,
@@ -29,16 +29,16 @@ pub(crate) struct Fetcher {
     pub(crate) pager: Shared,
     channel: Channel,
     staging: Staging,
-    /// Of runs that are read into blocks, those.
+    /// The blocks that runs are read into, by the number of the run.
     blocks: Box<[Option<Block>]>,
-    /// Most pages of a run.
+    /// Longest run in pages.
     run: u32,
     open: Slots<Run>,
     ended: Vec<Completion>,
 }
 
 impl Fetcher {
-    /// One that has so many runs of so many pages on their way.
+    /// A fetcher with at most `depth` runs in flight, each of at most `run` pages.
     pub(crate) fn new(pager: Shared, volume: &Volume, depth: usize, run: u32) -> io::Result<Fetcher> {
         debug_assert!(run <= BLOCK, "a run fits into a block");
         let mut channel = volume.channel()?;
@@ -60,7 +60,7 @@ impl Fetcher {
         (outcome, self.pager.ahead(page))
     }
 
-    /// Fetches what will be needed, as far as there is room, and not too much is on its way; gives the rest back.
+    /// Fetches pages ahead, up to the limits of room and of runs in flight; returns the rest.
     pub(crate) fn prefetch(&mut self, ahead: Ahead) -> Option<Ahead> {
         let mark = ahead.mark();
         let mut page = i64::from(ahead.first);
@@ -96,8 +96,8 @@ impl Fetcher {
         None
     }
 
-    /// Makes absent pages the caller's that lie one behind the other, here and where their content is: how many, and
-    /// where that of the first one is.
+    /// Claims absent pages that are consecutive in the window and in external memory. Returns their number, and the
+    /// source of the first page.
     fn claim_run(&self, first: u32, longest: u32) -> Result<Option<(u32, Source)>, NoRoom> {
         let pager = &self.pager;
         let end = pager.pages.count().min(first + longest).min((first / CHUNK + 1) * CHUNK);
@@ -119,7 +119,7 @@ impl Fetcher {
         Ok(kind.map(|kind| (run, kind)))
     }
 
-    /// The caller saw a free place.
+    /// Starts to fetch a run; the caller has checked that there is a free place.
     fn fetch(&mut self, run: Run, at: u32) {
         let len = run.count as usize * PAGE;
         let id = self.open.insert(run);
@@ -148,7 +148,7 @@ impl Fetcher {
         }
     }
 
-    /// Puts what has arrived into its place. True when anything has.
+    /// Puts the arrived pages into the window. Returns true when there were any.
     pub(crate) fn poll(&mut self) -> bool {
         self.channel.poll(&mut self.ended);
         let any = !self.ended.is_empty();

@@ -1,4 +1,4 @@
-//! A thread that fetches: what is touched, where faults come as messages, and what will be.
+//! A thread that serves faults that arrive as messages, and fetches pages ahead.
 
 use std::collections::VecDeque;
 use std::os::fd::AsFd as _;
@@ -10,28 +10,30 @@ use crate::pager::Outcome;
 use crate::pager::prefetch::Ahead;
 use crate::pager::stats::count;
 
-/// How long it looks for something to do before it sleeps: about what waking it costs. Always so long: what learns
-/// from waits (`xpm_transport::spin`) stopped looking after a few long ones, and as each fault then waited for a
-/// wake-up, never began again (a fault over a unix socket took 83 us in place of 30). Nor longer: in a virtual
-/// machine whose host takes 300 to 500 us to run a processor again, 200 us here hid some of that (p99 of faults over
-/// sockets), and took the processor from scans (284 MiB/s in place of 700 to 1,300 in one run of four).
+/// How long the thread polls before it sleeps: about the cost of waking it.
+///
+/// This time is constant on purpose. Code that learns the time from waits (`xpm_transport::spin`) stopped polling after
+/// a few long waits; each fault then waited for a wake-up, so polling never started again (a fault over a unix socket
+/// took 83 us instead of 30). A longer time is worse, too: in a virtual machine whose host takes 300 to 500 us to run a
+/// processor again, 200 us here hid a part of that (p99 of faults over sockets), but took the processor from scans
+/// (284 MiB/s instead of 700 to 1,300 in one run of four).
 const SPIN: Duration = Duration::from_micros(50);
-/// How long what is fetched ahead waits for room while it gets none.
+/// How long a request to fetch ahead waits for room without any progress.
 const REST_MAX: Duration = Duration::from_millis(20);
-/// How long a page is a SIGBUS for which there was no room.
+/// How long an access to a page without room raises SIGBUS.
 const CHOKED_FOR: Duration = Duration::from_secs(1);
-/// How often those are tried again whose content could not be had, where the kernel cannot poison pages.
+/// Interval of retrying faults on poisoned pages, on kernels that cannot poison pages.
 const AGAIN: Duration = Duration::from_secs(1);
 
-/// Serves until the pager is stopped. `number` is that of its bell.
+/// Serves until the pager is stopped. `number` is the number of the thread's bell.
 pub(crate) fn run(mut fetcher: Fetcher, number: usize) {
     let pager = fetcher.pager.clone();
     let handles = pager.faults.has_handlers();
     let mut faults = [Fault { address: 0, write: false }; 16];
-    // Each is one thread of the program that waits.
+    // Faults without room; for each, a thread of the program waits.
     let mut later: VecDeque<(u32, bool)> = VecDeque::new();
     let mut sick = Sick::default();
-    // What is to be fetched when there is room, and since when there was none.
+    // A request to fetch ahead that waits for room, and the time since which it got none.
     let mut rest: Option<(Ahead, Instant)> = None;
     let (mut busy, mut healed) = (Instant::now(), Instant::now());
     while !pager.is_stopped() {
@@ -61,13 +63,14 @@ pub(crate) fn run(mut fetcher: Fetcher, number: usize) {
                 later.push_back((page, fault.write));
             }
         }
-        // One at a time: others take the next. What was asked for first is touched first.
+        // One request at a time, so that other threads take the next ones. Oldest first, because its pages are
+        // touched first.
         if let Some((ahead, since)) = rest.take().or_else(|| Some((pager.asked.pop()?, Instant::now()))) {
             let left = fetcher.prefetch(ahead);
             let went_on = left != Some(ahead);
             any |= went_on;
             rest = left.map(|left| (left, if went_on { Instant::now() } else { since }));
-            // What finds no room for long is fetched when it is touched.
+            // Pages that find no room for this long are fetched when they are touched.
             if let Some((left, _)) = rest.take_if(|(_, since)| since.elapsed() > REST_MAX) {
                 pager.forgo(left);
             }
@@ -86,19 +89,19 @@ pub(crate) fn run(mut fetcher: Fetcher, number: usize) {
             sleep(&mut fetcher, number, handles, soon);
         }
     }
-    // What is on its way has places in the staging memory.
+    // Reads in flight still use the staging memory.
     while !fetcher.is_idle() && Instant::now() < busy + Duration::from_secs(1) {
         fetcher.poll();
         std::thread::yield_now();
     }
 }
 
-/// Faults that did not end well.
+/// Faults that could not be served.
 #[derive(Default)]
 struct Sick {
-    /// Threads that wait for content that could not be had, in kernels that cannot tell them so.
+    /// Faults whose content could not be fetched, on kernels that cannot poison pages: the faulting threads wait.
     waiting: Vec<(u32, bool)>,
-    /// Pages for which there was no room, and since when.
+    /// Pages that were poisoned because there was no room, and the time of that.
     choked: Vec<(u32, Instant)>,
 }
 
@@ -111,7 +114,7 @@ impl Sick {
 fn serve(fetcher: &mut Fetcher, page: u32, write: bool, sick: &mut Sick) -> Outcome {
     let (outcome, ahead) = fetcher.fault(page, write);
     if let Some(ahead) = ahead {
-        // What there is no room for just now, another thread may fetch.
+        // Another thread may fetch the pages for which there is no room now.
         let _ = fetcher.prefetch(ahead).map(|rest| fetcher.pager.asked.push(rest));
     }
     if outcome == Outcome::Choked {
@@ -128,7 +131,7 @@ fn serve(fetcher: &mut Fetcher, page: u32, write: bool, sick: &mut Sick) -> Outc
         count(&pager.tallies.errors, 1);
         pager.complain(page);
         let poisoned = pager.window.uffd.poison(address, crate::page::window::PAGE);
-        // It may be so already.
+        // The page may be poisoned already.
         if !matches!(poisoned, Ok(()) | Err(Refused::Exists)) {
             pager.pages.mark(page, 0, crate::page::word::POISONED);
             sick.waiting.push((page, write));

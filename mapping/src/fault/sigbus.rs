@@ -1,11 +1,11 @@
-//! Faults that are ended by the thread that makes them, in its handler of SIGBUS.
+//! Serving a fault in the faulting thread, in a handler of SIGBUS.
 //!
 //! The handler does nothing that the interrupted code could be in the middle of: it allocates nothing, and the
-//! locks that it takes are held by this library only, which never touches a window. Errors of other origin, and
-//! pages whose content cannot be had, go to the handler that was there before.
+//! locks that it takes are held by this library only, which never touches a window. A SIGBUS of another origin, and
+//! pages whose content is lost, go to the handler that was installed before.
 //!
-//! It runs on the stack of the thread, not on an alternate one, which may be too short for it: it takes about 4 KiB
-//! besides the registers that the kernel saves.
+//! The handler runs on the stack of the thread, not on an alternate stack, which may be too short: the handler uses
+//! about 4 KiB besides the registers that the kernel saves.
 //!
 //! Sources: signal-safety(7), sigaction(2), UFFD_FEATURE_SIGBUS in ioctl_userfaultfd(2).
 
@@ -26,18 +26,18 @@ use crate::page::word::Residency;
 use crate::pager::{Outcome, Shared};
 use crate::say::say;
 
-/// The address is one at which there is nothing; see sigaction(2).
+/// The address has no memory; see sigaction(2).
 const BUS_ADRERR: i32 = 2;
-/// Windows of one process.
+/// Most windows of one process.
 const WINDOWS: usize = 64;
-/// How long a thread looks for its page before it sleeps.
+/// How long a thread polls for its page before it sleeps.
 const SPIN: Duration = Duration::from_micros(200);
 
-/// Fetchers for whichever threads fault: each is one thread's at a time.
+/// The fetchers of a window, for all threads that fault. One thread at a time uses a fetcher.
 pub(crate) struct Seats {
     pager: Shared,
     seats: Box<[Seat]>,
-    /// Threads that are in here.
+    /// Number of threads that use these seats now.
     inside: AtomicU32,
 }
 
@@ -46,21 +46,21 @@ struct Seat {
     fetcher: UnsafeCell<Fetcher>,
 }
 
-// SAFETY: a fetcher is used by the one who turned `taken` to true only.
+// SAFETY: only the thread that set `taken` to true uses the fetcher.
 unsafe impl Sync for Seat {}
 
 static TABLE: [AtomicPtr<Seats>; WINDOWS] = [const { AtomicPtr::new(std::ptr::null_mut()) }; WINDOWS];
 static CHAIN: Chain = Chain::new();
 
-/// Windows whose faults the handler ends; they stop when this is dropped.
+/// The registration of a window with the handler. Dropping it ends the serving of its faults.
 pub(crate) struct Registered {
     seats: *mut Seats,
     place: usize,
 }
 
-// SAFETY: it owns the seats, which can be shared and sent.
+// SAFETY: the value owns the seats, which can be shared and sent.
 unsafe impl Send for Registered {}
-// SAFETY: it gives no access to them.
+// SAFETY: a shared reference gives no access to the seats, except by `Seat::take`, which excludes other threads.
 unsafe impl Sync for Registered {}
 
 impl Registered {
@@ -80,7 +80,7 @@ impl Registered {
         Err(io::Error::other(format!("this process has {WINDOWS} windows with faults in line already")))
     }
 
-    /// Lets the channels of the seats that nobody has do what they were told.
+    /// Polls the channels of the free seats, so that they execute their orders.
     pub(crate) fn tend(&self) {
         // SAFETY: made by `new`, and freed when this is dropped.
         let seats = unsafe { &*self.seats };
@@ -91,12 +91,12 @@ impl Registered {
 }
 
 impl Seat {
-    /// Acts with the fetcher, unless somebody else has it.
+    /// Calls `act` with the fetcher, unless another thread uses it.
     fn take<T>(&self, act: impl FnOnce(&mut Fetcher) -> T) -> Option<T> {
         if self.taken.load(Ordering::Relaxed) || self.taken.swap(true, Ordering::Acquire) {
             return None;
         }
-        // SAFETY: `taken` was turned to true here, so nobody else uses it.
+        // SAFETY: this thread set `taken` to true, so no other thread uses the fetcher.
         let done = act(unsafe { &mut *self.fetcher.get() });
         self.taken.store(false, Ordering::Release);
         Some(done)
@@ -108,16 +108,17 @@ impl Drop for Registered {
         TABLE[self.place].store(std::ptr::null_mut(), Ordering::SeqCst);
         // SAFETY: made by `new`, and freed below.
         let seats = unsafe { &*self.seats };
-        // In this order: a thread goes from the table to the seats.
+        // The counters are read in this order, because a thread counts itself in `INSIDE` before it does so in the
+        // seats.
         while INSIDE.load(Ordering::SeqCst) > 0 || seats.inside.load(Ordering::SeqCst) > 0 {
             std::thread::yield_now();
         }
-        // SAFETY: it is in no table, and no thread is in it.
+        // SAFETY: the seats are in no table, and no thread uses them.
         drop(unsafe { Box::from_raw(self.seats) });
     }
 }
 
-/// Threads that look at the table.
+/// Number of threads that search the table now.
 static INSIDE: AtomicU32 = AtomicU32::new(0);
 
 extern "C" fn on_sigbus(signal: i32, info: *mut libc::siginfo_t, context: *mut c_void) {
@@ -125,7 +126,7 @@ extern "C" fn on_sigbus(signal: i32, info: *mut libc::siginfo_t, context: *mut c
     let (address, errno) = unsafe { ((*info).si_addr() as usize, *libc::__errno_location()) };
     // SAFETY: the kernel gives a ucontext_t of this thread.
     let write = unsafe { is_write(context) };
-    // Broken memory is no fault that could be ended here.
+    // Other codes, such as broken memory, are no fault that this handler could serve.
     // SAFETY: as above.
     let ended = unsafe { (*info).si_code } == BUS_ADRERR && end_fault(address, write);
     // SAFETY: as above.
@@ -146,7 +147,7 @@ unsafe fn is_write(context: *mut c_void) -> bool {
     registers[libc::REG_ERR as usize] & 2 != 0
 }
 
-/// It is not known here: the content tells later.
+/// Unknown on this processor: a later comparison of the content finds a write.
 #[cfg(not(target_arch = "x86_64"))]
 unsafe fn is_write(_context: *mut c_void) -> bool {
     false
@@ -157,7 +158,7 @@ fn end_fault(address: usize, write: bool) -> bool {
     let mut ended = false;
     for entry in &TABLE {
         let seats = entry.load(Ordering::SeqCst);
-        // SAFETY: whoever takes it out of the table frees it when nobody is inside any more.
+        // SAFETY: `Registered::drop` removes the seats from the table, and frees them only when no thread is inside.
         let Some(seats) = (unsafe { seats.as_ref() }) else { continue };
         if let Some(page) = seats.pager.window.page_of(address) {
             seats.inside.fetch_add(1, Ordering::SeqCst);
@@ -171,7 +172,7 @@ fn end_fault(address: usize, write: bool) -> bool {
     ended
 }
 
-/// To the handler before this one.
+/// Passes the signal to the handler that was installed before.
 fn pass_on(signal: i32, info: *mut libc::siginfo_t, context: *mut c_void) {
     // SAFETY: the kernel gives a siginfo_t, and the arguments are the kernel's.
     let (address, code, passed) =
@@ -182,7 +183,7 @@ fn pass_on(signal: i32, info: *mut libc::siginfo_t, context: *mut c_void) {
 }
 
 impl Seats {
-    /// Ends a fault. False where the page's content cannot be had.
+    /// Serves a fault. Returns false if the content of the page is lost, or there is no room for it.
     fn end(&self, page: u32, write: bool) -> bool {
         loop {
             let outcome = self.seated(|fetcher| {
@@ -197,7 +198,7 @@ impl Seats {
             });
             match outcome {
                 Outcome::Done => return true,
-                // Whether it came is seen when it is touched.
+                // The fetch has ended. If the page did not arrive, the repeated access faults again.
                 Outcome::Coming(_) => match self.pager.pages.state(page) {
                     state
                         if state.residency() == Residency::Absent
@@ -223,7 +224,7 @@ impl Seats {
     }
 
     fn seated<T>(&self, mut act: impl FnMut(&mut Fetcher) -> T) -> T {
-        // SAFETY: takes nothing and changes nothing.
+        // SAFETY: the call takes no argument and changes no state.
         let start = unsafe { libc::sched_getcpu() }.max(0) as usize;
         loop {
             for step in 0..self.seats.len() {
@@ -237,7 +238,7 @@ impl Seats {
     }
 }
 
-/// Until all that is on its way is there.
+/// Waits until all fetches in flight have ended.
 fn wait(fetcher: &mut Fetcher) {
     let since = Instant::now();
     let mut looks = 0_u32;

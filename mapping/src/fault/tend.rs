@@ -1,5 +1,5 @@
-//! A thread that looks after channels which nobody uses just now: they too have to follow when the volume
-//! changes (see [`xpm_client_core::Change`]), and only a look at them lets them.
+//! A thread that polls channels which no other thread uses now. Such channels also have to follow a change of the
+//! volume (see [`xpm_client_core::Change`]), and a channel follows only when it is polled.
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -9,10 +9,10 @@ use crate::fault::sigbus::Registered;
 use crate::pager::Shared;
 use xpm_client_core::volume::Volume;
 
-/// How often it is looked whether channels are waited for, and how often they are looked after then.
+/// Interval of checking whether a change waits for channels, and interval of polling them while it does.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 const TEND_EVERY: Duration = Duration::from_micros(100);
-/// How long after the last step the next one is expected.
+/// Time after the last step of a change in which the next step is expected.
 const LINGER: Duration = Duration::from_millis(200);
 
 pub(crate) struct Tender {
@@ -23,7 +23,7 @@ pub(crate) struct Tender {
 }
 
 impl Tender {
-    /// Looks after them until the pager is stopped.
+    /// Polls unused channels while a change waits, until the pager is stopped.
     pub(crate) fn run(self) {
         let mut waited: Option<Instant> = None;
         while !self.pager.is_stopped() {
@@ -36,7 +36,7 @@ impl Tender {
         }
     }
 
-    /// One that is taken is looked after by the one who has it.
+    /// Polls all channels that are free now; the user of any other channel polls it.
     fn tend(&self) {
         if let Ok(mut calls) = self.calls.try_lock() {
             calls.tend();

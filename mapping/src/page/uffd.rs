@@ -1,4 +1,4 @@
-//! userfaultfd(2): what this library uses of it, as safe calls on a descriptor.
+//! A safe wrapper of the parts of userfaultfd(2) that this library uses.
 //!
 //! Sources: userfaultfd(2), ioctl_userfaultfd(2), include/uapi/linux/userfaultfd.h of Linux 6.12; mm/userfaultfd.c
 //! for what UFFDIO_MOVE refuses.
@@ -11,18 +11,18 @@ use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 
 use xpm_transport::IoBuf;
 
-/// A fault in the thread that made it is a SIGBUS, and no message.
+/// A fault raises SIGBUS in the faulting thread, and sends no message.
 pub(crate) const FEATURE_SIGBUS: u64 = 1 << 7;
-/// Write-protected pages of anonymous memory.
+/// Write protection of pages of anonymous memory.
 const FEATURE_PROTECT: u64 = 1 << 0;
 const FEATURE_MISSING_SHMEM: u64 = 1 << 5;
 const FEATURE_MINOR_SHMEM: u64 = 1 << 10;
-/// [`Uffd::poison`] is there (Linux 6.6).
+/// [`Uffd::poison`] is available (Linux 6.6).
 pub(crate) const FEATURE_POISON: u64 = 1 << 14;
-/// [`Uffd::move_pages`] is there (Linux 6.8).
+/// [`Uffd::move_pages`] is available (Linux 6.8).
 const FEATURE_MOVE: u64 = 1 << 16;
 
-/// How often a move is tried that comes no further, since somebody else has the page for a moment.
+/// Most attempts of a move without progress, while another user holds the page for a moment.
 const MOVES_MAX: u32 = 1000;
 
 const USER_MODE_ONLY: i32 = 1;
@@ -77,7 +77,7 @@ struct ProtectArg {
     mode: u64,
 }
 
-/// Of copy and move.
+/// The argument of copy and move.
 #[repr(C)]
 struct CopyArg {
     to: u64,
@@ -87,7 +87,7 @@ struct CopyArg {
     copied: i64,
 }
 
-/// Of zeropage, continue and poison.
+/// The argument of zeropage, continue and poison.
 #[repr(C)]
 struct RangeArg {
     range: Range,
@@ -105,20 +105,20 @@ struct Message {
     thread: u64,
 }
 
-/// A thread touched what is not there, and waits.
+/// A thread touched an absent page, and waits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Fault {
     pub(crate) address: usize,
-    /// It was about to write.
+    /// Whether the access was a write.
     pub(crate) write: bool,
 }
 
-/// Where the descriptor came from, and so what it can.
+/// The accesses that the descriptor handles; this depends on how it was opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Reach {
     /// Accesses by the kernel on the program's behalf wait for the page, too.
     Kernel,
-    /// They fail with EFAULT.
+    /// Accesses by the kernel fail with EFAULT.
     UserOnly,
 }
 
@@ -143,15 +143,15 @@ impl Backing {
 /// The error of one page or run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Refused {
-    /// Something is there already.
+    /// A page is present already.
     Exists,
-    /// Nothing is there that could be mapped.
+    /// The file has no page that could be mapped.
     Nothing,
-    /// Something else, by errno(3).
+    /// Another error, by its errno(3).
     Other(i32),
 }
 
-/// What went wrong in the middle of a run, and how many of its bytes are done: the program may have written to these.
+/// An error in the middle of a run, with the number of bytes that are done: the program may have written to these.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Partly {
     pub(crate) done: usize,
@@ -165,8 +165,8 @@ pub(crate) struct Uffd {
 }
 
 impl Uffd {
-    /// Opens one: by the system call, by `/dev/userfaultfd`, or for faults in user mode only, whichever is
-    /// allowed first.
+    /// Opens a descriptor by the first of these ways that is allowed: the system call, `/dev/userfaultfd`, or the
+    /// system call for faults in user mode only.
     pub(crate) fn new(wanted: u64, backing: Backing) -> io::Result<Uffd> {
         let (probe, _) = open()?;
         let known = api(&probe, 0)?;
@@ -190,12 +190,12 @@ impl Uffd {
         Ok(Uffd { fd, reach })
     }
 
-    /// From now on, touching what is not there of these pages of shared memory is a fault for this descriptor.
+    /// Registers shared memory: from now on, a touch of an absent page in this range is a fault for this descriptor.
     pub(crate) fn register_shared(&self, address: usize, len: usize) -> io::Result<()> {
         self.register(address, len, MODE_MISSING | MODE_MINOR)
     }
 
-    /// The same of anonymous memory, to which and from which pages are moved, and which can be protected.
+    /// Registers anonymous memory, to and from which pages can be moved, and which can be write-protected.
     pub(crate) fn register_private(&self, address: usize, len: usize) -> io::Result<()> {
         self.register(address, len, MODE_MISSING | MODE_PROTECT)
     }
@@ -209,8 +209,8 @@ impl Uffd {
         }
     }
 
-    /// Moves pages from one registered range to missing pages of another, and wakes who waits for these. A write to a
-    /// page that is moved is always moved with it.
+    /// Moves pages from one registered range to absent pages of another, and wakes the threads that wait for these. A
+    /// write to a page that is moved is always moved with it.
     pub(crate) fn move_pages(&self, to: usize, from: usize, len: usize) -> Result<(), Partly> {
         let (mut at, mut idle) = (0, 0);
         while at < len {
@@ -232,7 +232,8 @@ impl Uffd {
         Ok(())
     }
 
-    /// Makes writing to these pages a fault for this descriptor, or lets it be again, and wakes who waits for them.
+    /// Sets or clears the write protection of these pages, under which a write is a fault for this descriptor, and
+    /// wakes the threads that wait for them.
     pub(crate) fn protect(&self, address: usize, len: usize, protect: bool) -> Result<(), Refused> {
         loop {
             let mut arg = ProtectArg { range: range(address, len), mode: u64::from(protect) };
@@ -245,7 +246,7 @@ impl Uffd {
         }
     }
 
-    /// Fills missing pages from `from`, and wakes who waits for them.
+    /// Fills absent pages from `from`, and wakes the threads that wait for them.
     pub(crate) fn copy(&self, to: usize, from: IoBuf) -> Result<(), Partly> {
         let all = from.len() as u64;
         let (mut to, mut from, mut left) = (to as u64, from.as_ptr() as u64, all);
@@ -259,29 +260,29 @@ impl Uffd {
         Ok(())
     }
 
-    /// Fills missing pages with zeros, and wakes who waits for them.
+    /// Fills absent pages with zeros, and wakes the threads that wait for them.
     pub(crate) fn zero(&self, to: usize, len: usize) -> Result<(), Partly> {
         self.each(UFFDIO_ZEROPAGE, to, len)
     }
 
-    /// Maps pages that the file has and the page table has not, and wakes who waits for them.
+    /// Maps pages that are in the file but not in the page table, and wakes the threads that wait for them.
     pub(crate) fn map(&self, to: usize, len: usize) -> Result<(), Refused> {
         self.each(UFFDIO_CONTINUE, to, len).map_err(|partly| partly.why)
     }
 
-    /// Makes every access to these pages a SIGBUS, and wakes who waits for them.
+    /// Makes every access to these absent pages raise SIGBUS, and wakes the threads that wait for them.
     pub(crate) fn poison(&self, to: usize, len: usize) -> Result<(), Refused> {
         self.each(UFFDIO_POISON, to, len).map_err(|partly| partly.why)
     }
 
-    /// Wakes who waits for these pages: they fault again if they are still not there.
+    /// Wakes the threads that wait for these pages; a thread faults again if its page is still absent.
     pub(crate) fn wake(&self, address: usize, len: usize) {
         let mut arg = range(address, len);
         // SAFETY: the argument is what UFFDIO_WAKE takes; it changes nothing of the program's memory.
         unsafe { self.ioctl(UFFDIO_WAKE, (&raw mut arg).cast()) };
     }
 
-    /// Takes faults that wait; says how many, 0 when there is none. Never blocks.
+    /// Takes pending faults; returns their number. Never blocks.
     pub(crate) fn read(&self, faults: &mut [Fault; 16]) -> usize {
         let mut messages = [Message { event: 0, reserved: [0; 7], flags: 0, address: 0, thread: 0 }; 16];
         // SAFETY: the kernel writes whole messages, of any content, into an array of them.
@@ -328,7 +329,8 @@ impl AsFd for Uffd {
     }
 }
 
-/// How far a request came, and whether to go on: it stops in between when memory maps change (EAGAIN).
+/// The bytes that a request has done so far. The kernel stops a request in between when memory mappings change
+/// (EAGAIN); then the caller continues it.
 fn done(errno: i32, bytes: i64) -> Result<u64, Refused> {
     match errno {
         0 => Ok(bytes as u64),
