@@ -94,8 +94,8 @@ pub struct Options {
 pub enum Task {
     /// Put a backup (`xpm backup`) into an empty data directory or etcd, and exit
     ///
-    /// The restored metadata lack all allocations that were made, moved or handed over since the backup. The
-    /// allocator notices that as soon as it hears an appliance, and changes nothing until `recover` was run.
+    /// The restored metadata do not know allocations that were made since the backup, nor moves and hand-overs since
+    /// then. The allocator notices that as soon as it hears an appliance, and changes nothing until `recover` was run.
     Restore {
         /// The backup
         file: PathBuf,

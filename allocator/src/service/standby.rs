@@ -4,7 +4,7 @@
 //! allocation at a time. Meanwhile the allocation stays where and as large as it is: the map that the standby has
 //! must be right at the moment when it becomes the owner. The present owner is told of the standby, writes down that
 //! it has to hold its I/O when appliances refuse it, and reports that: only then can the allocation be handed over
-//! (`handover.rs`).
+//! without force (`handover.rs`).
 
 use xpm_control::server::ApiError;
 use xpm_protocol::api::ErrorKind;
