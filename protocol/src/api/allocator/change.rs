@@ -208,7 +208,7 @@ pub enum ChangeKind {
 pub struct HandOver {
     /// The new owner.
     pub to: ClientId,
-    /// When the present owner is cut off in any case, seconds since 1970.
+    /// When the present owner is cut off if it has not let go, seconds since 1970.
     pub until: u64,
 }
 

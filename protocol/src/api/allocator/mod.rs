@@ -481,7 +481,7 @@ pub struct Owner {
     /// Its host's name, for people.
     #[serde(deserialize_with = "text::line")]
     pub host_name: String,
-    /// Form of its use, for people: `ublk`, `nbd-direct`, ...
+    /// Form of its use: `ublk`, `nbd-direct`, ... It gives the block size of an allocation that has none of its own.
     #[serde(deserialize_with = "text::line")]
     pub purpose: String,
     /// When it became the owner, seconds since 1970.
@@ -524,7 +524,7 @@ pub struct Attach {
     /// Its host's name, for people.
     #[serde(deserialize_with = "text::line")]
     pub host_name: String,
-    /// Form of its use, for people.
+    /// Form of its use, as in [`Owner::purpose`].
     #[serde(deserialize_with = "text::line")]
     pub purpose: String,
     /// Take it from another owner.
