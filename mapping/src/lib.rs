@@ -3,26 +3,26 @@
 //! This crate is all that a program depends on: what it needs of the client core (becoming the owner of an
 //! allocation, and what the options are made of) is re-exported here.
 //!
-//! A [`Space`] shows an allocation as one range of addresses, the *window*. Touching a page brings it
-//! into local memory, of which no more than the [`Budget`] is used; what has not been used for longest leaves
-//! again, and is written to external memory first if it changed. [`Mapping`]s are parts of the window:
-//! slabs that are carved out with no message to anyone ([`Space::carve`]), ranges of the allocation whose content
-//! stays ([`Space::map`]), and private copies of others ([`Space::private_copy`]).
+//! A [`Space`] shows an allocation as one range of addresses, the *window*. A touch of a page brings the page into
+//! local memory, of which the space uses at most its [`Budget`]. Pages that have not been used for a long time leave
+//! local memory again, and are written to external memory first if they changed. [`Mapping`]s are parts of the window:
+//! slabs, which are carved out without a message to another machine ([`Space::carve`]), ranges of the allocation whose
+//! content stays ([`Space::map`]), and private copies of other mappings ([`Space::private_copy`]).
 //!
-//! **Errors.** Calls return them. Where there is only an access, it waits while an appliance is out of reach (for as
-//! long as the volume holds I/O), and is a SIGBUS when the content cannot be had any more: the memory is lost, or
-//! belongs to another client. A program that has a handler of SIGBUS gets it there; [`Space::last_error`] tells it
-//! why, and so does a line on standard error. In [`Faults::Handled`] on kernels without UFFDIO_POISON (before Linux
-//! 6.6) such an access waits, and is tried again each second.
+//! **Errors.** Calls return them. A plain access waits while an appliance is out of reach (for as long as the volume
+//! holds I/O). It raises SIGBUS when the content is lost for good: the memory is lost, or belongs to another client.
+//! The program's own handler of SIGBUS, if there is one, is called then; [`Space::last_error`] returns the cause, and a
+//! line on standard error names it. With [`Faults::Handled`] on kernels without UFFDIO_POISON (before Linux 6.6) such
+//! an access waits instead, and the library retries it each second.
 //!
-//! **fork and exec.** A child has nothing at the window's addresses: touching them is a SIGSEGV. Nothing of it
-//! survives an exec.
+//! **fork and exec.** A child process has no memory at the window's addresses: an access raises SIGSEGV there. After an
+//! exec the window is gone.
 //!
-//! **Signals.** [`Faults::Inline`] installs a handler of SIGBUS, which passes on what is not its own. A program that
-//! installs another one afterwards has to do the same.
+//! **Signals.** [`Faults::Inline`] installs a handler of SIGBUS, which passes other faults to the previous handler. A
+//! program that installs a handler later has to pass signals on in the same way.
 //!
-//! **System calls.** In [`Faults::Inline`], and where userfaultfd(2) is allowed for user mode only, a system call that
-//! is given absent pages fails with EFAULT: touch or pin them before.
+//! **System calls.** With [`Faults::Inline`], and where userfaultfd(2) is allowed for user mode only, a system call
+//! that accesses an absent page fails with EFAULT: touch or pin the pages before.
 
 // Imports point downwards only: page < wake < pager < fault, evict < api. `sync` and `say` are below all of them.
 mod api;
@@ -34,7 +34,7 @@ mod say;
 mod sync;
 mod wake;
 
-// What a program needs of the client core, and what options and answers are made of.
+// The parts of the client core that a program needs, and the types of options and results.
 pub use xpm_client_core::{
     AttachError, AttachOptions, Attachment, ClientId, Hold, Map, Name, OpenError, ParseUrlsError, Token,
     TokenError, TransportKind, Urls, Volume,

@@ -1,11 +1,11 @@
-//! Lines for people that are written where nothing may be allocated, and nothing locked: in a handler of a signal,
-//! and by threads that others wait for.
+//! Log lines that are written without allocating memory or taking a lock: by a signal handler, and by threads that
+//! other threads wait for.
 
 #![allow(unsafe_code)]
 
 use std::fmt::{Arguments, Write as _};
 
-/// A line that is made without memory of the heap; what does not fit is cut off.
+/// A line that is formatted without heap memory; a longer text is cut off.
 struct Line {
     bytes: [u8; 512],
     len: usize,
@@ -13,7 +13,7 @@ struct Line {
 
 impl std::fmt::Write for Line {
     fn write_str(&mut self, text: &str) -> std::fmt::Result {
-        // Room for the end of the line stays.
+        // One byte is left for the newline.
         let count = text.len().min(self.bytes.len() - 1 - self.len);
         self.bytes[self.len..self.len + count].copy_from_slice(&text.as_bytes()[..count]);
         self.len += count;
@@ -21,7 +21,7 @@ impl std::fmt::Write for Line {
     }
 }
 
-/// Writes one line to standard error, by one call. Whether anybody reads it is not known.
+/// Writes one line to standard error, by one system call. An error is ignored.
 pub(crate) fn say(text: Arguments<'_>) {
     let mut line = Line { bytes: [0; 512], len: 0 };
     let _ = line.write_fmt(text);

@@ -1,12 +1,11 @@
 //! Containers whose memory is external.
 //!
-//! Blocks of half a page and more are slabs. Smaller ones are pieces of slabs of 64 KiB, of one length each,
-//! whose free pieces are remembered in local memory: freeing one touches no external page.
+//! Blocks of more than half a page are slabs. A smaller block is a piece of a slab of 64 KiB that is cut into pieces of
+//! one length. The list of free pieces is in local memory, so freeing a piece touches no external page.
 //!
-//! A block that grows does so where it is, as long as what is behind it is free. Where it has to go elsewhere it goes
-//! to the longest free run, so that this happens seldom, and what it holds is copied by the library, in runs that
-//! take no room in local memory: a container of many times the budget that grows pushes nothing out, and faults on
-//! nothing.
+//! A block grows in place as long as the memory behind it is free. Otherwise it moves to the longest free run, so that
+//! this is rare. The library copies its content in runs that take no room in local memory: so a container of many times
+//! the budget evicts no page when it grows, and causes no fault.
 
 #![allow(unsafe_code)]
 
@@ -25,12 +24,12 @@ use super::options::Advice;
 use super::slab::SlabError;
 use super::space::Space;
 
-/// A growable array in external memory: [`Space::array`] makes one. It is a `Vec`, with all that one can do.
+/// A growable array in external memory, made by [`Space::array`]. It is a `Vec` with all of its methods.
 ///
-/// Growing takes no page of what it holds into local memory: it is done in place as far as addresses behind it are
-/// free, at no cost, and by the library's own copy where they are not. [`Space::array`] with a capacity keeps
-/// addresses for it from the start. `push` and the like end the program when the allocation has no more room, as
-/// everywhere in Rust; `try_reserve` before them returns that as an error.
+/// Growing brings no page of the array into local memory: the array grows in place, at no cost, while the addresses
+/// behind it are free, and is copied by the library otherwise. [`Space::array`] with a capacity reserves addresses from
+/// the start. `push` and similar methods end the program when the allocation is full, as everywhere in Rust; a
+/// `try_reserve` before them returns that as an error.
 ///
 /// ```no_run
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -52,18 +51,17 @@ pub type Array<T> = VecIn<T, SpaceAllocator>;
 /// Shortest and longest piece.
 const PIECE_MIN: usize = 16;
 const PIECE_MAX: usize = 2048;
-/// Length of the slabs that pieces are of.
+/// Length of the slabs that are cut into pieces, in bytes.
 const POOL_LEN: u64 = 64 << 10;
-/// Lengths of pieces: powers of two.
+/// Number of piece lengths, which are powers of two.
 const CLASSES: usize = (PIECE_MAX / PIECE_MIN).ilog2() as usize + 1;
 /// Greatest alignment: that of a page.
 const ALIGN_MAX: usize = 4096;
 
 /// Gives memory of a [`Space`] to containers, by the interface of the crate `allocator-api2`:
-/// `allocator_api2::vec::Vec::new_in(space.allocator())` is an array that grows in external memory. Clones give from
-/// the same. Alignments of more than a page cannot be had. Memory that was never written holds zeros, so
-/// `allocate_zeroed` of long blocks costs nothing. Blocks of half a page and more grow as an [`Array`] does, and give
-/// back what they shrink by.
+/// `allocator_api2::vec::Vec::new_in(space.allocator())` is an array that grows in external memory. Clones share the
+/// same memory. The largest alignment is a page. Unwritten memory holds zeros, so `allocate_zeroed` of long blocks
+/// costs nothing. Blocks of more than half a page grow like an [`Array`], and free the part by which they shrink.
 #[derive(Clone)]
 pub struct SpaceAllocator {
     inner: Arc<Heap>,
@@ -91,25 +89,24 @@ struct Pool {
 }
 
 impl SpaceAllocator {
-    /// The space that the memory is of.
+    /// The space that the memory belongs to.
     pub fn space(&self) -> &Space {
         &self.inner.space
     }
 
-    /// Says how elements will be used that are in memory of this allocator: [`Mapping::advise`] of the pages that
-    /// they are in, whole.
+    /// Gives advice about elements in memory of this allocator: [`Mapping::advise`] for all pages that contain them.
     ///
     /// # Errors
-    /// Those of [`Mapping::advise`], and [`MapError::Invalid`] where they are in other memory.
+    /// The errors of [`Mapping::advise`], and [`MapError::Invalid`] if the elements are in other memory.
     pub fn advise<T>(&self, elements: &[T], advice: Advice) -> Result<(), MapError> {
         self.inner.part_of(elements)?.map_or(Ok(()), |(mapping, range)| mapping.advise(range, advice))
     }
 
-    /// Writes what was changed of elements that are in memory of this allocator to external memory, and waits until
-    /// it is there: they need not be written any more when they leave local memory.
+    /// Writes the changed pages of elements in memory of this allocator to external memory, and waits until they are
+    /// written: these pages need no write when they leave local memory.
     ///
     /// # Errors
-    /// [`MapError::Io`], and [`MapError::Invalid`] where they are in other memory.
+    /// [`MapError::Io`], and [`MapError::Invalid`] if the elements are in other memory.
     pub fn flush<T>(&self, elements: &[T]) -> Result<(), MapError> {
         self.inner.part_of(elements)?.map_or(Ok(()), |(mapping, range)| mapping.flush_range(range))
     }
@@ -121,11 +118,11 @@ impl Space {
         SpaceAllocator { inner: Arc::new(Heap { space: self.clone(), blocks: Mutex::default() }) }
     }
 
-    /// An empty array, with addresses for so many elements. No message to anyone, and no page is taken.
+    /// An empty array with addresses for `capacity` elements. Sends no message, and uses no page.
     ///
     /// # Errors
-    /// [`MapError::Slab`] when no free run is that long; [`MapError::Invalid`] for elements that are aligned to more
-    /// than a page.
+    /// [`MapError::Slab`] when no free run is that long; [`MapError::Invalid`] for elements with an alignment above a
+    /// page.
     pub fn array<T>(&self, capacity: usize) -> Result<Array<T>, MapError> {
         if align_of::<T>() > ALIGN_MAX {
             return Err(MapError::Invalid(format!(
@@ -140,7 +137,7 @@ impl Space {
     }
 }
 
-/// The class of a piece that holds so much; none where it takes a slab.
+/// The class of pieces that fit this layout; none if the layout needs a slab.
 fn class_of(layout: Layout) -> Option<usize> {
     let len = layout.size().max(layout.align()).max(PIECE_MIN).next_power_of_two();
     (len <= PIECE_MAX).then(|| (len / PIECE_MIN).ilog2() as usize)
@@ -165,9 +162,9 @@ impl Heap {
         block
     }
 
-    /// Makes a slab longer or shorter, where it is if it can. The new part holds zeros.
+    /// Resizes a slab, in place if possible. An added part holds zeros.
     fn resize_long(&self, address: usize, len: u64) -> Option<NonNull<[u8]>> {
-        // Not under the lock: nobody else has this one, and copying takes its time.
+        // Not under the lock, because copying takes long; no other thread can use this block meanwhile.
         let mut mapping = self.blocks().long.remove(&address)?;
         if mapping.resize(len).is_ok() {
             return Some(self.keep(mapping));
@@ -181,7 +178,7 @@ impl Heap {
         }
     }
 
-    /// The slab in which elements are, and where in it; none for elements of no length.
+    /// The slab that contains the elements, and their range in it; none for elements without bytes.
     fn part_of<T>(&self, elements: &[T]) -> Result<Option<(Mapping, Range<usize>)>, MapError> {
         let (start, len) = (elements.as_ptr() as usize, size_of_val(elements));
         if len == 0 {
@@ -229,7 +226,7 @@ impl Heap {
             blocks.open[class].push(base);
         }
         pool.free.push(((address - base) / piece_len(class)) as u16);
-        // One that nobody uses goes, unless it is the last of its class.
+        // An unused pool is freed, unless it is the only one of its class with free pieces.
         if pool.free.len() == usize::from(pool.pieces) && blocks.open[class].len() > 1 {
             blocks.open[class].retain(|other| *other != base);
             blocks.pools.remove(&base);
@@ -237,8 +234,8 @@ impl Heap {
     }
 }
 
-// SAFETY: blocks are parts of slabs that stay where they are until they are given back, or the last clone is
-// dropped; no two overlap, for slabs do not, and a piece is in one hand or in one free list.
+// SAFETY: blocks are parts of slabs, which stay in place until they are freed or the last clone is dropped. No two
+// blocks overlap, because slabs do not overlap, and a piece is either in use once or in one free list.
 unsafe impl Allocator for SpaceAllocator {
     fn allocate(&self, layout: Layout) -> Result<NonNull<[u8]>, AllocError> {
         if layout.align() > ALIGN_MAX {
@@ -274,7 +271,7 @@ unsafe impl Allocator for SpaceAllocator {
             Some(class) => self.inner.free_piece(address, class),
             None => {
                 let slab = self.inner.blocks().long.remove(&address);
-                // Not under the lock: giving memory back takes its time.
+                // Not under the lock, because freeing memory takes long.
                 drop(slab);
             }
         }
@@ -313,10 +310,10 @@ unsafe impl Allocator for SpaceAllocator {
 }
 
 impl SpaceAllocator {
-    /// Makes a block longer or shorter; `allocate` gives one of another kind where that is needed.
+    /// Resizes a block; `allocate` makes the new block if the kind (piece or slab) changes.
     ///
     /// # Safety
-    /// `pointer` must be of a block of this allocator that `old` fits.
+    /// `pointer` must point to a block of this allocator that `old` fits.
     unsafe fn resize(
         &self,
         pointer: NonNull<u8>,
@@ -340,7 +337,8 @@ impl SpaceAllocator {
             }
         }
         let block = allocate(new)?;
-        // SAFETY: both blocks are as long as their layouts, and apart; the old one is not used any more.
+        // SAFETY: both blocks are at least as long as their layouts and do not overlap; the old one is not used any
+        // more.
         unsafe {
             block.cast::<u8>().copy_from_nonoverlapping(pointer, old.size().min(new.size()));
             self.deallocate(pointer, old);

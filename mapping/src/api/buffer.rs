@@ -9,9 +9,9 @@ use super::space::Space;
 use crate::page::window::{PAGE, Staging};
 
 /// Memory for [`Mapping::get`](crate::Mapping::get) and [`Mapping::put`](crate::Mapping::put) that is registered with
-/// the transports, so that none has to copy: over RDMA the appliance's memory is read into it and written from it
-/// directly. Local memory besides the budget, locked where RDMA is used. Its first content is undefined. Its space
-/// ends after it.
+/// the transports, so that no transport has to copy: RDMA reads the appliance's memory into it and writes from it
+/// directly. The buffer is local memory in addition to the budget, and locked if RDMA is used. Its initial content is
+/// undefined. The space lives at least as long as the buffer.
 pub struct Buffer {
     space: Space,
     memory: Option<Staging>,
@@ -19,8 +19,8 @@ pub struct Buffer {
 }
 
 impl Space {
-    /// Memory of `len` bytes, in a power of two of them, that transports use as it is. Blocks for as long as it takes
-    /// to register it; what was dropped is used again, and is given back with the space.
+    /// Makes a buffer of `len` bytes, whose memory is rounded up to a power of two. Blocks until the memory is
+    /// registered. The memory of dropped buffers is reused, and freed with the space.
     ///
     /// # Errors
     /// [`MapError::Invalid`] for no bytes, [`MapError::System`] where the system has no memory.

@@ -1,19 +1,19 @@
-//! Slabs, carved out of what lies behind what is kept.
+//! Carves slabs out of the part of the allocation behind the kept part.
 
 use super::slab::{Slab, SlabAllocator, SlabError};
 
-/// Smallest and largest region of the slab allocator.
+/// Smallest and largest region of the slab allocator, in bytes.
 const REGION_MIN: u64 = 16 << 20;
 const REGION_MAX: u64 = 64 << 30;
 
-/// Slabs, and where their regions begin in the window.
+/// The slab allocator, and the offsets of its regions in the window.
 pub(crate) struct Carver {
     pub(crate) slabs: SlabAllocator,
     bases: Vec<u64>,
 }
 
 impl Carver {
-    /// Makes regions of what lies behind what is kept, the largest first.
+    /// Divides the part behind the first `kept` bytes into regions, the largest first.
     pub(crate) fn new(kept: u64, size: u64) -> Carver {
         let mut carver = Carver { slabs: SlabAllocator::new(), bases: Vec::new() };
         let mut base = kept;
@@ -28,19 +28,19 @@ impl Carver {
         carver
     }
 
-    /// The slab that is at this place of the window.
+    /// Carves the slab at this offset of the window.
     pub(crate) fn carve_at(&mut self, offset: u64, len: u64) -> Result<Slab, SlabError> {
         let region = self.bases.iter().rposition(|base| *base <= offset).ok_or(SlabError::NotAllocated)?;
         self.slabs.allocate_at(region as u32, offset - self.bases[region], len)
     }
 
-    /// A slab, and where it is in the window.
+    /// Carves a slab; returns it with its offset in the window.
     pub(crate) fn carve(&mut self, len: u64) -> Result<(Slab, u64), SlabError> {
         let slab = self.slabs.allocate(len)?;
         Ok((slab, self.bases[slab.region as usize] + slab.offset))
     }
 
-    /// The same where it can grow furthest.
+    /// As [`Carver::carve`], where the slab can grow furthest.
     pub(crate) fn carve_to_grow(&mut self, len: u64) -> Result<(Slab, u64), SlabError> {
         let slab = self.slabs.allocate_to_grow(len)?;
         Ok((slab, self.bases[slab.region as usize] + slab.offset))

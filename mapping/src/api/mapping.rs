@@ -1,4 +1,4 @@
-//! Bytes at addresses: what can be done with a part of the window.
+//! [`Mapping`]: a part of the window, and the calls on it.
 
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -13,19 +13,19 @@ use crate::page::window::{PAGE, with_source, with_target};
 use crate::page::word::PINNED;
 use crate::pager::prefetch::Habit;
 
-/// Bytes at addresses. See [`Space`].
+/// External memory at addresses of this process; see [`Space`].
 pub struct Mapping {
     pub(crate) part: Arc<Part>,
 }
 
-/// A part of the window that somebody has. It ends with its mapping and with the copies that are read from it.
+/// A part of the window in use. It ends when its mapping and the private copies of it are dropped.
 pub(crate) struct Part {
     pub(crate) space: Space,
     /// First byte in the allocation.
     pub(crate) offset: u64,
     pub(crate) len: u64,
     pub(crate) kind: Kind,
-    /// The source of the copy.
+    /// For a private copy, the part that it copies, which must not end before the copy.
     pub(crate) _of: Option<Arc<Part>>,
 }
 
@@ -37,51 +37,52 @@ pub(crate) enum Kind {
 }
 
 impl Mapping {
-    /// Its first byte, at the start of a page. Valid, for reads and, unless it is read-only, for writes, until the
-    /// mapping is dropped; nothing else in Rust refers to this memory.
+    /// The address of the first byte, at the start of a page. It is valid for reads, and for writes unless the mapping
+    /// is read-only, until the mapping is dropped. The library never makes a reference to this memory.
     pub fn as_ptr(&self) -> NonNull<u8> {
         self.part.space.inner.pager.window.pointer(self.part.offset as usize)
     }
 
-    /// Its length in bytes: of a slab what was asked for, rounded up to a power of two.
+    /// The length in bytes: for a slab the requested length, rounded up to a power of two.
     pub fn len(&self) -> usize {
         self.part.len as usize
     }
 
-    /// Whether it has no bytes: never.
+    /// Whether the mapping has no bytes: never true.
     pub fn is_empty(&self) -> bool {
         self.part.len == 0
     }
 
-    /// The space that it is a part of.
+    /// The space that the mapping is a part of.
     pub fn space(&self) -> &Space {
         &self.part.space
     }
 
-    /// Writes what was changed of it to external memory, and waits until it is there.
+    /// Writes the changed pages of the mapping to external memory, and waits until they are written.
     ///
     /// # Errors
-    /// [`MapError::Io`]; what could not be written is tried again with the next flush. [`MapError::Gone`].
+    /// [`MapError::Io`]; the next flush tries to write the failed pages again. [`MapError::Gone`] for pages that the
+    /// program discarded.
     pub fn flush(&self) -> Result<(), MapError> {
         self.flush_range(0..self.len())
     }
 
-    /// The same of some of its bytes, in whole pages.
+    /// As [`Mapping::flush`], for a range of bytes of the mapping; pages at the edges are included.
     ///
     /// # Errors
-    /// [`MapError::Range`] outside of it, and those of [`Mapping::flush`].
+    /// [`MapError::Range`] outside of the mapping, and the errors of [`Mapping::flush`].
     pub fn flush_range(&self, range: Range<usize>) -> Result<(), MapError> {
         let (first, pages) = self.pages_of(&range)?;
         Ok(self.part.space.inner.calls().flush(first, pages)?)
     }
 
-    /// Makes a slab at least `len` bytes long, or shorter, where it is: its address stays, and so does what it holds.
-    /// A part that is added holds zeros; a part that is cut off is discarded. No message to anyone but for giving
-    /// memory back.
+    /// Resizes a slab in place to at least `len` bytes: its address stays, and so does its content. An added part holds
+    /// zeros; a part that is cut off is discarded. No message is sent, except to free external memory.
     ///
     /// # Errors
-    /// [`MapError::Slab`] where what is behind it is in another slab, or it does not lie where one of that length
-    /// can: it is as before. [`MapError::Invalid`] where it is no slab, or a private copy is read from it.
+    /// [`MapError::Slab`] if another slab lies behind this one, or if a slab of the new length cannot begin at its
+    /// address; the slab is unchanged then. [`MapError::Invalid`] if the mapping is no slab, or a private copy of it
+    /// exists.
     pub fn resize(&mut self, len: u64) -> Result<(), MapError> {
         let (Kind::Slab(slab), now) = (self.part.kind, self.part.len) else {
             return Err(MapError::Invalid("only a slab can be resized: map a longer range".to_owned()));
@@ -104,15 +105,16 @@ impl Mapping {
         Ok(())
     }
 
-    /// The same mapping once more, for a call on it by somebody who has what is in it.
+    /// A second handle of the same mapping, for a call on a container's memory.
     pub(crate) fn shared(&self) -> Mapping {
         Mapping { part: self.part.clone() }
     }
 
-    /// Says how bytes of it will be used; whole pages, those at the edges included.
+    /// Gives advice about a range of bytes of the mapping; pages at the edges are included.
     ///
     /// # Errors
-    /// [`MapError::Range`] outside of it, [`MapError::Io`], and [`MapError::Invalid`] where so much cannot be pinned.
+    /// [`MapError::Range`] outside of the mapping, [`MapError::Io`], and [`MapError::Invalid`] if more would be pinned
+    /// than allowed.
     pub fn advise(&self, range: Range<usize>, advice: Advice) -> Result<(), MapError> {
         let (first, pages) = self.pages_of(&range)?;
         let pager = &self.part.space.inner.pager;
@@ -128,11 +130,11 @@ impl Mapping {
         Ok(())
     }
 
-    /// Makes bytes of a slab zeros again, in whole pages: those at the edges are included. Local memory that they had
-    /// is free then, and external memory, too.
+    /// Sets a range of a slab to zeros, extended to whole pages at both edges. This frees the range's local memory and
+    /// its external memory.
     ///
     /// # Errors
-    /// [`MapError::Range`] outside of it, [`MapError::Invalid`] where it is no slab.
+    /// [`MapError::Range`] outside of the mapping, [`MapError::Invalid`] if it is no slab.
     pub fn clear(&self, range: Range<usize>) -> Result<(), MapError> {
         let (first, pages) = self.pages_of(&range)?;
         if !matches!(self.part.kind, Kind::Slab(_)) {
@@ -147,20 +149,21 @@ impl Mapping {
         Ok(())
     }
 
-    /// Copies bytes out of it, without a fault: what is not in local memory is read into `buf` itself, up to 256 KiB
-    /// at a time, and takes no room. Over RDMA it is copied once more unless it is a [`Buffer`](crate::Buffer).
-    /// Blocks until they are there.
+    /// Copies bytes from the mapping without a fault: absent pages are read into `buf` directly, up to 256 KiB at a
+    /// time, and take no room in local memory. Over RDMA they are copied once more unless `buf` is a
+    /// [`Buffer`](crate::Buffer). Blocks until all bytes are copied.
     ///
     /// # Errors
-    /// [`MapError::Range`] outside of it, or [`MapError::Io`].
+    /// [`MapError::Range`] outside of the mapping, [`MapError::Invalid`] if `buf` is external memory itself, or
+    /// [`MapError::Io`].
     pub fn get(&self, offset: usize, buf: &mut [u8]) -> Result<(), MapError> {
         self.get_into(offset, buf)
     }
 
-    /// The same into memory that nobody wrote to so far; all of it holds something when this is well.
+    /// As [`Mapping::get`], into uninitialized memory; all of it is initialized on success.
     ///
     /// # Errors
-    /// Those of [`Mapping::get`].
+    /// The errors of [`Mapping::get`].
     pub fn get_uninit(&self, offset: usize, buf: &mut [MaybeUninit<u8>]) -> Result<(), MapError> {
         self.get_into(offset, buf)
     }
@@ -171,11 +174,12 @@ impl Mapping {
         Ok(with_target(buf, |buf| calls.get(self.part.offset as usize + offset, buf))?)
     }
 
-    /// Copies bytes into it, without a fault: what is not in local memory is written to external memory from where it
-    /// is, as [`Mapping::get`] reads. Blocks until it is there.
+    /// Copies bytes to the mapping without a fault: the bytes of absent pages are written to external memory directly
+    /// from `bytes`, as [`Mapping::get`] reads them. Blocks until all bytes are written.
     ///
     /// # Errors
-    /// [`MapError::Range`] outside of it, [`MapError::Invalid`] when it is read-only, or [`MapError::Io`].
+    /// [`MapError::Range`] outside of the mapping, [`MapError::Invalid`] if it is read-only or if `bytes` is external
+    /// memory itself, or [`MapError::Io`].
     pub fn put(&self, offset: usize, bytes: &[u8]) -> Result<(), MapError> {
         self.check_call(offset, bytes)?;
         if matches!(self.part.kind, Kind::Range(Access::ReadOnly)) {
@@ -202,8 +206,8 @@ impl Mapping {
         Ok(())
     }
 
-    /// Pages that the call has to itself must not be touched by it, and others of windows may be away when a
-    /// transport does.
+    /// Checks the range, and that the buffer is not external memory: a call that touched a page that it owns itself
+    /// would wait for itself, and any other page of a window may be absent when a transport accesses it.
     fn check_call<B>(&self, offset: usize, buf: &[B]) -> Result<(), MapError> {
         self.pages_of(&(offset..offset.saturating_add(buf.len())))?;
         let addresses = buf.as_ptr_range();

@@ -11,5 +11,5 @@ pub(crate) mod options;
 pub mod slab;
 pub(crate) mod space;
 
-/// Bytes of 2 MiB: what parts of an allocation with different uses are multiples of.
+/// 2 MiB, in bytes: parts of an allocation with different uses begin and end at multiples of this length.
 pub const CHUNK_LEN: u64 = crate::pager::CHUNK as u64 * crate::page::window::PAGE as u64;

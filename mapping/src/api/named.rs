@@ -1,7 +1,7 @@
-//! Slabs with names: what they hold stays when the program ends, and is found again by name.
+//! Named slabs: their content stays when the program ends, and is found again by name.
 //!
-//! Where they are is kept by the allocator, with the allocation: one message for each that is made or removed, none for
-//! using them. Whoever owns the allocation next has them, on whatever host.
+//! The allocator stores their places with the allocation: creating or removing a slab costs one message, using it
+//! none. The next owner of the allocation has them too, on any host.
 
 use std::collections::BTreeMap;
 use std::sync::{MutexGuard, PoisonError};
@@ -21,28 +21,28 @@ use xpm_client_core::attach::block_on;
 use xpm_client_core::owner::{Owner, is_final};
 use xpm_client_core::{AttachError, Attachment};
 
-/// Why a slab with a name cannot be had.
+/// Why a call on named slabs failed.
 #[derive(Debug, thiserror::Error)]
 pub enum NamedSlabError {
     /// The allocator refused, or did not answer.
     #[error(transparent)]
     Allocator(#[from] AttachError),
-    /// It cannot be carved out, or mapped.
+    /// The slab cannot be carved out, or mapped.
     #[error(transparent)]
     Map(#[from] MapError),
-    /// There is one.
+    /// A slab with this name exists already.
     #[error("there is a slab `{0}` already: use it, remove it, or choose another name")]
     Exists(Name),
-    /// There is none.
+    /// No slab has this name.
     #[error("there is no slab `{0}`; `xpm alloc show` lists those that there are")]
     Missing(Name),
-    /// It is in use.
+    /// The slab is mapped.
     #[error("slab `{0}` is mapped: drop its mapping first")]
     Mapped(Name),
-    /// Somebody changed them since the allocation was attached.
+    /// Another program changed the named slabs since the allocation was attached.
     #[error("the named slabs of `{0}` are not what they were when it was attached: attach it again")]
     Changed(Name),
-    /// It is unknown whether it was made, or removed.
+    /// It is unknown whether the slab was created or removed.
     #[error(
         "the allocator did not say whether slab `{name}` was made or removed ({error}): attach the allocation again to see"
     )]
@@ -54,14 +54,14 @@ pub enum NamedSlabError {
     },
 }
 
-/// The slabs of a space that have names.
+/// The named slabs of a space.
 pub struct NamedSlabs {
     space: Space,
     owner: Owner,
     allocation: Name,
 }
 
-/// Slabs with names that a space has.
+/// The named slabs that a space knows.
 #[derive(Default)]
 pub(crate) struct Known {
     map: SlabMap,
@@ -70,12 +70,12 @@ pub(crate) struct Known {
 }
 
 impl Known {
-    /// Takes their places in a space in which nothing is carved.
+    /// Takes the places of the named slabs in a space without slabs.
     pub(crate) fn place(map: &SlabMap, carver: &mut Carver) -> Result<Known, MapError> {
         let mut places = BTreeMap::new();
         for (name, place) in &map.slabs {
             let (at, len) = (place.offset, place.len);
-            // The allocator is not trusted to have places of whole chunks only.
+            // Checked, because the allocator is not trusted to send whole chunks only.
             let whole = at.0.is_multiple_of(NAMED_SLAB_LEN_MIN) && len.0 >= NAMED_SLAB_LEN_MIN;
             match carver.carve_at(at.0, len.0) {
                 Ok(slab) if whole => _ = places.insert(name.clone(), slab),
@@ -97,8 +97,8 @@ impl Known {
 }
 
 impl NamedSlabs {
-    /// The named slabs of a space of the attached allocation. Blocks until the allocator has said that they are what
-    /// the space has.
+    /// The named slabs of a space of the attached allocation. Blocks until the allocator has confirmed that the space
+    /// knows their present state.
     ///
     /// # Errors
     /// [`NamedSlabError::Allocator`] or [`NamedSlabError::Changed`].
@@ -111,17 +111,17 @@ impl NamedSlabs {
         }
     }
 
-    /// Names and lengths in bytes of those that there are.
+    /// Names and lengths in bytes of all named slabs.
     pub fn list(&self) -> Vec<(Name, u64)> {
         self.known().map.slabs.iter().map(|(name, place)| (name.clone(), place.len.0)).collect()
     }
 
-    /// Makes one of at least `len` bytes, rounded up to a power of two and to 2 MiB, which holds zeros, and maps it.
-    /// Blocks until the allocator has it written down: from then on it stays until it is removed, whatever happens
-    /// here.
+    /// Creates a slab of at least `len` bytes, rounded up to a power of two and to at least 2 MiB, which holds zeros,
+    /// and maps it. Blocks until the allocator has recorded it: from then on the slab exists until it is removed, even
+    /// if this program fails.
     ///
     /// # Errors
-    /// [`NamedSlabError`]; there is none then, except with [`NamedSlabError::Unknown`].
+    /// [`NamedSlabError`]; the slab does not exist then, except possibly with [`NamedSlabError::Unknown`].
     pub fn create(&self, name: &Name, len: u64) -> Result<Mapping, NamedSlabError> {
         let mut known = self.known();
         if known.map.slabs.contains_key(name) {
@@ -142,7 +142,7 @@ impl NamedSlabs {
                 known.places.insert(name.clone(), slab);
                 self.map(&place, Access::ReadWrite)
             }
-            // Its place stays taken: it may be there.
+            // The place stays taken, because the slab may exist.
             Err(error @ NamedSlabError::Unknown { .. }) => Err(error),
             Err(error) => {
                 self.end(&place, slab)?;
@@ -151,20 +151,20 @@ impl NamedSlabs {
         }
     }
 
-    /// Maps one with what it holds.
+    /// Maps a slab with its content.
     ///
     /// # Errors
-    /// [`NamedSlabError::Missing`], or [`NamedSlabError::Map`] while another mapping of it is there.
+    /// [`NamedSlabError::Missing`], or [`NamedSlabError::Map`] while another mapping of it exists.
     pub fn get(&self, name: &Name, access: Access) -> Result<Mapping, NamedSlabError> {
         let known = self.known();
         let place = known.map.slabs.get(name).ok_or_else(|| NamedSlabError::Missing(name.clone()))?;
         self.map(place, access)
     }
 
-    /// Removes one; what it held is forgotten. Blocks until the allocator has that written down.
+    /// Removes a slab and discards its content. Blocks until the allocator has recorded that.
     ///
     /// # Errors
-    /// [`NamedSlabError`]; it is there as before, except with [`NamedSlabError::Unknown`].
+    /// [`NamedSlabError`]; the slab is unchanged then, except possibly with [`NamedSlabError::Unknown`].
     pub fn remove(&self, name: &Name) -> Result<(), NamedSlabError> {
         let mut known = self.known();
         let place = *known.map.slabs.get(name).ok_or_else(|| NamedSlabError::Missing(name.clone()))?;
@@ -182,7 +182,7 @@ impl NamedSlabs {
         }
     }
 
-    /// Has the allocator write a map down. Where it does not say whether it did, it is asked what it has.
+    /// Makes the allocator record a map. If the answer is lost, asks for the recorded map.
     fn record(&self, map: SlabMap, name: &Name) -> Result<SlabMap, NamedSlabError> {
         let error = match block_on(self.owner.set_slabs(&self.allocation, &map)) {
             Ok(map) => return Ok(map),
@@ -191,30 +191,31 @@ impl NamedSlabs {
         if matches!(&error, AttachError::Allocator(ClientError::Refused(body)) if is_final(body.kind)) {
             return Err(error.into());
         }
-        // A request that has not arrived may still arrive.
+        // If the recorded map is another one, the result is unknown: the request may still arrive.
         match block_on(self.owner.slabs(&self.allocation)) {
             Ok(has) if has == map => Ok(map),
             _ => Err(NamedSlabError::Unknown { name: name.clone(), error }),
         }
     }
 
-    /// Memory that had no owner holds zeros, also where it is looked at in external memory.
+    /// Prepares a place for a new slab. It was free, so it has to read as zeros, also in external memory: from now on
+    /// its content there is valid.
     fn begin(&self, place: &SlabPlace) -> Result<(), NamedSlabError> {
         let (first, pages) = pages_of(place);
         self.space.inner.calls().forget(first, pages);
         self.space.inner.calls().trim(first, pages).map_err(MapError::from)?;
-        // Zeros that were brought ahead of need meanwhile are what is there, too.
+        // Zeros that are fetched ahead meanwhile are right, because external memory has zeros, too.
         self.space.inner.pager.set_kept(first, pages);
         Ok(())
     }
 
-    /// It is nobody's again.
+    /// Frees the place of a slab.
     fn end(&self, place: &SlabPlace, slab: Slab) -> Result<(), NamedSlabError> {
         let (first, pages) = pages_of(place);
         let inner = &self.space.inner;
         inner.pager.set_fresh(first, pages);
         inner.calls().forget(first, pages);
-        // Not given back now is given back with the allocation.
+        // External memory that cannot be freed now is freed with the allocation.
         let _ = inner.calls().trim(first, pages);
         let freed: Result<(), SlabError> = inner.carver().slabs.free(slab);
         Ok(freed.map_err(MapError::from)?)

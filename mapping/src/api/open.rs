@@ -1,4 +1,4 @@
-//! Opening a space: what it is made of is chosen, checked and started.
+//! Opening a space: its parts are chosen, checked and started.
 
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -22,20 +22,20 @@ use crate::page::uffd::{self, Backing, FEATURE_SIGBUS, Uffd};
 use crate::page::window::{BLOCK, PAGE, Window};
 use crate::pager::{Faults, Pager, Shared};
 
-/// Blocks of pages that have left and are kept for the next ones: one of so many in the budget, and most of them (12
-/// MiB).
+/// Number of blocks that keep pages for reuse: one for this number of blocks in the budget, and at most `BLOCKS_MAX`
+/// (12 MiB).
 const BLOCKS_PART: usize = 16;
 const BLOCKS_MAX: usize = 48;
 
-/// Threads that fetch ahead where those that fault do not.
+/// Threads that fetch ahead, if the faulting threads serve their faults themselves.
 const AHEAD_THREADS: usize = 2;
 
 impl Space {
-    /// Shows an allocation at addresses. Reserves addresses, and memory for what is known of each page (12 bytes, and
-    /// 9 in slabs, where pages are used); starts threads. Brings no page.
+    /// Shows an allocation at addresses. Reserves addresses, and memory for the state of each page (12 bytes, and 9
+    /// more in slabs, used only for pages that are used); starts threads. Brings no page into local memory.
     ///
     /// # Errors
-    /// [`MapError::Invalid`] for options that cannot be, [`MapError::Userfaultfd`], or what the system refuses.
+    /// [`MapError::Invalid`] for invalid options, [`MapError::Userfaultfd`], or [`MapError::System`].
     pub fn open(volume: Volume, options: &SpaceOptions) -> Result<Space, MapError> {
         let size = volume.size();
         options.budget.check().map_err(MapError::Invalid)?;
@@ -53,7 +53,7 @@ impl Space {
                 return Err(MapError::Invalid("no threads to bring pages: choose one or more".to_owned()));
             }
             Faults::Handled(threads) => threads.min(64),
-            // They fetch ahead.
+            // Faulting threads fetch by themselves; these threads fetch ahead.
             Faults::Inline => std::thread::available_parallelism().map_or(1, usize::from).min(AHEAD_THREADS),
         };
         let pages = size / PAGE as u64;
@@ -119,8 +119,8 @@ fn check_kept(kept: u64, size: u64) -> Result<(), MapError> {
     }
 }
 
-/// Chooses what pages are in local memory: those that can be moved, where the kernel does that. `XPM_WINDOW` in the
-/// environment, `private` or `shared`, has the one or the other, for tests and comparisons.
+/// Chooses the kind of window: private memory if the kernel can move pages, else shared memory. `XPM_WINDOW` in the
+/// environment, `private` or `shared`, forces the kind, for tests and comparisons.
 fn window(len: usize, wanted: u64, budget: usize) -> Result<Window, MapError> {
     let open = |backing| {
         let uffd = Uffd::new(wanted, backing).map_err(MapError::Userfaultfd)?;
@@ -132,7 +132,7 @@ fn window(len: usize, wanted: u64, budget: usize) -> Result<Window, MapError> {
         Ok("private") => open(Backing::Private),
         Ok("shared") => open(Backing::Shared),
         Ok(other) => Err(MapError::Invalid(format!("XPM_WINDOW is `{other}`: choose private or shared"))),
-        // Limits of the process, too, can be such that there is the other one only.
+        // Not only the kernel's version, also limits of the process can exclude private memory.
         Err(_) => open(Backing::Private).or_else(|_| open(Backing::Shared)),
     }
 }
@@ -147,7 +147,7 @@ fn rand_seed() -> std::io::Result<u64> {
     Ok(u64::from_ne_bytes(bytes))
 }
 
-/// Starts the threads; all or none.
+/// Starts the threads: all of them, or none on an error.
 fn start(
     pager: &Shared,
     volume: &Volume,
@@ -189,7 +189,7 @@ fn seats(pager: &Shared, volume: &Volume) -> Result<Registered, MapError> {
 pub(crate) fn end(pager: &Shared, threads: Vec<JoinHandle<()>>) {
     pager.stop();
     for thread in threads {
-        // A panic of it has been told already.
+        // A panic of the thread was reported when it happened.
         let _ = thread.join();
     }
 }

@@ -6,7 +6,7 @@ use crate::pager::Faults;
 /// How a space is used.
 #[derive(Debug, Clone)]
 pub struct SpaceOptions {
-    /// Local memory that it may use.
+    /// Local memory that the space may use.
     pub budget: Budget,
     /// The threads that fetch pages.
     pub faults: Faults,
@@ -27,19 +27,19 @@ pub enum Access {
 /// How a range will be used; see madvise(2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Advice {
-    /// Nothing is known.
+    /// The use is unknown.
     Normal,
-    /// From the start to the end: it is fetched far ahead.
+    /// The range is used from its start to its end: pages are fetched far ahead.
     Sequential,
-    /// Here and there: nothing is fetched ahead.
+    /// The range is used in no order: no page is fetched ahead.
     Random,
-    /// Soon: it is brought into local memory as far as there is room, without waiting for it.
+    /// The range is used soon: it is brought into local memory as far as there is room. Does not wait for it.
     WillNeed,
-    /// Not soon: it leaves local memory; what was changed is written first. Blocks for that.
+    /// The range is not used soon: it leaves local memory, after changed pages were written. Blocks until then.
     DontNeed,
-    /// It stays in local memory, which it is brought into before this returns. No more than half of the budget can be
-    /// pinned.
+    /// The range is brought into local memory before the call returns, and stays there. At most half of the budget can
+    /// be pinned.
     Pin,
-    /// It need not stay any more.
+    /// The range need not stay in local memory any more.
     Unpin,
 }

@@ -1,9 +1,9 @@
-//! Slabs: pieces of regions that the client carves out on its own, with no message to anyone.
+//! Slabs: pieces of regions that the client carves out by itself, without a message to another machine.
 //!
-//! A buddy system over each region: a slab is a power of two of pages, up to the whole region, and lies
-//! at a multiple of its length. Other lengths are rounded up, by less than twice; in return a slab is
-//! found, split and joined in a number of steps that depends on the region's size only, and a region
-//! whose slabs are all freed is whole again.
+//! A buddy system over each region: a slab has a power of two of pages, up to the whole region, and lies at a multiple
+//! of its length. Other lengths are rounded up, to less than twice the length. In return, a slab is found, split and
+//! joined in a number of steps that depends on the region's size only, and a region whose slabs are all freed is one
+//! free block again.
 //!
 //! Free blocks of each order are in doubly linked lists, whose links are in flat arrays beside the
 //! memory, never in it: it is on another machine. Source of the method: Knuth, The Art of Computer
@@ -27,7 +27,7 @@ pub struct Slab {
     pub len: u64,
 }
 
-/// Why a slab cannot be had or freed.
+/// Why a slab cannot be allocated or freed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
 pub enum SlabError {
     /// No free run of this length is left.
@@ -42,7 +42,7 @@ pub enum SlabError {
     /// A region's length is no power of two from 16 MiB to 64 GiB.
     #[error("a region cannot be {0} bytes long")]
     RegionLength(u64),
-    /// The region is not there.
+    /// The region does not exist.
     #[error("there is no region {0}")]
     NoRegion(u32),
     /// The region has slabs.
@@ -60,8 +60,8 @@ struct Region {
     order: u8,
     /// For each page: whether a block starts there, of which order, free or used.
     heads: Box<[u8]>,
-    /// For each page at which a free block starts: the next and the previous free block of its order. Of others it says
-    /// nothing; zeros take memory only when they are changed.
+    /// For each page at which a free block starts: the next and the previous free block of its order. Other entries
+    /// have no meaning. Entries use memory only after they were changed from zero.
     links: Box<[(u32, u32)]>,
     /// First free block of each order.
     free: [u32; ORDERS],
@@ -70,11 +70,11 @@ struct Region {
     free_pages: u64,
 }
 
-/// Carves slabs out of regions. One thread's own; put a lock around it to share it.
+/// Carves slabs out of regions. For one thread; put a lock around it to share it.
 #[derive(Default)]
 pub struct SlabAllocator {
     regions: Vec<Option<Region>>,
-    /// Where the last slab was found: tried first.
+    /// The region in which the last slab was found; it is tried first.
     last: usize,
 }
 
@@ -100,7 +100,7 @@ impl SlabAllocator {
         Ok(number as u32)
     }
 
-    /// Takes a region away.
+    /// Removes a region.
     ///
     /// # Errors
     /// [`SlabError::RegionInUse`] while it has slabs, [`SlabError::NoRegion`].

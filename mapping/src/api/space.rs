@@ -1,4 +1,4 @@
-//! An allocation at addresses, and what is mapped of it.
+//! [`Space`]: an allocation at addresses, and its mappings.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -22,17 +22,17 @@ use crate::pager::stats::MappingStats;
 use crate::pager::{CHUNK, Shared};
 use xpm_client_core::volume::Volume;
 
-/// An allocation at addresses. Clones are the same; it ends with the last of them and of its mappings, and writes
-/// what was changed of what stays before that.
+/// An allocation at addresses. Clones share the same space. The space ends when the last clone and the last mapping are
+/// dropped; changed pages of mapped ranges are written before.
 #[derive(Clone)]
 pub struct Space {
     pub(crate) inner: Arc<Inner>,
 }
 
-/// Windows of this process. What lies in one is brought by others, and may leave at any time.
+/// The windows of this process. Other threads bring pages into a window, and a page may leave it at any time.
 static WINDOWS: RwLock<Vec<Range<usize>>> = RwLock::new(Vec::new());
 
-/// A window that is in the list until this is dropped.
+/// The entry of a window in [`WINDOWS`]; removed when dropped.
 pub(crate) struct Listed(Range<usize>);
 
 impl Listed {
@@ -49,7 +49,7 @@ impl Drop for Listed {
     }
 }
 
-/// Whether any of these addresses is in a window of this process.
+/// Whether at least one of these addresses lies in a window of this process.
 pub(crate) fn is_external(addresses: Range<usize>) -> bool {
     let windows = WINDOWS.read().unwrap_or_else(PoisonError::into_inner);
     windows.iter().any(|window| addresses.start < window.end && addresses.end > window.start)
@@ -60,9 +60,9 @@ pub(crate) struct Inner {
     pub(crate) pager: Shared,
     pub(crate) calls: Arc<Mutex<Calls>>,
     pub(crate) carver: Mutex<Carver>,
-    /// Slabs with names; nothing else is carved where they are.
+    /// Named slabs, whose places are taken in `carver`.
     pub(crate) named: Mutex<Known>,
-    /// Ranges that are mapped by range, in pages: the first, and the first behind it.
+    /// Mapped ranges, in pages: the first page, and the first page behind the range.
     pub(crate) mapped: Mutex<BTreeMap<u32, u32>>,
     pub(crate) kept: u64,
     pub(crate) size: u64,
@@ -73,9 +73,9 @@ pub(crate) struct Inner {
 }
 
 impl Space {
-    /// Carves a slab of at least `len` bytes out of the allocation and shows it. It holds zeros, and its first page is
-    /// local already where there is room. No message to anyone. It is given back when the mapping is dropped; what it
-    /// held is forgotten.
+    /// Carves a slab of at least `len` bytes out of the allocation, and maps it. The slab holds zeros, and its first
+    /// page is local already if there is room. No message is sent. Dropping the mapping frees the slab and discards its
+    /// content.
     ///
     /// # Errors
     /// [`MapError::Slab`] when no free run is that long.
@@ -85,11 +85,11 @@ impl Space {
         Ok(self.mapping(offset, slab.len, Kind::Slab(slab)))
     }
 
-    /// Shows a range of the allocation with what it holds, which stays. `range` is in bytes, of whole pages, within the
-    /// part that is kept.
+    /// Maps a range of the allocation with its content, which stays in external memory. `range` is in bytes, consists
+    /// of whole pages, and lies within the kept part ([`SpaceOptions::kept`](crate::SpaceOptions::kept)).
     ///
     /// # Errors
-    /// [`MapError::Range`], [`MapError::Unaligned`], [`MapError::Mapped`], or what the system refuses.
+    /// [`MapError::Range`], [`MapError::Unaligned`], [`MapError::Mapped`], or [`MapError::System`].
     pub fn map(&self, range: Range<u64>, access: Access) -> Result<Mapping, MapError> {
         let (start, end) = (range.start, range.end);
         if let Some(odd) = [start, end].into_iter().find(|edge| !edge.is_multiple_of(PAGE as u64)) {
@@ -103,7 +103,7 @@ impl Space {
         self.map_pages(first, behind, access)
     }
 
-    /// Maps pages with what they hold, which stays.
+    /// Maps pages with their content, which stays.
     pub(crate) fn map_pages(&self, first: u32, behind: u32, access: Access) -> Result<Mapping, MapError> {
         let mut mapped = self.inner.mapped();
         let before = mapped.range(..behind).next_back().filter(|(_, other)| **other > first);
@@ -120,13 +120,14 @@ impl Space {
         Ok(self.mapping(start, len, Kind::Range(access)))
     }
 
-    /// A slab with what another mapping holds now, page by page as it is used: writes go to the slab only. The other
-    /// one must be flushed, must not be written to while this one is there, or this one may show either, and is not
-    /// given back before it. Behind the length of the other one are zeros.
+    /// Carves a slab that begins with the content of the mapping `of`. Pages are copied only when they are used, and
+    /// writes go to the slab only. This call flushes `of`. As long as the copy exists, the program must not write to
+    /// `of`: the copy may then show the old or the new content. The memory of `of` is freed only after the copy is
+    /// dropped. Behind the length of `of` the slab holds zeros.
     ///
     /// # Errors
-    /// [`MapError::Slab`], [`MapError::Io`] when the other one cannot be flushed; [`MapError::Invalid`] when it is
-    /// a private copy itself.
+    /// [`MapError::Slab`]; [`MapError::Io`] when `of` cannot be flushed; [`MapError::Invalid`] when `of` is a private
+    /// copy itself, or belongs to another space.
     pub fn private_copy(&self, of: &Mapping) -> Result<Mapping, MapError> {
         if !Arc::ptr_eq(&self.inner, &of.space().inner) || matches!(of.part.kind, Kind::Copy(_)) {
             return Err(MapError::Invalid(
@@ -138,16 +139,16 @@ impl Space {
         let (first, pages) = ((offset / PAGE as u64) as u32, (slab.len / PAGE as u64) as u32);
         let source = of.part.first()..of.part.first() + of.part.pages();
         self.inner.pager.set_lent(first, pages, Some(&source));
-        // Zeros that were brought ahead of need when it was nobody's.
+        // Discards zeros that were fetched ahead while the slab was free.
         self.inner.calls().forget(first, pages);
         Ok(self.copied(offset, slab.len, Kind::Copy(slab), Some(of.part.clone())))
     }
 
-    /// Changes how much local memory may be used; takes effect within moments. A [`Budget::Share`] that
-    /// was chosen at the start goes on to follow what is available.
+    /// Changes the local memory that may be used, in bytes; takes effect within moments. A [`Budget::Share`] that was
+    /// chosen at the start continues to follow the available memory.
     ///
     /// # Errors
-    /// [`MapError::Invalid`] below [`Budget::MIN`], or below twice of what is pinned.
+    /// [`MapError::Invalid`] below [`Budget::MIN`], or below twice the pinned memory.
     pub fn set_budget(&self, bytes: u64) -> Result<(), MapError> {
         Budget::Fixed(bytes).check().map_err(MapError::Invalid)?;
         let pinned = self.inner.pinned.lock().unwrap_or_else(PoisonError::into_inner);
@@ -163,54 +164,55 @@ impl Space {
         Ok(())
     }
 
-    /// What happened so far, and what is there.
+    /// The counters since the start, and the present use of memory.
     pub fn stats(&self) -> MappingStats {
         self.inner.pager.stats()
     }
 
-    /// Why an access or a call could last not be served, or, where all could, a page not be written; none: nothing
-    /// failed. This is how a program learns the cause of a SIGBUS. Takes no lock and allocates nothing, so a handler
-    /// of that signal may call it. Content that was only fetched ahead and failed is not here, for it is tried again;
-    /// [`MappingStats::causes`] counts it.
+    /// The error of the last access or call that failed; if none failed, the error of the last page that could not be
+    /// written; `None` if there was no such error. From this a program learns the cause of a SIGBUS. Takes no lock and
+    /// allocates nothing, so a handler of that signal may call it. Failed fetches ahead of an access are not included,
+    /// because they are tried again; [`MappingStats::causes`] counts them.
     pub fn last_error(&self) -> Option<PageError> {
         self.inner.pager.errors.last()
     }
 
-    /// Writes all that was changed to external memory, and waits until it is there.
+    /// Writes all changed pages to external memory, and waits until they are written.
     ///
     /// # Errors
-    /// [`MapError::Io`]; what could not be written is tried again with the next flush. [`MapError::Gone`].
+    /// [`MapError::Io`]; the next flush tries to write the failed pages again. [`MapError::Gone`] for pages that the
+    /// program discarded.
     pub fn flush(&self) -> Result<(), MapError> {
         Ok(self.inner.calls().flush(0, self.inner.pager.pages.count())?)
     }
 
-    /// Bytes of the allocation that are in no slab, and are not kept for ranges.
+    /// Bytes of the allocation that belong to no slab, and not to the part that is kept for ranges.
     pub fn free_bytes(&self) -> u64 {
         self.inner.carver().slabs.free_bytes()
     }
 
-    /// Size of the allocation in bytes, as it was when it was opened.
+    /// Size of the allocation in bytes, as of the time when the space was opened.
     pub fn size(&self) -> u64 {
         self.inner.size
     }
 
-    /// All addresses that its mappings can have.
+    /// The range of addresses of all mappings: the window.
     pub fn addresses(&self) -> Range<usize> {
         self.inner.listed.0.clone()
     }
 
-    /// Addresses that the library has reserved, besides those of its mappings: nobody else may lock or touch them.
+    /// The addresses that the library has reserved: the window, and ranges that only the library may lock or touch.
     pub fn reserved(&self) -> Vec<Range<usize>> {
         self.inner.pager.window.reserved()
     }
 
-    /// Whether system calls may be given absent pages.
+    /// Whether system calls may access absent pages.
     pub fn serves_system_calls(&self) -> bool {
         self.inner.inline.is_none() && self.inner.pager.window.uffd.reach == Reach::Kernel
     }
 
-    /// A slab that is longer than another one, with what that one holds, where it can grow furthest. Nobody may use
-    /// the other one meanwhile.
+    /// Carves a slab of at least `len` bytes where it can grow furthest, and copies the content of `from` to it. The
+    /// program must not use `from` meanwhile.
     pub(crate) fn moved_to_grow(&self, from: &Mapping, len: u64) -> Result<Mapping, MapError> {
         let (slab, offset) = self.inner.carver().carve_to_grow(len)?;
         let to = self.mapping(offset, slab.len, Kind::Slab(slab));
@@ -261,7 +263,7 @@ impl Inner {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        // Mappings that stay were flushed when they were dropped.
+        // Mapped ranges were flushed when they were dropped.
         end(&self.pager, std::mem::take(&mut self.threads));
     }
 }

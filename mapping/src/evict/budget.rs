@@ -14,17 +14,18 @@ const LEAST: u64 = 16 << 20;
 /// Local memory that a mapping may use as cache.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Budget {
-    /// So many bytes, at least [`Budget::MIN`].
+    /// This number of bytes, at least [`Budget::MIN`].
     Fixed(u64),
-    /// A part of the memory that is available to this process, on the machine and in its cgroups, looked at twice a
-    /// second. While programs wait for memory for more than a tenth of the time, and not less and less, an eighth is
-    /// taken away each time; otherwise it grows by a sixteenth, or shrinks by an eighth, towards the share.
+    /// A part of the memory that is available to this process, on the machine and in its cgroups. The budget is
+    /// adjusted twice a second. While programs wait for memory for more than a tenth of the time, and this wait does
+    /// not decrease, the budget shrinks by an eighth each time; otherwise it grows by a sixteenth, or shrinks by an
+    /// eighth, towards the share.
     Share {
-        /// How much of what is available, from above 0 to 1.
+        /// The part of the available memory: more than 0, at most 1.
         share: f64,
-        /// Bytes that it does not shrink below.
+        /// Lower limit in bytes.
         min: u64,
-        /// Bytes that it does not grow beyond.
+        /// Upper limit in bytes.
         max: u64,
     },
 }
@@ -33,8 +34,7 @@ impl Budget {
     /// Least local memory in bytes.
     pub const MIN: u64 = 256 << 10;
 
-    /// A share in percent, 1 to 100, of the memory that is available: at least 16 MiB, and no more than there is to
-    /// map.
+    /// A share of the available memory in percent, 1 to 100: at least 16 MiB, and at most as much as is mapped.
     pub fn percent(percent: u8) -> Budget {
         Budget::Share { share: f64::from(percent) / 100.0, min: LEAST, max: u64::MAX }
     }
@@ -61,8 +61,7 @@ impl Budget {
         }
     }
 
-    /// For so many bytes that are mapped: a share that is larger than all of them, and what is kept free besides, is
-    /// of no use.
+    /// Limits a share to the size of the mapped memory in bytes, plus the reserve that is kept free: more is useless.
     pub(crate) fn within(self, size: u64) -> Budget {
         match self {
             Budget::Fixed(_) => self,
@@ -74,12 +73,12 @@ impl Budget {
     }
 }
 
-/// Follows what is available.
+/// Adjusts a budget to the available memory.
 pub(crate) struct Governor {
     budget: Budget,
-    /// None where nothing is to be followed.
+    /// None for a fixed budget.
     spare: Option<Spare>,
-    /// Its previous value.
+    /// The previous value of the memory pressure, in percent of time.
     pressure: f64,
 }
 
@@ -92,7 +91,7 @@ impl Governor {
         Ok(Governor { budget, spare, pressure: 0.0 })
     }
 
-    /// Pages to begin with.
+    /// The initial budget in pages.
     pub(crate) fn first(&mut self) -> usize {
         let (min, max) = match self.budget {
             Budget::Fixed(bytes) => return bytes as usize / PAGE,
@@ -103,7 +102,7 @@ impl Governor {
         calm.map_or(min, |seen| self.goal(seen.available, 0).clamp(min, max))
     }
 
-    /// The budget in pages that follows on this one; none where it stays. Reads a few files.
+    /// The next budget in pages; none if it does not change. Reads a few files.
     pub(crate) fn next(&mut self, now: usize, resident: usize) -> Option<usize> {
         let seen = self.spare.as_mut()?.look()?;
         self.after(now, resident, seen)
@@ -115,14 +114,16 @@ impl Governor {
         let goal = self.goal(seen.available, resident);
         let (less, more) = (now - now / 8, now + (now / 16).max(16));
         let next = match seen.pressure > PRESSURE_MAX {
-            // It is an average, which falls for seconds after the last wait.
+            // The pressure is an average, which falls for seconds after the last wait: a falling one is no reason to
+            // shrink further.
             true if seen.pressure < before => now.min(less.max(goal)),
             true => less,
             false if now > goal => less.max(goal),
             false => more.min(goal),
         };
         let next = next.clamp(min as usize / PAGE, max as usize / PAGE);
-        // Faults wait for what has to leave yet, and go on before there is to be still less.
+        // While pages still have to leave to reach the present budget, faults wait for that. The budget shrinks
+        // further only after they could continue.
         let leaves = next < now && resident > now;
         (next != now && !leaves).then_some(next)
     }

@@ -1,4 +1,5 @@
-//! The thread that makes room: takes pages to the shelf, and from there away, what was changed written first.
+//! The thread that makes room: it moves pages from the window to the shelf, and removes them from there, after changed
+//! pages were written to external memory.
 
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -20,27 +21,27 @@ use xpm_client_core::volume::Channel;
 
 /// How long the evictor sleeps when there is nothing to do.
 const TICK: Duration = Duration::from_millis(500);
-/// Most pages that are looked at in one go: moving many costs little more than moving one.
+/// Most pages of one batch: moving many pages costs little more than moving one.
 const BATCH: usize = 256;
-/// What part of the budget that may be: one of so many.
+/// A batch has at most one in this number of the budget's pages.
 const BATCH_PART: usize = 16;
 /// Longest write in pages.
 const WRITE_MAX: u32 = 64;
-/// Writes on their way.
+/// Most writes in flight.
 pub(crate) const DEPTH: usize = 16;
-/// How often the reserve is halved, which grows when it was not enough.
+/// Interval of halving the reserve; it doubles when it was not enough.
 const RELAX: Duration = Duration::from_millis(50);
-/// How long nothing is written after a write failed.
+/// Pause of all writes after a write failed.
 const BACK_OFF: Duration = Duration::from_millis(200);
-/// How long pages are written one by one after some of a run turned out to be lost: a run can lie on several
-/// appliances, and what is on those that are well is not given up.
+/// How long pages are written one by one after a write failed because memory is lost: a run can lie on several
+/// appliances, and the pages on working appliances must not be given up.
 const ONE_BY_ONE: Duration = Duration::from_secs(1);
-/// How long nothing can be taken out of the window, while somebody waits for room, until pages beyond the budget are
+/// If a fault waits for room, and no page can be taken out of the window for this time, pages beyond the budget are
 /// used.
 const STUCK: Duration = Duration::from_millis(100);
-/// What is left to others when that is done, in bytes.
+/// Available memory in bytes that is left to other programs when pages beyond the budget are used.
 const LEFT: u64 = 64 << 20;
-/// How often it is looked whether something was unpinned, while nobody waits for room.
+/// Interval of checking whether the program has unpinned pages, while no fault waits for room.
 const PINNED_LOOK: Duration = Duration::from_millis(100);
 
 pub(crate) struct Evictor {
@@ -51,16 +52,16 @@ pub(crate) struct Evictor {
     writes: Slots<(u32, u32)>,
     ended: Vec<Completion>,
     failed: Option<Instant>,
-    /// When a write last failed for ever.
+    /// Time of the last write that failed with a final error.
     lost: Option<Instant>,
     ticked: Instant,
-    /// Since when nothing could be taken out of the window, for all of it is pinned.
+    /// Start of the time in which no page could be taken out of the window, because all of them are pinned.
     stuck: Option<Instant>,
-    /// Pages that could not be taken out when room was last made.
+    /// Pages that could not be taken out of the window in the last attempt to make room.
     held: usize,
-    /// Said that the budget is exceeded.
+    /// Whether it was logged that the budget is exceeded.
     warned: bool,
-    /// Pages that had been fetched ahead by then.
+    /// Number of pages fetched ahead until the last tick.
     fetched: u64,
 }
 
@@ -109,7 +110,7 @@ impl Evictor {
                 self.sleep(pause);
             }
         }
-        // What is on its way reads the pages.
+        // Writes in flight still read the pages.
         let since = Instant::now();
         while self.writes.used() > 0 && since.elapsed() < Duration::from_secs(2) {
             self.end_writes();
@@ -117,8 +118,8 @@ impl Evictor {
         }
     }
 
-    /// Nothing could be taken away just now. Where that is since all is pinned, those who wait get pages beyond the
-    /// budget as long as the machine has some. How long to sleep.
+    /// Handles an attempt that made no room. If all pages are pinned, waiting faults get pages beyond the budget, as
+    /// long as the machine has memory. Returns how long to sleep.
     fn is_stuck(&mut self) -> Duration {
         let held = self.held > 0 && self.writes.used() == 0 && self.failed.is_none();
         let room = &self.pager.room;
@@ -158,7 +159,8 @@ impl Evictor {
         self.ticked.elapsed() >= TICK
     }
 
-    /// What is seen to now and then.
+    /// The work of every [`TICK`]: frees blocks that are kept for reuse if no page was fetched ahead, and adjusts the
+    /// budget.
     fn tick(&mut self) {
         self.ticked = Instant::now();
         let fetched = self.pager.tallies.prefetched.load(Ordering::Relaxed);
@@ -167,7 +169,7 @@ impl Evictor {
         }
         let room = &self.pager.room;
         if let Some(budget) = self.governor.next(room.budget(), room.resident()) {
-            // What is pinned stays, and the rest needs room.
+            // Pinned pages stay, and the other pages need room, too.
             room.set_budget(budget.max(2 * room.pinned()));
             self.pager.wake_starving();
         }
@@ -179,11 +181,11 @@ impl Evictor {
         }
     }
 
-    /// Makes room until there is enough, or the next tick. False when nothing can be done just now.
+    /// Makes room until there is enough, or the next tick is due. Returns false when it made none.
     fn make_room(&mut self) -> bool {
         let mut any = false;
         self.held = 0;
-        // While room is taken as fast as it is made, the budget has to be looked at all the same.
+        // Ends at the tick even if room is taken as fast as it is made, because the budget has to be adjusted.
         while !self.pager.room.is_ample() && !self.is_tick() && !self.pager.is_stopped() {
             self.take_arrivals();
             let shelved = self.shelve();
@@ -197,7 +199,7 @@ impl Evictor {
         any
     }
 
-    /// Takes pages out of the window. True when it took any.
+    /// Moves pages from the window to the shelf. Returns true when it moved any.
     fn shelve(&mut self) -> bool {
         let budget = self.pager.room.budget();
         let most = BATCH.min(budget / BATCH_PART);
@@ -210,12 +212,12 @@ impl Evictor {
                 Claim::Yours(state) => match state.residency() {
                     Residency::Mapped => batch.push(page),
                     Residency::Shelved => {
-                        // A mark that nobody has touched yet.
+                        // An untouched mark, which was put onto the shelf when it arrived.
                         self.pager.release(page, Residency::Shelved, 0, 0);
                         self.policy.is_shelved(page);
                         any = true;
                     }
-                    // It was given up meanwhile.
+                    // The page left local memory meanwhile.
                     _ => {
                         self.pager.release(page, Residency::Absent, 0, QUEUED);
                         any = true;
@@ -231,7 +233,7 @@ impl Evictor {
         any
     }
 
-    /// Takes pages that are this thread's out of the window. True when any could be taken.
+    /// Moves pages that this thread owns from the window to the shelf. Returns true when any could be moved.
     fn hide(&mut self, first: u32, end: u32) -> bool {
         let (mut at, mut any) = (first, false);
         while at < end {
@@ -252,7 +254,8 @@ impl Evictor {
         any
     }
 
-    /// Lets go what nobody touched on the shelf. True when there was any.
+    /// Removes pages from the shelf that were not touched there: drops clean ones, and starts writing dirty ones.
+    /// Returns true when it made progress.
     fn empty_shelf(&mut self) -> bool {
         let may_write = self.failed.is_none_or(|since| since.elapsed() > BACK_OFF);
         let (mut clean, mut dirty, mut looked) = (Vec::with_capacity(BATCH), Vec::with_capacity(BATCH), 0);
@@ -329,14 +332,15 @@ impl Evictor {
                     let now = Some(Instant::now());
                     if error.is_final() {
                         self.lost = now;
-                        // It would hold the room of those that can still be had.
+                        // The page cannot be saved, and keeping it would take the room of other pages.
                         if run == 1 {
                             let name = &self.pager.name;
                             self.pager.errors.log_once(Once::Unwritten, format_args!(
                                 "xpm: page {first} of allocation `{name}` was changed and cannot be written, so accesses to it are a \
                                  SIGBUS from now on (others like it are not listed): {error}"
                             ));
-                            // What it held is gone, also where external memory never had it: it is no zeros.
+                            // Marked as written, although external memory never had this content: otherwise an
+                            // unwritten page of a slab would count as zeros.
                             self.let_go(first, run, POISONED | WRITTEN);
                             continue;
                         }
@@ -352,7 +356,7 @@ impl Evictor {
         }
     }
 
-    /// Pages that are this thread's leave local memory.
+    /// Removes pages that this thread owns from local memory.
     fn let_go(&mut self, first: u32, run: u32, set: u32) {
         self.pager.window.recycle(first, run);
         for page in first..first + run {

@@ -1,5 +1,5 @@
-//! Making room: which pages leave (`s3fifo`), how they do (`evictor`), and how much local memory there may be
-//! (`budget`).
+//! Making room: the choice of the pages that leave (`s3fifo`), the thread that removes them (`evictor`), and the size
+//! of local memory (`budget`).
 
 pub(crate) mod budget;
 pub(crate) mod evictor;

@@ -1,35 +1,35 @@
-//! Which page goes when local memory runs short.
+//! The choice of pages to evict when local memory runs short.
 //!
-//! Nobody tells when a page in the window is used; it shows only when one that was taken out of the
-//! window, to the *shelf*, is touched there. So this is S3-FIFO with the shelf as its place of probation:
-//! pages come into a small queue, go from its end to the shelf, and from there away, unless they were
-//! touched, which takes them to the main queue. The main queue's end goes to the shelf too. A page
-//! that comes back soon after it left goes to the main queue at once. So a scan passes through the small
-//! queue and pushes nothing out that is used.
+//! The library does not see accesses to a page in the window; it sees an access only when the page was taken out of the
+//! window, to the *shelf* (the inactive list), and is touched there. So this is S3-FIFO with the shelf as its
+//! probation: new pages enter a small queue, move from its end to the shelf, and leave local memory from there; a page
+//! that is touched on the shelf moves to the main queue instead. Pages at the end of the main queue also move to the
+//! shelf. A page that returns soon after it left enters the main queue at once. So a scan passes through the small
+//! queue and evicts no page that is in use.
 //!
 //! Source: Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023; the distance
-//! of a page that comes back as in mm/workingset.c of Linux.
+//! of a returning page as in mm/workingset.c of Linux.
 
 use std::collections::VecDeque;
 
-/// The share of the small queue: one page of so many.
+/// While the small queue has more than one in this number of all queued pages, the next page is taken from it.
 const SMALL_PART: usize = 10;
-/// The share of the inactive list.
+/// The shelf has one in this number of the budget's pages.
 const SHELF_PART: usize = 8;
 
-/// The order in which pages go. Knows numbers of pages only.
+/// The order of eviction. Deals with page numbers only.
 #[derive(Debug, Default)]
 pub(crate) struct Policy {
     small: VecDeque<u32>,
     main: VecDeque<u32>,
     shelf: VecDeque<u32>,
-    /// Pages that went, ever; counted around.
+    /// Number of pages that have left local memory since the start; wraps around, and skips 0.
     gone: u32,
 }
 
 impl Policy {
-    /// A page is in local memory from now on. `left`: when it left before, as [`Policy::goes`] said then; 0 for
-    /// never.
+    /// Adds a page that is in local memory from now on. `left` is the stamp that [`Policy::goes`] returned when the
+    /// page left; 0 if it never left.
     pub(crate) fn comes(&mut self, page: u32, left: u32) {
         let soon = left != 0 && self.gone.wrapping_sub(left) < self.main_len();
         match soon {
@@ -38,12 +38,12 @@ impl Policy {
         }
     }
 
-    /// How many went while a page was away that is still counted as used.
+    /// A page that returns counts as in use if fewer than this number of pages left during its absence.
     fn main_len(&self) -> u32 {
         (self.main.len() + self.shelf.len()).max(self.small.len()) as u32
     }
 
-    /// The next page that is to be taken to the shelf.
+    /// Takes the next page to be moved to the shelf.
     pub(crate) fn next_for_shelf(&mut self) -> Option<u32> {
         let all = self.small.len() + self.main.len();
         let from_small = self.small.len() > all / SMALL_PART || self.main.is_empty();
@@ -53,28 +53,28 @@ impl Policy {
         }
     }
 
-    /// A page was taken to the shelf.
+    /// Records that a page was moved to the shelf.
     pub(crate) fn is_shelved(&mut self, page: u32) {
         self.shelf.push_back(page);
     }
 
-    /// A page is used, and stays.
+    /// Records that a page is in use, and stays.
     pub(crate) fn stays(&mut self, page: u32) {
         self.main.push_back(page);
     }
 
-    /// The page that has been on the shelf for longest.
+    /// Takes the page that has been on the shelf for the longest time.
     pub(crate) fn next_of_shelf(&mut self) -> Option<u32> {
         self.shelf.pop_front()
     }
 
-    /// A page has left local memory; gives the stamp to come back with, never 0.
+    /// Counts a page that has left local memory. Returns the stamp for [`Policy::comes`], never 0.
     pub(crate) fn goes(&mut self) -> u32 {
         self.gone = self.gone.wrapping_add(1).max(1);
         self.gone
     }
 
-    /// Whether the shelf has what it should have of so many pages.
+    /// Whether the shelf has its share of a budget in pages.
     pub(crate) fn is_shelf_full(&self, budget: usize) -> bool {
         self.shelf.len() >= (budget / SHELF_PART).max(1)
     }

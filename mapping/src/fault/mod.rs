@@ -1,5 +1,5 @@
-//! Bringing pages: in the thread that touched one (`sigbus`), in threads of the library (`handler`), and for calls of
-//! the program (`calls`). `fetch` is what the first two share.
+//! Bringing pages into local memory: in the thread that touched a page (`sigbus`), in threads of the library
+//! (`handler`), and for calls of the program (`calls`). The first two share `fetch`; `tend` polls unused channels.
 
 pub(crate) mod calls;
 pub(crate) mod fetch;

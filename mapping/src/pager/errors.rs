@@ -1,6 +1,6 @@
-//! Why pages could not be brought or written: counted by cause, remembered, and logged.
+//! Errors of pages that could not be fetched or written: counted by cause, remembered, and logged.
 //!
-//! Everything here may run in a handler of SIGBUS: it takes no lock and allocates nothing.
+//! All functions here may run in a handler of SIGBUS: they take no lock and allocate nothing.
 
 use std::fmt::{self, Display};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
@@ -10,13 +10,13 @@ use xpm_transport::IoError;
 use crate::page::window::PAGE;
 use crate::say::say;
 
-/// Most lines that are written about accesses that fail: the first ones say why.
+/// Most lines that are written about failed accesses: the first lines show the cause.
 const LINES_MAX: u32 = 16;
-/// Failed pages whose causes are remembered.
+/// Number of last errors that are remembered, for accesses and for writes each.
 const RECENT: usize = 16;
 const CAUSES: usize = IoError::ALL.len() + 2;
 
-/// Why a page could not be brought into local memory, or written to external memory.
+/// Why a page could not be fetched into local memory, or written to external memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
 pub enum Cause {
     /// The operation on external memory failed.
@@ -25,7 +25,7 @@ pub enum Cause {
     /// The program discarded the page by a call of its own, such as madvise(2), and with it what it had written.
     #[error("the program threw it away by a call of its own, such as madvise(2)")]
     Discarded,
-    /// No local memory is left for it, and none can be freed.
+    /// No local memory is left for the page, and none can be freed.
     #[error(
         "all local memory is pinned by the program (io_uring, RDMA, O_DIRECT), and the machine has no more: choose more local memory"
     )]
@@ -56,12 +56,12 @@ impl Cause {
     }
 }
 
-/// A page that could not be brought or written, and why.
+/// A page that could not be fetched or written, and the cause.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PageError {
     /// Byte of the allocation at which the page begins.
     pub offset: u64,
-    /// Why.
+    /// The cause of the error.
     pub cause: Cause,
 }
 
@@ -73,18 +73,18 @@ impl Display for PageError {
 
 impl std::error::Error for PageError {}
 
-/// How often pages could not be brought or written, by cause.
+/// Number of errors by cause.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct ErrorCounts([u64; CAUSES]);
 
 impl ErrorCounts {
-    /// How often this was the cause.
+    /// Number of errors with this cause.
     pub fn of(&self, cause: Cause) -> u64 {
         self.0[cause.index()]
     }
 }
 
-/// What is logged once, since it can concern many pages.
+/// Events that are logged only once, because they can concern many pages.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Once {
     /// An address that only the library may touch was touched. The kernel touches all of them in mlockall(2).
@@ -93,50 +93,51 @@ pub(crate) enum Once {
     Unwritten,
 }
 
-/// What the pager knows of errors.
+/// The errors of a pager.
 #[derive(Default)]
 pub(crate) struct Errors {
     counts: [AtomicU64; CAUSES],
     accesses: Ring,
-    /// Of pages that left local memory, so nothing waited for them. Apart, for there can be many at once.
+    /// Errors of writing pages that left local memory, for which no thread waited. In a ring of their own, because many
+    /// at once must not displace the errors of accesses.
     writes: Ring,
     lines: AtomicU32,
-    /// What of [`Once`] was logged.
+    /// Which events of [`Once`] were logged.
     logged: [AtomicBool; 2],
 }
 
 impl Errors {
-    /// Counts an error of which no access or call of the program depends: what is fetched ahead is tried again when
-    /// it is touched.
+    /// Counts an error on which no access or call of the program depends: a failed fetch ahead is tried again when the
+    /// page is touched.
     pub(crate) fn count(&self, cause: Cause) {
         self.counts[cause.index()].fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Counts the error, and remembers it as that of the page.
+    /// Counts the error, and remembers it for the page.
     pub(crate) fn record(&self, page: u32, cause: Cause) {
         self.count(cause);
         self.remember(page, cause);
     }
 
-    /// Remembers the error as that of the page, whose cause was counted before.
+    /// Remembers an error for the page that was counted before.
     pub(crate) fn remember(&self, page: u32, cause: Cause) {
         self.accesses.push(page, cause);
     }
 
-    /// Counts the error, and remembers it as that of a page that could not be written when it left local memory.
+    /// Counts the error, and remembers it for a page that could not be written when it left local memory.
     pub(crate) fn record_write(&self, page: u32, cause: Cause) {
         self.count(cause);
         self.writes.push(page, cause);
     }
 
-    /// Why this page could last not be used; where that is not remembered any more, why another page could not.
+    /// The last cause for this page; if it is not remembered any more, the last cause for any page.
     pub(crate) fn cause_of(&self, page: u32) -> Option<Cause> {
         let of_page = |ring: &Ring| ring.latest(|known| known == page);
         let found = of_page(&self.accesses).or_else(|| of_page(&self.writes)).or_else(|| self.latest());
         found.map(|(_, cause)| cause)
     }
 
-    /// The last error of an access or a call; where there was none, of a write.
+    /// The last error of an access or a call; if there was none, the last error of a write.
     pub(crate) fn last(&self) -> Option<PageError> {
         let (page, cause) = self.latest()?;
         Some(PageError { offset: u64::from(page) * PAGE as u64, cause })
@@ -150,14 +151,14 @@ impl Errors {
         ErrorCounts(std::array::from_fn(|index| self.counts[index].load(Ordering::Relaxed)))
     }
 
-    /// Writes a line to standard error, unless enough were written.
+    /// Writes a line to standard error, unless [`LINES_MAX`] lines were written already.
     pub(crate) fn log(&self, line: fmt::Arguments<'_>) {
         if self.lines.fetch_add(1, Ordering::Relaxed) < LINES_MAX {
             say(line);
         }
     }
 
-    /// Writes a line to standard error that is written once.
+    /// Writes a line to standard error, unless this event was logged already.
     pub(crate) fn log_once(&self, what: Once, line: fmt::Arguments<'_>) {
         if !self.logged[what as usize].swap(true, Ordering::Relaxed) {
             say(line);
@@ -165,11 +166,12 @@ impl Errors {
     }
 }
 
-/// The last errors. One is the number of the page, above the index of the cause and one.
+/// The last errors. A word has the page's number, and in its low 8 bits one more than the index of the cause; 0 is an
+/// empty word.
 #[derive(Default)]
 struct Ring {
     words: [AtomicU64; RECENT],
-    /// Errors that were remembered, ever.
+    /// Number of errors that were remembered since the start.
     seen: AtomicUsize,
 }
 

@@ -1,58 +1,58 @@
 //! The choice of pages to fetch ahead of their faults.
 //!
-//! A few *streams* are followed at a time. A fault where a stream was expected to go on confirms it, and
-//! doubles how far it is fetched ahead; so does touching its mark, a page in the middle of what was
-//! fetched. Faults that belong to no stream begin one when most of the last ones lie at the same distance from
-//! each other. A stream that is not confirmed is forgotten, and makes the next one begin more
-//! carefully.
+//! A few *streams* of accesses are tracked at a time. A fault at the place where a stream was expected to continue
+//! confirms the stream, and doubles its window (the number of pages that are fetched ahead). A touch of the stream's
+//! mark, a page in the first half of the fetched pages, has the same effect. Faults that belong to no stream begin a
+//! new one when most of the last faults have the same distance from each other. When an unconfirmed stream is
+//! replaced, later streams begin with a shorter window.
 //!
 //! Source: Al Maruf and Chowdhury, "Effectively Prefetching Remote Memory with Leap", USENIX ATC 2020 (majority
 //! of strides, by Boyer and Moore); the mark as PG_readahead in mm/readahead.c of Linux.
 
-/// Streams that are followed.
+/// Number of tracked streams.
 const STREAMS: usize = 8;
-/// Faults whose distances are looked at.
+/// Number of last faults whose distances are compared.
 const HISTORY: usize = 8;
-/// Longest distance in pages that is taken for a stride.
+/// Longest distance in pages that counts as a stride.
 const STRIDE_MAX: i64 = 64;
-/// Pages that a stream is first fetched ahead.
+/// Shortest window in pages.
 const WINDOW_MIN: u32 = 4;
-/// Most pages that a stream is fetched ahead: 4 MiB. Waking a thread and fetching the first of them takes about as
-/// long as touching 300 in a row.
+/// Longest window in pages, 4 MiB. Waking a thread and fetching the first page takes about as long as touching 300
+/// pages in a row.
 pub(crate) const WINDOW_MAX: u32 = 1024;
-/// The share of local memory that may be fetched ahead for a stream: one page of so many.
+/// The window of a stream has at most one in this number of the budget's pages.
 const WINDOW_PART: usize = 16;
 
-/// Fewest pages that two threads fetch sooner than one.
+/// Fewest pages that two threads fetch faster than one thread.
 const HALVED_MIN: u32 = 128;
 
 /// The program's advice about a range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) enum Habit {
-    /// Nothing.
+    /// No advice.
     #[default]
     Normal,
-    /// From the start to the end.
+    /// Accesses run from the start to the end.
     Sequential,
-    /// Here and there: nothing is fetched ahead.
+    /// Accesses have no order: no page is fetched ahead.
     Random,
 }
 
-/// Pages to fetch: `count` of them from `first`, each `stride` behind the last.
+/// Pages to fetch ahead: `count` pages from `first`, each `stride` pages behind the previous one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Ahead {
     pub(crate) first: u32,
     pub(crate) count: u32,
     pub(crate) stride: i32,
-    /// One page of them asks for more when it is touched.
+    /// Whether one of the pages is to be the mark, whose touch requests more pages.
     pub(crate) marked: bool,
-    /// That page, where it was chosen already; it may be fetched, too.
+    /// The mark, if it was chosen already; it may be fetched already, too.
     pub(crate) marked_at: Option<u32>,
 }
 
 impl Ahead {
-    /// The page that, when it is touched, asks for more: in the first half, so that there is time. Only of
-    /// pages that lie one behind the other.
+    /// The mark: the page whose touch requests more pages. It lies in the first half, so that there is time to fetch
+    /// them. Only runs of consecutive pages have a mark.
     pub(crate) fn mark(&self) -> Option<u32> {
         if self.marked_at.is_some() {
             return self.marked_at;
@@ -61,7 +61,7 @@ impl Ahead {
             .then_some(self.first + self.count / 4)
     }
 
-    /// In two, where two threads have it sooner than one.
+    /// Splits a long run in two, for two threads.
     pub(crate) fn halves(self) -> (Ahead, Option<Ahead>) {
         if self.count < HALVED_MIN || self.stride != 1 {
             return (self, None);
@@ -80,7 +80,7 @@ impl Ahead {
 
 #[derive(Debug, Clone, Copy, Default)]
 struct Stream {
-    /// The first page that was not fetched ahead; 0 for no stream.
+    /// The first page that was not fetched ahead.
     next: u32,
     stride: i32,
     window: u32,
@@ -88,16 +88,16 @@ struct Stream {
     used: u64,
 }
 
-/// Looks at faults and says what will be needed.
+/// Predicts from faults which pages will be needed.
 #[derive(Debug)]
 pub(crate) struct Prefetcher {
-    /// Most pages that a stream is fetched ahead now.
+    /// Longest window of a stream in pages, for the present budget.
     most: u32,
     streams: [Stream; STREAMS],
     history: [u32; HISTORY],
     seen: usize,
     clock: u64,
-    /// Streams that were never confirmed, less those that were.
+    /// Number of replaced streams that were never confirmed, minus the confirmed ones; 0 to 4.
     doubt: u32,
 }
 
@@ -109,12 +109,12 @@ impl Default for Prefetcher {
 }
 
 impl Prefetcher {
-    /// So many pages may be in local memory.
+    /// Adjusts the longest window to a budget in pages.
     pub(crate) fn limit(&mut self, budget: usize) {
         self.most = (budget / WINDOW_PART).clamp(WINDOW_MIN as usize * 2, WINDOW_MAX as usize) as u32;
     }
 
-    /// A page was missing and is being fetched: what should be fetched with it.
+    /// Records a fault on a page. Returns the pages to fetch with it.
     pub(crate) fn fault(&mut self, page: u32, habit: Habit) -> Option<Ahead> {
         if habit == Habit::Random {
             return None;
@@ -130,7 +130,7 @@ impl Prefetcher {
         self.history[self.seen % HISTORY] = page;
         self.seen += 1;
         let stride = stride?;
-        // Doubt asks for a longer row of faults, by way of a shorter window.
+        // With doubt the first window is shorter, so the stream needs more faults to grow.
         let window = match habit {
             Habit::Sequential => self.most / 4,
             _ => (WINDOW_MIN * 2) >> self.doubt.min(2),
@@ -138,7 +138,7 @@ impl Prefetcher {
         self.begin(page, stride, window)
     }
 
-    /// A mark was touched.
+    /// Records the touch of a mark. Returns the next pages to fetch.
     pub(crate) fn touched(&mut self, page: u32) -> Option<Ahead> {
         self.clock += 1;
         let behind =
@@ -148,7 +148,7 @@ impl Prefetcher {
         Some(self.go_on(index, from))
     }
 
-    /// Pages that were to be fetched will not be: their stream goes on where they begin.
+    /// Records that these pages will not be fetched ahead: their stream continues at the first of them.
     pub(crate) fn forgo(&mut self, ahead: Ahead) {
         let first = i64::from(ahead.first);
         let stream = self.streams.iter_mut().find(|stream| {
@@ -161,7 +161,7 @@ impl Prefetcher {
         }
     }
 
-    /// The stream in whose way a page lies: where it goes on, or a little further.
+    /// The stream that a page continues: at the expected page, or up to one stride behind it.
     fn stream_of(&self, page: u32) -> Option<usize> {
         let page = i64::from(page);
         self.streams.iter().position(|stream| {
@@ -176,7 +176,7 @@ impl Prefetcher {
             self.doubt = self.doubt.saturating_sub(1);
         }
         stream.window = (stream.window * 2).min(self.most);
-        // Far strides are single pages each.
+        // With a stride above one, each page is a read of its own, so the window stays short.
         let window = if stream.stride == 1 { stream.window } else { stream.window.min(WINDOW_MIN * 2) };
         stream.used = self.clock;
         let first = offset(page, stream.stride, 1);
@@ -195,7 +195,7 @@ impl Prefetcher {
         Some(Ahead { first: offset(page, stride, 1), count: window, stride, marked: true, marked_at: None })
     }
 
-    /// The distance at which most of the last faults lie, this one included.
+    /// The distance that most of the last faults, including this one, have from each other.
     fn majority(&self, page: u32) -> Option<i32> {
         let known = self.seen.min(HISTORY);
         let at = |back: usize| match back {
@@ -217,7 +217,8 @@ impl Prefetcher {
     }
 }
 
-/// Beyond either end it stays there, which is outside of every window or refused by it.
+/// The page `steps` strides behind `page`, clamped to 0 and `u32::MAX`. A page behind the end of the window is not
+/// fetched.
 fn offset(page: u32, stride: i32, steps: u32) -> u32 {
     let target = i64::from(page) + i64::from(stride) * i64::from(steps);
     u32::try_from(target.max(0)).unwrap_or(u32::MAX)

@@ -1,4 +1,4 @@
-//! What happened in a space, counted.
+//! Counters of the events in a space.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -6,7 +6,7 @@ use super::errors::ErrorCounts;
 use super::room::Room;
 use crate::page::window::PAGE;
 
-/// What happened in a space, and what it has.
+/// The counters of a space, and its present use of local memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub struct MappingStats {
@@ -18,11 +18,11 @@ pub struct MappingStats {
     pub faults: u64,
     /// Pages fetched from external memory.
     pub fetched: u64,
-    /// Those of them that were fetched ahead.
+    /// Fetched pages that were fetched ahead of an access.
     pub prefetched: u64,
     /// Pages that were never written, and so filled with zeros.
     pub zeroed: u64,
-    /// Pages that were touched after they had been taken out of the window, and before they left.
+    /// Pages that were touched after they had been taken out of the window, and before they left local memory.
     pub touched: u64,
     /// Pages that left local memory unchanged.
     pub dropped: u64,
@@ -32,7 +32,7 @@ pub struct MappingStats {
     pub waits: u64,
     /// Operations on external memory that failed.
     pub errors: u64,
-    /// The same by cause, and accesses that failed for a cause of another kind.
+    /// Failures by cause: failed operations on external memory, and accesses that failed for another cause.
     pub causes: ErrorCounts,
 }
 
