@@ -472,7 +472,8 @@ impl Table {
         let state = self.shared.lock();
         let id = state.ledger.find(key)?;
         let lease = state.leases.get(&id).filter(|lease| lease.is_alive())?;
-        // A process that has the memory mapped can replace its pages, which a device would not notice.
+        // RDMA access ends first: a process that has the memory mapped can free its pages, and a device would continue
+        // to use the old ones.
         self.shared.sharing(id);
         // Under the lock: when the grant begins to close, it is known which of its regions are shared.
         let is_new = lease.regions().iter().any(|memory| !memory.is_shared());

@@ -1,7 +1,7 @@
-//! Handlers of a signal that call the one before them.
+//! [`Chain`]: a signal handler that passes signals on to the handler that was installed before it.
 //!
-//! Several parts of a process handle SIGBUS: the copies of [`crate::sound`], faults in line of a mapping, and
-//! the program itself. Each handler ends the faults that it knows and passes the others on.
+//! Several parts of a process handle SIGBUS: the copies of [`crate::sound`], a mapping whose faults are served in the
+//! faulting thread, and the program itself. Each handler serves the faults that belong to it and passes the others on.
 
 #![allow(unsafe_code)]
 
@@ -26,8 +26,9 @@ impl Chain {
         Chain { before: OnceLock::new(), installing: Mutex::new(()) }
     }
 
-    /// Installs `handler`, once; later calls do nothing. It runs on the stack of the thread, with all signals
-    /// blocked but `signal` itself: the handler may make an access that another handler of the chain ends.
+    /// Installs `handler`, once; later calls do nothing. The handler runs on the stack of the thread. All signals are
+    /// blocked meanwhile, except `signal` itself: the handler may make an access whose fault another handler of the
+    /// chain serves.
     ///
     /// # Errors
     /// When the kernel refuses the handler.
@@ -46,7 +47,7 @@ impl Chain {
             libc::sigfillset(&raw mut ours.sa_mask);
             libc::sigdelset(&raw mut ours.sa_mask, signal);
         }
-        // The action before is known before the handler can run.
+        // The previous action is stored before the handler can run, because the handler needs it.
         // SAFETY: only reads the action.
         if unsafe { libc::sigaction(signal, std::ptr::null(), &raw mut before) } != 0 {
             return Err(io::Error::last_os_error());
@@ -59,8 +60,8 @@ impl Chain {
         }
     }
 
-    /// Calls the handler that was there before. False when there was none: the signal has its default action
-    /// from now on, so the access that is made again ends the process. For use in the handler.
+    /// Calls the previous handler. Returns false when there was none: the signal has its default action from now on, so
+    /// the repeated access ends the process. For use in the handler only.
     ///
     /// # Safety
     /// The arguments must be those that the kernel passed to the handler.

@@ -42,9 +42,9 @@ impl Spin {
         !self.now.is_zero()
     }
 
-    /// Called after a turn; `busy` says whether the turn had work. Returns whether to poll again rather than
-    /// block. Where waits do not begin with polling, a busy turn need not poll for more work: the blocking
-    /// call reports it.
+    /// Called after a turn; `busy` says whether the turn had work. Returns whether to poll again rather than block.
+    /// While polling is switched off ([`Spin::looks`] is false), it says to block even after a busy turn: if there is
+    /// more work, the blocking call returns at once.
     pub fn looks_again(&mut self, busy: bool) -> bool {
         if busy {
             self.reset();

@@ -10,8 +10,8 @@ use crate::lease::Lease;
 
 /// A server that can shut the clients of a grant out.
 pub trait Fence: Send + Sync {
-    /// Closes the connections of the group. Returns, when their accesses have ended, the number of clients
-    /// that may still access the memory.
+    /// Closes the connections of the group, and waits until their accesses have ended. Returns the number of clients
+    /// for which that is not known, and which may still access the memory.
     fn close_group(&self, group: u128) -> usize;
 
     /// Number of the group's connections.

@@ -103,8 +103,8 @@ impl Lost {
     }
 }
 
-/// Reports a line to a program that may be killed by its subject: in the program's log, or on standard error
-/// if it has no log, as most programs that use the C library.
+/// Reports an event that may end the program: in the program's log, or on standard error if the program has no log, as
+/// most programs that use the C library.
 fn tell(line: &str) {
     match tracing::dispatcher::has_been_set() {
         true => tracing::error!("{line}"),
@@ -115,7 +115,7 @@ fn tell(line: &str) {
 struct Follow {
     owner: Owner,
     name: Name,
-    /// The knowledge at the time of the first map.
+    /// The client's knowledge of the allocation when it began with its first map.
     known: Known,
     /// Version of the present map.
     version: Arc<AtomicU64>,

@@ -24,7 +24,8 @@ pub use self::mover::{Mover, TailError};
 
 /// Time limit for connecting to new appliances.
 pub const CONNECT_LIMIT: Duration = Duration::from_secs(20);
-/// Time limit of the allocator for making a client the owner: it is long because shared memory is moved then.
+/// Time limit for the allocator's answer to a client that becomes the owner: long, because appliances move shared
+/// memory before the allocator answers.
 const OWN_LIMIT: Duration = Duration::from_secs(60);
 /// Shortest and longest pause before the allocator is asked again.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
