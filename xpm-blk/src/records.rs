@@ -36,10 +36,11 @@ pub(crate) const VERSION: u32 = 4;
 /// The version of an owner's record, which older programs understand.
 const VERSION_OF_OWNER: u32 = 3;
 
-/// Number of generations between the first connections of two lives of a device. A life needs more only if it
-/// lasts longer than that many seconds, or if a reachable appliance disconnects it again and again.
+/// Least distance between the first generations of two lives of a device. The first generation is also at least the
+/// present time in seconds, so a life of n seconds may use n generations more than this without a collision. A life
+/// uses more than that only if a reachable appliance disconnects it again and again.
 const LIFE_GENERATIONS: u32 = 1 << 12;
-/// The same, where lives may have begun that were not recorded.
+/// As [`LIFE_GENERATIONS`], if lives may have begun that were not recorded.
 const LIVES_GENERATIONS: u32 = 1 << 16;
 
 /// A shown allocation, with all information to show it again.

@@ -63,8 +63,8 @@ impl Pulse {
     fn poke(&self) {
         // The write fails only when the counter is full, and then the descriptor is readable as well.
         let _ = rustix::io::write(&self.poke, &1_u64.to_ne_bytes());
-        // Set after the write: a thread that reads in between would otherwise find the descriptor readable
-        // again and again without a request.
+        // Set after the write. In the opposite order, the thread could answer between the two steps; the descriptor
+        // would then stay readable without a request, and would wake the thread again and again.
         self.asked.store(true, Ordering::Release);
     }
 }
