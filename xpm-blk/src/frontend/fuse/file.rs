@@ -1,4 +1,4 @@
-//! The one file of a mount: what the kernel asks of it besides its data.
+//! The only file of a mount: the answers to the kernel's requests other than data.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -11,24 +11,25 @@ use xpm_fuse::{Errno, Negotiated, Wanted};
 
 use super::Mounted;
 
-/// What is allocated at a time, as stat(2) tells programs: a page.
+/// The block length that stat(2) reports: a page.
 const BLOCK_LEN: u32 = 4096;
-/// Requests that nobody waits for which the kernel may have under way: write-back and read-ahead of a whole machine.
+/// Most background requests of the kernel in flight (no program waits for them): write-back and read-ahead of a whole
+/// machine.
 const BACKGROUND_MAX: u16 = 1024;
 
 /// The file. Shared by all queues; none of its fields takes a lock.
 #[derive(Debug)]
 pub(super) struct File {
-    /// In bytes.
+    /// The size in bytes.
     size: AtomicU64,
     mounted: Mounted,
     made: Timestamp,
-    /// Times as the kernel tells them, in nanoseconds since 1970: it keeps them itself while the file is cached.
+    /// Times in nanoseconds since 1970, as the kernel sets them: it maintains them itself while the file is cached.
     modified: AtomicU64,
     changed: AtomicU64,
 }
 
-/// An answer, as bytes to be sent. Long enough for any that a file has.
+/// An answer as bytes. The array is long enough for every answer of a file.
 pub(super) struct Answer {
     bytes: [u8; 160],
     len: usize,
@@ -41,7 +42,7 @@ impl Answer {
         Answer { bytes, len: N }
     }
 
-    /// What is sent; nothing where the request has no answer.
+    /// The bytes to send; empty if the request has no answer.
     pub(super) fn bytes(&self) -> &[u8] {
         &self.bytes[..self.len]
     }
@@ -60,7 +61,7 @@ impl File {
         }
     }
 
-    /// In bytes.
+    /// The size in bytes.
     pub(super) fn size(&self) -> u64 {
         self.size.load(Ordering::Acquire)
     }
@@ -69,7 +70,7 @@ impl File {
         self.size.store(size, Ordering::Release);
     }
 
-    /// Answers everything but what reads, writes and flushes data.
+    /// Answers all requests except those that read, write, free or flush data.
     pub(super) fn answer(&self, request: &Request<'_>) -> Answer {
         let unique = request.header.unique;
         let done = || Answer::of(reply::empty(unique));
@@ -114,7 +115,8 @@ impl File {
         }
     }
 
-    /// The size is the allocation's, and permissions and owner are those of the file that the mount lies on.
+    /// Changes times. Refuses other changes: the size is the allocation's, and permissions and owner are those of the
+    /// file that the mount lies on.
     fn change(&self, change: &Setattr) -> Result<(), Errno> {
         let mounted = &self.mounted;
         let kept = change.size.is_none_or(|size| size == self.size())
@@ -154,7 +156,7 @@ impl File {
         }
     }
 
-    /// The whole allocation is reserved, so nothing of it is free.
+    /// The sizes for statfs(2). The whole allocation is reserved, so no block is free.
     fn sizes(&self) -> Statfs {
         Statfs {
             blocks: self.size() / u64::from(BLOCK_LEN),
@@ -166,8 +168,8 @@ impl File {
         }
     }
 
-    /// External memory does not tell which parts hold nothing, so all of the file counts as data, and the one hole is behind
-    /// its end (lseek(2) allows that).
+    /// Answers lseek(2) for data and holes. The holes of external memory are not known here, so the whole file counts
+    /// as data, and the only hole is behind its end (lseek(2) allows that).
     fn seek(&self, seek: Lseek) -> Result<u64, Errno> {
         let offset =
             u64::try_from(seek.offset).ok().filter(|&offset| offset < self.size()).ok_or(Errno::NXIO)?;
@@ -178,7 +180,7 @@ impl File {
     }
 }
 
-/// What is asked of the kernel for a mount whose requests have data of at most `io_len` bytes.
+/// The parameters to negotiate for a mount whose requests have at most `io_len` bytes of data.
 pub(super) fn wanted(io_len: u32) -> Wanted {
     Wanted {
         max_write: io_len,
@@ -194,7 +196,7 @@ pub(super) fn now() -> Timestamp {
     Timestamp { seconds: since.as_secs().cast_signed(), nanoseconds: since.subsec_nanos() }
 }
 
-/// Times before 1970 and after 2554 become the nearest one that there is.
+/// Nanoseconds since 1970. Times before 1970 and after 2554 become the nearest time that can be represented.
 pub(super) fn to_nanoseconds(time: Timestamp) -> u64 {
     let seconds = u64::try_from(time.seconds).unwrap_or_default();
     seconds.saturating_mul(1_000_000_000).saturating_add(u64::from(time.nanoseconds))

@@ -1,7 +1,7 @@
-//! The buffers of one queue, in which requests come from the kernel and answers leave.
+//! The buffers of a queue, for the kernel's requests and their answers.
 //!
-//! In each of them the data of a WRITE and of the answer to a READ begin at a page, and what stands before them (the
-//! headers) ends there. So data are neither moved nor copied here, and lie aligned for transports.
+//! In each buffer, the data of a WRITE and of the answer to a READ begin at a page border, and the headers end there.
+//! So data are neither moved nor copied here, and are aligned for transports.
 
 #![allow(unsafe_code)]
 
@@ -14,11 +14,11 @@ use xpm_transport::io::IoBuf;
 
 use crate::frontend::buffers::Buffers;
 
-/// Where data begin within a buffer, in bytes.
+/// Offset of the data within a buffer, in bytes.
 const DATA: usize = 4096;
-/// Where a request begins, so that the data of a WRITE begin at [`DATA`].
+/// Offset of a request, so that the data of a WRITE begin at [`DATA`].
 const REQUEST: usize = DATA - WRITE_DATA_OFFSET;
-/// Where an answer begins, so that what follows its header begins at [`DATA`].
+/// Offset of an answer, so that the data behind its header begin at [`DATA`].
 const ANSWER: usize = DATA - OUT_HEADER_LEN;
 
 /// Length of a buffer for data of at most `io_len` bytes.
@@ -26,7 +26,7 @@ pub(super) const fn buffer_len(io_len: u32) -> usize {
     DATA + io_len as usize
 }
 
-/// The buffers, each in the hands of the queue or lent to an operation.
+/// The buffers. Each is either owned by the queue or lent to an operation.
 pub(super) struct Requests {
     buffers: Buffers,
     io_len: usize,
@@ -45,7 +45,7 @@ impl Requests {
         self.buffers.all()
     }
 
-    /// Reads a request into a buffer; its length.
+    /// Reads a request into a buffer; returns its length.
     ///
     /// # Panics
     /// When the buffer is lent.
@@ -69,7 +69,7 @@ impl Requests {
         }
     }
 
-    /// Puts a request into a buffer that was received before.
+    /// Copies a request that was received before into a buffer.
     ///
     /// # Panics
     /// When the buffer is lent, or is shorter.
@@ -83,8 +83,8 @@ impl Requests {
     /// When the buffer is lent, or is shorter.
     pub(super) fn request(&self, tag: u16, len: usize) -> &[u8] {
         let buffer = self.own(tag, REQUEST, len);
-        // SAFETY: mapped and readable for its length; no operation writes to it (asserted by `own`), and through this
-        // value none is begun while it is borrowed.
+        // SAFETY: mapped and readable for its length. No operation writes to it (asserted by `own`), and none can begin
+        // during the borrow, because `lend` needs `&mut self`.
         unsafe { std::slice::from_raw_parts(buffer.as_ptr(), buffer.len()) }
     }
 
@@ -98,7 +98,7 @@ impl Requests {
         buffer
     }
 
-    /// The operation that a buffer was lent to has ended.
+    /// Takes a buffer back, after the operation that it was lent to has ended.
     pub(super) fn take_back(&mut self, tag: u16) {
         self.lent[usize::from(tag)] = false;
     }

@@ -1,17 +1,17 @@
-//! A file that this process serves over the bare FUSE protocol: its root is the file itself, mounted on an empty regular
-//! file, so that the file has one path and its mount no directory.
+//! A file that this process serves over the bare FUSE protocol. The root of the mount is the file itself, and the mount
+//! lies on an empty regular file: so the file has a single path, and there is no directory.
 //!
-//! The kernel's page cache is the local memory: pages are charged to the memory cgroup of whoever touches them first. What
-//! is not in the cache comes by READ, and what has changed leaves by WRITE; both go to the volume. A hole that is punched is
-//! a TRIM.
+//! The kernel's page cache is the local memory: a page is charged to the memory cgroup of the process that touches it
+//! first. A page that is not in the cache arrives by READ, and a changed page leaves by WRITE; both go to the volume.
+//! Punching a hole is a TRIM.
 //!
-//! The mount outlives its server. All processes that may have to continue hold the one descriptor: the standby, the
-//! successor, and the service manager ([`crate::kept`]). Whoever continues has the kernel send again what the dead process
-//! had read and not answered (`FUSE_NOTIFY_RESEND`); that late writes of the dead one do not land behind the new one's is
-//! seen to by the channels, as for ublk.
+//! The mount outlives its server. All processes that may have to take over hold its descriptor: the standby, the
+//! successor, and the service manager ([`crate::kept`]). The process that takes over makes the kernel send the requests
+//! again that the dead process had read and not answered (`FUSE_NOTIFY_RESEND`). The channels ensure that late writes
+//! of the dead process do not land behind those of the new one, as with ublk.
 //!
-//! * `memory.rs`: the buffers of a queue. `queue.rs`: its thread. `file.rs`: what is asked besides data. `users.rs`: who has
-//!   the file open.
+//! * `memory.rs`: the buffers of a queue. `queue.rs`: the thread of a queue. `file.rs`: requests other than data.
+//!   `users.rs`: the programs that have the file open.
 //! * `tree/`: a directory in which each file has an allocation of its own.
 
 mod file;
@@ -47,13 +47,13 @@ use crate::error::{DeviceError, Step};
 use crate::lifecycle;
 use crate::watch::Pulse;
 
-/// Length of a page, in bytes: what the appliance gives back at a time.
+/// Length of a page in bytes: the unit in which the appliance frees memory.
 const PAGE: u64 = 4096;
 
-/// What a mount was made with; a successor needs it, for there is no second negotiation.
+/// The parameters that a mount was made with. A successor needs them, because there is no second negotiation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Mounted {
-    /// Data of one request at most, in bytes.
+    /// Most data of one request, in bytes.
     pub(crate) io_len: u32,
     /// Permissions, owner and group of the file that the mount lies on, which are those of the mounted file.
     pub(crate) mode: u32,
@@ -61,11 +61,11 @@ pub(crate) struct Mounted {
     pub(crate) gid: u32,
 }
 
-/// How a file comes to be mounted.
+/// The parameters of mounting a file.
 pub(crate) struct Mounting<'a> {
     pub(crate) name: &'a str,
     pub(crate) path: &'a Path,
-    /// The descriptor and the facts of a mount that another process served.
+    /// The descriptor and the parameters of a mount that another process served.
     pub(crate) left: Option<(OwnedFd, Mounted)>,
     /// Changed pages that the kernel keeps before their writers wait, in bytes.
     pub(crate) dirty_budget: u64,
@@ -80,7 +80,7 @@ pub(crate) struct FuseFile {
     file: Arc<File>,
     device: Arc<Device>,
     give_up: Arc<OwnedFd>,
-    /// The kernel has ended the mount.
+    /// Whether the kernel has ended the mount.
     ended: Arc<AtomicBool>,
     queues: Mutex<Vec<JoinHandle<()>>>,
 }
@@ -89,7 +89,7 @@ impl FuseFile {
     /// Serves a volume as a file: by the mount that a dead process left, or by a new one. Blocks until it can be used.
     ///
     /// # Errors
-    /// [`ErrorKind::Unsupported`] where the kernel has no FUSE, [`ErrorKind::Conflict`] where there is something at the path.
+    /// [`ErrorKind::Unsupported`] if the kernel has no FUSE, [`ErrorKind::Conflict`] if the path has other content.
     pub(crate) fn show(
         volume: Volume,
         shape: &Shape,
@@ -116,8 +116,9 @@ impl FuseFile {
         })
     }
 
-    /// Tells the kernel size and time of a new mount's file. It believes no answer about them, since it keeps them itself while it
-    /// caches written pages, and begins with an empty file of 1970; so they are set as a program would set them.
+    /// Sets size and time of a new mount's file, in the way of a program. The kernel begins with an empty file of 1970,
+    /// and ignores size and time in this server's answers, because it maintains both itself while it caches written
+    /// pages.
     fn begin(&self) -> Result<(), DeviceError> {
         self.set_size(self.volume.size())
     }
@@ -196,7 +197,7 @@ struct Prepared {
     device: Device,
     mounted: Mounted,
     connection: Connection,
-    /// Another process served it.
+    /// Whether another process served the mount before.
     takes_over: bool,
 }
 
@@ -204,7 +205,7 @@ struct Prepared {
 fn prepare(mounting: &mut Mounting<'_>, shape: &Shape, root: RootKind) -> Result<Prepared, DeviceError> {
     let path = mounting.path;
     let left = mounting.left.take().and_then(|(device, mounted)| {
-        // Where the mount is gone its descriptor serves nobody.
+        // If the mount is gone, its descriptor is useless.
         Some((device, mounted, Connection::at(path).ok()?))
     });
     let takes_over = left.is_some();
@@ -218,15 +219,16 @@ fn prepare(mounting: &mut Mounting<'_>, shape: &Shape, root: RootKind) -> Result
     Ok(Prepared { device, mounted, connection, takes_over })
 }
 
-/// Has the kernel send again what a dead process had read and not answered. Before anything is read here: that would be
-/// sent again as well.
+/// Makes the kernel send the requests again that a dead process had read and not answered. To be called before this
+/// process reads a request, which would be sent again as well.
 fn resend(device: &Device, path: &Path) -> Result<(), DeviceError> {
     let sent = device.notify(&[IoSlice::new(&notify::resend())]);
     sent.at(format!("{}: have requests sent again", path.display()))
 }
 
-/// Page faults read what is asked for and nothing around it, and dirty memory has a budget of its own: the kernel's
-/// default for FUSE is 1 % of the machine's limit, which throttles writers to almost nothing.
+/// Configures the page cache of the mount: a page fault reads only the requested pages, without read-ahead; and dirty
+/// memory has a budget of its own, because the kernel's default for FUSE is 1 % of the machine's limit, which throttles
+/// writers to almost no progress.
 fn limit(connection: Connection, path: &Path, dirty_budget: u64) {
     let settings = BdiSettings {
         read_ahead_kb: Some(0),
@@ -239,7 +241,8 @@ fn limit(connection: Connection, path: &Path, dirty_budget: u64) {
     }
 }
 
-/// Mounts a file or a tree, on an empty file or a directory that is made where there is none.
+/// Mounts a file on an empty file, or a tree on an empty directory; creates that file or directory if it does not
+/// exist.
 fn mount(
     name: &str,
     path: &Path,
@@ -312,7 +315,7 @@ fn mount(
     }
 }
 
-/// Ends a mount. With `force` its I/O fails, and what programs have open of it ends; `give_up` is what wakes its queues.
+/// Ends a mount. With `force`, its I/O fails, also on files that programs have open; `give_up` wakes its queues.
 fn unmount_or_abort(
     path: &Path,
     connection: Connection,
@@ -323,11 +326,11 @@ fn unmount_or_abort(
         rustix::io::write(give_up, &1_u64.to_ne_bytes()).at("wake the queues")?;
     }
     let unmounted = match force {
-        // What programs have open ends with the connection.
+        // Files that programs have open end with the connection.
         true => xpm_fuse::unmount_lazily(path),
         false => xpm_fuse::unmount(path),
     };
-    // Somebody else may have done it.
+    // Another program may have unmounted it.
     if let Err(error) = unmounted
         && Connection::at(path).is_ok()
     {
@@ -339,7 +342,7 @@ fn unmount_or_abort(
     Ok(())
 }
 
-/// Removes a mount that nobody uses yet.
+/// Removes a mount that is not in use yet.
 fn take_off(path: &Path) {
     if let Err(error) = xpm_fuse::unmount_lazily(path) {
         tracing::warn!("{error}");
@@ -347,10 +350,10 @@ fn take_off(path: &Path) {
     remove_below(path);
 }
 
-/// Removes the file that a mount lay on, if that is empty.
+/// Removes the file that a mount lay on, if the file is empty.
 fn remove_below(path: &Path) {
     if fs::symlink_metadata(path).is_ok_and(|below| below.is_file() && below.len() == 0) {
-        // One that is gone already is as good.
+        // The file may be gone already.
         let _ = fs::remove_file(path);
     }
 }
@@ -366,7 +369,7 @@ fn refused(error: &xpm_fuse::MountError) -> DeviceError {
 /// Whether this host has FUSE.
 ///
 /// # Errors
-/// [`ErrorKind::Unsupported`] with what is missing. That the kernel is too old is said when the file is mounted.
+/// [`ErrorKind::Unsupported`] with the missing part. A kernel that is too old is found only when the file is mounted.
 pub(crate) fn check_support() -> Result<(), DeviceError> {
     match Path::new("/dev/fuse").exists() {
         true => Ok(()),
@@ -437,7 +440,7 @@ impl Shown for FuseFile {
         let options = fs::OpenOptions::new().write(true).custom_flags(libc::O_NOFOLLOW).open(&self.path);
         let file = options.at(at())?;
         if drop {
-            // Many pages at a time; the notification writes what is left page by page.
+            // Written back here in large writes; the notification would write changed pages one by one.
             file.sync_data().at(format!("write back {}", self.path.display()))?;
             self.device
                 .notify(&[IoSlice::new(&notify::inval_inode(ROOT_ID, 0, 0))])

@@ -1,4 +1,4 @@
-//! One queue of a mount: a thread that owns its buffers and its channel, and takes requests off the device that all
+//! A queue of a mount: a thread that owns its buffers and its channel, and takes requests from the device, which all
 //! queues of the mount share.
 //!
 //! ```text
@@ -8,8 +8,8 @@
 //!                          +-- no data: answer sent at once -----------> Free
 //! ```
 //!
-//! The thread never takes a lock, allocates or logs on the way of a request, and waits at one place only: in epoll, for
-//! the device and the channel alike.
+//! On the path of a request, the thread never takes a lock, allocates or logs, and it waits at one place only: in
+//! epoll, for the device and the channel alike.
 
 use std::collections::VecDeque;
 use std::io;
@@ -32,33 +32,33 @@ use super::memory::Requests;
 use crate::lifecycle::DieOnDrop;
 use crate::watch::Pulse;
 
-/// Marks of the descriptors in the epoll set.
+/// Tokens of the descriptors in the epoll set.
 const DEVICE: u64 = 0;
 const CHANNEL: u64 = 1;
 const GIVE_UP: u64 = 2;
 const PULSE: u64 = 3;
 
-/// What a queue is made of.
+/// The parts of a queue.
 pub(super) struct QueueParts {
     pub(super) depth: u16,
-    /// Data of one request at most, in bytes.
+    /// Most data of one request, in bytes.
     pub(super) io_len: u32,
-    /// The mount's descriptor of /dev/fuse, which does not block.
+    /// The mount's descriptor of /dev/fuse, which is non-blocking.
     pub(super) device: Arc<Device>,
     pub(super) file: Arc<File>,
     /// Set when the kernel has ended the mount.
     pub(super) ended: Arc<AtomicBool>,
-    /// Readable once every request is to fail.
+    /// Readable once every request has to fail.
     pub(super) give_up: Arc<OwnedFd>,
     pub(super) channel: Channel,
     pub(super) spin: Spin,
     pub(super) pulse: Arc<Pulse>,
 }
 
-/// Runs a queue until its mount is gone. Sends once how it began.
+/// Runs a queue until its mount is gone. Sends the result of its start once.
 ///
-/// A failure after that, or a panic, ends the whole process: another one can continue with the mount, while a process that
-/// lives on with a dead queue would leave every program that uses the file in an endless wait.
+/// A failure after that, or a panic, ends the whole process: another process can take the mount over, while a process
+/// that lives on with a dead queue would leave every program that uses the file in an endless wait.
 pub(super) fn run(parts: QueueParts, ready: &SyncSender<io::Result<()>>) {
     let alive = DieOnDrop;
     let ended = Arc::clone(&parts.ended);
@@ -86,18 +86,18 @@ struct Pending {
 }
 
 struct Queue {
-    // Before the buffers: dropping it ends the use of them.
+    // Dropped before the buffers, which ends their use.
     channel: Option<Channel>,
     requests: Requests,
     device: Arc<Device>,
     file: Arc<File>,
     pending: Vec<Option<Pending>>,
     free: Vec<u16>,
-    /// Busy requests that the channel had no room for.
+    /// Busy requests for which the channel had no room.
     waiting: VecDeque<u16>,
     completions: Vec<Completion>,
     epoll: OwnedFd,
-    /// The device is in the epoll set: it is not while every buffer is in use.
+    /// Whether the device is in the epoll set; it is removed while every buffer is in use.
     watched: bool,
     give_up: Arc<OwnedFd>,
     gone: bool,
@@ -138,12 +138,12 @@ impl Queue {
     }
 
     fn serve(&mut self) -> io::Result<()> {
-        // Epoll tells of the channel only when it is waited for.
+        // Epoll reports the channel only when the queue waits for it, so the first turn polls the channel too.
         let mut told = true;
         loop {
             let took = self.take_requests()?;
             if self.gone {
-                // Nobody waits for what is in flight.
+                // No program waits for the requests in flight any more.
                 self.channel = None;
                 return Ok(());
             }
@@ -156,7 +156,7 @@ impl Queue {
         }
     }
 
-    /// Waits for anything; true when the channel may have something.
+    /// Waits for an event; returns whether the channel may be ready.
     fn wait(&mut self) -> io::Result<bool> {
         self.watch_device()?;
         if let Some(channel) = &mut self.channel {
@@ -183,7 +183,7 @@ impl Queue {
         Ok(told)
     }
 
-    /// Has the device in the epoll set while there is a buffer for a request. Exclusive: one request wakes one queue.
+    /// Keeps the device in the epoll set while a buffer is free. Exclusive, so that one request wakes one queue only.
     fn watch_device(&mut self) -> io::Result<()> {
         let wanted = !self.free.is_empty();
         if wanted != self.watched {
@@ -199,7 +199,7 @@ impl Queue {
         Ok(())
     }
 
-    /// Takes requests off the device while there are any, and buffers for them; true when there was one.
+    /// Takes requests from the device as long as there are requests and free buffers; returns whether there was one.
     fn take_requests(&mut self) -> io::Result<bool> {
         let mut any = false;
         while let Some(&tag) = self.free.last() {
@@ -209,7 +209,7 @@ impl Queue {
                     self.begin(tag, len)?;
                 }
                 Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => break,
-                // It was unmounted, or aborted.
+                // The mount was unmounted, or its connection aborted.
                 Err(error) if matches!(error.raw_os_error(), Some(libc::ENODEV | libc::ECONNABORTED)) => {
                     self.gone = true;
                     break;
@@ -269,8 +269,8 @@ impl Queue {
         Ok(())
     }
 
-    /// Submits what was posted, and takes what the channel has done, with what its sockets have if it was `told` of that
-    /// or may be; true when there was anything.
+    /// Submits the posted operations, and handles the channel's completions; reads its sockets only if `told` says that
+    /// the channel's descriptor was reported or may be ready. Returns whether there were any.
     fn take_completions(&mut self, told: bool) -> io::Result<bool> {
         let mut any = false;
         while let Some(channel) = &mut self.channel {
@@ -312,13 +312,15 @@ impl Queue {
         }
     }
 
-    /// Sends an answer. One that nobody waits for any more, since its request was interrupted or the mount has ended, is no error.
+    /// Sends an answer. It is no error if the answer is no longer expected, because its request was interrupted or the
+    /// mount has ended.
     fn send(&self, answer: &[u8]) -> io::Result<()> {
         self.device.send_bytes(answer)?;
         Ok(())
     }
 
-    /// Drops the channel, so that nothing uses a buffer any more, and fails what is in flight and all that still comes.
+    /// Drops the channel, so that no operation uses a buffer any more, and fails the requests in flight and all later
+    /// ones.
     fn give_up(&mut self) -> io::Result<()> {
         self.channel = None;
         epoll::delete(&self.epoll, &self.give_up)?;
@@ -330,14 +332,14 @@ impl Queue {
     }
 }
 
-/// What a request becomes.
+/// The first step of a request.
 enum Begun {
     /// An operation of the channel.
     Io(Pending),
     Refused(Unique, Errno),
-    /// Nothing is to be done.
+    /// The request is done without I/O.
     Done(Unique),
-    /// A question that the file answers.
+    /// A request that [`File::answer`] handles.
     Other,
 }
 
@@ -357,7 +359,7 @@ fn begin(file: &File, request: &Request<'_>) -> Begun {
             match write.offset.checked_add(len) {
                 Some(_) if len == 0 => Begun::Done(unique),
                 Some(end) if end <= file.size() => io(Kind::Write, write.offset, len),
-                // Beyond the allocation: it is resized by command, not by writing.
+                // Beyond the end of the allocation, which is resized by command, not by writing.
                 _ => Begun::Refused(unique, Errno::FBIG),
             }
         }
@@ -371,7 +373,7 @@ fn begin(file: &File, request: &Request<'_>) -> Begun {
                 _ if len == 0 => Begun::Done(unique),
                 FallocateMode::PUNCH_HOLE if aligned => io(Kind::Trim, range.offset, len),
                 FallocateMode::PUNCH_HOLE | FallocateMode::ZERO_RANGE => io(Kind::Zero, range.offset, len),
-                // All of an allocation is reserved.
+                // The memory of an allocation is always reserved.
                 FallocateMode::NONE => Begun::Done(unique),
                 _ => Begun::Refused(unique, Errno::OPNOTSUPP),
             }

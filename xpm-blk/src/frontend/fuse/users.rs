@@ -1,4 +1,4 @@
-//! Who uses a mount.
+//! The users of a mount.
 
 use std::fs;
 use std::io;
@@ -9,8 +9,8 @@ use std::path::Path;
 use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
 
-/// Users of the mount at a path, each as `opened by qemu (process 7)`; a mapping whose descriptor is closed has no
-/// name. Asks the server of the mount nothing.
+/// The users of the mount at a path, each as `opened by qemu (process 7)`; a mapping whose descriptor is closed has no
+/// name. Sends no request to the server of the mount.
 pub(super) fn of(path: &Path) -> Vec<String> {
     if !is_busy(path) {
         return Vec::new();
@@ -23,10 +23,10 @@ pub(super) fn of(path: &Path) -> Vec<String> {
     users
 }
 
-/// Whether anything of the mount is open or mapped.
+/// Whether a file of the mount is open or mapped.
 ///
 /// umount2(2) with MNT_EXPIRE unmounts at its second call in a row only, and refuses a mount that is in use at the
-/// first. Looking at the path before and after it makes every call a first one.
+/// first. An access to the path before and after the call makes every call a first one.
 fn is_busy(path: &Path) -> bool {
     let look = || drop(look_at(path));
     look();
@@ -35,12 +35,12 @@ fn is_busy(path: &Path) -> bool {
     busy
 }
 
-/// A descriptor that only names the file.
+/// Opens a descriptor that only names the file (`O_PATH`).
 fn look_at(path: &Path) -> io::Result<fs::File> {
     fs::OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_NOFOLLOW).open(path)
 }
 
-/// The number of the mount, as proc_pid_fdinfo(5) has it.
+/// The number of the mount, from proc_pid_fdinfo(5).
 fn mount_number(path: &Path) -> io::Result<String> {
     let file = look_at(path)?;
     let facts = fs::read_to_string(format!("/proc/self/fdinfo/{}", file.as_raw_fd()))?;
