@@ -12,7 +12,7 @@ use xpm_transport::io::Completion;
 
 use super::{Dice, LEN, Outcome, PAGE, TOUCHES, is_shared, read, say_times};
 
-/// See `src/mapping/uffd.rs`.
+/// See `src/page/uffd.rs`.
 const FEATURE_SIGBUS: u64 = 1 << 7;
 const FEATURES_SHARED: u64 = 1 << 5 | 1 << 10;
 const FEATURES_PRIVATE: u64 = 1 | 1 << 16;

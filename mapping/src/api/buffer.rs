@@ -46,7 +46,8 @@ impl Deref for Buffer {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        // SAFETY: mapped until it is dropped, at least so long, and nobody else uses it; it began as zeros.
+        // SAFETY: mapped until the buffer is dropped, at least this long, and not used otherwise; the memory was
+        // initialized to zeros.
         unsafe { std::slice::from_raw_parts(self.start(), self.len) }
     }
 }

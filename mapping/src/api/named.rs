@@ -65,7 +65,7 @@ pub struct NamedSlabs {
 #[derive(Default)]
 pub(crate) struct Known {
     map: SlabMap,
-    /// Their places in the space, so that nothing else is carved there.
+    /// Their slabs in the allocator of slabs, so that no other slab is carved at these places.
     places: BTreeMap<Name, Slab>,
 }
 

@@ -30,7 +30,8 @@ pub(crate) fn run(mut fetcher: Fetcher, number: usize) {
     let pager = fetcher.pager.clone();
     let handles = pager.faults.has_handlers();
     let mut faults = [Fault { address: 0, write: false }; 16];
-    // Faults without room; for each, a thread of the program waits.
+    // Faults that have to be tried again (no room, or too many reads in flight); for each, a thread of the program
+    // waits.
     let mut later: VecDeque<(u32, bool)> = VecDeque::new();
     let mut sick = Sick::default();
     // A request to fetch ahead that waits for room, and the time since which it got none.

@@ -108,8 +108,8 @@ impl Drop for Registered {
         TABLE[self.place].store(std::ptr::null_mut(), Ordering::SeqCst);
         // SAFETY: made by `new`, and freed below.
         let seats = unsafe { &*self.seats };
-        // The counters are read in this order, because a thread counts itself in `INSIDE` before it does so in the
-        // seats.
+        // The counters are read in this order, because a thread is counted in the seats before it is no longer counted
+        // in `INSIDE`.
         while INSIDE.load(Ordering::SeqCst) > 0 || seats.inside.load(Ordering::SeqCst) > 0 {
             std::thread::yield_now();
         }

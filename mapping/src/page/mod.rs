@@ -1,4 +1,5 @@
-//! One page: its word, the userfaultfd that brings and takes pages, and the window in which the program sees them.
+//! Single pages: the page word, the userfaultfd that fills and moves pages, and the window in which the program
+//! accesses them.
 
 pub(crate) mod anchor;
 pub(crate) mod uffd;

@@ -350,7 +350,7 @@ fn open() -> io::Result<(OwnedFd, Reach)> {
     let call = |flags: i32| {
         // SAFETY: it takes flags only, and gives a new descriptor.
         match unsafe { libc::syscall(libc::SYS_userfaultfd, flags) } {
-            // SAFETY: the descriptor is new, and nobody else's.
+            // SAFETY: the descriptor is new, and not owned by other code.
             fd if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) }),
             _ => Err(io::Error::last_os_error()),
         }
@@ -364,7 +364,7 @@ fn open() -> io::Result<(OwnedFd, Reach)> {
             libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW as libc::Ioctl, flags as libc::c_ulong)
         };
         if fd >= 0 {
-            // SAFETY: the descriptor is new, and nobody else's.
+            // SAFETY: the descriptor is new, and not owned by other code.
             return Ok((unsafe { OwnedFd::from_raw_fd(fd) }, Reach::Kernel));
         }
     }
