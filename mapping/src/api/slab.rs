@@ -179,12 +179,12 @@ impl SlabAllocator {
         Ok(Slab { region: number as u32, offset: u64::from(page) * PAGE_LEN, len: PAGE_LEN << order })
     }
 
-    /// Makes a slab longer or shorter where it is, so that it has at least `len` bytes. The part that is cut off is
-    /// free.
+    /// Makes a slab longer or shorter without moving it, so that it has at least `len` bytes. A part that is cut off
+    /// becomes free.
     ///
     /// # Errors
-    /// [`SlabError::NoSpace`] where it would have to lie elsewhere: some of what is behind it is in another slab, or
-    /// it does not lie at a multiple of the new length. [`SlabError::Length`], and [`SlabError::NotAllocated`] for
+    /// [`SlabError::NoSpace`] if the slab would have to move: another slab has some of the pages behind it, or its
+    /// offset is not a multiple of the new length. [`SlabError::Length`], and [`SlabError::NotAllocated`] for
     /// anything that is not a slab in use.
     pub fn resize(&mut self, slab: Slab, len: u64) -> Result<Slab, SlabError> {
         let order = order_of(len).ok_or(SlabError::Length(len))?;
@@ -215,7 +215,7 @@ impl SlabAllocator {
         self.regions.iter().flatten().map(|region| region.free_pages * PAGE_LEN).sum()
     }
 
-    /// Length in bytes of the longest slab that could be had now; 0 for none.
+    /// Length in bytes of the longest slab that could be allocated now; 0 if nothing is free.
     pub fn longest_free(&self) -> u64 {
         let orders = self.regions.iter().flatten().fold(0, |orders, region| orders | region.orders);
         orders.checked_ilog2().map_or(0, |order| PAGE_LEN << order)
@@ -248,7 +248,8 @@ impl Region {
         1 << self.order
     }
 
-    /// The block of this order at this page, split off the free one that it is in. False when there is none.
+    /// Takes the block of this order at this page: splits it off the free block that contains it. Returns false if
+    /// no free block contains it.
     fn take_at(&mut self, page: u32, order: u8) -> bool {
         let head = |order: u8| page & !((1_u32 << order) - 1);
         let found = (order..=self.order).find(|found| self.heads[head(*found) as usize] == FREE | *found);
@@ -257,7 +258,7 @@ impl Region {
         while found > order {
             let whole = head(found);
             found -= 1;
-            // The half that it is not in stays free.
+            // The half that does not contain the page stays free.
             let half = if head(found) == whole { whole + (1 << found) } else { whole };
             self.push(half, found);
         }
@@ -266,13 +267,13 @@ impl Region {
         true
     }
 
-    /// A block of exactly this order, split off the smallest that is free.
+    /// Takes a block of exactly this order: splits it off the smallest free block that is long enough.
     fn take(&mut self, order: u8) -> Option<u32> {
         let fitting = self.orders & (u32::MAX << order);
         (fitting != 0).then(|| self.take_from(fitting.trailing_zeros() as u8, order))
     }
 
-    /// A block of exactly this order, split off one of the order `found`, of which there is one.
+    /// Takes a block of exactly this order: splits it off a free block of the order `found`, which must exist.
     fn take_from(&mut self, mut found: u8, order: u8) -> u32 {
         let page = self.free[found as usize];
         self.unlink(page, found);
@@ -291,10 +292,12 @@ impl Region {
         Some(self.orders.checked_ilog2()? as u8)
     }
 
-    /// Takes what is behind a block in use, so that it is of a greater order. False where that is not free.
+    /// Adds the pages behind a block in use to it, so that it has a greater order. Returns false, with nothing
+    /// changed, if they are not free or the block does not lie at a multiple of its new length.
     fn grow(&mut self, page: u32, now: u8, order: u8) -> bool {
         let fits = order <= self.order && page.is_multiple_of(1 << order);
-        // Each is as long as all that is before it, and would be joined with that were it free.
+        // Each of these blocks is the buddy of everything before it, which contains the block in use. So if its pages
+        // are all free, they are exactly one free block of this order, not a part of a longer one.
         let behind = (now..order).map(|order| (page + (1 << order), order));
         if !fits || !behind.clone().all(|(page, order)| self.heads[page as usize] == FREE | order) {
             return false;
@@ -305,7 +308,7 @@ impl Region {
         true
     }
 
-    /// Gives the end of a block in use back, so that it is of a smaller order.
+    /// Frees the end of a block in use, so that it has a smaller order.
     fn cut(&mut self, page: u32, now: u8, order: u8) {
         self.heads[page as usize] = USED | order;
         (order..now).for_each(|order| self.push(page + (1 << order), order));

@@ -290,7 +290,7 @@ mod tests {
         let starts = [0, 1_000_000, 2_000_000_u32];
         let mixed =
             |steps: std::ops::Range<u32>| steps.flat_map(move |step| starts.map(|start| start + step));
-        // Each is followed once it has been seen by itself.
+        // The prefetcher follows every scan from then on, because it has seen each one alone first.
         let alone = starts.into_iter().flat_map(|start| start..start + 10);
         let count = faults(&mut Prefetcher::default(), alone.chain(mixed(10..4_000)));
         assert!(count < 9, "{count} faults");
