@@ -1,4 +1,4 @@
-//! The hand-over of pages between those who fault, fetch ahead and evict, in every order that the memory model allows.
+//! Threads that fault, fetch ahead and evict hand a page to one another, in every order that the memory model allows.
 
 #![allow(dead_code, reason = "the module is whole")]
 
@@ -14,7 +14,7 @@ use loom::sync::{Arc, Condvar, Mutex};
 use loom::thread;
 use pages::{Claim, DIRTY, Pages, QUEUED, Residency};
 
-/// A page, what it holds, and whether who waited was woken.
+/// A page, its content, and whether a waiting thread was woken.
 struct Page {
     pages: Pages,
     content: UnsafeCell<u64>,
@@ -22,7 +22,7 @@ struct Page {
     wake: Condvar,
 }
 
-// SAFETY is what this test is about: loom tells when two have the content at once.
+// SAFETY is what this test checks: loom fails if two threads access the content at once.
 #[allow(unsafe_code)]
 // SAFETY: as above.
 unsafe impl Sync for Page {}
@@ -42,15 +42,16 @@ impl Page {
         }
     }
 
-    /// Counts up what the page holds, which the caller has to itself.
+    /// Adds one to the content. The caller has claimed the page.
     fn count(&self) {
-        // SAFETY: the page is the caller's; loom looks whether that is so.
+        // SAFETY: the caller has claimed the page; loom checks that no other thread accesses it.
         #[allow(unsafe_code)]
         self.content.with_mut(|content| unsafe { *content += 1 });
         self.pages.set_stamp(0, self.pages.stamp(0) + 1);
     }
 
-    /// A fault: waits for a page that is busy. How often it changed the page: once, or not where it is there.
+    /// A fault: waits for a page that is busy. Returns how often it changed the page: once, or 0 times if the page was
+    /// already present.
     fn fault(&self) -> u64 {
         loop {
             match self.pages.claim(0, |state| state.residency() == Residency::Absent, true) {
@@ -60,7 +61,8 @@ impl Page {
                     return 1;
                 }
                 Claim::Not(_) => return 0,
-                // Whoever has it sees the mark, and wakes; else nothing goes on, which loom tells.
+                // The thread that has the page sees the mark of this one, and wakes it. If it did not, all threads
+                // would wait, and loom would fail.
                 Claim::Busy => {
                     let mut woken = self.woken.lock().unwrap();
                     while !std::mem::take(&mut *woken) {
@@ -71,7 +73,7 @@ impl Page {
         }
     }
 
-    /// Fetching ahead: does not wait.
+    /// Fetches ahead: does not wait for a page that is busy. Returns how often it changed the page.
     fn fetch_ahead(&self) -> u64 {
         match self.pages.claim(0, |state| state.residency() == Residency::Absent, false) {
             Claim::Yours(_) => {
@@ -83,7 +85,7 @@ impl Page {
         }
     }
 
-    /// Takes it away, if it is there.
+    /// Evicts the page if it is present and not busy. Returns how often it changed the page.
     fn evict(&self) -> u64 {
         match self.pages.claim(0, |state| state.residency() != Residency::Absent, false) {
             Claim::Yours(_) => {

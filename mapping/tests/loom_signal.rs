@@ -1,4 +1,4 @@
-//! A thread that is told something while it goes to sleep, in every order that the memory model allows.
+//! A thread is told of work while it goes to sleep, in every order that the memory model allows.
 
 #![allow(dead_code, reason = "the module is whole")]
 
@@ -30,7 +30,7 @@ impl Shared {
         }
     }
 
-    /// Works until so much is done; sleeps meanwhile. loom says when it sleeps for ever.
+    /// Works until `much` is done, and sleeps when there is no work. loom fails if it would sleep for ever.
     fn work(&self, much: u32) {
         let mut done = 0;
         while done < much {

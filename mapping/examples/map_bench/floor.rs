@@ -1,5 +1,5 @@
-//! The floor of a fault: one of userfaultfd, on memory of the kind that the library has behind its window, that is
-//! ended by a bare read of the transport and a copy, and by nothing else.
+//! Measures the floor, the least time that a fault can take: a fault of userfaultfd, on memory of the kind that the
+//! library has behind its window, which needs only one read of the transport and one copy.
 
 use std::ptr::{NonNull, null_mut};
 use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
@@ -27,10 +27,10 @@ struct Register(u64, u64, u64, u64);
 #[repr(C)]
 struct Copy(u64, u64, u64, u64, i64);
 
-/// The SIGBUS handler's state for a fault in line; one thread at a time makes faults.
+/// State of the SIGBUS handler for a fault in line. Only one thread at a time makes faults.
 static BRINGER: AtomicPtr<Bringer> = AtomicPtr::new(null_mut());
 
-/// Measures it. Each page of the volume begins with its number plus one.
+/// Measures the floor. Each page of the volume begins with its number plus one.
 pub(super) fn run(volume: &Volume, faults: Faults) -> Outcome<()> {
     let mut bringer = Bringer::new(volume, faults == Faults::Inline)?;
     match faults {
@@ -39,7 +39,7 @@ pub(super) fn run(volume: &Volume, faults: Faults) -> Outcome<()> {
     }
 }
 
-/// A window, and how its pages come.
+/// A window, and the channel that fetches its pages.
 struct Bringer {
     uffd: i32,
     window: usize,
@@ -54,7 +54,7 @@ impl Bringer {
         let memory = vec![0_u8; 2 * PAGE].leak();
         let start = memory.as_ptr().align_offset(PAGE);
         let address = NonNull::new(memory[start..].as_mut_ptr()).ok_or("no memory")?;
-        // SAFETY: it is there for ever, and nobody else uses it.
+        // SAFETY: the memory is leaked, so it lives for ever, and nothing else uses it.
         let page = unsafe { IoBuf::new(address, PAGE) };
         channel.register(page);
         let (uffd, window) = window(inline)?;
@@ -74,7 +74,7 @@ impl Bringer {
 
 impl Drop for Bringer {
     fn drop(&mut self) {
-        // SAFETY: of this program's own making, and nobody uses them any more.
+        // SAFETY: this program made both, and nothing uses them any more.
         unsafe {
             libc::close(self.uffd);
             libc::munmap(self.window as *mut libc::c_void, LEN as usize);
@@ -137,7 +137,8 @@ extern "C" fn on_sigbus(_: i32, info: *mut libc::siginfo_t, _: *mut libc::c_void
 fn inline(bringer: &mut Bringer) -> Outcome<()> {
     let window = bringer.window;
     BRINGER.store(bringer, Ordering::SeqCst);
-    // SAFETY: a handler of this thread's own faults, in place of the library's while nobody else touches a window.
+    // SAFETY: it handles this thread's own faults. It replaces the library's handler while no other thread touches a
+    // window.
     unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
         let mut before: libc::sigaction = std::mem::zeroed();

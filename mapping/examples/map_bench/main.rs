@@ -179,8 +179,8 @@ fn raw(volume: &Volume) -> Outcome<()> {
     Ok(())
 }
 
-/// One read, to its end; nothing else is on its way. Who has to answer may need the processor, as where the library
-/// waits.
+/// Posts one read, and waits for its end; no other operation is in flight. It yields while it waits, as the library
+/// does, because the thread that has to answer may need this processor.
 fn read(channel: &mut Channel, offset: u64, buf: IoBuf, ended: &mut Vec<Completion>) -> Outcome<()> {
     let len = buf.len() as u64;
     channel
@@ -230,7 +230,7 @@ fn threads(mapping: &Mapping, count: usize, case: &str) -> Outcome<()> {
     Ok(())
 }
 
-/// With a handler for each thread, as far as there are processors.
+/// Faults of several threads, with a handler for each thread, but at most one for each processor.
 fn more_handlers(volume: &Volume) -> Outcome<()> {
     let most = std::thread::available_parallelism()?.get().max(2);
     for count in THREADS.into_iter().filter(|count| *count > 1) {
@@ -251,8 +251,8 @@ fn scan(mapping: &Mapping) -> Outcome<()> {
     Ok(mapping.advise(0..mapping.len(), Advice::Normal)?)
 }
 
-/// In a row, with half of it local, where each page that comes has the memory of one that leaves. Bytes are read once
-/// to get there.
+/// Touches pages in a row when half of them may be local, so that each page that is fetched takes the memory of one
+/// that is evicted. A first scan, which is not measured, brings the memory into that state.
 fn scan_pressed(space: &Space, mapping: &Mapping) -> Outcome<()> {
     mapping.advise(0..mapping.len(), Advice::DontNeed)?;
     mapping.advise(0..mapping.len(), Advice::Sequential)?;
@@ -266,13 +266,14 @@ fn scan_pressed(space: &Space, mapping: &Mapping) -> Outcome<()> {
     Ok(mapping.advise(0..mapping.len(), Advice::Normal)?)
 }
 
-/// With budgets of parts of it: touches in a row, twice, and at random, where a part is used much more than the rest.
+/// Touches pages with budgets of several parts of the mapping: in a row, twice; and at random, where a fifth of the
+/// pages gets most touches.
 fn pressed(space: &Space, mapping: &Mapping) -> Outcome<()> {
     for part in [25, 50, 75, 100] {
         mapping.advise(0..mapping.len(), Advice::DontNeed)?;
         space.set_budget(LEN * part / 100 + MIB)?;
         let pages = mapping.len() / PAGE;
-        // What the kernel has to do with is in memory before, too, as far as it fits.
+        // In the measurement of the kernel, too, as many pages as fit are in memory before.
         (0..pages).for_each(|page| touch(mapping, page));
         touches(part, pages, |page| touch(mapping, page));
     }
@@ -300,7 +301,8 @@ fn touches(part: u64, pages: usize, touch: impl Fn(usize)) {
     );
 }
 
-/// The same by the kernel: swap, or the pages of a file. What is in them cannot be compressed.
+/// Touches the same way memory of which the kernel does the paging: swap, or the pages of a file. Their content cannot
+/// be compressed.
 fn kernel(part: u64, file: Option<&str>) -> Outcome<()> {
     let (prot, len) = (libc::PROT_READ | libc::PROT_WRITE, LEN as usize);
     let file = file.map(|path| std::fs::File::options().read(true).write(true).open(path)).transpose()?;

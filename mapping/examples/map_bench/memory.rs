@@ -1,4 +1,4 @@
-//! Memory that mapping takes beside what is mapped.
+//! Measures the memory that mapping takes in addition to the local pages.
 
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -7,15 +7,17 @@ use xpm_mapping::{Access, Budget, Faults, Space, SpaceOptions};
 
 use super::{MIB, Outcome, PAGE, attach, is_shared, say, words};
 
-/// How long nothing leaves or comes before the library is at rest: longer than it keeps memory of pages that have left.
+/// The library is at rest when no page has left or come for this long: longer than it keeps the memory of pages that
+/// have left.
 const CALM: Duration = Duration::from_secs(1);
 
-/// Writes to each page of `mib` MiB, of which `part` percent may be local, and reads them in a row. Says what this
-/// process has then, and at rest, that it had not before the space was opened, less the pages that are local.
+/// Writes to each page of `mib` MiB, of which `part` percent may be local, and reads them in a row. Prints, after the
+/// reads and again at rest, how much memory this process has more than before the space was opened, less the pages
+/// that are local.
 pub(super) fn run(url: &str, name: &str, faults: Faults, mib: u64, part: u64) -> Outcome<()> {
     let (attachment, volume) = attach(url, name, "tcp")?;
     let (before, len) = (taken()?, mib * MIB);
-    // With all of it local there is room besides, so that nothing leaves.
+    // If all pages may be local, the budget is twice as large, so that no page leaves.
     let budget = Budget::Fixed(if part < 100 { len * part / 100 } else { 2 * len });
     let space = Space::open(volume, &SpaceOptions { budget, faults, kept: len })?;
     let mapping = space.map(0..len, Access::ReadWrite)?;
@@ -26,7 +28,7 @@ pub(super) fn run(url: &str, name: &str, faults: Faults, mib: u64, part: u64) ->
         if when == "at rest" {
             settle(&space)?;
         }
-        // Pages of a memfd are not among those that are counted.
+        // `taken` does not count pages of a memfd.
         let content = if is_shared()? { 0 } else { space.stats().resident };
         let over = taken()? as f64 - before as f64 - content as f64;
         say(&format!("memory {when}, {part} % local, {mib} MiB"), "mib", over / MIB as f64);
@@ -35,7 +37,7 @@ pub(super) fn run(url: &str, name: &str, faults: Faults, mib: u64, part: u64) ->
     Ok(attachment.detach()?)
 }
 
-/// Until nothing leaves or comes any more.
+/// Waits until no page leaves or comes any more.
 fn settle(space: &Space) -> Outcome<()> {
     let (began, mut last) = (Instant::now(), None);
     while last.replace(space.stats()) != Some(space.stats()) {
@@ -48,13 +50,13 @@ fn settle(space: &Space) -> Outcome<()> {
 }
 
 /// Bytes of private memory and of page tables that this process has. External memory itself, which a transport may
-/// map, is neither.
+/// map, is not private memory and is not counted.
 fn taken() -> Outcome<u64> {
     let kib = |file: &str, key: &str| -> Outcome<u64> {
         let text = std::fs::read_to_string(file)?;
         let line = text.lines().find_map(|line| line.strip_prefix(key)).ok_or_else(|| format!("no {key}"))?;
         Ok(line.split_whitespace().next().ok_or("no figure")?.parse()?)
     };
-    // VmRSS of the status would be counted in steps, by processor.
+    // Not VmRSS of the status: the kernel counts it for each processor, and so it changes in steps.
     Ok((kib("/proc/self/smaps_rollup", "Anonymous:")? + kib("/proc/self/status", "VmPTE:")?) << 10)
 }
