@@ -317,7 +317,7 @@ fn bad_memory_affects_only_the_bad_pages() {
     let ids = daemon.grant(1, 1, 2);
     let uri = daemon.tcp_uri(&key(1));
     run("qemu-io", &["-f", "raw", "-c", "write -P 7 0 32M", &uri]);
-    // The last two pages of the file: they belong to one of the two regions, whichever was made last.
+    // Cuts off the last two pages of the file. They are the end of one of the two regions; which one is not known.
     let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
     file.set_len(std::fs::metadata(&path).unwrap().len() - 8192).unwrap();
     let bad = [LEN - 8192, 2 * LEN - 8192].into_iter().find(|bad| {
@@ -371,7 +371,7 @@ fn regions_of_another_size_are_carved_from_the_ready_memory_of_a_file() {
     assert_eq!(daemon.raw("PUT", &format!("/v1/grants/{:032x}", 1), &body).0, 200);
     let said = run("qemu-io", &["-f", "raw", "-c", "read -P 0 0 128M", &daemon.tcp_uri(&key(1))]);
     assert!(!said.contains("verification failed"), "{said}");
-    // Small ready regions leave room for large ones beside each other.
+    // Small ready regions do not stand in the way of large ones: four of 64 MiB fit into the 256 MiB.
     let file = format!("file:{}", directory.path().join("other").display());
     let sizes = ["--memory", "256MiB", "--ready", "32MiB", "--region-size", "16MiB"];
     let daemon = Daemon::start(&[&sizes, ["--backing", &file].as_slice()].concat());

@@ -148,8 +148,8 @@ impl Daemon {
         daemon
     }
 
-    /// Starts a daemon whose log level a file sets; the daemon has started when it stays silent for long
-    /// enough to listen.
+    /// Starts a daemon that reads its log level from a file. With some levels it logs nothing when it is ready, so this
+    /// waits until it accepts connections on its socket.
     pub(crate) fn start_with_level(level: &std::path::Path, arguments: &[&str]) -> Daemon {
         let directory = tempfile::tempdir().unwrap();
         let mut command = with_own_places(&directory, arguments);
