@@ -171,6 +171,9 @@ fn history_of_etcd_is_forgotten() {
         assert_eq!(make_history(&several, PAIRS_AT_ONCE), None);
         let revision = several.etcd.revision(0);
         wait_until("what was made is forgotten", || several.etcd.has_forgotten(0, revision));
+        wait_until("the memory of it is free", || {
+            several.etcd.bytes_in_use(0).is_some_and(|bytes| bytes < QUOTA.parse::<u64>().unwrap() / 4)
+        });
     }
     assert_eq!(several.names(), Vec::<String>::new());
 }
