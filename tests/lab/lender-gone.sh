@@ -42,6 +42,8 @@ make_group hog memory.max=48M
 ) >/run/lab/hog.out 2>&1 &
 hog=$!
 wait_for 120 swapped_at_least 40000
+# The client reports what uses a device every 10 s; that is what the commands below name.
+wait_for 60 says "alloc show $name" '(.used.users // []) | index("swap") != null'
 
 printf '\n@lab freeze %s\n' "$lender"
 wait_for 60 says "appliance show $lender" '.state == "silent"'

@@ -109,13 +109,6 @@ impl Etcd {
         answer["error"].as_str().is_some_and(|error| error.contains("compacted"))
     }
 
-    /// Bytes of a member's storage that are in use; none when it does not answer. A compaction frees memory in the
-    /// background: the quota has room only once this has fallen.
-    pub fn bytes_in_use(&self, number: usize) -> Option<u64> {
-        let status = self.ask(number, "/v3/maintenance/status", "{}")?;
-        status["dbSizeInUse"].as_str()?.parse().ok()
-    }
-
     /// Number of the member that leads.
     ///
     /// # Panics
