@@ -26,7 +26,7 @@ fn imports_point_downwards() {
         for file in files(&source.join(room)) {
             let text = fs::read_to_string(&file).expect("a source file");
             for path in text.split("crate::").skip(1) {
-                let name: String = path.chars().take_while(|one| one.is_ascii_lowercase()).collect();
+                let name: String = path.chars().take_while(char::is_ascii_lowercase).collect();
                 let upwards = ROOMS.iter().any(|(other, _)| *other == name) && name != room;
                 if upwards && !below.contains(&name.as_str()) {
                     wrong.push(format!("{} imports from `{name}`", file.display()));

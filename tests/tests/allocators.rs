@@ -158,8 +158,8 @@ fn make_history(several: &Several, pairs: usize) -> Option<String> {
 
 /// Smaller than what twice [`PAIRS`] leave behind.
 const QUOTA: &str = "1048576";
-/// The events of [`PAIRS`] take 0.8 MB and stay; the history of as many pairs at once takes 0.25 MB until it is compacted,
-/// and that of all of them 1.2 MB.
+/// The events of [`PAIRS`] take 0.8 MB and stay; the history of as many pairs at once takes 0.25 MB until it is
+/// compacted, and that of all of them 1.2 MB.
 const QUOTA_OF_EVENTS: &str = "1572864";
 const PAIRS: usize = 320;
 /// As many leave a third of the quota behind.

@@ -33,7 +33,7 @@ fn ram_and_disks_change_their_owner_together() {
     let site = Site::between(&hosts, "64MiB", &["--disk", "data", "--disk", "log"]);
     let mut here = site.run("a");
     // The guest has no driver for disks, but QEMU has them open.
-    let disks = here.monitor().execute("query-named-block-nodes", json!({"flat": true}));
+    let disks = here.monitor().execute("query-named-block-nodes", &json!({"flat": true}));
     let nodes: Vec<&Value> = disks.as_array().into_iter().flatten().map(|node| &node["node-name"]).collect();
     assert_eq!(
         nodes.iter().filter(|node| node.as_str().is_some_and(|name| name.starts_with("xpm-disk"))).count(),

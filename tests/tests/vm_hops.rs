@@ -29,7 +29,7 @@ fn hops(count: usize) {
         let mut monitor = here.monitor();
         wait_until("the source has written all back and waits for the switch", || {
             let dirty = hosts.json(from, &["fs", "cache", "vm1"])["dirty"].as_u64();
-            let status = monitor.execute("query-migrate", json!({}))["status"].clone();
+            let status = monitor.execute("query-migrate", &json!({}))["status"].clone();
             status == "pre-switchover" && dirty == Some(0)
         });
         drop(monitor);
@@ -100,10 +100,12 @@ fn a_copy_is_seen_by_the_counter() {
     let mut second = start("b", &["-incoming", &uri]);
     wait_until("the guest verifies its memory", || first.passes() > 1);
     let before = hosts.bytes_between();
-    first.monitor.execute("migrate", json!({"uri": uri}));
-    wait_until("it has moved", || first.monitor.execute("query-migrate", json!({}))["status"] == "completed");
+    first.monitor.execute("migrate", &json!({"uri": uri}));
+    wait_until("it has moved", || {
+        first.monitor.execute("query-migrate", &json!({}))["status"] == "completed"
+    });
     let sent = hosts.bytes_between() - before;
-    wait_until("it runs there", || second.monitor.execute("query-status", json!({}))["status"] == "running");
+    wait_until("it runs there", || second.monitor.execute("query-status", &json!({}))["status"] == "running");
     println!("{sent} bytes between the hosts for a machine with ordinary RAM");
     assert!(sent > 48 << 20, "{sent} bytes, of 60 MiB that the guest filled");
 }

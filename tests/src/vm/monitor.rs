@@ -30,7 +30,7 @@ impl Monitor {
         write.set_read_timeout(Some(LIMIT)).expect("a limit");
         let read = BufReader::new(write.try_clone().expect("a second descriptor"));
         let mut monitor = Monitor { read, write };
-        monitor.execute("qmp_capabilities", json!({}));
+        monitor.execute("qmp_capabilities", &json!({}));
         monitor
     }
 
@@ -38,7 +38,7 @@ impl Monitor {
     ///
     /// # Panics
     /// When QEMU refuses it, or ends.
-    pub fn execute(&mut self, command: &str, arguments: Value) -> Value {
+    pub fn execute(&mut self, command: &str, arguments: &Value) -> Value {
         let line = json!({"execute": command, "arguments": arguments}).to_string();
         writeln!(self.write, "{line}").expect("QEMU reads");
         loop {

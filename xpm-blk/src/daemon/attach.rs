@@ -182,7 +182,7 @@ impl Daemon {
         Ok(Arc::new(Attached {
             record: Mutex::new(record),
             shown,
-            keeping: Mutex::default(),
+            keeping: Mutex::new(true),
             change: Mutex::new(change),
             since: Instant::now(),
         }))

@@ -59,6 +59,14 @@ impl Daemon {
             self.set(name, Some(before));
             return Err(error);
         }
+        if let Slot::Shown(attached) = &before {
+            let attached = Arc::clone(attached);
+            let ended = move || {
+                attached.end_keeping();
+                Ok(())
+            };
+            blocking(ended).await?;
+        }
         let given_up = before.record().map(|record| record.given_up.into_keys().collect());
         drop(before);
         self.owe(name, given_up.unwrap_or_default()).await;

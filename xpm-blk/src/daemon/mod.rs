@@ -110,8 +110,9 @@ struct Attached {
     /// The record, as it is on disk.
     record: Mutex<Record>,
     shown: Box<dyn Shown>,
-    /// Locked while a record is written, so that the last change is the one on disk.
-    keeping: Mutex<()>,
+    /// Whether the record is kept on disk: not any more once the device is detached. Locked while a record is written,
+    /// so that the last change is the one on disk, and a late one does not bring a removed record back.
+    keeping: Mutex<bool>,
     /// A firm change: writes go to both places until it is known which map is valid.
     change: Mutex<Option<Change>>,
     since: Instant,
@@ -124,31 +125,40 @@ impl Attached {
 
     /// Changes the record, on disk first.
     fn keep_with(&self, records: &Records, change: impl FnOnce(&mut Record)) -> Result<(), DeviceError> {
-        let _keeping = self.keeping.lock().unwrap_or_else(PoisonError::into_inner);
+        let kept = self.keeping.lock().unwrap_or_else(PoisonError::into_inner);
         let mut record = self.record();
         change(&mut record);
-        records.save(&record)?;
+        if *kept {
+            records.save(&record)?;
+        }
         *self.record.lock().unwrap_or_else(PoisonError::into_inner) = record;
         Ok(())
     }
 
     /// Saves the record as `amend` changes it, on disk first. Returns false when `amend` changes nothing.
     fn amend(&self, records: &Records, amend: impl FnOnce(&mut Record) -> bool) -> Result<bool, DeviceError> {
-        let _keeping = self.keeping.lock().unwrap_or_else(PoisonError::into_inner);
+        let kept = self.keeping.lock().unwrap_or_else(PoisonError::into_inner);
         // Under the lock, so that no concurrent change is overwritten.
         let mut record = self.record();
         if !amend(&mut record) {
             return Ok(false);
         }
-        records.save(&record)?;
+        if *kept {
+            records.save(&record)?;
+        }
         *self.record.lock().unwrap_or_else(PoisonError::into_inner) = record;
         Ok(true)
     }
 
     /// Writes the unchanged record once more.
     fn write_down(&self, records: &Records) -> Result<(), DeviceError> {
-        let _keeping = self.keeping.lock().unwrap_or_else(PoisonError::into_inner);
-        records.save(&self.record())
+        let kept = self.keeping.lock().unwrap_or_else(PoisonError::into_inner);
+        if *kept { records.save(&self.record()) } else { Ok(()) }
+    }
+
+    /// The device is detached: its record is written no more. Blocks while one is being written.
+    fn end_keeping(&self) {
+        *self.keeping.lock().unwrap_or_else(PoisonError::into_inner) = false;
     }
 
     fn change(&self) -> MutexGuard<'_, Option<Change>> {

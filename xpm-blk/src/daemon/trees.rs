@@ -1,8 +1,8 @@
 //! What trees of files want of the allocator: allocations that are made, shown, grown and freed, each on a task of its
 //! own, so that no file waits for that of another one.
 //!
-//! An allocator that does not answer is asked again, for as long as it takes: what a program has written waits meanwhile, as
-//! it does for an appliance. What it refuses is told to the tree, and so to the program.
+//! An allocator that does not answer is asked again, for as long as it takes: what a program has written waits
+//! meanwhile, as it does for an appliance. What it refuses is told to the tree, and so to the program.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -24,7 +24,8 @@ const PAUSE_LONGEST: Duration = Duration::from_secs(5);
 /// How often it is looked whether an allocation has grown, and whether it still is to.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 const ASK_EVERY: Duration = Duration::from_secs(2);
-/// Pause before what did not fit is asked for again, and how long it is, while an appliance is silent that may have room.
+/// Pause before what did not fit is asked for again, and how long it is, while an appliance is silent that may have
+/// room.
 const ROOM_PAUSE: Duration = Duration::from_millis(300);
 const ROOM_LIMIT: Duration = Duration::from_secs(30);
 
@@ -162,8 +163,8 @@ impl Daemon {
         Ok(())
     }
 
-    /// Whether there may be room soon for what did not fit: an appliance that was silent for a moment has it again. Waits
-    /// for that moment. A program that wrote would lose what it wrote by an error.
+    /// Whether there may be room soon for what did not fit: an appliance that was silent for a moment has it again.
+    /// Waits for that moment. A program that wrote would lose what it wrote by an error.
     async fn may_find_room(&self, error: &ClientError, since: &mut Option<Instant>) -> bool {
         if error.kind() != ErrorKind::NoSpace {
             return false;

@@ -28,8 +28,8 @@ Examples:
     Attach(FsAttachArgs),
     /// Mounts a tree: a directory in which each file that holds data has an allocation of its own.
     ///
-    /// Creating and writing a file takes memory of the appliances, ftruncate(2) sizes it, and removing the file gives it
-    /// back. The tree and its files stay when it is unmounted. Needs Linux 6.9 or later.
+    /// Creating and writing a file takes memory of the appliances, ftruncate(2) sizes it, and removing the file gives
+    /// it back. The tree and its files stay when it is unmounted. Needs Linux 6.9 or later.
     #[command(after_help = "\
 Examples:
   xpm fs mount /srv/far
@@ -121,18 +121,19 @@ pub(crate) struct FsAttachArgs {
     /// Takes the allocation from another owner, whose I/O fails from then on.
     #[arg(long)]
     pub(crate) force: bool,
-    /// With --force: takes zeros in place of memory that was shared with a process of the appliance's host and cannot be
-    /// moved away from it. Without this the allocation stays with its owner.
+    /// With --force: takes zeros in place of memory that was shared with a process of the appliance's host and cannot
+    /// be moved away from it. Without this the allocation stays with its owner.
     #[arg(long, requires = "force")]
     pub(crate) lose: bool,
-    /// Stands by to take the allocation over from the client that uses it: the file is there, and its I/O waits until `xpm
-    /// alloc handover` makes this client the owner.
+    /// Stands by to take the allocation over from the client that uses it: the file is there, and its I/O waits until
+    /// `xpm alloc handover` makes this client the owner.
     #[arg(long, conflicts_with_all = ["lose", "ensure"])]
     pub(crate) standby: bool,
     /// Succeeds as well when it is shown at this path already, and waits while it is being shown. For services.
     #[arg(long)]
     pub(crate) ensure: bool,
-    /// With --ensure: how long it is tried again while xpm-fs, the allocator or an appliance cannot be reached. [default: 0s]
+    /// With --ensure: how long it is tried again while xpm-fs, the allocator or an appliance cannot be reached.
+    /// [default: 0s]
     #[arg(long, value_name = "TIME", requires = "ensure")]
     pub(crate) wait: Option<Span>,
 }
@@ -142,7 +143,8 @@ pub(crate) struct FsMountArgs {
     /// The directory, empty or not there yet.
     #[arg(value_name = "DIR", value_hint = clap::ValueHint::DirPath)]
     pub(crate) directory: PathBuf,
-    /// The name of the tree, up to 40 characters; allocations of its files are called NAME.NUMBER. [default: the directory's]
+    /// The name of the tree, up to 40 characters; allocations of its files are called NAME.NUMBER. [default: the
+    /// directory's]
     #[arg(long)]
     pub(crate) name: Option<Name>,
     /// Who the memory of its files is charged to. [default: the client's account]

@@ -7,8 +7,8 @@
 //! ...
 //! ```
 //!
-//! HASH is XXH3-64 of what follows it in the line, in 16 hexadecimal digits. Lines are numbered from 1. DURABLE is the number of the last line
-//! that was known to be on disk when this one was written.
+//! HASH is XXH3-64 of what follows it in the line, in 16 hexadecimal digits. Lines are numbered from 1. DURABLE is the
+//! number of the last line that was known to be on disk when this one was written.
 //!
 //! A line is written with one call and survives the death of the process; [`Journal::sync`] has it survive that of the
 //! machine. After a power failure the last lines may be missing, or be garbage: they are cut off. A line that is no
@@ -29,7 +29,8 @@ use crate::error::{DeviceError, Step};
 /// The first line, with the version of the format.
 const HEADER: &str = "xpm-tree 1";
 const HEADER_ANY: &str = "xpm-tree ";
-/// The file is written anew when it is longer than this, in bytes, and than twice what it was when it was written anew last.
+/// The file is written anew when it is longer than this, in bytes, and than twice what it was when it was written anew
+/// last.
 const LEN_MIN: u64 = 1 << 20;
 
 /// The open file. What is appended was applied to the table, or is about to be.

@@ -1,8 +1,8 @@
 //! A tree: a directory that is mounted, in which each file that holds data has an allocation of its own.
 //!
-//! The mount belongs to an allocation that carries the tree's name: its record holds the mount's descriptor, so that the
-//! mount has a standby, a successor and a guard as a single file has. Each allocation of a file is a device of its own
-//! in the daemon ([`TreeFile`]), of the form `in-tree=NAME`, with record, orders, guard and resizing as all others.
+//! The mount belongs to an allocation that carries the tree's name: its record holds the mount's descriptor, so that
+//! the mount has a standby, a successor and a guard as a single file has. Each allocation of a file is a device of its
+//! own in the daemon ([`TreeFile`]), of the form `in-tree=NAME`, with record, orders, guard and resizing as all others.
 //! They meet in [`Trees`].
 //!
 //! * `table.rs`: files, directories, and which allocation a file has. `journal.rs`: the table on disk.
@@ -10,7 +10,8 @@
 //! * `queue.rs`: the threads that serve data.
 //! * [`crate::daemon`], `trees.rs`: asks the allocator for what the clerk wants ([`Wish`]).
 //!
-//! In which order the table and the allocator are told is [decision 0081](../../../../../docs/decisions/0081-a-tree-of-files.md).
+//! In which order the table and the allocator are told is [decision
+//! 0081](../../../../../docs/decisions/0081-a-tree-of-files.md).
 
 mod clerk;
 mod journal;
@@ -291,8 +292,8 @@ pub(crate) fn table_path(state: &Path, tree: &Name) -> PathBuf {
 }
 
 impl TreeMount {
-    /// Mounts a tree, or goes on with the mount that a dead process left. `volume` is that of the allocation that carries
-    /// its name. Blocks until it can be used.
+    /// Mounts a tree, or goes on with the mount that a dead process left. `volume` is that of the allocation that
+    /// carries its name. Blocks until it can be used.
     ///
     /// # Errors
     /// As for a single file, and where its table cannot be used.
@@ -427,9 +428,10 @@ impl Shown for TreeMount {
 
     fn health(&self) -> Health {
         let health = Health::of(&self.volume);
-        match self.ended.load(Ordering::Acquire) {
-            true => Health { state: DeviceState::Lost, ..health },
-            false => health,
+        if self.ended.load(Ordering::Acquire) {
+            Health { state: DeviceState::Lost, ..health }
+        } else {
+            health
         }
     }
 

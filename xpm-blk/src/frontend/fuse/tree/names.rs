@@ -1,5 +1,5 @@
-//! What is done to names: looking up, making, removing, renaming and listing. The kernel has checked permissions, and has
-//! the directories locked that a change concerns.
+//! What is done to names: looking up, making, removing, renaming and listing. The kernel has checked permissions, and
+//! has the directories locked that a change concerns.
 
 use rustix::io::Errno;
 use xpm_fuse::wire::reply::{self, Entry as Reply, Opened, Validity};
@@ -112,8 +112,8 @@ impl Clerk {
         }
     }
 
-    /// A node without a name, as it is made in a directory: its group is the directory's where that has the set-group-ID
-    /// bit, which directories inherit.
+    /// A node without a name, as it is made in a directory: its group is the directory's where that has the
+    /// set-group-ID bit, which directories inherit.
     fn new_node(&self, header: &Header, of: &Node, kind: Kind, mode: u32) -> Node {
         let inherits = of.mode & libc::S_ISGID != 0;
         let gid = if inherits { of.gid } else { header.gid };

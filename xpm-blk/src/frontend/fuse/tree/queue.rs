@@ -1,5 +1,5 @@
-//! One queue of a tree's mount: a thread that owns its buffers, and a channel for each file of the tree that it serves data
-//! of. It takes requests off the device that all queues of the mount share.
+//! One queue of a tree's mount: a thread that owns its buffers, and a channel for each file of the tree that it serves
+//! data of. It takes requests off the device that all queues of the mount share.
 //!
 //! ```text
 //!           receive, or the inbox               post                  completion
@@ -9,9 +9,9 @@
 //!                                     +-- no data, or no allocation for them yet: copied to the clerk ---> Free
 //! ```
 //!
-//! Data of a file that has its allocation pass through here alone. All else is copied and given to the clerk, which answers
-//! it, or puts it into the inbox of a queue once it can be served. So no request that waits for the allocator holds a
-//! buffer, and none waits here.
+//! Data of a file that has its allocation pass through here alone. All else is copied and given to the clerk, which
+//! answers it, or puts it into the inbox of a queue once it can be served. So no request that waits for the allocator
+//! holds a buffer, and none waits here.
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -51,8 +51,8 @@ pub(super) enum Item {
     Request(Vec<u8>),
     /// An operation on a file's allocation; the clerk is told of its end by its token.
     Io { node: u64, kind: Kind, offset: u64, len: u64, token: u64 },
-    /// The channel to this allocation of a file is to be dropped when nothing is in flight on it, and the clerk told. With 0:
-    /// whichever there is, only if nothing is in flight, and nobody is told.
+    /// The channel to this allocation of a file is to be dropped when nothing is in flight on it, and the clerk told.
+    /// With 0: whichever there is, only if nothing is in flight, and nobody is told.
     Close { node: u64, store: u64 },
 }
 
@@ -235,10 +235,10 @@ impl Queue {
             }
             let ended = self.take_completions(told)?;
             self.pulse.answer_if_asked();
-            told = match self.spin.looks_again(took || ended) {
-                true => true,
-                false => self.wait().map(|()| false)?,
-            };
+            told = self.spin.looks_again(took || ended);
+            if !told {
+                self.wait()?;
+            }
         }
     }
 
@@ -276,12 +276,11 @@ impl Queue {
     fn watch_device(&mut self) -> io::Result<()> {
         let wanted = !self.free.is_empty();
         if wanted != self.watched {
-            match wanted {
-                true => {
-                    let flags = EventFlags::IN | EventFlags::EXCLUSIVE;
-                    epoll::add(&self.epoll, &self.device, EventData::new_u64(DEVICE), flags)?;
-                }
-                false => epoll::delete(&self.epoll, &self.device)?,
+            if wanted {
+                let flags = EventFlags::IN | EventFlags::EXCLUSIVE;
+                epoll::add(&self.epoll, &self.device, EventData::new_u64(DEVICE), flags)?;
+            } else {
+                epoll::delete(&self.epoll, &self.device)?;
             }
             self.watched = wanted;
         }
@@ -495,17 +494,18 @@ impl Queue {
         }
     }
 
-    /// Submits what was posted, and takes what the channels have done: of those whose descriptors told so, or of all with
-    /// anything in flight if they may have (`told`). True when there was anything.
+    /// Submits what was posted, and takes what the channels have done: of those whose descriptors told so, or of all
+    /// with anything in flight if they may have (`told`). True when there was anything.
     fn take_completions(&mut self, told: bool) -> io::Result<bool> {
         let mut any = false;
         for slot in 0..self.ways.len() {
             while let Some(way) = self.ways[slot].as_mut().filter(|way| way.in_flight > 0 || way.told) {
                 way.channel.submit();
                 way.armed = false;
-                match std::mem::take(&mut way.told) || told {
-                    true => way.channel.poll(&mut self.completions),
-                    false => way.channel.poll_untold(&mut self.completions),
+                if std::mem::take(&mut way.told) || told {
+                    way.channel.poll(&mut self.completions);
+                } else {
+                    way.channel.poll_untold(&mut self.completions);
                 }
                 if self.completions.is_empty() {
                     break;
@@ -577,7 +577,8 @@ impl Queue {
         Ok(())
     }
 
-    /// Drops the channels, so that nothing uses a buffer any more, and fails what is in flight and all that still comes.
+    /// Drops the channels, so that nothing uses a buffer any more, and fails what is in flight and all that still
+    /// comes.
     fn give_up(&mut self) -> io::Result<()> {
         self.given_up = true;
         epoll::delete(&self.epoll, &self.give_up)?;
@@ -592,7 +593,8 @@ impl Queue {
     }
 }
 
-/// The operation on an allocation that a request asks for, before its file is looked at; none where that is the clerk's.
+/// The operation on an allocation that a request asks for, before its file is looked at; none where that is the
+/// clerk's.
 fn wanted(operation: &Operation<'_>) -> Option<(Kind, u64, u64)> {
     match operation {
         Operation::Read(read) => Some((Kind::Read, read.offset, u64::from(read.size))),

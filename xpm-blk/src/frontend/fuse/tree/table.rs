@@ -1,4 +1,5 @@
-//! The table of a tree: its files and directories, and the allocations behind them. Pure: [`super::journal`] keeps it on disk.
+//! The table of a tree: its files and directories, and the allocations behind them. Pure: [`super::journal`] keeps it
+//! on disk.
 //!
 //! A change says what holds afterwards and not how to get there, so that a change which is applied twice does no harm.
 //!
@@ -15,7 +16,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-/// The first number that files and allocations get. Those below it are places of "." and ".." in a listing, and the root.
+/// The first number that files and allocations get. Those below it are places of "." and ".." in a listing, and the
+/// root.
 const FIRST: u64 = 16;
 /// Number of the root directory, as FUSE has it.
 pub(super) const ROOT: u64 = 1;
@@ -146,7 +148,8 @@ pub(super) enum Change {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Entry {
     pub(super) node: u64,
-    /// Where it is in a listing: unique in the tree, never given twice, so that a listing goes on rightly while entries go.
+    /// Where it is in a listing: unique in the tree, never given twice, so that a listing goes on rightly while entries
+    /// go.
     pub(super) place: u64,
 }
 

@@ -1,5 +1,5 @@
-//! The thread that owns a tree's table. It answers all requests that are not data, says when an allocation is made, grown or
-//! freed, and holds requests that wait for that. It never waits itself, but for the disk that has the table.
+//! The thread that owns a tree's table. It answers all requests that are not data, says when an allocation is made,
+//! grown or freed, and holds requests that wait for that. It never waits itself, but for the disk that has the table.
 //!
 //! A file is in one of these states:
 //!
@@ -14,17 +14,17 @@
 
 mod attributes;
 mod fates;
+mod prober;
 
 use std::collections::{HashMap, VecDeque};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::thread;
+use std::sync::mpsc::{Receiver, Sender};
 
 use rustix::io::Errno;
 use tokio::sync::mpsc::UnboundedSender;
 use xpm_fuse::wire::reply::{self, Opened, Validity};
-use xpm_fuse::wire::{FallocateMode, OpenFlags, Operation, Request, Setattr, Unique, notify};
+use xpm_fuse::wire::{FallocateMode, OpenFlags, Operation, Request, Setattr, Unique};
 use xpm_fuse::{Device, Negotiated};
 use xpm_protocol::Name;
 use xpm_protocol::api::ErrorKind;
@@ -42,8 +42,8 @@ use crate::lifecycle::DieOnDrop;
 
 /// The smallest region of an appliance, in bytes: sizes of allocations are multiples of it.
 const GRAIN: u64 = 16 << 20;
-/// A file that grows by being written gets a quarter of its room more than it needs, and at most so much, in bytes: else
-/// one that is written from begin to end would ask the allocator for each region.
+/// A file that grows by being written gets a quarter of its room more than it needs, and at most so much, in bytes:
+/// else one that is written from begin to end would ask the allocator for each region.
 const AHEAD_MAX: u64 = 1 << 30;
 /// The largest allocation that is asked for, in bytes.
 const SIZE_MAX: u64 = 1 << 60;
@@ -129,7 +129,7 @@ impl Clerk {
         let ClerkParts { tree, device, inboxes, notes, wishes, io_len, takes_over } = parts;
         let new = || Table::new(root.mode, (root.uid, root.gid), to_nanoseconds(now()));
         let (journal, table) = Journal::open(path, new)?;
-        let prober = prober(Arc::clone(&device), notes);
+        let prober = prober::start(Arc::clone(&device), notes);
         let mut clerk = Clerk {
             table,
             journal,
@@ -430,8 +430,8 @@ impl Clerk {
         }
     }
 
-    /// Whether a file has an allocation that is shown, with room up to `end`. Where it has not, that is wished for. `ahead`
-    /// asks for more room than is needed.
+    /// Whether a file has an allocation that is shown, with room up to `end`. Where it has not, that is wished for.
+    /// `ahead` asks for more room than is needed.
     fn room(&mut self, number: u64, end: u64, ahead: bool) -> Result<bool, Errno> {
         let Some(node) = self.table.node(number).cloned() else { return Err(Errno::STALE) };
         if end > SIZE_MAX {
@@ -635,25 +635,4 @@ fn errno(error: &std::io::Error) -> Errno {
         std::io::ErrorKind::ReadOnlyFilesystem => Errno::ROFS,
         _ => Errno::IO,
     })
-}
-
-/// A thread that asks the kernel whether it still knows files without a name. The kernel may have to wait for the data of such
-/// a file, so that the clerk cannot ask. It ends with the clerk.
-fn prober(device: Arc<Device>, notes: Sender<Note>) -> Sender<u64> {
-    let (ask, asked) = channel::<u64>();
-    let named =
-        thread::Builder::new().name("xpm-fs-prober".to_owned()).stack_size(crate::lifecycle::STACK_LEN);
-    let started = named.spawn(move || {
-        for node in asked {
-            // No pages, only attributes: it says ENOENT where the kernel has no such file.
-            let known = device.notify(&[std::io::IoSlice::new(&notify::inval_inode(node, -1, 0))]);
-            if known == Err(Errno::NOENT) && notes.send(Note::Forgotten { node }).is_err() {
-                return;
-            }
-        }
-    });
-    if let Err(error) = started {
-        tracing::error!("files without a name are freed at the next mount: {error}");
-    }
-    ask
 }
