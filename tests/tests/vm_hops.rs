@@ -79,7 +79,7 @@ fn a_machine_hops_and_its_memory_is_not_sent() {
 
 #[test]
 #[ignore = "long: twenty hops"]
-fn a_machine_hops_twenty_times() {
+fn long_a_machine_hops_twenty_times() {
     hops(20);
 }
 

@@ -16,7 +16,7 @@ use serde_json::Value;
 
 use crate::files::Files;
 use crate::netns::{Namespace, done};
-use crate::{Daemon, free_port, programs, wait_until};
+use crate::{Daemon, free_port, programs, unix_get, wait_until};
 
 /// The addresses of all tests: a /16, of which each process has 16.
 const NETWORK: Ipv4Addr = Ipv4Addr::new(10, 214, 0, 0);
@@ -230,6 +230,21 @@ impl Hosts {
         let process = self.files[index_of(host)].processes().first().copied().expect("xpm-fs runs");
         let (received, sent) = Namespace::bytes(process.cast_unsigned(), interface);
         received + sent
+    }
+
+    /// Waits until a process stands by for the xpm-fs of each host. After a takeover that lasts some seconds.
+    ///
+    /// # Panics
+    /// When none does in time.
+    pub fn wait_standbys(&self) {
+        for name in [0, 1].map(name_of) {
+            let socket = self.dir().join(format!("{name}.sock"));
+            wait_until("a process stands by for xpm-fs", || {
+                let status = unix_get(&socket, "/v1/status").unwrap_or_default();
+                let status: Value = serde_json::from_str(&status).unwrap_or_default();
+                status["standby"]["state"] == "ready"
+            });
+        }
     }
 
     /// Kills the process of xpm-fs that serves at a host, as `kill -9` does; the one that stands by goes on.
