@@ -4,6 +4,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{FallocateFlags, fallocate};
 use serde_json::Value;
@@ -247,6 +248,43 @@ fn a_tree_outlives_its_server_and_files_without_a_name_their_names() {
     // Its last close, which this server has not seen the opening of.
     drop(nameless);
     wait_until("the file without a name is gone", || site.allocations().len() == 1);
+}
+
+/// Files are made, written, checked and removed while the server is killed again and again; after that the tree can be
+/// unmounted, and no allocation of a removed file is left.
+#[test]
+fn a_tree_whose_server_is_killed_under_load_is_unmounted_and_empty() {
+    let Some(site) = Site::start("standby-reserve = \"1MiB\"\nhang-limit = \"4s\"") else { return };
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for thread in 0..2_u64 {
+            let (site, stop) = (&site, &stop);
+            scope.spawn(move || {
+                let path = site.path(&format!("file{thread}"));
+                for round in 1.. {
+                    let data = bytes(round * 2 + thread, 300 * 1024);
+                    let file = open(&path);
+                    file.write_all_at(&data, 0).unwrap();
+                    forget_pages(&file);
+                    let mut read = vec![0; data.len()];
+                    file.read_exact_at(&mut read, 0).unwrap();
+                    assert!(read == data, "round {round} of thread {thread}");
+                    fs::remove_file(&path).unwrap();
+                    if stop.load(Ordering::Relaxed) {
+                        return;
+                    }
+                }
+            });
+        }
+        (0..xpm_tests::rounds(2, 20)).for_each(|_| site.kill_serving());
+        stop.store(true, Ordering::Relaxed);
+    });
+    let root = site.root().display().to_string();
+    let mut unmounting = site.cluster.command(&["fs", "unmount", &root]).spawn().unwrap();
+    wait_until("it is unmounted", || unmounting.try_wait().unwrap().is_some_and(|status| status.success()));
+    wait_until("the allocations of its files are freed", || site.allocations().is_empty());
+    site.mount();
+    assert_eq!(names(&site.root()), Vec::<String>::new());
 }
 
 #[test]
