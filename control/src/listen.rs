@@ -48,7 +48,7 @@ pub enum ListenError {
         /// Why.
         source: io::Error,
     },
-    /// Whoever can reach the address could give orders.
+    /// Every process that can reach the address could give orders.
     #[error(
         "{0} can be reached from other machines, and no token is set, so anybody could give orders: give --token-file \
          FILE, or listen at 127.0.0.1, or accept it with --insecure"

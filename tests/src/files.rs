@@ -4,9 +4,10 @@ use std::path::{Path, PathBuf};
 
 use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
 use xpm_control::proc::unescape;
 
-use crate::{Cluster, Daemon, wait_until};
+use crate::{Cluster, Daemon, unix_get, wait_until};
 
 /// Whether files can be mounted here.
 ///
@@ -28,6 +29,17 @@ pub fn can_mount() -> Result<(), String> {
         }
         _ => Ok(()),
     }
+}
+
+/// A cluster of two appliances with an xpm-fs, whose mounts and processes end before it. None, with a line that says
+/// why, where this machine cannot mount files.
+pub fn start(settings: &str) -> Option<(Files, Cluster)> {
+    if let Err(why) = can_mount() {
+        eprintln!("skipped: {why}");
+        return None;
+    }
+    let cluster = Cluster::start(2);
+    Some((Files::start(&cluster, settings), cluster))
 }
 
 /// The xpm-fs of a cluster.
@@ -70,6 +82,46 @@ impl Files {
             line.split(|byte| *byte == 0).any(|word| word == config.as_bytes())
         });
         ours.collect()
+    }
+
+    /// The status of the process that serves; null while none answers.
+    pub fn status(&self) -> Value {
+        let text = unix_get(&self.config.with_extension("sock"), "/v1/status").unwrap_or_default();
+        serde_json::from_str(&text).unwrap_or_default()
+    }
+
+    /// The process that serves; none while none answers.
+    pub fn serving(&self) -> Option<u64> {
+        self.status()["pid"].as_u64()
+    }
+
+    /// Waits until a process stands by, which takes some seconds after a takeover. Without one, the death of the
+    /// process that serves is the end of the daemon.
+    ///
+    /// # Panics
+    /// When none does in time.
+    pub fn wait_standby(&self) {
+        wait_until("a standby is ready", || self.status()["standby"]["state"] == "ready");
+    }
+
+    /// Kills the process that serves, as `kill -9` does; the one that stands by takes over.
+    pub fn kill_serving(&self) {
+        if let Some(pid) = self.serving().and_then(|pid| Pid::from_raw(pid as i32)) {
+            let _ = kill_process(pid, Signal::KILL);
+        }
+    }
+
+    /// The same, and waits until the standby serves.
+    ///
+    /// # Panics
+    /// When it does not in time.
+    pub fn replace_serving(&self) {
+        let before = self.serving();
+        self.kill_serving();
+        wait_until("the standby serves", || {
+            let now = self.serving();
+            now.is_some() && now != before
+        });
     }
 
     /// Ends every process: the standby of one that is killed goes on, so both are killed.

@@ -10,8 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 
 use rustix::fs::{FallocateFlags, fallocate};
-use serde_json::Value;
-use xpm_tests::files::{Files, can_mount};
+use xpm_tests::files::{self, Files};
 use xpm_tests::mapped::Mapped;
 use xpm_tests::{Cluster, Daemon, wait_until};
 
@@ -26,37 +25,11 @@ struct Site {
 }
 
 impl Site {
-    /// None, with a line that says why, where this machine cannot mount files.
+    /// None where this machine cannot mount files.
     fn start() -> Option<Site> {
-        if let Err(why) = can_mount() {
-            eprintln!("skipped: {why}");
-            return None;
-        }
-        let cluster = Cluster::start(2);
-        let fs = Files::start(&cluster, "standby-reserve = \"1MiB\"\nhang-limit = \"4s\"");
-        let site = Site { fs, cluster };
-        site.wait_standby();
-        Some(site)
-    }
-
-    fn status(&self) -> Value {
-        let text = xpm_tests::unix_get(&self.cluster.dir().join("fs.sock"), "/v1/status").unwrap_or_default();
-        serde_json::from_str(&text).unwrap_or_default()
-    }
-
-    fn serving(&self) -> u64 {
-        self.status()["pid"].as_u64().unwrap_or_default()
-    }
-
-    fn wait_standby(&self) {
-        wait_until("a standby is ready", || self.status()["standby"]["state"] == "ready");
-    }
-
-    /// Kills the process that serves, and waits until its standby serves.
-    fn kill_serving(&self) {
-        let before = self.serving();
-        kill(before);
-        wait_until("the standby serves", || !matches!(self.serving(), 0) && self.serving() != before);
+        let (fs, cluster) = files::start("standby-reserve = \"1MiB\"\nhang-limit = \"4s\"")?;
+        fs.wait_standby();
+        Some(Site { fs, cluster })
     }
 
     fn attach(&self, name: &str, size: &str, more: &[&str]) -> PathBuf {
@@ -74,12 +47,6 @@ impl Site {
     /// Ends every process of this site's xpm-fs.
     fn kill_all(&mut self) {
         self.fs.kill_all();
-    }
-}
-
-fn kill(process: u64) {
-    if let Some(pid) = rustix::process::Pid::from_raw(process as i32) {
-        let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
     }
 }
 
@@ -322,16 +289,16 @@ fn a_file_outlives_its_server() {
     let load = Load::start(&path, 4);
     load.goes_on();
     for _ in 0..2 {
-        site.kill_serving();
+        site.fs.replace_serving();
         load.goes_on();
-        site.wait_standby();
+        site.fs.wait_standby();
     }
     // An upgrade: a newer process takes over.
-    let before = site.serving();
+    let before = site.fs.serving();
     let config = site.cluster.dir().join("fs.toml").display().to_string();
     let next = Daemon::start(site.cluster.dir(), "fs", "xpm-fs", &["--config".to_owned(), config]);
-    wait_until("the newer process serves", || site.serving() == u64::from(next.pid()));
-    assert_ne!(before, u64::from(next.pid()));
+    wait_until("the newer process serves", || site.fs.serving() == Some(next.pid().into()));
+    assert_ne!(before, Some(next.pid().into()));
     load.goes_on();
     load.finish();
 }

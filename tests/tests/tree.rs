@@ -7,8 +7,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{FallocateFlags, fallocate};
-use serde_json::Value;
-use xpm_tests::files::{Files, can_mount};
+use xpm_tests::files::{self, Files};
 use xpm_tests::mapped::Mapped;
 use xpm_tests::{Cluster, wait_until};
 
@@ -23,14 +22,9 @@ struct Site {
 }
 
 impl Site {
-    /// None, with a line that says why, where this machine cannot mount files.
+    /// None where this machine cannot mount files.
     fn start(settings: &str) -> Option<Site> {
-        if let Err(why) = can_mount() {
-            eprintln!("skipped: {why}");
-            return None;
-        }
-        let cluster = Cluster::start(2);
-        let fs = Files::start(&cluster, settings);
+        let (fs, cluster) = files::start(settings)?;
         let site = Site { fs, cluster };
         site.mount();
         Some(site)
@@ -61,20 +55,10 @@ impl Site {
         names.filter(|name| name.starts_with("far.")).collect()
     }
 
-    fn status(&self) -> Value {
-        let text = xpm_tests::unix_get(&self.cluster.dir().join("fs.sock"), "/v1/status").unwrap_or_default();
-        serde_json::from_str(&text).unwrap_or_default()
-    }
-
     /// Kills the process that serves, and waits until its standby serves.
     fn kill_serving(&self) {
-        wait_until("a standby is ready", || self.status()["standby"]["state"] == "ready");
-        let before = self.status()["pid"].as_u64().unwrap_or_default();
-        let pid = rustix::process::Pid::from_raw(before as i32).unwrap();
-        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
-        wait_until("the standby serves", || {
-            self.status()["pid"].as_u64().is_some_and(|serving| serving != before)
-        });
+        self.fs.wait_standby();
+        self.fs.replace_serving();
     }
 }
 
@@ -140,7 +124,7 @@ fn files_take_memory_when_they_are_written_and_give_it_back_when_they_go() {
     forget_pages(&sized);
     sized.read_exact_at(&mut page, 33 * MIB).unwrap();
     assert!(page == data[..PAGE]);
-    // What is cut off is zeros when the file grows again.
+    // The bytes that were cut off are zeros when the file grows again.
     sized.set_len(33 * MIB + 100).unwrap();
     sized.set_len(40 * MIB).unwrap();
     forget_pages(&sized);

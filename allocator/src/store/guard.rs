@@ -19,7 +19,7 @@ thread_local! {
 /// Does some work with the database.
 ///
 /// # Errors
-/// Those of `work`, or that it panicked.
+/// The errors of `work`, or that it panicked.
 pub(super) fn guarded<T>(
     path: &Path,
     doing: &str,

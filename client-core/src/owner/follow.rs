@@ -82,14 +82,10 @@ impl Lost {
             self.look().await;
             tokio::select! {
                 () = self.ending.lost.notified() => return,
-                () = async { while !listener.hear().await.iter().any(|heard| self.concerns(heard)) {} } => {}
+                () = async { while !listener.hear().await.iter().any(|heard| heard.may_order(&self.name)) {} } => {}
                 () = tokio::time::sleep(ASK_EVERY) => {}
             }
         }
-    }
-
-    fn concerns(&self, heard: &Heard) -> bool {
-        matches!(heard, Heard::Missed) || matches!(heard, Heard::Allocation(name) if *name == self.name)
     }
 
     async fn look(&self) {
@@ -146,7 +142,7 @@ impl Follow {
             if heard.iter().any(|one| matches!(one, Heard::Appliance(name) if self.volume.is_on(name))) {
                 self.volume.alarm().notify_one();
             }
-            if heard.contains(&Heard::Missed) || heard.contains(&Heard::Allocation(self.name.clone())) {
+            if heard.iter().any(|one| one.may_order(&self.name)) {
                 return self.volume.alarm().notify_one();
             }
         }

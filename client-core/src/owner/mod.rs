@@ -274,6 +274,15 @@ pub enum Heard {
 }
 
 impl Heard {
+    /// Whether there may be orders for this allocation.
+    pub fn may_order(&self, allocation: &Name) -> bool {
+        match self {
+            Heard::Missed => true,
+            Heard::Allocation(name) => name == allocation,
+            Heard::Appliance(_) => false,
+        }
+    }
+
     /// The news of an event for owners, if there is any.
     fn of(event: &Event) -> Option<Heard> {
         let subject = event.subject.clone();

@@ -108,7 +108,7 @@ pub enum Form {
     File(PathBuf),
     /// A tree of files at a path, which xpm-fs serves. The allocation carries its name; each file has one of its own.
     Tree(PathBuf),
-    /// What holds the data of a file in the tree of this name.
+    /// The data of a file in the tree of this name.
     InTree(Name),
 }
 

@@ -11,12 +11,11 @@ use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use crate::files::Files;
 use crate::netns::{Namespace, done};
-use crate::{Daemon, free_port, programs, unix_get, wait_until};
+use crate::{Daemon, free_port, programs, wait_until};
 
 /// The addresses of all tests: a /16, of which each process has 16.
 const NETWORK: Ipv4Addr = Ipv4Addr::new(10, 214, 0, 0);
@@ -237,30 +236,12 @@ impl Hosts {
     /// # Panics
     /// When none does in time.
     pub fn wait_standbys(&self) {
-        for name in [0, 1].map(name_of) {
-            let socket = self.dir().join(format!("{name}.sock"));
-            wait_until("a process stands by for xpm-fs", || {
-                let status = unix_get(&socket, "/v1/status").unwrap_or_default();
-                let status: Value = serde_json::from_str(&status).unwrap_or_default();
-                status["standby"]["state"] == "ready"
-            });
-        }
+        self.files.iter().for_each(Files::wait_standby);
     }
 
     /// Kills the process of xpm-fs that serves at a host, as `kill -9` does; the one that stands by goes on.
     pub fn kill_files(&self, host: &str) {
-        // The serving process started before the one that stands by for it.
-        let started = |process: &i32| {
-            let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
-            // proc_pid_stat(5): field 22; the name, which ends with a bracket, is field 2.
-            let field =
-                stat.rsplit_once(") ").and_then(|(_, rest)| rest.split(' ').nth(19)?.parse::<u64>().ok());
-            field.unwrap_or(u64::MAX)
-        };
-        let serving = self.files[index_of(host)].processes().into_iter().min_by_key(started);
-        if let Some(process) = serving.and_then(Pid::from_raw) {
-            let _ = kill_process(process, Signal::KILL);
-        }
+        self.files[index_of(host)].kill_serving();
     }
 
     /// Kills the allocator and starts it again on what it kept.

@@ -47,7 +47,12 @@ impl Daemon {
         let taken = match &before {
             Slot::Shown(attached) => {
                 let attached = Arc::clone(attached);
-                blocking(move || take_away(&attached, force)).await
+                let taken = move || {
+                    take_away(&attached, force)?;
+                    attached.end_keeping();
+                    Ok(())
+                };
+                blocking(taken).await
             }
             Slot::Waiting(waiting) if !force => {
                 let record = waiting.record.clone();
@@ -58,14 +63,6 @@ impl Daemon {
         if let Err(error) = taken {
             self.set(name, Some(before));
             return Err(error);
-        }
-        if let Slot::Shown(attached) = &before {
-            let attached = Arc::clone(attached);
-            let ended = move || {
-                attached.end_keeping();
-                Ok(())
-            };
-            blocking(ended).await?;
         }
         let given_up = before.record().map(|record| record.given_up.into_keys().collect());
         drop(before);

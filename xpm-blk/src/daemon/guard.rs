@@ -32,11 +32,10 @@ impl Daemon {
         for (name, slot) in &*self.slots() {
             let Slot::Shown(attached) = slot else { continue };
             let concerns = match heard {
-                Heard::Missed => true,
-                Heard::Allocation(of) => of == name,
                 Heard::Appliance(of) => {
                     attached.record().map.grants.iter().any(|one| one.appliance_name == *of)
                 }
+                Heard::Allocation(_) | Heard::Missed => heard.may_order(name),
             };
             if let Some(guarded) = attached.shown.guarded().filter(|_| concerns) {
                 guarded.alarm().notify_one();

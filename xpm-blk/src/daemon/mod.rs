@@ -125,14 +125,16 @@ impl Attached {
 
     /// Changes the record, on disk first.
     fn keep_with(&self, records: &Records, change: impl FnOnce(&mut Record)) -> Result<(), DeviceError> {
-        let kept = self.keeping.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut record = self.record();
-        change(&mut record);
-        if *kept {
-            records.save(&record)?;
-        }
-        *self.record.lock().unwrap_or_else(PoisonError::into_inner) = record;
-        Ok(())
+        let change = |record: &mut Record| {
+            change(record);
+            true
+        };
+        self.amend(records, change).map(drop)
+    }
+
+    /// Writes the unchanged record once more.
+    fn write_down(&self, records: &Records) -> Result<(), DeviceError> {
+        self.keep_with(records, |_| {})
     }
 
     /// Saves the record as `amend` changes it, on disk first. Returns false when `amend` changes nothing.
@@ -148,12 +150,6 @@ impl Attached {
         }
         *self.record.lock().unwrap_or_else(PoisonError::into_inner) = record;
         Ok(true)
-    }
-
-    /// Writes the unchanged record once more.
-    fn write_down(&self, records: &Records) -> Result<(), DeviceError> {
-        let kept = self.keeping.lock().unwrap_or_else(PoisonError::into_inner);
-        if *kept { records.save(&self.record()) } else { Ok(()) }
     }
 
     /// The device is detached: its record is written no more. Blocks while one is being written.

@@ -1,8 +1,8 @@
-//! What trees of files want of the allocator: allocations that are made, shown, grown and freed, each on a task of its
-//! own, so that no file waits for that of another one.
+//! Makes, shows, grows and frees the allocations that trees of files ask for, each on a task of its own, so that no
+//! file waits for the allocation of another file.
 //!
-//! An allocator that does not answer is asked again, for as long as it takes: what a program has written waits
-//! meanwhile, as it does for an appliance. What it refuses is told to the tree, and so to the program.
+//! The daemon asks an allocator that does not answer again, without a limit: the data that a program has written wait
+//! meanwhile, as they do for an appliance. A refusal of the allocator is reported to the tree, and so to the program.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -135,7 +135,7 @@ impl Daemon {
         size: u64,
         capacity: impl Fn() -> Option<u64>,
     ) -> Result<(), DeviceError> {
-        // One that is gone meanwhile is as good: nobody waits for its room.
+        // An allocation that was freed meanwhile counts as grown: no request waits for its room.
         let has_grown = || capacity().is_none_or(|capacity| capacity >= size);
         let (mut patience, mut scarce) = (Patience::default(), None);
         while !has_grown() {
@@ -229,10 +229,10 @@ struct Patience {
 }
 
 impl Patience {
-    /// Waits before another try of what may succeed later.
+    /// Waits before another try, where it may succeed.
     ///
     /// # Errors
-    /// What cannot.
+    /// The given error, where a later try cannot succeed.
     async fn with(&mut self, file: &Name, error: DeviceError) -> Result<(), DeviceError> {
         match error.kind() {
             ErrorKind::Unavailable | ErrorKind::NotLeader => {

@@ -47,11 +47,15 @@ pub(crate) trait Shown: Send + Sync {
     /// The device node, or the socket.
     fn path(&self) -> String;
 
-    /// The kernel's name of the block device (`ublkb0`); none for a socket.
-    fn disk(&self) -> Option<&str>;
+    /// The kernel's name of the block device (`ublkb0`); none for a socket or a file.
+    fn disk(&self) -> Option<&str> {
+        None
+    }
 
-    /// Number to request when the device is created again.
-    fn number(&self) -> Option<u32>;
+    /// Number to request when the device is created again; none where devices have no number.
+    fn number(&self) -> Option<u32> {
+        None
+    }
 
     /// The state of I/O.
     fn health(&self) -> Health;

@@ -390,14 +390,6 @@ impl Shown for FuseFile {
         self.path.display().to_string()
     }
 
-    fn disk(&self) -> Option<&str> {
-        None
-    }
-
-    fn number(&self) -> Option<u32> {
-        None
-    }
-
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         Some(self.device.as_fd())
     }

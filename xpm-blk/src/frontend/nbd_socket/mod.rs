@@ -111,14 +111,6 @@ impl Shown for NbdSocket {
         self.place.to_string()
     }
 
-    fn disk(&self) -> Option<&str> {
-        None
-    }
-
-    fn number(&self) -> Option<u32> {
-        None
-    }
-
     fn health(&self) -> Health {
         Health::of(&self.volume)
     }

@@ -269,14 +269,6 @@ impl Shown for VhostUserBlk {
         self.path.display().to_string()
     }
 
-    fn disk(&self) -> Option<&str> {
-        None
-    }
-
-    fn number(&self) -> Option<u32> {
-        None
-    }
-
     fn health(&self) -> Health {
         Health::of(&self.device.volume)
     }

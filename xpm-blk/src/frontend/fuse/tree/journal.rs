@@ -33,7 +33,7 @@ const HEADER_ANY: &str = "xpm-tree ";
 /// last.
 const LEN_MIN: u64 = 1 << 20;
 
-/// The open file. What is appended was applied to the table, or is about to be.
+/// The open file. Each appended change was applied to the table, or is about to be.
 #[derive(Debug)]
 pub(super) struct Journal {
     path: PathBuf,
@@ -86,7 +86,7 @@ impl Journal {
             journal.file.set_len(read.len).at(at())?;
             journal.len = read.len;
         }
-        // What the last process wrote is about to be relied on.
+        // This process is about to rely on the lines that the last process wrote, which may not be on disk yet.
         journal.sync().at(at())?;
         Ok((journal, table))
     }

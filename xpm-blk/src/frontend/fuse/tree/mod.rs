@@ -48,7 +48,7 @@ use crate::watch::Pulse;
 /// Stack of the clerk, in bytes; all of it is locked. It writes JSON.
 const CLERK_STACK_LEN: usize = 512 << 10;
 
-/// What the daemon is to do at the allocator. It answers by [`Tree::tell`].
+/// A request to the daemon, which the allocator has to fulfil. The daemon answers by [`Tree::tell`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Wish {
     /// An allocation of at least so many bytes, shown.
@@ -113,7 +113,7 @@ pub(crate) struct Tree {
     clerk: Mutex<Option<Sender<Note>>>,
 }
 
-/// What queues know of a file.
+/// The state of a file that its queues read.
 #[derive(Default)]
 struct FileState {
     /// In bytes, as it is written down.
@@ -176,7 +176,7 @@ impl Tree {
         })
     }
 
-    /// Tells the clerk how a wish ended. Nobody hears it where the tree is not mounted.
+    /// Tells the clerk how a wish ended. The answer is dropped where the tree is not mounted.
     pub(crate) fn tell(&self, fate: Fate) {
         self.note(Note::Fate(fate));
     }
@@ -236,14 +236,6 @@ impl TreeFile {
 impl Shown for TreeFile {
     fn path(&self) -> String {
         format!("tree {}", self.tree.name)
-    }
-
-    fn disk(&self) -> Option<&str> {
-        None
-    }
-
-    fn number(&self) -> Option<u32> {
-        None
     }
 
     fn waits_for_next_process(&self) -> bool {
@@ -400,14 +392,6 @@ impl TreeMount {
 impl Shown for TreeMount {
     fn path(&self) -> String {
         self.path.display().to_string()
-    }
-
-    fn disk(&self) -> Option<&str> {
-        None
-    }
-
-    fn number(&self) -> Option<u32> {
-        None
     }
 
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {

@@ -1,4 +1,4 @@
-//! What is done to names: looking up, making, removing, renaming and listing. The kernel has checked permissions, and
+//! Operations on names: looking up, making, removing, renaming and listing. The kernel has checked permissions, and
 //! has the directories locked that a change concerns.
 
 use rustix::io::Errno;
@@ -134,10 +134,22 @@ impl Clerk {
         if self.table.entry(of, name.as_bytes()).is_some() {
             return Err(Errno::EXIST);
         }
-        let (node, place) = (self.table.number(), self.table.number());
+        let node = self.table.number();
         let parent = if kind == Kind::Directory { of } else { 0 };
         let new = self.new_node(header, &directory, kind, mode);
         let is = Node { names: 1, parent, target: Text::new(target), ..new };
+        self.name((of, directory), name, node, is)
+    }
+
+    /// Gives a node a name in a directory, and the node its new state.
+    fn name(
+        &mut self,
+        (of, directory): (u64, Node),
+        name: Name<'_>,
+        node: u64,
+        is: Node,
+    ) -> Result<u64, Errno> {
+        let place = self.table.number();
         self.commit(&[
             Change::Node { node, is },
             Change::Name { of, name: Text::new(name.as_bytes()), node, place },
@@ -163,14 +175,8 @@ impl Clerk {
         if self.table.entry(of, name.as_bytes()).is_some() {
             return Err(Errno::EXIST);
         }
-        let place = self.table.number();
         let is = Node { names: linked.names + 1, changed: to_nanoseconds(now()), ..linked };
-        self.commit(&[
-            Change::Node { node, is },
-            Change::Name { of, name: Text::new(name.as_bytes()), node, place },
-            touched(of, directory),
-        ])?;
-        Ok(node)
+        self.name((of, directory), name, node, is)
     }
 
     fn remove(&mut self, of: u64, name: Name<'_>, is_directory: bool) -> Result<(), Errno> {

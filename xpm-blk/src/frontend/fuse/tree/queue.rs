@@ -45,18 +45,18 @@ const CHANNELS: u64 = 4;
 /// Descriptors that one wait tells of.
 const EVENTS: usize = 64;
 
-/// What the clerk has a queue do.
+/// A request of the clerk to a queue.
 pub(super) enum Item {
     /// A request, as it was received: it can be served now.
     Request(Vec<u8>),
     /// An operation on a file's allocation; the clerk is told of its end by its token.
     Io { node: u64, kind: Kind, offset: u64, len: u64, token: u64 },
     /// The channel to this allocation of a file is to be dropped when nothing is in flight on it, and the clerk told.
-    /// With 0: whichever there is, only if nothing is in flight, and nobody is told.
+    /// With 0: the channel to any allocation of the file, only if nothing is in flight, and the clerk is not told.
     Close { node: u64, store: u64 },
 }
 
-/// What the clerk gives to a queue.
+/// The requests of the clerk to a queue.
 pub(super) struct Inbox {
     items: Mutex<VecDeque<Item>>,
     /// There may be items.
@@ -91,7 +91,7 @@ impl Inbox {
     }
 }
 
-/// What a queue is made of.
+/// The parts of a queue.
 pub(super) struct QueueParts {
     /// Its number; the same in each life of the mount.
     pub(super) number: u16,
@@ -129,7 +129,7 @@ pub(super) fn run(parts: QueueParts, ready: &SyncSender<io::Result<()>>) {
     std::mem::forget(alive);
 }
 
-/// Who waits for an operation.
+/// The party that waits for an operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Waiter {
     Kernel(Unique),
@@ -229,7 +229,7 @@ impl Queue {
         loop {
             let took = self.take_inbox()? | self.take_requests()?;
             if self.gone {
-                // Nobody waits for what is in flight.
+                // No program waits for the requests in flight any more.
                 self.ways.clear();
                 return Ok(());
             }

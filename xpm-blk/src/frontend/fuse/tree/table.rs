@@ -16,13 +16,13 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-/// The first number that files and allocations get. Those below it are places of "." and ".." in a listing, and the
-/// root.
+/// The first number that files and allocations get. The numbers below it are places of "." and ".." in a listing, and
+/// the root.
 const FIRST: u64 = 16;
 /// Number of the root directory, as FUSE has it.
 pub(super) const ROOT: u64 = 1;
 
-/// What a node is.
+/// The kind of a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum Kind {
@@ -109,7 +109,7 @@ pub(super) enum StoreState {
     Doomed,
 }
 
-/// What holds from now on.
+/// A change of the table.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum Change {

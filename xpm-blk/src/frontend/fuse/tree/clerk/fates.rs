@@ -88,7 +88,7 @@ impl Clerk {
     }
 }
 
-/// What a program is told when the allocator refuses.
+/// The error that a program gets when the allocator refuses.
 const fn refusal(kind: ErrorKind) -> Errno {
     match kind {
         ErrorKind::NoSpace => Errno::NOSPC,

@@ -50,7 +50,7 @@ const SIZE_MAX: u64 = 1 << 60;
 /// Attributes are asked for again after this: how much memory a file takes changes without the kernel.
 pub(super) const ATTRIBUTES: Validity = Validity { seconds: 1, nanoseconds: 0 };
 
-/// What the clerk is told.
+/// A message to the clerk.
 pub(super) enum Note {
     /// A request that is not data.
     Request(Vec<u8>),
@@ -85,7 +85,7 @@ pub(super) struct ClerkParts {
     pub(super) takes_over: bool,
 }
 
-/// What a file waits for.
+/// The work that a file waits for.
 enum Step {
     Growing,
     /// Operations that still make zeros of what is cut off, and how the first one failed that did. The request is the
@@ -115,7 +115,7 @@ pub(super) struct Clerk {
     token: u64,
     /// Queues that may still have a channel to an allocation that is to be freed.
     closing: HashMap<u64, usize>,
-    /// Who asked how much memory there is.
+    /// Requests for the amount of memory (statfs) that wait for the answer.
     looking: Vec<Unique>,
     /// All memory and what is free of it, in bytes, as it was known last.
     space: (u64, u64),
@@ -499,7 +499,7 @@ impl Clerk {
             Ok(true) => {}
             waits => return self.wait(number, unique, waits, bytes),
         }
-        // What lies behind the end is zeros at any time: a file that grows again shows them.
+        // The bytes behind the end are zeros at any time, because a file that grows again shows them.
         let page = size.next_multiple_of(PAGE);
         let pieces = [
             (IoKind::Zero, size, page.min(node.size)),
