@@ -15,6 +15,7 @@
 //! * `tree/`: a directory in which each file has an allocation of its own.
 
 mod file;
+mod intake;
 mod memory;
 mod queue;
 pub(crate) mod tree;

@@ -13,30 +13,24 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::SyncSender;
 
-use rustix::event::epoll::{self, EventData, EventFlags};
 use xpm_client_core::Channel;
 use xpm_fuse::wire::{FallocateMode, Operation, Request, Unique, reply};
 use xpm_fuse::{Device, Errno};
-use xpm_transport::io::{Completion, IoError, Kind, Operation as Io};
+use xpm_transport::io::{Completion, IoError, Kind};
 use xpm_transport::spin::Spin;
 
 use super::PAGE;
 use super::file::File;
-use super::memory::Requests;
-use crate::lifecycle::DieOnDrop;
+use super::intake::{self, FIRST_MARK, Intake, Serve};
 use crate::watch::Pulse;
 
-/// Tokens of the descriptors in the epoll set.
-const DEVICE: u64 = 0;
-const CHANNEL: u64 = 1;
-const GIVE_UP: u64 = 2;
-const PULSE: u64 = 3;
+/// Mark of the channel in the epoll set.
+const CHANNEL: u64 = FIRST_MARK;
 
 /// The parts of a queue.
 pub(super) struct QueueParts {
@@ -55,25 +49,10 @@ pub(super) struct QueueParts {
     pub(super) pulse: Arc<Pulse>,
 }
 
-/// Runs a queue until its mount is gone. Sends the result of its start once.
-///
-/// A failure after that, or a panic, ends the whole process: another process can take the mount over, while a process
-/// that lives on with a dead queue would leave every program that uses the file in an endless wait.
+/// Runs a queue: see [`intake::run`].
 pub(super) fn run(parts: QueueParts, ready: &SyncSender<io::Result<()>>) {
-    let alive = DieOnDrop;
     let ended = Arc::clone(&parts.ended);
-    match Queue::new(parts) {
-        Err(error) => drop(ready.send(Err(error))),
-        Ok(mut queue) => {
-            let _ = ready.send(Ok(()));
-            if let Err(error) = queue.serve() {
-                tracing::error!(%error, "a queue of a mount failed");
-                return;
-            }
-            ended.store(true, Ordering::Release);
-        }
-    }
-    std::mem::forget(alive);
+    intake::run(|| Queue::new(parts), &ended, ready);
 }
 
 /// A request with the channel.
@@ -88,140 +67,78 @@ struct Pending {
 struct Queue {
     // Dropped before the buffers, which ends their use.
     channel: Option<Channel>,
-    requests: Requests,
-    device: Arc<Device>,
+    intake: Intake,
     file: Arc<File>,
     pending: Vec<Option<Pending>>,
-    free: Vec<u16>,
     /// Busy requests for which the channel had no room.
     waiting: VecDeque<u16>,
     completions: Vec<Completion>,
-    epoll: OwnedFd,
-    /// Whether the device is in the epoll set; it is removed while every buffer is in use.
-    watched: bool,
-    give_up: Arc<OwnedFd>,
-    gone: bool,
     spin: Spin,
     pulse: Arc<Pulse>,
 }
 
-impl Queue {
-    fn new(parts: QueueParts) -> io::Result<Queue> {
-        let QueueParts { depth, io_len, device, file, give_up, mut channel, spin, pulse, .. } = parts;
-        let requests = Requests::new(depth, io_len)?;
-        channel.register(requests.all());
-        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        let watch =
-            |fd: &dyn AsFd, mark| epoll::add(&epoll, fd.as_fd(), EventData::new_u64(mark), EventFlags::IN);
-        watch(&channel.wait_fd(), CHANNEL)?;
-        watch(&give_up, GIVE_UP)?;
-        watch(&pulse.poked(), PULSE)?;
-        let count = usize::from(depth);
-        let mut queue = Queue {
-            channel: Some(channel),
-            requests,
-            device,
-            file,
-            pending: vec![None; count],
-            free: (0..depth).rev().collect(),
-            waiting: VecDeque::with_capacity(count),
-            completions: Vec::with_capacity(count),
-            epoll,
-            watched: false,
-            give_up,
-            gone: false,
-            spin,
-            pulse,
-        };
-        queue.watch_device()?;
-        Ok(queue)
-    }
-
+impl Serve for Queue {
     fn serve(&mut self) -> io::Result<()> {
         // Epoll reports the channel only when the queue waits for it, so the first turn polls the channel too.
         let mut told = true;
         loop {
             let took = self.take_requests()?;
-            if self.gone {
+            if self.intake.is_gone() {
                 // No program waits for the requests in flight any more.
                 self.channel = None;
                 return Ok(());
             }
             let ended = self.take_completions(told)?;
             self.pulse.answer_if_asked();
-            told = match self.spin.looks_again(took || ended) {
-                true => true,
-                false => self.wait()?,
-            };
+            told = self.spin.looks_again(took || ended) || self.wait()?;
         }
+    }
+}
+
+impl Queue {
+    fn new(parts: QueueParts) -> io::Result<Queue> {
+        let QueueParts { depth, io_len, device, file, give_up, mut channel, spin, pulse, .. } = parts;
+        let mut intake = Intake::new(depth, io_len, device, give_up, &pulse)?;
+        channel.register(intake.requests().all());
+        intake.watch(&channel.wait_fd(), CHANNEL)?;
+        let count = usize::from(depth);
+        Ok(Queue {
+            channel: Some(channel),
+            intake,
+            file,
+            pending: vec![None; count],
+            waiting: VecDeque::with_capacity(count),
+            completions: Vec::with_capacity(count),
+            spin,
+            pulse,
+        })
     }
 
     /// Waits for an event; returns whether the channel may be ready.
     fn wait(&mut self) -> io::Result<bool> {
-        self.watch_device()?;
         if let Some(channel) = &mut self.channel {
             channel.arm();
         }
-        let mut room = [MaybeUninit::uninit(); 4];
-        let events = match epoll::wait(&self.epoll, &mut room, None) {
-            Ok((events, _)) => events,
-            Err(Errno::INTR) => return Ok(true),
-            Err(error) => return Err(error.into()),
-        };
         let mut told = false;
-        let mut give_up = false;
-        for event in events.iter() {
-            match event.data.u64() {
-                CHANNEL => told = true,
-                GIVE_UP => give_up = true,
-                _ => {}
-            }
-        }
-        if give_up {
+        let woken = self.intake.wait(|mark| told |= mark == CHANNEL)?;
+        if woken.give_up {
             self.give_up()?;
         }
-        Ok(told)
-    }
-
-    /// Keeps the device in the epoll set while a buffer is free. Exclusive, so that one request wakes one queue only.
-    fn watch_device(&mut self) -> io::Result<()> {
-        let wanted = !self.free.is_empty();
-        if wanted != self.watched {
-            match wanted {
-                true => {
-                    let flags = EventFlags::IN | EventFlags::EXCLUSIVE;
-                    epoll::add(&self.epoll, &self.device, EventData::new_u64(DEVICE), flags)?;
-                }
-                false => epoll::delete(&self.epoll, &self.device)?,
-            }
-            self.watched = wanted;
-        }
-        Ok(())
+        Ok(told || woken.interrupted)
     }
 
     /// Takes requests from the device as long as there are requests and free buffers; returns whether there was one.
     fn take_requests(&mut self) -> io::Result<bool> {
         let mut any = false;
-        while let Some(&tag) = self.free.last() {
-            match self.requests.receive(tag, &self.device) {
-                Ok(len) => {
-                    any = true;
-                    self.begin(tag, len)?;
-                }
-                Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => break,
-                // The mount was unmounted, or its connection aborted.
-                Err(error) if matches!(error.raw_os_error(), Some(libc::ENODEV | libc::ECONNABORTED)) => {
-                    self.gone = true;
-                    break;
-                }
-                Err(error) => return Err(error),
-            }
+        while let Some((tag, len)) = self.intake.receive()? {
+            any = true;
+            self.begin(tag, len)?;
         }
         Ok(any)
     }
 
     fn begin(&mut self, tag: u16, len: usize) -> io::Result<()> {
-        let begun = match Request::parse(self.requests.request(tag, len)) {
+        let begun = match Request::parse(self.intake.requests().request(tag, len)) {
             Ok(request) => begin(&self.file, &request),
             Err(malformed) => match malformed.unique {
                 Some(unique) => Begun::Refused(unique, Errno::INVAL),
@@ -230,7 +147,7 @@ impl Queue {
         };
         match begun {
             Begun::Io(pending) => {
-                self.free.pop();
+                self.intake.claim();
                 self.pending[usize::from(tag)] = Some(pending);
                 match self.waiting.is_empty() {
                     true => self.post(tag),
@@ -240,14 +157,16 @@ impl Queue {
                     }
                 }
             }
-            Begun::Refused(unique, errno) => self.send(&reply::error(unique, errno)),
-            Begun::Done(unique) => self.send(&reply::empty(unique)),
+            Begun::Refused(unique, errno) => self.intake.send(&reply::error(unique, errno)),
+            Begun::Done(unique) => self.intake.send(&reply::empty(unique)),
             Begun::Other => {
-                let Ok(request) = Request::parse(self.requests.request(tag, len)) else { return Ok(()) };
+                let Ok(request) = Request::parse(self.intake.requests().request(tag, len)) else {
+                    return Ok(());
+                };
                 let answer = self.file.answer(&request);
                 match answer.bytes() {
                     [] => Ok(()),
-                    bytes => self.send(bytes),
+                    bytes => self.intake.send(bytes),
                 }
             }
         }
@@ -256,14 +175,9 @@ impl Queue {
     fn post(&mut self, tag: u16) -> io::Result<()> {
         let Some(pending) = self.pending[usize::from(tag)] else { return Ok(()) };
         let Some(channel) = &mut self.channel else { return self.end(tag, Err(IoError::Unreachable)) };
-        let buf = match pending.kind {
-            Kind::Read | Kind::Write => Some(self.requests.lend(tag, pending.len as usize)),
-            Kind::Trim | Kind::Zero | Kind::Flush => None,
-        };
-        let operation =
-            Io { kind: pending.kind, offset: pending.offset, len: pending.len, buf, token: u64::from(tag) };
+        let operation = self.intake.operation(tag, (pending.kind, pending.offset, pending.len));
         if channel.post(operation).is_err() {
-            self.requests.take_back(tag);
+            self.intake.requests().take_back(tag);
             self.waiting.push_back(tag);
         }
         Ok(())
@@ -299,31 +213,22 @@ impl Queue {
         let Some(Pending { unique, kind, len, .. }) = self.pending[usize::from(tag)].take() else {
             return Ok(());
         };
-        self.requests.take_back(tag);
-        self.free.push(tag);
+        self.intake.release(tag);
         match (result, kind) {
-            (Err(error), _) => self.send(&reply::error(unique, Errno::from_raw_os_error(error.errno()))),
-            (Ok(()), Kind::Read) => {
-                let len = len as usize;
-                self.requests.send(tag, &reply::header(unique, len), len, &self.device)
+            (Err(error), _) => {
+                self.intake.send(&reply::error(unique, Errno::from_raw_os_error(error.errno())))
             }
-            (Ok(()), Kind::Write) => self.send(&reply::written(unique, len as u32)),
-            (Ok(()), Kind::Trim | Kind::Zero | Kind::Flush) => self.send(&reply::empty(unique)),
+            (Ok(()), Kind::Read) => self.intake.send_data(tag, unique, len as usize),
+            (Ok(()), Kind::Write) => self.intake.send(&reply::written(unique, len as u32)),
+            (Ok(()), Kind::Trim | Kind::Zero | Kind::Flush) => self.intake.send(&reply::empty(unique)),
         }
-    }
-
-    /// Sends an answer. It is no error if the answer is no longer expected, because its request was interrupted or the
-    /// mount has ended.
-    fn send(&self, answer: &[u8]) -> io::Result<()> {
-        self.device.send_bytes(answer)?;
-        Ok(())
     }
 
     /// Drops the channel, so that no operation uses a buffer any more, and fails the requests in flight and all later
     /// ones.
     fn give_up(&mut self) -> io::Result<()> {
         self.channel = None;
-        epoll::delete(&self.epoll, &self.give_up)?;
+        self.intake.forget_give_up()?;
         self.waiting.clear();
         for tag in 0..self.pending.len() as u16 {
             self.end(tag, Err(IoError::Unreachable))?;

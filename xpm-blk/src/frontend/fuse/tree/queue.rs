@@ -15,35 +15,27 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, SyncSender};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::event::{EventfdFlags, eventfd};
 use xpm_client_core::Channel;
 use xpm_fuse::wire::{FallocateMode, Operation, Request, Unique, reply};
 use xpm_fuse::{Device, Errno};
-use xpm_transport::io::{Completion, IoError, Kind, Operation as Io};
+use xpm_transport::io::{Completion, IoError, Kind};
 use xpm_transport::spin::Spin;
 
 use super::super::PAGE;
-use super::super::memory::Requests;
+use super::super::intake::{self, FIRST_MARK, Intake, Serve};
 use super::clerk::Note;
 use super::{FileState, Tree};
-use crate::lifecycle::DieOnDrop;
 use crate::watch::Pulse;
 
-/// Marks of the descriptors in the epoll set; those of channels are behind them.
-const DEVICE: u64 = 0;
-const INBOX: u64 = 1;
-const GIVE_UP: u64 = 2;
-const PULSE: u64 = 3;
-const CHANNELS: u64 = 4;
-/// Descriptors that one wait tells of.
-const EVENTS: usize = 64;
+/// Marks of the descriptors in the epoll set; those of channels follow.
+const INBOX: u64 = FIRST_MARK;
+const CHANNELS: u64 = FIRST_MARK + 1;
 
 /// A request of the clerk to a queue.
 pub(super) enum Item {
@@ -110,23 +102,10 @@ pub(super) struct QueueParts {
     pub(super) pulse: Arc<Pulse>,
 }
 
-/// Runs a queue until its mount is gone. Sends once how it began. A failure after that ends the process, as with a
-/// single file.
+/// Runs a queue: see [`intake::run`].
 pub(super) fn run(parts: QueueParts, ready: &SyncSender<io::Result<()>>) {
-    let alive = DieOnDrop;
     let ended = Arc::clone(&parts.ended);
-    match Queue::new(parts) {
-        Err(error) => drop(ready.send(Err(error))),
-        Ok(mut queue) => {
-            let _ = ready.send(Ok(()));
-            if let Err(error) = queue.serve() {
-                tracing::error!(%error, "a queue of a tree failed");
-                return;
-            }
-            ended.store(true, Ordering::Release);
-        }
-    }
-    std::mem::forget(alive);
+    intake::run(|| Queue::new(parts), &ended, ready);
 }
 
 /// The party that waits for an operation.
@@ -168,67 +147,25 @@ struct Queue {
     // Before the buffers: dropping it ends the use of them.
     ways: Vec<Option<Way>>,
     by_node: HashMap<u64, (Arc<FileState>, Option<usize>)>,
-    requests: Requests,
+    intake: Intake,
     number: u16,
-    device: Arc<Device>,
     tree: Arc<Tree>,
     inbox: Arc<Inbox>,
     clerk: Sender<Note>,
     pending: Vec<Option<Pending>>,
-    free: Vec<u16>,
     completions: Vec<Completion>,
-    epoll: OwnedFd,
-    /// The device is in the epoll set: it is not while every buffer is in use.
-    watched: bool,
-    give_up: Arc<OwnedFd>,
     given_up: bool,
-    gone: bool,
     spin: Spin,
     pulse: Arc<Pulse>,
 }
 
-impl Queue {
-    fn new(parts: QueueParts) -> io::Result<Queue> {
-        let QueueParts { number, depth, io_len, device, tree, inbox, clerk, give_up, spin, pulse, .. } =
-            parts;
-        let requests = Requests::new(depth, io_len)?;
-        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        let watch =
-            |fd: &dyn AsFd, mark| epoll::add(&epoll, fd.as_fd(), EventData::new_u64(mark), EventFlags::IN);
-        watch(&inbox.bell, INBOX)?;
-        watch(&give_up, GIVE_UP)?;
-        watch(&pulse.poked(), PULSE)?;
-        let count = usize::from(depth);
-        let mut queue = Queue {
-            ways: Vec::new(),
-            by_node: HashMap::new(),
-            requests,
-            number,
-            device,
-            tree,
-            inbox,
-            clerk,
-            pending: vec![None; count],
-            free: (0..depth).rev().collect(),
-            completions: Vec::with_capacity(count),
-            epoll,
-            watched: false,
-            give_up,
-            given_up: false,
-            gone: false,
-            spin,
-            pulse,
-        };
-        queue.watch_device()?;
-        Ok(queue)
-    }
-
+impl Serve for Queue {
     fn serve(&mut self) -> io::Result<()> {
         // Epoll tells of channels only when it is waited for.
         let mut told = true;
         loop {
             let took = self.take_inbox()? | self.take_requests()?;
-            if self.gone {
+            if self.intake.is_gone() {
                 // No program waits for the requests in flight any more.
                 self.ways.clear();
                 return Ok(());
@@ -241,48 +178,46 @@ impl Queue {
             }
         }
     }
+}
+
+impl Queue {
+    fn new(parts: QueueParts) -> io::Result<Queue> {
+        let QueueParts { number, depth, io_len, device, tree, inbox, clerk, give_up, spin, pulse, .. } =
+            parts;
+        let intake = Intake::new(depth, io_len, device, give_up, &pulse)?;
+        intake.watch(&inbox.bell, INBOX)?;
+        let count = usize::from(depth);
+        Ok(Queue {
+            ways: Vec::new(),
+            by_node: HashMap::new(),
+            intake,
+            number,
+            tree,
+            inbox,
+            clerk,
+            pending: vec![None; count],
+            completions: Vec::with_capacity(count),
+            given_up: false,
+            spin,
+            pulse,
+        })
+    }
 
     fn wait(&mut self) -> io::Result<()> {
-        self.watch_device()?;
         for way in self.ways.iter_mut().flatten().filter(|way| !way.armed) {
             way.channel.arm();
             way.armed = true;
         }
-        let mut room = [MaybeUninit::uninit(); EVENTS];
-        let events = match epoll::wait(&self.epoll, &mut room, None) {
-            Ok((events, _)) => events,
-            Err(Errno::INTR) => return Ok(()),
-            Err(error) => return Err(error.into()),
-        };
-        let mut give_up = false;
-        for event in events.iter() {
-            match event.data.u64() {
-                GIVE_UP => give_up = true,
-                mark if mark >= CHANNELS => {
-                    if let Some(Some(way)) = self.ways.get_mut((mark - CHANNELS) as usize) {
-                        way.told = true;
-                    }
-                }
-                _ => {}
+        let ways = &mut self.ways;
+        let woken = self.intake.wait(|mark| {
+            if let Some(place) = mark.checked_sub(CHANNELS)
+                && let Some(Some(way)) = ways.get_mut(place as usize)
+            {
+                way.told = true;
             }
-        }
-        if give_up {
+        })?;
+        if woken.give_up {
             self.give_up()?;
-        }
-        Ok(())
-    }
-
-    /// Has the device in the epoll set while there is a buffer for a request. Exclusive: one request wakes one queue.
-    fn watch_device(&mut self) -> io::Result<()> {
-        let wanted = !self.free.is_empty();
-        if wanted != self.watched {
-            if wanted {
-                let flags = EventFlags::IN | EventFlags::EXCLUSIVE;
-                epoll::add(&self.epoll, &self.device, EventData::new_u64(DEVICE), flags)?;
-            } else {
-                epoll::delete(&self.epoll, &self.device)?;
-            }
-            self.watched = wanted;
         }
         Ok(())
     }
@@ -290,12 +225,12 @@ impl Queue {
     /// Does what the clerk wants, as far as there are buffers; true when there was anything.
     fn take_inbox(&mut self) -> io::Result<bool> {
         let mut any = false;
-        while let Some(&tag) = self.free.last() {
+        while let Some(tag) = self.intake.free_buffer() {
             let Some(item) = self.inbox.take() else { break };
             any = true;
             match item {
                 Item::Request(bytes) => {
-                    self.requests.put(tag, &bytes);
+                    self.intake.requests().put(tag, &bytes);
                     self.begin(tag, bytes.len())?;
                 }
                 Item::Io { node, kind, offset, len, token } => {
@@ -315,30 +250,19 @@ impl Queue {
     /// Takes requests off the device while there are any, and buffers for them; true when there was one.
     fn take_requests(&mut self) -> io::Result<bool> {
         let mut any = false;
-        while let Some(&tag) = self.free.last() {
-            match self.requests.receive(tag, &self.device) {
-                Ok(len) => {
-                    any = true;
-                    self.begin(tag, len)?;
-                }
-                Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => break,
-                // It was unmounted, or aborted.
-                Err(error) if matches!(error.raw_os_error(), Some(libc::ENODEV | libc::ECONNABORTED)) => {
-                    self.gone = true;
-                    break;
-                }
-                Err(error) => return Err(error),
-            }
+        while let Some((tag, len)) = self.intake.receive()? {
+            any = true;
+            self.begin(tag, len)?;
         }
         Ok(any)
     }
 
     fn begin(&mut self, tag: u16, len: usize) -> io::Result<()> {
-        let request = match Request::parse(self.requests.request(tag, len)) {
+        let request = match Request::parse(self.intake.requests().request(tag, len)) {
             Ok(request) => request,
             Err(malformed) => {
                 return match malformed.unique {
-                    Some(unique) => self.send(&reply::error(unique, Errno::INVAL)),
+                    Some(unique) => self.intake.send(&reply::error(unique, Errno::INVAL)),
                     None => Ok(()),
                 };
             }
@@ -346,20 +270,20 @@ impl Queue {
         let (node, unique) = (request.header.nodeid, request.header.unique);
         let wanted = wanted(&request.operation);
         let Some((kind, offset, len_wanted)) = wanted else {
-            let bytes = self.requests.request(tag, len).to_vec();
+            let bytes = self.intake.requests().request(tag, len).to_vec();
             self.tell(Note::Request(bytes));
             return Ok(());
         };
         let Some(file) = self.file(node) else {
-            return self.send(&reply::error(unique, Errno::STALE));
+            return self.intake.send(&reply::error(unique, Errno::STALE));
         };
         let size = file.size.load(Ordering::Acquire);
         let within = size.saturating_sub(offset).min(len_wanted);
         let io = match kind {
-            Kind::Write if len_wanted == 0 => return self.send(&reply::written(unique, 0)),
+            Kind::Write if len_wanted == 0 => return self.intake.send(&reply::written(unique, 0)),
             Kind::Write => (kind, offset, len_wanted),
             Kind::Flush => (kind, 0, 0),
-            _ if within == 0 => return self.send(&reply::empty(unique)),
+            _ if within == 0 => return self.intake.send(&reply::empty(unique)),
             Kind::Trim if offset.is_multiple_of(PAGE) && within.is_multiple_of(PAGE) => {
                 (kind, offset, within)
             }
@@ -369,7 +293,7 @@ impl Queue {
         let fits = io.1.checked_add(io.2).is_some_and(|end| end <= file.capacity.load(Ordering::Acquire));
         let slot = if fits { self.way_to(node)? } else { None };
         match slot {
-            _ if self.given_up => self.send(&reply::error(unique, Errno::IO)),
+            _ if self.given_up => self.intake.send(&reply::error(unique, Errno::IO)),
             Some(slot) => {
                 let (kind, offset, len) = io;
                 let waiter = Waiter::Kernel(unique);
@@ -382,7 +306,7 @@ impl Queue {
                 Ok(())
             }
             None => {
-                let bytes = self.requests.request(tag, len).to_vec();
+                let bytes = self.intake.requests().request(tag, len).to_vec();
                 self.tell(Note::Parked { node, bytes });
                 Ok(())
             }
@@ -418,9 +342,8 @@ impl Queue {
             }
         };
         let mut channel = volume.channel_of(self.number)?;
-        channel.register(self.requests.all());
-        let mark = CHANNELS + slot as u64;
-        epoll::add(&self.epoll, channel.wait_fd(), EventData::new_u64(mark), EventFlags::IN)?;
+        channel.register(self.intake.requests().all());
+        self.intake.watch(&channel.wait_fd(), CHANNELS + slot as u64)?;
         self.ways[slot] = Some(Way {
             channel,
             node,
@@ -458,7 +381,7 @@ impl Queue {
     fn drop_way(&mut self, slot: usize) {
         let Some(way) = self.ways[slot].take() else { return };
         let (node, store, closing) = (way.node, way.store, way.closing);
-        let _ = epoll::delete(&self.epoll, way.channel.wait_fd());
+        let _ = self.intake.forget(&way.channel.wait_fd());
         drop(way);
         if let Some((_, known)) = self.by_node.get_mut(&node)
             && *known == Some(slot)
@@ -471,7 +394,7 @@ impl Queue {
     }
 
     fn start(&mut self, tag: u16, pending: Pending) {
-        self.free.pop();
+        self.intake.claim();
         self.pending[usize::from(tag)] = Some(pending);
         if let Some(way) = self.ways[pending.slot].as_mut() {
             way.in_flight += 1;
@@ -482,14 +405,9 @@ impl Queue {
     fn post(&mut self, tag: u16) {
         let Some(pending) = self.pending[usize::from(tag)] else { return };
         let Some(way) = self.ways[pending.slot].as_mut() else { return };
-        let buf = match pending.kind {
-            Kind::Read | Kind::Write => Some(self.requests.lend(tag, pending.len as usize)),
-            Kind::Trim | Kind::Zero | Kind::Flush => None,
-        };
-        let operation =
-            Io { kind: pending.kind, offset: pending.offset, len: pending.len, buf, token: u64::from(tag) };
+        let operation = self.intake.operation(tag, (pending.kind, pending.offset, pending.len));
         if way.channel.post(operation).is_err() {
-            self.requests.take_back(tag);
+            self.intake.requests().take_back(tag);
             way.waiting.push_back(tag);
         }
     }
@@ -499,10 +417,12 @@ impl Queue {
     fn take_completions(&mut self, told: bool) -> io::Result<bool> {
         let mut any = false;
         for slot in 0..self.ways.len() {
+            // As with a single file: the sockets are read once in a turn of the queue.
+            let mut told = told;
             while let Some(way) = self.ways[slot].as_mut().filter(|way| way.in_flight > 0 || way.told) {
                 way.channel.submit();
                 way.armed = false;
-                if std::mem::take(&mut way.told) || told {
+                if std::mem::take(&mut way.told) | std::mem::take(&mut told) {
                     way.channel.poll(&mut self.completions);
                 } else {
                     way.channel.poll_untold(&mut self.completions);
@@ -534,8 +454,7 @@ impl Queue {
         if let Some(way) = self.ways[slot].as_mut() {
             way.in_flight -= 1;
         }
-        self.requests.take_back(tag);
-        self.free.push(tag);
+        self.intake.release(tag);
         let unique = match waiter {
             Waiter::Kernel(unique) => unique,
             Waiter::Clerk(token) => {
@@ -544,11 +463,10 @@ impl Queue {
             }
         };
         match (result, kind) {
-            (Err(error), _) => self.send(&reply::error(unique, Errno::from_raw_os_error(error.errno()))),
-            (Ok(()), Kind::Read) => {
-                let len = len as usize;
-                self.requests.send(tag, &reply::header(unique, len), len, &self.device)
+            (Err(error), _) => {
+                self.intake.send(&reply::error(unique, Errno::from_raw_os_error(error.errno())))
             }
+            (Ok(()), Kind::Read) => self.intake.send_data(tag, unique, len as usize),
             (Ok(()), Kind::Write) => {
                 let end = offset + len;
                 let size = self.by_node.get(&node).map_or(0, |(file, _)| file.size.load(Ordering::Acquire));
@@ -557,13 +475,13 @@ impl Queue {
                     self.tell(Note::Extended { unique, node, end, written: len as u32 });
                     return Ok(());
                 }
-                self.send(&reply::written(unique, len as u32))
+                self.intake.send(&reply::written(unique, len as u32))
             }
             (Ok(()), Kind::Flush) => {
                 self.tell(Note::Sync { unique });
                 Ok(())
             }
-            (Ok(()), Kind::Trim | Kind::Zero) => self.send(&reply::empty(unique)),
+            (Ok(()), Kind::Trim | Kind::Zero) => self.intake.send(&reply::empty(unique)),
         }
     }
 
@@ -572,16 +490,11 @@ impl Queue {
         let _ = self.clerk.send(note);
     }
 
-    fn send(&self, answer: &[u8]) -> io::Result<()> {
-        self.device.send_bytes(answer)?;
-        Ok(())
-    }
-
     /// Drops the channels, so that nothing uses a buffer any more, and fails what is in flight and all that still
     /// comes.
     fn give_up(&mut self) -> io::Result<()> {
         self.given_up = true;
-        epoll::delete(&self.epoll, &self.give_up)?;
+        self.intake.forget_give_up()?;
         for slot in 0..self.ways.len() {
             self.ways[slot] = None;
         }
