@@ -6,6 +6,7 @@ pub mod clock;
 pub mod etcd;
 pub mod files;
 pub mod hang;
+mod http;
 pub mod impostor;
 pub mod machine;
 pub mod manager;
@@ -19,8 +20,7 @@ pub mod vhost;
 pub mod vm;
 
 use std::fs::File;
-use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -29,6 +29,8 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use tempfile::TempDir;
 
+pub use self::http::{http, status_at, unix_get};
+use self::http::{http_answer, http_get};
 use crate::clock::Sees;
 use crate::manager::ServiceManager;
 pub use crate::tools::{have, have_by_chance, skip_without};
@@ -656,52 +658,4 @@ fn start_client(dir: &Path, name: &str, program: &str, allocator: &str, settings
         Daemon::start(dir, name, program, &["--config".to_owned(), config.display().to_string()]);
     daemon.wait_ready(|| std::os::unix::net::UnixStream::connect(&control).is_ok());
     daemon
-}
-
-/// Whether a daemon of this machine answers with 200.
-fn http_get(port: u16, path: &str) -> bool {
-    http_answer(port, path).is_ok_and(|answer| answer.split(' ').nth(1) == Some("200"))
-}
-
-fn http_answer(port: u16, path: &str) -> std::io::Result<String> {
-    http(port, "GET", path, "")
-}
-
-/// The status of the daemon at a port of loopback; null where it does not answer.
-pub fn status_at(port: u16) -> Value {
-    let answer = http_answer(port, "/v1/status").unwrap_or_default();
-    let body = answer.split_once("\r\n\r\n").map_or("", |(_, body)| body);
-    serde_json::from_str(body).unwrap_or_default()
-}
-
-/// What an HTTP server of loopback answers, head and body.
-///
-/// # Errors
-/// When it cannot be reached, or breaks off.
-pub fn http(port: u16, method: &str, path: &str, body: &str) -> std::io::Result<String> {
-    let stream = TcpStream::connect(("127.0.0.1", port))?;
-    stream.set_read_timeout(Some(LIMIT))?;
-    exchange(stream, method, path, body)
-}
-
-/// The body of what the daemon at a unix socket answers to a request for this path.
-///
-/// # Errors
-/// When it cannot be reached, or breaks off.
-pub fn unix_get(socket: &Path, path: &str) -> std::io::Result<String> {
-    let stream = std::os::unix::net::UnixStream::connect(socket)?;
-    stream.set_read_timeout(Some(LIMIT))?;
-    let answer = exchange(stream, "GET", path, "")?;
-    Ok(answer.split_once("\r\n\r\n").map_or_else(String::new, |(_, body)| body.to_owned()))
-}
-
-fn exchange(mut stream: impl Read + Write, method: &str, path: &str, body: &str) -> std::io::Result<String> {
-    let (kind, len) = ("Content-Type: application/json", body.len());
-    write!(
-        stream,
-        "{method} {path} HTTP/1.0\r\nHost: localhost\r\n{kind}\r\nContent-Length: {len}\r\n\r\n{body}"
-    )?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer)?;
-    Ok(answer)
 }

@@ -1,5 +1,5 @@
-//! The part that the queues of a file and of a tree share: requests come off the mount's device into buffers, answers go
-//! back, and one epoll set has all that a queue waits for.
+//! The part that the queues of a file and of a tree share: requests come off the mount's device into buffers, answers
+//! go back, and one epoll set has all that a queue waits for.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -32,8 +32,8 @@ pub(super) trait Serve {
     fn serve(&mut self) -> io::Result<()>;
 }
 
-/// Makes a queue and runs it until its mount is gone. Sends the result of its start once. `ended` is set when the kernel
-/// has ended the mount.
+/// Makes a queue and runs it until its mount is gone. Sends the result of its start once. `ended` is set when the
+/// kernel has ended the mount.
 ///
 /// A failure after that, or a panic, ends the whole process: another process can take the mount over, while a process
 /// that lives on with a dead queue would leave every program that uses the mount in an endless wait.
@@ -57,7 +57,7 @@ pub(super) fn run<Q: Serve>(
     std::mem::forget(alive);
 }
 
-/// What one wait reported.
+/// The report of one wait.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Woken {
     /// A signal ended the wait: any descriptor may be ready.
