@@ -71,6 +71,14 @@ impl Connection {
         text.trim().parse().map_err(|_| io::Error::other(format!("\"waiting\" says {:?}", text.trim())))
     }
 
+    /// Whether the last mount of it has ended, in all mount namespaces. An abort alone does not make a connection go.
+    ///
+    /// # Errors
+    /// Where the control files of FUSE cannot be mounted.
+    pub fn is_gone(self) -> io::Result<bool> {
+        Ok(!self.directory()?.exists())
+    }
+
     /// Ends the connection at once: whoever waits for an answer gets an error, data that are dirty in the page cache
     /// are lost, and every later use of the mount fails (ENOTCONN). The mount itself stays, to be unmounted.
     ///

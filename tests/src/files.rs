@@ -1,6 +1,7 @@
 //! xpm-fs for tests, whose processes and mounts end with it.
 
 use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
 
 use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::{Pid, Signal, kill_process};
@@ -40,6 +41,37 @@ pub fn start(settings: &str) -> Option<(Files, Cluster)> {
     }
     let cluster = Cluster::start(2);
     Some((Files::start(&cluster, settings), cluster))
+}
+
+/// A shell in a mount namespace with private copies of all mounts; killed when dropped.
+pub struct Namespaced(Child);
+
+/// Runs these words of a shell in a mount namespace of its own, and waits until the shell is in it.
+///
+/// # Panics
+/// When it cannot be started.
+pub fn in_a_namespace(words: &str) -> Namespaced {
+    let mut command = Command::new("unshare");
+    let child = command.args(["--mount", "--propagation", "private", "sh", "-c", words]).spawn();
+    let child = Namespaced(child.expect("unshare(1) is there"));
+    let namespace = |process: &str| std::fs::read_link(format!("/proc/{process}/ns/mnt")).ok();
+    let own = namespace("self");
+    wait_until("it has a mount namespace", || namespace(&child.id().to_string()) != own);
+    child
+}
+
+impl Namespaced {
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.0.id()
+    }
+}
+
+impl Drop for Namespaced {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 /// The xpm-fs of a cluster.

@@ -321,6 +321,42 @@ fn a_file_without_any_server_fails_and_is_shown_anew() {
     assert_eq!(read_page(&open(&path), 3), page(3, 1));
 }
 
+/// A shell with a mount namespace of its own has a copy of each mount, which keeps the kernel's connection.
+#[test]
+fn a_copy_of_the_mount_in_another_namespace_does_not_hold_a_detach_up() {
+    let Some(site) = Site::start() else { return };
+    let path = site.attach("data", "32MiB", &["--transport", "nbd-tcp"]);
+    open(&path).write_all_at(&page(3, 1), 3 * PAGE as u64).unwrap();
+    let idle = files::in_a_namespace("exec sleep infinity");
+    let shown = path.display().to_string();
+    let user = files::in_a_namespace(&format!("exec sleep infinity 3<{shown}"));
+    let opened = format!("/proc/{}/fd/3", user.id());
+    wait_until("the file is open", || std::fs::read_link(&opened).is_ok_and(|file| file == path));
+    let refused = site.cluster.command(&["fs", "detach", "data"]).output().unwrap();
+    let error = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(error.contains(&format!("opened by sleep (process {})", user.id())), "{error}");
+    drop(user);
+    let mut detaching = site.cluster.command(&["fs", "detach", "data"]).spawn().unwrap();
+    wait_until("it is detached", || detaching.try_wait().unwrap().is_some_and(|status| status.success()));
+    assert_eq!(site.cluster.ok(&["fs", "attach", "data", "--at", &shown]), shown);
+    assert_eq!(read_page(&open(&path), 3), page(3, 1));
+    drop(idle);
+}
+
+/// xpm-blk has a mount namespace of its own, made while the file is there.
+#[test]
+fn xpm_blk_keeps_no_copy_of_a_file() {
+    let Some(mut site) = Site::start() else { return };
+    let path = site.attach("data", "32MiB", &[]);
+    site.cluster.restart_blk();
+    let table = std::fs::read_to_string(format!("/proc/{}/mountinfo", site.cluster.blk.pid())).unwrap();
+    let shown = path.display().to_string();
+    // A copy to which an unmount propagates does no harm.
+    let kept = table.lines().find(|line| line.contains(&shown) && !line.contains(" master:"));
+    assert_eq!(kept, None);
+    site.cluster.ok(&["fs", "detach", "data"]);
+}
+
 #[test]
 fn a_file_whose_lender_is_silent_can_be_aborted() {
     let Some(site) = Site::start() else { return };

@@ -272,6 +272,20 @@ fn a_tree_whose_server_is_killed_under_load_is_unmounted_and_empty() {
 }
 
 #[test]
+fn a_copy_of_a_tree_in_another_namespace_does_not_hold_an_unmount_up() {
+    let Some(site) = Site::start("standby = false") else { return };
+    let data = bytes(1, 300 * 1024);
+    fs::write(site.path("file"), &data).unwrap();
+    let copy = files::in_a_namespace("exec sleep infinity");
+    let root = site.root().display().to_string();
+    let mut unmounting = site.cluster.command(&["fs", "unmount", &root]).spawn().unwrap();
+    wait_until("it is unmounted", || unmounting.try_wait().unwrap().is_some_and(|status| status.success()));
+    site.mount();
+    assert!(fs::read(site.path("file")).unwrap() == data);
+    drop(copy);
+}
+
+#[test]
 fn a_tree_without_any_server_is_mounted_anew_with_its_files() {
     let Some(mut site) = Site::start("standby = false") else { return };
     let file = open(&site.path("a"));

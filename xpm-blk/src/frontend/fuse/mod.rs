@@ -30,6 +30,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
 use serde::{Deserialize, Serialize};
@@ -50,6 +51,8 @@ use crate::watch::Pulse;
 
 /// Length of a page in bytes: the unit in which the appliance frees memory.
 const PAGE: u64 = 4096;
+/// How often the requests of a mount are counted that is about to end.
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
 /// The parameters that a mount was made with. A successor needs them, because there is no second negotiation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -339,8 +342,40 @@ fn unmount_or_abort(
     }
     if force {
         let _ = connection.abort();
+        return Ok(());
     }
-    Ok(())
+    end_copies(path, connection)
+}
+
+/// Ends the copies of a removed mount in other mount namespaces, which nobody uses. A program that makes a mount
+/// namespace gets a copy of each mount (mount_namespaces(7)), and where mounts are private, a copy outlives the mount;
+/// it keeps the connection, and the threads that serve it, until its namespace ends.
+fn end_copies(path: &Path, connection: Connection) -> Result<(), DeviceError> {
+    let at = || format!("end the copies of the mount at {}", path.display());
+    if connection.is_gone().at(at())? {
+        return Ok(());
+    }
+    let holders = users::holders(connection);
+    // A changed page is written when its file is closed or unmapped (fuse_flush and fuse_vma_close of the kernel), so
+    // the only changes that an abort could lose are those in requests.
+    loop {
+        match connection.waiting() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Ok(0) => break,
+            Ok(_) => thread::sleep(LOOK_AGAIN),
+            Err(error) => return Err(error.at(at())),
+        }
+    }
+    tracing::info!(
+        "{}: mount namespaces of other programs have a copy of the mount, and no file of the mount is open there: it ends \
+         there as well ({})",
+        path.display(),
+        holders.join(", ")
+    );
+    match connection.abort() {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error.at(at())),
+        _ => Ok(()),
+    }
 }
 
 /// Removes a mount that is not in use yet.
@@ -400,7 +435,7 @@ impl Shown for FuseFile {
     }
 
     fn users(&self) -> Vec<String> {
-        if self.has_ended() { Vec::new() } else { users::of(&self.path) }
+        if self.has_ended() { Vec::new() } else { users::of(&self.path, self.connection) }
     }
 
     fn waits_for_next_process(&self) -> bool {

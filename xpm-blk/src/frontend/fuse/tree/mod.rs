@@ -403,7 +403,7 @@ impl Shown for TreeMount {
     }
 
     fn users(&self) -> Vec<String> {
-        if self.ended.load(Ordering::Acquire) { Vec::new() } else { users::of(&self.path) }
+        if self.ended.load(Ordering::Acquire) { Vec::new() } else { users::of(&self.path, self.connection) }
     }
 
     fn waits_for_next_process(&self) -> bool {
