@@ -376,12 +376,22 @@ impl Clerk {
                     FallocateMode::PUNCH_HOLE | FallocateMode::ZERO_RANGE if keeps => {
                         self.data(number, &node, unique, bytes)
                     }
-                    FallocateMode::ZERO_RANGE if end <= node.size => {
-                        // As it is done where the size is to stay.
-                        let mut bytes = bytes;
-                        keep_size(&mut bytes);
-                        self.data(number, &node, unique, bytes)
-                    }
+                    FallocateMode::ZERO_RANGE => match self.room(number, end, false) {
+                        Ok(true) => {
+                            // The size first: a request that is sent again after a kill finds it grown, and zeroes.
+                            if end > node.size
+                                && let Err(errno) = self.set_size(number, end)
+                            {
+                                return self.answer(unique, Err(errno));
+                            }
+                            // As it is done where the size is to stay.
+                            let mut bytes = bytes;
+                            keep_size(&mut bytes);
+                            let node = self.table.node(number).cloned().unwrap_or(node);
+                            self.data(number, &node, unique, bytes)
+                        }
+                        waits => self.wait(number, unique, waits, bytes),
+                    },
                     _ => self.answer(unique, Err(Errno::OPNOTSUPP)),
                 }
             }
