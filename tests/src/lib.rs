@@ -5,6 +5,7 @@ pub mod cgroup;
 pub mod clock;
 pub mod etcd;
 pub mod files;
+pub mod fsx;
 pub mod hang;
 mod http;
 pub mod impostor;
