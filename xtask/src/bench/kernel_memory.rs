@@ -61,7 +61,7 @@ pub(super) fn measure(bench: &Bench<'_>, report: &Report) -> Result<Rates> {
     for way in [Way::Unix, Way::Tcp] {
         report.note(&format!("map: a file of nbdfuse over {}, in a cgroup", way.name()));
         let server = bench.nbdkit_memory(way)?;
-        let mounted = Mounted::new(&bench.dir.join(format!("fuse-{}", way.name())), &server.uri)?;
+        let mounted = Mounted::new(&bench.dir.join(format!("fuse-{}", way.name())), &server.uri, LEN)?;
         for part in PARTS {
             let peer = format!("nbdfuse {}", way.name());
             rates.add(&peer, &group.run(bench.bin, part, Some(&mounted.file()))?)?;
@@ -136,13 +136,14 @@ impl Drop for Zram {
 }
 
 /// An NBD export as a file.
-struct Mounted {
+pub(super) struct Mounted {
     dir: PathBuf,
     _process: Process,
 }
 
 impl Mounted {
-    fn new(dir: &Path, uri: &str) -> Result<Mounted> {
+    /// Mounts an export of at least `least` bytes at a new directory.
+    pub(super) fn new(dir: &Path, uri: &str, least: u64) -> Result<Mounted> {
         fs::create_dir(dir)?;
         let mut command = Command::new("nbdfuse");
         command.arg(dir).arg(uri);
@@ -150,12 +151,13 @@ impl Mounted {
         process.wait_for("nbdfuse", || dir.join("nbd").exists())?;
         let mounted = Mounted { dir: dir.to_owned(), _process: process };
         match fs::metadata(mounted.file())?.len() {
-            len if len >= LEN => Ok(mounted),
+            len if len >= least => Ok(mounted),
             len => bail!("nbdfuse shows {len} bytes"),
         }
     }
 
-    fn file(&self) -> PathBuf {
+    /// The file.
+    pub(super) fn file(&self) -> PathBuf {
         self.dir.join("nbd")
     }
 }

@@ -4,6 +4,7 @@ mod allocator;
 mod blk;
 mod client;
 mod fio;
+mod fs;
 mod guest;
 mod kernel_memory;
 mod lab_blk;
@@ -12,12 +13,14 @@ mod load;
 mod map;
 mod nbdload;
 mod programs;
+mod qmp;
 mod rdma;
 mod report;
 mod servers;
 mod slab;
 mod swap;
 mod vhost;
+mod vm;
 
 use std::path::PathBuf;
 
@@ -27,12 +30,13 @@ use self::report::Report;
 use crate::{setup, util};
 
 /// The benchmarks by name.
-const NAMES: [&str; 9] = ["blk", "slab", "map", "allocator", "life", "lab-blk", "rdma", "vhost", "swap"];
+const NAMES: [&str; 11] =
+    ["blk", "slab", "map", "fs", "allocator", "life", "vm", "lab-blk", "rdma", "vhost", "swap"];
 
 /// Options of `cargo xtask bench`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Benchmarks to run: blk, slab, map, allocator, life, lab-blk, rdma, vhost, swap; all when none is named.
+    /// Benchmarks to run: blk, slab, map, fs, allocator, life, vm, lab-blk, rdma, vhost, swap; all when none is named.
     names: Vec<String>,
     /// One JSON object a line instead of a table.
     #[arg(long)]
@@ -56,6 +60,8 @@ pub(crate) fn main(args: &Args) -> Result<bool> {
             "map" => map::run(&programs, &mut report)?,
             "allocator" => allocator::run(&programs, &mut report)?,
             "life" => life::run(&programs, &mut report)?,
+            "fs" => fs::run(&programs, &mut report)?,
+            "vm" => vm::run(&programs, &mut report)?,
             "lab-blk" => lab_blk::run(&mut report)?,
             "rdma" => rdma::run(&mut report)?,
             "vhost" => vhost::run(&mut report)?,

@@ -224,18 +224,32 @@ impl Bench<'_> {
 
     /// xpm-blk, with its control socket.
     pub(crate) fn blk(&self, allocator: &str) -> Result<(Process, PathBuf)> {
-        let (config, control) = (self.path("blk.toml"), self.path("blk.sock"));
-        let state = self.path("blk");
+        self.client("xpm-blk", "blk", allocator, "")
+    }
+
+    /// xpm-fs, with its control socket.
+    pub(crate) fn fs(&self, allocator: &str) -> Result<(Process, PathBuf)> {
+        self.client("xpm-fs", "fs", allocator, "standby = false\nallow-unsafe-swap = true\n")
+    }
+
+    fn client(
+        &self,
+        program: &'static str,
+        name: &str,
+        allocator: &str,
+        settings: &str,
+    ) -> Result<(Process, PathBuf)> {
+        let (config, control) = (self.path(&format!("{name}.toml")), self.path(&format!("{name}.sock")));
         let text = format!(
-            "allocator = {allocator:?}\ncontrol = {:?}\nstate = {:?}\n",
+            "allocator = {allocator:?}\ncontrol = {:?}\nstate = {:?}\n{settings}",
             control.display().to_string(),
-            state.display().to_string()
+            self.path(name).display().to_string()
         );
         std::fs::write(&config, text)?;
-        let mut command = Command::new(self.bin.join("xpm-blk"));
+        let mut command = Command::new(self.bin.join(program));
         command.arg("--config").arg(&config);
-        let mut process = Process::start(&mut command, &self.path("blk.log"))?;
-        process.wait_for("xpm-blk", || std::os::unix::net::UnixStream::connect(&control).is_ok())?;
+        let mut process = Process::start(&mut command, &self.path(&format!("{name}.log")))?;
+        process.wait_for(program, || std::os::unix::net::UnixStream::connect(&control).is_ok())?;
         Ok((process, control))
     }
 
