@@ -1,4 +1,5 @@
-# File systems on devices: verified load, trim that gives memory back, clean checks.
+# File systems on devices: verified load, trim that gives memory back, clean checks. The forms of one allocation have one
+# block size, and the driver of ublk may be loaded after xpm-blk has started.
 . "$LAB_SCRIPTS/lib.sh"
 
 MIB=$((1 << 20))
@@ -47,9 +48,40 @@ on() {
     note "$form: done"
 }
 
+standby_is() {
+    (xpm status --json || true) | jq -e --arg state "$1" '.blk.standby.state == $state'
+}
+
+# same_blocks BYTES: each form of one allocation has logical blocks of so many bytes, and finds the file system that was made
+# on the first one.
+same_blocks() {
+    local form found
+    xpm alloc create blocks --size 64MiB --block-size "$1" >/dev/null
+    for form in ublk nbd nbd-direct; do
+        device=$(xpm blk attach blocks --as $form 2>/run/lab/attach.err) || fail "$(cat /run/lab/attach.err)"
+        found=$(blockdev --getss "$device")
+        [ "$found" -eq "$1" ] || fail "blocks as $form has logical blocks of $found bytes, not $1"
+        [ $form != ublk ] || mkfs.ext4 -q -F -E nodiscard "$device"
+        check_fs ext4 "$device"
+        xpm blk detach blocks
+    done
+    refused 'block' xpm blk attach blocks --as ublk --block-size $((4096 + 512 - $1))
+    xpm alloc delete blocks
+    note "blocks of $1 bytes in each form"
+}
+
 mkdir -p /mnt/fs
 dmesg_start
+load_module nbd
+# Another scenario of this boot may have loaded it.
+modprobe -r ublk_drv
 start_blk
+standby_is off || fail "a standby without a driver whose devices outlive their server: $(xpm status --json)"
+load_module ublk_drv
+wait_for 120 standby_is ready
+note "the driver of ublk was loaded late, and a standby is ready"
+same_blocks 4096
+same_blocks 512
 on ublk ext4 xfs
 on nbd ext4
 dmesg_clean

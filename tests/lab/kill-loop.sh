@@ -25,7 +25,8 @@ swapd_swap_on
 watch_gaps "$device"
 before=$(awk '/^pswpout/ {print $2}' /proc/vmstat)
 start_hogs $HOG_MB
-wait_for 60 has_swapped 30
+# Filling the memory of an emulated guest on a busy host takes minutes.
+wait_for 300 has_swapped 30
 for ((round = 1; round <= rounds; round++)); do
     sleep "$((RANDOM % 3)).$((RANDOM % 1000))"
     "${victims[(round - 1) % ${#victims[@]}]}"

@@ -60,7 +60,8 @@ before=$(awk '/^pswpout/ {print $2}' /proc/vmstat)
 start_hogs 420
 load /mnt/fs/load 64 --do_verify=1 --loops=3 &
 fio=$!
-wait_for 60 has_swapped 30
+# Filling the memory of an emulated guest on a busy host takes minutes.
+wait_for 300 has_swapped 30
 
 order=$(printf '%s\n' allocator appliance-1 appliance-2 blk swapd | shuf | tr '\n' ' ')
 note "the order: $order"
