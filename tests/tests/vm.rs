@@ -2,10 +2,10 @@
 
 use std::os::unix::process::ExitStatusExt as _;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use xpm_tests::files::Files;
 use xpm_tests::vm::{Break, Site, Wire, can_start, can_start_external, error_of};
-use xpm_tests::{Cluster, wait_until};
+use xpm_tests::{Cluster, unix_get, wait_until};
 
 #[test]
 fn a_machine_moves_there_and_back_and_through_a_file() {
@@ -256,4 +256,36 @@ fn external_memory_moves_with_its_machine_by_changing_its_owner() {
     assert!(error.contains("is here as before"), "{error}");
     first.goes_on();
     assert_eq!(second.passes(), 0);
+}
+
+/// The machine is paused, so that its processor touches no page at its destination.
+#[test]
+fn the_destination_fetches_what_the_source_had_cached() {
+    if !can_start_external() {
+        return;
+    }
+    let cluster = Cluster::start(2);
+    let settings = "standby = false\nforbid-transports = [\"shm\"]";
+    let _files = [Files::start(&cluster, settings), Files::start_second(&cluster, settings)];
+    let site = Site::external(&cluster, "64MiB", &[]);
+    let mut first = site.run("a");
+    let passes = first.goes_on();
+    first.monitor().execute("stop", &json!({}));
+    let cached = |host: &str| site.list(host)[0]["cached_bytes"].as_u64().unwrap();
+    let before = cached("a");
+    assert!(before > 32 << 20, "the guest goes over all of its RAM: {before}");
+    let (second, port) = site.receive("b", &[]);
+    let output = site.migrate("a", port).wait_with_output().unwrap();
+    assert!(output.status.success(), "{}", error_of(&output));
+    assert!(first.wait().success(), "{}", first.said());
+    wait_until("all of it is cached at the destination", || cached("b") >= before);
+    let shown = unix_get(&cluster.dir().join("fs2.sock"), "/v1/devices/vm1").unwrap();
+    let shown: Value = serde_json::from_str(&shown).unwrap();
+    let reads = shown["counters"]["reads"].as_u64().unwrap();
+    assert!(
+        reads < before / (64 << 10),
+        "{reads} requests fetched {before} bytes, and one can fetch 128 KiB"
+    );
+    second.monitor().execute("cont", &json!({}));
+    assert!(second.goes_on() > passes);
 }

@@ -12,6 +12,7 @@ pub mod arguments;
 pub mod cgroup;
 pub mod disk;
 pub mod filter;
+pub mod hot;
 pub mod machine;
 pub mod memory;
 pub mod migrate;

@@ -2,10 +2,12 @@
 
 use std::ffi::OsString;
 use std::fs::File;
+use std::io;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use tokio::process::ChildStdin;
 use xpm_protocol::{ByteSize, Name};
 
 use crate::arguments::{self, Start};
@@ -101,6 +103,10 @@ pub struct Guarded {
     pub child: Child,
     /// Warnings for the user.
     pub warnings: Vec<String>,
+    /// The command `xpm`.
+    command: PathBuf,
+    /// The process that fetches pages which the source of a move had cached.
+    fetching: Option<Child>,
     _lock: File,
 }
 
@@ -153,7 +159,8 @@ impl Guarded {
                 return Err(error);
             }
         };
-        let mut guarded = Guarded { place, machine, child, warnings, _lock: lock };
+        let command = terms.command.clone();
+        let mut guarded = Guarded { place, machine, child, warnings, command, fetching: None, _lock: lock };
         let stage = if start == Start::Incoming { Stage::Incoming } else { Stage::Here };
         match guarded.connect(stage).await {
             Ok(qmp) => Ok((guarded, qmp)),
@@ -186,6 +193,25 @@ impl Guarded {
         self.place.save(&self.machine)
     }
 
+    /// Starts the process that fetches pages of the RAM ([`crate::hot::fetch`]), in the machine's cgroup, so that the
+    /// pages count as the machine's local memory. Returns the input of the process.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub(crate) fn start_fetching(&mut self) -> Result<ChildStdin, Error> {
+        let mut command = Command::new(&self.command);
+        command.args(["vm", "fetch"]);
+        if let Some(cgroup) = &self.machine.cgroup {
+            command.arg("--cgroup").arg(cgroup);
+        }
+        command.arg("--").args(self.machine.files.iter().map(|file| &file.path));
+        let child = command.stdin(Stdio::piped()).stdout(Stdio::null()).spawn();
+        let mut child = child.map_err(Error::io("start", &self.command))?;
+        let input = child.stdin.take().ok_or(io::ErrorKind::BrokenPipe.into()).and_then(ChildStdin::from_std);
+        self.fetching = Some(child);
+        input.map_err(Error::io("pass pages to", &self.command))
+    }
+
     /// Waits until QEMU has ended.
     pub async fn ended(&self) {
         ended(self.machine.qemu).await;
@@ -194,8 +220,10 @@ impl Guarded {
     /// Ends QEMU, if it has not ended, and removes all files of the machine except its RAM. Returns the last recorded
     /// stage. Blocks.
     pub fn end(mut self) -> Option<Stage> {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        for child in self.fetching.iter_mut().chain([&mut self.child]) {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
         let stage = self.place.load().ok().flatten().map(|machine| machine.stage);
         if let Err(error) = self.place.remove(&self.machine) {
             eprintln!("xpm: warning: {error}");

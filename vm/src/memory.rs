@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use xpm_protocol::ByteSize;
 
 use crate::Error;
+use crate::hot::{self, Runs};
 
 /// Most rounds of write-back while the guest runs.
 const ROUNDS_MAX: u32 = 8;
@@ -148,7 +149,7 @@ impl Cache {
     pub fn look(&self) -> Result<Cached, Error> {
         let mut sum = Cached::default();
         for (path, file) in &self.files {
-            let one = cachestat(file).map_err(|error| match error.raw_os_error() {
+            let one = cachestat(file, 0, 0).map_err(|error| match error.raw_os_error() {
                 Some(libc::ENOSYS) => Error::Machine(
                     "this kernel cannot tell what is cached of a file (cachestat(2)): Linux 6.5 is needed"
                         .to_owned(),
@@ -160,6 +161,23 @@ impl Cache {
             sum.writeback += one.writeback;
         }
         Ok(sum)
+    }
+
+    /// The cached pages of each file, as messages for the destination of a move.
+    ///
+    /// # Errors
+    /// As for [`Cache::look`].
+    pub(crate) fn hot(&self) -> Result<Vec<Runs>, Error> {
+        let of_file = |(path, file): &(PathBuf, File)| {
+            let failed = |error| Error::io("look at the cache of", path)(error);
+            let len = file.metadata().map_err(failed)?.len();
+            let count = |first: u64, end: u64| {
+                Ok(cachestat(file, first * hot::PAGE, (end - first) * hot::PAGE)?.pages)
+            };
+            hot::cached_ranges(len / hot::PAGE, count).map_err(failed)
+        };
+        let files: Result<Vec<_>, Error> = self.files.iter().map(of_file).collect();
+        Ok(hot::messages(files?))
     }
 
     /// Proves that no page of the RAM is only in this host's cache.
@@ -200,11 +218,10 @@ struct Cachestat {
 /// Number of cachestat(2), on all architectures except alpha.
 const SYS_CACHESTAT: libc::c_long = 451;
 
-/// The cached pages of a whole file.
+/// The cached pages of a part of a file, in bytes; a length of 0 means "up to the end".
 #[expect(unsafe_code, reason = "neither the standard library nor rustix has cachestat(2)")]
-fn cachestat(file: &File) -> io::Result<Cached> {
-    // A length of 0 means "up to the end".
-    let range = CachestatRange { off: 0, len: 0 };
+fn cachestat(file: &File, off: u64, len: u64) -> io::Result<Cached> {
+    let range = CachestatRange { off, len };
     let mut stat = Cachestat::default();
     // SAFETY: the kernel reads `range` and writes `stat`, which have its layouts and live longer than the call.
     let result = unsafe {

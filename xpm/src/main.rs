@@ -103,6 +103,7 @@ fn run(cli: Cli, output: &mut Output) -> anyhow::Result<ExitCode> {
         }
         // Libvirt starts it with an environment of its own.
         Command::Vm(VmArgs { command: VmCommand::Exec(args), .. }) => vm::exec(&args),
+        Command::Vm(VmArgs { command: VmCommand::Fetch(args), .. }) => vm::fetch(&args),
         command => {
             let setup = Setup::new(&cli.global)?;
             *output = Output::new(setup.form);

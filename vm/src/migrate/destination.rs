@@ -5,13 +5,16 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::io::AsyncWriteExt as _;
 use tokio::net::{TcpListener, UnixStream};
+use tokio::process::ChildStdin;
 use tokio::sync::{Semaphore, mpsc};
 use xpm_control::listen::Place as Listen;
 use xpm_control::token::Token;
 use xpm_protocol::Name;
 
 use crate::Error;
+use crate::hot;
 use crate::machine::{Guarded, version_text};
 use crate::migrate::tunnel;
 use crate::migrate::wire::{Answer, Conn, OPEN_LIMIT, Offer, Opening, Order, Purpose, STEP_LIMIT, VERSION};
@@ -129,6 +132,12 @@ pub async fn receive(
         Ok(()) => {
             // If this answer is lost, the source asks.
             let _ = control.send(&Answer::Running).await;
+            match guarded.start_fetching() {
+                Ok(input) => drop(tokio::spawn(pass_on(control, input))),
+                Err(error) => guarded
+                    .warnings
+                    .push(format!("pages are fetched only when the guest needs them: {error}")),
+            }
             tokio::spawn(
                 async move { while answer(&mut door, &session, &Answer::Running).await.is_some() {} },
             );
@@ -149,6 +158,18 @@ pub async fn receive(
                 let _ = tokio::time::timeout(LINGER, answer(&mut door, &session, &never)).await;
             }
             Err(Error::Machine(format!("the machine did not arrive: {error}")))
+        }
+    }
+}
+
+/// Passes the lists of pages that the source had cached on to the process that fetches them. Its input ends when the
+/// source has sent all, or sends something else.
+async fn pass_on(mut control: Conn, mut input: ChildStdin) {
+    for _ in 0..hot::MESSAGES_MAX {
+        let Ok(Order::Hot(runs)) = control.receive::<Order>(STEP_LIMIT).await else { return };
+        let Ok(line) = serde_json::to_string(&runs) else { return };
+        if input.write_all(format!("{line}\n").as_bytes()).await.is_err() {
+            return;
         }
     }
 }
@@ -272,6 +293,7 @@ impl Arrival<'_> {
         let paused = match self.order().await? {
             Order::Run { paused } => paused,
             Order::GiveUp => return Err(given_up()),
+            Order::Hot(_) => return Err(Error::Peer("the source sent a list out of turn".to_owned())),
         };
         // From here on the end of the connection changes nothing.
         guarded.set_stage(Stage::Here)?;

@@ -11,6 +11,7 @@ use xpm_control::token::Token;
 use xpm_protocol::Name;
 
 use crate::Error;
+use crate::hot::Runs;
 use crate::memory::Cache;
 use crate::migrate::settle::{self, Outcome};
 use crate::migrate::timeline::{Timeline, Waited};
@@ -126,6 +127,8 @@ struct Leaving<'a> {
     is_sending: bool,
     /// Whether its user had paused it.
     paused: bool,
+    /// Pages that this host has cached.
+    hot: Vec<Runs>,
     stopped: Instant,
     timeline: Timeline,
 }
@@ -174,6 +177,7 @@ impl<'a> Leaving<'a> {
             step: Step::Running,
             is_sending: false,
             paused,
+            hot: Vec::new(),
             stopped: Instant::now(),
             timeline: Timeline::begin(),
         })
@@ -185,6 +189,8 @@ impl<'a> Leaving<'a> {
         let destination = self.destination(request);
         self.set_stage(Stage::Leaving(destination))?;
         let rounds = self.cache.flush_ahead()?;
+        // Advice: without it the move goes on.
+        self.hot = self.cache.hot().unwrap_or_default();
         let listener = tunnel::listen(&self.place.state())?;
 
         self.stopped = Instant::now();
@@ -264,7 +270,13 @@ impl<'a> Leaving<'a> {
             other => return Err(unexpected(&other)),
         }
         self.timeline.mark("run");
-        Ok(self.stopped.elapsed())
+        let down = self.stopped.elapsed();
+        for runs in std::mem::take(&mut self.hot) {
+            if self.control.send(&Order::Hot(runs)).await.is_err() {
+                break;
+            }
+        }
+        Ok(down)
     }
 
     /// Joins QEMU's connection to a connection to the destination.

@@ -9,6 +9,7 @@
 //!                 ◀── Loaded or Never                         all of the machine's state has arrived
 //!                 Order::Run ────────────────▶                from here on the source never runs it by itself
 //!                 ◀── Running or Never
+//!                 Order::Hot, repeated ──────▶                pages to fetch while the machine runs
 //! state:  source  Opening::State ────────────▶  from then on bytes between the two QEMUs
 //! ask:    source  Opening::Ask ──────────────▶
 //!                 ◀── Running or Never                        final: what the destination has said it keeps to
@@ -30,6 +31,7 @@ use xpm_control::token::Token;
 use xpm_protocol::{ByteSize, ClientId, Name};
 
 use crate::Error;
+use crate::hot::Runs;
 use crate::qmp::Version;
 
 /// The version of these messages.
@@ -120,7 +122,7 @@ pub(crate) enum Answer {
 }
 
 /// An order of the source.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "kind")]
 pub(crate) enum Order {
     /// Take the machine over.
@@ -130,6 +132,9 @@ pub(crate) enum Order {
     },
     /// Give the attempt up.
     GiveUp,
+    /// Pages that the source had cached. Follows when the machine runs at the destination; a destination that reads
+    /// no further loses speed only.
+    Hot(Runs),
 }
 
 /// A connection that carries messages as lines.
@@ -221,6 +226,11 @@ mod tests {
         assert_eq!(text, r#"{"version":1,"purpose":{"kind":"ask","session":"ab"}}"#);
         let text = serde_json::to_string(&Order::Run { paused: false }).unwrap();
         assert_eq!(text, r#"{"kind":"run","paused":false}"#);
+        let hot = Order::Hot(Runs { file: 0, start: 7, runs: vec![(0, 2)] });
+        assert_eq!(
+            serde_json::to_string(&hot).unwrap(),
+            r#"{"kind":"hot","file":0,"start":7,"runs":[[0,2]]}"#
+        );
         assert_eq!(serde_json::to_string(&Answer::Loaded).unwrap(), r#"{"kind":"loaded"}"#);
     }
 

@@ -28,7 +28,9 @@ pub(crate) use list::ListArgs;
 pub(crate) use policy::{ApplyArgs, DeleteArgs, EditArgs, GetArgs};
 pub(crate) use run::RunArgs;
 pub(crate) use swap::{DrainAreasArgs, SwapArgs, SwapCommand};
-pub(crate) use vm::{ExecArgs, MigrateArgs, QemuArgs, ReceiveArgs, SettleArgs, VmArgs, VmCommand, XmlArgs};
+pub(crate) use vm::{
+    ExecArgs, FetchArgs, MigrateArgs, QemuArgs, ReceiveArgs, SettleArgs, VmArgs, VmCommand, XmlArgs,
+};
 
 const EXAMPLES: &str = "\
 Examples:

@@ -101,6 +101,9 @@ Example:
     /// answered as if it were done.
     #[command(after_help = "Example:\n  xpm vm exec -- qemu-system-x86_64 ...")]
     Exec(ExecArgs),
+    /// Fetches pages of files into this host's cache, as the lists at standard input say. `xpm vm receive` starts it.
+    #[command(hide = true)]
+    Fetch(FetchArgs),
 }
 
 /// What RAM a machine has.
@@ -217,6 +220,16 @@ pub(crate) struct XmlArgs {
     /// The file that starts QEMU by `xpm vm exec`.
     #[arg(long, value_name = "FILE", default_value = "/usr/local/bin/qemu-external")]
     pub(crate) emulator: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct FetchArgs {
+    /// The memory cgroup that it enters.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) cgroup: Option<PathBuf>,
+    /// The files.
+    #[arg(value_name = "FILE", required = true, last = true)]
+    pub(crate) files: Vec<PathBuf>,
 }
 
 #[derive(Debug, Args)]

@@ -22,10 +22,10 @@ use xpm_vm::migrate::timeline::Waited;
 use xpm_vm::ownership::Plain;
 use xpm_vm::place::{self, Machine, Place, Stage};
 use xpm_vm::qmp::Qmp;
-use xpm_vm::{resize, suspend, xml};
+use xpm_vm::{cgroup, hot, resize, suspend, xml};
 
 use crate::cli::{
-    ExecArgs, ListArgs, MigrateArgs, QemuArgs, ReceiveArgs, SettleArgs, VmArgs, VmCommand, XmlArgs,
+    ExecArgs, FetchArgs, ListArgs, MigrateArgs, QemuArgs, ReceiveArgs, SettleArgs, VmArgs, VmCommand, XmlArgs,
 };
 use crate::connect::Daemons;
 use crate::listing::{Cell, Column, Listing};
@@ -183,7 +183,17 @@ pub(crate) async fn run(
         VmCommand::Show { name } => show(&name, &place(&name), output).await,
         VmCommand::Xml(args) => print_xml(&args, &place(&args.name)),
         VmCommand::Exec(args) => exec(&args),
+        VmCommand::Fetch(args) => fetch(&args),
     }
+}
+
+/// Fetches the pages that standard input lists.
+pub(crate) fn fetch(args: &FetchArgs) -> anyhow::Result<ExitCode> {
+    if let Some(cgroup) = &args.cgroup {
+        cgroup::enter(cgroup)?;
+    }
+    hot::fetch(&args.files, std::io::stdin().lock())?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Replaces this command; what it returns with is an error.
