@@ -26,6 +26,7 @@ use xpm_transport::IoBuf;
 use super::blocks::{Block, Blocks};
 use super::{PAGE, Staging, dont_need, is_locked, lock_when_used};
 use crate::page::uffd::{Partly, Refused, Uffd};
+use crate::say::say;
 
 pub(crate) struct Private {
     pub(crate) blocks: Blocks,
@@ -95,8 +96,13 @@ impl Private {
             match why {
                 // No memory now: the kernel will free some, or kill a process.
                 Refused::Other(libc::ENOMEM) => std::thread::yield_now(),
-                // Done, or the program changed these addresses by a call of its own; the next touch reports that.
-                _ => at += PAGE,
+                Refused::Exists => at += PAGE,
+                // The program changed these addresses by a call of its own. The next access reports the page as
+                // discarded; the kernel's reason is known here only.
+                Refused::Nothing | Refused::Other(_) => {
+                    say(format_args!("xpm: the kernel does not put a page at 0x{:x} ({why:?})", to + at));
+                    at += PAGE;
+                }
             }
         }
     }
