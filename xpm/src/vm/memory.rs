@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use xpm_protocol::api::ErrorKind;
@@ -16,13 +16,16 @@ use xpm_vm::memory::{MemoryFile, plain_files};
 use xpm_vm::ownership::Heirs;
 
 use crate::attach;
-use crate::connect::{Daemon, Daemons};
+use crate::connect::{Daemon, Daemons, Failure};
 use crate::output::{self, Output};
 
 /// Below the machines' directory; no machine has a name that starts with a dot.
 const FILES: &str = ".ram";
 /// How long xpm-fs is asked again while it starts.
 const ATTACH_WAIT: Duration = Duration::from_secs(10);
+/// How long RAM may be in use by another command after QEMU has ended, and the pause between two attempts.
+const DETACH_WAIT: Duration = Duration::from_secs(15);
+const DETACH_PAUSE: Duration = Duration::from_millis(100);
 
 /// A machine's RAM on this host, and its disks that move with it.
 pub(super) struct Ram {
@@ -178,7 +181,7 @@ impl Ram {
     /// The allocations stay; another host can have them.
     async fn give_back(&self) {
         for (daemon, name) in &self.shown {
-            if let Err(error) = daemon.delete(&format!("/v1/devices/{name}")).await
+            if let Err(error) = detach(daemon, name).await
                 // What went to another host has ended here.
                 && !error.is(ErrorKind::NotFound)
             {
@@ -186,6 +189,19 @@ impl Ram {
                     "`{name}` is still shown here: {error}; run `xpm fs detach {name}`, or `xpm blk detach {name}` for a disk"
                 ));
             }
+        }
+    }
+}
+
+/// Ends a device. A command that moves the machine has its RAM open, too, and ends soon after QEMU.
+async fn detach(daemon: &Daemon, name: &Name) -> Result<(), Failure> {
+    let begun = Instant::now();
+    loop {
+        match daemon.delete(&format!("/v1/devices/{name}")).await {
+            Err(error) if error.is(ErrorKind::InUse) && begun.elapsed() < DETACH_WAIT => {
+                tokio::time::sleep(DETACH_PAUSE).await;
+            }
+            done => return done,
         }
     }
 }
