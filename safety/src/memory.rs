@@ -10,7 +10,7 @@ use xpm_protocol::api::blk::SafetyItem;
 
 /// Heap that is locked and faulted in from the start, in bytes. Measured in xpm-blk with two devices on sockets, one
 /// of which was resized and moved: 0.9 MiB are used at most.
-const HEAP_LEN: usize = 4 << 20;
+const HEAP_LEN: usize = 1536 << 10;
 /// Growth of the heap once a standby has its own, in bytes.
 const GROWTH_LEN: usize = 256 << 10;
 /// Part of the first thread's stack that is faulted in, in bytes.

@@ -22,6 +22,22 @@ standby_ready() {
     (xpm status --json || true) | jq -e '.blk.standby.state == "ready"'
 }
 
+# locked PID: its locked memory in KiB.
+locked() { awk '/^VmLck/ {print $2}' "/proc/$1/status"; }
+
+# The serving process with one ublk device must lock little: the machine has its memory twice, with the standby's. A debug
+# build has several times the code.
+check_locked() {
+    [ "$form" = ublk ] || return 0
+    wait_for 120 standby_ready
+    local serving standby
+    read -r serving standby <<<"$( (xpm status --json || true) | jq -r '.blk | "\(.pid) \(.standby.pid)"')"
+    note "locked: $(locked "$serving") KiB by xpm-blk, $(locked "$standby") KiB by its standby"
+    cat "/proc/$serving/smaps" >/run/lab/smaps
+    [[ $LAB_BIN != */release ]] || [ "$(locked "$serving")" -le $((20 << 10)) ] ||
+        fail "that is more than 20 MiB; they are listed in /run/lab/smaps"
+}
+
 # How much was swapped out since the guest began, in MiB.
 swapped_out() {
     echo $(($(awk '/^pswpout/ {print $2}' /proc/vmstat) * $(getconf PAGESIZE) / MIB))
@@ -40,7 +56,9 @@ swap_on "$form" 1GiB "$@"
 note "swap on $device"
 wait_for 60 resident_at_most $((64 * MIB))
 doctor_is_content
+check_locked
 refused swap xpm blk detach "$name"
+refused "swap is on $device" xpm blk check-hibernation
 refused 'use|attach|own' xpm alloc delete "$name"
 grep -q "^$device " /proc/swaps || fail "a refused detach took the swap away"
 
@@ -64,6 +82,7 @@ note "$swapped MiB were swapped out"
 note "the program's swap is given back"
 wait_for 60 resident_at_most $((128 * MIB))
 swap_off "$form"
+xpm blk check-hibernation || fail "hibernation is refused without swap"
 [ ! -b "$device" ] || [ "$(blockdev --getsize64 "$device")" -eq 0 ] || fail "$device is still there"
 dmesg_clean
 note "done"

@@ -33,8 +33,8 @@ const PAUSE_MAX: Duration = Duration::from_secs(2);
 const PAUSE_LOST: Duration = Duration::from_secs(3);
 /// Shortest and longest time between two attempts to use a better transport than the present one.
 const BETTER_AFTER: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(60));
-/// Stack of the thread, in bytes; a process that serves swap has all of it locked.
-const STACK_LEN: usize = 512 << 10;
+/// Stack of the thread, in bytes; a process that serves swap has all of it locked. A debug build needs more.
+const STACK_LEN: usize = if cfg!(debug_assertions) { 512 << 10 } else { 256 << 10 };
 /// The queue number of connections that only test whether a transport works.
 const PROBE_QUEUE: u16 = u16::MAX;
 
