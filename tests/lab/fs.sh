@@ -1,5 +1,5 @@
-# File systems on devices: verified load, trim that gives memory back, clean checks. The forms of one allocation have one
-# block size, and the driver of ublk may be loaded after xpm-blk has started.
+# File systems on devices: verified load, trim that gives memory back, clean checks. The forms of one allocation have
+# one block size, and the driver of ublk may be loaded after xpm-blk has started.
 . "$LAB_SCRIPTS/lib.sh"
 
 MIB=$((1 << 20))
@@ -52,8 +52,8 @@ standby_is() {
     (xpm status --json || true) | jq -e --arg state "$1" '.blk.standby.state == $state'
 }
 
-# same_blocks BYTES: each form of one allocation has logical blocks of so many bytes, and finds the file system that was made
-# on the first one.
+# same_blocks BYTES: each form of one allocation has logical blocks of so many bytes, and finds the file system that
+# was made on the first one.
 same_blocks() {
     local form found
     xpm alloc create blocks --size 64MiB --block-size "$1" >/dev/null

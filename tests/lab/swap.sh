@@ -25,8 +25,8 @@ standby_ready() {
 # locked PID: its locked memory in KiB.
 locked() { awk '/^VmLck/ {print $2}' "/proc/$1/status"; }
 
-# The serving process with one ublk device must lock little: the machine has its memory twice, with the standby's. A debug
-# build has several times the code.
+# The serving process with one ublk device must lock little: the machine has its memory twice, with the standby's. A
+# debug build has several times the code.
 check_locked() {
     [ "$form" = ublk ] || return 0
     wait_for 120 standby_ready

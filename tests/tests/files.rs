@@ -196,6 +196,29 @@ fn what_is_cached_is_told_and_dropped_also_while_it_is_mapped() {
     assert_eq!(reads(), before + 1, "the page is fetched again, and no other one");
 }
 
+#[test]
+fn a_file_is_read_ahead_where_its_user_asks_for_that() {
+    let Some(site) = Site::start() else { return };
+    let error = site.cluster.refused(&["fs", "attach", "data", "--read-ahead", "17MiB"]);
+    assert!(error.contains("it can be 0B to 16MiB"), "{error}");
+    // Programs open it before and after a takeover, which configures the mount anew.
+    let path = site.attach("data", "32MiB", &["--transport", "nbd-tcp", "--read-ahead", "128KiB"]);
+    (0..2048).for_each(|place| open(&path).write_all_at(&page(place, 1), place * PAGE as u64).unwrap());
+    let reads = || site.cluster.json(&["fs", "show", "data"])["counters"]["reads"].as_u64().unwrap();
+    let pass = || {
+        let file = open(&path);
+        forget_pages(&file);
+        let before = reads();
+        (0..2048).for_each(|place| assert_eq!(read_page(&file, place), page(place, 1)));
+        reads() - before
+    };
+    let requests = pass();
+    assert!(requests < 2048 / 8, "{requests} requests for 2048 pages");
+    site.fs.replace_serving();
+    let requests = pass();
+    assert!(requests < 2048 / 8, "{requests} requests for 2048 pages");
+}
+
 /// Writers and readers that verify each page, through the cache and past it.
 struct Load {
     stop: Arc<AtomicBool>,

@@ -111,7 +111,7 @@ fn a_tree_is_as_the_model_says_also_after_it_was_mounted_anew() {
     }
 }
 
-/// What a person keeps of a log is replayed on any file system, and a difference is told.
+/// A part of a log that a person keeps is replayed on any file system, and a difference is printed.
 #[test]
 fn a_log_is_replayed_and_a_difference_is_told() {
     const LOG: &str = r#"{"shape":"tree","seed":7,"max":1048576}

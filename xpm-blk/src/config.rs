@@ -14,6 +14,8 @@ use xpm_protocol::units::{ByteSize, Span};
 use crate::frontend::{Shape, vhost_user};
 use crate::program::Program;
 
+/// Most bytes that the kernel reads ahead.
+const READ_AHEAD_MAX: u64 = 16 << 20;
 /// Fewest and most requests in flight on one queue.
 const DEPTHS: std::ops::RangeInclusive<u16> = 1..=1024;
 /// Fewest and most queues of one device.
@@ -246,7 +248,17 @@ impl Config {
 /// One line: the field, its value, and the allowed values.
 pub fn check_device(device: &AttachDevice) -> Result<(), String> {
     device.queues.map_or(Ok(()), |queues| check_queues("queues", queues))?;
-    device.depth.map_or(Ok(()), |depth| check_depth("depth", depth))
+    device.depth.map_or(Ok(()), |depth| check_depth("depth", depth))?;
+    match device.read_ahead {
+        Some(len) if len.0 > READ_AHEAD_MAX => {
+            Err(format!("`read-ahead` is {len}; it can be 0B to {}", ByteSize(READ_AHEAD_MAX)))
+        }
+        Some(_) if !matches!(device.form, Form::File(_) | Form::Tree(_)) => Err(format!(
+            "`read-ahead` is of files and trees: leave it out for {}, where the disk's setting of the kernel counts",
+            device.form
+        )),
+        _ => Ok(()),
+    }
 }
 
 fn check_queues(key: &str, queues: u16) -> Result<(), String> {

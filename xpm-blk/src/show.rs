@@ -6,14 +6,14 @@ use std::time::Duration;
 use xpm_client_core::{Change, Volume, VolumeOptions};
 use xpm_protocol::api::ErrorKind;
 use xpm_protocol::api::allocator::MapChange;
-use xpm_protocol::api::blk::{Form, Hold};
+use xpm_protocol::api::blk::{AttachDevice, Form, Hold};
 use xpm_protocol::{ClientId, Visitor};
 use xpm_transport::nbd::server::Server;
 
 use crate::config::Config;
 use crate::error::{DeviceError, Step};
 use crate::frontend::fuse::tree::{TreeFile, TreeMount, Trees};
-use crate::frontend::fuse::{FuseFile, Mounting};
+use crate::frontend::fuse::{FuseFile, Mounting, PageCache};
 use crate::frontend::kernel_nbd::{NbdDevice, Shared};
 use crate::frontend::nbd_socket::NbdSocket;
 use crate::frontend::ublk::{Mark, UblkDevice};
@@ -79,13 +79,15 @@ pub(crate) fn show(
             Box::new(VhostUserBlk::show(request.name.as_str(), path, volume, &shape, allow_unsealed)?)
         }
         Form::File(path) => {
+            let page_cache = page_cache(config, request);
             let (name, left) = (request.name.as_str(), left.zip(record.mounted));
-            let mounting = Mounting { name, path, left, dirty_budget: config.dirty_budget.0 };
+            let mounting = Mounting { name, path, left, page_cache };
             Box::new(FuseFile::show(volume, &shape, mounting)?)
         }
         Form::Tree(path) => {
+            let page_cache = page_cache(config, request);
             let (name, left) = (request.name.as_str(), left.zip(record.mounted));
-            let mounting = Mounting { name, path, left, dirty_budget: config.dirty_budget.0 };
+            let mounting = Mounting { name, path, left, page_cache };
             Box::new(TreeMount::show(volume, &shape, mounting, (trees, &config.state()))?)
         }
         Form::InTree(tree) => Box::new(TreeFile::show(&request.name, volume, trees.tree(tree))?),
@@ -97,6 +99,10 @@ pub(crate) fn show(
         }
     };
     Ok((shown, change))
+}
+
+fn page_cache(config: &Config, request: &AttachDevice) -> PageCache {
+    PageCache { dirty_budget: config.dirty_budget.0, read_ahead: request.read_ahead.unwrap_or_default().0 }
 }
 
 /// Removes the kernel's remains of a device that leads to an appliance without this process.

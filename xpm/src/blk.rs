@@ -83,6 +83,7 @@ fn request(args: AttachArgs) -> AttachDevice {
         lose: args.lose,
         block_size: args.block_size,
         standby: args.standby,
+        read_ahead: None,
     }
 }
 

@@ -61,6 +61,10 @@ pub struct AttachDevice {
     /// client is the owner.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub standby: bool,
+    /// Of files and trees: what the kernel reads ahead of a program that reads a file in order, in bytes; 0 to 16 MiB,
+    /// default 0.
+    #[serde(default, rename = "read-ahead", skip_serializing_if = "Option::is_none")]
+    pub read_ahead: Option<ByteSize>,
 }
 
 impl AttachDevice {
@@ -77,6 +81,7 @@ impl AttachDevice {
             lose: false,
             block_size: None,
             standby: false,
+            read_ahead: None,
         }
     }
 }

@@ -92,10 +92,7 @@ fn outcome(done: &io::Result<()>, wanted: Option<i32>) -> Result<(), String> {
     let shown = |errno: Option<i32>| {
         errno.map_or("success".to_owned(), |errno| io::Error::from_raw_os_error(errno).to_string())
     };
-    match found == wanted {
-        true => Ok(()),
-        false => Err(format!("{} in place of {}", shown(found), shown(wanted))),
-    }
+    if found == wanted { Ok(()) } else { Err(format!("{} in place of {}", shown(found), shown(wanted))) }
 }
 
 impl Site {
@@ -189,9 +186,10 @@ impl Site {
                 Ok(())
             }
             Operation::RemoveDirectory { path } => {
-                let wanted = match self.directories.contains(path) {
-                    false => Some(libc::ENOENT),
-                    true => self.is_full(path).then_some(libc::ENOTEMPTY),
+                let wanted = if self.directories.contains(path) {
+                    self.is_full(path).then_some(libc::ENOTEMPTY)
+                } else {
+                    Some(libc::ENOENT)
                 };
                 outcome(&fs::remove_dir(self.path(path)), wanted)?;
                 if wanted.is_none() {
@@ -228,9 +226,10 @@ impl Site {
     }
 
     fn create(&mut self, slot: usize, path: &str) -> Result<(), String> {
-        let wanted = match self.names.contains_key(path) {
-            true => Some(libc::EEXIST),
-            false => (!self.has_parent(path)).then_some(libc::ENOENT),
+        let wanted = if self.names.contains_key(path) {
+            Some(libc::EEXIST)
+        } else {
+            (!self.has_parent(path)).then_some(libc::ENOENT)
         };
         let made = OpenOptions::new().read(true).write(true).create_new(true).open(self.path(path));
         match made {
@@ -401,9 +400,10 @@ impl Site {
             _ => return Ok(()),
         }
         let len = open.file.metadata().map_err(said)?.len();
-        match len == data.len() as u64 {
-            true => Ok(()),
-            false => Err(format!("the file has {len} bytes in place of {}", data.len())),
+        if len == data.len() as u64 {
+            Ok(())
+        } else {
+            Err(format!("the file has {len} bytes in place of {}", data.len()))
         }
     }
 

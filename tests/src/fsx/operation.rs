@@ -208,7 +208,7 @@ impl Generator {
         | Operation::Write { slot, at, len, .. } = chosen
             && self.below(3) == 0
         {
-            // What the kernel has cached would hide that the file's own bytes are other ones.
+            // Cached pages would hide that the file's own bytes differ.
             let (at, len) = (at.saturating_sub(100), len + 200);
             let read = Operation::Read { slot, at, len: len.min(TRANSFER_MAX) };
             self.next = vec![read, Operation::Forget { slot }];

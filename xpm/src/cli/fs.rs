@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 use xpm_protocol::api::blk::{Hold, TransportKind};
-use xpm_protocol::{Name, Span};
+use xpm_protocol::{ByteSize, Name, Span};
 
 use super::{GiveUpArgs, ListArgs};
 use crate::complete::{allocations, files};
@@ -118,6 +118,10 @@ pub(crate) struct FsAttachArgs {
     /// xpm-fs]
     #[arg(long, value_name = "LIMIT")]
     pub(crate) hold: Option<Hold>,
+    /// The kernel reads this much ahead of a program that reads the file in order, such as 128KiB; up to 16MiB. Not for
+    /// RAM of virtual machines, whose accesses have no order. [default: 0B]
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) read_ahead: Option<ByteSize>,
     /// Takes the allocation from another owner, whose I/O fails from then on.
     #[arg(long)]
     pub(crate) force: bool,
@@ -160,4 +164,8 @@ pub(crate) struct FsMountArgs {
     /// xpm-fs]
     #[arg(long, value_name = "LIMIT")]
     pub(crate) hold: Option<Hold>,
+    /// The kernel reads this much ahead of a program that reads a file in order, such as 128KiB; up to 16MiB. Not for
+    /// RAM of virtual machines, whose accesses have no order. [default: 0B]
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) read_ahead: Option<ByteSize>,
 }

@@ -97,6 +97,7 @@ fn request(args: FsAttachArgs) -> anyhow::Result<AttachDevice> {
         force: args.force,
         lose: args.lose,
         standby: args.standby,
+        read_ahead: args.read_ahead,
         ..AttachDevice::new(args.name, Form::File(at))
     })
 }

@@ -44,6 +44,7 @@ pub(super) async fn mount(args: FsMountArgs, allocator: &Daemon, fs: &Daemon) ->
         queues: args.queues,
         transport: args.transport,
         hold: args.hold,
+        read_ahead: args.read_ahead,
         ..AttachDevice::new(name, Form::Tree(at))
     };
     attach::once(fs, &request).await

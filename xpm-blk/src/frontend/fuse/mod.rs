@@ -71,8 +71,16 @@ pub(crate) struct Mounting<'a> {
     pub(crate) path: &'a Path,
     /// The descriptor and the parameters of a mount that another process served.
     pub(crate) left: Option<(OwnedFd, Mounted)>,
+    pub(crate) page_cache: PageCache,
+}
+
+/// Settings of the kernel's page cache of a mount.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct PageCache {
     /// Changed pages that the kernel keeps before their writers wait, in bytes.
     pub(crate) dirty_budget: u64,
+    /// The most that is read ahead of a program, in bytes. 0: a page fault reads only the requested pages.
+    pub(crate) read_ahead: u64,
 }
 
 /// A mounted file that this process serves.
@@ -105,7 +113,7 @@ impl FuseFile {
         let shown = FuseFile::serve(volume, shape, (path, device), mounted, connection, takes_over);
         match shown {
             Ok(shown) => {
-                limit(connection, path, mounting.dirty_budget);
+                limit(connection, path, mounting.page_cache);
                 match takes_over {
                     true => Ok(shown),
                     false => shown.begin().map(|()| shown),
@@ -230,12 +238,11 @@ fn resend(device: &Device, path: &Path) -> Result<(), DeviceError> {
     sent.at(format!("{}: have requests sent again", path.display()))
 }
 
-/// Configures the page cache of the mount: a page fault reads only the requested pages, without read-ahead; and dirty
-/// memory has a budget of its own, because the kernel's default for FUSE is 1 % of the machine's limit, which throttles
-/// writers to almost no progress.
-fn limit(connection: Connection, path: &Path, dirty_budget: u64) {
+/// Configures the page cache of the mount. Dirty memory has a budget of its own, because the kernel's default for FUSE
+/// is 1 % of the machine's limit, which throttles writers to almost no progress.
+fn limit(connection: Connection, path: &Path, PageCache { dirty_budget, read_ahead }: PageCache) {
     let settings = BdiSettings {
-        read_ahead_kb: Some(0),
+        read_ahead_kb: Some((read_ahead >> 10) as u32),
         strict_limit: Some(true),
         max_ratio: Some(100),
         max_bytes: Some(dirty_budget),

@@ -331,7 +331,7 @@ impl TreeMount {
                 threads: Mutex::default(),
             };
             mount.serve(shape, clerk, noted, &notes, &inboxes, takes_over)?;
-            limit(mount.connection, path, mounting.dirty_budget);
+            limit(mount.connection, path, mounting.page_cache);
             Ok(mount)
         })();
         served.inspect_err(|_: &DeviceError| {
