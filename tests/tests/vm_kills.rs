@@ -48,7 +48,7 @@ impl Scene {
         let when = format!("{victim:?} at {step}, from {from}");
         // Without, a second kill at the same host would end its xpm-fs for good.
         self.hosts.wait_standbys();
-        let (there, port) = self.site.receive(to, &[]);
+        let (mut there, port) = self.site.receive(to, &[]);
         let address = (self.site.address(to), port).into();
         let wire = Wire::from(Some(self.hosts.namespace(from)), address, vec![Break::pause(step)]);
         let moving = self.site.migrate(from, wire.port());
@@ -80,7 +80,8 @@ impl Scene {
                 // As with a host whose power failed. Its RAM is there still, for whoever runs it next.
                 assert_eq!(victim, Victim::QemuHere, "{when}: nobody runs: {said}");
                 self.ends.push("its QEMU died");
-                drop(there);
+                // The destination ends by itself, and returns its memory. A killed command would do neither.
+                there.wait();
                 self.start_anew(&when, &said);
             }
             (true, true) => unreachable!("checked"),
