@@ -86,7 +86,7 @@ const RDMA: Scenario = Scenario {
     alone: true,
     memory_mib: 2560,
     appliances: &[],
-    seconds_max: 400,
+    seconds_max: 900,
     check: daemons_live,
     ..BASE
 };
