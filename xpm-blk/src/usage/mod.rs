@@ -1,6 +1,6 @@
 //! The present users of a block device: swap, file systems, other devices, programs.
 
-mod mounts;
+pub(crate) mod mounts;
 mod openers;
 
 use std::fs;

@@ -4,20 +4,32 @@ use xpm_control::proc::unescape;
 
 use super::{DeviceNumber, parse_number};
 
+/// A mount of a table.
+pub(crate) struct Mount<'a> {
+    /// Its number, as proc_pid_fdinfo(5) names it.
+    pub(crate) number: &'a str,
+    /// The device number of its file system.
+    pub(crate) device: DeviceNumber,
+    place: &'a str,
+}
+
+/// All mounts of a table; lines of another form are left out.
+pub(crate) fn all(table: &str) -> impl Iterator<Item = Mount<'_>> {
+    table.lines().filter_map(|line| {
+        let mut fields = line.split_ascii_whitespace();
+        let number = fields.next()?;
+        let device = parse_number(fields.nth(1)?)?;
+        Some(Mount { number, device, place: fields.nth(1)? })
+    })
+}
+
 /// The mount points of file systems on one of these devices.
 ///
 /// Compares the device number of the file system. btrfs shows a number of its own there, and the path of the
 /// mount source is not compared either: such a device is found by its exclusive opener.
 pub(super) fn of(table: &str, numbers: &[DeviceNumber]) -> Vec<String> {
-    table
-        .lines()
-        .filter_map(|line| {
-            let mut fields = line.split_ascii_whitespace().skip(2);
-            let number = parse_number(fields.next()?)?;
-            let place = fields.nth(1)?;
-            numbers.contains(&number).then(|| unescape(place))
-        })
-        .collect()
+    let on_these = all(table).filter(|mount| numbers.contains(&mount.device));
+    on_these.map(|mount| unescape(mount.place)).collect()
 }
 
 /// The mount sources that are paths.

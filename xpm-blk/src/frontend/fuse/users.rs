@@ -10,19 +10,26 @@ use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
 use xpm_fuse::Connection;
 
+use crate::usage::{DeviceNumber, mounts};
+
 /// The users of the mount at a path, each as `opened by qemu (process 7)`; in this process's mount namespace a mapping
 /// whose descriptor is closed has no name. Programs in other mount namespaces that copied the mount count as well.
 /// Sends no request to the server of the mount.
 pub(super) fn of(path: &Path, connection: Connection) -> Vec<String> {
-    let mut users = elsewhere(connection);
+    let mut users = here(path);
+    users.extend(elsewhere(connection));
+    users
+}
+
+/// Programs in this process's mount namespace that have a file of the mount open or mapped.
+fn here(path: &Path) -> Vec<String> {
     if !is_busy(path) {
-        return users;
+        return Vec::new();
     }
-    let Ok(number) = mount_number(path) else { return users };
-    let here = processes().filter(|&process| has_open(process, |mount| mount == number)).map(name);
-    let before = users.len();
-    users.extend(here);
-    if users.len() == before {
+    let Ok(number) = mount_number(path) else { return Vec::new() };
+    let mut users: Vec<String> =
+        processes().filter(|&process| has_open(process, |mount| mount == number)).map(name).collect();
+    if users.is_empty() {
         users.push("mapped by a program".to_owned());
     }
     users
@@ -60,14 +67,9 @@ fn copies(connection: Connection) -> impl Iterator<Item = (u32, Vec<String>)> {
 /// The numbers of a connection's mounts in a table in the form of proc_pid_mountinfo(5).
 fn mounts_of(table: &str, connection: Connection) -> Vec<String> {
     let (major, minor) = connection.device();
-    let device = format!("{major}:{minor}");
-    let lines = table.lines().map(|line| line.split(' '));
-    lines
-        .filter_map(|mut fields| {
-            let number = fields.next()?;
-            (fields.nth(1)? == device).then(|| number.to_owned())
-        })
-        .collect()
+    let device = DeviceNumber { major, minor };
+    let of_connection = mounts::all(table).filter(|mount| mount.device == device);
+    of_connection.map(|mount| mount.number.to_owned()).collect()
 }
 
 /// Whether a process maps a file of the connection (proc_pid_maps(5): the device in hexadecimal digits).
