@@ -132,7 +132,7 @@ fn a_log_is_replayed_and_a_difference_is_told() {
     check(&mut run);
     assert_eq!(std::fs::metadata(root.join("y")).unwrap().len(), 6000);
     assert_eq!(std::fs::read_to_string(&log).unwrap(), LOG);
-    // Somebody else writes.
+    // Another program writes to the file.
     std::fs::OpenOptions::new().write(true).open(root.join("y")).unwrap().write_at(&[1], 5900).unwrap();
     let failure = run.check_all().err().unwrap().to_string();
     assert!(failure.contains("1 bad bytes from 0x170c") && failure.contains("seed 7"), "{failure}");

@@ -225,16 +225,22 @@ fn a_guest_that_does_not_follow_a_resize_is_told() {
     guest.goes_on();
 }
 
+/// Two hosts that reach external memory over sockets, as over a network: memory that was shared with a process is moved
+/// when it changes its owner, which takes time. The site has to end first, and the cluster last.
+fn two_hosts() -> (Cluster, [Files; 2], Site) {
+    let cluster = Cluster::start(2);
+    let settings = "standby = false\nforbid-transports = [\"shm\"]";
+    let files = [Files::start(&cluster, settings), Files::start_second(&cluster, settings)];
+    let site = Site::external(&cluster, "64MiB", &[]);
+    (cluster, files, site)
+}
+
 #[test]
 fn external_memory_moves_with_its_machine_by_changing_its_owner() {
     if !can_start_external() {
         return;
     }
-    let cluster = Cluster::start(2);
-    // As between two hosts: memory that was shared with a process is moved when it changes its owner, which takes time.
-    let settings = "standby = false\nforbid-transports = [\"shm\"]";
-    let _files = [Files::start(&cluster, settings), Files::start_second(&cluster, settings)];
-    let site = Site::external(&cluster, "64MiB", &[]);
+    let (_cluster, _files, site) = two_hosts();
     let mut first = site.run("a");
     for (from, to) in [("a", "b"), ("b", "a")] {
         let (second, port) = site.receive(to, &[]);
@@ -264,10 +270,7 @@ fn the_destination_fetches_what_the_source_had_cached() {
     if !can_start_external() {
         return;
     }
-    let cluster = Cluster::start(2);
-    let settings = "standby = false\nforbid-transports = [\"shm\"]";
-    let _files = [Files::start(&cluster, settings), Files::start_second(&cluster, settings)];
-    let site = Site::external(&cluster, "64MiB", &[]);
+    let (cluster, _files, site) = two_hosts();
     let mut first = site.run("a");
     let passes = first.goes_on();
     first.monitor().execute("stop", &json!({}));
